@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from datetime import timedelta
+
+from django.utils import timezone
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from apps.accounts.models import ApiToken
+from apps.accounts.policy import Act, may
+from apps.accounts.problems import not_found
+from apps.accounts.serializers import MeOutput, NewTokenOutput, TokenInput, TokenOutput
+from apps.accounts.services import issue_token, revoke_token
+from apps.api.authentication import actor, person
+from apps.api.endpoint import Endpoint
+from apps.api.fields import parse
+from apps.api.idempotency import idempotent
+from apps.api.pagination import PARAMETERS, page_response
+from apps.api.schema import CURSOR, LIMIT, documented, page_of
+from apps.api.throttling import TokenThrottle
+from esper.contracts import TokenScope
+
+
+class Me(Endpoint):
+    @documented("me", answer=MeOutput, summary="Who I am, and what I may do")
+    def get(self, request: Request) -> Response:
+        user = person(request)
+        acts = [str(act) for act in Act if may(user, act).allowed]
+        token = request.auth if isinstance(request.auth, ApiToken) else None
+        return Response(MeOutput(user, context={"may": acts, "token": token}).data)
+
+
+class Tokens(Endpoint):
+    throttle_classes = (TokenThrottle,)
+    parameters = PARAMETERS
+
+    @documented("list_tokens", answer=page_of(TokenOutput), parameters=[CURSOR, LIMIT])
+    def get(self, request: Request) -> Response:
+        """The caller's own tokens, without their secrets."""
+        tokens = ApiToken.objects.filter(owner=person(request))
+        return page_response(request, tokens, lambda rows: TokenOutput(rows, many=True).data)
+
+    @documented("issue_token", body=TokenInput, answer=NewTokenOutput, status=201, act=True)
+    @idempotent
+    def post(self, request: Request) -> Response:
+        given = parse(TokenInput, request.data)
+        token, secret = issue_token(
+            owner=person(request),
+            name=given["name"],
+            scopes=[TokenScope(scope) for scope in given["scopes"]],
+            expires_at=timezone.now() + timedelta(days=given["expires_in_days"]),
+            actor=actor(request),
+        )
+        return Response(NewTokenOutput(token, context={"secret": secret}).data, status=201)
+
+
+class Token(Endpoint):
+    @documented("revoke_token", answer=None, status=204)
+    def delete(self, request: Request, uid: str) -> Response:
+        token = ApiToken.objects.filter(owner=person(request), uid=uid).first()
+        if token is None:
+            raise not_found("token")
+        revoke_token(token=token, actor=actor(request))
+        return Response(status=204)

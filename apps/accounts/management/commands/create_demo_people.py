@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandParser
+
+from apps.accounts.actors import SYSTEM
+from apps.accounts.models import User
+from apps.accounts.services import create_person, issue_token
+from esper.contracts import Role, TokenScope
+
+PEOPLE = {
+    "vera": Role.VIEWER,
+    "rafi": Role.RESEARCHER,
+    "olga": Role.OPERATOR,
+    "carl": Role.CURATOR,
+    "ada": Role.ADMIN,
+}
+
+
+class Command(BaseCommand):
+    """Made for a fresh demo: people who exist already are left alone."""
+
+    help = "Create one person per role, and tokens for Tamiyo and the demo trainers (JSON)."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        people = [
+            self._create(name, role)
+            for name, role in PEOPLE.items()
+            if not User.objects.filter(username=name).exists()
+        ]
+        tokens = self._tokens()
+        if options["json"]:
+            self.stdout.write(json.dumps({"people": people, "tokens": tokens}))
+            return
+        for person in people:
+            self.stdout.write(f"{person['username']:8} {person['role']:11} {person['password']}")
+
+    def _create(self, name: str, role: Role) -> dict[str, str]:
+        password = create_person(username=name, role=role, actor=SYSTEM)
+        _, secret = issue_token(
+            owner=User.objects.get(username=name),
+            name="demo",
+            scopes=[TokenScope.READ, TokenScope.ACT],
+            actor=SYSTEM,
+        )
+        return {"username": name, "role": str(role), "password": password, "token": secret}
+
+    def _tokens(self) -> dict[str, str]:
+        """Secrets cannot be read again, so every call issues new ones."""
+        researcher = User.objects.get(username="rafi")
+        tamiyo = User.objects.filter(username="tamiyo").first() or User.objects.create_user(
+            username="tamiyo", role=Role.VIEWER
+        )  # no password: nobody signs in as a service
+        _, trainer_secret = issue_token(
+            owner=researcher, name="demo trainers", scopes=[TokenScope.RUNS_CREATE]
+        )
+        _, tamiyo_secret = issue_token(
+            owner=tamiyo, name="Tamiyo", scopes=[TokenScope.DECIDE, TokenScope.READ]
+        )
+        return {"trainer": trainer_secret, "tamiyo": tamiyo_secret}

@@ -1,0 +1,91 @@
+"""Who may do what: the one table that pages, API, sockets and admin ask.
+
+Researchers run trainers and look after their own runs; operators decide; curators keep the
+catalogue and the thresholds, and do not decide on single adaptations; nobody approves an
+adaptation of a run of their own (four eyes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from esper.contracts import Role
+
+if TYPE_CHECKING:
+    from django.contrib.auth.models import AnonymousUser
+
+    from apps.accounts.models import User
+
+
+class Act(StrEnum):
+    VIEW = "view"
+    CREATE_RUN = "create_run"
+    PAUSE_ADAPTATION = "pause_adaptation"
+    STOP_RUN = "stop_run"
+    APPROVE = "approve"
+    REJECT = "reject"
+    CLAIM = "claim"
+    EXTEND = "extend"
+    CANCEL = "cancel"
+    ROLL_BACK = "roll_back"
+    KILL = "kill"
+    ACKNOWLEDGE_VIOLATION = "acknowledge_violation"
+    SWITCH_BLUEPRINT = "switch_blueprint"
+    EDIT_POLICY = "edit_policy"
+    VIEW_AUDIT = "view_audit"
+    MANAGE_PEOPLE = "manage_people"
+
+
+_EVERYBODY = frozenset(Role)
+_ON_DUTY = frozenset({Role.OPERATOR, Role.ADMIN})
+_KEEPERS = frozenset({Role.CURATOR, Role.ADMIN})
+
+ALLOWED: dict[Act, frozenset[Role]] = {
+    Act.VIEW: _EVERYBODY,
+    Act.CREATE_RUN: frozenset({Role.RESEARCHER, Role.OPERATOR, Role.ADMIN}),
+    Act.PAUSE_ADAPTATION: _ON_DUTY,
+    Act.STOP_RUN: _ON_DUTY,
+    Act.APPROVE: _ON_DUTY,
+    Act.REJECT: _ON_DUTY,
+    Act.CLAIM: _ON_DUTY,
+    Act.EXTEND: _ON_DUTY,
+    Act.CANCEL: _ON_DUTY,
+    Act.ROLL_BACK: _ON_DUTY,
+    Act.KILL: _ON_DUTY,
+    Act.ACKNOWLEDGE_VIOLATION: _ON_DUTY,
+    Act.SWITCH_BLUEPRINT: _KEEPERS,
+    Act.EDIT_POLICY: _KEEPERS,
+    Act.VIEW_AUDIT: _EVERYBODY,
+    Act.MANAGE_PEOPLE: frozenset({Role.ADMIN}),
+}
+# What the owner of a run may do with it whatever their role: the acts that make it safer.
+OWNER_MAY = frozenset({Act.PAUSE_ADAPTATION, Act.STOP_RUN, Act.CANCEL, Act.ROLL_BACK, Act.REJECT})
+
+
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """The answer, with a sentence for the person who hears "no"."""
+
+    allowed: bool
+    code: str = ""
+    why: str = ""
+
+
+_YES = Permission(True)
+
+
+def may(user: User | AnonymousUser, act: Act, *, owner_id: int | None = None) -> Permission:
+    """May ``user`` do ``act``? ``owner_id`` is the run's owner where the act is about a run."""
+    if not user.is_authenticated or not user.is_active:
+        return Permission(False, "not-signed-in", "You are not signed in.")
+    owns = owner_id is not None and owner_id == user.pk
+    if act is Act.APPROVE and owns:
+        return Permission(
+            False, "self-approval", "This is your own run: another operator has to approve."
+        )
+    if Role(user.role) in ALLOWED[act] or (owns and act in OWNER_MAY and user.role != Role.VIEWER):
+        return _YES
+    who = " or ".join(sorted(f"{role}s" for role in ALLOWED[act]))
+    return Permission(False, "not-eligible", f"Only {who} may {act.replace('_', ' ')}.")

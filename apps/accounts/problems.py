@@ -1,0 +1,30 @@
+"""What a service says when it says no; the API turns it into ``application/problem+json``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from esper.exceptions import EsperError
+
+
+class Problem(EsperError):
+    """A refusal that a caller can act on.
+
+    Attributes:
+        status: HTTP status.
+        code: stable word, e.g. ``decision-not-pending``.
+        detail: one sentence for a person: what is wrong, where, what to do.
+        extra: further members of the problem document (who won, until when, which checks).
+    """
+
+    def __init__(self, status: int, code: str, detail: str, **extra: Any) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.code = code
+        self.detail = detail
+        self.extra = extra
+
+
+def not_found(what: str) -> Problem:
+    """The same words for "does not exist" and "is not yours"."""
+    return Problem(404, "not-found", f"There is no such {what}, or it is not yours to see.")

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+from rest_framework import serializers
+
+from apps.accounts.models import ApiToken, User
+from apps.api.fields import PersonsInput, Text
+from esper.contracts import TokenScope
+
+# Scopes that a person may give to a script of theirs; `run:write` comes from registering a run.
+GIVEN_BY_PEOPLE = (TokenScope.READ, TokenScope.ACT, TokenScope.RUNS_CREATE)
+MAX_TOKEN_DAYS = 366
+
+
+class PermissionOutput(serializers.Serializer[Any]):
+    """May the caller do it now, and if not, why not."""
+
+    allowed = serializers.BooleanField()
+    code = serializers.CharField()
+    why = serializers.CharField()
+
+
+class PersonOutput(serializers.ModelSerializer[User]):
+    class Meta:
+        model = User
+        fields = ("username", "role", "first_name", "last_name", "last_login")
+
+
+class MeOutput(PersonOutput):
+    """Who the caller is, and what they may do."""
+
+    may = serializers.SerializerMethodField()
+    token = serializers.SerializerMethodField()
+
+    class Meta(PersonOutput.Meta):
+        fields = (*PersonOutput.Meta.fields, "may", "token")
+
+    def get_may(self, user: User) -> list[str]:
+        acts: list[str] = self.context["may"]
+        return acts
+
+    def get_token(self, user: User) -> str | None:
+        """Prefix of the token that was used, null for a session."""
+        token: ApiToken | None = self.context["token"]
+        return token.prefix if token else None
+
+
+class TokenOutput(serializers.ModelSerializer[ApiToken]):
+    scopes = serializers.ListField(child=serializers.ChoiceField(choices=list(TokenScope)))
+
+    class Meta:
+        model = ApiToken
+        fields = (
+            "uid",
+            "name",
+            "prefix",
+            "scopes",
+            "run_uid",
+            "created_at",
+            "expires_at",
+            "last_used_at",
+            "revoked_at",
+        )
+
+
+class NewTokenOutput(TokenOutput):
+    """``secret`` is shown this once."""
+
+    secret = serializers.SerializerMethodField()
+
+    class Meta(TokenOutput.Meta):
+        fields = (*TokenOutput.Meta.fields, "secret")
+
+    def get_secret(self, token: ApiToken) -> str:
+        secret: str = self.context["secret"]
+        return secret
+
+
+class TokenInput(PersonsInput):
+    name = Text(max_length=80)
+    scopes = serializers.ListField(
+        child=serializers.ChoiceField(choices=list(GIVEN_BY_PEOPLE)), allow_empty=False
+    )
+    expires_in_days = serializers.IntegerField(min_value=1, max_value=MAX_TOKEN_DAYS, default=90)

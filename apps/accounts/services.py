@@ -1,0 +1,91 @@
+"""Tokens, and the demo's people."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from datetime import datetime, timedelta
+
+from django.db import transaction
+from django.db.models import Q
+from django.utils import timezone
+
+from apps.accounts.actors import Actor
+from apps.accounts.models import ApiToken, User
+from apps.audit.services import record
+from esper.contracts import Role, TokenScope
+
+_LAST_USED_RESOLUTION = timedelta(minutes=1)
+
+
+@transaction.atomic
+def issue_token(
+    *,
+    owner: User,
+    name: str,
+    scopes: list[TokenScope],
+    run_uid: str = "",
+    expires_at: datetime | None = None,
+    actor: Actor | None = None,
+) -> tuple[ApiToken, str]:
+    """A new token and its secret, which is shown this once and kept nowhere."""
+    secret = f"esp_{secrets.token_urlsafe(32)}"
+    token = ApiToken.objects.create(
+        owner=owner,
+        name=name,
+        prefix=secret[:10],
+        digest=_digest(secret),
+        scopes=[str(scope) for scope in scopes],
+        run_uid=run_uid,
+        expires_at=expires_at,
+    )
+    record(
+        actor=actor or Actor.person(owner),
+        act="token.issued",
+        object_kind="token",
+        object_uid=token.uid,
+        run_uid=run_uid,
+        data={"name": name, "scopes": token.scopes, "prefix": token.prefix},
+    )
+    return token, secret
+
+
+def authenticate_token(secret: str) -> ApiToken | None:
+    """The live token with this secret, or None."""
+    now = timezone.now()
+    token = (
+        ApiToken.objects.select_related("owner")
+        .filter(Q(expires_at=None) | Q(expires_at__gt=now))
+        .filter(digest=_digest(secret), revoked_at=None, owner__is_active=True)
+        .first()
+    )
+    if token and (token.last_used_at is None or now - token.last_used_at > _LAST_USED_RESOLUTION):
+        ApiToken.objects.filter(pk=token.pk).update(last_used_at=now)
+    return token
+
+
+@transaction.atomic
+def revoke_token(*, token: ApiToken, actor: Actor) -> None:
+    """Make a token useless at once."""
+    if ApiToken.objects.filter(pk=token.pk, revoked_at=None).update(revoked_at=timezone.now()):
+        record(actor=actor, act="token.revoked", object_kind="token", object_uid=token.uid)
+
+
+@transaction.atomic
+def create_person(*, username: str, role: Role, actor: Actor) -> str:
+    """A new account with a random password, which is returned and kept nowhere."""
+    password = secrets.token_urlsafe(12)
+    User.objects.create_user(username=username, password=password, role=role)
+    record(
+        actor=actor,
+        act="person.created",
+        object_kind="person",
+        object_uid=username,
+        data={"role": str(role)},
+    )
+    return password
+
+
+def _digest(secret: str) -> str:
+    # 256 random bits need no slow hash.
+    return hashlib.sha256(secret.encode()).hexdigest()

@@ -1,0 +1,335 @@
+"""What people do with an adaptation. One path for page, API and command line."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import Any
+
+from django.db import transaction
+from django.db.models import F
+from django.db.models.functions import Now
+from django.utils import timezone
+
+from apps.accounts.actors import Actor
+from apps.accounts.models import User
+from apps.accounts.policy import Act, Permission, may
+from apps.accounts.problems import Problem
+from apps.adaptations.compiling import queue_compilation
+from apps.adaptations.dispatching import request_undo
+from apps.adaptations.history import why_frozen
+from apps.adaptations.lifecycle import StaleAdaptationError, transition
+from apps.adaptations.models import Adaptation
+from apps.audit.services import record
+from apps.kernels.services import cancel_job
+from apps.notifications.services import INBOX_TOPIC, publish, run_topic
+from apps.policies.services import adaptation_switch
+from apps.runs.models import Run
+from apps.runs.services import pause_run
+from apps.telemetry.models import Frame
+from esper.contracts import RUN_ENDED, AdaptationState, HealthFrame, Signal
+
+S = AdaptationState
+
+CLAIM_LENGTH = timedelta(minutes=10)
+EXTENSION = timedelta(minutes=5)
+MAX_EXTENSIONS = 3
+# A worse state of the layer is what an approver must not miss; these are 100 % of the tolerance.
+HEALTH_TOLERANCE = 0.4
+LOSS_RISE_TOLERANCE = 0.5
+
+_ACTS = {
+    "approve": (Act.APPROVE, frozenset({S.AWAITING_APPROVAL})),
+    "reject": (Act.REJECT, frozenset({S.AWAITING_APPROVAL})),
+    "claim": (Act.CLAIM, frozenset({S.AWAITING_APPROVAL})),
+    "release": (Act.CLAIM, frozenset({S.AWAITING_APPROVAL})),
+    "extend": (Act.EXTEND, frozenset({S.AWAITING_APPROVAL})),
+    "cancel": (
+        Act.CANCEL,
+        frozenset({S.AWAITING_APPROVAL, S.APPROVED, S.COMPILE_QUEUED, S.COMPILING, S.COMPILED}),
+    ),
+    "rollback": (Act.ROLL_BACK, frozenset({S.PROBATION, S.KEPT})),
+}
+
+
+def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
+    """For each act: may this person do it now, and if not, why not."""
+    answers = {}
+    for name, (act, states) in _ACTS.items():
+        if adaptation.state not in states:
+            word = adaptation.state.replace("_", " ")
+            answers[name] = Permission(False, "decision-not-pending", f"It is {word}.")
+        else:
+            answers[name] = may(user, act, owner_id=adaptation.run.owner_id)
+    return answers
+
+
+def approve_adaptation(
+    *,
+    adaptation: Adaptation,
+    user: User,
+    via: str,
+    version: int,
+    reason: str = "",
+    evidence_hash: str = "",
+    accept_drift: bool = False,
+) -> Adaptation:
+    """Let it happen.
+
+    Raises:
+        Problem: not allowed, not what was shown (412), over (409), held by another's claim,
+            adaptation is switched off (423), or the evidence has drifted (409).
+    """
+    with transaction.atomic():
+        _prepare(adaptation, user, "approve", version)
+        if evidence_hash and evidence_hash != adaptation.evidence_hash:
+            raise Problem(412, "payload-changed", "This is not the adaptation that you were shown.")
+        _check_claim(adaptation, user)
+        _check_not_frozen(adaptation)
+        drift = evidence_drift(adaptation)
+        if drift is not None and drift > 1.0 and not accept_drift:
+            raise Problem(
+                409,
+                "evidence-stale",
+                f"The evidence has drifted by {drift:.0%} of what is tolerated since you were "
+                "asked. Look at the new numbers before you approve.",
+                drift=drift,
+                evidence_now=evidence_now(adaptation),
+            )
+        actor = Actor.person(user, via=via)
+        layer = adaptation.run.layer_info(adaptation.layer)
+        if layer is None:
+            raise Problem(409, "evidence-stale", f"The run has no layer {adaptation.layer} now.")
+        transition(
+            adaptation,
+            S.APPROVED,
+            actor=actor,
+            reason=reason,
+            only_if={"deadline_at__gt": Now()},  # the database's clock: late is late
+            decided_by=user,
+            decided_at=timezone.now(),
+            decision_reason=reason,
+        )
+        return queue_compilation(adaptation, layer=layer, actor=actor)
+
+
+@transaction.atomic
+def reject_adaptation(
+    *, adaptation: Adaptation, user: User, via: str, version: int, reason: str, **_: Any
+) -> Adaptation:
+    """Refuse it for good; needs a reason, and works while adaptation is switched off."""
+    _prepare(adaptation, user, "reject", version)
+    _check_reason(reason, "rejects")
+    return transition(
+        adaptation,
+        S.REJECTED,
+        actor=Actor.person(user, via=via),
+        reason=reason,
+        decided_by=user,
+        decided_at=timezone.now(),
+        decision_reason=reason,
+    )
+
+
+@transaction.atomic
+def cancel_adaptation(
+    *, adaptation: Adaptation, user: User, via: str, version: int, reason: str = "", **_: Any
+) -> Adaptation:
+    """Stop it before it reaches the run."""
+    _prepare(adaptation, user, "cancel", version)
+    if adaptation.job is not None:
+        cancel_job(adaptation.job)
+    return transition(
+        adaptation, S.CANCELLED, actor=Actor.person(user, via=via), reason=reason or "cancelled"
+    )
+
+
+@transaction.atomic
+def roll_back_adaptation(
+    *, adaptation: Adaptation, user: User, via: str, version: int, reason: str, **_: Any
+) -> Adaptation:
+    """Take a graft out again: from probation to the bit, from kept by detaching it."""
+    _prepare(adaptation, user, "rollback", version)
+    _check_reason(reason, "rolls back")
+    if adaptation.run.state in RUN_ENDED:
+        raise Problem(409, "run-ended", f"The run has {adaptation.run.state}; nothing can change.")
+    transition(adaptation, S.ROLLING_BACK, actor=Actor.person(user, via=via), reason=reason)
+    request_undo(adaptation, reason=reason)
+    return adaptation
+
+
+@transaction.atomic
+def claim_adaptation(
+    *, adaptation: Adaptation, user: User, via: str, version: int, **_: Any
+) -> Adaptation:
+    """Tell the others that I look at it; holds for ten minutes."""
+    _prepare(adaptation, user, "claim", version)
+    _check_claim(adaptation, user)
+    return _note(
+        adaptation,
+        user,
+        via,
+        "claimed",
+        claimed_by=user,
+        claimed_until=timezone.now() + CLAIM_LENGTH,
+    )
+
+
+@transaction.atomic
+def release_adaptation(
+    *, adaptation: Adaptation, user: User, via: str, version: int, **_: Any
+) -> Adaptation:
+    """Give a claim back."""
+    _prepare(adaptation, user, "release", version)
+    _check_claim(adaptation, user)
+    return _note(adaptation, user, via, "released", claimed_by=None, claimed_until=None)
+
+
+@transaction.atomic
+def extend_adaptation(
+    *, adaptation: Adaptation, user: User, via: str, version: int, **_: Any
+) -> Adaptation:
+    """Five more minutes to think, three times at most."""
+    _prepare(adaptation, user, "extend", version)
+    if adaptation.extensions >= MAX_EXTENSIONS:
+        raise Problem(409, "no-extension-left", f"It was extended {MAX_EXTENSIONS} times already.")
+    return _note(
+        adaptation,
+        user,
+        via,
+        "extended",
+        deadline_at=(adaptation.deadline_at or timezone.now()) + EXTENSION,
+        extensions=adaptation.extensions + 1,
+    )
+
+
+@transaction.atomic
+def set_adaptation_switch(*, on: bool, user: User, via: str, reason: str = "") -> None:
+    """The kill switch: stop (or allow) all adaptation; training goes on everywhere.
+
+    Needs no reason: kill first, explain afterwards. Every live run is told and acknowledges.
+
+    Raises:
+        Problem: not allowed.
+    """
+    permission = may(user, Act.KILL)
+    if not permission.allowed:
+        raise Problem(403, permission.code, permission.why)
+    switch = adaptation_switch()
+    switch.on, switch.changed_by, switch.reason = on, user.get_username(), reason
+    switch.save()
+    actor = Actor.person(user, via=via)
+    act = "switch.on" if on else "switch.killed"
+    record(actor=actor, act=act, object_kind="switch", object_uid="adaptation", reason=reason)
+    publish(topic="system", type=act, data={"by": actor.name, "reason": reason})
+    for run in Run.objects.exclude(state__in=RUN_ENDED).select_for_update():
+        pause_run(run=run, paused=not on, actor=actor, reason=reason or act)
+
+
+def undo_plan(adaptation: Adaptation) -> list[str]:
+    """How this graft would be taken out, in sentences for the approver."""
+    layer = adaptation.layer
+    return [
+        "Before the graft the trainer takes a snapshot of weights, buffers, optimizer, scheduler "
+        "and random state.",
+        f"During probation {layer} is brought back to that snapshot to the bit; the host's "
+        "parameters are never replaced, so names, ties and checkpoints stay valid.",
+        "A non-finite loss, or one that blows up, is undone by the trainer itself within three "
+        "steps, also when this server cannot be reached.",
+        f"After it was kept, an operator can still detach the graft; {layer} then computes what "
+        "it would without it, and keeps what the host has learned meanwhile.",
+    ]
+
+
+def evidence_now(adaptation: Adaptation) -> dict[str, float | None]:
+    """The layer's newest signals and the run's loss; None where nobody has measured."""
+    run = adaptation.run
+    now: dict[str, float | None] = {"step": run.step, "loss": run.last_loss}
+    frame = Frame.objects.filter(run=run, epoch=run.epoch).order_by("-step").first()
+    names = tuple(layer["name"] for layer in run.layers)
+    if frame is None or adaptation.layer not in names:
+        return now
+    health = HealthFrame(frame.step, frame.wall_time, names, frame.matrix(len(names)))
+    for signal in Signal:
+        value = health.value(adaptation.layer, signal)
+        now[str(signal)] = value if math.isfinite(value) else None
+    return now
+
+
+def evidence_drift(adaptation: Adaptation) -> float | None:
+    """How far the layer has moved since the evidence was frozen; 1.0 is all that is tolerated.
+
+    None: unknown. Only what got *worse* counts for the loss: a falling loss is what training does.
+    """
+    then, now = adaptation.evidence, evidence_now(adaptation)
+    parts = []
+    if adaptation.run.last_loss_status:
+        return math.inf
+    health_then, health_now = then.get("health"), now.get("health")
+    if health_then is not None and health_now is not None:
+        parts.append(abs(health_now - health_then) / HEALTH_TOLERANCE)
+    loss_then, loss_now = then.get("loss"), now.get("loss")
+    if loss_then and loss_now is not None:
+        parts.append(max(0.0, loss_now / loss_then - 1.0) / LOSS_RISE_TOLERANCE)
+    return max(parts) if parts else None
+
+
+def _prepare(adaptation: Adaptation, user: User, act: str, version: int) -> None:
+    adaptation.refresh_from_db()
+    permission = permissions(adaptation, user)[act]
+    if permission.code == "decision-not-pending":
+        raise StaleAdaptationError(adaptation)
+    if not permission.allowed:
+        raise Problem(403, permission.code, permission.why)
+    if version != adaptation.version:
+        raise Problem(
+            412,
+            "version-changed",
+            f"A-{adaptation.number} is at version {adaptation.version}, you saw {version}. "
+            "Look at it again.",
+            version=adaptation.version,
+        )
+
+
+def _check_claim(adaptation: Adaptation, user: User) -> None:
+    holder, until = adaptation.claimed_by, adaptation.claimed_until
+    if holder and holder != user and until and until > timezone.now():
+        raise Problem(
+            409,
+            "claim-held",
+            f"{holder.get_username()} is looking at it until {until:%H:%M:%S} UTC.",
+            claimed_by=holder.get_username(),
+            claimed_until=until.isoformat(),
+        )
+
+
+def _check_not_frozen(adaptation: Adaptation) -> None:
+    frozen = why_frozen(adaptation.run)
+    if frozen:
+        raise Problem(423, "adaptation-killed", f"Nothing can be approved now: {frozen}.")
+
+
+def _check_reason(reason: str, verb: str) -> None:
+    if not reason.strip():
+        raise Problem(422, "reason-required", f"Who {verb} an adaptation says why.")
+
+
+def _note(adaptation: Adaptation, user: User, via: str, word: str, **changes: Any) -> Adaptation:
+    """A change that leaves the state alone."""
+    count = Adaptation.objects.filter(
+        pk=adaptation.pk, state=adaptation.state, version=adaptation.version
+    ).update(version=F("version") + 1, **changes)
+    adaptation.refresh_from_db()
+    if not count:
+        raise StaleAdaptationError(adaptation)
+    record(
+        actor=Actor.person(user, via=via),
+        act=f"adaptation.{word}",
+        object_kind="adaptation",
+        object_uid=adaptation.uid,
+        run_uid=adaptation.run.uid,
+    )
+    data = {"adaptation": adaptation.uid, "number": adaptation.number, "by": user.get_username()}
+    for topic in (INBOX_TOPIC, run_topic(adaptation.run.uid)):
+        publish(topic=topic, type=f"adaptation.{word}", data=data)
+    return adaptation

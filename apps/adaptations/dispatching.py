@@ -1,0 +1,71 @@
+"""From compiled to the trainer: stage the kernel on the run's host, write the signed command."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from django.conf import settings
+from django.db import transaction
+
+from apps.accounts.actors import Actor, ActorKind
+from apps.adaptations.history import why_frozen
+from apps.adaptations.lifecycle import transition
+from apps.adaptations.models import Adaptation
+from apps.runs.models import Run
+from apps.runs.services import issue_command
+from esper.contracts import AdaptationState, CommandKind
+
+log = logging.getLogger(__name__)
+
+
+def dispatch(adaptation_uid: str, *, worker: str) -> None:
+    """Do it once; a repeated message finds the adaptation dispatched and does nothing."""
+    adaptation = Adaptation.objects.select_related("run", "kernel").get(uid=adaptation_uid)
+    if adaptation.state != AdaptationState.COMPILED or adaptation.kernel is None:
+        return
+    if adaptation.run.host == settings.ESPER_HOST_NAME:
+        _stage(adaptation.kernel.digest)
+    _write_command(adaptation, Actor(ActorKind.WORKER, worker))
+
+
+def _stage(digest: str) -> None:
+    """Spare the trainer the download; it checks digest and signature whatever it finds."""
+    from esper.compilation import KernelStore
+
+    try:
+        store = KernelStore(Path(settings.ESPER_KERNEL_STORE_DIR))
+        store.stage(digest, Path(settings.ESPER_STAGE_DIR))
+    except OSError as error:
+        log.warning("kernel %s was not staged, the trainer will fetch it: %s", digest, error)
+
+
+@transaction.atomic
+def _write_command(adaptation: Adaptation, actor: Actor) -> None:
+    run = Run.objects.select_for_update().get(pk=adaptation.run_id)
+    frozen = why_frozen(run)
+    if frozen:  # the kill switch holds from the moment that it was committed
+        transition(adaptation, AdaptationState.CANCELLED, actor=actor, reason=frozen)
+        return
+    policy = adaptation.safety_policy.safety_policy()
+    issue_command(
+        run=run,
+        kind=CommandKind.GRAFT,
+        adaptation_uid=adaptation.uid,
+        layer=adaptation.layer,
+        kernel_digest=adaptation.kernel.digest if adaptation.kernel else "",
+        ttl_seconds=policy.dispatch_timeout_seconds,
+    )
+    transition(adaptation, AdaptationState.DISPATCHED, actor=actor, run_epoch=run.epoch)
+
+
+def request_undo(adaptation: Adaptation, *, reason: str) -> None:
+    """Tell the trainer to take the graft out. In the transaction of ``rolling_back``."""
+    issue_command(
+        run=adaptation.run,
+        kind=CommandKind.UNDO,
+        adaptation_uid=adaptation.uid,
+        layer=adaptation.layer,
+        payload={"hard": adaptation.kept_at is None, "reason": reason},
+        ttl_seconds=300,
+    )

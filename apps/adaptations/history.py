@@ -1,0 +1,118 @@
+"""What was done so far: the numbers that gates, Tamiyo and pages look at."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+
+from django.db.models import Avg, Count, Q, Sum
+from django.utils import timezone
+
+from apps.adaptations.models import Adaptation
+from apps.policies.services import adaptation_switch
+from apps.runs.models import Run
+from esper.contracts import (
+    ADAPTATION_ENDED,
+    ADAPTATION_GRAFTED,
+    AdaptationState,
+    Experience,
+    LayerHistory,
+)
+
+_BAD_ENDS = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """A run's numbers for the gates; ``last_step`` is -1 before the first graft."""
+
+    in_flight: int
+    last_step: int
+    last_rolled_back: bool
+    added_parameters: int
+    today: int
+    frozen: str
+
+
+def run_facts(run: Run) -> RunFacts:
+    own = Adaptation.objects.filter(run=run)
+    grafted = own.exclude(graft_step=None)
+    last = grafted.order_by("-graft_step", "-id").values_list("graft_step", "state").first()
+    totals = own.aggregate(
+        in_flight=Count("id", filter=~Q(state__in=ADAPTATION_ENDED)),
+        today=Count("id", filter=Q(grafted_at__gt=timezone.now() - timedelta(days=1))),
+        added=Sum("forecast_parameters", filter=Q(state__in=ADAPTATION_GRAFTED)),
+    )
+    return RunFacts(
+        in_flight=totals["in_flight"],
+        last_step=last[0] if last else -1,
+        last_rolled_back=bool(last and last[1] in _BAD_ENDS),
+        added_parameters=totals["added"] or 0,
+        today=totals["today"],
+        frozen=why_frozen(run),
+    )
+
+
+def why_frozen(run: Run) -> str:
+    """Why nothing may be grafted into this run now; empty when it may."""
+    switch = adaptation_switch()
+    if not switch.on:
+        return f"switched off everywhere by {switch.changed_by}"
+    if run.quarantined_reason:
+        return f"the run is quarantined: {run.quarantined_reason}"
+    if run.adaptation_paused_by:
+        return f"paused for this run by {run.adaptation_paused_by}"
+    if run.ended:
+        return f"the run has {run.state}"
+    return ""
+
+
+def layer_histories(run: Run) -> dict[str, LayerHistory]:
+    """By layer name, for the layers that have a history."""
+    rows = (
+        Adaptation.objects.filter(run=run)
+        .order_by("id")
+        .values_list("layer", "state", "graft_step", "blueprint__slug")
+    )
+    histories: dict[str, LayerHistory] = {}
+    for layer, state, graft_step, slug in rows:
+        before = histories.get(layer, LayerHistory())
+        histories[layer] = LayerHistory(
+            grafts=(*before.grafts, slug) if state in ADAPTATION_GRAFTED else before.grafts,
+            in_flight=before.in_flight or state not in ADAPTATION_ENDED,
+            last_adaptation_step=before.last_adaptation_step if graft_step is None else graft_step,
+            last_rolled_back=before.last_rolled_back if graft_step is None else state in _BAD_ENDS,
+        )
+    return histories
+
+
+def experience() -> dict[str, Experience]:
+    """Closed cases by blueprint slug; what was undone later counts as not kept."""
+    rows = (
+        Adaptation.objects.filter(state__in=(AdaptationState.KEPT, *_BAD_ENDS))
+        .exclude(graft_step=None)
+        .values("blueprint__slug")
+        .annotate(
+            kept=Count("id", filter=Q(state=AdaptationState.KEPT)),
+            lost=Count("id", filter=Q(state__in=_BAD_ENDS)),
+            mean=Avg("reward"),
+        )
+    )
+    return {
+        row["blueprint__slug"]: Experience(
+            kept=row["kept"],
+            rolled_back=row["lost"],
+            mean_reward=math.nan if row["mean"] is None else row["mean"],
+        )
+        for row in rows
+    }
+
+
+def category_cases(category: str) -> int:
+    """Closed cases of all blueprints of one category."""
+    return Adaptation.objects.filter(
+        blueprint__category=category,
+        state__in=(AdaptationState.KEPT, *_BAD_ENDS),
+        graft_step__isnull=False,
+    ).count()

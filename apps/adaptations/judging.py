@@ -1,0 +1,55 @@
+"""The end of probation, as Tamiyo judges it."""
+
+from __future__ import annotations
+
+import math
+
+from django.db import transaction
+from django.utils import timezone
+
+from apps.accounts.actors import Actor
+from apps.accounts.problems import Problem
+from apps.adaptations.dispatching import request_undo
+from apps.adaptations.lifecycle import StaleAdaptationError, transition
+from apps.adaptations.models import Adaptation
+from apps.kernels.services import finite_or_none
+from esper.contracts import AdaptationState, Verdict
+
+
+@transaction.atomic
+def judge_adaptation(
+    *, adaptation: Adaptation, verdict: Verdict, reward_terms: dict[str, float], actor: Actor
+) -> Adaptation:
+    """Keep the graft, or have it taken out; the numbers of the verdict are kept with it.
+
+    Raises:
+        StaleAdaptationError: it is not in probation (any more).
+        Problem: a term of the reward is not finite.
+    """
+    adaptation = Adaptation.objects.select_for_update().get(pk=adaptation.pk)
+    if adaptation.state != AdaptationState.PROBATION:
+        raise StaleAdaptationError(adaptation)
+    if not all(math.isfinite(value) for value in reward_terms.values()):
+        raise Problem(422, "invalid", "Every term of a reward is a finite number.")
+    numbers = {
+        "ablation_gain": finite_or_none(verdict.ablation_gain),
+        "forecast_gain": finite_or_none(verdict.forecast_gain),
+        "forecast_interval": finite_or_none(verdict.forecast_interval),
+        "steps_observed": verdict.steps_observed,
+        "reward_terms": reward_terms,
+        "reward": sum(reward_terms.values()),
+    }
+    if verdict.keep:
+        return transition(
+            adaptation,
+            AdaptationState.KEPT,
+            actor=actor,
+            reason=verdict.reason,
+            kept_at=timezone.now(),
+            **numbers,
+        )
+    transition(
+        adaptation, AdaptationState.ROLLING_BACK, actor=actor, reason=verdict.reason, **numbers
+    )
+    request_undo(adaptation, reason=verdict.reason)
+    return adaptation

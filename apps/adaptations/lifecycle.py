@@ -1,0 +1,208 @@
+"""The life of an adaptation, and the one function that moves it.
+
+    proposed → validating → awaiting_approval → approved → compile_queued → compiling → compiled
+                   │               │ person        ▲ rule                                 │
+                   ▼               ▼                                                       ▼
+               declined    rejected, expired,               accepted ◀────────────── dispatched
+                           superseded, cancelled               │
+                                                               ▼
+                  kept ◀──────────────────────────────── probation ──▶ rolling_back ──▶ rolled_back
+                   └── a person takes it out ──▶ rolling_back ──▶ reverted
+
+Other ends: compile_failed, dispatch_expired, not_applied, apply_failed, rollback_failed, run_lost.
+``in_doubt`` holds what a trainer vanished with; only what the trainer reports settles it.
+Expiry never applies anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from django.db import IntegrityError, transaction
+from django.db.models import F
+from django.utils import timezone
+
+from apps.accounts.actors import Actor
+from apps.accounts.problems import Problem
+from apps.adaptations.models import Adaptation
+from apps.audit.services import record
+from apps.notifications.services import INBOX_TOPIC, SYSTEM_TOPIC, publish, run_topic
+from esper.contracts import ADAPTATION_ENDED, AdaptationState, SafetyPolicy
+
+S = AdaptationState
+
+NEXT: Mapping[AdaptationState, frozenset[AdaptationState]] = {
+    S.PROPOSED: frozenset({S.VALIDATING, S.DECLINED}),
+    S.VALIDATING: frozenset({S.DECLINED, S.AWAITING_APPROVAL, S.APPROVED}),
+    S.AWAITING_APPROVAL: frozenset({S.APPROVED, S.REJECTED, S.EXPIRED, S.SUPERSEDED, S.CANCELLED}),
+    S.APPROVED: frozenset({S.COMPILE_QUEUED, S.CANCELLED}),
+    S.COMPILE_QUEUED: frozenset({S.COMPILING, S.COMPILE_FAILED, S.CANCELLED}),
+    S.COMPILING: frozenset({S.COMPILED, S.COMPILE_QUEUED, S.COMPILE_FAILED, S.CANCELLED}),
+    S.COMPILED: frozenset({S.DISPATCHED, S.DECLINED, S.DISPATCH_EXPIRED, S.CANCELLED}),
+    S.DISPATCHED: frozenset({S.ACCEPTED, S.NOT_APPLIED, S.DISPATCH_EXPIRED, S.IN_DOUBT}),
+    S.ACCEPTED: frozenset({S.PROBATION, S.APPLY_FAILED, S.NOT_APPLIED, S.IN_DOUBT}),
+    S.PROBATION: frozenset({S.KEPT, S.ROLLING_BACK, S.IN_DOUBT, S.RUN_LOST}),
+    S.ROLLING_BACK: frozenset(
+        {S.ROLLED_BACK, S.REVERTED, S.ROLLBACK_FAILED, S.IN_DOUBT, S.RUN_LOST}
+    ),
+    S.IN_DOUBT: frozenset(
+        {
+            S.ACCEPTED,
+            S.PROBATION,
+            S.ROLLING_BACK,
+            S.ROLLED_BACK,
+            S.REVERTED,
+            S.NOT_APPLIED,
+            S.APPLY_FAILED,
+            S.RUN_LOST,
+        }
+    ),
+    S.KEPT: frozenset({S.ROLLING_BACK, S.REVERTED}),
+    **{state: frozenset() for state in ADAPTATION_ENDED - {S.KEPT}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """``seconds`` after entering a state, ``outcome`` follows; ``policy`` names the threshold."""
+
+    outcome: AdaptationState
+    seconds: int = 0
+    policy: str = ""
+
+    def length(self, policy: SafetyPolicy) -> timedelta:
+        return timedelta(seconds=getattr(policy, self.policy) if self.policy else self.seconds)
+
+
+# Every state that is not an end has one. ``sweeping`` looks closer before it takes the outcome of
+# the last four: a trainer that we have not heard of may have done what we told it to.
+DEADLINES: Mapping[AdaptationState, Deadline] = {
+    S.PROPOSED: Deadline(S.DECLINED, 30),
+    S.VALIDATING: Deadline(S.DECLINED, 30),
+    S.AWAITING_APPROVAL: Deadline(S.EXPIRED, policy="approval_timeout_seconds"),
+    S.APPROVED: Deadline(S.CANCELLED, 60),
+    S.COMPILE_QUEUED: Deadline(S.COMPILE_FAILED, 120),
+    S.COMPILING: Deadline(S.COMPILE_FAILED, 180),
+    S.COMPILED: Deadline(S.DISPATCH_EXPIRED, 120),
+    S.DISPATCHED: Deadline(S.DISPATCH_EXPIRED, policy="dispatch_timeout_seconds"),
+    S.ACCEPTED: Deadline(S.IN_DOUBT, 60),
+    S.PROBATION: Deadline(S.ROLLING_BACK, policy="probation_timeout_seconds"),
+    S.ROLLING_BACK: Deadline(S.ROLLBACK_FAILED, 60),
+    S.IN_DOUBT: Deadline(S.RUN_LOST, 24 * 3600),
+}
+
+
+class StaleAdaptationError(Problem):
+    """Somebody else was first; says who did what and when."""
+
+    def __init__(self, current: Adaptation) -> None:
+        who = current.decided_by.get_username() if current.decided_by else current.decided_rule
+        word = AdaptationState(current.state).replace("_", " ")
+        super().__init__(
+            409,
+            "decision-expired" if current.state == S.EXPIRED else "decision-not-pending",
+            f"A-{current.number} is {word} already" + (f", decided by {who}." if who else "."),
+            state=current.state,
+            version=current.version,
+            decided_by=who,
+            decided_at=current.decided_at.isoformat() if current.decided_at else None,
+        )
+
+
+def transition(
+    adaptation: Adaptation,
+    to: AdaptationState,
+    *,
+    actor: Actor,
+    reason: str = "",
+    only_if: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Adaptation:
+    """Move an adaptation, or raise. Must run inside a transaction.
+
+    The row moves only from the very state and version that the caller looked at; the audit row and
+    the events are written in the same transaction.
+
+    Args:
+        only_if: further conditions on the row, checked by the database in the same statement.
+        changes: fields that change with the state.
+
+    Raises:
+        StaleAdaptationError: the row has moved on, or ``only_if`` does not hold.
+        ValueError: there is no such transition; a mistake in our code.
+    """
+    came_from = AdaptationState(adaptation.state)
+    if to not in NEXT[came_from]:
+        raise ValueError(f"{came_from} -> {to} is not a transition of the lifecycle")
+    changes |= {"state": to, "deadline_at": deadline_for(adaptation, to)}
+    if to in ADAPTATION_ENDED:
+        changes |= {"ended_at": timezone.now(), "end_reason": reason}
+    elif came_from in ADAPTATION_ENDED:
+        changes["ended_at"] = None
+    _compare_and_set(adaptation, came_from, only_if or {}, changes)
+    _announce(adaptation, came_from, actor, reason)
+    return adaptation
+
+
+def deadline_for(adaptation: Adaptation, state: AdaptationState) -> Any:
+    """When ``state``, entered now, is over; None for an end."""
+    deadline = DEADLINES.get(state)
+    if deadline is None:
+        return None
+    return timezone.now() + deadline.length(adaptation.safety_policy.safety_policy())
+
+
+def _compare_and_set(
+    adaptation: Adaptation,
+    came_from: AdaptationState,
+    only_if: Mapping[str, Any],
+    changes: dict[str, Any],
+) -> None:
+    try:
+        with transaction.atomic():  # a broken unique index must not spoil the caller's transaction
+            count = Adaptation.objects.filter(
+                pk=adaptation.pk, state=came_from, version=adaptation.version, **only_if
+            ).update(version=F("version") + 1, changed_at=timezone.now(), **changes)
+    except IntegrityError as error:
+        raise Problem(
+            409,
+            "layer-busy",
+            f"Another adaptation of {adaptation.layer} is under way; wait for its end.",
+        ) from error
+    adaptation.refresh_from_db()
+    if not count:
+        raise StaleAdaptationError(adaptation)
+
+
+def _announce(
+    adaptation: Adaptation, came_from: AdaptationState, actor: Actor, reason: str
+) -> None:
+    data = {
+        "adaptation": adaptation.uid,
+        "number": adaptation.number,
+        "run": adaptation.run.uid,
+        "layer": adaptation.layer,
+        "blueprint": adaptation.blueprint.slug,
+        "from": str(came_from),
+        "to": str(adaptation.state),
+        "version": adaptation.version,
+        "step": adaptation.graft_step or adaptation.proposed_step,
+        "by": actor.name,
+        "reason": reason,
+    }
+    record(
+        actor=actor,
+        act=f"adaptation.{adaptation.state}",
+        object_kind="adaptation",
+        object_uid=adaptation.uid,
+        run_uid=adaptation.run.uid,
+        reason=reason,
+        data={key: data[key] for key in ("number", "layer", "blueprint", "from", "to", "version")},
+    )
+    publish(topic=run_topic(adaptation.run.uid), type="adaptation.changed", data=data)
+    publish(topic=SYSTEM_TOPIC, type="adaptation.changed", data=data)
+    if S.AWAITING_APPROVAL in (came_from, adaptation.state):
+        publish(topic=INBOX_TOPIC, type="adaptation.changed", data=data)

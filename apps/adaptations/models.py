@@ -1,0 +1,126 @@
+"""The whole life of one decision. Only ``lifecycle.transition`` writes ``state``."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from django.conf import settings
+from django.db import models
+
+from apps.accounts.identifiers import UID_LENGTH, new_uid
+from apps.blueprints.models import Blueprint
+from apps.kernels.models import CompileJob, Kernel
+from apps.policies.models import PolicyVersion
+from apps.runs.models import Run
+from esper.contracts import (
+    ADAPTATION_ENDED,
+    ADAPTATION_GRAFTED,
+    MAX_NAME_LENGTH,
+    AdaptationState,
+    AdaptationType,
+    Risk,
+)
+
+
+class Adaptation(models.Model):
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "adp"), editable=False
+    )
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="adaptations")
+    run_epoch = models.PositiveIntegerField()
+    idempotency_key = models.CharField(max_length=400, unique=True)
+    # what is proposed
+    layer = models.CharField(max_length=MAX_NAME_LENGTH)
+    adaptation_type = models.CharField(max_length=20, choices=[(t, t) for t in AdaptationType])
+    blueprint = models.ForeignKey(Blueprint, on_delete=models.PROTECT)
+    config = models.JSONField(default=dict)
+    risk = models.CharField(max_length=8, choices=[(r, r) for r in Risk])
+    confidence = models.FloatField(null=True)  # null: unknown, never high
+    urgency = models.FloatField(null=True)
+    forecast_parameters = models.BigIntegerField()
+    forecast_flops = models.BigIntegerField(default=0)
+    forecast_memory_mib = models.FloatField(null=True)
+    forecast_latency_ms = models.FloatField(null=True)
+    # why: frozen at the proposal
+    policy = models.CharField(max_length=40)
+    safety_policy = models.ForeignKey(PolicyVersion, on_delete=models.PROTECT)
+    proposed_step = models.BigIntegerField()
+    evidence = models.JSONField(default=dict)  # numbers by name; null: unknown
+    reasons = models.JSONField(default=list)
+    checks = models.JSONField(default=list)
+    why_not = models.JSONField(default=list)
+    asks = models.JSONField(default=list)  # why a person is asked; empty: nobody is
+    evidence_hash = models.CharField(max_length=64)
+    # where it is
+    state = models.CharField(
+        max_length=20,
+        choices=[(s, s.replace("_", " ")) for s in AdaptationState],
+        default=AdaptationState.PROPOSED,
+        db_index=True,
+    )
+    version = models.PositiveIntegerField(default=1)
+    deadline_at = models.DateTimeField(null=True, blank=True, db_index=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+    changed_at = models.DateTimeField(auto_now=True)
+    ended_at = models.DateTimeField(null=True, blank=True)
+    # who decided
+    decided_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+    decided_rule = models.CharField(max_length=200, blank=True)
+    decision_reason = models.TextField(blank=True)
+    decided_at = models.DateTimeField(null=True, blank=True)
+    claimed_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+    claimed_until = models.DateTimeField(null=True, blank=True)
+    extensions = models.PositiveSmallIntegerField(default=0)
+    # how it was done
+    job = models.ForeignKey(CompileJob, on_delete=models.SET_NULL, null=True, blank=True)
+    kernel = models.ForeignKey(Kernel, on_delete=models.PROTECT, null=True, blank=True)
+    graft_step = models.BigIntegerField(null=True, blank=True)
+    grafted_at = models.DateTimeField(null=True, blank=True)
+    pause_ms = models.FloatField(null=True, blank=True)
+    certificate = models.JSONField(null=True, blank=True)
+    digest_before = models.CharField(max_length=64, blank=True)
+    digest_after = models.CharField(max_length=64, blank=True)
+    # how it ended
+    end_reason = models.TextField(blank=True)
+    undo_exact = models.BooleanField(null=True, blank=True)
+    ablation_gain = models.FloatField(null=True, blank=True)
+    forecast_gain = models.FloatField(null=True, blank=True)
+    forecast_interval = models.FloatField(null=True, blank=True)
+    steps_observed = models.BigIntegerField(null=True, blank=True)
+    kept_at = models.DateTimeField(null=True, blank=True)
+    reward_terms = models.JSONField(null=True, blank=True)
+    reward = models.FloatField(null=True, blank=True)
+
+    class Meta:
+        ordering = ("-id",)
+        constraints = (
+            models.UniqueConstraint(
+                fields=("run", "layer"),
+                condition=~models.Q(state__in=sorted(ADAPTATION_ENDED)),
+                name="one_adaptation_in_flight_per_layer",
+            ),
+            models.CheckConstraint(
+                condition=models.Q(state__in=sorted(AdaptationState)),
+                name="adaptation_state_is_known",
+            ),
+        )
+        indexes = (models.Index(fields=("state", "deadline_at"), name="adaptation_deadlines"),)
+
+    def __str__(self) -> str:
+        return f"A-{self.pk} {self.blueprint_id} → {self.layer}"
+
+    @property
+    def number(self) -> int:
+        return self.pk
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ADAPTATION_ENDED
+
+    @property
+    def grafted(self) -> bool:
+        return self.state in ADAPTATION_GRAFTED

@@ -1,0 +1,317 @@
+"""A proposal arrives: every gate is checked again, in the transaction that writes it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from django.db import transaction
+from django.utils import timezone
+
+from apps.accounts.actors import Actor, ActorKind
+from apps.accounts.problems import Problem
+from apps.adaptations.compiling import queue_compilation
+from apps.adaptations.history import category_cases, layer_histories, run_facts
+from apps.adaptations.lifecycle import transition
+from apps.adaptations.models import Adaptation
+from apps.blueprints.models import Blueprint
+from apps.kernels.services import finite_or_none
+from apps.policies.models import PolicyVersion
+from apps.policies.services import current_policy
+from apps.runs.models import Run
+from apps.runs.services import check_epoch
+from apps.violations.services import record_violation
+from esper.constraints import GateInputs, check_gates, required_evidence
+from esper.contracts import (
+    AdaptationState,
+    AdaptationType,
+    Check,
+    CostForecast,
+    LayerHistory,
+    LayerInfo,
+    Risk,
+    RunMode,
+    Severity,
+    ViolationRule,
+    codec,
+)
+
+# Waiting for its turn is the normal course of a run and no broken limit.
+_ROUTINE = frozenset(
+    {ViolationRule.COOLDOWN, ViolationRule.ONE_IN_FLIGHT, ViolationRule.CONFIDENCE}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What Tamiyo wants, with its evidence. Unknown numbers are NaN."""
+
+    epoch: int
+    step: int
+    layer: str
+    adaptation_type: AdaptationType
+    confidence: float
+    urgency: float
+    blueprint: str
+    config: dict[str, Any]
+    risk: Risk
+    forecast: CostForecast
+    reasons: list[dict[str, Any]]
+    checks: list[dict[str, Any]]
+    why_not: list[dict[str, Any]]
+    asks: list[str]
+    evidence: dict[str, float | None]
+    policy: str
+
+
+class GateClosedError(Problem):
+    """A gate says no; nothing was written but the violations."""
+
+    def __init__(self, checks: list[Check]) -> None:
+        super().__init__(
+            409,
+            "gate-closed",
+            " ".join(check.text for check in checks),
+            checks=[asdict(check) for check in checks],
+        )
+        self.checks = checks
+
+
+def propose_adaptation(
+    *, run: Run, proposal: Proposal, idempotency_key: str, actor: Actor
+) -> Adaptation:
+    """Write an adaptation and send it on its way: approved by rule, or to a person.
+
+    The same ``idempotency_key`` gets the adaptation that it made before.
+
+    Raises:
+        GateClosedError: a hard gate did not pass; violations are written for it.
+        Problem: old epoch, unknown layer or blueprint, or the layer is busy.
+    """
+    known = Adaptation.objects.filter(idempotency_key=idempotency_key).first()
+    if known is not None:
+        return known
+    try:
+        with transaction.atomic():
+            return _propose(run, proposal, idempotency_key, actor)
+    except GateClosedError as closed:
+        # Outside: the transaction above is gone, and so would be the violations.
+        record_closed_gates(run=run, layer=proposal.layer, step=proposal.step, checks=closed.checks)
+        raise
+
+
+def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -> Adaptation:
+    run = Run.objects.select_for_update().get(pk=run.pk)  # proposals of one run take turns
+    check_epoch(run, proposal.epoch)
+    layer = _layer(run, proposal.layer)
+    blueprint = _blueprint(proposal.blueprint)
+    policy = current_policy()
+    checks = check_gates(_gate_inputs(run, proposal, blueprint), policy.safety_policy())
+    closed = [check for check in checks if check.blocks]
+    if closed:
+        raise GateClosedError(closed)
+    asks = [check.text for check in checks if check.asks]
+    # Tamiyo may be more careful than the gates, never less.
+    asks += [line for line in proposal.asks if line not in asks]
+    adaptation = _write(run, proposal, blueprint, policy, checks, asks, idempotency_key)
+    _announce_proposal(adaptation, actor)
+    return _send_on(adaptation, layer)
+
+
+def _layer(run: Run, name: str) -> LayerInfo:
+    layer = run.layer_info(name)
+    if layer is None:
+        raise Problem(422, "unknown-layer", f"Run {run.name} has no layer called {name!r}.")
+    if not layer.graftable:
+        raise Problem(422, "incompatible-layer", f"{name} cannot be grafted: {layer.reason}")
+    return layer
+
+
+def _blueprint(slug: str) -> Blueprint:
+    blueprint = Blueprint.objects.filter(slug=slug, present=True).first()
+    if blueprint is None:
+        raise Problem(422, "unknown-blueprint", f"There is no blueprint called {slug!r}.")
+    if not blueprint.enabled:
+        raise GateClosedError(
+            [
+                Check(
+                    rule=ViolationRule.COMPATIBILITY,
+                    passed=False,
+                    hard=True,
+                    observed="disabled",
+                    limit="enabled",
+                    text=f"Blueprint {slug} is switched off: {blueprint.disabled_reason}",
+                )
+            ]
+        )
+    return blueprint
+
+
+def _gate_inputs(run: Run, proposal: Proposal, blueprint: Blueprint) -> GateInputs:
+    facts = run_facts(run)
+    history = layer_histories(run).get(proposal.layer, LayerHistory())
+    risk = Risk(blueprint.risk)  # ours, not the proposal's
+    seen = run.last_seen_at
+    return GateInputs(
+        mode=RunMode(run.mode),
+        step=proposal.step,
+        frozen=facts.frozen,
+        layer_in_flight=history.in_flight,
+        run_in_flight=facts.in_flight,
+        layer_last_step=history.last_adaptation_step,
+        layer_rolled_back=history.last_rolled_back,
+        run_last_step=facts.last_step,
+        run_rolled_back=facts.last_rolled_back,
+        adaptations_today=facts.today,
+        model_parameters=run.model_parameters,
+        added_parameters=facts.added_parameters,
+        new_parameters=proposal.forecast.parameters,
+        memory_mib=proposal.forecast.memory_mib,
+        latency_ms=proposal.forecast.latency_ms,
+        risk=risk,
+        category_cases=category_cases(blueprint.category),
+        missing_evidence=tuple(
+            name for name in required_evidence(risk) if proposal.evidence.get(name) is None
+        ),
+        age_seconds=(timezone.now() - seen).total_seconds() if seen else math.nan,
+        confidence=proposal.confidence,
+    )
+
+
+def _write(
+    run: Run,
+    proposal: Proposal,
+    blueprint: Blueprint,
+    policy: PolicyVersion,
+    checks: tuple[Check, ...],
+    asks: list[str],
+    idempotency_key: str,
+) -> Adaptation:
+    forecast = proposal.forecast
+    return Adaptation.objects.create(
+        run=run,
+        run_epoch=run.epoch,
+        idempotency_key=idempotency_key,
+        layer=proposal.layer,
+        adaptation_type=proposal.adaptation_type,
+        blueprint=blueprint,
+        config=proposal.config,
+        risk=blueprint.risk,
+        confidence=finite_or_none(proposal.confidence),
+        urgency=finite_or_none(proposal.urgency),
+        forecast_parameters=forecast.parameters,
+        forecast_flops=forecast.flops,
+        forecast_memory_mib=finite_or_none(forecast.memory_mib),
+        forecast_latency_ms=finite_or_none(forecast.latency_ms),
+        policy=proposal.policy,
+        safety_policy=policy,
+        proposed_step=proposal.step,
+        evidence=proposal.evidence,
+        reasons=proposal.reasons,
+        checks=[asdict(check) for check in checks],
+        why_not=proposal.why_not,
+        asks=asks,
+        evidence_hash=evidence_hash(proposal),
+    )
+
+
+def evidence_hash(proposal: Proposal) -> str:
+    """Names exactly what an approver is shown: what will run, where, and on which evidence."""
+    shown = {
+        "layer": proposal.layer,
+        "blueprint": proposal.blueprint,
+        "config": proposal.config,
+        "step": proposal.step,
+        "evidence": proposal.evidence,
+        "confidence": codec.number_to_wire(proposal.confidence),
+    }
+    return hashlib.sha256(codec.encode(shown)).hexdigest()
+
+
+def _announce_proposal(adaptation: Adaptation, actor: Actor) -> None:
+    from apps.audit.services import record
+
+    record(
+        actor=actor,
+        act="adaptation.proposed",
+        object_kind="adaptation",
+        object_uid=adaptation.uid,
+        run_uid=adaptation.run.uid,
+        data={
+            "number": adaptation.number,
+            "layer": adaptation.layer,
+            "blueprint": adaptation.blueprint.slug,
+            "confidence": adaptation.confidence,
+            "evidence_hash": adaptation.evidence_hash,
+            "to": str(adaptation.state),
+            "version": adaptation.version,
+        },
+    )
+
+
+def _send_on(adaptation: Adaptation, layer: LayerInfo) -> Adaptation:
+    policy = adaptation.safety_policy
+    rule = Actor(ActorKind.RULE, f"policy v{policy.version}")
+    transition(adaptation, AdaptationState.VALIDATING, actor=rule)
+    if adaptation.asks:
+        reason = " ".join(adaptation.asks)
+        return transition(adaptation, AdaptationState.AWAITING_APPROVAL, actor=rule, reason=reason)
+    threshold = policy.safety_policy().confidence_auto
+    sentence = (
+        f"confidence {adaptation.confidence:.2f} >= {threshold:.2f} and risk {adaptation.risk}"
+    )
+    transition(
+        adaptation,
+        AdaptationState.APPROVED,
+        actor=rule,
+        reason=sentence,
+        decided_rule=f"policy v{policy.version}: {sentence}",
+        decided_at=timezone.now(),
+    )
+    return queue_compilation(adaptation, layer=layer, actor=rule)
+
+
+@transaction.atomic
+def record_closed_gates(
+    *, run: Run, layer: str, step: int, checks: list[Check], action: str = "Nothing was grafted."
+) -> None:
+    """A violation for each broken limit; waiting for a cooldown or a turn is not one."""
+    for check in checks:
+        if check.rule in _ROUTINE:
+            continue
+        record_violation(
+            run=run,
+            rule=check.rule,
+            severity=Severity.CAUTION,
+            observed=check.observed,
+            limit=check.limit,
+            text=check.text,
+            action=action,
+            layer=layer,
+            step=step,
+        )
+
+
+def record_decline(
+    *,
+    run: Run,
+    epoch: int,
+    step: int,
+    layer: str,
+    adaptation_type: str,
+    confidence: float,
+    reasons: list[str],
+    checks: list[Check],
+    actor: Actor,
+) -> None:
+    """Tamiyo has said no by itself; broken limits become violations.
+
+    Raises:
+        Problem: the run has a newer epoch, or has ended.
+    """
+    check_epoch(run, epoch)
+    record_closed_gates(
+        run=run, layer=layer, step=step, checks=[check for check in checks if check.blocks]
+    )

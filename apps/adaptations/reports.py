@@ -1,0 +1,417 @@
+"""What trainers report: answers to commands, what is in the model, what they did alone, the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from django.db import transaction
+from django.utils import timezone
+
+from apps.accounts.actors import Actor
+from apps.accounts.models import User
+from apps.accounts.problems import Problem, not_found
+from apps.adaptations.dispatching import request_undo
+from apps.adaptations.lifecycle import transition
+from apps.adaptations.models import Adaptation
+from apps.audit.services import record
+from apps.kernels.services import cancel_job
+from apps.notifications.services import publish, run_topic
+from apps.runs.models import Command, Run
+from apps.runs.services import (
+    Registration,
+    RunSpec,
+    check_epoch,
+    issue_command,
+    set_state,
+)
+from apps.runs.services import register_run as register
+from apps.violations.services import record_violation
+from esper.contracts import (
+    ADAPTATION_ENDED,
+    AdaptationState,
+    CommandAck,
+    CommandKind,
+    CommandState,
+    RefusalCode,
+    RunState,
+    Severity,
+    ViolationRule,
+)
+
+S = AdaptationState
+
+_WITH_TRAINER = (S.DISPATCHED, S.ACCEPTED, S.PROBATION, S.ROLLING_BACK)
+_RANK = {
+    CommandState.ISSUED: 0,
+    CommandState.ACCEPTED: 1,
+    CommandState.EXPIRED: 1,
+    CommandState.APPLIED: 2,
+    CommandState.REFUSED: 2,
+    CommandState.FAILED: 2,
+}
+_REFUSAL_RULES = {
+    RefusalCode.BAD_SIGNATURE: ViolationRule.SIGNATURE,
+    RefusalCode.BAD_DIGEST: ViolationRule.SIGNATURE,
+    RefusalCode.CERTIFICATE_FAILED: ViolationRule.CERTIFICATE,
+    RefusalCode.INCOMPATIBLE_LAYER: ViolationRule.COMPATIBILITY,
+    RefusalCode.UNKNOWN_BLUEPRINT: ViolationRule.COMPATIBILITY,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRollback:
+    """The trainer's guard took a graft out by itself."""
+
+    adaptation: str
+    step: int
+    rule: ViolationRule
+    observed: str
+    limit: str
+    pause_ms: float
+    exact: bool
+    digest_after: str = ""
+
+
+@transaction.atomic
+def register_run(*, owner: User, actor: Actor, spec: RunSpec) -> Registration:
+    """Registers a run; on a restart, whatever the trainer had in its hands is in doubt."""
+    registration = register(owner=owner, actor=actor, spec=spec)
+    if registration.resumed:
+        for adaptation in _of(registration.run, _WITH_TRAINER):
+            transition(adaptation, S.IN_DOUBT, actor=actor, reason="the trainer was started again")
+    return registration
+
+
+@transaction.atomic
+def settle_hello(
+    *, run: Run, epoch: int, step: int, applied: list[dict[str, Any]], actor: Actor
+) -> list[Adaptation]:
+    """The trainer says which grafts its model really holds; that settles what is in doubt."""
+    check_epoch(run, epoch)
+    held = {entry["adaptation"]: entry for entry in applied if entry["adaptation"]}
+    settled = []
+    for adaptation in _of(run, (S.IN_DOUBT, S.KEPT)):
+        if adaptation.state == S.IN_DOUBT:
+            settled.append(_settle(adaptation, held.get(adaptation.uid), actor))
+        elif adaptation.uid not in held and run.epoch > 1:
+            settled.append(_lost_when_kept(adaptation, actor))
+    _undo_leftovers(run, set(held), actor)
+    if run.state in (RunState.STARTING, RunState.UNREACHABLE):
+        set_state(run=run, state=RunState.RUNNING, actor=actor)
+    return settled
+
+
+def _settle(adaptation: Adaptation, held: dict[str, Any] | None, actor: Actor) -> Adaptation:
+    if held is None:
+        if adaptation.grafted_at is None:
+            reason = "the restarted trainer never grafted it"
+            return transition(adaptation, S.NOT_APPLIED, actor=actor, reason=reason)
+        end = S.REVERTED if adaptation.kept_at else S.ROLLED_BACK
+        reason = "the trainer was restarted from a state without this graft"
+        return transition(adaptation, end, actor=actor, reason=reason)
+    if _undo_was_requested(adaptation):
+        transition(adaptation, S.ROLLING_BACK, actor=actor, reason="the graft is still there")
+        request_undo(adaptation, reason="it was to be taken out before the restart")
+        return adaptation
+    return transition(
+        adaptation,
+        S.PROBATION,
+        actor=actor,
+        reason="the restarted trainer holds this graft",
+        graft_step=held["step"],
+        grafted_at=adaptation.grafted_at or timezone.now(),
+    )
+
+
+def _undo_was_requested(adaptation: Adaptation) -> bool:
+    return Command.objects.filter(adaptation_uid=adaptation.uid, kind=CommandKind.UNDO).exists()
+
+
+def _lost_when_kept(adaptation: Adaptation, actor: Actor) -> Adaptation:
+    reason = "the trainer was restarted from a state before this graft"
+    record_violation(
+        run=adaptation.run,
+        rule=ViolationRule.COMMAND,
+        severity=Severity.CAUTION,
+        observed="not in the model",
+        limit="kept",
+        text=f"The kept graft of {adaptation.layer} is not in the restarted model.",
+        action="Noted as reverted; nothing was grafted again.",
+        layer=adaptation.layer,
+        adaptation_uid=adaptation.uid,
+    )
+    return transition(adaptation, S.REVERTED, actor=actor, reason=reason)
+
+
+def _undo_leftovers(run: Run, held: set[str], actor: Actor) -> None:
+    """Grafts that were taken out once, but stand in the checkpoint that the trainer resumed."""
+    wrong = Adaptation.objects.filter(run=run, uid__in=held).filter(
+        state__in=ADAPTATION_ENDED - {S.KEPT}
+    )
+    for adaptation in wrong:
+        issue_command(
+            run=run,
+            kind=CommandKind.UNDO,
+            adaptation_uid=adaptation.uid,
+            layer=adaptation.layer,
+            payload={"hard": False, "reason": f"it is {adaptation.state}"},
+            ttl_seconds=300,
+        )
+        record(
+            actor=actor,
+            act="adaptation.leftover_undone",
+            object_kind="adaptation",
+            object_uid=adaptation.uid,
+            run_uid=run.uid,
+            reason="the resumed checkpoint held a graft that had been taken out",
+        )
+
+
+@transaction.atomic
+def acknowledge_command(*, run: Run, epoch: int, ack: CommandAck, actor: Actor) -> Command:
+    """Take the trainer's answer. Repeating one is harmless; an older word never undoes a newer.
+
+    Raises:
+        Problem: old epoch, or no such command.
+    """
+    check_epoch(run, epoch)
+    command = Command.objects.select_for_update().filter(run=run, seq=ack.seq).first()
+    if command is None:
+        raise not_found("command")
+    if _RANK[ack.state] <= _RANK[CommandState(command.state)]:
+        return command
+    command.state, command.code, command.reason = ack.state, ack.code, ack.reason
+    command.step, command.pause_ms = (ack.step if ack.step >= 0 else None), ack.pause_ms
+    command.acknowledged_at = timezone.now()
+    command.save()
+    _note_ack(command, ack, actor)
+    if command.kind == CommandKind.GRAFT:
+        _after_graft(command, ack, actor)
+    elif command.kind == CommandKind.UNDO:
+        _after_undo(command, ack, actor)
+    return command
+
+
+def _note_ack(command: Command, ack: CommandAck, actor: Actor) -> None:
+    data = {
+        "seq": command.seq,
+        "kind": command.kind,
+        "state": str(ack.state),
+        "step": ack.step,
+        "code": ack.code,
+        "adaptation": command.adaptation_uid,
+    }
+    record(
+        actor=actor,
+        act=f"command.{ack.state}",
+        object_kind="command",
+        object_uid=f"{command.run.uid}/{command.seq}",
+        run_uid=command.run.uid,
+        reason=ack.reason,
+        data=data,
+    )
+    publish(topic=run_topic(command.run.uid), type="command.acknowledged", data=data)
+
+
+def _after_graft(command: Command, ack: CommandAck, actor: Actor) -> None:
+    adaptation = _adaptation(command)
+    if adaptation is None or adaptation.state not in (S.DISPATCHED, S.ACCEPTED, S.IN_DOUBT):
+        return
+    if ack.state is CommandState.REFUSED:
+        _refused(adaptation, ack)
+        transition(adaptation, S.NOT_APPLIED, actor=actor, reason=f"{ack.code}: {ack.reason}")
+        return
+    if adaptation.state != S.ACCEPTED:
+        transition(adaptation, S.ACCEPTED, actor=actor)
+    if ack.state is CommandState.FAILED:
+        _refused(adaptation, ack)
+        transition(
+            adaptation,
+            S.APPLY_FAILED,
+            actor=actor,
+            reason=ack.reason,
+            certificate=ack.certificate.to_wire() if ack.certificate else None,
+        )
+    elif ack.state is CommandState.APPLIED:
+        transition(
+            adaptation,
+            S.PROBATION,
+            actor=actor,
+            graft_step=ack.step,
+            grafted_at=timezone.now(),
+            pause_ms=ack.pause_ms,
+            certificate=ack.certificate.to_wire() if ack.certificate else None,
+            digest_before=ack.digest_before,
+            digest_after=ack.digest_after,
+        )
+
+
+def _refused(adaptation: Adaptation, ack: CommandAck) -> None:
+    code = RefusalCode(ack.code) if ack.code in set(RefusalCode) else None
+    rule = _REFUSAL_RULES.get(code, ViolationRule.COMMAND) if code else ViolationRule.COMMAND
+    serious = rule in (ViolationRule.SIGNATURE, ViolationRule.CERTIFICATE)
+    record_violation(
+        run=adaptation.run,
+        rule=rule,
+        severity=Severity.SERIOUS if serious else Severity.CAUTION,
+        observed=ack.reason or ack.code,
+        limit="verified, compatible, function-preserving",
+        text=f"The trainer did not graft {adaptation.blueprint.slug} into {adaptation.layer}: "
+        f"{ack.reason or ack.code}",
+        action="The model is as it was before.",
+        layer=adaptation.layer,
+        adaptation_uid=adaptation.uid,
+        step=ack.step if ack.step >= 0 else None,
+    )
+
+
+def _after_undo(command: Command, ack: CommandAck, actor: Actor) -> None:
+    adaptation = _adaptation(command)
+    if adaptation is None or adaptation.state != S.ROLLING_BACK:
+        return
+    if ack.state is CommandState.APPLIED:
+        _rolled_back(adaptation, actor, ack.digest_after, command.payload.get("reason", ""))
+    elif ack.code == RefusalCode.NOT_GRAFTED:
+        _rolled_back(adaptation, actor, ack.digest_after, "it was out already")
+    elif ack.state in (CommandState.FAILED, CommandState.REFUSED):
+        quarantine(adaptation, actor, ack.reason or ack.code)
+
+
+def _rolled_back(adaptation: Adaptation, actor: Actor, digest_after: str, reason: str) -> None:
+    hard = adaptation.kept_at is None
+    exact = (digest_after == adaptation.digest_before) if hard and digest_after else None
+    transition(
+        adaptation,
+        S.ROLLED_BACK if hard else S.REVERTED,
+        actor=actor,
+        reason=reason,
+        undo_exact=exact,
+    )
+
+
+def quarantine(adaptation: Adaptation, actor: Actor, reason: str) -> None:
+    """The graft could not be taken out: no more adaptations of this run. In a transaction."""
+    transition(adaptation, S.ROLLBACK_FAILED, actor=actor, reason=reason)
+    Run.objects.filter(pk=adaptation.run_id).update(
+        quarantined_reason=f"A-{adaptation.number} could not be taken out: {reason}"
+    )
+    record_violation(
+        run=adaptation.run,
+        rule=ViolationRule.DEADLINE,
+        severity=Severity.CRITICAL,
+        observed=reason,
+        limit="rolled back",
+        text=f"The graft of {adaptation.layer} could not be taken out.",
+        action="The run is quarantined: nothing is grafted until it restarts from a checkpoint.",
+        layer=adaptation.layer,
+        adaptation_uid=adaptation.uid,
+    )
+
+
+@transaction.atomic
+def record_local_rollback(
+    *, run: Run, epoch: int, report: LocalRollback, actor: Actor
+) -> Adaptation:
+    """The trainer's own guard was quicker than anybody here.
+
+    Raises:
+        Problem: old epoch, or an adaptation of another run.
+    """
+    check_epoch(run, epoch)
+    adaptation = _one(run, report.adaptation)
+    if adaptation.state in (S.ROLLED_BACK, S.REVERTED, S.ROLLBACK_FAILED):
+        return adaptation  # told before
+    _catch_up(adaptation, actor, report)
+    record_violation(
+        run=run,
+        rule=report.rule,
+        severity=Severity.SERIOUS,
+        observed=report.observed,
+        limit=report.limit,
+        text=f"{adaptation.layer}: {report.rule.replace('_', ' ')} after the graft.",
+        action=f"The trainer took the graft out by itself at step {report.step}.",
+        layer=adaptation.layer,
+        adaptation_uid=adaptation.uid,
+        step=report.step,
+    )
+    transition(
+        adaptation,
+        S.REVERTED if adaptation.kept_at else S.ROLLED_BACK,
+        actor=actor,
+        reason=f"{report.rule}: {report.observed} (limit {report.limit})",
+        undo_exact=report.exact,
+    )
+    return adaptation
+
+
+def _catch_up(adaptation: Adaptation, actor: Actor, report: LocalRollback) -> None:
+    """Walk to ``rolling_back`` along the lifecycle, whatever we knew so far."""
+    if adaptation.state == S.DISPATCHED:
+        transition(adaptation, S.ACCEPTED, actor=actor)
+    if adaptation.state == S.ACCEPTED:
+        transition(
+            adaptation,
+            S.PROBATION,
+            actor=actor,
+            graft_step=report.step,
+            grafted_at=timezone.now(),
+        )
+    if adaptation.state in (S.PROBATION, S.KEPT, S.IN_DOUBT):
+        reason = f"{report.rule}: {report.observed}"
+        transition(adaptation, S.ROLLING_BACK, actor=actor, reason=reason)
+    if adaptation.state != S.ROLLING_BACK:
+        raise Problem(
+            409,
+            "decision-not-pending",
+            f"A-{adaptation.number} is {adaptation.state}, not grafted.",
+        )
+
+
+@transaction.atomic
+def finish_run(
+    *, run: Run, epoch: int, state: RunState, step: int, reason: str, actor: Actor
+) -> Run:
+    """The trainer has ended by itself; nothing of this run may stay open."""
+    check_epoch(run, epoch)
+    set_state(run=run, state=state, actor=actor, reason=reason)
+    Run.objects.filter(pk=run.pk).update(step=step)
+    close_open_adaptations(run, actor, f"the run has {state}")
+    run.refresh_from_db()
+    return run
+
+
+def close_open_adaptations(run: Run, actor: Actor, reason: str) -> None:
+    """Give everything that is under way in an ended run its end. In a transaction."""
+    for adaptation in _of(run, tuple(set(S) - ADAPTATION_ENDED)):
+        if adaptation.job is not None:
+            cancel_job(adaptation.job)
+        transition(adaptation, _end_with_run(adaptation), actor=actor, reason=reason)
+
+
+def _end_with_run(adaptation: Adaptation) -> AdaptationState:
+    state = AdaptationState(adaptation.state)
+    if state in (S.PROPOSED, S.VALIDATING):
+        return S.DECLINED
+    if state in (S.DISPATCHED, S.ACCEPTED):
+        return S.NOT_APPLIED
+    if state in (S.PROBATION, S.ROLLING_BACK, S.IN_DOUBT):
+        return S.RUN_LOST  # it is in the model, and nobody will judge it
+    return S.CANCELLED
+
+
+def _of(run: Run, states: tuple[AdaptationState, ...]) -> list[Adaptation]:
+    return list(
+        Adaptation.objects.select_for_update().filter(run=run, state__in=states).order_by("id")
+    )
+
+
+def _adaptation(command: Command) -> Adaptation | None:
+    return Adaptation.objects.filter(uid=command.adaptation_uid).first()
+
+
+def _one(run: Run, uid: str) -> Adaptation:
+    adaptation = Adaptation.objects.select_for_update().filter(run=run, uid=uid).first()
+    if adaptation is None:
+        raise not_found("adaptation")
+    return adaptation

@@ -1,0 +1,21 @@
+"""Celery's doorbells; the work and the truth are in the services and the database."""
+
+from celery import shared_task
+
+from apps.adaptations import services
+from apps.kernels.presence import worker_name
+
+
+@shared_task(name="adaptations.compile")
+def compile_kernel(job_uid: str) -> None:
+    services.compile_kernel(job_uid, worker=worker_name())
+
+
+@shared_task(name="adaptations.dispatch")
+def dispatch(adaptation_uid: str) -> None:
+    services.dispatch(adaptation_uid, worker=worker_name())
+
+
+@shared_task(name="adaptations.sweep")
+def sweep() -> None:
+    services.sweep()

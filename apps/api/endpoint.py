@@ -1,0 +1,101 @@
+"""Which scopes a token needs, and which run it is for."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from rest_framework.permissions import SAFE_METHODS, BasePermission
+from rest_framework.request import Request
+from rest_framework.views import APIView
+
+from apps.accounts.models import ApiToken, User
+from apps.accounts.policy import Act, may
+from apps.accounts.problems import Problem, not_found
+from esper.contracts import TokenScope
+
+# A browser's session stands for the person, as a token of these two scopes does.
+_SESSION_SCOPES = frozenset({TokenScope.READ, TokenScope.ACT})
+READERS = frozenset({TokenScope.READ, TokenScope.ACT, TokenScope.DECIDE})
+
+
+class ScopePermission(BasePermission):
+    """A token must have one of the scopes that the view names for reading or for writing."""
+
+    def has_permission(self, request: Request, view: APIView) -> bool:
+        assert isinstance(view, Endpoint)
+        if not request.user or not request.user.is_authenticated:
+            return False
+        wanted = view.readers if request.method in SAFE_METHODS else view.writers
+        scopes = scopes_of(request)
+        if not scopes & wanted:
+            raise Problem(
+                403,
+                "insufficient-scope",
+                f"This needs a token with the scope {' or '.join(sorted(wanted))}.",
+            )
+        return True
+
+
+def scopes_of(request: Request) -> frozenset[str]:
+    if isinstance(request.auth, ApiToken):
+        return frozenset(request.auth.scopes)
+    return _SESSION_SCOPES
+
+
+class Endpoint(APIView):
+    """What all views share. Subclasses parse, call one service, and shape the answer.
+
+    Attributes:
+        readers: scopes that may GET.
+        writers: scopes that may do anything else.
+        parameters: query parameters that are known; any other is refused.
+    """
+
+    permission_classes = (ScopePermission,)
+    readers: ClassVar[frozenset[TokenScope]] = READERS
+    writers: ClassVar[frozenset[TokenScope]] = frozenset({TokenScope.ACT})
+    parameters: ClassVar[frozenset[str]] = frozenset()
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super().initial(request, *args, **kwargs)
+        refuse_unknown_parameters(request, self.parameters)
+
+
+def refuse_unknown_parameters(request: Request, known: frozenset[str]) -> None:
+    """Raises ``Problem`` 400 for a query parameter that would be ignored."""
+    unknown = sorted(set(request.query_params) - known)
+    if unknown:
+        errors = [
+            {
+                "parameter": name,
+                "code": "unknown-parameter",
+                "detail": "There is no such parameter.",
+            }
+            for name in unknown
+        ]
+        allowed = ", ".join(sorted(known)) or "none"
+        raise Problem(
+            400,
+            "invalid",
+            f"Unknown parameter {unknown[0]!r}; known here: {allowed}.",
+            errors=errors,
+        )
+
+
+def require(user: User, act: Act, *, owner_id: int | None = None) -> None:
+    """Raises ``Problem`` 403 with the policy's own words."""
+    permission = may(user, act, owner_id=owner_id)
+    if not permission.allowed:
+        raise Problem(403, permission.code, permission.why)
+
+
+def check_run_of_token(request: Request, run_uid: str) -> None:
+    """A run token sees its own run; any other "does not exist"."""
+    token = request.auth
+    if isinstance(token, ApiToken) and token.run_uid and token.run_uid != run_uid:
+        raise not_found("run")
+
+
+def run_of_token(request: Request) -> str:
+    """The run that the caller is confined to, empty for everybody else."""
+    return request.auth.run_uid if isinstance(request.auth, ApiToken) else ""

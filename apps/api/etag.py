@@ -1,0 +1,50 @@
+"""Versions on the wire: ``ETag``, ``If-Match``, ``If-None-Match``."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from apps.accounts.problems import Problem
+from esper.contracts import codec
+
+_VERSION = re.compile(r'"?(\d{1,9})"?')
+
+
+def versioned_response(data: Any, version: int, *, status: int = 200) -> Response:
+    """An answer whose ``ETag`` is the resource's version, for a later ``If-Match``."""
+    return Response(data, status=status, headers={"ETag": f'"{version}"'})
+
+
+def cacheable_response(request: Request, data: Any) -> Response:
+    """An answer tagged by its content; 304 where the caller has it already."""
+    tag = f'"{hashlib.sha256(codec.encode(data)).hexdigest()[:32]}"'
+    held = {part.strip() for part in request.headers.get("If-None-Match", "").split(",")}
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
+    if tag in held or "*" in held:
+        return Response(status=304, headers=headers)
+    return Response(data, headers=headers)
+
+
+def expected_version(request: Request) -> int:
+    """The version in ``If-Match``.
+
+    Raises:
+        Problem: 428 when it is missing, 400 when it is not one of ours.
+    """
+    header = request.headers.get("If-Match", "").strip()
+    if not header:
+        raise Problem(
+            428,
+            "precondition-required",
+            "Send If-Match with the ETag of what you have seen, so that nobody decides on "
+            "something that has changed.",
+        )
+    match = _VERSION.fullmatch(header)
+    if match is None:
+        raise Problem(400, "invalid", 'If-Match must be an ETag of this resource, such as "3".')
+    return int(match[1])

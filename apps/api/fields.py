@@ -1,0 +1,112 @@
+"""Input fields that take what they say and nothing that Python would quietly convert."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from drf_spectacular.utils import extend_schema_field
+from rest_framework import serializers
+
+from esper.contracts import codec
+from esper.exceptions import CodecError
+
+MAX_WHOLE_NUMBER = 2**63 - 1
+_NUMBER_SCHEMA = {"oneOf": [{"type": "number"}, {"type": "string", "enum": ["nan", "inf", "-inf"]}]}
+
+
+class Text(serializers.CharField):
+    """A JSON string; a number is not one."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"trim_whitespace": False, "max_length": 4000, **kwargs})
+
+    def to_internal_value(self, data: Any) -> str:
+        if not isinstance(data, str):
+            self.fail("invalid")
+        return super().to_internal_value(data)
+
+
+class WholeNumber(serializers.IntegerField):
+    """A JSON integer; neither a boolean nor a text is one."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"min_value": 0, "max_value": MAX_WHOLE_NUMBER, **kwargs})
+
+    def to_internal_value(self, data: Any) -> int:
+        if type(data) is not int:
+            self.fail("invalid")
+        return data
+
+
+class FiniteNumber(serializers.FloatField):
+    """A JSON number; the codec has refused those that are not finite."""
+
+    def to_internal_value(self, data: Any) -> float:
+        if type(data) not in (int, float) or not math.isfinite(data):
+            self.fail("invalid")
+        return float(data)
+
+
+@extend_schema_field(_NUMBER_SCHEMA)
+class WireNumber(serializers.Field[float, Any, Any, float]):
+    """A number that may be "nan", "inf" or "-inf"."""
+
+    default_error_messages = {"invalid": 'A number, "nan", "inf" or "-inf" is required.'}
+
+    def to_internal_value(self, data: Any) -> float:
+        try:
+            return codec.number_from_wire(data)
+        except CodecError:
+            self.fail("invalid")
+
+    def to_representation(self, value: float) -> Any:
+        return codec.number_to_wire(float(value))
+
+
+class Flag(serializers.BooleanField):
+    """JSON's true or false; "yes" and 1 are neither."""
+
+    def to_internal_value(self, data: Any) -> bool:
+        if not isinstance(data, bool):
+            self.fail("invalid", input=data)
+        return data
+
+
+@extend_schema_field({"type": "object", "additionalProperties": True})
+class Members(serializers.Field[dict[str, Any], Any, Any, dict[str, Any]]):
+    """A JSON object whose members differ by kind."""
+
+    default_error_messages = {"invalid": "A JSON object is required."}
+
+    def to_internal_value(self, data: Any) -> dict[str, Any]:
+        if not isinstance(data, dict):
+            self.fail("invalid")
+        return data
+
+    def to_representation(self, value: dict[str, Any]) -> dict[str, Any]:
+        return value
+
+
+class PersonsInput(serializers.Serializer[Any]):
+    """What a person or their script sends: an unknown member is a typing error, so it is refused.
+
+    Trainers and services send plain serializers: a newer one may know more than this server.
+    """
+
+    def to_internal_value(self, data: Any) -> Any:
+        if isinstance(data, dict):
+            unknown = sorted(set(data) - set(self.fields))
+            if unknown:
+                raise serializers.ValidationError(
+                    {name: ["There is no such member."] for name in unknown}
+                )
+        return super().to_internal_value(data)
+
+
+def parse(serializer: type[serializers.Serializer[Any]], data: Any) -> dict[str, Any]:
+    """The validated members; raises DRF's ``ValidationError``."""
+    form = serializer(data=data)
+    form.is_valid(raise_exception=True)
+    values: dict[str, Any] = form.validated_data
+    return values

@@ -1,0 +1,88 @@
+"""Query parameters, from a list of those that are known. What is not known is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from django.db.models import Model, QuerySet
+from django.utils.dateparse import parse_datetime
+from rest_framework.request import Request
+
+from apps.accounts.problems import Problem
+
+Parse = Callable[[str], Any]
+_M = TypeVar("_M", bound=Model)
+
+
+def text(value: str) -> str:
+    if len(value) > 300 or "\x00" in value:
+        raise ValueError("a text of at most 300 characters")
+    return value
+
+
+def one_of(members: Iterable[str]) -> Parse:
+    known = [str(member) for member in members]
+
+    def parse(value: str) -> str:
+        if value not in known:
+            raise ValueError(f"one of {', '.join(known)}")
+        return value
+
+    return parse
+
+
+def many_of(members: Iterable[str]) -> Parse:
+    member = one_of(members)
+
+    def parse(value: str) -> list[str]:
+        return [member(part) for part in value.split(",")]
+
+    return parse
+
+
+def whole_number(value: str) -> int:
+    if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) <= 18):
+        raise ValueError("a whole number")
+    return int(value)
+
+
+def flag(value: str) -> bool:
+    if value not in {"true", "false"}:
+        raise ValueError("true or false")
+    return value == "true"
+
+
+def moment(value: str) -> Any:
+    parsed = parse_datetime(value)
+    if parsed is None or parsed.tzinfo is None:
+        raise ValueError("a time such as 2026-01-31T12:00:00Z")
+    return parsed
+
+
+def apply_filters(
+    request: Request, rows: QuerySet[_M], known: Mapping[str, tuple[str, Parse]]
+) -> QuerySet[_M]:
+    """Narrow ``rows`` by the request's parameters: name -> (look-up, parser)."""
+    chosen = {
+        lookup: parse_parameter(request, name, parse)
+        for name, (lookup, parse) in known.items()
+        if name in request.query_params
+    }
+    return rows.filter(**chosen)
+
+
+def parse_parameter(request: Request, name: str, parse: Parse, default: Any = None) -> Any:
+    """One parameter's value; raises ``Problem`` 400 that says what it should be."""
+    value = request.query_params.get(name)
+    if value is None:
+        return default
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise Problem(
+            400,
+            "invalid",
+            f"{name} must be {error}.",
+            errors=[{"parameter": name, "code": "invalid", "detail": f"must be {error}"}],
+        ) from error

@@ -1,0 +1,31 @@
+"""One id for each request, in the answer, in problems and in the log."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from django.http import HttpRequest, HttpResponseBase
+from django.utils.deprecation import MiddlewareMixin
+
+HEADER = "X-Request-Id"
+_SAFE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestIdMiddleware(MiddlewareMixin):
+    """Takes over the id that a proxy gave, when it is harmless, else makes one."""
+
+    def process_request(self, request: HttpRequest) -> None:
+        given = request.headers.get(HEADER, "")
+        request.META[HEADER] = given if _SAFE.fullmatch(given) else uuid.uuid4().hex
+
+    def process_response(
+        self, request: HttpRequest, response: HttpResponseBase
+    ) -> HttpResponseBase:
+        response.headers[HEADER] = request_id(request)
+        return response
+
+
+def request_id(request: HttpRequest) -> str:
+    """The request's id; one is made where the middleware is not installed."""
+    return str(request.META.setdefault(HEADER, uuid.uuid4().hex))

@@ -1,0 +1,36 @@
+"""How often one caller may ask; what is over it is 429 with ``Retry-After``."""
+
+from __future__ import annotations
+
+from rest_framework.request import Request
+from rest_framework.throttling import SimpleRateThrottle
+from rest_framework.views import APIView
+
+from apps.accounts.models import ApiToken
+
+
+class _CallerThrottle(SimpleRateThrottle):
+    def get_cache_key(self, request: Request, view: APIView) -> str | None:
+        if request.method in {"GET", "HEAD", "OPTIONS"}:
+            return None
+        caller = request.auth.uid if isinstance(request.auth, ApiToken) else str(request.user.pk)
+        return f"throttle:{self.scope}:{caller}"
+
+
+class ActThrottle(_CallerThrottle):
+    """People's acts: nobody decides five times a second."""
+
+    scope = "acts"
+    rate = "300/min"
+
+
+class TelemetryThrottle(_CallerThrottle):
+    """Batches of one run. The SDK sends about two a second."""
+
+    scope = "telemetry"
+    rate = "3000/min"
+
+
+class TokenThrottle(_CallerThrottle):
+    scope = "tokens"
+    rate = "30/min"

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from django.db.models import QuerySet
+from django.http import StreamingHttpResponse
+from drf_spectacular.types import OpenApiTypes
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from apps.accounts.policy import Act
+from apps.api.authentication import person
+from apps.api.endpoint import Endpoint, require
+from apps.api.filters import apply_filters, moment, text, whole_number
+from apps.api.pagination import PARAMETERS, page_response
+from apps.api.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.audit.models import AuditEvent
+from apps.audit.serializers import AuditEventOutput, ChainOutput
+from apps.audit.services import verify_chain
+from esper.contracts import codec
+
+FILTERS = {
+    "run": ("run_uid", text),
+    "actor": ("actor", text),
+    "act": ("act", text),
+    "object": ("object_uid", text),
+    "at__gte": ("at__gte", moment),
+    "at__lt": ("at__lt", moment),
+    "after": ("id__gt", whole_number),
+}
+_DOCUMENTED = [query(name) for name in FILTERS]
+
+
+class AuditLog(Endpoint):
+    parameters = PARAMETERS | frozenset(FILTERS)
+
+    @documented(
+        "list_audit_events",
+        answer=page_of(AuditEventOutput),
+        parameters=[*_DOCUMENTED, CURSOR, LIMIT],
+    )
+    def get(self, request: Request) -> Response:
+        require(person(request), Act.VIEW_AUDIT)
+        events = apply_filters(request, AuditEvent.objects.all(), FILTERS)
+        return page_response(request, events, lambda rows: AuditEventOutput(rows, many=True).data)
+
+
+class AuditVerification(Endpoint):
+    @documented("verify_audit_log", answer=ChainOutput, summary="Check the whole chain of hashes")
+    def get(self, request: Request) -> Response:
+        require(person(request), Act.VIEW_AUDIT)
+        return Response(asdict(verify_chain()))
+
+
+class AuditExport(Endpoint):
+    parameters = frozenset(FILTERS)
+
+    @documented(
+        "export_audit_log",
+        answer=OpenApiTypes.BINARY,
+        parameters=_DOCUMENTED,
+        summary="The log as NDJSON, oldest first",
+    )
+    def get(self, request: Request) -> StreamingHttpResponse:
+        require(person(request), Act.VIEW_AUDIT)
+        events = apply_filters(request, AuditEvent.objects.all(), FILTERS)
+        return StreamingHttpResponse(
+            ndjson(events),
+            content_type="application/x-ndjson",
+            headers={"Content-Disposition": 'attachment; filename="esper-audit.ndjson"'},
+        )
+
+
+def ndjson(events: QuerySet[AuditEvent]) -> Iterator[bytes]:
+    for event in events.order_by("id").iterator(chunk_size=500):
+        yield codec.encode(AuditEventOutput(event).data) + b"\n"

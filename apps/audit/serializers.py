@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from typing import Any
+
+from rest_framework import serializers
+
+from apps.api.fields import Members
+from apps.audit.models import AuditEvent
+
+
+class AuditEventOutput(serializers.ModelSerializer[AuditEvent]):
+    data = Members()
+
+    class Meta:
+        model = AuditEvent
+        fields = (
+            "id",
+            "at",
+            "actor_kind",
+            "actor",
+            "via",
+            "act",
+            "object_kind",
+            "object_uid",
+            "run_uid",
+            "reason",
+            "data",
+            "previous_hash",
+            "hash",
+        )
+
+
+class ChainOutput(serializers.Serializer[Any]):
+    """``problem`` names the first thing that is wrong; ``event_id`` says where."""
+
+    verified = serializers.BooleanField()
+    events = serializers.IntegerField()
+    head = serializers.CharField()
+    problem = serializers.CharField()
+    event_id = serializers.IntegerField(allow_null=True)

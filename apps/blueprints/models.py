@@ -1,0 +1,33 @@
+"""The catalogue as people see and switch it; the code of a blueprint is in ``esper.blueprints``."""
+
+from __future__ import annotations
+
+from django.db import models
+
+from esper.contracts import AdaptationType, BlueprintCategory, GraftKind, Risk
+
+
+class Blueprint(models.Model):
+    slug = models.SlugField(max_length=60, unique=True)
+    ident = models.CharField(max_length=60, unique=True)  # "BP-PROJ-LoRA-64"
+    title = models.CharField(max_length=120)
+    category = models.CharField(max_length=24, choices=[(c, c) for c in BlueprintCategory])
+    kind = models.CharField(max_length=12, choices=[(k, k) for k in GraftKind])
+    adaptation_type = models.CharField(max_length=20, choices=[(t, t) for t in AdaptationType])
+    risk = models.CharField(max_length=8, choices=[(r, r) for r in Risk])
+    mergeable = models.BooleanField(default=False)
+    idea = models.TextField()
+    source = models.TextField(blank=True)
+    when = models.TextField(blank=True)
+    conflicts = models.JSONField(default=list)
+    version = models.CharField(max_length=16)
+    present = models.BooleanField(default=True)  # False: the code of it is gone
+    enabled = models.BooleanField(default=True)
+    disabled_reason = models.TextField(blank=True)
+    revision = models.PositiveIntegerField(default=1)
+
+    class Meta:
+        ordering = ("category", "slug")
+
+    def __str__(self) -> str:
+        return self.slug

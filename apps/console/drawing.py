@@ -1,0 +1,159 @@
+"""Numbers turned into the points and boxes of small inline pictures. No colours here: those are
+classes of the style sheet, because the content security policy allows no inline style.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from esper.contracts import GraftKind
+
+MAX_LABEL = 18
+
+
+@dataclass(frozen=True, slots=True)
+class Sparkline:
+    """A line in a 150 × 30 box; ``marks`` are x positions of values that were not finite."""
+
+    points: str
+    marks: tuple[float, ...]
+
+
+def sparkline(
+    values: Sequence[float | None], *, width: float = 150, height: float = 30
+) -> Sparkline | None:
+    """None when there is nothing to draw. ``None`` in ``values`` means: not a finite number."""
+    finite = [value for value in values if value is not None]
+    if len(values) < 2 or not finite:
+        return None
+    low, high = min(finite), max(finite)
+    span = (high - low) or 1.0
+    pace = width / (len(values) - 1)
+
+    def y(value: float) -> float:
+        return height - 2 - (height - 4) * (value - low) / span
+
+    points = " ".join(
+        f"{i * pace:.1f},{y(value):.1f}" for i, value in enumerate(values) if value is not None
+    )
+    marks = tuple(round(i * pace, 1) for i, value in enumerate(values) if value is None)
+    return Sparkline(points, marks)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    x: int
+    shade: str  # class h0 … h9, or hx for unknown
+    poor: bool
+    label: str
+
+
+def health_cells(health: Mapping[str, float], *, most: int = 24) -> list[Cell]:
+    """One cell for each layer; neighbours share a cell (worst wins) when there are too many."""
+    names = list(health)
+    size = max(1, math.ceil(len(names) / most))
+    groups = [names[i : i + size] for i in range(0, len(names), size)]
+    return [_cell(i, group, health) for i, group in enumerate(groups)]
+
+
+def _cell(position: int, names: Sequence[str], health: Mapping[str, float]) -> Cell:
+    known = [health[name] for name in names if math.isfinite(health[name])]
+    worst = min(known) if known else math.nan
+    said = f"{worst:.2f}" if known else "unknown"
+    label = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+    return Cell(position * 8, shade(worst), bool(known) and worst < 0.4, f"{label}: {said}")
+
+
+def shade(health: float) -> str:
+    """Health 0..1 as a class of ten cividis steps."""
+    if not math.isfinite(health):
+        return "hx"
+    return f"h{min(9, max(0, int(health * 10)))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A horizontal bar around zero, in a box that is 200 wide with its zero at 100."""
+
+    x: float
+    width: float
+    positive: bool
+
+
+def signed_bar(value: float, largest: float) -> Bar:
+    length = 0.0 if largest <= 0 else 96 * min(1.0, abs(value) / largest)
+    return Bar(100 if value >= 0 else 100 - length, max(length, 1.5), value >= 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Fall:
+    """One row of a waterfall: its bar starts where the sum before it ended."""
+
+    name: str
+    value: float
+    x: float
+    width: float
+    total: float
+
+
+def waterfall(terms: Mapping[str, float], *, width: float = 300) -> list[Fall]:
+    """Rows of a reward's terms, scaled so that all of them fit between the extremes of the sum."""
+    sums = [0.0]
+    for value in terms.values():
+        sums.append(sums[-1] + value)
+    low, high = min(sums), max(sums)
+    scale = width / ((high - low) or 1.0)
+    return [
+        Fall(
+            name=name,
+            value=value,
+            x=round((min(before, before + value) - low) * scale, 1),
+            width=round(max(abs(value) * scale, 1.5), 1),
+            total=before + value,
+        )
+        for (name, value), before in zip(terms.items(), sums, strict=False)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """What the picture of a graft shows: the neighbours' names and the way it is joined."""
+
+    before: str
+    layer: str
+    after: str
+    graft: str
+    join: str  # parallel, scale, replace, wrap, observe
+    words: str  # the same for people who do not see it
+
+
+_WORDS: dict[str, str] = {
+    "parallel": "{graft} runs beside {layer}; its output, zero at birth, is added to the layer's.",
+    "scale": "The output of {layer} is multiplied by {graft}, which is one at birth.",
+    "replace": "{graft} takes over from {layer} step by step; its share is zero at birth.",
+    "wrap": "{layer} stays as it is; {graft} acts on its gradient.",
+    "observe": "{layer} stays as it is; {graft} only measures its output.",
+}
+
+
+def sketch(layer: str, graft: str, kind: str, *, before: str, after: str) -> Sketch:
+    """The parts of the before/after picture; kinds without one of their own join in parallel."""
+    join = kind if kind in _WORDS else str(GraftKind.PARALLEL)
+    return Sketch(
+        before=shorten(before),
+        layer=shorten(layer),
+        after=shorten(after),
+        graft=shorten(graft, 26),
+        join=join,
+        words=_WORDS[join].format(graft=graft, layer=layer),
+    )
+
+
+def shorten(text: str, most: int = MAX_LABEL) -> str:
+    """Cut in the middle: the ends of a layer's name tell it from its neighbours."""
+    if len(text) <= most:
+        return text
+    half = (most - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"

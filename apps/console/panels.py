@@ -1,0 +1,73 @@
+"""A page is made of panels; each can be fetched alone (``?panel=name``) and fails alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from django.http import Http404, HttpRequest, HttpResponse
+from django.shortcuts import render
+from django.template.loader import render_to_string
+from django.utils.safestring import SafeString
+
+from apps.console.selectors import last_seqs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One box of a page.
+
+    Attributes:
+        build: its data; called only when it is shown.
+        wakes: first words of the events that make it look again.
+        every: seconds between looks without an event; 0 never.
+    """
+
+    name: str
+    title: str
+    template: str
+    build: Callable[[], dict[str, Any]]
+    wakes: tuple[str, ...] = ()
+    every: int = 0
+
+
+def render_page(
+    request: HttpRequest,
+    template: str,
+    *,
+    title: str,
+    panels: Sequence[Panel],
+    topics: Sequence[str] = (),
+    **context: Any,
+) -> HttpResponse:
+    """The whole page, or the one panel that was asked for."""
+    wanted = request.GET.get("panel")
+    if wanted is not None:
+        panel = next((panel for panel in panels if panel.name == wanted), None)
+        if panel is None:
+            raise Http404("there is no such panel")
+        return HttpResponse(_render_panel(request, panel, context))
+    # Read before the data: what happens in between is replayed, not missed.
+    since = last_seqs(["inbox", "system", *topics])
+    rendered = {panel.name: _render_panel(request, panel, context) for panel in panels}
+    page = {"title": title, "panels": rendered, "since": since, **context}
+    return render(request, template, page)
+
+
+def _render_panel(request: HttpRequest, panel: Panel, context: dict[str, Any]) -> SafeString:
+    shared = {**context, "panel": panel, "panel_url": _panel_url(request, panel)}
+    try:
+        return render_to_string(panel.template, {**shared, **panel.build()}, request)
+    except Exception:
+        log.exception("panel %s could not be built", panel.name)
+        return render_to_string("console/panel_failed.html", shared, request)
+
+
+def _panel_url(request: HttpRequest, panel: Panel) -> str:
+    query = request.GET.copy()
+    query["panel"] = panel.name
+    return f"{request.path}?{query.urlencode()}"

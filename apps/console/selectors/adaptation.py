@@ -1,0 +1,255 @@
+"""One adaptation's page: before, during and after the decision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from django.db.models import Q
+
+from apps.adaptations.models import Adaptation
+from apps.audit.models import AuditEvent
+from apps.console.drawing import Bar, Fall, Sketch, signed_bar, sketch, waterfall
+from apps.runs.models import Command
+from esper.contracts import SIGNAL_NOTES, AdaptationState, Signal
+
+_A = AdaptationState
+
+
+def get_adaptation(uid: str) -> Adaptation | None:
+    return (
+        Adaptation.objects.select_related(
+            "run__owner", "blueprint", "safety_policy", "decided_by", "claimed_by", "job", "kernel"
+        )
+        .filter(uid=uid)
+        .first()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ReasonRow:
+    text: str
+    signal: str
+    observed: float | None
+    weight: float
+    bar: Bar
+
+
+def reason_rows(reasons: Sequence[Mapping[str, Any]]) -> list[ReasonRow]:
+    """What speaks for and against, heaviest first."""
+    weights = [_number(reason.get("weight")) or 0.0 for reason in reasons]
+    largest = max((abs(weight) for weight in weights), default=0.0)
+    rows = [
+        ReasonRow(
+            text=str(reason.get("text") or reason.get("signal", "")),
+            signal=str(reason.get("signal", "")),
+            observed=_number(reason.get("observed")),
+            weight=weight,
+            bar=signed_bar(weight, largest),
+        )
+        for reason, weight in zip(reasons, weights, strict=True)
+    ]
+    return sorted(rows, key=lambda row: abs(row.weight), reverse=True)
+
+
+def _number(value: Any) -> float | None:
+    """Wire numbers may be ``"nan"``; whatever is not finite is unknown here."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceRow:
+    """One number then and now; ``unit`` and ``note`` tell what it is."""
+
+    name: str
+    then: float | None
+    now: float | None
+    unit: str
+    note: str
+
+    @property
+    def change(self) -> float | None:
+        if self.then is None or self.now is None:
+            return None
+        return self.now - self.then
+
+
+_NOTES = {str(signal): note for signal, note in SIGNAL_NOTES.items()}
+
+
+def evidence_rows(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[EvidenceRow]:
+    """Health first, then by name."""
+    names = sorted(then, key=lambda name: (name != Signal.HEALTH, name))
+    return [
+        EvidenceRow(
+            name=name,
+            then=_number(then[name]),
+            now=_number(now.get(name)),
+            unit=_NOTES.get(name, ("", ""))[0],
+            note=_NOTES.get(name, ("", ""))[1],
+        )
+        for name in names
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckRow:
+    rule: str
+    text: str
+    observed: str
+    limit: str
+    hard: bool
+    verdict: str  # passed, failed, unknown
+
+    @property
+    def shape(self) -> str:
+        return {"passed": "check", "failed": "cross"}.get(self.verdict, "question")
+
+    @property
+    def tone(self) -> str:
+        if self.verdict == "passed":
+            return "good"
+        return "serious" if self.hard else "caution"
+
+
+_VERDICTS = {True: "passed", False: "failed"}
+
+
+def check_rows(checks: Sequence[Mapping[str, Any]]) -> list[CheckRow]:
+    """Those that did not pass first."""
+    rows = [
+        CheckRow(
+            rule=str(check.get("rule", "")),
+            text=str(check.get("text", "")),
+            observed=str(check.get("observed", "")),
+            limit=str(check.get("limit", "")),
+            hard=bool(check.get("hard", True)),
+            verdict=_VERDICTS.get(check.get("passed"), "unknown"),  # type: ignore[arg-type]
+        )
+        for check in checks
+    ]
+    return sorted(rows, key=lambda row: row.verdict == "passed")
+
+
+def graft_sketch(adaptation: Adaptation) -> Sketch:
+    """The layer with the neighbours that it was seen to run between."""
+    layers = adaptation.run.layers
+    own = next((layer for layer in layers if layer["name"] == adaptation.layer), {})
+    before = next(
+        (layer["name"] for layer in layers if adaptation.layer in layer.get("feeds", ())), "input"
+    )
+    feeds = own.get("feeds") or ["output"]
+    return sketch(
+        adaptation.layer,
+        adaptation.blueprint.slug,
+        adaptation.blueprint.kind,
+        before=before,
+        after=str(feeds[0]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of the way; ``progress`` is yes, now, bad or empty."""
+
+    name: str
+    progress: str
+    at: datetime | None
+    took_ms: float | None
+
+
+# Stage, the state that ends it, the states in which it is being worked on.
+_STAGES: tuple[tuple[str, frozenset[AdaptationState], frozenset[AdaptationState]], ...] = (
+    ("Proposed", frozenset({_A.PROPOSED}), frozenset()),
+    (
+        "Decided",
+        frozenset({_A.APPROVED}),
+        frozenset({_A.PROPOSED, _A.VALIDATING, _A.AWAITING_APPROVAL}),
+    ),
+    (
+        "Compiled",
+        frozenset({_A.COMPILED}),
+        frozenset({_A.APPROVED, _A.COMPILE_QUEUED, _A.COMPILING}),
+    ),
+    ("Sent", frozenset({_A.DISPATCHED}), frozenset({_A.COMPILED})),
+    ("Grafted", frozenset({_A.PROBATION}), frozenset({_A.DISPATCHED, _A.ACCEPTED, _A.IN_DOUBT})),
+    (
+        "Judged",
+        frozenset({_A.KEPT, _A.ROLLED_BACK, _A.REVERTED}),
+        frozenset({_A.PROBATION, _A.ROLLING_BACK}),
+    ),
+)
+
+
+def stages(adaptation: Adaptation, events: Sequence[AuditEvent]) -> list[Stage]:
+    """The pipeline with the times at which each stage was reached, from the audit log."""
+    reached: dict[str, datetime] = {}
+    for event in sorted(events, key=lambda event: event.id):
+        reached.setdefault(event.act.removeprefix("adaptation."), event.at)
+    rows: list[Stage] = []
+    before: datetime | None = None
+    for name, ends, working in _STAGES:
+        at = next((reached[state] for state in sorted(ends) if state in reached), None)
+        took = (at - before).total_seconds() * 1000 if at and before else None
+        rows.append(Stage(name, _progress(adaptation, at, working, rows), at, took))
+        before = at or before
+    return rows
+
+
+def _progress(
+    adaptation: Adaptation,
+    at: datetime | None,
+    working: frozenset[AdaptationState],
+    before: Sequence[Stage],
+) -> str:
+    if at is not None:
+        return "yes"
+    if adaptation.state in working:
+        return "now"
+    # An early end stopped at the first stage that was not reached.
+    first_open = all(stage.progress == "yes" for stage in before)
+    return "bad" if adaptation.ended and first_open else ""
+
+
+def history(adaptation: Adaptation) -> list[AuditEvent]:
+    """What the audit log says of it, oldest first."""
+    return list(AuditEvent.objects.filter(object_uid=adaptation.uid).order_by("id")[:200])
+
+
+def command_log(adaptation: Adaptation) -> list[Command]:
+    """What the trainer was told about it, and what it answered."""
+    return list(Command.objects.filter(adaptation_uid=adaptation.uid).order_by("seq"))
+
+
+@dataclass(frozen=True, slots=True)
+class TrackRecord:
+    """How this blueprint ended before: base rates, with their n."""
+
+    kept: int
+    rolled_back: int
+
+    @property
+    def cases(self) -> int:
+        return self.kept + self.rolled_back
+
+
+def track_record(blueprint_id: int) -> TrackRecord:
+    ended = Adaptation.objects.filter(blueprint_id=blueprint_id).exclude(graft_step=None)
+    return TrackRecord(
+        kept=ended.filter(state=_A.KEPT).count(),
+        rolled_back=ended.filter(
+            Q(state=_A.ROLLED_BACK) | Q(state=_A.REVERTED) | Q(state=_A.ROLLBACK_FAILED)
+        ).count(),
+    )
+
+
+def reward_falls(adaptation: Adaptation) -> list[Fall]:
+    terms = adaptation.reward_terms or {}
+    return waterfall({name: _number(value) or 0.0 for name, value in terms.items()})

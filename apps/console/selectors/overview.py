@@ -1,0 +1,95 @@
+"""What needs a person, and whether the system is well."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from django.db.models import Count, Min, Q
+from django.utils import timezone
+
+from apps.adaptations.models import Adaptation
+from apps.console.selectors.inbox import waiting
+from apps.console.selectors.runs import live_runs
+from apps.kernels.models import CompileJob, Worker
+from apps.runs.models import Run
+from apps.violations.models import Violation
+from esper.contracts import AdaptationState, JobState, RunState, Severity, WorkerState
+
+ATTENTION_SHOWN = 12
+_LOUD = (Severity.SERIOUS, Severity.CRITICAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The strip at the top of the overview."""
+
+    adaptations: list[Adaptation]
+    violations: list[Violation]
+    runs: list[Run]
+
+    @property
+    def calm(self) -> bool:
+        return not (self.adaptations or self.violations or self.runs)
+
+
+def attention() -> Attention:
+    trouble = Q(state=RunState.UNREACHABLE) | ~Q(quarantined_reason="")
+    return Attention(
+        adaptations=list(
+            waiting().select_related("run", "blueprint", "claimed_by")[:ATTENTION_SHOWN]
+        ),
+        violations=list(
+            Violation.objects.filter(acknowledged_at=None, severity__in=_LOUD).select_related(
+                "run"
+            )[:ATTENTION_SHOWN]
+        ),
+        runs=list(live_runs().filter(trouble).select_related("owner")[:ATTENTION_SHOWN]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SystemHealth:
+    """``cache_hits`` is None when no job ended in the last day."""
+
+    workers_up: int
+    workers: int
+    queued: int
+    oldest_queued: datetime | None
+    cache_hits: float | None
+    decisions: dict[str, int]
+
+    @property
+    def decided(self) -> int:
+        return sum(self.decisions.values())
+
+
+def system_health() -> SystemHealth:
+    day = timezone.now() - timedelta(days=1)
+    workers = Counter(Worker.objects.values_list("state", flat=True))
+    jobs = CompileJob.objects.aggregate(
+        queued=Count("id", filter=Q(state=JobState.QUEUED)),
+        oldest=Min("queued_at", filter=Q(state=JobState.QUEUED)),
+        done=Count("id", filter=Q(state=JobState.DONE, ended_at__gt=day)),
+        cached=Count("id", filter=Q(state=JobState.DONE, ended_at__gt=day, cached=True)),
+    )
+    return SystemHealth(
+        workers_up=workers.total() - workers[WorkerState.OFFLINE],
+        workers=workers.total(),
+        queued=jobs["queued"],
+        oldest_queued=jobs["oldest"],
+        cache_hits=jobs["cached"] / jobs["done"] if jobs["done"] else None,
+        decisions=_decisions_since(day),
+    )
+
+
+def _decisions_since(since: datetime) -> dict[str, int]:
+    recent = Adaptation.objects.filter(created_at__gt=since)
+    refused = Q(state=AdaptationState.REJECTED)
+    return recent.aggregate(
+        by_rule=Count("id", filter=~Q(decided_rule="")),
+        approved=Count("id", filter=Q(decided_by__isnull=False) & ~refused),
+        rejected=Count("id", filter=refused),
+        expired=Count("id", filter=Q(state=AdaptationState.EXPIRED)),
+    )

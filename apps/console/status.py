@@ -1,0 +1,100 @@
+"""States as people see them: a tone, a shape and a word. Never the colour alone.
+
+Six tones, mildest first: off, standby, normal, caution, serious, critical; ``good`` is a normal
+that ended well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esper.contracts import (
+    AdaptationState,
+    CommandState,
+    JobState,
+    RunState,
+    Severity,
+    WorkerState,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """``shape`` is the id of a symbol in ``console/shapes.svg``."""
+
+    tone: str
+    shape: str
+    word: str
+
+
+_A = AdaptationState
+ADAPTATION: dict[AdaptationState, Status] = {
+    _A.PROPOSED: Status("standby", "ring", "Proposed"),
+    _A.VALIDATING: Status("standby", "ring", "Being checked"),
+    _A.AWAITING_APPROVAL: Status("caution", "triangle", "Waiting for a person"),
+    _A.APPROVED: Status("standby", "half", "Approved"),
+    _A.COMPILE_QUEUED: Status("standby", "half", "Waiting for a worker"),
+    _A.COMPILING: Status("standby", "half", "Compiling"),
+    _A.COMPILED: Status("standby", "half", "Compiled"),
+    _A.DISPATCHED: Status("standby", "half", "Sent to the trainer"),
+    _A.ACCEPTED: Status("standby", "half", "Accepted by the trainer"),
+    _A.PROBATION: Status("normal", "half", "In probation"),
+    _A.ROLLING_BACK: Status("caution", "down", "Rolling back"),
+    _A.IN_DOUBT: Status("serious", "question", "In doubt: waiting for the trainer"),
+    _A.KEPT: Status("good", "check", "Kept"),
+    _A.ROLLED_BACK: Status("off", "down", "Rolled back"),
+    _A.DECLINED: Status("off", "cross", "Declined by a check"),
+    _A.REJECTED: Status("off", "cross", "Rejected"),
+    _A.EXPIRED: Status("off", "clock", "Expired: nothing was changed"),
+    _A.SUPERSEDED: Status("off", "cross", "Superseded"),
+    _A.CANCELLED: Status("off", "cross", "Cancelled"),
+    _A.COMPILE_FAILED: Status("serious", "square", "Compile failed"),
+    _A.DISPATCH_EXPIRED: Status("serious", "square", "Trainer did not answer in time"),
+    _A.NOT_APPLIED: Status("caution", "cross", "Not applied by the trainer"),
+    _A.APPLY_FAILED: Status("serious", "square", "Could not be applied"),
+    _A.ROLLBACK_FAILED: Status("critical", "square", "Rollback failed"),
+    _A.REVERTED: Status("off", "down", "Taken out by a person"),
+    _A.RUN_LOST: Status("serious", "question", "Run lost"),
+}
+RUN: dict[RunState, Status] = {
+    RunState.STARTING: Status("standby", "ring", "Starting"),
+    RunState.RUNNING: Status("normal", "disc", "Running"),
+    RunState.UNREACHABLE: Status("serious", "question", "Unreachable"),
+    RunState.FINISHED: Status("off", "check", "Finished"),
+    RunState.FAILED: Status("serious", "square", "Failed"),
+    RunState.LOST: Status("serious", "question", "Lost"),
+}
+COMMAND: dict[CommandState, Status] = {
+    CommandState.ISSUED: Status("standby", "ring", "Requested"),
+    CommandState.ACCEPTED: Status("standby", "half", "Accepted by the trainer"),
+    CommandState.APPLIED: Status("good", "check", "Done"),
+    CommandState.REFUSED: Status("serious", "square", "Refused"),
+    CommandState.FAILED: Status("serious", "square", "Failed, model unchanged"),
+    CommandState.EXPIRED: Status("off", "clock", "Expired"),
+}
+JOB: dict[JobState, Status] = {
+    JobState.QUEUED: Status("standby", "ring", "Queued"),
+    JobState.RUNNING: Status("normal", "half", "Building"),
+    JobState.DONE: Status("good", "check", "Done"),
+    JobState.FAILED: Status("serious", "square", "Failed"),
+    JobState.CANCELLED: Status("off", "cross", "Cancelled"),
+}
+WORKER: dict[WorkerState, Status] = {
+    WorkerState.IDLE: Status("normal", "disc", "Idle"),
+    WorkerState.BUSY: Status("normal", "half", "Busy"),
+    WorkerState.OFFLINE: Status("serious", "question", "Offline"),
+}
+SEVERITY: dict[Severity, Status] = {
+    Severity.INFO: Status("standby", "ring", "Info"),
+    Severity.CAUTION: Status("caution", "triangle", "Caution"),
+    Severity.SERIOUS: Status("serious", "square", "Serious"),
+    Severity.CRITICAL: Status("critical", "octagon", "Critical"),
+}
+BY_KIND: dict[str, dict[str, Status]] = {
+    "adaptation": {str(state): status for state, status in ADAPTATION.items()},
+    "run": {str(state): status for state, status in RUN.items()},
+    "command": {str(state): status for state, status in COMMAND.items()},
+    "job": {str(state): status for state, status in JOB.items()},
+    "worker": {str(state): status for state, status in WORKER.items()},
+    "severity": {str(level): status for level, status in SEVERITY.items()},
+}

@@ -1,0 +1,188 @@
+"""Words, numbers and shapes for the templates."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from datetime import datetime
+from typing import Any
+
+from django import template
+from django.templatetags.static import static
+from django.utils import timezone
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+
+from apps.accounts.policy import Act, may
+from apps.console import selectors
+from apps.console.status import BY_KIND, Status
+from esper.contracts import Role
+
+register = template.Library()
+_UNKNOWN = "—"
+
+
+@register.filter
+def visible(text: object) -> str:
+    """Text from outside with its invisible characters made visible: ``\\u202e`` turns lines round.
+
+    The template escapes the result; this only keeps a name from looking like another one.
+    """
+    return "".join(
+        f"⟨U+{ord(char):04X}⟩" if unicodedata.category(char) in {"Cf", "Cc", "Co", "Cn"} else char
+        for char in str(text)
+    )
+
+
+@register.simple_tag
+def status(kind: str, value: str) -> SafeString:
+    """Shape and word of a state, e.g. ``{% status "adaptation" adaptation.state %}``."""
+    found = BY_KIND[kind].get(str(value)) or Status("standby", "question", str(value))
+    return format_html(
+        '<span class="status" data-tone="{}">{}{}</span>',
+        found.tone,
+        shape(found.shape),
+        found.word,
+    )
+
+
+@register.simple_tag
+def shape(name: str) -> SafeString:
+    return format_html(
+        '<svg class="shape" viewBox="0 0 12 12" aria-hidden="true"><use href="{}#{}"></use></svg>',
+        static("console/shapes.svg"),
+        name,
+    )
+
+
+@register.filter
+def number(value: Any, digits: int = 3) -> str:
+    """A float with ``digits`` significant digits; unknown is a dash, never zero."""
+    if isinstance(value, str):
+        return value
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return _UNKNOWN
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{min(decimals, 6)}f}".replace("-", "−")
+
+
+@register.filter
+def signed(value: Any, digits: int = 3) -> str:
+    """A number with its sign, also when it is positive."""
+    text = number(value, digits)
+    return text if text in (_UNKNOWN, "0") or text.startswith("−") else f"+{text}"
+
+
+@register.filter
+def percent(value: Any) -> str:
+    return _UNKNOWN if value is None else f"{100 * float(value):.3g} %"
+
+
+@register.filter
+def count(value: Any) -> str:
+    """Parameters and the like: 33 k, 1.2 M."""
+    if value is None:
+        return _UNKNOWN
+    amount = float(value)
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(amount) >= limit:
+            return f"{amount / (1e3 if unit == 'k' else limit):,.3g} {unit}"
+    return f"{int(amount):,}"
+
+
+@register.filter
+def words(value: object) -> str:
+    """``cooldown_layer_steps`` as people say it."""
+    return str(value).replace("_", " ").replace(".", " ")
+
+
+@register.filter
+def get(mapping: dict[str, Any], key: str) -> Any:
+    return mapping.get(key)
+
+
+@register.filter
+def may_do(user: Any, act: str) -> bool:
+    """``{% if user|may_do:"edit_policy" %}``; the answer comes from the one policy table."""
+    return may(user, Act(act)).allowed
+
+
+@register.simple_tag
+def moment(value: datetime | None) -> SafeString | str:
+    """A time that the browser shows as "3 min ago", with the full time on hover."""
+    if value is None:
+        return _UNKNOWN
+    return format_html(
+        '<time datetime="{}" title="{}" data-ago>{}</time>',
+        value.isoformat(),
+        value.strftime("%Y-%m-%d %H:%M:%S UTC"),
+        ago(value),
+    )
+
+
+@register.filter
+def ago(value: datetime) -> str:
+    seconds = (timezone.now() - value).total_seconds()
+    if seconds < 0:
+        return f"in {_length(-seconds)}"
+    return "just now" if seconds < 5 else f"{_length(seconds)} ago"
+
+
+@register.filter
+def until(value: datetime | None) -> str:
+    """``m:ss`` left until a deadline; the browser counts on from there."""
+    if value is None:
+        return _UNKNOWN
+    seconds = max(0, int((value - timezone.now()).total_seconds()))
+    return f"{seconds // 60}:{seconds % 60:02d}"
+
+
+def _length(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+@register.inclusion_tag("console/topbar.html", takes_context=True)
+def topbar(context: template.RequestContext) -> dict[str, Any]:
+    """The bar on every page: where one is, what waits, whether adaptation is on."""
+    request = context["request"]
+    return {
+        "request": request,
+        "user": request.user,
+        "role": Role(request.user.role).capitalize(),
+        "section": request.resolver_match.url_name if request.resolver_match else "",
+        "waiting": selectors.inbox_count(),
+        "switch": selectors.adaptation_switch(),
+        "kill": may(request.user, Act.KILL),
+        "links": _LINKS,
+        "csrf_token": context.get("csrf_token"),
+    }
+
+
+_LINKS = (
+    ("overview", "Overview", ("overview",)),
+    ("inbox", "Inbox", ("inbox", "adaptation")),
+    ("runs", "Runs", ("runs", "run")),
+    ("blueprints", "Blueprints", ("blueprints", "blueprint")),
+    ("violations", "Violations", ("violations",)),
+    ("policy", "Policy", ("policy",)),
+    ("kernels", "Kernels", ("kernels",)),
+    ("audit", "Audit", ("audit",)),
+)
+
+
+@register.simple_tag(takes_context=True)
+def theme(context: template.RequestContext) -> str:
+    """The theme this browser chose; empty leaves it to the system."""
+    chosen = context["request"].COOKIES.get("theme", "")
+    return chosen if chosen in {"light", "dark"} else ""

@@ -1,0 +1,95 @@
+"""Kernels, the jobs that build them, and the workers that take the jobs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from django.db import models
+
+from apps.accounts.identifiers import UID_LENGTH, new_uid
+from esper.contracts import JobState, WorkerState
+
+
+class Worker(models.Model):
+    """A Celery worker process, as its own heartbeat describes it."""
+
+    name = models.CharField(max_length=120, unique=True)
+    host = models.CharField(max_length=120, db_index=True)
+    capability = models.CharField(max_length=40)
+    queues = models.JSONField(default=list)
+    devices = models.JSONField(default=list)
+    versions = models.JSONField(default=dict)
+    state = models.CharField(max_length=8, choices=[(s, s) for s in WorkerState])
+    started_at = models.DateTimeField()
+    heartbeat_at = models.DateTimeField()
+
+    class Meta:
+        ordering = ("name",)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Kernel(models.Model):
+    """A stored, signed bundle; ``digest`` is the SHA-256 of its manifest and names its files."""
+
+    digest = models.CharField(max_length=64, unique=True)
+    key_hash = models.CharField(max_length=64, unique=True)
+    blueprint_slug = models.CharField(max_length=60, db_index=True)
+    config = models.JSONField(default=dict)
+    layer_kind = models.CharField(max_length=80)
+    in_shape = models.JSONField(default=list)
+    dtype = models.CharField(max_length=20)
+    capability = models.CharField(max_length=40)
+    device_name = models.CharField(max_length=120)
+    tier = models.PositiveSmallIntegerField(default=0)
+    parameters = models.BigIntegerField()
+    latency_ms = models.FloatField(null=True)
+    memory_mib = models.FloatField(null=True)
+    certificate = models.JSONField()
+    stage_ms = models.JSONField(default=dict)
+    build_ms = models.FloatField()
+    size_bytes = models.PositiveIntegerField()
+    uses = models.PositiveIntegerField(default=0)
+    built_by = models.CharField(max_length=120)
+    built_at = models.DateTimeField(auto_now_add=True)
+    last_used_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ("-id",)
+
+    def __str__(self) -> str:
+        return f"{self.blueprint_slug} {self.digest[:12]}"
+
+
+class CompileJob(models.Model):
+    """One request for a kernel. ``attempt`` is the fence: a worker that comes late is refused."""
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "job"), editable=False
+    )
+    adaptation_uid = models.CharField(max_length=UID_LENGTH, db_index=True)
+    run_uid = models.CharField(max_length=UID_LENGTH, db_index=True)
+    blueprint_slug = models.CharField(max_length=60)
+    config = models.JSONField(default=dict)
+    layer = models.JSONField()  # LayerInfo.to_wire()
+    capability = models.CharField(max_length=40)
+    state = models.CharField(
+        max_length=10, choices=[(s, s) for s in JobState], default=JobState.QUEUED, db_index=True
+    )
+    attempt = models.PositiveSmallIntegerField(default=0)
+    lease_owner = models.CharField(max_length=120, blank=True)
+    lease_until = models.DateTimeField(null=True, blank=True)
+    kernel = models.ForeignKey(Kernel, on_delete=models.SET_NULL, null=True, blank=True)
+    cached = models.BooleanField(default=False)
+    build_ms = models.FloatField(null=True, blank=True)
+    error = models.TextField(blank=True)
+    queued_at = models.DateTimeField(auto_now_add=True)
+    started_at = models.DateTimeField(null=True, blank=True)
+    ended_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ("-id",)
+
+    def __str__(self) -> str:
+        return f"{self.uid} {self.blueprint_slug} {self.state}"

@@ -1,0 +1,103 @@
+"""Publishing events and messages from inside a transaction; both leave after the commit."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+from asgiref.sync import async_to_sync
+from channels.layers import get_channel_layer
+from django.db import transaction
+from django.db.models import F
+from django.utils import timezone
+
+from apps.notifications.models import Feed, FeedEvent, OutboxMessage
+
+log = logging.getLogger(__name__)
+
+INBOX_TOPIC = "inbox"
+SYSTEM_TOPIC = "system"
+
+
+def run_topic(run_uid: str) -> str:
+    return f"run:{run_uid}"
+
+
+def group_name(topic: str) -> str:
+    """Channels allows no colon in a group's name."""
+    return topic.replace(":", ".")
+
+
+def publish(*, topic: str, type: str, data: dict[str, Any]) -> FeedEvent:
+    """Write one event and ring its topic's bell after the commit. Needs a transaction."""
+    if not Feed.objects.filter(topic=topic).update(last_seq=F("last_seq") + 1):
+        Feed.objects.get_or_create(topic=topic)
+        Feed.objects.filter(topic=topic).update(last_seq=F("last_seq") + 1)
+    seq = Feed.objects.values_list("last_seq", flat=True).get(topic=topic)
+    event = FeedEvent.objects.create(topic=topic, seq=seq, type=type, data=data)
+    transaction.on_commit(lambda: ring(group_name(topic), "feed.event", event_to_wire(event)))
+    return event
+
+
+def event_to_wire(event: FeedEvent) -> dict[str, Any]:
+    return {
+        "topic": event.topic,
+        "seq": event.seq,
+        "ts": event.at.isoformat(),
+        "type": event.type,
+        "data": event.data,
+    }
+
+
+def events_after(topic: str, after: int, *, limit: int = 500) -> list[FeedEvent]:
+    return list(FeedEvent.objects.filter(topic=topic, seq__gt=after).order_by("seq")[:limit])
+
+
+def last_seq(topic: str) -> int:
+    return Feed.objects.filter(topic=topic).values_list("last_seq", flat=True).first() or 0
+
+
+def ring(group: str, type: str, message: dict[str, Any]) -> None:
+    """Best effort: who misses the bell finds the row. A dead Redis must not fail the act."""
+    try:
+        layer = get_channel_layer()
+        if layer is not None:
+            async_to_sync(layer.group_send)(group, {"type": type, "message": message})
+    except Exception as error:
+        log.warning("bell %s was not rung: %s", group, error)
+
+
+def enqueue(*, task: str, queue: str, args: list[Any]) -> OutboxMessage:
+    """Owe a worker a message; it is sent after the commit, and again by the relay if that fails."""
+    message = OutboxMessage.objects.create(task=task, queue=queue, args=args)
+    transaction.on_commit(lambda: send(message))
+    return message
+
+
+def send(message: OutboxMessage) -> bool:
+    """Hand one message to the broker; False when it could not be reached."""
+    from esper_web.celery import app
+
+    OutboxMessage.objects.filter(pk=message.pk).update(attempts=F("attempts") + 1)
+    try:
+        app.send_task(message.task, args=message.args, queue=message.queue, retry=False)
+    except Exception as error:
+        log.warning("%s for %s waits: %s", message.task, message.queue, error)
+        return False
+    OutboxMessage.objects.filter(pk=message.pk).update(sent_at=timezone.now())
+    return True
+
+
+def relay_outbox(*, older_than: timedelta = timedelta(seconds=1), limit: int = 200) -> int:
+    """Send what is still owed; returns how many messages left."""
+    waiting = OutboxMessage.objects.filter(
+        sent_at=None, created_at__lt=timezone.now() - older_than
+    ).order_by("id")[:limit]
+    return sum(1 for message in waiting if send(message))
+
+
+def forget_sent(*, older_than: timedelta = timedelta(days=1)) -> int:
+    """Delete messages that were sent long ago."""
+    deleted, _ = OutboxMessage.objects.filter(sent_at__lt=timezone.now() - older_than).delete()
+    return deleted

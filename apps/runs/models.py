@@ -1,0 +1,119 @@
+"""Runs and their command logs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from django.conf import settings
+from django.db import models
+
+from apps.accounts.identifiers import UID_LENGTH, new_uid
+from esper.contracts import (
+    MAX_NAME_LENGTH,
+    RUN_ENDED,
+    CommandKind,
+    CommandState,
+    LayerInfo,
+    RunMode,
+    RunState,
+)
+
+
+class Run(models.Model):
+    """One training of one model. ``epoch`` counts the trainer's starts; older ones are refused."""
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "run"), editable=False
+    )
+    name = models.CharField(max_length=MAX_NAME_LENGTH)
+    owner = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="runs"
+    )
+    mode = models.CharField(max_length=12, choices=[(m, m.capitalize()) for m in RunMode])
+    state = models.CharField(
+        max_length=12,
+        choices=[(s, s.capitalize()) for s in RunState],
+        default=RunState.STARTING,
+        db_index=True,
+    )
+    epoch = models.PositiveIntegerField(default=1)
+    host = models.CharField(max_length=120, blank=True)
+    capability = models.CharField(max_length=40, default="cpu")
+    versions = models.JSONField(default=dict)
+    layers = models.JSONField(default=list)  # LayerInfo.to_wire(), in the order of the frames' rows
+    model_parameters = models.BigIntegerField(default=0)
+    target_steps = models.BigIntegerField(null=True, blank=True)
+    step = models.BigIntegerField(default=0)
+    last_loss = models.FloatField(null=True, blank=True)
+    last_loss_status = models.CharField(max_length=4, blank=True)  # "nan", "inf", "-inf"
+    telemetry_seq = models.BigIntegerField(default=0)
+    dropped_items = models.BigIntegerField(default=0)
+    command_seq = models.BigIntegerField(default=0)
+    adaptation_paused_by = models.CharField(max_length=150, blank=True)
+    adaptation_paused_at = models.DateTimeField(null=True, blank=True)
+    quarantined_reason = models.TextField(blank=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+    last_seen_at = models.DateTimeField(null=True, blank=True)
+    ended_at = models.DateTimeField(null=True, blank=True)
+    end_reason = models.TextField(blank=True)
+
+    class Meta:
+        ordering = ("-id",)
+        constraints = (
+            models.UniqueConstraint(
+                fields=("owner", "name"),
+                condition=~models.Q(state__in=sorted(RUN_ENDED)),
+                name="one_live_run_per_owner_and_name",
+            ),
+        )
+
+    def __str__(self) -> str:
+        return f"R-{self.pk} {self.name}"
+
+    @property
+    def number(self) -> int:
+        return self.pk
+
+    @property
+    def ended(self) -> bool:
+        return self.state in RUN_ENDED
+
+    def layer_infos(self) -> tuple[LayerInfo, ...]:
+        return tuple(LayerInfo.from_wire(layer) for layer in self.layers)
+
+    def layer_info(self, name: str) -> LayerInfo | None:
+        found = next((layer for layer in self.layers if layer["name"] == name), None)
+        return LayerInfo.from_wire(found) if found else None
+
+
+class Command(models.Model):
+    """One entry of a run's ordered command log (``esper.contracts.Command``)."""
+
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="commands")
+    epoch = models.PositiveIntegerField()
+    seq = models.BigIntegerField()
+    kind = models.CharField(max_length=20, choices=[(k, k) for k in CommandKind])
+    adaptation_uid = models.CharField(max_length=UID_LENGTH, blank=True, db_index=True)
+    layer = models.CharField(max_length=MAX_NAME_LENGTH, blank=True)
+    kernel_digest = models.CharField(max_length=64, blank=True)
+    payload = models.JSONField(default=dict)
+    issued_at = models.DateTimeField()
+    expires_at = models.DateTimeField()
+    signature = models.CharField(max_length=120)
+    state = models.CharField(
+        max_length=10, choices=[(s, s) for s in CommandState], default=CommandState.ISSUED
+    )
+    code = models.CharField(max_length=30, blank=True)
+    reason = models.TextField(blank=True)
+    step = models.BigIntegerField(null=True, blank=True)
+    pause_ms = models.FloatField(null=True, blank=True)
+    acknowledged_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ("run", "seq")
+        constraints = (
+            models.UniqueConstraint(fields=("run", "seq"), name="one_command_per_run_and_seq"),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.kind} #{self.seq} for {self.run_id}"

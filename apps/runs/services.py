@@ -1,0 +1,314 @@
+"""Runs: registration, restarts, commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from django.conf import settings
+from django.db import transaction
+from django.db.models import F
+from django.utils import timezone
+
+from apps.accounts import services as accounts
+from apps.accounts.actors import Actor
+from apps.accounts.models import ApiToken, User
+from apps.accounts.policy import Act, may
+from apps.accounts.problems import Problem
+from apps.audit.services import record
+from apps.notifications.services import publish, ring, run_topic
+from apps.runs import models
+from esper import contracts
+from esper.contracts import (
+    MAX_LAYERS,
+    RUN_ENDED,
+    CommandKind,
+    CommandState,
+    LayerInfo,
+    RunMode,
+    RunState,
+    TokenScope,
+    signing,
+)
+
+MAX_LIVE_RUNS_PER_OWNER = 200
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What a trainer says of itself when it registers."""
+
+    name: str
+    mode: RunMode
+    host: str
+    capability: str
+    model_parameters: int
+    layers: list[LayerInfo]
+    target_steps: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    run: models.Run
+    token: str  # the run token's secret, shown this once
+    resumed: bool
+
+
+@transaction.atomic
+def register_run(*, owner: User, actor: Actor, spec: RunSpec) -> Registration:
+    """A new run, or the next epoch of the owner's live run of that name.
+
+    Raises:
+        Problem: too many layers, doubled layer names, or too many live runs.
+    """
+    _check_spec(spec)
+    live = (
+        models.Run.objects.select_for_update()
+        .filter(owner=owner, name=spec.name)
+        .exclude(state__in=RUN_ENDED)
+        .first()
+    )
+    if live is None:
+        _check_run_count(owner)
+    run = live or models.Run(owner=owner, name=spec.name)
+    run.epoch = run.epoch + 1 if live else 1
+    run.mode, run.host, run.capability = spec.mode, spec.host, spec.capability
+    run.model_parameters, run.target_steps = spec.model_parameters, spec.target_steps
+    run.layers = [layer.to_wire() for layer in spec.layers]
+    run.versions = spec.versions
+    run.state = RunState.RUNNING if live else RunState.STARTING
+    run.telemetry_seq = 0  # each epoch counts its own items
+    run.last_seen_at = timezone.now()
+    run.save()
+    _kill_old_epoch(run, actor)
+    _, secret = accounts.issue_token(
+        owner=owner,
+        name=f"run {run.name}, epoch {run.epoch}",
+        scopes=[TokenScope.RUN_WRITE],
+        run_uid=run.uid,
+        actor=actor,
+    )
+    act = "run.resumed" if live else "run.registered"
+    data = {"name": run.name, "epoch": run.epoch, "mode": str(run.mode), "layers": len(run.layers)}
+    record(actor=actor, act=act, object_kind="run", object_uid=run.uid, run_uid=run.uid, data=data)
+    publish(topic=run_topic(run.uid), type=act, data=data)
+    publish(topic="system", type=act, data={"run": run.uid, **data})
+    return Registration(run, secret, resumed=live is not None)
+
+
+def _check_spec(spec: RunSpec) -> None:
+    if len(spec.layers) > MAX_LAYERS:
+        raise Problem(
+            422,
+            "too-many-layers",
+            f"{len(spec.layers)} layers, at most {MAX_LAYERS} can be watched: "
+            "name those that matter with slots=[…].",
+        )
+    names = [layer.name for layer in spec.layers]
+    if len(set(names)) != len(names):
+        raise Problem(422, "invalid", "Two layers have the same name.")
+
+
+def _check_run_count(owner: User) -> None:
+    live = models.Run.objects.filter(owner=owner).exclude(state__in=RUN_ENDED).count()
+    if live >= MAX_LIVE_RUNS_PER_OWNER:
+        raise Problem(
+            429,
+            "rate-limited",
+            f"{owner.username} has {live} live runs, which is the limit. End some first.",
+        )
+
+
+def _kill_old_epoch(run: models.Run, actor: Actor) -> None:
+    """Tokens and unanswered commands of older epochs are worthless from now on."""
+    for token in ApiToken.objects.filter(run_uid=run.uid, revoked_at=None):
+        accounts.revoke_token(token=token, actor=actor)
+    models.Command.objects.filter(
+        run=run, epoch__lt=run.epoch, state__in=[CommandState.ISSUED, CommandState.ACCEPTED]
+    ).update(state=CommandState.EXPIRED, reason="the trainer was started again")
+
+
+def check_epoch(run: models.Run, epoch: int) -> None:
+    """Raises ``Problem`` 409 when a newer trainer has taken the run over, or it has ended."""
+    if epoch != run.epoch:
+        raise Problem(
+            409,
+            "old-epoch",
+            f"This run is at epoch {run.epoch}, you speak for epoch {epoch}: "
+            "a newer trainer has taken it over.",
+            epoch=run.epoch,
+        )
+    if run.ended:
+        raise Problem(409, "run-ended", f"This run has {run.state} already.", state=run.state)
+
+
+def touch(run: models.Run) -> None:
+    """Note that the trainer was heard of; an unreachable run runs again."""
+    models.Run.objects.filter(pk=run.pk).update(last_seen_at=timezone.now())
+    if run.state == RunState.UNREACHABLE:
+        set_state(run=run, state=RunState.RUNNING, actor=_trainer(run))
+
+
+@transaction.atomic
+def set_state(*, run: models.Run, state: RunState, actor: Actor, reason: str = "") -> bool:
+    """Compare-and-set of the run's state; False when somebody else was first."""
+    changes: dict[str, Any] = {"state": state}
+    if state in RUN_ENDED:
+        changes |= {"ended_at": timezone.now(), "end_reason": reason}
+    if not models.Run.objects.filter(pk=run.pk, state=run.state).update(**changes):
+        return False
+    data = {"from": str(run.state), "to": str(state), "reason": reason}
+    for name, value in changes.items():
+        setattr(run, name, value)
+    record(
+        actor=actor,
+        act=f"run.{state}",
+        object_kind="run",
+        object_uid=run.uid,
+        run_uid=run.uid,
+        reason=reason,
+        data=data,
+    )
+    publish(topic=run_topic(run.uid), type="run.state", data=data)
+    publish(topic="system", type="run.state", data={"run": run.uid, **data})
+    return True
+
+
+def trainer_group(run_uid: str) -> str:
+    return f"trainer.{run_uid}"
+
+
+@transaction.atomic
+def issue_command(
+    *,
+    run: models.Run,
+    kind: CommandKind,
+    adaptation_uid: str = "",
+    layer: str = "",
+    kernel_digest: str = "",
+    payload: dict[str, Any] | None = None,
+    ttl_seconds: int = 60,
+) -> models.Command:
+    """Sign one command, append it to the run's log and ring the trainer after the commit."""
+    models.Run.objects.filter(pk=run.pk).update(command_seq=F("command_seq") + 1)
+    run.refresh_from_db(fields=["command_seq", "epoch"])
+    issued_at = timezone.now()
+    command = models.Command(
+        run=run,
+        epoch=run.epoch,
+        seq=run.command_seq,
+        kind=kind,
+        adaptation_uid=adaptation_uid,
+        layer=layer,
+        kernel_digest=kernel_digest,
+        payload=payload or {},
+        issued_at=issued_at,
+        expires_at=issued_at + timedelta(seconds=ttl_seconds),
+    )
+    command.signature = signing.sign(_contract(command).signing_bytes(), settings.ESPER_COMMAND_KEY)
+    command.save()
+    transaction.on_commit(lambda: ring(trainer_group(run.uid), "command.issued", {}))
+    return command
+
+
+def commands_after(run: models.Run, after: int) -> list[models.Command]:
+    """Unanswered commands of this epoch, oldest first; expired ones are left out."""
+    return list(
+        models.Command.objects.filter(
+            run=run,
+            epoch=run.epoch,
+            seq__gt=after,
+            state=CommandState.ISSUED,
+            expires_at__gt=timezone.now(),
+        )
+        .select_related("run")
+        .order_by("seq")
+    )
+
+
+def command_to_wire(command: models.Command) -> dict[str, Any]:
+    return {"command": _contract(command).to_wire(), "signature": command.signature}
+
+
+def _contract(command: models.Command) -> contracts.Command:
+    return contracts.Command(
+        run=command.run.uid,
+        epoch=command.epoch,
+        seq=command.seq,
+        kind=CommandKind(command.kind),
+        issued_at=command.issued_at.timestamp(),
+        expires_at=command.expires_at.timestamp(),
+        adaptation=command.adaptation_uid,
+        layer=command.layer,
+        kernel_digest=command.kernel_digest,
+        payload=command.payload,
+    )
+
+
+@transaction.atomic
+def request_pause(*, run: models.Run, paused: bool, user: User, via: str, reason: str) -> None:
+    """Pause or resume *adaptation* of a run; training goes on. The trainer acknowledges it.
+
+    Raises:
+        Problem: not allowed, or the run has ended.
+    """
+    _check_act(run, user, Act.PAUSE_ADAPTATION)
+    actor = Actor.person(user, via=via)
+    pause_run(run=run, paused=paused, actor=actor, reason=reason)
+
+
+def pause_run(*, run: models.Run, paused: bool, actor: Actor, reason: str) -> None:
+    """As ``request_pause``, for callers that have checked the right already. In a transaction."""
+    models.Run.objects.filter(pk=run.pk).update(
+        adaptation_paused_by=actor.name if paused else "",
+        adaptation_paused_at=timezone.now() if paused else None,
+    )
+    run.refresh_from_db(fields=["adaptation_paused_by", "adaptation_paused_at"])
+    kind = CommandKind.PAUSE_ADAPTATION if paused else CommandKind.RESUME_ADAPTATION
+    command = issue_command(run=run, kind=kind, payload={"reason": reason}, ttl_seconds=3600)
+    _record_request(run, actor, kind, reason, command)
+
+
+@transaction.atomic
+def request_stop(*, run: models.Run, user: User, via: str, reason: str) -> None:
+    """Ask the trainer to end the run at its next step; raises ``Problem`` when not allowed."""
+    _check_act(run, user, Act.STOP_RUN)
+    command = issue_command(
+        run=run, kind=CommandKind.STOP_RUN, payload={"reason": reason}, ttl_seconds=3600
+    )
+    _record_request(run, Actor.person(user, via=via), CommandKind.STOP_RUN, reason, command)
+
+
+def _check_act(run: models.Run, user: User, act: Act) -> None:
+    permission = may(user, act, owner_id=run.owner_id)
+    if not permission.allowed:
+        raise Problem(403, permission.code, permission.why)
+    if run.ended:
+        raise Problem(409, "run-ended", f"This run has {run.state} already.", state=run.state)
+
+
+def _record_request(
+    run: models.Run, actor: Actor, kind: CommandKind, reason: str, command: models.Command
+) -> None:
+    record(
+        actor=actor,
+        act=f"run.{kind}",
+        object_kind="run",
+        object_uid=run.uid,
+        run_uid=run.uid,
+        reason=reason,
+        data={"command_seq": command.seq},
+    )
+    publish(
+        topic=run_topic(run.uid),
+        type="run.command",
+        data={"kind": str(kind), "seq": command.seq, "by": actor.name},
+    )
+
+
+def _trainer(run: models.Run) -> Actor:
+    from apps.accounts.actors import ActorKind
+
+    return Actor(ActorKind.TRAINER, run.name)

@@ -1,0 +1,48 @@
+"""Health frames and metrics as they arrived, and their thinned past."""
+
+from __future__ import annotations
+
+from django.db import models
+from numpy.typing import NDArray
+
+import numpy as np
+from apps.runs.models import Run
+from esper.contracts import unpack_bytes
+
+
+class Frame(models.Model):
+    """One health frame: little-endian float32 [layers, signals]."""
+
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="frames")
+    epoch = models.PositiveIntegerField()
+    step = models.BigIntegerField()
+    wall_time = models.FloatField()
+    values = models.BinaryField()
+
+    class Meta:
+        ordering = ("run", "step")
+        indexes = (models.Index(fields=("run", "step"), name="frame_by_run_and_step"),)
+
+    def matrix(self, layers: int) -> NDArray[np.float32]:
+        """float32 [layers, signals]."""
+        return unpack_bytes(bytes(self.values), layers)
+
+
+class Metric(models.Model):
+    """One run-wide number. ``status`` says which non-finite value it was; ``value`` is then null."""
+
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="metrics")
+    epoch = models.PositiveIntegerField()
+    step = models.BigIntegerField()
+    wall_time = models.FloatField()
+    name = models.CharField(max_length=80)
+    value = models.FloatField(null=True)
+    status = models.CharField(max_length=4, blank=True)
+
+    class Meta:
+        ordering = ("run", "name", "step")
+        indexes = (models.Index(fields=("run", "name", "step"), name="metric_by_run_name_step"),)
+
+    @property
+    def number(self) -> float:
+        return float(self.status) if self.status else float(self.value or 0.0)

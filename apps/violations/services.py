@@ -1,0 +1,121 @@
+"""Writing violations, and a person's acknowledgement of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db import transaction
+from django.utils import timezone
+
+from apps.accounts.actors import Actor
+from apps.accounts.models import User
+from apps.accounts.policy import Act, may
+from apps.accounts.problems import Problem
+from apps.audit.services import record
+from apps.notifications.services import SYSTEM_TOPIC, publish, run_topic
+from apps.runs.models import Run
+from apps.violations.models import Violation
+from esper.contracts import Severity, ViolationRule
+
+MAX_OPEN_FINDINGS_PER_RUN = 200
+
+
+@transaction.atomic
+def record_violation(
+    *,
+    run: Run | None,
+    rule: ViolationRule,
+    severity: Severity,
+    observed: str,
+    limit: str,
+    text: str,
+    action: str,
+    layer: str = "",
+    adaptation_uid: str = "",
+    step: int | None = None,
+) -> Violation:
+    """Note a broken limit with what the system did about it."""
+    violation = Violation.objects.create(
+        run=run,
+        rule=rule,
+        severity=severity,
+        observed=observed[:200],
+        limit=limit[:200],
+        text=text,
+        action=action,
+        layer=layer,
+        adaptation_uid=adaptation_uid,
+        step=step,
+    )
+    data = {
+        "violation": violation.uid,
+        "number": violation.number,
+        "rule": str(rule),
+        "severity": str(severity),
+        "layer": layer,
+        "text": text,
+        "action": action,
+    }
+    if run is not None:
+        publish(topic=run_topic(run.uid), type="violation.opened", data=data)
+    publish(
+        topic=SYSTEM_TOPIC, type="violation.opened", data={"run": run.uid if run else "", **data}
+    )
+    return violation
+
+
+@transaction.atomic
+def record_findings(*, run: Run, findings: list[dict[str, Any]]) -> int:
+    """What a trainer found out about itself. The same open finding is written once."""
+    written = 0
+    for finding in findings:
+        rule, severity = ViolationRule(finding["rule"]), Severity(finding["severity"])
+        open_ones = Violation.objects.filter(run=run, acknowledged_at=None, adaptation_uid="")
+        known = open_ones.filter(rule=rule, layer=finding["layer"]).exists()
+        if known or open_ones.count() >= MAX_OPEN_FINDINGS_PER_RUN:
+            continue
+        record_violation(
+            run=run,
+            rule=rule,
+            severity=severity,
+            observed=finding["observed"],
+            limit=finding["limit"],
+            text=f"{finding['layer'] or run.name}: {finding['observed']}",
+            action=f"Nothing was changed. {finding['remedy']}",
+            layer=finding["layer"],
+            step=run.step,
+        )
+        written += 1
+    return written
+
+
+@transaction.atomic
+def acknowledge_violation(
+    *, violation: Violation, user: User, via: str, reason: str = ""
+) -> Violation:
+    """A person has seen it; raises ``Problem`` when not allowed or somebody was first."""
+    owner_id = violation.run.owner_id if violation.run else None
+    permission = may(user, Act.ACKNOWLEDGE_VIOLATION, owner_id=owner_id)
+    if not permission.allowed:
+        raise Problem(403, permission.code, permission.why)
+    won = Violation.objects.filter(pk=violation.pk, acknowledged_at=None).update(
+        acknowledged_by=user, acknowledged_at=timezone.now(), note=reason
+    )
+    violation.refresh_from_db()
+    if not won:
+        who = violation.acknowledged_by
+        raise Problem(
+            409,
+            "already-acknowledged",
+            f"{who.get_username() if who else 'Somebody'} has acknowledged it already.",
+        )
+    record(
+        actor=Actor.person(user, via=via),
+        act="violation.acknowledged",
+        object_kind="violation",
+        object_uid=violation.uid,
+        run_uid=violation.run.uid if violation.run else "",
+        reason=reason,
+    )
+    publish(topic=SYSTEM_TOPIC, type="violation.acknowledged", data={"violation": violation.uid})
+    return violation

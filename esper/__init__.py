@@ -1,0 +1,39 @@
+"""Esper: watch a network train, layer by layer, and change its architecture while it does.
+
+Everything is loaded on first use, so that ``import esper.contracts`` never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from esper import blueprints as blueprints
+    from esper.grafting import graft as graft
+    from esper.sdk import Session as Session
+    from esper.sdk import attach as attach
+    from esper.sdk import export as export
+
+__version__ = "0.1.0"
+__all__ = ["Session", "__version__", "attach", "blueprints", "export", "graft"]
+
+# public name -> the module that holds it
+_HOMES = {
+    "attach": "esper.sdk",
+    "Session": "esper.sdk",
+    "export": "esper.sdk",
+    "graft": "esper.grafting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "blueprints":
+        return import_module("esper.blueprints")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'esper' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

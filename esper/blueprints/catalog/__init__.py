@@ -1,0 +1,1 @@
+"""One file is one blueprint; the file is named like the blueprint's slug."""

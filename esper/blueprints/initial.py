@@ -1,0 +1,36 @@
+"""Initial weights that leave every global random stream alone.
+
+A graft may be built in a background thread while the host trains, so ``manual_seed`` and
+``fork_rng`` on the global stream are no way out: they would be seen by the host's dropout. Numbers
+are drawn in float32 on the CPU from a generator of their own, so that one seed gives the same
+weights on every device and dtype (as near as the dtype can hold them).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+class Initializer:
+    """Makes parameters for one graft, in a fixed order, from one seed."""
+
+    def __init__(self, seed: int, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        self._generator = torch.Generator(device="cpu").manual_seed(seed)
+        self._device = torch.device(device or "cpu")
+        self._dtype = dtype
+
+    def uniform(self, *shape: int) -> nn.Parameter:
+        """Kaiming-uniform with a = √5, as nn.Linear does: U(±1/√fan_in), fan_in = shape[1:]."""
+        bound = 1.0 / math.sqrt(max(1, math.prod(shape[1:])))
+        values = torch.empty(shape, dtype=torch.float32, device="cpu")
+        values.uniform_(-bound, bound, generator=self._generator)
+        return nn.Parameter(values.to(device=self._device, dtype=self._dtype))
+
+    def zeros(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(shape, device=self._device, dtype=self._dtype))
+
+    def ones(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.ones(shape, device=self._device, dtype=self._dtype))

@@ -1,0 +1,109 @@
+"""A kernel's files: how they are written, and how their texts are read. Imports no torch.
+
+``pack`` is the only writer. The readers here trust nobody, but they check form only; signature and
+digests are checked before, by :func:`esper.compilation.verify.open_kernel`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
+from esper.contracts import Certificate, CostForecast, KernelBundle, KernelKey, KernelReport, Recipe
+from esper.contracts import codec, signing
+from esper.contracts.kernels import (
+    MANIFEST_FILE,
+    MAX_FILE_BYTES,
+    RECIPE_FILE,
+    REPORT_FILE,
+    SIGNATURE_FILE,
+)
+from esper.exceptions import CodecError, KernelBuildError
+
+FORMAT = "esper-kernel-1"
+LISTED_FILES = (RECIPE_FILE, REPORT_FILE)  # the manifest vouches for these
+
+
+def pack(
+    key: KernelKey, recipe: Recipe, report: KernelReport, *, private_key: str
+) -> KernelBundle:
+    """Write, hash and sign the files of one kernel.
+
+    Args:
+        private_key: base64 Ed25519 key of the compile worker.
+
+    Raises:
+        KernelBuildError: a file is larger than a reader would take.
+        ConfigurationError: the key is no key.
+    """
+    files = {
+        RECIPE_FILE: codec.encode(asdict(recipe)),
+        REPORT_FILE: codec.encode(report_to_wire(report)),
+    }
+    files[MANIFEST_FILE] = codec.encode(
+        {
+            "format": FORMAT,
+            "key": key.to_wire(),
+            "files": {name: _entry(data) for name, data in files.items()},
+        }
+    )
+    for name, data in files.items():
+        if len(data) > MAX_FILE_BYTES:
+            raise KernelBuildError(
+                f"{name} has {len(data)} bytes, at most {MAX_FILE_BYTES} are taken", permanent=True
+            )
+    files[SIGNATURE_FILE] = signing.sign(files[MANIFEST_FILE], private_key).encode("ascii")
+    return KernelBundle(files)
+
+
+def report_to_wire(report: KernelReport) -> dict[str, Any]:
+    forecast = asdict(report.forecast)
+    for name in ("memory_mib", "latency_ms"):
+        forecast[name] = codec.number_to_wire(forecast[name])
+    return {
+        "certificate": report.certificate.to_wire(),
+        "forecast": forecast,
+        "tier": report.tier,
+        "stage_ms": report.stage_ms,
+    }
+
+
+def report_from_wire(data: dict[str, Any]) -> KernelReport:
+    """Raises ``CodecError`` when it is no report."""
+    try:
+        forecast = dict(data["forecast"])
+        for name in ("memory_mib", "latency_ms"):
+            forecast[name] = codec.number_from_wire(forecast[name])
+        return KernelReport(
+            certificate=Certificate.from_wire(data["certificate"]),
+            forecast=CostForecast(**forecast),
+            tier=int(data["tier"]),
+            stage_ms={
+                str(name): codec.number_from_wire(value)
+                for name, value in data["stage_ms"].items()
+            },
+        )
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CodecError(f"not a kernel report: {error}") from error
+
+
+def recipe_from_wire(data: Any) -> Recipe:
+    """Raises ``CodecError`` when it is no recipe."""
+    try:
+        recipe = Recipe(**data)
+    except TypeError as error:
+        raise CodecError(f"not a recipe: {error}") from error
+    typed = (
+        isinstance(recipe.blueprint, str)
+        and isinstance(recipe.blueprint_version, str)
+        and isinstance(recipe.config, dict)
+        and type(recipe.seed) is int
+    )
+    if not typed:
+        raise CodecError("not a recipe: a field has the wrong type")
+    return recipe
+
+
+def _entry(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -1,0 +1,45 @@
+"""How long a graft takes at the layer's real shape, on this device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from esper.blueprints import Graft
+
+
+def latency_ms(graft: Graft, x: Tensor, y: Tensor, *, rows: int, repeats: int = 5) -> float:
+    """Median time of one forward pass through the graft.
+
+    Args:
+        x: a sample of the layer's input, y: of its output, both [batch, ...].
+        rows: batch size to measure at; the sample is repeated up to there.
+
+    Returns:
+        Milliseconds, without the host layer's own time.
+    """
+    x_full, y_full = _with_rows(x, rows), _with_rows(y, rows)
+    times = []
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            _synchronise(x)
+            started = time.perf_counter()
+            graft.combine(x_full, y_full)
+            _synchronise(x)
+            times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times[1:])  # the first one pays for caches and kernels' start
+
+
+def _with_rows(tensor: Tensor, rows: int) -> Tensor:
+    if not tensor.dim() or not len(tensor) or rows <= len(tensor):
+        return tensor
+    times = -(-rows // len(tensor))
+    return tensor.repeat(times, *(1 for _ in tensor.shape[1:]))[:rows]
+
+
+def _synchronise(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)

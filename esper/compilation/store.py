@@ -1,0 +1,121 @@
+"""Kernels on disk, by content: ``<first two digits>/<digest>/<file>``. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from esper.compilation.verify import check_digest
+from esper.contracts import BUNDLE_FILES, KernelBundle
+from esper.contracts.kernels import MAX_FILE_BYTES
+from esper.exceptions import KernelDigestError, KernelError
+
+
+class KernelStore:
+    """Kernels in a directory; safe for many processes, since a kernel appears by one rename.
+
+    Args:
+        directory: made when missing.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def path(self, digest: str) -> Path:
+        """Where the kernel is or would be; raises ``KernelDigestError`` for a bad digest."""
+        return self.directory / check_digest(digest)[:2] / digest
+
+    def has(self, digest: str) -> bool:
+        return self.path(digest).is_dir()
+
+    def put(self, bundle: KernelBundle) -> str:
+        """Store all files or none; storing a kernel twice is harmless.
+
+        Returns:
+            The kernel's digest.
+        """
+        if set(bundle.files) != set(BUNDLE_FILES):
+            raise KernelError(f"a kernel has the files {', '.join(BUNDLE_FILES)}")
+        digest = bundle.digest
+        _place(bundle.files, self.path(digest), self.directory)
+        return digest
+
+    def get(self, digest: str) -> dict[str, bytes]:
+        """The kernel's files, unverified: give them to ``open_kernel``.
+
+        Raises:
+            KernelError: there is no such kernel.
+            KernelDigestError: the digest is malformed, or a file is missing or too large.
+        """
+        directory = self.path(digest)
+        if not directory.is_dir():
+            raise KernelError(f"there is no kernel {digest}", digest=digest)
+        return {name: _read(directory / name, digest) for name in BUNDLE_FILES}
+
+    def remove(self, digest: str) -> bool:
+        """Forget a kernel; False when there was none."""
+        trash = self.directory / f".trash-{secrets.token_hex(8)}"
+        try:
+            self.path(digest).rename(trash)
+        except FileNotFoundError:
+            return False
+        shutil.rmtree(trash, ignore_errors=True)
+        return True
+
+    def list(self) -> tuple[str, ...]:
+        """All digests, sorted."""
+        return tuple(sorted(path.name for path in self.directory.glob("[0-9a-f][0-9a-f]/*")))
+
+    def stage(self, digest: str, stage_dir: str | os.PathLike[str]) -> Path:
+        """Copy a kernel to ``<stage_dir>/<digest>/``, where a trainer on this host looks first.
+
+        Returns:
+            The directory with its files.
+        """
+        files = self.get(digest)
+        root = Path(stage_dir)
+        root.mkdir(parents=True, exist_ok=True)
+        _place(files, root / digest, root)
+        return root / digest
+
+
+def _place(files: Mapping[str, bytes], target: Path, scratch: Path) -> None:
+    """Write into a fresh directory beside the target and rename it there as a whole."""
+    if target.is_dir():
+        return
+    incoming = scratch / f".incoming-{os.getpid()}-{secrets.token_hex(8)}"
+    incoming.mkdir(mode=0o755)
+    try:
+        for name, data in files.items():
+            _write(incoming / name, data)
+        target.parent.mkdir(exist_ok=True)
+        incoming.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path, digest: str) -> bytes:
+    try:
+        # A link in the store would let whoever can write there choose what we read.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise KernelDigestError(f"{path.name} cannot be read: {error}", digest=digest) from error
+    with os.fdopen(descriptor, "rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise KernelDigestError(f"{path.name} is too large", digest=digest)
+    return data

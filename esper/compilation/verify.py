@@ -1,0 +1,102 @@
+"""The only door through which a kernel comes in. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from esper.compilation.bundle import FORMAT, LISTED_FILES, recipe_from_wire, report_from_wire
+from esper.contracts import BUNDLE_FILES, KernelKey, KernelReport, Recipe, codec, signing
+from esper.contracts.kernels import (
+    MANIFEST_FILE,
+    MAX_FILE_BYTES,
+    RECIPE_FILE,
+    REPORT_FILE,
+    SIGNATURE_FILE,
+)
+from esper.exceptions import CodecError, KernelDigestError, SignatureError
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def check_digest(digest: str) -> str:
+    """``digest`` itself, when it is one: 64 lower-case hex digits, so never a path.
+
+    Raises:
+        KernelDigestError: it is something else.
+    """
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise KernelDigestError("a kernel is named by 64 hex digits", digest=str(digest)[:80])
+    return digest
+
+
+def open_kernel(
+    files: Mapping[str, bytes], digest: str, trusted_key: str
+) -> tuple[KernelKey, Recipe, KernelReport]:
+    """Read a kernel that came from anywhere.
+
+    Nothing is parsed before it is vouched for: sizes, then the manifest's digest, then its
+    signature, then the other files' digests, and only then their content.
+
+    Args:
+        files: exactly the files of ``BUNDLE_FILES``.
+        digest: hex SHA-256 of the manifest, as the signed command names it.
+        trusted_key: base64 public key of the compile workers.
+
+    Raises:
+        KernelDigestError: a file is missing, foreign, too large, altered or malformed.
+        SignatureError: the manifest is not signed by ``trusted_key``.
+    """
+    check_digest(digest)
+    _check_files(files, digest)
+    manifest = files[MANIFEST_FILE]
+    if not hmac.compare_digest(hashlib.sha256(manifest).hexdigest(), digest):
+        raise KernelDigestError("the manifest is not the one that was asked for", digest=digest)
+    _check_signature(manifest, files[SIGNATURE_FILE], trusted_key, digest)
+    try:
+        listing = codec.decode(manifest, max_bytes=MAX_FILE_BYTES)
+        _check_listing(listing, files, digest)
+        key = KernelKey.from_wire(listing["key"])
+        recipe = recipe_from_wire(codec.decode(files[RECIPE_FILE], max_bytes=MAX_FILE_BYTES))
+        report = report_from_wire(codec.decode(files[REPORT_FILE], max_bytes=MAX_FILE_BYTES))
+    except (CodecError, TypeError, KeyError) as error:
+        raise KernelDigestError(f"a kernel's file is malformed: {error}", digest=digest) from error
+    _check_same_blueprint(key, recipe, digest)
+    return key, recipe, report
+
+
+def _check_files(files: Mapping[str, bytes], digest: str) -> None:
+    if set(files) != set(BUNDLE_FILES):
+        odd = sorted(set(files) ^ set(BUNDLE_FILES))
+        raise KernelDigestError(f"missing or foreign files: {', '.join(odd)[:200]}", digest=digest)
+    for name, data in files.items():
+        if not isinstance(data, bytes) or len(data) > MAX_FILE_BYTES:
+            raise KernelDigestError(f"{name} is not at most {MAX_FILE_BYTES} bytes", digest=digest)
+
+
+def _check_signature(manifest: bytes, signature: bytes, trusted_key: str, digest: str) -> None:
+    try:
+        signing.verify(manifest, signature.decode("ascii"), trusted_key)
+    except (SignatureError, UnicodeDecodeError) as error:
+        raise SignatureError(
+            "the kernel is not signed by the key that this run trusts", digest=digest
+        ) from error
+
+
+def _check_listing(listing: Any, files: Mapping[str, bytes], digest: str) -> None:
+    if listing["format"] != FORMAT or set(listing["files"]) != set(LISTED_FILES):
+        raise KernelDigestError("the manifest is of another format", digest=digest)
+    for name in LISTED_FILES:
+        entry, data = listing["files"][name], files[name]
+        actual = hashlib.sha256(data).hexdigest()
+        if entry["bytes"] != len(data) or not hmac.compare_digest(actual, entry["sha256"]):
+            raise KernelDigestError(f"{name} is not the file that was signed", digest=digest)
+
+
+def _check_same_blueprint(key: KernelKey, recipe: Recipe, digest: str) -> None:
+    named = (key.blueprint, key.blueprint_version, key.config)
+    if named != (recipe.blueprint, recipe.blueprint_version, recipe.config):
+        raise KernelDigestError("manifest and recipe name different blueprints", digest=digest)

@@ -1,0 +1,22 @@
+"""One pure check per limit. A "no" is an answer with numbers in it, never an exception."""
+
+from esper.constraints.gates import (
+    GateInputs,
+    check_blueprint,
+    check_gates,
+    check_run,
+    gate_inputs,
+    required_evidence,
+)
+from esper.constraints.limits import check_measured, within
+
+__all__ = [
+    "GateInputs",
+    "check_blueprint",
+    "check_gates",
+    "check_measured",
+    "check_run",
+    "gate_inputs",
+    "required_evidence",
+    "within",
+]

@@ -1,0 +1,320 @@
+"""From "this layer is sick" to "graft that blueprint there", with every reason kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esper.contracts.enums import AdaptationType, Risk, RunMode, ViolationRule
+from esper.contracts.health import HealthFrame, LayerInfo
+from esper.exceptions import CodecError, ConfigurationError, UnknownAdaptationTypeError
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One signal's share in a decision: ``weight`` > 0 speaks for it, < 0 against."""
+
+    signal: str
+    observed: float  # NaN: unknown
+    weight: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptationDecision:
+    """What Tamiyo wants: this layer, this kind of help.
+
+    Attributes:
+        layer_name: a layer of the run.
+        adaptation_type: a member of :class:`AdaptationType`; a text is converted.
+        confidence: probability that the adaptation will be kept, 0..1. NaN is legal and never high.
+        urgency: how fast the layer gets worse, 0..1.
+        reasons: what speaks for and against it.
+
+    Raises:
+        UnknownAdaptationTypeError: there is no silent default.
+    """
+
+    layer_name: str
+    adaptation_type: AdaptationType
+    confidence: float
+    urgency: float = 0.0
+    reasons: tuple[Reason, ...] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "adaptation_type", AdaptationType(self.adaptation_type))
+        except ValueError:
+            raise UnknownAdaptationTypeError(str(self.adaptation_type)) from None
+        for name in ("confidence", "urgency"):
+            value = getattr(self, name)
+            if math.isfinite(value) and not 0.0 <= value <= 1.0:
+                raise CodecError(f"{name} is a probability, got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class CostForecast:
+    """What a blueprint will cost at one layer, by arithmetic; measured numbers replace it later.
+
+    ``memory_mib`` counts parameters + gradients + two moments + activations kept for backward.
+    """
+
+    parameters: int
+    flops: int  # per forward pass of the layer's sample shape
+    memory_mib: float
+    latency_ms: float  # forward; NaN where there is no basis for a forecast
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A blueprint at one size for one layer, scored."""
+
+    blueprint: str  # slug
+    config: dict[str, Any]
+    score: float
+    forecast: CostForecast
+    terms: dict[str, float] = field(default_factory=dict)  # score = sum of these
+
+
+@dataclass(frozen=True, slots=True)
+class WhyNot:
+    """Why a blueprint was not chosen."""
+
+    blueprint: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """``best`` is None when nothing fits; ``why_not`` has a line for every other blueprint."""
+
+    best: Candidate | None
+    why_not: tuple[WhyNot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One gate or limit. ``passed`` None means unknown, and unknown never counts as passed.
+
+    A hard check that did not pass declines the adaptation; a soft one asks a person.
+    """
+
+    rule: ViolationRule
+    passed: bool | None
+    hard: bool
+    observed: str
+    limit: str
+    text: str
+
+    @property
+    def blocks(self) -> bool:
+        return self.hard and self.passed is not True
+
+    @property
+    def asks(self) -> bool:
+        return not self.hard and self.passed is not True
+
+
+@dataclass(frozen=True, slots=True)
+class SafetyPolicy:
+    """Every threshold of the gates, in one versioned record. A person edits it with a reason.
+
+    confidence: refuse < ``confidence_refuse`` <= **ask** < ``confidence_auto`` <= auto
+    """
+
+    name: str = "default"
+    version: int = 1
+    confidence_refuse: float = 0.55
+    confidence_auto: float = 0.75
+    auto_max_risk: Risk = Risk.LOW
+    min_cases_for_auto: int = 20  # closed cases of the category; below, MEDIUM and up ask
+    cooldown_layer_steps: int = 400
+    cooldown_run_steps: int = 100
+    cooldown_rollback_factor: float = 2.0
+    max_in_flight_per_run: int = 2
+    max_adaptations_per_day: int = 20
+    max_added_parameters_ratio: float = 2.0  # of the model's parameters at attach
+    max_memory_mib: float = 1024.0  # of one graft
+    max_latency_ms: float = 10.0  # of one graft, forward
+    evidence_max_age_seconds: float = 120.0
+    approval_timeout_seconds: int = 900
+    dispatch_timeout_seconds: int = 60
+    maturity_steps: int = 50  # no verdict before
+    probation_steps: int = 150  # verdict after
+    probation_timeout_seconds: int = 600
+    max_loss_increase_ratio: float = 0.05  # against the forecast; more is harmful
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.confidence_refuse <= self.confidence_auto <= 1.0:
+            raise CodecError(
+                "0 <= confidence_refuse <= confidence_auto <= 1 must hold, got "
+                f"{self.confidence_refuse} and {self.confidence_auto}"
+            )
+        object.__setattr__(self, "auto_max_risk", Risk(self.auto_max_risk))
+        for name, value in asdict(self).items():
+            if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
+                raise CodecError(f"{name} must be a finite number >= 0, got {value}")
+
+    def to_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, data: dict[str, Any]) -> SafetyPolicy:
+        try:
+            return cls(**data)
+        except (TypeError, ValueError) as error:
+            raise CodecError(f"not a safety policy: {error}") from error
+
+
+def cost_limits(limits: Mapping[str, float]) -> dict[str, float]:
+    """A caller's limits by the seed's names -> by the names and units of ``SafetyPolicy``.
+
+    ``max_memory_mb`` (10^6 bytes) becomes ``max_memory_mib``; ``max_latency_ms`` stays.
+
+    Raises:
+        ConfigurationError: a limit that nobody knows, or that is not a finite number >= 0.
+    """
+    names = {
+        "max_memory_mb": ("max_memory_mib", 1e6 / 2**20),
+        "max_latency_ms": ("max_latency_ms", 1.0),
+    }
+    found = {}
+    for name, value in limits.items():
+        if name not in names:
+            raise ConfigurationError(f"unknown limit {name!r}; known are: {', '.join(names)}")
+        if isinstance(value, bool) or not (math.isfinite(value) and value >= 0):
+            raise ConfigurationError(f"{name} must be a finite number >= 0, got {value!r}")
+        field_name, factor = names[name]
+        found[field_name] = value * factor
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHistory:
+    """What has been done to a layer so far.
+
+    ``last_adaptation_step`` -1 means never. ``grafts`` are the slugs that it carries now.
+    """
+
+    grafts: tuple[str, ...] = ()
+    in_flight: bool = False
+    last_adaptation_step: int = -1
+    last_rolled_back: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """Closed cases of one blueprint: how often it was kept, and what it brought."""
+
+    kept: int = 0
+    rolled_back: int = 0
+    mean_reward: float = math.nan
+
+    @property
+    def cases(self) -> int:
+        return self.kept + self.rolled_back
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunSnapshot:
+    """All that ``decide`` may look at; storing it makes a decision replayable.
+
+    Shape legend: T samples of the loss.
+
+    Attributes:
+        loss_steps: int64 [T], loss: float64 [T]; the recent training loss.
+        frames: recent health frames, oldest first.
+        history: by layer name; a missing layer has no history.
+        experience: by blueprint slug.
+        age_seconds: how old the newest frame is.
+    """
+
+    run: str
+    epoch: int
+    mode: RunMode
+    step: int
+    layers: tuple[LayerInfo, ...]
+    frames: tuple[HealthFrame, ...]
+    loss_steps: NDArray[np.int64]
+    loss: NDArray[np.float64]
+    model_parameters: int
+    added_parameters: int = 0
+    adaptations_today: int = 0
+    in_flight: int = 0
+    last_adaptation_step: int = -1
+    frozen: str = ""  # why adaptation is switched off, empty when it is on
+    history: dict[str, LayerHistory] = field(default_factory=dict)
+    experience: dict[str, Experience] = field(default_factory=dict)
+    disabled_blueprints: frozenset[str] = frozenset()
+    age_seconds: float = 0.0
+
+    def layer(self, name: str) -> LayerInfo | None:
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``decide`` says yes: this blueprint, there. ``asks`` holds why a person must agree."""
+
+    adaptation: AdaptationDecision
+    blueprint: str
+    config: dict[str, Any]
+    risk: Risk
+    forecast: CostForecast
+    checks: tuple[Check, ...]
+    why_not: tuple[WhyNot, ...]
+    evidence: dict[str, float]  # frozen numbers of the layer and the run; NaN: unknown
+    step: int
+    policy: str  # "heuristic-1"
+    asks: tuple[str, ...] = ()
+
+    @property
+    def automatic(self) -> bool:
+        return not self.asks
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """``decide`` says no, and why. ``violations`` are the hard checks that did not pass."""
+
+    step: int
+    reasons: tuple[str, ...]
+    adaptation: AdaptationDecision | None = None
+    checks: tuple[Check, ...] = ()
+    why_not: tuple[WhyNot, ...] = ()
+
+    @property
+    def violations(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The end of probation, with the numbers it rests on (losses: lower is better).
+
+    ``ablation_gain``: loss with the graft off minus on, same held-out batches.
+    ``forecast_gain``: extrapolated loss without the graft minus the observed one.
+    """
+
+    keep: bool
+    reason: str
+    ablation_gain: float = math.nan
+    forecast_gain: float = math.nan
+    forecast_interval: float = math.nan  # half width, 95 %
+    steps_observed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """Gain per cost. ``total`` is the sum of ``terms``."""
+
+    terms: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return float(sum(self.terms.values()))

@@ -1,0 +1,220 @@
+"""Every closed set of words, declared once. Database, API, templates and SDK derive from these."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class RunMode(StrEnum):
+    """How far a run may be changed."""
+
+    OBSERVE = "observe"  # look, never touch
+    SUPERVISED = "supervised"  # every graft asks a person
+    AUTOMATIC = "automatic"  # the policy may act alone above its auto threshold
+
+
+class RunState(StrEnum):
+    STARTING = "starting"
+    RUNNING = "running"
+    UNREACHABLE = "unreachable"  # about our knowledge: it may well be training on
+    FINISHED = "finished"
+    FAILED = "failed"
+    LOST = "lost"  # unreachable for so long that we stopped waiting
+
+
+RUN_ENDED = frozenset({RunState.FINISHED, RunState.FAILED, RunState.LOST})
+
+
+class AdaptationState(StrEnum):
+    """The life of one adaptation; the order is drawn in ``apps/adaptations/lifecycle.py``."""
+
+    PROPOSED = "proposed"
+    VALIDATING = "validating"
+    AWAITING_APPROVAL = "awaiting_approval"
+    APPROVED = "approved"
+    COMPILE_QUEUED = "compile_queued"
+    COMPILING = "compiling"
+    COMPILED = "compiled"
+    DISPATCHED = "dispatched"
+    ACCEPTED = "accepted"
+    PROBATION = "probation"
+    ROLLING_BACK = "rolling_back"
+    IN_DOUBT = "in_doubt"
+    KEPT = "kept"
+    ROLLED_BACK = "rolled_back"
+    DECLINED = "declined"
+    REJECTED = "rejected"
+    EXPIRED = "expired"
+    SUPERSEDED = "superseded"
+    CANCELLED = "cancelled"
+    COMPILE_FAILED = "compile_failed"
+    DISPATCH_EXPIRED = "dispatch_expired"
+    NOT_APPLIED = "not_applied"
+    APPLY_FAILED = "apply_failed"
+    ROLLBACK_FAILED = "rollback_failed"
+    REVERTED = "reverted"
+    RUN_LOST = "run_lost"
+
+
+ADAPTATION_ENDED = frozenset(
+    {
+        AdaptationState.KEPT,
+        AdaptationState.ROLLED_BACK,
+        AdaptationState.DECLINED,
+        AdaptationState.REJECTED,
+        AdaptationState.EXPIRED,
+        AdaptationState.SUPERSEDED,
+        AdaptationState.CANCELLED,
+        AdaptationState.COMPILE_FAILED,
+        AdaptationState.DISPATCH_EXPIRED,
+        AdaptationState.NOT_APPLIED,
+        AdaptationState.APPLY_FAILED,
+        AdaptationState.ROLLBACK_FAILED,
+        AdaptationState.REVERTED,
+        AdaptationState.RUN_LOST,
+    }
+)
+# The graft is (or may be) in the model.
+ADAPTATION_GRAFTED = frozenset(
+    {AdaptationState.PROBATION, AdaptationState.ROLLING_BACK, AdaptationState.KEPT}
+)
+
+
+class AdaptationType(StrEnum):
+    ADD_ATTENTION = "add_attention"
+    ADD_FFN = "add_ffn"
+    ADD_MOE = "add_moe"
+    ADD_EFFICIENCY = "add_efficiency"
+    ADD_ROUTING = "add_routing"
+    ADD_DIAGNOSTIC = "add_diagnostic"
+
+
+class BlueprintCategory(StrEnum):
+    TRANSFORMER = "transformer"
+    MIXTURE_OF_EXPERTS = "mixture_of_experts"
+    EFFICIENCY = "efficiency"
+    ROUTING = "routing"
+    DIAGNOSTICS = "diagnostics"
+
+
+class GraftKind(StrEnum):
+    """How a graft combines the layer's input x and output y."""
+
+    PARALLEL = "parallel"  # y + f(x), f's last projection is zero at birth
+    SCALE = "scale"  # y * s, s = 1 at birth
+    REPLACE = "replace"  # (1 - α) y + α f(x), α = 0 at birth
+    WRAP = "wrap"  # y; changes gradients
+    OBSERVE = "observe"  # y; changes nothing
+    ASSEMBLY = "assembly"
+    DISTRIBUTED = "distributed"
+
+
+class Risk(StrEnum):
+    """What can go wrong, mildest first; compare with ``risk_rank``."""
+
+    NONE = "none"  # observes only
+    LOW = "low"  # preserving, undone exactly, can be merged into the host
+    MEDIUM = "medium"  # preserving, undone exactly, adds permanent cost
+    HIGH = "high"  # changes the function by schedule: always asks
+
+
+def risk_rank(risk: Risk) -> int:
+    """0 for the mildest."""
+    return list(Risk).index(risk)
+
+
+class CommandKind(StrEnum):
+    GRAFT = "graft"
+    UNDO = "undo"
+    PAUSE_ADAPTATION = "pause_adaptation"
+    RESUME_ADAPTATION = "resume_adaptation"
+    STOP_RUN = "stop_run"
+
+
+class CommandState(StrEnum):
+    ISSUED = "issued"
+    ACCEPTED = "accepted"  # verified and journalled by the trainer
+    APPLIED = "applied"  # done, at a step boundary
+    REFUSED = "refused"  # not verified: wrong signature, epoch, sequence, expired
+    FAILED = "failed"  # tried, model is as before
+    EXPIRED = "expired"
+
+
+class RefusalCode(StrEnum):
+    """Why a trainer refused a command."""
+
+    BAD_SIGNATURE = "bad_signature"
+    FOREIGN_RUN = "foreign_run"
+    OLD_EPOCH = "old_epoch"
+    REPLAYED = "replayed"
+    EXPIRED = "expired"
+    BAD_DIGEST = "bad_digest"
+    UNKNOWN_BLUEPRINT = "unknown_blueprint"
+    INCOMPATIBLE_LAYER = "incompatible_layer"
+    CERTIFICATE_FAILED = "certificate_failed"
+    MODE_FORBIDS = "mode_forbids"
+    PAUSED = "paused"
+    NOT_GRAFTED = "not_grafted"
+    MALFORMED = "malformed"
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class WorkerState(StrEnum):
+    IDLE = "idle"
+    BUSY = "busy"
+    OFFLINE = "offline"
+
+
+class Severity(StrEnum):
+    INFO = "info"
+    CAUTION = "caution"
+    SERIOUS = "serious"
+    CRITICAL = "critical"
+
+
+class ViolationRule(StrEnum):
+    """Limits and rules that can be broken. Each gate writes the one that it checks."""
+
+    FROZEN = "frozen"
+    RUN_MODE = "run_mode"
+    ONE_IN_FLIGHT = "one_in_flight"
+    COOLDOWN = "cooldown"
+    PARAMETER_BUDGET = "parameter_budget"
+    MEMORY = "memory"
+    LATENCY = "latency"
+    DAILY_BUDGET = "daily_budget"
+    RISK_CLASS = "risk_class"
+    EVIDENCE = "evidence"
+    CONFIDENCE = "confidence"
+    COMPATIBILITY = "compatibility"
+    CERTIFICATE = "certificate"
+    SIGNATURE = "signature"
+    COMMAND = "command"
+    NON_FINITE = "non_finite"
+    LOSS_BLOW_UP = "loss_blow_up"
+    MISSING_TELEMETRY = "missing_telemetry"
+    OPTIMIZER_LEDGER = "optimizer_ledger"
+    DEADLINE = "deadline"
+
+
+class Role(StrEnum):
+    VIEWER = "viewer"
+    RESEARCHER = "researcher"
+    OPERATOR = "operator"
+    CURATOR = "curator"
+    ADMIN = "admin"
+
+
+class TokenScope(StrEnum):
+    RUNS_CREATE = "runs:create"  # attach a trainer
+    RUN_WRITE = "run:write"  # telemetry, acknowledgements and commands of one run
+    READ = "read"  # everything that its owner may read
+    ACT = "act"  # everything that its owner may do
+    DECIDE = "decide"  # Tamiyo: propose, judge

@@ -1,0 +1,152 @@
+"""A kernel: a blueprint made ready for one layer's shape, dtype and device.
+
+A bundle is four small files, each fetched by name and checked against the manifest, so there is no
+archive to unpack and nothing in it that runs code:
+
+    manifest.json   canonical JSON: key, names, sizes and SHA-256 of the other files
+    manifest.sig    Ed25519 over manifest.json, base64
+    recipe.json     blueprint, version, configuration, seed
+    report.json     certificate, forecast and measured cost, stage times
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from esper.contracts import codec
+from esper.contracts.decisions import CostForecast
+from esper.exceptions import CodecError
+
+MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "manifest.sig"
+RECIPE_FILE = "recipe.json"
+REPORT_FILE = "report.json"
+BUNDLE_FILES = (MANIFEST_FILE, SIGNATURE_FILE, RECIPE_FILE, REPORT_FILE)
+MAX_FILE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What was seen when the graft was tried: the five points of the graft contract.
+
+    Attributes:
+        max_abs_diff: max |f'(x) - f(x)| at birth.
+        tolerance: what was allowed; 0 for grafts beside the host.
+        preserving: the output at birth is the host's.
+        live: at least one new tensor has a gradient at step 0 (or nothing is trainable).
+        rng_neutral: building it left the host's random streams alone.
+        undo_exact: after undo every tensor equals the snapshot; None where not tried.
+        host_untouched: gradients of the host are those without the graft; None where not tried.
+        parameters: really added.
+        parameters_declared: promised by the blueprint's formula.
+        memory_mib, latency_ms: measured; NaN where not measured.
+        failures: one sentence for each broken promise.
+    """
+
+    max_abs_diff: float
+    tolerance: float
+    preserving: bool
+    live: bool
+    rng_neutral: bool
+    parameters: int
+    parameters_declared: int
+    undo_exact: bool | None = None
+    host_untouched: bool | None = None
+    memory_mib: float = math.nan
+    latency_ms: float = math.nan
+    failures: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def to_wire(self) -> dict[str, Any]:
+        data = asdict(self)
+        for name in ("max_abs_diff", "tolerance", "memory_mib", "latency_ms"):
+            data[name] = codec.number_to_wire(data[name])
+        data["failures"] = list(self.failures)
+        data["passed"] = self.passed
+        return data
+
+    @classmethod
+    def from_wire(cls, data: dict[str, Any]) -> Certificate:
+        values = {key: value for key, value in data.items() if key != "passed"}
+        try:
+            for name in ("max_abs_diff", "tolerance", "memory_mib", "latency_ms"):
+                values[name] = codec.number_from_wire(values[name])
+            values["failures"] = tuple(str(line) for line in values["failures"])
+            return cls(**values)
+        except (TypeError, KeyError) as error:
+            raise CodecError(f"not a certificate: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class KernelKey:
+    """Everything that a kernel depends on; equal keys may share one kernel."""
+
+    blueprint: str
+    blueprint_version: str  # SHA-256 of the blueprint's source, first 16 hex digits
+    config: dict[str, Any]
+    layer_kind: str
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    dtype: str
+    capability: str  # "cpu", "cuda.sm90"
+    device_name: str
+    torch_version: str
+    python_version: str
+
+    def to_wire(self) -> dict[str, Any]:
+        return {**asdict(self), "in_shape": list(self.in_shape), "out_shape": list(self.out_shape)}
+
+    @classmethod
+    def from_wire(cls, data: dict[str, Any]) -> KernelKey:
+        try:
+            return cls(
+                **{
+                    **data,
+                    "in_shape": tuple(data["in_shape"]),
+                    "out_shape": tuple(data["out_shape"]),
+                }
+            )
+        except (TypeError, KeyError) as error:
+            raise CodecError(f"not a kernel key: {error}") from error
+
+    @property
+    def hash(self) -> str:
+        """Hex SHA-256 of the canonical key: the cache's index."""
+        return hashlib.sha256(codec.encode(self.to_wire())).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How the trainer builds the module from its own copy of the blueprint's code."""
+
+    blueprint: str
+    blueprint_version: str
+    config: dict[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """What the worker found out. ``stage_ms`` names each stage of the build."""
+
+    certificate: Certificate
+    forecast: CostForecast
+    tier: int = 0
+    stage_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelBundle:
+    """The files of one kernel, in memory. ``digest`` (hex SHA-256 of the manifest) is its name."""
+
+    files: dict[str, bytes]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.files[MANIFEST_FILE]).hexdigest()

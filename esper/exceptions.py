@@ -1,0 +1,169 @@
+"""Every error that Esper raises on purpose.
+
+    EsperError
+    ├── ConfigurationError            a setting or argument makes no sense; nothing was started
+    ├── CodecError                    bytes or numbers that must not cross a border
+    ├── BlueprintError                slug
+    │   ├── UnknownBlueprintError
+    │   ├── DuplicateBlueprintError
+    │   └── IncompatibleLayerError    layer, blueprint, reason
+    ├── UnknownAdaptationTypeError    adaptation_type
+    ├── GraftError                    layer
+    │   ├── UnknownLayerError
+    │   ├── CertificateError          certificate (why the graft was not applied)
+    │   └── UndoError                 the model could not be brought back
+    ├── KernelError                   digest
+    │   ├── KernelBuildError          permanent (False: worth another attempt)
+    │   ├── KernelDigestError         content does not match its name
+    │   └── SignatureError            nobody we trust has signed this
+    ├── CommandRefusedError           code, reason (a trainer will not do what it was told)
+    └── TransportError                permanent, retry_after, status
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from esper.contracts import Certificate
+
+
+class EsperError(Exception):
+    """Base of all errors below."""
+
+
+class ConfigurationError(EsperError):
+    """A setting or argument makes no sense; nothing was started."""
+
+
+class CodecError(EsperError, ValueError):
+    """Bytes or numbers that must not cross a border (NaN, depth, size, duplicate keys)."""
+
+
+class BlueprintError(EsperError):
+    """Something is wrong with a blueprint; ``slug`` names it."""
+
+    def __init__(self, message: str, *, slug: str) -> None:
+        super().__init__(message)
+        self.slug = slug
+
+
+class UnknownBlueprintError(BlueprintError, KeyError):
+    """No blueprint has this slug or id."""
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0])
+
+
+class DuplicateBlueprintError(BlueprintError):
+    """Two blueprints claim one slug or id, or a slug is not its file's name."""
+
+
+class IncompatibleLayerError(BlueprintError):
+    """The blueprint does not fit the layer; ``reason`` is a sentence for a person."""
+
+    def __init__(self, *, layer: str, blueprint: str, reason: str) -> None:
+        super().__init__(f"{blueprint} cannot be grafted into {layer!r}: {reason}", slug=blueprint)
+        self.layer = layer
+        self.blueprint = blueprint
+        self.reason = reason
+
+
+class UnknownAdaptationTypeError(EsperError, ValueError):
+    """An adaptation type that nobody declared; there is no silent default."""
+
+    def __init__(self, adaptation_type: str) -> None:
+        from esper.contracts.enums import AdaptationType
+
+        known = ", ".join(AdaptationType)
+        super().__init__(f"unknown adaptation type {adaptation_type!r}; known are: {known}")
+        self.adaptation_type = adaptation_type
+
+
+class GraftError(EsperError):
+    """A graft could not be made or taken out; ``layer`` names the place."""
+
+    def __init__(self, message: str, *, layer: str) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
+class UnknownLayerError(GraftError, KeyError):
+    """The model has no such layer, or it has never been seen to run."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CertificateError(GraftError):
+    """The graft would break a promise of the contract, so it was not applied."""
+
+    def __init__(self, *, layer: str, certificate: Certificate) -> None:
+        super().__init__(
+            f"graft into {layer!r} refused by its certificate: {'; '.join(certificate.failures)}",
+            layer=layer,
+        )
+        self.certificate = certificate
+
+
+class UndoError(GraftError):
+    """The model could not be brought back to its snapshot."""
+
+
+class KernelError(EsperError):
+    """Something is wrong with a kernel; ``digest`` names it where one is known."""
+
+    def __init__(self, message: str, *, digest: str = "") -> None:
+        super().__init__(message)
+        self.digest = digest
+
+
+class KernelBuildError(KernelError):
+    """A kernel could not be built; ``permanent`` says that trying again is useless."""
+
+    def __init__(self, message: str, *, permanent: bool, digest: str = "") -> None:
+        super().__init__(message, digest=digest)
+        self.permanent = permanent
+
+
+class KernelDigestError(KernelError):
+    """A file's content does not match the digest that it was asked for by."""
+
+
+class SignatureError(KernelError):
+    """A kernel or a command is not signed by a key that we trust."""
+
+
+class CommandRefusedError(EsperError):
+    """A trainer refuses a command; ``code`` is a ``contracts.RefusalCode``."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+
+class TransportError(EsperError):
+    """The server could not be reached, or said no.
+
+    Attributes:
+        permanent: the same request will never succeed.
+        retry_after: seconds to wait, where the server named them.
+        status: HTTP status, 0 where there was no answer.
+        code: the problem's ``code``, empty where there was none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        permanent: bool,
+        retry_after: float | None = None,
+        status: int = 0,
+        code: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+        self.retry_after = retry_after
+        self.status = status
+        self.code = code

@@ -1,0 +1,115 @@
+"""Live surgery: putting grafts into a model that trains, and taking them out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from esper.blueprints import get
+from esper.contracts import LayerInfo
+from esper.exceptions import UnknownLayerError
+from esper.grafting.apply import Receipt, UndoReceipt, apply_graft
+from esper.grafting.certify import certify, sample_input, stand_in
+from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
+from esper.grafting.guard import GuardVerdict, LossGuard, non_finite_gradients
+from esper.grafting.ledger import add_group, audit, watch_movement
+from esper.grafting.slot import (
+    GraftRecord,
+    Slot,
+    find_host,
+    prepare_slots,
+    remove_slots,
+    slot_of,
+    slots,
+    watch,
+)
+from esper.grafting.snapshot import Snapshot, digest
+from esper.grafting.structure import (
+    load_optimizer_state_by_name,
+    optimizer_state_by_name,
+    rebuild,
+    structure,
+)
+
+__all__ = [
+    "GraftRecord",
+    "GuardVerdict",
+    "LayerRecorder",
+    "LossGuard",
+    "Receipt",
+    "Slot",
+    "Snapshot",
+    "UndoReceipt",
+    "add_group",
+    "apply_graft",
+    "audit",
+    "certify",
+    "digest",
+    "find_host",
+    "graft",
+    "load_optimizer_state_by_name",
+    "non_finite_gradients",
+    "optimizer_state_by_name",
+    "prepare_slots",
+    "rebuild",
+    "remove_slots",
+    "sample_input",
+    "slot_of",
+    "slots",
+    "stand_in",
+    "structure",
+    "trace_layers",
+    "watch",
+    "watch_movement",
+]
+
+
+def graft(
+    model: nn.Module,
+    layer: str,
+    blueprint: str,
+    *,
+    optimizer: Any = None,
+    sample: Any = None,
+    **config: Any,
+) -> Receipt:
+    """Grafts a blueprint into a layer, without any run.
+
+    Args:
+        layer: name of the layer, as in ``model.named_modules()``.
+        blueprint: slug or id.
+        optimizer: gets the new weights in a group of their own.
+        sample: model input (a tensor, a tuple of arguments or a dict of keyword arguments) that is
+            run once, without gradients, to see the layer's shapes. Needed for layers whose weights
+            do not tell them (convolutions) and blueprints that need a sequence.
+        config: settings of the blueprint.
+
+    Returns:
+        A receipt; ``receipt.undo()`` brings everything back.
+
+    Raises:
+        UnknownLayerError: there is no such layer, or its shapes are not known without ``sample``.
+        IncompatibleLayerError, CertificateError, ConfigurationError: as :func:`apply_graft`.
+    """
+    info = _look_up(model, layer, sample)
+    optimizers = () if optimizer is None else (optimizer,)
+    return apply_graft(
+        model, info, get(blueprint), config=config, optimizers=optimizers, thorough=True
+    )
+
+
+def _look_up(model: nn.Module, layer: str, sample: Any) -> LayerInfo:
+    find_host(model, layer)
+    run = None if sample is None else lambda: _run(model, sample)
+    found = next((info for info in trace_layers(model, run) if info.name == layer), None)
+    if found is None or (sample is None and found.reason == NEVER_RAN):
+        reason = why_never_graftable(model, layer) or "its shapes are not known: pass sample="
+        raise UnknownLayerError(f"cannot graft into {layer!r}: {reason}", layer=layer)
+    return found
+
+
+def _run(model: nn.Module, sample: Any) -> Any:
+    if isinstance(sample, dict):
+        return model(**sample)
+    return model(*sample) if isinstance(sample, tuple | list) else model(sample)

@@ -1,0 +1,359 @@
+"""Putting a graft in, and taking it out again.
+
+    check → snapshot → build → certify on the side → swap in → optimizer group
+An exception anywhere leaves model, optimizer and random streams as they were.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from esper.blueprints import Blueprint, Graft
+from esper.contracts import Certificate, GraftKind, LayerInfo
+from esper.exceptions import CertificateError, IncompatibleLayerError, UndoError
+from esper.grafting import ledger
+from esper.grafting.certify import certify, sample_input
+from esper.grafting.slot import (
+    GraftRecord,
+    Slot,
+    find_host,
+    prepare_slots,
+    remove_slots,
+    slot_of,
+    slots,
+)
+from esper.grafting.snapshot import RandomStreams, Snapshot, digest
+
+
+@dataclass(frozen=True, slots=True)
+class UndoReceipt:
+    """What an undo did.
+
+    Attributes:
+        digest: of the model afterwards.
+        exact: hard: everything equals the snapshot to the bit. Soft: False, the host has moved on.
+        discarded: other grafts that went with it, as ``layer/blueprint``.
+    """
+
+    digest: str
+    hard: bool
+    exact: bool
+    pause_ms: float
+    discarded: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Receipt:
+    """A graft that is in the model: what was done, and how to undo it."""
+
+    record: GraftRecord
+    pause_ms: float
+    digest_before: str
+    digest_after: str
+    _model: nn.Module = field(repr=False)
+    _graft: Graft = field(repr=False)
+    _group: ledger.GroupReceipt | None = field(repr=False, default=None)
+    _snapshot: Snapshot | None = field(repr=False, default=None)
+
+    @property
+    def adaptation(self) -> str:
+        return self.record.adaptation
+
+    @property
+    def layer(self) -> str:
+        return self.record.layer.name
+
+    @property
+    def blueprint(self) -> str:
+        """Slug."""
+        return self.record.blueprint
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.record.config)
+
+    @property
+    def seed(self) -> int:
+        return self.record.seed
+
+    @property
+    def step(self) -> int:
+        return self.record.step
+
+    @property
+    def certificate(self) -> Certificate:
+        return self.record.certificate
+
+    @property
+    def graft(self) -> Graft:
+        """The living module."""
+        return self._graft
+
+    @property
+    def present(self) -> bool:
+        """True while the graft is in the model; an older graft's hard undo takes it along."""
+        return _graft_at(self._model, self.layer, self.blueprint) is self._graft
+
+    @property
+    def can_undo_hard(self) -> bool:
+        return self.present and self._snapshot is not None
+
+    def forget_snapshot(self) -> None:
+        """Frees the snapshot. A hard undo is impossible from now on, a soft one is not."""
+        self._snapshot = None
+
+    def undo(self, hard: bool = True) -> UndoReceipt:
+        """Takes the graft out.
+
+        Soft: detaches it and keeps what the host has learnt since. Hard: brings back the state
+        before the graft to the bit, optimizer and random streams included; grafts that came later
+        go with it, and are named in ``discarded``.
+
+        Raises:
+            UndoError: it is not in the model any more, the snapshot is gone (hard), or the model
+                did not come back as it was.
+        """
+        if not self.present:
+            raise UndoError(f"{self.blueprint} is not in {self.layer!r} any more", layer=self.layer)
+        return self._undo_hard() if hard else self._undo_soft()
+
+    def _undo_soft(self) -> UndoReceipt:
+        started = time.perf_counter()
+        _take_out(self._model, self.layer, self.blueprint)
+        if self._group is not None:
+            self._group.remove()
+        self._snapshot = None
+        pause_ms = (time.perf_counter() - started) * 1e3
+        return UndoReceipt(digest(self._model), hard=False, exact=False, pause_ms=pause_ms)
+
+    def _undo_hard(self) -> UndoReceipt:
+        snapshot = self._snapshot
+        if snapshot is None:
+            raise UndoError(
+                f"the snapshot before {self.blueprint} is gone; undo it softly", layer=self.layer
+            )
+        started = time.perf_counter()
+        removed_since = snapshot.grafts() - _living(self._model).keys()
+        discarded = self._discard_later(snapshot)
+        if self._group is not None:
+            self._group.remove()
+        snapshot.restore()
+        differences = snapshot.differences()
+        self._discard_revived(removed_since)
+        after = digest(self._model)
+        pause_ms = (time.perf_counter() - started) * 1e3
+        self._snapshot = None
+        exact = not removed_since and after == self.digest_before
+        if differences or not (exact or removed_since):
+            what = ", ".join(differences) or "the model's digest"
+            raise UndoError(f"not as before the graft: {what}", layer=self.layer)
+        return UndoReceipt(after, hard=True, exact=exact, pause_ms=pause_ms, discarded=discarded)
+
+    def _discard_later(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """Takes out every graft that the snapshot does not know, this one too."""
+        discarded = []
+        for graft, (layer, slug) in _living(self._model).items():
+            if graft not in snapshot.grafts():
+                _take_out(self._model, layer, slug)
+                if graft is not self._graft:
+                    discarded.append(f"{layer}/{slug}")
+        return tuple(discarded)
+
+    def _discard_revived(self, removed_since: set[nn.Module]) -> None:
+        # An older graft that was taken out on purpose meanwhile was in the snapshot: it stays out.
+        for graft, (layer, slug) in _living(self._model).items():
+            if graft in removed_since:
+                _take_out(self._model, layer, slug)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What trains the model: everything that a snapshot must hold beside it."""
+
+    optimizers: Sequence[Any] = ()
+    schedulers: Sequence[Any] = ()
+    scaler: Any = None
+
+
+def apply_graft(
+    model: nn.Module,
+    layer: LayerInfo,
+    blueprint: Blueprint,
+    *,
+    config: dict[str, Any] | None = None,
+    optimizers: Sequence[Any] = (),
+    schedulers: Sequence[Any] = (),
+    scaler: Any = None,
+    x: Tensor | None = None,
+    graft: Graft | None = None,
+    seed: int = 0,
+    adaptation: str = "",
+    step: int = -1,
+    thorough: bool = False,
+) -> Receipt:
+    """Grafts ``blueprint`` into one layer of a live model, at a step boundary.
+
+    Args:
+        config: settings that differ from the blueprint's default.
+        x: a real input of the layer for the certificate; made up where there is none.
+        graft: built before, from the same config and seed, for example in the background.
+        adaptation: id of the adaptation that this is part of.
+        step: optimizer step, for the record.
+        thorough: spend more time on the certificate; see :func:`certify`.
+
+    Raises:
+        UnknownLayerError: the model has no such layer.
+        IncompatibleLayerError: the blueprint does not fit, or the layer carries it already.
+        ConfigurationError: a setting is unknown or absurd.
+        CertificateError: the graft broke a promise when it was tried.
+        Any error above leaves the model, the optimizers and the random streams as they were.
+    """
+    started = time.perf_counter()
+    host = find_host(model, layer.name)
+    full = blueprint.config_for(layer, config)
+    _refuse(host, layer, blueprint, scaler)
+    surroundings = Surroundings(optimizers, schedulers, scaler)
+    snapshot = Snapshot.take(model, optimizers, schedulers, scaler)
+    digest_before = digest(model)
+    try:
+        fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
+        fresh.train(host.training)
+        certificate = _certify(
+            host, layer, blueprint, full, fresh, x, snapshot.streams, thorough=thorough
+        )
+        record = GraftRecord(
+            adaptation=adaptation,
+            layer=layer,
+            blueprint=blueprint.slug,
+            version=blueprint.version,
+            config=full,
+            seed=seed,
+            step=step,
+            certificate=certificate,
+        )
+        group = insert_graft(model, record, fresh, surroundings)
+        digest_after = digest(model)
+    except BaseException:
+        _take_out(model, layer.name, blueprint.slug)
+        snapshot.restore()
+        raise
+    pause_ms = (time.perf_counter() - started) * 1e3
+    return Receipt(
+        record=record,
+        pause_ms=pause_ms,
+        digest_before=digest_before,
+        digest_after=digest_after,
+        _model=model,
+        _graft=fresh,
+        _group=group,
+        _snapshot=snapshot,
+    )
+
+
+def insert_graft(
+    model: nn.Module, record: GraftRecord, graft: Graft, surroundings: Surroundings
+) -> ledger.GroupReceipt | None:
+    """Swaps a graft in and lets the layer's optimizer train it; undoes itself when it fails."""
+    host = find_host(model, record.layer.name)
+    made = prepare_slots(model, [record.layer.name])
+    slot = slot_of(host)
+    assert slot is not None
+    try:
+        slot.insert(record, graft)
+        return _join_optimizer(host, record, graft, surroundings)
+    except BaseException:
+        _take_out(model, record.layer.name, record.blueprint)
+        remove_slots(model, made)
+        raise
+
+
+def _join_optimizer(
+    host: nn.Module, record: GraftRecord, graft: Graft, surroundings: Surroundings
+) -> ledger.GroupReceipt | None:
+    parameters = [p for p in graft.parameters() if p.requires_grad]
+    optimizer = ledger.optimizer_of(surroundings.optimizers, host)
+    if not parameters or optimizer is None:
+        return None
+    return ledger.add_group(
+        optimizer,
+        parameters,
+        layer=record.layer.name,
+        host=host,
+        schedulers=surroundings.schedulers,
+    )
+
+
+def _refuse(host: nn.Module, layer: LayerInfo, blueprint: Blueprint, scaler: Any) -> None:
+    slot = slot_of(host)
+    present = set(slot.grafts()) if slot is not None else set()
+    reason = ""
+    if blueprint.slug in present:
+        reason = "the layer carries it already"
+    elif present & blueprint.conflicts:
+        reason = f"it does not go together with {', '.join(sorted(present & blueprint.conflicts))}"
+    elif blueprint.kind is GraftKind.WRAP and scaler is not None and scaler.is_enabled():
+        reason = "a gradient scaler multiplies gradients, so its bound would not mean what it says"
+    if reason:
+        raise IncompatibleLayerError(layer=layer.name, blueprint=blueprint.slug, reason=reason)
+
+
+def _build(
+    host: nn.Module, layer: LayerInfo, blueprint: Blueprint, config: dict[str, Any], seed: int
+) -> Graft:
+    device = next((p.device for p in host.parameters()), None)
+    return blueprint.build(layer, config, seed=seed, device=device)
+
+
+def _certify(
+    host: nn.Module,
+    layer: LayerInfo,
+    blueprint: Blueprint,
+    config: dict[str, Any],
+    graft: Graft,
+    x: Tensor | None,
+    streams: RandomStreams,
+    *,
+    thorough: bool,
+) -> Certificate:
+    certificate = certify(
+        host,
+        layer,
+        blueprint,
+        graft,
+        sample_input(layer) if x is None else x,
+        config=config,
+        streams_before=streams,
+        thorough=thorough,
+    )
+    if not certificate.passed:
+        raise CertificateError(layer=layer.name, certificate=certificate)
+    return certificate
+
+
+def _living(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
+    """graft -> (layer, slug) of every graft in the model."""
+    return {
+        graft: (layer, slug)
+        for layer, _, slot in slots(model)
+        for slug, graft in slot.grafts().items()
+    }
+
+
+def _slot_at(model: nn.Module, layer: str) -> Slot | None:
+    return slot_of(find_host(model, layer))
+
+
+def _graft_at(model: nn.Module, layer: str, slug: str) -> Graft | None:
+    slot = _slot_at(model, layer)
+    return None if slot is None else slot.grafts().get(slug)
+
+
+def _take_out(model: nn.Module, layer: str, slug: str) -> None:
+    slot = _slot_at(model, layer)
+    if slot is not None and slug in slot.grafts():
+        slot.take_out(slug)

@@ -1,0 +1,411 @@
+"""The certificate: the five points of the graft contract, measured on the layer itself.
+
+    1. same output at birth     combine(x, y) equals y, and no random stream moved
+    2. alive                    a new tensor has a gradient at once (thorough: all within two steps)
+    3. undo is exact            thorough: swap in, take out, every tensor as before
+    4. host untouched           gradients of the host and of x are those without the graft
+    5. honest cost              parameters as declared; memory and latency are measured
+
+Nothing of the host changes: no gradient is stored, buffers and random streams are put back.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.blueprints import Blueprint, Graft, layout
+from esper.blueprints.base import COPIES_IN_TRAINING, MIB
+from esper.contracts import Certificate, LayerInfo
+from esper.exceptions import IncompatibleLayerError
+from esper.grafting.slot import SLOT_NAME, first_tensor, slot_of
+from esper.grafting.snapshot import RandomStreams, digest, kept_streams
+
+MAX_ROWS = 8  # of the sample that are looked at: a certificate must not cost a training step
+CHEAP_FLOPS = 50_000_000  # about two milliseconds on one core: timed in passing
+
+
+def certify(
+    host: nn.Module,
+    layer: LayerInfo,
+    blueprint: Blueprint,
+    graft: Graft,
+    x: Tensor,
+    *,
+    config: dict[str, Any],
+    training: bool | None = None,
+    streams_before: RandomStreams | None = None,
+    thorough: bool = False,
+) -> Certificate:
+    """Tries ``graft`` beside ``host`` without putting it in.
+
+    Args:
+        host: the live layer, or a stand-in from :func:`stand_in`.
+        x: a sample input of the layer; outputs and gradients are compared on its first rows,
+            latency is timed on all of it.
+        training: try it in this mode; None takes the host's own.
+        streams_before: the random streams before the graft was built, so that building counts too.
+        thorough: also points 3 and the second half of 2, on copies, and latency whatever it
+            costs. For the compile worker; without it, a costly graft's latency stays NaN.
+
+    Returns:
+        The certificate; it passed when it lists no failures.
+
+    Raises:
+        IncompatibleLayerError: the layer cannot be run on ``x`` alone.
+    """
+    before = streams_before or RandomStreams.read()
+    forecast = blueprint.forecast(layer, config)
+    with put_back(host, training), torch.enable_grad():
+        trial = _try_out(host, layer, blueprint.slug, graft, x[:MAX_ROWS])
+        neutral = before.equals(RandomStreams.read())
+        timed = thorough or forecast.flops <= CHEAP_FLOPS
+        latency_ms = _latency_ms(host, layer, blueprint.slug, graft, x) if timed else math.nan
+    dead = _dead_after_two_steps(graft, trial) if thorough else []
+    graft.forget()
+    certificate = Certificate(
+        max_abs_diff=trial.max_abs_diff,
+        tolerance=blueprint.tolerance * trial.scale,
+        preserving=trial.max_abs_diff <= blueprint.tolerance * trial.scale and trial.same_form,
+        live=trial.live,
+        rng_neutral=neutral,
+        parameters=sum(p.numel() for p in graft.parameters()),
+        parameters_declared=forecast.parameters,
+        host_untouched=trial.host_untouched,
+        undo_exact=_undo_is_exact(host, graft) if thorough else None,
+        memory_mib=_memory_mib(layer, graft, trial),
+        latency_ms=latency_ms,
+    )
+    return replace(certificate, failures=tuple(_failures(certificate, trial, dead)))
+
+
+def sample_input(layer: LayerInfo, *, seed: int = 0) -> Tensor:
+    """A made-up input of the layer's seen shape: normal numbers, or zeros for token numbers."""
+    shape = layer.in_shape
+    if not layer.features_in:
+        return torch.zeros(shape, dtype=torch.long, device=layer.device)
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator)
+    return values.to(device=layer.device, dtype=layout.torch_dtype(layer))
+
+
+def stand_in(layer: LayerInfo, *, seed: int = 0) -> tuple[nn.Module, Tensor]:
+    """A host of the same kind and shapes with made-up weights, and a sample input for it.
+
+    For a compile worker, which has the layer's description but not the model. A kind whose
+    settings a description does not carry becomes a plain map with the same shapes.
+    """
+    with torch.device("meta"):  # draws nothing: this may run beside a training
+        host = _make_host(layer).to(layout.torch_dtype(layer))
+    host.to_empty(device=layer.device)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in host.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return host, sample_input(layer, seed=seed)
+
+
+@contextmanager
+def put_back(host: nn.Module, training: bool | None) -> Iterator[None]:
+    """Leaves the host's modes, buffers and all random streams as they were."""
+    modes = [(module, module.training) for module in host.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in host.buffers()]
+    with kept_streams():
+        try:
+            if training is not None:
+                host.train(training)
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+@dataclass(slots=True)
+class _Trial:
+    """What one forward and backward pass with the graft has shown."""
+
+    x: Tensor
+    y: Tensor
+    cotangent: Tensor  # d loss / d output, made up
+    max_abs_diff: float
+    scale: float
+    same_form: bool  # shape, dtype, and x and y not written to
+    live: bool
+    host_untouched: bool
+    saved_bytes: int
+
+
+def _try_out(
+    host: nn.Module, layer: LayerInfo, blueprint: str, graft: Graft, sample: Tensor
+) -> _Trial:
+    x = sample.detach().clone()
+    x.requires_grad_(x.is_floating_point())
+    y = _run_host(host, layer, blueprint, x)
+    kept = y.detach().clone()
+    versions = x._version, y._version
+    with _counted_activations(graft, x) as saved:
+        changed = graft.combine(x, y)
+    cotangent = _made_up_cotangent(y)
+    same_form = (
+        changed.shape == y.shape
+        and changed.dtype == y.dtype
+        and versions == (x._version, y._version)
+    )
+    live, untouched = _compare_gradients(host, graft, x, y, changed, cotangent)
+    return _Trial(
+        x=x.detach(),
+        y=kept,
+        cotangent=cotangent,
+        max_abs_diff=_distance(changed, kept),
+        scale=float(kept.abs().max()) if kept.numel() else 0.0,
+        same_form=same_form,
+        live=live,
+        host_untouched=untouched,
+        saved_bytes=sum(saved.values()),
+    )
+
+
+def _run_host(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> Tensor:
+    """The layer's output on ``x`` with the grafts it carries now.
+
+    ``forward`` and not a call: the user's own hooks must not see a made-up batch.
+    """
+    arguments = (x, x, x) if layer.kind in layout.ATTENTION else (x,)
+    try:
+        y = first_tensor(host.forward(*arguments))
+    except Exception as error:
+        reason = f"it cannot be run on its first input alone ({error})"
+        raise IncompatibleLayerError(
+            layer=layer.name, blueprint=blueprint, reason=reason
+        ) from error
+    if y is None:
+        raise IncompatibleLayerError(
+            layer=layer.name, blueprint=blueprint, reason="its output is no plain tensor"
+        )
+    slot = slot_of(host)
+    for older in slot.grafts().values() if slot is not None else ():
+        y = older.combine(x, y)
+    return y
+
+
+def _compare_gradients(
+    host: nn.Module, graft: Graft, x: Tensor, y: Tensor, changed: Tensor, cotangent: Tensor
+) -> tuple[bool, bool]:
+    """(a new tensor has a gradient, the old ones have theirs unchanged)."""
+    old = [p for p in host.parameters() if p.requires_grad]
+    old += [x] if x.requires_grad else []
+    new = [p for p in graft.parameters() if p.requires_grad]
+    without = _gradients(y, old, cotangent)
+    both = _gradients(changed, [*old, *new], cotangent.to(changed.dtype))
+    untouched = all(_same(a, b) for a, b in zip(without, both[: len(old)], strict=True))
+    live = not new or any(_alive(grad) for grad in both[len(old) :])
+    return live, untouched
+
+
+def _gradients(
+    output: Tensor, inputs: list[Tensor], cotangent: Tensor
+) -> tuple[Tensor | None, ...]:
+    if not inputs or not output.requires_grad:
+        return (None,) * len(inputs)
+    return torch.autograd.grad(output, inputs, cotangent, retain_graph=True, allow_unused=True)
+
+
+def _same(mine: Tensor | None, theirs: Tensor | None) -> bool:
+    if mine is None or theirs is None:
+        return mine is theirs
+    return torch.equal(mine, theirs) or torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+
+
+def _alive(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.isfinite().all()) and bool(gradient.any())
+
+
+def _distance(changed: Tensor, kept: Tensor) -> float:
+    """max |a - b|; infinite where the shapes differ or only one of the two is finite."""
+    if changed.shape != kept.shape:
+        return math.inf
+    if not kept.numel():
+        return 0.0
+    difference = (changed.detach() - kept).abs().float()
+    both_odd = ~changed.detach().isfinite() & ~kept.isfinite()
+    difference = torch.where(both_odd, 0.0, difference)
+    return float(difference.nan_to_num(nan=math.inf).max())
+
+
+@contextmanager
+def _counted_activations(graft: Graft, x: Tensor) -> Iterator[dict[int, int]]:
+    """Fills {storage: bytes} with what the graft keeps for backward, weights and x aside."""
+    known = {p.untyped_storage().data_ptr() for p in graft.parameters()}
+    known.add(x.untyped_storage().data_ptr())
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def _memory_mib(layer: LayerInfo, graft: Graft, trial: _Trial) -> float:
+    weights = sum(p.numel() * p.element_size() for p in graft.parameters())
+    rows = layer.in_shape[0] / trial.x.shape[0] if layer.in_shape and len(trial.x) else 1.0
+    kept = trial.saved_bytes * rows * max(1, layer.calls)
+    return (weights * COPIES_IN_TRAINING + kept) / MIB
+
+
+def _latency_ms(
+    host: nn.Module, layer: LayerInfo, blueprint: str, graft: Graft, x: Tensor
+) -> float:
+    """Forward of the graft on the whole sample; the second of two, the first warms up."""
+    with torch.no_grad():
+        y = _run_host(host, layer, blueprint, x)
+        for _ in range(2):
+            _wait(x)
+            started = time.perf_counter()
+            graft.combine(x, y)
+            _wait(x)
+            elapsed = time.perf_counter() - started
+    return elapsed * 1e3
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def _dead_after_two_steps(graft: Graft, trial: _Trial) -> list[str]:
+    """Names of new tensors that had no gradient in two steps, tried on a copy."""
+    trial_graft = copy.deepcopy(graft)
+    waiting = {name: p for name, p in trial_graft.named_parameters() if p.requires_grad}
+    for _ in range(2):
+        if not waiting:
+            break
+        with torch.enable_grad():
+            changed = trial_graft.combine(trial.x, trial.y)
+        inputs = [p for p in trial_graft.parameters() if p.requires_grad]
+        found = _gradients(changed, inputs, trial.cotangent)
+        names = [name for name, p in trial_graft.named_parameters() if p.requires_grad]
+        for name, parameter, gradient in zip(names, inputs, found, strict=True):
+            if gradient is not None:
+                parameter.data.sub_(gradient)
+            if _alive(gradient):
+                waiting.pop(name, None)
+    return sorted(waiting)
+
+
+def _made_up_cotangent(y: Tensor) -> Tensor:
+    """Norm about 1. Not a constant: to that, a batch norm's output is orthogonal."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(y.shape, generator=generator) / math.sqrt(max(1, y.numel()))
+    return noise.to(device=y.device, dtype=y.dtype)
+
+
+def _undo_is_exact(host: nn.Module, graft: Graft) -> bool:
+    """Swaps in and takes out on a copy of the host, and compares every tensor."""
+    trial = copy.deepcopy(host)
+    before = digest(trial)
+    inside = trial._modules.get(SLOT_NAME) or nn.Module()
+    inside.add_module("trial", copy.deepcopy(graft))
+    fresh = SLOT_NAME not in trial._modules
+    trial._modules[SLOT_NAME] = inside
+    changed = digest(trial) != before or not any(True for _ in graft.parameters())
+    del inside._modules["trial"]
+    if fresh:
+        del trial._modules[SLOT_NAME]
+    return changed and digest(trial) == before
+
+
+def _failures(certificate: Certificate, trial: _Trial, dead: list[str]) -> Iterator[str]:
+    if not trial.same_form:
+        yield "it changes the output's shape or dtype, or writes to the layer's tensors"
+    elif not certificate.preserving:
+        yield (
+            f"it changes the output at birth by {certificate.max_abs_diff:.3g}, "
+            f"allowed is {certificate.tolerance:.3g}"
+        )
+    if not certificate.live:
+        yield "none of its tensors has a gradient at the first step"
+    if dead:
+        yield f"no gradient within two steps: {', '.join(dead)}"
+    if not certificate.rng_neutral:
+        yield "building or running it draws from a global random stream"
+    if certificate.undo_exact is False:
+        yield "taking it out does not bring the tensors back"
+    if certificate.host_untouched is False:
+        yield "it changes the gradients of the layer's own weights or input"
+    if certificate.parameters != certificate.parameters_declared:
+        yield (
+            f"it has {certificate.parameters} parameters, "
+            f"declared are {certificate.parameters_declared}"
+        )
+
+
+class Conv1D(nn.Module):
+    """Stand-in for the transposed linear layer of GPT-2; the name is its kind."""
+
+    def __init__(self, features_in: int, features_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features_in, features_out) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(features_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Opaque(nn.Module):
+    """Stand-in for a layer that cannot be made from its description: same shapes, no more."""
+
+    def __init__(self, layer: LayerInfo) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(layer.out_shape))
+        self.same_rows = layer.in_shape[0] == layer.out_shape[0]
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        lift = x.mean() if x.is_floating_point() else torch.zeros((), device=x.device)
+        rows = x.shape[0] if self.same_rows else self.weight.shape[0]
+        return self.weight[:rows] + lift.to(self.weight.dtype)
+
+
+def _make_host(layer: LayerInfo) -> nn.Module:
+    d_in, d_out = layer.features_in, layer.features_out
+    if layer.kind in layout.LINEAR:
+        return nn.Linear(d_in, d_out)
+    if layer.kind in layout.TRANSPOSED_LINEAR:
+        return Conv1D(d_in, d_out)
+    if layout.is_convolution(layer) and layer.kernel_size:
+        return _make_convolution(layer)
+    if layer.kind.endswith("LayerNorm"):
+        return nn.LayerNorm(d_out)
+    if layer.kind.endswith("RMSNorm"):
+        return nn.RMSNorm(d_out)
+    if layer.kind == "Embedding":
+        return nn.Embedding(max(1, layer.parameters // d_out), d_out)
+    return Opaque(layer)
+
+
+def _make_convolution(layer: LayerInfo) -> nn.Module:
+    make: Any = getattr(nn, layer.kind)
+    made: nn.Module = make(
+        layer.features_in,
+        layer.features_out,
+        layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+    )
+    return made

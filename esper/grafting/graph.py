@@ -1,0 +1,305 @@
+"""The layer graph, learnt from what the model really does and never guessed from names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.blueprints.layout import channel_axis_of
+from esper.contracts import MAX_NAME_LENGTH, LayerInfo
+from esper.grafting.slot import CONTAINERS, SLOT_NAME, first_tensor
+
+NEVER_RAN = "it was not seen to run in a forward pass"
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(slots=True)
+class _Sighting:
+    """What the forward passes have shown of one layer so far."""
+
+    in_shape: tuple[int, ...] = ()
+    out_shape: tuple[int, ...] = ()
+    input_is_float: bool = False
+    reason: str = ""
+    order: int = 0
+    calls: int = 0  # of the pass in which it was first seen
+    feeds: dict[str, None] = field(default_factory=dict)  # a set that keeps its order
+
+
+def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """name -> module of everything that counts as a layer: leaves with parameters, attention.
+
+    A module that is used under two names appears under its first.
+    """
+    found = {}
+    inside_slots = {
+        module
+        for _, host in model.named_modules()
+        for module in host._modules.get(SLOT_NAME, nn.Identity()).modules()
+        if SLOT_NAME in host._modules
+    }
+    for name, module in model.named_modules():
+        if module not in inside_slots and _is_layer(module, name):
+            found[name] = module
+    return found
+
+
+def why_never_graftable(model: nn.Module, name: str) -> str:
+    """Why this module can hold no graft, whatever it does in a forward pass; empty if it can."""
+    module = model.get_submodule(name)
+    if not name:
+        return "it is the whole model; name one of its layers"
+    if isinstance(module, CONTAINERS):
+        return "a container runs nothing of its own; name one of the layers in it"
+    if len(name) > MAX_NAME_LENGTH:
+        return f"its name is longer than {MAX_NAME_LENGTH} characters"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "its parent attention uses its weight directly, so a hook on it never fires"
+    if name not in layer_modules(model):
+        return f"a {kind_of(module)} is made of layers; name one of them"
+    return ""
+
+
+def kind_of(module: nn.Module) -> str:
+    """Class name; a parametrised layer (weight norm, spectral norm) goes by its own class."""
+    name = type(module).__name__
+    return name.removeprefix("Parametrized") if hasattr(module, "parametrizations") else name
+
+
+class LayerRecorder:
+    """Learns the layer graph from the next forward passes of ``model``, then takes its hooks off.
+
+    What the model computes is the same to the bit: the hooks only read shapes.
+
+    Args:
+        forwards: full passes of the model to watch.
+    """
+
+    def __init__(self, model: nn.Module, *, forwards: int = 1) -> None:
+        self._model = model
+        self._modules = layer_modules(model)
+        self._sightings: dict[str, _Sighting] = {}
+        self._calls: Counter[str] = Counter()
+        self._previous = ""
+        self._depth = 0
+        self._remaining = forwards
+        self._handles: list[RemovableHandle] = []
+        self._watch()
+
+    @property
+    def done(self) -> bool:
+        """True once enough forward passes were seen, or :meth:`stop` was called."""
+        return not self._handles
+
+    def stop(self) -> None:
+        """Takes the hooks off now."""
+        self._end_pass()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """All layers in order of execution; those that never ran come last, with the reason."""
+        infos = [self._describe(name, module) for name, module in self._modules.items()]
+        return tuple(sorted(infos, key=lambda info: (not info.in_shape, info.order)))
+
+    def _watch(self) -> None:
+        root = self._model
+        self._handles.append(root.register_forward_pre_hook(_hidden(self._start_pass)))
+        for name, module in self._modules.items():
+            hook = _hidden(self._see_as(name))
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self._handles.append(root.register_forward_hook(_hidden(self._finish_pass)))
+
+    def _start_pass(self, module: nn.Module, args: Any) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            self._end_pass()  # layers that were called by themselves since the last full pass
+
+    def _finish_pass(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        self._end_pass()
+        self._remaining -= 1
+        if self._remaining <= 0:
+            self.stop()
+
+    def _end_pass(self) -> None:
+        for name, calls in self._calls.items():
+            sighting = self._sightings[name]
+            sighting.calls = sighting.calls or calls
+        self._calls.clear()
+        self._previous = ""
+
+    def _see_as(self, name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if name not in self._sightings:
+                seen = _look(args, kwargs, output)
+                seen.order = len(self._sightings)
+                self._sightings[name] = seen
+            if self._previous and self._previous != name:
+                self._sightings[self._previous].feeds[name] = None
+            self._calls[name] += 1
+            self._previous = name
+
+        return see
+
+    def _describe(self, name: str, module: nn.Module) -> LayerInfo:
+        sighting = self._sightings.get(name, _Sighting(reason=NEVER_RAN))
+        reason = why_never_graftable(self._model, name) or sighting.reason
+        return _layer_info(name, module, sighting, reason)
+
+
+def trace_layers(
+    model: nn.Module, forward: Callable[[], Any] | None = None
+) -> tuple[LayerInfo, ...]:
+    """The layer graph of ``model``.
+
+    Args:
+        forward: runs the model once, for example ``lambda: model(batch)``. Gradients are off
+            meanwhile, and buffers and random streams are put back afterwards. Without it, only
+            what the modules tell of themselves is known, for a batch of one row.
+    """
+    if forward is None:
+        return tuple(_describe_unseen(model, name) for name in layer_modules(model))
+    recorder = LayerRecorder(model)
+    # Late import: the snapshot is the one place that knows every random stream.
+    from esper.grafting.snapshot import kept_streams
+
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.no_grad(), kept_streams():
+            forward()
+    finally:
+        recorder.stop()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return recorder.layers()
+
+
+def _is_layer(module: nn.Module, name: str) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    if isinstance(module, CONTAINERS) or ".parametrizations" in f".{name}":
+        return False
+    children = set(module._modules) - {SLOT_NAME, "parametrizations"}
+    return not children and any(True for _ in _own_parameters(module))
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    prefix = f"{SLOT_NAME}."
+    return [p for name, p in module.named_parameters() if not name.startswith(prefix)]
+
+
+def _look(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> _Sighting:
+    x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
+    if x is None or y is None:
+        return _Sighting(reason="its input or output is no plain tensor")
+    if not y.is_floating_point():
+        return _Sighting(reason=f"its output is {y.dtype}, not floating numbers")
+    return _Sighting(
+        in_shape=tuple(x.shape),
+        out_shape=tuple(y.shape),
+        input_is_float=x.is_floating_point(),
+    )
+
+
+def _layer_info(name: str, module: nn.Module, sighting: _Sighting, reason: str) -> LayerInfo:
+    kind = kind_of(module)
+    axis = channel_axis_of(kind)
+    parameters = _own_parameters(module)
+    first = next((p for p in parameters if p.is_floating_point()), None)
+    if first is None and not reason:
+        reason = "its weights are not floating numbers"
+    reason = reason or _why_unbatched(sighting, axis)
+    return LayerInfo(
+        name=name,
+        kind=kind,
+        in_shape=sighting.in_shape,
+        out_shape=sighting.out_shape,
+        dtype=str(torch.float32 if first is None else first.dtype).removeprefix("torch."),
+        parameters=sum(p.numel() for p in parameters),
+        graftable=not reason,
+        reason=reason,
+        features_in=_channels(sighting.in_shape, axis) if sighting.input_is_float else 0,
+        features_out=_channels(sighting.out_shape, axis),
+        channel_axis=axis,
+        device="cpu" if first is None else str(first.device),
+        order=sighting.order,
+        calls=max(1, sighting.calls),
+        trainable=any(p.requires_grad for p in parameters),
+        feeds=tuple(sighting.feeds),
+        **_geometry(module),
+    )
+
+
+def _why_unbatched(sighting: _Sighting, axis: int) -> str:
+    if sighting.out_shape and len(sighting.out_shape) <= max(axis, 0):
+        return "it was seen to run without a batch axis"
+    return "" if sighting.out_shape else NEVER_RAN
+
+
+def _channels(shape: tuple[int, ...], axis: int) -> int:
+    return shape[axis] if len(shape) > max(axis, 0) else 0
+
+
+def _geometry(module: nn.Module) -> dict[str, Any]:
+    """Kernel, stride, padding and dilation of a convolution that pads symmetrically with zeros."""
+    if not isinstance(module, _CONVOLUTIONS) or module.padding_mode != "zeros":
+        return {}
+    padding = _symmetric_padding(module)
+    if padding is None:
+        return {"groups": module.groups}
+    return {
+        "kernel_size": tuple(module.kernel_size),
+        "stride": tuple(module.stride),
+        "padding": padding,
+        "dilation": tuple(module.dilation),
+        "groups": module.groups,
+    }
+
+
+def _symmetric_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...] | None:
+    if not isinstance(module.padding, str):
+        return tuple(module.padding)
+    if module.padding == "valid":
+        return tuple(0 for _ in module.kernel_size)
+    totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    return None if any(total % 2 for total in totals) else tuple(total // 2 for total in totals)
+
+
+def _describe_unseen(model: nn.Module, name: str) -> LayerInfo:
+    module = model.get_submodule(name)
+    sighting = _sighting_of_weights(module)
+    reason = why_never_graftable(model, name)
+    return _layer_info(name, module, sighting, reason)
+
+
+def _sighting_of_weights(module: nn.Module) -> _Sighting:
+    """Shapes for one row, where the weights alone tell them; else nothing."""
+    kind = kind_of(module)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return _Sighting()
+    if isinstance(module, nn.Linear):
+        return _Sighting((1, weight.shape[1]), (1, weight.shape[0]), True)
+    if kind == "Conv1D":
+        return _Sighting((1, weight.shape[0]), (1, weight.shape[1]), True)
+    if kind.endswith(("LayerNorm", "RMSNorm")) and weight.dim() == 1:
+        return _Sighting((1, weight.numel()), (1, weight.numel()), True)
+    return _Sighting()
+
+
+def _hidden(hook: Callable[..., None]) -> Callable[..., None]:
+    """Keeps a hook out of the compiler's sight."""
+    hidden: Callable[..., None] = torch.compiler.disable(hook)
+    return hidden

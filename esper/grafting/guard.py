@@ -1,0 +1,91 @@
+"""The guard that needs nobody's permission: it sees a diverging loss before the server could."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+
+import torch
+from torch import nn
+
+from esper.contracts import ViolationRule
+
+
+@dataclass(frozen=True, slots=True)
+class GuardVerdict:
+    """Why the guard acts. ``observed`` may be non-finite; ``limit`` is NaN for such a loss."""
+
+    rule: ViolationRule
+    observed: float
+    limit: float
+    text: str
+
+
+class LossGuard:
+    """Tells a blow-up from noise.
+
+    A non-finite loss counts at once. A finite one counts when it is above both
+    ``mean + sigmas · std`` and ``factor`` times the mean of the last ``window`` good losses,
+    ``patience`` times running. Suspicious losses do not enter the window: they would raise the very
+    limit that they are judged by.
+    """
+
+    def __init__(
+        self, window: int = 20, sigmas: float = 6.0, factor: float = 3.0, patience: int = 3
+    ) -> None:
+        self._good: deque[float] = deque(maxlen=window)
+        self._enough = max(2, window // 2)  # below, there is no basis for a limit
+        self._sigmas = sigmas
+        self._factor = factor
+        self._patience = patience
+        self._running = 0
+
+    def observe(self, loss: float) -> GuardVerdict | None:
+        """One training loss, each step; a verdict when the run must be saved."""
+        if not math.isfinite(loss):
+            return GuardVerdict(ViolationRule.NON_FINITE, loss, math.nan, f"the loss became {loss}")
+        limit = self._limit()
+        if loss <= limit:
+            self._good.append(loss)
+            self._running = 0
+            return None
+        self._running += 1
+        if self._running < self._patience:
+            return None
+        self._running = 0
+        return GuardVerdict(
+            ViolationRule.LOSS_BLOW_UP,
+            loss,
+            limit,
+            f"the loss was above {limit:.4g} {self._patience} times running, now {loss:.4g}",
+        )
+
+    def reset(self) -> None:
+        """Forgets what it saw; for after a rollback."""
+        self._good.clear()
+        self._running = 0
+
+    def _limit(self) -> float:
+        if len(self._good) < self._enough:
+            return math.inf
+        mean = fmean(self._good)
+        spread = mean + self._sigmas * pstdev(self._good)
+        # "factor times the mean" for a loss that may be negative: the same distance above it.
+        return max(spread, mean + (self._factor - 1.0) * abs(mean))
+
+
+def non_finite_gradients(model: nn.Module) -> tuple[str, ...]:
+    """Names of parameters whose gradient holds NaN or infinity. Reads the device once when clean.
+
+    The largest absolute value is asked for, not the L2 norm: that overflows in half precision.
+    """
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    if not named:
+        return ()
+    peaks = torch._foreach_norm([grad for _, grad in named], float("inf"))
+    finite = torch.stack([peak.to(named[0][1].device) for peak in peaks]).isfinite()
+    if bool(finite.all()):
+        return ()
+    return tuple(name for (name, _), fine in zip(named, finite.tolist(), strict=True) if not fine)

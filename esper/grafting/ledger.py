@@ -1,0 +1,317 @@
+"""The optimizer's books: which tensors it trains, and how new ones get in and out.
+
+New weights come as a group of their own with fresh state, so that Adam's bias correction starts at
+step 1 for them. Enlarging a tensor and padding its moments was measured to overshoot six-fold or to
+starve (reference/growth.md, section 6.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.contracts import Finding, Severity, ViolationRule
+from esper.exceptions import GraftError
+
+WARMUP_STEPS = 100
+LAYER_KEY = "esper_layer"
+# Per-group lists of torch's schedulers, which do not grow with the optimizer (pytorch#53712).
+_GROUP_LISTS = (
+    "base_lrs",
+    "_last_lr",
+    "lr_lambdas",
+    "min_lrs",
+    "max_lrs",
+    "base_momentums",
+    "max_momentums",
+)
+# What the warm-up adds to a group; plain numbers, so that an optimizer's state dict carries them.
+_TAKEN = "esper_steps"
+_WARMUP = "esper_warmup_steps"
+_DECAY = "esper_weight_decay"
+_HELD = "esper_held_lr"
+
+
+@dataclass(slots=True)
+class GroupReceipt:
+    """A parameter group that was added; :meth:`remove` takes it out exactly."""
+
+    optimizer: torch.optim.Optimizer
+    group: dict[str, Any]
+    schedulers: tuple[Any, ...]
+    hooks: tuple[RemovableHandle, ...]
+
+    def remove(self) -> None:
+        """Removes the group, its state and its place in every scheduler. Twice is harmless."""
+        for hook in self.hooks:
+            hook.remove()
+        places = [i for i, g in enumerate(self.optimizer.param_groups) if g is self.group]
+        for place in places:
+            for scheduler in self.schedulers:
+                _shrink_lists(scheduler, place, len(self.optimizer.param_groups))
+            del self.optimizer.param_groups[place]
+        for parameter in self.group["params"]:
+            self.optimizer.state.pop(parameter, None)
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside wrappers such as ``AcceleratedOptimizer``."""
+    inner = optimizer
+    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
+        inner = inner.optimizer
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(f"{type(optimizer).__name__} is no torch optimizer")
+    return inner
+
+
+def unwrap_schedulers(schedulers: Iterable[Any]) -> list[Any]:
+    """All schedulers, those inside wrappers and chains too, outermost first."""
+    found: list[Any] = []
+    waiting = list(schedulers)
+    while waiting:
+        scheduler = waiting.pop(0)
+        inner = getattr(scheduler, "scheduler", None)
+        if inner is not None:
+            waiting.insert(0, inner)
+            continue
+        found.append(scheduler)
+        waiting[:0] = getattr(scheduler, "_schedulers", [])
+    return found
+
+
+def optimizer_of(optimizers: Sequence[Any], host: nn.Module) -> torch.optim.Optimizer | None:
+    """The optimizer that trains the layer; where none does (frozen layer), the first."""
+    inner = [unwrap_optimizer(optimizer) for optimizer in optimizers]
+    own = {id(parameter) for parameter in host.parameters()}
+    training = (o for o in inner if any(id(p) in own for g in o.param_groups for p in g["params"]))
+    return next(training, inner[0] if inner else None)
+
+
+def add_group(
+    optimizer: Any,
+    parameters: Sequence[nn.Parameter],
+    *,
+    layer: str,
+    host: nn.Module | None = None,
+    schedulers: Sequence[Any] = (),
+    warmup_steps: int = WARMUP_STEPS,
+    weight_decay: float | None = None,
+) -> GroupReceipt:
+    """Lets ``optimizer`` train new parameters, in a group of their own.
+
+    The group has the hyper-parameters of the layer's own group. During ``warmup_steps`` its
+    learning rate rises linearly to that group's, whatever a scheduler does meanwhile, and its
+    weight decay is zero.
+
+    Args:
+        layer: name of the layer, kept in the group as ``esper_layer``.
+        host: the layer, to find the group whose hyper-parameters are copied; else the first.
+        schedulers: those whose per-group lists must grow.
+        weight_decay: after the warm-up; None takes that of the copied group.
+
+    Raises:
+        GraftError: this optimizer cannot take a new group. Nothing was changed.
+    """
+    inner = unwrap_optimizer(optimizer)
+    _refuse_rigid(inner, parameters, layer)
+    place = _place_of(inner, host)
+    template = inner.param_groups[place]
+    group = {key: value for key, value in template.items() if key not in ("params", "param_names")}
+    group = {key: _own_copy(value) for key, value in group.items()}
+    group.update({LAYER_KEY: layer, _TAKEN: 0, _WARMUP: warmup_steps, "params": list(parameters)})
+    if "param_names" in template:
+        group["param_names"] = [f"{layer}.{i}" for i in range(len(parameters))]
+    if "weight_decay" in group:
+        group[_DECAY] = group["weight_decay"] if weight_decay is None else weight_decay
+    mine = tuple(s for s in unwrap_schedulers(schedulers) if _drives(s, inner))
+    size = len(inner.param_groups)
+    inner.add_param_group(group)
+    for scheduler in mine:
+        _grow_lists(scheduler, place, size)
+    _start_state(inner, parameters)
+    return GroupReceipt(inner, inner.param_groups[-1], mine, _warm_hooks(inner, group))
+
+
+def rewarm(optimizer: Any, group: dict[str, Any]) -> tuple[RemovableHandle, ...]:
+    """Goes on with the warm-up of a group that came back from a checkpoint."""
+    return _warm_hooks(unwrap_optimizer(optimizer), group)
+
+
+def audit(model: nn.Module, optimizers: Iterable[Any]) -> list[Finding]:
+    """Compares what the model would train with what the optimizers hold.
+
+    Finds trainable tensors in no optimizer, tensors that are in one but not in the model, tensors
+    held twice, frozen tensors in an optimizer, and state of tensors that are in no group.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    books = _Books.read([unwrap_optimizer(optimizer) for optimizer in optimizers])
+    if not books.optimizers:
+        return []
+    findings = [
+        _finding(name, Severity.SERIOUS, "trainable, but in no optimizer: it will never move",
+                 "give it to the optimizer, or set requires_grad=False")
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in books.held
+    ]  # fmt: skip
+    findings += [
+        _finding(name, Severity.CAUTION, "frozen, but held by an optimizer",
+                 "set requires_grad=True, or take it out of the optimizer")
+        for name, p in model.named_parameters()
+        if not p.requires_grad and id(p) in books.held
+    ]  # fmt: skip
+    findings += [
+        _finding(names.get(key, ""), Severity.SERIOUS, f"held {times} times: it is updated twice",
+                 "keep it in one parameter group of one optimizer")
+        for key, times in books.held.items()
+        if times > 1
+    ]  # fmt: skip
+    foreign = sum(key not in names for key in books.held)
+    if foreign:
+        findings.append(
+            _finding("", Severity.CAUTION, f"{foreign} tensors in an optimizer are not in the model",
+                     "rebuild the optimizer after replacing layers")
+        )  # fmt: skip
+    if books.dead_state:
+        findings.append(
+            _finding("", Severity.CAUTION, f"{books.dead_state} dead entries of optimizer state",
+                     "they only cost memory; remove them from optimizer.state")
+        )  # fmt: skip
+    return findings
+
+
+def watch_movement(parameters: Mapping[str, nn.Parameter]) -> Callable[[], list[Finding]]:
+    """Remembers tensors now; the answer, called some steps later, lists those that stood still."""
+    before = {name: (p, p.detach().clone()) for name, p in parameters.items() if p.requires_grad}
+
+    def standing() -> list[Finding]:
+        return [
+            _finding(name, Severity.SERIOUS, "has not moved since it was added",
+                     "check that the layer takes part in the loss and that its group is stepped")
+            for name, (parameter, value) in before.items()
+            if torch.equal(parameter.detach(), value)
+        ]  # fmt: skip
+
+    return standing
+
+
+@dataclass(slots=True)
+class _Books:
+    optimizers: list[torch.optim.Optimizer]
+    held: dict[int, int] = field(default_factory=dict)  # id(parameter) -> in how many places
+    dead_state: int = 0
+
+    @classmethod
+    def read(cls, optimizers: list[torch.optim.Optimizer]) -> _Books:
+        books = cls(optimizers)
+        for optimizer in optimizers:
+            own = [p for group in optimizer.param_groups for p in group["params"]]
+            for parameter in own:
+                books.held[id(parameter)] = books.held.get(id(parameter), 0) + 1
+            keys = {id(parameter) for parameter in own}
+            books.dead_state += sum(
+                isinstance(key, Tensor) and id(key) not in keys for key in optimizer.state
+            )
+        return books
+
+
+def _finding(parameter: str, severity: Severity, observed: str, remedy: str) -> Finding:
+    layer, _, tensor = parameter.rpartition(".")
+    return Finding(
+        rule=ViolationRule.OPTIMIZER_LEDGER,
+        layer=layer,
+        severity=severity,
+        observed=f"{tensor}: {observed}" if tensor else observed,
+        limit="the optimizer holds every trainable tensor of the model once, and no other",
+        remedy=remedy,
+    )
+
+
+def _refuse_rigid(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], layer: str
+) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise GraftError("LBFGS trains one flat vector and takes no new weights", layer=layer)
+    matrices_only = type(optimizer).__name__ == "Muon"
+    if matrices_only and any(parameter.dim() != 2 for parameter in parameters):
+        raise GraftError("Muon trains matrices only; add another optimizer first", layer=layer)
+
+
+def _place_of(optimizer: torch.optim.Optimizer, host: nn.Module | None) -> int:
+    own = {id(parameter) for parameter in host.parameters()} if host is not None else set()
+    for place, group in enumerate(optimizer.param_groups):
+        if LAYER_KEY not in group and any(id(p) in own for p in group["params"]):
+            return place
+    return 0
+
+
+def _own_copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _drives(scheduler: Any, optimizer: torch.optim.Optimizer) -> bool:
+    held = getattr(scheduler, "optimizer", None)
+    return held is None or unwrap_optimizer(held) is optimizer
+
+
+def _grow_lists(scheduler: Any, place: int, size: int) -> None:
+    for values in _group_lists(scheduler, size):
+        values.append(_own_copy(values[place]))
+
+
+def _shrink_lists(scheduler: Any, place: int, size: int) -> None:
+    for values in _group_lists(scheduler, size):
+        del values[place]
+
+
+def _group_lists(scheduler: Any, size: int) -> list[list[Any]]:
+    lists = [vars(scheduler).get(name) for name in _GROUP_LISTS]
+    return [values for values in lists if isinstance(values, list) and len(values) == size]
+
+
+def _start_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    # Adagrad alone makes its state when it is built, and then looks it up (pytorch#53712).
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        return
+    start = optimizer.defaults["initial_accumulator_value"]
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0),
+            "sum": torch.full_like(parameter, start, memory_format=torch.preserve_format),
+        }
+
+
+def _warm_hooks(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any]
+) -> tuple[RemovableHandle, ...]:
+    # Around each step, not in the group for good: a scheduler writes the group's lr every step.
+    def before(*_: Any) -> None:
+        _cool(group)
+
+    def after(*_: Any) -> None:
+        _restore_lr(group)
+        group[_TAKEN] += 1
+
+    return (
+        optimizer.register_step_pre_hook(before),
+        optimizer.register_step_post_hook(after),
+    )
+
+
+def _cool(group: dict[str, Any]) -> None:
+    _restore_lr(group)  # left over when a step raised
+    warming = group[_TAKEN] < group[_WARMUP]
+    if _DECAY in group:
+        group["weight_decay"] = 0.0 if warming else group[_DECAY]
+    if warming:
+        group[_HELD] = group["lr"]
+        group["lr"] = group["lr"] * ((group[_TAKEN] + 1) / group[_WARMUP])
+
+
+def _restore_lr(group: dict[str, Any]) -> None:
+    if _HELD in group:
+        group["lr"] = group.pop(_HELD)

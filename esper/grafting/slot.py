@@ -1,0 +1,217 @@
+"""The slot: where grafts sit in a model.
+
+A slot is a child module ``esper`` on the layer plus one forward hook, the module-level function
+:func:`run_slot`. The layer itself is never replaced, renamed or re-classed: its parameter names,
+ties and ``isinstance`` checks stay as they are. The hook finds its slot through the layer, so that
+``copy.deepcopy`` and pickle give a copy that works by itself, and it is hidden from the compiler,
+so that a graft that comes or goes causes no recompilation. It runs once per call, not per step: a
+layer that is used twice in a forward pass is grafted twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.blueprints import Graft
+from esper.contracts import Certificate, LayerInfo
+from esper.exceptions import GraftError, UnknownLayerError
+
+SLOT_NAME = "esper"
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+Watcher = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class GraftRecord:
+    """All that is needed to make the same graft again."""
+
+    adaptation: str
+    layer: LayerInfo
+    blueprint: str
+    version: str
+    config: dict[str, Any]
+    seed: int
+    step: int
+    certificate: Certificate
+
+
+class Slot(nn.Module):
+    """Holds a layer's grafts as children, named by slug, in the order in which they came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: dict[str, GraftRecord] = {}
+        # Kept, because unpickling a handle is what reserves the hook's number in a new process.
+        self.handle: RemovableHandle | None = None
+        self._watchers: dict[int, Watcher] = {}
+        self._next_watcher = 0
+
+    def grafts(self) -> dict[str, Graft]:
+        """slug -> graft, oldest first."""
+        return {name: graft for name, graft in self._modules.items() if isinstance(graft, Graft)}
+
+    def insert(self, record: GraftRecord, graft: Graft) -> None:
+        """Puts a graft behind those that are there."""
+        self.add_module(record.blueprint, graft)
+        self.records[record.blueprint] = record
+
+    def take_out(self, slug: str) -> Graft:
+        """Removes one graft and unties it from the layer."""
+        graft = self.grafts()[slug]
+        graft.detach()
+        del self._modules[slug]
+        del self.records[slug]
+        return graft
+
+    def watch(self, watcher: Watcher) -> Callable[[], None]:
+        """Calls ``watcher(x, y)`` on each call of the layer, until the answer is called."""
+        key = self._next_watcher
+        self._next_watcher += 1
+        self._watchers[key] = watcher
+        return lambda: None if self._watchers.pop(key, None) else None
+
+    @property
+    def idle(self) -> bool:
+        return not self._modules and not self._watchers
+
+    def run(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output after watchers and grafts."""
+        for watcher in tuple(self._watchers.values()):
+            watcher(x, y)
+        for graft in self._modules.values():
+            assert isinstance(graft, Graft)
+            if torch.is_grad_enabled():
+                graft.attach(host)
+            y = graft(x, y)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_watchers": {}}  # watchers belong to the one who set them
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def run_slot(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """The forward hook of every slot. None leaves the output as it is."""
+    slot = module._modules.get(SLOT_NAME)
+    if slot is None or slot.idle:
+        return None
+    x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
+    if x is None or y is None or not isinstance(slot, Slot):
+        return None
+    changed = slot.run(module, x, y)
+    return None if changed is y else replace_first_tensor(output, changed)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """A tensor itself, or the first one of a tuple or list."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, tuple | list):
+        return next((item for item in value if isinstance(item, Tensor)), None)
+    return None
+
+
+def replace_first_tensor(output: Any, new: Tensor) -> Any:
+    """``output`` with its first tensor replaced; tuples stay tuples, named ones named."""
+    if isinstance(output, Tensor):
+        return new
+    place = next(i for i, item in enumerate(output) if isinstance(item, Tensor))
+    items = [*output[:place], new, *output[place + 1 :]]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+def find_host(model: nn.Module, layer: str) -> nn.Module:
+    """The module of that name.
+
+    Raises:
+        UnknownLayerError: the model has none.
+    """
+    try:
+        return model.get_submodule(layer)
+    except AttributeError as error:
+        raise UnknownLayerError(f"the model has no layer {layer!r}", layer=layer) from error
+
+
+def slot_of(module: nn.Module) -> Slot | None:
+    """The slot of a layer, None where none was prepared."""
+    slot = module._modules.get(SLOT_NAME)
+    return slot if isinstance(slot, Slot) else None
+
+
+def prepare_slots(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
+    """Gives each layer an empty slot; those that have one keep it.
+
+    Returns:
+        The layers that got a new one.
+
+    Raises:
+        UnknownLayerError: the model has no such layer.
+        GraftError: the layer is a container, or uses the name ``esper`` itself.
+    """
+    hosts = {layer: find_host(model, layer) for layer in layers}  # look at all before the first
+    for layer, host in hosts.items():
+        _check_host(layer, host)
+    fresh = [layer for layer, host in hosts.items() if slot_of(host) is None]
+    for layer in fresh:
+        _add_slot(hosts[layer])
+    return tuple(fresh)
+
+
+def remove_slots(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Removes empty slots, all of them or those of ``layers``; a slot with grafts stays.
+
+    Returns:
+        The layers whose slot was removed.
+    """
+    wanted = None if layers is None else set(layers)
+    removed = []
+    for layer, host, slot in [*slots(model)]:
+        if slot.grafts() or (wanted is not None and layer not in wanted):
+            continue
+        if slot.handle is not None:
+            slot.handle.remove()
+        del host._modules[SLOT_NAME]
+        removed.append(layer)
+    return tuple(removed)
+
+
+def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
+    """(layer, host, slot) of every slot in the model."""
+    for layer, host in model.named_modules():
+        slot = slot_of(host)
+        if slot is not None:
+            yield layer, host, slot
+
+
+def watch(model: nn.Module, layer: str, watcher: Watcher) -> Callable[[], None]:
+    """Calls ``watcher(x, y)`` with the layer's input and its own output, before any graft.
+
+    Returns:
+        A function that ends it. The watcher is not copied, pickled or saved with the model.
+    """
+    prepare_slots(model, [layer])
+    slot = slot_of(find_host(model, layer))
+    assert slot is not None
+    return slot.watch(watcher)
+
+
+def _check_host(layer: str, host: nn.Module) -> None:
+    if isinstance(host, CONTAINERS):
+        # Their children are what they iterate over: a child named "esper" would be run as a layer.
+        raise GraftError(f"{layer!r} is a container, it runs nothing of its own", layer=layer)
+    if slot_of(host) is None and hasattr(host, SLOT_NAME):
+        raise GraftError(f"{layer!r} has an attribute named {SLOT_NAME!r} already", layer=layer)
+
+
+def _add_slot(host: nn.Module) -> None:
+    slot = Slot()
+    slot.train(host.training)
+    host.add_module(SLOT_NAME, slot)
+    slot.handle = host.register_forward_hook(run_slot, with_kwargs=True)

@@ -1,0 +1,345 @@
+"""Everything that a hard undo brings back: weights, optimizer, schedulers, scaler, random streams.
+
+Restoring copies into the tensors that are there: Parameter objects, ties and whatever else points
+at them stay the same objects.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.grafting.ledger import unwrap_optimizer, unwrap_schedulers
+from esper.grafting.slot import Slot
+
+
+def digest(model: nn.Module) -> str:
+    """Hex SHA-256 over the model's named tensors: names, shapes, dtypes, bytes and ties."""
+    total = hashlib.sha256()
+    first_names: dict[int, str] = {}
+    for name, tensor in named_tensors(model):
+        first = first_names.setdefault(id(tensor), name)
+        total.update(f"{name}\0{first}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if first == name:
+            total.update(_bytes_of(tensor))
+    return total.hexdigest()
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then buffers (also those outside the state dict); shared ones each time."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomStreams:
+    """States of Python's, numpy's, torch's and CUDA's global generators."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    cuda: tuple[Tensor, ...]
+
+    @classmethod
+    def read(cls) -> RandomStreams:
+        numpy = sys.modules.get("numpy")  # nobody has drawn from it where it is not loaded
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+        return cls(
+            python=random.getstate(),
+            numpy=None if numpy is None else numpy.random.get_state(legacy=False),
+            torch=torch.get_rng_state(),
+            cuda=tuple(cuda),
+        )
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+
+    def equals(self, other: RandomStreams) -> bool:
+        pairs = zip((self.torch, *self.cuda), (other.torch, *other.cuda), strict=False)
+        return (
+            self.python == other.python
+            and _same_numpy(self.numpy, other.numpy)
+            and len(self.cuda) == len(other.cuda)
+            and all(torch.equal(mine, theirs) for mine, theirs in pairs)
+        )
+
+
+@contextmanager
+def kept_streams() -> Iterator[None]:
+    """Whatever is drawn inside, the global random streams go on as if it were not."""
+    before = RandomStreams.read()
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+@dataclass(slots=True)
+class _SavedTensor:
+    """A tensor object and what it held."""
+
+    tensor: Tensor
+    value: Tensor
+
+    def restore(self) -> Tensor:
+        if self.tensor.shape == self.value.shape and self.tensor.dtype == self.value.dtype:
+            self.tensor.detach().copy_(self.value)
+            return self.tensor
+        return self.value.clone()
+
+
+@dataclass(slots=True)
+class _SavedModule:
+    parameters: dict[str, nn.Parameter | None]
+    buffers: dict[str, Tensor | None]
+    grafts: dict[str, nn.Module | None] | None  # None: not a slot
+    records: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _SavedOptimizer:
+    optimizer: torch.optim.Optimizer
+    groups: list[tuple[dict[str, Any], dict[str, Any]]]  # (the live dict, what it held)
+    state: dict[Any, Any]
+
+
+class Snapshot:
+    """A run's state at one moment. :meth:`take` it, and :meth:`restore` it as often as needed."""
+
+    def __init__(self) -> None:
+        self._modules: dict[nn.Module, _SavedModule] = {}
+        self._tensors: list[_SavedTensor] = []
+        self._gradients: list[tuple[nn.Parameter, bool, _SavedTensor | None]] = []
+        self._optimizers: list[_SavedOptimizer] = []
+        self._schedulers: list[tuple[Any, dict[str, Any]]] = []
+        self._scaler: tuple[Any, dict[str, Any]] | None = None
+        self._streams = RandomStreams.read()
+
+    @classmethod
+    def take(
+        cls,
+        model: nn.Module,
+        optimizers: Sequence[Any] = (),
+        schedulers: Sequence[Any] = (),
+        scaler: Any = None,
+    ) -> Snapshot:
+        """Copies everything; costs one copy of weights, gradients and optimizer state."""
+        snapshot = cls()
+        with torch.no_grad():
+            snapshot._save_model(model)
+            snapshot._optimizers = [_save_optimizer(unwrap_optimizer(o)) for o in optimizers]
+            snapshot._schedulers = [
+                (scheduler, _save_attributes(scheduler))
+                for scheduler in unwrap_schedulers(schedulers)
+            ]
+            if scaler is not None:
+                snapshot._scaler = (scaler, copy.deepcopy(scaler.state_dict()))
+        return snapshot
+
+    def restore(self) -> None:
+        """Puts everything back to the bit: weights first, then optimizer, then the rest."""
+        with torch.no_grad():
+            self._restore_model()
+            for optimizer in self._optimizers:
+                _restore_optimizer(optimizer)
+            for scheduler, attributes in self._schedulers:
+                vars(scheduler).update(_restored(attributes))
+            if self._scaler is not None and self._scaler[1]:
+                scaler, state = self._scaler
+                scaler.load_state_dict(copy.deepcopy(state))
+        self._streams.restore()
+
+    def differences(self) -> list[str]:
+        """What is not as it was, one line for each kind of thing; empty right after a restore."""
+        found = []
+        if not all(_same_bits(saved.tensor, saved.value) for saved in self._tensors):
+            found.append("weights or buffers")
+        if not all(_same_optimizer(saved) for saved in self._optimizers):
+            found.append("optimizer state")
+        if not all(_same_attributes(s, saved) for s, saved in self._schedulers):
+            found.append("scheduler state")
+        if not self._streams.equals(RandomStreams.read()):
+            found.append("random streams")
+        return found
+
+    @property
+    def streams(self) -> RandomStreams:
+        return self._streams
+
+    def grafts(self) -> set[nn.Module]:
+        """The grafts that were in the model."""
+        kept = [saved.grafts or {} for saved in self._modules.values()]
+        return {graft for grafts in kept for graft in grafts.values() if graft is not None}
+
+    def _save_model(self, model: nn.Module) -> None:
+        seen: set[int] = set()
+        for module in model.modules():
+            is_slot = isinstance(module, Slot)
+            self._modules[module] = _SavedModule(
+                parameters=dict(module._parameters),
+                buffers=dict(module._buffers),
+                grafts=dict(module._modules) if is_slot else None,
+                records=dict(module.records) if isinstance(module, Slot) else {},
+            )
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    self._tensors.append(_SavedTensor(tensor, tensor.detach().clone()))
+        for parameter in model.parameters():
+            grad = parameter.grad
+            saved = None if grad is None else _SavedTensor(grad, grad.detach().clone())
+            self._gradients.append((parameter, parameter.requires_grad, saved))
+
+    def _restore_model(self) -> None:
+        for module, saved in self._modules.items():
+            _refill(module._parameters, saved.parameters)
+            _refill(module._buffers, saved.buffers)
+            if isinstance(module, Slot):
+                _refill(module._modules, saved.grafts or {})
+                _refill(module.records, saved.records)
+        for tensor in self._tensors:
+            tensor.restore()
+        for parameter, requires_grad, gradient in self._gradients:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None if gradient is None else gradient.restore()
+
+
+def _save_optimizer(optimizer: torch.optim.Optimizer) -> _SavedOptimizer:
+    groups = [
+        (group, {**_save_tree(_without_params(group)), "params": list(group["params"])})
+        for group in optimizer.param_groups
+    ]
+    state = {key: _save_tree(value) for key, value in optimizer.state.items()}
+    return _SavedOptimizer(optimizer, groups, state)
+
+
+def _restore_optimizer(saved: _SavedOptimizer) -> None:
+    optimizer = saved.optimizer
+    optimizer.param_groups[:] = [group for group, _ in saved.groups]
+    for group, held in saved.groups:
+        params = list(held["params"])
+        _refill(group, {**_restored(_without_params(held)), "params": params})
+    optimizer.state.clear()
+    for key, value in saved.state.items():
+        optimizer.state[key] = _restored(value)
+
+
+def _same_optimizer(saved: _SavedOptimizer) -> bool:
+    optimizer = saved.optimizer
+    live = [group for group, _ in saved.groups]
+    return (
+        len(optimizer.param_groups) == len(live)
+        and all(a is b for a, b in zip(optimizer.param_groups, live, strict=True))
+        and all(_same_group(group, held) for group, held in saved.groups)
+        and optimizer.state.keys() == saved.state.keys()
+        and all(_same_tree(optimizer.state[key], value) for key, value in saved.state.items())
+    )
+
+
+def _same_group(group: dict[str, Any], held: dict[str, Any]) -> bool:
+    same_params = len(group["params"]) == len(held["params"]) and all(
+        mine is theirs for mine, theirs in zip(group["params"], held["params"], strict=True)
+    )
+    return same_params and _same_tree(_without_params(group), _without_params(held))
+
+
+def _without_params(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _save_attributes(scheduler: Any) -> dict[str, Any]:
+    # Not state_dict(): LambdaLR's leaves its functions out, and with them the list's length.
+    skipped = ("optimizer", "_schedulers")
+    return {k: _save_tree(v) for k, v in vars(scheduler).items() if k not in skipped}
+
+
+def _same_attributes(scheduler: Any, saved: dict[str, Any]) -> bool:
+    return all(_same_tree(getattr(scheduler, key), value) for key, value in saved.items())
+
+
+def _save_tree(value: Any) -> Any:
+    """Copies dicts, lists, tuples and tensors; anything else is kept as the object it is."""
+    if isinstance(value, Tensor):
+        return _SavedTensor(value, value.detach().clone())
+    if type(value) is dict:  # a Counter or the like is kept as it is
+        return {key: _save_tree(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_save_tree(item) for item in value)
+    return value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, _SavedTensor):
+        return value.restore()
+    if type(value) is dict:
+        return {key: _restored(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_restored(item) for item in value)
+    return value
+
+
+def _same_tree(live: Any, saved: Any) -> bool:
+    if isinstance(saved, _SavedTensor):
+        return isinstance(live, Tensor) and _same_bits(live, saved.value)
+    if type(saved) is dict:
+        return (
+            isinstance(live, dict)
+            and live.keys() == saved.keys()
+            and all(_same_tree(live[key], item) for key, item in saved.items())
+        )
+    if type(saved) in (list, tuple):
+        return (
+            type(live) is type(saved)
+            and len(live) == len(saved)
+            and all(_same_tree(a, b) for a, b in zip(live, saved, strict=True))
+        )
+    return live is saved or bool(live == saved)
+
+
+def _same_bits(live: Tensor, value: Tensor) -> bool:
+    if live.shape != value.shape or live.dtype != value.dtype:
+        return False
+    if torch.equal(live.detach(), value):
+        return True
+    return bytes(_bytes_of(live)) == bytes(_bytes_of(value))  # NaN is not equal to itself
+
+
+def _same_numpy(mine: Any, theirs: Any) -> bool:
+    if mine is None or theirs is None:
+        return mine is theirs
+    return _numpy_key(mine) == _numpy_key(theirs)
+
+
+def _numpy_key(state: dict[str, Any]) -> tuple[Any, ...]:
+    """A numpy generator's state as something that compares by value."""
+    inner = state["state"]
+    return (
+        state["bit_generator"],
+        *(value.tobytes() if hasattr(value, "tobytes") else value for value in inner.values()),
+        state.get("has_gauss"),
+        state.get("gauss"),
+    )
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _refill(live: dict[str, Any], saved: dict[str, Any]) -> None:
+    live.clear()
+    live.update(saved)

@@ -1,0 +1,33 @@
+"""From raw tensors to health frames, and from frames to features.
+
+Only the sampler needs torch; it is loaded when it is asked for, so that a process that decides
+or serves pages can use the rest without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from esper.health.features import Features, LossFeatures, extract_features, loss_features
+from esper.health.score import health_scores
+
+if TYPE_CHECKING:
+    from esper.health.sampler import HealthSampler, forward_hook_watch
+
+__all__ = [
+    "Features",
+    "HealthSampler",
+    "LossFeatures",
+    "extract_features",
+    "forward_hook_watch",
+    "health_scores",
+    "loss_features",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("HealthSampler", "forward_hook_watch"):
+        from esper.health import sampler
+
+        return getattr(sampler, name)
+    raise AttributeError(f"module 'esper.health' has no attribute {name!r}")

@@ -1,0 +1,198 @@
+"""From a run's snapshot to one decision, or to a "no" with its reasons.
+
+    decide(snapshot, policy, catalog, limits, rng):
+        features   = extract_features(snapshot)                    1  what the run looks like
+        proposals  = policy.propose(snapshot, features, rng)       2  what would help, ranked
+        for decision in proposals:
+            gates     = check_run(decision)                        3  may it be touched now?
+            selection = select(blueprint × size) or next           4  which remedy, why not others
+            checks    = gates + check_blueprint(cost, risk)        5  within every limit?
+            if nothing blocks: return Decision(asks=what is soft)
+        return Declined(all reasons)
+
+Pure: equal inputs give equal answers, whatever the order of the catalogue. The snapshot is all
+that it looks at, so a stored one (:mod:`esper.replay`) replays the decision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from esper.constraints import check_gates, check_run, gate_inputs, required_evidence
+from esper.contracts import (
+    SIGNALS,
+    AdaptationDecision,
+    Candidate,
+    Check,
+    Decision,
+    Declined,
+    Experience,
+    RunSnapshot,
+    SafetyPolicy,
+    Selection,
+    Signal,
+)
+from esper.health import Features, extract_features
+from esper.policy import Policy, posterior_confidence
+from esper.selection import BlueprintSelector, SelectableBlueprint
+
+Catalog = BlueprintSelector | Iterable[SelectableBlueprint]
+
+
+def decide(
+    snapshot: RunSnapshot,
+    policy: Policy,
+    catalog: Catalog,
+    limits: SafetyPolicy,
+    rng: np.random.Generator,
+) -> Decision | Declined:
+    """The best adaptation that nothing blocks.
+
+    Args:
+        snapshot: all that is known of the run.
+        policy: proposes.
+        catalog: blueprints; pass one ``BlueprintSelector`` again and again to keep its tables.
+        limits: every threshold.
+        rng: the policy's only source of chance.
+
+    Returns:
+        A decision, which asks a person where ``asks`` is not empty, or the reasons against all.
+    """
+    selector = catalog if isinstance(catalog, BlueprintSelector) else BlueprintSelector(catalog)
+    features = extract_features(snapshot, selector.types)
+    proposals = policy.propose(snapshot, features, rng)
+    declined: list[Declined] = []
+    for proposal in proposals:
+        answer = _consider(proposal, snapshot, features, selector, limits, policy.name)
+        if isinstance(answer, Decision):
+            return answer
+        declined.append(answer)
+    return _all_declined(snapshot, declined, proposals.reasons)
+
+
+def _consider(
+    proposal: AdaptationDecision,
+    snapshot: RunSnapshot,
+    features: Features,
+    selector: BlueprintSelector,
+    limits: SafetyPolicy,
+    policy_name: str,
+) -> Decision | Declined:
+    """Steps 3 to 5 for one proposal."""
+    gates = check_run(gate_inputs(snapshot, proposal), limits)
+    if any(check.blocks for check in gates):
+        return _declined(snapshot, proposal, gates)
+    layer = snapshot.layer(proposal.layer_name)
+    if layer is None:
+        return Declined(snapshot.step, (f"The run has no layer {proposal.layer_name}.",), proposal)
+    selection = selector.select(
+        layer, proposal.adaptation_type, snapshot, limits, features=features
+    )
+    if selection.best is None:
+        return _nothing_fits(snapshot, proposal, gates, selection)
+    chosen = _calibrated(proposal, selection.best, snapshot)
+    checks = _all_checks(chosen, selection.best, snapshot, features, selector, limits)
+    if any(check.blocks for check in checks):
+        return replace(_declined(snapshot, chosen, checks), why_not=selection.why_not)
+    return Decision(
+        adaptation=chosen,
+        blueprint=selection.best.blueprint,
+        config=selection.best.config,
+        risk=selector.blueprint(selection.best.blueprint).risk,
+        forecast=selection.best.forecast,
+        checks=checks,
+        why_not=selection.why_not,
+        evidence=evidence(features, chosen.layer_name),
+        step=snapshot.step,
+        policy=policy_name,
+        asks=tuple(check.text for check in checks if check.asks),
+    )
+
+
+def _calibrated(
+    proposal: AdaptationDecision, best: Candidate, snapshot: RunSnapshot
+) -> AdaptationDecision:
+    """The policy's confidence is a prior; closed cases of the chosen blueprint correct it."""
+    experience = snapshot.experience.get(best.blueprint, Experience())
+    return replace(proposal, confidence=posterior_confidence(proposal.confidence, experience))
+
+
+def _all_checks(
+    proposal: AdaptationDecision,
+    best: Candidate,
+    snapshot: RunSnapshot,
+    features: Features,
+    selector: BlueprintSelector,
+    limits: SafetyPolicy,
+) -> tuple[Check, ...]:
+    risk = selector.blueprint(best.blueprint).risk
+    known = evidence(features, proposal.layer_name)
+    inputs = gate_inputs(
+        snapshot,
+        proposal,
+        best.forecast,
+        risk,
+        category_cases=selector.category_cases(best.blueprint, snapshot.experience),
+        missing_evidence=[
+            name for name in required_evidence(risk) if not math.isfinite(known.get(name, math.nan))
+        ],
+    )
+    return check_gates(inputs, limits)
+
+
+def evidence(features: Features, layer: str) -> dict[str, float]:
+    """The numbers that a decision rests on, flat; NaN unknown.
+
+    ``<signal>`` of the layer, ``<signal>_median`` over the run's layers, ``loss`` (its level) and
+    ``loss_<feature>``.
+    """
+    loss = features.loss
+    found = {str(signal): features.value(layer, signal) for signal in SIGNALS}
+    for signal, median in zip(SIGNALS, features.medians, strict=True):
+        found[f"{signal}_median"] = float(median)
+    found |= {
+        "loss": loss.level,
+        "loss_initial": loss.initial,
+        "loss_noise": loss.noise,
+        "loss_exponent": loss.exponent,
+        "loss_exponent_error": loss.exponent_error,
+        "loss_plateau": loss.plateau_score,
+        "loss_spike": loss.spike_score,
+        "health_trend": features.trend_of(layer, Signal.HEALTH),
+        "instability": features.instability(layer),
+    }
+    return found
+
+
+def _declined(
+    snapshot: RunSnapshot, proposal: AdaptationDecision, checks: tuple[Check, ...]
+) -> Declined:
+    name = f"{proposal.adaptation_type} at {proposal.layer_name}"
+    reasons = tuple(f"{name}: {check.text}" for check in checks if check.blocks)
+    return Declined(snapshot.step, reasons, proposal, checks)
+
+
+def _nothing_fits(
+    snapshot: RunSnapshot,
+    proposal: AdaptationDecision,
+    checks: tuple[Check, ...],
+    selection: Selection,
+) -> Declined:
+    name = f"{proposal.adaptation_type} at {proposal.layer_name}"
+    return Declined(
+        snapshot.step, (f"{name}: no blueprint fits.",), proposal, checks, selection.why_not
+    )
+
+
+def _all_declined(
+    snapshot: RunSnapshot, declined: list[Declined], reasons: tuple[str, ...]
+) -> Declined:
+    """The first proposal's checks stand for all: it was the one that mattered most."""
+    if not declined:
+        return Declined(snapshot.step, reasons or ("The policy proposes nothing.",))
+    texts = tuple(dict.fromkeys(reason for one in declined for reason in one.reasons))
+    return replace(declined[0], reasons=texts + reasons)

@@ -1,0 +1,176 @@
+"""``esper.attach``: from a model and its optimizer to a watched run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from esper import grafting
+from esper.contracts import MAX_NAME_LENGTH, RunMode, SafetyPolicy
+from esper.exceptions import ConfigurationError
+from esper.grafting.graph import layer_modules, why_never_graftable
+from esper.grafting.ledger import unwrap_optimizer
+from esper.sdk.session import Session, Setup
+from esper.sdk.transport import Pace
+
+logger = logging.getLogger("esper")
+
+_SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    run: str = "run",
+    server: str | None = None,
+    token: str | None = None,
+    mode: str = "observe",
+    scheduler: Any = None,
+    scaler: Any = None,
+    slots: Literal["auto"] | Iterable[str] = "auto",
+    evaluate: Callable[[], float] | None = None,
+    target_steps: int | None = None,
+    safety_policy: SafetyPolicy | None = None,
+) -> Session:
+    """Watch a model while it trains, and adapt it where the mode allows.
+
+    Returns at once, whether the server can be reached or not: the run registers in the
+    background after its first step.
+
+    Args:
+        model: as it is trained; a compiled model is watched through its original.
+        optimizer: one, or several in a list; Accelerate's wrapper is fine.
+        run: its name; attaching a live run's name again continues that run.
+        server: base URL, default ``ESPER_SERVER``; without either, local mode: the same loop in
+            this process.
+        token: of scope ``runs:create``, default ``ESPER_TOKEN``.
+        mode: ``observe`` never changes the model, ``supervised`` asks a person for each graft,
+            ``automatic`` lets the policy act alone above its threshold.
+        scheduler: one or several learning-rate schedulers; grafts join their lists.
+        scaler: the ``GradScaler``, where there is one.
+        slots: layers that may be grafted, ``"auto"`` for all that can be.
+        evaluate: held-out loss on always the same data, lower is better; gives grafts their credit.
+        target_steps: how many steps are planned, for the progress shown.
+        safety_policy: local mode: thresholds of the gates. A server brings its own.
+
+    Raises:
+        ConfigurationError: an argument makes no sense; the model is untouched.
+        UnknownLayerError: ``slots`` names a layer that the model does not have.
+    """
+    mode = _mode(mode)
+    bare = _unwrap(model)
+    optimizers = _optimizers(optimizer)
+    address, secret = _server(server, token)
+    names = _slot_names(bare, slots)
+    _check(run, target_steps, evaluate)
+    grafting.prepare_slots(bare, names)
+    return Session(
+        Setup(
+            model=bare,
+            optimizers=optimizers,
+            schedulers=_several(scheduler),
+            scaler=scaler,
+            run=run,
+            server=address,
+            token=secret,
+            mode=RunMode(mode),
+            slots=names,
+            evaluate=evaluate,
+            target_steps=target_steps,
+            safety_policy=safety_policy or SafetyPolicy(),
+            pace=Pace(),
+        )
+    )
+
+
+def _mode(mode: str) -> RunMode:
+    try:
+        return RunMode(mode)
+    except ValueError:
+        known = ", ".join(RunMode)
+        raise ConfigurationError(f"unknown mode {mode!r}; known are: {known}") from None
+
+
+def _unwrap(model: Any) -> nn.Module:
+    """The module that holds the layers, out of torch.compile's and DDP's wrappers."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(kind.__name__ in _SHARDED for kind in type(model).__mro__):
+        raise ConfigurationError(
+            f"{type(model).__name__} spreads each parameter over processes, which Esper cannot "
+            "graft into yet: attach a model that is whole on its device"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return _unwrap_replica(model)
+    if isinstance(model, nn.DataParallel):
+        raise ConfigurationError("nn.DataParallel copies the model in each step: use one device")
+    return model
+
+
+def _unwrap_replica(model: nn.parallel.DistributedDataParallel) -> nn.Module:
+    if torch.distributed.get_world_size() > 1:
+        raise ConfigurationError(
+            "DistributedDataParallel with more than one process is not supported yet: a graft "
+            "must reach all replicas in the same step. Train in one process, or leave Esper out"
+        )
+    return _unwrap(model.module)
+
+
+def _optimizers(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:
+    if optimizer is None:
+        raise ConfigurationError("attach needs the optimizer that trains the model")
+    try:
+        return tuple(unwrap_optimizer(entry) for entry in _several(optimizer))
+    except TypeError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _server(server: str | None, token: str | None) -> tuple[str, str]:
+    address = server if server is not None else os.environ.get("ESPER_SERVER", "")
+    if not address:
+        return "", ""
+    if not address.startswith(("http://", "https://")):
+        raise ConfigurationError(f"server must start with http:// or https://, got {address!r}")
+    secret = token if token is not None else os.environ.get("ESPER_TOKEN", "")
+    if not secret:
+        raise ConfigurationError(
+            "a server needs a token: make one on its tokens page with the scope runs:create, and "
+            "pass token=… or set ESPER_TOKEN"
+        )
+    return address.rstrip("/"), secret
+
+
+def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tuple[str, ...]:
+    if slots == "auto":
+        return tuple(name for name in layer_modules(model) if not why_never_graftable(model, name))
+    if isinstance(slots, str):
+        raise ConfigurationError(f'slots must be "auto" or a list of layer names, got {slots!r}')
+    names = tuple(slots)
+    for name in names:
+        grafting.find_host(model, name)
+        reason = why_never_graftable(model, name)
+        if reason:
+            raise ConfigurationError(f"layer {name!r} can have no slot: {reason}")
+    return names
+
+
+def _check(run: str, target_steps: int | None, evaluate: object) -> None:
+    if not isinstance(run, str) or not 0 < len(run) <= MAX_NAME_LENGTH:
+        raise ConfigurationError(f"run must be a name of 1 to {MAX_NAME_LENGTH} characters")
+    if target_steps is not None and target_steps <= 0:
+        raise ConfigurationError(f"target_steps must be above 0, got {target_steps}")
+    if evaluate is not None and not callable(evaluate):
+        raise ConfigurationError("evaluate must be a function that returns the held-out loss")

@@ -1,0 +1,94 @@
+"""Whether a trainer obeys: the checks of a command, in the order of ``docs/protocol.md``.
+
+    signature -> run -> epoch -> sequence -> expiry -> the trainer's own veto
+                                                         (mode, pause; kernels are checked later)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from esper.contracts import Command, CommandKind, RefusalCode, RunMode, signing
+from esper.exceptions import CodecError, CommandRefusedError, SignatureError
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """What a registration promised: whose orders count, and for which life of the run."""
+
+    run: str
+    epoch: int
+    command_key: str
+    kernel_key: str
+
+
+@dataclass(slots=True)
+class LocalVeto:
+    """The trainer's own word on grafts; a server cannot overrule it."""
+
+    mode: RunMode
+    paused: bool = False
+
+    def check(self, command: Command) -> None:
+        """Raises ``CommandRefusedError`` for a graft that this trainer does not want."""
+        if command.kind is not CommandKind.GRAFT:
+            return
+        if self.mode is RunMode.OBSERVE:
+            raise CommandRefusedError(
+                RefusalCode.MODE_FORBIDS, "this run was attached to observe, never to be changed"
+            )
+        if self.paused:
+            raise CommandRefusedError(RefusalCode.PAUSED, "adaptation is paused in this run")
+
+
+def parse_command(raw: Any) -> Command:
+    """The command as it came; raises ``CommandRefusedError``. Nothing in it is believed yet."""
+    try:
+        command = Command.from_wire(raw if isinstance(raw, dict) else {})
+    except CodecError as error:
+        raise CommandRefusedError(RefusalCode.MALFORMED, str(error)) from error
+    numbers = (command.epoch, command.seq)
+    times = (command.issued_at, command.expires_at)
+    texts = (command.run, command.adaptation, command.layer, command.kernel_digest)
+    well_formed = (
+        all(type(value) is int for value in numbers)
+        and all(type(value) in (int, float) for value in times)
+        and all(type(value) is str for value in texts)
+        and type(command.payload) is dict
+    )
+    if not well_formed:
+        raise CommandRefusedError(RefusalCode.MALFORMED, "a field has the wrong type")
+    return command
+
+
+def verify_command(
+    command: Command, signature: str, trust: Trust, *, last_seq: int, now: float
+) -> None:
+    """Returns when the command is genuine, for this run and life, new and not too late.
+
+    Args:
+        last_seq: the last command that the journal holds.
+        now: seconds since the epoch by the server's clock.
+
+    Raises:
+        CommandRefusedError: with the first reason that applies.
+    """
+    try:
+        signing.verify(command.signing_bytes(), signature, trust.command_key)
+    except (SignatureError, CodecError) as error:
+        raise CommandRefusedError(RefusalCode.BAD_SIGNATURE, str(error)) from error
+    if command.run != trust.run:
+        raise CommandRefusedError(RefusalCode.FOREIGN_RUN, "the command is for another run")
+    if command.epoch != trust.epoch:
+        raise CommandRefusedError(
+            RefusalCode.OLD_EPOCH,
+            f"the command is for start {command.epoch} of this run, this is start {trust.epoch}",
+        )
+    if command.seq <= last_seq:
+        raise CommandRefusedError(
+            RefusalCode.REPLAYED, f"command {command.seq} comes after {last_seq} was taken"
+        )
+    if now >= command.expires_at:
+        late = now - command.expires_at
+        raise CommandRefusedError(RefusalCode.EXPIRED, f"the command expired {late:.1f} s ago")

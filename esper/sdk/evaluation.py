@@ -1,0 +1,69 @@
+"""Asking the user's own ``evaluate()`` without leaving a trace in the training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import nn
+
+from esper.grafting.snapshot import kept_streams
+
+_SHARE = 50  # an evaluation may cost one part in so many of the time between two
+_SHORTEST_GAP_STEPS = 100
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside: no gradients, eval mode. After: random streams and every module's mode as before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), kept_streams():
+            yield
+    finally:
+        model.eval()
+        for module in training:
+            module.training = True
+
+
+class Evaluator:
+    """``evaluate()`` now and then, and with a graft on and off.
+
+    Args:
+        evaluate: held-out loss, lower is better; on the same data at each call.
+    """
+
+    def __init__(self, model: nn.Module, evaluate: Callable[[], float]) -> None:
+        self._model = model
+        self._evaluate = evaluate
+        self._next_step = _SHORTEST_GAP_STEPS
+        self._next_time = 0.0
+
+    def loss(self) -> float:
+        with undisturbed(self._model):
+            return float(self._evaluate())
+
+    def due_loss(self, step: int) -> float | None:
+        """The held-out loss where it is time for one again, by steps and by what it costs."""
+        started = time.monotonic()
+        if step < self._next_step or started < self._next_time:
+            return None
+        loss = self.loss()
+        ended = time.monotonic()
+        self._next_step = step + _SHORTEST_GAP_STEPS
+        self._next_time = ended + _SHARE * (ended - started)
+        return loss
+
+    def ablation_gain(self, without: AbstractContextManager[object]) -> float:
+        """Loss without the graft minus loss with it: above zero, it helps.
+
+        Args:
+            without: inside it, the graft is switched off.
+        """
+        on = self.loss()
+        with without:
+            off = self.loss()
+        return off - on

@@ -1,0 +1,49 @@
+"""From a kernel's digest to a module that is ready to be grafted; runs beside the training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from esper.compilation.verify import check_digest
+from esper.contracts import BUNDLE_FILES
+from esper.contracts.kernels import MAX_FILE_BYTES
+
+
+async def fetch_kernel(
+    digest: str, download: Callable[[str], Awaitable[bytes]]
+) -> dict[str, bytes]:
+    """The four files of a bundle, from this host's stage where they lie, else over HTTP.
+
+    Nothing is parsed here. Files of the stage are checked like downloaded ones, later.
+
+    Args:
+        download: path relative to the API -> bytes.
+
+    Raises:
+        KernelDigestError: ``digest`` is not a digest.
+        TransportError: it could not be fetched.
+    """
+    check_digest(digest)
+    staged = read_stage(digest)
+    if staged is not None:
+        return staged
+    return {name: await download(f"kernels/{digest}/{name}") for name in BUNDLE_FILES}
+
+
+def read_stage(digest: str) -> dict[str, bytes] | None:
+    """The bundle from ``ESPER_STAGE_DIR/<digest>/``, None where it is not complete there."""
+    stage = os.environ.get("ESPER_STAGE_DIR", "")
+    if not stage:
+        return None
+    folder = Path(stage) / digest
+    try:
+        return {name: _read_capped(folder / name) for name in BUNDLE_FILES}
+    except OSError:
+        return None
+
+
+def _read_capped(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(MAX_FILE_BYTES + 1)  # one byte too many fails the size check

@@ -1,0 +1,728 @@
+"""A run's session: what a training loop calls once per step.
+
+    step(loss)    guard       a diverging loss takes the youngest graft on probation out, at once
+                  commands    grafts and undos that are due, here and nowhere else
+                  evaluation  held-out loss; with each graft on and off
+                  health      a frame, when one is due
+                  telemetry   into a bounded queue; another thread sends it
+                  local loop  without a server: decide, graft, judge in this process
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import platform
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper import blueprints, grafting
+from esper.compilation import capability
+from esper.compilation.instantiate import instantiate
+from esper.contracts import (
+    AdaptationState,
+    Command,
+    CommandAck,
+    CommandKind,
+    CommandState,
+    Finding,
+    HealthFrame,
+    LayerInfo,
+    Recipe,
+    RefusalCode,
+    RunMode,
+    SafetyPolicy,
+    Severity,
+    ViolationRule,
+)
+from esper.contracts.codec import number_to_wire
+from esper.exceptions import (
+    CertificateError,
+    CommandRefusedError,
+    ConfigurationError,
+    EsperError,
+    IncompatibleLayerError,
+    KernelError,
+    UndoError,
+    UnknownBlueprintError,
+    UnknownLayerError,
+)
+from esper.grafting import GuardVerdict, LayerRecorder, LossGuard, Receipt, UndoReceipt
+from esper.health import HealthSampler
+from esper.sdk.commands import LocalVeto
+from esper.sdk.evaluation import Evaluator
+from esper.sdk.local import LocalLoop, Waiting
+from esper.sdk.loss import LossReader
+from esper.sdk.registration import RunDescription
+from esper.sdk.surgeon import Adaptation, Operation, Surgeon
+from esper.sdk.transport import Pace, ReadyCommand, Transport
+
+logger = logging.getLogger("esper")
+
+MAX_PART_FAILURES = 3
+LOSSES_KEPT = 4_000
+
+
+class RunStopped(EsperError):
+    """A person stopped the run; raised by ``session.step`` at a step boundary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What ``attach`` made of its arguments."""
+
+    model: nn.Module
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    schedulers: tuple[Any, ...]
+    scaler: Any
+    run: str
+    server: str  # empty: local mode
+    token: str
+    mode: RunMode
+    slots: tuple[str, ...]
+    evaluate: Callable[[], float] | None
+    target_steps: int | None
+    safety_policy: SafetyPolicy
+    pace: Pace
+
+
+class Session:
+    """One attached run; made by :func:`esper.attach`. Use it in the training thread only."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._model = setup.model
+        self._surgeon = Surgeon(
+            setup.model, setup.optimizers, setup.schedulers, setup.scaler
+        )
+        self._recorder = LayerRecorder(setup.model)
+        self._guard = LossGuard()
+        self._reader = LossReader()
+        self._veto = LocalVeto(setup.mode)
+        self._evaluator = (
+            Evaluator(setup.model, setup.evaluate) if setup.evaluate is not None else None
+        )
+        self._sampler: HealthSampler | None = None
+        self._transport = self._make_transport()
+        self._local = LocalLoop(self._surgeon, self._guarded_policy) if not setup.server else None
+        self._layers: tuple[LayerInfo, ...] = ()
+        self._model_parameters = _count(setup.model)
+        self._step = 0
+        self._losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)
+        self._reported: dict[str, float] = {}
+        self._findings: dict[tuple[str, str], Finding] = {}
+        self._latest_frame: HealthFrame | None = None
+        self._failures: dict[str, int] = {}
+        self._stop_reason = ""
+        self._diverged = False
+        self._closed = False
+        self._audit()
+        self._at_exit = _close_at_exit(self)
+
+    # -- what a training loop calls ------------------------------------------------------------
+
+    def step(self, loss: float | Tensor) -> None:
+        """Call once per optimizer step, after ``optimizer.step()``, while gradients exist.
+
+        Args:
+            loss: this step's training loss, a number or a tensor of one element.
+
+        Raises:
+            RunStopped: a person stopped the run.
+            TypeError: ``loss`` is neither.
+        """
+        value = self._reader.read(loss)
+        if self._closed:
+            raise ConfigurationError("this session is closed; attach again to go on")
+        self._step += 1
+        if self._sampler is None:
+            self._try("opening", self._open)
+        if value is not None:
+            self._losses.append((self._step, value))
+            self._try("guard", partial(self._watch_over, value))
+        if self._transport is not None and self._transport.inbox:
+            self._try("commands", self._obey)
+        metrics = self._take_metrics(value)
+        if self._evaluator is not None:
+            self._try("evaluation", partial(self._evaluate, metrics))
+        self._try("health", partial(self._look, loss, metrics))
+        if self._stop_reason:
+            raise RunStopped(self._stop_reason)
+
+    def report(self, **metrics: float) -> None:
+        """More numbers for this step, such as ``accuracy=0.93``; sent with the next ``step``.
+
+        Raises:
+            TypeError: a value is not a number.
+        """
+        for name, value in metrics.items():
+            if isinstance(value, str | bool | bytes):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            self._reported[name] = float(value)
+
+    def close(self, *, reason: str = "", failed: bool = False, timeout: float = 10.0) -> None:
+        """End the run. Grafts stay in the model.
+
+        Args:
+            timeout: how many seconds to wait for the server to take what is left, at most.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        self._recorder.stop()
+        if self._sampler is not None:
+            self._sampler.close()
+        if self._transport is not None:
+            self._refuse_the_rest(self._transport)
+            state = "failed" if failed else "finished"
+            finish = {"step": self._step, "state": state, "reason": reason or self._stop_reason}
+            self._transport.close(finish, timeout=timeout)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        stopped = error is None or isinstance(error, RunStopped)
+        reason = "" if error is None else str(error) or type(error).__name__
+        self.close(reason=reason, failed=not stopped)
+
+    # -- looking -------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """The model's layers; shapes are known after the first forward pass."""
+        return self._layers or self._recorder.layers()
+
+    @property
+    def adaptations(self) -> tuple[Adaptation, ...]:
+        """Everything that was grafted in this session, oldest first."""
+        return tuple(self._surgeon.adaptations)
+
+    @property
+    def waiting(self) -> tuple[Waiting, ...]:
+        """Local mode: decisions that a person must take; see :meth:`approve`."""
+        return self._local.waiting if self._local is not None else ()
+
+    @property
+    def run(self) -> str:
+        """The run's id at the server; empty in local mode, and until it has registered."""
+        registration = self._transport.registration if self._transport else None
+        return registration.run if registration else ""
+
+    @property
+    def telemetry(self) -> dict[str, int]:
+        """Items offered, stored by the server, dropped, waiting."""
+        queue = self._transport.telemetry if self._transport is not None else None
+        if queue is None:
+            return {"offered": 0, "stored": 0, "dropped": 0, "waiting": 0}
+        return {
+            "offered": queue.offered,
+            "stored": queue.stored,
+            "dropped": queue.dropped,
+            "waiting": len(queue),
+        }
+
+    def frame(self) -> HealthFrame | None:
+        """The latest health frame, None before the first."""
+        return self._latest_frame
+
+    def findings(self) -> list[Finding]:
+        """What is wrong with the run: optimizer ledger, divergence, Esper's own failures."""
+        return list(self._findings.values())
+
+    # -- changing ------------------------------------------------------------------------------
+
+    def graft(self, layer: str, blueprint: str, **config: Any) -> Receipt:
+        """Graft now, between two steps, by a person's or a script's own will.
+
+        Args:
+            layer: a layer that has been seen to run.
+            blueprint: slug or id.
+            config: the blueprint's settings; what is missing takes its default.
+
+        Raises:
+            UnknownBlueprintError, UnknownLayerError, IncompatibleLayerError, ConfigurationError:
+                before anything is touched.
+            CertificateError: it would change what the model computes; the model is as before.
+        """
+        operation = Operation(
+            layer=self._layer(layer),
+            blueprint=blueprints.get(blueprint),
+            config=config,
+            seed=self._step + 1,
+            uid=self._surgeon.next_uid(),
+        )
+        adaptation = self._apply(operation)
+        assert adaptation.receipt is not None
+        return adaptation.receipt
+
+    def undo(self, receipt: Receipt, hard: bool = True) -> UndoReceipt:
+        """Take a graft out.
+
+        Args:
+            hard: bring the whole model back to the bit, as it was before the graft. Else only
+                the graft goes, and the host keeps what it has learned since.
+
+        Raises:
+            UndoError: it could not be taken out.
+        """
+        adaptation = self._surgeon.by_receipt(receipt)
+        if adaptation is None:
+            raise UndoError("this graft is not in the model any more", layer=receipt.layer)
+        report, _ = self._take_out(adaptation, hard=hard, state=AdaptationState.REVERTED)
+        return report
+
+    def approve(self, waiting: Waiting) -> Receipt:
+        """Local mode: say yes to a waiting decision. Raises as :meth:`graft`."""
+        if self._local is None:
+            raise ConfigurationError("with a server, decisions are approved there")
+        adaptation = self._apply(self._local.take_approved(waiting, self._step))
+        assert adaptation.receipt is not None
+        return adaptation.receipt
+
+    def reject(self, waiting: Waiting) -> None:
+        """Local mode: say no to a waiting decision."""
+        if self._local is not None:
+            self._local.reject(waiting)
+
+    # -- saving --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the model and the optimizer.
+
+        Load it first: it rebuilds the grafts, so that the model's and the optimizer's own states
+        fit again. It also holds the grafts' weights and all optimizer state by parameter name.
+        """
+        registration = self._transport.registration if self._transport else None
+        return {
+            "format": 1,
+            "run": registration.run if registration else "",
+            "epoch": registration.epoch if registration else 0,
+            "step": self._step,
+            **self._surgeon.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Rebuild the grafts of a checkpoint and load their weights and optimizer state.
+
+        Call it after ``attach`` and before the first ``step``.
+
+        Raises:
+            ConfigurationError: it is no such state, or training has begun.
+        """
+        if not isinstance(state, dict) or state.get("format") != 1:
+            raise ConfigurationError("this is not the state of an Esper session")
+        if self._step:
+            raise ConfigurationError("load a session's state before its first step")
+        self._surgeon.load_state_dict(state)
+        self._step = int(state["step"])
+        self._audit()
+
+    # -- opening -------------------------------------------------------------------------------
+
+    def _make_transport(self) -> Transport | None:
+        setup = self._setup
+        if not setup.server:
+            return None
+        return Transport(
+            setup.server, setup.token, veto=self._veto, prepare=self._prepare, pace=setup.pace
+        )
+
+    def _open(self) -> None:
+        """At the first complete step the layers are known: watch them, and register the run."""
+        self._layers = self._watched_layers()
+        self._recorder.stop()
+        self._sampler = HealthSampler(
+            self._model,
+            self._setup.optimizers,
+            self._layers,
+            watch=partial(grafting.watch, self._model),
+        )
+        if self._transport is not None:
+            self._transport.start(self._describe())
+        if self._local is not None:
+            self._local.open(
+                run=self._setup.run,
+                mode=self._setup.mode,
+                layers=self._layers,
+                model_parameters=self._model_parameters,
+            )
+
+    def _watched_layers(self) -> tuple[LayerInfo, ...]:
+        """The recorder's layers; those without a slot are watched and never grafted."""
+        slots = set(self._setup.slots)
+        return tuple(
+            layer
+            if layer.name in slots or not layer.graftable
+            else replace(layer, graftable=False, reason="attach was told to leave it alone")
+            for layer in self._recorder.layers()
+        )
+
+    def _describe(self) -> RunDescription:
+        from esper import __version__
+
+        return RunDescription(
+            name=self._setup.run,
+            mode=self._setup.mode,
+            capability=capability(),
+            target_steps=self._setup.target_steps,
+            versions={
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "esper": __version__,
+            },
+            model_parameters=self._model_parameters,
+            layers=self._layers,
+            step=self._step,
+            applied=[
+                {
+                    "adaptation": entry.uid,
+                    "layer": entry.layer,
+                    "blueprint": entry.blueprint,
+                    "step": entry.step,
+                }
+                for entry in self._surgeon.grafted
+                if not entry.local
+            ],
+        )
+
+    # -- the guard -----------------------------------------------------------------------------
+
+    def _watch_over(self, loss: float) -> None:
+        verdict = self._guard.observe(loss)
+        patient = self._surgeon.youngest_on_probation(self._step)
+        if verdict is None and patient is not None and self._setup.scaler is None:
+            # With a scaler, non-finite gradients are its daily business: it skips such steps.
+            verdict = _gradient_verdict(self._model)
+        if verdict is None:
+            self._diverged = False
+        elif patient is not None:
+            self._roll_back(patient, verdict)
+        elif not self._diverged:
+            self._diverged = True
+            self._find(_divergence(verdict))
+
+    def _roll_back(self, patient: Adaptation, verdict: GuardVerdict) -> None:
+        report, gone = self._take_out(patient, hard=True, state=AdaptationState.ROLLED_BACK)
+        self._guard.reset()
+        logger.warning(
+            "step %d: %s; %s was taken out of %s, the model is as it was before step %d",
+            self._step,
+            verdict.text,
+            patient.blueprint,
+            patient.layer,
+            patient.step,
+        )
+        if self._local is not None:
+            self._local.on_rolled_back(gone)
+        for entry in gone:
+            if self._transport is not None and not entry.local:
+                self._transport.owe("rollbacks", self._rollback_body(entry, verdict, report))
+
+    def _rollback_body(
+        self, entry: Adaptation, verdict: GuardVerdict, report: UndoReceipt
+    ) -> dict[str, Any]:
+        return {
+            "adaptation": entry.uid,
+            "step": self._step,
+            "rule": str(verdict.rule),
+            "observed": number_to_wire(verdict.observed),
+            "limit": number_to_wire(verdict.limit),
+            "pause_ms": report.pause_ms,
+            "exact": report.exact,
+            "digest_after": report.digest,
+        }
+
+    # -- commands ------------------------------------------------------------------------------
+
+    def _prepare(self, command: Command, recipe: Recipe) -> Operation:
+        """Transport thread: build the module, so that the step boundary only swaps it in."""
+        try:
+            layer = self._layer(command.layer)
+            graft = instantiate(recipe, layer)
+        except UnknownBlueprintError as error:
+            raise CommandRefusedError(RefusalCode.UNKNOWN_BLUEPRINT, str(error)) from error
+        except (IncompatibleLayerError, UnknownLayerError) as error:
+            raise CommandRefusedError(RefusalCode.INCOMPATIBLE_LAYER, str(error)) from error
+        except (KernelError, ConfigurationError) as error:
+            raise CommandRefusedError(RefusalCode.UNKNOWN_BLUEPRINT, str(error)) from error
+        return Operation(
+            layer=layer,
+            blueprint=blueprints.get(recipe.blueprint),
+            config=recipe.config,
+            seed=recipe.seed,
+            uid=command.adaptation,
+            graft=graft,
+        )
+
+    def _obey(self) -> None:
+        transport = self._transport
+        assert transport is not None
+        while transport.inbox:
+            ready = transport.inbox.popleft()
+            try:
+                ack = self._carry_out(ready)
+            except Exception as error:  # the server waits for an answer, whatever happened
+                logger.exception("command %d failed", ready.command.seq)
+                ack = _failed(ready.command, f"{type(error).__name__}: {error}")
+            transport.answer(replace(ack, step=self._step))
+
+    def _carry_out(self, ready: ReadyCommand) -> CommandAck:
+        command = ready.command
+        if command.kind is CommandKind.GRAFT:
+            return self._graft_by_command(command, ready.graft)
+        if command.kind is CommandKind.UNDO:
+            return self._undo_by_command(command)
+        if command.kind is CommandKind.STOP_RUN:
+            self._stop_reason = str(command.payload.get("reason") or "stopped by a person")
+        else:
+            self._veto.paused = command.kind is CommandKind.PAUSE_ADAPTATION
+        return CommandAck(seq=command.seq, state=CommandState.APPLIED)
+
+    def _graft_by_command(self, command: Command, operation: Operation) -> CommandAck:
+        assert self._transport is not None
+        if self._transport.now() >= command.expires_at:
+            return _failed(command, "it expired before a step boundary came", RefusalCode.EXPIRED)
+        try:
+            self._veto.check(command)
+            receipt = self._apply(operation).receipt
+        except CommandRefusedError as refusal:
+            return _failed(command, refusal.reason, RefusalCode(refusal.code))
+        except CertificateError as error:
+            ack = _failed(command, str(error), RefusalCode.CERTIFICATE_FAILED)
+            return replace(ack, certificate=error.certificate)
+        except (IncompatibleLayerError, UnknownLayerError) as error:
+            return _failed(command, str(error), RefusalCode.INCOMPATIBLE_LAYER)
+        assert receipt is not None
+        return CommandAck(
+            seq=command.seq,
+            state=CommandState.APPLIED,
+            pause_ms=receipt.pause_ms,
+            certificate=receipt.certificate,
+            digest_before=receipt.digest_before,
+            digest_after=receipt.digest_after,
+        )
+
+    def _undo_by_command(self, command: Command) -> CommandAck:
+        adaptation = self._surgeon.find(command.adaptation)
+        if adaptation is None:
+            return CommandAck(
+                seq=command.seq,
+                state=CommandState.REFUSED,
+                code=RefusalCode.NOT_GRAFTED,
+                reason="this model does not hold that graft",
+            )
+        hard = command.payload.get("hard") is not False
+        report, gone = self._take_out(adaptation, hard=hard, state=AdaptationState.ROLLED_BACK)
+        return CommandAck(
+            seq=command.seq,
+            state=CommandState.APPLIED,
+            pause_ms=report.pause_ms,
+            reason=_undo_note(adaptation, report, gone, hard=hard),
+            digest_after=report.digest,
+        )
+
+    def _refuse_the_rest(self, transport: Transport) -> None:
+        while transport.inbox:
+            command = transport.inbox.popleft().command
+            ack = _failed(command, "the run ended before its next step boundary")
+            transport.answer(replace(ack, step=self._step))
+
+    # -- grafting ------------------------------------------------------------------------------
+
+    def _layer(self, name: str) -> LayerInfo:
+        found = next((layer for layer in self.layers if layer.name == name), None)
+        if found is None:
+            raise UnknownLayerError(f"the model has no layer {name!r}", layer=name)
+        return found
+
+    def _apply(self, operation: Operation) -> Adaptation:
+        adaptation = self._surgeon.apply(operation, step=self._step)
+        adaptation.guarded_until = self._step + self._guarded_policy().probation_steps
+        adaptation.loss_before = tuple(self._losses)
+        self._after_surgery()
+        return adaptation
+
+    def _take_out(
+        self, adaptation: Adaptation, *, hard: bool, state: AdaptationState
+    ) -> tuple[UndoReceipt, tuple[Adaptation, ...]]:
+        report, gone = self._surgeon.undo(adaptation, hard=hard, state=state)
+        self._after_surgery()
+        return report, gone
+
+    def _after_surgery(self) -> None:
+        if self._sampler is not None:
+            self._sampler.refresh()
+        self._audit()
+
+    def _guarded_policy(self) -> SafetyPolicy:
+        registration = self._transport.registration if self._transport else None
+        return registration.policy if registration else self._setup.safety_policy
+
+    # -- looking and telling -------------------------------------------------------------------
+
+    def _take_metrics(self, loss: float | None) -> dict[str, float]:
+        metrics, self._reported = self._reported, {}
+        if loss is not None:
+            metrics["loss"] = loss
+        return metrics
+
+    def _evaluate(self, metrics: dict[str, float]) -> None:
+        assert self._evaluator is not None
+        for entry in self._surgeon.due_for_ablation(self._step, self._guarded_policy()):
+            gain = self._evaluator.ablation_gain(self._surgeon.without(entry))
+            entry.ablation_gain = gain
+            metrics[f"ablation_gain:{entry.uid}"] = gain
+        loss = self._evaluator.due_loss(self._step)
+        if loss is not None:
+            metrics["eval_loss"] = loss
+
+    def _look(self, loss: float | Tensor, metrics: dict[str, float]) -> None:
+        frame = self._sampler.step(self._step, loss, metrics) if self._sampler else None
+        if frame is not None:
+            self._latest_frame = frame
+            metrics = dict(frame.metrics)
+        if self._transport is not None:
+            self._tell(self._transport, frame, metrics)
+        if self._local is not None and frame is not None:
+            self._live_locally(self._local, frame)
+
+    def _tell(
+        self, transport: Transport, frame: HealthFrame | None, metrics: dict[str, float]
+    ) -> None:
+        transport.telemetry.offer_metrics(self._step, time.time(), metrics)
+        if frame is not None:
+            transport.telemetry.offer_frame(frame)
+            transport.send_soon()
+        while transport.settled:
+            self._surgeon.on_settled(*transport.settled.popleft())
+
+    def _live_locally(self, local: LocalLoop, frame: HealthFrame) -> None:
+        for entry, verdict in local.verdicts(self._step, self._losses):
+            if not verdict.keep:
+                self._take_out(entry, hard=False, state=AdaptationState.ROLLED_BACK)
+            logger.info("step %d: %s at %s %s: %s", self._step, entry.blueprint, entry.layer,
+                        entry.state, verdict.reason)
+        operation = local.consider(frame, self._step, self._losses)
+        if operation is not None:
+            try:
+                self._apply(operation)
+            except EsperError as error:
+                local.on_failed(operation, self._step)
+                logger.warning("step %d: not grafted: %s", self._step, error)
+
+    def _audit(self) -> None:
+        rule = str(ViolationRule.OPTIMIZER_LEDGER)
+        found = self._surgeon.audit()
+        fresh = {(finding.rule, finding.layer) for finding in found}
+        for key in [key for key in self._findings if key[0] == rule and key not in fresh]:
+            del self._findings[key]  # it was put right
+        for finding in found:
+            self._find(finding)
+
+    def _find(self, finding: Finding) -> None:
+        key = (finding.rule, finding.layer)
+        if self._findings.get(key) == finding:
+            return
+        self._findings[key] = finding
+        logger.warning("%s at %s: %s. %s", finding.rule, finding.layer or "the run",
+                       finding.observed, finding.remedy)
+        if self._transport is not None:
+            self._transport.telemetry.offer_finding(finding)
+
+    def _try(self, part: str, work: Callable[[], None]) -> None:
+        """Esper's own errors never reach the training; a part that keeps failing is left out."""
+        if self._failures.get(part, 0) >= MAX_PART_FAILURES:
+            return
+        try:
+            work()
+        except Exception as error:
+            self._failures[part] = self._failures.get(part, 0) + 1
+            logger.exception("Esper's %s failed; training goes on", part)
+            if self._failures[part] == MAX_PART_FAILURES:
+                self._find(_switched_off(part, error))
+
+
+def _failed(command: Command, reason: str, code: str = "") -> CommandAck:
+    return CommandAck(
+        seq=command.seq, state=CommandState.FAILED, code=str(code), reason=reason
+    )
+
+
+def _undo_note(
+    adaptation: Adaptation, report: UndoReceipt, gone: Sequence[Adaptation], *, hard: bool
+) -> str:
+    notes = []
+    if hard and not report.exact:
+        notes.append("taken out softly: its snapshot did not survive the trainer's restart")
+    later = [entry.uid for entry in gone if entry is not adaptation]
+    if later:
+        notes.append(f"later grafts went with it: {', '.join(later)}")
+    return "; ".join(notes)
+
+
+def _gradient_verdict(model: nn.Module) -> GuardVerdict | None:
+    names = grafting.non_finite_gradients(model)
+    if not names:
+        return None
+    return GuardVerdict(
+        ViolationRule.NON_FINITE, math.nan, math.nan, f"the gradient of {names[0]} is not finite"
+    )
+
+
+def _divergence(verdict: GuardVerdict) -> Finding:
+    return Finding(
+        rule=str(verdict.rule),
+        layer="",
+        severity=str(Severity.CRITICAL),
+        observed=verdict.text,
+        limit="finite" if math.isnan(verdict.limit) else f"{verdict.limit:.4g}",
+        remedy="No graft is on probation, so nothing was undone: look at learning rate and data.",
+    )
+
+
+def _switched_off(part: str, error: Exception) -> Finding:
+    return Finding(
+        rule="internal_error",
+        layer="",
+        severity=str(Severity.SERIOUS),
+        observed=f"Esper's {part} failed {MAX_PART_FAILURES} times: {type(error).__name__}",
+        limit="no failures",
+        remedy="It is switched off for this run; the training log has the traceback.",
+    )
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _close_at_exit(session: Session) -> Callable[[], None]:
+    """Ends the run when the script forgot to; holds no reference that keeps a model alive."""
+    weak = weakref.ref(session)
+
+    def close() -> None:
+        living = weak()
+        if living is not None:
+            with suppress(Exception):
+                living.close(failed=getattr(sys, "last_value", None) is not None, timeout=3.0)
+
+    atexit.register(close)
+    return close

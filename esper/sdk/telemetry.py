@@ -1,0 +1,139 @@
+"""What is waiting to be sent: bounded, counted, and cut into batches that never change.
+
+The training thread offers, the transport thread takes. When the server is away for long, the
+oldest items are dropped and counted: what was offered = what was stored + what was dropped.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from esper.contracts import Finding, HealthFrame, pack_values
+from esper.contracts.codec import number_to_wire
+
+MAX_WAITING_METRICS = 20_000
+MAX_WAITING_FRAMES = 200
+MAX_WAITING_FINDINGS = 500
+MAX_BATCH_METRICS = 500
+MAX_BATCH_FINDINGS = 100
+MAX_BATCH_FRAME_BYTES = 300_000  # of packed values; a body may have 1 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch as it is posted, again and again, until it is answered.
+
+    Attributes:
+        body: JSON, with ``seq_from`` and ``seq_to``.
+        items: frames + metrics + findings in it.
+        dropped: what it tells the server about losses before it.
+    """
+
+    body: dict[str, Any]
+    items: int
+    dropped: int
+
+
+class TelemetryQueue:
+    """Items between the training thread and the transport thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._frames: deque[HealthFrame] = deque()
+        self._metrics: deque[tuple[int, float, Mapping[str, float]]] = deque()
+        self._findings: deque[Finding] = deque()
+        self._seq = 0
+        self._untold = 0  # drops that no batch has reported yet
+        self.offered = 0
+        self.stored = 0
+        self.dropped = 0
+
+    def offer_frame(self, frame: HealthFrame) -> None:
+        self._offer(self._frames, frame, MAX_WAITING_FRAMES)
+
+    def offer_metrics(self, step: int, wall_time: float, values: Mapping[str, float]) -> None:
+        self._offer(self._metrics, (step, wall_time, values), MAX_WAITING_METRICS)
+
+    def offer_finding(self, finding: Finding) -> None:
+        self._offer(self._findings, finding, MAX_WAITING_FINDINGS)
+
+    def __len__(self) -> int:
+        return len(self._frames) + len(self._metrics) + len(self._findings)
+
+    @property
+    def crowded(self) -> bool:
+        """More waits than one batch takes."""
+        return len(self._metrics) >= MAX_BATCH_METRICS or len(self._frames) > MAX_WAITING_FRAMES / 2
+
+    def take(self, epoch: int) -> Batch | None:
+        """The next batch, None when nothing waits. It must be settled before the next is taken."""
+        with self._lock:
+            frames = self._take_frames()
+            metrics = _take(self._metrics, MAX_BATCH_METRICS)
+            findings = _take(self._findings, MAX_BATCH_FINDINGS)
+            items = len(frames) + len(metrics) + len(findings)
+            if not items:
+                return None
+            first, self._seq = self._seq + 1, self._seq + items
+            dropped, self._untold = self._untold, 0
+        body = {
+            "epoch": epoch,
+            "seq_from": first,
+            "seq_to": self._seq,
+            "frames": [_frame_to_wire(frame) for frame in frames],
+            "metrics": [_metrics_to_wire(*entry) for entry in metrics],
+            "findings": [asdict(finding) for finding in findings],
+            "dropped": dropped,
+        }
+        return Batch(body=body, items=items, dropped=dropped)
+
+    def settle_stored(self, batch: Batch) -> None:
+        self.stored += batch.items
+
+    def settle_dropped(self, batch: Batch) -> None:
+        """The server will never take this batch."""
+        with self._lock:
+            self.dropped += batch.items
+            self._untold += batch.items + batch.dropped
+
+    def _offer(self, waiting: deque[Any], item: object, bound: int) -> None:
+        with self._lock:
+            waiting.append(item)
+            self.offered += 1
+            if len(waiting) > bound:
+                waiting.popleft()
+                self.dropped += 1
+                self._untold += 1
+
+    def _take_frames(self) -> list[HealthFrame]:
+        frames: list[HealthFrame] = []
+        size = 0
+        while self._frames and (not frames or size < MAX_BATCH_FRAME_BYTES):
+            frame = self._frames.popleft()
+            size += frame.values.nbytes
+            frames.append(frame)
+        return frames
+
+
+def _take(waiting: deque[Any], most: int) -> list[Any]:
+    return [waiting.popleft() for _ in range(min(most, len(waiting)))]
+
+
+def _frame_to_wire(frame: HealthFrame) -> dict[str, Any]:
+    return {
+        "step": frame.step,
+        "wall_time": frame.wall_time,
+        "values": pack_values(frame.values),
+    }
+
+
+def _metrics_to_wire(step: int, wall_time: float, values: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "step": step,
+        "wall_time": wall_time,
+        "values": {name: number_to_wire(value) for name, value in values.items()},
+    }

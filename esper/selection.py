@@ -1,0 +1,400 @@
+"""Which blueprint, at which size: every candidate scored, and a "why not" for every other one.
+
+    score = gain - rent - memory - latency - stability - risk - redundancy + fit
+
+Shape legend: N sizes of one blueprint at one layer.
+
+Costs of a blueprint at a layer are arithmetic on the layer's shape, so they are asked for once
+and kept by shape; a selection is then a few array operations per blueprint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esper.contracts import (
+    AdaptationType,
+    BlueprintCategory,
+    Candidate,
+    CostForecast,
+    Experience,
+    GraftKind,
+    LayerHistory,
+    LayerInfo,
+    Risk,
+    RunSnapshot,
+    SafetyPolicy,
+    Selection,
+    WhyNot,
+    cost_limits,
+    risk_rank,
+)
+from esper.exceptions import UnknownBlueprintError
+from esper.health import Features
+
+Doubles = NDArray[np.float64]
+
+MAX_TABLES = 4_096
+PRIOR_CASES = 4.0  # weight of the prior against closed cases
+PRIOR_KEPT = 0.6
+MEMORY_WEIGHT, LATENCY_WEIGHT, RENT_WEIGHT = 0.2, 0.2, 0.3
+RISK_WEIGHT, REDUNDANCY_WEIGHT, FIT_WEIGHT = 0.08, 0.1, 0.3
+# What can be upset by a graft of this kind, whatever its class of risk.
+INSTABILITY: Mapping[GraftKind, float] = {
+    GraftKind.OBSERVE: 0.0,
+    GraftKind.WRAP: 0.02,
+    GraftKind.SCALE: 0.02,
+    GraftKind.PARALLEL: 0.04,
+    GraftKind.DISTRIBUTED: 0.06,
+    GraftKind.ASSEMBLY: 0.08,
+    GraftKind.REPLACE: 0.12,
+}
+# A latency that nobody forecast is bounded from above by what any supported machine reaches. The
+# bound counts only while it is within the limit; the real latency is measured before dispatch.
+FLOOR_FLOPS_PER_SECOND: Mapping[str, float] = {"cpu": 2e9, "cuda": 1e12}
+CALL_OVERHEAD_MS = 0.2
+
+
+class SelectableBlueprint(Protocol):
+    """What selection needs to know of a blueprint; ``esper.blueprints.Blueprint`` is one."""
+
+    @property
+    def slug(self) -> str: ...
+    @property
+    def category(self) -> BlueprintCategory: ...
+    @property
+    def adaptation_type(self) -> AdaptationType: ...
+    @property
+    def risk(self) -> Risk: ...
+    @property
+    def kind(self) -> GraftKind: ...
+    @property
+    def conflicts(self) -> frozenset[str]: ...
+
+    def supports(self, layer: LayerInfo) -> str:
+        """Empty when it fits, else a sentence for a person."""
+
+    def sizes(self, layer: LayerInfo) -> tuple[dict[str, Any], ...]:
+        """All candidate configurations, smallest first."""
+
+    def forecast(self, layer: LayerInfo, config: dict[str, Any]) -> CostForecast:
+        """Cost by arithmetic."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Table:
+    """All sizes of one blueprint at one shape of layer; ``refusal`` when it does not fit."""
+
+    refusal: str
+    configs: tuple[dict[str, Any], ...]
+    forecasts: tuple[CostForecast, ...]
+    parameters_N: Doubles
+    flops_N: Doubles
+    memory_N: Doubles
+    latency_N: Doubles
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """Where a graft would go, and the limits that hold there."""
+
+    layer: LayerInfo
+    history: LayerHistory
+    types: frozenset[AdaptationType]  # that the layer carries already
+    instability: float
+    max_memory_mib: float
+    max_latency_ms: float
+    max_parameters: float
+    model_parameters: int
+
+
+class BlueprintSelector:
+    """Selects from a catalogue. The catalogue's order has no influence."""
+
+    def __init__(self, catalog: Iterable[SelectableBlueprint]) -> None:
+        self._blueprints = {b.slug: b for b in sorted(catalog, key=lambda b: b.slug)}
+        self._tables: OrderedDict[tuple[Any, ...], _Table] = OrderedDict()
+
+    @property
+    def types(self) -> dict[str, AdaptationType]:
+        """Adaptation type of each blueprint."""
+        return {slug: b.adaptation_type for slug, b in self._blueprints.items()}
+
+    def blueprint(self, slug: str) -> SelectableBlueprint:
+        """Raises ``UnknownBlueprintError`` for a slug that the catalogue lacks."""
+        try:
+            return self._blueprints[slug]
+        except KeyError:
+            raise UnknownBlueprintError(f"no blueprint is called {slug!r}", slug=slug) from None
+
+    def category_cases(self, slug: str, experience: Mapping[str, Experience]) -> int:
+        """Closed cases of all blueprints of this one's category."""
+        category = self.blueprint(slug).category
+        return sum(
+            cases.cases
+            for other, cases in experience.items()
+            if other in self._blueprints and self._blueprints[other].category is category
+        )
+
+    def select(
+        self,
+        layer: LayerInfo,
+        adaptation_type: AdaptationType,
+        snapshot: RunSnapshot,
+        policy: SafetyPolicy,
+        *,
+        extra_limits: Mapping[str, float] | None = None,
+        features: Features | None = None,
+    ) -> Selection:
+        """The best blueprint for a layer, and why not each of the others.
+
+        Args:
+            layer: where the graft would go.
+            adaptation_type: only blueprints of this type are candidates.
+            snapshot: the layer's history, experience, disabled blueprints and the run's size.
+            policy: limits on memory, latency and added parameters.
+            extra_limits: stricter ones of the caller, ``max_memory_mb`` and ``max_latency_ms``.
+            features: where given, an unstable layer prefers what calms its gradient.
+
+        Raises:
+            ConfigurationError: ``extra_limits`` holds an unknown name or no finite number.
+        """
+        place = self._place(layer, snapshot, policy, extra_limits or {}, features)
+        refused: dict[str, str] = {}
+        found: dict[str, Candidate] = {}
+        for blueprint in self._blueprints.values():
+            answer = self._candidate(blueprint, adaptation_type, place, snapshot)
+            if isinstance(answer, str):
+                refused[blueprint.slug] = answer
+            else:
+                found[blueprint.slug] = answer
+        best = min(found.values(), key=_rank, default=None)
+        for slug, candidate in found.items():
+            if best is not None and candidate is not best:
+                refused[slug] = _beaten(candidate, best)
+        return Selection(
+            best=best,
+            why_not=tuple(WhyNot(slug, refused[slug]) for slug in sorted(refused)),
+        )
+
+    def _place(
+        self,
+        layer: LayerInfo,
+        snapshot: RunSnapshot,
+        policy: SafetyPolicy,
+        extra_limits: Mapping[str, float],
+        features: Features | None,
+    ) -> _Place:
+        limits = cost_limits(extra_limits)
+        history = snapshot.history.get(layer.name, LayerHistory())
+        carried = (self._blueprints.get(slug) for slug in history.grafts)
+        budget = policy.max_added_parameters_ratio * snapshot.model_parameters
+        return _Place(
+            layer=layer,
+            history=history,
+            types=frozenset(b.adaptation_type for b in carried if b is not None),
+            instability=features.instability(layer.name) if features else 0.0,
+            max_memory_mib=min(policy.max_memory_mib, limits.get("max_memory_mib", math.inf)),
+            max_latency_ms=min(policy.max_latency_ms, limits.get("max_latency_ms", math.inf)),
+            max_parameters=budget - snapshot.added_parameters,
+            model_parameters=snapshot.model_parameters,
+        )
+
+    def _candidate(
+        self,
+        blueprint: SelectableBlueprint,
+        adaptation_type: AdaptationType,
+        place: _Place,
+        snapshot: RunSnapshot,
+    ) -> Candidate | str:
+        """The blueprint at its best size, or why it is none."""
+        if blueprint.adaptation_type is not adaptation_type:
+            return f"It answers {blueprint.adaptation_type}, not {adaptation_type}."
+        if blueprint.slug in snapshot.disabled_blueprints:
+            return "A curator has disabled it."
+        conflict = self._conflict(blueprint, place.history)
+        if conflict:
+            return conflict
+        table = self._table(blueprint, place.layer)
+        if table.refusal:
+            return table.refusal
+        experience = snapshot.experience.get(blueprint.slug, Experience())
+        return _best_size(blueprint, table, place, experience)
+
+    def _conflict(self, blueprint: SelectableBlueprint, history: LayerHistory) -> str:
+        if blueprint.slug in history.grafts:
+            return "The layer carries it already."
+        for slug in history.grafts:
+            other = self._blueprints.get(slug)
+            if slug in blueprint.conflicts or (other and blueprint.slug in other.conflicts):
+                return f"It conflicts with {slug}, which the layer carries."
+        return ""
+
+    def _table(self, blueprint: SelectableBlueprint, layer: LayerInfo) -> _Table:
+        key = (blueprint.slug, _shape_key(layer))
+        table = self._tables.get(key)
+        if table is None:
+            table = self._tables[key] = _tabulate(blueprint, layer)
+            if len(self._tables) > MAX_TABLES:
+                self._tables.popitem(last=False)
+        return table
+
+
+def _shape_key(layer: LayerInfo) -> tuple[Any, ...]:
+    """Everything but the name and the neighbours: equal layers share their tables."""
+    return (
+        layer.kind,
+        layer.in_shape,
+        layer.out_shape,
+        layer.dtype,
+        layer.parameters,
+        layer.graftable,
+        layer.reason,
+        layer.features_in,
+        layer.features_out,
+        layer.channel_axis,
+        layer.device,
+        layer.calls,
+        layer.trainable,
+    )
+
+
+def _tabulate(blueprint: SelectableBlueprint, layer: LayerInfo) -> _Table:
+    refusal = blueprint.supports(layer) if layer.graftable else layer.reason or "Not graftable."
+    configs = () if refusal else blueprint.sizes(layer)
+    forecasts = tuple(blueprint.forecast(layer, config) for config in configs)
+    if not refusal and not configs:
+        refusal = "It has no size for this layer."
+    return _Table(
+        refusal=refusal,
+        configs=configs,
+        forecasts=forecasts,
+        parameters_N=np.array([f.parameters for f in forecasts], dtype=np.float64),
+        flops_N=np.array([f.flops for f in forecasts], dtype=np.float64),
+        memory_N=np.array([f.memory_mib for f in forecasts], dtype=np.float64),
+        latency_N=np.array([f.latency_ms for f in forecasts], dtype=np.float64),
+    )
+
+
+def _best_size(
+    blueprint: SelectableBlueprint, table: _Table, place: _Place, experience: Experience
+) -> Candidate | str:
+    latency_N = _latency(table, place)
+    fits_N = (
+        (table.memory_N <= place.max_memory_mib)
+        & ~(latency_N > place.max_latency_ms)
+        & (table.parameters_N <= place.max_parameters)
+    )
+    if not fits_N.any():
+        return _too_large(table, latency_N, place)
+    terms = _terms(blueprint, table, latency_N, place, experience)
+    score_N = np.where(fits_N, sum(terms.values()), -np.inf)
+    best = int(np.argmax(score_N))  # of equals the first, which is the smallest
+    own = {name: float(np.broadcast_to(term, score_N.shape)[best]) for name, term in terms.items()}
+    return Candidate(
+        blueprint=blueprint.slug,
+        config=dict(table.configs[best]),
+        score=float(sum(own.values())),
+        forecast=replace(table.forecasts[best], latency_ms=float(latency_N[best])),
+        terms=own,
+    )
+
+
+def _latency(table: _Table, place: _Place) -> Doubles:
+    """Forecast latency; where there is none, an upper bound, if that is within the limit."""
+    rate = FLOOR_FLOPS_PER_SECOND.get(place.layer.device.split(":")[0], math.nan)
+    bound_N = CALL_OVERHEAD_MS + 1e3 * table.flops_N / rate
+    usable_N = np.isnan(table.latency_N) & (bound_N <= place.max_latency_ms)
+    return np.where(usable_N, bound_N, table.latency_N)
+
+
+def _terms(
+    blueprint: SelectableBlueprint,
+    table: _Table,
+    latency_N: Doubles,
+    place: _Place,
+    experience: Experience,
+) -> dict[str, Doubles | float]:
+    redundant = blueprint.adaptation_type in place.types
+    return {
+        "gain": _gain(experience) * _size_effect(table.parameters_N, place.layer),
+        "reward": _learned_reward(experience),
+        "rent": -RENT_WEIGHT * table.parameters_N / max(1, place.model_parameters),
+        "memory": -MEMORY_WEIGHT * _share(table.memory_N, place.max_memory_mib),
+        "latency": -LATENCY_WEIGHT * _share(latency_N, place.max_latency_ms),
+        "stability": -INSTABILITY[blueprint.kind],
+        "risk": -RISK_WEIGHT * risk_rank(blueprint.risk),
+        "redundancy": -REDUNDANCY_WEIGHT if redundant else 0.0,
+        "fit": _fit(blueprint, place.instability),
+    }
+
+
+def _gain(experience: Experience) -> float:
+    """Expected share of cases that are kept, drawn to the prior while there are few."""
+    return (PRIOR_CASES * PRIOR_KEPT + experience.kept) / (PRIOR_CASES + experience.cases)
+
+
+def _learned_reward(experience: Experience) -> float:
+    if not math.isfinite(experience.mean_reward):
+        return 0.0
+    trust = experience.cases / (PRIOR_CASES + experience.cases)
+    return 0.5 * trust * min(1.0, max(-1.0, experience.mean_reward))
+
+
+def _size_effect(parameters_N: Doubles, layer: LayerInfo) -> Doubles:
+    """0.3 … 1: more room helps, with diminishing returns against the host's own size."""
+    effect: Doubles = 1.0 - 0.7 * np.exp(-4.0 * parameters_N / max(1, layer.parameters))
+    return effect
+
+
+def _share(cost_N: Doubles, limit: float) -> Doubles:
+    """Cost as a share of its limit; what is unknown is charged in full."""
+    if limit <= 0:
+        return np.ones_like(cost_N)
+    return np.where(np.isnan(cost_N), 1.0, cost_N / limit)
+
+
+def _fit(blueprint: SelectableBlueprint, instability: float) -> float:
+    """Among diagnostics: calm what is unstable, else look closer."""
+    if blueprint.adaptation_type is not AdaptationType.ADD_DIAGNOSTIC:
+        return 0.0
+    calms = blueprint.kind is not GraftKind.OBSERVE
+    return FIT_WEIGHT * (instability if calms else 1.0 - instability)
+
+
+def _too_large(table: _Table, latency_N: Doubles, place: _Place) -> str:
+    """Names the limit that even the mildest size breaks."""
+    if not (table.parameters_N <= place.max_parameters).any():
+        return (
+            f"Its smallest size adds {int(table.parameters_N.min()):,} parameters; "
+            f"{max(0, int(place.max_parameters)):,} are left in the budget."
+        )
+    if not (table.memory_N <= place.max_memory_mib).any():
+        known = table.memory_N[np.isfinite(table.memory_N)]
+        needs = f"{known.min():.3g} MiB" if known.size else "an unknown amount of memory"
+        return f"It needs {needs} at least; the limit is {place.max_memory_mib:.3g} MiB."
+    if (latency_N > place.max_latency_ms).all():
+        return (
+            f"It takes {latency_N.min():.3g} ms at least; "
+            f"the limit is {place.max_latency_ms:.3g} ms."
+        )
+    return "No size is within all limits at once."
+
+
+def _rank(candidate: Candidate) -> tuple[float, int, str]:
+    return (-candidate.score, candidate.forecast.parameters, candidate.blueprint)
+
+
+def _beaten(candidate: Candidate, best: Candidate) -> str:
+    worst = min(candidate.terms, key=lambda name: (candidate.terms[name] - best.terms[name], name))
+    return (
+        f"Score {candidate.score:.3f} against {best.score:.3f} of {best.blueprint}; "
+        f"behind most in {worst} ({candidate.terms[worst]:+.3f} against {best.terms[worst]:+.3f})."
+    )

@@ -1,0 +1,1 @@
+"""Long-running processes that are built on the library."""

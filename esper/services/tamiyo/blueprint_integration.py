@@ -1,0 +1,464 @@
+"""One decision, taken all the way; drawn once:
+
+    execute_adaptation_pipeline(decision, model_state, constraints):
+        find the layer              unknown                        -> no
+        gates of run and layer      frozen, cooldown, budget       -> no
+        select a blueprint          nothing fits the constraints   -> no
+        gates of the blueprint      risk, confidence               -> no, or "ask a person"
+        kernel                      cached, or built and certified -> no when refused
+        measured cost               above a limit                  -> no
+        dispatch                    graft at once                  -> no when the surgery fails
+
+A "no" is ``(False, details)`` with ``reason`` and ``violations``, and leaves the model as it was.
+The caller answers for the evidence: a decision that is handed in has no frames behind it here.
+"""
+
+from __future__ import annotations
+
+import secrets
+import statistics
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from esper import blueprints
+from esper.constraints import check_blueprint, check_measured, check_run, gate_inputs, within
+from esper.contracts import (
+    AdaptationDecision,
+    Check,
+    LayerHistory,
+    LayerInfo,
+    Risk,
+    RunMode,
+    RunSnapshot,
+    SafetyPolicy,
+    ViolationRule,
+    WhyNot,
+)
+from esper.exceptions import EsperError
+from esper.grafting import Receipt
+from esper.selection import BlueprintSelector, SelectableBlueprint
+from esper.services.tamiyo.execution import (
+    Compiler,
+    Dispatcher,
+    ExecutionSystemIntegrator,
+    ModelState,
+    PreparedKernel,
+    Store,
+)
+from esper.services.tamiyo.remote import Choice, RemoteAdaptation
+from esper.services.tamiyo.urza import Urza
+from esper.services.tamiyo.wire import to_wire
+
+__all__ = [
+    "BlueprintSelector",
+    "ExecutionSystemIntegrator",
+    "ModelState",
+    "Phase2IntegrationOrchestrator",
+]
+
+Details = dict[str, Any]
+
+# Who calls this with a model of their own process has agreed to exact, undoable grafts; whatever
+# changes the function by schedule (risk high) still asks.
+IN_PROCESS_POLICY = SafetyPolicy(
+    name="in-process", auto_max_risk=Risk.MEDIUM, min_cases_for_auto=0
+)
+_VIOLATIONS_KEPT = 200
+_TIMES_KEPT = 200
+
+
+class _RefusedError(Exception):
+    """A step says no; ``checks`` are the limits that were broken, ``more`` goes to details."""
+
+    def __init__(self, reason: str, checks: Sequence[Check] = (), **more: Any) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.checks = tuple(checks)
+        self.more = more
+
+
+@dataclass(slots=True)
+class _Patient:
+    """What this orchestrator did to one model. Dies with the model."""
+
+    receipts: dict[str, Receipt] = field(default_factory=dict)
+    history: dict[str, LayerHistory] = field(default_factory=dict)
+    last_step: int = -1
+    today: int = 0
+    added_parameters: int = 0
+
+
+class Phase2IntegrationOrchestrator:
+    """Takes decisions from selection to graft, in this process or through a server.
+
+    Args:
+        compiler, dispatcher, store: ports; default: this process.
+        policy: every threshold.
+        catalog: default: every blueprint that is installed.
+        urza: work through this server instead; ``model_state`` is then a run's uid, or a
+            ``ModelState`` with ``run``.
+        follow_seconds: how long a proposal to a server is followed.
+    """
+
+    def __init__(
+        self,
+        *,
+        compiler: Compiler | None = None,
+        dispatcher: Dispatcher | None = None,
+        store: Store | None = None,
+        policy: SafetyPolicy = IN_PROCESS_POLICY,
+        catalog: Sequence[SelectableBlueprint] | None = None,
+        urza: Urza | None = None,
+        follow_seconds: float = 60.0,
+    ) -> None:
+        self.execution = ExecutionSystemIntegrator(
+            compiler=compiler, dispatcher=dispatcher, store=store
+        )
+        self.policy = policy
+        self.catalog = tuple(catalog if catalog is not None else blueprints.all())
+        self.selector = BlueprintSelector(self.catalog)
+        self._urza = urza
+        self._follow_seconds = follow_seconds
+        self._patients: weakref.WeakKeyDictionary[nn.Module, _Patient] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._active: dict[str, Details] = {}
+        self._violations: deque[Details] = deque(maxlen=_VIOLATIONS_KEPT)
+        self._counts: Counter[str] = Counter()
+        self._times: dict[str, deque[float]] = {}
+
+    async def execute_adaptation_pipeline(
+        self,
+        *,
+        decision: AdaptationDecision,
+        model_state: ModelState | nn.Module | str,
+        constraints: Mapping[str, float] | None = None,
+    ) -> tuple[bool, Details]:
+        """Carry out one decision, or say why not.
+
+        Args:
+            constraints: ``max_memory_mb``, ``max_latency_ms``, ``max_parameters``; of the graft.
+
+        Returns:
+            (success, details). Details are JSON: always ``reason`` and ``violations``; as far as
+            it came also ``blueprint``, ``config``, ``forecast``, ``why_not``, ``checks``,
+            ``kernel``, ``certificate``, ``adaptation``, ``pause_ms``, ``timings_ms``.
+        """
+        started = time.perf_counter()
+        details: Details = {
+            "layer": decision.layer_name,
+            "adaptation_type": str(decision.adaptation_type),
+            "reason": "",
+            "violations": [],
+            "timings_ms": {},
+        }
+        try:
+            await self._carry_out(decision, ModelState.of(model_state), constraints or {}, details)
+            success = True
+        except _RefusedError as refusal:
+            self._note(refusal, details)
+            success = False
+        except EsperError as error:
+            details["reason"] = str(error)
+            success = False
+        details["timings_ms"]["end_to_end"] = _ms_since(started)
+        self._times.setdefault("end_to_end", deque(maxlen=_TIMES_KEPT)).append(
+            details["timings_ms"]["end_to_end"]
+        )
+        self._counts["executed"] += 1
+        self._counts["succeeded" if success else "refused"] += 1
+        return success, details
+
+    def undo(self, adaptation: str, *, hard: bool = True) -> None:
+        """Take a graft of this process out again.
+
+        Raises:
+            KeyError: no such adaptation is active here.
+            UndoError: the model could not be brought back.
+        """
+        for patient in self._patients.values():
+            if adaptation in patient.receipts:
+                receipt = patient.receipts[adaptation]
+                receipt.undo(hard=hard)
+                self._forget(patient, adaptation, receipt)
+                return
+        raise KeyError(adaptation)
+
+    def get_integration_status(self) -> Details:
+        """The seed's four keys, with what really happened here so far."""
+        return {
+            "active_adaptations": {uid: dict(item) for uid, item in self._active.items()},
+            "blueprint_cache_stats": self.execution.cache_stats(),
+            "execution_metrics": {
+                **{name: self._counts[name] for name in ("executed", "succeeded", "refused")},
+                "rolled_back": self._counts["rolled_back"],
+                "median_ms": {
+                    stage: round(statistics.median(times), 3)
+                    for stage, times in self._times.items()
+                },
+            },
+            "safety_violations": list(self._violations),
+        }
+
+    async def _carry_out(
+        self,
+        decision: AdaptationDecision,
+        state: ModelState,
+        constraints: Mapping[str, float],
+        details: Details,
+    ) -> None:
+        if self._urza is not None:
+            await self._carry_out_remotely(decision, state, constraints, details)
+            return
+        if state.model is None:
+            raise _RefusedError("There is no model in model_state, and no server is configured.")
+        patient = self._patients.setdefault(state.model, _Patient())
+        snapshot = _snapshot(state, patient)
+        layer = _find(snapshot, decision.layer_name)
+        with self._timed(details, "selection"):
+            choice = self._choose(decision, layer, snapshot, self.policy, constraints, details)
+            _refuse_asking(choice.checks)
+        with self._timed(details, "kernel"):
+            kernel = await self.execution.prepare(layer, choice.candidate)
+        self._check_measured(kernel, constraints, details)
+        with self._timed(details, "dispatch"):
+            adaptation = f"adp_{secrets.token_hex(8)}"
+            receipt = self.execution.dispatch(state, layer, kernel, adaptation)
+        self._remember(patient, state, receipt, adaptation, details)
+
+    def _choose(
+        self,
+        decision: AdaptationDecision,
+        layer: LayerInfo,
+        snapshot: RunSnapshot,
+        policy: SafetyPolicy,
+        constraints: Mapping[str, float],
+        details: Details,
+    ) -> Choice:
+        """Gates and selection; fills in what was looked at."""
+        run_checks = check_run(gate_inputs(snapshot, decision), policy)
+        details["checks"] = to_wire(run_checks)
+        _refuse_broken(run_checks)
+        selection = self.selector.select(
+            layer, decision.adaptation_type, snapshot, policy, extra_limits=constraints
+        )
+        details["why_not"] = to_wire(selection.why_not)
+        best = selection.best
+        if best is None:
+            raise self._nothing_fits(
+                decision, layer, snapshot, policy, constraints, selection.why_not
+            )
+        details.update(
+            blueprint=best.blueprint, config=best.config, forecast=to_wire(best.forecast)
+        )
+        risk = blueprints.get(best.blueprint).risk
+        checks = check_blueprint(gate_inputs(snapshot, decision, best.forecast, risk), policy)
+        details["checks"] += to_wire(checks)
+        _refuse_broken(checks)
+        return Choice(best, risk, (*run_checks, *checks), selection.why_not)
+
+    def _nothing_fits(
+        self,
+        decision: AdaptationDecision,
+        layer: LayerInfo,
+        snapshot: RunSnapshot,
+        policy: SafetyPolicy,
+        constraints: Mapping[str, float],
+        why_not: Sequence[WhyNot],
+    ) -> _RefusedError:
+        """Tell a limit of the caller from "no blueprint understands this layer"."""
+        free = self.selector.select(layer, decision.adaptation_type, snapshot, policy)
+        if free.best is not None:
+            checks = [check for check in within(constraints, free.best.forecast) if check.blocks]
+            return _RefusedError(
+                f"{free.best.blueprint} would fit, but not within the constraints.", checks
+            )
+        wanted = {
+            blueprint.slug
+            for blueprint in self.catalog
+            if blueprint.adaptation_type is decision.adaptation_type
+        }
+        lines = [line.reason for line in why_not if line.blueprint in wanted]
+        reason = "; ".join(lines) or f"No blueprint serves {decision.adaptation_type}."
+        return _RefusedError(reason, [_incompatible(layer, decision, reason)])
+
+    def _check_measured(
+        self, kernel: PreparedKernel, constraints: Mapping[str, float], details: Details
+    ) -> None:
+        certificate = kernel.report.certificate
+        details.update(
+            kernel=kernel.digest, cached=kernel.cached, certificate=certificate.to_wire()
+        )
+        measured = replace(
+            kernel.report.forecast,
+            memory_mib=certificate.memory_mib,
+            latency_ms=certificate.latency_ms,
+        )
+        checks = (*check_measured(certificate, self.policy), *_firmly(within(constraints, measured)))
+        details["checks"] += to_wire(checks)
+        _refuse_broken(checks)
+
+    def _remember(
+        self,
+        patient: _Patient,
+        state: ModelState,
+        receipt: Receipt,
+        adaptation: str,
+        details: Details,
+    ) -> None:
+        old = patient.history.get(receipt.layer, LayerHistory())
+        patient.receipts[adaptation] = receipt
+        patient.history[receipt.layer] = LayerHistory(
+            grafts=(*old.grafts, receipt.blueprint), last_adaptation_step=state.step
+        )
+        patient.last_step = state.step
+        patient.today += 1
+        patient.added_parameters += receipt.certificate.parameters
+        details.update(adaptation=adaptation, pause_ms=receipt.pause_ms)
+        self._active[adaptation] = {
+            "layer": receipt.layer,
+            "blueprint": receipt.blueprint,
+            "step": state.step,
+            "parameters": receipt.certificate.parameters,
+            "kernel": details["kernel"],
+        }
+        # A model that is gone takes its adaptations with it.
+        if state.model is not None:
+            weakref.finalize(state.model, self._active.pop, adaptation, None)
+
+    def _forget(self, patient: _Patient, adaptation: str, receipt: Receipt) -> None:
+        old = patient.history[receipt.layer]
+        left = list(old.grafts)
+        left.remove(receipt.blueprint)
+        patient.history[receipt.layer] = replace(old, grafts=tuple(left), last_rolled_back=True)
+        patient.added_parameters -= receipt.certificate.parameters
+        del patient.receipts[adaptation]
+        self._active.pop(adaptation, None)
+        self._counts["rolled_back"] += 1
+
+    def _note(self, refusal: _RefusedError, details: Details) -> None:
+        rows = [
+            {
+                "rule": str(check.rule),
+                "limit": check.limit,
+                "observed": check.observed,
+                "text": check.text,
+                "layer": details["layer"],
+                "action": "not applied",
+            }
+            for check in refusal.checks
+        ]
+        details.update(reason=refusal.reason, violations=rows, **refusal.more)
+        self._violations.extend({**row, "at": time.time()} for row in rows)
+
+    async def _carry_out_remotely(
+        self,
+        decision: AdaptationDecision,
+        state: ModelState,
+        constraints: Mapping[str, float],
+        details: Details,
+    ) -> None:
+        assert self._urza is not None
+        if not state.run:
+            raise _RefusedError("Through a server, model_state is the uid of a run.")
+        remote = RemoteAdaptation(self._urza, state.run, follow_seconds=self._follow_seconds)
+        report = await remote.look()
+        layer = _find(report.snapshot, decision.layer_name)
+        with self._timed(details, "selection"):
+            choice = self._choose(
+                decision, layer, report.snapshot, report.limits, constraints, details
+            )
+        with self._timed(details, "adaptation"):
+            outcome = await remote.carry_out(decision, choice, report)
+        details.update(adaptation=outcome.uid, state=outcome.state)
+        if not outcome.grafted:
+            raise _RefusedError(outcome.reason)
+
+    @contextmanager
+    def _timed(self, details: Details, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = _ms_since(started)
+            details["timings_ms"][stage] = elapsed
+            self._times.setdefault(stage, deque(maxlen=_TIMES_KEPT)).append(elapsed)
+
+
+def _snapshot(state: ModelState, patient: _Patient) -> RunSnapshot:
+    """What the gates and the selector may know about a model that nobody watches."""
+    assert state.model is not None
+    total = sum(parameter.numel() for parameter in state.model.parameters())
+    return RunSnapshot(
+        run="in-process",
+        epoch=1,
+        mode=RunMode.AUTOMATIC,
+        step=state.step,
+        layers=state.seen_layers(),
+        frames=(),
+        loss_steps=np.empty(0, dtype=np.int64),
+        loss=np.empty(0, dtype=np.float64),
+        model_parameters=total - patient.added_parameters,
+        added_parameters=patient.added_parameters,
+        adaptations_today=patient.today,
+        last_adaptation_step=patient.last_step,
+        history=dict(patient.history),
+    )
+
+
+def _find(snapshot: RunSnapshot, name: str) -> LayerInfo:
+    layer = snapshot.layer(name)
+    if layer is None:
+        known = ", ".join(layer.name for layer in snapshot.layers[:8]) or "none"
+        raise _RefusedError(f"The model has no layer {name!r}; it has: {known}.")
+    if not layer.in_shape:
+        raise _RefusedError(
+            f"Layer {name!r} was never seen to run; give a ModelState with a sample input."
+        )
+    return layer
+
+
+def _refuse_broken(checks: Sequence[Check]) -> None:
+    broken = [check for check in checks if check.blocks]
+    if broken:
+        raise _RefusedError(" ".join(check.text for check in broken), broken)
+
+
+def _refuse_asking(checks: Sequence[Check]) -> None:
+    """Soft checks ask a person, and here is none. Latency is measured before it counts."""
+    asking = [
+        check for check in checks if check.asks and check.rule is not ViolationRule.LATENCY
+    ]
+    if asking:
+        raise _RefusedError(
+            "A person has to agree: " + " ".join(check.text for check in asking),
+            asks=[check.text for check in asking],
+        )
+
+
+def _firmly(checks: Sequence[Check]) -> tuple[Check, ...]:
+    """After measuring, unknown is no excuse."""
+    return tuple(replace(check, hard=True) for check in checks)
+
+
+def _incompatible(layer: LayerInfo, decision: AdaptationDecision, reason: str) -> Check:
+    return Check(
+        rule=ViolationRule.COMPATIBILITY,
+        passed=False,
+        hard=True,
+        observed=layer.kind,
+        limit=str(decision.adaptation_type),
+        text=reason,
+    )
+
+
+def _ms_since(started: float) -> float:
+    return round((time.perf_counter() - started) * 1e3, 3)

@@ -1,0 +1,222 @@
+"""Tamiyo's loop over one run, drawn once:
+
+    attend(run, entries):
+        snapshot from the server, when ours is old, has a gap, or something happened
+        absorb the entries' frames
+        for each adaptation in probation:  judge -> POST verdict with its reward
+        if there is a frame that nobody decided on:
+            decide() -> POST proposal | POST decline (hard refusals only) | nothing
+
+Every call may be repeated: proposals and verdicts carry idempotency keys, and a run's state is
+read again afterwards. A failure that may pass is raised, so that the caller tries again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from esper.contracts import AdaptationState, Decision, Declined, RunSnapshot
+from esper.exceptions import CodecError, TransportError
+from esper.pipeline import decide
+from esper.policy import Policy
+from esper.selection import SelectableBlueprint
+from esper.services.tamiyo import wire
+from esper.services.tamiyo.probation import judge_probation
+from esper.services.tamiyo.stream import HealthEntry
+from esper.services.tamiyo.urza import Urza
+from esper.services.tamiyo.watch import RunWatch
+
+logger = logging.getLogger("esper.tamiyo")
+
+
+class DecisionLoop:
+    """Decides for all runs of one server.
+
+    Args:
+        learning: let earlier cases change what is proposed.
+        refresh_seconds: no run's snapshot gets older than this.
+        decline_quiet_seconds: the same refusal is not noted again for this long.
+    """
+
+    def __init__(
+        self,
+        urza: Urza,
+        *,
+        policy: Policy,
+        catalog: Sequence[SelectableBlueprint],
+        learning: bool,
+        refresh_seconds: float,
+        decline_quiet_seconds: float,
+    ) -> None:
+        self._urza = urza
+        self._policy = policy
+        self._catalog = catalog
+        self._learning = learning
+        self._refresh_seconds = refresh_seconds
+        self._decline_quiet_seconds = decline_quiet_seconds
+        self.watches: dict[str, RunWatch] = {}
+        self.counts: Counter[str] = Counter()
+        self.decision_ms: deque[float] = deque(maxlen=1000)
+
+    async def attend(
+        self, run: str, entries: Sequence[HealthEntry] = (), *, deciding: bool = True
+    ) -> None:
+        """Act on what is new about a run.
+
+        Raises:
+            TransportError: not permanent; nothing is lost, call again.
+        """
+        watch = self.watches.setdefault(run, RunWatch(run))
+        async with watch.lock:
+            try:
+                await self._refresh(watch, entries)
+                watch.absorb(entries)
+                await self._judge(watch)
+                if deciding and watch.undecided:
+                    await self._decide(watch)
+            except TransportError as error:
+                watch.outdate()
+                if not error.permanent:
+                    raise
+                self._give_up(watch, error)
+            except Exception:
+                # One run's data broke our code: say it loudly, and go on with the other runs.
+                logger.exception("run %s could not be decided on", run)
+                self.counts["errors"] += 1
+                watch.undecided = False
+
+    async def attend_live_runs(self, *, deciding: bool) -> None:
+        """Look at every live run once, and forget those that ended."""
+        live = {str(run["uid"]) for run in await self._urza.live_runs()}
+        for gone in self.watches.keys() - live:
+            del self.watches[gone]
+        for run in sorted(live):
+            try:
+                await self.attend(run, deciding=deciding)
+            except TransportError as error:
+                logger.warning("run %s has to wait: %s", run, error)
+
+    async def _refresh(self, watch: RunWatch, entries: Sequence[HealthEntry]) -> None:
+        if not watch.needs_snapshot(entries, max_age_seconds=self._refresh_seconds):
+            return
+        data = await self._urza.snapshot(watch.uid)
+        try:
+            watch.take(wire.report_from_wire(data))
+        except CodecError as error:
+            # A server of another version: waiting for its update beats dropping the run.
+            raise TransportError(str(error), permanent=False) from error
+
+    async def _decide(self, watch: RunWatch) -> None:
+        snapshot = watch.snapshot(learning=self._learning)
+        started = time.perf_counter()
+        answer = decide(snapshot, self._policy, self._catalog, watch.limits, _rng(snapshot))
+        self.decision_ms.append((time.perf_counter() - started) * 1e3)
+        self.counts["decisions"] += 1
+        if isinstance(answer, Decision):
+            await self._propose(watch, snapshot, answer)
+        else:
+            await self._note_refusal(watch, snapshot, answer)
+        watch.undecided = False
+
+    async def _propose(self, watch: RunWatch, snapshot: RunSnapshot, decision: Decision) -> None:
+        wish = (decision.adaptation.layer_name, str(decision.adaptation.adaptation_type))
+        if time.monotonic() < watch.held_until.get(wish, 0.0):
+            return
+        try:
+            await self._urza.propose(
+                watch.uid,
+                wire.proposal_to_wire(decision, epoch=snapshot.epoch),
+                key=wire.proposal_key(watch.uid, snapshot.epoch, decision),
+            )
+        except TransportError as error:
+            if not error.permanent:
+                raise
+            # The server's gates know more than we do; ask again when the world has moved on.
+            watch.held_until[wish] = time.monotonic() + self._refresh_seconds
+            self.counts["proposals_refused"] += 1
+            logger.info("run %s: %s into %s was refused: %s", watch.uid, *wish[::-1], error)
+        else:
+            self.counts["proposals"] += 1
+        watch.outdate()
+
+    async def _note_refusal(
+        self, watch: RunWatch, snapshot: RunSnapshot, declined: Declined
+    ) -> None:
+        if declined.adaptation is None or not declined.violations:
+            return
+        rules = sorted({str(check.rule) for check in declined.violations})
+        what = (declined.adaptation.layer_name, *rules)
+        now = time.monotonic()
+        if now - watch.declined_at.get(what, -np.inf) < self._decline_quiet_seconds:
+            return
+        await self._urza.decline(watch.uid, wire.decline_to_wire(declined, epoch=snapshot.epoch))
+        watch.declined_at[what] = now
+        self.counts["declines"] += 1
+
+    async def _judge(self, watch: RunWatch) -> None:
+        for adaptation in watch.active:
+            if adaptation.state is not AdaptationState.PROBATION or adaptation.uid in watch.judged:
+                continue
+            outcome = judge_probation(watch.report, adaptation)
+            if outcome is None:
+                continue
+            verdict, reward = outcome
+            try:
+                await self._urza.judge(
+                    adaptation.uid,
+                    wire.verdict_to_wire(verdict, reward),
+                    key=f"{adaptation.uid}:verdict",
+                )
+            except TransportError as error:
+                if not error.permanent:
+                    raise
+                logger.info("adaptation %s was settled without us: %s", adaptation.uid, error)
+            else:
+                self.counts["verdicts"] += 1
+            watch.judged.add(adaptation.uid)
+            watch.outdate()
+
+    def _give_up(self, watch: RunWatch, error: TransportError) -> None:
+        """The server will never take this: the run is gone, or one of us is wrong."""
+        self.counts["errors"] += 1
+        logger.error("run %s: %s", watch.uid, error)
+        watch.undecided = False
+        if error.status in (404, 410):
+            self.watches.pop(watch.uid, None)
+
+    def status(self) -> dict[str, Any]:
+        """Numbers about the runs and the decisions so far."""
+        return {
+            "runs": {
+                uid: {
+                    "step": watch.report.snapshot.step,
+                    "epoch": watch.report.snapshot.epoch,
+                    "frames": len(watch.report.snapshot.frames),
+                    "active_adaptations": len(watch.active),
+                }
+                for uid, watch in self.watches.items()
+                if watch.known
+            },
+            "decisions": dict(self.counts),
+            "decision_ms": _percentiles(self.decision_ms),
+        }
+
+
+def _rng(snapshot: RunSnapshot) -> np.random.Generator:
+    """The same moment of the same run always gets the same stream, so decisions replay."""
+    name = zlib.crc32(snapshot.run.encode())
+    return np.random.default_rng([name, snapshot.epoch, snapshot.step])
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    p50, p99 = np.percentile(np.array(values), [50, 99])
+    return {"p50": round(float(p50), 3), "p99": round(float(p99), 3)}

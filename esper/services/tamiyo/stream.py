@@ -1,0 +1,145 @@
+"""The Redis stream that rings when a health frame is stored.
+
+Entries are doorbells: losing or repeating one loses or repeats no decision, because a run's state
+is read from the server and a proposal carries its idempotency key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+
+STREAM = "esper:health"
+GROUP = "tamiyo"
+_FORGET_CONSUMER_MS = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class HealthEntry:
+    """One entry: a frame of one run.
+
+    Attributes:
+        id: of the entry in the stream.
+        stored_at: seconds since the epoch, by Redis's clock.
+        values: little-endian float32 [layers, signals].
+        loss: the newest training loss, NaN once it diverged; None: not told.
+    """
+
+    id: bytes
+    run: str
+    epoch: int
+    step: int
+    wall_time: float
+    values: bytes
+    loss: float | None
+    stored_at: float
+
+
+class HealthStream:
+    """One consumer of the group; raises ``RedisError`` while Redis is away.
+
+    Args:
+        consumer: name of this instance.
+        claim_seconds: an entry that another consumer holds for longer is taken over.
+    """
+
+    def __init__(self, url: str, *, consumer: str, claim_seconds: float) -> None:
+        # Our own loop backs off and says so; redis-py's silent retries would hide an outage.
+        self._redis = redis.asyncio.Redis.from_url(
+            url, socket_connect_timeout=2.0, socket_timeout=5.0, retry=Retry(NoBackoff(), 0)
+        )
+        self._consumer = consumer
+        self._claim_seconds = claim_seconds
+        self._claimed_at = -math.inf
+        self.malformed = 0
+
+    async def read(self, *, wait_seconds: float = 1.0, count: int = 256) -> list[HealthEntry]:
+        """Entries that nobody else works on: abandoned ones first, then new ones."""
+        try:
+            raw = await self._abandoned(count) or await self._new(wait_seconds, count)
+        except ResponseError as error:
+            # NOGROUP: first start, or Redis was flushed. UNBLOCKED: flushed while we waited.
+            if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
+                raise
+            await self._create_group()
+            return []
+        return await self._parse_all(raw)
+
+    async def ack(self, entries: list[HealthEntry]) -> None:
+        if entries:
+            await self._redis.xack(STREAM, GROUP, *(entry.id for entry in entries))
+
+    async def close(self) -> None:
+        """Leave the group, unless that would lose entries that we still hold."""
+        with contextlib.suppress(RedisError, OSError):
+            await self._forget_consumers()
+        await self._redis.aclose()
+
+    async def _new(self, wait_seconds: float, count: int) -> list[Any]:
+        answer = await self._redis.xreadgroup(
+            GROUP, self._consumer, {STREAM: ">"}, count=count, block=int(wait_seconds * 1000)
+        )
+        return answer[0][1] if answer else []
+
+    async def _abandoned(self, count: int) -> list[Any]:
+        if time.monotonic() - self._claimed_at < self._claim_seconds:
+            return []
+        answer = await self._redis.xautoclaim(
+            STREAM, GROUP, self._consumer, int(self._claim_seconds * 1000), count=count
+        )
+        if len(answer[1]) < count:  # nothing is left: look again after a while
+            self._claimed_at = time.monotonic()
+        return list(answer[1])
+
+    async def _create_group(self) -> None:
+        try:
+            # From the start: what was added between a flush and now must not be missed.
+            await self._redis.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
+        except ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):  # another instance was first
+                raise
+
+    async def _forget_consumers(self) -> None:
+        """Drop ourselves and long dead instances; one that holds entries stays, to be claimed."""
+        for consumer in await self._redis.xinfo_consumers(STREAM, GROUP):
+            name = consumer["name"]
+            mine = name == self._consumer.encode()
+            if consumer["pending"] == 0 and (mine or consumer["idle"] > _FORGET_CONSUMER_MS):
+                await self._redis.xgroup_delconsumer(STREAM, GROUP, name)
+
+    async def _parse_all(self, raw: list[Any]) -> list[HealthEntry]:
+        entries, broken = [], []
+        for entry_id, fields in raw:
+            entry = _parse(entry_id, fields)
+            if entry is None:
+                broken.append(entry_id)
+            else:
+                entries.append(entry)
+        if broken:  # nobody will ever understand them: do not let them come back
+            self.malformed += len(broken)
+            await self._redis.xack(STREAM, GROUP, *broken)
+        return entries
+
+
+def _parse(entry_id: bytes, fields: dict[bytes, bytes]) -> HealthEntry | None:
+    try:
+        return HealthEntry(
+            id=entry_id,
+            run=fields[b"run"].decode(),
+            epoch=int(fields[b"epoch"]),
+            step=int(fields[b"step"]),
+            wall_time=float(fields[b"wall_time"]),
+            values=fields[b"values"],
+            loss=float(fields[b"loss"]) if fields.get(b"loss") else None,
+            stored_at=int(entry_id.split(b"-")[0]) / 1000,
+        )
+    except (KeyError, ValueError, TypeError):
+        return None

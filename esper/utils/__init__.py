@@ -1,0 +1,1 @@
+"""Home of ``config``, which the seed's import names."""

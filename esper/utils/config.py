@@ -1,0 +1,76 @@
+"""How a service is told who it is and whom it talks to."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from esper.exceptions import ConfigurationError
+
+
+def _variable(name: str) -> str | None:
+    return os.environ.get(name) or None
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceConfig:
+    """Settings of one service process; a bad value stops the start.
+
+    Attributes:
+        name: of the service, ``tamiyo``.
+        port: of its status page; None or 0: no status page.
+        redis_url: where the health stream is; default ``REDIS_URL``; None: poll over REST.
+        urza_url: the server; default ``ESPER_SERVER``; None: in-process, without a server.
+        token: of the service, scope ``decide``; default ``ESPER_TOKEN``.
+        learning: let the outcome of earlier adaptations change what is proposed.
+        instance: tells several instances apart; default ``<host>-<pid>``.
+        refresh_seconds: no state of a run gets older than this.
+        claim_seconds: after this long without an answer another instance's entry is taken over.
+        decline_quiet_seconds: the same refusal is not noted again for this long.
+
+    Raises:
+        ConfigurationError: a value makes no sense.
+    """
+
+    name: str
+    port: int | None = None
+    host: str = "127.0.0.1"
+    redis_url: str | None = field(default_factory=lambda: _variable("REDIS_URL"))
+    urza_url: str | None = field(default_factory=lambda: _variable("ESPER_SERVER"))
+    token: str | None = field(default_factory=lambda: _variable("ESPER_TOKEN"), repr=False)
+    learning: bool = True
+    instance: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    heartbeat_seconds: float = 5.0
+    refresh_seconds: float = 5.0
+    claim_seconds: float = 10.0
+    decline_quiet_seconds: float = 60.0
+    request_timeout_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.instance:
+            raise ConfigurationError("a service needs a name")
+        if self.port is not None and not 0 <= self.port <= 65535:
+            raise ConfigurationError(f"a port is 0..65535, got {self.port}")
+        _check_url("urza_url", self.urza_url, ("http", "https"))
+        _check_url("redis_url", self.redis_url, ("redis", "rediss", "unix"))
+        for name in (
+            "heartbeat_seconds",
+            "refresh_seconds",
+            "claim_seconds",
+            "decline_quiet_seconds",
+            "request_timeout_seconds",
+        ):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigurationError(f"{name} is a time above 0, got {value}")
+
+
+def _check_url(name: str, url: str | None, schemes: tuple[str, ...]) -> None:
+    if url is None:
+        return
+    parts = urlsplit(url)
+    if parts.scheme not in schemes or not (parts.netloc or parts.path):
+        raise ConfigurationError(f"{name} is {'/'.join(schemes)}://…, got scheme {parts.scheme!r}")

@@ -1,0 +1,1 @@
+"""The web project: settings, entry points and the supervisor behind ``./up``."""

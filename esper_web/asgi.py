@@ -1,0 +1,50 @@
+"""The ASGI application: HTTP to Django, websockets to consumers.
+
+Trainers authenticate by token only, so their sockets take neither cookies nor an Origin; browsers'
+sockets ride on the session cookie, so their Origin must be one of ours.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from django.core.asgi import get_asgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "esper_web.settings.local")
+django_application = get_asgi_application()
+
+from channels.auth import AuthMiddlewareStack  # noqa: E402 (models exist only after set-up)
+from channels.generic.websocket import AsyncWebsocketConsumer  # noqa: E402
+from channels.routing import ProtocolTypeRouter, URLRouter  # noqa: E402
+from channels.security.websocket import AllowedHostsOriginValidator  # noqa: E402
+from django.urls import re_path  # noqa: E402
+
+from apps.notifications.routing import websocket_urlpatterns as browser_routes  # noqa: E402
+from apps.runs.routing import websocket_urlpatterns as trainer_routes  # noqa: E402
+
+TRAINER_PREFIX = "/ws/v1/trainer/"
+
+
+class NoSuchSocket(AsyncWebsocketConsumer):
+    """Refuses politely; URLRouter alone would raise, and log a traceback for every scanner."""
+
+    async def connect(self) -> None:
+        """Answers 403 to the handshake."""
+        await self.close(4404)
+
+
+_nothing_else: Any = re_path(r"", NoSuchSocket.as_asgi())
+trainer_sockets: Any = URLRouter([*trainer_routes, _nothing_else])
+browser_sockets: Any = AllowedHostsOriginValidator(
+    AuthMiddlewareStack(URLRouter([*browser_routes, _nothing_else]))
+)
+
+
+async def sockets(scope: Any, receive: Any, send: Any) -> None:
+    """Picks the door by path."""
+    trainer = str(scope["path"]).startswith(TRAINER_PREFIX)
+    await (trainer_sockets if trainer else browser_sockets)(scope, receive, send)
+
+
+application = ProtocolTypeRouter({"http": django_application, "websocket": sockets})

@@ -1,0 +1,1 @@
+"""Settings: ``base`` is shared, ``local`` is for ``./up``, ``test`` for pytest, ``production``."""

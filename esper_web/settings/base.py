@@ -1,0 +1,250 @@
+"""What every installation shares; what differs comes from the environment (docs/settings.md)."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+from csp.constants import NONE, SELF
+
+from esper_web import env
+from esper_web.logs import logging_config
+
+BASE_DIR = Path(__file__).resolve().parents[2]
+ESPER_DATA_DIR = env.directory("ESPER_DATA_DIR", BASE_DIR / "var")
+
+# --- applications -------------------------------------------------------------------------------
+
+INSTALLED_APPS = [
+    "apps.accounts",
+    "apps.audit",
+    "apps.notifications",
+    "apps.runs",
+    "apps.telemetry",
+    "apps.blueprints",
+    "apps.policies",
+    "apps.kernels",
+    "apps.violations",
+    "apps.adaptations",
+    "apps.api",
+    "apps.console",
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "rest_framework",
+    "drf_spectacular",
+    "drf_spectacular_sidecar",
+    "channels",
+    "csp",
+]
+
+MIDDLEWARE = [
+    "apps.api.middleware.RequestIdMiddleware",
+    "django.middleware.security.SecurityMiddleware",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "csp.middleware.CSPMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+
+ROOT_URLCONF = "esper_web.urls"
+ASGI_APPLICATION = "esper_web.asgi.application"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [BASE_DIR / "templates", BASE_DIR / "esper_web" / "templates"],
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ],
+        },
+    }
+]
+
+# --- language and time --------------------------------------------------------------------------
+
+LANGUAGE_CODE = "en-gb"
+TIME_ZONE = "UTC"
+USE_I18N = False
+USE_TZ = True
+
+# --- people -------------------------------------------------------------------------------------
+
+AUTH_USER_MODEL = "accounts.User"
+LOGIN_URL = "/login"
+LOGIN_REDIRECT_URL = "/"
+LOGOUT_REDIRECT_URL = LOGIN_URL
+PASSWORD_HASHERS = [
+    "django.contrib.auth.hashers.Argon2PasswordHasher",
+    "django.contrib.auth.hashers.PBKDF2PasswordHasher",
+]
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": "django.contrib.auth.password_validation.UserAttributeSimilarityValidator"},
+    {
+        "NAME": "django.contrib.auth.password_validation.MinimumLengthValidator",
+        "OPTIONS": {"min_length": 12},
+    },
+    {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
+]
+
+# --- browsers -----------------------------------------------------------------------------------
+
+SESSION_COOKIE_AGE = 12 * 3600
+SESSION_COOKIE_HTTPONLY = True
+SESSION_COOKIE_SAMESITE = "Lax"
+CSRF_COOKIE_SAMESITE = "Lax"
+X_FRAME_OPTIONS = "DENY"
+SECURE_REFERRER_POLICY = "same-origin"
+CONTENT_SECURITY_POLICY = {
+    "DIRECTIVES": {
+        "default-src": [SELF],
+        "script-src": [SELF],
+        "style-src": [SELF],
+        "connect-src": [SELF],
+        "img-src": [SELF, "data:"],
+        "object-src": [NONE],
+        "frame-ancestors": [NONE],
+        "base-uri": [NONE],
+        "form-action": [SELF],
+    }
+}
+DATA_UPLOAD_MAX_MEMORY_SIZE = 2 * 1024 * 1024
+DATA_UPLOAD_MAX_NUMBER_FIELDS = 500
+
+STATIC_URL = "/static/"
+STATIC_ROOT: Path | None = ESPER_DATA_DIR / "staticfiles"
+STATICFILES_DIRS = [BASE_DIR / "static"] if (BASE_DIR / "static").is_dir() else []
+
+# --- REST API -----------------------------------------------------------------------------------
+
+REST_FRAMEWORK: dict[str, Any] = {
+    "DEFAULT_AUTHENTICATION_CLASSES": [
+        "apps.api.authentication.TokenAuthentication",
+        "apps.api.authentication.SessionAuthentication",
+    ],
+    "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
+    "DEFAULT_PARSER_CLASSES": ["apps.api.codec.StrictJSONParser"],
+    "DEFAULT_RENDERER_CLASSES": ["apps.api.codec.StrictJSONRenderer"],
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+    "EXCEPTION_HANDLER": "apps.api.errors.problem_response",
+    "TEST_REQUEST_RENDERER_CLASSES": ["apps.api.codec.StrictJSONRenderer"],
+    "TEST_REQUEST_DEFAULT_FORMAT": "json",
+    "UNAUTHENTICATED_USER": "django.contrib.auth.models.AnonymousUser",
+}
+SPECTACULAR_SETTINGS: dict[str, Any] = {
+    "TITLE": "Esper",
+    "DESCRIPTION": "Runs, adaptations, blueprints, kernels, violations and the audit log of Esper.",
+    "VERSION": "1",
+    "OAS_VERSION": "3.1.1",
+    "SERVE_INCLUDE_SCHEMA": False,
+    "SERVE_PERMISSIONS": ["rest_framework.permissions.IsAuthenticated"],
+    "SWAGGER_UI_DIST": "SIDECAR",
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+    "SCHEMA_PATH_PREFIX": "/api/v1",
+    "COMPONENT_SPLIT_REQUEST": True,
+}
+
+# Throttle counters only, so each web process may count for itself; a Redis that is away must not
+# turn into refused requests.
+CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
+
+# --- Redis: doorbells only, the database is the truth -------------------------------------------
+
+
+def channel_layers(url: str) -> dict[str, Any]:
+    """Pub/sub, because the other layer of channels_redis drops messages of a burst silently."""
+    return {
+        "default": {
+            "BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer",
+            "CONFIG": {"hosts": [url], "prefix": "esper:layer"},
+        }
+    }
+
+
+CELERY_TASK_SERIALIZER = "json"
+CELERY_RESULT_SERIALIZER = "json"
+CELERY_ACCEPT_CONTENT = ["json"]
+CELERY_TASK_IGNORE_RESULT = True  # state lives in the database
+CELERY_TASK_ACKS_LATE = True
+CELERY_TASK_REJECT_ON_WORKER_LOST = True  # attempts are counted in the database
+CELERY_TASK_TIME_LIMIT = 180
+CELERY_TASK_SOFT_TIME_LIMIT = 150
+# Other queues are named where a task is sent: compile.<capability>, host.<host name>.
+CELERY_TASK_DEFAULT_QUEUE = "control"
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1
+CELERY_WORKER_MAX_TASKS_PER_CHILD = 1000
+CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True
+CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = 10
+CELERY_WORKER_PROC_ALIVE_TIMEOUT = 60  # a compile worker's child imports torch first
+CELERY_WORKER_HIJACK_ROOT_LOGGER = False
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+CELERY_BROKER_CONNECTION_MAX_RETRIES = None  # Redis may be away for as long as it likes
+CELERY_BROKER_TRANSPORT_OPTIONS = {
+    "visibility_timeout": 3600,
+    # Redelivery sweeps every interval × throttle = 5 s, instead of 100 s.
+    "unacked_restore_interval": 5,
+    "unacked_restore_throttle": 1,
+    "health_check_interval": 10,
+    "socket_keepalive": True,
+    "global_keyprefix": "esper:celery:",
+}
+CELERY_TIMEZONE = "UTC"
+
+
+def _every(task: str, seconds: float, *, queue: str = "control") -> dict[str, Any]:
+    # A sweep that waited longer than its period is stale: the next one does its work.
+    return {"task": task, "schedule": seconds, "options": {"queue": queue, "expires": seconds * 2}}
+
+
+CELERY_BEAT_SCHEDULE = {
+    "sweep-adaptations": _every("adaptations.sweep", 2.0),
+    "relay-outbox": _every("notifications.relay_outbox", 2.0),
+    "forget-sent-messages": _every("notifications.forget_sent", 3600.0),
+    "thin-telemetry": _every("telemetry.thin", 60.0),
+}
+
+# --- Esper --------------------------------------------------------------------------------------
+
+ESPER_KERNEL_STORE_DIR = env.directory("ESPER_KERNEL_STORE_DIR", ESPER_DATA_DIR / "kernels")
+ESPER_STAGE_DIR = env.directory("ESPER_STAGE_DIR", ESPER_DATA_DIR / "stage")
+ESPER_HOST_NAME = env.text("ESPER_HOST_NAME", socket.gethostname())
+ESPER_CAPABILITY = env.text("ESPER_CAPABILITY", "cpu")
+# Only a compile worker has this: the path of the private key that signs kernels.
+ESPER_KERNEL_KEY_FILE = env.text("ESPER_KERNEL_KEY_FILE", "")
+ESPER_COMPILE_LEASE_SECONDS = env.integer("ESPER_COMPILE_LEASE_SECONDS", 15, minimum=2, maximum=600)
+ESPER_COMPILE_HEARTBEAT_SECONDS = env.integer(
+    "ESPER_COMPILE_HEARTBEAT_SECONDS", 5, minimum=1, maximum=300
+)
+ESPER_COMPILE_TIMEOUT_SECONDS = env.integer(
+    "ESPER_COMPILE_TIMEOUT_SECONDS", 120, minimum=5, maximum=170
+)
+ESPER_COMPILE_ATTEMPTS = env.integer("ESPER_COMPILE_ATTEMPTS", 3, minimum=1, maximum=10)
+ESPER_WORKER_HEARTBEAT_SECONDS = env.integer(
+    "ESPER_WORKER_HEARTBEAT_SECONDS", 5, minimum=1, maximum=300
+)
+# A run whose trainer is silent for so long is unreachable, later it is lost.
+ESPER_RUN_UNREACHABLE_SECONDS = env.integer(
+    "ESPER_RUN_UNREACHABLE_SECONDS", 30, minimum=5, maximum=3600
+)
+ESPER_RUN_LOST_SECONDS = env.integer(
+    "ESPER_RUN_LOST_SECONDS", 24 * 3600, minimum=60, maximum=30 * 24 * 3600
+)
+# Bearer token of whoever scrapes /metrics; empty: only signed-in staff may read it.
+ESPER_METRICS_TOKEN = env.text("ESPER_METRICS_TOKEN", "")
+
+LOGGING = logging_config(
+    json_lines=env.flag("ESPER_LOG_JSON", False), level=env.text("ESPER_LOG_LEVEL", "INFO").upper()
+)

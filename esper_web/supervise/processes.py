@@ -1,0 +1,85 @@
+"""Processes of one supervisor: they die with it, and carry a mark by which they are found again."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# Every child inherits it, and so do its children; /proc shows it even when nobody waits for them.
+MARK = "ESPER_UP_ID"
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def dies_with_parent(niceness: int = 0) -> Callable[[], None]:
+    """What a child does before it becomes its program: it asks to be ended when we are killed."""
+    parent = os.getpid()
+
+    def prepare() -> None:
+        if _libc is not None:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # we died between fork and prctl
+                os._exit(1)
+        if niceness:
+            os.nice(niceness)
+
+    return prepare
+
+
+def signal_group(leader: int, number: signal.Signals) -> None:
+    """Signals a child and whatever it has started."""
+    try:
+        os.killpg(leader, number)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def signal_process(pid: int, number: signal.Signals) -> None:
+    """Signals one process, if it is still there."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Live processes with our mark, ourselves excepted. Linux only; elsewhere the list is empty."""
+    wanted = f"{MARK}={mark}".encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            marked = wanted in (entry / "environ").read_bytes().split(b"\0")
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if marked and state != "Z" and int(entry.name) != os.getpid():
+            found.append(int(entry.name))
+    return sorted(found)
+
+
+def end_marked(mark: str, *, patience: float = 3.0) -> list[int]:
+    """Ends what an earlier supervisor left behind; returns whom it had to end."""
+    found = marked_processes(mark)
+    for pid in found:
+        signal_process(pid, signal.SIGTERM)
+    deadline = time.monotonic() + patience
+    while marked_processes(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in marked_processes(mark):
+        signal_process(pid, signal.SIGKILL)
+    return found
+
+
+def describe_exit(code: int) -> str:
+    """``exit code 1`` or ``killed by SIGKILL``."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"

@@ -1,0 +1,115 @@
+"""A small convolutional net on scikit-learn's handwritten digits, watched by Esper.
+
+    python examples/digits_cnn.py --steps 8000
+
+The net is really too small: its loss stops falling early, and there is something to adapt.
+Killed and started again, it goes on from its last checkpoint, grafts included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import esper
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Train images [1437, 1, 16, 16] and labels, then 360 held-out ones."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
+    images = F.interpolate(images, size=16, mode="bilinear")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], torch.tensor(data.target)[order]
+    return images[:1437], labels[:1437], images[1437:], labels[1437:]
+
+
+def batch(images: Tensor, labels: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
+    """256 digits, shifted and blurred by noise; the same for a step whenever it is asked for."""
+    dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    rows = torch.randint(len(images), (256,), generator=dice)
+    dy, dx = torch.randint(-3, 4, (2,), generator=dice).tolist()
+    picked = torch.roll(images[rows], (dy, dx), (2, 3))
+    return picked + 0.3 * torch.randn(picked.shape, generator=dice), labels[rows]
+
+
+def build() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(96, 12), nn.ReLU(), nn.Linear(12, 10),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", default="digits-cnn")
+    folder = Path(os.environ.get("ESPER_DATA_DIR", "."))
+    parser.add_argument("--checkpoint", type=Path, default=folder / "digits_cnn.pt")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    images, labels, held_images, held_labels = digits()
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+
+    def evaluate() -> float:
+        return F.cross_entropy(model(held_images), held_labels).item()
+
+    session = esper.attach(
+        model, optimizer, run=args.run, mode="automatic",
+        evaluate=evaluate, target_steps=args.steps,
+    )  # fmt: skip
+    start = 0
+    if args.checkpoint.exists():
+        saved = torch.load(args.checkpoint, weights_only=True)
+        session.load_state_dict(saved["session"])  # first: it rebuilds what was grafted
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+
+    with session:
+        for step in range(start, args.steps):
+            x, target = batch(images, labels, step, args.seed)
+            logits = model(x)
+            loss = F.cross_entropy(logits, target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            session.report(accuracy=(logits.argmax(1) == target).float().mean().item())
+            session.step(loss)
+            if step % 200 == 199:
+                save(args.checkpoint, step + 1, model, optimizer, session)
+                print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+    args.checkpoint.unlink(missing_ok=True)
+
+
+def save(
+    path: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    session: esper.Session,
+) -> None:
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "session": session.state_dict(),
+    }
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)  # a kill leaves the old one or the new one, whole
+
+
+if __name__ == "__main__":
+    main()

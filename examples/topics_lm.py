@@ -1,0 +1,133 @@
+"""A byte-level transformer on the text of Python's own help topics, watched by Esper.
+
+    python examples/topics_lm.py --steps 8000
+
+The transformer is really too small for the text: its loss stops falling early, and there is
+something to adapt. Killed and started again, it goes on from its last checkpoint, grafts included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from pydoc_data import topics
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import esper
+
+CONTEXT = 48
+WIDTH = 24
+
+
+class TinyTransformer(nn.Module):
+    """Two causal blocks over bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = nn.Embedding(256, WIDTH)
+        self.places = nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                WIDTH, nhead=2, dim_feedforward=32, dropout=0.0, batch_first=True, norm_first=True
+            )
+            for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 256)
+        mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, text_BT: Tensor) -> Tensor:
+        h_BTD = self.bytes(text_BT) + self.places.weight
+        for block in self.blocks:
+            h_BTD = block(h_BTD, src_mask=self.mask, is_causal=True)
+        return self.head(self.norm(h_BTD))
+
+
+def text() -> tuple[Tensor, Tensor]:
+    """All topics as bytes: the first nine tenths to train, the rest held out."""
+    whole = "\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()
+    data = torch.frombuffer(bytearray(whole), dtype=torch.uint8).long()
+    cut = len(data) * 9 // 10
+    return data[:cut], data[cut:]
+
+
+def batch(data: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Inputs and next bytes, int64 [32, 48]; the same for a step whenever it is asked for."""
+    dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    starts = torch.randint(len(data) - CONTEXT, (32, 1), generator=dice)
+    places = starts + torch.arange(CONTEXT + 1)[None, :]
+    window = data[places.clamp(max=len(data) - 1)]
+    return window[:, :-1], window[:, 1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", default="topics-lm")
+    folder = Path(os.environ.get("ESPER_DATA_DIR", "."))
+    parser.add_argument("--checkpoint", type=Path, default=folder / "topics_lm.pt")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    train, held = text()
+    model = TinyTransformer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def loss_on(data: Tensor, step: int) -> Tensor:
+        inputs, targets = batch(data, step, args.seed)
+        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    def evaluate() -> float:
+        return sum(loss_on(held, step).item() for step in range(4)) / 4
+
+    session = esper.attach(
+        model, optimizer, run=args.run, mode="automatic",
+        evaluate=evaluate, target_steps=args.steps,
+    )  # fmt: skip
+    start = 0
+    if args.checkpoint.exists():
+        saved = torch.load(args.checkpoint, weights_only=True)
+        session.load_state_dict(saved["session"])  # first: it rebuilds what was grafted
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+
+    with session:
+        for step in range(start, args.steps):
+            loss = loss_on(train, step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            session.step(loss)
+            if step % 200 == 199:
+                save(args.checkpoint, step + 1, model, optimizer, session)
+                print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+    args.checkpoint.unlink(missing_ok=True)
+
+
+def save(
+    path: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    session: esper.Session,
+) -> None:
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "session": session.state_dict(),
+    }
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)  # a kill leaves the old one or the new one, whole
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The journal outlives crashes, is nobody else's to read, and forgets what was answered."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from esper.sdk.journal import Journal
+
+
+def opened(folder: Path) -> Journal:
+    journal = Journal(folder)
+    journal.start_epoch(run="r1", epoch=1, server="http://s", token="esp_secret")
+    return journal
+
+
+def abandoned(journal: Journal) -> None:
+    """Lets go like a killed process: nothing is tidied up."""
+    journal._file.close()
+
+
+def test_promises_and_commands_survive_a_kill(tmp_path: Path) -> None:
+    journal = opened(tmp_path)
+    first = journal.promise("runs/r1/commands/1/ack", {"seq": 1})
+    journal.promise("runs/r1/commands/2/ack", {"seq": 2})
+    journal.take_command(2)
+    journal.keep(first)
+    abandoned(journal)
+
+    again = Journal(tmp_path)
+
+    assert [promise.body for promise in again.promises] == [{"seq": 2}]
+    assert again.state.command_seq == 2
+    assert (again.state.run, again.state.server, again.state.token) == (
+        "r1",
+        "http://s",
+        "esp_secret",
+    )
+    again.close()
+
+
+def test_every_cut_of_the_file_is_readable(tmp_path: Path) -> None:
+    journal = opened(tmp_path / "whole")
+    for seq in range(1, 4):
+        journal.promise(f"commands/{seq}/ack", {"seq": seq})
+    path = journal.path
+    abandoned(journal)
+    whole = path.read_bytes()
+
+    for cut in range(len(whole)):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        (folder / path.name).write_bytes(whole[:cut])
+        torn = Journal(folder)
+        held = [promise.body["seq"] for promise in torn.promises]
+        assert held == [1, 2, 3][: len(held)]
+        torn.promise("commands/9/ack", {"seq": 9})
+        abandoned(torn)
+        healed = Journal(folder)
+        assert [promise.body["seq"] for promise in healed.promises] == [*held, 9]
+        abandoned(healed)
+
+
+def test_only_the_owner_may_read_it(tmp_path: Path) -> None:
+    journal = opened(tmp_path)
+    assert stat.S_IMODE(os.stat(journal.path).st_mode) == 0o600
+    journal.close()
+
+
+def test_a_living_process_keeps_its_journal_to_itself(tmp_path: Path) -> None:
+    journal = opened(tmp_path)
+    with pytest.raises(BlockingIOError):
+        Journal(tmp_path)
+    journal.close()
+
+
+def test_a_journal_that_owes_nothing_is_removed(tmp_path: Path) -> None:
+    journal = opened(tmp_path)
+    journal.keep(journal.promise("finish", {}))
+    journal.close()
+    assert not journal.path.exists()
+
+
+def test_numbers_of_promises_are_never_used_twice(tmp_path: Path) -> None:
+    journal = opened(tmp_path)
+    first = journal.promise("a", {})
+    journal.keep(first)
+    abandoned(journal)
+    again = opened(tmp_path)
+    assert again.promise("b", {}).number > 0
+    assert len(again.promises) == 1
+    again.close()

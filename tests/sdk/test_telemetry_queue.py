@@ -1,0 +1,86 @@
+"""The queue between training and transport: bounded, exact about losses, in order."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper.contracts import SIGNALS, HealthFrame, codec
+from esper.sdk import telemetry
+from esper.sdk.telemetry import TelemetryQueue
+
+
+def frame(step: int, layers: int = 2) -> HealthFrame:
+    values = np.full((layers, len(SIGNALS)), np.nan, dtype=np.float32)
+    names = tuple(f"layer{i}" for i in range(layers))
+    return HealthFrame(step=step, wall_time=0.0, layers=names, values=values)
+
+
+@given(
+    st.lists(
+        st.sampled_from(["metric", "take", "refuse"]), min_size=1, max_size=200
+    )
+)
+def test_offered_is_stored_plus_dropped_plus_waiting(acts: list[str]) -> None:
+    queue = TelemetryQueue()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(telemetry, "MAX_WAITING_METRICS", 5)
+        reported = 0
+        for step, act in enumerate(acts):
+            if act == "metric":
+                queue.offer_metrics(step, 0.0, {"loss": 1.0})
+                continue
+            batch = queue.take(1)
+            if batch is None:
+                continue
+            if act == "take":
+                reported += batch.body["dropped"]
+                queue.settle_stored(batch)
+            else:
+                queue.settle_dropped(batch)
+        assert queue.offered == queue.stored + queue.dropped + len(queue)
+        last = TelemetryQueue.take(queue, 1)
+        if last is not None:
+            reported += last.body["dropped"]
+            assert reported == queue.dropped  # the server is told of every loss, once
+
+
+def test_batches_are_numbered_without_gaps() -> None:
+    queue = TelemetryQueue()
+    expected = 1
+    for size in (3, 1, 600):
+        for step in range(size):
+            queue.offer_metrics(step, 0.0, {"loss": 1.0})
+        while (batch := queue.take(1)) is not None:
+            assert batch.body["seq_from"] == expected
+            assert batch.body["seq_to"] == expected + batch.items - 1
+            expected += batch.items
+            queue.settle_stored(batch)
+    assert expected == 605
+
+
+def test_a_diverged_loss_travels_as_strict_json() -> None:
+    queue = TelemetryQueue()
+    queue.offer_metrics(1, 0.0, {"loss": math.nan, "grad_norm": math.inf})
+    batch = queue.take(1)
+    assert batch is not None
+    sent = codec.decode(codec.encode(batch.body))
+    assert sent["metrics"][0]["values"] == {"loss": "nan", "grad_norm": "inf"}
+
+
+def test_frames_of_the_largest_model_fit_the_largest_body() -> None:
+    queue = TelemetryQueue()
+    for step in range(10):
+        queue.offer_frame(frame(step, layers=5_000))
+    for step in range(2_000):
+        queue.offer_metrics(step, 0.0, {"loss": 0.123456789, "accuracy": 0.987654321})
+    sizes = []
+    while (batch := queue.take(1)) is not None:
+        sizes.append(len(codec.encode(batch.body)))
+        queue.settle_stored(batch)
+    assert max(sizes) <= codec.MAX_BYTES
+    assert queue.stored == 2_010

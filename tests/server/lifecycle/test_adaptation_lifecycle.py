@@ -1,0 +1,473 @@
+"""What people rely on while an adaptation lives."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.db import connection, transaction
+from django.db.utils import DatabaseError
+from django.utils import timezone
+
+from apps.accounts.problems import Problem
+from apps.adaptations import services
+from apps.adaptations.lifecycle import DEADLINES, NEXT, StaleAdaptationError, transition
+from apps.adaptations.models import Adaptation
+from apps.audit import triggers
+from apps.audit.models import AuditEvent, AuditHead
+from apps.audit.services import verify_chain
+from apps.kernels import services as kernels
+from apps.kernels.models import CompileJob
+from apps.notifications.models import FeedEvent, OutboxMessage
+from apps.policies.services import publish_policy
+from apps.runs.models import Command, Run
+from apps.runs.services import commands_after
+from apps.violations.models import Violation
+from esper.contracts import (
+    ADAPTATION_ENDED,
+    AdaptationState,
+    CommandState,
+    Risk,
+    Verdict,
+    ViolationRule,
+)
+
+from .conftest import CERTIFICATE, NAN, TAMIYO, TRAINER, WORKER, Stage
+
+S = AdaptationState
+
+
+def states(adaptation: Adaptation) -> list[str]:
+    """The states that the audit log says it went through."""
+    events = AuditEvent.objects.filter(object_uid=adaptation.uid).order_by("id")
+    return [event.data["to"] for event in events if "to" in event.data]
+
+
+def act(name: str, adaptation: Adaptation, user: Any, **changes: Any) -> Adaptation:
+    values = {"version": adaptation.version, "reason": "because", **changes}
+    service = getattr(services, f"{name}_adaptation")
+    return service(adaptation=adaptation, user=user, via="session", **values)
+
+
+def test_every_state_has_next_states_and_every_open_one_a_deadline() -> None:
+    assert set(NEXT) == set(S)
+    assert set(DEADLINES) == set(S) - ADAPTATION_ENDED
+    assert all(DEADLINES[state].outcome in NEXT[state] for state in DEADLINES)
+
+
+def test_no_deadline_leads_to_a_graft() -> None:
+    applying = {S.APPROVED, S.DISPATCHED, S.PROBATION, S.KEPT}
+    assert not applying & {deadline.outcome for deadline in DEADLINES.values()}
+
+
+def test_a_confident_low_risk_proposal_goes_by_rule_to_kept(stage: Stage) -> None:
+    adaptation = stage.propose()
+    assert adaptation.state == S.COMPILE_QUEUED
+    assert adaptation.decided_rule.startswith("policy v1: confidence 0.90 >= 0.75")
+    stage.grafted(adaptation)
+    assert (adaptation.graft_step, adaptation.pause_ms) == (120, 2.5)
+    verdict = Verdict(keep=True, reason="it pays", ablation_gain=0.1, forecast_gain=0.05)
+    services.judge_adaptation(
+        adaptation=adaptation, verdict=verdict, reward_terms={"gain": 1.0}, actor=TAMIYO
+    )
+    adaptation.refresh_from_db()
+    assert (adaptation.state, adaptation.reward) == (S.KEPT, 1.0)
+    assert states(adaptation) == [
+        "proposed", "validating", "approved", "compile_queued", "compiling", "compiled",
+        "dispatched", "accepted", "probation", "kept",
+    ]  # fmt: skip
+    assert verify_chain().verified
+
+
+def test_the_same_key_never_makes_a_second_adaptation(stage: Stage) -> None:
+    first = stage.propose()
+    assert stage.propose().pk == first.pk
+    assert Adaptation.objects.count() == CompileJob.objects.count() == 1
+
+
+@pytest.mark.parametrize("confidence", [0.6, NAN])
+def test_an_unsure_decision_is_never_approved_by_rule(stage: Stage, confidence: float) -> None:
+    try:
+        adaptation = stage.propose(confidence=confidence)
+    except services.GateClosedError:
+        assert not Adaptation.objects.exists()
+    else:
+        assert adaptation.state == S.AWAITING_APPROVAL
+        assert adaptation.asks
+
+
+def test_a_function_changing_blueprint_always_asks_whatever_the_proposal_claims(
+    stage: Stage,
+) -> None:
+    stage.blueprint.risk = Risk.HIGH
+    stage.blueprint.save()
+    adaptation = stage.propose(confidence=0.99, risk=Risk.NONE)
+    assert (adaptation.state, adaptation.risk) == (S.AWAITING_APPROVAL, Risk.HIGH)
+
+
+def test_a_broken_limit_declines_and_leaves_a_violation(stage: Stage) -> None:
+    from esper.contracts import CostForecast
+
+    with pytest.raises(services.GateClosedError) as caught:
+        stage.propose(forecast=CostForecast(2048, 4096, 5000.0, 0.1))
+    assert caught.value.status == 409
+    violation = Violation.objects.get()
+    assert violation.rule == ViolationRule.MEMORY
+    assert "5" in violation.observed and "1" in violation.limit and violation.action
+    assert not Adaptation.objects.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"layer": "nowhere"}, "unknown-layer"),
+        ({"layer": "frozen"}, "incompatible-layer"),
+        ({"blueprint": "nothing"}, "unknown-blueprint"),
+        ({"epoch": 7}, "old-epoch"),
+    ],
+)
+def test_bad_proposals_are_refused_and_write_nothing(
+    stage: Stage, changes: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(Problem) as caught:
+        stage.propose(**changes)
+    assert caught.value.code == code
+    assert not Adaptation.objects.exists()
+
+
+def test_a_layer_has_one_adaptation_in_flight(stage: Stage) -> None:
+    stage.waiting()
+    with pytest.raises(services.GateClosedError):
+        stage.waiting(step=2000)
+    assert not Violation.objects.exists()  # waiting for its turn breaks no limit
+
+
+def test_a_person_approves_and_is_named(stage: Stage) -> None:
+    adaptation = stage.waiting()
+    act("approve", adaptation, stage.operator)
+    assert (adaptation.state, adaptation.decided_by) == (S.COMPILE_QUEUED, stage.operator)
+    event = AuditEvent.objects.get(act="adaptation.approved")
+    assert (event.actor, event.reason, event.via) == ("olga", "because", "session")
+
+
+def test_the_second_operator_loses_the_race_and_is_told_who_won(stage: Stage) -> None:
+    adaptation = stage.waiting()
+    seen_by_second = Adaptation.objects.get(pk=adaptation.pk)
+    act("approve", adaptation, stage.operator)
+    with pytest.raises(StaleAdaptationError) as caught:
+        act("reject", seen_by_second, stage.second)
+    assert caught.value.extra["decided_by"] == "olga"
+
+
+@pytest.mark.parametrize(("who", "code"), [("viewer", "not-eligible"), ("owner", "self-approval")])
+def test_who_may_not_approve_is_told_why(stage: Stage, who: str, code: str) -> None:
+    adaptation = stage.waiting()
+    with pytest.raises(Problem) as caught:
+        act("approve", adaptation, getattr(stage, who))
+    assert caught.value.code == code
+
+
+def test_an_operator_cannot_approve_their_own_run(stage: Stage) -> None:
+    Run.objects.update(owner=stage.operator)
+    with pytest.raises(Problem) as caught:
+        act("approve", stage.waiting(), stage.operator)
+    assert caught.value.code == "self-approval"
+
+
+def test_a_late_approval_is_refused_even_when_nobody_sweeps(stage: Stage) -> None:
+    adaptation = stage.waiting()
+    Adaptation.objects.update(deadline_at=timezone.now() - timedelta(milliseconds=1))
+    with pytest.raises(Problem):
+        act("approve", adaptation, stage.operator)
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.AWAITING_APPROVAL
+    services.sweep()
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.EXPIRED
+    assert not CompileJob.objects.exists()
+
+
+def test_what_was_shown_must_be_what_is_approved(stage: Stage) -> None:
+    adaptation = stage.waiting()
+    for changes, status in (({"version": 1}, 412), ({"evidence_hash": "f" * 64}, 412)):
+        with pytest.raises(Problem) as caught:
+            act("approve", adaptation, stage.operator, **changes)
+        assert caught.value.status == status
+
+
+def test_a_claim_holds_the_others_off_until_it_is_released(stage: Stage) -> None:
+    adaptation = act("claim", stage.waiting(), stage.operator)
+    with pytest.raises(Problem) as caught:
+        act("approve", adaptation, stage.second)
+    assert (caught.value.code, caught.value.extra["claimed_by"]) == ("claim-held", "olga")
+    act("release", adaptation, stage.operator)
+    act("approve", adaptation, stage.second)
+
+
+def test_a_rejection_needs_a_reason(stage: Stage) -> None:
+    adaptation = stage.waiting()
+    with pytest.raises(Problem) as caught:
+        act("reject", adaptation, stage.operator, reason="  ")
+    assert caught.value.code == "reason-required"
+    assert act("reject", adaptation, stage.operator).state == S.REJECTED
+
+
+def test_three_extensions_and_no_more(stage: Stage) -> None:
+    adaptation = stage.waiting()
+    for _ in range(3):
+        before = adaptation.deadline_at
+        act("extend", adaptation, stage.operator)
+        assert adaptation.deadline_at > before
+    with pytest.raises(Problem):
+        act("extend", adaptation, stage.operator)
+
+
+def test_the_kill_switch_stops_approvals_proposals_and_dispatch(stage: Stage) -> None:
+    waiting, compiled = stage.waiting(), stage.compiled(stage.propose(layer="head"))
+    services.set_adaptation_switch(on=False, user=stage.operator, via="session")
+    with pytest.raises(Problem) as caught:
+        act("approve", waiting, stage.operator)
+    assert caught.value.status == 423
+    services.dispatch(compiled.uid, worker="w")
+    compiled.refresh_from_db()
+    assert compiled.state == S.CANCELLED
+    assert not Command.objects.filter(kind="graft").exists()
+    assert Command.objects.get(kind="pause_adaptation").run == stage.run
+    assert act("reject", waiting, stage.operator).state == S.REJECTED  # safe acts still work
+
+
+def test_a_refused_command_ends_as_not_applied_with_a_violation(stage: Stage) -> None:
+    adaptation = stage.propose()
+    command = stage.dispatched(adaptation)
+    stage.ack(command, CommandState.REFUSED, code="bad_signature", reason="not our key")
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.NOT_APPLIED
+    assert Violation.objects.get().rule == ViolationRule.SIGNATURE
+
+
+def test_repeated_and_late_acknowledgements_change_nothing(stage: Stage) -> None:
+    adaptation = stage.grafted(stage.propose())
+    version = adaptation.version
+    command = stage.command(adaptation)
+    for state in (CommandState.APPLIED, CommandState.ACCEPTED, CommandState.FAILED):
+        stage.ack(command, state, step=999)
+    adaptation.refresh_from_db()
+    assert (adaptation.version, adaptation.graft_step) == (version, 120)
+
+
+def test_a_bad_verdict_takes_the_graft_out_and_checks_the_digest(stage: Stage) -> None:
+    adaptation = stage.grafted(stage.propose())
+    services.judge_adaptation(
+        adaptation=adaptation,
+        verdict=Verdict(keep=False, reason="harmful", forecast_gain=-0.2),
+        reward_terms={"gain": -0.2},
+        actor=TAMIYO,
+    )
+    command = stage.command(adaptation)
+    assert (command.kind, command.payload["hard"]) == ("undo", True)
+    stage.ack(command, CommandState.APPLIED, step=300, digest_after="a" * 64)
+    adaptation.refresh_from_db()
+    assert (adaptation.state, adaptation.undo_exact) == (S.ROLLED_BACK, True)
+
+
+def test_a_kept_graft_is_reverted_by_a_person(stage: Stage) -> None:
+    adaptation = stage.grafted(stage.propose())
+    services.judge_adaptation(
+        adaptation=adaptation,
+        verdict=Verdict(keep=True, reason="pays"),
+        reward_terms={},
+        actor=TAMIYO,
+    )
+    adaptation.refresh_from_db()
+    act("roll_back", adaptation, stage.operator)
+    stage.ack(stage.command(adaptation), CommandState.APPLIED, step=900)
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.REVERTED
+
+
+def test_an_undo_that_fails_quarantines_the_run(stage: Stage) -> None:
+    adaptation = stage.grafted(stage.propose())
+    act("roll_back", adaptation, stage.operator)
+    stage.ack(stage.command(adaptation), CommandState.FAILED, reason="no snapshot")
+    adaptation.refresh_from_db()
+    stage.run.refresh_from_db()
+    assert (adaptation.state, bool(stage.run.quarantined_reason)) == (S.ROLLBACK_FAILED, True)
+    with pytest.raises(services.GateClosedError):
+        stage.propose(layer="head", step=5000)
+
+
+def test_probation_without_a_verdict_is_rolled_back_never_kept(stage: Stage) -> None:
+    adaptation = stage.grafted(stage.propose())
+    Adaptation.objects.update(deadline_at=timezone.now() - timedelta(seconds=1))
+    services.sweep()
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.ROLLING_BACK
+    assert Violation.objects.filter(rule=ViolationRule.MISSING_TELEMETRY).exists()
+
+
+def test_the_trainers_own_rollback_is_taken_over(stage: Stage) -> None:
+    adaptation = stage.grafted(stage.propose())
+    report = services.LocalRollback(
+        adaptation=adaptation.uid,
+        step=123,
+        rule=ViolationRule.NON_FINITE,
+        observed="nan",
+        limit="finite",
+        pause_ms=1.0,
+        exact=True,
+    )
+    for _ in range(2):  # reports are repeated until they are answered
+        services.record_local_rollback(run=stage.run, epoch=1, report=report, actor=TRAINER)
+    adaptation.refresh_from_db()
+    assert (adaptation.state, adaptation.undo_exact) == (S.ROLLED_BACK, True)
+    assert Violation.objects.filter(rule=ViolationRule.NON_FINITE).count() == 1
+
+
+@pytest.mark.parametrize(("holds", "end"), [(True, S.PROBATION), (False, S.ROLLED_BACK)])
+def test_a_restarted_trainer_settles_what_is_in_doubt(
+    stage: Stage, holds: bool, end: AdaptationState
+) -> None:
+    adaptation = stage.grafted(stage.propose())
+    stage.restart_trainer()
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.IN_DOUBT
+    held = [{"adaptation": adaptation.uid, "layer": "fc", "blueprint": "x", "step": 120}]
+    services.settle_hello(
+        run=stage.run, epoch=2, step=130, applied=held if holds else [], actor=TRAINER
+    )
+    adaptation.refresh_from_db()
+    assert adaptation.state == end
+
+
+def test_a_dispatched_command_dies_with_its_epoch(stage: Stage) -> None:
+    adaptation = stage.propose()
+    command = stage.dispatched(adaptation)
+    stage.restart_trainer()
+    assert commands_after(stage.run, 0) == []
+    services.settle_hello(run=stage.run, epoch=2, step=0, applied=[], actor=TRAINER)
+    adaptation.refresh_from_db()
+    command.refresh_from_db()
+    assert (adaptation.state, command.state) == (S.NOT_APPLIED, CommandState.EXPIRED)
+
+
+def test_a_resumed_checkpoint_with_a_rolled_back_graft_is_cleaned(stage: Stage) -> None:
+    adaptation = stage.grafted(stage.propose())
+    act("roll_back", adaptation, stage.operator)
+    stage.ack(stage.command(adaptation), CommandState.APPLIED, step=300)
+    stage.restart_trainer()
+    held = [{"adaptation": adaptation.uid, "layer": "fc", "blueprint": "x", "step": 120}]
+    services.settle_hello(run=stage.run, epoch=2, step=130, applied=held, actor=TRAINER)
+    assert stage.command(adaptation).epoch == 2
+    assert stage.command(adaptation).kind == "undo"
+
+
+def test_an_accepted_command_of_a_silent_trainer_is_in_doubt_not_failed(stage: Stage) -> None:
+    adaptation = stage.propose()
+    stage.ack(stage.dispatched(adaptation), CommandState.ACCEPTED)
+    past = timezone.now() - timedelta(minutes=10)
+    Adaptation.objects.update(deadline_at=past)
+    Run.objects.update(last_seen_at=past)
+    services.sweep()
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.IN_DOUBT
+
+
+def test_a_lost_worker_gives_its_job_back_three_times_then_it_fails(stage: Stage) -> None:
+    adaptation = stage.propose()
+    for attempt in (1, 2, 3):
+        job = CompileJob.objects.get()
+        assert kernels.claim_job(job, worker=f"w{attempt}")
+        adaptation.refresh_from_db()
+        transition(adaptation, S.COMPILING, actor=WORKER)
+        CompileJob.objects.update(lease_until=timezone.now() - timedelta(seconds=1))
+        services.sweep()
+        adaptation.refresh_from_db()
+        assert adaptation.state == (S.COMPILE_QUEUED if attempt < 3 else S.COMPILE_FAILED)
+
+
+def test_a_zombie_workers_late_result_is_refused(stage: Stage) -> None:
+    from .conftest import a_kernel
+
+    adaptation = stage.propose()
+    zombie = CompileJob.objects.get()
+    kernels.claim_job(zombie, worker="zombie")
+    transition(adaptation, S.COMPILING, actor=WORKER)
+    CompileJob.objects.update(lease_until=timezone.now() - timedelta(seconds=1))
+    services.sweep()
+    assert not kernels.finish_job(zombie, kernel=a_kernel(), cached=False, build_ms=1.0)
+    assert CompileJob.objects.get().state == "queued"
+
+
+def test_the_end_of_a_run_leaves_nothing_open(stage: Stage) -> None:
+    stage.waiting()
+    stage.grafted(stage.propose(layer="head"))
+    services.finish_run(
+        run=stage.run, epoch=1, state="finished", step=2000, reason="done", actor=TRAINER
+    )
+    assert {row.state for row in Adaptation.objects.all()} == {S.CANCELLED, S.RUN_LOST}
+
+
+def test_limits_broken_by_the_measured_numbers_stop_the_adaptation(stage: Stage) -> None:
+    from apps.adaptations.compiling import _measured_limits_hold
+
+    from .conftest import a_kernel
+
+    adaptation = stage.propose()
+    job = CompileJob.objects.get()
+    kernels.claim_job(job, worker="w")
+    transition(adaptation, S.COMPILING, actor=WORKER)
+    transition(adaptation, S.COMPILED, actor=WORKER)
+    kernel = a_kernel()
+    kernel.certificate = {**CERTIFICATE.to_wire(), "latency_ms": 99.0}
+    assert not _measured_limits_hold(adaptation, kernel)
+    assert adaptation.state == S.DECLINED
+    assert Violation.objects.get().rule == ViolationRule.LATENCY
+
+
+def test_messages_that_could_not_be_sent_stay_owed(stage: Stage) -> None:
+    stage.propose()
+    assert OutboxMessage.objects.filter(sent_at=None, task="adaptations.compile").exists()
+
+
+def test_events_of_a_run_are_numbered_without_a_gap(stage: Stage) -> None:
+    stage.grafted(stage.propose())
+    seqs = list(
+        FeedEvent.objects.filter(topic=f"run:{stage.run.uid}").values_list("seq", flat=True)
+    )
+    assert seqs == list(range(1, len(seqs) + 1)) and len(seqs) > 8
+
+
+def test_a_policy_that_makes_no_sense_is_refused(stage: Stage) -> None:
+    from .conftest import Role, person
+
+    curator = person("carl", Role.CURATOR)
+    with pytest.raises(Problem):
+        publish_policy(changes={"confidence_auto": 0.1}, reason="x", user=curator, via="")
+    version = publish_policy(changes={"confidence_auto": 0.95}, reason="x", user=curator, via="")
+    assert version.version == 2
+    assert stage.propose().state == S.AWAITING_APPROVAL
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE audit_auditevent SET actor='mallory' WHERE id=2",
+        "DELETE FROM audit_auditevent WHERE id=2",
+        "DELETE FROM audit_auditevent WHERE id=(SELECT max(id) FROM audit_auditevent)",
+    ],
+)
+def test_damage_to_the_audit_log_is_found(stage: Stage, damage: str) -> None:
+    stage.propose()
+    triggers.remove(connection)
+    with connection.cursor() as cursor:
+        cursor.execute(damage)
+    assert not verify_chain().verified
+
+
+def test_the_database_refuses_to_change_the_audit_log(stage: Stage) -> None:
+    triggers.install(connection)
+    for statement in ("UPDATE audit_auditevent SET actor='x'", "DELETE FROM audit_auditevent"):
+        with pytest.raises(DatabaseError), transaction.atomic(), connection.cursor() as cursor:
+            cursor.execute(statement)
+    assert AuditHead.objects.get().last_id == AuditEvent.objects.count()
