@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from rest_framework import serializers
 
 from apps.accounts.models import ApiToken, User
+from apps.accounts.policy import Permission
 from apps.api.fields import PersonsInput, Text
 from esper.contracts import TokenScope
 
@@ -19,6 +22,11 @@ class PermissionOutput(serializers.Serializer[Any]):
     allowed = serializers.BooleanField()
     code = serializers.CharField()
     why = serializers.CharField()
+
+    @classmethod
+    def of(cls, permissions: Mapping[str, Permission]) -> dict[str, Any]:
+        """By act: ``{"allowed", "code", "why"}``."""
+        return {str(act): asdict(permission) for act, permission in permissions.items()}
 
 
 class PersonOutput(serializers.ModelSerializer[User]):

@@ -19,6 +19,7 @@ from apps.adaptations.models import Adaptation
 from apps.kernels import services as kernels
 from apps.kernels.models import CompileJob, Kernel
 from apps.notifications.services import enqueue
+from apps.runs.services import lock_run
 from apps.violations.services import record_violation
 from esper.constraints import check_measured
 from esper.contracts import (
@@ -76,7 +77,7 @@ def compile_kernel(job_uid: str, *, worker: str) -> None:
 
 @transaction.atomic
 def _start(job: CompileJob, worker: str, actor: Actor) -> bool:
-    adaptation = Adaptation.objects.select_related("run").get(uid=job.adaptation_uid)
+    adaptation = _locked(job)
     if adaptation.state != AdaptationState.COMPILE_QUEUED:
         kernels.cancel_job(job)
         return False
@@ -84,6 +85,13 @@ def _start(job: CompileJob, worker: str, actor: Actor) -> bool:
         return False
     transition(adaptation, AdaptationState.COMPILING, actor=actor)
     return True
+
+
+def _locked(job: CompileJob) -> Adaptation:
+    adaptations = Adaptation.objects.select_related("run", "safety_policy", "blueprint")
+    run_id = adaptations.values_list("run_id", flat=True).get(uid=job.adaptation_uid)
+    lock_run(run_id)
+    return adaptations.get(uid=job.adaptation_uid)
 
 
 @contextmanager
@@ -158,12 +166,10 @@ def _build(job: CompileJob, key: KernelKey, layer: LayerInfo, worker: str) -> Ke
 def _finish(
     job: CompileJob, actor: Actor, kernel: Kernel, *, cached: bool, build_ms: float
 ) -> None:
+    adaptation = _locked(job)
     if not kernels.finish_job(job, kernel=kernel, cached=cached, build_ms=build_ms):
         log.warning("job %s: this attempt came too late, its result is not taken", job.uid)
         return
-    adaptation = Adaptation.objects.select_related("run", "safety_policy").get(
-        uid=job.adaptation_uid
-    )
     if adaptation.state != AdaptationState.COMPILING:
         return
     transition(adaptation, AdaptationState.COMPILED, actor=actor, kernel=kernel)
@@ -204,10 +210,10 @@ def queue_dispatch(adaptation: Adaptation) -> None:
 
 @transaction.atomic
 def _fail(job: CompileJob, actor: Actor, error: str, *, permanent: bool) -> None:
+    adaptation = _locked(job)
     state = kernels.fail_job(job, error=error, permanent=permanent)
     if state is None:
         return
-    adaptation = Adaptation.objects.select_related("run").get(uid=job.adaptation_uid)
     if adaptation.state != AdaptationState.COMPILING:
         return
     if state == JobState.QUEUED:

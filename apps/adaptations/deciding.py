@@ -25,7 +25,7 @@ from apps.kernels.services import cancel_job
 from apps.notifications.services import INBOX_TOPIC, publish, run_topic
 from apps.policies.services import adaptation_switch
 from apps.runs.models import Run
-from apps.runs.services import pause_run
+from apps.runs.services import lock_run, pause_run
 from apps.telemetry.models import Frame
 from esper.contracts import RUN_ENDED, AdaptationState, HealthFrame, Signal
 
@@ -215,6 +215,7 @@ def set_adaptation_switch(*, on: bool, user: User, via: str, reason: str = "") -
     permission = may(user, Act.KILL)
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)
+    live = list(Run.objects.exclude(state__in=RUN_ENDED).order_by("pk").select_for_update())
     switch = adaptation_switch()
     switch.on, switch.changed_by, switch.reason = on, user.get_username(), reason
     switch.save()
@@ -222,7 +223,7 @@ def set_adaptation_switch(*, on: bool, user: User, via: str, reason: str = "") -
     act = "switch.on" if on else "switch.killed"
     record(actor=actor, act=act, object_kind="switch", object_uid="adaptation", reason=reason)
     publish(topic="system", type=act, data={"by": actor.name, "reason": reason})
-    for run in Run.objects.exclude(state__in=RUN_ENDED).select_for_update():
+    for run in live:
         pause_run(run=run, paused=not on, actor=actor, reason=reason or act)
 
 
@@ -275,6 +276,7 @@ def evidence_drift(adaptation: Adaptation) -> float | None:
 
 
 def _prepare(adaptation: Adaptation, user: User, act: str, version: int) -> None:
+    lock_run(adaptation.run_id)
     adaptation.refresh_from_db()
     permission = permissions(adaptation, user)[act]
     if permission.code == "decision-not-pending":

@@ -12,8 +12,7 @@ from apps.accounts.actors import Actor, ActorKind
 from apps.adaptations.history import why_frozen
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
-from apps.runs.models import Run
-from apps.runs.services import issue_command
+from apps.runs.services import issue_command, lock_run
 from esper.contracts import AdaptationState, CommandKind
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ def _stage(digest: str) -> None:
 
 @transaction.atomic
 def _write_command(adaptation: Adaptation, actor: Actor) -> None:
-    run = Run.objects.select_for_update().get(pk=adaptation.run_id)
+    run = lock_run(adaptation.run_id)
     frozen = why_frozen(run)
     if frozen:  # the kill switch holds from the moment that it was committed
         transition(adaptation, AdaptationState.CANCELLED, actor=actor, reason=frozen)

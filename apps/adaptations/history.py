@@ -46,7 +46,7 @@ def run_facts(run: Run) -> RunFacts:
     )
     return RunFacts(
         in_flight=totals["in_flight"],
-        last_step=last[0] if last else -1,
+        last_step=-1 if last is None or last[0] is None else last[0],
         last_rolled_back=bool(last and last[1] in _BAD_ENDS),
         added_parameters=totals["added"] or 0,
         today=totals["today"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from django.db import transaction
 from django.utils import timezone
@@ -13,6 +14,7 @@ from apps.adaptations.dispatching import request_undo
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
 from apps.kernels.services import finite_or_none
+from apps.runs.services import lock_run
 from esper.contracts import AdaptationState, Verdict
 
 
@@ -26,12 +28,13 @@ def judge_adaptation(
         StaleAdaptationError: it is not in probation (any more).
         Problem: a term of the reward is not finite.
     """
+    lock_run(adaptation.run_id)
     adaptation = Adaptation.objects.select_for_update().get(pk=adaptation.pk)
     if adaptation.state != AdaptationState.PROBATION:
         raise StaleAdaptationError(adaptation)
     if not all(math.isfinite(value) for value in reward_terms.values()):
         raise Problem(422, "invalid", "Every term of a reward is a finite number.")
-    numbers = {
+    numbers: dict[str, Any] = {
         "ablation_gain": finite_or_none(verdict.ablation_gain),
         "forecast_gain": finite_or_none(verdict.forecast_gain),
         "forecast_interval": finite_or_none(verdict.forecast_interval),

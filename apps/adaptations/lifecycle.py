@@ -30,6 +30,7 @@ from apps.accounts.problems import Problem
 from apps.adaptations.models import Adaptation
 from apps.audit.services import record
 from apps.notifications.services import INBOX_TOPIC, SYSTEM_TOPIC, publish, run_topic
+from apps.runs.services import lock_run
 from esper.contracts import ADAPTATION_ENDED, AdaptationState, SafetyPolicy
 
 S = AdaptationState
@@ -134,6 +135,7 @@ def transition(
         StaleAdaptationError: the row has moved on, or ``only_if`` does not hold.
         ValueError: there is no such transition; a mistake in our code.
     """
+    lock_run(adaptation.run_id)
     came_from = AdaptationState(adaptation.state)
     if to not in NEXT[came_from]:
         raise ValueError(f"{came_from} -> {to} is not a transition of the lifecycle")

@@ -21,7 +21,7 @@ from apps.kernels.services import finite_or_none
 from apps.policies.models import PolicyVersion
 from apps.policies.services import current_policy
 from apps.runs.models import Run
-from apps.runs.services import check_epoch
+from apps.runs.services import check_epoch, lock_run
 from apps.violations.services import record_violation
 from esper.constraints import GateInputs, check_gates, required_evidence
 from esper.contracts import (
@@ -90,9 +90,6 @@ def propose_adaptation(
         GateClosedError: a hard gate did not pass; violations are written for it.
         Problem: old epoch, unknown layer or blueprint, or the layer is busy.
     """
-    known = Adaptation.objects.filter(idempotency_key=idempotency_key).first()
-    if known is not None:
-        return known
     try:
         with transaction.atomic():
             return _propose(run, proposal, idempotency_key, actor)
@@ -103,7 +100,10 @@ def propose_adaptation(
 
 
 def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -> Adaptation:
-    run = Run.objects.select_for_update().get(pk=run.pk)  # proposals of one run take turns
+    run = lock_run(run.pk)  # proposals of one run take turns
+    known = Adaptation.objects.filter(idempotency_key=idempotency_key).first()
+    if known is not None:
+        return known
     check_epoch(run, proposal.epoch)
     layer = _layer(run, proposal.layer)
     blueprint = _blueprint(proposal.blueprint)

@@ -23,6 +23,7 @@ from apps.runs.services import (
     RunSpec,
     check_epoch,
     issue_command,
+    lock_run,
     set_state,
 )
 from apps.runs.services import register_run as register
@@ -88,6 +89,7 @@ def settle_hello(
     *, run: Run, epoch: int, step: int, applied: list[dict[str, Any]], actor: Actor
 ) -> list[Adaptation]:
     """The trainer says which grafts its model really holds; that settles what is in doubt."""
+    lock_run(run.pk)
     check_epoch(run, epoch)
     held = {entry["adaptation"]: entry for entry in applied if entry["adaptation"]}
     settled = []
@@ -175,6 +177,7 @@ def acknowledge_command(*, run: Run, epoch: int, ack: CommandAck, actor: Actor) 
     Raises:
         Problem: old epoch, or no such command.
     """
+    lock_run(run.pk)
     check_epoch(run, epoch)
     command = Command.objects.select_for_update().filter(run=run, seq=ack.seq).first()
     if command is None:
@@ -318,6 +321,7 @@ def record_local_rollback(
     Raises:
         Problem: old epoch, or an adaptation of another run.
     """
+    lock_run(run.pk)
     check_epoch(run, epoch)
     adaptation = _one(run, report.adaptation)
     if adaptation.state in (S.ROLLED_BACK, S.REVERTED, S.ROLLBACK_FAILED):
@@ -373,6 +377,7 @@ def finish_run(
     *, run: Run, epoch: int, state: RunState, step: int, reason: str, actor: Actor
 ) -> Run:
     """The trainer has ended by itself; nothing of this run may stay open."""
+    lock_run(run.pk)
     check_epoch(run, epoch)
     set_state(run=run, state=state, actor=actor, reason=reason)
     Run.objects.filter(pk=run.pk).update(step=step)

@@ -23,7 +23,7 @@ from apps.kernels.services import (
     ring_worker,
 )
 from apps.runs.models import Command, Run
-from apps.runs.services import set_state
+from apps.runs.services import lock_run, set_state
 from apps.violations.services import record_violation
 from esper.contracts import (
     RUN_ENDED,
@@ -64,6 +64,7 @@ def _overdue() -> list[Adaptation]:
 def _expire(adaptation: Adaptation) -> bool:
     try:
         with transaction.atomic():
+            lock_run(adaptation.run_id)
             _take_outcome(adaptation)
     except Problem as error:  # somebody was quicker, which is fine
         log.info("A-%s: %s", adaptation.number, error)
@@ -132,18 +133,21 @@ def _hint_again() -> None:
     late = timezone.now() - HINT_AGAIN_AFTER
     waiting = Adaptation.objects.filter(changed_at__lt=late).select_related("run", "job")
     for adaptation in waiting.filter(state=S.COMPILE_QUEUED, job__state=JobState.QUEUED):
-        _once_per_period(adaptation, lambda one=adaptation: one.job and ring_worker(one.job))
+        with transaction.atomic():
+            if _first_this_period(adaptation) and adaptation.job is not None:
+                ring_worker(adaptation.job)
     for adaptation in waiting.filter(state=S.COMPILED):
-        _once_per_period(adaptation, lambda one=adaptation: queue_dispatch(one))
+        with transaction.atomic():
+            if _first_this_period(adaptation):
+                queue_dispatch(adaptation)
 
 
-def _once_per_period(adaptation: Adaptation, ring: object) -> None:
-    with transaction.atomic():
-        touched = Adaptation.objects.filter(
+def _first_this_period(adaptation: Adaptation) -> bool:
+    return bool(
+        Adaptation.objects.filter(
             pk=adaptation.pk, version=adaptation.version, changed_at=adaptation.changed_at
         ).update(changed_at=timezone.now())
-        if touched and callable(ring):
-            ring()
+    )
 
 
 def _expire_commands() -> None:

@@ -29,7 +29,7 @@ def record(
     """Append one event. Call it inside the transaction of the change that it records."""
     if not transaction.get_connection().in_atomic_block:
         raise RuntimeError("audit.record belongs into the transaction of what it records")
-    head, _ = AuditHead.objects.select_for_update().get_or_create(pk=1)
+    head = take_turn()
     event = AuditEvent(
         id=head.last_id + 1,
         at=timezone.now(),
@@ -48,6 +48,12 @@ def record(
     event.save(force_insert=True)
     AuditHead.objects.filter(pk=1).update(last_id=event.id, last_hash=event.hash)
     return event
+
+
+def take_turn() -> AuditHead:
+    """The lock that writers of the chain and of the feeds share, so that none waits in a circle."""
+    head, _ = AuditHead.objects.select_for_update().get_or_create(pk=1)
+    return head
 
 
 def event_hash(event: AuditEvent) -> str:

@@ -1,4 +1,4 @@
-"""Registers the worker's presence with Celery's signals; the compile task is an adaptation's step."""
+"""Connects the worker's heartbeat; building a kernel is a step of ``apps.adaptations``."""
 
 from apps.kernels import presence
 

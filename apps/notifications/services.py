@@ -12,6 +12,7 @@ from django.db import transaction
 from django.db.models import F
 from django.utils import timezone
 
+from apps.audit.services import take_turn
 from apps.notifications.models import Feed, FeedEvent, OutboxMessage
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def group_name(topic: str) -> str:
 
 def publish(*, topic: str, type: str, data: dict[str, Any]) -> FeedEvent:
     """Write one event and ring its topic's bell after the commit. Needs a transaction."""
+    take_turn()
     if not Feed.objects.filter(topic=topic).update(last_seq=F("last_seq") + 1):
         Feed.objects.get_or_create(topic=topic)
         Feed.objects.filter(topic=topic).update(last_seq=F("last_seq") + 1)

@@ -130,6 +130,15 @@ def _kill_old_epoch(run: models.Run, actor: Actor) -> None:
     ).update(state=CommandState.EXPIRED, reason="the trainer was started again")
 
 
+def lock_run(run_id: int) -> models.Run:
+    """The first lock of every transaction that changes something of a run.
+
+    The order is run, then its rows, then the audit log's head. Who took them otherwise would
+    deadlock with a colleague on PostgreSQL.
+    """
+    return models.Run.objects.select_for_update().get(pk=run_id)
+
+
 def check_epoch(run: models.Run, epoch: int) -> None:
     """Raises ``Problem`` 409 when a newer trainer has taken the run over, or it has ended."""
     if epoch != run.epoch:
@@ -154,6 +163,7 @@ def touch(run: models.Run) -> None:
 @transaction.atomic
 def set_state(*, run: models.Run, state: RunState, actor: Actor, reason: str = "") -> bool:
     """Compare-and-set of the run's state; False when somebody else was first."""
+    lock_run(run.pk)
     changes: dict[str, Any] = {"state": state}
     if state in RUN_ENDED:
         changes |= {"ended_at": timezone.now(), "end_reason": reason}

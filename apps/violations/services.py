@@ -14,6 +14,7 @@ from apps.accounts.problems import Problem
 from apps.audit.services import record
 from apps.notifications.services import SYSTEM_TOPIC, publish, run_topic
 from apps.runs.models import Run
+from apps.runs.services import lock_run
 from apps.violations.models import Violation
 from esper.contracts import Severity, ViolationRule
 
@@ -35,6 +36,8 @@ def record_violation(
     step: int | None = None,
 ) -> Violation:
     """Note a broken limit with what the system did about it."""
+    if run is not None:
+        lock_run(run.pk)
     violation = Violation.objects.create(
         run=run,
         rule=rule,

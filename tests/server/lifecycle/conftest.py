@@ -1,4 +1,4 @@
-"""A small cast for the life of an adaptation: people, a run, a blueprint, and a trainer's answers."""
+"""A small cast for the life of an adaptation: people, a run, a blueprint, a trainer's answers."""
 
 from __future__ import annotations
 

@@ -114,7 +114,9 @@ def test_a_broken_limit_declines_and_leaves_a_violation(stage: Stage) -> None:
     assert caught.value.status == 409
     violation = Violation.objects.get()
     assert violation.rule == ViolationRule.MEMORY
-    assert "5" in violation.observed and "1" in violation.limit and violation.action
+    assert "5" in violation.observed
+    assert "1" in violation.limit
+    assert violation.action
     assert not Adaptation.objects.exists()
 
 
@@ -435,7 +437,8 @@ def test_events_of_a_run_are_numbered_without_a_gap(stage: Stage) -> None:
     seqs = list(
         FeedEvent.objects.filter(topic=f"run:{stage.run.uid}").values_list("seq", flat=True)
     )
-    assert seqs == list(range(1, len(seqs) + 1)) and len(seqs) > 8
+    assert seqs == list(range(1, len(seqs) + 1))
+    assert len(seqs) > 8
 
 
 def test_a_policy_that_makes_no_sense_is_refused(stage: Stage) -> None:

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from apps.accounts.problems import not_found
+from apps.api.authentication import person, via
+from apps.api.endpoint import Endpoint
+from apps.api.etag import versioned_response
+from apps.api.fields import parse
+from apps.api.filters import apply_filters, flag, one_of
+from apps.api.idempotency import idempotent
+from apps.api.pagination import PARAMETERS, page_response
+from apps.api.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.api.throttling import ActThrottle
+from apps.blueprints.models import Blueprint
+from apps.blueprints.serializers import BlueprintOutput
+from apps.blueprints.services import switch_blueprint
+from apps.runs.serializers import ReasonInput
+from esper.contracts import AdaptationType, BlueprintCategory, Risk
+
+FILTERS = {
+    "category": ("category", one_of(BlueprintCategory)),
+    "adaptation_type": ("adaptation_type", one_of(AdaptationType)),
+    "risk": ("risk", one_of(Risk)),
+    "enabled": ("enabled", flag),
+    "present": ("present", flag),
+}
+
+
+class Blueprints(Endpoint):
+    parameters = PARAMETERS | frozenset(FILTERS)
+
+    @documented(
+        "list_blueprints",
+        answer=page_of(BlueprintOutput),
+        parameters=[*(query(name) for name in FILTERS), CURSOR, LIMIT],
+    )
+    def get(self, request: Request) -> Response:
+        blueprints = apply_filters(request, Blueprint.objects.all(), FILTERS)
+        return page_response(
+            request, blueprints, lambda rows: BlueprintOutput(rows, many=True).data
+        )
+
+
+class BlueprintDetail(Endpoint):
+    @documented("read_blueprint", answer=BlueprintOutput)
+    def get(self, request: Request, slug: str) -> Response:
+        return _answer(_blueprint(slug))
+
+
+class EnableBlueprint(Endpoint):
+    throttle_classes = (ActThrottle,)
+
+    @documented("enable_blueprint", body=ReasonInput, answer=BlueprintOutput, act=True)
+    @idempotent
+    def post(self, request: Request, slug: str) -> Response:
+        return _switch(request, slug, enabled=True)
+
+
+class DisableBlueprint(Endpoint):
+    throttle_classes = (ActThrottle,)
+
+    @documented("disable_blueprint", body=ReasonInput, answer=BlueprintOutput, act=True)
+    @idempotent
+    def post(self, request: Request, slug: str) -> Response:
+        return _switch(request, slug, enabled=False)
+
+
+def _switch(request: Request, slug: str, *, enabled: bool) -> Response:
+    switched = switch_blueprint(
+        blueprint=_blueprint(slug),
+        enabled=enabled,
+        user=person(request),
+        via=via(request),
+        reason=parse(ReasonInput, request.data)["reason"],
+    )
+    return _answer(switched)
+
+
+def _blueprint(slug: str) -> Blueprint:
+    blueprint = Blueprint.objects.filter(slug=slug).first()
+    if blueprint is None:
+        raise not_found("blueprint")
+    return blueprint
+
+
+def _answer(blueprint: Blueprint) -> Response:
+    return versioned_response(BlueprintOutput(blueprint).data, blueprint.revision)

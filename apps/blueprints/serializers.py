@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from rest_framework import serializers
+
+from apps.blueprints.models import Blueprint
+
+
+class BlueprintOutput(serializers.ModelSerializer[Blueprint]):
+    conflicts = serializers.ListField(child=serializers.CharField())
+
+    class Meta:
+        model = Blueprint
+        fields = (
+            "slug",
+            "ident",
+            "title",
+            "category",
+            "kind",
+            "adaptation_type",
+            "risk",
+            "mergeable",
+            "idea",
+            "source",
+            "when",
+            "conflicts",
+            "version",
+            "present",
+            "enabled",
+            "disabled_reason",
+            "revision",
+        )

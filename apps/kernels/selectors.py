@@ -1,0 +1,57 @@
+"""Who may fetch what, how good the cache is, and who is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db.models import Avg, Count, Q, Sum
+from django.utils import timezone
+
+from apps.kernels.models import CompileJob, Kernel, Worker
+from apps.kernels.services import Presence
+from apps.runs.models import Command
+from esper.contracts import JobState
+
+TAMIYO_CAPABILITY = "tamiyo"
+
+
+def run_may_fetch(run_uid: str, digest: str) -> bool:
+    """A trainer gets the kernels that it was told to graft, and no others."""
+    return Command.objects.filter(run__uid=run_uid, kernel_digest=digest).exists()
+
+
+def cache_stats() -> dict[str, Any]:
+    """The kernel cache in numbers; null where nothing has been built yet."""
+    kernels = Kernel.objects.aggregate(count=Count("id"), bytes=Sum("size_bytes"))
+    done = CompileJob.objects.filter(state=JobState.DONE).aggregate(
+        hits=Count("id", filter=Q(cached=True)),
+        misses=Count("id", filter=Q(cached=False)),
+        hit_ms=Avg("build_ms", filter=Q(cached=True)),
+        miss_ms=Avg("build_ms", filter=Q(cached=False)),
+    )
+    asked = done["hits"] + done["misses"]
+    return {
+        "kernels": kernels["count"],
+        "bytes": kernels["bytes"] or 0,
+        "hits": done["hits"],
+        "misses": done["misses"],
+        "hit_ratio": done["hits"] / asked if asked else None,
+        "mean_cached_ms": done["hit_ms"],
+        "mean_cold_ms": done["miss_ms"],
+    }
+
+
+def tamiyo_presence(instance: str, status: dict[str, Any]) -> Presence:
+    """Tamiyo among the workers: it has no queue, and its heartbeat says that it lives."""
+    name = f"tamiyo@{instance}"
+    known = Worker.objects.filter(name=name).first()
+    versions = {key: value for key, value in status.items() if isinstance(value, str)}
+    return Presence(
+        name=name,
+        host=instance,
+        capability=TAMIYO_CAPABILITY,
+        queues=[],
+        devices=[],
+        versions=versions,
+        started_at=known.started_at if known else timezone.now(),
+    )

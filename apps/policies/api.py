@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from apps.api.authentication import person, via
+from apps.api.endpoint import Endpoint
+from apps.api.etag import versioned_response
+from apps.api.fields import parse
+from apps.api.idempotency import idempotent
+from apps.api.pagination import PARAMETERS, page_response
+from apps.api.schema import CURSOR, LIMIT, documented, page_of
+from apps.api.throttling import ActThrottle
+from apps.policies.models import PolicyVersion
+from apps.policies.serializers import PolicyInput, PolicyOutput
+from apps.policies.services import current_policy, publish_policy
+
+
+class CurrentPolicy(Endpoint):
+    @documented("read_current_policy", answer=PolicyOutput, summary="The thresholds in force")
+    def get(self, request: Request) -> Response:
+        policy = current_policy()
+        return versioned_response(PolicyOutput(policy).data, policy.version)
+
+
+class Policies(Endpoint):
+    throttle_classes = (ActThrottle,)
+    parameters = PARAMETERS
+
+    @documented("list_policies", answer=page_of(PolicyOutput), parameters=[CURSOR, LIMIT])
+    def get(self, request: Request) -> Response:
+        current_policy()  # the first version is made when it is first looked at
+        versions = PolicyVersion.objects.select_related("author")
+        return page_response(request, versions, lambda rows: PolicyOutput(rows, many=True).data)
+
+    @documented("publish_policy", body=PolicyInput, answer=PolicyOutput, status=201, act=True)
+    @idempotent
+    def post(self, request: Request) -> Response:
+        given = parse(PolicyInput, request.data)
+        policy = publish_policy(
+            changes=given["changes"],
+            reason=given["reason"],
+            user=person(request),
+            via=via(request),
+        )
+        return versioned_response(PolicyOutput(policy).data, policy.version, status=201)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from rest_framework import serializers
+
+from apps.api.fields import Flag, Members, PersonsInput, Text
+from apps.policies.models import AdaptationSwitch, PolicyVersion
+
+
+class PolicyOutput(serializers.ModelSerializer[PolicyVersion]):
+    values = Members()
+    author = serializers.CharField(source="author.username", default=None, allow_null=True)
+
+    class Meta:
+        model = PolicyVersion
+        fields = ("version", "values", "reason", "author", "created_at")
+
+
+class PolicyInput(PersonsInput):
+    """``changes``: thresholds by name, with their new values."""
+
+    changes = Members()
+    reason = Text()
+
+
+class SwitchOutput(serializers.ModelSerializer[AdaptationSwitch]):
+    class Meta:
+        model = AdaptationSwitch
+        fields = ("on", "changed_by", "reason", "changed_at")
+
+
+class SwitchInput(PersonsInput):
+    on = Flag()
+    reason = Text(allow_blank=True, default="")
+
+

@@ -1,0 +1,8 @@
+from django.urls import path
+
+from apps.policies import api
+
+urlpatterns = [
+    path("policies", api.Policies.as_view()),
+    path("policies/current", api.CurrentPolicy.as_view()),
+]

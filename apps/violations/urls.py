@@ -1,0 +1,8 @@
+from django.urls import path
+
+from apps.violations import api
+
+urlpatterns = [
+    path("violations", api.Violations.as_view()),
+    path("violations/<str:uid>/acknowledge", api.AcknowledgeViolation.as_view()),
+]

@@ -1,0 +1,203 @@
+"""Two at once. SQLite has one writer and proves nothing here, so these run on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from django.db import connection, connections, transaction
+
+from apps.accounts.actors import SYSTEM, Actor, ActorKind
+from apps.accounts.models import User
+from apps.accounts.problems import Problem
+from apps.adaptations import services
+from apps.adaptations.models import Adaptation
+from apps.adaptations.services import Proposal
+from apps.audit.models import AuditEvent
+from apps.audit.services import record, verify_chain
+from apps.blueprints.models import Blueprint
+from apps.kernels import services as kernels
+from apps.kernels.models import CompileJob
+from apps.notifications.models import FeedEvent
+from apps.notifications.services import publish
+from apps.runs.models import Command, Run
+from apps.runs.services import RunSpec, issue_command
+from esper.contracts import (
+    AdaptationState,
+    AdaptationType,
+    CommandKind,
+    CostForecast,
+    LayerInfo,
+    Risk,
+    Role,
+    RunMode,
+)
+
+pytestmark = [pytest.mark.postgres, pytest.mark.django_db(transaction=True)]
+
+THREADS = 8
+ROUNDS = 10
+TRAINER = Actor(ActorKind.TRAINER, "digits")
+TAMIYO = Actor(ActorKind.TAMIYO, "tamiyo")
+
+
+def at_once(work: Callable[[int], str]) -> Counter[str]:
+    """Runs ``work(i)`` in all threads from one starting gun; counts what they answer."""
+    gun, answers = threading.Barrier(THREADS), list[str]()
+
+    def runner(index: int) -> None:
+        gun.wait()
+        try:
+            answers.append(work(index))
+        except Problem as problem:
+            answers.append(f"{problem.status} {problem.code}")
+        finally:
+            connections.close_all()
+
+    threads = [threading.Thread(target=runner, args=(index,)) for index in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return Counter(answers)
+
+
+def a_run(name: str = "digits") -> Run:
+    owner, _ = User.objects.get_or_create(username="rafi", defaults={"role": Role.RESEARCHER})
+    layers = [
+        LayerInfo(f"fc{i}", "Linear", (8, 64), (8, 64), "float32", 4160, graftable=True)
+        for i in range(THREADS)
+    ]
+    spec = RunSpec(name, RunMode.AUTOMATIC, "here", "cpu", 100_000, layers)
+    Blueprint.objects.get_or_create(
+        slug="proj_lora_64",
+        defaults={
+            "ident": "BP-PROJ-LoRA-64",
+            "title": "Low-rank update",
+            "category": "efficiency",
+            "kind": "parallel",
+            "adaptation_type": "add_efficiency",
+            "risk": "low",
+            "idea": "…",
+        },
+    )
+    return services.register_run(owner=owner, actor=TRAINER, spec=spec).run
+
+
+def propose(run: Run, layer: str, key: str, confidence: float = 0.6) -> Adaptation:
+    proposal = Proposal(
+        epoch=run.epoch,
+        step=1000,
+        layer=layer,
+        adaptation_type=AdaptationType.ADD_EFFICIENCY,
+        confidence=confidence,
+        urgency=0.1,
+        blueprint="proj_lora_64",
+        config={},
+        risk=Risk.LOW,
+        forecast=CostForecast(100, 100, 0.1, 0.1),
+        reasons=[],
+        checks=[],
+        why_not=[],
+        asks=[],
+        evidence={"loss": 1.0, "grad_norm": 1.0, "weight_norm": 1.0},
+        policy="heuristic-1",
+    )
+    return services.propose_adaptation(
+        run=run, proposal=proposal, idempotency_key=key, actor=TAMIYO
+    )
+
+
+def test_it_really_is_postgresql() -> None:
+    assert connection.vendor == "postgresql"
+
+
+def test_of_many_approvals_and_rejections_exactly_one_wins() -> None:
+    people = [
+        User.objects.create_user(username=f"op{i}", role=Role.OPERATOR) for i in range(THREADS)
+    ]
+    for round_ in range(ROUNDS):
+        adaptation = propose(a_run(f"run{round_}"), "fc0", f"key{round_}")
+        version = adaptation.version
+
+        def decide(index: int, pk: int = adaptation.pk, version: int = version) -> str:
+            act = (services.approve_adaptation, services.reject_adaptation)[index % 2]
+            act(
+                adaptation=Adaptation.objects.get(pk=pk),
+                user=people[index],
+                via="",
+                version=version,
+                reason="now",
+            )
+            return "won"
+
+        answers = at_once(decide)
+        assert answers["won"] == 1, answers
+        assert set(answers) <= {"won", "409 decision-not-pending", "412 version-changed"}
+        decided = AuditEvent.objects.filter(
+            object_uid=adaptation.uid, act__in=["adaptation.approved", "adaptation.rejected"]
+        )
+        assert decided.count() == 1
+
+
+def test_one_proposal_sent_many_times_at_once_is_one_adaptation() -> None:
+    run = a_run()
+    answers = at_once(lambda _: str(propose(run, "fc0", "the same key").pk))
+    assert Adaptation.objects.count() == 1
+    assert sum(answers.values()) == THREADS
+
+
+def test_a_run_never_has_more_in_flight_than_its_policy_allows() -> None:
+    run = a_run()
+    answers = at_once(lambda i: "in" if propose(run, f"fc{i}", f"key{i}") else "")
+    assert answers == Counter({"in": 2, "409 gate-closed": THREADS - 2})
+
+
+def test_one_job_has_one_owner() -> None:
+    propose(a_run(), "fc0", "key", confidence=0.9)
+    pk = CompileJob.objects.get().pk
+    answers = at_once(
+        lambda i: str(kernels.claim_job(CompileJob.objects.get(pk=pk), worker=f"w{i}"))
+    )
+    assert answers["True"] == 1
+
+
+def test_commands_events_and_audit_rows_are_numbered_without_gaps_or_doubles() -> None:
+    run = a_run()
+
+    def write(index: int) -> str:
+        for _ in range(10):
+            with transaction.atomic():
+                publish(topic="system", type="test", data={"by": index})
+                record(actor=SYSTEM, act="test", object_kind="test", object_uid=str(index))
+            issue_command(run=Run.objects.get(pk=run.pk), kind=CommandKind.STOP_RUN)
+        return "done"
+
+    at_once(write)
+    seqs: list[Any] = list(Command.objects.values_list("seq", flat=True))
+    assert seqs == list(range(1, 10 * THREADS + 1))
+    events = list(FeedEvent.objects.filter(topic="system").values_list("seq", flat=True))
+    assert events == list(range(1, len(events) + 1))
+    assert verify_chain().verified
+
+
+def test_the_kill_switch_lets_nothing_through_after_it_was_committed() -> None:
+    run, operator = a_run(), User.objects.create_user(username="olga", role=Role.OPERATOR)
+    adaptation = propose(run, "fc0", "key", confidence=0.9)
+    Adaptation.objects.filter(pk=adaptation.pk).update(state=AdaptationState.COMPILED)
+
+    def work(index: int) -> str:
+        if index == 0:
+            services.set_adaptation_switch(on=False, user=operator, via="")
+        else:
+            services.dispatch(adaptation.uid, worker=f"w{index}")
+        return "done"
+
+    at_once(work)
+    adaptation.refresh_from_db()
+    killed_at = AuditEvent.objects.get(act="switch.killed").pk
+    dispatched = AuditEvent.objects.filter(act="adaptation.dispatched").first()
+    assert dispatched is None or dispatched.pk < killed_at
