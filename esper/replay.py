@@ -90,7 +90,7 @@ def snapshot_from_wire(data: dict[str, Any]) -> RunSnapshot:
             history={name: _history(value) for name, value in data["history"].items()},
             experience={slug: _experience(value) for slug, value in data["experience"].items()},
             disabled_blueprints=frozenset(data["disabled_blueprints"]),
-            age_seconds=number_from_wire(data["age_seconds"]),
+            age_seconds=number_from_wire(data.get("age_seconds", "nan")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CodecError(f"not a snapshot: {error}") from error

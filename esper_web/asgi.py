@@ -34,7 +34,8 @@ class NoSuchSocket(AsyncWebsocketConsumer):
         await self.close(4404)
 
 
-_nothing_else: Any = re_path(r"", NoSuchSocket.as_asgi())
+no_such_socket: Any = NoSuchSocket.as_asgi()
+_nothing_else: Any = re_path(r"", no_such_socket)
 trainer_sockets: Any = URLRouter([*trainer_routes, _nothing_else])
 browser_sockets: Any = AllowedHostsOriginValidator(
     AuthMiddlewareStack(URLRouter([*browser_routes, _nothing_else]))

@@ -43,6 +43,15 @@ class PreparationError(Exception):
     """Tables, catalogue or people could not be made."""
 
 
+STARTING_ERRORS = (
+    PortBusyError,
+    DataDirectoryBusyError,
+    ValkeyMissingError,
+    PreparationError,
+    StartError,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What a person asked for. ``port`` None: 8080, or its next free neighbour."""
@@ -237,17 +246,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         demos=() if given.no_demo else plan.DEMOS,
         setup_only=given.setup,
     )
+    options.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     output = Output(options.data_dir / "log")
     os.environ.pop(MARK, None)
     try:
         return asyncio.run(supervise(options, output))
-    except (
-        PortBusyError,
-        DataDirectoryBusyError,
-        ValkeyMissingError,
-        PreparationError,
-        StartError,
-    ) as error:
+    except STARTING_ERRORS as error:
         output.plain(f"{error}")
         return 1
     finally:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from pydoc_data import topics
 
 import torch
-from pydoc_data import topics
 from torch import Tensor, nn
 from torch.nn import functional as F
 

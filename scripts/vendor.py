@@ -1,7 +1,7 @@
 """Fetch the browser libraries into ``static/vendor`` and prove that nobody changed them.
 
-    python scripts/vendor.py            download with npm, check npm's own integrity, write
-    python scripts/vendor.py --check    offline: hash what is there; unlisted files are an error
+python scripts/vendor.py            download with npm, check npm's own integrity, write
+python scripts/vendor.py --check    offline: hash what is there; unlisted files are an error
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ class Library:
 LIBRARIES = (
     Library("htmx.org", "2.0.11", "0BSD", ("dist/htmx.min.js", "LICENSE")),
     Library("idiomorph", "0.8.0", "0BSD", ("dist/idiomorph-ext.min.js", "LICENSE")),
-    Library(
-        "uplot", "1.6.32", "MIT", ("dist/uPlot.iife.min.js", "dist/uPlot.min.css", "LICENSE")
-    ),
+    Library("uplot", "1.6.32", "MIT", ("dist/uPlot.iife.min.js", "dist/uPlot.min.css", "LICENSE")),
 )
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,7 @@ class RunningEsper:
             raise AssertionError(f"Esper did not stop:\n{self.tail()}") from None
 
 
-def start_esper(
+def launch_esper(
     data_dir: Path, *arguments: str, environment: dict[str, str] | None = None
 ) -> RunningEsper:
     """Starts one and waits until all its processes are up."""
@@ -242,7 +242,8 @@ def start_esper(
         )
     esper = RunningEsper(data_dir, process, "", console)
     deadline = time.monotonic() + START_SECONDS
-    while not esper.runtime.get("ready"):
+    # A killed predecessor may have left a file that says ready.
+    while not (esper.runtime.get("ready") and esper.runtime["pid"] == process.pid):
         if process.poll() is not None or time.monotonic() > deadline:
             esper.stop()
             raise AssertionError(f"Esper did not start:\n{esper.tail()}")
@@ -254,6 +255,22 @@ def start_esper(
 @pytest.fixture(scope="session")
 def running_esper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEsper]:
     """One for the whole session, without demo trainers."""
-    esper = start_esper(Path(tmp_path_factory.mktemp("esper")), "--no-demo")
+    esper = launch_esper(Path(tmp_path_factory.mktemp("esper")), "--no-demo")
     yield esper
     esper.stop()
+
+
+@pytest.fixture
+def start_esper() -> Iterator[Callable[..., RunningEsper]]:
+    """``start_esper(data_dir, *arguments, environment=None)``: more of them, stopped at the end."""
+    started: list[RunningEsper] = []
+
+    def start(
+        data_dir: Path, *arguments: str, environment: dict[str, str] | None = None
+    ) -> RunningEsper:
+        started.append(launch_esper(data_dir, *arguments, environment=environment))
+        return started[-1]
+
+    yield start
+    for esper in started:
+        esper.stop()

@@ -32,7 +32,7 @@ class PermissionOutput(serializers.Serializer[Any]):
 class PersonOutput(serializers.ModelSerializer[User]):
     class Meta:
         model = User
-        fields = ("username", "role", "first_name", "last_name", "last_login")
+        fields: tuple[str, ...] = ("username", "role", "first_name", "last_name", "last_login")
 
 
 class MeOutput(PersonOutput):
@@ -42,7 +42,7 @@ class MeOutput(PersonOutput):
     token = serializers.SerializerMethodField()
 
     class Meta(PersonOutput.Meta):
-        fields = (*PersonOutput.Meta.fields, "may", "token")
+        fields: tuple[str, ...] = (*PersonOutput.Meta.fields, "may", "token")
 
     def get_may(self, user: User) -> list[str]:
         acts: list[str] = self.context["may"]
@@ -59,7 +59,7 @@ class TokenOutput(serializers.ModelSerializer[ApiToken]):
 
     class Meta:
         model = ApiToken
-        fields = (
+        fields: tuple[str, ...] = (
             "uid",
             "name",
             "prefix",
@@ -78,7 +78,7 @@ class NewTokenOutput(TokenOutput):
     secret = serializers.SerializerMethodField()
 
     class Meta(TokenOutput.Meta):
-        fields = (*TokenOutput.Meta.fields, "secret")
+        fields: tuple[str, ...] = (*TokenOutput.Meta.fields, "secret")
 
     def get_secret(self, token: ApiToken) -> str:
         secret: str = self.context["secret"]

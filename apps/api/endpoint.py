@@ -23,7 +23,7 @@ class ScopePermission(BasePermission):
 
     def has_permission(self, request: Request, view: APIView) -> bool:
         assert isinstance(view, Endpoint)
-        if not request.user or not request.user.is_authenticated:
+        if not request.user.is_authenticated:
             return False
         wanted = view.readers if request.method in SAFE_METHODS else view.writers
         scopes = scopes_of(request)

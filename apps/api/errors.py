@@ -89,8 +89,9 @@ def _problem(error: Exception) -> Problem | None:
 
 def _from_rest_framework(error: exceptions.APIException) -> Problem:
     extra = {}
-    if isinstance(error, exceptions.Throttled) and error.wait is not None:
-        extra["retry_after"] = int(error.wait) + 1
+    wait = getattr(error, "wait", None)  # of Throttled
+    if wait is not None:
+        extra["retry_after"] = int(wait) + 1
     code = _CODES.get(error.status_code, str(error.default_code).replace("_", "-"))
     return Problem(error.status_code, code, str(error.detail), **extra)
 
@@ -118,10 +119,9 @@ def _field_errors(detail: Any, pointer: str) -> Iterator[dict[str, str]]:
 
 def _headers(error: Exception, problem: Problem) -> dict[str, str]:
     headers = {}
-    if isinstance(error, exceptions.APIException) and getattr(error, "auth_header", None):
-        headers["WWW-Authenticate"] = str(error.auth_header)
-    if isinstance(error, exceptions.MethodNotAllowed):
-        headers["Cache-Control"] = "no-store"
+    challenge = getattr(error, "auth_header", None)  # set by APIView for a 401
+    if challenge:
+        headers["WWW-Authenticate"] = str(challenge)
     if "retry_after" in problem.extra:
         headers["Retry-After"] = str(problem.extra["retry_after"])
     elif problem.status == HTTPStatus.SERVICE_UNAVAILABLE:

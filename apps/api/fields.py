@@ -7,6 +7,7 @@ from typing import Any
 
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
+from rest_framework.request import Request
 
 from esper.contracts import codec
 from esper.exceptions import CodecError
@@ -102,6 +103,12 @@ class PersonsInput(serializers.Serializer[Any]):
                     {name: ["There is no such member."] for name in unknown}
                 )
         return super().to_internal_value(data)
+
+
+def body(request: Request) -> dict[str, Any]:
+    """The request's JSON object; the parser lets nothing else in."""
+    assert isinstance(request.data, dict)
+    return request.data
 
 
 def parse(serializer: type[serializers.Serializer[Any]], data: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable
 from datetime import timedelta
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from cryptography.fernet import Fernet
 from django.conf import settings
@@ -42,8 +42,8 @@ def idempotent(handler: _Handler[_V, _P]) -> _Handler[_V, _P]:
     @wraps(handler)
     def answer(self: _V, request: Request, *args: _P.args, **kwargs: _P.kwargs) -> Response:
         key, fingerprint = _key(request), _fingerprint(request)
+        _forget_old()  # before the transaction, which would hold the locks of what it deletes
         with transaction.atomic():
-            _forget_old()
             record = _claim(request, key, fingerprint)
             if record.status:
                 return _replay(record, fingerprint)
@@ -59,7 +59,7 @@ def idempotent(handler: _Handler[_V, _P]) -> _Handler[_V, _P]:
                 return response
         raise refusal
 
-    return answer
+    return cast(_Handler[_V, _P], answer)
 
 
 def _key(request: Request) -> str:

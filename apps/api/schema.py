@@ -8,7 +8,12 @@ from typing import Any, TypeVar
 from drf_spectacular.extensions import OpenApiAuthenticationExtension
 from drf_spectacular.openapi import AutoSchema
 from drf_spectacular.types import OpenApiTypes
-from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema, inline_serializer
+from drf_spectacular.utils import (
+    OpenApiParameter,
+    OpenApiResponse,
+    extend_schema,
+    inline_serializer,
+)
 from rest_framework import serializers
 
 from apps.api.fields import Members
@@ -42,7 +47,8 @@ class ProblemOutput(serializers.Serializer[Any]):
     detail = serializers.CharField()
     code = serializers.CharField()
     request_id = serializers.CharField()
-    errors = serializers.ListField(child=Members())
+    # a field; the metaclass takes it away
+    errors = serializers.ListField(child=Members())  # type: ignore[assignment]
 
 
 _PROBLEM = OpenApiResponse(ProblemOutput, description="What is wrong, and what to do.")
@@ -72,6 +78,7 @@ def documented(
         responses={status: answer, "default": _PROBLEM},
         parameters=[*(parameters or []), *headers],
         summary=summary or name.replace("_", " ").capitalize(),
+        description=" ",  # else the views' docstrings, which are for us
     )
 
 
@@ -99,7 +106,7 @@ def results_of(row: type[serializers.BaseSerializer[Any]]) -> Any:
 ANY_OBJECT = OpenApiTypes.OBJECT
 
 
-class TokenScheme(OpenApiAuthenticationExtension):
+class TokenScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-call]
     target_class = "apps.api.authentication.TokenAuthentication"
     name = "token"
 
@@ -107,7 +114,7 @@ class TokenScheme(OpenApiAuthenticationExtension):
         return {"type": "http", "scheme": "bearer", "bearerFormat": "esp_…"}
 
 
-class SessionScheme(OpenApiAuthenticationExtension):
+class SessionScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-call]
     target_class = "apps.api.authentication.SessionAuthentication"
     name = "session"
 

@@ -33,4 +33,4 @@ class TelemetryThrottle(_CallerThrottle):
 
 class TokenThrottle(_CallerThrottle):
     scope = "tokens"
-    rate = "30/min"
+    rate = "120/min"

@@ -8,9 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from esper.contracts import GraftKind
+from esper.contracts import GraftKind, SafetyPolicy
 
-MAX_LABEL = 18
+# Characters that fit into the boxes of the sketch.
+NEIGHBOUR_LABEL, LAYER_LABEL, GRAFT_LABEL = 11, 16, 19
+CELL_WIDTH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,9 @@ def _cell(position: int, names: Sequence[str], health: Mapping[str, float]) -> C
     worst = min(known) if known else math.nan
     said = f"{worst:.2f}" if known else "unknown"
     label = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
-    return Cell(position * 8, shade(worst), bool(known) and worst < 0.4, f"{label}: {said}")
+    return Cell(
+        position * CELL_WIDTH, shade(worst), bool(known) and worst < 0.4, f"{label}: {said}"
+    )
 
 
 def shade(health: float) -> str:
@@ -71,6 +75,21 @@ def shade(health: float) -> str:
     if not math.isfinite(health):
         return "hx"
     return f"h{min(9, max(0, int(health * 10)))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Widths of refuse, ask and auto on a scale that is 600 wide."""
+
+    refuse: float
+    ask: float
+    auto: float  # where it begins
+    rest: float
+
+
+def confidence_band(policy: SafetyPolicy) -> Band:
+    refuse, auto = 600 * policy.confidence_refuse, 600 * policy.confidence_auto
+    return Band(refuse, auto - refuse, auto, 600 - auto)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +161,16 @@ def sketch(layer: str, graft: str, kind: str, *, before: str, after: str) -> Ske
     """The parts of the before/after picture; kinds without one of their own join in parallel."""
     join = kind if kind in _WORDS else str(GraftKind.PARALLEL)
     return Sketch(
-        before=shorten(before),
-        layer=shorten(layer),
-        after=shorten(after),
-        graft=shorten(graft, 26),
+        before=shorten(before, NEIGHBOUR_LABEL),
+        layer=shorten(layer, LAYER_LABEL),
+        after=shorten(after, NEIGHBOUR_LABEL),
+        graft=shorten(graft, GRAFT_LABEL),
         join=join,
         words=_WORDS[join].format(graft=graft, layer=layer),
     )
 
 
-def shorten(text: str, most: int = MAX_LABEL) -> str:
+def shorten(text: str, most: int) -> str:
     """Cut in the middle: the ends of a layer's name tell it from its neighbours."""
     if len(text) <= most:
         return text

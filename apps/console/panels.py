@@ -42,9 +42,13 @@ def render_page(
     title: str,
     panels: Sequence[Panel],
     topics: Sequence[str] = (),
+    whole: Callable[[], dict[str, Any]] = dict,
     **context: Any,
 ) -> HttpResponse:
-    """The whole page, or the one panel that was asked for."""
+    """The whole page, or the one panel that was asked for.
+
+    ``context`` is for page and panels alike, ``whole`` is read for the whole page only.
+    """
     wanted = request.GET.get("panel")
     if wanted is not None:
         panel = next((panel for panel in panels if panel.name == wanted), None)
@@ -54,7 +58,7 @@ def render_page(
     # Read before the data: what happens in between is replayed, not missed.
     since = last_seqs(["inbox", "system", *topics])
     rendered = {panel.name: _render_panel(request, panel, context) for panel in panels}
-    page = {"title": title, "panels": rendered, "since": since, **context}
+    page = {"title": title, "panels": rendered, "since": since, **context, **whole()}
     return render(request, template, page)
 
 

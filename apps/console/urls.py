@@ -8,6 +8,7 @@ app_name = "console"
 urlpatterns = [
     path("login", views.SignIn.as_view(), name="sign-in"),
     path("logout", views.SignOut.as_view(), name="sign-out"),
+    path("bar", views.bar, name="bar"),
     path("", views.overview, name="overview"),
     path("inbox", views.inbox, name="inbox"),
     path("runs", views.runs, name="runs"),

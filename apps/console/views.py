@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
@@ -10,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from django.contrib.auth.decorators import login_required
 from django.contrib.auth.views import LoginView, LogoutView
 from django.http import Http404, HttpRequest, HttpResponse
+from django.shortcuts import render
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 
@@ -18,7 +20,7 @@ from apps.accounts.policy import Act, Permission, may
 from apps.adaptations import services as adaptations
 from apps.adaptations.models import Adaptation
 from apps.audit.services import verify_chain
-from apps.blueprints.models import Blueprint
+from apps.console.drawing import confidence_band
 from apps.console.panels import Panel, render_page
 from apps.console.selectors import adaptation as decision
 from apps.console.selectors import inbox as inbox_rows
@@ -86,6 +88,12 @@ def _page_number(request: HttpRequest) -> int:
 
 
 @page
+def bar(request: HttpRequest) -> HttpResponse:
+    """The top bar alone, so that its badge can change without the page."""
+    return render(request, "console/bar.html", {"section": request.GET.get("section", "")})
+
+
+@page
 def overview(request: HttpRequest) -> HttpResponse:
     wakes = ("adaptation", "run", "violation", "switch")
     panels = [
@@ -147,8 +155,10 @@ def inbox(request: HttpRequest) -> HttpResponse:
         title="Inbox",
         panels=panels,
         chosen=chosen,
-        live_runs=list(run_rows.live_runs().values_list("uid", "name")),
-        risks=list(Risk),
+        whole=lambda: {
+            "live_runs": list(run_rows.live_runs().values_list("uid", "name")),
+            "risks": list(Risk),
+        },
     )
 
 
@@ -189,8 +199,7 @@ def run(request: HttpRequest, uid: str) -> HttpResponse:
         panels=_run_panels(request, found),
         topics=[run_topic(found.uid)],
         run=found,
-        markers=run_rows.chart_markers(found),
-        signals=list(Signal),
+        whole=lambda: {"markers": run_rows.chart_markers(found), "signals": list(Signal)},
     )
 
 
@@ -257,9 +266,13 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
 
     def evidence() -> dict[str, Any]:
         now = adaptations.evidence_now(found)
+        drift = adaptations.evidence_drift(found)
+        if drift is not None and math.isinf(drift):  # the loss is not a number any more
+            drift = 99.0
         return {
             "rows": decision.evidence_rows(found.evidence, now),
-            "drift": adaptations.evidence_drift(found),
+            "drift": drift,
+            "drift_width": 0 if drift is None else min(100, round(100 * drift)),
             "now_step": now.get("step"),
         }
 
@@ -272,11 +285,12 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
             "sketch": decision.graft_sketch(found),
             "policy": found.safety_policy.safety_policy(),
             "record": decision.track_record(found.blueprint_id),
+            "parameter_share": _share(found.forecast_parameters, found.run.model_parameters),
         }
 
     live = 0 if found.ended else 5
     return [
-        part("head", "Adaptation", every=live),
+        part("head", "Adaptation", lambda: {"steps_ago": _steps_ago(found)}, every=live),
         part("why", "Why asked", lambda: {"rows": decision.reason_rows(found.reasons)}),
         part("change", "What will change", change),
         part("evidence", "Evidence then → now", evidence, every=live),
@@ -287,6 +301,14 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
         part("outcome", "Outcome", lambda: _outcome(found)),
         part("acts", "Your decision", lambda: _acts(found, user), every=live),
     ]
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _steps_ago(found: Adaptation) -> int:
+    return max(0, found.run.step - found.proposed_step)
 
 
 def _outcome(found: Adaptation) -> dict[str, Any]:
@@ -400,6 +422,7 @@ def policy(request: HttpRequest) -> HttpResponse:
             "thresholds": reference.thresholds(values),
             "may_edit": may_edit,
             "risks": list(Risk),
+            "band": confidence_band(values),
         }
 
     panels = [

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from django.conf import settings
 from django.http import HttpResponse
+from django.utils import timezone
 from drf_spectacular.types import OpenApiTypes
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -15,13 +16,14 @@ from apps.api.filters import apply_filters, flag, one_of, text
 from apps.api.pagination import PARAMETERS, page_response
 from apps.api.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.kernels.models import CompileJob, Kernel, Worker
-from apps.kernels.selectors import TAMIYO_CAPABILITY, run_may_fetch, tamiyo_presence
+from apps.kernels.selectors import run_may_fetch
 from apps.kernels.serializers import HeartbeatInput, JobOutput, KernelOutput, WorkerOutput
-from apps.kernels.services import heartbeat
+from apps.kernels.services import Presence, heartbeat
 from esper.compilation import KernelStore
 from esper.contracts import BUNDLE_FILES, JobState, TokenScope, WorkerState
 from esper.exceptions import KernelError
 
+TAMIYO_CAPABILITY = "tamiyo"
 KERNEL_FILTERS = {"blueprint": ("blueprint_slug", text), "capability": ("capability", text)}
 JOB_FILTERS = {
     "state": ("state", one_of(JobState)),
@@ -100,5 +102,21 @@ class TamiyoHeartbeat(Endpoint):
     @documented("report_tamiyo_heartbeat", body=HeartbeatInput, answer=None, status=204)
     def post(self, request: Request) -> Response:
         given = parse(HeartbeatInput, request.data)
-        heartbeat(tamiyo_presence(given["instance"], given["status"]))
+        heartbeat(_presence(given["instance"], given["status"]))
         return Response(status=204)
+
+
+def _presence(instance: str, status: dict[str, Any]) -> Presence:
+    """Tamiyo among the workers: it has no queue, and its heartbeat says that it lives."""
+    name = f"tamiyo@{instance}"
+    known = Worker.objects.filter(name=name).first()
+    versions = {key: value for key, value in status.items() if isinstance(value, str)}
+    return Presence(
+        name=name,
+        host=instance,
+        capability=TAMIYO_CAPABILITY,
+        queues=[],
+        devices=[],
+        versions=versions,
+        started_at=known.started_at if known else timezone.now(),
+    )

@@ -1,18 +1,14 @@
-"""Who may fetch what, how good the cache is, and who is there."""
+"""Who may fetch what, and how good the cache is."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from django.db.models import Avg, Count, Q, Sum
-from django.utils import timezone
 
-from apps.kernels.models import CompileJob, Kernel, Worker
-from apps.kernels.services import Presence
+from apps.kernels.models import CompileJob, Kernel
 from apps.runs.models import Command
 from esper.contracts import JobState
-
-TAMIYO_CAPABILITY = "tamiyo"
 
 
 def run_may_fetch(run_uid: str, digest: str) -> bool:
@@ -39,19 +35,3 @@ def cache_stats() -> dict[str, Any]:
         "mean_cached_ms": done["hit_ms"],
         "mean_cold_ms": done["miss_ms"],
     }
-
-
-def tamiyo_presence(instance: str, status: dict[str, Any]) -> Presence:
-    """Tamiyo among the workers: it has no queue, and its heartbeat says that it lives."""
-    name = f"tamiyo@{instance}"
-    known = Worker.objects.filter(name=name).first()
-    versions = {key: value for key, value in status.items() if isinstance(value, str)}
-    return Presence(
-        name=name,
-        host=instance,
-        capability=TAMIYO_CAPABILITY,
-        queues=[],
-        devices=[],
-        versions=versions,
-        started_at=known.started_at if known else timezone.now(),
-    )

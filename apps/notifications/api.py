@@ -8,9 +8,9 @@ from apps.api.authentication import person
 from apps.api.endpoint import Endpoint
 from apps.api.filters import parse_parameter, text, whole_number
 from apps.api.schema import documented, query
-from apps.notifications.selectors import watch_permission
 from apps.notifications.serializers import EventsOutput
 from apps.notifications.services import event_to_wire, events_after, last_seq
+from apps.notifications.topics import watch_permission
 
 
 class Events(Endpoint):

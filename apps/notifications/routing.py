@@ -1,5 +1,10 @@
+from typing import Any
+
 from django.urls import path
 
 from apps.notifications.consumers import StreamConsumer
 
-websocket_urlpatterns = [path("ws/v1/stream", StreamConsumer.as_asgi())]
+# path() is typed for views; channels gives it applications.
+_consumer: Any = StreamConsumer.as_asgi()
+
+websocket_urlpatterns = [path("ws/v1/stream", _consumer)]

@@ -31,5 +31,3 @@ class SwitchOutput(serializers.ModelSerializer[AdaptationSwitch]):
 class SwitchInput(PersonsInput):
     on = Flag()
     reason = Text(allow_blank=True, default="")
-
-

@@ -1,5 +1,10 @@
+from typing import Any
+
 from django.urls import path
 
 from apps.runs.consumers import TrainerConsumer
 
-websocket_urlpatterns = [path("ws/v1/trainer/<str:uid>", TrainerConsumer.as_asgi())]
+# path() is typed for views; channels gives it applications.
+_consumer: Any = TrainerConsumer.as_asgi()
+
+websocket_urlpatterns = [path("ws/v1/trainer/<str:uid>", _consumer)]

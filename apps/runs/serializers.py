@@ -6,9 +6,20 @@ from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
 from apps.accounts.serializers import PermissionOutput
-from apps.api.fields import Members, PersonsInput, Text, WholeNumber
+from apps.api.fields import Flag, Members, PersonsInput, Text, WholeNumber, WireNumber
 from apps.runs.models import Run
-from esper.contracts import MAX_NAME_LENGTH, CommandState, RunMode
+from esper.contracts import (
+    MAX_LAYERS,
+    MAX_NAME_LENGTH,
+    CommandState,
+    LayerInfo,
+    RunMode,
+    RunState,
+    ViolationRule,
+)
+from esper.exceptions import CodecError
+
+ANSWERS = frozenset(CommandState) - {CommandState.ISSUED, CommandState.EXPIRED}
 
 
 @extend_schema_field(
@@ -28,7 +39,7 @@ class RunOutput(serializers.ModelSerializer[Run]):
 
     class Meta:
         model = Run
-        fields = (
+        fields: tuple[str, ...] = (
             "uid",
             "number",
             "name",
@@ -58,7 +69,7 @@ class RunDetailOutput(RunOutput):
     permissions = serializers.SerializerMethodField()
 
     class Meta(RunOutput.Meta):
-        fields = (
+        fields: tuple[str, ...] = (
             *RunOutput.Meta.fields,
             "layers",
             "versions",
@@ -84,8 +95,66 @@ class ReasonInput(PersonsInput):
     reason = Text(allow_blank=True, default="")
 
 
-class LayerField(Members):
-    """``esper.contracts.LayerInfo`` on the wire; the view turns it into one."""
+@extend_schema_field({"type": "object", "additionalProperties": True})
+class LayerField(serializers.Field[LayerInfo, Any, Any, LayerInfo]):
+    """``esper.contracts.LayerInfo``; checked by hand, since thousands of them come at once."""
+
+    default_error_messages = {"invalid": "{why}"}
+
+    def to_internal_value(self, data: Any) -> LayerInfo:
+        if not isinstance(data, dict):
+            self.fail("invalid", why="A layer is an object.")
+        known = {name: value for name, value in data.items() if name in _LAYER_MEMBERS}
+        for name, value in known.items():
+            if not _LAYER_MEMBERS[name](value):
+                self.fail("invalid", why=f"{name} has the wrong type or is too long.")
+        try:
+            return LayerInfo.from_wire(known)
+        except CodecError as error:
+            self.fail("invalid", why=str(error))
+
+    def to_representation(self, value: LayerInfo) -> Any:
+        return value.to_wire()
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_NAME_LENGTH
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 16 and all(map(_is_whole, value))
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 256 and all(map(_is_text, value))
+
+
+_LAYER_MEMBERS = {
+    "name": lambda value: _is_text(value) and value != "",
+    "kind": _is_text,
+    "in_shape": _is_shape,
+    "out_shape": _is_shape,
+    "dtype": _is_text,
+    "parameters": _is_whole,
+    "graftable": _is_flag,
+    "reason": lambda value: isinstance(value, str) and len(value) <= 1000,
+    "features_in": _is_whole,
+    "features_out": _is_whole,
+    "channel_axis": _is_whole,
+    "device": _is_text,
+    "order": _is_whole,
+    "calls": _is_whole,
+    "trainable": _is_flag,
+    "feeds": _is_names,
+}
 
 
 class RunInput(serializers.Serializer[Any]):
@@ -96,7 +165,7 @@ class RunInput(serializers.Serializer[Any]):
     target_steps = WholeNumber(allow_null=True, default=None)
     versions = serializers.DictField(child=Text(max_length=80, allow_blank=True), default=dict)
     model_parameters = WholeNumber()
-    layers = serializers.ListField(child=LayerField())
+    layers = serializers.ListField(child=LayerField(), max_length=2 * MAX_LAYERS)
 
 
 class RegistrationOutput(serializers.Serializer[Any]):
@@ -135,4 +204,55 @@ class HelloOutput(serializers.Serializer[Any]):
     settled = SettledOutput(many=True)
 
 
-ANSWERS = [state for state in CommandState if state not in {"issued", "expired"}]
+class AckInput(serializers.Serializer[Any]):
+    """``esper.contracts.CommandAck`` and the trainer's epoch."""
+
+    epoch = WholeNumber()
+    state = serializers.ChoiceField(choices=[state for state in CommandState if state in ANSWERS])
+    step = WholeNumber(min_value=-1, default=-1)
+    pause_ms = WireNumber(default=0.0)
+    code = Text(max_length=30, allow_blank=True, default="")
+    reason = Text(allow_blank=True, default="")
+    certificate = Members(allow_null=True, default=None)
+    digest_before = Text(max_length=64, allow_blank=True, default="")
+    digest_after = Text(max_length=64, allow_blank=True, default="")
+
+
+class AckOutput(serializers.Serializer[Any]):
+    adaptation_state = serializers.CharField(allow_blank=True)
+
+
+@extend_schema_field({"oneOf": [{"type": "number"}, {"type": "string"}]})
+class Reading(serializers.Field[str, Any, Any, str]):
+    """A measured number, or words about it; kept as text."""
+
+    default_error_messages = {"invalid": "A number or a text is required."}
+
+    def to_internal_value(self, data: Any) -> str:
+        if isinstance(data, str) and len(data) <= 200:
+            return data
+        if isinstance(data, bool) or not isinstance(data, int | float):
+            self.fail("invalid")
+        return f"{data:.6g}"
+
+    def to_representation(self, value: str) -> str:
+        return value
+
+
+class RollbackInput(serializers.Serializer[Any]):
+    epoch = WholeNumber()
+    adaptation = Text(max_length=64)
+    step = WholeNumber()
+    rule = serializers.ChoiceField(choices=list(ViolationRule))
+    observed = Reading()
+    limit = Reading()
+    pause_ms = WireNumber(default=0.0)
+    exact = Flag()
+    digest_after = Text(max_length=64, allow_blank=True, default="")
+
+
+class FinishInput(serializers.Serializer[Any]):
+    epoch = WholeNumber()
+    state = serializers.ChoiceField(choices=[RunState.FINISHED, RunState.FAILED])
+    step = WholeNumber()
+    reason = Text(allow_blank=True, default="")

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from functools import cache
+from typing import Any
 
 import redis
 from django.conf import settings
@@ -20,7 +21,7 @@ MAX_BYTES = 256 * 1024 * 1024
 FEWEST_ENTRIES = 200
 QUIET_SECONDS = 2.0  # after a failure: a dead Redis must not slow every batch down
 
-Entry = Mapping[str, str | int | bytes]
+Entry = Mapping[Any, Any]  # field -> text, number or bytes, as redis-py takes them
 _silent_until = 0.0
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 from django.db import models
 from numpy.typing import NDArray
 
-import numpy as np
 from apps.runs.models import Run
 from esper.contracts import unpack_bytes
 
@@ -29,7 +29,7 @@ class Frame(models.Model):
 
 
 class Metric(models.Model):
-    """One run-wide number. ``status`` says which non-finite value it was; ``value`` is then null."""
+    """One run-wide number; where ``status`` names a non-finite value, ``value`` is null."""
 
     run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="metrics")
     epoch = models.PositiveIntegerField()

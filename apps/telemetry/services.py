@@ -100,7 +100,7 @@ def _advance(run: Run, batch: Batch) -> None:
         "last_seen_at": timezone.now(),
         "dropped_items": F("dropped_items") + batch.dropped,
     }
-    steps = [item.step for item in (*batch.frames, *batch.metrics)]
+    steps = [frame.step for frame in batch.frames] + [metric.step for metric in batch.metrics]
     if steps:
         changes["step"] = run.step = max(steps)
     loss = _newest_loss(batch.metrics)

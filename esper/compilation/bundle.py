@@ -10,8 +10,16 @@ import hashlib
 from dataclasses import asdict
 from typing import Any
 
-from esper.contracts import Certificate, CostForecast, KernelBundle, KernelKey, KernelReport, Recipe
-from esper.contracts import codec, signing
+from esper.contracts import (
+    Certificate,
+    CostForecast,
+    KernelBundle,
+    KernelKey,
+    KernelReport,
+    Recipe,
+    codec,
+    signing,
+)
 from esper.contracts.kernels import (
     MANIFEST_FILE,
     MAX_FILE_BYTES,
@@ -25,9 +33,7 @@ FORMAT = "esper-kernel-1"
 LISTED_FILES = (RECIPE_FILE, REPORT_FILE)  # the manifest vouches for these
 
 
-def pack(
-    key: KernelKey, recipe: Recipe, report: KernelReport, *, private_key: str
-) -> KernelBundle:
+def pack(key: KernelKey, recipe: Recipe, report: KernelReport, *, private_key: str) -> KernelBundle:
     """Write, hash and sign the files of one kernel.
 
     Args:
@@ -80,8 +86,7 @@ def report_from_wire(data: dict[str, Any]) -> KernelReport:
             forecast=CostForecast(**forecast),
             tier=int(data["tier"]),
             stage_ms={
-                str(name): codec.number_from_wire(value)
-                for name, value in data["stage_ms"].items()
+                str(name): codec.number_from_wire(value) for name, value in data["stage_ms"].items()
             },
         )
     except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -90,19 +95,13 @@ def report_from_wire(data: dict[str, Any]) -> KernelReport:
 
 def recipe_from_wire(data: Any) -> Recipe:
     """Raises ``CodecError`` when it is no recipe."""
-    try:
-        recipe = Recipe(**data)
-    except TypeError as error:
-        raise CodecError(f"not a recipe: {error}") from error
-    typed = (
-        isinstance(recipe.blueprint, str)
-        and isinstance(recipe.blueprint_version, str)
-        and isinstance(recipe.config, dict)
-        and type(recipe.seed) is int
-    )
-    if not typed:
-        raise CodecError("not a recipe: a field has the wrong type")
-    return recipe
+    types = {"blueprint": str, "blueprint_version": str, "config": dict, "seed": int}
+    if not isinstance(data, dict) or data.keys() != types.keys():
+        raise CodecError(f"a recipe has the fields {', '.join(types)}")
+    for name, kind in types.items():
+        if type(data[name]) is not kind:  # a bool is an int to isinstance
+            raise CodecError(f"{name} of a recipe is a {kind.__name__}")
+    return Recipe(**data)
 
 
 def _entry(data: bytes) -> dict[str, Any]:

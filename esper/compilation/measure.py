@@ -11,7 +11,7 @@ from torch import Tensor
 from esper.blueprints import Graft
 
 
-def latency_ms(graft: Graft, x: Tensor, y: Tensor, *, rows: int, repeats: int = 5) -> float:
+def latency_ms(graft: Graft, x: Tensor, y: Tensor, *, rows: int, repeats: int = 3) -> float:
     """Median time of one forward pass through the graft.
 
     Args:

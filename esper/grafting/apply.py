@@ -27,7 +27,7 @@ from esper.grafting.slot import (
     slot_of,
     slots,
 )
-from esper.grafting.snapshot import RandomStreams, Snapshot, digest
+from esper.grafting.snapshot import Frozen, RandomStreams, Snapshot, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,26 @@ class UndoReceipt:
     discarded: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What trains the model: everything that a snapshot must hold beside it."""
+
+    optimizers: Sequence[Any] = ()
+    schedulers: Sequence[Any] = ()
+    scaler: Any = None
+
+
 @dataclass(slots=True, eq=False)
 class Receipt:
     """A graft that is in the model: what was done, and how to undo it."""
 
     record: GraftRecord
     pause_ms: float
-    digest_before: str
-    digest_after: str
+    _before: Frozen = field(repr=False)
+    _after: Frozen = field(repr=False)
     _model: nn.Module = field(repr=False)
     _graft: Graft = field(repr=False)
+    _surroundings: Surroundings = field(repr=False)
     _group: ledger.GroupReceipt | None = field(repr=False, default=None)
     _snapshot: Snapshot | None = field(repr=False, default=None)
 
@@ -90,6 +100,16 @@ class Receipt:
         return self.record.certificate
 
     @property
+    def digest_before(self) -> str:
+        """Hex SHA-256 of the model before the graft; worked out when first asked for."""
+        return self._before.digest
+
+    @property
+    def digest_after(self) -> str:
+        """Hex SHA-256 of the model with the graft in it, before the next step."""
+        return self._after.digest
+
+    @property
     def graft(self) -> Graft:
         """The living module."""
         return self._graft
@@ -105,7 +125,7 @@ class Receipt:
 
     def forget_snapshot(self) -> None:
         """Frees the snapshot. A hard undo is impossible from now on, a soft one is not."""
-        self._snapshot = None
+        self._drop_snapshot()
 
     def undo(self, hard: bool = True) -> UndoReceipt:
         """Takes the graft out.
@@ -127,8 +147,8 @@ class Receipt:
         _take_out(self._model, self.layer, self.blueprint)
         if self._group is not None:
             self._group.remove()
-        self._snapshot = None
         pause_ms = (time.perf_counter() - started) * 1e3
+        self._drop_snapshot()
         return UndoReceipt(digest(self._model), hard=False, exact=False, pause_ms=pause_ms)
 
     def _undo_hard(self) -> UndoReceipt:
@@ -147,12 +167,17 @@ class Receipt:
         self._discard_revived(removed_since)
         after = digest(self._model)
         pause_ms = (time.perf_counter() - started) * 1e3
-        self._snapshot = None
+        self._drop_snapshot()
         exact = not removed_since and after == self.digest_before
         if differences or not (exact or removed_since):
             what = ", ".join(differences) or "the model's digest"
             raise UndoError(f"not as before the graft: {what}", layer=self.layer)
         return UndoReceipt(after, hard=True, exact=exact, pause_ms=pause_ms, discarded=discarded)
+
+    def _drop_snapshot(self) -> None:
+        # The digests are worked out from the snapshot's copies, so this is their last chance.
+        _ = self.digest_before, self.digest_after
+        self._snapshot = None
 
     def _discard_later(self, snapshot: Snapshot) -> tuple[str, ...]:
         """Takes out every graft that the snapshot does not know, this one too."""
@@ -169,15 +194,9 @@ class Receipt:
         for graft, (layer, slug) in _living(self._model).items():
             if graft in removed_since:
                 _take_out(self._model, layer, slug)
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What trains the model: everything that a snapshot must hold beside it."""
-
-    optimizers: Sequence[Any] = ()
-    schedulers: Sequence[Any] = ()
-    scaler: Any = None
+                ledger.remove_groups_of(
+                    graft.parameters(), self._surroundings.optimizers, self._surroundings.schedulers
+                )
 
 
 def apply_graft(
@@ -219,7 +238,7 @@ def apply_graft(
     _refuse(host, layer, blueprint, scaler)
     surroundings = Surroundings(optimizers, schedulers, scaler)
     snapshot = Snapshot.take(model, optimizers, schedulers, scaler)
-    digest_before = digest(model)
+    before = snapshot.freeze(model)
     try:
         fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
         fresh.train(host.training)
@@ -237,7 +256,7 @@ def apply_graft(
             certificate=certificate,
         )
         group = insert_graft(model, record, fresh, surroundings)
-        digest_after = digest(model)
+        after = snapshot.freeze(model)
     except BaseException:
         _take_out(model, layer.name, blueprint.slug)
         snapshot.restore()
@@ -246,10 +265,11 @@ def apply_graft(
     return Receipt(
         record=record,
         pause_ms=pause_ms,
-        digest_before=digest_before,
-        digest_after=digest_after,
+        _before=before,
+        _after=after,
         _model=model,
         _graft=fresh,
+        _surroundings=surroundings,
         _group=group,
         _snapshot=snapshot,
     )

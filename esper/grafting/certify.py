@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,8 +29,8 @@ from esper.exceptions import IncompatibleLayerError
 from esper.grafting.slot import SLOT_NAME, first_tensor, slot_of
 from esper.grafting.snapshot import RandomStreams, digest, kept_streams
 
-MAX_ROWS = 8  # of the sample that are looked at: a certificate must not cost a training step
-CHEAP_FLOPS = 50_000_000  # about two milliseconds on one core: timed in passing
+MAX_ROWS = 4  # of the sample that are looked at: a certificate must not cost a training step
+CHEAP_FLOPS = 10_000_000  # well below a millisecond on one core: timed in passing
 
 
 def certify(
@@ -40,7 +40,7 @@ def certify(
     graft: Graft,
     x: Tensor,
     *,
-    config: dict[str, Any],
+    config: dict[str, Any] | None = None,
     training: bool | None = None,
     streams_before: RandomStreams | None = None,
     thorough: bool = False,
@@ -51,6 +51,7 @@ def certify(
         host: the live layer, or a stand-in from :func:`stand_in`.
         x: a sample input of the layer; outputs and gradients are compared on its first rows,
             latency is timed on all of it.
+        config: what the graft was built from; None is the blueprint's default.
         training: try it in this mode; None takes the host's own.
         streams_before: the random streams before the graft was built, so that building counts too.
         thorough: also points 3 and the second half of 2, on copies, and latency whatever it
@@ -62,11 +63,10 @@ def certify(
     Raises:
         IncompatibleLayerError: the layer cannot be run on ``x`` alone.
     """
-    before = streams_before or RandomStreams.read()
-    forecast = blueprint.forecast(layer, config)
+    built_quietly = streams_before is None or streams_before.equals(RandomStreams.read())
+    forecast = blueprint.forecast(layer, blueprint.config_for(layer, config))
     with put_back(host, training), torch.enable_grad():
         trial = _try_out(host, layer, blueprint.slug, graft, x[:MAX_ROWS])
-        neutral = before.equals(RandomStreams.read())
         timed = thorough or forecast.flops <= CHEAP_FLOPS
         latency_ms = _latency_ms(host, layer, blueprint.slug, graft, x) if timed else math.nan
     dead = _dead_after_two_steps(graft, trial) if thorough else []
@@ -76,7 +76,7 @@ def certify(
         tolerance=blueprint.tolerance * trial.scale,
         preserving=trial.max_abs_diff <= blueprint.tolerance * trial.scale and trial.same_form,
         live=trial.live,
-        rng_neutral=neutral,
+        rng_neutral=built_quietly and trial.rng_neutral,
         parameters=sum(p.numel() for p in graft.parameters()),
         parameters_declared=forecast.parameters,
         host_untouched=trial.host_untouched,
@@ -141,6 +141,7 @@ class _Trial:
     max_abs_diff: float
     scale: float
     same_form: bool  # shape, dtype, and x and y not written to
+    rng_neutral: bool
     live: bool
     host_untouched: bool
     saved_bytes: int
@@ -154,8 +155,10 @@ def _try_out(
     y = _run_host(host, layer, blueprint, x)
     kept = y.detach().clone()
     versions = x._version, y._version
+    streams = RandomStreams.read()  # not sooner: the host's own dropout may draw
     with _counted_activations(graft, x) as saved:
         changed = graft.combine(x, y)
+    rng_neutral = streams.equals(RandomStreams.read())
     cotangent = _made_up_cotangent(y)
     same_form = (
         changed.shape == y.shape
@@ -170,6 +173,7 @@ def _try_out(
         max_abs_diff=_distance(changed, kept),
         scale=float(kept.abs().max()) if kept.numel() else 0.0,
         same_form=same_form,
+        rng_neutral=rng_neutral,
         live=live,
         host_untouched=untouched,
         saved_bytes=sum(saved.values()),
@@ -203,7 +207,7 @@ def _compare_gradients(
     host: nn.Module, graft: Graft, x: Tensor, y: Tensor, changed: Tensor, cotangent: Tensor
 ) -> tuple[bool, bool]:
     """(a new tensor has a gradient, the old ones have theirs unchanged)."""
-    old = [p for p in host.parameters() if p.requires_grad]
+    old: list[Tensor] = [p for p in host.parameters() if p.requires_grad]
     old += [x] if x.requires_grad else []
     new = [p for p in graft.parameters() if p.requires_grad]
     without = _gradients(y, old, cotangent)
@@ -214,7 +218,7 @@ def _compare_gradients(
 
 
 def _gradients(
-    output: Tensor, inputs: list[Tensor], cotangent: Tensor
+    output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor
 ) -> tuple[Tensor | None, ...]:
     if not inputs or not output.requires_grad:
         return (None,) * len(inputs)

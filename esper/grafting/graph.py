@@ -301,5 +301,5 @@ def _sighting_of_weights(module: nn.Module) -> _Sighting:
 
 def _hidden(hook: Callable[..., None]) -> Callable[..., None]:
     """Keeps a hook out of the compiler's sight."""
-    hidden: Callable[..., None] = torch.compiler.disable(hook)
-    return hidden
+    disable: Callable[..., Callable[..., None]] = torch.compiler.disable
+    return disable(hook)

@@ -7,13 +7,12 @@ starve (reference/growth.md, section 6.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from esper.contracts import Finding, Severity, ViolationRule
 from esper.exceptions import GraftError
@@ -44,12 +43,9 @@ class GroupReceipt:
     optimizer: torch.optim.Optimizer
     group: dict[str, Any]
     schedulers: tuple[Any, ...]
-    hooks: tuple[RemovableHandle, ...]
 
     def remove(self) -> None:
         """Removes the group, its state and its place in every scheduler. Twice is harmless."""
-        for hook in self.hooks:
-            hook.remove()
         places = [i for i, g in enumerate(self.optimizer.param_groups) if g is self.group]
         for place in places:
             for scheduler in self.schedulers:
@@ -134,12 +130,20 @@ def add_group(
     for scheduler in mine:
         _grow_lists(scheduler, place, size)
     _start_state(inner, parameters)
-    return GroupReceipt(inner, inner.param_groups[-1], mine, _warm_hooks(inner, group))
+    keep_warming(inner)
+    return GroupReceipt(inner, inner.param_groups[-1], mine)
 
 
-def rewarm(optimizer: Any, group: dict[str, Any]) -> tuple[RemovableHandle, ...]:
-    """Goes on with the warm-up of a group that came back from a checkpoint."""
-    return _warm_hooks(unwrap_optimizer(optimizer), group)
+def remove_groups_of(
+    parameters: Iterable[nn.Parameter], optimizers: Sequence[Any], schedulers: Sequence[Any] = ()
+) -> None:
+    """Removes every group that holds one of these, its state and its place in schedulers."""
+    gone = {id(parameter) for parameter in parameters}
+    for optimizer in map(unwrap_optimizer, optimizers):
+        mine = tuple(s for s in unwrap_schedulers(schedulers) if _drives(s, optimizer))
+        for group in list(optimizer.param_groups):
+            if any(id(parameter) in gone for parameter in group["params"]):
+                GroupReceipt(optimizer, group, mine).remove()
 
 
 def audit(model: nn.Module, optimizers: Iterable[Any]) -> list[Finding]:
@@ -148,40 +152,10 @@ def audit(model: nn.Module, optimizers: Iterable[Any]) -> list[Finding]:
     Finds trainable tensors in no optimizer, tensors that are in one but not in the model, tensors
     held twice, frozen tensors in an optimizer, and state of tensors that are in no group.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
     books = _Books.read([unwrap_optimizer(optimizer) for optimizer in optimizers])
     if not books.optimizers:
         return []
-    findings = [
-        _finding(name, Severity.SERIOUS, "trainable, but in no optimizer: it will never move",
-                 "give it to the optimizer, or set requires_grad=False")
-        for name, p in model.named_parameters()
-        if p.requires_grad and id(p) not in books.held
-    ]  # fmt: skip
-    findings += [
-        _finding(name, Severity.CAUTION, "frozen, but held by an optimizer",
-                 "set requires_grad=True, or take it out of the optimizer")
-        for name, p in model.named_parameters()
-        if not p.requires_grad and id(p) in books.held
-    ]  # fmt: skip
-    findings += [
-        _finding(names.get(key, ""), Severity.SERIOUS, f"held {times} times: it is updated twice",
-                 "keep it in one parameter group of one optimizer")
-        for key, times in books.held.items()
-        if times > 1
-    ]  # fmt: skip
-    foreign = sum(key not in names for key in books.held)
-    if foreign:
-        findings.append(
-            _finding("", Severity.CAUTION, f"{foreign} tensors in an optimizer are not in the model",
-                     "rebuild the optimizer after replacing layers")
-        )  # fmt: skip
-    if books.dead_state:
-        findings.append(
-            _finding("", Severity.CAUTION, f"{books.dead_state} dead entries of optimizer state",
-                     "they only cost memory; remove them from optimizer.state")
-        )  # fmt: skip
-    return findings
+    return [*_tensor_findings(model, books), *_book_findings(model, books)]
 
 
 def watch_movement(parameters: Mapping[str, nn.Parameter]) -> Callable[[], list[Finding]]:
@@ -190,11 +164,15 @@ def watch_movement(parameters: Mapping[str, nn.Parameter]) -> Callable[[], list[
 
     def standing() -> list[Finding]:
         return [
-            _finding(name, Severity.SERIOUS, "has not moved since it was added",
-                     "check that the layer takes part in the loss and that its group is stepped")
+            _finding(
+                name,
+                Severity.SERIOUS,
+                "has not moved since it was added",
+                "check that the layer takes part in the loss and that its group is stepped",
+            )
             for name, (parameter, value) in before.items()
             if torch.equal(parameter.detach(), value)
-        ]  # fmt: skip
+        ]
 
     return standing
 
@@ -213,10 +191,53 @@ class _Books:
             for parameter in own:
                 books.held[id(parameter)] = books.held.get(id(parameter), 0) + 1
             keys = {id(parameter) for parameter in own}
-            books.dead_state += sum(
-                isinstance(key, Tensor) and id(key) not in keys for key in optimizer.state
-            )
+            books.dead_state += sum(id(key) not in keys for key in optimizer.state)
         return books
+
+
+def _tensor_findings(model: nn.Module, books: _Books) -> Iterator[Finding]:
+    for name, parameter in model.named_parameters():
+        times = books.held.get(id(parameter), 0)
+        if parameter.requires_grad and not times:
+            yield _finding(
+                name,
+                Severity.SERIOUS,
+                "trainable, but in no optimizer: it will never move",
+                "give it to the optimizer, or set requires_grad=False",
+            )
+        if times and not parameter.requires_grad:
+            yield _finding(
+                name,
+                Severity.CAUTION,
+                "frozen, but held by an optimizer",
+                "set requires_grad=True, or take it out of the optimizer",
+            )
+        if times > 1:
+            yield _finding(
+                name,
+                Severity.SERIOUS,
+                f"held {times} times: it is updated more than once a step",
+                "keep it in one parameter group of one optimizer",
+            )
+
+
+def _book_findings(model: nn.Module, books: _Books) -> Iterator[Finding]:
+    known = {id(parameter) for parameter in model.parameters()}
+    foreign = sum(key not in known for key in books.held)
+    if foreign:
+        yield _finding(
+            "",
+            Severity.CAUTION,
+            f"{foreign} tensors held by an optimizer are not in the model",
+            "rebuild the optimizer after replacing layers",
+        )
+    if books.dead_state:
+        yield _finding(
+            "",
+            Severity.CAUTION,
+            f"{books.dead_state} entries of optimizer state belong to no group",
+            "they only cost memory; remove them from optimizer.state",
+        )
 
 
 def _finding(parameter: str, severity: Severity, observed: str, remedy: str) -> Finding:
@@ -285,21 +306,29 @@ def _start_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
         }
 
 
-def _warm_hooks(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any]
-) -> tuple[RemovableHandle, ...]:
-    # Around each step, not in the group for good: a scheduler writes the group's lr every step.
-    def before(*_: Any) -> None:
-        _cool(group)
+def keep_warming(optimizer: Any) -> None:
+    """Makes the warm-up of all young groups take effect; once is enough, twice is harmless.
 
-    def after(*_: Any) -> None:
-        _restore_lr(group)
-        group[_TAKEN] += 1
+    Around each step, not in the group for good: a scheduler writes the group's lr every step.
+    Hooks are no part of an optimizer's state dict or pickle: call this after loading one.
+    """
+    inner = unwrap_optimizer(optimizer)
+    if _before_step not in inner._optimizer_step_pre_hooks.values():
+        inner.register_step_pre_hook(_before_step)
+        inner.register_step_post_hook(_after_step)
 
-    return (
-        optimizer.register_step_pre_hook(before),
-        optimizer.register_step_post_hook(after),
-    )
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        if _TAKEN in group:
+            _cool(group)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        if _TAKEN in group:
+            _restore_lr(group)
+            group[_TAKEN] += 1
 
 
 def _cool(group: dict[str, Any]) -> None:

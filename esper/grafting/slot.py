@@ -75,7 +75,11 @@ class Slot(nn.Module):
         key = self._next_watcher
         self._next_watcher += 1
         self._watchers[key] = watcher
-        return lambda: None if self._watchers.pop(key, None) else None
+
+        def end() -> None:
+            self._watchers.pop(key, None)
+
+        return end
 
     @property
     def idle(self) -> bool:

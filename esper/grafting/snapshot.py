@@ -10,7 +10,7 @@ import copy
 import hashlib
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,20 +24,41 @@ from esper.grafting.slot import Slot
 
 def digest(model: nn.Module) -> str:
     """Hex SHA-256 over the model's named tensors: names, shapes, dtypes, bytes and ties."""
-    total = hashlib.sha256()
-    first_names: dict[int, str] = {}
-    for name, tensor in named_tensors(model):
-        first = first_names.setdefault(id(tensor), name)
-        total.update(f"{name}\0{first}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        if first == name:
-            total.update(_bytes_of(tensor))
-    return total.hexdigest()
+    return _digest_of((name, id(tensor), tensor) for name, tensor in named_tensors(model))
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, then buffers (also those outside the state dict); shared ones each time."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+class Frozen:
+    """A model's named tensors at one moment, for a digest that is worked out when asked for.
+
+    Hashing a million parameters takes longer than grafting into them, so it happens after the
+    pause, and may happen in another thread.
+    """
+
+    def __init__(self, entries: list[tuple[str, int, Tensor]]) -> None:
+        self._entries = entries
+        self._digest = ""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Frozen:
+        """The model as it is, hashed at once: nothing is copied."""
+        frozen = cls([])
+        frozen._digest = digest(model)
+        return frozen
+
+    @property
+    def digest(self) -> str:
+        """As :func:`digest` of the model at that moment."""
+        entries = self._entries  # read first: another thread may be done and clear it
+        if not self._digest:
+            self._digest = _digest_of(entries)
+            self._entries = []
+        return self._digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +73,8 @@ class RandomStreams:
     @classmethod
     def read(cls) -> RandomStreams:
         numpy = sys.modules.get("numpy")  # nobody has drawn from it where it is not loaded
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+        initialized: Callable[[], bool] = torch.cuda.is_initialized
+        cuda = torch.cuda.get_rng_state_all() if initialized() else ()
         return cls(
             python=random.getstate(),
             numpy=None if numpy is None else numpy.random.get_state(legacy=False),
@@ -162,6 +184,20 @@ class Snapshot:
                 scaler, state = self._scaler
                 scaler.load_state_dict(copy.deepcopy(state))
         self._streams.restore()
+
+    def freeze(self, model: nn.Module) -> Frozen:
+        """The model as it is now, sharing the snapshot's copies of all tensors in it.
+
+        Only for a moment when those still hold what they held: between taking the snapshot and
+        the next step. Tensors that the snapshot does not know are copied.
+        """
+        values = {id(saved.tensor): saved.value for saved in self._tensors}
+        return Frozen(
+            [
+                (name, id(tensor), _frozen_value(values, tensor))
+                for name, tensor in named_tensors(model)
+            ]
+        )
 
     def differences(self) -> list[str]:
         """What is not as it was, one line for each kind of thing; empty right after a restore."""
@@ -335,9 +371,26 @@ def _numpy_key(state: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def _digest_of(entries: Iterable[tuple[str, int, Tensor]]) -> str:
+    """Entries are (name, identity, value); equal identities are ties."""
+    total = hashlib.sha256()
+    first_names: dict[int, str] = {}
+    for name, identity, tensor in entries:
+        first = first_names.setdefault(identity, name)
+        total.update(f"{name}\0{first}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if first == name:
+            total.update(_bytes_of(tensor))
+    return total.hexdigest()
+
+
+def _frozen_value(values: dict[int, Tensor], tensor: Tensor) -> Tensor:
+    known = values.get(id(tensor))
+    return tensor.detach().clone() if known is None else known
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _refill(live: dict[str, Any], saved: dict[str, Any]) -> None:

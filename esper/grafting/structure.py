@@ -18,7 +18,7 @@ from esper.exceptions import ConfigurationError, GraftError
 from esper.grafting import ledger
 from esper.grafting.apply import Receipt, Surroundings, insert_graft
 from esper.grafting.slot import GraftRecord, find_host, slots
-from esper.grafting.snapshot import digest
+from esper.grafting.snapshot import Frozen
 
 
 def structure(model: nn.Module) -> list[dict[str, Any]]:
@@ -121,15 +121,16 @@ def _rebuild_one(model: nn.Module, record: GraftRecord, surroundings: Surroundin
     device = next((p.device for p in host.parameters()), None)
     graft = blueprint.build(record.layer, record.config, seed=record.seed, device=device)
     graft.train(host.training)
-    before = digest(model)
+    before = Frozen.of(model)
     group = insert_graft(model, record, graft, surroundings)
     return Receipt(
         record=record,
         pause_ms=0.0,
-        digest_before=before,
-        digest_after=digest(model),
+        _before=before,
+        _after=Frozen.of(model),
         _model=model,
         _graft=graft,
+        _surroundings=surroundings,
         _group=group,
     )
 

@@ -32,11 +32,12 @@ MIN_LOSS_SAMPLES = 32
 MAX_FRAMES = 32  # older ones say nothing about now
 BLOCKS = 24
 # A loss that follows step^-alpha with alpha below this is called flat: training twice as long
-# would bring less than 7 %.
-FLAT_EXPONENT = 0.1
+# would bring less than 10 %.
+FLAT_EXPONENT = 0.15
 SPIKE = 6.0  # deviations
 HUGE_UPDATE = 0.1  # update / weight; 1e-3 is usual
 MAX_EXTRAPOLATION = 4.0  # a window of n steps says nothing about more than 4 n steps
+SURE_ERROR = 0.2  # an exponent known less well than this calls nothing flat
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +46,12 @@ class LossFeatures:
 
     Attributes:
         samples: finite samples that were seen.
-        level: median of the newest eighth; initial: median of the oldest eighth.
+        level: median of the newest eighth; initial: median of the oldest fiftieth.
         noise: robust standard deviation of single samples around the recent trend.
         exponent: alpha of the local law loss ~ step^-alpha; > 0 falls.
         exponent_error: standard error of ``exponent``.
-        plateau_score: probability that ``exponent`` is below ``FLAT_EXPONENT``, 0..1.
+        plateau_score: probability that ``exponent`` is below ``FLAT_EXPONENT``, 0..1; NaN while
+            the noise hides the trend (error above ``SURE_ERROR``).
         spike_score: median deviation of the three newest samples from the recent trend, in
             units of ``noise``; one outlier makes no spike.
         non_finite: samples of the newest eighth that are not finite.
@@ -119,6 +121,7 @@ class Features:
         return 0.0 if row is None else float(self.unstable[row])
 
 
+@np.errstate(all="ignore")  # odd numbers are data here; NaN and inf speak for them
 def extract_features(
     snapshot: RunSnapshot, types: Mapping[str, AdaptationType] | None = None
 ) -> Features:
@@ -150,24 +153,33 @@ def extract_features(
     )
 
 
+@np.errstate(all="ignore")  # odd numbers are data here; NaN and inf speak for them
 def loss_features(steps_T: NDArray[np.int64], loss_T: Doubles, *, since: int = -1) -> LossFeatures:
     """What the loss does; mostly NaN below ``MIN_LOSS_SAMPLES`` samples after ``since``.
 
     ``since`` is the step of the last adaptation: a curve that was changed half-way has no one
-    trend. The recent half is cut into blocks; Theil–Sen gives their slope and the median absolute
-    deviation of the residuals its error (Sen 1968), so single spikes do not count.
+    trend. The recent half of the run is cut into blocks; Theil–Sen gives their slope and the
+    median absolute deviation of the residuals its error (Sen 1968), so single spikes do not count.
     """
     finite_T = np.isfinite(loss_T)
     eighth = max(1, len(loss_T) // 8)
     non_finite = int((~finite_T[-eighth:]).sum())
-    initial = float(np.median(loss_T[finite_T][:eighth])) if finite_T.any() else math.nan
+    initial = (
+        float(np.median(loss_T[finite_T][: max(5, len(loss_T) // 50)]))
+        if finite_T.any()
+        else math.nan
+    )
     kept_T = finite_T & (steps_T > since)
     steps_T, loss_T = steps_T[kept_T], loss_T[kept_T]
     if len(loss_T) < MIN_LOSS_SAMPLES:
-        return LossFeatures(samples=len(loss_T), initial=initial, non_finite=non_finite)
-    half = len(loss_T) // 2
-    slope, middle_step, middle, slope_error = _robust_line(steps_T[half:], loss_T[half:])
-    residuals = loss_T[half:] - (middle + slope * (steps_T[half:] - middle_step))
+        level = float(np.median(loss_T[-eighth:])) if len(loss_T) else math.nan
+        return LossFeatures(
+            samples=len(loss_T), level=level, initial=initial, non_finite=non_finite
+        )
+    recent_T = _recent_half(steps_T)
+    steps_T, recent_loss_T = steps_T[recent_T], loss_T[recent_T]
+    slope, middle_step, middle, slope_error = _robust_line(steps_T, recent_loss_T)
+    residuals = recent_loss_T - (middle + slope * (steps_T - middle_step))
     noise = _deviation(residuals)
     exponent, error = _exponent(steps_T, middle, slope, slope_error)
     return LossFeatures(
@@ -181,6 +193,12 @@ def loss_features(steps_T: NDArray[np.int64], loss_T: Doubles, *, since: int = -
         spike_score=_spike(residuals, noise, middle),
         non_finite=non_finite,
     )
+
+
+def _recent_half(steps_T: NDArray[np.int64]) -> slice:
+    """Samples of the second half of the run's steps; of a window that begins later, all."""
+    begin = int(np.searchsorted(steps_T, steps_T[-1] // 2))
+    return slice(min(begin, len(steps_T) - MIN_LOSS_SAMPLES // 2), None)
 
 
 def _aligned(frame: HealthFrame, names: tuple[str, ...]) -> Floats:
@@ -211,8 +229,7 @@ def _trend(values: list[Floats], layers: int) -> Floats:
     if half == 0:
         return np.full((layers, len(SIGNALS)), np.nan, dtype=np.float32)
     older, newer = _known_mean(values[:half]), _known_mean(values[half:])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        change = (newer - older) / np.abs(older)
+    change = (newer - older) / np.abs(older)
     change[~np.isfinite(change)] = np.nan
     return change
 
@@ -224,8 +241,8 @@ def _known_mean(values: list[Floats]) -> Floats:
         known = np.isfinite(frame)
         np.add(total, frame, out=total, where=known)
         count += known
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.divide(total, count)
+    mean = np.divide(total, count)
+    return mean.astype(np.float32)
 
 
 # Norms and ratios spread over decades; shares are compared as they are.
@@ -243,13 +260,11 @@ _LOG_SIGNALS = [
 
 def _z_across_layers(latest: Floats) -> Floats:
     scaled = latest.astype(np.float32, copy=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scaled[:, _LOG_SIGNALS] = np.log10(scaled[:, _LOG_SIGNALS])
+    scaled[:, _LOG_SIGNALS] = np.log10(scaled[:, _LOG_SIGNALS])
     scaled[~np.isfinite(scaled)] = np.nan
     distance = scaled - layer_medians(scaled)
     spread = 1.4826 * layer_medians(np.abs(distance))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = distance / spread
+    z = distance / spread
     z[~np.isfinite(z)] = np.nan
     return z
 
@@ -296,7 +311,7 @@ def _exponent(
 
 def _below(limit: float, value: float, error: float) -> float:
     """P(true value < limit) for a normal estimate."""
-    if not math.isfinite(error):
+    if not error <= SURE_ERROR:
         return math.nan
     return 0.5 * math.erfc((value - limit) / (math.sqrt(2.0) * max(error, 1e-9)))
 
@@ -319,8 +334,7 @@ def _unstable(latest: Floats, loss: LossFeatures) -> Floats:
     unstable_L = np.zeros(len(latest), dtype=np.float32)
     # Large steps early in a run that goes well are no illness.
     if loss.exponent < FLAT_EXPONENT:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            decades_L = np.log10(ratio_L / HUGE_UPDATE)
+        decades_L = np.log10(ratio_L / HUGE_UPDATE)
         huge_L = ratio_L >= HUGE_UPDATE
         unstable_L[huge_L] = np.clip(0.5 + 0.5 * decades_L[huge_L], 0.0, 1.0)
     suspect = _suspect(latest)

@@ -74,8 +74,8 @@ class HealthSampler:
         self._optimizers = tuple(optimizers)
         self._names = tuple(layer.name for layer in layers)
         self._clock = clock
-        self._frames = _Pace(max(1, frame_every), budget / 2)
-        self._deep = _Pace(max(1, deep_every), budget / 2)
+        self._frames = _Pace(max(1, frame_every), budget)
+        self._deep = _Pace(max(1, deep_every), budget)
         self._activations = _Activations(watch, self._names, clock)
         self._ranks = _StableRanks()
         self._before: list[Tensor] = []
@@ -98,12 +98,12 @@ class HealthSampler:
     @property
     def period(self) -> int:
         """Steps between frames at the moment."""
-        return self._frames.period(self._typical_step())
+        return self._frames.period(self._typical_step(), self.cost_ratio)
 
     @property
     def deep_period(self) -> int:
         """Steps between looks at activations at the moment."""
-        return self._deep.period(self._typical_step())
+        return self._deep.period(self._typical_step(), self.cost_ratio)
 
     def refresh(self) -> None:
         """Reads the model's modules again; call it after a graft or an undo."""
@@ -195,7 +195,7 @@ class HealthSampler:
         """Tier 0: fused norms of all parameters, gathered in one transfer."""
         gradients = [_dense(parameter.grad) for parameter in self._map.parameters]
         weights = [parameter.detach() for parameter in self._map.parameters]
-        tables = [gradients, weights]
+        tables: list[Sequence[Tensor | None]] = [gradients, weights]
         if self._before_fresh and self._before:
             # Reuses the copies: they become w_old - w_new.
             old_P = _squared_norms(self._before)
@@ -258,13 +258,14 @@ def forward_hook_watch(model: nn.Module) -> Watch:
             if x is not None and y is not None:
                 fn(x, y)
 
-        return modules[layer].register_forward_hook(hook).remove
+        undo: Callable[[], None] = modules[layer].register_forward_hook(hook).remove
+        return undo
 
     return watch
 
 
 class _Pace:
-    """Period of a tier: the shortest that its measured cost leaves inside the budget."""
+    """Period of a tier: the shortest that its measured cost leaves inside half the budget."""
 
     def __init__(self, shortest: int, budget: float) -> None:
         self.shortest = shortest
@@ -281,12 +282,14 @@ class _Pace:
         self._costs.append(self._open)
         self._open = 0.0
 
-    def period(self, step_seconds: float) -> int:
-        # The median, and not before three samples: first calls pay for caches and kernels.
+    def period(self, step_seconds: float, cost_ratio: float) -> int:
+        # The median, and not before three samples: first calls pay for caches and kernels. What
+        # they and rare outliers cost is earned back by longer periods, at most fourfold.
         if len(self._costs) < 3 or not step_seconds > 0 or self._budget <= 0:
             return self.shortest
-        needed = statistics.median(self._costs) / (self._budget * step_seconds)
-        return max(self.shortest, math.ceil(needed))
+        needed = statistics.median(self._costs) / (self._budget / 2 * step_seconds)
+        overdrawn = min(4.0, max(1.0, cost_ratio / self._budget))
+        return max(self.shortest, math.ceil(needed * overdrawn))
 
 
 @dataclass(slots=True)
@@ -559,7 +562,8 @@ def _gather(tensors: Sequence[Tensor]) -> np.ndarray:
 
 def _measured(values: np.ndarray) -> np.ndarray:
     """What was measured and is NaN becomes inf, because NaN says that nobody measured."""
-    return np.where(np.isnan(values), np.inf, values)
+    measured: np.ndarray = np.where(np.isnan(values), np.inf, values)
+    return measured
 
 
 def _pairs(pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

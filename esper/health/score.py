@@ -39,6 +39,7 @@ PARTS: dict[str, float] = {
 }
 
 
+@np.errstate(all="ignore")  # odd numbers are data here; NaN and inf speak for them
 def health_scores(values: Floats, medians: Floats | None = None) -> Floats:
     """Health of each layer.
 
@@ -55,8 +56,7 @@ def health_scores(values: Floats, medians: Floats | None = None) -> Floats:
     weights_P1 = np.array(list(PARTS.values()), dtype=np.float32)[:, None]
     known_PL = ~np.isnan(parts_PL)
     weight_L = (weights_P1 * known_PL).sum(axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean_L = (weights_P1 * np.where(known_PL, parts_PL, 0.0)).sum(axis=0) / weight_L
+    mean_L = (weights_P1 * np.where(known_PL, parts_PL, 0.0)).sum(axis=0) / weight_L
     worst_L = np.where(known_PL, parts_PL, np.inf).min(axis=0)
     return np.where(weight_L > 0, 0.5 * mean_L + 0.5 * worst_L, np.nan).astype(np.float32)
 
@@ -93,13 +93,13 @@ def _one(medians: Floats, signal: Signal) -> float:
 
 def _falling(x_L: Floats, *, good: float, bad: float) -> Floats:
     """1 up to ``good``, then a straight line to 0 at ``bad``; NaN stays NaN, inf is 0."""
-    return np.clip((bad - x_L) / (bad - good), 0.0, 1.0)
+    part_L: Floats = np.clip((bad - x_L) / (bad - good), 0.0, 1.0)
+    return part_L
 
 
 def _decades(x_L: Floats) -> Floats:
     """log10 with 0 -> -inf, quietly."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log10(x_L)
+    return np.log10(x_L)
 
 
 def _update_part(ratio_L: Floats, median: float) -> Floats:

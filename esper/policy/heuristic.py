@@ -51,6 +51,7 @@ AFTER_ROLLBACK = 0.85  # what is left of the confidence on a layer that was roll
 SICK = 0.5
 DEAD_SHARE = 0.5
 PLATEAU = 0.8
+YOUNG_STEPS = 500
 MIN_HEADROOM = 0.05  # below 5 % of where the loss began there is nothing left to gain
 BOTTLENECK = 0.3
 MAX_LAYERS_PROPOSED = 3
@@ -231,9 +232,11 @@ def _against_plateau(snapshot: RunSnapshot, features: Features) -> str:
     """Why the loss asks for nothing; empty when it does."""
     loss = features.loss
     if not math.isfinite(loss.plateau_score):
-        return f"{loss.samples} samples of the loss are too few to call it flat."
+        return f"{loss.samples} samples of the loss do not show its trend in the noise yet."
     if loss.plateau_score < PLATEAU:
         return f"The loss still falls or is not surely flat ({_plateau_text(features)})."
+    if snapshot.step < YOUNG_STEPS:
+        return f"At step {snapshot.step} a flat loss is often a saddle that the run leaves itself."
     if not loss.headroom >= MIN_HEADROOM:
         return f"The loss is at {loss.headroom:.1%} of where it began; little is left to gain."
     if snapshot.in_flight > 0:

@@ -40,7 +40,7 @@ class BackOff:
     def next_delay(self, retry_after: float | None = None) -> float:
         delay = min(self.most, self.first * 2.0**self.attempts)
         self.attempts = min(self.attempts + 1, 30)
-        jittered = delay * random.uniform(0.5, 1.0)  # noqa: S311  (spreads load, guards nothing)
+        jittered = delay * random.uniform(0.5, 1.0)
         return max(jittered, min(retry_after or 0.0, 60.0))
 
     def reset(self) -> None:

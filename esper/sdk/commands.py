@@ -1,7 +1,7 @@
 """Whether a trainer obeys: the checks of a command, in the order of ``docs/protocol.md``.
 
-    signature -> run -> epoch -> sequence -> expiry -> the trainer's own veto
-                                                         (mode, pause; kernels are checked later)
+signature -> run -> epoch -> sequence -> expiry -> the trainer's own veto
+                                                     (mode, pause; kernels are checked later)
 """
 
 from __future__ import annotations

@@ -34,8 +34,7 @@ class LossReader:
         waiting = self._waiting
         copy = torch.empty((), dtype=torch.float32, pin_memory=True)
         copy.copy_(loss.detach().reshape(()), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        event = torch.cuda.current_stream(loss.device).record_event()
         self._waiting = (copy, event)
         if waiting is None:
             return None

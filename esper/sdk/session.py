@@ -1,11 +1,11 @@
 """A run's session: what a training loop calls once per step.
 
-    step(loss)    guard       a diverging loss takes the youngest graft on probation out, at once
-                  commands    grafts and undos that are due, here and nowhere else
-                  evaluation  held-out loss; with each graft on and off
-                  health      a frame, when one is due
-                  telemetry   into a bounded queue; another thread sends it
-                  local loop  without a server: decide, graft, judge in this process
+step(loss)    guard       a diverging loss takes the youngest graft on probation out, at once
+              commands    grafts and undos that are due, here and nowhere else
+              evaluation  held-out loss; with each graft on and off
+              health      a frame, when one is due
+              telemetry   into a bounded queue; another thread sends it
+              local loop  without a server: decide, graft, judge in this process
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ class Session:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._model = setup.model
-        self._surgeon = Surgeon(
-            setup.model, setup.optimizers, setup.schedulers, setup.scaler
-        )
+        self._surgeon = Surgeon(setup.model, setup.optimizers, setup.schedulers, setup.scaler)
         self._recorder = LayerRecorder(setup.model)
         self._guard = LossGuard()
         self._reader = LossReader()
@@ -328,7 +326,7 @@ class Session:
         Raises:
             ConfigurationError: it is no such state, or training has begun.
         """
-        if not isinstance(state, dict) or state.get("format") != 1:
+        if state.get("format") != 1:
             raise ConfigurationError("this is not the state of an Esper session")
         if self._step:
             raise ConfigurationError("load a session's state before its first step")
@@ -421,18 +419,19 @@ class Session:
             self._find(_divergence(verdict))
 
     def _roll_back(self, patient: Adaptation, verdict: GuardVerdict) -> None:
-        report, gone = self._take_out(patient, hard=True, state=AdaptationState.ROLLED_BACK)
+        hard = patient.restorable
+        report, gone = self._take_out(patient, hard=hard, state=AdaptationState.ROLLED_BACK)
         self._guard.reset()
         logger.warning(
-            "step %d: %s; %s was taken out of %s, the model is as it was before step %d",
+            "step %d: %s; %s was taken out of %s%s",
             self._step,
             verdict.text,
             patient.blueprint,
             patient.layer,
-            patient.step,
+            f", the model is as it was after step {patient.step}" if report.exact else "",
         )
         if self._local is not None:
-            self._local.on_rolled_back(gone)
+            self._local.on_rolled_back(gone, self._step, verdict.text)
         for entry in gone:
             if self._transport is not None and not entry.local:
                 self._transport.owe("rollbacks", self._rollback_body(entry, verdict, report))
@@ -530,13 +529,14 @@ class Session:
                 code=RefusalCode.NOT_GRAFTED,
                 reason="this model does not hold that graft",
             )
-        hard = command.payload.get("hard") is not False
+        wanted = command.payload.get("hard") is not False
+        hard = wanted and adaptation.restorable
         report, gone = self._take_out(adaptation, hard=hard, state=AdaptationState.ROLLED_BACK)
         return CommandAck(
             seq=command.seq,
             state=CommandState.APPLIED,
             pause_ms=report.pause_ms,
-            reason=_undo_note(adaptation, report, gone, hard=hard),
+            reason=_undo_note(adaptation, gone, softened=wanted and not hard),
             digest_after=report.digest,
         )
 
@@ -619,8 +619,14 @@ class Session:
         for entry, verdict in local.verdicts(self._step, self._losses):
             if not verdict.keep:
                 self._take_out(entry, hard=False, state=AdaptationState.ROLLED_BACK)
-            logger.info("step %d: %s at %s %s: %s", self._step, entry.blueprint, entry.layer,
-                        entry.state, verdict.reason)
+            logger.info(
+                "step %d: %s at %s %s: %s",
+                self._step,
+                entry.blueprint,
+                entry.layer,
+                entry.state,
+                verdict.reason,
+            )
         operation = local.consider(frame, self._step, self._losses)
         if operation is not None:
             try:
@@ -643,8 +649,13 @@ class Session:
         if self._findings.get(key) == finding:
             return
         self._findings[key] = finding
-        logger.warning("%s at %s: %s. %s", finding.rule, finding.layer or "the run",
-                       finding.observed, finding.remedy)
+        logger.warning(
+            "%s at %s: %s. %s",
+            finding.rule,
+            finding.layer or "the run",
+            finding.observed,
+            finding.remedy,
+        )
         if self._transport is not None:
             self._transport.telemetry.offer_finding(finding)
 
@@ -662,17 +673,13 @@ class Session:
 
 
 def _failed(command: Command, reason: str, code: str = "") -> CommandAck:
-    return CommandAck(
-        seq=command.seq, state=CommandState.FAILED, code=str(code), reason=reason
-    )
+    return CommandAck(seq=command.seq, state=CommandState.FAILED, code=str(code), reason=reason)
 
 
-def _undo_note(
-    adaptation: Adaptation, report: UndoReceipt, gone: Sequence[Adaptation], *, hard: bool
-) -> str:
+def _undo_note(adaptation: Adaptation, gone: Sequence[Adaptation], *, softened: bool) -> str:
     notes = []
-    if hard and not report.exact:
-        notes.append("taken out softly: its snapshot did not survive the trainer's restart")
+    if softened:
+        notes.append("taken out softly: the snapshot before it is not kept any more")
     later = [entry.uid for entry in gone if entry is not adaptation]
     if later:
         notes.append(f"later grafts went with it: {', '.join(later)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper import blueprints, grafting
+from esper import grafting
 from esper.blueprints import Blueprint, Graft
 from esper.contracts import (
     AdaptationState,
@@ -29,6 +30,7 @@ from esper.grafting.slot import SLOT_NAME, find_host, slot_of
 
 logger = logging.getLogger("esper")
 
+SNAPSHOTS_KEPT = 3
 _GRAFT_MARK = f".{SLOT_NAME}."
 
 
@@ -39,7 +41,7 @@ class Adaptation:
     Attributes:
         uid: the server's id, or ``local-<n>``.
         state: ``probation``, ``kept``, ``rolled_back`` or ``reverted``.
-        receipt: None where the graft came out of a checkpoint: it can be taken out softly only.
+        grafted_at: seconds since the epoch.
         guarded_until: the last step at which the trainer's own guard may take it out.
         loss_before: (step, loss) of the run before the graft, for the verdict.
     """
@@ -53,6 +55,7 @@ class Adaptation:
     receipt: Receipt | None = None
     ablation_gain: float = math.nan
     guarded_until: int = -1
+    grafted_at: float = 0.0
     verdict: Verdict | None = None
     reward: Reward | None = None
     loss_before: tuple[tuple[int, float], ...] = ()
@@ -61,6 +64,11 @@ class Adaptation:
     def grafted(self) -> bool:
         """Its graft is in the model."""
         return self.state in (AdaptationState.PROBATION, AdaptationState.KEPT)
+
+    @property
+    def restorable(self) -> bool:
+        """The model as it was before the graft can be brought back."""
+        return self.receipt is not None and self.receipt.can_undo_hard
 
     @property
     def local(self) -> bool:
@@ -141,9 +149,17 @@ class Surgeon:
             state=AdaptationState.PROBATION,
             config=dict(receipt.config),
             receipt=receipt,
+            grafted_at=time.time(),
         )
         self.adaptations.append(adaptation)
+        self._forget_old_snapshots()
         return adaptation
+
+    def _forget_old_snapshots(self) -> None:
+        """A snapshot is a copy of the model and its optimizer: only the newest few are kept."""
+        restorable = [r for e in self.grafted if (r := e.receipt) is not None and r.can_undo_hard]
+        for receipt in restorable[:-SNAPSHOTS_KEPT]:
+            receipt.forget_snapshot()
 
     def undo(
         self, adaptation: Adaptation, *, hard: bool, state: AdaptationState
@@ -158,15 +174,13 @@ class Surgeon:
             UndoError: it could not be taken out.
         """
         receipt = adaptation.receipt
-        assert receipt is not None
+        if receipt is None:
+            raise UndoError("this graft is not in the model any more", layer=adaptation.layer)
         report = receipt.undo(hard=hard)
-        gone = [adaptation]
-        if report.exact:
-            later = self.adaptations[self.adaptations.index(adaptation) + 1 :]
-            gone += [entry for entry in later if entry.grafted]
+        gone = tuple(e for e in self.grafted if e.receipt is None or not e.receipt.present)
         for entry in gone:
             entry.state = state
-        return report, tuple(gone)
+        return report, gone
 
     @contextmanager
     def without(self, adaptation: Adaptation) -> Iterator[None]:
@@ -183,9 +197,7 @@ class Surgeon:
 
     def youngest_on_probation(self, step: int) -> Adaptation | None:
         """The graft that the guard may take out at this step."""
-        return next(
-            (entry for entry in reversed(self.grafted) if _is_guarded(entry, step)), None
-        )
+        return next((entry for entry in reversed(self.grafted) if _is_guarded(entry, step)), None)
 
     def due_for_ablation(self, step: int, policy: SafetyPolicy) -> list[Adaptation]:
         """Grafts that have just matured, or come to the end of their probation."""
@@ -217,8 +229,7 @@ class Surgeon:
                 if _GRAFT_MARK in name
             },
             "optimizers": [
-                grafting.optimizer_state_by_name(self.model, optimizer)
-                for optimizer in self.optimizers
+                _optimizer_state(self.model, optimizer) for optimizer in self.optimizers
             ],
             "applied": [_to_state(entry) for entry in self.grafted],
         }
@@ -233,21 +244,22 @@ class Surgeon:
             raise ConfigurationError("this model carries grafts already; load into a fresh one")
         if len(state["optimizers"]) != len(self.optimizers):
             raise ConfigurationError("the state is of another number of optimizers")
-        grafting.rebuild(
+        receipts = grafting.rebuild(
             self.model, state["structure"], self.optimizers, schedulers=self._schedulers
         )
         _load_grafts(self.model, state["grafts"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            grafting.load_optimizer_state_by_name(self.model, optimizer, saved)
-        self.adaptations = [_from_state(entry) for entry in state["applied"]]
+            if saved is not None:
+                grafting.load_optimizer_state_by_name(self.model, optimizer, saved)
+        places = {(receipt.layer, receipt.blueprint): receipt for receipt in receipts}
+        self.adaptations = [
+            _from_state(entry, places[entry["layer"], entry["blueprint"]])
+            for entry in state["applied"]
+        ]
 
 
 def _is_guarded(entry: Adaptation, step: int) -> bool:
-    return (
-        entry.state is AdaptationState.PROBATION
-        and entry.receipt is not None  # out of a checkpoint there is no snapshot to go back to
-        and step <= entry.guarded_until
-    )
+    return entry.state is AdaptationState.PROBATION and step <= entry.guarded_until
 
 
 def _load_grafts(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
@@ -260,6 +272,14 @@ def _load_grafts(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
             tensor.copy_(saved[name])
 
 
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """By name; None for an optimizer that also trains something beside this model."""
+    try:
+        return grafting.optimizer_state_by_name(model, optimizer)
+    except ConfigurationError:
+        return None
+
+
 def _to_state(entry: Adaptation) -> dict[str, Any]:
     return {
         "adaptation": entry.uid,
@@ -268,10 +288,11 @@ def _to_state(entry: Adaptation) -> dict[str, Any]:
         "config": entry.config,
         "step": entry.step,
         "state": str(entry.state),
+        "guarded_until": entry.guarded_until,
     }
 
 
-def _from_state(saved: dict[str, Any]) -> Adaptation:
+def _from_state(saved: dict[str, Any], receipt: Receipt) -> Adaptation:
     return Adaptation(
         uid=saved["adaptation"],
         layer=saved["layer"],
@@ -279,4 +300,7 @@ def _from_state(saved: dict[str, Any]) -> Adaptation:
         config=saved["config"],
         step=saved["step"],
         state=AdaptationState(saved["state"]),
+        guarded_until=saved["guarded_until"],
+        receipt=receipt,
+        grafted_at=time.time(),
     )

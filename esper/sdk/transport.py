@@ -1,9 +1,9 @@
 """The trainer's line to the server: one daemon thread that the training never waits for.
 
-    register -> hello -> ┬ send telemetry batches until each is answered
-                         ├ keep promises (acknowledgements, rollbacks) until each is answered
-                         └ listen: command -> verify -> journal -> accept -> prepare -> inbox
-    close    -> the rest of the telemetry -> the rest of the promises -> finish
+register -> hello -> ┬ send telemetry batches until each is answered
+                     ├ keep promises (acknowledgements, rollbacks) until each is answered
+                     └ listen: command -> verify -> journal -> accept -> prepare -> inbox
+close    -> the rest of the telemetry -> the rest of the promises -> finish
 """
 
 from __future__ import annotations
@@ -14,18 +14,26 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 
 from esper.compilation.verify import open_kernel
-from esper.contracts import Command, CommandAck, CommandKind, CommandState, Recipe, RefusalCode
-from esper.contracts import codec
+from esper.contracts import (
+    Command,
+    CommandAck,
+    CommandKind,
+    CommandState,
+    Recipe,
+    RefusalCode,
+    codec,
+)
 from esper.contracts.kernels import MAX_FILE_BYTES
 from esper.exceptions import (
     CodecError,
@@ -42,6 +50,8 @@ from esper.sdk.registration import Registration, RunDescription
 from esper.sdk.telemetry import Batch, TelemetryQueue
 
 logger = logging.getLogger("esper")
+
+_T = TypeVar("_T")
 
 _SILENCE_SECONDS = 30.0  # the server pings every 10 s
 _MAX_MESSAGE_BYTES = 256 * 1024
@@ -159,10 +169,8 @@ class Transport:
         loop = self._loop
         if loop is None:
             return
-        try:
+        with suppress(RuntimeError):  # the loop has just been closed
             loop.call_soon_threadsafe(callback)
-        except RuntimeError:
-            pass  # the loop has just been closed
 
     # -- the transport thread ------------------------------------------------------------------
 
@@ -299,14 +307,16 @@ class Transport:
             await _wait(self._new_promise, self._pace.flush)
 
     def _write_promises(self) -> None:
-        assert self._journal is not None and self.registration is not None
+        assert self._journal is not None
+        assert self.registration is not None
         while self._owed:
             path, body = self._owed.popleft()
             body = {**body, "epoch": self.registration.epoch}
             self._journal.promise(f"runs/{self.registration.run}/{path}", body)
 
     async def _keep_promise(self, client: Client, promise: Promise) -> None:
-        assert self._journal is not None and self.registration is not None
+        assert self._journal is not None
+        assert self.registration is not None
         try:
             await self._insist(lambda: client.post(promise.path, promise.body), what=promise.path)
         except TransportError as error:
@@ -360,7 +370,7 @@ class Transport:
 
     async def _follow_stream(self, client: Client, back_off: BackOff) -> None:
         address = f"{self._stream_address()}?after={self._last_seq}"
-        proxy = None if is_loopback(self._server) else True
+        proxy: Literal[True] | None = None if is_loopback(self._server) else True
         async with connect(
             address,
             additional_headers={"Authorization": f"Bearer {client.token}"},
@@ -396,7 +406,8 @@ class Transport:
 
     @property
     def _last_seq(self) -> int:
-        assert self._journal is not None and self.registration is not None
+        assert self._journal is not None
+        assert self.registration is not None
         return max(self._journal.state.command_seq, self.registration.last_command_seq)
 
     async def _on_command(
@@ -421,12 +432,11 @@ class Transport:
             self._refuse(command.seq, refusal)
 
     async def _take_command(self, client: Client, command: Command, signature: str) -> None:
-        assert self._journal is not None and self.registration is not None
+        assert self._journal is not None
+        assert self.registration is not None
         trust = self.registration.trust
         try:
-            verify_command(
-                command, signature, trust, last_seq=self._last_seq, now=self.now()
-            )
+            verify_command(command, signature, trust, last_seq=self._last_seq, now=self.now())
         except CommandRefusedError as refusal:
             if refusal.code == RefusalCode.EXPIRED:  # genuine, so its number is used up
                 self._journal.take_command(command.seq)
@@ -488,7 +498,7 @@ class Transport:
 
     # -- waiting and giving up -----------------------------------------------------------------
 
-    async def _insist(self, attempt: Callable[[], Any], *, what: str) -> Any:
+    async def _insist(self, attempt: Callable[[], Awaitable[_T]], *, what: str) -> _T:
         return await insist(attempt, back_off=self._pace.back_off(), what=what)
 
     def _give_up(self, error: TransportError) -> None:

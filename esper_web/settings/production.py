@@ -25,7 +25,9 @@ ESPER_KERNEL_PUBLIC_KEY = env.text("ESPER_KERNEL_PUBLIC_KEY")
 SECURE_SSL_REDIRECT = env.flag("ESPER_HTTPS_ONLY", True)
 # nginx ends TLS and sets this header, after removing what a client sent (docker/nginx.conf).
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
-SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^readyz$"]
+# Probes and services of our own network (Tamiyo) come straight to us over HTTP. From outside only
+# nginx can be reached, and it redirects before we see the request.
+SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^readyz$", r"^metrics$", r"^api/v1/"]
 SECURE_HSTS_SECONDS = env.integer("ESPER_HSTS_SECONDS", 31_536_000, minimum=0, maximum=63_072_000)
 SECURE_HSTS_INCLUDE_SUBDOMAINS = True
 SECURE_HSTS_PRELOAD = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
 import subprocess
@@ -89,14 +90,12 @@ def test_two_supervisors_cannot_share_a_data_directory(tmp_path: Path) -> None:
 
 
 def test_the_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
-    import os
-
     with (
         data_directory_lock(tmp_path),
         pytest.raises(DataDirectoryBusyError, match=str(os.getpid())),
+        data_directory_lock(tmp_path),
     ):
-        with data_directory_lock(tmp_path):
-            pass
+        pass
 
 
 def test_secrets_are_made_once_and_only_their_owner_reads_them(tmp_path: Path) -> None:

@@ -153,7 +153,10 @@ async def test_the_start_waits_until_a_child_answers(output: Output, tmp_path: P
     async def is_ready() -> bool:
         return flag.exists()
 
-    program = f"import pathlib, time; time.sleep(0.3); pathlib.Path({str(flag)!r}).touch(); time.sleep(60)"
+    program = (
+        "import pathlib, time; time.sleep(0.3); "
+        f"pathlib.Path({str(flag)!r}).touch(); time.sleep(60)"
+    )
     family = Family(output)
     await family.start([spec("web", program, ready=is_ready)])
     assert flag.exists()

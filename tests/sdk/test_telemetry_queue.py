@@ -20,11 +20,7 @@ def frame(step: int, layers: int = 2) -> HealthFrame:
     return HealthFrame(step=step, wall_time=0.0, layers=names, values=values)
 
 
-@given(
-    st.lists(
-        st.sampled_from(["metric", "take", "refuse"]), min_size=1, max_size=200
-    )
-)
+@given(st.lists(st.sampled_from(["metric", "take", "refuse"]), min_size=1, max_size=200))
 def test_offered_is_stored_plus_dropped_plus_waiting(acts: list[str]) -> None:
     queue = TelemetryQueue()
     with pytest.MonkeyPatch.context() as patch:

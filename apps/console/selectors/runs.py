@@ -12,7 +12,7 @@ from typing import Any
 from django.db.models import Avg, Case, F, Max, OuterRef, QuerySet, Subquery, Value, When
 
 from apps.adaptations.models import Adaptation
-from apps.console.drawing import Cell, Sparkline, health_cells, shade, sparkline
+from apps.console.drawing import CELL_WIDTH, Cell, Sparkline, health_cells, shade, sparkline
 from apps.runs.models import Command, Run
 from apps.telemetry.models import Frame, Metric
 from apps.violations.models import Violation
@@ -42,6 +42,15 @@ class RunRow:
         if not self.run.target_steps:
             return None
         return min(100, round(100 * self.run.step / self.run.target_steps))
+
+    @property
+    def strip_width(self) -> int:
+        return len(self.cells) * CELL_WIDTH
+
+    @property
+    def health_words(self) -> str:
+        """The strip for people who do not see it; all cells while there are few."""
+        return ", ".join(cell.label for cell in self.cells[:12])
 
 
 def live_runs() -> QuerySet[Run]:

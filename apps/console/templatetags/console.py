@@ -47,6 +47,15 @@ def status(kind: str, value: str) -> SafeString:
 
 
 @register.simple_tag
+def status_shape(kind: str, value: str) -> SafeString:
+    """The shape alone, where the word stands beside it in the same line."""
+    found = BY_KIND[kind].get(str(value)) or Status("standby", "question", str(value))
+    return format_html(
+        '<span class="status" data-tone="{}">{}</span>', found.tone, shape(found.shape)
+    )
+
+
+@register.simple_tag
 def shape(name: str) -> SafeString:
     return format_html(
         '<svg class="shape" viewBox="0 0 12 12" aria-hidden="true"><use href="{}#{}"></use></svg>',
@@ -96,6 +105,15 @@ def count(value: Any) -> str:
         if abs(amount) >= limit:
             return f"{amount / (1e3 if unit == 'k' else limit):,.3g} {unit}"
     return f"{int(amount):,}"
+
+
+@register.filter
+def duration(milliseconds: float) -> str:
+    """Milliseconds up to a second, then seconds, then minutes."""
+    if milliseconds < 1000:
+        return f"{milliseconds:.0f} ms"
+    seconds = milliseconds / 1000
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 @register.filter
@@ -160,7 +178,7 @@ def topbar(context: template.RequestContext) -> dict[str, Any]:
         "request": request,
         "user": request.user,
         "role": Role(request.user.role).capitalize(),
-        "section": request.resolver_match.url_name if request.resolver_match else "",
+        "section": context.get("section") or request.resolver_match.url_name,
         "waiting": selectors.inbox_count(),
         "switch": selectors.adaptation_switch(),
         "kill": may(request.user, Act.KILL),

@@ -5,44 +5,69 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
     dependencies = [
-        ('runs', '0001_initial'),
+        ("runs", "0001_initial"),
     ]
 
     operations = [
         migrations.CreateModel(
-            name='Frame',
+            name="Frame",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('epoch', models.PositiveIntegerField()),
-                ('step', models.BigIntegerField()),
-                ('wall_time', models.FloatField()),
-                ('values', models.BinaryField()),
-                ('run', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='frames', to='runs.run')),
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
+                    ),
+                ),
+                ("epoch", models.PositiveIntegerField()),
+                ("step", models.BigIntegerField()),
+                ("wall_time", models.FloatField()),
+                ("values", models.BinaryField()),
+                (
+                    "run",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="frames",
+                        to="runs.run",
+                    ),
+                ),
             ],
             options={
-                'ordering': ('run', 'step'),
-                'indexes': [models.Index(fields=['run', 'step'], name='frame_by_run_and_step')],
+                "ordering": ("run", "step"),
+                "indexes": [models.Index(fields=["run", "step"], name="frame_by_run_and_step")],
             },
         ),
         migrations.CreateModel(
-            name='Metric',
+            name="Metric",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('epoch', models.PositiveIntegerField()),
-                ('step', models.BigIntegerField()),
-                ('wall_time', models.FloatField()),
-                ('name', models.CharField(max_length=80)),
-                ('value', models.FloatField(null=True)),
-                ('status', models.CharField(blank=True, max_length=4)),
-                ('run', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='metrics', to='runs.run')),
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
+                    ),
+                ),
+                ("epoch", models.PositiveIntegerField()),
+                ("step", models.BigIntegerField()),
+                ("wall_time", models.FloatField()),
+                ("name", models.CharField(max_length=80)),
+                ("value", models.FloatField(null=True)),
+                ("status", models.CharField(blank=True, max_length=4)),
+                (
+                    "run",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="metrics",
+                        to="runs.run",
+                    ),
+                ),
             ],
             options={
-                'ordering': ('run', 'name', 'step'),
-                'indexes': [models.Index(fields=['run', 'name', 'step'], name='metric_by_run_name_step')],
+                "ordering": ("run", "name", "step"),
+                "indexes": [
+                    models.Index(fields=["run", "name", "step"], name="metric_by_run_name_step")
+                ],
             },
         ),
     ]

@@ -77,6 +77,8 @@ class AttnStd(Blueprint):
             return "it is attention already"
         if layer.kind in layout.RECURRENT:
             return "a recurrent layer does not tell which of its axes is time"
+        if layer.features_in < 2:
+            return "it has one input channel, and a norm over one channel is always zero"
         if not layer.has_sequence:
             return f"its input {list(layer.in_shape)} has no sequence axis to attend over"
         return ""

@@ -43,7 +43,7 @@ from esper.contracts import (
     WhyNot,
 )
 from esper.exceptions import EsperError
-from esper.grafting import Receipt
+from esper.grafting import Receipt, UndoReceipt
 from esper.selection import BlueprintSelector, SelectableBlueprint
 from esper.services.tamiyo.execution import (
     Compiler,
@@ -68,11 +68,10 @@ Details = dict[str, Any]
 
 # Who calls this with a model of their own process has agreed to exact, undoable grafts; whatever
 # changes the function by schedule (risk high) still asks.
-IN_PROCESS_POLICY = SafetyPolicy(
-    name="in-process", auto_max_risk=Risk.MEDIUM, min_cases_for_auto=0
-)
+IN_PROCESS_POLICY = SafetyPolicy(name="in-process", auto_max_risk=Risk.MEDIUM, min_cases_for_auto=0)
 _VIOLATIONS_KEPT = 200
 _TIMES_KEPT = 200
+_COUNTED = ("executed", "succeeded", "refused", "kept", "rolled_back")
 
 
 class _RefusedError(Exception):
@@ -87,7 +86,7 @@ class _RefusedError(Exception):
 
 @dataclass(slots=True)
 class _Patient:
-    """What this orchestrator did to one model. Dies with the model."""
+    """What this orchestrator did to one model; ``receipts`` of what can still be undone."""
 
     receipts: dict[str, Receipt] = field(default_factory=dict)
     history: dict[str, LayerHistory] = field(default_factory=dict)
@@ -127,9 +126,7 @@ class Phase2IntegrationOrchestrator:
         self.selector = BlueprintSelector(self.catalog)
         self._urza = urza
         self._follow_seconds = follow_seconds
-        self._patients: weakref.WeakKeyDictionary[nn.Module, _Patient] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._patients: weakref.WeakKeyDictionary[nn.Module, _Patient] = weakref.WeakKeyDictionary()
         self._active: dict[str, Details] = {}
         self._violations: deque[Details] = deque(maxlen=_VIOLATIONS_KEPT)
         self._counts: Counter[str] = Counter()
@@ -177,20 +174,36 @@ class Phase2IntegrationOrchestrator:
         self._counts["succeeded" if success else "refused"] += 1
         return success, details
 
-    def undo(self, adaptation: str, *, hard: bool = True) -> None:
+    def undo(self, adaptation: str, *, hard: bool = True) -> UndoReceipt:
         """Take a graft of this process out again.
 
         Raises:
             KeyError: no such adaptation is active here.
             UndoError: the model could not be brought back.
         """
-        for patient in self._patients.values():
-            if adaptation in patient.receipts:
-                receipt = patient.receipts[adaptation]
-                receipt.undo(hard=hard)
-                self._forget(patient, adaptation, receipt)
-                return
-        raise KeyError(adaptation)
+        patient, receipt = self._receipt(adaptation)
+        undone = receipt.undo(hard=hard)
+        old = patient.history[receipt.layer]
+        left = list(old.grafts)
+        left.remove(receipt.blueprint)
+        patient.history[receipt.layer] = replace(old, grafts=tuple(left), last_rolled_back=True)
+        patient.added_parameters -= receipt.certificate.parameters
+        self._forget(patient, adaptation)
+        self._counts["rolled_back"] += 1
+        return undone
+
+    def keep(self, adaptation: str) -> None:
+        """The graft has earned its place: drop its snapshot. It cannot be undone here any more.
+
+        Until then the orchestrator holds the model, because undo needs it.
+
+        Raises:
+            KeyError: no such adaptation is active here.
+        """
+        patient, receipt = self._receipt(adaptation)
+        receipt.forget_snapshot()
+        self._forget(patient, adaptation)
+        self._counts["kept"] += 1
 
     def get_integration_status(self) -> Details:
         """The seed's four keys, with what really happened here so far."""
@@ -198,8 +211,7 @@ class Phase2IntegrationOrchestrator:
             "active_adaptations": {uid: dict(item) for uid, item in self._active.items()},
             "blueprint_cache_stats": self.execution.cache_stats(),
             "execution_metrics": {
-                **{name: self._counts[name] for name in ("executed", "succeeded", "refused")},
-                "rolled_back": self._counts["rolled_back"],
+                **{name: self._counts[name] for name in _COUNTED},
                 "median_ms": {
                     stage: round(statistics.median(times), 3)
                     for stage, times in self._times.items()
@@ -302,7 +314,10 @@ class Phase2IntegrationOrchestrator:
             memory_mib=certificate.memory_mib,
             latency_ms=certificate.latency_ms,
         )
-        checks = (*check_measured(certificate, self.policy), *_firmly(within(constraints, measured)))
+        checks = (
+            *check_measured(certificate, self.policy),
+            *_firmly(within(constraints, measured)),
+        )
         details["checks"] += to_wire(checks)
         _refuse_broken(checks)
 
@@ -330,19 +345,16 @@ class Phase2IntegrationOrchestrator:
             "parameters": receipt.certificate.parameters,
             "kernel": details["kernel"],
         }
-        # A model that is gone takes its adaptations with it.
-        if state.model is not None:
-            weakref.finalize(state.model, self._active.pop, adaptation, None)
 
-    def _forget(self, patient: _Patient, adaptation: str, receipt: Receipt) -> None:
-        old = patient.history[receipt.layer]
-        left = list(old.grafts)
-        left.remove(receipt.blueprint)
-        patient.history[receipt.layer] = replace(old, grafts=tuple(left), last_rolled_back=True)
-        patient.added_parameters -= receipt.certificate.parameters
+    def _receipt(self, adaptation: str) -> tuple[_Patient, Receipt]:
+        for patient in self._patients.values():
+            if adaptation in patient.receipts:
+                return patient, patient.receipts[adaptation]
+        raise KeyError(adaptation)
+
+    def _forget(self, patient: _Patient, adaptation: str) -> None:
         del patient.receipts[adaptation]
-        self._active.pop(adaptation, None)
-        self._counts["rolled_back"] += 1
+        del self._active[adaptation]
 
     def _note(self, refusal: _RefusedError, details: Details) -> None:
         rows = [
@@ -434,9 +446,7 @@ def _refuse_broken(checks: Sequence[Check]) -> None:
 
 def _refuse_asking(checks: Sequence[Check]) -> None:
     """Soft checks ask a person, and here is none. Latency is measured before it counts."""
-    asking = [
-        check for check in checks if check.asks and check.rule is not ViolationRule.LATENCY
-    ]
+    asking = [check for check in checks if check.asks and check.rule is not ViolationRule.LATENCY]
     if asking:
         raise _RefusedError(
             "A person has to agree: " + " ".join(check.text for check in asking),

@@ -197,9 +197,7 @@ class ExecutionSystemIntegrator:
             self.misses += 1
             digest = self._store.put(await self._build(layer, candidate))
             self._digests[index] = digest
-        _, recipe, report = open_kernel(
-            self._store.get(digest), digest, self._compiler.trusted_key
-        )
+        _, recipe, report = open_kernel(self._store.get(digest), digest, self._compiler.trusted_key)
         elapsed_ms = (time.perf_counter() - started) * 1e3
         return PreparedKernel(digest, recipe, report, cached, elapsed_ms)
 

@@ -13,8 +13,8 @@ MAX_BACKOFF_SECONDS = 10.0
 
 def backoff_seconds(attempts: int) -> float:
     """0.2 s, doubled with every failure up to 10 s, with jitter so that many do not march."""
-    ceiling = min(MAX_BACKOFF_SECONDS, 0.2 * 2 ** min(attempts, 10))
-    return ceiling * random.uniform(0.5, 1.0)  # noqa: S311 - spread, not secrecy
+    ceiling: float = min(MAX_BACKOFF_SECONDS, 0.2 * 2 ** min(attempts, 10))
+    return ceiling * random.uniform(0.5, 1.0)
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Start Tamiyo: ``python -m esper.services.tamiyo.launch_enhanced [--redis-url … --urza-url …]``."""
+"""Start Tamiyo: ``python -m esper.services.tamiyo.launch_enhanced``; ``--help`` lists settings."""
 
 from __future__ import annotations
 

@@ -22,16 +22,17 @@ from typing import Any
 
 import numpy as np
 
-from esper.contracts import AdaptationState, Decision, Declined, RunSnapshot
+from esper.contracts import AdaptationState, Decision, Declined, RunSnapshot, Verdict
 from esper.exceptions import CodecError, TransportError
 from esper.pipeline import decide
 from esper.policy import Policy
-from esper.selection import SelectableBlueprint
+from esper.selection import BlueprintSelector, SelectableBlueprint
 from esper.services.tamiyo import wire
-from esper.services.tamiyo.probation import judge_probation
+from esper.services.tamiyo.probation import cost_of, judge_probation, reward_of
 from esper.services.tamiyo.stream import HealthEntry
 from esper.services.tamiyo.urza import Urza
 from esper.services.tamiyo.watch import RunWatch
+from esper.services.tamiyo.wire import ActiveAdaptation
 
 logger = logging.getLogger("esper.tamiyo")
 
@@ -57,7 +58,7 @@ class DecisionLoop:
     ) -> None:
         self._urza = urza
         self._policy = policy
-        self._catalog = catalog
+        self._selector = BlueprintSelector(catalog)
         self._learning = learning
         self._refresh_seconds = refresh_seconds
         self._decline_quiet_seconds = decline_quiet_seconds
@@ -116,7 +117,7 @@ class DecisionLoop:
     async def _decide(self, watch: RunWatch) -> None:
         snapshot = watch.snapshot(learning=self._learning)
         started = time.perf_counter()
-        answer = decide(snapshot, self._policy, self._catalog, watch.limits, _rng(snapshot))
+        answer = decide(snapshot, self._policy, self._selector, watch.limits, _rng(snapshot))
         self.decision_ms.append((time.perf_counter() - started) * 1e3)
         self.counts["decisions"] += 1
         if isinstance(answer, Decision):
@@ -164,24 +165,29 @@ class DecisionLoop:
         for adaptation in watch.active:
             if adaptation.state is not AdaptationState.PROBATION or adaptation.uid in watch.judged:
                 continue
-            outcome = judge_probation(watch.report, adaptation)
-            if outcome is None:
-                continue
-            verdict, reward = outcome
-            try:
-                await self._urza.judge(
-                    adaptation.uid,
-                    wire.verdict_to_wire(verdict, reward),
-                    key=f"{adaptation.uid}:verdict",
-                )
-            except TransportError as error:
-                if not error.permanent:
-                    raise
-                logger.info("adaptation %s was settled without us: %s", adaptation.uid, error)
-            else:
-                self.counts["verdicts"] += 1
-            watch.judged.add(adaptation.uid)
-            watch.outdate()
+            verdict = judge_probation(watch.report, adaptation, now=time.time())
+            if verdict is not None:
+                await self._post_verdict(watch, adaptation, verdict)
+
+    async def _post_verdict(
+        self, watch: RunWatch, adaptation: ActiveAdaptation, verdict: Verdict
+    ) -> None:
+        report = watch.report
+        layer = report.snapshot.layer(adaptation.layer)
+        if layer is None:
+            raise CodecError(f"{adaptation.uid} is at {adaptation.layer}, which is no layer")
+        cost = cost_of(await self._urza.adaptation(adaptation.uid), layer)
+        body = wire.verdict_to_wire(verdict, reward_of(verdict, report, adaptation, cost))
+        try:
+            await self._urza.judge(adaptation.uid, body, key=f"{adaptation.uid}:verdict")
+        except TransportError as error:
+            if not error.permanent:
+                raise
+            logger.info("adaptation %s was settled without us: %s", adaptation.uid, error)
+        else:
+            self.counts["verdicts"] += 1
+        watch.judged.add(adaptation.uid)
+        watch.outdate()
 
     def _give_up(self, watch: RunWatch, error: TransportError) -> None:
         """The server will never take this: the run is gone, or one of us is wrong."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from esper.contracts import (
     ADAPTATION_ENDED,
@@ -56,9 +56,7 @@ class RemoteAdaptation:
 
     async def look(self) -> wire.RunReport:
         """The run's present state; raises ``TransportError`` or ``CodecError``."""
-        report = wire.report_from_wire(await self._urza.snapshot(self._run))
-        age = wire.age_seconds(report.newest_wall_time)
-        return replace(report, snapshot=replace(report.snapshot, age_seconds=age))
+        return wire.report_from_wire(await self._urza.snapshot(self._run))
 
     async def carry_out(
         self, decision: AdaptationDecision, choice: Choice, report: wire.RunReport

@@ -7,6 +7,7 @@ is read from the server and a proposal carries its idempotency key.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
+
+logger = logging.getLogger("esper.tamiyo")
 
 STREAM = "esper:health"
 GROUP = "tamiyo"
@@ -125,6 +128,7 @@ class HealthStream:
                 entries.append(entry)
         if broken:  # nobody will ever understand them: do not let them come back
             self.malformed += len(broken)
+            logger.warning("%d entries of %s make no sense", len(broken), STREAM)
             await self._redis.xack(STREAM, GROUP, *broken)
         return entries
 

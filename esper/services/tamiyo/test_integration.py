@@ -64,7 +64,7 @@ async def _run(config: ServiceConfig) -> int:
                 print(f"ok    {name}: {await check(config)}", flush=True)
         except (SelfTestError, EsperError, RedisError, OSError, TimeoutError) as error:
             missing += 1
-            print(f"FAIL  {name}: {error or type(error).__name__}", flush=True)
+            print(f"FAIL  {name}: {str(error) or type(error).__name__}", flush=True)
     print(f"{len(CHECKS) - missing} of {len(CHECKS)} checks passed")
     return 1 if missing else 0
 

@@ -38,9 +38,7 @@ class Urza:
         await self._http.aclose()
 
     async def live_runs(self) -> list[dict[str, Any]]:
-        return [
-            run async for run in self._pages("runs", {"state__in": "starting,running"})
-        ]
+        return [run async for run in self._pages("runs", {"state__in": "starting,running"})]
 
     async def snapshot(self, run: str) -> dict[str, Any]:
         return await self._get(f"runs/{_segment(run)}/snapshot")
@@ -53,7 +51,8 @@ class Urza:
 
     async def adaptation_etag(self, uid: str) -> str:
         """The version that an act on this adaptation must name."""
-        return (await self._send("GET", f"adaptations/{_segment(uid)}")).headers.get("ETag", "")
+        answer = await self._send("GET", f"adaptations/{_segment(uid)}")
+        return str(answer.headers.get("ETag", ""))
 
     async def propose(self, run: str, body: dict[str, Any], *, key: str) -> dict[str, Any]:
         """The adaptation that was written, also when this very proposal was made before."""

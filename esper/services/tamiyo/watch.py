@@ -13,7 +13,7 @@ import numpy as np
 from esper.contracts import HealthFrame, RunSnapshot, SafetyPolicy, unpack_bytes
 from esper.exceptions import CodecError
 from esper.services.tamiyo.stream import HealthEntry
-from esper.services.tamiyo.wire import ActiveAdaptation, RunReport, age_seconds
+from esper.services.tamiyo.wire import ActiveAdaptation, RunReport
 
 FRAMES_KEPT = 64
 GAP_FACTOR = 3.0  # several Tamiyos share a stream, so one missing frame is normal
@@ -84,7 +84,7 @@ class RunWatch:
         same_epoch = old is not None and old.epoch == new.epoch
         if old is None or not same_epoch or newest > _last_step(old):
             self.undecided = bool(new.frames)
-            self._newest_at = report.newest_wall_time
+            self._newest_at = time.time() - new.age_seconds
         self._report = report
         self._taken_at = time.monotonic()
         self._stale = False
@@ -97,10 +97,9 @@ class RunWatch:
 
     def snapshot(self, *, learning: bool) -> RunSnapshot:
         """What ``decide`` may look at now; without learning it knows no earlier cases."""
-        snapshot = replace(
-            self.report.snapshot,
-            age_seconds=age_seconds(self._newest_at),
-        )
+        age = time.time() - self._newest_at
+        # Two clocks may differ, hence never below 0; and an unknown age (NaN) stays unknown.
+        snapshot = replace(self.report.snapshot, age_seconds=0.0 if age < 0 else age)
         return snapshot if learning else replace(snapshot, experience={})
 
     def _absorb_one(self, entry: HealthEntry) -> None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -14,26 +15,26 @@ from esper.contracts import (
     AdaptationState,
     Decision,
     Declined,
-    Experience,
     GraftKind,
-    HealthFrame,
-    LayerHistory,
-    LayerInfo,
     Reward,
     Risk,
-    RunMode,
     RunSnapshot,
     SafetyPolicy,
     Verdict,
     codec,
-    unpack_values,
 )
 from esper.exceptions import CodecError
+from esper.replay import snapshot_from_wire
 
 
 @dataclass(frozen=True, slots=True)
 class ActiveAdaptation:
-    """An adaptation that is under way on a run; ``graft_step`` -1: not in the model yet."""
+    """An adaptation that is under way on a run.
+
+    Attributes:
+        graft_step: -1: not in the model yet.
+        deadline_at: seconds since the epoch; infinite: none.
+    """
 
     uid: str
     state: AdaptationState
@@ -42,6 +43,7 @@ class ActiveAdaptation:
     kind: GraftKind
     risk: Risk
     graft_step: int = -1
+    deadline_at: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,74 +52,25 @@ class RunReport:
 
     Attributes:
         ablation_gains: by adaptation uid; the newest one that the trainer has measured.
-        newest_wall_time: of the newest frame, the trainer's clock; NaN: no frame.
     """
 
     snapshot: RunSnapshot
     limits: SafetyPolicy
     active: tuple[ActiveAdaptation, ...]
     ablation_gains: dict[str, float] = field(default_factory=dict)
-    newest_wall_time: float = math.nan
 
 
 def report_from_wire(data: Mapping[str, Any]) -> RunReport:
-    """Raises ``CodecError`` when it is not a snapshot."""
+    """Raises ``CodecError`` when it is not a run's snapshot."""
     try:
-        layers = tuple(LayerInfo.from_wire(layer) for layer in data["layers"])
-        names = tuple(layer.name for layer in layers)
-        frames = tuple(frame_from_wire(frame, names) for frame in data["frames"])
-        steps, loss = _loss_series(data["metrics"])
-        snapshot = RunSnapshot(
-            run=data["run"],
-            epoch=data["epoch"],
-            mode=RunMode(data["mode"]),
-            step=data["step"],
-            layers=layers,
-            frames=frames,
-            loss_steps=steps,
-            loss=loss,
-            history={
-                name: LayerHistory(**{**item, "grafts": tuple(item["grafts"])})
-                for name, item in data["history"].items()
-            },
-            experience={
-                slug: experience_from_wire(item) for slug, item in data["experience"].items()
-            },
-            disabled_blueprints=frozenset(data["disabled_blueprints"]),
-            model_parameters=data["model_parameters"],
-            added_parameters=data["added_parameters"],
-            adaptations_today=data["adaptations_today"],
-            in_flight=data["in_flight"],
-            last_adaptation_step=data["last_adaptation_step"],
-            frozen=data["frozen"],
-        )
         return RunReport(
-            snapshot=snapshot,
+            snapshot=snapshot_from_wire({"age_seconds": _age_of_frames(data), **data}),
             limits=SafetyPolicy.from_wire(data["safety_policy"]),
             active=tuple(_active_from_wire(item) for item in data["active"]),
             ablation_gains=_ablation_gains(data["metrics"]),
-            newest_wall_time=frames[-1].wall_time if frames else math.nan,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CodecError(f"not a run's snapshot: {error!r}") from error
-
-
-def frame_from_wire(data: Mapping[str, Any], layers: tuple[str, ...]) -> HealthFrame:
-    return HealthFrame(
-        step=data["step"],
-        wall_time=codec.number_from_wire(data["wall_time"]),
-        layers=layers,
-        values=unpack_values(data["values"], len(layers)),
-    )
-
-
-def experience_from_wire(data: Mapping[str, Any]) -> Experience:
-    reward = data.get("mean_reward")
-    return Experience(
-        kept=data["kept"],
-        rolled_back=data["rolled_back"],
-        mean_reward=math.nan if reward is None else codec.number_from_wire(reward),
-    )
 
 
 def proposal_to_wire(decision: Decision, *, epoch: int) -> dict[str, Any]:
@@ -145,9 +98,7 @@ def proposal_to_wire(decision: Decision, *, epoch: int) -> dict[str, Any]:
 def proposal_key(run: str, epoch: int, decision: Decision) -> str:
     """Idempotency key: the same thought about the same moment is one proposal."""
     adaptation = decision.adaptation
-    return (
-        f"{run}:{epoch}:{decision.step}:{adaptation.layer_name}:{adaptation.adaptation_type}"
-    )
+    return f"{run}:{epoch}:{decision.step}:{adaptation.layer_name}:{adaptation.adaptation_type}"
 
 
 def decline_to_wire(declined: Declined, *, epoch: int) -> dict[str, Any]:
@@ -196,10 +147,12 @@ def to_wire(value: Any) -> Any:
     raise CodecError(f"{type(value).__name__} does not cross a border")
 
 
-def age_seconds(wall_time: float) -> float:
-    """How old a moment is; clocks of two machines may differ, so never below zero. NaN stays."""
-    age = time.time() - wall_time
-    return 0.0 if age < 0 else age
+def _age_of_frames(data: Mapping[str, Any]) -> float | str:
+    """By the trainer's clock, where the server does not tell; clocks differ, so never below 0."""
+    if not data["frames"]:
+        return "nan"
+    wall_time = codec.number_from_wire(data["frames"][-1]["wall_time"])
+    return codec.number_to_wire(max(0.0, time.time() - wall_time))
 
 
 def _active_from_wire(data: Mapping[str, Any]) -> ActiveAdaptation:
@@ -212,17 +165,13 @@ def _active_from_wire(data: Mapping[str, Any]) -> ActiveAdaptation:
         kind=GraftKind(data["kind"]),
         risk=Risk(data["risk"]),
         graft_step=-1 if graft_step is None else graft_step,
+        deadline_at=_moment(data.get("deadline_at")),
     )
 
 
-def _loss_series(metrics: list[dict[str, Any]]) -> tuple[Any, Any]:
-    found = {
-        item["step"]: codec.number_from_wire(item["values"]["loss"])
-        for item in metrics
-        if "loss" in item["values"]
-    }
-    steps = np.array(sorted(found), dtype=np.int64)
-    return steps, np.array([found[step] for step in steps.tolist()], dtype=np.float64)
+def _moment(text: str | None) -> float:
+    """RFC 3339 -> seconds since the epoch; no text: never."""
+    return datetime.fromisoformat(text).timestamp() if text else math.inf
 
 
 def _ablation_gains(metrics: list[dict[str, Any]]) -> dict[str, float]:

@@ -168,7 +168,7 @@ def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tup
 
 
 def _check(run: str, target_steps: int | None, evaluate: object) -> None:
-    if not isinstance(run, str) or not 0 < len(run) <= MAX_NAME_LENGTH:
+    if not 0 < len(run) <= MAX_NAME_LENGTH:
         raise ConfigurationError(f"run must be a name of 1 to {MAX_NAME_LENGTH} characters")
     if target_steps is not None and target_steps <= 0:
         raise ConfigurationError(f"target_steps must be above 0, got {target_steps}")

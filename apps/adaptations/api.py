@@ -1,0 +1,226 @@
+"""Adaptations for people and for Tamiyo. What trainers call is in ``trainer_api``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from apps.accounts.actors import ActorKind
+from apps.accounts.problems import not_found
+from apps.adaptations import services
+from apps.adaptations.models import Adaptation
+from apps.adaptations.parsing import check_from_wire, proposal_from_wire
+from apps.adaptations.selectors import (
+    adaptations,
+    experience_rows,
+    integration_status,
+    run_snapshot,
+)
+from apps.adaptations.serializers import (
+    ActInput,
+    AdaptationDetailOutput,
+    AdaptationOutput,
+    ApproveInput,
+    DeclineInput,
+    ExperienceOutput,
+    IntegrationStatusOutput,
+    ProposalInput,
+    SnapshotOutput,
+    VerdictInput,
+)
+from apps.api.authentication import actor, person, via
+from apps.api.endpoint import Endpoint
+from apps.api.etag import expected_version, versioned_response
+from apps.api.fields import parse
+from apps.api.filters import apply_filters, many_of, one_of, text
+from apps.api.idempotency import HEADER, idempotent
+from apps.api.pagination import PARAMETERS, page_response
+from apps.api.schema import CURSOR, LIMIT, documented, page_of, query, results_of
+from apps.api.throttling import ActThrottle
+from apps.policies.serializers import SwitchInput, SwitchOutput
+from apps.policies.services import adaptation_switch
+from apps.runs.selectors import visible_run
+from esper.contracts import AdaptationState, AdaptationType, Risk, TokenScope, Verdict, codec
+
+TAMIYO = frozenset({TokenScope.DECIDE})
+FILTERS = {
+    "run": ("run__uid", text),
+    "state": ("state", one_of(AdaptationState)),
+    "state__in": ("state__in", many_of(AdaptationState)),
+    "layer": ("layer", text),
+    "blueprint": ("blueprint__slug", text),
+    "adaptation_type": ("adaptation_type", one_of(AdaptationType)),
+    "risk": ("risk", one_of(Risk)),
+}
+
+
+# --- people ---------------------------------------------------------------------------------------
+
+
+class Adaptations(Endpoint):
+    parameters = PARAMETERS | frozenset(FILTERS)
+
+    @documented(
+        "list_adaptations",
+        answer=page_of(AdaptationOutput),
+        parameters=[*(query(name) for name in FILTERS), CURSOR, LIMIT],
+    )
+    def get(self, request: Request) -> Response:
+        rows = apply_filters(request, adaptations(), FILTERS)
+        return page_response(request, rows, lambda rows: AdaptationOutput(rows, many=True).data)
+
+
+class AdaptationDetail(Endpoint):
+    @documented("read_adaptation", answer=AdaptationDetailOutput)
+    def get(self, request: Request, uid: str) -> Response:
+        return _answer(request, _adaptation(uid))
+
+
+class _Act(Endpoint):
+    throttle_classes = (ActThrottle,)
+    service: ClassVar[Callable[..., Adaptation]]
+    form: ClassVar[type[ActInput]] = ActInput
+
+    def act(self, request: Request, uid: str) -> Response:
+        version = expected_version(request)
+        given = parse(self.form, request.data)
+        changed = type(self).service(
+            adaptation=_adaptation(uid),
+            user=person(request),
+            via=via(request),
+            version=version,
+            **given,
+        )
+        return _answer(request, changed)
+
+
+def _act(name: str, service: Callable[..., Adaptation], form: type[ActInput] = ActInput) -> Any:
+    """A view of one act: the same steps for all, so that none of them forgets one."""
+
+    class View(_Act):
+        @documented(name, body=form, answer=AdaptationDetailOutput, act=True, versioned=True)
+        @idempotent
+        def post(self, request: Request, uid: str) -> Response:
+            return self.act(request, uid)
+
+    View.service, View.form = staticmethod(service), form
+    View.__name__ = View.__qualname__ = "".join(word.capitalize() for word in name.split("_"))
+    return View
+
+
+ApproveAdaptation = _act("approve_adaptation", services.approve_adaptation, ApproveInput)
+RejectAdaptation = _act("reject_adaptation", services.reject_adaptation)
+ClaimAdaptation = _act("claim_adaptation", services.claim_adaptation)
+ReleaseAdaptation = _act("release_adaptation", services.release_adaptation)
+ExtendAdaptation = _act("extend_adaptation", services.extend_adaptation)
+CancelAdaptation = _act("cancel_adaptation", services.cancel_adaptation)
+RollBackAdaptation = _act("roll_back_adaptation", services.roll_back_adaptation)
+
+
+class Switch(Endpoint):
+    throttle_classes = (ActThrottle,)
+
+    @documented("read_adaptation_switch", answer=SwitchOutput)
+    def get(self, request: Request) -> Response:
+        return Response(SwitchOutput(adaptation_switch()).data)
+
+    @documented("set_adaptation_switch", body=SwitchInput, answer=SwitchOutput, act=True)
+    @idempotent
+    def post(self, request: Request) -> Response:
+        given = parse(SwitchInput, request.data)
+        services.set_adaptation_switch(user=person(request), via=via(request), **given)
+        return Response(SwitchOutput(adaptation_switch()).data)
+
+
+class IntegrationStatus(Endpoint):
+    @documented("read_integration_status", answer=IntegrationStatusOutput)
+    def get(self, request: Request) -> Response:
+        return Response(integration_status())
+
+
+# --- Tamiyo ---------------------------------------------------------------------------------------
+
+
+class Snapshot(Endpoint):
+    @documented("read_snapshot", answer=SnapshotOutput)
+    def get(self, request: Request, uid: str) -> Response:
+        return Response(run_snapshot(visible_run(request, uid)))
+
+
+class Proposals(Endpoint):
+    writers: ClassVar = TAMIYO
+
+    @documented(
+        "propose_adaptation",
+        body=ProposalInput,
+        answer=AdaptationDetailOutput,
+        status=201,
+        act=True,
+    )
+    @idempotent
+    def post(self, request: Request, uid: str) -> Response:
+        proposed = services.propose_adaptation(
+            run=visible_run(request, uid),
+            proposal=proposal_from_wire(parse(ProposalInput, request.data)),
+            idempotency_key=request.headers[HEADER].strip(),
+            actor=actor(request, ActorKind.TAMIYO),
+        )
+        return _answer(request, _adaptation(proposed.uid), status=201)
+
+
+class Declines(Endpoint):
+    writers: ClassVar = TAMIYO
+
+    @documented("record_decline", body=DeclineInput, answer=None, status=201)
+    def post(self, request: Request, uid: str) -> Response:
+        given = parse(DeclineInput, request.data)
+        given["checks"] = [check_from_wire(line) for line in given["checks"]]
+        services.record_decline(
+            run=visible_run(request, uid), actor=actor(request, ActorKind.TAMIYO), **given
+        )
+        return Response({}, status=201)
+
+
+class VerdictOnAdaptation(Endpoint):
+    writers: ClassVar = TAMIYO
+
+    @documented("judge_adaptation", body=VerdictInput, answer=AdaptationDetailOutput, act=True)
+    @idempotent
+    def post(self, request: Request, uid: str) -> Response:
+        given = parse(VerdictInput, request.data)
+        reward = given.pop("reward")
+        judged = services.judge_adaptation(
+            adaptation=_adaptation(uid),
+            verdict=Verdict(**given),
+            reward_terms=reward,
+            actor=actor(request, ActorKind.TAMIYO),
+        )
+        return _answer(request, judged)
+
+
+class Experiences(Endpoint):
+    @documented("list_experience", answer=results_of(ExperienceOutput))
+    def get(self, request: Request) -> Response:
+        return Response({"results": experience_rows()})
+
+
+def _adaptation(uid: str) -> Adaptation:
+    found = adaptations().select_related("safety_policy", "job", "kernel").filter(uid=uid).first()
+    if found is None:
+        raise not_found("adaptation")
+    return found
+
+
+def _answer(request: Request, adaptation: Adaptation, *, status: int = 200) -> Response:
+    drift = services.evidence_drift(adaptation)
+    context = {
+        "evidence_now": services.evidence_now(adaptation),
+        "evidence_drift": None if drift is None else codec.number_to_wire(drift),
+        "undo_plan": services.undo_plan(adaptation),
+        "permissions": services.permissions(adaptation, person(request)),
+    }
+    data = AdaptationDetailOutput(adaptation, context=context).data
+    return versioned_response(data, adaptation.version, status=status)

@@ -1,0 +1,149 @@
+"""Reading adaptations: lists, Tamiyo's view of a run, and the state of the whole."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from django.db.models import Avg, Count, Max, Q, QuerySet
+
+from apps.adaptations.history import experience, layer_histories, run_facts
+from apps.adaptations.models import Adaptation
+from apps.blueprints.models import Blueprint
+from apps.kernels.models import CompileJob
+from apps.kernels.selectors import cache_stats
+from apps.policies.services import current_policy
+from apps.runs.models import Run
+from apps.telemetry.selectors import frame_to_wire, newest_frames, newest_metrics
+from apps.violations.models import Violation
+from esper.contracts import (
+    ADAPTATION_ENDED,
+    RUN_ENDED,
+    AdaptationState,
+    Experience,
+    JobState,
+    codec,
+)
+
+RECENT_VIOLATIONS = 50
+
+
+def adaptations() -> QuerySet[Adaptation]:
+    """With everything that a line in a list shows."""
+    return Adaptation.objects.select_related("run", "blueprint", "decided_by", "claimed_by")
+
+
+def run_snapshot(run: Run) -> dict[str, Any]:
+    """All that ``decide`` looks at, as ``docs/protocol.md`` has it."""
+    facts = run_facts(run)
+    policy = current_policy()
+    return {
+        "run": run.uid,
+        "epoch": run.epoch,
+        "mode": run.mode,
+        "step": run.step,
+        "layers": run.layers,
+        "frames": [frame_to_wire(frame) for frame in newest_frames(run)],
+        "metrics": newest_metrics(run),
+        "model_parameters": run.model_parameters,
+        "added_parameters": facts.added_parameters,
+        "adaptations_today": facts.today,
+        "in_flight": facts.in_flight,
+        "last_adaptation_step": facts.last_step,
+        "frozen": facts.frozen,
+        "history": {name: asdict(history) for name, history in layer_histories(run).items()},
+        "experience": {slug: _experience_to_wire(cases) for slug, cases in experience().items()},
+        "disabled_blueprints": list(
+            Blueprint.objects.filter(Q(enabled=False) | Q(present=False))
+            .order_by("slug")
+            .values_list("slug", flat=True)
+        ),
+        "safety_policy": policy.safety_policy().to_wire(),
+        "policy_version": policy.version,
+        "active": [_active_to_wire(adaptation) for adaptation in _active(run)],
+    }
+
+
+def _active(run: Run) -> QuerySet[Adaptation]:
+    return (
+        Adaptation.objects.filter(run=run)
+        .exclude(state__in=ADAPTATION_ENDED)
+        .select_related("blueprint")
+        .order_by("id")
+    )
+
+
+def _active_to_wire(adaptation: Adaptation) -> dict[str, Any]:
+    deadline = adaptation.deadline_at
+    return {
+        "uid": adaptation.uid,
+        "state": adaptation.state,
+        "layer": adaptation.layer,
+        "blueprint": adaptation.blueprint.slug,
+        "kind": adaptation.blueprint.kind,
+        "risk": adaptation.risk,
+        "graft_step": adaptation.graft_step,
+        "deadline_at": deadline.isoformat() if deadline else None,
+    }
+
+
+def _experience_to_wire(cases: Experience) -> dict[str, Any]:
+    return {**asdict(cases), "mean_reward": codec.number_to_wire(cases.mean_reward)}
+
+
+def experience_rows() -> list[dict[str, Any]]:
+    return [
+        {"blueprint": slug, **_experience_to_wire(cases)}
+        for slug, cases in sorted(experience().items())
+    ]
+
+
+def integration_status() -> dict[str, Any]:
+    """The seed's ``get_integration_status``, for all runs of this server."""
+    active = Adaptation.objects.exclude(state__in=ADAPTATION_ENDED)
+    violations = Violation.objects.select_related("run")[:RECENT_VIOLATIONS]
+    return {
+        "active_adaptations": {
+            adaptation.uid: {"run": adaptation.run.uid, **_active_to_wire(adaptation)}
+            for adaptation in active.select_related("run", "blueprint").order_by("id")
+        },
+        "blueprint_cache_stats": cache_stats(),
+        "execution_metrics": _execution_metrics(),
+        "safety_violations": [
+            {
+                "uid": violation.uid,
+                "run": violation.run.uid if violation.run else None,
+                "layer": violation.layer,
+                "rule": violation.rule,
+                "severity": violation.severity,
+                "observed": violation.observed,
+                "limit": violation.limit,
+                "action": violation.action,
+                "created_at": violation.created_at.isoformat(),
+            }
+            for violation in violations
+        ],
+    }
+
+
+def _execution_metrics() -> dict[str, Any]:
+    states = dict(
+        Adaptation.objects.order_by()
+        .values_list("state")
+        .annotate(Count("id"))
+        .values_list("state", "id__count")
+    )
+    kept = states.get(AdaptationState.KEPT, 0)
+    undone = states.get(AdaptationState.ROLLED_BACK, 0) + states.get(AdaptationState.REVERTED, 0)
+    pause = Adaptation.objects.aggregate(mean=Avg("pause_ms"), most=Max("pause_ms"))
+    reward = Adaptation.objects.exclude(reward=None).aggregate(mean=Avg("reward"))
+    return {
+        "adaptations_by_state": states,
+        "success_rate": kept / (kept + undone) if kept + undone else None,
+        "mean_reward": reward["mean"],
+        "mean_pause_ms": pause["mean"],
+        "max_pause_ms": pause["most"],
+        "live_runs": Run.objects.exclude(state__in=RUN_ENDED).count(),
+        "queued_jobs": CompileJob.objects.filter(state=JobState.QUEUED).count(),
+        "running_jobs": CompileJob.objects.filter(state=JobState.RUNNING).count(),
+    }

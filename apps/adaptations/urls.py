@@ -1,0 +1,28 @@
+from django.urls import path
+
+from apps.adaptations import api, trainer_api
+
+urlpatterns = [
+    path("runs", trainer_api.Runs.as_view()),
+    path("runs/<str:uid>/hello", trainer_api.Hello.as_view()),
+    path("runs/<str:uid>/telemetry", trainer_api.Telemetry.as_view()),
+    path("runs/<str:uid>/commands/<str:seq>/ack", trainer_api.CommandAnswer.as_view()),
+    path("runs/<str:uid>/rollbacks", trainer_api.LocalRollbacks.as_view()),
+    path("runs/<str:uid>/finish", trainer_api.Finish.as_view()),
+    path("runs/<str:uid>/snapshot", api.Snapshot.as_view()),
+    path("runs/<str:uid>/adaptations", api.Proposals.as_view()),
+    path("runs/<str:uid>/declines", api.Declines.as_view()),
+    path("adaptations", api.Adaptations.as_view()),
+    path("adaptations/<str:uid>", api.AdaptationDetail.as_view()),
+    path("adaptations/<str:uid>/approve", api.ApproveAdaptation.as_view()),
+    path("adaptations/<str:uid>/reject", api.RejectAdaptation.as_view()),
+    path("adaptations/<str:uid>/claim", api.ClaimAdaptation.as_view()),
+    path("adaptations/<str:uid>/release", api.ReleaseAdaptation.as_view()),
+    path("adaptations/<str:uid>/extend", api.ExtendAdaptation.as_view()),
+    path("adaptations/<str:uid>/cancel", api.CancelAdaptation.as_view()),
+    path("adaptations/<str:uid>/rollback", api.RollBackAdaptation.as_view()),
+    path("adaptations/<str:uid>/verdict", api.VerdictOnAdaptation.as_view()),
+    path("adaptation-switch", api.Switch.as_view()),
+    path("experience", api.Experiences.as_view()),
+    path("integration-status", api.IntegrationStatus.as_view()),
+]

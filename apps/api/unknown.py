@@ -1,0 +1,20 @@
+"""Paths that do not exist answer with a problem too, not with a page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from drf_spectacular.utils import extend_schema
+from rest_framework.request import Request
+from rest_framework.views import APIView
+
+from apps.accounts.problems import Problem
+
+
+@extend_schema(exclude=True)
+class UnknownPath(APIView):
+    permission_classes = ()
+    authentication_classes = ()
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        raise Problem(404, "not-found", f"There is nothing at {request.path}.")

@@ -1,0 +1,132 @@
+"""The trainer's socket: commands go down, nothing is decided here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any
+from urllib.parse import parse_qs
+
+from channels.db import database_sync_to_async
+from channels.generic.websocket import AsyncWebsocketConsumer
+
+from apps.accounts.services import authenticate_token
+from apps.api.authentication import bearer_secret
+from apps.runs.models import Run
+from apps.runs.services import command_to_wire, commands_after, touch, trainer_group
+from esper.contracts import TokenScope, codec
+
+log = logging.getLogger(__name__)
+
+PING_SECONDS = 10.0
+CHECK_SECONDS = 5.0
+SEND_TIMEOUT_SECONDS = 10.0
+NOT_SIGNED_IN, NOT_FOUND = 4401, 4404
+
+
+class TrainerConsumer(AsyncWebsocketConsumer):
+    """``/ws/v1/trainer/<uid>?after=<seq>`` with the run's token; cookies mean nothing here.
+
+    A doorbell says that there are commands; the rows say which. The rows are looked at every few
+    seconds too, so that a lost doorbell only costs time.
+    """
+
+    async def connect(self) -> None:
+        self.uid: str = self.scope["url_route"]["kwargs"]["uid"]
+        self.secret = _secret(self.scope)
+        self.last_seq = _after(self.scope)
+        self.delivering = asyncio.Lock()
+        self.beating: asyncio.Task[None] | None = None
+        refusal = await database_sync_to_async(why_refused)(self.secret, self.uid)
+        if refusal:
+            await self.close(refusal)
+            return
+        await self.channel_layer.group_add(trainer_group(self.uid), self.channel_name)
+        await self.accept()
+        await self._deliver()
+        self.beating = asyncio.create_task(self._beat())
+
+    async def disconnect(self, code: int) -> None:
+        if self.beating is not None:
+            self.beating.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self.beating
+        await self.channel_layer.group_discard(trainer_group(self.uid), self.channel_name)
+
+    async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
+        """Trainers answer over HTTP; whatever comes here is no part of the protocol."""
+
+    async def command_issued(self, event: dict[str, Any]) -> None:
+        await self._deliver()
+
+    async def _deliver(self) -> None:
+        async with self.delivering:
+            for command in await database_sync_to_async(_commands)(self.uid, self.last_seq):
+                await self._say({"type": "command", **command})
+                self.last_seq = command["command"]["seq"]
+
+    async def _beat(self) -> None:
+        pinged_at = time.monotonic()
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            try:
+                stopped = await database_sync_to_async(why_stopped)(self.secret, self.uid)
+                if stopped:
+                    await self._say({"type": "stopped", "reason": stopped})
+                    await self.close(NOT_SIGNED_IN)
+                    return
+                await self._deliver()
+                if time.monotonic() - pinged_at >= PING_SECONDS:
+                    pinged_at = time.monotonic()
+                    await self._say({"type": "ping", "time": time.time()})
+            except asyncio.CancelledError:
+                raise
+            except TimeoutError:
+                await self.close(1013)  # it does not read: let it come back
+                return
+            except Exception as error:  # a busy database must not cut the trainer off
+                log.warning("socket of run %s: %s", self.uid, error)
+
+    async def _say(self, message: dict[str, Any]) -> None:
+        text = codec.encode(message).decode()
+        await asyncio.wait_for(self.send(text_data=text), SEND_TIMEOUT_SECONDS)
+
+
+def why_refused(secret: str | None, uid: str) -> int:
+    """The close code for a stranger, 0 for the run's own trainer."""
+    token = authenticate_token(secret) if secret else None
+    if token is None or TokenScope.RUN_WRITE not in token.scopes:
+        return NOT_SIGNED_IN
+    run = Run.objects.filter(uid=uid).first()
+    if run is None or token.run_uid != uid:
+        return NOT_FOUND
+    touch(run)
+    return 0
+
+
+def why_stopped(secret: str | None, uid: str) -> str:
+    """Why this socket has to end; empty while it may go on."""
+    run = Run.objects.filter(uid=uid).first()
+    if run is None or run.ended:
+        return f"the run has {run.state}" if run else "there is no such run any more"
+    if secret is None or authenticate_token(secret) is None:
+        return "the token was revoked: a newer trainer has taken the run over, or a person did it"
+    touch(run)
+    return ""
+
+
+def _commands(uid: str, after: int) -> list[dict[str, Any]]:
+    run = Run.objects.get(uid=uid)
+    return [command_to_wire(command) for command in commands_after(run, after)]
+
+
+def _secret(scope: Any) -> str | None:
+    headers = dict(scope["headers"])
+    return bearer_secret(headers.get(b"authorization", b"").decode("latin-1"))
+
+
+def _after(scope: Any) -> int:
+    given = parse_qs(scope["query_string"].decode("latin-1")).get("after", ["0"])[0]
+    return int(given) if given.isascii() and given.isdigit() and len(given) <= 18 else 0

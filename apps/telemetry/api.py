@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from apps.accounts.problems import Problem
+from apps.api.endpoint import READERS, Endpoint
+from apps.api.etag import cacheable_response
+from apps.api.filters import one_of, parse_parameter, text, whole_number
+from apps.api.schema import documented, query
+from apps.runs.api import TRAINERS
+from apps.runs.selectors import visible_run
+from apps.telemetry.selectors import (
+    MAX_COLUMNS,
+    MAX_FRAMES,
+    MAX_POINTS,
+    frame_to_wire,
+    frames_after,
+    heatmap,
+    metric_series,
+)
+from apps.telemetry.serializers import FramesOutput, HeatmapOutput, SeriesOutput
+from esper.contracts import Signal
+
+
+class Frames(Endpoint):
+    parameters = frozenset({"after_step", "limit"})
+
+    @documented(
+        "list_frames",
+        answer=FramesOutput,
+        parameters=[query("after_step", int), query("limit", int)],
+        summary="Health frames of the present epoch after a step, oldest first",
+    )
+    def get(self, request: Request, uid: str) -> Response:
+        run = visible_run(request, uid)
+        after_step = parse_parameter(request, "after_step", whole_number, default=-1)
+        limit = _count(request, "limit", most=MAX_FRAMES, default=MAX_FRAMES)
+        frames = frames_after(run, after_step=after_step, limit=limit)
+        layers = [layer["name"] for layer in run.layers]
+        results = [frame_to_wire(frame) for frame in frames]
+        return Response({"epoch": run.epoch, "layers": layers, "results": results})
+
+
+class Series(Endpoint):
+    readers: ClassVar = READERS | TRAINERS
+    parameters = frozenset({"name", "points", "after_step"})
+
+    @documented(
+        "read_metric",
+        answer=SeriesOutput,
+        parameters=[query("name"), query("points", int), query("after_step", int)],
+        summary="One metric, in min/mean/max buckets",
+    )
+    def get(self, request: Request, uid: str) -> Response:
+        run = visible_run(request, uid)
+        name = parse_parameter(request, "name", text)
+        if name is None:
+            raise Problem(400, "invalid", "name is required, such as name=loss.")
+        points = _count(request, "points", most=MAX_POINTS, default=600)
+        after_step = parse_parameter(request, "after_step", whole_number, default=-1)
+        series = metric_series(run, name, points=points, after_step=after_step)
+        return cacheable_response(request, series)
+
+
+class Heatmap(Endpoint):
+    parameters = frozenset({"signal", "columns"})
+
+    @documented(
+        "read_heatmap",
+        answer=HeatmapOutput,
+        parameters=[query("signal"), query("columns", int)],
+        summary="One signal over layers and time",
+    )
+    def get(self, request: Request, uid: str) -> Response:
+        run = visible_run(request, uid)
+        signal = parse_parameter(request, "signal", one_of(Signal), default=Signal.HEALTH)
+        columns = _count(request, "columns", most=MAX_COLUMNS, default=120)
+        return cacheable_response(request, heatmap(run, Signal(signal), columns=columns))
+
+
+def _count(request: Request, name: str, *, most: int, default: int) -> int:
+    count: int = parse_parameter(request, name, whole_number, default=default)
+    if not 1 <= count <= most:
+        raise Problem(400, "invalid", f"{name} must lie in 1…{most}.")
+    return count

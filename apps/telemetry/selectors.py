@@ -1,0 +1,162 @@
+"""Reading telemetry: for Tamiyo, for charts, for the heat map."""
+
+from __future__ import annotations
+
+import base64
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apps.runs.models import Run
+from apps.telemetry.models import Frame, Metric
+from esper.contracts import SIGNAL_INDEX, SIGNALS, Signal, unpack_bytes
+
+MAX_FRAMES = 200
+SNAPSHOT_FRAMES = 64
+SNAPSHOT_FRAME_BYTES = 4 * 1024 * 1024
+FEWEST_SNAPSHOT_FRAMES = 8
+SNAPSHOT_LOSSES = 2000
+MAX_POINTS = 5000
+MAX_COLUMNS = 500
+ABLATION_GAIN = "ablation_gain:"
+
+
+def frame_to_wire(frame: Frame) -> dict[str, Any]:
+    return {
+        "step": frame.step,
+        "wall_time": frame.wall_time,
+        "values": base64.b64encode(bytes(frame.values)).decode("ascii"),
+    }
+
+
+def frames_after(run: Run, *, after_step: int, limit: int) -> list[Frame]:
+    """Frames of this epoch, oldest first. Older epochs may have had other layers."""
+    frames = Frame.objects.filter(run=run, epoch=run.epoch, step__gt=after_step)
+    return list(frames.order_by("step", "id")[:limit])
+
+
+def newest_frames(run: Run) -> list[Frame]:
+    """What a decision looks at, oldest first; fewer where the model is huge."""
+    frame_bytes = max(1, len(run.layers) * len(SIGNALS) * 4)
+    count = SNAPSHOT_FRAME_BYTES // frame_bytes
+    count = max(FEWEST_SNAPSHOT_FRAMES, min(SNAPSHOT_FRAMES, count))
+    frames = Frame.objects.filter(run=run, epoch=run.epoch).order_by("-step", "-id")[:count]
+    return list(frames)[::-1]
+
+
+def newest_metrics(run: Run) -> list[dict[str, Any]]:
+    """The recent losses and all measured ablation gains: ``{"step", "values"}``, oldest first."""
+    columns = ("epoch", "step", "name", "value", "status")
+    of_run = Metric.objects.filter(run=run).values_list(*columns)
+    losses = list(of_run.filter(name="loss").order_by("-id")[:SNAPSHOT_LOSSES])
+    rows = [row for row, alive in zip(losses, _alive(losses), strict=True) if alive]
+    rows += of_run.filter(name__startswith=ABLATION_GAIN).order_by("id")
+    by_step: defaultdict[int, dict[str, Any]] = defaultdict(dict)
+    for _, step, name, value, status in rows:
+        by_step[step][name] = status or value
+    return [{"step": step, "values": values} for step, values in sorted(by_step.items())]
+
+
+def metric_series(run: Run, name: str, *, points: int, after_step: int = -1) -> dict[str, Any]:
+    """One metric in at most ``points`` buckets of equal length: columns, for charts.
+
+    A bucket without a finite value has null; ``non_finite`` lists the steps where it diverged.
+    """
+    rows = list(
+        Metric.objects.filter(run=run, name=name, step__gt=after_step)
+        .order_by("step", "id")
+        .values_list("epoch", "step", "value", "status")
+    )
+    rows = [row for row, alive in zip(rows, _alive(rows), strict=True) if alive]
+    steps = np.array([step for _, step, _, _ in rows], dtype=np.int64)
+    values = np.array([np.nan if value is None else value for _, _, value, _ in rows])
+    series = {"name": name, **_buckets(steps, values, points)}
+    series["non_finite"] = [
+        {"step": step, "value": status} for _, step, _, status in rows if status
+    ][-MAX_POINTS:]
+    return series
+
+
+def _buckets(
+    steps: NDArray[np.int64], values: NDArray[np.float64], points: int
+) -> dict[str, list[Any]]:
+    if not steps.size:
+        return {"step": [], "min": [], "mean": [], "max": []}
+    edges = np.linspace(steps[0], steps[-1] + 1, min(points, steps.size) + 1)
+    starts = np.unique(np.searchsorted(steps, edges[:-1]))
+    lasts = np.append(starts[1:], steps.size) - 1
+    known = np.isfinite(values)
+    counts = np.add.reduceat(known.astype(np.int64), starts)
+    filled = counts > 0
+    lows = np.minimum.reduceat(np.where(known, values, np.inf), starts)
+    highs = np.maximum.reduceat(np.where(known, values, -np.inf), starts)
+    sums = np.add.reduceat(np.where(known, values, 0.0), starts)
+    with np.errstate(over="ignore"):
+        means = np.clip(sums / np.maximum(counts, 1), lows, highs)
+    return {
+        "step": steps[lasts].tolist(),
+        "min": _with_gaps(lows, filled),
+        "mean": _with_gaps(means, filled),
+        "max": _with_gaps(highs, filled),
+    }
+
+
+def _with_gaps(values: NDArray[np.float64], filled: NDArray[np.bool_]) -> list[float | None]:
+    return [value if there else None for value, there in zip(values.tolist(), filled, strict=True)]
+
+
+def heatmap(run: Run, signal: Signal, *, columns: int) -> dict[str, Any]:
+    """One signal over layers and time: ``values[layer][column]``, null where nobody measured."""
+    names = [layer["name"] for layer in run.layers]
+    rows = list(
+        Frame.objects.filter(run=run).order_by("step", "id").values_list("epoch", "step", "id")
+    )
+    rows = [row for row, alive in zip(rows, _alive(rows), strict=True) if alive]
+    chosen = _evenly([key for _, _, key in rows], columns)
+    size = len(names) * len(SIGNALS) * 4
+    frames = [
+        frame
+        for frame in Frame.objects.filter(pk__in=chosen).order_by("step", "id")
+        if len(frame.values) == size  # an older epoch may have had other layers
+    ]
+    matrix = [
+        unpack_bytes(bytes(frame.values), len(names))[:, SIGNAL_INDEX[signal]] for frame in frames
+    ]
+    cells = np.stack(matrix, axis=1) if matrix else np.empty((len(names), 0), dtype=np.float32)
+    return {
+        "signal": str(signal),
+        "layers": names,
+        "step": [frame.step for frame in frames],
+        "values": [[_rounded(value) for value in row] for row in cells.tolist()],
+    }
+
+
+def _evenly(keys: list[int], count: int) -> list[int]:
+    if len(keys) <= count:
+        return keys
+    places = np.linspace(0, len(keys) - 1, count).round().astype(int)
+    return [keys[place] for place in places]
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.5g}") if np.isfinite(value) else None
+
+
+def _alive(rows: Sequence[tuple[Any, ...]]) -> list[bool]:
+    """Which (epoch, step, …) rows belong to the history that the run stands on.
+
+    A trainer that resumes from a checkpoint goes back some steps: what the former epoch did beyond
+    that point is no part of the model's past any more.
+    """
+    begins: dict[int, int] = {}
+    for epoch, step, *_ in rows:
+        begins[epoch] = min(step, begins.get(epoch, step))
+    limits: dict[int, float] = {}
+    limit = float("inf")
+    for epoch in sorted(begins, reverse=True):
+        limits[epoch] = limit
+        limit = min(limit, begins[epoch])
+    return [step < limits[epoch] for epoch, step, *_ in rows]

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from typing import Any
+
+from rest_framework import serializers
+
+from apps.api.fields import WholeNumber, WireNumber
+from esper.contracts import Severity, Signal, ViolationRule
+
+
+class FrameBody(serializers.Serializer[Any]):
+    """``values``: base64 of little-endian float32 [layers, signals]."""
+
+    step = WholeNumber()
+    wall_time = serializers.FloatField()
+    values = serializers.CharField()
+
+
+class MetricsBody(serializers.Serializer[Any]):
+    step = WholeNumber()
+    wall_time = serializers.FloatField()
+    values = serializers.DictField(child=WireNumber())
+
+
+class FindingBody(serializers.Serializer[Any]):
+    rule = serializers.ChoiceField(choices=list(ViolationRule))
+    layer = serializers.CharField(allow_blank=True)
+    severity = serializers.ChoiceField(choices=list(Severity))
+    observed = serializers.CharField()
+    limit = serializers.CharField()
+    remedy = serializers.CharField()
+
+
+class TelemetryInput(serializers.Serializer[Any]):
+    """For the API's document only; ``apps.telemetry.batch`` checks what really comes."""
+
+    epoch = WholeNumber()
+    seq_from = WholeNumber(min_value=1)
+    seq_to = WholeNumber(min_value=1)
+    frames = FrameBody(many=True, required=False)
+    metrics = MetricsBody(many=True, required=False)
+    findings = FindingBody(many=True, required=False)
+    dropped = WholeNumber(default=0)
+
+
+class IngestedOutput(serializers.Serializer[Any]):
+    stored = serializers.IntegerField()
+    duplicate = serializers.BooleanField()
+    slow_down_ms = serializers.IntegerField()
+
+
+class NonFiniteOutput(serializers.Serializer[Any]):
+    step = serializers.IntegerField()
+    value = serializers.ChoiceField(choices=["nan", "inf", "-inf"])
+
+
+class SeriesOutput(serializers.Serializer[Any]):
+    """Columns of equal length: one entry for each bucket, null where no value is finite."""
+
+    name = serializers.CharField()
+    step = serializers.ListField(child=serializers.IntegerField())
+    min = serializers.ListField(child=serializers.FloatField(allow_null=True))
+    mean = serializers.ListField(child=serializers.FloatField(allow_null=True))
+    max = serializers.ListField(child=serializers.FloatField(allow_null=True))
+    non_finite = NonFiniteOutput(many=True)
+
+
+class HeatmapOutput(serializers.Serializer[Any]):
+    """``values[layer][column]``; null: not measured."""
+
+    signal = serializers.ChoiceField(choices=list(Signal))
+    layers = serializers.ListField(child=serializers.CharField())
+    step = serializers.ListField(child=serializers.IntegerField())
+    values = serializers.ListField(
+        child=serializers.ListField(child=serializers.FloatField(allow_null=True))
+    )
+
+
+class FramesOutput(serializers.Serializer[Any]):
+    epoch = serializers.IntegerField()
+    layers = serializers.ListField(child=serializers.CharField())
+    results = FrameBody(many=True)

@@ -1,0 +1,7 @@
+"""The end of an adaptation: what it brought, whether it stays, and what the policy learns."""
+
+from esper.reward.forecast import LossForecast, forecast_loss
+from esper.reward.terms import compute_reward
+from esper.reward.verdict import LossWindow, judge
+
+__all__ = ["LossForecast", "LossWindow", "compute_reward", "forecast_loss", "judge"]

@@ -1,0 +1,133 @@
+"""Keep it or take it out: the end of probation.
+
+    window not full and deadline not reached   -> None, wait
+    too few received losses at the deadline    -> out: no data is never success
+    losses after the graft not finite          -> out
+    worse than the forecast by more than the policy allows, beyond the interval -> out
+    the graft only observes                    -> stays, it costs next to nothing
+    ablation known and not > 0                 -> out: the host does not use it
+    clearly worse than the forecast            -> out
+    else                                       -> stays
+
+Ablation alone is fooled by grafts that the host has come to depend on, and before/after by a loss
+that falls anyway; so both must agree.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esper.contracts import GraftKind, SafetyPolicy, Verdict
+from esper.reward.forecast import LossForecast, forecast_loss
+
+FORWARD_UNCHANGED = frozenset({GraftKind.OBSERVE, GraftKind.WRAP, GraftKind.DISTRIBUTED})
+MIN_OBSERVED = 8  # losses; below, a mean says nothing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LossWindow:
+    """Received losses. Shape legend: T samples."""
+
+    steps: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    loss: NDArray[np.float64] = field(default_factory=lambda: np.empty(0, dtype=np.float64))
+
+    def split(self, step: int) -> tuple[LossWindow, LossWindow]:
+        """(samples up to and including ``step``, samples after it)."""
+        before = self.steps <= step
+        return (
+            LossWindow(self.steps[before], self.loss[before]),
+            LossWindow(self.steps[~before], self.loss[~before]),
+        )
+
+
+def judge(
+    before: LossWindow,
+    after: LossWindow,
+    *,
+    graft_step: int,
+    policy: SafetyPolicy,
+    kind: GraftKind,
+    ablation_gain: float = math.nan,
+    deadline_reached: bool = False,
+) -> Verdict | None:
+    """Judges a graft in probation.
+
+    Args:
+        before: losses of the untouched run, up to ``graft_step``.
+        after: losses since. The first ``maturity_steps`` do not count: a new graft warms up.
+        graft_step: step at which it was grafted.
+        policy: maturity, window and allowed increase.
+        kind: what only observes is kept unless harmful.
+        ablation_gain: held-out loss without the graft minus with it; NaN unknown.
+        deadline_reached: no more waiting; what is there must do.
+
+    Returns:
+        None while the window is not full.
+    """
+    matured = after.steps > graft_step + policy.maturity_steps
+    steps_U, loss_U = after.steps[matured], after.loss[matured]
+    observed = int(steps_U[-1] - graft_step) if len(steps_U) else 0
+    broken = len(loss_U) > 0 and not np.isfinite(loss_U[-MIN_OBSERVED:]).all()
+    # The window is counted from the graft, the way a person reads "verdict after 150 steps".
+    full = observed >= policy.probation_steps and len(steps_U) >= MIN_OBSERVED
+    if not (full or broken or deadline_reached):
+        return None
+    if broken:
+        return Verdict(False, "The loss is not finite.", ablation_gain, steps_observed=observed)
+    if len(steps_U) < MIN_OBSERVED:
+        reason = f"No data: {len(steps_U)} losses after maturity, {MIN_OBSERVED} are needed."
+        return Verdict(False, reason, ablation_gain, steps_observed=observed)
+    if kind in FORWARD_UNCHANGED:
+        ablation_gain = math.nan  # on and off compute the same: 0 would mean nothing
+    forecast = forecast_loss(before.steps, before.loss, steps_U)
+    level = float(loss_U.mean())
+    keep, reason = _answer(level, forecast, ablation_gain, policy, kind)
+    return Verdict(
+        keep=keep,
+        reason=reason,
+        ablation_gain=ablation_gain,
+        forecast_gain=forecast.level - level,
+        forecast_interval=forecast.interval,
+        steps_observed=observed,
+    )
+
+
+def _answer(
+    level: float,
+    forecast: LossForecast,
+    ablation_gain: float,
+    policy: SafetyPolicy,
+    kind: GraftKind,
+) -> tuple[bool, str]:
+    gain, interval = forecast.level - level, forecast.interval
+    allowed = policy.max_loss_increase_ratio * abs(forecast.level)
+    harmful = forecast.known and -gain > allowed + interval
+    if harmful:
+        return False, f"Harmful: the loss is {-gain:.4g} above its forecast (± {interval:.2g})."
+    if kind is GraftKind.OBSERVE:
+        return True, "It only observes, and does no harm."
+    if math.isfinite(ablation_gain) and ablation_gain <= 0:
+        return False, f"Without it the held-out loss is no worse (ablation {ablation_gain:+.4g})."
+    if not forecast.known:
+        return _without_forecast(ablation_gain)
+    if gain < -interval:
+        return False, f"The loss is {-gain:.4g} above its forecast (± {interval:.2g})."
+    return True, _praise(gain, interval, ablation_gain)
+
+
+def _without_forecast(ablation_gain: float) -> tuple[bool, str]:
+    """The run was too young to be extrapolated; then only ablation can speak for the graft."""
+    if math.isfinite(ablation_gain):
+        return True, f"Ablation gain {ablation_gain:+.4g}; too little history for a forecast."
+    return False, "No data: neither a forecast nor an ablation is known."
+
+
+def _praise(gain: float, interval: float, ablation_gain: float) -> str:
+    against = f"{gain:+.4g} ± {interval:.2g} against the forecast"
+    if math.isfinite(ablation_gain):
+        return f"It earns its place: ablation {ablation_gain:+.4g}, {against}."
+    return f"It does no harm: {against}; ablation unknown."

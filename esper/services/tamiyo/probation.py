@@ -1,0 +1,95 @@
+"""Judging a graft from what Tamiyo has received. Pure: the clock is an argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from esper import blueprints
+from esper.contracts import CostForecast, LayerInfo, Reward, Verdict, codec
+from esper.exceptions import CodecError
+from esper.reward import LossWindow, compute_reward, judge
+from esper.services.tamiyo.wire import ActiveAdaptation, RunReport
+
+# Judge what is there a little before the server's deadline, which rolls back without looking.
+DEADLINE_MARGIN_SECONDS = 5.0
+_LEVEL_SAMPLES = 64
+
+
+def judge_probation(
+    report: RunReport, adaptation: ActiveAdaptation, *, now: float
+) -> Verdict | None:
+    """Keep it or not; None while it is too early.
+
+    Args:
+        now: seconds since the epoch.
+    """
+    before, after = _windows(report, adaptation)
+    return judge(
+        before,
+        after,
+        graft_step=adaptation.graft_step,
+        policy=report.limits,
+        kind=adaptation.kind,
+        ablation_gain=report.ablation_gains.get(adaptation.uid, math.nan),
+        deadline_reached=now >= adaptation.deadline_at - DEADLINE_MARGIN_SECONDS,
+    )
+
+
+def reward_of(
+    verdict: Verdict, report: RunReport, adaptation: ActiveAdaptation, cost: CostForecast
+) -> Reward:
+    """What the policy learns from this case."""
+    before, _ = _windows(report, adaptation)
+    recent = before.loss[-_LEVEL_SAMPLES:]
+    finite = recent[np.isfinite(recent)]
+    return compute_reward(
+        verdict,
+        loss_level=float(np.median(finite)) if finite.size else math.nan,
+        cost=cost,
+        model_parameters=report.snapshot.model_parameters,
+        risk=adaptation.risk,
+        policy=report.limits,
+    )
+
+
+def cost_of(resource: Mapping[str, Any], layer: LayerInfo) -> CostForecast:
+    """What an adaptation costs: by arithmetic, and as measured where it was.
+
+    Args:
+        resource: ``GET adaptations/{uid}``; ``blueprint``, ``config`` and ``certificate`` are read.
+
+    Raises:
+        CodecError: the resource does not say what was grafted.
+        BlueprintError, ConfigurationError: this Esper cannot make it.
+    """
+    try:
+        blueprint = blueprints.get(_slug(resource["blueprint"]))
+        cost = blueprint.forecast(layer, blueprint.config_for(layer, dict(resource["config"])))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CodecError(f"not an adaptation: {error!r}") from error
+    measured = resource.get("certificate") or {}
+    return replace(
+        cost,
+        memory_mib=_measured(measured, "memory_mib", cost.memory_mib),
+        latency_ms=_measured(measured, "latency_ms", cost.latency_ms),
+    )
+
+
+def _measured(certificate: Mapping[str, Any], name: str, forecast: float) -> float:
+    """The measured number, where there is one."""
+    value = certificate.get(name)
+    return forecast if value in (None, "nan") else codec.number_from_wire(value)
+
+
+def _slug(blueprint: Any) -> str:
+    return str(blueprint["slug"] if isinstance(blueprint, Mapping) else blueprint)
+
+
+def _windows(report: RunReport, adaptation: ActiveAdaptation) -> tuple[LossWindow, LossWindow]:
+    snapshot = report.snapshot
+    return LossWindow(snapshot.loss_steps, snapshot.loss).split(adaptation.graft_step)

@@ -1,0 +1,211 @@
+// Acts go to the REST API and are pessimistic: "Approving…", then what the server says.
+import { announce, toast, visible } from "./messages.js";
+import { refreshAll } from "./panels.js";
+
+const token = document.querySelector('meta[name="csrf-token"]').content;
+// One key for one attempt: a lost answer is asked for again, never done twice.
+const attempts = new WeakMap();
+
+document.addEventListener("submit", (event) => {
+  const form = event.target;
+  if (!form.matches("[data-act], [data-api], [data-forms]")) return;
+  event.preventDefault();
+  const button = event.submitter ?? form.querySelector("button[type=submit]");
+  if (button.getAttribute("aria-disabled") === "true" || form.dataset.busy) return;
+  perform(form, button);
+});
+
+async function perform(form, button) {
+  say(form, "");
+  const reason = form.elements.reason;
+  if (button.dataset.needsReason && !reason.value.trim()) {
+    say(form, button.dataset.needsReason);
+    reason.focus();
+    return;
+  }
+  if (button.dataset.confirm && !(await confirmed(button))) return;
+  const words = button.textContent;
+  busy(form, button, button.dataset.doing ?? form.dataset.doing);
+  try {
+    await send(form, button);
+  } finally {
+    delete form.dataset.busy;
+    for (const other of form.querySelectorAll("button")) other.disabled = false;
+    if (button.isConnected) button.textContent = words;
+  }
+}
+
+function busy(form, button, doing) {
+  form.dataset.busy = "yes";
+  for (const other of form.querySelectorAll("button")) other.disabled = true;
+  if (doing) button.textContent = doing;
+}
+
+function addressOf(form, button) {
+  if (button.dataset.url) return button.dataset.url;
+  return form.dataset.api ? `${form.dataset.api}/${button.dataset.path}` : form.dataset.act;
+}
+
+function bodyOf(form, button) {
+  const body = { ...JSON.parse(form.dataset.body ?? "{}"), ...JSON.parse(button.dataset.body ?? "{}") };
+  if ("changes" in form.dataset) body.changes = changesOf(form);
+  for (const field of form.elements) {
+    if (!field.name || field.disabled && field.tagName === "BUTTON") continue;
+    if ("was" in field.dataset) continue;
+    if ("list" in field.dataset) {
+      body[field.name] ??= [];
+      if (field.checked) body[field.name].push(field.value);
+    } else if (field.tagName !== "BUTTON") {
+      body[field.name] = field.value.trim();
+    }
+  }
+  body.reason ??= "reason" in form.elements || !form.dataset.secret ? "" : undefined;
+  if ("secret" in form.dataset) delete body.reason;
+  return body;
+}
+
+function changesOf(form) {
+  const changed = [...form.elements].filter((field) => "was" in field.dataset && field.value !== field.dataset.was);
+  return Object.fromEntries(changed.map((field) => [
+    field.name, field.dataset.kind === "risk" ? field.value : Number(field.value),
+  ]));
+}
+
+function keyFor(form, address, body) {
+  const what = `${address} ${JSON.stringify(body)}`;
+  const attempt = attempts.get(form);
+  if (attempt?.what === what) return attempt.key;
+  const key = crypto.randomUUID?.() ?? randomKey(); // only secure contexts have randomUUID
+  attempts.set(form, { what, key });
+  return key;
+}
+
+function randomKey() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+async function send(form, button) {
+  const [address, body] = [addressOf(form, button), bodyOf(form, button)];
+  const method = form.dataset.method ?? "POST";
+  const headers = {
+    Accept: "application/json", "X-CSRFToken": token, "Idempotency-Key": keyFor(form, address, body),
+  };
+  if (form.dataset.ifMatch) headers["If-Match"] = `"${form.dataset.ifMatch}"`;
+  const options = { method, headers };
+  if (method !== "DELETE") {
+    headers["Content-Type"] = "application/json";
+    options.body = JSON.stringify(body);
+  }
+  let answer;
+  try {
+    answer = await fetch(address, options);
+  } catch {
+    say(form, "The server did not answer, so it is not known whether it was done. Press again: it is never done twice.");
+    return;
+  }
+  attempts.delete(form);
+  const content = await answer.json().catch(() => ({}));
+  if (answer.ok) done(form, button, content);
+  else refused(form, button, answer.status, content);
+}
+
+const DONE = {
+  approve: "Approved.", reject: "Rejected.", claim: "It is yours for ten minutes.", release: "Given back.",
+  extend: "Five more minutes.", cancel: "Cancelled.", rollback: "Rollback requested; the trainer confirms it.",
+};
+
+function done(form, button, content) {
+  if (content.secret ?? content.token) showSecret(form, content.secret ?? content.token);
+  const words = DONE[button.dataset.path] ?? "Done.";
+  announce(words, { urgent: true });
+  toast({ text: words });
+  const reason = form.elements.reason;
+  if (reason && !["claim", "release", "extend"].includes(button.dataset.path)) reason.value = "";
+  form.closest("details.menu")?.removeAttribute("open");
+  refreshAll();
+}
+
+function refused(form, button, status, problem) {
+  const detail = problem.detail ?? `The server refused it (${status}).`;
+  say(form, detail);
+  if (problem.code === "evidence-stale") offerNewEvidence(form, button);
+  // Who won, or what moved, is on the page in a second; what was typed stays.
+  if ([409, 412, 423].includes(status)) refreshAll();
+  if (status === 403 && problem.code === "not-signed-in" || status === 401) location.reload();
+}
+
+function say(form, text) {
+  const place = form.querySelector("[role=alert]");
+  if (!place) return;
+  place.textContent = visible(text);
+  place.hidden = !text;
+}
+
+function offerNewEvidence(form, button) {
+  const place = form.querySelector("[role=alert]");
+  const again = document.createElement("button");
+  again.type = "submit";
+  again.className = "button small";
+  again.textContent = "I have seen the new numbers: approve";
+  again.dataset.path = button.dataset.path;
+  again.dataset.doing = button.dataset.doing;
+  again.dataset.body = JSON.stringify({ ...JSON.parse(button.dataset.body ?? "{}"), accept_drift: true });
+  place.append(" ", again);
+}
+
+function showSecret(form, secret) {
+  const place = form.querySelector("[data-secret-place]");
+  if (!place) return;
+  place.hidden = false;
+  place.querySelector(".secret").textContent = secret;
+}
+
+// The question names the object, the button is the verb.
+function confirmed(button) {
+  const dialog = document.createElement("dialog");
+  const title = document.createElement("h3");
+  title.textContent = button.dataset.confirm;
+  const text = document.createElement("p");
+  text.textContent = button.dataset.confirmText;
+  const row = document.createElement("form");
+  row.method = "dialog";
+  row.className = "row apart";
+  for (const [value, words, kind] of [["", "Keep it as it is", ""], ["yes", button.dataset.confirmVerb, "danger"]]) {
+    const choice = document.createElement("button");
+    choice.className = `button ${kind}`;
+    choice.value = value;
+    choice.textContent = words;
+    row.append(choice);
+  }
+  dialog.setAttribute("aria-label", button.dataset.confirm);
+  dialog.append(title, text, row);
+  document.body.append(dialog);
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => {
+      resolve(dialog.returnValue === "yes");
+      dialog.remove();
+    });
+  });
+}
+
+// While the page is stale its evidence is too: approving waits, the safe acts do not.
+function gate({ state, clock }) {
+  const stale = state === "stale";
+  for (const button of document.querySelectorAll("[data-needs-live]")) {
+    if (stale) button.setAttribute("aria-disabled", "true");
+    else button.removeAttribute("aria-disabled");
+  }
+  for (const note of document.querySelectorAll("[data-stale-note]")) {
+    note.hidden = !stale;
+    if (stale) note.textContent = `The evidence on this page is ${clock} old; approving waits for the connection.`;
+  }
+}
+document.addEventListener("esper:link", ({ detail }) => gate(detail));
+document.addEventListener("htmx:afterSwap", () => {
+  if (document.body.dataset.link === "stale") gate({ state: "stale", clock: "too" });
+});
+document.addEventListener("esper:expired", () => {
+  for (const button of document.querySelectorAll("#acts button")) button.disabled = true;
+});

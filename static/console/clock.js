@@ -1,0 +1,60 @@
+// Countdowns and "3 min ago", by the server's clock: ours may be wrong.
+import { announce } from "./messages.js";
+
+let offset = 0;
+let offsetKnown = false;
+
+// The Date header of any answer of this server is good to a second, which is enough here.
+async function readServerClock() {
+  const answer = await fetch("/healthz", { method: "HEAD", cache: "no-store" });
+  const date = Date.parse(answer.headers.get("Date") ?? "");
+  if (!Number.isNaN(date)) {
+    const skew = date - Date.now();
+    offset = Math.abs(skew) > 1500 ? skew : 0;
+    offsetKnown = true;
+  }
+}
+readServerClock().catch(() => {});
+
+export const serverNow = () => Date.now() + offset;
+export const clockKnown = () => offsetKnown;
+
+const UNITS = [[86_400, "d"], [3_600, "h"], [60, "min"]];
+function length(seconds) {
+  for (const [size, unit] of UNITS) {
+    if (seconds >= size) return `${Math.floor(seconds / size)} ${unit}`;
+  }
+  return `${Math.floor(seconds)} s`;
+}
+
+function ago(time) {
+  const seconds = (serverNow() - time) / 1000;
+  if (seconds < 0) return `in ${length(-seconds)}`;
+  return seconds < 5 ? "just now" : `${length(seconds)} ago`;
+}
+
+function setText(place, text) {
+  if (place.textContent !== text) place.textContent = text;
+}
+
+const warned = new Set();
+function count(place) {
+  const left = Math.max(0, Math.floor((Date.parse(place.dataset.until) - serverNow()) / 1000));
+  if (Number.isNaN(left)) return;
+  setText(place, `${Math.floor(left / 60)}:${String(left % 60).padStart(2, "0")}`);
+  place.dataset.near = left < 60 ? "yes" : "no";
+  if (!place.hasAttribute("data-expires")) return;
+  if (left < 60 && left > 0 && !warned.has(place.dataset.until)) {
+    warned.add(place.dataset.until);
+    announce("Less than a minute is left to decide.", { urgent: true });
+  }
+  if (left === 0) document.dispatchEvent(new CustomEvent("esper:expired"));
+}
+
+function tick() {
+  for (const place of document.querySelectorAll("[data-until]")) count(place);
+  for (const place of document.querySelectorAll("time[data-ago]")) {
+    setText(place, ago(Date.parse(place.dateTime)));
+  }
+}
+setInterval(tick, 1000);

@@ -1,0 +1,46 @@
+// Short messages to the person. Text only: nothing from outside is ever parsed as HTML.
+
+const STAYS = { note: 6_000, ask: 60_000 };
+
+export function toast({ text, link, linkText, kind = "note" }) {
+  const box = document.createElement("div");
+  box.className = `toast ${kind}`;
+  const line = document.createElement("p");
+  line.textContent = visible(text);
+  box.append(line);
+  const row = document.createElement("div");
+  row.className = "row";
+  if (link) {
+    const anchor = document.createElement("a");
+    anchor.className = "button small primary";
+    anchor.href = link;
+    anchor.textContent = linkText;
+    row.append(anchor);
+  }
+  const close = document.createElement("button");
+  close.type = "button";
+  close.className = "button small";
+  close.textContent = "Close";
+  close.addEventListener("click", () => box.remove());
+  row.append(close);
+  box.append(row);
+  document.getElementById("toasts").append(box);
+  setTimeout(() => box.remove(), STAYS[kind]);
+}
+
+let announced = 0;
+export function announce(text, { urgent = false } = {}) {
+  const place = document.getElementById("announcer");
+  if (!urgent && Date.now() - announced < 5_000) return;
+  announced = Date.now();
+  place.setAttribute("aria-live", urgent ? "assertive" : "polite");
+  place.textContent = text;
+}
+
+// Characters that turn lines round or hide, made visible (the templates do the same).
+export function visible(text) {
+  return String(text).replace(/[\p{Cf}\p{Cc}\p{Co}\p{Cn}]/gu, (char) => {
+    const code = char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+    return `⟨U+${code}⟩`;
+  });
+}
