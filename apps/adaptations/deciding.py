@@ -27,13 +27,14 @@ from apps.policies.services import adaptation_switch
 from apps.runs.models import Run
 from apps.runs.services import lock_run, pause_run
 from apps.telemetry.models import Frame
-from esper.contracts import RUN_ENDED, AdaptationState, HealthFrame, Signal
+from esper.contracts import RUN_ENDED, AdaptationState, Signal
 
 S = AdaptationState
 
 CLAIM_LENGTH = timedelta(minutes=10)
 EXTENSION = timedelta(minutes=5)
 MAX_EXTENSIONS = 3
+EVIDENCE_FRAMES = 12  # how far back the newest value of a signal may lie
 # A worse state of the layer is what an approver must not miss; these are 100 % of the tolerance.
 HEALTH_TOLERANCE = 0.4
 LOSS_RISE_TOLERANCE = 0.5
@@ -246,14 +247,16 @@ def evidence_now(adaptation: Adaptation) -> dict[str, float | None]:
     """The layer's newest signals and the run's loss; None where nobody has measured."""
     run = adaptation.run
     now: dict[str, float | None] = {"step": run.step, "loss": run.last_loss}
-    frame = Frame.objects.filter(run=run, epoch=run.epoch).order_by("-step").first()
     names = tuple(layer["name"] for layer in run.layers)
-    if frame is None or adaptation.layer not in names:
+    if adaptation.layer not in names:
         return now
-    health = HealthFrame(frame.step, frame.wall_time, names, frame.matrix(len(names)))
-    for signal in Signal:
-        value = health.value(adaptation.layer, signal)
-        now[str(signal)] = value if math.isfinite(value) else None
+    row = names.index(adaptation.layer)
+    now |= dict.fromkeys(map(str, Signal))
+    newest = Frame.objects.filter(run=run, epoch=run.epoch).order_by("-step")[:EVIDENCE_FRAMES]
+    for frame in newest:  # not every frame measures every signal
+        for signal, value in zip(Signal, frame.matrix(len(names))[row], strict=True):
+            if now[str(signal)] is None and math.isfinite(value):
+                now[str(signal)] = float(value)
     return now
 
 

@@ -280,15 +280,17 @@ def insert_graft(
 ) -> ledger.GroupReceipt | None:
     """Swaps a graft in and lets the layer's optimizer train it; undoes itself when it fails."""
     host = find_host(model, record.layer.name)
-    made = prepare_slots(model, [record.layer.name])
-    slot = slot_of(host)
-    assert slot is not None
+    had_slot = slot_of(host) is not None
     try:
+        prepare_slots(model, [record.layer.name])
+        slot = slot_of(host)
+        assert slot is not None
         slot.insert(record, graft)
         return _join_optimizer(host, record, graft, surroundings)
     except BaseException:
         _take_out(model, record.layer.name, record.blueprint)
-        remove_slots(model, made)
+        if not had_slot:
+            remove_slots(model, [record.layer.name])
         raise
 
 

@@ -88,7 +88,7 @@ class LayerRecorder:
         self._sightings: dict[str, _Sighting] = {}
         self._calls: Counter[str] = Counter()
         self._previous = ""
-        self._depth = 0
+        self._in_pass = False
         self._remaining = forwards
         self._handles: list[RemovableHandle] = []
         self._watch()
@@ -119,14 +119,13 @@ class LayerRecorder:
         self._handles.append(root.register_forward_hook(_hidden(self._finish_pass)))
 
     def _start_pass(self, module: nn.Module, args: Any) -> None:
-        self._depth += 1
-        if self._depth == 1:
-            self._end_pass()  # layers that were called by themselves since the last full pass
+        if self._in_pass:
+            self._calls.clear()  # the last pass raised: its counts are not those of a whole one
+        self._end_pass()  # layers that were called by themselves since the last full pass
+        self._in_pass = True
 
     def _finish_pass(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth -= 1
-        if self._depth > 0:
-            return
+        self._in_pass = False
         self._end_pass()
         self._remaining -= 1
         if self._remaining <= 0:

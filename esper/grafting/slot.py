@@ -217,5 +217,9 @@ def _check_host(layer: str, host: nn.Module) -> None:
 def _add_slot(host: nn.Module) -> None:
     slot = Slot()
     slot.train(host.training)
-    host.add_module(SLOT_NAME, slot)
     slot.handle = host.register_forward_hook(run_slot, with_kwargs=True)
+    try:
+        host.add_module(SLOT_NAME, slot)
+    except BaseException:
+        slot.handle.remove()
+        raise

@@ -97,13 +97,8 @@ def _falling(x_L: Floats, *, good: float, bad: float) -> Floats:
     return part_L
 
 
-def _decades(x_L: Floats) -> Floats:
-    """log10 with 0 -> -inf, quietly."""
-    return np.log10(x_L)
-
-
 def _update_part(ratio_L: Floats, median: float) -> Floats:
-    decades_L = _decades(ratio_L)
+    decades_L = np.log10(ratio_L)
     usual = min(-3.0, np.log10(median)) if median > 0 else -3.0
     too_high_L = _falling(decades_L, good=-2.0, bad=0.0)
     too_low_L = _falling(usual - decades_L, good=1.0, bad=3.0)
@@ -113,7 +108,7 @@ def _update_part(ratio_L: Floats, median: float) -> Floats:
 def _gradient_part(norm_L: Floats, median: float) -> Floats:
     if not median > 0:
         return np.where(np.isinf(norm_L), np.float32(0.0), np.float32(np.nan))
-    return _falling(np.abs(_decades(norm_L) - np.float32(np.log10(median))), good=2.0, bad=4.0)
+    return _falling(np.abs(np.log10(norm_L) - np.float32(np.log10(median))), good=2.0, bad=4.0)
 
 
 def _activation_part(std_L: Floats) -> Floats:

@@ -27,7 +27,7 @@ class ControlPlane:
         self.command_key = signing.generate_private_key()
         self.kernel_key = signing.generate_private_key()
         self.uid = str(uuid.uuid4())
-        self.epoch = 0
+        self.epochs: dict[str, int] = {}  # of every run that ever registered
         self.policy = SafetyPolicy()
         self.registrations: list[dict[str, Any]] = []
         self.hellos: list[dict[str, Any]] = []
@@ -57,6 +57,10 @@ class ControlPlane:
         return f"http://127.0.0.1:{self._port}"
 
     @property
+    def epoch(self) -> int:
+        return self.epochs.get(self.uid, 0)
+
+    @property
     def metrics(self) -> list[dict[str, Any]]:
         return [entry for batch in self.batches for entry in batch["metrics"]]
 
@@ -74,6 +78,7 @@ class ControlPlane:
             host="127.0.0.1",
             port=self._port,
             log_level="critical",
+            interface="asgi3",
             lifespan="off",
             ws="websockets-sansio",
             timeout_graceful_shutdown=1,
@@ -180,9 +185,9 @@ class ControlPlane:
         body = codec.decode(raw)
         if parts == ["runs"]:
             return self._once(headers["idempotency-key"], lambda: self._register(body))
-        if parts[1] != self.uid:
+        if parts[1] not in self.epochs:
             return 404, {"code": "not-found"}
-        if body["epoch"] != self.epoch:
+        if body["epoch"] != self.epochs[parts[1]]:
             return 409, {"code": "old-epoch", "detail": "another start of this run"}
         return self._post(parts[2:], body)
 
@@ -204,7 +209,7 @@ class ControlPlane:
         return self._replies[key]
 
     def _register(self, body: dict[str, Any]) -> Answer:
-        self.epoch += 1
+        self.epochs[self.uid] = self.epoch + 1
         self.registrations.append(body)
         self.stored_to = 0
         return 201, {

@@ -158,12 +158,13 @@ def test_a_wrong_token_is_told_once_and_training_goes_on(
     assert plane.registrations == []
 
 
-def test_a_run_that_was_taken_over_falls_silent(training: Training, plane: ControlPlane) -> None:
+def test_a_run_that_was_taken_over_falls_silent(
+    training: Training, plane: ControlPlane, caplog: pytest.LogCaptureFixture
+) -> None:
     with listening(training, plane) as session:
-        plane.epoch += 1  # another process attached the same name
+        plane.epochs[plane.uid] += 1  # another process attached the same name
         training.run(20, session)
-        wait_for(lambda: session._transport and session._transport.problem, "it notices")
-        assert "took over" or session.run  # the advice stands in the log
+        wait_for(lambda: "took over" in caplog.text, "it notices")
         training.run(5, session)
     assert plane.finishes == []
 
@@ -458,8 +459,7 @@ def test_promises_outlive_the_trainer(
 
     plane.start()
     other = Training(seed=1)
-    first_run, plane.uid = plane.uid, "another-run"
-    plane.also = {first_run: 1}
+    plane.uid = "another-run"
     with attached(other, plane, run="other") as later:
         other.run(1, later)
         wait_for(lambda: plane.finishes, "what the first trainer owed has arrived")
@@ -518,13 +518,14 @@ def test_a_restarted_trainer_says_what_its_model_really_holds(
         undo = plane.command(CommandKind.UNDO, 3, adaptation="a1", payload={"hard": True})
         plane.send(undo)
         again.until(lambda: ended(plane, 3), resumed)
+    graft_step = state["applied"][0]["step"]
     assert plane.hellos[1] == {
         "epoch": 2,
         "step": state["step"] + 1,
         "applied": [
-            {"adaptation": "a1", "layer": "3", "blueprint": "proj_lora_64", "step": 1 + 0}
+            {"adaptation": "a1", "layer": "3", "blueprint": "proj_lora_64", "step": graft_step}
         ],
-    } or plane.hellos[1]["applied"][0]["adaptation"] == "a1"
+    }
     assert final_ack(plane, 2)["code"] == "old_epoch"
     assert final_ack(plane, 3)["state"] == "applied"
     assert "softly" in final_ack(plane, 3)["reason"]

@@ -1,0 +1,430 @@
+"""A small world to look at: people, runs, adaptations in every interesting state."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.db import transaction
+from django.test import Client
+from django.utils import timezone
+
+import numpy as np
+from apps.accounts.actors import SYSTEM, Actor, ActorKind
+from apps.accounts.models import User
+from apps.adaptations.models import Adaptation
+from apps.audit.services import record
+from apps.blueprints.models import Blueprint
+from apps.kernels.models import CompileJob, Kernel, Worker
+from apps.notifications.services import publish, run_topic
+from apps.policies.models import PolicyVersion
+from apps.policies.services import current_policy
+from apps.runs.models import Command, Run
+from apps.telemetry.models import Frame, Metric
+from apps.violations.services import record_violation
+from esper.contracts import (
+    SIGNALS,
+    AdaptationState,
+    AdaptationType,
+    CommandKind,
+    CommandState,
+    JobState,
+    LayerInfo,
+    Role,
+    RunMode,
+    RunState,
+    Severity,
+    ViolationRule,
+)
+
+PASSWORD = "a-long-password-for-tests"
+POLYGLOT = "\"><img src=x onerror=alert(1)><svg/onload=alert(2)>{{7*7}}'\u202e</script>"
+A = AdaptationState
+
+
+@dataclass
+class World:
+    """What was built, by name."""
+
+    people: dict[str, User] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
+    blueprints: dict[str, Blueprint] = field(default_factory=dict)
+    adaptations: dict[str, Adaptation] = field(default_factory=dict)
+
+    def client(self, who: str) -> Client:
+        client = Client()
+        client.force_login(self.people[who])
+        return client
+
+
+LAYERS = (
+    ("features.0", "Conv2d", (32, 1, 8, 8), (32, 8, 8, 8), 80),
+    ("features.3", "Conv2d", (32, 8, 8, 8), (32, 12, 8, 8), 876),
+    ("features.6", "BatchNorm2d", (32, 12, 8, 8), (32, 12, 8, 8), 24),
+    ("classifier.0", "Linear", (32, 192), (32, 24), 4632),
+    ("classifier.2", "Linear", (32, 24), (32, 24), 600),
+    ("classifier.4", "Linear", (32, 24), (32, 10), 250),
+)
+
+
+def layer_infos() -> list[LayerInfo]:
+    names = [name for name, *_ in LAYERS]
+    return [
+        LayerInfo(
+            name=name,
+            kind=kind,
+            in_shape=in_shape,
+            out_shape=out_shape,
+            dtype="float32",
+            parameters=parameters,
+            graftable=kind != "BatchNorm2d",
+            reason="normalisation layers are not grafted" if kind == "BatchNorm2d" else "",
+            features_in=in_shape[1],
+            features_out=out_shape[1],
+            order=order,
+            feeds=tuple(names[order + 1 : order + 2]),
+        )
+        for order, (name, kind, in_shape, out_shape, parameters) in enumerate(LAYERS)
+    ]
+
+
+def make_people(world: World) -> None:
+    for name, role in (
+        ("vera", Role.VIEWER),
+        ("rosa", Role.RESEARCHER),
+        ("anna", Role.OPERATOR),
+        ("ben", Role.OPERATOR),
+        ("cora", Role.CURATOR),
+        ("adam", Role.ADMIN),
+    ):
+        world.people[name] = User.objects.create_user(name, password=PASSWORD, role=role)
+
+
+_BLUEPRINTS = (
+    ("proj_lora_64", "BP-PROJ-LoRA-64", "Low-rank update", "efficiency", "parallel", "low"),
+    ("proj_ia3", "BP-PROJ-IA3", "Per-channel gain", "efficiency", "scale", "low"),
+    ("mlp_gelu_2048", "BP-MLP-GELU-2048", "Parallel GELU block", "transformer", "parallel", "medium"),
+    ("attn_std", "BP-ATTN-STD", "Parallel self-attention", "transformer", "parallel", "medium"),
+    ("mon_act_stats", "BP-MON-ACT-STATS", "Activation statistics", "diagnostics", "observe", "none"),
+    ("clamp_grad_norm", "BP-CLAMP-GRAD-NORM", "Gradient bound", "diagnostics", "wrap", "low"),
+)
+
+
+def make_blueprints(world: World) -> None:
+    for slug, ident, title, category, kind, risk in _BLUEPRINTS:
+        world.blueprints[slug] = Blueprint.objects.create(
+            slug=slug,
+            ident=ident,
+            title=title,
+            category=category,
+            kind=kind,
+            risk=risk,
+            adaptation_type=AdaptationType.ADD_EFFICIENCY,
+            mergeable=kind == "parallel" and risk == "low",
+            idea="A low-rank path beside the layer; its last projection is zero at birth.",
+            source="Hu et al. 2021, arXiv:2106.09685",
+            when="The layer's gradient is large but its weights have little rank left.",
+            version="1f0c9d2e4b6a8c7e",
+        )
+
+
+def make_run(world: World, name: str, owner: str, *, steps: int, state: RunState) -> Run:
+    ended = state in (RunState.FINISHED, RunState.FAILED)
+    run = Run.objects.create(
+        name=name,
+        owner=world.people[owner],
+        mode=RunMode.AUTOMATIC,
+        state=state,
+        host="host-a",
+        versions={"torch": "2.13.0"},
+        layers=[info.to_wire() for info in layer_infos()],
+        model_parameters=6462,
+        target_steps=steps * 2,
+        step=steps,
+        last_loss=0.43,
+        last_seen_at=timezone.now(),
+        ended_at=timezone.now() if ended else None,
+    )
+    world.runs[name] = run
+    make_telemetry(run, steps)
+    return run
+
+
+def make_telemetry(run: Run, steps: int, *, every: int = 5) -> None:
+    chance = random.Random(run.pk)
+    now = timezone.now().timestamp()
+    losses = [
+        2.3 * math.exp(-step / (steps / 3)) + 0.4 + 0.05 * chance.random() for step in range(steps)
+    ]
+    Metric.objects.bulk_create(
+        Metric(
+            run=run, epoch=1, step=step, wall_time=now - steps + step, name="loss", value=losses[step]
+        )
+        for step in range(steps)
+    )
+    Metric.objects.create(run=run, epoch=1, step=steps, wall_time=now, name="step_ms", value=21.4)
+    Frame.objects.bulk_create(
+        Frame(run=run, epoch=1, step=step, wall_time=now, values=_frame(step / steps, chance))
+        for step in range(0, steps, every)
+    )
+
+
+def _frame(progress: float, chance: random.Random) -> bytes:
+    values = np.full((len(LAYERS), len(SIGNALS)), np.nan, dtype="<f4")
+    for row in range(len(LAYERS)):
+        sick = row == 4
+        health = 0.86 - 0.03 * row - (0.55 * progress if sick else 0.0)
+        values[row] = [chance.uniform(0.1, 1.0) for _ in SIGNALS]
+        values[row, 6] = 0.38 * progress if sick else 0.02
+        values[row, -1] = min(1.0, max(0.0, health + chance.uniform(-0.04, 0.04)))
+    return values.tobytes()
+
+
+def _check(rule: str, passed: bool | None, hard: bool, observed: str, limit: str) -> dict[str, Any]:
+    text = f"{rule.replace('_', ' ')}: {observed}, the limit is {limit}."
+    return {
+        "rule": rule,
+        "passed": passed,
+        "hard": hard,
+        "observed": observed,
+        "limit": limit,
+        "text": text,
+    }
+
+
+def make_adaptation(
+    world: World, name: str, run: str, state: AdaptationState, **changes: Any
+) -> Adaptation:
+    found = world.runs[run]
+    values: dict[str, Any] = {
+        "run": found,
+        "run_epoch": 1,
+        "idempotency_key": f"{run}:{name}",
+        "layer": "classifier.2",
+        "adaptation_type": AdaptationType.ADD_EFFICIENCY,
+        "blueprint": world.blueprints["mlp_gelu_2048"],
+        "config": {"hidden": 64},
+        "risk": "medium",
+        "confidence": 0.66,
+        "urgency": 0.4,
+        "forecast_parameters": 3_160,
+        "forecast_flops": 201_216,
+        "forecast_memory_mib": 0.061,
+        "forecast_latency_ms": 0.084,
+        "policy": "heuristic-1",
+        "safety_policy": current_policy(),
+        "proposed_step": found.step - 40,
+        "evidence": {"health": 0.34, "dead_fraction": 0.36, "loss": 0.45, "grad_snr": None},
+        "reasons": [
+            {"signal": "dead_fraction", "observed": 0.36, "weight": 0.31, "text": "36 % dead units"},
+            {"signal": "update_ratio", "observed": 1e-5, "weight": 0.22, "text": "updates are tiny"},
+            {"signal": "history", "observed": 1.0, "weight": -0.12, "text": "rolled back here once"},
+        ],
+        "checks": [
+            _check("memory", True, True, "0.06 MiB", "1024 MiB"),
+            _check("cooldown", True, True, "0 steps left", "400 steps"),
+            _check("confidence", False, False, "0.66", "0.75"),
+        ],
+        "why_not": [
+            {"blueprint": "proj_lora_64", "reason": "the layer's rank is not the bottleneck"},
+            {"blueprint": "attn_std", "reason": "needs a sequence axis"},
+        ],
+        "asks": ["Confidence 0.66 is below 0.75.", "Risk medium has 2 ended cases, 20 are needed."],
+        "evidence_hash": "9f3c" * 16,
+        "state": state,
+        "deadline_at": timezone.now() + timedelta(minutes=11)
+        if state == A.AWAITING_APPROVAL
+        else None,
+        **changes,
+    }
+    adaptation = Adaptation.objects.create(**values)
+    world.adaptations[name] = adaptation
+    return adaptation
+
+
+def tell(adaptation: Adaptation, *states: AdaptationState, actor: Actor = SYSTEM) -> None:
+    """Write the audit rows and events that the lifecycle writes."""
+    with transaction.atomic():
+        for state in states:
+            record(
+                actor=actor,
+                act=f"adaptation.{state}",
+                object_kind="adaptation",
+                object_uid=adaptation.uid,
+                run_uid=adaptation.run.uid,
+                data={"number": adaptation.number, "to": str(state)},
+            )
+            data = {"adaptation": adaptation.uid, "number": adaptation.number, "to": str(state)}
+            publish(topic=run_topic(adaptation.run.uid), type="adaptation.changed", data=data)
+            publish(topic="inbox", type="adaptation.changed", data=data)
+
+
+CERTIFICATE = {
+    "max_abs_diff": 0.0,
+    "tolerance": 0.0,
+    "preserving": True,
+    "live": True,
+    "rng_neutral": True,
+    "parameters": 3160,
+    "parameters_declared": 3160,
+    "undo_exact": True,
+    "host_untouched": True,
+    "memory_mib": 0.058,
+    "latency_ms": 0.091,
+    "failures": [],
+    "passed": True,
+}
+
+
+def make_kernel() -> Kernel:
+    return Kernel.objects.create(
+        digest="ab" * 32,
+        key_hash="cd" * 32,
+        blueprint_slug="mlp_gelu_2048",
+        layer_kind="Linear",
+        in_shape=[32, 24],
+        dtype="float32",
+        capability="cpu",
+        device_name="a CPU",
+        parameters=3160,
+        latency_ms=0.091,
+        memory_mib=0.058,
+        certificate=CERTIFICATE,
+        stage_ms={"certify": 12.0},
+        build_ms=41.5,
+        size_bytes=2100,
+        uses=2,
+        built_by="compile@host-a",
+        last_used_at=timezone.now(),
+    )
+
+
+def make_kept(world: World) -> None:
+    kernel = make_kernel()
+    job = CompileJob.objects.create(
+        adaptation_uid="",
+        run_uid=world.runs["digits-cnn"].uid,
+        blueprint_slug="mlp_gelu_2048",
+        layer=layer_infos()[4].to_wire(),
+        capability="cpu",
+        state=JobState.DONE,
+        attempt=1,
+        lease_owner="compile@host-a",
+        kernel=kernel,
+        build_ms=41.5,
+        ended_at=timezone.now(),
+    )
+    kept = make_adaptation(
+        world,
+        "kept",
+        "digits-cnn",
+        A.KEPT,
+        layer="classifier.0",
+        job=job,
+        kernel=kernel,
+        graft_step=world.runs["digits-cnn"].step // 3,
+        pause_ms=3.4,
+        certificate=CERTIFICATE,
+        decided_by=world.people["ben"],
+        decided_at=timezone.now(),
+        decision_reason="stagnant for long",
+        ablation_gain=0.021,
+        forecast_gain=0.034,
+        forecast_interval=0.012,
+        steps_observed=150,
+        reward_terms={"gain": 0.62, "parameters": -0.08, "latency": -0.05, "pause": -0.01},
+        reward=0.48,
+        ended_at=timezone.now(),
+        end_reason="the loss fell below the forecast",
+    )
+    CompileJob.objects.filter(pk=job.pk).update(adaptation_uid=kept.uid)
+    tell(kept, A.PROPOSED, A.VALIDATING, A.AWAITING_APPROVAL, A.APPROVED, A.COMPILE_QUEUED)
+    tell(kept, A.COMPILING, A.COMPILED, A.DISPATCHED, A.ACCEPTED, A.PROBATION, A.KEPT)
+    Command.objects.create(
+        run=kept.run,
+        epoch=1,
+        seq=1,
+        kind=CommandKind.GRAFT,
+        adaptation_uid=kept.uid,
+        layer=kept.layer,
+        issued_at=timezone.now(),
+        expires_at=timezone.now(),
+        signature="s",
+        state=CommandState.APPLIED,
+        step=kept.graft_step,
+        pause_ms=3.4,
+        acknowledged_at=timezone.now(),
+    )
+
+
+def build_world(*, steps: int = 120) -> World:
+    world = World()
+    make_people(world)
+    make_blueprints(world)
+    make_run(world, "digits-cnn", "rosa", steps=steps, state=RunState.RUNNING)
+    make_run(world, "topics-lm", "anna", steps=steps, state=RunState.RUNNING)
+    make_run(world, "baseline", "rosa", steps=steps, state=RunState.FINISHED)
+    make_kept(world)
+    tell(make_adaptation(world, "waiting", "digits-cnn", A.AWAITING_APPROVAL), A.PROPOSED, A.VALIDATING)
+    tell(world.adaptations["waiting"], A.AWAITING_APPROVAL, actor=Actor(ActorKind.RULE, "policy v1"))
+    make_adaptation(world, "annas", "topics-lm", A.AWAITING_APPROVAL, layer="features.3")
+    make_adaptation(
+        world,
+        "rolled_back",
+        "digits-cnn",
+        A.ROLLED_BACK,
+        layer="features.3",
+        blueprint=world.blueprints["proj_lora_64"],
+        graft_step=world.runs["digits-cnn"].step // 2,
+        end_reason="the loss rose 8 % above the forecast",
+        decided_rule="policy v1: confidence 0.80 >= 0.75 and risk low",
+        asks=[],
+        ended_at=timezone.now(),
+    )
+    make_adaptation(
+        world,
+        "rejected",
+        "baseline",
+        A.REJECTED,
+        decided_by=world.people["anna"],
+        decided_at=timezone.now(),
+        decision_reason="the run ends in a minute",
+        ended_at=timezone.now(),
+    )
+    Worker.objects.create(
+        name="compile@host-a",
+        host="host-a",
+        capability="cpu",
+        queues=["compile.cpu", "host.host-a"],
+        devices=["a CPU"],
+        state="idle",
+        started_at=timezone.now() - timedelta(hours=2),
+        heartbeat_at=timezone.now(),
+    )
+    with transaction.atomic():
+        record_violation(
+            run=world.runs["topics-lm"],
+            rule=ViolationRule.MEMORY,
+            severity=Severity.SERIOUS,
+            observed="1,101 MiB",
+            limit="1,024 MiB",
+            text="The graft would need 1,101 MiB, the limit is 1,024 MiB.",
+            action="Nothing was grafted.",
+            layer="features.3",
+        )
+    PolicyVersion.objects.create(
+        version=2,
+        values={**current_policy().values, "confidence_auto": 0.8},
+        reason="more care in the first week",
+        author=world.people["cora"],
+    )
+    return world
+
+
+@pytest.fixture
+def world(db: None) -> World:
+    return build_world()

@@ -1,0 +1,86 @@
+"""The guard tells a blow-up from noise."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from esper.contracts import ViolationRule
+from esper.grafting import LossGuard, non_finite_gradients
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_loss_counts_at_once(loss: float) -> None:
+    verdict = LossGuard().observe(loss)
+    assert verdict is not None
+    assert verdict.rule is ViolationRule.NON_FINITE
+
+
+def test_a_blow_up_counts_at_the_third_step() -> None:
+    guard = LossGuard()
+    assert not any(guard.observe(1.0 + 0.01 * (step % 3)) for step in range(30))
+    assert guard.observe(9.0) is None
+    assert guard.observe(10.0) is None
+    verdict = guard.observe(11.0)
+    assert verdict is not None
+    assert verdict.rule is ViolationRule.LOSS_BLOW_UP
+    assert verdict.observed == 11.0
+    assert 3.0 < verdict.limit < 3.1, "the high losses did not raise their own limit"
+
+
+def test_a_single_spike_is_noise() -> None:
+    guard = LossGuard()
+    losses = [1.0] * 20 + [50.0, 1.0, 50.0, 50.0, 1.0] * 4
+    assert not any(guard.observe(loss) for loss in losses)
+
+
+def test_a_clean_run_raises_no_alarm() -> None:
+    noise = random.Random(0)
+    for run in range(5):
+        guard = LossGuard()
+        for step in range(600):
+            loss = 3.0 * math.exp(-step / 500) + 0.3 + noise.gauss(0, 0.1 + 0.02 * run)
+            assert guard.observe(loss) is None
+
+
+def test_a_negative_loss_has_a_limit_too() -> None:
+    guard = LossGuard()
+    for _ in range(20):
+        guard.observe(-2.0)
+    assert [guard.observe(-1.9) for _ in range(5)] == [None] * 5
+    assert [guard.observe(3.0) is None for _ in range(3)] == [True, True, False]
+
+
+def test_the_first_losses_of_a_run_are_not_judged() -> None:
+    guard = LossGuard()
+    assert not any(guard.observe(loss) for loss in [0.1, 5.0, 5.0, 5.0])
+
+
+def test_a_reset_guard_has_forgotten() -> None:
+    guard = LossGuard()
+    for _ in range(20):
+        guard.observe(1.0)
+    guard.reset()
+    assert not any(guard.observe(100.0) for _ in range(5))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_gradients_are_named(bad: float) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    assert non_finite_gradients(model) == ()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model[2].weight.grad = None
+    assert non_finite_gradients(model) == ()
+    model[1].bias.grad[1] = bad
+    assert non_finite_gradients(model) == ("1.bias",)
+
+
+def test_large_half_precision_gradients_are_finite() -> None:
+    layer = nn.Linear(64, 64, dtype=torch.float16)
+    layer.weight.grad = torch.full_like(layer.weight, 60_000.0)
+    assert non_finite_gradients(layer) == ()
