@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -88,17 +88,38 @@ class SelectableBlueprint(Protocol):
         """Cost by arithmetic."""
 
 
+def _none() -> Doubles:
+    return np.empty(0)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Table:
-    """All sizes of one blueprint at one shape of layer; ``refusal`` when it does not fit."""
+    """All sizes of one blueprint at one shape of layer; ``refusal`` when it does not fit.
+
+    ``effect_N`` is what a size brings, ``bound_N`` an upper bound of its latency.
+    """
 
     refusal: str
-    configs: tuple[dict[str, Any], ...]
-    forecasts: tuple[CostForecast, ...]
-    parameters_N: Doubles
-    flops_N: Doubles
-    memory_N: Doubles
-    latency_N: Doubles
+    configs: tuple[dict[str, Any], ...] = ()
+    forecasts: tuple[CostForecast, ...] = ()
+    parameters_N: Doubles = field(default_factory=_none)
+    memory_N: Doubles = field(default_factory=_none)
+    latency_N: Doubles = field(default_factory=_none)
+    effect_N: Doubles = field(default_factory=_none)
+    bound_N: Doubles = field(default_factory=_none)
+    most: tuple[float, float, float] = (0.0, 0.0, 0.0)  # largest of the three costs, NaN if one is
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scored:
+    """One blueprint at its best size for the place."""
+
+    blueprint: SelectableBlueprint
+    table: _Table
+    size: int
+    score: float
+    terms: dict[str, float]
+    latency_ms: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,19 +189,19 @@ class BlueprintSelector:
         """
         place = self._place(layer, snapshot, policy, extra_limits or {}, features)
         refused: dict[str, str] = {}
-        found: dict[str, Candidate] = {}
-        for blueprint in self._blueprints.values():
-            answer = self._candidate(blueprint, adaptation_type, place, snapshot)
+        found: dict[str, _Scored] = {}
+        for slug, blueprint in self._blueprints.items():
+            answer = self._scored(blueprint, adaptation_type, place, snapshot)
             if isinstance(answer, str):
-                refused[blueprint.slug] = answer
+                refused[slug] = answer
             else:
-                found[blueprint.slug] = answer
+                found[slug] = answer
         best = min(found.values(), key=_rank, default=None)
-        for slug, candidate in found.items():
-            if best is not None and candidate is not best:
-                refused[slug] = _beaten(candidate, best)
+        for slug, scored in found.items():
+            if best is not None and scored is not best:
+                refused[slug] = _beaten(scored, best)
         return Selection(
-            best=best,
+            best=_candidate(best) if best else None,
             why_not=tuple(WhyNot(slug, refused[slug]) for slug in sorted(refused)),
         )
 
@@ -207,13 +228,13 @@ class BlueprintSelector:
             model_parameters=snapshot.model_parameters,
         )
 
-    def _candidate(
+    def _scored(
         self,
         blueprint: SelectableBlueprint,
         adaptation_type: AdaptationType,
         place: _Place,
         snapshot: RunSnapshot,
-    ) -> Candidate | str:
+    ) -> _Scored | str:
         """The blueprint at its best size, or why it is none."""
         if blueprint.adaptation_type is not adaptation_type:
             return f"It answers {blueprint.adaptation_type}, not {adaptation_type}."
@@ -268,72 +289,104 @@ def _shape_key(layer: LayerInfo) -> tuple[Any, ...]:
 
 def _tabulate(blueprint: SelectableBlueprint, layer: LayerInfo) -> _Table:
     refusal = blueprint.supports(layer) if layer.graftable else layer.reason or "Not graftable."
-    configs = () if refusal else blueprint.sizes(layer)
+    if refusal:
+        return _Table(refusal)
+    configs = blueprint.sizes(layer)
+    if not configs:
+        return _Table("It has no size for this layer.")
     forecasts = tuple(blueprint.forecast(layer, config) for config in configs)
-    if not refusal and not configs:
-        refusal = "It has no size for this layer."
+    costs = np.array(
+        [[f.parameters, f.memory_mib, f.latency_ms, f.flops] for f in forecasts], dtype=np.float64
+    ).T.copy()
+    parameters_N, memory_N, latency_N, flops_N = costs
+    rate = FLOOR_FLOPS_PER_SECOND.get(layer.device.split(":")[0], math.nan)
     return _Table(
-        refusal=refusal,
+        refusal="",
         configs=configs,
         forecasts=forecasts,
-        parameters_N=np.array([f.parameters for f in forecasts], dtype=np.float64),
-        flops_N=np.array([f.flops for f in forecasts], dtype=np.float64),
-        memory_N=np.array([f.memory_mib for f in forecasts], dtype=np.float64),
-        latency_N=np.array([f.latency_ms for f in forecasts], dtype=np.float64),
+        parameters_N=parameters_N,
+        memory_N=memory_N,
+        latency_N=latency_N,
+        effect_N=_size_effect(parameters_N, layer),
+        bound_N=CALL_OVERHEAD_MS + 1e3 * flops_N / rate,
+        most=(float(parameters_N.max()), float(memory_N.max()), float(latency_N.max())),
     )
 
 
 def _best_size(
     blueprint: SelectableBlueprint, table: _Table, place: _Place, experience: Experience
-) -> Candidate | str:
+) -> _Scored | str:
     latency_N = _latency(table, place)
-    fits_N = (
+    score_N = _size_score(table, latency_N, place, _gain(experience))
+    fits_N = _fits(table, latency_N, place)
+    if fits_N is not None:
+        if not fits_N.any():
+            return _too_large(table, latency_N, place)
+        score_N = np.where(fits_N, score_N, -np.inf)
+    size = int(np.argmax(score_N))  # of equals the first, which is the smallest
+    latency_ms = float(latency_N[size])
+    terms = _terms(blueprint, table, size, latency_ms, place, experience)
+    return _Scored(blueprint, table, size, sum(terms.values()), terms, latency_ms)
+
+
+def _size_score(table: _Table, latency_N: Doubles, place: _Place, gain: float) -> Doubles:
+    """float64 [N]: the terms that differ between sizes; what is unknown is charged in full."""
+    score_N: Doubles = gain * table.effect_N
+    score_N -= _rent(place) * table.parameters_N
+    for weight, cost_N, limit in (
+        (MEMORY_WEIGHT, table.memory_N, place.max_memory_mib),
+        (LATENCY_WEIGHT, latency_N, place.max_latency_ms),
+    ):
+        score_N -= weight * np.nan_to_num(cost_N / limit, nan=1.0) if limit > 0 else weight
+    return score_N
+
+
+def _fits(table: _Table, latency_N: Doubles, place: _Place) -> NDArray[np.bool_] | None:
+    """bool [N], or None where even the largest size fits."""
+    parameters, memory, latency = table.most
+    small = parameters <= place.max_parameters and memory <= place.max_memory_mib
+    if small and latency <= place.max_latency_ms:
+        return None
+    return (
         (table.memory_N <= place.max_memory_mib)
         & ~(latency_N > place.max_latency_ms)
         & (table.parameters_N <= place.max_parameters)
-    )
-    if not fits_N.any():
-        return _too_large(table, latency_N, place)
-    terms = _terms(blueprint, table, latency_N, place, experience)
-    score_N = np.where(fits_N, sum(terms.values()), -np.inf)
-    best = int(np.argmax(score_N))  # of equals the first, which is the smallest
-    own = {name: float(np.broadcast_to(term, score_N.shape)[best]) for name, term in terms.items()}
-    return Candidate(
-        blueprint=blueprint.slug,
-        config=dict(table.configs[best]),
-        score=float(sum(own.values())),
-        forecast=replace(table.forecasts[best], latency_ms=float(latency_N[best])),
-        terms=own,
     )
 
 
 def _latency(table: _Table, place: _Place) -> Doubles:
     """Forecast latency; where there is none, an upper bound, if that is within the limit."""
-    rate = FLOOR_FLOPS_PER_SECOND.get(place.layer.device.split(":")[0], math.nan)
-    bound_N = CALL_OVERHEAD_MS + 1e3 * table.flops_N / rate
-    usable_N = np.isnan(table.latency_N) & (bound_N <= place.max_latency_ms)
-    return np.where(usable_N, bound_N, table.latency_N)
+    if not math.isnan(table.most[2]):
+        return table.latency_N
+    usable_N = np.isnan(table.latency_N) & (table.bound_N <= place.max_latency_ms)
+    return np.where(usable_N, table.bound_N, table.latency_N)
 
 
 def _terms(
     blueprint: SelectableBlueprint,
     table: _Table,
-    latency_N: Doubles,
+    size: int,
+    latency_ms: float,
     place: _Place,
     experience: Experience,
-) -> dict[str, Doubles | float]:
+) -> dict[str, float]:
     redundant = blueprint.adaptation_type in place.types
     return {
-        "gain": _gain(experience) * _size_effect(table.parameters_N, place.layer),
+        "gain": _gain(experience) * float(table.effect_N[size]),
         "reward": _learned_reward(experience),
-        "rent": -RENT_WEIGHT * table.parameters_N / max(1, place.model_parameters),
-        "memory": -MEMORY_WEIGHT * _share(table.memory_N, place.max_memory_mib),
-        "latency": -LATENCY_WEIGHT * _share(latency_N, place.max_latency_ms),
+        "rent": -_rent(place) * float(table.parameters_N[size]),
+        "memory": -MEMORY_WEIGHT * _share(float(table.memory_N[size]), place.max_memory_mib),
+        "latency": -LATENCY_WEIGHT * _share(latency_ms, place.max_latency_ms),
         "stability": -INSTABILITY[blueprint.kind],
         "risk": -RISK_WEIGHT * risk_rank(blueprint.risk),
         "redundancy": -REDUNDANCY_WEIGHT if redundant else 0.0,
         "fit": _fit(blueprint, place.instability),
     }
+
+
+def _rent(place: _Place) -> float:
+    """Per added parameter."""
+    return RENT_WEIGHT / max(1, place.model_parameters)
 
 
 def _gain(experience: Experience) -> float:
@@ -354,11 +407,9 @@ def _size_effect(parameters_N: Doubles, layer: LayerInfo) -> Doubles:
     return effect
 
 
-def _share(cost_N: Doubles, limit: float) -> Doubles:
+def _share(cost: float, limit: float) -> float:
     """Cost as a share of its limit; what is unknown is charged in full."""
-    if limit <= 0:
-        return np.ones_like(cost_N)
-    return np.where(np.isnan(cost_N), 1.0, cost_N / limit)
+    return cost / limit if limit > 0 and not math.isnan(cost) else 1.0
 
 
 def _fit(blueprint: SelectableBlueprint, instability: float) -> float:
@@ -388,13 +439,24 @@ def _too_large(table: _Table, latency_N: Doubles, place: _Place) -> str:
     return "No size is within all limits at once."
 
 
-def _rank(candidate: Candidate) -> tuple[float, int, str]:
-    return (-candidate.score, candidate.forecast.parameters, candidate.blueprint)
+def _candidate(scored: _Scored) -> Candidate:
+    return Candidate(
+        blueprint=scored.blueprint.slug,
+        config=dict(scored.table.configs[scored.size]),
+        score=scored.score,
+        forecast=replace(scored.table.forecasts[scored.size], latency_ms=scored.latency_ms),
+        terms=scored.terms,
+    )
 
 
-def _beaten(candidate: Candidate, best: Candidate) -> str:
-    worst = min(candidate.terms, key=lambda name: (candidate.terms[name] - best.terms[name], name))
+def _rank(scored: _Scored) -> tuple[float, float, str]:
+    parameters = float(scored.table.parameters_N[scored.size])
+    return (-scored.score, parameters, scored.blueprint.slug)
+
+
+def _beaten(scored: _Scored, best: _Scored) -> str:
+    worst = min(scored.terms, key=lambda name: (scored.terms[name] - best.terms[name], name))
     return (
-        f"Score {candidate.score:.3f} against {best.score:.3f} of {best.blueprint}; "
-        f"behind most in {worst} ({candidate.terms[worst]:+.3f} against {best.terms[worst]:+.3f})."
+        f"Score {scored.score:.3f} against {best.score:.3f} of {best.blueprint.slug}; behind "
+        f"most in {worst} ({scored.terms[worst]:+.3f} against {best.terms[worst]:+.3f})."
     )

@@ -318,25 +318,38 @@ def _outcome(found: Adaptation) -> dict[str, Any]:
     }
 
 
-_ACT_ORDER = ("reject", "claim", "release", "extend", "cancel", "rollback", "approve")
+_WHILE_PENDING = ("approve", "reject", "claim", "extend")
+_AFTERWARDS = ("cancel", "rollback")
 
 
 def _acts(found: Adaptation, user: User) -> dict[str, Any]:
     """Which buttons there are, and in words why others are not."""
     answers = adaptations.permissions(found, user)
     pending = found.state == AdaptationState.AWAITING_APPROVAL
-    offered = {name: answers[name] for name in _ACT_ORDER if name in answers}
-    refusals = {
-        permission.why
-        for permission in offered.values()
-        if not permission.allowed and permission.code != "decision-not-pending"
-    }
+    shown = _WHILE_PENDING if pending else _AFTERWARDS
+    refusals = [
+        answers[name].why
+        for name in shown
+        if not answers[name].allowed and answers[name].code != "decision-not-pending"
+    ]
     return {
-        "may": {name: permission.allowed for name, permission in offered.items()},
-        "whys": sorted(refusals),
+        "may": {name: permission.allowed for name, permission in answers.items()},
+        "whys": _joined(refusals),
         "pending": pending,
         "claimed_by_me": found.claimed_by_id == user.pk,
     }
+
+
+def _joined(refusals: list[str]) -> list[str]:
+    """ "Only x may approve." and "Only x may reject." as one sentence."""
+    verbs: dict[str, list[str]] = {}
+    for sentence in refusals:
+        start, _, verb = sentence.rpartition(" may ")
+        verbs.setdefault(start, []).append(verb.removesuffix(".") if start else sentence)
+    return [
+        f"{start} may {', '.join(words)}." if start else " ".join(words)
+        for start, words in verbs.items()
+    ]
 
 
 @page

@@ -93,8 +93,8 @@ def _buckets(
     filled = counts > 0
     lows = np.minimum.reduceat(np.where(known, values, np.inf), starts)
     highs = np.maximum.reduceat(np.where(known, values, -np.inf), starts)
-    sums = np.add.reduceat(np.where(known, values, 0.0), starts)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # a sum may overflow where each value fits; so clip
+        sums = np.add.reduceat(np.where(known, values, 0.0), starts)
         means = np.clip(sums / np.maximum(counts, 1), lows, highs)
     return {
         "step": steps[lasts].tolist(),

@@ -163,8 +163,8 @@ def _ring_progress(run: Run, loss: MetricItem | None) -> None:
 def thin_telemetry() -> int:
     """Thin what is older than the newest rows of each run; returns how many rows went.
 
-    Older than the newest 5,000 frames (20,000 values of a metric) one row in two stays, older than
-    four times that one in ten (rounded to a grid of steps, so that thinning again changes nothing).
+    Older than the newest 5,000 frames (20,000 values of a metric) about one row in two stays, older
+    than four times that about one in ten: on a grid of steps, so that thinning again changes nothing.
     Values that are not finite always stay.
     """
     deleted = 0
@@ -198,7 +198,7 @@ def _thin(model: type[Model], chosen: dict[str, Any], kept: int) -> int:
 
 def _power_of_two(width: float) -> int:
     # Grids of powers of two lie within one another, so that a grid which grows keeps what it has.
-    return 1 << math.ceil(math.log2(width))
+    return 1 << round(math.log2(width))
 
 
 def _doomed(rows: list[tuple[int, int]], *, width: int) -> list[int]:

@@ -7,10 +7,11 @@ An exception anywhere leaves model, optimizer and random streams as they were.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from esper.blueprints import Blueprint, Graft
@@ -237,14 +238,12 @@ def apply_graft(
     full = blueprint.config_for(layer, config)
     _refuse(host, layer, blueprint, scaler)
     surroundings = Surroundings(optimizers, schedulers, scaler)
+    had_slot = slot_of(host) is not None
     snapshot = Snapshot.take(model, optimizers, schedulers, scaler)
-    before = snapshot.freeze(model)
     try:
+        before = snapshot.freeze(model)
         fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
         fresh.train(host.training)
-        certificate = _certify(
-            host, layer, blueprint, full, fresh, x, snapshot.streams, thorough=thorough
-        )
         record = GraftRecord(
             adaptation=adaptation,
             layer=layer,
@@ -253,26 +252,26 @@ def apply_graft(
             config=full,
             seed=seed,
             step=step,
-            certificate=certificate,
+            certificate=_certify(
+                host, layer, blueprint, full, fresh, x, snapshot.streams, thorough=thorough
+            ),
         )
         group = insert_graft(model, record, fresh, surroundings)
-        after = snapshot.freeze(model)
+        return Receipt(
+            record=record,
+            pause_ms=(time.perf_counter() - started) * 1e3,
+            _before=before,
+            _after=snapshot.freeze(model),
+            _model=model,
+            _graft=fresh,
+            _surroundings=surroundings,
+            _group=group,
+            _snapshot=snapshot,
+        )
     except BaseException:
-        _take_out(model, layer.name, blueprint.slug)
+        _withdraw(model, layer.name, blueprint.slug, had_slot=had_slot)
         snapshot.restore()
         raise
-    pause_ms = (time.perf_counter() - started) * 1e3
-    return Receipt(
-        record=record,
-        pause_ms=pause_ms,
-        _before=before,
-        _after=after,
-        _model=model,
-        _graft=fresh,
-        _surroundings=surroundings,
-        _group=group,
-        _snapshot=snapshot,
-    )
 
 
 def insert_graft(
@@ -288,9 +287,7 @@ def insert_graft(
         slot.insert(record, graft)
         return _join_optimizer(host, record, graft, surroundings)
     except BaseException:
-        _take_out(model, record.layer.name, record.blueprint)
-        if not had_slot:
-            remove_slots(model, [record.layer.name])
+        _withdraw(model, record.layer.name, record.blueprint, had_slot=had_slot)
         raise
 
 
@@ -314,7 +311,10 @@ def _refuse(host: nn.Module, layer: LayerInfo, blueprint: Blueprint, scaler: Any
     slot = slot_of(host)
     present = set(slot.grafts()) if slot is not None else set()
     reason = ""
-    if blueprint.slug in present:
+    if blueprint.trainable and _ranks() > 1:
+        # DDP does not know tensors that came after it: the replicas would drift apart silently.
+        reason = "the run trains on several ranks, which would not keep new weights in step"
+    elif blueprint.slug in present:
         reason = "the layer carries it already"
     elif present & blueprint.conflicts:
         reason = f"it does not go together with {', '.join(sorted(present & blueprint.conflicts))}"
@@ -322,6 +322,12 @@ def _refuse(host: nn.Module, layer: LayerInfo, blueprint: Blueprint, scaler: Any
         reason = "a gradient scaler multiplies gradients, so its bound would not mean what it says"
     if reason:
         raise IncompatibleLayerError(layer=layer.name, blueprint=blueprint.slug, reason=reason)
+
+
+def _ranks() -> int:
+    distributed = torch.distributed
+    ready: Callable[[], bool] = distributed.is_initialized
+    return int(distributed.get_world_size()) if distributed.is_available() and ready() else 1
 
 
 def _build(
@@ -373,6 +379,13 @@ def _slot_at(model: nn.Module, layer: str) -> Slot | None:
 def _graft_at(model: nn.Module, layer: str, slug: str) -> Graft | None:
     slot = _slot_at(model, layer)
     return None if slot is None else slot.grafts().get(slug)
+
+
+def _withdraw(model: nn.Module, layer: str, slug: str, *, had_slot: bool) -> None:
+    """The way back of an insertion that failed half-way."""
+    _take_out(model, layer, slug)
+    if not had_slot:
+        remove_slots(model, [layer])
 
 
 def _take_out(model: nn.Module, layer: str, slug: str) -> None:

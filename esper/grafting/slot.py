@@ -67,7 +67,7 @@ class Slot(nn.Module):
         graft = self.grafts()[slug]
         graft.detach()
         del self._modules[slug]
-        del self.records[slug]
+        self.records.pop(slug, None)  # absent where inserting was cut short
         return graft
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:

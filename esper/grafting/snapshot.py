@@ -28,9 +28,15 @@ def digest(model: nn.Module) -> str:
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, then buffers (also those outside the state dict); shared ones each time."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    """Parameters and buffers (also those outside the state dict); shared ones each time.
+
+    One walk over the modules: torch's two take a quarter of a graft's pause.
+    """
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        lead = f"{prefix}." if prefix else ""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield lead + name, tensor
 
 
 class Frozen:
@@ -234,11 +240,14 @@ class Snapshot:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    self._tensors.append(_SavedTensor(tensor, tensor.detach().clone()))
-        for parameter in model.parameters():
-            grad = parameter.grad
+                    self._save_tensor(tensor)
+
+    def _save_tensor(self, tensor: Tensor) -> None:
+        self._tensors.append(_SavedTensor(tensor, tensor.detach().clone()))
+        if isinstance(tensor, nn.Parameter):
+            grad = tensor.grad
             saved = None if grad is None else _SavedTensor(grad, grad.detach().clone())
-            self._gradients.append((parameter, parameter.requires_grad, saved))
+            self._gradients.append((tensor, tensor.requires_grad, saved))
 
     def _restore_model(self) -> None:
         for module, saved in self._modules.items():

@@ -181,7 +181,7 @@ def loss_features(steps_T: NDArray[np.int64], loss_T: Doubles, *, since: int = -
     slope, middle_step, middle, slope_error = _robust_line(steps_T, recent_loss_T)
     residuals = recent_loss_T - (middle + slope * (steps_T - middle_step))
     noise = _deviation(residuals)
-    exponent, error = _exponent(steps_T, middle, slope, slope_error)
+    exponent, error = _exponent(steps_T, middle_step, middle, slope, slope_error)
     return LossFeatures(
         samples=len(loss_T),
         level=float(np.median(loss_T[-max(1, len(loss_T) // 8) :])),
@@ -230,8 +230,7 @@ def _trend(values: list[Floats], layers: int) -> Floats:
         return np.full((layers, len(SIGNALS)), np.nan, dtype=np.float32)
     older, newer = _known_mean(values[:half]), _known_mean(values[half:])
     change = (newer - older) / np.abs(older)
-    change[~np.isfinite(change)] = np.nan
-    return change
+    return np.where(np.isfinite(change), change, np.nan).astype(np.float32)
 
 
 def _known_mean(values: list[Floats]) -> Floats:
@@ -300,11 +299,11 @@ def _robust_line(steps_T: NDArray[np.int64], loss_T: Doubles) -> tuple[float, fl
 
 
 def _exponent(
-    steps_T: NDArray[np.int64], middle: float, slope: float, error: float
+    steps_T: NDArray[np.int64], middle_step: float, middle: float, slope: float, error: float
 ) -> tuple[float, float]:
-    """alpha = -slope * step / level and its standard error."""
+    """alpha = -slope * step / level in the middle of the window, and its standard error."""
     span = float(steps_T[-1] - steps_T[0]) + 1.0
-    horizon = min(float(steps_T[-1]) + 1.0, MAX_EXTRAPOLATION * span)
+    horizon = min(middle_step + 1.0, MAX_EXTRAPOLATION * span)
     level = max(abs(middle), 1e-12)
     return -slope * horizon / level, error * horizon / level
 

@@ -528,7 +528,8 @@ def _adam_moments(
 
 
 def _squared_norms(tensors: Sequence[Tensor | None]) -> np.ndarray:
-    return np.square(_norms(tensors, 2.0))
+    squares: np.ndarray = np.square(_norms(tensors, 2.0))
+    return squares
 
 
 def _norms(tensors: Sequence[Tensor | None], order: float) -> np.ndarray:

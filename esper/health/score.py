@@ -21,6 +21,7 @@ Stable rank, gradient SNR and the norms themselves say what to do, not how ill a
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -99,16 +100,17 @@ def _falling(x_L: Floats, *, good: float, bad: float) -> Floats:
 
 def _update_part(ratio_L: Floats, median: float) -> Floats:
     decades_L = np.log10(ratio_L)
-    usual = min(-3.0, np.log10(median)) if median > 0 else -3.0
+    usual = min(-3.0, math.log10(median)) if median > 0 else -3.0
     too_high_L = _falling(decades_L, good=-2.0, bad=0.0)
-    too_low_L = _falling(usual - decades_L, good=1.0, bad=3.0)
+    too_low_L = _falling(np.float32(usual) - decades_L, good=1.0, bad=3.0)
     return np.minimum(too_high_L, too_low_L)
 
 
 def _gradient_part(norm_L: Floats, median: float) -> Floats:
     if not median > 0:
         return np.where(np.isinf(norm_L), np.float32(0.0), np.float32(np.nan))
-    return _falling(np.abs(np.log10(norm_L) - np.float32(np.log10(median))), good=2.0, bad=4.0)
+    decades_L: Floats = np.abs(np.log10(norm_L) - np.float32(np.log10(median)))
+    return _falling(decades_L, good=2.0, bad=4.0)
 
 
 def _activation_part(std_L: Floats) -> Floats:

@@ -82,6 +82,7 @@ class HeuristicPolicy:
 
     name = "heuristic-1"
 
+    @np.errstate(all="ignore")  # odd numbers are data here; NaN speaks for them
     def propose(
         self,
         snapshot: RunSnapshot,
@@ -325,8 +326,12 @@ def _may_change(layer: LayerInfo, snapshot: RunSnapshot) -> bool:
 
 def _changeable(snapshot: RunSnapshot, features: Features) -> NDArray[np.bool_]:
     """bool [L]: layers that may be changed and have weights to change."""
+    busy = {name for name, history in snapshot.history.items() if history.in_flight}
     return np.array(
-        [layer.parameters > 0 and _may_change(layer, snapshot) for layer in features.layers],
+        [
+            layer.graftable and layer.trainable and layer.parameters > 0 and layer.name not in busy
+            for layer in features.layers
+        ],
         dtype=bool,
     )
 

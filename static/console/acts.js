@@ -117,7 +117,7 @@ const DONE = {
 
 function done(form, button, content) {
   if (content.secret ?? content.token) showSecret(form, content.secret ?? content.token);
-  const words = DONE[button.dataset.path] ?? "Done.";
+  const words = DONE[button.dataset.path] ?? button.dataset.done ?? form.dataset.done ?? "Done.";
   announce(words, { urgent: true });
   toast({ text: words });
   const reason = form.elements.reason;
@@ -140,7 +140,19 @@ function say(form, text) {
   if (!place) return;
   place.textContent = visible(text);
   place.hidden = !text;
+  said.set(place, Date.now());
 }
+const said = new WeakMap();
+// What was said belongs to the state in which it was said; who has won is in the page's head.
+document.addEventListener("htmx:afterSwap", (event) => {
+  const place = document.getElementById("acts-error");
+  if (event.detail.target.id !== "panel-head" || !place || place.hidden) return;
+  const decision = document.getElementById("decision");
+  const seen = `${decision.dataset.state} ${decision.dataset.version}`;
+  const moved = place.dataset.seen && place.dataset.seen !== seen;
+  if (moved && Date.now() - said.get(place) > 5_000) say(place.closest("form"), "");
+  place.dataset.seen = seen;
+});
 
 function offerNewEvidence(form, button) {
   const place = form.querySelector("[role=alert]");

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,10 +21,12 @@ from esper.constraints import (
 )
 from esper.contracts import (
     AdaptationDecision,
+    AdaptationType,
     CostForecast,
     LayerHistory,
     Risk,
     RunMode,
+    RunSnapshot,
     SafetyPolicy,
     ViolationRule,
 )
@@ -64,6 +68,10 @@ LIMITS = [
 ]
 
 
+def changed(inputs: GateInputs, **changes: Any) -> GateInputs:
+    return replace(inputs, **changes)
+
+
 def failed(inputs: GateInputs, policy: SafetyPolicy = POLICY) -> list[tuple[ViolationRule, bool]]:
     checks = check_gates(inputs, policy)
     return [(check.rule, check.hard) for check in checks if check.passed is not True]
@@ -73,8 +81,8 @@ def failed(inputs: GateInputs, policy: SafetyPolicy = POLICY) -> list[tuple[Viol
 def test_gate_passes_at_its_limit_and_not_beyond(
     name: str, last: object, beyond: object, rule: ViolationRule, hard: bool
 ) -> None:
-    assert failed(replace(OPEN, **{name: last})) == []
-    assert failed(replace(OPEN, **{name: beyond})) == [(rule, hard)]
+    assert failed(changed(OPEN, **{name: last})) == []
+    assert failed(changed(OPEN, **{name: beyond})) == [(rule, hard)]
 
 
 def test_gates_come_in_the_order_of_the_design() -> None:
@@ -99,25 +107,25 @@ def test_gates_come_in_the_order_of_the_design() -> None:
 @pytest.mark.parametrize("who", ["layer", "run"])
 def test_cooldown_is_longer_after_a_rollback(who: str) -> None:
     steps = POLICY.cooldown_layer_steps if who == "layer" else POLICY.cooldown_run_steps
-    rolled_back = replace(OPEN, **{f"{who}_rolled_back": True})
+    rolled_back = changed(OPEN, **{f"{who}_rolled_back": True})
 
-    assert failed(replace(rolled_back, **{f"{who}_last_step": 10_000 - 2 * steps})) == []
-    assert failed(replace(rolled_back, **{f"{who}_last_step": 10_001 - 2 * steps})) == [
+    assert failed(changed(rolled_back, **{f"{who}_last_step": 10_000 - 2 * steps})) == []
+    assert failed(changed(rolled_back, **{f"{who}_last_step": 10_001 - 2 * steps})) == [
         (ViolationRule.COOLDOWN, True)
     ]
 
 
 def test_medium_risk_goes_by_rule_only_with_enough_closed_cases() -> None:
     policy = SafetyPolicy(auto_max_risk=Risk.MEDIUM)
-    medium = replace(OPEN, risk=Risk.MEDIUM)
+    medium = changed(OPEN, risk=Risk.MEDIUM)
 
-    assert failed(replace(medium, category_cases=20), policy) == []
-    assert failed(replace(medium, category_cases=19), policy) == [(ViolationRule.RISK_CLASS, False)]
+    assert failed(changed(medium, category_cases=20), policy) == []
+    assert failed(changed(medium, category_cases=19), policy) == [(ViolationRule.RISK_CLASS, False)]
 
 
 def test_what_changes_the_function_always_asks() -> None:
     policy = SafetyPolicy(auto_max_risk=Risk.HIGH)
-    high = replace(OPEN, risk=Risk.HIGH, category_cases=10_000, confidence=1.0)
+    high = changed(OPEN, risk=Risk.HIGH, category_cases=10_000, confidence=1.0)
 
     assert failed(high, policy) == [(ViolationRule.RISK_CLASS, False)]
 
@@ -133,7 +141,7 @@ NUMBERS = [f.name for f in fields(GateInputs) if f.type == "float"]
 
 @given(broken=st.sets(st.sampled_from(NUMBERS), min_size=1))
 def test_no_unknown_number_passes_all_gates(broken: set[str]) -> None:
-    inputs = replace(OPEN, **dict.fromkeys(broken, math.nan))
+    inputs = changed(OPEN, **dict.fromkeys(broken, math.nan))
 
     assert failed(inputs)
 
@@ -148,13 +156,13 @@ def test_confidence_bands_are_refuse_ask_auto(
 ) -> None:
     refuse, auto = sorted((refuse, auto))
     policy = SafetyPolicy(confidence_refuse=refuse, confidence_auto=auto)
-    check = check_gates(replace(OPEN, confidence=confidence), policy)[-1]
+    check = check_gates(changed(OPEN, confidence=confidence), policy)[-1]
 
     band = "refuse" if check.blocks else "ask" if check.asks else "auto"
     assert band == ("auto" if confidence >= auto else "ask" if confidence >= refuse else "refuse")
 
 
-def test_a_snapshot_is_read_into_the_inputs(make_snapshot) -> None:  # type: ignore[no-untyped-def]
+def test_a_snapshot_is_read_into_the_inputs(make_snapshot: Callable[..., RunSnapshot]) -> None:
     snapshot = make_snapshot(
         frozen="weekend",
         in_flight=1,
@@ -163,7 +171,7 @@ def test_a_snapshot_is_read_into_the_inputs(make_snapshot) -> None:  # type: ign
         added_parameters=5,
         history={"mid": LayerHistory(("lora",), True, 700, True)},
     )
-    decision = AdaptationDecision("mid", "add_ffn", 0.8)  # type: ignore[arg-type]
+    decision = AdaptationDecision("mid", AdaptationType.ADD_FFN, 0.8)
     inputs = gate_inputs(
         snapshot, decision, CostForecast(7, 9, 0.5, 0.25), Risk.MEDIUM, category_cases=4
     )

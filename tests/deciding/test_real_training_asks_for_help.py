@@ -45,7 +45,7 @@ def run_of(width: int, steps: int, *, teacher_rank: int = 8) -> RunSnapshot:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     sampler = HealthSampler(model, [optimizer], layers, watch=forward_hook_watch(model), budget=1e9)
     losses, frames = [], []
     for step in range(1, steps + 1):
@@ -54,7 +54,7 @@ def run_of(width: int, steps: int, *, teacher_rank: int = 8) -> RunSnapshot:
             target = teacher(x)
         loss = nn.functional.mse_loss(model(x), target)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         losses.append(loss.item())
         frame = sampler.step(step, loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,8 +51,8 @@ def verdict(
     )
 
 
-def settled(*args: float, **kwargs: object) -> Verdict:
-    found = verdict(*args, **kwargs)  # type: ignore[arg-type]
+def settled(change: float = 1.0, **options: Any) -> Verdict:
+    found = verdict(change, **options)
     assert found is not None
     return found
 
@@ -175,7 +176,9 @@ def test_any_losses_get_a_verdict_or_none_and_bad_ones_never_stay(
 COST = CostForecast(parameters=1_000, flops=2_000, memory_mib=102.4, latency_ms=1.0)
 
 
-def reward_of(verdict: Verdict, cost: CostForecast = COST, model_parameters: int = 100_000) -> dict:  # type: ignore[type-arg]
+def reward_of(
+    verdict: Verdict, cost: CostForecast = COST, model_parameters: int = 100_000
+) -> dict[str, float]:
     return compute_reward(
         verdict,
         loss_level=2.0,

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.sdk.control_plane import ControlPlane
-from tests.sdk.tiny_training import Training
 
 from esper.sdk import attaching
 from esper.sdk.transport import Pace
+from tests.sdk.control_plane import ControlPlane
+from tests.sdk.tiny_training import Training
 
 
 @pytest.fixture(autouse=True)
-def _a_place_for_journals(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _a_place_for_journals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPER_STATE_DIR", str(tmp_path / "state"))
     for name in ("ESPER_SERVER", "ESPER_TOKEN", "ESPER_STAGE_DIR"):
         monkeypatch.delenv(name, raising=False)

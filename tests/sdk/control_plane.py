@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import parse_qs
 
 import uvicorn
 
@@ -137,14 +138,16 @@ class ControlPlane:
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         self._loop = asyncio.get_running_loop()
         if scope["type"] == "websocket":
-            await self._stream(receive, send)
+            await self._stream(scope, receive, send)
         else:
             await self._request(scope, receive, send)
 
-    async def _stream(self, receive: Any, send: Any) -> None:
+    async def _stream(self, scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "websocket.accept"})
         waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        for entry in self._log_after(scope):
+            waiting.put_nowait({"type": "command", **entry})
         self._sockets.add(waiting)
         pusher = asyncio.create_task(_push_all(waiting, send))
         try:
@@ -162,7 +165,10 @@ class ControlPlane:
             if not message.get("more_body"):
                 break
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
-        status, answer = self._answer(scope["method"], scope["path"], headers, raw)
+        if scope["method"] == "GET" and scope["path"].endswith("/commands"):
+            status, answer = 200, {"results": self._log_after(scope)}
+        else:
+            status, answer = self._answer(scope["path"], headers, raw)
         if self.lose_replies > 0 and scope["method"] == "POST":
             self.lose_replies -= 1
             status, answer = 503, {"code": "lost", "detail": "the reply was lost"}
@@ -171,7 +177,11 @@ class ControlPlane:
         await send(start)
         await send({"type": "http.response.body", "body": body})
 
-    def _answer(self, method: str, path: str, headers: dict[str, str], raw: bytes) -> Answer:
+    def _log_after(self, scope: Any) -> list[dict[str, Any]]:
+        after = int(parse_qs(scope["query_string"].decode())["after"][0])
+        return [entry for entry in self.log if entry["command"]["seq"] > after]
+
+    def _answer(self, path: str, headers: dict[str, str], raw: bytes) -> Answer:
         parts = path.removeprefix("/api/v1/").split("/")
         if parts[-1] in self.answers_to:
             return self.answers_to[parts[-1]]
@@ -180,8 +190,6 @@ class ControlPlane:
         if parts[0] == "kernels":
             files = self.kernels.get(parts[1], {})
             return (200, files[parts[2]]) if parts[2] in files else (404, {"code": "not-found"})
-        if method == "GET":
-            return 200, {"results": self.log[-500:]}
         body = codec.decode(raw)
         if parts == ["runs"]:
             return self._once(headers["idempotency-key"], lambda: self._register(body))
@@ -231,7 +239,7 @@ class ControlPlane:
             self.duplicates += 1
             return {"stored": 0, "duplicate": True, "slow_down_ms": 0}
         items = len(body["frames"]) + len(body["metrics"]) + len(body["findings"])
-        assert body["seq_from"] == self.stored_to + 1, "a batch is missing"
+        assert body["seq_from"] > self.stored_to, "a number is used twice"
         assert body["seq_to"] - body["seq_from"] + 1 == items
         self.stored_to = body["seq_to"]
         self.batches.append(body)

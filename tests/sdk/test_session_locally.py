@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.sdk.tiny_training import Training
 from torch import nn
 
 import esper
@@ -25,6 +24,7 @@ from esper.exceptions import (
     UnknownLayerError,
 )
 from esper.grafting import digest
+from tests.sdk.tiny_training import Training
 
 
 def attached(training: Training, **options: object) -> esper.Session:
@@ -132,9 +132,7 @@ def test_a_refused_graft_leaves_the_model_as_it_was(
         assert len(training.optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize(
-    "spoiled", [float("nan"), float("inf")], ids=["not a number", "infinite"]
-)
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf")], ids=["not a number", "infinite"])
 def test_a_loss_that_is_not_finite_after_a_graft_takes_it_out_at_once(
     training: Training, spoiled: float
 ) -> None:

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.sdk.control_plane import ControlPlane, wait_for
-from tests.sdk.tiny_training import Training
 
 import esper
 from esper.compilation import build_kernel
@@ -25,6 +23,8 @@ from esper.contracts import (
 from esper.grafting import digest
 from esper.sdk import RunStopped
 from esper.sdk.journal import JOURNAL_FILE
+from tests.sdk.control_plane import ControlPlane, wait_for
+from tests.sdk.tiny_training import Training
 
 
 def attached(training: Training, plane: ControlPlane, **options: Any) -> esper.Session:
@@ -460,6 +460,7 @@ def test_promises_outlive_the_trainer(
     plane.start()
     other = Training(seed=1)
     plane.uid = "another-run"
+    plane.log.clear()
     with attached(other, plane, run="other") as later:
         other.run(1, later)
         wait_for(lambda: plane.finishes, "what the first trainer owed has arrived")
@@ -512,8 +513,8 @@ def test_a_restarted_trainer_says_what_its_model_really_holds(
         again.run(1, resumed)
         wait_for(lambda: len(plane.hellos) == 2, "the second hello is said")
         again.until(lambda: resumed.adaptations[0].state is AdaptationState.KEPT, resumed)
-        stale = graft_command(plane, 2, "0" * 64, epoch=1)
-        plane.send(stale)
+        wait_for(lambda: plane.listeners, "it listens again")
+        plane.send(graft_command(plane, 2, "0" * 64, epoch=1), logged=False)
         wait_for(lambda: plane.acks_of(2), "the stale command is refused")
         undo = plane.command(CommandKind.UNDO, 3, adaptation="a1", payload={"hard": True})
         plane.send(undo)

@@ -54,7 +54,11 @@ async def until(fact: Callable[[], object], *, seconds: float = 10.0) -> None:
 
 
 def pending(valkey: redis.Redis) -> int:
-    summary: Any = valkey.xpending(STREAM, GROUP)
+    """Entries that somebody holds; -1 while there is no group."""
+    try:
+        summary: Any = valkey.xpending(STREAM, GROUP)
+    except redis.ResponseError:
+        return -1
     return int(summary["pending"])
 
 
@@ -185,6 +189,21 @@ async def test_without_redis_runs_are_polled(urza: FakeUrza) -> None:
         async with running(config(redis_url, urza)):
             await until(lambda: urza.proposals)
         assert len(urza.proposals) == 1
+
+
+async def test_a_doorbell_that_never_rings_is_noticed(
+    valkey_url: str, valkey: redis.Redis, urza: FakeUrza
+) -> None:
+    run = urza.runs["run_a"]
+    run.in_flight = {"fc1", "fc2", "head"}
+    async with running(config(valkey_url, urza)) as service:
+        await until(lambda: service.get_status()["connections"]["redis"] == "connected")
+        await until(lambda: service.get_status()["runs"])
+
+        run.train(10)  # stored by the server, which cannot reach Redis
+        run.in_flight.clear()
+
+        await until(lambda: urza.proposals)
 
 
 async def test_entries_of_an_instance_that_died_are_taken_over(

@@ -153,7 +153,15 @@ def raise_at_line(number: int) -> Any:
         nonlocal seen
         if not frame.f_code.co_filename.endswith(SURGERY_FILES):
             return None
-        if frame.f_code.co_name in ("_take_out", "take_out", "remove_slots", "remove", "grafts"):
+        if frame.f_code.co_name in (
+            "_withdraw",
+            "_take_out",
+            "take_out",
+            "remove_slots",
+            "remove",
+            "grafts",
+            "slots",
+        ):
             return None  # the way back
         if event == "line":
             seen += 1

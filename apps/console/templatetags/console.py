@@ -67,10 +67,10 @@ def shape(name: str) -> SafeString:
 @register.filter
 def number(value: Any, digits: int = 3) -> str:
     """A float with ``digits`` significant digits; unknown is a dash, never zero."""
+    if value in (None, "") or (isinstance(value, float) and math.isnan(value)):
+        return _UNKNOWN
     if isinstance(value, str):
         return value
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return _UNKNOWN
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

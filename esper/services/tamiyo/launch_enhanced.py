@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from esper.exceptions import ConfigurationError
-from esper.services.tamiyo.enhanced_main import EnhancedTamiyoService
 from esper.utils.config import ServiceConfig
 
 
@@ -29,8 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     try:
         config = _config(options)
+        # Late: a wrong setting is told at once, and not after the seconds that torch takes.
+        from esper.services.tamiyo.enhanced_main import EnhancedTamiyoService
+
         service = EnhancedTamiyoService(config)
-        _report(service)
+        _report(config, len(service.catalog))
         asyncio.run(service.run_forever())
     except ConfigurationError as error:
         print(f"launch_enhanced: {error}", file=sys.stderr)
@@ -76,13 +77,13 @@ def _config(options: argparse.Namespace) -> ServiceConfig:
     )
 
 
-def _report(service: EnhancedTamiyoService) -> None:
-    shown = {
-        item.name: getattr(service.config, item.name)
-        for item in dataclasses.fields(service.config)
-        if item.name in ("instance", "urza_url", "learning", "port")
-    }
-    print(f"Tamiyo with {len(service.catalog)} blueprints: {shown}", flush=True)
+def _report(config: ServiceConfig, blueprints: int) -> None:
+    print(
+        f"Tamiyo {config.instance} with {blueprints} blueprints, "
+        f"server {config.urza_url or 'none, in-process only'}, "
+        f"learning {'on' if config.learning else 'off'}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

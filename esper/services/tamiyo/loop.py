@@ -94,13 +94,19 @@ class DecisionLoop:
                 watch.undecided = False
 
     async def attend_live_runs(self, *, deciding: bool) -> None:
-        """Look at every live run once, and forget those that ended."""
+        """Look at every live run once, and forget those that ended.
+
+        Args:
+            deciding: also decide; without, only where nobody rang since the last look: then the
+                doorbell is broken, and waiting for it would be for ever.
+        """
         live = {str(run["uid"]) for run in await self._urza.live_runs()}
         for gone in self.watches.keys() - live:
             del self.watches[gone]
         for run in sorted(live):
+            overdue = run in self.watches and self.watches[run].undecided
             try:
-                await self.attend(run, deciding=deciding)
+                await self.attend(run, deciding=deciding or overdue)
             except TransportError as error:
                 logger.warning("run %s has to wait: %s", run, error)
 

@@ -47,6 +47,7 @@ class Caller:
     def _ask(self, method: str, path: str, *, headers: dict[str, str], **rest: Any) -> Answer:
         if self.token:
             headers.setdefault("Authorization", f"Bearer {self.token}")
+        path = path.removeprefix("http://testserver")  # links in answers are absolute
         url = path if path.startswith("/") else f"/api/v1/{path}"
         return Answer(getattr(self.client, method)(url, headers=headers, **rest))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from django.core.cache import cache
 
@@ -15,11 +13,10 @@ from tests.server.api.cast import Caller, Inbox, Trainer, frame, metrics, regist
 
 
 @pytest.fixture(autouse=True)
-def _fresh_memory() -> Iterator[None]:
+def _fresh_memory() -> None:
     """Throttles and coalescing remember across requests; tests must not remember each other."""
     cache.clear()
     telemetry._progress_rung_at.clear()
-    yield
 
 
 @pytest.fixture

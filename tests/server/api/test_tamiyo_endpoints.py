@@ -48,9 +48,7 @@ def test_a_restarted_trainer_takes_back_the_steps_beyond_its_checkpoint(
     trainer = inbox.trainer
     Run.objects.filter(uid=trainer.run).update(epoch=2, telemetry_seq=0)
     trainer.epoch, trainer.seq = 2, 0
-    trainer.send(
-        frames=[frame(990)], metrics=[metrics(989, loss=2.0), metrics(990, loss=1.9)]
-    )
+    trainer.send(frames=[frame(990)], metrics=[metrics(989, loss=2.0), metrics(990, loss=1.9)])
     snapshot = wire.report_from_wire(tamiyo.get(f"{trainer.path}/snapshot").data).snapshot
     assert snapshot.loss_steps.tolist() == [989, 990]
     assert [frame.step for frame in snapshot.frames] == [990]
@@ -77,9 +75,7 @@ def test_a_proposal_waits_for_a_person_with_everything_they_need_to_know(
     assert shown["evidence_now"]["health"] == pytest.approx(0.5)
     assert shown["evidence_drift"] == 0.0
     assert shown["reasons"][0]["observed"] is None
-    assert shown["why_not"] == [
-        {"blueprint": "attn_std", "reason": "The layer has no sequence."}
-    ]
+    assert shown["why_not"] == [{"blueprint": "attn_std", "reason": "The layer has no sequence."}]
     assert {check["rule"] for check in shown["checks"]} >= {"frozen", "cooldown", "confidence"}
     assert len(shown["undo_plan"]) >= 3
     assert shown["permissions"]["approve"]["allowed"] is False

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 from django.db import transaction
 from django.test import Client
 from django.utils import timezone
 
-import numpy as np
 from apps.accounts.actors import SYSTEM, Actor, ActorKind
 from apps.accounts.models import User
 from apps.adaptations.models import Adaptation
@@ -107,9 +107,23 @@ def make_people(world: World) -> None:
 _BLUEPRINTS = (
     ("proj_lora_64", "BP-PROJ-LoRA-64", "Low-rank update", "efficiency", "parallel", "low"),
     ("proj_ia3", "BP-PROJ-IA3", "Per-channel gain", "efficiency", "scale", "low"),
-    ("mlp_gelu_2048", "BP-MLP-GELU-2048", "Parallel GELU block", "transformer", "parallel", "medium"),
+    (
+        "mlp_gelu_2048",
+        "BP-MLP-GELU-2048",
+        "Parallel GELU block",
+        "transformer",
+        "parallel",
+        "medium",
+    ),
     ("attn_std", "BP-ATTN-STD", "Parallel self-attention", "transformer", "parallel", "medium"),
-    ("mon_act_stats", "BP-MON-ACT-STATS", "Activation statistics", "diagnostics", "observe", "none"),
+    (
+        "mon_act_stats",
+        "BP-MON-ACT-STATS",
+        "Activation statistics",
+        "diagnostics",
+        "observe",
+        "none",
+    ),
     ("clamp_grad_norm", "BP-CLAMP-GRAD-NORM", "Gradient bound", "diagnostics", "wrap", "low"),
 )
 
@@ -162,7 +176,12 @@ def make_telemetry(run: Run, steps: int, *, every: int = 5) -> None:
     ]
     Metric.objects.bulk_create(
         Metric(
-            run=run, epoch=1, step=step, wall_time=now - steps + step, name="loss", value=losses[step]
+            run=run,
+            epoch=1,
+            step=step,
+            wall_time=now - steps + step,
+            name="loss",
+            value=losses[step],
         )
         for step in range(steps)
     )
@@ -220,9 +239,24 @@ def make_adaptation(
         "proposed_step": found.step - 40,
         "evidence": {"health": 0.34, "dead_fraction": 0.36, "loss": 0.45, "grad_snr": None},
         "reasons": [
-            {"signal": "dead_fraction", "observed": 0.36, "weight": 0.31, "text": "36 % dead units"},
-            {"signal": "update_ratio", "observed": 1e-5, "weight": 0.22, "text": "updates are tiny"},
-            {"signal": "history", "observed": 1.0, "weight": -0.12, "text": "rolled back here once"},
+            {
+                "signal": "dead_fraction",
+                "observed": 0.36,
+                "weight": 0.31,
+                "text": "36 % dead units",
+            },
+            {
+                "signal": "update_ratio",
+                "observed": 1e-5,
+                "weight": 0.22,
+                "text": "updates are tiny",
+            },
+            {
+                "signal": "history",
+                "observed": 1.0,
+                "weight": -0.12,
+                "text": "rolled back here once",
+            },
         ],
         "checks": [
             _check("memory", True, True, "0.06 MiB", "1024 MiB"),
@@ -344,6 +378,7 @@ def make_kept(world: World) -> None:
     CompileJob.objects.filter(pk=job.pk).update(adaptation_uid=kept.uid)
     tell(kept, A.PROPOSED, A.VALIDATING, A.AWAITING_APPROVAL, A.APPROVED, A.COMPILE_QUEUED)
     tell(kept, A.COMPILING, A.COMPILED, A.DISPATCHED, A.ACCEPTED, A.PROBATION, A.KEPT)
+    Run.objects.filter(pk=kept.run.pk).update(command_seq=1)
     Command.objects.create(
         run=kept.run,
         epoch=1,
@@ -369,8 +404,14 @@ def build_world(*, steps: int = 120) -> World:
     make_run(world, "topics-lm", "anna", steps=steps, state=RunState.RUNNING)
     make_run(world, "baseline", "rosa", steps=steps, state=RunState.FINISHED)
     make_kept(world)
-    tell(make_adaptation(world, "waiting", "digits-cnn", A.AWAITING_APPROVAL), A.PROPOSED, A.VALIDATING)
-    tell(world.adaptations["waiting"], A.AWAITING_APPROVAL, actor=Actor(ActorKind.RULE, "policy v1"))
+    tell(
+        make_adaptation(world, "waiting", "digits-cnn", A.AWAITING_APPROVAL),
+        A.PROPOSED,
+        A.VALIDATING,
+    )
+    tell(
+        world.adaptations["waiting"], A.AWAITING_APPROVAL, actor=Actor(ActorKind.RULE, "policy v1")
+    )
     make_adaptation(world, "annas", "topics-lm", A.AWAITING_APPROVAL, layer="features.3")
     make_adaptation(
         world,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
-from django.test import Client
 from django.urls import reverse
 
-from apps.adaptations.models import Adaptation
-from apps.console.urls import urlpatterns
-
-PLAIN = ["overview", "inbox", "runs", "blueprints", "violations", "policy", "kernels", "audit", "me"]
+PLAIN = [
+    "overview",
+    "inbox",
+    "runs",
+    "blueprints",
+    "violations",
+    "policy",
+    "kernels",
+    "audit",
+    "me",
+]
 PEOPLE = ["vera", "rosa", "anna", "cora", "adam"]
 FAILED_PANEL = "This part could not be shown"
 

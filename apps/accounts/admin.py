@@ -1,0 +1,69 @@
+"""People are kept here; roles decide everything else, so groups and single rights are not shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from django.contrib import admin
+from django.contrib.auth.admin import UserAdmin
+from django.contrib.auth.models import Group
+
+from apps.accounts.models import ApiToken, User
+from apps.accounts.policy import Act, may
+from apps.accounts.read_only_admin import ReadOnlyAdmin
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+
+    _Admin = UserAdmin[User]
+else:
+    _Admin = UserAdmin
+
+admin.site.site_header = admin.site.site_title = "Esper administration"
+admin.site.unregister(Group)
+
+
+@admin.register(User)
+class PersonAdmin(_Admin):
+    list_display = ("username", "role", "is_active", "last_login")
+    list_filter = ("role", "is_active")
+    fieldsets = (
+        (None, {"fields": ("username", "password")}),
+        ("Person", {"fields": ("first_name", "last_name", "email")}),
+        ("Rights", {"fields": ("role", "is_active")}),
+    )
+    add_fieldsets = ((None, {"fields": ("username", "role", "password1", "password2")}),)
+    filter_horizontal = ()
+    readonly_fields = ("last_login",)
+
+    def has_view_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
+        return may(request.user, Act.MANAGE_PEOPLE).allowed
+
+    def has_module_permission(self, request: HttpRequest) -> bool:
+        return may(request.user, Act.MANAGE_PEOPLE).allowed
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return may(request.user, Act.MANAGE_PEOPLE).allowed
+
+    def has_change_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
+        return may(request.user, Act.MANAGE_PEOPLE).allowed
+
+    def has_delete_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
+        """Nobody: the audit log and decisions name people. They are made inactive instead."""
+        return False
+
+
+@admin.register(ApiToken)
+class ApiTokenAdmin(ReadOnlyAdmin):
+    """Their owners make and revoke tokens; the digest of a secret is nobody's business."""
+
+    list_display = (
+        "name",
+        "owner",
+        "prefix",
+        "run_uid",
+        "created_at",
+        "last_used_at",
+        "revoked_at",
+    )
+    exclude = ("digest",)

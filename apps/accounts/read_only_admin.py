@@ -1,0 +1,37 @@
+"""Django's admin for rows that services write and nobody edits by hand, not even an admin."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from django.contrib import admin
+
+from apps.accounts.policy import Act, may
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+
+    _Admin = admin.ModelAdmin[Any]
+else:
+    _Admin = admin.ModelAdmin
+
+
+class ReadOnlyAdmin(_Admin):
+    """To look, to search; no add, no change, no delete, no bulk action."""
+
+    actions = None
+
+    def has_module_permission(self, request: HttpRequest) -> bool:
+        return may(request.user, Act.VIEW).allowed
+
+    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return may(request.user, Act.VIEW).allowed
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False

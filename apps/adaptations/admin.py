@@ -1,0 +1,25 @@
+"""Adaptations, to look at: only the lifecycle moves them."""
+
+from __future__ import annotations
+
+from django.contrib import admin
+
+from apps.accounts.read_only_admin import ReadOnlyAdmin
+from apps.adaptations.models import Adaptation
+
+
+@admin.register(Adaptation)
+class AdaptationAdmin(ReadOnlyAdmin):
+    list_display = (
+        "uid",
+        "run",
+        "layer",
+        "blueprint",
+        "state",
+        "confidence",
+        "decided_by",
+        "created_at",
+    )
+    list_filter = ("state", "risk")
+    search_fields = ("uid", "layer")
+    list_select_related = ("run", "blueprint", "decided_by")

@@ -1,0 +1,1 @@
+"""Figures with the command that prints them; each runs as ``python -m benchmarks.<name>``."""

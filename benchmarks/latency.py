@@ -1,0 +1,319 @@
+"""How long each station of the loop takes, next to its budget and to the seed's promise.
+
+``python -m benchmarks.latency [--quick] [--json FILE] [--server URL --token …]``
+
+One torch thread. The figures depend on what else the machine does: run it on an idle one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.figures import Budget, Figure, show, write_json
+from esper import blueprints, grafting
+from esper.blueprints import Blueprint
+from esper.compilation import KernelStore, build_kernel, kernel_key, open_kernel, warm_up
+from esper.compilation.instantiate import instantiate
+from esper.contracts import (
+    SIGNAL_INDEX,
+    SIGNALS,
+    AdaptationType,
+    CostForecast,
+    Decision,
+    HealthFrame,
+    LayerInfo,
+    RunMode,
+    RunSnapshot,
+    SafetyPolicy,
+    Signal,
+    signing,
+)
+from esper.grafting import LayerRecorder
+from esper.pipeline import decide
+from esper.policy import HeuristicPolicy
+from esper.selection import BlueprintSelector
+
+WIDTH = 256
+BUDGETS = {
+    "decision": Budget("p99", 10.0, "ms", "< 100 ms"),
+    "decision_2000": Budget("p99", 50.0, "ms", "< 100 ms"),
+    "selection": Budget("p99", 1.0, "ms", "< 10 ms"),
+    "compile_cold": Budget("p95", 150.0, "ms", "50-500 ms"),
+    "compile_cached": Budget("p95", 5.0, "ms", "< 10 ms"),
+    "graft_pause": Budget("p95", 10.0, "ms"),
+    "overhead": Budget("p50", 1.01, "x"),
+    "end_to_end": Budget("p95", 500.0, "ms", "< 1 s"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; returns 0 also where a budget is broken: a busy machine is no bug."""
+    options = _parse(arguments)
+    torch.set_num_threads(1)
+    repeats = 30 if options.quick else 200
+    warm_up()
+    with tempfile.TemporaryDirectory(prefix="esper-latency-") as name:
+        directory = Path(name)
+        figures = [
+            decision("decision", layers=200, repeats=repeats),
+            decision("decision_2000", layers=2000, repeats=repeats),
+            selection(repeats=repeats * 5),
+            compile_cold(repeats=max(3, repeats // 10), directory=directory),
+            compile_cached(repeats=repeats, directory=directory),
+            graft_pause(repeats=max(10, repeats // 4)),
+            overhead(quick=options.quick),
+        ]
+    if not options.without_processes:
+        adaptations = 3 if options.quick else 20
+        figures.append(
+            _end_to_end(adaptations=adaptations, server=options.server, token=options.token)
+        )
+    print(show(figures))
+    if options.json:
+        write_json(figures, options.json)
+    return 0
+
+
+def decision(name: str, *, layers: int, repeats: int) -> Figure:
+    """Snapshot in hand -> Decision, with 32 frames and 2,000 losses."""
+    snapshot = flat_run(layers)
+    selector = BlueprintSelector(blueprints.all())
+    policy, limits = HeuristicPolicy(), SafetyPolicy()
+    rng = np.random.default_rng(0)
+    answer = decide(snapshot, policy, selector, limits, rng)
+    assert isinstance(answer, Decision), answer
+    samples = timed(lambda: decide(snapshot, policy, selector, limits, rng), repeats)
+    return Figure(name, BUDGETS[name], samples, f"decide(), {layers} layers, 32 frames")
+
+
+def selection(*, repeats: int) -> Figure:
+    """18 blueprints x 600 sizes: the installed ones under more names, with more sizes each."""
+    installed = blueprints.all()
+    catalog = [ManySizes(installed[number % len(installed)], number) for number in range(18)]
+    selector, snapshot, limits = BlueprintSelector(catalog), flat_run(8), SafetyPolicy()
+    layer = snapshot.layers[0]
+
+    def select() -> object:
+        return selector.select(layer, AdaptationType.ADD_EFFICIENCY, snapshot, limits)
+
+    select()  # the tables of a layer's shape are made once for a run
+    return Figure(
+        "selection", BUDGETS["selection"], timed(select, repeats), "18 blueprints x 600 sizes"
+    )
+
+
+def compile_cold(*, repeats: int, directory: Path) -> Figure:
+    """Build, certify, measure, sign and store, for every blueprint that fits, in a warm worker."""
+    private_key = signing.generate_private_key()
+    samples: list[float] = []
+    for layer, blueprint in _fitting():
+        for repeat in range(repeats):
+            store = KernelStore(directory / f"cold-{layer.kind}-{blueprint.slug}-{repeat}")
+            started = time.perf_counter()
+            store.put(build_kernel(layer, blueprint.slug, private_key=private_key))
+            samples.append((time.perf_counter() - started) * 1e3)
+    note = f"tier 0 at width {WIDTH}, stored; p50 budget 50 ms"
+    return Figure("compile_cold", BUDGETS["compile_cold"], tuple(samples), note)
+
+
+def compile_cached(*, repeats: int, directory: Path) -> Figure:
+    """Key -> digest -> files -> verified -> module."""
+    private_key = signing.generate_private_key()
+    trusted_key = signing.public_key(private_key)
+    store = KernelStore(directory / "cached")
+    samples: list[float] = []
+    for layer, blueprint in _fitting():
+        digest = store.put(build_kernel(layer, blueprint.slug, private_key=private_key))
+        index = {kernel_key(layer, blueprint.slug, None).hash: digest}
+
+        load = partial(_load, store, index, layer, blueprint.slug, trusted_key)
+        samples += timed(load, max(3, repeats // 10))
+    note = "look up, read, verify, instantiate"
+    return Figure("compile_cached", BUDGETS["compile_cached"], tuple(samples), note)
+
+
+def _load(
+    store: KernelStore, index: dict[str, str], layer: LayerInfo, slug: str, trusted_key: str
+) -> None:
+    digest = index[kernel_key(layer, slug, None).hash]
+    _, recipe, _ = open_kernel(store.get(digest), digest, trusted_key)
+    instantiate(recipe, layer)
+
+
+def graft_pause(*, repeats: int) -> Figure:
+    """What the training loop waits for, of a prebuilt graft in a model of about 1 M parameters."""
+    samples = []
+    for repeat in range(repeats):
+        model, optimizer, layer = _trained_host()
+        blueprint = blueprints.get("proj_lora_64")
+        graft = blueprint.build(layer, seed=repeat + 1)
+        receipt = grafting.apply_graft(
+            model, layer, blueprint, optimizers=(optimizer,), graft=graft, seed=repeat + 1
+        )
+        samples.append(receipt.pause_ms)
+    note = "snapshot, certificate, swap; 1 M parameters"
+    return Figure("graft_pause", BUDGETS["graft_pause"], tuple(samples), note)
+
+
+def overhead(*, quick: bool) -> Figure:
+    """Step time attached / bare, from benchmarks.overhead."""
+    if importlib.util.find_spec("benchmarks.overhead") is None:
+        return Figure("overhead", BUDGETS["overhead"], (), "benchmarks.overhead is missing")
+    from benchmarks.overhead import step_time_ratios
+
+    samples = tuple(step_time_ratios(quick=quick))
+    return Figure("overhead", BUDGETS["overhead"], samples, "attached / bare step time")
+
+
+def _end_to_end(*, adaptations: int, server: str, token: str) -> Figure:
+    from benchmarks.end_to_end import end_to_end
+
+    note = "frame sent -> graft acknowledged, real processes"
+    samples = tuple(end_to_end(adaptations, server=server, token=token))
+    return Figure("end_to_end", BUDGETS["end_to_end"], samples, note)
+
+
+def timed(work: Callable[[], object], repeats: int) -> tuple[float, ...]:
+    """Milliseconds of each repetition; the first, which warms up, does not count."""
+    work()
+    samples = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        samples.append((time.perf_counter() - started) * 1e3)
+    return tuple(samples)
+
+
+def linear_layer(name: str, *, rows: int = 64, width: int = WIDTH) -> LayerInfo:
+    return LayerInfo(
+        name=name,
+        kind="Linear",
+        in_shape=(rows, width),
+        out_shape=(rows, width),
+        dtype="float32",
+        parameters=width * (width + 1),
+        graftable=True,
+        features_in=width,
+        features_out=width,
+    )
+
+
+def flat_run(layers: int) -> RunSnapshot:
+    """A run whose loss has been flat for long, with plausible signals and one bottleneck."""
+    rng = np.random.default_rng(0)
+    infos = tuple(linear_layer(f"layer{i}") for i in range(layers))
+    names = tuple(info.name for info in infos)
+    loss = 0.9 + 1.4 * 0.99 ** np.arange(2000) + 0.01 * rng.standard_normal(2000)
+    frames = tuple(
+        HealthFrame(step, 0.0, names, _plausible(rng, layers)) for step in range(1690, 2001, 10)
+    )
+    return RunSnapshot(
+        run="benchmark",
+        epoch=1,
+        mode=RunMode.AUTOMATIC,
+        step=2000,
+        layers=infos,
+        frames=frames,
+        loss_steps=np.arange(1, 2001),
+        loss=loss,
+        model_parameters=sum(info.parameters for info in infos),
+    )
+
+
+class ManySizes:
+    """An installed blueprint under another name, with 600 sizes."""
+
+    def __init__(self, blueprint: Blueprint, number: int) -> None:
+        self._blueprint = blueprint
+        self.slug = f"{blueprint.slug}_{number}"
+        self.category = blueprint.category
+        self.adaptation_type = AdaptationType.ADD_EFFICIENCY
+        self.risk = blueprint.risk
+        self.kind = blueprint.kind
+        self.conflicts: frozenset[str] = frozenset()
+
+    def supports(self, layer: LayerInfo) -> str:
+        return ""
+
+    def sizes(self, layer: LayerInfo) -> tuple[dict[str, Any], ...]:
+        return tuple({"size": size} for size in range(1, 601))
+
+    def forecast(self, layer: LayerInfo, config: dict[str, Any]) -> CostForecast:
+        size = int(config["size"])
+        return CostForecast(2 * size * layer.features_in, size * 1000, size / 100, float("nan"))
+
+
+def _plausible(rng: np.random.Generator, layers: int) -> Any:
+    values = rng.uniform(0.1, 0.3, (layers, len(SIGNALS))).astype(np.float32)
+    values[:, SIGNAL_INDEX[Signal.UPDATE_RATIO]] = 1e-3
+    values[:, SIGNAL_INDEX[Signal.DEAD_FRACTION]] = 0.0
+    values[:, SIGNAL_INDEX[Signal.HEALTH]] = 0.9
+    values[layers // 2, SIGNAL_INDEX[Signal.STABLE_RANK]] = 0.6
+    values[layers // 2, SIGNAL_INDEX[Signal.GRAD_NORM]] = 3.0
+    return values
+
+
+def _fitting() -> list[tuple[LayerInfo, Blueprint]]:
+    """Every blueprint at a layer that it fits."""
+    flat, sequence = linear_layer("flat"), _sequence_layer()
+    found = []
+    for blueprint in blueprints.all():
+        layer = next((one for one in (flat, sequence) if not blueprint.supports(one)), None)
+        if layer is not None:
+            found.append((layer, blueprint))
+    return found
+
+
+def _sequence_layer() -> LayerInfo:
+    shape = (4, 32, WIDTH)
+    return LayerInfo(
+        name="sequence",
+        kind="Linear",
+        in_shape=shape,
+        out_shape=shape,
+        dtype="float32",
+        parameters=WIDTH * (WIDTH + 1),
+        graftable=True,
+        features_in=WIDTH,
+        features_out=WIDTH,
+    )
+
+
+def _trained_host() -> tuple[nn.Module, torch.optim.Optimizer, LayerInfo]:
+    """A model with Adam's state, seen to run: what a graft meets in real life."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(500, 500), nn.ReLU()) for _ in range(4)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    grafting.prepare_slots(model, [f"{i}.0" for i in range(4)])
+    recorder = LayerRecorder(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(32, 500)).square().mean().backward()
+        optimizer.step()
+    return model, optimizer, recorder.layers()[1]
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument(
+        "--without-processes", action="store_true", help="leave out end_to_end, which starts Esper"
+    )
+    parser.add_argument("--server", default="", help="use this Esper instead of starting one")
+    parser.add_argument("--token", default="", help="scope runs:create, for --server")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
