@@ -51,8 +51,8 @@ class Figure:
         return None if value is None else value <= self.budget.limit
 
     def _percentile(self, name: str) -> float | None:
-        if not self.samples:
-            return None
+        if not self.samples or (len(self.samples) == 1 and name != "p50"):
+            return None  # one value has no tail
         return round(float(np.percentile(self.samples, float(name[1:]))), 4)
 
 

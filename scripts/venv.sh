@@ -33,4 +33,6 @@ install_into_venv() {
     }
     echo "$wanted" > "$stamp"
   fi
+  # Scripts run with this venv's Python can "import esper" from any directory.
+  "$PWD/.venv/bin/python" -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "esper-source.pth").write_text(str(pathlib.Path.cwd()) + "\n")'
 }

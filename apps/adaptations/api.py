@@ -42,7 +42,7 @@ from apps.api.schema import CURSOR, LIMIT, documented, page_of, query, results_o
 from apps.api.throttling import ActThrottle
 from apps.policies.serializers import SwitchInput, SwitchOutput
 from apps.policies.services import adaptation_switch
-from apps.runs.selectors import visible_run
+from apps.runs.api import visible_run
 from esper.contracts import AdaptationState, AdaptationType, Risk, TokenScope, Verdict, codec
 
 TAMIYO = frozenset({TokenScope.DECIDE})

@@ -108,7 +108,10 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
     layer = _layer(run, proposal.layer)
     blueprint = _blueprint(proposal.blueprint)
     policy = current_policy()
-    checks = check_gates(_gate_inputs(run, proposal, blueprint), policy.safety_policy())
+    checks = (
+        *check_gates(_gate_inputs(run, proposal, blueprint), policy.safety_policy()),
+        _check_neighbours(run, proposal.layer, blueprint),
+    )
     closed = [check for check in checks if check.blocks]
     if closed:
         raise GateClosedError(closed)
@@ -147,6 +150,28 @@ def _blueprint(slug: str) -> Blueprint:
             ]
         )
     return blueprint
+
+
+def _check_neighbours(run: Run, layer: str, blueprint: Blueprint) -> Check:
+    """What the layer carries already must get on with the newcomer."""
+    grafts = layer_histories(run).get(layer, LayerHistory()).grafts
+    others = {row.slug: row.conflicts for row in Blueprint.objects.filter(slug__in=grafts)}
+    clashing = sorted(
+        slug
+        for slug, conflicts in others.items()
+        if slug == blueprint.slug or slug in blueprint.conflicts or blueprint.slug in conflicts
+    )
+    carried = ", ".join(grafts) or "nothing"
+    return Check(
+        rule=ViolationRule.COMPATIBILITY,
+        passed=not clashing,
+        hard=True,
+        observed=carried,
+        limit=f"nothing that conflicts with {blueprint.slug}",
+        text=f"{layer} carries {', '.join(clashing)}, which conflicts with {blueprint.slug}."
+        if clashing
+        else f"{layer} carries {carried}; {blueprint.slug} gets on with that.",
+    )
 
 
 def _gate_inputs(run: Run, proposal: Proposal, blueprint: Blueprint) -> GateInputs:

@@ -23,9 +23,8 @@ from apps.api.schema import documented
 from apps.api.throttling import TelemetryThrottle, TokenThrottle
 from apps.kernels.services import finite_or_none
 from apps.policies.services import current_policy
-from apps.runs.api import TRAINERS, RunList
+from apps.runs.api import TRAINERS, RunList, visible_run
 from apps.runs.models import Run
-from apps.runs.selectors import visible_run
 from apps.runs.serializers import (
     AckInput,
     AckOutput,

@@ -10,7 +10,7 @@ from rest_framework.views import APIView
 
 from apps.accounts.models import ApiToken, User
 from apps.accounts.policy import Act, may
-from apps.accounts.problems import Problem, not_found
+from apps.accounts.problems import Problem
 from esper.contracts import TokenScope
 
 # A browser's session stands for the person, as a token of these two scopes does.
@@ -87,13 +87,6 @@ def require(user: User, act: Act, *, owner_id: int | None = None) -> None:
     permission = may(user, act, owner_id=owner_id)
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)
-
-
-def check_run_of_token(request: Request, run_uid: str) -> None:
-    """A run token sees its own run; any other "does not exist"."""
-    token = request.auth
-    if isinstance(token, ApiToken) and token.run_uid and token.run_uid != run_uid:
-        raise not_found("run")
 
 
 def run_of_token(request: Request) -> str:

@@ -36,14 +36,22 @@ def expected_version(request: Request) -> int:
     Raises:
         Problem: 428 when it is missing, 400 when it is not one of ours.
     """
-    header = request.headers.get("If-Match", "").strip()
-    if not header:
+    version = given_version(request)
+    if version is None:
         raise Problem(
             428,
             "precondition-required",
             "Send If-Match with the ETag of what you have seen, so that nobody decides on "
             "something that has changed.",
         )
+    return version
+
+
+def given_version(request: Request) -> int | None:
+    """The version in ``If-Match``, None without one; raises ``Problem`` 400 for a strange one."""
+    header = request.headers.get("If-Match", "").strip()
+    if not header:
+        return None
     match = _VERSION.fullmatch(header)
     if match is None:
         raise Problem(400, "invalid", 'If-Match must be an ETag of this resource, such as "3".')

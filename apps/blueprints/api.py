@@ -3,10 +3,10 @@ from __future__ import annotations
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.problems import not_found
+from apps.accounts.problems import Problem, not_found
 from apps.api.authentication import person, via
 from apps.api.endpoint import Endpoint
-from apps.api.etag import versioned_response
+from apps.api.etag import given_version, versioned_response
 from apps.api.fields import parse
 from apps.api.filters import apply_filters, flag, one_of
 from apps.api.idempotency import idempotent
@@ -68,8 +68,11 @@ class DisableBlueprint(Endpoint):
 
 
 def _switch(request: Request, slug: str, *, enabled: bool) -> Response:
+    blueprint = _blueprint(slug)
+    if given_version(request) not in {None, blueprint.revision}:
+        raise Problem(412, "version-changed", "Somebody has switched it since you looked.")
     switched = switch_blueprint(
-        blueprint=_blueprint(slug),
+        blueprint=blueprint,
         enabled=enabled,
         user=person(request),
         via=via(request),

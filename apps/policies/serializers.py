@@ -19,7 +19,7 @@ class PolicyInput(PersonsInput):
     """``changes``: thresholds by name, with their new values."""
 
     changes = Members()
-    reason = Text()
+    reason = Text(allow_blank=True, default="")
 
 
 class SwitchOutput(serializers.ModelSerializer[AdaptationSwitch]):

@@ -6,6 +6,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.policy import Act, may
+from apps.accounts.problems import not_found
 from apps.api.authentication import person, via
 from apps.api.endpoint import READERS, Endpoint, run_of_token
 from apps.api.etag import cacheable_response
@@ -16,7 +17,7 @@ from apps.api.pagination import PARAMETERS, page_response
 from apps.api.schema import CURSOR, LIMIT, documented, page_of, query, results_of
 from apps.api.throttling import ActThrottle
 from apps.runs.models import Run
-from apps.runs.selectors import visible_run, visible_runs
+from apps.runs.selectors import runs
 from apps.runs.serializers import CommandOutput, ReasonInput, RunDetailOutput, RunOutput
 from apps.runs.services import command_to_wire, commands_after, request_pause, request_stop, touch
 from esper.contracts import RunMode, RunState, TokenScope
@@ -42,8 +43,8 @@ class RunList(Endpoint):
         parameters=[*(query(name) for name in FILTERS), CURSOR, LIMIT],
     )
     def get(self, request: Request) -> Response:
-        runs = apply_filters(request, visible_runs(request), FILTERS)
-        return page_response(request, runs, lambda rows: RunOutput(rows, many=True).data)
+        rows = apply_filters(request, runs(only=run_of_token(request)), FILTERS)
+        return page_response(request, rows, lambda rows: RunOutput(rows, many=True).data)
 
 
 class RunDetail(Endpoint):
@@ -114,6 +115,14 @@ def _asked(request: Request, run: Run) -> Response:
     """202: it is asked for; the trainer acknowledges it when it gets there."""
     run.refresh_from_db()
     return Response(run_answer(request, run), status=202)
+
+
+def visible_run(request: Request, uid: str) -> Run:
+    """Raises ``Problem`` 404, also for a run that is not the token's."""
+    run = runs(only=run_of_token(request)).filter(uid=uid).first()
+    if run is None:
+        raise not_found("run")
+    return run
 
 
 def run_answer(request: Request, run: Run) -> dict[str, object]:

@@ -154,6 +154,11 @@ _LAYER_MEMBERS = {
     "calls": _is_whole,
     "trainable": _is_flag,
     "feeds": _is_names,
+    "kernel_size": _is_shape,
+    "stride": _is_shape,
+    "padding": _is_shape,
+    "dilation": _is_shape,
+    "groups": _is_whole,
 }
 
 

@@ -10,8 +10,7 @@ from apps.api.endpoint import READERS, Endpoint
 from apps.api.etag import cacheable_response
 from apps.api.filters import one_of, parse_parameter, text, whole_number
 from apps.api.schema import documented, query
-from apps.runs.api import TRAINERS
-from apps.runs.selectors import visible_run
+from apps.runs.api import TRAINERS, visible_run
 from apps.telemetry.selectors import (
     MAX_COLUMNS,
     MAX_FRAMES,

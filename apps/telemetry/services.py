@@ -164,8 +164,8 @@ def thin_telemetry() -> int:
     """Thin what is older than the newest rows of each run; returns how many rows went.
 
     Older than the newest 5,000 frames (20,000 values of a metric) about one row in two stays, older
-    than four times that about one in ten: on a grid of steps, so that thinning again changes nothing.
-    Values that are not finite always stay.
+    than four times that about one in ten. Rows stay on a grid of steps, so that thinning again
+    changes nothing. Values that are not finite always stay.
     """
     deleted = 0
     for group in _large_groups(Frame.objects.values("run"), FRAMES_KEPT):

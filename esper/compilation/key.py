@@ -9,6 +9,7 @@ import torch
 
 from esper import blueprints
 from esper.contracts import KernelKey, LayerInfo
+from esper.exceptions import KernelBuildError
 
 
 def capability() -> str:
@@ -20,10 +21,16 @@ def capability() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's kind and widest instruction set."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    """The GPU's name, or the processor's kind and widest instruction set.
+
+    Raises:
+        KernelBuildError: not permanent: this machine lacks the device, another one may have it.
+    """
+    if device.type == "cpu":
+        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+        raise KernelBuildError(f"this machine has no device {device}", permanent=False)
+    return torch.cuda.get_device_name(device)
 
 
 def kernel_key(layer: LayerInfo, blueprint: str, config: dict[str, Any] | None) -> KernelKey:
@@ -35,6 +42,7 @@ def kernel_key(layer: LayerInfo, blueprint: str, config: dict[str, Any] | None) 
     Raises:
         UnknownBlueprintError: no blueprint has this slug or id.
         IncompatibleLayerError, ConfigurationError: it cannot be built like this there.
+        KernelBuildError: the layer's device is not here.
     """
     chosen = blueprints.get(blueprint)
     device = torch.device(layer.device)

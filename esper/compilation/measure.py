@@ -9,8 +9,11 @@ from torch import Tensor
 
 from esper.blueprints import Graft
 
+FEWEST, MOST = 5, 30
+ENOUGH_MS = 5.0
 
-def latency_ms(graft: Graft, x: Tensor, y: Tensor, *, rows: int, repeats: int = 5) -> float:
+
+def latency_ms(graft: Graft, x: Tensor, y: Tensor, *, rows: int) -> float:
     """Time of one forward pass through the graft, on an undisturbed device.
 
     The best of a few: on a worker that shares its cores, everything else measures the neighbours
@@ -24,15 +27,16 @@ def latency_ms(graft: Graft, x: Tensor, y: Tensor, *, rows: int, repeats: int = 
         Milliseconds, without the host layer's own time.
     """
     x_full, y_full = _with_rows(x, rows), _with_rows(y, rows)
-    times = []
+    times: list[float] = []
     with torch.no_grad():
-        for _ in range(repeats + 1):
+        # One more than counts: the first one pays for caches and kernels' start.
+        while len(times) <= FEWEST or (len(times) <= MOST and sum(times) < ENOUGH_MS):
             _synchronise(x)
             started = time.perf_counter()
             graft.combine(x_full, y_full)
             _synchronise(x)
             times.append((time.perf_counter() - started) * 1e3)
-    return min(times[1:])  # the first one pays for caches and kernels' start
+    return min(times[1:])
 
 
 def _with_rows(tensor: Tensor, rows: int) -> Tensor:

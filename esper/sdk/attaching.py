@@ -15,8 +15,8 @@ from esper.contracts import MAX_NAME_LENGTH, RunMode, SafetyPolicy
 from esper.exceptions import ConfigurationError
 from esper.grafting.graph import layer_modules, why_never_graftable
 from esper.grafting.ledger import unwrap_optimizer
+from esper.sdk.exchange import Pace
 from esper.sdk.session import Session, Setup
-from esper.sdk.transport import Pace
 
 logger = logging.getLogger("esper")
 

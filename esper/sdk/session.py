@@ -63,11 +63,12 @@ from esper.grafting import GuardVerdict, LayerRecorder, LossGuard, Receipt, Undo
 from esper.health import HealthSampler
 from esper.sdk.commands import LocalVeto
 from esper.sdk.evaluation import Evaluator
+from esper.sdk.exchange import Pace, ReadyCommand
 from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.registration import RunDescription
 from esper.sdk.surgeon import Adaptation, Operation, Surgeon
-from esper.sdk.transport import Pace, ReadyCommand, Transport
+from esper.sdk.transport import Transport
 
 logger = logging.getLogger("esper")
 
@@ -150,7 +151,7 @@ class Session:
         if value is not None:
             self._losses.append((self._step, value))
             self._try("guard", partial(self._watch_over, value))
-        if self._transport is not None and self._transport.inbox:
+        if self._transport is not None and self._transport.exchange.inbox:
             self._try("commands", self._obey)
         metrics = self._take_metrics(value)
         if self._evaluator is not None:
@@ -228,7 +229,7 @@ class Session:
     @property
     def telemetry(self) -> dict[str, int]:
         """Items offered, stored by the server, dropped, waiting."""
-        queue = self._transport.telemetry if self._transport is not None else None
+        queue = self._transport.exchange.telemetry if self._transport is not None else None
         if queue is None:
             return {"offered": 0, "stored": 0, "dropped": 0, "waiting": 0}
         return {
@@ -475,8 +476,8 @@ class Session:
     def _obey(self) -> None:
         transport = self._transport
         assert transport is not None
-        while transport.inbox:
-            ready = transport.inbox.popleft()
+        while transport.exchange.inbox:
+            ready = transport.exchange.inbox.popleft()
             try:
                 ack = self._carry_out(ready)
             except Exception as error:  # the server waits for an answer, whatever happened
@@ -498,7 +499,7 @@ class Session:
 
     def _graft_by_command(self, command: Command, operation: Operation) -> CommandAck:
         assert self._transport is not None
-        if self._transport.now() >= command.expires_at:
+        if self._transport.exchange.now() >= command.expires_at:
             return _failed(command, "it expired before a step boundary came", RefusalCode.EXPIRED)
         try:
             self._veto.check(command)
@@ -541,8 +542,8 @@ class Session:
         )
 
     def _refuse_the_rest(self, transport: Transport) -> None:
-        while transport.inbox:
-            command = transport.inbox.popleft().command
+        while transport.exchange.inbox:
+            command = transport.exchange.inbox.popleft().command
             ack = _failed(command, "the run ended before its next step boundary")
             transport.answer(replace(ack, step=self._step))
 
@@ -608,12 +609,12 @@ class Session:
     def _tell(
         self, transport: Transport, frame: HealthFrame | None, metrics: dict[str, float]
     ) -> None:
-        transport.telemetry.offer_metrics(self._step, time.time(), metrics)
+        transport.exchange.telemetry.offer_metrics(self._step, time.time(), metrics)
         if frame is not None:
-            transport.telemetry.offer_frame(frame)
+            transport.exchange.telemetry.offer_frame(frame)
             transport.send_soon()
-        while transport.settled:
-            self._surgeon.on_settled(*transport.settled.popleft())
+        while transport.exchange.settled:
+            self._surgeon.on_settled(*transport.exchange.settled.popleft())
 
     def _live_locally(self, local: LocalLoop, frame: HealthFrame) -> None:
         for entry, verdict in local.verdicts(self._step, self._losses):
@@ -657,7 +658,7 @@ class Session:
             finding.remedy,
         )
         if self._transport is not None:
-            self._transport.telemetry.offer_finding(finding)
+            self._transport.exchange.telemetry.offer_finding(finding)
 
     def _try(self, part: str, work: Callable[[], None]) -> None:
         """Esper's own errors never reach the training; a part that keeps failing is left out."""

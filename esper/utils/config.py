@@ -45,7 +45,7 @@ class ServiceConfig:
     instance: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
     heartbeat_seconds: float = 5.0
     refresh_seconds: float = 5.0
-    claim_seconds: float = 10.0
+    claim_seconds: float = 5.0
     decline_quiet_seconds: float = 60.0
     request_timeout_seconds: float = 10.0
 

@@ -46,7 +46,8 @@ class Output:
         file = self._file(name)
         file.write(f"{datetime.now().astimezone().isoformat(timespec='milliseconds')} {text}\n")
         file.flush()
-        self._show(name, text)
+        if text:
+            self._show(name, text)
 
     def plain(self, text: str) -> None:
         """A line without a prefix, for what a person looks for."""

@@ -160,7 +160,8 @@ def demo_child(site: Site, demo: str) -> ChildSpec:
         },
         restart=Restart.ON_FAILURE,
         essential=False,
-        stop_signal=signal.SIGINT,
+        # Not SIGINT: the run has not failed, it goes on from its checkpoint at the next start.
+        stop_signal=signal.SIGTERM,
         stop_seconds=5.0,
         niceness=5,
     )

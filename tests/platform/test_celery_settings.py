@@ -26,9 +26,11 @@ def test_a_sweep_that_waited_too_long_is_dropped() -> None:
 
 
 def test_pickle_is_refused() -> None:
-    _, _, payload = dumps({"x": 1}, serializer="pickle")
+    _, _, payload = dumps({"x": 1}, serializer="pickle")  # type: ignore[no-untyped-call]
     with pytest.raises(ContentDisallowed):
-        loads(payload, "application/x-python-serialize", "binary", accept=app.conf.accept_content)
+        loads(  # type: ignore[no-untyped-call]
+            payload, "application/x-python-serialize", "binary", accept=app.conf.accept_content
+        )
 
 
 def test_lost_and_killed_tasks_are_delivered_again_soon() -> None:

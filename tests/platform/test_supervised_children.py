@@ -19,7 +19,9 @@ from esper_web.supervise.family import Family, StartError
 from esper_web.supervise.output import Output
 from esper_web.supervise.processes import MARK, end_marked, marked_processes
 
-QUICK = {"first_delay": 0.02, "longest_delay": 0.1}
+
+def quick() -> Backoff:
+    return Backoff(first_delay=0.02, longest_delay=0.1)
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 async def test_a_killed_service_comes_back_and_it_is_said_aloud(
     output: Output, screen: io.StringIO
 ) -> None:
-    child = Child(spec("clock", "import time; time.sleep(60)"), output, Backoff(**QUICK))
+    child = Child(spec("clock", "import time; time.sleep(60)"), output, quick())
     task = asyncio.create_task(child.keep_running())
     await until(lambda: child.pid is not None)
     first = child.pid
@@ -70,16 +72,14 @@ async def test_a_killed_service_comes_back_and_it_is_said_aloud(
 async def test_a_service_that_always_crashes_is_given_up_with_its_last_lines(
     output: Output,
 ) -> None:
-    child = Child(
-        spec("broken", "print('no such table'); raise SystemExit(3)"), output, Backoff(**QUICK)
-    )
+    child = Child(spec("broken", "print('no such table'); raise SystemExit(3)"), output, quick())
     with pytest.raises(CrashLoopError, match="broken ended 5 times") as caught:
         await child.keep_running()
     assert "no such table" in caught.value.tail
 
 
 async def test_a_finished_job_is_not_started_again(output: Output) -> None:
-    child = Child(spec("trainer", "pass", restart=Restart.ON_FAILURE), output, Backoff(**QUICK))
+    child = Child(spec("trainer", "pass", restart=Restart.ON_FAILURE), output, quick())
     await child.keep_running()
     assert child.finished
     assert child.restarts == 0
@@ -94,7 +94,7 @@ if not seen.exists():
     seen.touch()
     sys.exit(1)
 """
-    child = Child(spec("trainer", program, restart=Restart.ON_FAILURE), output, Backoff(**QUICK))
+    child = Child(spec("trainer", program, restart=Restart.ON_FAILURE), output, quick())
     await child.keep_running()
     assert child.finished
     assert child.restarts == 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from esper.sdk import attaching
-from esper.sdk.transport import Pace
+from esper.sdk.exchange import Pace
 from tests.sdk.control_plane import ControlPlane
 from tests.sdk.tiny_training import Training
 

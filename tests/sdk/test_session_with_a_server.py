@@ -109,10 +109,12 @@ def test_telemetry_arrives_once_although_replies_are_lost(
 
 
 def test_a_failed_run_says_why(training: Training, plane: ControlPlane) -> None:
-    with pytest.raises(ZeroDivisionError), attached(training, plane) as session:
-        training.run(3, session)
-        wait_for(lambda: plane.hellos, "hello is said")
-        _ = 1 / 0
+    def run() -> None:
+        with listening(training, plane):
+            raise ZeroDivisionError("division by zero")
+
+    with pytest.raises(ZeroDivisionError):
+        run()
     assert plane.finishes[0]["state"] == "failed"
     assert plane.finishes[0]["reason"] == "division by zero"
 
@@ -409,7 +411,7 @@ def test_a_command_that_no_boundary_came_for_is_answered_at_the_end(
 ) -> None:
     session = listening(training, plane)
     plane.send(graft_command(plane, 1, kernel_for(session, plane)))
-    wait_for(lambda: session._transport and session._transport.inbox, "it is prepared")
+    wait_for(lambda: session._transport and session._transport.exchange.inbox, "it is prepared")
     session.close()
     assert final_ack(plane, 1)["state"] == "failed"
 
@@ -434,7 +436,7 @@ def test_a_server_that_dies_and_returns_gets_everything_promised(
 ) -> None:
     with listening(training, plane) as session:
         plane.send(graft_command(plane, 1, kernel_for(session, plane)))
-        wait_for(lambda: session._transport and session._transport.inbox, "it is prepared")
+        wait_for(lambda: session._transport and session._transport.exchange.inbox, "it is prepared")
         plane.stop()
         training.run(30, session)
         assert [entry.uid for entry in session.adaptations] == ["a1"]
@@ -451,7 +453,7 @@ def test_promises_outlive_the_trainer(
 ) -> None:
     session = listening(training, plane)
     plane.send(graft_command(plane, 1, kernel_for(session, plane)))
-    wait_for(lambda: session._transport and session._transport.inbox, "it is prepared")
+    wait_for(lambda: session._transport and session._transport.exchange.inbox, "it is prepared")
     plane.stop()
     training.run(3, session)
     session.close(timeout=0.2)

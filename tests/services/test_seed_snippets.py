@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from esper.contracts import AdaptationType
 from esper.services.tamiyo import (
     AdaptationDecision,
     EnhancedTamiyoService,
@@ -97,7 +98,7 @@ async def test_the_status_snippet_has_the_keys_that_it_shows(current_state: Mode
     call, _, shown = snippet.partition("# Returns:")
     orchestrator = Phase2IntegrationOrchestrator()
     await orchestrator.execute_adaptation_pipeline(
-        decision=AdaptationDecision("transformer_layer_4", "add_attention", 0.85),
+        decision=AdaptationDecision("transformer_layer_4", AdaptationType.ADD_ATTENTION, 0.85),
         model_state=current_state,
     )
 

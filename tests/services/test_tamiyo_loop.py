@@ -28,10 +28,10 @@ from esper.utils.config import ServiceConfig
 from tests.services.fake_urza import FakeRun, FakeUrza, health_values
 
 
-def ring(valkey: redis.Redis, run: FakeRun, *, steps: int = 10) -> bytes:
+def ring(valkey: redis.Redis, run: FakeRun, *, steps: int = 10) -> None:
     """The run trains on, and the server adds its frame to the stream."""
     run.train(steps)
-    entry: bytes = valkey.xadd(
+    valkey.xadd(
         STREAM,
         {
             "run": run.uid,
@@ -44,7 +44,6 @@ def ring(valkey: redis.Redis, run: FakeRun, *, steps: int = 10) -> bytes:
             "loss": float(run.loss[-1]),
         },
     )
-    return entry
 
 
 async def until(fact: Callable[[], object], *, seconds: float = 10.0) -> None:

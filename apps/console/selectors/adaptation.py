@@ -141,7 +141,9 @@ def check_rows(checks: Sequence[Mapping[str, Any]]) -> list[CheckRow]:
 def graft_sketch(adaptation: Adaptation) -> Sketch:
     """The layer with the neighbours that it was seen to run between."""
     layers = adaptation.run.layers
-    own = next((layer for layer in layers if layer["name"] == adaptation.layer), {})
+    own: Mapping[str, Any] = next(
+        (layer for layer in layers if layer["name"] == adaptation.layer), {}
+    )
     before = next(
         (layer["name"] for layer in layers if adaptation.layer in layer.get("feeds", ())), "input"
     )

@@ -74,7 +74,7 @@ def number(value: Any, digits: int = 3) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        return f"{value:,}"
+        return f"{value:,}".replace("-", "−")
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     if value and not 1e-4 <= abs(value) < 1e6:
@@ -119,7 +119,7 @@ def duration(milliseconds: float) -> str:
 @register.filter
 def words(value: object) -> str:
     """``cooldown_layer_steps`` as people say it."""
-    return str(value).replace("_", " ").replace(".", " ")
+    return visible(value).replace("_", " ").replace(".", " ")
 
 
 @register.filter

@@ -18,6 +18,7 @@ from apps.accounts.models import User
 from apps.adaptations.models import Adaptation
 from apps.api.models import IdempotencyRecord
 from apps.audit.models import AuditEvent
+from apps.blueprints.models import Blueprint
 from apps.runs.models import Run
 from esper.contracts import AdaptationState, Role, codec
 from tests.server.api.cast import Caller, Inbox, Trainer, frame, metrics, proposal, registration
@@ -298,6 +299,18 @@ def test_thresholds_are_published_as_a_new_version(callers: dict[Role, Caller]) 
     assert (broken.status, broken.code) == (422, "invalid")
     versions = [row["version"] for row in curator.get("policies").data["results"]]
     assert versions == [2, 1]
+
+
+def test_a_blueprint_that_was_switched_meanwhile_is_looked_at_again(
+    callers: dict[Role, Caller], blueprint: Blueprint
+) -> None:
+    curator, path = callers[Role.CURATOR], "blueprints/proj_lora_64"
+    seen = curator.get(path).header("ETag")
+    off = curator.post(f"{path}/disable", {"reason": "bad"}, **{"If-Match": seen})
+    assert (off.status, off.data["enabled"], off.data["disabled_reason"]) == (200, False, "bad")
+    late = curator.post(f"{path}/disable", {"reason": "also"}, **{"If-Match": seen})
+    assert late.status == 412
+    assert curator.get("blueprints?enabled=false").data["results"][0]["slug"] == blueprint.slug
 
 
 def test_the_audit_log_is_read_checked_and_exported(inbox: Inbox, viewer: Caller) -> None:

@@ -31,6 +31,9 @@ def in_database(work: Callable[..., Any]) -> Callable[..., Any]:
     return database_sync_to_async(work)
 
 
+_communicator: Any = ApplicationCommunicator  # asgiref's is not typed
+
+
 class Socket:
     """One connection to the ASGI application. (channels.testing would need daphne.)"""
 
@@ -38,7 +41,7 @@ class Socket:
         from esper_web.asgi import application
 
         address, _, query = path.partition("?")
-        self.wire = ApplicationCommunicator(
+        self.wire: Any = _communicator(
             application,
             {
                 "type": "websocket",

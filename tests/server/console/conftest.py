@@ -42,7 +42,6 @@ from esper.contracts import (
 )
 
 PASSWORD = "a-long-password-for-tests"
-POLYGLOT = "\"><img src=x onerror=alert(1)><svg/onload=alert(2)>{{7*7}}'\u202e</script>"
 A = AdaptationState
 
 
@@ -110,7 +109,7 @@ _BLUEPRINTS = (
     (
         "mlp_gelu_2048",
         "BP-MLP-GELU-2048",
-        "Parallel GELU block",
+        "Parallel GELU",
         "transformer",
         "parallel",
         "medium",
@@ -119,7 +118,7 @@ _BLUEPRINTS = (
     (
         "mon_act_stats",
         "BP-MON-ACT-STATS",
-        "Activation statistics",
+        "Activation stats",
         "diagnostics",
         "observe",
         "none",
@@ -243,19 +242,19 @@ def make_adaptation(
                 "signal": "dead_fraction",
                 "observed": 0.36,
                 "weight": 0.31,
-                "text": "36 % dead units",
+                "text": "36 % dead",
             },
             {
                 "signal": "update_ratio",
                 "observed": 1e-5,
                 "weight": 0.22,
-                "text": "updates are tiny",
+                "text": "tiny updates",
             },
             {
                 "signal": "history",
                 "observed": 1.0,
                 "weight": -0.12,
-                "text": "rolled back here once",
+                "text": "rolled back here",
             },
         ],
         "checks": [

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
+from django.test import Client
 from django.urls import reverse
 
-PLAIN = [
-    "overview",
-    "inbox",
-    "runs",
-    "blueprints",
-    "violations",
-    "policy",
-    "kernels",
-    "audit",
-    "me",
-]
+from apps.adaptations.models import Adaptation
+from apps.console.urls import urlpatterns
+
 PEOPLE = ["vera", "rosa", "anna", "cora", "adam"]
+OPEN_TO_ALL = {"sign-in", "sign-out"}
 FAILED_PANEL = "This part could not be shown"
 
 
-def page_addresses(world) -> list[str]:
+def page_addresses(world: Any) -> list[str]:
+    plain = ("overview", "inbox", "runs", "blueprints", "violations", "policy", "kernels", "me")
     return [
-        *(reverse(f"console:{name}") for name in PLAIN),
-        *(reverse("console:run", args=[run.uid]) for run in world.runs.values()),
-        *(reverse("console:adaptation", args=[a.uid]) for a in world.adaptations.values()),
+        *(reverse(f"console:{name}") for name in plain),
+        reverse("console:run", args=[world.runs["digits-cnn"].uid]),
+        reverse("console:adaptation", args=[world.adaptations["waiting"].uid]),
+        reverse("console:adaptation", args=[world.adaptations["kept"].uid]),
         reverse("console:blueprint", args=["proj_lora_64"]),
         "/inbox?state=history",
-        "/inbox?state=claimed",
-        "/inbox?state=mine",
-        "/audit?verify=1",
-        "/audit?act=adaptation.",
+        "/inbox?state=mine&risk=high",
+        "/audit?verify=1&act=adaptation.",
         "/violations?state=all&severity=serious",
         "/runs?state=running&mine=1",
         "/bar?section=inbox",
@@ -38,9 +35,115 @@ def page_addresses(world) -> list[str]:
 
 
 @pytest.mark.parametrize("who", PEOPLE)
-def test_every_page_is_shown_whole_to_every_role(world, who: str) -> None:
+def test_every_page_is_shown_whole_to_every_role(world: Any, who: str) -> None:
     client = world.client(who)
     for address in page_addresses(world):
         answer = client.get(address)
         assert answer.status_code == 200, address
         assert FAILED_PANEL not in answer.content.decode(), address
+
+
+def test_no_page_has_inline_scripts_styles_or_handlers(world: Any) -> None:
+    client = world.client("adam")
+    for address in page_addresses(world):
+        text = client.get(address).content.decode()
+        assert not re.search(r"<style|<[^>]+\s(style|on\w+)=", text), address
+        for script in re.findall(r"<script[^>]*>", text):
+            assert " src=" in script or "application/json" in script, address
+
+
+def test_whoever_is_not_signed_in_is_asked_to_and_led_back(world: Any) -> None:
+    client = Client()
+    for pattern in urlpatterns:
+        if pattern.name in OPEN_TO_ALL:
+            continue
+        arguments = ["x"] if "<" in str(pattern.pattern) else []
+        address = reverse(f"console:{pattern.name}", args=arguments)
+        answer = client.get(address)
+        assert (answer.status_code, answer["Location"]) == (302, f"/login?next={address}")
+
+
+def test_signing_in_leads_to_the_page_that_was_asked_for(world: Any) -> None:
+    address = reverse("console:adaptation", args=[world.adaptations["waiting"].uid])
+    form = {"username": "anna", "password": "a-long-password-for-tests", "next": address}
+    answer = Client().post("/login", form)
+    assert (answer.status_code, answer["Location"]) == (302, address)
+
+
+def test_signing_in_never_leads_to_another_site(world: Any) -> None:
+    form = {
+        "username": "anna",
+        "password": "a-long-password-for-tests",
+        "next": "https://elsewhere.example/",
+    }
+    assert Client().post("/login", form)["Location"] == "/"
+
+
+def test_a_wrong_password_is_refused_without_saying_which_part_is_wrong(world: Any) -> None:
+    answers = [
+        Client().post("/login", {"username": name, "password": "wrong"}).content.decode()
+        for name in ("anna", "nobody-of-that-name")
+    ]
+    assert all("User name and password do not match" in text for text in answers)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/runs/run_none",
+        "/adaptations/adp_none",
+        "/blueprints/none",
+        "/inbox?state=gone",
+        "/?panel=x",
+    ],
+)
+def test_what_does_not_exist_is_a_page_not_found(world: Any, address: str) -> None:
+    assert world.client("anna").get(address).status_code == 404
+
+
+def test_pages_only_read(world: Any) -> None:
+    client = world.client("anna")
+    assert client.post("/inbox").status_code == 405
+    assert client.get("/logout").status_code == 405
+
+
+def test_a_panel_can_be_fetched_alone(world: Any) -> None:
+    text = world.client("anna").get("/?panel=system").content.decode()
+    assert text.lstrip().startswith("<section")
+    assert 'id="panel-system"' in text
+    assert "<html" not in text
+
+
+def test_one_broken_panel_does_not_blank_the_page(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr("apps.console.selectors.overview.system_health", broken)
+    text = world.client("anna").get("/").content.decode()
+    assert text.count(FAILED_PANEL) == 1
+    assert "digits-cnn" in text
+    assert "the disk is full" not in text
+
+
+def test_the_empty_installation_says_what_to_do(db: None, django_user_model: Any) -> None:
+    client = Client()
+    client.force_login(django_user_model.objects.create_user("first", password="x"))
+    overview = client.get("/").content.decode()
+    assert "Nothing needs a person" in overview
+    assert "esper.attach" in overview
+    assert "Nothing waits for a person" in client.get("/inbox").content.decode()
+    for address in ("/runs", "/blueprints", "/violations", "/policy", "/kernels", "/audit"):
+        assert FAILED_PANEL not in client.get(address).content.decode()
+
+
+def test_the_stream_starts_where_the_page_ends(world: Any) -> None:
+    """What happens after the page was read is replayed from these numbers."""
+    uid = world.runs["digits-cnn"].uid
+    text = world.client("anna").get(f"/runs/{uid}").content.decode()
+    since = re.search(r'<script id="since"[^>]*>(.*?)</script>', text)
+    assert since is not None
+    events = Adaptation.objects.get(pk=world.adaptations["kept"].pk)
+    assert f'"run:{events.run.uid}": 14' in since[1]
+    assert '"inbox": 14' in since[1]

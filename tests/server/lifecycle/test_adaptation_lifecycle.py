@@ -145,6 +145,24 @@ def test_a_layer_has_one_adaptation_in_flight(stage: Stage) -> None:
     assert not Violation.objects.exists()  # waiting for its turn breaks no limit
 
 
+def test_a_layer_does_not_get_the_same_blueprint_twice_nor_a_conflicting_one(
+    stage: Stage,
+) -> None:
+    from apps.blueprints.models import Blueprint
+
+    adaptation = stage.grafted(stage.propose())
+    services.judge_adaptation(
+        adaptation=adaptation, verdict=Verdict(keep=True, reason=""), reward_terms={}, actor=TAMIYO
+    )
+    rival = Blueprint.objects.get()
+    rival.pk, rival.slug, rival.ident, rival.conflicts = None, "rival", "BP-R", ["proj_lora_64"]
+    rival.save()
+    for slug in ("proj_lora_64", "rival"):
+        with pytest.raises(services.GateClosedError) as caught:
+            stage.propose(step=9000, blueprint=slug)
+        assert caught.value.checks[0].rule == ViolationRule.COMPATIBILITY
+
+
 def test_a_person_approves_and_is_named(stage: Stage) -> None:
     adaptation = stage.waiting()
     act("approve", adaptation, stage.operator)

@@ -1,0 +1,79 @@
+"""What the training thread and the transport thread hand to each other; neither waits."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from esper.contracts import Command, CommandAck
+from esper.sdk.client import BackOff
+from esper.sdk.registration import Registration
+from esper.sdk.telemetry import TelemetryQueue
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyCommand:
+    """A command that was verified and journalled; ``graft`` is what was prepared for it."""
+
+    command: Command
+    graft: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often and how patiently, in seconds."""
+
+    flush: float = 0.5  # metrics wait this long for company; a frame wakes the sender
+    least_gap: float = 0.1  # between two batches
+    first_retry: float = 0.2
+    longest_retry: float = 10.0
+
+    def back_off(self, longest: float = 60.0) -> BackOff:
+        return BackOff(first=self.first_retry, most=min(longest, self.longest_retry))
+
+
+@dataclass(slots=True)
+class Exchange:
+    """Queues in both directions.
+
+    Attributes:
+        telemetry: to be sent.
+        owed: to be promised, as (path below the run, body); the epoch is added later.
+        inbox: commands to be carried out at the next step boundary.
+        settled: (adaptation, state) that the server answered to hello.
+        pending: numbers of commands that were accepted and are not answered yet.
+        finish: how the run ended; None while it goes on.
+        registration: None until the server has answered.
+    """
+
+    telemetry: TelemetryQueue = field(default_factory=TelemetryQueue)
+    owed: deque[tuple[str, dict[str, Any]]] = field(default_factory=deque)
+    inbox: deque[ReadyCommand] = field(default_factory=deque)
+    settled: deque[tuple[str, str]] = field(default_factory=deque)
+    pending: set[int] = field(default_factory=set)
+    finish: dict[str, Any] | None = None
+    registration: Registration | None = None
+
+    @property
+    def closing(self) -> bool:
+        return self.finish is not None
+
+    def now(self) -> float:
+        """Seconds since the epoch by the server's clock."""
+        offset = self.registration.clock_offset if self.registration else 0.0
+        return time.time() + offset
+
+    def answer(self, ack: CommandAck, *, final: bool = True) -> None:
+        """Owe the server an acknowledgement."""
+        if final:
+            self.pending.discard(ack.seq)
+        self.owed.append((f"commands/{ack.seq}/ack", ack.to_wire()))
+
+    def ledger(self) -> str:
+        queue = self.telemetry
+        return (
+            f"telemetry: {queue.offered} offered, {queue.stored} stored, {queue.dropped} dropped, "
+            f"{len(queue)} waiting"
+        )

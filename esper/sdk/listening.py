@@ -1,0 +1,228 @@
+"""What comes from the server for one registered run: commands, over a websocket or by polling.
+
+command -> verify -> journal -> accepted -> kernel fetched, opened, built -> inbox
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from websockets.asyncio.client import connect
+from websockets.exceptions import WebSocketException
+
+from esper.compilation.verify import open_kernel
+from esper.contracts import (
+    Command,
+    CommandAck,
+    CommandKind,
+    CommandState,
+    Recipe,
+    RefusalCode,
+    codec,
+)
+from esper.contracts.kernels import MAX_FILE_BYTES
+from esper.exceptions import (
+    CodecError,
+    CommandRefusedError,
+    KernelDigestError,
+    SignatureError,
+    TransportError,
+)
+from esper.sdk.client import BackOff, Client, insist, is_loopback
+from esper.sdk.commands import LocalVeto, parse_command, verify_command
+from esper.sdk.exchange import Exchange, Pace, ReadyCommand
+from esper.sdk.journal import Journal
+from esper.sdk.kernels import fetch_kernel
+from esper.sdk.outgoing import ends_the_run
+from esper.sdk.registration import Registration
+
+logger = logging.getLogger("esper")
+
+Prepare = Callable[[Command, Recipe], Any]
+
+_SILENCE_SECONDS = 30.0  # the server pings every 10 s
+_LONGEST_RETRY_SECONDS = 5.0  # also the period of polling where websockets do not get through
+_MAX_MESSAGE_BYTES = 256 * 1024
+
+
+class Listener:
+    """Takes the run's commands.
+
+    Args:
+        veto: the trainer's own limits.
+        prepare: ``(command, recipe) -> prepared graft``; raises ``CommandRefusedError``.
+        ring: called when something new is owed to the server.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        registration: Registration,
+        journal: Journal,
+        exchange: Exchange,
+        pace: Pace,
+        *,
+        veto: LocalVeto,
+        prepare: Prepare,
+        ring: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._registration = registration
+        self._journal = journal
+        self._exchange = exchange
+        self._pace = pace
+        self._veto = veto
+        self._prepare = prepare
+        self._ring = ring
+
+    async def run(self) -> None:
+        """For ever; raises ``TransportError`` when the server is done with this run."""
+        back_off = self._pace.back_off(_LONGEST_RETRY_SECONDS)
+        while True:
+            try:
+                await self._catch_up()
+                await self._follow_stream(back_off)
+            except TransportError as error:
+                if ends_the_run(error):
+                    raise
+                logger.debug("commands: %s", error)
+            except (OSError, WebSocketException) as error:  # a timeout is an OSError
+                logger.debug("command stream: %s", error)
+            await asyncio.sleep(back_off.next_delay())
+
+    async def _catch_up(self) -> None:
+        path = f"runs/{self._registration.run}/commands?after={self._last_seq}"
+        answer = await self._client.get(path)
+        for entry in answer.get("results", ()):
+            await self._on_command(entry.get("command"), entry.get("signature"), in_order=True)
+
+    async def _follow_stream(self, back_off: BackOff) -> None:
+        proxy: Literal[True] | None = None if is_loopback(self._client.server) else True
+        async with connect(
+            f"{self._stream_address()}?after={self._last_seq}",
+            additional_headers={"Authorization": f"Bearer {self._client.token}"},
+            max_size=_MAX_MESSAGE_BYTES,
+            open_timeout=5,
+            proxy=proxy,
+        ) as socket:
+            back_off.reset()
+            while True:
+                async with asyncio.timeout(_SILENCE_SECONDS):
+                    message = await socket.recv()
+                await self._on_message(message)
+
+    def _stream_address(self) -> str:
+        base = urlsplit(self._client.server)
+        named = self._registration.stream or f"/ws/v1/trainer/{self._registration.run}"
+        scheme = "wss" if base.scheme == "https" else "ws"
+        # Always the server that we were told to trust, whatever the answer says.
+        path = base.path.rstrip("/") + urlsplit(named).path
+        return urlunsplit((scheme, base.netloc, path, "", ""))
+
+    async def _on_message(self, message: str | bytes) -> None:
+        try:
+            data = codec.decode(message)
+        except CodecError as error:
+            logger.warning("unreadable message on the command stream: %s", error)
+            return
+        kind = data.get("type") if isinstance(data, dict) else None
+        if kind == "command":
+            await self._on_command(data.get("command"), data.get("signature"))
+        elif kind == "stopped":
+            logger.info("the server closes the command stream: %s", data.get("reason", ""))
+
+    @property
+    def _last_seq(self) -> int:
+        return max(self._journal.state.command_seq, self._registration.last_command_seq)
+
+    async def _on_command(self, raw: Any, signature: Any, *, in_order: bool = False) -> None:
+        try:
+            command = parse_command(raw)
+        except CommandRefusedError as refusal:
+            self._refuse(raw.get("seq") if isinstance(raw, dict) else None, refusal)
+            return
+        if command.seq > self._last_seq + 1 and not in_order:
+            await self._catch_up()  # an earlier one was lost on the way
+            if command.seq <= self._last_seq:
+                return
+        if command.seq in self._exchange.pending:
+            return  # delivered twice; its answer is on the way
+        try:
+            await self._take(command, str(signature))
+        except CommandRefusedError as refusal:
+            self._refuse(command.seq, refusal)
+
+    async def _take(self, command: Command, signature: str) -> None:
+        self._verify(command, signature)
+        self._journal.take_command(command.seq)
+        self._veto.check(command)
+        self._exchange.pending.add(command.seq)
+        accepted = CommandAck(seq=command.seq, state=CommandState.ACCEPTED)
+        self._exchange.answer(accepted, final=False)
+        self._ring()
+        graft = None
+        if command.kind is CommandKind.GRAFT:
+            recipe = await self._fetch(command)
+            try:
+                graft = self._prepare(command, recipe)
+            except CommandRefusedError:
+                raise
+            except Exception as error:  # a blueprint's own bug must not end the transport
+                logger.exception("command %d could not be prepared", command.seq)
+                self._fail(command, error)
+                return
+        self._exchange.inbox.append(ReadyCommand(command, graft))
+
+    def _verify(self, command: Command, signature: str) -> None:
+        trust, now = self._registration.trust, self._exchange.now()
+        try:
+            verify_command(command, signature, trust, last_seq=self._last_seq, now=now)
+        except CommandRefusedError as refusal:
+            if refusal.code == RefusalCode.EXPIRED:  # genuine, so its number is used up
+                self._journal.take_command(command.seq)
+            raise
+
+    async def _fetch(self, command: Command) -> Recipe:
+        """The kernel's recipe; nothing of it is read before digest and signature are checked."""
+        digest = command.kernel_digest
+        download = partial(self._download, command.expires_at)
+        try:
+            files = await fetch_kernel(digest, download)
+            _, recipe, _ = open_kernel(files, digest, self._registration.kernel_key)
+        except KernelDigestError as error:
+            raise CommandRefusedError(RefusalCode.BAD_DIGEST, str(error)) from error
+        except SignatureError as error:
+            raise CommandRefusedError(RefusalCode.BAD_SIGNATURE, str(error)) from error
+        except TransportError as error:
+            code = RefusalCode.BAD_DIGEST if error.permanent else RefusalCode.EXPIRED
+            raise CommandRefusedError(code, f"no kernel: {error}") from error
+        return recipe
+
+    async def _download(self, expires_at: float, path: str) -> bytes:
+        return await insist(
+            partial(self._client.get_bytes, path, most=MAX_FILE_BYTES),
+            back_off=self._pace.back_off(),
+            what="kernel",
+            give_up=lambda: self._exchange.now() >= expires_at,
+        )
+
+    def _fail(self, command: Command, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        ack = CommandAck(seq=command.seq, state=CommandState.FAILED, reason=reason)
+        self._exchange.answer(ack)
+        self._ring()
+
+    def _refuse(self, seq: Any, refusal: CommandRefusedError) -> None:
+        logger.warning("command %s refused: %s", seq, refusal)
+        if type(seq) is not int:
+            return  # there is nothing that the server could match an answer to
+        ack = CommandAck(
+            seq=seq, state=CommandState.REFUSED, code=refusal.code, reason=refusal.reason
+        )
+        self._exchange.answer(ack)
+        self._ring()

@@ -1,0 +1,186 @@
+"""What goes to the server for one registered run: telemetry batches and promises."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from functools import partial
+
+from esper.exceptions import TransportError
+from esper.sdk.client import Client, insist
+from esper.sdk.exchange import Exchange, Pace
+from esper.sdk.journal import JOURNAL_FILE, Journal, Promise, state_directory
+from esper.sdk.registration import Registration
+from esper.sdk.telemetry import Batch
+
+logger = logging.getLogger("esper")
+
+
+class TelemetrySender:
+    """Sends batch after batch, each until it is answered; ends when the run does."""
+
+    def __init__(
+        self, client: Client, registration: Registration, exchange: Exchange, pace: Pace
+    ) -> None:
+        self.wake = asyncio.Event()
+        self._client = client
+        self._path = f"runs/{registration.run}/telemetry"
+        self._epoch = registration.epoch
+        self._exchange = exchange
+        self._pace = pace
+        self._slow_down_until = 0.0
+
+    async def run(self) -> None:
+        """Raises ``TransportError`` when the server will take nothing more of this run."""
+        queue = self._exchange.telemetry
+        while True:
+            closing = self._exchange.closing
+            batch = queue.take(self._epoch)
+            if batch is not None:
+                await self._send(batch)
+            elif closing:
+                return
+            if not closing:
+                await asyncio.sleep(self._pause_seconds())
+            if not closing and not queue.crowded:
+                await wait_for_event(self.wake, self._pace.flush)
+
+    async def _send(self, batch: Batch) -> None:
+        queue = self._exchange.telemetry
+        try:
+            answer = await insist(
+                partial(self._client.post, self._path, batch.body),
+                back_off=self._pace.back_off(),
+                what="telemetry",
+            )
+        except TransportError as error:
+            queue.settle_dropped(batch)
+            if ends_the_run(error):
+                raise
+            logger.error("the server will not take %d telemetry items: %s", batch.items, error)
+            return
+        except asyncio.CancelledError:
+            queue.settle_dropped(batch)
+            raise
+        queue.settle_stored(batch)
+        self._slow_down_until = time.monotonic() + float(answer.get("slow_down_ms") or 0) / 1000
+
+    def _pause_seconds(self) -> float:
+        return max(self._pace.least_gap, self._slow_down_until - time.monotonic())
+
+
+class PromiseKeeper:
+    """Journals what is owed, and sends it in order, each until it is answered."""
+
+    def __init__(
+        self,
+        client: Client,
+        registration: Registration,
+        journal: Journal,
+        exchange: Exchange,
+        pace: Pace,
+    ) -> None:
+        self.wake = asyncio.Event()
+        self._client = client
+        self._run = f"runs/{registration.run}"
+        self._epoch = registration.epoch
+        self._journal = journal
+        self._exchange = exchange
+        self._pace = pace
+        self._finish_written = False
+
+    async def run(self) -> None:
+        """Until the run ends; raises ``TransportError`` when the server is done with it."""
+        while True:
+            closing = self._exchange.closing
+            await self.keep_all()
+            if closing and not self._exchange.owed:
+                return
+            await wait_for_event(self.wake, self._pace.flush)
+
+    async def keep_all(self) -> None:
+        """Everything that is owed now, answered."""
+        self.write_down()
+        for promise in self._journal.promises:
+            await self._keep(promise)
+
+    def write_down(self) -> None:
+        """From memory to the journal: from here on it outlives this process."""
+        while self._exchange.owed:
+            path, body = self._exchange.owed.popleft()
+            self._journal.promise(f"{self._run}/{path}", {**body, "epoch": self._epoch})
+
+    def write_finish(self) -> None:
+        """The last promise of a run, once."""
+        if self._exchange.finish is not None and not self._finish_written:
+            self._finish_written = True
+            self._exchange.owed.append(("finish", self._exchange.finish))
+        self.write_down()
+
+    async def _keep(self, promise: Promise) -> None:
+        try:
+            await insist(
+                partial(self._client.post, promise.path, promise.body),
+                back_off=self._pace.back_off(),
+                what=promise.path,
+            )
+        except TransportError as error:
+            mine = promise.body.get("epoch") == self._epoch
+            if mine and ends_the_run(error) and error.code != "run-ended":
+                raise
+            logger.warning("the server did not want %s: %s", promise.path, error)
+        self._journal.keep(promise)
+
+
+async def deliver_leftovers(server: str, pace: Pace) -> int:
+    """Keep the promises of runs that ended while this server was away.
+
+    Returns:
+        How many were answered.
+    """
+    answered = 0
+    for path in sorted(state_directory().glob(f"*/{JOURNAL_FILE}")):
+        try:
+            journal = Journal(path.parent)
+        except OSError:
+            continue  # its own process is alive
+        try:
+            if journal.state.server == server:
+                answered += await _deliver(journal, pace)
+        finally:
+            journal.close()
+    return answered
+
+
+async def _deliver(journal: Journal, pace: Pace) -> int:
+    client = Client(journal.state.server, journal.state.token)
+    answered = 0
+    try:
+        for promise in journal.promises:
+            attempt = partial(client.post, promise.path, promise.body)
+            try:
+                await insist(attempt, back_off=pace.back_off(), what=promise.path)
+            except TransportError as error:
+                logger.warning("the server did not want %s: %s", promise.path, error)
+            journal.keep(promise)
+            answered += 1
+    finally:
+        await client.close()
+    return answered
+
+
+def ends_the_run(error: TransportError) -> bool:
+    """True when nothing more of this life of the run will be taken."""
+    ended = error.code in ("old-epoch", "run-ended")
+    return error.permanent and (ended or error.status in (401, 403, 404))
+
+
+async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
+    """Until it is set, at most so long; it is clear afterwards."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass
+    event.clear()

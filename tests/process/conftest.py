@@ -1,0 +1,176 @@
+"""A real Esper, a real trainer beside it, and a hand that proposes adaptations like Tamiyo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Everything quick, so that a whole life fits into seconds.
+QUICK = {
+    "cooldown_layer_steps": 0,
+    "cooldown_run_steps": 0,
+    "max_adaptations_per_day": 1000,
+    "max_in_flight_per_run": 4,
+    "maturity_steps": 5,
+    "probation_steps": 40,
+    "probation_timeout_seconds": 60,
+    "dispatch_timeout_seconds": 30,
+}
+
+
+@dataclass
+class Plant:
+    """A running Esper with one digits trainer; ``stop`` and ``start`` unplug either of them."""
+
+    esper: Any
+    folder: Path
+    trainer: subprocess.Popen[bytes] | None = None
+    proposals: int = 0
+    uids: list[str] = field(default_factory=list)
+
+    # --- the trainer
+
+    def start_trainer(self) -> None:
+        environment = os.environ | {
+            "ESPER_SERVER": self.esper.url,
+            "ESPER_TOKEN": self.esper.keyring["tokens"]["trainer"],
+            "ESPER_STATE_DIR": str(self.folder / "journals"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        with (self.folder / "trainer.log").open("ab") as log:
+            self.trainer = subprocess.Popen(
+                [
+                    *(sys.executable, "examples/digits_cnn.py", "--steps", "1000000"),
+                    *("--checkpoint", str(self.folder / "digits.pt")),
+                ],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def kill_trainer(self) -> None:
+        assert self.trainer is not None
+        self.trainer.send_signal(signal.SIGKILL)
+        self.trainer.wait(10)
+
+    def trainer_lives(self) -> bool:
+        return self.trainer is not None and self.trainer.poll() is None
+
+    # --- what the server knows
+
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Read the database itself: it is the truth, whatever the web process says."""
+        path = self.esper.data_dir / "esper.sqlite3"
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=20)) as database:
+            return database.execute(query, values).fetchall()
+
+    @property
+    def run(self) -> str:
+        return str(self.rows("SELECT uid FROM runs_run ORDER BY id DESC LIMIT 1")[0][0])
+
+    def step(self) -> int:
+        return int(self.rows("SELECT step FROM runs_run ORDER BY id DESC LIMIT 1")[0][0])
+
+    def state(self, uid: str) -> str:
+        return str(self.rows("SELECT state FROM adaptations_adaptation WHERE uid=?", uid)[0][0])
+
+    def ended(self, uid: str) -> bool:
+        return bool(
+            self.rows(
+                "SELECT 1 FROM adaptations_adaptation WHERE uid=? AND ended_at IS NOT NULL", uid
+            )
+        )
+
+    def states_in_audit(self, uid: str) -> list[str]:
+        return [
+            row[0].removeprefix("adaptation.")
+            for row in self.rows(
+                "SELECT act FROM audit_auditevent WHERE object_uid=? AND act LIKE 'adaptation.%' "
+                "ORDER BY id",
+                uid,
+            )
+        ]
+
+    # --- what people and Tamiyo do
+
+    def call(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
+        tokens, people = self.esper.keyring["tokens"], self.esper.keyring["people"]
+        secret = tokens[who] if who in tokens else people[who]["token"]
+        headers = {
+            "Authorization": f"Bearer {secret}",
+            "Idempotency-Key": str(uuid.uuid4()),
+            **options.pop("headers", {}),
+        }
+        url = f"{self.esper.url}/api/v1/{path}"
+        return httpx.request(method, url, headers=headers, timeout=20, **options)
+
+    def make_quick(self) -> None:
+        body = {"changes": QUICK, "reason": "tests"}
+        assert self.call("carl", "POST", "policies", json=body).status_code == 201
+
+    def propose(self, layer: str, blueprint: str = "mon_act_stats") -> str:
+        self.proposals += 1
+        body = {
+            "epoch": self.rows("SELECT epoch FROM runs_run ORDER BY id DESC LIMIT 1")[0][0],
+            "step": self.step(),
+            "layer": layer,
+            "adaptation_type": "add_diagnostic",
+            "confidence": 0.95,
+            "urgency": 0.1,
+            "reasons": [],
+            "blueprint": blueprint,
+            "config": {},
+            "risk": "none",
+            "forecast": {"parameters": 0, "flops": 0, "memory_mib": 0.01, "latency_ms": 0.01},
+            "checks": [],
+            "why_not": [],
+            "asks": [],
+            "evidence": {"loss": 1.0, "grad_norm": 1.0, "weight_norm": 1.0},
+            "policy": "test",
+        }
+        key = {"Idempotency-Key": f"test:{self.proposals}:{layer}"}
+        path = f"runs/{self.run}/adaptations"
+        answer = self.call("tamiyo", "POST", path, json=body, headers=key)
+        assert answer.status_code == 201, answer.text
+        self.uids.append(answer.json()["uid"])
+        return self.uids[-1]
+
+
+def until(what: Callable[[], Any], seconds: float, why: str) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if what():
+                return
+        except (httpx.HTTPError, IndexError, sqlite3.OperationalError):
+            pass  # whoever was asked is just dead
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds:g} s: {why}")
+
+
+@pytest.fixture
+def plant(start_esper: Any, tmp_path: Path) -> Any:
+    plant = Plant(start_esper(tmp_path / "data", "--no-demo"), tmp_path)
+    plant.make_quick()
+    plant.start_trainer()
+    try:
+        until(lambda: plant.step() > 5, 60, "the trainer trains and is heard")
+        yield plant
+    finally:
+        plant.kill_trainer()

@@ -1,0 +1,88 @@
+"""Kill any one process while adaptations live: the others go on, and nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from .conftest import Plant, until
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(420)]
+
+# Each child with the adaptation that is under way when it is killed.
+KILLED = {
+    "web": ("0", "mon_act_stats"),
+    "worker-control": ("2", "mon_act_stats"),
+    "worker-compile": ("5", "mon_act_stats"),
+    "tamiyo": ("9", "mon_act_stats"),
+    "valkey": ("11", "mon_act_stats"),
+    "beat": ("0", "clamp_grad_norm"),
+}
+ENDS = {"kept", "rolled_back"}
+
+
+def check_nothing_is_lost_or_doubled(plant: Plant) -> None:
+    applied = plant.rows(
+        "SELECT adaptation_uid, count(*) FROM runs_command WHERE kind='graft' AND state='applied' "
+        "GROUP BY adaptation_uid HAVING count(*) > 1"
+    )
+    assert applied == []
+    for uid in plant.uids:
+        states = plant.states_in_audit(uid)
+        assert states.count("probation") == 1 + states.count("in_doubt"), states
+    assert plant.call("ada", "GET", "audit/verify").json()["verified"]
+
+
+def test_any_child_may_be_killed_while_an_adaptation_lives(plant: Plant) -> None:
+    for index, (child, (layer, blueprint)) in enumerate(KILLED.items()):
+        uid = plant.propose(layer, blueprint)
+        time.sleep(0.05 * index)  # another moment of its life each time
+        before = plant.step()
+        old = plant.esper.kill(child)
+        plant.esper.wait_restarted(child, old, 40)
+        until(lambda uid=uid: plant.ended(uid), 90, f"{uid} ended although {child} was killed")
+        assert plant.state(uid) in ENDS, (child, plant.states_in_audit(uid))
+        until(lambda before=before: plant.step() > before, 30, "the run is heard again")
+        assert plant.trainer_lives()
+    check_nothing_is_lost_or_doubled(plant)
+
+
+def test_a_killed_trainer_comes_back_and_its_graft_is_settled(plant: Plant) -> None:
+    until(lambda: (plant.folder / "digits.pt").exists(), 60, "a first checkpoint")
+    uid = plant.propose("9")
+    until(lambda: plant.state(uid) == "probation", 30, "grafted")
+    plant.kill_trainer()
+    plant.start_trainer()
+    until(lambda: plant.ended(uid), 90, "settled from what the restarted trainer reports")
+    assert plant.state(uid) in ENDS
+    states = plant.states_in_audit(uid)
+    assert "in_doubt" in states
+    [(epoch,)] = plant.rows("SELECT epoch FROM runs_run WHERE uid=?", plant.run)
+    assert epoch == 2
+    again = plant.propose("2")
+    until(lambda: plant.ended(again), 60, "adaptation goes on in the new epoch")
+
+
+def test_the_trainer_trains_on_without_a_server_and_nothing_is_missing(
+    plant: Plant, start_esper: Any
+) -> None:
+    uid = plant.propose("5")
+    until(lambda: plant.state(uid) == "probation", 30, "grafted")
+    port = plant.esper.url.rsplit(":", 1)[1]
+    plant.esper.stop()
+    last_heard = plant.step()
+    time.sleep(10)
+    assert plant.trainer_lives()
+    plant.esper = start_esper(plant.esper.data_dir, "--no-demo", "--port", port)
+    until(lambda: plant.step() > last_heard + 100, 60, "the trainer is heard again")
+    until(lambda: plant.ended(uid), 90, "the adaptation has an end")
+    assert plant.state(uid) in ENDS
+    [(stored, dropped)] = plant.rows(
+        "SELECT (SELECT count(DISTINCT step) FROM telemetry_metric WHERE name='loss' "
+        "AND step BETWEEN ? AND ?), (SELECT sum(dropped_items) FROM runs_run)",
+        last_heard,
+        last_heard + 100,
+    )
+    assert (stored, dropped) == (101, 0)

@@ -1,0 +1,44 @@
+"""A web process over the small world of ``conftest.py``, for the browser tests.
+
+python serve_world.py PORT        with DATABASE_URL and DJANGO_SETTINGS_MODULE set
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import django
+import uvicorn
+from django.core.management import call_command
+
+HOSTILE = '"><img src=x onerror="document.title=\'pwned\'">\u202e'
+
+
+def main(port: int) -> None:
+    django.setup()
+    call_command("migrate", verbosity=0)
+    _build()
+    from esper_web.asgi import application
+
+    uvicorn.run(application, host="127.0.0.1", port=port, log_level="error", lifespan="off")
+
+
+def _build() -> None:
+    path = Path(__file__).with_name("conftest.py")
+    spec = importlib.util.spec_from_file_location("console_world", path)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["console_world"] = module
+    spec.loader.exec_module(module)
+    world = module.build_world(steps=300)
+    run = world.runs["baseline"]
+    run.name = HOSTILE
+    run.layers = [{**layer, "name": HOSTILE + layer["name"]} for layer in run.layers]
+    run.save()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

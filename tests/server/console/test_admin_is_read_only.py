@@ -1,0 +1,60 @@
+"""Django's admin: people can be kept there, everything else only looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.contrib import admin
+from django.urls import reverse
+
+from apps.accounts.models import User
+
+WRITABLE = {User}
+
+
+def registered() -> list[Any]:
+    return [model for model in admin.site._registry if model not in WRITABLE]
+
+
+def test_states_and_audit_rows_are_registered_read_only() -> None:
+    names = {model.__name__ for model in registered()}
+    assert {"Adaptation", "AuditEvent", "Command", "Kernel", "CompileJob", "Run"} <= names
+
+
+@pytest.mark.parametrize("who", ["cora", "adam"])
+def test_nobody_adds_changes_or_deletes_what_services_write(world: Any, who: str) -> None:
+    client = world.client(who)
+    for model in registered():
+        kind = f"admin:{model._meta.app_label}_{model._meta.model_name}"
+        assert client.get(reverse(f"{kind}_changelist")).status_code == 200
+        assert client.get(reverse(f"{kind}_add")).status_code == 403
+        row = model.objects.first()
+        if row is None:
+            continue
+        assert client.get(reverse(f"{kind}_change", args=[row.pk])).status_code == 200
+        assert client.post(reverse(f"{kind}_change", args=[row.pk]), {}).status_code == 403
+        assert client.post(reverse(f"{kind}_delete", args=[row.pk]), {}).status_code == 403
+
+
+def test_only_admins_manage_people_and_nobody_deletes_them(world: Any) -> None:
+    address = reverse("admin:accounts_user_changelist")
+    assert world.client("adam").get(address).status_code == 200
+    assert world.client("cora").get(address).status_code == 403
+    anna = world.people["anna"]
+    delete = reverse("admin:accounts_user_delete", args=[anna.pk])
+    assert world.client("adam").post(delete, {"post": "yes"}).status_code == 403
+
+
+def test_an_admin_changes_a_role_and_the_rights_follow(world: Any) -> None:
+    vera = world.people["vera"]
+    form = {"username": "vera", "role": "curator", "is_active": "on"}
+    answer = world.client("adam").post(reverse("admin:accounts_user_change", args=[vera.pk]), form)
+    assert answer.status_code == 302
+    vera.refresh_from_db()
+    assert (vera.role, vera.is_staff, vera.is_superuser) == ("curator", True, False)
+
+
+@pytest.mark.parametrize("who", ["vera", "rosa", "anna"])
+def test_others_do_not_get_into_the_admin(world: Any, who: str) -> None:
+    assert world.client(who).get("/admin/").status_code == 302

@@ -1,0 +1,245 @@
+"""The pages in a real Chromium: acts, live updates, access, and what a stale page allows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).resolve().parents[3]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PASSWORD = "a-long-password-for-tests"
+SignIn = Callable[..., Page]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def console_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A web process of its own over a small world."""
+    database = tmp_path_factory.mktemp("console") / "esper.sqlite3"
+    port = _free_port()
+    environment = {
+        **os.environ,
+        "DATABASE_URL": f"sqlite:///{database}",
+        "DJANGO_SETTINGS_MODULE": "esper_web.settings.test",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    script = Path(__file__).with_name("serve_world.py")
+    server = subprocess.Popen([sys.executable, str(script), str(port)], env=environment, cwd=ROOT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(f"{address}/login", server)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=15)
+
+
+def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert server.poll() is None, "the web process ended"
+        try:
+            urllib.request.urlopen(address, timeout=2).close()
+            return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.2)
+    raise TimeoutError(address)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert program, "This test needs Chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def sign_in(browser: Browser, console_url: str) -> Iterator[SignIn]:
+    """``sign_in("anna")``: a page of a browser of her own; complaints of pages fail the test."""
+    complaints: list[str] = []
+    contexts = []
+
+    def signed_in(who: str, *, dark: bool = False, width: int = 1280) -> Page:
+        context = browser.new_context(
+            base_url=console_url,
+            color_scheme="dark" if dark else "light",
+            viewport={"width": width, "height": 800},
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.add_init_script(
+            "addEventListener('securitypolicyviolation',"
+            " (e) => console.error(`CSP ${e.violatedDirective} ${e.blockedURI}`))"
+        )
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda said: _note(said.type, said.text, complaints))
+        page.goto("/login")
+        page.fill("#id_username", who)
+        page.fill("#id_password", PASSWORD)
+        page.click("button[type=submit]")
+        page.wait_for_url("**/")
+        return page
+
+    yield signed_in
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def _note(kind: str, text: str, complaints: list[str]) -> None:
+    # Chromium writes every 4xx to the console; refusals are part of the game.
+    if kind == "error" and "the server responded with a status of 4" not in text:
+        complaints.append(text)
+
+
+def pages_of(page: Page) -> list[str]:
+    """One of each kind, found by following the pages' own links."""
+    page.goto("/inbox?state=history")
+    kept = page.locator("a[data-open]").last.get_attribute("href")
+    page.goto("/inbox")
+    waiting = page.locator("tr:has-text('classifier.2') a[data-open]").get_attribute("href")
+    page.goto("/runs")
+    run = page.locator("a:text-is('digits-cnn')").get_attribute("href")
+    plain = ["/", "/inbox", "/blueprints", "/blueprints/proj_ia3", "/violations", "/policy"]
+    found = [*plain, "/kernels", "/audit?verify=1", "/me", run, kept, waiting]
+    return [address for address in found if address]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_no_page_has_a_serious_barrier(sign_in: SignIn, dark: bool) -> None:
+    page = sign_in("adam", dark=dark)
+    barriers = []
+    for address in pages_of(page):
+        page.goto(address)
+        page.wait_for_selector("#link-pill[data-link=live]")
+        for found in Axe().run(page).response["violations"]:
+            if found["impact"] in ("serious", "critical"):
+                barriers.append((address, found["id"], found["nodes"][0]["target"]))
+    assert barriers == []
+
+
+def test_a_phone_never_scrolls_sideways(sign_in: SignIn) -> None:
+    page = sign_in("anna", width=360)
+    wide = []
+    for address in pages_of(page):
+        page.goto(address)
+        page.wait_for_selector("#link-pill[data-link=live]")
+        over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        if over > 0:
+            wide.append((address, over))
+    assert wide == []
+
+
+def test_the_run_page_draws_loss_and_layers_and_says_them_in_words(sign_in: SignIn) -> None:
+    page = sign_in("vera")
+    page.goto("/runs")
+    page.click("a:text-is('digits-cnn')")
+    expect(page.locator("#loss-summary")).to_contain_text("at step 299")
+    expect(page.locator("#loss-summary")).to_contain_text("2 grafts are marked")
+    expect(page.locator("#heat-summary")).to_contain_text("in classifier.2")
+    assert page.locator("#loss-chart canvas").count() == 1
+    page.click("#loss details summary")
+    assert page.locator("#loss-table tbody tr").count() > 10
+
+
+def test_hostile_names_do_nothing_in_a_browser_either(sign_in: SignIn) -> None:
+    page = sign_in("anna")
+    page.goto("/runs?state=finished")
+    page.click("tr[data-row] a[data-open]")
+    expect(page.locator("#heat-summary")).to_contain_text("⟨U+202E⟩")
+    assert "pwned" not in page.title().split("·")[-1]
+    assert page.evaluate("document.title") != "pwned"
+    assert page.locator("img").count() == 0
+
+
+def test_a_stale_page_blocks_approving_and_nothing_else(sign_in: SignIn) -> None:
+    page = sign_in("ben")
+    page.clock.install()
+    page.goto("/inbox")
+    page.locator("tr:has-text('classifier.2') a[data-open]").click()
+    page.wait_for_selector("#link-pill[data-link=live]")
+    page.clock.fast_forward(26_000)  # nothing was heard for longer than two pings
+    expect(page.locator("#stale-banner")).to_contain_text("Approving is blocked")
+    approve, reject = page.locator("[data-path=approve]"), page.locator("[data-path=reject]")
+    expect(approve).to_have_attribute("aria-disabled", "true")
+    assert reject.get_attribute("aria-disabled") is None
+    expect(page.locator("[data-stale-note]")).to_contain_text("waits for the connection")
+
+
+def test_rows_open_by_keyboard(sign_in: SignIn) -> None:
+    page = sign_in("vera")
+    page.goto("/inbox")
+    page.wait_for_selector("#link-pill[data-link=live]")
+    page.keyboard.press("j")
+    page.keyboard.press("o")
+    page.wait_for_url("**/adaptations/*")
+    page.keyboard.press("?")
+    expect(page.locator("#shortcuts")).to_be_visible()
+
+
+def test_the_kill_switch_is_seen_by_everybody_at_once(sign_in: SignIn) -> None:
+    anna, vera = sign_in("anna"), sign_in("vera")
+    vera.wait_for_selector("#link-pill[data-link=live]")
+    anna.click("#switch-menu summary")
+    anna.click("text=Kill all adaptation")
+    expect(vera.locator("#switch-menu .pill")).to_contain_text("KILLED")
+    anna.click("#switch-menu summary")
+    anna.click("text=Switch adaptation on")
+    expect(vera.locator("#switch-menu .pill")).to_contain_text("on")
+
+
+def test_two_operators_race_and_the_loser_is_told_who_won(sign_in: SignIn) -> None:
+    """Last in this file: it uses up the decision that the tests above look at."""
+    anna, ben = sign_in("anna"), sign_in("ben")
+    anna.goto("/inbox")
+    address = anna.locator("tr:has-text('classifier.2') a[data-open]").get_attribute("href")
+    assert address
+    for page in (anna, ben):
+        page.goto(address)
+        page.wait_for_selector("#link-pill[data-link=live]")
+    anna.click("[data-path=reject]")
+    expect(anna.locator("#acts-error")).to_contain_text("Say why you reject it")
+    # Ben's page must not hear of it before he presses, or there is no race.
+    ben.evaluate(
+        "document.querySelectorAll('[data-panel]').forEach((p) => p.remove !== 0 &&"
+        " p.removeAttribute('data-wakes'))"
+    )
+    ben.fill("#reason", "the loss still falls")
+    anna.click("[data-path=approve]")
+    expect(anna.locator("#panel-head")).to_contain_text("anna approved it")
+    ben.click("[data-path=reject]")
+    expect(ben.locator("#acts-error")).to_contain_text("anna")
+    assert ben.input_value("#reason") == "the loss still falls"
+    expect(ben.locator("#panel-head")).to_contain_text("anna approved it")

@@ -1,0 +1,76 @@
+"""The approval inbox: badge and list are one query."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.utils import timezone
+
+from apps.adaptations.models import Adaptation
+from apps.console.selectors import inbox_count
+
+
+def badge(text: str) -> int:
+    found = re.search(r'id="inbox-count"[^>]*>(\d+)', text)
+    assert found is not None
+    return int(found[1])
+
+
+def rows(text: str) -> list[str]:
+    return re.findall(r'<tr data-row id="row-(\w+)"', text)
+
+
+@pytest.mark.parametrize("who", ["vera", "rosa", "anna", "cora", "adam"])
+def test_the_badge_counts_what_the_list_shows(world: Any, who: str) -> None:
+    text = world.client(who).get("/inbox").content.decode()
+    assert badge(text) == len(rows(text)) == 2
+
+
+def test_an_expired_decision_leaves_badge_and_list_at_once(world: Any) -> None:
+    past = timezone.now() - timedelta(seconds=1)
+    Adaptation.objects.filter(pk=world.adaptations["waiting"].pk).update(deadline_at=past)
+    text = world.client("anna").get("/inbox").content.decode()
+    assert rows(text) == [world.adaptations["annas"].uid]
+    assert badge(text) == inbox_count() == 1
+
+
+def test_the_next_to_expire_stands_first(world: Any) -> None:
+    soon = timezone.now() + timedelta(minutes=1)
+    Adaptation.objects.filter(pk=world.adaptations["annas"].pk).update(deadline_at=soon)
+    text = world.client("anna").get("/inbox").content.decode()
+    assert rows(text)[0] == world.adaptations["annas"].uid
+
+
+def test_filters_stand_in_the_address(world: Any) -> None:
+    uid = world.runs["topics-lm"].uid
+    text = world.client("anna").get(f"/inbox?run={uid}").content.decode()
+    assert rows(text) == [world.adaptations["annas"].uid]
+    assert rows(world.client("anna").get("/inbox?risk=high").content.decode()) == []
+
+
+def test_a_claim_shows_under_claimed_and_mine(world: Any) -> None:
+    until = timezone.now() + timedelta(minutes=5)
+    Adaptation.objects.filter(pk=world.adaptations["waiting"].pk).update(
+        claimed_by=world.people["ben"], claimed_until=until
+    )
+    anna, ben = world.client("anna"), world.client("ben")
+    uid = world.adaptations["waiting"].uid
+    assert rows(anna.get("/inbox?state=claimed").content.decode()) == [uid]
+    assert rows(anna.get("/inbox?state=mine").content.decode()) == []
+    assert rows(ben.get("/inbox?state=mine").content.decode()) == [uid]
+    assert len(rows(anna.get("/inbox").content.decode())) == 2
+
+
+def test_history_holds_what_persons_were_asked_and_nothing_else(world: Any) -> None:
+    text = world.client("anna").get("/inbox?state=history").content.decode()
+    asked = {world.adaptations[name].uid for name in ("kept", "rejected")}
+    assert set(rows(text)) == asked
+
+
+def test_ones_own_run_is_marked(world: Any) -> None:
+    text = world.client("anna").get("/inbox").content.decode()
+    assert "your own run: another operator has to approve" in text
+    assert "your own run" not in world.client("ben").get("/inbox").content.decode()
