@@ -149,7 +149,7 @@ class Watch:
 
 
 def audit_gaps(adaptations: Sequence[Json], audit: Sequence[Json]) -> list[str]:
-    """Adaptations whose transitions do not all stand in the audit log, linked, from the first on."""
+    """Adaptations whose transitions do not all stand in the audit log, linked, from the first."""
     gaps = []
     for adaptation in adaptations:
         rows = [row for row in audit if row["object_uid"] == adaptation["uid"]]

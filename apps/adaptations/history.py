@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from django.db.models import Avg, Count, Q, Sum
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from apps.adaptations.models import Adaptation
@@ -21,11 +22,17 @@ from esper.contracts import (
 )
 
 _BAD_ENDS = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED)
+# After these a layer rests longer: what was taken out or refused is not asked for at once again.
+_REGRETTED = (*_BAD_ENDS, AdaptationState.REJECTED)
+
+
+# When it happened, in steps: the graft, or the proposal that never became one.
+_AT = Coalesce("graft_step", "proposed_step")
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """A run's numbers for the gates; ``last_step`` is -1 before the first graft."""
+    """A run's numbers for the gates; ``last_step`` is -1 before the first adaptation."""
 
     in_flight: int
     last_step: int
@@ -37,8 +44,7 @@ class RunFacts:
 
 def run_facts(run: Run) -> RunFacts:
     own = Adaptation.objects.filter(run=run)
-    grafted = own.exclude(graft_step=None)
-    last = grafted.order_by("-graft_step", "-id").values_list("graft_step", "state").first()
+    last = own.annotate(at=_AT).order_by("-at", "-id").values_list("at", "state").first()
     totals = own.aggregate(
         in_flight=Count("id", filter=~Q(state__in=ADAPTATION_ENDED)),
         today=Count("id", filter=Q(grafted_at__gt=timezone.now() - timedelta(days=1))),
@@ -46,8 +52,8 @@ def run_facts(run: Run) -> RunFacts:
     )
     return RunFacts(
         in_flight=totals["in_flight"],
-        last_step=-1 if last is None or last[0] is None else last[0],
-        last_rolled_back=bool(last and last[1] in _BAD_ENDS),
+        last_step=last[0] if last else -1,
+        last_rolled_back=bool(last and last[1] in _REGRETTED),
         added_parameters=totals["added"] or 0,
         today=totals["today"],
         frozen=why_frozen(run),
@@ -72,11 +78,12 @@ def layer_histories(run: Run) -> dict[str, LayerHistory]:
     """By layer name, for the layers that have a history."""
     rows = (
         Adaptation.objects.filter(run=run)
+        .annotate(at=_AT)
         .order_by("id")
-        .values_list("layer", "state", "graft_step", "blueprint__slug")
+        .values_list("layer", "state", "at", "blueprint__slug")
     )
     histories: dict[str, LayerHistory] = {}
-    for layer, state, graft_step, slug in rows:
+    for layer, state, at, slug in rows:
         before = histories.get(layer, LayerHistory())
         histories[layer] = LayerHistory(
             grafts=(*before.grafts, slug) if state in ADAPTATION_GRAFTED else before.grafts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from statistics import fmean, pstdev
+from math import fsum
 
 import torch
 from torch import nn
@@ -70,8 +70,10 @@ class LossGuard:
     def _limit(self) -> float:
         if len(self._good) < self._enough:
             return math.inf
-        mean = fmean(self._good)
-        spread = mean + self._sigmas * pstdev(self._good)
+        # By hand: statistics.pstdev calculates in fractions, 30 times slower, and this is every step.
+        mean = fsum(self._good) / len(self._good)
+        variance = fsum((loss - mean) ** 2 for loss in self._good) / len(self._good)
+        spread = mean + self._sigmas * math.sqrt(variance)
         # "factor times the mean" for a loss that may be negative: the same distance above it.
         return max(spread, mean + (self._factor - 1.0) * abs(mean))
 

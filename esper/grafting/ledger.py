@@ -46,7 +46,10 @@ class GroupReceipt:
 
     def remove(self) -> None:
         """Removes the group, its state and its place in every scheduler. Twice is harmless."""
-        places = [i for i, g in enumerate(self.optimizer.param_groups) if g is self.group]
+        # By its tensors: the optimizer's load_state_dict puts other dicts in the groups' place.
+        own = {id(parameter) for parameter in self.group["params"]}
+        groups = enumerate(self.optimizer.param_groups)
+        places = [i for i, g in groups if own == {id(p) for p in g["params"]}]
         for place in places:
             for scheduler in self.schedulers:
                 _shrink_lists(scheduler, place, len(self.optimizer.param_groups))

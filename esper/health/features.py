@@ -55,6 +55,7 @@ class LossFeatures:
         spike_score: median deviation of the three newest samples from the recent trend, in
             units of ``noise``; one outlier makes no spike.
         non_finite: samples of the newest eighth that are not finite.
+        from_start: the samples reach back to the first tenth of the run.
     """
 
     samples: int = 0
@@ -66,6 +67,7 @@ class LossFeatures:
     plateau_score: float = math.nan
     spike_score: float = math.nan
     non_finite: int = 0
+    from_start: bool = False
 
     @property
     def headroom(self) -> float:
@@ -169,6 +171,7 @@ def loss_features(steps_T: NDArray[np.int64], loss_T: Doubles, *, since: int = -
         if finite_T.any()
         else math.nan
     )
+    begin = int(steps_T[0]) if len(steps_T) else 0
     kept_T = finite_T & (steps_T > since)
     steps_T, loss_T = steps_T[kept_T], loss_T[kept_T]
     if len(loss_T) < MIN_LOSS_SAMPLES:
@@ -192,6 +195,7 @@ def loss_features(steps_T: NDArray[np.int64], loss_T: Doubles, *, since: int = -
         plateau_score=_below(FLAT_EXPONENT, exponent, error),
         spike_score=_spike(residuals, noise, middle),
         non_finite=non_finite,
+        from_start=begin <= steps_T[-1] / 10,
     )
 
 

@@ -53,6 +53,7 @@ DEAD_SHARE = 0.5
 PLATEAU = 0.8
 YOUNG_STEPS = 500
 MIN_HEADROOM = 0.05  # below 5 % of where the loss began there is nothing left to gain
+NOTHING_LEARNT = 0.97
 BOTTLENECK = 0.3
 MAX_LAYERS_PROPOSED = 3
 _LOOKED_AT = (Signal.ACT_STD, Signal.DEAD_FRACTION, Signal.SATURATION)
@@ -240,6 +241,8 @@ def _against_plateau(snapshot: RunSnapshot, features: Features) -> str:
         return f"At step {snapshot.step} a flat loss is often a saddle that the run leaves itself."
     if not loss.headroom >= MIN_HEADROOM:
         return f"The loss is at {loss.headroom:.1%} of where it began; little is left to gain."
+    if loss.from_start and loss.headroom > NOTHING_LEARNT:
+        return "The run has learnt nothing yet; more room does not help, look at rate and data."
     if snapshot.in_flight > 0:
         return "Another adaptation is under way; its effect must be seen before more room is added."
     return ""

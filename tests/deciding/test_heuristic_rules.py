@@ -56,6 +56,14 @@ def test_a_solved_run_is_left_alone(make_snapshot: Make) -> None:
     assert kinds(make_snapshot(loss=loss, loss_steps=STEPS)) == []
 
 
+def test_a_run_that_never_learnt_anything_gets_no_more_room(make_snapshot: Make) -> None:
+    loss = np.random.default_rng(3).normal(2.3, 0.02, len(STEPS))
+
+    assert kinds(make_snapshot(loss=loss, loss_steps=STEPS)) == []
+    # The same flat stretch late in a run says nothing about where it began.
+    assert kinds(make_snapshot(loss=loss, loss_steps=STEPS + 9000, step=10_000)) != []
+
+
 def test_a_young_run_is_left_alone(make_snapshot: Make) -> None:
     assert kinds(make_snapshot(step=400)) == []
 

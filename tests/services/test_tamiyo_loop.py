@@ -404,6 +404,8 @@ def launch(*arguments: str, **variables: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.process
+@pytest.mark.timeout(200)
 async def test_killed_after_posting_and_before_acknowledging_it_decides_once(
     valkey_url: str, valkey: redis.Redis, urza: FakeUrza
 ) -> None:
@@ -418,7 +420,7 @@ async def test_killed_after_posting_and_before_acknowledging_it_decides_once(
 
     urza.after_proposal = kill_first
     try:
-        await until(lambda: first.poll() is not None, seconds=30)
+        await until(lambda: first.poll() is not None, seconds=60)
         assert first.returncode == -signal.SIGKILL
         assert len(urza.proposals) == 1
         assert pending(valkey) == 1
@@ -427,7 +429,7 @@ async def test_killed_after_posting_and_before_acknowledging_it_decides_once(
         second = launch(*arguments, ESPER_TOKEN="esp_test")
         try:
             ring(valkey, run)
-            await until(lambda: pending(valkey) == 0, seconds=30)  # also what the dead one held
+            await until(lambda: pending(valkey) == 0, seconds=60)  # also what the dead one held
             second.send_signal(signal.SIGTERM)
             await until(lambda: second.poll() is not None)
             assert second.returncode == 0
@@ -443,6 +445,7 @@ async def test_killed_after_posting_and_before_acknowledging_it_decides_once(
     assert len(consumers) == 1  # the dead one; the one that was stopped has left the group
 
 
+@pytest.mark.process
 async def test_the_launcher_refuses_settings_that_make_no_sense() -> None:
     process = launch("--redis-url", "redis://127.0.0.1:1/0")
     output, _ = await asyncio.to_thread(process.communicate, timeout=30)

@@ -8,13 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-from axe_playwright_python.sync_playwright import Axe
+from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 pytestmark = pytest.mark.browser
@@ -67,9 +66,9 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
     while time.monotonic() < deadline:
         assert server.poll() is None, "the web process ended"
         try:
-            urllib.request.urlopen(address, timeout=2).close()
+            httpx.get(address, timeout=2)
             return
-        except (urllib.error.URLError, ConnectionError):
+        except httpx.TransportError:
             time.sleep(0.2)
     raise TimeoutError(address)
 
@@ -233,8 +232,7 @@ def test_two_operators_race_and_the_loser_is_told_who_won(sign_in: SignIn) -> No
     expect(anna.locator("#acts-error")).to_contain_text("Say why you reject it")
     # Ben's page must not hear of it before he presses, or there is no race.
     ben.evaluate(
-        "document.querySelectorAll('[data-panel]').forEach((p) => p.remove !== 0 &&"
-        " p.removeAttribute('data-wakes'))"
+        "document.querySelectorAll('[data-panel]').forEach((p) => { p.dataset.wakes = '' })"
     )
     ben.fill("#reason", "the loss still falls")
     anna.click("[data-path=approve]")

@@ -233,6 +233,14 @@ def test_a_rejection_needs_a_reason(stage: Stage) -> None:
     assert act("reject", adaptation, stage.operator).state == S.REJECTED
 
 
+def test_what_was_rejected_is_not_proposed_again_before_a_doubled_cooldown(stage: Stage) -> None:
+    act("reject", stage.waiting(step=1000), stage.operator)
+    for step in (1001, 1799):
+        with pytest.raises(services.GateClosedError):
+            stage.waiting(step=step)
+    assert stage.waiting(step=1800).state == S.AWAITING_APPROVAL
+
+
 def test_three_extensions_and_no_more(stage: Stage) -> None:
     adaptation = stage.waiting()
     for _ in range(3):
