@@ -88,8 +88,8 @@ def layer_histories(run: Run) -> dict[str, LayerHistory]:
         histories[layer] = LayerHistory(
             grafts=(*before.grafts, slug) if state in ADAPTATION_GRAFTED else before.grafts,
             in_flight=before.in_flight or state not in ADAPTATION_ENDED,
-            last_adaptation_step=before.last_adaptation_step if graft_step is None else graft_step,
-            last_rolled_back=before.last_rolled_back if graft_step is None else state in _BAD_ENDS,
+            last_adaptation_step=at,
+            last_rolled_back=state in _REGRETTED,
         )
     return histories
 
