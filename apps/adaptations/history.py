@@ -44,7 +44,8 @@ class RunFacts:
 
 def run_facts(run: Run) -> RunFacts:
     own = Adaptation.objects.filter(run=run)
-    last = own.annotate(at=_AT).order_by("-at", "-id").values_list("at", "state").first()
+    counts = own.filter(Q(graft_step__isnull=False) | Q(state=AdaptationState.REJECTED))
+    last = counts.annotate(at=_AT).order_by("-at", "-id").values_list("at", "state").first()
     totals = own.aggregate(
         in_flight=Count("id", filter=~Q(state__in=ADAPTATION_ENDED)),
         today=Count("id", filter=Q(grafted_at__gt=timezone.now() - timedelta(days=1))),
