@@ -70,7 +70,7 @@ class LossGuard:
     def _limit(self) -> float:
         if len(self._good) < self._enough:
             return math.inf
-        # By hand: statistics.pstdev calculates in fractions, 30 times slower, and this is every step.
+        # By hand, each step: statistics.pstdev calculates in fractions, 30 times slower.
         mean = fsum(self._good) / len(self._good)
         variance = fsum((loss - mean) ** 2 for loss in self._good) / len(self._good)
         spread = mean + self._sigmas * math.sqrt(variance)

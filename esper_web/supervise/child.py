@@ -8,6 +8,7 @@ start ──► running ──► ended ──┬─ by our wish, or finished �
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -48,6 +49,7 @@ class ChildSpec:
     stop_order: int = 0
     niceness: int = 0
     ready: Callable[[], Awaitable[bool]] | None = None
+    hidden: re.Pattern[str] | None = None  # lines that go to the log file only
 
 
 class CrashLoopError(Exception):
@@ -196,6 +198,11 @@ class Child:
             if len(rest) > LONGEST_LINE_BYTES:
                 lines, rest = [*lines, rest], b""
             for line in lines:
-                self.output.line(self.spec.name, line.decode("utf-8", "replace"))
+                self._print(line)
         if rest:
-            self.output.line(self.spec.name, rest.decode("utf-8", "replace"))
+            self._print(rest)
+
+    def _print(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace")
+        hidden = self.spec.hidden is not None and self.spec.hidden.search(text) is not None
+        self.output.line(self.spec.name, text, show=not hidden)

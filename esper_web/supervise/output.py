@@ -39,14 +39,14 @@ class Output:
         """A line of the supervisor itself."""
         self.line(OWN_NAME, line)
 
-    def line(self, name: str, text: str) -> None:
-        """One line of the process ``name``."""
+    def line(self, name: str, text: str, *, show: bool = True) -> None:
+        """One line of the process ``name``; not shown, it goes to its log file only."""
         text = redact(text.rstrip("\r\n"))
         self._tails.setdefault(name, deque(maxlen=TAIL_LINES)).append(text)
         file = self._file(name)
         file.write(f"{datetime.now().astimezone().isoformat(timespec='milliseconds')} {text}\n")
         file.flush()
-        if text:
+        if text and show:
             self._show(name, text)
 
     def plain(self, text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,6 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 DEMOS = ("digits_cnn", "topics_lm")
 CELERY = (PYTHON, "-m", "celery", "--quiet", "-A", "esper_web.celery")
+# What each of them says at every start or stop, and nobody needs to act on.
+VALKEY_CHATTER = re.compile(r"Memory overcommit must|signal-handler|is now ready to exit")
+WORKER_CHATTER = re.compile(r"worker: (Warm|Soft) shutdown")
 # Celery warns root at every start. It is right for pickle; we accept JSON only.
 CELERY_WARNINGS = "ignore:You're running the worker with superuser"
 
@@ -95,6 +99,7 @@ def valkey_child(site: Site) -> ChildSpec:
         env={"PATH": os.defpath, MARK: site.mark},
         stop_order=3,
         ready=valkey.answers(port, password),
+        hidden=VALKEY_CHATTER,
     )
 
 
@@ -119,6 +124,7 @@ def service_children(site: Site, capability: str) -> tuple[ChildSpec, ...]:
             argv=control_worker_command(),
             env=celery | {"ESPER_WORKER_NAME": f"control@{site.host}"},
             stop_order=1,
+            hidden=WORKER_CHATTER,
         ),
         ChildSpec(
             name="worker-compile",
@@ -130,6 +136,7 @@ def service_children(site: Site, capability: str) -> tuple[ChildSpec, ...]:
                 "OMP_NUM_THREADS": "1",
             },
             stop_order=1,
+            hidden=WORKER_CHATTER,
         ),
         ChildSpec(
             name="beat",

@@ -23,7 +23,7 @@ def main() -> int:
 
     django.setup()
     call_command("migrate", interactive=False, verbosity=0)
-    call_command("sync_blueprints", verbosity=0)
+    call_command("sync_blueprints", verbosity=0, stdout=StringIO())
     if not _tokens_work():
         _make_people()
     return 0

@@ -58,7 +58,8 @@ def status_shape(kind: str, value: str) -> SafeString:
 @register.simple_tag
 def shape(name: str) -> SafeString:
     return format_html(
-        '<svg class="shape" viewBox="0 0 12 12" aria-hidden="true"><use href="{}#{}"></use></svg>',
+        '<svg class="shape" width="12" height="12" viewBox="0 0 12 12" aria-hidden="true">'
+        '<use href="{}#{}"></use></svg>',
         static("console/shapes.svg"),
         name,
     )

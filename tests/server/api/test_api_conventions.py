@@ -17,6 +17,7 @@ import apps.api.urls as api_urls
 from apps.accounts.models import User
 from apps.adaptations.models import Adaptation
 from apps.api.models import IdempotencyRecord
+from apps.api.throttling import ActThrottle
 from apps.audit.models import AuditEvent
 from apps.blueprints.models import Blueprint
 from apps.runs.models import Run
@@ -271,6 +272,18 @@ def test_kept_answers_do_not_show_secrets_in_the_database(
     assert again.data["token"] == first.data["token"]
     record = IdempotencyRecord.objects.get(key="a new run")
     assert first.data["token"].encode() not in bytes(record.body)
+
+
+def test_who_asks_too_often_is_told_when_to_come_back(
+    trainer: Trainer, operator: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ActThrottle, "rate", "2/min")
+    path = f"{trainer.path}/pause-adaptation"
+    assert [operator.post(path).status for _ in range(2)] == [202, 202]
+    refused = operator.post(path)
+    assert (refused.status, refused.code) == (429, "rate-limited")
+    assert 1 <= int(refused.header("Retry-After")) <= 61
+    assert operator.get(trainer.path).status == 200
 
 
 def test_a_misspelt_member_of_an_act_is_refused(trainer: Trainer, operator: Caller) -> None:

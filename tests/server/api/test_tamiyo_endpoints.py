@@ -11,7 +11,7 @@ from apps.audit.models import AuditEvent
 from apps.blueprints.models import Blueprint
 from apps.kernels.models import Worker
 from apps.violations.models import Violation
-from esper.contracts import AdaptationState, LayerHistory
+from esper.contracts import AdaptationState
 from esper.services.tamiyo import wire
 from tests.server.api.cast import Caller, Inbox, Trainer, frame, metrics, proposal
 
@@ -33,7 +33,8 @@ def test_a_snapshot_is_all_that_a_decision_looks_at(inbox: Inbox, tamiyo: Caller
     assert snapshot.loss[0] == 1.0
     assert math.isnan(snapshot.loss[1])
     assert report.ablation_gains == {uid: 0.125}
-    assert snapshot.history == {"fc": LayerHistory(in_flight=True)}
+    assert set(snapshot.history) == {"fc"}
+    assert snapshot.history["fc"].in_flight
     assert (snapshot.in_flight, snapshot.frozen) == (1, "")
     active = report.active[0]
     assert (active.uid, active.state, active.kind) == (uid, "awaiting_approval", "parallel")
