@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,16 +55,17 @@ _WANTS_POSTGRES = pytest.StashKey[bool]()
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_url() -> Iterator[str]:
     """A fresh PostgreSQL cluster on a free port, gone at the end."""
     programs = _postgres_programs()
     if programs is None:
         pytest.fail(NO_POSTGRES)
-    base = Path(tmp_path_factory.mktemp("postgres"))
-    cluster = _Cluster(programs, base, any_free_port())
-    cluster.start()
-    yield cluster.url
-    cluster.stop()
+    # Not under pytest's own directory: another session of the same user would close it to postgres.
+    with tempfile.TemporaryDirectory(prefix="esper-postgres-") as base:
+        cluster = _Cluster(programs, Path(base), any_free_port())
+        cluster.start()
+        yield cluster.url
+        cluster.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -110,8 +112,7 @@ class _Cluster:
         return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
-        for directory in (self.base, *self.base.parents[:2]):
-            directory.chmod(0o755)  # the user postgres must be able to get in
+        self.base.chmod(0o755)  # the user postgres must be able to get in
         data = self.base / "data"
         data.mkdir()
         if os.getuid() == 0:

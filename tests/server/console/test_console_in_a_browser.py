@@ -74,23 +74,23 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def chromium() -> Iterator[Browser]:
     program = shutil.which("chromium") or shutil.which("chromium-browser")
     assert program, "This test needs Chromium: apt-get install chromium"
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield chromium
-        chromium.close()
+        started = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield started
+        started.close()
 
 
 @pytest.fixture
-def sign_in(browser: Browser, console_url: str) -> Iterator[SignIn]:
+def sign_in(chromium: Browser, console_url: str) -> Iterator[SignIn]:
     """``sign_in("anna")``: a page of a browser of her own; complaints of pages fail the test."""
     complaints: list[str] = []
     contexts = []
 
     def signed_in(who: str, *, dark: bool = False, width: int = 1280) -> Page:
-        context = browser.new_context(
+        context = chromium.new_context(
             base_url=console_url,
             color_scheme="dark" if dark else "light",
             viewport={"width": width, "height": 800},
@@ -217,6 +217,25 @@ def test_the_kill_switch_is_seen_by_everybody_at_once(sign_in: SignIn) -> None:
     anna.click("#switch-menu summary")
     anna.click("text=Switch adaptation on")
     expect(vera.locator("#switch-menu .pill")).to_contain_text("on")
+
+
+def test_rows_do_not_move_under_the_pointer(sign_in: SignIn) -> None:
+    vera, ben = sign_in("vera"), sign_in("ben")
+    vera.goto("/inbox")
+    vera.wait_for_selector("#link-pill[data-link=live]")
+    row = vera.locator("tr:has-text('features.3')")
+    row.hover()
+    ben.goto("/inbox")
+    ben.locator("tr:has-text('features.3') a[data-open]").click()
+    ben.fill("#reason", "not on the first layers")
+    ben.click("[data-path=reject]")
+    expect(ben.locator("#panel-head")).to_contain_text("ben rejected it")
+    show = vera.locator("[data-show-held]")
+    expect(show).to_contain_text("1 decided")
+    assert row.count() == 1  # still there, marked as decided
+    expect(vera.locator("#inbox-count")).to_contain_text("1")
+    show.click()
+    expect(row).to_have_count(0)
 
 
 def test_two_operators_race_and_the_loser_is_told_who_won(sign_in: SignIn) -> None:
