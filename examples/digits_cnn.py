@@ -31,20 +31,22 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def batch(images: Tensor, labels: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
-    """256 digits, shifted and blurred by noise; the same for a step whenever it is asked for."""
+    """256 digits, each turned and shifted a little; the same for a step whenever asked for."""
     dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
     rows = torch.randint(len(images), (256,), generator=dice)
-    dy, dx = torch.randint(-3, 4, (2,), generator=dice).tolist()
-    picked = torch.roll(images[rows], (dy, dx), (2, 3))
-    return picked + 0.3 * torch.randn(picked.shape, generator=dice), labels[rows]
+    turn, *shift = (0.6 * torch.rand(3, 256, generator=dice) - 0.3).unbind()
+    cos, sin = turn.cos(), turn.sin()
+    maps = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(maps, [256, 1, 16, 16], align_corners=False)
+    return F.grid_sample(images[rows], grid, align_corners=False), labels[rows]
 
 
 def build() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(),
         nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(96, 12), nn.ReLU(), nn.Linear(12, 10),
+        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(128, 3), nn.Tanh(), nn.Linear(3, 10),
     )  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     images, labels, held_images, held_labels = digits()
     model = build()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
 
     def evaluate() -> float:
         return F.cross_entropy(model(held_images), held_labels).item()

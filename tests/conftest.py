@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Page, sync_playwright
 
 from esper_web.keyring import read_keyring
 from esper_web.supervise.plan import ROOT
@@ -275,3 +276,32 @@ def start_esper() -> Iterator[Callable[..., RunningEsper]]:
     yield start
     for esper in started:
         esper.stop()
+
+
+# --- a browser ----------------------------------------------------------------------------------
+
+CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
+CHROMIUM_FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """A page of the system's Chromium, which ./check installs where it may.
+
+    One browser for each test: Playwright's event loop lives as long as the fixture, and no
+    asynchronous test of the same session could run beside it.
+    """
+    if not CHROMIUM.exists():
+        pytest.fail(
+            f"This test needs a Chromium, and {CHROMIUM} is not there. Install Debian's package "
+            "chromium, or name another one with CHROMIUM."
+        )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=str(CHROMIUM), args=CHROMIUM_FLAGS.split()
+        )
+        yield browser.new_page()
+        browser.close()

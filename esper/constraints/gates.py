@@ -321,7 +321,7 @@ def _cooldown(steps: int, rolled_back: bool, policy: SafetyPolicy) -> int:
 
 
 def _cooldown_check(scope: str, step: int, last: int, needed: int) -> Check:
-    waited = step - last
+    waited = max(0, step - last)  # a trainer that resumed a checkpoint has gone back
     return Check(
         rule=ViolationRule.COOLDOWN,
         passed=last < 0 or waited >= needed,
@@ -334,6 +334,11 @@ def _cooldown_check(scope: str, step: int, last: int, needed: int) -> Check:
     )
 
 
+def _amount(value: float) -> str:
+    """Three digits that a person reads at once: 0.201, 12.5, 1,024."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _cost_check(
     rule: ViolationRule, value: float, limit: float, unit: str, *, unknown_is_hard: bool
 ) -> Check:
@@ -342,11 +347,11 @@ def _cost_check(
         rule=rule,
         passed=value <= limit if known else None,
         hard=known or unknown_is_hard,
-        observed=f"{value:.3g} {unit}" if known else "unknown",
-        limit=f"{limit:.3g} {unit}",
-        text=f"Forecast {value:.3g} {unit}, at most {limit:.3g} {unit}."
+        observed=f"{_amount(value)} {unit}" if known else "unknown",
+        limit=f"{_amount(limit)} {unit}",
+        text=f"Forecast {_amount(value)} {unit}, at most {_amount(limit)} {unit}."
         if known
-        else f"There is no basis for a forecast of its {rule}; at most {limit:.3g} {unit} count.",
+        else f"There is no basis for a forecast of its {rule}; at most {_amount(limit)} {unit} count.",
     )
 
 

@@ -63,16 +63,17 @@ document.addEventListener("htmx:beforeSwap", (event) => {
     return;
   }
   const rows = panel.querySelector?.("[data-rows]");
-  if (!rows || panel.dataset.shown === "now") return;
+  if (!rows) return;
+  if (panel.dataset.shown) { // the person has asked for it
+    delete panel.dataset.shown;
+    return;
+  }
   if (!panel.matches(":hover") && !panel.contains(document.activeElement)) return;
   const fresh = new DOMParser().parseFromString(event.detail.serverResponse, "text/html");
   const change = compare(rows, fresh);
   if (!change.any) return;
   event.detail.shouldSwap = false;
   offer(panel, change);
-});
-document.addEventListener("htmx:afterSwap", () => {
-  for (const panel of document.querySelectorAll("[data-shown]")) delete panel.dataset.shown;
 });
 
 function compare(rows, fresh) {
