@@ -1,6 +1,6 @@
 """A small convolutional net on scikit-learn's handwritten digits, watched by Esper.
 
-    python examples/digits_cnn.py --steps 8000
+    python examples/digits_cnn.py --steps 10000
 
 The net is really too small: its loss stops falling early, and there is something to adapt.
 Killed and started again, it goes on from its last checkpoint, grafts included.
@@ -31,28 +31,28 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def batch(images: Tensor, labels: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
-    """256 digits, each turned and shifted a little; the same for a step whenever asked for."""
+    """384 digits, each turned and shifted a little; the same for a step whenever asked for."""
     dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    rows = torch.randint(len(images), (256,), generator=dice)
-    turn, *shift = (0.6 * torch.rand(3, 256, generator=dice) - 0.3).unbind()
+    rows = torch.randint(len(images), (384,), generator=dice)
+    turn, *shift = (0.6 * torch.rand(3, 384, generator=dice) - 0.3).unbind()
     cos, sin = turn.cos(), turn.sin()
     maps = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(maps, [256, 1, 16, 16], align_corners=False)
+    grid = F.affine_grid(maps, [384, 1, 16, 16], align_corners=False)
     return F.grid_sample(images[rows], grid, align_corners=False), labels[rows]
 
 
 def build() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(128, 3), nn.Tanh(), nn.Linear(3, 10),
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(64, 2), nn.Tanh(), nn.Linear(2, 10),
     )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", default="digits-cnn")
     folder = Path(os.environ.get("ESPER_DATA_DIR", "."))
@@ -63,7 +63,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     images, labels, held_images, held_labels = digits()
     model = build()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
 
     def evaluate() -> float:
         return F.cross_entropy(model(held_images), held_labels).item()

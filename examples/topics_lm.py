@@ -1,6 +1,6 @@
 """A byte-level transformer on the text of Python's own help topics, watched by Esper.
 
-    python examples/topics_lm.py --steps 8000
+    python examples/topics_lm.py --steps 10000
 
 The transformer is really too small for the text: its loss stops falling early, and there is
 something to adapt. Killed and started again, it goes on from its last checkpoint, grafts included.
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import esper
 
 CONTEXT = 48
-WIDTH = 24
+WIDTH = 16
 
 
 class TinyTransformer(nn.Module):
@@ -32,7 +32,7 @@ class TinyTransformer(nn.Module):
         self.places = nn.Embedding(CONTEXT, WIDTH)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                WIDTH, nhead=2, dim_feedforward=32, dropout=0.0, batch_first=True, norm_first=True
+                WIDTH, nhead=2, dim_feedforward=16, dropout=0.0, batch_first=True, norm_first=True
             )
             for _ in range(2)
         )
@@ -57,9 +57,9 @@ def text() -> tuple[Tensor, Tensor]:
 
 
 def batch(data: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Inputs and next bytes, int64 [32, 48]; the same for a step whenever it is asked for."""
+    """Inputs and next bytes, int64 [64, 48]; the same for a step whenever it is asked for."""
     dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    starts = torch.randint(len(data) - CONTEXT, (32, 1), generator=dice)
+    starts = torch.randint(len(data) - CONTEXT, (64, 1), generator=dice)
     places = starts + torch.arange(CONTEXT + 1)[None, :]
     window = data[places.clamp(max=len(data) - 1)]
     return window[:, :-1], window[:, 1:]
@@ -67,7 +67,7 @@ def batch(data: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", default="topics-lm")
     folder = Path(os.environ.get("ESPER_DATA_DIR", "."))
@@ -78,7 +78,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     train, held = text()
     model = TinyTransformer()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-2)
 
     def loss_on(data: Tensor, step: int) -> Tensor:
         inputs, targets = batch(data, step, args.seed)

@@ -271,6 +271,7 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
             drift = 99.0
         return {
             "rows": decision.evidence_rows(found.evidence, now),
+            "derived": decision.derived_numbers(found.evidence),
             "drift": drift,
             "drift_width": 0 if drift is None else min(100, round(100 * drift)),
             "now_step": now.get("step"),

@@ -15,6 +15,8 @@ from urllib.request import urlopen
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from esper_web.supervise.plan import ROOT
 from esper_web.supervise.processes import marked_processes
@@ -76,7 +78,8 @@ def test_only_the_compile_worker_knows_the_kernel_key(running_esper: Any) -> Non
 
 def test_valkey_asks_for_its_password(running_esper: Any) -> None:
     port = running_esper.runtime["redis_port"]
-    with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
+    once = Retry(NoBackoff(), 0)
+    with redis.Redis(port=port, retry=once) as stranger, pytest.raises(redis.AuthenticationError):
         stranger.ping()
     with redis.Redis.from_url(running_esper.redis_url) as friend:
         assert friend.ping()

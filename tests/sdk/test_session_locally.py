@@ -355,6 +355,29 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1"}
 
 
+def test_a_graft_out_of_a_checkpoint_can_still_be_taken_out(training: Training) -> None:
+    with attached(training) as session:
+        training.run(5, session)
+        session.graft("3", "proj_lora_64")
+        training.run(3, session)
+        state, model = session.state_dict(), training.model.state_dict()
+        optimizer = training.optimizer.state_dict()
+    later = Training(seed=5)
+    with attached(later) as resumed:
+        resumed.load_state_dict(state)
+        later.model.load_state_dict(model)
+        later.optimizer.load_state_dict(optimizer)  # puts other dicts in the groups' place
+        receipt = resumed.adaptations[0].receipt
+        assert receipt is not None
+        later.run(3, resumed)
+        with pytest.raises(UndoError, match="softly"):
+            resumed.undo(receipt)
+        resumed.undo(receipt, hard=False)
+        assert len(later.optimizer.param_groups) == 1
+        assert resumed.findings() == []
+        later.run(3, resumed)
+
+
 def test_a_state_is_refused_once_training_has_begun(training: Training) -> None:
     with attached(training) as session:
         training.run(1, session)

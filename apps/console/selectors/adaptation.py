@@ -66,11 +66,12 @@ def _number(value: Any) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class EvidenceRow:
-    """One number then and now; ``unit`` and ``note`` tell what it is."""
+    """One number then and now, beside the run's other layers; unit and note tell what it is."""
 
     name: str
     then: float | None
     now: float | None
+    others: float | None  # the median of all layers, then
     unit: str
     note: str
 
@@ -82,20 +83,35 @@ class EvidenceRow:
 
 
 _NOTES = {str(signal): note for signal, note in SIGNAL_NOTES.items()}
+_FIRST = (str(Signal.HEALTH), "loss")
 
 
 def evidence_rows(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[EvidenceRow]:
-    """Health first, then by name."""
-    names = sorted(then, key=lambda name: (name != Signal.HEALTH, name))
+    """What is still measured now: health and loss first, then the layer's signals by name."""
+    names = sorted(
+        (name for name in then if name in now or name in _NOTES or name in _FIRST),
+        key=lambda name: (name not in _FIRST, name),
+    )
     return [
         EvidenceRow(
             name=name,
             then=_number(then[name]),
             now=_number(now.get(name)),
+            others=_number(then.get(f"{name}_median")),
             unit=_NOTES.get(name, ("", ""))[0],
             note=_NOTES.get(name, ("", ""))[1],
         )
         for name in names
+    ]
+
+
+def derived_numbers(then: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    """The rest of the frozen evidence: what the policy worked out from the loss and the layers."""
+    shown = {row.name for row in evidence_rows(then, {})}
+    return [
+        (name, _number(then[name]))
+        for name in sorted(then)
+        if name not in shown and not name.endswith("_median")
     ]
 
 
