@@ -1,23 +1,23 @@
 """Every error that Esper raises on purpose.
 
-    EsperError
-    ├── ConfigurationError            a setting or argument makes no sense; nothing was started
-    ├── CodecError                    bytes or numbers that must not cross a border
-    ├── BlueprintError                slug
-    │   ├── UnknownBlueprintError
-    │   ├── DuplicateBlueprintError
-    │   └── IncompatibleLayerError    layer, blueprint, reason
-    ├── UnknownAdaptationTypeError    adaptation_type
-    ├── GraftError                    layer
-    │   ├── UnknownLayerError
-    │   ├── CertificateError          certificate (why the graft was not applied)
-    │   └── UndoError                 the model could not be brought back
-    ├── KernelError                   digest
-    │   ├── KernelBuildError          permanent (False: worth another attempt)
-    │   ├── KernelDigestError         content does not match its name
-    │   └── SignatureError            nobody we trust has signed this
-    ├── CommandRefusedError           code, reason (a trainer will not do what it was told)
-    └── TransportError                permanent, retry_after, status
+EsperError
+├── ConfigurationError            a setting or argument makes no sense; nothing was started
+├── CodecError                    bytes or numbers that must not cross a border
+├── BlueprintError                slug
+│   ├── UnknownBlueprintError
+│   ├── DuplicateBlueprintError
+│   └── IncompatibleLayerError    layer, blueprint, reason
+├── UnknownAdaptationTypeError    adaptation_type
+├── GraftError                    layer
+│   ├── UnknownLayerError
+│   ├── CertificateError          certificate (why the graft was not applied)
+│   └── UndoError                 the model could not be brought back
+├── KernelError                   digest
+│   ├── KernelBuildError          permanent (False: worth another attempt)
+│   ├── KernelDigestError         content does not match its name
+│   └── SignatureError            nobody we trust has signed this
+├── CommandRefusedError           code, reason (a trainer will not do what it was told)
+└── TransportError                permanent, retry_after, status
 """
 
 from __future__ import annotations

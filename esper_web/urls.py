@@ -6,6 +6,7 @@ from django.contrib import admin
 from django.urls import include, path
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 
+from apps.api.problems import problems_page
 from esper_web import probes
 
 urlpatterns = [
@@ -20,5 +21,6 @@ urlpatterns = [
         SpectacularSwaggerSplitView.as_view(template_name="esper_web/api_docs.html"),
         name="api-docs",
     ),
+    path("api/docs/problems", problems_page, name="api-problems"),
     path("", include("apps.console.urls")),
 ]

@@ -351,7 +351,7 @@ def _cost_check(
         limit=f"{_amount(limit)} {unit}",
         text=f"Forecast {_amount(value)} {unit}, at most {_amount(limit)} {unit}."
         if known
-        else f"There is no basis for a forecast of its {rule}; at most {_amount(limit)} {unit} count.",
+        else f"Nothing to forecast its {rule} from; at most {_amount(limit)} {unit} count.",
     )
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,42 +30,26 @@ from torch import Tensor, nn
 
 from esper import blueprints, grafting
 from esper.compilation import capability
-from esper.compilation.instantiate import instantiate
 from esper.contracts import (
     AdaptationState,
-    Command,
-    CommandAck,
-    CommandKind,
-    CommandState,
     Finding,
     HealthFrame,
     LayerInfo,
-    Recipe,
-    RefusalCode,
     RunMode,
     SafetyPolicy,
-    Severity,
     ViolationRule,
 )
 from esper.contracts.codec import number_to_wire
-from esper.exceptions import (
-    CertificateError,
-    CommandRefusedError,
-    ConfigurationError,
-    EsperError,
-    IncompatibleLayerError,
-    KernelError,
-    UndoError,
-    UnknownBlueprintError,
-    UnknownLayerError,
-)
+from esper.exceptions import ConfigurationError, EsperError, UndoError, UnknownLayerError
 from esper.grafting import GuardVerdict, LayerRecorder, LossGuard, Receipt, UndoReceipt
 from esper.health import HealthSampler
 from esper.sdk.commands import LocalVeto
 from esper.sdk.evaluation import Evaluator
-from esper.sdk.exchange import Pace, ReadyCommand
+from esper.sdk.exchange import Exchange, Pace
+from esper.sdk.findings import Findings, divergence, switched_off
 from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.loss import LossReader
+from esper.sdk.obeying import CommandDesk, Operations, failed
 from esper.sdk.registration import RunDescription
 from esper.sdk.surgeon import Adaptation, Operation, Surgeon
 from esper.sdk.transport import Transport
@@ -109,25 +93,23 @@ class Session:
         self._recorder = LayerRecorder(setup.model)
         self._guard = LossGuard()
         self._reader = LossReader()
-        self._veto = LocalVeto(setup.mode)
         self._evaluator = (
             Evaluator(setup.model, setup.evaluate) if setup.evaluate is not None else None
         )
         self._sampler: HealthSampler | None = None
-        self._transport = self._make_transport()
+        self._transport, self._desk = self._connect()
         self._local = LocalLoop(self._surgeon, self._guarded_policy) if not setup.server else None
         self._layers: tuple[LayerInfo, ...] = ()
         self._model_parameters = _count(setup.model)
         self._step = 0
         self._losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)
         self._reported: dict[str, float] = {}
-        self._findings: dict[tuple[str, str], Finding] = {}
+        self._findings = Findings(self._tell_finding)
         self._latest_frame: HealthFrame | None = None
         self._failures: dict[str, int] = {}
-        self._stop_reason = ""
         self._diverged = False
         self._closed = False
-        self._audit()
+        self._findings.replace_ledger(self._surgeon.audit())
         self._at_exit = _close_at_exit(self)
 
     # -- what a training loop calls ------------------------------------------------------------
@@ -151,7 +133,7 @@ class Session:
         if value is not None:
             self._losses.append((self._step, value))
             self._try("guard", partial(self._watch_over, value))
-        if self._transport is not None and self._transport.exchange.inbox:
+        if self._desk is not None:
             self._try("commands", self._obey)
         metrics = self._take_metrics(value)
         if self._evaluator is not None:
@@ -245,7 +227,7 @@ class Session:
 
     def findings(self) -> list[Finding]:
         """What is wrong with the run: optimizer ledger, divergence, Esper's own failures."""
-        return list(self._findings.values())
+        return self._findings.all()
 
     # -- changing ------------------------------------------------------------------------------
 
@@ -333,17 +315,21 @@ class Session:
             raise ConfigurationError("load a session's state before its first step")
         self._surgeon.load_state_dict(state)
         self._step = int(state["step"])
-        self._audit()
+        self._findings.replace_ledger(self._surgeon.audit())
 
     # -- opening -------------------------------------------------------------------------------
 
-    def _make_transport(self) -> Transport | None:
+    def _connect(self) -> tuple[Transport, CommandDesk] | tuple[None, None]:
         setup = self._setup
         if not setup.server:
-            return None
-        return Transport(
-            setup.server, setup.token, veto=self._veto, prepare=self._prepare, pace=setup.pace
+            return None, None
+        veto, exchange = LocalVeto(setup.mode), Exchange()
+        operations = Operations(self._layer, self._surgeon.find, self._apply, self._take_out)
+        desk = CommandDesk(operations, veto, exchange)
+        transport = Transport(
+            setup.server, setup.token, exchange, veto=veto, prepare=desk.prepare, pace=setup.pace
         )
+        return transport, desk
 
     def _open(self) -> None:
         """At the first complete step the layers are known: watch them, and register the run."""
@@ -417,7 +403,7 @@ class Session:
             self._roll_back(patient, verdict)
         elif not self._diverged:
             self._diverged = True
-            self._find(_divergence(verdict))
+            self._findings.add(divergence(verdict))
 
     def _roll_back(self, patient: Adaptation, verdict: GuardVerdict) -> None:
         hard = patient.restorable
@@ -453,98 +439,22 @@ class Session:
 
     # -- commands ------------------------------------------------------------------------------
 
-    def _prepare(self, command: Command, recipe: Recipe) -> Operation:
-        """Transport thread: build the module, so that the step boundary only swaps it in."""
-        try:
-            layer = self._layer(command.layer)
-            graft = instantiate(recipe, layer)
-        except UnknownBlueprintError as error:
-            raise CommandRefusedError(RefusalCode.UNKNOWN_BLUEPRINT, str(error)) from error
-        except (IncompatibleLayerError, UnknownLayerError) as error:
-            raise CommandRefusedError(RefusalCode.INCOMPATIBLE_LAYER, str(error)) from error
-        except (KernelError, ConfigurationError) as error:
-            raise CommandRefusedError(RefusalCode.UNKNOWN_BLUEPRINT, str(error)) from error
-        return Operation(
-            layer=layer,
-            blueprint=blueprints.get(recipe.blueprint),
-            config=recipe.config,
-            seed=recipe.seed,
-            uid=command.adaptation,
-            graft=graft,
-        )
-
     def _obey(self) -> None:
-        transport = self._transport
-        assert transport is not None
+        transport, desk = self._transport, self._desk
+        if transport is None or desk is None:
+            return
         while transport.exchange.inbox:
-            ready = transport.exchange.inbox.popleft()
-            try:
-                ack = self._carry_out(ready)
-            except Exception as error:  # the server waits for an answer, whatever happened
-                logger.exception("command %d failed", ready.command.seq)
-                ack = _failed(ready.command, f"{type(error).__name__}: {error}")
+            ack = desk.carry_out(transport.exchange.inbox.popleft())
             transport.answer(replace(ack, step=self._step))
 
-    def _carry_out(self, ready: ReadyCommand) -> CommandAck:
-        command = ready.command
-        if command.kind is CommandKind.GRAFT:
-            return self._graft_by_command(command, ready.graft)
-        if command.kind is CommandKind.UNDO:
-            return self._undo_by_command(command)
-        if command.kind is CommandKind.STOP_RUN:
-            self._stop_reason = str(command.payload.get("reason") or "stopped by a person")
-        else:
-            self._veto.paused = command.kind is CommandKind.PAUSE_ADAPTATION
-        return CommandAck(seq=command.seq, state=CommandState.APPLIED)
-
-    def _graft_by_command(self, command: Command, operation: Operation) -> CommandAck:
-        assert self._transport is not None
-        if self._transport.exchange.now() >= command.expires_at:
-            return _failed(command, "it expired before a step boundary came", RefusalCode.EXPIRED)
-        try:
-            self._veto.check(command)
-            receipt = self._apply(operation).receipt
-        except CommandRefusedError as refusal:
-            return _failed(command, refusal.reason, RefusalCode(refusal.code))
-        except CertificateError as error:
-            ack = _failed(command, str(error), RefusalCode.CERTIFICATE_FAILED)
-            return replace(ack, certificate=error.certificate)
-        except (IncompatibleLayerError, UnknownLayerError) as error:
-            return _failed(command, str(error), RefusalCode.INCOMPATIBLE_LAYER)
-        assert receipt is not None
-        return CommandAck(
-            seq=command.seq,
-            state=CommandState.APPLIED,
-            pause_ms=receipt.pause_ms,
-            certificate=receipt.certificate,
-            digest_before=receipt.digest_before,
-            digest_after=receipt.digest_after,
-        )
-
-    def _undo_by_command(self, command: Command) -> CommandAck:
-        adaptation = self._surgeon.find(command.adaptation)
-        if adaptation is None:
-            return CommandAck(
-                seq=command.seq,
-                state=CommandState.REFUSED,
-                code=RefusalCode.NOT_GRAFTED,
-                reason="this model does not hold that graft",
-            )
-        wanted = command.payload.get("hard") is not False
-        hard = wanted and adaptation.restorable
-        report, gone = self._take_out(adaptation, hard=hard, state=AdaptationState.ROLLED_BACK)
-        return CommandAck(
-            seq=command.seq,
-            state=CommandState.APPLIED,
-            pause_ms=report.pause_ms,
-            reason=_undo_note(adaptation, gone, softened=wanted and not hard),
-            digest_after=report.digest,
-        )
+    @property
+    def _stop_reason(self) -> str:
+        return self._desk.stop_reason if self._desk is not None else ""
 
     def _refuse_the_rest(self, transport: Transport) -> None:
         while transport.exchange.inbox:
             command = transport.exchange.inbox.popleft().command
-            ack = _failed(command, "the run ended before its next step boundary")
+            ack = failed(command, "the run ended before its next step boundary")
             transport.answer(replace(ack, step=self._step))
 
     # -- grafting ------------------------------------------------------------------------------
@@ -572,7 +482,7 @@ class Session:
     def _after_surgery(self) -> None:
         if self._sampler is not None:
             self._sampler.refresh()
-        self._audit()
+        self._findings.replace_ledger(self._surgeon.audit())
 
     def _guarded_policy(self) -> SafetyPolicy:
         registration = self._transport.registration if self._transport else None
@@ -636,27 +546,7 @@ class Session:
                 local.on_failed(operation, self._step)
                 logger.warning("step %d: not grafted: %s", self._step, error)
 
-    def _audit(self) -> None:
-        rule = str(ViolationRule.OPTIMIZER_LEDGER)
-        found = self._surgeon.audit()
-        fresh = {(finding.rule, finding.layer) for finding in found}
-        for key in [key for key in self._findings if key[0] == rule and key not in fresh]:
-            del self._findings[key]  # it was put right
-        for finding in found:
-            self._find(finding)
-
-    def _find(self, finding: Finding) -> None:
-        key = (finding.rule, finding.layer)
-        if self._findings.get(key) == finding:
-            return
-        self._findings[key] = finding
-        logger.warning(
-            "%s at %s: %s. %s",
-            finding.rule,
-            finding.layer or "the run",
-            finding.observed,
-            finding.remedy,
-        )
+    def _tell_finding(self, finding: Finding) -> None:
         if self._transport is not None:
             self._transport.exchange.telemetry.offer_finding(finding)
 
@@ -670,21 +560,7 @@ class Session:
             self._failures[part] = self._failures.get(part, 0) + 1
             logger.exception("Esper's %s failed; training goes on", part)
             if self._failures[part] == MAX_PART_FAILURES:
-                self._find(_switched_off(part, error))
-
-
-def _failed(command: Command, reason: str, code: str = "") -> CommandAck:
-    return CommandAck(seq=command.seq, state=CommandState.FAILED, code=str(code), reason=reason)
-
-
-def _undo_note(adaptation: Adaptation, gone: Sequence[Adaptation], *, softened: bool) -> str:
-    notes = []
-    if softened:
-        notes.append("taken out softly: the snapshot before it is not kept any more")
-    later = [entry.uid for entry in gone if entry is not adaptation]
-    if later:
-        notes.append(f"later grafts went with it: {', '.join(later)}")
-    return "; ".join(notes)
+                self._findings.add(switched_off(part, MAX_PART_FAILURES, error))
 
 
 def _gradient_verdict(model: nn.Module) -> GuardVerdict | None:
@@ -693,28 +569,6 @@ def _gradient_verdict(model: nn.Module) -> GuardVerdict | None:
         return None
     return GuardVerdict(
         ViolationRule.NON_FINITE, math.nan, math.nan, f"the gradient of {names[0]} is not finite"
-    )
-
-
-def _divergence(verdict: GuardVerdict) -> Finding:
-    return Finding(
-        rule=str(verdict.rule),
-        layer="",
-        severity=str(Severity.CRITICAL),
-        observed=verdict.text,
-        limit="finite" if math.isnan(verdict.limit) else f"{verdict.limit:.4g}",
-        remedy="No graft is on probation, so nothing was undone: look at learning rate and data.",
-    )
-
-
-def _switched_off(part: str, error: Exception) -> Finding:
-    return Finding(
-        rule="internal_error",
-        layer="",
-        severity=str(Severity.SERIOUS),
-        observed=f"Esper's {part} failed {MAX_PART_FAILURES} times: {type(error).__name__}",
-        limit="no failures",
-        remedy="It is switched off for this run; the training log has the traceback.",
     )
 
 

@@ -37,15 +37,23 @@ class Transport:
 
     Args:
         server, token: where, and the right to create runs.
+        exchange: what the training thread puts in and takes out.
         veto: the trainer's own limits on commands.
         prepare: ``(command, recipe) -> prepared graft``, called in the transport thread; raises
             ``CommandRefusedError``.
     """
 
     def __init__(
-        self, server: str, token: str, *, veto: LocalVeto, prepare: Prepare, pace: Pace
+        self,
+        server: str,
+        token: str,
+        exchange: Exchange,
+        *,
+        veto: LocalVeto,
+        prepare: Prepare,
+        pace: Pace,
     ) -> None:
-        self.exchange = Exchange()
+        self.exchange = exchange
         self.problem = ""  # why the run is no longer reported, empty while it is
         self._server = server
         self._token = token

@@ -1,0 +1,170 @@
+"""Carrying out the server's commands: prepared beside the training, done at a step boundary."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from esper import blueprints
+from esper.compilation.instantiate import instantiate
+from esper.contracts import (
+    AdaptationState,
+    Command,
+    CommandAck,
+    CommandKind,
+    CommandState,
+    LayerInfo,
+    Recipe,
+    RefusalCode,
+)
+from esper.exceptions import (
+    CertificateError,
+    CommandRefusedError,
+    ConfigurationError,
+    IncompatibleLayerError,
+    KernelError,
+    UnknownBlueprintError,
+    UnknownLayerError,
+)
+from esper.grafting import UndoReceipt
+from esper.sdk.commands import LocalVeto
+from esper.sdk.exchange import Exchange, ReadyCommand
+from esper.sdk.surgeon import Adaptation, Operation
+
+logger = logging.getLogger("esper")
+
+
+class TakeOut(Protocol):
+    """Takes a graft out; the answer names every adaptation that went with it."""
+
+    def __call__(
+        self, adaptation: Adaptation, *, hard: bool, state: AdaptationState
+    ) -> tuple[UndoReceipt, tuple[Adaptation, ...]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """What a session can do to its model, with all that has to follow a change."""
+
+    layer: Callable[[str], LayerInfo]
+    find: Callable[[str], Adaptation | None]
+    apply: Callable[[Operation], Adaptation]
+    take_out: TakeOut
+
+
+class CommandDesk:
+    """Turns commands into operations, and operations into answers.
+
+    Attributes:
+        stop_reason: why a person stopped the run, empty while nobody has.
+    """
+
+    def __init__(self, operations: Operations, veto: LocalVeto, exchange: Exchange) -> None:
+        self._operations = operations
+        self._veto = veto
+        self._exchange = exchange
+        self.stop_reason = ""
+
+    def prepare(self, command: Command, recipe: Recipe) -> Operation:
+        """Transport thread: build the module, so that the step boundary only swaps it in.
+
+        Raises:
+            CommandRefusedError: it cannot be built here.
+        """
+        try:
+            layer = self._operations.layer(command.layer)
+            graft = instantiate(recipe, layer)
+        except (IncompatibleLayerError, UnknownLayerError) as error:
+            raise CommandRefusedError(RefusalCode.INCOMPATIBLE_LAYER, str(error)) from error
+        except (UnknownBlueprintError, KernelError, ConfigurationError) as error:
+            raise CommandRefusedError(RefusalCode.UNKNOWN_BLUEPRINT, str(error)) from error
+        return Operation(
+            layer=layer,
+            blueprint=blueprints.get(recipe.blueprint),
+            config=recipe.config,
+            seed=recipe.seed,
+            uid=command.adaptation,
+            graft=graft,
+        )
+
+    def carry_out(self, ready: ReadyCommand) -> CommandAck:
+        """Do it now, whatever comes of it: the server waits for an answer."""
+        try:
+            return self._carry_out(ready)
+        except Exception as error:
+            logger.exception("command %d failed", ready.command.seq)
+            return failed(ready.command, f"{type(error).__name__}: {error}")
+
+    def _carry_out(self, ready: ReadyCommand) -> CommandAck:
+        command = ready.command
+        if command.kind is CommandKind.GRAFT:
+            return self._graft(command, ready.graft)
+        if command.kind is CommandKind.UNDO:
+            return self._undo(command)
+        if command.kind is CommandKind.STOP_RUN:
+            self.stop_reason = str(command.payload.get("reason") or "stopped by a person")
+        else:
+            self._veto.paused = command.kind is CommandKind.PAUSE_ADAPTATION
+        return CommandAck(seq=command.seq, state=CommandState.APPLIED)
+
+    def _graft(self, command: Command, operation: Operation) -> CommandAck:
+        if self._exchange.now() >= command.expires_at:
+            return failed(command, "it expired before a step boundary came", RefusalCode.EXPIRED)
+        try:
+            self._veto.check(command)
+            receipt = self._operations.apply(operation).receipt
+        except CommandRefusedError as refusal:
+            return failed(command, refusal.reason, refusal.code)
+        except CertificateError as error:
+            ack = failed(command, str(error), RefusalCode.CERTIFICATE_FAILED)
+            return replace(ack, certificate=error.certificate)
+        except (IncompatibleLayerError, UnknownLayerError) as error:
+            return failed(command, str(error), RefusalCode.INCOMPATIBLE_LAYER)
+        assert receipt is not None
+        return CommandAck(
+            seq=command.seq,
+            state=CommandState.APPLIED,
+            pause_ms=receipt.pause_ms,
+            certificate=receipt.certificate,
+            digest_before=receipt.digest_before,
+            digest_after=receipt.digest_after,
+        )
+
+    def _undo(self, command: Command) -> CommandAck:
+        adaptation = self._operations.find(command.adaptation)
+        if adaptation is None:
+            return CommandAck(
+                seq=command.seq,
+                state=CommandState.REFUSED,
+                code=RefusalCode.NOT_GRAFTED,
+                reason="this model does not hold that graft",
+            )
+        wanted = command.payload.get("hard") is not False
+        hard = wanted and adaptation.restorable
+        report, gone = self._operations.take_out(
+            adaptation, hard=hard, state=AdaptationState.ROLLED_BACK
+        )
+        return CommandAck(
+            seq=command.seq,
+            state=CommandState.APPLIED,
+            pause_ms=report.pause_ms,
+            reason=_undo_note(adaptation, gone, softened=wanted and not hard),
+            digest_after=report.digest,
+        )
+
+
+def failed(command: Command, reason: str, code: str = "") -> CommandAck:
+    """The answer "tried, and the model is as before"."""
+    return CommandAck(seq=command.seq, state=CommandState.FAILED, code=str(code), reason=reason)
+
+
+def _undo_note(adaptation: Adaptation, gone: Sequence[Adaptation], *, softened: bool) -> str:
+    notes = []
+    if softened:
+        notes.append("taken out softly: the snapshot before it is not kept any more")
+    later = [entry.uid for entry in gone if entry is not adaptation]
+    if later:
+        notes.append(f"later grafts went with it: {', '.join(later)}")
+    return "; ".join(notes)

@@ -1,0 +1,77 @@
+"""One adaptation followed through the pages of a real Esper, with two people at it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from .conftest import Plant, until
+
+pytestmark = [pytest.mark.process, pytest.mark.browser, pytest.mark.timeout(300)]
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def signed_in(browser: Browser, plant: Plant, name: str, scheme: str = "light") -> Page:
+    page = browser.new_context(color_scheme=scheme).new_page()
+    page.goto(f"{plant.esper.url}/login")
+    page.fill("input[name=username]", name)
+    page.fill("input[name=password]", plant.esper.people[name])
+    page.click("form button[type=submit]")
+    expect(page.locator("#link-pill")).to_have_attribute("data-link", "live", timeout=20_000)
+    return page
+
+
+def test_two_people_see_one_adaptation_from_the_prompt_to_its_end(
+    plant: Plant, chromium: Browser
+) -> None:
+    olga = signed_in(chromium, plant, "olga")
+    ada = signed_in(chromium, plant, "ada", "dark")
+    uid = plant.propose("9", "mlp_gelu_2048")  # medium risk: a person is asked
+
+    prompt = olga.get_by_text(re.compile("waits for a person"))
+    expect(prompt.first).to_be_visible(timeout=15_000)  # pushed, nothing was reloaded
+    expect(olga.locator("#inbox-count")).to_have_text("1")
+
+    for page in (olga, ada):
+        page.goto(f"{plant.esper.url}/adaptations/{uid}")
+        expect(page.locator("[data-path=approve]")).to_be_enabled(timeout=15_000)
+    olga.fill("#reason", "the loss is flat")
+    olga.click("[data-path=approve]")
+    decision = olga.locator("#decision")
+    expect(decision).to_have_attribute(
+        "data-state", re.compile("probation|kept|rolled"), timeout=60_000
+    )
+
+    expect(ada.locator("[data-path=approve]")).to_have_count(0, timeout=15_000)
+    expect(ada.get_by_text(re.compile("olga")).first).to_be_visible()
+    expect(ada.get_by_text("the loss is flat").first).to_be_visible()
+
+    until(lambda: plant.ended(uid), 90, "judged")
+    expect(decision).to_have_attribute("data-state", re.compile("kept|rolled_back"), timeout=20_000)
+    expect(olga.locator("#panel-outcome")).to_contain_text("Certificate")
+    assert plant.state(uid) == decision.get_attribute("data-state")
+
+    olga.goto(f"{plant.esper.url}/runs/{plant.run}")
+    expect(olga.locator("#panel-timeline")).to_contain_text("mlp_gelu_2048")
+    olga.goto(f"{plant.esper.url}/audit?verify=1")
+    expect(olga.locator("main")).to_contain_text(re.compile("adaptation.approved"))
