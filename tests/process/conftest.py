@@ -126,6 +126,7 @@ class Plant:
 
     def propose(self, layer: str, blueprint: str = "mon_act_stats") -> str:
         self.proposals += 1
+        [(loss,)] = self.rows("SELECT last_loss FROM runs_run WHERE uid=?", self.run)
         body = {
             "epoch": self.rows("SELECT epoch FROM runs_run ORDER BY id DESC LIMIT 1")[0][0],
             "step": self.step(),
@@ -141,7 +142,7 @@ class Plant:
             "checks": [],
             "why_not": [],
             "asks": [],
-            "evidence": {"loss": 1.0, "grad_norm": 1.0, "weight_norm": 1.0},
+            "evidence": {"loss": loss, "grad_norm": 1.0, "weight_norm": 1.0},
             "policy": "test",
         }
         key = {"Idempotency-Key": f"test:{self.proposals}:{layer}"}
