@@ -16,7 +16,8 @@ app.autodiscover_tasks()
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
-def warm_up_compiler(**_signal: object) -> None:
-    """Imports torch before the first kernel, in the child only: CUDA does not survive a fork."""
+def prepare_child(**_signal: object) -> None:
+    """One loop for bells; and torch before the first kernel, as CUDA does not survive a fork."""
+    importlib.import_module("apps.notifications.services").start_bell_thread()
     if os.environ.get("ESPER_KERNEL_KEY_FILE"):
         importlib.import_module("esper.compilation").warm_up()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import esper
+from esper.sdk import RunStopped
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,19 +81,22 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
 
-    with session:
-        for step in range(start, args.steps):
-            x, target = batch(images, labels, step, args.seed)
-            logits = model(x)
-            loss = F.cross_entropy(logits, target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            session.report(accuracy=(logits.argmax(1) == target).float().mean().item())
-            session.step(loss)
-            if step % 200 == 199:
-                save(args.checkpoint, step + 1, model, optimizer, session)
-                print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+    try:
+        with session:
+            for step in range(start, args.steps):
+                x, target = batch(images, labels, step, args.seed)
+                logits = model(x)
+                loss = F.cross_entropy(logits, target)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                session.report(accuracy=(logits.argmax(1) == target).float().mean().item())
+                session.step(loss)
+                if step % 200 == 199:
+                    save(args.checkpoint, step + 1, model, optimizer, session)
+                    print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+    except RunStopped as stopped:
+        print(f"stopped: {stopped}", flush=True)
     args.checkpoint.unlink(missing_ok=True)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import esper
+from esper.sdk import RunStopped
 
 CONTEXT = 48
 WIDTH = 16
@@ -99,16 +100,19 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
 
-    with session:
-        for step in range(start, args.steps):
-            loss = loss_on(train, step)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            session.step(loss)
-            if step % 200 == 199:
-                save(args.checkpoint, step + 1, model, optimizer, session)
-                print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+    try:
+        with session:
+            for step in range(start, args.steps):
+                loss = loss_on(train, step)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                session.step(loss)
+                if step % 200 == 199:
+                    save(args.checkpoint, step + 1, model, optimizer, session)
+                    print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+    except RunStopped as stopped:
+        print(f"stopped: {stopped}", flush=True)
     args.checkpoint.unlink(missing_ok=True)
 
 

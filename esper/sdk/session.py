@@ -97,7 +97,9 @@ class Session:
             Evaluator(setup.model, setup.evaluate) if setup.evaluate is not None else None
         )
         self._sampler: HealthSampler | None = None
-        self._transport, self._desk = self._connect()
+        self._transport: Transport | None = None
+        self._desk: CommandDesk | None = None
+        self._connect()
         self._local = LocalLoop(self._surgeon, self._guarded_policy) if not setup.server else None
         self._layers: tuple[LayerInfo, ...] = ()
         self._model_parameters = _count(setup.model)
@@ -319,17 +321,22 @@ class Session:
 
     # -- opening -------------------------------------------------------------------------------
 
-    def _connect(self) -> tuple[Transport, CommandDesk] | tuple[None, None]:
+    def _connect(self) -> None:
+        """Make what a server needs; nothing is sent before the first step."""
         setup = self._setup
         if not setup.server:
-            return None, None
+            return
         veto, exchange = LocalVeto(setup.mode), Exchange()
         operations = Operations(self._layer, self._surgeon.find, self._apply, self._take_out)
-        desk = CommandDesk(operations, veto, exchange)
-        transport = Transport(
-            setup.server, setup.token, exchange, veto=veto, prepare=desk.prepare, pace=setup.pace
+        self._desk = CommandDesk(operations, veto, exchange)
+        self._transport = Transport(
+            setup.server,
+            setup.token,
+            exchange,
+            veto=veto,
+            prepare=self._desk.prepare,
+            pace=setup.pace,
         )
-        return transport, desk
 
     def _open(self) -> None:
         """At the first complete step the layers are known: watch them, and register the run."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -50,6 +52,13 @@ class Bottleneck:
             self.optimizer.step()
             session.step(loss)
 
+    def run_until(self, condition: Callable[[], object], session: esper.Session) -> None:
+        """How often a frame is due depends on the machine's speed, so steps are not counted."""
+        end = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < end, "trained on in vain"
+            self.run(10, session)
+
 
 def attached(host: Bottleneck, mode: str, policy: SafetyPolicy = EAGER) -> esper.Session:
     return esper.attach(
@@ -65,9 +74,8 @@ def attached(host: Bottleneck, mode: str, policy: SafetyPolicy = EAGER) -> esper
 def test_a_plateau_is_adapted_judged_and_rewarded_without_a_server() -> None:
     host = Bottleneck()
     with attached(host, "automatic") as session:
-        host.run(1500, session)
+        host.run_until(lambda: any(e.verdict for e in session.adaptations), session)
         closed = [entry for entry in session.adaptations if entry.verdict is not None]
-    assert closed
     for entry in closed:
         assert entry.state in (AdaptationState.KEPT, AdaptationState.ROLLED_BACK)
         assert entry.reward is not None
@@ -86,9 +94,7 @@ def test_an_observing_session_changes_nothing() -> None:
 def test_a_supervised_session_asks_and_does_what_the_person_says() -> None:
     host = Bottleneck()
     with attached(host, "supervised") as session:
-        while not session.waiting:
-            assert session._step < 1500, "nobody was ever asked"
-            host.run(10, session)
+        host.run_until(lambda: session.waiting, session)
         assert session.adaptations == ()
         (first,) = session.waiting[:1]
         assert first.decision.asks
@@ -103,9 +109,7 @@ def test_a_supervised_session_asks_and_does_what_the_person_says() -> None:
 def test_a_rejected_layer_is_left_alone_for_its_cooldown() -> None:
     host = Bottleneck()
     with attached(host, "supervised") as session:
-        while not session.waiting:
-            assert session._step < 1500, "nobody was ever asked"
-            host.run(10, session)
+        host.run_until(lambda: session.waiting, session)
         first = session.waiting[0]
         session.reject(first)
         host.run(20, session)
