@@ -7,6 +7,7 @@ sockets ride on the session cookie, so their Origin must be one of ours.
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 from django.core.asgi import get_asgi_application
@@ -22,6 +23,10 @@ from django.urls import re_path  # noqa: E402
 
 from apps.notifications.routing import websocket_urlpatterns as browser_routes  # noqa: E402
 from apps.runs.routing import websocket_urlpatterns as trainer_routes  # noqa: E402
+
+# Static files come from whitenoise's synchronous iterators. Django reads each of them whole in a
+# thread, which is what we want for files of this size, and warns about it once in each process.
+warnings.filterwarnings("ignore", message="StreamingHttpResponse must consume synchronous")
 
 TRAINER_PREFIX = "/ws/v1/trainer/"
 

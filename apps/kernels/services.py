@@ -54,8 +54,12 @@ def heartbeat(presence: Presence) -> None:
     )
 
 
+FORGET_WORKERS_AFTER = timedelta(hours=1)
+
+
 def mark_offline_workers() -> int:
     """Workers without a heartbeat for three periods; returns how many went away."""
+    Worker.objects.filter(heartbeat_at__lt=timezone.now() - FORGET_WORKERS_AFTER).delete()
     limit = timezone.now() - timedelta(seconds=3 * settings.ESPER_WORKER_HEARTBEAT_SECONDS)
     return (
         Worker.objects.filter(heartbeat_at__lt=limit)
