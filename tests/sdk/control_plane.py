@@ -165,6 +165,7 @@ class ControlPlane:
             if not message.get("more_body"):
                 break
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        answer: dict[str, Any] | bytes
         if scope["method"] == "GET" and scope["path"].endswith("/commands"):
             status, answer = 200, {"results": self._log_after(scope)}
         else:

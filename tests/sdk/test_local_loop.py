@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import esper
 from esper.contracts import AdaptationState, SafetyPolicy
+from tests.sdk.tiny_training import slot_at
 
 EAGER = SafetyPolicy(
     maturity_steps=10,
@@ -48,7 +49,7 @@ class Bottleneck:
         for _ in range(steps):
             loss = self.loss()
             self.optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             self.optimizer.step()
             session.step(loss)
 
@@ -79,7 +80,7 @@ def test_a_plateau_is_adapted_judged_and_rewarded_without_a_server() -> None:
     for entry in closed:
         assert entry.state in (AdaptationState.KEPT, AdaptationState.ROLLED_BACK)
         assert entry.reward is not None
-        here = host.model.get_submodule(entry.layer).esper.grafts()
+        here = slot_at(host.model, entry.layer).grafts()
         assert (entry.blueprint in here) == (entry.state is AdaptationState.KEPT)
 
 

@@ -24,7 +24,7 @@ from esper.exceptions import (
     UnknownLayerError,
 )
 from esper.grafting import digest
-from tests.sdk.tiny_training import Training
+from tests.sdk.tiny_training import Training, slot_at, weight_of
 
 
 def attached(training: Training, **options: object) -> esper.Session:
@@ -80,9 +80,9 @@ def test_a_soft_undo_keeps_what_the_host_has_learnt(training: Training) -> None:
         training.run(5, session)
         receipt = session.graft("3", "proj_lora_64")
         training.run(5, session)
-        weights = training.model[3].weight.detach().clone()
+        weights = weight_of(training.model, "3").clone()
         session.undo(receipt, hard=False)
-        assert torch.equal(training.model[3].weight, weights)
+        assert torch.equal(weight_of(training.model, "3"), weights)
         assert len(training.optimizer.param_groups) == 1
         with pytest.raises(UndoError):
             session.undo(receipt)
@@ -156,7 +156,7 @@ def test_a_gradient_that_is_not_finite_is_seen_before_the_loss_is(training: Trai
         training.run(30, session)
         receipt = session.graft("3", "proj_lora_64")
         weight = next(receipt.graft.parameters())
-        handle = weight.register_hook(lambda grad: grad * float("nan"))
+        handle = weight.register_hook(lambda grad: grad * float("nan"))  # type: ignore[no-untyped-call]
         training.step(session)
         handle.remove()
         assert session.adaptations[0].state is AdaptationState.ROLLED_BACK
@@ -211,7 +211,7 @@ def test_a_graft_is_tried_on_and_off_at_the_end_of_probation(training: Training)
         training.run(20, session)
         entry = session.adaptations[0]
         on = _evaluated(training)
-        slot = training.model[3].esper
+        slot = slot_at(training.model, "3")
         graft = slot._modules.pop("proj_lora_64")
         off = _evaluated(training)
         slot._modules["proj_lora_64"] = graft
@@ -259,7 +259,7 @@ def test_arguments_that_make_no_sense_are_refused_before_anything_is_touched(
         {"target_steps": 0},
     ):
         with pytest.raises((ConfigurationError, UnknownLayerError)):
-            esper.attach(model, optimizer, **wrong)  # type: ignore[arg-type]
+            esper.attach(model, optimizer, **wrong)
     with pytest.raises(ConfigurationError):
         esper.attach(model, object())
     with pytest.raises(ConfigurationError):
@@ -307,7 +307,7 @@ def test_an_exported_model_computes_the_same_with_nothing_of_esper_inside(
 RESUME = """
 import sys
 import torch
-from tests.sdk.tiny_training import Training
+from tests.sdk.tiny_training import Training, slot_at, weight_of
 import esper
 
 saved = torch.load(sys.argv[1], weights_only=True)

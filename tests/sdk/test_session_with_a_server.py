@@ -24,7 +24,7 @@ from esper.grafting import digest
 from esper.sdk import RunStopped
 from esper.sdk.journal import JOURNAL_FILE
 from tests.sdk.control_plane import ControlPlane, wait_for
-from tests.sdk.tiny_training import Training
+from tests.sdk.tiny_training import Training, slot_at
 
 
 def attached(training: Training, plane: ControlPlane, **options: Any) -> esper.Session:
@@ -191,7 +191,7 @@ def test_a_graft_command_is_applied_at_a_step_boundary_and_acknowledged(
         assert ack["pause_ms"] > 0
         assert ack["digest_before"] != ack["digest_after"]
         assert ack["step"] == session.adaptations[0].step
-        assert list(training.model[3].esper.grafts()) == ["proj_lora_64"]
+        assert list(slot_at(training.model, "3").grafts()) == ["proj_lora_64"]
         assert session.adaptations[0].uid == "a1"
 
 
@@ -532,7 +532,7 @@ def test_a_restarted_trainer_says_what_its_model_really_holds(
     assert final_ack(plane, 2)["code"] == "old_epoch"
     assert final_ack(plane, 3)["state"] == "applied"
     assert "softly" in final_ack(plane, 3)["reason"]
-    assert not list(again.model[3].esper.grafts())
+    assert not list(slot_at(again.model, "3").grafts())
 
 
 def test_evaluation_tells_the_server_what_each_graft_brings(

@@ -10,6 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esper import Session
+from esper.grafting import Slot, slot_of
+
+
+def slot_at(model: nn.Module, layer: str) -> Slot:
+    slot = slot_of(model.get_submodule(layer))
+    assert slot is not None
+    return slot
+
+
+def weight_of(model: nn.Module, layer: str) -> Tensor:
+    return model.get_parameter(f"{layer}.weight").detach()
 
 
 class Training:
@@ -36,7 +47,7 @@ class Training:
         """One optimizer step; the loss."""
         loss = self.spoil(self.batch_loss())
         self.optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimizer.step()
         self.scheduler.step()
         if session is not None:
