@@ -20,6 +20,8 @@ from torch.nn import functional as F
 import esper
 from esper.sdk import RunStopped
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Train images [1437, 1, 16, 16] and labels, then 360 held-out ones."""
@@ -28,7 +30,8 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     images = F.interpolate(images, size=16, mode="bilinear")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, labels = images[order], torch.tensor(data.target)[order]
-    return images[:1437], labels[:1437], images[1437:], labels[1437:]
+    held = images[1437:].to(DEVICE), labels[1437:].to(DEVICE)
+    return images[:1437], labels[:1437], *held
 
 
 def batch(images: Tensor, labels: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +42,8 @@ def batch(images: Tensor, labels: Tensor, step: int, seed: int) -> tuple[Tensor,
     cos, sin = turn.cos(), turn.sin()
     maps = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(maps, [384, 1, 16, 16], align_corners=False)
-    return F.grid_sample(images[rows], grid, align_corners=False), labels[rows]
+    picked = F.grid_sample(images[rows], grid, align_corners=False)
+    return picked.to(DEVICE), labels[rows].to(DEVICE)
 
 
 def build() -> nn.Sequential:
@@ -63,7 +67,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     images, labels, held_images, held_labels = digits()
-    model = build()
+    model = build().to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
 
     def evaluate() -> float:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import esper
 from esper.sdk import RunStopped
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTEXT = 48
 WIDTH = 16
 
@@ -63,7 +64,7 @@ def batch(data: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
     starts = torch.randint(len(data) - CONTEXT, (64, 1), generator=dice)
     places = starts + torch.arange(CONTEXT + 1)[None, :]
     window = data[places.clamp(max=len(data) - 1)]
-    return window[:, :-1], window[:, 1:]
+    return window[:, :-1].to(DEVICE), window[:, 1:].to(DEVICE)
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     train, held = text()
-    model = TinyTransformer()
+    model = TinyTransformer().to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-2)
 
     def loss_on(data: Tensor, step: int) -> Tensor:
