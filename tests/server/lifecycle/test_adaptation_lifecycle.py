@@ -180,6 +180,14 @@ def test_the_second_operator_loses_the_race_and_is_told_who_won(stage: Stage) ->
     assert caught.value.extra["decided_by"] == "olga"
 
 
+def test_a_row_that_changed_without_changing_its_state_is_not_moved(stage: Stage) -> None:
+    adaptation = stage.waiting()
+    stale = Adaptation.objects.get(pk=adaptation.pk)
+    act("claim", adaptation, stage.operator)
+    with pytest.raises(StaleAdaptationError):
+        transition(stale, S.REJECTED, actor=TAMIYO)
+
+
 @pytest.mark.parametrize(("who", "code"), [("viewer", "not-eligible"), ("owner", "self-approval")])
 def test_who_may_not_approve_is_told_why(stage: Stage, who: str, code: str) -> None:
     adaptation = stage.waiting()
@@ -281,7 +289,9 @@ def test_repeated_and_late_acknowledgements_change_nothing(stage: Stage) -> None
     for state in (CommandState.APPLIED, CommandState.ACCEPTED, CommandState.FAILED):
         stage.ack(command, state, step=999)
     adaptation.refresh_from_db()
+    command.refresh_from_db()
     assert (adaptation.version, adaptation.graft_step) == (version, 120)
+    assert (command.state, command.step) == (CommandState.APPLIED, 120)
 
 
 def test_a_bad_verdict_takes_the_graft_out_and_checks_the_digest(stage: Stage) -> None:
