@@ -19,6 +19,7 @@ Doubles = NDArray[np.float64]
 Steps = NDArray[np.int64]
 
 MIN_SAMPLES = 16
+LARGEST_LOSS = 1e100  # above, it counts as infinite
 BLOCKS = 16
 Z_95 = 1.96
 
@@ -49,8 +50,8 @@ def forecast_loss(steps_T: Steps, loss_T: Doubles, steps_U: Steps) -> LossForeca
     Returns:
         The forecast's mean over ``steps_U``; NaN below ``MIN_SAMPLES`` samples.
     """
-    finite_T = np.isfinite(loss_T)
-    steps_T, loss_T = steps_T[finite_T], loss_T[finite_T]
+    usable_T = usable(loss_T)
+    steps_T, loss_T = steps_T[usable_T], loss_T[usable_T]
     if len(loss_T) < MIN_SAMPLES or not len(steps_U):
         return LossForecast(math.nan, math.nan)
     logs = bool((loss_T > 0).all())
@@ -66,6 +67,11 @@ def forecast_loss(steps_T: Steps, loss_T: Doubles, steps_U: Steps) -> LossForeca
     # The mean of logs is the log of the geometric mean; the arithmetic one is what we compare to.
     level = math.exp(predicted) * _arithmetic_over_geometric(loss_T, middle)
     return LossForecast(level, Z_95 * error * level)
+
+
+def usable(loss_T: Doubles) -> NDArray[np.bool_]:
+    """Which losses are numbers that one can add up; a sum of doubles near the end is infinite."""
+    return np.abs(loss_T) < LARGEST_LOSS
 
 
 def _axis(steps: Steps) -> Doubles:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esper.contracts import GraftKind, SafetyPolicy, Verdict
-from esper.reward.forecast import LossForecast, forecast_loss
+from esper.reward.forecast import LossForecast, forecast_loss, usable
 
 FORWARD_UNCHANGED = frozenset({GraftKind.OBSERVE, GraftKind.WRAP, GraftKind.DISTRIBUTED})
 MIN_OBSERVED = 8  # losses; below, a mean says nothing
@@ -71,7 +71,7 @@ def judge(
     matured = after.steps > graft_step + policy.maturity_steps
     steps_U, loss_U = after.steps[matured], after.loss[matured]
     observed = int(steps_U[-1] - graft_step) if len(steps_U) else 0
-    broken = len(loss_U) > 0 and not np.isfinite(loss_U[-MIN_OBSERVED:]).all()
+    broken = len(loss_U) > 0 and not usable(loss_U).all()
     # The window is counted from the graft, the way a person reads "verdict after 150 steps".
     full = observed >= policy.probation_steps and len(steps_U) >= MIN_OBSERVED
     if not (full or broken or deadline_reached):
