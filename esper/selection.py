@@ -96,7 +96,7 @@ def _none() -> Doubles:
 class _Table:
     """All sizes of one blueprint at one shape of layer; ``refusal`` when it does not fit.
 
-    ``effect_N`` is what a size brings, ``bound_N`` an upper bound of its latency.
+    ``effect_N`` is what a size brings, ``bound_N`` the latency, or an upper bound of it.
     """
 
     refusal: str
@@ -106,8 +106,8 @@ class _Table:
     memory_N: Doubles = field(default_factory=_none)
     latency_N: Doubles = field(default_factory=_none)
     effect_N: Doubles = field(default_factory=_none)
-    bound_N: Doubles = field(default_factory=_none)
-    most: tuple[float, float, float] = (0.0, 0.0, 0.0)  # largest of the three costs, NaN if one is
+    bound_N: Doubles = field(default_factory=_none)  # where the latency is unknown, else it
+    most: tuple[float, float, float] = (0.0, 0.0, 0.0)  # parameters, memory, bound; NaN if one is
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -284,6 +284,11 @@ def _shape_key(layer: LayerInfo) -> tuple[Any, ...]:
         layer.device,
         layer.calls,
         layer.trainable,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
     )
 
 
@@ -300,6 +305,8 @@ def _tabulate(blueprint: SelectableBlueprint, layer: LayerInfo) -> _Table:
     ).T.copy()
     parameters_N, memory_N, latency_N, flops_N = costs
     rate = FLOOR_FLOPS_PER_SECOND.get(layer.device.split(":")[0], math.nan)
+    unknown_N = np.isnan(latency_N)
+    bound_N = np.where(unknown_N, CALL_OVERHEAD_MS + 1e3 * flops_N / rate, latency_N)
     return _Table(
         refusal="",
         configs=configs,
@@ -308,8 +315,8 @@ def _tabulate(blueprint: SelectableBlueprint, layer: LayerInfo) -> _Table:
         memory_N=memory_N,
         latency_N=latency_N,
         effect_N=_size_effect(parameters_N, layer),
-        bound_N=CALL_OVERHEAD_MS + 1e3 * flops_N / rate,
-        most=(float(parameters_N.max()), float(memory_N.max()), float(latency_N.max())),
+        bound_N=bound_N,
+        most=(float(parameters_N.max()), float(memory_N.max()), float(bound_N.max())),
     )
 
 
@@ -317,8 +324,9 @@ def _best_size(
     blueprint: SelectableBlueprint, table: _Table, place: _Place, experience: Experience
 ) -> _Scored | str:
     latency_N = _latency(table, place)
-    score_N = _size_score(table, latency_N, place, _gain(experience))
-    fits_N = _fits(table, latency_N, place)
+    slowest = float(latency_N.max())  # NaN if one is unknown
+    score_N = _size_score(table, latency_N, slowest, place, _gain(experience))
+    fits_N = _fits(table, latency_N, slowest, place)
     if fits_N is not None:
         if not fits_N.any():
             return _too_large(table, latency_N, place)
@@ -329,23 +337,32 @@ def _best_size(
     return _Scored(blueprint, table, size, sum(terms.values()), terms, latency_ms)
 
 
-def _size_score(table: _Table, latency_N: Doubles, place: _Place, gain: float) -> Doubles:
+def _size_score(
+    table: _Table, latency_N: Doubles, slowest: float, place: _Place, gain: float
+) -> Doubles:
     """float64 [N]: the terms that differ between sizes; what is unknown is charged in full."""
     score_N: Doubles = gain * table.effect_N
     score_N -= _rent(place) * table.parameters_N
-    for weight, cost_N, limit in (
-        (MEMORY_WEIGHT, table.memory_N, place.max_memory_mib),
-        (LATENCY_WEIGHT, latency_N, place.max_latency_ms),
+    for weight, cost_N, limit, largest in (
+        (MEMORY_WEIGHT, table.memory_N, place.max_memory_mib, table.most[1]),
+        (LATENCY_WEIGHT, latency_N, place.max_latency_ms, slowest),
     ):
-        score_N -= weight * np.nan_to_num(cost_N / limit, nan=1.0) if limit > 0 else weight
+        if limit <= 0:
+            score_N -= weight
+        elif math.isnan(largest):
+            score_N -= weight * np.nan_to_num(cost_N / limit, nan=1.0)
+        else:  # the usual case, ten times quicker
+            score_N -= (weight / limit) * cost_N
     return score_N
 
 
-def _fits(table: _Table, latency_N: Doubles, place: _Place) -> NDArray[np.bool_] | None:
+def _fits(
+    table: _Table, latency_N: Doubles, slowest: float, place: _Place
+) -> NDArray[np.bool_] | None:
     """bool [N], or None where even the largest size fits."""
-    parameters, memory, latency = table.most
+    parameters, memory, _ = table.most
     small = parameters <= place.max_parameters and memory <= place.max_memory_mib
-    if small and latency <= place.max_latency_ms:
+    if small and slowest <= place.max_latency_ms:
         return None
     return (
         (table.memory_N <= place.max_memory_mib)
@@ -356,8 +373,8 @@ def _fits(table: _Table, latency_N: Doubles, place: _Place) -> NDArray[np.bool_]
 
 def _latency(table: _Table, place: _Place) -> Doubles:
     """Forecast latency; where there is none, an upper bound, if that is within the limit."""
-    if not math.isnan(table.most[2]):
-        return table.latency_N
+    if table.most[2] <= place.max_latency_ms:
+        return table.bound_N
     usable_N = np.isnan(table.latency_N) & (table.bound_N <= place.max_latency_ms)
     return np.where(usable_N, table.bound_N, table.latency_N)
 

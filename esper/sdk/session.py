@@ -109,7 +109,6 @@ class Session:
         self._findings = Findings(self._tell_finding)
         self._latest_frame: HealthFrame | None = None
         self._failures: dict[str, int] = {}
-        self._diverged = False
         self._closed = False
         self._findings.replace_ledger(self._surgeon.audit())
         self._at_exit = _close_at_exit(self)
@@ -405,12 +404,12 @@ class Session:
             # With a scaler, non-finite gradients are its daily business: it skips such steps.
             verdict = _gradient_verdict(self._model)
         if verdict is None:
-            self._diverged = False
-        elif patient is not None:
+            return
+        if patient is not None:
             self._roll_back(patient, verdict)
-        elif not self._diverged:
-            self._diverged = True
+        else:
             self._findings.add(divergence(verdict))
+            self._guard.reset()  # said once; from here on the new level is what it is judged by
 
     def _roll_back(self, patient: Adaptation, verdict: GuardVerdict) -> None:
         hard = patient.restorable

@@ -249,3 +249,15 @@ def test_riskier_kinds_score_lower_when_all_else_is_equal(
     assert selection.best.blueprint == "z_mild"
     assert "risk" in why_not(selection)["a_risky"]
     assert "stability" in why_not(selection)["a_replacing"]
+
+
+def test_every_field_but_name_and_place_tells_layers_apart() -> None:
+    """Two layers may share a cost table only when nothing that costs depends on differs."""
+    from dataclasses import fields
+
+    from esper.contracts import LayerInfo
+    from esper.selection import _shape_key
+
+    layer = LayerInfo("a", "Conv2d", (1, 4, 8, 8), (1, 4, 8, 8), "float32", 148, graftable=True)
+    ignored = {"name", "order", "feeds"}
+    assert len(_shape_key(layer)) == len({field.name for field in fields(LayerInfo)} - ignored)

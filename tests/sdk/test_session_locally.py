@@ -181,6 +181,15 @@ def test_divergence_without_a_graft_is_told_and_nothing_is_touched(training: Tra
         assert [finding.rule for finding in session.findings()] == [str(ViolationRule.NON_FINITE)]
 
 
+def test_a_loss_that_stays_high_is_told_once(training: Training) -> None:
+    with attached(training) as session:
+        training.run(30, session)
+        for step in range(60):
+            session.step(1e4 + step)
+        told = [finding.rule for finding in session.findings()]
+        assert told == [str(ViolationRule.LOSS_BLOW_UP)]
+
+
 def test_evaluation_leaves_random_streams_and_modes_alone() -> None:
     alone = Training().run(160)
     training = Training()
