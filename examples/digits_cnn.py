@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -47,12 +48,14 @@ def batch(images: Tensor, labels: Tensor, step: int, seed: int) -> tuple[Tensor,
 
 
 def build() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(64, 2), nn.Tanh(), nn.Linear(2, 10),
-    )  # fmt: skip
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv1", nn.Conv2d(1, 4, 3, padding=1)), ("relu1", nn.ReLU()),
+        ("conv2", nn.Conv2d(4, 4, 3, padding=1)), ("relu2", nn.ReLU()), ("pool2", nn.MaxPool2d(2)),
+        ("conv3", nn.Conv2d(4, 4, 3, padding=1)), ("relu3", nn.ReLU()), ("pool3", nn.MaxPool2d(2)),
+        ("flat", nn.Flatten()), ("squeeze", nn.Linear(64, 2)), ("tanh", nn.Tanh()),
+        ("head", nn.Linear(2, 10)),
+    ]  # fmt: skip
+    return nn.Sequential(OrderedDict(layers))
 
 
 def main() -> None:

@@ -288,9 +288,9 @@ def _room(
 
 def _sign_reasons(found: Bottlenecks, row: int) -> Iterable[Reason]:
     texts = {
-        "stable_rank": "how much of its possible rank the weight uses",
-        "grad_share": "how much of the gradient arrives here",
-        "narrow": "how narrow it is beside the widest layer",
+        "stable_rank": "how much of its possible rank the layer's weight uses",
+        "grad_share": "how much of the run's gradient arrives at this layer",
+        "narrow": "how narrow the layer is beside the widest one",
     }
     for name, weight in SIGNS.items():
         value = float(found.signs[name][row])
@@ -408,7 +408,7 @@ def _spike_text(features: Features) -> str:
 def _plateau_text(features: Features) -> str:
     loss = features.loss
     return (
-        f"it follows step^-{loss.exponent:.3f} ± {loss.exponent_error:.3f}; "
+        f"the loss falls like step^-{loss.exponent:.2f} ± {loss.exponent_error:.2f}: "
         f"flat with probability {loss.plateau_score:.2f}"
     )
 

@@ -46,7 +46,7 @@ def test_two_people_see_one_adaptation_from_the_prompt_to_its_end(
 ) -> None:
     olga = signed_in(chromium, plant, "olga")
     ada = signed_in(chromium, plant, "ada", "dark")
-    uid = plant.propose("9", "mlp_gelu_2048")  # medium risk: a person is asked
+    uid = plant.propose("squeeze", "mlp_gelu_2048")  # medium risk: a person is asked
 
     prompt = olga.get_by_text(re.compile("waits for a person"))
     expect(prompt.first).to_be_visible(timeout=15_000)  # pushed, nothing was reloaded

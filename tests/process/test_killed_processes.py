@@ -13,12 +13,12 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(420)]
 
 # Each child with the adaptation that is under way when it is killed.
 KILLED = {
-    "web": ("0", "mon_act_stats"),
-    "worker-control": ("2", "mon_act_stats"),
-    "worker-compile": ("5", "mon_act_stats"),
-    "tamiyo": ("9", "mon_act_stats"),
-    "valkey": ("11", "mon_act_stats"),
-    "beat": ("0", "clamp_grad_norm"),
+    "web": ("conv1", "mon_act_stats"),
+    "worker-control": ("conv2", "mon_act_stats"),
+    "worker-compile": ("conv3", "mon_act_stats"),
+    "tamiyo": ("squeeze", "mon_act_stats"),
+    "valkey": ("head", "mon_act_stats"),
+    "beat": ("conv1", "clamp_grad_norm"),
 }
 ENDS = {"kept", "rolled_back"}
 
@@ -51,7 +51,7 @@ def test_any_child_may_be_killed_while_an_adaptation_lives(plant: Plant) -> None
 
 def test_a_killed_trainer_comes_back_and_its_graft_is_settled(plant: Plant) -> None:
     until(lambda: (plant.folder / "digits.pt").exists(), 60, "a first checkpoint")
-    uid = plant.propose("9")
+    uid = plant.propose("squeeze")
     until(lambda: plant.state(uid) == "probation", 30, "grafted")
     plant.kill_trainer()
     plant.start_trainer()
@@ -61,14 +61,14 @@ def test_a_killed_trainer_comes_back_and_its_graft_is_settled(plant: Plant) -> N
     assert "in_doubt" in states
     [(epoch,)] = plant.rows("SELECT epoch FROM runs_run WHERE uid=?", plant.run)
     assert epoch == 2
-    again = plant.propose("2")
+    again = plant.propose("conv2")
     until(lambda: plant.ended(again), 60, "adaptation goes on in the new epoch")
 
 
 def test_the_trainer_trains_on_without_a_server_and_nothing_is_missing(
     plant: Plant, start_esper: Any
 ) -> None:
-    uid = plant.propose("5")
+    uid = plant.propose("conv3")
     until(lambda: plant.state(uid) == "probation", 30, "grafted")
     port = plant.esper.url.rsplit(":", 1)[1]
     plant.esper.stop()
