@@ -18,7 +18,7 @@ class User(AbstractUser):
 
     def save(self, *args: object, **kwargs: object) -> None:
         # Django's own admin asks for these two; the role is the only thing that people set.
-        if self.is_superuser:
+        if self._state.adding and self.is_superuser:  # manage.py createsuperuser
             self.role = Role.ADMIN
         self.is_staff = self.role in {Role.ADMIN, Role.CURATOR}
         self.is_superuser = self.role == Role.ADMIN
