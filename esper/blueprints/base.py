@@ -42,7 +42,12 @@ class Graft(nn.Module, ABC):
         alpha: share of a graft that replaces its host, a tensor buffer; None for all others.
     """
 
-    alpha: Tensor | None = None
+    alpha: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Not a plain class attribute: that would hide a buffer of the same name.
+        self.register_buffer("alpha", None)
 
     @abstractmethod
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
@@ -58,6 +63,20 @@ class Graft(nn.Module, ABC):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.combine(x, y)
+
+    def inherit(self, host: nn.Module) -> None:
+        """Called once, before the graft is tried and put in; copies what it takes over.
+
+        Raises:
+            TypeError: this host has nothing that the graft could start from.
+        """
+
+    def on_step(self) -> None:
+        """Called after each optimizer step; moves what follows a schedule, such as ``alpha``.
+
+        A session calls it. Without one, the training loop has to. All that it moves are
+        buffers, so that an undo or a checkpoint brings the schedule back with the weights.
+        """
 
     def attach(self, host: nn.Module) -> None:
         """Called before each ``combine`` while gradients are on; ties the graft to its host."""
@@ -102,9 +121,11 @@ class Blueprint(ABC):
 
     @cached_property
     def version(self) -> str:
-        """First 16 hex digits of the SHA-256 of the catalogue file."""
-        source = Path(inspect.getfile(type(self))).read_bytes()
-        return hashlib.sha256(source).hexdigest()[:16]
+        """First 16 hex digits of the SHA-256 of the catalogue file and what it derives from."""
+        total = hashlib.sha256()
+        for cls in type(self).__mro__[: type(self).__mro__.index(Blueprint)]:
+            total.update(Path(inspect.getfile(cls)).read_bytes())
+        return total.hexdigest()[:16]
 
     @abstractmethod
     def supports(self, layer: LayerInfo) -> str:

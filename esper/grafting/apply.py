@@ -244,6 +244,7 @@ def apply_graft(
         before = snapshot.freeze(model)
         fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
         fresh.train(host.training)
+        _inherit(host, layer, blueprint, fresh)
         record = GraftRecord(
             adaptation=adaptation,
             layer=layer,
@@ -335,6 +336,15 @@ def _build(
 ) -> Graft:
     device = next((p.device for p in host.parameters()), None)
     return blueprint.build(layer, config, seed=seed, device=device)
+
+
+def _inherit(host: nn.Module, layer: LayerInfo, blueprint: Blueprint, graft: Graft) -> None:
+    try:
+        graft.inherit(host)
+    except TypeError as error:
+        raise IncompatibleLayerError(
+            layer=layer.name, blueprint=blueprint.slug, reason=str(error)
+        ) from error
 
 
 def _certify(

@@ -2,6 +2,7 @@
 
     1. same output at birth     combine(x, y) equals y, and no random stream moved
     2. alive                    a new tensor has a gradient at once (thorough: all within two steps)
+                                or, where it replaces the host, a step later: α has then left 0
     3. undo is exact            thorough: swap in, take out, every tensor as before
     4. host untouched           gradients of the host and of x are those without the graft
     5. honest cost              parameters as declared; memory and latency are measured
@@ -214,7 +215,18 @@ def _compare_gradients(
     both = _gradients(changed, [*old, *new], cotangent.to(changed.dtype))
     untouched = all(_same(a, b) for a, b in zip(without, both[: len(old)], strict=True))
     live = not new or any(_alive(grad) for grad in both[len(old) :])
-    return live, untouched
+    return live or _wakes_up(graft, x, y, cotangent), untouched
+
+
+def _wakes_up(graft: Graft, x: Tensor, y: Tensor, cotangent: Tensor) -> bool:
+    """A graft with an α has a gradient once that has left 0, which is after one step."""
+    if graft.alpha is None:
+        return False
+    later = copy.deepcopy(graft)
+    later.on_step()
+    changed = later.combine(x.detach(), y.detach())
+    new = [p for p in later.parameters() if p.requires_grad]
+    return any(map(_alive, _gradients(changed, new, cotangent.to(changed.dtype))))
 
 
 def _gradients(
@@ -308,6 +320,7 @@ def _dead_after_two_steps(graft: Graft, trial: _Trial) -> list[str]:
                 parameter.data.sub_(gradient)
             if _alive(gradient):
                 waiting.pop(name, None)
+        trial_graft.on_step()
     return sorted(waiting)
 
 

@@ -1,6 +1,7 @@
 """A run's session: what a training loop calls once per step.
 
-step(loss)    guard       a diverging loss takes the youngest graft on probation out, at once
+step(loss)    schedules   grafts that replace their layer do so a little more
+              guard       a diverging loss takes the youngest graft on probation out, at once
               commands    grafts and undos that are due, here and nowhere else
               evaluation  held-out loss; with each graft on and off
               health      a frame, when one is due
@@ -131,6 +132,9 @@ class Session:
         self._step += 1
         if self._sampler is None:
             self._try("opening", self._open)
+        # Before anything that may undo: a snapshot is taken after it, so that what comes back is
+        # what the next step would have met.
+        self._try("schedules", self._surgeon.on_step)
         if value is not None:
             self._losses.append((self._step, value))
             self._try("guard", partial(self._watch_over, value))

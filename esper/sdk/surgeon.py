@@ -195,6 +195,12 @@ class Surgeon:
             slot._modules.clear()
             slot._modules.update(grafts)
 
+    def on_step(self) -> None:
+        """An optimizer step is over: grafts that follow a schedule move on."""
+        for entry in self.grafted:
+            if entry.receipt is not None:
+                entry.receipt.graft.on_step()
+
     def youngest_on_probation(self, step: int) -> Adaptation | None:
         """The graft that the guard may take out at this step."""
         return next((entry for entry in reversed(self.grafted) if _is_guarded(entry, step)), None)

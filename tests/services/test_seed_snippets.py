@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from esper import blueprints
 from esper.contracts import AdaptationType
 from esper.services.tamiyo import (
     AdaptationDecision,
@@ -72,7 +73,8 @@ async def test_the_pipeline_snippet_grafts_attention_and_changes_nothing_at_birt
     )
 
     assert names["success"], names["details"]
-    assert names["details"]["blueprint"] == "attn_std"
+    chosen = blueprints.get(names["details"]["blueprint"])
+    assert chosen.adaptation_type is AdaptationType.ADD_ATTENTION
     assert names["details"]["certificate"]["max_abs_diff"] == 0.0
     assert torch.equal(current_state.model(current_state.sample), before)
     assert len(list(current_state.model.parameters())) > 2

@@ -28,8 +28,13 @@ from esper.grafting import apply_graft, trace_layers
 
 RISKS = {
     "attn_std": Risk.MEDIUM,
+    "attn_split_qk": Risk.MEDIUM,
     "clamp_grad_norm": Risk.LOW,
+    "expert_mlp_1d": Risk.MEDIUM,
+    "expert_mlp_swiglu": Risk.MEDIUM,
+    "ln_rms": Risk.HIGH,
     "mlp_gelu_2048": Risk.MEDIUM,
+    "mlp_swiglu_4096": Risk.MEDIUM,
     "mon_act_stats": Risk.NONE,
     "proj_ia3": Risk.LOW,
     "proj_lora_64": Risk.LOW,
@@ -60,11 +65,36 @@ def test_a_blueprint_tells_a_person_what_it_is(blueprint: blueprints.Blueprint) 
     assert blueprint.slug not in blueprint.conflicts
 
 
-@pytest.mark.parametrize("blueprint", blueprints.all(), ids=lambda b: b.slug)
-def test_the_version_is_the_digest_of_the_file(blueprint: blueprints.Blueprint) -> None:
-    path = Path(catalog.__path__[0]) / f"{blueprint.slug}.py"
-    assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(blueprint.version)
-    assert len(blueprint.version) == 16
+def test_the_version_is_the_digest_of_the_file() -> None:
+    path = Path(catalog.__path__[0]) / "proj_ia3.py"
+    version = blueprints.get("proj_ia3").version
+    assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(version)
+    assert len(version) == 16
+
+
+@pytest.mark.parametrize(
+    ("slug", "base"),
+    [
+        ("attn_std", "attention"),
+        ("mlp_swiglu_4096", "feedforward"),
+        ("expert_mlp_1d", "feedforward"),
+    ],
+)
+def test_the_version_changes_with_the_shared_code_that_builds_the_graft(
+    slug: str, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blueprint = type(blueprints.get(slug))
+    before = blueprint().version
+    read = Path.read_bytes
+    changed = {f"{base}.py": b"# changed"}
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + changed.get(path.name, b""))
+    assert blueprint().version != before
+
+
+def test_blueprints_that_conflict_both_say_so() -> None:
+    known = {blueprint.slug: blueprint for blueprint in blueprints.all()}
+    for slug, blueprint in known.items():
+        assert all(slug in known[other].conflicts for other in blueprint.conflicts)
 
 
 def test_no_catalogue_file_knows_another() -> None:
