@@ -237,7 +237,7 @@ class BlueprintSelector:
     ) -> _Scored | str:
         """The blueprint at its best size, or why it is none."""
         if blueprint.adaptation_type is not adaptation_type:
-            return f"It answers {blueprint.adaptation_type}, not {adaptation_type}."
+            return f"It answers {_words(blueprint.adaptation_type)}, not {_words(adaptation_type)}."
         if blueprint.slug in snapshot.disabled_blueprints:
             return "A curator has disabled it."
         conflict = self._conflict(blueprint, place.history)
@@ -477,3 +477,8 @@ def _beaten(scored: _Scored, best: _Scored) -> str:
         f"Score {scored.score:.3f} against {best.score:.3f} of {best.blueprint.slug}; behind "
         f"most in {worst} ({scored.terms[worst]:+.3f} against {best.terms[worst]:+.3f})."
     )
+
+
+def _words(adaptation_type: AdaptationType) -> str:
+    """``add_ffn`` as people say it."""
+    return adaptation_type.replace("_", " ")

@@ -23,6 +23,7 @@ from django.urls import re_path  # noqa: E402
 
 from apps.notifications.routing import websocket_urlpatterns as browser_routes  # noqa: E402
 from apps.runs.routing import websocket_urlpatterns as trainer_routes  # noqa: E402
+from esper_web.body_limit import BodyLimit  # noqa: E402
 
 # Static files come from whitenoise's synchronous iterators. Django reads each of them whole in a
 # thread, which is what we want for files of this size, and warns about it once in each process.
@@ -53,4 +54,4 @@ async def sockets(scope: Any, receive: Any, send: Any) -> None:
     await (trainer_sockets if trainer else browser_sockets)(scope, receive, send)
 
 
-application = ProtocolTypeRouter({"http": django_application, "websocket": sockets})
+application = ProtocolTypeRouter({"http": BodyLimit(django_application), "websocket": sockets})

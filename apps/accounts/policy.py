@@ -63,6 +63,25 @@ ALLOWED: dict[Act, frozenset[Role]] = {
 # What the owner of a run may do with it whatever their role: the acts that make it safer.
 OWNER_MAY = frozenset({Act.PAUSE_ADAPTATION, Act.STOP_RUN, Act.CANCEL, Act.ROLL_BACK, Act.REJECT})
 
+IN_WORDS: dict[Act, str] = {
+    Act.VIEW: "look at everything",
+    Act.CREATE_RUN: "attach runs",
+    Act.PAUSE_ADAPTATION: "pause adaptation",
+    Act.STOP_RUN: "stop runs",
+    Act.APPROVE: "approve",
+    Act.REJECT: "reject",
+    Act.CLAIM: "claim",
+    Act.EXTEND: "extend",
+    Act.CANCEL: "cancel",
+    Act.ROLL_BACK: "roll back",
+    Act.KILL: "kill all adaptation",
+    Act.ACKNOWLEDGE_VIOLATION: "acknowledge violations",
+    Act.SWITCH_BLUEPRINT: "enable and disable blueprints",
+    Act.EDIT_POLICY: "publish policies",
+    Act.VIEW_AUDIT: "read the audit log",
+    Act.MANAGE_PEOPLE: "manage people",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Permission:
@@ -88,4 +107,4 @@ def may(user: User | AnonymousUser, act: Act, *, owner_id: int | None = None) ->
     if Role(user.role) in ALLOWED[act] or (owns and act in OWNER_MAY and user.role != Role.VIEWER):
         return _YES
     who = " or ".join(sorted(f"{role}s" for role in ALLOWED[act]))
-    return Permission(False, "not-eligible", f"Only {who} may {act.replace('_', ' ')}.")
+    return Permission(False, "not-eligible", f"Only {who} may {IN_WORDS[act]}.")

@@ -8,7 +8,7 @@ from rest_framework import serializers
 
 from apps.accounts.models import ApiToken, User
 from apps.accounts.policy import Permission
-from apps.api.fields import PersonsInput, Text
+from apps.api.fields import BoundedList, PersonsInput, Text, WholeNumber
 from esper.contracts import TokenScope
 
 # Scopes that a person may give to a script of theirs; `run:write` comes from registering a run.
@@ -87,7 +87,9 @@ class NewTokenOutput(TokenOutput):
 
 class TokenInput(PersonsInput):
     name = Text(max_length=80)
-    scopes = serializers.ListField(
-        child=serializers.ChoiceField(choices=list(GIVEN_BY_PEOPLE)), allow_empty=False
+    scopes = BoundedList(
+        child=serializers.ChoiceField(choices=list(GIVEN_BY_PEOPLE)),
+        allow_empty=False,
+        max_length=len(GIVEN_BY_PEOPLE),
     )
-    expires_in_days = serializers.IntegerField(min_value=1, max_value=MAX_TOKEN_DAYS, default=90)
+    expires_in_days = WholeNumber(min_value=1, max_value=MAX_TOKEN_DAYS, default=90)

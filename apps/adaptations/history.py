@@ -65,11 +65,11 @@ def why_frozen(run: Run) -> str:
     """Why nothing may be grafted into this run now; empty when it may."""
     switch = adaptation_switch()
     if not switch.on:
-        return f"switched off everywhere by {switch.changed_by}"
+        return f"adaptation is killed everywhere by {switch.changed_by}"
     if run.quarantined_reason:
         return f"the run is quarantined: {run.quarantined_reason}"
     if run.adaptation_paused_by:
-        return f"paused for this run by {run.adaptation_paused_by}"
+        return f"adaptation is paused for this run by {run.adaptation_paused_by}"
     if run.ended:
         return f"the run has {run.state}"
     return ""

@@ -89,7 +89,7 @@ def settle_hello(
     *, run: Run, epoch: int, step: int, applied: list[dict[str, Any]], actor: Actor
 ) -> list[Adaptation]:
     """The trainer says which grafts its model really holds; that settles what is in doubt."""
-    lock_run(run.pk)
+    run = lock_run(run.pk)  # as it is now, not as it was when the request came in
     check_epoch(run, epoch)
     held = {entry["adaptation"]: entry for entry in applied if entry["adaptation"]}
     settled = []
@@ -147,7 +147,10 @@ def _lost_when_kept(adaptation: Adaptation, actor: Actor) -> Adaptation:
 
 
 def _undo_leftovers(run: Run, held: set[str], actor: Actor) -> None:
-    """Grafts that were taken out once, but stand in the checkpoint that the trainer resumed."""
+    """Grafts that are in the model, though their adaptation has ended otherwise.
+
+    They stood in the checkpoint that the trainer resumed, or it grafted them too late.
+    """
     wrong = Adaptation.objects.filter(run=run, uid__in=held).filter(
         state__in=ADAPTATION_ENDED - {S.KEPT}
     )
@@ -166,7 +169,7 @@ def _undo_leftovers(run: Run, held: set[str], actor: Actor) -> None:
             object_kind="adaptation",
             object_uid=adaptation.uid,
             run_uid=run.uid,
-            reason="the resumed checkpoint held a graft that had been taken out",
+            reason="the model holds a graft whose adaptation has ended",
         )
 
 
@@ -177,7 +180,7 @@ def acknowledge_command(*, run: Run, epoch: int, ack: CommandAck, actor: Actor) 
     Raises:
         Problem: old epoch, or no such command.
     """
-    lock_run(run.pk)
+    run = lock_run(run.pk)  # as it is now, not as it was when the request came in
     check_epoch(run, epoch)
     command = Command.objects.select_for_update().filter(run=run, seq=ack.seq).first()
     if command is None:
@@ -219,7 +222,12 @@ def _note_ack(command: Command, ack: CommandAck, actor: Actor) -> None:
 
 def _after_graft(command: Command, ack: CommandAck, actor: Actor) -> None:
     adaptation = _adaptation(command)
-    if adaptation is None or adaptation.state not in (S.DISPATCHED, S.ACCEPTED, S.IN_DOUBT):
+    if adaptation is None:
+        return
+    if ack.state is CommandState.APPLIED and adaptation.state in ADAPTATION_ENDED - {S.KEPT}:
+        # Its word came after we had given it up: the graft is in, and nobody would judge it.
+        _undo_leftovers(command.run, {adaptation.uid}, actor)
+    if adaptation.state not in (S.DISPATCHED, S.ACCEPTED, S.IN_DOUBT):
         return
     if ack.state is CommandState.REFUSED:
         _refused(adaptation, ack)
@@ -321,7 +329,7 @@ def record_local_rollback(
     Raises:
         Problem: old epoch, or an adaptation of another run.
     """
-    lock_run(run.pk)
+    run = lock_run(run.pk)  # as it is now, not as it was when the request came in
     check_epoch(run, epoch)
     adaptation = _one(run, report.adaptation)
     if adaptation.state in (S.ROLLED_BACK, S.REVERTED, S.ROLLBACK_FAILED):
@@ -377,7 +385,7 @@ def finish_run(
     *, run: Run, epoch: int, state: RunState, step: int, reason: str, actor: Actor
 ) -> Run:
     """The trainer has ended by itself; nothing of this run may stay open."""
-    lock_run(run.pk)
+    run = lock_run(run.pk)  # as it is now, not as it was when the request came in
     check_epoch(run, epoch)
     set_state(run=run, state=state, actor=actor, reason=reason)
     Run.objects.filter(pk=run.pk).update(step=step)

@@ -7,10 +7,21 @@ from rest_framework import serializers
 
 from apps.accounts.serializers import PermissionOutput
 from apps.adaptations.models import Adaptation
-from apps.api.fields import FiniteNumber, Flag, Members, PersonsInput, Text, WholeNumber, WireNumber
+from apps.api.fields import (
+    BoundedDict,
+    BoundedList,
+    FiniteNumber,
+    Flag,
+    Members,
+    PersonsInput,
+    Text,
+    WholeNumber,
+    WireNumber,
+)
 from esper.contracts import MAX_NAME_LENGTH, AdaptationType, Risk, ViolationRule
 
 MAX_LINES = 200
+MAX_NUMBERS = 500
 
 
 class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
@@ -172,15 +183,15 @@ class ProposalInput(serializers.Serializer[Any]):
     adaptation_type = serializers.ChoiceField(choices=list(AdaptationType))
     confidence = WireNumber()
     urgency = WireNumber()
-    reasons = serializers.ListField(child=ReasonLine(), max_length=MAX_LINES)
+    reasons = BoundedList(child=ReasonLine(), max_length=MAX_LINES)
     blueprint = Text(max_length=60)
     config = Members()
     risk = serializers.ChoiceField(choices=list(Risk))
     forecast = ForecastInput()
-    checks = serializers.ListField(child=CheckLine(), max_length=MAX_LINES)
-    why_not = serializers.ListField(child=WhyNotLine(), max_length=MAX_LINES)
-    asks = serializers.ListField(child=Text(max_length=1000), max_length=MAX_LINES)
-    evidence = serializers.DictField(child=WireNumber())
+    checks = BoundedList(child=CheckLine(), max_length=MAX_LINES)
+    why_not = BoundedList(child=WhyNotLine(), max_length=MAX_LINES)
+    asks = BoundedList(child=Text(max_length=1000), max_length=MAX_LINES)
+    evidence = BoundedDict(child=WireNumber(), max_length=MAX_NUMBERS)
     policy = Text(max_length=40)
 
 
@@ -190,8 +201,8 @@ class DeclineInput(serializers.Serializer[Any]):
     layer = Text(max_length=MAX_NAME_LENGTH)
     adaptation_type = serializers.ChoiceField(choices=list(AdaptationType))
     confidence = WireNumber()
-    reasons = serializers.ListField(child=Text(max_length=1000), max_length=MAX_LINES)
-    checks = serializers.ListField(child=CheckLine(), max_length=MAX_LINES)
+    reasons = BoundedList(child=Text(max_length=1000), max_length=MAX_LINES)
+    checks = BoundedList(child=CheckLine(), max_length=MAX_LINES)
 
 
 class VerdictInput(serializers.Serializer[Any]):
@@ -201,7 +212,7 @@ class VerdictInput(serializers.Serializer[Any]):
     forecast_gain = WireNumber()
     forecast_interval = WireNumber()
     steps_observed = WholeNumber()
-    reward = serializers.DictField(child=FiniteNumber())
+    reward = BoundedDict(child=FiniteNumber(), max_length=MAX_NUMBERS)
 
 
 class ExperienceOutput(serializers.Serializer[Any]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
+from itertools import islice
 from typing import Any
 
 from django.core.exceptions import PermissionDenied, RequestDataTooBig, SuspiciousOperation
@@ -22,6 +23,7 @@ from esper.exceptions import CodecError
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+MAX_ERRORS = 100  # that one answer lists
 TYPE_PREFIX = "/api/docs/problems#"
 _CODES = {
     401: "not-signed-in",
@@ -97,7 +99,7 @@ def _from_rest_framework(error: exceptions.APIException) -> Problem:
 
 
 def _invalid(error: exceptions.ValidationError) -> Problem:
-    errors = list(_field_errors(error.detail, ""))
+    errors = list(islice(_field_errors(error.detail, ""), MAX_ERRORS))
     first = errors[0] if errors else {"pointer": "", "detail": "The input is not valid."}
     where = f"{first['pointer']}: " if first["pointer"] else ""
     return Problem(400, "invalid", f"{where}{first['detail']}", errors=errors)

@@ -13,6 +13,7 @@ from esper.contracts import codec
 from esper.exceptions import CodecError
 
 MAX_WHOLE_NUMBER = 2**63 - 1
+MAX_UNKNOWN_NAMED = 20
 _NUMBER_SCHEMA = {"oneOf": [{"type": "number"}, {"type": "string", "enum": ["nan", "inf", "-inf"]}]}
 
 
@@ -74,6 +75,34 @@ class Flag(serializers.BooleanField):
         return data
 
 
+class BoundedList(serializers.ListField):
+    """A JSON list whose length is looked at before its items: each wrong item costs an error."""
+
+    def __init__(self, *, max_length: int, **kwargs: Any) -> None:
+        super().__init__(max_length=max_length, **kwargs)
+        self._most = max_length
+
+    def to_internal_value(self, data: Any) -> Any:
+        if isinstance(data, list) and len(data) > self._most:
+            self.fail("max_length", max_length=self._most)
+        return super().to_internal_value(data)
+
+
+class BoundedDict(serializers.DictField):
+    """A JSON object with any names, but not with any number of them."""
+
+    default_error_messages = {"max_length": "At most {max_length} members are taken."}
+
+    def __init__(self, *, max_length: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._most = max_length
+
+    def to_internal_value(self, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > self._most:
+            self.fail("max_length", max_length=self._most)
+        return super().to_internal_value(data)
+
+
 @extend_schema_field({"type": "object", "additionalProperties": True})
 class Members(serializers.Field[dict[str, Any], Any, Any, dict[str, Any]]):
     """A JSON object whose members differ by kind."""
@@ -97,7 +126,7 @@ class PersonsInput(serializers.Serializer[Any]):
 
     def to_internal_value(self, data: Any) -> Any:
         if isinstance(data, dict):
-            unknown = sorted(set(data) - set(self.fields))
+            unknown = sorted(set(data) - set(self.fields))[:MAX_UNKNOWN_NAMED]
             if unknown:
                 raise serializers.ValidationError(
                     {name: ["There is no such member."] for name in unknown}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC
 from typing import Any, TypeVar
 
 from django.db.models import Model, QuerySet
@@ -57,7 +58,10 @@ def moment(value: str) -> Any:
     parsed = parse_datetime(value)
     if parsed is None or parsed.tzinfo is None:
         raise ValueError("a time such as 2026-01-31T12:00:00Z")
-    return parsed
+    try:
+        return parsed.astimezone(UTC)
+    except OverflowError as error:  # within the calendar at its offset, beyond it in UTC
+        raise ValueError("a time between the years 1 and 9999 in UTC") from error
 
 
 def apply_filters(

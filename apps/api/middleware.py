@@ -1,10 +1,11 @@
-"""One id for each request, in the answer, in problems and in the log."""
+"""One id for each request, in the answer, in problems and in the log; no NUL in addresses."""
 
 from __future__ import annotations
 
 import re
 import uuid
 
+from django.core.exceptions import BadRequest
 from django.http import HttpRequest, HttpResponseBase
 from django.utils.deprecation import MiddlewareMixin
 
@@ -24,6 +25,19 @@ class RequestIdMiddleware(MiddlewareMixin):
     ) -> HttpResponseBase:
         response.headers[HEADER] = request_id(request)
         return response
+
+
+class NoNulMiddleware(MiddlewareMixin):
+    """400 for a page's address that holds a NUL, which PostgreSQL refuses in every text.
+
+    The API is left out: it answers such a value with a problem document.
+    """
+
+    def process_request(self, request: HttpRequest) -> None:
+        if request.path.startswith("/api/v1/"):
+            return
+        if "\x00" in request.path or "%00" in request.META.get("QUERY_STRING", ""):
+            raise BadRequest("the address holds a NUL character")
 
 
 def request_id(request: HttpRequest) -> str:

@@ -50,7 +50,8 @@ def _below(rows: QuerySet[_M], key: int | None) -> QuerySet[_M]:
 
 def _limit(request: Request) -> int:
     text = request.query_params.get("limit", str(DEFAULT_LIMIT))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= MAX_LIMIT):
+    digits = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_LIMIT))
+    if not (digits and 1 <= int(text) <= MAX_LIMIT):
         raise Problem(400, "invalid", f"limit must be a whole number in 1…{MAX_LIMIT}.")
     return int(text)
 

@@ -40,6 +40,7 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
     "run-ended": (409, "The run has ended.", "Nothing can change any more."),
     "self-approval": (403, "Nobody approves an adaptation of their own run.", "Ask another operator."),
     "too-large": (413, "The body is larger than what is taken.", "Send smaller batches."),
+    "too-slow": (408, "The body did not arrive in time.", "Send it again over a better line, or send smaller batches."),
     "too-many-layers": (422, "More layers than can be watched.", "Name those that matter: `esper.attach(…, slots=[…])`."),
     "unknown-blueprint": (422, "The catalogue has no such blueprint.", "See `GET /api/v1/blueprints`."),
     "unknown-layer": (422, "The run has no such layer.", "See the run's layers."),

@@ -14,6 +14,7 @@ from esper.contracts import (
     JobState,
     RunState,
     Severity,
+    ViolationRule,
     WorkerState,
 )
 
@@ -97,4 +98,26 @@ BY_KIND: dict[str, dict[str, Status]] = {
     "job": {str(state): status for state, status in JOB.items()},
     "worker": {str(state): status for state, status in WORKER.items()},
     "severity": {str(level): status for level, status in SEVERITY.items()},
+}
+RULES: dict[str, str] = {
+    ViolationRule.FROZEN: "adaptation switch",
+    ViolationRule.RUN_MODE: "mode of the run",
+    ViolationRule.ONE_IN_FLIGHT: "others under way",
+    ViolationRule.COOLDOWN: "rest since the last one",
+    ViolationRule.PARAMETER_BUDGET: "added parameters",
+    ViolationRule.MEMORY: "memory",
+    ViolationRule.LATENCY: "latency",
+    ViolationRule.DAILY_BUDGET: "grafts in a day",
+    ViolationRule.RISK_CLASS: "risk",
+    ViolationRule.EVIDENCE: "evidence",
+    ViolationRule.CONFIDENCE: "confidence",
+    ViolationRule.COMPATIBILITY: "fit with the layer",
+    ViolationRule.CERTIFICATE: "certificate",
+    ViolationRule.SIGNATURE: "signature",
+    ViolationRule.COMMAND: "command",
+    ViolationRule.NON_FINITE: "loss is no number",
+    ViolationRule.LOSS_BLOW_UP: "loss blew up",
+    ViolationRule.MISSING_TELEMETRY: "missing telemetry",
+    ViolationRule.OPTIMIZER_LEDGER: "optimizer's account",
+    ViolationRule.DEADLINE: "deadline",
 }

@@ -292,7 +292,7 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
     live = 0 if found.ended else 5
     return [
         part("head", "Adaptation", lambda: {"steps_ago": _steps_ago(found)}, every=live),
-        part("why", "Why asked", lambda: {"rows": decision.reason_rows(found.reasons)}),
+        part("why", "Why it was proposed", lambda: {"rows": decision.reason_rows(found.reasons)}),
         part("change", "What will change", change),
         part("evidence", "Evidence then → now", evidence, every=live),
         part("checks", "Checks", lambda: {"rows": decision.check_rows(found.checks)}),
@@ -528,7 +528,7 @@ def me(request: HttpRequest) -> HttpResponse:
             "rights",
             "What you may do",
             "console/me/rights.html",
-            lambda: {"rights": [(act, may(user, act)) for act in Act]},
+            lambda: {"rights": reference.rights(user)},
         ),
     ]
-    return render_page(request, "console/simple.html", title=user.get_username(), panels=panels)
+    return render_page(request, "console/simple.html", title="Tokens and rights", panels=panels)

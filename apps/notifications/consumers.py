@@ -37,12 +37,15 @@ class StreamConsumer(AsyncWebsocketConsumer):
     the rows in between are read and sent first. Rights are looked at again with every ping.
     """
 
-    async def connect(self) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.sent: dict[str, int] = {}  # topic -> the last number that was sent
         self.progress: dict[str, dict[str, Any]] = {}  # topic -> the newest that was not sent
         self.sending = asyncio.Lock()
         self.tasks: list[asyncio.Task[None]] = []
         self.flushing: asyncio.Task[None] | None = None
+
+    async def connect(self) -> None:
         scope: Any = self.scope
         self.user: Any = scope["user"]
         if not (self.user.is_authenticated and self.user.is_active):
@@ -51,7 +54,14 @@ class StreamConsumer(AsyncWebsocketConsumer):
         await self.accept()
         self.tasks.append(asyncio.create_task(self._beat()))
 
-    async def disconnect(self, code: int) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """A send that fails ends the consumer without ``disconnect``: its tasks must end too."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
         tasks = [*self.tasks, *([self.flushing] if self.flushing else [])]
         for task in tasks:
             task.cancel()
@@ -180,7 +190,8 @@ class StreamConsumer(AsyncWebsocketConsumer):
 
 def _request(frame: Any) -> tuple[str, str, int | None]:
     """(op, topic, since); raises ``CodecError`` for anything else."""
-    if not isinstance(frame, dict) or frame.get("op") not in {"subscribe", "unsubscribe"}:
+    # A list, since a set would have to hash whatever the browser sent.
+    if not isinstance(frame, dict) or frame.get("op") not in ["subscribe", "unsubscribe"]:
         raise CodecError('a frame is {"op": "subscribe"|"unsubscribe", "topic": …, "since": …}')
     topic, since = frame.get("topic"), frame.get("since")
     if not isinstance(topic, str) or len(topic) > 64:

@@ -45,6 +45,8 @@ def publish_policy(*, changes: dict[str, Any], reason: str, user: User, via: str
     if unknown:
         raise Problem(422, "invalid", f"There is no threshold called {', '.join(unknown)}.")
     values = {**current.values, **changes}
+    if values == current.values:
+        raise Problem(422, "invalid", f"Nothing differs from policy v{current.version}.")
     try:
         SafetyPolicy.from_wire({**values, "version": current.version + 1})
     except CodecError as error:

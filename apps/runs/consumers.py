@@ -33,12 +33,16 @@ class TrainerConsumer(AsyncWebsocketConsumer):
     seconds too, so that a lost doorbell only costs time.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.uid = ""
+        self.beating: asyncio.Task[None] | None = None
+
     async def connect(self) -> None:
-        self.uid: str = self.scope["url_route"]["kwargs"]["uid"]
+        self.uid = self.scope["url_route"]["kwargs"]["uid"]
         self.secret = _secret(self.scope)
         self.last_seq = _after(self.scope)
         self.delivering = asyncio.Lock()
-        self.beating: asyncio.Task[None] | None = None
         refusal = await database_sync_to_async(why_refused)(self.secret, self.uid)
         if refusal:
             await self.close(refusal)
@@ -48,12 +52,23 @@ class TrainerConsumer(AsyncWebsocketConsumer):
         await self._deliver()
         self.beating = asyncio.create_task(self._beat())
 
-    async def disconnect(self, code: int) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """A send that fails ends the consumer without ``disconnect``: the beat must end with it.
+
+        Else it would go on to say that the trainer was heard of.
+        """
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
         if self.beating is not None:
             self.beating.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self.beating
-        await self.channel_layer.group_discard(trainer_group(self.uid), self.channel_name)
+        if self.uid:
+            await self.channel_layer.group_discard(trainer_group(self.uid), self.channel_name)
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
         """Trainers answer over HTTP; whatever comes here is no part of the protocol."""

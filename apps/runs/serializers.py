@@ -6,7 +6,16 @@ from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
 from apps.accounts.serializers import PermissionOutput
-from apps.api.fields import Flag, Members, PersonsInput, Text, WholeNumber, WireNumber
+from apps.api.fields import (
+    BoundedDict,
+    BoundedList,
+    Flag,
+    Members,
+    PersonsInput,
+    Text,
+    WholeNumber,
+    WireNumber,
+)
 from apps.runs.models import Run
 from esper.contracts import (
     MAX_LAYERS,
@@ -19,6 +28,8 @@ from esper.contracts import (
 )
 from esper.exceptions import CodecError
 
+MAX_VERSIONS = 100
+MAX_FAILURES = 100
 ANSWERS = frozenset(CommandState) - {CommandState.ISSUED, CommandState.EXPIRED}
 
 
@@ -168,9 +179,11 @@ class RunInput(serializers.Serializer[Any]):
     host = Text(max_length=120, allow_blank=True)
     capability = Text(max_length=40)
     target_steps = WholeNumber(allow_null=True, default=None)
-    versions = serializers.DictField(child=Text(max_length=80, allow_blank=True), default=dict)
+    versions = BoundedDict(
+        child=Text(max_length=80, allow_blank=True), max_length=MAX_VERSIONS, default=dict
+    )
     model_parameters = WholeNumber()
-    layers = serializers.ListField(child=LayerField(), max_length=2 * MAX_LAYERS)
+    layers = BoundedList(child=LayerField(), max_length=2 * MAX_LAYERS)
 
 
 class RegistrationOutput(serializers.Serializer[Any]):
@@ -197,7 +210,7 @@ class AppliedInput(serializers.Serializer[Any]):
 class HelloInput(serializers.Serializer[Any]):
     epoch = WholeNumber()
     step = WholeNumber()
-    applied = AppliedInput(many=True)
+    applied = BoundedList(child=AppliedInput(), max_length=MAX_LAYERS)
 
 
 class SettledOutput(serializers.Serializer[Any]):
@@ -209,6 +222,23 @@ class HelloOutput(serializers.Serializer[Any]):
     settled = SettledOutput(many=True)
 
 
+class CertificateInput(serializers.Serializer[Any]):
+    """``esper.contracts.Certificate``: pages count on the type of each member."""
+
+    max_abs_diff = WireNumber()
+    tolerance = WireNumber()
+    preserving = Flag()
+    live = Flag()
+    rng_neutral = Flag()
+    parameters = WholeNumber()
+    parameters_declared = WholeNumber()
+    undo_exact = Flag(allow_null=True, default=None)
+    host_untouched = Flag(allow_null=True, default=None)
+    memory_mib = WireNumber()
+    latency_ms = WireNumber()
+    failures = BoundedList(child=Text(), max_length=MAX_FAILURES)
+
+
 class AckInput(serializers.Serializer[Any]):
     """``esper.contracts.CommandAck`` and the trainer's epoch."""
 
@@ -218,7 +248,7 @@ class AckInput(serializers.Serializer[Any]):
     pause_ms = WireNumber(default=0.0)
     code = Text(max_length=30, allow_blank=True, default="")
     reason = Text(allow_blank=True, default="")
-    certificate = Members(allow_null=True, default=None)
+    certificate = CertificateInput(allow_null=True, default=None)
     digest_before = Text(max_length=64, allow_blank=True, default="")
     digest_after = Text(max_length=64, allow_blank=True, default="")
 

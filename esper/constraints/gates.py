@@ -144,7 +144,7 @@ def check_frozen(inputs: GateInputs, policy: SafetyPolicy) -> Check:
         hard=True,
         observed=inputs.frozen or "on",
         limit="on",
-        text=f"Adaptation is switched off: {inputs.frozen}."
+        text=f"Nothing may be grafted now: {inputs.frozen}."
         if inputs.frozen
         else "Adaptation is switched on.",
     )
@@ -351,7 +351,7 @@ def _cost_check(
         limit=f"{_amount(limit)} {unit}",
         text=f"Forecast {_amount(value)} {unit}, at most {_amount(limit)} {unit}."
         if known
-        else f"Nothing to forecast its {rule} from; at most {_amount(limit)} {unit} count.",
+        else f"Its {rule} cannot be forecast; the limit is {_amount(limit)} {unit}.",
     )
 
 
@@ -360,7 +360,7 @@ def _risk_answer(inputs: GateInputs, policy: SafetyPolicy) -> tuple[bool, str]:
     if inputs.risk is Risk.HIGH:
         return False, "It changes what the model computes; a person always decides that."
     if rank > risk_rank(policy.auto_max_risk):
-        return False, f"Risk {inputs.risk} is above {policy.auto_max_risk}, which goes by rule."
+        return False, f"Risk is {inputs.risk}; by rule goes only risk up to {policy.auto_max_risk}."
     if rank >= risk_rank(Risk.MEDIUM) and inputs.category_cases < policy.min_cases_for_auto:
         return False, (
             f"{inputs.category_cases} closed cases of its category are too few to trust; "

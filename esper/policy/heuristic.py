@@ -408,7 +408,7 @@ def _spike_text(features: Features) -> str:
 def _plateau_text(features: Features) -> str:
     loss = features.loss
     return (
-        f"the loss falls like step^-{loss.exponent:.2f} ± {loss.exponent_error:.2f}: "
+        f"the loss goes like step^{-loss.exponent:.2f} ± {loss.exponent_error:.2f}: "
         f"flat with probability {loss.plateau_score:.2f}"
     )
 

@@ -23,6 +23,12 @@ async function perform(form, button) {
     reason.focus();
     return;
   }
+  const choices = [...form.elements].filter((field) => "list" in field.dataset);
+  if (choices.length && !choices.some((field) => field.checked)) {
+    say(form, form.dataset.needsChoice);
+    choices[0].focus();
+    return;
+  }
   if (button.dataset.confirm && !(await confirmed(button))) return;
   const words = button.textContent;
   busy(form, button, button.dataset.doing ?? form.dataset.doing);
@@ -116,6 +122,9 @@ const DONE = {
 };
 
 function done(form, button, content) {
+  // Our own act made this version: the next one need not wait until the panel has looked again.
+  const version = content.revision ?? content.version;
+  if (form.dataset.ifMatch && Number.isInteger(version)) form.dataset.ifMatch = version;
   if (content.secret ?? content.token) showSecret(form, content.secret ?? content.token);
   const words = DONE[button.dataset.path] ?? button.dataset.done ?? form.dataset.done ?? "Done.";
   announce(words, { urgent: true });

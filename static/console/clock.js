@@ -29,8 +29,9 @@ function length(seconds) {
 
 function ago(time) {
   const seconds = (serverNow() - time) / 1000;
-  if (seconds < 0) return `in ${length(-seconds)}`;
-  return seconds < 5 ? "just now" : `${length(seconds)} ago`;
+  // Dates of the clock are good to a second: what has just happened must not lie ahead.
+  if (Math.abs(seconds) < 5) return "just now";
+  return seconds < 0 ? `in ${length(-seconds)}` : `${length(seconds)} ago`;
 }
 
 function setText(place, text) {

@@ -126,7 +126,7 @@ function describeLoss() {
   }
   const known = mean.filter((value) => value !== null);
   place.textContent = `From ${short(known[0])} at step ${short(step[0])} to ${short(known.at(-1))} at step ${short(step.at(-1))}; `
-    + `lowest ${short(Math.min(...known))}. ${markers.length} ${markers.length === 1 ? "graft is" : "grafts are"} marked.`
+    + `lowest ${short(Math.min(...known))}. ${markers.length === 0 ? "No graft is" : markers.length === 1 ? "1 graft is" : `${markers.length} grafts are`} marked.`
     + (bad.length ? ` The loss was not finite ${bad.length} times, last at step ${short(bad.at(-1).step)}.` : "")
     + " Drag to zoom, double click for all.";
   fillLossTable();
@@ -242,13 +242,14 @@ function drawHeatMarks(ctx, left, width) {
   ctx.textAlign = "center";
   ctx.textBaseline = "top";
   ctx.fillStyle = css("--muted");
-  ctx.fillText(short(heat.step[0]), left + 20, bottom + 4);
   ctx.fillText(short(heat.step.at(-1)), width - 24, bottom + 4);
+  let first = width; // where the leftmost mark stands
   for (const mark of markers) {
     const column = heat.step.findIndex((step) => step >= mark.step);
     const row = heat.layers.indexOf(mark.layer);
     if (column < 0 || row < 0) continue;
     const x = left + (column * (width - left)) / heat.step.length;
+    first = Math.min(first, x);
     ctx.strokeStyle = "#ffffff";
     ctx.fillStyle = "#000000";
     ctx.lineWidth = 2;
@@ -259,6 +260,8 @@ function drawHeatMarks(ctx, left, width) {
     ctx.fillStyle = css("--ink");
     ctx.fillText(`▲A-${mark.number}`, Math.min(Math.max(x, left + 20), width - 60), bottom + 4);
   }
+  ctx.fillStyle = css("--muted");
+  if (first > left + 60) ctx.fillText(short(heat.step[0]), left + 20, bottom + 4);
 }
 
 function describeHeat() {

@@ -10,6 +10,7 @@ from django.core.paginator import Page, Paginator
 from django.db.models import Avg, Count, Q, QuerySet
 
 from apps.accounts.models import ApiToken, User
+from apps.accounts.policy import IN_WORDS, Act, may
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
 from apps.blueprints.models import Blueprint
@@ -46,8 +47,37 @@ def kernels() -> list[Kernel]:
     return list(Kernel.objects.all()[:PAGE_LENGTH])
 
 
-def jobs() -> list[CompileJob]:
-    return list(CompileJob.objects.select_related("kernel")[:PAGE_LENGTH])
+def jobs() -> list[tuple[CompileJob, int | None]]:
+    """The newest jobs, each with the number of the adaptation that it is for."""
+    found = list(CompileJob.objects.select_related("kernel")[:PAGE_LENGTH])
+    numbers = dict(
+        Adaptation.objects.filter(uid__in=[job.adaptation_uid for job in found]).values_list(
+            "uid", "pk"
+        )
+    )
+    return [(job, numbers.get(job.adaptation_uid)) for job in found]
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """One act in words; ``note`` says where it ends, or whose it is."""
+
+    words: str
+    allowed: bool
+    note: str = ""
+
+
+def rights(user: User) -> list[Right]:
+    return [_right(user, act) for act in Act]
+
+
+def _right(user: User, act: Act) -> Right:
+    anywhere, own = may(user, act), may(user, act, owner_id=user.pk)
+    if anywhere.allowed:
+        return Right(IN_WORDS[act], True, "" if own.allowed else "in the runs of others")
+    if own.allowed:
+        return Right(IN_WORDS[act], True, "in your own runs")
+    return Right(IN_WORDS[act], False, anywhere.why)
 
 
 def workers() -> list[Worker]:
@@ -113,8 +143,8 @@ class Threshold:
 
 # (group, what it does, unit); a test compares the names with the fields of SafetyPolicy.
 THRESHOLD_NOTES: Mapping[str, tuple[str, str, str]] = {
-    "confidence_refuse": ("Confidence", "refuse below", "0..1"),
-    "confidence_auto": ("Confidence", "act alone from", "0..1"),
+    "confidence_refuse": ("Confidence", "refuse below", "0 to 1"),
+    "confidence_auto": ("Confidence", "act alone from", "0 to 1"),
     "auto_max_risk": ("Confidence", "highest risk that may go alone", ""),
     "min_cases_for_auto": ("Confidence", "ended cases before medium risk may go alone", "cases"),
     "cooldown_layer_steps": ("Cooldown", "rest of a layer after a graft", "steps"),
@@ -131,7 +161,7 @@ THRESHOLD_NOTES: Mapping[str, tuple[str, str, str]] = {
     "maturity_steps": ("Probation", "no verdict before", "steps"),
     "probation_steps": ("Probation", "verdict after", "steps"),
     "probation_timeout_seconds": ("Probation", "rolled back without a verdict after", "s"),
-    "max_loss_increase_ratio": ("Probation", "harmful above, against the forecast", "0..1"),
+    "max_loss_increase_ratio": ("Probation", "harmful above, against the forecast", "0 to 1"),
 }
 
 

@@ -98,10 +98,10 @@ def _sparklines(runs: Iterable[Run]) -> dict[int, Sparkline | None]:
             run__in=[run.pk for run in runs], name="loss", step__gt=F("run__step") - SPARK_STEPS
         )
         .order_by()
-        .annotate(bucket=F("step") / (SPARK_STEPS // SPARK_POINTS))
+        .annotate(bucket=(F("run__step") - F("step")) / (SPARK_STEPS // SPARK_POINTS))
         .values("run_id", "bucket")
         .annotate(mean=Avg("value"), bad=Max("status"))
-        .order_by("run_id", "bucket")
+        .order_by("run_id", "-bucket")  # counted from the newest step, so that its bucket is whole
     )
     values: dict[int, list[float | None]] = defaultdict(list)
     for row in rows:

@@ -15,7 +15,7 @@ from django.utils.safestring import SafeString
 
 from apps.accounts.policy import Act, may
 from apps.console import selectors
-from apps.console.status import BY_KIND, Status
+from apps.console.status import BY_KIND, RULES, Status
 from esper.contracts import Role
 
 register = template.Library()
@@ -44,6 +44,26 @@ def status(kind: str, value: str) -> SafeString:
         shape(found.shape),
         found.word,
     )
+
+
+@register.simple_tag
+def status_word(kind: str, value: str) -> str:
+    """The word alone, for the middle of a sentence."""
+    found = BY_KIND[kind].get(str(value))
+    return found.word[0].lower() + found.word[1:] if found else str(value)
+
+
+@register.filter
+def act_word(act: str) -> str:
+    """``adaptation.compile_queued`` as its page says it; acts on other things as plain words."""
+    kind, _, done = act.partition(".")
+    return status_word(kind, done) if done in BY_KIND.get(kind, {}) else words(done or act)
+
+
+@register.filter
+def rule_word(rule: object) -> str:
+    """What a check or a violation is about."""
+    return RULES.get(str(rule), words(rule))
 
 
 @register.simple_tag
@@ -150,9 +170,9 @@ def moment(value: datetime | None) -> SafeString | str:
 @register.filter
 def ago(value: datetime) -> str:
     seconds = (timezone.now() - value).total_seconds()
-    if seconds < 0:
-        return f"in {_length(-seconds)}"
-    return "just now" if seconds < 5 else f"{_length(seconds)} ago"
+    if abs(seconds) < 5:
+        return "just now"
+    return f"in {_length(-seconds)}" if seconds < 0 else f"{_length(seconds)} ago"
 
 
 @register.filter

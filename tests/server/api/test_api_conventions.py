@@ -310,6 +310,8 @@ def test_thresholds_are_published_as_a_new_version(callers: dict[Role, Caller]) 
     assert (made.status, made.data["version"], made.header("ETag")) == (201, 2, '"2"')
     broken = curator.post("policies", {"changes": {"confidence_auto": 0.1}, "reason": "x"})
     assert (broken.status, broken.code) == (422, "invalid")
+    same = curator.post("policies", {"changes": {"confidence_auto": 0.9}, "reason": "x"})
+    assert (same.status, same.code) == (422, "invalid")
     versions = [row["version"] for row in curator.get("policies").data["results"]]
     assert versions == [2, 1]
 

@@ -382,3 +382,65 @@ async def test_two_browsers_and_a_trainer_at_once(
     assert await socket.silent()
     for one in (*watchers, socket):
         await one.close()
+
+
+class Vanishing:
+    """A client that leaves without a word: whatever is sent to it after ``most`` messages fails."""
+
+    def __init__(self, scope: dict[str, Any], incoming: list[dict[str, Any]], most: int) -> None:
+        self.scope = scope
+        self.incoming = incoming
+        self.most = most
+
+    async def receive(self) -> dict[str, Any]:
+        if self.incoming:
+            return self.incoming.pop(0)
+        await asyncio.sleep(5)
+        raise TimeoutError("the application waits for more than the failed send")
+
+    async def send(self, message: dict[str, Any]) -> None:
+        self.most -= 1
+        if self.most < 0:
+            raise OSError("gone")
+
+    async def run(self) -> None:
+        from esper_web.asgi import application
+
+        untyped: Any = application  # its types know no messages that are built as they are here
+        with pytest.raises(OSError, match="gone"):
+            await untyped(self.scope, self.receive, self.send)
+
+
+def beats() -> list[str]:
+    return [name for task in asyncio.all_tasks() if "_beat" in (name := repr(task.get_coro()))]
+
+
+async def test_a_socket_whose_client_vanished_leaves_nothing_running(
+    people: dict[Role, User], trainer: Trainer
+) -> None:
+    subscribing = await in_database(browser)(people[Role.VIEWER])
+    subscribe = codec.encode({"op": "subscribe", "topic": "system"}).decode()
+    incoming = [
+        {"type": "websocket.connect"},
+        {"type": "websocket.receive", "text": subscribe},
+    ]
+    await Vanishing(subscribing.wire.scope, incoming, most=1).run()
+    assert beats() == []
+
+
+async def test_a_trainer_that_vanished_is_not_kept_alive_by_its_socket(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    socket = trainer_socket(trainer.token, trainer.run)
+    send = Vanishing(socket.wire.scope, [{"type": "websocket.connect"}], most=1)
+
+    async def receive() -> dict[str, Any]:
+        if send.incoming:
+            return send.incoming.pop(0)
+        await in_database(_issue)(trainer.run)
+        await asyncio.sleep(5)
+        raise TimeoutError("the application waits for more than the failed send")
+
+    monkeypatch.setattr(send, "receive", receive)
+    await send.run()
+    assert beats() == []

@@ -7,17 +7,19 @@ import math
 import re
 import sys
 from dataclasses import fields
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from django.utils import timezone
 
 from apps.console import status
 from apps.console.drawing import health_cells, shade, shorten, sketch, sparkline, waterfall
 from apps.console.selectors.adaptation import check_rows, evidence_rows, reason_rows
 from apps.console.selectors.reference import THRESHOLD_NOTES, thresholds
-from apps.console.templatetags.console import count, number, signed
+from apps.console.templatetags.console import ago, count, number, signed
 from esper.contracts import (
     AdaptationState,
     CommandState,
@@ -26,6 +28,7 @@ from esper.contracts import (
     RunState,
     SafetyPolicy,
     Severity,
+    ViolationRule,
     WorkerState,
 )
 
@@ -155,3 +158,14 @@ def test_templates_name_only_libraries_that_are_there() -> None:
     for template in (ROOT / "templates").rglob("*.html"):
         for path in re.findall(r"static '([^']+)'", template.read_text()):
             assert (ROOT / "static" / path).is_file(), f"{template.name}: {path}"
+
+
+def test_every_rule_has_words_for_people() -> None:
+    assert set(status.RULES) == set(ViolationRule)
+    assert not any("_" in words for words in status.RULES.values())
+
+
+def test_what_just_happened_never_lies_ahead() -> None:
+    assert ago(timezone.now() + timedelta(seconds=2)) == "just now"
+    assert ago(timezone.now() + timedelta(minutes=2, seconds=2)) == "in 2 min"
+    assert ago(timezone.now() - timedelta(minutes=2, seconds=2)) == "2 min ago"

@@ -147,3 +147,36 @@ def test_the_stream_starts_where_the_page_ends(world: Any) -> None:
     events = Adaptation.objects.get(pk=world.adaptations["kept"].pk)
     assert f'"run:{events.run.uid}": 14' in since[1]
     assert '"inbox": 14' in since[1]
+
+
+def test_a_researcher_reads_which_acts_end_at_their_own_runs(world: Any) -> None:
+    def line(who: str, words: str) -> str:
+        text = world.client(who).get("/me").content.decode()
+        found = re.search(rf"<li>(?:(?!</li>).)*<span>{words}</span>(.*?)</li>", text, re.DOTALL)
+        assert found is not None, words
+        return found[1]
+
+    assert "in your own runs" in line("rosa", "stop runs")
+    assert "Only admins or operators may stop runs." in line("vera", "stop runs")
+    assert "in the runs of others" in line("anna", "approve")
+    assert "Only admins or curators may publish policies." in line("anna", "publish policies")
+
+
+def test_the_empty_installation_leads_to_a_token_who_may_attach_runs(
+    db: None, django_user_model: Any
+) -> None:
+    client = Client()
+    client.force_login(django_user_model.objects.create_user("r", password="x", role="researcher"))
+    text = client.get("/").content.decode()
+    assert "ESPER_SERVER=http://testserver" in text
+    assert 'href="/me">make a token' in text
+    viewer = Client()
+    viewer.force_login(django_user_model.objects.create_user("v", password="x", role="viewer"))
+    assert "make a token" not in viewer.get("/").content.decode()
+
+
+def test_the_history_speaks_of_states_as_the_pages_do(world: Any) -> None:
+    uid = world.adaptations["kept"].uid
+    text = world.client("anna").get(f"/adaptations/{uid}").content.decode()
+    assert "waiting for a worker" in text
+    assert "compile queued" not in text
