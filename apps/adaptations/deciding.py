@@ -62,6 +62,10 @@ def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
             answers[name] = Permission(False, "decision-not-pending", f"It is {word}.")
         else:
             answers[name] = may(user, act, owner_id=adaptation.run.owner_id)
+    frozen = why_frozen(adaptation.run)
+    if frozen and answers["approve"].allowed:
+        why = f"Nothing can be approved now: {frozen}."
+        answers["approve"] = Permission(False, "adaptation-killed", why)
     return answers
 
 
@@ -86,7 +90,6 @@ def approve_adaptation(
         if evidence_hash and evidence_hash != adaptation.evidence_hash:
             raise Problem(412, "payload-changed", "This is not the adaptation that you were shown.")
         _check_claim(adaptation, user)
-        _check_not_frozen(adaptation)
         drift = evidence_drift(adaptation)
         if drift is not None and drift > 1.0 and not accept_drift:
             raise Problem(
@@ -285,7 +288,8 @@ def _prepare(adaptation: Adaptation, user: User, act: str, version: int) -> None
     if permission.code == "decision-not-pending":
         raise StaleAdaptationError(adaptation)
     if not permission.allowed:
-        raise Problem(403, permission.code, permission.why)
+        status = 423 if permission.code == "adaptation-killed" else 403
+        raise Problem(status, permission.code, permission.why)
     if version != adaptation.version:
         raise Problem(
             412,
@@ -306,12 +310,6 @@ def _check_claim(adaptation: Adaptation, user: User) -> None:
             claimed_by=holder.get_username(),
             claimed_until=until.isoformat(),
         )
-
-
-def _check_not_frozen(adaptation: Adaptation) -> None:
-    frozen = why_frozen(adaptation.run)
-    if frozen:
-        raise Problem(423, "adaptation-killed", f"Nothing can be approved now: {frozen}.")
 
 
 def _check_reason(reason: str, verb: str) -> None:

@@ -38,9 +38,15 @@ from esper.contracts import (
     codec,
 )
 
-# Waiting for its turn is the normal course of a run and no broken limit.
+# Waiting for its turn, and a switch that a person has set, break no limit.
 _ROUTINE = frozenset(
-    {ViolationRule.COOLDOWN, ViolationRule.ONE_IN_FLIGHT, ViolationRule.CONFIDENCE}
+    {
+        ViolationRule.FROZEN,
+        ViolationRule.RUN_MODE,
+        ViolationRule.COOLDOWN,
+        ViolationRule.ONE_IN_FLIGHT,
+        ViolationRule.CONFIDENCE,
+    }
 )
 
 
