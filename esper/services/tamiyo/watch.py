@@ -82,7 +82,13 @@ class RunWatch:
         new = report.snapshot
         newest = _last_step(new)
         same_epoch = old is not None and old.epoch == new.epoch
-        if old is None or not same_epoch or newest > _last_step(old):
+        if (
+            old is None
+            or not same_epoch
+            or newest > _last_step(old)
+            # The frame was decided on with a part of the losses only: it deserves another look.
+            or _losses_until(new, newest) > _losses_until(old, newest)
+        ):
             self.undecided = bool(new.frames)
             self._newest_at = time.time() - new.age_seconds
         self._report = report
@@ -137,6 +143,10 @@ class RunWatch:
 
 def _last_step(snapshot: RunSnapshot) -> int:
     return snapshot.frames[-1].step if snapshot.frames else -1
+
+
+def _losses_until(snapshot: RunSnapshot, step: int) -> int:
+    return int(np.count_nonzero(snapshot.loss_steps <= step))
 
 
 def _with_loss(snapshot: RunSnapshot, entry: HealthEntry) -> RunSnapshot:
