@@ -468,6 +468,20 @@ def test_messages_that_could_not_be_sent_stay_owed(stage: Stage) -> None:
     assert OutboxMessage.objects.filter(sent_at=None, task="adaptations.compile").exists()
 
 
+@pytest.mark.parametrize("task", ["adaptations.compile", "adaptations.dispatch"])
+def test_a_doorbell_that_was_lost_is_rung_again_once_a_period(stage: Stage, task: str) -> None:
+    adaptation = stage.propose()
+    if task == "adaptations.dispatch":
+        stage.compiled(adaptation)
+    OutboxMessage.objects.update(sent_at=timezone.now())  # sent, and lost with Redis
+    services.sweep()
+    assert not OutboxMessage.objects.filter(sent_at=None).exists()  # too early to worry
+    Adaptation.objects.update(changed_at=timezone.now() - timedelta(seconds=30))
+    services.sweep()
+    services.sweep()
+    assert OutboxMessage.objects.get(sent_at=None).task == task
+
+
 def test_events_of_a_run_are_numbered_without_a_gap(stage: Stage) -> None:
     stage.grafted(stage.propose())
     seqs = list(
