@@ -17,7 +17,7 @@ class Budget:
     """A limit on one percentile; ``seed`` is what the original document promises."""
 
     percentile: str  # "p50", "p95", "p99"
-    limit: float
+    limit: float | None  # None: measured to compare with, not to hold
     unit: str
     seed: str = "-"
 
@@ -46,9 +46,9 @@ class Figure:
 
     @property
     def within(self) -> bool | None:
-        """Whether the budget holds; None where nothing was measured."""
-        value = self._percentile(self.budget.percentile)
-        return None if value is None else value <= self.budget.limit
+        """Whether the budget holds; None where nothing was measured, or there is no limit."""
+        value, limit = self._percentile(self.budget.percentile), self.budget.limit
+        return None if value is None or limit is None else value <= limit
 
     def _percentile(self, name: str) -> float | None:
         if not self.samples or (len(self.samples) == 1 and name != "p50"):
@@ -66,7 +66,8 @@ def show(figures: Sequence[Figure]) -> str:
             for name in ("p50", "p95", "p99")
         )
         mark = {True: "ok", False: "OVER", None: "?"}[figure.within]
-        budget = f"{row['budget_percentile']} <= {row['budget']:g} {row['unit']} {mark}"
+        limit = row["budget"]
+        budget = f"{row['budget_percentile']} <= {limit:g} {row['unit']} {mark}" if limit else "-"
         lines.append(f"{figure.name:<18}{values}  {budget:<20}{row['seed']:<14}{figure.note}")
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.figures import Budget, Figure, show, write_json
-from benchmarks.overhead import BUDGET_ABSOLUTE_MS, BUDGET_RATIO, LONG_STEP_MS
+from benchmarks.overhead import BUDGET_ABSOLUTE_MS, BUDGET_RATIO, HOSTS, LONG_STEP_MS
 from benchmarks.overhead import measure as measure_overhead
 from esper import blueprints, grafting
 from esper.blueprints import Blueprint
@@ -170,12 +170,13 @@ def graft_pause(*, repeats: int) -> Figure:
 
 def overhead(*, quick: bool) -> list[Figure]:
     """What being watched costs a step, from benchmarks.overhead: a ratio, or ms on short steps."""
+    hosts = [host for host in HOSTS if host.name in ("perceptron", "convolutions")]
     figures = []
-    for host, row in measure_overhead(quick=quick).items():
+    for row in measure_overhead(quick=quick, watchers=["esper"], hosts=hosts):
         is_long = row["bare_p50"] >= LONG_STEP_MS
         name = "overhead" if is_long else "overhead_short"
         value = row["ratio"] if is_long else row["absolute_ms"]
-        note = f"attached against bare, medians of {row['n']} steps; {host}"
+        note = f"attached against bare, medians of {row['n']} steps; {row['host']}"
         figures.append(Figure(name, BUDGETS[name], (value,), note))
     return figures
 

@@ -1,41 +1,74 @@
-"""What being watched costs a training step.
+"""What being watched costs a training step: Esper beside wandb and Lightning's own monitor.
 
-    python -m benchmarks.overhead [--quick] [--json FILE]
+    python -m benchmarks.overhead [--quick] [--json FILE] [--host NAME]
 
-Each host model is trained bare and attached in turns, in interleaved blocks of the same run, so
-that the machine's drift hits both alike. Attached means observing with telemetry to a server that
-does not answer: the busiest case that a trainer meets by itself.
+Each host model is trained bare and watched in turns, in interleaved blocks of the same run, so
+that the machine's drift hits all alike; a ratio is of neighbouring blocks. The watchers:
+
+- ``esper``: observing, with telemetry to a server that does not answer, the busiest case that a
+  trainer meets by itself; a frame at most every 10 steps.
+- ``wandb``: ``wandb.watch(log="all")`` offline, logging as often as Esper samples (every 10 steps).
+- ``lightning``: ``DeviceStatsMonitor(cpu_stats=True)`` in a Lightning loop that logs every 10
+  steps, against the same Lightning loop without it.
+
+wandb and Lightning are not in Esper's requirements; where one is missing it is named and left out:
+``pip install wandb==0.31.0 lightning==2.6.6 psutil``
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
+import logging
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import esper
 
 LONG_STEP_MS = 10.0  # from here on the budget is a ratio, below it is absolute
 BUDGET_RATIO = 1.01
 BUDGET_ABSOLUTE_MS = 0.1
+LOG_EVERY = 10  # steps; Esper's own shortest period of frames
 
 
 @dataclass(frozen=True)
 class Host:
-    """A model, its optimizer and how to get a loss."""
+    """A model and a batch that it learns."""
 
     name: str
+    about: str
     build: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
+
+
+class TokenModel(nn.Module):
+    """Two transformer blocks over 256 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(256, 96)
+        block = partial(nn.TransformerEncoderLayer, 96, 4, 384, dropout=0.0, batch_first=True)
+        self.blocks = nn.Sequential(block(), block())
+        self.head = nn.Linear(96, 256)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(self.tokens(tokens)))
+        return logits.flatten(0, 1)
 
 
 def perceptron() -> nn.Module:
@@ -54,11 +87,19 @@ def convolutions() -> nn.Module:
 
 HOSTS = (
     Host(
-        "short steps: 5-layer perceptron",
+        "perceptron",
+        "short steps: 5 linear layers",
         perceptron,
         lambda: (torch.randn(64, 128), torch.randint(10, (64,))),
     ),
     Host(
+        "transformer",
+        "long steps: 2 transformer blocks",
+        TokenModel,
+        lambda: (torch.randint(256, (8, 64)), torch.randint(256, (8 * 64,))),
+    ),
+    Host(
+        "convolutions",
         "20 ms steps: 4 convolutions",
         convolutions,
         lambda: (torch.randn(10, 3, 32, 32), torch.randint(10, (10,))),
@@ -66,19 +107,69 @@ HOSTS = (
 )
 
 
-class Loop:
-    """One training loop; ``session`` is None for the bare one."""
+class Watcher(Protocol):
+    """What watches a plain loop."""
 
-    def __init__(self, host: Host, *, attached: bool) -> None:
+    def step(self, loss: Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class EsperWatcher:
+    """Observes; nobody answers at its server's address."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        nobody = "http://127.0.0.1:9"
+        self._session = esper.attach(
+            model,
+            optimizer,
+            run="overhead",
+            server=nobody,
+            token="esp_x",  # noqa: S106 - nobody checks it
+        )
+        self.step = self._session.step
+
+    def close(self) -> None:
+        self._session.close(timeout=0.1)
+
+
+class WandbWatcher:
+    """``wandb.watch(log="all")``, offline."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._wandb: Any = importlib.import_module("wandb")
+        self._directory = tempfile.TemporaryDirectory(prefix="esper-wandb-")
+        settings = self._wandb.Settings(silent=True, console="off")
+        self._run = self._wandb.init(
+            project="overhead", mode="offline", dir=self._directory.name, settings=settings
+        )
+        self._wandb.watch(model, log="all", log_freq=LOG_EVERY)
+
+    def step(self, loss: Tensor) -> None:
+        self._wandb.log({"loss": loss})
+
+    def close(self) -> None:
+        self._run.finish()
+        self._directory.cleanup()
+
+
+class PlainLoop:
+    """One loop as a user writes it; without a watcher it is the bare one."""
+
+    def __init__(self, host: Host, watch: Callable[..., Watcher] | None = None) -> None:
         torch.manual_seed(0)
         self.model = host.build()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.batch = host.batch()
-        self.session = _attach(self.model, self.optimizer) if attached else None
+        self.watcher = watch(self.model, self.optimizer) if watch else None
 
     def block(self, steps: int) -> list[float]:
         """Milliseconds of each step."""
         return [self._step() for _ in range(steps)]
+
+    def close(self) -> None:
+        if self.watcher is not None:
+            self.watcher.close()
 
     def _step(self) -> float:
         started = time.perf_counter()
@@ -86,82 +177,172 @@ class Loop:
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         self.optimizer.step()
-        if self.session is not None:
-            self.session.step(loss)
+        if self.watcher is not None:
+            self.watcher.step(loss)
         return (time.perf_counter() - started) * 1e3
 
 
-def _attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> esper.Session:
-    nobody = "http://127.0.0.1:9"
-    return esper.attach(model, optimizer, run="overhead", server=nobody, token="esp_x")  # noqa: S106
+class LightningLoop:
+    """The same training by a Lightning Trainer; a step lasts from one batch's start to the next."""
+
+    def __init__(self, host: Host, *, monitored: bool) -> None:
+        lightning = importlib.import_module("lightning.pytorch")
+        callbacks = importlib.import_module("lightning.pytorch.callbacks")
+        loggers = importlib.import_module("lightning.pytorch.loggers")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        self._directory = tempfile.TemporaryDirectory(prefix="esper-lightning-")
+        torch.manual_seed(0)
+        self._module, self._starts = _lightning_module(lightning, host)
+        self._batch = host.batch()
+        self._trainer = lightning.Trainer(
+            max_epochs=0,
+            accelerator="cpu",
+            logger=loggers.CSVLogger(self._directory.name),
+            log_every_n_steps=LOG_EVERY,
+            callbacks=[callbacks.DeviceStatsMonitor(cpu_stats=True)] if monitored else [],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    def block(self, steps: int) -> list[float]:
+        """Milliseconds of each step."""
+        self._starts.clear()
+        self._trainer.fit_loop.max_epochs += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of data workers and the like
+            # A plain list would be taken for a list of loaders.
+            loader: Any = DataLoader([self._batch] * (steps + 1), batch_size=None)  # type: ignore[arg-type]
+            self._trainer.fit(self._module, loader)
+        pairs = zip(self._starts, self._starts[1:], strict=False)
+        return [(later - earlier) * 1e3 for earlier, later in pairs]
+
+    def close(self) -> None:
+        self._directory.cleanup()
+
+
+def _lightning_module(lightning: Any, host: Host) -> tuple[Any, list[float]]:
+    starts: list[float] = []
+
+    class Trained(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = host.build()
+
+        def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
+            starts.append(time.perf_counter())
+            loss = F.cross_entropy(self.model(batch[0]), batch[1])
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+    return Trained(), starts
+
+
+class Loop(Protocol):
+    """Something that trains a number of steps and says how long each took."""
+
+    def block(self, steps: int) -> list[float]: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of single steps, block by block, bare and attached in turns."""
+    """Milliseconds of single steps, block by block, bare and watched in turns."""
 
     bare: list[list[float]]
-    attached: list[list[float]]
+    watched: list[list[float]]
 
     @property
     def ratios(self) -> list[float]:
-        """Attached / bare median of each pair of neighbouring blocks."""
+        """Watched / bare mean of each pair of neighbouring blocks.
+
+        Of means, not medians: what is done only every tenth step costs all the same.
+        """
+        return [
+            statistics.fmean(watched) / statistics.fmean(bare)
+            for bare, watched in zip(self.bare, self.watched, strict=True)
+        ]
+
+    @property
+    def typical_ratios(self) -> list[float]:
+        """The same of medians: what a step without a sample pays."""
         return [
             statistics.median(watched) / statistics.median(bare)
-            for bare, watched in zip(self.bare, self.attached, strict=True)
+            for bare, watched in zip(self.bare, self.watched, strict=True)
         ]
 
 
-def measure(*, quick: bool = False) -> dict[str, dict[str, Any]]:
-    """Step times of every host, bare and attached.
-
-    Returns:
-        By host: p50, p95 and p99 of the attached step, the bare p50, the ratio, the absolute
-        difference of the medians, the mean difference, the budget and whether it is kept.
-    """
-    return {host.name: _summary(_time(host, quick=quick)) for host in HOSTS}
-
-
-def step_time_ratios(*, quick: bool = False) -> list[float]:
-    """Attached / bare step time on the host with 20 ms steps, one number per pair of blocks."""
-    return _time(HOSTS[-1], quick=quick).ratios
+WATCHERS: dict[str, tuple[str, Callable[[Host], Loop], Callable[[Host], Loop]]] = {
+    "esper": ("", PlainLoop, lambda host: PlainLoop(host, EsperWatcher)),
+    "wandb": ("wandb", PlainLoop, lambda host: PlainLoop(host, WandbWatcher)),
+    "lightning": (
+        "lightning",
+        lambda host: LightningLoop(host, monitored=False),
+        lambda host: LightningLoop(host, monitored=True),
+    ),
+}
 
 
-def _time(host: Host, *, quick: bool) -> Timing:
+def measure(
+    *,
+    quick: bool = False,
+    watchers: Sequence[str] = tuple(WATCHERS),
+    hosts: Sequence[Host] = HOSTS,
+) -> list[dict[str, Any]]:
+    """One row for each host and watcher: step times, ratio to the bare loop, and the budget."""
+    rows = []
+    for host in hosts:
+        for watcher in watchers:
+            needs, bare, watched = WATCHERS[watcher]
+            if needs and importlib.util.find_spec(needs) is None:
+                rows.append({"host": host.name, "watcher": watcher, "missing": needs})
+                continue
+            timing = _time(bare(host), watched(host), seconds=8.0 if quick else 40.0)
+            rows.append({"host": host.name, "watcher": watcher, **_summary(timing)})
+    return rows
+
+
+def _time(bare: Loop, watched: Loop, *, seconds: float) -> Timing:
     torch.set_num_threads(1)
-    bare, attached = Loop(host, attached=False), Loop(host, attached=True)
-    steps = max(5, int(50 / statistics.median(bare.block(30))))
-    attached.block(30)
+    steps = max(20, int(100 / statistics.median(bare.block(30))))
+    watched.block(30)
     timing = Timing([], [])
-    end = time.monotonic() + (8.0 if quick else 60.0)
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         timing.bare.append(bare.block(steps))
-        timing.attached.append(attached.block(steps))
-    assert attached.session is not None
-    attached.session.close(timeout=0.1)
+        timing.watched.append(watched.block(steps))
+    bare.close()
+    watched.close()
     return timing
 
 
 def _summary(timing: Timing) -> dict[str, Any]:
     bare_ms = [step for block in timing.bare for step in block]
-    attached_ms = [step for block in timing.attached for step in block]
+    watched_ms = [step for block in timing.watched for step in block]
     bare = statistics.median(bare_ms)
     is_long = bare >= LONG_STEP_MS
     # Of pairs of neighbouring blocks: the machine's slow drift falls out.
-    ratio = statistics.median(timing.ratios)
-    more = bare * (ratio - 1.0)
+    typical = statistics.median(timing.typical_ratios)
+    mean = statistics.median(timing.ratios)
     return {
-        "p50": statistics.median(attached_ms),
-        "p95": _percentile(attached_ms, 0.95),
-        "p99": _percentile(attached_ms, 0.99),
+        "p50": statistics.median(watched_ms),
+        "p95": _percentile(watched_ms, 0.95),
+        "p99": _percentile(watched_ms, 0.99),
         "bare_p50": bare,
-        "ratio": ratio,
-        "absolute_ms": more,
-        "mean_difference_ms": statistics.fmean(attached_ms) - statistics.fmean(bare_ms),
+        "ratio": typical,
+        "mean_ratio": mean,
+        "absolute_ms": bare * (typical - 1.0),
+        "mean_absolute_ms": statistics.fmean(bare_ms) * (mean - 1.0),
         "unit": "ms",
         "budget": f"<= {BUDGET_RATIO} x bare" if is_long else f"<= {BUDGET_ABSOLUTE_MS} ms more",
-        "kept": ratio <= BUDGET_RATIO if is_long else more <= BUDGET_ABSOLUTE_MS,
-        "n": len(attached_ms),
+        "kept": typical <= BUDGET_RATIO
+        if is_long
+        else bare * (typical - 1.0) <= BUDGET_ABSOLUTE_MS,
+        "n": len(watched_ms),
     }
 
 
@@ -169,26 +350,39 @@ def _percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def print_table(results: dict[str, dict[str, Any]]) -> None:
-    head = f"{'host':34} {'bare':>9} {'attached':>9} {'ratio':>7} {'more':>9} {'mean':>9}  budget"
-    print(head)
-    for name, row in results.items():
-        print(
-            f"{name:34} {row['bare_p50']:6.3f} ms {row['p50']:6.3f} ms {row['ratio']:7.4f} "
-            f"{row['absolute_ms']:6.3f} ms {row['mean_difference_ms']:6.3f} ms  {row['budget']}: "
-            f"{'kept' if row['kept'] else 'NOT KEPT'}"
+def show(rows: Sequence[dict[str, Any]]) -> str:
+    """A table for a terminal."""
+    lines = [
+        f"{'host':14}{'watcher':11}{'bare p50':>10}{'watched':>9}{'p50 ratio':>11}"
+        f"{'mean ratio':>12}{'more':>9}{'mean more':>11}  budget of Esper"
+    ]
+    for row in rows:
+        head = f"{row['host']:14}{row['watcher']:11}"
+        if "missing" in row:
+            lines.append(f"{head}{row['missing']} is not installed")
+            continue
+        budget = f"{row['budget']}: {'kept' if row['kept'] else 'NOT KEPT'}"
+        lines.append(
+            f"{head}{row['bare_p50']:>10.3f}{row['p50']:>9.3f}{row['ratio']:>11.4f}"
+            f"{row['mean_ratio']:>12.4f}{row['absolute_ms']:>9.3f}{row['mean_absolute_ms']:>11.3f}"
+            f"  {budget if row['watcher'] == 'esper' else '-'}"
         )
+    return "\n".join([*lines, "milliseconds a step; one torch thread"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What being watched costs a training step.")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--host", choices=[host.name for host in HOSTS])
     args = parser.parse_args()
-    results = measure(quick=args.quick)
-    print_table(results)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    hosts = [host for host in HOSTS if args.host in (None, host.name)]
+    rows = measure(quick=args.quick, hosts=hosts)
+    print(show(rows))
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2))
+        named = {f"{row['host']}, {row['watcher']}": row for row in rows}
+        args.json.write_text(json.dumps(named, indent=2))
 
 
 if __name__ == "__main__":
