@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from django.utils import timezone
 from rest_framework.request import Request
@@ -48,10 +48,17 @@ class Tokens(Endpoint):
             owner=person(request),
             name=given["name"],
             scopes=[TokenScope(scope) for scope in given["scopes"]],
-            expires_at=timezone.now() + timedelta(days=given["expires_in_days"]),
+            expires_at=_expiry(request, timedelta(days=given["expires_in_days"])),
             actor=actor(request),
         )
         return Response(NewTokenOutput(token, context={"secret": secret}).data, status=201)
+
+
+def _expiry(request: Request, wanted: timedelta) -> datetime:
+    """A token that was issued with a token ends with it: a stolen one must not prolong itself."""
+    asked = timezone.now() + wanted
+    issuer = request.auth.expires_at if isinstance(request.auth, ApiToken) else None
+    return asked if issuer is None else min(asked, issuer)
 
 
 class Token(Endpoint):

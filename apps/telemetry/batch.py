@@ -16,6 +16,7 @@ from esper.exceptions import CodecError
 MAX_FRAMES = 500
 MAX_METRICS = 1000  # entries, each with some values
 MAX_VALUES = 64  # per entry
+MAX_BATCH_VALUES = 20_000  # of all entries; they are rows, about 0.1 ms each
 MAX_FINDINGS = 200
 MAX_METRIC_NAME = 80
 MAX_STEP = 2**53
@@ -72,6 +73,8 @@ def parse_batch(data: dict[str, Any], *, layers: int) -> Batch:
         dropped=_whole(data.get("dropped", 0), "/dropped"),
         items=len(frames) + len(metrics) + len(findings),
     )
+    if len(batch.metrics) > MAX_BATCH_VALUES:
+        _refuse("/metrics", f"at most {MAX_BATCH_VALUES} values in one batch")
     if batch.seq_to - batch.seq_from + 1 != batch.items or batch.seq_from < 1:
         _refuse("/seq_to", f"{batch.items} items are not {batch.seq_from}…{batch.seq_to}")
     return batch

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from django.db import transaction
@@ -19,6 +19,7 @@ from apps.runs.models import Run
 from apps.runs.services import check_epoch, set_state
 from apps.telemetry.batch import Batch, MetricItem
 from apps.telemetry.health_stream import add_frames
+from apps.telemetry.metric_names import split_by_name
 from apps.telemetry.models import Frame, Metric
 from esper.contracts import RunState, codec
 
@@ -59,12 +60,22 @@ def ingest_batch(*, run: Run, batch: Batch, record_findings: RecordFindings) -> 
         if batch.seq_to <= run.telemetry_seq:
             Run.objects.filter(pk=run.pk).update(last_seen_at=timezone.now())
             return Ingested(stored=0, duplicate=True)
+        batch = _within_names(run, batch)
         _store(run, batch)
         _advance(run, batch)
         if batch.findings:
             record_findings(run=run, findings=batch.findings)
         transaction.on_commit(lambda: _announce(run, batch))
     return Ingested(batch.items, False, _slow_down_ms((time.perf_counter() - started) * 1e3))
+
+
+def _within_names(run: Run, batch: Batch) -> Batch:
+    """The batch without metrics under too many names; they count as dropped, which pages show."""
+    taken, refused = split_by_name(run, batch.metrics)
+    if not refused:
+        return batch
+    log.warning("%s: %d values under too many metric names", run.uid, len(refused))
+    return replace(batch, metrics=taken, dropped=batch.dropped + len(refused))
 
 
 def _store(run: Run, batch: Batch) -> None:

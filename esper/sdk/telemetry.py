@@ -19,8 +19,11 @@ MAX_WAITING_METRICS = 20_000
 MAX_WAITING_FRAMES = 200
 MAX_WAITING_FINDINGS = 500
 MAX_BATCH_METRICS = 500
+MAX_BATCH_VALUES = 10_000  # of these metrics together; a server takes twice as many
 MAX_BATCH_FINDINGS = 100
 MAX_BATCH_FRAME_BYTES = 300_000  # of packed values; a body may have 1 MiB
+
+_Metrics = tuple[int, float, Mapping[str, float]]  # step, wall time, name -> value
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class TelemetryQueue:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._frames: deque[HealthFrame] = deque()
-        self._metrics: deque[tuple[int, float, Mapping[str, float]]] = deque()
+        self._metrics: deque[_Metrics] = deque()
         self._findings: deque[Finding] = deque()
         self._seq = 0
         self._untold = 0  # drops that no batch has reported yet
@@ -73,7 +76,7 @@ class TelemetryQueue:
         """The next batch, None when nothing waits. It must be settled before the next is taken."""
         with self._lock:
             frames = self._take_frames()
-            metrics = _take(self._metrics, MAX_BATCH_METRICS)
+            metrics = self._take_metrics()
             findings = _take(self._findings, MAX_BATCH_FINDINGS)
             items = len(frames) + len(metrics) + len(findings)
             if not items:
@@ -117,6 +120,15 @@ class TelemetryQueue:
             size += frame.values.nbytes
             frames.append(frame)
         return frames
+
+    def _take_metrics(self) -> list[_Metrics]:
+        metrics: list[_Metrics] = []
+        values = 0
+        while self._metrics and len(metrics) < MAX_BATCH_METRICS and values < MAX_BATCH_VALUES:
+            entry = self._metrics.popleft()
+            values += len(entry[2])
+            metrics.append(entry)
+        return metrics
 
 
 def _take(waiting: deque[Any], most: int) -> list[Any]:

@@ -59,6 +59,18 @@ def test_batches_are_numbered_without_gaps() -> None:
     assert expected == 605
 
 
+def test_a_batch_holds_no_more_values_than_a_server_takes() -> None:
+    queue = TelemetryQueue()
+    for step in range(500):
+        queue.offer_metrics(step, 0.0, {f"metric_{number}": 1.0 for number in range(60)})
+    sizes = []
+    while (batch := queue.take(1)) is not None:
+        sizes.append(sum(len(entry["values"]) for entry in batch.body["metrics"]))
+        queue.settle_stored(batch)
+    assert max(sizes) < 20_000
+    assert sum(sizes) == 30_000
+
+
 def test_a_diverged_loss_travels_as_strict_json() -> None:
     queue = TelemetryQueue()
     queue.offer_metrics(1, 0.0, {"loss": math.nan, "grad_norm": math.inf})

@@ -161,6 +161,15 @@ def test_people_give_their_scripts_tokens_and_take_them_back(operator: Caller) -
     assert script.get("me").status == 401
 
 
+def test_a_token_issued_with_a_token_does_not_outlive_it(operator: Caller) -> None:
+    ends_soon = {"name": "script", "scopes": ["read", "act"], "expires_in_days": 2}
+    script = Caller(operator.post("tokens", ends_soon).data["secret"])
+    child = script.post("tokens", {"name": "child", "scopes": ["read"], "expires_in_days": 300})
+    assert child.status == 201
+    parent = next(t for t in operator.get("tokens").data["results"] if t["name"] == "script")
+    assert child.data["expires_at"] == parent["expires_at"]
+
+
 def test_nobody_takes_away_the_token_of_somebody_else(
     callers: dict[Role, Caller], people: dict[Role, User]
 ) -> None:

@@ -12,6 +12,7 @@ from apps.accounts.models import ApiToken, User
 from apps.adaptations.models import Adaptation
 from apps.runs.models import Run
 from apps.runs.services import issue_command
+from apps.telemetry.metric_names import MOST_NAMES
 from apps.telemetry.models import Frame, Metric
 from apps.violations.models import Violation
 from esper.compilation import KernelStore
@@ -163,6 +164,23 @@ def test_findings_become_violations_and_drops_are_counted(trainer: Trainer) -> N
         "fc",
     )
     assert trainer.row().dropped_items == 7
+
+
+def test_metrics_under_ever_new_names_are_dropped_and_counted(trainer: Trainer) -> None:
+    for start in range(0, 600, 60):
+        names = {f"loss_at_{number}": 1.0 for number in range(start, start + 60)}
+        assert trainer.send(metrics=[metrics(start, **names)]).status == 202
+    assert Metric.objects.values("name").distinct().count() == MOST_NAMES
+    assert trainer.row().dropped_items == 600 - MOST_NAMES
+    assert trainer.send(metrics=[metrics(601, loss_at_0=2.0)]).status == 202
+    assert Metric.objects.filter(name="loss_at_0").count() == 2  # known names go on
+
+
+def test_a_batch_of_too_many_values_is_refused(trainer: Trainer) -> None:
+    many = {f"m{number}": 1.0 for number in range(60)}
+    answer = trainer.send(metrics=[metrics(step, **many) for step in range(334)])
+    assert answer.status == 400
+    assert "20000 values" in str(answer.data["errors"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""How many differently named metrics a run may have, and which it has.
+
+A script that puts the step into a metric's name would fill the database and the pages.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from apps.runs.models import Run
+from apps.telemetry.batch import MetricItem
+from apps.telemetry.models import Metric
+
+MOST_NAMES = 500
+RUNS_REMEMBERED = 1_000
+
+# Of this process. Another one may add a few names more at the same time; that does no harm.
+_known: OrderedDict[str, set[str]] = OrderedDict()
+
+
+def split_by_name(
+    run: Run, metrics: Iterable[MetricItem]
+) -> tuple[list[MetricItem], list[MetricItem]]:
+    """Metrics to store, and those whose name would be one too many."""
+    known = _names_of(run)
+    taken: list[MetricItem] = []
+    refused: list[MetricItem] = []
+    for metric in metrics:
+        if metric.name not in known and len(known) < MOST_NAMES:
+            known.add(metric.name)
+        (taken if metric.name in known else refused).append(metric)
+    return taken, refused
+
+
+def _names_of(run: Run) -> set[str]:
+    names = _known.pop(run.uid, None)
+    if names is None:
+        names = set(_stored_names(run))
+    _known[run.uid] = names  # the most recently used one is last
+    if len(_known) > RUNS_REMEMBERED:
+        _known.popitem(last=False)
+    return names
+
+
+def _stored_names(run: Run) -> Iterable[str]:
+    """One index lookup for each name: DISTINCT would read every metric of the run."""
+    names = Metric.objects.filter(run=run).order_by("name").values_list("name", flat=True)
+    name = names.first()
+    while name is not None:
+        yield name
+        name = names.filter(name__gt=name).first()
