@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,22 @@ class ReadyCommand:
 
     command: Command
     graft: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """Something to be promised to the server.
+
+    Attributes:
+        path: below the run.
+        body: JSON; the epoch is added later.
+        rest: more of the body, worked out by the transport thread: hashing a model takes longer
+            than grafting into it.
+    """
+
+    path: str
+    body: dict[str, Any]
+    rest: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +57,7 @@ class Exchange:
 
     Attributes:
         telemetry: to be sent.
-        owed: to be promised, as (path below the run, body); the epoch is added later.
+        owed: to be promised.
         inbox: commands to be carried out at the next step boundary.
         settled: (adaptation, state) that the server answered to hello.
         pending: numbers of commands that were accepted and are not answered yet.
@@ -49,7 +66,7 @@ class Exchange:
     """
 
     telemetry: TelemetryQueue = field(default_factory=TelemetryQueue)
-    owed: deque[tuple[str, dict[str, Any]]] = field(default_factory=deque)
+    owed: deque[Owed] = field(default_factory=deque)
     inbox: deque[ReadyCommand] = field(default_factory=deque)
     settled: deque[tuple[str, str]] = field(default_factory=deque)
     pending: set[int] = field(default_factory=set)
@@ -65,11 +82,13 @@ class Exchange:
         offset = self.registration.clock_offset if self.registration else 0.0
         return time.time() + offset
 
-    def answer(self, ack: CommandAck, *, final: bool = True) -> None:
+    def answer(
+        self, ack: CommandAck, *, final: bool = True, rest: Callable[[], dict[str, Any]] = dict
+    ) -> None:
         """Owe the server an acknowledgement."""
         if final:
             self.pending.discard(ack.seq)
-        self.owed.append((f"commands/{ack.seq}/ack", ack.to_wire()))
+        self.owed.append(Owed(f"commands/{ack.seq}/ack", ack.to_wire(), rest))
 
     def ledger(self) -> str:
         queue = self.telemetry

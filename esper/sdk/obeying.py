@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from esper import blueprints
 from esper.compilation.instantiate import instantiate
@@ -28,7 +28,7 @@ from esper.exceptions import (
     UnknownBlueprintError,
     UnknownLayerError,
 )
-from esper.grafting import UndoReceipt
+from esper.grafting import Receipt, UndoReceipt
 from esper.sdk.commands import LocalVeto
 from esper.sdk.exchange import Exchange, ReadyCommand
 from esper.sdk.surgeon import Adaptation, Operation
@@ -52,6 +52,23 @@ class Operations:
     find: Callable[[str], Adaptation | None]
     apply: Callable[[Operation], Adaptation]
     take_out: TakeOut
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a command; ``receipt`` where it was a graft that is in the model now."""
+
+    ack: CommandAck
+    receipt: Receipt | None = None
+
+    def digests(self) -> dict[str, Any]:
+        """Of the model before and after the graft, as fields of the ack. Hashes the whole model."""
+        if self.receipt is None:
+            return {}
+        return {
+            "digest_before": self.receipt.digest_before,
+            "digest_after": self.receipt.digest_after,
+        }
 
 
 class CommandDesk:
@@ -89,18 +106,17 @@ class CommandDesk:
             graft=graft,
         )
 
-    def carry_out(self, ready: ReadyCommand) -> CommandAck:
+    def carry_out(self, ready: ReadyCommand) -> Answer:
         """Do it now, whatever comes of it: the server waits for an answer."""
         try:
-            return self._carry_out(ready)
+            if ready.command.kind is CommandKind.GRAFT:
+                return self._graft(ready.command, ready.graft)
+            return Answer(self._carry_out(ready.command))
         except Exception as error:
             logger.exception("command %d failed", ready.command.seq)
-            return failed(ready.command, f"{type(error).__name__}: {error}")
+            return Answer(failed(ready.command, f"{type(error).__name__}: {error}"))
 
-    def _carry_out(self, ready: ReadyCommand) -> CommandAck:
-        command = ready.command
-        if command.kind is CommandKind.GRAFT:
-            return self._graft(command, ready.graft)
+    def _carry_out(self, command: Command) -> CommandAck:
         if command.kind is CommandKind.UNDO:
             return self._undo(command)
         if command.kind is CommandKind.STOP_RUN:
@@ -109,28 +125,28 @@ class CommandDesk:
             self._veto.paused = command.kind is CommandKind.PAUSE_ADAPTATION
         return CommandAck(seq=command.seq, state=CommandState.APPLIED)
 
-    def _graft(self, command: Command, operation: Operation) -> CommandAck:
+    def _graft(self, command: Command, operation: Operation) -> Answer:
         if self._exchange.now() >= command.expires_at:
-            return failed(command, "it expired before a step boundary came", RefusalCode.EXPIRED)
+            reason = "it expired before a step boundary came"
+            return Answer(failed(command, reason, RefusalCode.EXPIRED))
         try:
             self._veto.check(command)
             receipt = self._operations.apply(operation).receipt
         except CommandRefusedError as refusal:
-            return failed(command, refusal.reason, refusal.code)
+            return Answer(failed(command, refusal.reason, refusal.code))
         except CertificateError as error:
             ack = failed(command, str(error), RefusalCode.CERTIFICATE_FAILED)
-            return replace(ack, certificate=error.certificate)
+            return Answer(replace(ack, certificate=error.certificate))
         except (IncompatibleLayerError, UnknownLayerError) as error:
-            return failed(command, str(error), RefusalCode.INCOMPATIBLE_LAYER)
+            return Answer(failed(command, str(error), RefusalCode.INCOMPATIBLE_LAYER))
         assert receipt is not None
-        return CommandAck(
+        ack = CommandAck(
             seq=command.seq,
             state=CommandState.APPLIED,
             pause_ms=receipt.pause_ms,
             certificate=receipt.certificate,
-            digest_before=receipt.digest_before,
-            digest_after=receipt.digest_after,
         )
+        return Answer(ack, receipt)
 
     def _undo(self, command: Command) -> CommandAck:
         adaptation = self._operations.find(command.adaptation)

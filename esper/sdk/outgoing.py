@@ -9,7 +9,7 @@ from functools import partial
 
 from esper.exceptions import TransportError
 from esper.sdk.client import Client, insist
-from esper.sdk.exchange import Exchange, Pace
+from esper.sdk.exchange import Exchange, Owed, Pace
 from esper.sdk.journal import JOURNAL_FILE, Journal, Promise, state_directory
 from esper.sdk.registration import Registration
 from esper.sdk.telemetry import Batch
@@ -108,14 +108,15 @@ class PromiseKeeper:
     def write_down(self) -> None:
         """From memory to the journal: from here on it outlives this process."""
         while self._exchange.owed:
-            path, body = self._exchange.owed.popleft()
-            self._journal.promise(f"{self._run}/{path}", {**body, "epoch": self._epoch})
+            owed = self._exchange.owed.popleft()
+            body = {**owed.body, **owed.rest(), "epoch": self._epoch}
+            self._journal.promise(f"{self._run}/{owed.path}", body)
 
     def write_finish(self) -> None:
         """The last promise of a run, once."""
         if self._exchange.finish is not None and not self._finish_written:
             self._finish_written = True
-            self._exchange.owed.append(("finish", self._exchange.finish))
+            self._exchange.owed.append(Owed("finish", self._exchange.finish))
         self.write_down()
 
     async def _keep(self, promise: Promise) -> None:

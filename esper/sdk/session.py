@@ -454,8 +454,8 @@ class Session:
         if transport is None or desk is None:
             return
         while transport.exchange.inbox:
-            ack = desk.carry_out(transport.exchange.inbox.popleft())
-            transport.answer(replace(ack, step=self._step))
+            answer = desk.carry_out(transport.exchange.inbox.popleft())
+            transport.answer(replace(answer.ack, step=self._step), answer.digests)
 
     @property
     def _stop_reason(self) -> str:

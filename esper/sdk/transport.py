@@ -21,7 +21,7 @@ from esper.contracts import CommandAck
 from esper.exceptions import CodecError, TransportError
 from esper.sdk.client import Client, insist
 from esper.sdk.commands import LocalVeto
-from esper.sdk.exchange import Exchange, Pace
+from esper.sdk.exchange import Exchange, Owed, Pace
 from esper.sdk.journal import Journal, state_directory
 from esper.sdk.listening import Listener, Prepare
 from esper.sdk.outgoing import PromiseKeeper, TelemetrySender, deliver_leftovers
@@ -85,14 +85,14 @@ class Transport:
         if self._sender is not None:
             self._call_in_loop(self._sender.wake.set)
 
-    def answer(self, ack: CommandAck) -> None:
-        """The end of a command, to be told until it is heard."""
-        self.exchange.answer(ack)
+    def answer(self, ack: CommandAck, rest: Callable[[], dict[str, Any]] = dict) -> None:
+        """The end of a command, to be told until it is heard; ``rest`` as in ``Owed``."""
+        self.exchange.answer(ack, rest=rest)
         self._keep_soon()
 
     def owe(self, path: str, body: dict[str, Any]) -> None:
         """Promise ``POST runs/{uid}/<path>``; the epoch is added."""
-        self.exchange.owed.append((path, body))
+        self.exchange.owed.append(Owed(path, body))
         self._keep_soon()
 
     def close(self, finish: dict[str, Any], *, timeout: float) -> None:
