@@ -160,8 +160,15 @@ def graft_pause(*, repeats: int) -> Figure:
         model, optimizer, layer = _trained_host()
         blueprint = blueprints.get("proj_lora_64")
         graft = blueprint.build(layer, seed=repeat + 1)
+        memory = grafting.SnapshotMemory.reserve(model, (optimizer,))  # as a session does
         receipt = grafting.apply_graft(
-            model, layer, blueprint, optimizers=(optimizer,), graft=graft, seed=repeat + 1
+            model,
+            layer,
+            blueprint,
+            optimizers=(optimizer,),
+            graft=graft,
+            seed=repeat + 1,
+            memory=memory,
         )
         samples.append(receipt.pause_ms)
     note = "snapshot, certificate, swap; 1 M parameters"

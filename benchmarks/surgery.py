@@ -114,9 +114,16 @@ def with_esper(case: Trained, *, hard: bool) -> tuple[float, Callable[[], None]]
     grafting.prepare_slots(case.model, ["4"])  # a session does so when it attaches
     blueprint = blueprints.get("proj_lora_64")
     graft = blueprint.build(layer, seed=1)
+    memory = grafting.SnapshotMemory.reserve(case.model, (case.optimizer,))  # and so it does here
     started = time.perf_counter()
     receipt: Receipt = grafting.apply_graft(
-        case.model, layer, blueprint, optimizers=(case.optimizer,), graft=graft, seed=1
+        case.model,
+        layer,
+        blueprint,
+        optimizers=(case.optimizer,),
+        graft=graft,
+        seed=1,
+        memory=memory,
     )
     return _since(started), partial(_undo_with_esper, receipt, hard)
 

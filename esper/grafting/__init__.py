@@ -24,7 +24,7 @@ from esper.grafting.slot import (
     slots,
     watch,
 )
-from esper.grafting.snapshot import Snapshot, digest
+from esper.grafting.snapshot import Snapshot, SnapshotMemory, digest
 from esper.grafting.structure import (
     load_optimizer_state_by_name,
     optimizer_state_by_name,
@@ -40,6 +40,7 @@ __all__ = [
     "Receipt",
     "Slot",
     "Snapshot",
+    "SnapshotMemory",
     "UndoReceipt",
     "add_group",
     "apply_graft",

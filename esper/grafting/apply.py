@@ -28,7 +28,7 @@ from esper.grafting.slot import (
     slot_of,
     slots,
 )
-from esper.grafting.snapshot import Frozen, RandomStreams, Snapshot, digest
+from esper.grafting.snapshot import Frozen, RandomStreams, Snapshot, SnapshotMemory, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +215,7 @@ def apply_graft(
     adaptation: str = "",
     step: int = -1,
     thorough: bool = False,
+    memory: SnapshotMemory | None = None,
 ) -> Receipt:
     """Grafts ``blueprint`` into one layer of a live model, at a step boundary.
 
@@ -225,6 +226,7 @@ def apply_graft(
         adaptation: id of the adaptation that this is part of.
         step: optimizer step, for the record.
         thorough: spend more time on the certificate; see :func:`certify`.
+        memory: reserved for the snapshot, which shortens the pause.
 
     Raises:
         UnknownLayerError: the model has no such layer.
@@ -239,7 +241,7 @@ def apply_graft(
     _refuse(host, layer, blueprint, scaler)
     surroundings = Surroundings(optimizers, schedulers, scaler)
     had_slot = slot_of(host) is not None
-    snapshot = Snapshot.take(model, optimizers, schedulers, scaler)
+    snapshot = Snapshot.take(model, optimizers, schedulers, scaler, memory)
     try:
         before = snapshot.freeze(model)
         fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)

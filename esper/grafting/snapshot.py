@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from esper.grafting.ledger import unwrap_optimizer, unwrap_schedulers
 from esper.grafting.slot import Slot
 
+PAGE_BYTES = 4096
+
+Copy = Callable[[Tensor], Tensor]
+
 
 def digest(model: nn.Module) -> str:
     """Hex SHA-256 over the model's named tensors: names, shapes, dtypes, bytes and ties."""
@@ -145,6 +149,47 @@ class _SavedOptimizer:
     state: dict[Any, Any]
 
 
+class SnapshotMemory:
+    """Memory for the next snapshot, made beside the training.
+
+    Fresh memory costs more than the copy that goes into it: the system hands it out page by page,
+    in the middle of a step. Only for tensors on the CPU; a GPU's allocator keeps its own.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    @classmethod
+    def reserve(cls, model: nn.Module, optimizers: Sequence[Any] = ()) -> SnapshotMemory:
+        """Room for the tensors of a model and its optimizers, as they are now.
+
+        May run in another thread while the model trains: nothing is read but shapes.
+        """
+        memory = cls()
+        parameters = list(model.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        states = [list(unwrap_optimizer(o).state.values()) for o in optimizers]
+        moments = [v for state in states for entry in state for v in list(entry.values())]
+        for value in (*parameters, *list(model.buffers()), *gradients, *moments):
+            if isinstance(value, Tensor) and _is_large(value):
+                # Written to, so that the pages are really there.
+                memory._free.setdefault(_form(value), []).append(torch.zeros_like(value))
+        return memory
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy of ``tensor``, in reserved memory where some of its form is left."""
+        free = self._free.get(_form(tensor)) if _is_large(tensor) else None
+        return free.pop().copy_(tensor) if free else tensor.detach().clone()
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.nbytes >= PAGE_BYTES
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.dtype, tensor.shape, tensor.stride())
+
+
 class Snapshot:
     """A run's state at one moment. :meth:`take` it, and :meth:`restore` it as often as needed."""
 
@@ -164,14 +209,22 @@ class Snapshot:
         optimizers: Sequence[Any] = (),
         schedulers: Sequence[Any] = (),
         scaler: Any = None,
+        memory: SnapshotMemory | None = None,
     ) -> Snapshot:
-        """Copies everything; costs one copy of weights, gradients and optimizer state."""
+        """Copies everything; costs one copy of weights, gradients and optimizer state.
+
+        Args:
+            memory: where copies go as far as it reaches; used up by it.
+        """
         snapshot = cls()
+        copied = (memory or SnapshotMemory()).copy
         with torch.no_grad():
-            snapshot._save_model(model)
-            snapshot._optimizers = [_save_optimizer(unwrap_optimizer(o)) for o in optimizers]
+            snapshot._save_model(model, copied)
+            snapshot._optimizers = [
+                _save_optimizer(unwrap_optimizer(o), copied) for o in optimizers
+            ]
             snapshot._schedulers = [
-                (scheduler, _save_attributes(scheduler))
+                (scheduler, _save_attributes(scheduler, copied))
                 for scheduler in unwrap_schedulers(schedulers)
             ]
             if scaler is not None:
@@ -227,7 +280,7 @@ class Snapshot:
         kept = [saved.grafts or {} for saved in self._modules.values()]
         return {graft for grafts in kept for graft in grafts.values() if graft is not None}
 
-    def _save_model(self, model: nn.Module) -> None:
+    def _save_model(self, model: nn.Module, copied: Copy) -> None:
         seen: set[int] = set()
         for module in model.modules():
             is_slot = isinstance(module, Slot)
@@ -240,13 +293,13 @@ class Snapshot:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    self._save_tensor(tensor)
+                    self._save_tensor(tensor, copied)
 
-    def _save_tensor(self, tensor: Tensor) -> None:
-        self._tensors.append(_SavedTensor(tensor, tensor.detach().clone()))
+    def _save_tensor(self, tensor: Tensor, copied: Copy) -> None:
+        self._tensors.append(_SavedTensor(tensor, copied(tensor)))
         if isinstance(tensor, nn.Parameter):
             grad = tensor.grad
-            saved = None if grad is None else _SavedTensor(grad, grad.detach().clone())
+            saved = None if grad is None else _SavedTensor(grad, copied(grad))
             self._gradients.append((tensor, tensor.requires_grad, saved))
 
     def _restore_model(self) -> None:
@@ -263,12 +316,12 @@ class Snapshot:
             parameter.grad = None if gradient is None else gradient.restore()
 
 
-def _save_optimizer(optimizer: torch.optim.Optimizer) -> _SavedOptimizer:
+def _save_optimizer(optimizer: torch.optim.Optimizer, copied: Copy) -> _SavedOptimizer:
     groups = [
-        (group, {**_save_tree(_without_params(group)), "params": list(group["params"])})
+        (group, {**_save_tree(_without_params(group), copied), "params": list(group["params"])})
         for group in optimizer.param_groups
     ]
-    state = {key: _save_tree(value) for key, value in optimizer.state.items()}
+    state = {key: _save_tree(value, copied) for key, value in optimizer.state.items()}
     return _SavedOptimizer(optimizer, groups, state)
 
 
@@ -306,24 +359,24 @@ def _without_params(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _save_attributes(scheduler: Any) -> dict[str, Any]:
+def _save_attributes(scheduler: Any, copied: Copy) -> dict[str, Any]:
     # Not state_dict(): LambdaLR's leaves its functions out, and with them the list's length.
     skipped = ("optimizer", "_schedulers")
-    return {k: _save_tree(v) for k, v in vars(scheduler).items() if k not in skipped}
+    return {k: _save_tree(v, copied) for k, v in vars(scheduler).items() if k not in skipped}
 
 
 def _same_attributes(scheduler: Any, saved: dict[str, Any]) -> bool:
     return all(_same_tree(getattr(scheduler, key), value) for key, value in saved.items())
 
 
-def _save_tree(value: Any) -> Any:
+def _save_tree(value: Any, copied: Copy) -> Any:
     """Copies dicts, lists, tuples and tensors; anything else is kept as the object it is."""
     if isinstance(value, Tensor):
-        return _SavedTensor(value, value.detach().clone())
+        return _SavedTensor(value, copied(value))
     if type(value) is dict:  # a Counter or the like is kept as it is
-        return {key: _save_tree(item) for key, item in value.items()}
+        return {key: _save_tree(item, copied) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_save_tree(item) for item in value)
+        return type(value)(_save_tree(item, copied) for item in value)
     return value
 
 

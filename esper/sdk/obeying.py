@@ -28,7 +28,7 @@ from esper.exceptions import (
     UnknownBlueprintError,
     UnknownLayerError,
 )
-from esper.grafting import Receipt, UndoReceipt
+from esper.grafting import Receipt, SnapshotMemory, UndoReceipt
 from esper.sdk.commands import LocalVeto
 from esper.sdk.exchange import Exchange, ReadyCommand
 from esper.sdk.surgeon import Adaptation, Operation
@@ -49,6 +49,7 @@ class Operations:
     """What a session can do to its model, with all that has to follow a change."""
 
     layer: Callable[[str], LayerInfo]
+    reserve_memory: Callable[[], SnapshotMemory]
     find: Callable[[str], Adaptation | None]
     apply: Callable[[Operation], Adaptation]
     take_out: TakeOut
@@ -104,6 +105,7 @@ class CommandDesk:
             seed=recipe.seed,
             uid=command.adaptation,
             graft=graft,
+            memory=self._operations.reserve_memory(),
         )
 
     def carry_out(self, ready: ReadyCommand) -> Answer:

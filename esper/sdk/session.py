@@ -330,7 +330,14 @@ class Session:
         if not setup.server:
             return
         veto, exchange = LocalVeto(setup.mode), Exchange()
-        operations = Operations(self._layer, self._surgeon.find, self._apply, self._take_out)
+        surgeon = self._surgeon
+        operations = Operations(
+            layer=self._layer,
+            reserve_memory=surgeon.reserve_memory,
+            find=surgeon.find,
+            apply=self._apply,
+            take_out=self._take_out,
+        )
         self._desk = CommandDesk(operations, veto, exchange)
         self._transport = Transport(
             setup.server,

@@ -25,7 +25,7 @@ from esper.contracts import (
     Verdict,
 )
 from esper.exceptions import ConfigurationError, UndoError
-from esper.grafting import Receipt, UndoReceipt
+from esper.grafting import Receipt, SnapshotMemory, UndoReceipt
 from esper.grafting.slot import SLOT_NAME, find_host, slot_of
 
 logger = logging.getLogger("esper")
@@ -77,7 +77,7 @@ class Adaptation:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What is to be grafted: ``graft`` may have been built before, in another thread."""
+    """What is to be grafted; ``graft`` and ``memory`` may have been made in another thread."""
 
     layer: LayerInfo
     blueprint: Blueprint
@@ -85,6 +85,7 @@ class Operation:
     seed: int
     uid: str
     graft: Graft | None = None
+    memory: SnapshotMemory | None = None
 
 
 class Surgeon:
@@ -140,6 +141,7 @@ class Surgeon:
             seed=operation.seed,
             adaptation=operation.uid,
             step=step,
+            memory=operation.memory,
         )
         adaptation = Adaptation(
             uid=operation.uid,
@@ -154,6 +156,10 @@ class Surgeon:
         self.adaptations.append(adaptation)
         self._forget_old_snapshots()
         return adaptation
+
+    def reserve_memory(self) -> SnapshotMemory:
+        """For the snapshot of the next graft; may run in another thread."""
+        return SnapshotMemory.reserve(self.model, self.optimizers)
 
     def _forget_old_snapshots(self) -> None:
         """A snapshot is a copy of the model and its optimizer: only the newest few are kept."""

@@ -12,7 +12,16 @@ from torch import nn
 from esper import blueprints
 from esper.contracts import LayerInfo
 from esper.exceptions import UndoError
-from esper.grafting import Receipt, apply_graft, audit, digest, slot_of, trace_layers
+from esper.grafting import (
+    Receipt,
+    Snapshot,
+    SnapshotMemory,
+    apply_graft,
+    audit,
+    digest,
+    slot_of,
+    trace_layers,
+)
 from tests.surgery.tiny_models import Training, make_training
 
 SLUGS = [blueprint.slug for blueprint in blueprints.all()]
@@ -209,3 +218,24 @@ def test_the_gradient_clamp_lets_go_when_it_is_taken_out() -> None:
     receipt.undo()
     assert not weight._post_accumulate_grad_hooks
     assert slot_of(training.model.blocks[0].wide).idle
+
+
+def test_a_snapshot_in_reserved_memory_brings_back_the_same_bits() -> None:
+    training = make_training()
+    training.run(2)
+    surroundings = ([training.optimizer], [training.scheduler])
+    memory = SnapshotMemory.reserve(training.model, [training.optimizer])
+    plain = Snapshot.take(training.model, *surroundings)
+    reserved = Snapshot.take(training.model, *surroundings, memory=memory)
+    before = digest(training.model)
+    training.run(3)
+    assert plain.differences()
+    reserved.restore()
+    assert digest(training.model) == before
+    assert plain.differences() == []
+    again = Snapshot.take(training.model, *surroundings, memory=memory)  # used up: fresh copies
+    training.run(1)
+    again.restore()
+    assert plain.differences() == []
+    reserved.restore()
+    assert plain.differences() == [], "the two snapshots share no memory"
