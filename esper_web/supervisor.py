@@ -85,6 +85,8 @@ class Esper:
             self._end_leftovers()
             self.site = self._choose_site()
             stack.callback(remove_runtime, self._options.data_dir)
+            # After the workers: what they have started from recipes outlives them, but not Esper.
+            stack.push_async_callback(asyncio.to_thread, end_marked, self.site.mark, patience=10.0)
             stack.push_async_callback(self.family.stop)
             await self._start()
             self._stack = stack.pop_all()

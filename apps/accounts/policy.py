@@ -35,6 +35,8 @@ class Act(StrEnum):
     SWITCH_BLUEPRINT = "switch_blueprint"
     EDIT_POLICY = "edit_policy"
     VIEW_AUDIT = "view_audit"
+    START_RECIPE = "start_recipe"
+    STOP_LAUNCH = "stop_launch"
     MANAGE_PEOPLE = "manage_people"
 
 
@@ -58,10 +60,17 @@ ALLOWED: dict[Act, frozenset[Role]] = {
     Act.SWITCH_BLUEPRINT: _KEEPERS,
     Act.EDIT_POLICY: _KEEPERS,
     Act.VIEW_AUDIT: _EVERYBODY,
+    Act.START_RECIPE: _ON_DUTY,
+    Act.STOP_LAUNCH: _ON_DUTY,
     Act.MANAGE_PEOPLE: frozenset({Role.ADMIN}),
 }
 # What the owner of a run may do with it whatever their role: the acts that make it safer.
-OWNER_MAY = frozenset({Act.PAUSE_ADAPTATION, Act.STOP_RUN, Act.CANCEL, Act.ROLL_BACK, Act.REJECT})
+OWNER_MAY = frozenset(
+    {
+        *(Act.PAUSE_ADAPTATION, Act.STOP_RUN, Act.STOP_LAUNCH),
+        *(Act.CANCEL, Act.ROLL_BACK, Act.REJECT),
+    }
+)
 
 IN_WORDS: dict[Act, str] = {
     Act.VIEW: "look at everything",
@@ -79,6 +88,8 @@ IN_WORDS: dict[Act, str] = {
     Act.SWITCH_BLUEPRINT: "enable and disable blueprints",
     Act.EDIT_POLICY: "publish policies",
     Act.VIEW_AUDIT: "read the audit log",
+    Act.START_RECIPE: "start and resume recipes",
+    Act.STOP_LAUNCH: "stop what a recipe has started",
     Act.MANAGE_PEOPLE: "manage people",
 }
 

@@ -75,9 +75,9 @@ class LocalRollback:
 
 
 @transaction.atomic
-def register_run(*, owner: User, actor: Actor, spec: RunSpec) -> Registration:
+def register_run(*, owner: User, actor: Actor, spec: RunSpec, run_uid: str = "") -> Registration:
     """Registers a run; on a restart, whatever the trainer had in its hands is in doubt."""
-    registration = register(owner=owner, actor=actor, spec=spec)
+    registration = register(owner=owner, actor=actor, spec=spec, run_uid=run_uid)
     if registration.resumed:
         for adaptation in _of(registration.run, _WITH_TRAINER):
             transition(adaptation, S.IN_DOUBT, actor=actor, reason="the trainer was started again")

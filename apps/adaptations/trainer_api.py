@@ -15,7 +15,7 @@ from apps.accounts.problems import not_found
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation
 from apps.api.authentication import actor, person, via
-from apps.api.endpoint import Endpoint, require
+from apps.api.endpoint import Endpoint, require, run_of_token
 from apps.api.fields import body, parse
 from apps.api.filters import whole_number
 from apps.api.idempotency import idempotent
@@ -66,6 +66,7 @@ class Runs(RunList):
             owner=person(request),
             actor=actor(request),
             spec=RunSpec(**{**given, "mode": RunMode(given["mode"])}),
+            run_uid=run_of_token(request),
         )
         return Response(registration_answer(registration), status=201)
 

@@ -14,6 +14,7 @@ _APPS = (
     "policies",
     "kernels",
     "violations",
+    "recipes",
     "adaptations",
 )
 

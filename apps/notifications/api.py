@@ -10,7 +10,7 @@ from apps.api.filters import parse_parameter, text, whole_number
 from apps.api.schema import documented, query
 from apps.notifications.serializers import EventsOutput
 from apps.notifications.services import event_to_wire, events_after, last_seq
-from apps.notifications.topics import watch_permission
+from apps.notifications.topics import TOPICS, watch_permission
 
 
 class Events(Endpoint):
@@ -19,13 +19,16 @@ class Events(Endpoint):
     @documented(
         "list_events",
         answer=EventsOutput,
-        parameters=[query("topic", description="run:<uid>, inbox or system"), query("after", int)],
+        parameters=[
+            query("topic", description=TOPICS),
+            query("after", int),
+        ],
         summary="Events of a topic after a sequence number, oldest first",
     )
     def get(self, request: Request) -> Response:
         topic = parse_parameter(request, "topic", text)
         if topic is None:
-            raise Problem(400, "invalid", "topic is required: run:<uid>, inbox or system.")
+            raise Problem(400, "invalid", f"topic is required: {TOPICS}.")
         permission = watch_permission(person(request), topic)
         if not permission.allowed:
             raise Problem(404, "not-found", permission.why)

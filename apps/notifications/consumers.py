@@ -195,7 +195,7 @@ def _request(frame: Any) -> tuple[str, str, int | None]:
         raise CodecError('a frame is {"op": "subscribe"|"unsubscribe", "topic": …, "since": …}')
     topic, since = frame.get("topic"), frame.get("since")
     if not isinstance(topic, str) or len(topic) > 64:
-        raise CodecError("topic is a text: run:<uid>, inbox or system")
+        raise CodecError("topic is a text: run:<uid>, launch:<uid>, inbox or system")
     if since is not None and (type(since) is not int or since < 0):
         raise CodecError("since is a whole number, the last seq that you have seen")
     return frame["op"], topic, since

@@ -28,6 +28,10 @@ def run_topic(run_uid: str) -> str:
     return f"run:{run_uid}"
 
 
+def launch_topic(launch_uid: str) -> str:
+    return f"launch:{launch_uid}"
+
+
 def group_name(topic: str) -> str:
     """Channels allows no colon in a group's name."""
     return topic.replace(":", ".")

@@ -57,22 +57,21 @@ class Registration:
 
 
 @transaction.atomic
-def register_run(*, owner: User, actor: Actor, spec: RunSpec) -> Registration:
+def register_run(*, owner: User, actor: Actor, spec: RunSpec, run_uid: str = "") -> Registration:
     """A new run, or the next epoch of the owner's live run of that name.
 
+    With ``run_uid``, for whoever may register that run only, it is this one: new, or its next epoch
+    even when it has ended, since a launch that is resumed goes on with its run.
+
     Raises:
-        Problem: too many layers, doubled layer names, or too many live runs.
+        Problem: too many layers, doubled layer names, too many live runs, or a taken name.
     """
     _check_spec(spec)
-    live = (
-        models.Run.objects.select_for_update()
-        .filter(owner=owner, name=spec.name)
-        .exclude(state__in=RUN_ENDED)
-        .first()
-    )
+    live = _run_to_go_on_with(owner, spec.name, run_uid)
     if live is None:
         _check_run_count(owner)
-    run = live or models.Run(owner=owner, name=spec.name)
+    run = live or models.Run(owner=owner, name=spec.name, **({"uid": run_uid} if run_uid else {}))
+    run.ended_at, run.end_reason = None, ""
     run.epoch = run.epoch + 1 if live else 1
     run.mode, run.host, run.capability = spec.mode, spec.host, spec.capability
     run.model_parameters, run.target_steps = spec.model_parameters, spec.target_steps
@@ -96,6 +95,20 @@ def register_run(*, owner: User, actor: Actor, spec: RunSpec) -> Registration:
     publish(topic=run_topic(run.uid), type=act, data=data)
     publish(topic="system", type=act, data={"run": run.uid, **data})
     return Registration(run, secret, resumed=live is not None)
+
+
+def _run_to_go_on_with(owner: User, name: str, run_uid: str) -> models.Run | None:
+    live = models.Run.objects.select_for_update().filter(owner=owner, name=name)
+    same_name = live.exclude(state__in=RUN_ENDED).first()
+    if not run_uid:
+        return same_name
+    if same_name is not None and same_name.uid != run_uid:
+        raise Problem(
+            409,
+            "run-name-taken",
+            f"{owner.username} has a live run {name!r} already: end it first.",
+        )
+    return models.Run.objects.select_for_update().filter(uid=run_uid, owner=owner).first()
 
 
 def _check_spec(spec: RunSpec) -> None:
@@ -124,6 +137,8 @@ def _check_run_count(owner: User) -> None:
 def _kill_old_epoch(run: models.Run, actor: Actor) -> None:
     """Tokens and unanswered commands of older epochs are worthless from now on."""
     for token in ApiToken.objects.filter(run_uid=run.uid, revoked_at=None):
+        if TokenScope.RUNS_CREATE in token.scopes:
+            continue  # a launch's, which has just registered with it and may have to repeat that
         accounts.revoke_token(token=token, actor=actor)
     models.Command.objects.filter(
         run=run, epoch__lt=run.epoch, state__in=[CommandState.ISSUED, CommandState.ACCEPTED]

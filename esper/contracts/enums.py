@@ -172,6 +172,22 @@ class WorkerState(StrEnum):
     OFFLINE = "offline"
 
 
+class LaunchState(StrEnum):
+    """The life of one launch of a recipe; the order is drawn in ``apps/recipes/lifecycle.py``."""
+
+    REQUESTED = "requested"
+    STARTING = "starting"  # its host has it in hand
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"  # by a person, or with its host's Esper
+    FINISHED = "finished"  # exit code 0
+    FAILED = "failed"
+    LOST = "lost"  # its host is not heard of: it may well be running
+
+
+LAUNCH_ENDED = frozenset({LaunchState.STOPPED, LaunchState.FINISHED, LaunchState.FAILED})
+
+
 class Severity(StrEnum):
     INFO = "info"
     CAUTION = "caution"

@@ -26,6 +26,7 @@ INSTALLED_APPS = [
     "apps.policies",
     "apps.kernels",
     "apps.violations",
+    "apps.recipes",
     "apps.adaptations",
     "apps.api",
     "apps.console",
@@ -216,6 +217,7 @@ CELERY_BEAT_SCHEDULE = {
     "sweep-adaptations": _every("adaptations.sweep", 2.0),
     "relay-outbox": _every("notifications.relay_outbox", 2.0),
     "forget-sent-messages": _every("notifications.forget_sent", 3600.0),
+    "sweep-launches": _every("recipes.sweep", 5.0),
     "thin-telemetry": _every("telemetry.thin", 60.0),
 }
 
@@ -242,6 +244,15 @@ ESPER_RUN_UNREACHABLE_SECONDS = env.integer(
 ESPER_RUN_LOST_SECONDS = env.integer(
     "ESPER_RUN_LOST_SECONDS", 24 * 3600, minimum=60, maximum=30 * 24 * 3600
 )
+# Recipes: what this host's owner lets operators start on it, and where what was started lives.
+ESPER_RECIPES = env.directory("ESPER_RECIPES", BASE_DIR / "recipes")
+ESPER_LAUNCH_DIR = env.directory("ESPER_LAUNCH_DIR", ESPER_DATA_DIR / "launches")
+ESPER_LAUNCH_LOST_SECONDS = env.integer(
+    "ESPER_LAUNCH_LOST_SECONDS", 60, minimum=10, maximum=24 * 3600
+)
+ESPER_LAUNCH_LIMIT = env.integer("ESPER_LAUNCH_LIMIT", 4, minimum=1, maximum=1000)
+# Where trainers that a worker starts find the server.
+ESPER_SERVER = env.text("ESPER_SERVER", "")
 # Bearer token of whoever scrapes /metrics; empty: only signed-in staff may read it.
 ESPER_METRICS_TOKEN = env.text("ESPER_METRICS_TOKEN", "")
 

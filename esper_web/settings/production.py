@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from django.core.exceptions import ImproperlyConfigured
 
 from esper_web import env
@@ -21,6 +23,8 @@ CELERY_BROKER_URL = REDIS_URL
 CHANNEL_LAYERS = channel_layers(REDIS_URL)
 ESPER_COMMAND_KEY = env.signing_key("ESPER_COMMAND_KEY")
 ESPER_KERNEL_PUBLIC_KEY = env.text("ESPER_KERNEL_PUBLIC_KEY")
+# The source tree's examples are nothing that a team's host should offer by itself.
+ESPER_RECIPES = env.directory("ESPER_RECIPES", Path("/etc/esper/recipes"))
 
 SECURE_SSL_REDIRECT = env.flag("ESPER_HTTPS_ONLY", True)
 # nginx ends TLS and sets this header, after removing what a client sent (docker/nginx.conf).

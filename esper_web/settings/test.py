@@ -19,6 +19,7 @@ _directory = Path(tempfile.gettempdir()) / "esper-test"
 ESPER_DATA_DIR = _directory
 ESPER_KERNEL_STORE_DIR = _directory / "kernels"
 ESPER_STAGE_DIR = _directory / "stage"
+ESPER_LAUNCH_DIR = _directory / "launches"
 STATIC_ROOT = None
 WHITENOISE_USE_FINDERS = True
 

@@ -133,6 +133,7 @@ def service_children(site: Site, capability: str) -> tuple[ChildSpec, ...]:
             | {
                 "ESPER_WORKER_NAME": f"compile@{site.host}",
                 "ESPER_KERNEL_KEY_FILE": str(kernel_key_path(site.data_dir)),
+                "ESPER_SERVER": site.url,
                 "OMP_NUM_THREADS": "1",
             },
             stop_order=1,

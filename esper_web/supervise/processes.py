@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -73,6 +74,29 @@ def end_marked(mark: str, *, patience: float = 3.0) -> list[int]:
     for pid in marked_processes(mark):
         signal_process(pid, signal.SIGKILL)
     return found
+
+
+def process_identity(pid: int) -> str:
+    """When this process was started, empty when it does not live; process ids come round again."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except FileNotFoundError:
+        return _identity_by_ps(pid) if sys.platform != "linux" else ""
+    except ProcessLookupError:  # it went away between open and read
+        return ""
+    return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+
+
+def _identity_by_ps(pid: int) -> str:
+    answer = subprocess.run(
+        ["ps", "-o", "stat=,lstart=", "-p", str(pid)],  # noqa: S607 (where ps lies differs)
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    state, _, started = answer.stdout.strip().partition(" ")
+    return "" if state.startswith("Z") else started.strip()
 
 
 def describe_exit(code: int) -> str:

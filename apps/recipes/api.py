@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from apps.accounts.policy import Act, may
+from apps.accounts.problems import not_found
+from apps.api.authentication import person, via
+from apps.api.endpoint import Endpoint
+from apps.api.fields import parse
+from apps.api.filters import apply_filters, many_of, one_of, parse_parameter, text, whole_number
+from apps.api.idempotency import idempotent
+from apps.api.pagination import PARAMETERS, page_response
+from apps.api.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.api.throttling import ActThrottle
+from apps.recipes.models import Launch
+from apps.recipes.selectors import launches, log_page, recipes
+from apps.recipes.serializers import (
+    LaunchDetailOutput,
+    LaunchInput,
+    LaunchOutput,
+    LogOutput,
+    RecipeOutput,
+)
+from apps.recipes.services import resume_launch, start_recipe, stop_launch
+from apps.runs.serializers import ReasonInput
+from esper.contracts import LaunchState
+
+RECIPE_FILTERS = {"host": ("host", text), "slug": ("slug", text)}
+LAUNCH_FILTERS = {
+    "state": ("state", one_of(LaunchState)),
+    "state__in": ("state__in", many_of(LaunchState)),
+    "host": ("recipe__host", text),
+    "recipe": ("recipe__slug", text),
+    "run": ("run_uid", text),
+}
+
+
+class Recipes(Endpoint):
+    parameters = PARAMETERS | frozenset(RECIPE_FILTERS)
+
+    @documented(
+        "list_recipes",
+        answer=page_of(RecipeOutput),
+        parameters=[*(query(name) for name in RECIPE_FILTERS), CURSOR, LIMIT],
+        summary="What may be started on which host, and with which parameters",
+    )
+    def get(self, request: Request) -> Response:
+        rows = apply_filters(request, recipes(), RECIPE_FILTERS)
+        return page_response(request, rows, lambda rows: RecipeOutput(rows, many=True).data)
+
+
+class Launches(Endpoint):
+    throttle_classes = (ActThrottle,)
+    parameters = PARAMETERS | frozenset(LAUNCH_FILTERS)
+
+    @documented(
+        "list_launches",
+        answer=page_of(LaunchOutput),
+        parameters=[*(query(name) for name in LAUNCH_FILTERS), CURSOR, LIMIT],
+    )
+    def get(self, request: Request) -> Response:
+        rows = apply_filters(request, launches(), LAUNCH_FILTERS)
+        return page_response(request, rows, lambda rows: LaunchOutput(rows, many=True).data)
+
+    @documented("start_recipe", body=LaunchInput, answer=LaunchDetailOutput, status=202, act=True)
+    @idempotent
+    def post(self, request: Request) -> Response:
+        given = parse(LaunchInput, request.data)
+        launch = start_recipe(
+            host=given["host"],
+            slug=given["recipe"],
+            digest=given["digest"],
+            parameters=given["parameters"],
+            user=person(request),
+            via=via(request),
+        )
+        return Response(_answer(request, launch), status=202)
+
+
+class LaunchDetail(Endpoint):
+    @documented("read_launch", answer=LaunchDetailOutput)
+    def get(self, request: Request, uid: str) -> Response:
+        return Response(_answer(request, _launch(uid)))
+
+
+class StopLaunch(Endpoint):
+    throttle_classes = (ActThrottle,)
+
+    @documented("stop_launch", body=ReasonInput, answer=LaunchDetailOutput, status=202, act=True)
+    @idempotent
+    def post(self, request: Request, uid: str) -> Response:
+        reason = parse(ReasonInput, request.data)["reason"]
+        launch = stop_launch(
+            launch=_launch(uid), user=person(request), via=via(request), reason=reason
+        )
+        return Response(_answer(request, launch), status=202)
+
+
+class ResumeLaunch(Endpoint):
+    throttle_classes = (ActThrottle,)
+
+    @documented("resume_launch", body=ReasonInput, answer=LaunchDetailOutput, status=202, act=True)
+    @idempotent
+    def post(self, request: Request, uid: str) -> Response:
+        reason = parse(ReasonInput, request.data)["reason"]
+        launch = resume_launch(
+            launch=_launch(uid), user=person(request), via=via(request), reason=reason
+        )
+        return Response(_answer(request, launch), status=202)
+
+
+class LaunchLog(Endpoint):
+    parameters = frozenset({"after"})
+
+    @documented(
+        "read_launch_log",
+        answer=LogOutput,
+        parameters=[query("after", int, "The byte that is known already, `end` of the last page.")],
+        summary="What a launch has printed, from a byte on; the server keeps the last 256 KiB",
+    )
+    def get(self, request: Request, uid: str) -> Response:
+        after = parse_parameter(request, "after", whole_number, default=0)
+        return Response(LogOutput(log_page(_launch(uid), after=max(0, after))).data)
+
+
+def _launch(uid: str) -> Launch:
+    launch = launches().filter(uid=uid).first()
+    if launch is None:
+        raise not_found("launch")
+    return launch
+
+
+def _answer(request: Request, launch: Launch) -> dict[str, object]:
+    user = person(request)
+    permissions = {
+        str(Act.STOP_LAUNCH): may(user, Act.STOP_LAUNCH, owner_id=launch.requested_by_id),
+        str(Act.START_RECIPE): may(user, Act.START_RECIPE),
+    }
+    data: dict[str, object] = LaunchDetailOutput(launch, context={"permissions": permissions}).data
+    return data

@@ -1,0 +1,347 @@
+"""What a host's worker does with launches: register recipes, start, watch, stop, settle.
+
+The trainer lives below its minder (``apps.recipes.minder``) and outlives this worker; whoever looks
+after the host next finds both by process id and start time, and the end in ``exit.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+from django.db import transaction
+from django.utils import timezone
+
+from apps.accounts import services as accounts
+from apps.accounts.actors import Actor, ActorKind
+from apps.accounts.models import ApiToken
+from apps.accounts.problems import Problem
+from apps.notifications.services import SYSTEM_TOPIC, group_name, launch_topic, publish, ring
+from apps.recipes.files import RecipeError, RecipeFile, check_parameters, read_folder
+from apps.recipes.hostlog import read_log, tail_offset
+from apps.recipes.lifecycle import transition
+from apps.recipes.minder import EXIT_FILE, PROCESS_FILE, Order, read_note
+from apps.recipes.models import Launch, LogChunk, Recipe
+from apps.runs.models import Run
+from apps.runs.services import lock_run, set_state
+from esper.contracts import RUN_ENDED, LaunchState, RunState, TokenScope
+from esper_web.supervise.processes import (
+    MARK,
+    process_identity,
+    signal_group,
+    signal_process,
+)
+
+log = logging.getLogger(__name__)
+
+S = LaunchState
+LOG_KEPT_BYTES = 256 * 1024  # on the server; the host keeps more
+LOG_CHUNK_BYTES = 64 * 1024
+SEEN_EVERY = timedelta(seconds=5)
+START_SECONDS = 60  # until "started" is written down; a cold disk under load is slow
+HARD_STOP_SECONDS = 10  # after the time of grace, when the minder does not do it
+MINDER_SECONDS = 30
+TOKEN_LIFE = timedelta(days=30)
+# What every program may need; a recipe names the rest.
+_COMMON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "OMP_NUM_THREADS")
+_PROJECT = Path(__file__).resolve().parents[2]
+
+
+def _worker() -> Actor:
+    return Actor(ActorKind.WORKER, settings.ESPER_HOST_NAME)
+
+
+def launch_folder(launch: Launch) -> Path:
+    """Everything of one launch on its host."""
+    return Path(settings.ESPER_LAUNCH_DIR) / launch.uid
+
+
+# --- recipes ------------------------------------------------------------------------------------
+
+
+def register_recipes() -> int:
+    """Tell the server what lies in this host's folder; returns how many recipes changed."""
+    found = read_folder(settings.ESPER_RECIPES)
+    host, changed = settings.ESPER_HOST_NAME, 0
+    known = {recipe.slug: recipe for recipe in Recipe.objects.filter(host=host)}
+    for slug, recipe in found.recipes.items():
+        values = {**recipe.to_wire(), "present": True, "problem": ""}
+        changed += _register(known.pop(slug, None), host, slug, values)
+    for name, why in found.problems.items():
+        slug = name.removesuffix(".toml")
+        values = {"name": name, "digest": "", "present": True, "problem": why}
+        changed += _register(known.pop(slug, None), host, slug, values)
+    gone = [recipe.pk for recipe in known.values() if recipe.present]
+    changed += Recipe.objects.filter(pk__in=gone).update(present=False)
+    if changed:
+        with transaction.atomic():
+            publish(topic=SYSTEM_TOPIC, type="recipe.changed", data={"host": host})
+    return changed
+
+
+def _register(known: Recipe | None, host: str, slug: str, values: dict[str, Any]) -> int:
+    if known and all(getattr(known, name) == value for name, value in values.items()):
+        return 0
+    now = timezone.now()
+    Recipe.objects.update_or_create(host=host, slug=slug, defaults={**values, "registered_at": now})
+    return 1
+
+
+# --- start --------------------------------------------------------------------------------------
+
+
+def start(launch: Launch) -> None:
+    """Start a requested launch; doing it twice starts it once."""
+    if launch.state != S.REQUESTED:
+        return
+    try:
+        with transaction.atomic():
+            transition(launch, S.STARTING, actor=_worker(), seen_at=timezone.now())
+    except Problem:  # another worker of this host has it, or it was stopped
+        return
+    try:
+        recipe = _recipe_of(launch)
+        order = _order(launch, recipe)
+        with transaction.atomic():
+            Launch.objects.filter(pk=launch.pk).update(command=order.argv)
+        _spawn(order)
+    except subprocess.TimeoutExpired:  # a machine that hardly moves; the looks to come will tell
+        log.warning("L-%s takes long to start", launch.number)
+    except (RecipeError, OSError, subprocess.CalledProcessError) as error:
+        _end(launch, S.FAILED, f"it could not be started: {error}")
+        return
+    look_at(launch)
+
+
+def _recipe_of(launch: Launch) -> RecipeFile:
+    """This host's file, if it is the one that the operator was shown."""
+    found = read_folder(settings.ESPER_RECIPES)
+    slug = launch.recipe.slug
+    if slug not in found.recipes:
+        raise RecipeError(found.problems.get(f"{slug}.toml", "the file is gone"))
+    recipe = found.recipes[slug]
+    if recipe.digest != launch.digest:
+        register_recipes()
+        raise RecipeError("the file has changed since the operator was shown it")
+    return recipe
+
+
+def _order(launch: Launch, recipe: RecipeFile) -> Order:
+    if not settings.ESPER_SERVER:
+        raise RecipeError("ESPER_SERVER is not set for this worker, so the run could not attach")
+    folder = launch_folder(launch)
+    checkpoints = recipe.checkpoints / launch.uid if recipe.checkpoints else folder / "checkpoints"
+    for needed in (folder, checkpoints, folder / "journal"):
+        needed.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (folder / EXIT_FILE).unlink(missing_ok=True)
+    values = check_parameters(recipe.parameters, launch.parameters)
+    given = {
+        "python": sys.executable,
+        "run": f"{recipe.slug}-{launch.number}",
+        "checkpoints": str(checkpoints),
+    }
+    return Order(
+        attempt=launch.attempt,
+        argv=recipe.command(values, given, resume=launch.attempt > 1),
+        directory=str(recipe.directory),
+        environment=_environment(launch, recipe),
+        folder=str(folder),
+        grace_seconds=recipe.grace_seconds,
+    )
+
+
+def _environment(launch: Launch, recipe: RecipeFile) -> dict[str, str]:
+    """Little of ours, and a token that registers this one run."""
+    passed = {name: os.environ[name] for name in (*_COMMON, *recipe.environment, MARK)
+              if name in os.environ}  # fmt: skip
+    _revoke_tokens(launch)
+    _, secret = accounts.issue_token(
+        owner=launch.requested_by,
+        name=f"launch L-{launch.number}, attempt {launch.attempt}",
+        scopes=[TokenScope.RUNS_CREATE],
+        run_uid=launch.run_uid,
+        expires_at=timezone.now() + TOKEN_LIFE,
+        actor=_worker(),
+    )
+    return passed | {
+        "ESPER_SERVER": settings.ESPER_SERVER,
+        "ESPER_TOKEN": secret,
+        "ESPER_STATE_DIR": str(launch_folder(launch) / "journal"),
+        "ESPER_STAGE_DIR": str(settings.ESPER_STAGE_DIR),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _spawn(order: Order) -> None:
+    """Start the minder, which leaves us behind; returns once the trainer has started or failed."""
+    environment = {name: os.environ[name] for name in (*_COMMON, MARK) if name in os.environ}
+    paths = [str(_PROJECT), os.environ.get("PYTHONPATH", "")]
+    subprocess.run(
+        [sys.executable, "-m", "apps.recipes.minder"],
+        input=json.dumps(asdict(order)).encode(),
+        cwd=_PROJECT,
+        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        timeout=MINDER_SECONDS,
+        check=True,
+    )
+
+
+# --- watch --------------------------------------------------------------------------------------
+
+
+def watch() -> None:
+    """One look at every launch of this host that is not over."""
+    open_states = [S.REQUESTED, S.STARTING, S.RUNNING, S.STOPPING, S.LOST]
+    launches = Launch.objects.filter(
+        recipe__host=settings.ESPER_HOST_NAME, state__in=open_states
+    ).select_related("recipe", "requested_by")
+    for launch in launches:
+        if launch.state == S.REQUESTED:
+            start(launch)  # its doorbell may be lost
+        else:
+            look_at(launch)
+
+
+def look_at(launch: Launch) -> None:
+    """Take over what this host knows of one launch."""
+    try:
+        _look_at(launch)
+    except Problem as problem:  # somebody moved it meanwhile: the next look sees it
+        log.info("L-%s: %s", launch.number, problem)
+
+
+def _look_at(launch: Launch) -> None:
+    folder = launch_folder(launch)
+    ended = read_note(folder / EXIT_FILE, launch.attempt)
+    process = read_note(folder / PROCESS_FILE, launch.attempt)
+    send_log(launch)
+    if ended is not None:
+        _settle(launch, ended)
+    elif process is None:
+        _settle_unstarted(launch)
+    elif process_identity(process["minder_pid"]) == process["minder_identity"]:
+        _note_alive(launch, process)
+    else:
+        _end_orphan(process)
+        _end(launch, S.FAILED, "it was ended from outside, together with the one who watched it")
+
+
+def _settle(launch: Launch, ended: dict[str, Any]) -> None:
+    signal_name, code = ended["signal"], ended["code"]
+    how = f"killed by {signal_name}" if signal_name else f"exit code {code}"
+    facts = {
+        "exit_code": code,
+        "exit_signal": signal_name,
+        "last_lines": ended["last_lines"],
+    }
+    if ended["error"]:
+        _end(launch, S.FAILED, f"it could not be started: {ended['error']}", **facts)
+    elif launch.state == S.STOPPING or ended["asked"]:
+        by = f"by {launch.stopped_by}" if launch.stopped_by else "with this host's Esper"
+        late = ", killed after its time of grace" if ended["killed"] else ""
+        why = f": {launch.reason}" if launch.stopped_by and launch.reason else ""
+        _end(launch, S.STOPPED, f"stopped {by}{why} ({how}{late})", **facts)
+    elif code == 0:
+        _end(launch, S.FINISHED, how, **facts)
+    else:
+        _end(launch, S.FAILED, how, **facts)
+
+
+def _settle_unstarted(launch: Launch) -> None:
+    """No trace of a start: young, it may be just happening; old, it will not."""
+    late = timezone.now() - timedelta(seconds=START_SECONDS)
+    if launch.requested_at < late:
+        _end(launch, S.FAILED, "its worker died while it was being started")
+
+
+def _note_alive(launch: Launch, process: dict[str, Any]) -> None:
+    now = timezone.now()
+    if launch.state in (S.STARTING, S.LOST):
+        to = S.STOPPING if launch.stop_requested_at else S.RUNNING
+        with transaction.atomic():
+            transition(
+                launch,
+                to,
+                actor=_worker(),
+                reason="" if launch.state == S.STARTING else "its host is back, and it still runs",
+                pid=process["trainer_pid"],
+                started_at=launch.started_at or now,
+                seen_at=now,
+            )
+    elif launch.seen_at is None or now - launch.seen_at > SEEN_EVERY:
+        Launch.objects.filter(pk=launch.pk, attempt=launch.attempt).update(seen_at=now)
+    if launch.state == S.STOPPING:
+        _stop(launch, process)
+
+
+def _stop(launch: Launch, process: dict[str, Any]) -> None:
+    signal_process(process["minder_pid"], signal.SIGTERM)  # it does nothing at the second one
+    patience = timedelta(seconds=launch.recipe.grace_seconds + HARD_STOP_SECONDS)
+    if launch.stop_requested_at and timezone.now() - launch.stop_requested_at > patience:
+        _end_orphan(process)
+        signal_process(process["minder_pid"], signal.SIGKILL)
+
+
+def _end_orphan(process: dict[str, Any]) -> None:
+    """The trainer without its minder; a process of the same number that is not it is left alone."""
+    if process_identity(process["trainer_pid"]) == process["trainer_identity"]:
+        signal_group(process["trainer_pid"], signal.SIGKILL)
+
+
+def _end(launch: Launch, to: LaunchState, reason: str, **facts: Any) -> None:
+    """The end of an attempt, of its token, and of its run, which no trainer speaks for any more."""
+    with transaction.atomic():
+        run = Run.objects.filter(uid=launch.run_uid).first()
+        if run is not None:
+            run = lock_run(run.pk)  # first, as everywhere
+        transition(launch, to, actor=_worker(), reason=reason[:2000], **facts)
+        _revoke_tokens(launch)
+        if run is not None and run.state not in RUN_ENDED:
+            state = RunState.FAILED if to is S.FAILED else RunState.FINISHED
+            why = f"launch L-{launch.number} {to}: {reason[:300]}"
+            set_state(run=run, state=state, actor=_worker(), reason=why)
+
+
+def _revoke_tokens(launch: Launch) -> None:
+    for token in ApiToken.objects.filter(run_uid=launch.run_uid, revoked_at=None):
+        accounts.revoke_token(token=token, actor=_worker())
+
+
+# --- log ----------------------------------------------------------------------------------------
+
+
+def send_log(launch: Launch) -> None:
+    """What the host's log has got since the last look; who is far behind gets its end."""
+    folder = launch_folder(launch)
+    after = max(launch.log_end, tail_offset(folder, LOG_KEPT_BYTES))
+    for _ in range(LOG_KEPT_BYTES // LOG_CHUNK_BYTES):
+        offset, data = read_log(folder, after, limit=LOG_CHUNK_BYTES)
+        if not data or not _store_chunk(launch, offset, data):
+            return
+        after = offset + len(data)
+
+
+def _store_chunk(launch: Launch, offset: int, data: bytes) -> bool:
+    """False when another worker of this host was quicker."""
+    end = offset + len(data)
+    with transaction.atomic():
+        if not Launch.objects.filter(pk=launch.pk, log_end=launch.log_end).update(log_end=end):
+            return False
+        LogChunk.objects.create(
+            launch=launch, offset=offset, length=len(data), text=data.decode(errors="replace")
+        )
+        LogChunk.objects.filter(launch=launch, offset__lt=end - LOG_KEPT_BYTES).delete()
+    launch.log_end = end
+    topic = launch_topic(launch.uid)
+    message = {"topic": topic, "type": "launch.log", "data": {"end": end}}
+    ring(group_name(topic), "feed.progress", message)
+    return True

@@ -1,0 +1,46 @@
+"""Recipes and launches as people see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from django.db.models import QuerySet
+
+from apps.recipes.models import Launch, LogChunk, Recipe
+
+LOG_PAGE_BYTES = 64 * 1024
+
+
+def recipes() -> QuerySet[Recipe]:
+    """What lies on the hosts now, and what cannot be used with the reason."""
+    return Recipe.objects.filter(present=True)
+
+
+def launches() -> QuerySet[Launch]:
+    return Launch.objects.select_related("recipe", "requested_by")
+
+
+@dataclass(frozen=True, slots=True)
+class LogPage:
+    """Lines from ``start`` to ``end``; ``start`` above what was asked for: the rest is gone."""
+
+    start: int
+    end: int
+    log_end: int
+    text: str
+
+    @property
+    def more(self) -> bool:
+        return self.end < self.log_end
+
+
+def log_page(launch: Launch, *, after: int, limit: int = LOG_PAGE_BYTES) -> LogPage:
+    """Whole chunks from the byte ``after`` on, at least one where there is one."""
+    start, end, texts = None, after, []
+    for chunk in LogChunk.objects.filter(launch=launch, offset__gte=after).iterator():
+        if texts and chunk.offset + chunk.length - after > limit:
+            break
+        start = chunk.offset if start is None else start
+        end = chunk.offset + chunk.length
+        texts.append(chunk.text)
+    return LogPage(after if start is None else start, end, launch.log_end, "".join(texts))

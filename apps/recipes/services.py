@@ -1,0 +1,183 @@
+"""Starting, stopping and resuming launches: what people ask for. The host does it (``hosting``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+
+from django.conf import settings
+from django.db import transaction
+from django.db.models import Q
+from django.utils import timezone
+
+from apps.accounts.actors import SYSTEM, Actor
+from apps.accounts.models import User
+from apps.accounts.policy import Act, may
+from apps.accounts.problems import Problem, not_found
+from apps.kernels.services import queue_is_served
+from apps.notifications.services import enqueue
+from apps.recipes.files import RecipeError, check_parameters
+from apps.recipes.lifecycle import announce, transition
+from apps.recipes.models import Launch, Recipe
+from esper.contracts import LAUNCH_ENDED, LaunchState
+
+START_TASK = "recipes.start"
+STOP_TASK = "recipes.stop"
+PICK_UP_SECONDS = 60  # a host that did not take a request by then does not get it any more
+S = LaunchState
+
+
+def host_queue(host: str) -> str:
+    return f"host.{host}"
+
+
+@transaction.atomic
+def start_recipe(
+    *, host: str, slug: str, digest: str, parameters: Mapping[str, object], user: User, via: str
+) -> Launch:
+    """Ask a host to start one of its recipes; only the slug and checked parameters get there.
+
+    Raises:
+        Problem: not allowed, no such recipe, its file has changed since it was shown, a parameter
+            that it does not allow, or a host that is away or full.
+    """
+    _check_right(user, Act.START_RECIPE)
+    recipe = Recipe.objects.select_for_update().filter(host=host, slug=slug).first()
+    if recipe is None or not recipe.present:
+        raise not_found("recipe")
+    _check_recipe(recipe, digest)
+    try:
+        values = check_parameters(recipe.parameter_list(), parameters)
+    except RecipeError as error:
+        raise Problem(422, "invalid", str(error)) from error
+    _check_host(host)
+    launch = Launch.objects.create(
+        recipe=recipe,
+        digest=recipe.digest,
+        parameters=values,
+        requested_by=user,
+        requested_at=timezone.now(),
+    )
+    announce(launch, "launch.requested", actor=Actor.person(user, via=via))
+    _ring_host(launch, START_TASK)
+    return launch
+
+
+@transaction.atomic
+def stop_launch(*, launch: Launch, user: User, via: str, reason: str) -> Launch:
+    """End it: SIGTERM, and SIGKILL after the recipe's time of grace.
+
+    Raises:
+        Problem: not allowed, or it has ended, or is stopping, already.
+    """
+    _check_right(user, Act.STOP_LAUNCH, owner_id=launch.requested_by_id)
+    actor = Actor.person(user, via=via)
+    if launch.ended or launch.state == S.STOPPING:
+        raise Problem(
+            409, "launch-moved", f"L-{launch.number} is {launch.state} already.", state=launch.state
+        )
+    who = {"stopped_by": user.get_username(), "stop_requested_at": timezone.now()}
+    if launch.state == S.REQUESTED:
+        return transition(
+            launch, S.STOPPED, actor=actor, reason=reason or "before it was started", **who
+        )
+    transition(launch, S.STOPPING, actor=actor, reason=reason, **who)
+    _ring_host(launch, STOP_TASK)
+    return launch
+
+
+@transaction.atomic
+def resume_launch(*, launch: Launch, user: User, via: str, reason: str) -> Launch:
+    """Start it again from its checkpoint, as the next attempt of the same run.
+
+    Raises:
+        Problem: not allowed, not stopped or failed, not resumable, or the recipe has changed.
+    """
+    _check_right(user, Act.START_RECIPE)
+    recipe = Recipe.objects.select_for_update().get(pk=launch.recipe_id)
+    if launch.state not in (S.STOPPED, S.FAILED):
+        raise Problem(
+            409,
+            "launch-moved",
+            f"L-{launch.number} is {launch.state}: only what has stopped or failed is resumed.",
+            state=launch.state,
+        )
+    if not recipe.resumable:
+        raise Problem(409, "not-resumable", "This recipe has no way to resume: start it anew.")
+    _check_recipe(recipe, launch.digest)
+    _check_host(recipe.host)
+    transition(
+        launch,
+        S.REQUESTED,
+        actor=Actor.person(user, via=via),
+        reason=reason,
+        attempt=launch.attempt + 1,
+        requested_at=timezone.now(),
+        started_at=None,
+        seen_at=None,
+        stop_requested_at=None,
+        stopped_by="",
+        pid=None,
+        exit_code=None,
+        exit_signal="",
+        last_lines=[],
+    )
+    _ring_host(launch, START_TASK)
+    return launch
+
+
+def _check_right(user: User, act: Act, *, owner_id: int | None = None) -> None:
+    permission = may(user, act, owner_id=owner_id)
+    if not permission.allowed:
+        raise Problem(403, permission.code, permission.why)
+
+
+def _check_recipe(recipe: Recipe, digest: str) -> None:
+    if not recipe.usable:
+        why = recipe.problem or "its file is gone."
+        raise Problem(409, "recipe-unusable", f"{recipe} cannot be used: {why}")
+    if digest != recipe.digest:
+        raise Problem(
+            409,
+            "recipe-changed",
+            f"The file of {recipe} is not the one that you were shown: look at it again.",
+            digest=recipe.digest,
+        )
+
+
+def _check_host(host: str) -> None:
+    if not queue_is_served(host_queue(host)):
+        raise Problem(409, "host-away", f"No worker of {host} is up: start it there first.")
+    live = Launch.objects.filter(recipe__host=host).exclude(state__in=LAUNCH_ENDED).count()
+    if live >= settings.ESPER_LAUNCH_LIMIT:
+        raise Problem(
+            409, "host-full", f"{host} has {live} live launches, which is the limit: stop one."
+        )
+
+
+def _ring_host(launch: Launch, task: str) -> None:
+    enqueue(task=task, queue=host_queue(launch.recipe.host), args=[launch.uid])
+
+
+def sweep() -> int:
+    """Requests that nobody took, and launches whose host is silent; returns how many moved."""
+    now = timezone.now()
+    untaken = Launch.objects.filter(
+        state=S.REQUESTED, requested_at__lt=now - timedelta(seconds=PICK_UP_SECONDS)
+    )
+    silent = now - timedelta(seconds=settings.ESPER_LAUNCH_LOST_SECONDS)
+    # One that is just being started has not been looked at yet.
+    unseen = Q(seen_at__lt=silent) | Q(seen_at=None, requested_at__lt=silent)
+    unheard = Launch.objects.filter(unseen, state__in=[S.STARTING, S.RUNNING, S.STOPPING])
+    moved = sum(_move(launch, S.FAILED, "no worker of its host took it") for launch in untaken)
+    why = f"its host was silent for {settings.ESPER_LAUNCH_LOST_SECONDS} s; it may still run there"
+    return moved + sum(_move(launch, S.LOST, why) for launch in unheard)
+
+
+def _move(launch: Launch, to: LaunchState, reason: str) -> bool:
+    try:
+        with transaction.atomic():
+            transition(launch, to, actor=SYSTEM, reason=reason)
+    except Problem:  # somebody was quicker, which is fine
+        return False
+    return True
