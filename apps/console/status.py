@@ -12,6 +12,7 @@ from esper.contracts import (
     AdaptationState,
     CommandState,
     JobState,
+    LaunchState,
     RunState,
     Severity,
     ViolationRule,
@@ -85,6 +86,16 @@ WORKER: dict[WorkerState, Status] = {
     WorkerState.BUSY: Status("normal", "half", "Busy"),
     WorkerState.OFFLINE: Status("serious", "question", "Offline"),
 }
+LAUNCH: dict[LaunchState, Status] = {
+    LaunchState.REQUESTED: Status("standby", "ring", "Requested"),
+    LaunchState.STARTING: Status("standby", "half", "Starting"),
+    LaunchState.RUNNING: Status("normal", "disc", "Running"),
+    LaunchState.STOPPING: Status("caution", "half", "Stopping"),
+    LaunchState.STOPPED: Status("off", "down", "Stopped"),
+    LaunchState.FINISHED: Status("good", "check", "Finished"),
+    LaunchState.FAILED: Status("serious", "square", "Failed"),
+    LaunchState.LOST: Status("serious", "question", "Lost: its host is silent"),
+}
 SEVERITY: dict[Severity, Status] = {
     Severity.INFO: Status("standby", "ring", "Info"),
     Severity.CAUTION: Status("caution", "triangle", "Caution"),
@@ -97,6 +108,7 @@ BY_KIND: dict[str, dict[str, Status]] = {
     "command": {str(state): status for state, status in COMMAND.items()},
     "job": {str(state): status for state, status in JOB.items()},
     "worker": {str(state): status for state, status in WORKER.items()},
+    "launch": {str(state): status for state, status in LAUNCH.items()},
     "severity": {str(level): status for level, status in SEVERITY.items()},
 }
 RULES: dict[str, str] = {

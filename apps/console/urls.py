@@ -18,7 +18,12 @@ urlpatterns = [
     path("blueprints/<slug:slug>", views.blueprint, name="blueprint"),
     path("violations", views.violations, name="violations"),
     path("policy", views.policy, name="policy"),
+    path("workers", views.workers, name="workers"),
     path("kernels", views.kernels, name="kernels"),
+    path("kernels/<str:digest>", views.kernel, name="kernel"),
+    path("recipes", views.recipes, name="recipes"),
+    path("recipes/<str:uid>", views.recipe, name="recipe"),
+    path("launches/<str:uid>", views.launch, name="launch"),
     path("audit", views.audit, name="audit"),
     path("me", views.me, name="me"),
 ]

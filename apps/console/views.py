@@ -24,12 +24,16 @@ from apps.console.drawing import confidence_band
 from apps.console.panels import Panel, render_page
 from apps.console.selectors import adaptation as decision
 from apps.console.selectors import inbox as inbox_rows
+from apps.console.selectors import kernels as kernel_rows
 from apps.console.selectors import overview as summary
+from apps.console.selectors import recipes as recipe_rows
 from apps.console.selectors import reference
 from apps.console.selectors import runs as run_rows
 from apps.console.selectors.inbox import InboxFilter, InboxTab
+from apps.console.selectors.kernels import KernelFilter
 from apps.console.selectors.reference import AuditFilter, ViolationFilter
-from apps.notifications.services import run_topic
+from apps.kernels.selectors import cache_stats
+from apps.notifications.services import launch_topic, run_topic
 from apps.policies.services import current_policy
 from apps.runs.models import Run
 from esper.contracts import (
@@ -211,6 +215,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
         return {
             "pause": run_rows.pause_state(run),
             "stop": run_rows.stop_command(run),
+            "launch": recipe_rows.launch_of(run),
             "metrics": run_rows.latest_metrics(run, ("step_ms", "lr")),
             "may_pause": may(user, Act.PAUSE_ADAPTATION, owner_id=run.owner_id),
             "may_stop": may(user, Act.STOP_RUN, owner_id=run.owner_id),
@@ -453,34 +458,187 @@ def policy(request: HttpRequest) -> HttpResponse:
 
 
 @page
-def kernels(request: HttpRequest) -> HttpResponse:
-    wakes = ("job", "adaptation")
+def workers(request: HttpRequest) -> HttpResponse:
     panels = [
         Panel(
             "workers",
             "Workers",
             "console/kernels/workers.html",
-            lambda: {"workers": reference.workers()},
-            (),
+            lambda: {"workers": kernel_rows.workers()},
+            ("worker", "job"),
+            every=5,
+        ),
+        Panel(
+            "queue",
+            "Queue",
+            "console/kernels/queue.html",
+            lambda: {"queue": kernel_rows.queue()},
+            ("job",),
             every=5,
         ),
         Panel(
             "jobs",
-            "Compile jobs",
+            "Ended jobs",
             "console/kernels/jobs.html",
-            lambda: {"jobs": reference.jobs()},
-            wakes,
+            lambda: {"jobs": kernel_rows.ended_jobs()},
+            ("job",),
+            every=15,
+        ),
+    ]
+    return render_page(request, "console/simple.html", title="Workers", panels=panels)
+
+
+@page
+def kernels(request: HttpRequest) -> HttpResponse:
+    chosen = KernelFilter(
+        blueprint=request.GET.get("blueprint", ""),
+        capability=request.GET.get("capability", ""),
+        tier=request.GET.get("tier", ""),
+    )
+    panels = [
+        Panel(
+            "cache",
+            "Cache",
+            "console/kernels/cache.html",
+            lambda: {"cache": cache_stats()},
+            ("job", "kernel"),
             every=15,
         ),
         Panel(
             "kernels",
-            "Kernel cache",
+            "Kernels",
             "console/kernels/kernels.html",
-            lambda: {"kernels": reference.kernels()},
-            wakes,
+            lambda: {"page": kernel_rows.kernels(chosen, _page_number(request))},
+            ("job", "kernel"),
         ),
     ]
-    return render_page(request, "console/simple.html", title="Kernels and workers", panels=panels)
+    return render_page(
+        request,
+        "console/kernels.html",
+        title="Kernels",
+        panels=panels,
+        chosen=chosen,
+        whole=kernel_rows.kernel_choices,
+    )
+
+
+@page
+def kernel(request: HttpRequest, digest: str) -> HttpResponse:
+    found = kernel_rows.get_kernel(digest)
+    if found is None:
+        raise Http404("there is no such kernel")
+    panels = [
+        Panel(
+            "about",
+            "What it is",
+            "console/kernels/about.html",
+            lambda: {"times": kernel_rows.stage_times(found)},
+        ),
+        Panel(
+            "certificate",
+            "Certificate",
+            "console/kernels/certificate.html",
+            lambda: {"certificate": found.certificate},
+        ),
+        Panel(
+            "users",
+            "Adaptations that used it",
+            "console/kernels/users.html",
+            lambda: {"users": kernel_rows.users_of(found)},
+            ("adaptation", "job"),
+        ),
+        Panel(
+            "builds",
+            "Builds",
+            "console/kernels/jobs.html",
+            lambda: {"jobs": kernel_rows.jobs_of(found)},
+            ("job",),
+        ),
+    ]
+    title = f"{found.blueprint_slug} {found.digest[:12]}"
+    return render_page(request, "console/kernel.html", title=title, panels=panels, kernel=found)
+
+
+@page
+def recipes(request: HttpRequest) -> HttpResponse:
+    wakes = ("recipe", "launch.changed")
+    panels = [
+        Panel(
+            "recipes",
+            "What may be started",
+            "console/recipes/list.html",
+            lambda: {"rows": recipe_rows.recipe_rows()},
+            wakes,
+            every=15,
+        ),
+        Panel(
+            "launches",
+            "Launches",
+            "console/recipes/launches.html",
+            lambda: {"launches": recipe_rows.recent_launches()},
+            wakes,
+            every=30,
+        ),
+    ]
+    return render_page(request, "console/simple.html", title="Recipes", panels=panels)
+
+
+@page
+def recipe(request: HttpRequest, uid: str) -> HttpResponse:
+    found = recipe_rows.get_recipe(uid)
+    if found is None:
+        raise Http404("there is no such recipe")
+    may_start = may(_person(request), Act.START_RECIPE)
+
+    def about() -> dict[str, Any]:
+        fresh = recipe_rows.get_recipe(uid)
+        return {"recipe": fresh, "row": fresh and recipe_rows.row_of(fresh), "may_start": may_start}
+
+    panels = [
+        Panel("about", found.name, "console/recipes/about.html", about, ("recipe",), every=15),
+        Panel(
+            "launches",
+            "Launches of it",
+            "console/recipes/launches.html",
+            lambda: {"launches": recipe_rows.recent_launches(found)},
+            ("launch.changed",),
+            every=30,
+        ),
+    ]
+    return render_page(request, "console/simple.html", title=found.name, panels=panels)
+
+
+@page
+def launch(request: HttpRequest, uid: str) -> HttpResponse:
+    found = recipe_rows.get_launch(uid)
+    if found is None:
+        raise Http404("there is no such launch")
+    user = _person(request)
+
+    def head() -> dict[str, Any]:
+        return {
+            "run": recipe_rows.run_of(found),
+            "may_stop": may(user, Act.STOP_LAUNCH, owner_id=found.requested_by_id),
+            "may_start": may(user, Act.START_RECIPE),
+        }
+
+    panels = [
+        Panel("head", "Launch", "console/recipes/launch.html", head, ("launch.changed",), every=5),
+        Panel(
+            "log",
+            "Log",
+            "console/recipes/log.html",
+            lambda: {"log": recipe_rows.last_lines(found)},
+        ),
+    ]
+    return render_page(
+        request,
+        "console/launch.html",
+        title=f"L-{found.number} {found.recipe.name}",
+        panels=panels,
+        topics=[launch_topic(found.uid)],
+        launch=found,
+    )
 
 
 @page

@@ -131,9 +131,7 @@ class Parameter:
         low, high = self.minimum, self.maximum
         number = float(value)
         if (low is not None and number < low) or (high is not None and number > high):
-            ends = (
-                f"{'any' if low is None else f'{low:g}'}…{'any' if high is None else f'{high:g}'}"
-            )
+            ends = "…".join("any" if end is None else f"{end:g}" for end in (low, high))
             raise RecipeError(f"{self.name} must lie in {ends}, not {value}.")
         return value
 

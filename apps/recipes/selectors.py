@@ -26,21 +26,18 @@ class LogPage:
 
     start: int
     end: int
-    log_end: int
     text: str
-
-    @property
-    def more(self) -> bool:
-        return self.end < self.log_end
+    more: bool = False
 
 
 def log_page(launch: Launch, *, after: int, limit: int = LOG_PAGE_BYTES) -> LogPage:
     """Whole chunks from the byte ``after`` on, at least one where there is one."""
-    start, end, texts = None, after, []
+    start: int | None = None
+    end, texts = after, list[str]()
     for chunk in LogChunk.objects.filter(launch=launch, offset__gte=after).iterator():
         if texts and chunk.offset + chunk.length - after > limit:
-            break
+            return LogPage(start or 0, end, "".join(texts), more=True)
         start = chunk.offset if start is None else start
         end = chunk.offset + chunk.length
         texts.append(chunk.text)
-    return LogPage(after if start is None else start, end, launch.log_end, "".join(texts))
+    return LogPage(after if start is None else start, end, "".join(texts))

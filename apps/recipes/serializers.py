@@ -103,6 +103,5 @@ class LogOutput(serializers.Serializer[Any]):
 
     start = serializers.IntegerField()
     end = serializers.IntegerField()
-    log_end = serializers.IntegerField()
     more = serializers.BooleanField()
     text = serializers.CharField()

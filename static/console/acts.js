@@ -55,9 +55,10 @@ function addressOf(form, button) {
 function bodyOf(form, button) {
   const body = { ...JSON.parse(form.dataset.body ?? "{}"), ...JSON.parse(button.dataset.body ?? "{}") };
   if ("changes" in form.dataset) body.changes = changesOf(form);
+  if ("parameters" in form.dataset) body.parameters = parametersOf(form);
   for (const field of form.elements) {
     if (!field.name || field.disabled && field.tagName === "BUTTON") continue;
-    if ("was" in field.dataset) continue;
+    if ("was" in field.dataset || "parameter" in field.dataset) continue;
     if ("list" in field.dataset) {
       body[field.name] ??= [];
       if (field.checked) body[field.name].push(field.value);
@@ -66,7 +67,7 @@ function bodyOf(form, button) {
     }
   }
   body.reason ??= "reason" in form.elements || !form.dataset.secret ? "" : undefined;
-  if ("secret" in form.dataset) delete body.reason;
+  if ("secret" in form.dataset || "parameters" in form.dataset) delete body.reason;
   return body;
 }
 
@@ -75,6 +76,12 @@ function changesOf(form) {
   return Object.fromEntries(changed.map((field) => [
     field.name, field.dataset.kind === "risk" ? field.value : Number(field.value),
   ]));
+}
+
+const TYPED = { number: Number, flag: (text) => text === "true", text: (text) => text };
+function parametersOf(form) {
+  const chosen = [...form.elements].filter((field) => "parameter" in field.dataset);
+  return Object.fromEntries(chosen.map((field) => [field.name, TYPED[field.dataset.parameter](field.value)]));
 }
 
 function keyFor(form, address, body) {
@@ -131,6 +138,10 @@ function done(form, button, content) {
   toast({ text: words });
   const reason = form.elements.reason;
   if (reason && !["claim", "release", "extend"].includes(button.dataset.path)) reason.value = "";
+  if (form.dataset.open) {
+    location.assign(form.dataset.open + content.uid); // to what was made
+    return;
+  }
   form.closest("details.menu")?.removeAttribute("open");
   refreshAll();
 }

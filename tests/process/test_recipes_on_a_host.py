@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from esper_web.supervise.processes import process_identity
+from tests.conftest import launch_esper
 
 from .conftest import Plant, until
 
@@ -43,8 +45,10 @@ default = "none"
 """
 
 
-@pytest.fixture
-def plant(start_esper: Any, tmp_path: Path) -> Plant:
+@pytest.fixture(scope="module")
+def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
+    """One for this file; its last test stops it."""
+    tmp_path = tmp_path_factory.mktemp("recipes")
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     (recipes / "counter.py").write_text(COUNTER)
@@ -54,10 +58,11 @@ def plant(start_esper: Any, tmp_path: Path) -> Plant:
     root = Path(__file__).parents[2]
     (recipes / "digits_cnn.toml").write_text(digits.replace('".."', f'"{root}"'))
     environment = {"ESPER_RECIPES": str(recipes), "ESPER_LAUNCH_LOST_SECONDS": "10"}
-    esper = start_esper(tmp_path / "data", "--no-demo", environment=environment)
+    esper = launch_esper(tmp_path / "data", "--no-demo", environment=environment)
     plant = Plant(esper, tmp_path)
     until(lambda: len(recipes_of(plant)) == 2, 60, "the worker registers its recipes")
-    return plant
+    yield plant
+    esper.stop()
 
 
 def recipes_of(plant: Plant) -> dict[str, Any]:
@@ -98,6 +103,16 @@ def started(plant: Plant, slug: str, **parameters: Any) -> str:
     return uid
 
 
+def launch_pid(plant: Plant, uid: str) -> int:
+    return int(plant.rows("SELECT pid FROM recipes_launch WHERE uid=?", uid)[0][0])
+
+
+def stop(plant: Plant, uid: str, reason: str = "") -> None:
+    answer = plant.call("olga", "POST", f"launches/{uid}/stop", json={"reason": reason})
+    assert answer.status_code == 202, answer.text
+    until(lambda: launch(plant, uid)["state"] == "stopped", 30, "it stops")
+
+
 def test_a_recipe_is_started_streamed_stopped_and_resumed(plant: Plant) -> None:
     assert start(plant, "counter", "vera").status_code == 403
     hostile = "; touch pwned $(id) `id` {python} 'x"
@@ -109,9 +124,7 @@ def test_a_recipe_is_started_streamed_stopped_and_resumed(plant: Plant) -> None:
     assert "secrets []" in log
 
     assert plant.call("vera", "POST", f"launches/{uid}/stop", json={}).status_code == 403
-    stop = plant.call("olga", "POST", f"launches/{uid}/stop", json={"reason": "enough"})
-    assert stop.status_code == 202
-    until(lambda: launch(plant, uid)["state"] == "stopped", 20, "it stops")
+    stop(plant, uid, "enough")
     ended = launch(plant, uid)
     assert (ended["exit_code"], ended["stopped_by"]) == (0, "olga")
     assert "enough" in ended["reason"]
@@ -123,8 +136,7 @@ def test_a_recipe_is_started_streamed_stopped_and_resumed(plant: Plant) -> None:
     counts = [int(line[6:]) for line in log_of(plant, uid).splitlines() if line[:6] == "count "]
     assert counts == sorted(set(counts))  # from its checkpoint: nothing is counted twice
     assert launch(plant, uid)["attempt"] == 2
-    plant.call("olga", "POST", f"launches/{uid}/stop", json={})
-    until(lambda: launch(plant, uid)["state"] == "stopped", 20, "it stops again")
+    stop(plant, uid)
     acts = [
         row[0] for row in plant.rows("SELECT act FROM audit_auditevent WHERE object_uid=?", uid)
     ]
@@ -147,10 +159,6 @@ def test_a_killed_worker_finds_its_trainer_again(plant: Plant) -> None:
     assert launch(plant, uid)["exit_signal"] == "SIGKILL"
 
 
-def launch_pid(plant: Plant, uid: str) -> int:
-    return int(plant.rows("SELECT pid FROM recipes_launch WHERE uid=?", uid)[0][0])
-
-
 def test_a_silent_host_makes_a_launch_lost_and_its_return_settles_it(plant: Plant) -> None:
     uid = started(plant, "counter")
     worker = plant.esper.pid("worker-compile")
@@ -161,6 +169,7 @@ def test_a_silent_host_makes_a_launch_lost_and_its_return_settles_it(plant: Plan
     finally:
         os.kill(worker, signal.SIGCONT)
     until(lambda: launch(plant, uid)["state"] == "running", 30, "found again")
+    stop(plant, uid)
 
 
 def test_a_changed_file_is_not_started(plant: Plant) -> None:
@@ -182,8 +191,7 @@ def test_esper_s_own_example_trains_under_its_launch_and_resumes_its_run(plant: 
         run,
     )
     assert owner == "olga"
-    plant.call("olga", "POST", f"launches/{uid}/stop", json={"reason": "later"})
-    until(lambda: launch(plant, uid)["state"] == "stopped", 30, "it stops")
+    stop(plant, uid)
     assert plant.rows("SELECT state FROM runs_run WHERE uid=?", run) == [("finished",)]
     before = step_of(plant, run)
     plant.call("olga", "POST", f"launches/{uid}/resume", json={"reason": ""})

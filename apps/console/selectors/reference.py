@@ -1,4 +1,4 @@
-"""Catalogue, kernels, violations, policy and audit, as lists."""
+"""Catalogue, violations, policy and audit, as lists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from apps.accounts.policy import IN_WORDS, Act, may
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
 from apps.blueprints.models import Blueprint
-from apps.kernels.models import CompileJob, Kernel, Worker
+from apps.kernels.models import Kernel
 from apps.policies.models import PolicyVersion
 from apps.violations.models import Violation
 from esper.contracts import AdaptationState, SafetyPolicy
@@ -43,21 +43,6 @@ def kernels_of(slug: str) -> list[Kernel]:
     return list(Kernel.objects.filter(blueprint_slug=slug)[:20])
 
 
-def kernels() -> list[Kernel]:
-    return list(Kernel.objects.all()[:PAGE_LENGTH])
-
-
-def jobs() -> list[tuple[CompileJob, int | None]]:
-    """The newest jobs, each with the number of the adaptation that it is for."""
-    found = list(CompileJob.objects.select_related("kernel")[:PAGE_LENGTH])
-    numbers = dict(
-        Adaptation.objects.filter(uid__in=[job.adaptation_uid for job in found]).values_list(
-            "uid", "pk"
-        )
-    )
-    return [(job, numbers.get(job.adaptation_uid)) for job in found]
-
-
 @dataclass(frozen=True, slots=True)
 class Right:
     """One act in words; ``note`` says where it ends, or whose it is."""
@@ -78,10 +63,6 @@ def _right(user: User, act: Act) -> Right:
     if own.allowed:
         return Right(IN_WORDS[act], True, "in your own runs")
     return Right(IN_WORDS[act], False, anywhere.why)
-
-
-def workers() -> list[Worker]:
-    return list(Worker.objects.all())
 
 
 @dataclass(frozen=True, slots=True)

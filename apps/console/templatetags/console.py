@@ -34,6 +34,14 @@ def visible(text: object) -> str:
     )
 
 
+@register.filter
+def visible_lines(text: str) -> str:
+    """As ``visible``, for text of several lines."""
+    return "\n".join(
+        "\t".join(visible(part) for part in line.split("\t")) for line in text.split("\n")
+    )
+
+
 @register.simple_tag
 def status(kind: str, value: str) -> SafeString:
     """Shape and word of a state, e.g. ``{% status "adaptation" adaptation.state %}``."""
@@ -102,6 +110,12 @@ def number(value: Any, digits: int = 3) -> str:
         return f"{value:.{digits - 1}e}".replace("-", "−")
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{min(decimals, 6)}f}".replace("-", "−")
+
+
+@register.filter
+def plain(value: float) -> str:
+    """A number as a form field takes it: ``1e-05`` and ``100``, neither ``100.0`` nor ``1,000``."""
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
 @register.filter
@@ -215,7 +229,9 @@ _LINKS = (
     ("blueprints", "Blueprints", ("blueprints", "blueprint")),
     ("violations", "Violations", ("violations",)),
     ("policy", "Policy", ("policy",)),
-    ("kernels", "Kernels", ("kernels",)),
+    ("kernels", "Kernels", ("kernels", "kernel")),
+    ("workers", "Workers", ("workers",)),
+    ("recipes", "Recipes", ("recipes", "recipe", "launch")),
     ("audit", "Audit", ("audit",)),
 )
 

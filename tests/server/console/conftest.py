@@ -23,6 +23,7 @@ from apps.kernels.models import CompileJob, Kernel, Worker
 from apps.notifications.services import publish, run_topic
 from apps.policies.models import PolicyVersion
 from apps.policies.services import current_policy
+from apps.recipes.models import Launch, LogChunk, Recipe
 from apps.runs.models import Command, Run
 from apps.telemetry.models import Frame, Metric
 from apps.violations.services import record_violation
@@ -33,6 +34,7 @@ from esper.contracts import (
     CommandKind,
     CommandState,
     JobState,
+    LaunchState,
     LayerInfo,
     Role,
     RunMode,
@@ -53,6 +55,7 @@ class World:
     runs: dict[str, Run] = field(default_factory=dict)
     blueprints: dict[str, Blueprint] = field(default_factory=dict)
     adaptations: dict[str, Adaptation] = field(default_factory=dict)
+    launches: dict[str, Launch] = field(default_factory=dict)
 
     def client(self, who: str) -> Client:
         client = Client()
@@ -395,6 +398,68 @@ def make_kept(world: World) -> None:
     )
 
 
+def make_recipes(world: World) -> None:
+    """One that runs, one that failed, and a file that cannot be used."""
+    steps = {"name": "steps", "kind": "integer", "default": 10_000, "minimum": 100.0}
+    blank = {"description": "", "maximum": None, "choices": [], "option": "", "under": ""}
+    recipe = Recipe.objects.create(
+        host="host-a",
+        slug="digits_cnn",
+        digest="0f" * 32,
+        name="Digits",
+        description="A small convolutional net.",
+        argv=["{python}", "examples/digits_cnn.py", "--steps", "{steps}"],
+        resume_argv=["{python}", "examples/digits_cnn.py", "--steps", "{steps}"],
+        directory="/srv/esper",
+        parameters=[
+            {**blank, **steps, "maximum": 1e6, "description": "optimizer steps in all"},
+            {
+                **blank,
+                "name": "schedule",
+                "kind": "choice",
+                "default": "cosine",
+                "minimum": None,
+                "choices": ["cosine", "linear"],
+            },
+        ],
+        registered_at=timezone.now(),
+    )
+    Recipe.objects.create(
+        host="host-a",
+        slug="broken",
+        name="broken.toml",
+        problem="argv names {size}, which is no parameter.",
+        registered_at=timezone.now(),
+    )
+    common = {
+        "recipe": recipe,
+        "digest": recipe.digest,
+        "parameters": {"steps": 10_000, "schedule": "cosine"},
+        "requested_by": world.people["anna"],
+        "requested_at": timezone.now(),
+        "command": ["python", "examples/digits_cnn.py", "--steps", "10000"],
+    }
+    world.launches["running"] = Launch.objects.create(
+        **common,
+        run_uid=world.runs["topics-lm"].uid,
+        state=LaunchState.RUNNING,
+        pid=4711,
+        seen_at=timezone.now(),
+    )
+    world.launches["failed"] = Launch.objects.create(
+        **common,
+        state=LaunchState.FAILED,
+        reason="killed by SIGKILL",
+        exit_signal="SIGKILL",
+        last_lines=["step 200  loss 0.61", "out of memory"],
+        ended_at=timezone.now(),
+    )
+    lines = "".join(f"step {step}  loss 0.{99 - step % 90}\n" for step in range(200))
+    for launch in world.launches.values():
+        LogChunk.objects.create(launch=launch, offset=0, length=len(lines), text=lines)
+        Launch.objects.filter(pk=launch.pk).update(log_end=len(lines))
+
+
 def build_world(*, steps: int = 120) -> World:
     world = World()
     make_people(world)
@@ -456,6 +521,7 @@ def build_world(*, steps: int = 120) -> World:
             action="Nothing was grafted.",
             layer="features.3",
         )
+    make_recipes(world)
     PolicyVersion.objects.create(
         version=2,
         values={**current_policy().values, "confidence_auto": 0.8},

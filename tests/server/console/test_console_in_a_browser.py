@@ -131,8 +131,15 @@ def pages_of(page: Page) -> list[str]:
     waiting = page.locator("tr:has-text('classifier.2') a[data-open]").get_attribute("href")
     page.goto("/runs")
     run = page.locator("a:text-is('digits-cnn')").get_attribute("href")
+    page.goto("/recipes")
+    recipe = page.locator("a[data-open]:text-is('Digits')").get_attribute("href")
+    launches = [
+        page.locator(f"tr:has-text('{state}') a[data-open]:has-text('L-')").get_attribute("href")
+        for state in ("Running", "Failed")
+    ]
     plain = ["/", "/inbox", "/blueprints", "/blueprints/proj_ia3", "/violations", "/policy"]
-    found = [*plain, "/kernels", "/audit?verify=1", "/me", run, kept, waiting]
+    kernels = ["/workers", "/kernels", f"/kernels/{'ab' * 32}", "/recipes", recipe, *launches]
+    found = [*plain, *kernels, "/audit?verify=1", "/me", run, kept, waiting]
     return [address for address in found if address]
 
 

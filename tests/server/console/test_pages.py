@@ -18,13 +18,28 @@ FAILED_PANEL = "This part could not be shown"
 
 
 def page_addresses(world: Any) -> list[str]:
-    plain = ("overview", "inbox", "runs", "blueprints", "violations", "policy", "kernels", "me")
+    plain = (
+        "overview",
+        "inbox",
+        "runs",
+        "blueprints",
+        "violations",
+        "policy",
+        "kernels",
+        "me",
+        "workers",
+        "recipes",
+    )
     return [
         *(reverse(f"console:{name}") for name in plain),
         reverse("console:run", args=[world.runs["digits-cnn"].uid]),
         reverse("console:adaptation", args=[world.adaptations["waiting"].uid]),
         reverse("console:adaptation", args=[world.adaptations["kept"].uid]),
         reverse("console:blueprint", args=["proj_lora_64"]),
+        reverse("console:kernel", args=["ab" * 32]),
+        reverse("console:recipe", args=[world.launches["running"].recipe.uid]),
+        *(reverse("console:launch", args=[launch.uid]) for launch in world.launches.values()),
+        "/kernels?blueprint=mlp_gelu_2048&capability=cpu&tier=0",
         "/inbox?state=history",
         "/inbox?state=mine&risk=high",
         "/audit?verify=1&act=adaptation.",
@@ -93,6 +108,9 @@ def test_a_wrong_password_is_refused_without_saying_which_part_is_wrong(world: A
         "/runs/run_none",
         "/adaptations/adp_none",
         "/blueprints/none",
+        "/kernels/none",
+        "/recipes/none",
+        "/launches/none",
         "/inbox?state=gone",
         "/?panel=x",
     ],
@@ -134,7 +152,16 @@ def test_the_empty_installation_says_what_to_do(db: None, django_user_model: Any
     assert "Nothing needs a person" in overview
     assert "esper.attach" in overview
     assert "Nothing waits for a person" in client.get("/inbox").content.decode()
-    for address in ("/runs", "/blueprints", "/violations", "/policy", "/kernels", "/audit"):
+    for address in (
+        "/runs",
+        "/blueprints",
+        "/violations",
+        "/policy",
+        "/kernels",
+        "/audit",
+        "/workers",
+        "/recipes",
+    ):
         assert FAILED_PANEL not in client.get(address).content.decode()
 
 
