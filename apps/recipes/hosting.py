@@ -323,7 +323,7 @@ def send_log(launch: Launch) -> None:
     """What the host's log has got since the last look; who is far behind gets its end."""
     folder = launch_folder(launch)
     after = max(launch.log_end, tail_offset(folder, LOG_KEPT_BYTES))
-    for _ in range(LOG_KEPT_BYTES // LOG_CHUNK_BYTES):
+    for _ in range(LOG_KEPT_BYTES // LOG_CHUNK_BYTES + 1):
         offset, data = read_log(folder, after, limit=LOG_CHUNK_BYTES)
         if not data or not _store_chunk(launch, offset, data):
             return

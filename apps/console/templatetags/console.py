@@ -119,6 +119,12 @@ def plain(value: float) -> str:
 
 
 @register.filter
+def grouped(digits: str) -> str:
+    """Digits in groups of three: ``1,000,000``."""
+    return f"{int(digits):,}" if digits.removeprefix("-").isdigit() else digits
+
+
+@register.filter
 def signed(value: Any, digits: int = 3) -> str:
     """A number with its sign, also when it is positive."""
     text = number(value, digits)

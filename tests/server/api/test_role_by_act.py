@@ -12,8 +12,9 @@ from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
 from apps.violations.models import Violation
 from apps.violations.services import record_violation
-from esper.contracts import AdaptationState, Role, Severity, TokenScope, ViolationRule
+from esper.contracts import AdaptationState, LaunchState, Role, Severity, TokenScope, ViolationRule
 from tests.server.api.cast import Answer, Caller, Inbox, register, registration, token_of
+from tests.server.recipes.cast import make_launch, make_recipe
 
 pytestmark = pytest.mark.django_db
 
@@ -35,6 +36,20 @@ def _on_adaptation(name: str, reason: str = "because") -> Attempt:
 
 def _on_run(name: str) -> Attempt:
     return lambda caller, inbox: caller.post(f"{inbox.trainer.path}/{name}", {"reason": "hm"})
+
+
+def _on_launch(name: str, state: LaunchState) -> Attempt:
+    def attempt(caller: Caller, inbox: Inbox) -> Answer:
+        launch = make_launch(inbox.trainer.row().owner, state=state)
+        return caller.post(f"launches/{launch.uid}/{name}", {"reason": "hm"})
+
+    return attempt
+
+
+def start_counter(caller: Caller) -> Answer:
+    recipe = make_recipe()
+    body = {"host": recipe.host, "recipe": recipe.slug, "digest": recipe.digest}
+    return caller.post("launches", {**body, "parameters": {"steps": 500}})
 
 
 def _acknowledge(caller: Caller, inbox: Inbox) -> Answer:
@@ -79,6 +94,9 @@ ACTS: list[tuple[str, Act, Attempt]] = [
         lambda c, _: c.post("policies", {"changes": {"confidence_auto": 0.8}, "reason": "x"}),
     ),
     ("register", Act.CREATE_RUN, lambda c, _: c.post("runs", registration(name="another"))),
+    ("start", Act.START_RECIPE, lambda c, _: start_counter(c)),
+    ("resume-launch", Act.START_RECIPE, _on_launch("resume", LaunchState.STOPPED)),
+    ("stop-launch", Act.STOP_LAUNCH, _on_launch("stop", LaunchState.RUNNING)),
     ("audit", Act.VIEW_AUDIT, lambda c, _: c.get("audit")),
     ("read", Act.VIEW, lambda c, _: c.get("adaptations")),
 ]

@@ -215,6 +215,33 @@ def test_rows_open_by_keyboard(sign_in: SignIn) -> None:
     expect(page.locator("#shortcuts")).to_be_visible()
 
 
+def test_a_recipe_is_started_from_its_page_and_stopped_from_its_launch(sign_in: SignIn) -> None:
+    page, vera = sign_in("anna"), sign_in("vera")
+    page.goto("/recipes")
+    address = page.locator("a[data-open]:text-is('Digits')").get_attribute("href")
+    assert address
+    vera.goto(address)
+    expect(vera.locator("#panel-about")).to_contain_text("Only admins or operators may start")
+    page.goto(address)
+    page.fill("#p-steps", "50")
+    page.click("text=Start on host-a")
+    assert page.evaluate("document.querySelector('#p-steps').validity.rangeUnderflow")
+    page.fill("#p-steps", "500")
+    page.select_option("#p-schedule", "linear")
+    page.click("text=Start on host-a")
+    page.wait_for_url("**/launches/lau_*")
+    expect(page.locator("#launch-state")).to_contain_text("Requested")
+    expect(page.locator("#panel-head")).to_contain_text("schedule=linear")
+    vera.goto(page.url)
+    vera.wait_for_selector("#link-pill[data-link=live]")
+    assert vera.locator("#stop-form").count() == 0
+    page.fill("#stop-reason", "a mistake")
+    page.click("#stop-form button")
+    page.click("dialog button.danger")
+    expect(vera.locator("#launch-state")).to_contain_text("Stopped")  # pushed, not reloaded
+    expect(vera.locator("#panel-head")).to_contain_text("a mistake")
+
+
 def test_the_kill_switch_is_seen_by_everybody_at_once(sign_in: SignIn) -> None:
     anna, vera = sign_in("anna"), sign_in("vera")
     vera.wait_for_selector("#link-pill[data-link=live]")
