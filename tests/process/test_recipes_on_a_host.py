@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from playwright.sync_api import Page, expect
 
 from esper_web.supervise.processes import process_identity
 from tests.conftest import launch_esper
@@ -142,6 +143,33 @@ def test_a_recipe_is_started_streamed_stopped_and_resumed(plant: Plant) -> None:
     ]
     life = ["requested", "starting", "running", "stopping", "stopped"]
     assert acts == [f"launch.{state}" for state in life * 2]
+
+
+@pytest.mark.browser
+def test_the_page_of_a_launch_shows_its_log_as_it_is_written(plant: Plant, page: Page) -> None:
+    page.goto(f"{plant.esper.url}/login")
+    page.fill("input[name=username]", "olga")
+    page.fill("input[name=password]", plant.esper.people["olga"])
+    page.click("form button[type=submit]")
+    page.wait_for_url("**/")
+    recipe = recipes_of(plant)["counter"]["uid"]
+    page.goto(f"{plant.esper.url}/recipes/{recipe}")
+    page.fill("#p-note", "from the page")
+    page.click("#panel-about button[type=submit]")
+    page.wait_for_url("**/launches/lau_*", timeout=20_000)
+    uid = page.url.rpartition("/")[2]
+    log = page.locator("#launch-log")
+    expect(log).to_contain_text("given ['from the page']", timeout=30_000)
+    expect(log).to_contain_text("count 100\n", timeout=60_000)  # nothing was reloaded
+    expect(page.locator("#launch-state")).to_contain_text("Running")
+    page.click("#stop-form button")
+    page.click("dialog button.danger")
+    expect(page.locator("#launch-state")).to_contain_text("Stopped", timeout=30_000)
+    expect(page.locator("#resume-form button")).to_be_enabled()
+    expect(log).to_contain_text("--- ended: exit code 0 ---", timeout=20_000)
+    shown = [int(line[6:]) for line in log.inner_text().splitlines() if line[:6] == "count "]
+    assert shown == list(range(1, len(shown) + 1))  # no line is missing, none stands twice
+    assert launch(plant, uid)["requested_by"] == "olga"
 
 
 def test_a_killed_worker_finds_its_trainer_again(plant: Plant) -> None:

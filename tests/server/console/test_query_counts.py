@@ -51,7 +51,7 @@ def grow(world: Any) -> None:
         ("/runs", 11),
         ("/violations", 8),
         ("/kernels", 12),
-        ("/workers", 11),
+        ("/workers", 13),
         ("/recipes", 9),
         ("/blueprints", 7),
         ("/blueprints/mlp_gelu_2048", 9),
