@@ -91,7 +91,7 @@ def log_of(plant: Plant, uid: str) -> str:
     text, after = "", 0
     while True:
         page = plant.call("olga", "GET", f"launches/{uid}/log?after={after}").json()
-        text, after = text + page["text"], page["end"]
+        text, after = text + str(page["text"]), page["end"]
         if not page["more"]:
             return text
 

@@ -13,6 +13,7 @@ import pytest
 from django.core.management import CommandError, call_command
 from django.utils import timezone
 
+from apps.accounts.actors import SYSTEM
 from apps.accounts.models import ApiToken, User
 from apps.accounts.problems import Problem
 from apps.accounts.services import issue_token
@@ -138,7 +139,7 @@ def test_a_launch_that_is_moved_twice_moves_once(olga: User) -> None:
     other = Launch.objects.get(pk=launch.pk)
     services.stop_launch(launch=launch, user=olga, via="test", reason="first")
     with pytest.raises(StaleLaunchError, match="is stopping already by olga"):
-        transition(other, S.FINISHED, actor=services.SYSTEM)
+        transition(other, S.FINISHED, actor=SYSTEM)
     with pytest.raises(Problem, match="is stopping already"):
         services.stop_launch(launch=launch, user=olga, via="test", reason="again")
     assert AuditEvent.objects.filter(act="launch.stopping").count() == 1
