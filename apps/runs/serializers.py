@@ -170,6 +170,9 @@ _LAYER_MEMBERS = {
     "padding": _is_shape,
     "dilation": _is_shape,
     "groups": _is_whole,
+    "head_width": _is_whole,
+    "cached_channels": _is_shape,
+    "looks_ahead": _is_flag,
 }
 
 

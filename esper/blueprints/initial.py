@@ -19,7 +19,7 @@ class Initializer:
 
     def __init__(self, seed: int, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
         self._generator = torch.Generator(device="cpu").manual_seed(seed)
-        self._device = torch.device(device or "cpu")
+        self.device = torch.device(device or "cpu")
         self._dtype = dtype
 
     def uniform(self, *shape: int) -> nn.Parameter:
@@ -27,10 +27,10 @@ class Initializer:
         bound = 1.0 / math.sqrt(max(1, math.prod(shape[1:])))
         values = torch.empty(shape, dtype=torch.float32, device="cpu")
         values.uniform_(-bound, bound, generator=self._generator)
-        return nn.Parameter(values.to(device=self._device, dtype=self._dtype))
+        return nn.Parameter(values.to(device=self.device, dtype=self._dtype))
 
     def zeros(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.zeros(shape, device=self._device, dtype=self._dtype))
+        return nn.Parameter(torch.zeros(shape, device=self.device, dtype=self._dtype))
 
     def ones(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.ones(shape, device=self._device, dtype=self._dtype))
+        return nn.Parameter(torch.ones(shape, device=self.device, dtype=self._dtype))

@@ -62,7 +62,10 @@ def kernel_key(layer: LayerInfo, blueprint: str, config: dict[str, Any] | None) 
 
 
 def _kind(layer: LayerInfo) -> str:
-    """The class name, and for convolutions what their shapes alone do not tell."""
+    """The class name, and what the shapes of convolutions and of attention do not tell."""
+    if layer.cached_channels:
+        first, end = layer.cached_channels
+        return f"{layer.kind} cached {first}-{end} h{layer.head_width}"
     if not layer.kernel_size:
         return layer.kind
     named = {

@@ -310,6 +310,7 @@ def _dead_after_two_steps(graft: Graft, trial: _Trial) -> list[str]:
     for _ in range(2):
         if not waiting:
             break
+        torch.clear_autocast_cache()  # it holds the weights as they were before the last step
         with torch.enable_grad():
             changed = trial_graft.combine(trial.x, trial.y)
         inputs = [p for p in trial_graft.parameters() if p.requires_grad]

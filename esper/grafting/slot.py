@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.decorators import skip
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from esper.blueprints import Graft
@@ -113,6 +114,12 @@ def run_slot(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     return _run_occupied(slot, module, args, kwargs, output)
 
 
+# What torch tells the user of fullgraph=True, who compiled after the slots had come.
+run_slot._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "an Esper slot splits the graph: compile without fullgraph=True, or give slots=[…] to attach"
+)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run_occupied(
     slot: nn.Module,
@@ -129,21 +136,27 @@ def _run_occupied(
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """A tensor itself, or the first one of a tuple or list."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, tuple | list):
-        return next((item for item in value if isinstance(item, Tensor)), None)
-    return None
+    """A tensor itself, or the first one of a tuple or list; the data of a packed sequence."""
+    place = _first_place(value) if isinstance(value, tuple | list) else None
+    found = value if place is None else value[place]
+    found = found.data if isinstance(found, PackedSequence) else found
+    return found if isinstance(found, Tensor) else None
 
 
 def replace_first_tensor(output: Any, new: Tensor) -> Any:
     """``output`` with its first tensor replaced; tuples stay tuples, named ones named."""
-    if isinstance(output, Tensor):
+    place = _first_place(output) if isinstance(output, tuple | list) else None
+    if place is None:
         return new
-    place = next(i for i, item in enumerate(output) if isinstance(item, Tensor))
-    items = [*output[:place], new, *output[place + 1 :]]
+    old = output[place]
+    fresh = old._replace(data=new) if isinstance(old, PackedSequence) else new
+    items = [*output[:place], fresh, *output[place + 1 :]]
     return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+def _first_place(values: tuple[Any, ...] | list[Any]) -> int | None:
+    kinds = (Tensor, PackedSequence)
+    return next((i for i, item in enumerate(values) if isinstance(item, kinds)), None)
 
 
 def find_host(model: nn.Module, layer: str) -> nn.Module:
@@ -167,6 +180,8 @@ def slot_of(module: nn.Module) -> Slot | None:
 def prepare_slots(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
     """Gives each layer an empty slot; those that have one keep it.
 
+    Where one is new, all compiled code of this process is compiled anew when it runs next.
+
     Returns:
         The layers that got a new one.
 
@@ -180,6 +195,11 @@ def prepare_slots(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
     fresh = [layer for layer, host in hosts.items() if slot_of(host) is None]
     for layer in fresh:
         _add_slot(hosts[layer])
+    if fresh:
+        # Compiled code does not look for hooks again: what was compiled before these slots came
+        # would never run a graft. It is compiled anew when it runs next; where nothing was
+        # compiled, this costs well below a millisecond.
+        torch.compiler.reset()
     return tuple(fresh)
 
 

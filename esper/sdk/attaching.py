@@ -15,11 +15,15 @@ from esper.contracts import MAX_NAME_LENGTH, RunMode, SafetyPolicy
 from esper.exceptions import ConfigurationError
 from esper.grafting.graph import layer_modules, why_never_graftable
 from esper.grafting.ledger import unwrap_optimizer
+from esper.sdk.compiling import is_whole_graph, whole_graph_region
 from esper.sdk.exchange import Pace
 from esper.sdk.session import Session, Setup
 
 logger = logging.getLogger("esper")
 
+_NO_ROOM = (
+    "is compiled with fullgraph=True, which leaves no room for a slot: compile without fullgraph"
+)
 _SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
 
 
@@ -65,10 +69,13 @@ def attach(
     """
     mode = _mode(mode)
     bare = _unwrap(model)
+    if is_whole_graph(model):
+        raise ConfigurationError(f"the model {_NO_ROOM}")
     optimizers = _optimizers(optimizer)
     address, secret = _server(server, token)
     names = _slot_names(bare, slots)
     _check(run, target_steps, evaluate)
+    _check_graphs(bare, names)
     grafting.prepare_slots(bare, names)
     return Session(
         Setup(
@@ -165,6 +172,15 @@ def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tup
         if reason:
             raise ConfigurationError(f"layer {name!r} can have no slot: {reason}")
     return names
+
+
+def _check_graphs(model: nn.Module, slots: Iterable[str]) -> None:
+    for name in slots:
+        region = whole_graph_region(model, name)
+        if region is not None:
+            raise ConfigurationError(
+                f"{region or 'the model'!r} {_NO_ROOM}, or slots outside of it"
+            )
 
 
 def _check(run: str, target_steps: int | None, evaluate: object) -> None:

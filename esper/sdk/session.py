@@ -45,6 +45,7 @@ from esper.exceptions import ConfigurationError, EsperError, UndoError, UnknownL
 from esper.grafting import GuardVerdict, LayerRecorder, LossGuard, Receipt, UndoReceipt
 from esper.health import HealthSampler
 from esper.sdk.commands import LocalVeto
+from esper.sdk.compiling import CompilerWatch
 from esper.sdk.evaluation import Evaluator
 from esper.sdk.exchange import Exchange, Pace
 from esper.sdk.findings import Findings, divergence, switched_off
@@ -59,6 +60,7 @@ logger = logging.getLogger("esper")
 
 MAX_PART_FAILURES = 3
 LOSSES_KEPT = 4_000
+LEFT_ALONE = "attach was told to leave it alone"
 
 
 class RunStopped(EsperError):
@@ -110,6 +112,7 @@ class Session:
         self._findings = Findings(self._tell_finding)
         self._latest_frame: HealthFrame | None = None
         self._failures: dict[str, int] = {}
+        self._compiler = CompilerWatch()
         self._closed = False
         self._findings.replace_ledger(self._surgeon.audit())
         self._at_exit = _close_at_exit(self)
@@ -141,6 +144,7 @@ class Session:
         if self._desk is not None:
             self._try("commands", self._obey)
         metrics = self._take_metrics(value)
+        self._try("compiler", partial(self._watch_compiler, metrics))
         if self._evaluator is not None:
             self._try("evaluation", partial(self._evaluate, metrics))
         self._try("health", partial(self._look, loss, metrics))
@@ -352,6 +356,10 @@ class Session:
         """At the first complete step the layers are known: watch them, and register the run."""
         self._layers = self._watched_layers()
         self._recorder.stop()
+        if any(layer.reason == LEFT_ALONE for layer in self._layers):
+            # Code that was compiled in this first step is split where the recorder looked, and
+            # torch does not notice that it has gone. Where every layer has a slot, it stays split.
+            torch.compiler.reset()
         self._sampler = HealthSampler(
             self._model,
             self._setup.optimizers,
@@ -374,7 +382,7 @@ class Session:
         return tuple(
             layer
             if layer.name in slots or not layer.graftable
-            else replace(layer, graftable=False, reason="attach was told to leave it alone")
+            else replace(layer, graftable=False, reason=LEFT_ALONE)
             for layer in self._recorder.layers()
         )
 
@@ -453,6 +461,14 @@ class Session:
             "exact": report.exact,
             "digest_after": report.digest,
         }
+
+    def _watch_compiler(self, metrics: dict[str, float]) -> None:
+        recompiles = self._compiler.recompiles()
+        if recompiles:
+            metrics["recompiles"] = float(recompiles)
+        finding = self._compiler.finding()
+        if finding is not None:
+            self._findings.add(finding)
 
     # -- commands ------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ RISKS = {
     "clamp_grad_norm": Risk.LOW,
     "expert_mlp_1d": Risk.MEDIUM,
     "expert_mlp_swiglu": Risk.MEDIUM,
+    "kv_cache_8bit": Risk.HIGH,
     "ln_rms": Risk.HIGH,
     "mlp_gelu_2048": Risk.MEDIUM,
     "mlp_swiglu_4096": Risk.MEDIUM,

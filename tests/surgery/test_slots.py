@@ -220,3 +220,19 @@ def test_activation_statistics_are_those_of_the_layer() -> None:
     assert signals["act_mean"] == pytest.approx(y.mean().item(), abs=1e-6)
     assert signals["act_std"] == pytest.approx(y.std(correction=0).item(), rel=1e-5)
     assert signals["dead_fraction"] == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's own
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_encoder_without_its_fused_path_computes_the_same(masked: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, mask = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3:] = masked
+    with torch.no_grad():
+        fused = encoder(x, src_key_padding_mask=mask)
+        infos = trace_layers(encoder, lambda: encoder(x))
+        prepare_slots(encoder, [info.name for info in infos if info.graftable])
+        ordinary = encoder(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(ordinary[~mask], fused[~mask], atol=1e-6, rtol=1e-5)
