@@ -50,8 +50,14 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def why_never_graftable(model: nn.Module, name: str) -> str:
-    """Why this module can hold no graft, whatever it does in a forward pass; empty if it can."""
+def why_never_graftable(
+    model: nn.Module, name: str, layers: Mapping[str, nn.Module] | None = None
+) -> str:
+    """Why this module can hold no graft, whatever it does in a forward pass; empty if it can.
+
+    Args:
+        layers: what :func:`layer_modules` gives, for a caller that asks about many.
+    """
     module = model.get_submodule(name)
     if not name:
         return "it is the whole model; name one of its layers"
@@ -62,7 +68,7 @@ def why_never_graftable(model: nn.Module, name: str) -> str:
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return "its parent attention uses its weight directly, so a hook on it never fires"
-    if name not in layer_modules(model):
+    if name not in (layer_modules(model) if layers is None else layers):
         return f"a {kind_of(module)} is made of layers; name one of them"
     return ""
 
@@ -153,7 +159,7 @@ class LayerRecorder:
 
     def _describe(self, name: str, module: nn.Module) -> LayerInfo:
         sighting = self._sightings.get(name, _Sighting(reason=NEVER_RAN))
-        reason = why_never_graftable(self._model, name) or sighting.reason
+        reason = why_never_graftable(self._model, name, self._modules) or sighting.reason
         return _layer_info(name, module, sighting, reason)
 
 
@@ -168,7 +174,8 @@ def trace_layers(
             what the modules tell of themselves is known, for a batch of one row.
     """
     if forward is None:
-        return tuple(_describe_unseen(model, name) for name in layer_modules(model))
+        layers = layer_modules(model)
+        return tuple(_describe_unseen(model, name, layers) for name in layers)
     recorder = LayerRecorder(model)
     # Late import: the snapshot is the one place that knows every random stream.
     from esper.grafting.snapshot import kept_streams
@@ -276,10 +283,10 @@ def _symmetric_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, 
     return None if any(total % 2 for total in totals) else tuple(total // 2 for total in totals)
 
 
-def _describe_unseen(model: nn.Module, name: str) -> LayerInfo:
-    module = model.get_submodule(name)
+def _describe_unseen(model: nn.Module, name: str, layers: Mapping[str, nn.Module]) -> LayerInfo:
+    module = layers[name]
     sighting = _sighting_of_weights(module)
-    reason = why_never_graftable(model, name)
+    reason = why_never_graftable(model, name, layers)
     return _layer_info(name, module, sighting, reason)
 
 

@@ -155,7 +155,8 @@ def _server(server: str | None, token: str | None) -> tuple[str, str]:
 
 def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tuple[str, ...]:
     if slots == "auto":
-        return tuple(name for name in layer_modules(model) if not why_never_graftable(model, name))
+        layers = layer_modules(model)
+        return tuple(name for name in layers if not why_never_graftable(model, name, layers))
     if isinstance(slots, str):
         raise ConfigurationError(f'slots must be "auto" or a list of layer names, got {slots!r}')
     names = tuple(slots)
