@@ -260,6 +260,9 @@ def _refuse_rigid(
 ) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise GraftError("LBFGS trains one flat vector and takes no new weights", layer=layer)
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        reason = "SparseAdam takes sparse gradients only, and those of new weights are dense"
+        raise GraftError(f"{reason}; add another optimizer first", layer=layer)
     matrices_only = type(optimizer).__name__ == "Muon"
     if matrices_only and any(parameter.dim() != 2 for parameter in parameters):
         raise GraftError("Muon trains matrices only; add another optimizer first", layer=layer)
@@ -339,7 +342,8 @@ def _cool(group: dict[str, Any]) -> None:
     warming = group[_TAKEN] < group[_WARMUP]
     if _DECAY in group:
         group["weight_decay"] = 0.0 if warming else group[_DECAY]
-    if warming:
+    # No rate to lower where the optimizer makes its own (Adafactor with relative steps).
+    if warming and group.get("lr") is not None:
         group[_HELD] = group["lr"]
         group["lr"] = group["lr"] * ((group[_TAKEN] + 1) / group[_WARMUP])
 
