@@ -13,7 +13,8 @@ from esper.grafting.apply import Receipt, UndoReceipt, apply_graft
 from esper.grafting.certify import certify, sample_input, stand_in
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
 from esper.grafting.guard import GuardVerdict, LossGuard, non_finite_gradients
-from esper.grafting.ledger import add_group, audit, watch_movement
+from esper.grafting.ledger import add_group, audit
+from esper.grafting.movement import MovementWatch
 from esper.grafting.slot import (
     GraftRecord,
     Slot,
@@ -37,6 +38,7 @@ __all__ = [
     "GuardVerdict",
     "LayerRecorder",
     "LossGuard",
+    "MovementWatch",
     "Receipt",
     "Slot",
     "Snapshot",
@@ -62,7 +64,6 @@ __all__ = [
     "structure",
     "trace_layers",
     "watch",
-    "watch_movement",
 ]
 
 
