@@ -37,6 +37,7 @@ def attach(
     evaluate: Callable[[], float] | None = None,
     target_steps: int | None = None,
     safety_policy: SafetyPolicy | None = None,
+    copies: Any = None,
 ) -> Session:
     """Watch a model while it trains, and adapt it where the mode allows.
 
@@ -58,6 +59,8 @@ def attach(
         evaluate: held-out loss on always the same data, lower is better; gives grafts their credit.
         target_steps: how many steps are planned, for the progress shown.
         safety_policy: local mode: thresholds of the gates. A server brings its own.
+        copies: one or several running averages of the model, such as torch's ``AveragedModel``.
+            Grafts come and go in them too; without, an average pairs the wrong tensors.
 
     Raises:
         ConfigurationError: an argument makes no sense; the model is untouched.
@@ -69,6 +72,8 @@ def attach(
     address, secret = _server(server, token)
     names = _slot_names(bare, slots)
     _check(run, target_steps, evaluate)
+    for copied in _several(copies):
+        grafting.check_copy(bare, copied)
     grafting.prepare_slots(bare, names)
     return Session(
         Setup(
@@ -85,6 +90,7 @@ def attach(
             target_steps=target_steps,
             safety_policy=safety_policy or SafetyPolicy(),
             pace=Pace(),
+            copies=_several(copies),
         )
     )
 

@@ -91,6 +91,7 @@ class Setup:
     target_steps: int | None
     safety_policy: SafetyPolicy
     pace: Pace
+    copies: tuple[Any, ...] = ()
 
 
 class Session:
@@ -99,7 +100,9 @@ class Session:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._model = setup.model
-        self._surgeon = Surgeon(setup.model, setup.optimizers, setup.schedulers, setup.scaler)
+        self._surgeon = Surgeon(
+            setup.model, setup.optimizers, setup.schedulers, setup.scaler, setup.copies
+        )
         self._recorder = LayerRecorder(setup.model)
         self._guard = LossGuard()
         self._reader = LossReader()
@@ -244,6 +247,8 @@ class Session:
 
     def findings(self) -> list[Finding]:
         """What is wrong with the run: optimizer ledger, divergence, Esper's own failures."""
+        if not self._closed:
+            self._try("ledger", self._audit)
         return self._findings.all()
 
     # -- changing ------------------------------------------------------------------------------
