@@ -92,7 +92,7 @@ def main(names: list[str]) -> int:
     for one in examined:
         for fault in one.faults:
             print(f"{one.name}: {fault}")  # noqa: T201
-    if not names:
+    if not names:  # a part is no result of the matrix
         TARGET.write_text("\n".join([*_lines(examined), ""]))
     return int(any(one.faults for one in examined))
 
