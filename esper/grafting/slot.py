@@ -114,7 +114,8 @@ class Slot(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         made = type(self).__new__(type(self))
         memo[id(self)] = made
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        restore: Callable[[dict[str, Any]], None] = made.__setstate__
+        restore(copy.deepcopy(self.__getstate__(), memo))
         self._copies.append(weakref.ref(made))
         return made
 
