@@ -11,9 +11,11 @@ from esper.contracts import LayerInfo
 from esper.exceptions import UnknownLayerError
 from esper.grafting.apply import Receipt, UndoReceipt, apply_graft
 from esper.grafting.certify import certify, sample_input, stand_in
+from esper.grafting.copies import audit_copies, check_copy, let_follow
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
 from esper.grafting.guard import GuardVerdict, LossGuard, non_finite_gradients
-from esper.grafting.ledger import add_group, audit, watch_movement
+from esper.grafting.ledger import add_group, audit
+from esper.grafting.movement import MovementWatch
 from esper.grafting.slot import (
     GraftRecord,
     Slot,
@@ -37,6 +39,7 @@ __all__ = [
     "GuardVerdict",
     "LayerRecorder",
     "LossGuard",
+    "MovementWatch",
     "Receipt",
     "Slot",
     "Snapshot",
@@ -45,10 +48,13 @@ __all__ = [
     "add_group",
     "apply_graft",
     "audit",
+    "audit_copies",
     "certify",
+    "check_copy",
     "digest",
     "find_host",
     "graft",
+    "let_follow",
     "load_optimizer_state_by_name",
     "non_finite_gradients",
     "optimizer_state_by_name",
@@ -62,7 +68,6 @@ __all__ = [
     "structure",
     "trace_layers",
     "watch",
-    "watch_movement",
 ]
 
 

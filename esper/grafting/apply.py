@@ -19,6 +19,7 @@ from esper.contracts import Certificate, GraftKind, LayerInfo
 from esper.exceptions import CertificateError, IncompatibleLayerError, UndoError
 from esper.grafting import ledger
 from esper.grafting.certify import certify, sample_input
+from esper.grafting.copies import let_follow
 from esper.grafting.slot import (
     GraftRecord,
     Slot,
@@ -55,6 +56,7 @@ class Surroundings:
     optimizers: Sequence[Any] = ()
     schedulers: Sequence[Any] = ()
     scaler: Any = None
+    copies: Sequence[Any] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -148,6 +150,7 @@ class Receipt:
         _take_out(self._model, self.layer, self.blueprint)
         if self._group is not None:
             self._group.remove()
+        let_follow(self._model, self._surroundings.copies)
         pause_ms = (time.perf_counter() - started) * 1e3
         self._drop_snapshot()
         return UndoReceipt(digest(self._model), hard=False, exact=False, pause_ms=pause_ms)
@@ -166,6 +169,7 @@ class Receipt:
         snapshot.restore()
         differences = snapshot.differences()
         self._discard_revived(removed_since)
+        let_follow(self._model, self._surroundings.copies)
         after = digest(self._model)
         pause_ms = (time.perf_counter() - started) * 1e3
         self._drop_snapshot()
@@ -209,6 +213,7 @@ def apply_graft(
     optimizers: Sequence[Any] = (),
     schedulers: Sequence[Any] = (),
     scaler: Any = None,
+    copies: Sequence[Any] = (),
     x: Tensor | None = None,
     graft: Graft | None = None,
     seed: int = 0,
@@ -221,6 +226,7 @@ def apply_graft(
 
     Args:
         config: settings that differ from the blueprint's default.
+        copies: running averages of the model, which get the graft too.
         x: a real input of the layer for the certificate; made up where there is none.
         graft: built before, from the same config and seed, for example in the background.
         adaptation: id of the adaptation that this is part of.
@@ -239,9 +245,9 @@ def apply_graft(
     host = find_host(model, layer.name)
     full = blueprint.config_for(layer, config)
     _refuse(host, layer, blueprint, scaler)
-    surroundings = Surroundings(optimizers, schedulers, scaler)
+    surroundings = Surroundings(optimizers, schedulers, scaler, copies)
     had_slot = slot_of(host) is not None
-    snapshot = Snapshot.take(model, optimizers, schedulers, scaler, memory)
+    snapshot = Snapshot.take(model, optimizers, schedulers, scaler, memory=memory, copies=copies)
     try:
         before = snapshot.freeze(model)
         fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
@@ -260,6 +266,7 @@ def apply_graft(
             ),
         )
         group = insert_graft(model, record, fresh, surroundings)
+        let_follow(model, copies)
         return Receipt(
             record=record,
             pause_ms=(time.perf_counter() - started) * 1e3,
@@ -274,6 +281,7 @@ def apply_graft(
     except BaseException:
         _withdraw(model, layer.name, blueprint.slug, had_slot=had_slot)
         snapshot.restore()
+        let_follow(model, copies)
         raise
 
 

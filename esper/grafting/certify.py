@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from esper.blueprints import Blueprint, Graft, layout
 from esper.blueprints.base import COPIES_IN_TRAINING, MIB
@@ -31,6 +34,8 @@ from esper.grafting.slot import SLOT_NAME, first_tensor, slot_of
 from esper.grafting.snapshot import RandomStreams, digest, kept_streams
 
 MAX_ROWS = 4  # of the sample that are looked at: a certificate must not cost a training step
+# Hooks of torch.nn.utils that are a part of the layer: they make its weight for each pass.
+_MAKES_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)
 CHEAP_FLOPS = 10_000_000  # well below a millisecond on one core: timed in passing
 
 
@@ -119,6 +124,7 @@ def put_back(host: nn.Module, training: bool | None) -> Iterator[None]:
     """Leaves the host's modes, buffers and all random streams as they were."""
     modes = [(module, module.training) for module in host.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in host.buffers()]
+    made = _made_tensors(host)
     with kept_streams():
         try:
             if training is not None:
@@ -127,9 +133,21 @@ def put_back(host: nn.Module, training: bool | None) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+            for module, name, tensor in made:
+                vars(module)[name] = tensor
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+def _made_tensors(host: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """(module, attribute, tensor) of tensors that a forward pass has left on the modules."""
+    return [
+        (module, name, value)
+        for module in host.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
 
 
 @dataclass(slots=True)
@@ -187,6 +205,9 @@ def _run_host(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> T
     ``forward`` and not a call: the user's own hooks must not see a made-up batch.
     """
     arguments = (x, x, x) if layer.kind in layout.ATTENTION else (x,)
+    for hook in host._forward_pre_hooks.values():
+        if isinstance(hook, _MAKES_WEIGHTS):
+            hook(host, arguments)
     try:
         y = first_tensor(host.forward(*arguments))
     except Exception as error:
@@ -334,7 +355,9 @@ def _made_up_cotangent(y: Tensor) -> Tensor:
 
 def _undo_is_exact(host: nn.Module, graft: Graft) -> bool:
     """Swaps in and takes out on a copy of the host, and compares every tensor."""
-    trial = copy.deepcopy(host)
+    # Those with a history cannot be copied; the next forward pass makes them anew.
+    made = {id(tensor): tensor.detach().clone() for _, _, tensor in _made_tensors(host)}
+    trial = copy.deepcopy(host, made)
     before = digest(trial)
     inside = trial._modules.get(SLOT_NAME) or nn.Module()
     inside.add_module("trial", copy.deepcopy(graft))

@@ -51,8 +51,14 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def why_never_graftable(model: nn.Module, name: str) -> str:
-    """Why this module can hold no graft, whatever it does in a forward pass; empty if it can."""
+def why_never_graftable(
+    model: nn.Module, name: str, layers: Mapping[str, nn.Module] | None = None
+) -> str:
+    """Why this module can hold no graft, whatever it does in a forward pass; empty if it can.
+
+    Args:
+        layers: what :func:`layer_modules` gives, for a caller that asks about many.
+    """
     module = model.get_submodule(name)
     if not name:
         return "it is the whole model; name one of its layers"
@@ -63,7 +69,7 @@ def why_never_graftable(model: nn.Module, name: str) -> str:
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return "its parent attention uses its weight directly, so a hook on it never fires"
-    if name not in layer_modules(model):
+    if name not in (layer_modules(model) if layers is None else layers):
         return f"a {kind_of(module)} is made of layers; name one of them"
     return ""
 
@@ -155,7 +161,7 @@ class LayerRecorder:
 
     def _describe(self, name: str, module: nn.Module, looks_ahead: bool) -> LayerInfo:
         sighting = self._sightings.get(name, _Sighting(reason=NEVER_RAN))
-        reason = why_never_graftable(self._model, name) or sighting.reason
+        reason = why_never_graftable(self._model, name, self._modules) or sighting.reason
         attention = {"looks_ahead": looks_ahead, **cached_part(self._model, name)}
         return _layer_info(name, module, sighting, reason, **attention)
 
@@ -171,8 +177,8 @@ def trace_layers(
             what the modules tell of themselves is known, for a batch of one row.
     """
     if forward is None:
-        ahead = looks_ahead(model)
-        return tuple(_describe_unseen(model, name, ahead) for name in layer_modules(model))
+        ahead, layers = looks_ahead(model), layer_modules(model)
+        return tuple(_describe_unseen(model, name, layers, ahead) for name in layers)
     recorder = LayerRecorder(model)
     # Late import: the snapshot is the one place that knows every random stream.
     from esper.grafting.snapshot import kept_streams
@@ -283,10 +289,12 @@ def _symmetric_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, 
     return None if any(total % 2 for total in totals) else tuple(total // 2 for total in totals)
 
 
-def _describe_unseen(model: nn.Module, name: str, looks_ahead: bool) -> LayerInfo:
-    module = model.get_submodule(name)
+def _describe_unseen(
+    model: nn.Module, name: str, layers: Mapping[str, nn.Module], looks_ahead: bool
+) -> LayerInfo:
+    module = layers[name]
     sighting = _sighting_of_weights(module)
-    reason = why_never_graftable(model, name)
+    reason = why_never_graftable(model, name, layers)
     attention = {"looks_ahead": looks_ahead, **cached_part(model, name)}
     return _layer_info(name, module, sighting, reason, **attention)
 

@@ -10,6 +10,8 @@ layer that is used twice in a forward pass is grafted twice.
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +56,14 @@ class Slot(nn.Module):
         self.handle: RemovableHandle | None = None
         self._watchers: dict[int, Watcher] = {}
         self._next_watcher = 0
+        self._copies: list[weakref.ref[Slot]] = []
+
+    @property
+    def copies(self) -> tuple[Slot, ...]:
+        """The slots of living ``copy.deepcopy``s of the model."""
+        living = [(ref, slot) for ref in self._copies if (slot := ref()) is not None]
+        self._copies = [ref for ref, _ in living]
+        return tuple(slot for _, slot in living)
 
     def grafts(self) -> dict[str, Graft]:
         """slug -> graft, oldest first."""
@@ -99,7 +109,16 @@ class Slot(nn.Module):
         return y
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_watchers": {}}  # watchers belong to the one who set them
+        # Watchers belong to the one who set them, and a copy's copies are its own.
+        return {**vars(self), "_watchers": {}, "_copies": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        restore: Callable[[dict[str, Any]], None] = made.__setstate__
+        restore(copy.deepcopy(self.__getstate__(), memo))
+        self._copies.append(weakref.ref(made))
+        return made
 
 
 @skip
@@ -131,8 +150,15 @@ def _run_occupied(
     x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
     if x is None or y is None or not isinstance(slot, Slot):
         return None
-    changed = slot.run(host, x, y)
+    changed = _run_rows(slot, host, x, y) if y.is_nested else slot.run(host, x, y)
     return None if changed is y else replace_first_tensor(output, changed)
+
+
+def _run_rows(slot: Slot, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Row by row: what ``nn.TransformerEncoder`` makes of a padded batch in eval mode."""
+    rows = zip(x.unbind(), y.unbind(), strict=True)
+    changed = [slot.run(host, row[None], out[None])[0] for row, out in rows]
+    return torch.nested.as_nested_tensor(changed, layout=y.layout)
 
 
 def first_tensor(value: Any) -> Tensor | None:

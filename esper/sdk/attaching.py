@@ -41,6 +41,7 @@ def attach(
     evaluate: Callable[[], float] | None = None,
     target_steps: int | None = None,
     safety_policy: SafetyPolicy | None = None,
+    copies: Any = None,
 ) -> Session:
     """Watch a model while it trains, and adapt it where the mode allows.
 
@@ -62,6 +63,8 @@ def attach(
         evaluate: held-out loss on always the same data, lower is better; gives grafts their credit.
         target_steps: how many steps are planned, for the progress shown.
         safety_policy: local mode: thresholds of the gates. A server brings its own.
+        copies: one or several running averages of the model, such as torch's ``AveragedModel``.
+            Grafts come and go in them too; without, an average pairs the wrong tensors.
 
     Raises:
         ConfigurationError: an argument makes no sense; the model is untouched.
@@ -76,6 +79,8 @@ def attach(
     names = _slot_names(bare, slots)
     _check(run, target_steps, evaluate)
     _check_graphs(bare, names)
+    for copied in _several(copies):
+        grafting.check_copy(bare, copied)
     grafting.prepare_slots(bare, names)
     return Session(
         Setup(
@@ -92,6 +97,7 @@ def attach(
             target_steps=target_steps,
             safety_policy=safety_policy or SafetyPolicy(),
             pace=Pace(),
+            copies=_several(copies),
         )
     )
 
@@ -162,7 +168,8 @@ def _server(server: str | None, token: str | None) -> tuple[str, str]:
 
 def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tuple[str, ...]:
     if slots == "auto":
-        return tuple(name for name in layer_modules(model) if not why_never_graftable(model, name))
+        layers = layer_modules(model)
+        return tuple(name for name in layers if not why_never_graftable(model, name, layers))
     if isinstance(slots, str):
         raise ConfigurationError(f'slots must be "auto" or a list of layer names, got {slots!r}')
     names = tuple(slots)

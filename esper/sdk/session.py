@@ -1,6 +1,7 @@
 """A run's session: what a training loop calls once per step.
 
 step(loss)    schedules   grafts that replace their layer do so a little more
+              ledger      now and then: does all that should learn move
               guard       a diverging loss takes the youngest graft on probation out, at once
               commands    grafts and undos that are due, here and nowhere else
               evaluation  held-out loss; with each graft on and off
@@ -42,7 +43,14 @@ from esper.contracts import (
 )
 from esper.contracts.codec import number_to_wire
 from esper.exceptions import ConfigurationError, EsperError, UndoError, UnknownLayerError
-from esper.grafting import GuardVerdict, LayerRecorder, LossGuard, Receipt, UndoReceipt
+from esper.grafting import (
+    GuardVerdict,
+    LayerRecorder,
+    LossGuard,
+    MovementWatch,
+    Receipt,
+    UndoReceipt,
+)
 from esper.health import HealthSampler
 from esper.sdk.commands import LocalVeto
 from esper.sdk.compiling import CompilerWatch
@@ -61,6 +69,7 @@ logger = logging.getLogger("esper")
 MAX_PART_FAILURES = 3
 LOSSES_KEPT = 4_000
 LEFT_ALONE = "attach was told to leave it alone"
+AUDIT_EVERY_STEPS = 100  # what is frozen or regrouped by the user's own code is seen this late
 
 
 class RunStopped(EsperError):
@@ -84,6 +93,7 @@ class Setup:
     target_steps: int | None
     safety_policy: SafetyPolicy
     pace: Pace
+    copies: tuple[Any, ...] = ()
 
 
 class Session:
@@ -92,7 +102,9 @@ class Session:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._model = setup.model
-        self._surgeon = Surgeon(setup.model, setup.optimizers, setup.schedulers, setup.scaler)
+        self._surgeon = Surgeon(
+            setup.model, setup.optimizers, setup.schedulers, setup.scaler, setup.copies
+        )
         self._recorder = LayerRecorder(setup.model)
         self._guard = LossGuard()
         self._reader = LossReader()
@@ -114,7 +126,8 @@ class Session:
         self._failures: dict[str, int] = {}
         self._compiler = CompilerWatch()
         self._closed = False
-        self._findings.replace_ledger(self._surgeon.audit())
+        self._movement = MovementWatch(setup.model, setup.optimizers)
+        self._audit()
         self._at_exit = _close_at_exit(self)
 
     # -- what a training loop calls ------------------------------------------------------------
@@ -138,6 +151,7 @@ class Session:
         # Before anything that may undo: a snapshot is taken after it, so that what comes back is
         # what the next step would have met.
         self._try("schedules", self._surgeon.on_step)
+        self._try("ledger", self._watch_movement)
         if value is not None:
             self._losses.append((self._step, value))
             self._try("guard", partial(self._watch_over, value))
@@ -173,6 +187,7 @@ class Session:
         self._closed = True
         atexit.unregister(self._at_exit)
         self._recorder.stop()
+        self._movement.close()
         if self._sampler is not None:
             self._sampler.close()
         if self._transport is not None:
@@ -236,6 +251,8 @@ class Session:
 
     def findings(self) -> list[Finding]:
         """What is wrong with the run: optimizer ledger, divergence, Esper's own failures."""
+        if not self._closed:
+            self._try("ledger", self._audit)
         return self._findings.all()
 
     # -- changing ------------------------------------------------------------------------------
@@ -324,7 +341,8 @@ class Session:
             raise ConfigurationError("load a session's state before its first step")
         self._surgeon.load_state_dict(state)
         self._step = int(state["step"])
-        self._findings.replace_ledger(self._surgeon.audit())
+        self._movement.restart()
+        self._audit()
 
     # -- opening -------------------------------------------------------------------------------
 
@@ -509,13 +527,25 @@ class Session:
         self, adaptation: Adaptation, *, hard: bool, state: AdaptationState
     ) -> tuple[UndoReceipt, tuple[Adaptation, ...]]:
         report, gone = self._surgeon.undo(adaptation, hard=hard, state=state)
+        self._movement.restart()
         self._after_surgery()
         return report, gone
 
     def _after_surgery(self) -> None:
         if self._sampler is not None:
             self._sampler.refresh()
-        self._findings.replace_ledger(self._surgeon.audit())
+        self._movement.include_new()
+        self._audit()
+
+    # -- the optimizer's books -----------------------------------------------------------------
+
+    def _audit(self) -> None:
+        self._findings.replace_ledger([*self._surgeon.audit(), *self._movement.findings])
+
+    def _watch_movement(self) -> None:
+        looked = self._movement.step()
+        if looked or self._step % AUDIT_EVERY_STEPS == 0:
+            self._audit()
 
     def _guarded_policy(self) -> SafetyPolicy:
         registration = self._transport.registration if self._transport else None

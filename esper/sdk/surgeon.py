@@ -92,7 +92,7 @@ class Surgeon:
     """Applies and undoes grafts of one model, and knows which are in.
 
     Args:
-        optimizers, schedulers, scaler: what has to follow when parameters come and go.
+        optimizers, schedulers, scaler, copies: what has to follow when parameters come and go.
     """
 
     def __init__(
@@ -101,11 +101,13 @@ class Surgeon:
         optimizers: Sequence[torch.optim.Optimizer],
         schedulers: Sequence[Any] = (),
         scaler: Any = None,
+        copies: Sequence[Any] = (),
     ) -> None:
         self.model = model
         self.optimizers = tuple(optimizers)
         self._schedulers = tuple(schedulers)
         self._scaler = scaler
+        self._copies = tuple(copies)
         self.adaptations: list[Adaptation] = []
 
     @property
@@ -137,6 +139,7 @@ class Surgeon:
             optimizers=self.optimizers,
             schedulers=self._schedulers,
             scaler=self._scaler,
+            copies=self._copies,
             graft=operation.graft,
             seed=operation.seed,
             adaptation=operation.uid,
@@ -227,7 +230,8 @@ class Surgeon:
             entry.state = AdaptationState.KEPT
 
     def audit(self) -> list[Finding]:
-        return list(grafting.audit(self.model, self.optimizers))
+        books = grafting.audit(self.model, self.optimizers)
+        return [*books, *grafting.audit_copies(self.model)]
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -260,6 +264,7 @@ class Surgeon:
             self.model, state["structure"], self.optimizers, schedulers=self._schedulers
         )
         _load_grafts(self.model, state["grafts"])
+        grafting.let_follow(self.model, self._copies)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             if saved is not None:
                 grafting.load_optimizer_state_by_name(self.model, optimizer, saved)
