@@ -17,7 +17,9 @@ class Worker(models.Model):
     """
 
     name = models.CharField(max_length=120, unique=True)
-    kind = models.CharField(max_length=8, choices=[(k, k) for k in WorkerKind])
+    kind = models.CharField(
+        max_length=8, choices=[(k, k) for k in WorkerKind], default=WorkerKind.CONTROL
+    )
     host = models.CharField(max_length=120, db_index=True)
     capabilities = models.JSONField(default=list)  # what it compiles for: "cpu", "cuda.sm90"
     queues = models.JSONField(default=list)

@@ -37,6 +37,7 @@ MAX_ANSWER_BYTES = 256 * 1024
 LAST_LINES_BYTES = 4000
 LOOK_EVERY_SECONDS = 0.05
 READY_SECONDS = 120.0
+FOLDER = "esper-builder-"  # then the worker's process id
 # All that a child gets of the worker's environment; ESPER_UP_ID is how a supervisor finds it.
 PASSED_ON = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONWARNINGS"),
@@ -102,7 +103,7 @@ class Builder:
     def __init__(self, limits: BuildLimits, argv: tuple[str, ...] = ()) -> None:
         self.limits = limits
         self.description: BuilderDescription | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="esper-builder-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
         self._log = self._folder / "stderr.log"
         self._unread = b""
         self._size_at_rest_mib = 0.0
@@ -135,20 +136,21 @@ class Builder:
             self._size_at_rest_mib = _resident_mib(self.process.pid)
         return self.description
 
-    def key(self, order: BuildOrder) -> KernelKey:
-        """The key under which a kernel for this order would be stored.
+    def specify(self, order: BuildOrder) -> tuple[KernelKey, CostForecast]:
+        """The key under which a kernel for this order is stored, and what shapes alone tell.
 
         Raises:
             KernelBuildError: it cannot be built here, or nowhere.
             BuilderLostError: the child is gone.
         """
-        answer = self._ask({"act": "key", **order.to_wire()}, lambda: False)
+        answer = self._ask({"act": "specify", **order.to_wire()}, lambda: False)
         try:
             key = KernelKey.from_wire(answer["key"])
+            forecast = CostForecast.from_wire(answer["forecast"])
         except (CodecError, TypeError, KeyError) as error:
             raise self._lost(f"answered nonsense: {error}") from error
         _check_key(key, order)
-        return key
+        return key, forecast
 
     def draft(
         self, order: BuildOrder, *, on_step: OnStep, stopped: Callable[[], bool]
@@ -299,28 +301,31 @@ class BuilderPool:
     def __init__(self, limits: BuildLimits, size: int = 2, argv: tuple[str, ...] = ()) -> None:
         self._limits, self._size, self._argv = limits, size, argv
         self._builders: list[Builder] = []
-
-    def start(self) -> None:
-        """Fill up. Returns at once: a child imports torch while others work."""
-        self._builders = [builder for builder in self._builders if self._is_alive(builder)]
-        while len(self._builders) < self._size:
-            self._builders.append(Builder(self._limits, self._argv))
+        _remove_leftovers()
 
     def ready(self) -> Builder:
         """The child that takes the next order; waits for the first one after the start.
 
         Raises:
-            BuilderLostError: no child comes up; tried once for each place.
+            BuilderLostError: no child comes up.
         """
-        for _ in range(self._size):
-            self.start()
+        for attempt in range(self._size + 1):
+            self._fill(1)
             try:
                 self._builders[0].wait_ready()
-            except BuilderLostError as error:
-                lost = error
+            except BuilderLostError:
+                if attempt == self._size:
+                    raise
                 continue
+            self._fill(self._size)  # not sooner: two that import torch are half as fast
             return self._builders[0]
-        raise lost
+        raise AssertionError("the last attempt returns or raises")
+
+    def _fill(self, size: int) -> None:
+        """Returns at once: a child imports torch while others work."""
+        self._builders = [builder for builder in self._builders if self._is_alive(builder)]
+        while len(self._builders) < size:
+            self._builders.append(Builder(self._limits, self._argv))
 
     def close(self) -> None:
         for builder in self._builders:
@@ -349,6 +354,14 @@ def _environment(folder: Path) -> dict[str, str]:
     # The child's directory is not ours: what was found relative to it must still be found.
     kept["PYTHONPATH"] = os.pathsep.join(str(Path(entry or ".").resolve()) for entry in sys.path)
     return {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **kept, "TMPDIR": str(folder)}
+
+
+def _remove_leftovers() -> None:
+    """Directories of workers that were killed and could not tidy up."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        pid = folder.name.removeprefix(FOLDER).partition("-")[0]
+        if sys.platform == "linux" and not Path("/proc", pid).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _description(answer: dict[str, Any]) -> BuilderDescription:

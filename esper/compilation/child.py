@@ -50,8 +50,8 @@ def _private_answers() -> BinaryIO:
 def _obey(message: dict[str, Any], answers: BinaryIO) -> None:
     order = BuildOrder.from_wire(message)
     try:
-        if message["act"] == "key":
-            _tell_key(order, answers)
+        if message["act"] == "specify":
+            _specify(order, answers)
         else:
             _draft(order, Path(message["folder"]), answers)
     except KernelBuildError as error:
@@ -62,7 +62,7 @@ def _obey(message: dict[str, Any], answers: BinaryIO) -> None:
         _say(answers, answer="failed", error=text, permanent=permanent)
 
 
-def _tell_key(order: BuildOrder, answers: BinaryIO) -> None:
+def _specify(order: BuildOrder, answers: BinaryIO) -> None:
     from esper import blueprints
     from esper.compilation import kernel_key
 
@@ -73,7 +73,8 @@ def _tell_key(order: BuildOrder, answers: BinaryIO) -> None:
             f"{blueprint.slug} does not fit {order.layer.name}: {reason}", permanent=True
         )
     key = kernel_key(order.layer, order.blueprint, order.config, capability=order.capability)
-    _say(answers, answer="key", key=key.to_wire())
+    forecast = blueprint.forecast(order.layer, key.config)
+    _say(answers, answer="specified", key=key.to_wire(), forecast=forecast.to_wire())
 
 
 def _draft(order: BuildOrder, folder: Path, answers: BinaryIO) -> None:
@@ -107,11 +108,8 @@ def _say(answers: BinaryIO, **answer: Any) -> None:
 def _versions() -> dict[str, str]:
     import torch
 
-    from esper import __version__
-
     cuda = {"cuda": str(torch.version.cuda)} if torch.cuda.is_available() else {}
     return {
-        "esper": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         **cuda,

@@ -25,6 +25,12 @@ def capability(device: torch.device | str | None = None) -> str:
     return f"cuda.sm{major}{minor}"
 
 
+def capabilities() -> list[str]:
+    """All that this machine can compile for, each once: ``["cpu", "cuda.sm90"]``."""
+    gpus = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return ["cpu", *sorted({capability(gpu) for gpu in gpus})]
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's kind and widest instruction set.
 

@@ -206,7 +206,7 @@ class WorkerKind(StrEnum):
 
 
 class JobStep(StrEnum):
-    """What of a compile job is done, in this order; a cached kernel skips from claimed to the end."""
+    """What of a compile job is done, in this order; for a cached kernel the first two."""
 
     CLAIMED = "claimed"
     FORECAST = "forecast"

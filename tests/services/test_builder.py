@@ -40,7 +40,6 @@ def pool() -> Iterator[BuilderPool]:
         patch.setenv("ESPER_KERNEL_KEY_FILE", "/somewhere/kernel.key")
         patch.setenv("SECRET_KEY", "secret")
         pool = BuilderPool(BuildLimits(SECONDS, MEMORY_MIB), size=2, argv=ODD)
-        pool.start()
         yield pool
         pool.close()
 
@@ -65,12 +64,13 @@ def test_a_warm_child_drafts_a_kernel_tells_its_steps_and_takes_the_next_order(
     steps: list[str] = []
     description = builder.wait_ready()
 
-    key = builder.key(ORDER)
+    key, forecast = builder.specify(ORDER)
     draft = builder.draft(ORDER, on_step=lambda step, _: steps.append(step), stopped=lambda: False)
     again = drafted(builder, replace(ORDER, blueprint="proj_ia3", config={}))
 
     assert steps == ["forecast", "built", "certified", "measured"]
     assert draft.key == key
+    assert draft.report.forecast == forecast
     assert draft.report.certificate.passed
     assert draft.report.measured.forward_p50_ms > 0
     assert draft.report.measured.backward_p95_ms >= draft.report.measured.backward_p50_ms > 0
@@ -163,7 +163,7 @@ def test_what_cannot_be_built_is_refused_by_a_child_that_lives_on(builder: Build
         (replace(ORDER, capability="cuda.sm90"), False),
     ):
         with pytest.raises(KernelBuildError) as refused:
-            builder.key(order)
+            builder.specify(order)
         assert refused.value.permanent is permanent, order
 
     assert drafted(builder).report.certificate.passed
@@ -173,7 +173,8 @@ def test_one_cpu_may_serve_several_capabilities_and_their_kernels_stay_apart(
     builder: Builder,
 ) -> None:
 
-    one, other = builder.key(ORDER), builder.key(replace(ORDER, capability="cpu.avx2"))
+    one, _ = builder.specify(ORDER)
+    other, _ = builder.specify(replace(ORDER, capability="cpu.avx2"))
 
     assert (one.capability, other.capability) == ("cpu", "cpu.avx2")
     assert one.hash != other.hash
