@@ -35,6 +35,7 @@ HASTE = {
     "ESPER_WORKER_CRASHES_MAX": "1000",
 }
 FIRST, SECOND = "first@here", "second@here"
+LAYERS = ("conv1", "conv2", "conv3", "squeeze", "head")
 NAMED_ENDS = {"kept", "rolled_back", "compile_failed", "dispatch_expired", "not_applied"}
 
 
@@ -118,7 +119,10 @@ def workers(start_esper: Any, tmp_path: Path) -> Iterator[Workers]:
     environment = HASTE | {"ESPER_WORKER_CAPABILITIES": "none"}
     esper = start_esper(tmp_path / "data", "--no-demo", environment=environment)
     plant = Plant(esper, tmp_path)
-    body = {"changes": QUICK | {"probation_steps": 10}, "reason": "tests"}
+    body = {
+        "changes": QUICK | {"probation_steps": 10, "max_in_flight_per_run": 20},
+        "reason": "tests",
+    }
     assert plant.call("carl", "POST", "policies", json=body).status_code == 201
     workers = Workers(plant)
     try:
@@ -192,11 +196,12 @@ def test_no_job_is_lost_or_done_twice_whatever_happens_to_the_workers(workers: W
     workers.wait_ready(FIRST)
     workers.wait_ready(SECOND)
     layers = [
-        (layer, blueprint)
-        for blueprint in ("mon_act_stats", "clamp_grad_norm")
-        for layer in ("conv1", "conv2", "conv3", "squeeze", "head")
+        (layer, blueprint) for blueprint in ("mon_act_stats", "clamp_grad_norm") for layer in LAYERS
     ]
     for index, (layer, blueprint) in enumerate(layers):
+        if index >= len(LAYERS):  # the earlier graft of this layer must be settled
+            earlier = plant.uids[index - len(LAYERS)]
+            until(lambda uid=earlier: plant.ended(uid), 90, f"{earlier} has an end")
         attack = ATTACKS[index % len(ATTACKS)]
         victim = chance.choice([FIRST, SECOND])
         before = chance.random() < 0.5  # the doorbell finds it so, or it happens in the middle
