@@ -16,7 +16,6 @@ import torch
 
 from esper import compilation
 from esper.compilation import child, confinement
-from esper.compilation.builder import KEY_FILE
 from esper.contracts import LayerInfo
 from esper.contracts.kernels import RECIPE_FILE
 from esper.exceptions import KernelBuildError
@@ -81,8 +80,8 @@ def other_capability(draft: Any, folder: Path) -> None:
 
 def linked(draft: Any, folder: Path) -> None:
     real_write(draft, folder)
-    (folder / RECIPE_FILE).unlink()
-    (folder / RECIPE_FILE).symlink_to(folder / KEY_FILE)
+    (folder / RECIPE_FILE).rename(folder / "elsewhere")
+    (folder / RECIPE_FILE).symlink_to(folder / "elsewhere")
 
 
 def garbage(draft: Any, folder: Path) -> None:
