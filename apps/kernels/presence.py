@@ -10,6 +10,8 @@ import logging
 import os
 import platform
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from celery.signals import (
     worker_shutting_down,
 )
 from django.conf import settings
-from django.db import close_old_connections
+from django.db import connections
 from django.utils import timezone
 
 import esper
@@ -34,6 +36,28 @@ log = logging.getLogger(__name__)
 _started_at = timezone.now()
 _stopping = threading.Event()
 _stopped = threading.Event()
+_no_fork = threading.Lock()
+os.register_at_fork(
+    before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_no_fork.release
+)
+
+
+@contextmanager
+def database_between_forks() -> Iterator[None]:
+    """For a thread of Celery's main process: nothing of the database is open when it forks.
+
+    A pool process that was killed is replaced by a fork at any moment. With a connection open in
+    this process then, the new one inherits SQLite's state (seen: every query of its whole life
+    failed with "database disk image is malformed") or the sockets of PostgreSQL's pool.
+    """
+    with _no_fork:
+        try:
+            yield
+        finally:
+            for connection in connections.all(initialized_only=True):
+                connection.close()
+                if hasattr(connection, "close_pool"):
+                    connection.close_pool()
 
 
 def worker_name() -> str:
@@ -76,10 +100,11 @@ def start_heartbeat(consumer: Any) -> threading.Thread:
                 memory_total_mib=total_mib,
             )
             try:
-                mode = _obey(consumer, queues, mode, heartbeat(presence))
+                with database_between_forks():
+                    told = heartbeat(presence)
+                mode = _obey(consumer, queues, mode, told)
             except Exception as error:
                 log.warning("no heartbeat this time: %s", error)
-            close_old_connections()
             awaited = _stopped if _stopping.is_set() else _stopping
             awaited.wait(settings.ESPER_WORKER_HEARTBEAT_SECONDS)
 
@@ -126,7 +151,6 @@ def _name_worker(sender: str, **_: Any) -> None:
 @worker_process_init.connect
 def _on_process_start(**_: Any) -> None:
     if settings.ESPER_KERNEL_KEY_FILE:
-        close_old_connections()
         report_devices()
 
 
@@ -150,6 +174,7 @@ def _on_stop(**_: Any) -> None:
 def _on_end(**_: Any) -> None:
     _stopped.set()
     try:
-        say_goodbye(worker_name())
+        with database_between_forks():
+            say_goodbye(worker_name())
     except Exception as error:
         log.warning("the database did not hear that this worker has ended: %s", error)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -21,6 +24,7 @@ from apps.audit.models import AuditEvent
 from apps.kernels import building
 from apps.kernels import services as kernels
 from apps.kernels.models import CompileJob, Kernel, Worker
+from apps.kernels.presence import database_between_forks
 from apps.kernels.selectors import current_jobs
 from apps.notifications.models import OutboxMessage
 from apps.runs.models import Run
@@ -230,6 +234,29 @@ def test_a_build_whose_lease_was_taken_away_is_stopped(
 def _gone(progress: building.Progress) -> Any:
     progress.lost.set()
     return nullcontext()
+
+
+def test_a_process_does_not_fork_while_its_heartbeat_has_the_database_open() -> None:
+    """Else the pool process that takes a killed one's place cannot read the database."""
+    inside, forked = threading.Event(), threading.Event()
+
+    def beat() -> None:
+        with database_between_forks():
+            inside.set()
+            assert not forked.wait(0.5)
+
+    def fork() -> None:
+        inside.wait(5)
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        forked.set()
+        os.waitpid(child, 0)
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        for task in (threads.submit(beat), threads.submit(fork)):
+            task.result(10)
+    assert forked.is_set()
 
 
 # --- workers that rest ----------------------------------------------------------------------------
