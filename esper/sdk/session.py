@@ -404,6 +404,10 @@ class Session:
             for layer in self._recorder.layers()
         )
 
+    def _capabilities(self) -> dict[str, str]:
+        """By device: one run may need kernels for several."""
+        return {device: capability(device) for device in {layer.device for layer in self._layers}}
+
     def _describe(self) -> RunDescription:
         from esper import __version__
 
@@ -411,6 +415,7 @@ class Session:
             name=self._setup.run,
             mode=self._setup.mode,
             capability=capability(),
+            capabilities=self._capabilities(),
             target_steps=self._setup.target_steps,
             versions={
                 "torch": torch.__version__,
