@@ -30,6 +30,7 @@ from esper.grafting.structure import (
     optimizer_state_by_name,
     rebuild,
     structure,
+    take_back,
 )
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "slots",
     "stand_in",
     "structure",
+    "take_back",
     "trace_layers",
     "watch",
     "watch_movement",

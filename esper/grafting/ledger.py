@@ -149,6 +149,20 @@ def remove_groups_of(
                 GroupReceipt(optimizer, group, mine).remove()
 
 
+def reorder_groups(optimizer: Any, order: Sequence[int], schedulers: Sequence[Any] = ()) -> None:
+    """Puts the groups, and their places in the schedulers that drive them, into another order.
+
+    ``order[i]`` is the present place of the group that is to stand at place ``i``.
+    """
+    inner = unwrap_optimizer(optimizer)
+    size = len(inner.param_groups)
+    for scheduler in unwrap_schedulers(schedulers):
+        if _drives(scheduler, inner):
+            for values in group_lists(scheduler, size).values():
+                values[:] = [values[place] for place in order]
+    inner.param_groups[:] = [inner.param_groups[place] for place in order]
+
+
 def audit(model: nn.Module, optimizers: Iterable[Any]) -> list[Finding]:
     """Compares what the model would train with what the optimizers hold.
 
@@ -283,18 +297,23 @@ def _drives(scheduler: Any, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _grow_lists(scheduler: Any, place: int, size: int) -> None:
-    for values in _group_lists(scheduler, size):
+    for values in group_lists(scheduler, size).values():
         values.append(_own_copy(values[place]))
 
 
 def _shrink_lists(scheduler: Any, place: int, size: int) -> None:
-    for values in _group_lists(scheduler, size):
+    for values in group_lists(scheduler, size).values():
         del values[place]
 
 
-def _group_lists(scheduler: Any, size: int) -> list[list[Any]]:
-    lists = [vars(scheduler).get(name) for name in _GROUP_LISTS]
-    return [values for values in lists if isinstance(values, list) and len(values) == size]
+def group_lists(scheduler: Any, size: int) -> dict[str, list[Any]]:
+    """name -> list of a scheduler's attributes that hold one entry for each of ``size`` groups."""
+    lists = {name: vars(scheduler).get(name) for name in _GROUP_LISTS}
+    return {
+        name: values
+        for name, values in lists.items()
+        if isinstance(values, list) and len(values) == size
+    }
 
 
 def _start_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:

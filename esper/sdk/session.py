@@ -52,6 +52,7 @@ from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.obeying import CommandDesk, Operations, failed
 from esper.sdk.registration import RunDescription
+from esper.sdk.saving import losses_from_state, losses_to_state, reading_a_state
 from esper.sdk.surgeon import Adaptation, Operation, Surgeon
 from esper.sdk.transport import Transport
 
@@ -303,24 +304,41 @@ class Session:
             "run": registration.run if registration else "",
             "epoch": registration.epoch if registration else 0,
             "step": self._step,
+            "guard": self._guard.state_dict(),
+            "losses": losses_to_state(self._losses),
+            "local": self._local.state_dict() if self._local is not None else None,
             **self._surgeon.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Rebuild the grafts of a checkpoint and load their weights and optimizer state.
 
-        Call it after ``attach`` and before the first ``step``.
+        Call it after ``attach`` and before the first ``step``. All of it is taken or nothing: when
+        it raises, model, optimizer and session are as before.
 
         Raises:
-            ConfigurationError: it is no such state, or training has begun.
+            ConfigurationError: it is no such state, not one of this model, or training has begun.
         """
-        if state.get("format") != 1:
+        if not isinstance(state, dict) or state.get("format") != 1:
             raise ConfigurationError("this is not the state of an Esper session")
         if self._step:
             raise ConfigurationError("load a session's state before its first step")
-        self._surgeon.load_state_dict(state)
-        self._step = int(state["step"])
+        with reading_a_state():
+            self._load(state)
         self._findings.replace_ledger(self._surgeon.audit())
+
+    def _load(self, state: dict[str, Any]) -> None:
+        guard, losses = LossGuard(), losses_from_state(state["losses"])
+        guard.load_state_dict(state["guard"])
+        local = LocalLoop(self._surgeon, self._guarded_policy) if self._local is not None else None
+        if local is not None and state["local"] is not None:
+            local.load_state_dict(state["local"])
+        step = int(state["step"])
+        if step < 0:
+            raise ConfigurationError(f"a session cannot have taken {step} steps")
+        self._surgeon.load_state_dict(state)
+        self._guard, self._local, self._step = guard, local, step
+        self._losses.extend(losses)
 
     # -- opening -------------------------------------------------------------------------------
 

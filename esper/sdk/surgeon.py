@@ -27,6 +27,8 @@ from esper.contracts import (
 from esper.exceptions import ConfigurationError, UndoError
 from esper.grafting import Receipt, SnapshotMemory, UndoReceipt
 from esper.grafting.slot import SLOT_NAME, find_host, slot_of
+from esper.grafting.snapshot import Snapshot
+from esper.sdk.saving import losses_from_state, losses_to_state
 
 logger = logging.getLogger("esper")
 
@@ -249,25 +251,38 @@ class Surgeon:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Rebuild what :meth:`state_dict` described, in a model that has no grafts yet.
 
+        All of it or nothing: on any error model, optimizers and schedulers are as before.
+
         Raises:
             ConfigurationError: the model has grafts already, or another optimizer list.
+            Any other error that a state can cause which is not of this model.
         """
         if self.grafted:
             raise ConfigurationError("this model carries grafts already; load into a fresh one")
         if len(state["optimizers"]) != len(self.optimizers):
             raise ConfigurationError("the state is of another number of optimizers")
-        receipts = grafting.rebuild(
-            self.model, state["structure"], self.optimizers, schedulers=self._schedulers
-        )
-        _load_grafts(self.model, state["grafts"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            if saved is not None:
-                grafting.load_optimizer_state_by_name(self.model, optimizer, saved)
-        places = {(receipt.layer, receipt.blueprint): receipt for receipt in receipts}
-        self.adaptations = [
-            _from_state(entry, places[entry["layer"], entry["blueprint"]])
-            for entry in state["applied"]
-        ]
+        slotted = {name for name, _, _ in grafting.slots(self.model)}
+        snapshot = Snapshot.take(self.model, self.optimizers, self._schedulers, self._scaler)
+        receipts: tuple[Receipt, ...] = ()
+        try:
+            receipts = grafting.rebuild(
+                self.model, state["structure"], self.optimizers, schedulers=self._schedulers
+            )
+            _load_grafts(self.model, state["grafts"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                if saved is not None:
+                    grafting.load_optimizer_state_by_name(
+                        self.model, optimizer, saved, self._schedulers
+                    )
+            places = {(receipt.layer, receipt.blueprint): receipt for receipt in receipts}
+            self.adaptations = [
+                _from_state(entry, places[entry["layer"], entry["blueprint"]])
+                for entry in state["applied"]
+            ]
+        except BaseException:
+            grafting.take_back(self.model, receipts, slotted)
+            snapshot.restore()
+            raise
 
 
 def _is_guarded(entry: Adaptation, step: int) -> bool:
@@ -279,6 +294,11 @@ def _load_grafts(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
     if mine.keys() != saved.keys():
         odd = ", ".join(sorted(mine.keys() ^ saved.keys())[:5])
         raise ConfigurationError(f"the saved grafts do not fit this model: {odd}")
+    for name, tensor in mine.items():
+        if saved[name].shape != tensor.shape:  # copy_ would spread a single number over it
+            raise ConfigurationError(
+                f"the saved {name} has shape {tuple(saved[name].shape)}, here {tuple(tensor.shape)}"
+            )
     with torch.no_grad():
         for name, tensor in mine.items():
             tensor.copy_(saved[name])
@@ -301,18 +321,24 @@ def _to_state(entry: Adaptation) -> dict[str, Any]:
         "step": entry.step,
         "state": str(entry.state),
         "guarded_until": entry.guarded_until,
+        "ablation_gain": entry.ablation_gain,
+        # Not the moment: the time between two processes is no part of a probation.
+        "age_seconds": time.time() - entry.grafted_at,
+        "loss_before": losses_to_state(entry.loss_before),
     }
 
 
 def _from_state(saved: dict[str, Any], receipt: Receipt) -> Adaptation:
     return Adaptation(
-        uid=saved["adaptation"],
-        layer=saved["layer"],
-        blueprint=saved["blueprint"],
-        config=saved["config"],
-        step=saved["step"],
+        uid=str(saved["adaptation"]),
+        layer=receipt.layer,
+        blueprint=receipt.blueprint,
+        config=receipt.config,
+        step=int(saved["step"]),
         state=AdaptationState(saved["state"]),
-        guarded_until=saved["guarded_until"],
+        guarded_until=int(saved["guarded_until"]),
+        ablation_gain=float(saved["ablation_gain"]),
         receipt=receipt,
-        grafted_at=time.time(),
+        grafted_at=time.time() - float(saved["age_seconds"]),
+        loss_before=tuple(losses_from_state(saved["loss_before"])),
     )
