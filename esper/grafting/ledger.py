@@ -20,7 +20,7 @@ from esper.exceptions import GraftError
 WARMUP_STEPS = 100
 LAYER_KEY = "esper_layer"
 # Per-group lists of torch's schedulers, which do not grow with the optimizer (pytorch#53712).
-_GROUP_LISTS = (
+GROUP_LISTS = (
     "base_lrs",
     "_last_lr",
     "lr_lambdas",
@@ -34,6 +34,8 @@ _TAKEN = "esper_steps"
 _WARMUP = "esper_warmup_steps"
 _DECAY = "esper_weight_decay"
 _HELD = "esper_held_lr"
+# Of a group that was split off for a layer with a learning rate of its own.
+FACTOR_KEY = "esper_lr_factor"
 
 
 @dataclass(slots=True)
@@ -56,6 +58,16 @@ class GroupReceipt:
             del self.optimizer.param_groups[place]
         for parameter in self.group["params"]:
             self.optimizer.state.pop(parameter, None)
+
+
+def is_users_group(group: dict[str, Any]) -> bool:
+    """The script made it; neither a graft nor a remedy did."""
+    return LAYER_KEY not in group and FACTOR_KEY not in group
+
+
+def is_own_key(key: str) -> bool:
+    """An entry of a group that Esper put there."""
+    return key.startswith("esper_")
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -308,7 +320,7 @@ def _shrink_lists(scheduler: Any, place: int, size: int) -> None:
 
 def group_lists(scheduler: Any, size: int) -> dict[str, list[Any]]:
     """name -> list of a scheduler's attributes that hold one entry for each of ``size`` groups."""
-    lists = {name: vars(scheduler).get(name) for name in _GROUP_LISTS}
+    lists = {name: vars(scheduler).get(name) for name in GROUP_LISTS}
     return {
         name: values
         for name, values in lists.items()

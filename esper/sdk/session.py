@@ -79,7 +79,7 @@ class Setup:
     token: str
     mode: RunMode
     slots: tuple[str, ...]
-    evaluate: Callable[[], float] | None
+    evaluate: Callable[[], float | None] | None
     target_steps: int | None
     safety_policy: SafetyPolicy
     pace: Pace
@@ -188,8 +188,7 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         stopped = error is None or isinstance(error, RunStopped)
-        reason = "" if error is None else str(error) or type(error).__name__
-        self.close(reason=reason, failed=not stopped)
+        self.close(reason=reason_of(error), failed=not stopped)
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -326,6 +325,13 @@ class Session:
         with reading_a_state():
             self._load(state)
         self._findings.replace_ledger(self._surgeon.audit())
+
+    def plain_optimizer_states(self) -> list[dict[str, Any]]:
+        """Each optimizer's ``state_dict()`` as it would be had nothing been grafted.
+
+        For a checkpoint that a framework loads before Esper has rebuilt the grafts.
+        """
+        return self._surgeon.plain_optimizer_states()
 
     def _load(self, state: dict[str, Any]) -> None:
         guard, losses = LossGuard(), losses_from_state(state["losses"])
@@ -536,7 +542,8 @@ class Session:
         for entry in self._surgeon.due_for_ablation(self._step, self._guarded_policy()):
             gain = self._evaluator.ablation_gain(self._surgeon.without(entry))
             entry.ablation_gain = gain
-            metrics[f"ablation_gain:{entry.uid}"] = gain
+            if not math.isnan(gain):
+                metrics[f"ablation_gain:{entry.uid}"] = gain
         loss = self._evaluator.due_loss(self._step)
         if loss is not None:
             metrics["eval_loss"] = loss
@@ -607,6 +614,11 @@ def _gradient_verdict(model: nn.Module) -> GuardVerdict | None:
     )
 
 
+def reason_of(error: BaseException | None) -> str:
+    """What a run that ended like this is told to have died of; empty where it did not."""
+    return "" if error is None else str(error) or type(error).__name__
+
+
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -619,7 +631,8 @@ def _close_at_exit(session: Session) -> Callable[[], None]:
         living = weak()
         if living is not None:
             with suppress(Exception):
-                living.close(failed=getattr(sys, "last_value", None) is not None, timeout=3.0)
+                error = getattr(sys, "last_value", None)
+                living.close(reason=reason_of(error), failed=error is not None, timeout=3.0)
 
     atexit.register(close)
     return close

@@ -28,6 +28,7 @@ from esper.exceptions import ConfigurationError, UndoError
 from esper.grafting import Receipt, SnapshotMemory, UndoReceipt
 from esper.grafting.slot import SLOT_NAME, find_host, slot_of
 from esper.grafting.snapshot import Snapshot
+from esper.sdk.plain_checkpoints import layout_of, plain_optimizer_state
 from esper.sdk.saving import losses_from_state, losses_to_state
 
 logger = logging.getLogger("esper")
@@ -109,6 +110,7 @@ class Surgeon:
         self._schedulers = tuple(schedulers)
         self._scaler = scaler
         self.adaptations: list[Adaptation] = []
+        self._layout = layout_of(self.optimizers)
 
     @property
     def grafted(self) -> tuple[Adaptation, ...]:
@@ -247,6 +249,11 @@ class Surgeon:
             ],
             "applied": [_to_state(entry) for entry in self.grafted],
         }
+
+    def plain_optimizer_states(self) -> list[dict[str, Any]]:
+        """Each optimizer's state dict as it would be had nothing been grafted."""
+        pairs = zip(self.optimizers, self._layout, strict=True)
+        return [plain_optimizer_state(optimizer, groups) for optimizer, groups in pairs]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Rebuild what :meth:`state_dict` described, in a model that has no grafts yet.
