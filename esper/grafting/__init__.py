@@ -9,11 +9,12 @@ from torch import nn
 from esper.blueprints import get
 from esper.contracts import LayerInfo
 from esper.exceptions import UnknownLayerError
-from esper.grafting.apply import Receipt, UndoReceipt, apply_graft
+from esper.grafting.apply import Receipt, Surroundings, UndoReceipt, apply_graft
 from esper.grafting.certify import certify, sample_input, stand_in
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
 from esper.grafting.guard import GuardVerdict, LossGuard, non_finite_gradients
 from esper.grafting.ledger import add_group, audit, watch_movement
+from esper.grafting.remedies import RemedyReceipt
 from esper.grafting.slot import (
     GraftRecord,
     Slot,
@@ -39,9 +40,11 @@ __all__ = [
     "LayerRecorder",
     "LossGuard",
     "Receipt",
+    "RemedyReceipt",
     "Slot",
     "Snapshot",
     "SnapshotMemory",
+    "Surroundings",
     "UndoReceipt",
     "add_group",
     "apply_graft",

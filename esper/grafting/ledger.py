@@ -34,6 +34,9 @@ _TAKEN = "esper_steps"
 _WARMUP = "esper_warmup_steps"
 _DECAY = "esper_weight_decay"
 _HELD = "esper_held_lr"
+# What is multiplied with a group's learning rate, in the group and in schedulers' lists.
+_RATES = frozenset({"lr", "initial_lr", "max_lr", "min_lr"})
+_RATE_LISTS = frozenset({"base_lrs", "_last_lr", "max_lrs", "min_lrs"})
 # Of a group that was split off for a layer with a learning rate of its own.
 FACTOR_KEY = "esper_lr_factor"
 
@@ -159,6 +162,56 @@ def remove_groups_of(
         for group in list(optimizer.param_groups):
             if any(id(parameter) in gone for parameter in group["params"]):
                 GroupReceipt(optimizer, group, mine).remove()
+
+
+def scale_lr(
+    optimizer: Any, parameters: Sequence[Tensor], factor: float, schedulers: Sequence[Any] = ()
+) -> None:
+    """Splits parameters off into groups of their own whose learning rates are ``factor`` times.
+
+    A group that was split off so before gets the new factor in the old one's place.
+    """
+    inner = unwrap_optimizer(optimizer)
+    wanted = {id(parameter) for parameter in parameters}
+    mine = [s for s in unwrap_schedulers(schedulers) if _drives(s, inner)]
+    for place, group in enumerate(list(inner.param_groups)):
+        chosen = [p for p in group["params"] if id(p) in wanted]
+        if not chosen:
+            continue
+        if FACTOR_KEY in group and len(chosen) == len(group["params"]):
+            _scale_group(inner, place, factor / group[FACTOR_KEY], mine)
+            group[FACTOR_KEY] = factor
+            continue
+        group["params"] = [p for p in group["params"] if id(p) not in wanted]
+        kept = {key: _own_copy(value) for key, value in group.items()}
+        kept.update({FACTOR_KEY: factor * group.get(FACTOR_KEY, 1.0), "params": chosen})
+        size = len(inner.param_groups)
+        inner.param_groups.append(kept)  # add_param_group would want groups without their state
+        for scheduler in mine:
+            _grow_lists(scheduler, place, size)
+        _scale_group(inner, size, factor, mine)
+
+
+def _scale_group(
+    optimizer: torch.optim.Optimizer, place: int, factor: float, schedulers: Sequence[Any]
+) -> None:
+    group = optimizer.param_groups[place]
+    for key in _RATES & group.keys():
+        group[key] = group[key] * factor
+    for scheduler in schedulers:
+        lists = group_lists(scheduler, len(optimizer.param_groups))
+        for key in _RATE_LISTS & lists.keys():
+            lists[key][place] = lists[key][place] * factor
+
+
+def drop_parameters(parameters: Iterable[Tensor], optimizers: Sequence[Any]) -> None:
+    """Takes parameters and their state out of every optimizer; their groups stay, maybe empty."""
+    gone = {id(parameter): parameter for parameter in parameters}
+    for optimizer in map(unwrap_optimizer, optimizers):
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for parameter in gone.values():
+            optimizer.state.pop(parameter, None)
 
 
 def reorder_groups(optimizer: Any, order: Sequence[int], schedulers: Sequence[Any] = ()) -> None:

@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +23,7 @@ from esper.blueprints import Graft
 from esper.contracts import GraftKind
 from esper.exceptions import ConfigurationError
 from esper.grafting import remove_slots
+from esper.grafting.remedies import is_tied
 from esper.grafting.slot import slots
 from esper.sdk.exported import (
     MANIFEST_FILE,
@@ -95,18 +95,6 @@ def _merged(graft: Graft, host: nn.Module) -> bool:
     except TypeError:
         return False
     return True
-
-
-def is_tied(model: nn.Module, host: nn.Module) -> bool:
-    """One of the layer's own tensors is used by another layer too, which a merge would change."""
-    own = {id(p) for p in host.parameters(recurse=False)}
-    holders = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-    return any(holders[key] > 1 for key in own)
 
 
 def _classes(left: dict[str, list[Graft]]) -> list[Any]:

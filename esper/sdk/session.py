@@ -42,7 +42,15 @@ from esper.contracts import (
 )
 from esper.contracts.codec import number_to_wire
 from esper.exceptions import ConfigurationError, EsperError, UndoError, UnknownLayerError
-from esper.grafting import GuardVerdict, LayerRecorder, LossGuard, Receipt, UndoReceipt
+from esper.grafting import (
+    GuardVerdict,
+    LayerRecorder,
+    LossGuard,
+    Receipt,
+    RemedyReceipt,
+    UndoReceipt,
+    remedies,
+)
 from esper.health import HealthSampler
 from esper.sdk.commands import LocalVeto
 from esper.sdk.evaluation import Evaluator
@@ -203,6 +211,11 @@ class Session:
         return tuple(self._surgeon.adaptations)
 
     @property
+    def remedies(self) -> tuple[RemedyReceipt, ...]:
+        """Remedies that are in effect, oldest first."""
+        return tuple(self._surgeon.remedies)
+
+    @property
     def waiting(self) -> tuple[Waiting, ...]:
         """Local mode: decisions that a person must take; see :meth:`approve`."""
         return self._local.waiting if self._local is not None else ()
@@ -260,8 +273,8 @@ class Session:
         assert adaptation.receipt is not None
         return adaptation.receipt
 
-    def undo(self, receipt: Receipt, hard: bool = True) -> UndoReceipt:
-        """Take a graft out.
+    def undo(self, receipt: Receipt | RemedyReceipt, hard: bool = True) -> UndoReceipt:
+        """Take a graft out, or undo a remedy; that is always hard.
 
         Args:
             hard: bring the whole model back to the bit, as it was before the graft. Else only
@@ -270,11 +283,96 @@ class Session:
         Raises:
             UndoError: it could not be taken out.
         """
-        adaptation = self._surgeon.by_receipt(receipt)
-        if adaptation is None:
-            raise UndoError("this graft is not in the model any more", layer=receipt.layer)
+        if isinstance(receipt, RemedyReceipt):
+            undone = self._surgeon.undo_remedy(receipt)
+            self._after_surgery()
+            return undone
+        adaptation = self._adaptation(receipt)
         report, _ = self._take_out(adaptation, hard=hard, state=AdaptationState.REVERTED)
         return report
+
+    def recycle(
+        self, layer: str, next_layer: str, sample: Any, *, seed: int | None = None
+    ) -> RemedyReceipt:
+        """Give dead units a new start; see :func:`esper.grafting.remedies.recycle_dead_units`.
+
+        Raises:
+            UnknownLayerError, GraftError: the model is as before.
+        """
+        return self._remedy(
+            remedies.recycle_dead_units(
+                self._model,
+                layer,
+                next_layer,
+                sample,
+                surroundings=self._surgeon.surroundings,
+                seed=self._step + 1 if seed is None else seed,
+                step=self._step,
+            )
+        )
+
+    def set_lr(self, layer: str, factor: float) -> RemedyReceipt:
+        """Let one layer learn ``factor`` times as fast; schedulers keep the ratio.
+
+        Raises:
+            UnknownLayerError, ConfigurationError, GraftError: the model is as before.
+        """
+        around = self._surgeon.surroundings
+        return self._remedy(
+            remedies.set_layer_lr(self._model, layer, factor, surroundings=around, step=self._step)
+        )
+
+    def freeze(self, layer: str) -> RemedyReceipt:
+        """Stop a layer from learning. Raises as :meth:`set_lr`."""
+        around = self._surgeon.surroundings
+        return self._remedy(
+            remedies.freeze(self._model, layer, surroundings=around, step=self._step)
+        )
+
+    def unfreeze(self, layer: str) -> RemedyReceipt:
+        """Let a frozen layer learn, in a group of its own. Raises as :meth:`set_lr`."""
+        around = self._surgeon.surroundings
+        return self._remedy(
+            remedies.unfreeze(self._model, layer, surroundings=around, step=self._step)
+        )
+
+    def merge(self, receipt: Receipt) -> RemedyReceipt:
+        """Fold a kept graft into its host's weights, so that it costs nothing any more.
+
+        Raises:
+            ConfigurationError: the graft is still on probation.
+            UndoError, GraftError: it is not in the model, or cannot be merged; nothing changed.
+        """
+        adaptation = self._adaptation(receipt)
+        if adaptation.state is not AdaptationState.KEPT:
+            raise ConfigurationError("only a kept graft is merged; this one is on probation")
+        around = self._surgeon.surroundings
+        done = remedies.merge(self._model, receipt, surroundings=around, step=self._step)
+        return self._remedy(done, merged=adaptation)
+
+    def prune(self, receipt: Receipt) -> UndoReceipt:
+        """Take a graft out for good; the host keeps what it has learned since.
+
+        Raises:
+            ConfigurationError: a server keeps this graft's books; roll it back there.
+            UndoError: it is not in the model any more.
+        """
+        adaptation = self._adaptation(receipt)
+        if self._transport is not None and not adaptation.local:
+            raise ConfigurationError("the server decided on this graft: roll it back there")
+        return self._take_out(adaptation, hard=False, state=AdaptationState.REVERTED)[0]
+
+    def _remedy(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> RemedyReceipt:
+        self._surgeon.note(receipt, merged)
+        self._after_surgery()
+        logger.info("step %d: %s at %s", self._step, receipt.remedy, receipt.layer)
+        return receipt
+
+    def _adaptation(self, receipt: Receipt) -> Adaptation:
+        found = self._surgeon.by_receipt(receipt)
+        if found is None or found.merged:
+            raise UndoError("this graft is not in the model any more", layer=receipt.layer)
+        return found
 
     def approve(self, waiting: Waiting) -> Receipt:
         """Local mode: say yes to a waiting decision. Raises as :meth:`graft`."""

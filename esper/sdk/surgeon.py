@@ -25,7 +25,14 @@ from esper.contracts import (
     Verdict,
 )
 from esper.exceptions import ConfigurationError, UndoError
-from esper.grafting import Receipt, SnapshotMemory, UndoReceipt
+from esper.grafting import (
+    Receipt,
+    RemedyReceipt,
+    SnapshotMemory,
+    Surroundings,
+    UndoReceipt,
+    remedies,
+)
 from esper.grafting.slot import SLOT_NAME, find_host, slot_of
 from esper.grafting.snapshot import Snapshot
 from esper.sdk.plain_checkpoints import layout_of, plain_optimizer_state
@@ -47,6 +54,7 @@ class Adaptation:
         grafted_at: seconds since the epoch.
         guarded_until: the last step at which the trainer's own guard may take it out.
         loss_before: (step, loss) of the run before the graft, for the verdict.
+        merged: the graft was folded into its host's weights; it is in effect, in no slot.
     """
 
     uid: str
@@ -62,11 +70,17 @@ class Adaptation:
     verdict: Verdict | None = None
     reward: Reward | None = None
     loss_before: tuple[tuple[int, float], ...] = ()
+    merged: bool = False
 
     @property
     def grafted(self) -> bool:
         """Its graft is in the model."""
         return self.state in (AdaptationState.PROBATION, AdaptationState.KEPT)
+
+    @property
+    def in_effect(self) -> bool:
+        """What it was grafted for still acts: in its slot, or in the host's weights."""
+        return self.merged or (self.receipt is not None and self.receipt.present)
 
     @property
     def restorable(self) -> bool:
@@ -110,6 +124,8 @@ class Surgeon:
         self._schedulers = tuple(schedulers)
         self._scaler = scaler
         self.adaptations: list[Adaptation] = []
+        self.remedies: list[RemedyReceipt] = []
+        self._history: list[Adaptation | RemedyReceipt] = []  # as they came
         self._layout = layout_of(self.optimizers)
 
     @property
@@ -158,6 +174,7 @@ class Surgeon:
             grafted_at=time.time(),
         )
         self.adaptations.append(adaptation)
+        self._history.append(adaptation)
         self._forget_old_snapshots()
         return adaptation
 
@@ -167,7 +184,8 @@ class Surgeon:
 
     def _forget_old_snapshots(self) -> None:
         """A snapshot is a copy of the model and its optimizer: only the newest few are kept."""
-        restorable = [r for e in self.grafted if (r := e.receipt) is not None and r.can_undo_hard]
+        living = [e.receipt if isinstance(e, Adaptation) else e for e in self._history]
+        restorable = [receipt for receipt in living if receipt and receipt.can_undo_hard]
         for receipt in restorable[:-SNAPSHOTS_KEPT]:
             receipt.forget_snapshot()
 
@@ -187,10 +205,60 @@ class Surgeon:
         if receipt is None:
             raise UndoError("this graft is not in the model any more", layer=adaptation.layer)
         report = receipt.undo(hard=hard)
-        gone = tuple(e for e in self.grafted if e.receipt is None or not e.receipt.present)
+        if hard:
+            self._forget_since(adaptation)
+        gone = tuple(entry for entry in self.grafted if not entry.in_effect)
         for entry in gone:
             entry.state = state
         return report, gone
+
+    def _forget_since(self, adaptation: Adaptation) -> None:
+        """Whatever was done since that graft is undone with it."""
+        place = self._history.index(adaptation)
+        undone, self._history = self._history[place:], self._history[:place]
+        for entry in undone:
+            if isinstance(entry, RemedyReceipt):
+                self._drop_remedy(entry)
+            else:
+                entry.merged = False  # into weights that are again as they were before it
+
+    # -- remedies ------------------------------------------------------------------------------
+
+    @property
+    def surroundings(self) -> Surroundings:
+        """What a remedy has to know beside the model."""
+        return Surroundings(self.optimizers, self._schedulers, self._scaler)
+
+    def note(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> RemedyReceipt:
+        """A remedy is in effect; ``merged`` is the adaptation that it folded into its host."""
+        self.remedies.append(receipt)
+        self._history.append(receipt)
+        if merged is not None:
+            merged.merged = True
+        self._forget_old_snapshots()
+        return receipt
+
+    def undo_remedy(self, receipt: RemedyReceipt) -> UndoReceipt:
+        """Brings back the state before it; remedies that came later go with it.
+
+        Raises:
+            UndoError: it could not be undone.
+        """
+        if receipt not in self.remedies:
+            raise UndoError("this remedy is not in effect any more", layer=receipt.layer)
+        report = receipt.undo()
+        place = self._history.index(receipt)
+        undone, self._history = self._history[place:], self._history[:place]
+        for entry in undone:
+            if isinstance(entry, RemedyReceipt):
+                self._drop_remedy(entry)
+        return report
+
+    def _drop_remedy(self, receipt: RemedyReceipt) -> None:
+        self.remedies.remove(receipt)
+        for entry in self.adaptations:
+            if entry.merged and entry.receipt is not None and not entry.receipt.graft.merged:
+                entry.merged = False
 
     @contextmanager
     def without(self, adaptation: Adaptation) -> Iterator[None]:
@@ -248,6 +316,9 @@ class Surgeon:
                 _optimizer_state(self.model, optimizer) for optimizer in self.optimizers
             ],
             "applied": [_to_state(entry) for entry in self.grafted],
+            "remedies": [
+                {"remedy": r.remedy, "layer": r.layer, "details": r.details} for r in self.remedies
+            ],
         }
 
     def plain_optimizer_states(self) -> list[dict[str, Any]]:
@@ -275,6 +346,8 @@ class Surgeon:
             receipts = grafting.rebuild(
                 self.model, state["structure"], self.optimizers, schedulers=self._schedulers
             )
+            for entry in state["remedies"]:
+                self._repeat(entry["remedy"], entry["layer"], entry["details"])
             _load_grafts(self.model, state["grafts"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 if saved is not None:
@@ -283,13 +356,33 @@ class Surgeon:
                     )
             places = {(receipt.layer, receipt.blueprint): receipt for receipt in receipts}
             self.adaptations = [
-                _from_state(entry, places[entry["layer"], entry["blueprint"]])
+                _from_state(
+                    entry,
+                    None if entry["merged"] else places[entry["layer"], entry["blueprint"]],
+                )
                 for entry in state["applied"]
             ]
+            self._history = list(self.adaptations)
         except BaseException:
             grafting.take_back(self.model, receipts, slotted)
             snapshot.restore()
+            self.remedies.clear()
             raise
+
+    def _repeat(self, remedy: str, layer: str, details: dict[str, Any]) -> None:
+        """What a remedy did to the optimizer's books; what it did to weights is in the weights."""
+        around = self.surroundings
+        if remedy == "set_lr":
+            receipt = remedies.set_layer_lr(
+                self.model, layer, details["factor"], surroundings=around
+            )
+        elif remedy in ("freeze", "unfreeze"):
+            act = remedies.freeze if remedy == "freeze" else remedies.unfreeze
+            receipt = act(self.model, layer, surroundings=around)
+        else:
+            return
+        receipt.forget_snapshot()
+        self.remedies.append(receipt)
 
 
 def _is_guarded(entry: Adaptation, step: int) -> bool:
@@ -332,15 +425,16 @@ def _to_state(entry: Adaptation) -> dict[str, Any]:
         # Not the moment: the time between two processes is no part of a probation.
         "age_seconds": time.time() - entry.grafted_at,
         "loss_before": losses_to_state(entry.loss_before),
+        "merged": entry.merged,
     }
 
 
-def _from_state(saved: dict[str, Any], receipt: Receipt) -> Adaptation:
+def _from_state(saved: dict[str, Any], receipt: Receipt | None) -> Adaptation:
     return Adaptation(
         uid=str(saved["adaptation"]),
-        layer=receipt.layer,
-        blueprint=receipt.blueprint,
-        config=receipt.config,
+        layer=str(saved["layer"]),
+        blueprint=str(saved["blueprint"]),
+        config=dict(saved["config"]),
         step=int(saved["step"]),
         state=AdaptationState(saved["state"]),
         guarded_until=int(saved["guarded_until"]),
@@ -348,4 +442,5 @@ def _from_state(saved: dict[str, Any], receipt: Receipt) -> Adaptation:
         receipt=receipt,
         grafted_at=time.time() - float(saved["age_seconds"]),
         loss_before=tuple(losses_from_state(saved["loss_before"])),
+        merged=bool(saved["merged"]),
     )
