@@ -40,9 +40,11 @@ class Graft(nn.Module, ABC):
 
     Attributes:
         alpha: share of a graft that replaces its host, a tensor buffer; None for all others.
+        merged: its effect is in the host's own weights, so it is in no slot.
     """
 
     alpha: Tensor | None
+    merged: bool = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -162,7 +162,12 @@ class Receipt:
                 f"the snapshot before {self.blueprint} is gone; undo it softly", layer=self.layer
             )
         started = time.perf_counter()
-        removed_since = snapshot.grafts() - _living(self._model).keys()
+        gone = snapshot.grafts() - _living(self._model).keys()
+        # One that was merged since comes back: the host's weights are again without it.
+        merged = {graft for graft in gone if isinstance(graft, Graft) and graft.merged}
+        removed_since = gone - merged
+        for graft in merged:
+            graft.__dict__.pop("merged")
         discarded = self._discard_later(snapshot)
         if self._group is not None:
             self._group.remove()

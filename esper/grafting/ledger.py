@@ -21,7 +21,7 @@ WARMUP_STEPS = 100
 MANY = 8  # tensors with the same problem that are named one by one
 LAYER_KEY = "esper_layer"
 # Per-group lists of torch's schedulers, which do not grow with the optimizer (pytorch#53712).
-_GROUP_LISTS = (
+GROUP_LISTS = (
     "base_lrs",
     "_last_lr",
     "lr_lambdas",
@@ -35,6 +35,11 @@ _TAKEN = "esper_steps"
 _WARMUP = "esper_warmup_steps"
 _DECAY = "esper_weight_decay"
 _HELD = "esper_held_lr"
+# What is multiplied with a group's learning rate, in the group and in schedulers' lists.
+_RATES = frozenset({"lr", "initial_lr", "max_lr", "min_lr"})
+_RATE_LISTS = frozenset({"base_lrs", "_last_lr", "max_lrs", "min_lrs"})
+# Of a group that was split off for a layer with a learning rate of its own.
+FACTOR_KEY = "esper_lr_factor"
 
 
 @dataclass(slots=True)
@@ -57,6 +62,16 @@ class GroupReceipt:
             del self.optimizer.param_groups[place]
         for parameter in self.group["params"]:
             self.optimizer.state.pop(parameter, None)
+
+
+def is_users_group(group: dict[str, Any]) -> bool:
+    """The script made it; neither a graft nor a remedy did."""
+    return LAYER_KEY not in group and FACTOR_KEY not in group
+
+
+def is_own_key(key: str) -> bool:
+    """An entry of a group that Esper put there."""
+    return key.startswith("esper_")
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -148,6 +163,70 @@ def remove_groups_of(
         for group in list(optimizer.param_groups):
             if any(id(parameter) in gone for parameter in group["params"]):
                 GroupReceipt(optimizer, group, mine).remove()
+
+
+def scale_lr(
+    optimizer: Any, parameters: Sequence[Tensor], factor: float, schedulers: Sequence[Any] = ()
+) -> None:
+    """Splits parameters off into groups of their own whose learning rates are ``factor`` times.
+
+    A group that was split off so before gets the new factor in the old one's place.
+    """
+    inner = unwrap_optimizer(optimizer)
+    wanted = {id(parameter) for parameter in parameters}
+    mine = [s for s in unwrap_schedulers(schedulers) if _drives(s, inner)]
+    for place, group in enumerate(list(inner.param_groups)):
+        chosen = [p for p in group["params"] if id(p) in wanted]
+        if not chosen:
+            continue
+        if FACTOR_KEY in group and len(chosen) == len(group["params"]):
+            _scale_group(inner, place, factor / group[FACTOR_KEY], mine)
+            group[FACTOR_KEY] = factor
+            continue
+        group["params"] = [p for p in group["params"] if id(p) not in wanted]
+        kept = {key: _own_copy(value) for key, value in group.items()}
+        kept.update({FACTOR_KEY: factor * group.get(FACTOR_KEY, 1.0), "params": chosen})
+        size = len(inner.param_groups)
+        inner.param_groups.append(kept)  # add_param_group would want groups without their state
+        for scheduler in mine:
+            _grow_lists(scheduler, place, size)
+        _scale_group(inner, size, factor, mine)
+
+
+def _scale_group(
+    optimizer: torch.optim.Optimizer, place: int, factor: float, schedulers: Sequence[Any]
+) -> None:
+    group = optimizer.param_groups[place]
+    for key in _RATES & group.keys():
+        group[key] = group[key] * factor
+    for scheduler in schedulers:
+        lists = group_lists(scheduler, len(optimizer.param_groups))
+        for key in _RATE_LISTS & lists.keys():
+            lists[key][place] = lists[key][place] * factor
+
+
+def drop_parameters(parameters: Iterable[Tensor], optimizers: Sequence[Any]) -> None:
+    """Takes parameters and their state out of every optimizer; their groups stay, maybe empty."""
+    gone = {id(parameter): parameter for parameter in parameters}
+    for optimizer in map(unwrap_optimizer, optimizers):
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for parameter in gone.values():
+            optimizer.state.pop(parameter, None)
+
+
+def reorder_groups(optimizer: Any, order: Sequence[int], schedulers: Sequence[Any] = ()) -> None:
+    """Puts the groups, and their places in the schedulers that drive them, into another order.
+
+    ``order[i]`` is the present place of the group that is to stand at place ``i``.
+    """
+    inner = unwrap_optimizer(optimizer)
+    size = len(inner.param_groups)
+    for scheduler in unwrap_schedulers(schedulers):
+        if _drives(scheduler, inner):
+            for values in group_lists(scheduler, size).values():
+                values[:] = [values[place] for place in order]
+    inner.param_groups[:] = [inner.param_groups[place] for place in order]
 
 
 def audit(model: nn.Module, optimizers: Iterable[Any]) -> list[Finding]:
@@ -301,18 +380,23 @@ def _drives(scheduler: Any, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _grow_lists(scheduler: Any, place: int, size: int) -> None:
-    for values in _group_lists(scheduler, size):
+    for values in group_lists(scheduler, size).values():
         values.append(_own_copy(values[place]))
 
 
 def _shrink_lists(scheduler: Any, place: int, size: int) -> None:
-    for values in _group_lists(scheduler, size):
+    for values in group_lists(scheduler, size).values():
         del values[place]
 
 
-def _group_lists(scheduler: Any, size: int) -> list[list[Any]]:
-    lists = [vars(scheduler).get(name) for name in _GROUP_LISTS]
-    return [values for values in lists if isinstance(values, list) and len(values) == size]
+def group_lists(scheduler: Any, size: int) -> dict[str, list[Any]]:
+    """name -> list of a scheduler's attributes that hold one entry for each of ``size`` groups."""
+    lists = {name: vars(scheduler).get(name) for name in GROUP_LISTS}
+    return {
+        name: values
+        for name, values in lists.items()
+        if isinstance(values, list) and len(values) == size
+    }
 
 
 def _start_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:

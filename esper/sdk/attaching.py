@@ -38,7 +38,7 @@ def attach(
     scheduler: Any = None,
     scaler: Any = None,
     slots: Literal["auto"] | Iterable[str] = "auto",
-    evaluate: Callable[[], float] | None = None,
+    evaluate: Callable[[], float | None] | None = None,
     target_steps: int | None = None,
     safety_policy: SafetyPolicy | None = None,
     copies: Any = None,

@@ -49,7 +49,9 @@ from esper.grafting import (
     LossGuard,
     MovementWatch,
     Receipt,
+    RemedyReceipt,
     UndoReceipt,
+    remedies,
 )
 from esper.health import HealthSampler
 from esper.sdk.commands import LocalVeto
@@ -61,6 +63,7 @@ from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.obeying import CommandDesk, Operations, failed
 from esper.sdk.registration import RunDescription
+from esper.sdk.saving import losses_from_state, losses_to_state, reading_a_state
 from esper.sdk.surgeon import Adaptation, Operation, Surgeon
 from esper.sdk.transport import Transport
 
@@ -89,7 +92,7 @@ class Setup:
     token: str
     mode: RunMode
     slots: tuple[str, ...]
-    evaluate: Callable[[], float] | None
+    evaluate: Callable[[], float | None] | None
     target_steps: int | None
     safety_policy: SafetyPolicy
     pace: Pace
@@ -206,8 +209,7 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         stopped = error is None or isinstance(error, RunStopped)
-        reason = "" if error is None else str(error) or type(error).__name__
-        self.close(reason=reason, failed=not stopped)
+        self.close(reason=reason_of(error), failed=not stopped)
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -220,6 +222,11 @@ class Session:
     def adaptations(self) -> tuple[Adaptation, ...]:
         """Everything that was grafted in this session, oldest first."""
         return tuple(self._surgeon.adaptations)
+
+    @property
+    def remedies(self) -> tuple[RemedyReceipt, ...]:
+        """Remedies that are in effect, oldest first."""
+        return tuple(self._surgeon.remedies)
 
     @property
     def waiting(self) -> tuple[Waiting, ...]:
@@ -281,8 +288,8 @@ class Session:
         assert adaptation.receipt is not None
         return adaptation.receipt
 
-    def undo(self, receipt: Receipt, hard: bool = True) -> UndoReceipt:
-        """Take a graft out.
+    def undo(self, receipt: Receipt | RemedyReceipt, hard: bool = True) -> UndoReceipt:
+        """Take a graft out, or undo a remedy; that is always hard.
 
         Args:
             hard: bring the whole model back to the bit, as it was before the graft. Else only
@@ -291,11 +298,96 @@ class Session:
         Raises:
             UndoError: it could not be taken out.
         """
-        adaptation = self._surgeon.by_receipt(receipt)
-        if adaptation is None:
-            raise UndoError("this graft is not in the model any more", layer=receipt.layer)
+        if isinstance(receipt, RemedyReceipt):
+            undone = self._surgeon.undo_remedy(receipt)
+            self._after_surgery()
+            return undone
+        adaptation = self._adaptation(receipt)
         report, _ = self._take_out(adaptation, hard=hard, state=AdaptationState.REVERTED)
         return report
+
+    def recycle(
+        self, layer: str, next_layer: str, sample: Any, *, seed: int | None = None
+    ) -> RemedyReceipt:
+        """Give dead units a new start; see :func:`esper.grafting.remedies.recycle_dead_units`.
+
+        Raises:
+            UnknownLayerError, GraftError: the model is as before.
+        """
+        return self._remedy(
+            remedies.recycle_dead_units(
+                self._model,
+                layer,
+                next_layer,
+                sample,
+                surroundings=self._surgeon.surroundings,
+                seed=self._step + 1 if seed is None else seed,
+                step=self._step,
+            )
+        )
+
+    def set_lr(self, layer: str, factor: float) -> RemedyReceipt:
+        """Let one layer learn ``factor`` times as fast; schedulers keep the ratio.
+
+        Raises:
+            UnknownLayerError, ConfigurationError, GraftError: the model is as before.
+        """
+        around = self._surgeon.surroundings
+        return self._remedy(
+            remedies.set_layer_lr(self._model, layer, factor, surroundings=around, step=self._step)
+        )
+
+    def freeze(self, layer: str) -> RemedyReceipt:
+        """Stop a layer from learning. Raises as :meth:`set_lr`."""
+        around = self._surgeon.surroundings
+        return self._remedy(
+            remedies.freeze(self._model, layer, surroundings=around, step=self._step)
+        )
+
+    def unfreeze(self, layer: str) -> RemedyReceipt:
+        """Let a frozen layer learn, in a group of its own. Raises as :meth:`set_lr`."""
+        around = self._surgeon.surroundings
+        return self._remedy(
+            remedies.unfreeze(self._model, layer, surroundings=around, step=self._step)
+        )
+
+    def merge(self, receipt: Receipt) -> RemedyReceipt:
+        """Fold a kept graft into its host's weights, so that it costs nothing any more.
+
+        Raises:
+            ConfigurationError: the graft is still on probation.
+            UndoError, GraftError: it is not in the model, or cannot be merged; nothing changed.
+        """
+        adaptation = self._adaptation(receipt)
+        if adaptation.state is not AdaptationState.KEPT:
+            raise ConfigurationError("only a kept graft is merged; this one is on probation")
+        around = self._surgeon.surroundings
+        done = remedies.merge(self._model, receipt, surroundings=around, step=self._step)
+        return self._remedy(done, merged=adaptation)
+
+    def prune(self, receipt: Receipt) -> UndoReceipt:
+        """Take a graft out for good; the host keeps what it has learned since.
+
+        Raises:
+            ConfigurationError: a server keeps this graft's books; roll it back there.
+            UndoError: it is not in the model any more.
+        """
+        adaptation = self._adaptation(receipt)
+        if self._transport is not None and not adaptation.local:
+            raise ConfigurationError("the server decided on this graft: roll it back there")
+        return self._take_out(adaptation, hard=False, state=AdaptationState.REVERTED)[0]
+
+    def _remedy(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> RemedyReceipt:
+        self._surgeon.note(receipt, merged)
+        self._after_surgery()
+        logger.info("step %d: %s at %s", self._step, receipt.remedy, receipt.layer)
+        return receipt
+
+    def _adaptation(self, receipt: Receipt) -> Adaptation:
+        found = self._surgeon.by_receipt(receipt)
+        if found is None or found.merged:
+            raise UndoError("this graft is not in the model any more", layer=receipt.layer)
+        return found
 
     def approve(self, waiting: Waiting) -> Receipt:
         """Local mode: say yes to a waiting decision. Raises as :meth:`graft`."""
@@ -324,25 +416,49 @@ class Session:
             "run": registration.run if registration else "",
             "epoch": registration.epoch if registration else 0,
             "step": self._step,
+            "guard": self._guard.state_dict(),
+            "losses": losses_to_state(self._losses),
+            "local": self._local.state_dict() if self._local is not None else None,
             **self._surgeon.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Rebuild the grafts of a checkpoint and load their weights and optimizer state.
 
-        Call it after ``attach`` and before the first ``step``.
+        Call it after ``attach`` and before the first ``step``. All of it is taken or nothing: when
+        it raises, model, optimizer and session are as before.
 
         Raises:
-            ConfigurationError: it is no such state, or training has begun.
+            ConfigurationError: it is no such state, not one of this model, or training has begun.
         """
-        if state.get("format") != 1:
+        if not isinstance(state, dict) or state.get("format") != 1:
             raise ConfigurationError("this is not the state of an Esper session")
         if self._step:
             raise ConfigurationError("load a session's state before its first step")
-        self._surgeon.load_state_dict(state)
-        self._step = int(state["step"])
+        with reading_a_state():
+            self._load(state)
         self._movement.restart()
         self._audit()
+
+    def plain_optimizer_states(self) -> list[dict[str, Any]]:
+        """Each optimizer's ``state_dict()`` as it would be had nothing been grafted.
+
+        For a checkpoint that a framework loads before Esper has rebuilt the grafts.
+        """
+        return self._surgeon.plain_optimizer_states()
+
+    def _load(self, state: dict[str, Any]) -> None:
+        guard, losses = LossGuard(), losses_from_state(state["losses"])
+        guard.load_state_dict(state["guard"])
+        local = LocalLoop(self._surgeon, self._guarded_policy) if self._local is not None else None
+        if local is not None and state["local"] is not None:
+            local.load_state_dict(state["local"])
+        step = int(state["step"])
+        if step < 0:
+            raise ConfigurationError(f"a session cannot have taken {step} steps")
+        self._surgeon.load_state_dict(state)
+        self._guard, self._local, self._step = guard, local, step
+        self._losses.extend(losses)
 
     # -- opening -------------------------------------------------------------------------------
 
@@ -569,7 +685,8 @@ class Session:
         for entry in self._surgeon.due_for_ablation(self._step, self._guarded_policy()):
             gain = self._evaluator.ablation_gain(self._surgeon.without(entry))
             entry.ablation_gain = gain
-            metrics[f"ablation_gain:{entry.uid}"] = gain
+            if not math.isnan(gain):
+                metrics[f"ablation_gain:{entry.uid}"] = gain
         loss = self._evaluator.due_loss(self._step)
         if loss is not None:
             metrics["eval_loss"] = loss
@@ -640,6 +757,11 @@ def _gradient_verdict(model: nn.Module) -> GuardVerdict | None:
     )
 
 
+def reason_of(error: BaseException | None) -> str:
+    """What a run that ended like this is told to have died of; empty where it did not."""
+    return "" if error is None else str(error) or type(error).__name__
+
+
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -652,7 +774,8 @@ def _close_at_exit(session: Session) -> Callable[[], None]:
         living = weak()
         if living is not None:
             with suppress(Exception):
-                living.close(failed=getattr(sys, "last_value", None) is not None, timeout=3.0)
+                error = getattr(sys, "last_value", None)
+                living.close(reason=reason_of(error), failed=error is not None, timeout=3.0)
 
     atexit.register(close)
     return close
