@@ -254,6 +254,7 @@ class ManySizes:
         self.risk = blueprint.risk
         self.kind = blueprint.kind
         self.conflicts: frozenset[str] = frozenset()
+        self.requires: frozenset[str] = frozenset()
 
     def supports(self, layer: LayerInfo) -> str:
         return ""

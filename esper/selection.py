@@ -77,6 +77,8 @@ class SelectableBlueprint(Protocol):
     def kind(self) -> GraftKind: ...
     @property
     def conflicts(self) -> frozenset[str]: ...
+    @property
+    def requires(self) -> frozenset[str]: ...
 
     def supports(self, layer: LayerInfo) -> str:
         """Empty when it fits, else a sentence for a person."""
@@ -256,6 +258,8 @@ class BlueprintSelector:
             other = self._blueprints.get(slug)
             if slug in blueprint.conflicts or (other and blueprint.slug in other.conflicts):
                 return f"It conflicts with {slug}, which the layer carries."
+        if blueprint.requires and blueprint.requires.isdisjoint(history.grafts):
+            return f"It needs {' or '.join(sorted(blueprint.requires))} on the layer first."
         return ""
 
     def _table(self, blueprint: SelectableBlueprint, layer: LayerInfo) -> _Table:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from esper import blueprints
 from esper.blueprints import Graft
+from esper.blueprints.base import introduce
 from esper.contracts import GraftKind
 from esper.grafting import remove_slots
 from esper.grafting.slot import first_tensor, replace_first_tensor, slots
@@ -23,6 +24,7 @@ class GraftedLayer(nn.Module):
         super().__init__()
         self.host = host
         self.grafts = nn.ModuleList(grafts)
+        introduce(grafts)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer gives, after its grafts."""

@@ -29,16 +29,20 @@ from esper.grafting import apply_graft, trace_layers
 RISKS = {
     "attn_std": Risk.MEDIUM,
     "attn_split_qk": Risk.MEDIUM,
+    "cap_fuse_hffn": Risk.HIGH,
     "clamp_grad_norm": Risk.LOW,
     "expert_mlp_1d": Risk.MEDIUM,
     "expert_mlp_swiglu": Risk.MEDIUM,
     "kv_cache_8bit": Risk.HIGH,
     "ln_rms": Risk.HIGH,
+    "load_bal_ema": Risk.HIGH,
     "mlp_gelu_2048": Risk.MEDIUM,
     "mlp_swiglu_4096": Risk.MEDIUM,
     "mon_act_stats": Risk.NONE,
     "proj_ia3": Risk.LOW,
     "proj_lora_64": Risk.LOW,
+    "router_moe_auxloss": Risk.MEDIUM,
+    "router_top2": Risk.MEDIUM,
 }
 
 
