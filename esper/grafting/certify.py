@@ -259,7 +259,8 @@ def _compare_gradients(
 
 def _wakes_up(graft: Graft, x: Tensor, y: Tensor, cotangent: Tensor) -> bool:
     """A graft with an α has a gradient once that has left 0, which is after one step."""
-    if graft.alpha is None:
+    ramped = [part for part in graft.modules() if isinstance(part, Graft)]
+    if all(part.alpha is None for part in ramped):
         return False
     later = copy.deepcopy(graft)
     later.on_step()
