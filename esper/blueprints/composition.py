@@ -396,6 +396,7 @@ def _make(document: Document, tree: _Node, others: Iterable[Blueprint]) -> Compo
     """A blueprint's facts belong to its class, so every composition has one of its own."""
     leaves = [leaf for member in tree.members.values() for leaf in leaves_of(member)]
     facts = {
+        "__module__": __name__,
         **{key: document[key] for key in ("slug", "id", *TEXTS)},
         "way": tree.way,
         "members": tree.members,
