@@ -255,6 +255,7 @@ class ManySizes:
         self.kind = blueprint.kind
         self.conflicts: frozenset[str] = frozenset()
         self.requires: frozenset[str] = frozenset()
+        self.parts = 1
 
     def supports(self, layer: LayerInfo) -> str:
         return ""

@@ -127,6 +127,7 @@ class Blueprint(ABC):
     risk: ClassVar[Risk]
     mergeable: ClassVar[bool] = False
     trainable: ClassVar[bool] = True
+    parts: ClassVar[int] = 1  # blueprints that it is made of; more than one for a composition
     idea: ClassVar[str]
     source: ClassVar[str]
     when: ClassVar[str]

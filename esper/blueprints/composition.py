@@ -401,6 +401,7 @@ def _make(document: Document, tree: _Node, others: Iterable[Blueprint]) -> Compo
         "way": tree.way,
         "members": tree.members,
         "written": codec.encode(dict(document)),
+        "parts": len(leaves),
         "category": leaves[0].category,
         "adaptation_type": leaves[0].adaptation_type,
         "kind": max((leaf.kind for leaf in leaves), key=_MILDEST_FIRST.index),
