@@ -75,10 +75,7 @@ class Composite(Graft):
     def _side_by_side(self, x: Tensor, y: Tensor) -> Tensor:
         total = y
         for graft in self._grafts():
-            # A node of its own for each: what the two ends of a difference send back cancels here,
-            # to the bit, before it is added to anything else.
-            own = y.view_as(y)
-            total = total + (graft.combine(x, own) - own)
+            total = total + (graft.combine(x, y) - y)
         return total
 
     def _grafts(self) -> tuple[Graft, ...]:
