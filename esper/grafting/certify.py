@@ -27,7 +27,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from esper.blueprints import Blueprint, Graft, layout
-from esper.blueprints.base import COPIES_IN_TRAINING, MIB
+from esper.blueprints.base import COPIES_IN_TRAINING, MIB, introduce
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import IncompatibleLayerError
 from esper.grafting.slot import SLOT_NAME, first_tensor, slot_of
@@ -71,11 +71,11 @@ def certify(
     """
     built_quietly = streams_before is None or streams_before.equals(RandomStreams.read())
     forecast = blueprint.forecast(layer, blueprint.config_for(layer, config))
+    timed = thorough or forecast.flops <= CHEAP_FLOPS
     with put_back(host, training), torch.enable_grad():
-        trial = _try_out(host, layer, blueprint.slug, graft, x[:MAX_ROWS])
-        timed = thorough or forecast.flops <= CHEAP_FLOPS
-        latency_ms = _latency_ms(host, layer, blueprint.slug, graft, x) if timed else math.nan
-    dead = _dead_after_two_steps(graft, trial) if thorough else []
+        trial, latency_ms, dead = _try_all(
+            host, layer, blueprint, graft, x, timed=timed, thorough=thorough
+        )
     graft.forget()
     certificate = Certificate(
         max_abs_diff=trial.max_abs_diff,
@@ -166,13 +166,47 @@ class _Trial:
     saved_bytes: int
 
 
-def _try_out(
-    host: nn.Module, layer: LayerInfo, blueprint: str, graft: Graft, sample: Tensor
-) -> _Trial:
-    x = sample.detach().clone()
-    x.requires_grad_(x.is_floating_point())
-    y = _run_host(host, layer, blueprint, x)
-    kept = y.detach().clone()
+def _try_all(
+    host: nn.Module,
+    layer: LayerInfo,
+    blueprint: Blueprint,
+    graft: Graft,
+    x: Tensor,
+    *,
+    timed: bool,
+    thorough: bool,
+) -> tuple[_Trial, float, list[str]]:
+    """(one pass on the first rows, latency of all rows or NaN, tensors that stayed dead)."""
+    sample = x[:MAX_ROWS].detach().clone()
+    sample.requires_grad_(sample.is_floating_point())
+    y = _run_host(host, layer, blueprint.slug, sample)
+    before = _run_grafts(host, sample, y)  # as the older ones were without the new one
+    with _introduced(host, graft):
+        if blueprint.requires:  # what the older ones compute beside it is part of the promise
+            trial = _try_out(host, graft, sample, before, _run_grafts(host, sample, y))
+        else:
+            trial = _try_out(host, graft, sample, before, before)
+        latency_ms = _latency_ms(host, layer, blueprint.slug, graft, x) if timed else math.nan
+        dead = _dead_after_two_steps(graft, trial) if thorough else []
+    return trial, latency_ms, dead
+
+
+@contextmanager
+def _introduced(host: nn.Module, graft: Graft) -> Iterator[None]:
+    """Inside it, the layer's grafts and the new one know each other."""
+    slot = slot_of(host)
+    older = tuple(slot.grafts().values()) if slot is not None else ()
+    introduce((*older, graft))
+    try:
+        yield
+    finally:
+        introduce(older)
+        introduce((graft,))
+
+
+def _try_out(host: nn.Module, graft: Graft, x: Tensor, before: Tensor, y: Tensor) -> _Trial:
+    """``before``: the layer's output without the graft. ``y``: what the graft is given."""
+    kept = before.detach().clone()
     versions = x._version, y._version
     streams = RandomStreams.read()  # not sooner: the host's own dropout may draw
     with _counted_activations(graft, x) as saved:
@@ -184,7 +218,7 @@ def _try_out(
         and changed.dtype == y.dtype
         and versions == (x._version, y._version)
     )
-    live, untouched = _compare_gradients(host, graft, x, y, changed, cotangent)
+    live, untouched = _compare_gradients(host, graft, x, before, changed, cotangent)
     return _Trial(
         x=x.detach(),
         y=kept,
@@ -200,7 +234,7 @@ def _try_out(
 
 
 def _run_host(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> Tensor:
-    """The layer's output on ``x`` with the grafts it carries now.
+    """The layer's own output on ``x``.
 
     ``forward`` and not a call: the user's own hooks must not see a made-up batch.
     """
@@ -219,6 +253,11 @@ def _run_host(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> T
         raise IncompatibleLayerError(
             layer=layer.name, blueprint=blueprint, reason="its output is no plain tensor"
         )
+    return y
+
+
+def _run_grafts(host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The layer's output after the grafts that it carries now."""
     slot = slot_of(host)
     for older in slot.grafts().values() if slot is not None else ():
         y = older.combine(x, y)
@@ -241,7 +280,8 @@ def _compare_gradients(
 
 def _wakes_up(graft: Graft, x: Tensor, y: Tensor, cotangent: Tensor) -> bool:
     """A graft with an α has a gradient once that has left 0, which is after one step."""
-    if graft.alpha is None:
+    ramped = [part for part in graft.modules() if isinstance(part, Graft)]
+    if all(part.alpha is None for part in ramped):
         return False
     later = copy.deepcopy(graft)
     later.on_step()
@@ -309,7 +349,7 @@ def _latency_ms(
 ) -> float:
     """Forward of the graft on the whole sample; the second of two, the first warms up."""
     with torch.no_grad():
-        y = _run_host(host, layer, blueprint, x)
+        y = _run_grafts(host, x, _run_host(host, layer, blueprint, x))
         for _ in range(2):
             _wait(x)
             started = time.perf_counter()

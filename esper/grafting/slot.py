@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from esper.blueprints import Graft
+from esper.blueprints.base import introduce
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import GraftError, UnknownLayerError
 
@@ -73,6 +75,7 @@ class Slot(nn.Module):
         """Puts a graft behind those that are there."""
         self.add_module(record.blueprint, graft)
         self.records[record.blueprint] = record
+        self.introduce()
 
     def take_out(self, slug: str) -> Graft:
         """Removes one graft and unties it from the layer."""
@@ -80,7 +83,26 @@ class Slot(nn.Module):
         graft.detach()
         del self._modules[slug]
         self.records.pop(slug, None)  # absent where inserting was cut short
+        introduce((graft,))
+        self.introduce()
         return graft
+
+    def introduce(self) -> None:
+        """Lets the grafts get to know each other; called when they have changed."""
+        introduce(tuple(self.grafts().values()))
+
+    @contextmanager
+    def without(self, slug: str) -> Iterator[None]:
+        """Inside it, the graft is not in the layer's forward pass."""
+        grafts = dict(self._modules)
+        del self._modules[slug]
+        self.introduce()
+        try:
+            yield
+        finally:
+            self._modules.clear()
+            self._modules.update(grafts)
+            self.introduce()
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:
         """Calls ``watcher(x, y)`` on each call of the layer, until the answer is called."""

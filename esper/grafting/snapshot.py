@@ -316,6 +316,9 @@ class Snapshot:
             if isinstance(module, Slot):
                 _refill(module._modules, saved.grafts or {})
                 _refill(module.records, saved.records)
+        for module in self._modules:
+            if isinstance(module, Slot):
+                module.introduce()
         for tensor in self._tensors:
             tensor.restore()
         for parameter, requires_grad, gradient in self._gradients:

@@ -22,10 +22,12 @@ WEIGHTS_FILE = "weights.pt"
 class GraftedLayer(nn.Module):
     """A layer and the grafts beside it, as one ordinary module."""
 
-    def __init__(self, host: nn.Module, grafts: list[nn.Module]) -> None:
+    def __init__(self, host: nn.Module, grafts: list[Any]) -> None:
         super().__init__()
         self.host = host
         self.grafts = nn.ModuleList(grafts)
+        for graft in grafts:
+            graft.join(grafts)  # a router looks for its experts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer gives, after its grafts."""

@@ -167,7 +167,8 @@ def _json(key: str, value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, tuple):
-        return {"tuple": [_json(key, item) for item in value]}
+        # Its neighbours in the slot: it gets to know them again when it is put in its place.
+        return {"tuple": [_json(key, v) for v in value if not isinstance(v, nn.Module)]}
     if isinstance(value, list):
         return [_json(key, item) for item in value]
     if type(value) is dict:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper import grafting
+from esper import blueprints, grafting
 from esper.blueprints import Blueprint, Graft
 from esper.contracts import (
     AdaptationState,
@@ -268,13 +268,8 @@ class Surgeon:
         """Inside it, the graft is not in the model's forward pass."""
         slot = slot_of(find_host(self.model, adaptation.layer))
         assert slot is not None
-        grafts = dict(slot._modules)
-        slot._modules.pop(adaptation.blueprint)
-        try:
+        with slot.without(adaptation.blueprint):
             yield
-        finally:
-            slot._modules.clear()
-            slot._modules.update(grafts)
 
     def on_step(self) -> None:
         """An optimizer step is over: grafts that follow a schedule move on."""
@@ -292,7 +287,10 @@ class Surgeon:
         return [
             entry
             for entry in self.grafted
-            if entry.state is AdaptationState.PROBATION and step - entry.step in ages
+            if entry.state is AdaptationState.PROBATION
+            and step - entry.step in ages
+            # A capacity limit or a balancer is not there for the loss: ablation would damn it.
+            and not blueprints.get(entry.blueprint).requires
         ]
 
     def on_settled(self, uid: str, state: str) -> None:
