@@ -140,10 +140,10 @@ class Composition(Blueprint):
         return tuple(leaf for member in self.members.values() for leaf in leaves_of(member))
 
     def supports(self, layer: LayerInfo) -> str:
-        for name, member, place in self._places(layer):
+        for _, member, place in self._places(layer):
             reason = member.supports(place)
             if reason:
-                return f"its part {name} does not fit: {reason}"
+                return f'its part "{member.title}" does not fit: {reason}'
         return ""
 
     def default_config(self, layer: LayerInfo) -> dict[str, Any]:
@@ -354,7 +354,7 @@ class _Composer:
             return entry, self.blueprint(entry, (*path, entry))
         name = f"part_{number}"
         tree = self._node(entry, (*path, name))
-        texts = dict.fromkeys(TEXTS, "")
+        texts = {**dict.fromkeys(TEXTS, ""), "title": f"part {number}, {tree.way}"}
         document = {"slug": f"{path[0]}.{name}", "id": "", "tree": entry, **texts}
         return name, _make(document, tree, ())
 

@@ -146,7 +146,8 @@ def test_facts_of_the_whole_come_from_its_parts() -> None:
 def test_a_refusal_names_the_part_that_says_no() -> None:
     _, _, info = make_host()
     flat = replace(info, in_shape=(3, 6), out_shape=(3, 5))
-    assert blueprints.get("block_attn_mlp").supports(flat).startswith("its part attn_std does not")
+    reason = blueprints.get("block_attn_mlp").supports(flat)
+    assert reason.startswith('its part "Self-attention branch" does not fit: its input')
 
 
 def test_a_layer_takes_no_part_twice() -> None:

@@ -44,6 +44,7 @@ from tests.surgery.layer_kinds import (
     support_table,
     supported_pairs,
 )
+from tests.surgery.tiny_models import meet_requirements
 
 SLUGS = [blueprint.slug for blueprint in blueprints.all()]
 PAIRS = supported_pairs()
@@ -96,6 +97,7 @@ def test_a_graft_keeps_every_promise(slug: str, kind: str, way: str) -> None:
     prepare_slots(model, [subject.info.name])  # as attach does; an empty slot stays
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     subject.autocast = autocast
+    meet_requirements(model, subject.info, blueprints.get(slug), optimizers=[optimizer])
     train_step(subject, model, optimizer)
     plain = copy.deepcopy(model)
     expected = run(subject, model)
@@ -175,10 +177,10 @@ def plain_values(tree: Any) -> Any:
 
 def assert_next_update_of_the_host_is_the_same(subject: Subject, plain: nn.Module) -> None:
     frozen = copy.deepcopy(subject.model)
-    for name, parameter in frozen.named_parameters():
-        if ".esper." in name:
-            parameter.requires_grad_(False)
     for model in (frozen, plain):
+        for name, parameter in model.named_parameters():
+            if ".esper." in name:
+                parameter.requires_grad_(False)
         torch.manual_seed(4)
         train_step(subject, model, torch.optim.SGD(trainable(model), lr=0.1))
     moved = dict(frozen.named_parameters())
@@ -215,6 +217,7 @@ def test_all_new_tensors_move_and_the_loss_falls(slug: str) -> None:
     model, x = subject.model.eval().requires_grad_(False), subject.x
     target = torch.rand(model(x).shape, generator=torch.Generator().manual_seed(3))
     info = LayerInfo.from_wire(subject.info.to_wire())  # as it comes back from a server
+    meet_requirements(model, info, blueprint)
     receipt = apply_graft(model, info, blueprint)
     new = dict(receipt.graft.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in new.items()}
@@ -325,6 +328,7 @@ def test_any_width_is_either_refused_or_certified(
         blueprint.parameters(info, s) for s in sizes
     )
     config = sizes[size % len(sizes)]
+    meet_requirements(model, info, blueprint)
     receipt = apply_graft(model, info, blueprint, config=config, x=x)
     assert receipt.certificate.passed
     grafted = model(torch.randn(rows + 1, length + 2, d_in))  # other batches, other lengths
