@@ -14,6 +14,7 @@ EsperError
 │   └── UndoError                 the model could not be brought back
 ├── KernelError                   digest
 │   ├── KernelBuildError          permanent (False: worth another attempt)
+│   │   └── CompilerMissingError  compiled kernels are unavailable on this machine
 │   ├── KernelDigestError         content does not match its name
 │   └── SignatureError            nobody we trust has signed this
 ├── CommandRefusedError           code, reason (a trainer will not do what it was told)
@@ -124,6 +125,13 @@ class KernelBuildError(KernelError):
     def __init__(self, message: str, *, permanent: bool, digest: str = "") -> None:
         super().__init__(message, digest=digest)
         self.permanent = permanent
+
+
+class CompilerMissingError(KernelBuildError):
+    """Compiled kernels are unavailable on this machine: it lacks a compiler. Nothing has failed."""
+
+    def __init__(self, message: str, *, digest: str = "") -> None:
+        super().__init__(message, permanent=True, digest=digest)
 
 
 class KernelDigestError(KernelError):

@@ -1,5 +1,8 @@
 """Kernels: specialise -> certify -> measure -> package -> sign; and how to take one in safely.
 
+    tier 0   build_kernel     recipe and certificate, no code
+    tier 1   build_compiled   the same with machine code for one device, swapped in when faster
+
 ``bundle``, ``verify`` and ``store`` import no torch, so that the web process may serve kernels.
 The other direction, recipe -> module, is ``esper.compilation.instantiate.instantiate``.
 """
@@ -11,25 +14,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esper.compilation.build import build_kernel, warm_up
+    from esper.compilation.inductor import build_compiled, compiled_key
     from esper.compilation.key import capability, kernel_key
+    from esper.compilation.native import CompiledGraft, load_compiled
     from esper.compilation.store import KernelStore
-    from esper.compilation.verify import open_kernel
+    from esper.compilation.trial import Trial, try_compiled
+    from esper.compilation.verify import open_compiled, open_kernel
 
 _HOMES = {
+    "CompiledGraft": "native",
     "KernelStore": "store",
+    "Trial": "trial",
+    "build_compiled": "inductor",
     "build_kernel": "build",
     "capability": "key",
+    "compiled_key": "inductor",
     "kernel_key": "key",
+    "load_compiled": "native",
+    "open_compiled": "verify",
     "open_kernel": "verify",
+    "try_compiled": "trial",
     "warm_up": "build",
 }
 
 __all__ = [
+    "CompiledGraft",
     "KernelStore",
+    "Trial",
+    "build_compiled",
     "build_kernel",
     "capability",
+    "compiled_key",
     "kernel_key",
+    "load_compiled",
+    "open_compiled",
     "open_kernel",
+    "try_compiled",
     "warm_up",
 ]
 

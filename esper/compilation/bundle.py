@@ -7,6 +7,7 @@ digests are checked before, by :func:`esper.compilation.verify.open_kernel`.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -21,22 +22,32 @@ from esper.contracts import (
     signing,
 )
 from esper.contracts.kernels import (
+    CODE_FILE,
     MANIFEST_FILE,
-    MAX_FILE_BYTES,
     RECIPE_FILE,
     REPORT_FILE,
     SIGNATURE_FILE,
+    size_limit,
 )
 from esper.exceptions import CodecError, KernelBuildError
 
 FORMAT = "esper-kernel-1"
 LISTED_FILES = (RECIPE_FILE, REPORT_FILE)  # the manifest vouches for these
+LISTED_COMPILED_FILES = (*LISTED_FILES, CODE_FILE)
 
 
-def pack(key: KernelKey, recipe: Recipe, report: KernelReport, *, private_key: str) -> KernelBundle:
+def pack(
+    key: KernelKey,
+    recipe: Recipe,
+    report: KernelReport,
+    *,
+    private_key: str,
+    code: bytes | None = None,
+) -> KernelBundle:
     """Write, hash and sign the files of one kernel.
 
     Args:
+        code: the ``inductor.tar`` of a compiled kernel.
         private_key: base64 Ed25519 key of the compile worker.
 
     Raises:
@@ -47,6 +58,8 @@ def pack(key: KernelKey, recipe: Recipe, report: KernelReport, *, private_key: s
         RECIPE_FILE: codec.encode(asdict(recipe)),
         REPORT_FILE: codec.encode(report_to_wire(report)),
     }
+    if code is not None:
+        files[CODE_FILE] = code
     files[MANIFEST_FILE] = codec.encode(
         {
             "format": FORMAT,
@@ -55,9 +68,10 @@ def pack(key: KernelKey, recipe: Recipe, report: KernelReport, *, private_key: s
         }
     )
     for name, data in files.items():
-        if len(data) > MAX_FILE_BYTES:
+        if len(data) > size_limit(name):
             raise KernelBuildError(
-                f"{name} has {len(data)} bytes, at most {MAX_FILE_BYTES} are taken", permanent=True
+                f"{name} has {len(data)} bytes, at most {size_limit(name)} are taken",
+                permanent=True,
             )
     files[SIGNATURE_FILE] = signing.sign(files[MANIFEST_FILE], private_key).encode("ascii")
     return KernelBundle(files)
@@ -72,6 +86,7 @@ def report_to_wire(report: KernelReport) -> dict[str, Any]:
         "forecast": forecast,
         "tier": report.tier,
         "stage_ms": report.stage_ms,
+        "speedup": codec.number_to_wire(report.speedup),
     }
 
 
@@ -88,6 +103,8 @@ def report_from_wire(data: dict[str, Any]) -> KernelReport:
             stage_ms={
                 str(name): codec.number_from_wire(value) for name, value in data["stage_ms"].items()
             },
+            # Kernels that were signed before there was a second tier do not name it.
+            speedup=codec.number_from_wire(data.get("speedup", math.nan)),
         )
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CodecError(f"not a kernel report: {error}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from esper.compilation.verify import check_digest
 from esper.contracts import BUNDLE_FILES, KernelBundle
-from esper.contracts.kernels import MAX_FILE_BYTES
+from esper.contracts.kernels import CODE_FILE, COMPILED_FILES, size_limit
 from esper.exceptions import KernelDigestError, KernelError
 
 
@@ -38,8 +38,7 @@ class KernelStore:
         Returns:
             The kernel's digest.
         """
-        if set(bundle.files) != set(BUNDLE_FILES):
-            raise KernelError(f"a kernel has the files {', '.join(BUNDLE_FILES)}")
+        check_file_names(bundle)
         digest = bundle.digest
         _place(bundle.files, self.path(digest), self.directory)
         return digest
@@ -54,7 +53,9 @@ class KernelStore:
         directory = self.path(digest)
         if not directory.is_dir():
             raise KernelError(f"there is no kernel {digest}", digest=digest)
-        return {name: _read(directory / name, digest) for name in BUNDLE_FILES}
+        compiled = (directory / CODE_FILE).exists()
+        names = COMPILED_FILES if compiled else BUNDLE_FILES
+        return {name: _read(directory / name, digest) for name in names}
 
     def remove(self, digest: str) -> bool:
         """Forget a kernel; False when there was none."""
@@ -81,6 +82,12 @@ class KernelStore:
         root.mkdir(parents=True, exist_ok=True)
         _place(files, root / digest, root)
         return root / digest
+
+
+def check_file_names(bundle: KernelBundle) -> None:
+    """Raises ``KernelError`` for missing or foreign files."""
+    if set(bundle.files) not in (set(BUNDLE_FILES), set(COMPILED_FILES)):
+        raise KernelError(f"a kernel has the files {', '.join(BUNDLE_FILES)}, maybe {CODE_FILE}")
 
 
 def _place(files: Mapping[str, bytes], target: Path, scratch: Path) -> None:
@@ -115,7 +122,7 @@ def _read(path: Path, digest: str) -> bytes:
     except OSError as error:
         raise KernelDigestError(f"{path.name} cannot be read: {error}", digest=digest) from error
     with os.fdopen(descriptor, "rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
+        data = file.read(size_limit(path.name) + 1)
+    if len(data) > size_limit(path.name):
         raise KernelDigestError(f"{path.name} is too large", digest=digest)
     return data

@@ -10,9 +10,10 @@ layer that is used twice in a forward pass is grafted twice.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,16 @@ SLOT_NAME = "esper"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 Watcher = Callable[[Tensor, Tensor], None]
+
+logger = logging.getLogger("esper")
+
+
+class Compiled(Protocol):
+    """A graft's ``combine`` as machine code, for the calls that it fits."""
+
+    def fits(self, x: Tensor, y: Tensor) -> bool: ...
+
+    def __call__(self, graft: Graft, x: Tensor, y: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,8 @@ class Slot(nn.Module):
         self.handle: RemovableHandle | None = None
         self._watchers: dict[int, Watcher] = {}
         self._next_watcher = 0
+        # Beside the grafts, never in their place: parameters, names and copies stay the graft's.
+        self._compiled: dict[str, tuple[Graft, Compiled]] = {}
 
     def grafts(self) -> dict[str, Graft]:
         """slug -> graft, oldest first."""
@@ -69,7 +82,16 @@ class Slot(nn.Module):
         graft.detach()
         del self._modules[slug]
         self.records.pop(slug, None)  # absent where inserting was cut short
+        self._compiled.pop(slug, None)
         return graft
+
+    def speed_up(self, slug: str, compiled: Compiled) -> None:
+        """From the next call on, the graft is run by ``compiled`` where that fits the call."""
+        self._compiled[slug] = (self.grafts()[slug], compiled)
+
+    def sped_up(self, slug: str) -> bool:
+        """The graft runs as machine code."""
+        return slug in self._compiled
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:
         """Calls ``watcher(x, y)`` on each call of the layer, until the answer is called."""
@@ -90,15 +112,31 @@ class Slot(nn.Module):
         """The layer's output after watchers and grafts."""
         for watcher in tuple(self._watchers.values()):
             watcher(x, y)
-        for graft in self._modules.values():
+        for slug, graft in self._modules.items():
             assert isinstance(graft, Graft)
             if torch.is_grad_enabled():
                 graft.attach(host)
-            y = graft(x, y)
+            y = self._run_graft(slug, graft, x, y)
         return y
 
+    def _run_graft(self, slug: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor:
+        owner, compiled = self._compiled.get(slug, (None, None))
+        if compiled is not None and owner is graft and compiled.fits(x, y):
+            try:
+                return compiled(graft, x, y)
+            except Exception:  # the eager graft computes the same: never a reason to stop
+                logger.exception("compiled %s failed and is not used any more", slug)
+                del self._compiled[slug]
+        combined: Tensor = graft(x, y)
+        return combined
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_watchers": {}}  # watchers belong to the one who set them
+        # Watchers belong to the one who set them, machine code to this process.
+        return {**vars(self), "_watchers": {}, "_compiled": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Slots that were saved before there was compiled code do not name it.
+        super().__setstate__({"_compiled": {}, **state})  # type: ignore[no-untyped-call]
 
 
 @skip
@@ -162,6 +200,14 @@ def slot_of(module: nn.Module) -> Slot | None:
     """The slot of a layer, None where none was prepared."""
     slot = module._modules.get(SLOT_NAME)
     return slot if isinstance(slot, Slot) else None
+
+
+def find_slot(model: nn.Module, layer: str) -> Slot | None:
+    """The slot of the layer of that name, None where there is no such layer or slot."""
+    try:
+        return slot_of(find_host(model, layer))
+    except UnknownLayerError:
+        return None
 
 
 def prepare_slots(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:

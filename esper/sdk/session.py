@@ -48,6 +48,7 @@ from esper.sdk.commands import LocalVeto
 from esper.sdk.evaluation import Evaluator
 from esper.sdk.exchange import Exchange, Pace
 from esper.sdk.findings import Findings, divergence, switched_off
+from esper.sdk.kernels import code_key
 from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.obeying import CommandDesk, Operations, failed
@@ -329,7 +330,7 @@ class Session:
         setup = self._setup
         if not setup.server:
             return
-        veto, exchange = LocalVeto(setup.mode), Exchange()
+        veto, exchange = LocalVeto(setup.mode, code_key=code_key()), Exchange()
         surgeon = self._surgeon
         operations = Operations(
             layer=self._layer,
@@ -337,6 +338,7 @@ class Session:
             find=surgeon.find,
             apply=self._apply,
             take_out=self._take_out,
+            model=self._model,
         )
         self._desk = CommandDesk(operations, veto, exchange)
         self._transport = Transport(
@@ -345,6 +347,7 @@ class Session:
             exchange,
             veto=veto,
             prepare=self._desk.prepare,
+            try_out=self._desk.try_out,
             pace=setup.pace,
         )
 
@@ -390,6 +393,7 @@ class Session:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "esper": __version__,
+                **({"machine_code": "taken"} if code_key() else {}),
             },
             model_parameters=self._model_parameters,
             layers=self._layers,
