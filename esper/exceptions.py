@@ -16,6 +16,7 @@ EsperError
 │   ├── KernelBuildError          permanent (False: worth another attempt)
 │   │   └── CompilerMissingError  compiled kernels are unavailable on this machine
 │   ├── KernelDigestError         content does not match its name
+│   ├── StoreUnavailableError     the place where kernels lie does not answer
 │   └── SignatureError            nobody we trust has signed this
 ├── CommandRefusedError           code, reason (a trainer will not do what it was told)
 └── TransportError                permanent, retry_after, status
@@ -136,6 +137,10 @@ class CompilerMissingError(KernelBuildError):
 
 class KernelDigestError(KernelError):
     """A file's content does not match the digest that it was asked for by."""
+
+
+class StoreUnavailableError(KernelError):
+    """The place where kernels lie does not answer; what is in it is unknown."""
 
 
 class SignatureError(KernelError):

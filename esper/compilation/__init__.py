@@ -2,6 +2,7 @@
 
     tier 0   build_kernel     recipe and certificate, no code
     tier 1   build_compiled   the same with machine code for one device, swapped in when faster
+    tier 2   compile_export   the finished model as one package, for inference only
 
 ``bundle``, ``verify`` and ``store`` import no torch, so that the web process may serve kernels.
 The other direction, recipe -> module, is ``esper.compilation.instantiate.instantiate``.
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esper.compilation.build import build_kernel, warm_up
+    from esper.compilation.exported import compile_export
     from esper.compilation.inductor import build_compiled, compiled_key
     from esper.compilation.key import capability, kernel_key
-    from esper.compilation.native import CompiledGraft, load_compiled
+    from esper.compilation.native import CompiledGraft, load_compiled, load_exported
     from esper.compilation.store import KernelStore
     from esper.compilation.trial import Trial, try_compiled
     from esper.compilation.verify import open_compiled, open_kernel
@@ -28,9 +30,11 @@ _HOMES = {
     "build_compiled": "inductor",
     "build_kernel": "build",
     "capability": "key",
+    "compile_export": "exported",
     "compiled_key": "inductor",
     "kernel_key": "key",
     "load_compiled": "native",
+    "load_exported": "native",
     "open_compiled": "verify",
     "open_kernel": "verify",
     "try_compiled": "trial",
@@ -44,9 +48,11 @@ __all__ = [
     "build_compiled",
     "build_kernel",
     "capability",
+    "compile_export",
     "compiled_key",
     "kernel_key",
     "load_compiled",
+    "load_exported",
     "open_compiled",
     "open_kernel",
     "try_compiled",

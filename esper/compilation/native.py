@@ -24,7 +24,7 @@ from torch import Tensor
 from esper.blueprints import Graft
 from esper.compilation.archive import unpack_archive, write_files
 from esper.compilation.key import capability, device_name
-from esper.compilation.verify import open_compiled
+from esper.compilation.verify import PACKAGE_FILE, open_compiled, open_package
 from esper.contracts import KernelKey
 from esper.exceptions import CompilerMissingError, KernelError
 
@@ -91,6 +91,39 @@ def load_compiled(files: Mapping[str, bytes], digest: str, trusted_key: str) -> 
            for path in root.rglob("*.so")):  # fmt: skip
         raise KernelError("its machine code does not fit this host", digest=digest)
     return CompiledGraft(function, key, directory)
+
+
+def load_exported(files: Mapping[str, bytes], digest: str, trusted_key: str) -> Any:
+    """Verify a package of :func:`esper.compilation.compile_export`, and only then open it.
+
+    Returns:
+        A callable that computes what the exported model does, without gradients.
+
+    Raises:
+        KernelDigestError, SignatureError: it is not what was asked for, or not by whom we trust.
+        KernelError: it was made for another device or PyTorch.
+    """
+    manifest, package = open_package(files, digest, trusted_key)
+    _check_package_made_for_here(manifest)
+    with tempfile.TemporaryDirectory(prefix="esper-package-") as name:
+        path = Path(name) / PACKAGE_FILE
+        path.write_bytes(package)
+        return torch._inductor.aoti_load_package(str(path))
+
+
+def _check_package_made_for_here(manifest: Mapping[str, Any]) -> None:
+    here = made_for(str(manifest["device"]))
+    if {name: manifest[name] for name in here} != here:
+        raise KernelError(f"the package was compiled for another machine; this is {here}")
+
+
+def made_for(device: str) -> dict[str, str]:
+    """What a package depends on beside its content."""
+    return {
+        "device": device,
+        "device_name": device_name(torch.device(device)),
+        "torch_version": torch.__version__,
+    }
 
 
 def check_made_for_here(key: KernelKey) -> None:

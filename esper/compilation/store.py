@@ -1,17 +1,44 @@
-"""Kernels on disk, by content: ``<first two digits>/<digest>/<file>``. Imports no torch."""
+"""Kernels by content, on disk: ``<first two digits>/<digest>/<file>``. Imports no torch.
+
+:class:`Store` is what any place for kernels can do; ``esper.compilation.object_store`` is another.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from esper.compilation.verify import check_digest
 from esper.contracts import BUNDLE_FILES, KernelBundle
 from esper.contracts.kernels import CODE_FILE, COMPILED_FILES, size_limit
 from esper.exceptions import KernelDigestError, KernelError
+
+
+class Store(Protocol):
+    """A place for kernels, named by digest. What comes out of it is unverified, always.
+
+    ``get`` raises ``KernelError`` for a kernel that is not there and ``KernelDigestError`` for one
+    that cannot be read; every method raises ``StoreUnavailableError`` where the place is away.
+    """
+
+    def has(self, digest: str) -> bool: ...
+
+    def put(self, bundle: KernelBundle) -> str: ...
+
+    def get(self, digest: str) -> dict[str, bytes]: ...
+
+    def remove(self, digest: str) -> bool: ...
+
+    def set_aside(self, digest: str) -> bool:
+        """Move a corrupt kernel to where nobody takes it from, for a person to look at."""
+        ...
+
+    def list(self) -> tuple[str, ...]: ...
 
 
 class KernelStore:
@@ -67,6 +94,39 @@ class KernelStore:
         shutil.rmtree(trash, ignore_errors=True)
         return True
 
+    def set_aside(self, digest: str) -> bool:
+        """Move a kernel to ``corrupt/``; False when there was none."""
+        corner = self.directory / "corrupt"
+        corner.mkdir(exist_ok=True)
+        try:
+            self.path(digest).rename(corner / f"{digest}.{secrets.token_hex(4)}")
+        except FileNotFoundError:
+            return False
+        return True
+
+    def trim(self, most_bytes: int, *, keep: Collection[str] = ()) -> tuple[str, ...]:
+        """Forget kernels, the longest unused first, until the rest fits; for a copy of a store.
+
+        Args:
+            keep: digests that stay, whatever their size.
+
+        Returns:
+            The digests that went.
+        """
+        ages = sorted((self.path(d).stat().st_mtime, d) for d in self.list())
+        sizes = {d: _size(self.path(d)) for _, d in ages}
+        total, gone = sum(sizes.values()), []
+        for _, digest in ages:
+            if total > most_bytes and digest not in keep and self.remove(digest):
+                total -= sizes[digest]
+                gone.append(digest)
+        return tuple(gone)
+
+    def touch(self, digest: str) -> None:
+        """Note that a kernel was used just now."""
+        with suppress(FileNotFoundError):
+            os.utime(self.path(digest))
+
     def list(self) -> tuple[str, ...]:
         """All digests, sorted."""
         return tuple(sorted(path.name for path in self.directory.glob("[0-9a-f][0-9a-f]/*")))
@@ -113,6 +173,10 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())
 
 
 def _read(path: Path, digest: str) -> bytes:

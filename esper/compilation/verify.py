@@ -80,6 +80,43 @@ def open_compiled(
     return (*_open(files, digest, trusted_key, listed=listed, tier=1), files[CODE_FILE])
 
 
+PACKAGE_FILE = "model.pt2"
+PACKAGE_FORMAT = "esper-package-1"
+MAX_PACKAGE_BYTES = 16 * 1024**3
+
+
+def open_package(
+    files: Mapping[str, bytes], digest: str, trusted_key: str
+) -> tuple[dict[str, Any], bytes]:
+    """Read a compiled model that came from anywhere; its code is checked, and not opened here.
+
+    Returns:
+        The manifest and the verified bytes of ``model.pt2``.
+
+    Raises:
+        KernelDigestError, SignatureError: as :func:`open_kernel`.
+    """
+    check_digest(digest)
+    if set(files) != {MANIFEST_FILE, SIGNATURE_FILE, PACKAGE_FILE}:
+        raise KernelDigestError("missing or foreign files", digest=digest)
+    manifest, package = files[MANIFEST_FILE], files[PACKAGE_FILE]
+    if not hmac.compare_digest(hashlib.sha256(manifest).hexdigest(), digest):
+        raise KernelDigestError("the manifest is not the one that was asked for", digest=digest)
+    _check_signature(manifest, files[SIGNATURE_FILE], trusted_key, digest)
+    try:
+        listing = codec.decode(manifest, max_bytes=MAX_FILE_BYTES)
+        same = (
+            listing["format"] == PACKAGE_FORMAT
+            and listing["bytes"] == len(package) <= MAX_PACKAGE_BYTES
+            and hmac.compare_digest(listing["sha256"], hashlib.sha256(package).hexdigest())
+        )
+    except (CodecError, TypeError, KeyError) as error:
+        raise KernelDigestError(f"the manifest is malformed: {error}", digest=digest) from error
+    if not same:
+        raise KernelDigestError("the package is not the one that was signed", digest=digest)
+    return dict(listing), package
+
+
 def open_any(
     files: Mapping[str, bytes], digest: str, trusted_key: str
 ) -> tuple[KernelKey, Recipe, KernelReport]:

@@ -37,7 +37,10 @@ def verify(data: bytes, signature: str, trusted_key: str) -> None:
     """
     try:
         key = Ed25519PublicKey.from_public_bytes(base64.b64decode(trusted_key, validate=True))
-        key.verify(base64.b64decode(signature, validate=True), data)
+        raw = base64.b64decode(signature, validate=True)
+        if base64.b64encode(raw).decode("ascii") != signature:
+            raise ValueError("spare bits of the base64 are set: one signature has one spelling")
+        key.verify(raw, data)
     except (InvalidSignature, ValueError, binascii.Error) as error:
         raise SignatureError("the signature is not by the key that this run trusts") from error
 

@@ -167,6 +167,8 @@ class CommandDesk:
         try:
             if ready.command.kind is CommandKind.GRAFT:
                 return self._graft(ready.command, ready.graft)
+            if ready.command.kind is CommandKind.SPEED_UP:
+                return Answer(self._swap(ready.command, ready.graft))
             return Answer(self._carry_out(ready.command))
         except Exception as error:
             logger.exception("command %d failed", ready.command.seq)
@@ -175,8 +177,6 @@ class CommandDesk:
     def _carry_out(self, command: Command) -> CommandAck:
         if command.kind is CommandKind.UNDO:
             return self._undo(command)
-        if command.kind is CommandKind.SPEED_UP:
-            return self._swap(command, ready.graft)
         if command.kind is CommandKind.STOP_RUN:
             self.stop_reason = str(command.payload.get("reason") or "stopped by a person")
         else:
