@@ -34,6 +34,7 @@ class Act(StrEnum):
     ACKNOWLEDGE_VIOLATION = "acknowledge_violation"
     SWITCH_BLUEPRINT = "switch_blueprint"
     EDIT_POLICY = "edit_policy"
+    MANAGE_CACHE = "manage_cache"
     VIEW_AUDIT = "view_audit"
     START_RECIPE = "start_recipe"
     STOP_LAUNCH = "stop_launch"
@@ -59,6 +60,7 @@ ALLOWED: dict[Act, frozenset[Role]] = {
     Act.ACKNOWLEDGE_VIOLATION: _ON_DUTY,
     Act.SWITCH_BLUEPRINT: _KEEPERS,
     Act.EDIT_POLICY: _KEEPERS,
+    Act.MANAGE_CACHE: _ON_DUTY,
     Act.VIEW_AUDIT: _EVERYBODY,
     Act.START_RECIPE: _ON_DUTY,
     Act.STOP_LAUNCH: _ON_DUTY,
@@ -87,6 +89,7 @@ IN_WORDS: dict[Act, str] = {
     Act.ACKNOWLEDGE_VIOLATION: "acknowledge violations",
     Act.SWITCH_BLUEPRINT: "enable and disable blueprints",
     Act.EDIT_POLICY: "publish policies",
+    Act.MANAGE_CACHE: "manage the kernel cache",
     Act.VIEW_AUDIT: "read the audit log",
     Act.START_RECIPE: "start and resume recipes",
     Act.STOP_LAUNCH: "stop what a recipe has started",

@@ -17,6 +17,8 @@ from apps.accounts.actors import SYSTEM, Actor, ActorKind
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.kernels import services as kernels
+from apps.kernels.cache import report_corrupt
+from apps.kernels.cache_store import kernel_store
 from apps.kernels.models import CompileJob, Kernel
 from apps.notifications.services import enqueue
 from apps.runs.services import lock_run
@@ -133,28 +135,28 @@ def _build_or_reuse(job: CompileJob, worker: str) -> tuple[Kernel, bool]:
 
 def _stored_kernel(key: KernelKey) -> Kernel | None:
     """A kernel of this key whose files are there and whose signature still holds."""
-    from esper.compilation import KernelStore, open_kernel
+    from esper.compilation import open_kernel
 
     row = Kernel.objects.filter(key_hash=key.hash).first()
-    store = KernelStore(Path(settings.ESPER_KERNEL_STORE_DIR))
+    store = kernel_store()
     if row is None or not store.has(row.digest):
         return None
     try:
         open_kernel(store.get(row.digest), row.digest, settings.ESPER_KERNEL_PUBLIC_KEY)
     except EsperError as error:
         log.warning("kernel %s is built again: %s", row.digest, error)
-        store.remove(row.digest)
+        report_corrupt(row, str(error))
         return None
     return row
 
 
 def _build(job: CompileJob, key: KernelKey, layer: LayerInfo, worker: str) -> Kernel:
-    from esper.compilation import KernelStore, build_kernel, open_kernel
+    from esper.compilation import build_kernel, open_kernel
 
     started = time.perf_counter()
     private_key = Path(settings.ESPER_KERNEL_KEY_FILE).read_text().strip()
     bundle = build_kernel(layer, job.blueprint_slug, job.config, private_key=private_key)
-    KernelStore(Path(settings.ESPER_KERNEL_STORE_DIR)).put(bundle)
+    kernel_store().put(bundle)
     build_ms = (time.perf_counter() - started) * 1e3
     _, _, report = open_kernel(bundle.files, bundle.digest, settings.ESPER_KERNEL_PUBLIC_KEY)
     return kernels.store_kernel(

@@ -14,8 +14,10 @@ from apps.accounts.problems import Problem, not_found
 from apps.adaptations.dispatching import request_undo
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
+from apps.adaptations.speeding import note_answer, request_speed_up
 from apps.audit.models import AuditEvent
 from apps.audit.services import record
+from apps.kernels.cache import plan_warm_up
 from apps.kernels.services import cancel_job
 from apps.notifications.services import publish, run_topic
 from apps.runs.models import Command, Run
@@ -91,6 +93,9 @@ def register_run(*, owner: User, actor: Actor, spec: RunSpec, run_uid: str = "")
     if registration.resumed:
         for adaptation in _of(registration.run, _WITH_TRAINER):
             transition(adaptation, S.IN_DOUBT, actor=actor, reason="the trainer was started again")
+    else:
+        run = registration.run
+        plan_warm_up(run_uid=run.uid, layers=run.layers, capability=run.capability)
     return registration
 
 
@@ -207,6 +212,8 @@ def acknowledge_command(*, run: Run, epoch: int, ack: CommandAck, actor: Actor) 
         _after_graft(command, ack, actor)
     elif command.kind == CommandKind.UNDO:
         _after_undo(command, ack, actor)
+    elif command.kind == CommandKind.SPEED_UP:
+        note_answer(command, ack)
     return command
 
 
@@ -302,6 +309,8 @@ def _after_graft(command: Command, ack: CommandAck, actor: Actor) -> None:
         )
         if ack.certificate is not None and not _holds(ack.certificate):
             _undo_uncertified(adaptation, ack.certificate, actor)
+        else:
+            request_speed_up(adaptation)
 
 
 def _holds(certificate: Certificate) -> bool:

@@ -131,17 +131,17 @@ class KernelStore:
         """All digests, sorted."""
         return tuple(sorted(path.name for path in self.directory.glob("[0-9a-f][0-9a-f]/*")))
 
-    def stage(self, digest: str, stage_dir: str | os.PathLike[str]) -> Path:
-        """Copy a kernel to ``<stage_dir>/<digest>/``, where a trainer on this host looks first.
 
-        Returns:
-            The directory with its files.
-        """
-        files = self.get(digest)
-        root = Path(stage_dir)
-        root.mkdir(parents=True, exist_ok=True)
-        _place(files, root / digest, root)
-        return root / digest
+def stage(files: Mapping[str, bytes], digest: str, stage_dir: str | os.PathLike[str]) -> Path:
+    """Lay a kernel into ``<stage_dir>/<digest>/``, where a trainer on this host looks first.
+
+    Returns:
+        The directory with its files.
+    """
+    root = Path(stage_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    _place(files, root / check_digest(digest), root)
+    return root / digest
 
 
 def check_file_names(bundle: KernelBundle) -> None:

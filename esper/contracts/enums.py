@@ -170,6 +170,18 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class SpeedUpState(StrEnum):
+    """How far a graft's compiled kernel is, or what came of it."""
+
+    QUEUED = "queued"
+    BUILDING = "building"
+    OFFERED = "offered"  # the trainer has been told to try it
+    SWAPPED_IN = "swapped_in"
+    KEPT_EAGER = "kept_eager"  # not faster enough, or not wanted
+    UNAVAILABLE = "unavailable"  # no compiler there
+    FAILED = "failed"
+
+
 class WorkerState(StrEnum):
     IDLE = "idle"
     BUSY = "busy"
