@@ -11,8 +11,10 @@ from __future__ import annotations
 import io
 import os
 import platform
+import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,10 +44,9 @@ class CompiledGraft:
         key: what it was compiled for; any other call is the eager graft's.
     """
 
-    def __init__(self, code: Any, key: KernelKey, directory: Any = None) -> None:
+    def __init__(self, code: Any, key: KernelKey) -> None:
         self.key = key
         self._code = code
-        self._directory = directory  # kept as long as the code: some of it may be read late
         self._dtype = getattr(torch, key.dtype)
         self._device = "cpu" if key.capability == "cpu" else "cuda"
 
@@ -82,15 +83,21 @@ def load_compiled(files: Mapping[str, bytes], digest: str, trusted_key: str) -> 
     contents = unpack_archive(code)
     if FUNCTION_FILE not in contents:
         raise KernelError("the archive holds no compiled function", digest=digest)
-    directory = tempfile.TemporaryDirectory(prefix="esper-compiled-")
-    root = Path(directory.name)
-    write_files(contents, root)
-    with inductor_in(root), portable_code():
-        function = _load_function(contents[FUNCTION_FILE], digest)
-    if any(path.suffix == ".so" and str(path.relative_to(root)) not in contents
-           for path in root.rglob("*.so")):  # fmt: skip
-        raise KernelError("its machine code does not fit this host", digest=digest)
-    return CompiledGraft(function, key, directory)
+    root = Path(tempfile.mkdtemp(prefix="esper-compiled-"))
+    try:
+        write_files(contents, root)
+        with inductor_in(root), portable_code():
+            function = _load_function(contents[FUNCTION_FILE], digest)
+        made_here = {str(path.relative_to(root)) for path in root.rglob("*.so")} - contents.keys()
+        if made_here:
+            raise KernelError("its machine code does not fit this host", digest=digest)
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+    compiled = CompiledGraft(function, key)
+    # Its files stay as long as the code: some of them may be read late.
+    weakref.finalize(compiled, shutil.rmtree, root, ignore_errors=True)
+    return compiled
 
 
 def load_exported(files: Mapping[str, bytes], digest: str, trusted_key: str) -> Any:
