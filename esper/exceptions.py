@@ -14,6 +14,7 @@ EsperError
 │   └── UndoError                 the model could not be brought back
 ├── KernelError                   digest
 │   ├── KernelBuildError          permanent (False: worth another attempt)
+│   │   ├── BuilderLostError      log, wanted (the child process is gone)
 │   │   └── CompilerMissingError  compiled kernels are unavailable on this machine
 │   ├── KernelDigestError         content does not match its name
 │   ├── StoreUnavailableError     the place where kernels lie does not answer
@@ -126,6 +127,20 @@ class KernelBuildError(KernelError):
     def __init__(self, message: str, *, permanent: bool, digest: str = "") -> None:
         super().__init__(message, digest=digest)
         self.permanent = permanent
+
+
+class BuilderLostError(KernelBuildError):
+    """The process that built is gone; worth another attempt, with another process.
+
+    Attributes:
+        log: the last lines that it wrote.
+        wanted: we ended it because nobody needs its result any more; not its fault.
+    """
+
+    def __init__(self, message: str, *, log: str, wanted: bool = False) -> None:
+        super().__init__(message, permanent=False)
+        self.log = log
+        self.wanted = wanted
 
 
 class CompilerMissingError(KernelBuildError):

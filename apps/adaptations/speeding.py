@@ -89,7 +89,7 @@ def build_next(*, worker: str) -> bool:
     """Build the oldest queued one; False when there is none. For the builder's process only."""
     give_up_lost()
     row = SpeedUp.objects.filter(
-        state=SpeedUpState.QUEUED, capability=settings.ESPER_CAPABILITY
+        state=SpeedUpState.QUEUED, capability__in=settings.ESPER_WORKER_CAPABILITIES
     ).first()
     if row is None:
         return False

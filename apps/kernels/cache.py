@@ -24,12 +24,15 @@ from apps.accounts.models import User
 from apps.accounts.policy import Act, may
 from apps.accounts.problems import Problem
 from apps.audit.services import record
+from apps.kernels.building import builders
 from apps.kernels.cache_store import count, kernel_store
 from apps.kernels.models import CompileJob, Kernel, WarmUp
 from apps.kernels.selectors import MIB, Counter, evictable
 from apps.kernels.services import store_kernel
 from apps.notifications.services import SYSTEM_TOPIC, enqueue, publish
 from apps.violations.services import record_violation
+from esper.compilation import BuildOrder, open_kernel
+from esper.compilation.bundle import pack
 from esper.compilation.verify import open_any
 from esper.contracts import JobState, LayerInfo, Severity, ViolationRule, codec
 from esper.exceptions import EsperError, KernelError, StoreUnavailableError
@@ -213,16 +216,16 @@ def warm(pk: int, *, worker: str) -> None:
 
 
 def _build(one: WarmUp, worker: str) -> None:
-    from esper.compilation import build_kernel, kernel_key, open_kernel
-
     layer = LayerInfo.from_wire(one.layer)
-    key = kernel_key(layer, one.blueprint_slug, one.config)
+    order = BuildOrder(layer, one.blueprint_slug, one.config, one.capability)
+    builder = builders().ready()
+    key, _ = builder.specify(order)
     known = Kernel.objects.filter(key_hash=key.hash, evicted_at=None).first()
     if known is not None and kernel_store().has(known.digest):
         return
     started = time.perf_counter()
-    private_key = Path(settings.ESPER_KERNEL_KEY_FILE).read_text().strip()
-    bundle = build_kernel(layer, one.blueprint_slug, one.config, private_key=private_key)
+    draft = builder.draft(order, on_step=lambda _step, _forecast: None, stopped=lambda: False)
+    bundle = pack(draft, private_key=Path(settings.ESPER_KERNEL_KEY_FILE).read_text().strip())
     kernel_store().put(bundle)
     _, _, report = open_kernel(bundle.files, bundle.digest, settings.ESPER_KERNEL_PUBLIC_KEY)
     build_ms = (time.perf_counter() - started) * 1e3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -9,7 +10,7 @@ from django.conf import settings
 from django.db.models import Avg, Count, Exists, OuterRef, Q, QuerySet, Sum
 from django.db.models.functions import Coalesce
 
-from apps.kernels.models import CacheCounter, CompileJob, Kernel, SpeedUp
+from apps.kernels.models import CacheCounter, CompileJob, Kernel, SpeedUp, Worker
 from apps.runs.models import Command
 from esper.contracts import CommandState, JobState
 
@@ -31,6 +32,13 @@ class Counter(StrEnum):
 def run_may_fetch(run_uid: str, digest: str) -> bool:
     """A trainer gets the kernels that it was told to graft, and no others."""
     return Command.objects.filter(run__uid=run_uid, kernel_digest=digest).exists()
+
+
+def current_jobs(workers: Sequence[Worker]) -> dict[str, CompileJob]:
+    """The running job of each worker that has one, by the worker's name, with its steps."""
+    names = [worker.name for worker in workers]
+    running = CompileJob.objects.filter(state=JobState.RUNNING, lease_owner__in=names)
+    return {job.lease_owner: job for job in running.prefetch_related("steps")}
 
 
 def cache_stats() -> dict[str, Any]:

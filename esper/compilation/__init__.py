@@ -4,7 +4,8 @@
     tier 1   build_compiled   the same with machine code for one device, swapped in when faster
     tier 2   compile_export   the finished model as one package, for inference only
 
-``bundle``, ``verify`` and ``store`` import no torch, so that the web process may serve kernels.
+``bundle``, ``verify``, ``store`` and ``builder`` import no torch, so that the web process may
+serve kernels and a worker may have them built by children.
 The other direction, recipe -> module, is ``esper.compilation.instantiate.instantiate``.
 """
 
@@ -14,7 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esper.compilation.build import build_kernel, warm_up
+    from esper.compilation.build import build_kernel, draft_kernel, warm_up
+    from esper.compilation.builder import Builder, BuilderPool, BuildLimits, BuildOrder
     from esper.compilation.exported import compile_export
     from esper.compilation.inductor import build_compiled, compiled_key
     from esper.compilation.key import capability, kernel_key
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CompiledGraft": "native",
+    "BuildLimits": "builder",
+    "BuildOrder": "builder",
+    "Builder": "builder",
+    "BuilderPool": "builder",
     "KernelStore": "store",
     "Trial": "trial",
     "build_compiled": "inductor",
@@ -32,6 +38,7 @@ _HOMES = {
     "capability": "key",
     "compile_export": "exported",
     "compiled_key": "inductor",
+    "draft_kernel": "build",
     "kernel_key": "key",
     "load_compiled": "native",
     "load_exported": "native",
@@ -42,6 +49,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "BuildLimits",
+    "BuildOrder",
+    "Builder",
+    "BuilderPool",
     "CompiledGraft",
     "KernelStore",
     "Trial",
@@ -50,6 +61,7 @@ __all__ = [
     "capability",
     "compile_export",
     "compiled_key",
+    "draft_kernel",
     "kernel_key",
     "load_compiled",
     "load_exported",

@@ -38,7 +38,15 @@ from esper.compilation.native import (
     portable_code,
 )
 from esper.compilation.trial import sample, try_compiled
-from esper.contracts import GraftKind, KernelBundle, KernelKey, LayerInfo, Recipe, codec
+from esper.contracts import (
+    GraftKind,
+    KernelBundle,
+    KernelDraft,
+    KernelKey,
+    LayerInfo,
+    Recipe,
+    codec,
+)
 from esper.contracts.kernels import MAX_CODE_BYTES, RECIPE_FILE, REPORT_FILE
 from esper.exceptions import CompilerMissingError, EsperError, KernelBuildError
 
@@ -86,7 +94,7 @@ def build_compiled(
     stage_ms["child"] = round((time.perf_counter() - started) * 1e3, 3)
     report = replace(report, tier=1, speedup=float(answer["speedup"]), stage_ms=stage_ms)
     key = compiled_key(layer, recipe.blueprint, recipe.config)
-    return pack(key, recipe, report, private_key=private_key, code=code)
+    return pack(KernelDraft(key, recipe, report), private_key=private_key, code=code)
 
 
 def _run_child(layer: LayerInfo, recipe: Recipe, directory: Path, timeout: float) -> Any:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints import Blueprint, Graft
-from esper.contracts import Certificate, GraftKind, LayerInfo
+from esper.blueprints import Blueprint, Graft, get
+from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import CertificateError, IncompatibleLayerError, UndoError
 from esper.grafting import ledger
 from esper.grafting.certify import certify, sample_input
+from esper.grafting.copies import let_follow
 from esper.grafting.slot import (
     GraftRecord,
     Slot,
@@ -55,6 +56,7 @@ class Surroundings:
     optimizers: Sequence[Any] = ()
     schedulers: Sequence[Any] = ()
     scaler: Any = None
+    copies: Sequence[Any] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -131,9 +133,10 @@ class Receipt:
     def undo(self, hard: bool = True) -> UndoReceipt:
         """Takes the graft out.
 
-        Soft: detaches it and keeps what the host has learnt since. Hard: brings back the state
-        before the graft to the bit, optimizer and random streams included; grafts that came later
-        go with it, and are named in ``discarded``.
+        Soft: detaches it and keeps what the host has learnt since; grafts that cannot be without
+        it go with it. Hard: brings back the state before the graft to the bit, optimizer and
+        random streams included; grafts that came later go with it. Either way they are named in
+        ``discarded``.
 
         Raises:
             UndoError: it is not in the model any more, the snapshot is gone (hard), or the model
@@ -148,9 +151,13 @@ class Receipt:
         _take_out(self._model, self.layer, self.blueprint)
         if self._group is not None:
             self._group.remove()
+        discarded = self._discard_helpless()
+        let_follow(self._model, self._surroundings.copies)
         pause_ms = (time.perf_counter() - started) * 1e3
         self._drop_snapshot()
-        return UndoReceipt(digest(self._model), hard=False, exact=False, pause_ms=pause_ms)
+        return UndoReceipt(
+            digest(self._model), hard=False, exact=False, pause_ms=pause_ms, discarded=discarded
+        )
 
     def _undo_hard(self) -> UndoReceipt:
         snapshot = self._snapshot
@@ -159,13 +166,19 @@ class Receipt:
                 f"the snapshot before {self.blueprint} is gone; undo it softly", layer=self.layer
             )
         started = time.perf_counter()
-        removed_since = snapshot.grafts() - _living(self._model).keys()
+        gone = snapshot.grafts() - _living(self._model).keys()
+        # One that was merged since comes back: the host's weights are again without it.
+        merged = {graft for graft in gone if isinstance(graft, Graft) and graft.merged}
+        removed_since = gone - merged
+        for graft in merged:
+            graft.__dict__.pop("merged")
         discarded = self._discard_later(snapshot)
         if self._group is not None:
             self._group.remove()
         snapshot.restore()
         differences = snapshot.differences()
         self._discard_revived(removed_since)
+        let_follow(self._model, self._surroundings.copies)
         after = digest(self._model)
         pause_ms = (time.perf_counter() - started) * 1e3
         self._drop_snapshot()
@@ -179,6 +192,23 @@ class Receipt:
         # The digests are worked out from the snapshot's copies, so this is their last chance.
         _ = self.digest_before, self.digest_after
         self._snapshot = None
+
+    def _discard_helpless(self) -> tuple[str, ...]:
+        """Takes out the layer's grafts whose blueprint requires what has just gone."""
+        slot = _slot_at(self._model, self.layer)
+        present = slot.grafts() if slot is not None else {}
+        helpless = [
+            slug for slug in present if (needs := get(slug).requires) and not needs & present.keys()
+        ]
+        for slug in helpless:
+            self._discard(present[slug], self.layer, slug)
+        return tuple(f"{self.layer}/{slug}" for slug in helpless)
+
+    def _discard(self, graft: nn.Module, layer: str, slug: str) -> None:
+        _take_out(self._model, layer, slug)
+        ledger.remove_groups_of(
+            graft.parameters(), self._surroundings.optimizers, self._surroundings.schedulers
+        )
 
     def _discard_later(self, snapshot: Snapshot) -> tuple[str, ...]:
         """Takes out every graft that the snapshot does not know, this one too."""
@@ -194,10 +224,7 @@ class Receipt:
         # An older graft that was taken out on purpose meanwhile was in the snapshot: it stays out.
         for graft, (layer, slug) in _living(self._model).items():
             if graft in removed_since:
-                _take_out(self._model, layer, slug)
-                ledger.remove_groups_of(
-                    graft.parameters(), self._surroundings.optimizers, self._surroundings.schedulers
-                )
+                self._discard(graft, layer, slug)
 
 
 def apply_graft(
@@ -209,6 +236,7 @@ def apply_graft(
     optimizers: Sequence[Any] = (),
     schedulers: Sequence[Any] = (),
     scaler: Any = None,
+    copies: Sequence[Any] = (),
     x: Tensor | None = None,
     graft: Graft | None = None,
     seed: int = 0,
@@ -221,6 +249,7 @@ def apply_graft(
 
     Args:
         config: settings that differ from the blueprint's default.
+        copies: running averages of the model, which get the graft too.
         x: a real input of the layer for the certificate; made up where there is none.
         graft: built before, from the same config and seed, for example in the background.
         adaptation: id of the adaptation that this is part of.
@@ -239,9 +268,9 @@ def apply_graft(
     host = find_host(model, layer.name)
     full = blueprint.config_for(layer, config)
     _refuse(host, layer, blueprint, scaler)
-    surroundings = Surroundings(optimizers, schedulers, scaler)
+    surroundings = Surroundings(optimizers, schedulers, scaler, copies)
     had_slot = slot_of(host) is not None
-    snapshot = Snapshot.take(model, optimizers, schedulers, scaler, memory)
+    snapshot = Snapshot.take(model, optimizers, schedulers, scaler, memory=memory, copies=copies)
     try:
         before = snapshot.freeze(model)
         fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
@@ -260,6 +289,7 @@ def apply_graft(
             ),
         )
         group = insert_graft(model, record, fresh, surroundings)
+        let_follow(model, copies)
         return Receipt(
             record=record,
             pause_ms=(time.perf_counter() - started) * 1e3,
@@ -274,6 +304,7 @@ def apply_graft(
     except BaseException:
         _withdraw(model, layer.name, blueprint.slug, had_slot=had_slot)
         snapshot.restore()
+        let_follow(model, copies)
         raise
 
 
@@ -314,17 +345,28 @@ def _refuse(host: nn.Module, layer: LayerInfo, blueprint: Blueprint, scaler: Any
     slot = slot_of(host)
     present = set(slot.grafts()) if slot is not None else set()
     reason = ""
-    if blueprint.trainable and _ranks() > 1:
+    if (blueprint.trainable or blueprint.requires) and _ranks() > 1:
         # DDP does not know tensors that came after it: the replicas would drift apart silently.
         reason = "the run trains on several ranks, which would not keep new weights in step"
     elif blueprint.slug in present:
         reason = "the layer carries it already"
-    elif present & blueprint.conflicts:
-        reason = f"it does not go together with {', '.join(sorted(present & blueprint.conflicts))}"
-    elif blueprint.kind is GraftKind.WRAP and scaler is not None and scaler.is_enabled():
-        reason = "a gradient scaler multiplies gradients, so its bound would not mean what it says"
+    elif clashing := _clashing(blueprint, present):
+        reason = f"it does not go together with {', '.join(clashing)}"
+    elif blueprint.requires and not present & blueprint.requires:
+        reason = f"it needs {' or '.join(sorted(blueprint.requires))} on the layer first"
+    elif scaler is not None and scaler.is_enabled():
+        reason = blueprint.scaler_refusal
     if reason:
         raise IncompatibleLayerError(layer=layer.name, blueprint=blueprint.slug, reason=reason)
+
+
+def _clashing(blueprint: Blueprint, present: set[str]) -> list[str]:
+    """Those of the layer's grafts that do not go together with it, by either's word."""
+    return sorted(
+        slug
+        for slug in present
+        if slug in blueprint.conflicts or blueprint.slug in get(slug).conflicts
+    )
 
 
 def _ranks() -> int:

@@ -15,11 +15,15 @@ from esper.contracts import MAX_NAME_LENGTH, RunMode, SafetyPolicy
 from esper.exceptions import ConfigurationError
 from esper.grafting.graph import layer_modules, why_never_graftable
 from esper.grafting.ledger import unwrap_optimizer
+from esper.sdk.compiling import is_whole_graph, whole_graph_region
 from esper.sdk.exchange import Pace
 from esper.sdk.session import Session, Setup
 
 logger = logging.getLogger("esper")
 
+_NO_ROOM = (
+    "is compiled with fullgraph=True, which leaves no room for a slot: compile without fullgraph"
+)
 _SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
 
 
@@ -34,9 +38,10 @@ def attach(
     scheduler: Any = None,
     scaler: Any = None,
     slots: Literal["auto"] | Iterable[str] = "auto",
-    evaluate: Callable[[], float] | None = None,
+    evaluate: Callable[[], float | None] | None = None,
     target_steps: int | None = None,
     safety_policy: SafetyPolicy | None = None,
+    copies: Any = None,
 ) -> Session:
     """Watch a model while it trains, and adapt it where the mode allows.
 
@@ -58,6 +63,8 @@ def attach(
         evaluate: held-out loss on always the same data, lower is better; gives grafts their credit.
         target_steps: how many steps are planned, for the progress shown.
         safety_policy: local mode: thresholds of the gates. A server brings its own.
+        copies: one or several running averages of the model, such as torch's ``AveragedModel``.
+            Grafts come and go in them too; without, an average pairs the wrong tensors.
 
     Raises:
         ConfigurationError: an argument makes no sense; the model is untouched.
@@ -65,10 +72,15 @@ def attach(
     """
     mode = _mode(mode)
     bare = _unwrap(model)
+    if is_whole_graph(model):
+        raise ConfigurationError(f"the model {_NO_ROOM}")
     optimizers = _optimizers(optimizer)
     address, secret = _server(server, token)
     names = _slot_names(bare, slots)
     _check(run, target_steps, evaluate)
+    _check_graphs(bare, names)
+    for copied in _several(copies):
+        grafting.check_copy(bare, copied)
     grafting.prepare_slots(bare, names)
     return Session(
         Setup(
@@ -85,6 +97,7 @@ def attach(
             target_steps=target_steps,
             safety_policy=safety_policy or SafetyPolicy(),
             pace=Pace(),
+            copies=_several(copies),
         )
     )
 
@@ -155,7 +168,8 @@ def _server(server: str | None, token: str | None) -> tuple[str, str]:
 
 def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tuple[str, ...]:
     if slots == "auto":
-        return tuple(name for name in layer_modules(model) if not why_never_graftable(model, name))
+        layers = layer_modules(model)
+        return tuple(name for name in layers if not why_never_graftable(model, name, layers))
     if isinstance(slots, str):
         raise ConfigurationError(f'slots must be "auto" or a list of layer names, got {slots!r}')
     names = tuple(slots)
@@ -165,6 +179,15 @@ def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tup
         if reason:
             raise ConfigurationError(f"layer {name!r} can have no slot: {reason}")
     return names
+
+
+def _check_graphs(model: nn.Module, slots: Iterable[str]) -> None:
+    for name in slots:
+        region = whole_graph_region(model, name)
+        if region is not None:
+            raise ConfigurationError(
+                f"{region or 'the model'!r} {_NO_ROOM}, or slots outside of it"
+            )
 
 
 def _check(run: str, target_steps: int | None, evaluate: object) -> None:

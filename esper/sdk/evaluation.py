@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -33,29 +34,33 @@ class Evaluator:
     """``evaluate()`` now and then, and with a graft on and off.
 
     Args:
-        evaluate: held-out loss, lower is better; on the same data at each call.
+        evaluate: held-out loss, lower is better; on the same data at each call. None where there
+            is no such data yet.
     """
 
-    def __init__(self, model: nn.Module, evaluate: Callable[[], float]) -> None:
+    def __init__(self, model: nn.Module, evaluate: Callable[[], float | None]) -> None:
         self._model = model
         self._evaluate = evaluate
         self._next_step = _SHORTEST_GAP_STEPS
         self._next_time = 0.0
 
     def loss(self) -> float:
+        """NaN where there is none."""
         with undisturbed(self._model):
-            return float(self._evaluate())
+            loss = self._evaluate()
+        return math.nan if loss is None else float(loss)
 
     def due_loss(self, step: int) -> float | None:
         """The held-out loss where it is time for one again, by steps and by what it costs."""
         started = time.monotonic()
         if step < self._next_step or started < self._next_time:
             return None
-        loss = self.loss()
+        with undisturbed(self._model):
+            loss = self._evaluate()
         ended = time.monotonic()
         self._next_step = step + _SHORTEST_GAP_STEPS
         self._next_time = ended + _SHARE * (ended - started)
-        return loss
+        return None if loss is None else float(loss)
 
     def ablation_gain(self, without: AbstractContextManager[object]) -> float:
         """Loss without the graft minus loss with it: above zero, it helps.

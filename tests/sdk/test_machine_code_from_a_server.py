@@ -10,7 +10,7 @@ import pytest
 from esper.compilation import build_kernel, compiled_key
 from esper.compilation.archive import pack_archive
 from esper.compilation.bundle import pack, recipe_from_wire, report_from_wire
-from esper.contracts import CommandKind, KernelBundle, codec, signing
+from esper.contracts import CommandKind, KernelBundle, KernelDraft, codec, signing
 from tests.sdk.control_plane import ControlPlane
 from tests.sdk.test_session_with_a_server import (
     ended,
@@ -30,7 +30,9 @@ def code_bundle(session: Any, plane: ControlPlane, private_key: str) -> KernelBu
     report = report_from_wire(codec.decode(first.files["report.json"]))
     key = compiled_key(layer, recipe.blueprint, recipe.config)
     code = pack_archive({"fn.aotc": b"not a pickle"})
-    return pack(key, recipe, replace(report, tier=1), private_key=private_key, code=code)
+    return pack(
+        KernelDraft(key, recipe, replace(report, tier=1)), private_key=private_key, code=code
+    )
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from esper.compilation.archive import pack_archive, unpack_archive
 from esper.compilation.bundle import pack
 from esper.compilation.inductor import compiled_key
 from esper.compilation.instantiate import instantiate
-from esper.contracts import KernelBundle, LayerInfo, Recipe, signing
+from esper.contracts import KernelBundle, KernelDraft, LayerInfo, Recipe, signing
 from esper.contracts.kernels import CODE_FILE
 from esper.exceptions import (
     CompilerMissingError,
@@ -336,7 +336,7 @@ def test_tiers_are_not_taken_for_one_another() -> None:
     key, recipe, report, code = open_compiled(bundle.files, bundle.digest, TRUSTED_KEY)
     for other in (replace(report, tier=0), report):
         changed = replace(key, tier=0) if other is report else key
-        mixed = pack(changed, recipe, other, private_key=PRIVATE_KEY, code=code)
+        mixed = pack(KernelDraft(changed, recipe, other), private_key=PRIVATE_KEY, code=code)
         with pytest.raises(KernelDigestError, match="different tiers"):
             open_compiled(mixed.files, mixed.digest, TRUSTED_KEY)
 
@@ -345,7 +345,9 @@ def test_code_by_another_signer_or_for_another_machine_is_not_opened() -> None:
     key, recipe, report, code = open_compiled(
         compiled_bundle().files, compiled_bundle().digest, TRUSTED_KEY
     )
-    foreign = pack(key, recipe, report, private_key=signing.generate_private_key(), code=code)
+    foreign = pack(
+        KernelDraft(key, recipe, report), private_key=signing.generate_private_key(), code=code
+    )
     with pytest.raises(SignatureError):
         load_compiled(foreign.files, foreign.digest, TRUSTED_KEY)
 
@@ -354,7 +356,7 @@ def test_code_by_another_signer_or_for_another_machine_is_not_opened() -> None:
         replace(key, torch_version="2.12.0"),
         replace(key, python_version="3.10.1"),
     ):
-        moved = pack(elsewhere, recipe, report, private_key=PRIVATE_KEY, code=code)
+        moved = pack(KernelDraft(elsewhere, recipe, report), private_key=PRIVATE_KEY, code=code)
         with pytest.raises(KernelError, match="compiled for"):
             load_compiled(moved.files, moved.digest, TRUSTED_KEY)
 
@@ -391,7 +393,9 @@ def test_an_archive_without_a_function_is_refused() -> None:
         compiled_bundle().files, compiled_bundle().digest, TRUSTED_KEY
     )
     recipe = Recipe(key.blueprint, key.blueprint_version, key.config, 7)
-    empty = pack(key, recipe, report, private_key=PRIVATE_KEY, code=pack_archive({"a.so": b"x"}))
+    empty = pack(
+        KernelDraft(key, recipe, report), private_key=PRIVATE_KEY, code=pack_archive({"a.so": b"x"})
+    )
 
     with pytest.raises(KernelError, match="no compiled function"):
         load_compiled(empty.files, empty.digest, TRUSTED_KEY)

@@ -19,6 +19,7 @@ from esper.contracts import (
     Certificate,
     CostForecast,
     KernelBundle,
+    KernelDraft,
     KernelKey,
     KernelReport,
     Recipe,
@@ -43,7 +44,7 @@ def bundle(seed: int = 7) -> KernelBundle:
         Certificate(0.0, 0.0, True, True, True, 128, 128), CostForecast(128, 2048, 0.01, 0.1)
     )
     recipe = Recipe("proj_lora_64", version, config, seed)
-    return pack(key, recipe, report, private_key=PRIVATE_KEY)
+    return pack(KernelDraft(key, recipe, report), private_key=PRIVATE_KEY)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import esper.contracts.enums
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("kernels", "0001_initial"),
+        ("kernels", "0002_worker_pool"),
     ]
 
     operations = [

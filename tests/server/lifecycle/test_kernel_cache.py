@@ -14,6 +14,7 @@ from apps.adaptations.models import Adaptation
 from apps.adaptations.selectors import integration_status
 from apps.audit.models import AuditEvent
 from apps.kernels import cache
+from apps.kernels.building import close_builders
 from apps.kernels.cache_store import count, kernel_store
 from apps.kernels.models import CompileJob, Kernel, WarmUp
 from apps.kernels.selectors import Counter, cache_stats, evictable
@@ -25,6 +26,7 @@ from esper.contracts import (
     CommandState,
     CostForecast,
     JobState,
+    KernelDraft,
     KernelKey,
     KernelReport,
     Recipe,
@@ -38,6 +40,7 @@ MIB = 1024 * 1024
 def empty_store(settings: Any, tmp_path: Path) -> Iterator[None]:
     settings.ESPER_KERNEL_STORE_DIR = tmp_path / "kernels"
     yield
+    close_builders()
     assert not list((tmp_path / "kernels").glob(".incoming*"))
 
 
@@ -51,7 +54,8 @@ def stored(kernel_private_key: str) -> Any:
                         "x86_64 AVX2", "2.13.0", "3.11.7")  # fmt: skip
         report = KernelReport(CERTIFICATE, CostForecast(128, 2048, 0.01, 0.1))
         bundle = pack(
-            key, Recipe("proj_lora_64", version, config, 7), report, private_key=kernel_private_key
+            KernelDraft(key, Recipe("proj_lora_64", version, config, 7), report),
+            private_key=kernel_private_key,
         )
         kernel_store().put(bundle)
         kernel = store_kernel(bundle=bundle, key=key, report=report, worker="w", build_ms=20.0)

@@ -22,6 +22,7 @@ from esper.contracts import (
     CommandState,
     CostForecast,
     KernelBundle,
+    KernelDraft,
     KernelReport,
     LayerInfo,
     Recipe,
@@ -66,7 +67,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[float | Exception], Non
                 CERTIFICATE, CostForecast(1, 1, 0.1, 0.1), tier=1, speedup=outcome
             )
             recipe = Recipe(slug, key.blueprint_version, key.config, 7)
-            return pack(key, recipe, report, private_key=private_key, code=b"code")
+            return pack(KernelDraft(key, recipe, report), private_key=private_key, code=b"code")
 
         monkeypatch.setattr(compilation, "build_compiled", build)
 

@@ -7,7 +7,7 @@ import esper.contracts.enums
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("runs", "0001_initial"),
+        ("runs", "0002_worker_pool"),
     ]
 
     operations = [
