@@ -89,7 +89,6 @@ def _compile(model: nn.Module, sample: tuple[Tensor, ...]) -> bytes:
         path = Path(name) / PACKAGE_FILE
         try:
             program = torch.export.export(model, sample)
-            program._example_inputs = None  # they would be written into the package
             with portable_code():
                 compile_and_package(program, package_path=str(path))
         except InvalidCxxCompiler as error:

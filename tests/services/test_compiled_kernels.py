@@ -21,7 +21,9 @@ from esper.compilation import (
     KernelStore,
     Trial,
     build_compiled,
+    compile_export,
     load_compiled,
+    load_exported,
     open_compiled,
     open_kernel,
     try_compiled,
@@ -34,6 +36,7 @@ from esper.contracts import KernelBundle, KernelDraft, LayerInfo, Recipe, signin
 from esper.contracts.kernels import CODE_FILE
 from esper.exceptions import (
     CompilerMissingError,
+    ConfigurationError,
     KernelBuildError,
     KernelDigestError,
     KernelError,
@@ -386,6 +389,22 @@ def test_the_compiler_s_process_is_not_given_the_signing_key(
     monkeypatch.setenv("ESPER_KERNEL_KEY_FILE", "/keys/kernel")
 
     assert "ESPER_KERNEL_KEY_FILE" not in _child_environment(Path("/x"))
+
+
+def test_a_finished_model_becomes_a_signed_package_that_computes_the_same() -> None:
+    model = Host().eval()
+    grafted(model)
+    package = compile_export(esper.export(model), (batch(),), private_key=PRIVATE_KEY)
+
+    run = load_exported(package.files, package.digest, TRUSTED_KEY)
+
+    with torch.no_grad():
+        torch.testing.assert_close(run(batch()), model(batch()), rtol=1e-5, atol=1e-6)
+    assert not run(batch()).requires_grad  # inference only
+    assert package.size_bytes > 10_000
+    assert package.build_seconds > 0
+    with pytest.raises(ConfigurationError, match="still has slots"):
+        compile_export(model, (batch(),), private_key=PRIVATE_KEY)
 
 
 def test_an_archive_without_a_function_is_refused() -> None:
