@@ -59,6 +59,7 @@ from esper.sdk.compiling import CompilerWatch
 from esper.sdk.evaluation import Evaluator
 from esper.sdk.exchange import Exchange, Pace
 from esper.sdk.findings import Findings, divergence, switched_off
+from esper.sdk.kernels import code_key
 from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.obeying import CommandDesk, Operations, failed
@@ -467,7 +468,7 @@ class Session:
         setup = self._setup
         if not setup.server:
             return
-        veto, exchange = LocalVeto(setup.mode), Exchange()
+        veto, exchange = LocalVeto(setup.mode, code_key=code_key()), Exchange()
         surgeon = self._surgeon
         operations = Operations(
             layer=self._layer,
@@ -475,6 +476,7 @@ class Session:
             find=surgeon.find,
             apply=self._apply,
             take_out=self._take_out,
+            model=self._model,
         )
         self._desk = CommandDesk(operations, veto, exchange)
         self._transport = Transport(
@@ -483,6 +485,7 @@ class Session:
             exchange,
             veto=veto,
             prepare=self._desk.prepare,
+            try_out=self._desk.try_out,
             pace=setup.pace,
         )
 
@@ -537,6 +540,7 @@ class Session:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "esper": __version__,
+                **({"machine_code": "taken"} if code_key() else {}),
             },
             model_parameters=self._model_parameters,
             layers=self._layers,
