@@ -22,15 +22,18 @@ from esper.contracts import (
     MAX_NAME_LENGTH,
     CommandState,
     LayerInfo,
+    RemedyKind,
     RunMode,
     RunState,
     ViolationRule,
+    codec,
 )
 from esper.exceptions import CodecError
 
 MAX_VERSIONS = 100
 MAX_DEVICES = 64
 MAX_FAILURES = 100
+MAX_DETAILS_BYTES = 4_000
 ANSWERS = frozenset(CommandState) - {CommandState.ISSUED, CommandState.EXPIRED}
 
 
@@ -211,6 +214,7 @@ class AppliedInput(serializers.Serializer[Any]):
     layer = Text(max_length=MAX_NAME_LENGTH)
     blueprint = Text(max_length=60)
     step = WholeNumber(min_value=-1)
+    merged = Flag(default=False)
 
 
 class HelloInput(serializers.Serializer[Any]):
@@ -289,6 +293,33 @@ class RollbackInput(serializers.Serializer[Any]):
     limit = Reading()
     pause_ms = WireNumber(default=0.0)
     exact = Flag()
+    digest_after = Text(max_length=64, allow_blank=True, default="")
+
+
+class Details(Members):
+    """What a remedy tells of itself; it is shown and audited, so it is short."""
+
+    default_error_messages = {"too_long": "At most {most} bytes of JSON are taken."}
+
+    def to_internal_value(self, data: Any) -> dict[str, Any]:
+        details = super().to_internal_value(data)
+        if len(codec.encode(details)) > MAX_DETAILS_BYTES:
+            self.fail("too_long", most=MAX_DETAILS_BYTES)
+        return details
+
+
+class RemedyInput(serializers.Serializer[Any]):
+    epoch = WholeNumber()
+    key = Text(max_length=64)
+    remedy = serializers.ChoiceField(choices=list(RemedyKind))
+    layer = Text(max_length=MAX_NAME_LENGTH)
+    step = WholeNumber()
+    details = Details(default=dict)
+    pause_ms = WireNumber(default=0.0)
+    exact = Flag(allow_null=True, default=None)
+    adaptation = Text(max_length=64, allow_blank=True, default="")
+    undoes = Text(max_length=64, allow_blank=True, default="")
+    digest_before = Text(max_length=64, allow_blank=True, default="")
     digest_after = Text(max_length=64, allow_blank=True, default="")
 
 

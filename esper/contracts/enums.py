@@ -129,6 +129,7 @@ class CommandKind(StrEnum):
     PAUSE_ADAPTATION = "pause_adaptation"
     RESUME_ADAPTATION = "resume_adaptation"
     STOP_RUN = "stop_run"
+    KEEP = "keep"  # the graft has passed its probation: it may be merged, and is guarded no more
 
 
 class CommandState(StrEnum):
@@ -155,7 +156,20 @@ class RefusalCode(StrEnum):
     MODE_FORBIDS = "mode_forbids"
     PAUSED = "paused"
     NOT_GRAFTED = "not_grafted"
+    MERGED = "merged"  # the graft is in its host's weights, and cannot be taken out of them
     MALFORMED = "malformed"
+
+
+class RemedyKind(StrEnum):
+    """What a training script does to its model by itself, beside grafting."""
+
+    RECYCLE = "recycle"  # dead units get a new start
+    SET_LR = "set_lr"
+    FREEZE = "freeze"
+    UNFREEZE = "unfreeze"
+    MERGE = "merge"  # a kept graft is folded into its host's weights
+    PRUNE = "prune"  # a graft is taken out for good
+    UNDO = "undo"  # of a graft, or of one of these
 
 
 class JobState(StrEnum):

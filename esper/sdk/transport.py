@@ -1,7 +1,7 @@
 """The trainer's line to the server: one daemon thread that the training never waits for.
 
 register -> hello -> ┬ telemetry, batch by batch, each until it is answered
-                     ├ promises (acknowledgements, rollbacks), each until it is answered
+                     ├ promises (acknowledgements, rollbacks, remedies), each until it is answered
                      └ commands into the inbox
 close    -> the rest of the telemetry -> the rest of the promises -> finish
 """
@@ -90,9 +90,9 @@ class Transport:
         self.exchange.answer(ack, rest=rest)
         self._keep_soon()
 
-    def owe(self, path: str, body: dict[str, Any]) -> None:
+    def owe(self, owed: Owed) -> None:
         """Promise ``POST runs/{uid}/<path>``; the epoch is added."""
-        self.exchange.owed.append(Owed(path, body))
+        self.exchange.owed.append(owed)
         self._keep_soon()
 
     def close(self, finish: dict[str, Any], *, timeout: float) -> None:
