@@ -242,7 +242,7 @@ class Transport:
         logger.error(
             "Esper no longer reports this run: %s. %s Training goes on; %s",
             error,
-            _advice(error),
+            _advice(error, registered=self.registration is not None),
             self.exchange.ledger(),
         )
 
@@ -261,9 +261,11 @@ async def _until_done(ending: set[asyncio.Task[Any]], endless: set[asyncio.Task[
         await asyncio.gather(*ending, *endless, return_exceptions=True)
 
 
-def _advice(error: TransportError) -> str:
+def _advice(error: TransportError, *, registered: bool) -> str:
     if error.code == "old-epoch":
         return "Another process has attached a run of the same name and took over."
+    if error.status == 401 and registered:  # by now it speaks with the run's own token
+        return "Another process has attached a run of the same name, or its token was revoked."
     if error.code == "run-ended":
         return "The server has closed the run."
     if error.status in (401, 403):
