@@ -178,6 +178,7 @@ _LAYER_MEMBERS = {
     "head_width": _is_whole,
     "cached_channels": _is_shape,
     "looks_ahead": _is_flag,
+    "sequence_axis": lambda value: _is_whole(value) and -1 <= value <= 1,
 }
 
 
