@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.contrib import admin
 
 from apps.accounts.read_only_admin import ReadOnlyAdmin
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, Remedy
 
 
 @admin.register(Adaptation)
@@ -23,3 +23,11 @@ class AdaptationAdmin(ReadOnlyAdmin):
     list_filter = ("state", "risk")
     search_fields = ("uid", "layer")
     list_select_related = ("run", "blueprint", "decided_by")
+
+
+@admin.register(Remedy)
+class RemedyAdmin(ReadOnlyAdmin):
+    list_display = ("uid", "run", "kind", "layer", "step", "adaptation", "created_at")
+    list_filter = ("kind",)
+    search_fields = ("uid", "layer")
+    list_select_related = ("run", "adaptation")

@@ -39,6 +39,11 @@ EVIDENCE_FRAMES = 12  # how far back the newest value of a signal may lie
 HEALTH_TOLERANCE = 0.4
 LOSS_RISE_TOLERANCE = 0.5
 
+MERGED = (
+    "The training script has merged this graft into its host's weights, and it cannot be taken "
+    "out of them any more."
+)
+
 _ACTS = {
     "approve": (Act.APPROVE, frozenset({S.AWAITING_APPROVAL})),
     "reject": (Act.REJECT, frozenset({S.AWAITING_APPROVAL})),
@@ -62,6 +67,8 @@ def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
             answers[name] = Permission(False, "decision-not-pending", f"It is {word}.")
         else:
             answers[name] = may(user, act, owner_id=adaptation.run.owner_id)
+    if adaptation.merged_at is not None and answers["rollback"].allowed:
+        answers["rollback"] = Permission(False, "graft-merged", MERGED)
     frozen = why_frozen(adaptation.run)
     if frozen and answers["approve"].allowed:
         why = f"Nothing can be approved now: {frozen}."
@@ -234,6 +241,8 @@ def set_adaptation_switch(*, on: bool, user: User, via: str, reason: str = "") -
 def undo_plan(adaptation: Adaptation) -> list[str]:
     """How this graft would be taken out, in sentences for the approver."""
     layer = adaptation.layer
+    if adaptation.merged_at is not None:
+        return [MERGED]
     return [
         "Before the graft the trainer takes a snapshot of weights, buffers, optimizer, scheduler "
         "and random state.",
@@ -288,7 +297,7 @@ def _prepare(adaptation: Adaptation, user: User, act: str, version: int) -> None
     if permission.code == "decision-not-pending":
         raise StaleAdaptationError(adaptation)
     if not permission.allowed:
-        status = 423 if permission.code == "adaptation-killed" else 403
+        status = {"adaptation-killed": 423, "graft-merged": 409}.get(permission.code, 403)
         raise Problem(status, permission.code, permission.why)
     if version != adaptation.version:
         raise Problem(

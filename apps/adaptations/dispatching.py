@@ -69,3 +69,15 @@ def request_undo(adaptation: Adaptation, *, reason: str) -> None:
         payload={"hard": adaptation.kept_at is None, "reason": reason},
         ttl_seconds=300,
     )
+
+
+def tell_kept(adaptation: Adaptation, *, reason: str) -> None:
+    """Tell the trainer that its guard may rest and its script may merge. In the transaction."""
+    issue_command(
+        run=adaptation.run,
+        kind=CommandKind.KEEP,
+        adaptation_uid=adaptation.uid,
+        layer=adaptation.layer,
+        payload={"reason": reason},
+        ttl_seconds=3600,
+    )

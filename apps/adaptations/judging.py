@@ -10,7 +10,7 @@ from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.accounts.problems import Problem
-from apps.adaptations.dispatching import request_undo
+from apps.adaptations.dispatching import request_undo, tell_kept
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
 from apps.kernels.services import finite_or_none
@@ -43,7 +43,7 @@ def judge_adaptation(
         "reward": sum(reward_terms.values()),
     }
     if verdict.keep:
-        return transition(
+        transition(
             adaptation,
             AdaptationState.KEPT,
             actor=actor,
@@ -51,6 +51,8 @@ def judge_adaptation(
             kept_at=timezone.now(),
             **numbers,
         )
+        tell_kept(adaptation, reason=verdict.reason)
+        return adaptation
     transition(
         adaptation, AdaptationState.ROLLING_BACK, actor=actor, reason=verdict.reason, **numbers
     )

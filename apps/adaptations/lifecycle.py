@@ -8,6 +8,8 @@
                                                                ▼
                   kept ◀──────────────────────────────── probation ──▶ rolling_back ──▶ rolled_back
                    └── a person takes it out ──▶ rolling_back ──▶ reverted
+                   ▲                                  │
+                   └── the script has merged it ──────┘
 
 Other ends: compile_failed, dispatch_expired, not_applied, apply_failed, rollback_failed, run_lost.
 ``in_doubt`` holds what a trainer vanished with; only what the trainer reports settles it.
@@ -47,7 +49,8 @@ NEXT: Mapping[AdaptationState, frozenset[AdaptationState]] = {
     S.ACCEPTED: frozenset({S.PROBATION, S.APPLY_FAILED, S.NOT_APPLIED, S.IN_DOUBT}),
     S.PROBATION: frozenset({S.KEPT, S.ROLLING_BACK, S.IN_DOUBT, S.RUN_LOST}),
     S.ROLLING_BACK: frozenset(
-        {S.ROLLED_BACK, S.REVERTED, S.ROLLBACK_FAILED, S.IN_DOUBT, S.RUN_LOST}
+        # kept: it was merged into its host meanwhile, and cannot be taken out of it any more
+        {S.ROLLED_BACK, S.REVERTED, S.ROLLBACK_FAILED, S.IN_DOUBT, S.RUN_LOST, S.KEPT}
     ),
     S.IN_DOUBT: frozenset(
         {

@@ -1,4 +1,7 @@
-"""The whole life of one decision. Only ``lifecycle.transition`` writes ``state``."""
+"""The whole life of one decision, and what a script did by itself.
+
+Only ``lifecycle.transition`` writes an adaptation's ``state``.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from esper.contracts import (
     MAX_NAME_LENGTH,
     AdaptationState,
     AdaptationType,
+    RemedyKind,
     Risk,
 )
 
@@ -92,6 +96,7 @@ class Adaptation(models.Model):
     forecast_interval = models.FloatField(null=True, blank=True)
     steps_observed = models.BigIntegerField(null=True, blank=True)
     kept_at = models.DateTimeField(null=True, blank=True)
+    merged_at = models.DateTimeField(null=True, blank=True)  # into its host: it cannot be taken out
     reward_terms = models.JSONField(null=True, blank=True)
     reward = models.FloatField(null=True, blank=True)
 
@@ -124,3 +129,39 @@ class Adaptation(models.Model):
     @property
     def grafted(self) -> bool:
         return self.state in ADAPTATION_GRAFTED
+
+
+class Remedy(models.Model):
+    """What a training script did to its model by itself, as it has reported it."""
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "rem"), editable=False
+    )
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="remedies")
+    run_epoch = models.PositiveIntegerField()
+    key = models.CharField(max_length=64)  # the trainer's own name for it
+    kind = models.CharField(max_length=8, choices=[(kind, kind) for kind in RemedyKind])
+    layer = models.CharField(max_length=MAX_NAME_LENGTH)
+    step = models.BigIntegerField()
+    details = models.JSONField(default=dict)
+    pause_ms = models.FloatField(null=True, blank=True)
+    digest_before = models.CharField(max_length=64, blank=True)
+    digest_after = models.CharField(max_length=64, blank=True)
+    exact = models.BooleanField(null=True, blank=True)  # of an undo: back to the bit
+    # what it was done to, where that is known here
+    adaptation = models.ForeignKey(
+        Adaptation, on_delete=models.SET_NULL, null=True, blank=True, related_name="remedies"
+    )
+    undoes = models.OneToOneField(
+        "self", on_delete=models.SET_NULL, null=True, blank=True, related_name="undone_by"
+    )
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        ordering = ("-id",)
+        constraints = (
+            models.UniqueConstraint(fields=("run", "key"), name="one_remedy_per_run_and_key"),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.kind} at {self.layer}"

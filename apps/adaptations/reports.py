@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.db import transaction
+from django.db.models import F
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
@@ -30,6 +31,7 @@ from apps.runs.services import (
     set_state,
 )
 from apps.runs.services import register_run as register
+from apps.violations.models import Violation
 from apps.violations.services import record_violation
 from esper.contracts import (
     ADAPTATION_ENDED,
@@ -111,12 +113,50 @@ def settle_hello(
     for adaptation in _of(run, (S.IN_DOUBT, S.KEPT)):
         if adaptation.state == S.IN_DOUBT:
             settled.append(_settle(adaptation, held.get(adaptation.uid), actor))
-        elif adaptation.uid not in held and run.epoch > 1:
+        elif adaptation.uid in held:
+            note_merged(adaptation, merged=held[adaptation.uid]["merged"])
+            settled.append(adaptation)  # its checkpoint may be older than the verdict
+        elif run.epoch > 1:
             settled.append(_lost_when_kept(adaptation, actor))
     _undo_leftovers(run, set(held), actor)
+    _note_strangers(run, held)
     if run.state in (RunState.STARTING, RunState.UNREACHABLE):
         set_state(run=run, state=RunState.RUNNING, actor=actor)
     return settled
+
+
+def note_merged(adaptation: Adaptation, *, merged: bool) -> None:
+    """It stays kept; whether it can be taken out changes. In a transaction."""
+    if merged != (adaptation.merged_at is not None):
+        Adaptation.objects.filter(pk=adaptation.pk).update(
+            version=F("version") + 1, merged_at=timezone.now() if merged else None
+        )
+        adaptation.refresh_from_db()
+
+
+def _note_strangers(run: Run, held: dict[str, dict[str, Any]]) -> None:
+    """Grafts in the model that this run never had: of another run, or of another server."""
+    known = Adaptation.objects.filter(run=run, uid__in=held).values_list("uid", flat=True)
+    strange = [entry for uid, entry in held.items() if uid not in set(known)]
+    if not strange:
+        return
+    named = ", ".join(f"{entry['blueprint']} at {entry['layer']}" for entry in strange[:5])
+    more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+    observed = f"{named}{more}"[:200]
+    rule = ViolationRule.COMMAND
+    if Violation.objects.filter(run=run, rule=rule, observed=observed, acknowledged_at=None):
+        return  # said before: a hello is repeated until it is answered
+    record_violation(
+        run=run,
+        rule=rule,
+        severity=Severity.SERIOUS,
+        observed=observed,
+        limit="grafts of this run",
+        text=f"The trainer holds grafts that this run never had: {named}{more}.",
+        action="Nothing was changed: they came with its checkpoint, and nobody here judges or "
+        "undoes them. Take them out in the script if they are not meant.",
+        layer=strange[0]["layer"],
+    )
 
 
 def _settle(adaptation: Adaptation, held: dict[str, Any] | None, actor: Actor) -> Adaptation:
@@ -365,6 +405,8 @@ def _after_undo(command: Command, ack: CommandAck, actor: Actor) -> None:
         _rolled_back(adaptation, actor, ack.digest_after, command.payload.get("reason", ""))
     elif ack.code == RefusalCode.NOT_GRAFTED:
         _rolled_back(adaptation, actor, ack.digest_after, "it was out already")
+    elif ack.code == RefusalCode.MERGED:
+        _merged_meanwhile(adaptation, actor, ack)
     elif ack.state in (CommandState.FAILED, CommandState.REFUSED):
         quarantine(adaptation, actor, ack.reason or ack.code)
 
@@ -378,6 +420,30 @@ def _rolled_back(adaptation: Adaptation, actor: Actor, digest_after: str, reason
         actor=actor,
         reason=reason,
         undo_exact=exact,
+    )
+
+
+def _merged_meanwhile(adaptation: Adaptation, actor: Actor, ack: CommandAck) -> None:
+    """It was to be taken out, and is in its host's weights: it stays, and somebody is told."""
+    now = timezone.now()
+    transition(
+        adaptation,
+        S.KEPT,
+        actor=actor,
+        reason=ack.reason,
+        kept_at=adaptation.kept_at or now,
+        merged_at=adaptation.merged_at or now,
+    )
+    record_violation(
+        run=adaptation.run,
+        rule=ViolationRule.COMMAND,
+        severity=Severity.CAUTION,
+        observed="merged into its host",
+        limit="taken out",
+        text=f"The graft of {adaptation.layer} was to be taken out: {ack.reason}",
+        action="It stays kept. Undo the merge in the script, or go back to an older checkpoint.",
+        layer=adaptation.layer,
+        adaptation_uid=adaptation.uid,
     )
 
 
@@ -411,10 +477,11 @@ def record_local_rollback(
     """
     run = lock_run(run.pk)  # as it is now, not as it was when the request came in
     check_epoch(run, epoch)
-    adaptation = _one(run, report.adaptation)
+    adaptation = adaptation_of(run, report.adaptation)
     if adaptation.state in (S.ROLLED_BACK, S.REVERTED, S.ROLLBACK_FAILED):
         return adaptation  # told before
-    _catch_up(adaptation, actor, report)
+    reason = f"{report.rule}: {report.observed}"
+    catch_up(adaptation, actor, step=report.step, reason=reason)
     record_violation(
         run=run,
         rule=report.rule,
@@ -437,7 +504,7 @@ def record_local_rollback(
     return adaptation
 
 
-def _catch_up(adaptation: Adaptation, actor: Actor, report: LocalRollback) -> None:
+def catch_up(adaptation: Adaptation, actor: Actor, *, step: int, reason: str) -> None:
     """Walk to ``rolling_back`` along the lifecycle, whatever we knew so far."""
     if adaptation.state == S.DISPATCHED:
         transition(adaptation, S.ACCEPTED, actor=actor)
@@ -446,11 +513,10 @@ def _catch_up(adaptation: Adaptation, actor: Actor, report: LocalRollback) -> No
             adaptation,
             S.PROBATION,
             actor=actor,
-            graft_step=report.step,
+            graft_step=step,
             grafted_at=timezone.now(),
         )
     if adaptation.state in (S.PROBATION, S.KEPT, S.IN_DOUBT):
-        reason = f"{report.rule}: {report.observed}"
         transition(adaptation, S.ROLLING_BACK, actor=actor, reason=reason)
     if adaptation.state != S.ROLLING_BACK:
         raise Problem(
@@ -503,7 +569,8 @@ def _adaptation(command: Command) -> Adaptation | None:
     return Adaptation.objects.filter(uid=command.adaptation_uid).first()
 
 
-def _one(run: Run, uid: str) -> Adaptation:
+def adaptation_of(run: Run, uid: str) -> Adaptation:
+    """Locked; raises ``Problem`` 404 for an adaptation of another run."""
     adaptation = Adaptation.objects.select_for_update().filter(run=run, uid=uid).first()
     if adaptation is None:
         raise not_found("adaptation")

@@ -116,6 +116,7 @@ class AdaptationDetailOutput(AdaptationOutput):
             "forecast_interval",
             "steps_observed",
             "kept_at",
+            "merged_at",
             "reward_terms",
         )
 

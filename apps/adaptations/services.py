@@ -23,6 +23,7 @@ from apps.adaptations.proposing import (
     propose_adaptation,
     record_decline,
 )
+from apps.adaptations.remedies import RemedyReport, record_remedy
 from apps.adaptations.reports import (
     LocalRollback,
     acknowledge_command,
@@ -37,6 +38,7 @@ __all__ = [
     "GateClosedError",
     "LocalRollback",
     "Proposal",
+    "RemedyReport",
     "acknowledge_command",
     "approve_adaptation",
     "cancel_adaptation",
@@ -52,6 +54,7 @@ __all__ = [
     "propose_adaptation",
     "record_decline",
     "record_local_rollback",
+    "record_remedy",
     "register_run",
     "reject_adaptation",
     "release_adaptation",

@@ -32,6 +32,7 @@ from apps.runs.serializers import (
     HelloInput,
     HelloOutput,
     RegistrationOutput,
+    RemedyInput,
     RollbackInput,
     RunInput,
     RunOutput,
@@ -45,6 +46,7 @@ from esper.contracts import (
     Certificate,
     CommandAck,
     CommandState,
+    RemedyKind,
     RunMode,
     RunState,
     TokenScope,
@@ -155,6 +157,26 @@ class LocalRollbacks(TrainerEndpoint):
         )
         touch(run)
         return Response({"adaptation_state": adaptation.state})
+
+
+class Remedies(TrainerEndpoint):
+    @documented(
+        "report_remedy", body=RemedyInput, answer=AckOutput, summary="What the script did by itself"
+    )
+    def post(self, request: Request, uid: str) -> Response:
+        run = visible_run(request, uid)
+        given = parse(RemedyInput, request.data)
+        epoch = given.pop("epoch")
+        given["remedy"] = RemedyKind(given["remedy"])
+        given["pause_ms"] = finite_or_none(given["pause_ms"])
+        remedy = services.record_remedy(
+            run=run,
+            epoch=epoch,
+            report=services.RemedyReport(**given),
+            actor=_trainer(request, run),
+        )
+        touch(run)
+        return Response({"adaptation_state": remedy.adaptation.state if remedy.adaptation else ""})
 
 
 class Finish(TrainerEndpoint):

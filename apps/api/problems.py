@@ -18,6 +18,7 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
     "evidence-stale": (409, "The layer has changed too much since the evidence was frozen.", "Look at `evidence_now`; approve with `accept_drift: true` if you still agree."),
     "forbidden": (403, "The request was refused, for example for a missing CSRF token.", "Sign in again, or use a bearer token."),
     "gate-closed": (409, "A hard limit does not hold.", "`checks` names each limit with the observed value."),
+    "graft-merged": (409, "The script has merged this graft into its host's weights.", "Undo the merge in the script, or go back to an older checkpoint."),
     "host-away": (409, "No worker of that host is up, so nothing can be started there.", "Start Esper's worker on the host, then try again."),
     "host-full": (409, "The host has as many live launches as it may have.", "Stop one, or raise ESPER_LAUNCH_LIMIT."),
     "idempotency-mismatch": (422, "This Idempotency-Key was used for another request.", "Use a new key for a new request."),

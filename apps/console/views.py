@@ -229,10 +229,10 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
         Panel("head", "Run", "console/run/head.html", head, ("run", "switch"), every=5),
         Panel(
             "timeline",
-            "Adaptations and violations",
+            "Adaptations, remedies and violations",
             "console/run/timeline.html",
             lambda: {"entries": run_rows.timeline(run)},
-            ("adaptation", "violation"),
+            ("adaptation", "remedy", "violation"),
         ),
         Panel("layers", "Layers", "console/run/layers.html", layers, ("adaptation",), every=10),
         Panel(

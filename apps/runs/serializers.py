@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from drf_spectacular.utils import extend_schema_field
@@ -22,15 +23,18 @@ from esper.contracts import (
     MAX_NAME_LENGTH,
     CommandState,
     LayerInfo,
+    RemedyKind,
     RunMode,
     RunState,
     ViolationRule,
+    codec,
 )
 from esper.exceptions import CodecError
 
 MAX_VERSIONS = 100
 MAX_DEVICES = 64
 MAX_FAILURES = 100
+MAX_DETAILS_BYTES = 4_000
 ANSWERS = frozenset(CommandState) - {CommandState.ISSUED, CommandState.EXPIRED}
 
 
@@ -150,7 +154,7 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= 256 and all(map(_is_text, value))
 
 
-_LAYER_MEMBERS = {
+_LAYER_MEMBERS: dict[str, Callable[[Any], bool]] = {
     "name": lambda value: _is_text(value) and value != "",
     "kind": _is_text,
     "in_shape": _is_shape,
@@ -175,6 +179,7 @@ _LAYER_MEMBERS = {
     "head_width": _is_whole,
     "cached_channels": _is_shape,
     "looks_ahead": _is_flag,
+    "sequence_axis": lambda value: _is_whole(value) and -1 <= value <= 1,
 }
 
 
@@ -211,6 +216,7 @@ class AppliedInput(serializers.Serializer[Any]):
     layer = Text(max_length=MAX_NAME_LENGTH)
     blueprint = Text(max_length=60)
     step = WholeNumber(min_value=-1)
+    merged = Flag(default=False)
 
 
 class HelloInput(serializers.Serializer[Any]):
@@ -290,6 +296,33 @@ class RollbackInput(serializers.Serializer[Any]):
     limit = Reading()
     pause_ms = WireNumber(default=0.0)
     exact = Flag()
+    digest_after = Text(max_length=64, allow_blank=True, default="")
+
+
+class Details(Members):
+    """What a remedy tells of itself; it is shown and audited, so it is short."""
+
+    default_error_messages = {"too_long": "At most {most} bytes of JSON are taken."}
+
+    def to_internal_value(self, data: Any) -> dict[str, Any]:
+        details = super().to_internal_value(data)
+        if len(codec.encode(details)) > MAX_DETAILS_BYTES:
+            self.fail("too_long", most=MAX_DETAILS_BYTES)
+        return details
+
+
+class RemedyInput(serializers.Serializer[Any]):
+    epoch = WholeNumber()
+    key = Text(max_length=64)
+    remedy = serializers.ChoiceField(choices=list(RemedyKind))
+    layer = Text(max_length=MAX_NAME_LENGTH)
+    step = WholeNumber()
+    details = Details(default=dict)
+    pause_ms = WireNumber(default=0.0)
+    exact = Flag(allow_null=True, default=None)
+    adaptation = Text(max_length=64, allow_blank=True, default="")
+    undoes = Text(max_length=64, allow_blank=True, default="")
+    digest_before = Text(max_length=64, allow_blank=True, default="")
     digest_after = Text(max_length=64, allow_blank=True, default="")
 
 

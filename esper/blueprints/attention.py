@@ -89,6 +89,11 @@ class SelfAttention(Blueprint):
             return "it has one input channel, and a norm over one channel is always zero"
         if not layer.has_sequence:
             return f"its input {list(layer.in_shape)} has no sequence axis to attend over"
+        if layer.sequence_axis < 0:
+            return (
+                "parts of its model take time first and others the batch, and its input "
+                f"{list(layer.in_shape)} does not tell which axis is time"
+            )
         if layer.features_in < self.queries_per_key:
             return f"it has fewer than {self.queries_per_key} channels, one for each head"
         return ""
@@ -159,7 +164,7 @@ class SelfAttention(Blueprint):
             "width": width // heads * heads,
             "heads": heads,
             "causal": not layer.looks_ahead,
-            "sequence_axis": 1,
+            "sequence_axis": layer.sequence_axis,
         }
 
     @staticmethod

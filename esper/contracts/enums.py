@@ -130,6 +130,7 @@ class CommandKind(StrEnum):
     RESUME_ADAPTATION = "resume_adaptation"
     STOP_RUN = "stop_run"
     SPEED_UP = "speed_up"  # try a graft's compiled kernel, and run it where it is faster
+    KEEP = "keep"  # the graft has passed its probation: it may be merged, and is guarded no more
 
 
 class CommandState(StrEnum):
@@ -156,10 +157,23 @@ class RefusalCode(StrEnum):
     MODE_FORBIDS = "mode_forbids"
     PAUSED = "paused"
     NOT_GRAFTED = "not_grafted"
+    MERGED = "merged"  # the graft is in its host's weights, and cannot be taken out of them
     MALFORMED = "malformed"
     NO_FOREIGN_CODE = "no_foreign_code"  # this trainer runs no machine code of these workers
     UNAVAILABLE = "unavailable"  # machine code that cannot be loaded here
     NOT_FASTER = "not_faster"
+
+
+class RemedyKind(StrEnum):
+    """What a training script does to its model by itself, beside grafting."""
+
+    RECYCLE = "recycle"  # dead units get a new start
+    SET_LR = "set_lr"
+    FREEZE = "freeze"
+    UNFREEZE = "unfreeze"
+    MERGE = "merge"  # a kept graft is folded into its host's weights
+    PRUNE = "prune"  # a graft is taken out for good
+    UNDO = "undo"  # of a graft, or of one of these
 
 
 class JobState(StrEnum):

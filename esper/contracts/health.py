@@ -92,10 +92,13 @@ class LayerInfo:
     head_width: int = 0
     cached_channels: tuple[int, ...] = ()
     looks_ahead: bool = False  # True: all attention in its model says that it is not causal
+    # Where time is in a [., ., channels] input: 1, or 0; -1 where the model has modules that take
+    # time first, and this layer's shape does not tell whether it is one of that part.
+    sequence_axis: int = 1
 
     @property
     def has_sequence(self) -> bool:
-        """True for [batch, time, channels] inputs."""
+        """True for [batch, time, channels] inputs, or [time, batch, channels]."""
         return len(self.in_shape) == 3 and self.channel_axis == -1
 
     def to_wire(self) -> dict[str, Any]:
@@ -124,6 +127,7 @@ class LayerInfo:
             "head_width": self.head_width,
             "cached_channels": list(self.cached_channels),
             "looks_ahead": self.looks_ahead,
+            "sequence_axis": self.sequence_axis,
         }
 
     @classmethod

@@ -1,14 +1,14 @@
-"""What a model tells of its own attention: which layers make the keys and values that it caches.
+"""What a model tells of its own attention: what it caches, whether it is causal, where time is.
 
-Read from transformers' attention modules, which take a cache as ``past_key_values`` and name their
-projections the same way in nearly all models. A module that is built otherwise tells nothing, and
-then nothing is claimed.
+What is cached is read from transformers' attention modules, which take a cache as
+``past_key_values`` and name their projections the same way in nearly all models. A module that is
+built otherwise tells nothing, and then nothing is claimed.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,8 @@ from torch import nn
 _KEY_OR_VALUE = frozenset({"k_proj", "v_proj", "key", "value"})
 _FUSED = "c_attn"  # GPT-2: queries, keys and values side by side, a third each
 _HEAD_WIDTHS = ("head_dim", "attention_head_size")
+_TELLS_TIME = (nn.MultiheadAttention, nn.RNNBase)
+_BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def cached_part(model: nn.Module, name: str) -> dict[str, Any]:
@@ -51,6 +53,44 @@ def looks_ahead(model: nn.Module) -> bool:
         return False
     found = list(_declared_causality(model))
     return bool(found) and not any(found)
+
+
+class TimeAxis:
+    """Where time is in the inputs of a model's layers.
+
+    Torch's attention and recurrent modules say whether they take the batch first. A layer that sees
+    the same two sizes as one of them has its axes; one inside a block of torch's has the block's.
+
+    Args:
+        shapes: what went into each layer that was seen to run, by name.
+    """
+
+    def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._modules = dict(model.named_modules())
+        self._axes: dict[tuple[int, ...], set[int]] = {}  # two leading sizes -> where time is
+        self._time_first = False
+        for name, module in self._modules.items():
+            if isinstance(module, _TELLS_TIME):
+                self._time_first |= not module.batch_first
+                self._learn(shapes.get(name, ()), int(module.batch_first))
+
+    def of(self, name: str, shape: tuple[int, ...]) -> int:
+        """0 or 1; -1 where the model has both orders and nothing tells which it is here."""
+        if len(shape) != 3 or not self._time_first:
+            return 1
+        parts = name.split(".")
+        for end in range(len(parts), 0, -1):
+            around = self._modules[".".join(parts[:end])]
+            if isinstance(around, _BLOCKS):
+                return int(around.self_attn.batch_first)
+        found = self._axes.get(shape[:2], set())
+        return next(iter(found)) if len(found) == 1 else -1
+
+    def _learn(self, shape: tuple[int, ...], axis: int) -> None:
+        if len(shape) == 3:
+            one, other = shape[:2]
+            self._axes.setdefault((one, other), set()).add(axis)
+            self._axes.setdefault((other, one), set()).add(1 - axis)
 
 
 def _declared_causality(model: nn.Module) -> Iterator[bool]:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.blueprints.layout import axes_of, channel_axis_of
 from esper.contracts import MAX_NAME_LENGTH, LayerInfo
-from esper.grafting.attention import cached_part, looks_ahead
+from esper.grafting.attention import TimeAxis, cached_part, looks_ahead
 from esper.grafting.slot import CONTAINERS, SLOT_NAME, first_tensor
 
 NEVER_RAN = "it was not seen to run in a forward pass"
@@ -115,7 +115,12 @@ class LayerRecorder:
     def layers(self) -> tuple[LayerInfo, ...]:
         """All layers in order of execution; those that never ran come last, with the reason."""
         ahead = looks_ahead(self._model)
-        infos = [self._describe(name, module, ahead) for name, module in self._modules.items()]
+        shapes = {name: sighting.in_shape for name, sighting in self._sightings.items()}
+        time = TimeAxis(self._model, shapes)
+        infos = [
+            self._describe(name, module, ahead, time.of(name, shapes.get(name, ())))
+            for name, module in self._modules.items()
+        ]
         return tuple(sorted(infos, key=lambda info: (not info.in_shape, info.order)))
 
     def _watch(self) -> None:
@@ -159,10 +164,16 @@ class LayerRecorder:
 
         return see
 
-    def _describe(self, name: str, module: nn.Module, looks_ahead: bool) -> LayerInfo:
+    def _describe(
+        self, name: str, module: nn.Module, looks_ahead: bool, sequence_axis: int
+    ) -> LayerInfo:
         sighting = self._sightings.get(name, _Sighting(reason=NEVER_RAN))
         reason = why_never_graftable(self._model, name, self._modules) or sighting.reason
-        attention = {"looks_ahead": looks_ahead, **cached_part(self._model, name)}
+        attention = {
+            "looks_ahead": looks_ahead,
+            "sequence_axis": sequence_axis,
+            **cached_part(self._model, name),
+        }
         return _layer_info(name, module, sighting, reason, **attention)
 
 

@@ -134,9 +134,32 @@ class MovementWatch:
                 del self._waiting[watched.parameter]
                 self._settled.add(watched.parameter)
             elif known and watched.parameter in groups:
-                problem = _judge(watched, groups[watched.parameter])
+                problem = self._judge(watched, groups[watched.parameter])
                 if problem is not None:
                     self._problems[watched.parameter] = problem
+
+    def _judge(self, watched: _Watched, group: dict[str, Any]) -> Problem | None:
+        """What is wrong with a tensor that stood still; None where nothing needs to be."""
+        lr = group.get("lr")
+        if not watched.parameter.requires_grad or (lr is not None and float(lr) == 0.0):
+            return None
+        if watched.parameter.grad is not None:
+            return _judge_by_gradient(watched, watched.parameter.grad, group)
+        host, slot, _ = watched.name.partition(f".{SLOT_NAME}.")
+        if not slot:
+            return Problem(
+                watched.name,
+                Severity.INFO,
+                f"has not moved in {STEPS} steps and has no gradient: it takes no part in the loss",
+                "check that its layer is called; freeze it if that is meant",
+            )
+        return Problem(
+            watched.name,
+            Severity.SERIOUS,
+            f"the graft learns nothing: no gradient has reached it in {STEPS} steps, since the "
+            f"loss does not depend on {_grafted_output(self._model.get_submodule(host))}",
+            "take it out, and graft a layer whose output the model goes on with",
+        )
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -155,20 +178,16 @@ def _moved(due: Sequence[_Watched]) -> list[bool]:
     return [bool(moved) for moved in torch.stack([d.to(first) for d in differs]).tolist()]
 
 
-def _judge(watched: _Watched, group: dict[str, Any]) -> Problem | None:
-    """What is wrong with a tensor that stood still; None where nothing needs to be."""
-    parameter, grafted = watched.parameter, f".{SLOT_NAME}." in watched.name
-    lr = group.get("lr")
-    if not parameter.requires_grad or (lr is not None and float(lr) == 0.0):
-        return None
-    gradient = parameter.grad
-    if gradient is None:
-        return Problem(
-            watched.name,
-            Severity.SERIOUS if grafted else Severity.INFO,
-            f"has not moved in {STEPS} steps and has no gradient: it takes no part in the loss",
-            "check that its layer is called; freeze it if that is meant",
-        )
+def _grafted_output(host: nn.Module) -> str:
+    if isinstance(host, nn.RNNBase):
+        return "the outputs of all steps, which it changes; the last state (h_n) is without it"
+    return "what its layer gives"
+
+
+def _judge_by_gradient(
+    watched: _Watched, gradient: Tensor, group: dict[str, Any]
+) -> Problem | None:
+    parameter, lr = watched.parameter, group.get("lr")
     if gradient.is_sparse or is_warming(group):
         return None
     slope, value = _sample(gradient).abs(), watched.sample.abs()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ class RemedyReceipt:
         remedy: ``recycle``, ``set_lr``, ``freeze``, ``unfreeze`` or ``merge``.
         step: optimizer step, -1 where there is no run.
         details: JSON values that tell what was done, such as ``factor`` or ``max_abs_diff``.
+        pause_ms: what the training loop waited for it; a session counts its own part too.
+        key: names it, once and for all.
     """
 
     remedy: str
@@ -52,6 +55,7 @@ class RemedyReceipt:
     _model: nn.Module = field(repr=False)
     _merged: Graft | None = field(repr=False, default=None)
     _snapshot: Snapshot | None = field(repr=False, default=None)
+    key: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     @property
     def digest_before(self) -> str:
@@ -89,8 +93,8 @@ class RemedyReceipt:
         if self._merged is not None:
             self._merged.__dict__.pop("merged", None)
         differences, after = snapshot.differences(), digest(self._model)
-        pause_ms = (time.perf_counter() - started) * 1e3
         self.forget_snapshot()
+        pause_ms = (time.perf_counter() - started) * 1e3
         if differences or after != self.digest_before:
             what = ", ".join(differences) or "the model's digest"
             raise UndoError(f"not as before the remedy: {what}", layer=self.layer)
@@ -283,16 +287,16 @@ def _apply(
     try:
         with torch.no_grad():
             details = change()
-        pause_ms = (time.perf_counter() - started) * 1e3
+        # Unlike a graft, a remedy changes the very tensors that the snapshot has copies of.
+        after = Frozen.of(model)
         return RemedyReceipt(
             remedy=remedy,
             layer=layer,
             step=step,
             details=details,
-            pause_ms=pause_ms,
+            pause_ms=(time.perf_counter() - started) * 1e3,
             _before=before,
-            # Unlike a graft, a remedy changes the very tensors that the snapshot has copies of.
-            _after=Frozen.of(model),
+            _after=after,
             _model=model,
             _snapshot=snapshot,
         )

@@ -5,12 +5,17 @@
     losses after the graft not finite          -> out
     worse than the forecast by more than the policy allows, beyond the interval -> out
     the graft only observes                    -> stays, it costs next to nothing
+    the graft makes its layer cheaper          -> stays where the held-out loss without it is at
+                                                  most 1 % of the loss better; see below
     ablation known and not > 0                 -> out: the host does not use it
     clearly worse than the forecast            -> out
     else                                       -> stays
 
 Ablation alone is fooled by grafts that the host has come to depend on, and before/after by a loss
 that falls anyway; so both must agree.
+
+What replaces its layer by something cheaper can never gain by being switched on: at best the loss
+is what it was. It is judged by what it costs, and both numbers must stay within the tolerance.
 """
 
 from __future__ import annotations
@@ -25,7 +30,9 @@ from esper.contracts import GraftKind, SafetyPolicy, Verdict
 from esper.reward.forecast import LossForecast, forecast_loss, usable
 
 FORWARD_UNCHANGED = frozenset({GraftKind.OBSERVE, GraftKind.WRAP, GraftKind.DISTRIBUTED})
+CHEAPER = frozenset({GraftKind.REPLACE})
 MIN_OBSERVED = 8  # losses; below, a mean says nothing
+CHEAPER_TOLERANCE = 0.01  # of the loss, which a cheaper layer may cost
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +68,8 @@ def judge(
         after: losses since. The first ``maturity_steps`` do not count: a new graft warms up.
         graft_step: step at which it was grafted.
         policy: maturity, window and allowed increase.
-        kind: what only observes is kept unless harmful.
+        kind: what only observes is kept unless harmful, what makes a layer cheaper unless the
+            loss pays for it with more than ``CHEAPER_TOLERANCE``.
         ablation_gain: held-out loss without the graft minus with it; NaN unknown.
         deadline_reached: no more waiting; what is there must do.
 
@@ -110,6 +118,8 @@ def _answer(
         return False, f"Harmful: the loss is {-gain:.4g} above its forecast (± {interval:.2g})."
     if kind is GraftKind.OBSERVE:
         return True, "It only observes, and does no harm."
+    if kind in CHEAPER:
+        return _answer_cheaper(level, forecast, ablation_gain)
     if math.isfinite(ablation_gain) and ablation_gain <= 0:
         return False, f"Without it the held-out loss is no worse (ablation {ablation_gain:+.4g})."
     if not forecast.known:
@@ -117,6 +127,26 @@ def _answer(
     if gain < -interval:
         return False, f"The loss is {-gain:.4g} above its forecast (± {interval:.2g})."
     return True, _praise(gain, interval, ablation_gain)
+
+
+def _answer_cheaper(level: float, forecast: LossForecast, ablation_gain: float) -> tuple[bool, str]:
+    allowed = CHEAPER_TOLERANCE * abs(forecast.level if forecast.known else level)
+    within = f"a cheaper layer may cost {CHEAPER_TOLERANCE:.0%} of the loss, {allowed:.2g}"
+    if math.isfinite(ablation_gain) and -ablation_gain > allowed:
+        return False, f"It costs {-ablation_gain:.4g} of held-out loss; {within}."
+    if not (forecast.known or math.isfinite(ablation_gain)):
+        return False, "No data: neither a forecast nor an ablation is known."
+    excess = level - forecast.level
+    if forecast.known and excess > allowed + forecast.interval:
+        return (
+            False,
+            f"The loss is {excess:.4g} above its forecast (± {forecast.interval:.2g}); {within}.",
+        )
+    costs = f"{max(0.0, -ablation_gain):.4g} of held-out loss"
+    cost = (
+        costs if math.isfinite(ablation_gain) else "nothing beyond its forecast; ablation unknown"
+    )
+    return True, f"It makes the layer cheaper and costs {cost}; {within}."
 
 
 def _without_forecast(ablation_gain: float) -> tuple[bool, str]:

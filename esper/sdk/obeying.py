@@ -177,6 +177,8 @@ class CommandDesk:
     def _carry_out(self, command: Command) -> CommandAck:
         if command.kind is CommandKind.UNDO:
             return self._undo(command)
+        if command.kind is CommandKind.KEEP:
+            return self._keep(command)
         if command.kind is CommandKind.STOP_RUN:
             self.stop_reason = str(command.payload.get("reason") or "stopped by a person")
         else:
@@ -225,14 +227,23 @@ class CommandDesk:
         slot.speed_up(slug, swap.compiled)
         return replace(answer, state=CommandState.APPLIED, code="")
 
+    def _keep(self, command: Command) -> CommandAck:
+        adaptation = self._operations.find(command.adaptation)
+        if adaptation is None:
+            return _not_grafted(command)
+        adaptation.state = AdaptationState.KEPT
+        return CommandAck(seq=command.seq, state=CommandState.APPLIED)
+
     def _undo(self, command: Command) -> CommandAck:
         adaptation = self._operations.find(command.adaptation)
         if adaptation is None:
+            return _not_grafted(command)
+        if adaptation.merged:
             return CommandAck(
                 seq=command.seq,
                 state=CommandState.REFUSED,
-                code=RefusalCode.NOT_GRAFTED,
-                reason=NOT_GRAFTED,
+                code=RefusalCode.MERGED,
+                reason="it was merged into its host's weights, and cannot be taken out of them",
             )
         wanted = command.payload.get("hard") is not False
         hard = wanted and adaptation.restorable
@@ -251,6 +262,15 @@ class CommandDesk:
 def failed(command: Command, reason: str, code: str = "") -> CommandAck:
     """The answer "tried, and the model is as before"."""
     return CommandAck(seq=command.seq, state=CommandState.FAILED, code=str(code), reason=reason)
+
+
+def _not_grafted(command: Command) -> CommandAck:
+    return CommandAck(
+        seq=command.seq,
+        state=CommandState.REFUSED,
+        code=RefusalCode.NOT_GRAFTED,
+        reason=NOT_GRAFTED,
+    )
 
 
 def _undo_note(adaptation: Adaptation, gone: Sequence[Adaptation], *, softened: bool) -> str:

@@ -37,6 +37,7 @@ from esper.contracts import (
     Finding,
     HealthFrame,
     LayerInfo,
+    RemedyKind,
     RunMode,
     SafetyPolicy,
     ViolationRule,
@@ -57,13 +58,14 @@ from esper.health import HealthSampler
 from esper.sdk.commands import LocalVeto
 from esper.sdk.compiling import CompilerWatch
 from esper.sdk.evaluation import Evaluator
-from esper.sdk.exchange import Exchange, Pace
+from esper.sdk.exchange import Exchange, Owed, Pace
 from esper.sdk.findings import Findings, divergence, switched_off
 from esper.sdk.kernels import code_key
 from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.obeying import CommandDesk, Operations, failed
 from esper.sdk.registration import RunDescription
+from esper.sdk.reporting import SurgeryReports
 from esper.sdk.saving import losses_from_state, losses_to_state, reading_a_state
 from esper.sdk.surgeon import Adaptation, Operation, Surgeon
 from esper.sdk.transport import Transport
@@ -119,6 +121,7 @@ class Session:
         self._transport: Transport | None = None
         self._desk: CommandDesk | None = None
         self._connect()
+        self._reports = SurgeryReports(self._owe)
         self._local = LocalLoop(self._surgeon, self._guarded_policy) if not setup.server else None
         self._layers: tuple[LayerInfo, ...] = ()
         self._model_parameters = _count(setup.model)
@@ -300,12 +303,12 @@ class Session:
             UndoError: it could not be taken out.
         """
         if isinstance(receipt, RemedyReceipt):
+            before = self.remedies
             undone = self._surgeon.undo_remedy(receipt)
             self._after_surgery()
+            self._tell_undone(before, undone)
             return undone
-        adaptation = self._adaptation(receipt)
-        report, _ = self._take_out(adaptation, hard=hard, state=AdaptationState.REVERTED)
-        return report
+        return self._take_out_by_script(self._adaptation(receipt), RemedyKind.UNDO, hard=hard)
 
     def recycle(
         self, layer: str, next_layer: str, sample: Any, *, seed: int | None = None
@@ -316,14 +319,13 @@ class Session:
             UnknownLayerError, GraftError: the model is as before.
         """
         return self._remedy(
-            remedies.recycle_dead_units(
+            partial(
+                remedies.recycle_dead_units,
                 self._model,
                 layer,
                 next_layer,
                 sample,
-                surroundings=self._surgeon.surroundings,
                 seed=self._step + 1 if seed is None else seed,
-                step=self._step,
             )
         )
 
@@ -333,24 +335,15 @@ class Session:
         Raises:
             UnknownLayerError, ConfigurationError, GraftError: the model is as before.
         """
-        around = self._surgeon.surroundings
-        return self._remedy(
-            remedies.set_layer_lr(self._model, layer, factor, surroundings=around, step=self._step)
-        )
+        return self._remedy(partial(remedies.set_layer_lr, self._model, layer, factor))
 
     def freeze(self, layer: str) -> RemedyReceipt:
         """Stop a layer from learning. Raises as :meth:`set_lr`."""
-        around = self._surgeon.surroundings
-        return self._remedy(
-            remedies.freeze(self._model, layer, surroundings=around, step=self._step)
-        )
+        return self._remedy(partial(remedies.freeze, self._model, layer))
 
     def unfreeze(self, layer: str) -> RemedyReceipt:
         """Let a frozen layer learn, in a group of its own. Raises as :meth:`set_lr`."""
-        around = self._surgeon.surroundings
-        return self._remedy(
-            remedies.unfreeze(self._model, layer, surroundings=around, step=self._step)
-        )
+        return self._remedy(partial(remedies.unfreeze, self._model, layer))
 
     def merge(self, receipt: Receipt) -> RemedyReceipt:
         """Fold a kept graft into its host's weights, so that it costs nothing any more.
@@ -362,25 +355,25 @@ class Session:
         adaptation = self._adaptation(receipt)
         if adaptation.state is not AdaptationState.KEPT:
             raise ConfigurationError("only a kept graft is merged; this one is on probation")
-        around = self._surgeon.surroundings
-        done = remedies.merge(self._model, receipt, surroundings=around, step=self._step)
-        return self._remedy(done, merged=adaptation)
+        return self._remedy(partial(remedies.merge, self._model, receipt), merged=adaptation)
 
     def prune(self, receipt: Receipt) -> UndoReceipt:
         """Take a graft out for good; the host keeps what it has learned since.
 
         Raises:
-            ConfigurationError: a server keeps this graft's books; roll it back there.
             UndoError: it is not in the model any more.
         """
-        adaptation = self._adaptation(receipt)
-        if self._transport is not None and not adaptation.local:
-            raise ConfigurationError("the server decided on this graft: roll it back there")
-        return self._take_out(adaptation, hard=False, state=AdaptationState.REVERTED)[0]
+        return self._take_out_by_script(self._adaptation(receipt), RemedyKind.PRUNE, hard=False)
 
-    def _remedy(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> RemedyReceipt:
+    def _remedy(
+        self, act: Callable[..., RemedyReceipt], merged: Adaptation | None = None
+    ) -> RemedyReceipt:
+        started = time.perf_counter()
+        receipt = act(surroundings=self._surgeon.surroundings, step=self._step)
         self._surgeon.note(receipt, merged)
         self._after_surgery()
+        receipt.pause_ms = (time.perf_counter() - started) * 1e3  # all that the loop waited for
+        self._reports.remedy(receipt, merged)
         logger.info("step %d: %s at %s", self._step, receipt.remedy, receipt.layer)
         return receipt
 
@@ -475,7 +468,7 @@ class Session:
             reserve_memory=surgeon.reserve_memory,
             find=surgeon.find,
             apply=self._apply,
-            take_out=self._take_out,
+            take_out=self._take_out_as_told,
             model=self._model,
         )
         self._desk = CommandDesk(operations, veto, exchange)
@@ -551,6 +544,7 @@ class Session:
                     "layer": entry.layer,
                     "blueprint": entry.blueprint,
                     "step": entry.step,
+                    "merged": entry.merged,
                 }
                 for entry in self._surgeon.grafted
                 if not entry.local
@@ -588,8 +582,12 @@ class Session:
         if self._local is not None:
             self._local.on_rolled_back(gone, self._step, verdict.text)
         for entry in gone:
-            if self._transport is not None and not entry.local:
-                self._transport.owe("rollbacks", self._rollback_body(entry, verdict, report))
+            if not entry.local:
+                self._owe(Owed("rollbacks", self._rollback_body(entry, verdict, report)))
+
+    def _owe(self, owed: Owed) -> None:
+        if self._transport is not None:
+            self._transport.owe(owed)
 
     def _rollback_body(
         self, entry: Adaptation, verdict: GuardVerdict, report: UndoReceipt
@@ -651,10 +649,32 @@ class Session:
     def _take_out(
         self, adaptation: Adaptation, *, hard: bool, state: AdaptationState
     ) -> tuple[UndoReceipt, tuple[Adaptation, ...]]:
+        before = self.remedies
         report, gone = self._surgeon.undo(adaptation, hard=hard, state=state)
         self._movement.restart()
         self._after_surgery()
+        self._tell_undone(before, report)
         return report, gone
+
+    def _take_out_as_told(
+        self, adaptation: Adaptation, *, hard: bool, state: AdaptationState
+    ) -> tuple[UndoReceipt, tuple[Adaptation, ...]]:
+        """By the server, which does not know of those that have to go along."""
+        report, gone = self._take_out(adaptation, hard=hard, state=state)
+        others = [entry for entry in gone if entry is not adaptation]
+        self._reports.taken_out(others, report, self._step, RemedyKind.UNDO)
+        return report, gone
+
+    def _take_out_by_script(
+        self, adaptation: Adaptation, remedy: RemedyKind, *, hard: bool
+    ) -> UndoReceipt:
+        report, gone = self._take_out(adaptation, hard=hard, state=AdaptationState.REVERTED)
+        self._reports.taken_out(gone, report, self._step, remedy)
+        return report
+
+    def _tell_undone(self, before: tuple[RemedyReceipt, ...], report: UndoReceipt) -> None:
+        undone = [receipt for receipt in before if receipt not in self._surgeon.remedies]
+        self._reports.undone(undone, report, self._step)
 
     def _after_surgery(self) -> None:
         if self._sampler is not None:

@@ -1,7 +1,7 @@
 """The trainer's line to the server: one daemon thread that the training never waits for.
 
 register -> hello -> ┬ telemetry, batch by batch, each until it is answered
-                     ├ promises (acknowledgements, rollbacks), each until it is answered
+                     ├ promises (acknowledgements, rollbacks, remedies), each until it is answered
                      └ commands into the inbox
 close    -> the rest of the telemetry -> the rest of the promises -> finish
 """
@@ -94,9 +94,9 @@ class Transport:
         self.exchange.answer(ack, rest=rest)
         self._keep_soon()
 
-    def owe(self, path: str, body: dict[str, Any]) -> None:
+    def owe(self, owed: Owed) -> None:
         """Promise ``POST runs/{uid}/<path>``; the epoch is added."""
-        self.exchange.owed.append(Owed(path, body))
+        self.exchange.owed.append(owed)
         self._keep_soon()
 
     def close(self, finish: dict[str, Any], *, timeout: float) -> None:
@@ -247,7 +247,7 @@ class Transport:
         logger.error(
             "Esper no longer reports this run: %s. %s Training goes on; %s",
             error,
-            _advice(error),
+            _advice(error, registered=self.registration is not None),
             self.exchange.ledger(),
         )
 
@@ -266,9 +266,11 @@ async def _until_done(ending: set[asyncio.Task[Any]], endless: set[asyncio.Task[
         await asyncio.gather(*ending, *endless, return_exceptions=True)
 
 
-def _advice(error: TransportError) -> str:
+def _advice(error: TransportError, *, registered: bool) -> str:
     if error.code == "old-epoch":
         return "Another process has attached a run of the same name and took over."
+    if error.status == 401 and registered:  # by now it speaks with the run's own token
+        return "Another process has attached a run of the same name, or its token was revoked."
     if error.code == "run-ended":
         return "The server has closed the run."
     if error.status in (401, 403):

@@ -102,6 +102,35 @@ def test_what_changes_only_gradients_is_not_judged_by_ablation() -> None:
     assert settled(0.95, kind=GraftKind.WRAP, ablation_gain=0.0).keep
 
 
+def test_a_cheaper_layer_stays_though_it_can_gain_nothing() -> None:
+    loss = curve(np.array([BORN]))[0]
+    for gain in (0.0, -0.005 * loss, math.nan):
+        found = settled(1.0, kind=GraftKind.REPLACE, ablation_gain=gain)
+        assert found.keep
+        assert "cheaper" in found.reason
+        assert "1% of the loss" in found.reason
+
+
+def test_a_cheaper_layer_that_costs_too_much_of_the_loss_goes_out() -> None:
+    loss = curve(np.array([BORN]))[0]
+    found = settled(1.0, kind=GraftKind.REPLACE, ablation_gain=-0.02 * loss)
+    assert not found.keep
+    assert "of held-out loss" in found.reason
+    slower = settled(1.04, kind=GraftKind.REPLACE, ablation_gain=0.0)  # harm begins at 5 %
+    assert not slower.keep
+    assert "above its forecast" in slower.reason
+
+
+def test_a_cheaper_layer_of_a_young_run_is_judged_by_ablation_alone() -> None:
+    before, after = windows()
+    young = LossWindow(before.steps[-2:], before.loss[-2:])
+    options: dict[str, Any] = {"graft_step": BORN, "policy": POLICY, "kind": GraftKind.REPLACE}
+    for gain, keep in ((0.0, True), (-1.0, False), (math.nan, False)):
+        found = judge(young, after, ablation_gain=gain, **options)
+        assert found is not None
+        assert found.keep is keep
+
+
 def test_no_data_at_the_deadline_is_never_success() -> None:
     found = settled(0.5, length=40, ablation_gain=1.0, deadline_reached=True)
 

@@ -37,6 +37,7 @@ class ControlPlane:
         self.duplicates = 0
         self.acks: list[dict[str, Any]] = []
         self.rollbacks: list[dict[str, Any]] = []
+        self.remedies: list[dict[str, Any]] = []
         self.finishes: list[dict[str, Any]] = []
         self.log: list[dict[str, Any]] = []  # what GET commands answers
         self.kernels: dict[str, dict[str, bytes]] = {}
@@ -206,6 +207,7 @@ class ControlPlane:
         kept: dict[str, list[dict[str, Any]]] = {
             "hello": self.hellos,
             "rollbacks": self.rollbacks,
+            "remedies": self.remedies,
             "finish": self.finishes,
             "ack": self.acks,
         }

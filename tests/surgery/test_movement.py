@@ -97,7 +97,7 @@ def test_a_graft_that_is_cut_off_from_the_loss_is_found() -> None:
 
     (finding,) = train(model, adam(model), steps=3 * STEPS, before=cut_off)
     assert (finding.layer, finding.severity) == ("used.esper.proj_ia3", "serious")
-    assert "takes no part in the loss" in finding.observed
+    assert "does not depend on what its layer gives" in finding.observed
 
 
 def test_a_finding_goes_when_its_graft_goes() -> None:
@@ -208,3 +208,32 @@ def test_freezing_a_trained_layer_is_said_within_a_hundred_steps() -> None:
 
     (finding,) = train(model, adam(model), steps=101, before=freeze)
     assert finding.observed == "bias: frozen, after an optimizer has trained it"
+
+
+class LastState(nn.Module):
+    """Goes on with the last state alone; what the steps gave is left where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(SIZE, SIZE, batch_first=True)
+        self.head = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, (state, _) = self.rnn(x.unsqueeze(1))
+        return self.head(state[-1])
+
+
+def test_a_graft_on_outputs_that_nobody_reads_is_told_in_words() -> None:
+    model = LastState()
+
+    def graft(session: Any, step: int) -> None:
+        if step == 1:
+            session.graft("rnn", "mlp_gelu_2048", hidden=16)
+
+    found = train(model, adam(model), before=graft, steps=3 * STEPS)
+    assert {finding.severity for finding in found} == {"serious"}
+    assert {finding.layer for finding in found} == {"rnn"}
+    for finding in found:
+        assert "the graft learns nothing" in finding.observed
+        assert "the last state (h_n) is without it" in finding.observed
+        assert "take it out" in finding.remedy

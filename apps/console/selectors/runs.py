@@ -11,7 +11,7 @@ from typing import Any
 
 from django.db.models import Avg, Case, F, Max, OuterRef, QuerySet, Subquery, Value, When
 
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, Remedy
 from apps.console.drawing import CELL_WIDTH, Cell, Sparkline, health_cells, shade, sparkline
 from apps.runs.models import Command, Run
 from apps.telemetry.models import Frame, Metric
@@ -139,10 +139,11 @@ class TimelineEntry:
     at: datetime
     adaptation: Adaptation | None = None
     violation: Violation | None = None
+    remedy: Remedy | None = None
 
 
 def timeline(run: Run, *, most: int = 60) -> list[TimelineEntry]:
-    """Adaptations and violations, newest first."""
+    """Adaptations, violations, and what the script did by itself, newest first."""
     adaptations = Adaptation.objects.filter(run=run).select_related("blueprint", "decided_by")
     entries = [
         TimelineEntry(
@@ -155,6 +156,11 @@ def timeline(run: Run, *, most: int = 60) -> list[TimelineEntry]:
     entries += [
         TimelineEntry(step=violation.step, at=violation.created_at, violation=violation)
         for violation in Violation.objects.filter(run=run)[:most]
+    ]
+    remedies = Remedy.objects.filter(run=run).select_related("adaptation", "undoes", "undone_by")
+    entries += [
+        TimelineEntry(step=remedy.step, at=remedy.created_at, remedy=remedy)
+        for remedy in remedies[:most]
     ]
     return sorted(entries, key=lambda entry: entry.at, reverse=True)[:most]
 

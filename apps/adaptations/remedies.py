@@ -1,0 +1,124 @@
+"""What training scripts do to their models by themselves: recorded, and followed in our books."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from django.db import transaction
+
+from apps.accounts.actors import Actor
+from apps.adaptations.lifecycle import transition
+from apps.adaptations.models import Adaptation, Remedy
+from apps.adaptations.reports import adaptation_of, catch_up, note_merged
+from apps.audit.services import record
+from apps.notifications.services import publish, run_topic
+from apps.runs.models import Run
+from apps.runs.services import check_epoch, lock_run
+from esper.contracts import ADAPTATION_ENDED, AdaptationState, RemedyKind
+
+S = AdaptationState
+_TAKES_OUT = frozenset({RemedyKind.PRUNE, RemedyKind.UNDO})
+
+
+@dataclass(frozen=True, slots=True)
+class RemedyReport:
+    """A remedy, or the undo of one, as the trainer tells it.
+
+    ``adaptation`` and ``undoes`` are empty where it concerns nothing that we know.
+    """
+
+    key: str
+    remedy: RemedyKind
+    layer: str
+    step: int
+    details: dict[str, Any]
+    pause_ms: float | None
+    exact: bool | None
+    adaptation: str
+    undoes: str
+    digest_before: str
+    digest_after: str
+
+
+@transaction.atomic
+def record_remedy(*, run: Run, epoch: int, report: RemedyReport, actor: Actor) -> Remedy:
+    """Note it once, however often it is told; a graft that went or was merged is followed.
+
+    Raises:
+        Problem: old epoch, or an adaptation of another run.
+    """
+    run = lock_run(run.pk)  # as it is now, not as it was when the request came in
+    check_epoch(run, epoch)
+    known = Remedy.objects.filter(run=run, key=report.key).first()
+    if known is not None:
+        return known
+    adaptation = adaptation_of(run, report.adaptation) if report.adaptation else None
+    undone = Remedy.objects.filter(run=run, key=report.undoes, undone_by=None).first()
+    remedy = Remedy.objects.create(
+        run=run,
+        run_epoch=epoch,
+        key=report.key,
+        kind=report.remedy,
+        layer=report.layer,
+        step=report.step,
+        details=report.details,
+        pause_ms=report.pause_ms,
+        digest_before=report.digest_before,
+        digest_after=report.digest_after,
+        exact=report.exact,
+        adaptation=adaptation,
+        undoes=undone,
+    )
+    _follow(remedy, actor)
+    _announce(remedy, actor)
+    return remedy
+
+
+def _follow(remedy: Remedy, actor: Actor) -> None:
+    """The adaptation whose graft was merged, came back or was taken out."""
+    adaptation = remedy.adaptation
+    if remedy.undoes is not None:
+        if remedy.undoes.kind == RemedyKind.MERGE and remedy.undoes.adaptation is not None:
+            note_merged(remedy.undoes.adaptation, merged=False)
+    elif adaptation is None:
+        return
+    elif remedy.kind == RemedyKind.MERGE:
+        note_merged(adaptation, merged=True)
+    elif remedy.kind in _TAKES_OUT and adaptation.state not in ADAPTATION_ENDED - {S.KEPT}:
+        _taken_out(adaptation, remedy, actor)
+
+
+def _taken_out(adaptation: Adaptation, remedy: Remedy, actor: Actor) -> None:
+    reason = f"the training script took it out at step {remedy.step}"
+    catch_up(adaptation, actor, step=remedy.step, reason=reason)
+    transition(
+        adaptation,
+        S.REVERTED if adaptation.kept_at else S.ROLLED_BACK,
+        actor=actor,
+        reason=reason,
+        undo_exact=remedy.exact,
+    )
+
+
+def _announce(remedy: Remedy, actor: Actor) -> None:
+    data = {
+        "remedy": remedy.uid,
+        "kind": str(remedy.kind),
+        "layer": remedy.layer,
+        "step": remedy.step,
+        "adaptation": remedy.adaptation.uid if remedy.adaptation else "",
+        "undoes": remedy.undoes.uid if remedy.undoes else "",
+        "digest_before": remedy.digest_before,
+        "digest_after": remedy.digest_after,
+        "by": actor.name,
+    }
+    record(
+        actor=actor,
+        act=f"remedy.{remedy.kind}",
+        object_kind="remedy",
+        object_uid=remedy.uid,
+        run_uid=remedy.run.uid,
+        data={**data, "details": remedy.details},
+    )
+    publish(topic=run_topic(remedy.run.uid), type=f"remedy.{remedy.kind}", data=data)
