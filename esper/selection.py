@@ -298,6 +298,9 @@ def _shape_key(layer: LayerInfo) -> tuple[Any, ...]:
         layer.padding,
         layer.dilation,
         layer.groups,
+        layer.head_width,
+        layer.cached_channels,
+        layer.looks_ahead,
     )
 
 
