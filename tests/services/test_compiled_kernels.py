@@ -391,6 +391,9 @@ def test_the_compiler_s_process_is_not_given_the_signing_key(
     assert "ESPER_KERNEL_KEY_FILE" not in _child_environment(Path("/x"))
 
 
+# PyTorch's own exporter uses what it warns of.
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_finished_model_becomes_a_signed_package_that_computes_the_same() -> None:
     model = Host().eval()
     grafted(model)
