@@ -14,6 +14,7 @@ from esper.grafting.certify import certify, sample_input, stand_in
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
 from esper.grafting.guard import GuardVerdict, LossGuard, non_finite_gradients
 from esper.grafting.ledger import add_group, audit, watch_movement
+from esper.grafting.replicas import Replicas
 from esper.grafting.slot import (
     GraftRecord,
     Slot,
@@ -38,6 +39,7 @@ __all__ = [
     "LayerRecorder",
     "LossGuard",
     "Receipt",
+    "Replicas",
     "Slot",
     "Snapshot",
     "SnapshotMemory",

@@ -1,11 +1,13 @@
 """Putting a graft in, and taking it out again.
 
     check → snapshot → build → certify on the side → swap in → optimizer group
-An exception anywhere leaves model, optimizer and random streams as they were.
+An exception anywhere leaves model, optimizer and random streams as they were. Where the model has
+replicas, all of that happens on all ranks, or on none (:mod:`esper.grafting.replicas`).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import Blueprint, Graft
+from esper.blueprints.exchange import GradientExchange
 from esper.contracts import Certificate, GraftKind, LayerInfo
 from esper.exceptions import CertificateError, IncompatibleLayerError, UndoError
 from esper.grafting import ledger
 from esper.grafting.certify import certify, sample_input
+from esper.grafting.exchanging import certify_exchange
+from esper.grafting.replicas import Joint, Replicas, jointly
 from esper.grafting.slot import (
     GraftRecord,
     Slot,
@@ -50,11 +55,19 @@ class UndoReceipt:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What trains the model: everything that a snapshot must hold beside it."""
+    """What trains the model: everything that a snapshot must hold beside it.
+
+    Attributes:
+        replicas: the other ranks, None for a model in one process.
+    """
 
     optimizers: Sequence[Any] = ()
     schedulers: Sequence[Any] = ()
     scaler: Any = None
+    replicas: Replicas | None = None
+
+    def snapshot(self, model: nn.Module, memory: SnapshotMemory | None = None) -> Snapshot:
+        return Snapshot.take(model, self.optimizers, self.schedulers, self.scaler, memory)
 
 
 @dataclass(slots=True, eq=False)
@@ -133,15 +146,35 @@ class Receipt:
 
         Soft: detaches it and keeps what the host has learnt since. Hard: brings back the state
         before the graft to the bit, optimizer and random streams included; grafts that came later
-        go with it, and are named in ``discarded``.
+        go with it, and are named in ``discarded``. Where the model has replicas, each rank must
+        call this, and it is out on all of them or on none.
 
         Raises:
             UndoError: it is not in the model any more, the snapshot is gone (hard), or the model
                 did not come back as it was.
+            ReplicaError: another rank could not take it out, so it is still in.
         """
+        if self._surroundings.replicas is None:
+            return self._undo(hard)
+        return self._undo_everywhere(self._surroundings.replicas, hard)
+
+    def _undo(self, hard: bool) -> UndoReceipt:
         if not self.present:
             raise UndoError(f"{self.blueprint} is not in {self.layer!r} any more", layer=self.layer)
         return self._undo_hard() if hard else self._undo_soft()
+
+    def _undo_everywhere(self, replicas: Replicas, hard: bool) -> UndoReceipt:
+        with jointly(replicas) as joint:
+            kept, before = self._snapshot, self._surroundings.snapshot(self._model)
+            try:
+                report = self._undo(hard)
+                joint.agree()
+                return report
+            except BaseException:
+                if not joint.done:
+                    before.restore()
+                    self._snapshot = kept
+                raise
 
     def _undo_soft(self) -> UndoReceipt:
         started = time.perf_counter()
@@ -216,6 +249,7 @@ def apply_graft(
     step: int = -1,
     thorough: bool = False,
     memory: SnapshotMemory | None = None,
+    replicas: Replicas | None = None,
 ) -> Receipt:
     """Grafts ``blueprint`` into one layer of a live model, at a step boundary.
 
@@ -227,26 +261,63 @@ def apply_graft(
         step: optimizer step, for the record.
         thorough: spend more time on the certificate; see :func:`certify`.
         memory: reserved for the snapshot, which shortens the pause.
+        replicas: the other ranks of the model; each of them must call this with the same arguments.
 
     Raises:
         UnknownLayerError: the model has no such layer.
         IncompatibleLayerError: the blueprint does not fit, or the layer carries it already.
         ConfigurationError: a setting is unknown or absurd.
         CertificateError: the graft broke a promise when it was tried.
+        ReplicaError: another rank could not do it.
         Any error above leaves the model, the optimizers and the random streams as they were.
     """
+    surroundings = Surroundings(optimizers, schedulers, scaler, replicas)
+    with jointly(replicas) as joint:
+        return _apply(
+            model,
+            layer,
+            blueprint,
+            config or {},
+            surroundings,
+            joint,
+            x=x,
+            graft=graft,
+            seed=seed,
+            adaptation=adaptation,
+            step=step,
+            thorough=thorough,
+            memory=memory,
+        )
+
+
+def _apply(
+    model: nn.Module,
+    layer: LayerInfo,
+    blueprint: Blueprint,
+    config: dict[str, Any],
+    surroundings: Surroundings,
+    joint: Joint,
+    *,
+    x: Tensor | None,
+    graft: Graft | None,
+    seed: int,
+    adaptation: str,
+    step: int,
+    thorough: bool,
+    memory: SnapshotMemory | None,
+) -> Receipt:
     started = time.perf_counter()
     host = find_host(model, layer.name)
     full = blueprint.config_for(layer, config)
-    _refuse(host, layer, blueprint, scaler)
-    surroundings = Surroundings(optimizers, schedulers, scaler)
+    _refuse(host, layer, blueprint, surroundings)
     had_slot = slot_of(host) is not None
-    snapshot = Snapshot.take(model, optimizers, schedulers, scaler, memory)
+    snapshot = surroundings.snapshot(model, memory)
     try:
         before = snapshot.freeze(model)
         fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
         fresh.train(host.training)
         _inherit(host, layer, blueprint, fresh)
+        joint.share(fresh)
         record = GraftRecord(
             adaptation=adaptation,
             layer=layer,
@@ -256,13 +327,21 @@ def apply_graft(
             seed=seed,
             step=step,
             certificate=_certify(
-                host, layer, blueprint, full, fresh, x, snapshot.streams, thorough=thorough
+                host,
+                layer,
+                blueprint,
+                full,
+                fresh,
+                x,
+                snapshot.streams,
+                thorough=thorough,
+                replicas=surroundings.replicas,
             ),
         )
         group = insert_graft(model, record, fresh, surroundings)
-        return Receipt(
+        receipt = Receipt(
             record=record,
-            pause_ms=(time.perf_counter() - started) * 1e3,
+            pause_ms=math.nan,
             _before=before,
             _after=snapshot.freeze(model),
             _model=model,
@@ -271,9 +350,13 @@ def apply_graft(
             _group=group,
             _snapshot=snapshot,
         )
+        joint.commit()
+        receipt.pause_ms = (time.perf_counter() - started) * 1e3
+        return receipt
     except BaseException:
-        _withdraw(model, layer.name, blueprint.slug, had_slot=had_slot)
-        snapshot.restore()
+        if not joint.done:
+            _withdraw(model, layer.name, blueprint.slug, had_slot=had_slot)
+            snapshot.restore()
         raise
 
 
@@ -310,13 +393,21 @@ def _join_optimizer(
     )
 
 
-def _refuse(host: nn.Module, layer: LayerInfo, blueprint: Blueprint, scaler: Any) -> None:
+def _refuse(
+    host: nn.Module, layer: LayerInfo, blueprint: Blueprint, surroundings: Surroundings
+) -> None:
     slot = slot_of(host)
     present = set(slot.grafts()) if slot is not None else set()
-    reason = ""
-    if blueprint.trainable and _ranks() > 1:
+    scaler = surroundings.scaler
+    reason = "" if surroundings.replicas is None else surroundings.replicas.why_not()
+    if reason:
+        pass
+    elif blueprint.trainable and surroundings.replicas is None and _ranks() > 1:
         # DDP does not know tensors that came after it: the replicas would drift apart silently.
-        reason = "the run trains on several ranks, which would not keep new weights in step"
+        reason = (
+            "the run trains on several ranks, which would not keep new weights in step: give "
+            "esper.attach the DistributedDataParallel model"
+        )
     elif blueprint.slug in present:
         reason = "the layer carries it already"
     elif present & blueprint.conflicts:
@@ -359,17 +450,22 @@ def _certify(
     streams: RandomStreams,
     *,
     thorough: bool,
+    replicas: Replicas | None,
 ) -> Certificate:
-    certificate = certify(
-        host,
-        layer,
-        blueprint,
-        graft,
-        sample_input(layer) if x is None else x,
-        config=config,
-        streams_before=streams,
-        thorough=thorough,
-    )
+    if isinstance(graft, GradientExchange):
+        assert replicas is not None  # else no layer is fit for it
+        certificate = certify_exchange(layer, blueprint, graft, replicas.group)
+    else:
+        certificate = certify(
+            host,
+            layer,
+            blueprint,
+            graft,
+            sample_input(layer) if x is None else x,
+            config=config,
+            streams_before=streams,
+            thorough=thorough,
+        )
     if not certificate.passed:
         raise CertificateError(layer=layer.name, certificate=certificate)
     return certificate

@@ -17,6 +17,7 @@ from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import ConfigurationError, GraftError
 from esper.grafting import ledger
 from esper.grafting.apply import Receipt, Surroundings, insert_graft
+from esper.grafting.replicas import Replicas, jointly
 from esper.grafting.slot import GraftRecord, find_host, slots
 from esper.grafting.snapshot import Frozen
 
@@ -47,11 +48,13 @@ def rebuild(
     schedulers: Sequence[Any] = (),
     *,
     other_versions: bool = False,
+    replicas: Replicas | None = None,
 ) -> tuple[Receipt, ...]:
     """Makes the grafts of a manifest again, each from its seed, for a state dict to be loaded.
 
     Args:
         other_versions: take a blueprint whose source has changed since.
+        replicas: the other ranks of the model; each of them must call this with the same manifest.
 
     Returns:
         Receipts that can be undone softly; there is no snapshot from before.
@@ -64,8 +67,11 @@ def rebuild(
     for record in records:
         _check_version(record, get(record.blueprint), other_versions)
         find_host(model, record.layer.name)
-    surroundings = Surroundings(optimizers, schedulers)
-    return tuple(_rebuild_one(model, record, surroundings) for record in records)
+    surroundings = Surroundings(optimizers, schedulers, replicas=replicas)
+    with jointly(replicas) as joint:
+        receipts = tuple(_rebuild_one(model, record, surroundings) for record in records)
+        joint.commit()
+    return receipts
 
 
 def optimizer_state_by_name(model: nn.Module, optimizer: Any) -> dict[str, Any]:

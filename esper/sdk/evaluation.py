@@ -46,11 +46,13 @@ class Evaluator:
         with undisturbed(self._model):
             return float(self._evaluate())
 
-    def due_loss(self, step: int) -> float | None:
-        """The held-out loss where it is time for one again, by steps and by what it costs."""
+    def is_due(self, step: int) -> bool:
+        """It is time for a held-out loss again, by steps and by what it costs."""
+        return step >= self._next_step and time.monotonic() >= self._next_time
+
+    def due_loss(self, step: int) -> float:
+        """The held-out loss; from it counts the time to the next."""
         started = time.monotonic()
-        if step < self._next_step or started < self._next_time:
-            return None
         loss = self.loss()
         ended = time.monotonic()
         self._next_step = step + _SHORTEST_GAP_STEPS

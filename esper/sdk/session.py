@@ -42,7 +42,15 @@ from esper.contracts import (
 )
 from esper.contracts.codec import number_to_wire
 from esper.exceptions import ConfigurationError, EsperError, UndoError, UnknownLayerError
-from esper.grafting import GuardVerdict, LayerRecorder, LossGuard, Receipt, UndoReceipt
+from esper.grafting import (
+    GuardVerdict,
+    LayerRecorder,
+    LossGuard,
+    Receipt,
+    Replicas,
+    UndoReceipt,
+)
+from esper.grafting.replicas import Call
 from esper.health import HealthSampler
 from esper.sdk.commands import LocalVeto
 from esper.sdk.evaluation import Evaluator
@@ -51,6 +59,7 @@ from esper.sdk.findings import Findings, divergence, switched_off
 from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.obeying import CommandDesk, Operations, failed
+from esper.sdk.ranks import Order, Ranks
 from esper.sdk.registration import RunDescription
 from esper.sdk.surgeon import Adaptation, Operation, Surgeon
 from esper.sdk.transport import Transport
@@ -82,6 +91,7 @@ class Setup:
     target_steps: int | None
     safety_policy: SafetyPolicy
     pace: Pace
+    replicas: Replicas | None = None  # the other ranks
 
 
 class Session:
@@ -90,7 +100,10 @@ class Session:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._model = setup.model
-        self._surgeon = Surgeon(setup.model, setup.optimizers, setup.schedulers, setup.scaler)
+        self._ranks = Ranks(setup.replicas)
+        self._surgeon = Surgeon(
+            setup.model, setup.optimizers, setup.schedulers, setup.scaler, setup.replicas
+        )
         self._recorder = LayerRecorder(setup.model)
         self._guard = LossGuard()
         self._reader = LossReader()
@@ -101,7 +114,11 @@ class Session:
         self._transport: Transport | None = None
         self._desk: CommandDesk | None = None
         self._connect()
-        self._local = LocalLoop(self._surgeon, self._guarded_policy) if not setup.server else None
+        self._local = (
+            LocalLoop(self._surgeon, self._guarded_policy)
+            if self._ranks.decides and not setup.server
+            else None
+        )
         self._layers: tuple[LayerInfo, ...] = ()
         self._model_parameters = _count(setup.model)
         self._step = 0
@@ -125,27 +142,41 @@ class Session:
         Raises:
             RunStopped: a person stopped the run.
             TypeError: ``loss`` is neither.
+            ReplicaError: the ranks do not call the same in the same order.
+            RuntimeError: torch's own, when another rank is gone.
         """
         value = self._reader.read(loss)
         if self._closed:
             raise ConfigurationError("this session is closed; attach again to go on")
         self._step += 1
-        if self._sampler is None:
+        value, busy = self._ranks.meet_for_step(self._step, value, self._may_operate)
+        if not self._layers:
             self._try("opening", self._open)
         # Before anything that may undo: a snapshot is taken after it, so that what comes back is
         # what the next step would have met.
         self._try("schedules", self._surgeon.on_step)
         if value is not None:
             self._losses.append((self._step, value))
-            self._try("guard", partial(self._watch_over, value))
-        if self._desk is not None:
-            self._try("commands", self._obey)
         metrics = self._take_metrics(value)
-        if self._evaluator is not None:
-            self._try("evaluation", partial(self._evaluate, metrics))
-        self._try("health", partial(self._look, loss, metrics))
+        if self._ranks.decides:
+            with self._ranks.leading(busy, lambda: self._stop_reason):
+                self._decide(value, loss, metrics, busy=busy)
+        elif busy:
+            self._ranks.follow(self._prepare)
         if self._stop_reason:
             raise RunStopped(self._stop_reason)
+
+    def _decide(
+        self, value: float | None, loss: float | Tensor, metrics: dict[str, float], *, busy: bool
+    ) -> None:
+        """A step of the process that decides; nothing is changed or evaluated unless ``busy``."""
+        if value is not None:
+            self._try("guard", partial(self._watch_over, value))
+        if self._desk is not None and busy:
+            self._try("commands", self._obey)
+        if self._evaluator is not None and busy:
+            self._try("evaluation", partial(self._evaluate, metrics))
+        self._try("health", partial(self._look, loss, metrics))
 
     def report(self, **metrics: float) -> None:
         """More numbers for this step, such as ``accuracy=0.93``; sent with the next ``step``.
@@ -194,8 +225,11 @@ class Session:
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
-        """The model's layers; shapes are known after the first forward pass."""
-        return self._layers or self._recorder.layers()
+        """The model's layers; shapes are known after the first forward pass.
+
+        On several ranks the last one, with an empty name, is the model that they share.
+        """
+        return (self._layers or self._recorder.layers()) + self._ranks.shared_layers
 
     @property
     def adaptations(self) -> tuple[Adaptation, ...]:
@@ -239,6 +273,8 @@ class Session:
     def graft(self, layer: str, blueprint: str, **config: Any) -> Receipt:
         """Graft now, between two steps, by a person's or a script's own will.
 
+        On several ranks each of them must call it, with the same arguments.
+
         Args:
             layer: a layer that has been seen to run.
             blueprint: slug or id.
@@ -248,6 +284,7 @@ class Session:
             UnknownBlueprintError, UnknownLayerError, IncompatibleLayerError, ConfigurationError:
                 before anything is touched.
             CertificateError: it would change what the model computes; the model is as before.
+            ReplicaError: another rank could not do it, or did not want the same.
         """
         operation = Operation(
             layer=self._layer(layer),
@@ -256,12 +293,13 @@ class Session:
             seed=self._step + 1,
             uid=self._surgeon.next_uid(),
         )
+        self._ranks.meet(Call.GRAFT, self._step, layer, operation.blueprint.slug, config)
         adaptation = self._apply(operation)
         assert adaptation.receipt is not None
         return adaptation.receipt
 
     def undo(self, receipt: Receipt, hard: bool = True) -> UndoReceipt:
-        """Take a graft out.
+        """Take a graft out. On several ranks each of them must call it.
 
         Args:
             hard: bring the whole model back to the bit, as it was before the graft. Else only
@@ -273,6 +311,7 @@ class Session:
         adaptation = self._surgeon.by_receipt(receipt)
         if adaptation is None:
             raise UndoError("this graft is not in the model any more", layer=receipt.layer)
+        self._ranks.meet(Call.UNDO, self._step, adaptation.uid, hard)
         report, _ = self._take_out(adaptation, hard=hard, state=AdaptationState.REVERTED)
         return report
 
@@ -280,6 +319,10 @@ class Session:
         """Local mode: say yes to a waiting decision. Raises as :meth:`graft`."""
         if self._local is None:
             raise ConfigurationError("with a server, decisions are approved there")
+        if not self._ranks.alone:
+            raise ConfigurationError(
+                "on several ranks, call session.graft(layer, blueprint) on each of them"
+            )
         adaptation = self._apply(self._local.take_approved(waiting, self._step))
         assert adaptation.receipt is not None
         return adaptation.receipt
@@ -318,6 +361,7 @@ class Session:
             raise ConfigurationError("this is not the state of an Esper session")
         if self._step:
             raise ConfigurationError("load a session's state before its first step")
+        self._ranks.meet(Call.LOAD, self._step, state["structure"])
         self._surgeon.load_state_dict(state)
         self._step = int(state["step"])
         self._findings.replace_ledger(self._surgeon.audit())
@@ -327,7 +371,7 @@ class Session:
     def _connect(self) -> None:
         """Make what a server needs; nothing is sent before the first step."""
         setup = self._setup
-        if not setup.server:
+        if not setup.server or not self._ranks.decides:
             return
         veto, exchange = LocalVeto(setup.mode), Exchange()
         surgeon = self._surgeon
@@ -352,6 +396,8 @@ class Session:
         """At the first complete step the layers are known: watch them, and register the run."""
         self._layers = self._watched_layers()
         self._recorder.stop()
+        if not self._ranks.decides:
+            return
         self._sampler = HealthSampler(
             self._model,
             self._setup.optimizers,
@@ -466,7 +512,7 @@ class Session:
 
     @property
     def _stop_reason(self) -> str:
-        return self._desk.stop_reason if self._desk is not None else ""
+        return self._desk.stop_reason if self._desk is not None else self._ranks.stop_reason
 
     def _refuse_the_rest(self, transport: Transport) -> None:
         while transport.exchange.inbox:
@@ -483,6 +529,7 @@ class Session:
         return found
 
     def _apply(self, operation: Operation) -> Adaptation:
+        self._ranks.order(Order.graft(operation))
         adaptation = self._surgeon.apply(operation, step=self._step)
         adaptation.guarded_until = self._step + self._guarded_policy().probation_steps
         adaptation.loss_before = tuple(self._losses)
@@ -492,9 +539,31 @@ class Session:
     def _take_out(
         self, adaptation: Adaptation, *, hard: bool, state: AdaptationState
     ) -> tuple[UndoReceipt, tuple[Adaptation, ...]]:
+        self._ranks.order(Order.undo(adaptation.uid, hard=hard, state=state))
         report, gone = self._surgeon.undo(adaptation, hard=hard, state=state)
         self._after_surgery()
         return report, gone
+
+    def _may_operate(self) -> bool:
+        """This step may change or evaluate the model, which the other ranks must know before."""
+        commands = self._transport is not None and bool(self._transport.exchange.inbox)
+        evaluation = self._evaluator is not None and self._evaluator.is_due(self._step)
+        decisions = self._local is not None and self._setup.mode is not RunMode.OBSERVE
+        return commands or evaluation or decisions or self._surgeon.on_probation
+
+    def _prepare(self, order: Order) -> Callable[[], object]:
+        """On a rank that does not decide: what rank 0 does at this moment."""
+        if order.kind == "graft":
+            return partial(self._apply, order.operation(self._layer))
+        adaptation = self._surgeon.find(order.adaptation) if order.adaptation else None
+        if order.kind == "evaluate" and not order.adaptation:
+            return partial(self._measure, None)
+        if adaptation is None:
+            raise UndoError(f"this rank does not hold {order.adaptation!r}", layer=order.layer)
+        if order.kind == "evaluate":
+            return partial(self._measure, adaptation)
+        state = AdaptationState(order.state)
+        return partial(self._take_out, adaptation, hard=order.hard, state=state)
 
     def _after_surgery(self) -> None:
         if self._sampler is not None:
@@ -516,12 +585,20 @@ class Session:
     def _evaluate(self, metrics: dict[str, float]) -> None:
         assert self._evaluator is not None
         for entry in self._surgeon.due_for_ablation(self._step, self._guarded_policy()):
-            gain = self._evaluator.ablation_gain(self._surgeon.without(entry))
-            entry.ablation_gain = gain
-            metrics[f"ablation_gain:{entry.uid}"] = gain
-        loss = self._evaluator.due_loss(self._step)
-        if loss is not None:
-            metrics["eval_loss"] = loss
+            self._ranks.order(Order.evaluate(entry.uid))
+            entry.ablation_gain = self._measure(entry)
+            metrics[f"ablation_gain:{entry.uid}"] = entry.ablation_gain
+        if self._evaluator.is_due(self._step):
+            self._ranks.order(Order.evaluate())
+            metrics["eval_loss"] = self._measure(None)
+
+    def _measure(self, without: Adaptation | None) -> float:
+        """The held-out loss, or what one graft takes off it; mean of all ranks."""
+        evaluator = self._evaluator
+        assert evaluator is not None
+        if without is None:
+            return self._ranks.mean(lambda: evaluator.due_loss(self._step))
+        return self._ranks.mean(lambda: evaluator.ablation_gain(self._surgeon.without(without)))
 
     def _look(self, loss: float | Tensor, metrics: dict[str, float]) -> None:
         frame = self._sampler.step(self._step, loss, metrics) if self._sampler else None

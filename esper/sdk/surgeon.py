@@ -25,7 +25,7 @@ from esper.contracts import (
     Verdict,
 )
 from esper.exceptions import ConfigurationError, UndoError
-from esper.grafting import Receipt, SnapshotMemory, UndoReceipt
+from esper.grafting import Receipt, Replicas, SnapshotMemory, UndoReceipt
 from esper.grafting.slot import SLOT_NAME, find_host, slot_of
 
 logger = logging.getLogger("esper")
@@ -93,6 +93,7 @@ class Surgeon:
 
     Args:
         optimizers, schedulers, scaler: what has to follow when parameters come and go.
+        replicas: the other ranks of the model; what is done here is done on all of them.
     """
 
     def __init__(
@@ -101,12 +102,19 @@ class Surgeon:
         optimizers: Sequence[torch.optim.Optimizer],
         schedulers: Sequence[Any] = (),
         scaler: Any = None,
+        replicas: Replicas | None = None,
     ) -> None:
         self.model = model
         self.optimizers = tuple(optimizers)
         self._schedulers = tuple(schedulers)
         self._scaler = scaler
+        self._replicas = replicas
         self.adaptations: list[Adaptation] = []
+
+    @property
+    def on_probation(self) -> bool:
+        """Some graft may still be taken out again."""
+        return any(entry.state is AdaptationState.PROBATION for entry in self.adaptations)
 
     @property
     def grafted(self) -> tuple[Adaptation, ...]:
@@ -142,6 +150,7 @@ class Surgeon:
             adaptation=operation.uid,
             step=step,
             memory=operation.memory,
+            replicas=self._replicas,
         )
         adaptation = Adaptation(
             uid=operation.uid,
@@ -257,7 +266,11 @@ class Surgeon:
         if len(state["optimizers"]) != len(self.optimizers):
             raise ConfigurationError("the state is of another number of optimizers")
         receipts = grafting.rebuild(
-            self.model, state["structure"], self.optimizers, schedulers=self._schedulers
+            self.model,
+            state["structure"],
+            self.optimizers,
+            schedulers=self._schedulers,
+            replicas=self._replicas,
         )
         _load_grafts(self.model, state["grafts"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
