@@ -361,7 +361,7 @@ class Session:
             raise ConfigurationError("this is not the state of an Esper session")
         if self._step:
             raise ConfigurationError("load a session's state before its first step")
-        self._ranks.meet(Call.LOAD, self._step, state["structure"])
+        self._ranks.meet(Call.LOAD, self._step, _identities(state["structure"]))
         self._surgeon.load_state_dict(state)
         self._step = int(state["step"])
         self._findings.replace_ledger(self._surgeon.audit())
@@ -586,7 +586,7 @@ class Session:
         assert self._evaluator is not None
         for entry in self._surgeon.due_for_ablation(self._step, self._guarded_policy()):
             self._ranks.order(Order.evaluate(entry.uid))
-            entry.ablation_gain = self._measure(entry)
+            self._measure(entry)
             metrics[f"ablation_gain:{entry.uid}"] = entry.ablation_gain
         if self._evaluator.is_due(self._step):
             self._ranks.order(Order.evaluate())
@@ -598,7 +598,9 @@ class Session:
         assert evaluator is not None
         if without is None:
             return self._ranks.mean(lambda: evaluator.due_loss(self._step))
-        return self._ranks.mean(lambda: evaluator.ablation_gain(self._surgeon.without(without)))
+        gain = self._ranks.mean(lambda: evaluator.ablation_gain(self._surgeon.without(without)))
+        without.ablation_gain = gain
+        return gain
 
     def _look(self, loss: float | Tensor, metrics: dict[str, float]) -> None:
         frame = self._sampler.step(self._step, loss, metrics) if self._sampler else None
@@ -664,6 +666,12 @@ def _gradient_verdict(model: nn.Module) -> GuardVerdict | None:
     return GuardVerdict(
         ViolationRule.NON_FINITE, math.nan, math.nan, f"the gradient of {names[0]} is not finite"
     )
+
+
+def _identities(manifest: list[dict[str, Any]]) -> list[list[Any]]:
+    """What must be the same on all ranks; each has measured its certificates itself."""
+    names = ("adaptation", "blueprint", "version", "config", "seed", "step")
+    return [[entry["layer"]["name"], *(entry[name] for name in names)] for entry in manifest]
 
 
 def _count(model: nn.Module) -> int:

@@ -41,6 +41,11 @@ NOT_HERE = {
     "jointly",
     "pack",
     "unpack",
+    "_key_of",
+    "__init__",
+    "<genexpr>",
+    "<listcomp>",
+    "<setcomp>",
     "_reason",
     "put_back",
     "rebuild_reducer",  # also part of the way back; see its own test
@@ -55,15 +60,21 @@ class Boom(BaseException):  # not an Exception: nothing on the way may swallow i
 
 
 def raise_at_line(number: int, reached: list[str]) -> Any:
-    seen = 0
+    seen, applying = 0, False
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        nonlocal seen
+        nonlocal seen, applying
         code = frame.f_code
+        if code.co_name == "_apply" and code.co_filename.endswith("/grafting/apply.py"):
+            applying = event != "return"
+        if not applying:
+            return None  # before it, all ranks meet; after it, all have the graft
         if not code.co_filename.endswith(SURGERY_FILES) or code.co_name in NOT_HERE:
             return None
         if code.co_name == "share" and "self" in frame.f_locals:
             return None  # rank 0's tensors are on their way
+        if getattr(frame.f_locals.get("joint"), "done", False):
+            return trace  # all ranks have it by now; only the receipt is left to be handed over
         if event == "line":
             seen += 1
             if seen == number:
@@ -86,12 +97,13 @@ def _fail_while_grafting(rank: int, failing: int, stride: int) -> list[str]:
                 sys.settrace(raise_at_line(line, reached))
             try:
                 receipt = graft(side)
-            except Boom if rank == failing else ReplicaError:
-                pass
+            except (Boom, ReplicaError) as error:
+                failed = isinstance(error, Boom)
             else:
                 break
             finally:
                 sys.settrace(None)
+            assert failed == (rank == failing), line
             assert side.state() == before, (line, reached[-1:])
             assert side.bare.inner.esper.idle
         assert receipt.present, "some time no line is left to fail at"
