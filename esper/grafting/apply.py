@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -272,22 +273,25 @@ def apply_graft(
         Any error above leaves the model, the optimizers and the random streams as they were.
     """
     surroundings = Surroundings(optimizers, schedulers, scaler, replicas)
+    apply = partial(
+        _apply,
+        model,
+        layer,
+        blueprint,
+        config or {},
+        surroundings,
+        x=x,
+        graft=graft,
+        seed=seed,
+        adaptation=adaptation,
+        step=step,
+        thorough=thorough,
+        memory=memory,
+    )
+    if replicas is None:
+        return apply(Joint(None))
     with jointly(replicas) as joint:
-        return _apply(
-            model,
-            layer,
-            blueprint,
-            config or {},
-            surroundings,
-            joint,
-            x=x,
-            graft=graft,
-            seed=seed,
-            adaptation=adaptation,
-            step=step,
-            thorough=thorough,
-            memory=memory,
-        )
+        return apply(joint)
 
 
 def _apply(

@@ -38,12 +38,8 @@ def _obey_the_server(rank: int) -> dict[str, Any]:
     os.environ["ESPER_STATE_DIR"] = tempfile.mkdtemp()
     attaching.Pace = partial(Pace, flush=0.02, first_retry=0.02)  # type: ignore[misc,assignment]
     plane = ControlPlane().start() if rank == 0 else None
-    options = {
-        "mode": "automatic",
-        "server": plane.url if plane else "http://nobody",
-        "token": "esp_attach",
-    }
-    with replica(rank, **options) as side:
+    address = plane.url if plane else "http://nobody"
+    with replica(rank, mode="automatic", server=address, token="esp_attach") as side:
         try:
             return _carry_out_commands(side, plane)
         finally:
@@ -77,6 +73,7 @@ def _carry_out_commands(side: Replica, plane: ControlPlane | None) -> dict[str, 
     with pytest.raises(RunStopped, match="enough"):
         run_until(side, lambda: False)
     seen["steps"], seen["sha"] = side.at, side.parameters()
+    side.session.close()  # the last answer is on its way until then
     if rank == 0 and plane is not None:
         seen["acks"] = [answered(plane, seq) for seq in (1, 2, 3)]
         seen["registrations"] = len(plane.registrations)
