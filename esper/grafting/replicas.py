@@ -363,7 +363,8 @@ def why_not_replicable(ddp: DistributedDataParallel) -> str:
         )
     if any(hasattr(p, "_in_backward_optimizers") for p in wrapper.module.parameters()):
         return "the optimizer steps inside backward, where no step boundary is: step it after"
-    if "comm_hook" in wrapper._get_ddp_logging_data() and not wrapper._comm_hooks:
+    hook = wrapper._get_ddp_logging_data().get("comm_hook", "")
+    if hook not in ("", sum_in_background.__qualname__) and not wrapper._comm_hooks:
         return (
             "DistributedDataParallel has a built-in communication hook, which a new reducer "
             "would lose: use register_comm_hook with torch's Python hook of the same name"
