@@ -254,6 +254,8 @@ class ManySizes:
         self.risk = blueprint.risk
         self.kind = blueprint.kind
         self.conflicts: frozenset[str] = frozenset()
+        self.requires: frozenset[str] = frozenset()
+        self.parts = 1
 
     def supports(self, layer: LayerInfo) -> str:
         return ""

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from esper.sdk import Session as Session
     from esper.sdk import attach as attach
     from esper.sdk import export as export
+    from esper.sdk.generating import int8_cache as int8_cache
 
 __version__ = "0.1.0"
-__all__ = ["Session", "__version__", "attach", "blueprints", "export", "graft"]
+__all__ = ["Session", "__version__", "attach", "blueprints", "export", "graft", "int8_cache"]
 
 # public name -> the module that holds it
 _HOMES = {
@@ -24,6 +25,7 @@ _HOMES = {
     "Session": "esper.sdk",
     "export": "esper.sdk",
     "graft": "esper.grafting",
+    "int8_cache": "esper.sdk.generating",  # needs transformers
 }
 
 

@@ -15,6 +15,7 @@ EsperError
 │   └── ReplicaError              a rank could not do what the others did, so none did
 ├── KernelError                   digest
 │   ├── KernelBuildError          permanent (False: worth another attempt)
+│   │   └── BuilderLostError      log, wanted (the child process is gone)
 │   ├── KernelDigestError         content does not match its name
 │   └── SignatureError            nobody we trust has signed this
 ├── CommandRefusedError           code, reason (a trainer will not do what it was told)
@@ -132,6 +133,20 @@ class KernelBuildError(KernelError):
     def __init__(self, message: str, *, permanent: bool, digest: str = "") -> None:
         super().__init__(message, digest=digest)
         self.permanent = permanent
+
+
+class BuilderLostError(KernelBuildError):
+    """The process that built is gone; worth another attempt, with another process.
+
+    Attributes:
+        log: the last lines that it wrote.
+        wanted: we ended it because nobody needs its result any more; not its fault.
+    """
+
+    def __init__(self, message: str, *, log: str, wanted: bool = False) -> None:
+        super().__init__(message, permanent=False)
+        self.log = log
+        self.wanted = wanted
 
 
 class KernelDigestError(KernelError):

@@ -1,6 +1,6 @@
 """Which blueprint, at which size: every candidate scored, and a "why not" for every other one.
 
-    score = gain - rent - memory - latency - stability - risk - redundancy + fit
+    score = gain - rent - memory - latency - stability - risk - redundancy - parts + fit
 
 Shape legend: N sizes of one blueprint at one layer.
 
@@ -45,6 +45,9 @@ MAX_TABLES = 4_096
 PRIOR_CASES = 4.0  # weight of the prior against closed cases
 PRIOR_KEPT = 0.6
 MEMORY_WEIGHT, LATENCY_WEIGHT, RENT_WEIGHT = 0.2, 0.2, 0.3
+# Of a composition, for each further part: where it fails, nobody knows which part it was. So it is
+# proposed where it has done better than its parts, not because it is larger.
+PARTS_WEIGHT = 0.05
 RISK_WEIGHT, REDUNDANCY_WEIGHT, FIT_WEIGHT = 0.08, 0.1, 0.3
 # What can be upset by a graft of this kind, whatever its class of risk.
 INSTABILITY: Mapping[GraftKind, float] = {
@@ -77,6 +80,10 @@ class SelectableBlueprint(Protocol):
     def kind(self) -> GraftKind: ...
     @property
     def conflicts(self) -> frozenset[str]: ...
+    @property
+    def requires(self) -> frozenset[str]: ...
+    @property
+    def parts(self) -> int: ...
 
     def supports(self, layer: LayerInfo) -> str:
         """Empty when it fits, else a sentence for a person."""
@@ -256,6 +263,8 @@ class BlueprintSelector:
             other = self._blueprints.get(slug)
             if slug in blueprint.conflicts or (other and blueprint.slug in other.conflicts):
                 return f"It conflicts with {slug}, which the layer carries."
+        if blueprint.requires and blueprint.requires.isdisjoint(history.grafts):
+            return f"It needs {' or '.join(sorted(blueprint.requires))} on the layer first."
         return ""
 
     def _table(self, blueprint: SelectableBlueprint, layer: LayerInfo) -> _Table:
@@ -397,6 +406,7 @@ def _terms(
         "stability": -INSTABILITY[blueprint.kind],
         "risk": -RISK_WEIGHT * risk_rank(blueprint.risk),
         "redundancy": -REDUNDANCY_WEIGHT if redundant else 0.0,
+        "parts": -PARTS_WEIGHT * (blueprint.parts - 1),
         "fit": _fit(blueprint, place.instability),
     }
 

@@ -17,7 +17,5 @@ app.autodiscover_tasks()
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def prepare_child(**_signal: object) -> None:
-    """One loop for bells; and torch before the first kernel, as CUDA does not survive a fork."""
+    """One lasting loop for bells. Builders are started by ``apps.kernels.presence``."""
     importlib.import_module("apps.notifications.services").start_bell_thread()
-    if os.environ.get("ESPER_KERNEL_KEY_FILE"):
-        importlib.import_module("esper.compilation").warm_up()

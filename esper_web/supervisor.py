@@ -106,8 +106,8 @@ class Esper:
             return
         await self.family.start([plan.web_child(self.site)])
         self._output.plain(f"Esper is at {self.site.url}")
-        capability = await asyncio.to_thread(plan.capability_of_this_machine)
-        await self.family.start(plan.service_children(self.site, capability))
+        capabilities = await asyncio.to_thread(plan.capabilities_of_this_machine)
+        await self.family.start(plan.service_children(self.site, capabilities))
         await self.family.start([plan.demo_child(self.site, demo) for demo in self._options.demos])
         self._ready = True
         self._note_runtime()

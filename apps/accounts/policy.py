@@ -32,6 +32,7 @@ class Act(StrEnum):
     ROLL_BACK = "roll_back"
     KILL = "kill"
     ACKNOWLEDGE_VIOLATION = "acknowledge_violation"
+    MANAGE_WORKERS = "manage_workers"
     SWITCH_BLUEPRINT = "switch_blueprint"
     EDIT_POLICY = "edit_policy"
     VIEW_AUDIT = "view_audit"
@@ -57,6 +58,7 @@ ALLOWED: dict[Act, frozenset[Role]] = {
     Act.ROLL_BACK: _ON_DUTY,
     Act.KILL: _ON_DUTY,
     Act.ACKNOWLEDGE_VIOLATION: _ON_DUTY,
+    Act.MANAGE_WORKERS: _ON_DUTY,
     Act.SWITCH_BLUEPRINT: _KEEPERS,
     Act.EDIT_POLICY: _KEEPERS,
     Act.VIEW_AUDIT: _EVERYBODY,
@@ -85,6 +87,7 @@ IN_WORDS: dict[Act, str] = {
     Act.ROLL_BACK: "roll back",
     Act.KILL: "kill all adaptation",
     Act.ACKNOWLEDGE_VIOLATION: "acknowledge violations",
+    Act.MANAGE_WORKERS: "drain, quarantine and release workers",
     Act.SWITCH_BLUEPRINT: "enable and disable blueprints",
     Act.EDIT_POLICY: "publish policies",
     Act.VIEW_AUDIT: "read the audit log",

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import logging
-import threading
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from django.conf import settings
-from django.db import close_old_connections, transaction
+from django.db import transaction
 
 from apps.accounts.actors import SYSTEM, Actor, ActorKind
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.kernels import services as kernels
+from apps.kernels.building import Progress, builders
 from apps.kernels.models import CompileJob, Kernel
 from apps.notifications.services import enqueue
 from apps.runs.services import lock_run
 from apps.violations.services import record_violation
-from esper.constraints import check_measured
+from esper.compilation import BuildOrder, KernelStore, open_kernel
+from esper.compilation.bundle import pack
+from esper.constraints import check_forecast, check_measured
 from esper.contracts import (
     AdaptationState,
     Certificate,
+    Check,
+    CostForecast,
     JobState,
+    JobStep,
+    KernelBundle,
+    KernelKey,
+    KernelReport,
     LayerInfo,
     Severity,
     ViolationRule,
 )
-from esper.exceptions import EsperError, KernelBuildError
-
-if TYPE_CHECKING:
-    from esper.contracts import KernelKey
+from esper.exceptions import BuilderLostError, EsperError, KernelBuildError
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +52,28 @@ def queue_compilation(adaptation: Adaptation, *, layer: LayerInfo, actor: Actor)
         blueprint_slug=adaptation.blueprint.slug,
         config=adaptation.config,
         layer=layer.to_wire(),
-        capability=adaptation.run.capability,
+        capability=adaptation.run.capability_of(layer.device),
     )
     return transition(adaptation, AdaptationState.COMPILE_QUEUED, actor=actor, job=job)
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """What an attempt has come to: a kernel from the cache, or a new bundle in the store."""
+
+    key: KernelKey
+    cached: Kernel | None = None
+    bundle: KernelBundle | None = None
+    report: KernelReport | None = None
+    build_ms: float = 0.0
+
+
+class _ForecastOverLimitError(EsperError):
+    """Shape arithmetic says that the graft would break a limit; nothing was built."""
+
+    def __init__(self, broken: list[Check]) -> None:
+        super().__init__(" ".join(check.text for check in broken))
+        self.broken = broken
 
 
 def compile_kernel(job_uid: str, *, worker: str) -> None:
@@ -60,19 +83,31 @@ def compile_kernel(job_uid: str, *, worker: str) -> None:
     if not _start(job, worker, actor):
         return
     started = time.perf_counter()
+    progress = Progress(job)
     try:
-        with _renewed_lease(job):
-            kernel, cached = _build_or_reuse(job, worker)
+        with progress.leased():
+            built = _build_or_reuse(job, progress)
+    except BuilderLostError as error:
+        if error.wanted:
+            log.warning("job %s: %s", job.uid, error)
+            return  # whoever took the lease away has moved the rows
+        log.error("job %s: %s\n%s", job.uid, error, error.log)
+        _fail(job, actor, str(error), permanent=False, builder_log=error.log, progress=progress)
+        kernels.note_lost_builder(worker)
+    except _ForecastOverLimitError as error:
+        _fail(job, actor, str(error), permanent=True, broken=error.broken, progress=progress)
     except KernelBuildError as error:
-        _fail(job, actor, str(error), permanent=error.permanent)
+        _fail(job, actor, str(error), permanent=error.permanent, progress=progress)
     except EsperError as error:
-        _fail(job, actor, str(error), permanent=True)
+        _fail(job, actor, str(error), permanent=True, progress=progress)
     except Exception as error:
         log.exception("job %s", job.uid)
-        _fail(job, actor, f"{type(error).__name__}: {error}", permanent=False)
+        text = f"{type(error).__name__}: {error}"
+        _fail(job, actor, text, permanent=False, progress=progress)
     else:
         build_ms = (time.perf_counter() - started) * 1e3
-        _finish(job, actor, kernel, cached=cached, build_ms=build_ms)
+        _finish(job, actor, built, build_ms=build_ms, progress=progress)
+        kernels.note_good_build(worker)
 
 
 @transaction.atomic
@@ -94,47 +129,45 @@ def _locked(job: CompileJob) -> Adaptation:
     return adaptations.get(uid=job.adaptation_uid)
 
 
-@contextmanager
-def _renewed_lease(job: CompileJob) -> Iterator[None]:
-    """Renews the lease from a thread while the build goes on."""
-    done = threading.Event()
+def _build_or_reuse(job: CompileJob, progress: Progress) -> _Built:
+    """A builder child does all that needs torch; this process never opens the device."""
+    builder = builders().ready()
+    order = BuildOrder(
+        LayerInfo.from_wire(job.layer), job.blueprint_slug, job.config, job.capability
+    )
+    key, forecast = builder.specify(order)
+    progress.note(JobStep.FORECAST)
+    _check_forecast(job, forecast)
+    cached = _stored_kernel(key)
+    if cached is not None:
+        return _Built(key, cached=cached)
+    started = time.perf_counter()
+    draft = builder.draft(
+        order,
+        on_step=lambda step, _: progress.note(JobStep(step)),
+        stopped=progress.lost.is_set,
+    )
+    if draft.key != key:
+        raise KernelBuildError("the builder changed its mind about the key", permanent=False)
+    bundle = pack(draft, private_key=Path(settings.ESPER_KERNEL_KEY_FILE).read_text().strip())
+    progress.note(JobStep.SIGNED)
+    KernelStore(Path(settings.ESPER_KERNEL_STORE_DIR)).put(bundle)
+    progress.note(JobStep.STORED)
+    build_ms = (time.perf_counter() - started) * 1e3
+    _, _, report = open_kernel(bundle.files, bundle.digest, settings.ESPER_KERNEL_PUBLIC_KEY)
+    return _Built(key, bundle=bundle, report=report, build_ms=build_ms)
 
-    def renew() -> None:
-        while not done.wait(settings.ESPER_COMPILE_HEARTBEAT_SECONDS):
-            kernels.renew_lease(job)
-            close_old_connections()
 
-    thread = threading.Thread(target=renew, name=f"lease-{job.uid}", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _build_or_reuse(job: CompileJob, worker: str) -> tuple[Kernel, bool]:
-    from esper import blueprints
-    from esper.compilation import kernel_key
-
-    layer = LayerInfo.from_wire(job.layer)
-    blueprint = blueprints.get(job.blueprint_slug)
-    reason = blueprint.supports(layer)
-    if reason:
-        raise KernelBuildError(
-            f"{blueprint.slug} does not fit {layer.name}: {reason}", permanent=True
-        )
-    key = kernel_key(layer, job.blueprint_slug, job.config)
-    stored = _stored_kernel(key)
-    if stored is not None:
-        return stored, True
-    return _build(job, key, layer, worker), False
+def _check_forecast(job: CompileJob, forecast: CostForecast) -> None:
+    adaptation = Adaptation.objects.select_related("safety_policy").get(uid=job.adaptation_uid)
+    checks = check_forecast(forecast, adaptation.safety_policy.safety_policy())
+    broken = [check for check in checks if check.blocks]
+    if broken:
+        raise _ForecastOverLimitError(broken)
 
 
 def _stored_kernel(key: KernelKey) -> Kernel | None:
     """A kernel of this key whose files are there and whose signature still holds."""
-    from esper.compilation import KernelStore, open_kernel
-
     row = Kernel.objects.filter(key_hash=key.hash).first()
     store = KernelStore(Path(settings.ESPER_KERNEL_STORE_DIR))
     if row is None or not store.has(row.digest):
@@ -148,28 +181,21 @@ def _stored_kernel(key: KernelKey) -> Kernel | None:
     return row
 
 
-def _build(job: CompileJob, key: KernelKey, layer: LayerInfo, worker: str) -> Kernel:
-    from esper.compilation import KernelStore, build_kernel, open_kernel
-
-    started = time.perf_counter()
-    private_key = Path(settings.ESPER_KERNEL_KEY_FILE).read_text().strip()
-    bundle = build_kernel(layer, job.blueprint_slug, job.config, private_key=private_key)
-    KernelStore(Path(settings.ESPER_KERNEL_STORE_DIR)).put(bundle)
-    build_ms = (time.perf_counter() - started) * 1e3
-    _, _, report = open_kernel(bundle.files, bundle.digest, settings.ESPER_KERNEL_PUBLIC_KEY)
-    return kernels.store_kernel(
-        bundle=bundle, key=key, report=report, worker=worker, build_ms=build_ms
-    )
-
-
 @transaction.atomic
 def _finish(
-    job: CompileJob, actor: Actor, kernel: Kernel, *, cached: bool, build_ms: float
+    job: CompileJob, actor: Actor, built: _Built, *, build_ms: float, progress: Progress
 ) -> None:
     adaptation = _locked(job)
-    if not kernels.finish_job(job, kernel=kernel, cached=cached, build_ms=build_ms):
+    if not kernels.holds_lease(job):
         log.warning("job %s: this attempt came too late, its result is not taken", job.uid)
         return
+    if kernels.is_quarantined(actor.name):
+        reason = f"{actor.name} is in quarantine, its result is not taken"
+        _give_up_attempt(adaptation, job, actor, reason, permanent=False)
+        return
+    progress.write()
+    kernel = built.cached or _kernel_row(built, actor.name)
+    kernels.finish_job(job, kernel=kernel, cached=built.cached is not None, build_ms=build_ms)
     if adaptation.state != AdaptationState.COMPILING:
         return
     transition(adaptation, AdaptationState.COMPILED, actor=actor, kernel=kernel)
@@ -177,27 +203,68 @@ def _finish(
         queue_dispatch(adaptation)
 
 
+def _kernel_row(built: _Built, worker: str) -> Kernel:
+    """Only now, under the fence: a late attempt must not replace the row of the one that counts."""
+    assert built.bundle is not None
+    assert built.report is not None
+    return kernels.store_kernel(
+        bundle=built.bundle,
+        key=built.key,
+        report=built.report,
+        worker=worker,
+        build_ms=built.build_ms,
+    )
+
+
 def _measured_limits_hold(adaptation: Adaptation, kernel: Kernel) -> bool:
-    certificate = Certificate.from_wire(kernel.certificate)
-    policy = adaptation.safety_policy.safety_policy()
-    broken = [check for check in check_measured(certificate, policy) if check.blocks]
-    for check in broken:
-        record_violation(
-            run=adaptation.run,
-            rule=check.rule,
-            severity=Severity.SERIOUS,
-            observed=check.observed,
-            limit=check.limit,
-            text=check.text,
-            action="The kernel was measured before it reached the run; it was not sent.",
-            layer=adaptation.layer,
-            adaptation_uid=adaptation.uid,
-            step=adaptation.proposed_step,
-        )
+    checks = check_measured(
+        Certificate.from_wire(kernel.certificate),
+        adaptation.safety_policy.safety_policy(),
+        forecast=_forecast_of(kernel),
+        peak_memory_mib=_nan_for_none(kernel.peak_memory_mib),
+    )
+    broken = [check for check in checks if check.blocks]
+    _record_broken(
+        adaptation,
+        broken,
+        severity=Severity.SERIOUS,
+        action="The kernel was measured before it reached the run; it was not sent.",
+    )
     if broken:
         reason = " ".join(check.text for check in broken)
         transition(adaptation, AdaptationState.DECLINED, actor=SYSTEM, reason=reason)
     return not broken
+
+
+def _forecast_of(kernel: Kernel) -> CostForecast:
+    return CostForecast(
+        parameters=kernel.parameters,
+        flops=0,
+        memory_mib=_nan_for_none(kernel.forecast_memory_mib),
+        latency_ms=_nan_for_none(kernel.forecast_latency_ms),
+    )
+
+
+def _nan_for_none(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _record_broken(
+    adaptation: Adaptation, broken: list[Check], *, severity: Severity, action: str
+) -> None:
+    for check in broken:
+        record_violation(
+            run=adaptation.run,
+            rule=check.rule,
+            severity=severity,
+            observed=check.observed,
+            limit=check.limit,
+            text=check.text,
+            action=action,
+            layer=adaptation.layer,
+            adaptation_uid=adaptation.uid,
+            step=adaptation.proposed_step,
+        )
 
 
 def queue_dispatch(adaptation: Adaptation) -> None:
@@ -209,29 +276,58 @@ def queue_dispatch(adaptation: Adaptation) -> None:
 
 
 @transaction.atomic
-def _fail(job: CompileJob, actor: Actor, error: str, *, permanent: bool) -> None:
+def _fail(
+    job: CompileJob,
+    actor: Actor,
+    error: str,
+    *,
+    permanent: bool,
+    builder_log: str = "",
+    broken: list[Check] | None = None,
+    progress: Progress | None = None,
+) -> None:
     adaptation = _locked(job)
-    state = kernels.fail_job(job, error=error, permanent=permanent)
-    if state is None:
-        return
-    if adaptation.state != AdaptationState.COMPILING:
+    if progress is not None:
+        progress.write()
+    _give_up_attempt(
+        adaptation, job, actor, error, permanent=permanent, builder_log=builder_log, broken=broken
+    )
+
+
+def _give_up_attempt(
+    adaptation: Adaptation,
+    job: CompileJob,
+    actor: Actor,
+    error: str,
+    *,
+    permanent: bool,
+    builder_log: str = "",
+    broken: list[Check] | None = None,
+) -> None:
+    state = kernels.fail_job(job, error=error, permanent=permanent, log=builder_log)
+    if state is None or adaptation.state != AdaptationState.COMPILING:
         return
     if state == JobState.QUEUED:
         transition(adaptation, AdaptationState.COMPILE_QUEUED, actor=actor, reason=error)
         return
-    record_violation(
-        run=adaptation.run,
-        rule=ViolationRule.COMPATIBILITY if permanent else ViolationRule.DEADLINE,
+    _record_broken(
+        adaptation,
+        broken or [_no_kernel(adaptation, error, permanent=permanent)],
         severity=Severity.CAUTION,
+        action=f"Given up after attempt {job.attempt}; the run was not touched.",
+    )
+    transition(adaptation, AdaptationState.COMPILE_FAILED, actor=actor, reason=error)
+
+
+def _no_kernel(adaptation: Adaptation, error: str, *, permanent: bool) -> Check:
+    return Check(
+        rule=ViolationRule.COMPATIBILITY if permanent else ViolationRule.DEADLINE,
+        passed=False,
+        hard=True,
         observed=error,
         limit="a certified kernel",
         text=f"The kernel for {adaptation.layer} could not be made: {error}",
-        action=f"Given up after attempt {job.attempt}; the run was not touched.",
-        layer=adaptation.layer,
-        adaptation_uid=adaptation.uid,
-        step=adaptation.proposed_step,
     )
-    transition(adaptation, AdaptationState.COMPILE_FAILED, actor=actor, reason=error)
 
 
 def take_lost_job_back(job: CompileJob) -> None:

@@ -167,17 +167,28 @@ def _check_neighbours(run: Run, layer: str, blueprint: Blueprint) -> Check:
         for slug, conflicts in others.items()
         if slug == blueprint.slug or slug in blueprint.conflicts or blueprint.slug in conflicts
     )
+    missing = blueprint.requires if not set(blueprint.requires) & set(grafts) else []
     carried = ", ".join(grafts) or "nothing"
     return Check(
         rule=ViolationRule.COMPATIBILITY,
-        passed=not clashing,
+        passed=not clashing and not missing,
         hard=True,
         observed=carried,
-        limit=f"nothing that conflicts with {blueprint.slug}",
-        text=f"{layer} carries {', '.join(clashing)}, which conflicts with {blueprint.slug}."
-        if clashing
-        else f"{layer} carries {carried}; {blueprint.slug} gets on with that.",
+        limit=f"{' or '.join(missing)} first"
+        if missing
+        else f"nothing that conflicts with {blueprint.slug}",
+        text=_neighbourhood(layer, blueprint.slug, carried, clashing, missing),
     )
+
+
+def _neighbourhood(
+    layer: str, slug: str, carried: str, clashing: list[str], missing: list[str]
+) -> str:
+    if clashing:
+        return f"{layer} carries {', '.join(clashing)}, which conflicts with {slug}."
+    if missing:
+        return f"{slug} needs {' or '.join(missing)} on {layer} first, which carries {carried}."
+    return f"{layer} carries {carried}; {slug} gets on with that."
 
 
 def _gate_inputs(run: Run, proposal: Proposal, blueprint: Blueprint) -> GateInputs:

@@ -20,6 +20,7 @@ from apps.kernels.services import (
     cancel_job,
     jobs_with_lost_lease,
     mark_offline_workers,
+    note_unserved_jobs,
     ring_worker,
 )
 from apps.runs.models import Command, Run
@@ -46,6 +47,7 @@ def sweep() -> int:
     mark_offline_workers()
     for job in jobs_with_lost_lease():
         take_lost_job_back(job)
+    note_unserved_jobs()
     _hint_again()
     _expire_commands()
     moved = sum(_expire(adaptation) for adaptation in _overdue())
@@ -76,6 +78,8 @@ def _take_outcome(adaptation: Adaptation) -> None:
     state = AdaptationState(adaptation.state)
     outcome = DEADLINES[state].outcome
     reason = f"nothing came of {state.replace('_', ' ')} in time"
+    if state == S.COMPILE_QUEUED and adaptation.job is not None and adaptation.job.waits_for:
+        reason = f"{reason}: {adaptation.job.waits_for}"
     if state in (S.DISPATCHED, S.ACCEPTED, S.ROLLING_BACK) and not heard_lately(adaptation.run):
         # It may have done what it was told, and cannot say so.
         transition(

@@ -31,6 +31,7 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
     "method-not-allowed": (405, "This resource has no such method.", "See /api/docs."),
     "no-extension-left": (409, "It was extended three times already.", "Decide, or let it expire."),
     "no-such-topic": (400, "Events are kept for `run:<uid>`, `launch:<uid>`, `inbox` and `system`.", "Name one of these."),
+    "not-a-compile-worker": (409, "Only workers that compile are drained or put into quarantine.", "See `kind` of the worker."),
     "not-acceptable": (406, "The answer comes as JSON only.", "Send `Accept: application/json`."),
     "not-eligible": (403, "Your role does not allow this; `detail` says whose does.", "Ask somebody with that role."),
     "not-found": (404, "There is no such thing, or it is not yours to see.", "Check the identifier and the token."),

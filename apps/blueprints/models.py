@@ -20,6 +20,7 @@ class Blueprint(models.Model):
     source = models.TextField(blank=True)
     when = models.TextField(blank=True)
     conflicts = models.JSONField(default=list)
+    requires = models.JSONField(default=list)  # one of these must sit on the layer first
     version = models.CharField(max_length=16)
     present = models.BooleanField(default=True)  # False: the code of it is gone
     enabled = models.BooleanField(default=True)

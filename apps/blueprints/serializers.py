@@ -7,6 +7,7 @@ from apps.blueprints.models import Blueprint
 
 class BlueprintOutput(serializers.ModelSerializer[Blueprint]):
     conflicts = serializers.ListField(child=serializers.CharField())
+    requires = serializers.ListField(child=serializers.CharField())
 
     class Meta:
         model = Blueprint
@@ -23,6 +24,7 @@ class BlueprintOutput(serializers.ModelSerializer[Blueprint]):
             "source",
             "when",
             "conflicts",
+            "requires",
             "version",
             "present",
             "enabled",

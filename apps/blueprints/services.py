@@ -39,6 +39,7 @@ def sync_catalogue() -> list[str]:
             "source": blueprint.source,
             "when": blueprint.when,
             "conflicts": sorted(blueprint.conflicts),
+            "requires": sorted(blueprint.requires),
             "version": blueprint.version,
             "present": True,
         }

@@ -84,6 +84,7 @@ JOB: dict[JobState, Status] = {
 WORKER: dict[WorkerState, Status] = {
     WorkerState.IDLE: Status("normal", "disc", "Idle"),
     WorkerState.BUSY: Status("normal", "half", "Busy"),
+    WorkerState.STOPPING: Status("standby", "half", "Stopping"),
     WorkerState.OFFLINE: Status("serious", "question", "Offline"),
 }
 LAUNCH: dict[LaunchState, Status] = {

@@ -24,5 +24,5 @@ class CompileJobAdmin(ReadOnlyAdmin):
 
 @admin.register(Worker)
 class WorkerAdmin(ReadOnlyAdmin):
-    list_display = ("name", "host", "capability", "state", "heartbeat_at")
-    list_filter = ("state",)
+    list_display = ("name", "kind", "host", "state", "mode", "heartbeat_at")
+    list_filter = ("kind", "state", "mode")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from django.conf import settings
@@ -10,20 +11,23 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.problems import not_found
+from apps.api.authentication import person, via
 from apps.api.endpoint import READERS, Endpoint, run_of_token
 from apps.api.fields import parse
 from apps.api.filters import apply_filters, flag, one_of, text
+from apps.api.idempotency import idempotent
 from apps.api.pagination import PARAMETERS, page_response
 from apps.api.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.api.throttling import ActThrottle
 from apps.kernels.models import CompileJob, Kernel, Worker
-from apps.kernels.selectors import run_may_fetch
+from apps.kernels.selectors import current_jobs, run_may_fetch
 from apps.kernels.serializers import HeartbeatInput, JobOutput, KernelOutput, WorkerOutput
-from apps.kernels.services import Presence, heartbeat
+from apps.kernels.services import Presence, heartbeat, set_worker_mode
+from apps.runs.serializers import ReasonInput
 from esper.compilation import KernelStore
-from esper.contracts import BUNDLE_FILES, JobState, TokenScope, WorkerState
+from esper.contracts import BUNDLE_FILES, JobState, TokenScope, WorkerKind, WorkerMode, WorkerState
 from esper.exceptions import KernelError
 
-TAMIYO_CAPABILITY = "tamiyo"
 KERNEL_FILTERS = {"blueprint": ("blueprint_slug", text), "capability": ("capability", text)}
 JOB_FILTERS = {
     "state": ("state", one_of(JobState)),
@@ -31,7 +35,12 @@ JOB_FILTERS = {
     "adaptation": ("adaptation_uid", text),
     "cached": ("cached", flag),
 }
-WORKER_FILTERS = {"state": ("state", one_of(WorkerState)), "host": ("host", text)}
+WORKER_FILTERS = {
+    "kind": ("kind", one_of(WorkerKind)),
+    "state": ("state", one_of(WorkerState)),
+    "mode": ("mode", one_of(WorkerMode)),
+    "host": ("host", text),
+}
 
 
 class Kernels(Endpoint):
@@ -78,7 +87,11 @@ class Jobs(Endpoint):
         parameters=[*(query(name) for name in JOB_FILTERS), CURSOR, LIMIT],
     )
     def get(self, request: Request) -> Response:
-        jobs = apply_filters(request, CompileJob.objects.select_related("kernel"), JOB_FILTERS)
+        jobs = apply_filters(
+            request,
+            CompileJob.objects.select_related("kernel").prefetch_related("steps"),
+            JOB_FILTERS,
+        )
         return page_response(request, jobs, lambda rows: JobOutput(rows, many=True).data)
 
 
@@ -89,11 +102,62 @@ class Workers(Endpoint):
         "list_workers",
         answer=page_of(WorkerOutput),
         parameters=[*(query(name) for name in WORKER_FILTERS), CURSOR, LIMIT],
-        summary=f"Workers, and Tamiyo (capability {TAMIYO_CAPABILITY!r}), as they last reported",
+        summary="Workers, and Tamiyo beside them, as they last reported",
     )
     def get(self, request: Request) -> Response:
         workers = apply_filters(request, Worker.objects.all(), WORKER_FILTERS)
-        return page_response(request, workers, lambda rows: WorkerOutput(rows, many=True).data)
+        return page_response(request, workers, worker_rows)
+
+
+class _WorkerAct(Endpoint):
+    throttle_classes = (ActThrottle,)
+    mode: ClassVar[WorkerMode]
+
+    def _change(self, request: Request, name: str) -> Response:
+        worker = Worker.objects.filter(name=name).first()
+        if worker is None:
+            raise not_found("worker")
+        changed = set_worker_mode(
+            worker=worker,
+            mode=self.mode,
+            user=person(request),
+            via=via(request),
+            reason=parse(ReasonInput, request.data)["reason"],
+        )
+        return Response(worker_rows([changed])[0])
+
+
+class DrainWorker(_WorkerAct):
+    mode = WorkerMode.DRAINING
+
+    @documented("drain_worker", body=ReasonInput, answer=WorkerOutput, act=True)
+    @idempotent
+    def post(self, request: Request, name: str) -> Response:
+        return self._change(request, name)
+
+
+class QuarantineWorker(_WorkerAct):
+    mode = WorkerMode.QUARANTINED
+
+    @documented("quarantine_worker", body=ReasonInput, answer=WorkerOutput, act=True)
+    @idempotent
+    def post(self, request: Request, name: str) -> Response:
+        return self._change(request, name)
+
+
+class ReleaseWorker(_WorkerAct):
+    mode = WorkerMode.ACTIVE
+
+    @documented("release_worker", body=ReasonInput, answer=WorkerOutput, act=True)
+    @idempotent
+    def post(self, request: Request, name: str) -> Response:
+        return self._change(request, name)
+
+
+def worker_rows(workers: Sequence[Worker]) -> list[dict[str, Any]]:
+    """Workers with the job that each is at."""
+    context = {"jobs": current_jobs(workers)}
+    return list(WorkerOutput(workers, many=True, context=context).data)
 
 
 class TamiyoHeartbeat(Endpoint):
@@ -114,9 +178,7 @@ def _presence(instance: str, status: dict[str, Any]) -> Presence:
     return Presence(
         name=name,
         host=instance,
-        capability=TAMIYO_CAPABILITY,
-        queues=[],
-        devices=[],
+        kind=WorkerKind.TAMIYO,
         versions=versions,
         started_at=known.started_at if known else timezone.now(),
     )

@@ -7,21 +7,36 @@ from functools import partial
 from django.db import models
 
 from apps.accounts.identifiers import UID_LENGTH, new_uid
-from esper.contracts import JobState, WorkerState
+from esper.contracts import JobState, JobStep, WorkerKind, WorkerMode, WorkerState
 
 
 class Worker(models.Model):
-    """A Celery worker process, as its own heartbeat describes it."""
+    """A Celery worker process, as its own heartbeat describes it, and Tamiyo beside them.
+
+    The heartbeat writes what the worker is; people and the pool write ``mode``, what it may do.
+    """
 
     name = models.CharField(max_length=120, unique=True)
+    kind = models.CharField(
+        max_length=8, choices=[(k, k) for k in WorkerKind], default=WorkerKind.CONTROL
+    )
     host = models.CharField(max_length=120, db_index=True)
-    capability = models.CharField(max_length=40)
+    capabilities = models.JSONField(default=list)  # what it compiles for: "cpu", "cuda.sm90"
     queues = models.JSONField(default=list)
-    devices = models.JSONField(default=list)
+    devices = models.JSONField(default=list)  # {device, name, capability, memory_free_mib, …}
     versions = models.JSONField(default=dict)
+    memory_free_mib = models.PositiveIntegerField(null=True)  # the host's
+    memory_total_mib = models.PositiveIntegerField(null=True)
     state = models.CharField(max_length=8, choices=[(s, s) for s in WorkerState])
     started_at = models.DateTimeField()
     heartbeat_at = models.DateTimeField()
+    mode = models.CharField(
+        max_length=11, choices=[(m, m) for m in WorkerMode], default=WorkerMode.ACTIVE
+    )
+    mode_reason = models.TextField(blank=True)
+    mode_by = models.CharField(max_length=150, blank=True)
+    mode_at = models.DateTimeField(null=True, blank=True)
+    crashes = models.PositiveIntegerField(default=0)  # builder children lost in a row
 
     class Meta:
         ordering = ("name",)
@@ -46,6 +61,14 @@ class Kernel(models.Model):
     parameters = models.BigIntegerField()
     latency_ms = models.FloatField(null=True)
     memory_mib = models.FloatField(null=True)
+    # Shape arithmetic from before the build, beside what was measured after it.
+    forecast_latency_ms = models.FloatField(null=True)
+    forecast_memory_mib = models.FloatField(null=True)
+    forward_p50_ms = models.FloatField(null=True)
+    forward_p95_ms = models.FloatField(null=True)
+    backward_p50_ms = models.FloatField(null=True)
+    backward_p95_ms = models.FloatField(null=True)
+    peak_memory_mib = models.FloatField(null=True)
     certificate = models.JSONField()
     stage_ms = models.JSONField(default=dict)
     build_ms = models.FloatField()
@@ -84,6 +107,8 @@ class CompileJob(models.Model):
     cached = models.BooleanField(default=False)
     build_ms = models.FloatField(null=True, blank=True)
     error = models.TextField(blank=True)
+    waits_for = models.TextField(blank=True)  # why nobody takes it, a sentence
+    log = models.TextField(blank=True)  # what happened in each attempt, the end of it
     queued_at = models.DateTimeField(auto_now_add=True)
     started_at = models.DateTimeField(null=True, blank=True)
     ended_at = models.DateTimeField(null=True, blank=True)
@@ -93,3 +118,23 @@ class CompileJob(models.Model):
 
     def __str__(self) -> str:
         return f"{self.uid} {self.blueprint_slug} {self.state}"
+
+
+class JobStepDone(models.Model):
+    """One step of one attempt at a job, and when it was done."""
+
+    job = models.ForeignKey(CompileJob, on_delete=models.CASCADE, related_name="steps")
+    attempt = models.PositiveSmallIntegerField()
+    step = models.CharField(max_length=10, choices=[(s, s) for s in JobStep])
+    at = models.DateTimeField()
+
+    class Meta:
+        ordering = ("id",)
+        constraints = (
+            models.UniqueConstraint(
+                fields=("job", "attempt", "step"), name="one_row_for_each_step_of_an_attempt"
+            ),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.job_id} {self.attempt} {self.step}"

@@ -1,4 +1,8 @@
-"""A worker says that it lives, from a thread of its main process."""
+"""A worker says that it lives, from a thread of its main process, and obeys what it hears back.
+
+Celery's main process knows the queues; the pool process, which builds, knows the devices. Both
+report under one name.
+"""
 
 from __future__ import annotations
 
@@ -6,58 +10,171 @@ import logging
 import os
 import platform
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from celery.signals import worker_ready, worker_shutting_down
+from celery.signals import (
+    celeryd_init,
+    worker_process_init,
+    worker_process_shutdown,
+    worker_ready,
+    worker_shutdown,
+    worker_shutting_down,
+)
 from django.conf import settings
-from django.db import close_old_connections
+from django.db import connections
 from django.utils import timezone
 
-from apps.kernels.services import Presence, heartbeat
+import esper
+from apps.kernels.building import builders, close_builders
+from apps.kernels.services import Presence, heartbeat, say_goodbye
+from esper.contracts import WorkerKind, WorkerMode
 
 log = logging.getLogger(__name__)
+_started_at = timezone.now()
 _stopping = threading.Event()
+_stopped = threading.Event()
+_no_fork = threading.Lock()
+os.register_at_fork(
+    before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_no_fork.release
+)
+
+
+@contextmanager
+def database_between_forks() -> Iterator[None]:
+    """For a thread of Celery's main process: nothing of the database is open when it forks.
+
+    A pool process that was killed is replaced by a fork at any moment. With a connection open in
+    this process then, the new one inherits SQLite's state (seen: every query of its whole life
+    failed with "database disk image is malformed") or the sockets of PostgreSQL's pool.
+    """
+    with _no_fork:
+        try:
+            yield
+        finally:
+            for connection in connections.all(initialized_only=True):
+                connection.close()
+                if hasattr(connection, "close_pool"):
+                    connection.close_pool()
 
 
 def worker_name() -> str:
     """``compile@host``: the name under which this process takes leases."""
-    return os.environ.get("ESPER_WORKER_NAME", f"worker-{os.getppid()}@{settings.ESPER_HOST_NAME}")
+    return os.environ.get("ESPER_WORKER_NAME", f"worker-{os.getpid()}@{settings.ESPER_HOST_NAME}")
 
 
-def start_heartbeat(queues: list[str]) -> threading.Thread:
+def host_memory_mib() -> tuple[int, int] | tuple[None, None]:
+    """Free and total memory of this machine, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None, None
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return kib["MemAvailable"] // 1024, kib["MemTotal"] // 1024
+
+
+def start_heartbeat(consumer: Any) -> threading.Thread:
     """Heartbeats in the background until the worker stops."""
-    started_at = timezone.now()
-    presence = Presence(
-        name=worker_name(),
-        host=settings.ESPER_HOST_NAME,
-        capability=settings.ESPER_CAPABILITY,
-        queues=queues,
-        devices=[platform.processor() or platform.machine()],
-        versions={"python": platform.python_version()},
-        started_at=started_at,
-    )
+    queues = [queue.name for queue in consumer.task_consumer.queues]
+    compiles = any(queue.startswith("compile.") for queue in queues)
+    kind = WorkerKind.COMPILE if compiles else WorkerKind.CONTROL
+    capabilities = settings.ESPER_WORKER_CAPABILITIES if compiles else []
+    versions = None if compiles else {"python": platform.python_version()}
 
     def beat() -> None:
-        while True:
+        mode = WorkerMode.ACTIVE
+        while not _stopped.is_set():
+            free_mib, total_mib = host_memory_mib()
+            presence = Presence(
+                name=worker_name(),
+                kind=kind,
+                host=settings.ESPER_HOST_NAME,
+                started_at=_started_at,
+                capabilities=capabilities,
+                queues=queues,
+                versions=versions,
+                stopping=_stopping.is_set(),
+                memory_free_mib=free_mib,
+                memory_total_mib=total_mib,
+            )
             try:
-                heartbeat(presence)
+                with database_between_forks():
+                    told = heartbeat(presence)
+                mode = _obey(consumer, queues, mode, told)
             except Exception as error:
                 log.warning("no heartbeat this time: %s", error)
-            close_old_connections()
-            if _stopping.wait(settings.ESPER_WORKER_HEARTBEAT_SECONDS):
-                return
+            awaited = _stopped if _stopping.is_set() else _stopping
+            awaited.wait(settings.ESPER_WORKER_HEARTBEAT_SECONDS)
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
     return thread
 
 
+def _obey(consumer: Any, queues: list[str], before: WorkerMode, mode: WorkerMode) -> WorkerMode:
+    """Leave the queues while resting, so that bells ring where somebody works."""
+    if (before == WorkerMode.ACTIVE) != (mode == WorkerMode.ACTIVE):
+        log.warning("this worker is %s now", mode)
+        act = consumer.add_task_queue if mode == WorkerMode.ACTIVE else consumer.cancel_task_queue
+        for queue in queues:
+            consumer.call_soon(act, queue)
+    return mode
+
+
+def report_devices() -> None:
+    """What the builder child found; None of it is known to a process without torch."""
+    description = builders().ready().wait_ready()
+    log.info("builders are ready; their network is closed by %s", description.network)
+    heartbeat(
+        Presence(
+            name=worker_name(),
+            kind=WorkerKind.COMPILE,
+            host=settings.ESPER_HOST_NAME,
+            started_at=_started_at,
+            devices=description.devices,
+            versions={
+                **description.versions,
+                "esper": esper.__version__,
+                "builder_network": f"closed by {description.network}",
+            },
+        )
+    )
+
+
+@celeryd_init.connect
+def _name_worker(sender: str, **_: Any) -> None:
+    os.environ.setdefault("ESPER_WORKER_NAME", sender)  # its pool processes inherit it
+
+
+@worker_process_init.connect
+def _on_process_start(**_: Any) -> None:
+    if settings.ESPER_KERNEL_KEY_FILE:
+        report_devices()
+
+
+@worker_process_shutdown.connect
+def _on_process_end(**_: Any) -> None:
+    close_builders()
+
+
 @worker_ready.connect
 def _on_ready(sender: Any, **_: Any) -> None:
-    queues = [queue.name for queue in sender.task_consumer.queues]
-    start_heartbeat(queues)
+    start_heartbeat(sender)
 
 
 @worker_shutting_down.connect
 def _on_stop(**_: Any) -> None:
+    """In a signal handler: set the flag, the heartbeat tells it. Celery finishes the job."""
     _stopping.set()
+
+
+@worker_shutdown.connect
+def _on_end(**_: Any) -> None:
+    _stopped.set()
+    try:
+        with database_between_forks():
+            say_goodbye(worker_name())
+    except Exception as error:
+        log.warning("the database did not hear that this worker has ended: %s", error)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from django.db.models import Avg, Count, Q, Sum
 
-from apps.kernels.models import CompileJob, Kernel
+from apps.kernels.models import CompileJob, Kernel, Worker
 from apps.runs.models import Command
 from esper.contracts import JobState
 
@@ -14,6 +15,13 @@ from esper.contracts import JobState
 def run_may_fetch(run_uid: str, digest: str) -> bool:
     """A trainer gets the kernels that it was told to graft, and no others."""
     return Command.objects.filter(run__uid=run_uid, kernel_digest=digest).exists()
+
+
+def current_jobs(workers: Sequence[Worker]) -> dict[str, CompileJob]:
+    """The running job of each worker that has one, by the worker's name, with its steps."""
+    names = [worker.name for worker in workers]
+    running = CompileJob.objects.filter(state=JobState.RUNNING, lease_owner__in=names)
+    return {job.lease_owner: job for job in running.prefetch_related("steps")}
 
 
 def cache_stats() -> dict[str, Any]:

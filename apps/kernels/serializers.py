@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
 from apps.api.fields import Members, Text
-from apps.kernels.models import CompileJob, Kernel, Worker
+from apps.kernels.models import CompileJob, JobStepDone, Kernel, Worker
 
 
 class KernelOutput(serializers.ModelSerializer[Kernel]):
@@ -29,6 +30,13 @@ class KernelOutput(serializers.ModelSerializer[Kernel]):
             "parameters",
             "latency_ms",
             "memory_mib",
+            "forecast_latency_ms",
+            "forecast_memory_mib",
+            "forward_p50_ms",
+            "forward_p95_ms",
+            "backward_p50_ms",
+            "backward_p95_ms",
+            "peak_memory_mib",
             "certificate",
             "stage_ms",
             "build_ms",
@@ -40,10 +48,17 @@ class KernelOutput(serializers.ModelSerializer[Kernel]):
         )
 
 
+class JobStepOutput(serializers.ModelSerializer[JobStepDone]):
+    class Meta:
+        model = JobStepDone
+        fields = ("attempt", "step", "at")
+
+
 class JobOutput(serializers.ModelSerializer[CompileJob]):
     config = Members()
     layer = serializers.SerializerMethodField()
     kernel = serializers.CharField(source="kernel.digest", default=None, allow_null=True)
+    steps = JobStepOutput(many=True, read_only=True)
 
     class Meta:
         model = CompileJob
@@ -63,6 +78,9 @@ class JobOutput(serializers.ModelSerializer[CompileJob]):
             "cached",
             "build_ms",
             "error",
+            "waits_for",
+            "steps",
+            "log",
             "queued_at",
             "started_at",
             "ended_at",
@@ -72,24 +90,52 @@ class JobOutput(serializers.ModelSerializer[CompileJob]):
         return str(job.layer.get("name", ""))
 
 
+class CurrentJobOutput(serializers.ModelSerializer[CompileJob]):
+    steps = serializers.SerializerMethodField()
+
+    class Meta:
+        model = CompileJob
+        fields = ("uid", "adaptation_uid", "blueprint_slug", "attempt", "started_at", "steps")
+
+    def get_steps(self, job: CompileJob) -> list[dict[str, Any]]:
+        mine = [step for step in job.steps.all() if step.attempt == job.attempt]
+        return list(JobStepOutput(mine, many=True).data)
+
+
 class WorkerOutput(serializers.ModelSerializer[Worker]):
+    capabilities = serializers.ListField(child=serializers.CharField())
     queues = serializers.ListField(child=serializers.CharField())
-    devices = serializers.ListField(child=serializers.CharField())
+    devices = serializers.ListField(child=Members())
     versions = Members()
+    job = serializers.SerializerMethodField()
 
     class Meta:
         model = Worker
         fields = (
             "name",
+            "kind",
             "host",
-            "capability",
+            "capabilities",
             "queues",
             "devices",
             "versions",
+            "memory_free_mib",
+            "memory_total_mib",
             "state",
+            "mode",
+            "mode_reason",
+            "mode_by",
+            "mode_at",
+            "crashes",
+            "job",
             "started_at",
             "heartbeat_at",
         )
+
+    @extend_schema_field(CurrentJobOutput(allow_null=True))
+    def get_job(self, worker: Worker) -> dict[str, Any] | None:
+        job = self.context["jobs"].get(worker.name)
+        return dict(CurrentJobOutput(job).data) if job is not None else None
 
 
 class HeartbeatInput(serializers.Serializer[Any]):

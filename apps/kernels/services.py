@@ -7,7 +7,8 @@ attempt number is the fence that refuses a worker which wakes up late.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,62 +17,52 @@ from django.db import transaction
 from django.db.models import F
 from django.utils import timezone
 
-from apps.kernels.models import CompileJob, Kernel, Worker
+from apps.kernels.models import CompileJob, JobStepDone, Kernel
+from apps.kernels.workers import (
+    Presence,
+    heartbeat,
+    is_quarantined,
+    mark_offline_workers,
+    may_take_jobs,
+    note_good_build,
+    note_lost_builder,
+    queue_is_served,
+    say_goodbye,
+    served_queues,
+    set_worker_mode,
+)
 from apps.notifications.services import SYSTEM_TOPIC, enqueue, publish
-from esper.contracts import JobState, KernelBundle, KernelKey, KernelReport, WorkerState
+from esper.contracts import JobState, JobStep, KernelBundle, KernelKey, KernelReport
+
+__all__ = [
+    "Presence",
+    "cancel_job",
+    "claim_job",
+    "fail_job",
+    "finish_job",
+    "finite_or_none",
+    "heartbeat",
+    "holds_lease",
+    "is_quarantined",
+    "jobs_with_lost_lease",
+    "mark_offline_workers",
+    "may_take_jobs",
+    "note_good_build",
+    "note_lost_builder",
+    "note_steps",
+    "note_unserved_jobs",
+    "queue_is_served",
+    "queue_job",
+    "renew_lease",
+    "ring_worker",
+    "say_goodbye",
+    "served_queues",
+    "set_worker_mode",
+    "store_kernel",
+]
 
 COMPILE_TASK = "adaptations.compile"
-
-
-@dataclass(frozen=True, slots=True)
-class Presence:
-    """What a worker says of itself with each heartbeat."""
-
-    name: str
-    host: str
-    capability: str
-    queues: list[str]
-    devices: list[str]
-    versions: dict[str, str]
-    started_at: datetime
-    busy: bool = False
-
-
-def heartbeat(presence: Presence) -> None:
-    """Note that a worker lives."""
-    Worker.objects.update_or_create(
-        name=presence.name,
-        defaults={
-            "host": presence.host,
-            "capability": presence.capability,
-            "queues": presence.queues,
-            "devices": presence.devices,
-            "versions": presence.versions,
-            "started_at": presence.started_at,
-            "heartbeat_at": timezone.now(),
-            "state": WorkerState.BUSY if presence.busy else WorkerState.IDLE,
-        },
-    )
-
-
-FORGET_WORKERS_AFTER = timedelta(hours=1)
-
-
-def mark_offline_workers() -> int:
-    """Workers without a heartbeat for three periods; returns how many went away."""
-    Worker.objects.filter(heartbeat_at__lt=timezone.now() - FORGET_WORKERS_AFTER).delete()
-    limit = timezone.now() - timedelta(seconds=3 * settings.ESPER_WORKER_HEARTBEAT_SECONDS)
-    return (
-        Worker.objects.filter(heartbeat_at__lt=limit)
-        .exclude(state=WorkerState.OFFLINE)
-        .update(state=WorkerState.OFFLINE)
-    )
-
-
-def queue_is_served(queue: str) -> bool:
-    """Does a living worker listen to this queue?"""
-    alive = Worker.objects.exclude(state=WorkerState.OFFLINE).values_list("queues", flat=True)
-    return any(queue in queues for queues in alive)
+LOG_CHARACTERS = 16_000
 
 
 def queue_job(
@@ -92,16 +83,38 @@ def queue_job(
         layer=layer,
         capability=capability,
     )
+    note_unserved_jobs([job])
     ring_worker(job)
     return job
 
 
+def compile_queue(capability: str) -> str:
+    """The queue of the workers that compile for it."""
+    return f"compile.{capability}"
+
+
 def ring_worker(job: CompileJob) -> None:
-    enqueue(task=COMPILE_TASK, queue=f"compile.{job.capability}", args=[job.uid])
+    enqueue(task=COMPILE_TASK, queue=compile_queue(job.capability), args=[job.uid])
 
 
+def note_unserved_jobs(jobs: Sequence[CompileJob] | None = None) -> None:
+    """Write into queued jobs why nobody takes them, and take it out when somebody can."""
+    queued = CompileJob.objects.filter(state=JobState.QUEUED)
+    waiting = list(queued) if jobs is None else jobs
+    served = served_queues() if waiting else frozenset()
+    for job in waiting:
+        has_worker = compile_queue(job.capability) in served
+        waits_for = "" if has_worker else f"no living worker compiles for {job.capability}"
+        if waits_for != job.waits_for:
+            job.waits_for = waits_for
+            queued.filter(pk=job.pk).update(waits_for=waits_for)
+
+
+@transaction.atomic
 def claim_job(job: CompileJob, *, worker: str) -> bool:
-    """Take the lease; False when somebody else has it or the job is over."""
+    """Take the lease; False when somebody else has it, the job is over, or this worker rests."""
+    if not may_take_jobs(worker):
+        return False
     now = timezone.now()
     claimed = CompileJob.objects.filter(
         pk=job.pk, state=JobState.QUEUED, attempt__lt=settings.ESPER_COMPILE_ATTEMPTS
@@ -111,9 +124,21 @@ def claim_job(job: CompileJob, *, worker: str) -> bool:
         lease_owner=worker,
         lease_until=now + timedelta(seconds=settings.ESPER_COMPILE_LEASE_SECONDS),
         started_at=now,
+        waits_for="",
     )
     job.refresh_from_db()
+    if claimed:
+        note_steps(job, {JobStep.CLAIMED: now})
     return bool(claimed)
+
+
+def note_steps(job: CompileJob, steps: Mapping[JobStep, datetime]) -> None:
+    """Write what of this attempt is done, and when it was; twice does no harm."""
+    rows = [
+        JobStepDone(job_id=job.pk, attempt=job.attempt, step=step, at=at)
+        for step, at in steps.items()
+    ]
+    JobStepDone.objects.bulk_create(rows, ignore_conflicts=True)
 
 
 def renew_lease(job: CompileJob) -> bool:
@@ -123,6 +148,11 @@ def renew_lease(job: CompileJob) -> bool:
             lease_until=timezone.now() + timedelta(seconds=settings.ESPER_COMPILE_LEASE_SECONDS)
         )
     )
+
+
+def holds_lease(job: CompileJob) -> bool:
+    """Is this attempt still the one that counts? Ask under the lock of the run."""
+    return bool(_attempt(job).exists())
 
 
 def finish_job(job: CompileJob, *, kernel: Kernel, cached: bool, build_ms: float) -> bool:
@@ -145,13 +175,17 @@ def finish_job(job: CompileJob, *, kernel: Kernel, cached: bool, build_ms: float
     return bool(done)
 
 
-def fail_job(job: CompileJob, *, error: str, permanent: bool) -> JobState | None:
-    """This attempt failed: queued again, or failed for good. None for a late attempt."""
+def fail_job(job: CompileJob, *, error: str, permanent: bool, log: str = "") -> JobState | None:
+    """This attempt failed: queued again, or failed for good. None for a late attempt.
+
+    ``log`` is what the builder wrote last; it is kept with the error, attempt by attempt.
+    """
     final = permanent or job.attempt >= settings.ESPER_COMPILE_ATTEMPTS
     state = JobState.FAILED if final else JobState.QUEUED
     changed = _attempt(job).update(
         state=state,
         error=error,
+        log=_longer_log(job, error, log),
         lease_until=None,
         lease_owner="",
         ended_at=timezone.now() if final else None,
@@ -159,9 +193,17 @@ def fail_job(job: CompileJob, *, error: str, permanent: bool) -> JobState | None
     if not changed:
         return None
     if not final:
+        job.refresh_from_db()
+        note_unserved_jobs([job])
         ring_worker(job)
     publish(topic=SYSTEM_TOPIC, type=f"job.{state}", data={"job": job.uid, "error": error[:300]})
     return state
+
+
+def _longer_log(job: CompileJob, error: str, log: str) -> str:
+    entry = f"attempt {job.attempt} on {job.lease_owner}: {error}\n{log}".rstrip()
+    earlier = CompileJob.objects.values_list("log", flat=True).get(pk=job.pk)
+    return "\n".join(filter(None, (earlier, entry)))[-LOG_CHARACTERS:]
 
 
 def cancel_job(job: CompileJob) -> bool:
@@ -203,6 +245,9 @@ def store_kernel(
             "parameters": certificate.parameters,
             "latency_ms": finite_or_none(certificate.latency_ms),
             "memory_mib": finite_or_none(certificate.memory_mib),
+            "forecast_latency_ms": finite_or_none(report.forecast.latency_ms),
+            "forecast_memory_mib": finite_or_none(report.forecast.memory_mib),
+            **{name: finite_or_none(value) for name, value in asdict(report.measured).items()},
             "certificate": certificate.to_wire(),
             "stage_ms": report.stage_ms,
             "build_ms": build_ms,

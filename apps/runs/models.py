@@ -38,7 +38,8 @@ class Run(models.Model):
     )
     epoch = models.PositiveIntegerField(default=1)
     host = models.CharField(max_length=120, blank=True)
-    capability = models.CharField(max_length=40, default="cpu")
+    capability = models.CharField(max_length=40, default="cpu")  # of its first device
+    capabilities = models.JSONField(default=dict)  # {"cuda:1": "cuda.sm90"}, where it has several
     versions = models.JSONField(default=dict)
     layers = models.JSONField(default=list)  # LayerInfo.to_wire(), in the order of the frames' rows
     model_parameters = models.BigIntegerField(default=0)
@@ -77,6 +78,10 @@ class Run(models.Model):
     @property
     def ended(self) -> bool:
         return self.state in RUN_ENDED
+
+    def capability_of(self, device: str) -> str:
+        """What kernels for this device of the run are compiled for."""
+        return str(self.capabilities.get(device, self.capability))
 
     def layer_infos(self) -> tuple[LayerInfo, ...]:
         return tuple(LayerInfo.from_wire(layer) for layer in self.layers)

@@ -29,6 +29,7 @@ from esper.contracts import (
 from esper.exceptions import CodecError
 
 MAX_VERSIONS = 100
+MAX_DEVICES = 64
 MAX_FAILURES = 100
 ANSWERS = frozenset(CommandState) - {CommandState.ISSUED, CommandState.EXPIRED}
 
@@ -60,6 +61,7 @@ class RunOutput(serializers.ModelSerializer[Run]):
             "epoch",
             "host",
             "capability",
+            "capabilities",
             "step",
             "target_steps",
             "last_loss",
@@ -170,6 +172,9 @@ _LAYER_MEMBERS = {
     "padding": _is_shape,
     "dilation": _is_shape,
     "groups": _is_whole,
+    "head_width": _is_whole,
+    "cached_channels": _is_shape,
+    "looks_ahead": _is_flag,
 }
 
 
@@ -178,6 +183,7 @@ class RunInput(serializers.Serializer[Any]):
     mode = serializers.ChoiceField(choices=list(RunMode))
     host = Text(max_length=120, allow_blank=True)
     capability = Text(max_length=40)
+    capabilities = BoundedDict(child=Text(max_length=40), max_length=MAX_DEVICES, default=dict)
     target_steps = WholeNumber(allow_null=True, default=None)
     versions = BoundedDict(
         child=Text(max_length=80, allow_blank=True), max_length=MAX_VERSIONS, default=dict

@@ -47,6 +47,7 @@ class RunSpec:
     layers: list[LayerInfo]
     target_steps: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    capabilities: dict[str, str] = field(default_factory=dict)  # by device
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def register_run(*, owner: User, actor: Actor, spec: RunSpec, run_uid: str = "")
     run.ended_at, run.end_reason = None, ""
     run.epoch = run.epoch + 1 if live else 1
     run.mode, run.host, run.capability = spec.mode, spec.host, spec.capability
+    run.capabilities = spec.capabilities
     run.model_parameters, run.target_steps = spec.model_parameters, spec.target_steps
     run.layers = [layer.to_wire() for layer in spec.layers]
     run.versions = spec.versions

@@ -69,12 +69,16 @@ def record_violation(
 
 @transaction.atomic
 def record_findings(*, run: Run, findings: list[dict[str, Any]]) -> int:
-    """What a trainer found out about itself. The same open finding is written once."""
+    """What a trainer found out about itself. The same open finding is written once.
+
+    The same: rule, layer and remedy. What was observed may hold a number that grows.
+    """
     written = 0
     for finding in findings:
         rule, severity = ViolationRule(finding["rule"]), Severity(finding["severity"])
         open_ones = Violation.objects.filter(run=run, acknowledged_at=None, adaptation_uid="")
-        known = open_ones.filter(rule=rule, layer=finding["layer"]).exists()
+        action = f"Nothing was changed. {finding['remedy']}"
+        known = open_ones.filter(rule=rule, layer=finding["layer"], action=action).exists()
         if known or open_ones.count() >= MAX_OPEN_FINDINGS_PER_RUN:
             continue
         record_violation(
@@ -84,7 +88,7 @@ def record_findings(*, run: Run, findings: list[dict[str, Any]]) -> int:
             observed=finding["observed"],
             limit=finding["limit"],
             text=f"{finding['layer'] or run.name}: {finding['observed']}",
-            action=f"Nothing was changed. {finding['remedy']}",
+            action=action,
             layer=finding["layer"],
             step=run.step,
         )

@@ -82,7 +82,7 @@ class SelfAttention(Blueprint):
         if reason:
             return reason
         if layer.kind in layout.ATTENTION:
-            return "it is attention already"
+            return "it is attention already, so a second one belongs at a layer before or after it"
         if layer.kind in layout.RECURRENT:
             return "a recurrent layer does not tell which of its axes is time"
         if layer.features_in < 2:
@@ -94,11 +94,11 @@ class SelfAttention(Blueprint):
         return ""
 
     def default_config(self, layer: LayerInfo) -> dict[str, Any]:
-        return self._config(self._full_width(layer))
+        return self._config(layer, self._full_width(layer))
 
     def sizes(self, layer: LayerInfo) -> tuple[dict[str, Any], ...]:
         widths = scaled_sizes(self._full_width(layer), smallest=self.queries_per_key, count=3)
-        configs = map(self._config, widths)
+        configs = [self._config(layer, width) for width in widths]
         return tuple({config["width"]: config for config in configs}.values())
 
     def check_config(self, config: dict[str, Any]) -> None:
@@ -150,15 +150,15 @@ class SelfAttention(Blueprint):
         """Width of q, k and v together."""
         return width + 2 * (width // self.queries_per_key)
 
-    def _config(self, width: int) -> dict[str, Any]:
+    def _config(self, layer: LayerInfo, width: int) -> dict[str, Any]:
         share = self.queries_per_key
         heads = max(share, width // HEAD_WIDTH // share * share)
-        # causal by default: in a language model, a branch that sees the future lets the loss fall
-        # to nothing by cheating, and an encoder only loses a little by not looking ahead.
+        # causal where nothing else is known: in a language model, a branch that sees the future
+        # lets the loss fall by cheating, and an encoder only loses a little by not looking ahead.
         return {
             "width": width // heads * heads,
             "heads": heads,
-            "causal": True,
+            "causal": not layer.looks_ahead,
             "sequence_axis": 1,
         }
 

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,9 +41,11 @@ class Graft(nn.Module, ABC):
 
     Attributes:
         alpha: share of a graft that replaces its host, a tensor buffer; None for all others.
+        merged: its effect is in the host's own weights, so it is in no slot.
     """
 
     alpha: Tensor | None
+    merged: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,6 +81,14 @@ class Graft(nn.Module, ABC):
         buffers, so that an undo or a checkpoint brings the schedule back with the weights.
         """
 
+    def join(self, neighbours: Sequence[Graft]) -> None:
+        """Called whenever the grafts of its slot have changed; here they get to know each other.
+
+        Args:
+            neighbours: all of them, this one too, oldest first. Keep them in a tuple, which torch
+                does not take for children.
+        """
+
     def attach(self, host: nn.Module) -> None:
         """Called before each ``combine`` while gradients are on; ties the graft to its host."""
 
@@ -100,6 +111,12 @@ class Graft(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} cannot be merged into a {type(host).__name__}")
 
 
+def introduce(grafts: Sequence[Graft]) -> None:
+    """Tells all grafts of one slot, oldest first, that these are now its grafts."""
+    for graft in grafts:
+        graft.join(grafts)
+
+
 class Blueprint(ABC):
     """One entry of the catalogue. One file in ``catalog/`` holds one of these."""
 
@@ -112,10 +129,17 @@ class Blueprint(ABC):
     risk: ClassVar[Risk]
     mergeable: ClassVar[bool] = False
     trainable: ClassVar[bool] = True
+    parts: ClassVar[int] = 1  # blueprints that it is made of; more than one for a composition
     idea: ClassVar[str]
     source: ClassVar[str]
     when: ClassVar[str]
     conflicts: ClassVar[frozenset[str]] = frozenset()
+    # Slugs of which one must sit on the layer before this one may, and as long as it stays.
+    requires: ClassVar[frozenset[str]] = frozenset()
+    # Why it must not be used while a gradient scaler multiplies gradients; empty: it may.
+    scaler_refusal: ClassVar[str] = ""
+    # Why it must not be used where the model has replicas on other ranks; empty: it may.
+    replicas_refusal: ClassVar[str] = ""
     # Relative difference allowed at birth; 0 for everything beside the host.
     tolerance: ClassVar[float] = 0.0
 

@@ -40,6 +40,10 @@ class GeluBranch(Graft):
         self.stride = stride
 
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.change(x).to(y.dtype)
+
+    def change(self, x: Tensor) -> Tensor:
+        """What is added to the layer's output."""
         hidden = project(
             layout.as_weight_dtype(x, self.weight_in),
             self.weight_in,
@@ -47,8 +51,7 @@ class GeluBranch(Graft):
             channel_axis=self.channel_axis,
             stride=self.stride,
         )
-        change = project(F.gelu(hidden), self.weight_out, channel_axis=self.channel_axis)
-        return y + change.to(y.dtype)
+        return project(F.gelu(hidden), self.weight_out, channel_axis=self.channel_axis)
 
 
 class SwigluBranch(Graft):
@@ -71,9 +74,12 @@ class SwigluBranch(Graft):
         self.stride = stride
 
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.change(x).to(y.dtype)
+
+    def change(self, x: Tensor) -> Tensor:
+        """What is added to the layer's output."""
         hidden = F.silu(self._enter(x, self.weight_gate)) * self._enter(x, self.weight_up)
-        change = project(hidden, self.weight_out, channel_axis=self.channel_axis)
-        return y + change.to(y.dtype)
+        return project(hidden, self.weight_out, channel_axis=self.channel_axis)
 
     def _enter(self, x: Tensor, weight: Tensor) -> Tensor:
         x = layout.as_weight_dtype(x, weight)
@@ -137,6 +143,11 @@ class GeluFeedForward(FeedForward):
     """Builds a :class:`GeluBranch`."""
 
     def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
+        return self.make_branch(layer, config, weights)
+
+    def make_branch(
+        self, layer: LayerInfo, config: dict[str, Any], weights: Initializer
+    ) -> GeluBranch:
         hidden = config["hidden"]
         return GeluBranch(
             weights.uniform(hidden, layer.features_in),
@@ -160,6 +171,11 @@ class SwigluFeedForward(FeedForward):
     """Builds a :class:`SwigluBranch`."""
 
     def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
+        return self.make_branch(layer, config, weights)
+
+    def make_branch(
+        self, layer: LayerInfo, config: dict[str, Any], weights: Initializer
+    ) -> SwigluBranch:
         hidden = config["hidden"]
         return SwigluBranch(
             weights.uniform(hidden, layer.features_in),

@@ -19,18 +19,26 @@ class Initializer:
 
     def __init__(self, seed: int, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
         self._generator = torch.Generator(device="cpu").manual_seed(seed)
-        self._device = torch.device(device or "cpu")
+        self.device = torch.device(device or "cpu")
         self._dtype = dtype
 
-    def uniform(self, *shape: int) -> nn.Parameter:
-        """Kaiming-uniform with a = √5, as nn.Linear does: U(±1/√fan_in), fan_in = shape[1:]."""
-        bound = 1.0 / math.sqrt(max(1, math.prod(shape[1:])))
+    def uniform(self, *shape: int, fan_in: int = 0) -> nn.Parameter:
+        """Kaiming-uniform with a = √5, as nn.Linear does: U(±1/√fan_in).
+
+        Args:
+            fan_in: where it is not the product of ``shape[1:]``.
+        """
+        bound = 1.0 / math.sqrt(fan_in or max(1, math.prod(shape[1:])))
         values = torch.empty(shape, dtype=torch.float32, device="cpu")
         values.uniform_(-bound, bound, generator=self._generator)
-        return nn.Parameter(values.to(device=self._device, dtype=self._dtype))
+        return nn.Parameter(values.to(device=self.device, dtype=self._dtype))
+
+    def integer(self) -> int:
+        """From 0 up to 2³¹, to tell apart what is made from different seeds."""
+        return int(torch.randint(1 << 31, (), generator=self._generator))
 
     def zeros(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.zeros(shape, device=self._device, dtype=self._dtype))
+        return nn.Parameter(torch.zeros(shape, device=self.device, dtype=self._dtype))
 
     def ones(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.ones(shape, device=self._device, dtype=self._dtype))
+        return nn.Parameter(torch.ones(shape, device=self.device, dtype=self._dtype))

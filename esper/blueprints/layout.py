@@ -60,6 +60,12 @@ def channel_axis_of(kind: str) -> int:
     return 1 if kind in first else -1
 
 
+def axes_of(kind: str) -> int:
+    """Fewest axes of a batched output: batch, channels, and what a convolution slides over."""
+    slides = kind in CONVOLUTION or kind in TRANSPOSED_CONVOLUTION
+    return 2 + (int(kind[-2]) if slides else 0)
+
+
 def why_not_parallel(layer: LayerInfo) -> str:
     """Why ``y + f(x)`` with a point-wise ``f`` is impossible here; empty when it is possible."""
     if not layer.graftable:

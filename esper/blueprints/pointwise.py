@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from esper.blueprints import layout
 from esper.contracts import LayerInfo
 
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-MAX_SPATIAL = max(_CONVOLVE)
+_BY_DIMENSION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+MAX_SPATIAL = max(_BY_DIMENSION)
 
 
 def project(
@@ -32,7 +32,7 @@ def project(
         return F.linear(x, weight_OI, bias_O)
     spatial = x.dim() - 2
     kernel = weight_OI.reshape(*weight_OI.shape, *([1] * spatial))
-    return _CONVOLVE[spatial](x, kernel, bias_O, stride=stride or 1)
+    return _BY_DIMENSION[spatial](x, kernel, bias_O, stride=stride or 1)
 
 
 def why_not_aligned(layer: LayerInfo) -> str:

@@ -1,4 +1,9 @@
-"""Finds the catalogue: every module in ``catalog/`` holds one blueprint named like its file.
+"""Finds the blueprints: the catalogue's, the compositions' and what a user adds.
+
+    catalog/<slug>.py            one blueprint in each
+    compositions/<slug>.json     trees of them
+    $ESPER_COMPOSITIONS/*.json   a user's own trees
+    register(…)                  a user's own blueprint or tree, in this process
 
 Nothing may depend on the order in which files are found: :func:`all` sorts by slug.
 """
@@ -7,18 +12,24 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 from esper.blueprints import catalog
 from esper.blueprints.base import Blueprint
+from esper.blueprints.composition import Document, check_document, compose, read_documents
 from esper.exceptions import DuplicateBlueprintError, UnknownBlueprintError
+
+IN_TREE = Path(__file__).parent / "compositions"
+_registered: dict[str, Blueprint] = {}
 
 
 def all() -> tuple[Blueprint, ...]:
-    """Every blueprint of the catalogue, sorted by slug."""
+    """Every blueprint, compositions too, sorted by slug."""
     return tuple(_by_slug().values())
 
 
@@ -39,6 +50,30 @@ def get(slug_or_id: str) -> Blueprint:
     return found
 
 
+def catalogue() -> tuple[Blueprint, ...]:
+    """Those that are code, without the compositions; sorted by slug."""
+    return tuple(_catalogue().values())
+
+
+def register(new: Blueprint | Document) -> Blueprint:
+    """Makes a blueprint of one's own, or a composition's document, known in this process.
+
+    Raises:
+        ConfigurationError: the document is no composition.
+        DuplicateBlueprintError: its slug or id is taken.
+    """
+    known = dict(_by_slug())
+    if isinstance(new, Blueprint):
+        _refuse_taken(new, known.values())
+        found = new
+    else:
+        document = check_document(dict(new))
+        found = compose({document["slug"]: document}, known)[document["slug"]]
+    _registered[found.slug] = found
+    _by_slug.cache_clear()
+    return found
+
+
 def discover(modules: Iterable[ModuleType]) -> dict[str, Blueprint]:
     """slug -> blueprint, sorted.
 
@@ -49,17 +84,32 @@ def discover(modules: Iterable[ModuleType]) -> dict[str, Blueprint]:
     found: dict[str, Blueprint] = {}
     for module in modules:
         blueprint = _blueprint_of(module)
-        if blueprint.slug in found or blueprint.id in {other.id for other in found.values()}:
-            raise DuplicateBlueprintError(
-                f"{blueprint.slug} ({blueprint.id}) stands twice in the catalogue",
-                slug=blueprint.slug,
-            )
+        _refuse_taken(blueprint, found.values())
         found[blueprint.slug] = blueprint
     return dict(sorted(found.items()))
 
 
+def _refuse_taken(new: Blueprint, others: Iterable[Blueprint]) -> None:
+    if any(new.slug == other.slug or new.id == other.id for other in others):
+        raise DuplicateBlueprintError(
+            f"{new.slug} ({new.id}) stands twice in the catalogue", slug=new.slug
+        )
+
+
 @cache
 def _by_slug() -> dict[str, Blueprint]:
+    documents = read_documents(IN_TREE)
+    folder = os.environ.get("ESPER_COMPOSITIONS", "")
+    own = read_documents(Path(folder)) if folder else {}
+    for slug in own.keys() & documents.keys():
+        raise DuplicateBlueprintError(f"{slug} stands twice in the catalogue", slug=slug)
+    known = _catalogue()
+    found = {**known, **compose({**documents, **own}, known), **_registered}
+    return dict(sorted(found.items()))
+
+
+@cache
+def _catalogue() -> dict[str, Blueprint]:
     names = sorted(entry.name for entry in pkgutil.iter_modules(catalog.__path__))
     return discover(importlib.import_module(f"{catalog.__name__}.{name}") for name in names)
 

@@ -1,6 +1,7 @@
 """Kernels: specialise -> certify -> measure -> package -> sign; and how to take one in safely.
 
-``bundle``, ``verify`` and ``store`` import no torch, so that the web process may serve kernels.
+``bundle``, ``verify``, ``store`` and ``builder`` import no torch, so that the web process may
+serve kernels and a worker may have them built by children.
 The other direction, recipe -> module, is ``esper.compilation.instantiate.instantiate``.
 """
 
@@ -10,24 +11,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esper.compilation.build import build_kernel, warm_up
+    from esper.compilation.build import build_kernel, draft_kernel, warm_up
+    from esper.compilation.builder import Builder, BuilderPool, BuildLimits, BuildOrder
     from esper.compilation.key import capability, kernel_key
     from esper.compilation.store import KernelStore
     from esper.compilation.verify import open_kernel
 
 _HOMES = {
+    "BuildLimits": "builder",
+    "BuildOrder": "builder",
+    "Builder": "builder",
+    "BuilderPool": "builder",
     "KernelStore": "store",
     "build_kernel": "build",
     "capability": "key",
+    "draft_kernel": "build",
     "kernel_key": "key",
     "open_kernel": "verify",
     "warm_up": "build",
 }
 
 __all__ = [
+    "BuildLimits",
+    "BuildOrder",
+    "Builder",
+    "BuilderPool",
     "KernelStore",
     "build_kernel",
     "capability",
+    "draft_kernel",
     "kernel_key",
     "open_kernel",
     "warm_up",

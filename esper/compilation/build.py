@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,17 @@ from esper.compilation import measure
 from esper.compilation.bundle import pack
 from esper.compilation.instantiate import instantiate
 from esper.compilation.key import kernel_key
-from esper.contracts import Certificate, KernelBundle, KernelKey, KernelReport, LayerInfo, Recipe
+from esper.contracts import (
+    Certificate,
+    CostForecast,
+    KernelBundle,
+    KernelDraft,
+    KernelKey,
+    KernelReport,
+    LayerInfo,
+    MeasuredCost,
+    Recipe,
+)
 from esper.contracts.signing import generate_private_key
 from esper.exceptions import BlueprintError, ConfigurationError, GraftError, KernelBuildError
 from esper.grafting.slot import first_tensor
@@ -31,7 +41,7 @@ def build_kernel(
     private_key: str,
     seed: int = 0,
 ) -> KernelBundle:
-    """Specialise -> certify -> measure -> package -> sign.
+    """Specialise -> certify -> measure -> package -> sign, all in this process.
 
     Args:
         layer: where it will be grafted; shapes, dtype and device are taken from here.
@@ -44,26 +54,53 @@ def build_kernel(
         The signed files. ``report.json`` has the times of the stages before it was written.
 
     Raises:
+        KernelBuildError: as :func:`draft_kernel`.
+        ConfigurationError: the signing key is no key.
+    """
+    return pack(draft_kernel(layer, blueprint, config, seed=seed), private_key=private_key)
+
+
+def draft_kernel(
+    layer: LayerInfo,
+    blueprint: str,
+    config: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    capability: str | None = None,
+    on_step: Callable[[str, CostForecast], None] = lambda _step, _forecast: None,
+) -> KernelDraft:
+    """Specialise -> certify -> measure; signing is left to whoever has the key.
+
+    Args:
+        capability: what the kernel is for; None: what this process finds out.
+        on_step: called after ``forecast``, ``built``, ``certified`` and ``measured``. The forecast
+            is shape arithmetic: it is there before anything has been made.
+
+    Raises:
         KernelBuildError: permanent: unknown or unfit blueprint, refused by the certificate.
             Not permanent: this machine could not do it now (memory, device).
-        ConfigurationError: the signing key is no key.
     """
     stage_ms: dict[str, float] = {}
     try:
         with _timed(stage_ms, "specialise"):
-            key, recipe, chosen, graft = _specialise(layer, blueprint, config, seed)
+            key, recipe, chosen = _specialise(layer, blueprint, config, seed, capability)
             forecast = chosen.forecast(layer, recipe.config)
+            on_step("forecast", forecast)
+            graft = instantiate(recipe, layer)
+        on_step("built", forecast)
         with _timed(stage_ms, "certify"):
             certificate, host, x = _certify(layer, chosen, graft, recipe.config)
+        on_step("certified", forecast)
         with _timed(stage_ms, "measure"):
-            latency_ms = _measure(layer, host, graft, x)
+            latency_ms, measured = _measure(layer, host, graft, x)
             certificate = replace(certificate, latency_ms=latency_ms)
+        on_step("measured", forecast)
     except (BlueprintError, GraftError, ConfigurationError) as error:
         raise KernelBuildError(str(error), permanent=True) from error
     except (RuntimeError, MemoryError) as error:  # torch: out of memory, a lost device
         raise KernelBuildError(f"{type(error).__name__}: {error}", permanent=False) from error
-    report = KernelReport(certificate, forecast, tier=0, stage_ms=stage_ms)
-    return pack(key, recipe, report, private_key=private_key)
+    report = KernelReport(certificate, forecast, tier=0, stage_ms=stage_ms, measured=measured)
+    return KernelDraft(key, recipe, report)
 
 
 def warm_up() -> None:
@@ -84,13 +121,17 @@ def warm_up() -> None:
 
 
 def _specialise(
-    layer: LayerInfo, slug: str, config: dict[str, Any] | None, seed: int
-) -> tuple[KernelKey, Recipe, Blueprint, Graft]:
+    layer: LayerInfo,
+    slug: str,
+    config: dict[str, Any] | None,
+    seed: int,
+    capability: str | None,
+) -> tuple[KernelKey, Recipe, Blueprint]:
     chosen = blueprints.get(slug)
     config = chosen.config_for(layer, config)
-    key = kernel_key(layer, chosen.slug, config)
+    key = kernel_key(layer, chosen.slug, config, capability=capability)
     recipe = Recipe(chosen.slug, chosen.version, config, seed or int(key.hash[:12], 16))
-    return key, recipe, chosen, instantiate(recipe, layer)
+    return key, recipe, chosen
 
 
 def _certify(
@@ -105,12 +146,14 @@ def _certify(
     return certificate, host, x
 
 
-def _measure(layer: LayerInfo, host: nn.Module, graft: Graft, x: Tensor) -> float:
+def _measure(
+    layer: LayerInfo, host: nn.Module, graft: Graft, x: Tensor
+) -> tuple[float, MeasuredCost]:
     arguments = (x, x, x) if layer.kind in layout.ATTENTION else (x,)
     with torch.no_grad():
         y = first_tensor(host(*arguments))
     assert y is not None  # certify has run this very host
-    return measure.latency_ms(graft, x, y, rows=layer.in_shape[0])
+    return measure.cost(graft, x, y, rows=layer.in_shape[0])
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from esper.contracts import (
     Certificate,
     CostForecast,
     KernelBundle,
-    KernelKey,
+    KernelDraft,
     KernelReport,
+    MeasuredCost,
     Recipe,
     codec,
     signing,
@@ -33,7 +34,7 @@ FORMAT = "esper-kernel-1"
 LISTED_FILES = (RECIPE_FILE, REPORT_FILE)  # the manifest vouches for these
 
 
-def pack(key: KernelKey, recipe: Recipe, report: KernelReport, *, private_key: str) -> KernelBundle:
+def pack(draft: KernelDraft, *, private_key: str) -> KernelBundle:
     """Write, hash and sign the files of one kernel.
 
     Args:
@@ -44,13 +45,13 @@ def pack(key: KernelKey, recipe: Recipe, report: KernelReport, *, private_key: s
         ConfigurationError: the key is no key.
     """
     files = {
-        RECIPE_FILE: codec.encode(asdict(recipe)),
-        REPORT_FILE: codec.encode(report_to_wire(report)),
+        RECIPE_FILE: codec.encode(asdict(draft.recipe)),
+        REPORT_FILE: codec.encode(report_to_wire(draft.report)),
     }
     files[MANIFEST_FILE] = codec.encode(
         {
             "format": FORMAT,
-            "key": key.to_wire(),
+            "key": draft.key.to_wire(),
             "files": {name: _entry(data) for name, data in files.items()},
         }
     )
@@ -64,30 +65,26 @@ def pack(key: KernelKey, recipe: Recipe, report: KernelReport, *, private_key: s
 
 
 def report_to_wire(report: KernelReport) -> dict[str, Any]:
-    forecast = asdict(report.forecast)
-    for name in ("memory_mib", "latency_ms"):
-        forecast[name] = codec.number_to_wire(forecast[name])
     return {
         "certificate": report.certificate.to_wire(),
-        "forecast": forecast,
+        "forecast": report.forecast.to_wire(),
         "tier": report.tier,
         "stage_ms": report.stage_ms,
+        "measured": report.measured.to_wire(),
     }
 
 
 def report_from_wire(data: dict[str, Any]) -> KernelReport:
     """Raises ``CodecError`` when it is no report."""
     try:
-        forecast = dict(data["forecast"])
-        for name in ("memory_mib", "latency_ms"):
-            forecast[name] = codec.number_from_wire(forecast[name])
         return KernelReport(
             certificate=Certificate.from_wire(data["certificate"]),
-            forecast=CostForecast(**forecast),
+            forecast=CostForecast.from_wire(data["forecast"]),
             tier=int(data["tier"]),
             stage_ms={
                 str(name): codec.number_from_wire(value) for name, value in data["stage_ms"].items()
             },
+            measured=MeasuredCost.from_wire(data.get("measured", {})),
         )
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CodecError(f"not a kernel report: {error}") from error

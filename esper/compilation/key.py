@@ -12,12 +12,23 @@ from esper.contracts import KernelKey, LayerInfo
 from esper.exceptions import KernelBuildError
 
 
-def capability() -> str:
-    """What this process can compile for: ``cpu``, or ``cuda.sm90`` for its first GPU."""
-    if not torch.cuda.is_available():
+def capability(device: torch.device | str | None = None) -> str:
+    """What a kernel for ``device`` is compiled for: ``cpu`` or ``cuda.sm90``.
+
+    Args:
+        device: None: this process's first GPU, or its processor where there is none.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type != "cuda":
         return "cpu"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(chosen)
     return f"cuda.sm{major}{minor}"
+
+
+def capabilities() -> list[str]:
+    """All that this machine can compile for, each once: ``["cpu", "cuda.sm90"]``."""
+    gpus = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return ["cpu", *sorted({capability(gpu) for gpu in gpus})]
 
 
 def device_name(device: torch.device) -> str:
@@ -33,19 +44,27 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def kernel_key(layer: LayerInfo, blueprint: str, config: dict[str, Any] | None) -> KernelKey:
+def kernel_key(
+    layer: LayerInfo,
+    blueprint: str,
+    config: dict[str, Any] | None,
+    *,
+    capability: str | None = None,
+) -> KernelKey:
     """The key of ``blueprint`` at ``layer``, built by this process.
 
     Args:
         config: settings that differ from the blueprint's defaults are enough.
+        capability: what the kernel is for; None: what the layer's device is found to be here.
 
     Raises:
         UnknownBlueprintError: no blueprint has this slug or id.
         IncompatibleLayerError, ConfigurationError: it cannot be built like this there.
-        KernelBuildError: the layer's device is not here.
+        KernelBuildError: the layer's device is not here, or is another one than asked for.
     """
     chosen = blueprints.get(blueprint)
     device = torch.device(layer.device)
+    name = device_name(device)
     return KernelKey(
         blueprint=chosen.slug,
         blueprint_version=chosen.version,
@@ -54,15 +73,28 @@ def kernel_key(layer: LayerInfo, blueprint: str, config: dict[str, Any] | None) 
         in_shape=layer.in_shape,
         out_shape=layer.out_shape,
         dtype=layer.dtype,
-        capability=capability() if device.type == "cuda" else "cpu",
-        device_name=device_name(device),
+        capability=_checked_capability(device, capability),
+        device_name=name,
         torch_version=torch.__version__,
         python_version=platform.python_version(),
     )
 
 
+def _checked_capability(device: torch.device, asked: str | None) -> str:
+    """A CPU may go by any name that starts with ``cpu`` (``cpu.avx512``); a GPU has just one."""
+    found = capability(device)
+    if asked is None or asked == found:
+        return found
+    if found == "cpu" and asked.startswith("cpu."):
+        return asked
+    raise KernelBuildError(f"{device} is {found} here, asked for was {asked}", permanent=False)
+
+
 def _kind(layer: LayerInfo) -> str:
-    """The class name, and for convolutions what their shapes alone do not tell."""
+    """The class name, and what the shapes of convolutions and of attention do not tell."""
+    if layer.cached_channels:
+        first, end = layer.cached_channels
+        return f"{layer.kind} cached {first}-{end} h{layer.head_width}"
     if not layer.kernel_size:
         return layer.kind
     named = {

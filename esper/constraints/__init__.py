@@ -8,11 +8,12 @@ from esper.constraints.gates import (
     gate_inputs,
     required_evidence,
 )
-from esper.constraints.limits import check_measured, within
+from esper.constraints.limits import check_forecast, check_measured, within
 
 __all__ = [
     "GateInputs",
     "check_blueprint",
+    "check_forecast",
     "check_gates",
     "check_measured",
     "check_run",

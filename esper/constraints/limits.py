@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from esper.contracts import (
     Certificate,
@@ -40,9 +41,36 @@ def within(limits: Mapping[str, float], cost: CostForecast) -> tuple[Check, ...]
     return tuple(checks)
 
 
-def check_measured(certificate: Certificate, policy: SafetyPolicy) -> tuple[Check, ...]:
-    """Measured cost and the certificate itself, before a kernel is dispatched. All are hard."""
+def check_forecast(forecast: CostForecast, policy: SafetyPolicy) -> tuple[Check, ...]:
+    """Shape arithmetic against the policy, before a kernel is built. An unknown latency passes."""
+    return (
+        _at_most(
+            ViolationRule.MEMORY, forecast.memory_mib, policy.max_memory_mib, "MiB", hard=True
+        ),
+        _at_most(
+            ViolationRule.LATENCY, forecast.latency_ms, policy.max_latency_ms, "ms", hard=False
+        ),
+    )
+
+
+def check_measured(
+    certificate: Certificate,
+    policy: SafetyPolicy,
+    *,
+    forecast: CostForecast | None = None,
+    peak_memory_mib: float = math.nan,
+) -> tuple[Check, ...]:
+    """Measured cost and the certificate itself, before a kernel is dispatched. All are hard.
+
+    Args:
+        forecast: what had been expected; the texts name it beside what was measured.
+        peak_memory_mib: what one step was seen to allocate; the larger of it and the certificate's
+            own memory counts.
+    """
     failures = "; ".join(certificate.failures)
+    expected = forecast or CostForecast(0, 0, math.nan, math.nan)
+    # max() keeps a NaN only where it stands first: unknown memory stays unknown.
+    memory_mib = max(certificate.memory_mib, peak_memory_mib)
     return (
         Check(
             rule=ViolationRule.CERTIFICATE,
@@ -54,12 +82,34 @@ def check_measured(certificate: Certificate, policy: SafetyPolicy) -> tuple[Chec
             if failures
             else "Every promise of the graft contract was kept.",
         ),
-        _at_most(
-            ViolationRule.MEMORY, certificate.memory_mib, policy.max_memory_mib, "MiB", hard=True
+        _beside_forecast(
+            _at_most(ViolationRule.MEMORY, memory_mib, policy.max_memory_mib, "MiB", hard=True),
+            expected.memory_mib,
+            "MiB",
         ),
-        _at_most(
-            ViolationRule.LATENCY, certificate.latency_ms, policy.max_latency_ms, "ms", hard=True
+        _beside_forecast(
+            _at_most(
+                ViolationRule.LATENCY,
+                certificate.latency_ms,
+                policy.max_latency_ms,
+                "ms",
+                hard=True,
+            ),
+            expected.latency_ms,
+            "ms",
         ),
+    )
+
+
+def _beside_forecast(check: Check, forecast: float, unit: str) -> Check:
+    """Both numbers in one sentence: a limit may be broken because the forecast was wrong."""
+    if not math.isfinite(forecast):
+        return check
+    expected = f"{forecast:.4g} {unit}"
+    return replace(
+        check,
+        observed=f"{check.observed} measured, {expected} forecast",
+        text=f"Measured {check.observed}, forecast {expected}, at most {check.limit}.",
     )
 
 

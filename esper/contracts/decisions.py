@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from esper.contracts import codec
 from esper.contracts.enums import AdaptationType, Risk, RunMode, ViolationRule
 from esper.contracts.health import HealthFrame, LayerInfo
 from esper.exceptions import CodecError, ConfigurationError, UnknownAdaptationTypeError
@@ -68,6 +69,26 @@ class CostForecast:
     flops: int  # per forward pass of the layer's sample shape
     memory_mib: float
     latency_ms: float  # forward; NaN where there is no basis for a forecast
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "parameters": self.parameters,
+            "flops": self.flops,
+            "memory_mib": codec.number_to_wire(self.memory_mib),
+            "latency_ms": codec.number_to_wire(self.latency_ms),
+        }
+
+    @classmethod
+    def from_wire(cls, data: dict[str, Any]) -> CostForecast:
+        try:
+            return cls(
+                parameters=int(data["parameters"]),
+                flops=int(data["flops"]),
+                memory_mib=codec.number_from_wire(data["memory_mib"]),
+                latency_ms=codec.number_from_wire(data["latency_ms"]),
+            )
+        except (TypeError, KeyError, ValueError) as error:
+            raise CodecError(f"not a forecast: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

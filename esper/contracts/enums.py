@@ -167,8 +167,11 @@ class JobState(StrEnum):
 
 
 class WorkerState(StrEnum):
+    """What a worker was last seen to be."""
+
     IDLE = "idle"
     BUSY = "busy"
+    STOPPING = "stopping"  # it was told to end, and finishes its job
     OFFLINE = "offline"
 
 
@@ -186,6 +189,32 @@ class LaunchState(StrEnum):
 
 
 LAUNCH_ENDED = frozenset({LaunchState.STOPPED, LaunchState.FINISHED, LaunchState.FAILED})
+
+
+class WorkerMode(StrEnum):
+    """What a worker may do. ``draining`` and ``quarantined`` hold until it is released."""
+
+    ACTIVE = "active"
+    DRAINING = "draining"  # finishes its job, takes no other
+    QUARANTINED = "quarantined"  # takes no job, and its results are refused
+
+
+class WorkerKind(StrEnum):
+    COMPILE = "compile"
+    CONTROL = "control"
+    TAMIYO = "tamiyo"
+
+
+class JobStep(StrEnum):
+    """What of a compile job is done, in this order; for a cached kernel the first two."""
+
+    CLAIMED = "claimed"
+    FORECAST = "forecast"
+    BUILT = "built"
+    CERTIFIED = "certified"
+    MEASURED = "measured"
+    SIGNED = "signed"
+    STORED = "stored"
 
 
 class Severity(StrEnum):

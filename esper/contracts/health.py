@@ -54,7 +54,8 @@ SIGNAL_NOTES: dict[Signal, tuple[str, str]] = {
 }
 
 
-_TUPLES = ("feeds", "kernel_size", "stride", "padding", "dilation")  # absent: unknown, empty
+# Absent: unknown, empty.
+_TUPLES = ("feeds", "kernel_size", "stride", "padding", "dilation", "cached_channels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,11 @@ class LayerInfo:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    # Of a layer that makes keys or values which a decoder caches: how wide one head is, and which
+    # of its output channels (first, end) they are. 0 and empty for everything else.
+    head_width: int = 0
+    cached_channels: tuple[int, ...] = ()
+    looks_ahead: bool = False  # True: all attention in its model says that it is not causal
 
     @property
     def has_sequence(self) -> bool:
@@ -115,6 +121,9 @@ class LayerInfo:
             "padding": list(self.padding),
             "dilation": list(self.dilation),
             "groups": self.groups,
+            "head_width": self.head_width,
+            "cached_channels": list(self.cached_channels),
+            "looks_ahead": self.looks_ahead,
         }
 
     @classmethod

@@ -7,6 +7,8 @@ archive to unpack and nothing in it that runs code:
     manifest.sig    Ed25519 over manifest.json, base64
     recipe.json     blueprint, version, configuration, seed
     report.json     certificate, forecast and measured cost, stage times
+
+A draft is the same before it is signed: a builder child makes it, its worker checks and signs it.
 """
 
 from __future__ import annotations
@@ -132,6 +134,34 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredCost:
+    """What the graft alone took at the layer's real shape on the worker's device; NaN: unknown.
+
+    Attributes:
+        forward_p50_ms, forward_p95_ms: one forward pass.
+        backward_p50_ms, backward_p95_ms: one backward pass through the graft and to its input.
+        peak_memory_mib: most that was allocated at once by one forward and backward pass,
+            activations and gradients, without the weights and the layer's own tensors.
+    """
+
+    forward_p50_ms: float = math.nan
+    forward_p95_ms: float = math.nan
+    backward_p50_ms: float = math.nan
+    backward_p95_ms: float = math.nan
+    peak_memory_mib: float = math.nan
+
+    def to_wire(self) -> dict[str, Any]:
+        return {name: codec.number_to_wire(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_wire(cls, data: dict[str, Any]) -> MeasuredCost:
+        try:
+            return cls(**{name: codec.number_from_wire(value) for name, value in data.items()})
+        except (TypeError, AttributeError) as error:
+            raise CodecError(f"not a measured cost: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
 class KernelReport:
     """What the worker found out. ``stage_ms`` names each stage of the build."""
 
@@ -139,6 +169,7 @@ class KernelReport:
     forecast: CostForecast
     tier: int = 0
     stage_ms: dict[str, float] = field(default_factory=dict)
+    measured: MeasuredCost = field(default_factory=MeasuredCost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,3 +181,12 @@ class KernelBundle:
     @property
     def digest(self) -> str:
         return hashlib.sha256(self.files[MANIFEST_FILE]).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class KernelDraft:
+    """A kernel that nobody has signed yet."""
+
+    key: KernelKey
+    recipe: Recipe
+    report: KernelReport

@@ -9,11 +9,14 @@ from torch import nn
 from esper.blueprints import get
 from esper.contracts import LayerInfo
 from esper.exceptions import UnknownLayerError
-from esper.grafting.apply import Receipt, UndoReceipt, apply_graft
+from esper.grafting.apply import Receipt, Surroundings, UndoReceipt, apply_graft
 from esper.grafting.certify import certify, sample_input, stand_in
+from esper.grafting.copies import audit_copies, check_copy, let_follow
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
 from esper.grafting.guard import GuardVerdict, LossGuard, non_finite_gradients
-from esper.grafting.ledger import add_group, audit, watch_movement
+from esper.grafting.ledger import add_group, audit
+from esper.grafting.movement import MovementWatch
+from esper.grafting.remedies import RemedyReceipt
 from esper.grafting.replicas import Replicas
 from esper.grafting.slot import (
     GraftRecord,
@@ -31,6 +34,7 @@ from esper.grafting.structure import (
     optimizer_state_by_name,
     rebuild,
     structure,
+    take_back,
 )
 
 __all__ = [
@@ -38,19 +42,25 @@ __all__ = [
     "GuardVerdict",
     "LayerRecorder",
     "LossGuard",
+    "MovementWatch",
     "Receipt",
+    "RemedyReceipt",
     "Replicas",
     "Slot",
     "Snapshot",
     "SnapshotMemory",
+    "Surroundings",
     "UndoReceipt",
     "add_group",
     "apply_graft",
     "audit",
+    "audit_copies",
     "certify",
+    "check_copy",
     "digest",
     "find_host",
     "graft",
+    "let_follow",
     "load_optimizer_state_by_name",
     "non_finite_gradients",
     "optimizer_state_by_name",
@@ -62,9 +72,9 @@ __all__ = [
     "slots",
     "stand_in",
     "structure",
+    "take_back",
     "trace_layers",
     "watch",
-    "watch_movement",
 ]
 
 

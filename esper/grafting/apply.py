@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints import Blueprint, Graft
+from esper.blueprints import Blueprint, Graft, get
 from esper.blueprints.exchange import GradientExchange
-from esper.contracts import Certificate, GraftKind, LayerInfo
+from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import CertificateError, IncompatibleLayerError, UndoError
 from esper.grafting import ledger
 from esper.grafting.certify import certify, sample_input
+from esper.grafting.copies import let_follow
 from esper.grafting.exchanging import certify_exchange
 from esper.grafting.replicas import Joint, Replicas, jointly
 from esper.grafting.slot import (
@@ -65,10 +67,13 @@ class Surroundings:
     optimizers: Sequence[Any] = ()
     schedulers: Sequence[Any] = ()
     scaler: Any = None
+    copies: Sequence[Any] = ()
     replicas: Replicas | None = None
 
     def snapshot(self, model: nn.Module, memory: SnapshotMemory | None = None) -> Snapshot:
-        return Snapshot.take(model, self.optimizers, self.schedulers, self.scaler, memory)
+        return Snapshot.take(
+            model, self.optimizers, self.schedulers, self.scaler, memory, self.copies
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -145,10 +150,11 @@ class Receipt:
     def undo(self, hard: bool = True) -> UndoReceipt:
         """Takes the graft out.
 
-        Soft: detaches it and keeps what the host has learnt since. Hard: brings back the state
-        before the graft to the bit, optimizer and random streams included; grafts that came later
-        go with it, and are named in ``discarded``. Where the model has replicas, each rank must
-        call this, and it is out on all of them or on none.
+        Soft: detaches it and keeps what the host has learnt since; grafts that cannot be without
+        it go with it. Hard: brings back the state before the graft to the bit, optimizer and
+        random streams included; grafts that came later go with it. Either way they are named in
+        ``discarded``. Where the model has replicas, each rank must call this, and it is out on all
+        of them or on none.
 
         Raises:
             UndoError: it is not in the model any more, the snapshot is gone (hard), or the model
@@ -156,35 +162,28 @@ class Receipt:
             ReplicaError: another rank could not take it out, so it is still in.
         """
         if self._surroundings.replicas is None:
-            return self._undo(hard)
-        return self._undo_everywhere(self._surroundings.replicas, hard)
+            return self.undo_here(hard)
+        with undoing_everywhere(self._model, self._surroundings, self):
+            return self.undo_here(hard)
 
-    def _undo(self, hard: bool) -> UndoReceipt:
+    def undo_here(self, hard: bool = True) -> UndoReceipt:
+        """As :meth:`undo`, on this rank alone; for a caller that brings the ranks together."""
         if not self.present:
             raise UndoError(f"{self.blueprint} is not in {self.layer!r} any more", layer=self.layer)
         return self._undo_hard() if hard else self._undo_soft()
-
-    def _undo_everywhere(self, replicas: Replicas, hard: bool) -> UndoReceipt:
-        with jointly(replicas) as joint:
-            kept, before = self._snapshot, self._surroundings.snapshot(self._model)
-            try:
-                report = self._undo(hard)
-                joint.agree()
-                return report
-            except BaseException:
-                if not joint.done:
-                    before.restore()
-                    self._snapshot = kept
-                raise
 
     def _undo_soft(self) -> UndoReceipt:
         started = time.perf_counter()
         _take_out(self._model, self.layer, self.blueprint)
         if self._group is not None:
             self._group.remove()
+        discarded = self._discard_helpless()
+        let_follow(self._model, self._surroundings.copies)
         pause_ms = (time.perf_counter() - started) * 1e3
         self._drop_snapshot()
-        return UndoReceipt(digest(self._model), hard=False, exact=False, pause_ms=pause_ms)
+        return UndoReceipt(
+            digest(self._model), hard=False, exact=False, pause_ms=pause_ms, discarded=discarded
+        )
 
     def _undo_hard(self) -> UndoReceipt:
         snapshot = self._snapshot
@@ -193,13 +192,19 @@ class Receipt:
                 f"the snapshot before {self.blueprint} is gone; undo it softly", layer=self.layer
             )
         started = time.perf_counter()
-        removed_since = snapshot.grafts() - _living(self._model).keys()
+        gone = snapshot.grafts() - _living(self._model).keys()
+        # One that was merged since comes back: the host's weights are again without it.
+        merged = {graft for graft in gone if isinstance(graft, Graft) and graft.merged}
+        removed_since = gone - merged
+        for graft in merged:
+            graft.__dict__.pop("merged")
         discarded = self._discard_later(snapshot)
         if self._group is not None:
             self._group.remove()
         snapshot.restore()
         differences = snapshot.differences()
         self._discard_revived(removed_since)
+        let_follow(self._model, self._surroundings.copies)
         after = digest(self._model)
         pause_ms = (time.perf_counter() - started) * 1e3
         self._drop_snapshot()
@@ -213,6 +218,23 @@ class Receipt:
         # The digests are worked out from the snapshot's copies, so this is their last chance.
         _ = self.digest_before, self.digest_after
         self._snapshot = None
+
+    def _discard_helpless(self) -> tuple[str, ...]:
+        """Takes out the layer's grafts whose blueprint requires what has just gone."""
+        slot = _slot_at(self._model, self.layer)
+        present = slot.grafts() if slot is not None else {}
+        helpless = [
+            slug for slug in present if (needs := get(slug).requires) and not needs & present.keys()
+        ]
+        for slug in helpless:
+            self._discard(present[slug], self.layer, slug)
+        return tuple(f"{self.layer}/{slug}" for slug in helpless)
+
+    def _discard(self, graft: nn.Module, layer: str, slug: str) -> None:
+        _take_out(self._model, layer, slug)
+        ledger.remove_groups_of(
+            graft.parameters(), self._surroundings.optimizers, self._surroundings.schedulers
+        )
 
     def _discard_later(self, snapshot: Snapshot) -> tuple[str, ...]:
         """Takes out every graft that the snapshot does not know, this one too."""
@@ -228,10 +250,28 @@ class Receipt:
         # An older graft that was taken out on purpose meanwhile was in the snapshot: it stays out.
         for graft, (layer, slug) in _living(self._model).items():
             if graft in removed_since:
-                _take_out(self._model, layer, slug)
-                ledger.remove_groups_of(
-                    graft.parameters(), self._surroundings.optimizers, self._surroundings.schedulers
-                )
+                self._discard(graft, layer, slug)
+
+
+@contextmanager
+def undoing_everywhere(
+    model: nn.Module, surroundings: Surroundings, receipt: Any
+) -> Iterator[None]:
+    """Inside, ``receipt`` is undone; where one rank cannot, all are as they were before it."""
+    with jointly(surroundings.replicas) as joint:
+        kept, before = receipt._snapshot, surroundings.snapshot(model)
+        merged = [] if kept is None else [g for g in kept.grafts() if getattr(g, "merged", False)]
+        try:
+            yield
+            joint.agree()
+        except BaseException:
+            if not joint.done:
+                before.restore()
+                let_follow(model, surroundings.copies)
+                receipt._snapshot = kept
+                for graft in merged:
+                    graft.merged = True
+            raise
 
 
 def apply_graft(
@@ -243,6 +283,7 @@ def apply_graft(
     optimizers: Sequence[Any] = (),
     schedulers: Sequence[Any] = (),
     scaler: Any = None,
+    copies: Sequence[Any] = (),
     x: Tensor | None = None,
     graft: Graft | None = None,
     seed: int = 0,
@@ -256,6 +297,7 @@ def apply_graft(
 
     Args:
         config: settings that differ from the blueprint's default.
+        copies: running averages of the model, which get the graft too.
         x: a real input of the layer for the certificate; made up where there is none.
         graft: built before, from the same config and seed, for example in the background.
         adaptation: id of the adaptation that this is part of.
@@ -272,7 +314,7 @@ def apply_graft(
         ReplicaError: another rank could not do it.
         Any error above leaves the model, the optimizers and the random streams as they were.
     """
-    surroundings = Surroundings(optimizers, schedulers, scaler, replicas)
+    surroundings = Surroundings(optimizers, schedulers, scaler, copies, replicas)
     apply = partial(
         _apply,
         model,
@@ -343,6 +385,7 @@ def _apply(
             ),
         )
         group = insert_graft(model, record, fresh, surroundings)
+        let_follow(model, surroundings.copies)
         receipt = Receipt(
             record=record,
             pause_ms=math.nan,
@@ -361,6 +404,7 @@ def _apply(
         if not joint.done:
             _withdraw(model, layer.name, blueprint.slug, had_slot=had_slot)
             snapshot.restore()
+            let_follow(model, surroundings.copies)
         raise
 
 
@@ -403,10 +447,11 @@ def _refuse(
     slot = slot_of(host)
     present = set(slot.grafts()) if slot is not None else set()
     scaler = surroundings.scaler
-    reason = "" if surroundings.replicas is None else surroundings.replicas.why_not()
+    replicas = surroundings.replicas
+    reason = "" if replicas is None else replicas.why_not() or blueprint.replicas_refusal
     if reason:
         pass
-    elif blueprint.trainable and surroundings.replicas is None and _ranks() > 1:
+    elif (blueprint.trainable or blueprint.requires) and replicas is None and _ranks() > 1:
         # DDP does not know tensors that came after it: the replicas would drift apart silently.
         reason = (
             "the run trains on several ranks, which would not keep new weights in step: give "
@@ -414,12 +459,23 @@ def _refuse(
         )
     elif blueprint.slug in present:
         reason = "the layer carries it already"
-    elif present & blueprint.conflicts:
-        reason = f"it does not go together with {', '.join(sorted(present & blueprint.conflicts))}"
-    elif blueprint.kind is GraftKind.WRAP and scaler is not None and scaler.is_enabled():
-        reason = "a gradient scaler multiplies gradients, so its bound would not mean what it says"
+    elif clashing := _clashing(blueprint, present):
+        reason = f"it does not go together with {', '.join(clashing)}"
+    elif blueprint.requires and not present & blueprint.requires:
+        reason = f"it needs {' or '.join(sorted(blueprint.requires))} on the layer first"
+    elif scaler is not None and scaler.is_enabled():
+        reason = blueprint.scaler_refusal
     if reason:
         raise IncompatibleLayerError(layer=layer.name, blueprint=blueprint.slug, reason=reason)
+
+
+def _clashing(blueprint: Blueprint, present: set[str]) -> list[str]:
+    """Those of the layer's grafts that do not go together with it, by either's word."""
+    return sorted(
+        slug
+        for slug in present
+        if slug in blueprint.conflicts or blueprint.slug in get(slug).conflicts
+    )
 
 
 def _ranks() -> int:

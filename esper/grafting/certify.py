@@ -22,15 +22,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from esper.blueprints import Blueprint, Graft, layout
-from esper.blueprints.base import COPIES_IN_TRAINING, MIB
+from esper.blueprints.base import COPIES_IN_TRAINING, MIB, introduce
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import IncompatibleLayerError
 from esper.grafting.slot import SLOT_NAME, first_tensor, slot_of
 from esper.grafting.snapshot import RandomStreams, digest, kept_streams
 
 MAX_ROWS = 4  # of the sample that are looked at: a certificate must not cost a training step
+# Hooks of torch.nn.utils that are a part of the layer: they make its weight for each pass.
+_MAKES_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)
 CHEAP_FLOPS = 10_000_000  # well below a millisecond on one core: timed in passing
 
 
@@ -66,11 +71,11 @@ def certify(
     """
     built_quietly = streams_before is None or streams_before.equals(RandomStreams.read())
     forecast = blueprint.forecast(layer, blueprint.config_for(layer, config))
+    timed = thorough or forecast.flops <= CHEAP_FLOPS
     with put_back(host, training), torch.enable_grad():
-        trial = _try_out(host, layer, blueprint.slug, graft, x[:MAX_ROWS])
-        timed = thorough or forecast.flops <= CHEAP_FLOPS
-        latency_ms = _latency_ms(host, layer, blueprint.slug, graft, x) if timed else math.nan
-    dead = _dead_after_two_steps(graft, trial) if thorough else []
+        trial, latency_ms, dead = _try_all(
+            host, layer, blueprint, graft, x, timed=timed, thorough=thorough
+        )
     graft.forget()
     certificate = Certificate(
         max_abs_diff=trial.max_abs_diff,
@@ -119,6 +124,7 @@ def put_back(host: nn.Module, training: bool | None) -> Iterator[None]:
     """Leaves the host's modes, buffers and all random streams as they were."""
     modes = [(module, module.training) for module in host.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in host.buffers()]
+    made = _made_tensors(host)
     with kept_streams():
         try:
             if training is not None:
@@ -127,9 +133,21 @@ def put_back(host: nn.Module, training: bool | None) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+            for module, name, tensor in made:
+                vars(module)[name] = tensor
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+def _made_tensors(host: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """(module, attribute, tensor) of tensors that a forward pass has left on the modules."""
+    return [
+        (module, name, value)
+        for module in host.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
 
 
 @dataclass(slots=True)
@@ -148,13 +166,47 @@ class _Trial:
     saved_bytes: int
 
 
-def _try_out(
-    host: nn.Module, layer: LayerInfo, blueprint: str, graft: Graft, sample: Tensor
-) -> _Trial:
-    x = sample.detach().clone()
-    x.requires_grad_(x.is_floating_point())
-    y = _run_host(host, layer, blueprint, x)
-    kept = y.detach().clone()
+def _try_all(
+    host: nn.Module,
+    layer: LayerInfo,
+    blueprint: Blueprint,
+    graft: Graft,
+    x: Tensor,
+    *,
+    timed: bool,
+    thorough: bool,
+) -> tuple[_Trial, float, list[str]]:
+    """(one pass on the first rows, latency of all rows or NaN, tensors that stayed dead)."""
+    sample = x[:MAX_ROWS].detach().clone()
+    sample.requires_grad_(sample.is_floating_point())
+    y = _run_host(host, layer, blueprint.slug, sample)
+    before = _run_grafts(host, sample, y)  # as the older ones were without the new one
+    with _introduced(host, graft):
+        if blueprint.requires:  # what the older ones compute beside it is part of the promise
+            trial = _try_out(host, graft, sample, before, _run_grafts(host, sample, y))
+        else:
+            trial = _try_out(host, graft, sample, before, before)
+        latency_ms = _latency_ms(host, layer, blueprint.slug, graft, x) if timed else math.nan
+        dead = _dead_after_two_steps(graft, trial) if thorough else []
+    return trial, latency_ms, dead
+
+
+@contextmanager
+def _introduced(host: nn.Module, graft: Graft) -> Iterator[None]:
+    """Inside it, the layer's grafts and the new one know each other."""
+    slot = slot_of(host)
+    older = tuple(slot.grafts().values()) if slot is not None else ()
+    introduce((*older, graft))
+    try:
+        yield
+    finally:
+        introduce(older)
+        introduce((graft,))
+
+
+def _try_out(host: nn.Module, graft: Graft, x: Tensor, before: Tensor, y: Tensor) -> _Trial:
+    """``before``: the layer's output without the graft. ``y``: what the graft is given."""
+    kept = before.detach().clone()
     versions = x._version, y._version
     streams = RandomStreams.read()  # not sooner: the host's own dropout may draw
     with _counted_activations(graft, x) as saved:
@@ -166,7 +218,7 @@ def _try_out(
         and changed.dtype == y.dtype
         and versions == (x._version, y._version)
     )
-    live, untouched = _compare_gradients(host, graft, x, y, changed, cotangent)
+    live, untouched = _compare_gradients(host, graft, x, before, changed, cotangent)
     return _Trial(
         x=x.detach(),
         y=kept,
@@ -182,11 +234,14 @@ def _try_out(
 
 
 def _run_host(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> Tensor:
-    """The layer's output on ``x`` with the grafts it carries now.
+    """The layer's own output on ``x``.
 
     ``forward`` and not a call: the user's own hooks must not see a made-up batch.
     """
     arguments = (x, x, x) if layer.kind in layout.ATTENTION else (x,)
+    for hook in host._forward_pre_hooks.values():
+        if isinstance(hook, _MAKES_WEIGHTS):
+            hook(host, arguments)
     try:
         y = first_tensor(host.forward(*arguments))
     except Exception as error:
@@ -198,6 +253,11 @@ def _run_host(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> T
         raise IncompatibleLayerError(
             layer=layer.name, blueprint=blueprint, reason="its output is no plain tensor"
         )
+    return y
+
+
+def _run_grafts(host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The layer's output after the grafts that it carries now."""
     slot = slot_of(host)
     for older in slot.grafts().values() if slot is not None else ():
         y = older.combine(x, y)
@@ -220,7 +280,8 @@ def _compare_gradients(
 
 def _wakes_up(graft: Graft, x: Tensor, y: Tensor, cotangent: Tensor) -> bool:
     """A graft with an α has a gradient once that has left 0, which is after one step."""
-    if graft.alpha is None:
+    ramped = [part for part in graft.modules() if isinstance(part, Graft)]
+    if all(part.alpha is None for part in ramped):
         return False
     later = copy.deepcopy(graft)
     later.on_step()
@@ -288,7 +349,7 @@ def _latency_ms(
 ) -> float:
     """Forward of the graft on the whole sample; the second of two, the first warms up."""
     with torch.no_grad():
-        y = _run_host(host, layer, blueprint, x)
+        y = _run_grafts(host, x, _run_host(host, layer, blueprint, x))
         for _ in range(2):
             _wait(x)
             started = time.perf_counter()
@@ -310,6 +371,7 @@ def _dead_after_two_steps(graft: Graft, trial: _Trial) -> list[str]:
     for _ in range(2):
         if not waiting:
             break
+        torch.clear_autocast_cache()  # it holds the weights as they were before the last step
         with torch.enable_grad():
             changed = trial_graft.combine(trial.x, trial.y)
         inputs = [p for p in trial_graft.parameters() if p.requires_grad]
@@ -333,7 +395,9 @@ def _made_up_cotangent(y: Tensor) -> Tensor:
 
 def _undo_is_exact(host: nn.Module, graft: Graft) -> bool:
     """Swaps in and takes out on a copy of the host, and compares every tensor."""
-    trial = copy.deepcopy(host)
+    # Those with a history cannot be copied; the next forward pass makes them anew.
+    made = {id(tensor): tensor.detach().clone() for _, _, tensor in _made_tensors(host)}
+    trial = copy.deepcopy(host, made)
     before = digest(trial)
     inside = trial._modules.get(SLOT_NAME) or nn.Module()
     inside.add_module("trial", copy.deepcopy(graft))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from esper.blueprints.layout import channel_axis_of
+from esper.blueprints.layout import axes_of, channel_axis_of
 from esper.contracts import MAX_NAME_LENGTH, LayerInfo
+from esper.grafting.attention import cached_part, looks_ahead
 from esper.grafting.slot import CONTAINERS, SLOT_NAME, first_tensor
 
 NEVER_RAN = "it was not seen to run in a forward pass"
@@ -50,8 +51,14 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def why_never_graftable(model: nn.Module, name: str) -> str:
-    """Why this module can hold no graft, whatever it does in a forward pass; empty if it can."""
+def why_never_graftable(
+    model: nn.Module, name: str, layers: Mapping[str, nn.Module] | None = None
+) -> str:
+    """Why this module can hold no graft, whatever it does in a forward pass; empty if it can.
+
+    Args:
+        layers: what :func:`layer_modules` gives, for a caller that asks about many.
+    """
     module = model.get_submodule(name)
     if not name:
         return "it is the whole model; name one of its layers"
@@ -62,7 +69,7 @@ def why_never_graftable(model: nn.Module, name: str) -> str:
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return "its parent attention uses its weight directly, so a hook on it never fires"
-    if name not in layer_modules(model):
+    if name not in (layer_modules(model) if layers is None else layers):
         return f"a {kind_of(module)} is made of layers; name one of them"
     return ""
 
@@ -107,7 +114,8 @@ class LayerRecorder:
 
     def layers(self) -> tuple[LayerInfo, ...]:
         """All layers in order of execution; those that never ran come last, with the reason."""
-        infos = [self._describe(name, module) for name, module in self._modules.items()]
+        ahead = looks_ahead(self._model)
+        infos = [self._describe(name, module, ahead) for name, module in self._modules.items()]
         return tuple(sorted(infos, key=lambda info: (not info.in_shape, info.order)))
 
     def _watch(self) -> None:
@@ -151,10 +159,11 @@ class LayerRecorder:
 
         return see
 
-    def _describe(self, name: str, module: nn.Module) -> LayerInfo:
+    def _describe(self, name: str, module: nn.Module, looks_ahead: bool) -> LayerInfo:
         sighting = self._sightings.get(name, _Sighting(reason=NEVER_RAN))
-        reason = why_never_graftable(self._model, name) or sighting.reason
-        return _layer_info(name, module, sighting, reason)
+        reason = why_never_graftable(self._model, name, self._modules) or sighting.reason
+        attention = {"looks_ahead": looks_ahead, **cached_part(self._model, name)}
+        return _layer_info(name, module, sighting, reason, **attention)
 
 
 def trace_layers(
@@ -168,7 +177,8 @@ def trace_layers(
             what the modules tell of themselves is known, for a batch of one row.
     """
     if forward is None:
-        return tuple(_describe_unseen(model, name) for name in layer_modules(model))
+        ahead, layers = looks_ahead(model), layer_modules(model)
+        return tuple(_describe_unseen(model, name, layers, ahead) for name in layers)
     recorder = LayerRecorder(model)
     # Late import: the snapshot is the one place that knows every random stream.
     from esper.grafting.snapshot import kept_streams
@@ -212,14 +222,16 @@ def _look(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> _Sig
     )
 
 
-def _layer_info(name: str, module: nn.Module, sighting: _Sighting, reason: str) -> LayerInfo:
+def _layer_info(
+    name: str, module: nn.Module, sighting: _Sighting, reason: str, **attention: Any
+) -> LayerInfo:
     kind = kind_of(module)
     axis = channel_axis_of(kind)
     parameters = _own_parameters(module)
     first = next((p for p in parameters if p.is_floating_point()), None)
     if first is None and not reason:
         reason = "its weights are not floating numbers"
-    reason = reason or _why_unbatched(sighting, axis)
+    reason = reason or _why_unbatched(kind, sighting)
     return LayerInfo(
         name=name,
         kind=kind,
@@ -238,11 +250,12 @@ def _layer_info(name: str, module: nn.Module, sighting: _Sighting, reason: str) 
         trainable=any(p.requires_grad for p in parameters),
         feeds=tuple(sighting.feeds),
         **_geometry(module),
+        **attention,
     )
 
 
-def _why_unbatched(sighting: _Sighting, axis: int) -> str:
-    if sighting.out_shape and len(sighting.out_shape) <= max(axis, 0):
+def _why_unbatched(kind: str, sighting: _Sighting) -> str:
+    if sighting.out_shape and len(sighting.out_shape) < axes_of(kind):
         return "it was seen to run without a batch axis"
     return "" if sighting.out_shape else NEVER_RAN
 
@@ -276,11 +289,14 @@ def _symmetric_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, 
     return None if any(total % 2 for total in totals) else tuple(total // 2 for total in totals)
 
 
-def _describe_unseen(model: nn.Module, name: str) -> LayerInfo:
-    module = model.get_submodule(name)
+def _describe_unseen(
+    model: nn.Module, name: str, layers: Mapping[str, nn.Module], looks_ahead: bool
+) -> LayerInfo:
+    module = layers[name]
     sighting = _sighting_of_weights(module)
-    reason = why_never_graftable(model, name)
-    return _layer_info(name, module, sighting, reason)
+    reason = why_never_graftable(model, name, layers)
+    attention = {"looks_ahead": looks_ahead, **cached_part(model, name)}
+    return _layer_info(name, module, sighting, reason, **attention)
 
 
 def _sighting_of_weights(module: nn.Module) -> _Sighting:

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from math import fsum
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,6 +67,14 @@ class LossGuard:
         """Forgets what it saw; for after a rollback."""
         self._good.clear()
         self._running = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen, for a run that goes on in another process."""
+        return {"good": list(self._good), "running": self._running}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._good = deque(map(float, state["good"]), maxlen=self._good.maxlen)
+        self._running = int(state["running"])
 
     def _limit(self) -> float:
         if len(self._good) < self._enough:

@@ -7,8 +7,8 @@ starve (reference/growth.md, section 6.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from esper.contracts import Finding, Severity, ViolationRule
 from esper.exceptions import GraftError
 
 WARMUP_STEPS = 100
+MANY = 8  # tensors with the same problem that are named one by one
 LAYER_KEY = "esper_layer"
 # Per-group lists of torch's schedulers, which do not grow with the optimizer (pytorch#53712).
-_GROUP_LISTS = (
+GROUP_LISTS = (
     "base_lrs",
     "_last_lr",
     "lr_lambdas",
@@ -34,6 +35,11 @@ _TAKEN = "esper_steps"
 _WARMUP = "esper_warmup_steps"
 _DECAY = "esper_weight_decay"
 _HELD = "esper_held_lr"
+# What is multiplied with a group's learning rate, in the group and in schedulers' lists.
+_RATES = frozenset({"lr", "initial_lr", "max_lr", "min_lr"})
+_RATE_LISTS = frozenset({"base_lrs", "_last_lr", "max_lrs", "min_lrs"})
+# Of a group that was split off for a layer with a learning rate of its own.
+FACTOR_KEY = "esper_lr_factor"
 
 
 @dataclass(slots=True)
@@ -56,6 +62,16 @@ class GroupReceipt:
             del self.optimizer.param_groups[place]
         for parameter in self.group["params"]:
             self.optimizer.state.pop(parameter, None)
+
+
+def is_users_group(group: dict[str, Any]) -> bool:
+    """The script made it; neither a graft nor a remedy did."""
+    return LAYER_KEY not in group and FACTOR_KEY not in group
+
+
+def is_own_key(key: str) -> bool:
+    """An entry of a group that Esper put there."""
+    return key.startswith("esper_")
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -149,41 +165,111 @@ def remove_groups_of(
                 GroupReceipt(optimizer, group, mine).remove()
 
 
+def scale_lr(
+    optimizer: Any, parameters: Sequence[Tensor], factor: float, schedulers: Sequence[Any] = ()
+) -> None:
+    """Splits parameters off into groups of their own whose learning rates are ``factor`` times.
+
+    A group that was split off so before gets the new factor in the old one's place.
+    """
+    inner = unwrap_optimizer(optimizer)
+    wanted = {id(parameter) for parameter in parameters}
+    mine = [s for s in unwrap_schedulers(schedulers) if _drives(s, inner)]
+    for place, group in enumerate(list(inner.param_groups)):
+        chosen = [p for p in group["params"] if id(p) in wanted]
+        if not chosen:
+            continue
+        if FACTOR_KEY in group and len(chosen) == len(group["params"]):
+            _scale_group(inner, place, factor / group[FACTOR_KEY], mine)
+            group[FACTOR_KEY] = factor
+            continue
+        group["params"] = [p for p in group["params"] if id(p) not in wanted]
+        kept = {key: _own_copy(value) for key, value in group.items()}
+        kept.update({FACTOR_KEY: factor * group.get(FACTOR_KEY, 1.0), "params": chosen})
+        size = len(inner.param_groups)
+        inner.param_groups.append(kept)  # add_param_group would want groups without their state
+        for scheduler in mine:
+            _grow_lists(scheduler, place, size)
+        _scale_group(inner, size, factor, mine)
+
+
+def _scale_group(
+    optimizer: torch.optim.Optimizer, place: int, factor: float, schedulers: Sequence[Any]
+) -> None:
+    group = optimizer.param_groups[place]
+    for key in _RATES & group.keys():
+        group[key] = group[key] * factor
+    for scheduler in schedulers:
+        lists = group_lists(scheduler, len(optimizer.param_groups))
+        for key in _RATE_LISTS & lists.keys():
+            lists[key][place] = lists[key][place] * factor
+
+
+def drop_parameters(parameters: Iterable[Tensor], optimizers: Sequence[Any]) -> None:
+    """Takes parameters and their state out of every optimizer; their groups stay, maybe empty."""
+    gone = {id(parameter): parameter for parameter in parameters}
+    for optimizer in map(unwrap_optimizer, optimizers):
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for parameter in gone.values():
+            optimizer.state.pop(parameter, None)
+
+
+def reorder_groups(optimizer: Any, order: Sequence[int], schedulers: Sequence[Any] = ()) -> None:
+    """Puts the groups, and their places in the schedulers that drive them, into another order.
+
+    ``order[i]`` is the present place of the group that is to stand at place ``i``.
+    """
+    inner = unwrap_optimizer(optimizer)
+    size = len(inner.param_groups)
+    for scheduler in unwrap_schedulers(schedulers):
+        if _drives(scheduler, inner):
+            for values in group_lists(scheduler, size).values():
+                values[:] = [values[place] for place in order]
+    inner.param_groups[:] = [inner.param_groups[place] for place in order]
+
+
 def audit(model: nn.Module, optimizers: Iterable[Any]) -> list[Finding]:
     """Compares what the model would train with what the optimizers hold.
 
     Finds trainable tensors in no optimizer, tensors that are in one but not in the model, tensors
-    held twice, frozen tensors in an optimizer, and state of tensors that are in no group.
+    held twice, tensors that were frozen after an optimizer had trained them (frozen from the start
+    is what a user has chosen), and state of tensors that are in no group.
     """
     books = _Books.read([unwrap_optimizer(optimizer) for optimizer in optimizers])
     if not books.optimizers:
         return []
-    return [*_tensor_findings(model, books), *_book_findings(model, books)]
+    return to_findings([*_tensor_problems(model, books), *_book_problems(model, books)])
 
 
-def watch_movement(parameters: Mapping[str, nn.Parameter]) -> Callable[[], list[Finding]]:
-    """Remembers tensors now; the answer, called some steps later, lists those that stood still."""
-    before = {name: (p, p.detach().clone()) for name, p in parameters.items() if p.requires_grad}
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong with a tensor, or with the books (then ``parameter`` is empty)."""
 
-    def standing() -> list[Finding]:
-        return [
-            _finding(
-                name,
-                Severity.SERIOUS,
-                "has not moved since it was added",
-                "check that the layer takes part in the loss and that its group is stepped",
-            )
-            for name, (parameter, value) in before.items()
-            if torch.equal(parameter.detach(), value)
-        ]
+    parameter: str
+    severity: Severity
+    observed: str
+    remedy: str
 
-    return standing
+
+def to_findings(problems: Iterable[Problem]) -> list[Finding]:
+    """One finding each; one for all where more than :data:`MANY` tensors have the same problem."""
+    alike: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault((problem.severity, problem.observed, problem.remedy), []).append(problem)
+    return [finding for same in alike.values() for finding in _findings_of(same)]
+
+
+def is_warming(group: dict[str, Any]) -> bool:
+    """The group's new weights have not reached its learning rate yet."""
+    return _TAKEN in group and group[_TAKEN] < group[_WARMUP]
 
 
 @dataclass(slots=True)
 class _Books:
     optimizers: list[torch.optim.Optimizer]
     held: dict[int, int] = field(default_factory=dict)  # id(parameter) -> in how many places
+    trained: set[int] = field(default_factory=set)  # id(parameter) with state from earlier steps
     dead_state: int = 0
 
     @classmethod
@@ -193,30 +279,31 @@ class _Books:
             own = [p for group in optimizer.param_groups for p in group["params"]]
             for parameter in own:
                 books.held[id(parameter)] = books.held.get(id(parameter), 0) + 1
+            books.trained |= {id(key) for key, state in optimizer.state.items() if state}
             keys = {id(parameter) for parameter in own}
             books.dead_state += sum(id(key) not in keys for key in optimizer.state)
         return books
 
 
-def _tensor_findings(model: nn.Module, books: _Books) -> Iterator[Finding]:
+def _tensor_problems(model: nn.Module, books: _Books) -> Iterator[Problem]:
     for name, parameter in model.named_parameters():
         times = books.held.get(id(parameter), 0)
         if parameter.requires_grad and not times:
-            yield _finding(
+            yield Problem(
                 name,
                 Severity.SERIOUS,
                 "trainable, but in no optimizer: it will never move",
                 "give it to the optimizer, or set requires_grad=False",
             )
-        if times and not parameter.requires_grad:
-            yield _finding(
+        if times and not parameter.requires_grad and id(parameter) in books.trained:
+            yield Problem(
                 name,
                 Severity.CAUTION,
-                "frozen, but held by an optimizer",
+                "frozen, after an optimizer has trained it",
                 "set requires_grad=True, or take it out of the optimizer",
             )
         if times > 1:
-            yield _finding(
+            yield Problem(
                 name,
                 Severity.SERIOUS,
                 f"held {times} times: it is updated more than once a step",
@@ -224,18 +311,18 @@ def _tensor_findings(model: nn.Module, books: _Books) -> Iterator[Finding]:
             )
 
 
-def _book_findings(model: nn.Module, books: _Books) -> Iterator[Finding]:
+def _book_problems(model: nn.Module, books: _Books) -> Iterator[Problem]:
     known = {id(parameter) for parameter in model.parameters()}
     foreign = sum(key not in known for key in books.held)
     if foreign:
-        yield _finding(
+        yield Problem(
             "",
             Severity.CAUTION,
             f"{foreign} tensors held by an optimizer are not in the model",
             "rebuild the optimizer after replacing layers",
         )
     if books.dead_state:
-        yield _finding(
+        yield Problem(
             "",
             Severity.CAUTION,
             f"{books.dead_state} entries of optimizer state belong to no group",
@@ -243,15 +330,22 @@ def _book_findings(model: nn.Module, books: _Books) -> Iterator[Finding]:
         )
 
 
-def _finding(parameter: str, severity: Severity, observed: str, remedy: str) -> Finding:
-    layer, _, tensor = parameter.rpartition(".")
+def _findings_of(same: Sequence[Problem]) -> list[Finding]:
+    if len(same) <= MANY:
+        return [_finding(problem) for problem in same]
+    whole = f"{len(same)} tensors, {same[0].parameter} the first: {same[0].observed}"
+    return [_finding(replace(same[0], parameter="", observed=whole))]
+
+
+def _finding(problem: Problem) -> Finding:
+    layer, _, tensor = problem.parameter.rpartition(".")
     return Finding(
         rule=ViolationRule.OPTIMIZER_LEDGER,
         layer=layer,
-        severity=severity,
-        observed=f"{tensor}: {observed}" if tensor else observed,
+        severity=problem.severity,
+        observed=f"{tensor}: {problem.observed}" if tensor else problem.observed,
         limit="the optimizer holds every trainable tensor of the model once, and no other",
-        remedy=remedy,
+        remedy=problem.remedy,
     )
 
 
@@ -260,6 +354,9 @@ def _refuse_rigid(
 ) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise GraftError("LBFGS trains one flat vector and takes no new weights", layer=layer)
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        reason = "SparseAdam takes sparse gradients only, and those of new weights are dense"
+        raise GraftError(f"{reason}; add another optimizer first", layer=layer)
     matrices_only = type(optimizer).__name__ == "Muon"
     if matrices_only and any(parameter.dim() != 2 for parameter in parameters):
         raise GraftError("Muon trains matrices only; add another optimizer first", layer=layer)
@@ -283,18 +380,23 @@ def _drives(scheduler: Any, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _grow_lists(scheduler: Any, place: int, size: int) -> None:
-    for values in _group_lists(scheduler, size):
+    for values in group_lists(scheduler, size).values():
         values.append(_own_copy(values[place]))
 
 
 def _shrink_lists(scheduler: Any, place: int, size: int) -> None:
-    for values in _group_lists(scheduler, size):
+    for values in group_lists(scheduler, size).values():
         del values[place]
 
 
-def _group_lists(scheduler: Any, size: int) -> list[list[Any]]:
-    lists = [vars(scheduler).get(name) for name in _GROUP_LISTS]
-    return [values for values in lists if isinstance(values, list) and len(values) == size]
+def group_lists(scheduler: Any, size: int) -> dict[str, list[Any]]:
+    """name -> list of a scheduler's attributes that hold one entry for each of ``size`` groups."""
+    lists = {name: vars(scheduler).get(name) for name in GROUP_LISTS}
+    return {
+        name: values
+        for name, values in lists.items()
+        if isinstance(values, list) and len(values) == size
+    }
 
 
 def _start_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
@@ -316,8 +418,10 @@ def keep_warming(optimizer: Any) -> None:
     Hooks are no part of an optimizer's state dict or pickle: call this after loading one.
     """
     inner = unwrap_optimizer(optimizer)
+    # Each on its own: after a graft that failed between the two, the next one would stay cold.
     if _before_step not in inner._optimizer_step_pre_hooks.values():
         inner.register_step_pre_hook(_before_step)
+    if _after_step not in inner._optimizer_step_post_hooks.values():
         inner.register_step_post_hook(_after_step)
 
 
@@ -336,10 +440,11 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def _cool(group: dict[str, Any]) -> None:
     _restore_lr(group)  # left over when a step raised
-    warming = group[_TAKEN] < group[_WARMUP]
+    warming = is_warming(group)
     if _DECAY in group:
         group["weight_decay"] = 0.0 if warming else group[_DECAY]
-    if warming:
+    # No rate to lower where the optimizer makes its own (Adafactor with relative steps).
+    if warming and group.get("lr") is not None:
         group[_HELD] = group["lr"]
         group["lr"] = group["lr"] * ((group[_TAKEN] + 1) / group[_WARMUP])
 

@@ -41,6 +41,7 @@ class Call(IntEnum):
     UNDO = 4
     LOAD = 5
     VOTE = 6
+    REMEDY = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,14 +299,14 @@ class Joint:
         _fill(tensors, flat)
 
     def commit(self) -> None:
-        """The graft is in on this rank; returns when it is in on all, and all are equal."""
+        """It is done on this rank; returns when it is done on all, and all are equal."""
         if self._replicas is not None:
             self._rebuilt = True  # from its first line on it must be done again
             self._replicas.rebuild_reducer()
             self._vote(self._replicas.checksum(), last=True)
 
     def agree(self) -> None:
-        """The graft is out on this rank; returns when it is out on all."""
+        """It is undone on this rank; returns when it is undone on all."""
         if self._replicas is not None:
             self._rebuilt = True
             self._replicas.rebuild_reducer()

@@ -10,16 +10,21 @@ layer that is used twice in a forward pass is grafted twice.
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.decorators import skip
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from esper.blueprints import Graft
+from esper.blueprints.base import introduce
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import GraftError, UnknownLayerError
 
@@ -53,6 +58,14 @@ class Slot(nn.Module):
         self.handle: RemovableHandle | None = None
         self._watchers: dict[int, Watcher] = {}
         self._next_watcher = 0
+        self._copies: list[weakref.ref[Slot]] = []
+
+    @property
+    def copies(self) -> tuple[Slot, ...]:
+        """The slots of living ``copy.deepcopy``s of the model."""
+        living = [(ref, slot) for ref in self._copies if (slot := ref()) is not None]
+        self._copies = [ref for ref, _ in living]
+        return tuple(slot for _, slot in living)
 
     def grafts(self) -> dict[str, Graft]:
         """slug -> graft, oldest first."""
@@ -62,6 +75,7 @@ class Slot(nn.Module):
         """Puts a graft behind those that are there."""
         self.add_module(record.blueprint, graft)
         self.records[record.blueprint] = record
+        self.introduce()
 
     def take_out(self, slug: str) -> Graft:
         """Removes one graft and unties it from the layer."""
@@ -69,7 +83,26 @@ class Slot(nn.Module):
         graft.detach()
         del self._modules[slug]
         self.records.pop(slug, None)  # absent where inserting was cut short
+        introduce((graft,))
+        self.introduce()
         return graft
+
+    def introduce(self) -> None:
+        """Lets the grafts get to know each other; called when they have changed."""
+        introduce(tuple(self.grafts().values()))
+
+    @contextmanager
+    def without(self, slug: str) -> Iterator[None]:
+        """Inside it, the graft is not in the layer's forward pass."""
+        grafts = dict(self._modules)
+        del self._modules[slug]
+        self.introduce()
+        try:
+            yield
+        finally:
+            self._modules.clear()
+            self._modules.update(grafts)
+            self.introduce()
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:
         """Calls ``watcher(x, y)`` on each call of the layer, until the answer is called."""
@@ -98,7 +131,16 @@ class Slot(nn.Module):
         return y
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_watchers": {}}  # watchers belong to the one who set them
+        # Watchers belong to the one who set them, and a copy's copies are its own.
+        return {**vars(self), "_watchers": {}, "_copies": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        restore: Callable[[dict[str, Any]], None] = made.__setstate__
+        restore(copy.deepcopy(self.__getstate__(), memo))
+        self._copies.append(weakref.ref(made))
+        return made
 
 
 @skip
@@ -113,6 +155,12 @@ def run_slot(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     return _run_occupied(slot, module, args, kwargs, output)
 
 
+# What torch tells the user of fullgraph=True, who compiled after the slots had come.
+run_slot._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "an Esper slot splits the graph: compile without fullgraph=True, or give slots=[…] to attach"
+)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run_occupied(
     slot: nn.Module,
@@ -124,26 +172,39 @@ def _run_occupied(
     x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
     if x is None or y is None or not isinstance(slot, Slot):
         return None
-    changed = slot.run(host, x, y)
+    changed = _run_rows(slot, host, x, y) if y.is_nested else slot.run(host, x, y)
     return None if changed is y else replace_first_tensor(output, changed)
 
 
+def _run_rows(slot: Slot, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Row by row: what ``nn.TransformerEncoder`` makes of a padded batch in eval mode."""
+    rows = zip(x.unbind(), y.unbind(), strict=True)
+    changed = [slot.run(host, row[None], out[None])[0] for row, out in rows]
+    return torch.nested.as_nested_tensor(changed, layout=y.layout)
+
+
 def first_tensor(value: Any) -> Tensor | None:
-    """A tensor itself, or the first one of a tuple or list."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, tuple | list):
-        return next((item for item in value if isinstance(item, Tensor)), None)
-    return None
+    """A tensor itself, or the first one of a tuple or list; the data of a packed sequence."""
+    place = _first_place(value) if isinstance(value, tuple | list) else None
+    found = value if place is None else value[place]
+    found = found.data if isinstance(found, PackedSequence) else found
+    return found if isinstance(found, Tensor) else None
 
 
 def replace_first_tensor(output: Any, new: Tensor) -> Any:
     """``output`` with its first tensor replaced; tuples stay tuples, named ones named."""
-    if isinstance(output, Tensor):
+    place = _first_place(output) if isinstance(output, tuple | list) else None
+    if place is None:
         return new
-    place = next(i for i, item in enumerate(output) if isinstance(item, Tensor))
-    items = [*output[:place], new, *output[place + 1 :]]
+    old = output[place]
+    fresh = old._replace(data=new) if isinstance(old, PackedSequence) else new
+    items = [*output[:place], fresh, *output[place + 1 :]]
     return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+def _first_place(values: tuple[Any, ...] | list[Any]) -> int | None:
+    kinds = (Tensor, PackedSequence)
+    return next((i for i, item in enumerate(values) if isinstance(item, kinds)), None)
 
 
 def find_host(model: nn.Module, layer: str) -> nn.Module:
@@ -167,6 +228,8 @@ def slot_of(module: nn.Module) -> Slot | None:
 def prepare_slots(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
     """Gives each layer an empty slot; those that have one keep it.
 
+    Where one is new, all compiled code of this process is compiled anew when it runs next.
+
     Returns:
         The layers that got a new one.
 
@@ -180,6 +243,11 @@ def prepare_slots(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
     fresh = [layer for layer, host in hosts.items() if slot_of(host) is None]
     for layer in fresh:
         _add_slot(hosts[layer])
+    if fresh:
+        # Compiled code does not look for hooks again: what was compiled before these slots came
+        # would never run a graft. It is compiled anew when it runs next; where nothing was
+        # compiled, this costs well below a millisecond.
+        torch.compiler.reset()
     return tuple(fresh)
 
 

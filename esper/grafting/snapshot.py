@@ -195,6 +195,7 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._modules: dict[nn.Module, _SavedModule] = {}
+        self._of_copies: set[nn.Module] = set()
         self._tensors: list[_SavedTensor] = []
         self._gradients: list[tuple[nn.Parameter, bool, _SavedTensor | None]] = []
         self._optimizers: list[_SavedOptimizer] = []
@@ -210,16 +211,21 @@ class Snapshot:
         schedulers: Sequence[Any] = (),
         scaler: Any = None,
         memory: SnapshotMemory | None = None,
+        copies: Sequence[nn.Module] = (),
     ) -> Snapshot:
         """Copies everything; costs one copy of weights, gradients and optimizer state.
 
         Args:
             memory: where copies go as far as it reaches; used up by it.
+            copies: running averages of the model, which come back with it.
         """
         snapshot = cls()
         copied = (memory or SnapshotMemory()).copy
         with torch.no_grad():
             snapshot._save_model(model, copied)
+            for average in copies:
+                snapshot._save_model(average, copied)
+                snapshot._of_copies.update(average.modules())
             snapshot._optimizers = [
                 _save_optimizer(unwrap_optimizer(o), copied) for o in optimizers
             ]
@@ -276,8 +282,9 @@ class Snapshot:
         return self._streams
 
     def grafts(self) -> set[nn.Module]:
-        """The grafts that were in the model."""
-        kept = [saved.grafts or {} for saved in self._modules.values()]
+        """The grafts that were in the model, those of its copies aside."""
+        own = [saved for module, saved in self._modules.items() if module not in self._of_copies]
+        kept = [saved.grafts or {} for saved in own]
         return {graft for grafts in kept for graft in grafts.values() if graft is not None}
 
     def _save_model(self, model: nn.Module, copied: Copy) -> None:
@@ -309,6 +316,9 @@ class Snapshot:
             if isinstance(module, Slot):
                 _refill(module._modules, saved.grafts or {})
                 _refill(module.records, saved.records)
+        for module in self._modules:
+            if isinstance(module, Slot):
+                module.introduce()
         for tensor in self._tensors:
             tensor.restore()
         for parameter, requires_grad, gradient in self._gradients:

@@ -17,9 +17,16 @@ from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import ConfigurationError, GraftError
 from esper.grafting import ledger
 from esper.grafting.apply import Receipt, Surroundings, insert_graft
-from esper.grafting.replicas import Replicas, jointly
-from esper.grafting.slot import GraftRecord, find_host, slots
+from esper.grafting.graph import trace_layers
+from esper.grafting.replicas import Replicas
+from esper.grafting.slot import GraftRecord, find_host, remove_slots, slots
 from esper.grafting.snapshot import Frozen
+
+# Optimizer state that torch would use without a look at its shape; Adafactor's rows and columns,
+# and counters, have shapes of their own.
+_SHAPED_LIKE_THE_PARAMETER = frozenset(
+    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum", "exp_inf"}
+)
 
 
 def structure(model: nn.Module) -> list[dict[str, Any]]:
@@ -48,30 +55,49 @@ def rebuild(
     schedulers: Sequence[Any] = (),
     *,
     other_versions: bool = False,
+    copies: Sequence[Any] = (),
     replicas: Replicas | None = None,
 ) -> tuple[Receipt, ...]:
     """Makes the grafts of a manifest again, each from its seed, for a state dict to be loaded.
 
+    All of them, or none: where one cannot be made, the model is as before.
+
     Args:
         other_versions: take a blueprint whose source has changed since.
-        replicas: the other ranks of the model; each of them must call this with the same manifest.
+        copies, replicas: running averages and other ranks of the model, for the receipts: those
+            that call this let them follow when the weights are loaded, too.
 
     Returns:
         Receipts that can be undone softly; there is no snapshot from before.
 
     Raises:
-        ConfigurationError: not a manifest, or a blueprint's source has changed.
+        ConfigurationError: not a manifest, one of another model, or a blueprint's source has
+            changed.
         UnknownBlueprintError, UnknownLayerError: they do not exist here.
     """
     records = [_read_record(entry) for entry in manifest]
+    layers = {layer.name: layer for layer in trace_layers(model)}
     for record in records:
         _check_version(record, get(record.blueprint), other_versions)
         find_host(model, record.layer.name)
-    surroundings = Surroundings(optimizers, schedulers, replicas=replicas)
-    with jointly(replicas) as joint:
-        receipts = tuple(_rebuild_one(model, record, surroundings) for record in records)
-        joint.commit()
-    return receipts
+        _check_layer(record.layer, layers.get(record.layer.name))
+    surroundings = Surroundings(optimizers, schedulers, None, copies, replicas)
+    slotted = {name for name, _, _ in slots(model)}
+    receipts: list[Receipt] = []
+    try:
+        for record in records:
+            receipts.append(_rebuild_one(model, record, surroundings))
+    except BaseException:
+        take_back(model, receipts, slotted)
+        raise
+    return tuple(receipts)
+
+
+def take_back(model: nn.Module, receipts: Sequence[Receipt], slotted: set[str]) -> None:
+    """The way back of :func:`rebuild`; ``slotted`` are the layers that had a slot before it."""
+    for receipt in reversed(receipts):
+        receipt.undo_here(hard=False)
+    remove_slots(model, {name for name, _, _ in slots(model)} - slotted)
 
 
 def optimizer_state_by_name(model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -90,13 +116,20 @@ def optimizer_state_by_name(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     return {"state": state, "groups": groups}
 
 
-def load_optimizer_state_by_name(model: nn.Module, optimizer: Any, saved: dict[str, Any]) -> None:
+def load_optimizer_state_by_name(
+    model: nn.Module, optimizer: Any, saved: dict[str, Any], schedulers: Sequence[Any] = ()
+) -> None:
     """Inverse of :func:`optimizer_state_by_name`, for an optimizer with the same groups.
 
-    The groups may stand in another order. Nothing is changed when it raises.
+    The groups may stand in another order; they are put into the saved one, for a state dict that
+    knows them by their place. Nothing is changed when it raises.
+
+    Args:
+        schedulers: those whose per-group lists follow.
 
     Raises:
-        ConfigurationError: no group here holds just the tensors of a saved group.
+        ConfigurationError: no group here holds just the tensors of a saved group, or its state
+            does not fit the tensor.
     """
     inner = ledger.unwrap_optimizer(optimizer)
     parameters = dict(model.named_parameters())
@@ -108,12 +141,19 @@ def load_optimizer_state_by_name(model: nn.Module, optimizer: Any, saved: dict[s
         raise ConfigurationError(
             f"the optimizer's groups differ from the saved ones: {', '.join(strangers[:5])}"
         )
-    for held, group in there.items():
-        here[held].update(copy.deepcopy(_without_params(group)))
+    state = {
+        name: {key: _state_of(key, value, parameters[name]) for key, value in values.items()}
+        for name, values in saved["state"].items()
+    }
+    for names_of_group, group in there.items():
+        _check_numbers(here[names_of_group], group)
+    for names_of_group, group in there.items():
+        here[names_of_group].update(copy.deepcopy(_without_params(group)))
+    places = {key: place for place, key in enumerate(here)}
+    ledger.reorder_groups(inner, [places[key] for key in there], schedulers)
     inner.state.clear()
-    for name, values in saved["state"].items():
-        parameter = parameters[name]
-        inner.state[parameter] = {k: _near(v, parameter) for k, v in values.items()}
+    for name, values in state.items():
+        inner.state[parameters[name]] = values
 
 
 def _rebuild_one(model: nn.Module, record: GraftRecord, surroundings: Surroundings) -> Receipt:
@@ -165,6 +205,20 @@ def _check_version(record: GraftRecord, blueprint: Blueprint, other_versions: bo
         )
 
 
+def _check_layer(saved: LayerInfo, here: LayerInfo | None) -> None:
+    """A saved description decides how large a graft is built, so it has to be this model's."""
+    if here is None:
+        raise ConfigurationError(f"{saved.name!r} is no layer of this model")
+    for what in ("kind", "dtype", "parameters", "features_in", "features_out"):
+        mine, theirs = getattr(here, what), getattr(saved, what)
+        if mine and mine != theirs:  # empty where only a forward pass would tell
+            raise ConfigurationError(
+                f"the saved {saved.name!r} has {what} {theirs!r}, here it has {mine!r}"
+            )
+    if max(saved.features_in, saved.features_out, *saved.kernel_size) > here.parameters:
+        raise ConfigurationError(f"the saved {saved.name!r} is larger than the layer itself")
+
+
 def _without_params(group: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k not in ("params", "param_names")}
 
@@ -173,6 +227,22 @@ def _name(names: dict[int, str], parameter: Tensor) -> str:
     if id(parameter) not in names:
         raise ConfigurationError("the optimizer holds a tensor that is not in the model")
     return names[id(parameter)]
+
+
+def _check_numbers(here: dict[str, Any], saved: dict[str, Any]) -> None:
+    for key, value in here.items():
+        number = isinstance(value, int | float)
+        if number and not isinstance(saved.get(key, value), int | float | Tensor):
+            raise ConfigurationError(f"the saved {key} of a parameter group is no number")
+
+
+def _state_of(key: str, value: Any, parameter: Tensor) -> Any:
+    misfit = isinstance(value, Tensor) and value.shape != parameter.shape
+    if misfit and key in _SHAPED_LIKE_THE_PARAMETER:
+        raise ConfigurationError(
+            f"the saved {key} has shape {tuple(value.shape)}, its tensor {tuple(parameter.shape)}"
+        )
+    return _near(value, parameter)
 
 
 def _near(value: Any, parameter: Tensor) -> Any:

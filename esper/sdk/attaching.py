@@ -17,6 +17,7 @@ from esper.grafting import Replicas
 from esper.grafting.graph import layer_modules, why_never_graftable
 from esper.grafting.ledger import unwrap_optimizer
 from esper.grafting.replicas import Call
+from esper.sdk.compiling import is_whole_graph, whole_graph_region
 from esper.sdk.exchange import Pace
 from esper.sdk.session import Session, Setup
 
@@ -32,6 +33,9 @@ _IN_PLACE_OF_SHARDING = (
     "A graft needs the layer's whole weights on each rank. Train with DistributedDataParallel, or "
     "in one process; esper.attach takes both"
 )
+_NO_ROOM = (
+    "is compiled with fullgraph=True, which leaves no room for a slot: compile without fullgraph"
+)
 
 
 def attach(
@@ -45,9 +49,10 @@ def attach(
     scheduler: Any = None,
     scaler: Any = None,
     slots: Literal["auto"] | Iterable[str] = "auto",
-    evaluate: Callable[[], float] | None = None,
+    evaluate: Callable[[], float | None] | None = None,
     target_steps: int | None = None,
     safety_policy: SafetyPolicy | None = None,
+    copies: Any = None,
 ) -> Session:
     """Watch a model while it trains, and adapt it where the mode allows.
 
@@ -72,6 +77,8 @@ def attach(
         evaluate: held-out loss on always the same data, lower is better; gives grafts their credit.
         target_steps: how many steps are planned, for the progress shown.
         safety_policy: local mode: thresholds of the gates. A server brings its own.
+        copies: one or several running averages of the model, such as torch's ``AveragedModel``.
+            Grafts come and go in them too; without, an average pairs the wrong tensors.
 
     Raises:
         ConfigurationError: an argument makes no sense; the model is untouched.
@@ -80,13 +87,19 @@ def attach(
     mode = _mode(mode)
     wrapper = _without_compiler(model)
     bare = _unwrap(wrapper)
+    if is_whole_graph(model):
+        raise ConfigurationError(f"the model {_NO_ROOM}")
     optimizers = _optimizers(optimizer)
     address, secret = _server(server, token) if _is_lead(wrapper) else ("", "")
     names = _slot_names(bare, slots)
     _check(run, target_steps, evaluate)
+    _check_graphs(bare, names)
+    followers = _several(copies)
+    for copied in followers:
+        grafting.check_copy(bare, copied)
     replicas = _replicas(wrapper)
     if replicas is not None:
-        arguments = [run, mode, names, evaluate is not None, len(optimizers)]
+        arguments = [run, mode, names, evaluate is not None, len(optimizers), len(followers)]
         replicas.meet(Call.ATTACH, 0, key=f"{arguments} {replicas.checksum()}")
     grafting.prepare_slots(bare, names)
     return Session(
@@ -104,6 +117,7 @@ def attach(
             target_steps=target_steps,
             safety_policy=safety_policy or SafetyPolicy(),
             pace=Pace(),
+            copies=followers,
             replicas=replicas,
         )
     )
@@ -214,7 +228,8 @@ def _server(server: str | None, token: str | None) -> tuple[str, str]:
 
 def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tuple[str, ...]:
     if slots == "auto":
-        return tuple(name for name in layer_modules(model) if not why_never_graftable(model, name))
+        layers = layer_modules(model)
+        return tuple(name for name in layers if not why_never_graftable(model, name, layers))
     if isinstance(slots, str):
         raise ConfigurationError(f'slots must be "auto" or a list of layer names, got {slots!r}')
     names = tuple(slots)
@@ -224,6 +239,15 @@ def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tup
         if reason:
             raise ConfigurationError(f"layer {name!r} can have no slot: {reason}")
     return names
+
+
+def _check_graphs(model: nn.Module, slots: Iterable[str]) -> None:
+    for name in slots:
+        region = whole_graph_region(model, name)
+        if region is not None:
+            raise ConfigurationError(
+                f"{region or 'the model'!r} {_NO_ROOM}, or slots outside of it"
+            )
 
 
 def _check(run: str, target_steps: int | None, evaluate: object) -> None:

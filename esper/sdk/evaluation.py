@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -33,18 +34,21 @@ class Evaluator:
     """``evaluate()`` now and then, and with a graft on and off.
 
     Args:
-        evaluate: held-out loss, lower is better; on the same data at each call.
+        evaluate: held-out loss, lower is better; on the same data at each call. None where there
+            is no such data yet.
     """
 
-    def __init__(self, model: nn.Module, evaluate: Callable[[], float]) -> None:
+    def __init__(self, model: nn.Module, evaluate: Callable[[], float | None]) -> None:
         self._model = model
         self._evaluate = evaluate
         self._next_step = _SHORTEST_GAP_STEPS
         self._next_time = 0.0
 
     def loss(self) -> float:
+        """NaN where there is none."""
         with undisturbed(self._model):
-            return float(self._evaluate())
+            loss = self._evaluate()
+        return math.nan if loss is None else float(loss)
 
     def is_due(self, step: int) -> bool:
         """It is time for a held-out loss again, by steps and by what it costs."""

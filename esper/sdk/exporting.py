@@ -1,68 +1,95 @@
-"""A finished model without Esper's hooks: a plain module that any script can save and load."""
+"""A finished model without Esper: a plain module, and a folder that loads where Esper is not.
+
+What is left of the grafts after merging are instances of classes whose source is put together from
+the blueprints' own (see :mod:`esper.sdk.plain_source`). A pickle would name classes that only Esper
+has, and ``torch.export`` would fix the model to the shapes and the mode of one call.
+"""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from esper import blueprints
 from esper.blueprints import Graft
 from esper.contracts import GraftKind
+from esper.exceptions import ConfigurationError
 from esper.grafting import remove_slots
-from esper.grafting.slot import first_tensor, replace_first_tensor, slots
+from esper.grafting.remedies import is_tied
+from esper.grafting.slot import slots
+from esper.sdk.exported import (
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    GraftedLayer,
+    load,
+    put_in_place,
+)
+from esper.sdk.plain_source import source_of
 
+SOURCE_FILE = "grafted.py"
 _TRAINING_ONLY = frozenset({GraftKind.WRAP, GraftKind.OBSERVE})
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 
-class GraftedLayer(nn.Module):
-    """A layer and the grafts beside it, as one ordinary module."""
-
-    def __init__(self, host: nn.Module, grafts: list[Graft]) -> None:
-        super().__init__()
-        self.host = host
-        self.grafts = nn.ModuleList(grafts)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer gives, after its grafts."""
-        output = self.host(*args, **kwargs)
-        x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
-        if x is None or y is None:
-            return output
-        return replace_first_tensor(output, self._combine(x, y))
-
-    def _combine(self, x: Tensor, y: Tensor) -> Tensor:
-        for graft in self.grafts:
-            y = graft(x, y)
-        return y
-
-
-def export(model: nn.Module) -> nn.Module:
+def export(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
     """A copy of the model that computes the same and has no slot and no hook of Esper's in it.
 
-    What can be merged is merged into the layer's own weights; what only watches or clamps
-    gradients is left out; any other graft becomes part of a :class:`GraftedLayer` in the layer's
-    place. The model itself is untouched.
+    What can be merged is merged into the layer's own weights: equal up to rounding, 1e-5 of the
+    output's scale in float32. A weight that is tied to another layer is left as it is. What only
+    watches or clamps gradients is left out; any other graft becomes part of a ``GraftedLayer`` in
+    the layer's place, equal to the bit. The model itself is untouched.
+
+    Args:
+        folder: also written there: ``grafted.py``, ``grafted.json`` and ``weights.pt``. With them,
+            ``grafted.load(TheModel(...), folder)`` makes the same model where Esper is not
+            installed.
+
+    Raises:
+        ConfigurationError: a graft holds something that cannot be written as plain data.
     """
     copied = copy.deepcopy(getattr(model, "_orig_mod", model))
+    left: dict[str, list[Graft]] = {}
     for name, host, slot in [*slots(copied)]:
-        rest: list[Graft] = []
+        rest = _merge_what_can_be(copied, host, slot.grafts())
         for slug in list(slot.grafts()):
-            blueprint, graft = blueprints.get(slug), slot.take_out(slug)
-            if blueprint.kind in _TRAINING_ONLY:
-                continue
-            if rest or not _merged(blueprint.mergeable, graft, host):
-                rest.append(graft)  # after one that stays, order forbids to merge
+            slot.take_out(slug)
         remove_slots(copied, [name])
         if rest:
-            copied = _replace(copied, name, GraftedLayer(host, rest))
+            left[name] = rest
+    source = source_of(_classes(left))
+    module = _module_of(source)
+    described = {name: [_describe(graft) for graft in grafts] for name, grafts in left.items()}
+    for name, grafts in left.items():
+        layer = module.GraftedLayer(copied.get_submodule(name), [_plain(module, g) for g in grafts])
+        layer.train(grafts[0].training)
+        copied = put_in_place(copied, name, layer)
+    if folder is not None:
+        _write(copied, Path(folder), source, described)
     return copied
 
 
-def _merged(mergeable: bool, graft: Graft, host: nn.Module) -> bool:
-    if not mergeable:
-        return False
+def _merge_what_can_be(model: nn.Module, host: nn.Module, grafts: dict[str, Graft]) -> list[Graft]:
+    """Merges from the oldest on; the answer is what has to stay beside the host."""
+    rest: list[Graft] = []
+    for slug, graft in grafts.items():
+        blueprint = blueprints.get(slug)
+        if blueprint.kind in _TRAINING_ONLY:
+            continue
+        # After one that stays, order forbids to merge.
+        if rest or not (blueprint.mergeable and not is_tied(model, host) and _merged(graft, host)):
+            rest.append(graft)
+    return rest
+
+
+def _merged(graft: Graft, host: nn.Module) -> bool:
     try:
         graft.merge(host)
     except TypeError:
@@ -70,9 +97,88 @@ def _merged(mergeable: bool, graft: Graft, host: nn.Module) -> bool:
     return True
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    if not name:
-        return layer
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-    return model
+def _classes(left: dict[str, list[Graft]]) -> list[Any]:
+    """Esper's classes that an exported model consists of, in a fixed order."""
+    kinds = {
+        type(module)
+        for grafts in left.values()
+        for graft in grafts
+        for module in graft.modules()
+        if _is_ours(module)
+    }
+    return [GraftedLayer, load, *sorted(kinds, key=lambda kind: kind.__name__)]
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.split(".")[0] == "esper"
+
+
+def _module_of(source: str) -> ModuleType:
+    """The source, run; what an export holds here is what it holds where it is loaded."""
+    name = f"grafted_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        module = ModuleType(name)
+        exec(compile(source, f"<{name}>", "exec"), vars(module))  # noqa: S102 - our own source
+        sys.modules[name] = module
+    return sys.modules[name]
+
+
+def _plain(module: ModuleType, living: nn.Module) -> nn.Module:
+    """The same tensors and attributes, as an instance of the class that the export defines."""
+    if _is_ours(living):
+        kind = getattr(module, type(living).__name__)
+        plain: nn.Module = kind.__new__(kind)
+        vars(plain).update(vars(living))
+    else:
+        plain = living
+    for name, child in living.named_children():
+        plain._modules[name] = _plain(module, child)
+    return plain
+
+
+def _describe(module: nn.Module) -> dict[str, Any]:
+    """What ``exported.build`` makes it from."""
+    own = _is_ours(module)
+    if not own and type(module).__module__.split(".")[0] != "torch":
+        raise ConfigurationError(f"a {type(module).__name__} cannot be exported without its source")
+    if module._non_persistent_buffers_set - {n for n, b in module._buffers.items() if b is None}:
+        raise ConfigurationError(f"{type(module).__name__} holds a buffer that is not saved")
+    held = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+    return {
+        "class": type(module).__name__ if own else f"nn.{type(module).__name__}",
+        "attributes": {key: _json(key, value) for key, value in held.items()},
+        "parameters": {name: _tensor(p) for name, p in module._parameters.items()},
+        "buffers": {name: _tensor(buffer) for name, buffer in module._buffers.items()},
+        "children": {name: _describe(child) for name, child in module.named_children()},
+    }
+
+
+def _tensor(tensor: Tensor | None) -> dict[str, Any] | None:
+    if tensor is None:
+        return None
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "trained": tensor.requires_grad,
+    }
+
+
+def _json(key: str, value: Any) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, tuple):
+        # Its neighbours in the slot: it gets to know them again when it is put in its place.
+        return {"tuple": [_json(key, v) for v in value if not isinstance(v, nn.Module)]}
+    if isinstance(value, list):
+        return [_json(key, item) for item in value]
+    if type(value) is dict:
+        pairs = [[name, item] for name, item in value.items()]
+        return {"dict": _json(key, pairs)}
+    raise ConfigurationError(f"{key} holds a {type(value).__name__}, which is no plain data")
+
+
+def _write(model: nn.Module, folder: Path, source: str, described: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SOURCE_FILE).write_text(source)
+    (folder / MANIFEST_FILE).write_text(json.dumps({"layers": described}, indent=1))
+    torch.save(model.state_dict(), folder / WEIGHTS_FILE)

@@ -13,7 +13,8 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -162,6 +163,23 @@ class LocalLoop:
     def on_failed(self, operation: Operation, step: int) -> None:
         """It could not be grafted; asking again at once would fail again."""
         self._last[operation.layer.name] = (step, True)
+
+    # -- saving --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned and when it acted; frames are measured again."""
+        return {
+            "experience": {slug: asdict(seen) for slug, seen in self._experience.items()},
+            "grafted_at": list(self._grafted_at),
+            "last": {layer: list(entry) for layer, entry in self._last.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes all of it or, when something is wrong with it, nothing."""
+        experience = {str(slug): Experience(**seen) for slug, seen in state["experience"].items()}
+        grafted_at = [float(moment) for moment in state["grafted_at"]]
+        last = {str(layer): (int(at), bool(back)) for layer, (at, back) in state["last"].items()}
+        self._experience, self._grafted_at, self._last = experience, grafted_at, last
 
     # -- the steps -----------------------------------------------------------------------------
 

@@ -100,6 +100,19 @@ class Ranks:
         if self._replicas is not None:
             self._replicas.meet(call, step, key=json.dumps(arguments, default=repr))
 
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """After a meeting: what one rank refuses inside, none does; raises on each of them."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as found:
+            error = found
+            raise
+        finally:
+            if self._replicas is not None:
+                self._replicas.vote(error)
+
     def meet_for_step(
         self, step: int, loss: float | None, may_operate: Callable[[], bool]
     ) -> tuple[float | None, bool]:

@@ -19,7 +19,8 @@ _BODY_ROOM_BYTES = 900_000  # of the 1 MiB that a body may have
 class RunDescription:
     """The run as it registers, once its first step has shown the layers.
 
-    ``applied`` is what the model holds by then, from a checkpoint, as ``hello`` tells it.
+    ``applied`` is what the model holds by then, from a checkpoint, as ``hello`` tells it;
+    ``capabilities`` is what each device of its layers needs kernels for.
     """
 
     name: str
@@ -30,6 +31,7 @@ class RunDescription:
     model_parameters: int
     layers: tuple[LayerInfo, ...]
     step: int
+    capabilities: dict[str, str] = field(default_factory=dict)
     applied: list[dict[str, Any]] = field(default_factory=list)
 
     def to_wire(self) -> dict[str, Any]:
@@ -38,6 +40,7 @@ class RunDescription:
             "mode": str(self.mode),
             "host": platform.node() or "unknown",
             "capability": self.capability,
+            "capabilities": self.capabilities,
             "target_steps": self.target_steps,
             "versions": self.versions,
             "model_parameters": self.model_parameters,

@@ -1,6 +1,7 @@
 """A run's session: what a training loop calls once per step.
 
 step(loss)    schedules   grafts that replace their layer do so a little more
+              ledger      now and then: does all that should learn move
               guard       a diverging loss takes the youngest graft on probation out, at once
               commands    grafts and undos that are due, here and nowhere else
               evaluation  held-out loss; with each graft on and off
@@ -46,13 +47,17 @@ from esper.grafting import (
     GuardVerdict,
     LayerRecorder,
     LossGuard,
+    MovementWatch,
     Receipt,
+    RemedyReceipt,
     Replicas,
     UndoReceipt,
+    remedies,
 )
-from esper.grafting.replicas import Call
+from esper.grafting.replicas import Call, Joint, jointly
 from esper.health import HealthSampler
 from esper.sdk.commands import LocalVeto
+from esper.sdk.compiling import CompilerWatch
 from esper.sdk.evaluation import Evaluator
 from esper.sdk.exchange import Exchange, Pace
 from esper.sdk.findings import Findings, divergence, switched_off
@@ -61,6 +66,7 @@ from esper.sdk.loss import LossReader
 from esper.sdk.obeying import CommandDesk, Operations, failed
 from esper.sdk.ranks import Order, Ranks
 from esper.sdk.registration import RunDescription
+from esper.sdk.saving import losses_from_state, losses_to_state, reading_a_state
 from esper.sdk.surgeon import Adaptation, Operation, Surgeon
 from esper.sdk.transport import Transport
 
@@ -68,6 +74,8 @@ logger = logging.getLogger("esper")
 
 MAX_PART_FAILURES = 3
 LOSSES_KEPT = 4_000
+LEFT_ALONE = "attach was told to leave it alone"
+AUDIT_EVERY_STEPS = 100  # what is frozen or regrouped by the user's own code is seen this late
 
 
 class RunStopped(EsperError):
@@ -87,10 +95,11 @@ class Setup:
     token: str
     mode: RunMode
     slots: tuple[str, ...]
-    evaluate: Callable[[], float] | None
+    evaluate: Callable[[], float | None] | None
     target_steps: int | None
     safety_policy: SafetyPolicy
     pace: Pace
+    copies: tuple[Any, ...] = ()
     replicas: Replicas | None = None  # the other ranks
 
 
@@ -102,7 +111,12 @@ class Session:
         self._model = setup.model
         self._ranks = Ranks(setup.replicas)
         self._surgeon = Surgeon(
-            setup.model, setup.optimizers, setup.schedulers, setup.scaler, setup.replicas
+            setup.model,
+            setup.optimizers,
+            setup.schedulers,
+            setup.scaler,
+            setup.copies,
+            setup.replicas,
         )
         self._recorder = LayerRecorder(setup.model)
         self._guard = LossGuard()
@@ -127,8 +141,10 @@ class Session:
         self._findings = Findings(self._tell_finding)
         self._latest_frame: HealthFrame | None = None
         self._failures: dict[str, int] = {}
+        self._compiler = CompilerWatch()
         self._closed = False
-        self._findings.replace_ledger(self._surgeon.audit())
+        self._movement = MovementWatch(setup.model, setup.optimizers)
+        self._audit()
         self._at_exit = _close_at_exit(self)
 
     # -- what a training loop calls ------------------------------------------------------------
@@ -155,9 +171,11 @@ class Session:
         # Before anything that may undo: a snapshot is taken after it, so that what comes back is
         # what the next step would have met.
         self._try("schedules", self._surgeon.on_step)
+        self._try("ledger", self._watch_movement)
         if value is not None:
             self._losses.append((self._step, value))
         metrics = self._take_metrics(value)
+        self._try("compiler", partial(self._watch_compiler, metrics))
         if self._ranks.decides:
             with self._ranks.leading(busy, lambda: self._stop_reason):
                 self._decide(value, loss, metrics, busy=busy)
@@ -200,6 +218,7 @@ class Session:
         self._closed = True
         atexit.unregister(self._at_exit)
         self._recorder.stop()
+        self._movement.close()
         if self._sampler is not None:
             self._sampler.close()
         if self._transport is not None:
@@ -218,8 +237,7 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         stopped = error is None or isinstance(error, RunStopped)
-        reason = "" if error is None else str(error) or type(error).__name__
-        self.close(reason=reason, failed=not stopped)
+        self.close(reason=reason_of(error), failed=not stopped)
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -235,6 +253,11 @@ class Session:
     def adaptations(self) -> tuple[Adaptation, ...]:
         """Everything that was grafted in this session, oldest first."""
         return tuple(self._surgeon.adaptations)
+
+    @property
+    def remedies(self) -> tuple[RemedyReceipt, ...]:
+        """Remedies that are in effect, oldest first."""
+        return tuple(self._surgeon.remedies)
 
     @property
     def waiting(self) -> tuple[Waiting, ...]:
@@ -266,6 +289,8 @@ class Session:
 
     def findings(self) -> list[Finding]:
         """What is wrong with the run: optimizer ledger, divergence, Esper's own failures."""
+        if not self._closed:
+            self._try("ledger", self._audit)
         return self._findings.all()
 
     # -- changing ------------------------------------------------------------------------------
@@ -298,8 +323,8 @@ class Session:
         assert adaptation.receipt is not None
         return adaptation.receipt
 
-    def undo(self, receipt: Receipt, hard: bool = True) -> UndoReceipt:
-        """Take a graft out. On several ranks each of them must call it.
+    def undo(self, receipt: Receipt | RemedyReceipt, hard: bool = True) -> UndoReceipt:
+        """Take a graft out, or undo a remedy; that is always hard. On several ranks each calls it.
 
         Args:
             hard: bring the whole model back to the bit, as it was before the graft. Else only
@@ -308,12 +333,114 @@ class Session:
         Raises:
             UndoError: it could not be taken out.
         """
-        adaptation = self._surgeon.by_receipt(receipt)
-        if adaptation is None:
-            raise UndoError("this graft is not in the model any more", layer=receipt.layer)
+        if isinstance(receipt, RemedyReceipt):
+            self._ranks.meet(Call.UNDO, self._step, self._surgeon.place_of(receipt))
+            undone = self._surgeon.undo_remedy(receipt)
+            self._after_surgery()
+            return undone
+        adaptation = self._adaptation(receipt)
         self._ranks.meet(Call.UNDO, self._step, adaptation.uid, hard)
         report, _ = self._take_out(adaptation, hard=hard, state=AdaptationState.REVERTED)
         return report
+
+    def recycle(
+        self, layer: str, next_layer: str, sample: Any, *, seed: int | None = None
+    ) -> RemedyReceipt:
+        """Give dead units a new start; see :func:`esper.grafting.remedies.recycle_dead_units`.
+
+        Raises:
+            UnknownLayerError, GraftError: the model is as before.
+        """
+        seed = self._step + 1 if seed is None else seed
+        recycle = partial(
+            remedies.recycle_dead_units,
+            self._model,
+            layer,
+            next_layer,
+            sample,
+            surroundings=self._surgeon.surroundings,
+            seed=seed,
+            step=self._step,
+        )
+        return self._remedy(recycle, "recycle", layer, next_layer, seed)
+
+    def set_lr(self, layer: str, factor: float) -> RemedyReceipt:
+        """Let one layer learn ``factor`` times as fast; schedulers keep the ratio.
+
+        Raises:
+            UnknownLayerError, ConfigurationError, GraftError: the model is as before.
+        """
+        around = self._surgeon.surroundings
+        set_lr = partial(
+            remedies.set_layer_lr, self._model, layer, factor, surroundings=around, step=self._step
+        )
+        return self._remedy(set_lr, "set_lr", layer, factor)
+
+    def freeze(self, layer: str) -> RemedyReceipt:
+        """Stop a layer from learning. Raises as :meth:`set_lr`."""
+        around = self._surgeon.surroundings
+        freeze = partial(remedies.freeze, self._model, layer, surroundings=around, step=self._step)
+        return self._remedy(freeze, "freeze", layer)
+
+    def unfreeze(self, layer: str) -> RemedyReceipt:
+        """Let a frozen layer learn, in a group of its own. Raises as :meth:`set_lr`."""
+        around = self._surgeon.surroundings
+        unfreeze = partial(
+            remedies.unfreeze, self._model, layer, surroundings=around, step=self._step
+        )
+        return self._remedy(unfreeze, "unfreeze", layer)
+
+    def merge(self, receipt: Receipt) -> RemedyReceipt:
+        """Fold a kept graft into its host's weights, so that it costs nothing any more.
+
+        Raises:
+            ConfigurationError: the graft is still on probation.
+            UndoError, GraftError: it is not in the model, or cannot be merged; nothing changed.
+        """
+        adaptation = self._adaptation(receipt)
+        around = self._surgeon.surroundings
+
+        def merge() -> RemedyReceipt:
+            # The verdict is known to the process that decides.
+            if self._ranks.decides and adaptation.state is not AdaptationState.KEPT:
+                raise ConfigurationError("only a kept graft is merged; this one is on probation")
+            return remedies.merge(self._model, receipt, surroundings=around, step=self._step)
+
+        return self._remedy(merge, "merge", adaptation.uid, merged=adaptation)
+
+    def prune(self, receipt: Receipt) -> UndoReceipt:
+        """Take a graft out for good; the host keeps what it has learned since.
+
+        Raises:
+            ConfigurationError: a server keeps this graft's books; roll it back there.
+            UndoError: it is not in the model any more.
+        """
+        adaptation = self._adaptation(receipt)
+        self._ranks.meet(Call.UNDO, self._step, adaptation.uid, "prune")
+        # Rank 0 alone knows whether there is a server: the others go where it goes.
+        with self._ranks.all_or_none():
+            if self._transport is not None and not adaptation.local:
+                raise ConfigurationError("the server decided on this graft: roll it back there")
+        return self._take_out(adaptation, hard=False, state=AdaptationState.REVERTED)[0]
+
+    def _remedy(
+        self,
+        apply: Callable[[], RemedyReceipt],
+        remedy: str,
+        *arguments: object,
+        merged: Adaptation | None = None,
+    ) -> RemedyReceipt:
+        self._ranks.meet(Call.REMEDY, self._step, remedy, *arguments)
+        receipt = self._surgeon.remedy(apply, merged)
+        self._after_surgery()
+        logger.info("step %d: %s at %s", self._step, receipt.remedy, receipt.layer)
+        return receipt
+
+    def _adaptation(self, receipt: Receipt) -> Adaptation:
+        found = self._surgeon.by_receipt(receipt)
+        if found is None or found.merged:
+            raise UndoError("this graft is not in the model any more", layer=receipt.layer)
+        return found
 
     def approve(self, waiting: Waiting) -> Receipt:
         """Local mode: say yes to a waiting decision. Raises as :meth:`graft`."""
@@ -346,25 +473,52 @@ class Session:
             "run": registration.run if registration else "",
             "epoch": registration.epoch if registration else 0,
             "step": self._step,
+            "guard": self._guard.state_dict(),
+            "losses": losses_to_state(self._losses),
+            "local": self._local.state_dict() if self._local is not None else None,
             **self._surgeon.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Rebuild the grafts of a checkpoint and load their weights and optimizer state.
 
-        Call it after ``attach`` and before the first ``step``.
+        Call it after ``attach`` and before the first ``step``. All of it is taken or nothing: when
+        it raises, model, optimizer and session are as before. On several ranks each of them must
+        call it, and it is taken on all of them or on none.
 
         Raises:
-            ConfigurationError: it is no such state, or training has begun.
+            ConfigurationError: it is no such state, not one of this model, or training has begun.
+            ReplicaError: another rank could not take it, or was given another one.
         """
-        if state.get("format") != 1:
+        self._ranks.meet(Call.LOAD, self._step, _identities(state))
+        if not isinstance(state, dict) or state.get("format") != 1:
             raise ConfigurationError("this is not the state of an Esper session")
         if self._step:
             raise ConfigurationError("load a session's state before its first step")
-        self._ranks.meet(Call.LOAD, self._step, _identities(state["structure"]))
-        self._surgeon.load_state_dict(state)
-        self._step = int(state["step"])
-        self._findings.replace_ledger(self._surgeon.audit())
+        with reading_a_state(), jointly(self._setup.replicas) as joint:
+            self._load(state, joint)
+        self._movement.restart()
+        self._audit()
+
+    def plain_optimizer_states(self) -> list[dict[str, Any]]:
+        """Each optimizer's ``state_dict()`` as it would be had nothing been grafted.
+
+        For a checkpoint that a framework loads before Esper has rebuilt the grafts.
+        """
+        return self._surgeon.plain_optimizer_states()
+
+    def _load(self, state: dict[str, Any], joint: Joint) -> None:
+        guard, losses = LossGuard(), losses_from_state(state["losses"])
+        guard.load_state_dict(state["guard"])
+        local = LocalLoop(self._surgeon, self._guarded_policy) if self._local is not None else None
+        if local is not None and state["local"] is not None:
+            local.load_state_dict(state["local"])
+        step = int(state["step"])
+        if step < 0:
+            raise ConfigurationError(f"a session cannot have taken {step} steps")
+        self._surgeon.load_state_dict(state, joint)
+        self._guard, self._local, self._step = guard, local, step
+        self._losses.extend(losses)
 
     # -- opening -------------------------------------------------------------------------------
 
@@ -396,6 +550,10 @@ class Session:
         """At the first complete step the layers are known: watch them, and register the run."""
         self._layers = self._watched_layers()
         self._recorder.stop()
+        if any(layer.reason == LEFT_ALONE for layer in self._layers):
+            # Code that was compiled in this first step is split where the recorder looked, and
+            # torch does not notice that it has gone. Where every layer has a slot, it stays split.
+            torch.compiler.reset()
         if not self._ranks.decides:
             return
         self._sampler = HealthSampler(
@@ -420,9 +578,13 @@ class Session:
         return tuple(
             layer
             if layer.name in slots or not layer.graftable
-            else replace(layer, graftable=False, reason="attach was told to leave it alone")
+            else replace(layer, graftable=False, reason=LEFT_ALONE)
             for layer in self._recorder.layers()
         )
+
+    def _capabilities(self) -> dict[str, str]:
+        """By device: one run may need kernels for several."""
+        return {device: capability(device) for device in {layer.device for layer in self._layers}}
 
     def _describe(self) -> RunDescription:
         from esper import __version__
@@ -431,6 +593,7 @@ class Session:
             name=self._setup.run,
             mode=self._setup.mode,
             capability=capability(),
+            capabilities=self._capabilities(),
             target_steps=self._setup.target_steps,
             versions={
                 "torch": torch.__version__,
@@ -500,6 +663,14 @@ class Session:
             "digest_after": report.digest,
         }
 
+    def _watch_compiler(self, metrics: dict[str, float]) -> None:
+        recompiles = self._compiler.recompiles()
+        if recompiles:
+            metrics["recompiles"] = float(recompiles)
+        finding = self._compiler.finding()
+        if finding is not None:
+            self._findings.add(finding)
+
     # -- commands ------------------------------------------------------------------------------
 
     def _obey(self) -> None:
@@ -541,6 +712,7 @@ class Session:
     ) -> tuple[UndoReceipt, tuple[Adaptation, ...]]:
         self._ranks.order(Order.undo(adaptation.uid, hard=hard, state=state))
         report, gone = self._surgeon.undo(adaptation, hard=hard, state=state)
+        self._movement.restart()
         self._after_surgery()
         return report, gone
 
@@ -568,7 +740,18 @@ class Session:
     def _after_surgery(self) -> None:
         if self._sampler is not None:
             self._sampler.refresh()
-        self._findings.replace_ledger(self._surgeon.audit())
+        self._movement.include_new()
+        self._audit()
+
+    # -- the optimizer's books -----------------------------------------------------------------
+
+    def _audit(self) -> None:
+        self._findings.replace_ledger([*self._surgeon.audit(), *self._movement.findings])
+
+    def _watch_movement(self) -> None:
+        looked = self._movement.step()
+        if looked or self._step % AUDIT_EVERY_STEPS == 0:
+            self._audit()
 
     def _guarded_policy(self) -> SafetyPolicy:
         registration = self._transport.registration if self._transport else None
@@ -587,10 +770,13 @@ class Session:
         for entry in self._surgeon.due_for_ablation(self._step, self._guarded_policy()):
             self._ranks.order(Order.evaluate(entry.uid))
             self._measure(entry)
-            metrics[f"ablation_gain:{entry.uid}"] = entry.ablation_gain
+            if not math.isnan(entry.ablation_gain):
+                metrics[f"ablation_gain:{entry.uid}"] = entry.ablation_gain
         if self._evaluator.is_due(self._step):
             self._ranks.order(Order.evaluate())
-            metrics["eval_loss"] = self._measure(None)
+            loss = self._measure(None)
+            if not math.isnan(loss):
+                metrics["eval_loss"] = loss
 
     def _measure(self, without: Adaptation | None) -> float:
         """The held-out loss, or what one graft takes off it; mean of all ranks."""
@@ -668,10 +854,26 @@ def _gradient_verdict(model: nn.Module) -> GuardVerdict | None:
     )
 
 
-def _identities(manifest: list[dict[str, Any]]) -> list[list[Any]]:
-    """What must be the same on all ranks; each has measured its certificates itself."""
+def _identities(state: Any) -> list[Any] | None:
+    """What must be the same on all ranks; each has measured its certificates itself.
+
+    None: it is no state, which is said where it is read, on all ranks alike.
+    """
     names = ("adaptation", "blueprint", "version", "config", "seed", "step")
-    return [[entry["layer"]["name"], *(entry[name] for name in names)] for entry in manifest]
+    try:
+        grafts = [
+            [entry["layer"]["name"], *(entry[name] for name in names)]
+            for entry in state["structure"]
+        ]
+        remedies_in = [[r["remedy"], r["layer"], r["details"]] for r in state["remedies"]]
+        return [state["step"], grafts, remedies_in]
+    except (LookupError, TypeError):
+        return None
+
+
+def reason_of(error: BaseException | None) -> str:
+    """What a run that ended like this is told to have died of; empty where it did not."""
+    return "" if error is None else str(error) or type(error).__name__
 
 
 def _count(model: nn.Module) -> int:
@@ -686,7 +888,8 @@ def _close_at_exit(session: Session) -> Callable[[], None]:
         living = weak()
         if living is not None:
             with suppress(Exception):
-                living.close(failed=getattr(sys, "last_value", None) is not None, timeout=3.0)
+                error = getattr(sys, "last_value", None)
+                living.close(reason=reason_of(error), failed=error is not None, timeout=3.0)
 
     atexit.register(close)
     return close

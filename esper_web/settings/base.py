@@ -192,7 +192,7 @@ CELERY_WORKER_PREFETCH_MULTIPLIER = 1
 CELERY_WORKER_MAX_TASKS_PER_CHILD = 1000
 CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True
 CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = 10
-CELERY_WORKER_PROC_ALIVE_TIMEOUT = 60  # a compile worker's child imports torch first
+CELERY_WORKER_PROC_ALIVE_TIMEOUT = 60  # a compile worker's process waits for its first builder
 CELERY_WORKER_HIJACK_ROOT_LOGGER = False
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_CONNECTION_MAX_RETRIES = None  # Redis may be away for as long as it likes
@@ -226,7 +226,12 @@ CELERY_BEAT_SCHEDULE = {
 ESPER_KERNEL_STORE_DIR = env.directory("ESPER_KERNEL_STORE_DIR", ESPER_DATA_DIR / "kernels")
 ESPER_STAGE_DIR = env.directory("ESPER_STAGE_DIR", ESPER_DATA_DIR / "stage")
 ESPER_HOST_NAME = env.text("ESPER_HOST_NAME", socket.gethostname())
-ESPER_CAPABILITY = env.text("ESPER_CAPABILITY", "cpu")
+# What a compile worker builds for; its queues are compile.<capability>.
+ESPER_WORKER_CAPABILITIES = env.listing("ESPER_WORKER_CAPABILITIES", "cpu")
+# Builder children of a compile worker: how many live, and what one build may take.
+ESPER_BUILDERS = env.integer("ESPER_BUILDERS", 2, minimum=1, maximum=16)
+ESPER_BUILD_TIMEOUT_SECONDS = env.integer("ESPER_BUILD_TIMEOUT_SECONDS", 60, minimum=1, maximum=140)
+ESPER_BUILD_MEMORY_MIB = env.integer("ESPER_BUILD_MEMORY_MIB", 4096, minimum=64, maximum=1 << 20)
 # Only a compile worker has this: the path of the private key that signs kernels.
 ESPER_KERNEL_KEY_FILE = env.text("ESPER_KERNEL_KEY_FILE", "")
 ESPER_COMPILE_LEASE_SECONDS = env.integer("ESPER_COMPILE_LEASE_SECONDS", 15, minimum=2, maximum=600)
@@ -237,6 +242,8 @@ ESPER_COMPILE_ATTEMPTS = env.integer("ESPER_COMPILE_ATTEMPTS", 3, minimum=1, max
 ESPER_WORKER_HEARTBEAT_SECONDS = env.integer(
     "ESPER_WORKER_HEARTBEAT_SECONDS", 5, minimum=1, maximum=300
 )
+# So many builders lost in a row, and their worker is put into quarantine.
+ESPER_WORKER_CRASHES_MAX = env.integer("ESPER_WORKER_CRASHES_MAX", 5, minimum=1, maximum=1000)
 # A run whose trainer is silent for so long is unreachable, later it is lost.
 ESPER_RUN_UNREACHABLE_SECONDS = env.integer(
     "ESPER_RUN_UNREACHABLE_SECONDS", 30, minimum=5, maximum=3600

@@ -114,9 +114,9 @@ def web_child(site: Site) -> ChildSpec:
     )
 
 
-def service_children(site: Site, capability: str) -> tuple[ChildSpec, ...]:
+def service_children(site: Site, capabilities: str) -> tuple[ChildSpec, ...]:
     """Workers, beat and Tamiyo."""
-    environment = site.environment | {"ESPER_CAPABILITY": capability}
+    environment = site.environment | {"ESPER_WORKER_CAPABILITIES": capabilities}
     celery = environment | {"PYTHONWARNINGS": CELERY_WARNINGS}
     return (
         ChildSpec(
@@ -128,7 +128,7 @@ def service_children(site: Site, capability: str) -> tuple[ChildSpec, ...]:
         ),
         ChildSpec(
             name="worker-compile",
-            argv=compile_worker_command(capability, site.host),
+            argv=compile_worker_command(compile_queues(capabilities, site.host)),
             env=celery
             | {
                 "ESPER_WORKER_NAME": f"compile@{site.host}",
@@ -191,9 +191,14 @@ def control_worker_command() -> tuple[str, ...]:
     return (*CELERY, "worker", "-Q", "control", "-n", "control@%h", "-c", "2", "-l", "WARNING")
 
 
-def compile_worker_command(capability: str, host: str) -> tuple[str, ...]:
-    """Kernels for this capability, and staging on this host. One at a time: it owns the device."""
-    queues = f"compile.{capability},host.{host}"
+def compile_queues(capabilities: str, host: str) -> str:
+    """``compile.cpu,compile.cuda.sm90,host.here``: kernels for each, and staging on this host."""
+    names = [name.strip() for name in capabilities.split(",") if name.strip()]
+    return ",".join([*(f"compile.{name}" for name in names), f"host.{host}"])
+
+
+def compile_worker_command(queues: str) -> tuple[str, ...]:
+    """One build at a time: it owns the device."""
     return (*CELERY, "worker", "-Q", queues, "-n", "compile@%h", "-c", "1", "-l", "WARNING")
 
 
@@ -207,13 +212,13 @@ def tamiyo_command() -> tuple[str, ...]:
     return (PYTHON, "-m", "esper.services.tamiyo.launch_enhanced")
 
 
-def capability_of_this_machine() -> str:
-    """``cpu``, or what the device says. Imports torch elsewhere, and only where a GPU may be."""
-    if given := os.environ.get("ESPER_CAPABILITY"):
+def capabilities_of_this_machine() -> str:
+    """``cpu``, or what the devices say. Imports torch elsewhere, and only where a GPU may be."""
+    if given := os.environ.get("ESPER_WORKER_CAPABILITIES"):
         return given
     if not Path("/proc/driver/nvidia").exists() and shutil.which("nvidia-smi") is None:
         return "cpu"
-    program = "from esper.compilation.key import capability; print(capability())"
+    program = "from esper.compilation.key import capabilities; print(*capabilities(), sep=',')"
     answer = subprocess.run(
         [PYTHON, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )
@@ -236,3 +241,7 @@ def _answers_http(url: str) -> Callable[[], Awaitable[bool]]:
         return await asyncio.to_thread(ask)
 
     return check
+
+
+if __name__ == "__main__":  # a container's shell asks which queues its worker serves
+    print(compile_queues(os.environ["ESPER_WORKER_CAPABILITIES"], os.environ["ESPER_HOST_NAME"]))

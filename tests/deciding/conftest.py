@@ -47,6 +47,8 @@ class PlainBlueprint:
     kind: GraftKind = GraftKind.PARALLEL
     risk: Risk = Risk.LOW
     conflicts: frozenset[str] = field(default_factory=frozenset)
+    requires: frozenset[str] = field(default_factory=frozenset)
+    parts: int = 1
     parameters: int = 16
     memory_mib: float = 0.01
     latency_ms: float = 0.05

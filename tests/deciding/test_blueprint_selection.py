@@ -146,6 +146,33 @@ def test_conflicts_hold_in_both_directions(
         assert f"conflicts with {carried}" in reasons[other]
 
 
+def test_what_a_blueprint_requires_must_sit_on_the_layer(
+    plain_blueprint: Make, layer: LayerInfo, snapshot: RunSnapshot
+) -> None:
+    part = plain_blueprint("part", FFN, requires=frozenset({"router", "other_router"}))
+    selector = BlueprintSelector([part, plain_blueprint("router", EFFICIENCY)])
+    refused = selector.select(layer, FFN, snapshot, POLICY)
+    assert why_not(refused)["part"] == "It needs other_router or router on the layer first."
+    carrying = replace(snapshot, history={"mid": LayerHistory(grafts=("router",))})
+    best = selector.select(layer, FFN, carrying, POLICY).best
+    assert best is not None
+    assert best.blueprint == "part"
+
+
+def test_of_equals_the_one_with_fewer_parts_is_taken_until_experience_says_otherwise(
+    plain_blueprint: Make, layer: LayerInfo, snapshot: RunSnapshot
+) -> None:
+    whole = plain_blueprint("a_whole", FFN, parts=3)
+    selector = BlueprintSelector([whole, plain_blueprint("b_single", FFN)])
+    best = selector.select(layer, FFN, snapshot, POLICY).best
+    assert best is not None
+    assert best.blueprint == "b_single"
+    lived = replace(snapshot, experience={"a_whole": Experience(kept=9, mean_reward=1.0)})
+    best = selector.select(layer, FFN, lived, POLICY).best
+    assert best is not None
+    assert best.blueprint == "a_whole"
+
+
 def test_disabled_and_unfit_blueprints_say_so(
     catalog: tuple[Any, ...], make_layer: Make, snapshot: RunSnapshot
 ) -> None:

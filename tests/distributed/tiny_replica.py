@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import esper
 from esper.contracts import SafetyPolicy
@@ -48,6 +49,7 @@ class Replica:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     session: Session
+    average: AveragedModel | None = None
     at: int = 0
 
     @property
@@ -65,6 +67,8 @@ class Replica:
         loss.backward()
         self.optimizer.step()
         self.scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(self.bare)
         self.session.step(loss.detach() * loss_factor)
         return loss.item()
 
@@ -74,8 +78,9 @@ class Replica:
     def parameters(self) -> str:
         """Hex SHA-256 of what must be equal on all ranks."""
         total = hashlib.sha256()
-        for name, parameter in self.bare.named_parameters():
-            total.update(name.encode() + parameter.detach().numpy().tobytes())
+        for model in (self.bare, self.average):
+            for name, parameter in model.named_parameters() if model is not None else ():
+                total.update(name.encode() + parameter.detach().numpy().tobytes())
         return total.hexdigest()
 
     def state(self) -> list[Any]:
@@ -88,6 +93,7 @@ class Replica:
         ]
         return [
             digest(self.bare),
+            digest(self.average) if self.average is not None else "",
             len(optimizer["param_groups"]),
             repr(self.scheduler.state_dict()),
             repr([(k, n, v.tolist() if isinstance(v, Tensor) else v) for k, n, v in moments]),
@@ -115,6 +121,7 @@ def replica(
     *,
     dropout: float = 0.0,
     norm: bool = True,
+    averaged: bool = False,
     ddp: dict[str, Any] | None = None,
     make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     **attach: Any,
@@ -125,10 +132,11 @@ def replica(
     torch.manual_seed(100 + rank)
     optimizer = (make_optimizer or adamw)(model.parameters())
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step)
+    average = AveragedModel(model.module) if averaged else None
     attach.setdefault("safety_policy", LONG_PROBATION)
-    session = esper.attach(model, optimizer, scheduler=scheduler, **attach)
+    session = esper.attach(model, optimizer, scheduler=scheduler, copies=average, **attach)
     with session:
-        yield Replica(rank, model, optimizer, scheduler, session)
+        yield Replica(rank, model, optimizer, scheduler, session, average)
 
 
 def graft(side: Replica, layer: str = "inner", slug: str = "proj_lora_64") -> Receipt:

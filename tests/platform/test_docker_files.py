@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from datetime import UTC, datetime, timedelta
@@ -28,7 +29,9 @@ def command_of(service: str) -> list[str]:
     """What it runs: its own command, or its image's; a shell line is taken apart."""
     command = SERVICES[service].get("command") or dockerfile_command("Dockerfile.web")
     if command[:2] == ["sh", "-c"]:
-        return str(command[2]).removeprefix("exec ").split()
+        return shlex.split(
+            re.sub(r"\$\$\([^)]*\)", "'\\g<0>'", str(command[2]).removeprefix("exec "))
+        )
     return [str(part) for part in command]
 
 
@@ -42,7 +45,7 @@ def dockerfile_command(name: str) -> list[str]:
     [
         ("web", plan.web_command()),
         ("worker-control", plan.control_worker_command()),
-        ("worker-compile", plan.compile_worker_command("$$ESPER_CAPABILITY", "$$ESPER_HOST_NAME")),
+        ("worker-compile", plan.compile_worker_command("$$(python -m esper_web.supervise.plan)")),
         ("beat", plan.beat_command()),
         ("tamiyo", plan.tamiyo_command()),
     ],

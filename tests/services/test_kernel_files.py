@@ -19,6 +19,7 @@ from esper.contracts import (
     Certificate,
     CostForecast,
     KernelBundle,
+    KernelDraft,
     KernelKey,
     KernelReport,
     Recipe,
@@ -52,7 +53,7 @@ REPORT = KernelReport(
 
 
 def signed_kernel(recipe: Recipe = RECIPE, private_key: str = PRIVATE_KEY) -> KernelBundle:
-    return pack(KEY, recipe, REPORT, private_key=private_key)
+    return pack(KernelDraft(KEY, recipe, REPORT), private_key=private_key)
 
 
 BUNDLE = signed_kernel()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import esper
 from esper import blueprints
@@ -300,3 +302,24 @@ def test_an_unknown_blueprint_is_named() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(UnknownBlueprintError, match="proj_lora_64"):
         esper.graft(model, "0", "proj_lora_65")
+
+
+@pytest.mark.parametrize("make", ["weight_norm", "spectral_norm", "prune"])
+def test_a_layer_whose_weight_a_hook_makes_is_certified_on_that_weight(make: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6)
+    if make == "prune":
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            getattr(nn.utils, make)(layer)
+    model = nn.Sequential(layer)
+    x = torch.randn(3, 6)
+    model(x).sum().backward()  # the weight on the layer belongs to a graph that is gone
+    before, weight = digest(model), layer.weight
+    receipt = esper.graft(model, "0", "mlp_gelu_2048")
+    assert receipt.certificate.passed
+    assert layer.weight is weight
+    receipt.undo()
+    assert digest(model) == before

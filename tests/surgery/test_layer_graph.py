@@ -98,7 +98,7 @@ def test_a_whole_model_that_is_one_layer_is_not_grafted() -> None:
     assert "whole model" in info.reason
 
 
-def test_a_packed_sequence_is_refused() -> None:
+def test_a_packed_sequence_is_grafted_through_its_data() -> None:
     class Packed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -106,11 +106,16 @@ def test_a_packed_sequence_is_refused() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             packed = nn.utils.rnn.pack_padded_sequence(x, [4, 2], batch_first=True)
-            return self.rnn(packed)[1]
+            return self.rnn(packed)[0].data
 
-    info = traced(Packed(), torch.randn(2, 4, 3))["rnn"]
-    assert info.graftable is False
-    assert info.reason
+    model, x = Packed(), torch.randn(2, 4, 3)
+    info, before = traced(model, x)["rnn"], model(x)
+    assert info.graftable
+    receipt = apply_graft(model, info, blueprints.get("proj_ia3"))
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        next(receipt.graft.parameters()).fill_(2.0)
+    assert torch.equal(model(x), 2.0 * before)
 
 
 def test_a_weight_norm_layer_goes_by_its_own_kind() -> None:

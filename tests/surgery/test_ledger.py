@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from esper.exceptions import GraftError
-from esper.grafting import add_group, audit, watch_movement
+from esper.grafting import add_group, audit
 from tests.surgery.tiny_models import make_training
 
 SCHEDULERS = {
@@ -192,7 +192,7 @@ def test_the_audit_names_what_is_wrong_and_what_to_do() -> None:
     observed = {key: finding.severity for key, finding in findings.items()}
     assert observed == {
         ("blocks.0.wide", "weight: trainable, but in no optimizer: it will never move"): "serious",
-        ("blocks.1.narrow", "bias: frozen, but held by an optimizer"): "caution",
+        ("blocks.1.narrow", "bias: frozen, after an optimizer has trained it"): "caution",
         ("embed", "weight: held 2 times: it is updated more than once a step"): "serious",
         ("", "1 tensors held by an optimizer are not in the model"): "caution",
         ("", "1 entries of optimizer state belong to no group"): "caution",
@@ -200,11 +200,17 @@ def test_the_audit_names_what_is_wrong_and_what_to_do() -> None:
     assert all(f.remedy and f.rule == "optimizer_ledger" for f in findings.values())
 
 
-def test_a_tensor_that_stands_still_is_found() -> None:
-    layer = nn.Linear(2, 2)
-    standing = watch_movement(dict(layer.named_parameters(prefix="fc")))
-    with torch.no_grad():
-        layer.weight.add_(1)
-    assert [(f.layer, f.observed) for f in standing()] == [
-        ("fc", "bias: has not moved since it was added")
-    ]
+def test_what_is_frozen_from_the_start_is_the_users_choice() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert audit(model, [optimizer]) == []
+
+
+def test_one_problem_of_many_tensors_is_one_finding() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(10)))
+    (finding,) = audit(model, [torch.optim.SGD(model[0].parameters(), lr=0.1)])
+    assert finding.layer == ""
+    assert finding.observed.startswith("18 tensors, 1.weight the first: trainable, but in no")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import esper
 from esper import blueprints
 from esper.exceptions import GraftError
 from esper.grafting import (
@@ -220,3 +222,37 @@ def test_activation_statistics_are_those_of_the_layer() -> None:
     assert signals["act_mean"] == pytest.approx(y.mean().item(), abs=1e-6)
     assert signals["act_std"] == pytest.approx(y.std(correction=0).item(), rel=1e-5)
     assert signals["dead_fraction"] == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's own
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_encoder_without_its_fused_path_computes_the_same(masked: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, mask = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3:] = masked
+    with torch.no_grad():
+        fused = encoder(x, src_key_padding_mask=mask)
+        infos = trace_layers(encoder, lambda: encoder(x))
+        prepare_slots(encoder, [info.name for info in infos if info.graftable])
+        ordinary = encoder(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(ordinary[~mask], fused[~mask], atol=1e-6, rtol=1e-5)
+
+
+def test_a_graft_runs_where_a_padded_batch_becomes_a_nested_one() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nested tensors are a prototype
+        model = nn.TransformerEncoder(layer, 2).eval()
+        x, padding = torch.randn(3, 6, 16), torch.zeros(3, 6, dtype=torch.bool)
+        padding[0, 4:] = True
+        with torch.no_grad():
+            before = model(x, src_key_padding_mask=padding)
+            receipt = esper.graft(model, "layers.0.linear1", "proj_ia3")
+            assert torch.equal(model(x, src_key_padding_mask=padding), before)
+            for parameter in receipt.graft.parameters():
+                parameter.mul_(3)
+            assert not torch.equal(model(x, src_key_padding_mask=padding), before)
+            assert model(x, src_key_padding_mask=padding).shape == before.shape

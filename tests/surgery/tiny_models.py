@@ -9,9 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from esper import blueprints
+from esper.contracts import GraftKind, LayerInfo
+from esper.grafting import Receipt, apply_graft
+
 VOCABULARY = 17
 WIDTH = 16
 LENGTH = 6
+# Exchanges between ranks sit in no layer: tests/distributed tries them.
+IN_LAYERS = [b.slug for b in blueprints.all() if b.kind is not GraftKind.DISTRIBUTED]
 
 
 class Block(nn.Module):
@@ -99,3 +105,15 @@ def make_training(scheduler: str = "one_cycle", steps: int = 200) -> Training:
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, VOCABULARY, (4, LENGTH + 1), generator=generator) for _ in range(5)]
     return Training(model, optimizer, made, batches)
+
+
+def meet_requirements(
+    model: nn.Module, layer: LayerInfo, blueprint: blueprints.Blueprint, **surroundings: Any
+) -> tuple[Receipt, ...]:
+    """Grafts what the blueprint must find on the layer, if that fits."""
+    if not blueprint.requires:
+        return ()
+    needed = blueprints.get(max(blueprint.requires))
+    if needed.supports(layer):
+        return ()
+    return (apply_graft(model, layer, needed, seed=9, **surroundings),)

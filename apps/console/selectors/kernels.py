@@ -12,7 +12,7 @@ from django.db.models import QuerySet
 
 from apps.adaptations.models import Adaptation
 from apps.kernels.models import CompileJob, Kernel, Worker
-from esper.contracts import JobState, WorkerState
+from esper.contracts import JobState, WorkerMode, WorkerState
 
 SHOWN = 50
 _OPEN = (JobState.QUEUED, JobState.RUNNING)
@@ -72,7 +72,8 @@ def queue() -> Queue:
     jobs = list(found.order_by("state", "pk")[:SHOWN])
     jobs.sort(key=lambda job: (job.state != JobState.RUNNING, job.pk))
     numbers = _numbers(jobs)
-    alive = list(Worker.objects.exclude(state=WorkerState.OFFLINE))
+    resting = (WorkerState.STOPPING, WorkerState.OFFLINE)
+    alive = list(Worker.objects.filter(mode=WorkerMode.ACTIVE).exclude(state__in=resting))
     ahead: Counter[str] = Counter()
     rows = []
     for job in jobs:

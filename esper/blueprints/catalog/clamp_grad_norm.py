@@ -77,6 +77,9 @@ class ClampGradNorm(Blueprint):
     adaptation_type = AdaptationType.ADD_DIAGNOSTIC
     risk = Risk.LOW
     trainable = False
+    scaler_refusal = (
+        "a gradient scaler multiplies gradients, so its bound would not mean what it says"
+    )
     idea = "Scales this layer's gradient down whenever its L2 norm exceeds a bound."
     source = "Pascanu et al. 2013, arXiv 1211.5063"
     when = "One layer's gradients spike while the others are calm."

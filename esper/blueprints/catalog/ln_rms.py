@@ -74,7 +74,7 @@ class LnRms(Blueprint):
         if not layer.graftable:
             return layer.reason
         if layer.kind != "LayerNorm":
-            return f"it is a {layer.kind}, and only a LayerNorm is turned into an RMSNorm"
+            return f"its kind is {layer.kind}, and only a LayerNorm is turned into an RMSNorm"
         width = layer.features_out
         if not width or layer.features_in != width:
             return "its channels are not known, because it was never seen to run"

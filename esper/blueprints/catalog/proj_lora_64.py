@@ -98,7 +98,9 @@ class ProjLora64(Blueprint):
         if reason:
             return reason
         if not (layout.is_linear(layer) or layout.is_convolution(layer)):
-            return f"a {layer.kind} has no weight matrix that a low-rank update could sit beside"
+            return (
+                f"its kind, {layer.kind}, has no weight matrix for a low-rank update to sit beside"
+            )
         if layer.groups != 1:
             return f"its weight is split in {layer.groups} groups, a low-rank update is not"
         if self._largest_rank(layer) < 1:

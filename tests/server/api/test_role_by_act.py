@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from django.utils import timezone
 
 from apps.accounts.models import User
 from apps.accounts.policy import ALLOWED, Act, may
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
+from apps.kernels.services import Presence, heartbeat
 from apps.violations.models import Violation
 from apps.violations.services import record_violation
-from esper.contracts import AdaptationState, LaunchState, Role, Severity, TokenScope, ViolationRule
+from esper.contracts import (
+    AdaptationState,
+    LaunchState,
+    Role,
+    Severity,
+    TokenScope,
+    ViolationRule,
+    WorkerKind,
+)
 from tests.server.api.cast import Answer, Caller, Inbox, register, registration, token_of
 from tests.server.recipes.cast import make_launch, make_recipe
 
@@ -65,6 +75,14 @@ def _acknowledge(caller: Caller, inbox: Inbox) -> Answer:
     return caller.post(f"violations/{violation.uid}/acknowledge", {"reason": "seen"})
 
 
+def _on_worker(name: str) -> Attempt:
+    def attempt(caller: Caller, _: Inbox) -> Answer:
+        heartbeat(Presence("compile@here", WorkerKind.COMPILE, "here", started_at=timezone.now()))
+        return caller.post(f"workers/compile@here/{name}", {"reason": "maintenance"})
+
+    return attempt
+
+
 ACTS: list[tuple[str, Act, Attempt]] = [
     ("approve", Act.APPROVE, _on_adaptation("approve")),
     ("reject", Act.REJECT, _on_adaptation("reject")),
@@ -78,6 +96,9 @@ ACTS: list[tuple[str, Act, Attempt]] = [
     ("stop", Act.STOP_RUN, _on_run("stop")),
     ("kill", Act.KILL, lambda c, _: c.post("adaptation-switch", {"on": False, "reason": "!"})),
     ("acknowledge", Act.ACKNOWLEDGE_VIOLATION, _acknowledge),
+    ("drain", Act.MANAGE_WORKERS, _on_worker("drain")),
+    ("quarantine", Act.MANAGE_WORKERS, _on_worker("quarantine")),
+    ("release worker", Act.MANAGE_WORKERS, _on_worker("release")),
     (
         "disable",
         Act.SWITCH_BLUEPRINT,

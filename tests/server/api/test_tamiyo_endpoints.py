@@ -200,7 +200,8 @@ def test_a_heartbeat_shows_tamiyo_among_the_workers(tamiyo: Caller, viewer: Call
     for _ in range(2):
         assert tamiyo.post("services/tamiyo/heartbeat", body).status == 204
     row = viewer.get("workers").data["results"][0]
-    assert (row["name"], row["capability"], row["state"]) == ("tamiyo@here-17", "tamiyo", "idle")
+    assert (row["name"], row["kind"], row["state"]) == ("tamiyo@here-17", "tamiyo", "idle")
+    assert row["capabilities"] == row["queues"] == []
     assert Worker.objects.count() == 1
 
 

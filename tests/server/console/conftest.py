@@ -503,9 +503,10 @@ def build_world(*, steps: int = 120) -> World:
     Worker.objects.create(
         name="compile@host-a",
         host="host-a",
-        capability="cpu",
+        kind="compile",
+        capabilities=["cpu"],
         queues=["compile.cpu", "host.host-a"],
-        devices=["a CPU"],
+        devices=[{"device": "cpu", "name": "a CPU", "capability": "cpu"}],
         state="idle",
         started_at=timezone.now() - timedelta(hours=2),
         heartbeat_at=timezone.now(),

@@ -163,6 +163,23 @@ def test_a_layer_does_not_get_the_same_blueprint_twice_nor_a_conflicting_one(
         assert caught.value.checks[0].rule == ViolationRule.COMPATIBILITY
 
 
+def test_a_layer_must_carry_what_a_blueprint_requires(stage: Stage) -> None:
+    from apps.blueprints.models import Blueprint
+
+    part = Blueprint.objects.get()
+    part.pk, part.slug, part.ident, part.requires = None, "part", "BP-PART", ["proj_lora_64"]
+    part.save()
+    with pytest.raises(services.GateClosedError) as caught:
+        stage.propose(blueprint="part")
+    assert caught.value.checks[0].rule == ViolationRule.COMPATIBILITY
+    assert "part needs proj_lora_64 on" in caught.value.checks[0].text
+    adaptation = stage.grafted(stage.propose())
+    services.judge_adaptation(
+        adaptation=adaptation, verdict=Verdict(keep=True, reason=""), reward_terms={}, actor=TAMIYO
+    )
+    assert stage.propose(step=9000, blueprint="part").blueprint.slug == "part"
+
+
 def test_a_person_approves_and_is_named(stage: Stage) -> None:
     adaptation = stage.waiting()
     act("approve", adaptation, stage.operator)

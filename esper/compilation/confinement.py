@@ -1,0 +1,110 @@
+"""What a builder child gives up before it builds: the network, endless memory, core dumps.
+
+The network is closed by a seccomp filter, which needs no rights and which the kernel enforces on
+whatever runs in the process: ``socket`` works for local (AF_UNIX) sockets only. Where there is no
+such filter, a Python audit hook refuses; native code could go round it, so the child says which of
+the two it is. A builder is no sandbox beyond that: it reads files with its user's rights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+_PR_SET_PDEATHSIG = 1
+_PR_SET_SECCOMP = 22
+_PR_SET_NO_NEW_PRIVS = 38
+_SECCOMP_MODE_FILTER = 2
+# Audit architecture, and the numbers of socket and io_uring_setup (which could open a socket too).
+_ARCHITECTURES = {"x86_64": (0xC000003E, 41, 425), "aarch64": (0xC00000B7, 198, 425)}
+_X32_CALL = 0x40000000  # x86_64 knows every call by a second number
+_ALLOW, _EACCES, _KILL = 0x7FFF0000, 0x0005000D, 0x80000000
+# Classic BPF: load a word of seccomp_data at an offset, jump if equal or greater, return.
+_LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_AT_CALL, _AT_ARCHITECTURE, _AT_FIRST_ARGUMENT = 0, 4, 16
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def end_with_parent(parent: int) -> None:
+    """Die when the worker dies, even if it is killed; first of the two on the kernel's list."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked
+        os._exit(1)
+
+
+def close_network() -> str:
+    """Refuse every socket but local ones from now on; returns by what: seccomp or audit hook."""
+    if _seccomp():
+        return "seccomp"
+    sys.addaudithook(_refuse_connections)
+    return "audit hook"
+
+
+def limit_memory(memory_mib: int) -> None:
+    """Let this process grow by so much, so that a build too large fails with an error.
+
+    The limit is on addresses, which a CUDA context reserves without using them: a child with a GPU
+    has only its parent's watch on resident memory.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform != "linux" or Path("/dev/nvidiactl").exists():
+        return
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = size + memory_mib * MIB
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def die_first() -> None:
+    """Where memory runs out, the kernel ends a builder sooner than a worker or a trainer."""
+    if sys.platform == "linux":
+        Path("/proc/self/oom_score_adj").write_text("800")
+
+
+def _seccomp() -> bool:
+    numbers = _ARCHITECTURES.get(platform.machine())
+    if sys.platform != "linux" or numbers is None:
+        return False
+    program = _filter(*numbers)
+    library = ctypes.CDLL(None, use_errno=True)
+    loaded = _Program(len(program) // 8, program)
+    return not (
+        library.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        or library.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(loaded))
+    )
+
+
+def _filter(architecture: int, socket_call: int, io_uring_setup: int) -> bytes:
+    return b"".join(
+        struct.pack("HBBI", *instruction)
+        for instruction in (
+            (_LOAD, 0, 0, _AT_ARCHITECTURE),
+            (_IF_EQUAL, 1, 0, architecture),
+            (_RETURN, 0, 0, _KILL),
+            (_LOAD, 0, 0, _AT_CALL),
+            (_IF_AT_LEAST, 5, 0, _X32_CALL),
+            (_IF_EQUAL, 4, 0, io_uring_setup),
+            (_IF_EQUAL, 0, 2, socket_call),
+            (_LOAD, 0, 0, _AT_FIRST_ARGUMENT),
+            (_IF_EQUAL, 0, 1, socket.AF_UNIX),
+            (_RETURN, 0, 0, _ALLOW),
+            (_RETURN, 0, 0, _EACCES),
+        )
+    )
+
+
+def _refuse_connections(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in {"socket.connect", "socket.bind", "socket.sendto"}:
+        raise PermissionError(f"a builder has no network: {event}")

@@ -1,0 +1,98 @@
+"""Copies that follow a model: the running averages of EMA and SWA.
+
+``torch.optim.swa_utils.AveragedModel`` pairs the tensors of model and copy by their position. A
+graft in one of them alone would shift all that follow: at best the shapes differ and it raises, at
+worst they do not and it averages one layer into another.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from esper.contracts import Finding, Severity
+from esper.exceptions import ConfigurationError
+from esper.grafting.ledger import Problem, to_findings
+from esper.grafting.slot import find_host, prepare_slots, remove_slots, slot_of, slots
+
+
+def bare_copy(copied: Any) -> nn.Module:
+    """The module that mirrors the model, out of ``AveragedModel`` and compile's and DDP's wrappers.
+
+    Raises:
+        ConfigurationError: it is no module.
+    """
+    wrappers = (nn.parallel.DistributedDataParallel, _averaged_model())
+    inner = copied
+    while isinstance(inner, wrappers) or hasattr(inner, "_orig_mod"):
+        inner = inner.module if isinstance(inner, wrappers) else inner._orig_mod
+    if not isinstance(inner, nn.Module):
+        raise ConfigurationError(f"a copy must be a module, got {type(copied).__name__}")
+    return inner
+
+
+def check_copy(model: nn.Module, copied: Any) -> None:
+    """Raises ``ConfigurationError`` unless it has the tensors of the model, by name and shape."""
+    here = {name: p.shape for name, p in model.named_parameters()}
+    there = {name: p.shape for name, p in bare_copy(copied).named_parameters()}
+    if list(here.items()) != list(there.items()):
+        odd = sorted(here.items() ^ there.items())
+        names = ", ".join(dict.fromkeys(name for name, _ in odd)) or "another order"
+        raise ConfigurationError(f"a copy differs from the model: {names[:200]}")
+
+
+def let_follow(model: nn.Module, copies: Iterable[Any]) -> None:
+    """Gives each copy the grafts that the model has, with their present weights, and no other."""
+    wanted = {layer: slot for layer, _, slot in slots(model)}
+    for copied in map(bare_copy, copies):
+        for layer, _, slot in [*slots(copied)]:
+            known = wanted[layer].grafts() if layer in wanted else {}
+            for slug in [slug for slug in slot.grafts() if slug not in known]:
+                slot.take_out(slug)
+        remove_slots(copied, [layer for layer, _, _ in slots(copied) if layer not in wanted])
+        for layer, slot in wanted.items():
+            _give(find_host(copied, layer), slot.grafts(), slot.records, copied, layer)
+
+
+def audit_copies(model: nn.Module) -> list[Finding]:
+    """Layers whose grafts a living copy of the model lacks, or has beside them.
+
+    A copy that was made before the model was attached is not known.
+    """
+    return to_findings(
+        Problem(
+            f"{layer}.",
+            Severity.CAUTION,
+            "a copy of the model is without this layer's grafts, or has others; a running average "
+            "pairs tensors by position and would mix different ones",
+            "pass it to attach as copies=, or call esper.grafting.let_follow(model, [copy])",
+        )
+        for layer, _, slot in slots(model)
+        if any(mine.grafts().keys() != slot.grafts().keys() for mine in slot.copies)
+    )
+
+
+def _give(
+    host: nn.Module,
+    grafts: dict[str, Any],
+    records: dict[str, Any],
+    copied: nn.Module,
+    layer: str,
+) -> None:
+    if not grafts:
+        return
+    prepare_slots(copied, [layer])
+    mine = slot_of(host)
+    assert mine is not None
+    for slug, graft in grafts.items():
+        if slug not in mine.grafts():
+            mine.insert(records[slug], copy.deepcopy(graft))
+
+
+def _averaged_model() -> type[nn.Module]:
+    from torch.optim.swa_utils import AveragedModel  # costs a second of imports
+
+    return AveragedModel

@@ -1,0 +1,187 @@
+"""Tensors that should learn and do not: looked at a few times, never each step.
+
+A few elements of every trainable tensor are remembered, and compared when its optimizer has taken
+some steps. Standing still is only said to be wrong where there is evidence: a gradient at those
+very elements that the steps left without effect, or none at all. It is not where the learning rate
+is zero, new weights still warm up, the gradient is zero or not finite, or a step would round away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.contracts import Finding, Severity
+from esper.grafting.ledger import Problem, is_warming, to_findings, unwrap_optimizer
+from esper.grafting.slot import SLOT_NAME
+
+STEPS = 20  # of its optimizer, before a tensor is looked at
+SILENT_STEPS = 200  # of the session without any of the optimizer; accumulation rarely takes longer
+SMALLEST_GRADIENT = 1e-7  # below, it may be the rounding error of a gradient that is zero
+_SAMPLED = {0: 1, 1: 64, 2: 8, 3: 4}  # axes -> elements of each axis
+
+
+@dataclass(slots=True)
+class _Watched:
+    name: str
+    parameter: nn.Parameter
+    sample: Tensor
+    optimizer: int  # place
+    since: int  # steps that its optimizer had taken
+
+
+class MovementWatch:
+    """Watches the trainable tensors of one model; call :meth:`step` once per training step."""
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
+        self._model = model
+        self._optimizers = [unwrap_optimizer(optimizer) for optimizer in optimizers]
+        self._taken = [0] * len(self._optimizers)
+        self._handles = [self._count(place) for place in range(len(self._optimizers))]
+        self._waiting: dict[nn.Parameter, _Watched] = {}
+        self._settled: set[nn.Parameter] = set()
+        self._problems: dict[nn.Parameter, Problem] = {}
+        self._incomplete = True
+        self._steps = 0
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What stands still, as of the last look."""
+        problems = [*self._problems.values(), *self._silent()]
+        return to_findings(problems)
+
+    def include_new(self) -> None:
+        """Tensors have come or gone: watch the new ones from the next step on."""
+        self._incomplete = True
+
+    def restart(self) -> None:
+        """Values were put back or loaded: what was remembered says nothing any more."""
+        self._waiting.clear()
+        self._problems.clear()
+        self._incomplete = True
+
+    def step(self) -> bool:
+        """True when it has looked, so that :attr:`findings` may have changed."""
+        self._steps += 1
+        if self._incomplete:
+            self._remember()
+        if self._steps % STEPS or not (self._waiting or self._problems):
+            return self._steps == SILENT_STEPS
+        self._look()
+        return True
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _count(self, place: int) -> RemovableHandle:
+        def count(*_: Any) -> None:
+            self._taken[place] += 1
+
+        return self._optimizers[place].register_step_post_hook(count)
+
+    def _silent(self) -> Iterator[Problem]:
+        for place, taken in enumerate(self._taken):
+            if not taken and self._steps >= SILENT_STEPS:
+                kind = type(self._optimizers[place]).__name__
+                yield Problem(
+                    "",
+                    Severity.SERIOUS,
+                    f"{kind} was not stepped once in {SILENT_STEPS} steps of the session",
+                    "call optimizer.step() before session.step(loss)",
+                )
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        self._incomplete = False
+        names = {parameter: name for name, parameter in self._model.named_parameters()}
+        for known in (self._waiting, self._problems):
+            for gone in [parameter for parameter in known if parameter not in names]:
+                del known[gone]
+        self._settled &= names.keys()
+        for place, optimizer in enumerate(self._optimizers):
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                if parameter in names and self._is_new(parameter):
+                    self._waiting[parameter] = _Watched(
+                        names[parameter],
+                        parameter,
+                        _sample(parameter).clone(),
+                        place,
+                        self._taken[place],
+                    )
+
+    def _is_new(self, parameter: nn.Parameter) -> bool:
+        return parameter.requires_grad and not (
+            parameter in self._settled or parameter in self._waiting
+        )
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        due = [w for w in self._waiting.values() if self._taken[w.optimizer] - w.since >= STEPS]
+        moved = _moved(due)
+        groups = {p: g for o in self._optimizers for g in o.param_groups for p in g["params"]}
+        # After zero_grad nothing has a gradient, and nothing can be said.
+        known = any(parameter.grad is not None for parameter in groups)
+        for watched, has_moved in zip(due, moved, strict=True):
+            self._problems.pop(watched.parameter, None)
+            if has_moved:
+                del self._waiting[watched.parameter]
+                self._settled.add(watched.parameter)
+            elif known and watched.parameter in groups:
+                problem = _judge(watched, groups[watched.parameter])
+                if problem is not None:
+                    self._problems[watched.parameter] = problem
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A view of at most some 100 elements, spread over all axes."""
+    many = _SAMPLED.get(tensor.dim(), 3)
+    steps = [slice(None, None, max(1, -(-size // many))) for size in tensor.shape]
+    return tensor.detach()[tuple(steps)]
+
+
+def _moved(due: Sequence[_Watched]) -> list[bool]:
+    """One answer each; the device is waited for once."""
+    if not due:
+        return []
+    differs = [(_sample(w.parameter) != w.sample).any() for w in due]
+    first = differs[0].device
+    return [bool(moved) for moved in torch.stack([d.to(first) for d in differs]).tolist()]
+
+
+def _judge(watched: _Watched, group: dict[str, Any]) -> Problem | None:
+    """What is wrong with a tensor that stood still; None where nothing needs to be."""
+    parameter, grafted = watched.parameter, f".{SLOT_NAME}." in watched.name
+    lr = group.get("lr")
+    if not parameter.requires_grad or (lr is not None and float(lr) == 0.0):
+        return None
+    gradient = parameter.grad
+    if gradient is None:
+        return Problem(
+            watched.name,
+            Severity.SERIOUS if grafted else Severity.INFO,
+            f"has not moved in {STEPS} steps and has no gradient: it takes no part in the loss",
+            "check that its layer is called; freeze it if that is meant",
+        )
+    if gradient.is_sparse or is_warming(group):
+        return None
+    slope, value = _sample(gradient).abs(), watched.sample.abs()
+    if not bool(slope.isfinite().all()) or float(slope.max()) <= SMALLEST_GRADIENT:
+        return None
+    rounding = torch.finfo(parameter.dtype).eps
+    wide = parameter.dtype in (torch.float32, torch.float64)
+    if wide and lr is not None and bool((slope * float(lr) < rounding * value).all()):
+        return None
+    return Problem(
+        watched.name,
+        Severity.SERIOUS,
+        f"has a gradient, but has not moved in {STEPS} steps of its optimizer",
+        "the steps do not reach it, or are too small for its "
+        f"{str(parameter.dtype).removeprefix('torch.')} numbers",
+    )

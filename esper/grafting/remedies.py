@@ -1,0 +1,447 @@
+"""Remedies that are not growth: small changes of a live model, each with a receipt that undoes it.
+
+    check → snapshot → change → prove what can be proven
+An exception anywhere leaves model, optimizer and random streams as they were.
+
+Shape legend: N rows, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.blueprints import Graft, get, layout
+from esper.exceptions import ConfigurationError, GraftError, UndoError
+from esper.grafting import ledger
+from esper.grafting.apply import Receipt, Surroundings, UndoReceipt
+from esper.grafting.certify import put_back, sample_input
+from esper.grafting.graph import kind_of
+from esper.grafting.slot import find_host, remove_slots, slot_of, slots, watch
+from esper.grafting.snapshot import Frozen, Snapshot, digest
+
+DEAD_BELOW = 0.025  # of the layer's mean |h| (ReDo, Sokar et al. 2023, arXiv 2302.12902)
+_MERGED_SHARE = 64  # a merge may differ by so many roundings of the output's scale
+
+
+@dataclass(slots=True, eq=False)
+class RemedyReceipt:
+    """A remedy that is in effect.
+
+    Attributes:
+        remedy: ``recycle``, ``set_lr``, ``freeze``, ``unfreeze`` or ``merge``.
+        step: optimizer step, -1 where there is no run.
+        details: JSON values that tell what was done, such as ``factor`` or ``max_abs_diff``.
+    """
+
+    remedy: str
+    layer: str
+    step: int
+    details: dict[str, Any]
+    pause_ms: float
+    _before: Frozen = field(repr=False)
+    _after: Frozen = field(repr=False)
+    _model: nn.Module = field(repr=False)
+    _merged: Graft | None = field(repr=False, default=None)
+    _snapshot: Snapshot | None = field(repr=False, default=None)
+
+    @property
+    def digest_before(self) -> str:
+        """Hex SHA-256 of the model before; worked out when first asked for."""
+        return self._before.digest
+
+    @property
+    def digest_after(self) -> str:
+        return self._after.digest
+
+    @property
+    def can_undo_hard(self) -> bool:
+        return self._snapshot is not None
+
+    def forget_snapshot(self) -> None:
+        """Frees the snapshot; the remedy cannot be undone any more."""
+        _ = self.digest_before, self.digest_after  # worked out from the snapshot's copies
+        self._snapshot = None
+
+    def undo(self) -> UndoReceipt:
+        """Brings back the state before the remedy to the bit, as a graft's hard undo does.
+
+        Raises:
+            UndoError: the snapshot is gone, a graft came or went since, or the model did not come
+                back as it was.
+        """
+        snapshot = self._snapshot
+        if snapshot is None:
+            raise UndoError("the snapshot before this remedy is gone", layer=self.layer)
+        merged = set() if self._merged is None else {self._merged}
+        if _living(self._model) != snapshot.grafts() - merged:
+            raise UndoError("a graft came or went since: undo that first", layer=self.layer)
+        started = time.perf_counter()
+        snapshot.restore()
+        if self._merged is not None:
+            self._merged.__dict__.pop("merged", None)
+        differences, after = snapshot.differences(), digest(self._model)
+        pause_ms = (time.perf_counter() - started) * 1e3
+        self.forget_snapshot()
+        if differences or after != self.digest_before:
+            what = ", ".join(differences) or "the model's digest"
+            raise UndoError(f"not as before the remedy: {what}", layer=self.layer)
+        return UndoReceipt(after, hard=True, exact=True, pause_ms=pause_ms)
+
+
+def recycle_dead_units(
+    model: nn.Module,
+    layer: str,
+    next_layer: str,
+    sample: Any,
+    *,
+    surroundings: Surroundings | None = None,
+    seed: int = 0,
+    step: int = -1,
+) -> RemedyReceipt:
+    """Gives units that never fire a new start: new weights in, zero weights out, no moments.
+
+    A unit is dead where its mean activation, at the input of ``next_layer``, is at most 2.5 % of
+    the layer's mean. What the model computes changes only by what the dead units still gave.
+
+    Args:
+        next_layer: the one layer that the units feed, a nonlinearity aside.
+        sample: model input, run without gradients to see which units are dead, and to prove that
+            nothing else reads them.
+
+    Raises:
+        UnknownLayerError: the model has no such layer.
+        GraftError: the two layers do not fit together, a weight is tied, no unit is dead, or
+            something beside ``next_layer`` reads the units. The model is as before.
+    """
+    host, reader = find_host(model, layer), find_host(model, next_layer)
+    width = _check_pair(model, layer, host, reader)
+
+    def change() -> dict[str, Any]:
+        dead = _dead_units(model, next_layer, reader, width, sample)
+        if not dead:
+            raise GraftError("no unit of it is dead", layer=layer)
+        before = _answer(model, sample)
+        around = surroundings or Surroundings()
+        _clear(reader, dead, _input_axis(reader), around, fill=None)
+        without = _answer(model, sample)
+        _clear(host, dead, _output_axis(host), around, fill=seed)
+        if not torch.equal(_answer(model, sample), without):
+            raise GraftError(f"something beside {next_layer!r} reads its units", layer=layer)
+        lost = float((without - before).abs().max())
+        return {"units": dead, "next_layer": next_layer, "seed": seed, "max_abs_diff": lost}
+
+    return _apply(model, "recycle", layer, change, surroundings, step)
+
+
+def set_layer_lr(
+    model: nn.Module,
+    layer: str,
+    factor: float,
+    *,
+    surroundings: Surroundings,
+    step: int = -1,
+) -> RemedyReceipt:
+    """Lets one layer learn ``factor`` times as fast as its group; schedulers keep the ratio.
+
+    Said again, the factor is that of the first group, not of the last factor.
+
+    Raises:
+        UnknownLayerError, ConfigurationError, GraftError: before anything is touched.
+    """
+    if isinstance(factor, bool) or not (math.isfinite(factor) and factor > 0):
+        raise ConfigurationError(f"the factor must be a number above 0, got {factor!r}")
+    host = find_host(model, layer)
+    own = [p for p in host.parameters(recurse=False) if p.requires_grad]
+
+    def change() -> dict[str, Any]:
+        for optimizer in surroundings.optimizers:
+            ledger.scale_lr(optimizer, own, float(factor), surroundings.schedulers)
+        return {"factor": float(factor)}
+
+    _refuse_untrained(layer, own, surroundings)
+    return _apply(model, "set_lr", layer, change, surroundings, step)
+
+
+def freeze(
+    model: nn.Module, layer: str, *, surroundings: Surroundings, step: int = -1
+) -> RemedyReceipt:
+    """Stops a layer from learning, in the model and in the optimizer's books.
+
+    Raises:
+        UnknownLayerError, GraftError: before anything is touched.
+    """
+    own = [p for p in find_host(model, layer).parameters(recurse=False) if p.requires_grad]
+    if not own:
+        raise GraftError("it is frozen already", layer=layer)
+
+    def change() -> dict[str, Any]:
+        ledger.drop_parameters(own, surroundings.optimizers)
+        for parameter in own:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        return {"parameters": sum(p.numel() for p in own)}
+
+    return _apply(model, "freeze", layer, change, surroundings, step)
+
+
+def unfreeze(
+    model: nn.Module, layer: str, *, surroundings: Surroundings, step: int = -1
+) -> RemedyReceipt:
+    """Lets a frozen layer learn, in a group of its own that warms up.
+
+    Raises:
+        UnknownLayerError, GraftError: before anything is touched.
+    """
+    host = find_host(model, layer)
+    own = [p for p in host.parameters(recurse=False) if not p.requires_grad]
+    if not own or not surroundings.optimizers:
+        reason = "nothing of it is frozen" if not own else "there is no optimizer to train it"
+        raise GraftError(reason, layer=layer)
+
+    def change() -> dict[str, Any]:
+        ledger.drop_parameters(own, surroundings.optimizers)  # held, though it was frozen
+        for parameter in own:
+            parameter.requires_grad_(True)
+        optimizer = ledger.optimizer_of(surroundings.optimizers, host)
+        ledger.add_group(optimizer, own, layer=layer, schedulers=surroundings.schedulers)
+        return {"parameters": sum(p.numel() for p in own)}
+
+    return _apply(model, "unfreeze", layer, change, surroundings, step)
+
+
+def merge(
+    model: nn.Module, receipt: Receipt, *, surroundings: Surroundings, step: int = -1
+) -> RemedyReceipt:
+    """Folds a graft into its host's own weights; ``details["max_abs_diff"]`` is measured.
+
+    Raises:
+        GraftError: it cannot be merged, an older graft stands before it, the weight is tied, or
+            the merged layer differs by more than rounding. The model is as before.
+    """
+    layer, graft = receipt.layer, receipt.graft
+    host = find_host(model, layer)
+    slot = slot_of(host)
+    if slot is None or not receipt.present:
+        raise GraftError("this graft is not in the model any more", layer=layer)
+    _refuse_merge(model, host, receipt, next(iter(slot.grafts())))
+
+    def change() -> dict[str, Any]:
+        x = sample_input(receipt.record.layer)
+        with torch.no_grad(), put_back(host, False):
+            expected = graft(x, host.forward(x))
+            _merge_into(graft, host, layer)
+            found = host.forward(x)
+        lost = float((found - expected).abs().max())
+        allowed = _MERGED_SHARE * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+        if not lost <= allowed:
+            raise GraftError(f"merged, it differs by {lost:.3g} > {allowed:.3g}", layer=layer)
+        slot.take_out(receipt.blueprint)
+        ledger.remove_groups_of(
+            graft.parameters(), surroundings.optimizers, surroundings.schedulers
+        )
+        return {"blueprint": receipt.blueprint, "max_abs_diff": lost, "limit": allowed}
+
+    done = _apply(model, "merge", layer, change, surroundings, step)
+    graft.merged, done._merged = True, graft
+    return done
+
+
+def is_tied(model: nn.Module, host: nn.Module) -> bool:
+    """One of the layer's own tensors is used by another layer too, which a change would reach."""
+    own = {id(p) for p in host.parameters(recurse=False)}
+    holders = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    return any(holders[key] > 1 for key in own)
+
+
+def _apply(
+    model: nn.Module,
+    remedy: str,
+    layer: str,
+    change: Callable[[], dict[str, Any]],
+    surroundings: Surroundings | None,
+    step: int,
+) -> RemedyReceipt:
+    around = surroundings or Surroundings()
+    started = time.perf_counter()
+    slotted = {name for name, _, _ in slots(model)}
+    snapshot = Snapshot.take(model, around.optimizers, around.schedulers, around.scaler)
+    before = snapshot.freeze(model)
+    try:
+        with torch.no_grad():
+            details = change()
+        pause_ms = (time.perf_counter() - started) * 1e3
+        return RemedyReceipt(
+            remedy=remedy,
+            layer=layer,
+            step=step,
+            details=details,
+            pause_ms=pause_ms,
+            _before=before,
+            # Unlike a graft, a remedy changes the very tensors that the snapshot has copies of.
+            _after=Frozen.of(model),
+            _model=model,
+            _snapshot=snapshot,
+        )
+    except BaseException:
+        snapshot.restore()
+        raise
+    finally:
+        remove_slots(model, {name for name, _, _ in slots(model)} - slotted)
+
+
+def _living(model: nn.Module) -> set[nn.Module]:
+    return {graft for _, _, slot in slots(model) for graft in slot.grafts().values()}
+
+
+# -- dead units --------------------------------------------------------------------------------
+
+
+def _check_pair(model: nn.Module, layer: str, host: nn.Module, reader: nn.Module) -> int:
+    """The number of units between the two layers."""
+    for module in (host, reader):
+        weight = module._parameters.get("weight")
+        kind = kind_of(module)
+        known = kind in layout.LINEAR | layout.TRANSPOSED_LINEAR | layout.CONVOLUTION
+        if not known or weight is None or getattr(module, "groups", 1) != 1:
+            raise GraftError(f"Esper does not know which weight of a {kind} is which", layer=layer)
+        if is_tied(model, module):
+            raise GraftError("a weight of the two layers is tied to another layer", layer=layer)
+    given = _weight(host).shape[_output_axis(host)]
+    if given != _weight(reader).shape[_input_axis(reader)]:
+        raise GraftError("the next layer reads another number of channels", layer=layer)
+    return int(given)
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def _output_axis(module: nn.Module) -> int:
+    return 1 if kind_of(module) in layout.TRANSPOSED_LINEAR else 0
+
+
+def _input_axis(module: nn.Module) -> int:
+    return 1 - _output_axis(module)
+
+
+def _dead_units(
+    model: nn.Module, name: str, reader: nn.Module, width: int, sample: Any
+) -> list[int]:
+    seen: list[Tensor] = []
+    axis = layout.channel_axis_of(kind_of(reader))
+
+    def look(x: Tensor, y: Tensor) -> None:
+        seen.append(x.detach().float().movedim(axis, -1).reshape(-1, width).abs().mean(0))
+
+    with _watched(model, name, look):
+        _answer(model, sample)
+    if not seen:
+        raise GraftError("the next layer did not run with this sample", layer=name)
+    strength_C = torch.stack(seen).mean(0)
+    return (strength_C <= DEAD_BELOW * strength_C.mean()).nonzero().flatten().tolist()
+
+
+@contextmanager
+def _watched(model: nn.Module, name: str, look: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    end = watch(model, name, look)
+    try:
+        yield
+    finally:
+        end()
+
+
+def _answer(model: nn.Module, sample: Any) -> Tensor:
+    """The model's first output tensor in eval mode; nothing of the model is moved by it."""
+    with torch.no_grad(), put_back(model, False):
+        if isinstance(sample, dict):
+            output = model(**sample)
+        else:
+            output = model(*sample) if isinstance(sample, tuple | list) else model(sample)
+    found = _first_tensor(output)
+    if found is None:
+        raise GraftError("the model returned no tensor", layer="")
+    return found.clone()
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if hasattr(output, "values") else output
+    tensors = (item for item in values if isinstance(item, Tensor) and item.dim())
+    return next(tensors, None)
+
+
+def _clear(
+    module: nn.Module, units: list[int], axis: int, around: Surroundings, *, fill: int | None
+) -> None:
+    """Zero, or drawn anew from the seed ``fill``, along one axis; no moments there either."""
+    weight, bias = _weight(module), module._parameters.get("bias")
+    index = torch.tensor(units, device=weight.device)
+    part = torch.zeros_like(weight.index_select(axis, index))
+    if fill is not None:
+        dice = torch.Generator().manual_seed(fill)
+        bound = 1.0 / math.sqrt(max(1, weight.numel() // weight.shape[axis]))
+        part = (torch.rand(part.shape, generator=dice) * 2 - 1).to(part) * bound
+    weight.index_copy_(axis, index, part)
+    _forget_moments(weight, index, axis, around)
+    if fill is not None and bias is not None:
+        bias.index_fill_(0, index, 0.0)
+        _forget_moments(bias, index, 0, around)
+
+
+def _forget_moments(
+    parameter: nn.Parameter, index: Tensor, axis: int, around: Surroundings
+) -> None:
+    for optimizer in map(ledger.unwrap_optimizer, around.optimizers):
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value.index_fill_(axis, index.to(value.device), 0.0)
+
+
+# -- books and merging -------------------------------------------------------------------------
+
+
+def _refuse_untrained(layer: str, own: Sequence[Tensor], surroundings: Surroundings) -> None:
+    held = {
+        id(p)
+        for optimizer in map(ledger.unwrap_optimizer, surroundings.optimizers)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    if not own or any(id(p) not in held for p in own):
+        raise GraftError("no optimizer trains it", layer=layer)
+
+
+def _refuse_merge(model: nn.Module, host: nn.Module, receipt: Receipt, oldest: str) -> None:
+    reason = ""
+    if not get(receipt.blueprint).mergeable:
+        reason = f"{receipt.blueprint} cannot be merged into a layer's weights"
+    elif oldest != receipt.blueprint:
+        reason = f"{oldest} is older and stands before it: merge or take that out first"
+    elif is_tied(model, host):
+        reason = "its weight is tied to another layer, which would change with it"
+    if reason:
+        raise GraftError(reason, layer=receipt.layer)
+
+
+def _merge_into(graft: Graft, host: nn.Module, layer: str) -> None:
+    try:
+        graft.merge(host)
+    except TypeError as error:
+        raise GraftError(str(error), layer=layer) from error

@@ -1,0 +1,115 @@
+"""What an exported model consists of, besides the script's own classes.
+
+This file and the grafts' own classes are copied, by :mod:`esper.sdk.plain_source`, into the
+``grafted.py`` that an export writes. So it needs torch alone, and says things once for both sides.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.grafting.slot import first_tensor, replace_first_tensor
+
+MANIFEST_FILE = "grafted.json"
+WEIGHTS_FILE = "weights.pt"
+
+
+class GraftedLayer(nn.Module):
+    """A layer and the grafts beside it, as one ordinary module."""
+
+    def __init__(self, host: nn.Module, grafts: list[Any]) -> None:
+        super().__init__()
+        self.host = host
+        self.grafts = nn.ModuleList(grafts)
+        for graft in grafts:
+            graft.join(grafts)  # a router looks for its experts
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer gives, after its grafts."""
+        output = self.host(*args, **kwargs)
+        x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
+        if x is None or y is None:
+            return output
+        return replace_first_tensor(output, self._combine(x, y))
+
+    def _combine(self, x: Tensor, y: Tensor) -> Tensor:
+        for graft in self.grafts:
+            y = graft(x, y)
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        # A model may read its layer's weight or its width, as attention reads its projection's.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("host"), name)
+
+
+def load(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Makes a fresh model the exported one: its grafts as ordinary modules, and all weights.
+
+    Args:
+        model: of the script's own class, as it is built without Esper.
+        folder: that :func:`esper.export` wrote.
+
+    Returns:
+        The model; another object only where the whole model is the grafted layer.
+    """
+    manifest = json.loads((Path(folder) / MANIFEST_FILE).read_text())
+    for name, grafts in manifest["layers"].items():
+        layer = GraftedLayer(model.get_submodule(name), [build(graft) for graft in grafts])
+        model = put_in_place(model, name, layer)
+    weights = torch.load(Path(folder) / WEIGHTS_FILE, map_location="cpu", weights_only=True)
+    model.load_state_dict(weights)
+    return model
+
+
+def put_in_place(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """The model with ``layer`` where its module of that name was."""
+    if not name:
+        return layer
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+    return model
+
+
+def build(described: dict[str, Any]) -> nn.Module:
+    """A module from its description; its tensors are still to be loaded."""
+    kind = class_named(described["class"])
+    module: nn.Module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    vars(module).update({key: _value(value) for key, value in described["attributes"].items()})
+    for name, tensor in described["parameters"].items():
+        parameter = None if tensor is None else nn.Parameter(_empty(tensor), tensor["trained"])
+        module.register_parameter(name, parameter)
+    for name, tensor in described["buffers"].items():
+        module.register_buffer(name, None if tensor is None else _empty(tensor))
+    for name, child in described["children"].items():
+        module.add_module(name, build(child))
+    return module
+
+
+def class_named(name: str) -> type[nn.Module]:
+    """A graft's class out of this file, or one of torch's own layers."""
+    found = globals().get(name) if "." not in name else getattr(nn, name.removeprefix("nn."), None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"{name!r} is no layer that an export could hold")
+    return found
+
+
+def _empty(tensor: dict[str, Any]) -> Tensor:
+    return torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]))
+
+
+def _value(value: Any) -> Any:
+    """JSON knows no tuples and names keys by texts alone, so both are written as lists."""
+    if isinstance(value, dict) and "tuple" in value:
+        return tuple(map(_value, value["tuple"]))
+    if isinstance(value, dict):
+        return dict(_value(value["dict"]))
+    return [_value(item) for item in value] if isinstance(value, list) else value

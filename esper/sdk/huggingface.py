@@ -1,0 +1,270 @@
+"""Esper in a transformers Trainer: ``Trainer(..., callbacks=[EsperCallback(run="my-run")])``.
+
+on_train_begin     attach, after optimizer and scheduler exist; a checkpoint's grafts are rebuilt
+on_optimizer_step  one ``session.step``, whatever the gradient accumulation
+on_evaluate        the Trainer's own held-out loss is told
+on_save            Esper's state joins the checkpoint folder, whose own files stay plain
+on_train_end       the session is closed; the Trainer tells no callback of an exception, so use the
+                   callback as a context manager around ``trainer.train()`` to have its reason told
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:  # the library itself does not need it
+    raise ImportError(
+        "esper.sdk.huggingface needs transformers: pip install 'esper-web[huggingface]'"
+    ) from error
+
+from esper.exceptions import ConfigurationError
+from esper.grafting.ledger import unwrap_optimizer
+from esper.sdk.attaching import attach
+from esper.sdk.plain_checkpoints import plain_scheduler_state
+from esper.sdk.session import RunStopped, Session, reason_of
+
+logger = logging.getLogger("esper")
+
+ESPER_FILE = "esper.pt"
+_MARK = "esper"  # in trainer_state.json: this checkpoint has a file of ours
+_OPTIMIZER_FILE, _SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
+_HELD_OUT_ROWS = 64
+
+
+class EsperCallback(TrainerCallback):
+    """Attaches Esper to a ``Trainer.train()``.
+
+    The loss is what the model itself returns (``outputs.loss``). A Trainer that computes its own,
+    with ``compute_loss_func`` or label smoothing, calls :meth:`observe` with it.
+
+    Args:
+        resume_from: the checkpoint folder that training resumes from. Needed only where that is
+            not ``<output_dir>/checkpoint-<step>`` and stands in no ``TrainingArguments``.
+        options: of :func:`esper.attach`, such as ``run``, ``server``, ``mode``, ``evaluate``. Where
+            there is no ``evaluate``, the first rows of the Trainer's evaluation set are used, once
+            it has evaluated for the first time.
+
+    Attributes:
+        session: None until training has begun.
+    """
+
+    def __init__(self, *, resume_from: str | Path | None = None, **options: Any) -> None:
+        self.session: Session | None = None
+        self._resume_from = resume_from
+        self._options = options
+        self._losses = _LossCollector()
+        self._held_out = _HeldOut()
+
+    def observe(self, loss: Tensor) -> None:
+        """Told the loss of each batch, before it is divided by the accumulation steps."""
+        self._losses.observe(loss)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._end(reason="trained again")
+        model = kwargs["model"]
+        self._held_out.watch(model, kwargs.get("eval_dataloader"))
+        options = {
+            "target_steps": state.max_steps if state.max_steps > 0 else None,
+            "evaluate": self._held_out.loss,
+            **self._options,
+        }
+        self.session = attach(
+            model, kwargs["optimizer"], scheduler=kwargs["lr_scheduler"], **options
+        )
+        self._optimizer = unwrap_optimizer(kwargs["optimizer"])
+        saved = self._saved_state(args, state)
+        if saved is not None:
+            self.session.load_state_dict(saved)
+        self._losses.follow(model)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.session is None:
+            return
+        try:
+            self.session.step(self._losses.take())
+        except RunStopped as stopped:
+            logger.warning("the run was stopped: %s", stopped)
+            control.should_training_stop = True
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        marks: Any = state.stateful_callbacks  # a dict by now, whatever its annotation says
+        if self.session is not None:
+            marks[_MARK] = {"grafts": len(self.session.adaptations)}
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        metrics = kwargs["metrics"]
+        self._held_out.watch(kwargs["model"], kwargs.get("eval_dataloader"))
+        if self.session is not None and "eval_loss" in metrics:
+            self.session.report(eval_loss=metrics["eval_loss"])
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+        if self.session is None or not args.should_save or not folder.is_dir():
+            return
+        _write(self.session.state_dict(), folder / ESPER_FILE)
+        if (folder / _OPTIMIZER_FILE).exists():
+            _write(self.session.plain_optimizer_states()[0], folder / _OPTIMIZER_FILE)
+            schedule = kwargs["lr_scheduler"].state_dict()
+            _write(plain_scheduler_state(schedule, self._optimizer), folder / _SCHEDULER_FILE)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._end()
+
+    def __enter__(self) -> EsperCallback:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end(reason=reason_of(error), failed=error is not None)
+
+    def _end(self, *, reason: str = "", failed: bool = False) -> None:
+        self._losses.stop()
+        if self.session is not None:
+            self.session.close(reason=reason, failed=failed)
+
+    def _saved_state(self, args: TrainingArguments, state: TrainerState) -> Any:
+        """Esper's part of the checkpoint that was loaded; None where training starts afresh."""
+        if state.global_step == 0:
+            return None
+        usual = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+        named = [self._resume_from, args.resume_from_checkpoint]
+        for folder in [*(Path(name) for name in named if name), usual]:
+            if (folder / ESPER_FILE).exists():
+                return torch.load(folder / ESPER_FILE, map_location="cpu", weights_only=True)
+        if _MARK in (state.stateful_callbacks or {}):
+            raise ConfigurationError(
+                f"the checkpoint of step {state.global_step} was written with Esper, and its "
+                f"{ESPER_FILE} is not in {usual}: pass EsperCallback(resume_from=<its folder>)"
+            )
+        return None
+
+
+class _LossCollector:
+    """The losses of the batches since the last optimizer step, as the model returned them."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._summed = False
+        self._handle: RemovableHandle | None = None
+
+    def follow(self, model: nn.Module) -> None:
+        self._losses.clear()
+        disable: Callable[..., Callable[..., None]] = torch.compiler.disable
+        self._handle = model.register_forward_hook(disable(self._hook), with_kwargs=True)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def observe(self, loss: Tensor) -> None:
+        self._losses.append(loss.detach())
+
+    def take(self) -> Tensor:
+        if not self._losses:
+            raise ConfigurationError(
+                "the model returned no loss: give it labels, or call the callback's "
+                "observe(loss) where the loss is computed"
+            )
+        total = torch.stack(self._losses).sum()
+        count = 1 if self._summed else len(self._losses)
+        self._losses.clear()
+        return total / count
+
+    def _hook(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if model.training and isinstance(loss, Tensor):
+            # Given the number of items in the whole step, each batch returns its share of the loss.
+            self._summed = kwargs.get("num_items_in_batch") is not None
+            self.observe(loss)
+
+
+class _HeldOut:
+    """The model's loss on always the same rows of the Trainer's evaluation set."""
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+        self._loader: Any = None
+
+    def watch(self, model: nn.Module, loader: Any) -> None:
+        self._model = model
+        if loader is not None:
+            self._loader = loader
+
+    def loss(self) -> float | None:
+        """None before the Trainer has evaluated, and for data that cannot be asked for by row."""
+        dataset: Any = getattr(self._loader, "dataset", None)
+        if self._model is None or not hasattr(dataset, "__getitem__"):
+            return None
+        # Not through the loader: an iteration that is left half-way confuses Accelerate's count of
+        # who is at the end of its data, and with it the next optimizer step.
+        rows = min(len(dataset), _HELD_OUT_ROWS)
+        size = getattr(self._loader, "batch_size", None) or rows
+        device = next(self._model.parameters()).device
+        total = 0.0
+        for start in range(0, rows, size):
+            chosen = [dataset[row] for row in range(start, min(rows, start + size))]
+            batch = self._loader.collate_fn(chosen)
+            outputs = self._model(**{name: value.to(device) for name, value in batch.items()})
+            total += float(outputs["loss"]) * len(chosen)
+        return total / rows if rows and math.isfinite(total) else None
+
+
+def _write(state: Any, path: Path) -> None:
+    """A kill leaves the old file or the new one, whole."""
+    fresh = path.with_suffix(".new")
+    torch.save(state, fresh)
+    fresh.replace(path)

@@ -1,0 +1,207 @@
+"""Tensors that should learn and do not are found; those that need not are left in peace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import esper
+from esper.contracts import Finding
+from esper.grafting.movement import SILENT_STEPS, STEPS
+
+SIZE = 8
+
+
+class Model(nn.Module):
+    """A layer that trains, one that is never called, and a table of which one row is used."""
+
+    def __init__(self, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.used = nn.Linear(SIZE, SIZE, dtype=dtype)
+        self.table = nn.Embedding(100, SIZE, dtype=dtype)
+        self.gain = nn.Parameter(torch.ones(SIZE, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x * self.gain) + self.table.weight[99]
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int = 2 * STEPS,
+    before: Callable[[Any, int], None] = lambda session, step: None,
+    every: int = 1,
+    scaler: Any = None,
+) -> list[Finding]:
+    """The findings of a watched training; ``every`` is how many batches make an optimizer step."""
+    session = esper.attach(model, optimizer, scaler=scaler)
+    generator = torch.Generator().manual_seed(0)
+    dtype = next(model.parameters()).dtype
+    for step in range(steps):
+        before(session, step)
+        x = torch.randn(4, SIZE, generator=generator).to(dtype)
+        loss = F.mse_loss(model(x), torch.zeros(4, SIZE, dtype=dtype))
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if (step + 1) % every == 0:
+            optimizer.step() if scaler is None else (scaler.step(optimizer), scaler.update())
+        session.step(loss)
+        if (step + 1) % every == 0:
+            optimizer.zero_grad()
+    session.close()
+    return session.findings()
+
+
+def adam(model: nn.Module, **more: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), **{"lr": 1e-2, "weight_decay": 0.0, **more})
+
+
+def test_a_training_that_works_has_no_findings() -> None:
+    model = Model()
+    assert train(model, adam(model)) == []
+
+
+def test_a_layer_that_no_loss_reaches_is_named_without_alarm() -> None:
+    model = Model()
+    model.forgotten = nn.Linear(SIZE, SIZE)
+    findings = train(model, adam(model))
+    assert [(f.layer, f.severity, f.observed.split(":")[0]) for f in findings] == [
+        ("forgotten", "info", "weight"),
+        ("forgotten", "info", "bias"),
+    ]
+
+
+def test_steps_that_are_too_small_for_the_dtype_are_found() -> None:
+    model = Model(dtype=torch.bfloat16)
+    (finding,) = train(model, adam(model, lr=1e-4))
+    assert (
+        finding.observed
+        == f"gain: has a gradient, but has not moved in {STEPS} steps of its optimizer"
+    )
+    assert finding.severity == "serious"
+    assert "bfloat16" in finding.remedy
+
+
+def test_a_graft_that_is_cut_off_from_the_loss_is_found() -> None:
+    model = Model()
+
+    def cut_off(session: Any, step: int) -> None:
+        if step == 3:
+            receipt = session.graft("used", "proj_ia3")
+            receipt.graft.combine = lambda x, y: y
+
+    (finding,) = train(model, adam(model), steps=3 * STEPS, before=cut_off)
+    assert (finding.layer, finding.severity) == ("used.esper.proj_ia3", "serious")
+    assert "takes no part in the loss" in finding.observed
+
+
+def test_a_finding_goes_when_its_graft_goes() -> None:
+    model = Model()
+
+    def cut_off(session: Any, step: int) -> None:
+        if step == 3:
+            receipt = session.graft("used", "proj_ia3")
+            receipt.graft.combine = lambda x, y: y
+        if step == 2 * STEPS + 5:
+            assert session.findings()
+            session.undo(session.adaptations[0].receipt, hard=False)
+
+    assert train(model, adam(model), steps=3 * STEPS, before=cut_off) == []
+
+
+@pytest.mark.parametrize("slug", [b.slug for b in esper.blueprints.all()])
+def test_a_graft_that_learns_gives_no_finding(slug: str) -> None:
+    model = Model()
+
+    def graft(session: Any, step: int) -> None:
+        if step == 3:
+            layer = next(layer for layer in session.layers if layer.name == "used")
+            if not esper.blueprints.get(slug).supports(layer):
+                session.graft("used", slug)
+
+    assert train(model, adam(model), steps=3 * STEPS, before=graft) == []
+
+
+def test_after_a_hard_undo_nothing_is_taken_for_standing_still() -> None:
+    model = Model()
+
+    def graft(session: Any, step: int) -> None:
+        if step == 1:
+            session.graft("used", "mlp_gelu_2048")
+        if step == STEPS - 1:
+            session.undo(session.adaptations[0].receipt)
+
+    assert train(model, adam(model), steps=3 * STEPS, before=graft) == []
+
+
+def rate_of_zero(model: Model) -> list[Finding]:
+    return train(model, adam(model, lr=0.0))
+
+
+def late_rate(model: Model) -> list[Finding]:
+    optimizer = adam(model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step > STEPS + 5))
+    return train(model, optimizer, before=lambda session, step: schedule.step() if step else None)
+
+
+def frozen_part(model: Model) -> list[Finding]:
+    model.used.requires_grad_(False)
+    return train(model, adam(model))
+
+
+def accumulated(model: Model) -> list[Finding]:
+    return train(model, adam(model), every=STEPS + 5, steps=4 * STEPS)
+
+
+def skipping_scaler(model: Model) -> list[Finding]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=float("inf"))
+    return train(model, adam(model), scaler=scaler)
+
+
+def gradient_that_is_zero(model: Model) -> list[Finding]:
+    model.used.weight.register_hook(torch.zeros_like)
+    return train(model, adam(model))
+
+
+def rounded_away(model: Model) -> list[Finding]:
+    model.gain.register_hook(lambda gradient: gradient.clamp(-1e-6, 1e-6))
+    return train(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        rate_of_zero,
+        late_rate,
+        frozen_part,
+        accumulated,
+        skipping_scaler,
+        gradient_that_is_zero,
+        rounded_away,
+    ],
+    ids=lambda run: run.__name__,
+)
+def test_standing_still_for_a_reason_is_no_finding(run: Callable[[Model], list[Finding]]) -> None:
+    assert run(Model()) == []
+
+
+def test_an_optimizer_that_is_never_stepped_is_found() -> None:
+    model = Model()
+    (finding,) = train(model, adam(model), every=10**6, steps=SILENT_STEPS + 1)
+    assert "AdamW was not stepped once" in finding.observed
+
+
+def test_freezing_a_trained_layer_is_said_within_a_hundred_steps() -> None:
+    model = Model()
+
+    def freeze(session: Any, step: int) -> None:
+        if step == 10:
+            model.used.bias.requires_grad_(False)
+
+    (finding,) = train(model, adam(model), steps=101, before=freeze)
+    assert finding.observed == "bias: frozen, after an optimizer has trained it"
