@@ -14,6 +14,8 @@ from esper.exceptions import ReplicaError
 from tests.distributed.rank_pool import GROUP_TIMEOUT_S, RankPool
 from tests.distributed.tiny_replica import Replica, graft, replica
 
+pytestmark = pytest.mark.process
+
 SURGERY_FILES = (
     "/grafting/apply.py",
     "/grafting/slot.py",

@@ -18,6 +18,8 @@ from esper.exceptions import IncompatibleLayerError
 from tests.distributed.rank_pool import RankPool
 from tests.distributed.tiny_replica import graft, replica, sgd
 
+pytestmark = pytest.mark.process
+
 SLUGS = ["all_reduce_shard", "ring_allreduce"]
 SIZES = [1, 2, 3, 4, 5, 7, 1000, 100_003]
 

@@ -13,7 +13,6 @@ from esper.contracts import AdaptationState
 from esper.exceptions import (
     ConfigurationError,
     EsperError,
-    GraftError,
     IncompatibleLayerError,
     ReplicaError,
 )
@@ -22,11 +21,12 @@ from tests.distributed.rank_pool import RankPool
 from tests.distributed.test_failing_ranks import Boom, break_once
 from tests.distributed.tiny_replica import Replica, graft, replica
 
+pytestmark = pytest.mark.process
+
 REMEDIES: dict[str, Callable[[Replica], RemedyReceipt]] = {
     "set_lr": lambda side: side.session.set_lr("inner", 0.5),
     "freeze": lambda side: side.session.freeze("inner"),
     "unfreeze": lambda side: side.session.unfreeze("outer"),
-    "recycle": lambda side: side.session.recycle("inner", "norm", torch.ones(4, 7)),
     "merge": lambda side: side.session.merge(kept(side)),
 }
 
@@ -128,23 +128,30 @@ def test_remedies_that_differ_between_ranks_are_refused_on_all(two_ranks: RankPo
 
 
 def _recycle(rank: int, same: bool) -> str:
-    with replica(rank, norm=False, make_optimizer=None) as side:
+    """A unit that never fires, and one that fires where the first input is not zero."""
+    with replica(rank, norm=None, averaged=True) as side:
         side.run(2)
         with torch.no_grad():
-            side.bare.inner.weight[3:5] = 0.0
-            side.bare.inner.bias[3:5] = 0.0
+            side.bare.inner.weight[3:5] = 0.0  # type: ignore[index]
+            side.bare.inner.bias[3:5] = 0.0  # type: ignore[index]
+            side.bare.inner.weight[4, 0] = 5.0  # type: ignore[index]
         before = side.state()
-        sample = torch.ones(4, 7)
-        with pytest.raises(GraftError) as refused:
-            side.session.recycle("inner", "norm" if same or rank else "outer", sample)
-        assert side.state() == before
+        sample = torch.randn(64, 7, generator=torch.Generator().manual_seed(rank))
+        if same:
+            receipt = side.session.recycle("inner", "outer", sample)
+            assert receipt.details["units"] == [3]
+        else:
+            sample[:, 0] *= rank
+            with pytest.raises(ReplicaError, match="checksums differ"):
+                side.session.recycle("inner", "outer", sample)
+            assert side.state() == before
+            assert side.session.remedies == ()
         side.run(2)
-        assert refused.value.layer is not None
         return side.parameters()
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_units_that_cannot_be_recycled_on_a_rank_are_on_none(
+def test_units_are_recycled_where_they_are_dead_on_all_ranks(
     two_ranks: RankPool, same: bool
 ) -> None:
     lead, other = two_ranks.run(_recycle, same)

@@ -22,6 +22,8 @@ from tests.distributed.tiny_replica import (
     sgd,
 )
 
+pytestmark = pytest.mark.process
+
 
 def _train_past_a_graft(rank: int, slug: str, steps: int) -> dict[str, Any]:
     with replica(rank) as side:

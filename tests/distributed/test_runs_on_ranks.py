@@ -26,6 +26,8 @@ from tests.distributed.rank_pool import RankPool
 from tests.distributed.tiny_replica import Replica, TinyNet, graft, replica
 from tests.sdk.control_plane import ControlPlane
 
+pytestmark = pytest.mark.process
+
 
 def agree(rank: int, done: bool) -> bool:
     """Rank 0's word, so that both ranks leave a loop at the same step."""

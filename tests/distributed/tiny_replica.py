@@ -28,10 +28,11 @@ LONG_PROBATION = SafetyPolicy(maturity_steps=9_000, probation_steps=10_000)
 class TinyNet(nn.Module):
     """Two hidden layers, a norm with buffers, dropout: what a rollback has to bring back."""
 
-    def __init__(self, *, dropout: float = 0.0, norm: bool = True) -> None:
+    def __init__(self, *, dropout: float = 0.0, norm: bool | None = True) -> None:
         super().__init__()
         self.inner = nn.Linear(7, 12)
-        self.norm = nn.BatchNorm1d(12) if norm else nn.LayerNorm(12)
+        kinds = {True: nn.BatchNorm1d, False: nn.LayerNorm, None: nn.Identity}
+        self.norm = kinds[norm](12)
         self.drop = nn.Dropout(dropout)
         self.outer = nn.Linear(12, 3)
 
@@ -120,7 +121,7 @@ def replica(
     rank: int,
     *,
     dropout: float = 0.0,
-    norm: bool = True,
+    norm: bool | None = True,
     averaged: bool = False,
     ddp: dict[str, Any] | None = None,
     make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
