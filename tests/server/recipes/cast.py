@@ -11,7 +11,7 @@ from apps.accounts.models import User
 from apps.kernels.models import Worker
 from apps.recipes.files import read_recipe
 from apps.recipes.models import Launch, Recipe
-from esper.contracts import LaunchState
+from esper.contracts import LaunchState, WorkerKind
 
 TEXT = """
 name = "Counter"
@@ -63,7 +63,8 @@ def make_worker(host: str = HOST, **changes: Any) -> Worker:
     now = timezone.now()
     values: dict[str, Any] = {
         "host": host,
-        "capability": "cpu",
+        "kind": WorkerKind.COMPILE,
+        "capabilities": ["cpu"],
         "queues": ["compile.cpu", f"host.{host}"],
         "state": "idle",
         "started_at": now,
