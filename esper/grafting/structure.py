@@ -18,7 +18,7 @@ from esper.exceptions import ConfigurationError, GraftError
 from esper.grafting import ledger
 from esper.grafting.apply import Receipt, Surroundings, insert_graft
 from esper.grafting.graph import trace_layers
-from esper.grafting.replicas import Replicas
+from esper.grafting.replicas import WHOLE_MODEL, Replicas
 from esper.grafting.slot import GraftRecord, find_host, remove_slots, slots
 from esper.grafting.snapshot import Frozen
 
@@ -80,7 +80,10 @@ def rebuild(
     for record in records:
         _check_version(record, get(record.blueprint), other_versions)
         find_host(model, record.layer.name)
-        _check_layer(record.layer, layers.get(record.layer.name))
+        if replicas is not None and record.layer.name == WHOLE_MODEL:
+            _check_whole_model(record.layer, replicas.whole_model)
+        else:
+            _check_layer(record.layer, layers.get(record.layer.name))
     surroundings = Surroundings(optimizers, schedulers, None, copies, replicas)
     slotted = {name for name, _, _ in slots(model)}
     receipts: list[Receipt] = []
@@ -217,6 +220,14 @@ def _check_layer(saved: LayerInfo, here: LayerInfo | None) -> None:
             )
     if max(saved.features_in, saved.features_out, *saved.kernel_size) > here.parameters:
         raise ConfigurationError(f"the saved {saved.name!r} is larger than the layer itself")
+
+
+def _check_whole_model(saved: LayerInfo, here: LayerInfo) -> None:
+    """Its parameters are not compared: the saved ones include grafts that are not here yet."""
+    if saved.kind != here.kind:
+        raise ConfigurationError(f"the saved model as a whole is a {saved.kind!r}")
+    if not here.graftable:
+        raise ConfigurationError(f"no gradient exchange fits here: {here.reason}")
 
 
 def _without_params(group: dict[str, Any]) -> dict[str, Any]:
