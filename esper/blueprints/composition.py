@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from esper.blueprints import layout
 from esper.blueprints.base import Blueprint, Graft, introduce
+from esper.blueprints.experts import GatedBranch
 from esper.blueprints.initial import Initializer
+from esper.blueprints.routing import RouterBlueprint
 from esper.contracts import GraftKind, LayerInfo, codec, risk_rank
 from esper.exceptions import (
     CodecError,
@@ -176,12 +178,13 @@ class Composition(Blueprint):
         return sum(m.parameters(place, config[n]) for n, m, place in self._places(layer))
 
     def flops(self, layer: LayerInfo, config: dict[str, Any]) -> int:
-        return sum(m.flops(place, config[n]) for n, m, place in self._places(layer))
+        own = sum(m.flops(place, config[n]) for n, m, place in self._places(layer))
+        return own + self._joining(layer, config)[0]
 
     def activation_bytes(self, layer: LayerInfo, config: dict[str, Any]) -> int:
         kept = sum(m.activation_bytes(place, config[n]) for n, m, place in self._places(layer))
         if self.way != SEQUENTIAL:
-            return kept
+            return kept + self._joining(layer, config)[1]
         # The input of each further member is made here, and it keeps it.
         rows = layout.position_count(layer, of_output=True)
         between = rows * layer.features_out * layout.dtype_bytes(layer)
@@ -192,6 +195,17 @@ class Composition(Blueprint):
             self.way,
             {n: m.make(place, config[n], weights) for n, m, place in self._places(layer)},
         )
+
+    def _joining(self, layer: LayerInfo, config: dict[str, Any]) -> tuple[int, int]:
+        """(operations, kept bytes) that experts of an assembly cost because of its router."""
+        experts = flops = kept = 0
+        for name, member in self.members.items() if self.way == ASSEMBLY else ():
+            if isinstance(member, RouterBlueprint):
+                experts = int(config[name]["experts"])
+            elif isinstance(member, GatedBranch):
+                more = member.joining(layer, experts)
+                flops, kept = flops + more[0], kept + more[1]
+        return flops, kept
 
     def _places(self, layer: LayerInfo) -> Iterator[tuple[str, Blueprint, LayerInfo]]:
         """(name, member, the layer as that member sees it)."""

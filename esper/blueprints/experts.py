@@ -91,6 +91,13 @@ class GatedBranch(FeedForward):
         gate = rows * (width + max(width, FLOAT32_BYTES))
         return super().activation_bytes(layer, config) + rows * layer.features_out * width + gate
 
+    @staticmethod
+    def joining(layer: LayerInfo, experts: int) -> tuple[int, int]:
+        """(operations, kept bytes) of the gate beside a router with so many experts, on top."""
+        rows = layout.position_count(layer, of_output=True)
+        kept = rows * experts * max(layout.dtype_bytes(layer), FLOAT32_BYTES)
+        return 2 * rows * layer.features_in * experts, kept
+
 
 class GeluExpert(GatedBranch, GeluFeedForward):
     def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:

@@ -223,6 +223,7 @@ def _examine(
     training.run(WARM_STEPS)
     before = fingerprint(training)
     try:
+        needed = [session.graft(outcome.layer, slug) for slug in sorted(blueprint.requires)[-1:]]
         receipt = session.graft(outcome.layer, blueprint.slug)
     except (IncompatibleLayerError, CertificateError) as error:
         outcome.refused = getattr(error, "reason", "") or str(error)
@@ -232,7 +233,7 @@ def _examine(
             outcome.faults.append("refused, but something was changed")
         return
     _train_grafted(training, outcome, expected, receipt)
-    undone = session.undo(receipt)
+    undone = session.undo((*needed, receipt)[0])  # the oldest takes the other along
     if fingerprint(training) != before:
         outcome.faults.append("after the undo, something is not as it was")
     if not undone.exact:

@@ -21,6 +21,7 @@ from esper.exceptions import ConfigurationError
 from esper.grafting import Receipt, apply_graft, prepare_slots, slot, trace_layers
 from esper.sdk.compiling import CompilerWatch
 from tests.surgery.layer_kinds import KINDS, described, make_subject
+from tests.surgery.tiny_models import meet_requirements
 
 # torch hides this warning of its own; only "error" brings it out.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -158,11 +159,13 @@ def test_every_blueprint_works_beside_every_kind_of_compiled_layer(kind: str) ->
         for blueprint in blueprints.all():
             if blueprint.supports(described(kind)):
                 continue
+            needed = meet_requirements(model, subject.info, blueprint)
             receipt = apply_graft(model, subject.info, blueprint)
             assert torch.equal(compiled(x), plain), blueprint.slug
-            open_up(receipt)
+            for each in (*needed, receipt):
+                open_up(each)
             torch.testing.assert_close(compiled(x), eager(model, x), msg=blueprint.slug)
-            receipt.undo()
+            (*needed, receipt)[0].undo()
             assert torch.equal(compiled(x), plain), blueprint.slug
     assert backend.graphs == graphs
 

@@ -40,7 +40,8 @@ def test_every_layer_of_gpt2_is_grafted_or_refused_and_all_undone(slug: str) -> 
             receipts += meet_requirements(model, info, blueprint, optimizers=[optimizer])
             receipts.append(apply_graft(model, info, blueprint, optimizers=[optimizer]))
     norms = sum(info.kind == "LayerNorm" for info in infos)
-    assert len(receipts) >= (norms if slug == "ln_rms" else 9)
+    few = {"ln_rms": norms, "kv_cache_8bit": 2}  # one for each block's attention
+    assert len(receipts) >= few.get(slug, 9)
     assert torch.equal(model(input_ids=IDS).logits, expected)
     assert model.lm_head.weight is model.transformer.wte.weight
     model(input_ids=IDS, labels=IDS).loss.backward()

@@ -82,7 +82,7 @@ def test_a_router_mixes_the_two_best_experts_of_each_position(kind: str, slug: s
     torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize("slug", [*ROUTERS, *EXPERTS])
+@pytest.mark.parametrize("slug", [*ROUTERS, *EXPERTS, "moe_top2_balanced"])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_only_what_is_routed_is_computed_and_the_flops_are_those_forecast(
     kind: str, slug: str
