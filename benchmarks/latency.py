@@ -119,7 +119,7 @@ def compile_cold(*, repeats: int, directory: Path) -> Figure:
     """Build, certify, measure, sign and store, for every blueprint that fits, in a warm worker."""
     private_key = signing.generate_private_key()
     samples: list[float] = []
-    for layer, blueprint in _fitting():
+    for layer, blueprint in fitting():
         for repeat in range(repeats):
             store = KernelStore(directory / f"cold-{layer.kind}-{blueprint.slug}-{repeat}")
             started = time.perf_counter()
@@ -135,7 +135,7 @@ def compile_cached(*, repeats: int, directory: Path) -> Figure:
     trusted_key = signing.public_key(private_key)
     store = KernelStore(directory / "cached")
     samples: list[float] = []
-    for layer, blueprint in _fitting():
+    for layer, blueprint in fitting():
         digest = store.put(build_kernel(layer, blueprint.slug, private_key=private_key))
         index = {kernel_key(layer, blueprint.slug, None).hash: digest}
 
@@ -278,7 +278,7 @@ def _plausible(rng: np.random.Generator, layers: int) -> Any:
     return values
 
 
-def _fitting() -> list[tuple[LayerInfo, Blueprint]]:
+def fitting() -> list[tuple[LayerInfo, Blueprint]]:
     """Every blueprint at a layer that it fits."""
     flat, sequence = linear_layer("flat"), _sequence_layer()
     found = []

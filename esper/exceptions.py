@@ -15,8 +15,10 @@ EsperError
 │   └── ReplicaError              a rank could not do what the others did, so none did
 ├── KernelError                   digest
 │   ├── KernelBuildError          permanent (False: worth another attempt)
-│   │   └── BuilderLostError      log, wanted (the child process is gone)
+│   │   ├── BuilderLostError      log, wanted (the child process is gone)
+│   │   └── CompilerMissingError  compiled kernels are unavailable on this machine
 │   ├── KernelDigestError         content does not match its name
+│   ├── StoreUnavailableError     the place where kernels lie does not answer
 │   └── SignatureError            nobody we trust has signed this
 ├── CommandRefusedError           code, reason (a trainer will not do what it was told)
 └── TransportError                permanent, retry_after, status
@@ -149,8 +151,19 @@ class BuilderLostError(KernelBuildError):
         self.wanted = wanted
 
 
+class CompilerMissingError(KernelBuildError):
+    """Compiled kernels are unavailable on this machine: it lacks a compiler. Nothing has failed."""
+
+    def __init__(self, message: str, *, digest: str = "") -> None:
+        super().__init__(message, permanent=True, digest=digest)
+
+
 class KernelDigestError(KernelError):
     """A file's content does not match the digest that it was asked for by."""
+
+
+class StoreUnavailableError(KernelError):
+    """The place where kernels lie does not answer; what is in it is unknown."""
 
 
 class SignatureError(KernelError):

@@ -35,6 +35,7 @@ class Act(StrEnum):
     MANAGE_WORKERS = "manage_workers"
     SWITCH_BLUEPRINT = "switch_blueprint"
     EDIT_POLICY = "edit_policy"
+    MANAGE_CACHE = "manage_cache"
     VIEW_AUDIT = "view_audit"
     START_RECIPE = "start_recipe"
     STOP_LAUNCH = "stop_launch"
@@ -61,6 +62,7 @@ ALLOWED: dict[Act, frozenset[Role]] = {
     Act.MANAGE_WORKERS: _ON_DUTY,
     Act.SWITCH_BLUEPRINT: _KEEPERS,
     Act.EDIT_POLICY: _KEEPERS,
+    Act.MANAGE_CACHE: _ON_DUTY,
     Act.VIEW_AUDIT: _EVERYBODY,
     Act.START_RECIPE: _ON_DUTY,
     Act.STOP_LAUNCH: _ON_DUTY,
@@ -90,6 +92,7 @@ IN_WORDS: dict[Act, str] = {
     Act.MANAGE_WORKERS: "drain, quarantine and release workers",
     Act.SWITCH_BLUEPRINT: "enable and disable blueprints",
     Act.EDIT_POLICY: "publish policies",
+    Act.MANAGE_CACHE: "manage the kernel cache",
     Act.VIEW_AUDIT: "read the audit log",
     Act.START_RECIPE: "start and resume recipes",
     Act.STOP_LAUNCH: "stop what a recipe has started",

@@ -16,11 +16,13 @@ from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.kernels import services as kernels
 from apps.kernels.building import Progress, builders
+from apps.kernels.cache import report_corrupt
+from apps.kernels.cache_store import kernel_store
 from apps.kernels.models import CompileJob, Kernel
 from apps.notifications.services import enqueue
 from apps.runs.services import lock_run
 from apps.violations.services import record_violation
-from esper.compilation import BuildOrder, KernelStore, open_kernel
+from esper.compilation import BuildOrder, open_kernel
 from esper.compilation.bundle import pack
 from esper.constraints import check_forecast, check_measured
 from esper.contracts import (
@@ -151,7 +153,7 @@ def _build_or_reuse(job: CompileJob, progress: Progress) -> _Built:
         raise KernelBuildError("the builder changed its mind about the key", permanent=False)
     bundle = pack(draft, private_key=Path(settings.ESPER_KERNEL_KEY_FILE).read_text().strip())
     progress.note(JobStep.SIGNED)
-    KernelStore(Path(settings.ESPER_KERNEL_STORE_DIR)).put(bundle)
+    kernel_store().put(bundle)
     progress.note(JobStep.STORED)
     build_ms = (time.perf_counter() - started) * 1e3
     _, _, report = open_kernel(bundle.files, bundle.digest, settings.ESPER_KERNEL_PUBLIC_KEY)
@@ -169,14 +171,14 @@ def _check_forecast(job: CompileJob, forecast: CostForecast) -> None:
 def _stored_kernel(key: KernelKey) -> Kernel | None:
     """A kernel of this key whose files are there and whose signature still holds."""
     row = Kernel.objects.filter(key_hash=key.hash).first()
-    store = KernelStore(Path(settings.ESPER_KERNEL_STORE_DIR))
+    store = kernel_store()
     if row is None or not store.has(row.digest):
         return None
     try:
         open_kernel(store.get(row.digest), row.digest, settings.ESPER_KERNEL_PUBLIC_KEY)
     except EsperError as error:
         log.warning("kernel %s is built again: %s", row.digest, error)
-        store.remove(row.digest)
+        report_corrupt(row, str(error))
         return None
     return row
 

@@ -12,8 +12,10 @@ from apps.accounts.actors import Actor, ActorKind
 from apps.adaptations.history import why_frozen
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
+from apps.kernels.cache_store import kernel_store
 from apps.runs.services import issue_command, lock_run
 from esper.contracts import AdaptationState, CommandKind
+from esper.exceptions import KernelError
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +32,11 @@ def dispatch(adaptation_uid: str, *, worker: str) -> None:
 
 def _stage(digest: str) -> None:
     """Spare the trainer the download; it checks digest and signature whatever it finds."""
-    from esper.compilation import KernelStore
+    from esper.compilation.store import stage
 
     try:
-        store = KernelStore(Path(settings.ESPER_KERNEL_STORE_DIR))
-        store.stage(digest, Path(settings.ESPER_STAGE_DIR))
-    except OSError as error:
+        stage(kernel_store().get(digest), digest, Path(settings.ESPER_STAGE_DIR))
+    except (OSError, KernelError) as error:
         log.warning("kernel %s was not staged, the trainer will fetch it: %s", digest, error)
 
 

@@ -14,7 +14,10 @@ from apps.accounts.problems import Problem, not_found
 from apps.adaptations.dispatching import request_undo
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
+from apps.adaptations.speeding import note_answer, request_speed_up
+from apps.audit.models import AuditEvent
 from apps.audit.services import record
+from apps.kernels.cache import plan_warm_up
 from apps.kernels.services import cancel_job
 from apps.notifications.services import publish, run_topic
 from apps.runs.models import Command, Run
@@ -31,6 +34,7 @@ from apps.violations.services import record_violation
 from esper.contracts import (
     ADAPTATION_ENDED,
     AdaptationState,
+    Certificate,
     CommandAck,
     CommandKind,
     CommandState,
@@ -51,6 +55,14 @@ _RANK = {
     CommandState.REFUSED: 2,
     CommandState.FAILED: 2,
 }
+_FORGERIES = frozenset(
+    {
+        RefusalCode.REPLAYED,
+        RefusalCode.FOREIGN_RUN,
+        RefusalCode.OLD_EPOCH,
+        RefusalCode.BAD_SIGNATURE,
+    }
+)
 _REFUSAL_RULES = {
     RefusalCode.BAD_SIGNATURE: ViolationRule.SIGNATURE,
     RefusalCode.BAD_DIGEST: ViolationRule.SIGNATURE,
@@ -81,6 +93,9 @@ def register_run(*, owner: User, actor: Actor, spec: RunSpec, run_uid: str = "")
     if registration.resumed:
         for adaptation in _of(registration.run, _WITH_TRAINER):
             transition(adaptation, S.IN_DOUBT, actor=actor, reason="the trainer was started again")
+    else:
+        run = registration.run
+        plan_warm_up(run_uid=run.uid, layers=run.layers, capability=run.capability)
     return registration
 
 
@@ -186,6 +201,7 @@ def acknowledge_command(*, run: Run, epoch: int, ack: CommandAck, actor: Actor) 
     if command is None:
         raise not_found("command")
     if _RANK[ack.state] <= _RANK[CommandState(command.state)]:
+        _note_refused_forgery(command, ack, actor)
         return command
     command.state, command.code, command.reason = ack.state, ack.code, ack.reason
     command.step, command.pause_ms = (ack.step if ack.step >= 0 else None), ack.pause_ms
@@ -196,7 +212,42 @@ def acknowledge_command(*, run: Run, epoch: int, ack: CommandAck, actor: Actor) 
         _after_graft(command, ack, actor)
     elif command.kind == CommandKind.UNDO:
         _after_undo(command, ack, actor)
+    elif command.kind == CommandKind.SPEED_UP:
+        note_answer(command, ack)
     return command
+
+
+def _note_refused_forgery(command: Command, ack: CommandAck, actor: Actor) -> None:
+    """A second command of that number reached the trainer, which refused it.
+
+    The answer to the first one stands; that somebody tried is noted, once for each reason.
+    """
+    if ack.state is not CommandState.REFUSED or ack.code not in _FORGERIES:
+        return
+    uid = f"{command.run.uid}/{command.seq}"
+    told = AuditEvent.objects.filter(act="command.forgery_refused", object_uid=uid)
+    if command.code == ack.code or told.filter(data__code=ack.code).exists():
+        return
+    record(
+        actor=actor,
+        act="command.forgery_refused",
+        object_kind="command",
+        object_uid=uid,
+        run_uid=command.run.uid,
+        reason=ack.reason,
+        data={"seq": command.seq, "code": ack.code, "answered": command.state},
+    )
+    record_violation(
+        run=command.run,
+        rule=ViolationRule.SIGNATURE,
+        severity=Severity.SERIOUS,
+        observed=ack.reason or ack.code,
+        limit="each command is delivered once, signed, to its own run",
+        text=f"The trainer refused a second command {command.seq}: {ack.reason or ack.code}",
+        action="The answer to the first one stands; nothing was changed.",
+        layer=command.layer,
+        adaptation_uid=command.adaptation_uid,
+    )
 
 
 def _note_ack(command: Command, ack: CommandAck, actor: Actor) -> None:
@@ -256,6 +307,35 @@ def _after_graft(command: Command, ack: CommandAck, actor: Actor) -> None:
             digest_before=ack.digest_before,
             digest_after=ack.digest_after,
         )
+        if ack.certificate is not None and not _holds(ack.certificate):
+            _undo_uncertified(adaptation, ack.certificate, actor)
+        else:
+            request_speed_up(adaptation)
+
+
+def _holds(certificate: Certificate) -> bool:
+    """What it says adds up: a trainer may not call a graft certified that changed its model."""
+    promised = certificate.preserving and certificate.live and certificate.rng_neutral
+    return certificate.passed and promised and certificate.max_abs_diff <= certificate.tolerance
+
+
+def _undo_uncertified(adaptation: Adaptation, certificate: Certificate, actor: Actor) -> None:
+    """It is in the model, and must not be: out again, before anybody judges what it does."""
+    reason = "; ".join(certificate.failures) or "the certificate contradicts itself"
+    record_violation(
+        run=adaptation.run,
+        rule=ViolationRule.CERTIFICATE,
+        severity=Severity.SERIOUS,
+        observed=reason,
+        limit="a passing certificate",
+        text=f"The trainer grafted {adaptation.layer} although its certificate fails: {reason}",
+        action="It was told to take the graft out.",
+        layer=adaptation.layer,
+        adaptation_uid=adaptation.uid,
+        step=adaptation.graft_step,
+    )
+    transition(adaptation, S.ROLLING_BACK, actor=actor, reason=f"certificate failed: {reason}")
+    request_undo(adaptation, reason=f"certificate failed: {reason}")
 
 
 def _refused(adaptation: Adaptation, ack: CommandAck) -> None:

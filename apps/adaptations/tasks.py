@@ -2,7 +2,7 @@
 
 from celery import shared_task
 
-from apps.adaptations import services
+from apps.adaptations import services, speeding
 from apps.kernels.presence import worker_name
 
 
@@ -14,6 +14,11 @@ def compile_kernel(job_uid: str) -> None:
 @shared_task(name="adaptations.dispatch")
 def dispatch(adaptation_uid: str) -> None:
     services.dispatch(adaptation_uid, worker=worker_name())
+
+
+@shared_task(name="adaptations.speed_up")
+def speed_up(pk: int) -> None:
+    speeding.start_builder(pk)
 
 
 @shared_task(name="adaptations.sweep")

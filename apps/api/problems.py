@@ -26,6 +26,8 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
     "insufficient-scope": (403, "The token does not have the scope for this.", "Issue a token with that scope under /me."),
     "internal": (500, "A mistake of ours; it has been written down.", "Tell us the `request_id`."),
     "invalid": (400, "Something in the request makes no sense (400, or 422 for a rule).", "`errors` points at each place."),
+    "kernel-evicted": (409, "The kernel's files are not in the cache any more.", "It is built again when it is next asked for."),
+    "kernel-in-use": (409, "The kernel is pinned, in use, or gone already.", "Unpin it, or wait for its adaptation to end."),
     "launch-moved": (409, "The launch is in a state that does not allow this, or somebody was first.", "Read it again; `state` says what it is."),
     "layer-busy": (409, "Another adaptation of the same layer is under way.", "Wait for its end."),
     "method-not-allowed": (405, "This resource has no such method.", "See /api/docs."),

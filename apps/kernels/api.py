@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from django.conf import settings
 from django.http import HttpResponse
 from django.utils import timezone
 from drf_spectacular.types import OpenApiTypes
@@ -19,13 +18,14 @@ from apps.api.idempotency import idempotent
 from apps.api.pagination import PARAMETERS, page_response
 from apps.api.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.api.throttling import ActThrottle
+from apps.kernels.cache_store import kernel_store
 from apps.kernels.models import CompileJob, Kernel, Worker
 from apps.kernels.selectors import current_jobs, run_may_fetch
 from apps.kernels.serializers import HeartbeatInput, JobOutput, KernelOutput, WorkerOutput
 from apps.kernels.services import Presence, heartbeat, set_worker_mode
 from apps.runs.serializers import ReasonInput
-from esper.compilation import KernelStore
-from esper.contracts import BUNDLE_FILES, JobState, TokenScope, WorkerKind, WorkerMode, WorkerState
+from esper.contracts import JobState, TokenScope, WorkerKind, WorkerMode, WorkerState
+from esper.contracts.kernels import COMPILED_FILES
 from esper.exceptions import KernelError
 
 KERNEL_FILTERS = {"blueprint": ("blueprint_slug", text), "capability": ("capability", text)}
@@ -60,15 +60,17 @@ class KernelFile(Endpoint):
     readers: ClassVar = READERS | {TokenScope.RUN_WRITE}
 
     @documented(
-        "read_kernel_file", answer=OpenApiTypes.BINARY, summary=f"One of {', '.join(BUNDLE_FILES)}"
+        "read_kernel_file",
+        answer=OpenApiTypes.BINARY,
+        summary=f"One of {', '.join(COMPILED_FILES)}",
     )
     def get(self, request: Request, digest: str, file: str) -> HttpResponse:
         run_uid = run_of_token(request)
-        if file not in BUNDLE_FILES or (run_uid and not run_may_fetch(run_uid, digest)):
+        if file not in COMPILED_FILES or (run_uid and not run_may_fetch(run_uid, digest)):
             raise not_found("kernel file")
         try:
-            content = KernelStore(settings.ESPER_KERNEL_STORE_DIR).get(digest)[file]
-        except KernelError as error:
+            content = kernel_store().get(digest)[file]
+        except (KernelError, KeyError) as error:
             raise not_found("kernel file") from error
         return HttpResponse(
             content,

@@ -7,7 +7,15 @@ from functools import partial
 from django.db import models
 
 from apps.accounts.identifiers import UID_LENGTH, new_uid
-from esper.contracts import JobState, JobStep, WorkerKind, WorkerMode, WorkerState
+from esper.contracts import (
+    MAX_NAME_LENGTH,
+    JobState,
+    JobStep,
+    SpeedUpState,
+    WorkerKind,
+    WorkerMode,
+    WorkerState,
+)
 
 
 class Worker(models.Model):
@@ -77,12 +85,77 @@ class Kernel(models.Model):
     built_by = models.CharField(max_length=120)
     built_at = models.DateTimeField(auto_now_add=True)
     last_used_at = models.DateTimeField(null=True, blank=True)
+    pinned_by = models.CharField(max_length=150, blank=True)  # empty: may be evicted
+    # Its files are gone: by size, by a person, or corrupt. The row stays: adaptations name it.
+    evicted_at = models.DateTimeField(null=True, blank=True)
+    scrubbed_at = models.DateTimeField(null=True, blank=True)
 
     class Meta:
         ordering = ("-id",)
 
     def __str__(self) -> str:
         return f"{self.blueprint_slug} {self.digest[:12]}"
+
+
+class CacheCounter(models.Model):
+    """One number of the cache that all processes add to, and that outlives them."""
+
+    name = models.CharField(max_length=30, primary_key=True)
+    value = models.BigIntegerField(default=0)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value}"
+
+
+class WarmUp(models.Model):
+    """A kernel that somebody will likely ask for; built when nobody waits for another."""
+
+    key = models.CharField(max_length=64, unique=True)  # of layer, blueprint, configuration
+    run_uid = models.CharField(max_length=UID_LENGTH, db_index=True)
+    blueprint_slug = models.CharField(max_length=60)
+    config = models.JSONField(default=dict)
+    layer = models.JSONField()  # LayerInfo.to_wire()
+    capability = models.CharField(max_length=40)
+    state = models.CharField(
+        max_length=10, choices=[(s, s) for s in JobState], default=JobState.QUEUED, db_index=True
+    )
+    started_at = models.DateTimeField(null=True, blank=True)
+    error = models.TextField(blank=True)
+
+    class Meta:
+        ordering = ("id",)
+
+    def __str__(self) -> str:
+        return f"{self.blueprint_slug} for {self.run_uid}, {self.state}"
+
+
+class SpeedUp(models.Model):
+    """The compiled kernel (tier 1) of one graft: asked for, built, tried, and what was measured."""
+
+    adaptation_uid = models.CharField(max_length=UID_LENGTH, unique=True)
+    run_uid = models.CharField(max_length=UID_LENGTH, db_index=True)
+    layer = models.CharField(max_length=MAX_NAME_LENGTH)
+    blueprint_slug = models.CharField(max_length=60)
+    capability = models.CharField(max_length=40)
+    state = models.CharField(
+        max_length=12,
+        choices=[(s, s) for s in SpeedUpState],
+        default=SpeedUpState.QUEUED,
+        db_index=True,
+    )
+    text = models.TextField(blank=True)  # one line for a person
+    kernel = models.ForeignKey(Kernel, on_delete=models.SET_NULL, null=True, blank=True)
+    worker_speedup = models.FloatField(null=True, blank=True)
+    speedup = models.FloatField(null=True, blank=True)  # in the trainer
+    asked_at = models.DateTimeField(auto_now_add=True)
+    started_at = models.DateTimeField(null=True, blank=True)
+    ended_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ("id",)
+
+    def __str__(self) -> str:
+        return f"{self.blueprint_slug} at {self.layer}: {self.state}"
 
 
 class CompileJob(models.Model):

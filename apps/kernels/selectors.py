@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Any
 
-from django.db.models import Avg, Count, Q, Sum
+from django.conf import settings
+from django.db.models import Avg, Count, Exists, OuterRef, Q, QuerySet, Sum
+from django.db.models.functions import Coalesce
 
-from apps.kernels.models import CompileJob, Kernel, Worker
+from apps.kernels.models import CacheCounter, CompileJob, Kernel, SpeedUp, Worker
 from apps.runs.models import Command
-from esper.contracts import JobState
+from esper.contracts import CommandState, JobState
+
+MIB = 1024 * 1024
+
+
+class Counter(StrEnum):
+    """What the cache counts beside hits and misses, which the jobs themselves tell."""
+
+    HOST_HITS = "host_hits"
+    SERVER_HITS = "server_hits"
+    HOST_EVICTIONS = "host_evictions"
+    EVICTIONS = "evictions"
+    CORRUPT = "corrupt"
+    SCRUBBED = "scrubbed"
+    WARMED = "warmed"
 
 
 def run_may_fetch(run_uid: str, digest: str) -> bool:
@@ -26,7 +43,11 @@ def current_jobs(workers: Sequence[Worker]) -> dict[str, CompileJob]:
 
 def cache_stats() -> dict[str, Any]:
     """The kernel cache in numbers; null where nothing has been built yet."""
-    kernels = Kernel.objects.aggregate(count=Count("id"), bytes=Sum("size_bytes"))
+    stored = Kernel.objects.filter(evicted_at=None)
+    kernels = stored.aggregate(
+        count=Count("id"), bytes=Sum("size_bytes"), pinned=Count("id", filter=~Q(pinned_by=""))
+    )
+    counted = dict(CacheCounter.objects.values_list("name", "value"))
     done = CompileJob.objects.filter(state=JobState.DONE).aggregate(
         hits=Count("id", filter=Q(cached=True)),
         misses=Count("id", filter=Q(cached=False)),
@@ -42,4 +63,28 @@ def cache_stats() -> dict[str, Any]:
         "hit_ratio": done["hits"] / asked if asked else None,
         "mean_cached_ms": done["hit_ms"],
         "mean_cold_ms": done["miss_ms"],
+        "pinned": kernels["pinned"],
+        "limit_bytes": settings.ESPER_KERNEL_CACHE_MIB * MIB,
+        **{str(name): counted.get(name, 0) for name in Counter},
     }
+
+
+def speed_up_of(adaptation_uid: str) -> SpeedUp | None:
+    """What came of the adaptation's compiled kernel; None where none was asked for."""
+    return SpeedUp.objects.filter(adaptation_uid=adaptation_uid).first()
+
+
+def evictable() -> QuerySet[Kernel]:
+    """Stored, not pinned, and no open adaptation or unanswered command needs it; oldest first."""
+    unanswered = Command.objects.filter(
+        kernel_digest=OuterRef("digest"),
+        state__in=[CommandState.ISSUED, CommandState.ACCEPTED],
+    )
+    in_use = Kernel.objects.filter(adaptation__ended_at=None, adaptation__isnull=False)
+    return (
+        Kernel.objects.filter(evicted_at=None, pinned_by="")
+        .exclude(pk__in=in_use.values("pk"))
+        .exclude(Exists(unanswered))
+        .annotate(used_at=Coalesce("last_used_at", "built_at"))
+        .order_by("used_at", "id")
+    )

@@ -45,7 +45,33 @@ class KernelOutput(serializers.ModelSerializer[Kernel]):
             "built_by",
             "built_at",
             "last_used_at",
+            "pinned_by",
+            "evicted_at",
+            "scrubbed_at",
         )
+
+
+class CacheActInput(serializers.Serializer[Any]):
+    reason = Text(max_length=2000, allow_blank=True, default="")
+
+
+class CacheStatsOutput(serializers.Serializer[Any]):
+    kernels = serializers.IntegerField()
+    bytes = serializers.IntegerField()
+    limit_bytes = serializers.IntegerField()
+    pinned = serializers.IntegerField()
+    hits = serializers.IntegerField()
+    misses = serializers.IntegerField()
+    hit_ratio = serializers.FloatField(allow_null=True)
+    mean_cached_ms = serializers.FloatField(allow_null=True)
+    mean_cold_ms = serializers.FloatField(allow_null=True)
+    host_hits = serializers.IntegerField()
+    server_hits = serializers.IntegerField()
+    host_evictions = serializers.IntegerField()
+    evictions = serializers.IntegerField()
+    corrupt = serializers.IntegerField()
+    scrubbed = serializers.IntegerField()
+    warmed = serializers.IntegerField()
 
 
 class JobStepOutput(serializers.ModelSerializer[JobStepDone]):

@@ -253,6 +253,7 @@ def store_kernel(
             "build_ms": build_ms,
             "size_bytes": sum(len(content) for content in bundle.files.values()),
             "built_by": worker,
+            "evicted_at": None,  # here again
         },
     )
     return kernel

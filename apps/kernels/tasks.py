@@ -1,5 +1,27 @@
-"""Connects the worker's heartbeat; building a kernel is a step of ``apps.adaptations``."""
+"""Connects the worker's heartbeat; and the cache's doorbells."""
 
-from apps.kernels import presence
+from celery import shared_task
+
+from apps.kernels import cache, presence
 
 __all__ = ["presence"]
+
+
+@shared_task(name="kernels.limit_cache")
+def limit_cache() -> None:
+    cache.limit_cache()
+
+
+@shared_task(name="kernels.scrub")
+def scrub() -> None:
+    cache.scrub()
+
+
+@shared_task(name="kernels.warm_next")
+def warm_next() -> None:
+    cache.warm_next()
+
+
+@shared_task(name="kernels.warm")
+def warm(pk: int) -> None:
+    cache.warm(pk, worker=presence.worker_name())

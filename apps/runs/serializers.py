@@ -257,6 +257,7 @@ class AckInput(serializers.Serializer[Any]):
     certificate = CertificateInput(allow_null=True, default=None)
     digest_before = Text(max_length=64, allow_blank=True, default="")
     digest_after = Text(max_length=64, allow_blank=True, default="")
+    speedup = WireNumber(allow_null=True, default=None)
 
 
 class AckOutput(serializers.Serializer[Any]):

@@ -1,5 +1,9 @@
 """Kernels: specialise -> certify -> measure -> package -> sign; and how to take one in safely.
 
+    tier 0   build_kernel     recipe and certificate, no code
+    tier 1   build_compiled   the same with machine code for one device, swapped in when faster
+    tier 2   compile_export   the finished model as one package, for inference only
+
 ``bundle``, ``verify``, ``store`` and ``builder`` import no torch, so that the web process may
 serve kernels and a worker may have them built by children.
 The other direction, recipe -> module, is ``esper.compilation.instantiate.instantiate``.
@@ -13,21 +17,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from esper.compilation.build import build_kernel, draft_kernel, warm_up
     from esper.compilation.builder import Builder, BuilderPool, BuildLimits, BuildOrder
+    from esper.compilation.exported import compile_export
+    from esper.compilation.inductor import build_compiled, compiled_key
     from esper.compilation.key import capability, kernel_key
+    from esper.compilation.native import CompiledGraft, load_compiled, load_exported
     from esper.compilation.store import KernelStore
-    from esper.compilation.verify import open_kernel
+    from esper.compilation.trial import Trial, try_compiled
+    from esper.compilation.verify import open_compiled, open_kernel
 
 _HOMES = {
+    "CompiledGraft": "native",
     "BuildLimits": "builder",
     "BuildOrder": "builder",
     "Builder": "builder",
     "BuilderPool": "builder",
     "KernelStore": "store",
+    "Trial": "trial",
+    "build_compiled": "inductor",
     "build_kernel": "build",
     "capability": "key",
+    "compile_export": "exported",
+    "compiled_key": "inductor",
     "draft_kernel": "build",
     "kernel_key": "key",
+    "load_compiled": "native",
+    "load_exported": "native",
+    "open_compiled": "verify",
     "open_kernel": "verify",
+    "try_compiled": "trial",
     "warm_up": "build",
 }
 
@@ -36,12 +53,21 @@ __all__ = [
     "BuildOrder",
     "Builder",
     "BuilderPool",
+    "CompiledGraft",
     "KernelStore",
+    "Trial",
+    "build_compiled",
     "build_kernel",
     "capability",
+    "compile_export",
+    "compiled_key",
     "draft_kernel",
     "kernel_key",
+    "load_compiled",
+    "load_exported",
+    "open_compiled",
     "open_kernel",
+    "try_compiled",
     "warm_up",
 ]
 

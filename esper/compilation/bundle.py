@@ -7,6 +7,7 @@ digests are checked before, by :func:`esper.compilation.verify.open_kernel`.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -22,22 +23,25 @@ from esper.contracts import (
     signing,
 )
 from esper.contracts.kernels import (
+    CODE_FILE,
     MANIFEST_FILE,
-    MAX_FILE_BYTES,
     RECIPE_FILE,
     REPORT_FILE,
     SIGNATURE_FILE,
+    size_limit,
 )
 from esper.exceptions import CodecError, KernelBuildError
 
 FORMAT = "esper-kernel-1"
 LISTED_FILES = (RECIPE_FILE, REPORT_FILE)  # the manifest vouches for these
+LISTED_COMPILED_FILES = (*LISTED_FILES, CODE_FILE)
 
 
-def pack(draft: KernelDraft, *, private_key: str) -> KernelBundle:
+def pack(draft: KernelDraft, *, private_key: str, code: bytes | None = None) -> KernelBundle:
     """Write, hash and sign the files of one kernel.
 
     Args:
+        code: the ``inductor.tar`` of a compiled kernel.
         private_key: base64 Ed25519 key of the compile worker.
 
     Raises:
@@ -48,6 +52,8 @@ def pack(draft: KernelDraft, *, private_key: str) -> KernelBundle:
         RECIPE_FILE: codec.encode(asdict(draft.recipe)),
         REPORT_FILE: codec.encode(report_to_wire(draft.report)),
     }
+    if code is not None:
+        files[CODE_FILE] = code
     files[MANIFEST_FILE] = codec.encode(
         {
             "format": FORMAT,
@@ -56,9 +62,10 @@ def pack(draft: KernelDraft, *, private_key: str) -> KernelBundle:
         }
     )
     for name, data in files.items():
-        if len(data) > MAX_FILE_BYTES:
+        if len(data) > size_limit(name):
             raise KernelBuildError(
-                f"{name} has {len(data)} bytes, at most {MAX_FILE_BYTES} are taken", permanent=True
+                f"{name} has {len(data)} bytes, at most {size_limit(name)} are taken",
+                permanent=True,
             )
     files[SIGNATURE_FILE] = signing.sign(files[MANIFEST_FILE], private_key).encode("ascii")
     return KernelBundle(files)
@@ -70,6 +77,7 @@ def report_to_wire(report: KernelReport) -> dict[str, Any]:
         "forecast": report.forecast.to_wire(),
         "tier": report.tier,
         "stage_ms": report.stage_ms,
+        "speedup": codec.number_to_wire(report.speedup),
         "measured": report.measured.to_wire(),
     }
 
@@ -84,6 +92,8 @@ def report_from_wire(data: dict[str, Any]) -> KernelReport:
             stage_ms={
                 str(name): codec.number_from_wire(value) for name, value in data["stage_ms"].items()
             },
+            # Kernels that were signed before there was a second tier do not name it.
+            speedup=codec.number_from_wire(data.get("speedup", math.nan)),
             measured=MeasuredCost.from_wire(data.get("measured", {})),
         )
     except (TypeError, KeyError, ValueError, AttributeError) as error:

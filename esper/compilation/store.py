@@ -1,17 +1,44 @@
-"""Kernels on disk, by content: ``<first two digits>/<digest>/<file>``. Imports no torch."""
+"""Kernels by content, on disk: ``<first two digits>/<digest>/<file>``. Imports no torch.
+
+:class:`Store` is what any place for kernels can do; ``esper.compilation.object_store`` is another.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from esper.compilation.verify import check_digest
 from esper.contracts import BUNDLE_FILES, KernelBundle
-from esper.contracts.kernels import MAX_FILE_BYTES
+from esper.contracts.kernels import CODE_FILE, COMPILED_FILES, size_limit
 from esper.exceptions import KernelDigestError, KernelError
+
+
+class Store(Protocol):
+    """A place for kernels, named by digest. What comes out of it is unverified, always.
+
+    ``get`` raises ``KernelError`` for a kernel that is not there and ``KernelDigestError`` for one
+    that cannot be read; every method raises ``StoreUnavailableError`` where the place is away.
+    """
+
+    def has(self, digest: str) -> bool: ...
+
+    def put(self, bundle: KernelBundle) -> str: ...
+
+    def get(self, digest: str) -> dict[str, bytes]: ...
+
+    def remove(self, digest: str) -> bool: ...
+
+    def set_aside(self, digest: str) -> bool:
+        """Move a corrupt kernel to where nobody takes it from, for a person to look at."""
+        ...
+
+    def list(self) -> tuple[str, ...]: ...
 
 
 class KernelStore:
@@ -38,8 +65,7 @@ class KernelStore:
         Returns:
             The kernel's digest.
         """
-        if set(bundle.files) != set(BUNDLE_FILES):
-            raise KernelError(f"a kernel has the files {', '.join(BUNDLE_FILES)}")
+        check_file_names(bundle)
         digest = bundle.digest
         _place(bundle.files, self.path(digest), self.directory)
         return digest
@@ -54,7 +80,9 @@ class KernelStore:
         directory = self.path(digest)
         if not directory.is_dir():
             raise KernelError(f"there is no kernel {digest}", digest=digest)
-        return {name: _read(directory / name, digest) for name in BUNDLE_FILES}
+        compiled = (directory / CODE_FILE).exists()
+        names = COMPILED_FILES if compiled else BUNDLE_FILES
+        return {name: _read(directory / name, digest) for name in names}
 
     def remove(self, digest: str) -> bool:
         """Forget a kernel; False when there was none."""
@@ -66,21 +94,60 @@ class KernelStore:
         shutil.rmtree(trash, ignore_errors=True)
         return True
 
+    def set_aside(self, digest: str) -> bool:
+        """Move a kernel to ``corrupt/``; False when there was none."""
+        corner = self.directory / "corrupt"
+        corner.mkdir(exist_ok=True)
+        try:
+            self.path(digest).rename(corner / f"{digest}.{secrets.token_hex(4)}")
+        except FileNotFoundError:
+            return False
+        return True
+
+    def trim(self, most_bytes: int, *, keep: Collection[str] = ()) -> tuple[str, ...]:
+        """Forget kernels, the longest unused first, until the rest fits; for a copy of a store.
+
+        Args:
+            keep: digests that stay, whatever their size.
+
+        Returns:
+            The digests that went.
+        """
+        ages = sorted((self.path(d).stat().st_mtime, d) for d in self.list())
+        sizes = {d: _size(self.path(d)) for _, d in ages}
+        total, gone = sum(sizes.values()), []
+        for _, digest in ages:
+            if total > most_bytes and digest not in keep and self.remove(digest):
+                total -= sizes[digest]
+                gone.append(digest)
+        return tuple(gone)
+
+    def touch(self, digest: str) -> None:
+        """Note that a kernel was used just now."""
+        with suppress(FileNotFoundError):
+            os.utime(self.path(digest))
+
     def list(self) -> tuple[str, ...]:
         """All digests, sorted."""
         return tuple(sorted(path.name for path in self.directory.glob("[0-9a-f][0-9a-f]/*")))
 
-    def stage(self, digest: str, stage_dir: str | os.PathLike[str]) -> Path:
-        """Copy a kernel to ``<stage_dir>/<digest>/``, where a trainer on this host looks first.
 
-        Returns:
-            The directory with its files.
-        """
-        files = self.get(digest)
-        root = Path(stage_dir)
-        root.mkdir(parents=True, exist_ok=True)
-        _place(files, root / digest, root)
-        return root / digest
+def stage(files: Mapping[str, bytes], digest: str, stage_dir: str | os.PathLike[str]) -> Path:
+    """Lay a kernel into ``<stage_dir>/<digest>/``, where a trainer on this host looks first.
+
+    Returns:
+        The directory with its files.
+    """
+    root = Path(stage_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    _place(files, root / check_digest(digest), root)
+    return root / digest
+
+
+def check_file_names(bundle: KernelBundle) -> None:
+    """Raises ``KernelError`` for missing or foreign files."""
+    if set(bundle.files) not in (set(BUNDLE_FILES), set(COMPILED_FILES)):
+        raise KernelError(f"a kernel has the files {', '.join(BUNDLE_FILES)}, maybe {CODE_FILE}")
 
 
 def _place(files: Mapping[str, bytes], target: Path, scratch: Path) -> None:
@@ -108,6 +175,10 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
 def _read(path: Path, digest: str) -> bytes:
     try:
         # A link in the store would let whoever can write there choose what we read.
@@ -115,7 +186,7 @@ def _read(path: Path, digest: str) -> bytes:
     except OSError as error:
         raise KernelDigestError(f"{path.name} cannot be read: {error}", digest=digest) from error
     with os.fdopen(descriptor, "rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
+        data = file.read(size_limit(path.name) + 1)
+    if len(data) > size_limit(path.name):
         raise KernelDigestError(f"{path.name} is too large", digest=digest)
     return data

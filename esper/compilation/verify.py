@@ -5,17 +5,25 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from esper.compilation.bundle import FORMAT, LISTED_FILES, recipe_from_wire, report_from_wire
-from esper.contracts import BUNDLE_FILES, KernelKey, KernelReport, Recipe, codec, signing
+from esper.compilation.bundle import (
+    FORMAT,
+    LISTED_COMPILED_FILES,
+    LISTED_FILES,
+    recipe_from_wire,
+    report_from_wire,
+)
+from esper.contracts import KernelKey, KernelReport, Recipe, codec, signing
 from esper.contracts.kernels import (
+    CODE_FILE,
     MANIFEST_FILE,
     MAX_FILE_BYTES,
     RECIPE_FILE,
     REPORT_FILE,
     SIGNATURE_FILE,
+    size_limit,
 )
 from esper.exceptions import CodecError, KernelDigestError, SignatureError
 
@@ -36,7 +44,7 @@ def check_digest(digest: str) -> str:
 def open_kernel(
     files: Mapping[str, bytes], digest: str, trusted_key: str
 ) -> tuple[KernelKey, Recipe, KernelReport]:
-    """Read a kernel that came from anywhere.
+    """Read a kernel of tier 0 that came from anywhere; one with code in it is refused.
 
     Nothing is parsed before it is vouched for: sizes, then the manifest's digest, then its
     signature, then the other files' digests, and only then their content.
@@ -50,31 +58,104 @@ def open_kernel(
         KernelDigestError: a file is missing, foreign, too large, altered or malformed.
         SignatureError: the manifest is not signed by ``trusted_key``.
     """
+    return _open(files, digest, trusted_key, listed=LISTED_FILES, tier=0)
+
+
+def open_compiled(
+    files: Mapping[str, bytes], digest: str, trusted_key: str
+) -> tuple[KernelKey, Recipe, KernelReport, bytes]:
+    """Read a compiled kernel that came from anywhere; its code is checked, and not opened here.
+
+    Args:
+        files: exactly the files of ``COMPILED_FILES``.
+        digest, trusted_key: as :func:`open_kernel`.
+
+    Returns:
+        Key, recipe, report and the verified bytes of ``inductor.tar``.
+
+    Raises:
+        KernelDigestError, SignatureError: as :func:`open_kernel`.
+    """
+    listed = LISTED_COMPILED_FILES
+    return (*_open(files, digest, trusted_key, listed=listed, tier=1), files[CODE_FILE])
+
+
+PACKAGE_FILE = "model.pt2"
+PACKAGE_FORMAT = "esper-package-1"
+MAX_PACKAGE_BYTES = 16 * 1024**3
+
+
+def open_package(
+    files: Mapping[str, bytes], digest: str, trusted_key: str
+) -> tuple[dict[str, Any], bytes]:
+    """Read a compiled model that came from anywhere; its code is checked, and not opened here.
+
+    Returns:
+        The manifest and the verified bytes of ``model.pt2``.
+
+    Raises:
+        KernelDigestError, SignatureError: as :func:`open_kernel`.
+    """
     check_digest(digest)
-    _check_files(files, digest)
+    if set(files) != {MANIFEST_FILE, SIGNATURE_FILE, PACKAGE_FILE}:
+        raise KernelDigestError("missing or foreign files", digest=digest)
+    manifest, package = files[MANIFEST_FILE], files[PACKAGE_FILE]
+    if not hmac.compare_digest(hashlib.sha256(manifest).hexdigest(), digest):
+        raise KernelDigestError("the manifest is not the one that was asked for", digest=digest)
+    _check_signature(manifest, files[SIGNATURE_FILE], trusted_key, digest)
+    try:
+        listing = codec.decode(manifest, max_bytes=MAX_FILE_BYTES)
+        same = (
+            listing["format"] == PACKAGE_FORMAT
+            and listing["bytes"] == len(package) <= MAX_PACKAGE_BYTES
+            and hmac.compare_digest(listing["sha256"], hashlib.sha256(package).hexdigest())
+        )
+    except (CodecError, TypeError, KeyError) as error:
+        raise KernelDigestError(f"the manifest is malformed: {error}", digest=digest) from error
+    if not same:
+        raise KernelDigestError("the package is not the one that was signed", digest=digest)
+    return dict(listing), package
+
+
+def open_any(
+    files: Mapping[str, bytes], digest: str, trusted_key: str
+) -> tuple[KernelKey, Recipe, KernelReport]:
+    """Like :func:`open_kernel`, for a kernel of either tier."""
+    if CODE_FILE in files:
+        return open_compiled(files, digest, trusted_key)[:3]
+    return open_kernel(files, digest, trusted_key)
+
+
+def _open(
+    files: Mapping[str, bytes], digest: str, trusted_key: str, *, listed: Sequence[str], tier: int
+) -> tuple[KernelKey, Recipe, KernelReport]:
+    check_digest(digest)
+    _check_files(files, digest, {MANIFEST_FILE, SIGNATURE_FILE, *listed})
     manifest = files[MANIFEST_FILE]
     if not hmac.compare_digest(hashlib.sha256(manifest).hexdigest(), digest):
         raise KernelDigestError("the manifest is not the one that was asked for", digest=digest)
     _check_signature(manifest, files[SIGNATURE_FILE], trusted_key, digest)
     try:
         listing = codec.decode(manifest, max_bytes=MAX_FILE_BYTES)
-        _check_listing(listing, files, digest)
+        _check_listing(listing, files, digest, listed)
         key = KernelKey.from_wire(listing["key"])
         recipe = recipe_from_wire(codec.decode(files[RECIPE_FILE], max_bytes=MAX_FILE_BYTES))
         report = report_from_wire(codec.decode(files[REPORT_FILE], max_bytes=MAX_FILE_BYTES))
     except (CodecError, TypeError, KeyError) as error:
         raise KernelDigestError(f"a kernel's file is malformed: {error}", digest=digest) from error
     _check_same_blueprint(key, recipe, digest)
+    if (key.tier, report.tier) != (tier, tier):
+        raise KernelDigestError("key, report and files are of different tiers", digest=digest)
     return key, recipe, report
 
 
-def _check_files(files: Mapping[str, bytes], digest: str) -> None:
-    if set(files) != set(BUNDLE_FILES):
-        odd = sorted(set(files) ^ set(BUNDLE_FILES))
+def _check_files(files: Mapping[str, bytes], digest: str, expected: set[str]) -> None:
+    if set(files) != expected:
+        odd = sorted(set(files) ^ expected)
         raise KernelDigestError(f"missing or foreign files: {', '.join(odd)[:200]}", digest=digest)
     for name, data in files.items():
-        if len(data) > MAX_FILE_BYTES:
-            raise KernelDigestError(f"{name} has more than {MAX_FILE_BYTES} bytes", digest=digest)
+        if len(data) > size_limit(name):
+            raise KernelDigestError(f"{name} has more than {size_limit(name)} bytes", digest=digest)
 
 
 def _check_signature(manifest: bytes, signature: bytes, trusted_key: str, digest: str) -> None:
@@ -86,10 +167,12 @@ def _check_signature(manifest: bytes, signature: bytes, trusted_key: str, digest
         ) from error
 
 
-def _check_listing(listing: Any, files: Mapping[str, bytes], digest: str) -> None:
-    if listing["format"] != FORMAT or set(listing["files"]) != set(LISTED_FILES):
+def _check_listing(
+    listing: Any, files: Mapping[str, bytes], digest: str, listed: Sequence[str]
+) -> None:
+    if listing["format"] != FORMAT or set(listing["files"]) != set(listed):
         raise KernelDigestError("the manifest is of another format", digest=digest)
-    for name in LISTED_FILES:
+    for name in listed:
         entry, data = listing["files"][name], files[name]
         actual = hashlib.sha256(data).hexdigest()
         if entry["bytes"] != len(data) or not hmac.compare_digest(actual, entry["sha256"]):

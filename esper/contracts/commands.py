@@ -18,7 +18,7 @@ class Command:
     Attributes:
         epoch: counts the trainer's (re)starts; a command of an older epoch is refused.
         seq: position in the run's log; never applied twice, never out of order.
-        kernel_digest: hex SHA-256 of the kernel's manifest for ``graft``, else empty.
+        kernel_digest: hex SHA-256 of the kernel's manifest for ``graft`` and ``speed_up``.
         issued_at, expires_at: seconds since the epoch, server's clock.
     """
 
@@ -61,7 +61,10 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class CommandAck:
-    """The trainer's answer. ``step`` and ``pause_ms`` are set once something was done."""
+    """The trainer's answer. ``step`` and ``pause_ms`` are set once something was done.
+
+    ``speedup`` answers ``speed_up``: eager time over compiled time, measured in this trainer.
+    """
 
     seq: int
     state: CommandState
@@ -72,6 +75,7 @@ class CommandAck:
     certificate: Certificate | None = None
     digest_before: str = ""  # SHA-256 of the model's named tensors
     digest_after: str = ""
+    speedup: float | None = None
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -84,4 +88,5 @@ class CommandAck:
             "certificate": self.certificate.to_wire() if self.certificate else None,
             "digest_before": self.digest_before,
             "digest_after": self.digest_after,
+            "speedup": self.speedup,
         }

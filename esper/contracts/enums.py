@@ -129,6 +129,7 @@ class CommandKind(StrEnum):
     PAUSE_ADAPTATION = "pause_adaptation"
     RESUME_ADAPTATION = "resume_adaptation"
     STOP_RUN = "stop_run"
+    SPEED_UP = "speed_up"  # try a graft's compiled kernel, and run it where it is faster
 
 
 class CommandState(StrEnum):
@@ -156,6 +157,9 @@ class RefusalCode(StrEnum):
     PAUSED = "paused"
     NOT_GRAFTED = "not_grafted"
     MALFORMED = "malformed"
+    NO_FOREIGN_CODE = "no_foreign_code"  # this trainer runs no machine code of these workers
+    UNAVAILABLE = "unavailable"  # machine code that cannot be loaded here
+    NOT_FASTER = "not_faster"
 
 
 class JobState(StrEnum):
@@ -164,6 +168,18 @@ class JobState(StrEnum):
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+class SpeedUpState(StrEnum):
+    """How far a graft's compiled kernel is, or what came of it."""
+
+    QUEUED = "queued"
+    BUILDING = "building"
+    OFFERED = "offered"  # the trainer has been told to try it
+    SWAPPED_IN = "swapped_in"
+    KEPT_EAGER = "kept_eager"  # not faster enough, or not wanted
+    UNAVAILABLE = "unavailable"  # no compiler there
+    FAILED = "failed"
 
 
 class WorkerState(StrEnum):

@@ -8,6 +8,10 @@ archive to unpack and nothing in it that runs code:
     recipe.json     blueprint, version, configuration, seed
     report.json     certificate, forecast and measured cost, stage times
 
+A compiled kernel (tier 1) has a fifth file, and that one is code for one kind of device:
+
+    inductor.tar    machine code of forward and backward, opened only by esper.compilation.native
+
 A draft is the same before it is signed: a builder child makes it, its worker checks and signs it.
 """
 
@@ -28,6 +32,14 @@ RECIPE_FILE = "recipe.json"
 REPORT_FILE = "report.json"
 BUNDLE_FILES = (MANIFEST_FILE, SIGNATURE_FILE, RECIPE_FILE, REPORT_FILE)
 MAX_FILE_BYTES = 64 * 1024
+CODE_FILE = "inductor.tar"
+COMPILED_FILES = (*BUNDLE_FILES, CODE_FILE)
+MAX_CODE_BYTES = 32 * 1024 * 1024
+
+
+def size_limit(name: str) -> int:
+    """Most bytes that a reader takes for the file of that name."""
+    return MAX_CODE_BYTES if name == CODE_FILE else MAX_FILE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +112,7 @@ class KernelKey:
     device_name: str
     torch_version: str
     python_version: str
+    tier: int = 0
 
     def to_wire(self) -> dict[str, Any]:
         return {**asdict(self), "in_shape": list(self.in_shape), "out_shape": list(self.out_shape)}
@@ -163,12 +176,20 @@ class MeasuredCost:
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """What the worker found out. ``stage_ms`` names each stage of the build."""
+    """What the worker found out.
+
+    Attributes:
+        tier: 0: validated and packaged; 1: compiled for one device.
+        stage_ms: milliseconds of each stage of the build, by name.
+        speedup: tier 1: the eager graft's time over the compiled one's, forward and backward, on
+            the worker's device; NaN where it was not measured.
+    """
 
     certificate: Certificate
     forecast: CostForecast
     tier: int = 0
     stage_ms: dict[str, float] = field(default_factory=dict)
+    speedup: float = math.nan
     measured: MeasuredCost = field(default_factory=MeasuredCost)
 
 

@@ -11,11 +11,12 @@ layer that is used twice in a forward pass is grafted twice.
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,16 @@ SLOT_NAME = "esper"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 Watcher = Callable[[Tensor, Tensor], None]
+
+logger = logging.getLogger("esper")
+
+
+class Compiled(Protocol):
+    """A graft's ``combine`` as machine code, for the calls that it fits."""
+
+    def fits(self, x: Tensor, y: Tensor) -> bool: ...
+
+    def __call__(self, graft: Graft, x: Tensor, y: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,8 @@ class Slot(nn.Module):
         self.handle: RemovableHandle | None = None
         self._watchers: dict[int, Watcher] = {}
         self._next_watcher = 0
+        # Beside the grafts, never in their place: parameters, names and copies stay the graft's.
+        self._compiled: dict[str, tuple[Graft, Compiled]] = {}
         self._copies: list[weakref.ref[Slot]] = []
 
     @property
@@ -75,6 +88,7 @@ class Slot(nn.Module):
         """Puts a graft behind those that are there."""
         self.add_module(record.blueprint, graft)
         self.records[record.blueprint] = record
+        self._compiled.clear()
         self.introduce()
 
     def take_out(self, slug: str) -> Graft:
@@ -83,9 +97,18 @@ class Slot(nn.Module):
         graft.detach()
         del self._modules[slug]
         self.records.pop(slug, None)  # absent where inserting was cut short
+        self._compiled.clear()  # grafts may compute through one another
         introduce((graft,))
         self.introduce()
         return graft
+
+    def speed_up(self, slug: str, compiled: Compiled) -> None:
+        """From the next call on, the graft is run by ``compiled`` where that fits the call."""
+        self._compiled[slug] = (self.grafts()[slug], compiled)
+
+    def sped_up(self, slug: str) -> bool:
+        """The graft runs as machine code."""
+        return slug in self._compiled
 
     def introduce(self) -> None:
         """Lets the grafts get to know each other; called when they have changed."""
@@ -94,14 +117,16 @@ class Slot(nn.Module):
     @contextmanager
     def without(self, slug: str) -> Iterator[None]:
         """Inside it, the graft is not in the layer's forward pass."""
-        grafts = dict(self._modules)
+        grafts, compiled = dict(self._modules), dict(self._compiled)
         del self._modules[slug]
+        self._compiled.clear()
         self.introduce()
         try:
             yield
         finally:
             self._modules.clear()
             self._modules.update(grafts)
+            self._compiled.update(compiled)
             self.introduce()
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:
@@ -123,16 +148,32 @@ class Slot(nn.Module):
         """The layer's output after watchers and grafts."""
         for watcher in tuple(self._watchers.values()):
             watcher(x, y)
-        for graft in self._modules.values():
+        for slug, graft in self._modules.items():
             assert isinstance(graft, Graft)
             if torch.is_grad_enabled():
                 graft.attach(host)
-            y = graft(x, y)
+            y = self._run_graft(slug, graft, x, y)
         return y
 
+    def _run_graft(self, slug: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor:
+        owner, compiled = self._compiled.get(slug, (None, None))
+        if compiled is not None and owner is graft and compiled.fits(x, y):
+            try:
+                return compiled(graft, x, y)
+            except Exception:  # the eager graft computes the same: never a reason to stop
+                logger.exception("compiled %s failed and is not used any more", slug)
+                del self._compiled[slug]
+        combined: Tensor = graft(x, y)
+        return combined
+
     def __getstate__(self) -> dict[str, Any]:
-        # Watchers belong to the one who set them, and a copy's copies are its own.
-        return {**vars(self), "_watchers": {}, "_copies": []}
+        # Watchers belong to the one who set them, a copy's copies are its own, and machine code is
+        # this process's.
+        return {**vars(self), "_watchers": {}, "_copies": [], "_compiled": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Slots that were saved before there was compiled code do not name it.
+        super().__setstate__({"_compiled": {}, **state})  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         made = type(self).__new__(type(self))
@@ -223,6 +264,14 @@ def slot_of(module: nn.Module) -> Slot | None:
     """The slot of a layer, None where none was prepared."""
     slot = module._modules.get(SLOT_NAME)
     return slot if isinstance(slot, Slot) else None
+
+
+def find_slot(model: nn.Module, layer: str) -> Slot | None:
+    """The slot of the layer of that name, None where there is no such layer or slot."""
+    try:
+        return slot_of(find_host(model, layer))
+    except UnknownLayerError:
+        return None
 
 
 def prepare_slots(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:

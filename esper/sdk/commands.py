@@ -29,10 +29,13 @@ class LocalVeto:
 
     mode: RunMode
     paused: bool = False
+    # The workers whose machine code may run in this process, by their public key. It stands in the
+    # trainer's own environment: a server that names a key itself must not be able to run code.
+    code_key: str = ""
 
     def check(self, command: Command) -> None:
-        """Raises ``CommandRefusedError`` for a graft that this trainer does not want."""
-        if command.kind is not CommandKind.GRAFT:
+        """Raises ``CommandRefusedError`` for what this trainer does not want in its model."""
+        if command.kind not in (CommandKind.GRAFT, CommandKind.SPEED_UP):
             return
         if self.mode is RunMode.OBSERVE:
             raise CommandRefusedError(
@@ -40,6 +43,10 @@ class LocalVeto:
             )
         if self.paused:
             raise CommandRefusedError(RefusalCode.PAUSED, "adaptation is paused in this run")
+        if command.kind is CommandKind.SPEED_UP and not self.code_key:
+            raise CommandRefusedError(
+                RefusalCode.NO_FOREIGN_CODE, "ESPER_COMPILED_KERNEL_KEY is not set in this trainer"
+            )
 
 
 def parse_command(raw: Any) -> Command:

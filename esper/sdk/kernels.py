@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from esper.compilation.verify import check_digest
 from esper.contracts import BUNDLE_FILES
-from esper.contracts.kernels import MAX_FILE_BYTES
+from esper.contracts.kernels import size_limit
+
+
+def code_key() -> str:
+    """Whose machine code may run in this process, ``ESPER_COMPILED_KERNEL_KEY``; empty: nobody's.
+
+    It is the public key of the compile workers. A kernel of tier 0 is data and needs no such trust.
+    """
+    return os.environ.get("ESPER_COMPILED_KERNEL_KEY", "").strip()
 
 
 async def fetch_kernel(
-    digest: str, download: Callable[[str], Awaitable[bytes]]
+    digest: str,
+    download: Callable[[str], Awaitable[bytes]],
+    names: Sequence[str] = BUNDLE_FILES,
 ) -> dict[str, bytes]:
-    """The four files of a bundle, from this host's stage where they lie, else over HTTP.
+    """The files of a bundle, from this host's stage where they lie, else over HTTP.
 
     Nothing is parsed here. Files of the stage are checked like downloaded ones, later.
 
     Args:
         download: path relative to the API -> bytes.
+        names: ``BUNDLE_FILES``, or ``COMPILED_FILES`` for a kernel with machine code.
 
     Raises:
         KernelDigestError: ``digest`` is not a digest.
         TransportError: it could not be fetched.
     """
     check_digest(digest)
-    staged = read_stage(digest)
+    staged = read_stage(digest, names)
     if staged is not None:
         return staged
-    return {name: await download(f"kernels/{digest}/{name}") for name in BUNDLE_FILES}
+    return {name: await download(f"kernels/{digest}/{name}") for name in names}
 
 
-def read_stage(digest: str) -> dict[str, bytes] | None:
+def read_stage(digest: str, names: Sequence[str] = BUNDLE_FILES) -> dict[str, bytes] | None:
     """The bundle from ``ESPER_STAGE_DIR/<digest>/``, None where it is not complete there."""
     stage = os.environ.get("ESPER_STAGE_DIR", "")
     if not stage:
         return None
     folder = Path(stage) / digest
     try:
-        return {name: _read_capped(folder / name) for name in BUNDLE_FILES}
+        return {name: _read_capped(folder / name) for name in names}
     except OSError:
         return None
 
 
 def _read_capped(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(MAX_FILE_BYTES + 1)  # one byte too many fails the size check
+        return file.read(size_limit(path.name) + 1)  # one byte too many fails the size check

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
@@ -25,7 +25,7 @@ from esper.contracts import (
     RefusalCode,
     codec,
 )
-from esper.contracts.kernels import MAX_FILE_BYTES
+from esper.contracts.kernels import BUNDLE_FILES, COMPILED_FILES, size_limit
 from esper.exceptions import (
     CodecError,
     CommandRefusedError,
@@ -44,6 +44,7 @@ from esper.sdk.registration import Registration
 logger = logging.getLogger("esper")
 
 Prepare = Callable[[Command, Recipe], Any]
+TryOut = Callable[[Command, Mapping[str, bytes]], Any]
 
 _SILENCE_SECONDS = 30.0  # the server pings every 10 s
 _LONGEST_RETRY_SECONDS = 5.0  # also the period of polling where websockets do not get through
@@ -56,6 +57,7 @@ class Listener:
     Args:
         veto: the trainer's own limits.
         prepare: ``(command, recipe) -> prepared graft``; raises ``CommandRefusedError``.
+        try_out: ``(command, files) -> prepared swap``, in a thread; raises likewise.
         ring: called when something new is owed to the server.
     """
 
@@ -69,6 +71,7 @@ class Listener:
         *,
         veto: LocalVeto,
         prepare: Prepare,
+        try_out: TryOut,
         ring: Callable[[], None],
     ) -> None:
         self._client = client
@@ -78,6 +81,8 @@ class Listener:
         self._pace = pace
         self._veto = veto
         self._prepare = prepare
+        self._try_out = try_out
+        self._trials: set[asyncio.Task[None]] = set()
         self._ring = ring
 
     async def run(self) -> None:
@@ -165,6 +170,12 @@ class Listener:
         accepted = CommandAck(seq=command.seq, state=CommandState.ACCEPTED)
         self._exchange.answer(accepted, final=False)
         self._ring()
+        if command.kind is CommandKind.SPEED_UP:
+            # Seconds, the first time: an undo that comes meanwhile must not wait for it.
+            trial = asyncio.create_task(self._speed_up(command))
+            self._trials.add(trial)
+            trial.add_done_callback(self._trials.discard)
+            return
         graft = None
         if command.kind is CommandKind.GRAFT:
             recipe = await self._fetch(command)
@@ -178,6 +189,18 @@ class Listener:
                 return
         self._exchange.inbox.append(ReadyCommand(command, graft))
 
+    async def _speed_up(self, command: Command) -> None:
+        try:
+            files = await self._fetch_files(command, COMPILED_FILES)
+            swap = await asyncio.to_thread(self._try_out, command, files)
+        except CommandRefusedError as refusal:
+            self._refuse(command.seq, refusal)
+        except Exception as error:  # nothing about speed may end the transport
+            logger.exception("command %d could not be tried", command.seq)
+            self._fail(command, error)
+        else:
+            self._exchange.inbox.append(ReadyCommand(command, swap))
+
     def _verify(self, command: Command, signature: str) -> None:
         trust, now = self._registration.trust, self._exchange.now()
         try:
@@ -190,22 +213,29 @@ class Listener:
     async def _fetch(self, command: Command) -> Recipe:
         """The kernel's recipe; nothing of it is read before digest and signature are checked."""
         digest = command.kernel_digest
-        download = partial(self._download, command.expires_at)
+        files = await self._fetch_files(command, BUNDLE_FILES)
         try:
-            files = await fetch_kernel(digest, download)
             _, recipe, _ = open_kernel(files, digest, self._registration.kernel_key)
         except KernelDigestError as error:
             raise CommandRefusedError(RefusalCode.BAD_DIGEST, str(error)) from error
         except SignatureError as error:
             raise CommandRefusedError(RefusalCode.BAD_SIGNATURE, str(error)) from error
+        return recipe
+
+    async def _fetch_files(self, command: Command, names: Sequence[str]) -> dict[str, bytes]:
+        download = partial(self._download, command.expires_at)
+        try:
+            return await fetch_kernel(command.kernel_digest, download, names)
+        except KernelDigestError as error:
+            raise CommandRefusedError(RefusalCode.BAD_DIGEST, str(error)) from error
         except TransportError as error:
             code = RefusalCode.BAD_DIGEST if error.permanent else RefusalCode.EXPIRED
             raise CommandRefusedError(code, f"no kernel: {error}") from error
-        return recipe
 
     async def _download(self, expires_at: float, path: str) -> bytes:
+        most = size_limit(path.rpartition("/")[2])
         return await insist(
-            partial(self._client.get_bytes, path, most=MAX_FILE_BYTES),
+            partial(self._client.get_bytes, path, most=most),
             back_off=self._pace.back_off(),
             what="kernel",
             give_up=lambda: self._exchange.now() >= expires_at,

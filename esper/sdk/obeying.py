@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
 
 from esper import blueprints
+from esper.blueprints import Graft
 from esper.compilation.instantiate import instantiate
+from esper.compilation.verify import open_compiled
 from esper.contracts import (
     AdaptationState,
     Command,
@@ -24,16 +29,33 @@ from esper.exceptions import (
     CommandRefusedError,
     ConfigurationError,
     IncompatibleLayerError,
+    KernelDigestError,
     KernelError,
+    SignatureError,
     UnknownBlueprintError,
     UnknownLayerError,
 )
 from esper.grafting import Receipt, SnapshotMemory, UndoReceipt
+from esper.grafting.slot import find_slot
 from esper.sdk.commands import LocalVeto
 from esper.sdk.exchange import Exchange, ReadyCommand
 from esper.sdk.surgeon import Adaptation, Operation
 
+if TYPE_CHECKING:
+    from esper.compilation import CompiledGraft, Trial
+
 logger = logging.getLogger("esper")
+
+NOT_GRAFTED = "this model does not hold that graft"
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A compiled kernel that was tried beside the training, and the graft that it was tried on."""
+
+    graft: Graft
+    compiled: CompiledGraft
+    trial: Trial
 
 
 class TakeOut(Protocol):
@@ -53,6 +75,7 @@ class Operations:
     find: Callable[[str], Adaptation | None]
     apply: Callable[[Operation], Adaptation]
     take_out: TakeOut
+    model: nn.Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +131,44 @@ class CommandDesk:
             memory=self._operations.reserve_memory(),
         )
 
+    def try_out(self, command: Command, files: Mapping[str, bytes]) -> Swap:
+        """A thread of its own: verify, load and try a compiled kernel, so that the step boundary
+        only swaps it in.
+
+        Raises:
+            CommandRefusedError: not verified, not for this graft, not loadable, or not faster.
+        """
+        adaptation = self._operations.find(command.adaptation)
+        if adaptation is None or adaptation.receipt is None:
+            raise CommandRefusedError(RefusalCode.NOT_GRAFTED, NOT_GRAFTED)
+        layer, graft = self._operations.layer(command.layer), adaptation.receipt.graft
+        key = self._veto.code_key
+        try:
+            recipe = open_compiled(files, command.kernel_digest, key)[1]
+            if (recipe.blueprint, recipe.config) != (adaptation.blueprint, adaptation.config):
+                raise CommandRefusedError(
+                    RefusalCode.INCOMPATIBLE_LAYER, "the kernel was compiled for another graft"
+                )
+            # Only now: importing PyTorch's compiler takes seconds, and most trainers never need it.
+            from esper.compilation import load_compiled, try_compiled
+
+            compiled = load_compiled(files, command.kernel_digest, key)
+            trial = try_compiled(graft, compiled, layer)
+        except KernelDigestError as error:
+            raise CommandRefusedError(RefusalCode.BAD_DIGEST, str(error)) from error
+        except SignatureError as error:
+            raise CommandRefusedError(RefusalCode.BAD_SIGNATURE, str(error)) from error
+        except KernelError as error:
+            raise CommandRefusedError(RefusalCode.UNAVAILABLE, str(error)) from error
+        return Swap(graft, compiled, trial)
+
     def carry_out(self, ready: ReadyCommand) -> Answer:
         """Do it now, whatever comes of it: the server waits for an answer."""
         try:
             if ready.command.kind is CommandKind.GRAFT:
                 return self._graft(ready.command, ready.graft)
+            if ready.command.kind is CommandKind.SPEED_UP:
+                return Answer(self._swap(ready.command, ready.graft))
             return Answer(self._carry_out(ready.command))
         except Exception as error:
             logger.exception("command %d failed", ready.command.seq)
@@ -150,6 +206,25 @@ class CommandDesk:
         )
         return Answer(ack, receipt)
 
+    def _swap(self, command: Command, swap: Swap) -> CommandAck:
+        """One write; the parameters are the eager graft's, before and after."""
+        adaptation = self._operations.find(command.adaptation)
+        slot = find_slot(self._operations.model, command.layer)
+        slug = adaptation.blueprint if adaptation is not None else ""
+        answer = CommandAck(
+            seq=command.seq,
+            state=CommandState.REFUSED,
+            code=RefusalCode.NOT_FASTER,
+            reason=swap.trial.text,
+            speedup=swap.trial.speedup if math.isfinite(swap.trial.speedup) else None,
+        )
+        if not swap.trial.faster:
+            return answer
+        if slot is None or slot.grafts().get(slug) is not swap.graft:
+            return replace(answer, code=RefusalCode.NOT_GRAFTED, reason="the graft has gone since")
+        slot.speed_up(slug, swap.compiled)
+        return replace(answer, state=CommandState.APPLIED, code="")
+
     def _undo(self, command: Command) -> CommandAck:
         adaptation = self._operations.find(command.adaptation)
         if adaptation is None:
@@ -157,7 +232,7 @@ class CommandDesk:
                 seq=command.seq,
                 state=CommandState.REFUSED,
                 code=RefusalCode.NOT_GRAFTED,
-                reason="this model does not hold that graft",
+                reason=NOT_GRAFTED,
             )
         wanted = command.payload.get("hard") is not False
         hard = wanted and adaptation.restorable

@@ -61,6 +61,7 @@ from esper.sdk.compiling import CompilerWatch
 from esper.sdk.evaluation import Evaluator
 from esper.sdk.exchange import Exchange, Pace
 from esper.sdk.findings import Findings, divergence, switched_off
+from esper.sdk.kernels import code_key
 from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.obeying import CommandDesk, Operations, failed
@@ -527,7 +528,7 @@ class Session:
         setup = self._setup
         if not setup.server or not self._ranks.decides:
             return
-        veto, exchange = LocalVeto(setup.mode), Exchange()
+        veto, exchange = LocalVeto(setup.mode, code_key=code_key()), Exchange()
         surgeon = self._surgeon
         operations = Operations(
             layer=self._layer,
@@ -535,6 +536,7 @@ class Session:
             find=surgeon.find,
             apply=self._apply,
             take_out=self._take_out,
+            model=self._model,
         )
         self._desk = CommandDesk(operations, veto, exchange)
         self._transport = Transport(
@@ -543,6 +545,7 @@ class Session:
             exchange,
             veto=veto,
             prepare=self._desk.prepare,
+            try_out=self._desk.try_out,
             pace=setup.pace,
         )
 
@@ -599,6 +602,7 @@ class Session:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "esper": __version__,
+                **({"machine_code": "taken"} if code_key() else {}),
             },
             model_parameters=self._model_parameters,
             layers=self._layers,

@@ -23,7 +23,7 @@ from esper.sdk.client import Client, insist
 from esper.sdk.commands import LocalVeto
 from esper.sdk.exchange import Exchange, Owed, Pace
 from esper.sdk.journal import Journal, state_directory
-from esper.sdk.listening import Listener, Prepare
+from esper.sdk.listening import Listener, Prepare, TryOut
 from esper.sdk.outgoing import PromiseKeeper, TelemetrySender, deliver_leftovers
 from esper.sdk.registration import Registration, RunDescription
 
@@ -41,6 +41,8 @@ class Transport:
         veto: the trainer's own limits on commands.
         prepare: ``(command, recipe) -> prepared graft``, called in the transport thread; raises
             ``CommandRefusedError``.
+        try_out: ``(command, files of a compiled kernel) -> what the step boundary needs``, called
+            in a thread of its own; raises likewise.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Transport:
         *,
         veto: LocalVeto,
         prepare: Prepare,
+        try_out: TryOut,
         pace: Pace,
     ) -> None:
         self.exchange = exchange
@@ -59,6 +62,7 @@ class Transport:
         self._token = token
         self._veto = veto
         self._prepare = prepare
+        self._try_out = try_out
         self._pace = pace
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -228,6 +232,7 @@ class Transport:
             self._pace,
             veto=self._veto,
             prepare=self._prepare,
+            try_out=self._try_out,
             ring=keeper.wake.set,
         )
         ending = {asyncio.create_task(keeper.run()), asyncio.create_task(self._sender.run())}

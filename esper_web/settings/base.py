@@ -218,12 +218,27 @@ CELERY_BEAT_SCHEDULE = {
     "relay-outbox": _every("notifications.relay_outbox", 2.0),
     "forget-sent-messages": _every("notifications.forget_sent", 3600.0),
     "sweep-launches": _every("recipes.sweep", 5.0),
+    "warm-kernels": _every("kernels.warm_next", 10.0),
+    "limit-kernel-cache": _every("kernels.limit_cache", 300.0),
+    "scrub-kernels": _every("kernels.scrub", 3600.0),
     "thin-telemetry": _every("telemetry.thin", 60.0),
 }
 
 # --- Esper --------------------------------------------------------------------------------------
 
 ESPER_KERNEL_STORE_DIR = env.directory("ESPER_KERNEL_STORE_DIR", ESPER_DATA_DIR / "kernels")
+# Where all hosts find kernels, such as s3://bucket/prefix?endpoint=…; empty: the directory above.
+ESPER_KERNEL_STORE_URL = env.text("ESPER_KERNEL_STORE_URL", "")
+ESPER_KERNEL_CACHE_MIB = env.integer(
+    "ESPER_KERNEL_CACHE_MIB", 4096, minimum=1, maximum=100 * 1024 * 1024
+)
+ESPER_HOST_CACHE_MIB = env.integer(
+    "ESPER_HOST_CACHE_MIB", 1024, minimum=1, maximum=100 * 1024 * 1024
+)
+# Tier 1: machine code for grafts, tried by trainers that name our key in ESPER_COMPILED_KERNEL_KEY.
+ESPER_COMPILED_KERNELS = env.flag("ESPER_COMPILED_KERNELS", True)
+# How many kernels are built ahead for a run that registers; 0: none.
+ESPER_WARM_UP_KERNELS = env.integer("ESPER_WARM_UP_KERNELS", 4, minimum=0, maximum=64)
 ESPER_STAGE_DIR = env.directory("ESPER_STAGE_DIR", ESPER_DATA_DIR / "stage")
 ESPER_HOST_NAME = env.text("ESPER_HOST_NAME", socket.gethostname())
 # What a compile worker builds for; its queues are compile.<capability>.

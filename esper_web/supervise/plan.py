@@ -164,6 +164,7 @@ def demo_child(site: Site, demo: str) -> ChildSpec:
             "ESPER_TOKEN": site.token("trainer"),
             "ESPER_STATE_DIR": str(site.data_dir / "trainers"),
             "ESPER_STAGE_DIR": str(site.data_dir / "stage"),
+            "ESPER_COMPILED_KERNEL_KEY": str(site.keyring.get("kernel_public_key", "")),
             "OMP_NUM_THREADS": "1",
         },
         restart=Restart.ON_FAILURE,

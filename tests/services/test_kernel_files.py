@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.compilation.bundle import pack
-from esper.compilation.store import KernelStore
+from esper.compilation.store import KernelStore, stage
 from esper.compilation.verify import open_kernel
 from esper.contracts import (
     BUNDLE_FILES,
@@ -153,7 +153,7 @@ def test_a_digest_that_is_none_never_becomes_a_path(digest: str, tmp_path: Path)
         with pytest.raises(KernelDigestError):
             act(digest)
     with pytest.raises(KernelDigestError):
-        store.stage(digest, tmp_path / "stage")
+        stage(BUNDLE.files, digest, tmp_path / "stage")
     with pytest.raises(KernelDigestError):
         open_kernel(BUNDLE.files, digest, TRUSTED_KEY)
 
@@ -236,11 +236,11 @@ def test_a_staged_kernel_lies_where_a_trainer_looks(tmp_path: Path) -> None:
     store = KernelStore(tmp_path / "kernels")
     digest = store.put(BUNDLE)
 
-    folder = store.stage(digest, tmp_path / "stage")
+    folder = stage(store.get(digest), digest, tmp_path / "stage")
 
     assert folder == tmp_path / "stage" / digest
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == BUNDLE.files
-    assert store.stage(digest, tmp_path / "stage") == folder  # again is harmless
+    assert stage(store.get(digest), digest, tmp_path / "stage") == folder  # again is harmless
 
 
 def test_serving_kernels_needs_no_torch() -> None:

@@ -114,6 +114,7 @@ ACTS: list[tuple[str, Act, Attempt]] = [
         Act.EDIT_POLICY,
         lambda c, _: c.post("policies", {"changes": {"confidence_auto": 0.8}, "reason": "x"}),
     ),
+    ("scrub", Act.MANAGE_CACHE, lambda c, _: c.post("kernels/cache/scrub", {"reason": "hm"})),
     ("register", Act.CREATE_RUN, lambda c, _: c.post("runs", registration(name="another"))),
     ("start", Act.START_RECIPE, lambda c, _: start_counter(c)),
     ("resume-launch", Act.START_RECIPE, _on_launch("resume", LaunchState.STOPPED)),

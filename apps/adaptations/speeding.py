@@ -1,0 +1,217 @@
+"""Tier 1 for a graft that is in a model: compile it in the background, offer it to the trainer.
+
+grafted ─► queued ─► building ─► offered ─► swapped_in
+                         │           └────► kept_eager, with what was measured
+                         └────────────────► kept_eager (slower on the worker), unavailable, failed
+
+Nothing waits for it, and nothing depends on it: the eager graft goes on in every case. It is built
+by a process of its own, at the lowest priority, which the compile worker starts and forgets; the
+row says how far it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from django.conf import settings
+from django.db import transaction
+from django.utils import timezone
+
+from apps.adaptations.models import Adaptation
+from apps.kernels.cache_store import kernel_store
+from apps.kernels.models import Kernel, SpeedUp
+from apps.kernels.services import store_kernel
+from apps.notifications.services import enqueue, publish, run_topic
+from apps.runs.models import Command
+from apps.runs.services import issue_command, lock_run
+from esper.contracts import (
+    ADAPTATION_ENDED,
+    AdaptationState,
+    CommandAck,
+    CommandKind,
+    CommandState,
+    KernelKey,
+    KernelReport,
+    LayerInfo,
+    SpeedUpState,
+)
+from esper.exceptions import CompilerMissingError, EsperError
+
+log = logging.getLogger(__name__)
+
+SPEED_UP_TASK = "adaptations.speed_up"
+OFFER_SECONDS = 600
+GIVE_UP_AFTER = timedelta(minutes=15)
+WORTH_OFFERING = 1.0  # slower than that on the worker's own device: the trainer is not troubled
+
+
+def request_speed_up(adaptation: Adaptation) -> SpeedUp | None:
+    """A graft is in: ask for its compiled kernel, where the trainer takes one. In a transaction."""
+    run = adaptation.run
+    if not settings.ESPER_COMPILED_KERNELS or run.versions.get("machine_code") != "taken":
+        return None
+    if adaptation.job is None:
+        return None
+    row, made = SpeedUp.objects.get_or_create(
+        adaptation_uid=adaptation.uid,
+        defaults={
+            "run_uid": run.uid,
+            "layer": adaptation.layer,
+            "blueprint_slug": adaptation.blueprint.slug,
+            "capability": adaptation.job.capability,
+        },
+    )
+    if made:
+        enqueue(task=SPEED_UP_TASK, queue=f"compile.{row.capability}", args=[row.pk])
+    return row
+
+
+def start_builder(pk: int) -> None:
+    """The task on the compile worker: start the builder, and be free for the next tier 0."""
+    if not SpeedUp.objects.filter(pk=pk, state=SpeedUpState.QUEUED).exists():
+        return
+    subprocess.Popen(
+        [sys.executable, "-m", "django", "build_compiled_kernels"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def build_next(*, worker: str) -> bool:
+    """Build the oldest queued one; False when there is none. For the builder's process only."""
+    give_up_lost()
+    row = SpeedUp.objects.filter(
+        state=SpeedUpState.QUEUED, capability__in=settings.ESPER_WORKER_CAPABILITIES
+    ).first()
+    if row is None:
+        return False
+    claimed = SpeedUp.objects.filter(pk=row.pk, state=SpeedUpState.QUEUED).update(
+        state=SpeedUpState.BUILDING, started_at=timezone.now()
+    )
+    if claimed:
+        _build_and_offer(row, worker)
+    return True
+
+
+def give_up_lost() -> int:
+    """Builders and trainers that were not heard of again; returns how many rows."""
+    waiting = (SpeedUpState.QUEUED, SpeedUpState.BUILDING, SpeedUpState.OFFERED)
+    return SpeedUp.objects.filter(
+        state__in=waiting, asked_at__lt=timezone.now() - GIVE_UP_AFTER
+    ).update(state=SpeedUpState.FAILED, text="nothing was heard of it in time")
+
+
+def _build_and_offer(row: SpeedUp, worker: str) -> None:
+    adaptation = Adaptation.objects.select_related("run", "job", "blueprint").get(
+        uid=row.adaptation_uid
+    )
+    try:
+        kernel, report = _build_or_reuse(adaptation, worker)
+    except CompilerMissingError as error:
+        _end(row, SpeedUpState.UNAVAILABLE, str(error))
+    except EsperError as error:
+        _end(row, SpeedUpState.FAILED, str(error))
+    except Exception as error:
+        log.exception("compiled kernel of %s", adaptation.uid)
+        _end(row, SpeedUpState.FAILED, f"{type(error).__name__}: {error}")
+    else:
+        _offer(row, adaptation, kernel, report.speedup)
+
+
+def _build_or_reuse(adaptation: Adaptation, worker: str) -> tuple[Kernel, KernelReport]:
+    from esper.compilation import build_compiled, compiled_key, open_compiled
+
+    assert adaptation.job is not None
+    layer = LayerInfo.from_wire(adaptation.job.layer)
+    slug, config = adaptation.blueprint.slug, adaptation.config
+    key = compiled_key(layer, slug, config)
+    stored = _stored(key)
+    if stored is not None:
+        return stored
+    started = time.perf_counter()
+    private_key = Path(settings.ESPER_KERNEL_KEY_FILE).read_text().strip()
+    bundle = build_compiled(layer, slug, config, private_key=private_key)
+    kernel_store().put(bundle)
+    trusted = settings.ESPER_KERNEL_PUBLIC_KEY
+    report = open_compiled(bundle.files, bundle.digest, trusted)[2]
+    build_ms = (time.perf_counter() - started) * 1e3
+    kernel = store_kernel(bundle=bundle, key=key, report=report, worker=worker, build_ms=build_ms)
+    return kernel, report
+
+
+def _stored(key: KernelKey) -> tuple[Kernel, KernelReport] | None:
+    from esper.compilation import open_compiled
+
+    row = Kernel.objects.filter(key_hash=key.hash, evicted_at=None).first()
+    if row is None:
+        return None
+    try:
+        files = kernel_store().get(row.digest)
+        return row, open_compiled(files, row.digest, settings.ESPER_KERNEL_PUBLIC_KEY)[2]
+    except EsperError as error:
+        log.warning("compiled kernel %s is built again: %s", row.digest, error)
+        return None
+
+
+@transaction.atomic
+def _offer(row: SpeedUp, adaptation: Adaptation, kernel: Kernel, speedup: float) -> None:
+    run = lock_run(adaptation.run_id)
+    adaptation.refresh_from_db()
+    measured = speedup if math.isfinite(speedup) else None
+    SpeedUp.objects.filter(pk=row.pk).update(kernel=kernel, worker_speedup=measured)
+    if measured is None or measured < WORTH_OFFERING:
+        _end(row, SpeedUpState.KEPT_EAGER, f"compiled {speedup:.2f}× on the worker, kept eager")
+        return
+    in_model = adaptation.state in (AdaptationState.PROBATION, AdaptationState.KEPT)
+    if not in_model or adaptation.state in ADAPTATION_ENDED - {AdaptationState.KEPT}:
+        _end(row, SpeedUpState.KEPT_EAGER, "the graft was taken out before the kernel was ready")
+        return
+    issue_command(
+        run=run,
+        kind=CommandKind.SPEED_UP,
+        adaptation_uid=adaptation.uid,
+        layer=adaptation.layer,
+        kernel_digest=kernel.digest,
+        ttl_seconds=OFFER_SECONDS,
+    )
+    _move(row, SpeedUpState.OFFERED, f"compiled {speedup:.2f}× on the worker, offered")
+
+
+def note_answer(command: Command, ack: CommandAck) -> None:
+    """The trainer has tried it on its own device. In the transaction of the acknowledgement."""
+    row = SpeedUp.objects.filter(adaptation_uid=command.adaptation_uid).first()
+    if row is None or ack.state is CommandState.ACCEPTED:
+        return
+    speedup = ack.speedup if ack.speedup is not None and math.isfinite(ack.speedup) else None
+    SpeedUp.objects.filter(pk=row.pk).update(speedup=speedup)
+    if ack.state is CommandState.APPLIED:
+        _end(row, SpeedUpState.SWAPPED_IN, ack.reason)
+    elif ack.code == "unavailable":
+        _end(row, SpeedUpState.UNAVAILABLE, ack.reason)
+    elif ack.state is CommandState.REFUSED:
+        _end(row, SpeedUpState.KEPT_EAGER, ack.reason or ack.code)
+    else:
+        _end(row, SpeedUpState.FAILED, ack.reason or ack.code)
+
+
+def _end(row: SpeedUp, state: SpeedUpState, text: str) -> None:
+    SpeedUp.objects.filter(pk=row.pk).update(ended_at=timezone.now())
+    _move(row, state, text)
+
+
+def _move(row: SpeedUp, state: SpeedUpState, text: str) -> None:
+    SpeedUp.objects.filter(pk=row.pk).update(state=state, text=text[:2000])
+    with transaction.atomic():
+        publish(
+            topic=run_topic(row.run_uid),
+            type="kernel.speed_up",
+            data={"adaptation": row.adaptation_uid, "state": str(state), "text": text[:300]},
+        )
