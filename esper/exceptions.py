@@ -11,7 +11,8 @@ EsperError
 ├── GraftError                    layer
 │   ├── UnknownLayerError
 │   ├── CertificateError          certificate (why the graft was not applied)
-│   └── UndoError                 the model could not be brought back
+│   ├── UndoError                 the model could not be brought back
+│   └── ReplicaError              a rank could not do what the others did, so none did
 ├── KernelError                   digest
 │   ├── KernelBuildError          permanent (False: worth another attempt)
 │   │   ├── BuilderLostError      log, wanted (the child process is gone)
@@ -111,6 +112,13 @@ class CertificateError(GraftError):
 
 class UndoError(GraftError):
     """The model could not be brought back to its snapshot."""
+
+
+class ReplicaError(GraftError):
+    """The ranks of a model disagree, so nothing was changed on any of them."""
+
+    def __init__(self, message: str, *, layer: str = "") -> None:
+        super().__init__(message, layer=layer)
 
 
 class KernelError(EsperError):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from esper import blueprints
 from esper.blueprints import Blueprint, Composition
-from esper.contracts import BlueprintCategory, Certificate, CostForecast, LayerInfo
+from esper.contracts import BlueprintCategory, Certificate, CostForecast, GraftKind, LayerInfo
 from esper.exceptions import IncompatibleLayerError
 from esper.grafting import apply_graft, trace_layers
 from esper.grafting.certify import Conv1D
@@ -124,7 +124,12 @@ def _section(blueprint: Blueprint) -> str:
         lines.append(f"- Needs on the layer: {' or '.join(sorted(blueprint.requires))}")
     if blueprint.scaler_refusal:
         lines.append(f"- With a gradient scaler: refused, {blueprint.scaler_refusal}")
-    lines += ["", *_large(blueprint), *_table(blueprint), ""]
+    if blueprint.replicas_refusal:
+        lines.append(f"- On several ranks: refused, {blueprint.replicas_refusal}")
+    if blueprint.kind is GraftKind.DISTRIBUTED:
+        lines += ["- Where: on the whole model, on CPU; needs at least 2 ranks. No parameters.", ""]
+    else:
+        lines += ["", *_large(blueprint), *_table(blueprint), ""]
     return "\n".join(lines)
 
 

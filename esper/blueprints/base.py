@@ -138,6 +138,8 @@ class Blueprint(ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     # Why it must not be used while a gradient scaler multiplies gradients; empty: it may.
     scaler_refusal: ClassVar[str] = ""
+    # Why it must not be used where the model has replicas on other ranks; empty: it may.
+    replicas_refusal: ClassVar[str] = ""
     # Relative difference allowed at birth; 0 for everything beside the host.
     tolerance: ClassVar[float] = 0.0
 

@@ -426,6 +426,7 @@ def _make(document: Document, tree: _Node, others: Iterable[Blueprint]) -> Compo
         "tolerance": max(leaf.tolerance for leaf in leaves),
         "trainable": any(leaf.trainable for leaf in leaves),
         "scaler_refusal": next((x.scaler_refusal for x in leaves if x.scaler_refusal), ""),
+        "replicas_refusal": next((x.replicas_refusal for x in leaves if x.replicas_refusal), ""),
         "conflicts": frozenset(b.slug for b in others if clash(leaves, leaves_of(b))),
     }
     made: Composition = type("Composition", (Composition,), facts)()

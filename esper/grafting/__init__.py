@@ -17,6 +17,7 @@ from esper.grafting.guard import GuardVerdict, LossGuard, non_finite_gradients
 from esper.grafting.ledger import add_group, audit
 from esper.grafting.movement import MovementWatch
 from esper.grafting.remedies import RemedyReceipt
+from esper.grafting.replicas import Replicas
 from esper.grafting.slot import (
     GraftRecord,
     Slot,
@@ -44,6 +45,7 @@ __all__ = [
     "MovementWatch",
     "Receipt",
     "RemedyReceipt",
+    "Replicas",
     "Slot",
     "Snapshot",
     "SnapshotMemory",

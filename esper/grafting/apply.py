@@ -1,25 +1,32 @@
 """Putting a graft in, and taking it out again.
 
     check → snapshot → build → certify on the side → swap in → optimizer group
-An exception anywhere leaves model, optimizer and random streams as they were.
+An exception anywhere leaves model, optimizer and random streams as they were. Where the model has
+replicas, all of that happens on all ranks, or on none (:mod:`esper.grafting.replicas`).
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esper.blueprints import Blueprint, Graft, get
+from esper.blueprints.exchange import GradientExchange
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import CertificateError, IncompatibleLayerError, UndoError
 from esper.grafting import ledger
 from esper.grafting.certify import certify, sample_input
 from esper.grafting.copies import let_follow
+from esper.grafting.exchanging import certify_exchange
+from esper.grafting.replicas import Joint, Replicas, jointly
 from esper.grafting.slot import (
     GraftRecord,
     Slot,
@@ -51,12 +58,22 @@ class UndoReceipt:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What trains the model: everything that a snapshot must hold beside it."""
+    """What trains the model: everything that a snapshot must hold beside it.
+
+    Attributes:
+        replicas: the other ranks, None for a model in one process.
+    """
 
     optimizers: Sequence[Any] = ()
     schedulers: Sequence[Any] = ()
     scaler: Any = None
     copies: Sequence[Any] = ()
+    replicas: Replicas | None = None
+
+    def snapshot(self, model: nn.Module, memory: SnapshotMemory | None = None) -> Snapshot:
+        return Snapshot.take(
+            model, self.optimizers, self.schedulers, self.scaler, memory, self.copies
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -136,12 +153,21 @@ class Receipt:
         Soft: detaches it and keeps what the host has learnt since; grafts that cannot be without
         it go with it. Hard: brings back the state before the graft to the bit, optimizer and
         random streams included; grafts that came later go with it. Either way they are named in
-        ``discarded``.
+        ``discarded``. Where the model has replicas, each rank must call this, and it is out on all
+        of them or on none.
 
         Raises:
             UndoError: it is not in the model any more, the snapshot is gone (hard), or the model
                 did not come back as it was.
+            ReplicaError: another rank could not take it out, so it is still in.
         """
+        if self._surroundings.replicas is None:
+            return self.undo_here(hard)
+        with undoing_everywhere(self._model, self._surroundings, self):
+            return self.undo_here(hard)
+
+    def undo_here(self, hard: bool = True) -> UndoReceipt:
+        """As :meth:`undo`, on this rank alone; for a caller that brings the ranks together."""
         if not self.present:
             raise UndoError(f"{self.blueprint} is not in {self.layer!r} any more", layer=self.layer)
         return self._undo_hard() if hard else self._undo_soft()
@@ -227,6 +253,27 @@ class Receipt:
                 self._discard(graft, layer, slug)
 
 
+@contextmanager
+def undoing_everywhere(
+    model: nn.Module, surroundings: Surroundings, receipt: Any
+) -> Iterator[None]:
+    """Inside, ``receipt`` is undone; where one rank cannot, all are as they were before it."""
+    with jointly(surroundings.replicas) as joint:
+        kept, before = receipt._snapshot, surroundings.snapshot(model)
+        merged = [] if kept is None else [g for g in kept.grafts() if getattr(g, "merged", False)]
+        try:
+            yield
+            joint.agree()
+        except BaseException:
+            if not joint.done:
+                before.restore()
+                let_follow(model, surroundings.copies)
+                receipt._snapshot = kept
+                for graft in merged:
+                    graft.merged = True
+            raise
+
+
 def apply_graft(
     model: nn.Module,
     layer: LayerInfo,
@@ -244,6 +291,7 @@ def apply_graft(
     step: int = -1,
     thorough: bool = False,
     memory: SnapshotMemory | None = None,
+    replicas: Replicas | None = None,
 ) -> Receipt:
     """Grafts ``blueprint`` into one layer of a live model, at a step boundary.
 
@@ -256,26 +304,66 @@ def apply_graft(
         step: optimizer step, for the record.
         thorough: spend more time on the certificate; see :func:`certify`.
         memory: reserved for the snapshot, which shortens the pause.
+        replicas: the other ranks of the model; each of them must call this with the same arguments.
 
     Raises:
         UnknownLayerError: the model has no such layer.
         IncompatibleLayerError: the blueprint does not fit, or the layer carries it already.
         ConfigurationError: a setting is unknown or absurd.
         CertificateError: the graft broke a promise when it was tried.
+        ReplicaError: another rank could not do it.
         Any error above leaves the model, the optimizers and the random streams as they were.
     """
+    surroundings = Surroundings(optimizers, schedulers, scaler, copies, replicas)
+    apply = partial(
+        _apply,
+        model,
+        layer,
+        blueprint,
+        config or {},
+        surroundings,
+        x=x,
+        graft=graft,
+        seed=seed,
+        adaptation=adaptation,
+        step=step,
+        thorough=thorough,
+        memory=memory,
+    )
+    if replicas is None:
+        return apply(Joint(None))
+    with jointly(replicas) as joint:
+        return apply(joint)
+
+
+def _apply(
+    model: nn.Module,
+    layer: LayerInfo,
+    blueprint: Blueprint,
+    config: dict[str, Any],
+    surroundings: Surroundings,
+    joint: Joint,
+    *,
+    x: Tensor | None,
+    graft: Graft | None,
+    seed: int,
+    adaptation: str,
+    step: int,
+    thorough: bool,
+    memory: SnapshotMemory | None,
+) -> Receipt:
     started = time.perf_counter()
     host = find_host(model, layer.name)
     full = blueprint.config_for(layer, config)
-    _refuse(host, layer, blueprint, scaler)
-    surroundings = Surroundings(optimizers, schedulers, scaler, copies)
+    _refuse(host, layer, blueprint, surroundings)
     had_slot = slot_of(host) is not None
-    snapshot = Snapshot.take(model, optimizers, schedulers, scaler, memory=memory, copies=copies)
+    snapshot = surroundings.snapshot(model, memory)
     try:
         before = snapshot.freeze(model)
         fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
         fresh.train(host.training)
         _inherit(host, layer, blueprint, fresh)
+        joint.share(fresh)
         record = GraftRecord(
             adaptation=adaptation,
             layer=layer,
@@ -285,14 +373,22 @@ def apply_graft(
             seed=seed,
             step=step,
             certificate=_certify(
-                host, layer, blueprint, full, fresh, x, snapshot.streams, thorough=thorough
+                host,
+                layer,
+                blueprint,
+                full,
+                fresh,
+                x,
+                snapshot.streams,
+                thorough=thorough,
+                replicas=surroundings.replicas,
             ),
         )
         group = insert_graft(model, record, fresh, surroundings)
-        let_follow(model, copies)
-        return Receipt(
+        let_follow(model, surroundings.copies)
+        receipt = Receipt(
             record=record,
-            pause_ms=(time.perf_counter() - started) * 1e3,
+            pause_ms=math.nan,
             _before=before,
             _after=snapshot.freeze(model),
             _model=model,
@@ -301,10 +397,14 @@ def apply_graft(
             _group=group,
             _snapshot=snapshot,
         )
+        joint.commit()
+        receipt.pause_ms = (time.perf_counter() - started) * 1e3
+        return receipt
     except BaseException:
-        _withdraw(model, layer.name, blueprint.slug, had_slot=had_slot)
-        snapshot.restore()
-        let_follow(model, copies)
+        if not joint.done:
+            _withdraw(model, layer.name, blueprint.slug, had_slot=had_slot)
+            snapshot.restore()
+            let_follow(model, surroundings.copies)
         raise
 
 
@@ -341,13 +441,22 @@ def _join_optimizer(
     )
 
 
-def _refuse(host: nn.Module, layer: LayerInfo, blueprint: Blueprint, scaler: Any) -> None:
+def _refuse(
+    host: nn.Module, layer: LayerInfo, blueprint: Blueprint, surroundings: Surroundings
+) -> None:
     slot = slot_of(host)
     present = set(slot.grafts()) if slot is not None else set()
-    reason = ""
-    if (blueprint.trainable or blueprint.requires) and _ranks() > 1:
+    scaler = surroundings.scaler
+    replicas = surroundings.replicas
+    reason = "" if replicas is None else replicas.why_not() or blueprint.replicas_refusal
+    if reason:
+        pass
+    elif (blueprint.trainable or blueprint.requires) and replicas is None and _ranks() > 1:
         # DDP does not know tensors that came after it: the replicas would drift apart silently.
-        reason = "the run trains on several ranks, which would not keep new weights in step"
+        reason = (
+            "the run trains on several ranks, which would not keep new weights in step: give "
+            "esper.attach the DistributedDataParallel model"
+        )
     elif blueprint.slug in present:
         reason = "the layer carries it already"
     elif clashing := _clashing(blueprint, present):
@@ -401,17 +510,22 @@ def _certify(
     streams: RandomStreams,
     *,
     thorough: bool,
+    replicas: Replicas | None,
 ) -> Certificate:
-    certificate = certify(
-        host,
-        layer,
-        blueprint,
-        graft,
-        sample_input(layer) if x is None else x,
-        config=config,
-        streams_before=streams,
-        thorough=thorough,
-    )
+    if isinstance(graft, GradientExchange):
+        assert replicas is not None  # else no layer is fit for it
+        certificate = certify_exchange(layer, blueprint, graft, replicas.group)
+    else:
+        certificate = certify(
+            host,
+            layer,
+            blueprint,
+            graft,
+            sample_input(layer) if x is None else x,
+            config=config,
+            streams_before=streams,
+            thorough=thorough,
+        )
     if not certificate.passed:
         raise CertificateError(layer=layer.name, certificate=certificate)
     return certificate

@@ -418,8 +418,10 @@ def keep_warming(optimizer: Any) -> None:
     Hooks are no part of an optimizer's state dict or pickle: call this after loading one.
     """
     inner = unwrap_optimizer(optimizer)
+    # Each on its own: after a graft that failed between the two, the next one would stay cold.
     if _before_step not in inner._optimizer_step_pre_hooks.values():
         inner.register_step_pre_hook(_before_step)
+    if _after_step not in inner._optimizer_step_post_hooks.values():
         inner.register_step_post_hook(_after_step)
 
 

@@ -18,6 +18,7 @@ from esper.exceptions import ConfigurationError, GraftError
 from esper.grafting import ledger
 from esper.grafting.apply import Receipt, Surroundings, insert_graft
 from esper.grafting.graph import trace_layers
+from esper.grafting.replicas import WHOLE_MODEL, Replicas
 from esper.grafting.slot import GraftRecord, find_host, remove_slots, slots
 from esper.grafting.snapshot import Frozen
 
@@ -54,6 +55,8 @@ def rebuild(
     schedulers: Sequence[Any] = (),
     *,
     other_versions: bool = False,
+    copies: Sequence[Any] = (),
+    replicas: Replicas | None = None,
 ) -> tuple[Receipt, ...]:
     """Makes the grafts of a manifest again, each from its seed, for a state dict to be loaded.
 
@@ -61,6 +64,8 @@ def rebuild(
 
     Args:
         other_versions: take a blueprint whose source has changed since.
+        copies, replicas: running averages and other ranks of the model, for the receipts: those
+            that call this let them follow when the weights are loaded, too.
 
     Returns:
         Receipts that can be undone softly; there is no snapshot from before.
@@ -75,8 +80,11 @@ def rebuild(
     for record in records:
         _check_version(record, get(record.blueprint), other_versions)
         find_host(model, record.layer.name)
-        _check_layer(record.layer, layers.get(record.layer.name))
-    surroundings = Surroundings(optimizers, schedulers)
+        if replicas is not None and record.layer.name == WHOLE_MODEL:
+            _check_whole_model(record.layer, replicas.whole_model)
+        else:
+            _check_layer(record.layer, layers.get(record.layer.name))
+    surroundings = Surroundings(optimizers, schedulers, None, copies, replicas)
     slotted = {name for name, _, _ in slots(model)}
     receipts: list[Receipt] = []
     try:
@@ -91,7 +99,7 @@ def rebuild(
 def take_back(model: nn.Module, receipts: Sequence[Receipt], slotted: set[str]) -> None:
     """The way back of :func:`rebuild`; ``slotted`` are the layers that had a slot before it."""
     for receipt in reversed(receipts):
-        receipt.undo(hard=False)
+        receipt.undo_here(hard=False)
     remove_slots(model, {name for name, _, _ in slots(model)} - slotted)
 
 
@@ -212,6 +220,14 @@ def _check_layer(saved: LayerInfo, here: LayerInfo | None) -> None:
             )
     if max(saved.features_in, saved.features_out, *saved.kernel_size) > here.parameters:
         raise ConfigurationError(f"the saved {saved.name!r} is larger than the layer itself")
+
+
+def _check_whole_model(saved: LayerInfo, here: LayerInfo) -> None:
+    """Its parameters are not compared: the saved ones include grafts that are not here yet."""
+    if saved.kind != here.kind:
+        raise ConfigurationError(f"the saved model as a whole is a {saved.kind!r}")
+    if not here.graftable:
+        raise ConfigurationError(f"no gradient exchange fits here: {here.reason}")
 
 
 def _without_params(group: dict[str, Any]) -> dict[str, Any]:

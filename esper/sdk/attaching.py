@@ -13,18 +13,29 @@ from torch import nn
 from esper import grafting
 from esper.contracts import MAX_NAME_LENGTH, RunMode, SafetyPolicy
 from esper.exceptions import ConfigurationError
+from esper.grafting import Replicas
 from esper.grafting.graph import layer_modules, why_never_graftable
 from esper.grafting.ledger import unwrap_optimizer
+from esper.grafting.replicas import Call
 from esper.sdk.compiling import is_whole_graph, whole_graph_region
 from esper.sdk.exchange import Pace
 from esper.sdk.session import Session, Setup
 
 logger = logging.getLogger("esper")
 
+# Class name of a wrapper, or of a part that it makes -> how people call it.
+_SHARDED = {
+    "FullyShardedDataParallel": "FSDP",
+    "FSDPModule": "FSDP2 (fully_shard)",
+    "DeepSpeedEngine": "a DeepSpeed engine (ZeRO)",
+}
+_IN_PLACE_OF_SHARDING = (
+    "A graft needs the layer's whole weights on each rank. Train with DistributedDataParallel, or "
+    "in one process; esper.attach takes both"
+)
 _NO_ROOM = (
     "is compiled with fullgraph=True, which leaves no room for a slot: compile without fullgraph"
 )
-_SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
 
 
 def attach(
@@ -47,6 +58,9 @@ def attach(
 
     Returns at once, whether the server can be reached or not: the run registers in the
     background after its first step.
+
+    On several ranks (``DistributedDataParallel``) every rank attaches with the same arguments, and
+    calls the session's methods in the same order; rank 0 alone decides and talks to the server.
 
     Args:
         model: as it is trained; a compiled model is watched through its original.
@@ -71,16 +85,22 @@ def attach(
         UnknownLayerError: ``slots`` names a layer that the model does not have.
     """
     mode = _mode(mode)
-    bare = _unwrap(model)
+    wrapper = _without_compiler(model)
+    bare = _unwrap(wrapper)
     if is_whole_graph(model):
         raise ConfigurationError(f"the model {_NO_ROOM}")
     optimizers = _optimizers(optimizer)
-    address, secret = _server(server, token)
+    address, secret = _server(server, token) if _is_lead(wrapper) else ("", "")
     names = _slot_names(bare, slots)
     _check(run, target_steps, evaluate)
     _check_graphs(bare, names)
-    for copied in _several(copies):
+    followers = _several(copies)
+    for copied in followers:
         grafting.check_copy(bare, copied)
+    replicas = _replicas(wrapper)
+    if replicas is not None:
+        arguments = [run, mode, names, evaluate is not None, len(optimizers), len(followers)]
+        replicas.meet(Call.ATTACH, 0, key=f"{arguments} {replicas.checksum()}")
     grafting.prepare_slots(bare, names)
     return Session(
         Setup(
@@ -97,7 +117,8 @@ def attach(
             target_steps=target_steps,
             safety_policy=safety_policy or SafetyPolicy(),
             pace=Pace(),
-            copies=_several(copies),
+            copies=followers,
+            replicas=replicas,
         )
     )
 
@@ -110,39 +131,78 @@ def _mode(mode: str) -> RunMode:
         raise ConfigurationError(f"unknown mode {mode!r}; known are: {known}") from None
 
 
+def _without_compiler(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+
 def _unwrap(model: Any) -> nn.Module:
     """The module that holds the layers, out of torch.compile's and DDP's wrappers."""
-    model = getattr(model, "_orig_mod", model)
+    model = _without_compiler(model)
+    if any(kind.__name__ in _SHARDED for kind in type(model).__mro__):
+        raise ConfigurationError(_why_sharded(type(model).__mro__))
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if any(kind.__name__ in _SHARDED for kind in type(model).__mro__):
-        raise ConfigurationError(
-            f"{type(model).__name__} spreads each parameter over processes, which Esper cannot "
-            "graft into yet: attach a model that is whole on its device"
-        )
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        return _unwrap_replica(model)
+        return _unwrap(model.module)
     if isinstance(model, nn.DataParallel):
         raise ConfigurationError("nn.DataParallel copies the model in each step: use one device")
+    _refuse_sharded(model)
     return model
 
 
-def _unwrap_replica(model: nn.parallel.DistributedDataParallel) -> nn.Module:
-    if torch.distributed.get_world_size() > 1:
-        raise ConfigurationError(
-            "DistributedDataParallel with more than one process is not supported yet: a graft "
-            "must reach all replicas in the same step. Train in one process, or leave Esper out"
-        )
-    return _unwrap(model.module)
+def _refuse_sharded(model: nn.Module) -> None:
+    """A part of the model may be sharded where the whole is not."""
+    for name, module in model.named_modules():
+        kinds = type(module).__mro__
+        if any(kind.__name__ in _SHARDED for kind in kinds):
+            raise ConfigurationError(f"{name or 'the model'}: {_why_sharded(kinds)}")
+    for name, parameter in model.named_parameters():
+        if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
+            raise ConfigurationError(
+                f"the parameter {name} is a DTensor, spread over ranks by tensor parallelism or "
+                f"fully_shard. {_IN_PLACE_OF_SHARDING}"
+            )
+        if hasattr(parameter, "ds_id"):
+            raise ConfigurationError(
+                f"the parameter {name} is spread over ranks by DeepSpeed ZeRO-3. "
+                f"{_IN_PLACE_OF_SHARDING}"
+            )
+
+
+def _why_sharded(kinds: tuple[type, ...]) -> str:
+    name = next(_SHARDED[kind.__name__] for kind in kinds if kind.__name__ in _SHARDED)
+    return f"{name} spreads parameters or their optimizer over ranks. {_IN_PLACE_OF_SHARDING}"
+
+
+def _is_lead(wrapper: Any) -> bool:
+    if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        return True
+    return int(torch.distributed.get_rank(wrapper.process_group)) == 0
+
+
+def _replicas(wrapper: Any) -> Replicas | None:
+    """The other ranks; making it waits for all of them."""
+    if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        return None
+    if torch.distributed.get_world_size(wrapper.process_group) == 1:
+        return None
+    return Replicas(wrapper)
 
 
 def _optimizers(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:
     if optimizer is None:
         raise ConfigurationError("attach needs the optimizer that trains the model")
     try:
-        return tuple(unwrap_optimizer(entry) for entry in _several(optimizer))
+        optimizers = tuple(unwrap_optimizer(entry) for entry in _several(optimizer))
     except TypeError as error:
         raise ConfigurationError(str(error)) from error
+    for entry in optimizers:
+        if type(entry).__name__ == "ZeroRedundancyOptimizer":
+            raise ConfigurationError(
+                "ZeroRedundancyOptimizer keeps each parameter's state on one rank only, so a "
+                "rollback could not bring it back: use its inner optimizer on every rank"
+            )
+    return optimizers
 
 
 def _several(value: Any) -> tuple[Any, ...]:

@@ -50,17 +50,18 @@ class Evaluator:
             loss = self._evaluate()
         return math.nan if loss is None else float(loss)
 
-    def due_loss(self, step: int) -> float | None:
-        """The held-out loss where it is time for one again, by steps and by what it costs."""
+    def is_due(self, step: int) -> bool:
+        """It is time for a held-out loss again, by steps and by what it costs."""
+        return step >= self._next_step and time.monotonic() >= self._next_time
+
+    def due_loss(self, step: int) -> float:
+        """The held-out loss; from it counts the time to the next."""
         started = time.monotonic()
-        if step < self._next_step or started < self._next_time:
-            return None
-        with undisturbed(self._model):
-            loss = self._evaluate()
+        loss = self.loss()
         ended = time.monotonic()
         self._next_step = step + _SHORTEST_GAP_STEPS
         self._next_time = ended + _SHARE * (ended - started)
-        return None if loss is None else float(loss)
+        return loss
 
     def ablation_gain(self, without: AbstractContextManager[object]) -> float:
         """Loss without the graft minus loss with it: above zero, it helps.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from esper.exceptions import ConfigurationError, EsperError
+from esper.exceptions import ConfigurationError, EsperError, ReplicaError
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def reading_a_state() -> Iterator[None]:
     """Whatever goes wrong inside, the caller hears that the state is not one for this model."""
     try:
         yield
-    except ConfigurationError:
+    except (ConfigurationError, ReplicaError):
         raise
     except (EsperError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ConfigurationError(f"this state does not fit the model: {error}") from error

@@ -51,9 +51,11 @@ from esper.grafting import (
     MovementWatch,
     Receipt,
     RemedyReceipt,
+    Replicas,
     UndoReceipt,
     remedies,
 )
+from esper.grafting.replicas import Call, Joint, jointly
 from esper.health import HealthSampler
 from esper.sdk.commands import LocalVeto
 from esper.sdk.compiling import CompilerWatch
@@ -64,6 +66,7 @@ from esper.sdk.kernels import code_key
 from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.obeying import CommandDesk, Operations, failed
+from esper.sdk.ranks import Order, Ranks
 from esper.sdk.registration import RunDescription
 from esper.sdk.reporting import SurgeryReports
 from esper.sdk.saving import losses_from_state, losses_to_state, reading_a_state
@@ -100,6 +103,7 @@ class Setup:
     safety_policy: SafetyPolicy
     pace: Pace
     copies: tuple[Any, ...] = ()
+    replicas: Replicas | None = None  # the other ranks
 
 
 class Session:
@@ -108,8 +112,14 @@ class Session:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._model = setup.model
+        self._ranks = Ranks(setup.replicas)
         self._surgeon = Surgeon(
-            setup.model, setup.optimizers, setup.schedulers, setup.scaler, setup.copies
+            setup.model,
+            setup.optimizers,
+            setup.schedulers,
+            setup.scaler,
+            setup.copies,
+            setup.replicas,
         )
         self._recorder = LayerRecorder(setup.model)
         self._guard = LossGuard()
@@ -122,7 +132,11 @@ class Session:
         self._desk: CommandDesk | None = None
         self._connect()
         self._reports = SurgeryReports(self._owe)
-        self._local = LocalLoop(self._surgeon, self._guarded_policy) if not setup.server else None
+        self._local = (
+            LocalLoop(self._surgeon, self._guarded_policy)
+            if self._ranks.decides and not setup.server
+            else None
+        )
         self._layers: tuple[LayerInfo, ...] = ()
         self._model_parameters = _count(setup.model)
         self._step = 0
@@ -148,12 +162,15 @@ class Session:
         Raises:
             RunStopped: a person stopped the run.
             TypeError: ``loss`` is neither.
+            ReplicaError: the ranks do not call the same in the same order.
+            RuntimeError: torch's own, when another rank is gone.
         """
         value = self._reader.read(loss)
         if self._closed:
             raise ConfigurationError("this session is closed; attach again to go on")
         self._step += 1
-        if self._sampler is None:
+        value, busy = self._ranks.meet_for_step(self._step, value, self._may_operate)
+        if not self._layers:
             self._try("opening", self._open)
         # Before anything that may undo: a snapshot is taken after it, so that what comes back is
         # what the next step would have met.
@@ -161,16 +178,27 @@ class Session:
         self._try("ledger", self._watch_movement)
         if value is not None:
             self._losses.append((self._step, value))
-            self._try("guard", partial(self._watch_over, value))
-        if self._desk is not None:
-            self._try("commands", self._obey)
         metrics = self._take_metrics(value)
         self._try("compiler", partial(self._watch_compiler, metrics))
-        if self._evaluator is not None:
-            self._try("evaluation", partial(self._evaluate, metrics))
-        self._try("health", partial(self._look, loss, metrics))
+        if self._ranks.decides:
+            with self._ranks.leading(busy, lambda: self._stop_reason):
+                self._decide(value, loss, metrics, busy=busy)
+        elif busy:
+            self._ranks.follow(self._prepare)
         if self._stop_reason:
             raise RunStopped(self._stop_reason)
+
+    def _decide(
+        self, value: float | None, loss: float | Tensor, metrics: dict[str, float], *, busy: bool
+    ) -> None:
+        """A step of the process that decides; nothing is changed or evaluated unless ``busy``."""
+        if value is not None:
+            self._try("guard", partial(self._watch_over, value))
+        if self._desk is not None and busy:
+            self._try("commands", self._obey)
+        if self._evaluator is not None and busy:
+            self._try("evaluation", partial(self._evaluate, metrics))
+        self._try("health", partial(self._look, loss, metrics))
 
     def report(self, **metrics: float) -> None:
         """More numbers for this step, such as ``accuracy=0.93``; sent with the next ``step``.
@@ -219,8 +247,11 @@ class Session:
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
-        """The model's layers; shapes are known after the first forward pass."""
-        return self._layers or self._recorder.layers()
+        """The model's layers; shapes are known after the first forward pass.
+
+        On several ranks the last one, with an empty name, is the model that they share.
+        """
+        return (self._layers or self._recorder.layers()) + self._ranks.shared_layers
 
     @property
     def adaptations(self) -> tuple[Adaptation, ...]:
@@ -271,6 +302,8 @@ class Session:
     def graft(self, layer: str, blueprint: str, **config: Any) -> Receipt:
         """Graft now, between two steps, by a person's or a script's own will.
 
+        On several ranks each of them must call it, with the same arguments.
+
         Args:
             layer: a layer that has been seen to run.
             blueprint: slug or id.
@@ -280,6 +313,7 @@ class Session:
             UnknownBlueprintError, UnknownLayerError, IncompatibleLayerError, ConfigurationError:
                 before anything is touched.
             CertificateError: it would change what the model computes; the model is as before.
+            ReplicaError: another rank could not do it, or did not want the same.
         """
         operation = Operation(
             layer=self._layer(layer),
@@ -288,12 +322,13 @@ class Session:
             seed=self._step + 1,
             uid=self._surgeon.next_uid(),
         )
+        self._ranks.meet(Call.GRAFT, self._step, layer, operation.blueprint.slug, config)
         adaptation = self._apply(operation)
         assert adaptation.receipt is not None
         return adaptation.receipt
 
     def undo(self, receipt: Receipt | RemedyReceipt, hard: bool = True) -> UndoReceipt:
-        """Take a graft out, or undo a remedy; that is always hard.
+        """Take a graft out, or undo a remedy; that is always hard. On several ranks each calls it.
 
         Args:
             hard: bring the whole model back to the bit, as it was before the graft. Else only
@@ -304,11 +339,14 @@ class Session:
         """
         if isinstance(receipt, RemedyReceipt):
             before = self.remedies
+            self._ranks.meet(Call.UNDO, self._step, self._surgeon.place_of(receipt))
             undone = self._surgeon.undo_remedy(receipt)
             self._after_surgery()
             self._tell_undone(before, undone)
             return undone
-        return self._take_out_by_script(self._adaptation(receipt), RemedyKind.UNDO, hard=hard)
+        adaptation = self._adaptation(receipt)
+        self._ranks.meet(Call.UNDO, self._step, adaptation.uid, hard)
+        return self._take_out_by_script(adaptation, RemedyKind.UNDO, hard=hard)
 
     def recycle(
         self, layer: str, next_layer: str, sample: Any, *, seed: int | None = None
@@ -318,16 +356,11 @@ class Session:
         Raises:
             UnknownLayerError, GraftError: the model is as before.
         """
-        return self._remedy(
-            partial(
-                remedies.recycle_dead_units,
-                self._model,
-                layer,
-                next_layer,
-                sample,
-                seed=self._step + 1 if seed is None else seed,
-            )
+        seed = self._step + 1 if seed is None else seed
+        recycle = partial(
+            remedies.recycle_dead_units, self._model, layer, next_layer, sample, seed=seed
         )
+        return self._remedy(recycle, "recycle", layer, next_layer, seed)
 
     def set_lr(self, layer: str, factor: float) -> RemedyReceipt:
         """Let one layer learn ``factor`` times as fast; schedulers keep the ratio.
@@ -335,15 +368,16 @@ class Session:
         Raises:
             UnknownLayerError, ConfigurationError, GraftError: the model is as before.
         """
-        return self._remedy(partial(remedies.set_layer_lr, self._model, layer, factor))
+        set_lr = partial(remedies.set_layer_lr, self._model, layer, factor)
+        return self._remedy(set_lr, "set_lr", layer, factor)
 
     def freeze(self, layer: str) -> RemedyReceipt:
         """Stop a layer from learning. Raises as :meth:`set_lr`."""
-        return self._remedy(partial(remedies.freeze, self._model, layer))
+        return self._remedy(partial(remedies.freeze, self._model, layer), "freeze", layer)
 
     def unfreeze(self, layer: str) -> RemedyReceipt:
         """Let a frozen layer learn, in a group of its own. Raises as :meth:`set_lr`."""
-        return self._remedy(partial(remedies.unfreeze, self._model, layer))
+        return self._remedy(partial(remedies.unfreeze, self._model, layer), "unfreeze", layer)
 
     def merge(self, receipt: Receipt) -> RemedyReceipt:
         """Fold a kept graft into its host's weights, so that it costs nothing any more.
@@ -353,9 +387,14 @@ class Session:
             UndoError, GraftError: it is not in the model, or cannot be merged; nothing changed.
         """
         adaptation = self._adaptation(receipt)
-        if adaptation.state is not AdaptationState.KEPT:
-            raise ConfigurationError("only a kept graft is merged; this one is on probation")
-        return self._remedy(partial(remedies.merge, self._model, receipt), merged=adaptation)
+
+        def merge(**around: Any) -> RemedyReceipt:
+            # The verdict is known to the process that decides.
+            if self._ranks.decides and adaptation.state is not AdaptationState.KEPT:
+                raise ConfigurationError("only a kept graft is merged; this one is on probation")
+            return remedies.merge(self._model, receipt, **around)
+
+        return self._remedy(merge, "merge", adaptation.uid, merged=adaptation)
 
     def prune(self, receipt: Receipt) -> UndoReceipt:
         """Take a graft out for good; the host keeps what it has learned since.
@@ -363,14 +402,21 @@ class Session:
         Raises:
             UndoError: it is not in the model any more.
         """
-        return self._take_out_by_script(self._adaptation(receipt), RemedyKind.PRUNE, hard=False)
+        adaptation = self._adaptation(receipt)
+        self._ranks.meet(Call.UNDO, self._step, adaptation.uid, "prune")
+        return self._take_out_by_script(adaptation, RemedyKind.PRUNE, hard=False)
 
     def _remedy(
-        self, act: Callable[..., RemedyReceipt], merged: Adaptation | None = None
+        self,
+        act: Callable[..., RemedyReceipt],
+        remedy: str,
+        *arguments: object,
+        merged: Adaptation | None = None,
     ) -> RemedyReceipt:
+        self._ranks.meet(Call.REMEDY, self._step, remedy, *arguments)
         started = time.perf_counter()
-        receipt = act(surroundings=self._surgeon.surroundings, step=self._step)
-        self._surgeon.note(receipt, merged)
+        apply = partial(act, surroundings=self._surgeon.surroundings, step=self._step)
+        receipt = self._surgeon.remedy(apply, merged)
         self._after_surgery()
         receipt.pause_ms = (time.perf_counter() - started) * 1e3  # all that the loop waited for
         self._reports.remedy(receipt, merged)
@@ -387,6 +433,10 @@ class Session:
         """Local mode: say yes to a waiting decision. Raises as :meth:`graft`."""
         if self._local is None:
             raise ConfigurationError("with a server, decisions are approved there")
+        if not self._ranks.alone:
+            raise ConfigurationError(
+                "on several ranks, call session.graft(layer, blueprint) on each of them"
+            )
         adaptation = self._apply(self._local.take_approved(waiting, self._step))
         assert adaptation.receipt is not None
         return adaptation.receipt
@@ -420,17 +470,20 @@ class Session:
         """Rebuild the grafts of a checkpoint and load their weights and optimizer state.
 
         Call it after ``attach`` and before the first ``step``. All of it is taken or nothing: when
-        it raises, model, optimizer and session are as before.
+        it raises, model, optimizer and session are as before. On several ranks each of them must
+        call it, and it is taken on all of them or on none.
 
         Raises:
             ConfigurationError: it is no such state, not one of this model, or training has begun.
+            ReplicaError: another rank could not take it, or was given another one.
         """
+        self._ranks.meet(Call.LOAD, self._step, _identities(state))
         if not isinstance(state, dict) or state.get("format") != 1:
             raise ConfigurationError("this is not the state of an Esper session")
         if self._step:
             raise ConfigurationError("load a session's state before its first step")
-        with reading_a_state():
-            self._load(state)
+        with reading_a_state(), jointly(self._setup.replicas) as joint:
+            self._load(state, joint)
         self._movement.restart()
         self._audit()
 
@@ -441,7 +494,7 @@ class Session:
         """
         return self._surgeon.plain_optimizer_states()
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, state: dict[str, Any], joint: Joint) -> None:
         guard, losses = LossGuard(), losses_from_state(state["losses"])
         guard.load_state_dict(state["guard"])
         local = LocalLoop(self._surgeon, self._guarded_policy) if self._local is not None else None
@@ -450,7 +503,7 @@ class Session:
         step = int(state["step"])
         if step < 0:
             raise ConfigurationError(f"a session cannot have taken {step} steps")
-        self._surgeon.load_state_dict(state)
+        self._surgeon.load_state_dict(state, joint)
         self._guard, self._local, self._step = guard, local, step
         self._losses.extend(losses)
 
@@ -459,7 +512,7 @@ class Session:
     def _connect(self) -> None:
         """Make what a server needs; nothing is sent before the first step."""
         setup = self._setup
-        if not setup.server:
+        if not setup.server or not self._ranks.decides:
             return
         veto, exchange = LocalVeto(setup.mode, code_key=code_key()), Exchange()
         surgeon = self._surgeon
@@ -490,6 +543,8 @@ class Session:
             # Code that was compiled in this first step is split where the recorder looked, and
             # torch does not notice that it has gone. Where every layer has a slot, it stays split.
             torch.compiler.reset()
+        if not self._ranks.decides:
+            return
         self._sampler = HealthSampler(
             self._model,
             self._setup.optimizers,
@@ -623,7 +678,7 @@ class Session:
 
     @property
     def _stop_reason(self) -> str:
-        return self._desk.stop_reason if self._desk is not None else ""
+        return self._desk.stop_reason if self._desk is not None else self._ranks.stop_reason
 
     def _refuse_the_rest(self, transport: Transport) -> None:
         while transport.exchange.inbox:
@@ -640,6 +695,7 @@ class Session:
         return found
 
     def _apply(self, operation: Operation) -> Adaptation:
+        self._ranks.order(Order.graft(operation))
         adaptation = self._surgeon.apply(operation, step=self._step)
         adaptation.guarded_until = self._step + self._guarded_policy().probation_steps
         adaptation.loss_before = tuple(self._losses)
@@ -650,6 +706,7 @@ class Session:
         self, adaptation: Adaptation, *, hard: bool, state: AdaptationState
     ) -> tuple[UndoReceipt, tuple[Adaptation, ...]]:
         before = self.remedies
+        self._ranks.order(Order.undo(adaptation.uid, hard=hard, state=state))
         report, gone = self._surgeon.undo(adaptation, hard=hard, state=state)
         self._movement.restart()
         self._after_surgery()
@@ -675,6 +732,27 @@ class Session:
     def _tell_undone(self, before: tuple[RemedyReceipt, ...], report: UndoReceipt) -> None:
         undone = [receipt for receipt in before if receipt not in self._surgeon.remedies]
         self._reports.undone(undone, report, self._step)
+
+    def _may_operate(self) -> bool:
+        """This step may change or evaluate the model, which the other ranks must know before."""
+        commands = self._transport is not None and bool(self._transport.exchange.inbox)
+        evaluation = self._evaluator is not None and self._evaluator.is_due(self._step)
+        decisions = self._local is not None and self._setup.mode is not RunMode.OBSERVE
+        return commands or evaluation or decisions or self._surgeon.on_probation
+
+    def _prepare(self, order: Order) -> Callable[[], object]:
+        """On a rank that does not decide: what rank 0 does at this moment."""
+        if order.kind == "graft":
+            return partial(self._apply, order.operation(self._layer))
+        adaptation = self._surgeon.find(order.adaptation) if order.adaptation else None
+        if order.kind == "evaluate" and not order.adaptation:
+            return partial(self._measure, None)
+        if adaptation is None:
+            raise UndoError(f"this rank does not hold {order.adaptation!r}", layer=order.layer)
+        if order.kind == "evaluate":
+            return partial(self._measure, adaptation)
+        state = AdaptationState(order.state)
+        return partial(self._take_out, adaptation, hard=order.hard, state=state)
 
     def _after_surgery(self) -> None:
         if self._sampler is not None:
@@ -707,13 +785,25 @@ class Session:
     def _evaluate(self, metrics: dict[str, float]) -> None:
         assert self._evaluator is not None
         for entry in self._surgeon.due_for_ablation(self._step, self._guarded_policy()):
-            gain = self._evaluator.ablation_gain(self._surgeon.without(entry))
-            entry.ablation_gain = gain
-            if not math.isnan(gain):
-                metrics[f"ablation_gain:{entry.uid}"] = gain
-        loss = self._evaluator.due_loss(self._step)
-        if loss is not None:
-            metrics["eval_loss"] = loss
+            self._ranks.order(Order.evaluate(entry.uid))
+            self._measure(entry)
+            if not math.isnan(entry.ablation_gain):
+                metrics[f"ablation_gain:{entry.uid}"] = entry.ablation_gain
+        if self._evaluator.is_due(self._step):
+            self._ranks.order(Order.evaluate())
+            loss = self._measure(None)
+            if not math.isnan(loss):
+                metrics["eval_loss"] = loss
+
+    def _measure(self, without: Adaptation | None) -> float:
+        """The held-out loss, or what one graft takes off it; mean of all ranks."""
+        evaluator = self._evaluator
+        assert evaluator is not None
+        if without is None:
+            return self._ranks.mean(lambda: evaluator.due_loss(self._step))
+        gain = self._ranks.mean(lambda: evaluator.ablation_gain(self._surgeon.without(without)))
+        without.ablation_gain = gain
+        return gain
 
     def _look(self, loss: float | Tensor, metrics: dict[str, float]) -> None:
         frame = self._sampler.step(self._step, loss, metrics) if self._sampler else None
@@ -779,6 +869,23 @@ def _gradient_verdict(model: nn.Module) -> GuardVerdict | None:
     return GuardVerdict(
         ViolationRule.NON_FINITE, math.nan, math.nan, f"the gradient of {names[0]} is not finite"
     )
+
+
+def _identities(state: Any) -> list[Any] | None:
+    """What must be the same on all ranks; each has measured its certificates itself.
+
+    None: it is no state, which is said where it is read, on all ranks alike.
+    """
+    names = ("adaptation", "blueprint", "version", "config", "seed", "step")
+    try:
+        grafts = [
+            [entry["layer"]["name"], *(entry[name] for name in names)]
+            for entry in state["structure"]
+        ]
+        remedies_in = [[r["remedy"], r["layer"], r["details"]] for r in state["remedies"]]
+        return [state["step"], grafts, remedies_in]
+    except (LookupError, TypeError):
+        return None
 
 
 def reason_of(error: BaseException | None) -> str:

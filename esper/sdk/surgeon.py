@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,11 +28,14 @@ from esper.exceptions import ConfigurationError, UndoError
 from esper.grafting import (
     Receipt,
     RemedyReceipt,
+    Replicas,
     SnapshotMemory,
     Surroundings,
     UndoReceipt,
     remedies,
 )
+from esper.grafting.apply import undoing_everywhere
+from esper.grafting.replicas import Joint, jointly
 from esper.grafting.slot import SLOT_NAME, find_host, slot_of
 from esper.grafting.snapshot import Snapshot
 from esper.sdk.plain_checkpoints import layout_of, plain_optimizer_state
@@ -110,6 +113,7 @@ class Surgeon:
 
     Args:
         optimizers, schedulers, scaler, copies: what has to follow when parameters come and go.
+        replicas: the other ranks of the model; what is done here is done on all of them.
     """
 
     def __init__(
@@ -119,16 +123,23 @@ class Surgeon:
         schedulers: Sequence[Any] = (),
         scaler: Any = None,
         copies: Sequence[Any] = (),
+        replicas: Replicas | None = None,
     ) -> None:
         self.model = model
         self.optimizers = tuple(optimizers)
         self._schedulers = tuple(schedulers)
         self._scaler = scaler
         self._copies = tuple(copies)
+        self._replicas = replicas
         self.adaptations: list[Adaptation] = []
         self.remedies: list[RemedyReceipt] = []
         self._history: list[Adaptation | RemedyReceipt] = []  # as they came
         self._layout = layout_of(self.optimizers)
+
+    @property
+    def on_probation(self) -> bool:
+        """Some graft may still be taken out again."""
+        return any(entry.state is AdaptationState.PROBATION for entry in self.adaptations)
 
     @property
     def grafted(self) -> tuple[Adaptation, ...]:
@@ -165,6 +176,7 @@ class Surgeon:
             adaptation=operation.uid,
             step=step,
             memory=operation.memory,
+            replicas=self._replicas,
         )
         adaptation = Adaptation(
             uid=operation.uid,
@@ -230,16 +242,37 @@ class Surgeon:
     @property
     def surroundings(self) -> Surroundings:
         """What a remedy has to know beside the model."""
-        return Surroundings(self.optimizers, self._schedulers, self._scaler)
+        return Surroundings(
+            self.optimizers, self._schedulers, self._scaler, replicas=self._replicas
+        )
 
-    def note(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> RemedyReceipt:
-        """A remedy is in effect; ``merged`` is the adaptation that it folded into its host."""
+    def remedy(
+        self, apply: Callable[[], RemedyReceipt], merged: Adaptation | None = None
+    ) -> RemedyReceipt:
+        """On all ranks or on none; ``merged`` is the adaptation that it folds into its host.
+
+        Raises:
+            ReplicaError: another rank could not do it, or it came to other weights.
+            Whatever ``apply`` raises; the model is as before.
+        """
+        with jointly(self._replicas) as joint:
+            receipt = apply()
+            try:
+                joint.commit()
+            except BaseException:
+                if not joint.done:
+                    receipt.undo()
+                raise
         self.remedies.append(receipt)
         self._history.append(receipt)
         if merged is not None:
             merged.merged = True
         self._forget_old_snapshots()
         return receipt
+
+    def place_of(self, receipt: RemedyReceipt) -> int:
+        """Where it stands in what was done so far, -1 for none: the same on all ranks."""
+        return self._history.index(receipt) if receipt in self._history else -1
 
     def undo_remedy(self, receipt: RemedyReceipt) -> UndoReceipt:
         """Brings back the state before it; remedies that came later go with it.
@@ -249,7 +282,11 @@ class Surgeon:
         """
         if receipt not in self.remedies:
             raise UndoError("this remedy is not in effect any more", layer=receipt.layer)
-        report = receipt.undo()
+        if self._replicas is None:
+            report = receipt.undo()
+        else:
+            with undoing_everywhere(self.model, self.surroundings, receipt):
+                report = receipt.undo()
         place = self._history.index(receipt)
         undone, self._history = self._history[place:], self._history[:place]
         for entry in undone:
@@ -328,10 +365,13 @@ class Surgeon:
         pairs = zip(self.optimizers, self._layout, strict=True)
         return [plain_optimizer_state(optimizer, groups) for optimizer, groups in pairs]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], joint: Joint) -> None:
         """Rebuild what :meth:`state_dict` described, in a model that has no grafts yet.
 
         All of it or nothing: on any error model, optimizers and schedulers are as before.
+
+        Args:
+            joint: what the caller does on all ranks, or on none; committed here.
 
         Raises:
             ConfigurationError: the model has grafts already, or another optimizer list.
@@ -346,7 +386,12 @@ class Surgeon:
         receipts: tuple[Receipt, ...] = ()
         try:
             receipts = grafting.rebuild(
-                self.model, state["structure"], self.optimizers, schedulers=self._schedulers
+                self.model,
+                state["structure"],
+                self.optimizers,
+                schedulers=self._schedulers,
+                copies=self._copies,
+                replicas=self._replicas,
             )
             for entry in state["remedies"]:
                 self._repeat(entry["remedy"], entry["layer"], entry["details"])
@@ -357,20 +402,22 @@ class Surgeon:
                         self.model, optimizer, saved, self._schedulers
                     )
             places = {(receipt.layer, receipt.blueprint): receipt for receipt in receipts}
-            self.adaptations = [
+            adaptations = [
                 _from_state(
                     entry,
                     None if entry["merged"] else places[entry["layer"], entry["blueprint"]],
                 )
                 for entry in state["applied"]
             ]
-            self._history = list(self.adaptations)
+            grafting.let_follow(self.model, self._copies)
+            joint.commit()
         except BaseException:
-            grafting.take_back(self.model, receipts, slotted)
-            snapshot.restore()
-            self.remedies.clear()
+            if not joint.done:
+                grafting.take_back(self.model, receipts, slotted)
+                snapshot.restore()
+                self.remedies.clear()
             raise
-        grafting.let_follow(self.model, self._copies)
+        self.adaptations, self._history = adaptations, list(adaptations)
 
     def _repeat(self, remedy: str, layer: str, details: dict[str, Any]) -> None:
         """What a remedy did to the optimizer's books; what it did to weights is in the weights."""

@@ -14,7 +14,7 @@ import esper
 from esper import blueprints
 from esper.exceptions import ConfigurationError
 from esper.grafting import digest, let_follow
-from tests.surgery.tiny_models import Training, make_training
+from tests.surgery.tiny_models import IN_LAYERS, Training, make_training
 
 LAYER = "blocks.0.wide"
 
@@ -34,7 +34,7 @@ def run(training: Training, session: Any, average: AveragedModel, steps: int) ->
 
 @pytest.mark.parametrize("use_buffers", [False, True])
 # kv_cache_8bit sits on a decoder of transformers, and averages nothing of its own.
-@pytest.mark.parametrize("slug", [b.slug for b in blueprints.all() if b.slug != "kv_cache_8bit"])
+@pytest.mark.parametrize("slug", [slug for slug in IN_LAYERS if slug != "kv_cache_8bit"])
 def test_an_average_takes_up_a_graft_and_averages_it(slug: str, use_buffers: bool) -> None:
     training = make_training("none")
     average = averaged(training.model, use_buffers=use_buffers)

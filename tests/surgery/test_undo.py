@@ -22,10 +22,10 @@ from esper.grafting import (
     slot_of,
     trace_layers,
 )
-from tests.surgery.tiny_models import Training, make_training, meet_requirements
+from tests.surgery.tiny_models import IN_LAYERS, Training, make_training, meet_requirements
 
 # kv_cache_8bit sits on a decoder of transformers: tests/matrix takes it out of those.
-SLUGS = [b.slug for b in blueprints.all() if b.slug != "kv_cache_8bit"]
+SLUGS = [slug for slug in IN_LAYERS if slug != "kv_cache_8bit"]
 TARGET = "blocks.0.wide"
 NORM = "blocks.0.norm"  # for what fits nothing else
 

@@ -24,6 +24,10 @@ class LoadBalEma(RouterPart):
     source = "Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3 2024, arXiv 2412.19437"
     when = "A router uses few of its experts, and no further loss is wanted."
 
+    replicas_refusal = (
+        "it counts what each rank's own batch used, and the ranks would lean to different experts"
+    )
+
     def default_config(self, layer: LayerInfo) -> dict[str, Any]:
         return {"decay": 0.99, "rate": 0.01}
 

@@ -1,0 +1,42 @@
+"""BP-ALL-REDUCE-SHARD: each rank sums one shard of the gradients, then all gather the sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+from esper.blueprints.exchange import ExchangeBlueprint, GradientExchange
+
+
+class Shards(GradientExchange):
+    """A reduce-scatter and an all-gather, beside the backward pass that is still running."""
+
+    def exchange(self, flat: Tensor, group: distributed.ProcessGroup) -> int:
+        size = distributed.get_world_size(group)
+        padded = _padded(flat, size)
+        shards = list(padded.chunk(size))
+        own = torch.empty_like(shards[0])
+        distributed.reduce_scatter(own, shards, group=group)
+        distributed.all_gather(shards, own, group=group)
+        if padded is not flat:
+            flat.copy_(padded[: flat.numel()])
+        # What the two need at least; how a backend routes them is its own affair.
+        return 2 * (size - 1) * own.numel() * own.element_size()
+
+
+def _padded(flat: Tensor, size: int) -> Tensor:
+    missing = -flat.numel() % size
+    return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat
+
+
+class AllReduceShard(ExchangeBlueprint):
+    slug = "all_reduce_shard"
+    id = "BP-ALL-REDUCE-SHARD"
+    title = "Sharded all-reduce"
+    idea = "Each rank sums one shard of the gradients, and all gather the sums meanwhile."
+    source = "Rajbhandari et al. 2020, arXiv 1910.02054"
+    when = "Many ranks share one bandwidth, and the gradient is large."
+    conflicts = frozenset({"ring_allreduce"})
+
+    def make_exchange(self) -> GradientExchange:
+        return Shards()

@@ -1,0 +1,90 @@
+"""What the blueprints that sum gradients between ranks have in common.
+
+They sit in no layer: they take the place of DDP's own all-reduce for the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, distributed
+
+from esper.blueprints.base import Blueprint, Graft
+from esper.blueprints.initial import Initializer
+from esper.contracts import AdaptationType, BlueprintCategory, GraftKind, LayerInfo, Risk
+
+MIB = 1024 * 1024
+WHOLE_MODEL_KIND = "DistributedDataParallel"
+
+
+class GradientExchange(Graft):
+    """Sums a flat gradient over the ranks of a group; the model's forward pass is not touched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes_sent = 0
+        self._seconds = 0.0
+        self._sums = 0
+
+    def combine(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def add_up(self, flat: Tensor, group: distributed.ProcessGroup) -> None:
+        """Replaces ``flat`` [n] by its sum over the group; bit-equal on all ranks."""
+        started = time.perf_counter()
+        self._bytes_sent += self.exchange(flat, group)
+        self._seconds += time.perf_counter() - started
+        self._sums += 1
+
+    @abstractmethod
+    def exchange(self, flat: Tensor, group: distributed.ProcessGroup) -> int:
+        """Does it, and answers how many bytes this rank has sent."""
+
+    def signals(self) -> dict[str, float]:
+        """Of one sum, on average over those so far."""
+        if not self._sums:
+            return {"sent_mib": math.nan, "exchange_ms": math.nan}
+        return {
+            "sent_mib": self._bytes_sent / self._sums / MIB,
+            "exchange_ms": self._seconds / self._sums * 1e3,
+        }
+
+    def forget(self) -> None:
+        self._bytes_sent, self._seconds, self._sums = 0, 0.0, 0
+
+
+class ExchangeBlueprint(Blueprint):
+    """A blueprint without settings and weights that is grafted into the model as a whole."""
+
+    category = BlueprintCategory.ROUTING
+    kind = GraftKind.DISTRIBUTED
+    adaptation_type = AdaptationType.ADD_ROUTING
+    risk = Risk.MEDIUM
+    trainable = False
+
+    def supports(self, layer: LayerInfo) -> str:
+        if layer.kind != WHOLE_MODEL_KIND:
+            return "it sums the gradients of a whole model, which needs at least 2 ranks"
+        return "" if layer.graftable else layer.reason
+
+    def default_config(self, layer: LayerInfo) -> dict[str, Any]:
+        return {}
+
+    def sizes(self, layer: LayerInfo) -> tuple[dict[str, Any], ...]:
+        return ({},)
+
+    def parameters(self, layer: LayerInfo, config: dict[str, Any]) -> int:
+        return 0
+
+    def flops(self, layer: LayerInfo, config: dict[str, Any]) -> int:
+        return 0  # of the forward pass
+
+    def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
+        return self.make_exchange()
+
+    @abstractmethod
+    def make_exchange(self) -> GradientExchange:
+        """A new one; it has no settings."""

@@ -1,0 +1,95 @@
+"""Real processes with a gloo group, which run one function after the other, all the same."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GROUP_TIMEOUT_S = 20.0
+
+
+class RankPool:
+    """``size`` processes. A call that raises on a rank raises here, with that rank's traceback."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        for rank in range(self.size):
+            mine, theirs = context.Pipe()
+            arguments = (rank, self.size, port, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(mine)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+        """What ``function(rank, *args)`` answers on each rank; None for a rank that has died."""
+        if not self.pipes:
+            self.start()
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers = [self._answer(rank, timeout) for rank in range(self.size)]
+        wrong = [
+            f"rank {rank}:\n{answer}" for rank, (fine, answer) in enumerate(answers) if not fine
+        ]
+        if wrong:
+            self.close()  # who knows what they wait for: the next call gets new ones
+            raise AssertionError("\n".join(wrong))
+        return [answer for _, answer in answers]
+
+    def _answer(self, rank: int, timeout: float) -> tuple[bool, Any]:
+        pipe = self.pipes[rank]
+        if not pipe.poll(timeout):
+            self.close()
+            raise TimeoutError(f"rank {rank} did not answer within {timeout:.0f} s")
+        try:
+            answer: tuple[bool, Any] = pipe.recv()
+        except EOFError:
+            return True, None  # the rank is gone, on purpose
+        return answer
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.kill()
+            process.join(5)
+        self.pipes.clear()
+        self.processes.clear()
+
+
+def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    timeout = timedelta(seconds=GROUP_TIMEOUT_S)
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(rank, *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
