@@ -17,6 +17,12 @@ from esper.grafting.movement import SILENT_STEPS, STEPS
 SIZE = 8
 
 
+@pytest.fixture(autouse=True)
+def _same_weights() -> None:
+    """Whether a step rounds away depends on the weights that a model was born with."""
+    torch.manual_seed(0)
+
+
 class Model(nn.Module):
     """A layer that trains, one that is never called, and a table of which one row is used."""
 
@@ -232,7 +238,7 @@ def test_a_graft_on_outputs_that_nobody_reads_is_told_in_words() -> None:
 
     found = train(model, adam(model), before=graft, steps=3 * STEPS)
     assert {finding.severity for finding in found} == {"serious"}
-    assert {finding.layer for finding in found} == {"rnn"}
+    assert {finding.layer for finding in found} == {"rnn.esper.mlp_gelu_2048"}
     for finding in found:
         assert "the graft learns nothing" in finding.observed
         assert "the last state (h_n) is without it" in finding.observed
