@@ -146,6 +146,10 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _is_sequence_axis(value: Any) -> bool:
+    return _is_whole(value) and -1 <= value <= 1
+
+
 def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= 16 and all(map(_is_whole, value))
 
@@ -179,7 +183,7 @@ _LAYER_MEMBERS: dict[str, Callable[[Any], bool]] = {
     "head_width": _is_whole,
     "cached_channels": _is_shape,
     "looks_ahead": _is_flag,
-    "sequence_axis": lambda value: _is_whole(value) and -1 <= value <= 1,
+    "sequence_axis": _is_sequence_axis,
 }
 
 
