@@ -9,7 +9,7 @@ import pytest
 from django.conf import settings
 
 from apps.accounts.models import ApiToken, User
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, Remedy
 from apps.runs.models import Run
 from apps.runs.services import issue_command
 from apps.telemetry.metric_names import MOST_NAMES
@@ -234,6 +234,7 @@ def test_another_run_does_not_exist_for_a_run_token(
                 "exact": True,
             },
         ),
+        trainer.post(f"{other.path}/remedies", REMEDY),
         trainer.post(
             f"{other.path}/finish", {"epoch": 1, "state": "finished", "step": 1, "reason": ""}
         ),
@@ -294,6 +295,44 @@ def test_a_local_rollback_is_told_with_numbers_that_are_not_finite(
         assert (answer.status, answer.data) == (200, {"adaptation_state": "rolled_back"})
     violation = Violation.objects.get(rule="non_finite")
     assert (violation.observed, violation.limit) == ("nan", "3.5")
+
+
+REMEDY: dict[str, Any] = {
+    "epoch": 1,
+    "key": "one",
+    "remedy": "set_lr",
+    "layer": "fc",
+    "step": 400,
+    "details": {"factor": 0.5},
+    "pause_ms": 2.5,
+    "digest_before": "a" * 64,
+    "digest_after": "a" * 64,
+}
+
+
+def test_a_remedy_is_told_once_although_it_is_sent_twice(trainer: Trainer) -> None:
+    for _ in range(2):
+        answer = trainer.post(f"{trainer.path}/remedies", REMEDY)
+        assert (answer.status, answer.data) == (200, {"adaptation_state": ""})
+    remedy = Remedy.objects.get(run__uid=trainer.run)
+    assert (remedy.kind, remedy.details, remedy.pause_ms) == ("set_lr", {"factor": 0.5}, 2.5)
+    assert remedy.exact is None
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"epoch": 0}, 409),
+        ({"remedy": "pray"}, 400),
+        ({"details": {"units": [1.5] * 2000}}, 400),
+        ({"adaptation": "adp_of_another_run"}, 404),
+    ],
+)
+def test_a_remedy_that_makes_no_sense_is_refused(
+    trainer: Trainer, change: dict[str, Any], status: int
+) -> None:
+    assert trainer.post(f"{trainer.path}/remedies", {**REMEDY, **change}).status == status
+    assert not Remedy.objects.exists()
 
 
 def test_the_end_may_be_told_twice(trainer: Trainer) -> None:

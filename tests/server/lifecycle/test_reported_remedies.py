@@ -76,10 +76,15 @@ def test_the_trainer_is_told_that_its_graft_is_kept(stage: Stage) -> None:
     assert (command.kind, command.state) == (CommandKind.KEEP, CommandState.ISSUED)
 
 
-def test_a_merged_graft_stays_kept_and_is_not_rolled_back_by_anybody(stage: Stage) -> None:
+def test_a_merged_graft_stays_kept_and_is_not_rolled_back_by_anybody(
+    stage: Stage, client: Client
+) -> None:
     adaptation = kept(stage)
     merge = report("merge", adaptation=adaptation.uid)
     told(stage, merge)
+    client.force_login(stage.operator)
+    assert "merged into its layer" in client.get(f"/runs/{stage.run.uid}").content.decode()
+    assert "has merged this graft" in client.get(f"/adaptations/{adaptation.uid}").content.decode()
     adaptation.refresh_from_db()
     assert (adaptation.state, adaptation.merged_at is not None) == (S.KEPT, True)
     with pytest.raises(Problem, match="merged this graft") as refusal:
