@@ -17,6 +17,10 @@ from esper.exceptions import CodecError, TransportError
 
 logger = logging.getLogger("esper")
 
+# The global generator is the training's: a draw from it here, in another thread, would change what
+# the training does next, and make a graft that is tried meanwhile look as if it drew.
+_OWN_DICE = random.SystemRandom()
+
 API_PATH = "/api/v1/"
 _TIMEOUT = httpx.Timeout(10.0, connect=5.0)
 _TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -40,7 +44,7 @@ class BackOff:
     def next_delay(self, retry_after: float | None = None) -> float:
         delay = min(self.most, self.first * 2.0**self.attempts)
         self.attempts = min(self.attempts + 1, 30)
-        jittered = delay * random.uniform(0.5, 1.0)
+        jittered = delay * _OWN_DICE.uniform(0.5, 1.0)
         return max(jittered, min(retry_after or 0.0, 60.0))
 
     def reset(self) -> None:

@@ -4,6 +4,7 @@ is obeyed, and the training never notices that the server is down."""
 from __future__ import annotations
 
 import math
+import random
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from esper.contracts import (
 )
 from esper.grafting import digest
 from esper.sdk import RunStopped
+from esper.sdk.client import BackOff
 from esper.sdk.journal import JOURNAL_FILE
 from tests.sdk.control_plane import ControlPlane, wait_for
 from tests.sdk.tiny_training import Training, slot_at
@@ -544,3 +546,10 @@ def test_evaluation_tells_the_server_what_each_graft_brings(
     told = [entry for entry in plane.metrics if "ablation_gain:a1" in entry["values"]]
     start = session.adaptations[0].step
     assert [entry["step"] for entry in told] == [start + 5, start + 10]
+
+
+def test_waiting_for_a_server_draws_nothing_that_is_the_trainings() -> None:
+    before = random.getstate()
+    back_off = BackOff(first=1.0, most=8.0)
+    assert all(0.0 < back_off.next_delay() <= 8.0 for _ in range(5))
+    assert random.getstate() == before
