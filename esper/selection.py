@@ -301,6 +301,7 @@ def _shape_key(layer: LayerInfo) -> tuple[Any, ...]:
         layer.head_width,
         layer.cached_channels,
         layer.looks_ahead,
+        layer.sequence_axis,
     )
 
 
