@@ -19,3 +19,10 @@ def three_ranks() -> Iterator[RankPool]:
     pool = RankPool(3)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    pool = RankPool(4)
+    yield pool
+    pool.close()

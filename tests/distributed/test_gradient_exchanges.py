@@ -47,7 +47,7 @@ def _sum_many_sizes(rank: int, slug: str, dtype: torch.dtype) -> list[torch.Tens
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("slug", SLUGS)
-@pytest.mark.parametrize("ranks", ["two_ranks", "three_ranks"])
+@pytest.mark.parametrize("ranks", ["two_ranks", "three_ranks", "four_ranks"])
 def test_every_size_is_summed_alike_on_all_ranks(
     request: pytest.FixtureRequest, ranks: str, slug: str, dtype: torch.dtype
 ) -> None:

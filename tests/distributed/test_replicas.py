@@ -43,18 +43,29 @@ def _train_past_a_graft(rank: int, slug: str, steps: int) -> dict[str, Any]:
         }
 
 
-@pytest.mark.parametrize("slug", ["proj_lora_64", "mlp_gelu_2048"])
+@pytest.mark.parametrize(
+    ("ranks", "slug"),
+    [
+        ("two_ranks", "proj_lora_64"),
+        ("two_ranks", "mlp_gelu_2048"),
+        ("three_ranks", "proj_lora_64"),
+        ("four_ranks", "mlp_gelu_2048"),
+    ],
+)
 def test_the_replicas_stay_equal_for_200_steps_after_a_graft(
-    two_ranks: RankPool, slug: str
+    request: pytest.FixtureRequest, ranks: str, slug: str
 ) -> None:
-    first, second = two_ranks.run(_train_past_a_graft, slug, 200)
-    assert first["seen"] == second["seen"]
-    assert first["step"] == second["step"] == 3
+    pool: RankPool = request.getfixturevalue(ranks)
+    first, *others = pool.run(_train_past_a_graft, slug, 200)
     assert first["certificate"] == 0.0
     assert first["moved"]
     assert first["gradients"]
-    for mine, theirs in zip(first["gradients"], second["gradients"], strict=True):
-        assert torch.equal(mine, theirs)
+    assert others
+    for other in others:
+        assert first["seen"] == other["seen"]
+        assert first["step"] == other["step"] == 3
+        for mine, theirs in zip(first["gradients"], other["gradients"], strict=True):
+            assert torch.equal(mine, theirs)
 
 
 def _train_on_own_rows(rank: int, steps: int) -> dict[str, Any]:
