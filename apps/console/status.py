@@ -15,7 +15,9 @@ from esper.contracts import (
     LaunchState,
     RunState,
     Severity,
+    SpeedUpState,
     ViolationRule,
+    WorkerMode,
     WorkerState,
 )
 
@@ -87,6 +89,22 @@ WORKER: dict[WorkerState, Status] = {
     WorkerState.STOPPING: Status("standby", "half", "Stopping"),
     WorkerState.OFFLINE: Status("serious", "question", "Offline"),
 }
+MODE: dict[WorkerMode, Status] = {
+    WorkerMode.ACTIVE: Status("normal", "disc", "Takes jobs"),
+    WorkerMode.DRAINING: Status("caution", "half", "Draining"),
+    WorkerMode.QUARANTINED: Status("serious", "square", "In quarantine"),
+}
+SPEED_UP: dict[SpeedUpState, Status] = {
+    SpeedUpState.QUEUED: Status("standby", "ring", "Waiting to be compiled"),
+    SpeedUpState.BUILDING: Status("normal", "half", "Being compiled"),
+    SpeedUpState.OFFERED: Status("standby", "half", "Offered to the trainer"),
+    SpeedUpState.SWAPPED_IN: Status("good", "check", "Compiled, swapped in"),
+    SpeedUpState.KEPT_EAGER: Status("off", "down", "Kept eager"),
+    SpeedUpState.UNAVAILABLE: Status("off", "question", "No compiler there"),
+    SpeedUpState.FAILED: Status("caution", "cross", "Could not be compiled"),
+}
+# The first is checked and packaged, and runs as PyTorch runs it: never call it compiled.
+TIERS: dict[int, str] = {0: "validated", 1: "compiled for this device", 2: "packaged"}
 LAUNCH: dict[LaunchState, Status] = {
     LaunchState.REQUESTED: Status("standby", "ring", "Requested"),
     LaunchState.STARTING: Status("standby", "half", "Starting"),
@@ -108,6 +126,8 @@ BY_KIND: dict[str, dict[str, Status]] = {
     "run": {str(state): status for state, status in RUN.items()},
     "command": {str(state): status for state, status in COMMAND.items()},
     "job": {str(state): status for state, status in JOB.items()},
+    "mode": {str(mode): status for mode, status in MODE.items()},
+    "speed_up": {str(state): status for state, status in SPEED_UP.items()},
     "worker": {str(state): status for state, status in WORKER.items()},
     "launch": {str(state): status for state, status in LAUNCH.items()},
     "severity": {str(level): status for level, status in SEVERITY.items()},

@@ -29,6 +29,7 @@ from apps.console.selectors import overview as summary
 from apps.console.selectors import recipes as recipe_rows
 from apps.console.selectors import reference
 from apps.console.selectors import runs as run_rows
+from apps.console.selectors import workers as worker_rows
 from apps.console.selectors.inbox import InboxFilter, InboxTab
 from apps.console.selectors.kernels import KernelFilter
 from apps.console.selectors.reference import AuditFilter, ViolationFilter
@@ -459,12 +460,13 @@ def policy(request: HttpRequest) -> HttpResponse:
 
 @page
 def workers(request: HttpRequest) -> HttpResponse:
+    may_manage = may(_person(request), Act.MANAGE_WORKERS)
     panels = [
         Panel(
             "workers",
-            "Workers",
+            "Compile workers",
             "console/kernels/workers.html",
-            lambda: {"workers": kernel_rows.workers()},
+            lambda: {"rows": worker_rows.compile_workers(), "may_manage": may_manage},
             ("worker", "job"),
             every=5,
         ),
@@ -472,7 +474,7 @@ def workers(request: HttpRequest) -> HttpResponse:
             "queue",
             "Queue",
             "console/kernels/queue.html",
-            lambda: {"queue": kernel_rows.queue()},
+            lambda: {"queue": worker_rows.queue()},
             ("job",),
             every=5,
         ),
@@ -480,8 +482,16 @@ def workers(request: HttpRequest) -> HttpResponse:
             "jobs",
             "Ended jobs",
             "console/kernels/jobs.html",
-            lambda: {"jobs": kernel_rows.ended_jobs()},
+            lambda: {"jobs": worker_rows.ended_jobs()},
             ("job",),
+            every=15,
+        ),
+        Panel(
+            "others",
+            "Control workers and Tamiyo",
+            "console/kernels/others.html",
+            lambda: {"workers": worker_rows.other_workers()},
+            ("worker",),
             every=15,
         ),
     ]
@@ -495,22 +505,20 @@ def kernels(request: HttpRequest) -> HttpResponse:
         capability=request.GET.get("capability", ""),
         tier=request.GET.get("tier", ""),
     )
+    may_manage = may(_person(request), Act.MANAGE_CACHE)
+
+    def cache() -> dict[str, Any]:
+        scrub = kernel_rows.scrub_state()
+        return {"cache": cache_stats(), "scrub": scrub, "may_manage": may_manage}
+
+    def rows() -> dict[str, Any]:
+        found, shown = kernel_rows.kernels(chosen, _page_number(request))
+        return {"page": found, "rows": shown}
+
+    wakes = ("job", "kernel")
     panels = [
-        Panel(
-            "cache",
-            "Cache",
-            "console/kernels/cache.html",
-            lambda: {"cache": cache_stats()},
-            ("job", "kernel"),
-            every=15,
-        ),
-        Panel(
-            "kernels",
-            "Kernels",
-            "console/kernels/kernels.html",
-            lambda: {"page": kernel_rows.kernels(chosen, _page_number(request))},
-            ("job", "kernel"),
-        ),
+        Panel("cache", "Cache", "console/kernels/cache.html", cache, wakes, every=15),
+        Panel("kernels", "Kernels", "console/kernels/kernels.html", rows, wakes),
     ]
     return render_page(
         request,
@@ -527,31 +535,39 @@ def kernel(request: HttpRequest, digest: str) -> HttpResponse:
     found = kernel_rows.get_kernel(digest)
     if found is None:
         raise Http404("there is no such kernel")
+    may_manage = may(_person(request), Act.MANAGE_CACHE)
+
+    def part(name: str, title: str, build: Callable[[], dict[str, Any]], *wakes: str) -> Panel:
+        return Panel(name, title, f"console/kernels/{name}.html", build, wakes)
+
+    def kept() -> dict[str, Any]:
+        fresh = kernel_rows.get_kernel(digest) or found
+        why = kernel_rows.why_not_evictable(fresh)
+        return {"kernel": fresh, "why_not_evict": why, "may_manage": may_manage}
+
     panels = [
-        Panel(
-            "about",
-            "What it is",
-            "console/kernels/about.html",
-            lambda: {"times": kernel_rows.stage_times(found)},
+        part("kept", "In the cache", kept, "kernel", "job", "adaptation"),
+        part("about", "What it is", lambda: {"times": kernel_rows.stage_times(found)}),
+        part("costs", "Forecast and measured", lambda: {"costs": kernel_rows.costs(found)}),
+        part("certificate", "Certificate", lambda: {"certificate": found.certificate}),
+        part(
+            "speed_ups",
+            "Compiled kernels",
+            lambda: {"rows": kernel_rows.speed_ups_of(found)},
+            "kernel",
         ),
-        Panel(
-            "certificate",
-            "Certificate",
-            "console/kernels/certificate.html",
-            lambda: {"certificate": found.certificate},
-        ),
-        Panel(
+        part(
             "users",
             "Adaptations that used it",
-            "console/kernels/users.html",
             lambda: {"users": kernel_rows.users_of(found)},
-            ("adaptation", "job"),
+            "adaptation",
+            "job",
         ),
         Panel(
             "builds",
             "Builds",
             "console/kernels/jobs.html",
-            lambda: {"jobs": kernel_rows.jobs_of(found)},
+            lambda: {"jobs": worker_rows.jobs_of(found)},
             ("job",),
         ),
     ]

@@ -1,127 +1,22 @@
-"""Workers, the queue with what each job waits for, and kernels with who used them."""
+"""Kernels: what they cost, who uses them, what an act on them would change; and the cache."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from django.core.paginator import Page, Paginator
-from django.db.models import QuerySet
+from django.db.models import Max, Q, QuerySet
 
 from apps.adaptations.models import Adaptation
-from apps.kernels.models import CompileJob, Kernel, Worker
-from esper.contracts import JobState, WorkerMode, WorkerState
+from apps.audit.models import AuditEvent
+from apps.kernels.cache import SCRUB_BATCH
+from apps.kernels.models import CompileJob, Kernel, SpeedUp
+from apps.kernels.selectors import evictable
 
 SHOWN = 50
-_OPEN = (JobState.QUEUED, JobState.RUNNING)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerRow:
-    """A worker and what it builds now; ``queues`` with how many jobs wait in each."""
-
-    worker: Worker
-    job: CompileJob | None
-    queues: list[tuple[str, int]]
-
-
-def workers() -> list[WorkerRow]:
-    running = {
-        job.lease_owner: job for job in CompileJob.objects.filter(state=JobState.RUNNING)[:SHOWN]
-    }
-    waiting = _waiting_by_queue()
-    return [
-        WorkerRow(
-            worker,
-            running.get(worker.name),
-            [(queue, waiting[queue]) for queue in worker.queues],
-        )
-        for worker in Worker.objects.all()
-    ]
-
-
-def _waiting_by_queue() -> Counter[str]:
-    queued = CompileJob.objects.filter(state=JobState.QUEUED)
-    return Counter(f"compile.{name}" for name in queued.values_list("capability", flat=True))
-
-
-@dataclass(frozen=True, slots=True)
-class JobRow:
-    """``why`` is what a queued job waits for; empty for one that runs or has ended."""
-
-    job: CompileJob
-    number: int | None  # of its adaptation
-    why: str = ""
-    stuck: bool = False  # nobody will take it, as things are
-
-
-@dataclass(frozen=True, slots=True)
-class Queue:
-    rows: list[JobRow]
-    waiting: int
-    running: int
-    oldest: datetime | None
-
-
-def queue() -> Queue:
-    """What runs and what waits, oldest first, with the reason."""
-    found = CompileJob.objects.filter(state__in=_OPEN)
-    counts = Counter(found.values_list("state", flat=True))
-    jobs = list(found.order_by("state", "pk")[:SHOWN])
-    jobs.sort(key=lambda job: (job.state != JobState.RUNNING, job.pk))
-    numbers = _numbers(jobs)
-    resting = (WorkerState.STOPPING, WorkerState.OFFLINE)
-    alive = list(Worker.objects.filter(mode=WorkerMode.ACTIVE).exclude(state__in=resting))
-    ahead: Counter[str] = Counter()
-    rows = []
-    for job in jobs:
-        why, stuck = _why_waiting(job, alive, ahead[job.capability])
-        rows.append(JobRow(job, numbers.get(job.adaptation_uid), why, stuck))
-        ahead[job.capability] += job.state == JobState.QUEUED
-    waiting = [job.queued_at for job in jobs if job.state == JobState.QUEUED]
-    return Queue(
-        rows,
-        counts[JobState.QUEUED],
-        counts[JobState.RUNNING],
-        min(waiting) if waiting else None,
-    )
-
-
-def _why_waiting(job: CompileJob, alive: list[Worker], ahead: int) -> tuple[str, bool]:
-    if job.state != JobState.QUEUED:
-        return "", False
-    name = f"compile.{job.capability}"
-    serving = sum(name in worker.queues for worker in alive)
-    if not serving:
-        return f"nobody serves {name}: start a worker with that capability", True
-    if ahead:
-        return f"{ahead} before it in {name}", False
-    return f"next in {name}, which {_workers(serving)}", False
-
-
-def _workers(count: int) -> str:
-    return "one worker serves" if count == 1 else f"{count} workers serve"
-
-
-def ended_jobs() -> list[JobRow]:
-    return _rows(CompileJob.objects.exclude(state__in=_OPEN).select_related("kernel"))
-
-
-def jobs_of(kernel: Kernel) -> list[JobRow]:
-    return _rows(CompileJob.objects.filter(kernel=kernel))
-
-
-def _rows(found: QuerySet[CompileJob]) -> list[JobRow]:
-    jobs = list(found[:SHOWN])
-    numbers = _numbers(jobs)
-    return [JobRow(job, numbers.get(job.adaptation_uid)) for job in jobs]
-
-
-def _numbers(jobs: list[CompileJob]) -> dict[str, int]:
-    uids = [job.adaptation_uid for job in jobs]
-    return dict(Adaptation.objects.filter(uid__in=uids).values_list("uid", "pk"))
+CORRUPT_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +26,16 @@ class KernelFilter:
     tier: str = ""
 
 
-def kernels(chosen: KernelFilter, page: int) -> Page[Kernel]:
+@dataclass(frozen=True, slots=True)
+class KernelRow:
+    """``speed_up``: the newest trial of a compiled kernel."""
+
+    kernel: Kernel
+    speed_up: SpeedUp | None
+
+
+def kernels(chosen: KernelFilter, page: int) -> tuple[Page[Kernel], list[KernelRow]]:
+    """One page of them, and its rows."""
     rows = Kernel.objects.all()
     if chosen.blueprint:
         rows = rows.filter(blueprint_slug=chosen.blueprint)
@@ -139,7 +43,10 @@ def kernels(chosen: KernelFilter, page: int) -> Page[Kernel]:
         rows = rows.filter(capability=chosen.capability)
     if chosen.tier.isascii() and chosen.tier.isdigit():
         rows = rows.filter(tier=int(chosen.tier[:3]))
-    return Paginator(rows, SHOWN).get_page(page)
+    found = Paginator(rows, SHOWN).get_page(page)
+    tried = SpeedUp.objects.filter(kernel__in=[kernel.pk for kernel in found.object_list])
+    newest = {trial.kernel_id: trial for trial in tried}  # oldest first: the last one stays
+    return found, [KernelRow(kernel, newest.get(kernel.pk)) for kernel in found.object_list]
 
 
 def kernel_choices() -> dict[str, Any]:
@@ -148,7 +55,7 @@ def kernel_choices() -> dict[str, Any]:
     return {
         "blueprints": sorted(known.values_list("blueprint_slug", flat=True).distinct()),
         "capabilities": sorted(known.values_list("capability", flat=True).distinct()),
-        "tiers": sorted(str(tier) for tier in known.values_list("tier", flat=True).distinct()),
+        "tiers": sorted(known.values_list("tier", flat=True).distinct()),
     }
 
 
@@ -170,7 +77,87 @@ def stage_times(kernel: Kernel) -> list[StageTime]:
     return [StageTime(name, ms, ms / whole if whole else 0.0) for name, ms in times.items()]
 
 
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One quantity of a kernel; None where it was not forecast, or not measured."""
+
+    name: str
+    unit: str
+    forecast: float | None
+    measured: float | None
+    p95: float | None = None
+
+
+def costs(kernel: Kernel) -> list[Cost]:
+    """What it was forecast to cost beside what it was measured to cost."""
+    return [
+        Cost("added time of a step", "ms", kernel.forecast_latency_ms, kernel.latency_ms),
+        Cost("forward", "ms", None, kernel.forward_p50_ms, kernel.forward_p95_ms),
+        Cost("backward", "ms", None, kernel.backward_p50_ms, kernel.backward_p95_ms),
+        Cost("added memory", "MiB", kernel.forecast_memory_mib, kernel.memory_mib),
+        Cost("peak memory", "MiB", None, kernel.peak_memory_mib),
+    ]
+
+
 def users_of(kernel: Kernel) -> list[Adaptation]:
-    jobs = CompileJob.objects.filter(kernel=kernel).order_by("-id")[:SHOWN]
-    uids = [job.adaptation_uid for job in jobs]
-    return list(Adaptation.objects.filter(uid__in=uids).select_related("run", "blueprint"))
+    """Adaptations that were built with it, or whose compiled kernel it is."""
+    found = Adaptation.objects.filter(_used_by(kernel)).order_by("-pk")
+    return list(found.select_related("run", "blueprint")[:SHOWN])
+
+
+def _used_by(kernel: Kernel) -> Q:
+    jobs = CompileJob.objects.filter(kernel=kernel)
+    trials = SpeedUp.objects.filter(kernel=kernel)
+    return Q(uid__in=jobs.values("adaptation_uid")) | Q(uid__in=trials.values("adaptation_uid"))
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedUpRow:
+    trial: SpeedUp
+    number: int | None  # of its adaptation
+
+
+def speed_ups_of(kernel: Kernel) -> list[SpeedUpRow]:
+    """Trials of it where it is compiled; else the compiled kernels of those who use it."""
+    trials = list(_trials(kernel).select_related("kernel").order_by("-id")[:SHOWN])
+    uids = [trial.adaptation_uid for trial in trials]
+    numbers = dict(Adaptation.objects.filter(uid__in=uids).values_list("uid", "pk"))
+    return [SpeedUpRow(trial, numbers.get(trial.adaptation_uid)) for trial in trials]
+
+
+def _trials(kernel: Kernel) -> QuerySet[SpeedUp]:
+    users = Adaptation.objects.filter(_used_by(kernel))
+    return SpeedUp.objects.filter(Q(kernel=kernel) | Q(adaptation_uid__in=users.values("uid")))
+
+
+def why_not_evictable(kernel: Kernel) -> str:
+    """In words; empty when its files may be removed now."""
+    if kernel.evicted_at is not None:
+        return "Its files are not in the cache any more."
+    if kernel.pinned_by:
+        return "It is pinned: unpin it before you evict it."
+    if evictable().filter(pk=kernel.pk).exists():
+        return ""
+    return "It is in use: an adaptation that has not ended, or a command on its way, needs it."
+
+
+@dataclass(frozen=True, slots=True)
+class Scrub:
+    """How far the check of the stored kernels is; ``corrupt`` are the newest that failed it."""
+
+    last: datetime | None
+    waiting: int
+    at_once: int  # how many of them one round checks
+    corrupt: list[AuditEvent]
+
+
+def scrub_state() -> Scrub:
+    stored = Kernel.objects.filter(evicted_at=None)
+    return Scrub(
+        last=Kernel.objects.aggregate(last=Max("scrubbed_at"))["last"],
+        waiting=stored.filter(scrubbed_at=None).count(),
+        at_once=SCRUB_BATCH,
+        corrupt=list(
+            AuditEvent.objects.filter(act="kernel.corrupt").order_by("-id")[:CORRUPT_SHOWN]
+        ),
+    )

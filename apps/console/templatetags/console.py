@@ -15,7 +15,7 @@ from django.utils.safestring import SafeString
 
 from apps.accounts.policy import Act, may
 from apps.console import selectors
-from apps.console.status import BY_KIND, RULES, Status
+from apps.console.status import BY_KIND, RULES, TIERS, Status
 from esper.contracts import Role
 
 register = template.Library()
@@ -72,6 +72,18 @@ def act_word(act: str) -> str:
 def rule_word(rule: object) -> str:
     """What a check or a violation is about."""
     return RULES.get(str(rule), words(rule))
+
+
+@register.filter
+def tier_word(tier: int) -> str:
+    """What was done to a kernel; with its number where we have no word for it."""
+    return TIERS.get(tier, f"tier {tier}")
+
+
+@register.filter
+def speed(value: float | None) -> str:
+    """``1.31×``: how many times as fast."""
+    return _UNKNOWN if value is None else f"{value:.2f}×"
 
 
 @register.simple_tag

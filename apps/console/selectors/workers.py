@@ -1,0 +1,232 @@
+"""Workers with what an act on them would change, and the jobs: running, waiting, ended."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from django.conf import settings
+from django.db.models import QuerySet
+
+from apps.adaptations.models import Adaptation
+from apps.kernels.models import CompileJob, JobStepDone, Kernel, Worker
+from apps.kernels.selectors import current_jobs
+from apps.kernels.services import compile_queue
+from apps.recipes.models import Launch
+from apps.recipes.services import host_queue
+from esper.contracts import (
+    LAUNCH_ENDED,
+    JobState,
+    JobStep,
+    WorkerKind,
+    WorkerMode,
+    WorkerState,
+)
+
+SHOWN = 50
+_OPEN = (JobState.QUEUED, JobState.RUNNING)
+_GONE = (WorkerState.STOPPING, WorkerState.OFFLINE)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """One step of an attempt: how long after the step before it; ``now`` for the one under way."""
+
+    name: str
+    at: datetime | None = None
+    took_ms: float | None = None
+
+    @property
+    def now(self) -> bool:
+        return self.at is None
+
+
+def step_times(job: CompileJob) -> list[StepTime]:
+    """The steps of the job's last attempt; its steps must have been fetched with it."""
+    done = [step for step in job.steps.all() if step.attempt == job.attempt]
+    rows = [
+        StepTime(step.step, step.at, _ms_between(before, step))
+        for before, step in zip([None, *done], done, strict=False)
+    ]
+    if job.state == JobState.RUNNING:
+        rows += [StepTime(step) for step in _step_after(done)]
+    return rows
+
+
+def _ms_between(before: JobStepDone | None, step: JobStepDone) -> float | None:
+    return (step.at - before.at).total_seconds() * 1e3 if before else None
+
+
+def _step_after(done: list[JobStepDone]) -> list[str]:
+    """The name of the step that is under way; empty when all are done."""
+    names = list(JobStep)
+    following = names[names.index(JobStep(done[-1].step)) + 1 :] if done else names
+    return [str(name) for name in following[:1]]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """A worker, what it builds, and in words what resting it or releasing it would change.
+
+    ``queues``: each with how many jobs wait in it. Drain and quarantine differ in ``job_drained``
+    and ``job_refused``: what becomes of the job that it is at.
+    """
+
+    worker: Worker
+    job: CompileJob | None
+    steps: list[StepTime]
+    queues: list[tuple[str, int]]
+    job_drained: str
+    job_refused: str
+    others_wait: str
+    released: str
+
+
+def compile_workers() -> list[WorkerRow]:
+    """Who builds kernels, with the same few queries for any number of them."""
+    workers = list(Worker.objects.filter(kind=WorkerKind.COMPILE))
+    jobs = current_jobs(workers)
+    waiting = _waiting_by_queue()
+    launches = _live_launches({worker.host for worker in workers})
+    return [_worker_row(worker, workers, jobs, waiting, launches) for worker in workers]
+
+
+def other_workers() -> list[Worker]:
+    """Control workers and Tamiyo: nobody drains them, their heartbeat is what matters."""
+    return list(Worker.objects.exclude(kind=WorkerKind.COMPILE).order_by("kind", "name"))
+
+
+def _worker_row(
+    worker: Worker,
+    workers: list[Worker],
+    jobs: dict[str, CompileJob],
+    waiting: Counter[str],
+    launches: Counter[str],
+) -> WorkerRow:
+    job = jobs.get(worker.name)
+    named = f"{job.blueprint_slug} for {job.layer.get('name', '')}" if job else ""
+    return WorkerRow(
+        worker=worker,
+        job=job,
+        steps=step_times(job) if job else [],
+        queues=[(queue, waiting[queue]) for queue in worker.queues],
+        job_drained=f"It finishes {named} first." if job else "It builds nothing now.",
+        job_refused=_refused(job, named) if job else "It builds nothing now.",
+        others_wait=" ".join(_without(worker, workers, waiting, launches)),
+        released="It takes jobs again, and its row of lost builders starts from zero."
+        + _would_take(worker, waiting),
+    )
+
+
+def _refused(job: CompileJob, named: str) -> str:
+    left = settings.ESPER_COMPILE_ATTEMPTS - job.attempt
+    fate = "goes back into the queue" if left > 0 else "fails: it was its last attempt"
+    return f"The result of {named} is refused, and the job {fate}."
+
+
+def _without(
+    worker: Worker, workers: list[Worker], waiting: Counter[str], launches: Counter[str]
+) -> Iterable[str]:
+    """For each of its queues: does another worker serve it, and what waits if not."""
+    taking = [
+        other
+        for other in workers
+        if other.pk != worker.pk and other.mode == WorkerMode.ACTIVE and other.state not in _GONE
+    ]
+    served = {queue for other in taking for queue in other.queues}
+    own = host_queue(worker.host)
+    for queue in worker.queues:
+        if queue.startswith("compile."):
+            count = waiting[queue]
+            jobs = f"{count} waiting job{'' if count == 1 else 's'}" if count else "Further jobs"
+            if queue in served:
+                yield f"{jobs} of {queue} go to other workers."
+            else:
+                yield f"{jobs} of {queue} wait until it is released: no other worker serves it."
+        elif queue == own and queue not in served:
+            yield f"No recipe can be started on {worker.host} meanwhile{_going_on(launches[own])}."
+
+
+def _going_on(count: int) -> str:
+    if not count:
+        return ""
+    return f"; the {count} launch{'' if count == 1 else 'es'} there go{'es' * (count == 1)} on"
+
+
+def _would_take(worker: Worker, waiting: Counter[str]) -> str:
+    count = sum(waiting[queue] for queue in worker.queues)
+    if not count:
+        return ""
+    return f" {count} job{'' if count == 1 else 's'} it could take wait{'s' * (count == 1)} now."
+
+
+def _live_launches(hosts: set[str]) -> Counter[str]:
+    live = Launch.objects.filter(recipe__host__in=hosts).exclude(state__in=LAUNCH_ENDED)
+    return Counter(host_queue(host) for host in live.values_list("recipe__host", flat=True))
+
+
+def _waiting_by_queue() -> Counter[str]:
+    queued = CompileJob.objects.filter(state=JobState.QUEUED)
+    return Counter(map(compile_queue, queued.values_list("capability", flat=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """``ahead``: how many wait before it for the same capability."""
+
+    job: CompileJob
+    number: int | None  # of its adaptation
+    steps: list[StepTime]
+    ahead: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    rows: list[JobRow]
+    waiting: int
+    running: int
+    oldest: datetime | None
+
+
+def queue() -> Queue:
+    """What runs, then what waits, oldest first."""
+    found = CompileJob.objects.filter(state__in=_OPEN)
+    counts = Counter(found.values_list("state", flat=True))
+    # "running" comes behind "queued" in the alphabet
+    jobs = list(found.prefetch_related("steps").order_by("-state", "pk")[:SHOWN])
+    numbers = _numbers(jobs)
+    ahead: Counter[str] = Counter()
+    rows = []
+    for job in jobs:
+        rows.append(
+            JobRow(job, numbers.get(job.adaptation_uid), step_times(job), ahead[job.capability])
+        )
+        ahead[job.capability] += job.state == JobState.QUEUED
+    waiting = [job.queued_at for job in jobs if job.state == JobState.QUEUED]
+    return Queue(
+        rows,
+        counts[JobState.QUEUED],
+        counts[JobState.RUNNING],
+        min(waiting) if waiting else None,
+    )
+
+
+def ended_jobs() -> list[JobRow]:
+    return _rows(CompileJob.objects.exclude(state__in=_OPEN))
+
+
+def jobs_of(kernel: Kernel) -> list[JobRow]:
+    return _rows(CompileJob.objects.filter(kernel=kernel))
+
+
+def _rows(found: QuerySet[CompileJob]) -> list[JobRow]:
+    jobs = list(found.select_related("kernel").prefetch_related("steps")[:SHOWN])
+    numbers = _numbers(jobs)
+    return [JobRow(job, numbers.get(job.adaptation_uid), step_times(job)) for job in jobs]
+
+
+def _numbers(jobs: list[CompileJob]) -> dict[str, int]:
+    uids = [job.adaptation_uid for job in jobs]
+    return dict(Adaptation.objects.filter(uid__in=uids).values_list("uid", "pk"))
