@@ -33,7 +33,7 @@ from apps.console.selectors import workers as worker_rows
 from apps.console.selectors.inbox import InboxFilter, InboxTab
 from apps.console.selectors.kernels import KernelFilter
 from apps.console.selectors.reference import AuditFilter, ViolationFilter
-from apps.kernels.selectors import cache_stats
+from apps.kernels.selectors import cache_stats, speed_up_of
 from apps.notifications.services import launch_topic, run_topic
 from apps.policies.services import current_policy
 from apps.runs.models import Run
@@ -230,10 +230,10 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
         Panel("head", "Run", "console/run/head.html", head, ("run", "switch"), every=5),
         Panel(
             "timeline",
-            "Adaptations, remedies and violations",
+            "Adaptations, compiled kernels, remedies and violations",
             "console/run/timeline.html",
             lambda: {"entries": run_rows.timeline(run)},
-            ("adaptation", "remedy", "violation"),
+            ("adaptation", "remedy", "violation", "kernel"),
         ),
         Panel("layers", "Layers", "console/run/layers.html", layers, ("adaptation",), every=10),
         Panel(
@@ -263,7 +263,7 @@ def adaptation(request: HttpRequest, uid: str) -> HttpResponse:
 
 
 def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
-    wakes = ("adaptation", "run.command", "switch")
+    wakes = ("adaptation", "run.command", "switch", "remedy", "kernel")
 
     def part(
         name: str, title: str, build: Callable[[], dict[str, Any]] = dict, every: int = 0
@@ -285,7 +285,12 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
 
     def way() -> dict[str, Any]:
         events = decision.history(found)
-        return {"stages": decision.stages(found, events), "events": events}
+        return {
+            "stages": decision.stages(found, events),
+            "events": events,
+            "remedies": decision.remedies_of(found),
+            "speed_up": speed_up_of(found.uid),
+        }
 
     def change() -> dict[str, Any]:
         return {
@@ -322,6 +327,7 @@ def _outcome(found: Adaptation) -> dict[str, Any]:
     return {
         "commands": decision.command_log(found),
         "falls": decision.reward_falls(found),
+        "speed_up": speed_up_of(found.uid),
     }
 
 

@@ -71,7 +71,7 @@ def cache_stats() -> dict[str, Any]:
 
 def speed_up_of(adaptation_uid: str) -> SpeedUp | None:
     """What came of the adaptation's compiled kernel; None where none was asked for."""
-    return SpeedUp.objects.filter(adaptation_uid=adaptation_uid).first()
+    return SpeedUp.objects.filter(adaptation_uid=adaptation_uid).select_related("kernel").first()
 
 
 def evictable() -> QuerySet[Kernel]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from django.db.models import Q
 
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, Remedy
 from apps.audit.models import AuditEvent
 from apps.console.drawing import Bar, Fall, Sketch, signed_bar, sketch, waterfall
 from apps.runs.models import Command
@@ -239,6 +239,12 @@ def _progress(
 def history(adaptation: Adaptation) -> list[AuditEvent]:
     """What the audit log says of it, oldest first."""
     return list(AuditEvent.objects.filter(object_uid=adaptation.uid).order_by("id")[:200])
+
+
+def remedies_of(adaptation: Adaptation) -> list[Remedy]:
+    """What the training script did to this graft by itself, oldest first."""
+    found = Remedy.objects.filter(adaptation=adaptation).select_related("undoes")
+    return list(found.order_by("id"))
 
 
 def command_log(adaptation: Adaptation) -> list[Command]:

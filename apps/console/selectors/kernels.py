@@ -91,11 +91,11 @@ class Cost:
 def costs(kernel: Kernel) -> list[Cost]:
     """What it was forecast to cost beside what it was measured to cost."""
     return [
-        Cost("added time of a step", "ms", kernel.forecast_latency_ms, kernel.latency_ms),
-        Cost("forward", "ms", None, kernel.forward_p50_ms, kernel.forward_p95_ms),
-        Cost("backward", "ms", None, kernel.backward_p50_ms, kernel.backward_p95_ms),
-        Cost("added memory", "MiB", kernel.forecast_memory_mib, kernel.memory_mib),
-        Cost("peak memory", "MiB", None, kernel.peak_memory_mib),
+        Cost("forward, as certified", "ms", kernel.forecast_latency_ms, kernel.latency_ms),
+        Cost("forward pass", "ms", None, kernel.forward_p50_ms, kernel.forward_p95_ms),
+        Cost("backward pass", "ms", None, kernel.backward_p50_ms, kernel.backward_p95_ms),
+        Cost("memory, as certified", "MiB", kernel.forecast_memory_mib, kernel.memory_mib),
+        Cost("most memory at once", "MiB", None, kernel.peak_memory_mib),
     ]
 
 

@@ -13,6 +13,7 @@ from django.db.models import Avg, Case, F, Max, OuterRef, QuerySet, Subquery, Va
 
 from apps.adaptations.models import Adaptation, Remedy
 from apps.console.drawing import CELL_WIDTH, Cell, Sparkline, health_cells, shade, sparkline
+from apps.kernels.models import SpeedUp
 from apps.runs.models import Command, Run
 from apps.telemetry.models import Frame, Metric
 from apps.violations.models import Violation
@@ -140,10 +141,12 @@ class TimelineEntry:
     adaptation: Adaptation | None = None
     violation: Violation | None = None
     remedy: Remedy | None = None
+    speed_up: SpeedUp | None = None
+    number: int | None = None  # of the adaptation whose kernel that is
 
 
 def timeline(run: Run, *, most: int = 60) -> list[TimelineEntry]:
-    """Adaptations, violations, and what the script did by itself, newest first."""
+    """Adaptations, violations, compiled kernels, and what the script did, newest first."""
     adaptations = Adaptation.objects.filter(run=run).select_related("blueprint", "decided_by")
     entries = [
         TimelineEntry(
@@ -162,7 +165,30 @@ def timeline(run: Run, *, most: int = 60) -> list[TimelineEntry]:
         TimelineEntry(step=remedy.step, at=remedy.created_at, remedy=remedy)
         for remedy in remedies[:most]
     ]
+    entries += _tried_kernels(run, most)
     return sorted(entries, key=lambda entry: entry.at, reverse=True)[:most]
+
+
+def _tried_kernels(run: Run, most: int) -> list[TimelineEntry]:
+    """Compiled kernels that the trainer has tried, at the step at which it answered."""
+    found = SpeedUp.objects.filter(run_uid=run.uid, speedup__isnull=False, ended_at__isnull=False)
+    trials = list(found.order_by("-id")[:most])
+    uids = [trial.adaptation_uid for trial in trials]
+    answers = Command.objects.filter(
+        run=run, kind=CommandKind.SPEED_UP, adaptation_uid__in=uids
+    ).values_list("adaptation_uid", "step")
+    steps = dict(answers)
+    numbers = dict(Adaptation.objects.filter(uid__in=uids).values_list("uid", "pk"))
+    return [
+        TimelineEntry(
+            step=steps.get(trial.adaptation_uid),
+            at=trial.ended_at,
+            speed_up=trial,
+            number=numbers.get(trial.adaptation_uid),
+        )
+        for trial in trials
+        if trial.ended_at is not None
+    ]
 
 
 def chart_markers(run: Run) -> list[dict[str, Any]]:

@@ -140,19 +140,24 @@ def _without(
     for queue in worker.queues:
         if queue.startswith("compile."):
             count = waiting[queue]
-            jobs = f"{count} waiting job{'' if count == 1 else 's'}" if count else "Further jobs"
             if queue in served:
-                yield f"{jobs} of {queue} go to other workers."
+                yield f"{_jobs(count, queue)}: other workers take it over."
             else:
-                yield f"{jobs} of {queue} wait until it is released: no other worker serves it."
+                yield f"{_jobs(count, queue)}: nothing is built for it until this one is released."
         elif queue == own and queue not in served:
             yield f"No recipe can be started on {worker.host} meanwhile{_going_on(launches[own])}."
+
+
+def _jobs(count: int, queue: str) -> str:
+    if not count:
+        return f"Nothing waits in {queue}"
+    return f"{count} job{'' if count == 1 else 's'} wait{'s' * (count == 1)} in {queue}"
 
 
 def _going_on(count: int) -> str:
     if not count:
         return ""
-    return f"; the {count} launch{'' if count == 1 else 'es'} there go{'es' * (count == 1)} on"
+    return f"; {count} launch{'' if count == 1 else 'es'} there run{'s' * (count == 1)} on"
 
 
 def _would_take(worker: Worker, waiting: Counter[str]) -> str:

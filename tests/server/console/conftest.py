@@ -16,10 +16,10 @@ from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM, Actor, ActorKind
 from apps.accounts.models import User
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, Remedy
 from apps.audit.services import record
 from apps.blueprints.models import Blueprint
-from apps.kernels.models import CompileJob, Kernel, Worker
+from apps.kernels.models import CacheCounter, CompileJob, JobStepDone, Kernel, SpeedUp, Worker
 from apps.notifications.services import publish, run_topic
 from apps.policies.models import PolicyVersion
 from apps.policies.services import current_policy
@@ -34,12 +34,15 @@ from esper.contracts import (
     CommandKind,
     CommandState,
     JobState,
+    JobStep,
     LaunchState,
     LayerInfo,
+    RemedyKind,
     Role,
     RunMode,
     RunState,
     Severity,
+    SpeedUpState,
     ViolationRule,
 )
 
@@ -329,6 +332,13 @@ def make_kernel() -> Kernel:
         parameters=3160,
         latency_ms=0.091,
         memory_mib=0.058,
+        forecast_latency_ms=0.084,
+        forecast_memory_mib=0.061,
+        forward_p50_ms=0.093,
+        forward_p95_ms=0.127,
+        backward_p50_ms=0.201,
+        backward_p95_ms=0.288,
+        peak_memory_mib=0.113,
         certificate=CERTIFICATE,
         stage_ms={"certify": 12.0},
         build_ms=41.5,
@@ -396,6 +406,142 @@ def make_kept(world: World) -> None:
         pause_ms=3.4,
         acknowledged_at=timezone.now(),
     )
+
+
+COMPILED_DIGEST = "ef" * 32
+
+
+def make_merged(world: World) -> None:
+    """A graft with a compiled kernel that the script has merged into its host since."""
+    eager = Kernel.objects.get()
+    merged = make_adaptation(
+        world,
+        "merged",
+        "topics-lm",
+        A.KEPT,
+        layer="classifier.0",
+        blueprint=world.blueprints["proj_lora_64"],
+        kernel=eager,
+        graft_step=20,
+        certificate=CERTIFICATE,
+        merged_at=timezone.now(),
+        ended_at=timezone.now(),
+        decided_rule="policy v1",
+        asks=[],
+    )
+    compiled = Kernel.objects.get()
+    compiled.pk, compiled.digest, compiled.key_hash, compiled.tier = None, COMPILED_DIGEST, "01", 1
+    compiled.blueprint_slug, compiled.pinned_by = "proj_lora_64", "anna"
+    compiled.save(force_insert=True)
+    SpeedUp.objects.create(
+        adaptation_uid=merged.uid,
+        run_uid=merged.run.uid,
+        layer=merged.layer,
+        blueprint_slug="proj_lora_64",
+        capability="cpu",
+        state=SpeedUpState.SWAPPED_IN,
+        text="compiled 1.31×, swapped in",
+        kernel=compiled,
+        worker_speedup=1.27,
+        speedup=1.31,
+        ended_at=timezone.now(),
+    )
+    SpeedUp.objects.create(
+        adaptation_uid=world.adaptations["kept"].uid,
+        run_uid=world.runs["digits-cnn"].uid,
+        layer="classifier.0",
+        blueprint_slug="mlp_gelu_2048",
+        capability="cpu",
+        state=SpeedUpState.KEPT_EAGER,
+        text="compiled 0.94×, kept eager",
+        worker_speedup=1.02,
+        speedup=0.94,
+        ended_at=timezone.now(),
+    )
+    Remedy.objects.create(
+        run=merged.run,
+        run_epoch=1,
+        key="merge-1",
+        kind=RemedyKind.MERGE,
+        layer=merged.layer,
+        step=90,
+        pause_ms=2.1,
+        digest_before="ab" * 32,
+        digest_after="cd" * 32,
+        adaptation=merged,
+    )
+
+
+def make_pool(world: World) -> None:
+    """Workers of each kind, and a job in each state that there is."""
+    now = timezone.now()
+    common = {"started_at": now - timedelta(hours=2), "heartbeat_at": now}
+    memory = {"memory_free_mib": 9_120, "memory_total_mib": 15_800}
+    Worker.objects.create(
+        name="compile@host-a",
+        host="host-a",
+        kind="compile",
+        capabilities=["cpu"],
+        queues=["compile.cpu", "host.host-a"],
+        devices=[{"device": "cpu", "name": "a CPU", "capability": "cpu"}],
+        versions={
+            "torch": "2.13.0",
+            "esper": "0.3.0",
+            "builder_network": "closed by a network namespace",
+        },
+        state="busy",
+        **common,
+        **memory,
+    )
+    gpu = {"device": "cuda:0", "name": "NVIDIA H100", "capability": "cuda.sm90"}
+    Worker.objects.create(
+        name="compile@host-b",
+        host="host-b",
+        kind="compile",
+        capabilities=["cuda.sm90"],
+        queues=["compile.cuda.sm90", "host.host-b"],
+        devices=[{**gpu, "memory_free_mib": 61_234, "memory_total_mib": 81_559}],
+        state="idle",
+        mode="quarantined",
+        mode_reason="5 builders were lost in a row",
+        mode_by="esper",
+        mode_at=now,
+        crashes=5,
+        **common,
+    )
+    Worker.objects.create(
+        name="control@host-a", host="host-a", queues=["control"], state="idle", **common, **memory
+    )
+    Worker.objects.create(
+        name="tamiyo@host-a", host="host-a", kind="tamiyo", state="idle", **common
+    )
+    waiting = {
+        "adaptation_uid": world.adaptations["annas"].uid,
+        "run_uid": world.runs["topics-lm"].uid,
+        "blueprint_slug": "mlp_gelu_2048",
+        "layer": layer_infos()[4].to_wire(),
+    }
+    at_work = {"attempt": 2, "lease_owner": "compile@host-a", "started_at": now}
+    running = CompileJob.objects.create(
+        **waiting, **at_work, capability="cpu", state=JobState.RUNNING, error="killed"
+    )
+    for number, step in enumerate((JobStep.CLAIMED, JobStep.FORECAST)):
+        JobStepDone.objects.create(
+            job=running, attempt=2, step=step, at=now + timedelta(milliseconds=40 * number)
+        )
+    CompileJob.objects.create(**waiting, capability="cpu")
+    why = "no living worker compiles for cuda.sm90"
+    CompileJob.objects.create(**waiting, capability="cuda.sm90", waits_for=why)
+    CompileJob.objects.create(
+        **waiting,
+        capability="cpu",
+        state=JobState.FAILED,
+        attempt=3,
+        error="the builder ended with SIGSEGV",
+        log="attempt 3 on compile@host-a: the builder ended with SIGSEGV\nFatal Python error",
+        ended_at=now,
+    )
+    CacheCounter.objects.create(name="scrubbed", value=12)
 
 
 def make_recipes(world: World) -> None:
@@ -500,17 +646,8 @@ def build_world(*, steps: int = 120) -> World:
         decision_reason="the run ends in a minute",
         ended_at=timezone.now(),
     )
-    Worker.objects.create(
-        name="compile@host-a",
-        host="host-a",
-        kind="compile",
-        capabilities=["cpu"],
-        queues=["compile.cpu", "host.host-a"],
-        devices=[{"device": "cpu", "name": "a CPU", "capability": "cpu"}],
-        state="idle",
-        started_at=timezone.now() - timedelta(hours=2),
-        heartbeat_at=timezone.now(),
-    )
+    make_merged(world)
+    make_pool(world)
     with transaction.atomic():
         record_violation(
             run=world.runs["topics-lm"],

@@ -138,8 +138,24 @@ def pages_of(page: Page) -> list[str]:
         for state in ("Running", "Failed")
     ]
     plain = ["/", "/inbox", "/blueprints", "/blueprints/proj_ia3", "/violations", "/policy"]
-    kernels = ["/workers", "/kernels", f"/kernels/{'ab' * 32}", "/recipes", recipe, *launches]
-    found = [*plain, *kernels, "/audit?verify=1", "/me", run, kept, waiting]
+    compiled = f"/kernels/{'ef' * 32}"
+    page.goto(compiled)
+    merged = page.locator("#panel-speed_ups a").first.get_attribute("href")
+    page.goto("/runs")
+    merged_run = page.locator("a:text-is('topics-lm')").get_attribute("href")
+    kernels = ["/workers", "/kernels", f"/kernels/{'ab' * 32}", compiled, merged, merged_run]
+    found = [
+        *plain,
+        *kernels,
+        "/recipes",
+        recipe,
+        *launches,
+        "/audit?verify=1",
+        "/me",
+        run,
+        kept,
+        waiting,
+    ]
     return [address for address in found if address]
 
 
@@ -294,3 +310,45 @@ def test_two_operators_race_and_the_loser_is_told_who_won(sign_in: SignIn) -> No
     expect(ben.locator("#acts-error")).to_contain_text("anna")
     assert ben.input_value("#reason") == "the loss still falls"
     expect(ben.locator("#panel-head")).to_contain_text("anna approved it")
+
+
+def test_a_worker_is_drained_and_released_after_reading_what_it_means(sign_in: SignIn) -> None:
+    page = sign_in("ben")
+    page.goto("/workers")
+    row = page.locator("#panel-workers tr:has-text('compile@host-a')")
+    row.locator("summary").click()
+    row.locator("button:text-is('Drain')").click()
+    expect(row.locator("[role=alert]")).to_contain_text("Say why")
+    row.locator("input[name=reason]").fill("a new driver")
+    row.locator("button:text-is('Drain')").click()
+    question = page.get_by_role("dialog", name="Drain compile@host-a?")
+    expect(question).to_contain_text("It finishes mlp_gelu_2048 for classifier.2 first.")
+    expect(question).to_contain_text("nothing is built for it until this one is released")
+    question.locator("button:text-is('Keep it as it is')").click()
+    expect(row).not_to_contain_text("Draining")
+    row.locator("button:text-is('Drain')").click()
+    page.locator("dialog button:text-is('Drain it')").click()
+    expect(row).to_contain_text("Draining")
+    expect(row).to_contain_text("ben: a new driver")
+    row.locator("button:has-text('Release')").click()
+    page.locator("dialog button:text-is('Release it')").click()
+    expect(row).not_to_contain_text("Draining")
+
+
+def test_a_kernel_is_pinned_unpinned_and_evicted_on_its_page(sign_in: SignIn) -> None:
+    page = sign_in("ben")
+    page.goto(f"/kernels/{'ef' * 32}")
+    kept = page.locator("#panel-kept")
+    expect(kept).to_contain_text("pinned by anna")
+    assert kept.locator("button:text-is('Evict')").count() == 0
+    kept.locator("button:text-is('Unpin')").click()
+    expect(kept).to_contain_text("not pinned")
+    kept.locator("button:text-is('Pin')").click()
+    expect(kept).to_contain_text("pinned by ben")
+    kept.locator("button:text-is('Unpin')").click()
+    kept.locator("button:text-is('Evict')").click()
+    question = page.locator("dialog")
+    expect(question).to_contain_text("builds it again, about 42 ms")
+    question.locator("button:text-is('Evict it')").click()
+    expect(kept).to_contain_text("Not in the cache")
+    assert kept.locator("button").count() == 0

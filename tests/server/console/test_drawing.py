@@ -28,7 +28,9 @@ from esper.contracts import (
     RunState,
     SafetyPolicy,
     Severity,
+    SpeedUpState,
     ViolationRule,
+    WorkerMode,
     WorkerState,
 )
 
@@ -43,6 +45,8 @@ ROOT = Path(__file__).resolve().parents[3]
         (status.COMMAND, CommandState),
         (status.JOB, JobState),
         (status.WORKER, WorkerState),
+        (status.MODE, WorkerMode),
+        (status.SPEED_UP, SpeedUpState),
         (status.SEVERITY, Severity),
     ],
 )

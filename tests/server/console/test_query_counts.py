@@ -9,6 +9,7 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
 from apps.adaptations.models import Adaptation
+from apps.kernels.models import CompileJob, JobStepDone, Kernel, SpeedUp, Worker
 from apps.runs.models import Run
 from apps.violations.models import Violation
 from esper.contracts import AdaptationState
@@ -24,7 +25,8 @@ def count_queries(client: Any, address: str) -> int:
 
 
 def grow(world: Any) -> None:
-    """Ten more runs, each with an adaptation that waits and a violation."""
+    """Ten more runs, each with an adaptation that waits and a violation; ten more of the pool."""
+    grow_pool()
     model, adaptation = world.runs["digits-cnn"], world.adaptations["waiting"]
     for number in range(10):
         run = Run.objects.get(pk=model.pk)
@@ -42,6 +44,26 @@ def grow(world: Any) -> None:
         violation.save(force_insert=True)
 
 
+def grow_pool() -> None:
+    """Ten more workers at a job, jobs with steps, kernels, and compiled kernels of one."""
+    worker = Worker.objects.get(name="compile@host-a")
+    job = CompileJob.objects.get(state="running")
+    kernel = Kernel.objects.get(tier=1)
+    trial = SpeedUp.objects.get(state="kept_eager")
+    for number in range(10):
+        worker.pk, worker.name, worker.host = None, f"compile@more-{number}", f"more-{number}"
+        worker.save(force_insert=True)
+        for kind in ("running", "queued", "done"):
+            job.pk, job.uid, job.state = None, f"job_{kind}_{number}", kind
+            job.lease_owner, job.kernel = worker.name, Kernel.objects.get(digest="ab" * 32)
+            job.save(force_insert=True)
+            JobStepDone.objects.create(job=job, attempt=2, step="claimed", at=job.queued_at)
+        kernel.pk, kernel.digest, kernel.key_hash = None, f"{number}", f"{number}"
+        kernel.save(force_insert=True)
+        trial.pk, trial.adaptation_uid, trial.kernel = None, f"adp_k{number}", kernel
+        trial.save(force_insert=True)
+
+
 @pytest.mark.parametrize(
     ("address", "most"),
     [
@@ -50,8 +72,9 @@ def grow(world: Any) -> None:
         ("/inbox?state=history", 11),
         ("/runs", 11),
         ("/violations", 8),
-        ("/kernels", 12),
-        ("/workers", 13),
+        ("/kernels", 18),
+        (f"/kernels/{'ab' * 32}", 19),
+        ("/workers", 18),
         ("/recipes", 9),
         ("/blueprints", 7),
         ("/blueprints/mlp_gelu_2048", 9),
