@@ -142,13 +142,24 @@ def why_not_evictable(kernel: Kernel) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class CorruptKernel:
+    """``has_page``: a kernel that was built anew may have another digest than the corrupt one."""
+
+    digest: str
+    blueprint: str
+    problem: str
+    at: datetime
+    has_page: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Scrub:
     """How far the check of the stored kernels is; ``corrupt`` are the newest that failed it."""
 
     last: datetime | None
     waiting: int
     at_once: int  # how many of them one round checks
-    corrupt: list[AuditEvent]
+    corrupt: list[CorruptKernel]
 
 
 def scrub_state() -> Scrub:
@@ -157,7 +168,22 @@ def scrub_state() -> Scrub:
         last=Kernel.objects.aggregate(last=Max("scrubbed_at"))["last"],
         waiting=stored.filter(scrubbed_at=None).count(),
         at_once=SCRUB_BATCH,
-        corrupt=list(
-            AuditEvent.objects.filter(act="kernel.corrupt").order_by("-id")[:CORRUPT_SHOWN]
-        ),
+        corrupt=_corrupt_kernels(),
     )
+
+
+def _corrupt_kernels() -> list[CorruptKernel]:
+    found = AuditEvent.objects.filter(act="kernel.corrupt").order_by("-id")
+    events = list(found[:CORRUPT_SHOWN])
+    digests = [event.object_uid for event in events]
+    known = set(Kernel.objects.filter(digest__in=digests).values_list("digest", flat=True))
+    return [
+        CorruptKernel(
+            digest=event.object_uid,
+            blueprint=str(event.data.get("blueprint", "")),
+            problem=event.reason,
+            at=event.at,
+            has_page=event.object_uid in known,
+        )
+        for event in events
+    ]

@@ -458,6 +458,22 @@ def make_merged(world: World) -> None:
         speedup=0.94,
         ended_at=timezone.now(),
     )
+    Command.objects.create(
+        run=merged.run,
+        epoch=1,
+        seq=1,
+        kind=CommandKind.SPEED_UP,
+        adaptation_uid=merged.uid,
+        layer=merged.layer,
+        issued_at=timezone.now(),
+        expires_at=timezone.now(),
+        signature="s",
+        state=CommandState.APPLIED,
+        step=60,
+        pause_ms=1.2,
+        acknowledged_at=timezone.now(),
+    )
+    Run.objects.filter(pk=merged.run.pk).update(command_seq=1)
     Remedy.objects.create(
         run=merged.run,
         run_epoch=1,

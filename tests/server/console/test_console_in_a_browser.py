@@ -347,7 +347,7 @@ def test_a_kernel_is_pinned_unpinned_and_evicted_on_its_page(sign_in: SignIn) ->
     expect(kept).to_contain_text("pinned by ben")
     kept.locator("button:text-is('Unpin')").click()
     kept.locator("button:text-is('Evict')").click()
-    question = page.locator("dialog")
+    question = page.get_by_role("dialog", name="Evict the kernel of proj_lora_64?")
     expect(question).to_contain_text("builds it again, about 42 ms")
     question.locator("button:text-is('Evict it')").click()
     expect(kept).to_contain_text("Not in the cache")

@@ -142,17 +142,22 @@ def test_the_cache_panel_has_the_numbers_of_the_integration_status(world: Any) -
     assert "Scrub now" in panel(world, "anna", "/kernels", "cache")
 
 
-def test_the_cache_panel_names_the_corrupt(world: Any) -> None:
-    record(
-        actor=SYSTEM,
-        act="kernel.corrupt",
-        object_kind="kernel",
-        object_uid=EAGER,
-        reason="the digest is another one",
-        data={"blueprint": "mlp_gelu_2048"},
-    )
-    text = panel(world, "vera", "/kernels", "cache")
-    assert "mlp_gelu_2048: the digest is another one" in text
+def test_the_cache_panel_names_the_corrupt_and_links_those_that_are_still_known(
+    world: Any,
+) -> None:
+    for digest in (EAGER, "00" * 32):
+        record(
+            actor=SYSTEM,
+            act="kernel.corrupt",
+            object_kind="kernel",
+            object_uid=digest,
+            reason="the digest is another one",
+            data={"blueprint": "mlp_gelu_2048"},
+        )
+    text = world.client("vera").get("/kernels", {"panel": "cache"}).content.decode()
+    assert text.count("mlp_gelu_2048: the digest is another one") == 2
+    assert f"/kernels/{EAGER}" in text
+    assert f"/kernels/{'00' * 32}" not in text
 
 
 def test_a_merged_graft_offers_no_way_back_and_says_why(world: Any) -> None:
@@ -184,6 +189,7 @@ def test_the_story_of_an_adaptation_goes_on_to_its_compiled_kernel(
 def test_a_merge_stands_in_the_timeline_and_in_the_story(world: Any) -> None:
     merged = world.adaptations["merged"]
     run = reverse("console:run", args=[merged.run.uid])
+    assert "60 Kernel of" in panel(world, "vera", run, "timeline")
     assert f"Merge classifier.0 ( A-{merged.number} )" in panel(world, "vera", run, "timeline")
     address = reverse("console:adaptation", args=[merged.uid])
     assert "Merge at step 90, by the training script" in panel(world, "vera", address, "way")
