@@ -136,7 +136,7 @@ def test_the_cache_panel_has_the_numbers_of_the_integration_status(world: Any) -
     text = panel(world, "vera", "/kernels", "cache")
     stats = integration_status()["blueprint_cache_stats"]
     assert f"Kernels {stats['kernels']} {stats['pinned']} pinned" in text
-    assert f"{stats['hits']} hits, {stats['misses']} misses" in text
+    assert f"{stats['hits']} hits, {stats['misses']} miss" in text
     assert f"{stats['scrubbed']} checks, {stats['corrupt']} corrupt, 2 wait for theirs" in text
     assert "Scrub now" not in text
     assert "Scrub now" in panel(world, "anna", "/kernels", "cache")
