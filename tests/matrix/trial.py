@@ -158,10 +158,13 @@ def seen_layers(specimen: Specimen) -> tuple[LayerInfo, ...]:
 
 
 def representatives(layers: tuple[LayerInfo, ...], count: int) -> list[LayerInfo]:
-    """The first and the last of each kind of layer; those called several times count apart."""
+    """The first and the last of each kind of layer; those called several times count apart, as do
+    those whose output a cache keeps."""
     kinds: dict[Any, list[LayerInfo]] = {}
     for layer in layers:
-        key = (layer.kind, layer.calls > 1, layer.graftable, not layer.graftable and layer.reason)
+        why_not = not layer.graftable and layer.reason
+        keeps = bool(layer.cached_channels)  # keys or values, which kv_cache_8bit rounds
+        key = (layer.kind, layer.calls > 1, keeps, layer.graftable, why_not)
         kinds.setdefault(key, []).append(layer)
     return [layer for same in kinds.values() for layer in [*same[: count - 1], same[-1]][:count]]
 
