@@ -90,7 +90,9 @@ def _follow(remedy: Remedy, actor: Actor) -> None:
 
 
 def _taken_out(adaptation: Adaptation, remedy: Remedy, actor: Actor) -> None:
-    reason = f"the training script took it out at step {remedy.step}"
+    older = str(remedy.details.get("along_with", ""))
+    what = f"it went with the hard undo of {older}" if older else "the training script took it out"
+    reason = f"{what} at step {remedy.step}"
     catch_up(adaptation, actor, step=remedy.step, reason=reason)
     transition(
         adaptation,

@@ -46,12 +46,25 @@ class SurgeryReports:
             self._tell(body)
 
     def taken_out(
-        self, entries: Iterable[Adaptation], report: UndoReceipt, step: int, remedy: RemedyKind
+        self,
+        entries: Iterable[Adaptation],
+        report: UndoReceipt,
+        step: int,
+        remedy: RemedyKind,
+        *,
+        meant: Adaptation,
     ) -> None:
-        """Grafts that are in the model no more, without an order of the server."""
+        """Grafts that are in the model no more, without an order of the server.
+
+        Args:
+            meant: the one that was to go; the others had to go along.
+        """
         for entry in entries:
             body = _body(remedy, entry.layer, step, report.pause_ms)
-            body |= {"adaptation": _known(entry), "details": {"blueprint": entry.blueprint}}
+            details = {"blueprint": entry.blueprint}
+            if entry is not meant:
+                details["along_with"] = f"{meant.blueprint} at {meant.layer}"
+            body |= {"adaptation": _known(entry), "details": details}
             body |= {"exact": report.exact, "digest_after": report.digest}
             self._tell(body)
 

@@ -719,14 +719,14 @@ class Session:
         """By the server, which does not know of those that have to go along."""
         report, gone = self._take_out(adaptation, hard=hard, state=state)
         others = [entry for entry in gone if entry is not adaptation]
-        self._reports.taken_out(others, report, self._step, RemedyKind.UNDO)
+        self._reports.taken_out(others, report, self._step, RemedyKind.UNDO, meant=adaptation)
         return report, gone
 
     def _take_out_by_script(
         self, adaptation: Adaptation, remedy: RemedyKind, *, hard: bool
     ) -> UndoReceipt:
         report, gone = self._take_out(adaptation, hard=hard, state=AdaptationState.REVERTED)
-        self._reports.taken_out(gone, report, self._step, remedy)
+        self._reports.taken_out(gone, report, self._step, remedy, meant=adaptation)
         return report
 
     def _tell_undone(self, before: tuple[RemedyReceipt, ...], report: UndoReceipt) -> None:

@@ -147,10 +147,23 @@ class Plant:
         }
         key = {"Idempotency-Key": f"test:{self.proposals}:{layer}"}
         path = f"runs/{self.run}/adaptations"
+        self.reject_others(layer)
         answer = self.call("tamiyo", "POST", path, json=body, headers=key)
         assert answer.status_code == 201, answer.text
         self.uids.append(answer.json()["uid"])
         return self.uids[-1]
+
+    def reject_others(self, layer: str) -> None:
+        """The real Tamiyo looks at this run, too, and a layer takes one adaptation at a time."""
+        waiting = (
+            "SELECT uid, version FROM adaptations_adaptation WHERE layer=? AND policy != 'test' "
+            "AND state = 'awaiting_approval'"
+        )
+        for uid, version in self.rows(waiting, layer):
+            headers = {"If-Match": f'"{version}"'}
+            self.call(
+                "ada", "POST", f"adaptations/{uid}/reject", json={"reason": "test"}, headers=headers
+            )
 
 
 def until(what: Callable[[], Any], seconds: float, why: str) -> None:

@@ -36,7 +36,15 @@ HASTE = {
 }
 FIRST, SECOND = "first@here", "second@here"
 LAYERS = ("conv1", "conv2", "conv3", "squeeze", "head")
-NAMED_ENDS = {"kept", "rolled_back", "compile_failed", "dispatch_expired", "not_applied"}
+# reverted: kept, and gone with the hard undo of an older graft
+NAMED_ENDS = {
+    "kept",
+    "rolled_back",
+    "reverted",
+    "compile_failed",
+    "dispatch_expired",
+    "not_applied",
+}
 
 
 @dataclass

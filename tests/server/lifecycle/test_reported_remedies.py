@@ -129,6 +129,15 @@ def test_a_graft_that_the_script_takes_out_has_its_end(
     assert "the training script took it out at step 400" in adaptation.end_reason
 
 
+def test_a_graft_that_went_along_with_an_older_one_says_with_which(stage: Stage) -> None:
+    adaptation = kept(stage)
+    details = {"blueprint": "mon_act_stats", "along_with": "clamp_grad_norm at conv1"}
+    told(stage, report("undo", adaptation=adaptation.uid, exact=True, details=details))
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.REVERTED
+    assert "went with the hard undo of clamp_grad_norm at conv1" in adaptation.end_reason
+
+
 def test_a_remedy_names_no_adaptation_of_another_run(stage: Stage) -> None:
     with pytest.raises(Problem) as refusal:
         told(stage, report("prune", adaptation="adp_of_somebody_else"))
