@@ -115,6 +115,8 @@ def compile_kernel(job_uid: str, *, worker: str) -> None:
 @transaction.atomic
 def _start(job: CompileJob, worker: str, actor: Actor) -> bool:
     adaptation = _locked(job)
+    if adaptation.state == AdaptationState.COMPILING:
+        return False  # a second doorbell: whoever holds the lease is at it
     if adaptation.state != AdaptationState.COMPILE_QUEUED:
         kernels.cancel_job(job)
         return False

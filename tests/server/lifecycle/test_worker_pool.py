@@ -218,6 +218,24 @@ def test_a_late_attempt_leaves_no_kernel_behind(
     assert not Kernel.objects.exists()
 
 
+def test_a_second_doorbell_while_a_job_is_built_disturbs_nothing(
+    stage: Stage, odd_builders: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptation = stage.propose()
+    build = compiling._build_or_reuse
+
+    def rung_meanwhile(job: CompileJob, progress: Any) -> Any:
+        services.compile_kernel(job.uid, worker="other@there")
+        return build(job, progress)
+
+    monkeypatch.setattr(compiling, "_build_or_reuse", rung_meanwhile)
+    services.compile_kernel(_job_of(adaptation), worker="compile@here")
+
+    job = CompileJob.objects.get()
+    assert (job.state, job.attempt, job.lease_owner) == (JobState.DONE, 1, "compile@here")
+    assert Kernel.objects.count() == 1
+
+
 def test_a_build_whose_lease_was_taken_away_is_stopped(
     stage: Stage, odd_builders: None, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
