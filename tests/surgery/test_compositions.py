@@ -23,6 +23,7 @@ from esper.compilation.instantiate import instantiate
 from esper.contracts import GraftKind, LayerInfo, Risk, signing
 from esper.exceptions import (
     BlueprintError,
+    CertificateError,
     ConfigurationError,
     DuplicateBlueprintError,
     IncompatibleLayerError,
@@ -221,10 +222,30 @@ def test_any_tree_is_refused_or_certified(tree: Any, d_in: int, d_out: int) -> N
         return
     model, x, info = make_host(d_in, d_out)
     expected, before = model(x), digest(model)
-    receipt = apply_graft(model, info, whole, x=x, thorough=True)
-    assert receipt.certificate.passed
-    assert torch.equal(model(x), expected)
-    assert receipt.undo().digest == before
+    try:
+        receipt = apply_graft(model, info, whole, x=x, thorough=True)
+    except CertificateError as refusal:
+        failures = refusal.certificate.failures
+    else:
+        failures = ()
+        assert receipt.certificate.passed
+        assert torch.equal(model(x), expected)
+        receipt.undo()
+    assert digest(model) == before
+    # Three sums deep, the host's gradient is one of so many terms that their order rounds it.
+    assert failures in ((), ("it changes the gradients of the layer's own weights or input",))
+
+
+def test_sums_three_deep_round_the_hosts_gradient_and_are_refused() -> None:
+    deep: Any = {"parallel": ["proj_lora_64", "proj_ia3"]}
+    for _ in range(2):
+        deep = {"parallel": ["proj_lora_64", deep]}
+    model, x, info = make_host(4, 4)
+    before = digest(model)
+    whole = build(document("deep", deep))["deep"]
+    with pytest.raises(CertificateError, match="changes the gradients"):
+        apply_graft(model, info, whole, x=x, thorough=True)
+    assert digest(model) == before
 
 
 # -- documents ---------------------------------------------------------------------------------
