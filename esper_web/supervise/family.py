@@ -60,7 +60,9 @@ class Family:
         for _, group in groupby(living, key=lambda child: child.spec.stop_order):
             await asyncio.gather(*(child.stop() for child in group))
         for task in self._tasks.values():
-            with suppress(CrashLoopError, asyncio.CancelledError):
+            # Late where a builder that outlives its worker holds its output still: wait_for
+            # has cancelled the task by then.
+            with suppress(CrashLoopError, asyncio.CancelledError, TimeoutError):
                 await asyncio.wait_for(task, 5.0)
 
     async def _wait_ready(self, child: Child, task: asyncio.Task[None]) -> None:
