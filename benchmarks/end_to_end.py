@@ -73,11 +73,11 @@ def end_to_end(adaptations: int, *, server: str = "", token: str = "") -> list[f
 
 @contextmanager
 def _running(data_dir: Path) -> Iterator[tuple[str, str]]:
-    from esper_web.keyring import read_keyring
+    from hosts.keyring import read_keyring
 
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "esper_web.supervisor", "--no-demo"),
+            *(sys.executable, "-m", "launcher.supervisor", "--no-demo"),
             *("--port", "0", "--data-dir", str(data_dir)),
         ],
         stdout=subprocess.PIPE,

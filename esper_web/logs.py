@@ -7,7 +7,7 @@ import logging
 from datetime import UTC, datetime
 from typing import Any
 
-from esper_web.redaction import redact
+from hosts.redaction import redact
 
 
 class LineFormatter(logging.Formatter):

@@ -6,7 +6,7 @@ from django.contrib import admin
 from django.urls import include, path
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 
-from apps.api.problems import problems_page
+from apps.rest.problems import problems_page
 from esper_web import probes
 
 urlpatterns = [
@@ -14,7 +14,7 @@ urlpatterns = [
     path("readyz", probes.readyz, name="readyz"),
     path("metrics", probes.metrics, name="metrics"),
     path("admin/", admin.site.urls),
-    path("api/v1/", include("apps.api.urls")),
+    path("api/v1/", include("esper_web.api_v1")),
     path("api/schema", SpectacularAPIView.as_view(), name="schema"),
     path(
         "api/docs",

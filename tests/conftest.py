@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from esper_web.keyring import read_keyring
-from esper_web.supervise.plan import ROOT
-from esper_web.supervise.ports import any_free_port
-from esper_web.supervise.processes import end_marked, marked_processes
-from esper_web.supervise.runtime import read_runtime
+from hosts.keyring import read_keyring
+from hosts.processes import end_marked, marked_processes
+from launcher.supervise.plan import ROOT
+from launcher.supervise.ports import any_free_port
+from launcher.supervise.runtime import read_runtime
 
 START_SECONDS = 120.0
 STOP_SECONDS = 45.0
@@ -157,7 +157,7 @@ class RunningEsper:
 
     @property
     def runtime(self) -> dict[str, Any]:
-        """``url, redis_port, ready, children {name: pid}``; see esper_web.supervise.runtime."""
+        """``url, redis_port, ready, children {name: pid}``; see launcher.supervise.runtime."""
         return read_runtime(self.data_dir)
 
     @property
@@ -232,7 +232,7 @@ def launch_esper(
     with console.open("wb") as file:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "esper_web.supervisor"),
+                *(sys.executable, "-m", "launcher.supervisor"),
                 *("--data-dir", str(data_dir), "--port", "0", *arguments),
             ],
             cwd=ROOT,

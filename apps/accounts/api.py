@@ -11,13 +11,13 @@ from apps.accounts.policy import Act, may
 from apps.accounts.problems import not_found
 from apps.accounts.serializers import MeOutput, NewTokenOutput, TokenInput, TokenOutput
 from apps.accounts.services import issue_token, revoke_token
-from apps.api.authentication import actor, person
-from apps.api.endpoint import Endpoint
-from apps.api.fields import parse
-from apps.api.idempotency import idempotent
-from apps.api.pagination import PARAMETERS, page_response
-from apps.api.schema import CURSOR, LIMIT, documented, page_of
-from apps.api.throttling import TokenThrottle
+from apps.rest.authentication import actor, person
+from apps.rest.endpoint import Endpoint
+from apps.rest.fields import parse
+from apps.rest.idempotency import idempotent
+from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of
+from apps.rest.throttling import TokenThrottle
 from esper.contracts import TokenScope
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from django.contrib.auth.models import AbstractUser
 from django.db import models
 
-from apps.accounts.identifiers import UID_LENGTH, new_uid
+from apps.rest.identifiers import UID_LENGTH, new_uid
 from esper.contracts import Role
 
 

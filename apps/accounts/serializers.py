@@ -8,7 +8,7 @@ from rest_framework import serializers
 
 from apps.accounts.models import ApiToken, User
 from apps.accounts.policy import Permission
-from apps.api.fields import BoundedList, PersonsInput, Text, WholeNumber
+from apps.rest.fields import BoundedList, PersonsInput, Text, WholeNumber
 from esper.contracts import TokenScope
 
 # Scopes that a person may give to a script of theirs; `run:write` comes from registering a run.

@@ -31,17 +31,17 @@ from apps.adaptations.serializers import (
     SnapshotOutput,
     VerdictInput,
 )
-from apps.api.authentication import actor, person, via
-from apps.api.endpoint import Endpoint
-from apps.api.etag import expected_version, versioned_response
-from apps.api.fields import parse
-from apps.api.filters import apply_filters, many_of, one_of, text
-from apps.api.idempotency import HEADER, idempotent
-from apps.api.pagination import PARAMETERS, page_response
-from apps.api.schema import CURSOR, LIMIT, documented, page_of, query, results_of
-from apps.api.throttling import ActThrottle
 from apps.policies.serializers import SwitchInput, SwitchOutput
 from apps.policies.services import adaptation_switch
+from apps.rest.authentication import actor, person, via
+from apps.rest.endpoint import Endpoint
+from apps.rest.etag import expected_version, versioned_response
+from apps.rest.fields import parse
+from apps.rest.filters import apply_filters, many_of, one_of, text
+from apps.rest.idempotency import HEADER, idempotent
+from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query, results_of
+from apps.rest.throttling import ActThrottle
 from apps.runs.api import visible_run
 from esper.contracts import AdaptationState, AdaptationType, Risk, TokenScope, Verdict, codec
 

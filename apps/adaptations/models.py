@@ -10,10 +10,10 @@ from functools import partial
 from django.conf import settings
 from django.db import models
 
-from apps.accounts.identifiers import UID_LENGTH, new_uid
 from apps.blueprints.models import Blueprint
 from apps.kernels.models import CompileJob, Kernel
 from apps.policies.models import PolicyVersion
+from apps.rest.identifiers import UID_LENGTH, new_uid
 from apps.runs.models import Run
 from esper.contracts import (
     ADAPTATION_ENDED,

@@ -7,7 +7,7 @@ from rest_framework import serializers
 
 from apps.accounts.serializers import PermissionOutput
 from apps.adaptations.models import Adaptation
-from apps.api.fields import (
+from apps.rest.fields import (
     BoundedDict,
     BoundedList,
     FiniteNumber,

@@ -14,15 +14,15 @@ from apps.accounts.policy import Act
 from apps.accounts.problems import not_found
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation
-from apps.api.authentication import actor, person, via
-from apps.api.endpoint import Endpoint, require, run_of_token
-from apps.api.fields import body, parse
-from apps.api.filters import whole_number
-from apps.api.idempotency import idempotent
-from apps.api.schema import documented
-from apps.api.throttling import TelemetryThrottle, TokenThrottle
 from apps.kernels.services import finite_or_none
 from apps.policies.services import current_policy
+from apps.rest.authentication import actor, person, via
+from apps.rest.endpoint import Endpoint, require, run_of_token
+from apps.rest.fields import body, parse
+from apps.rest.filters import whole_number
+from apps.rest.idempotency import idempotent
+from apps.rest.schema import documented
+from apps.rest.throttling import TelemetryThrottle, TokenThrottle
 from apps.runs.api import TRAINERS, RunList, visible_run
 from apps.runs.models import Run
 from apps.runs.serializers import (

@@ -10,14 +10,14 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.policy import Act
-from apps.api.authentication import person
-from apps.api.endpoint import Endpoint, require
-from apps.api.filters import apply_filters, moment, text, whole_number
-from apps.api.pagination import PARAMETERS, page_response
-from apps.api.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.audit.models import AuditEvent
 from apps.audit.serializers import AuditEventOutput, ChainOutput
 from apps.audit.services import verify_chain
+from apps.rest.authentication import person
+from apps.rest.endpoint import Endpoint, require
+from apps.rest.filters import apply_filters, moment, text, whole_number
+from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from esper.contracts import codec
 
 FILTERS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.db import models
 
-from apps.accounts.identifiers import UID_LENGTH
+from apps.rest.identifiers import UID_LENGTH
 
 
 class AuditEvent(models.Model):

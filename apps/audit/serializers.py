@@ -4,8 +4,8 @@ from typing import Any
 
 from rest_framework import serializers
 
-from apps.api.fields import Members
 from apps.audit.models import AuditEvent
+from apps.rest.fields import Members
 
 
 class AuditEventOutput(serializers.ModelSerializer[AuditEvent]):

@@ -8,16 +8,16 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.problems import not_found
-from apps.api.authentication import person, via
-from apps.api.endpoint import Endpoint
-from apps.api.fields import parse
-from apps.api.idempotency import idempotent
-from apps.api.schema import documented
-from apps.api.throttling import ActThrottle
 from apps.kernels import cache
 from apps.kernels.models import Kernel
 from apps.kernels.selectors import cache_stats
 from apps.kernels.serializers import CacheActInput, CacheStatsOutput, KernelOutput
+from apps.rest.authentication import person, via
+from apps.rest.endpoint import Endpoint
+from apps.rest.fields import parse
+from apps.rest.idempotency import idempotent
+from apps.rest.schema import documented
+from apps.rest.throttling import ActThrottle
 
 ACTS = {"pin": cache.pin, "unpin": cache.unpin, "evict": cache.evict}
 

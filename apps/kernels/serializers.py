@@ -5,8 +5,8 @@ from typing import Any
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
-from apps.api.fields import Members, Text
 from apps.kernels.models import CompileJob, JobStepDone, Kernel, Worker
+from apps.rest.fields import Members, Text
 
 
 class KernelOutput(serializers.ModelSerializer[Kernel]):

@@ -4,7 +4,7 @@ from typing import Any
 
 from rest_framework import serializers
 
-from apps.api.fields import Members
+from apps.rest.fields import Members
 
 
 class EventOutput(serializers.Serializer[Any]):

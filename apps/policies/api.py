@@ -3,17 +3,17 @@ from __future__ import annotations
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.api.authentication import person, via
-from apps.api.endpoint import Endpoint
-from apps.api.etag import versioned_response
-from apps.api.fields import parse
-from apps.api.idempotency import idempotent
-from apps.api.pagination import PARAMETERS, page_response
-from apps.api.schema import CURSOR, LIMIT, documented, page_of
-from apps.api.throttling import ActThrottle
 from apps.policies.models import PolicyVersion
 from apps.policies.serializers import PolicyInput, PolicyOutput
 from apps.policies.services import current_policy, publish_policy
+from apps.rest.authentication import person, via
+from apps.rest.endpoint import Endpoint
+from apps.rest.etag import versioned_response
+from apps.rest.fields import parse
+from apps.rest.idempotency import idempotent
+from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of
+from apps.rest.throttling import ActThrottle
 
 
 class CurrentPolicy(Endpoint):

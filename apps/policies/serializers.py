@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from rest_framework import serializers
 
-from apps.api.fields import Flag, Members, PersonsInput, Text
 from apps.policies.models import AdaptationSwitch, PolicyVersion
+from apps.rest.fields import Flag, Members, PersonsInput, Text
 
 
 class PolicyOutput(serializers.ModelSerializer[PolicyVersion]):

@@ -34,7 +34,7 @@ from apps.recipes.models import Launch, LogChunk, Recipe
 from apps.runs.models import Run
 from apps.runs.services import lock_run, set_state
 from esper.contracts import RUN_ENDED, LaunchState, RunState, TokenScope
-from esper_web.supervise.processes import (
+from hosts.processes import (
     MARK,
     process_identity,
     signal_group,

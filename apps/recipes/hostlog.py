@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from esper_web.redaction import redact
+from hosts.redaction import redact
 
 SEGMENT_BYTES = 4 * 1024 * 1024
 SEGMENTS_KEPT = 4

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from apps.recipes.hostlog import LogWriter
-from esper_web.keyring import write_private
-from esper_web.redaction import redact
-from esper_web.supervise.processes import dies_with_parent, process_identity, signal_group
+from hosts.keyring import write_private
+from hosts.processes import dies_with_parent, process_identity, signal_group
+from hosts.redaction import redact
 
 PROCESS_FILE = "process.json"
 EXIT_FILE = "exit.json"

@@ -7,8 +7,8 @@ from functools import partial
 from django.conf import settings
 from django.db import models
 
-from apps.accounts.identifiers import UID_LENGTH, new_uid
 from apps.recipes.files import Parameter
+from apps.rest.identifiers import UID_LENGTH, new_uid
 from esper.contracts import LAUNCH_ENDED, LaunchState
 
 

@@ -5,9 +5,9 @@ from typing import Any
 from rest_framework import serializers
 
 from apps.accounts.serializers import PermissionOutput
-from apps.api.fields import BoundedDict, Members, PersonsInput, Text
 from apps.recipes.files import MAX_PARAMETERS
 from apps.recipes.models import Launch, Recipe
+from apps.rest.fields import BoundedDict, Members, PersonsInput, Text
 
 
 class RecipeOutput(serializers.ModelSerializer[Recipe]):

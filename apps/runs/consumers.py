@@ -13,7 +13,7 @@ from channels.db import database_sync_to_async
 from channels.generic.websocket import AsyncWebsocketConsumer
 
 from apps.accounts.services import authenticate_token
-from apps.api.authentication import bearer_secret
+from apps.rest.authentication import bearer_secret
 from apps.runs.models import Run
 from apps.runs.services import command_to_wire, commands_after, touch, trainer_group
 from esper.contracts import TokenScope, codec

@@ -7,7 +7,7 @@ from functools import partial
 from django.conf import settings
 from django.db import models
 
-from apps.accounts.identifiers import UID_LENGTH, new_uid
+from apps.rest.identifiers import UID_LENGTH, new_uid
 from esper.contracts import (
     MAX_NAME_LENGTH,
     RUN_ENDED,

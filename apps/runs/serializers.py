@@ -7,7 +7,7 @@ from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
 from apps.accounts.serializers import PermissionOutput
-from apps.api.fields import (
+from apps.rest.fields import (
     BoundedDict,
     BoundedList,
     Flag,

@@ -6,10 +6,10 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.problems import Problem
-from apps.api.endpoint import READERS, Endpoint
-from apps.api.etag import cacheable_response
-from apps.api.filters import one_of, parse_parameter, text, whole_number
-from apps.api.schema import documented, query
+from apps.rest.endpoint import READERS, Endpoint
+from apps.rest.etag import cacheable_response
+from apps.rest.filters import one_of, parse_parameter, text, whole_number
+from apps.rest.schema import documented, query
 from apps.runs.api import TRAINERS, visible_run
 from apps.telemetry.selectors import (
     MAX_COLUMNS,

@@ -4,7 +4,7 @@ from typing import Any
 
 from rest_framework import serializers
 
-from apps.api.fields import WholeNumber, WireNumber
+from apps.rest.fields import WholeNumber, WireNumber
 from esper.contracts import Severity, Signal, ViolationRule
 
 

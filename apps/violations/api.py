@@ -4,14 +4,14 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.problems import not_found
-from apps.api.authentication import person, via
-from apps.api.endpoint import Endpoint
-from apps.api.fields import parse
-from apps.api.filters import apply_filters, flag, one_of, text
-from apps.api.idempotency import idempotent
-from apps.api.pagination import PARAMETERS, page_response
-from apps.api.schema import CURSOR, LIMIT, documented, page_of, query
-from apps.api.throttling import ActThrottle
+from apps.rest.authentication import person, via
+from apps.rest.endpoint import Endpoint
+from apps.rest.fields import parse
+from apps.rest.filters import apply_filters, flag, one_of, text
+from apps.rest.idempotency import idempotent
+from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.rest.throttling import ActThrottle
 from apps.runs.serializers import ReasonInput
 from apps.violations.models import Violation
 from apps.violations.serializers import ViolationOutput

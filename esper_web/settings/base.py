@@ -28,7 +28,7 @@ INSTALLED_APPS = [
     "apps.violations",
     "apps.recipes",
     "apps.adaptations",
-    "apps.api",
+    "apps.rest",
     "apps.console",
     "django.contrib.admin",
     "django.contrib.auth",
@@ -44,8 +44,8 @@ INSTALLED_APPS = [
 ]
 
 MIDDLEWARE = [
-    "apps.api.middleware.RequestIdMiddleware",
-    "apps.api.middleware.NoNulMiddleware",
+    "apps.rest.middleware.RequestIdMiddleware",
+    "apps.rest.middleware.NoNulMiddleware",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "csp.middleware.CSPMiddleware",
@@ -134,15 +134,15 @@ STATICFILES_DIRS = [BASE_DIR / "static"] if (BASE_DIR / "static").is_dir() else 
 
 REST_FRAMEWORK: dict[str, Any] = {
     "DEFAULT_AUTHENTICATION_CLASSES": [
-        "apps.api.authentication.TokenAuthentication",
-        "apps.api.authentication.SessionAuthentication",
+        "apps.rest.authentication.TokenAuthentication",
+        "apps.rest.authentication.SessionAuthentication",
     ],
     "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
-    "DEFAULT_PARSER_CLASSES": ["apps.api.codec.StrictJSONParser"],
-    "DEFAULT_RENDERER_CLASSES": ["apps.api.codec.StrictJSONRenderer"],
+    "DEFAULT_PARSER_CLASSES": ["apps.rest.codec.StrictJSONParser"],
+    "DEFAULT_RENDERER_CLASSES": ["apps.rest.codec.StrictJSONRenderer"],
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
-    "EXCEPTION_HANDLER": "apps.api.errors.problem_response",
-    "TEST_REQUEST_RENDERER_CLASSES": ["apps.api.codec.StrictJSONRenderer"],
+    "EXCEPTION_HANDLER": "apps.rest.errors.problem_response",
+    "TEST_REQUEST_RENDERER_CLASSES": ["apps.rest.codec.StrictJSONRenderer"],
     "TEST_REQUEST_DEFAULT_FORMAT": "json",
     "UNAUTHENTICATED_USER": "django.contrib.auth.models.AnonymousUser",
 }

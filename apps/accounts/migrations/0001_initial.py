@@ -9,7 +9,7 @@ import django.utils.timezone
 from django.conf import settings
 from django.db import migrations, models
 
-import apps.accounts.identifiers
+import apps.rest.identifiers
 import esper.contracts.enums
 
 
@@ -146,9 +146,7 @@ class Migration(migrations.Migration):
                 (
                     "uid",
                     models.CharField(
-                        default=functools.partial(
-                            apps.accounts.identifiers.new_uid, *("tok",), **{}
-                        ),
+                        default=functools.partial(apps.rest.identifiers.new_uid, *("tok",), **{}),
                         editable=False,
                         max_length=32,
                         unique=True,

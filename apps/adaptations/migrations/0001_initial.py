@@ -6,7 +6,7 @@ import django.db.models.deletion
 from django.conf import settings
 from django.db import migrations, models
 
-import apps.accounts.identifiers
+import apps.rest.identifiers
 import esper.contracts.enums
 
 
@@ -34,9 +34,7 @@ class Migration(migrations.Migration):
                 (
                     "uid",
                     models.CharField(
-                        default=functools.partial(
-                            apps.accounts.identifiers.new_uid, *("adp",), **{}
-                        ),
+                        default=functools.partial(apps.rest.identifiers.new_uid, *("adp",), **{}),
                         editable=False,
                         max_length=32,
                         unique=True,

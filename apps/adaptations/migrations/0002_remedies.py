@@ -5,7 +5,7 @@ import functools
 import django.db.models.deletion
 from django.db import migrations, models
 
-import apps.accounts.identifiers
+import apps.rest.identifiers
 import esper.contracts.enums
 
 
@@ -33,9 +33,7 @@ class Migration(migrations.Migration):
                 (
                     "uid",
                     models.CharField(
-                        default=functools.partial(
-                            apps.accounts.identifiers.new_uid, *("rem",), **{}
-                        ),
+                        default=functools.partial(apps.rest.identifiers.new_uid, *("rem",), **{}),
                         editable=False,
                         max_length=32,
                         unique=True,

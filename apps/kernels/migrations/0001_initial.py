@@ -5,7 +5,7 @@ import functools
 import django.db.models.deletion
 from django.db import migrations, models
 
-import apps.accounts.identifiers
+import apps.rest.identifiers
 import esper.contracts.enums
 
 
@@ -104,9 +104,7 @@ class Migration(migrations.Migration):
                 (
                     "uid",
                     models.CharField(
-                        default=functools.partial(
-                            apps.accounts.identifiers.new_uid, *("job",), **{}
-                        ),
+                        default=functools.partial(apps.rest.identifiers.new_uid, *("job",), **{}),
                         editable=False,
                         max_length=32,
                         unique=True,

@@ -6,7 +6,7 @@ import django.db.models.deletion
 from django.conf import settings
 from django.db import migrations, models
 
-import apps.accounts.identifiers
+import apps.rest.identifiers
 import esper.contracts.enums
 
 
@@ -30,9 +30,7 @@ class Migration(migrations.Migration):
                 (
                     "uid",
                     models.CharField(
-                        default=functools.partial(
-                            apps.accounts.identifiers.new_uid, *("rec",), **{}
-                        ),
+                        default=functools.partial(apps.rest.identifiers.new_uid, *("rec",), **{}),
                         editable=False,
                         max_length=32,
                         unique=True,
@@ -74,9 +72,7 @@ class Migration(migrations.Migration):
                 (
                     "uid",
                     models.CharField(
-                        default=functools.partial(
-                            apps.accounts.identifiers.new_uid, *("lau",), **{}
-                        ),
+                        default=functools.partial(apps.rest.identifiers.new_uid, *("lau",), **{}),
                         editable=False,
                         max_length=32,
                         unique=True,
@@ -87,9 +83,7 @@ class Migration(migrations.Migration):
                 (
                     "run_uid",
                     models.CharField(
-                        default=functools.partial(
-                            apps.accounts.identifiers.new_uid, *("run",), **{}
-                        ),
+                        default=functools.partial(apps.rest.identifiers.new_uid, *("run",), **{}),
                         editable=False,
                         max_length=32,
                         unique=True,

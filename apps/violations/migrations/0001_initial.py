@@ -6,7 +6,7 @@ import django.db.models.deletion
 from django.conf import settings
 from django.db import migrations, models
 
-import apps.accounts.identifiers
+import apps.rest.identifiers
 import esper.contracts.enums
 
 
@@ -31,9 +31,7 @@ class Migration(migrations.Migration):
                 (
                     "uid",
                     models.CharField(
-                        default=functools.partial(
-                            apps.accounts.identifiers.new_uid, *("vio",), **{}
-                        ),
+                        default=functools.partial(apps.rest.identifiers.new_uid, *("vio",), **{}),
                         editable=False,
                         max_length=32,
                         unique=True,

@@ -1,0 +1,131 @@
+"""Every error leaves as ``application/problem+json`` (RFC 9457), and bad input is never a 500."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from itertools import islice
+from typing import Any
+
+from django.core.exceptions import PermissionDenied, RequestDataTooBig, SuspiciousOperation
+from django.db import DataError, OperationalError
+from django.http import Http404
+from django.http.request import UnreadablePostError
+from rest_framework import exceptions
+from rest_framework.response import Response
+from rest_framework.views import set_rollback
+
+from apps.accounts.problems import Problem, not_found
+from apps.rest.middleware import request_id
+from esper.exceptions import CodecError
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+MAX_ERRORS = 100  # that one answer lists
+TYPE_PREFIX = "/api/docs/problems#"
+_CODES = {
+    401: "not-signed-in",
+    403: "forbidden",
+    405: "method-not-allowed",
+    406: "not-acceptable",
+    415: "unsupported-media-type",
+    429: "rate-limited",
+}
+
+
+def problem_response(error: Exception, context: Mapping[str, Any]) -> Response:
+    """DRF's ``EXCEPTION_HANDLER``."""
+    set_rollback()
+    problem = _problem(error)
+    if problem is None:
+        log.error("unexpected error in %s", context["request"].path, exc_info=error)
+        problem = Problem(500, "internal", "Something went wrong here; it has been written down.")
+    body = problem_body(problem, request_id(context["request"]))
+    return Response(
+        body, status=problem.status, headers=_headers(error, problem), content_type=MEDIA_TYPE
+    )
+
+
+def problem_body(problem: Problem, request: str) -> dict[str, Any]:
+    """The members of a problem document."""
+    return {
+        **problem.extra,
+        "type": TYPE_PREFIX + problem.code,
+        "title": HTTPStatus(problem.status).phrase,
+        "status": problem.status,
+        "detail": problem.detail,
+        "code": problem.code,
+        "request_id": request,
+        "errors": problem.extra.get("errors", []),
+    }
+
+
+def _problem(error: Exception) -> Problem | None:
+    match error:
+        case Problem():
+            return error
+        case CodecError():
+            return Problem(400, "invalid", str(error))
+        case exceptions.ValidationError():
+            return _invalid(error)
+        case exceptions.ParseError():
+            return Problem(400, "invalid", str(error.detail))
+        case exceptions.APIException():
+            return _from_rest_framework(error)
+        case Http404():
+            return not_found("thing")
+        case PermissionDenied():
+            return Problem(403, "forbidden", str(error) or "You may not do that.")
+        case RequestDataTooBig():
+            return Problem(413, "too-large", "The body is too large.")
+        case SuspiciousOperation() | UnreadablePostError():
+            return Problem(400, "invalid", "The request cannot be read.")
+        case DataError():
+            return Problem(400, "invalid", "A value does not fit into the database.")
+        case OperationalError():
+            return Problem(503, "busy", "The database is busy: try again in a moment.")
+    return None
+
+
+def _from_rest_framework(error: exceptions.APIException) -> Problem:
+    extra = {}
+    wait = getattr(error, "wait", None)  # of Throttled
+    if wait is not None:
+        extra["retry_after"] = int(wait) + 1
+    code = _CODES.get(error.status_code, str(error.default_code).replace("_", "-"))
+    return Problem(error.status_code, code, str(error.detail), **extra)
+
+
+def _invalid(error: exceptions.ValidationError) -> Problem:
+    errors = list(islice(_field_errors(error.detail, ""), MAX_ERRORS))
+    first = errors[0] if errors else {"pointer": "", "detail": "The input is not valid."}
+    where = f"{first['pointer']}: " if first["pointer"] else ""
+    return Problem(400, "invalid", f"{where}{first['detail']}", errors=errors)
+
+
+def _field_errors(detail: Any, pointer: str) -> Iterator[dict[str, str]]:
+    if isinstance(detail, Mapping):
+        for name, inner in detail.items():
+            here = pointer if name == "non_field_errors" else f"{pointer}/{name}"
+            yield from _field_errors(inner, here)
+    elif isinstance(detail, list | tuple):
+        for index, inner in enumerate(detail):
+            nested = isinstance(inner, Mapping)
+            yield from _field_errors(inner, f"{pointer}/{index}" if nested else pointer)
+    else:
+        code = str(getattr(detail, "code", "invalid"))
+        yield {"pointer": pointer, "code": code, "detail": str(detail)}
+
+
+def _headers(error: Exception, problem: Problem) -> dict[str, str]:
+    headers = {}
+    challenge = getattr(error, "auth_header", None)  # set by APIView for a 401
+    if challenge:
+        headers["WWW-Authenticate"] = str(challenge)
+    if "retry_after" in problem.extra:
+        headers["Retry-After"] = str(problem.extra["retry_after"])
+    elif problem.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = "1"
+    return headers

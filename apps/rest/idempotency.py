@@ -1,0 +1,125 @@
+"""Acts that may be sent again: a repeated request gets the first one's answer.
+
+The answer is kept in the transaction of the act itself, so there is no moment in which the act is
+done and its answer forgotten. A second request with the same key waits for the first (the unique
+row is the queue). Only successes are kept: a refusal changed nothing, so that it is judged anew.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable
+from datetime import timedelta
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+from cryptography.fernet import Fernet
+from django.conf import settings
+from django.db import IntegrityError, transaction
+from django.utils import timezone
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from apps.accounts.problems import Problem
+from apps.rest.authentication import person
+from apps.rest.models import IdempotencyRecord
+from esper.contracts import codec
+
+HEADER = "Idempotency-Key"
+REPLAYED = "Idempotency-Replayed"
+MAX_KEY_LENGTH = 400
+KEPT_FOR = timedelta(hours=24)
+
+_V = TypeVar("_V")
+_P = ParamSpec("_P")
+_Handler = Callable[Concatenate[_V, Request, _P], Response]
+
+
+def idempotent(handler: _Handler[_V, _P]) -> _Handler[_V, _P]:
+    """Decorates a view's handler; ``Idempotency-Key`` becomes required."""
+
+    @wraps(handler)
+    def answer(self: _V, request: Request, *args: _P.args, **kwargs: _P.kwargs) -> Response:
+        key, fingerprint = _key(request), _fingerprint(request)
+        _forget_old()  # before the transaction, which would hold the locks of what it deletes
+        with transaction.atomic():
+            record = _claim(request, key, fingerprint)
+            if record.status:
+                return _replay(record, fingerprint)
+            try:
+                response = handler(self, request, *args, **kwargs)
+            except Problem as problem:
+                # Raised after the transaction below, so that what a refusal wrote down
+                # (a violation, say) is kept.
+                record.delete()
+                refusal = problem
+            else:
+                _keep(record, response)
+                return response
+        raise refusal
+
+    return cast(_Handler[_V, _P], answer)
+
+
+def _key(request: Request) -> str:
+    key = request.headers.get(HEADER, "").strip()
+    if not key:
+        raise Problem(
+            400,
+            "precondition-required",
+            f"This act needs the header {HEADER}: any text that is new for each act, "
+            "and the same when you send the same act again.",
+        )
+    if len(key) > MAX_KEY_LENGTH:
+        raise Problem(400, "invalid", f"{HEADER} may have {MAX_KEY_LENGTH} characters.")
+    return key
+
+
+def _fingerprint(request: Request) -> str:
+    content = f"{request.method} {request.path}\n".encode() + codec.encode(request.data)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _claim(request: Request, key: str, fingerprint: str) -> IdempotencyRecord:
+    user = person(request)
+    try:
+        with transaction.atomic():
+            return IdempotencyRecord.objects.create(user=user, key=key, fingerprint=fingerprint)
+    except IntegrityError:
+        record = IdempotencyRecord.objects.get(user=user, key=key)
+    if record.fingerprint != fingerprint:
+        raise Problem(
+            422,
+            "idempotency-mismatch",
+            f"The {HEADER} {key!r} was used for another request: take a new one.",
+        )
+    if not record.status:
+        raise Problem(409, "in-progress", "The same act is being done right now.", retry_after=1)
+    return record
+
+
+def _keep(record: IdempotencyRecord, response: Response) -> None:
+    etag = response.headers.get("ETag", "")
+    content = codec.encode({"data": response.data, "etag": etag})
+    record.status = response.status_code
+    record.body = _cipher(record.key).encrypt(content)
+    record.save(update_fields=["status", "body"])
+
+
+def _replay(record: IdempotencyRecord, fingerprint: str) -> Response:
+    kept: dict[str, Any] = codec.decode(
+        _cipher(record.key).decrypt(bytes(record.body)), max_bytes=1 << 24
+    )
+    headers = {REPLAYED: "true"} | ({"ETag": kept["etag"]} if kept["etag"] else {})
+    return Response(kept["data"], status=record.status, headers=headers)
+
+
+def _cipher(key: str) -> Fernet:
+    # Some answers hold a new token's secret, which is nowhere else kept in the clear.
+    seed = hashlib.sha256(f"esper-idempotency\n{settings.SECRET_KEY}\n{key}".encode()).digest()
+    return Fernet(base64.urlsafe_b64encode(seed))
+
+
+def _forget_old() -> None:
+    IdempotencyRecord.objects.filter(created_at__lt=timezone.now() - KEPT_FOR).delete()

@@ -1,0 +1,122 @@
+"""How our conventions look in the OpenAPI document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from drf_spectacular.extensions import OpenApiAuthenticationExtension
+from drf_spectacular.openapi import AutoSchema
+from drf_spectacular.types import OpenApiTypes
+from drf_spectacular.utils import (
+    OpenApiParameter,
+    OpenApiResponse,
+    extend_schema,
+    inline_serializer,
+)
+from rest_framework import serializers
+
+from apps.rest.fields import Members
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+IDEMPOTENCY_KEY = OpenApiParameter(
+    "Idempotency-Key",
+    str,
+    OpenApiParameter.HEADER,
+    required=True,
+    description="New for each act; the same when the same act is sent again.",
+)
+IF_MATCH = OpenApiParameter(
+    "If-Match",
+    str,
+    OpenApiParameter.HEADER,
+    required=True,
+    description="The ETag of the version that you have seen.",
+)
+CURSOR = OpenApiParameter("cursor", str, description="From `next` or `previous` of a page.")
+LIMIT = OpenApiParameter("limit", int, description="Rows per page, 1…200.")
+
+
+class ProblemOutput(serializers.Serializer[Any]):
+    """``application/problem+json`` (RFC 9457)."""
+
+    type = serializers.CharField()
+    title = serializers.CharField()
+    status = serializers.IntegerField()
+    detail = serializers.CharField()
+    code = serializers.CharField()
+    request_id = serializers.CharField()
+    # a field; the metaclass takes it away
+    errors = serializers.ListField(child=Members())  # type: ignore[assignment]
+
+
+_PROBLEM = OpenApiResponse(ProblemOutput, description="What is wrong, and what to do.")
+
+
+def documented(
+    name: str,
+    *,
+    answer: Any,
+    body: Any = None,
+    status: int = 200,
+    parameters: list[OpenApiParameter] | None = None,
+    act: bool = False,
+    versioned: bool = False,
+    summary: str = "",
+) -> Callable[[_F], _F]:
+    """Describe one handler: its name in clients, what it takes, what it answers.
+
+    Args:
+        act: it needs an idempotency key.
+        versioned: it needs ``If-Match`` too.
+    """
+    headers = ([IDEMPOTENCY_KEY] if act else []) + ([IF_MATCH] if versioned else [])
+    return extend_schema(
+        operation_id=name,
+        request=body,
+        responses={status: answer, "default": _PROBLEM},
+        parameters=[*(parameters or []), *headers],
+        summary=summary or name.replace("_", " ").capitalize(),
+        description=" ",  # else the views' docstrings, which are for us
+    )
+
+
+def query(name: str, kind: Any = str, description: str = "") -> OpenApiParameter:
+    return OpenApiParameter(name, kind, OpenApiParameter.QUERY, description=description)
+
+
+def page_of(row: type[serializers.BaseSerializer[Any]]) -> Any:
+    """One page of a list."""
+    return inline_serializer(
+        f"{row.__name__}Page",
+        {
+            "results": row(many=True),
+            "next": serializers.CharField(allow_null=True),
+            "previous": serializers.CharField(allow_null=True),
+        },
+    )
+
+
+def results_of(row: type[serializers.BaseSerializer[Any]]) -> Any:
+    """A short list that comes whole."""
+    return inline_serializer(f"{row.__name__}Results", {"results": row(many=True)})
+
+
+ANY_OBJECT = OpenApiTypes.OBJECT
+
+
+class TokenScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-call]
+    target_class = "apps.rest.authentication.TokenAuthentication"
+    name = "token"
+
+    def get_security_definition(self, auto_schema: AutoSchema) -> dict[str, Any]:
+        return {"type": "http", "scheme": "bearer", "bearerFormat": "esp_…"}
+
+
+class SessionScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-call]
+    target_class = "apps.rest.authentication.SessionAuthentication"
+    name = "session"
+
+    def get_security_definition(self, auto_schema: AutoSchema) -> dict[str, Any]:
+        return {"type": "apiKey", "in": "cookie", "name": "sessionid"}

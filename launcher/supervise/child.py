@@ -1,0 +1,208 @@
+"""One child process: started, watched, restarted with back-off, stopped.
+
+start ──► running ──► ended ──┬─ by our wish, or finished ──► done
+            ▲                 ├─ too often, too quickly ────► CrashLoopError
+            └── wait 1,2,4… s ┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from hosts.processes import (
+    describe_exit,
+    dies_with_parent,
+    signal_group,
+    signal_process,
+)
+from launcher.supervise.output import Output
+
+READ_BYTES = 65536
+LONGEST_LINE_BYTES = 64 * 1024
+
+
+class Restart(StrEnum):
+    """When an ended child is started again."""
+
+    ALWAYS = "always"  # a service
+    ON_FAILURE = "on_failure"  # a job: exit code 0 means that it is done
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildSpec:
+    """What to run, and how to treat it. Children with a low ``stop_order`` are stopped first."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    restart: Restart = Restart.ALWAYS
+    essential: bool = True  # Esper ends when it cannot be kept up
+    stop_signal: signal.Signals = signal.SIGTERM
+    stop_seconds: float = 10.0
+    stop_order: int = 0
+    niceness: int = 0
+    ready: Callable[[], Awaitable[bool]] | None = None
+    hidden: re.Pattern[str] | None = None  # lines that go to the log file only
+
+
+class CrashLoopError(Exception):
+    """A child ended too often, too quickly."""
+
+    def __init__(self, name: str, deaths: int, tail: list[str]) -> None:
+        super().__init__(f"{name} ended {deaths} times in a row right after its start")
+        self.name = name
+        self.tail = tail
+
+
+@dataclass
+class Backoff:
+    """How long to wait before the next start.
+
+    Args:
+        first_delay: seconds after the first death; doubles up to ``longest_delay``.
+        steady_after: seconds of life after which a death counts as the first again.
+        limit: quick deaths in a row before we give up.
+    """
+
+    first_delay: float = 1.0
+    longest_delay: float = 30.0
+    steady_after: float = 10.0
+    limit: int = 5
+    deaths: int = 0
+
+    def next_delay(self, uptime: float) -> float | None:
+        """Seconds to wait, or None: give up."""
+        self.deaths = 1 if uptime >= self.steady_after else self.deaths + 1
+        if self.deaths >= self.limit:
+            return None
+        delay: float = min(self.first_delay * 2 ** (self.deaths - 1), self.longest_delay)
+        return delay
+
+
+@dataclass
+class Child:
+    """A ``ChildSpec`` with its process. ``on_change`` is called when the process id changes."""
+
+    spec: ChildSpec
+    output: Output
+    backoff: Backoff = field(default_factory=Backoff)
+    on_change: Callable[[], None] = lambda: None
+    process: asyncio.subprocess.Process | None = None
+    finished: bool = False
+    restarts: int = 0
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
+    _started: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id while it lives."""
+        alive = self.process is not None and self.process.returncode is None
+        return self.process.pid if alive and self.process else None
+
+    async def keep_running(self) -> None:
+        """Runs until it is stopped or has finished.
+
+        Raises:
+            CrashLoopError: it ended too often, too quickly.
+        """
+        while not self._stop.is_set():
+            born = time.monotonic()
+            code = await self._run_once()
+            if self._stop.is_set():
+                return
+            if code == 0 and self.spec.restart is Restart.ON_FAILURE:
+                self.finished = True
+                self.output.say(f"{self.spec.name} has finished")
+                return
+            await self._wait_before_restart(code, time.monotonic() - born)
+
+    async def wait_ready(self, timeout: float) -> bool:
+        """Whether it answers within ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        await self._started.wait()
+        while self.spec.ready is not None and not await self.spec.ready():
+            if time.monotonic() > deadline or self._stop.is_set():
+                return False
+            await asyncio.sleep(0.1)
+        return True
+
+    async def stop(self) -> None:
+        """Asks it to end, and ends it when it does not. Idempotent."""
+        self._stop.set()
+        process = self.process
+        if process is None:
+            return
+        if process.returncode is None:
+            signal_process(process.pid, self.spec.stop_signal)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.spec.stop_seconds):
+                    await process.wait()
+        if process.returncode is None:
+            self.output.say(f"{self.spec.name} does not stop; killing it")
+        signal_group(process.pid, signal.SIGKILL)
+        await process.wait()
+
+    async def _run_once(self) -> int:
+        process = await asyncio.create_subprocess_exec(
+            *self.spec.argv,
+            env=dict(self.spec.env),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            # A session of its own: Ctrl-C reaches us only, and its whole group can be signalled.
+            start_new_session=True,
+            preexec_fn=dies_with_parent(self.spec.niceness),
+        )
+        self.process = process
+        if self._stop.is_set():  # stop() came while the process was being made
+            signal_group(process.pid, signal.SIGKILL)
+        self._started.set()
+        self.on_change()
+        pump = asyncio.create_task(self._pump(process))
+        code = await process.wait()
+        # Children of a killed parent would go on, with the pipe in their hands.
+        signal_group(process.pid, signal.SIGKILL)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(pump, 1.0)
+        self.on_change()
+        return code
+
+    async def _wait_before_restart(self, code: int, uptime: float) -> None:
+        delay = self.backoff.next_delay(uptime)
+        if delay is None:
+            raise CrashLoopError(
+                self.spec.name, self.backoff.deaths, self.output.tail(self.spec.name)
+            )
+        self.restarts += 1
+        self.output.say(
+            f"{self.spec.name} ended ({describe_exit(code)}) after {uptime:.0f} s; "
+            f"starting it again in {delay:g} s"
+        )
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), delay)
+
+    async def _pump(self, process: asyncio.subprocess.Process) -> None:
+        stream = process.stdout
+        if stream is None:
+            return
+        rest = b""
+        while chunk := await stream.read(READ_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) > LONGEST_LINE_BYTES:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                self._print(line)
+        if rest:
+            self._print(rest)
+
+    def _print(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace")
+        hidden = self.spec.hidden is not None and self.spec.hidden.search(text) is not None
+        self.output.line(self.spec.name, text, show=not hidden)

@@ -1,0 +1,72 @@
+"""``python -m launcher.supervise.preparation``: tables, catalogue and demo people. Idempotent.
+
+One process, because every ``manage.py`` call would set up Django again. What it prints is for the
+person at the terminal: passwords are shown this once, and go to no log file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from io import StringIO
+from typing import Any
+
+TOKENS = frozenset({"tamiyo", "trainer"})
+
+
+def main() -> int:
+    """Prepares the data directory that ``ESPER_DATA_DIR`` names."""
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "esper_web.settings.local")
+    import django
+    from django.core.management import call_command
+
+    django.setup()
+    call_command("migrate", interactive=False, verbosity=0)
+    call_command("sync_blueprints", verbosity=0, stdout=StringIO())
+    if not _tokens_work():
+        _make_people()
+    return 0
+
+
+def _tokens_work() -> bool:
+    """Whether the keyring and the database are of one installation, and complete."""
+    from django.conf import settings
+
+    from apps.accounts.services import authenticate_token
+    from hosts.keyring import read_keyring
+
+    tokens = read_keyring(settings.ESPER_DATA_DIR).get("tokens", {})
+    return set(tokens) >= TOKENS and all(authenticate_token(tokens[name]) for name in TOKENS)
+
+
+def _make_people() -> None:
+    from django.conf import settings
+    from django.core.management import call_command
+
+    from hosts.keyring import update_keyring
+
+    answer = StringIO()
+    call_command("create_demo_people", json=True, stdout=answer)
+    made = json.loads(answer.getvalue())
+    people = {person["username"]: person for person in made["people"]}
+    update_keyring(settings.ESPER_DATA_DIR, tokens=made["tokens"], people=people)
+    if people:
+        print(_table(made["people"]), flush=True)
+
+
+def _table(people: list[dict[str, Any]]) -> str:
+    rows = [f"    {who['username']:<10} {who['role']:<12} {who['password']}" for who in people]
+    return "\n".join(
+        [
+            "",
+            "    Demo people (the passwords are also in secrets.json in the data directory)",
+            f"    {'user':<10} {'role':<12} password",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

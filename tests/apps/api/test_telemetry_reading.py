@@ -1,0 +1,102 @@
+"""Charts, heat map and thinning, against numbers counted by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from apps.runs.models import Run
+from apps.telemetry import services
+from apps.telemetry.models import Frame, Metric
+from apps.telemetry.selectors import metric_series
+from tests.apps.api.cast import Caller, Trainer, frame, metrics
+
+pytestmark = pytest.mark.django_db
+
+
+def test_a_long_series_keeps_its_extremes(trainer: Trainer, viewer: Caller) -> None:
+    run = trainer.row()
+    values = np.sin(np.arange(1000) / 50)
+    values[500] = 40.0
+    _store(run, values)
+    series = viewer.get(f"{trainer.path}/metrics?name=loss&points=10").data
+    assert len(series["step"]) == 10
+    assert series["step"][-1] == 999
+    assert max(series["max"]) == 40.0
+    assert series["mean"][0] == pytest.approx(values[:100].mean())
+    assert series["min"][3] == pytest.approx(values[300:400].min())
+
+
+def test_increments_start_after_the_last_known_step(trainer: Trainer, viewer: Caller) -> None:
+    _store(trainer.row(), np.arange(20.0))
+    series = viewer.get(f"{trainer.path}/metrics?name=loss&after_step=17").data
+    assert (series["step"], series["mean"]) == ([18, 19], [18.0, 19.0])
+
+
+def test_a_metric_that_nobody_sent_is_empty(trainer: Trainer, viewer: Caller) -> None:
+    series = viewer.get(f"{trainer.path}/metrics?name=accuracy").data
+    assert (series["step"], series["non_finite"]) == ([], [])
+
+
+def test_huge_values_stay_finite_in_their_mean(trainer: Trainer) -> None:
+    _store(trainer.row(), np.array([1.7e308, 1.7e308, 1.6e308]))
+    series = metric_series(trainer.row(), "loss", points=1)
+    assert np.isfinite(series["mean"][0])
+
+
+def test_the_heat_map_shows_unknown_as_null(trainer: Trainer, viewer: Caller) -> None:
+    trainer.send(frames=[frame(10, 0.25), frame(20, float("nan")), frame(30, 0.75)])
+    heatmap = viewer.get(f"{trainer.path}/heatmap?signal=health&columns=50").data
+    assert (heatmap["layers"], heatmap["step"]) == (["fc", "head"], [10, 20, 30])
+    assert heatmap["values"] == [[0.25, None, 0.75], [0.25, None, 0.75]]
+    narrow = viewer.get(f"{trainer.path}/heatmap?columns=2").data
+    assert narrow["step"] == [10, 30]
+    assert viewer.get(f"{trainer.path}/heatmap?signal=mood").code == "invalid"
+
+
+def test_old_telemetry_is_thinned_and_thinning_again_changes_nothing(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "METRICS_KEPT", 100)
+    monkeypatch.setattr(services, "FRAMES_KEPT", 100)
+    run = trainer.row()
+    values = np.ones(1000)
+    values[3] = np.nan
+    _store(run, values)
+    Frame.objects.bulk_create(
+        Frame(run=run, epoch=1, step=10 * i, wall_time=0.0, values=b"") for i in range(300)
+    )
+    assert services.thin_telemetry() > 0
+    steps = list(Metric.objects.order_by("step").values_list("step", flat=True))
+    assert steps[-100:] == list(range(900, 1000))
+    assert 3 in steps  # where it diverged is never forgotten
+    assert 140 <= len([step for step in steps if 600 <= step < 900]) <= 160
+    assert 30 <= len([step for step in steps if step < 600]) <= 90
+    assert 200 <= Frame.objects.count() <= 240
+    assert services.thin_telemetry() == 0
+
+
+def test_progress_is_rung_at_most_four_times_a_second(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, django_capture_on_commit_callbacks: object
+) -> None:
+    rung: list[str] = []
+    monkeypatch.setattr(services, "ring", lambda group, type, message: rung.append(type))
+    with django_capture_on_commit_callbacks(execute=True):  # type: ignore[operator]
+        for step in range(1, 6):
+            trainer.send(metrics=[metrics(step, loss=1.0)])
+    assert rung == ["feed.progress"]
+
+
+def _store(run: Run, values: np.ndarray) -> None:
+    Metric.objects.bulk_create(
+        Metric(
+            run=run,
+            epoch=1,
+            step=step,
+            wall_time=float(step),
+            name="loss",
+            value=None if np.isnan(value) else value,
+            status="nan" if np.isnan(value) else "",
+        )
+        for step, value in enumerate(values.tolist())
+    )

@@ -1,0 +1,119 @@
+"""Two requests at once, through HTTP, on a real PostgreSQL: one effect, and never a 500."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+from django.db import connections
+
+from apps.accounts.models import User
+from apps.adaptations.models import Adaptation
+from apps.audit.models import AuditEvent
+from apps.blueprints.models import Blueprint
+from apps.telemetry.models import Metric
+from esper.contracts import Role, TokenScope
+from tests.apps.api.cast import (
+    Answer,
+    Caller,
+    Inbox,
+    frame,
+    metrics,
+    register,
+    token_of,
+)
+
+pytestmark = [pytest.mark.postgres, pytest.mark.django_db(transaction=True)]
+
+THREADS = 6
+
+
+def at_once(request: Callable[[int], Answer]) -> list[Answer]:
+    gun, answers = threading.Barrier(THREADS), list[Answer]()
+
+    def runner(index: int) -> None:
+        gun.wait()
+        try:
+            answers.append(request(index))
+        finally:
+            connections.close_all()
+
+    threads = [threading.Thread(target=runner, args=(index,)) for index in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == THREADS
+    return answers
+
+
+def make_inbox() -> Inbox:
+    """A run with telemetry, and Tamiyo; in real transactions there are no shared fixtures."""
+    Blueprint.objects.create(
+        slug="proj_lora_64",
+        ident="BP-PROJ-LoRA-64",
+        title="Low-rank update",
+        category="efficiency",
+        kind="parallel",
+        adaptation_type="add_efficiency",
+        risk="low",
+        idea="A few columns more.",
+        version="0" * 16,
+    )
+    trainer = register(User.objects.create_user("rafi", role=Role.RESEARCHER))
+    tamiyo = User.objects.create_user("tamiyo", role=Role.VIEWER)
+    trainer.send(frames=[frame(1000)], metrics=[metrics(1000, loss=1.0)])
+    return Inbox(trainer, Caller(token_of(tamiyo, TokenScope.DECIDE, TokenScope.READ)))
+
+
+def operator(name: str) -> str:
+    user = User.objects.create_user(name, role=Role.OPERATOR)
+    return token_of(user, TokenScope.READ, TokenScope.ACT)
+
+
+def test_one_act_sent_many_times_at_once_is_done_once_and_answered_every_time() -> None:
+    adaptation, token = make_inbox().waiting(), operator("olga")
+    headers = {"Idempotency-Key": "the very same", "If-Match": f'"{adaptation.version}"'}
+    path = f"adaptations/{adaptation.uid}/approve"
+    answers = at_once(lambda _: Caller(token).post(path, {"reason": "yes"}, **dict(headers)))
+    assert [answer.status for answer in answers] == [200] * THREADS
+    assert {answer.data["version"] for answer in answers} == {answers[0].data["version"]}
+    replayed = [answer for answer in answers if answer.header("Idempotency-Replayed")]
+    assert len(replayed) == THREADS - 1
+    assert AuditEvent.objects.filter(act="adaptation.approved").count() == 1
+
+
+def test_of_many_people_exactly_one_decides_and_the_others_hear_who() -> None:
+    adaptation = make_inbox().waiting()
+    tokens = [operator(f"operator{index}") for index in range(THREADS)]
+
+    def decide(index: int) -> Answer:
+        act = "approve" if index % 2 else "reject"
+        path = f"adaptations/{adaptation.uid}/{act}"
+        return Caller(tokens[index]).act(path, {"reason": "mine"}, version=adaptation.version)
+
+    answers = at_once(decide)
+    winners = [answer for answer in answers if answer.status == 200]
+    losers = [answer for answer in answers if answer.status != 200]
+    assert len(winners) == 1
+    assert {(loser.status, loser.code) for loser in losers} == {(409, "decision-not-pending")}
+    winner = winners[0].data["decided_by"]
+    assert {loser.data["decided_by"] for loser in losers} == {winner}
+
+
+def test_one_proposal_posted_many_times_at_once_is_one_adaptation() -> None:
+    inbox = make_inbox()
+    answers = at_once(lambda _: Inbox(inbox.trainer, Caller(inbox.tamiyo.token)).propose())
+    assert [answer.status for answer in answers] == [201] * THREADS
+    assert {answer.data["uid"] for answer in answers} == {Adaptation.objects.get().uid}
+
+
+def test_one_batch_sent_many_times_at_once_is_stored_once() -> None:
+    trainer = make_inbox().trainer
+    batch = trainer.batch(metrics=[metrics(step, loss=1.0) for step in range(2000, 2050)])
+    path = f"{trainer.path}/telemetry"
+    answers = at_once(lambda _: Caller(trainer.token).post(path, batch))
+    assert [answer.status for answer in answers] == [202] * THREADS
+    assert sorted(answer.data["stored"] for answer in answers) == [0] * (THREADS - 1) + [50]
+    assert Metric.objects.filter(step__gte=2000).count() == 50

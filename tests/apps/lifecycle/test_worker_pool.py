@@ -1,0 +1,433 @@
+"""What becomes of a job when builders crash, workers rest, and numbers turn out to be others."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.utils import timezone
+
+from apps.accounts.problems import Problem
+from apps.adaptations import compiling, services
+from apps.adaptations.compiling import _measured_limits_hold
+from apps.adaptations.lifecycle import transition
+from apps.adaptations.models import Adaptation
+from apps.audit.models import AuditEvent
+from apps.kernels import building
+from apps.kernels import services as kernels
+from apps.kernels.models import CompileJob, Kernel, Worker
+from apps.kernels.presence import database_between_forks
+from apps.kernels.selectors import current_jobs
+from apps.notifications.models import OutboxMessage
+from apps.runs.models import Run
+from apps.violations.models import Violation
+from esper.compilation import BuilderPool, BuildLimits
+from esper.contracts import (
+    AdaptationState,
+    JobState,
+    JobStep,
+    ViolationRule,
+    WorkerKind,
+    WorkerMode,
+    WorkerState,
+)
+
+from .conftest import WORKER, Stage, a_kernel, layer
+
+S = AdaptationState
+ODD = (sys.executable, str(Path(__file__).parents[2] / "esper" / "compilation" / "odd_builder.py"))
+
+
+def live_worker(name: str = "compile@here", capability: str = "cpu", **changes: Any) -> Worker:
+    presence = kernels.Presence(
+        name=name,
+        kind=WorkerKind.COMPILE,
+        host="here",
+        started_at=timezone.now(),
+        capabilities=[capability],
+        queues=[f"compile.{capability}", "host.here"],
+        **changes,
+    )
+    kernels.heartbeat(presence)
+    return Worker.objects.get(name=name)
+
+
+@pytest.fixture(scope="module")
+def odd_pool() -> Iterator[BuilderPool]:
+    pool = BuilderPool(BuildLimits(4.0, 512), size=2, argv=ODD)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def odd_builders(
+    odd_pool: BuilderPool,
+    settings: Any,
+    tmp_path: Path,
+    kernel_private_key: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Children that go wrong where a layer's name says so; else real ones, really signed for."""
+    (tmp_path / "kernel.key").write_text(kernel_private_key)
+    settings.ESPER_KERNEL_KEY_FILE = str(tmp_path / "kernel.key")
+    settings.ESPER_KERNEL_STORE_DIR = tmp_path / "kernels"
+    monkeypatch.setattr(building, "_pool", odd_pool)
+
+
+def proposed_at(stage: Stage, name: str, **changes: Any) -> Adaptation:
+    """An approved adaptation of a layer by this name, with its job in the queue."""
+    stage.run.layers = [*stage.run.layers, layer(name, **changes).to_wire()]
+    stage.run.save()
+    return stage.propose(layer=name)
+
+
+# --- builds ---------------------------------------------------------------------------------------
+
+
+def test_a_job_is_built_by_a_child_signed_by_its_worker_and_reused(
+    stage: Stage, odd_builders: None
+) -> None:
+    live_worker()
+    first, second = stage.propose(), stage.propose(layer="head")
+    for adaptation in (first, second):
+        adaptation.refresh_from_db()
+        assert adaptation.job is not None
+        services.compile_kernel(adaptation.job.uid, worker="compile@here")
+
+    jobs = CompileJob.objects.order_by("id")
+    assert [(job.state, job.cached) for job in jobs] == [("done", False), ("done", True)]
+    steps = list(jobs[0].steps.values_list("step", flat=True))
+    assert steps == list(JobStep)
+    assert list(jobs[1].steps.values_list("step", flat=True)) == ["claimed", "forecast"]
+    kernel = Kernel.objects.get()
+    assert kernel.forward_p95_ms is not None
+    assert kernel.backward_p50_ms is not None
+    assert kernel.peak_memory_mib is not None
+    assert kernel.forecast_memory_mib is not None
+    assert {row.state for row in Adaptation.objects.all()} == {S.COMPILED}
+
+
+def test_a_job_that_kills_its_builder_is_tried_three_times_and_keeps_the_log(
+    stage: Stage, odd_builders: None
+) -> None:
+    worker = live_worker()
+    adaptation = proposed_at(stage, "segfault")
+    job = CompileJob.objects.get()
+    for _ in range(3):
+        services.compile_kernel(job.uid, worker=worker.name)
+
+    job.refresh_from_db()
+    adaptation.refresh_from_db()
+    assert (job.state, adaptation.state) == (JobState.FAILED, S.COMPILE_FAILED)
+    assert "killed by SIGSEGV" in job.error
+    assert job.log.count("the last words") == 3
+    assert "attempt 3 on compile@here" in job.log
+    assert set(job.steps.values_list("attempt", "step")) == {
+        (attempt, step) for attempt in (1, 2, 3) for step in ("claimed", "forecast")
+    }
+    assert "killed by SIGSEGV" in Violation.objects.get().text
+    worker.refresh_from_db()
+    assert (worker.crashes, worker.mode) == (3, WorkerMode.ACTIVE)
+
+    # A build that goes well ends the row of crashes.
+    services.compile_kernel(_job_of(stage.propose()), worker=worker.name)
+    worker.refresh_from_db()
+    assert worker.crashes == 0
+
+
+def _job_of(adaptation: Adaptation) -> str:
+    adaptation.refresh_from_db()
+    assert adaptation.job is not None
+    return adaptation.job.uid
+
+
+def test_a_forecast_over_the_limit_is_never_built(stage: Stage, odd_builders: None) -> None:
+    live_worker()
+    wide = {"in_shape": (64, 16384), "out_shape": (64, 16384)}
+    features = {"features_in": 16384, "features_out": 16384, "parameters": 16384 * 16385}
+    adaptation = proposed_at(stage, "endless", **wide, **features)
+    policy = adaptation.safety_policy
+    type(policy).objects.update(values=policy.values | {"max_memory_mib": 1.0})
+
+    services.compile_kernel(_job_of(adaptation), worker="compile@here")
+
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.COMPILE_FAILED
+    violation = Violation.objects.get()
+    assert violation.rule == ViolationRule.MEMORY
+    assert not Kernel.objects.exists()
+
+
+def test_a_log_keeps_its_end_when_it_grows_too_long(stage: Stage) -> None:
+    stage.propose()
+    job = CompileJob.objects.get()
+    for attempt in (1, 2, 3):
+        kernels.claim_job(job, worker="w")
+        kernels.fail_job(job, error=f"no {attempt}", permanent=False, log="x" * 9000)
+    job.refresh_from_db()
+    assert len(job.log) == 16_000
+    assert "attempt 3 on w: no 3" in job.log
+
+
+def test_the_running_job_of_a_worker_is_shown_with_its_steps(stage: Stage) -> None:
+    worker = live_worker()
+    stage.propose()
+    job = CompileJob.objects.get()
+    kernels.claim_job(job, worker=worker.name)
+    kernels.note_steps(job, {JobStep.FORECAST: timezone.now()})
+    kernels.note_steps(job, {JobStep.FORECAST: timezone.now()})  # twice does no harm
+    live_worker()
+
+    worker.refresh_from_db()
+    assert worker.state == WorkerState.BUSY
+    shown = current_jobs([worker])[worker.name]
+    assert [step.step for step in shown.steps.all()] == ["claimed", "forecast"]
+
+
+# --- fences ---------------------------------------------------------------------------------------
+
+
+def test_a_late_attempt_leaves_no_kernel_behind(
+    stage: Stage, odd_builders: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker was frozen; while it built, its lease was lost and another one took the job."""
+    adaptation = stage.propose()
+    build = compiling._build_or_reuse
+
+    def frozen_meanwhile(job: CompileJob, progress: Any) -> Any:
+        built = build(job, progress)
+        CompileJob.objects.update(lease_until=timezone.now() - timedelta(seconds=1))
+        services.sweep()
+        other = CompileJob.objects.get(pk=job.pk)
+        assert kernels.claim_job(other, worker="other@there")
+        return built
+
+    monkeypatch.setattr(compiling, "_build_or_reuse", frozen_meanwhile)
+    services.compile_kernel(_job_of(adaptation), worker="compile@here")
+
+    job = CompileJob.objects.get()
+    assert (job.state, job.attempt, job.lease_owner) == (JobState.RUNNING, 2, "other@there")
+    assert not Kernel.objects.exists()
+
+
+def test_a_second_doorbell_while_a_job_is_built_disturbs_nothing(
+    stage: Stage, odd_builders: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptation = stage.propose()
+    build = compiling._build_or_reuse
+
+    def rung_meanwhile(job: CompileJob, progress: Any) -> Any:
+        services.compile_kernel(job.uid, worker="other@there")
+        return build(job, progress)
+
+    monkeypatch.setattr(compiling, "_build_or_reuse", rung_meanwhile)
+    services.compile_kernel(_job_of(adaptation), worker="compile@here")
+
+    job = CompileJob.objects.get()
+    assert (job.state, job.attempt, job.lease_owner) == (JobState.DONE, 1, "compile@here")
+    assert Kernel.objects.count() == 1
+
+
+def test_a_build_whose_lease_was_taken_away_is_stopped(
+    stage: Stage, odd_builders: None, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live_worker()
+    adaptation = proposed_at(stage, "endless")
+    monkeypatch.setattr(building.Progress, "leased", lambda progress: _gone(progress))
+
+    services.compile_kernel(_job_of(adaptation), worker="compile@here")
+
+    assert CompileJob.objects.get().state == JobState.RUNNING  # left to whoever has it now
+    assert Worker.objects.get().crashes == 0
+
+
+def _gone(progress: building.Progress) -> Any:
+    progress.lost.set()
+    return nullcontext()
+
+
+def test_a_process_does_not_fork_while_its_heartbeat_has_the_database_open() -> None:
+    """Else the pool process that takes a killed one's place cannot read the database."""
+    inside, forked = threading.Event(), threading.Event()
+
+    def beat() -> None:
+        with database_between_forks():
+            inside.set()
+            assert not forked.wait(0.5)
+
+    def fork() -> None:
+        inside.wait(5)
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        forked.set()
+        os.waitpid(child, 0)
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        for task in (threads.submit(beat), threads.submit(fork)):
+            task.result(10)
+    assert forked.is_set()
+
+
+# --- workers that rest ----------------------------------------------------------------------------
+
+
+def test_a_draining_worker_finishes_its_job_and_takes_no_other(stage: Stage) -> None:
+    worker = live_worker()
+    stage.propose()
+    job = CompileJob.objects.get()
+    assert kernels.claim_job(job, worker=worker.name)
+    kernels.set_worker_mode(
+        worker=worker, mode=WorkerMode.DRAINING, user=stage.operator, via="", reason="new driver"
+    )
+
+    assert kernels.finish_job(job, kernel=a_kernel(), cached=False, build_ms=1.0)
+    stage.propose(layer="head")
+    other = CompileJob.objects.latest("id")
+    assert not kernels.claim_job(other, worker=worker.name)
+    assert not kernels.queue_is_served("compile.cpu")
+    assert live_worker().mode == WorkerMode.DRAINING  # a heartbeat does not end it
+
+    kernels.set_worker_mode(
+        worker=worker, mode=WorkerMode.ACTIVE, user=stage.operator, via="", reason=""
+    )
+    assert kernels.claim_job(other, worker=worker.name)
+    events = AuditEvent.objects.filter(object_kind="worker").order_by("id")
+    assert list(events.values_list("act", "actor")) == [
+        ("worker.drained", "olga"),
+        ("worker.released", "olga"),
+    ]
+
+
+def test_the_result_of_a_quarantined_worker_is_refused_and_its_job_goes_to_another(
+    stage: Stage, odd_builders: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = live_worker()
+    adaptation = stage.propose()
+    build = compiling._build_or_reuse
+
+    def quarantined_meanwhile(job: CompileJob, progress: Any) -> Any:
+        built = build(job, progress)
+        kernels.set_worker_mode(
+            worker=worker,
+            mode=WorkerMode.QUARANTINED,
+            user=stage.operator,
+            via="",
+            reason="odd numbers",
+        )
+        return built
+
+    monkeypatch.setattr(compiling, "_build_or_reuse", quarantined_meanwhile)
+    services.compile_kernel(_job_of(adaptation), worker=worker.name)
+
+    job = CompileJob.objects.get()
+    adaptation.refresh_from_db()
+    assert (job.state, adaptation.state) == (JobState.QUEUED, S.COMPILE_QUEUED)
+    assert "quarantine" in job.log
+    assert not Kernel.objects.exists()
+    assert not kernels.claim_job(job, worker=worker.name)
+    assert kernels.claim_job(job, worker="other@there")
+
+
+def test_too_many_lost_builders_in_a_row_put_their_worker_into_quarantine(
+    stage: Stage, settings: Any
+) -> None:
+    worker = live_worker()
+    for _ in range(settings.ESPER_WORKER_CRASHES_MAX):
+        worker.refresh_from_db()
+        assert worker.mode == WorkerMode.ACTIVE
+        kernels.note_lost_builder(worker.name)
+    kernels.note_lost_builder(worker.name)  # one more changes nothing
+
+    worker.refresh_from_db()
+    assert worker.mode == WorkerMode.QUARANTINED
+    assert worker.mode_reason == "5 builders were lost in a row"
+    event = AuditEvent.objects.get(object_kind="worker")
+    assert (event.act, event.actor) == ("worker.quarantined", "system")
+    Worker.objects.update(heartbeat_at=timezone.now() - timedelta(days=1))
+    kernels.mark_offline_workers()
+    assert Worker.objects.get().mode == WorkerMode.QUARANTINED  # silence does not end it
+
+
+def test_only_people_on_duty_with_a_reason_stop_a_compile_worker(stage: Stage) -> None:
+    worker = live_worker()
+    control = live_worker("control@here")
+    Worker.objects.filter(pk=control.pk).update(kind=WorkerKind.CONTROL)
+    control.refresh_from_db()
+    drain = WorkerMode.DRAINING
+    for who, which, reason, code in (
+        (stage.viewer, worker, "because", "not-eligible"),
+        (stage.operator, worker, " ", "reason-required"),
+        (stage.operator, control, "because", "not-a-compile-worker"),
+    ):
+        with pytest.raises(Problem) as refused:
+            kernels.set_worker_mode(worker=which, mode=drain, user=who, via="", reason=reason)
+        assert refused.value.code == code
+    assert set(Worker.objects.values_list("mode", flat=True)) == {WorkerMode.ACTIVE}
+
+
+# --- capabilities ---------------------------------------------------------------------------------
+
+
+def test_a_job_that_nobody_can_do_says_so_and_expires_with_that_reason(stage: Stage) -> None:
+    live_worker()
+    Run.objects.update(capability="cuda.sm90")
+    stage.run.refresh_from_db()
+    adaptation = stage.propose()
+    job = CompileJob.objects.get()
+    assert job.waits_for == "no living worker compiles for cuda.sm90"
+
+    Adaptation.objects.update(deadline_at=timezone.now() - timedelta(seconds=1))
+    services.sweep()
+
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.COMPILE_FAILED
+    assert "no living worker compiles for cuda.sm90" in adaptation.end_reason
+
+
+def test_the_reason_goes_when_a_worker_comes_and_comes_when_it_goes(stage: Stage) -> None:
+    stage.propose()
+    live_worker()
+    services.sweep()
+    assert CompileJob.objects.get().waits_for == ""
+    kernels.say_goodbye("compile@here")
+    services.sweep()
+    assert CompileJob.objects.get().waits_for == "no living worker compiles for cpu"
+
+
+def test_one_run_over_two_kinds_of_devices_gets_kernels_for_each(stage: Stage) -> None:
+    stage.run.capabilities = {"cpu": "cpu", "cuda:0": "cuda.sm90"}
+    stage.run.save()
+    stage.propose()
+    proposed_at(stage, "on0", device="cuda:0")
+
+    wanted = ["cpu", "cuda.sm90"]
+    jobs = CompileJob.objects.order_by("id")
+    assert list(jobs.values_list("capability", flat=True)) == wanted
+    bells = OutboxMessage.objects.filter(task="adaptations.compile").order_by("id")
+    assert [bell.queue for bell in bells] == [f"compile.{name}" for name in wanted]
+
+
+def test_what_was_measured_stands_beside_what_was_forecast(stage: Stage) -> None:
+    adaptation = stage.propose()
+    kernels.claim_job(CompileJob.objects.get(), worker="w")
+    transition(adaptation, S.COMPILING, actor=WORKER)
+    transition(adaptation, S.COMPILED, actor=WORKER)
+    kernel = a_kernel()
+    kernel.forecast_memory_mib, kernel.peak_memory_mib = 3.0, 99_999.0
+
+    assert not _measured_limits_hold(adaptation, kernel)
+
+    violation = Violation.objects.get()
+    assert violation.rule == ViolationRule.MEMORY
+    assert violation.observed == "1e+05 MiB measured, 3 MiB forecast"
+    assert "forecast 3 MiB" in violation.text
+    assert adaptation.state == S.DECLINED

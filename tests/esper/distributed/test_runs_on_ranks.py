@@ -1,0 +1,236 @@
+"""A run on several ranks: one of them decides, saves and talks to the server."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import time
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import esper
+from esper.compilation import build_kernel
+from esper.contracts import AdaptationState, CommandKind, SafetyPolicy
+from esper.exceptions import ConfigurationError
+from esper.sdk import RunStopped, attaching
+from esper.sdk.exchange import Pace
+from tests.esper.distributed.rank_pool import RankPool
+from tests.esper.distributed.tiny_replica import Replica, TinyNet, graft, replica
+from tests.esper.sdk.control_plane import ControlPlane
+
+pytestmark = pytest.mark.process
+
+
+def agree(rank: int, done: bool) -> bool:
+    """Rank 0's word, so that both ranks leave a loop at the same step."""
+    word = torch.tensor([done])
+    dist.broadcast(word, 0)
+    return bool(word)
+
+
+def _obey_the_server(rank: int) -> dict[str, Any]:
+    os.environ["ESPER_STATE_DIR"] = tempfile.mkdtemp()
+    attaching.Pace = partial(Pace, flush=0.02, first_retry=0.02)  # type: ignore[misc,assignment]
+    plane = ControlPlane().start() if rank == 0 else None
+    address = plane.url if plane else "http://nobody"
+    with replica(rank, mode="automatic", server=address, token="esp_attach") as side:
+        try:
+            return _carry_out_commands(side, plane)
+        finally:
+            attaching.Pace = Pace  # type: ignore[misc]
+            if plane is not None:
+                plane.stop()
+
+
+def _carry_out_commands(side: Replica, plane: ControlPlane | None) -> dict[str, Any]:
+    rank, seen = side.rank, {}
+    side.run(1)
+    run_until(side, lambda: bool(plane and plane.listeners))
+    if plane is not None:
+        layer = next(layer for layer in side.session.layers if layer.name == "inner")
+        bundle = build_kernel(layer, "proj_lora_64", private_key=plane.kernel_key)
+        kernel = plane.add_kernel(bundle)
+        plane.send(
+            plane.command(
+                CommandKind.GRAFT, 1, adaptation="a1", layer="inner", kernel_digest=kernel
+            )
+        )
+    run_until(side, lambda: bool(plane and answered(plane, 1)))
+    seen["grafted"] = [(entry.uid, entry.layer, entry.step) for entry in side.session.adaptations]
+    if plane is not None:
+        plane.send(plane.command(CommandKind.UNDO, 2, adaptation="a1", payload={"hard": True}))
+    run_until(side, lambda: bool(plane and answered(plane, 2)))
+    seen["undone"] = [str(entry.state) for entry in side.session.adaptations]
+    if plane is not None:
+        reason = {"reason": "enough"}
+        plane.send(plane.command(CommandKind.STOP_RUN, 3, payload=reason))
+    with pytest.raises(RunStopped, match="enough"):
+        run_until(side, lambda: False)
+    seen["steps"], seen["sha"] = side.at, side.parameters()
+    side.session.close()  # the last answer is on its way until then
+    if rank == 0 and plane is not None:
+        seen["acks"] = [answered(plane, seq) for seq in (1, 2, 3)]
+        seen["registrations"] = len(plane.registrations)
+    return seen
+
+
+def run_until(side: Replica, done: Any, seconds: float = 40.0) -> None:
+    ends = time.monotonic() + seconds
+    while not agree(side.rank, done() or time.monotonic() > ends):
+        side.step()
+        time.sleep(0.01)
+    assert time.monotonic() < ends
+
+
+def answered(plane: ControlPlane, seq: int) -> list[str]:
+    return [ack["state"] for ack in plane.acks_of(seq) if ack["state"] != "accepted"]
+
+
+def test_a_command_to_rank_0_is_carried_out_on_all_ranks_in_one_step(two_ranks: RankPool) -> None:
+    lead, other = two_ranks.run(_obey_the_server, timeout=110)
+    assert lead["acks"] == [["applied"]] * 3
+    assert lead["registrations"] == 1, "only rank 0 talks to the server"
+    assert lead["grafted"] == other["grafted"] != []
+    assert lead["undone"] == other["undone"] == ["rolled_back"]
+    assert lead["steps"] == other["steps"]
+    assert lead["sha"] == other["sha"]
+
+
+def _evaluate(rank: int, failing: int) -> list[Any]:
+    calls = []
+
+    def evaluate() -> float:
+        calls.append(1)
+        if rank == failing:
+            raise OSError("no held-out data")
+        return float(rank + len(calls))
+
+    policy = SafetyPolicy(maturity_steps=5, probation_steps=9_000)
+    with replica(rank, evaluate=evaluate, safety_policy=policy) as side:
+        side.run(2)
+        graft(side)
+        side.run(110)
+        return [len(calls), side.session.adaptations[0].ablation_gain, side.parameters()]
+
+
+def test_all_ranks_evaluate_in_the_same_step_and_their_mean_counts(two_ranks: RankPool) -> None:
+    lead, other = two_ranks.run(_evaluate, -1)
+    assert lead[0] == other[0] >= 3  # with and without the graft, and the held-out loss
+    assert lead[1] == other[1] == 1.0
+    assert lead[2] == other[2]
+
+
+def test_an_evaluation_that_fails_on_one_rank_is_unknown_and_blocks_nobody(
+    two_ranks: RankPool,
+) -> None:
+    lead, other = two_ranks.run(_evaluate, 1)
+    assert lead[1] != lead[1]
+    assert lead[2] == other[2]
+
+
+def _judge(rank: int) -> list[Any]:
+    policy = SafetyPolicy(maturity_steps=10, probation_steps=30)
+    with replica(rank, mode="automatic", safety_policy=policy) as side:
+        side.run(3)
+        receipt = graft(side)
+        side.run(150)
+        (entry,) = side.session.adaptations[:1]
+        return [str(entry.state), receipt.present, side.parameters()]
+
+
+def test_rank_0s_verdict_is_carried_out_on_all(two_ranks: RankPool) -> None:
+    lead, other = two_ranks.run(_judge)
+    assert lead == other
+    assert lead[:2] == [str(AdaptationState.ROLLED_BACK), False]
+
+
+def _resume(rank: int) -> None:
+    with replica(rank, norm=False) as side:
+        side.run(3)
+        graft(side)
+        graft(side, "", "ring_allreduce")
+        side.run(5)
+        saved = io.BytesIO()
+        state = [side.session.state_dict(), side.bare.state_dict(), side.optimizer.state_dict()]
+        torch.save([*state, side.scheduler.state_dict()], saved)
+        wanted = side.run(10), side.parameters()
+    with replica(rank, norm=False) as later:
+        session, model, optimizer, scheduler = torch.load(
+            io.BytesIO(saved.getvalue()), weights_only=True
+        )
+        later.session.load_state_dict(session)
+        later.bare.load_state_dict(model)
+        later.optimizer.load_state_dict(optimizer)
+        later.scheduler.load_state_dict(scheduler)
+        later.at = 8
+        assert (later.run(10), later.parameters()) == wanted
+        hook = later.model._get_ddp_logging_data().get("comm_hook")  # type: ignore[operator]
+        assert hook == "sum_in_background"
+
+
+def test_a_checkpoint_goes_on_equal_to_the_bit_on_all_ranks(two_ranks: RankPool) -> None:
+    two_ranks.run(_resume)
+
+
+def _attach_what_is_sharded(rank: int) -> list[str]:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
+
+    plain = TinyNet(norm=False)
+    part = nn.Sequential(TinyNet(norm=False), fully_shard(TinyNet(norm=False)))
+    wrapped = DistributedDataParallel(plain)
+    zero = ZeroRedundancyOptimizer(wrapped.parameters(), torch.optim.Adam, lr=0.1)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
+    cases: list[tuple[nn.Module, torch.optim.Optimizer]] = [
+        (FullyShardedDataParallel(TinyNet(norm=False), device_id=torch.device("cpu")), sgd),
+        (fully_shard(TinyNet(norm=False)), sgd),
+        (part, sgd),
+        (wrapped, zero),
+        (DistributedDataParallel(TinyNet(norm=False), static_graph=True), sgd),
+    ]
+    said = []
+    for model, optimizer in cases:
+        with pytest.raises(ConfigurationError) as refused:
+            esper.attach(model, optimizer)
+        said.append(str(refused.value))
+    return said
+
+
+def test_what_spreads_a_parameter_over_ranks_is_refused_with_a_way_out(
+    two_ranks: RankPool,
+) -> None:
+    first, second = two_ranks.run(_attach_what_is_sharded)
+    assert first == second
+    for sentence, name in zip(
+        first, ["FSDP", "FSDP2", "FSDP2", "ZeroRedundancyOptimizer", "static_graph"], strict=True
+    ):
+        assert name in sentence
+        assert any(way in sentence for way in ("Train with", "use its inner", "make it without"))
+
+
+class DeepSpeedEngine(nn.Module):
+    """Has the name of DeepSpeed's, which is all that is looked at."""
+
+
+class DTensor(nn.Parameter):
+    """Has the name of torch's."""
+
+
+def test_a_deepspeed_engine_and_tensor_parallel_weights_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match="DeepSpeed engine"):
+        esper.attach(DeepSpeedEngine(), optimizer)
+    model.weight.ds_id = 1  # type: ignore[assignment] # as ZeRO-3 marks what it has taken apart
+    with pytest.raises(ConfigurationError, match=r"weight is spread .* ZeRO-3"):
+        esper.attach(model, optimizer)
+    model.weight = DTensor(torch.zeros(2, 2))
+    with pytest.raises(ConfigurationError, match=r"weight is a DTensor.*tensor parallelism"):
+        esper.attach(model, optimizer)

@@ -1,0 +1,325 @@
+"""Applying a graft is all or nothing."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import esper
+from esper import blueprints
+from esper.blueprints import Blueprint, Graft
+from esper.blueprints.catalog.proj_ia3 import ChannelGain, ProjIa3
+from esper.blueprints.initial import Initializer
+from esper.contracts import LayerInfo
+from esper.exceptions import (
+    CertificateError,
+    ConfigurationError,
+    IncompatibleLayerError,
+    UnknownBlueprintError,
+    UnknownLayerError,
+)
+from esper.grafting import Snapshot, apply_graft, digest, slot_of, structure, trace_layers
+from tests.esper.tiny_models import TinyConvNet, Training, make_training
+
+TARGET = "blocks.1.wide"
+
+
+def info_of(training: Training, layer: str = TARGET) -> LayerInfo:
+    tokens = training.batches[0][:, :-1]
+    infos = trace_layers(training.model, lambda: training.model(tokens))
+    return next(info for info in infos if info.name == layer)
+
+
+class WrongGain(ProjIa3):
+    """Starts at two: changes the output at birth."""
+
+    def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
+        gain = nn.Parameter(torch.full((layer.features_out,), 2.0))
+        return ChannelGain(gain, channel_axis=layer.channel_axis)
+
+
+class DeadBranch(Graft):
+    """Both sides zero: its gradient is zero for ever."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(width))
+        self.b = nn.Parameter(torch.zeros(()))
+
+    def combine(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.a * self.b
+
+
+class Dead(ProjIa3):
+    def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
+        return DeadBranch(layer.features_out)
+
+    def parameters(self, layer: LayerInfo, config: dict[str, Any]) -> int:
+        return layer.features_out + 1
+
+
+class RandomGain(ChannelGain):
+    def combine(self, x: Tensor, y: Tensor) -> Tensor:
+        torch.rand(1)
+        return super().combine(x, y)
+
+
+class Drawing(ProjIa3):
+    """Consumes the host's random stream."""
+
+    def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
+        return RandomGain(weights.ones(layer.features_out), channel_axis=layer.channel_axis)
+
+
+class Overwriting(ProjIa3):
+    """Writes to the layer's output."""
+
+    def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
+        return InPlaceGain(weights.ones(layer.features_out), channel_axis=layer.channel_axis)
+
+
+class InPlaceGain(ChannelGain):
+    def combine(self, x: Tensor, y: Tensor) -> Tensor:
+        return y.mul_(self.gain)
+
+
+class Underdeclared(ProjIa3):
+    def parameters(self, layer: LayerInfo, config: dict[str, Any]) -> int:
+        return layer.features_out - 1
+
+
+class Meddling(ProjIa3):
+    """Keeps the output and doubles the host's gradient."""
+
+    def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
+        return MeddlingGain(weights.ones(layer.features_out), channel_axis=layer.channel_axis)
+
+
+class MeddlingGain(ChannelGain):
+    def combine(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().combine(x, y) + (y - y.detach())
+
+
+BAD = [
+    (WrongGain, "changes the output at birth"),
+    (Dead, "none of its tensors has a gradient"),
+    (Drawing, "global random stream"),
+    (Overwriting, "writes to the layer's tensors"),
+    (Underdeclared, "declared are"),
+    (Meddling, "gradients of the layer's own"),
+]
+
+
+@pytest.mark.parametrize(("bad", "failure"), BAD, ids=[bad.__name__ for bad, _ in BAD])
+def test_a_bad_blueprint_is_refused_by_its_certificate(bad: type[Blueprint], failure: str) -> None:
+    training = make_training()
+    training.run(2)
+    info = info_of(training)
+    state = Snapshot.take(training.model, [training.optimizer], [training.scheduler])
+    before = digest(training.model)
+    with pytest.raises(CertificateError, match=failure) as refused:
+        apply_graft(
+            training.model,
+            info,
+            bad(),
+            optimizers=[training.optimizer],
+            schedulers=[training.scheduler],
+        )
+    assert not refused.value.certificate.passed
+    assert digest(training.model) == before
+    assert state.differences() == []
+    assert structure(training.model) == []
+    assert slot_of(training.model.blocks[1].wide) is None
+    training.run(2)
+
+
+class Boom(BaseException):  # not an Exception: nothing on the way may swallow it
+    """Thrown by the test at one line of the apply path."""
+
+
+SURGERY_FILES = ("/grafting/apply.py", "/grafting/slot.py", "/grafting/ledger.py")
+
+
+def raise_at_line(number: int) -> Any:
+    """A trace function that raises at the n-th line run in the files that swap a graft in."""
+    seen = 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal seen
+        if not frame.f_code.co_filename.endswith(SURGERY_FILES):
+            return None
+        if frame.f_code.co_name in (
+            "_withdraw",
+            "_take_out",
+            "take_out",
+            "remove_slots",
+            "remove",
+            "grafts",
+            "slots",
+        ):
+            return None  # the way back
+        if event == "line":
+            seen += 1
+            if seen == number:
+                sys.settrace(None)
+                raise Boom
+        return trace
+
+    return trace
+
+
+def test_an_exception_at_any_line_leaves_everything_as_it_was() -> None:
+    training = make_training()
+    training.run(2)
+    info = info_of(training)
+    surroundings = {"optimizers": [training.optimizer], "schedulers": [training.scheduler]}
+    state = Snapshot.take(training.model, **surroundings)
+    before = digest(training.model)
+    for line in range(1, 2000):
+        sys.settrace(raise_at_line(line))
+        try:
+            receipt = apply_graft(
+                training.model, info, blueprints.get("proj_lora_64"), **surroundings
+            )
+        except Boom:
+            assert digest(training.model) == before, line
+            assert state.differences() == [], line
+            assert slot_of(training.model.blocks[1].wide) is None, line
+        else:
+            break
+        finally:
+            sys.settrace(None)
+    assert line > 60, "the injection reached no depth"
+    assert receipt.present
+
+
+def test_a_refusal_comes_before_anything_is_touched() -> None:
+    training = make_training()
+    info = info_of(training, "blocks.0.attention.out_proj")
+    with pytest.raises(IncompatibleLayerError, match="hook on it never fires"):
+        apply_graft(training.model, info, blueprints.get("mon_act_stats"))
+
+
+def test_a_layer_carries_a_blueprint_once() -> None:
+    training = make_training()
+    info = info_of(training)
+    apply_graft(training.model, info, blueprints.get("proj_ia3"))
+    with pytest.raises(IncompatibleLayerError, match="carries it already"):
+        apply_graft(training.model, info, blueprints.get("proj_ia3"))
+
+
+def test_blueprints_that_conflict_do_not_share_a_layer() -> None:
+    class Rival(ProjIa3):
+        slug = "mlp_swiglu_4096"
+
+    training = make_training()
+    info = info_of(training)
+    apply_graft(training.model, info, Rival())
+    with pytest.raises(IncompatibleLayerError, match="does not go together with mlp_swiglu_4096"):
+        apply_graft(training.model, info, blueprints.get("mlp_gelu_2048"))
+
+
+def test_the_gradient_clamp_refuses_to_work_behind_a_gradient_scaler() -> None:
+    training = make_training()
+
+    class EnabledScaler:
+        def is_enabled(self) -> bool:
+            return True
+
+    with pytest.raises(IncompatibleLayerError, match="gradient scaler"):
+        apply_graft(
+            training.model,
+            info_of(training),
+            blueprints.get("clamp_grad_norm"),
+            scaler=EnabledScaler(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("slug", "config"),
+    [
+        ("proj_lora_64", {"rank": 0}),
+        ("proj_lora_64", {"rank": True}),
+        ("proj_lora_64", {"rank": 4, "size": 1}),
+        ("proj_lora_64", {"alpha": float("nan")}),
+        ("mlp_gelu_2048", {"hidden": 10**9}),
+        ("attn_std", {"width": 10, "heads": 3}),
+        ("attn_std", {"causal": 1}),
+        ("mon_act_stats", {"every": 0}),
+        ("clamp_grad_norm", {"max_norm": -1.0}),
+        ("proj_ia3", {"gain": 2}),
+    ],
+)
+def test_absurd_settings_are_refused(slug: str, config: dict[str, Any]) -> None:
+    training = make_training()
+    with pytest.raises(ConfigurationError):
+        apply_graft(training.model, info_of(training), blueprints.get(slug), config=config)
+
+
+def test_the_public_graft_needs_no_run_and_no_sample_for_a_linear_layer() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.randn(4, 8)
+    expected = model(x)
+    receipt = esper.graft(model, "0", "BP-PROJ-LoRA-64", optimizer=optimizer, rank=1)
+    assert receipt.certificate.passed
+    assert receipt.certificate.undo_exact
+    assert torch.equal(model(x), expected)
+    assert receipt.config["rank"] == 1
+    assert len(optimizer.param_groups) == 2
+    assert receipt.undo().exact
+
+
+def test_the_public_graft_sees_a_convolution_through_a_sample() -> None:
+    model = TinyConvNet()
+    x = torch.randn(2, 3, 8, 8)
+    buffers = digest(model)
+    with pytest.raises(UnknownLayerError, match="sample="):
+        esper.graft(model, "down", "mlp_gelu_2048")
+    expected = TinyConvNet()
+    expected.load_state_dict(model.state_dict())
+    receipt = esper.graft(model, "down", "mlp_gelu_2048", sample=x)
+    assert receipt.digest_before == buffers, "running the sample left batch norm alone"
+    assert torch.equal(model(x), expected(x))
+    model(x).sum().backward()  # the in-place ReLU behind the graft is no trouble
+
+
+@pytest.mark.parametrize("layer", ["", "blocks", "blocks.0", "nowhere"])
+def test_what_is_no_layer_is_refused_with_a_sentence(layer: str) -> None:
+    training = make_training()
+    with pytest.raises(UnknownLayerError, match=r"whole model|container|made of layers|no layer"):
+        esper.graft(training.model, layer, "proj_ia3", sample=training.batches[0])
+
+
+def test_an_unknown_blueprint_is_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(UnknownBlueprintError, match="proj_lora_64"):
+        esper.graft(model, "0", "proj_lora_65")
+
+
+@pytest.mark.parametrize("make", ["weight_norm", "spectral_norm", "prune"])
+def test_a_layer_whose_weight_a_hook_makes_is_certified_on_that_weight(make: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6)
+    if make == "prune":
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            getattr(nn.utils, make)(layer)
+    model = nn.Sequential(layer)
+    x = torch.randn(3, 6)
+    model(x).sum().backward()  # the weight on the layer belongs to a graph that is gone
+    before, weight = digest(model), layer.weight
+    receipt = esper.graft(model, "0", "mlp_gelu_2048")
+    assert receipt.certificate.passed
+    assert layer.weight is weight
+    receipt.undo()
+    assert digest(model) == before

@@ -1,0 +1,59 @@
+"""Esper in a real Lightning Trainer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from esper.exceptions import ConfigurationError
+from esper.grafting import audit, digest
+from esper.sdk.lightning import EsperCallback
+from tests.esper.sdk.frameworks.lightning_training import GRAFT_AT, SAVE_AT, STEPS, fit
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def test_a_fit_is_stepped_grafted_saved_and_goes_on_in_a_new_process(tmp_path: Path) -> None:
+    net, callback, trainer = fit(tmp_path)
+    session = callback.session
+    assert session is not None
+    assert trainer.global_step == STEPS
+    assert [entry.step for entry in session.adaptations] == [GRAFT_AT, GRAFT_AT]
+    assert session.state_dict()["step"] == STEPS  # not one for each of the 48 batches
+    assert audit(net, trainer.optimizers) == []
+    answer = subprocess.run(
+        [sys.executable, "-m", "tests.esper.sdk.frameworks.lightning_training", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=Path(__file__).parents[4],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[4]), "OMP_NUM_THREADS": "1"},
+    )
+    expected = f"['proj_lora_64', 'ln_rms'] {digest(net)}"
+    assert answer.stdout.strip() == expected, answer.stderr
+
+
+def test_its_checkpoint_loads_where_there_is_no_esper(tmp_path: Path) -> None:
+    fit(tmp_path)
+    saved = torch.load(tmp_path / f"step={SAVE_AT}.ckpt", weights_only=True)
+    assert not any("esper" in name.split(".") for name in saved["state_dict"])
+    (optimizer,) = saved["optimizer_states"]
+    assert len(optimizer["param_groups"]) == 1
+    assert not any(key.startswith("esper") for key in optimizer["param_groups"][0])
+    assert len(optimizer["state"]) == len(optimizer["param_groups"][0]["params"])
+    assert len(saved["lr_schedulers"][0]["base_lrs"]) == 1
+
+
+def test_an_exception_closes_the_session(tmp_path: Path) -> None:
+    callback = EsperCallback(run="fit")
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, esper=callback, fail_at=5)
+    assert callback.session is not None
+    with pytest.raises(ConfigurationError, match="closed"):
+        callback.session.step(0.1)

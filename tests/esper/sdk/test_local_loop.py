@@ -1,0 +1,127 @@
+"""The whole loop in one process: a net that is too small plateaus, and something is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import esper
+from esper.contracts import AdaptationState, SafetyPolicy
+from tests.esper.sdk.tiny_training import slot_at
+
+EAGER = SafetyPolicy(
+    maturity_steps=10,
+    probation_steps=40,
+    cooldown_layer_steps=100,
+    cooldown_run_steps=20,
+    max_added_parameters_ratio=50.0,
+)
+
+
+class Bottleneck:
+    """A student of two units and a teacher of eight: the loss goes flat, well above zero."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.teacher = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.model = nn.Sequential(nn.Linear(16, 2), nn.Tanh(), nn.Linear(2, 8))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.held_out = torch.randn(256, 16)
+
+    def loss(self) -> torch.Tensor:
+        return self.loss_on(torch.randn(64, 16))
+
+    def loss_on(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = self.teacher(x)
+        return F.mse_loss(self.model(x), target)
+
+    def evaluate(self) -> float:
+        return self.loss_on(self.held_out).item()
+
+    def run(self, steps: int, session: esper.Session) -> None:
+        for _ in range(steps):
+            loss = self.loss()
+            self.optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            self.optimizer.step()
+            session.step(loss)
+
+    def run_until(self, condition: Callable[[], object], session: esper.Session) -> None:
+        """How often a frame is due depends on the machine's speed, so steps are not counted."""
+        end = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < end, "trained on in vain"
+            self.run(10, session)
+
+
+def attached(host: Bottleneck, mode: str, policy: SafetyPolicy = EAGER) -> esper.Session:
+    return esper.attach(
+        host.model,
+        host.optimizer,
+        run="bottleneck",
+        mode=mode,
+        evaluate=host.evaluate,
+        safety_policy=policy,
+    )
+
+
+def test_a_plateau_is_adapted_judged_and_rewarded_without_a_server() -> None:
+    host = Bottleneck()
+    with attached(host, "automatic") as session:
+        host.run_until(lambda: any(e.verdict for e in session.adaptations), session)
+        closed = [entry for entry in session.adaptations if entry.verdict is not None]
+    for entry in closed:
+        assert entry.state in (AdaptationState.KEPT, AdaptationState.ROLLED_BACK)
+        assert entry.reward is not None
+        here = slot_at(host.model, entry.layer).grafts()
+        assert (entry.blueprint in here) == (entry.state is AdaptationState.KEPT)
+
+
+def test_an_observing_session_changes_nothing() -> None:
+    host = Bottleneck()
+    with attached(host, "observe") as session:
+        host.run(800, session)
+        assert session.adaptations == ()
+        assert session.waiting == ()
+
+
+def test_a_supervised_session_asks_and_does_what_the_person_says() -> None:
+    host = Bottleneck()
+    with attached(host, "supervised") as session:
+        host.run_until(lambda: session.waiting, session)
+        assert session.adaptations == ()
+        (first,) = session.waiting[:1]
+        assert first.decision.asks
+        receipt = session.approve(first)
+        assert receipt.present
+        assert (receipt.layer, receipt.blueprint) == (first.layer, first.blueprint)
+        assert first not in session.waiting
+        with pytest.raises(ValueError, match="not waiting"):
+            session.approve(first)
+
+
+def test_a_rejected_layer_is_left_alone_for_its_cooldown() -> None:
+    host = Bottleneck()
+    with attached(host, "supervised") as session:
+        host.run_until(lambda: session.waiting, session)
+        first = session.waiting[0]
+        session.reject(first)
+        host.run(20, session)
+        assert session.adaptations == ()
+        assert first.layer not in {entry.layer for entry in session.waiting}
+
+
+def test_a_decision_that_nobody_takes_expires_and_is_never_applied() -> None:
+    host = Bottleneck()
+    policy = replace(EAGER, approval_timeout_seconds=0)
+    with attached(host, "supervised", policy) as session:
+        host.run(1000, session)
+        assert session.adaptations == ()
+        assert session.waiting == ()

@@ -1,0 +1,143 @@
+"""The real ``./up``: starts, survives kills, stops, and starts again with its data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from hosts.processes import marked_processes
+from launcher.supervise.plan import ROOT
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(240)]
+SERVICES = {"valkey", "web", "worker-control", "worker-compile", "beat", "tamiyo"}
+
+
+def ready(url: str) -> dict[str, Any]:
+    with urlopen(f"{url}/readyz", timeout=20) as answer:  # noqa: S310 (loopback)
+        found: dict[str, Any] = json.load(answer)
+        return found
+
+
+def wait_ready(url: str, seconds: float = 40.0) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if all(ready(url)["checks"].values()):
+                return
+        except OSError:
+            pass
+        assert time.monotonic() < deadline, "it did not become ready again"
+        time.sleep(0.2)
+
+
+def test_all_services_run_and_answer(running_esper: Any) -> None:
+    assert set(running_esper.runtime["children"]) == SERVICES
+    assert ready(running_esper.url) == {"ready": True, "checks": {"database": True, "redis": True}}
+
+
+def test_people_get_passwords_that_no_log_file_knows(running_esper: Any) -> None:
+    passwords = running_esper.people
+    assert set(passwords) == {"vera", "rafi", "olga", "carl", "ada"}
+    assert "olga" in running_esper.tail()
+    for log in (running_esper.data_dir / "log").glob("*.log"):
+        text = log.read_text()
+        assert not [password for password in passwords.values() if password in text], log.name
+
+
+def test_secrets_are_private_and_not_on_any_command_line(running_esper: Any) -> None:
+    keyring = running_esper.keyring
+    mode = stat.S_IMODE((running_esper.data_dir / "secrets.json").stat().st_mode)
+    assert mode == 0o600
+    secrets = [keyring["redis_password"], keyring["secret_key"], *keyring["tokens"].values()]
+    for pid in running_esper.processes():
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+        assert not [secret for secret in secrets if secret in command]
+
+
+def test_only_the_compile_worker_knows_the_kernel_key(running_esper: Any) -> None:
+    knowing = {
+        name
+        for name, pid in running_esper.runtime["children"].items()
+        if b"ESPER_KERNEL_KEY_FILE=" in Path(f"/proc/{pid}/environ").read_bytes()
+    }
+    assert knowing == {"worker-compile"}
+
+
+def test_valkey_asks_for_its_password(running_esper: Any) -> None:
+    port = running_esper.runtime["redis_port"]
+    once = Retry(NoBackoff(), 0)
+    with redis.Redis(port=port, retry=once) as stranger, pytest.raises(redis.AuthenticationError):
+        stranger.ping()
+    with redis.Redis.from_url(running_esper.redis_url) as friend:
+        assert friend.ping()
+
+
+@pytest.mark.parametrize(
+    "child", ["web", "worker-control", "worker-compile", "beat", "tamiyo", "valkey"]
+)
+def test_a_killed_child_comes_back_and_the_others_stay(running_esper: Any, child: str) -> None:
+    before = running_esper.runtime["children"]
+    running_esper.wait_restarted(child, running_esper.kill(child))
+    wait_ready(running_esper.url)
+    after = running_esper.runtime["children"]
+    assert set(after) == SERVICES
+    assert {name for name in SERVICES if before[name] != after[name]} == {child}
+    assert f"{child} ended (killed by SIGKILL)" in running_esper.tail(20000)
+
+
+def test_a_second_up_on_the_same_data_is_refused(running_esper: Any) -> None:
+    answer = subprocess.run(
+        [
+            *(sys.executable, "-m", "launcher.supervisor", "--port", "0"),
+            *("--data-dir", str(running_esper.data_dir)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert answer.returncode == 1
+    assert "already runs on" in answer.stdout
+    assert ready(running_esper.url)["ready"]
+
+
+def test_it_stops_in_seconds_leaves_nothing_and_starts_again_with_its_data(
+    start_esper: Any, tmp_path: Path
+) -> None:
+    first = start_esper(tmp_path / "data", "--no-demo")
+    people, mark = first.people, first.mark
+    began = time.monotonic()
+    assert first.stop() == 0
+    assert time.monotonic() - began < 20
+    assert marked_processes(mark) == []
+    assert not (tmp_path / "data" / "runtime.json").exists()
+    second = start_esper(tmp_path / "data", "--no-demo")
+    assert second.people == people
+    assert people["olga"] not in second.tail()  # shown once
+    assert second.stop() == 0
+
+
+def test_after_a_killed_supervisor_nothing_stays_and_the_next_start_works(
+    start_esper: Any, tmp_path: Path
+) -> None:
+    first = start_esper(tmp_path / "data", "--no-demo")
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.process.wait()
+    second = start_esper(tmp_path / "data", "--no-demo")
+    assert marked_processes(first.mark) == []
+    assert set(second.runtime["children"]) == SERVICES
+    assert second.stop() == 0

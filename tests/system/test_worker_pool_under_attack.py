@@ -1,0 +1,372 @@
+"""Workers are killed, frozen and starved at random points; then the database is compared with what
+the trainer holds. The seed is fixed, so that a failure is tried again at the same points."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from hosts.keyring import kernel_key_path
+from hosts.processes import MARK
+from launcher.supervise.plan import compile_worker_command
+
+from .conftest import QUICK, ROOT, Plant, until
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+
+SEED = 4
+# Short leases: what takes half a minute in production takes seconds here.
+HASTE = {
+    "ESPER_COMPILE_LEASE_SECONDS": "4",
+    "ESPER_COMPILE_HEARTBEAT_SECONDS": "1",
+    "ESPER_WORKER_HEARTBEAT_SECONDS": "1",
+    "ESPER_WORKER_CRASHES_MAX": "1000",
+}
+FIRST, SECOND = "first@here", "second@here"
+LAYERS = ("conv1", "conv2", "conv3", "squeeze", "head")
+# reverted: kept, and gone with the hard undo of an older graft
+NAMED_ENDS = {
+    "kept",
+    "rolled_back",
+    "reverted",
+    "compile_failed",
+    "dispatch_expired",
+    "not_applied",
+}
+
+
+@dataclass
+class Workers:
+    """Compile workers of our own, each a process group: main, pool process, builder children."""
+
+    plant: Plant
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str, queues: str = "compile.cpu") -> None:
+        capabilities = [queue.removeprefix("compile.") for queue in queues.split(",")]
+        environment = os.environ | {
+            **HASTE,
+            "DJANGO_SETTINGS_MODULE": "esper_web.settings.local",
+            "ESPER_DATA_DIR": str(self.plant.esper.data_dir),
+            "ESPER_HOST_NAME": name.split("@")[1],
+            "ESPER_WORKER_NAME": name,
+            "ESPER_WORKER_CAPABILITIES": ",".join(capabilities),
+            "ESPER_KERNEL_KEY_FILE": str(kernel_key_path(self.plant.esper.data_dir)),
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+            MARK: self.plant.esper.mark,
+        }
+        environment.pop("DATABASE_URL", None)
+        with (self.plant.folder / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                [*compile_worker_command(queues), "-n", name],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_ready(self, name: str) -> None:
+        until(
+            lambda: self.plant.rows(
+                "SELECT 1 FROM kernels_worker WHERE name=? AND state='idle' AND devices!='[]' "
+                "AND queues!='[]'",
+                name,
+            ),
+            90,
+            f"{name} is there with its devices",
+        )
+
+    def family(self, name: str) -> list[int]:
+        """The worker and all below it, parents first."""
+        found = [self.running[name].pid]
+        for pid in found:
+            with suppress(FileNotFoundError):
+                text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+                found += [int(child) for child in text.split()]
+        return found
+
+    def builders(self, name: str) -> list[int]:
+        return [pid for pid in self.family(name) if _is_builder(pid)]
+
+    def signal(self, pids: list[int], number: signal.Signals) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def end(self) -> None:
+        for name, process in self.running.items():
+            family = self.family(name)
+            self.signal(family, signal.SIGCONT)
+            self.signal(family, signal.SIGKILL)
+            process.wait(10)
+
+
+def _is_builder(pid: int) -> bool:
+    with suppress(OSError):
+        return b"esper.compilation.child" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+@pytest.fixture
+def workers(start_esper: Any, tmp_path: Path) -> Iterator[Workers]:
+    """An Esper whose own worker only stages; two others build."""
+    environment = HASTE | {"ESPER_WORKER_CAPABILITIES": "none"}
+    esper = start_esper(tmp_path / "data", "--no-demo", environment=environment)
+    plant = Plant(esper, tmp_path)
+    body = {
+        "changes": QUICK | {"probation_steps": 10, "max_in_flight_per_run": 20},
+        "reason": "tests",
+    }
+    assert plant.call("carl", "POST", "policies", json=body).status_code == 201
+    workers = Workers(plant)
+    try:
+        yield workers
+    finally:
+        workers.end()
+        if plant.trainer is not None:
+            plant.kill_trainer()
+
+
+def job_of(plant: Plant, uid: str) -> dict[str, Any]:
+    names = ("state", "attempt", "lease_owner", "error", "log", "capability")
+    [row] = plant.rows(
+        f"SELECT {', '.join(names)} FROM kernels_compilejob WHERE adaptation_uid=?",  # noqa: S608
+        uid,
+    )
+    return dict(zip(names, row, strict=True))
+
+
+# --- random attacks -------------------------------------------------------------------------------
+
+
+def kill_worker(workers: Workers, name: str, chance: random.Random) -> None:
+    workers.signal(workers.family(name)[:2], signal.SIGKILL)
+    workers.running[name].wait(10)
+    workers.start(name)
+
+
+def kill_pool_process(workers: Workers, name: str, chance: random.Random) -> None:
+    workers.signal(workers.family(name)[1:2], signal.SIGKILL)
+
+
+def kill_builders(workers: Workers, name: str, chance: random.Random) -> None:
+    workers.signal(workers.builders(name), signal.SIGKILL)
+
+
+def freeze(workers: Workers, name: str, chance: random.Random) -> None:
+    """Longer than the lease, then on: the zombie finds that it was replaced."""
+    family = workers.family(name)
+    workers.signal(family, signal.SIGSTOP)
+    time.sleep(chance.uniform(5.0, 7.0))
+    workers.signal(family, signal.SIGCONT)
+
+
+def starve(workers: Workers, name: str, chance: random.Random) -> None:
+    """A twentieth of the processor for some seconds."""
+    family = workers.family(name)
+    ends = time.monotonic() + chance.uniform(3.0, 5.0)
+    while time.monotonic() < ends:
+        workers.signal(family, signal.SIGSTOP)
+        time.sleep(0.19)
+        workers.signal(family, signal.SIGCONT)
+        time.sleep(0.01)
+
+
+ATTACKS: list[Callable[[Workers, str, random.Random], None]] = [
+    kill_builders,
+    freeze,
+    kill_pool_process,
+    starve,
+    kill_worker,
+]
+
+
+def test_no_job_is_lost_or_done_twice_whatever_happens_to_the_workers(workers: Workers) -> None:
+    plant, chance = workers.plant, random.Random(SEED)
+    workers.start(FIRST)
+    workers.start(SECOND)
+    plant.start_trainer()
+    until(lambda: plant.step() > 5, 90, "the trainer trains and is heard")
+    workers.wait_ready(FIRST)
+    workers.wait_ready(SECOND)
+    layers = [
+        (layer, blueprint) for blueprint in ("mon_act_stats", "clamp_grad_norm") for layer in LAYERS
+    ]
+    for index, (layer, blueprint) in enumerate(layers):
+        if index >= len(LAYERS):  # the earlier graft of this layer must be settled
+            earlier = plant.uids[index - len(LAYERS)]
+            until(lambda uid=earlier: plant.ended(uid), 90, f"{earlier} has an end")
+        attack = ATTACKS[index % len(ATTACKS)]
+        victim = chance.choice([FIRST, SECOND])
+        before = chance.random() < 0.5  # the doorbell finds it so, or it happens in the middle
+        if not before:
+            plant.propose(layer, blueprint)
+            time.sleep(chance.uniform(0.0, 0.08))
+            attack(workers, victim, chance)
+        else:
+            workers.signal(workers.builders(victim), signal.SIGSTOP)
+            plant.propose(layer, blueprint)
+            attack(workers, victim, chance)
+            workers.signal(workers.builders(victim), signal.SIGCONT)
+    for uid in plant.uids:
+        until(lambda uid=uid: plant.ended(uid), 90, f"{uid} has an end: {plant.state(uid)}")
+    check_the_database(plant)
+    check_what_the_trainer_holds(plant)
+
+
+def check_the_database(plant: Plant) -> None:
+    for uid in plant.uids:
+        job, states = job_of(plant, uid), plant.states_in_audit(uid)
+        assert plant.state(uid) in NAMED_ENDS, (states, job)
+        assert job["state"] in {"done", "failed"}, job
+        assert 1 <= job["attempt"] <= 3
+        assert states.count("compiling") == job["attempt"], states
+        assert states.count("compiled") == (job["state"] == "done"), states
+        assert states.count("dispatched") <= 1
+    # The result that counts is by the worker that held the lease; nobody else's was taken.
+    foreign = plant.rows(
+        "SELECT j.uid FROM kernels_compilejob j JOIN kernels_kernel k ON k.id = j.kernel_id "
+        "WHERE j.state='done' AND NOT j.cached AND k.built_by != j.lease_owner"
+    )
+    assert foreign == []
+    doubled = plant.rows(
+        "SELECT adaptation_uid FROM runs_command WHERE kind='graft' GROUP BY adaptation_uid "
+        "HAVING count(*) > 1"
+    )
+    assert doubled == []
+    assert plant.call("ada", "GET", "audit/verify").json()["verified"]
+
+
+def check_what_the_trainer_holds(plant: Plant) -> None:
+    """The grafts of a checkpoint that was written after the last adaptation had ended."""
+    checkpoint, settled = plant.folder / "digits.pt", plant.step()
+    saved: dict[str, Any] = {}
+
+    def is_later() -> bool:
+        saved.update(torch.load(checkpoint, weights_only=True))
+        return int(saved["step"]) > settled
+
+    until(lambda: checkpoint.exists() and is_later(), 90, "a checkpoint after the end")
+    held = {entry["adaptation"] for entry in saved["session"]["applied"]}
+    kept = {uid for uid in plant.uids if plant.state(uid) == "kept"}
+    assert held & set(plant.uids) == kept
+
+
+# --- one zombie, step by step ---------------------------------------------------------------------
+
+
+def test_a_frozen_worker_that_wakes_up_is_refused_and_the_other_has_done_it(
+    workers: Workers,
+) -> None:
+    plant = workers.plant
+    workers.start(FIRST)
+    plant.start_trainer()
+    until(lambda: plant.step() > 5, 90, "the trainer trains and is heard")
+    workers.wait_ready(FIRST)
+    workers.signal(workers.builders(FIRST), signal.SIGSTOP)  # so that it is in the middle of it
+    uid = plant.propose("conv1")
+    until(lambda: job_of(plant, uid)["lease_owner"] == FIRST, 30, "it has the job")
+    zombie = workers.family(FIRST)
+    workers.signal(zombie, signal.SIGSTOP)
+    frozen_at = time.monotonic()
+
+    workers.start(SECOND)
+    until(lambda: job_of(plant, uid)["lease_owner"] == SECOND, 60, "the other takes it over")
+    until(lambda: job_of(plant, uid)["state"] == "done", 30, "and does it")
+    taken_over_s = time.monotonic() - frozen_at
+    workers.signal(zombie, signal.SIGCONT)
+    until(lambda: plant.ended(uid), 60, "the adaptation has an end")
+    time.sleep(3)  # the zombie has had its turn
+
+    job = job_of(plant, uid)
+    assert (job["state"], job["attempt"], job["lease_owner"]) == ("done", 2, SECOND)
+    assert f"worker {FIRST} was lost" in job["log"]
+    assert {row[0] for row in plant.rows("SELECT built_by FROM kernels_kernel")} == {SECOND}
+    assert taken_over_s < 60  # of which the second worker needs most to start
+    log = (plant.folder / f"{FIRST}.log").read_text()
+    assert "nobody needs the result" in log or "came too late" in log
+
+
+# --- two capabilities -----------------------------------------------------------------------------
+
+LAYER = {
+    "kind": "Linear",
+    "in_shape": [8, 64],
+    "out_shape": [8, 64],
+    "dtype": "float32",
+    "parameters": 64 * 65,
+    "graftable": True,
+    "features_in": 64,
+    "features_out": 64,
+}
+
+
+def test_one_run_over_two_devices_gets_each_kernel_from_a_worker_that_claims_it(
+    workers: Workers,
+) -> None:
+    plant = workers.plant
+    workers.start(FIRST, "compile.cpu")
+    workers.start(SECOND, "compile.cpu.avx2,compile.cpu.amx")
+    workers.wait_ready(FIRST)
+    workers.wait_ready(SECOND)
+    # Two names for one processor stand for two devices: what is shown is who builds for which.
+    body = {
+        "name": "two-devices",
+        "mode": "automatic",
+        "host": "elsewhere",
+        "capability": "cpu",
+        "capabilities": {"cpu": "cpu", "cpu:0": "cpu.avx2"},
+        "model_parameters": 1_000_000,
+        "layers": [{**LAYER, "name": "a"}, {**LAYER, "name": "b", "device": "cpu:0"}],
+    }
+    run = plant.call("trainer", "POST", "runs", json=body)
+    assert run.status_code == 201, run.text
+    report_a_step(plant, run.json())
+
+    uids = {layer: plant.propose(layer) for layer in ("a", "b")}
+
+    for uid in uids.values():
+        until(lambda uid=uid: job_of(plant, uid)["state"] == "done", 60, "both are built")
+    built = plant.rows(
+        "SELECT j.layer->>'name', k.capability, k.built_by FROM kernels_compilejob j "
+        "JOIN kernels_kernel k ON k.id = j.kernel_id ORDER BY 1"
+    )
+    assert built == [("a", "cpu", FIRST), ("b", "cpu.avx2", SECOND)]
+    answer = plant.call("vera", "GET", "workers?kind=compile").json()["results"]
+    claimed = {row["name"]: row["capabilities"] for row in answer}
+    assert claimed[SECOND] == ["cpu.avx2", "cpu.amx"]
+
+
+def report_a_step(plant: Plant, run: dict[str, Any]) -> None:
+    """As a trainer does: enough for the gates that ask whether the run is old enough."""
+    metric = {"step": 50, "wall_time": time.time(), "values": {"loss": 1.0}}
+    batch = {
+        "epoch": run["epoch"],
+        "seq_from": 1,
+        "seq_to": 1,
+        "frames": [],
+        "metrics": [metric],
+        "findings": [],
+        "dropped": 0,
+    }
+    answer = httpx.post(
+        f"{plant.esper.url}/api/v1/runs/{run['uid']}/telemetry",
+        json=batch,
+        headers={"Authorization": f"Bearer {run['token']}"},
+        timeout=20,
+    )
+    assert answer.status_code < 300, answer.text
