@@ -81,7 +81,7 @@ class Deadline:
         return timedelta(seconds=getattr(policy, self.policy) if self.policy else self.seconds)
 
 
-# Every state that is not an end has one. ``sweeping`` looks closer before it takes the outcome of
+# Every state that is not an end has one. ``deadlines`` looks closer before it takes the outcome of
 # the last four: a trainer that we have not heard of may have done what we told it to.
 DEADLINES: Mapping[AdaptationState, Deadline] = {
     S.PROPOSED: Deadline(S.DECLINED, 30),

@@ -12,10 +12,10 @@ from django.utils import timezone
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.problems import Problem, not_found
-from apps.adaptations.dispatching import request_undo
+from apps.adaptations.compiled_kernels import note_answer, request_speed_up
+from apps.adaptations.dispatch import request_undo
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
-from apps.adaptations.speeding import note_answer, request_speed_up
 from apps.audit.models import AuditEvent
 from apps.audit.services import record
 from apps.kernels.cache import plan_warm_up

@@ -1,7 +1,6 @@
 """All that other apps may do with adaptations."""
 
-from apps.adaptations.compiling import compile_kernel
-from apps.adaptations.deciding import (
+from apps.adaptations.acts import (
     approve_adaptation,
     cancel_adaptation,
     claim_adaptation,
@@ -15,9 +14,10 @@ from apps.adaptations.deciding import (
     set_adaptation_switch,
     undo_plan,
 )
-from apps.adaptations.dispatching import dispatch
-from apps.adaptations.judging import judge_adaptation
-from apps.adaptations.proposing import (
+from apps.adaptations.compile_jobs import compile_kernel
+from apps.adaptations.deadlines import sweep
+from apps.adaptations.dispatch import dispatch_adaptation
+from apps.adaptations.proposals import (
     GateClosedError,
     Proposal,
     propose_adaptation,
@@ -32,7 +32,7 @@ from apps.adaptations.reports import (
     register_run,
     settle_hello,
 )
-from apps.adaptations.sweeping import sweep
+from apps.adaptations.verdicts import judge_adaptation
 
 __all__ = [
     "GateClosedError",
@@ -44,7 +44,7 @@ __all__ = [
     "cancel_adaptation",
     "claim_adaptation",
     "compile_kernel",
-    "dispatch",
+    "dispatch_adaptation",
     "evidence_drift",
     "evidence_now",
     "extend_adaptation",

@@ -2,7 +2,7 @@
 
 from celery import shared_task
 
-from apps.adaptations import services, speeding
+from apps.adaptations import compiled_kernels, services
 from apps.kernels.presence import worker_name
 
 
@@ -13,12 +13,12 @@ def compile_kernel(job_uid: str) -> None:
 
 @shared_task(name="adaptations.dispatch")
 def dispatch(adaptation_uid: str) -> None:
-    services.dispatch(adaptation_uid, worker=worker_name())
+    services.dispatch_adaptation(adaptation_uid, worker=worker_name())
 
 
 @shared_task(name="adaptations.speed_up")
 def speed_up(pk: int) -> None:
-    speeding.start_builder(pk)
+    compiled_kernels.start_builder(pk)
 
 
 @shared_task(name="adaptations.sweep")

@@ -1,7 +1,8 @@
 """What a host's worker does with launches: register recipes, start, watch, stop, settle.
 
-The trainer lives below its minder (``apps.recipes.minder``) and outlives this worker; whoever looks
-after the host next finds both by process id and start time, and the end in ``exit.json``.
+The trainer is a child of its launch monitor (``apps.recipes.launch_monitor``) and outlives this
+worker. The next worker of this host finds both by process id and start time, and reads how the
+trainer ended from ``exit.json``.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from apps.accounts.problems import Problem
 from apps.notifications.services import SYSTEM_TOPIC, group_name, launch_topic, publish, ring
 from apps.recipes.files import RecipeError, RecipeFile, check_parameters, read_folder
 from apps.recipes.hostlog import read_log, tail_offset
+from apps.recipes.launch_monitor import EXIT_FILE, PROCESS_FILE, Order, read_note
 from apps.recipes.lifecycle import transition
-from apps.recipes.minder import EXIT_FILE, PROCESS_FILE, Order, read_note
 from apps.recipes.models import Launch, LogChunk, Recipe
 from apps.runs.models import Run
 from apps.runs.services import lock_run, set_state
@@ -48,8 +49,8 @@ LOG_KEPT_BYTES = 256 * 1024  # on the server; the host keeps more
 LOG_CHUNK_BYTES = 64 * 1024
 SEEN_EVERY = timedelta(seconds=5)
 START_SECONDS = 60  # until "started" is written down; a cold disk under load is slow
-HARD_STOP_SECONDS = 10  # after the time of grace, when the minder does not do it
-MINDER_SECONDS = 30
+HARD_STOP_SECONDS = 10  # after the time of grace, when the launch monitor does not do it
+MONITOR_START_SECONDS = 30
 TOKEN_LIFE = timedelta(days=30)
 # What every program may need; a recipe names the rest.
 _COMMON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "OMP_NUM_THREADS")
@@ -182,15 +183,15 @@ def _environment(launch: Launch, recipe: RecipeFile) -> dict[str, str]:
 
 
 def _spawn(order: Order) -> None:
-    """Start the minder, which leaves us behind; returns once the trainer has started or failed."""
+    """Start the launch monitor; return once the trainer has started or failed to start."""
     environment = {name: os.environ[name] for name in (*_COMMON, MARK) if name in os.environ}
     paths = [str(_PROJECT), os.environ.get("PYTHONPATH", "")]
     subprocess.run(
-        [sys.executable, "-m", "apps.recipes.minder"],
+        [sys.executable, "-m", "apps.recipes.launch_monitor"],
         input=json.dumps(asdict(order)).encode(),
         cwd=_PROJECT,
         env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        timeout=MINDER_SECONDS,
+        timeout=MONITOR_START_SECONDS,
         check=True,
     )
 
@@ -228,7 +229,7 @@ def _look_at(launch: Launch) -> None:
         _settle(launch, ended)
     elif process is None:
         _settle_unstarted(launch)
-    elif process_identity(process["minder_pid"]) == process["minder_identity"]:
+    elif process_identity(process["monitor_pid"]) == process["monitor_identity"]:
         _note_alive(launch, process)
     else:
         _end_orphan(process)
@@ -284,15 +285,15 @@ def _note_alive(launch: Launch, process: dict[str, Any]) -> None:
 
 
 def _stop(launch: Launch, process: dict[str, Any]) -> None:
-    signal_process(process["minder_pid"], signal.SIGTERM)  # it does nothing at the second one
+    signal_process(process["monitor_pid"], signal.SIGTERM)  # it does nothing at the second one
     patience = timedelta(seconds=launch.recipe.grace_seconds + HARD_STOP_SECONDS)
     if launch.stop_requested_at and timezone.now() - launch.stop_requested_at > patience:
         _end_orphan(process)
-        signal_process(process["minder_pid"], signal.SIGKILL)
+        signal_process(process["monitor_pid"], signal.SIGKILL)
 
 
 def _end_orphan(process: dict[str, Any]) -> None:
-    """The trainer without its minder; a process of the same number that is not it is left alone."""
+    """Kill a trainer whose monitor is gone; never another process that has the same id."""
     if process_identity(process["trainer_pid"]) == process["trainer_identity"]:
         signal_group(process["trainer_pid"], signal.SIGKILL)
 

@@ -1,7 +1,8 @@
 """A launch's log on its host: segments that are named by the offset of their first byte.
 
-The offset counts all bytes ever written, so that it stays true when old segments are gone. Written
-by one process (the minder), read by another (the worker). Only whole, redacted lines get in.
+The offset counts all bytes ever written, so that it stays true when old segments are gone. One
+process (the launch monitor) writes it, another (the worker) reads it. Only whole, redacted lines
+get in.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def test_the_kill_switch_lets_nothing_through_after_it_was_committed() -> None:
         if index == 0:
             services.set_adaptation_switch(on=False, user=operator, via="")
         else:
-            services.dispatch(adaptation.uid, worker=f"w{index}")
+            services.dispatch_adaptation(adaptation.uid, worker=f"w{index}")
         return "done"
 
     at_once(work)

@@ -12,7 +12,7 @@ from django.utils import timezone
 from apps.accounts.actors import Actor, ActorKind
 from apps.accounts.models import User
 from apps.adaptations import services
-from apps.adaptations.compiling import queue_dispatch
+from apps.adaptations.compile_jobs import queue_dispatch
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.services import Proposal
@@ -122,7 +122,7 @@ class Stage:
         return adaptation
 
     def dispatched(self, adaptation: Adaptation) -> Command:
-        services.dispatch(self.compiled(adaptation).uid, worker="compile@here")
+        services.dispatch_adaptation(self.compiled(adaptation).uid, worker="compile@here")
         return self.command(adaptation)
 
     def command(self, adaptation: Adaptation) -> Command:

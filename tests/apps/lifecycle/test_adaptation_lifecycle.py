@@ -282,7 +282,7 @@ def test_the_kill_switch_stops_approvals_proposals_and_dispatch(stage: Stage) ->
     with pytest.raises(Problem) as caught:
         act("approve", waiting, stage.operator)
     assert caught.value.status == 423
-    services.dispatch(compiled.uid, worker="w")
+    services.dispatch_adaptation(compiled.uid, worker="w")
     compiled.refresh_from_db()
     assert compiled.state == S.CANCELLED
     assert not Command.objects.filter(kind="graft").exists()
@@ -464,7 +464,7 @@ def test_the_end_of_a_run_leaves_nothing_open(stage: Stage) -> None:
 
 
 def test_limits_broken_by_the_measured_numbers_stop_the_adaptation(stage: Stage) -> None:
-    from apps.adaptations.compiling import _measured_limits_hold
+    from apps.adaptations.compile_jobs import _measured_limits_hold
 
     from .conftest import a_kernel
 

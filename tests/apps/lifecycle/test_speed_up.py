@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from apps.adaptations import speeding
+from apps.adaptations import compiled_kernels
 from apps.adaptations.models import Adaptation
 from apps.kernels.models import Kernel, SpeedUp
 from apps.kernels.selectors import speed_up_of
@@ -89,11 +89,11 @@ def test_a_faster_kernel_is_offered_after_the_graft_and_the_answer_is_kept(
 ) -> None:
     adaptation = grafted()
     assert state_of(adaptation).state == SpeedUpState.QUEUED
-    assert OutboxMessage.objects.filter(task=speeding.SPEED_UP_TASK).exists()
+    assert OutboxMessage.objects.filter(task=compiled_kernels.SPEED_UP_TASK).exists()
     worker(1.4)
 
-    assert speeding.build_next(worker="compile@here")
-    assert not speeding.build_next(worker="compile@here")
+    assert compiled_kernels.build_next(worker="compile@here")
+    assert not compiled_kernels.build_next(worker="compile@here")
 
     command = speed_up_command(adaptation)
     assert command is not None
@@ -112,7 +112,7 @@ def test_what_the_trainer_finds_slower_is_kept_eager_and_said(
 ) -> None:
     adaptation = grafted()
     worker(1.2)
-    speeding.build_next(worker="w")
+    compiled_kernels.build_next(worker="w")
     command = speed_up_command(adaptation)
     assert command is not None
 
@@ -132,7 +132,7 @@ def test_a_kernel_that_is_slower_on_the_worker_does_not_trouble_the_trainer(
     adaptation = grafted()
     worker(0.57)
 
-    speeding.build_next(worker="w")
+    compiled_kernels.build_next(worker="w")
 
     assert speed_up_command(adaptation) is None
     row = state_of(adaptation)
@@ -153,7 +153,7 @@ def test_no_compiler_is_no_failure_and_a_failure_touches_no_adaptation(
     adaptation = grafted()
     worker(outcome)
 
-    speeding.build_next(worker="w")
+    compiled_kernels.build_next(worker="w")
 
     assert state_of(adaptation).state == state
     adaptation.refresh_from_db()
@@ -175,7 +175,7 @@ def test_a_graft_that_has_gone_is_not_sped_up(stage: Stage, grafted: Grafted, wo
     Adaptation.objects.filter(pk=adaptation.pk).update(state=AdaptationState.ROLLED_BACK)
     worker(1.5)
 
-    speeding.build_next(worker="w")
+    compiled_kernels.build_next(worker="w")
 
     assert speed_up_command(adaptation) is None
     assert state_of(adaptation).state == SpeedUpState.KEPT_EAGER
@@ -186,10 +186,10 @@ def test_a_second_graft_of_the_same_shape_reuses_the_kernel(
 ) -> None:
     adaptation = grafted()
     worker(1.2)
-    speeding.build_next(worker="w")
+    compiled_kernels.build_next(worker="w")
     worker(AssertionError("built twice"))
     SpeedUp.objects.update(state=SpeedUpState.QUEUED)
 
-    speeding.build_next(worker="w")
+    compiled_kernels.build_next(worker="w")
 
     assert state_of(adaptation).state == SpeedUpState.OFFERED

@@ -16,8 +16,8 @@ import pytest
 from django.utils import timezone
 
 from apps.accounts.problems import Problem
-from apps.adaptations import compiling, services
-from apps.adaptations.compiling import _measured_limits_hold
+from apps.adaptations import compile_jobs, services
+from apps.adaptations.compile_jobs import _measured_limits_hold
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
@@ -200,7 +200,7 @@ def test_a_late_attempt_leaves_no_kernel_behind(
 ) -> None:
     """The worker was frozen; while it built, its lease was lost and another one took the job."""
     adaptation = stage.propose()
-    build = compiling._build_or_reuse
+    build = compile_jobs._build_or_reuse
 
     def frozen_meanwhile(job: CompileJob, progress: Any) -> Any:
         built = build(job, progress)
@@ -210,7 +210,7 @@ def test_a_late_attempt_leaves_no_kernel_behind(
         assert kernels.claim_job(other, worker="other@there")
         return built
 
-    monkeypatch.setattr(compiling, "_build_or_reuse", frozen_meanwhile)
+    monkeypatch.setattr(compile_jobs, "_build_or_reuse", frozen_meanwhile)
     services.compile_kernel(_job_of(adaptation), worker="compile@here")
 
     job = CompileJob.objects.get()
@@ -222,13 +222,13 @@ def test_a_second_doorbell_while_a_job_is_built_disturbs_nothing(
     stage: Stage, odd_builders: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adaptation = stage.propose()
-    build = compiling._build_or_reuse
+    build = compile_jobs._build_or_reuse
 
     def rung_meanwhile(job: CompileJob, progress: Any) -> Any:
         services.compile_kernel(job.uid, worker="other@there")
         return build(job, progress)
 
-    monkeypatch.setattr(compiling, "_build_or_reuse", rung_meanwhile)
+    monkeypatch.setattr(compile_jobs, "_build_or_reuse", rung_meanwhile)
     services.compile_kernel(_job_of(adaptation), worker="compile@here")
 
     job = CompileJob.objects.get()
@@ -312,7 +312,7 @@ def test_the_result_of_a_quarantined_worker_is_refused_and_its_job_goes_to_anoth
 ) -> None:
     worker = live_worker()
     adaptation = stage.propose()
-    build = compiling._build_or_reuse
+    build = compile_jobs._build_or_reuse
 
     def quarantined_meanwhile(job: CompileJob, progress: Any) -> Any:
         built = build(job, progress)
@@ -325,7 +325,7 @@ def test_the_result_of_a_quarantined_worker_is_refused_and_its_job_goes_to_anoth
         )
         return built
 
-    monkeypatch.setattr(compiling, "_build_or_reuse", quarantined_meanwhile)
+    monkeypatch.setattr(compile_jobs, "_build_or_reuse", quarantined_meanwhile)
     services.compile_kernel(_job_of(adaptation), worker=worker.name)
 
     job = CompileJob.objects.get()

@@ -21,8 +21,8 @@ from apps.audit.models import AuditEvent
 from apps.notifications.models import FeedEvent, OutboxMessage
 from apps.recipes import hosting, services
 from apps.recipes.hostlog import LogWriter, log_end, read_log, segments, tail_offset
+from apps.recipes.launch_monitor import EXIT_FILE, PROCESS_FILE
 from apps.recipes.lifecycle import NEXT, StaleLaunchError, transition
-from apps.recipes.minder import EXIT_FILE, PROCESS_FILE
 from apps.recipes.models import Launch, LogChunk, Recipe
 from apps.recipes.selectors import log_page
 from apps.runs.models import Run
@@ -230,8 +230,8 @@ def test_a_process_of_the_same_number_that_is_another_one_is_left_alone(
     launch = make_launch(olga, recipe=Recipe.objects.get(slug="counter"), state=S.RUNNING)
     folder = hosting.launch_folder(launch)
     folder.mkdir(parents=True)
-    note = {"attempt": 1, "minder_pid": os.getpid(), "trainer_pid": os.getpid()}
-    old = {"minder_identity": "another-boot:1", "trainer_identity": "another-boot:2"}
+    note = {"attempt": 1, "monitor_pid": os.getpid(), "trainer_pid": os.getpid()}
+    old = {"monitor_identity": "another-boot:1", "trainer_identity": "another-boot:2"}
     (folder / PROCESS_FILE).write_text(json.dumps({**note, **old}))
     hosting.look_at(launch)  # had it taken us for its trainer, we would be gone
     launch.refresh_from_db()

@@ -9,7 +9,7 @@ from typing import Any
 from django.conf import settings
 from django.core.management.base import BaseCommand
 
-from apps.adaptations.speeding import build_next
+from apps.adaptations.compiled_kernels import build_next
 from apps.kernels.presence import worker_name
 
 NICENESS = 19

@@ -11,8 +11,8 @@ from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM
 from apps.accounts.problems import Problem
-from apps.adaptations.compiling import queue_dispatch, take_lost_job_back
-from apps.adaptations.dispatching import request_undo
+from apps.adaptations.compile_jobs import queue_dispatch, take_lost_job_back
+from apps.adaptations.dispatch import request_undo
 from apps.adaptations.lifecycle import DEADLINES, transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.reports import close_open_adaptations, quarantine

@@ -20,7 +20,7 @@ from esper.exceptions import KernelError
 log = logging.getLogger(__name__)
 
 
-def dispatch(adaptation_uid: str, *, worker: str) -> None:
+def dispatch_adaptation(adaptation_uid: str, *, worker: str) -> None:
     """Do it once; a repeated message finds the adaptation dispatched and does nothing."""
     adaptation = Adaptation.objects.select_related("run", "kernel").get(uid=adaptation_uid)
     if adaptation.state != AdaptationState.COMPILED or adaptation.kernel is None:

@@ -15,8 +15,8 @@ from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
 from apps.accounts.problems import Problem
-from apps.adaptations.compiling import queue_compilation
-from apps.adaptations.dispatching import request_undo
+from apps.adaptations.compile_jobs import queue_compilation
+from apps.adaptations.dispatch import request_undo
 from apps.adaptations.history import why_frozen
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation

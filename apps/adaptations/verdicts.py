@@ -10,7 +10,7 @@ from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.accounts.problems import Problem
-from apps.adaptations.dispatching import request_undo, tell_kept
+from apps.adaptations.dispatch import request_undo, tell_kept
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
 from apps.kernels.services import finite_or_none

@@ -12,7 +12,7 @@ from django.utils import timezone
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.accounts.problems import Problem
-from apps.adaptations.compiling import queue_compilation
+from apps.adaptations.compile_jobs import queue_compilation
 from apps.adaptations.history import category_cases, layer_histories, run_facts
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation

@@ -1,14 +1,14 @@
-"""Looks after one started trainer, so that the worker that started it may come and go.
+"""Monitors one started trainer, so that the worker that started it may stop and start again.
 
-``python -m apps.recipes.minder`` reads an ``Order`` from standard input, leaves its parent behind
-and writes into the launch's folder:
+``python -m apps.recipes.launch_monitor`` reads an ``Order`` from standard input, detaches itself
+from its parent and writes into the launch's folder:
 
     process.json   who we and the trainer are: process ids and when each was started
     log.<offset>   what the trainer prints, redacted
     exit.json      how it ended
 
-SIGTERM means: end the trainer, with SIGKILL once its time of grace is over. When the minder itself
-is killed the kernel ends the trainer. No Django and no torch in here.
+SIGTERM means: stop the trainer, with SIGKILL once its grace period is over. When the launch monitor
+itself is killed, the kernel kills the trainer. This module imports neither Django nor torch.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class ProcessNote:
     """Who lives; ``identity`` of a process id tells it from a later process of the same number."""
 
     attempt: int
-    minder_pid: int
-    minder_identity: str
+    monitor_pid: int
+    monitor_identity: str
     trainer_pid: int
     trainer_identity: str
 
@@ -83,7 +83,7 @@ def read_note(path: Path, attempt: int) -> dict[str, Any] | None:
     return note if note.get("attempt") == attempt else None
 
 
-class Minder:
+class LaunchMonitor:
     """One trainer, from its start to its end."""
 
     def __init__(self, order: Order) -> None:
@@ -127,8 +127,8 @@ class Minder:
     def _note_process(self, trainer: int) -> None:
         note = ProcessNote(
             attempt=self._order.attempt,
-            minder_pid=os.getpid(),
-            minder_identity=process_identity(os.getpid()),
+            monitor_pid=os.getpid(),
+            monitor_identity=process_identity(os.getpid()),
             trainer_pid=trainer,
             trainer_identity=process_identity(trainer),
         )
@@ -228,12 +228,12 @@ def main() -> int:
     os.close(reading)
     os.setsid()
     folder = Path(order.folder)
-    with (folder / "minder.log").open("ab") as complaints, open(os.devnull, "rb") as nothing:
+    with (folder / "monitor.log").open("ab") as complaints, open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
         os.dup2(complaints.fileno(), 1)
         os.dup2(complaints.fileno(), 2)
     with os.fdopen(writing, "wb", closefd=True) as started:
-        Minder(order).run(started)
+        LaunchMonitor(order).run(started)
     return 0
 
 
