@@ -195,15 +195,15 @@ class Trainer:
         await self._acknowledge(CommandAck(command.seq, CommandState.ACCEPTED))
         digest = command.kernel_digest
         files = {name: await self._fetch(f"kernels/{digest}/{name}") for name in BUNDLE_FILES}
-        _, recipe, _ = open_kernel(files, digest, self._registration["kernel_key"])
+        _, spec, _ = open_kernel(files, digest, self._registration["kernel_key"])
         layer = next(layer for layer in self.layers if layer.name == command.layer)
         receipt = grafting.apply_graft(
             self.model,
             layer,
-            blueprints.get(recipe.blueprint),
-            config=recipe.config,
-            graft=instantiate(recipe, layer),
-            seed=recipe.seed,
+            blueprints.get_blueprint(spec.blueprint),
+            config=spec.config,
+            graft=instantiate(spec, layer),
+            seed=spec.seed,
             adaptation=command.adaptation,
             step=STEPS,
         )

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def decision(name: str, *, layers: int, repeats: int) -> Figure:
     """Snapshot in hand -> Decision, with 32 frames and 2,000 losses."""
     snapshot = flat_run(layers)
-    selector = BlueprintSelector(blueprints.all())
+    selector = BlueprintSelector(blueprints.list_blueprints())
     policy, limits = HeuristicPolicy(), SafetyPolicy()
     rng = np.random.default_rng(0)
     answer = decide(snapshot, policy, selector, limits, rng)
@@ -101,7 +101,7 @@ def decision(name: str, *, layers: int, repeats: int) -> Figure:
 
 def selection(*, repeats: int) -> Figure:
     """18 blueprints x 600 sizes: the installed ones under more names, with more sizes each."""
-    installed = blueprints.all()
+    installed = blueprints.list_blueprints()
     catalog = [ManySizes(installed[number % len(installed)], number) for number in range(18)]
     selector, snapshot, limits = BlueprintSelector(catalog), flat_run(8), SafetyPolicy()
     layer = snapshot.layers[0]
@@ -149,8 +149,8 @@ def _load(
     store: KernelStore, index: dict[str, str], layer: LayerInfo, slug: str, trusted_key: str
 ) -> None:
     digest = index[kernel_key(layer, slug, None).hash]
-    _, recipe, _ = open_kernel(store.get(digest), digest, trusted_key)
-    instantiate(recipe, layer)
+    _, spec, _ = open_kernel(store.get(digest), digest, trusted_key)
+    instantiate(spec, layer)
 
 
 def graft_pause(*, repeats: int) -> Figure:
@@ -158,7 +158,7 @@ def graft_pause(*, repeats: int) -> Figure:
     samples = []
     for repeat in range(repeats):
         model, optimizer, layer = _trained_host()
-        blueprint = blueprints.get("proj_lora_64")
+        blueprint = blueprints.get_blueprint("proj_lora_64")
         graft = blueprint.build(layer, seed=repeat + 1)
         memory = grafting.SnapshotMemory.reserve(model, (optimizer,))  # as a session does
         receipt = grafting.apply_graft(
@@ -282,7 +282,7 @@ def fitting() -> list[tuple[LayerInfo, Blueprint]]:
     """Every blueprint at a layer that it fits."""
     flat, sequence = linear_layer("flat"), _sequence_layer()
     found = []
-    for blueprint in blueprints.all():
+    for blueprint in blueprints.list_blueprints():
         layer = next((one for one in (flat, sequence) if not blueprint.supports(one)), None)
         if layer is not None:
             found.append((layer, blueprint))

@@ -112,7 +112,7 @@ def with_esper(case: Trained, *, hard: bool) -> tuple[float, Callable[[], None]]
         if info.name == "4"
     )
     grafting.prepare_slots(case.model, ["4"])  # a session does so when it attaches
-    blueprint = blueprints.get("proj_lora_64")
+    blueprint = blueprints.get_blueprint("proj_lora_64")
     graft = blueprint.build(layer, seed=1)
     memory = grafting.SnapshotMemory.reserve(case.model, (case.optimizer,))  # and so it does here
     started = time.perf_counter()

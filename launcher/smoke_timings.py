@@ -78,7 +78,7 @@ def _deciding(snapshot: Json) -> dict[str, float | None]:
 
     seen = replace(snapshot_from_wire(snapshot), age_seconds=0.0)
     policy, limits = HeuristicPolicy(), SafetyPolicy()
-    selector = BlueprintSelector(blueprints.all())
+    selector = BlueprintSelector(blueprints.list_blueprints())
     layer = next((layer for layer in seen.layers if layer.graftable), None)
     decision = _time(lambda: decide(seen, policy, selector, limits, np.random.default_rng(0)))
     if layer is None:
@@ -105,8 +105,8 @@ def _loading(site: Site, snapshot: Json, adaptations: Sequence[Json]) -> float |
     trusted_key = str(site.keyring["kernel_public_key"])
 
     def load() -> None:
-        _, recipe, _ = open_kernel(store.get(digest), digest, trusted_key)
-        instantiate(recipe, layer)
+        _, spec, _ = open_kernel(store.get(digest), digest, trusted_key)
+        instantiate(spec, layer)
 
     return _time(load)
 

@@ -89,7 +89,7 @@ class Around(nn.Module):
 
 def render() -> str:
     """The whole file."""
-    catalogue, all_of_them = blueprints.catalogue(), blueprints.all()
+    catalogue, all_of_them = blueprints.catalogue(), blueprints.list_blueprints()
     parts = [HEADER]
     for category in BlueprintCategory:
         mine = [blueprint for blueprint in catalogue if blueprint.category is category]
@@ -166,7 +166,7 @@ def _row(blueprint: Blueprint, name: str) -> str:
     layer = next(i for i in trace_layers(model, lambda: model(x)) if i.name == "layer")
     try:
         if blueprint.requires:
-            apply_graft(model, layer, blueprints.get(max(blueprint.requires)))
+            apply_graft(model, layer, blueprints.get_blueprint(max(blueprint.requires)))
         receipt = apply_graft(model, layer, blueprint, thorough=True)
     except IncompatibleLayerError as error:
         reason = blueprint.supports(layer) or error.reason

@@ -22,10 +22,10 @@ def sync_catalogue() -> list[str]:
 
     Imports torch, so it runs in workers and in set-up, never in a web process.
     """
-    from esper.blueprints import all as all_blueprints
+    from esper.blueprints import list_blueprints
 
     changed = []
-    offered = all_blueprints()
+    offered = list_blueprints()
     for blueprint in offered:
         values: dict[str, Any] = {
             "ident": blueprint.id,

@@ -9,8 +9,8 @@ from django.db.models import F
 
 from apps.kernels.models import CacheCounter
 from apps.kernels.selectors import MIB
-from esper.compilation.levels import open_store
 from esper.compilation.store import Store
+from esper.compilation.store_tiers import open_store
 
 
 def kernel_store() -> Store:

@@ -5,12 +5,11 @@
     $ESPER_COMPOSITIONS/*.json   a user's own trees
     register(…)                  a user's own blueprint or tree, in this process
 
-Nothing may depend on the order in which files are found: :func:`all` sorts by slug.
+Nothing may depend on the order in which files are found: :func:`list_blueprints` sorts by slug.
 """
 
 from __future__ import annotations
 
-import builtins
 import importlib
 import os
 import pkgutil
@@ -28,19 +27,19 @@ IN_TREE = Path(__file__).parent / "compositions"
 _registered: dict[str, Blueprint] = {}
 
 
-def all() -> tuple[Blueprint, ...]:
+def list_blueprints() -> tuple[Blueprint, ...]:
     """Every blueprint, compositions too, sorted by slug."""
     return tuple(_by_slug().values())
 
 
-def get(slug_or_id: str) -> Blueprint:
+def get_blueprint(slug_or_id: str) -> Blueprint:
     """One blueprint by slug ("proj_lora_64") or id ("BP-PROJ-LoRA-64").
 
     Raises:
         UnknownBlueprintError: there is none.
     """
     found = _by_slug().get(slug_or_id) or next(
-        (blueprint for blueprint in all() if blueprint.id == slug_or_id), None
+        (blueprint for blueprint in list_blueprints() if blueprint.id == slug_or_id), None
     )
     if found is None:
         known = ", ".join(_by_slug())
@@ -123,7 +122,7 @@ def _blueprint_of(module: ModuleType) -> Blueprint:
         and issubclass(value, Blueprint)
         and value.__module__ == module.__name__
     ]
-    slugs = builtins.sorted(cls.slug for cls in classes)
+    slugs = sorted(cls.slug for cls in classes)
     if slugs != [file_name]:
         raise DuplicateBlueprintError(
             f"catalogue file {file_name} must hold the one blueprint {file_name}, has {slugs}",

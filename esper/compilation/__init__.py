@@ -1,12 +1,12 @@
 """Kernels: specialise -> certify -> measure -> package -> sign; and how to take one in safely.
 
-    tier 0   build_kernel     recipe and certificate, no code
+    tier 0   build_kernel     spec and certificate, no code
     tier 1   build_compiled   the same with machine code for one device, swapped in when faster
     tier 2   compile_export   the finished model as one package, for inference only
 
 ``bundle``, ``verify``, ``store`` and ``builder`` import no torch, so that the web process may
 serve kernels and a worker may have them built by children.
-The other direction, recipe -> module, is ``esper.compilation.instantiate.instantiate``.
+The other direction, spec -> module, is ``esper.compilation.instantiate.instantiate``.
 """
 
 from __future__ import annotations

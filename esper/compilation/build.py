@@ -24,9 +24,9 @@ from esper.contracts import (
     KernelDraft,
     KernelKey,
     KernelReport,
+    KernelSpec,
     LayerInfo,
     MeasuredCost,
-    Recipe,
 )
 from esper.contracts.signing import generate_private_key
 from esper.exceptions import BlueprintError, ConfigurationError, GraftError, KernelBuildError
@@ -83,13 +83,13 @@ def draft_kernel(
     stage_ms: dict[str, float] = {}
     try:
         with _timed(stage_ms, "specialise"):
-            key, recipe, chosen = _specialise(layer, blueprint, config, seed, capability)
-            forecast = chosen.forecast(layer, recipe.config)
+            key, spec, chosen = _specialise(layer, blueprint, config, seed, capability)
+            forecast = chosen.forecast(layer, spec.config)
             on_step("forecast", forecast)
-            graft = instantiate(recipe, layer)
+            graft = instantiate(spec, layer)
         on_step("built", forecast)
         with _timed(stage_ms, "certify"):
-            certificate, host, x = _certify(layer, chosen, graft, recipe.config)
+            certificate, host, x = _certify(layer, chosen, graft, spec.config)
         on_step("certified", forecast)
         with _timed(stage_ms, "measure"):
             latency_ms, measured = _measure(layer, host, graft, x)
@@ -100,7 +100,7 @@ def draft_kernel(
     except (RuntimeError, MemoryError) as error:  # torch: out of memory, a lost device
         raise KernelBuildError(f"{type(error).__name__}: {error}", permanent=False) from error
     report = KernelReport(certificate, forecast, tier=0, stage_ms=stage_ms, measured=measured)
-    return KernelDraft(key, recipe, report)
+    return KernelDraft(key, spec, report)
 
 
 def warm_up() -> None:
@@ -126,12 +126,12 @@ def _specialise(
     config: dict[str, Any] | None,
     seed: int,
     capability: str | None,
-) -> tuple[KernelKey, Recipe, Blueprint]:
-    chosen = blueprints.get(slug)
+) -> tuple[KernelKey, KernelSpec, Blueprint]:
+    chosen = blueprints.get_blueprint(slug)
     config = chosen.config_for(layer, config)
     key = kernel_key(layer, chosen.slug, config, capability=capability)
-    recipe = Recipe(chosen.slug, chosen.version, config, seed or int(key.hash[:12], 16))
-    return key, recipe, chosen
+    spec = KernelSpec(chosen.slug, chosen.version, config, seed or int(key.hash[:12], 16))
+    return key, spec, chosen
 
 
 def _certify(

@@ -26,9 +26,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from esper.compilation.bundle import recipe_from_wire, report_from_wire
+from esper.compilation.bundle import report_from_wire, spec_from_wire
 from esper.contracts import CostForecast, KernelDraft, KernelKey, LayerInfo, codec
-from esper.contracts.kernels import MAX_FILE_BYTES, RECIPE_FILE, REPORT_FILE
+from esper.contracts.kernels import MAX_FILE_BYTES, REPORT_FILE, SPEC_FILE
 from esper.exceptions import BuilderLostError, CodecError, KernelBuildError, KernelError
 
 KEY_FILE = "key.json"
@@ -371,10 +371,10 @@ def _description(answer: dict[str, Any]) -> BuilderDescription:
 
 
 def _read_draft(folder: Path) -> KernelDraft:
-    read = {name: _read_file(folder / name) for name in (KEY_FILE, RECIPE_FILE, REPORT_FILE)}
+    read = {name: _read_file(folder / name) for name in (KEY_FILE, SPEC_FILE, REPORT_FILE)}
     return KernelDraft(
         key=KernelKey.from_wire(read[KEY_FILE]),
-        recipe=recipe_from_wire(read[RECIPE_FILE]),
+        spec=spec_from_wire(read[SPEC_FILE]),
         report=report_from_wire(read[REPORT_FILE]),
     )
 
@@ -399,8 +399,8 @@ def _check_draft(draft: KernelDraft, order: BuildOrder) -> None:
     """Nothing is signed that was not ordered, or that does not carry a passing certificate."""
     _check_key(draft.key, order)
     named = (draft.key.blueprint, draft.key.blueprint_version, draft.key.config)
-    if named != (draft.recipe.blueprint, draft.recipe.blueprint_version, draft.recipe.config):
-        raise KernelBuildError("key and recipe name different blueprints", permanent=False)
+    if named != (draft.spec.blueprint, draft.spec.blueprint_version, draft.spec.config):
+        raise KernelBuildError("key and spec name different blueprints", permanent=False)
     certificate = draft.report.certificate
     kept = certificate.preserving and certificate.live and certificate.rng_neutral
     if not certificate.passed or not kept or draft.report.tier != 0:

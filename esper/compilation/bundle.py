@@ -17,23 +17,23 @@ from esper.contracts import (
     KernelBundle,
     KernelDraft,
     KernelReport,
+    KernelSpec,
     MeasuredCost,
-    Recipe,
     codec,
     signing,
 )
 from esper.contracts.kernels import (
     CODE_FILE,
     MANIFEST_FILE,
-    RECIPE_FILE,
     REPORT_FILE,
     SIGNATURE_FILE,
+    SPEC_FILE,
     size_limit,
 )
 from esper.exceptions import CodecError, KernelBuildError
 
 FORMAT = "esper-kernel-1"
-LISTED_FILES = (RECIPE_FILE, REPORT_FILE)  # the manifest vouches for these
+LISTED_FILES = (SPEC_FILE, REPORT_FILE)  # the manifest vouches for these
 LISTED_COMPILED_FILES = (*LISTED_FILES, CODE_FILE)
 
 
@@ -49,7 +49,7 @@ def pack(draft: KernelDraft, *, private_key: str, code: bytes | None = None) -> 
         ConfigurationError: the key is no key.
     """
     files = {
-        RECIPE_FILE: codec.encode(asdict(draft.recipe)),
+        SPEC_FILE: codec.encode(asdict(draft.spec)),
         REPORT_FILE: codec.encode(report_to_wire(draft.report)),
     }
     if code is not None:
@@ -100,15 +100,15 @@ def report_from_wire(data: dict[str, Any]) -> KernelReport:
         raise CodecError(f"not a kernel report: {error}") from error
 
 
-def recipe_from_wire(data: Any) -> Recipe:
-    """Raises ``CodecError`` when it is no recipe."""
+def spec_from_wire(data: Any) -> KernelSpec:
+    """Raises ``CodecError`` when it is no kernel spec."""
     types = {"blueprint": str, "blueprint_version": str, "config": dict, "seed": int}
     if not isinstance(data, dict) or data.keys() != types.keys():
-        raise CodecError(f"a recipe has the fields {', '.join(types)}")
+        raise CodecError(f"a kernel spec has the fields {', '.join(types)}")
     for name, kind in types.items():
         if type(data[name]) is not kind:  # a bool is an int to isinstance
-            raise CodecError(f"{name} of a recipe is a {kind.__name__}")
-    return Recipe(**data)
+            raise CodecError(f"{name} of a kernel spec is a {kind.__name__}")
+    return KernelSpec(**data)
 
 
 def _entry(data: bytes) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from esper.compilation import confinement
 from esper.compilation.builder import KEY_FILE, BuildOrder
 from esper.compilation.bundle import report_to_wire
 from esper.contracts import CostForecast, KernelDraft, codec
-from esper.contracts.kernels import RECIPE_FILE, REPORT_FILE
+from esper.contracts.kernels import REPORT_FILE, SPEC_FILE
 from esper.exceptions import EsperError, KernelBuildError
 
 
@@ -66,7 +66,7 @@ def _specify(order: BuildOrder, answers: BinaryIO) -> None:
     from esper import blueprints
     from esper.compilation import kernel_key
 
-    blueprint = blueprints.get(order.blueprint)
+    blueprint = blueprints.get_blueprint(order.blueprint)
     reason = blueprint.supports(order.layer)
     if reason:
         raise KernelBuildError(
@@ -96,7 +96,7 @@ def _draft(order: BuildOrder, folder: Path, answers: BinaryIO) -> None:
 
 def _write(draft: KernelDraft, folder: Path) -> None:
     (folder / KEY_FILE).write_bytes(codec.encode(draft.key.to_wire()))
-    (folder / RECIPE_FILE).write_bytes(codec.encode(asdict(draft.recipe)))
+    (folder / SPEC_FILE).write_bytes(codec.encode(asdict(draft.spec)))
     (folder / REPORT_FILE).write_bytes(codec.encode(report_to_wire(draft.report)))
 
 

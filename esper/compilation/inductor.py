@@ -1,7 +1,7 @@
 """Tier 1: a graft's forward and backward as machine code, made by Inductor in its own process.
 
 worker (holds the signing key)   child: nice 19, one thread, an empty cache directory, no key
-  build_compiled ───── recipe ─────►  build the graft, compile, compare, time
+  build_compiled ───── spec ─────►  build the graft, compile, compare, time
         sign     ◄─ report, inductor.tar ─┘
 
 Never in a thread of a trainer, whose steps it would slow down several times over, and never in the
@@ -28,7 +28,7 @@ from esper import blueprints, grafting
 from esper.blueprints import Graft
 from esper.compilation.archive import pack_archive
 from esper.compilation.build import build_kernel
-from esper.compilation.bundle import pack, recipe_from_wire, report_from_wire
+from esper.compilation.bundle import pack, report_from_wire, spec_from_wire
 from esper.compilation.instantiate import instantiate
 from esper.compilation.key import kernel_key
 from esper.compilation.native import (
@@ -43,11 +43,11 @@ from esper.contracts import (
     KernelBundle,
     KernelDraft,
     KernelKey,
+    KernelSpec,
     LayerInfo,
-    Recipe,
     codec,
 )
-from esper.contracts.kernels import MAX_CODE_BYTES, RECIPE_FILE, REPORT_FILE
+from esper.contracts.kernels import MAX_CODE_BYTES, REPORT_FILE, SPEC_FILE
 from esper.exceptions import CompilerMissingError, EsperError, KernelBuildError
 
 TIMEOUT_SECONDS = 300.0
@@ -84,22 +84,22 @@ def build_compiled(
         KernelBuildError: permanent: the graft cannot be compiled, or the result differs.
     """
     first = build_kernel(layer, blueprint, config, private_key=private_key)
-    recipe = recipe_from_wire(codec.decode(first.files[RECIPE_FILE]))
+    spec = spec_from_wire(codec.decode(first.files[SPEC_FILE]))
     report = report_from_wire(codec.decode(first.files[REPORT_FILE]))
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="esper-inductor-") as name:
-        answer = _run_child(layer, recipe, Path(name), timeout_seconds)
+        answer = _run_child(layer, spec, Path(name), timeout_seconds)
         code = (Path(name) / "inductor.tar").read_bytes()
     stage_ms = {**report.stage_ms, **answer["stage_ms"]}
     stage_ms["child"] = round((time.perf_counter() - started) * 1e3, 3)
     report = replace(report, tier=1, speedup=float(answer["speedup"]), stage_ms=stage_ms)
-    key = compiled_key(layer, recipe.blueprint, recipe.config)
-    return pack(KernelDraft(key, recipe, report), private_key=private_key, code=code)
+    key = compiled_key(layer, spec.blueprint, spec.config)
+    return pack(KernelDraft(key, spec, report), private_key=private_key, code=code)
 
 
-def _run_child(layer: LayerInfo, recipe: Recipe, directory: Path, timeout: float) -> Any:
+def _run_child(layer: LayerInfo, spec: KernelSpec, directory: Path, timeout: float) -> Any:
     (directory / "request.json").write_bytes(
-        codec.encode({"layer": layer.to_wire(), "recipe": _recipe_to_wire(recipe)})
+        codec.encode({"layer": layer.to_wire(), "spec": _spec_to_wire(spec)})
     )
     log = directory / "log"
     with log.open("wb") as errors:
@@ -148,12 +148,12 @@ def _child_environment(directory: Path) -> dict[str, str]:
     }
 
 
-def _recipe_to_wire(recipe: Recipe) -> dict[str, Any]:
+def _spec_to_wire(spec: KernelSpec) -> dict[str, Any]:
     return {
-        "blueprint": recipe.blueprint,
-        "blueprint_version": recipe.blueprint_version,
-        "config": recipe.config,
-        "seed": recipe.seed,
+        "blueprint": spec.blueprint,
+        "blueprint_version": spec.blueprint_version,
+        "config": spec.config,
+        "seed": spec.seed,
     }
 
 
@@ -168,7 +168,7 @@ def main(directory: Path) -> None:
     try:
         request = codec.decode((directory / "request.json").read_bytes())
         layer = LayerInfo.from_wire(request["layer"])
-        answer |= _compile(layer, recipe_from_wire(request["recipe"]), directory)
+        answer |= _compile(layer, spec_from_wire(request["spec"]), directory)
     except CompilerMissingError as error:
         answer |= {"error": str(error), "missing": True}
     except EsperError as error:
@@ -176,14 +176,14 @@ def main(directory: Path) -> None:
     (directory / "answer.json").write_bytes(codec.encode(answer))
 
 
-def _compile(layer: LayerInfo, recipe: Recipe, directory: Path) -> dict[str, Any]:
-    if blueprints.get(recipe.blueprint).kind in _NOTHING_TO_GAIN:
-        raise KernelBuildError(f"{recipe.blueprint} computes nothing to speed up", permanent=True)
-    graft = _settled(instantiate(recipe, layer), layer)
+def _compile(layer: LayerInfo, spec: KernelSpec, directory: Path) -> dict[str, Any]:
+    if blueprints.get_blueprint(spec.blueprint).kind in _NOTHING_TO_GAIN:
+        raise KernelBuildError(f"{spec.blueprint} computes nothing to speed up", permanent=True)
+    graft = _settled(instantiate(spec, layer), layer)
     started = time.perf_counter()
     function = compile_combine(graft, layer)
     compile_ms = (time.perf_counter() - started) * 1e3
-    key = compiled_key(layer, recipe.blueprint, recipe.config)
+    key = compiled_key(layer, spec.blueprint, spec.config)
     trial = try_compiled(graft, CompiledGraft(function, key), layer)
     if not trial.equal:
         raise KernelBuildError(trial.text, permanent=True)

@@ -1,4 +1,4 @@
-"""From a verified recipe to a module. The code is this process's own; the recipe only chooses."""
+"""Builds the module that a verified kernel spec names, from this process's own code."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 from esper import blueprints
 from esper.blueprints import Graft
-from esper.contracts import LayerInfo, Recipe
+from esper.contracts import KernelSpec, LayerInfo
 from esper.exceptions import KernelError
 
 
 def instantiate(
-    recipe: Recipe,
+    spec: KernelSpec,
     layer: LayerInfo,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -19,7 +19,7 @@ def instantiate(
     """Build the graft that the kernel describes.
 
     Args:
-        recipe: from ``open_kernel``.
+        spec: from ``open_kernel``.
         device: default: the layer's.
         dtype: default: the layer's.
 
@@ -29,12 +29,12 @@ def instantiate(
         IncompatibleLayerError: the blueprint does not fit this layer.
         ConfigurationError: its configuration makes no sense here.
     """
-    blueprint = blueprints.get(recipe.blueprint)
-    if blueprint.version != recipe.blueprint_version:
+    blueprint = blueprints.get_blueprint(spec.blueprint)
+    if blueprint.version != spec.blueprint_version:
         raise KernelError(
-            f"the kernel was made from {recipe.blueprint} {recipe.blueprint_version}, "
+            f"the kernel was made from {spec.blueprint} {spec.blueprint_version}, "
             f"this process has {blueprint.version}: install the same Esper on both sides"
         )
     return blueprint.build(
-        layer, recipe.config, seed=recipe.seed, device=device or layer.device, dtype=dtype
+        layer, spec.config, seed=spec.seed, device=device or layer.device, dtype=dtype
     )

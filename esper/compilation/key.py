@@ -62,7 +62,7 @@ def kernel_key(
         IncompatibleLayerError, ConfigurationError: it cannot be built like this there.
         KernelBuildError: the layer's device is not here, or is another one than asked for.
     """
-    chosen = blueprints.get(blueprint)
+    chosen = blueprints.get_blueprint(blueprint)
     device = torch.device(layer.device)
     name = device_name(device)
     return KernelKey(

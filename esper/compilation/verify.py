@@ -12,17 +12,17 @@ from esper.compilation.bundle import (
     FORMAT,
     LISTED_COMPILED_FILES,
     LISTED_FILES,
-    recipe_from_wire,
     report_from_wire,
+    spec_from_wire,
 )
-from esper.contracts import KernelKey, KernelReport, Recipe, codec, signing
+from esper.contracts import KernelKey, KernelReport, KernelSpec, codec, signing
 from esper.contracts.kernels import (
     CODE_FILE,
     MANIFEST_FILE,
     MAX_FILE_BYTES,
-    RECIPE_FILE,
     REPORT_FILE,
     SIGNATURE_FILE,
+    SPEC_FILE,
     size_limit,
 )
 from esper.exceptions import CodecError, KernelDigestError, SignatureError
@@ -43,7 +43,7 @@ def check_digest(digest: str) -> str:
 
 def open_kernel(
     files: Mapping[str, bytes], digest: str, trusted_key: str
-) -> tuple[KernelKey, Recipe, KernelReport]:
+) -> tuple[KernelKey, KernelSpec, KernelReport]:
     """Read a kernel of tier 0 that came from anywhere; one with code in it is refused.
 
     Nothing is parsed before it is vouched for: sizes, then the manifest's digest, then its
@@ -63,7 +63,7 @@ def open_kernel(
 
 def open_compiled(
     files: Mapping[str, bytes], digest: str, trusted_key: str
-) -> tuple[KernelKey, Recipe, KernelReport, bytes]:
+) -> tuple[KernelKey, KernelSpec, KernelReport, bytes]:
     """Read a compiled kernel that came from anywhere; its code is checked, and not opened here.
 
     Args:
@@ -71,7 +71,7 @@ def open_compiled(
         digest, trusted_key: as :func:`open_kernel`.
 
     Returns:
-        Key, recipe, report and the verified bytes of ``inductor.tar``.
+        Key, spec, report and the verified bytes of ``inductor.tar``.
 
     Raises:
         KernelDigestError, SignatureError: as :func:`open_kernel`.
@@ -119,7 +119,7 @@ def open_package(
 
 def open_any(
     files: Mapping[str, bytes], digest: str, trusted_key: str
-) -> tuple[KernelKey, Recipe, KernelReport]:
+) -> tuple[KernelKey, KernelSpec, KernelReport]:
     """Like :func:`open_kernel`, for a kernel of either tier."""
     if CODE_FILE in files:
         return open_compiled(files, digest, trusted_key)[:3]
@@ -128,7 +128,7 @@ def open_any(
 
 def _open(
     files: Mapping[str, bytes], digest: str, trusted_key: str, *, listed: Sequence[str], tier: int
-) -> tuple[KernelKey, Recipe, KernelReport]:
+) -> tuple[KernelKey, KernelSpec, KernelReport]:
     check_digest(digest)
     _check_files(files, digest, {MANIFEST_FILE, SIGNATURE_FILE, *listed})
     manifest = files[MANIFEST_FILE]
@@ -139,14 +139,14 @@ def _open(
         listing = codec.decode(manifest, max_bytes=MAX_FILE_BYTES)
         _check_listing(listing, files, digest, listed)
         key = KernelKey.from_wire(listing["key"])
-        recipe = recipe_from_wire(codec.decode(files[RECIPE_FILE], max_bytes=MAX_FILE_BYTES))
+        spec = spec_from_wire(codec.decode(files[SPEC_FILE], max_bytes=MAX_FILE_BYTES))
         report = report_from_wire(codec.decode(files[REPORT_FILE], max_bytes=MAX_FILE_BYTES))
     except (CodecError, TypeError, KeyError) as error:
         raise KernelDigestError(f"a kernel's file is malformed: {error}", digest=digest) from error
-    _check_same_blueprint(key, recipe, digest)
+    _check_same_blueprint(key, spec, digest)
     if (key.tier, report.tier) != (tier, tier):
         raise KernelDigestError("key, report and files are of different tiers", digest=digest)
-    return key, recipe, report
+    return key, spec, report
 
 
 def _check_files(files: Mapping[str, bytes], digest: str, expected: set[str]) -> None:
@@ -179,7 +179,7 @@ def _check_listing(
             raise KernelDigestError(f"{name} is not the file that was signed", digest=digest)
 
 
-def _check_same_blueprint(key: KernelKey, recipe: Recipe, digest: str) -> None:
+def _check_same_blueprint(key: KernelKey, spec: KernelSpec, digest: str) -> None:
     named = (key.blueprint, key.blueprint_version, key.config)
-    if named != (recipe.blueprint, recipe.blueprint_version, recipe.config):
-        raise KernelDigestError("manifest and recipe name different blueprints", digest=digest)
+    if named != (spec.blueprint, spec.blueprint_version, spec.config):
+        raise KernelDigestError("manifest and kernel spec name different blueprints", digest=digest)

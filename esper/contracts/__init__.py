@@ -69,8 +69,8 @@ from esper.contracts.kernels import (
     KernelDraft,
     KernelKey,
     KernelReport,
+    KernelSpec,
     MeasuredCost,
-    Recipe,
 )
 
 __all__ = [
@@ -108,12 +108,12 @@ __all__ = [
     "KernelDraft",
     "KernelKey",
     "KernelReport",
+    "KernelSpec",
     "LaunchState",
     "LayerHistory",
     "LayerInfo",
     "MeasuredCost",
     "Reason",
-    "Recipe",
     "RefusalCode",
     "RemedyKind",
     "Reward",

@@ -28,9 +28,9 @@ from esper.exceptions import CodecError
 
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
-RECIPE_FILE = "recipe.json"
+SPEC_FILE = "recipe.json"
 REPORT_FILE = "report.json"
-BUNDLE_FILES = (MANIFEST_FILE, SIGNATURE_FILE, RECIPE_FILE, REPORT_FILE)
+BUNDLE_FILES = (MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, REPORT_FILE)
 MAX_FILE_BYTES = 64 * 1024
 CODE_FILE = "inductor.tar"
 COMPILED_FILES = (*BUNDLE_FILES, CODE_FILE)
@@ -137,7 +137,7 @@ class KernelKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class KernelSpec:
     """How the trainer builds the module from its own copy of the blueprint's code."""
 
     blueprint: str
@@ -209,5 +209,5 @@ class KernelDraft:
     """A kernel that nobody has signed yet."""
 
     key: KernelKey
-    recipe: Recipe
+    spec: KernelSpec
     report: KernelReport

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from esper.blueprints import get
+from esper.blueprints import get_blueprint
 from esper.contracts import LayerInfo
 from esper.exceptions import UnknownLayerError
 from esper.grafting.apply import Receipt, Surroundings, UndoReceipt, apply_graft
@@ -108,7 +108,7 @@ def graft(
     info = _look_up(model, layer, sample)
     optimizers = () if optimizer is None else (optimizer,)
     return apply_graft(
-        model, info, get(blueprint), config=config, optimizers=optimizers, thorough=True
+        model, info, get_blueprint(blueprint), config=config, optimizers=optimizers, thorough=True
     )
 
 

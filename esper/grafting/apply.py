@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints import Blueprint, Graft, get
-from esper.blueprints.exchange import GradientExchange
+from esper.blueprints import Blueprint, Graft, get_blueprint
+from esper.blueprints.gradient_reduction import GradientReduction
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import CertificateError, IncompatibleLayerError, UndoError
 from esper.grafting import ledger
 from esper.grafting.certify import certify, sample_input
+from esper.grafting.communication_hooks import certify_reduction
 from esper.grafting.copies import let_follow
-from esper.grafting.exchanging import certify_exchange
 from esper.grafting.replicas import Joint, Replicas, jointly
 from esper.grafting.slot import (
     GraftRecord,
@@ -224,7 +224,9 @@ class Receipt:
         slot = _slot_at(self._model, self.layer)
         present = slot.grafts() if slot is not None else {}
         helpless = [
-            slug for slug in present if (needs := get(slug).requires) and not needs & present.keys()
+            slug
+            for slug in present
+            if (needs := get_blueprint(slug).requires) and not needs & present.keys()
         ]
         for slug in helpless:
             self._discard(present[slug], self.layer, slug)
@@ -474,7 +476,7 @@ def _clashing(blueprint: Blueprint, present: set[str]) -> list[str]:
     return sorted(
         slug
         for slug in present
-        if slug in blueprint.conflicts or blueprint.slug in get(slug).conflicts
+        if slug in blueprint.conflicts or blueprint.slug in get_blueprint(slug).conflicts
     )
 
 
@@ -512,9 +514,9 @@ def _certify(
     thorough: bool,
     replicas: Replicas | None,
 ) -> Certificate:
-    if isinstance(graft, GradientExchange):
+    if isinstance(graft, GradientReduction):
         assert replicas is not None  # else no layer is fit for it
-        certificate = certify_exchange(layer, blueprint, graft, replicas.group)
+        certificate = certify_reduction(layer, blueprint, graft, replicas.group)
     else:
         certificate = certify(
             host,

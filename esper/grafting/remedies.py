@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints import Graft, get, layout
+from esper.blueprints import Graft, get_blueprint, layout
 from esper.exceptions import ConfigurationError, GraftError, UndoError
 from esper.grafting import ledger
 from esper.grafting.apply import Receipt, Surroundings, UndoReceipt
@@ -434,7 +434,7 @@ def _refuse_untrained(layer: str, own: Sequence[Tensor], surroundings: Surroundi
 
 def _refuse_merge(model: nn.Module, host: nn.Module, receipt: Receipt, oldest: str) -> None:
     reason = ""
-    if not get(receipt.blueprint).mergeable:
+    if not get_blueprint(receipt.blueprint).mergeable:
         reason = f"{receipt.blueprint} cannot be merged into a layer's weights"
     elif oldest != receipt.blueprint:
         reason = f"{oldest} is older and stands before it: merge or take that out first"

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from esper.blueprints.exchange import WHOLE_MODEL_KIND, GradientExchange
+from esper.blueprints.gradient_reduction import WHOLE_MODEL_KIND, GradientReduction
 from esper.contracts import LayerInfo
 from esper.exceptions import ConfigurationError, ReplicaError
-from esper.grafting.exchanging import BucketThread, sum_in_background
+from esper.grafting.communication_hooks import BucketThread, sum_in_background
 from esper.grafting.slot import CONTAINERS, slot_of
 
 WHOLE_MODEL = ""  # the name of the "layer" that is all replicas together
@@ -117,9 +117,9 @@ class Replicas:
 
     @property
     def whole_model(self) -> LayerInfo:
-        """The model as all ranks share it: what a gradient exchange is grafted into."""
+        """The model as all ranks share it: what a gradient reduction is grafted into."""
         parameters = [p for p in self._ddp.module.parameters() if p.requires_grad]
-        reason = self._why_no_exchange()
+        reason = self._why_no_reduction()
         return LayerInfo(
             name=WHOLE_MODEL,
             kind=WHOLE_MODEL_KIND,
@@ -211,13 +211,13 @@ class Replicas:
         ddp._has_rebuilt_buckets = False
         for hook, state in ddp._comm_hooks:
             _register(ddp, state, hook)
-        self._use_exchange()
+        self._use_reduction()
 
-    def exchange(self) -> GradientExchange | None:
-        """The gradient exchange that is grafted into the whole model, if any."""
+    def reduction(self) -> GradientReduction | None:
+        """The gradient reduction that is grafted into the whole model, if any."""
         slot = slot_of(self._ddp.module)
         grafts = slot.grafts().values() if slot is not None else ()
-        return next((graft for graft in grafts if isinstance(graft, GradientExchange)), None)
+        return next((graft for graft in grafts if isinstance(graft, GradientReduction)), None)
 
     def checksum(self) -> str:
         """Hex SHA-256 over what DDP keeps equal: the parameters, and which of them it knows.
@@ -231,25 +231,25 @@ class Replicas:
                 total.update(_bytes_of(parameter).numpy().data)
         return total.hexdigest()
 
-    def _why_no_exchange(self) -> str:
+    def _why_no_reduction(self) -> str:
         if isinstance(self._ddp.module, CONTAINERS):
             kind = type(self._ddp.module).__name__
             return f"the model is a bare {kind}, which would run the graft as one of its layers"
         if self._ddp._comm_hooks:
             return "the script has a communication hook of its own, and DDP takes one"
         if next(self._ddp.module.parameters()).device.type != "cpu":
-            return "exchanges between processes are proven on CPU (gloo) only"
+            return "reductions between processes are proven on CPU (gloo) only"
         return ""
 
-    def _use_exchange(self) -> None:
-        exchange = self.exchange()
-        if exchange is None:
+    def _use_reduction(self) -> None:
+        reduction = self.reduction()
+        if reduction is None:
             if self._thread is not None:
                 self._thread.close()
                 self._thread = None
             return
-        if self._thread is None or self._thread.exchange is not exchange:
-            self._thread = BucketThread(exchange, self.group)
+        if self._thread is None or self._thread.reduction is not reduction:
+            self._thread = BucketThread(reduction, self.group)
         _register(self._ddp, self._thread, sum_in_background)
 
     # -- collectives ---------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from esper.blueprints import Blueprint, get
+from esper.blueprints import Blueprint, get_blueprint
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import ConfigurationError, GraftError
 from esper.grafting import ledger
@@ -78,7 +78,7 @@ def rebuild(
     records = [_read_record(entry) for entry in manifest]
     layers = {layer.name: layer for layer in trace_layers(model)}
     for record in records:
-        _check_version(record, get(record.blueprint), other_versions)
+        _check_version(record, get_blueprint(record.blueprint), other_versions)
         find_host(model, record.layer.name)
         if replicas is not None and record.layer.name == WHOLE_MODEL:
             _check_whole_model(record.layer, replicas.whole_model)
@@ -160,7 +160,7 @@ def load_optimizer_state_by_name(
 
 
 def _rebuild_one(model: nn.Module, record: GraftRecord, surroundings: Surroundings) -> Receipt:
-    blueprint = get(record.blueprint)
+    blueprint = get_blueprint(record.blueprint)
     host = find_host(model, record.layer.name)
     if record.blueprint in {record.blueprint for _, h, s in slots(model) if h is host
                             for record in s.records.values()}:  # fmt: skip
@@ -227,7 +227,7 @@ def _check_whole_model(saved: LayerInfo, here: LayerInfo) -> None:
     if saved.kind != here.kind:
         raise ConfigurationError(f"the saved model as a whole is a {saved.kind!r}")
     if not here.graftable:
-        raise ConfigurationError(f"no gradient exchange fits here: {here.reason}")
+        raise ConfigurationError(f"no gradient reduction fits here: {here.reason}")
 
 
 def _without_params(group: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _merge_what_can_be(model: nn.Module, host: nn.Module, grafts: dict[str, Graf
     """Merges from the oldest on; the answer is what has to stay beside the host."""
     rest: list[Graft] = []
     for slug, graft in grafts.items():
-        blueprint = blueprints.get(slug)
+        blueprint = blueprints.get_blueprint(slug)
         if blueprint.kind in _TRAINING_ONLY:
             continue
         # After one that stays, order forbids to merge.

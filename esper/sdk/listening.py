@@ -21,7 +21,7 @@ from esper.contracts import (
     CommandAck,
     CommandKind,
     CommandState,
-    Recipe,
+    KernelSpec,
     RefusalCode,
     codec,
 )
@@ -43,7 +43,7 @@ from esper.sdk.registration import Registration
 
 logger = logging.getLogger("esper")
 
-Prepare = Callable[[Command, Recipe], Any]
+Prepare = Callable[[Command, KernelSpec], Any]
 TryOut = Callable[[Command, Mapping[str, bytes]], Any]
 
 _SILENCE_SECONDS = 30.0  # the server pings every 10 s
@@ -56,7 +56,7 @@ class Listener:
 
     Args:
         veto: the trainer's own limits.
-        prepare: ``(command, recipe) -> prepared graft``; raises ``CommandRefusedError``.
+        prepare: ``(command, spec) -> prepared graft``; raises ``CommandRefusedError``.
         try_out: ``(command, files) -> prepared swap``, in a thread; raises likewise.
         ring: called when something new is owed to the server.
     """
@@ -178,9 +178,9 @@ class Listener:
             return
         graft = None
         if command.kind is CommandKind.GRAFT:
-            recipe = await self._fetch(command)
+            spec = await self._fetch(command)
             try:
-                graft = self._prepare(command, recipe)
+                graft = self._prepare(command, spec)
             except CommandRefusedError:
                 raise
             except Exception as error:  # a blueprint's own bug must not end the transport
@@ -210,17 +210,17 @@ class Listener:
                 self._journal.take_command(command.seq)
             raise
 
-    async def _fetch(self, command: Command) -> Recipe:
-        """The kernel's recipe; nothing of it is read before digest and signature are checked."""
+    async def _fetch(self, command: Command) -> KernelSpec:
+        """The kernel's spec; nothing of it is read before digest and signature are checked."""
         digest = command.kernel_digest
         files = await self._fetch_files(command, BUNDLE_FILES)
         try:
-            _, recipe, _ = open_kernel(files, digest, self._registration.kernel_key)
+            _, spec, _ = open_kernel(files, digest, self._registration.kernel_key)
         except KernelDigestError as error:
             raise CommandRefusedError(RefusalCode.BAD_DIGEST, str(error)) from error
         except SignatureError as error:
             raise CommandRefusedError(RefusalCode.BAD_SIGNATURE, str(error)) from error
-        return recipe
+        return spec
 
     async def _fetch_files(self, command: Command, names: Sequence[str]) -> dict[str, bytes]:
         download = partial(self._download, command.expires_at)

@@ -78,7 +78,7 @@ class LocalLoop:
         self._surgeon = surgeon
         self._limits = limits
         self._policy = HeuristicPolicy()
-        self._selector = BlueprintSelector(blueprints.all())
+        self._selector = BlueprintSelector(blueprints.list_blueprints())
         self._frames: deque[HealthFrame] = deque(maxlen=MAX_FRAMES)
         self._waiting: list[Waiting] = []
         self._experience: dict[str, Experience] = {}
@@ -235,7 +235,7 @@ class LocalLoop:
         seed = zlib.crc32(f"{self._run}:{step}:{name}:{decision.blueprint}".encode())
         return Operation(
             layer=layer,
-            blueprint=blueprints.get(decision.blueprint),
+            blueprint=blueprints.get_blueprint(decision.blueprint),
             config=decision.config,
             seed=seed,
             uid=self._surgeon.next_uid(),
@@ -249,7 +249,7 @@ class LocalLoop:
             _window([(at, loss) for at, loss in losses if at > entry.step]),
             graft_step=entry.step,
             policy=limits,
-            kind=blueprints.get(entry.blueprint).kind,
+            kind=blueprints.get_blueprint(entry.blueprint).kind,
             ablation_gain=entry.ablation_gain,
             deadline_reached=waited > limits.probation_timeout_seconds,
         )
@@ -260,7 +260,7 @@ class LocalLoop:
         self._last[entry.layer] = (step, not verdict.keep)
         if entry.receipt is None:
             return
-        blueprint = blueprints.get(entry.blueprint)
+        blueprint = blueprints.get_blueprint(entry.blueprint)
         levels = [loss for _, loss in entry.loss_before[-50:] if math.isfinite(loss)]
         entry.reward = compute_reward(
             verdict,

@@ -20,8 +20,8 @@ from esper.contracts import (
     CommandAck,
     CommandKind,
     CommandState,
+    KernelSpec,
     LayerInfo,
-    Recipe,
     RefusalCode,
 )
 from esper.exceptions import (
@@ -108,7 +108,7 @@ class CommandDesk:
         self._exchange = exchange
         self.stop_reason = ""
 
-    def prepare(self, command: Command, recipe: Recipe) -> Operation:
+    def prepare(self, command: Command, spec: KernelSpec) -> Operation:
         """Transport thread: build the module, so that the step boundary only swaps it in.
 
         Raises:
@@ -116,16 +116,16 @@ class CommandDesk:
         """
         try:
             layer = self._operations.layer(command.layer)
-            graft = instantiate(recipe, layer)
+            graft = instantiate(spec, layer)
         except (IncompatibleLayerError, UnknownLayerError) as error:
             raise CommandRefusedError(RefusalCode.INCOMPATIBLE_LAYER, str(error)) from error
         except (UnknownBlueprintError, KernelError, ConfigurationError) as error:
             raise CommandRefusedError(RefusalCode.UNKNOWN_BLUEPRINT, str(error)) from error
         return Operation(
             layer=layer,
-            blueprint=blueprints.get(recipe.blueprint),
-            config=recipe.config,
-            seed=recipe.seed,
+            blueprint=blueprints.get_blueprint(spec.blueprint),
+            config=spec.config,
+            seed=spec.seed,
             uid=command.adaptation,
             graft=graft,
             memory=self._operations.reserve_memory(),
@@ -144,8 +144,8 @@ class CommandDesk:
         layer, graft = self._operations.layer(command.layer), adaptation.receipt.graft
         key = self._veto.code_key
         try:
-            recipe = open_compiled(files, command.kernel_digest, key)[1]
-            if (recipe.blueprint, recipe.config) != (adaptation.blueprint, adaptation.config):
+            spec = open_compiled(files, command.kernel_digest, key)[1]
+            if (spec.blueprint, spec.config) != (adaptation.blueprint, adaptation.config):
                 raise CommandRefusedError(
                     RefusalCode.INCOMPATIBLE_LAYER, "the kernel was compiled for another graft"
                 )

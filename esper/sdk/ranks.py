@@ -63,7 +63,7 @@ class Order:
         """The same graft for this rank's own layer, which may be on another device."""
         return Operation(
             layer=layer(self.layer),
-            blueprint=blueprints.get(self.blueprint),
+            blueprint=blueprints.get_blueprint(self.blueprint),
             config=self.config,
             seed=self.seed,
             uid=self.adaptation,

@@ -317,7 +317,7 @@ class Session:
         """
         operation = Operation(
             layer=self._layer(layer),
-            blueprint=blueprints.get(blueprint),
+            blueprint=blueprints.get_blueprint(blueprint),
             config=config,
             seed=self._step + 1,
             uid=self._surgeon.next_uid(),

@@ -327,7 +327,7 @@ class Surgeon:
             if entry.state is AdaptationState.PROBATION
             and step - entry.step in ages
             # A capacity limit or a balancer is not there for the loss: ablation would damn it.
-            and not blueprints.get(entry.blueprint).requires
+            and not blueprints.get_blueprint(entry.blueprint).requires
         ]
 
     def on_settled(self, uid: str, state: str) -> None:

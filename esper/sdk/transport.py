@@ -39,7 +39,7 @@ class Transport:
         server, token: where, and the right to create runs.
         exchange: what the training thread puts in and takes out.
         veto: the trainer's own limits on commands.
-        prepare: ``(command, recipe) -> prepared graft``, called in the transport thread; raises
+        prepare: ``(command, spec) -> prepared graft``, called in the transport thread; raises
             ``CommandRefusedError``.
         try_out: ``(command, files of a compiled kernel) -> what the step boundary needs``, called
             in a thread of its own; raises likewise.

@@ -16,8 +16,8 @@ from esper.grafting import Receipt, apply_graft
 VOCABULARY = 17
 WIDTH = 16
 LENGTH = 6
-# Exchanges between ranks sit in no layer: tests/esper/distributed tries them.
-IN_LAYERS = [b.slug for b in blueprints.all() if b.kind is not GraftKind.DISTRIBUTED]
+# Reductions between ranks sit in no layer: tests/esper/distributed tries them.
+IN_LAYERS = [b.slug for b in blueprints.list_blueprints() if b.kind is not GraftKind.DISTRIBUTED]
 
 
 class Block(nn.Module):
@@ -113,7 +113,7 @@ def meet_requirements(
     """Grafts what the blueprint must find on the layer, if that fits."""
     if not blueprint.requires:
         return ()
-    needed = blueprints.get(max(blueprint.requires))
+    needed = blueprints.get_blueprint(max(blueprint.requires))
     if needed.supports(layer):
         return ()
     return (apply_graft(model, layer, needed, seed=9, **surroundings),)

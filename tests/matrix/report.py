@@ -102,7 +102,7 @@ def _lines(examined: list[Examined]) -> Iterator[str]:
     yield (
         f"Python {platform.python_version()}, "
         + ", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES)
-        + f"; {len(blueprints.all())} blueprints; CPU, float32, one thread, AdamW."
+        + f"; {len(blueprints.list_blueprints())} blueprints; CPU, float32, one thread, AdamW."
     )
     yield ""
     yield from _models(examined)
@@ -158,7 +158,7 @@ def _refusals(examined: list[Examined]) -> Iterator[str]:
 
 def _several(slugs: Iterable[str]) -> str:
     found = sorted(slugs)
-    return "all" if len(found) == len(blueprints.all()) else ", ".join(found)
+    return "all" if len(found) == len(blueprints.list_blueprints()) else ", ".join(found)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_grafts_come_and_go_to_the_bit(name: str) -> None:
     fitting = [
         (layer, blueprint)
         for layer in trial.representatives(trial.seen_layers(specimen), 1)
-        for blueprint in blueprints.all()
+        for blueprint in blueprints.list_blueprints()
         if not blueprint.supports(layer)
     ]
     stride = max(1, len(fitting) // TRIALS)
@@ -47,7 +47,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched(name: str) -> N
     specimen = ZOO[name]
     reasons: dict[tuple[str, str], tuple[str, str]] = {}
     for layer in trial.seen_layers(specimen):
-        for blueprint in blueprints.all():
+        for blueprint in blueprints.list_blueprints():
             reason = blueprint.supports(layer)
             if reason:
                 reasons[layer.kind, reason] = layer.name, blueprint.slug

@@ -273,5 +273,5 @@ def all_outcomes(specimen: Specimen) -> Iterator[Outcome]:
     """Every blueprint at some layers of each kind."""
     expected, _ = untouched_losses(specimen)
     for layer in representatives(seen_layers(specimen), specimen.layers_per_kind):
-        for blueprint in blueprints.all():
+        for blueprint in blueprints.list_blueprints():
             yield examine(specimen, expected, layer, blueprint)

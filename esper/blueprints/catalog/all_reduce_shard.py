@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from esper.blueprints.exchange import ExchangeBlueprint, GradientExchange
+from esper.blueprints.gradient_reduction import GradientReduction, ReductionBlueprint
 
 
-class Shards(GradientExchange):
+class Shards(GradientReduction):
     """A reduce-scatter and an all-gather, beside the backward pass that is still running."""
 
-    def exchange(self, flat: Tensor, group: distributed.ProcessGroup) -> int:
+    def reduce(self, flat: Tensor, group: distributed.ProcessGroup) -> int:
         size = distributed.get_world_size(group)
         padded = _padded(flat, size)
         shards = list(padded.chunk(size))
@@ -29,7 +29,7 @@ def _padded(flat: Tensor, size: int) -> Tensor:
     return torch.cat([flat, flat.new_zeros(missing)]) if missing else flat
 
 
-class AllReduceShard(ExchangeBlueprint):
+class AllReduceShard(ReductionBlueprint):
     slug = "all_reduce_shard"
     id = "BP-ALL-REDUCE-SHARD"
     title = "Sharded all-reduce"
@@ -38,5 +38,5 @@ class AllReduceShard(ExchangeBlueprint):
     when = "Many ranks share one bandwidth, and the gradient is large."
     conflicts = frozenset({"ring_allreduce"})
 
-    def make_exchange(self) -> GradientExchange:
+    def make_reduction(self) -> GradientReduction:
         return Shards()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from esper.blueprints.exchange import ExchangeBlueprint, GradientExchange
+from esper.blueprints.gradient_reduction import GradientReduction, ReductionBlueprint
 
 
-class Ring(GradientExchange):
+class Ring(GradientReduction):
     """Each rank speaks to its two neighbours only, and sends 2 (n - 1) / n of the gradient.
 
     One round adds the chunks up while they travel, the next carries the sums round. Sending and
     receiving are both begun before either is waited for: no size of ring can lock up.
     """
 
-    def exchange(self, flat: Tensor, group: distributed.ProcessGroup) -> int:
+    def reduce(self, flat: Tensor, group: distributed.ProcessGroup) -> int:
         rank, size = distributed.get_rank(group), distributed.get_world_size(group)
         chunks = flat.tensor_split(size)  # sizes that differ by one, some empty
         arrived = torch.empty_like(chunks[0])
@@ -45,7 +45,7 @@ def _pass_on(outgoing: Tensor, incoming: Tensor, rank: int, group: distributed.P
     return outgoing.numel() * outgoing.element_size()
 
 
-class RingAllreduce(ExchangeBlueprint):
+class RingAllreduce(ReductionBlueprint):
     slug = "ring_allreduce"
     id = "BP-RING-ALLREDUCE"
     title = "Ring all-reduce"
@@ -54,5 +54,5 @@ class RingAllreduce(ExchangeBlueprint):
     when = "Links between neighbours are fast, and the gradient is large for the number of ranks."
     conflicts = frozenset({"all_reduce_shard"})
 
-    def make_exchange(self) -> GradientExchange:
+    def make_reduction(self) -> GradientReduction:
         return Ring()

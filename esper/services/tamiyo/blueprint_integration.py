@@ -122,7 +122,7 @@ class Phase2IntegrationOrchestrator:
             compiler=compiler, dispatcher=dispatcher, store=store
         )
         self.policy = policy
-        self.catalog = tuple(catalog if catalog is not None else blueprints.all())
+        self.catalog = tuple(catalog if catalog is not None else blueprints.list_blueprints())
         self.selector = BlueprintSelector(self.catalog)
         self._urza = urza
         self._follow_seconds = follow_seconds
@@ -271,7 +271,7 @@ class Phase2IntegrationOrchestrator:
         details.update(
             blueprint=best.blueprint, config=best.config, forecast=to_wire(best.forecast)
         )
-        risk = blueprints.get(best.blueprint).risk
+        risk = blueprints.get_blueprint(best.blueprint).risk
         checks = check_blueprint(gate_inputs(snapshot, decision, best.forecast, risk), policy)
         details["checks"] += to_wire(checks)
         _refuse_broken(checks)

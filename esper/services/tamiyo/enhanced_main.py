@@ -52,7 +52,7 @@ class EnhancedTamiyoService:
     ) -> None:
         self.config = config
         self.policy = policy or HeuristicPolicy()
-        self.catalog = tuple(catalog if catalog is not None else blueprints.all())
+        self.catalog = tuple(catalog if catalog is not None else blueprints.list_blueprints())
         self.orchestrator = Phase2IntegrationOrchestrator()
         self._urza = self._make_urza()
         self._loop = self._make_loop(self._urza) if self._urza else None

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from esper import grafting
-from esper.blueprints import get as get_blueprint
+from esper.blueprints import get_blueprint
 from esper.compilation.build import build_kernel
 from esper.compilation.instantiate import instantiate
 from esper.compilation.key import kernel_key
 from esper.compilation.verify import open_kernel
-from esper.contracts import Candidate, KernelBundle, KernelReport, LayerInfo, Recipe
+from esper.contracts import Candidate, KernelBundle, KernelReport, KernelSpec, LayerInfo
 from esper.contracts.signing import generate_private_key, public_key
 from esper.exceptions import ConfigurationError, KernelError
 from esper.grafting import Receipt
@@ -96,7 +96,7 @@ class Dispatcher(Protocol):
     """Brings a kernel into a model; on any error the model is as before."""
 
     def graft(
-        self, state: ModelState, layer: LayerInfo, recipe: Recipe, adaptation: str
+        self, state: ModelState, layer: LayerInfo, spec: KernelSpec, adaptation: str
     ) -> Receipt: ...
 
 
@@ -134,20 +134,20 @@ class LocalDispatcher:
     """Grafts into a model of this process, between two of its steps."""
 
     def graft(
-        self, state: ModelState, layer: LayerInfo, recipe: Recipe, adaptation: str
+        self, state: ModelState, layer: LayerInfo, spec: KernelSpec, adaptation: str
     ) -> Receipt:
         if state.model is None:
             raise ConfigurationError("there is no model in this model_state")
         return grafting.apply_graft(
             state.model,
             layer,
-            get_blueprint(recipe.blueprint),
-            config=recipe.config,
+            get_blueprint(spec.blueprint),
+            config=spec.config,
             optimizers=() if state.optimizer is None else (state.optimizer,),
             schedulers=() if state.scheduler is None else (state.scheduler,),
             scaler=state.scaler,
-            graft=instantiate(recipe, layer),
-            seed=recipe.seed,
+            graft=instantiate(spec, layer),
+            seed=spec.seed,
             adaptation=adaptation,
             step=state.step,
         )
@@ -158,7 +158,7 @@ class PreparedKernel:
     """A kernel that was verified; ``cached`` says that nothing had to be built."""
 
     digest: str
-    recipe: Recipe
+    spec: KernelSpec
     report: KernelReport
     cached: bool
     ms: float
@@ -197,15 +197,15 @@ class ExecutionSystemIntegrator:
             self.misses += 1
             digest = self._store.put(await self._build(layer, candidate))
             self._digests[index] = digest
-        _, recipe, report = open_kernel(self._store.get(digest), digest, self._compiler.trusted_key)
+        _, spec, report = open_kernel(self._store.get(digest), digest, self._compiler.trusted_key)
         elapsed_ms = (time.perf_counter() - started) * 1e3
-        return PreparedKernel(digest, recipe, report, cached, elapsed_ms)
+        return PreparedKernel(digest, spec, report, cached, elapsed_ms)
 
     def dispatch(
         self, state: ModelState, layer: LayerInfo, kernel: PreparedKernel, adaptation: str
     ) -> Receipt:
         """Graft now, in the caller's thread: the model must not be running meanwhile."""
-        return self._dispatcher.graft(state, layer, kernel.recipe, adaptation)
+        return self._dispatcher.graft(state, layer, kernel.spec, adaptation)
 
     def cache_stats(self) -> dict[str, float]:
         asked = self.hits + self.misses

@@ -68,7 +68,7 @@ def cost_of(resource: Mapping[str, Any], layer: LayerInfo) -> CostForecast:
         BlueprintError, ConfigurationError: this Esper cannot make it.
     """
     try:
-        blueprint = blueprints.get(_slug(resource["blueprint"]))
+        blueprint = blueprints.get_blueprint(_slug(resource["blueprint"]))
         cost = blueprint.forecast(layer, blueprint.config_for(layer, dict(resource["config"])))
     except (KeyError, TypeError, AttributeError) as error:
         raise CodecError(f"not an adaptation: {error!r}") from error

@@ -70,7 +70,7 @@ async def _run(config: ServiceConfig) -> int:
 
 
 async def check_catalogue(config: ServiceConfig) -> str:
-    slugs = [blueprint.slug for blueprint in blueprints.all()]
+    slugs = [blueprint.slug for blueprint in blueprints.list_blueprints()]
     _require(slugs, "no blueprint is installed")
     return f"{len(slugs)} blueprints are installed"
 
@@ -102,7 +102,7 @@ async def check_server(config: ServiceConfig) -> str:
 async def check_server_catalogue(config: ServiceConfig) -> str:
     async with _urza(config) as urza:
         there = {str(blueprint["slug"]) for blueprint in await urza.blueprints()}
-    here = {blueprint.slug for blueprint in blueprints.all()}
+    here = {blueprint.slug for blueprint in blueprints.list_blueprints()}
     _require(here <= there, f"the server does not know {', '.join(sorted(here - there))}")
     return f"knows all {len(here)} blueprints"
 

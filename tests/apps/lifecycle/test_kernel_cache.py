@@ -29,7 +29,7 @@ from esper.contracts import (
     KernelDraft,
     KernelKey,
     KernelReport,
-    Recipe,
+    KernelSpec,
 )
 from tests.apps.lifecycle.conftest import CERTIFICATE, Stage, layer
 
@@ -54,7 +54,7 @@ def stored(kernel_private_key: str) -> Any:
                         "x86_64 AVX2", "2.13.0", "3.11.7")  # fmt: skip
         report = KernelReport(CERTIFICATE, CostForecast(128, 2048, 0.01, 0.1))
         bundle = pack(
-            KernelDraft(key, Recipe("proj_lora_64", version, config, 7), report),
+            KernelDraft(key, KernelSpec("proj_lora_64", version, config, 7), report),
             private_key=kernel_private_key,
         )
         kernel_store().put(bundle)

@@ -83,7 +83,7 @@ class Lives:
             state=S.PROBATION,
         )
         layer = next(layer for layer in session.layers if layer.name == "3")
-        lora = blueprints.get("proj_lora_64")
+        lora = blueprints.get_blueprint("proj_lora_64")
         session._apply(Operation(layer, lora, {}, seed=1, uid=adaptation.uid))
         training.run(3, session)
         return adaptation

@@ -24,8 +24,8 @@ from esper.contracts import (
     KernelBundle,
     KernelDraft,
     KernelReport,
+    KernelSpec,
     LayerInfo,
-    Recipe,
     RefusalCode,
     SpeedUpState,
 )
@@ -66,8 +66,8 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[float | Exception], Non
             report = KernelReport(
                 CERTIFICATE, CostForecast(1, 1, 0.1, 0.1), tier=1, speedup=outcome
             )
-            recipe = Recipe(slug, key.blueprint_version, key.config, 7)
-            return pack(KernelDraft(key, recipe, report), private_key=private_key, code=b"code")
+            spec = KernelSpec(slug, key.blueprint_version, key.config, 7)
+            return pack(KernelDraft(key, spec, report), private_key=private_key, code=b"code")
 
         monkeypatch.setattr(compilation, "build_compiled", build)
 

@@ -49,18 +49,18 @@ RISKS = {
 def test_every_file_of_the_catalogue_is_a_blueprint_in_alphabetical_order() -> None:
     files = sorted(path.stem for path in Path(catalog.__path__[0]).glob("[a-z]*.py"))
     assert [blueprint.slug for blueprint in blueprints.catalogue()] == files
-    assert {b.slug: b.risk for b in blueprints.all()}.items() >= RISKS.items()
+    assert {b.slug: b.risk for b in blueprints.list_blueprints()}.items() >= RISKS.items()
 
 
 def test_a_blueprint_is_found_by_slug_and_by_id() -> None:
-    for blueprint in blueprints.all():
-        assert blueprints.get(blueprint.slug) is blueprint
-        assert blueprints.get(blueprint.id) is blueprint
+    for blueprint in blueprints.list_blueprints():
+        assert blueprints.get_blueprint(blueprint.slug) is blueprint
+        assert blueprints.get_blueprint(blueprint.id) is blueprint
     with pytest.raises(UnknownBlueprintError):
-        blueprints.get("")
+        blueprints.get_blueprint("")
 
 
-@pytest.mark.parametrize("blueprint", blueprints.all(), ids=lambda b: b.slug)
+@pytest.mark.parametrize("blueprint", blueprints.list_blueprints(), ids=lambda b: b.slug)
 def test_a_blueprint_tells_a_person_what_it_is(blueprint: blueprints.Blueprint) -> None:
     assert re.fullmatch(r"BP(-[A-Za-z0-9]+)+", blueprint.id)
     for text in (blueprint.idea, blueprint.when):
@@ -72,7 +72,7 @@ def test_a_blueprint_tells_a_person_what_it_is(blueprint: blueprints.Blueprint) 
 
 def test_the_version_is_the_digest_of_the_file() -> None:
     path = Path(catalog.__path__[0]) / "proj_ia3.py"
-    version = blueprints.get("proj_ia3").version
+    version = blueprints.get_blueprint("proj_ia3").version
     assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(version)
     assert len(version) == 16
 
@@ -88,7 +88,7 @@ def test_the_version_is_the_digest_of_the_file() -> None:
 def test_the_version_changes_with_the_shared_code_that_builds_the_graft(
     slug: str, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blueprint = type(blueprints.get(slug))
+    blueprint = type(blueprints.get_blueprint(slug))
     before = blueprint().version
     read = Path.read_bytes
     changed = {f"{base}.py": b"# changed"}
@@ -134,7 +134,7 @@ def test_several_ranks_take_no_new_weights_but_may_be_watched() -> None:
     torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         with pytest.raises(IncompatibleLayerError, match="several ranks"):
-            apply_graft(model, info, blueprints.get("proj_lora_64"))
-        apply_graft(model, info, blueprints.get("mon_act_stats"))
+            apply_graft(model, info, blueprints.get_blueprint("proj_lora_64"))
+        apply_graft(model, info, blueprints.get_blueprint("mon_act_stats"))
     finally:
         torch.distributed.destroy_process_group()

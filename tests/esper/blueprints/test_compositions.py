@@ -91,11 +91,11 @@ def test_in_sequence_the_next_member_starts_from_the_output_of_the_last() -> Non
 
 
 def test_an_assembly_computes_what_its_members_do_in_one_slot() -> None:
-    whole = blueprints.get("moe_top2_balanced")
+    whole = blueprints.get_blueprint("moe_top2_balanced")
     model, x, members = grafted(whole)
     apart, _, info = make_host()
     for slug in members:
-        receipt = apply_graft(apart, info, blueprints.get(slug))
+        receipt = apply_graft(apart, info, blueprints.get_blueprint(slug))
         receipt.graft.load_state_dict(members[slug].state_dict())
     assert torch.equal(model(x), apart(x))
     router: Any = members["router_top2"]
@@ -118,7 +118,7 @@ def test_nodes_stand_inside_nodes_and_may_be_named() -> None:
 
 def test_a_part_has_its_own_settings_and_an_unknown_one_is_refused() -> None:
     _, _, info = make_host()
-    whole = blueprints.get("moe_top2_balanced")
+    whole = blueprints.get_blueprint("moe_top2_balanced")
     config = whole.config_for(info, {"router_top2": {"experts": 8}})
     assert config["router_top2"]["experts"] == 8
     assert config["expert_mlp_swiglu"] == {"hidden": 24}
@@ -132,12 +132,12 @@ def test_a_part_has_its_own_settings_and_an_unknown_one_is_refused() -> None:
 
 def test_facts_of_the_whole_come_from_its_parts() -> None:
     _, _, info = make_host()
-    for whole in (b for b in blueprints.all() if isinstance(b, Composition)):
+    for whole in (b for b in blueprints.list_blueprints() if isinstance(b, Composition)):
         config = whole.default_config(info)
         assert whole.parameters(info, config) == sum(
             p.numel() for p in whole.build(info, config, seed=0).parameters()
         )
-    whole = blueprints.get("moe_top2_balanced")
+    whole = blueprints.get_blueprint("moe_top2_balanced")
     assert (whole.risk, whole.kind, whole.trainable) == (Risk.HIGH, GraftKind.ASSEMBLY, True)
     assert whole.conflicts >= {"router_top2", "router_moe_auxloss", "cap_fuse_hffn"}
     auxloss = document("with_loss", {"assembly": ["router_moe_auxloss", "load_bal_ema"]})
@@ -147,20 +147,20 @@ def test_facts_of_the_whole_come_from_its_parts() -> None:
 def test_a_refusal_names_the_part_that_says_no() -> None:
     _, _, info = make_host()
     flat = replace(info, in_shape=(3, 6), out_shape=(3, 5))
-    reason = blueprints.get("block_attn_mlp").supports(flat)
+    reason = blueprints.get_blueprint("block_attn_mlp").supports(flat)
     assert reason.startswith('its part "Self-attention branch" does not fit: its input')
 
 
 def test_a_layer_takes_no_part_twice() -> None:
     model, _, info = make_host()
-    apply_graft(model, info, blueprints.get("proj_lora_ia3"))
+    apply_graft(model, info, blueprints.get_blueprint("proj_lora_ia3"))
     for slug in ("proj_lora_64", "proj_ia3"):
         with pytest.raises(IncompatibleLayerError, match="together with proj_lora_ia3"):
-            apply_graft(model, info, blueprints.get(slug))
+            apply_graft(model, info, blueprints.get_blueprint(slug))
     other, _, _ = make_host()
-    apply_graft(other, info, blueprints.get("proj_ia3"))
+    apply_graft(other, info, blueprints.get_blueprint("proj_ia3"))
     with pytest.raises(IncompatibleLayerError, match="together with proj_ia3"):
-        apply_graft(other, info, blueprints.get("proj_lora_ia3"))
+        apply_graft(other, info, blueprints.get_blueprint("proj_lora_ia3"))
 
 
 def test_the_version_changes_with_the_tree_and_with_a_member(
@@ -172,7 +172,7 @@ def test_the_version_changes_with_the_tree_and_with_a_member(
     first = version("proj_lora_64", "proj_ia3")
     assert first == version("proj_lora_64", "proj_ia3")
     assert first != version("proj_ia3", "proj_lora_64")
-    monkeypatch.setitem(vars(blueprints.get("proj_ia3")), "version", "0" * 16)
+    monkeypatch.setitem(vars(blueprints.get_blueprint("proj_ia3")), "version", "0" * 16)
     assert first != version("proj_lora_64", "proj_ia3")
 
 
@@ -185,9 +185,13 @@ def test_it_goes_the_way_of_any_blueprint(slug: str) -> None:
     before, expected = digest(model), model(x)
     private = signing.generate_private_key()
     bundle = build_kernel(info, slug, private_key=private)
-    _, recipe, _ = open_kernel(bundle.files, bundle.digest, signing.public_key(private))
+    _, spec, _ = open_kernel(bundle.files, bundle.digest, signing.public_key(private))
     receipt = apply_graft(
-        model, info, blueprints.get(slug), config=recipe.config, graft=instantiate(recipe, info)
+        model,
+        info,
+        blueprints.get_blueprint(slug),
+        config=spec.config,
+        graft=instantiate(spec, info),
     )
     assert torch.equal(model(x), expected)
     with torch.no_grad():
@@ -363,10 +367,10 @@ def test_a_folder_of_compositions_is_read(own_registry: pytest.MonkeyPatch, tmp_
     )
     own_registry.setenv("ESPER_COMPOSITIONS", str(tmp_path))
     registry._by_slug.cache_clear()
-    slugs = [blueprint.slug for blueprint in blueprints.all()]
+    slugs = [blueprint.slug for blueprint in blueprints.list_blueprints()]
     assert slugs == sorted(slugs)
     assert slugs[0] == "aa_mine"
-    assert blueprints.get("BP-zz-mine").slug == "zz_mine"
+    assert blueprints.get_blueprint("BP-zz-mine").slug == "zz_mine"
 
 
 @pytest.mark.parametrize("taken", ["proj_ia3", "moe_top2_balanced"])
@@ -380,7 +384,7 @@ def test_a_slug_that_is_taken_is_refused(
     own_registry.setenv("ESPER_COMPOSITIONS", str(tmp_path))
     registry._by_slug.cache_clear()
     with pytest.raises(DuplicateBlueprintError):
-        blueprints.all()
+        blueprints.list_blueprints()
 
 
 def test_a_folder_that_is_not_there_is_a_sentence(
@@ -389,14 +393,14 @@ def test_a_folder_that_is_not_there_is_a_sentence(
     own_registry.setenv("ESPER_COMPOSITIONS", str(tmp_path / "nowhere"))
     registry._by_slug.cache_clear()
     with pytest.raises(ConfigurationError, match="no folder"):
-        blueprints.all()
+        blueprints.list_blueprints()
 
 
 @pytest.mark.usefixtures("own_registry")
 def test_what_is_registered_is_found_and_grafted() -> None:
     new = blueprints.register(document("mine", LORAS))
-    assert blueprints.get("mine") is new
-    assert new in blueprints.all()
+    assert blueprints.get_blueprint("mine") is new
+    assert new in blueprints.list_blueprints()
     model = nn.Sequential(nn.Linear(6, 5))
     receipt = esper.graft(model, "0", "mine", proj_lora_64_2={"rank": 1})
     assert receipt.config["proj_lora_64_2"]["rank"] == 1

@@ -69,7 +69,7 @@ def make_llama() -> nn.Module:
 
 
 def rounded_layers(model: nn.Module) -> list[str]:
-    blueprint = blueprints.get("kv_cache_8bit")
+    blueprint = blueprints.get_blueprint("kv_cache_8bit")
     infos = trace_layers(model, lambda: model(TOKENS))
     return [info.name for info in infos if not blueprint.supports(info)]
 

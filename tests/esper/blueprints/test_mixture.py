@@ -38,7 +38,7 @@ def make_host(kind: str = "linear") -> tuple[nn.Sequential, Tensor, LayerInfo]:
 
 
 def graft(model: nn.Module, info: LayerInfo, slug: str, **config: object) -> Receipt:
-    receipt = apply_graft(model, info, blueprints.get(slug), config=config, seed=3)
+    receipt = apply_graft(model, info, blueprints.get_blueprint(slug), config=config, seed=3)
     assert receipt.certificate.passed
     assert receipt.certificate.max_abs_diff == 0.0
     return receipt
@@ -88,7 +88,7 @@ def test_only_what_is_routed_is_computed_and_the_flops_are_those_forecast(
     kind: str, slug: str
 ) -> None:
     model, x, info = make_host(kind)
-    blueprint = blueprints.get(slug)
+    blueprint = blueprints.get_blueprint(slug)
     for config in blueprint.sizes(info):
         made, y = blueprint.build(info, config, seed=0), model(x)
         with FlopCounterMode(display=False) as counter:
@@ -114,7 +114,7 @@ def test_noise_is_for_training_and_moves_with_the_step_alone() -> None:
 
 def test_the_noise_is_standard_normal_and_differs_between_seeds() -> None:
     _, _, info = make_host()
-    one, other = (blueprints.get("router_top2").build(info, seed=seed) for seed in (1, 2))
+    one, other = (blueprints.get_blueprint("router_top2").build(info, seed=seed) for seed in (1, 2))
     assert isinstance(one, Router)
     assert isinstance(other, Router)
     like = torch.empty(20_000, 4)
@@ -216,8 +216,8 @@ def test_a_gradient_scaler_is_refused_by_the_router_with_a_loss_only() -> None:
     model, _, info = make_host()
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     with pytest.raises(IncompatibleLayerError, match="scaler"):
-        apply_graft(model, info, blueprints.get("router_moe_auxloss"), scaler=scaler)
-    apply_graft(model, info, blueprints.get("router_top2"), scaler=scaler)
+        apply_graft(model, info, blueprints.get_blueprint("router_moe_auxloss"), scaler=scaler)
+    apply_graft(model, info, blueprints.get_blueprint("router_top2"), scaler=scaler)
 
 
 # -- capacity ----------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_a_part_without_a_router_is_refused_and_named(part: str) -> None:
     model, _, info = make_host()
     before = digest(model)
     with pytest.raises(IncompatibleLayerError, match="needs router_moe_auxloss or router_top2"):
-        apply_graft(model, info, blueprints.get(part))
+        apply_graft(model, info, blueprints.get_blueprint(part))
     assert digest(model) == before
 
 
@@ -443,14 +443,16 @@ def test_members_come_and_go_in_any_order_and_all_is_undone_to_the_bit(moves: li
     model, x, info = make_host()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before, expected = digest(model), model(x)
-    first = apply_graft(model, info, blueprints.get("mon_act_stats"), optimizers=[optimizer])
+    first = apply_graft(
+        model, info, blueprints.get_blueprint("mon_act_stats"), optimizers=[optimizer]
+    )
     living: dict[str, Receipt] = {}
     for slug in moves:
         living = {name: receipt for name, receipt in living.items() if receipt.present}
         if slug in living:
             living.pop(slug).undo(hard=False)
             continue
-        blueprint, output = blueprints.get(slug), model(x)
+        blueprint, output = blueprints.get_blueprint(slug), model(x)
         if blueprint.requires and not blueprint.requires & living.keys():
             with pytest.raises(IncompatibleLayerError):
                 apply_graft(model, info, blueprint)

@@ -17,7 +17,7 @@ import torch
 from esper import compilation
 from esper.compilation import child, confinement
 from esper.contracts import LayerInfo
-from esper.contracts.kernels import RECIPE_FILE
+from esper.contracts.kernels import SPEC_FILE
 from esper.exceptions import KernelBuildError
 
 real_draft, real_write = compilation.draft_kernel, child._write
@@ -71,7 +71,7 @@ def forged_certificate(draft: Any, folder: Path) -> None:
 
 
 def other_blueprint(draft: Any, folder: Path) -> None:
-    real_write(replace(draft, recipe=replace(draft.recipe, blueprint="proj_ia3")), folder)
+    real_write(replace(draft, spec=replace(draft.spec, blueprint="proj_ia3")), folder)
 
 
 def other_capability(draft: Any, folder: Path) -> None:
@@ -80,13 +80,13 @@ def other_capability(draft: Any, folder: Path) -> None:
 
 def linked(draft: Any, folder: Path) -> None:
     real_write(draft, folder)
-    (folder / RECIPE_FILE).rename(folder / "elsewhere")
-    (folder / RECIPE_FILE).symlink_to(folder / "elsewhere")
+    (folder / SPEC_FILE).rename(folder / "elsewhere")
+    (folder / SPEC_FILE).symlink_to(folder / "elsewhere")
 
 
 def garbage(draft: Any, folder: Path) -> None:
     real_write(draft, folder)
-    (folder / RECIPE_FILE).write_bytes(b"\x80\x04cos\nsystem\n")
+    (folder / SPEC_FILE).write_bytes(b"\x80\x04cos\nsystem\n")
 
 
 def draft(layer: LayerInfo, *arguments: Any, **options: Any) -> Any:

@@ -75,7 +75,7 @@ def test_a_warm_child_drafts_a_kernel_tells_its_steps_and_takes_the_next_order(
     assert draft.report.measured.forward_p50_ms > 0
     assert draft.report.measured.backward_p95_ms >= draft.report.measured.backward_p50_ms > 0
     assert draft.report.measured.peak_memory_mib > 0
-    assert again.recipe.blueprint == "proj_ia3"
+    assert again.spec.blueprint == "proj_ia3"
     assert description.devices[0]["capability"] == "cpu"
     assert description.versions["torch"]
     assert description.network == "seccomp"
@@ -136,7 +136,7 @@ def test_a_child_has_no_key_no_network_and_a_directory_of_its_own(builder: Build
 
 
 def test_what_a_blueprint_prints_is_no_answer(builder: Builder) -> None:
-    assert drafted(builder, wrong("chatty")).recipe.blueprint == "proj_lora_64"
+    assert drafted(builder, wrong("chatty")).spec.blueprint == "proj_lora_64"
 
 
 def test_a_build_that_nobody_needs_any_more_ends_with_its_child(builder: Builder) -> None:

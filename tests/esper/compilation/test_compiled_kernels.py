@@ -32,7 +32,7 @@ from esper.compilation.archive import pack_archive, unpack_archive
 from esper.compilation.bundle import pack
 from esper.compilation.inductor import compiled_key
 from esper.compilation.instantiate import instantiate
-from esper.contracts import KernelBundle, KernelDraft, LayerInfo, Recipe, signing
+from esper.contracts import KernelBundle, KernelDraft, KernelSpec, LayerInfo, signing
 from esper.contracts.kernels import CODE_FILE
 from esper.exceptions import (
     CompilerMissingError,
@@ -104,15 +104,15 @@ def host() -> nn.Module:
 
 
 def grafted(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> grafting.Receipt:
-    recipe = open_compiled(compiled_bundle().files, compiled_bundle().digest, TRUSTED_KEY)[1]
+    spec = open_compiled(compiled_bundle().files, compiled_bundle().digest, TRUSTED_KEY)[1]
     receipt = grafting.apply_graft(
         model,
         LAYER,
-        blueprints.get(SLUG),
-        config=recipe.config,
-        graft=instantiate(recipe, LAYER),
+        blueprints.get_blueprint(SLUG),
+        config=spec.config,
+        graft=instantiate(spec, LAYER),
         optimizers=(optimizer,) if optimizer else (),
-        seed=recipe.seed,
+        seed=spec.seed,
     )
     with torch.no_grad():  # as after some training: no longer the identity
         for parameter in receipt.graft.parameters():
@@ -146,19 +146,19 @@ def losses(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> li
 def test_a_compiled_kernel_is_signed_says_its_tier_and_what_was_measured() -> None:
     bundle = compiled_bundle()
 
-    key, recipe, report, code = open_compiled(bundle.files, bundle.digest, TRUSTED_KEY)
+    key, spec, report, code = open_compiled(bundle.files, bundle.digest, TRUSTED_KEY)
 
     assert key == compiled_key(LAYER, SLUG, None)
     assert (key.tier, report.tier) == (1, 1)
-    assert recipe.blueprint == SLUG
+    assert spec.blueprint == SLUG
     assert 0.01 < report.speedup < 100
     assert report.stage_ms["inductor"] > 0
     assert any(name.endswith(".so") for name in unpack_archive(code))
 
 
 def test_the_compiled_graft_computes_what_the_eager_one_does_forward_and_backward() -> None:
-    recipe = open_compiled(compiled_bundle().files, compiled_bundle().digest, TRUSTED_KEY)[1]
-    graft = instantiate(recipe, LAYER)
+    spec = open_compiled(compiled_bundle().files, compiled_bundle().digest, TRUSTED_KEY)[1]
+    graft = instantiate(spec, LAYER)
     before = copy.deepcopy(graft.state_dict())
     rng, python_rng = torch.get_rng_state(), random.getstate()
 
@@ -182,10 +182,10 @@ class Wrong(CompiledGraft):
 
 
 def test_a_kernel_with_a_wrong_gradient_is_not_equal_however_fast() -> None:
-    recipe = open_compiled(compiled_bundle().files, compiled_bundle().digest, TRUSTED_KEY)[1]
+    spec = open_compiled(compiled_bundle().files, compiled_bundle().digest, TRUSTED_KEY)[1]
     wrong = Wrong(compiled_graft()._code, compiled_graft().key)
 
-    trial = try_compiled(instantiate(recipe, LAYER), wrong, LAYER)
+    trial = try_compiled(instantiate(spec, LAYER), wrong, LAYER)
 
     assert not trial.equal
     assert not trial.faster
@@ -336,20 +336,20 @@ def test_tiers_are_not_taken_for_one_another() -> None:
     with pytest.raises(KernelDigestError):
         open_compiled(without, bundle.digest, TRUSTED_KEY)
 
-    key, recipe, report, code = open_compiled(bundle.files, bundle.digest, TRUSTED_KEY)
+    key, spec, report, code = open_compiled(bundle.files, bundle.digest, TRUSTED_KEY)
     for other in (replace(report, tier=0), report):
         changed = replace(key, tier=0) if other is report else key
-        mixed = pack(KernelDraft(changed, recipe, other), private_key=PRIVATE_KEY, code=code)
+        mixed = pack(KernelDraft(changed, spec, other), private_key=PRIVATE_KEY, code=code)
         with pytest.raises(KernelDigestError, match="different tiers"):
             open_compiled(mixed.files, mixed.digest, TRUSTED_KEY)
 
 
 def test_code_by_another_signer_or_for_another_machine_is_not_opened() -> None:
-    key, recipe, report, code = open_compiled(
+    key, spec, report, code = open_compiled(
         compiled_bundle().files, compiled_bundle().digest, TRUSTED_KEY
     )
     foreign = pack(
-        KernelDraft(key, recipe, report), private_key=signing.generate_private_key(), code=code
+        KernelDraft(key, spec, report), private_key=signing.generate_private_key(), code=code
     )
     with pytest.raises(SignatureError):
         load_compiled(foreign.files, foreign.digest, TRUSTED_KEY)
@@ -359,7 +359,7 @@ def test_code_by_another_signer_or_for_another_machine_is_not_opened() -> None:
         replace(key, torch_version="2.12.0"),
         replace(key, python_version="3.10.1"),
     ):
-        moved = pack(KernelDraft(elsewhere, recipe, report), private_key=PRIVATE_KEY, code=code)
+        moved = pack(KernelDraft(elsewhere, spec, report), private_key=PRIVATE_KEY, code=code)
         with pytest.raises(KernelError, match="compiled for"):
             load_compiled(moved.files, moved.digest, TRUSTED_KEY)
 
@@ -414,9 +414,9 @@ def test_an_archive_without_a_function_is_refused() -> None:
     key, _, report, _ = open_compiled(
         compiled_bundle().files, compiled_bundle().digest, TRUSTED_KEY
     )
-    recipe = Recipe(key.blueprint, key.blueprint_version, key.config, 7)
+    spec = KernelSpec(key.blueprint, key.blueprint_version, key.config, 7)
     empty = pack(
-        KernelDraft(key, recipe, report), private_key=PRIVATE_KEY, code=pack_archive({"a.so": b"x"})
+        KernelDraft(key, spec, report), private_key=PRIVATE_KEY, code=pack_archive({"a.so": b"x"})
     )
 
     with pytest.raises(KernelError, match="no compiled function"):

@@ -12,7 +12,7 @@ from esper.blueprints import Graft
 from esper.blueprints.catalog.proj_ia3 import ProjIa3 as Ia3
 from esper.compilation import build_kernel, capability, kernel_key, open_kernel
 from esper.compilation.instantiate import instantiate
-from esper.contracts import KernelReport, LayerInfo, Recipe, signing
+from esper.contracts import KernelReport, KernelSpec, LayerInfo, signing
 from esper.exceptions import (
     ConfigurationError,
     IncompatibleLayerError,
@@ -36,16 +36,16 @@ LAYER = LayerInfo(
 )
 
 
-def built(layer: LayerInfo, slug: str) -> tuple[Recipe, KernelReport]:
+def built(layer: LayerInfo, slug: str) -> tuple[KernelSpec, KernelReport]:
     bundle = build_kernel(layer, slug, private_key=PRIVATE_KEY)
-    key, recipe, report = open_kernel(bundle.files, bundle.digest, TRUSTED_KEY)
+    key, spec, report = open_kernel(bundle.files, bundle.digest, TRUSTED_KEY)
     assert key == kernel_key(layer, slug, {})
-    return recipe, report
+    return spec, report
 
 
-@pytest.mark.parametrize("slug", [blueprint.slug for blueprint in blueprints.all()])
+@pytest.mark.parametrize("slug", [blueprint.slug for blueprint in blueprints.list_blueprints()])
 def test_every_blueprint_that_fits_becomes_a_certified_and_measured_kernel(slug: str) -> None:
-    if blueprints.get(slug).supports(LAYER):
+    if blueprints.get_blueprint(slug).supports(LAYER):
         with pytest.raises(KernelBuildError) as refused:
             build_kernel(LAYER, slug, private_key=PRIVATE_KEY)
         assert refused.value.permanent
@@ -135,14 +135,14 @@ def test_without_a_signing_key_nothing_is_built() -> None:
 
 
 def test_a_trainer_refuses_a_recipe_that_it_would_build_differently() -> None:
-    recipe, _ = built(LAYER, "proj_ia3")
+    spec, _ = built(LAYER, "proj_ia3")
 
     with pytest.raises(KernelError, match="same Esper"):
-        instantiate(replace(recipe, blueprint_version="0" * 16), LAYER)
+        instantiate(replace(spec, blueprint_version="0" * 16), LAYER)
     with pytest.raises(UnknownBlueprintError):
-        instantiate(replace(recipe, blueprint="from_the_future"), LAYER)
+        instantiate(replace(spec, blueprint="from_the_future"), LAYER)
     with pytest.raises(IncompatibleLayerError):
-        instantiate(recipe, replace(LAYER, graftable=False, reason="it is a container"))
+        instantiate(spec, replace(LAYER, graftable=False, reason="it is a container"))
 
 
 def test_convolutions_of_equal_shapes_and_other_geometry_share_no_kernel() -> None:

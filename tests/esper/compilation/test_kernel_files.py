@@ -22,7 +22,7 @@ from esper.contracts import (
     KernelDraft,
     KernelKey,
     KernelReport,
-    Recipe,
+    KernelSpec,
     codec,
     signing,
 )
@@ -44,7 +44,7 @@ KEY = KernelKey(
     torch_version="2.13.0",
     python_version="3.11.7",
 )
-RECIPE = Recipe("proj_lora_64", "0123456789abcdef", {"rank": 4}, 7)
+SPEC = KernelSpec("proj_lora_64", "0123456789abcdef", {"rank": 4}, 7)
 REPORT = KernelReport(
     certificate=Certificate(0.0, 0.0, True, True, True, 128, 128, latency_ms=0.5),
     forecast=CostForecast(128, 2048, 0.01, float("nan")),
@@ -52,18 +52,18 @@ REPORT = KernelReport(
 )
 
 
-def signed_kernel(recipe: Recipe = RECIPE, private_key: str = PRIVATE_KEY) -> KernelBundle:
-    return pack(KernelDraft(KEY, recipe, REPORT), private_key=private_key)
+def signed_kernel(spec: KernelSpec = SPEC, private_key: str = PRIVATE_KEY) -> KernelBundle:
+    return pack(KernelDraft(KEY, spec, REPORT), private_key=private_key)
 
 
 BUNDLE = signed_kernel()
 
 
 def test_a_signed_kernel_opens_to_what_was_packed() -> None:
-    key, recipe, report = open_kernel(BUNDLE.files, BUNDLE.digest, TRUSTED_KEY)
+    key, spec, report = open_kernel(BUNDLE.files, BUNDLE.digest, TRUSTED_KEY)
 
     assert key == KEY
-    assert recipe == RECIPE
+    assert spec == SPEC
     assert report.stage_ms == REPORT.stage_ms
     assert report.certificate.latency_ms == 0.5
     assert report.certificate.memory_mib != report.certificate.memory_mib  # NaN stays unknown
@@ -118,14 +118,14 @@ def test_a_kernel_by_another_signer_is_refused() -> None:
 
 
 def test_another_kernel_of_the_right_signer_is_refused_under_this_digest() -> None:
-    other = signed_kernel(Recipe("proj_lora_64", "0123456789abcdef", {"rank": 4}, 8))
+    other = signed_kernel(KernelSpec("proj_lora_64", "0123456789abcdef", {"rank": 4}, 8))
 
     with pytest.raises(KernelDigestError):
         open_kernel(other.files, BUNDLE.digest, TRUSTED_KEY)
 
 
 def test_a_recipe_for_another_blueprint_than_the_manifest_names_is_refused() -> None:
-    mixed = signed_kernel(Recipe("attn_std", "0123456789abcdef", {"rank": 4}, 7))
+    mixed = signed_kernel(KernelSpec("attn_std", "0123456789abcdef", {"rank": 4}, 7))
 
     with pytest.raises(KernelDigestError, match="different blueprints"):
         open_kernel(mixed.files, mixed.digest, TRUSTED_KEY)
@@ -215,9 +215,9 @@ def test_a_link_in_the_store_is_not_followed(tmp_path: Path) -> None:
     digest = store.put(BUNDLE)
     secret = tmp_path / "secret"
     secret.write_bytes(b"not for you")
-    recipe = store.path(digest) / "recipe.json"
-    recipe.unlink()
-    recipe.symlink_to(secret)
+    spec = store.path(digest) / "recipe.json"
+    spec.unlink()
+    spec.symlink_to(secret)
 
     with pytest.raises(KernelDigestError):
         store.get(digest)

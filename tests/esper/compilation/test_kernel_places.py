@@ -11,9 +11,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from esper.compilation.bundle import pack
-from esper.compilation.levels import TwoLevelStore, open_store
 from esper.compilation.object_store import ObjectStore
 from esper.compilation.store import KernelStore, Store
+from esper.compilation.store_tiers import TieredStore, open_store
 from esper.compilation.verify import open_kernel
 from esper.contracts import (
     Certificate,
@@ -22,7 +22,7 @@ from esper.contracts import (
     KernelDraft,
     KernelKey,
     KernelReport,
-    Recipe,
+    KernelSpec,
     signing,
 )
 from esper.exceptions import (
@@ -43,8 +43,8 @@ def bundle(seed: int = 7) -> KernelBundle:
     report = KernelReport(
         Certificate(0.0, 0.0, True, True, True, 128, 128), CostForecast(128, 2048, 0.01, 0.1)
     )
-    recipe = Recipe("proj_lora_64", version, config, seed)
-    return pack(KernelDraft(key, recipe, report), private_key=PRIVATE_KEY)
+    spec = KernelSpec("proj_lora_64", version, config, seed)
+    return pack(KernelDraft(key, spec, report), private_key=PRIVATE_KEY)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def store(request: pytest.FixtureRequest, bucket: ObjectStore, tmp_path: Path) -
         return near
     if request.param == "bucket":
         return bucket
-    return TwoLevelStore(near, bucket, near_bytes=1 << 20)
+    return TieredStore(near, bucket, near_bytes=1 << 20)
 
 
 def test_every_place_gives_back_what_was_put_and_forgets_what_was_removed(store: Store) -> None:
@@ -162,7 +162,7 @@ def test_a_senseless_address_is_refused(url: str, tmp_path: Path) -> None:
 def test_the_second_reading_comes_from_this_host(bucket: ObjectStore, tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     digest = bucket.put(bundle())
-    store = TwoLevelStore(
+    store = TieredStore(
         KernelStore(tmp_path), bucket, near_bytes=1 << 20, count=lambda name: counts.update([name])
     )
 
@@ -172,7 +172,7 @@ def test_the_second_reading_comes_from_this_host(bucket: ObjectStore, tmp_path: 
 
 def test_a_copy_that_cannot_be_read_is_fetched_again(bucket: ObjectStore, tmp_path: Path) -> None:
     near = KernelStore(tmp_path)
-    store = TwoLevelStore(near, bucket, near_bytes=1 << 20)
+    store = TieredStore(near, bucket, near_bytes=1 << 20)
     digest = store.put(bundle())
     (near.path(digest) / "recipe.json").unlink()
 
@@ -183,7 +183,7 @@ def test_a_copy_that_cannot_be_read_is_fetched_again(bucket: ObjectStore, tmp_pa
 def test_this_host_keeps_what_was_used_last(bucket: ObjectStore, tmp_path: Path) -> None:
     near, counts = KernelStore(tmp_path), Counter[str]()
     size = sum(len(data) for data in bundle(1).files.values())
-    store = TwoLevelStore(
+    store = TieredStore(
         near, bucket, near_bytes=int(2.5 * size), count=lambda name: counts.update([name])
     )
     first, second = store.put(bundle(1)), store.put(bundle(2))

@@ -33,7 +33,7 @@ from esper.contracts import (
     KernelDraft,
     KernelKey,
     KernelReport,
-    Recipe,
+    KernelSpec,
     codec,
     signing,
 )
@@ -82,8 +82,8 @@ def compiled(code: bytes, private_key: str = PRIVATE_KEY) -> KernelBundle:
         Certificate(0.0, 0.0, True, True, True, 128, 128), CostForecast(128, 2048, 0.01, 0.1),
         tier=1,
     )  # fmt: skip
-    recipe = Recipe("proj_lora_64", version, config, 7)
-    return pack(KernelDraft(key, recipe, report), private_key=private_key, code=code)
+    spec = KernelSpec("proj_lora_64", version, config, 7)
+    return pack(KernelDraft(key, spec, report), private_key=private_key, code=code)
 
 
 def evil_pickle(canary: Path) -> bytes:
@@ -425,9 +425,9 @@ def test_the_audited_module_verifies_before_it_opens() -> None:
 
 def test_a_changed_tier_in_the_report_is_noticed() -> None:
     bundle = compiled(pack_archive({"fn.aotc": b"code"}))
-    key, recipe, report, code = open_compiled(bundle.files, bundle.digest, TRUSTED_KEY)
+    key, spec, report, code = open_compiled(bundle.files, bundle.digest, TRUSTED_KEY)
     lying = pack(
-        KernelDraft(key, recipe, replace(report, tier=0)), private_key=PRIVATE_KEY, code=code
+        KernelDraft(key, spec, replace(report, tier=0)), private_key=PRIVATE_KEY, code=code
     )
 
     with pytest.raises(KernelDigestError, match="tiers"):

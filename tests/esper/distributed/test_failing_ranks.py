@@ -51,8 +51,8 @@ NOT_HERE = {
     "_reason",
     "put_back",
     "rebuild_reducer",  # also part of the way back; see its own test
-    "_use_exchange",
-    "exchange",
+    "_use_reduction",
+    "reduction",
     "_register",
 }
 

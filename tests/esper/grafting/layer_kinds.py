@@ -269,7 +269,7 @@ def supported_pairs() -> list[tuple[str, str]]:
     """(slug, kind) of everything that fits."""
     return [
         (blueprint.slug, kind)
-        for blueprint in blueprints.all()
+        for blueprint in blueprints.list_blueprints()
         for kind, reason in reasons(blueprint)
         if not reason
     ]
@@ -277,7 +277,7 @@ def supported_pairs() -> list[tuple[str, str]]:
 
 def support_table() -> str:
     """One paragraph a blueprint: the kinds it fits, then each refusal with its kinds."""
-    return "\n\n".join(_paragraph(blueprint) for blueprint in blueprints.all()) + "\n"
+    return "\n\n".join(_paragraph(blueprint) for blueprint in blueprints.list_blueprints()) + "\n"
 
 
 def _paragraph(blueprint: Any) -> str:

@@ -186,7 +186,7 @@ def test_an_exception_at_any_line_leaves_everything_as_it_was() -> None:
         sys.settrace(raise_at_line(line))
         try:
             receipt = apply_graft(
-                training.model, info, blueprints.get("proj_lora_64"), **surroundings
+                training.model, info, blueprints.get_blueprint("proj_lora_64"), **surroundings
             )
         except Boom:
             assert digest(training.model) == before, line
@@ -204,15 +204,15 @@ def test_a_refusal_comes_before_anything_is_touched() -> None:
     training = make_training()
     info = info_of(training, "blocks.0.attention.out_proj")
     with pytest.raises(IncompatibleLayerError, match="hook on it never fires"):
-        apply_graft(training.model, info, blueprints.get("mon_act_stats"))
+        apply_graft(training.model, info, blueprints.get_blueprint("mon_act_stats"))
 
 
 def test_a_layer_carries_a_blueprint_once() -> None:
     training = make_training()
     info = info_of(training)
-    apply_graft(training.model, info, blueprints.get("proj_ia3"))
+    apply_graft(training.model, info, blueprints.get_blueprint("proj_ia3"))
     with pytest.raises(IncompatibleLayerError, match="carries it already"):
-        apply_graft(training.model, info, blueprints.get("proj_ia3"))
+        apply_graft(training.model, info, blueprints.get_blueprint("proj_ia3"))
 
 
 def test_blueprints_that_conflict_do_not_share_a_layer() -> None:
@@ -223,7 +223,7 @@ def test_blueprints_that_conflict_do_not_share_a_layer() -> None:
     info = info_of(training)
     apply_graft(training.model, info, Rival())
     with pytest.raises(IncompatibleLayerError, match="does not go together with mlp_swiglu_4096"):
-        apply_graft(training.model, info, blueprints.get("mlp_gelu_2048"))
+        apply_graft(training.model, info, blueprints.get_blueprint("mlp_gelu_2048"))
 
 
 def test_the_gradient_clamp_refuses_to_work_behind_a_gradient_scaler() -> None:
@@ -237,7 +237,7 @@ def test_the_gradient_clamp_refuses_to_work_behind_a_gradient_scaler() -> None:
         apply_graft(
             training.model,
             info_of(training),
-            blueprints.get("clamp_grad_norm"),
+            blueprints.get_blueprint("clamp_grad_norm"),
             scaler=EnabledScaler(),
         )
 
@@ -260,7 +260,9 @@ def test_the_gradient_clamp_refuses_to_work_behind_a_gradient_scaler() -> None:
 def test_absurd_settings_are_refused(slug: str, config: dict[str, Any]) -> None:
     training = make_training()
     with pytest.raises(ConfigurationError):
-        apply_graft(training.model, info_of(training), blueprints.get(slug), config=config)
+        apply_graft(
+            training.model, info_of(training), blueprints.get_blueprint(slug), config=config
+        )
 
 
 def test_the_public_graft_needs_no_run_and_no_sample_for_a_linear_layer() -> None:

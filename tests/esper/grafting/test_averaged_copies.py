@@ -41,7 +41,7 @@ def test_an_average_takes_up_a_graft_and_averages_it(slug: str, use_buffers: boo
     session = esper.attach(training.model, training.optimizer, copies=average)
     run(training, session, average, 3)
     layer = "blocks.0.norm" if slug == "ln_rms" else LAYER
-    for needed in sorted(blueprints.get(slug).requires)[-1:]:
+    for needed in sorted(blueprints.get_blueprint(slug).requires)[-1:]:
         session.graft(layer, needed)
     receipt = session.graft(layer, slug)
     run(training, session, average, 3)

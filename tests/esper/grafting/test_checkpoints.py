@@ -36,7 +36,7 @@ def grafted_training() -> Training:
         apply_graft(
             training.model,
             infos[layer],
-            blueprints.get(slug),
+            blueprints.get_blueprint(slug),
             optimizers=[training.optimizer],
             seed=number,
             adaptation=f"a{number}",

@@ -116,8 +116,8 @@ def test_a_graft_and_its_undo_take_effect_and_make_no_graph(way: str, slots: str
     assert graphs
 
     receipts = [
-        apply_graft(model, infos["blocks.0.wide"], blueprints.get("mlp_gelu_2048")),
-        apply_graft(model, infos["blocks.1.norm"], blueprints.get("ln_rms")),
+        apply_graft(model, infos["blocks.0.wide"], blueprints.get_blueprint("mlp_gelu_2048")),
+        apply_graft(model, infos["blocks.1.norm"], blueprints.get_blueprint("ln_rms")),
     ]
     assert torch.equal(compiled(x), plain)
     open_up(receipts[0])
@@ -156,7 +156,7 @@ def test_every_blueprint_works_beside_every_kind_of_compiled_layer(kind: str) ->
     with torch.no_grad():
         plain = compiled(x)
         graphs = backend.graphs
-        for blueprint in blueprints.all():
+        for blueprint in blueprints.list_blueprints():
             if blueprint.supports(described(kind)):
                 continue
             needed = meet_requirements(model, subject.info, blueprint)
@@ -299,7 +299,7 @@ prepare_slots(model, [info.name for info in infos])
 compiled = torch.compile(model)
 plain = compiled(x)
 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-receipt = apply_graft(model, infos[0], blueprints.get("mlp_gelu_2048"))
+receipt = apply_graft(model, infos[0], blueprints.get_blueprint("mlp_gelu_2048"))
 assert torch.equal(compiled(x), plain)
 with torch.no_grad():
     receipt.graft.weight_out.fill_(0.3)

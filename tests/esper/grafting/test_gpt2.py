@@ -33,7 +33,7 @@ def test_every_layer_of_gpt2_is_grafted_or_refused_and_all_undone(slug: str) -> 
     optimizer = torch.optim.AdamW(model.parameters())
     infos = trace_layers(model, lambda: model(input_ids=IDS))
     before, expected = digest(model), model(input_ids=IDS).logits
-    blueprint = blueprints.get(slug)
+    blueprint = blueprints.get_blueprint(slug)
     receipts = []
     for info in infos:
         if not blueprint.supports(info):
@@ -57,7 +57,7 @@ def test_every_layer_of_gpt2_is_grafted_or_refused_and_all_undone(slug: str) -> 
 def test_attention_beside_a_causal_layer_sees_no_future(slug: str) -> None:
     model = make_gpt2().eval()
     infos = {i.name: i for i in trace_layers(model, lambda: model(input_ids=IDS))}
-    receipt = apply_graft(model, infos["transformer.h.0.mlp.c_fc"], blueprints.get(slug))
+    receipt = apply_graft(model, infos["transformer.h.0.mlp.c_fc"], blueprints.get_blueprint(slug))
     with torch.no_grad():
         receipt.graft.weight_out.normal_()
         whole = model(input_ids=IDS).logits[:, :6]

@@ -66,7 +66,7 @@ def test_the_table_of_what_is_supported_is_the_reviewed_one() -> None:
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_every_refusal_is_a_sentence_for_a_person_and_touches_nothing(slug: str) -> None:
-    blueprint = blueprints.get(slug)
+    blueprint = blueprints.get_blueprint(slug)
     for kind, reason in reasons(blueprint):
         if not reason:
             continue
@@ -97,7 +97,7 @@ def test_a_graft_keeps_every_promise(slug: str, kind: str, way: str) -> None:
     prepare_slots(model, [subject.info.name])  # as attach does; an empty slot stays
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     subject.autocast = autocast
-    meet_requirements(model, subject.info, blueprints.get(slug), optimizers=[optimizer])
+    meet_requirements(model, subject.info, blueprints.get_blueprint(slug), optimizers=[optimizer])
     train_step(subject, model, optimizer)
     plain = copy.deepcopy(model)
     expected = run(subject, model)
@@ -108,7 +108,7 @@ def test_a_graft_keeps_every_promise(slug: str, kind: str, way: str) -> None:
         receipt = apply_graft(
             model,
             subject.info,
-            blueprints.get(slug),
+            blueprints.get_blueprint(slug),
             optimizers=[optimizer],
             seed=5,
             thorough=training,
@@ -212,7 +212,7 @@ def home_of(slug: str) -> str:
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_all_new_tensors_move_and_the_loss_falls(slug: str) -> None:
-    blueprint = blueprints.get(slug)
+    blueprint = blueprints.get_blueprint(slug)
     subject = make_subject(home_of(slug))
     model, x = subject.model.eval().requires_grad_(False), subject.x
     target = torch.rand(model(x).shape, generator=torch.Generator().manual_seed(3))
@@ -239,7 +239,7 @@ def test_all_new_tensors_move_and_the_loss_falls(slug: str) -> None:
 
 @pytest.mark.parametrize(("slug", "kind"), PAIRS)
 def test_forecast_memory_is_within_a_tenth_of_what_is_measured(slug: str, kind: str) -> None:
-    blueprint = blueprints.get(slug)
+    blueprint = blueprints.get_blueprint(slug)
     dtype = torch.float32 if len(kind) % 2 else torch.bfloat16  # each on half of the kinds
     subject = make_subject(kind, dtype)
     x = layer_input(subject)
@@ -268,7 +268,7 @@ def layer_input(subject: Subject) -> Tensor:
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_building_draws_from_no_global_random_stream(slug: str) -> None:
-    blueprint = blueprints.get(slug)
+    blueprint = blueprints.get_blueprint(slug)
     info = described(home_of(slug))
     for seed_all in (random.seed, numpy.random.seed, torch.manual_seed):
         seed_all(11)
@@ -283,7 +283,7 @@ def test_building_draws_from_no_global_random_stream(slug: str) -> None:
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_one_seed_gives_one_graft(slug: str) -> None:
-    blueprint = blueprints.get(slug)
+    blueprint = blueprints.get_blueprint(slug)
     info = described(home_of(slug))
     first, again, other = (blueprint.build(info, seed=seed) for seed in (4, 4, 5))
     assert digest(first) == digest(again)
@@ -295,7 +295,7 @@ def test_one_seed_gives_one_graft(slug: str) -> None:
 
 @pytest.mark.parametrize(("slug", "kind"), PAIRS)
 def test_a_worker_certifies_on_a_stand_in_from_the_description_alone(slug: str, kind: str) -> None:
-    blueprint, info = blueprints.get(slug), described(kind)
+    blueprint, info = blueprints.get_blueprint(slug), described(kind)
     torch.manual_seed(0)
     stream = torch.get_rng_state()
     there, x = stand_in(LayerInfo.from_wire(info.to_wire()))
@@ -317,7 +317,7 @@ def test_a_worker_certifies_on_a_stand_in_from_the_description_alone(slug: str, 
 def test_any_width_is_either_refused_or_certified(
     d_in: int, d_out: int, rows: int, length: int, slug: str, size: int
 ) -> None:
-    blueprint = blueprints.get(slug)
+    blueprint = blueprints.get_blueprint(slug)
     model = Around(nn.Linear(d_in, d_out)).eval()
     x = torch.randn(rows, length, d_in)
     info = next(i for i in trace_layers(model, lambda: model(x)) if i.name == "layer")
@@ -340,14 +340,14 @@ def test_any_width_is_either_refused_or_certified(
     [
         (slug, kind)
         for slug, kind in PAIRS
-        if blueprints.get(slug).mergeable
+        if blueprints.get_blueprint(slug).mergeable
         and kind in {"linear_3d", "linear_no_bias", "conv1d", "conv2d", "conv3d", "gpt2_conv1d"}
     ],
 )
 def test_a_merged_graft_is_what_it_was_beside_the_host(slug: str, kind: str) -> None:
     subject = make_subject(kind)
     model, x = subject.model.eval(), subject.x
-    receipt = apply_graft(model, subject.info, blueprints.get(slug))
+    receipt = apply_graft(model, subject.info, blueprints.get_blueprint(slug))
     with torch.no_grad():
         for parameter in receipt.graft.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -359,8 +359,8 @@ def test_a_merged_graft_is_what_it_was_beside_the_host(slug: str, kind: str) -> 
 
 
 def test_only_these_kinds_add_nothing_to_train() -> None:
-    silent = {slug for slug in SLUGS if not blueprints.get(slug).trainable}
+    silent = {slug for slug in SLUGS if not blueprints.get_blueprint(slug).trainable}
     assert silent >= {"clamp_grad_norm", "kv_cache_8bit", "mon_act_stats"}
     for slug in silent:
-        graft = blueprints.get(slug).build(described(home_of(slug)), seed=0)
+        graft = blueprints.get_blueprint(slug).build(described(home_of(slug)), seed=0)
         assert not list(graft.parameters())

@@ -71,8 +71,8 @@ def test_convolutions_tell_their_geometry() -> None:
 def test_a_reflecting_convolution_takes_no_low_rank_update() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"))
     info = traced(model, torch.randn(1, 4, 6, 6))["0"]
-    assert "geometry" in blueprints.get("proj_lora_64").supports(info)
-    assert blueprints.get("proj_ia3").supports(info) == ""
+    assert "geometry" in blueprints.get_blueprint("proj_lora_64").supports(info)
+    assert blueprints.get_blueprint("proj_ia3").supports(info) == ""
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
@@ -111,7 +111,7 @@ def test_a_packed_sequence_is_grafted_through_its_data() -> None:
     model, x = Packed(), torch.randn(2, 4, 3)
     info, before = traced(model, x)["rnn"], model(x)
     assert info.graftable
-    receipt = apply_graft(model, info, blueprints.get("proj_ia3"))
+    receipt = apply_graft(model, info, blueprints.get_blueprint("proj_ia3"))
     assert torch.equal(model(x), before)
     with torch.no_grad():
         next(receipt.graft.parameters()).fill_(2.0)
@@ -124,7 +124,7 @@ def test_a_weight_norm_layer_goes_by_its_own_kind() -> None:
     info = traced(model, x)["0"]
     assert (info.kind, info.graftable) == ("Linear", True)
     before, expected = digest(model), model(x)
-    receipt = apply_graft(model, info, blueprints.get("proj_lora_64"))
+    receipt = apply_graft(model, info, blueprints.get_blueprint("proj_lora_64"))
     assert torch.equal(model(x), expected)
     with pytest.raises(TypeError, match="cannot be merged"):
         receipt.graft.merge(model[0])
@@ -142,7 +142,7 @@ def test_a_module_under_two_names_is_one_layer() -> None:
 def test_grafts_are_no_layers_of_the_model() -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 8)
     infos = traced(model, x)
-    apply_graft(model, infos["0"], blueprints.get("proj_lora_64"))
+    apply_graft(model, infos["0"], blueprints.get_blueprint("proj_lora_64"))
     again = traced(model, x)
     assert list(again) == ["0", "1"]
     assert again["0"].parameters == infos["0"].parameters

@@ -120,14 +120,14 @@ def test_a_finding_goes_when_its_graft_goes() -> None:
     assert train(model, adam(model), steps=3 * STEPS, before=cut_off) == []
 
 
-@pytest.mark.parametrize("slug", [b.slug for b in esper.blueprints.all()])
+@pytest.mark.parametrize("slug", [b.slug for b in esper.blueprints.list_blueprints()])
 def test_a_graft_that_learns_gives_no_finding(slug: str) -> None:
     model = Model()
 
     def graft(session: Any, step: int) -> None:
         if step == 3:
             layer = next(layer for layer in session.layers if layer.name == "used")
-            blueprint = esper.blueprints.get(slug)
+            blueprint = esper.blueprints.get_blueprint(slug)
             if not blueprint.supports(layer):
                 for needed in sorted(blueprint.requires)[-1:]:
                     session.graft("used", needed)

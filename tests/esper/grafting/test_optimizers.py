@@ -234,7 +234,7 @@ def graft_into(loop: Loop, layer: str = LAYER, blueprint: str = BLUEPRINT) -> Re
     return apply_graft(
         loop.model,
         info,
-        blueprints.get(blueprint),
+        blueprints.get_blueprint(blueprint),
         optimizers=loop.optimizers,
         schedulers=loop.schedulers,
         scaler=loop.scaler,

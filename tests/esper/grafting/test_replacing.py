@@ -37,7 +37,9 @@ def describe(model: nn.Module, x: Tensor) -> LayerInfo:
 
 
 def replaced(model: nn.Module, x: Tensor, **config: float) -> Receipt:
-    return apply_graft(model, describe(model, x), blueprints.get("ln_rms"), config=config, x=x)
+    return apply_graft(
+        model, describe(model, x), blueprints.get_blueprint("ln_rms"), config=config, x=x
+    )
 
 
 def norm_of(model: nn.Sequential) -> nn.LayerNorm:
@@ -133,7 +135,7 @@ def test_a_replacement_that_never_wakes_up_gets_no_certificate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, x = trained_norm()
-    blueprint = blueprints.get("ln_rms")
+    blueprint = blueprints.get_blueprint("ln_rms")
     info = describe(model, x)
     asleep = blueprint.build(info, seed=0)
     monkeypatch.setattr(type(asleep), "on_step", lambda self: None)
@@ -143,7 +145,7 @@ def test_a_replacement_that_never_wakes_up_gets_no_certificate(
 
 def test_trying_a_graft_leaves_its_schedule_at_the_start() -> None:
     model, x = trained_norm()
-    info, blueprint = describe(model, x), blueprints.get("ln_rms")
+    info, blueprint = describe(model, x), blueprints.get_blueprint("ln_rms")
     receipt = apply_graft(model, info, blueprint, x=x, thorough=True)
     assert alpha_of(receipt.graft) == 0.0
 

@@ -32,7 +32,7 @@ def grafted_pair() -> tuple[nn.Module, Tensor]:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
     x = torch.randn(4, 6)
     info = next(i for i in trace_layers(model, lambda: model(x)) if i.name == "0")
-    receipt = apply_graft(model, info, blueprints.get("mlp_gelu_2048"))
+    receipt = apply_graft(model, info, blueprints.get_blueprint("mlp_gelu_2048"))
     with torch.no_grad():
         receipt.graft.weight_out.fill_(0.3)
     return model, x
@@ -101,7 +101,7 @@ def test_the_clamp_follows_a_deep_copy() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
     x = 100 * torch.randn(4, 6)
     info = next(i for i in trace_layers(model, lambda: model(x)) if i.name == "0")
-    apply_graft(model, info, blueprints.get("clamp_grad_norm"), config={"max_norm": 0.5})
+    apply_graft(model, info, blueprints.get_blueprint("clamp_grad_norm"), config={"max_norm": 0.5})
     model(x).square().sum().backward()
     for net in (copy.deepcopy(model), pickled(model)):
         net.zero_grad()
@@ -118,7 +118,7 @@ def test_the_clamp_keeps_the_direction() -> None:
     plain = copy.deepcopy(model)
     x = torch.randn(4, 6)
     info = trace_layers(model, lambda: model(x))[0]
-    apply_graft(model, info, blueprints.get("clamp_grad_norm"), config={"max_norm": 0.1})
+    apply_graft(model, info, blueprints.get_blueprint("clamp_grad_norm"), config={"max_norm": 0.1})
     for net in (model, plain):
         net(x).square().sum().backward()
     ratio = model[0].weight.grad / plain[0].weight.grad
@@ -143,7 +143,7 @@ def test_a_compiled_model_takes_a_graft_without_a_new_graph() -> None:
     compiled = torch.compile(model, backend=backend)
     plain = compiled(x)
     count = len(graphs)
-    receipt = apply_graft(model, infos[0], blueprints.get("mlp_gelu_2048"))
+    receipt = apply_graft(model, infos[0], blueprints.get_blueprint("mlp_gelu_2048"))
     assert torch.equal(compiled(x), plain)
     with torch.no_grad():
         receipt.graft.weight_out.fill_(0.3)
@@ -168,7 +168,7 @@ def test_a_layer_that_runs_twice_is_grafted_twice() -> None:
     model, x = Recurrent(), torch.randn(3, 6)
     (info,) = trace_layers(model, lambda: model(x))
     assert info.calls == 2
-    receipt = apply_graft(model, info, blueprints.get("proj_ia3"))
+    receipt = apply_graft(model, info, blueprints.get_blueprint("proj_ia3"))
     with torch.no_grad():
         receipt.graft.gain.fill_(2.0)
         weight, bias = model.cell.weight, model.cell.bias
@@ -197,7 +197,7 @@ def test_a_tuple_output_keeps_its_other_parts() -> None:
     tokens = training.batches[0][:, :-1]
     infos = trace_layers(training.model, lambda: training.model(tokens))
     info = next(i for i in infos if i.name == "blocks.0.attention")
-    receipt = apply_graft(training.model, info, blueprints.get("proj_ia3"))
+    receipt = apply_graft(training.model, info, blueprints.get_blueprint("proj_ia3"))
     attention = training.model.blocks[0].attention.eval()
     h = torch.randn(2, 4, 16)
     out, weights = attention(h, h, value=h)
@@ -212,7 +212,9 @@ def test_activation_statistics_are_those_of_the_layer() -> None:
     model = nn.Sequential(nn.Linear(4, 6))
     x = torch.randn(32, 4)
     info = trace_layers(model, lambda: model(x))[0]
-    receipt = apply_graft(model, info, blueprints.get("mon_act_stats"), config={"every": 1})
+    receipt = apply_graft(
+        model, info, blueprints.get_blueprint("mon_act_stats"), config={"every": 1}
+    )
     assert all(value != value for value in receipt.graft.signals().values()), "not measured yet"
     with torch.no_grad():
         model[0].weight[:3].zero_()

@@ -88,4 +88,4 @@ def test_where_sizes_do_not_tell_the_branch_is_refused_in_words() -> None:
     assert layer_of(model, "embed", x).sequence_axis == -1
     with pytest.raises(IncompatibleLayerError, match="does not tell which axis is time"):
         esper.graft(model, "embed", "attn_std", sample=x)
-    assert blueprints.get("proj_lora_64").supports(layer_of(model, "embed", x)) == ""
+    assert blueprints.get_blueprint("proj_lora_64").supports(layer_of(model, "embed", x)) == ""

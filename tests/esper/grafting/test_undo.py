@@ -37,7 +37,7 @@ def layers_of(training: Training) -> dict[str, LayerInfo]:
 
 def graft_into(training: Training, layer: str, slug: str) -> Receipt:
     schedulers = [] if training.scheduler is None else [training.scheduler]
-    place, blueprint = layers_of(training)[layer], blueprints.get(slug)
+    place, blueprint = layers_of(training)[layer], blueprints.get_blueprint(slug)
     surroundings = {"optimizers": [training.optimizer], "schedulers": schedulers}
     needed = meet_requirements(training.model, place, blueprint, **surroundings)
     receipt = apply_graft(training.model, place, blueprint, **surroundings)
@@ -190,7 +190,7 @@ def test_batch_norm_buffers_and_accumulated_gradients_come_back() -> None:
     gradient = model[0].weight.grad.clone()
     info = next(i for i in trace_layers(model, lambda: model(x)) if i.name == "1")
     before = digest(model)
-    receipt = apply_graft(model, info, blueprints.get("mlp_gelu_2048"), x=x)
+    receipt = apply_graft(model, info, blueprints.get_blueprint("mlp_gelu_2048"), x=x)
     assert torch.equal(model[0].weight.grad, gradient)
     model(x).sum().backward()
     assert not torch.equal(model[0].weight.grad, gradient)

@@ -117,7 +117,7 @@ def test_every_blueprint_is_exported_and_computes_the_same(slug: str) -> None:
     assert bool(count) is (slug not in NEEDS_ANOTHER)
     expected = model(TOKENS)
     plain = esper.export(model)
-    if blueprints.get(slug).mergeable:
+    if blueprints.get_blueprint(slug).mergeable:
         scale = expected.abs().max().item()
         assert (plain(TOKENS) - expected).abs().max().item() <= 1e-5 * scale
     else:

@@ -9,7 +9,7 @@ import pytest
 
 from esper.compilation import build_kernel, compiled_key
 from esper.compilation.archive import pack_archive
-from esper.compilation.bundle import pack, recipe_from_wire, report_from_wire
+from esper.compilation.bundle import pack, report_from_wire, spec_from_wire
 from esper.contracts import CommandKind, KernelBundle, KernelDraft, codec, signing
 from tests.esper.sdk.control_plane import ControlPlane
 from tests.esper.sdk.test_session_with_a_server import (
@@ -26,13 +26,11 @@ def code_bundle(session: Any, plane: ControlPlane, private_key: str) -> KernelBu
     """A well-formed compiled kernel of the graft at layer 3; what would be opened is noise."""
     layer = next(layer for layer in session.layers if layer.name == "3")
     first = build_kernel(layer, "proj_lora_64", private_key=plane.kernel_key)
-    recipe = recipe_from_wire(codec.decode(first.files["recipe.json"]))
+    spec = spec_from_wire(codec.decode(first.files["recipe.json"]))
     report = report_from_wire(codec.decode(first.files["report.json"]))
-    key = compiled_key(layer, recipe.blueprint, recipe.config)
+    key = compiled_key(layer, spec.blueprint, spec.config)
     code = pack_archive({"fn.aotc": b"not a pickle"})
-    return pack(
-        KernelDraft(key, recipe, replace(report, tier=1)), private_key=private_key, code=code
-    )
+    return pack(KernelDraft(key, spec, replace(report, tier=1)), private_key=private_key, code=code)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ class FakeUrza:
         self.proposal_attempts = 0
         self.declines: list[dict[str, Any]] = []
         self.verdicts: dict[str, dict[str, Any]] = {}
-        self.blueprints = [blueprint.slug for blueprint in blueprints.all()]
+        self.blueprints = [blueprint.slug for blueprint in blueprints.list_blueprints()]
         self.heartbeats: list[dict[str, Any]] = []
         self.requests: list[str] = []
         self.if_match_needed = False

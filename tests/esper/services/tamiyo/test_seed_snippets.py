@@ -73,7 +73,7 @@ async def test_the_pipeline_snippet_grafts_attention_and_changes_nothing_at_birt
     )
 
     assert names["success"], names["details"]
-    chosen = blueprints.get(names["details"]["blueprint"])
+    chosen = blueprints.get_blueprint(names["details"]["blueprint"])
     assert chosen.adaptation_type is AdaptationType.ADD_ATTENTION
     assert names["details"]["certificate"]["max_abs_diff"] == 0.0
     assert torch.equal(current_state.model(current_state.sample), before)

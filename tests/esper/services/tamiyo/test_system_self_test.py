@@ -45,7 +45,7 @@ def test_a_system_that_is_whole_passes(
 def test_each_missing_part_is_named(
     valkey_url: str, valkey: redis.Redis, urza: FakeUrza, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missing = blueprints.all()[0].slug
+    missing = blueprints.list_blueprints()[0].slug
     urza.blueprints.remove(missing)
 
     assert test_integration.main(arguments(valkey_url, urza)) == 1

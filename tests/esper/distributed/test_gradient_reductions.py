@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import esper
 from esper import blueprints
-from esper.blueprints.exchange import ExchangeBlueprint, GradientExchange
+from esper.blueprints.gradient_reduction import GradientReduction, ReductionBlueprint
 from esper.exceptions import IncompatibleLayerError
 from tests.esper.distributed.rank_pool import RankPool
 from tests.esper.distributed.tiny_replica import graft, replica, sgd
@@ -24,21 +24,21 @@ SLUGS = ["all_reduce_shard", "ring_allreduce"]
 SIZES = [1, 2, 3, 4, 5, 7, 1000, 100_003]
 
 
-def exchange_of(slug: str) -> GradientExchange:
-    blueprint = blueprints.get(slug)
-    assert isinstance(blueprint, ExchangeBlueprint)
-    return blueprint.make_exchange()
+def reduction_of(slug: str) -> GradientReduction:
+    blueprint = blueprints.get_blueprint(slug)
+    assert isinstance(blueprint, ReductionBlueprint)
+    return blueprint.make_reduction()
 
 
 def _sum_many_sizes(rank: int, slug: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    exchange, group = exchange_of(slug), dist.group.WORLD
+    reduction, group = reduction_of(slug), dist.group.WORLD
     sums = []
     for size in SIZES:
         generator = torch.Generator().manual_seed(10 * size + rank)
         mine = torch.randn(size, generator=generator).to(dtype)
         wanted = mine.double()
         dist.all_reduce(wanted)
-        exchange.add_up(mine, group)
+        reduction.add_up(mine, group)
         slack = 4 * dist.get_world_size() * torch.finfo(dtype).eps
         torch.testing.assert_close(mine.double(), wanted, atol=slack, rtol=slack)
         sums.append(mine)
@@ -58,7 +58,7 @@ def test_every_size_is_summed_alike_on_all_ranks(
 
 
 def _train(rank: int, slug: str, steps: int) -> dict[str, Any]:
-    """Six steps, as many with the exchange where there is one, then a soft undo and six more."""
+    """Six steps, as many with the reduction where there is one, then a soft undo and six more."""
     with replica(rank, ddp={"bucket_cap_mb": 0.0002}, make_optimizer=sgd) as side:
         side.run(6)
         receipt = graft(side, "", slug) if slug else None
@@ -82,7 +82,7 @@ def _train(rank: int, slug: str, steps: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("slug", SLUGS)
 @pytest.mark.parametrize("ranks", ["two_ranks", "three_ranks"])
-def test_a_model_learns_the_same_through_an_exchange(
+def test_a_model_learns_the_same_through_a_reduction(
     request: pytest.FixtureRequest, ranks: str, slug: str
 ) -> None:
     pool: RankPool = request.getfixturevalue(ranks)
@@ -112,7 +112,7 @@ def _undo_hard(rank: int, slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", SLUGS)
-def test_an_exchange_is_taken_out_to_the_bit(two_ranks: RankPool, slug: str) -> None:
+def test_a_reduction_is_taken_out_to_the_bit(two_ranks: RankPool, slug: str) -> None:
     two_ranks.run(_undo_hard, slug)
 
 
@@ -150,7 +150,7 @@ def _own_hook(state, bucket):  # type: ignore[no-untyped-def] # DDP reads the an
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def test_where_no_exchange_fits_a_sentence_says_why(two_ranks: RankPool) -> None:
+def test_where_no_reduction_fits_a_sentence_says_why(two_ranks: RankPool) -> None:
     first, second = two_ranks.run(_refusals)
     assert first == second
     for sentence, part in zip(
@@ -161,11 +161,11 @@ def test_where_no_exchange_fits_a_sentence_says_why(two_ranks: RankPool) -> None
         assert part in sentence
 
 
-def test_one_process_has_nobody_to_exchange_with() -> None:
+def test_one_process_has_nobody_to_reduce_with() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(IncompatibleLayerError, match="at least 2 ranks"):
         esper.graft(model, "0", "ring_allreduce")
 
 
-def test_an_exchange_that_was_not_used_yet_has_measured_nothing() -> None:
-    assert all(math.isnan(value) for value in exchange_of("ring_allreduce").signals().values())
+def test_a_reduction_that_was_not_used_yet_has_measured_nothing() -> None:
+    assert all(math.isnan(value) for value in reduction_of("ring_allreduce").signals().values())

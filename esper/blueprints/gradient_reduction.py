@@ -20,7 +20,7 @@ MIB = 1024 * 1024
 WHOLE_MODEL_KIND = "DistributedDataParallel"
 
 
-class GradientExchange(Graft):
+class GradientReduction(Graft):
     """Sums a flat gradient over the ranks of a group; the model's forward pass is not touched."""
 
     def __init__(self) -> None:
@@ -35,12 +35,12 @@ class GradientExchange(Graft):
     def add_up(self, flat: Tensor, group: distributed.ProcessGroup) -> None:
         """Replaces ``flat`` [n] by its sum over the group; bit-equal on all ranks."""
         started = time.perf_counter()
-        self._bytes_sent += self.exchange(flat, group)
+        self._bytes_sent += self.reduce(flat, group)
         self._seconds += time.perf_counter() - started
         self._sums += 1
 
     @abstractmethod
-    def exchange(self, flat: Tensor, group: distributed.ProcessGroup) -> int:
+    def reduce(self, flat: Tensor, group: distributed.ProcessGroup) -> int:
         """Does it, and answers how many bytes this rank has sent."""
 
     def signals(self) -> dict[str, float]:
@@ -56,7 +56,7 @@ class GradientExchange(Graft):
         self._bytes_sent, self._seconds, self._sums = 0, 0.0, 0
 
 
-class ExchangeBlueprint(Blueprint):
+class ReductionBlueprint(Blueprint):
     """A blueprint without settings and weights that is grafted into the model as a whole."""
 
     category = BlueprintCategory.ROUTING
@@ -83,8 +83,8 @@ class ExchangeBlueprint(Blueprint):
         return 0  # of the forward pass
 
     def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
-        return self.make_exchange()
+        return self.make_reduction()
 
     @abstractmethod
-    def make_exchange(self) -> GradientExchange:
+    def make_reduction(self) -> GradientReduction:
         """A new one; it has no settings."""

@@ -1,4 +1,4 @@
-"""Running a gradient exchange beside the backward pass, and proving that it sums rightly."""
+"""Running a gradient reduction beside the backward pass, and proving that it sums rightly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from esper.blueprints import Blueprint
-from esper.blueprints.exchange import GradientExchange
+from esper.blueprints.gradient_reduction import GradientReduction
 from esper.contracts import Certificate, LayerInfo
 
 logger = logging.getLogger("esper")
@@ -30,11 +30,11 @@ class BucketThread:
         group: a gloo group that nobody else uses during a backward pass.
     """
 
-    def __init__(self, exchange: GradientExchange, group: distributed.ProcessGroup) -> None:
-        self.exchange = exchange
+    def __init__(self, reduction: GradientReduction, group: distributed.ProcessGroup) -> None:
+        self.reduction = reduction
         self._group = group
         self._jobs: SimpleQueue[tuple[Tensor, Any] | None] = SimpleQueue()
-        self._thread = Thread(target=self._work, name="esper-exchange", daemon=True)
+        self._thread = Thread(target=self._work, name="esper-reduction", daemon=True)
         self._thread.start()
 
     def submit(self, flat: Tensor) -> torch.futures.Future[Tensor]:
@@ -53,7 +53,7 @@ class BucketThread:
             flat, future = job
             try:
                 flat.div_(size)  # first, as torch's own hooks do: half precision overflows late
-                self.exchange.add_up(flat, self._group)
+                self.reduction.add_up(flat, self._group)
                 future.set_result(flat)
             except Exception as error:
                 logger.exception("the gradients could not be summed over the ranks")
@@ -65,8 +65,8 @@ def sum_in_background(thread: BucketThread, bucket: Any) -> torch.futures.Future
     return thread.submit(bucket.buffer())
 
 
-def certify_exchange(
-    layer: LayerInfo, blueprint: Blueprint, exchange: GradientExchange, group: Any
+def certify_reduction(
+    layer: LayerInfo, blueprint: Blueprint, reduction: GradientReduction, group: Any
 ) -> Certificate:
     """Sums made-up gradients with it and with torch's all-reduce, and compares. Collective.
 
@@ -76,7 +76,7 @@ def certify_exchange(
     wanted, magnitude = flat.clone(), flat.abs()
     distributed.all_reduce(magnitude, group=group)
     plain_ms = _timed(lambda: distributed.all_reduce(wanted, group=group))
-    exchange_ms = _timed(lambda: exchange.add_up(flat, group))
+    exchange_ms = _timed(lambda: reduction.add_up(flat, group))
     difference = (flat.double() - wanted.double()).abs().nan_to_num(nan=math.inf)
     ranks = distributed.get_world_size(group)
     tolerance = (ranks - 1) * torch.finfo(flat.dtype).eps * float(magnitude.max())
@@ -89,10 +89,10 @@ def certify_exchange(
         flat.numel(),
         ranks,
         exchange_ms,
-        exchange.signals()["sent_mib"],
+        reduction.signals()["sent_mib"],
         plain_ms,
     )
-    exchange.forget()
+    reduction.forget()
     wrong = f"its sums differ by {max_abs_diff:.3g}, allowed is {tolerance:.3g}"
     return Certificate(
         max_abs_diff=max_abs_diff,

@@ -14,7 +14,7 @@ log = logging.getLogger("esper")
 Count = Callable[[str], None]
 
 
-class TwoLevelStore:
+class TieredStore:
     """Reads from the near one where it can; writes to both.
 
     Args:
@@ -97,4 +97,4 @@ def open_store(
         return near
     from esper.compilation.object_store import ObjectStore
 
-    return TwoLevelStore(near, ObjectStore(url), near_bytes=near_bytes, count=count)
+    return TieredStore(near, ObjectStore(url), near_bytes=near_bytes, count=count)
