@@ -24,8 +24,10 @@ from launcher.supervise.plan import ROOT
 from launcher.supervise.ports import any_free_port
 from launcher.supervise.runtime import read_runtime
 
-START_SECONDS = 120.0
-STOP_SECONDS = 45.0
+# Limits, so that a broken test ends. Generous: a busy machine is no fault of the code.
+START_SECONDS = 300.0
+RESTART_SECONDS = 300.0
+STOP_SECONDS = 120.0
 NO_POSTGRES = (
     "This test needs PostgreSQL, and there is none: no initdb on PATH or under "
     "/usr/lib/postgresql. Install Debian's package postgresql (./check does, where it is root)."
@@ -188,7 +190,7 @@ class RunningEsper:
         os.kill(pid, signal.SIGKILL)
         return pid
 
-    def wait_restarted(self, child: str, old_pid: int, seconds: float = 30.0) -> int:
+    def wait_restarted(self, child: str, old_pid: int, seconds: float = RESTART_SECONDS) -> int:
         """The new process id, once there is one."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

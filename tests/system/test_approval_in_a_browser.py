@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from .conftest import Plant, until
+from .conftest import TEST_SECONDS, WAIT_MS, Plant, until
 
-pytestmark = [pytest.mark.process, pytest.mark.browser, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.process, pytest.mark.browser, pytest.mark.timeout(TEST_SECONDS)]
 
 FLAGS = [
     "--no-sandbox",
@@ -37,7 +37,7 @@ def signed_in(browser: Browser, plant: Plant, name: str, scheme: str = "light") 
     page.fill("input[name=username]", name)
     page.fill("input[name=password]", plant.esper.people[name])
     page.click("form button[type=submit]")
-    expect(page.locator("#link-pill")).to_have_attribute("data-link", "live", timeout=20_000)
+    expect(page.locator("#link-pill")).to_have_attribute("data-link", "live", timeout=WAIT_MS)
     return page
 
 
@@ -49,12 +49,12 @@ def test_two_people_see_one_adaptation_from_the_prompt_to_its_end(
     uid = plant.propose("squeeze", "mlp_gelu_2048")  # medium risk: a person is asked
 
     prompt = olga.get_by_text(re.compile("waits for a person"))
-    expect(prompt.first).to_be_visible(timeout=15_000)  # pushed, nothing was reloaded
+    expect(prompt.first).to_be_visible(timeout=WAIT_MS)  # pushed, nothing was reloaded
     expect(olga.locator("#inbox-count")).to_contain_text("1")
 
     for page in (olga, ada):
         page.goto(f"{plant.esper.url}/adaptations/{uid}")
-        expect(page.locator("[data-path=approve]")).to_be_enabled(timeout=15_000)
+        expect(page.locator("[data-path=approve]")).to_be_enabled(timeout=WAIT_MS)
     olga.fill("#reason", "the loss is flat")
     olga.click("[data-path=approve]")
     decision = olga.locator("#decision")
@@ -62,12 +62,14 @@ def test_two_people_see_one_adaptation_from_the_prompt_to_its_end(
         "data-state", re.compile("probation|kept|rolled"), timeout=60_000
     )
 
-    expect(ada.locator("[data-path=approve]")).to_have_count(0, timeout=15_000)
+    expect(ada.locator("[data-path=approve]")).to_have_count(0, timeout=WAIT_MS)
     expect(ada.get_by_text(re.compile("olga")).first).to_be_visible()
     expect(ada.get_by_text("the loss is flat").first).to_be_visible()
 
-    until(lambda: plant.ended(uid), 90, "judged")
-    expect(decision).to_have_attribute("data-state", re.compile("kept|rolled_back"), timeout=20_000)
+    until(lambda: plant.ended(uid), "judged")
+    expect(decision).to_have_attribute(
+        "data-state", re.compile("kept|rolled_back"), timeout=WAIT_MS
+    )
     expect(olga.locator("#panel-outcome")).to_contain_text("Certificate")
     assert plant.state(uid) == decision.get_attribute("data-state")
 

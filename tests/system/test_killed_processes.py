@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from .conftest import Plant, until
+from .conftest import TEST_SECONDS, Plant, until
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(TEST_SECONDS)]
 
 # Each child with the adaptation that is under way when it is killed.
 KILLED = {
@@ -41,48 +41,48 @@ def test_any_child_may_be_killed_while_an_adaptation_lives(plant: Plant) -> None
         time.sleep(0.05 * index)  # another moment of its life each time
         before = plant.step()
         old = plant.esper.kill(child)
-        plant.esper.wait_restarted(child, old, 40)
-        until(lambda uid=uid: plant.ended(uid), 90, f"{uid} ended although {child} was killed")
+        plant.esper.wait_restarted(child, old)
+        until(lambda uid=uid: plant.ended(uid), f"{uid} ended although {child} was killed")
         assert plant.state(uid) in ENDS, (child, plant.states_in_audit(uid))
-        until(lambda before=before: plant.step() > before, 30, "the run is heard again")
+        until(lambda before=before: plant.step() > before, "the run reports again")
         assert plant.trainer_lives()
     check_nothing_is_lost_or_doubled(plant)
 
 
 def test_a_killed_trainer_comes_back_and_its_graft_is_settled(plant: Plant) -> None:
-    until(lambda: (plant.folder / "digits.pt").exists(), 60, "a first checkpoint")
+    until(lambda: (plant.folder / "digits.pt").exists(), "a first checkpoint")
     uid = plant.propose("squeeze")
-    until(lambda: plant.state(uid) == "probation", 30, "grafted")
+    until(lambda: plant.state(uid) == "probation", "grafted")
     plant.kill_trainer()
     plant.start_trainer()
-    until(lambda: plant.ended(uid), 90, "settled from what the restarted trainer reports")
+    until(lambda: plant.ended(uid), "settled from what the restarted trainer reports")
     assert plant.state(uid) in ENDS
     states = plant.states_in_audit(uid)
     assert "in_doubt" in states
     [(epoch,)] = plant.rows("SELECT epoch FROM runs_run WHERE uid=?", plant.run)
     assert epoch == 2
     again = plant.propose("conv2")
-    until(lambda: plant.ended(again), 60, "adaptation goes on in the new epoch")
+    until(lambda: plant.ended(again), "adaptation goes on in the new epoch")
 
 
 def test_the_trainer_trains_on_without_a_server_and_nothing_is_missing(
     plant: Plant, start_esper: Any
 ) -> None:
     uid = plant.propose("conv3")
-    until(lambda: plant.state(uid) == "probation", 30, "grafted")
+    until(lambda: plant.state(uid) == "probation", "grafted")
     port = plant.esper.url.rsplit(":", 1)[1]
     plant.esper.stop()
-    last_heard = plant.step()
-    time.sleep(10)
+    last_reported = plant.step()
+    time.sleep(10)  # the length of the outage
     assert plant.trainer_lives()
     plant.esper = start_esper(plant.esper.data_dir, "--no-demo", "--port", port)
-    until(lambda: plant.step() > last_heard + 100, 60, "the trainer is heard again")
-    until(lambda: plant.ended(uid), 90, "the adaptation has an end")
+    until(lambda: plant.step() > last_reported + 100, "the trainer reports again")
+    until(lambda: plant.ended(uid), "the adaptation has an end")
     assert plant.state(uid) in ENDS
     [(stored, dropped)] = plant.rows(
         "SELECT (SELECT count(DISTINCT step) FROM telemetry_metric WHERE name='loss' "
         "AND step BETWEEN ? AND ?), (SELECT sum(dropped_items) FROM runs_run)",
-        last_heard,
-        last_heard + 100,
+        last_reported,
+        last_reported + 100,
     )
     assert (stored, dropped) == (101, 0)

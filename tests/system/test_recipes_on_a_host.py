@@ -16,9 +16,9 @@ from playwright.sync_api import Page, expect
 from hosts.processes import process_identity
 from tests.conftest import launch_esper
 
-from .conftest import Plant, until
+from .conftest import TEST_SECONDS, WAIT_MS, Plant, until
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(TEST_SECONDS)]
 
 # Counts, keeps its count in its checkpoint folder, and obeys SIGTERM.
 COUNTER = """
@@ -61,7 +61,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
     environment = {"ESPER_RECIPES": str(recipes), "ESPER_LAUNCH_LOST_SECONDS": "10"}
     esper = launch_esper(tmp_path / "data", "--no-demo", environment=environment)
     plant = Plant(esper, tmp_path)
-    until(lambda: len(recipes_of(plant)) == 2, 60, "the worker registers its recipes")
+    until(lambda: len(recipes_of(plant)) == 2, "the worker registers its recipes")
     yield plant
     esper.stop()
 
@@ -100,7 +100,7 @@ def started(plant: Plant, slug: str, **parameters: Any) -> str:
     answer = start(plant, slug, **parameters)
     assert answer.status_code == 202, answer.text
     uid = str(answer.json()["uid"])
-    until(lambda: launch(plant, uid)["state"] == "running", 30, "it runs")
+    until(lambda: launch(plant, uid)["state"] == "running", "it runs")
     return uid
 
 
@@ -111,14 +111,14 @@ def launch_pid(plant: Plant, uid: str) -> int:
 def stop(plant: Plant, uid: str, reason: str = "") -> None:
     answer = plant.call("olga", "POST", f"launches/{uid}/stop", json={"reason": reason})
     assert answer.status_code == 202, answer.text
-    until(lambda: launch(plant, uid)["state"] == "stopped", 30, "it stops")
+    until(lambda: launch(plant, uid)["state"] == "stopped", "it stops")
 
 
 def test_a_recipe_is_started_streamed_stopped_and_resumed(plant: Plant) -> None:
     assert start(plant, "counter", "vera").status_code == 403
     hostile = "; touch pwned $(id) `id` {python} 'x"
     uid = started(plant, "counter", note=hostile)
-    until(lambda: "count 20" in log_of(plant, uid), 30, "its log is streamed")
+    until(lambda: "count 20" in log_of(plant, uid), "its log is streamed")
     log = log_of(plant, uid)
     assert f"given [{hostile!r}]" in log  # one argument, as it was sent
     assert "token esp_[redacted]" in log
@@ -133,7 +133,7 @@ def test_a_recipe_is_started_streamed_stopped_and_resumed(plant: Plant) -> None:
 
     again = plant.call("olga", "POST", f"launches/{uid}/resume", json={"reason": ""})
     assert again.status_code == 202, again.text
-    until(lambda: "'resumed'" in log_of(plant, uid), 30, "it goes on")
+    until(lambda: "'resumed'" in log_of(plant, uid), "it goes on")
     counts = [int(line[6:]) for line in log_of(plant, uid).splitlines() if line[:6] == "count "]
     assert counts == sorted(set(counts))  # from its checkpoint: nothing is counted twice
     assert launch(plant, uid)["attempt"] == 2
@@ -156,17 +156,17 @@ def test_the_page_of_a_launch_shows_its_log_as_it_is_written(plant: Plant, page:
     page.goto(f"{plant.esper.url}/recipes/{recipe}")
     page.fill("#p-note", "from the page")
     page.click("#panel-about button[type=submit]")
-    page.wait_for_url("**/launches/lau_*", timeout=20_000)
+    page.wait_for_url("**/launches/lau_*", timeout=WAIT_MS)
     uid = page.url.rpartition("/")[2]
     log = page.locator("#launch-log")
-    expect(log).to_contain_text("given ['from the page']", timeout=30_000)
-    expect(log).to_contain_text("count 100\n", timeout=60_000)  # nothing was reloaded
+    expect(log).to_contain_text("given ['from the page']", timeout=WAIT_MS)
+    expect(log).to_contain_text("count 100\n", timeout=WAIT_MS)  # nothing was reloaded
     expect(page.locator("#launch-state")).to_contain_text("Running")
     page.click("#stop-form button")
     page.click("dialog button.danger")
-    expect(page.locator("#launch-state")).to_contain_text("Stopped", timeout=30_000)
+    expect(page.locator("#launch-state")).to_contain_text("Stopped", timeout=WAIT_MS)
     expect(page.locator("#resume-form button")).to_be_enabled()
-    expect(log).to_contain_text("--- ended: exit code 0 ---", timeout=20_000)
+    expect(log).to_contain_text("--- ended: exit code 0 ---", timeout=WAIT_MS)
     shown = [int(line[6:]) for line in log.inner_text().splitlines() if line[:6] == "count "]
     assert shown == list(range(1, len(shown) + 1))  # no line is missing, none stands twice
     assert launch(plant, uid)["requested_by"] == "olga"
@@ -179,11 +179,11 @@ def test_a_killed_worker_finds_its_trainer_again(plant: Plant) -> None:
     old = plant.esper.kill("worker-compile")
     plant.esper.wait_restarted("worker-compile", old)
     behind = launch(plant, uid)["log_end"]
-    until(lambda: launch(plant, uid)["log_end"] > behind + 200, 60, "its log goes on")
+    until(lambda: launch(plant, uid)["log_end"] > behind + 200, "its log goes on")
     assert launch_pid(plant, uid) == pid
     assert process_identity(pid) == identity  # the very same process
     os.kill(pid, signal.SIGKILL)
-    until(lambda: launch(plant, uid)["state"] == "failed", 20, "its end is seen")
+    until(lambda: launch(plant, uid)["state"] == "failed", "its end is seen")
     assert launch(plant, uid)["exit_signal"] == "SIGKILL"
 
 
@@ -192,11 +192,11 @@ def test_a_silent_host_makes_a_launch_lost_and_its_return_settles_it(plant: Plan
     worker = plant.esper.pid("worker-compile")
     os.kill(worker, signal.SIGSTOP)
     try:
-        until(lambda: launch(plant, uid)["state"] == "lost", 30, "lost, after ten seconds")
+        until(lambda: launch(plant, uid)["state"] == "lost", "lost, after ten seconds")
         assert "may still run" in launch(plant, uid)["reason"]
     finally:
         os.kill(worker, signal.SIGCONT)
-    until(lambda: launch(plant, uid)["state"] == "running", 30, "found again")
+    until(lambda: launch(plant, uid)["state"] == "running", "found again")
     stop(plant, uid)
 
 
@@ -204,7 +204,7 @@ def test_a_changed_file_is_not_started(plant: Plant) -> None:
     seen = recipes_of(plant)["counter"]
     path = plant.folder / "recipes" / "counter.toml"
     path.write_text(path.read_text().replace("counter.py", "other.py"))
-    until(lambda: recipes_of(plant)["counter"]["digest"] != seen["digest"], 30, "seen as changed")
+    until(lambda: recipes_of(plant)["counter"]["digest"] != seen["digest"], "seen as changed")
     body = {"host": seen["host"], "recipe": "counter", "digest": seen["digest"], "parameters": {}}
     refused = plant.call("olga", "POST", "launches", json=body)
     assert (refused.status_code, refused.json()["code"]) == (409, "recipe-changed")
@@ -213,7 +213,7 @@ def test_a_changed_file_is_not_started(plant: Plant) -> None:
 def test_esper_s_own_example_trains_under_its_launch_and_resumes_its_run(plant: Plant) -> None:
     uid = started(plant, "digits_cnn", steps=100_000)
     run = launch(plant, uid)["run_uid"]
-    until(lambda: step_of(plant, run) > 250, 120, "it trains past its first checkpoint")
+    until(lambda: step_of(plant, run) > 250, "it trains past its first checkpoint")
     [(owner,)] = plant.rows(
         "SELECT u.username FROM runs_run r JOIN accounts_user u ON u.id=r.owner_id WHERE r.uid=?",
         run,
@@ -223,7 +223,7 @@ def test_esper_s_own_example_trains_under_its_launch_and_resumes_its_run(plant: 
     assert plant.rows("SELECT state FROM runs_run WHERE uid=?", run) == [("finished",)]
     before = step_of(plant, run)
     plant.call("olga", "POST", f"launches/{uid}/resume", json={"reason": ""})
-    until(lambda: step_of(plant, run) > before + 50, 120, "the same run goes on")
+    until(lambda: step_of(plant, run) > before + 50, "the same run goes on")
     assert plant.rows("SELECT epoch, state FROM runs_run WHERE uid=?", run) == [(2, "running")]
     assert plant.esper.stop() == 0
     assert plant.esper.processes() == []  # Ctrl-C ends what a recipe has started, too

@@ -22,9 +22,9 @@ from hosts.keyring import kernel_key_path
 from hosts.processes import MARK
 from launcher.supervise.plan import compile_worker_command
 
-from .conftest import QUICK, ROOT, Plant, until
+from .conftest import QUICK, ROOT, TEST_SECONDS, Plant, until
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(TEST_SECONDS)]
 
 SEED = 4
 # Short leases: what takes half a minute in production takes seconds here.
@@ -35,6 +35,8 @@ HASTE = {
     "ESPER_WORKER_CRASHES_MAX": "1000",
 }
 FIRST, SECOND = "first@here", "second@here"
+# What a worker logs whose job was given to another one.
+REFUSED = ("nobody needs the result", "came too late")
 LAYERS = ("conv1", "conv2", "conv3", "squeeze", "head")
 # reverted: kept, and gone with the hard undo of an older graft
 NAMED_ENDS = {
@@ -86,8 +88,7 @@ class Workers:
                 "AND queues!='[]'",
                 name,
             ),
-            90,
-            f"{name} is there with its devices",
+            f"{name} is idle and has reported its devices",
         )
 
     def family(self, name: str) -> list[int]:
@@ -200,7 +201,7 @@ def test_no_job_is_lost_or_done_twice_whatever_happens_to_the_workers(workers: W
     workers.start(FIRST)
     workers.start(SECOND)
     plant.start_trainer()
-    until(lambda: plant.step() > 5, 90, "the trainer trains and is heard")
+    until(lambda: plant.step() > 5, "the trainer reports its steps")
     workers.wait_ready(FIRST)
     workers.wait_ready(SECOND)
     layers = [
@@ -209,7 +210,7 @@ def test_no_job_is_lost_or_done_twice_whatever_happens_to_the_workers(workers: W
     for index, (layer, blueprint) in enumerate(layers):
         if index >= len(LAYERS):  # the earlier graft of this layer must be settled
             earlier = plant.uids[index - len(LAYERS)]
-            until(lambda uid=earlier: plant.ended(uid), 90, f"{earlier} has an end")
+            until(lambda uid=earlier: plant.ended(uid), f"{earlier} has an end")
         attack = ATTACKS[index % len(ATTACKS)]
         victim = chance.choice([FIRST, SECOND])
         before = chance.random() < 0.5  # the doorbell finds it so, or it happens in the middle
@@ -223,7 +224,7 @@ def test_no_job_is_lost_or_done_twice_whatever_happens_to_the_workers(workers: W
             attack(workers, victim, chance)
             workers.signal(workers.builders(victim), signal.SIGCONT)
     for uid in plant.uids:
-        until(lambda uid=uid: plant.ended(uid), 90, f"{uid} has an end: {plant.state(uid)}")
+        until(lambda uid=uid: plant.ended(uid), f"{uid} has an end: {plant.state(uid)}")
     check_the_database(plant)
     check_what_the_trainer_holds(plant)
 
@@ -260,7 +261,7 @@ def check_what_the_trainer_holds(plant: Plant) -> None:
         saved.update(torch.load(checkpoint, weights_only=True))
         return int(saved["step"]) > settled
 
-    until(lambda: checkpoint.exists() and is_later(), 90, "a checkpoint after the end")
+    until(lambda: checkpoint.exists() and is_later(), "a checkpoint after the end")
     held = {entry["adaptation"] for entry in saved["session"]["applied"]}
     kept = {uid for uid in plant.uids if plant.state(uid) == "kept"}
     assert held & set(plant.uids) == kept
@@ -275,30 +276,29 @@ def test_a_frozen_worker_that_wakes_up_is_refused_and_the_other_has_done_it(
     plant = workers.plant
     workers.start(FIRST)
     plant.start_trainer()
-    until(lambda: plant.step() > 5, 90, "the trainer trains and is heard")
+    until(lambda: plant.step() > 5, "the trainer reports its steps")
     workers.wait_ready(FIRST)
     workers.signal(workers.builders(FIRST), signal.SIGSTOP)  # so that it is in the middle of it
     uid = plant.propose("conv1")
-    until(lambda: job_of(plant, uid)["lease_owner"] == FIRST, 30, "it has the job")
+    until(lambda: job_of(plant, uid)["lease_owner"] == FIRST, "it has the job")
     zombie = workers.family(FIRST)
     workers.signal(zombie, signal.SIGSTOP)
-    frozen_at = time.monotonic()
 
     workers.start(SECOND)
-    until(lambda: job_of(plant, uid)["lease_owner"] == SECOND, 60, "the other takes it over")
-    until(lambda: job_of(plant, uid)["state"] == "done", 30, "and does it")
-    taken_over_s = time.monotonic() - frozen_at
+    until(lambda: job_of(plant, uid)["lease_owner"] == SECOND, "the other takes it over")
+    until(lambda: job_of(plant, uid)["state"] == "done", "and does it")
     workers.signal(zombie, signal.SIGCONT)
-    until(lambda: plant.ended(uid), 60, "the adaptation has an end")
-    time.sleep(3)  # the zombie has had its turn
+    until(lambda: plant.ended(uid), "the adaptation has an end")
+    log = plant.folder / f"{FIRST}.log"
+    until(lambda: any(words in log.read_text() for words in REFUSED), "the woken worker gave up")
 
     job = job_of(plant, uid)
     assert (job["state"], job["attempt"], job["lease_owner"]) == ("done", 2, SECOND)
     assert f"worker {FIRST} was lost" in job["log"]
-    assert {row[0] for row in plant.rows("SELECT built_by FROM kernels_kernel")} == {SECOND}
-    assert taken_over_s < 60  # of which the second worker needs most to start
-    log = (plant.folder / f"{FIRST}.log").read_text()
-    assert "nobody needs the result" in log or "came too late" in log
+    built_by = (
+        "SELECT k.built_by FROM kernels_kernel k JOIN kernels_compilejob j ON j.kernel_id = k.id"
+    )
+    assert plant.rows(f"{built_by} WHERE j.adaptation_uid=?", uid) == [(SECOND,)]
 
 
 # --- two capabilities -----------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_one_run_over_two_devices_gets_each_kernel_from_a_worker_that_claims_it(
     uids = {layer: plant.propose(layer) for layer in ("a", "b")}
 
     for uid in uids.values():
-        until(lambda uid=uid: job_of(plant, uid)["state"] == "done", 60, "both are built")
+        until(lambda uid=uid: job_of(plant, uid)["state"] == "done", "both are built")
     built = plant.rows(
         "SELECT j.layer->>'name', k.capability, k.built_by FROM kernels_compilejob j "
         "JOIN kernels_kernel k ON k.id = j.kernel_id ORDER BY 1"
@@ -367,6 +367,6 @@ def report_a_step(plant: Plant, run: dict[str, Any]) -> None:
         f"{plant.esper.url}/api/v1/runs/{run['uid']}/telemetry",
         json=batch,
         headers={"Authorization": f"Bearer {run['token']}"},
-        timeout=20,
+        timeout=60,
     )
     assert answer.status_code < 300, answer.text
