@@ -6,7 +6,7 @@ from django.contrib import admin
 from django.urls import include, path
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 
-from apps.rest.problems import problems_page
+from apps.rest.problem_codes import problems_page
 from esper_web import probes
 
 urlpatterns = [

@@ -6,16 +6,16 @@ from django.utils import timezone
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from apps.accounts.authentication import actor, person
+from apps.accounts.endpoint import Endpoint
 from apps.accounts.models import ApiToken
 from apps.accounts.policy import Act, may
-from apps.accounts.problems import not_found
 from apps.accounts.serializers import MeOutput, NewTokenOutput, TokenInput, TokenOutput
 from apps.accounts.services import issue_token, revoke_token
-from apps.rest.authentication import actor, person
-from apps.rest.endpoint import Endpoint
 from apps.rest.fields import parse
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of
 from apps.rest.throttling import TokenThrottle
 from esper.contracts import TokenScope

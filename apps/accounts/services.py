@@ -12,7 +12,7 @@ from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.accounts.models import ApiToken, User
-from apps.audit.services import record
+from apps.accounts.signals import account_changed
 from esper.contracts import Role, TokenScope
 
 _LAST_USED_RESOLUTION = timedelta(minutes=1)
@@ -39,7 +39,8 @@ def issue_token(
         run_uid=run_uid,
         expires_at=expires_at,
     )
-    record(
+    account_changed.send(
+        ApiToken,
         actor=actor or Actor.person(owner),
         act="token.issued",
         object_kind="token",
@@ -68,7 +69,9 @@ def authenticate_token(secret: str) -> ApiToken | None:
 def revoke_token(*, token: ApiToken, actor: Actor) -> None:
     """Make a token useless at once."""
     if ApiToken.objects.filter(pk=token.pk, revoked_at=None).update(revoked_at=timezone.now()):
-        record(actor=actor, act="token.revoked", object_kind="token", object_uid=token.uid)
+        account_changed.send(
+            ApiToken, actor=actor, act="token.revoked", object_kind="token", object_uid=token.uid
+        )
 
 
 @transaction.atomic
@@ -76,7 +79,8 @@ def create_person(*, username: str, role: Role, actor: Actor) -> str:
     """A new account with a random password, which is returned and kept nowhere."""
     password = secrets.token_urlsafe(12)
     User.objects.create_user(username=username, password=password, role=role)
-    record(
+    account_changed.send(
+        User,
         actor=actor,
         act="person.created",
         object_kind="person",

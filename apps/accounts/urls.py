@@ -1,6 +1,6 @@
 from django.urls import path
 
-from apps.accounts import api
+from apps.accounts import api, schema  # noqa: F401 (its import registers the schemes)
 
 urlpatterns = [
     path("me", api.Me.as_view()),

@@ -14,7 +14,6 @@ from django.utils import timezone
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
-from apps.accounts.problems import Problem
 from apps.adaptations.compile_jobs import queue_compilation
 from apps.adaptations.dispatch import request_undo
 from apps.adaptations.history import why_frozen
@@ -24,6 +23,7 @@ from apps.audit.services import record
 from apps.kernels.services import cancel_job
 from apps.notifications.services import INBOX_TOPIC, publish, run_topic
 from apps.policies.services import adaptation_switch
+from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.runs.services import lock_run, pause_run
 from apps.telemetry.models import Frame

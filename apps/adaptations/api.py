@@ -9,7 +9,8 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.actors import ActorKind
-from apps.accounts.problems import not_found
+from apps.accounts.authentication import actor, person, via
+from apps.accounts.endpoint import Endpoint
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation
 from apps.adaptations.parsing import check_from_wire, proposal_from_wire
@@ -33,13 +34,12 @@ from apps.adaptations.serializers import (
 )
 from apps.policies.serializers import SwitchInput, SwitchOutput
 from apps.policies.services import adaptation_switch
-from apps.rest.authentication import actor, person, via
-from apps.rest.endpoint import Endpoint
 from apps.rest.etag import expected_version, versioned_response
 from apps.rest.fields import parse
 from apps.rest.filters import apply_filters, many_of, one_of, text
 from apps.rest.idempotency import HEADER, idempotent
 from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query, results_of
 from apps.rest.throttling import ActThrottle
 from apps.runs.api import visible_run

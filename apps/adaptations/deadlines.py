@@ -10,7 +10,6 @@ from django.db import transaction
 from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM
-from apps.accounts.problems import Problem
 from apps.adaptations.compile_jobs import queue_dispatch, take_lost_job_back
 from apps.adaptations.dispatch import request_undo
 from apps.adaptations.lifecycle import DEADLINES, transition
@@ -23,6 +22,7 @@ from apps.kernels.services import (
     note_unserved_jobs,
     ring_worker,
 )
+from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import lock_run, set_state
 from apps.violations.services import record_violation

@@ -28,10 +28,10 @@ from django.db.models import F
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
-from apps.accounts.problems import Problem
 from apps.adaptations.models import Adaptation
 from apps.audit.services import record
 from apps.notifications.services import INBOX_TOPIC, SYSTEM_TOPIC, publish, run_topic
+from apps.rest.problems import Problem
 from apps.runs.services import lock_run
 from esper.contracts import ADAPTATION_ENDED, AdaptationState, SafetyPolicy
 

@@ -11,7 +11,6 @@ from django.db import transaction
 from django.utils import timezone
 
 from apps.accounts.actors import Actor, ActorKind
-from apps.accounts.problems import Problem
 from apps.adaptations.compile_jobs import queue_compilation
 from apps.adaptations.history import category_cases, layer_histories, run_facts
 from apps.adaptations.lifecycle import transition
@@ -20,6 +19,7 @@ from apps.blueprints.models import Blueprint
 from apps.kernels.services import finite_or_none
 from apps.policies.models import PolicyVersion
 from apps.policies.services import current_policy
+from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, lock_run
 from apps.violations.services import record_violation

@@ -11,7 +11,6 @@ from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
-from apps.accounts.problems import Problem, not_found
 from apps.adaptations.compiled_kernels import note_answer, request_speed_up
 from apps.adaptations.dispatch import request_undo
 from apps.adaptations.lifecycle import transition
@@ -21,6 +20,7 @@ from apps.audit.services import record
 from apps.kernels.cache import plan_warm_up
 from apps.kernels.services import cancel_job
 from apps.notifications.services import publish, run_topic
+from apps.rest.problems import Problem, not_found
 from apps.runs.models import Command, Run
 from apps.runs.services import (
     Registration,

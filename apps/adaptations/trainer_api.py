@@ -10,17 +10,17 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.actors import Actor, ActorKind
+from apps.accounts.authentication import actor, person, via
+from apps.accounts.endpoint import Endpoint, require, run_of_token
 from apps.accounts.policy import Act
-from apps.accounts.problems import not_found
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation
 from apps.kernels.services import finite_or_none
 from apps.policies.services import current_policy
-from apps.rest.authentication import actor, person, via
-from apps.rest.endpoint import Endpoint, require, run_of_token
 from apps.rest.fields import body, parse
 from apps.rest.filters import whole_number
 from apps.rest.idempotency import idempotent
+from apps.rest.problems import not_found
 from apps.rest.schema import documented
 from apps.rest.throttling import TelemetryThrottle, TokenThrottle
 from apps.runs.api import TRAINERS, RunList, visible_run

@@ -9,11 +9,11 @@ from django.db import transaction
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
-from apps.accounts.problems import Problem
 from apps.adaptations.dispatch import request_undo, tell_kept
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
 from apps.kernels.services import finite_or_none
+from apps.rest.problems import Problem
 from apps.runs.services import lock_run
 from esper.contracts import AdaptationState, Verdict
 

@@ -9,12 +9,12 @@ from drf_spectacular.types import OpenApiTypes
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from apps.accounts.authentication import person
+from apps.accounts.endpoint import Endpoint, require
 from apps.accounts.policy import Act
 from apps.audit.models import AuditEvent
 from apps.audit.serializers import AuditEventOutput, ChainOutput
 from apps.audit.services import verify_chain
-from apps.rest.authentication import person
-from apps.rest.endpoint import Endpoint, require
 from apps.rest.filters import apply_filters, moment, text, whole_number
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query

@@ -3,17 +3,17 @@ from __future__ import annotations
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.problems import Problem, not_found
+from apps.accounts.authentication import person, via
+from apps.accounts.endpoint import Endpoint
 from apps.blueprints.models import Blueprint
 from apps.blueprints.serializers import BlueprintOutput
 from apps.blueprints.services import switch_blueprint
-from apps.rest.authentication import person, via
-from apps.rest.endpoint import Endpoint
 from apps.rest.etag import given_version, versioned_response
 from apps.rest.fields import parse
 from apps.rest.filters import apply_filters, flag, one_of
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.problems import Problem, not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.rest.throttling import ActThrottle
 from apps.runs.serializers import ReasonInput

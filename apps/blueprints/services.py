@@ -10,10 +10,10 @@ from django.db.models import F
 from apps.accounts.actors import SYSTEM, Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
-from apps.accounts.problems import Problem
 from apps.audit.services import record
 from apps.blueprints.models import Blueprint
 from apps.notifications.services import SYSTEM_TOPIC, publish
+from apps.rest.problems import Problem
 
 
 @transaction.atomic

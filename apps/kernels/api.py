@@ -9,18 +9,18 @@ from drf_spectacular.types import OpenApiTypes
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.problems import not_found
+from apps.accounts.authentication import person, via
+from apps.accounts.endpoint import READERS, Endpoint, run_of_token
 from apps.kernels.cache_store import kernel_store
 from apps.kernels.models import CompileJob, Kernel, Worker
 from apps.kernels.selectors import current_jobs, run_may_fetch
 from apps.kernels.serializers import HeartbeatInput, JobOutput, KernelOutput, WorkerOutput
 from apps.kernels.services import Presence, heartbeat, set_worker_mode
-from apps.rest.authentication import person, via
-from apps.rest.endpoint import READERS, Endpoint, run_of_token
 from apps.rest.fields import parse
 from apps.rest.filters import apply_filters, flag, one_of, text
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.rest.throttling import ActThrottle
 from apps.runs.serializers import ReasonInput

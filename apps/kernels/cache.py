@@ -22,7 +22,6 @@ from django.utils import timezone
 from apps.accounts.actors import SYSTEM, Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
-from apps.accounts.problems import Problem
 from apps.audit.services import record
 from apps.kernels.building import builders
 from apps.kernels.cache_store import count, kernel_store
@@ -30,6 +29,7 @@ from apps.kernels.models import CompileJob, Kernel, WarmUp
 from apps.kernels.selectors import MIB, Counter, evictable
 from apps.kernels.services import store_kernel
 from apps.notifications.services import SYSTEM_TOPIC, enqueue, publish
+from apps.rest.problems import Problem
 from apps.violations.services import record_violation
 from esper.compilation import BuildOrder, open_kernel
 from esper.compilation.bundle import pack

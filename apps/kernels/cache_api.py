@@ -7,15 +7,15 @@ from typing import ClassVar
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.problems import not_found
+from apps.accounts.authentication import person, via
+from apps.accounts.endpoint import Endpoint
 from apps.kernels import cache
 from apps.kernels.models import Kernel
 from apps.kernels.selectors import cache_stats
 from apps.kernels.serializers import CacheActInput, CacheStatsOutput, KernelOutput
-from apps.rest.authentication import person, via
-from apps.rest.endpoint import Endpoint
 from apps.rest.fields import parse
 from apps.rest.idempotency import idempotent
+from apps.rest.problems import not_found
 from apps.rest.schema import documented
 from apps.rest.throttling import ActThrottle
 

@@ -18,10 +18,10 @@ from django.utils import timezone
 from apps.accounts.actors import SYSTEM, Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
-from apps.accounts.problems import Problem
 from apps.audit.services import record
 from apps.kernels.models import CompileJob, Worker
 from apps.notifications.services import SYSTEM_TOPIC, publish
+from apps.rest.problems import Problem
 from esper.contracts import JobState, WorkerKind, WorkerMode, WorkerState
 
 FORGET_WORKERS_AFTER = timedelta(hours=1)

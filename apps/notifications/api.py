@@ -3,13 +3,13 @@ from __future__ import annotations
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.problems import Problem
+from apps.accounts.authentication import person
+from apps.accounts.endpoint import Endpoint
 from apps.notifications.serializers import EventsOutput
 from apps.notifications.services import event_to_wire, events_after, last_seq
 from apps.notifications.topics import TOPICS, watch_permission
-from apps.rest.authentication import person
-from apps.rest.endpoint import Endpoint
 from apps.rest.filters import parse_parameter, text, whole_number
+from apps.rest.problems import Problem
 from apps.rest.schema import documented, query
 
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from asgiref.sync import async_to_sync
+from celery import current_app
 from channels.layers import get_channel_layer
 from django.db import transaction
 from django.db.models import F
@@ -111,10 +112,8 @@ def enqueue(*, task: str, queue: str, args: list[Any]) -> OutboxMessage:
 
 def send(message: OutboxMessage) -> bool:
     """Hand one message to the broker; False when it could not be reached."""
-    from esper_web.celery import app
-
     try:
-        app.send_task(message.task, args=message.args, queue=message.queue, retry=False)
+        current_app.send_task(message.task, args=message.args, queue=message.queue, retry=False)
     except Exception as error:
         log.warning("%s for %s waits: %s", message.task, message.queue, error)
         return False

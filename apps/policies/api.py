@@ -3,11 +3,11 @@ from __future__ import annotations
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from apps.accounts.authentication import person, via
+from apps.accounts.endpoint import Endpoint
 from apps.policies.models import PolicyVersion
 from apps.policies.serializers import PolicyInput, PolicyOutput
 from apps.policies.services import current_policy, publish_policy
-from apps.rest.authentication import person, via
-from apps.rest.endpoint import Endpoint
 from apps.rest.etag import versioned_response
 from apps.rest.fields import parse
 from apps.rest.idempotency import idempotent

@@ -9,10 +9,10 @@ from django.db import transaction
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
-from apps.accounts.problems import Problem
 from apps.audit.services import record
 from apps.notifications.services import SYSTEM_TOPIC, publish
 from apps.policies.models import AdaptationSwitch, PolicyVersion
+from apps.rest.problems import Problem
 from esper.contracts import SafetyPolicy
 from esper.exceptions import CodecError
 

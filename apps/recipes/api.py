@@ -3,8 +3,9 @@ from __future__ import annotations
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from apps.accounts.authentication import person, via
+from apps.accounts.endpoint import Endpoint
 from apps.accounts.policy import Act, may
-from apps.accounts.problems import not_found
 from apps.recipes.models import Launch
 from apps.recipes.selectors import launches, log_page, recipes
 from apps.recipes.serializers import (
@@ -15,12 +16,11 @@ from apps.recipes.serializers import (
     RecipeOutput,
 )
 from apps.recipes.services import resume_launch, start_recipe, stop_launch
-from apps.rest.authentication import person, via
-from apps.rest.endpoint import Endpoint
 from apps.rest.fields import parse
 from apps.rest.filters import apply_filters, many_of, one_of, parse_parameter, text, whole_number
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.rest.throttling import ActThrottle
 from apps.runs.serializers import ReasonInput

@@ -25,13 +25,13 @@ from django.utils import timezone
 from apps.accounts import services as accounts
 from apps.accounts.actors import Actor, ActorKind
 from apps.accounts.models import ApiToken
-from apps.accounts.problems import Problem
 from apps.notifications.services import SYSTEM_TOPIC, group_name, launch_topic, publish, ring
 from apps.recipes.files import RecipeError, RecipeFile, check_parameters, read_folder
 from apps.recipes.hostlog import read_log, tail_offset
 from apps.recipes.launch_monitor import EXIT_FILE, PROCESS_FILE, Order, read_note
 from apps.recipes.lifecycle import transition
 from apps.recipes.models import Launch, LogChunk, Recipe
+from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.runs.services import lock_run, set_state
 from esper.contracts import RUN_ENDED, LaunchState, RunState, TokenScope

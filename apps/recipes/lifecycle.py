@@ -18,10 +18,10 @@ from typing import Any
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
-from apps.accounts.problems import Problem
 from apps.audit.services import record
 from apps.notifications.services import SYSTEM_TOPIC, launch_topic, publish
 from apps.recipes.models import Launch
+from apps.rest.problems import Problem
 from esper.contracts import LAUNCH_ENDED, LaunchState
 
 S = LaunchState

@@ -1,6 +1,6 @@
 from django.apps import AppConfig
 
 
-class ApiConfig(AppConfig):
+class RestConfig(AppConfig):
     name = "apps.rest"
     default_auto_field = "django.db.models.BigAutoField"

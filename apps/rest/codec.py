@@ -9,7 +9,7 @@ from typing import IO, Any
 from rest_framework.parsers import BaseParser
 from rest_framework.renderers import BaseRenderer
 
-from apps.accounts.problems import Problem
+from apps.rest.problems import Problem
 from esper.contracts import codec
 from esper.exceptions import CodecError
 

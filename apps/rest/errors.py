@@ -16,8 +16,8 @@ from rest_framework import exceptions
 from rest_framework.response import Response
 from rest_framework.views import set_rollback
 
-from apps.accounts.problems import Problem, not_found
 from apps.rest.middleware import request_id
+from apps.rest.problems import Problem, not_found
 from esper.exceptions import CodecError
 
 log = logging.getLogger(__name__)

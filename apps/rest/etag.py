@@ -9,7 +9,7 @@ from typing import Any
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.problems import Problem
+from apps.rest.problems import Problem
 from esper.contracts import codec
 
 _VERSION = re.compile(r'"?(\d{1,9})"?')

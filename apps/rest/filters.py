@@ -10,7 +10,7 @@ from django.db.models import Model, QuerySet
 from django.utils.dateparse import parse_datetime
 from rest_framework.request import Request
 
-from apps.accounts.problems import Problem
+from apps.rest.problems import Problem
 
 Parse = Callable[[str], Any]
 _M = TypeVar("_M", bound=Model)
@@ -90,3 +90,24 @@ def parse_parameter(request: Request, name: str, parse: Parse, default: Any = No
             f"{name} must be {error}.",
             errors=[{"parameter": name, "code": "invalid", "detail": f"must be {error}"}],
         ) from error
+
+
+def refuse_unknown_parameters(request: Request, known: frozenset[str]) -> None:
+    """Raises ``Problem`` 400 for a query parameter that would be ignored."""
+    unknown = sorted(set(request.query_params) - known)
+    if unknown:
+        errors = [
+            {
+                "parameter": name,
+                "code": "unknown-parameter",
+                "detail": "There is no such parameter.",
+            }
+            for name in unknown
+        ]
+        allowed = ", ".join(sorted(known)) or "none"
+        raise Problem(
+            400,
+            "invalid",
+            f"Unknown parameter {unknown[0]!r}; known here: {allowed}.",
+            errors=errors,
+        )

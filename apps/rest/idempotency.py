@@ -21,9 +21,8 @@ from django.utils import timezone
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.problems import Problem
-from apps.rest.authentication import person
 from apps.rest.models import IdempotencyRecord
+from apps.rest.problems import Problem
 from esper.contracts import codec
 
 HEADER = "Idempotency-Key"
@@ -82,7 +81,8 @@ def _fingerprint(request: Request) -> str:
 
 
 def _claim(request: Request, key: str, fingerprint: str) -> IdempotencyRecord:
-    user = person(request)
+    user = request.user
+    assert user.is_authenticated  # permissions have been checked before a handler runs
     try:
         with transaction.atomic():
             return IdempotencyRecord.objects.create(user=user, key=key, fingerprint=fingerprint)

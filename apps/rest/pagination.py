@@ -12,7 +12,7 @@ from django.db.models import Model, QuerySet
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.problems import Problem
+from apps.rest.problems import Problem
 
 DEFAULT_LIMIT = 50
 MAX_LIMIT = 200

@@ -6,14 +6,12 @@ from rest_framework.request import Request
 from rest_framework.throttling import SimpleRateThrottle
 from rest_framework.views import APIView
 
-from apps.accounts.models import ApiToken
-
 
 class _CallerThrottle(SimpleRateThrottle):
     def get_cache_key(self, request: Request, view: APIView) -> str | None:
         if request.method in {"GET", "HEAD", "OPTIONS"}:
             return None
-        caller = request.auth.uid if isinstance(request.auth, ApiToken) else str(request.user.pk)
+        caller = getattr(request.auth, "uid", request.user.pk)  # a browser's session has no token
         return f"throttle:{self.scope}:{caller}"
 
 

@@ -8,7 +8,7 @@ from drf_spectacular.utils import extend_schema
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
-from apps.accounts.problems import Problem
+from apps.rest.problems import Problem
 
 
 @extend_schema(exclude=True)

@@ -5,15 +5,15 @@ from typing import ClassVar
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from apps.accounts.authentication import person, via
+from apps.accounts.endpoint import READERS, Endpoint, run_of_token
 from apps.accounts.policy import Act, may
-from apps.accounts.problems import not_found
-from apps.rest.authentication import person, via
-from apps.rest.endpoint import READERS, Endpoint, run_of_token
 from apps.rest.etag import cacheable_response
 from apps.rest.fields import parse
 from apps.rest.filters import apply_filters, many_of, one_of, parse_parameter, text, whole_number
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query, results_of
 from apps.rest.throttling import ActThrottle
 from apps.runs.models import Run

@@ -12,8 +12,8 @@ from urllib.parse import parse_qs
 from channels.db import database_sync_to_async
 from channels.generic.websocket import AsyncWebsocketConsumer
 
+from apps.accounts.authentication import bearer_secret
 from apps.accounts.services import authenticate_token
-from apps.rest.authentication import bearer_secret
 from apps.runs.models import Run
 from apps.runs.services import command_to_wire, commands_after, touch, trainer_group
 from esper.contracts import TokenScope, codec

@@ -15,9 +15,9 @@ from apps.accounts import services as accounts
 from apps.accounts.actors import Actor
 from apps.accounts.models import ApiToken, User
 from apps.accounts.policy import Act, may
-from apps.accounts.problems import Problem
 from apps.audit.services import record
 from apps.notifications.services import publish, ring, run_topic
+from apps.rest.problems import Problem
 from apps.runs import models
 from esper import contracts
 from esper.contracts import (

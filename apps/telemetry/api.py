@@ -5,10 +5,10 @@ from typing import ClassVar
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.problems import Problem
-from apps.rest.endpoint import READERS, Endpoint
+from apps.accounts.endpoint import READERS, Endpoint
 from apps.rest.etag import cacheable_response
 from apps.rest.filters import one_of, parse_parameter, text, whole_number
+from apps.rest.problems import Problem
 from apps.rest.schema import documented, query
 from apps.runs.api import TRAINERS, visible_run
 from apps.telemetry.selectors import (

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from apps.accounts.problems import Problem
+from apps.rest.problems import Problem
 from esper.contracts import MAX_NAME_LENGTH, SIGNALS, Severity, ViolationRule, codec
 from esper.exceptions import CodecError
 

@@ -10,9 +10,9 @@ from django.utils import timezone
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
-from apps.accounts.problems import Problem
 from apps.audit.services import record
 from apps.notifications.services import SYSTEM_TOPIC, publish, run_topic
+from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.runs.services import lock_run
 from apps.violations.models import Violation

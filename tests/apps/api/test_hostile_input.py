@@ -9,11 +9,11 @@ import pytest
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.accounts.models import User
-from apps.accounts.problems import Problem
 from apps.adaptations import services
 from apps.audit.models import AuditEvent
 from apps.notifications import consumers
 from apps.rest.errors import MAX_ERRORS
+from apps.rest.problems import Problem
 from apps.runs.models import Run
 from esper.contracts import Certificate, CommandAck, CommandState, Role, RunState, TokenScope, codec
 from esper.exceptions import CodecError

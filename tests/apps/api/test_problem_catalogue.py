@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from apps.rest.errors import _CODES
-from apps.rest.problems import PROBLEMS
+from apps.rest.problem_codes import PROBLEMS
 
 APPS = Path(__file__).parents[3] / "apps"
 _RAISED = re.compile(r'(?:Problem|Permission)\(\s*(?:\d{3}|False),\s*"([a-z-]+)"')

@@ -11,12 +11,12 @@ from django.db import connections, transaction
 
 from apps.accounts.actors import SYSTEM
 from apps.accounts.models import User
-from apps.accounts.problems import Problem
 from apps.audit.models import AuditEvent
 from apps.audit.services import verify_chain
 from apps.recipes import services
 from apps.recipes.lifecycle import transition
 from apps.recipes.models import Launch
+from apps.rest.problems import Problem
 from esper.contracts import LaunchState, Role
 from tests.apps.recipes.cast import make_launch
 

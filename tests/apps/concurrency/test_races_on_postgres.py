@@ -12,7 +12,6 @@ from django.db import connection, connections, transaction
 
 from apps.accounts.actors import SYSTEM, Actor, ActorKind
 from apps.accounts.models import User
-from apps.accounts.problems import Problem
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation
 from apps.adaptations.services import Proposal
@@ -23,6 +22,7 @@ from apps.kernels import services as kernels
 from apps.kernels.models import CompileJob
 from apps.notifications.models import FeedEvent
 from apps.notifications.services import publish
+from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import RunSpec, issue_command
 from esper.contracts import (

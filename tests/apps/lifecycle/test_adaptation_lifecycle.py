@@ -10,7 +10,6 @@ from django.db import connection, transaction
 from django.db.utils import DatabaseError
 from django.utils import timezone
 
-from apps.accounts.problems import Problem
 from apps.adaptations import services
 from apps.adaptations.lifecycle import DEADLINES, NEXT, StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
@@ -21,6 +20,7 @@ from apps.kernels import services as kernels
 from apps.kernels.models import CompileJob
 from apps.notifications.models import FeedEvent, OutboxMessage
 from apps.policies.services import publish_policy
+from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import commands_after
 from apps.violations.models import Violation

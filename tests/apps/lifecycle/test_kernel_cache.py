@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
-from apps.accounts.problems import Problem
 from apps.adaptations.models import Adaptation
 from apps.adaptations.selectors import integration_status
 from apps.audit.models import AuditEvent
@@ -20,6 +19,7 @@ from apps.kernels.models import CompileJob, Kernel, WarmUp
 from apps.kernels.selectors import Counter, cache_stats, evictable
 from apps.kernels.services import store_kernel
 from apps.notifications.models import OutboxMessage
+from apps.rest.problems import Problem
 from apps.violations.models import Violation
 from esper.compilation.bundle import pack
 from esper.contracts import (

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from django.test import Client
 
-from apps.accounts.problems import Problem
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation, Remedy
 from apps.audit.models import AuditEvent
 from apps.notifications.services import events_after
+from apps.rest.problems import Problem
 from apps.violations.models import Violation
 from esper.contracts import AdaptationState, CommandKind, CommandState, RemedyKind, Verdict
 from tests.apps.lifecycle.conftest import TAMIYO, TRAINER, Stage

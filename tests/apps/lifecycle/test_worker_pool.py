@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
-from apps.accounts.problems import Problem
 from apps.adaptations import compile_jobs, services
 from apps.adaptations.compile_jobs import _measured_limits_hold
 from apps.adaptations.lifecycle import transition
@@ -27,6 +26,7 @@ from apps.kernels.models import CompileJob, Kernel, Worker
 from apps.kernels.presence import database_between_forks
 from apps.kernels.selectors import current_jobs
 from apps.notifications.models import OutboxMessage
+from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.violations.models import Violation
 from esper.compilation import BuilderPool, BuildLimits

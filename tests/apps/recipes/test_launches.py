@@ -15,7 +15,6 @@ from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM
 from apps.accounts.models import ApiToken, User
-from apps.accounts.problems import Problem
 from apps.accounts.services import issue_token
 from apps.audit.models import AuditEvent
 from apps.notifications.models import FeedEvent, OutboxMessage
@@ -25,6 +24,7 @@ from apps.recipes.launch_monitor import EXIT_FILE, PROCESS_FILE
 from apps.recipes.lifecycle import NEXT, StaleLaunchError, transition
 from apps.recipes.models import Launch, LogChunk, Recipe
 from apps.recipes.selectors import log_page
+from apps.rest.problems import Problem
 from apps.runs.models import Run
 from esper.contracts import LAUNCH_ENDED, LaunchState, Role, RunState, TokenScope
 from tests.apps.api.cast import Caller, registration

@@ -7,10 +7,10 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from apps.accounts.models import User
-from apps.accounts.problems import Problem
 from apps.recipes.models import Launch, Recipe
 from apps.recipes.selectors import launches, log_page, recipes
 from apps.recipes.services import resume_launch, start_recipe, stop_launch
+from apps.rest.problems import Problem
 
 VIA = "manage.py"
 LOOK_SECONDS = 1.0

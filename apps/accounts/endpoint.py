@@ -10,7 +10,8 @@ from rest_framework.views import APIView
 
 from apps.accounts.models import ApiToken, User
 from apps.accounts.policy import Act, may
-from apps.accounts.problems import Problem
+from apps.rest.filters import refuse_unknown_parameters
+from apps.rest.problems import Problem
 from esper.contracts import TokenScope
 
 # A browser's session stands for the person, as a token of these two scopes does.
@@ -59,27 +60,6 @@ class Endpoint(APIView):
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().initial(request, *args, **kwargs)
         refuse_unknown_parameters(request, self.parameters)
-
-
-def refuse_unknown_parameters(request: Request, known: frozenset[str]) -> None:
-    """Raises ``Problem`` 400 for a query parameter that would be ignored."""
-    unknown = sorted(set(request.query_params) - known)
-    if unknown:
-        errors = [
-            {
-                "parameter": name,
-                "code": "unknown-parameter",
-                "detail": "There is no such parameter.",
-            }
-            for name in unknown
-        ]
-        allowed = ", ".join(sorted(known)) or "none"
-        raise Problem(
-            400,
-            "invalid",
-            f"Unknown parameter {unknown[0]!r}; known here: {allowed}.",
-            errors=errors,
-        )
 
 
 def require(user: User, act: Act, *, owner_id: int | None = None) -> None:

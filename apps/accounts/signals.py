@@ -1,0 +1,9 @@
+"""What accounts tell to the apps above them: the audit log records it.
+
+A receiver runs in the transaction of the change, and its error undoes the change.
+"""
+
+from django.dispatch import Signal
+
+# Arguments: actor, act, object_kind, object_uid; where they apply: run_uid, data.
+account_changed = Signal()
