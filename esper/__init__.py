@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from esper.grafting import graft as graft
     from esper.sdk import Session as Session
     from esper.sdk import attach as attach
-    from esper.sdk import export as export
-    from esper.sdk.generating import int8_cache as int8_cache
+    from esper.sdk.export import export as export
+    from esper.sdk.export.generating import int8_cache as int8_cache
 
 __version__ = "0.1.0"
 __all__ = ["Session", "__version__", "attach", "blueprints", "export", "graft", "int8_cache"]
@@ -23,9 +23,9 @@ __all__ = ["Session", "__version__", "attach", "blueprints", "export", "graft", 
 _HOMES = {
     "attach": "esper.sdk",
     "Session": "esper.sdk",
-    "export": "esper.sdk",
+    "export": "esper.sdk.export",
     "graft": "esper.grafting",
-    "int8_cache": "esper.sdk.generating",  # needs transformers
+    "int8_cache": "esper.sdk.export.generating",  # needs transformers
 }
 
 

@@ -1,10 +1,16 @@
-"""What a training script uses: ``attach`` and the :class:`Session` that it returns."""
+"""What a training script uses: ``attach`` and the :class:`Session` that it returns.
+
+The session's own modules are here. Beside them:
+
+``transport``   the connection to a server
+``export``      a trained model without Esper
+``frameworks``  Lightning, the transformers Trainer, Accelerate
+"""
 
 from esper.grafting import Receipt
 from esper.sdk.attaching import attach
-from esper.sdk.exporting import export
 from esper.sdk.local import Waiting
 from esper.sdk.session import RunStopped, Session
 from esper.sdk.surgeon import Adaptation
 
-__all__ = ["Adaptation", "Receipt", "RunStopped", "Session", "Waiting", "attach", "export"]
+__all__ = ["Adaptation", "Receipt", "RunStopped", "Session", "Waiting", "attach"]

@@ -17,9 +17,9 @@ from esper.grafting import Replicas
 from esper.grafting.graph import layer_modules, why_never_graftable
 from esper.grafting.ledger import unwrap_optimizer
 from esper.grafting.replicas import Call
-from esper.sdk.compiling import is_whole_graph, whole_graph_region
-from esper.sdk.exchange import Pace
+from esper.sdk.compiler_watch import is_whole_graph, whole_graph_region
 from esper.sdk.session import Session, Setup
+from esper.sdk.transport.queues import Pace
 
 logger = logging.getLogger("esper")
 

@@ -57,21 +57,21 @@ from esper.grafting import (
 )
 from esper.grafting.replicas import Call, Joint, jointly
 from esper.health import HealthSampler
-from esper.sdk.commands import LocalVeto
-from esper.sdk.compiling import CompilerWatch
+from esper.sdk.command_handler import CommandHandler, Operations, failed
+from esper.sdk.compiler_watch import CompilerWatch
 from esper.sdk.evaluation import Evaluator
-from esper.sdk.exchange import Exchange, Owed, Pace
 from esper.sdk.findings import Findings, divergence, switched_off
-from esper.sdk.kernels import code_key
 from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.loss import LossReader
-from esper.sdk.obeying import CommandDesk, Operations, failed
 from esper.sdk.ranks import Order, Ranks
-from esper.sdk.registration import RunDescription
-from esper.sdk.reporting import SurgeryReports
 from esper.sdk.saving import losses_from_state, losses_to_state, reading_a_state
 from esper.sdk.surgeon import Adaptation, Operation, Surgeon
-from esper.sdk.transport import Transport
+from esper.sdk.transport.commands import LocalVeto
+from esper.sdk.transport.kernels import code_key
+from esper.sdk.transport.queues import Pace, PendingReport, TransportQueues
+from esper.sdk.transport.registration import RunDescription
+from esper.sdk.transport.reporting import SurgeryReports
+from esper.sdk.transport.transport import Transport
 
 logger = logging.getLogger("esper")
 
@@ -129,9 +129,9 @@ class Session:
         )
         self._sampler: HealthSampler | None = None
         self._transport: Transport | None = None
-        self._desk: CommandDesk | None = None
+        self._handler: CommandHandler | None = None
         self._connect()
-        self._reports = SurgeryReports(self._owe)
+        self._reports = SurgeryReports(self._queue_report)
         self._local = (
             LocalLoop(self._surgeon, self._guarded_policy)
             if self._ranks.decides and not setup.server
@@ -194,7 +194,7 @@ class Session:
         """A step of the process that decides; nothing is changed or evaluated unless ``busy``."""
         if value is not None:
             self._try("guard", partial(self._watch_over, value))
-        if self._desk is not None and busy:
+        if self._handler is not None and busy:
             self._try("commands", self._obey)
         if self._evaluator is not None and busy:
             self._try("evaluation", partial(self._evaluate, metrics))
@@ -277,7 +277,7 @@ class Session:
     @property
     def telemetry(self) -> dict[str, int]:
         """Items offered, stored by the server, dropped, waiting."""
-        queue = self._transport.exchange.telemetry if self._transport is not None else None
+        queue = self._transport.queues.telemetry if self._transport is not None else None
         if queue is None:
             return {"offered": 0, "stored": 0, "dropped": 0, "waiting": 0}
         return {
@@ -514,7 +514,7 @@ class Session:
         setup = self._setup
         if not setup.server or not self._ranks.decides:
             return
-        veto, exchange = LocalVeto(setup.mode, code_key=code_key()), Exchange()
+        veto, queues = LocalVeto(setup.mode, code_key=code_key()), TransportQueues()
         surgeon = self._surgeon
         operations = Operations(
             layer=self._layer,
@@ -524,14 +524,14 @@ class Session:
             take_out=self._take_out_as_told,
             model=self._model,
         )
-        self._desk = CommandDesk(operations, veto, exchange)
+        self._handler = CommandHandler(operations, veto, queues)
         self._transport = Transport(
             setup.server,
             setup.token,
-            exchange,
+            queues,
             veto=veto,
-            prepare=self._desk.prepare,
-            try_out=self._desk.try_out,
+            prepare=self._handler.prepare,
+            try_out=self._handler.try_out,
             pace=setup.pace,
         )
 
@@ -638,11 +638,13 @@ class Session:
             self._local.on_rolled_back(gone, self._step, verdict.text)
         for entry in gone:
             if not entry.local:
-                self._owe(Owed("rollbacks", self._rollback_body(entry, verdict, report)))
+                self._queue_report(
+                    PendingReport("rollbacks", self._rollback_body(entry, verdict, report))
+                )
 
-    def _owe(self, owed: Owed) -> None:
+    def _queue_report(self, report: PendingReport) -> None:
         if self._transport is not None:
-            self._transport.owe(owed)
+            self._transport.queue_report(report)
 
     def _rollback_body(
         self, entry: Adaptation, verdict: GuardVerdict, report: UndoReceipt
@@ -669,20 +671,20 @@ class Session:
     # -- commands ------------------------------------------------------------------------------
 
     def _obey(self) -> None:
-        transport, desk = self._transport, self._desk
-        if transport is None or desk is None:
+        transport, handler = self._transport, self._handler
+        if transport is None or handler is None:
             return
-        while transport.exchange.inbox:
-            answer = desk.carry_out(transport.exchange.inbox.popleft())
+        while transport.queues.inbox:
+            answer = handler.carry_out(transport.queues.inbox.popleft())
             transport.answer(replace(answer.ack, step=self._step), answer.digests)
 
     @property
     def _stop_reason(self) -> str:
-        return self._desk.stop_reason if self._desk is not None else self._ranks.stop_reason
+        return self._handler.stop_reason if self._handler is not None else self._ranks.stop_reason
 
     def _refuse_the_rest(self, transport: Transport) -> None:
-        while transport.exchange.inbox:
-            command = transport.exchange.inbox.popleft().command
+        while transport.queues.inbox:
+            command = transport.queues.inbox.popleft().command
             ack = failed(command, "the run ended before its next step boundary")
             transport.answer(replace(ack, step=self._step))
 
@@ -735,7 +737,7 @@ class Session:
 
     def _may_operate(self) -> bool:
         """This step may change or evaluate the model, which the other ranks must know before."""
-        commands = self._transport is not None and bool(self._transport.exchange.inbox)
+        commands = self._transport is not None and bool(self._transport.queues.inbox)
         evaluation = self._evaluator is not None and self._evaluator.is_due(self._step)
         decisions = self._local is not None and self._setup.mode is not RunMode.OBSERVE
         return commands or evaluation or decisions or self._surgeon.on_probation
@@ -818,12 +820,12 @@ class Session:
     def _tell(
         self, transport: Transport, frame: HealthFrame | None, metrics: dict[str, float]
     ) -> None:
-        transport.exchange.telemetry.offer_metrics(self._step, time.time(), metrics)
+        transport.queues.telemetry.offer_metrics(self._step, time.time(), metrics)
         if frame is not None:
-            transport.exchange.telemetry.offer_frame(frame)
+            transport.queues.telemetry.offer_frame(frame)
             transport.send_soon()
-        while transport.exchange.settled:
-            self._surgeon.on_settled(*transport.exchange.settled.popleft())
+        while transport.queues.settled:
+            self._surgeon.on_settled(*transport.queues.settled.popleft())
 
     def _live_locally(self, local: LocalLoop, frame: HealthFrame) -> None:
         for entry, verdict in local.verdicts(self._step, self._losses):
@@ -847,7 +849,7 @@ class Session:
 
     def _tell_finding(self, finding: Finding) -> None:
         if self._transport is not None:
-            self._transport.exchange.telemetry.offer_finding(finding)
+            self._transport.queues.telemetry.offer_finding(finding)
 
     def _try(self, part: str, work: Callable[[], None]) -> None:
         """Esper's own errors never reach the training; a part that keeps failing is left out."""

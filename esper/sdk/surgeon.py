@@ -38,7 +38,7 @@ from esper.grafting.apply import undoing_everywhere
 from esper.grafting.replicas import Joint, jointly
 from esper.grafting.slot import SLOT_NAME, find_host, slot_of
 from esper.grafting.snapshot import Snapshot
-from esper.sdk.plain_checkpoints import layout_of, plain_optimizer_state
+from esper.sdk.export.plain_checkpoints import layout_of, plain_optimizer_state
 from esper.sdk.saving import losses_from_state, losses_to_state
 
 logger = logging.getLogger("esper")

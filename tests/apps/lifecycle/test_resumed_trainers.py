@@ -21,8 +21,8 @@ from apps.violations.models import Violation
 from esper import blueprints
 from esper.contracts import AdaptationState, TokenScope, Verdict
 from esper.sdk import attaching
-from esper.sdk.exchange import Pace
 from esper.sdk.surgeon import Operation
+from esper.sdk.transport.queues import Pace
 from tests.apps.lifecycle.conftest import TAMIYO, TRAINER, Stage
 from tests.esper.sdk.tiny_training import Training, slot_at
 

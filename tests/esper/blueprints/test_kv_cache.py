@@ -26,7 +26,7 @@ from esper import blueprints
 from esper.blueprints.key_value import LEVELS, quantise, restore, rounded
 from esper.exceptions import ConfigurationError, IncompatibleLayerError
 from esper.grafting import Receipt, trace_layers
-from esper.sdk.generating import Int8Layer, cache_bytes
+from esper.sdk.export.generating import Int8Layer, cache_bytes
 
 VOCABULARY, HEAD_WIDTH = 61, 32
 TOKENS = torch.randint(0, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(2))

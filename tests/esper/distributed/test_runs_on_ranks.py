@@ -21,10 +21,10 @@ from esper.compilation import build_kernel
 from esper.contracts import AdaptationState, CommandKind, SafetyPolicy
 from esper.exceptions import ConfigurationError
 from esper.sdk import RunStopped, attaching
-from esper.sdk.exchange import Pace
+from esper.sdk.transport.queues import Pace
 from tests.esper.distributed.rank_pool import RankPool
 from tests.esper.distributed.tiny_replica import Replica, TinyNet, graft, replica
-from tests.esper.sdk.control_plane import ControlPlane
+from tests.esper.sdk.transport.control_plane import ControlPlane
 
 pytestmark = pytest.mark.process
 

@@ -19,7 +19,7 @@ from esper import blueprints
 from esper.contracts import ViolationRule
 from esper.exceptions import ConfigurationError
 from esper.grafting import Receipt, apply_graft, prepare_slots, slot, trace_layers
-from esper.sdk.compiling import CompilerWatch
+from esper.sdk.compiler_watch import CompilerWatch
 from tests.esper.grafting.layer_kinds import KINDS, described, make_subject
 from tests.esper.tiny_models import meet_requirements
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from esper.sdk import attaching
-from esper.sdk.exchange import Pace
-from tests.esper.sdk.control_plane import ControlPlane
+from esper.sdk.transport.queues import Pace
 from tests.esper.sdk.tiny_training import Training
+from tests.esper.sdk.transport.control_plane import ControlPlane
 
 
 @pytest.fixture(autouse=True)

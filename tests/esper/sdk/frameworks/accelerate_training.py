@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import esper
 from esper.grafting import digest
-from esper.sdk.accelerate import attach, step
+from esper.sdk.frameworks.accelerate import attach, step
 
 GRAFT_AT, SAVE_AT, STEPS = 8, 14, 24
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from esper.grafting import digest
-from esper.sdk.lightning import EsperCallback
+from esper.sdk.frameworks.lightning import EsperCallback
 
 GRAFT_AT, SAVE_AT, STEPS = 8, 14, 24
 for name in ("lightning.pytorch", "lightning.fabric"):

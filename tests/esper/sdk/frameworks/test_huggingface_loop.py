@@ -12,7 +12,7 @@ import torch
 
 from esper.exceptions import ConfigurationError
 from esper.grafting import audit, digest
-from esper.sdk.huggingface import ESPER_FILE, EsperCallback
+from esper.sdk.frameworks.huggingface import ESPER_FILE, EsperCallback
 from tests.esper.sdk.frameworks.trainer_training import (
     GRAFT_AT,
     SAVE_AT,

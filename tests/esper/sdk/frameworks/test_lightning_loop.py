@@ -12,7 +12,7 @@ import torch
 
 from esper.exceptions import ConfigurationError
 from esper.grafting import audit, digest
-from esper.sdk.lightning import EsperCallback
+from esper.sdk.frameworks.lightning import EsperCallback
 from tests.esper.sdk.frameworks.lightning_training import GRAFT_AT, SAVE_AT, STEPS, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

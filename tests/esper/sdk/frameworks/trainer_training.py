@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from esper.grafting import digest
-from esper.sdk.huggingface import EsperCallback
+from esper.sdk.frameworks.huggingface import EsperCallback
 
 GRAFT_AT, SAVE_AT, STEPS = 8, 14, 24
 logging.set_verbosity_error()

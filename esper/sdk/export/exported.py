@@ -1,6 +1,6 @@
 """What an exported model consists of, besides the script's own classes.
 
-This file and the grafts' own classes are copied, by :mod:`esper.sdk.plain_source`, into the
+This file and the grafts' own classes are copied, by :mod:`esper.sdk.export.plain_source`, into the
 ``grafted.py`` that an export writes. So it needs torch alone, and says things once for both sides.
 """
 

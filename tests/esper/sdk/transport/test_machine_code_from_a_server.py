@@ -11,15 +11,15 @@ from esper.compilation import build_kernel, compiled_key
 from esper.compilation.archive import pack_archive
 from esper.compilation.bundle import pack, report_from_wire, spec_from_wire
 from esper.contracts import CommandKind, KernelBundle, KernelDraft, codec, signing
-from tests.esper.sdk.control_plane import ControlPlane
-from tests.esper.sdk.test_session_with_a_server import (
+from tests.esper.sdk.tiny_training import Training
+from tests.esper.sdk.transport.control_plane import ControlPlane
+from tests.esper.sdk.transport.test_session_with_a_server import (
     ended,
     final_ack,
     graft_command,
     kernel_for,
     listening,
 )
-from tests.esper.sdk.tiny_training import Training
 
 
 def code_bundle(session: Any, plane: ControlPlane, private_key: str) -> KernelBundle:

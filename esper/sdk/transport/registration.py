@@ -10,7 +10,7 @@ from typing import Any
 
 from esper.contracts import LayerInfo, RunMode, SafetyPolicy, codec
 from esper.exceptions import CodecError
-from esper.sdk.commands import Trust
+from esper.sdk.transport.commands import Trust
 
 _BODY_ROOM_BYTES = 900_000  # of the 1 MiB that a body may have
 

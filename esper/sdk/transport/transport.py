@@ -1,9 +1,9 @@
-"""The trainer's line to the server: one daemon thread that the training never waits for.
+"""The trainer's connection to the server: one daemon thread that training never waits for.
 
 register -> hello -> ┬ telemetry, batch by batch, each until it is answered
-                     ├ promises (acknowledgements, rollbacks, remedies), each until it is answered
+                     ├ reports (acknowledgements, rollbacks, remedies), each until it is answered
                      └ commands into the inbox
-close    -> the rest of the telemetry -> the rest of the promises -> finish
+close    -> the rest of the telemetry -> the rest of the reports -> finish
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 from esper.contracts import CommandAck
 from esper.exceptions import CodecError, TransportError
-from esper.sdk.client import Client, insist
-from esper.sdk.commands import LocalVeto
-from esper.sdk.exchange import Exchange, Owed, Pace
-from esper.sdk.journal import Journal, state_directory
-from esper.sdk.listening import Listener, Prepare, TryOut
-from esper.sdk.outgoing import PromiseKeeper, TelemetrySender, deliver_leftovers
-from esper.sdk.registration import Registration, RunDescription
+from esper.sdk.transport.client import Client, insist
+from esper.sdk.transport.commands import LocalVeto
+from esper.sdk.transport.journal import Journal, state_directory
+from esper.sdk.transport.listening import Listener, Prepare, TryOut
+from esper.sdk.transport.outgoing import ReportSender, TelemetrySender, send_leftover_reports
+from esper.sdk.transport.queues import Pace, PendingReport, TransportQueues
+from esper.sdk.transport.registration import Registration, RunDescription
 
 logger = logging.getLogger("esper")
 
@@ -37,7 +37,7 @@ class Transport:
 
     Args:
         server, token: where, and the right to create runs.
-        exchange: what the training thread puts in and takes out.
+        queues: what the training thread puts in and takes out.
         veto: the trainer's own limits on commands.
         prepare: ``(command, spec) -> prepared graft``, called in the transport thread; raises
             ``CommandRefusedError``.
@@ -49,14 +49,14 @@ class Transport:
         self,
         server: str,
         token: str,
-        exchange: Exchange,
+        queues: TransportQueues,
         *,
         veto: LocalVeto,
         prepare: Prepare,
         try_out: TryOut,
         pace: Pace,
     ) -> None:
-        self.exchange = exchange
+        self.queues = queues
         self.problem = ""  # why the run is no longer reported, empty while it is
         self._server = server
         self._token = token
@@ -68,7 +68,7 @@ class Transport:
         self._task: asyncio.Task[None] | None = None
         self._thread: threading.Thread | None = None
         self._sender: TelemetrySender | None = None
-        self._keeper: PromiseKeeper | None = None
+        self._report_sender: ReportSender | None = None
 
     # -- the training thread's side: nothing here waits, but close -------------------------------
 
@@ -82,7 +82,7 @@ class Transport:
     @property
     def registration(self) -> Registration | None:
         """None until the server has answered."""
-        return self.exchange.registration
+        return self.queues.registration
 
     def send_soon(self) -> None:
         """Telemetry waits that should not wait for the next flush."""
@@ -90,14 +90,14 @@ class Transport:
             self._call_in_loop(self._sender.wake.set)
 
     def answer(self, ack: CommandAck, rest: Callable[[], dict[str, Any]] = dict) -> None:
-        """The end of a command, to be told until it is heard; ``rest`` as in ``Owed``."""
-        self.exchange.answer(ack, rest=rest)
-        self._keep_soon()
+        """Report the result of a command; ``rest`` as in ``PendingReport``."""
+        self.queues.answer(ack, rest=rest)
+        self._wake_reports()
 
-    def owe(self, owed: Owed) -> None:
-        """Promise ``POST runs/{uid}/<path>``; the epoch is added."""
-        self.exchange.owed.append(owed)
-        self._keep_soon()
+    def queue_report(self, report: PendingReport) -> None:
+        """``POST runs/{uid}/<path>`` until it is answered; the epoch is added."""
+        self.queues.reports.append(report)
+        self._wake_reports()
 
     def close(self, finish: dict[str, Any], *, timeout: float) -> None:
         """Send what waits, and say how the run ended.
@@ -105,20 +105,20 @@ class Transport:
         What is not answered within ``timeout`` seconds stays in the journal, and is delivered by
         the next session on this machine.
         """
-        self.exchange.finish = finish
+        self.queues.finish = finish
         thread = self._thread
         if thread is None:
             return
         self.send_soon()
-        self._keep_soon()
+        self._wake_reports()
         thread.join(timeout)
         if thread.is_alive() and self._task is not None:
             self._call_in_loop(self._task.cancel)
             thread.join(_GRACE_SECONDS)
 
-    def _keep_soon(self) -> None:
-        if self._keeper is not None:
-            self._call_in_loop(self._keeper.wake.set)
+    def _wake_reports(self) -> None:
+        if self._report_sender is not None:
+            self._call_in_loop(self._report_sender.wake.set)
 
     def _call_in_loop(self, callback: Callable[[], object]) -> None:
         loop = self._loop
@@ -146,7 +146,7 @@ class Transport:
         except TransportError as error:
             self._give_up(error)
         except asyncio.CancelledError:
-            ledger = self.exchange.ledger()
+            ledger = self.queues.ledger()
             logger.warning("closed before the server had answered everything; %s", ledger)
         finally:
             self._loop = None
@@ -156,17 +156,17 @@ class Transport:
         self, client: Client, registration: Registration, description: RunDescription
     ) -> None:
         journal = await self._open_journal(registration)
-        keeper = PromiseKeeper(client, registration, journal, self.exchange, self._pace)
-        self.exchange.registration, self._keeper = registration, keeper
+        report_sender = ReportSender(client, registration, journal, self.queues, self._pace)
+        self.queues.registration, self._report_sender = registration, report_sender
         logger.info("run %s is registered at %s", description.name, self._server)
         try:
             await self._say_hello(client, registration, description)
-            await self._serve(client, registration, journal, keeper)
-            keeper.write_finish()
-            await keeper.keep_all()
-            logger.info("run finished; %s", self.exchange.ledger())
+            await self._serve(client, registration, journal, report_sender)
+            report_sender.write_finish()
+            await report_sender.send_all()
+            logger.info("run finished; %s", self.queues.ledger())
         except asyncio.CancelledError:
-            keeper.write_finish()
+            report_sender.write_finish()
             raise
         finally:
             journal.close()
@@ -213,32 +213,32 @@ class Transport:
             what="hello",
         )
         for entry in answer.get("settled", ()):
-            self.exchange.settled.append((str(entry["adaptation"]), str(entry["state"])))
+            self.queues.settled.append((str(entry["adaptation"]), str(entry["state"])))
 
     async def _serve(
         self,
         client: Client,
         registration: Registration,
         journal: Journal,
-        keeper: PromiseKeeper,
+        report_sender: ReportSender,
     ) -> None:
         """Until the run ends and everything but the finish was answered."""
-        self._sender = TelemetrySender(client, registration, self.exchange, self._pace)
+        self._sender = TelemetrySender(client, registration, self.queues, self._pace)
         listener = Listener(
             client,
             registration,
             journal,
-            self.exchange,
+            self.queues,
             self._pace,
             veto=self._veto,
             prepare=self._prepare,
             try_out=self._try_out,
-            ring=keeper.wake.set,
+            on_report=report_sender.wake.set,
         )
-        ending = {asyncio.create_task(keeper.run()), asyncio.create_task(self._sender.run())}
+        ending = {asyncio.create_task(report_sender.run()), asyncio.create_task(self._sender.run())}
         endless = {
             asyncio.create_task(listener.run()),
-            asyncio.create_task(deliver_leftovers(self._server, self._pace)),
+            asyncio.create_task(send_leftover_reports(self._server, self._pace)),
         }
         await _until_done(ending, endless)
 
@@ -248,7 +248,7 @@ class Transport:
             "Esper no longer reports this run: %s. %s Training goes on; %s",
             error,
             _advice(error, registered=self.registration is not None),
-            self.exchange.ledger(),
+            self.queues.ledger(),
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from esper.sdk.journal import Journal
+from esper.sdk.transport.journal import Journal
 
 
 def opened(folder: Path) -> Journal:
@@ -22,17 +22,17 @@ def abandoned(journal: Journal) -> None:
     journal._file.close()
 
 
-def test_promises_and_commands_survive_a_kill(tmp_path: Path) -> None:
+def test_reports_and_commands_survive_a_kill(tmp_path: Path) -> None:
     journal = opened(tmp_path)
-    first = journal.promise("runs/r1/commands/1/ack", {"seq": 1})
-    journal.promise("runs/r1/commands/2/ack", {"seq": 2})
+    first = journal.add_report("runs/r1/commands/1/ack", {"seq": 1})
+    journal.add_report("runs/r1/commands/2/ack", {"seq": 2})
     journal.take_command(2)
-    journal.keep(first)
+    journal.remove_report(first)
     abandoned(journal)
 
     again = Journal(tmp_path)
 
-    assert [promise.body for promise in again.promises] == [{"seq": 2}]
+    assert [report.body for report in again.reports] == [{"seq": 2}]
     assert again.state.command_seq == 2
     assert (again.state.run, again.state.server, again.state.token) == (
         "r1",
@@ -45,7 +45,7 @@ def test_promises_and_commands_survive_a_kill(tmp_path: Path) -> None:
 def test_every_cut_of_the_file_is_readable(tmp_path: Path) -> None:
     journal = opened(tmp_path / "whole")
     for seq in range(1, 4):
-        journal.promise(f"commands/{seq}/ack", {"seq": seq})
+        journal.add_report(f"commands/{seq}/ack", {"seq": seq})
     path = journal.path
     abandoned(journal)
     whole = path.read_bytes()
@@ -55,12 +55,12 @@ def test_every_cut_of_the_file_is_readable(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / path.name).write_bytes(whole[:cut])
         torn = Journal(folder)
-        held = [promise.body["seq"] for promise in torn.promises]
+        held = [report.body["seq"] for report in torn.reports]
         assert held == [1, 2, 3][: len(held)]
-        torn.promise("commands/9/ack", {"seq": 9})
+        torn.add_report("commands/9/ack", {"seq": 9})
         abandoned(torn)
         healed = Journal(folder)
-        assert [promise.body["seq"] for promise in healed.promises] == [*held, 9]
+        assert [report.body["seq"] for report in healed.reports] == [*held, 9]
         abandoned(healed)
 
 
@@ -79,17 +79,17 @@ def test_a_living_process_keeps_its_journal_to_itself(tmp_path: Path) -> None:
 
 def test_a_journal_that_owes_nothing_is_removed(tmp_path: Path) -> None:
     journal = opened(tmp_path)
-    journal.keep(journal.promise("finish", {}))
+    journal.remove_report(journal.add_report("finish", {}))
     journal.close()
     assert not journal.path.exists()
 
 
-def test_numbers_of_promises_are_never_used_twice(tmp_path: Path) -> None:
+def test_numbers_of_reports_are_never_used_twice(tmp_path: Path) -> None:
     journal = opened(tmp_path)
-    first = journal.promise("a", {})
-    journal.keep(first)
+    first = journal.add_report("a", {})
+    journal.remove_report(first)
     abandoned(journal)
     again = opened(tmp_path)
-    assert again.promise("b", {}).number > 0
-    assert len(again.promises) == 1
+    assert again.add_report("b", {}).number > 0
+    assert len(again.reports) == 1
     again.close()

@@ -1,4 +1,4 @@
-"""What goes to the server for one registered run: telemetry batches and promises."""
+"""What goes to the server for one registered run: telemetry batches and reports."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import time
 from functools import partial
 
 from esper.exceptions import TransportError
-from esper.sdk.client import Client, insist
-from esper.sdk.exchange import Exchange, Owed, Pace
-from esper.sdk.journal import JOURNAL_FILE, Journal, Promise, state_directory
-from esper.sdk.registration import Registration
-from esper.sdk.telemetry import Batch
+from esper.sdk.transport.client import Client, insist
+from esper.sdk.transport.journal import JOURNAL_FILE, Journal, StoredReport, state_directory
+from esper.sdk.transport.queues import Pace, PendingReport, TransportQueues
+from esper.sdk.transport.registration import Registration
+from esper.sdk.transport.telemetry import Batch
 
 logger = logging.getLogger("esper")
 
@@ -21,21 +21,21 @@ class TelemetrySender:
     """Sends batch after batch, each until it is answered; ends when the run does."""
 
     def __init__(
-        self, client: Client, registration: Registration, exchange: Exchange, pace: Pace
+        self, client: Client, registration: Registration, queues: TransportQueues, pace: Pace
     ) -> None:
         self.wake = asyncio.Event()
         self._client = client
         self._path = f"runs/{registration.run}/telemetry"
         self._epoch = registration.epoch
-        self._exchange = exchange
+        self._queues = queues
         self._pace = pace
         self._slow_down_until = 0.0
 
     async def run(self) -> None:
         """Raises ``TransportError`` when the server will take nothing more of this run."""
-        queue = self._exchange.telemetry
+        queue = self._queues.telemetry
         while True:
-            closing = self._exchange.closing
+            closing = self._queues.closing
             batch = queue.take(self._epoch)
             if batch is not None:
                 await self._send(batch)
@@ -47,7 +47,7 @@ class TelemetrySender:
                 await wait_for_event(self.wake, self._pace.flush)
 
     async def _send(self, batch: Batch) -> None:
-        queue = self._exchange.telemetry
+        queue = self._queues.telemetry
         try:
             answer = await insist(
                 partial(self._client.post, self._path, batch.body),
@@ -70,15 +70,15 @@ class TelemetrySender:
         return max(self._pace.least_gap, self._slow_down_until - time.monotonic())
 
 
-class PromiseKeeper:
-    """Journals what is owed, and sends it in order, each until it is answered."""
+class ReportSender:
+    """Writes pending reports to the journal and sends them in order, each until it is answered."""
 
     def __init__(
         self,
         client: Client,
         registration: Registration,
         journal: Journal,
-        exchange: Exchange,
+        queues: TransportQueues,
         pace: Pace,
     ) -> None:
         self.wake = asyncio.Event()
@@ -86,56 +86,56 @@ class PromiseKeeper:
         self._run = f"runs/{registration.run}"
         self._epoch = registration.epoch
         self._journal = journal
-        self._exchange = exchange
+        self._queues = queues
         self._pace = pace
         self._finish_written = False
 
     async def run(self) -> None:
         """Until the run ends; raises ``TransportError`` when the server is done with it."""
         while True:
-            closing = self._exchange.closing
-            await self.keep_all()
-            if closing and not self._exchange.owed:
+            closing = self._queues.closing
+            await self.send_all()
+            if closing and not self._queues.reports:
                 return
             await wait_for_event(self.wake, self._pace.flush)
 
-    async def keep_all(self) -> None:
-        """Everything that is owed now, answered."""
-        self.write_down()
-        for promise in self._journal.promises:
-            await self._keep(promise)
+    async def send_all(self) -> None:
+        """Send every report that is pending now; returns when all are answered."""
+        self.write_to_journal()
+        for report in self._journal.reports:
+            await self._send(report)
 
-    def write_down(self) -> None:
+    def write_to_journal(self) -> None:
         """From memory to the journal: from here on it outlives this process."""
-        while self._exchange.owed:
-            owed = self._exchange.owed.popleft()
-            body = {**owed.body, **owed.rest(), "epoch": self._epoch}
-            self._journal.promise(f"{self._run}/{owed.path}", body)
+        while self._queues.reports:
+            report = self._queues.reports.popleft()
+            body = {**report.body, **report.rest(), "epoch": self._epoch}
+            self._journal.add_report(f"{self._run}/{report.path}", body)
 
     def write_finish(self) -> None:
-        """The last promise of a run, once."""
-        if self._exchange.finish is not None and not self._finish_written:
+        """The last report of a run, once."""
+        if self._queues.finish is not None and not self._finish_written:
             self._finish_written = True
-            self._exchange.owed.append(Owed("finish", self._exchange.finish))
-        self.write_down()
+            self._queues.reports.append(PendingReport("finish", self._queues.finish))
+        self.write_to_journal()
 
-    async def _keep(self, promise: Promise) -> None:
+    async def _send(self, report: StoredReport) -> None:
         try:
             await insist(
-                partial(self._client.post, promise.path, promise.body),
+                partial(self._client.post, report.path, report.body),
                 back_off=self._pace.back_off(),
-                what=promise.path,
+                what=report.path,
             )
         except TransportError as error:
-            mine = promise.body.get("epoch") == self._epoch
+            mine = report.body.get("epoch") == self._epoch
             if mine and ends_the_run(error) and error.code != "run-ended":
                 raise
-            logger.warning("the server did not want %s: %s", promise.path, error)
-        self._journal.keep(promise)
+            logger.warning("the server refused %s: %s", report.path, error)
+        self._journal.remove_report(report)
 
 
-async def deliver_leftovers(server: str, pace: Pace) -> int:
-    """Keep the promises of runs that ended while this server was away.
+async def send_leftover_reports(server: str, pace: Pace) -> int:
+    """Send the reports of runs that ended while this server could not be reached.
 
     Returns:
         How many were answered.
@@ -158,13 +158,13 @@ async def _deliver(journal: Journal, pace: Pace) -> int:
     client = Client(journal.state.server, journal.state.token)
     answered = 0
     try:
-        for promise in journal.promises:
-            attempt = partial(client.post, promise.path, promise.body)
+        for report in journal.reports:
+            attempt = partial(client.post, report.path, report.body)
             try:
-                await insist(attempt, back_off=pace.back_off(), what=promise.path)
+                await insist(attempt, back_off=pace.back_off(), what=report.path)
             except TransportError as error:
-                logger.warning("the server did not want %s: %s", promise.path, error)
-            journal.keep(promise)
+                logger.warning("the server refused %s: %s", report.path, error)
+            journal.remove_report(report)
             answered += 1
     finally:
         await client.close()

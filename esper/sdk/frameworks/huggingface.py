@@ -25,13 +25,13 @@ try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:  # the library itself does not need it
     raise ImportError(
-        "esper.sdk.huggingface needs transformers: pip install 'esper-web[huggingface]'"
+        "esper.sdk.frameworks.huggingface needs transformers: pip install 'esper-web[huggingface]'"
     ) from error
 
 from esper.exceptions import ConfigurationError
 from esper.grafting.ledger import unwrap_optimizer
 from esper.sdk.attaching import attach
-from esper.sdk.plain_checkpoints import plain_scheduler_state
+from esper.sdk.export.plain_checkpoints import plain_scheduler_state
 from esper.sdk.session import RunStopped, Session, reason_of
 
 logger = logging.getLogger("esper")

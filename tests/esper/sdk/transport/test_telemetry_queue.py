@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.contracts import SIGNALS, HealthFrame, codec
-from esper.sdk import telemetry
-from esper.sdk.telemetry import TelemetryQueue
+from esper.sdk.transport import telemetry
+from esper.sdk.transport.telemetry import TelemetryQueue
 
 
 def frame(step: int, layers: int = 2) -> HealthFrame:

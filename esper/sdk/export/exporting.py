@@ -1,8 +1,8 @@
 """A finished model without Esper: a plain module, and a folder that loads where Esper is not.
 
-What is left of the grafts after merging are instances of classes whose source is put together from
-the blueprints' own (see :mod:`esper.sdk.plain_source`). A pickle would name classes that only Esper
-has, and ``torch.export`` would fix the model to the shapes and the mode of one call.
+Grafts that cannot be merged become instances of classes whose source is copied from the blueprints
+(see :mod:`esper.sdk.export.plain_source`). A pickle would name classes that only Esper has, and
+``torch.export`` would fix the model to the shapes and the mode of one call.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from esper.exceptions import ConfigurationError
 from esper.grafting import remove_slots
 from esper.grafting.remedies import is_tied
 from esper.grafting.slot import slots
-from esper.sdk.exported import (
+from esper.sdk.export.exported import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
     GraftedLayer,
     load,
     put_in_place,
 )
-from esper.sdk.plain_source import source_of
+from esper.sdk.export.plain_source import source_of
 
 SOURCE_FILE = "grafted.py"
 _TRAINING_ONLY = frozenset({GraftKind.WRAP, GraftKind.OBSERVE})

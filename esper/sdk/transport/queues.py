@@ -1,4 +1,4 @@
-"""What the training thread and the transport thread hand to each other; neither waits."""
+"""The queues between the training thread and the transport thread. Neither thread waits."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from esper.contracts import Command, CommandAck
-from esper.sdk.client import BackOff
-from esper.sdk.registration import Registration
-from esper.sdk.telemetry import TelemetryQueue
+from esper.sdk.transport.client import BackOff
+from esper.sdk.transport.registration import Registration
+from esper.sdk.transport.telemetry import TelemetryQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +23,13 @@ class ReadyCommand:
 
 
 @dataclass(frozen=True, slots=True)
-class Owed:
-    """Something to be promised to the server.
+class PendingReport:
+    """A message that the server must get, sent again until it is answered.
 
     Attributes:
         path: below the run.
         body: JSON; the epoch is added later.
-        rest: more of the body, worked out by the transport thread: hashing a model takes longer
+        rest: more of the body, computed by the transport thread: hashing a model takes longer
             than grafting into it.
     """
 
@@ -40,9 +40,9 @@ class Owed:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often and how patiently, in seconds."""
+    """How often to send and how long to wait between attempts, in seconds."""
 
-    flush: float = 0.5  # metrics wait this long for company; a frame wakes the sender
+    flush: float = 0.5  # metrics are collected for so long; a frame wakes the sender
     least_gap: float = 0.1  # between two batches
     first_retry: float = 0.2
     longest_retry: float = 10.0
@@ -52,13 +52,13 @@ class Pace:
 
 
 @dataclass(slots=True)
-class Exchange:
+class TransportQueues:
     """Queues in both directions.
 
     Attributes:
-        telemetry: to be sent.
-        owed: to be promised.
-        inbox: commands to be carried out at the next step boundary.
+        telemetry: waits to be sent.
+        reports: wait to be written to the journal and sent.
+        inbox: commands for the next step boundary.
         settled: (adaptation, state) that the server answered to hello.
         pending: numbers of commands that were accepted and are not answered yet.
         finish: how the run ended; None while it goes on.
@@ -66,7 +66,7 @@ class Exchange:
     """
 
     telemetry: TelemetryQueue = field(default_factory=TelemetryQueue)
-    owed: deque[Owed] = field(default_factory=deque)
+    reports: deque[PendingReport] = field(default_factory=deque)
     inbox: deque[ReadyCommand] = field(default_factory=deque)
     settled: deque[tuple[str, str]] = field(default_factory=deque)
     pending: set[int] = field(default_factory=set)
@@ -85,10 +85,10 @@ class Exchange:
     def answer(
         self, ack: CommandAck, *, final: bool = True, rest: Callable[[], dict[str, Any]] = dict
     ) -> None:
-        """Owe the server an acknowledgement."""
+        """Queue the acknowledgement of a command."""
         if final:
             self.pending.discard(ack.seq)
-        self.owed.append(Owed(f"commands/{ack.seq}/ack", ack.to_wire(), rest))
+        self.reports.append(PendingReport(f"commands/{ack.seq}/ack", ack.to_wire(), rest))
 
     def ledger(self) -> str:
         queue = self.telemetry

@@ -37,9 +37,9 @@ from esper.exceptions import (
 )
 from esper.grafting import Receipt, SnapshotMemory, UndoReceipt
 from esper.grafting.slot import find_slot
-from esper.sdk.commands import LocalVeto
-from esper.sdk.exchange import Exchange, ReadyCommand
 from esper.sdk.surgeon import Adaptation, Operation
+from esper.sdk.transport.commands import LocalVeto
+from esper.sdk.transport.queues import ReadyCommand, TransportQueues
 
 if TYPE_CHECKING:
     from esper.compilation import CompiledGraft, Trial
@@ -95,17 +95,17 @@ class Answer:
         }
 
 
-class CommandDesk:
+class CommandHandler:
     """Turns commands into operations, and operations into answers.
 
     Attributes:
         stop_reason: why a person stopped the run, empty while nobody has.
     """
 
-    def __init__(self, operations: Operations, veto: LocalVeto, exchange: Exchange) -> None:
+    def __init__(self, operations: Operations, veto: LocalVeto, queues: TransportQueues) -> None:
         self._operations = operations
         self._veto = veto
-        self._exchange = exchange
+        self._queues = queues
         self.stop_reason = ""
 
     def prepare(self, command: Command, spec: KernelSpec) -> Operation:
@@ -186,7 +186,7 @@ class CommandDesk:
         return CommandAck(seq=command.seq, state=CommandState.APPLIED)
 
     def _graft(self, command: Command, operation: Operation) -> Answer:
-        if self._exchange.now() >= command.expires_at:
+        if self._queues.now() >= command.expires_at:
             reason = "it expired before a step boundary came"
             return Answer(failed(command, reason, RefusalCode.EXPIRED))
         try:

@@ -1,4 +1,4 @@
-"""What a trainer must not forget: the last command it took, and what it still owes the server.
+"""What must survive a crash: the last command that was taken, and the reports not yet answered.
 
 An append-only file of JSON lines for each run. A line that was cut off by a crash is skipped, so
 the file is readable after a kill at any byte. It holds the run's token: only the owner may read it.
@@ -19,8 +19,8 @@ JOURNAL_FILE = "journal.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
-    """Something the server was promised: resent until it is answered.
+class StoredReport:
+    """A report that is sent again until the server answers it.
 
     ``path`` is relative to the API, ``body`` is the JSON to post.
     """
@@ -39,7 +39,7 @@ class JournalState:
     token: str = ""
     epoch: int = 0
     command_seq: int = 0  # the last command that was accepted, of any epoch
-    promises: dict[int, Promise] = field(default_factory=dict)
+    reports: dict[int, StoredReport] = field(default_factory=dict)
     last_number: int = 0
 
 
@@ -73,9 +73,9 @@ class Journal:
         self._file.write(b"\n")  # closes a line that a crash cut off
 
     @property
-    def promises(self) -> tuple[Promise, ...]:
-        """What is still owed, oldest first."""
-        return tuple(self.state.promises.values())
+    def reports(self) -> tuple[StoredReport, ...]:
+        """Those that the server has not answered, oldest first."""
+        return tuple(self.state.reports.values())
 
     def start_epoch(self, *, run: str, epoch: int, server: str, token: str) -> None:
         """Note a (re)start. The file is rewritten, so that it does not grow for ever."""
@@ -88,23 +88,24 @@ class Journal:
         self.state.command_seq = seq
         self._append({"kind": "command", "seq": seq})
 
-    def promise(self, path: str, body: dict[str, Any]) -> Promise:
+    def add_report(self, path: str, body: dict[str, Any]) -> StoredReport:
+        """Written to disk when this returns."""
         self.state.last_number += 1
-        promise = Promise(number=self.state.last_number, path=path, body=body)
-        self.state.promises[promise.number] = promise
-        self._append(_promise_line(promise))
-        return promise
+        report = StoredReport(number=self.state.last_number, path=path, body=body)
+        self.state.reports[report.number] = report
+        self._append(_report_line(report))
+        return report
 
-    def keep(self, promise: Promise) -> None:
+    def remove_report(self, report: StoredReport) -> None:
         """The server has answered."""
-        self.state.promises.pop(promise.number, None)
-        self._append({"kind": "kept", "number": promise.number})
+        self.state.reports.pop(report.number, None)
+        self._append({"kind": "answered", "number": report.number})
 
     def close(self) -> None:
-        """Let go; a journal that owes nothing is removed."""
+        """Unlock the file. A journal without unanswered reports is deleted."""
         if self._file.closed:
             return
-        if not self.state.promises:
+        if not self.state.reports:
             self.path.unlink(missing_ok=True)
         self._file.close()
 
@@ -124,7 +125,7 @@ class Journal:
                 "epoch": state.epoch,
             },
             {"kind": "command", "seq": state.command_seq},
-            *(_promise_line(promise) for promise in state.promises.values()),
+            *(_report_line(report) for report in state.reports.values()),
         ]
         # A new file takes the old one's place whole, and is locked before it does.
         fresh = self.path.with_suffix(".new")
@@ -139,12 +140,12 @@ class Journal:
         self._file = file
 
 
-def _promise_line(promise: Promise) -> dict[str, Any]:
+def _report_line(report: StoredReport) -> dict[str, Any]:
     return {
-        "kind": "promise",
-        "number": promise.number,
-        "path": promise.path,
-        "body": promise.body,
+        "kind": "report",
+        "number": report.number,
+        "path": report.path,
+        "body": report.body,
     }
 
 
@@ -169,19 +170,19 @@ def _on_command(state: JournalState, line: dict[str, Any]) -> None:
     state.command_seq = max(state.command_seq, line["seq"])
 
 
-def _on_promise(state: JournalState, line: dict[str, Any]) -> None:
-    promise = Promise(line["number"], line["path"], line["body"])
-    state.promises[promise.number] = promise
-    state.last_number = max(state.last_number, promise.number)
+def _on_report(state: JournalState, line: dict[str, Any]) -> None:
+    report = StoredReport(line["number"], line["path"], line["body"])
+    state.reports[report.number] = report
+    state.last_number = max(state.last_number, report.number)
 
 
-def _on_kept(state: JournalState, line: dict[str, Any]) -> None:
-    state.promises.pop(line["number"], None)
+def _on_answered(state: JournalState, line: dict[str, Any]) -> None:
+    state.reports.pop(line["number"], None)
 
 
 _APPLY = {
     "run": _on_run,
     "command": _on_command,
-    "promise": _on_promise,
-    "kept": _on_kept,
+    "report": _on_report,
+    "answered": _on_answered,
 }

@@ -33,13 +33,13 @@ from esper.exceptions import (
     SignatureError,
     TransportError,
 )
-from esper.sdk.client import BackOff, Client, insist, is_loopback
-from esper.sdk.commands import LocalVeto, parse_command, verify_command
-from esper.sdk.exchange import Exchange, Pace, ReadyCommand
-from esper.sdk.journal import Journal
-from esper.sdk.kernels import fetch_kernel
-from esper.sdk.outgoing import ends_the_run
-from esper.sdk.registration import Registration
+from esper.sdk.transport.client import BackOff, Client, insist, is_loopback
+from esper.sdk.transport.commands import LocalVeto, parse_command, verify_command
+from esper.sdk.transport.journal import Journal
+from esper.sdk.transport.kernels import fetch_kernel
+from esper.sdk.transport.outgoing import ends_the_run
+from esper.sdk.transport.queues import Pace, ReadyCommand, TransportQueues
+from esper.sdk.transport.registration import Registration
 
 logger = logging.getLogger("esper")
 
@@ -58,7 +58,7 @@ class Listener:
         veto: the trainer's own limits.
         prepare: ``(command, spec) -> prepared graft``; raises ``CommandRefusedError``.
         try_out: ``(command, files) -> prepared swap``, in a thread; raises likewise.
-        ring: called when something new is owed to the server.
+        on_report: called when a report was queued.
     """
 
     def __init__(
@@ -66,24 +66,24 @@ class Listener:
         client: Client,
         registration: Registration,
         journal: Journal,
-        exchange: Exchange,
+        queues: TransportQueues,
         pace: Pace,
         *,
         veto: LocalVeto,
         prepare: Prepare,
         try_out: TryOut,
-        ring: Callable[[], None],
+        on_report: Callable[[], None],
     ) -> None:
         self._client = client
         self._registration = registration
         self._journal = journal
-        self._exchange = exchange
+        self._queues = queues
         self._pace = pace
         self._veto = veto
         self._prepare = prepare
         self._try_out = try_out
         self._trials: set[asyncio.Task[None]] = set()
-        self._ring = ring
+        self._on_report = on_report
 
     async def run(self) -> None:
         """For ever; raises ``TransportError`` when the server is done with this run."""
@@ -155,7 +155,7 @@ class Listener:
             await self._catch_up()  # an earlier one was lost on the way
             if command.seq <= self._last_seq:
                 return
-        if command.seq in self._exchange.pending:
+        if command.seq in self._queues.pending:
             return  # delivered twice; its answer is on the way
         try:
             await self._take(command, str(signature))
@@ -166,10 +166,10 @@ class Listener:
         self._verify(command, signature)
         self._journal.take_command(command.seq)
         self._veto.check(command)
-        self._exchange.pending.add(command.seq)
+        self._queues.pending.add(command.seq)
         accepted = CommandAck(seq=command.seq, state=CommandState.ACCEPTED)
-        self._exchange.answer(accepted, final=False)
-        self._ring()
+        self._queues.answer(accepted, final=False)
+        self._on_report()
         if command.kind is CommandKind.SPEED_UP:
             # Seconds, the first time: an undo that comes meanwhile must not wait for it.
             trial = asyncio.create_task(self._speed_up(command))
@@ -187,7 +187,7 @@ class Listener:
                 logger.exception("command %d could not be prepared", command.seq)
                 self._fail(command, error)
                 return
-        self._exchange.inbox.append(ReadyCommand(command, graft))
+        self._queues.inbox.append(ReadyCommand(command, graft))
 
     async def _speed_up(self, command: Command) -> None:
         try:
@@ -199,10 +199,10 @@ class Listener:
             logger.exception("command %d could not be tried", command.seq)
             self._fail(command, error)
         else:
-            self._exchange.inbox.append(ReadyCommand(command, swap))
+            self._queues.inbox.append(ReadyCommand(command, swap))
 
     def _verify(self, command: Command, signature: str) -> None:
-        trust, now = self._registration.trust, self._exchange.now()
+        trust, now = self._registration.trust, self._queues.now()
         try:
             verify_command(command, signature, trust, last_seq=self._last_seq, now=now)
         except CommandRefusedError as refusal:
@@ -238,14 +238,14 @@ class Listener:
             partial(self._client.get_bytes, path, most=most),
             back_off=self._pace.back_off(),
             what="kernel",
-            give_up=lambda: self._exchange.now() >= expires_at,
+            give_up=lambda: self._queues.now() >= expires_at,
         )
 
     def _fail(self, command: Command, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"
         ack = CommandAck(seq=command.seq, state=CommandState.FAILED, reason=reason)
-        self._exchange.answer(ack)
-        self._ring()
+        self._queues.answer(ack)
+        self._on_report()
 
     def _refuse(self, seq: Any, refusal: CommandRefusedError) -> None:
         logger.warning("command %s refused: %s", seq, refusal)
@@ -254,5 +254,5 @@ class Listener:
         ack = CommandAck(
             seq=seq, state=CommandState.REFUSED, code=refusal.code, reason=refusal.reason
         )
-        self._exchange.answer(ack)
-        self._ring()
+        self._queues.answer(ack)
+        self._on_report()

@@ -17,13 +17,13 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:  # the library itself does not need it
     raise ImportError(
-        "esper.sdk.lightning needs Lightning: pip install 'esper-web[lightning]'"
+        "esper.sdk.frameworks.lightning needs Lightning: pip install 'esper-web[lightning]'"
     ) from error
 
 from esper.exceptions import ConfigurationError
 from esper.grafting.ledger import unwrap_optimizer
 from esper.sdk.attaching import attach
-from esper.sdk.plain_checkpoints import plain_model_state, plain_scheduler_state
+from esper.sdk.export.plain_checkpoints import plain_model_state, plain_scheduler_state
 from esper.sdk.session import RunStopped, Session, reason_of
 
 logger = logging.getLogger("esper")

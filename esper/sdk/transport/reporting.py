@@ -1,4 +1,4 @@
-"""What a script does to its model by itself, told to the server: remedies, and grafts taken out."""
+"""Reports of what a script does to its model by itself: remedies, and grafts taken out."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from esper.contracts import RemedyKind
 from esper.contracts.codec import number_to_wire
 from esper.grafting import RemedyReceipt, UndoReceipt
-from esper.sdk.exchange import Owed
 from esper.sdk.surgeon import Adaptation
+from esper.sdk.transport.queues import PendingReport
 
 _LONGEST_LIST = 20  # a layer may have thousands of dead units
 
 
 class SurgeryReports:
-    """Promises the server a report of each change.
+    """Queues a report of each change for the server.
 
     Args:
-        owe: keeps the promise, where there is a server.
+        queue_report: queues it, where there is a server.
     """
 
-    def __init__(self, owe: Callable[[Owed], None]) -> None:
-        self._owe = owe
+    def __init__(self, queue_report: Callable[[PendingReport], None]) -> None:
+        self._queue_report = queue_report
 
     def remedy(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> None:
         """A remedy is in effect; ``merged`` is the adaptation that it folded into its host."""
@@ -69,7 +69,7 @@ class SurgeryReports:
             self._tell(body)
 
     def _tell(self, body: dict[str, Any], rest: Callable[[], dict[str, Any]] = dict) -> None:
-        self._owe(Owed("remedies", body, rest))
+        self._queue_report(PendingReport("remedies", body, rest))
 
 
 def _body(remedy: str, layer: str, step: int, pause_ms: float) -> dict[str, Any]:
