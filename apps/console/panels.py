@@ -12,7 +12,7 @@ from django.shortcuts import render
 from django.template.loader import render_to_string
 from django.utils.safestring import SafeString
 
-from apps.console.selectors import last_seqs
+from apps.notifications.models import Feed
 
 log = logging.getLogger(__name__)
 
@@ -75,3 +75,9 @@ def _panel_url(request: HttpRequest, panel: Panel) -> str:
     query = request.GET.copy()
     query["panel"] = panel.name
     return f"{request.path}?{query.urlencode()}"
+
+
+def last_seqs(topics: Sequence[str]) -> dict[str, int]:
+    """The newest sequence number of each topic, 0 for a topic without events."""
+    known = dict(Feed.objects.filter(topic__in=topics).values_list("topic", "last_seq"))
+    return {topic: known.get(topic, 0) for topic in topics}

@@ -1,29 +1,44 @@
-"""The pages."""
+"""Addresses of the pages. Each page is one file in ``pages/``."""
 
 from django.urls import path
 
-from apps.console import views
+from apps.console.bar import bar
+from apps.console.pages.adaptation import adaptation
+from apps.console.pages.audit import audit
+from apps.console.pages.blueprints import blueprint, blueprints
+from apps.console.pages.inbox import inbox
+from apps.console.pages.kernel import kernel
+from apps.console.pages.kernels import kernels
+from apps.console.pages.me import me
+from apps.console.pages.overview import overview
+from apps.console.pages.policy import policy
+from apps.console.pages.recipes import launch, recipe, recipes
+from apps.console.pages.run import run
+from apps.console.pages.runs import runs
+from apps.console.pages.sign_in import SignIn, SignOut
+from apps.console.pages.violations import violations
+from apps.console.pages.workers import workers
 
 app_name = "console"
 urlpatterns = [
-    path("login", views.SignIn.as_view(), name="sign-in"),
-    path("logout", views.SignOut.as_view(), name="sign-out"),
-    path("bar", views.bar, name="bar"),
-    path("", views.overview, name="overview"),
-    path("inbox", views.inbox, name="inbox"),
-    path("runs", views.runs, name="runs"),
-    path("runs/<str:uid>", views.run, name="run"),
-    path("adaptations/<str:uid>", views.adaptation, name="adaptation"),
-    path("blueprints", views.blueprints, name="blueprints"),
-    path("blueprints/<slug:slug>", views.blueprint, name="blueprint"),
-    path("violations", views.violations, name="violations"),
-    path("policy", views.policy, name="policy"),
-    path("workers", views.workers, name="workers"),
-    path("kernels", views.kernels, name="kernels"),
-    path("kernels/<str:digest>", views.kernel, name="kernel"),
-    path("recipes", views.recipes, name="recipes"),
-    path("recipes/<str:uid>", views.recipe, name="recipe"),
-    path("launches/<str:uid>", views.launch, name="launch"),
-    path("audit", views.audit, name="audit"),
-    path("me", views.me, name="me"),
+    path("login", SignIn.as_view(), name="sign-in"),
+    path("logout", SignOut.as_view(), name="sign-out"),
+    path("bar", bar, name="bar"),
+    path("", overview, name="overview"),
+    path("inbox", inbox, name="inbox"),
+    path("runs", runs, name="runs"),
+    path("runs/<str:uid>", run, name="run"),
+    path("adaptations/<str:uid>", adaptation, name="adaptation"),
+    path("blueprints", blueprints, name="blueprints"),
+    path("blueprints/<slug:slug>", blueprint, name="blueprint"),
+    path("violations", violations, name="violations"),
+    path("policy", policy, name="policy"),
+    path("workers", workers, name="workers"),
+    path("kernels", kernels, name="kernels"),
+    path("kernels/<str:digest>", kernel, name="kernel"),
+    path("recipes", recipes, name="recipes"),
+    path("recipes/<str:uid>", recipe, name="recipe"),
+    path("launches/<str:uid>", launch, name="launch"),
+    path("audit", audit, name="audit"),
+    path("me", me, name="me"),
 ]

@@ -14,8 +14,9 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
 from apps.accounts.policy import Act, may
-from apps.console import selectors
+from apps.console.bar import adaptation_switch
 from apps.console.status import BY_KIND, RULES, TIERS, Status
+from apps.console.waiting import inbox_count
 from esper.contracts import Role
 
 register = template.Library()
@@ -232,8 +233,8 @@ def topbar(context: template.RequestContext) -> dict[str, Any]:
         "user": request.user,
         "role": Role(request.user.role).capitalize(),
         "section": context.get("section") or request.resolver_match.url_name,
-        "waiting": selectors.inbox_count(),
-        "switch": selectors.adaptation_switch(),
+        "waiting": inbox_count(),
+        "switch": adaptation_switch(),
         "kill": may(request.user, Act.KILL),
         "links": _LINKS,
         "csrf_token": context.get("csrf_token"),

@@ -17,8 +17,8 @@ from django.utils import timezone
 
 from apps.console import status
 from apps.console.drawing import health_cells, shade, shorten, sketch, sparkline, waterfall
-from apps.console.selectors.adaptation import check_rows, evidence_rows, reason_rows
-from apps.console.selectors.reference import THRESHOLD_NOTES, thresholds
+from apps.console.pages.adaptation import check_rows, evidence_rows, reason_rows
+from apps.console.pages.policy import THRESHOLD_NOTES, thresholds
 from apps.console.templatetags.console import ago, count, number, signed
 from esper.contracts import (
     AdaptationState,

@@ -10,7 +10,7 @@ import pytest
 from django.utils import timezone
 
 from apps.adaptations.models import Adaptation
-from apps.console.selectors import inbox_count
+from apps.console.waiting import inbox_count
 
 
 def badge(text: str) -> int:

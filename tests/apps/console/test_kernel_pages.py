@@ -12,7 +12,7 @@ from django.urls import reverse
 from apps.accounts.actors import SYSTEM
 from apps.adaptations.selectors import integration_status
 from apps.audit.services import record
-from apps.console.selectors.workers import WorkerRow, compile_workers, queue
+from apps.console.pages.workers import WorkerRow, compile_workers, queue
 from apps.kernels.models import CompileJob, Kernel, Worker
 from apps.recipes.models import Launch
 

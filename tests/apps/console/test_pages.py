@@ -138,7 +138,7 @@ def test_one_broken_panel_does_not_blank_the_page(
     def broken() -> None:
         raise RuntimeError("the disk is full")
 
-    monkeypatch.setattr("apps.console.selectors.overview.system_health", broken)
+    monkeypatch.setattr("apps.console.pages.overview.system_health", broken)
     text = world.client("anna").get("/").content.decode()
     assert text.count(FAILED_PANEL) == 1
     assert "digits-cnn" in text

@@ -1,62 +1,68 @@
-"""Kernels: what they cost, who uses them, what an act on them would change; and the cache."""
+"""One kernel: what it costs, who uses it, and what an act on it would change."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
-from django.core.paginator import Page, Paginator
-from django.db.models import Max, Q, QuerySet
+from django.db.models import Q, QuerySet
+from django.http import Http404, HttpRequest, HttpResponse
 
+from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation
-from apps.audit.models import AuditEvent
-from apps.kernels.cache import SCRUB_BATCH
+from apps.console.job_rows import jobs_of
+from apps.console.panels import Panel, render_page
+from apps.console.request import page, person
 from apps.kernels.models import CompileJob, Kernel, SpeedUp
 from apps.kernels.selectors import evictable
 
 SHOWN = 50
-CORRUPT_SHOWN = 5
 
 
-@dataclass(frozen=True, slots=True)
-class KernelFilter:
-    blueprint: str = ""
-    capability: str = ""
-    tier: str = ""
+@page
+def kernel(request: HttpRequest, digest: str) -> HttpResponse:
+    found = get_kernel(digest)
+    if found is None:
+        raise Http404("there is no such kernel")
+    may_manage = may(person(request), Act.MANAGE_CACHE)
 
+    def part(name: str, title: str, build: Callable[[], dict[str, Any]], *wakes: str) -> Panel:
+        return Panel(name, title, f"console/kernels/{name}.html", build, wakes)
 
-@dataclass(frozen=True, slots=True)
-class KernelRow:
-    """``speed_up``: the newest trial of a compiled kernel."""
+    def kept() -> dict[str, Any]:
+        fresh = get_kernel(digest) or found
+        why = why_not_evictable(fresh)
+        return {"kernel": fresh, "why_not_evict": why, "may_manage": may_manage}
 
-    kernel: Kernel
-    speed_up: SpeedUp | None
-
-
-def kernels(chosen: KernelFilter, page: int) -> tuple[Page[Kernel], list[KernelRow]]:
-    """One page of them, and its rows."""
-    rows = Kernel.objects.all()
-    if chosen.blueprint:
-        rows = rows.filter(blueprint_slug=chosen.blueprint)
-    if chosen.capability:
-        rows = rows.filter(capability=chosen.capability)
-    if chosen.tier.isascii() and chosen.tier.isdigit():
-        rows = rows.filter(tier=int(chosen.tier[:3]))
-    found = Paginator(rows, SHOWN).get_page(page)
-    tried = SpeedUp.objects.filter(kernel__in=[kernel.pk for kernel in found.object_list])
-    newest = {trial.kernel_id: trial for trial in tried}  # oldest first: the last one stays
-    return found, [KernelRow(kernel, newest.get(kernel.pk)) for kernel in found.object_list]
-
-
-def kernel_choices() -> dict[str, Any]:
-    """What there is to filter by."""
-    known = Kernel.objects.order_by()
-    return {
-        "blueprints": sorted(known.values_list("blueprint_slug", flat=True).distinct()),
-        "capabilities": sorted(known.values_list("capability", flat=True).distinct()),
-        "tiers": sorted(known.values_list("tier", flat=True).distinct()),
-    }
+    panels = [
+        part("kept", "In the cache", kept, "kernel", "job", "adaptation"),
+        part("about", "What it is", lambda: {"times": stage_times(found)}),
+        part("costs", "Forecast and measured", lambda: {"costs": costs(found)}),
+        part("certificate", "Certificate", lambda: {"certificate": found.certificate}),
+        part(
+            "speed_ups",
+            "Compiled kernels",
+            lambda: {"rows": speed_ups_of(found)},
+            "kernel",
+        ),
+        part(
+            "users",
+            "Adaptations that used it",
+            lambda: {"users": users_of(found)},
+            "adaptation",
+            "job",
+        ),
+        Panel(
+            "builds",
+            "Builds",
+            "console/kernels/jobs.html",
+            lambda: {"jobs": jobs_of(found)},
+            ("job",),
+        ),
+    ]
+    title = f"{found.blueprint_slug} {found.digest[:12]}"
+    return render_page(request, "console/kernel.html", title=title, panels=panels, kernel=found)
 
 
 def get_kernel(digest: str) -> Kernel | None:
@@ -139,51 +145,3 @@ def why_not_evictable(kernel: Kernel) -> str:
     if evictable().filter(pk=kernel.pk).exists():
         return ""
     return "It is in use: an adaptation that has not ended, or a command on its way, needs it."
-
-
-@dataclass(frozen=True, slots=True)
-class CorruptKernel:
-    """``has_page``: a kernel that was built anew may have another digest than the corrupt one."""
-
-    digest: str
-    blueprint: str
-    problem: str
-    at: datetime
-    has_page: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Scrub:
-    """How far the check of the stored kernels is; ``corrupt`` are the newest that failed it."""
-
-    last: datetime | None
-    waiting: int
-    at_once: int  # how many of them one round checks
-    corrupt: list[CorruptKernel]
-
-
-def scrub_state() -> Scrub:
-    stored = Kernel.objects.filter(evicted_at=None)
-    return Scrub(
-        last=Kernel.objects.aggregate(last=Max("scrubbed_at"))["last"],
-        waiting=stored.filter(scrubbed_at=None).count(),
-        at_once=SCRUB_BATCH,
-        corrupt=_corrupt_kernels(),
-    )
-
-
-def _corrupt_kernels() -> list[CorruptKernel]:
-    found = AuditEvent.objects.filter(act="kernel.corrupt").order_by("-id")
-    events = list(found[:CORRUPT_SHOWN])
-    digests = [event.object_uid for event in events]
-    known = set(Kernel.objects.filter(digest__in=digests).values_list("digest", flat=True))
-    return [
-        CorruptKernel(
-            digest=event.object_uid,
-            blueprint=str(event.data.get("blueprint", "")),
-            problem=event.reason,
-            at=event.at,
-            has_page=event.object_uid in known,
-        )
-        for event in events
-    ]

@@ -1,16 +1,22 @@
-"""The approval inbox. Its badge counts what ``waiting`` lists, so the two cannot disagree."""
+"""The approval inbox: what waits for a person, and what persons decided."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-from django.db.models import F, Q, QuerySet
+from django.db.models import Q, QuerySet
+from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 
 from apps.accounts.models import User
 from apps.adaptations.models import Adaptation
-from esper.contracts import AdaptationState
+from apps.console.panels import Panel, render_page
+from apps.console.request import choice, page, person
+from apps.console.run_rows import live_runs
+from apps.console.waiting import waiting
+from esper.contracts import AdaptationState, Risk
 
 HISTORY_LENGTH = 100
 
@@ -29,19 +35,44 @@ class InboxFilter:
     risk: str = ""
 
 
-def waiting() -> QuerySet[Adaptation]:
-    """What waits for a person and has not run out, the first to expire first."""
-    return Adaptation.objects.filter(
-        Q(deadline_at__isnull=True) | Q(deadline_at__gt=timezone.now()),
-        state=AdaptationState.AWAITING_APPROVAL,
-    ).order_by(F("deadline_at").asc(nulls_last=True), "id")
+@page
+def inbox(request: HttpRequest) -> HttpResponse:
+    user = person(request)
+    chosen = InboxFilter(
+        tab=InboxTab(choice(request, "state", InboxTab, InboxTab.PENDING)),
+        run=request.GET.get("run", ""),
+        risk=choice(request, "risk", Risk),
+    )
+
+    def rows() -> dict[str, Any]:
+        found = inbox_rows(chosen, user)
+        return {"rows": found, "last": None if found else last_decided()}
+
+    panels = [
+        Panel(
+            "tabs",
+            "Filters",
+            "console/inbox/tabs.html",
+            lambda: {"counts": tab_counts(user), "tabs": list(InboxTab)},
+            ("adaptation",),
+            every=30,
+        ),
+        Panel("list", "Inbox", "console/inbox/list.html", rows, ("adaptation",), every=30),
+    ]
+    return render_page(
+        request,
+        "console/inbox.html",
+        title="Inbox",
+        panels=panels,
+        chosen=chosen,
+        whole=lambda: {
+            "live_runs": list(live_runs().values_list("uid", "name")),
+            "risks": list(Risk),
+        },
+    )
 
 
-def inbox_count() -> int:
-    return waiting().count()
-
-
-def inbox(chosen: InboxFilter, user: User) -> list[Adaptation]:
+def inbox_rows(chosen: InboxFilter, user: User) -> list[Adaptation]:
     """The rows of one tab."""
     rows = _tab(chosen.tab, user).select_related(
         "run__owner", "blueprint", "claimed_by", "decided_by", "safety_policy"

@@ -8,62 +8,68 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from django.conf import settings
-from django.db.models import QuerySet
+from django.http import HttpRequest, HttpResponse
 
-from apps.adaptations.models import Adaptation
-from apps.kernels.models import CompileJob, JobStepDone, Kernel, Worker
+from apps.accounts.policy import Act, may
+from apps.console.job_rows import (
+    JOBS_SHOWN,
+    OPEN,
+    JobRow,
+    StepTime,
+    adaptation_numbers,
+    ended_jobs,
+    step_times,
+)
+from apps.console.panels import Panel, render_page
+from apps.console.request import page, person
+from apps.kernels.models import CompileJob, Worker
 from apps.kernels.selectors import current_jobs
 from apps.kernels.services import compile_queue
 from apps.recipes.models import Launch
 from apps.recipes.services import host_queue
-from esper.contracts import (
-    LAUNCH_ENDED,
-    JobState,
-    JobStep,
-    WorkerKind,
-    WorkerMode,
-    WorkerState,
-)
+from esper.contracts import LAUNCH_ENDED, JobState, WorkerKind, WorkerMode, WorkerState
 
-SHOWN = 50
-_OPEN = (JobState.QUEUED, JobState.RUNNING)
 _GONE = (WorkerState.STOPPING, WorkerState.OFFLINE)
 
 
-@dataclass(frozen=True, slots=True)
-class StepTime:
-    """One step of an attempt: how long after the step before it; ``now`` for the one under way."""
-
-    name: str
-    at: datetime | None = None
-    took_ms: float | None = None
-
-    @property
-    def now(self) -> bool:
-        return self.at is None
-
-
-def step_times(job: CompileJob) -> list[StepTime]:
-    """The steps of the job's last attempt; its steps must have been fetched with it."""
-    done = [step for step in job.steps.all() if step.attempt == job.attempt]
-    rows = [
-        StepTime(step.step, step.at, _ms_between(before, step))
-        for before, step in zip([None, *done], done, strict=False)
+@page
+def workers(request: HttpRequest) -> HttpResponse:
+    may_manage = may(person(request), Act.MANAGE_WORKERS)
+    panels = [
+        Panel(
+            "workers",
+            "Compile workers",
+            "console/kernels/workers.html",
+            lambda: {"rows": compile_workers(), "may_manage": may_manage},
+            ("worker", "job"),
+            every=5,
+        ),
+        Panel(
+            "queue",
+            "Queue",
+            "console/kernels/queue.html",
+            lambda: {"queue": queue()},
+            ("job",),
+            every=5,
+        ),
+        Panel(
+            "jobs",
+            "Ended jobs",
+            "console/kernels/jobs.html",
+            lambda: {"jobs": ended_jobs()},
+            ("job",),
+            every=15,
+        ),
+        Panel(
+            "others",
+            "Control workers and Tamiyo",
+            "console/kernels/others.html",
+            lambda: {"workers": other_workers()},
+            ("worker",),
+            every=15,
+        ),
     ]
-    if job.state == JobState.RUNNING:
-        rows += [StepTime(step) for step in _step_after(done)]
-    return rows
-
-
-def _ms_between(before: JobStepDone | None, step: JobStepDone) -> float | None:
-    return (step.at - before.at).total_seconds() * 1e3 if before else None
-
-
-def _step_after(done: list[JobStepDone]) -> list[str]:
-    """The name of the step that is under way; empty when all are done."""
-    names = list(JobStep)
-    following = names[names.index(JobStep(done[-1].step)) + 1 :] if done else names
-    return [str(name) for name in following[:1]]
+    return render_page(request, "console/simple.html", title="Workers", panels=panels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,16 +184,6 @@ def _waiting_by_queue() -> Counter[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class JobRow:
-    """``ahead``: how many wait before it for the same capability."""
-
-    job: CompileJob
-    number: int | None  # of its adaptation
-    steps: list[StepTime]
-    ahead: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Queue:
     rows: list[JobRow]
     waiting: int
@@ -197,11 +193,11 @@ class Queue:
 
 def queue() -> Queue:
     """What runs, then what waits, oldest first."""
-    found = CompileJob.objects.filter(state__in=_OPEN)
+    found = CompileJob.objects.filter(state__in=OPEN)
     counts = Counter(found.values_list("state", flat=True))
     # "running" comes behind "queued" in the alphabet
-    jobs = list(found.prefetch_related("steps").order_by("-state", "pk")[:SHOWN])
-    numbers = _numbers(jobs)
+    jobs = list(found.prefetch_related("steps").order_by("-state", "pk")[:JOBS_SHOWN])
+    numbers = adaptation_numbers(jobs)
     ahead: Counter[str] = Counter()
     rows = []
     for job in jobs:
@@ -216,22 +212,3 @@ def queue() -> Queue:
         counts[JobState.RUNNING],
         min(waiting) if waiting else None,
     )
-
-
-def ended_jobs() -> list[JobRow]:
-    return _rows(CompileJob.objects.exclude(state__in=_OPEN))
-
-
-def jobs_of(kernel: Kernel) -> list[JobRow]:
-    return _rows(CompileJob.objects.filter(kernel=kernel))
-
-
-def _rows(found: QuerySet[CompileJob]) -> list[JobRow]:
-    jobs = list(found.select_related("kernel").prefetch_related("steps")[:SHOWN])
-    numbers = _numbers(jobs)
-    return [JobRow(job, numbers.get(job.adaptation_uid), step_times(job)) for job in jobs]
-
-
-def _numbers(jobs: list[CompileJob]) -> dict[str, int]:
-    uids = [job.adaptation_uid for job in jobs]
-    return dict(Adaptation.objects.filter(uid__in=uids).values_list("uid", "pk"))

@@ -1,4 +1,4 @@
-"""What needs a person, and whether the system is well."""
+"""The overview: what needs a person, the runs, and whether the system is well."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from django.db.models import Count, Min, Q
+from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 
 from apps.adaptations.models import Adaptation
-from apps.console.selectors.inbox import waiting
-from apps.console.selectors.runs import live_runs
+from apps.console.panels import Panel, render_page
+from apps.console.request import page
+from apps.console.run_rows import live_runs, recent_runs, run_rows
+from apps.console.waiting import waiting
 from apps.kernels.models import CompileJob, Worker
 from apps.runs.models import Run
 from apps.violations.models import Violation
@@ -19,6 +22,38 @@ from esper.contracts import AdaptationState, JobState, RunState, Severity, Worke
 
 ATTENTION_SHOWN = 12
 _LOUD = (Severity.SERIOUS, Severity.CRITICAL)
+
+
+@page
+def overview(request: HttpRequest) -> HttpResponse:
+    wakes = ("adaptation", "run", "violation", "switch")
+    panels = [
+        Panel(
+            "attention",
+            "Needs a person",
+            "console/overview/attention.html",
+            lambda: {"attention": attention()},
+            wakes,
+            every=15,
+        ),
+        Panel(
+            "runs",
+            "Runs",
+            "console/overview/runs.html",
+            lambda: {"rows": run_rows(recent_runs())},
+            wakes,
+            every=5,
+        ),
+        Panel(
+            "system",
+            "System, last 24 hours",
+            "console/overview/system.html",
+            lambda: {"system": system_health()},
+            ("adaptation", "job"),
+            every=10,
+        ),
+    ]
+    return render_page(request, "console/overview.html", title="Overview", panels=panels)
 
 
 @dataclass(frozen=True, slots=True)

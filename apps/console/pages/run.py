@@ -1,131 +1,89 @@
-"""Runs as rows, and the parts of one run's page."""
+"""One run: its state, timeline, layers and commands."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from django.db.models import Avg, Case, F, Max, OuterRef, QuerySet, Subquery, Value, When
+from django.db.models import OuterRef, Subquery
+from django.http import Http404, HttpRequest, HttpResponse
 
+from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation, Remedy
-from apps.console.drawing import CELL_WIDTH, Cell, Sparkline, health_cells, shade, sparkline
+from apps.console.drawing import shade
+from apps.console.panels import Panel, render_page
+from apps.console.request import page, person
+from apps.console.run_rows import frame_matrix
 from apps.kernels.models import SpeedUp
+from apps.notifications.services import run_topic
+from apps.recipes.models import Launch
+from apps.recipes.selectors import launches
 from apps.runs.models import Command, Run
 from apps.telemetry.models import Frame, Metric
 from apps.violations.models import Violation
-from esper.contracts import RUN_ENDED, SIGNAL_INDEX, CommandKind, CommandState, Signal
+from esper.contracts import SIGNAL_INDEX, CommandKind, CommandState, Signal
 from esper.contracts.health import LayerInfo
-from esper.exceptions import CodecError
 
-SPARK_STEPS = 2_000
-SPARK_POINTS = 50
-RUNS_SHOWN = 50
 COMMANDS_SHOWN = 30
 LAYERS_SHOWN = 200
 
 
-@dataclass(frozen=True, slots=True)
-class RunRow:
-    """A line of the runs table."""
-
-    run: Run
-    spark: Sparkline | None
-    cells: list[Cell]
-    last: Adaptation | None
-
-    @property
-    def progress(self) -> int | None:
-        """Percent of the target, None without one."""
-        if not self.run.target_steps:
-            return None
-        return min(100, round(100 * self.run.step / self.run.target_steps))
-
-    @property
-    def strip_width(self) -> int:
-        return len(self.cells) * CELL_WIDTH
-
-    @property
-    def health_words(self) -> str:
-        """The strip for people who do not see it; all cells while there are few."""
-        return ", ".join(cell.label for cell in self.cells[:12])
-
-
-def live_runs() -> QuerySet[Run]:
-    return Run.objects.exclude(state__in=RUN_ENDED)
-
-
-def recent_runs() -> QuerySet[Run]:
-    """Live runs first, then the newest of the others."""
-    return Run.objects.annotate(
-        over=Case(When(state__in=RUN_ENDED, then=Value(1)), default=Value(0))
-    ).order_by("over", "-id")
-
-
-def run_rows(runs: QuerySet[Run]) -> list[RunRow]:
-    """Rows with sparkline, health strip and last adaptation: five queries for any number."""
-    newest_frame = Frame.objects.filter(run=OuterRef("pk")).order_by("-step").values("pk")[:1]
-    newest_adaptation = (
-        Adaptation.objects.filter(run=OuterRef("pk")).order_by("-id").values("pk")[:1]
+@page
+def run(request: HttpRequest, uid: str) -> HttpResponse:
+    found = get_run(uid)
+    if found is None:
+        raise Http404("there is no such run")
+    return render_page(
+        request,
+        "console/run.html",
+        title=found.name,
+        panels=_run_panels(request, found),
+        topics=[run_topic(found.uid)],
+        run=found,
+        whole=lambda: {"markers": chart_markers(found), "signals": list(Signal)},
     )
-    found = list(
-        runs.select_related("owner").annotate(
-            frame_id=Subquery(newest_frame), adaptation_id=Subquery(newest_adaptation)
-        )[:RUNS_SHOWN]
-    )
-    frames = Frame.objects.in_bulk([run.frame_id for run in found if run.frame_id])
-    adaptations = Adaptation.objects.select_related("blueprint").in_bulk(
-        [run.adaptation_id for run in found if run.adaptation_id]
-    )
-    lines = _sparklines(found)
+
+
+def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
+    user = person(request)
+    only_poor = request.GET.get("layers") == "poor"
+
+    def head() -> dict[str, Any]:
+        return {
+            "pause": pause_state(run),
+            "stop": stop_command(run),
+            "launch": launch_of(run),
+            "metrics": latest_metrics(run, ("step_ms", "lr")),
+            "may_pause": may(user, Act.PAUSE_ADAPTATION, owner_id=run.owner_id),
+            "may_stop": may(user, Act.STOP_RUN, owner_id=run.owner_id),
+        }
+
+    def layers() -> dict[str, Any]:
+        rows = layer_rows(run, only_poor=only_poor)
+        return {"rows": rows, "shown_signals": SHOWN_SIGNALS, "only_poor": only_poor}
+
     return [
-        RunRow(
-            run=run,
-            spark=lines.get(run.pk),
-            cells=health_cells(_health(run, frames.get(run.frame_id or 0))),
-            last=adaptations.get(run.adaptation_id or 0),
-        )
-        for run in found
+        Panel("head", "Run", "console/run/head.html", head, ("run", "switch"), every=5),
+        Panel(
+            "timeline",
+            "Adaptations, compiled kernels, remedies and violations",
+            "console/run/timeline.html",
+            lambda: {"entries": timeline(run)},
+            ("adaptation", "remedy", "violation", "kernel"),
+        ),
+        Panel("layers", "Layers", "console/run/layers.html", layers, ("adaptation",), every=10),
+        Panel(
+            "commands",
+            "Commands to the trainer",
+            "console/run/commands.html",
+            lambda: {"commands": commands(run)},
+            ("run", "adaptation"),
+        ),
     ]
-
-
-def _sparklines(runs: Iterable[Run]) -> dict[int, Sparkline | None]:
-    """The loss of the newest ``SPARK_STEPS`` steps of each run, averaged by the database."""
-    rows = (
-        Metric.objects.filter(
-            run__in=[run.pk for run in runs], name="loss", step__gt=F("run__step") - SPARK_STEPS
-        )
-        .order_by()
-        .annotate(bucket=(F("run__step") - F("step")) / (SPARK_STEPS // SPARK_POINTS))
-        .values("run_id", "bucket")
-        .annotate(mean=Avg("value"), bad=Max("status"))
-        .order_by("run_id", "-bucket")  # counted from the newest step, so that its bucket is whole
-    )
-    values: dict[int, list[float | None]] = defaultdict(list)
-    for row in rows:
-        values[row["run_id"]].append(None if row["bad"] else row["mean"])
-    return {run: sparkline(series) for run, series in values.items()}
-
-
-def _health(run: Run, frame: Frame | None) -> dict[str, float]:
-    """Health by layer, NaN for unknown; empty when the frame is not one of this epoch's layers."""
-    values = _matrix(run, frame)
-    if values is None:
-        return {}
-    column = values[:, SIGNAL_INDEX[Signal.HEALTH]]
-    return {layer["name"]: float(column[i]) for i, layer in enumerate(run.layers)}
-
-
-def _matrix(run: Run, frame: Frame | None) -> Any:
-    if frame is None:
-        return None
-    try:
-        return frame.matrix(len(run.layers))
-    except CodecError:  # a frame of an earlier epoch with other layers
-        return None
 
 
 def get_run(uid: str) -> Run | None:
@@ -235,7 +193,7 @@ SHOWN_SIGNALS = (
 def layer_rows(run: Run, *, only_poor: bool = False) -> list[LayerRow]:
     """Layers in the order of the model, with what the newest frame says of them."""
     frame = Frame.objects.filter(run=run).order_by("-step").first()
-    values = _matrix(run, frame)
+    values = frame_matrix(run, frame)
     by_layer: dict[str, list[Adaptation]] = defaultdict(list)
     for adaptation in Adaptation.objects.filter(run=run).select_related("blueprint"):
         by_layer[adaptation.layer].append(adaptation)
@@ -304,3 +262,8 @@ def latest_metrics(run: Run, names: Sequence[str]) -> dict[str, Metric]:
     )
     rows = Metric.objects.filter(run=run, name__in=names, pk=Subquery(newest))
     return {metric.name: metric for metric in rows}
+
+
+def launch_of(run: Run) -> Launch | None:
+    """None for a run that nobody started from here."""
+    return launches().filter(run_uid=run.uid).first()

@@ -3,20 +3,146 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from django.db.models import Q
+from django.http import Http404, HttpRequest, HttpResponse
 
+from apps.accounts.models import User
+from apps.adaptations import services as adaptations
 from apps.adaptations.models import Adaptation, Remedy
 from apps.audit.models import AuditEvent
 from apps.console.drawing import Bar, Fall, Sketch, signed_bar, sketch, waterfall
+from apps.console.panels import Panel, render_page
+from apps.console.request import page, person
+from apps.kernels.selectors import speed_up_of
+from apps.notifications.services import run_topic
 from apps.runs.models import Command
 from esper.contracts import SIGNAL_NOTES, AdaptationState, Signal
 
 _A = AdaptationState
+
+
+@page
+def adaptation(request: HttpRequest, uid: str) -> HttpResponse:
+    found = get_adaptation(uid)
+    if found is None:
+        raise Http404("there is no such adaptation")
+    return render_page(
+        request,
+        "console/adaptation.html",
+        title=f"A-{found.number}",
+        panels=_adaptation_panels(person(request), found),
+        topics=[run_topic(found.run.uid)],
+        adaptation=found,
+        run=found.run,
+    )
+
+
+def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
+    wakes = ("adaptation", "run.command", "switch", "remedy", "kernel")
+
+    def part(
+        name: str, title: str, build: Callable[[], dict[str, Any]] = dict, every: int = 0
+    ) -> Panel:
+        return Panel(name, title, f"console/adaptation/{name}.html", build, wakes, every)
+
+    def evidence() -> dict[str, Any]:
+        now = adaptations.evidence_now(found)
+        drift = adaptations.evidence_drift(found)
+        if drift is not None and math.isinf(drift):  # the loss is not a number any more
+            drift = 99.0
+        return {
+            "rows": evidence_rows(found.evidence, now),
+            "derived": derived_numbers(found.evidence),
+            "drift": drift,
+            "drift_width": 0 if drift is None else min(100, round(100 * drift)),
+            "now_step": now.get("step"),
+        }
+
+    def way() -> dict[str, Any]:
+        events = history(found)
+        return {
+            "stages": stages(found, events),
+            "events": events,
+            "remedies": remedies_of(found),
+            "speed_up": speed_up_of(found.uid),
+        }
+
+    def change() -> dict[str, Any]:
+        return {
+            "sketch": graft_sketch(found),
+            "policy": found.safety_policy.safety_policy(),
+            "record": track_record(found.blueprint_id),
+            "parameter_share": _share(found.forecast_parameters, found.run.model_parameters),
+        }
+
+    live = 0 if found.ended else 5
+    return [
+        part("head", "Adaptation", lambda: {"steps_ago": _steps_ago(found)}, every=live),
+        part("why", "Why it was proposed", lambda: {"rows": reason_rows(found.reasons)}),
+        part("change", "What will change", change),
+        part("evidence", "Evidence then → now", evidence, every=live),
+        part("checks", "Checks", lambda: {"rows": check_rows(found.checks)}),
+        part("whynot", "Why not another blueprint"),
+        part("undo", "Undo plan", lambda: {"plan": adaptations.undo_plan(found)}),
+        part("way", "Way and history", way),
+        part("outcome", "Outcome", lambda: _outcome(found)),
+        part("acts", "Your decision", lambda: _acts(found, user), every=live),
+    ]
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _steps_ago(found: Adaptation) -> int:
+    return max(0, found.run.step - found.proposed_step)
+
+
+def _outcome(found: Adaptation) -> dict[str, Any]:
+    return {
+        "commands": command_log(found),
+        "falls": reward_falls(found),
+        "speed_up": speed_up_of(found.uid),
+    }
+
+
+_WHILE_PENDING = ("approve", "reject", "claim", "extend")
+_AFTERWARDS = ("cancel", "rollback")
+
+
+def _acts(found: Adaptation, user: User) -> dict[str, Any]:
+    """Which buttons there are, and in words why others are not."""
+    answers = adaptations.permissions(found, user)
+    pending = found.state == AdaptationState.AWAITING_APPROVAL
+    shown = _WHILE_PENDING if pending else _AFTERWARDS
+    refusals = [
+        answers[name].why
+        for name in shown
+        if not answers[name].allowed and answers[name].code != "decision-not-pending"
+    ]
+    return {
+        "may": {name: permission.allowed for name, permission in answers.items()},
+        "whys": _joined(refusals),
+        "pending": pending,
+        "claimed_by_me": found.claimed_by_id == user.pk,
+    }
+
+
+def _joined(refusals: list[str]) -> list[str]:
+    """ "Only x may approve." and "Only x may reject." as one sentence."""
+    verbs: dict[str, list[str]] = {}
+    for sentence in refusals:
+        start, _, verb = sentence.rpartition(" may ")
+        verbs.setdefault(start, []).append(verb.removesuffix(".") if start else sentence)
+    return [
+        f"{start} may {', '.join(words)}." if start else " ".join(words)
+        for start, words in verbs.items()
+    ]
 
 
 def get_adaptation(uid: str) -> Adaptation | None:

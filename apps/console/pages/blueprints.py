@@ -1,0 +1,76 @@
+"""The blueprint catalogue, and one blueprint with its uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db.models import Avg, Count, Q, QuerySet
+from django.http import Http404, HttpRequest, HttpResponse
+
+from apps.accounts.policy import Act, may
+from apps.adaptations.models import Adaptation
+from apps.blueprints.models import Blueprint
+from apps.console.panels import Panel, render_page
+from apps.console.request import page, person
+from apps.kernels.models import Kernel
+from esper.contracts import AdaptationState
+
+_BAD_ENDS = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED, AdaptationState.ROLLBACK_FAILED)
+
+
+@page
+def blueprints(request: HttpRequest) -> HttpResponse:
+    panels = [
+        Panel(
+            "list",
+            "Blueprints",
+            "console/blueprints/list.html",
+            lambda: {"rows": list(catalogue())},
+            ("blueprint", "adaptation"),
+        )
+    ]
+    return render_page(request, "console/simple.html", title="Blueprints", panels=panels)
+
+
+@page
+def blueprint(request: HttpRequest, slug: str) -> HttpResponse:
+    found = catalogue().filter(slug=slug).first()
+    if found is None:
+        raise Http404("there is no such blueprint")
+
+    def uses() -> dict[str, Any]:
+        return {"uses": blueprint_uses(found), "kernels": kernels_of(slug)}
+
+    panels = [
+        Panel(
+            "about",
+            found.title,
+            "console/blueprints/about.html",
+            lambda: {"may_switch": may(person(request), Act.SWITCH_BLUEPRINT)},
+            ("blueprint",),
+        ),
+        Panel("uses", "Uses", "console/blueprints/uses.html", uses, ("adaptation",)),
+    ]
+    return render_page(
+        request, "console/simple.html", title=found.title, panels=panels, blueprint=found
+    )
+
+
+def catalogue() -> QuerySet[Blueprint]:
+    """The catalogue with each one's track record."""
+    grafted = Q(adaptation__graft_step__isnull=False)
+    return Blueprint.objects.annotate(
+        used=Count("adaptation", filter=grafted),
+        kept=Count("adaptation", filter=grafted & Q(adaptation__state=AdaptationState.KEPT)),
+        lost=Count("adaptation", filter=grafted & Q(adaptation__state__in=_BAD_ENDS)),
+        mean_reward=Avg("adaptation__reward"),
+    )
+
+
+def blueprint_uses(blueprint: Blueprint) -> list[Adaptation]:
+    uses = Adaptation.objects.filter(blueprint=blueprint).select_related("run", "decided_by")
+    return list(uses[:20])
+
+
+def kernels_of(slug: str) -> list[Kernel]:
+    return list(Kernel.objects.filter(blueprint_slug=slug)[:20])

@@ -1,0 +1,66 @@
+"""A person's own tokens and rights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from django.http import HttpRequest, HttpResponse
+
+from apps.accounts.models import ApiToken, User
+from apps.accounts.policy import IN_WORDS, Act, may
+from apps.console.panels import Panel, render_page
+from apps.console.request import page, person
+from esper.contracts import TokenScope
+
+_TOKEN_SCOPES = {
+    TokenScope.RUNS_CREATE: "attach trainers: register runs and send their telemetry",
+    TokenScope.READ: "read everything that you may read",
+    TokenScope.ACT: "do everything that you may do",
+}
+
+
+@page
+def me(request: HttpRequest) -> HttpResponse:
+    user = person(request)
+    panels = [
+        Panel(
+            "tokens",
+            "Tokens",
+            "console/me/tokens.html",
+            lambda: {"tokens": tokens_of(user), "scopes": _TOKEN_SCOPES.items()},
+        ),
+        Panel(
+            "rights",
+            "What you may do",
+            "console/me/rights.html",
+            lambda: {"rights": rights(user)},
+        ),
+    ]
+    return render_page(request, "console/simple.html", title="Tokens and rights", panels=panels)
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """One act in words; ``note`` says where it ends, or whose it is."""
+
+    words: str
+    allowed: bool
+    note: str = ""
+
+
+def rights(user: User) -> list[Right]:
+    return [_right(user, act) for act in Act]
+
+
+def _right(user: User, act: Act) -> Right:
+    anywhere, own = may(user, act), may(user, act, owner_id=user.pk)
+    if anywhere.allowed:
+        return Right(IN_WORDS[act], True, "" if own.allowed else "in the runs of others")
+    if own.allowed:
+        return Right(IN_WORDS[act], True, "in your own runs")
+    return Right(IN_WORDS[act], False, anywhere.why)
+
+
+def tokens_of(user: User) -> list[ApiToken]:
+    """A person's own tokens; those that a run got for itself are not theirs to handle."""
+    return list(ApiToken.objects.filter(owner=user, run_uid="", revoked_at=None))

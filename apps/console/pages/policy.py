@@ -1,0 +1,124 @@
+"""The safety policy in force, and its versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from django.http import HttpRequest, HttpResponse
+
+from apps.accounts.policy import Act, Permission, may
+from apps.console.drawing import confidence_band
+from apps.console.panels import Panel, render_page
+from apps.console.request import page, person
+from apps.policies.models import PolicyVersion
+from apps.policies.services import current_policy
+from esper.contracts import Risk, SafetyPolicy
+
+
+@page
+def policy(request: HttpRequest) -> HttpResponse:
+    may_edit: Permission = may(person(request), Act.EDIT_POLICY)
+
+    def current() -> dict[str, Any]:
+        version = current_policy()
+        values = version.safety_policy()
+        return {
+            "version": version,
+            "policy": values,
+            "thresholds": thresholds(values),
+            "may_edit": may_edit,
+            "risks": list(Risk),
+            "band": confidence_band(values),
+        }
+
+    panels = [
+        Panel("current", "In force", "console/policy/current.html", current, ("policy",)),
+        Panel(
+            "history",
+            "Versions",
+            "console/policy/history.html",
+            lambda: {"history": policy_history()},
+            ("policy",),
+        ),
+    ]
+    return render_page(request, "console/simple.html", title="Policy", panels=panels)
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """One line of the policy; ``unit`` as people write it."""
+
+    name: str
+    group: str
+    text: str
+    unit: str
+    value: Any
+    kind: str  # number, whole, risk
+
+
+# (group, what it does, unit); a test compares the names with the fields of SafetyPolicy.
+THRESHOLD_NOTES: Mapping[str, tuple[str, str, str]] = {
+    "confidence_refuse": ("Confidence", "refuse below", "0 to 1"),
+    "confidence_auto": ("Confidence", "act alone from", "0 to 1"),
+    "auto_max_risk": ("Confidence", "highest risk that may go alone", ""),
+    "min_cases_for_auto": ("Confidence", "ended cases before medium risk may go alone", "cases"),
+    "cooldown_layer_steps": ("Cooldown", "rest of a layer after a graft", "steps"),
+    "cooldown_run_steps": ("Cooldown", "rest of a run after a graft", "steps"),
+    "cooldown_rollback_factor": ("Cooldown", "longer rest after a rollback", "×"),
+    "max_in_flight_per_run": ("Limits", "adaptations under way in one run", ""),
+    "max_adaptations_per_day": ("Limits", "grafts in one run in a day", ""),
+    "max_added_parameters_ratio": ("Limits", "added parameters, share of the model's", "×"),
+    "max_memory_mib": ("Limits", "memory of one graft", "MiB"),
+    "max_latency_ms": ("Limits", "forward time of one graft", "ms"),
+    "evidence_max_age_seconds": ("Limits", "oldest evidence to decide on", "s"),
+    "approval_timeout_seconds": ("Time", "a person has this long, then it expires", "s"),
+    "dispatch_timeout_seconds": ("Time", "the trainer has this long to answer", "s"),
+    "maturity_steps": ("Probation", "no verdict before", "steps"),
+    "probation_steps": ("Probation", "verdict after", "steps"),
+    "probation_timeout_seconds": ("Probation", "rolled back without a verdict after", "s"),
+    "max_loss_increase_ratio": ("Probation", "harmful above, against the forecast", "0 to 1"),
+}
+
+
+def thresholds(policy: SafetyPolicy) -> list[Threshold]:
+    values = asdict(policy)
+    shown = [field for field in fields(SafetyPolicy) if field.name in THRESHOLD_NOTES]
+    return [
+        Threshold(
+            name=field.name,
+            group=THRESHOLD_NOTES[field.name][0],
+            text=THRESHOLD_NOTES[field.name][1],
+            unit=THRESHOLD_NOTES[field.name][2],
+            value=values[field.name],
+            kind={"int": "whole", "float": "number"}.get(str(field.type), "risk"),
+        )
+        for field in shown
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChange:
+    """A version with what it changed against the one before."""
+
+    version: PolicyVersion
+    changes: list[tuple[str, Any, Any]]
+
+
+def policy_history() -> list[PolicyChange]:
+    versions = list(PolicyVersion.objects.select_related("author")[:50])
+    return [
+        PolicyChange(version, _changes(older, version))
+        for version, older in zip(versions, [*versions[1:], None], strict=True)
+    ]
+
+
+def _changes(older: PolicyVersion | None, newer: PolicyVersion) -> list[tuple[str, Any, Any]]:
+    if older is None:
+        return []
+    return [
+        (name, older.values.get(name), value)
+        for name, value in newer.values.items()
+        if older.values.get(name) != value
+    ]

@@ -1,0 +1,72 @@
+"""The list of violations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from django.core.paginator import Page, Paginator
+from django.http import Http404, HttpRequest, HttpResponse
+
+from apps.accounts.policy import Act, may
+from apps.console.panels import Panel, render_page
+from apps.console.request import choice, page, page_number, person
+from apps.violations.models import Violation
+from esper.contracts import Severity, ViolationRule
+
+PAGE_LENGTH = 50
+
+
+@dataclass(frozen=True, slots=True)
+class ViolationFilter:
+    state: str = "open"  # open, acknowledged, all
+    severity: str = ""
+    rule: str = ""
+    run: str = ""
+
+
+@page
+def violations(request: HttpRequest) -> HttpResponse:
+    state = request.GET.get("state", "open")
+    if state not in ("open", "acknowledged", "all"):
+        raise Http404("there is no such filter")
+    chosen = ViolationFilter(
+        state=state,
+        severity=choice(request, "severity", Severity),
+        rule=choice(request, "rule", ViolationRule),
+        run=request.GET.get("run", ""),
+    )
+
+    def rows() -> dict[str, Any]:
+        return {
+            "page": violation_rows(chosen, page_number(request)),
+            "may_acknowledge": may(person(request), Act.ACKNOWLEDGE_VIOLATION),
+        }
+
+    panels = [
+        Panel("list", "Violations", "console/violations/list.html", rows, ("violation",), every=30)
+    ]
+    return render_page(
+        request,
+        "console/violations.html",
+        title="Violations",
+        panels=panels,
+        chosen=chosen,
+        severities=list(Severity),
+        rules=list(ViolationRule),
+    )
+
+
+def violation_rows(chosen: ViolationFilter, page: int) -> Page[Violation]:
+    rows = Violation.objects.select_related("run", "acknowledged_by")
+    if chosen.state == "open":
+        rows = rows.filter(acknowledged_at=None)
+    elif chosen.state == "acknowledged":
+        rows = rows.exclude(acknowledged_at=None)
+    if chosen.severity:
+        rows = rows.filter(severity=chosen.severity)
+    if chosen.rule:
+        rows = rows.filter(rule=chosen.rule)
+    if chosen.run:
+        rows = rows.filter(run__uid=chosen.run)
+    return Paginator(rows, PAGE_LENGTH).get_page(page)

@@ -1,0 +1,50 @@
+"""What every page reads of its request: who asks, and what the address chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+from django.contrib.auth.decorators import login_required
+from django.http import Http404, HttpRequest, HttpResponse
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_safe
+
+from apps.accounts.models import User
+
+P = ParamSpec("P")
+E = TypeVar("E", bound=StrEnum)
+_View = Callable[Concatenate[HttpRequest, P], HttpResponse]
+
+
+def page(view: _View[P]) -> _View[P]:
+    """Signed in, GET only, never from a cache: a page is a live picture."""
+
+    @wraps(view)
+    def shown(request: HttpRequest, /, *args: P.args, **kwargs: P.kwargs) -> HttpResponse:
+        return view(request, *args, **kwargs)
+
+    return login_required(require_safe(never_cache(shown)))
+
+
+def person(request: HttpRequest) -> User:
+    if not isinstance(request.user, User):
+        raise TypeError("pages are for people who are signed in")
+    return request.user
+
+
+def choice(request: HttpRequest, name: str, words: type[E], default: E | None = None) -> str:
+    """A filter of the address; a word that we do not know is a page that does not exist."""
+    value = request.GET.get(name, "")
+    if not value:
+        return str(default) if default else ""
+    if value not in set(words):
+        raise Http404(f"there is no {name} {value!r}")
+    return value
+
+
+def page_number(request: HttpRequest) -> int:
+    text = request.GET.get("page", "1")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 7 else 1

@@ -1,0 +1,21 @@
+"""What waits for a person: one query for the badge, the inbox and the overview."""
+
+from __future__ import annotations
+
+from django.db.models import F, Q, QuerySet
+from django.utils import timezone
+
+from apps.adaptations.models import Adaptation
+from esper.contracts import AdaptationState
+
+
+def waiting() -> QuerySet[Adaptation]:
+    """What waits for a person and has not run out, the first to expire first."""
+    return Adaptation.objects.filter(
+        Q(deadline_at__isnull=True) | Q(deadline_at__gt=timezone.now()),
+        state=AdaptationState.AWAITING_APPROVAL,
+    ).order_by(F("deadline_at").asc(nulls_last=True), "id")
+
+
+def inbox_count() -> int:
+    return waiting().count()
