@@ -77,7 +77,7 @@ def _running(data_dir: Path) -> Iterator[tuple[str, str]]:
 
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "launcher.supervisor", "--no-demo"),
+            *(sys.executable, "-m", "launcher", "up", "--no-demo"),
             *("--port", "0", "--data-dir", str(data_dir)),
         ],
         stdout=subprocess.PIPE,

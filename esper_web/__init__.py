@@ -1,1 +1,1 @@
-"""The web project: settings, entry points and the supervisor behind ``./up``."""
+"""The web project: settings, routes, and the ASGI and Celery applications."""

@@ -1,4 +1,4 @@
-"""Processes of one supervisor: they die with it, and carry a mark by which they are found again."""
+"""Processes of one supervisor: they end with it, and carry a mark in their environment."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Every child inherits it, and so do its children; /proc shows it even when nobody waits for them.
+# All descendants inherit this variable, and /proc shows it even when their parent is gone.
 MARK = "ESPER_UP_ID"
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def dies_with_parent(niceness: int = 0) -> Callable[[], None]:
-    """What a child does before it becomes its program: it asks to be ended when we are killed."""
+    """A ``preexec_fn``: the kernel ends the child when its parent is killed (Linux)."""
     parent = os.getpid()
 
     def prepare() -> None:
         if _libc is not None:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # we died between fork and prctl
+            if os.getppid() != parent:  # the parent ended between fork and prctl
                 os._exit(1)
         if niceness:
             os.nice(niceness)
@@ -33,7 +33,7 @@ def dies_with_parent(niceness: int = 0) -> Callable[[], None]:
 
 
 def signal_group(leader: int, number: signal.Signals) -> None:
-    """Signals a child and whatever it has started."""
+    """Signals a child and every process in its group."""
     try:
         os.killpg(leader, number)
     except (ProcessLookupError, PermissionError):
@@ -41,7 +41,7 @@ def signal_group(leader: int, number: signal.Signals) -> None:
 
 
 def signal_process(pid: int, number: signal.Signals) -> None:
-    """Signals one process, if it is still there."""
+    """Signals one process, if it still runs."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -49,7 +49,7 @@ def signal_process(pid: int, number: signal.Signals) -> None:
 
 
 def marked_processes(mark: str) -> list[int]:
-    """Live processes with our mark, ourselves excepted. Linux only; elsewhere the list is empty."""
+    """Running processes with this mark, ourselves excepted. Linux only; elsewhere none."""
     wanted = f"{MARK}={mark}".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -63,12 +63,12 @@ def marked_processes(mark: str) -> list[int]:
     return sorted(found)
 
 
-def end_marked(mark: str, *, patience: float = 3.0) -> list[int]:
-    """Ends what an earlier supervisor left behind; returns whom it had to end."""
+def end_marked(mark: str, *, timeout: float = 3.0) -> list[int]:
+    """Ends all processes with this mark; returns the process ids that it found."""
     found = marked_processes(mark)
     for pid in found:
         signal_process(pid, signal.SIGTERM)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while marked_processes(mark) and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in marked_processes(mark):
@@ -77,13 +77,13 @@ def end_marked(mark: str, *, patience: float = 3.0) -> list[int]:
 
 
 def process_identity(pid: int) -> str:
-    """When this process was started, empty when it does not live; process ids come round again."""
+    """When this process started, empty when it does not run. Process ids are used again."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except FileNotFoundError:
         return _identity_by_ps(pid) if sys.platform != "linux" else ""
-    except ProcessLookupError:  # it went away between open and read
+    except ProcessLookupError:  # it ended between open and read
         return ""
     return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"
 

@@ -19,10 +19,10 @@ import pytest
 from playwright.sync_api import Page, sync_playwright
 
 from hosts.keyring import read_keyring
+from hosts.paths import ROOT
 from hosts.processes import end_marked, marked_processes
-from launcher.supervise.plan import ROOT
-from launcher.supervise.ports import any_free_port
-from launcher.supervise.runtime import read_runtime
+from hosts.runtime import read_runtime
+from launcher.supervisor.ports import any_free_port
 
 # Limits, so that a broken test ends. Generous: a busy machine is no fault of the code.
 START_SECONDS = 300.0
@@ -159,7 +159,7 @@ class RunningEsper:
 
     @property
     def runtime(self) -> dict[str, Any]:
-        """``url, redis_port, ready, children {name: pid}``; see launcher.supervise.runtime."""
+        """``url, redis_port, ready, children {name: pid}``; see hosts.runtime."""
         return read_runtime(self.data_dir)
 
     @property
@@ -234,7 +234,7 @@ def launch_esper(
     with console.open("wb") as file:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "launcher.supervisor"),
+                *(sys.executable, "-m", "launcher", "up"),
                 *("--data-dir", str(data_dir), "--port", "0", *arguments),
             ],
             cwd=ROOT,

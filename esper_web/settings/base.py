@@ -10,9 +10,9 @@ from csp.constants import NONE, SELF
 
 from esper_web import env
 from esper_web.logs import logging_config
+from hosts.paths import ROOT, default_data_dir
 
-BASE_DIR = Path(__file__).resolve().parents[2]
-ESPER_DATA_DIR = env.directory("ESPER_DATA_DIR", BASE_DIR / "var")
+ESPER_DATA_DIR = env.directory("ESPER_DATA_DIR", default_data_dir())
 
 # --- applications -------------------------------------------------------------------------------
 
@@ -64,7 +64,7 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",
-        "DIRS": [BASE_DIR / "templates", BASE_DIR / "esper_web" / "templates"],
+        "DIRS": [ROOT / "templates", ROOT / "esper_web" / "templates"],
         "APP_DIRS": True,
         "OPTIONS": {
             "context_processors": [
@@ -128,7 +128,7 @@ DATA_UPLOAD_MAX_NUMBER_FIELDS = 500
 
 STATIC_URL = "/static/"
 STATIC_ROOT: Path | None = ESPER_DATA_DIR / "staticfiles"
-STATICFILES_DIRS = [BASE_DIR / "static"] if (BASE_DIR / "static").is_dir() else []
+STATICFILES_DIRS = [ROOT / "static"] if (ROOT / "static").is_dir() else []
 
 # --- REST API -----------------------------------------------------------------------------------
 
@@ -267,7 +267,7 @@ ESPER_RUN_LOST_SECONDS = env.integer(
     "ESPER_RUN_LOST_SECONDS", 24 * 3600, minimum=60, maximum=30 * 24 * 3600
 )
 # Recipes: what this host's owner lets operators start on it, and where what was started lives.
-ESPER_RECIPES = env.directory("ESPER_RECIPES", BASE_DIR / "recipes")
+ESPER_RECIPES = env.directory("ESPER_RECIPES", ROOT / "recipes")
 ESPER_LAUNCH_DIR = env.directory("ESPER_LAUNCH_DIR", ESPER_DATA_DIR / "launches")
 ESPER_LAUNCH_LOST_SECONDS = env.integer(
     "ESPER_LAUNCH_LOST_SECONDS", 60, minimum=10, maximum=24 * 3600

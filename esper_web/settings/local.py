@@ -9,7 +9,7 @@ from esper_web import env
 from esper_web.settings.base import *  # noqa: F403
 from esper_web.settings.base import ESPER_DATA_DIR, channel_layers
 from hosts.keyring import ensure_keyring
-from launcher.supervise.runtime import DEFAULT_REDIS_PORT, running_redis_port
+from hosts.runtime import DEFAULT_REDIS_PORT, running_redis_port
 
 _keyring = ensure_keyring(ESPER_DATA_DIR)
 _redis_port = running_redis_port(ESPER_DATA_DIR) or DEFAULT_REDIS_PORT

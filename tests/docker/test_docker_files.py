@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from launcher.supervise import plan
-from launcher.supervise.plan import ROOT
+from hosts.paths import ROOT
+from launcher.supervisor import plan
 
 DOCKER = ROOT / "docker"
 COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
@@ -45,7 +45,7 @@ def dockerfile_command(name: str) -> list[str]:
     [
         ("web", plan.web_command()),
         ("worker-control", plan.control_worker_command()),
-        ("worker-compile", plan.compile_worker_command("$$(python -m launcher.supervise.plan)")),
+        ("worker-compile", plan.compile_worker_command("$$(python -m launcher.supervisor.plan)")),
         ("beat", plan.beat_command()),
         ("tamiyo", plan.tamiyo_command()),
     ],

@@ -10,7 +10,7 @@ from kombu.exceptions import ContentDisallowed
 from kombu.serialization import dumps, loads
 
 from esper_web.celery import app
-from launcher.supervise.plan import ROOT
+from hosts.paths import ROOT
 
 
 def test_every_beat_entry_names_a_task_that_exists_and_a_queue_with_a_worker() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from django.db import connection
 
-from launcher.supervise.plan import ROOT
+from hosts.paths import ROOT
 
 pytestmark = pytest.mark.postgres
 

@@ -13,7 +13,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from esper.contracts import signing
 from esper_web import env
-from launcher.supervise.plan import ROOT
+from hosts.paths import ROOT
 
 PRODUCTION = {
     "DJANGO_SETTINGS_MODULE": "esper_web.settings.production",

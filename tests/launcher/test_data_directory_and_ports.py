@@ -15,9 +15,8 @@ import pytest
 
 from esper.contracts import signing
 from hosts.keyring import ensure_keyring, kernel_key_path, read_keyring, update_keyring
-from launcher.supervise.plan import ROOT
-from launcher.supervise.ports import PortBusyError, demand_port, is_free, prefer_port
-from launcher.supervise.runtime import (
+from hosts.paths import ROOT
+from hosts.runtime import (
     DataDirectoryBusyError,
     data_directory_lock,
     read_runtime,
@@ -25,6 +24,7 @@ from launcher.supervise.runtime import (
     running_redis_port,
     write_runtime,
 )
+from launcher.supervisor.ports import PortBusyError, demand_port, is_free, prefer_port
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_port_zero_gives_any_free_port() -> None:
 def test_up_refuses_a_busy_port_with_a_sentence(busy_port: int, tmp_path: Path) -> None:
     answer = subprocess.run(
         [
-            *(sys.executable, "-m", "launcher.supervisor"),
+            *(sys.executable, "-m", "launcher", "up"),
             *("--data-dir", str(tmp_path), "--port", str(busy_port)),
         ],
         cwd=ROOT,
@@ -70,7 +70,7 @@ def test_up_refuses_a_busy_port_with_a_sentence(busy_port: int, tmp_path: Path) 
 def test_two_supervisors_cannot_share_a_data_directory(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; "
-        "from launcher.supervise.runtime import data_directory_lock, DataDirectoryBusyError\n"
+        "from hosts.runtime import data_directory_lock, DataDirectoryBusyError\n"
         "try:\n with data_directory_lock(Path(sys.argv[1])): pass\n"
         "except DataDirectoryBusyError as error: print(error)"
     )

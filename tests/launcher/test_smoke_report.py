@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launcher.smoke import audit_gaps, failures, summary
+from launcher.smoke.report import audit_gaps, failures, summary
 
 UID = "adp_1"
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from hosts.processes import MARK, end_marked, marked_processes
-from launcher.supervise.child import Backoff, Child, ChildSpec, CrashLoopError, Restart
-from launcher.supervise.family import Family, StartError
-from launcher.supervise.output import Output
+from launcher.supervisor.child import Backoff, Child, ChildSpec, CrashLoopError, Restart
+from launcher.supervisor.children import Children, StartError
+from launcher.supervisor.output import Output
 
 
 def quick() -> Backoff:
@@ -137,14 +137,14 @@ signal.signal(signal.SIGTERM, lambda *_: (print("bye"), sys.exit(0)))
 print("up")
 time.sleep(60)
 """
-    family = Family(output)
+    children = Children(output)
     names = {"valkey": 3, "web": 2, "worker": 1, "beat": 0}
-    await family.start([spec(name, program, stop_order=order) for name, order in names.items()])
+    await children.start([spec(name, program, stop_order=order) for name, order in names.items()])
     await until(lambda: screen.getvalue().count("| up") == 4)
-    await family.stop()
+    await children.stop()
     goodbyes = [line.split()[1] for line in screen.getvalue().splitlines() if line.endswith("bye")]
     assert goodbyes == ["beat", "worker", "web", "valkey"]
-    assert family.pids() == {}
+    assert children.pids() == {}
 
 
 async def test_the_start_waits_until_a_child_answers(output: Output, tmp_path: Path) -> None:
@@ -157,41 +157,41 @@ async def test_the_start_waits_until_a_child_answers(output: Output, tmp_path: P
         "import pathlib, time; time.sleep(0.3); "
         f"pathlib.Path({str(flag)!r}).touch(); time.sleep(60)"
     )
-    family = Family(output)
-    await family.start([spec("web", program, ready=is_ready)])
+    children = Children(output)
+    await children.start([spec("web", program, ready=is_ready)])
     assert flag.exists()
-    await family.stop()
+    await children.stop()
 
 
 async def test_a_child_that_never_answers_stops_the_start_with_its_last_lines(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.supervise.family.READY_SECONDS", 0.5)
+    monkeypatch.setattr("launcher.supervisor.children.READY_SECONDS", 0.5)
 
     async def never() -> bool:
         return False
 
-    family = Family(output)
+    children = Children(output)
     with pytest.raises(StartError, match=r"web does not start(.|\n)*cannot bind"):
-        await family.start(
+        await children.start(
             [spec("web", "print('cannot bind'); import time; time.sleep(60)", ready=never)]
         )
-    await family.stop()
+    await children.stop()
 
 
 async def test_only_an_essential_child_brings_the_family_down(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Backoff.__init__, "__defaults__", (0.01, 0.02, 10.0, 3, 0))
-    family = Family(output)
+    children = Children(output)
     crash = "raise SystemExit(1)"
-    await family.start([spec("demo", crash, essential=False)])
-    failure = asyncio.create_task(family.wait_for_failure())
+    await children.start([spec("demo", crash, essential=False)])
+    failure = asyncio.create_task(children.wait_for_failure())
     await asyncio.sleep(1.0)
     assert not failure.done()
-    await family.start([spec("web", crash)])
+    await children.start([spec("web", crash)])
     assert (await asyncio.wait_for(failure, 10)).name == "web"
-    await family.stop()
+    await children.stop()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl and /proc are Linux")
@@ -200,8 +200,8 @@ async def test_children_of_a_killed_supervisor_do_not_stay(tmp_path: Path) -> No
     program = f"""
 import asyncio, os, sys
 from pathlib import Path
-from launcher.supervise.child import Child, ChildSpec
-from launcher.supervise.output import Output
+from launcher.supervisor.child import Child, ChildSpec
+from launcher.supervisor.output import Output
 child = ChildSpec(name="sleeper", argv=(sys.executable, "-S", "-c", "import time; time.sleep(60)"),
                   env={{**os.environ, "{MARK}": "{mark}"}})
 asyncio.run(Child(child, Output(Path({str(tmp_path)!r}))).keep_running())

@@ -18,8 +18,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from hosts.paths import ROOT
 from hosts.processes import marked_processes
-from launcher.supervise.plan import ROOT
 from tests.conftest import RESTART_SECONDS
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(1500)]
@@ -102,7 +102,7 @@ def test_a_killed_child_comes_back_and_the_others_stay(running_esper: Any, child
 def test_a_second_up_on_the_same_data_is_refused(running_esper: Any) -> None:
     answer = subprocess.run(
         [
-            *(sys.executable, "-m", "launcher.supervisor", "--port", "0"),
+            *(sys.executable, "-m", "launcher", "up", "--port", "0"),
             *("--data-dir", str(running_esper.data_dir)),
         ],
         cwd=ROOT,

@@ -20,7 +20,7 @@ import torch
 
 from hosts.keyring import kernel_key_path
 from hosts.processes import MARK
-from launcher.supervise.plan import compile_worker_command
+from launcher.supervisor.plan import compile_worker_command
 
 from .conftest import QUICK, ROOT, TEST_SECONDS, Plant, until
 

@@ -1,4 +1,4 @@
-"""All children together: started in order, watched, stopped in the opposite order."""
+"""All child processes together: started in order, watched, stopped in their stop order."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import groupby
 
-from launcher.supervise.child import Child, ChildSpec, CrashLoopError
-from launcher.supervise.output import Output
+from launcher.supervisor.child import Child, ChildSpec, CrashLoopError
+from launcher.supervisor.output import Output
 
 READY_SECONDS = 60.0
 
 
 class StartError(Exception):
-    """A child does not answer."""
+    """A child process did not become ready."""
 
 
-class Family:
-    """Children by name, each with the task that keeps it running.
+class Children:
+    """Child processes by name, each with the task that keeps it running.
 
     Args:
         output: where lines go.
@@ -26,25 +26,25 @@ class Family:
     """
 
     def __init__(self, output: Output, on_change: Callable[[], None] = lambda: None) -> None:
-        self.children: dict[str, Child] = {}
+        self.by_name: dict[str, Child] = {}
         self._output = output
         self._on_change = on_change
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._failure: asyncio.Future[CrashLoopError] | None = None
 
     def pids(self) -> dict[str, int]:
-        """Process ids of those that live."""
-        return {name: child.pid for name, child in self.children.items() if child.pid is not None}
+        """The process ids of the children that run."""
+        return {name: child.pid for name, child in self.by_name.items() if child.pid is not None}
 
     async def start(self, specs: Sequence[ChildSpec]) -> None:
         """Starts children one after the other; each must be ready before the next.
 
         Raises:
-            StartError: one does not answer in time, or keeps crashing.
+            StartError: a child is not ready in time, or keeps crashing.
         """
         for spec in specs:
             child = Child(spec, self._output, on_change=self._on_change)
-            self.children[spec.name] = child
+            self.by_name[spec.name] = child
             task = asyncio.create_task(self._watch(child), name=spec.name)
             self._tasks[spec.name] = task
             await self._wait_ready(child, task)
@@ -55,22 +55,24 @@ class Family:
         return await self._failure
 
     async def stop(self) -> None:
-        """Stops all: those with a low ``stop_order`` first, one order at a time."""
-        living = sorted(self.children.values(), key=lambda child: child.spec.stop_order)
-        for _, group in groupby(living, key=lambda child: child.spec.stop_order):
+        """Stops all, group by group; a low ``stop_order`` comes first."""
+        ordered = sorted(self.by_name.values(), key=lambda child: child.spec.stop_order)
+        for _, group in groupby(ordered, key=lambda child: child.spec.stop_order):
             await asyncio.gather(*(child.stop() for child in group))
         for task in self._tasks.values():
-            # Late where a builder that outlives its worker holds its output still: wait_for
-            # has cancelled the task by then.
+            # A builder that outlives its worker still holds the worker's output open. Then the task
+            # does not end by itself, and wait_for has cancelled it.
             with suppress(CrashLoopError, asyncio.CancelledError, TimeoutError):
                 await asyncio.wait_for(task, 5.0)
 
     async def _wait_ready(self, child: Child, task: asyncio.Task[None]) -> None:
         ready = asyncio.create_task(child.wait_ready(READY_SECONDS))
-        await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
-        if ready.done() and ready.result():
-            return
-        ready.cancel()
+        try:
+            await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done() and ready.result():
+                return
+        finally:
+            ready.cancel()
         tail = "\n  ".join(self._output.tail(child.spec.name))
         raise StartError(f"{child.spec.name} does not start. Its last lines:\n  {tail}")
 
@@ -78,7 +80,7 @@ class Family:
         try:
             await child.keep_running()
         except CrashLoopError as error:
-            self._output.say(f"{error}; giving up on it")
+            self._output.say(f"{error}; it is not started again")
             if child.spec.essential:
                 self._failure = self._failure or asyncio.get_running_loop().create_future()
                 if not self._failure.done():

@@ -18,15 +18,15 @@ LOCK_FILE = "lock"
 
 
 class DataDirectoryBusyError(Exception):
-    """Another supervisor runs on this data directory."""
+    """Another supervisor uses this data directory."""
 
 
 @contextmanager
 def data_directory_lock(data_dir: Path) -> Iterator[None]:
-    """Holds the directory; SQLite and Valkey files must not have two masters.
+    """Locks the directory: two supervisors must not use the same SQLite and Valkey files.
 
     Raises:
-        DataDirectoryBusyError: somebody else holds it.
+        DataDirectoryBusyError: another process holds the lock.
     """
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (data_dir / LOCK_FILE).open("a+") as file:
@@ -46,12 +46,12 @@ def data_directory_lock(data_dir: Path) -> Iterator[None]:
 
 
 def write_runtime(data_dir: Path, state: dict[str, Any]) -> None:
-    """Says what runs: ``id, pid, url, redis_port, ready, children {name: pid}``."""
+    """Records what runs: ``id, pid, url, redis_port, ready, children {name: pid}``."""
     write_private(data_dir / RUNTIME_FILE, json.dumps(state, indent=2) + "\n")
 
 
 def read_runtime(data_dir: Path) -> dict[str, Any]:
-    """What runs, or ran when its supervisor was killed; empty when it was stopped properly."""
+    """What runs, or ran when its supervisor was killed; empty after an orderly stop."""
     try:
         state: dict[str, Any] = json.loads((data_dir / RUNTIME_FILE).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -60,11 +60,11 @@ def read_runtime(data_dir: Path) -> dict[str, Any]:
 
 
 def remove_runtime(data_dir: Path) -> None:
-    """Nothing runs any more."""
+    """Records that nothing runs."""
     (data_dir / RUNTIME_FILE).unlink(missing_ok=True)
 
 
 def running_redis_port(data_dir: Path) -> int | None:
-    """Where this directory's Valkey listens, for a ``manage.py`` beside a running Esper."""
+    """The port of this directory's Valkey, for commands beside a running Esper."""
     port = read_runtime(data_dir).get("redis_port")
     return port if isinstance(port, int) else None

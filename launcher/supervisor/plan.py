@@ -24,11 +24,11 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from hosts.keyring import kernel_key_path
+from hosts.paths import ROOT
 from hosts.processes import MARK
-from launcher.supervise import valkey
-from launcher.supervise.child import ChildSpec, Restart
+from launcher.supervisor import valkey
+from launcher.supervisor.child import ChildSpec, Restart
 
-ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 DEMOS = ("digits_cnn", "topics_lm")
 CELERY = (PYTHON, "-m", "celery", "--quiet", "-A", "esper_web.celery")

@@ -1,4 +1,4 @@
-"""``python -m launcher.supervise.preparation``: tables, catalogue and demo people. Idempotent.
+"""``python -m launcher.supervisor.preparation``: tables, catalogue and demo people. Idempotent.
 
 One process, because every ``manage.py`` call would set up Django again. What it prints is for the
 person at the terminal: passwords are shown this once, and go to no log file.

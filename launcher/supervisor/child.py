@@ -22,7 +22,7 @@ from hosts.processes import (
     signal_group,
     signal_process,
 )
-from launcher.supervise.output import Output
+from launcher.supervisor.output import Output
 
 READ_BYTES = 65536
 LONGEST_LINE_BYTES = 64 * 1024

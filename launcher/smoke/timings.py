@@ -13,14 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 
-from launcher.supervise.plan import Site
-
-if TYPE_CHECKING:
-    from launcher.smoke import Person
+from launcher.smoke.person import Person
+from launcher.supervisor.plan import Site
 
 REPEATS = 20
 Json = dict[str, Any]
@@ -29,9 +27,9 @@ Json = dict[str, Any]
 async def measure_timings(
     operator: Person, site: Site, run: str, adaptations: Sequence[Json]
 ) -> dict[str, float | None]:
-    """The figures; None where the run gave no occasion."""
+    """The figures; None where nothing in the run was measured."""
     jobs = await operator.all("jobs")
-    # Snapshots and frames are for Tamiyo's eyes, so this asks with its token.
+    # Only Tamiyo may read snapshots and frames, so this uses its token.
     headers = {"Authorization": f"Bearer {site.token('tamiyo')}"}
     async with httpx.AsyncClient(base_url=site.url, headers=headers, timeout=20.0) as tamiyo:
         snapshot = await _read(tamiyo, f"runs/{run}/snapshot")

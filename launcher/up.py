@@ -1,0 +1,43 @@
+"""``esper up``: Esper runs until a signal or a failure stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from hosts.processes import MARK
+from launcher.supervisor.esper import STARTING_ERRORS, Esper, Options
+from launcher.supervisor.output import Output
+from launcher.supervisor.stopping import run_until_signal
+
+STOPPED_BY_SIGNAL = 130  # the exit status of a program that SIGINT stopped, as shells count it
+
+
+def up(options: Options) -> int:
+    """Runs Esper in the foreground; the exit status."""
+    options.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    output = Output(options.data_dir / "log")
+    os.environ.pop(MARK, None)
+    try:
+        status = run_until_signal(lambda: _run(options, output), output)
+    except STARTING_ERRORS as error:
+        output.plain(f"{error}")
+        return 1
+    finally:
+        output.close()
+    return STOPPED_BY_SIGNAL if status is None else status
+
+
+async def _run(options: Options, output: Output) -> int:
+    async with Esper(options, output) as esper:
+        if options.setup_only:
+            output.say("everything is prepared")
+            return 0
+        try:
+            error = await esper.children.wait_for_failure()
+        except asyncio.CancelledError:  # a running Esper that is told to stop has not failed
+            return 0
+    output.say(f"{error.name} cannot be kept running. Its last lines:")
+    for line in error.tail:
+        output.plain(f"    {line}")
+    return 1
