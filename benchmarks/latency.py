@@ -165,7 +165,7 @@ def graft_pause(*, repeats: int) -> Figure:
             model,
             layer,
             blueprint,
-            optimizers=(optimizer,),
+            surroundings=grafting.Surroundings((optimizer,)),
             graft=graft,
             seed=repeat + 1,
             memory=memory,

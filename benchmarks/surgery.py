@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from benchmarks.figures import Budget, Figure, write_json
 from esper import blueprints, grafting
-from esper.grafting import Receipt, Snapshot
+from esper.grafting import Receipt, Snapshot, Surroundings
 
 DEPTH = 6
 FEATURES = 64
@@ -120,7 +120,7 @@ def with_esper(case: Trained, *, hard: bool) -> tuple[float, Callable[[], None]]
         case.model,
         layer,
         blueprint,
-        optimizers=(case.optimizer,),
+        surroundings=Surroundings((case.optimizer,)),
         graft=graft,
         seed=1,
         memory=memory,
@@ -232,7 +232,7 @@ def observe(
     for repeat in range(repeats + 1):
         case = trained(width, build)
         before, moments = case.output(), _moments(case)
-        state = Snapshot.take(case.model, [case.optimizer])
+        state = Snapshot.take(case.model, Surroundings([case.optimizer]))
         held = {id(p) for p in case.model.parameters()}
         pause, undo = change(case)
         if repeat == 0:  # the first one loads and warms up

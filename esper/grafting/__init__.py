@@ -9,14 +9,14 @@ from torch import nn
 from esper.blueprints import get_blueprint
 from esper.contracts import LayerInfo
 from esper.exceptions import UnknownLayerError
-from esper.grafting.apply import Receipt, Surroundings, UndoReceipt, apply_graft
+from esper.grafting.apply import apply_graft
 from esper.grafting.certify import certify, sample_input, stand_in
 from esper.grafting.copies import audit_copies, check_copy, let_follow
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
 from esper.grafting.guard import GuardVerdict, LossGuard, non_finite_gradients
 from esper.grafting.ledger import add_group, audit
 from esper.grafting.movement import MovementWatch
-from esper.grafting.remedies import RemedyReceipt
+from esper.grafting.receipts import ChangeReceipt, Receipt, RemedyReceipt, UndoReceipt
 from esper.grafting.replicas import Replicas
 from esper.grafting.slot import (
     GraftRecord,
@@ -36,8 +36,10 @@ from esper.grafting.structure import (
     structure,
     take_back,
 )
+from esper.grafting.surroundings import Surroundings
 
 __all__ = [
+    "ChangeReceipt",
     "GraftRecord",
     "GuardVerdict",
     "LayerRecorder",
@@ -106,9 +108,14 @@ def graft(
         IncompatibleLayerError, CertificateError, ConfigurationError: as :func:`apply_graft`.
     """
     info = _look_up(model, layer, sample)
-    optimizers = () if optimizer is None else (optimizer,)
+    surroundings = Surroundings(() if optimizer is None else (optimizer,))
     return apply_graft(
-        model, info, get_blueprint(blueprint), config=config, optimizers=optimizers, thorough=True
+        model,
+        info,
+        get_blueprint(blueprint),
+        config=config,
+        surroundings=surroundings,
+        thorough=True,
     )
 
 

@@ -10,95 +10,27 @@ from __future__ import annotations
 
 import math
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esper.blueprints import Graft, get_blueprint, layout
-from esper.exceptions import ConfigurationError, GraftError, UndoError
+from esper.exceptions import ConfigurationError, GraftError
 from esper.grafting import ledger
-from esper.grafting.apply import Receipt, Surroundings, UndoReceipt
 from esper.grafting.certify import put_back, sample_input
 from esper.grafting.graph import kind_of
+from esper.grafting.receipts import Receipt, RemedyReceipt
 from esper.grafting.slot import find_host, remove_slots, slot_of, slots, watch
-from esper.grafting.snapshot import Frozen, Snapshot, digest
+from esper.grafting.snapshot import Frozen, Snapshot
+from esper.grafting.surroundings import BARE, Surroundings
 
 DEAD_BELOW = 0.025  # of the layer's mean |h| (ReDo, Sokar et al. 2023, arXiv 2302.12902)
 _MERGED_SHARE = 64  # a merge may differ by so many roundings of the output's scale
-
-
-@dataclass(slots=True, eq=False)
-class RemedyReceipt:
-    """A remedy that is in effect.
-
-    Attributes:
-        remedy: ``recycle``, ``set_lr``, ``freeze``, ``unfreeze`` or ``merge``.
-        step: optimizer step, -1 where there is no run.
-        details: JSON values that tell what was done, such as ``factor`` or ``max_abs_diff``.
-        pause_ms: what the training loop waited for it; a session counts its own part too.
-        key: names it, once and for all.
-    """
-
-    remedy: str
-    layer: str
-    step: int
-    details: dict[str, Any]
-    pause_ms: float
-    _before: Frozen = field(repr=False)
-    _after: Frozen = field(repr=False)
-    _model: nn.Module = field(repr=False)
-    _merged: Graft | None = field(repr=False, default=None)
-    _snapshot: Snapshot | None = field(repr=False, default=None)
-    key: str = field(default_factory=lambda: str(uuid.uuid4()))
-
-    @property
-    def digest_before(self) -> str:
-        """Hex SHA-256 of the model before; worked out when first asked for."""
-        return self._before.digest
-
-    @property
-    def digest_after(self) -> str:
-        return self._after.digest
-
-    @property
-    def can_undo_hard(self) -> bool:
-        return self._snapshot is not None
-
-    def forget_snapshot(self) -> None:
-        """Frees the snapshot; the remedy cannot be undone any more."""
-        _ = self.digest_before, self.digest_after  # worked out from the snapshot's copies
-        self._snapshot = None
-
-    def undo(self) -> UndoReceipt:
-        """Brings back the state before the remedy to the bit, as a graft's hard undo does.
-
-        Raises:
-            UndoError: the snapshot is gone, a graft came or went since, or the model did not come
-                back as it was.
-        """
-        snapshot = self._snapshot
-        if snapshot is None:
-            raise UndoError("the snapshot before this remedy is gone", layer=self.layer)
-        merged = set() if self._merged is None else {self._merged}
-        if _living(self._model) != snapshot.grafts() - merged:
-            raise UndoError("a graft came or went since: undo that first", layer=self.layer)
-        started = time.perf_counter()
-        snapshot.restore()
-        if self._merged is not None:
-            self._merged.__dict__.pop("merged", None)
-        differences, after = snapshot.differences(), digest(self._model)
-        self.forget_snapshot()
-        pause_ms = (time.perf_counter() - started) * 1e3
-        if differences or after != self.digest_before:
-            what = ", ".join(differences) or "the model's digest"
-            raise UndoError(f"not as before the remedy: {what}", layer=self.layer)
-        return UndoReceipt(after, hard=True, exact=True, pause_ms=pause_ms)
 
 
 def recycle_dead_units(
@@ -107,7 +39,7 @@ def recycle_dead_units(
     next_layer: str,
     sample: Any,
     *,
-    surroundings: Surroundings | None = None,
+    surroundings: Surroundings = BARE,
     seed: int = 0,
     step: int = -1,
 ) -> RemedyReceipt:
@@ -134,10 +66,9 @@ def recycle_dead_units(
         if not dead:
             raise GraftError("no unit of it is dead", layer=layer)
         before = _answer(model, sample)
-        around = surroundings or Surroundings()
-        _clear(reader, dead, _input_axis(reader), around, fill=None)
+        _clear(reader, dead, _input_axis(reader), surroundings, fill=None)
         without = _answer(model, sample)
-        _clear(host, dead, _output_axis(host), around, fill=seed)
+        _clear(host, dead, _output_axis(host), surroundings, fill=seed)
         if not torch.equal(_answer(model, sample), without):
             raise GraftError(f"something beside {next_layer!r} reads its units", layer=layer)
         lost = float((without - before).abs().max())
@@ -276,13 +207,12 @@ def _apply(
     remedy: str,
     layer: str,
     change: Callable[[], dict[str, Any]],
-    surroundings: Surroundings | None,
+    surroundings: Surroundings,
     step: int,
 ) -> RemedyReceipt:
-    around = surroundings or Surroundings()
     started = time.perf_counter()
     slotted = {name for name, _, _ in slots(model)}
-    snapshot = Snapshot.take(model, around.optimizers, around.schedulers, around.scaler)
+    snapshot = Snapshot.take(model, replace(surroundings, copies=()))
     before = snapshot.freeze(model)
     try:
         with torch.no_grad():
@@ -305,10 +235,6 @@ def _apply(
         raise
     finally:
         remove_slots(model, {name for name, _, _ in slots(model)} - slotted)
-
-
-def _living(model: nn.Module) -> set[nn.Module]:
-    return {graft for _, _, slot in slots(model) for graft in slot.grafts().values()}
 
 
 # -- dead units --------------------------------------------------------------------------------

@@ -274,6 +274,28 @@ def find_slot(model: nn.Module, layer: str) -> Slot | None:
         return None
 
 
+def living_grafts(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
+    """graft -> (layer, slug) of every graft in the model."""
+    return {
+        graft: (layer, slug)
+        for layer, _, slot in slots(model)
+        for slug, graft in slot.grafts().items()
+    }
+
+
+def graft_at(model: nn.Module, layer: str, slug: str) -> Graft | None:
+    """The graft that the layer carries under this slug, None where it carries none."""
+    slot = slot_of(find_host(model, layer))
+    return None if slot is None else slot.grafts().get(slug)
+
+
+def take_out(model: nn.Module, layer: str, slug: str) -> None:
+    """Removes one graft from the layer's slot; nothing happens where it is not there."""
+    slot = slot_of(find_host(model, layer))
+    if slot is not None and slug in slot.grafts():
+        slot.take_out(slug)
+
+
 def prepare_slots(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
     """Gives each layer an empty slot; those that have one keep it.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from esper.grafting.ledger import unwrap_optimizer, unwrap_schedulers
 from esper.grafting.slot import Slot
+from esper.grafting.surroundings import BARE, Surroundings
 
 PAGE_BYTES = 4096
 
@@ -207,32 +208,29 @@ class Snapshot:
     def take(
         cls,
         model: nn.Module,
-        optimizers: Sequence[Any] = (),
-        schedulers: Sequence[Any] = (),
-        scaler: Any = None,
+        surroundings: Surroundings = BARE,
         memory: SnapshotMemory | None = None,
-        copies: Sequence[nn.Module] = (),
     ) -> Snapshot:
         """Copies everything; costs one copy of weights, gradients and optimizer state.
 
         Args:
             memory: where copies go as far as it reaches; used up by it.
-            copies: running averages of the model, which come back with it.
         """
         snapshot = cls()
         copied = (memory or SnapshotMemory()).copy
         with torch.no_grad():
             snapshot._save_model(model, copied)
-            for average in copies:
+            for average in surroundings.copies:
                 snapshot._save_model(average, copied)
                 snapshot._of_copies.update(average.modules())
             snapshot._optimizers = [
-                _save_optimizer(unwrap_optimizer(o), copied) for o in optimizers
+                _save_optimizer(unwrap_optimizer(o), copied) for o in surroundings.optimizers
             ]
             snapshot._schedulers = [
                 (scheduler, _save_attributes(scheduler, copied))
-                for scheduler in unwrap_schedulers(schedulers)
+                for scheduler in unwrap_schedulers(surroundings.schedulers)
             ]
+            scaler = surroundings.scaler
             if scaler is not None:
                 snapshot._scaler = (scaler, copy.deepcopy(scaler.state_dict()))
         return snapshot

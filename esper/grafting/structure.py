@@ -16,11 +16,13 @@ from esper.blueprints import Blueprint, get_blueprint
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import ConfigurationError, GraftError
 from esper.grafting import ledger
-from esper.grafting.apply import Receipt, Surroundings, insert_graft
+from esper.grafting.apply import insert_graft
 from esper.grafting.graph import trace_layers
-from esper.grafting.replicas import WHOLE_MODEL, Replicas
-from esper.grafting.slot import GraftRecord, find_host, remove_slots, slots
+from esper.grafting.receipts import Receipt
+from esper.grafting.replicas import WHOLE_MODEL
+from esper.grafting.slot import GraftRecord, find_host, graft_at, remove_slots, slots
 from esper.grafting.snapshot import Frozen
+from esper.grafting.surroundings import BARE, Surroundings
 
 # Optimizer state that torch would use without a look at its shape; Adafactor's rows and columns,
 # and counters, have shapes of their own.
@@ -51,21 +53,18 @@ def structure(model: nn.Module) -> list[dict[str, Any]]:
 def rebuild(
     model: nn.Module,
     manifest: Sequence[dict[str, Any]],
-    optimizers: Sequence[Any] = (),
-    schedulers: Sequence[Any] = (),
+    surroundings: Surroundings = BARE,
     *,
     other_versions: bool = False,
-    copies: Sequence[Any] = (),
-    replicas: Replicas | None = None,
 ) -> tuple[Receipt, ...]:
     """Makes the grafts of a manifest again, each from its seed, for a state dict to be loaded.
 
     All of them, or none: where one cannot be made, the model is as before.
 
     Args:
-        other_versions: take a blueprint whose source has changed since.
-        copies, replicas: running averages and other ranks of the model, for the receipts: those
-            that call this let them follow when the weights are loaded, too.
+        surroundings: what trains the model. Its copies and replicas are for the receipts: the
+            caller lets them follow once the weights are loaded.
+        other_versions: accept a blueprint whose source has changed since.
 
     Returns:
         Receipts that can be undone softly; there is no snapshot from before.
@@ -80,11 +79,11 @@ def rebuild(
     for record in records:
         _check_version(record, get_blueprint(record.blueprint), other_versions)
         find_host(model, record.layer.name)
+        replicas = surroundings.replicas
         if replicas is not None and record.layer.name == WHOLE_MODEL:
             _check_whole_model(record.layer, replicas.whole_model)
         else:
             _check_layer(record.layer, layers.get(record.layer.name))
-    surroundings = Surroundings(optimizers, schedulers, None, copies, replicas)
     slotted = {name for name, _, _ in slots(model)}
     receipts: list[Receipt] = []
     try:
@@ -162,8 +161,7 @@ def load_optimizer_state_by_name(
 def _rebuild_one(model: nn.Module, record: GraftRecord, surroundings: Surroundings) -> Receipt:
     blueprint = get_blueprint(record.blueprint)
     host = find_host(model, record.layer.name)
-    if record.blueprint in {record.blueprint for _, h, s in slots(model) if h is host
-                            for record in s.records.values()}:  # fmt: skip
+    if graft_at(model, record.layer.name, record.blueprint) is not None:
         raise GraftError(
             f"{record.layer.name!r} carries {record.blueprint} already", layer=record.layer.name
         )
@@ -173,6 +171,8 @@ def _rebuild_one(model: nn.Module, record: GraftRecord, surroundings: Surroundin
     before = Frozen.of(model)
     group = insert_graft(model, record, graft, surroundings)
     return Receipt(
+        layer=record.layer.name,
+        step=record.step,
         record=record,
         pause_ms=0.0,
         _before=before,

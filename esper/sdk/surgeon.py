@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from esper.grafting import (
     UndoReceipt,
     remedies,
 )
-from esper.grafting.apply import undoing_everywhere
+from esper.grafting.receipts import undoing_everywhere
 from esper.grafting.replicas import Joint, jointly
 from esper.grafting.slot import SLOT_NAME, find_host, slot_of
 from esper.grafting.snapshot import Snapshot
@@ -127,10 +127,9 @@ class Surgeon:
     ) -> None:
         self.model = model
         self.optimizers = tuple(optimizers)
-        self._schedulers = tuple(schedulers)
-        self._scaler = scaler
-        self._copies = tuple(copies)
-        self._replicas = replicas
+        self._surroundings = Surroundings(
+            self.optimizers, tuple(schedulers), scaler, tuple(copies), replicas
+        )
         self.adaptations: list[Adaptation] = []
         self.remedies: list[RemedyReceipt] = []
         self._history: list[Adaptation | RemedyReceipt] = []  # as they came
@@ -167,16 +166,12 @@ class Surgeon:
             operation.layer,
             operation.blueprint,
             config=operation.config,
-            optimizers=self.optimizers,
-            schedulers=self._schedulers,
-            scaler=self._scaler,
-            copies=self._copies,
+            surroundings=self._surroundings,
             graft=operation.graft,
             seed=operation.seed,
             adaptation=operation.uid,
             step=step,
             memory=operation.memory,
-            replicas=self._replicas,
         )
         adaptation = Adaptation(
             uid=operation.uid,
@@ -242,9 +237,7 @@ class Surgeon:
     @property
     def surroundings(self) -> Surroundings:
         """What a remedy has to know beside the model."""
-        return Surroundings(
-            self.optimizers, self._schedulers, self._scaler, replicas=self._replicas
-        )
+        return replace(self._surroundings, copies=())  # a remedy leaves the averages alone
 
     def remedy(
         self, apply: Callable[[], RemedyReceipt], merged: Adaptation | None = None
@@ -255,7 +248,7 @@ class Surgeon:
             ReplicaError: another rank could not do it, or it came to other weights.
             Whatever ``apply`` raises; the model is as before.
         """
-        with jointly(self._replicas) as joint:
+        with jointly(self._surroundings.replicas) as joint:
             receipt = apply()
             try:
                 joint.commit()
@@ -282,7 +275,7 @@ class Surgeon:
         """
         if receipt not in self.remedies:
             raise UndoError("this remedy is not in effect any more", layer=receipt.layer)
-        if self._replicas is None:
+        if self._surroundings.replicas is None:
             report = receipt.undo()
         else:
             with undoing_everywhere(self.model, self.surroundings, receipt):
@@ -382,24 +375,17 @@ class Surgeon:
         if len(state["optimizers"]) != len(self.optimizers):
             raise ConfigurationError("the state is of another number of optimizers")
         slotted = {name for name, _, _ in grafting.slots(self.model)}
-        snapshot = Snapshot.take(self.model, self.optimizers, self._schedulers, self._scaler)
+        snapshot = Snapshot.take(self.model, self.surroundings)
         receipts: tuple[Receipt, ...] = ()
         try:
-            receipts = grafting.rebuild(
-                self.model,
-                state["structure"],
-                self.optimizers,
-                schedulers=self._schedulers,
-                copies=self._copies,
-                replicas=self._replicas,
-            )
+            receipts = grafting.rebuild(self.model, state["structure"], self._surroundings)
             for entry in state["remedies"]:
                 self._repeat(entry["remedy"], entry["layer"], entry["details"])
             _load_grafts(self.model, state["grafts"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 if saved is not None:
                     grafting.load_optimizer_state_by_name(
-                        self.model, optimizer, saved, self._schedulers
+                        self.model, optimizer, saved, self._surroundings.schedulers
                     )
             places = {(receipt.layer, receipt.blueprint): receipt for receipt in receipts}
             adaptations = [
@@ -409,7 +395,7 @@ class Surgeon:
                 )
                 for entry in state["applied"]
             ]
-            grafting.let_follow(self.model, self._copies)
+            grafting.let_follow(self.model, self._surroundings.copies)
             joint.commit()
         except BaseException:
             if not joint.done:

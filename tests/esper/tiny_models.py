@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from esper import blueprints
 from esper.contracts import GraftKind, LayerInfo
-from esper.grafting import Receipt, apply_graft
+from esper.grafting import Receipt, Surroundings, apply_graft
+from esper.grafting.surroundings import BARE
 
 VOCABULARY = 17
 WIDTH = 16
@@ -107,8 +108,16 @@ def make_training(scheduler: str = "one_cycle", steps: int = 200) -> Training:
     return Training(model, optimizer, made, batches)
 
 
+def surroundings_of(training: Training) -> Surroundings:
+    schedulers = [] if training.scheduler is None else [training.scheduler]
+    return Surroundings([training.optimizer], schedulers)
+
+
 def meet_requirements(
-    model: nn.Module, layer: LayerInfo, blueprint: blueprints.Blueprint, **surroundings: Any
+    model: nn.Module,
+    layer: LayerInfo,
+    blueprint: blueprints.Blueprint,
+    surroundings: Surroundings = BARE,
 ) -> tuple[Receipt, ...]:
     """Grafts what the blueprint must find on the layer, if that fits."""
     if not blueprint.requires:
@@ -116,4 +125,4 @@ def meet_requirements(
     needed = blueprints.get_blueprint(max(blueprint.requires))
     if needed.supports(layer):
         return ()
-    return (apply_graft(model, layer, needed, seed=9, **surroundings),)
+    return (apply_graft(model, layer, needed, seed=9, surroundings=surroundings),)

@@ -22,7 +22,16 @@ from esper.blueprints.experts import Expert
 from esper.blueprints.routing import CapacityLimit, LossRouter, Router, UseBalancer, balance_loss
 from esper.contracts import LayerInfo
 from esper.exceptions import IncompatibleLayerError
-from esper.grafting import Receipt, apply_graft, digest, rebuild, slot_of, structure, trace_layers
+from esper.grafting import (
+    Receipt,
+    Surroundings,
+    apply_graft,
+    digest,
+    rebuild,
+    slot_of,
+    structure,
+    trace_layers,
+)
 
 ROUTERS = ("router_top2", "router_moe_auxloss")
 PARTS = ("cap_fuse_hffn", "load_bal_ema")
@@ -214,10 +223,12 @@ def test_with_gradient_accumulation_the_loss_counts_once_for_a_step() -> None:
 
 def test_a_gradient_scaler_is_refused_by_the_router_with_a_loss_only() -> None:
     model, _, info = make_host()
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    scaled = Surroundings(scaler=torch.amp.GradScaler("cpu", enabled=True))
     with pytest.raises(IncompatibleLayerError, match="scaler"):
-        apply_graft(model, info, blueprints.get_blueprint("router_moe_auxloss"), scaler=scaler)
-    apply_graft(model, info, blueprints.get_blueprint("router_top2"), scaler=scaler)
+        apply_graft(
+            model, info, blueprints.get_blueprint("router_moe_auxloss"), surroundings=scaled
+        )
+    apply_graft(model, info, blueprints.get_blueprint("router_top2"), surroundings=scaled)
 
 
 # -- capacity ----------------------------------------------------------------------------------
@@ -442,10 +453,9 @@ MEMBERS = ("router_top2", "expert_mlp_1d", *PARTS, "proj_ia3")
 def test_members_come_and_go_in_any_order_and_all_is_undone_to_the_bit(moves: list[str]) -> None:
     model, x, info = make_host()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    around = Surroundings([optimizer])
     before, expected = digest(model), model(x)
-    first = apply_graft(
-        model, info, blueprints.get_blueprint("mon_act_stats"), optimizers=[optimizer]
-    )
+    first = apply_graft(model, info, blueprints.get_blueprint("mon_act_stats"), surroundings=around)
     living: dict[str, Receipt] = {}
     for slug in moves:
         living = {name: receipt for name, receipt in living.items() if receipt.present}
@@ -457,7 +467,7 @@ def test_members_come_and_go_in_any_order_and_all_is_undone_to_the_bit(moves: li
             with pytest.raises(IncompatibleLayerError):
                 apply_graft(model, info, blueprint)
         else:
-            living[slug] = apply_graft(model, info, blueprint, optimizers=[optimizer], x=x)
+            living[slug] = apply_graft(model, info, blueprint, surroundings=around, x=x)
             assert living[slug].certificate.max_abs_diff == 0.0
         assert torch.equal(model(x), output)
         optimizer.zero_grad()

@@ -111,7 +111,7 @@ def grafted(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         blueprints.get_blueprint(SLUG),
         config=spec.config,
         graft=instantiate(spec, LAYER),
-        optimizers=(optimizer,) if optimizer else (),
+        surroundings=grafting.Surroundings((optimizer,) if optimizer else ()),
         seed=spec.seed,
     )
     with torch.no_grad():  # as after some training: no longer the identity

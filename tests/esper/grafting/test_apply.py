@@ -25,8 +25,16 @@ from esper.exceptions import (
     UnknownBlueprintError,
     UnknownLayerError,
 )
-from esper.grafting import Snapshot, apply_graft, digest, slot_of, structure, trace_layers
-from tests.esper.tiny_models import TinyConvNet, Training, make_training
+from esper.grafting import (
+    Snapshot,
+    Surroundings,
+    apply_graft,
+    digest,
+    slot_of,
+    structure,
+    trace_layers,
+)
+from tests.esper.tiny_models import TinyConvNet, Training, make_training, surroundings_of
 
 TARGET = "blocks.1.wide"
 
@@ -122,15 +130,14 @@ def test_a_bad_blueprint_is_refused_by_its_certificate(bad: type[Blueprint], fai
     training = make_training()
     training.run(2)
     info = info_of(training)
-    state = Snapshot.take(training.model, [training.optimizer], [training.scheduler])
+    state = Snapshot.take(training.model, surroundings_of(training))
     before = digest(training.model)
     with pytest.raises(CertificateError, match=failure) as refused:
         apply_graft(
             training.model,
             info,
             bad(),
-            optimizers=[training.optimizer],
-            schedulers=[training.scheduler],
+            surroundings=surroundings_of(training),
         )
     assert not refused.value.certificate.passed
     assert digest(training.model) == before
@@ -179,14 +186,17 @@ def test_an_exception_at_any_line_leaves_everything_as_it_was() -> None:
     training = make_training()
     training.run(2)
     info = info_of(training)
-    surroundings = {"optimizers": [training.optimizer], "schedulers": [training.scheduler]}
-    state = Snapshot.take(training.model, **surroundings)
+    surroundings = surroundings_of(training)
+    state = Snapshot.take(training.model, surroundings)
     before = digest(training.model)
     for line in range(1, 2000):
         sys.settrace(raise_at_line(line))
         try:
             receipt = apply_graft(
-                training.model, info, blueprints.get_blueprint("proj_lora_64"), **surroundings
+                training.model,
+                info,
+                blueprints.get_blueprint("proj_lora_64"),
+                surroundings=surroundings,
             )
         except Boom:
             assert digest(training.model) == before, line
@@ -238,7 +248,7 @@ def test_the_gradient_clamp_refuses_to_work_behind_a_gradient_scaler() -> None:
             training.model,
             info_of(training),
             blueprints.get_blueprint("clamp_grad_norm"),
-            scaler=EnabledScaler(),
+            surroundings=Surroundings(scaler=EnabledScaler()),
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from esper import blueprints
 from esper.exceptions import ConfigurationError
 from esper.grafting import (
+    Surroundings,
     apply_graft,
     audit,
     digest,
@@ -37,7 +38,7 @@ def grafted_training() -> Training:
             training.model,
             infos[layer],
             blueprints.get_blueprint(slug),
-            optimizers=[training.optimizer],
+            surroundings=Surroundings([training.optimizer]),
             seed=number,
             adaptation=f"a{number}",
             step=number,
@@ -64,7 +65,7 @@ def test_a_run_goes_on_to_the_bit_from_its_checkpoint() -> None:
     buffer.seek(0)
     saved = torch.load(buffer, weights_only=True)
     resumed = make_training("none")
-    receipts = rebuild(resumed.model, saved["structure"], [resumed.optimizer])
+    receipts = rebuild(resumed.model, saved["structure"], Surroundings([resumed.optimizer]))
     resumed.model.load_state_dict(saved["model"])
     load_optimizer_state_by_name(resumed.model, resumed.optimizer, saved["optimizer"])
     resumed.steps = 6
@@ -80,7 +81,7 @@ def test_a_manifest_is_json_and_comes_back_the_same() -> None:
     training = grafted_training()
     manifest = structure(training.model)
     again = make_training("none")
-    rebuild(again.model, json.loads(json.dumps(manifest)), [again.optimizer])
+    rebuild(again.model, json.loads(json.dumps(manifest)), Surroundings([again.optimizer]))
     assert structure(again.model) == manifest
 
 

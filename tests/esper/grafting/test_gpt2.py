@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from esper import blueprints
-from esper.grafting import apply_graft, digest, trace_layers
+from esper.grafting import Surroundings, apply_graft, digest, trace_layers
 from tests.esper.tiny_models import IN_LAYERS, meet_requirements
 
 IDS = torch.arange(24).reshape(2, 12) % 20
@@ -34,11 +34,11 @@ def test_every_layer_of_gpt2_is_grafted_or_refused_and_all_undone(slug: str) -> 
     infos = trace_layers(model, lambda: model(input_ids=IDS))
     before, expected = digest(model), model(input_ids=IDS).logits
     blueprint = blueprints.get_blueprint(slug)
-    receipts = []
+    surroundings, receipts = Surroundings([optimizer]), []
     for info in infos:
         if not blueprint.supports(info):
-            receipts += meet_requirements(model, info, blueprint, optimizers=[optimizer])
-            receipts.append(apply_graft(model, info, blueprint, optimizers=[optimizer]))
+            receipts += meet_requirements(model, info, blueprint, surroundings)
+            receipts.append(apply_graft(model, info, blueprint, surroundings=surroundings))
     norms = sum(info.kind == "LayerNorm" for info in infos)
     few = {"ln_rms": norms, "kv_cache_8bit": 2}  # one for each block's attention
     assert len(receipts) >= few.get(slug, 9)

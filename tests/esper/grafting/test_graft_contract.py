@@ -25,6 +25,7 @@ from esper.blueprints.base import MIB
 from esper.contracts import LayerInfo
 from esper.exceptions import IncompatibleLayerError
 from esper.grafting import (
+    Surroundings,
     apply_graft,
     certify,
     digest,
@@ -97,7 +98,8 @@ def test_a_graft_keeps_every_promise(slug: str, kind: str, way: str) -> None:
     prepare_slots(model, [subject.info.name])  # as attach does; an empty slot stays
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     subject.autocast = autocast
-    meet_requirements(model, subject.info, blueprints.get_blueprint(slug), optimizers=[optimizer])
+    surroundings = Surroundings([optimizer])
+    meet_requirements(model, subject.info, blueprints.get_blueprint(slug), surroundings)
     train_step(subject, model, optimizer)
     plain = copy.deepcopy(model)
     expected = run(subject, model)
@@ -109,7 +111,7 @@ def test_a_graft_keeps_every_promise(slug: str, kind: str, way: str) -> None:
             model,
             subject.info,
             blueprints.get_blueprint(slug),
-            optimizers=[optimizer],
+            surroundings=surroundings,
             seed=5,
             thorough=training,
         )

@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler
 import esper
 from esper import blueprints
 from esper.exceptions import GraftError
-from esper.grafting import Receipt, apply_graft, audit, digest, trace_layers
+from esper.grafting import Receipt, Surroundings, apply_graft, audit, digest, trace_layers
 from tests.esper.tiny_models import LENGTH, VOCABULARY, TinyTransformer
 
 LAYER = "blocks.0.wide"
@@ -235,9 +235,7 @@ def graft_into(loop: Loop, layer: str = LAYER, blueprint: str = BLUEPRINT) -> Re
         loop.model,
         info,
         blueprints.get_blueprint(blueprint),
-        optimizers=loop.optimizers,
-        schedulers=loop.schedulers,
-        scaler=loop.scaler,
+        surroundings=Surroundings(loop.optimizers, loop.schedulers, loop.scaler),
     )
 
 

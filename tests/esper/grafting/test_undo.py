@@ -22,7 +22,13 @@ from esper.grafting import (
     slot_of,
     trace_layers,
 )
-from tests.esper.tiny_models import IN_LAYERS, Training, make_training, meet_requirements
+from tests.esper.tiny_models import (
+    IN_LAYERS,
+    Training,
+    make_training,
+    meet_requirements,
+    surroundings_of,
+)
 
 # kv_cache_8bit sits on a decoder of transformers: tests/matrix takes it out of those.
 SLUGS = [slug for slug in IN_LAYERS if slug != "kv_cache_8bit"]
@@ -36,11 +42,10 @@ def layers_of(training: Training) -> dict[str, LayerInfo]:
 
 
 def graft_into(training: Training, layer: str, slug: str) -> Receipt:
-    schedulers = [] if training.scheduler is None else [training.scheduler]
     place, blueprint = layers_of(training)[layer], blueprints.get_blueprint(slug)
-    surroundings = {"optimizers": [training.optimizer], "schedulers": schedulers}
-    needed = meet_requirements(training.model, place, blueprint, **surroundings)
-    receipt = apply_graft(training.model, place, blueprint, **surroundings)
+    surroundings = surroundings_of(training)
+    needed = meet_requirements(training.model, place, blueprint, surroundings)
+    receipt = apply_graft(training.model, place, blueprint, surroundings=surroundings)
     return needed[0] if needed else receipt  # the oldest: its undo takes all of them along
 
 
@@ -222,17 +227,17 @@ def test_the_gradient_clamp_lets_go_when_it_is_taken_out() -> None:
 def test_a_snapshot_in_reserved_memory_brings_back_the_same_bits() -> None:
     training = make_training()
     training.run(2)
-    surroundings = ([training.optimizer], [training.scheduler])
+    surroundings = surroundings_of(training)
     memory = SnapshotMemory.reserve(training.model, [training.optimizer])
-    plain = Snapshot.take(training.model, *surroundings)
-    reserved = Snapshot.take(training.model, *surroundings, memory=memory)
+    plain = Snapshot.take(training.model, surroundings)
+    reserved = Snapshot.take(training.model, surroundings, memory)
     before = digest(training.model)
     training.run(3)
     assert plain.differences()
     reserved.restore()
     assert digest(training.model) == before
     assert plain.differences() == []
-    again = Snapshot.take(training.model, *surroundings, memory=memory)  # used up: fresh copies
+    again = Snapshot.take(training.model, surroundings, memory)  # used up: fresh copies
     training.run(1)
     again.restore()
     assert plain.differences() == []

@@ -1,0 +1,307 @@
+"""Receipts of a change to a live model: what was done, and how to undo it.
+
+ChangeReceipt     digests before and after, the snapshot that a hard undo restores
+├── Receipt       a graft; hard or soft undo
+└── RemedyReceipt a remedy; hard undo only
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from esper.blueprints import Graft, get_blueprint
+from esper.contracts import Certificate
+from esper.exceptions import UndoError
+from esper.grafting import ledger
+from esper.grafting.copies import let_follow
+from esper.grafting.replicas import jointly
+from esper.grafting.slot import (
+    GraftRecord,
+    find_host,
+    graft_at,
+    living_grafts,
+    slot_of,
+    take_out,
+)
+from esper.grafting.snapshot import Frozen, Snapshot, digest
+from esper.grafting.surroundings import Surroundings
+
+
+@dataclass(frozen=True, slots=True)
+class UndoReceipt:
+    """What an undo did.
+
+    Attributes:
+        digest: of the model afterwards.
+        exact: hard: everything equals the snapshot to the bit. Soft: False, the host has moved on.
+        discarded: other grafts that went with it, as ``layer/blueprint``.
+    """
+
+    digest: str
+    hard: bool
+    exact: bool
+    pause_ms: float
+    discarded: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class ChangeReceipt:
+    """A change of a live model that can be undone.
+
+    Attributes:
+        layer: the layer that was changed.
+        step: optimizer step, -1 where there is no run.
+        pause_ms: how long the training loop waited for the change.
+    """
+
+    layer: str
+    step: int
+    pause_ms: float
+    _before: Frozen = field(repr=False)
+    _after: Frozen = field(repr=False)
+    _model: nn.Module = field(repr=False)
+    _snapshot: Snapshot | None = field(repr=False, default=None)
+
+    @property
+    def digest_before(self) -> str:
+        """Hex SHA-256 of the model before the change; computed at the first call."""
+        return self._before.digest
+
+    @property
+    def digest_after(self) -> str:
+        """Hex SHA-256 of the model with the change in it, before the next step."""
+        return self._after.digest
+
+    @property
+    def can_undo_hard(self) -> bool:
+        return self._snapshot is not None
+
+    def forget_snapshot(self) -> None:
+        """Frees the snapshot. A hard undo is impossible from now on."""
+        # The digests are computed from the snapshot's copies, so this is their last chance.
+        _ = self.digest_before, self.digest_after
+        self._snapshot = None
+
+    def _not_restored(self, change: str, differences: list[str]) -> UndoError:
+        what = ", ".join(differences) or "the model's digest"
+        return UndoError(f"not as before the {change}: {what}", layer=self.layer)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Receipt(ChangeReceipt):
+    """A graft that is in the model: what was done, and how to undo it."""
+
+    record: GraftRecord
+    _graft: Graft = field(repr=False)
+    _surroundings: Surroundings = field(repr=False)
+    _group: ledger.GroupReceipt | None = field(repr=False, default=None)
+
+    @property
+    def adaptation(self) -> str:
+        return self.record.adaptation
+
+    @property
+    def blueprint(self) -> str:
+        """Slug."""
+        return self.record.blueprint
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.record.config)
+
+    @property
+    def seed(self) -> int:
+        return self.record.seed
+
+    @property
+    def certificate(self) -> Certificate:
+        return self.record.certificate
+
+    @property
+    def graft(self) -> Graft:
+        """The living module."""
+        return self._graft
+
+    @property
+    def present(self) -> bool:
+        """True while the graft is in the model; an older graft's hard undo takes it along."""
+        return graft_at(self._model, self.layer, self.blueprint) is self._graft
+
+    @property
+    def can_undo_hard(self) -> bool:
+        return self.present and self._snapshot is not None
+
+    def undo(self, hard: bool = True) -> UndoReceipt:
+        """Takes the graft out.
+
+        Soft: detaches it and keeps what the host has learnt since; grafts that cannot be without
+        it go with it. Hard: brings back the state before the graft to the bit, optimizer and
+        random streams included; grafts that came later go with it. Either way they are named in
+        ``discarded``. Where the model has replicas, each rank must call this, and it is out on all
+        of them or on none.
+
+        Raises:
+            UndoError: it is not in the model any more, the snapshot is gone (hard), or the model
+                did not come back as it was.
+            ReplicaError: another rank could not take it out, so it is still in.
+        """
+        if self._surroundings.replicas is None:
+            return self.undo_here(hard)
+        with undoing_everywhere(self._model, self._surroundings, self):
+            return self.undo_here(hard)
+
+    def undo_here(self, hard: bool = True) -> UndoReceipt:
+        """As :meth:`undo`, on this rank alone; for a caller that brings the ranks together."""
+        if not self.present:
+            raise UndoError(f"{self.blueprint} is not in {self.layer!r} any more", layer=self.layer)
+        return self._undo_hard() if hard else self._undo_soft()
+
+    def _undo_soft(self) -> UndoReceipt:
+        started = time.perf_counter()
+        take_out(self._model, self.layer, self.blueprint)
+        if self._group is not None:
+            self._group.remove()
+        discarded = self._discard_helpless()
+        let_follow(self._model, self._surroundings.copies)
+        pause_ms = (time.perf_counter() - started) * 1e3
+        self.forget_snapshot()
+        return UndoReceipt(
+            digest(self._model), hard=False, exact=False, pause_ms=pause_ms, discarded=discarded
+        )
+
+    def _undo_hard(self) -> UndoReceipt:
+        snapshot = self._snapshot
+        if snapshot is None:
+            raise UndoError(
+                f"the snapshot before {self.blueprint} is gone; undo it softly", layer=self.layer
+            )
+        started = time.perf_counter()
+        gone = snapshot.grafts() - living_grafts(self._model).keys()
+        # One that was merged since comes back: the host's weights are again without it.
+        merged = {graft for graft in gone if isinstance(graft, Graft) and graft.merged}
+        removed_since = gone - merged
+        for graft in merged:
+            graft.__dict__.pop("merged")
+        discarded = self._discard_later(snapshot)
+        if self._group is not None:
+            self._group.remove()
+        snapshot.restore()
+        differences = snapshot.differences()
+        self._discard_revived(removed_since)
+        let_follow(self._model, self._surroundings.copies)
+        after = digest(self._model)
+        pause_ms = (time.perf_counter() - started) * 1e3
+        self.forget_snapshot()
+        exact = not removed_since and after == self.digest_before
+        if differences or not (exact or removed_since):
+            raise self._not_restored("graft", differences)
+        return UndoReceipt(after, hard=True, exact=exact, pause_ms=pause_ms, discarded=discarded)
+
+    def _discard_helpless(self) -> tuple[str, ...]:
+        """Takes out the layer's grafts whose blueprint requires what has just gone."""
+        slot = slot_of(find_host(self._model, self.layer))
+        present = slot.grafts() if slot is not None else {}
+        helpless = [
+            slug
+            for slug in present
+            if (needs := get_blueprint(slug).requires) and not needs & present.keys()
+        ]
+        for slug in helpless:
+            self._discard(present[slug], self.layer, slug)
+        return tuple(f"{self.layer}/{slug}" for slug in helpless)
+
+    def _discard(self, graft: nn.Module, layer: str, slug: str) -> None:
+        take_out(self._model, layer, slug)
+        ledger.remove_groups_of(
+            graft.parameters(), self._surroundings.optimizers, self._surroundings.schedulers
+        )
+
+    def _discard_later(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """Takes out every graft that the snapshot does not know, this one too."""
+        discarded = []
+        for graft, (layer, slug) in living_grafts(self._model).items():
+            if graft not in snapshot.grafts():
+                take_out(self._model, layer, slug)
+                if graft is not self._graft:
+                    discarded.append(f"{layer}/{slug}")
+        return tuple(discarded)
+
+    def _discard_revived(self, removed_since: set[nn.Module]) -> None:
+        # An older graft that was taken out on purpose meanwhile was in the snapshot: it stays out.
+        for graft, (layer, slug) in living_grafts(self._model).items():
+            if graft in removed_since:
+                self._discard(graft, layer, slug)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class RemedyReceipt(ChangeReceipt):
+    """A remedy that is in effect.
+
+    Attributes:
+        remedy: ``recycle``, ``set_lr``, ``freeze``, ``unfreeze`` or ``merge``.
+        details: JSON values that tell what was done, such as ``factor`` or ``max_abs_diff``.
+        key: its identity, the same for as long as the receipt lives.
+    """
+
+    remedy: str
+    details: dict[str, Any]
+    _merged: Graft | None = field(repr=False, default=None)
+    key: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    def undo(self) -> UndoReceipt:
+        """Brings back the state before the remedy to the bit, as a graft's hard undo does.
+
+        Raises:
+            UndoError: the snapshot is gone, a graft came or went since, or the model did not come
+                back as it was.
+        """
+        snapshot = self._snapshot
+        if snapshot is None:
+            raise UndoError("the snapshot before this remedy is gone", layer=self.layer)
+        merged = set() if self._merged is None else {self._merged}
+        if living_grafts(self._model).keys() != snapshot.grafts() - merged:
+            raise UndoError("a graft came or went since: undo that first", layer=self.layer)
+        started = time.perf_counter()
+        snapshot.restore()
+        if self._merged is not None:
+            self._merged.__dict__.pop("merged", None)
+        differences, after = snapshot.differences(), digest(self._model)
+        self.forget_snapshot()
+        pause_ms = (time.perf_counter() - started) * 1e3
+        if differences or after != self.digest_before:
+            raise self._not_restored("remedy", differences)
+        return UndoReceipt(after, hard=True, exact=True, pause_ms=pause_ms)
+
+
+def _merged_grafts(snapshot: Snapshot | None) -> list[Graft]:
+    """Grafts of the snapshot that were merged into their host since."""
+    grafts = snapshot.grafts() if snapshot is not None else set()
+    return [graft for graft in grafts if isinstance(graft, Graft) and graft.merged]
+
+
+@contextmanager
+def undoing_everywhere(
+    model: nn.Module, surroundings: Surroundings, receipt: ChangeReceipt
+) -> Iterator[None]:
+    """Inside, ``receipt`` is undone; where one rank cannot, all are as they were before it."""
+    with jointly(surroundings.replicas) as joint:
+        kept, before = receipt._snapshot, Snapshot.take(model, surroundings)
+        merged = _merged_grafts(kept)
+        try:
+            yield
+            joint.agree()
+        except BaseException:
+            if not joint.done:
+                before.restore()
+                let_follow(model, surroundings.copies)
+                receipt._snapshot = kept
+                for graft in merged:
+                    graft.merged = True
+            raise
