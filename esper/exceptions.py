@@ -26,10 +26,8 @@ EsperError
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from esper.contracts import Certificate
+from collections.abc import Iterable
+from typing import Any
 
 
 class EsperError(Exception):
@@ -76,11 +74,9 @@ class IncompatibleLayerError(BlueprintError):
 class UnknownAdaptationTypeError(EsperError, ValueError):
     """An adaptation type that nobody declared; there is no silent default."""
 
-    def __init__(self, adaptation_type: str) -> None:
-        from esper.contracts.enums import AdaptationType
-
-        known = ", ".join(AdaptationType)
-        super().__init__(f"unknown adaptation type {adaptation_type!r}; known are: {known}")
+    def __init__(self, adaptation_type: str, known: Iterable[str]) -> None:
+        names = ", ".join(known)
+        super().__init__(f"unknown adaptation type {adaptation_type!r}; known are: {names}")
         self.adaptation_type = adaptation_type
 
 
@@ -100,9 +96,14 @@ class UnknownLayerError(GraftError, KeyError):
 
 
 class CertificateError(GraftError):
-    """The graft would break a promise of the contract, so it was not applied."""
+    """The graft would break a point of the graft contract, so it was not applied.
 
-    def __init__(self, *, layer: str, certificate: Certificate) -> None:
+    Attributes:
+        certificate: the failed ``contracts.Certificate``. Untyped here: contracts stand above
+            this module.
+    """
+
+    def __init__(self, *, layer: str, certificate: Any) -> None:
         super().__init__(
             f"graft into {layer!r} refused by its certificate: {'; '.join(certificate.failures)}",
             layer=layer,

@@ -51,7 +51,7 @@ class AdaptationDecision:
         try:
             object.__setattr__(self, "adaptation_type", AdaptationType(self.adaptation_type))
         except ValueError:
-            raise UnknownAdaptationTypeError(str(self.adaptation_type)) from None
+            raise UnknownAdaptationTypeError(str(self.adaptation_type), AdaptationType) from None
         for name in ("confidence", "urgency"):
             value = getattr(self, name)
             if math.isfinite(value) and not 0.0 <= value <= 1.0:
