@@ -12,6 +12,7 @@ _APPS = (
     "telemetry",
     "blueprints",
     "policies",
+    "workers",
     "kernels",
     "violations",
     "recipes",

@@ -59,7 +59,7 @@ class RowCounts(Collector):
         """Gauges by state."""
         yield _by_state("esper_adaptations", "Adaptations by state", "adaptations", "Adaptation")
         yield _by_state("esper_runs", "Runs by state", "runs", "Run")
-        yield _by_state("esper_jobs", "Compile jobs by state", "kernels", "CompileJob")
+        yield _by_state("esper_jobs", "Compile jobs by state", "workers", "CompileJob")
         overdue = _model("adaptations", "Adaptation").objects.exclude(state__in=ADAPTATION_ENDED)
         yield GaugeMetricFamily(
             "esper_overdue_adaptations",

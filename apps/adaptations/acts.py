@@ -20,13 +20,13 @@ from apps.adaptations.history import why_frozen
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
 from apps.audit.services import record
-from apps.kernels.services import cancel_job
 from apps.notifications.services import INBOX_TOPIC, publish, run_topic
 from apps.policies.services import adaptation_switch
 from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.runs.services import lock_run, pause_run
 from apps.telemetry.models import Frame
+from apps.workers.services import cancel_job
 from esper.contracts import RUN_ENDED, AdaptationState, Signal
 
 S = AdaptationState

@@ -15,13 +15,15 @@ from apps.accounts.actors import SYSTEM, Actor, ActorKind
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.kernels import services as kernels
-from apps.kernels.building import Progress, builders
 from apps.kernels.cache import report_corrupt
 from apps.kernels.cache_store import kernel_store
-from apps.kernels.models import CompileJob, Kernel
+from apps.kernels.models import Kernel
 from apps.notifications.services import enqueue
 from apps.runs.services import lock_run
 from apps.violations.services import record_violation
+from apps.workers import services as workers
+from apps.workers.builders import Progress, builders
+from apps.workers.models import CompileJob
 from esper.compilation import BuildOrder, open_kernel
 from esper.compilation.bundle import pack
 from esper.constraints import check_forecast, check_measured
@@ -48,7 +50,7 @@ DISPATCH_TASK = "adaptations.dispatch"
 
 def queue_compilation(adaptation: Adaptation, *, layer: LayerInfo, actor: Actor) -> Adaptation:
     """Approved: ask for a kernel. In the transaction of the approval."""
-    job = kernels.queue_job(
+    job = workers.queue_job(
         adaptation_uid=adaptation.uid,
         run_uid=adaptation.run.uid,
         blueprint_slug=adaptation.blueprint.slug,
@@ -95,7 +97,7 @@ def compile_kernel(job_uid: str, *, worker: str) -> None:
             return  # whoever took the lease away has moved the rows
         log.error("job %s: %s\n%s", job.uid, error, error.log)
         _fail(job, actor, str(error), permanent=False, builder_log=error.log, progress=progress)
-        kernels.note_lost_builder(worker)
+        workers.note_lost_builder(worker)
     except _ForecastOverLimitError as error:
         _fail(job, actor, str(error), permanent=True, broken=error.broken, progress=progress)
     except KernelBuildError as error:
@@ -109,7 +111,7 @@ def compile_kernel(job_uid: str, *, worker: str) -> None:
     else:
         build_ms = (time.perf_counter() - started) * 1e3
         _finish(job, actor, built, build_ms=build_ms, progress=progress)
-        kernels.note_good_build(worker)
+        workers.note_good_build(worker)
 
 
 @transaction.atomic
@@ -118,9 +120,9 @@ def _start(job: CompileJob, worker: str, actor: Actor) -> bool:
     if adaptation.state == AdaptationState.COMPILING:
         return False  # a second doorbell: whoever holds the lease is at it
     if adaptation.state != AdaptationState.COMPILE_QUEUED:
-        kernels.cancel_job(job)
+        workers.cancel_job(job)
         return False
-    if not kernels.claim_job(job, worker=worker):
+    if not workers.claim_job(job, worker=worker):
         return False
     transition(adaptation, AdaptationState.COMPILING, actor=actor)
     return True
@@ -190,16 +192,18 @@ def _finish(
     job: CompileJob, actor: Actor, built: _Built, *, build_ms: float, progress: Progress
 ) -> None:
     adaptation = _locked(job)
-    if not kernels.holds_lease(job):
+    if not workers.holds_lease(job):
         log.warning("job %s: this attempt came too late, its result is not taken", job.uid)
         return
-    if kernels.is_quarantined(actor.name):
+    if workers.is_quarantined(actor.name):
         reason = f"{actor.name} is in quarantine, its result is not taken"
         _give_up_attempt(adaptation, job, actor, reason, permanent=False)
         return
     progress.write()
     kernel = built.cached or _kernel_row(built, actor.name)
-    kernels.finish_job(job, kernel=kernel, cached=built.cached is not None, build_ms=build_ms)
+    cached = built.cached is not None
+    if workers.finish_job(job, kernel_digest=kernel.digest, cached=cached, build_ms=build_ms):
+        kernels.note_use(kernel)
     if adaptation.state != AdaptationState.COMPILING:
         return
     transition(adaptation, AdaptationState.COMPILED, actor=actor, kernel=kernel)
@@ -274,7 +278,7 @@ def _record_broken(
 def queue_dispatch(adaptation: Adaptation) -> None:
     """To the run's own host where a worker serves it, so that the kernel is staged there."""
     queue = f"host.{adaptation.run.host}"
-    if not kernels.queue_is_served(queue):
+    if not workers.queue_is_served(queue):
         queue = "control"
     enqueue(task=DISPATCH_TASK, queue=queue, args=[adaptation.uid])
 
@@ -308,7 +312,7 @@ def _give_up_attempt(
     builder_log: str = "",
     broken: list[Check] | None = None,
 ) -> None:
-    state = kernels.fail_job(job, error=error, permanent=permanent, log=builder_log)
+    state = workers.fail_job(job, error=error, permanent=permanent, log=builder_log)
     if state is None or adaptation.state != AdaptationState.COMPILING:
         return
     if state == JobState.QUEUED:

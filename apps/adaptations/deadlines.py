@@ -15,17 +15,17 @@ from apps.adaptations.dispatch import request_undo
 from apps.adaptations.lifecycle import DEADLINES, transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.reports import close_open_adaptations, quarantine
-from apps.kernels.services import (
-    cancel_job,
-    jobs_with_lost_lease,
-    mark_offline_workers,
-    note_unserved_jobs,
-    ring_worker,
-)
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import lock_run, set_state
 from apps.violations.services import record_violation
+from apps.workers.services import (
+    cancel_job,
+    jobs_with_lost_lease,
+    mark_offline_workers,
+    note_unserved_jobs,
+    notify_worker,
+)
 from esper.contracts import (
     RUN_ENDED,
     AdaptationState,
@@ -139,7 +139,7 @@ def _hint_again() -> None:
     for adaptation in waiting.filter(state=S.COMPILE_QUEUED, job__state=JobState.QUEUED):
         with transaction.atomic():
             if _first_this_period(adaptation) and adaptation.job is not None:
-                ring_worker(adaptation.job)
+                notify_worker(adaptation.job)
     for adaptation in waiting.filter(state=S.COMPILED):
         with transaction.atomic():
             if _first_this_period(adaptation):

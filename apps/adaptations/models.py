@@ -11,10 +11,11 @@ from django.conf import settings
 from django.db import models
 
 from apps.blueprints.models import Blueprint
-from apps.kernels.models import CompileJob, Kernel
+from apps.kernels.models import Kernel
 from apps.policies.models import PolicyVersion
 from apps.rest.identifiers import UID_LENGTH, new_uid
 from apps.runs.models import Run
+from apps.workers.models import CompileJob
 from esper.contracts import (
     ADAPTATION_ENDED,
     ADAPTATION_GRAFTED,

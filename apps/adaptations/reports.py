@@ -18,7 +18,6 @@ from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
 from apps.audit.services import record
 from apps.kernels.cache import plan_warm_up
-from apps.kernels.services import cancel_job
 from apps.notifications.services import publish, run_topic
 from apps.rest.problems import Problem, not_found
 from apps.runs.models import Command, Run
@@ -33,6 +32,7 @@ from apps.runs.services import (
 from apps.runs.services import register_run as register
 from apps.violations.models import Violation
 from apps.violations.services import record_violation
+from apps.workers.services import cancel_job
 from esper.contracts import (
     ADAPTATION_ENDED,
     AdaptationState,

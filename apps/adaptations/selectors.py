@@ -10,12 +10,12 @@ from django.db.models import Avg, Count, Max, Q, QuerySet
 from apps.adaptations.history import experience, layer_histories, run_facts
 from apps.adaptations.models import Adaptation
 from apps.blueprints.models import Blueprint
-from apps.kernels.models import CompileJob
 from apps.kernels.selectors import cache_stats
 from apps.policies.services import current_policy
 from apps.runs.models import Run
 from apps.telemetry.selectors import frame_to_wire, newest_frames, newest_metrics
 from apps.violations.models import Violation
+from apps.workers.models import CompileJob
 from esper.contracts import (
     ADAPTATION_ENDED,
     RUN_ENDED,

@@ -8,7 +8,8 @@ from datetime import datetime
 from django.db.models import QuerySet
 
 from apps.adaptations.models import Adaptation
-from apps.kernels.models import CompileJob, JobStepDone, Kernel
+from apps.kernels.models import Kernel
+from apps.workers.models import CompileJob, JobStepDone
 from esper.contracts import JobState, JobStep
 
 JOBS_SHOWN = 50
@@ -66,11 +67,11 @@ def ended_jobs() -> list[JobRow]:
 
 
 def jobs_of(kernel: Kernel) -> list[JobRow]:
-    return job_rows(CompileJob.objects.filter(kernel=kernel))
+    return job_rows(CompileJob.objects.filter(kernel_digest=kernel.digest))
 
 
 def job_rows(found: QuerySet[CompileJob]) -> list[JobRow]:
-    jobs = list(found.select_related("kernel").prefetch_related("steps")[:JOBS_SHOWN])
+    jobs = list(found.prefetch_related("steps")[:JOBS_SHOWN])
     numbers = adaptation_numbers(jobs)
     return [JobRow(job, numbers.get(job.adaptation_uid), step_times(job)) for job in jobs]
 

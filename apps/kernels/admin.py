@@ -1,11 +1,11 @@
-"""Kernels, jobs and workers, to look at."""
+"""Kernels, to look at."""
 
 from __future__ import annotations
 
 from django.contrib import admin
 
 from apps.accounts.read_only_admin import ReadOnlyAdmin
-from apps.kernels.models import CompileJob, Kernel, Worker
+from apps.kernels.models import Kernel
 
 
 @admin.register(Kernel)
@@ -13,16 +13,3 @@ class KernelAdmin(ReadOnlyAdmin):
     list_display = ("digest", "blueprint_slug", "layer_kind", "capability", "build_ms", "uses")
     list_filter = ("capability", "blueprint_slug")
     search_fields = ("digest",)
-
-
-@admin.register(CompileJob)
-class CompileJobAdmin(ReadOnlyAdmin):
-    list_display = ("uid", "blueprint_slug", "state", "attempt", "lease_owner", "queued_at")
-    list_filter = ("state",)
-    search_fields = ("uid", "adaptation_uid")
-
-
-@admin.register(Worker)
-class WorkerAdmin(ReadOnlyAdmin):
-    list_display = ("name", "kind", "host", "state", "mode", "heartbeat_at")
-    list_filter = ("kind", "state", "mode")

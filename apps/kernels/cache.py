@@ -23,14 +23,15 @@ from apps.accounts.actors import SYSTEM, Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
 from apps.audit.services import record
-from apps.kernels.building import builders
 from apps.kernels.cache_store import count, kernel_store
-from apps.kernels.models import CompileJob, Kernel, WarmUp
+from apps.kernels.models import Kernel, WarmUp
 from apps.kernels.selectors import MIB, Counter, evictable
 from apps.kernels.services import store_kernel
 from apps.notifications.services import SYSTEM_TOPIC, enqueue, publish
 from apps.rest.problems import Problem
 from apps.violations.services import record_violation
+from apps.workers.builders import builders
+from apps.workers.models import CompileJob
 from esper.compilation import BuildOrder, open_kernel
 from esper.compilation.bundle import pack
 from esper.compilation.verify import open_any
@@ -152,7 +153,7 @@ def report_corrupt(kernel: Kernel, problem: str) -> None:
         action="It was moved away, and is built again.",
     )
     _noted(kernel, SYSTEM, "kernel.corrupt", problem)
-    job = CompileJob.objects.filter(kernel=kernel).order_by("-id").first()
+    job = CompileJob.objects.filter(kernel_digest=kernel.digest).order_by("-id").first()
     if job is not None:
         _want(job.run_uid, job.blueprint_slug, job.config, job.layer, job.capability)
 

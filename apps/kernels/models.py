@@ -1,56 +1,15 @@
-"""Kernels, the jobs that build them, and the workers that take the jobs."""
+"""Kernels, the cache that holds them, and what is built ahead or compiled for speed."""
 
 from __future__ import annotations
 
-from functools import partial
-
 from django.db import models
 
-from apps.rest.identifiers import UID_LENGTH, new_uid
+from apps.rest.identifiers import UID_LENGTH
 from esper.contracts import (
     MAX_NAME_LENGTH,
     JobState,
-    JobStep,
     SpeedUpState,
-    WorkerKind,
-    WorkerMode,
-    WorkerState,
 )
-
-
-class Worker(models.Model):
-    """A Celery worker process, as its own heartbeat describes it, and Tamiyo beside them.
-
-    The heartbeat writes what the worker is; people and the pool write ``mode``, what it may do.
-    """
-
-    name = models.CharField(max_length=120, unique=True)
-    kind = models.CharField(
-        max_length=8, choices=[(k, k) for k in WorkerKind], default=WorkerKind.CONTROL
-    )
-    host = models.CharField(max_length=120, db_index=True)
-    capabilities = models.JSONField(default=list)  # what it compiles for: "cpu", "cuda.sm90"
-    queues = models.JSONField(default=list)
-    devices = models.JSONField(default=list)  # {device, name, capability, memory_free_mib, …}
-    versions = models.JSONField(default=dict)
-    memory_free_mib = models.PositiveIntegerField(null=True)  # the host's
-    memory_total_mib = models.PositiveIntegerField(null=True)
-    state = models.CharField(max_length=8, choices=[(s, s) for s in WorkerState])
-    started_at = models.DateTimeField()
-    heartbeat_at = models.DateTimeField()
-    mode = models.CharField(
-        max_length=11, choices=[(m, m) for m in WorkerMode], default=WorkerMode.ACTIVE
-    )
-    mode_reason = models.TextField(blank=True)
-    mode_by = models.CharField(max_length=150, blank=True)
-    mode_at = models.DateTimeField(null=True, blank=True)
-    crashes = models.PositiveIntegerField(default=0)  # builder children lost in a row
-
-    class Meta:
-        ordering = ("name",)
-
-    def __str__(self) -> str:
-        return self.name
 
 
 class Kernel(models.Model):
@@ -156,58 +115,3 @@ class SpeedUp(models.Model):
 
     def __str__(self) -> str:
         return f"{self.blueprint_slug} at {self.layer}: {self.state}"
-
-
-class CompileJob(models.Model):
-    """One request for a kernel. ``attempt`` is the fence: a worker that comes late is refused."""
-
-    uid = models.CharField(
-        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "job"), editable=False
-    )
-    adaptation_uid = models.CharField(max_length=UID_LENGTH, db_index=True)
-    run_uid = models.CharField(max_length=UID_LENGTH, db_index=True)
-    blueprint_slug = models.CharField(max_length=60)
-    config = models.JSONField(default=dict)
-    layer = models.JSONField()  # LayerInfo.to_wire()
-    capability = models.CharField(max_length=40)
-    state = models.CharField(
-        max_length=10, choices=[(s, s) for s in JobState], default=JobState.QUEUED, db_index=True
-    )
-    attempt = models.PositiveSmallIntegerField(default=0)
-    lease_owner = models.CharField(max_length=120, blank=True)
-    lease_until = models.DateTimeField(null=True, blank=True)
-    kernel = models.ForeignKey(Kernel, on_delete=models.SET_NULL, null=True, blank=True)
-    cached = models.BooleanField(default=False)
-    build_ms = models.FloatField(null=True, blank=True)
-    error = models.TextField(blank=True)
-    waits_for = models.TextField(blank=True)  # why nobody takes it, a sentence
-    log = models.TextField(blank=True)  # what happened in each attempt, the end of it
-    queued_at = models.DateTimeField(auto_now_add=True)
-    started_at = models.DateTimeField(null=True, blank=True)
-    ended_at = models.DateTimeField(null=True, blank=True)
-
-    class Meta:
-        ordering = ("-id",)
-
-    def __str__(self) -> str:
-        return f"{self.uid} {self.blueprint_slug} {self.state}"
-
-
-class JobStepDone(models.Model):
-    """One step of one attempt at a job, and when it was done."""
-
-    job = models.ForeignKey(CompileJob, on_delete=models.CASCADE, related_name="steps")
-    attempt = models.PositiveSmallIntegerField()
-    step = models.CharField(max_length=10, choices=[(s, s) for s in JobStep])
-    at = models.DateTimeField()
-
-    class Meta:
-        ordering = ("id",)
-        constraints = (
-            models.UniqueConstraint(
-                fields=("job", "attempt", "step"), name="one_row_for_each_step_of_an_attempt"
-            ),
-        )
-
-    def __str__(self) -> str:
-        return f"{self.job_id} {self.attempt} {self.step}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -10,8 +9,9 @@ from django.conf import settings
 from django.db.models import Avg, Count, Exists, OuterRef, Q, QuerySet, Sum
 from django.db.models.functions import Coalesce
 
-from apps.kernels.models import CacheCounter, CompileJob, Kernel, SpeedUp, Worker
+from apps.kernels.models import CacheCounter, Kernel, SpeedUp
 from apps.runs.models import Command
+from apps.workers.models import CompileJob
 from esper.contracts import CommandState, JobState
 
 MIB = 1024 * 1024
@@ -32,13 +32,6 @@ class Counter(StrEnum):
 def run_may_fetch(run_uid: str, digest: str) -> bool:
     """A trainer gets the kernels that it was told to graft, and no others."""
     return Command.objects.filter(run__uid=run_uid, kernel_digest=digest).exists()
-
-
-def current_jobs(workers: Sequence[Worker]) -> dict[str, CompileJob]:
-    """The running job of each worker that has one, by the worker's name, with its steps."""
-    names = [worker.name for worker in workers]
-    running = CompileJob.objects.filter(state=JobState.RUNNING, lease_owner__in=names)
-    return {job.lease_owner: job for job in running.prefetch_related("steps")}
 
 
 def cache_stats() -> dict[str, Any]:

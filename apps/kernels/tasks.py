@@ -2,7 +2,8 @@
 
 from celery import shared_task
 
-from apps.kernels import cache, presence
+from apps.kernels import cache
+from apps.workers import presence
 
 __all__ = ["presence"]
 

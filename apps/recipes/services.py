@@ -13,12 +13,12 @@ from django.utils import timezone
 from apps.accounts.actors import SYSTEM, Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
-from apps.kernels.services import queue_is_served
 from apps.notifications.services import enqueue
 from apps.recipes.files import RecipeError, check_parameters
 from apps.recipes.lifecycle import announce, transition
 from apps.recipes.models import Launch, Recipe
 from apps.rest.problems import Problem, not_found
+from apps.workers.services import queue_is_served
 from esper.contracts import LAUNCH_ENDED, LaunchState
 
 START_TASK = "recipes.start"

@@ -24,6 +24,7 @@ INSTALLED_APPS = [
     "apps.telemetry",
     "apps.blueprints",
     "apps.policies",
+    "apps.workers",
     "apps.kernels",
     "apps.violations",
     "apps.recipes",

@@ -16,6 +16,7 @@ class Migration(migrations.Migration):
     dependencies = [
         ("blueprints", "0001_initial"),
         ("kernels", "0001_initial"),
+        ("workers", "0001_initial"),
         ("policies", "0001_initial"),
         ("runs", "0001_initial"),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
@@ -219,7 +220,7 @@ class Migration(migrations.Migration):
                         blank=True,
                         null=True,
                         on_delete=django.db.models.deletion.SET_NULL,
-                        to="kernels.compilejob",
+                        to="workers.compilejob",
                     ),
                 ),
                 (

@@ -14,8 +14,9 @@ from apps.adaptations.models import Adaptation
 from apps.console.job_rows import jobs_of
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
-from apps.kernels.models import CompileJob, Kernel, SpeedUp
+from apps.kernels.models import Kernel, SpeedUp
 from apps.kernels.selectors import evictable
+from apps.workers.models import CompileJob
 
 SHOWN = 50
 
@@ -112,7 +113,7 @@ def users_of(kernel: Kernel) -> list[Adaptation]:
 
 
 def _used_by(kernel: Kernel) -> Q:
-    jobs = CompileJob.objects.filter(kernel=kernel)
+    jobs = CompileJob.objects.filter(kernel_digest=kernel.digest)
     trials = SpeedUp.objects.filter(kernel=kernel)
     return Q(uid__in=jobs.values("adaptation_uid")) | Q(uid__in=trials.values("adaptation_uid"))
 

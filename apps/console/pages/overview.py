@@ -15,9 +15,9 @@ from apps.console.panels import Panel, render_page
 from apps.console.request import page
 from apps.console.run_rows import live_runs, recent_runs, run_rows
 from apps.console.waiting import waiting
-from apps.kernels.models import CompileJob, Worker
 from apps.runs.models import Run
 from apps.violations.models import Violation
+from apps.workers.models import CompileJob, Worker
 from esper.contracts import AdaptationState, JobState, RunState, Severity, WorkerState
 
 ATTENTION_SHOWN = 12

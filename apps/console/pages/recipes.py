@@ -10,13 +10,13 @@ from django.http import Http404, HttpRequest, HttpResponse
 from apps.accounts.policy import Act, may
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
-from apps.kernels.services import queue_is_served
 from apps.notifications.services import launch_topic
 from apps.recipes.models import Launch, LogChunk, Recipe
 from apps.recipes.selectors import LogPage, launches
 from apps.recipes.selectors import recipes as all_recipes
 from apps.recipes.services import host_queue
 from apps.runs.models import Run
+from apps.workers.services import queue_is_served
 
 LAUNCHES_SHOWN = 50
 LOG_SHOWN_BYTES = 64 * 1024

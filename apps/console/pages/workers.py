@@ -22,11 +22,11 @@ from apps.console.job_rows import (
 )
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
-from apps.kernels.models import CompileJob, Worker
-from apps.kernels.selectors import current_jobs
-from apps.kernels.services import compile_queue
 from apps.recipes.models import Launch
 from apps.recipes.services import host_queue
+from apps.workers.models import CompileJob, Worker
+from apps.workers.selectors import current_jobs
+from apps.workers.services import compile_queue
 from esper.contracts import LAUNCH_ENDED, JobState, WorkerKind, WorkerMode, WorkerState
 
 _GONE = (WorkerState.STOPPING, WorkerState.OFFLINE)

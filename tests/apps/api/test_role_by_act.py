@@ -11,9 +11,9 @@ from apps.accounts.models import User
 from apps.accounts.policy import ALLOWED, Act, may
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
-from apps.kernels.services import Presence, heartbeat
 from apps.violations.models import Violation
 from apps.violations.services import record_violation
+from apps.workers.services import Presence, heartbeat
 from esper.contracts import (
     AdaptationState,
     LaunchState,

@@ -9,8 +9,8 @@ import pytest
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
 from apps.blueprints.models import Blueprint
-from apps.kernels.models import Worker
 from apps.violations.models import Violation
+from apps.workers.models import Worker
 from esper.contracts import AdaptationState
 from esper.services.tamiyo import wire
 from tests.apps.api.cast import Caller, Inbox, Trainer, frame, metrics, proposal

@@ -18,13 +18,13 @@ from apps.adaptations.services import Proposal
 from apps.audit.models import AuditEvent
 from apps.audit.services import record, verify_chain
 from apps.blueprints.models import Blueprint
-from apps.kernels import services as kernels
-from apps.kernels.models import CompileJob
 from apps.notifications.models import FeedEvent
 from apps.notifications.services import publish
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import RunSpec, issue_command
+from apps.workers import services as workers
+from apps.workers.models import CompileJob
 from esper.contracts import (
     AdaptationState,
     AdaptationType,
@@ -160,7 +160,7 @@ def test_one_job_has_one_owner() -> None:
     propose(a_run(), "fc0", "key", confidence=0.9)
     pk = CompileJob.objects.get().pk
     answers = at_once(
-        lambda i: str(kernels.claim_job(CompileJob.objects.get(pk=pk), worker=f"w{i}"))
+        lambda i: str(workers.claim_job(CompileJob.objects.get(pk=pk), worker=f"w{i}"))
     )
     assert answers["True"] == 1
 

@@ -19,7 +19,7 @@ from apps.accounts.models import User
 from apps.adaptations.models import Adaptation, Remedy
 from apps.audit.services import record
 from apps.blueprints.models import Blueprint
-from apps.kernels.models import CacheCounter, CompileJob, JobStepDone, Kernel, SpeedUp, Worker
+from apps.kernels.models import CacheCounter, Kernel, SpeedUp
 from apps.notifications.services import publish, run_topic
 from apps.policies.models import PolicyVersion
 from apps.policies.services import current_policy
@@ -27,6 +27,7 @@ from apps.recipes.models import Launch, LogChunk, Recipe
 from apps.runs.models import Command, Run
 from apps.telemetry.models import Frame, Metric
 from apps.violations.services import record_violation
+from apps.workers.models import CompileJob, JobStepDone, Worker
 from esper.contracts import (
     SIGNALS,
     AdaptationState,
@@ -360,7 +361,7 @@ def make_kept(world: World) -> None:
         state=JobState.DONE,
         attempt=1,
         lease_owner="compile@host-a",
-        kernel=kernel,
+        kernel_digest=kernel.digest,
         build_ms=41.5,
         ended_at=timezone.now(),
     )
@@ -546,7 +547,7 @@ def make_pool(world: World) -> None:
             job=running, attempt=2, step=step, at=now + timedelta(milliseconds=40 * number)
         )
     CompileJob.objects.create(**waiting, capability="cpu")
-    why = "no living worker compiles for cuda.sm90"
+    why = "no running worker compiles for cuda.sm90"
     CompileJob.objects.create(**waiting, capability="cuda.sm90", waits_for=why)
     CompileJob.objects.create(
         **waiting,

@@ -13,8 +13,9 @@ from apps.accounts.actors import SYSTEM
 from apps.adaptations.selectors import integration_status
 from apps.audit.services import record
 from apps.console.pages.workers import WorkerRow, compile_workers, queue
-from apps.kernels.models import CompileJob, Kernel, Worker
+from apps.kernels.models import Kernel
 from apps.recipes.models import Launch
+from apps.workers.models import CompileJob, Worker
 
 EAGER, COMPILED = "ab" * 32, "ef" * 32
 
@@ -77,7 +78,7 @@ def test_the_question_says_who_else_serves_the_queues(world: Any) -> None:
 
 def test_the_queue_tells_what_a_job_waits_for_in_the_words_of_the_api(world: Any) -> None:
     text = panel(world, "vera", "/workers", "queue")
-    assert "stuck No living worker compiles for cuda.sm90" in text
+    assert "stuck No running worker compiles for cuda.sm90" in text
     assert "1 running, 2 waiting" in text
     assert [(row.job.state, row.ahead) for row in queue().rows] == [
         ("running", 0),

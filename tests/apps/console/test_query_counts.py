@@ -9,9 +9,10 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
 from apps.adaptations.models import Adaptation
-from apps.kernels.models import CompileJob, JobStepDone, Kernel, SpeedUp, Worker
+from apps.kernels.models import Kernel, SpeedUp
 from apps.runs.models import Run
 from apps.violations.models import Violation
+from apps.workers.models import CompileJob, JobStepDone, Worker
 from esper.contracts import AdaptationState
 
 
@@ -55,7 +56,7 @@ def grow_pool() -> None:
         worker.save(force_insert=True)
         for kind in ("running", "queued", "done"):
             job.pk, job.uid, job.state = None, f"job_{kind}_{number}", kind
-            job.lease_owner, job.kernel = worker.name, Kernel.objects.get(digest="ab" * 32)
+            job.lease_owner, job.kernel_digest = worker.name, "ab" * 32
             job.save(force_insert=True)
             JobStepDone.objects.create(job=job, attempt=2, step="claimed", at=job.queued_at)
         kernel.pk, kernel.digest, kernel.key_hash = None, f"{number}", f"{number}"

@@ -17,10 +17,10 @@ from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.services import Proposal
 from apps.blueprints.models import Blueprint
-from apps.kernels import services as kernels
 from apps.kernels.models import Kernel
 from apps.runs.models import Command, Run
 from apps.runs.services import RunSpec
+from apps.workers import services as workers
 from esper.contracts import (
     AdaptationState,
     AdaptationType,
@@ -114,9 +114,9 @@ class Stage:
         adaptation.refresh_from_db()
         job = adaptation.job
         assert job is not None
-        assert kernels.claim_job(job, worker="compile@here")
+        assert workers.claim_job(job, worker="compile@here")
         transition(adaptation, AdaptationState.COMPILING, actor=WORKER)
-        assert kernels.finish_job(job, kernel=a_kernel(), cached=False, build_ms=20.0)
+        assert workers.finish_job(job, kernel_digest=a_kernel().digest, cached=False, build_ms=20.0)
         transition(adaptation, AdaptationState.COMPILED, actor=WORKER, kernel=a_kernel())
         queue_dispatch(adaptation)
         return adaptation

@@ -16,14 +16,14 @@ from apps.adaptations.models import Adaptation
 from apps.audit import triggers
 from apps.audit.models import AuditEvent, AuditHead
 from apps.audit.services import verify_chain
-from apps.kernels import services as kernels
-from apps.kernels.models import CompileJob
 from apps.notifications.models import FeedEvent, OutboxMessage
 from apps.policies.services import publish_policy
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import commands_after
 from apps.violations.models import Violation
+from apps.workers import services as workers
+from apps.workers.models import CompileJob
 from esper.contracts import (
     ADAPTATION_ENDED,
     AdaptationState,
@@ -432,7 +432,7 @@ def test_a_lost_worker_gives_its_job_back_three_times_then_it_fails(stage: Stage
     adaptation = stage.propose()
     for attempt in (1, 2, 3):
         job = CompileJob.objects.get()
-        assert kernels.claim_job(job, worker=f"w{attempt}")
+        assert workers.claim_job(job, worker=f"w{attempt}")
         adaptation.refresh_from_db()
         transition(adaptation, S.COMPILING, actor=WORKER)
         CompileJob.objects.update(lease_until=timezone.now() - timedelta(seconds=1))
@@ -446,11 +446,13 @@ def test_a_zombie_workers_late_result_is_refused(stage: Stage) -> None:
 
     adaptation = stage.propose()
     zombie = CompileJob.objects.get()
-    kernels.claim_job(zombie, worker="zombie")
+    workers.claim_job(zombie, worker="zombie")
     transition(adaptation, S.COMPILING, actor=WORKER)
     CompileJob.objects.update(lease_until=timezone.now() - timedelta(seconds=1))
     services.sweep()
-    assert not kernels.finish_job(zombie, kernel=a_kernel(), cached=False, build_ms=1.0)
+    assert not workers.finish_job(
+        zombie, kernel_digest=a_kernel().digest, cached=False, build_ms=1.0
+    )
     assert CompileJob.objects.get().state == "queued"
 
 
@@ -470,7 +472,7 @@ def test_limits_broken_by_the_measured_numbers_stop_the_adaptation(stage: Stage)
 
     adaptation = stage.propose()
     job = CompileJob.objects.get()
-    kernels.claim_job(job, worker="w")
+    workers.claim_job(job, worker="w")
     transition(adaptation, S.COMPILING, actor=WORKER)
     transition(adaptation, S.COMPILED, actor=WORKER)
     kernel = a_kernel()

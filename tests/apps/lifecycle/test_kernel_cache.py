@@ -13,14 +13,15 @@ from apps.adaptations.models import Adaptation
 from apps.adaptations.selectors import integration_status
 from apps.audit.models import AuditEvent
 from apps.kernels import cache
-from apps.kernels.building import close_builders
 from apps.kernels.cache_store import count, kernel_store
-from apps.kernels.models import CompileJob, Kernel, WarmUp
+from apps.kernels.models import Kernel, WarmUp
 from apps.kernels.selectors import Counter, cache_stats, evictable
 from apps.kernels.services import store_kernel
 from apps.notifications.models import OutboxMessage
 from apps.rest.problems import Problem
 from apps.violations.models import Violation
+from apps.workers.builders import close_builders
+from apps.workers.models import CompileJob
 from esper.compilation.bundle import pack
 from esper.contracts import (
     CommandState,
@@ -145,7 +146,7 @@ def test_a_corrupt_kernel_is_moved_away_reported_and_asked_for_again(
     good, bad = stored(1), stored(2)
     CompileJob.objects.create(
         adaptation_uid="a", run_uid=stage.run.uid, blueprint_slug="proj_lora_64",
-        config={"rank": 2}, layer=layer().to_wire(), capability="cpu", kernel=bad,
+        config={"rank": 2}, layer=layer().to_wire(), capability="cpu", kernel_digest=bad.digest,
         state=JobState.DONE,
     )  # fmt: skip
     folder = kernel_store().path(bad.digest)  # type: ignore[attr-defined]
@@ -168,6 +169,22 @@ def test_a_corrupt_kernel_is_moved_away_reported_and_asked_for_again(
     assert (cache_stats()["corrupt"], cache_stats()["scrubbed"]) == (1, 3)
     again = WarmUp.objects.get(config={"rank": 2})
     assert again.state == JobState.QUEUED
+
+
+def test_jobs_name_the_new_digest_of_a_kernel_that_is_built_again(
+    stage: Stage, stored: Any
+) -> None:
+    kernel = stored(1)
+    Kernel.objects.filter(pk=kernel.pk).update(digest="ab" * 32)  # an earlier build of the same key
+    CompileJob.objects.create(
+        adaptation_uid="a", run_uid=stage.run.uid, blueprint_slug="proj_lora_64",
+        layer={}, capability="cpu", kernel_digest="ab" * 32, state=JobState.DONE,
+    )  # fmt: skip
+
+    again = stored(1)
+
+    assert again.pk == kernel.pk
+    assert CompileJob.objects.get().kernel_digest == again.digest != "ab" * 32
 
 
 def test_scrubbing_is_asked_for_by_a_person_and_done_by_a_worker(stage: Stage, stored: Any) -> None:

@@ -20,15 +20,16 @@ from apps.adaptations.compile_jobs import _measured_limits_hold
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
-from apps.kernels import building
-from apps.kernels import services as kernels
-from apps.kernels.models import CompileJob, Kernel, Worker
-from apps.kernels.presence import database_between_forks
-from apps.kernels.selectors import current_jobs
+from apps.kernels.models import Kernel
 from apps.notifications.models import OutboxMessage
 from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.violations.models import Violation
+from apps.workers import builders
+from apps.workers import services as workers
+from apps.workers.models import CompileJob, Worker
+from apps.workers.presence import database_between_forks
+from apps.workers.selectors import current_jobs
 from esper.compilation import BuilderPool, BuildLimits
 from esper.contracts import (
     AdaptationState,
@@ -47,7 +48,7 @@ ODD = (sys.executable, str(Path(__file__).parents[2] / "esper" / "compilation" /
 
 
 def live_worker(name: str = "compile@here", capability: str = "cpu", **changes: Any) -> Worker:
-    presence = kernels.Presence(
+    presence = workers.Presence(
         name=name,
         kind=WorkerKind.COMPILE,
         host="here",
@@ -56,7 +57,7 @@ def live_worker(name: str = "compile@here", capability: str = "cpu", **changes: 
         queues=[f"compile.{capability}", "host.here"],
         **changes,
     )
-    kernels.heartbeat(presence)
+    workers.heartbeat(presence)
     return Worker.objects.get(name=name)
 
 
@@ -79,7 +80,7 @@ def odd_builders(
     (tmp_path / "kernel.key").write_text(kernel_private_key)
     settings.ESPER_KERNEL_KEY_FILE = str(tmp_path / "kernel.key")
     settings.ESPER_KERNEL_STORE_DIR = tmp_path / "kernels"
-    monkeypatch.setattr(building, "_pool", odd_pool)
+    monkeypatch.setattr(builders, "_pool", odd_pool)
 
 
 def proposed_at(stage: Stage, name: str, **changes: Any) -> Adaptation:
@@ -170,8 +171,8 @@ def test_a_log_keeps_its_end_when_it_grows_too_long(stage: Stage) -> None:
     stage.propose()
     job = CompileJob.objects.get()
     for attempt in (1, 2, 3):
-        kernels.claim_job(job, worker="w")
-        kernels.fail_job(job, error=f"no {attempt}", permanent=False, log="x" * 9000)
+        workers.claim_job(job, worker="w")
+        workers.fail_job(job, error=f"no {attempt}", permanent=False, log="x" * 9000)
     job.refresh_from_db()
     assert len(job.log) == 16_000
     assert "attempt 3 on w: no 3" in job.log
@@ -181,9 +182,9 @@ def test_the_running_job_of_a_worker_is_shown_with_its_steps(stage: Stage) -> No
     worker = live_worker()
     stage.propose()
     job = CompileJob.objects.get()
-    kernels.claim_job(job, worker=worker.name)
-    kernels.note_steps(job, {JobStep.FORECAST: timezone.now()})
-    kernels.note_steps(job, {JobStep.FORECAST: timezone.now()})  # twice does no harm
+    workers.claim_job(job, worker=worker.name)
+    workers.note_steps(job, {JobStep.FORECAST: timezone.now()})
+    workers.note_steps(job, {JobStep.FORECAST: timezone.now()})  # twice does no harm
     live_worker()
 
     worker.refresh_from_db()
@@ -207,7 +208,7 @@ def test_a_late_attempt_leaves_no_kernel_behind(
         CompileJob.objects.update(lease_until=timezone.now() - timedelta(seconds=1))
         services.sweep()
         other = CompileJob.objects.get(pk=job.pk)
-        assert kernels.claim_job(other, worker="other@there")
+        assert workers.claim_job(other, worker="other@there")
         return built
 
     monkeypatch.setattr(compile_jobs, "_build_or_reuse", frozen_meanwhile)
@@ -241,7 +242,7 @@ def test_a_build_whose_lease_was_taken_away_is_stopped(
 ) -> None:
     live_worker()
     adaptation = proposed_at(stage, "endless")
-    monkeypatch.setattr(building.Progress, "leased", lambda progress: _gone(progress))
+    monkeypatch.setattr(builders.Progress, "leased", lambda progress: _gone(progress))
 
     services.compile_kernel(_job_of(adaptation), worker="compile@here")
 
@@ -249,7 +250,7 @@ def test_a_build_whose_lease_was_taken_away_is_stopped(
     assert Worker.objects.get().crashes == 0
 
 
-def _gone(progress: building.Progress) -> Any:
+def _gone(progress: builders.Progress) -> Any:
     progress.lost.set()
     return nullcontext()
 
@@ -284,22 +285,22 @@ def test_a_draining_worker_finishes_its_job_and_takes_no_other(stage: Stage) -> 
     worker = live_worker()
     stage.propose()
     job = CompileJob.objects.get()
-    assert kernels.claim_job(job, worker=worker.name)
-    kernels.set_worker_mode(
+    assert workers.claim_job(job, worker=worker.name)
+    workers.set_worker_mode(
         worker=worker, mode=WorkerMode.DRAINING, user=stage.operator, via="", reason="new driver"
     )
 
-    assert kernels.finish_job(job, kernel=a_kernel(), cached=False, build_ms=1.0)
+    assert workers.finish_job(job, kernel_digest=a_kernel().digest, cached=False, build_ms=1.0)
     stage.propose(layer="head")
     other = CompileJob.objects.latest("id")
-    assert not kernels.claim_job(other, worker=worker.name)
-    assert not kernels.queue_is_served("compile.cpu")
+    assert not workers.claim_job(other, worker=worker.name)
+    assert not workers.queue_is_served("compile.cpu")
     assert live_worker().mode == WorkerMode.DRAINING  # a heartbeat does not end it
 
-    kernels.set_worker_mode(
+    workers.set_worker_mode(
         worker=worker, mode=WorkerMode.ACTIVE, user=stage.operator, via="", reason=""
     )
-    assert kernels.claim_job(other, worker=worker.name)
+    assert workers.claim_job(other, worker=worker.name)
     events = AuditEvent.objects.filter(object_kind="worker").order_by("id")
     assert list(events.values_list("act", "actor")) == [
         ("worker.drained", "olga"),
@@ -316,7 +317,7 @@ def test_the_result_of_a_quarantined_worker_is_refused_and_its_job_goes_to_anoth
 
     def quarantined_meanwhile(job: CompileJob, progress: Any) -> Any:
         built = build(job, progress)
-        kernels.set_worker_mode(
+        workers.set_worker_mode(
             worker=worker,
             mode=WorkerMode.QUARANTINED,
             user=stage.operator,
@@ -333,8 +334,8 @@ def test_the_result_of_a_quarantined_worker_is_refused_and_its_job_goes_to_anoth
     assert (job.state, adaptation.state) == (JobState.QUEUED, S.COMPILE_QUEUED)
     assert "quarantine" in job.log
     assert not Kernel.objects.exists()
-    assert not kernels.claim_job(job, worker=worker.name)
-    assert kernels.claim_job(job, worker="other@there")
+    assert not workers.claim_job(job, worker=worker.name)
+    assert workers.claim_job(job, worker="other@there")
 
 
 def test_too_many_lost_builders_in_a_row_put_their_worker_into_quarantine(
@@ -344,8 +345,8 @@ def test_too_many_lost_builders_in_a_row_put_their_worker_into_quarantine(
     for _ in range(settings.ESPER_WORKER_CRASHES_MAX):
         worker.refresh_from_db()
         assert worker.mode == WorkerMode.ACTIVE
-        kernels.note_lost_builder(worker.name)
-    kernels.note_lost_builder(worker.name)  # one more changes nothing
+        workers.note_lost_builder(worker.name)
+    workers.note_lost_builder(worker.name)  # one more changes nothing
 
     worker.refresh_from_db()
     assert worker.mode == WorkerMode.QUARANTINED
@@ -353,7 +354,7 @@ def test_too_many_lost_builders_in_a_row_put_their_worker_into_quarantine(
     event = AuditEvent.objects.get(object_kind="worker")
     assert (event.act, event.actor) == ("worker.quarantined", "system")
     Worker.objects.update(heartbeat_at=timezone.now() - timedelta(days=1))
-    kernels.mark_offline_workers()
+    workers.mark_offline_workers()
     assert Worker.objects.get().mode == WorkerMode.QUARANTINED  # silence does not end it
 
 
@@ -369,7 +370,7 @@ def test_only_people_on_duty_with_a_reason_stop_a_compile_worker(stage: Stage) -
         (stage.operator, control, "because", "not-a-compile-worker"),
     ):
         with pytest.raises(Problem) as refused:
-            kernels.set_worker_mode(worker=which, mode=drain, user=who, via="", reason=reason)
+            workers.set_worker_mode(worker=which, mode=drain, user=who, via="", reason=reason)
         assert refused.value.code == code
     assert set(Worker.objects.values_list("mode", flat=True)) == {WorkerMode.ACTIVE}
 
@@ -383,14 +384,14 @@ def test_a_job_that_nobody_can_do_says_so_and_expires_with_that_reason(stage: St
     stage.run.refresh_from_db()
     adaptation = stage.propose()
     job = CompileJob.objects.get()
-    assert job.waits_for == "no living worker compiles for cuda.sm90"
+    assert job.waits_for == "no running worker compiles for cuda.sm90"
 
     Adaptation.objects.update(deadline_at=timezone.now() - timedelta(seconds=1))
     services.sweep()
 
     adaptation.refresh_from_db()
     assert adaptation.state == S.COMPILE_FAILED
-    assert "no living worker compiles for cuda.sm90" in adaptation.end_reason
+    assert "no running worker compiles for cuda.sm90" in adaptation.end_reason
 
 
 def test_the_reason_goes_when_a_worker_comes_and_comes_when_it_goes(stage: Stage) -> None:
@@ -398,9 +399,9 @@ def test_the_reason_goes_when_a_worker_comes_and_comes_when_it_goes(stage: Stage
     live_worker()
     services.sweep()
     assert CompileJob.objects.get().waits_for == ""
-    kernels.say_goodbye("compile@here")
+    workers.mark_worker_stopped("compile@here")
     services.sweep()
-    assert CompileJob.objects.get().waits_for == "no living worker compiles for cpu"
+    assert CompileJob.objects.get().waits_for == "no running worker compiles for cpu"
 
 
 def test_one_run_over_two_kinds_of_devices_gets_kernels_for_each(stage: Stage) -> None:
@@ -418,7 +419,7 @@ def test_one_run_over_two_kinds_of_devices_gets_kernels_for_each(stage: Stage) -
 
 def test_what_was_measured_stands_beside_what_was_forecast(stage: Stage) -> None:
     adaptation = stage.propose()
-    kernels.claim_job(CompileJob.objects.get(), worker="w")
+    workers.claim_job(CompileJob.objects.get(), worker="w")
     transition(adaptation, S.COMPILING, actor=WORKER)
     transition(adaptation, S.COMPILED, actor=WORKER)
     kernel = a_kernel()

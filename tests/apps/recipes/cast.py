@@ -8,9 +8,9 @@ from typing import Any
 from django.utils import timezone
 
 from apps.accounts.models import User
-from apps.kernels.models import Worker
 from apps.recipes.files import read_recipe
 from apps.recipes.models import Launch, Recipe
+from apps.workers.models import Worker
 from esper.contracts import LaunchState, WorkerKind
 
 TEXT = """

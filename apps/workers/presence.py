@@ -28,8 +28,8 @@ from django.db import connections
 from django.utils import timezone
 
 import esper
-from apps.kernels.building import builders, close_builders
-from apps.kernels.services import Presence, heartbeat, say_goodbye
+from apps.workers.builders import builders, close_builders
+from apps.workers.services import Presence, heartbeat, mark_worker_stopped
 from esper.contracts import WorkerKind, WorkerMode
 
 log = logging.getLogger(__name__)
@@ -175,6 +175,6 @@ def _on_end(**_: Any) -> None:
     _stopped.set()
     try:
         with database_between_forks():
-            say_goodbye(worker_name())
+            mark_worker_stopped(worker_name())
     except Exception as error:
         log.warning("the database did not hear that this worker has ended: %s", error)

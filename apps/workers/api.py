@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from django.utils import timezone
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from apps.accounts.authentication import person, via
+from apps.accounts.endpoint import Endpoint
+from apps.rest.fields import parse
+from apps.rest.filters import apply_filters, flag, one_of, text
+from apps.rest.idempotency import idempotent
+from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.problems import not_found
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.rest.throttling import ActThrottle
+from apps.runs.serializers import ReasonInput
+from apps.workers.models import CompileJob, Worker
+from apps.workers.selectors import current_jobs
+from apps.workers.serializers import HeartbeatInput, JobOutput, WorkerOutput
+from apps.workers.services import Presence, heartbeat, set_worker_mode
+from esper.contracts import JobState, TokenScope, WorkerKind, WorkerMode, WorkerState
+
+JOB_FILTERS = {
+    "state": ("state", one_of(JobState)),
+    "run": ("run_uid", text),
+    "adaptation": ("adaptation_uid", text),
+    "cached": ("cached", flag),
+}
+WORKER_FILTERS = {
+    "kind": ("kind", one_of(WorkerKind)),
+    "state": ("state", one_of(WorkerState)),
+    "mode": ("mode", one_of(WorkerMode)),
+    "host": ("host", text),
+}
+
+
+class Jobs(Endpoint):
+    parameters = PARAMETERS | frozenset(JOB_FILTERS)
+
+    @documented(
+        "list_jobs",
+        answer=page_of(JobOutput),
+        parameters=[*(query(name) for name in JOB_FILTERS), CURSOR, LIMIT],
+    )
+    def get(self, request: Request) -> Response:
+        jobs = apply_filters(
+            request,
+            CompileJob.objects.prefetch_related("steps"),
+            JOB_FILTERS,
+        )
+        return page_response(request, jobs, lambda rows: JobOutput(rows, many=True).data)
+
+
+class Workers(Endpoint):
+    parameters = PARAMETERS | frozenset(WORKER_FILTERS)
+
+    @documented(
+        "list_workers",
+        answer=page_of(WorkerOutput),
+        parameters=[*(query(name) for name in WORKER_FILTERS), CURSOR, LIMIT],
+        summary="Workers, and Tamiyo beside them, as they last reported",
+    )
+    def get(self, request: Request) -> Response:
+        workers = apply_filters(request, Worker.objects.all(), WORKER_FILTERS)
+        return page_response(request, workers, worker_rows)
+
+
+class _WorkerAct(Endpoint):
+    throttle_classes = (ActThrottle,)
+    mode: ClassVar[WorkerMode]
+
+    def _change(self, request: Request, name: str) -> Response:
+        worker = Worker.objects.filter(name=name).first()
+        if worker is None:
+            raise not_found("worker")
+        changed = set_worker_mode(
+            worker=worker,
+            mode=self.mode,
+            user=person(request),
+            via=via(request),
+            reason=parse(ReasonInput, request.data)["reason"],
+        )
+        return Response(worker_rows([changed])[0])
+
+
+class DrainWorker(_WorkerAct):
+    mode = WorkerMode.DRAINING
+
+    @documented("drain_worker", body=ReasonInput, answer=WorkerOutput, act=True)
+    @idempotent
+    def post(self, request: Request, name: str) -> Response:
+        return self._change(request, name)
+
+
+class QuarantineWorker(_WorkerAct):
+    mode = WorkerMode.QUARANTINED
+
+    @documented("quarantine_worker", body=ReasonInput, answer=WorkerOutput, act=True)
+    @idempotent
+    def post(self, request: Request, name: str) -> Response:
+        return self._change(request, name)
+
+
+class ReleaseWorker(_WorkerAct):
+    mode = WorkerMode.ACTIVE
+
+    @documented("release_worker", body=ReasonInput, answer=WorkerOutput, act=True)
+    @idempotent
+    def post(self, request: Request, name: str) -> Response:
+        return self._change(request, name)
+
+
+def worker_rows(workers: Sequence[Worker]) -> list[dict[str, Any]]:
+    """Workers with the job that each is at."""
+    context = {"jobs": current_jobs(workers)}
+    return list(WorkerOutput(workers, many=True, context=context).data)
+
+
+class TamiyoHeartbeat(Endpoint):
+    writers: ClassVar = frozenset({TokenScope.DECIDE})
+
+    @documented("report_tamiyo_heartbeat", body=HeartbeatInput, answer=None, status=204)
+    def post(self, request: Request) -> Response:
+        given = parse(HeartbeatInput, request.data)
+        heartbeat(_presence(given["instance"], given["status"]))
+        return Response(status=204)
+
+
+def _presence(instance: str, status: dict[str, Any]) -> Presence:
+    """Tamiyo among the workers: it has no queue, and its heartbeat says that it lives."""
+    name = f"tamiyo@{instance}"
+    known = Worker.objects.filter(name=name).first()
+    versions = {key: value for key, value in status.items() if isinstance(value, str)}
+    return Presence(
+        name=name,
+        host=instance,
+        kind=WorkerKind.TAMIYO,
+        versions=versions,
+        started_at=known.started_at if known else timezone.now(),
+    )

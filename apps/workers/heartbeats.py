@@ -1,0 +1,84 @@
+"""What workers report about themselves; ``Worker.state`` follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.conf import settings
+from django.utils import timezone
+
+from apps.workers.models import CompileJob, Worker
+from esper.contracts import JobState, WorkerKind, WorkerMode, WorkerState
+
+FORGET_WORKERS_AFTER = timedelta(hours=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """What a worker reports. None: the reporting process does not know it, another one does.
+
+    The process that consumes Celery's queues knows the queues; the one that builds knows the
+    devices.
+    """
+
+    name: str
+    kind: WorkerKind
+    host: str
+    started_at: datetime
+    capabilities: list[str] | None = None
+    queues: list[str] | None = None
+    devices: list[dict[str, Any]] | None = None
+    versions: dict[str, str] | None = None
+    memory_free_mib: int | None = None
+    memory_total_mib: int | None = None
+    stopping: bool = False
+
+
+def heartbeat(presence: Presence) -> WorkerMode:
+    """Record that a worker is alive; return what it may do."""
+    reported = {
+        name: getattr(presence, name)
+        for name in (
+            *("capabilities", "queues", "devices", "versions"),
+            *("memory_free_mib", "memory_total_mib"),
+        )
+    }
+    worker, _ = Worker.objects.update_or_create(
+        name=presence.name,
+        defaults={
+            "kind": presence.kind,
+            "host": presence.host,
+            "started_at": presence.started_at,
+            "heartbeat_at": timezone.now(),
+            "state": _state(presence),
+            **{name: value for name, value in reported.items() if value is not None},
+        },
+    )
+    return WorkerMode(worker.mode)
+
+
+def mark_worker_stopped(name: str) -> None:
+    """A worker has stopped in order; nobody needs to wait for its heartbeat to be missed."""
+    Worker.objects.filter(name=name).update(state=WorkerState.OFFLINE)
+
+
+def _state(presence: Presence) -> WorkerState:
+    if presence.stopping:
+        return WorkerState.STOPPING
+    busy = CompileJob.objects.filter(state=JobState.RUNNING, lease_owner=presence.name).exists()
+    return WorkerState.BUSY if busy else WorkerState.IDLE
+
+
+def mark_offline_workers() -> int:
+    """Mark workers without a heartbeat for three periods offline; return how many."""
+    forgotten = timezone.now() - FORGET_WORKERS_AFTER
+    # A quarantine must not end because the worker was silent for an hour.
+    Worker.objects.filter(heartbeat_at__lt=forgotten, mode=WorkerMode.ACTIVE).delete()
+    limit = timezone.now() - timedelta(seconds=3 * settings.ESPER_WORKER_HEARTBEAT_SECONDS)
+    return (
+        Worker.objects.filter(heartbeat_at__lt=limit)
+        .exclude(state=WorkerState.OFFLINE)
+        .update(state=WorkerState.OFFLINE)
+    )
