@@ -17,6 +17,7 @@ _APPS = (
     "violations",
     "recipes",
     "adaptations",
+    "trainers",
 )
 
 urlpatterns = [

@@ -22,7 +22,7 @@ from channels.security.websocket import AllowedHostsOriginValidator  # noqa: E40
 from django.urls import re_path  # noqa: E402
 
 from apps.notifications.routing import websocket_urlpatterns as browser_routes  # noqa: E402
-from apps.runs.routing import websocket_urlpatterns as trainer_routes  # noqa: E402
+from apps.trainers.routing import websocket_urlpatterns as trainer_routes  # noqa: E402
 from esper_web.body_limit import BodyLimit  # noqa: E402
 
 # Static files come from whitenoise's synchronous iterators. Django reads each of them whole in a

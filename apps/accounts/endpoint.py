@@ -17,6 +17,7 @@ from esper.contracts import TokenScope
 # A browser's session stands for the person, as a token of these two scopes does.
 _SESSION_SCOPES = frozenset({TokenScope.READ, TokenScope.ACT})
 READERS = frozenset({TokenScope.READ, TokenScope.ACT, TokenScope.DECIDE})
+TRAINERS = frozenset({TokenScope.RUN_WRITE})
 
 
 class ScopePermission(BasePermission):

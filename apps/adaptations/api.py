@@ -1,4 +1,4 @@
-"""Adaptations for people and for Tamiyo. What trainers call is in ``trainer_api``."""
+"""Adaptations for people and for Tamiyo. What trainers call is in ``apps.trainers``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rest_framework.response import Response
 
 from apps.accounts.actors import ActorKind
 from apps.accounts.authentication import actor, person, via
-from apps.accounts.endpoint import Endpoint
+from apps.accounts.endpoint import Endpoint, run_of_token
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation
 from apps.adaptations.parsing import check_from_wire, proposal_from_wire
@@ -42,7 +42,7 @@ from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query, results_of
 from apps.rest.throttling import ActThrottle
-from apps.runs.api import visible_run
+from apps.runs.selectors import visible_run
 from esper.contracts import AdaptationState, AdaptationType, Risk, TokenScope, Verdict, codec
 
 TAMIYO = frozenset({TokenScope.DECIDE})
@@ -147,7 +147,7 @@ class IntegrationStatus(Endpoint):
 class Snapshot(Endpoint):
     @documented("read_snapshot", answer=SnapshotOutput)
     def get(self, request: Request, uid: str) -> Response:
-        return Response(run_snapshot(visible_run(request, uid)))
+        return Response(run_snapshot(visible_run(uid, only=run_of_token(request))))
 
 
 class Proposals(Endpoint):
@@ -163,7 +163,7 @@ class Proposals(Endpoint):
     @idempotent
     def post(self, request: Request, uid: str) -> Response:
         proposed = services.propose_adaptation(
-            run=visible_run(request, uid),
+            run=visible_run(uid, only=run_of_token(request)),
             proposal=proposal_from_wire(parse(ProposalInput, request.data)),
             idempotency_key=request.headers[HEADER].strip(),
             actor=actor(request, ActorKind.TAMIYO),
@@ -179,7 +179,9 @@ class Declines(Endpoint):
         given = parse(DeclineInput, request.data)
         given["checks"] = [check_from_wire(line) for line in given["checks"]]
         services.record_decline(
-            run=visible_run(request, uid), actor=actor(request, ActorKind.TAMIYO), **given
+            run=visible_run(uid, only=run_of_token(request)),
+            actor=actor(request, ActorKind.TAMIYO),
+            **given,
         )
         return Response({}, status=201)
 

@@ -14,7 +14,7 @@ from apps.adaptations.compile_jobs import queue_dispatch, take_lost_job_back
 from apps.adaptations.dispatch import request_undo
 from apps.adaptations.lifecycle import DEADLINES, transition
 from apps.adaptations.models import Adaptation
-from apps.adaptations.reports import close_open_adaptations, quarantine
+from apps.adaptations.outcomes import close_open_adaptations, quarantine
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import lock_run, set_state

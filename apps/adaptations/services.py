@@ -17,50 +17,49 @@ from apps.adaptations.acts import (
 from apps.adaptations.compile_jobs import compile_kernel
 from apps.adaptations.deadlines import sweep
 from apps.adaptations.dispatch import dispatch_adaptation
+from apps.adaptations.outcomes import (
+    adaptation_of,
+    close_open_adaptations,
+    follow_answer,
+    mark_taken_out,
+    quarantine,
+)
 from apps.adaptations.proposals import (
     GateClosedError,
     Proposal,
     propose_adaptation,
     record_decline,
 )
-from apps.adaptations.remedies import RemedyReport, record_remedy
-from apps.adaptations.reports import (
-    LocalRollback,
-    acknowledge_command,
-    finish_run,
-    record_local_rollback,
-    register_run,
-    settle_hello,
-)
+from apps.adaptations.reconciliation import note_merged, put_in_doubt, reconcile_grafts
 from apps.adaptations.verdicts import judge_adaptation
 
 __all__ = [
     "GateClosedError",
-    "LocalRollback",
     "Proposal",
-    "RemedyReport",
-    "acknowledge_command",
+    "adaptation_of",
     "approve_adaptation",
     "cancel_adaptation",
     "claim_adaptation",
+    "close_open_adaptations",
     "compile_kernel",
     "dispatch_adaptation",
     "evidence_drift",
     "evidence_now",
     "extend_adaptation",
-    "finish_run",
+    "follow_answer",
     "judge_adaptation",
+    "mark_taken_out",
+    "note_merged",
     "permissions",
     "propose_adaptation",
+    "put_in_doubt",
+    "quarantine",
+    "reconcile_grafts",
     "record_decline",
-    "record_local_rollback",
-    "record_remedy",
-    "register_run",
     "reject_adaptation",
     "release_adaptation",
     "roll_back_adaptation",
     "set_adaptation_switch",
-    "settle_hello",
     "sweep",
     "undo_plan",
 ]

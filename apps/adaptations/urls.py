@@ -1,15 +1,8 @@
 from django.urls import path
 
-from apps.adaptations import api, trainer_api
+from apps.adaptations import api
 
 urlpatterns = [
-    path("runs", trainer_api.Runs.as_view()),
-    path("runs/<str:uid>/hello", trainer_api.Hello.as_view()),
-    path("runs/<str:uid>/telemetry", trainer_api.Telemetry.as_view()),
-    path("runs/<str:uid>/commands/<str:seq>/ack", trainer_api.CommandAnswer.as_view()),
-    path("runs/<str:uid>/rollbacks", trainer_api.LocalRollbacks.as_view()),
-    path("runs/<str:uid>/remedies", trainer_api.Remedies.as_view()),
-    path("runs/<str:uid>/finish", trainer_api.Finish.as_view()),
     path("runs/<str:uid>/snapshot", api.Snapshot.as_view()),
     path("runs/<str:uid>/adaptations", api.Proposals.as_view()),
     path("runs/<str:uid>/declines", api.Declines.as_view()),

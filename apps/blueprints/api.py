@@ -9,14 +9,13 @@ from apps.blueprints.models import Blueprint
 from apps.blueprints.serializers import BlueprintOutput
 from apps.blueprints.services import switch_blueprint
 from apps.rest.etag import given_version, versioned_response
-from apps.rest.fields import parse
+from apps.rest.fields import ReasonInput, parse
 from apps.rest.filters import apply_filters, flag, one_of
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import Problem, not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.rest.throttling import ActThrottle
-from apps.runs.serializers import ReasonInput
 from esper.contracts import AdaptationType, BlueprintCategory, Risk
 
 FILTERS = {

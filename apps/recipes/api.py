@@ -16,14 +16,13 @@ from apps.recipes.serializers import (
     RecipeOutput,
 )
 from apps.recipes.services import resume_launch, start_recipe, stop_launch
-from apps.rest.fields import parse
+from apps.rest.fields import ReasonInput, parse
 from apps.rest.filters import apply_filters, many_of, one_of, parse_parameter, text, whole_number
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.rest.throttling import ActThrottle
-from apps.runs.serializers import ReasonInput
 from esper.contracts import LaunchState
 
 RECIPE_FILTERS = {"host": ("host", text), "slug": ("slug", text)}

@@ -134,6 +134,10 @@ class PersonsInput(serializers.Serializer[Any]):
         return super().to_internal_value(data)
 
 
+class ReasonInput(PersonsInput):
+    reason = Text(allow_blank=True, default="")
+
+
 def body(request: Request) -> dict[str, Any]:
     """The request's JSON object; the parser lets nothing else in."""
     assert isinstance(request.data, dict)

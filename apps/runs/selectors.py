@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from django.db.models import QuerySet
 
+from apps.rest.filters import many_of, one_of, text
+from apps.rest.problems import not_found
 from apps.runs.models import Run
+from esper.contracts import RunMode, RunState
+
+FILTERS = {
+    "state": ("state", one_of(RunState)),
+    "state__in": ("state__in", many_of(RunState)),
+    "mode": ("mode", one_of(RunMode)),
+    "name": ("name", text),
+    "owner": ("owner__username", text),
+}
 
 
 def runs(*, only: str = "") -> QuerySet[Run]:
     """All runs; just the one with the uid ``only`` for a caller that is confined to it."""
     rows = Run.objects.select_related("owner")
     return rows.filter(uid=only) if only else rows
+
+
+def visible_run(uid: str, *, only: str = "") -> Run:
+    """Raises ``Problem`` 404, also for a run that is not the token's."""
+    run = runs(only=only).filter(uid=uid).first()
+    if run is None:
+        raise not_found("run")
+    return run

@@ -5,12 +5,12 @@ from typing import ClassVar
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.endpoint import READERS, Endpoint
+from apps.accounts.endpoint import READERS, TRAINERS, Endpoint, run_of_token
 from apps.rest.etag import cacheable_response
 from apps.rest.filters import one_of, parse_parameter, text, whole_number
 from apps.rest.problems import Problem
 from apps.rest.schema import documented, query
-from apps.runs.api import TRAINERS, visible_run
+from apps.runs.selectors import visible_run
 from apps.telemetry.selectors import (
     MAX_COLUMNS,
     MAX_FRAMES,
@@ -34,7 +34,7 @@ class Frames(Endpoint):
         summary="Health frames of the present epoch after a step, oldest first",
     )
     def get(self, request: Request, uid: str) -> Response:
-        run = visible_run(request, uid)
+        run = visible_run(uid, only=run_of_token(request))
         after_step = parse_parameter(request, "after_step", whole_number, default=-1)
         limit = _count(request, "limit", most=MAX_FRAMES, default=MAX_FRAMES)
         frames = frames_after(run, after_step=after_step, limit=limit)
@@ -54,7 +54,7 @@ class Series(Endpoint):
         summary="One metric, in min/mean/max buckets",
     )
     def get(self, request: Request, uid: str) -> Response:
-        run = visible_run(request, uid)
+        run = visible_run(uid, only=run_of_token(request))
         name = parse_parameter(request, "name", text)
         if name is None:
             raise Problem(400, "invalid", "name is required, such as name=loss.")
@@ -74,7 +74,7 @@ class Heatmap(Endpoint):
         summary="One signal over layers and time",
     )
     def get(self, request: Request, uid: str) -> Response:
-        run = visible_run(request, uid)
+        run = visible_run(uid, only=run_of_token(request))
         signal = parse_parameter(request, "signal", one_of(Signal), default=Signal.HEALTH)
         columns = _count(request, "columns", most=MAX_COLUMNS, default=120)
         return cacheable_response(request, heatmap(run, Signal(signal), columns=columns))

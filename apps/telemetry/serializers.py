@@ -4,8 +4,8 @@ from typing import Any
 
 from rest_framework import serializers
 
-from apps.rest.fields import WholeNumber, WireNumber
-from esper.contracts import Severity, Signal, ViolationRule
+from apps.rest.fields import WholeNumber
+from esper.contracts import Signal
 
 
 class FrameBody(serializers.Serializer[Any]):
@@ -14,39 +14,6 @@ class FrameBody(serializers.Serializer[Any]):
     step = WholeNumber()
     wall_time = serializers.FloatField()
     values = serializers.CharField()
-
-
-class MetricsBody(serializers.Serializer[Any]):
-    step = WholeNumber()
-    wall_time = serializers.FloatField()
-    values = serializers.DictField(child=WireNumber())
-
-
-class FindingBody(serializers.Serializer[Any]):
-    rule = serializers.ChoiceField(choices=list(ViolationRule))
-    layer = serializers.CharField(allow_blank=True)
-    severity = serializers.ChoiceField(choices=list(Severity))
-    observed = serializers.CharField()
-    limit = serializers.CharField()
-    remedy = serializers.CharField()
-
-
-class TelemetryInput(serializers.Serializer[Any]):
-    """For the API's document only; ``apps.telemetry.batch`` checks what really comes."""
-
-    epoch = WholeNumber()
-    seq_from = WholeNumber(min_value=1)
-    seq_to = WholeNumber(min_value=1)
-    frames = FrameBody(many=True, required=False)
-    metrics = MetricsBody(many=True, required=False)
-    findings = FindingBody(many=True, required=False)
-    dropped = WholeNumber(default=0)
-
-
-class IngestedOutput(serializers.Serializer[Any]):
-    stored = serializers.IntegerField()
-    duplicate = serializers.BooleanField()
-    slow_down_ms = serializers.IntegerField()
 
 
 class NonFiniteOutput(serializers.Serializer[Any]):

@@ -9,14 +9,13 @@ from rest_framework.response import Response
 
 from apps.accounts.authentication import person, via
 from apps.accounts.endpoint import Endpoint
-from apps.rest.fields import parse
+from apps.rest.fields import ReasonInput, parse
 from apps.rest.filters import apply_filters, flag, one_of, text
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.rest.throttling import ActThrottle
-from apps.runs.serializers import ReasonInput
 from apps.workers.models import CompileJob, Worker
 from apps.workers.selectors import current_jobs
 from apps.workers.serializers import HeartbeatInput, JobOutput, WorkerOutput

@@ -17,6 +17,7 @@ ESPER_DATA_DIR = env.directory("ESPER_DATA_DIR", default_data_dir())
 # --- applications -------------------------------------------------------------------------------
 
 INSTALLED_APPS = [
+    "apps.rest",
     "apps.accounts",
     "apps.audit",
     "apps.notifications",
@@ -29,7 +30,7 @@ INSTALLED_APPS = [
     "apps.violations",
     "apps.recipes",
     "apps.adaptations",
-    "apps.rest",
+    "apps.trainers",
     "apps.console",
     "django.contrib.admin",
     "django.contrib.auth",

@@ -9,12 +9,12 @@ import pytest
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.accounts.models import User
-from apps.adaptations import services
 from apps.audit.models import AuditEvent
 from apps.notifications import consumers
 from apps.rest.errors import MAX_ERRORS
 from apps.rest.problems import Problem
 from apps.runs.models import Run
+from apps.trainers import services as trainers
 from esper.contracts import Certificate, CommandAck, CommandState, Role, RunState, TokenScope, codec
 from esper.exceptions import CodecError
 from tests.apps.api.cast import Caller, register, token_of
@@ -88,9 +88,9 @@ def test_a_trainer_that_was_replaced_while_its_request_waited_changes_nothing(
     acknowledgement = CommandAck(seq=1, state=CommandState.APPLIED, step=1)
     late: dict[str, Any] = {"run": read_before_the_takeover, "epoch": 1, "actor": TRAINER}
     for attempt in (
-        lambda: services.settle_hello(step=1, applied=[], **late),
-        lambda: services.acknowledge_command(ack=acknowledgement, **late),
-        lambda: services.finish_run(state=RunState.FINISHED, step=1, reason="", **late),
+        lambda: trainers.settle_hello(step=1, applied=[], **late),
+        lambda: trainers.acknowledge_command(ack=acknowledgement, **late),
+        lambda: trainers.finish_run(state=RunState.FINISHED, step=1, reason="", **late),
     ):
         with pytest.raises(Problem) as refused:
             attempt()

@@ -23,6 +23,7 @@ from apps.notifications.services import publish
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import RunSpec, issue_command
+from apps.trainers import services as trainers
 from apps.workers import services as workers
 from apps.workers.models import CompileJob
 from esper.contracts import (
@@ -84,7 +85,7 @@ def a_run(name: str = "digits") -> Run:
             "idea": "…",
         },
     )
-    return services.register_run(owner=owner, actor=TRAINER, spec=spec).run
+    return trainers.register_run(owner=owner, actor=TRAINER, spec=spec).run
 
 
 def propose(run: Run, layer: str, key: str, confidence: float = 0.6) -> Adaptation:

@@ -20,6 +20,7 @@ from apps.blueprints.models import Blueprint
 from apps.kernels.models import Kernel
 from apps.runs.models import Command, Run
 from apps.runs.services import RunSpec
+from apps.trainers import services as trainers
 from apps.workers import services as workers
 from esper.contracts import (
     AdaptationState,
@@ -131,7 +132,7 @@ class Stage:
     def ack(self, command: Command, state: CommandState, **changes: Any) -> None:
         ack = CommandAck(seq=command.seq, state=state, **changes)
         self.run.refresh_from_db()
-        services.acknowledge_command(run=self.run, epoch=self.run.epoch, ack=ack, actor=TRAINER)
+        trainers.acknowledge_command(run=self.run, epoch=self.run.epoch, ack=ack, actor=TRAINER)
 
     def grafted(self, adaptation: Adaptation) -> Adaptation:
         command = self.dispatched(adaptation)
@@ -149,7 +150,7 @@ class Stage:
         return adaptation
 
     def restart_trainer(self) -> None:
-        self.run = services.register_run(owner=self.owner, actor=TRAINER, spec=run_spec()).run
+        self.run = trainers.register_run(owner=self.owner, actor=TRAINER, spec=run_spec()).run
 
 
 def run_spec() -> RunSpec:
@@ -192,7 +193,7 @@ def person(name: str, role: Role) -> User:
 @pytest.fixture
 def stage(db: None) -> Stage:
     owner = person("rafi", Role.RESEARCHER)
-    run = services.register_run(owner=owner, actor=TRAINER, spec=run_spec()).run
+    run = trainers.register_run(owner=owner, actor=TRAINER, spec=run_spec()).run
     Run.objects.filter(pk=run.pk).update(step=1000, last_seen_at=timezone.now())
     run.refresh_from_db()
     blueprint = Blueprint.objects.create(

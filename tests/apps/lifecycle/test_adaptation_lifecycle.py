@@ -21,6 +21,7 @@ from apps.policies.services import publish_policy
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import commands_after
+from apps.trainers import services as trainers
 from apps.violations.models import Violation
 from apps.workers import services as workers
 from apps.workers.models import CompileJob
@@ -363,7 +364,7 @@ def test_probation_without_a_verdict_is_rolled_back_never_kept(stage: Stage) -> 
 
 def test_the_trainers_own_rollback_is_taken_over(stage: Stage) -> None:
     adaptation = stage.grafted(stage.propose())
-    report = services.LocalRollback(
+    report = trainers.LocalRollback(
         adaptation=adaptation.uid,
         step=123,
         rule=ViolationRule.NON_FINITE,
@@ -373,7 +374,7 @@ def test_the_trainers_own_rollback_is_taken_over(stage: Stage) -> None:
         exact=True,
     )
     for _ in range(2):  # reports are repeated until they are answered
-        services.record_local_rollback(run=stage.run, epoch=1, report=report, actor=TRAINER)
+        trainers.record_local_rollback(run=stage.run, epoch=1, report=report, actor=TRAINER)
     adaptation.refresh_from_db()
     assert (adaptation.state, adaptation.undo_exact) == (S.ROLLED_BACK, True)
     assert Violation.objects.filter(rule=ViolationRule.NON_FINITE).count() == 1
@@ -388,7 +389,7 @@ def test_a_restarted_trainer_settles_what_is_in_doubt(
     adaptation.refresh_from_db()
     assert adaptation.state == S.IN_DOUBT
     held = [{"adaptation": adaptation.uid, "layer": "fc", "blueprint": "x", "step": 120}]
-    services.settle_hello(
+    trainers.settle_hello(
         run=stage.run, epoch=2, step=130, applied=held if holds else [], actor=TRAINER
     )
     adaptation.refresh_from_db()
@@ -400,7 +401,7 @@ def test_a_dispatched_command_dies_with_its_epoch(stage: Stage) -> None:
     command = stage.dispatched(adaptation)
     stage.restart_trainer()
     assert commands_after(stage.run, 0) == []
-    services.settle_hello(run=stage.run, epoch=2, step=0, applied=[], actor=TRAINER)
+    trainers.settle_hello(run=stage.run, epoch=2, step=0, applied=[], actor=TRAINER)
     adaptation.refresh_from_db()
     command.refresh_from_db()
     assert (adaptation.state, command.state) == (S.NOT_APPLIED, CommandState.EXPIRED)
@@ -412,7 +413,7 @@ def test_a_resumed_checkpoint_with_a_rolled_back_graft_is_cleaned(stage: Stage) 
     stage.ack(stage.command(adaptation), CommandState.APPLIED, step=300)
     stage.restart_trainer()
     held = [{"adaptation": adaptation.uid, "layer": "fc", "blueprint": "x", "step": 120}]
-    services.settle_hello(run=stage.run, epoch=2, step=130, applied=held, actor=TRAINER)
+    trainers.settle_hello(run=stage.run, epoch=2, step=130, applied=held, actor=TRAINER)
     assert stage.command(adaptation).epoch == 2
     assert stage.command(adaptation).kind == "undo"
 
@@ -459,7 +460,7 @@ def test_a_zombie_workers_late_result_is_refused(stage: Stage) -> None:
 def test_the_end_of_a_run_leaves_nothing_open(stage: Stage) -> None:
     stage.waiting()
     stage.grafted(stage.propose(layer="head"))
-    services.finish_run(
+    trainers.finish_run(
         run=stage.run, epoch=1, state="finished", step=2000, reason="done", actor=TRAINER
     )
     assert {row.state for row in Adaptation.objects.all()} == {S.CANCELLED, S.RUN_LOST}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from apps.runs.serializers import _LAYER_MEMBERS
+from apps.trainers.serializers import _LAYER_MEMBERS
 from esper.contracts import LayerInfo
 
 

@@ -13,6 +13,7 @@ from apps.adaptations.models import Adaptation, Remedy
 from apps.audit.models import AuditEvent
 from apps.notifications.services import events_after
 from apps.rest.problems import Problem
+from apps.trainers import services as trainers
 from apps.violations.models import Violation
 from esper.contracts import AdaptationState, CommandKind, CommandState, RemedyKind, Verdict
 from tests.apps.lifecycle.conftest import TAMIYO, TRAINER, Stage
@@ -20,7 +21,7 @@ from tests.apps.lifecycle.conftest import TAMIYO, TRAINER, Stage
 S = AdaptationState
 
 
-def report(remedy: str, **changes: Any) -> services.RemedyReport:
+def report(remedy: str, **changes: Any) -> trainers.RemedyReport:
     given: dict[str, Any] = {
         "key": str(uuid.uuid4()),
         "layer": "fc",
@@ -34,12 +35,12 @@ def report(remedy: str, **changes: Any) -> services.RemedyReport:
         "digest_after": "b" * 64,
         **changes,
     }
-    return services.RemedyReport(remedy=RemedyKind(remedy), **given)
+    return trainers.RemedyReport(remedy=RemedyKind(remedy), **given)
 
 
-def told(stage: Stage, given: services.RemedyReport) -> Remedy:
+def told(stage: Stage, given: trainers.RemedyReport) -> Remedy:
     stage.run.refresh_from_db()
-    return services.record_remedy(run=stage.run, epoch=stage.run.epoch, report=given, actor=TRAINER)
+    return trainers.record_remedy(run=stage.run, epoch=stage.run.epoch, report=given, actor=TRAINER)
 
 
 def kept(stage: Stage) -> Adaptation:

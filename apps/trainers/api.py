@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, ClassVar
 
-from django.conf import settings
 from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.accounts.authentication import actor, person, via
-from apps.accounts.endpoint import Endpoint, require, run_of_token
+from apps.accounts.endpoint import READERS, TRAINERS, Endpoint, require, run_of_token
 from apps.accounts.policy import Act
-from apps.adaptations import services
 from apps.adaptations.models import Adaptation
 from apps.kernels.services import finite_or_none
-from apps.policies.services import current_policy
 from apps.rest.fields import body, parse
-from apps.rest.filters import whole_number
+from apps.rest.filters import apply_filters, parse_parameter, whole_number
 from apps.rest.idempotency import idempotent
+from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import documented
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query, results_of
 from apps.rest.throttling import TelemetryThrottle, TokenThrottle
-from apps.runs.api import TRAINERS, RunList, visible_run
 from apps.runs.models import Run
-from apps.runs.serializers import (
+from apps.runs.selectors import FILTERS, runs, visible_run
+from apps.runs.serializers import RunOutput
+from apps.runs.services import RunSpec, command_to_wire, commands_after, touch
+from apps.trainers import services
+from apps.trainers.serializers import (
     AckInput,
     AckOutput,
+    CommandOutput,
     FinishInput,
     HelloInput,
     HelloOutput,
+    IngestedOutput,
     RegistrationOutput,
     RemedyInput,
     RollbackInput,
     RunInput,
-    RunOutput,
+    TelemetryInput,
 )
-from apps.runs.services import Registration, RunSpec, touch
-from apps.telemetry.batch import parse_batch
-from apps.telemetry.serializers import IngestedOutput, TelemetryInput
-from apps.telemetry.services import ingest_batch
-from apps.violations.services import record_findings
 from esper.contracts import (
     Certificate,
     CommandAck,
@@ -51,13 +48,24 @@ from esper.contracts import (
     RunState,
     TokenScope,
     ViolationRule,
-    signing,
 )
 
 
-class Runs(RunList):
+class Runs(Endpoint):
+    """One path for two callers: people list runs, trainers register one."""
+
     throttle_classes = (TokenThrottle,)
+    parameters = PARAMETERS | frozenset(FILTERS)
     writers: ClassVar = frozenset({TokenScope.RUNS_CREATE, TokenScope.ACT})
+
+    @documented(
+        "list_runs",
+        answer=page_of(RunOutput),
+        parameters=[*(query(name) for name in FILTERS), CURSOR, LIMIT],
+    )
+    def get(self, request: Request) -> Response:
+        rows = apply_filters(request, runs(only=run_of_token(request)), FILTERS)
+        return page_response(request, rows, lambda rows: RunOutput(rows, many=True).data)
 
     @documented("register_run", body=RunInput, answer=RegistrationOutput, status=201, act=True)
     @idempotent
@@ -70,24 +78,7 @@ class Runs(RunList):
             spec=RunSpec(**{**given, "mode": RunMode(given["mode"])}),
             run_uid=run_of_token(request),
         )
-        return Response(registration_answer(registration), status=201)
-
-
-def registration_answer(registration: Registration) -> dict[str, Any]:
-    run = registration.run
-    return {
-        "uid": run.uid,
-        "number": run.number,
-        "epoch": run.epoch,
-        "token": registration.token,
-        "resumed": registration.resumed,
-        "command_key": signing.public_key(settings.ESPER_COMMAND_KEY),
-        "kernel_key": settings.ESPER_KERNEL_PUBLIC_KEY,
-        "stream": f"/ws/v1/trainer/{run.uid}",
-        "last_command_seq": run.command_seq,
-        "policy": current_policy().safety_policy().to_wire(),
-        "server_time": time.time(),
-    }
+        return Response(services.registration_answer(registration), status=201)
 
 
 class TrainerEndpoint(Endpoint):
@@ -100,7 +91,7 @@ class Hello(TrainerEndpoint):
         "say_hello", body=HelloInput, answer=HelloOutput, summary="Say what is in the model"
     )
     def post(self, request: Request, uid: str) -> Response:
-        run = visible_run(request, uid)
+        run = _run(request, uid)
         settled = services.settle_hello(
             run=run, actor=_trainer(request, run), **parse(HelloInput, request.data)
         )
@@ -112,9 +103,8 @@ class Hello(TrainerEndpoint):
 class Telemetry(TrainerEndpoint):
     @documented("send_telemetry", body=TelemetryInput, answer=IngestedOutput, status=202)
     def post(self, request: Request, uid: str) -> Response:
-        run = visible_run(request, uid)
-        batch = parse_batch(body(request), layers=len(run.layers))
-        done = ingest_batch(run=run, batch=batch, record_findings=record_findings)
+        run = _run(request, uid)
+        done = services.take_telemetry(run=run, data=body(request))
         answer = {
             "stored": done.stored,
             "duplicate": done.duplicate,
@@ -123,10 +113,29 @@ class Telemetry(TrainerEndpoint):
         return Response(answer, status=202)
 
 
+class RunCommands(Endpoint):
+    readers: ClassVar = READERS | TRAINERS
+    parameters = frozenset({"after"})
+
+    @documented(
+        "list_commands",
+        answer=results_of(CommandOutput),
+        parameters=[query("after", int, "The last sequence number that is known already.")],
+        summary="Commands that the trainer has not answered, oldest first",
+    )
+    def get(self, request: Request, uid: str) -> Response:
+        run = _run(request, uid)
+        after = parse_parameter(request, "after", whole_number, default=0)
+        if run_of_token(request):
+            touch(run)
+        commands = commands_after(run, after)
+        return Response({"results": [command_to_wire(command) for command in commands]})
+
+
 class CommandAnswer(TrainerEndpoint):
     @documented("acknowledge_command", body=AckInput, answer=AckOutput)
     def post(self, request: Request, uid: str, seq: str) -> Response:
-        run = visible_run(request, uid)
+        run = _run(request, uid)
         given = parse(AckInput, request.data)
         command = services.acknowledge_command(
             run=run,
@@ -144,7 +153,7 @@ class LocalRollbacks(TrainerEndpoint):
         "report_rollback", body=RollbackInput, answer=AckOutput, summary="What the guard did alone"
     )
     def post(self, request: Request, uid: str) -> Response:
-        run = visible_run(request, uid)
+        run = _run(request, uid)
         given = parse(RollbackInput, request.data)
         epoch = given.pop("epoch")
         given["rule"] = ViolationRule(given["rule"])
@@ -164,7 +173,7 @@ class Remedies(TrainerEndpoint):
         "report_remedy", body=RemedyInput, answer=AckOutput, summary="What the script did by itself"
     )
     def post(self, request: Request, uid: str) -> Response:
-        run = visible_run(request, uid)
+        run = _run(request, uid)
         given = parse(RemedyInput, request.data)
         epoch = given.pop("epoch")
         given["remedy"] = RemedyKind(given["remedy"])
@@ -182,12 +191,16 @@ class Remedies(TrainerEndpoint):
 class Finish(TrainerEndpoint):
     @documented("finish_run", body=FinishInput, answer=RunOutput)
     def post(self, request: Request, uid: str) -> Response:
-        run = visible_run(request, uid)
+        run = _run(request, uid)
         given = parse(FinishInput, request.data)
         given["state"] = RunState(given["state"])
         if (run.epoch, run.state) != (given["epoch"], given["state"]):  # else: said before
             run = services.finish_run(run=run, actor=_trainer(request, run), **given)
         return Response(RunOutput(run).data)
+
+
+def _run(request: Request, uid: str) -> Run:
+    return visible_run(uid, only=run_of_token(request))
 
 
 def _trainer(request: Request, run: Run) -> Actor:

@@ -2,7 +2,7 @@ from typing import Any
 
 from django.urls import path
 
-from apps.runs.consumers import TrainerConsumer
+from apps.trainers.consumers import TrainerConsumer
 
 # path() is typed for views; channels gives it applications.
 _consumer: Any = TrainerConsumer.as_asgi()

@@ -1,4 +1,4 @@
-"""What training scripts do to their models by themselves: recorded, and followed in our books."""
+"""A training script changed its model by itself: recorded, and followed by its adaptation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 from django.db import transaction
 
 from apps.accounts.actors import Actor
-from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation, Remedy
-from apps.adaptations.reports import adaptation_of, catch_up, note_merged
+from apps.adaptations.services import adaptation_of, mark_taken_out, note_merged
 from apps.audit.services import record
 from apps.notifications.services import publish, run_topic
 from apps.runs.models import Run
@@ -23,9 +22,9 @@ _TAKES_OUT = frozenset({RemedyKind.PRUNE, RemedyKind.UNDO})
 
 @dataclass(frozen=True, slots=True)
 class RemedyReport:
-    """A remedy, or the undo of one, as the trainer tells it.
+    """A remedy, or the undo of one, as the trainer reports it.
 
-    ``adaptation`` and ``undoes`` are empty where it concerns nothing that we know.
+    ``adaptation`` and ``undoes`` are empty where it concerns none of the server's rows.
     """
 
     key: str
@@ -43,10 +42,10 @@ class RemedyReport:
 
 @transaction.atomic
 def record_remedy(*, run: Run, epoch: int, report: RemedyReport, actor: Actor) -> Remedy:
-    """Note it once, however often it is told; a graft that went or was merged is followed.
+    """Record it once, however often it is reported; its adaptation follows.
 
     Raises:
-        Problem: old epoch, or an adaptation of another run.
+        Problem: the run has a newer epoch or has ended, or the adaptation is another run's.
     """
     run = lock_run(run.pk)  # as it is now, not as it was when the request came in
     check_epoch(run, epoch)
@@ -76,7 +75,7 @@ def record_remedy(*, run: Run, epoch: int, report: RemedyReport, actor: Actor) -
 
 
 def _follow(remedy: Remedy, actor: Actor) -> None:
-    """The adaptation whose graft was merged, came back or was taken out."""
+    """Update the adaptation whose graft was merged, unmerged or taken out."""
     adaptation = remedy.adaptation
     if remedy.undoes is not None:
         if remedy.undoes.kind == RemedyKind.MERGE and remedy.undoes.adaptation is not None:
@@ -93,14 +92,7 @@ def _taken_out(adaptation: Adaptation, remedy: Remedy, actor: Actor) -> None:
     older = str(remedy.details.get("along_with", ""))
     what = f"it went with the hard undo of {older}" if older else "the training script took it out"
     reason = f"{what} at step {remedy.step}"
-    catch_up(adaptation, actor, step=remedy.step, reason=reason)
-    transition(
-        adaptation,
-        S.REVERTED if adaptation.kept_at else S.ROLLED_BACK,
-        actor=actor,
-        reason=reason,
-        undo_exact=remedy.exact,
-    )
+    mark_taken_out(adaptation, actor, step=remedy.step, reason=reason, exact=remedy.exact)
 
 
 def _announce(remedy: Remedy, actor: Actor) -> None:

@@ -1,0 +1,272 @@
+"""What the trainer's reports mean for adaptations: grafted, refused, taken out, closed."""
+
+from __future__ import annotations
+
+from django.utils import timezone
+
+from apps.accounts.actors import Actor
+from apps.adaptations.compiled_kernels import note_answer, request_speed_up
+from apps.adaptations.dispatch import request_undo
+from apps.adaptations.lifecycle import transition
+from apps.adaptations.models import Adaptation
+from apps.adaptations.reconciliation import locked_adaptations, undo_leftovers
+from apps.rest.problems import Problem, not_found
+from apps.runs.models import Command, Run
+from apps.violations.services import record_violation
+from apps.workers.services import cancel_job
+from esper.contracts import (
+    ADAPTATION_ENDED,
+    AdaptationState,
+    Certificate,
+    CommandAck,
+    CommandKind,
+    CommandState,
+    RefusalCode,
+    Severity,
+    ViolationRule,
+)
+
+S = AdaptationState
+_REFUSAL_RULES = {
+    RefusalCode.BAD_SIGNATURE: ViolationRule.SIGNATURE,
+    RefusalCode.BAD_DIGEST: ViolationRule.SIGNATURE,
+    RefusalCode.CERTIFICATE_FAILED: ViolationRule.CERTIFICATE,
+    RefusalCode.INCOMPATIBLE_LAYER: ViolationRule.COMPATIBILITY,
+    RefusalCode.UNKNOWN_BLUEPRINT: ViolationRule.COMPATIBILITY,
+}
+
+
+def follow_answer(command: Command, ack: CommandAck, actor: Actor) -> None:
+    """Move the adaptation that ``command`` is about. In a transaction."""
+    if command.kind == CommandKind.GRAFT:
+        _after_graft(command, ack, actor)
+    elif command.kind == CommandKind.UNDO:
+        _after_undo(command, ack, actor)
+    elif command.kind == CommandKind.SPEED_UP:
+        note_answer(command, ack)
+
+
+def _after_graft(command: Command, ack: CommandAck, actor: Actor) -> None:
+    adaptation = _adaptation(command)
+    if adaptation is None:
+        return
+    if ack.state is CommandState.APPLIED and adaptation.state in ADAPTATION_ENDED - {S.KEPT}:
+        # The answer came after the deadline: the graft is in, and nobody would judge it.
+        undo_leftovers(command.run, {adaptation.uid}, actor)
+    if adaptation.state not in (S.DISPATCHED, S.ACCEPTED, S.IN_DOUBT):
+        return
+    if ack.state is CommandState.REFUSED:
+        _record_refusal(adaptation, ack)
+        transition(adaptation, S.NOT_APPLIED, actor=actor, reason=f"{ack.code}: {ack.reason}")
+        return
+    if adaptation.state != S.ACCEPTED:
+        transition(adaptation, S.ACCEPTED, actor=actor)
+    if ack.state is CommandState.FAILED:
+        _record_refusal(adaptation, ack)
+        transition(
+            adaptation,
+            S.APPLY_FAILED,
+            actor=actor,
+            reason=ack.reason,
+            certificate=ack.certificate.to_wire() if ack.certificate else None,
+        )
+    elif ack.state is CommandState.APPLIED:
+        transition(
+            adaptation,
+            S.PROBATION,
+            actor=actor,
+            graft_step=ack.step,
+            grafted_at=timezone.now(),
+            pause_ms=ack.pause_ms,
+            certificate=ack.certificate.to_wire() if ack.certificate else None,
+            digest_before=ack.digest_before,
+            digest_after=ack.digest_after,
+        )
+        if ack.certificate is not None and not _holds(ack.certificate):
+            _undo_uncertified(adaptation, ack.certificate, actor)
+        else:
+            request_speed_up(adaptation)
+
+
+def _holds(certificate: Certificate) -> bool:
+    """It does not contradict itself: a graft that changed the model is not certified."""
+    properties = certificate.preserving and certificate.live and certificate.rng_neutral
+    return certificate.passed and properties and certificate.max_abs_diff <= certificate.tolerance
+
+
+def _undo_uncertified(adaptation: Adaptation, certificate: Certificate, actor: Actor) -> None:
+    """Take a graft out again that must not be in the model, before its effect is judged."""
+    reason = "; ".join(certificate.failures) or "the certificate contradicts itself"
+    record_violation(
+        run=adaptation.run,
+        rule=ViolationRule.CERTIFICATE,
+        severity=Severity.SERIOUS,
+        observed=reason,
+        limit="a passing certificate",
+        text=f"The trainer grafted {adaptation.layer} although its certificate fails: {reason}",
+        action="It was told to take the graft out.",
+        layer=adaptation.layer,
+        adaptation_uid=adaptation.uid,
+        step=adaptation.graft_step,
+    )
+    transition(adaptation, S.ROLLING_BACK, actor=actor, reason=f"certificate failed: {reason}")
+    request_undo(adaptation, reason=f"certificate failed: {reason}")
+
+
+def _record_refusal(adaptation: Adaptation, ack: CommandAck) -> None:
+    code = RefusalCode(ack.code) if ack.code in set(RefusalCode) else None
+    rule = _REFUSAL_RULES.get(code, ViolationRule.COMMAND) if code else ViolationRule.COMMAND
+    serious = rule in (ViolationRule.SIGNATURE, ViolationRule.CERTIFICATE)
+    record_violation(
+        run=adaptation.run,
+        rule=rule,
+        severity=Severity.SERIOUS if serious else Severity.CAUTION,
+        observed=ack.reason or ack.code,
+        limit="verified, compatible, function-preserving",
+        text=f"The trainer did not graft {adaptation.blueprint.slug} into {adaptation.layer}: "
+        f"{ack.reason or ack.code}",
+        action="The model is as it was before.",
+        layer=adaptation.layer,
+        adaptation_uid=adaptation.uid,
+        step=ack.step if ack.step >= 0 else None,
+    )
+
+
+def _after_undo(command: Command, ack: CommandAck, actor: Actor) -> None:
+    adaptation = _adaptation(command)
+    if adaptation is None or adaptation.state != S.ROLLING_BACK:
+        return
+    if ack.state is CommandState.APPLIED:
+        _rolled_back(adaptation, actor, ack.digest_after, command.payload.get("reason", ""))
+    elif ack.code == RefusalCode.NOT_GRAFTED:
+        _rolled_back(adaptation, actor, ack.digest_after, "it was out already")
+    elif ack.code == RefusalCode.MERGED:
+        _merged_meanwhile(adaptation, actor, ack)
+    elif ack.state in (CommandState.FAILED, CommandState.REFUSED):
+        quarantine(adaptation, actor, ack.reason or ack.code)
+
+
+def _rolled_back(adaptation: Adaptation, actor: Actor, digest_after: str, reason: str) -> None:
+    hard = adaptation.kept_at is None
+    exact = (digest_after == adaptation.digest_before) if hard and digest_after else None
+    transition(
+        adaptation,
+        S.ROLLED_BACK if hard else S.REVERTED,
+        actor=actor,
+        reason=reason,
+        undo_exact=exact,
+    )
+
+
+def _merged_meanwhile(adaptation: Adaptation, actor: Actor, ack: CommandAck) -> None:
+    """It was to be taken out, but is merged into its host: it stays, and people are told."""
+    now = timezone.now()
+    transition(
+        adaptation,
+        S.KEPT,
+        actor=actor,
+        reason=ack.reason,
+        kept_at=adaptation.kept_at or now,
+        merged_at=adaptation.merged_at or now,
+    )
+    record_violation(
+        run=adaptation.run,
+        rule=ViolationRule.COMMAND,
+        severity=Severity.CAUTION,
+        observed="merged into its host",
+        limit="taken out",
+        text=f"The graft of {adaptation.layer} was to be taken out: {ack.reason}",
+        action="It stays kept. Undo the merge in the script, or go back to an older checkpoint.",
+        layer=adaptation.layer,
+        adaptation_uid=adaptation.uid,
+    )
+
+
+def quarantine(adaptation: Adaptation, actor: Actor, reason: str) -> None:
+    """The graft could not be taken out: no more adaptations of this run. In a transaction."""
+    transition(adaptation, S.ROLLBACK_FAILED, actor=actor, reason=reason)
+    Run.objects.filter(pk=adaptation.run_id).update(
+        quarantined_reason=f"A-{adaptation.number} could not be taken out: {reason}"
+    )
+    record_violation(
+        run=adaptation.run,
+        rule=ViolationRule.DEADLINE,
+        severity=Severity.CRITICAL,
+        observed=reason,
+        limit="rolled back",
+        text=f"The graft of {adaptation.layer} could not be taken out.",
+        action="The run is quarantined: nothing is grafted until it restarts from a checkpoint.",
+        layer=adaptation.layer,
+        adaptation_uid=adaptation.uid,
+    )
+
+
+def mark_taken_out(
+    adaptation: Adaptation, actor: Actor, *, step: int, reason: str, exact: bool | None
+) -> None:
+    """End the adaptation of a graft that the trainer took out without a command.
+
+    Raises:
+        Problem: the adaptation is not grafted.
+    """
+    _catch_up(adaptation, actor, step=step, reason=reason)
+    transition(
+        adaptation,
+        S.REVERTED if adaptation.kept_at else S.ROLLED_BACK,
+        actor=actor,
+        reason=reason,
+        undo_exact=exact,
+    )
+
+
+def _catch_up(adaptation: Adaptation, actor: Actor, *, step: int, reason: str) -> None:
+    """Walk to ``rolling_back`` along the lifecycle, from the last state that was reported."""
+    if adaptation.state == S.DISPATCHED:
+        transition(adaptation, S.ACCEPTED, actor=actor)
+    if adaptation.state == S.ACCEPTED:
+        transition(
+            adaptation,
+            S.PROBATION,
+            actor=actor,
+            graft_step=step,
+            grafted_at=timezone.now(),
+        )
+    if adaptation.state in (S.PROBATION, S.KEPT, S.IN_DOUBT):
+        transition(adaptation, S.ROLLING_BACK, actor=actor, reason=reason)
+    if adaptation.state != S.ROLLING_BACK:
+        raise Problem(
+            409,
+            "decision-not-pending",
+            f"A-{adaptation.number} is {adaptation.state}, not grafted.",
+        )
+
+
+def close_open_adaptations(run: Run, actor: Actor, reason: str) -> None:
+    """End every open adaptation of an ended run. In a transaction."""
+    for adaptation in locked_adaptations(run, tuple(set(S) - ADAPTATION_ENDED)):
+        if adaptation.job is not None:
+            cancel_job(adaptation.job)
+        transition(adaptation, _end_with_run(adaptation), actor=actor, reason=reason)
+
+
+def _end_with_run(adaptation: Adaptation) -> AdaptationState:
+    state = AdaptationState(adaptation.state)
+    if state in (S.PROPOSED, S.VALIDATING):
+        return S.DECLINED
+    if state in (S.DISPATCHED, S.ACCEPTED):
+        return S.NOT_APPLIED
+    if state in (S.PROBATION, S.ROLLING_BACK, S.IN_DOUBT):
+        return S.RUN_LOST  # it is in the model, and nobody will judge it
+    return S.CANCELLED
+
+
+def _adaptation(command: Command) -> Adaptation | None:
+    return Adaptation.objects.filter(uid=command.adaptation_uid).first()
+
+
+def adaptation_of(run: Run, uid: str) -> Adaptation:
+    """Locked; raises ``Problem`` 404 for an adaptation of another run."""
+    adaptation = Adaptation.objects.select_for_update().filter(run=run, uid=uid).first()
+    if adaptation is None:
+        raise not_found("adaptation")
+    return adaptation

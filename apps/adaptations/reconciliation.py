@@ -1,0 +1,165 @@
+"""The model's grafts as a restarted trainer reports them, against the adaptations on record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db.models import F
+from django.utils import timezone
+
+from apps.accounts.actors import Actor
+from apps.adaptations.dispatch import request_undo
+from apps.adaptations.lifecycle import transition
+from apps.adaptations.models import Adaptation
+from apps.audit.services import record
+from apps.runs.models import Command, Run
+from apps.runs.services import issue_command
+from apps.violations.models import Violation
+from apps.violations.services import record_violation
+from esper.contracts import (
+    ADAPTATION_ENDED,
+    AdaptationState,
+    CommandKind,
+    Severity,
+    ViolationRule,
+)
+
+S = AdaptationState
+_WITH_TRAINER = (S.DISPATCHED, S.ACCEPTED, S.PROBATION, S.ROLLING_BACK)
+
+
+def put_in_doubt(run: Run, actor: Actor) -> None:
+    """The trainer was started again: what the former one did is unknown. In a transaction."""
+    for adaptation in locked_adaptations(run, _WITH_TRAINER):
+        transition(adaptation, S.IN_DOUBT, actor=actor, reason="the trainer was started again")
+
+
+def reconcile_grafts(
+    run: Run, reported: dict[str, dict[str, Any]], actor: Actor
+) -> list[Adaptation]:
+    """Settle what is in doubt by the grafts that the model holds. In a transaction.
+
+    Args:
+        reported: the trainer's entry for each graft, by the adaptation's uid.
+    """
+    settled = []
+    for adaptation in locked_adaptations(run, (S.IN_DOUBT, S.KEPT)):
+        if adaptation.state == S.IN_DOUBT:
+            settled.append(_settle(adaptation, reported.get(adaptation.uid), actor))
+        elif adaptation.uid in reported:
+            note_merged(adaptation, merged=reported[adaptation.uid]["merged"])
+            settled.append(adaptation)  # its checkpoint may be older than the verdict
+        elif run.epoch > 1:
+            settled.append(_lost_when_kept(adaptation, actor))
+    undo_leftovers(run, set(reported), actor)
+    _note_unknown_grafts(run, reported)
+    return settled
+
+
+def note_merged(adaptation: Adaptation, *, merged: bool) -> None:
+    """It stays kept; whether it can be taken out changes. In a transaction."""
+    if merged != (adaptation.merged_at is not None):
+        Adaptation.objects.filter(pk=adaptation.pk).update(
+            version=F("version") + 1, merged_at=timezone.now() if merged else None
+        )
+        adaptation.refresh_from_db()
+
+
+def _note_unknown_grafts(run: Run, reported: dict[str, dict[str, Any]]) -> None:
+    """Grafts in the model that this run never had: of another run, or of another server."""
+    known = Adaptation.objects.filter(run=run, uid__in=reported).values_list("uid", flat=True)
+    unknown = [entry for uid, entry in reported.items() if uid not in set(known)]
+    if not unknown:
+        return
+    named = ", ".join(f"{entry['blueprint']} at {entry['layer']}" for entry in unknown[:5])
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    observed = f"{named}{more}"[:200]
+    rule = ViolationRule.COMMAND
+    if Violation.objects.filter(run=run, rule=rule, observed=observed, acknowledged_at=None):
+        return  # reported before: a hello is repeated until it is answered
+    record_violation(
+        run=run,
+        rule=rule,
+        severity=Severity.SERIOUS,
+        observed=observed,
+        limit="grafts of this run",
+        text=f"The trainer holds grafts that this run never had: {named}{more}.",
+        action="Nothing was changed: they came with its checkpoint, and nobody here judges or "
+        "undoes them. Take them out in the script if they are not meant.",
+        layer=unknown[0]["layer"],
+    )
+
+
+def _settle(adaptation: Adaptation, reported: dict[str, Any] | None, actor: Actor) -> Adaptation:
+    if reported is None:
+        if adaptation.grafted_at is None:
+            reason = "the restarted trainer never grafted it"
+            return transition(adaptation, S.NOT_APPLIED, actor=actor, reason=reason)
+        end = S.REVERTED if adaptation.kept_at else S.ROLLED_BACK
+        reason = "the trainer was restarted from a state without this graft"
+        return transition(adaptation, end, actor=actor, reason=reason)
+    if _undo_was_requested(adaptation):
+        transition(adaptation, S.ROLLING_BACK, actor=actor, reason="the graft is still there")
+        request_undo(adaptation, reason="its rollback was requested before the restart")
+        return adaptation
+    return transition(
+        adaptation,
+        S.PROBATION,
+        actor=actor,
+        reason="the restarted trainer holds this graft",
+        graft_step=reported["step"],
+        grafted_at=adaptation.grafted_at or timezone.now(),
+    )
+
+
+def _undo_was_requested(adaptation: Adaptation) -> bool:
+    return Command.objects.filter(adaptation_uid=adaptation.uid, kind=CommandKind.UNDO).exists()
+
+
+def _lost_when_kept(adaptation: Adaptation, actor: Actor) -> Adaptation:
+    reason = "the trainer was restarted from a state before this graft"
+    record_violation(
+        run=adaptation.run,
+        rule=ViolationRule.COMMAND,
+        severity=Severity.CAUTION,
+        observed="not in the model",
+        limit="kept",
+        text=f"The kept graft of {adaptation.layer} is not in the restarted model.",
+        action="Noted as reverted; nothing was grafted again.",
+        layer=adaptation.layer,
+        adaptation_uid=adaptation.uid,
+    )
+    return transition(adaptation, S.REVERTED, actor=actor, reason=reason)
+
+
+def undo_leftovers(run: Run, uids: set[str], actor: Actor) -> None:
+    """Take out grafts that are in the model although their adaptation has ended otherwise.
+
+    They were in the checkpoint that the trainer resumed, or it grafted them too late.
+    """
+    wrong = Adaptation.objects.filter(run=run, uid__in=uids).filter(
+        state__in=ADAPTATION_ENDED - {S.KEPT}
+    )
+    for adaptation in wrong:
+        issue_command(
+            run=run,
+            kind=CommandKind.UNDO,
+            adaptation_uid=adaptation.uid,
+            layer=adaptation.layer,
+            payload={"hard": False, "reason": f"it is {adaptation.state}"},
+            ttl_seconds=300,
+        )
+        record(
+            actor=actor,
+            act="adaptation.leftover_undone",
+            object_kind="adaptation",
+            object_uid=adaptation.uid,
+            run_uid=run.uid,
+            reason="the model holds a graft whose adaptation has ended",
+        )
+
+
+def locked_adaptations(run: Run, states: tuple[AdaptationState, ...]) -> list[Adaptation]:
+    return list(
+        Adaptation.objects.select_for_update().filter(run=run, state__in=states).order_by("id")
+    )

@@ -1,0 +1,32 @@
+"""After registering, a trainer says which grafts its model holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db import transaction
+
+from apps.accounts.actors import Actor
+from apps.adaptations.models import Adaptation
+from apps.adaptations.services import reconcile_grafts
+from apps.runs.models import Run
+from apps.runs.services import check_epoch, lock_run, set_state
+from esper.contracts import RunState
+
+
+@transaction.atomic
+def settle_hello(
+    *, run: Run, epoch: int, step: int, applied: list[dict[str, Any]], actor: Actor
+) -> list[Adaptation]:
+    """Settle what is in doubt; the answer lists the adaptations that the model's grafts concern.
+
+    Raises:
+        Problem: the run has a newer epoch, or has ended.
+    """
+    run = lock_run(run.pk)  # as it is now, not as it was when the request came in
+    check_epoch(run, epoch)
+    reported = {entry["adaptation"]: entry for entry in applied if entry["adaptation"]}
+    settled = reconcile_grafts(run, reported, actor)
+    if run.state in (RunState.STARTING, RunState.UNREACHABLE):
+        set_state(run=run, state=RunState.RUNNING, actor=actor)
+    return settled

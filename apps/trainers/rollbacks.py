@@ -1,0 +1,67 @@
+"""A trainer's guard took a graft out by itself, without asking the server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from django.db import transaction
+
+from apps.accounts.actors import Actor
+from apps.adaptations.models import Adaptation
+from apps.adaptations.services import adaptation_of, mark_taken_out
+from apps.runs.models import Run
+from apps.runs.services import check_epoch, lock_run
+from apps.violations.services import record_violation
+from esper.contracts import AdaptationState, Severity, ViolationRule
+
+_OUT = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED, AdaptationState.ROLLBACK_FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRollback:
+    """The trainer's guard took a graft out by itself."""
+
+    adaptation: str
+    step: int
+    rule: ViolationRule
+    observed: str
+    limit: str
+    pause_ms: float
+    exact: bool
+    digest_after: str = ""
+
+
+@transaction.atomic
+def record_local_rollback(
+    *, run: Run, epoch: int, report: LocalRollback, actor: Actor
+) -> Adaptation:
+    """Record that the trainer's guard took a graft out.
+
+    Raises:
+        Problem: the run has a newer epoch or has ended, or the adaptation is not grafted.
+    """
+    run = lock_run(run.pk)  # as it is now, not as it was when the request came in
+    check_epoch(run, epoch)
+    adaptation = adaptation_of(run, report.adaptation)
+    if adaptation.state in _OUT:
+        return adaptation  # reported before
+    record_violation(
+        run=run,
+        rule=report.rule,
+        severity=Severity.SERIOUS,
+        observed=report.observed,
+        limit=report.limit,
+        text=f"{adaptation.layer}: {report.rule.replace('_', ' ')} after the graft.",
+        action=f"The trainer took the graft out by itself at step {report.step}.",
+        layer=adaptation.layer,
+        adaptation_uid=adaptation.uid,
+        step=report.step,
+    )
+    mark_taken_out(
+        adaptation,
+        actor,
+        step=report.step,
+        reason=f"{report.rule}: {report.observed} (limit {report.limit})",
+        exact=report.exact,
+    )
+    return adaptation

@@ -1,0 +1,22 @@
+"""All that a trainer may say; one module for each message."""
+
+from apps.trainers.answers import acknowledge_command
+from apps.trainers.finish import finish_run
+from apps.trainers.hello import settle_hello
+from apps.trainers.registration import register_run, registration_answer
+from apps.trainers.remedies import RemedyReport, record_remedy
+from apps.trainers.rollbacks import LocalRollback, record_local_rollback
+from apps.trainers.telemetry import take_telemetry
+
+__all__ = [
+    "LocalRollback",
+    "RemedyReport",
+    "acknowledge_command",
+    "finish_run",
+    "record_local_rollback",
+    "record_remedy",
+    "register_run",
+    "registration_answer",
+    "settle_hello",
+    "take_telemetry",
+]
