@@ -106,10 +106,6 @@ class Slot(nn.Module):
         """From the next call on, the graft is run by ``compiled`` where that fits the call."""
         self._compiled[slug] = (self.grafts()[slug], compiled)
 
-    def sped_up(self, slug: str) -> bool:
-        """The graft runs as machine code."""
-        return slug in self._compiled
-
     def introduce(self) -> None:
         """Lets the grafts get to know each other; called when they have changed."""
         introduce(tuple(self.grafts().values()))
@@ -139,10 +135,6 @@ class Slot(nn.Module):
             self._watchers.pop(key, None)
 
         return end
-
-    @property
-    def idle(self) -> bool:
-        return not self._modules and not self._watchers
 
     def run(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output after watchers and grafts."""

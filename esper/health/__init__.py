@@ -12,22 +12,21 @@ from esper.health.features import Features, LossFeatures, extract_features, loss
 from esper.health.score import health_scores
 
 if TYPE_CHECKING:
-    from esper.health.sampler import HealthSampler, forward_hook_watch
+    from esper.health.sampler import HealthSampler
 
 __all__ = [
     "Features",
     "HealthSampler",
     "LossFeatures",
     "extract_features",
-    "forward_hook_watch",
     "health_scores",
     "loss_features",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("HealthSampler", "forward_hook_watch"):
-        from esper.health import sampler
+    if name == "HealthSampler":
+        from esper.health.sampler import HealthSampler
 
-        return getattr(sampler, name)
+        return HealthSampler
     raise AttributeError(f"module 'esper.health' has no attribute {name!r}")

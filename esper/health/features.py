@@ -88,7 +88,6 @@ class Features:
         medians: float32 [S] across layers.
         unstable: float32 [L], 0..1, how much a layer drives the run apart.
         remedies: the kinds of help that a layer carries already.
-        latest_step: of the newest frame, -1 none.
     """
 
     loss: LossFeatures
@@ -100,7 +99,6 @@ class Features:
     medians: Floats
     unstable: Floats
     frames: int = 0
-    latest_step: int = -1
     remedies: Mapping[str, frozenset[AdaptationType]] = field(default_factory=dict)
 
     def value(self, layer: str, signal: Signal) -> float:
@@ -150,7 +148,6 @@ def extract_features(
         medians=medians,
         unstable=_unstable(latest, loss),
         frames=len(frames),
-        latest_step=frames[-1].step if frames else -1,
         remedies=_remedies(snapshot, types or {}),
     )
 

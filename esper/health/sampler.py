@@ -51,7 +51,7 @@ class HealthSampler:
         optimizers: those that hold its parameters.
         layers: rows of the frames, in this order.
         watch: ``watch(layer, fn)`` calls ``fn(x, y)`` at the layer's next forwards until the
-            returned function is called; see :func:`forward_hook_watch`.
+            returned function is called, with the first tensors that go in and come out.
         budget: share of a step that sampling may cost, all in; half for each tier.
         frame_every, deep_every: shortest periods, in calls of :meth:`step`. They grow while
             the measured cost would exceed the budget.
@@ -242,26 +242,6 @@ class HealthSampler:
             for optimizer in self._optimizers
             for group in optimizer.param_groups
         )
-
-
-def forward_hook_watch(model: nn.Module) -> Watch:
-    """The plain ``watch``: a forward hook for as long as someone looks.
-
-    ``fn`` receives the first tensor argument and the first tensor of the output; a layer
-    without them is not reported.
-    """
-    modules = dict(model.named_modules())
-
-    def watch(layer: str, fn: Watcher) -> Callable[[], None]:
-        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-            x, y = _first_tensor(args), _first_tensor(output)
-            if x is not None and y is not None:
-                fn(x, y)
-
-        undo: Callable[[], None] = modules[layer].register_forward_hook(hook).remove
-        return undo
-
-    return watch
 
 
 class _Pace:
@@ -580,11 +560,3 @@ def _sums(
     total_L = np.bincount(rows[known], weights=picked[known], minlength=layers)
     count_L = np.bincount(rows[known], minlength=layers)
     return np.where(count_L > 0, total_L, np.nan)
-
-
-def _first_tensor(value: object) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, tuple | list):
-        return next((item for item in value if isinstance(item, Tensor)), None)
-    return None

@@ -9,7 +9,7 @@
     else         nothing, with the numbers that say so
 
 Confidence is the rule's prior chance to be kept times the strength of its signals. The priors are
-opinions worth ten cases; :func:`esper.policy.calibration.posterior_confidence` replaces them by
+opinions worth ten cases; :func:`esper.policy.confidence.posterior_confidence` replaces them by
 experience as it comes in.
 """
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from esper import blueprints
 from esper.contracts import GraftKind, LayerInfo
-from esper.grafting import Receipt, Surroundings, apply_graft
+from esper.grafting import Receipt, Slot, Surroundings, apply_graft
 from esper.grafting.surroundings import BARE
 
 VOCABULARY = 17
@@ -111,6 +111,11 @@ def make_training(scheduler: str = "one_cycle", steps: int = 200) -> Training:
 def surroundings_of(training: Training) -> Surroundings:
     schedulers = [] if training.scheduler is None else [training.scheduler]
     return Surroundings([training.optimizer], schedulers)
+
+
+def is_idle(slot: Slot | None) -> bool:
+    """The slot is there, and holds neither a graft nor a watcher."""
+    return slot is not None and not slot._modules and not slot._watchers
 
 
 def meet_requirements(

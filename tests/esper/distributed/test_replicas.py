@@ -21,6 +21,7 @@ from tests.esper.distributed.tiny_replica import (
     replica,
     sgd,
 )
+from tests.esper.tiny_models import is_idle
 
 pytestmark = pytest.mark.process
 
@@ -189,7 +190,7 @@ def _want_different_things(rank: int) -> tuple[str, str]:
             graft(side, "inner" if rank else "outer")
         with pytest.raises(ReplicaError) as out_of_order:
             graft(side) if rank else side.session.step(0.5)
-        assert side.bare.inner.esper.idle
+        assert is_idle(side.bare.inner.esper)
         assert side.state() == before
         return str(different.value), str(out_of_order.value)
 

@@ -25,6 +25,7 @@ from esper.grafting import (
 from tests.esper.tiny_models import (
     IN_LAYERS,
     Training,
+    is_idle,
     make_training,
     meet_requirements,
     surroundings_of,
@@ -221,7 +222,7 @@ def test_the_gradient_clamp_lets_go_when_it_is_taken_out() -> None:
     assert weight._post_accumulate_grad_hooks
     receipt.undo()
     assert not weight._post_accumulate_grad_hooks
-    assert slot_of(training.model.blocks[0].wide).idle
+    assert is_idle(slot_of(training.model.blocks[0].wide))
 
 
 def test_a_snapshot_in_reserved_memory_brings_back_the_same_bits() -> None:

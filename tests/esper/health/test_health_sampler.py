@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from esper.contracts import HealthFrame, LayerInfo, Signal
-from esper.health import HealthSampler, forward_hook_watch
+from esper.health import HealthSampler
 from esper.health.sampler import activation_statistics, stable_rank
+from tests.esper.health.forward_hooks import forward_hook_watch
 
 Loop = Iterator[tuple[int, torch.Tensor]]
 

@@ -19,9 +19,10 @@ from esper.contracts import (
     RunSnapshot,
     SafetyPolicy,
 )
-from esper.health import HealthSampler, forward_hook_watch
+from esper.health import HealthSampler
 from esper.pipeline import decide
 from esper.policy import HeuristicPolicy
+from tests.esper.health.forward_hooks import forward_hook_watch
 
 
 def run_of(width: int, steps: int, *, teacher_rank: int = 8) -> RunSnapshot:
