@@ -1,4 +1,4 @@
-"""The top bar: its page for the live update, and the switch that it shows."""
+"""The top bar: the view that refreshes it, and the switch that it shows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from apps.policies.models import AdaptationSwitch
 
 
 def adaptation_switch() -> AdaptationSwitch:
-    """The switch as it is; a page only reads, so a missing row is not written: it means on."""
+    """The adaptation switch. Without a row adaptation is on; a page does not write one."""
     return AdaptationSwitch.objects.filter(pk=1).first() or AdaptationSwitch(pk=1, on=True)
 
 
 @page
 def bar(request: HttpRequest) -> HttpResponse:
-    """The top bar alone, so that its badge can change without the page."""
+    """The top bar alone, so that its badge is refreshed without the page."""
     return render(request, "console/bar.html", {"section": request.GET.get("section", "")})

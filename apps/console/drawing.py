@@ -1,5 +1,5 @@
-"""Numbers turned into the points and boxes of small inline pictures. No colours here: those are
-classes of the style sheet, because the content security policy allows no inline style.
+"""Geometry of small inline SVG pictures. Colours are classes of the style sheet, because the
+content security policy allows no inline style.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Cell:
 
 
 def health_cells(health: Mapping[str, float], *, most: int = 24) -> list[Cell]:
-    """One cell for each layer; neighbours share a cell (worst wins) when there are too many."""
+    """One cell for each layer. Too many layers share cells; a cell shows its lowest health."""
     names = list(health)
     size = max(1, math.ceil(len(names) / most))
     groups = [names[i : i + size] for i in range(0, len(names), size)]
@@ -138,27 +138,27 @@ def waterfall(terms: Mapping[str, float], *, width: float = 300) -> list[Fall]:
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """What the picture of a graft shows: the neighbours' names and the way it is joined."""
+    """What the picture of a graft shows: the neighbours' names, and how the graft is joined."""
 
     before: str
     layer: str
     after: str
     graft: str
     join: str  # parallel, scale, replace, wrap, observe
-    words: str  # the same for people who do not see it
+    words: str  # the picture as a sentence, for people who cannot see it
 
 
 _WORDS: dict[str, str] = {
-    "parallel": "{graft} runs beside {layer}; its output, zero at birth, is added to the layer's.",
-    "scale": "The output of {layer} is multiplied by {graft}, which is one at birth.",
-    "replace": "{graft} takes over from {layer} step by step; its share is zero at birth.",
-    "wrap": "{layer} stays as it is; {graft} acts on its gradient.",
+    "parallel": "{graft} runs beside {layer}; its output is added and starts at zero.",
+    "scale": "The output of {layer} is multiplied by {graft}, which starts at one.",
+    "replace": "{graft} replaces {layer} gradually; its share of the output starts at zero.",
+    "wrap": "{layer} stays as it is; {graft} changes its gradient.",
     "observe": "{layer} stays as it is; {graft} only measures its output.",
 }
 
 
 def sketch(layer: str, graft: str, kind: str, *, before: str, after: str) -> Sketch:
-    """The parts of the before/after picture; kinds without one of their own join in parallel."""
+    """The parts of the before/after picture; a kind without a picture is drawn as parallel."""
     join = kind if kind in _WORDS else str(GraftKind.PARALLEL)
     return Sketch(
         before=shorten(before, NEIGHBOUR_LABEL),

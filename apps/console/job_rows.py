@@ -18,7 +18,7 @@ OPEN = (JobState.QUEUED, JobState.RUNNING)
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """One step of an attempt: how long after the step before it; ``now`` for the one under way."""
+    """One step of an attempt and the time since the step before; ``now`` marks the current one."""
 
     name: str
     at: datetime | None = None
@@ -30,7 +30,7 @@ class StepTime:
 
 
 def step_times(job: CompileJob) -> list[StepTime]:
-    """The steps of the job's last attempt; its steps must have been fetched with it."""
+    """The steps of the job's last attempt. Prefetch ``steps`` with the job."""
     done = [step for step in job.steps.all() if step.attempt == job.attempt]
     rows = [
         StepTime(step.step, step.at, _ms_between(before, step))
@@ -46,7 +46,7 @@ def _ms_between(before: JobStepDone | None, step: JobStepDone) -> float | None:
 
 
 def _step_after(done: list[JobStepDone]) -> list[str]:
-    """The name of the step that is under way; empty when all are done."""
+    """The name of the current step; empty when all steps are done."""
     names = list(JobStep)
     following = names[names.index(JobStep(done[-1].step)) + 1 :] if done else names
     return [str(name) for name in following[:1]]
@@ -54,7 +54,7 @@ def _step_after(done: list[JobStepDone]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class JobRow:
-    """``ahead``: how many wait before it for the same capability."""
+    """``ahead``: how many jobs for the same capability are ahead of it in the queue."""
 
     job: CompileJob
     number: int | None  # of its adaptation

@@ -1,4 +1,4 @@
-"""A page is made of panels; each can be fetched alone (``?panel=name``) and fails alone."""
+"""A page consists of panels. Each can be fetched alone (``?panel=name``) and fails alone."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Panel:
     """One box of a page.
 
     Attributes:
-        build: its data; called only when it is shown.
-        wakes: first words of the events that make it look again.
-        every: seconds between looks without an event; 0 never.
+        build: returns its data; called only when the panel is shown.
+        events: event types, or their first words, after which the page fetches it again.
+        every: seconds between fetches without an event; 0 means never.
     """
 
     name: str
     title: str
     template: str
     build: Callable[[], dict[str, Any]]
-    wakes: tuple[str, ...] = ()
+    events: tuple[str, ...] = ()
     every: int = 0
 
 
@@ -47,7 +47,7 @@ def render_page(
 ) -> HttpResponse:
     """The whole page, or the one panel that was asked for.
 
-    ``context`` is for page and panels alike, ``whole`` is read for the whole page only.
+    The page and its panels get ``context``; only the whole page gets what ``whole`` returns.
     """
     wanted = request.GET.get("panel")
     if wanted is not None:
@@ -55,7 +55,7 @@ def render_page(
         if panel is None:
             raise Http404("there is no such panel")
         return HttpResponse(_render_panel(request, panel, context))
-    # Read before the data: what happens in between is replayed, not missed.
+    # Read before the data, so that the page replays the events that happen in between.
     since = last_seqs(["inbox", "system", *topics])
     rendered = {panel.name: _render_panel(request, panel, context) for panel in panels}
     page = {"title": title, "panels": rendered, "since": since, **context, **whole()}

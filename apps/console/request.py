@@ -1,4 +1,4 @@
-"""What every page reads of its request: who asks, and what the address chooses."""
+"""What every page reads from its request: the person, and the choices in the address."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _View = Callable[Concatenate[HttpRequest, P], HttpResponse]
 
 
 def page(view: _View[P]) -> _View[P]:
-    """Signed in, GET only, never from a cache: a page is a live picture."""
+    """Require a signed-in person and GET, and forbid caching: a page shows live data."""
 
     @wraps(view)
     def shown(request: HttpRequest, /, *args: P.args, **kwargs: P.kwargs) -> HttpResponse:
@@ -31,12 +31,12 @@ def page(view: _View[P]) -> _View[P]:
 
 def person(request: HttpRequest) -> User:
     if not isinstance(request.user, User):
-        raise TypeError("pages are for people who are signed in")
+        raise TypeError("a page needs a signed-in person")
     return request.user
 
 
 def choice(request: HttpRequest, name: str, words: type[E], default: E | None = None) -> str:
-    """A filter of the address; a word that we do not know is a page that does not exist."""
+    """The value of a filter in the address; an unknown value answers 404."""
     value = request.GET.get(name, "")
     if not value:
         return str(default) if default else ""

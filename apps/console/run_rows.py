@@ -43,7 +43,7 @@ class RunRow:
 
     @property
     def health_words(self) -> str:
-        """The strip for people who do not see it; all cells while there are few."""
+        """The strip as text, for people who cannot see it; at most 12 cells."""
         return ", ".join(cell.label for cell in self.cells[:12])
 
 
@@ -59,7 +59,7 @@ def recent_runs() -> QuerySet[Run]:
 
 
 def run_rows(runs: QuerySet[Run]) -> list[RunRow]:
-    """Rows with sparkline, health strip and last adaptation: five queries for any number."""
+    """Rows with sparkline, health strip and last adaptation, in five queries."""
     newest_frame = Frame.objects.filter(run=OuterRef("pk")).order_by("-step").values("pk")[:1]
     newest_adaptation = (
         Adaptation.objects.filter(run=OuterRef("pk")).order_by("-id").values("pk")[:1]

@@ -1,7 +1,7 @@
-"""States as people see them: a tone, a shape and a word. Never the colour alone.
+"""How pages show states: a tone, a shape and a word, never the colour alone.
 
-Six tones, mildest first: off, standby, normal, caution, serious, critical; ``good`` is a normal
-that ended well.
+Six tones, mildest first: off, standby, normal, caution, serious, critical. ``good`` marks a normal
+state that ended well.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ADAPTATION: dict[AdaptationState, Status] = {
     _A.COMPILED: Status("standby", "half", "Compiled"),
     _A.DISPATCHED: Status("standby", "half", "Sent to the trainer"),
     _A.ACCEPTED: Status("standby", "half", "Accepted by the trainer"),
-    _A.PROBATION: Status("normal", "half", "In probation"),
+    _A.PROBATION: Status("normal", "half", "On probation"),
     _A.ROLLING_BACK: Status("caution", "down", "Rolling back"),
     _A.IN_DOUBT: Status("serious", "question", "In doubt: waiting for the trainer"),
     _A.KEPT: Status("good", "check", "Kept"),
@@ -57,7 +57,7 @@ ADAPTATION: dict[AdaptationState, Status] = {
     _A.NOT_APPLIED: Status("caution", "cross", "Not applied by the trainer"),
     _A.APPLY_FAILED: Status("serious", "square", "Could not be applied"),
     _A.ROLLBACK_FAILED: Status("critical", "square", "Rollback failed"),
-    _A.REVERTED: Status("off", "down", "Taken out by a person"),
+    _A.REVERTED: Status("off", "down", "Reverted by a person"),
     _A.RUN_LOST: Status("serious", "question", "Run lost"),
 }
 RUN: dict[RunState, Status] = {
@@ -100,10 +100,10 @@ SPEED_UP: dict[SpeedUpState, Status] = {
     SpeedUpState.OFFERED: Status("standby", "half", "Offered to the trainer"),
     SpeedUpState.SWAPPED_IN: Status("good", "check", "Compiled, swapped in"),
     SpeedUpState.KEPT_EAGER: Status("off", "down", "Kept eager"),
-    SpeedUpState.UNAVAILABLE: Status("off", "question", "No compiler there"),
+    SpeedUpState.UNAVAILABLE: Status("off", "question", "No compiler available"),
     SpeedUpState.FAILED: Status("caution", "cross", "Could not be compiled"),
 }
-# The first is checked and packaged, and runs as PyTorch runs it: never call it compiled.
+# Tier 0 is validated and packaged and runs in eager PyTorch: never call it compiled.
 TIERS: dict[int, str] = {0: "validated", 1: "compiled for this device", 2: "packaged"}
 LAUNCH: dict[LaunchState, Status] = {
     LaunchState.REQUESTED: Status("standby", "ring", "Requested"),
@@ -113,7 +113,7 @@ LAUNCH: dict[LaunchState, Status] = {
     LaunchState.STOPPED: Status("off", "down", "Stopped"),
     LaunchState.FINISHED: Status("good", "check", "Finished"),
     LaunchState.FAILED: Status("serious", "square", "Failed"),
-    LaunchState.LOST: Status("serious", "question", "Lost: its host is silent"),
+    LaunchState.LOST: Status("serious", "question", "Lost: its host does not report"),
 }
 SEVERITY: dict[Severity, Status] = {
     Severity.INFO: Status("standby", "ring", "Info"),
@@ -135,8 +135,8 @@ BY_KIND: dict[str, dict[str, Status]] = {
 RULES: dict[str, str] = {
     ViolationRule.FROZEN: "adaptation switch",
     ViolationRule.RUN_MODE: "mode of the run",
-    ViolationRule.ONE_IN_FLIGHT: "others under way",
-    ViolationRule.COOLDOWN: "rest since the last one",
+    ViolationRule.ONE_IN_FLIGHT: "adaptations in progress",
+    ViolationRule.COOLDOWN: "cooldown",
     ViolationRule.PARAMETER_BUDGET: "added parameters",
     ViolationRule.MEMORY: "memory",
     ViolationRule.LATENCY: "latency",
@@ -144,13 +144,13 @@ RULES: dict[str, str] = {
     ViolationRule.RISK_CLASS: "risk",
     ViolationRule.EVIDENCE: "evidence",
     ViolationRule.CONFIDENCE: "confidence",
-    ViolationRule.COMPATIBILITY: "fit with the layer",
+    ViolationRule.COMPATIBILITY: "compatibility with the layer",
     ViolationRule.CERTIFICATE: "certificate",
     ViolationRule.SIGNATURE: "signature",
     ViolationRule.COMMAND: "command",
-    ViolationRule.NON_FINITE: "loss is no number",
-    ViolationRule.LOSS_BLOW_UP: "loss blew up",
+    ViolationRule.NON_FINITE: "loss is not a number",
+    ViolationRule.LOSS_BLOW_UP: "loss diverged",
     ViolationRule.MISSING_TELEMETRY: "missing telemetry",
-    ViolationRule.OPTIMIZER_LEDGER: "optimizer's account",
+    ViolationRule.OPTIMIZER_LEDGER: "optimizer's parameter groups",
     ViolationRule.DEADLINE: "deadline",
 }

@@ -1,4 +1,4 @@
-"""What waits for a person: one query for the badge, the inbox and the overview."""
+"""Adaptations that wait for a person: one query for the badge, the inbox and the overview."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from esper.contracts import AdaptationState
 
 
 def waiting() -> QuerySet[Adaptation]:
-    """What waits for a person and has not run out, the first to expire first."""
+    """Adaptations that wait for a person and have not expired; the next to expire comes first."""
     return Adaptation.objects.filter(
         Q(deadline_at__isnull=True) | Q(deadline_at__gt=timezone.now()),
         state=AdaptationState.AWAITING_APPROVAL,

@@ -1,9 +1,9 @@
-// Acts go to the REST API and are pessimistic: "Approving…", then what the server says.
+// Acts go to the REST API. The page shows "Approving…" until the server has answered.
 import { announce, toast, visible } from "./messages.js";
 import { refreshAll } from "./panels.js";
 
 const token = document.querySelector('meta[name="csrf-token"]').content;
-// One key for one attempt: a lost answer is asked for again, never done twice.
+// One idempotency key for each attempt: after a lost answer the same key is sent again.
 const attempts = new WeakMap();
 
 document.addEventListener("submit", (event) => {
@@ -66,8 +66,9 @@ function bodyOf(form, button) {
       body[field.name] = field.value.trim();
     }
   }
-  body.reason ??= "reason" in form.elements || !form.dataset.secret ? "" : undefined;
+  // Tokens and launches have no reason; every other act has one, which may be empty.
   if ("secret" in form.dataset || "parameters" in form.dataset) delete body.reason;
+  else body.reason ??= "";
   return body;
 }
 
@@ -114,7 +115,7 @@ async function send(form, button) {
   try {
     answer = await fetch(address, options);
   } catch {
-    say(form, "The server did not answer, so it is not known whether it was done. Press again: it is never done twice.");
+    say(form, "The server did not answer, so the result is unknown. Press the button again: the server does nothing twice.");
     return;
   }
   attempts.delete(form);
@@ -124,12 +125,12 @@ async function send(form, button) {
 }
 
 const DONE = {
-  approve: "Approved.", reject: "Rejected.", claim: "It is yours for ten minutes.", release: "Given back.",
-  extend: "Five more minutes.", cancel: "Cancelled.", rollback: "Rollback requested; the trainer confirms it.",
+  approve: "Approved.", reject: "Rejected.", claim: "Claimed for ten minutes.", release: "Released.",
+  extend: "Extended by five minutes.", cancel: "Cancelled.", rollback: "Rollback requested. The trainer confirms it.",
 };
 
 function done(form, button, content) {
-  // Our own act made this version: the next one need not wait until the panel has looked again.
+  // This act made the new version: the next act can use it before the panel is refreshed.
   const version = content.revision ?? content.version;
   if (form.dataset.ifMatch && Number.isInteger(version)) form.dataset.ifMatch = version;
   if (content.secret ?? content.token) showSecret(form, content.secret ?? content.token);
@@ -147,10 +148,10 @@ function done(form, button, content) {
 }
 
 function refused(form, button, status, problem) {
-  const detail = problem.detail ?? `The server refused it (${status}).`;
+  const detail = problem.detail ?? `The server refused the request (${status}).`;
   say(form, detail);
   if (problem.code === "evidence-stale") offerNewEvidence(form, button);
-  // Who won, or what moved, is on the page in a second; what was typed stays.
+  // The refreshed page shows the newer state; the text that was typed stays.
   if ([409, 412, 423].includes(status)) refreshAll();
   if (status === 403 && problem.code === "not-signed-in" || status === 401) location.reload();
 }
@@ -160,17 +161,17 @@ function say(form, text) {
   if (!place) return;
   place.textContent = visible(text);
   place.hidden = !text;
-  said.set(place, Date.now());
+  shownAt.set(place, Date.now());
 }
-const said = new WeakMap();
-// What was said belongs to the state in which it was said; who has won is in the page's head.
+const shownAt = new WeakMap();
+// A message belongs to the state in which it was shown: remove it when the decision has changed.
 document.addEventListener("htmx:afterSwap", (event) => {
   const place = document.getElementById("acts-error");
   if (event.detail.target.id !== "panel-head" || !place || place.hidden) return;
   const decision = document.getElementById("decision");
   const seen = `${decision.dataset.state} ${decision.dataset.version}`;
   const moved = place.dataset.seen && place.dataset.seen !== seen;
-  if (moved && Date.now() - said.get(place) > 5_000) say(place.closest("form"), "");
+  if (moved && Date.now() - shownAt.get(place) > 5_000) say(place.closest("form"), "");
   place.dataset.seen = seen;
 });
 
@@ -179,7 +180,7 @@ function offerNewEvidence(form, button) {
   const again = document.createElement("button");
   again.type = "submit";
   again.className = "button small";
-  again.textContent = "I have seen the new numbers: approve";
+  again.textContent = "I have checked the new values: approve";
   again.dataset.path = button.dataset.path;
   again.dataset.doing = button.dataset.doing;
   again.dataset.body = JSON.stringify({ ...JSON.parse(button.dataset.body ?? "{}"), accept_drift: true });
@@ -193,7 +194,7 @@ function showSecret(form, secret) {
   place.querySelector(".secret").textContent = secret;
 }
 
-// The question names the object, the button is the verb.
+// The question names the object; the button is the verb.
 function confirmed(button) {
   const dialog = document.createElement("dialog");
   const title = document.createElement("h3");
@@ -222,7 +223,7 @@ function confirmed(button) {
   });
 }
 
-// While the page is stale its evidence is too: approving waits, the safe acts do not.
+// On a stale page the evidence is stale too: approving is blocked, the safe acts are not.
 function gate({ state, clock }) {
   const stale = state === "stale";
   for (const button of document.querySelectorAll("[data-needs-live]")) {
@@ -231,7 +232,7 @@ function gate({ state, clock }) {
   }
   for (const note of document.querySelectorAll("[data-stale-note]")) {
     note.hidden = !stale;
-    if (stale) note.textContent = `The evidence on this page is ${clock} old; approving waits for the connection.`;
+    if (stale) note.textContent = `The evidence on this page is ${clock} old. Approving is blocked until the connection is back.`;
   }
 }
 document.addEventListener("esper:link", ({ detail }) => gate(detail));

@@ -1,23 +1,20 @@
-// Countdowns and "3 min ago", by the server's clock: ours may be wrong.
+// Countdowns and "3 min ago", by the server's clock, because the browser's may be wrong.
 import { announce } from "./messages.js";
 
 let offset = 0;
-let offsetKnown = false;
 
-// The Date header of any answer of this server is good to a second, which is enough here.
+// The Date header of any answer is exact to a second, which is enough here.
 async function readServerClock() {
   const answer = await fetch("/healthz", { method: "HEAD", cache: "no-store" });
   const date = Date.parse(answer.headers.get("Date") ?? "");
   if (!Number.isNaN(date)) {
     const skew = date - Date.now();
     offset = Math.abs(skew) > 1500 ? skew : 0;
-    offsetKnown = true;
   }
 }
 readServerClock().catch(() => {});
 
-export const serverNow = () => Date.now() + offset;
-export const clockKnown = () => offsetKnown;
+const serverNow = () => Date.now() + offset;
 
 const UNITS = [[86_400, "d"], [3_600, "h"], [60, "min"]];
 function length(seconds) {
@@ -29,7 +26,7 @@ function length(seconds) {
 
 function ago(time) {
   const seconds = (serverNow() - time) / 1000;
-  // Dates of the clock are good to a second: what has just happened must not lie ahead.
+  // The server's time is known to a second: a recent event must not appear to be in the future.
   if (Math.abs(seconds) < 5) return "just now";
   return seconds < 0 ? `in ${length(-seconds)}` : `${length(seconds)} ago`;
 }

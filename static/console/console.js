@@ -1,4 +1,4 @@
-// What every page does: listens, keeps its panels fresh, sends acts, takes keys.
+// Every page: receive events, refresh panels, send acts, handle keys.
 import "./clock.js";
 import "./panels.js";
 import "./acts.js";
@@ -7,7 +7,7 @@ import { Link } from "./link.js";
 import { toast } from "./messages.js";
 
 const since = JSON.parse(document.getElementById("since")?.textContent ?? "{}");
-export const link = new Link(since);
+const link = new Link(since);
 
 const pill = () => document.getElementById("link-pill");
 const WORDS = {
@@ -26,8 +26,8 @@ function showLink() {
   const banner = document.getElementById("stale-banner");
   banner.hidden = !stale;
   if (stale) {
-    banner.textContent = `What you see is ${clock} old: the server cannot be reached. `
-      + "Approving is blocked until it can; rejecting, pausing and killing are still tried.";
+    banner.textContent = `The server cannot be reached. The data on this page is ${clock} old. `
+      + "Approving is blocked until the connection is back; you can still try to reject, pause and kill.";
   }
   document.body.dataset.link = state;
   document.dispatchEvent(new CustomEvent("esper:link", { detail: { state, clock } }));
@@ -53,7 +53,7 @@ function askPerson(data) {
 document.addEventListener("click", (event) => {
   if (event.target.closest("#link-pill")) link.retry();
   if (event.target.closest("[data-theme-toggle]")) toggleTheme();
-  // A menu closes when one clicks elsewhere.
+  // Close a menu on a click outside it.
   for (const menu of document.querySelectorAll("details.menu[open]")) {
     if (!menu.contains(event.target)) menu.open = false;
   }

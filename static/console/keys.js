@@ -1,5 +1,5 @@
-// j and k move through rows, o opens one, g then i or h goes somewhere, ? lists the keys.
-// Single keys can be switched off, because they disturb speech input.
+// j and k move through rows, o opens one, g then i, h or r opens a page, ? lists the keys.
+// Single-key shortcuts can be switched off, because they interfere with speech input.
 
 const SETTING = "esper.keys";
 let prefix = "";

@@ -1,5 +1,5 @@
-// A launch's log: the page has its end, the rest is fetched from the byte where that stops. The
-// doorbell only brings it sooner; a look every few seconds finds what a lost one was for.
+// A launch's log. The page contains the end of the log so far and fetches what follows it.
+// A notification starts a fetch at once; a timer fetches what a lost notification was for.
 
 const place = document.getElementById("launch-log");
 const LONGEST = 400_000; // characters that the page keeps
@@ -8,7 +8,7 @@ let end = Number(place.dataset.end);
 let looking = null;
 let again = false;
 
-// As the server's filter: what cannot be seen must not turn lines round.
+// The server's template filter does the same: invisible characters must not reorder a line.
 const HIDDEN = /(?!\n|\t)[\p{Cf}\p{Cc}\p{Co}\p{Cn}]/gu;
 const visible = (text) => text.replace(
   HIDDEN, (char) => `⟨U+${char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`,
@@ -19,7 +19,7 @@ function append(text) {
   place.append(visible(text));
   while (place.textContent.length > LONGEST && place.childNodes.length > 1) place.firstChild.remove();
   document.getElementById("log-empty").hidden = true;
-  if (atEnd) place.scrollTop = place.scrollHeight; // who reads further up is left there
+  if (atEnd) place.scrollTop = place.scrollHeight; // do not move a reader who has scrolled up
 }
 
 async function fetchPages() {

@@ -1,5 +1,5 @@
 // The event stream: websocket, gap filling over REST, and polling when there is no socket.
-// The server's rows are the truth; a socket message only brings them sooner.
+// The server's rows are authoritative; a socket message only delivers them sooner.
 
 const STALE_AFTER = 25_000;
 const POLL_EVERY = 5_000;
@@ -11,7 +11,7 @@ export class Link extends EventTarget {
     super();
     this.seqs = new Map(Object.entries(since));
     this.failures = 0;
-    this.heard = Date.now();
+    this.lastMessageAt = Date.now();
     this.socket = null;
     this.polling = null;
     this.timer = null;
@@ -22,7 +22,7 @@ export class Link extends EventTarget {
     });
   }
 
-  get age() { return Date.now() - this.heard; }
+  get age() { return Date.now() - this.lastMessageAt; }
 
   get state() {
     if (this.age > STALE_AFTER) return "stale";
@@ -63,11 +63,8 @@ export class Link extends EventTarget {
   }
 
   receive(message) {
-    this.heard = Date.now();
-    if (message.op === "ping") {
-      this.tell("time", message.time);
-      // A silent socket is told apart from a dead one by the server's pings.
-    } else if (message.op === "subscribed") {
+    this.lastMessageAt = Date.now();
+    if (message.op === "subscribed") {
       this.confirm(message);
     } else if (message.topic && message.type) {
       this.take(message);
@@ -81,13 +78,13 @@ export class Link extends EventTarget {
     clearInterval(this.polling);
     this.polling = null;
     const known = this.seqs.get(message.topic) ?? 0;
-    // The server's log is shorter than ours: it was set up anew.
+    // The server has fewer events than this page has seen: its database was created anew.
     if (message.seq < known) this.seqs.set(message.topic, message.seq);
   }
 
   take(message) {
     if (!message.seq) {
-      this.tell("message", message); // a progress bell, which has no row
+      this.tell("message", message); // a progress notification, which has no row
       return;
     }
     const known = this.seqs.get(message.topic) ?? 0;
@@ -108,7 +105,7 @@ export class Link extends EventTarget {
       const answer = await fetch(`/api/v1/events?${query}`, { headers: { Accept: "application/json" } });
       if (!answer.ok) throw new Error(`events: ${answer.status}`);
       const { results } = await answer.json();
-      this.heard = Date.now();
+      this.lastMessageAt = Date.now();
       for (const message of results) {
         if (message.seq <= (this.seqs.get(topic) ?? 0)) continue;
         this.seqs.set(topic, message.seq);
@@ -135,7 +132,7 @@ export class Link extends EventTarget {
     try {
       for (const topic of this.seqs.keys()) await this.fill(topic);
     } catch {
-      // Nothing was heard, so the age grows and the page says so.
+      // Nothing was received, so the age grows and the page shows it.
     }
     this.changed();
   }

@@ -1,4 +1,4 @@
-// Short messages to the person. Text only: nothing from outside is ever parsed as HTML.
+// Short messages to the person. Text only: outside text is never parsed as HTML.
 
 const STAYS = { note: 6_000, ask: 60_000 };
 
@@ -37,7 +37,7 @@ export function announce(text, { urgent = false } = {}) {
   place.textContent = text;
 }
 
-// Characters that turn lines round or hide, made visible (the templates do the same).
+// Makes characters visible that reorder a line or hide (the templates do the same).
 export function visible(text) {
   return String(text).replace(/[\p{Cf}\p{Cc}\p{Co}\p{Cn}]/gu, (char) => {
     const code = char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");

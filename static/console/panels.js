@@ -1,9 +1,9 @@
-// Panels look again when an event concerns them, at most once a second, and by themselves where a
-// value has no event. The answer is morphed in: focus, scroll and open details stay.
+// A panel is refreshed when an event concerns it, at most once a second, and on a timer where a
+// value has no event. The answer is morphed in: focus, scroll position and open details stay.
 /* global htmx, Idiomorph */
 
 const SHORTEST_PAUSE = 1_000;
-const lastLook = new WeakMap();
+const refreshedAt = new WeakMap();
 const waiting = new WeakMap();
 
 document.addEventListener("DOMContentLoaded", prepare);
@@ -13,18 +13,18 @@ function prepare() {
   if (!window.Idiomorph || prepare.done) return;
   prepare.done = true;
   Object.assign(Idiomorph.defaults.callbacks, {
-    // What a person is typing, or a module draws, is not the server's to change.
+    // The server must not overwrite what a person is typing or a module has drawn.
     beforeNodeMorphed: (node) => !(node instanceof Element && node.hasAttribute("data-keep")),
     beforeAttributeUpdated: (name, node) => !(name === "open" && node.tagName === "DETAILS"),
   });
 }
 
-export function refresh(panel) {
+function refresh(panel) {
   if (waiting.has(panel)) return;
-  const pause = Math.max(0, (lastLook.get(panel) ?? 0) + SHORTEST_PAUSE - Date.now());
+  const pause = Math.max(0, (refreshedAt.get(panel) ?? 0) + SHORTEST_PAUSE - Date.now());
   waiting.set(panel, setTimeout(() => {
     waiting.delete(panel);
-    lastLook.set(panel, Date.now());
+    refreshedAt.set(panel, Date.now());
     if (panel.isConnected) htmx.trigger(panel, "refresh");
   }, pause));
 }
@@ -33,11 +33,11 @@ export function refreshAll() {
   for (const panel of document.querySelectorAll("[data-panel]")) refresh(panel);
 }
 
-const concerns = (panel, type) => (panel.dataset.wakes ?? "").split(" ").filter(Boolean)
+const concerns = (panel, type) => (panel.dataset.events ?? "").split(" ").filter(Boolean)
   .some((word) => type === word || type.startsWith(`${word}.`));
 
 document.addEventListener("esper:event", ({ detail: { type } }) => {
-  if (type === "run.progress") return; // the chart's; a table does not need four looks a second
+  if (type === "run.progress") return; // only the chart uses it; a table does not need four refreshes a second
   for (const panel of document.querySelectorAll("[data-panel]")) {
     if (concerns(panel, type)) refresh(panel);
   }
@@ -49,17 +49,17 @@ document.addEventListener("esper:expired", () => {
 setInterval(() => {
   if (document.hidden) return;
   for (const panel of document.querySelectorAll("[data-panel][data-every]")) {
-    const age = Date.now() - (lastLook.get(panel) ?? performance.timeOrigin);
+    const age = Date.now() - (refreshedAt.get(panel) ?? performance.timeOrigin);
     if (age > Number(panel.dataset.every) * 1000) refresh(panel);
   }
 }, 1000);
 
-// Nothing moves under the pointer: a list that is hovered or focused keeps its rows until asked.
+// Rows do not move under the pointer: a hovered or focused list keeps its rows until the person asks.
 document.addEventListener("htmx:beforeSwap", (event) => {
   const panel = event.detail.target;
   if (new URL(event.detail.xhr.responseURL).pathname === "/login") {
     event.detail.shouldSwap = false;
-    location.reload(); // signed out meanwhile; signing in leads back here
+    location.reload(); // the session has ended; signing in leads back to this page
     return;
   }
   const rows = panel.querySelector?.("[data-rows]");

@@ -1,5 +1,5 @@
-// The run page's pictures: loss with adaptation markers, and layers over time on a canvas.
-// Both fetch increments, keep zoom, and have a table and a sentence that say the same.
+// The run page's charts: the loss with adaptation markers, and the layers over time on a canvas.
+// Both fetch increments, keep the zoom, and have a table and a sentence with the same content.
 /* global uPlot */
 import { visible } from "./messages.js";
 
@@ -194,7 +194,7 @@ function drawHeat() {
   heat.values.forEach((values, row) => {
     const y = row * rowHeight();
     values.forEach((value, column) => {
-      if (value === null) return; // not measured: empty, never a colour
+      if (value === null) return; // not measured: left empty
       ctx.fillStyle = CIVIDIS[Math.max(0, Math.min(CIVIDIS.length - 1, Math.floor((value - low) * scale)))];
       ctx.fillRect(left + column * cell, y, cell + 0.5, rowHeight() - (rowHeight() > 6 ? 1 : 0));
     });
@@ -204,7 +204,7 @@ function drawHeat() {
   drawHeatMarks(ctx, left, width);
 }
 
-// Poor health is hatched too: colour alone does not reach everybody.
+// Poor health is hatched too, because not everybody can see the colour.
 function hatchPoor(ctx, left, cell) {
   if (rowHeight() < 8) return;
   ctx.strokeStyle = "#ffffff99";
@@ -279,7 +279,7 @@ function describeHeat() {
     ? `Newest ${name}: lowest ${short(latest[0][1])} in ${visible(latest[0][0])}, highest ${short(latest.at(-1)[1])} in ${visible(latest.at(-1)[0])}. `
       + `${heat.layers.length} layers, steps ${short(heat.step[0])} to ${short(heat.step.at(-1))}.`
       + (heat.signal === "health" ? " Below 0.4 is hatched." : "")
-    : `Nobody has measured ${name} yet.`;
+    : `${name} has not been measured yet.`;
   fillHeatTable();
 }
 
@@ -328,19 +328,19 @@ canvas.addEventListener("pointermove", (event) => {
 });
 canvas.addEventListener("pointerleave", () => { tip.hidden = true; });
 
-// --- life -----------------------------------------------------------------------------------------
+// --- updates --------------------------------------------------------------------------------------
 
 const showProblem = (id, what) => () => {
-  document.getElementById(id).textContent = `${what} cannot be read now; it is tried again.`;
+  document.getElementById(id).textContent = `${what} could not be loaded. The page tries again.`;
 };
-const look = () => readLoss().catch(showProblem("loss-summary", "The loss"));
-const lookAtLayers = () => readHeat().catch(showProblem("heat-summary", "The frames"));
+const updateLoss = () => readLoss().catch(showProblem("loss-summary", "The loss"));
+const updateHeat = () => readHeat().catch(showProblem("heat-summary", "The health frames"));
 
 document.addEventListener("esper:event", ({ detail: { type, topic, data } }) => {
   if (topic !== `run:${run}`) return;
   if (type === "run.progress") showProgress(data);
   if (type === "adaptation.changed") mark(data);
-  // A resumed trainer went back to its checkpoint: what came after it is no part of the past.
+  // A resumed trainer went back to its checkpoint: the values after it are no longer valid.
   if (type === "run.resumed") readLossAgain().catch(showProblem("loss-summary", "The loss"));
 });
 
@@ -353,7 +353,7 @@ function showProgress({ step, loss }) {
     set("step", step.toLocaleString("en"));
     const bar = document.querySelector("[data-live-progress]");
     if (bar) bar.value = step;
-    if (held) document.getElementById("held").textContent = `held at ${short(heldAt)}, ${short(step - heldAt)} new steps`;
+    if (held) document.getElementById("held").textContent = `paused at step ${short(heldAt)}, ${short(step - heldAt)} new steps`;
   }
   if (loss !== null && loss !== undefined) set("loss", typeof loss === "number" ? short(loss) : loss);
 }
@@ -371,9 +371,9 @@ document.getElementById("hold").addEventListener("click", ({ currentTarget: butt
   held = !held;
   heldAt = series.step.at(-1) ?? 0;
   button.setAttribute("aria-pressed", String(held));
-  button.textContent = held ? "Go on" : "Hold";
-  document.getElementById("held").textContent = held ? `held at ${short(heldAt)}` : "";
-  if (!held) look();
+  button.textContent = held ? "Resume updates" : "Pause updates";
+  document.getElementById("held").textContent = held ? `paused at step ${short(heldAt)}` : "";
+  if (!held) updateLoss();
 });
 document.getElementById("scale").addEventListener("click", ({ currentTarget: button }) => {
   logScale = !logScale;
@@ -387,7 +387,7 @@ document.getElementById("whole").addEventListener("click", () => {
 for (const details of document.querySelectorAll("#loss details, #heat details")) {
   details.addEventListener("toggle", () => { fillLossTable(); if (heat) fillHeatTable(); });
 }
-signal.addEventListener("change", lookAtLayers);
+signal.addEventListener("change", updateHeat);
 
 function remake() {
   chart?.destroy();
@@ -407,9 +407,9 @@ addEventListener("resize", () => {
   }, 150);
 });
 
-look();
-lookAtLayers();
+updateLoss();
+updateHeat();
 if (lossPanel.dataset.ended === "no") {
-  setInterval(() => { if (!held && !document.hidden) look(); }, 2_000);
-  setInterval(() => { if (!held && !document.hidden) lookAtLayers(); }, 10_000);
+  setInterval(() => { if (!held && !document.hidden) updateLoss(); }, 2_000);
+  setInterval(() => { if (!held && !document.hidden) updateHeat(); }, 10_000);
 }

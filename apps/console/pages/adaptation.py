@@ -43,17 +43,17 @@ def adaptation(request: HttpRequest, uid: str) -> HttpResponse:
 
 
 def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
-    wakes = ("adaptation", "run.command", "switch", "remedy", "kernel")
+    events = ("adaptation", "run.command", "switch", "remedy", "kernel")
 
     def part(
         name: str, title: str, build: Callable[[], dict[str, Any]] = dict, every: int = 0
     ) -> Panel:
-        return Panel(name, title, f"console/adaptation/{name}.html", build, wakes, every)
+        return Panel(name, title, f"console/adaptation/{name}.html", build, events, every)
 
     def evidence() -> dict[str, Any]:
         now = adaptations.evidence_now(found)
         drift = adaptations.evidence_drift(found)
-        if drift is not None and math.isinf(drift):  # the loss is not a number any more
+        if drift is not None and math.isinf(drift):  # the loss is no longer a number
             drift = 99.0
         return {
             "rows": evidence_rows(found.evidence, now),
@@ -63,7 +63,7 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
             "now_step": now.get("step"),
         }
 
-    def way() -> dict[str, Any]:
+    def progress() -> dict[str, Any]:
         events = history(found)
         return {
             "stages": stages(found, events),
@@ -85,11 +85,11 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
         part("head", "Adaptation", lambda: {"steps_ago": _steps_ago(found)}, every=live),
         part("why", "Why it was proposed", lambda: {"rows": reason_rows(found.reasons)}),
         part("change", "What will change", change),
-        part("evidence", "Evidence then → now", evidence, every=live),
+        part("evidence", "Evidence: at proposal and now", evidence, every=live),
         part("checks", "Checks", lambda: {"rows": check_rows(found.checks)}),
         part("whynot", "Why not another blueprint"),
         part("undo", "Undo plan", lambda: {"plan": adaptations.undo_plan(found)}),
-        part("way", "Way and history", way),
+        part("progress", "Progress and history", progress),
         part("outcome", "Outcome", lambda: _outcome(found)),
         part("acts", "Your decision", lambda: _acts(found, user), every=live),
     ]
@@ -116,7 +116,7 @@ _AFTERWARDS = ("cancel", "rollback")
 
 
 def _acts(found: Adaptation, user: User) -> dict[str, Any]:
-    """Which buttons there are, and in words why others are not."""
+    """Which buttons the person gets, and why the other buttons are missing."""
     answers = adaptations.permissions(found, user)
     pending = found.state == AdaptationState.AWAITING_APPROVAL
     shown = _WHILE_PENDING if pending else _AFTERWARDS
@@ -134,7 +134,7 @@ def _acts(found: Adaptation, user: User) -> dict[str, Any]:
 
 
 def _joined(refusals: list[str]) -> list[str]:
-    """ "Only x may approve." and "Only x may reject." as one sentence."""
+    """ "Only x may approve." and "Only x may reject." joined into one sentence."""
     verbs: dict[str, list[str]] = {}
     for sentence in refusals:
         start, _, verb = sentence.rpartition(" may ")
@@ -165,7 +165,7 @@ class ReasonRow:
 
 
 def reason_rows(reasons: Sequence[Mapping[str, Any]]) -> list[ReasonRow]:
-    """What speaks for and against, heaviest first."""
+    """The reasons for and against, the largest weight first."""
     weights = [_number(reason.get("weight")) or 0.0 for reason in reasons]
     largest = max((abs(weight) for weight in weights), default=0.0)
     rows = [
@@ -182,7 +182,7 @@ def reason_rows(reasons: Sequence[Mapping[str, Any]]) -> list[ReasonRow]:
 
 
 def _number(value: Any) -> float | None:
-    """Wire numbers may be ``"nan"``; whatever is not finite is unknown here."""
+    """A number of the wire; unknown when it is not finite (it may be ``"nan"``)."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -192,7 +192,7 @@ def _number(value: Any) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class EvidenceRow:
-    """One number then and now, beside the run's other layers; unit and note tell what it is."""
+    """One signal at the proposal and now, with the median of the run's layers."""
 
     name: str
     then: float | None
@@ -213,7 +213,7 @@ _FIRST = (str(Signal.HEALTH), "loss")
 
 
 def evidence_rows(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[EvidenceRow]:
-    """What is still measured now: health and loss first, then the layer's signals by name."""
+    """The signals that are still measured: health and loss first, then by name."""
     names = sorted(
         (name for name in then if name in now or name in _NOTES or name in _FIRST),
         key=lambda name: (name not in _FIRST, name),
@@ -232,7 +232,7 @@ def evidence_rows(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Evide
 
 
 def derived_numbers(then: Mapping[str, Any]) -> list[tuple[str, float | None]]:
-    """The rest of the frozen evidence: what the policy worked out from the loss and the layers."""
+    """The rest of the stored evidence: values that the policy derived from the signals."""
     shown = {row.name for row in evidence_rows(then, {})}
     return [
         (name, _number(then[name]))
@@ -265,7 +265,7 @@ _VERDICTS = {True: "passed", False: "failed"}
 
 
 def check_rows(checks: Sequence[Mapping[str, Any]]) -> list[CheckRow]:
-    """Those that did not pass first."""
+    """Checks that did not pass come first."""
     rows = [
         CheckRow(
             rule=str(check.get("rule", "")),
@@ -281,7 +281,7 @@ def check_rows(checks: Sequence[Mapping[str, Any]]) -> list[CheckRow]:
 
 
 def graft_sketch(adaptation: Adaptation) -> Sketch:
-    """The layer with the neighbours that it was seen to run between."""
+    """The layer between its neighbours in the layer graph."""
     layers = adaptation.run.layers
     own: Mapping[str, Any] = next(
         (layer for layer in layers if layer["name"] == adaptation.layer), {}
@@ -301,7 +301,7 @@ def graft_sketch(adaptation: Adaptation) -> Sketch:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step of the way; ``progress`` is yes, now, bad or empty."""
+    """One stage of an adaptation; ``progress`` is yes, now, bad or empty."""
 
     name: str
     progress: str
@@ -309,7 +309,7 @@ class Stage:
     took_ms: float | None
 
 
-# Stage, the state that ends it, the states in which it is being worked on.
+# Name of the stage, the states that end it, the states in which it is in progress.
 _STAGES: tuple[tuple[str, frozenset[AdaptationState], frozenset[AdaptationState]], ...] = (
     ("Proposed", frozenset({_A.PROPOSED}), frozenset()),
     (
@@ -333,7 +333,7 @@ _STAGES: tuple[tuple[str, frozenset[AdaptationState], frozenset[AdaptationState]
 
 
 def stages(adaptation: Adaptation, events: Sequence[AuditEvent]) -> list[Stage]:
-    """The pipeline with the times at which each stage was reached, from the audit log."""
+    """The stages with the time at which each was reached, from the audit log."""
     reached: dict[str, datetime] = {}
     for event in sorted(events, key=lambda event: event.id):
         reached.setdefault(event.act.removeprefix("adaptation."), event.at)
@@ -357,30 +357,30 @@ def _progress(
         return "yes"
     if adaptation.state in working:
         return "now"
-    # An early end stopped at the first stage that was not reached.
+    # The adaptation ended before its last stage: mark the first stage that it did not reach.
     first_open = all(stage.progress == "yes" for stage in before)
     return "bad" if adaptation.ended and first_open else ""
 
 
 def history(adaptation: Adaptation) -> list[AuditEvent]:
-    """What the audit log says of it, oldest first."""
+    """The adaptation's audit events, oldest first."""
     return list(AuditEvent.objects.filter(object_uid=adaptation.uid).order_by("id")[:200])
 
 
 def remedies_of(adaptation: Adaptation) -> list[Remedy]:
-    """What the training script did to this graft by itself, oldest first."""
+    """What the training script itself did to this graft, oldest first."""
     found = Remedy.objects.filter(adaptation=adaptation).select_related("undoes")
     return list(found.order_by("id"))
 
 
 def command_log(adaptation: Adaptation) -> list[Command]:
-    """What the trainer was told about it, and what it answered."""
+    """The commands about it with the trainer's answers."""
     return list(Command.objects.filter(adaptation_uid=adaptation.uid).order_by("seq"))
 
 
 @dataclass(frozen=True, slots=True)
 class TrackRecord:
-    """How this blueprint ended before: base rates, with their n."""
+    """How earlier grafts of this blueprint ended, as counts."""
 
     kept: int
     rolled_back: int

@@ -49,7 +49,7 @@ def audit(request: HttpRequest) -> HttpResponse:
 
 
 def audit_events(chosen: AuditFilter, page: int) -> Page[AuditEvent]:
-    """Newest first. The log only grows at its head, so its pages hold still below it."""
+    """Audit events, newest first."""
     rows = AuditEvent.objects.all()
     if chosen.actor:
         rows = rows.filter(actor__icontains=chosen.actor)

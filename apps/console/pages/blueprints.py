@@ -57,7 +57,7 @@ def blueprint(request: HttpRequest, slug: str) -> HttpResponse:
 
 
 def catalogue() -> QuerySet[Blueprint]:
-    """The catalogue with each one's track record."""
+    """The catalogue with the track record of each blueprint."""
     grafted = Q(adaptation__graft_step__isnull=False)
     return Blueprint.objects.annotate(
         used=Count("adaptation", filter=grafted),

@@ -1,4 +1,4 @@
-"""The approval inbox: what waits for a person, and what persons decided."""
+"""The approval inbox: adaptations that wait for a person, and the decisions of persons."""
 
 from __future__ import annotations
 

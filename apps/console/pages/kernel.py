@@ -28,8 +28,8 @@ def kernel(request: HttpRequest, digest: str) -> HttpResponse:
         raise Http404("there is no such kernel")
     may_manage = may(person(request), Act.MANAGE_CACHE)
 
-    def part(name: str, title: str, build: Callable[[], dict[str, Any]], *wakes: str) -> Panel:
-        return Panel(name, title, f"console/kernels/{name}.html", build, wakes)
+    def part(name: str, title: str, build: Callable[[], dict[str, Any]], *events: str) -> Panel:
+        return Panel(name, title, f"console/kernels/{name}.html", build, events)
 
     def kept() -> dict[str, Any]:
         fresh = get_kernel(digest) or found
@@ -78,7 +78,7 @@ class StageTime:
 
 
 def stage_times(kernel: Kernel) -> list[StageTime]:
-    """Where the time of the build went; empty when it was not noted."""
+    """The time of each step of the build; empty when it was not recorded."""
     times = {name: ms for name, ms in kernel.stage_ms.items() if isinstance(ms, int | float)}
     whole = max(sum(times.values()), kernel.build_ms or 0.0)
     return [StageTime(name, ms, ms / whole if whole else 0.0) for name, ms in times.items()]
@@ -96,7 +96,7 @@ class Cost:
 
 
 def costs(kernel: Kernel) -> list[Cost]:
-    """What it was forecast to cost beside what it was measured to cost."""
+    """Forecast and measured costs."""
     return [
         Cost("forward, as certified", "ms", kernel.forecast_latency_ms, kernel.latency_ms),
         Cost("forward pass", "ms", None, kernel.forward_p50_ms, kernel.forward_p95_ms),
@@ -107,7 +107,7 @@ def costs(kernel: Kernel) -> list[Cost]:
 
 
 def users_of(kernel: Kernel) -> list[Adaptation]:
-    """Adaptations that were built with it, or whose compiled kernel it is."""
+    """Adaptations whose graft or compiled kernel it is."""
     found = Adaptation.objects.filter(_used_by(kernel)).order_by("-pk")
     return list(found.select_related("run", "blueprint")[:SHOWN])
 
@@ -125,7 +125,7 @@ class SpeedUpRow:
 
 
 def speed_ups_of(kernel: Kernel) -> list[SpeedUpRow]:
-    """Trials of it where it is compiled; else the compiled kernels of those who use it."""
+    """Trials of a compiled kernel; for an eager kernel, trials of its users' compiled kernels."""
     trials = list(_trials(kernel).select_related("kernel").order_by("-id")[:SHOWN])
     uids = [trial.adaptation_uid for trial in trials]
     numbers = dict(Adaptation.objects.filter(uid__in=uids).values_list("uid", "pk"))
@@ -138,11 +138,11 @@ def _trials(kernel: Kernel) -> QuerySet[SpeedUp]:
 
 
 def why_not_evictable(kernel: Kernel) -> str:
-    """In words; empty when its files may be removed now."""
+    """Why the kernel cannot be evicted; empty when it can."""
     if kernel.evicted_at is not None:
-        return "Its files are not in the cache any more."
+        return "Its files are no longer in the cache."
     if kernel.pinned_by:
         return "It is pinned: unpin it before you evict it."
     if evictable().filter(pk=kernel.pk).exists():
         return ""
-    return "It is in use: an adaptation that has not ended, or a command on its way, needs it."
+    return "It is in use: an adaptation that has not ended, or a pending command, needs it."

@@ -39,10 +39,10 @@ def kernels(request: HttpRequest) -> HttpResponse:
         found, shown = kernel_rows(chosen, page_number(request))
         return {"page": found, "rows": shown}
 
-    wakes = ("job", "kernel")
+    events = ("job", "kernel")
     panels = [
-        Panel("cache", "Cache", "console/kernels/cache.html", cache, wakes, every=15),
-        Panel("kernels", "Kernels", "console/kernels/kernels.html", rows, wakes),
+        Panel("cache", "Cache", "console/kernels/cache.html", cache, events, every=15),
+        Panel("kernels", "Kernels", "console/kernels/kernels.html", rows, events),
     ]
     return render_page(
         request,
@@ -70,7 +70,7 @@ class KernelRow:
 
 
 def kernel_rows(chosen: KernelFilter, page: int) -> tuple[Page[Kernel], list[KernelRow]]:
-    """One page of them, and its rows."""
+    """One page of kernels, and its rows."""
     rows = Kernel.objects.all()
     if chosen.blueprint:
         rows = rows.filter(blueprint_slug=chosen.blueprint)
@@ -80,12 +80,12 @@ def kernel_rows(chosen: KernelFilter, page: int) -> tuple[Page[Kernel], list[Ker
         rows = rows.filter(tier=int(chosen.tier[:3]))
     found = Paginator(rows, SHOWN).get_page(page)
     tried = SpeedUp.objects.filter(kernel__in=[kernel.pk for kernel in found.object_list])
-    newest = {trial.kernel_id: trial for trial in tried}  # oldest first: the last one stays
+    newest = {trial.kernel_id: trial for trial in tried}  # oldest first, so the newest stays
     return found, [KernelRow(kernel, newest.get(kernel.pk)) for kernel in found.object_list]
 
 
 def kernel_choices() -> dict[str, Any]:
-    """What there is to filter by."""
+    """The choices of the filters."""
     known = Kernel.objects.order_by()
     return {
         "blueprints": sorted(known.values_list("blueprint_slug", flat=True).distinct()),
@@ -96,7 +96,7 @@ def kernel_choices() -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class CorruptKernel:
-    """``has_page``: a kernel that was built anew may have another digest than the corrupt one."""
+    """``has_page``: False when the kernel was built again with another digest."""
 
     digest: str
     blueprint: str
@@ -107,11 +107,11 @@ class CorruptKernel:
 
 @dataclass(frozen=True, slots=True)
 class Scrub:
-    """How far the check of the stored kernels is; ``corrupt`` are the newest that failed it."""
+    """Progress of the check of the stored kernels; ``corrupt`` lists the newest failures."""
 
     last: datetime | None
     waiting: int
-    at_once: int  # how many of them one round checks
+    at_once: int  # how many kernels one round checks
     corrupt: list[CorruptKernel]
 
 

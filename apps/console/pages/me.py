@@ -41,7 +41,7 @@ def me(request: HttpRequest) -> HttpResponse:
 
 @dataclass(frozen=True, slots=True)
 class Right:
-    """One act in words; ``note`` says where it ends, or whose it is."""
+    """One act in words; ``note`` says to which runs it is limited, or who has the right."""
 
     words: str
     allowed: bool
@@ -62,5 +62,5 @@ def _right(user: User, act: Act) -> Right:
 
 
 def tokens_of(user: User) -> list[ApiToken]:
-    """A person's own tokens; those that a run got for itself are not theirs to handle."""
+    """A person's own tokens, without those that a run received for itself."""
     return list(ApiToken.objects.filter(owner=user, run_uid="", revoked_at=None))

@@ -1,4 +1,4 @@
-"""The overview: what needs a person, the runs, and whether the system is well."""
+"""The overview: what needs a person, the runs, and the state of the system."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from apps.workers.models import CompileJob, Worker
 from esper.contracts import AdaptationState, JobState, RunState, Severity, WorkerState
 
 ATTENTION_SHOWN = 12
-_LOUD = (Severity.SERIOUS, Severity.CRITICAL)
+_NEEDS_PERSON = (Severity.SERIOUS, Severity.CRITICAL)
 
 
 @page
 def overview(request: HttpRequest) -> HttpResponse:
-    wakes = ("adaptation", "run", "violation", "switch")
+    events = ("adaptation", "run", "violation", "switch")
     panels = [
         Panel(
             "attention",
             "Needs a person",
             "console/overview/attention.html",
             lambda: {"attention": attention()},
-            wakes,
+            events,
             every=15,
         ),
         Panel(
@@ -41,7 +41,7 @@ def overview(request: HttpRequest) -> HttpResponse:
             "Runs",
             "console/overview/runs.html",
             lambda: {"rows": run_rows(recent_runs())},
-            wakes,
+            events,
             every=5,
         ),
         Panel(
@@ -71,15 +71,12 @@ class Attention:
 
 def attention() -> Attention:
     trouble = Q(state=RunState.UNREACHABLE) | ~Q(quarantined_reason="")
+    serious = Violation.objects.filter(acknowledged_at=None, severity__in=_NEEDS_PERSON)
     return Attention(
         adaptations=list(
             waiting().select_related("run", "blueprint", "claimed_by")[:ATTENTION_SHOWN]
         ),
-        violations=list(
-            Violation.objects.filter(acknowledged_at=None, severity__in=_LOUD).select_related(
-                "run"
-            )[:ATTENTION_SHOWN]
-        ),
+        violations=list(serious.select_related("run")[:ATTENTION_SHOWN]),
         runs=list(live_runs().filter(trouble).select_related("owner")[:ATTENTION_SHOWN]),
     )
 

@@ -48,7 +48,7 @@ def policy(request: HttpRequest) -> HttpResponse:
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """One line of the policy; ``unit`` as people write it."""
+    """One threshold of the policy as its page shows it."""
 
     name: str
     group: str
@@ -58,27 +58,27 @@ class Threshold:
     kind: str  # number, whole, risk
 
 
-# (group, what it does, unit); a test compares the names with the fields of SafetyPolicy.
+# (group, meaning, unit). A test compares the names with the fields of SafetyPolicy.
 THRESHOLD_NOTES: Mapping[str, tuple[str, str, str]] = {
     "confidence_refuse": ("Confidence", "refuse below", "0 to 1"),
-    "confidence_auto": ("Confidence", "act alone from", "0 to 1"),
-    "auto_max_risk": ("Confidence", "highest risk that may go alone", ""),
-    "min_cases_for_auto": ("Confidence", "ended cases before medium risk may go alone", "cases"),
-    "cooldown_layer_steps": ("Cooldown", "rest of a layer after a graft", "steps"),
-    "cooldown_run_steps": ("Cooldown", "rest of a run after a graft", "steps"),
-    "cooldown_rollback_factor": ("Cooldown", "longer rest after a rollback", "×"),
-    "max_in_flight_per_run": ("Limits", "adaptations under way in one run", ""),
-    "max_adaptations_per_day": ("Limits", "grafts in one run in a day", ""),
+    "confidence_auto": ("Confidence", "approve automatically from", "0 to 1"),
+    "auto_max_risk": ("Confidence", "highest risk that is approved automatically", ""),
+    "min_cases_for_auto": ("Confidence", "ended cases before medium risk is automatic", "cases"),
+    "cooldown_layer_steps": ("Cooldown", "pause of a layer after a graft", "steps"),
+    "cooldown_run_steps": ("Cooldown", "pause of a run after a graft", "steps"),
+    "cooldown_rollback_factor": ("Cooldown", "longer pause after a rollback, factor", "×"),
+    "max_in_flight_per_run": ("Limits", "adaptations in progress in one run", ""),
+    "max_adaptations_per_day": ("Limits", "grafts in one run per day", ""),
     "max_added_parameters_ratio": ("Limits", "added parameters, share of the model's", "×"),
     "max_memory_mib": ("Limits", "memory of one graft", "MiB"),
     "max_latency_ms": ("Limits", "forward time of one graft", "ms"),
-    "evidence_max_age_seconds": ("Limits", "oldest evidence to decide on", "s"),
-    "approval_timeout_seconds": ("Time", "a person has this long, then it expires", "s"),
-    "dispatch_timeout_seconds": ("Time", "the trainer has this long to answer", "s"),
+    "evidence_max_age_seconds": ("Limits", "oldest evidence that is accepted", "s"),
+    "approval_timeout_seconds": ("Time", "a person's time to decide before it expires", "s"),
+    "dispatch_timeout_seconds": ("Time", "the trainer's time to answer", "s"),
     "maturity_steps": ("Probation", "no verdict before", "steps"),
     "probation_steps": ("Probation", "verdict after", "steps"),
     "probation_timeout_seconds": ("Probation", "rolled back without a verdict after", "s"),
-    "max_loss_increase_ratio": ("Probation", "harmful above, against the forecast", "0 to 1"),
+    "max_loss_increase_ratio": ("Probation", "harmful loss increase over the forecast", "0 to 1"),
 }
 
 
@@ -100,7 +100,7 @@ def thresholds(policy: SafetyPolicy) -> list[Threshold]:
 
 @dataclass(frozen=True, slots=True)
 class PolicyChange:
-    """A version with what it changed against the one before."""
+    """A version with its changes against the version before."""
 
     version: PolicyVersion
     changes: list[tuple[str, Any, Any]]

@@ -24,14 +24,14 @@ LOG_SHOWN_BYTES = 64 * 1024
 
 @page
 def recipes(request: HttpRequest) -> HttpResponse:
-    wakes = ("recipe", "launch.changed")
+    events = ("recipe", "launch.changed")
     panels = [
         Panel(
             "recipes",
-            "What may be started",
+            "Available recipes",
             "console/recipes/list.html",
             lambda: {"rows": recipe_rows()},
-            wakes,
+            events,
             every=15,
         ),
         Panel(
@@ -39,7 +39,7 @@ def recipes(request: HttpRequest) -> HttpResponse:
             "Launches",
             "console/recipes/launches.html",
             lambda: {"launches": recent_launches()},
-            wakes,
+            events,
             every=30,
         ),
     ]
@@ -61,7 +61,7 @@ def recipe(request: HttpRequest, uid: str) -> HttpResponse:
         Panel("about", found.name, "console/recipes/about.html", about, ("recipe",), every=15),
         Panel(
             "launches",
-            "Launches of it",
+            "Launches of this recipe",
             "console/recipes/launches.html",
             lambda: {"launches": recent_launches(found)},
             ("launch.changed",),
@@ -106,7 +106,7 @@ def launch(request: HttpRequest, uid: str) -> HttpResponse:
 
 @dataclass(frozen=True, slots=True)
 class RecipeRow:
-    """``up``: a worker of its host listens, so that it can be started now."""
+    """``up``: a worker on its host serves the queue, so the recipe can be started now."""
 
     recipe: Recipe
     up: bool
@@ -145,12 +145,12 @@ def recent_launches(recipe: Recipe | None = None) -> list[Launch]:
 
 
 def run_of(launch: Launch) -> Run | None:
-    """None as long as its trainer has not registered."""
+    """None until its trainer has registered a run."""
     return Run.objects.filter(uid=launch.run_uid).first()
 
 
 def last_lines(launch: Launch) -> LogPage:
-    """The end of the log; the page fetches what follows it."""
+    """The end of the log so far; the page fetches what follows it."""
     chunks: list[LogChunk] = []
     for chunk in LogChunk.objects.filter(launch=launch).order_by("-offset").iterator():
         if chunks and launch.log_end - chunk.offset > LOG_SHOWN_BYTES:

@@ -92,7 +92,7 @@ def get_run(uid: str) -> Run | None:
 
 @dataclass(frozen=True, slots=True)
 class TimelineEntry:
-    """Something that happened to a run at a step."""
+    """One event of a run at a step."""
 
     step: int | None
     at: datetime
@@ -104,7 +104,7 @@ class TimelineEntry:
 
 
 def timeline(run: Run, *, most: int = 60) -> list[TimelineEntry]:
-    """Adaptations, violations, compiled kernels, and what the script did, newest first."""
+    """Adaptations, violations, compiled kernels and remedies of the script, newest first."""
     adaptations = Adaptation.objects.filter(run=run).select_related("blueprint", "decided_by")
     entries = [
         TimelineEntry(
@@ -128,7 +128,7 @@ def timeline(run: Run, *, most: int = 60) -> list[TimelineEntry]:
 
 
 def _tried_kernels(run: Run, most: int) -> list[TimelineEntry]:
-    """Compiled kernels that the trainer has tried, at the step at which it answered."""
+    """Compiled kernels that the trainer has tried, with the step of its answer."""
     found = SpeedUp.objects.filter(run_uid=run.uid, speedup__isnull=False, ended_at__isnull=False)
     trials = list(found.order_by("-id")[:most])
     uids = [trial.adaptation_uid for trial in trials]
@@ -150,7 +150,7 @@ def _tried_kernels(run: Run, most: int) -> list[TimelineEntry]:
 
 
 def chart_markers(run: Run) -> list[dict[str, Any]]:
-    """Where grafts went in, for the chart and the heat map."""
+    """The steps of the grafts, for the chart and the heat map."""
     rows = (
         Adaptation.objects.filter(run=run)
         .exclude(graft_step=None)
@@ -191,7 +191,7 @@ SHOWN_SIGNALS = (
 
 
 def layer_rows(run: Run, *, only_poor: bool = False) -> list[LayerRow]:
-    """Layers in the order of the model, with what the newest frame says of them."""
+    """Layers in the order of the model, with their values in the newest frame."""
     frame = Frame.objects.filter(run=run).order_by("-step").first()
     values = frame_matrix(run, frame)
     by_layer: dict[str, list[Adaptation]] = defaultdict(list)
@@ -233,7 +233,7 @@ _PAUSE_KINDS = (CommandKind.PAUSE_ADAPTATION, CommandKind.RESUME_ADAPTATION)
 
 @dataclass(frozen=True, slots=True)
 class PauseState:
-    """What was asked of the trainer, and what it answered; never taken for granted."""
+    """Whether a pause was requested, and the command with the trainer's answer."""
 
     paused: bool
     command: Command | None
@@ -265,5 +265,5 @@ def latest_metrics(run: Run, names: Sequence[str]) -> dict[str, Metric]:
 
 
 def launch_of(run: Run) -> Launch | None:
-    """None for a run that nobody started from here."""
+    """The launch that started the run; None for a run that was started elsewhere."""
     return launches().filter(run_uid=run.uid).first()

@@ -1,4 +1,4 @@
-"""Workers with what an act on them would change, and the jobs: running, waiting, ended."""
+"""Workers with the effects of each act on them, and the jobs: running, waiting, ended."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def workers(request: HttpRequest) -> HttpResponse:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """A worker, what it builds, and in words what resting it or releasing it would change.
+    """A worker, its current job, and sentences that say what an act on it would change.
 
-    ``queues``: each with how many jobs wait in it. Drain and quarantine differ in ``job_drained``
-    and ``job_refused``: what becomes of the job that it is at.
+    ``queues``: each with the number of jobs that wait in it. ``job_drained`` and ``job_refused``
+    say what happens to its current job after a drain and after a quarantine.
     """
 
     worker: Worker
@@ -91,7 +91,7 @@ class WorkerRow:
 
 
 def compile_workers() -> list[WorkerRow]:
-    """Who builds kernels, with the same few queries for any number of them."""
+    """Compile workers; the number of queries does not grow with the number of workers."""
     workers = list(Worker.objects.filter(kind=WorkerKind.COMPILE))
     jobs = current_jobs(workers)
     waiting = _waiting_by_queue()
@@ -100,7 +100,7 @@ def compile_workers() -> list[WorkerRow]:
 
 
 def other_workers() -> list[Worker]:
-    """Control workers and Tamiyo: nobody drains them, their heartbeat is what matters."""
+    """Control workers and Tamiyo: they cannot be drained, so only their last report is shown."""
     return list(Worker.objects.exclude(kind=WorkerKind.COMPILE).order_by("kind", "name"))
 
 
@@ -118,10 +118,10 @@ def _worker_row(
         job=job,
         steps=step_times(job) if job else [],
         queues=[(queue, waiting[queue]) for queue in worker.queues],
-        job_drained=f"It finishes {named} first." if job else "It builds nothing now.",
-        job_refused=_refused(job, named) if job else "It builds nothing now.",
+        job_drained=f"It finishes {named} first." if job else "It has no job now.",
+        job_refused=_refused(job, named) if job else "It has no job now.",
         others_wait=" ".join(_without(worker, workers, waiting, launches)),
-        released="It takes jobs again, and its row of lost builders starts from zero."
+        released="It takes jobs again, and its count of builder crashes starts at zero."
         + _would_take(worker, waiting),
     )
 
@@ -135,7 +135,7 @@ def _refused(job: CompileJob, named: str) -> str:
 def _without(
     worker: Worker, workers: list[Worker], waiting: Counter[str], launches: Counter[str]
 ) -> Iterable[str]:
-    """For each of its queues: does another worker serve it, and what waits if not."""
+    """For each of its queues: whether another worker serves it, and what waits otherwise."""
     taking = [
         other
         for other in workers
@@ -151,26 +151,29 @@ def _without(
             else:
                 yield f"{_jobs(count, queue)}: nothing is built for it until this one is released."
         elif queue == own and queue not in served:
-            yield f"No recipe can be started on {worker.host} meanwhile{_going_on(launches[own])}."
+            yield (
+                f"No recipe can be started on {worker.host} until this worker is released."
+                f"{_unaffected(launches[own])}"
+            )
 
 
 def _jobs(count: int, queue: str) -> str:
     if not count:
-        return f"Nothing waits in {queue}"
+        return f"No job waits in {queue}"
     return f"{count} job{'' if count == 1 else 's'} wait{'s' * (count == 1)} in {queue}"
 
 
-def _going_on(count: int) -> str:
+def _unaffected(count: int) -> str:
     if not count:
         return ""
-    return f"; {count} launch{'' if count == 1 else 'es'} there run{'s' * (count == 1)} on"
+    return f" {count} launch{'' if count == 1 else 'es'} there keep{'s' * (count == 1)} running."
 
 
 def _would_take(worker: Worker, waiting: Counter[str]) -> str:
     count = sum(waiting[queue] for queue in worker.queues)
     if not count:
         return ""
-    return f" {count} job{'' if count == 1 else 's'} it could take wait{'s' * (count == 1)} now."
+    return f" {count} job{'' if count == 1 else 's'} that it can take wait{'s' * (count == 1)} now."
 
 
 def _live_launches(hosts: set[str]) -> Counter[str]:
@@ -192,10 +195,10 @@ class Queue:
 
 
 def queue() -> Queue:
-    """What runs, then what waits, oldest first."""
+    """Running jobs, then waiting jobs, oldest first."""
     found = CompileJob.objects.filter(state__in=OPEN)
     counts = Counter(found.values_list("state", flat=True))
-    # "running" comes behind "queued" in the alphabet
+    # descending, because "running" comes after "queued" in the alphabet
     jobs = list(found.prefetch_related("steps").order_by("-state", "pk")[:JOBS_SHOWN])
     numbers = adaptation_numbers(jobs)
     ahead: Counter[str] = Counter()

@@ -25,9 +25,9 @@ _UNKNOWN = "—"
 
 @register.filter
 def visible(text: object) -> str:
-    """Text from outside with its invisible characters made visible: ``\\u202e`` turns lines round.
+    """Text from outside with its invisible characters made visible: ``\\u202e`` reverses a line.
 
-    The template escapes the result; this only keeps a name from looking like another one.
+    The template escapes the result; this filter only keeps a name from imitating another one.
     """
     return "".join(
         f"⟨U+{ord(char):04X}⟩" if unicodedata.category(char) in {"Cf", "Cc", "Co", "Cn"} else char
@@ -37,7 +37,7 @@ def visible(text: object) -> str:
 
 @register.filter
 def visible_lines(text: str) -> str:
-    """As ``visible``, for text of several lines."""
+    """Like ``visible``, for text with several lines."""
     return "\n".join(
         "\t".join(visible(part) for part in line.split("\t")) for line in text.split("\n")
     )
@@ -64,7 +64,7 @@ def status_word(kind: str, value: str) -> str:
 
 @register.filter
 def act_word(act: str) -> str:
-    """``adaptation.compile_queued`` as its page says it; acts on other things as plain words."""
+    """``adaptation.compile_queued`` as the pages say it; other acts as plain words."""
     kind, _, done = act.partition(".")
     return status_word(kind, done) if done in BY_KIND.get(kind, {}) else words(done or act)
 
@@ -77,7 +77,7 @@ def rule_word(rule: object) -> str:
 
 @register.filter
 def tier_word(tier: int) -> str:
-    """What was done to a kernel; with its number where we have no word for it."""
+    """What was done to a kernel; its number for a tier without a word."""
     return TIERS.get(tier, f"tier {tier}")
 
 
@@ -89,7 +89,7 @@ def speed(value: float | None) -> str:
 
 @register.simple_tag
 def status_shape(kind: str, value: str) -> SafeString:
-    """The shape alone, where the word stands beside it in the same line."""
+    """The shape alone, for a line that already has the word."""
     found = BY_KIND[kind].get(str(value)) or Status("standby", "question", str(value))
     return format_html(
         '<span class="status" data-tone="{}">{}</span>', found.tone, shape(found.shape)
@@ -172,7 +172,7 @@ def duration(milliseconds: float) -> str:
 
 @register.filter
 def words(value: object) -> str:
-    """``cooldown_layer_steps`` as people say it."""
+    """``cooldown_layer_steps`` as plain words."""
     return visible(value).replace("_", " ").replace(".", " ")
 
 
@@ -226,7 +226,7 @@ def _length(seconds: float) -> str:
 
 @register.inclusion_tag("console/topbar.html", takes_context=True)
 def topbar(context: template.RequestContext) -> dict[str, Any]:
-    """The bar on every page: where one is, what waits, whether adaptation is on."""
+    """The bar on every page: the current section, the inbox count, the adaptation switch."""
     request = context["request"]
     return {
         "request": request,

@@ -217,7 +217,9 @@ def test_a_stale_page_blocks_approving_and_nothing_else(sign_in: SignIn) -> None
     approve, reject = page.locator("[data-path=approve]"), page.locator("[data-path=reject]")
     expect(approve).to_have_attribute("aria-disabled", "true")
     assert reject.get_attribute("aria-disabled") is None
-    expect(page.locator("[data-stale-note]")).to_contain_text("waits for the connection")
+    expect(page.locator("[data-stale-note]")).to_contain_text(
+        "blocked until the connection is back"
+    )
 
 
 def test_rows_open_by_keyboard(sign_in: SignIn) -> None:
@@ -298,10 +300,10 @@ def test_two_operators_race_and_the_loser_is_told_who_won(sign_in: SignIn) -> No
         page.goto(address)
         page.wait_for_selector("#link-pill[data-link=live]")
     anna.click("[data-path=reject]")
-    expect(anna.locator("#acts-error")).to_contain_text("Say why you reject it")
+    expect(anna.locator("#acts-error")).to_contain_text("Give a reason for the rejection")
     # Ben's page must not hear of it before he presses, or there is no race.
     ben.evaluate(
-        "document.querySelectorAll('[data-panel]').forEach((p) => { p.dataset.wakes = '' })"
+        "document.querySelectorAll('[data-panel]').forEach((p) => { p.dataset.events = '' })"
     )
     ben.fill("#reason", "the loss still falls")
     anna.click("[data-path=approve]")
@@ -318,7 +320,7 @@ def test_a_worker_is_drained_and_released_after_reading_what_it_means(sign_in: S
     row = page.locator("#panel-workers tr:has-text('compile@host-a')")
     row.locator("summary").click()
     row.locator("button:text-is('Drain')").click()
-    expect(row.locator("[role=alert]")).to_contain_text("Say why")
+    expect(row.locator("[role=alert]")).to_contain_text("Give a reason")
     row.locator("input[name=reason]").fill("a new driver")
     row.locator("button:text-is('Drain')").click()
     question = page.get_by_role("dialog", name="Drain compile@host-a?")
@@ -348,7 +350,7 @@ def test_a_kernel_is_pinned_unpinned_and_evicted_on_its_page(sign_in: SignIn) ->
     kept.locator("button:text-is('Unpin')").click()
     kept.locator("button:text-is('Evict')").click()
     question = page.get_by_role("dialog", name="Evict the kernel of proj_lora_64?")
-    expect(question).to_contain_text("builds it again, about 42 ms")
+    expect(question).to_contain_text("builds it again (about 42 ms)")
     question.locator("button:text-is('Evict it')").click()
     expect(kept).to_contain_text("Not in the cache")
     assert kept.locator("button").count() == 0

@@ -90,7 +90,7 @@ def test_after_the_decision_the_page_is_the_record(world: Any) -> None:
 def test_an_ended_decision_has_no_buttons(world: Any) -> None:
     text = page(world, "anna", "rejected")
     assert offered(text) == set()
-    assert "It is over; this page is its record." in text
+    assert "This adaptation has ended. This page is its record." in text
     assert "<strong>anna</strong> rejected it" in text
 
 

@@ -78,7 +78,7 @@ def test_a_sparkline_spans_its_box_and_marks_what_was_not_finite() -> None:
     assert line.marks == (75.0,)
 
 
-def test_there_is_no_sparkline_of_nothing() -> None:
+def test_no_values_give_no_sparkline() -> None:
     assert sparkline([]) is None
     assert sparkline([None, None]) is None
 
@@ -169,7 +169,7 @@ def test_every_rule_has_words_for_people() -> None:
     assert not any("_" in words for words in status.RULES.values())
 
 
-def test_what_just_happened_never_lies_ahead() -> None:
+def test_a_recent_event_is_never_in_the_future() -> None:
     assert ago(timezone.now() + timedelta(seconds=2)) == "just now"
     assert ago(timezone.now() + timedelta(minutes=2, seconds=2)) == "in 2 min"
     assert ago(timezone.now() - timedelta(minutes=2, seconds=2)) == "2 min ago"

@@ -1,4 +1,4 @@
-"""Names and reasons come from strangers' models: they are shown, never run."""
+"""Names and reasons come from unknown models: pages show them and never run them."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_only_who_may_manage_workers_gets_buttons(world: Any) -> None:
     assert "may drain, quarantine and release workers" in viewers
 
 
-def test_the_question_says_what_becomes_of_the_job(world: Any) -> None:
+def test_the_question_says_what_happens_to_the_job(world: Any) -> None:
     row = row_of("compile@host-a")
     assert row.job_drained == "It finishes mlp_gelu_2048 for classifier.2 first."
     assert row.job_refused.endswith("is refused, and the job goes back into the queue.")
@@ -64,7 +64,8 @@ def test_the_question_says_what_becomes_of_the_job(world: Any) -> None:
 def test_the_question_says_who_else_serves_the_queues(world: Any) -> None:
     alone = row_of("compile@host-a").others_wait
     assert "1 job waits in compile.cpu: nothing is built for it" in alone
-    assert "No recipe can be started on host-a meanwhile; 1 launch there runs on." in alone
+    no_recipe = "No recipe can be started on host-a until this worker is released."
+    assert f"{no_recipe} 1 launch there keeps running." in alone
     second = Worker.objects.get(name="compile@host-a")
     second.pk, second.name = None, "compile-2@host-a"
     second.save(force_insert=True)
@@ -73,10 +74,10 @@ def test_the_question_says_who_else_serves_the_queues(world: Any) -> None:
     Worker.objects.filter(name="compile-2@host-a").update(mode="draining")
     assert row_of("compile@host-a").others_wait == alone
     Launch.objects.all().delete()
-    assert "on host-a meanwhile." in row_of("compile@host-a").others_wait
+    assert row_of("compile@host-a").others_wait.endswith(no_recipe)
 
 
-def test_the_queue_tells_what_a_job_waits_for_in_the_words_of_the_api(world: Any) -> None:
+def test_the_queue_says_what_a_job_waits_for_in_the_words_of_the_api(world: Any) -> None:
     text = panel(world, "vera", "/workers", "queue")
     assert "stuck No running worker compiles for cuda.sm90" in text
     assert "1 running, 2 waiting" in text
@@ -88,7 +89,7 @@ def test_the_queue_tells_what_a_job_waits_for_in_the_words_of_the_api(world: Any
     first = CompileJob.objects.get(state="queued", capability="cpu")
     first.pk, first.uid = None, "job_second"
     first.save(force_insert=True)
-    assert "1 before it" in panel(world, "vera", "/workers", "queue")
+    assert "1 job ahead of it" in panel(world, "vera", "/workers", "queue")
 
 
 def test_a_failed_job_keeps_the_log_of_its_attempts(world: Any) -> None:
@@ -112,7 +113,7 @@ def test_tier_0_is_never_called_compiled(world: Any) -> None:
     assert "compiled" not in panel(world, "vera", "/kernels", "kernels")
 
 
-def test_what_came_of_the_compiled_kernel_stands_on_both_kernels(world: Any) -> None:
+def test_both_kernels_show_the_result_of_the_compiled_kernel(world: Any) -> None:
     text = panel(world, "vera", f"/kernels/{EAGER}", "speed_ups")
     assert "Kept eager" in text
     assert "compiled 0.94×, kept eager 1.02× 0.94×" in text
@@ -125,7 +126,7 @@ def test_the_page_says_why_a_kernel_cannot_be_evicted(world: Any) -> None:
     assert "unpin it before" in panel(world, "anna", f"/kernels/{COMPILED}", "kept")
     Kernel.objects.filter(digest=COMPILED).update(pinned_by="")
     free = world.client("anna").get(f"/kernels/{COMPILED}", {"panel": "kept"}).content.decode()
-    assert "builds it again, about 42 ms" in free
+    assert "builds it again (about 42 ms)" in free
     world.adaptations["waiting"].kernel = Kernel.objects.get(digest=COMPILED)
     world.adaptations["waiting"].save()
     assert "It is in use" in panel(world, "anna", f"/kernels/{COMPILED}", "kept")
@@ -138,12 +139,12 @@ def test_the_cache_panel_has_the_numbers_of_the_integration_status(world: Any) -
     stats = integration_status()["blueprint_cache_stats"]
     assert f"Kernels {stats['kernels']} {stats['pinned']} pinned" in text
     assert f"{stats['hits']} hits, {stats['misses']} miss" in text
-    assert f"{stats['scrubbed']} checks, {stats['corrupt']} corrupt, 2 wait for theirs" in text
+    assert f"{stats['scrubbed']} checks, {stats['corrupt']} corrupt, 2 not checked yet" in text
     assert "Scrub now" not in text
     assert "Scrub now" in panel(world, "anna", "/kernels", "cache")
 
 
-def test_the_cache_panel_names_the_corrupt_and_links_those_that_are_still_known(
+def test_the_cache_panel_lists_corrupt_kernels_and_links_those_that_still_exist(
     world: Any,
 ) -> None:
     for digest in (EAGER, "00" * 32):
@@ -161,7 +162,7 @@ def test_the_cache_panel_names_the_corrupt_and_links_those_that_are_still_known(
     assert f"/kernels/{'00' * 32}" not in text
 
 
-def test_a_merged_graft_offers_no_way_back_and_says_why(world: Any) -> None:
+def test_a_merged_graft_offers_no_rollback_and_says_why(world: Any) -> None:
     address = reverse("console:adaptation", args=[world.adaptations["merged"].uid])
     acts = world.client("anna").get(address, {"panel": "acts"}).content.decode()
     assert 'data-path="rollback"' not in acts
@@ -176,21 +177,21 @@ def test_a_merged_graft_offers_no_way_back_and_says_why(world: Any) -> None:
     ("name", "words"),
     [("merged", "compiled 1.31×, swapped in"), ("kept", "compiled 0.94×, kept eager")],
 )
-def test_the_story_of_an_adaptation_goes_on_to_its_compiled_kernel(
+def test_an_adaptation_page_shows_the_result_of_its_compiled_kernel(
     world: Any, name: str, words: str
 ) -> None:
     adaptation = world.adaptations[name]
     address = reverse("console:adaptation", args=[adaptation.uid])
-    assert words in panel(world, "vera", address, "way")
+    assert words in panel(world, "vera", address, "progress")
     assert words in panel(world, "vera", address, "outcome")
     run = reverse("console:run", args=[adaptation.run.uid])
     assert words in panel(world, "vera", run, "timeline")
 
 
-def test_a_merge_stands_in_the_timeline_and_in_the_story(world: Any) -> None:
+def test_a_merge_is_shown_in_the_timeline_and_in_the_progress(world: Any) -> None:
     merged = world.adaptations["merged"]
     run = reverse("console:run", args=[merged.run.uid])
     assert "60 Kernel of" in panel(world, "vera", run, "timeline")
     assert f"Merge classifier.0 ( A-{merged.number} )" in panel(world, "vera", run, "timeline")
     address = reverse("console:adaptation", args=[merged.uid])
-    assert "Merge at step 90, by the training script" in panel(world, "vera", address, "way")
+    assert "Merge at step 90, by the training script" in panel(world, "vera", address, "progress")

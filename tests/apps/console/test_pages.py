@@ -67,7 +67,7 @@ def test_no_page_has_inline_scripts_styles_or_handlers(world: Any) -> None:
             assert " src=" in script or "application/json" in script, address
 
 
-def test_whoever_is_not_signed_in_is_asked_to_and_led_back(world: Any) -> None:
+def test_a_visitor_is_asked_to_sign_in_and_returns_to_the_page(world: Any) -> None:
     client = Client()
     for pattern in urlpatterns:
         if pattern.name in OPEN_TO_ALL:
@@ -176,7 +176,7 @@ def test_the_stream_starts_where_the_page_ends(world: Any) -> None:
     assert '"inbox": 14' in since[1]
 
 
-def test_a_researcher_reads_which_acts_end_at_their_own_runs(world: Any) -> None:
+def test_a_researcher_reads_which_acts_are_limited_to_their_own_runs(world: Any) -> None:
     def line(who: str, words: str) -> str:
         text = world.client(who).get("/me").content.decode()
         found = re.search(rf"<li>(?:(?!</li>).)*<span>{words}</span>(.*?)</li>", text, re.DOTALL)
@@ -189,20 +189,20 @@ def test_a_researcher_reads_which_acts_end_at_their_own_runs(world: Any) -> None
     assert "Only admins or curators may publish policies." in line("anna", "publish policies")
 
 
-def test_the_empty_installation_leads_to_a_token_who_may_attach_runs(
+def test_the_empty_installation_links_to_tokens_for_people_who_may_attach_runs(
     db: None, django_user_model: Any
 ) -> None:
     client = Client()
     client.force_login(django_user_model.objects.create_user("r", password="x", role="researcher"))
     text = client.get("/").content.decode()
     assert "ESPER_SERVER=http://testserver" in text
-    assert 'href="/me">make a token' in text
+    assert 'href="/me">create a token' in text
     viewer = Client()
     viewer.force_login(django_user_model.objects.create_user("v", password="x", role="viewer"))
-    assert "make a token" not in viewer.get("/").content.decode()
+    assert "create a token" not in viewer.get("/").content.decode()
 
 
-def test_the_history_speaks_of_states_as_the_pages_do(world: Any) -> None:
+def test_the_history_uses_the_state_words_of_the_pages(world: Any) -> None:
     uid = world.adaptations["kept"].uid
     text = world.client("anna").get(f"/adaptations/{uid}").content.decode()
     assert "waiting for a worker" in text
