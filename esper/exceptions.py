@@ -3,6 +3,7 @@
 EsperError
 ├── ConfigurationError            a setting or argument makes no sense; nothing was started
 ├── CodecError                    bytes or numbers that must not cross a border
+│   └── MessageError              pointer, reason (a message does not fit its type)
 ├── BlueprintError                slug
 │   ├── UnknownBlueprintError
 │   ├── DuplicateBlueprintError
@@ -40,6 +41,20 @@ class ConfigurationError(EsperError):
 
 class CodecError(EsperError, ValueError):
     """Bytes or numbers that must not cross a border (NaN, depth, size, duplicate keys)."""
+
+
+class MessageError(CodecError):
+    """A message does not fit its type.
+
+    Attributes:
+        reason: what is wrong.
+        pointer: JSON pointer to the first fault; empty: the message as a whole.
+    """
+
+    def __init__(self, reason: str, *, pointer: str) -> None:
+        super().__init__(f"{pointer}: {reason}" if pointer else reason)
+        self.reason = reason
+        self.pointer = pointer
 
 
 class BlueprintError(EsperError):

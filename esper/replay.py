@@ -1,125 +1,264 @@
-"""A run's snapshot as strict JSON and back, so that any decision can be replayed.
+"""The exact input of a decision, stored so that the decision can be made again.
 
-The shape is that of ``GET runs/{uid}/snapshot`` in ``docs/protocol.md``.
+    pack_snapshot(message_of(snapshot, limits))     what Tamiyo sends with a proposal or a decline
+    replay(unpack_snapshot(stored))                 the same decision
+
+The stored form is the strict JSON of :class:`esper.contracts.protocol.Snapshot`, deflated.
+:func:`esper.pipeline.decide` is pure, so the snapshot, the policy and the catalogue of this version
+of Esper give the same answer again.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from esper.contracts import (
-    Experience,
+    Decision,
+    Declined,
     HealthFrame,
-    LayerHistory,
-    LayerInfo,
-    RunMode,
     RunSnapshot,
-    pack_values,
-    unpack_values,
+    SafetyPolicy,
+    codec,
+    protocol,
+    unpack_bytes,
+    wire,
 )
-from esper.contracts.codec import number_from_wire, number_to_wire
-from esper.exceptions import CodecError
+from esper.contracts.protocol import Decline, Frame, Proposal, Snapshot, StepValues
+from esper.exceptions import CodecError, ConfigurationError
+from esper.pipeline import Catalog, decide
+from esper.policy import HeuristicPolicy, Policy
+
+# Inflated: a stored snapshot has at most MAX_SNAPSHOT_BYTES, which could inflate to 600 MB.
+MAX_INFLATED_BYTES = 16 * 1024 * 1024
+POLICIES: dict[str, type[HeuristicPolicy]] = {HeuristicPolicy.name: HeuristicPolicy}
 
 
-def snapshot_to_wire(snapshot: RunSnapshot) -> dict[str, Any]:
-    """Strict JSON; frames are packed float32 rows in the order of ``layers``.
+def message_of(
+    snapshot: RunSnapshot, limits: SafetyPolicy, *, active: Sequence[protocol.Active] = ()
+) -> Snapshot:
+    """What ``decide`` looks at, as the protocol's message.
 
     Raises:
         CodecError: a frame's layers are not the snapshot's.
     """
-    return {
-        "run": snapshot.run,
-        "epoch": snapshot.epoch,
-        "mode": str(snapshot.mode),
-        "step": snapshot.step,
-        "layers": [layer.to_wire() for layer in snapshot.layers],
-        "frames": [_frame_to_wire(frame, snapshot) for frame in snapshot.frames],
-        "metrics": [
-            {"step": int(step), "values": {"loss": number_to_wire(float(loss))}}
+    return Snapshot(
+        run=snapshot.run,
+        epoch=snapshot.epoch,
+        mode=snapshot.mode,
+        step=snapshot.step,
+        layers=snapshot.layers,
+        frames=tuple(_frame_messages(snapshot)),
+        metrics=tuple(
+            StepValues(step=int(step), values={"loss": float(loss)})
             for step, loss in zip(snapshot.loss_steps, snapshot.loss, strict=True)
-        ],
-        "model_parameters": snapshot.model_parameters,
-        "added_parameters": snapshot.added_parameters,
-        "adaptations_today": snapshot.adaptations_today,
-        "in_flight": snapshot.in_flight,
-        "last_adaptation_step": snapshot.last_adaptation_step,
-        "frozen": snapshot.frozen,
-        "history": {
-            name: {**asdict(history), "grafts": list(history.grafts)}
-            for name, history in snapshot.history.items()
-        },
-        "experience": {
-            slug: {**asdict(cases), "mean_reward": number_to_wire(cases.mean_reward)}
-            for slug, cases in snapshot.experience.items()
-        },
-        "disabled_blueprints": sorted(snapshot.disabled_blueprints),
-        "age_seconds": number_to_wire(snapshot.age_seconds),
-    }
+        ),
+        model_parameters=snapshot.model_parameters,
+        added_parameters=snapshot.added_parameters,
+        adaptations_today=snapshot.adaptations_today,
+        in_flight=snapshot.in_flight,
+        last_adaptation_step=snapshot.last_adaptation_step,
+        frozen=snapshot.frozen,
+        history=snapshot.history,
+        experience=snapshot.experience,
+        disabled_blueprints=tuple(sorted(snapshot.disabled_blueprints)),
+        safety_policy=limits,
+        policy_version=limits.version,
+        active=tuple(active),
+        age_seconds=snapshot.age_seconds,
+    )
+
+
+def run_snapshot(message: Snapshot) -> RunSnapshot:
+    """Inverse of :func:`message_of`. An age that the message does not tell is unknown.
+
+    Raises:
+        CodecError: a frame does not have one row for each layer.
+    """
+    names = tuple(layer.name for layer in message.layers)
+    losses = _losses(message)
+    return RunSnapshot(
+        run=message.run,
+        epoch=message.epoch,
+        mode=message.mode,
+        step=message.step,
+        layers=message.layers,
+        frames=tuple(_health_frame(frame, names) for frame in message.frames),
+        loss_steps=np.array([step for step, _ in losses], dtype=np.int64),
+        loss=np.array([loss for _, loss in losses], dtype=np.float64),
+        model_parameters=message.model_parameters,
+        added_parameters=message.added_parameters,
+        adaptations_today=message.adaptations_today,
+        in_flight=message.in_flight,
+        last_adaptation_step=message.last_adaptation_step,
+        frozen=message.frozen,
+        history=dict(message.history),
+        experience=dict(message.experience),
+        disabled_blueprints=frozenset(message.disabled_blueprints),
+        age_seconds=np.nan if message.age_seconds is None else float(message.age_seconds),
+    )
+
+
+def snapshot_to_wire(
+    snapshot: RunSnapshot,
+    limits: SafetyPolicy = SafetyPolicy(),  # noqa: B008  # frozen
+) -> dict[str, Any]:
+    """Strict JSON of :func:`message_of`; raises ``CodecError`` likewise."""
+    members: dict[str, Any] = wire.to_wire(message_of(snapshot, limits))
+    return members
 
 
 def snapshot_from_wire(data: dict[str, Any]) -> RunSnapshot:
-    """Inverse of :func:`snapshot_to_wire`; keys that it does not know are left alone.
+    """Inverse of :func:`snapshot_to_wire`; members that it does not know are left out.
 
     Raises:
         CodecError: something is missing or malformed.
     """
-    try:
-        layers = tuple(LayerInfo.from_wire(layer) for layer in data["layers"])
-        names = tuple(layer.name for layer in layers)
-        losses = [item for item in data["metrics"] if "loss" in item["values"]]
-        return RunSnapshot(
-            run=str(data["run"]),
-            epoch=int(data["epoch"]),
-            mode=RunMode(data["mode"]),
-            step=int(data["step"]),
-            layers=layers,
-            frames=tuple(_frame_from_wire(frame, names) for frame in data["frames"]),
-            loss_steps=np.array([item["step"] for item in losses], dtype=np.int64),
-            loss=np.array(
-                [number_from_wire(item["values"]["loss"]) for item in losses], dtype=np.float64
-            ),
-            model_parameters=int(data["model_parameters"]),
-            added_parameters=int(data["added_parameters"]),
-            adaptations_today=int(data["adaptations_today"]),
-            in_flight=int(data["in_flight"]),
-            last_adaptation_step=int(data["last_adaptation_step"]),
-            frozen=str(data["frozen"]),
-            history={name: _history(value) for name, value in data["history"].items()},
-            experience={slug: _experience(value) for slug, value in data["experience"].items()},
-            disabled_blueprints=frozenset(data["disabled_blueprints"]),
-            age_seconds=number_from_wire(data.get("age_seconds", "nan")),
+    return run_snapshot(wire.from_wire(Snapshot, data))
+
+
+# --- storing --------------------------------------------------------------------------------------
+
+
+def pack_snapshot(message: Snapshot) -> bytes:
+    """The deflated strict JSON.
+
+    Raises:
+        CodecError: it is larger than ``MAX_SNAPSHOT_BYTES``, and cannot be stored.
+    """
+    packed = zlib.compress(codec.encode(wire.to_wire(message)), 6)
+    if len(packed) > protocol.MAX_SNAPSHOT_BYTES:
+        raise CodecError(
+            f"the snapshot has {len(packed)} bytes deflated, "
+            f"at most {protocol.MAX_SNAPSHOT_BYTES} are stored"
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CodecError(f"not a snapshot: {error}") from error
+    return packed
 
 
-def _frame_to_wire(frame: HealthFrame, snapshot: RunSnapshot) -> dict[str, Any]:
-    if frame.layers != tuple(layer.name for layer in snapshot.layers):
-        raise CodecError(f"the frame of step {frame.step} has other layers than its run")
-    return {
-        "step": frame.step,
-        "wall_time": frame.wall_time,
-        "values": pack_values(frame.values),
-        "metrics": {name: number_to_wire(value) for name, value in frame.metrics.items()},
-    }
+def unpack_snapshot(packed: bytes) -> Snapshot:
+    """Inverse of :func:`pack_snapshot`; raises ``CodecError``."""
+    inflater = zlib.decompressobj()
+    try:
+        raw = inflater.decompress(packed, MAX_INFLATED_BYTES)
+    except zlib.error as error:
+        raise CodecError(f"the snapshot is not deflated JSON: {error}") from error
+    if not inflater.eof or inflater.unused_data:
+        raise CodecError("the snapshot is cut off, too large, or followed by something else")
+    return wire.from_wire(Snapshot, codec.decode(raw, max_bytes=MAX_INFLATED_BYTES))
 
 
-def _frame_from_wire(data: dict[str, Any], names: tuple[str, ...]) -> HealthFrame:
+# --- deciding again -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A stored decision, made again.
+
+    Attributes:
+        decision: what ``decide`` says now.
+        differences: members of the stored message that are other than now; empty: the same.
+    """
+
+    decision: Decision | Declined
+    differences: tuple[str, ...]
+
+
+def decision_rng(snapshot: RunSnapshot) -> np.random.Generator:
+    """The same moment of the same run always gets the same stream, so decisions replay."""
+    return np.random.default_rng([zlib.crc32(snapshot.run.encode()), snapshot.epoch, snapshot.step])
+
+
+def replay(
+    message: Snapshot,
+    *,
+    policy: Policy | str = HeuristicPolicy.name,
+    catalog: Catalog | None = None,
+) -> Decision | Declined:
+    """Decide again on a stored snapshot.
+
+    Args:
+        message: what was decided on.
+        policy: the policy, or its name.
+        catalog: default: every blueprint that is installed.
+
+    Raises:
+        ConfigurationError: this Esper has no policy of that name.
+        CodecError: the snapshot's frames do not fit its layers.
+    """
+    if catalog is None:
+        from esper.blueprints import list_blueprints  # torch, which the web process does not import
+
+        catalog = list_blueprints()
+    if isinstance(policy, str):
+        policy = _policy(policy)
+    snapshot = run_snapshot(message)
+    return decide(snapshot, policy, catalog, message.safety_policy, decision_rng(snapshot))
+
+
+def compare(stored: Proposal | Decline, decision: Decision | Declined) -> Replayed:
+    """What a decision that was made again has in common with the message that was sent."""
+    if isinstance(decision, Declined) and decision.adaptation is None:
+        return Replayed(decision, ("outcome",))
+    again: Proposal | Decline
+    if isinstance(decision, Decision):
+        again = Proposal.of(decision, epoch=stored.epoch)
+    else:
+        again = Decline.of(decision, epoch=stored.epoch, policy=stored.policy)
+    if type(again) is not type(stored):
+        return Replayed(decision, ("outcome",))
+    old, new = _content(stored), _content(again)
+    return Replayed(decision, tuple(name for name in old if old[name] != new[name]))
+
+
+def _content(message: Proposal | Decline) -> dict[str, Any]:
+    members: dict[str, Any] = wire.to_wire(message)
+    return {name: value for name, value in members.items() if not name.startswith("snapshot")}
+
+
+def _policy(name: str) -> Policy:
+    if name not in POLICIES:
+        raise ConfigurationError(
+            f"there is no policy {name!r} to decide with; there are: {', '.join(POLICIES)}"
+        )
+    return POLICIES[name]()
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def _frame_messages(snapshot: RunSnapshot) -> Iterator[Frame]:
+    names = tuple(layer.name for layer in snapshot.layers)
+    known = set(snapshot.loss_steps.tolist())
+    for frame in snapshot.frames:
+        if frame.layers != names:
+            raise CodecError(f"the frame of step {frame.step} has other layers than its run")
+        message = Frame.of(frame)
+        # A loss that the decision did not see must not be in what it is replayed from.
+        yield message if frame.step in known else msgspec.structs.replace(message, loss=None)
+
+
+def _health_frame(frame: Frame, names: tuple[str, ...]) -> HealthFrame:
     return HealthFrame(
-        step=int(data["step"]),
-        wall_time=float(data["wall_time"]),
+        step=frame.step,
+        wall_time=frame.wall_time,
         layers=names,
-        values=unpack_values(data["values"], len(names)),
-        metrics={name: number_from_wire(value) for name, value in data.get("metrics", {}).items()},
+        values=unpack_bytes(frame.values, len(names)),
+        metrics={} if frame.loss is None else {"loss": float(frame.loss)},
     )
 
 
-def _history(data: dict[str, Any]) -> LayerHistory:
-    return LayerHistory(**{**data, "grafts": tuple(data["grafts"])})
-
-
-def _experience(data: dict[str, Any]) -> Experience:
-    return Experience(**{**data, "mean_reward": number_from_wire(data["mean_reward"])})
+def _losses(message: Snapshot) -> list[tuple[int, float]]:
+    """(step, loss), oldest first; a frame's own loss fills in where the metrics lack its step."""
+    losses = [(item.step, item.values["loss"]) for item in message.metrics if "loss" in item.values]
+    known = {step for step, _ in losses}
+    own = [
+        (frame.step, frame.loss)
+        for frame in message.frames
+        if frame.loss is not None and frame.step not in known
+    ]
+    return sorted(losses + own, key=lambda pair: pair[0]) if own else losses

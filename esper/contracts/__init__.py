@@ -50,7 +50,6 @@ from esper.contracts.enums import (
 )
 from esper.contracts.health import (
     MAX_LAYERS,
-    MAX_NAME_LENGTH,
     SIGNAL_INDEX,
     SIGNAL_NOTES,
     SIGNALS,
@@ -72,6 +71,7 @@ from esper.contracts.kernels import (
     KernelSpec,
     MeasuredCost,
 )
+from esper.contracts.wire import MAX_NAME_LENGTH
 
 __all__ = [
     "ADAPTATION_ENDED",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any
 
-from esper.contracts import codec
+from msgspec import Meta
+
+from esper.contracts import codec, wire
 from esper.contracts.enums import CommandKind, CommandState
 from esper.contracts.kernels import Certificate
-from esper.exceptions import CodecError
+from esper.contracts.wire import Digest, Number, Whole
+from esper.exceptions import MessageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,77 +19,78 @@ class Command:
     """One order in a run's command log; signed as a whole.
 
     Attributes:
+        run: uid of the run that it is for.
         epoch: counts the trainer's (re)starts; a command of an older epoch is refused.
         seq: position in the run's log; never applied twice, never out of order.
-        kernel_digest: hex SHA-256 of the kernel's manifest for ``graft`` and ``speed_up``.
+        kind: what is to be done.
         issued_at, expires_at: seconds since the epoch, server's clock.
+        adaptation: uid of the adaptation; empty where none is concerned.
+        layer: of the adaptation.
+        kernel_digest: hex SHA-256 of the kernel's manifest for ``graft`` and ``speed_up``.
+        payload: what differs by kind.
     """
 
     run: str
-    epoch: int
-    seq: int
+    epoch: Whole
+    seq: Whole
     kind: CommandKind
-    issued_at: float
-    expires_at: float
+    # An integer stays one: 5 and 5.0 are different bytes, and the signature is over the bytes.
+    issued_at: int | float
+    expires_at: int | float
     adaptation: str = ""
     layer: str = ""
     kernel_digest: str = ""
     payload: dict[str, Any] = field(default_factory=dict)
 
     def to_wire(self) -> dict[str, Any]:
-        return {
-            "run": self.run,
-            "epoch": self.epoch,
-            "seq": self.seq,
-            "kind": str(self.kind),
-            "issued_at": self.issued_at,
-            "expires_at": self.expires_at,
-            "adaptation": self.adaptation,
-            "layer": self.layer,
-            "kernel_digest": self.kernel_digest,
-            "payload": self.payload,
-        }
+        members: dict[str, Any] = wire.to_wire(self)
+        return members
 
     @classmethod
-    def from_wire(cls, data: dict[str, Any]) -> Command:
-        try:
-            return cls(**{**data, "kind": CommandKind(data["kind"])})
-        except (TypeError, KeyError, ValueError) as error:
-            raise CodecError(f"not a command: {error}") from error
+    def from_wire(cls, data: Any) -> Command:
+        """Raises ``MessageError``, also for an unknown member: the signature is over all of it."""
+        unknown = sorted(data.keys() - _MEMBERS) if isinstance(data, dict) else ()
+        if unknown:
+            raise MessageError("There is no such member.", pointer=f"/{unknown[0]}")
+        return wire.from_wire(cls, data)
 
     def signing_bytes(self) -> bytes:
         """What is signed: the canonical JSON of all of it, with a word that says what it is."""
         return b"esper-command-1\n" + codec.encode(self.to_wire())
 
 
+_MEMBERS = frozenset(member.name for member in fields(Command))
+
+
 @dataclass(frozen=True, slots=True)
 class CommandAck:
-    """The trainer's answer. ``step`` and ``pause_ms`` are set once something was done.
+    """The trainer's answer to a command.
 
-    ``speedup`` answers ``speed_up``: eager time over compiled time, measured in this trainer.
+    Attributes:
+        seq: of the command.
+        state: how far the trainer is with it.
+        step: the step at which something was done; -1: nothing was.
+        pause_ms: how long the training waited for it.
+        code: a refusal code, empty unless the command was refused.
+        reason: a sentence for a person.
+        certificate: what was seen when the graft was tried.
+        digest_before, digest_after: SHA-256 of the model's named tensors.
+        speedup: of ``speed_up``: eager time over compiled time, measured in this trainer.
     """
 
-    seq: int
+    seq: Whole
     state: CommandState
-    step: int = -1
-    pause_ms: float = 0.0
-    code: str = ""  # RefusalCode
-    reason: str = ""
+    step: Annotated[int, Meta(ge=-1, le=2**63 - 1)] = -1
+    pause_ms: Number = 0.0
+    code: Annotated[str, Meta(max_length=30)] = ""
+    reason: Annotated[str, Meta(max_length=4000)] = ""
     certificate: Certificate | None = None
-    digest_before: str = ""  # SHA-256 of the model's named tensors
-    digest_after: str = ""
-    speedup: float | None = None
+    digest_before: Digest = ""
+    digest_after: Digest = ""
+    speedup: Number | None = None
 
     def to_wire(self) -> dict[str, Any]:
-        return {
-            "seq": self.seq,
-            "state": str(self.state),
-            "step": self.step,
-            "pause_ms": self.pause_ms,
-            "code": self.code,
-            "reason": self.reason,
-            "certificate": self.certificate.to_wire() if self.certificate else None,
-            "digest_before": self.digest_before,
-            "digest_after": self.digest_after,
-            "speedup": self.speedup,
-        }
+        members: dict[str, Any] = wire.to_wire(self)
+        if self.certificate is not None:
+            members["certificate"] = self.certificate.to_wire()  # says whether it has passed
+        return members

@@ -5,25 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
-from esper.contracts import codec
+from esper.contracts import wire
 from esper.contracts.enums import AdaptationType, Risk, RunMode, ViolationRule
 from esper.contracts.health import HealthFrame, LayerInfo
+from esper.contracts.wire import Int64, Number, Sentence, Whole
 from esper.exceptions import CodecError, ConfigurationError, UnknownAdaptationTypeError
+
+Slug: TypeAlias = Annotated[str, Meta(min_length=1, max_length=60)]  # of a blueprint
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
     """One signal's share in a decision: ``weight`` > 0 speaks for it, < 0 against."""
 
-    signal: str
-    observed: float  # NaN: unknown
-    weight: float
-    text: str
+    signal: Annotated[str, Meta(min_length=1, max_length=120)]
+    observed: Number  # NaN: unknown
+    weight: Number
+    text: Sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,30 +69,19 @@ class CostForecast:
     ``memory_mib`` counts parameters + gradients + two moments + activations kept for backward.
     """
 
-    parameters: int
-    flops: int  # per forward pass of the layer's sample shape
-    memory_mib: float
-    latency_ms: float  # forward; NaN where there is no basis for a forecast
+    parameters: Whole
+    flops: Whole  # per forward pass of the layer's sample shape
+    memory_mib: Number
+    latency_ms: Number  # forward; NaN where there is no basis for a forecast
 
     def to_wire(self) -> dict[str, Any]:
-        return {
-            "parameters": self.parameters,
-            "flops": self.flops,
-            "memory_mib": codec.number_to_wire(self.memory_mib),
-            "latency_ms": codec.number_to_wire(self.latency_ms),
-        }
+        members: dict[str, Any] = wire.to_wire(self)
+        return members
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> CostForecast:
-        try:
-            return cls(
-                parameters=int(data["parameters"]),
-                flops=int(data["flops"]),
-                memory_mib=codec.number_from_wire(data["memory_mib"]),
-                latency_ms=codec.number_from_wire(data["latency_ms"]),
-            )
-        except (TypeError, KeyError, ValueError) as error:
-            raise CodecError(f"not a forecast: {error}") from error
+        """Raises ``MessageError``."""
+        return wire.from_wire(cls, data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +99,8 @@ class Candidate:
 class WhyNot:
     """Why a blueprint was not chosen."""
 
-    blueprint: str
-    reason: str
+    blueprint: Slug
+    reason: Sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +121,9 @@ class Check:
     rule: ViolationRule
     passed: bool | None
     hard: bool
-    observed: str
-    limit: str
-    text: str
+    observed: Annotated[str, Meta(max_length=500)]
+    limit: Annotated[str, Meta(max_length=500)]
+    text: Sentence
 
     @property
     def blocks(self) -> bool:
@@ -224,7 +217,7 @@ class LayerHistory:
 
     grafts: tuple[str, ...] = ()
     in_flight: bool = False
-    last_adaptation_step: int = -1
+    last_adaptation_step: Int64 = -1
     last_rolled_back: bool = False
 
 
@@ -232,9 +225,9 @@ class LayerHistory:
 class Experience:
     """Closed cases of one blueprint: how often it was kept, and what it brought."""
 
-    kept: int = 0
-    rolled_back: int = 0
-    mean_reward: float = math.nan
+    kept: Whole = 0
+    rolled_back: Whole = 0
+    mean_reward: Number = math.nan
 
     @property
     def cases(self) -> int:

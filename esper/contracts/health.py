@@ -9,15 +9,18 @@ import base64
 import binascii
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
+from esper.contracts import wire
+from esper.contracts.enums import Severity, ViolationRule
+from esper.contracts.wire import Int64, Name, Shape, ShortText
 from esper.exceptions import CodecError
 
 MAX_LAYERS = 5_000
-MAX_NAME_LENGTH = 255
 
 
 class Signal(StrEnum):
@@ -54,10 +57,6 @@ SIGNAL_NOTES: dict[Signal, tuple[str, str]] = {
 }
 
 
-# Absent: unknown, empty.
-_TUPLES = ("feeds", "kernel_size", "stride", "padding", "dilation", "cached_channels")
-
-
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
     """A named module of the run's model, as it was seen to run.
@@ -65,36 +64,38 @@ class LayerInfo:
     ``in_shape`` and ``out_shape`` include the batch axis and are empty where the layer never ran.
     """
 
-    name: str
-    kind: str  # class name of the module
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    dtype: str  # "float32"
-    parameters: int
+    name: Name
+    kind: ShortText  # class name of the module
+    in_shape: Shape
+    out_shape: Shape
+    dtype: ShortText  # "float32"
+    parameters: Int64
     graftable: bool
-    reason: str = ""  # why not graftable, a sentence
-    features_in: int = 0  # channels of the input, 0 unknown
-    features_out: int = 0
-    channel_axis: int = -1  # where the channels are: -1, or 1 for convolutions
-    device: str = "cpu"
-    order: int = 0  # first execution in a forward pass
-    calls: int = 1  # calls per forward pass; > 1 for shared layers
+    reason: Annotated[str, Meta(max_length=1000)] = ""  # why not graftable, a sentence
+    features_in: Int64 = 0  # channels of the input, 0 unknown
+    features_out: Int64 = 0
+    channel_axis: Int64 = -1  # where the channels are: -1, or 1 for convolutions
+    device: ShortText = "cpu"
+    order: Int64 = 0  # first execution in a forward pass
+    calls: Int64 = 1  # calls per forward pass; > 1 for shared layers
     trainable: bool = True
-    feeds: tuple[str, ...] = ()  # layers that were seen to run next
+    feeds: Annotated[
+        tuple[ShortText, ...], Meta(max_length=256)
+    ] = ()  # layers that were seen to run next
     # Geometry of a convolution with symmetric zero padding; empty for everything else.
-    kernel_size: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
+    kernel_size: Shape = ()
+    stride: Shape = ()
+    padding: Shape = ()
+    dilation: Shape = ()
+    groups: Int64 = 1
     # Of a layer that makes keys or values which a decoder caches: how wide one head is, and which
     # of its output channels (first, end) they are. 0 and empty for everything else.
-    head_width: int = 0
-    cached_channels: tuple[int, ...] = ()
+    head_width: Int64 = 0
+    cached_channels: Shape = ()
     looks_ahead: bool = False  # True: all attention in its model says that it is not causal
     # Where time is in a [., ., channels] input: 1, or 0; -1 where the model has modules that take
     # time first, and this layer's shape does not tell whether it is one of that part.
-    sequence_axis: int = 1
+    sequence_axis: Annotated[int, Meta(ge=-1, le=1)] = 1
 
     @property
     def has_sequence(self) -> bool:
@@ -102,48 +103,13 @@ class LayerInfo:
         return len(self.in_shape) == 3 and self.channel_axis == -1
 
     def to_wire(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "in_shape": list(self.in_shape),
-            "out_shape": list(self.out_shape),
-            "dtype": self.dtype,
-            "parameters": self.parameters,
-            "graftable": self.graftable,
-            "reason": self.reason,
-            "features_in": self.features_in,
-            "features_out": self.features_out,
-            "channel_axis": self.channel_axis,
-            "device": self.device,
-            "order": self.order,
-            "calls": self.calls,
-            "trainable": self.trainable,
-            "feeds": list(self.feeds),
-            "kernel_size": list(self.kernel_size),
-            "stride": list(self.stride),
-            "padding": list(self.padding),
-            "dilation": list(self.dilation),
-            "groups": self.groups,
-            "head_width": self.head_width,
-            "cached_channels": list(self.cached_channels),
-            "looks_ahead": self.looks_ahead,
-            "sequence_axis": self.sequence_axis,
-        }
+        members: dict[str, Any] = wire.to_wire(self)
+        return members
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> LayerInfo:
-        try:
-            tuples: dict[str, Any] = {name: tuple(data.get(name, ())) for name in _TUPLES}
-            return cls(
-                **{
-                    **data,
-                    **tuples,
-                    "in_shape": tuple(data["in_shape"]),
-                    "out_shape": tuple(data["out_shape"]),
-                }
-            )
-        except (TypeError, KeyError) as error:
-            raise CodecError(f"not a layer description: {error}") from error
+        """Raises ``MessageError``; members that it does not know are left out."""
+        return wire.from_wire(cls, data)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,11 +177,20 @@ def unpack_bytes(raw: bytes, layers: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something wrong with a run that a person should know, also in observe mode."""
+    """Something wrong with a run that a person should know, also in observe mode.
 
-    rule: str
-    layer: str
-    severity: str
+    Attributes:
+        rule: which rule does not hold.
+        layer: where; empty: the run as a whole.
+        severity: how bad it is.
+        observed: what was seen; the server keeps 500 characters of it, and of the next two.
+        limit: what was expected.
+        remedy: what a person may do.
+    """
+
+    rule: ViolationRule
+    layer: ShortText
+    severity: Severity
     observed: str
     limit: str
     remedy: str

@@ -20,10 +20,13 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
-from esper.contracts import codec
+from msgspec import Meta
+
+from esper.contracts import codec, wire
 from esper.contracts.decisions import CostForecast
+from esper.contracts.wire import Number, Whole
 from esper.exceptions import CodecError
 
 MANIFEST_FILE = "manifest.json"
@@ -42,6 +45,9 @@ def size_limit(name: str) -> int:
     return MAX_CODE_BYTES if name == CODE_FILE else MAX_FILE_BYTES
 
 
+_Failure: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4000)]
+
+
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """What was seen when the graft was tried: the five points of the graft contract.
@@ -57,44 +63,33 @@ class Certificate:
         parameters: really added.
         parameters_declared: promised by the blueprint's formula.
         memory_mib, latency_ms: measured; NaN where not measured.
-        failures: one sentence for each broken promise.
+        failures: one sentence for each point that does not hold.
     """
 
-    max_abs_diff: float
-    tolerance: float
+    max_abs_diff: Number
+    tolerance: Number
     preserving: bool
     live: bool
     rng_neutral: bool
-    parameters: int
-    parameters_declared: int
+    parameters: Whole
+    parameters_declared: Whole
     undo_exact: bool | None = None
     host_untouched: bool | None = None
-    memory_mib: float = math.nan
-    latency_ms: float = math.nan
-    failures: tuple[str, ...] = ()
+    memory_mib: Number = math.nan
+    latency_ms: Number = math.nan
+    failures: Annotated[tuple[_Failure, ...], Meta(max_length=100)] = ()
 
     @property
     def passed(self) -> bool:
         return not self.failures
 
     def to_wire(self) -> dict[str, Any]:
-        data = asdict(self)
-        for name in ("max_abs_diff", "tolerance", "memory_mib", "latency_ms"):
-            data[name] = codec.number_to_wire(data[name])
-        data["failures"] = list(self.failures)
-        data["passed"] = self.passed
-        return data
+        return {**wire.to_wire(self), "passed": self.passed}
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> Certificate:
-        values = {key: value for key, value in data.items() if key != "passed"}
-        try:
-            for name in ("max_abs_diff", "tolerance", "memory_mib", "latency_ms"):
-                values[name] = codec.number_from_wire(values[name])
-            values["failures"] = tuple(str(line) for line in values["failures"])
-            return cls(**values)
-        except (TypeError, KeyError) as error:
-            raise CodecError(f"not a certificate: {error}") from error
+        """Raises ``MessageError``."""
+        return wire.from_wire(cls, data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,21 +152,20 @@ class MeasuredCost:
             activations and gradients, without the weights and the layer's own tensors.
     """
 
-    forward_p50_ms: float = math.nan
-    forward_p95_ms: float = math.nan
-    backward_p50_ms: float = math.nan
-    backward_p95_ms: float = math.nan
-    peak_memory_mib: float = math.nan
+    forward_p50_ms: Number = math.nan
+    forward_p95_ms: Number = math.nan
+    backward_p50_ms: Number = math.nan
+    backward_p95_ms: Number = math.nan
+    peak_memory_mib: Number = math.nan
 
     def to_wire(self) -> dict[str, Any]:
-        return {name: codec.number_to_wire(value) for name, value in asdict(self).items()}
+        members: dict[str, Any] = wire.to_wire(self)
+        return members
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> MeasuredCost:
-        try:
-            return cls(**{name: codec.number_from_wire(value) for name, value in data.items()})
-        except (TypeError, AttributeError) as error:
-            raise CodecError(f"not a measured cost: {error}") from error
+        """Raises ``MessageError``."""
+        return wire.from_wire(cls, data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,9 +43,9 @@ class CompilerWatch:
         if not fresh:
             return None
         return Finding(
-            rule=str(ViolationRule.LATENCY),
+            rule=ViolationRule.LATENCY,
             layer="",
-            severity=str(Severity.SERIOUS),
+            severity=Severity.SERIOUS,
             observed=(
                 "torch.compile gave up on a part of the run after too many recompilations; "
                 "it runs eagerly from now on"

@@ -47,9 +47,9 @@ class Findings:
 def divergence(verdict: GuardVerdict) -> Finding:
     """A run that diverges, with no graft that could be blamed."""
     return Finding(
-        rule=str(verdict.rule),
+        rule=verdict.rule,
         layer="",
-        severity=str(Severity.CRITICAL),
+        severity=Severity.CRITICAL,
         observed=verdict.text,
         limit="finite" if math.isnan(verdict.limit) else f"{verdict.limit:.4g}",
         remedy="No graft is on probation, so nothing was undone: look at learning rate and data.",
@@ -59,9 +59,9 @@ def divergence(verdict: GuardVerdict) -> Finding:
 def switched_off(part: str, failures: int, error: Exception) -> Finding:
     """A part of Esper that failed too often to go on."""
     return Finding(
-        rule=str(ViolationRule.MISSING_TELEMETRY),
+        rule=ViolationRule.MISSING_TELEMETRY,
         layer="",
-        severity=str(Severity.SERIOUS),
+        severity=Severity.SERIOUS,
         observed=f"Esper's {part} failed {failures} times: {type(error).__name__}",
         limit="no failures",
         remedy="It is switched off for this run; the training log has the traceback.",

@@ -42,6 +42,7 @@ from esper.contracts import (
     ViolationRule,
     WhyNot,
 )
+from esper.contracts.wire import to_wire
 from esper.exceptions import EsperError
 from esper.grafting import Receipt, UndoReceipt
 from esper.selection import BlueprintSelector, SelectableBlueprint
@@ -55,7 +56,6 @@ from esper.services.tamiyo.execution import (
 )
 from esper.services.tamiyo.remote import Choice, RemoteAdaptation
 from esper.services.tamiyo.urza import Urza
-from esper.services.tamiyo.wire import to_wire
 
 __all__ = [
     "BlueprintSelector",

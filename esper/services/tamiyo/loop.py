@@ -15,24 +15,23 @@ from __future__ import annotations
 
 import logging
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from esper.contracts import AdaptationState, Decision, Declined, RunSnapshot, Verdict
+from esper.contracts import AdaptationState, Decision, Declined, RunSnapshot, Verdict, protocol
 from esper.exceptions import CodecError, TransportError
 from esper.pipeline import decide
 from esper.policy import Policy
+from esper.replay import decision_rng
 from esper.selection import BlueprintSelector, SelectableBlueprint
 from esper.services.tamiyo import wire
 from esper.services.tamiyo.probation import cost_of, judge_probation, reward_of
 from esper.services.tamiyo.stream import HealthEntry
 from esper.services.tamiyo.urza import Urza
 from esper.services.tamiyo.watch import RunWatch
-from esper.services.tamiyo.wire import ActiveAdaptation
 
 logger = logging.getLogger("esper.tamiyo")
 
@@ -123,7 +122,9 @@ class DecisionLoop:
     async def _decide(self, watch: RunWatch) -> None:
         snapshot = watch.snapshot(learning=self._learning)
         started = time.perf_counter()
-        answer = decide(snapshot, self._policy, self._selector, watch.limits, _rng(snapshot))
+        answer = decide(
+            snapshot, self._policy, self._selector, watch.limits, decision_rng(snapshot)
+        )
         self.decision_ms.append((time.perf_counter() - started) * 1e3)
         self.counts["decisions"] += 1
         if isinstance(answer, Decision):
@@ -139,8 +140,7 @@ class DecisionLoop:
         try:
             await self._urza.propose(
                 watch.uid,
-                wire.proposal_to_wire(decision, epoch=snapshot.epoch),
-                key=wire.proposal_key(watch.uid, snapshot.epoch, decision),
+                wire.proposal_of(decision, snapshot, watch.limits),
             )
         except TransportError as error:
             if not error.permanent:
@@ -163,7 +163,8 @@ class DecisionLoop:
         now = time.monotonic()
         if now - watch.declined_at.get(what, -np.inf) < self._decline_quiet_seconds:
             return
-        await self._urza.decline(watch.uid, wire.decline_to_wire(declined, epoch=snapshot.epoch))
+        decline = wire.decline_of(declined, snapshot, watch.limits, policy=self._policy.name)
+        await self._urza.decline(watch.uid, decline)
         watch.declined_at[what] = now
         self.counts["declines"] += 1
 
@@ -176,14 +177,14 @@ class DecisionLoop:
                 await self._post_verdict(watch, adaptation, verdict)
 
     async def _post_verdict(
-        self, watch: RunWatch, adaptation: ActiveAdaptation, verdict: Verdict
+        self, watch: RunWatch, adaptation: protocol.Active, verdict: Verdict
     ) -> None:
         report = watch.report
         layer = report.snapshot.layer(adaptation.layer)
         if layer is None:
             raise CodecError(f"{adaptation.uid} is at {adaptation.layer}, which is no layer")
         cost = cost_of(await self._urza.adaptation(adaptation.uid), layer)
-        body = wire.verdict_to_wire(verdict, reward_of(verdict, report, adaptation, cost))
+        body = protocol.Verdict.of(verdict, reward_of(verdict, report, adaptation, cost))
         try:
             await self._urza.judge(adaptation.uid, body, key=f"{adaptation.uid}:verdict")
         except TransportError as error:
@@ -219,12 +220,6 @@ class DecisionLoop:
             "decisions": dict(self.counts),
             "decision_ms": _percentiles(self.decision_ms),
         }
-
-
-def _rng(snapshot: RunSnapshot) -> np.random.Generator:
-    """The same moment of the same run always gets the same stream, so decisions replay."""
-    name = zlib.crc32(snapshot.run.encode())
-    return np.random.default_rng([name, snapshot.epoch, snapshot.step])
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:

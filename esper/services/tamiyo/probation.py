@@ -11,18 +11,17 @@ import numpy as np
 
 from esper import blueprints
 from esper.contracts import CostForecast, LayerInfo, Reward, Verdict, codec
+from esper.contracts.protocol import Active
 from esper.exceptions import CodecError
 from esper.reward import LossWindow, compute_reward, judge
-from esper.services.tamiyo.wire import ActiveAdaptation, RunReport
+from esper.services.tamiyo.wire import RunReport
 
 # Judge what is there a little before the server's deadline, which rolls back without looking.
 DEADLINE_MARGIN_SECONDS = 5.0
 _LEVEL_SAMPLES = 64
 
 
-def judge_probation(
-    report: RunReport, adaptation: ActiveAdaptation, *, now: float
-) -> Verdict | None:
+def judge_probation(report: RunReport, adaptation: Active, *, now: float) -> Verdict | None:
     """Keep it or not; None while it is too early.
 
     Args:
@@ -32,16 +31,16 @@ def judge_probation(
     return judge(
         before,
         after,
-        graft_step=adaptation.graft_step,
+        graft_step=_graft_step(adaptation),
         policy=report.limits,
         kind=adaptation.kind,
         ablation_gain=report.ablation_gains.get(adaptation.uid, math.nan),
-        deadline_reached=now >= adaptation.deadline_at - DEADLINE_MARGIN_SECONDS,
+        deadline_reached=now >= adaptation.deadline_seconds - DEADLINE_MARGIN_SECONDS,
     )
 
 
 def reward_of(
-    verdict: Verdict, report: RunReport, adaptation: ActiveAdaptation, cost: CostForecast
+    verdict: Verdict, report: RunReport, adaptation: Active, cost: CostForecast
 ) -> Reward:
     """What the policy learns from this case."""
     before, _ = _windows(report, adaptation)
@@ -90,6 +89,10 @@ def _slug(blueprint: Any) -> str:
     return str(blueprint["slug"] if isinstance(blueprint, Mapping) else blueprint)
 
 
-def _windows(report: RunReport, adaptation: ActiveAdaptation) -> tuple[LossWindow, LossWindow]:
+def _windows(report: RunReport, adaptation: Active) -> tuple[LossWindow, LossWindow]:
     snapshot = report.snapshot
-    return LossWindow(snapshot.loss_steps, snapshot.loss).split(adaptation.graft_step)
+    return LossWindow(snapshot.loss_steps, snapshot.loss).split(_graft_step(adaptation))
+
+
+def _graft_step(adaptation: Active) -> int:
+    return -1 if adaptation.graft_step is None else adaptation.graft_step

@@ -18,6 +18,7 @@ from esper.contracts import (
     Risk,
     RunSnapshot,
     WhyNot,
+    protocol,
 )
 from esper.services.tamiyo import wire
 from esper.services.tamiyo.urza import Urza
@@ -67,12 +68,8 @@ class RemoteAdaptation:
             TransportError: the server said no (``code`` gate-closed), or does not answer.
         """
         proposal = _decision(decision, choice, report.snapshot)
-        epoch = report.snapshot.epoch
-        written = await self._urza.propose(
-            self._run,
-            wire.proposal_to_wire(proposal, epoch=epoch),
-            key=wire.proposal_key(self._run, epoch, proposal),
-        )
+        message = protocol.Proposal.of(proposal, epoch=report.snapshot.epoch)
+        written = await self._urza.propose(self._run, message)
         return await self._follow(str(written["uid"]))
 
     async def _follow(self, uid: str) -> Outcome:

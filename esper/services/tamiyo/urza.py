@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import httpx
 
-from esper.contracts import codec
+from esper.contracts import codec, protocol, wire
 from esper.exceptions import CodecError, TransportError
 
 # A snapshot of 2,000 layers holds dozens of frames of 88 kB.
@@ -54,16 +54,18 @@ class Urza:
         answer = await self._send("GET", f"adaptations/{_segment(uid)}")
         return str(answer.headers.get("ETag", ""))
 
-    async def propose(self, run: str, body: dict[str, Any], *, key: str) -> dict[str, Any]:
+    async def propose(self, run: str, body: protocol.Proposal) -> dict[str, Any]:
         """The adaptation that was written, also when this very proposal was made before."""
         return _object(
-            await self._send("POST", f"runs/{_segment(run)}/adaptations", body=body, key=key)
+            await self._send(
+                "POST", f"runs/{_segment(run)}/adaptations", body=body, key=body.key(run)
+            )
         )
 
-    async def decline(self, run: str, body: dict[str, Any]) -> None:
+    async def decline(self, run: str, body: protocol.Decline) -> None:
         await self._send("POST", f"runs/{_segment(run)}/declines", body=body)
 
-    async def judge(self, adaptation: str, body: dict[str, Any], *, key: str) -> None:
+    async def judge(self, adaptation: str, body: protocol.Verdict, *, key: str) -> None:
         """Post a verdict on the adaptation's present version."""
         path = f"adaptations/{_segment(adaptation)}/verdict"
         try:
@@ -75,9 +77,8 @@ class Urza:
             await self._send("POST", path, body=body, key=key, if_match=etag)
 
     async def heartbeat(self, instance: str, status: dict[str, Any]) -> None:
-        await self._send(
-            "POST", "services/tamiyo/heartbeat", body={"instance": instance, "status": status}
-        )
+        beat = protocol.Heartbeat(instance=instance, status=status)
+        await self._send("POST", "services/tamiyo/heartbeat", body=beat)
 
     async def integration_status(self) -> dict[str, Any]:
         return await self._get("integration-status")
@@ -105,7 +106,7 @@ class Urza:
         path: str,
         *,
         params: dict[str, Any] | None = None,
-        body: dict[str, Any] | None = None,
+        body: protocol.Message | None = None,
         key: str = "",
         if_match: str = "",
     ) -> httpx.Response:
@@ -114,7 +115,7 @@ class Urza:
             headers["Idempotency-Key"] = key
         if if_match:
             headers["If-Match"] = if_match
-        content = codec.encode(body) if body is not None else None
+        content = codec.encode(wire.to_wire(body)) if body is not None else None
         try:
             answer = await self._http.request(
                 method, path, params=params, content=content, headers=headers

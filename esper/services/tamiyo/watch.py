@@ -11,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from esper.contracts import HealthFrame, RunSnapshot, SafetyPolicy, unpack_bytes
+from esper.contracts.protocol import Active
 from esper.exceptions import CodecError
 from esper.services.tamiyo.stream import HealthEntry
-from esper.services.tamiyo.wire import ActiveAdaptation, RunReport
+from esper.services.tamiyo.wire import RunReport
 
 FRAMES_KEPT = 64
 GAP_FACTOR = 3.0  # several Tamiyos share a stream, so one missing frame is normal
@@ -57,7 +58,7 @@ class RunWatch:
         return self.report.limits
 
     @property
-    def active(self) -> tuple[ActiveAdaptation, ...]:
+    def active(self) -> tuple[Active, ...]:
         return self._report.active if self._report else ()
 
     def outdate(self) -> None:

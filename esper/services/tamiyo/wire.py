@@ -1,49 +1,26 @@
-"""Between the protocol's JSON and our dataclasses."""
+"""From the protocol's messages to what Tamiyo works with."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+import msgspec
 
 from esper.contracts import (
-    AdaptationState,
     Decision,
     Declined,
-    GraftKind,
-    Reward,
-    Risk,
     RunSnapshot,
     SafetyPolicy,
-    Verdict,
-    codec,
+    wire,
 )
+from esper.contracts.protocol import Active, Decline, Proposal, Snapshot
 from esper.exceptions import CodecError
-from esper.replay import snapshot_from_wire
+from esper.replay import message_of, pack_snapshot, run_snapshot
 
-
-@dataclass(frozen=True, slots=True)
-class ActiveAdaptation:
-    """An adaptation that is under way on a run.
-
-    Attributes:
-        graft_step: -1: not in the model yet.
-        deadline_at: seconds since the epoch; infinite: none.
-    """
-
-    uid: str
-    state: AdaptationState
-    layer: str
-    blueprint: str
-    kind: GraftKind
-    risk: Risk
-    graft_step: int = -1
-    deadline_at: float = math.inf
+_ABLATION_GAIN = "ablation_gain:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,129 +33,52 @@ class RunReport:
 
     snapshot: RunSnapshot
     limits: SafetyPolicy
-    active: tuple[ActiveAdaptation, ...]
+    active: tuple[Active, ...]
     ablation_gains: dict[str, float] = field(default_factory=dict)
 
 
 def report_from_wire(data: Mapping[str, Any]) -> RunReport:
     """Raises ``CodecError`` when it is not a run's snapshot."""
-    try:
-        return RunReport(
-            snapshot=snapshot_from_wire({"age_seconds": _age_of_frames(data), **data}),
-            limits=SafetyPolicy.from_wire(data["safety_policy"]),
-            active=tuple(_active_from_wire(item) for item in data["active"]),
-            ablation_gains=_ablation_gains(data["metrics"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CodecError(f"not a run's snapshot: {error!r}") from error
+    return report_of(wire.from_wire(Snapshot, data))
 
 
-def proposal_to_wire(decision: Decision, *, epoch: int) -> dict[str, Any]:
-    """Body of ``POST runs/{uid}/adaptations``."""
-    return {
-        "epoch": epoch,
-        "step": decision.step,
-        "layer": decision.adaptation.layer_name,
-        "adaptation_type": str(decision.adaptation.adaptation_type),
-        "confidence": codec.number_to_wire(decision.adaptation.confidence),
-        "urgency": codec.number_to_wire(decision.adaptation.urgency),
-        "reasons": to_wire(decision.adaptation.reasons),
-        "blueprint": decision.blueprint,
-        "config": decision.config,
-        "risk": str(decision.risk),
-        "forecast": to_wire(decision.forecast),
-        "checks": to_wire(decision.checks),
-        "why_not": to_wire(decision.why_not),
-        "asks": list(decision.asks),
-        "evidence": to_wire(decision.evidence),
-        "policy": decision.policy,
-    }
-
-
-def proposal_key(run: str, epoch: int, decision: Decision) -> str:
-    """Idempotency key: the same thought about the same moment is one proposal."""
-    adaptation = decision.adaptation
-    return f"{run}:{epoch}:{decision.step}:{adaptation.layer_name}:{adaptation.adaptation_type}"
-
-
-def decline_to_wire(declined: Declined, *, epoch: int) -> dict[str, Any]:
-    """Body of ``POST runs/{uid}/declines``; needs ``declined.adaptation``."""
-    adaptation = declined.adaptation
-    if adaptation is None:
-        raise ValueError("only the refusal of a wish can be noted")
-    return {
-        "epoch": epoch,
-        "step": declined.step,
-        "layer": adaptation.layer_name,
-        "adaptation_type": str(adaptation.adaptation_type),
-        "confidence": codec.number_to_wire(adaptation.confidence),
-        "reasons": list(declined.reasons),
-        "checks": to_wire(declined.checks),
-    }
-
-
-def verdict_to_wire(verdict: Verdict, reward: Reward) -> dict[str, Any]:
-    """Body of ``POST adaptations/{uid}/verdict``."""
-    return {
-        "keep": verdict.keep,
-        "reason": verdict.reason,
-        "ablation_gain": codec.number_to_wire(verdict.ablation_gain),
-        "forecast_gain": codec.number_to_wire(verdict.forecast_gain),
-        "forecast_interval": codec.number_to_wire(verdict.forecast_interval),
-        "steps_observed": verdict.steps_observed,
-        "reward": to_wire(reward.terms),
-    }
-
-
-def to_wire(value: Any) -> Any:
-    """Dataclasses, tuples and non-finite numbers -> what strict JSON can say."""
-    if isinstance(value, bool) or value is None or isinstance(value, int):
-        return value
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, float | np.floating):
-        return codec.number_to_wire(float(value))
-    if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: to_wire(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_wire(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_wire(item) for item in value]
-    raise CodecError(f"{type(value).__name__} does not cross a border")
-
-
-def _age_of_frames(data: Mapping[str, Any]) -> float | str:
-    """By the trainer's clock, where the server does not tell; clocks differ, so never below 0."""
-    if not data["frames"]:
-        return "nan"
-    wall_time = codec.number_from_wire(data["frames"][-1]["wall_time"])
-    return codec.number_to_wire(max(0.0, time.time() - wall_time))
-
-
-def _active_from_wire(data: Mapping[str, Any]) -> ActiveAdaptation:
-    graft_step = data["graft_step"]
-    return ActiveAdaptation(
-        uid=data["uid"],
-        state=AdaptationState(data["state"]),
-        layer=data["layer"],
-        blueprint=data["blueprint"],
-        kind=GraftKind(data["kind"]),
-        risk=Risk(data["risk"]),
-        graft_step=-1 if graft_step is None else graft_step,
-        deadline_at=_moment(data.get("deadline_at")),
+def report_of(message: Snapshot) -> RunReport:
+    """Raises ``CodecError`` when a frame does not fit the layers."""
+    if message.age_seconds is None and message.frames:
+        # By the trainer's clock; clocks differ, so never below 0.
+        age = max(0.0, time.time() - message.frames[-1].wall_time)
+        message = msgspec.structs.replace(message, age_seconds=age)
+    return RunReport(
+        snapshot=run_snapshot(message),
+        limits=message.safety_policy,
+        active=message.active,
+        ablation_gains={
+            name.removeprefix(_ABLATION_GAIN): value
+            for item in message.metrics
+            for name, value in item.values.items()
+            if name.startswith(_ABLATION_GAIN)
+        },
     )
 
 
-def _moment(text: str | None) -> float:
-    """RFC 3339 -> seconds since the epoch; no text: never."""
-    return datetime.fromisoformat(text).timestamp() if text else math.inf
+def proposal_of(decision: Decision, snapshot: RunSnapshot, limits: SafetyPolicy) -> Proposal:
+    """What is sent to the server, with the snapshot that the decision was made on."""
+    proposal = Proposal.of(decision, epoch=snapshot.epoch)
+    packed, note = _packed(snapshot, limits)
+    return msgspec.structs.replace(proposal, snapshot=packed, snapshot_note=note)
 
 
-def _ablation_gains(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    prefix = "ablation_gain:"
-    return {
-        name.removeprefix(prefix): codec.number_from_wire(value)
-        for item in metrics
-        for name, value in item["values"].items()
-        if name.startswith(prefix)
-    }
+def decline_of(
+    declined: Declined, snapshot: RunSnapshot, limits: SafetyPolicy, *, policy: str
+) -> Decline:
+    """Likewise; raises ``ValueError`` where no adaptation was wanted."""
+    decline = Decline.of(declined, epoch=snapshot.epoch, policy=policy)
+    packed, note = _packed(snapshot, limits)
+    return msgspec.structs.replace(decline, snapshot=packed, snapshot_note=note)
+
+
+def _packed(snapshot: RunSnapshot, limits: SafetyPolicy) -> tuple[bytes | None, str]:
+    try:
+        return pack_snapshot(message_of(snapshot, limits)), ""
+    except CodecError as error:
+        return None, f"This decision cannot be replayed: {error}."
