@@ -1,4 +1,4 @@
-"""The Celery application. A task is a doorbell: its arguments are ids, never data."""
+"""The Celery application. A task message is a notification: its arguments are ids, never data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from celery.signals import worker_process_init
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "esper_web.settings.local")
 
 app = Celery("esper")
+app.set_default()  # celery.current_app in every thread, not only in this one
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-import environ
 from django.core.exceptions import ImproperlyConfigured
 
 from esper.contracts.signing import public_key
@@ -117,18 +116,56 @@ def database(name: str, default: str | None = None) -> dict[str, Any]:
 
 
 def database_from_url(url: str) -> dict[str, Any]:
-    """Django's configuration for a database; raises ``ValueError`` for one that we do not know."""
-    try:
-        config = dict(environ.Env.db_url_config(url))
-    except Exception as error:
-        raise ValueError(f"cannot be read: {error}") from None
-    engine = str(config.get("ENGINE", ""))
-    if engine.endswith("sqlite3"):
-        return config | {"OPTIONS": dict(SQLITE_OPTIONS)}
-    if engine.endswith("postgresql"):
-        options = POSTGRESQL_OPTIONS | config.get("OPTIONS", {})
-        return config | {"CONN_MAX_AGE": 0, "OPTIONS": options}
+    """Django's configuration for a database.
+
+    ``sqlite:////absolute/path``, ``sqlite:///relative/path``, ``sqlite://:memory:``, or
+    ``postgresql://user:password@host:port/name?sslmode=require``. Special characters in it are
+    percent-encoded; its query goes to the driver.
+
+    Raises:
+        ValueError: the URL is not one of these. The message does not contain its password.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme == "sqlite" and rest:
+        return _sqlite(rest)
+    if scheme in {"postgresql", "postgres"}:
+        try:
+            parts = urlsplit(url)
+        except ValueError:  # its message may contain the password
+            raise ValueError("cannot be read; check its host and special characters.") from None
+        return _postgresql(parts)
     raise ValueError("must start with sqlite:// or postgresql://.")
+
+
+def _sqlite(rest: str) -> dict[str, Any]:
+    name = rest if rest == ":memory:" else rest.removeprefix("/")
+    if not name:
+        raise ValueError("names no file; write sqlite:////absolute/path.")
+    return {
+        "ENGINE": "django.db.backends.sqlite3",
+        "NAME": name,
+        "OPTIONS": dict(SQLITE_OPTIONS),
+    }
+
+
+def _postgresql(parts: SplitResult) -> dict[str, Any]:
+    name = unquote(parts.path.removeprefix("/"))
+    if not name:
+        raise ValueError("names no database; write postgresql://user:password@host:5432/name.")
+    try:
+        port = parts.port
+    except ValueError:
+        raise ValueError("has a port that is not a number in 0…65535.") from None
+    return {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": name,
+        "USER": unquote(parts.username or ""),
+        "PASSWORD": unquote(parts.password or ""),
+        "HOST": unquote(parts.hostname or ""),
+        "PORT": port or "",
+        "CONN_MAX_AGE": 0,
+        "OPTIONS": POSTGRESQL_OPTIONS | dict(parse_qsl(parts.query)),
+    }
 
 
 # WAL lets readers go on beside the one writer; IMMEDIATE takes the write lock at BEGIN, because a

@@ -3,7 +3,7 @@
     s3://bucket/prefix?endpoint=https://minio.example:9000&region=eu-central-1
 
 Keys come from where every S3 client looks (``AWS_ACCESS_KEY_ID`` and its kind, a profile, the
-machine's role), never from the address, which is logged. Needs ``boto3``: ``esper-web[s3]``.
+machine's role), never from the address, which is logged. Needs ``boto3``: ``esper-control[s3]``.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _client(parameters: dict[str, str]) -> Any:
         import boto3
         from botocore.config import Config
     except ImportError as error:
-        raise ConfigurationError("s3:// needs boto3: pip install 'esper-web[s3]'") from error
+        raise ConfigurationError("s3:// needs boto3: pip install 'esper-control[s3]'") from error
     config = Config(
         connect_timeout=5,
         read_timeout=20,

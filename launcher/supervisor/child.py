@@ -1,6 +1,6 @@
 """One child process: started, watched, restarted with back-off, stopped.
 
-start ──► running ──► ended ──┬─ by our wish, or finished ──► done
+start ──► running ──► ended ──┬─ stopped by us, or finished ─► done
             ▲                 ├─ too often, too quickly ────► CrashLoopError
             └── wait 1,2,4… s ┘
 """
@@ -8,11 +8,12 @@ start ──► running ──► ended ──┬─ by our wish, or finished �
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -37,7 +38,7 @@ class Restart(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ChildSpec:
-    """What to run, and how to treat it. Children with a low ``stop_order`` are stopped first."""
+    """What to run, and how to treat it. A low ``stop_order`` is stopped first."""
 
     name: str
     argv: tuple[str, ...]
@@ -49,14 +50,14 @@ class ChildSpec:
     stop_order: int = 0
     niceness: int = 0
     ready: Callable[[], Awaitable[bool]] | None = None
-    hidden: re.Pattern[str] | None = None  # lines that go to the log file only
+    hidden: re.Pattern[str] | None = None  # lines that are written to the log file only
 
 
 class CrashLoopError(Exception):
     """A child ended too often, too quickly."""
 
-    def __init__(self, name: str, deaths: int, tail: list[str]) -> None:
-        super().__init__(f"{name} ended {deaths} times in a row right after its start")
+    def __init__(self, name: str, exits: int, tail: list[str]) -> None:
+        super().__init__(f"{name} ended {exits} times in a row right after its start")
         self.name = name
         self.tail = tail
 
@@ -66,24 +67,42 @@ class Backoff:
     """How long to wait before the next start.
 
     Args:
-        first_delay: seconds after the first death; doubles up to ``longest_delay``.
-        steady_after: seconds of life after which a death counts as the first again.
-        limit: quick deaths in a row before we give up.
+        first_delay: seconds after the first exit; doubles up to ``longest_delay``.
+        steady_after: seconds of running after which an exit counts as the first again.
+        limit: quick exits in a row before the child is not started again.
     """
 
     first_delay: float = 1.0
     longest_delay: float = 30.0
     steady_after: float = 10.0
     limit: int = 5
-    deaths: int = 0
+    exits: int = 0
 
     def next_delay(self, uptime: float) -> float | None:
-        """Seconds to wait, or None: give up."""
-        self.deaths = 1 if uptime >= self.steady_after else self.deaths + 1
-        if self.deaths >= self.limit:
+        """Seconds to wait, or None: do not start it again."""
+        self.exits = 1 if uptime >= self.steady_after else self.exits + 1
+        if self.exits >= self.limit:
             return None
-        delay: float = min(self.first_delay * 2 ** (self.deaths - 1), self.longest_delay)
+        delay: float = min(self.first_delay * 2 ** (self.exits - 1), self.longest_delay)
         return delay
+
+
+@asynccontextmanager
+async def open_pipe() -> AsyncIterator[tuple[asyncio.StreamReader, int]]:
+    """A reader, and the descriptor that a child writes to.
+
+    A grandchild may keep the pipe open after the child has ended. A pipe that asyncio opens for a
+    subprocess is then closed by the garbage collector, after the loop: "Event loop is closed".
+    """
+    read_end, write_end = os.pipe()
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_end, "rb", buffering=0)
+    )
+    try:
+        yield reader, write_end
+    finally:
+        transport.close()
 
 
 @dataclass
@@ -102,7 +121,7 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """Its process id while it lives."""
+        """Its process id while it runs."""
         alive = self.process is not None and self.process.returncode is None
         return self.process.pid if alive and self.process else None
 
@@ -113,7 +132,7 @@ class Child:
             CrashLoopError: it ended too often, too quickly.
         """
         while not self._stop.is_set():
-            born = time.monotonic()
+            started = time.monotonic()
             code = await self._run_once()
             if self._stop.is_set():
                 return
@@ -121,7 +140,7 @@ class Child:
                 self.finished = True
                 self.output.say(f"{self.spec.name} has finished")
                 return
-            await self._wait_before_restart(code, time.monotonic() - born)
+            await self._wait_before_restart(code, time.monotonic() - started)
 
     async def wait_ready(self, timeout: float) -> bool:
         """Whether it answers within ``timeout`` seconds."""
@@ -134,7 +153,7 @@ class Child:
         return True
 
     async def stop(self) -> None:
-        """Asks it to end, and ends it when it does not. Idempotent."""
+        """Asks it to end, and kills it when it does not. Idempotent."""
         self._stop.set()
         process = self.process
         if process is None:
@@ -150,35 +169,42 @@ class Child:
         await process.wait()
 
     async def _run_once(self) -> int:
-        process = await asyncio.create_subprocess_exec(
+        async with open_pipe() as (stream, write_end):
+            try:
+                process = await self._start_process(write_end)
+            finally:
+                os.close(write_end)
+            self.process = process
+            if self._stop.is_set():  # stop() was called while the process was being started
+                signal_group(process.pid, signal.SIGKILL)
+            self._started.set()
+            self.on_change()
+            pump = asyncio.create_task(self._pump(stream))
+            code = await process.wait()
+            # Children of a killed parent would run on and keep the pipe open.
+            signal_group(process.pid, signal.SIGKILL)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(pump, 1.0)
+            self.on_change()
+            return code
+
+    async def _start_process(self, write_end: int) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
             *self.spec.argv,
             env=dict(self.spec.env),
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
+            stdout=write_end,
             stderr=asyncio.subprocess.STDOUT,
             # A session of its own: Ctrl-C reaches us only, and its whole group can be signalled.
             start_new_session=True,
             preexec_fn=dies_with_parent(self.spec.niceness),
         )
-        self.process = process
-        if self._stop.is_set():  # stop() came while the process was being made
-            signal_group(process.pid, signal.SIGKILL)
-        self._started.set()
-        self.on_change()
-        pump = asyncio.create_task(self._pump(process))
-        code = await process.wait()
-        # Children of a killed parent would go on, with the pipe in their hands.
-        signal_group(process.pid, signal.SIGKILL)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(pump, 1.0)
-        self.on_change()
-        return code
 
     async def _wait_before_restart(self, code: int, uptime: float) -> None:
         delay = self.backoff.next_delay(uptime)
         if delay is None:
             raise CrashLoopError(
-                self.spec.name, self.backoff.deaths, self.output.tail(self.spec.name)
+                self.spec.name, self.backoff.exits, self.output.tail(self.spec.name)
             )
         self.restarts += 1
         self.output.say(
@@ -188,10 +214,7 @@ class Child:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), delay)
 
-    async def _pump(self, process: asyncio.subprocess.Process) -> None:
-        stream = process.stdout
-        if stream is None:
-            return
+    async def _pump(self, stream: asyncio.StreamReader) -> None:
         rest = b""
         while chunk := await stream.read(READ_BYTES):
             *lines, rest = (rest + chunk).split(b"\n")

@@ -125,6 +125,7 @@ class Esper:
             code = await process.wait()
         except asyncio.CancelledError:
             signal_group(process.pid, signal.SIGKILL)
+            await process.wait()
             raise
         if code != 0:
             raise PreparationError("The database could not be prepared; see the lines above.")

@@ -1,4 +1,4 @@
-"""Celery is a doorbell: ids as JSON, known tasks, known queues."""
+"""Celery messages are notifications: ids as JSON, known tasks, known queues."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ def test_every_beat_entry_names_a_task_that_exists_and_a_queue_with_a_worker() -
     for name, entry in app.conf.beat_schedule.items():
         assert entry["task"] in app.tasks, name
         assert entry["options"]["queue"] == "control", name
+
+
+def test_a_process_with_settings_has_the_app_in_every_thread() -> None:
+    program = (
+        "import os; os.environ['DJANGO_SETTINGS_MODULE'] = 'esper_web.settings.test'\n"
+        "import django; django.setup()\n"
+        "from concurrent.futures import ThreadPoolExecutor; from celery import current_app\n"
+        "in_thread = ThreadPoolExecutor(1).submit(lambda: current_app.main).result()\n"
+        "print(in_thread, current_app.main, current_app.conf.broker_url)"
+    )
+    assert _run(program) == "esper esper memory://"
 
 
 def test_a_sweep_that_waited_too_long_is_dropped() -> None:
@@ -53,12 +64,17 @@ def test_the_control_worker_and_the_web_do_not_import_torch() -> None:
         "from esper_web.celery import app; app.loader.import_default_modules()\n"
         "print('torch' in sys.modules)"
     )
+    assert _run(program) == "False"
+
+
+def _run(program: str) -> str:
     answer = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
-    assert answer.stdout.strip() == "False", answer.stderr
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.strip()

@@ -115,6 +115,51 @@ def test_sqlite_and_postgresql_get_the_options_that_they_need() -> None:
     assert postgresql["CONN_MAX_AGE"] == 0
 
 
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("sqlite:////tmp/esper.sqlite3", "/tmp/esper.sqlite3"),
+        ("sqlite:///esper.sqlite3", "esper.sqlite3"),
+        ("sqlite:////tmp/a folder/esper.sqlite3", "/tmp/a folder/esper.sqlite3"),
+        ("sqlite://:memory:", ":memory:"),
+    ],
+)
+def test_a_sqlite_url_names_a_file_or_memory(url: str, name: str) -> None:
+    config = env.database_from_url(url)
+    assert (config["ENGINE"], config["NAME"]) == ("django.db.backends.sqlite3", name)
+
+
+def test_every_part_of_a_postgresql_url_is_read_and_decoded() -> None:
+    config = env.database_from_url("postgresql://a%40b:p%2Fw%3A@db:5433/esper%20a?sslmode=require")
+    parts = [config[part] for part in ("USER", "PASSWORD", "HOST", "PORT", "NAME")]
+    assert parts == ["a@b", "p/w:", "db", 5433, "esper a"]
+    assert config["ENGINE"] == "django.db.backends.postgresql"
+    assert config["OPTIONS"]["sslmode"] == "require"
+    short = env.database_from_url("postgres://db/esper")
+    parts = [short[part] for part in ("USER", "PASSWORD", "HOST", "PORT", "NAME")]
+    assert parts == ["", "", "db", "", "esper"]
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("", "must start with"),
+        ("esper.sqlite3", "must start with"),
+        ("sqlite://", "must start with"),
+        ("sqlite:///", "names no file"),
+        ("postgresql://user:hunter2@db", "names no database"),
+        ("postgresql://user:hunter2@db:http/esper", "has a port that is not a number"),
+        ("postgresql://user:hunter2@db:70000/esper", "has a port that is not a number"),
+    ],
+)
+def test_a_database_url_that_is_wrong_is_refused_without_its_password(
+    url: str, sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        env.database_from_url(url)
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_database_url_that_cannot_be_read_is_named() -> None:
     os.environ["ESPER_TEST_DATABASE"] = "oracle://x"
     try:

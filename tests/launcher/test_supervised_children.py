@@ -260,3 +260,27 @@ async def test_a_line_without_an_end_is_cut_instead_of_kept_in_memory(
     await Child(spec("web", program, restart=Restart.ON_FAILURE), output).keep_running()
     assert screen.getvalue().count("x") >= 300_000
     assert "| last" in screen.getvalue()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux")
+async def test_a_child_has_ended_although_a_grandchild_keeps_its_output_open(
+    output: Output, screen: io.StringIO
+) -> None:
+    program = """
+import os, time
+if os.fork():
+    while os.read(gate, 1): pass
+else:
+    os.setsid()
+    time.sleep(60)
+"""
+    program = program.replace(
+        "if os.fork():", "gate, done = os.pipe()\nif os.fork():\n    os.close(done)"
+    )
+    program = program.replace("    time.sleep(60)", "    os.close(done)\n    time.sleep(60)")
+    mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
+    parent = spec("parent", program, restart=Restart.ON_FAILURE)
+    child = Child(replace(parent, env={**parent.env, MARK: mark}), output)
+    await child.keep_running()
+    assert child.finished
+    assert await asyncio.to_thread(end_marked, mark) != []

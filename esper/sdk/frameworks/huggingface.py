@@ -25,7 +25,8 @@ try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:  # the library itself does not need it
     raise ImportError(
-        "esper.sdk.frameworks.huggingface needs transformers: pip install 'esper-web[huggingface]'"
+        "esper.sdk.frameworks.huggingface needs transformers: "
+        "pip install 'esper-control[huggingface]'"
     ) from error
 
 from esper.exceptions import ConfigurationError
