@@ -45,6 +45,7 @@ from tests.esper.grafting.layer_kinds import (
     support_table,
     supported_pairs,
 )
+from tests.esper.grafting.pairwise import cover_and_rest
 from tests.esper.tiny_models import IN_LAYERS, meet_requirements
 
 SLUGS = IN_LAYERS
@@ -58,6 +59,33 @@ WAYS: dict[str, tuple[torch.dtype, bool, bool]] = {
     "bf16_eval": (torch.bfloat16, False, False),
     "autocast": (torch.float32, True, True),
 }
+
+
+def ways_of(kind: str) -> list[str]:
+    return ["autocast"] if kind.startswith(IN_WHOLE_MODELS) else list(WAYS)
+
+
+def rotated(values: list[str], places: int) -> list[str]:
+    """So that the cover, which prefers what comes first, uses all values alike."""
+    return values[places % len(values) :] + values[: places % len(values)]
+
+
+PROMISES = [
+    (slug, kind, way)
+    for place, (slug, kind) in enumerate(PAIRS)
+    for way in rotated(ways_of(kind), place)
+]
+BESIDE_THE_RUN = [
+    (slug, kind, what)
+    for place, (slug, kind) in enumerate(PAIRS)
+    for what in rotated(["forecast", "stand-in"], place)
+]
+
+
+def beside_the_run(what: str) -> list[Any]:
+    """(slug, kind) of the rows with this test; a cover of them all is spread over the tests."""
+    rows = cover_and_rest(BESIDE_THE_RUN)
+    return [pytest.param(*row.values[:2], marks=row.marks) for row in rows if row.values[2] == what]
 
 
 def test_the_table_of_what_is_supported_is_the_reviewed_one() -> None:
@@ -83,14 +111,7 @@ def test_every_refusal_is_a_sentence_for_a_person_and_touches_nothing(slug: str)
         assert fingerprint(subject.model) == before
 
 
-@pytest.mark.parametrize(
-    ("slug", "kind", "way"),
-    [
-        (slug, kind, way)
-        for slug, kind in PAIRS
-        for way in (["autocast"] if kind.startswith(IN_WHOLE_MODELS) else WAYS)
-    ],
-)
+@pytest.mark.parametrize(("slug", "kind", "way"), cover_and_rest(PROMISES))
 def test_a_graft_keeps_every_promise(slug: str, kind: str, way: str) -> None:
     dtype, autocast, training = WAYS[way]
     subject = make_subject(kind, dtype)
@@ -239,7 +260,7 @@ def test_all_new_tensors_move_and_the_loss_falls(slug: str) -> None:
     assert all(not torch.equal(before[name], parameter) for name, parameter in new.items())
 
 
-@pytest.mark.parametrize(("slug", "kind"), PAIRS)
+@pytest.mark.parametrize(("slug", "kind"), beside_the_run("forecast"))
 def test_forecast_memory_is_within_a_tenth_of_what_is_measured(slug: str, kind: str) -> None:
     blueprint = blueprints.get_blueprint(slug)
     dtype = torch.float32 if len(kind) % 2 else torch.bfloat16  # each on half of the kinds
@@ -295,7 +316,7 @@ def test_one_seed_gives_one_graft(slug: str) -> None:
         assert digest(first) != digest(other)
 
 
-@pytest.mark.parametrize(("slug", "kind"), PAIRS)
+@pytest.mark.parametrize(("slug", "kind"), beside_the_run("stand-in"))
 def test_a_worker_certifies_on_a_stand_in_from_the_description_alone(slug: str, kind: str) -> None:
     blueprint, info = blueprints.get_blueprint(slug), described(kind)
     torch.manual_seed(0)

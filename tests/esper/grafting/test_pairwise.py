@@ -1,0 +1,54 @@
+"""The cover that ./check runs in place of whole products meets each of their pairs."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.esper.grafting.pairwise import Row, cover_and_rest, pairs_of, pairwise_cover
+from tests.esper.grafting.test_graft_contract import (
+    BESIDE_THE_RUN,
+    PAIRS,
+    PROMISES,
+)
+
+
+def pairs_in(rows: list[Row]) -> set[object]:
+    return set().union(*map(pairs_of, rows))
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 2)), max_size=40, unique=True
+    )
+)
+def test_a_cover_meets_each_pair_of_any_rows(rows: list[Row]) -> None:
+    cover = pairwise_cover(rows)
+    assert pairs_in(cover) == pairs_in(rows)
+    assert set(cover) <= set(rows)
+    assert pairwise_cover(rows) == cover, "the same each time"
+
+
+def test_a_cover_of_a_product_is_small() -> None:
+    rows = list(product(range(5), range(5), range(5)))
+    assert 25 <= len(pairwise_cover(rows)) <= 45
+
+
+def test_rows_outside_the_cover_are_marked_and_none_is_lost() -> None:
+    rows = list(product("abc", "de", "fg"))
+    parameters = cover_and_rest(rows)
+    assert [parameter.values for parameter in parameters] == rows
+    unmarked = [parameter.values for parameter in parameters if not parameter.marks]
+    assert unmarked == pairwise_cover(rows)
+    assert {mark.name for parameter in parameters for mark in parameter.marks} == {"full"}
+
+
+@pytest.mark.parametrize("rows", [PROMISES, BESIDE_THE_RUN], ids=["promises", "beside the run"])
+def test_the_covers_of_the_conformance_suite_meet_each_pair(rows: list[Row]) -> None:
+    cover = pairwise_cover(rows)
+    assert pairs_in(cover) == pairs_in(rows)
+    assert {row[:2] for row in cover} == set(PAIRS), "each supported pair is tried"
+    assert len(cover) < len(rows)
