@@ -18,5 +18,5 @@ app.autodiscover_tasks()
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def prepare_child(**_signal: object) -> None:
-    """One lasting loop for bells. Builders are started by ``apps.workers.presence``."""
-    importlib.import_module("apps.notifications.services").start_bell_thread()
+    """One lasting loop for notifications. Builders are started by ``apps.workers.presence``."""
+    importlib.import_module("apps.notifications.services").start_notification_thread()

@@ -1,4 +1,4 @@
-"""Events and messages owed to workers, to look at."""
+"""Events and pending messages for workers, read-only."""
 
 from __future__ import annotations
 

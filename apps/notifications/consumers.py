@@ -1,4 +1,4 @@
-"""The browser's socket: events of the topics that it asks for, without gaps."""
+"""The browser's socket: the events of the topics that it subscribes to, without gaps."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ NOT_SIGNED_IN, SLOW_READER = 4401, 1013
 class StreamConsumer(AsyncWebsocketConsumer):
     """``/ws/v1/stream``, see ``docs/protocol.md``.
 
-    An event that comes over the channel layer is a doorbell: when its number is not the next one,
-    the rows in between are read and sent first. Rights are looked at again with every ping.
+    An event from the channel layer is a notification: when its number is not the next one, the
+    rows in between are read and sent first. Rights are checked again with every ping.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class StreamConsumer(AsyncWebsocketConsumer):
         for topic in self.sent:
             await self.channel_layer.group_discard(group_name(topic), self.channel_name)
 
-    # --- what the browser says ------------------------------------------------------------------
+    # --- what the browser sends ------------------------------------------------------------------
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
         try:
@@ -93,7 +93,7 @@ class StreamConsumer(AsyncWebsocketConsumer):
             why = f"One socket watches at most {MAX_TOPICS} topics."
             await self._say({"op": "refused", "topic": topic, "why": why})
             return
-        # First the bell, then the rows: what happens in between is heard.
+        # Join the group before reading the rows, so that no event in between is lost.
         await self.channel_layer.group_add(group_name(topic), self.channel_name)
         async with self.sending:
             newest = await database_sync_to_async(last_seq)(topic)
@@ -101,7 +101,7 @@ class StreamConsumer(AsyncWebsocketConsumer):
             if since is None or since > newest:
                 since = newest
             elif newest - since > MAX_REPLAY:
-                answer["resync"], since = True, newest  # cheaper to read the page again
+                answer["resync"], since = True, newest  # reading the page again costs less
             self.sent[topic] = since
             await self._say(answer)
             await self._catch_up(topic, newest)
@@ -144,7 +144,7 @@ class StreamConsumer(AsyncWebsocketConsumer):
                 self.sent[topic] = event.seq
 
     async def _flush_progress(self) -> None:
-        """The newest progress of each topic; the ones that it replaces are not missed."""
+        """Send the newest progress of each topic; older progress is dropped."""
         waiting, self.progress = self.progress, {}
         for message in waiting.values():
             await self._say(message)
@@ -162,11 +162,11 @@ class StreamConsumer(AsyncWebsocketConsumer):
                 await self._say({"op": "ping", "time": time.time()})
             except asyncio.CancelledError:
                 raise
-            except Exception as error:  # a busy database must not cut the browsers off
+            except Exception as error:  # a busy database must not disconnect the browsers
                 log.warning("socket of %s: %s", self.user, error)
 
     async def _still_signed_in(self) -> bool:
-        """Reads session and account anew: a sign-out or a lost account ends the socket."""
+        """Read session and account again: a sign-out or a disabled account ends the socket."""
         key = self.scope["session"].session_key
         engine = import_module(settings.SESSION_ENGINE)
         fresh: Any = {"session": engine.SessionStore(key)}
@@ -190,7 +190,7 @@ class StreamConsumer(AsyncWebsocketConsumer):
 
 def _request(frame: Any) -> tuple[str, str, int | None]:
     """(op, topic, since); raises ``CodecError`` for anything else."""
-    # A list, since a set would have to hash whatever the browser sent.
+    # A list, because a set would hash what the browser sent, and a dict has no hash.
     if not isinstance(frame, dict) or frame.get("op") not in ["subscribe", "unsubscribe"]:
         raise CodecError('a frame is {"op": "subscribe"|"unsubscribe", "topic": …, "since": …}')
     topic, since = frame.get("topic"), frame.get("since")

@@ -1,4 +1,4 @@
-"""What leaves a transaction: events for people who watch, and messages for workers."""
+"""What a transaction sends: events for people who watch, and messages for workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Feed(models.Model):
 
 
 class FeedEvent(models.Model):
-    """One visible change; sockets deliver it, this row is the truth that they replay."""
+    """One visible change. Sockets deliver it and replay it from this row."""
 
     topic = models.CharField(max_length=64)
     seq = models.BigIntegerField()
@@ -29,7 +29,7 @@ class FeedEvent(models.Model):
 
 
 class OutboxMessage(models.Model):
-    """A Celery message that a committed change owes to a worker."""
+    """A Celery message of a committed change; ``sent_at`` is null while it is pending."""
 
     task = models.CharField(max_length=80)
     queue = models.CharField(max_length=120)

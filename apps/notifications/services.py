@@ -39,14 +39,14 @@ def group_name(topic: str) -> str:
 
 
 def publish(*, topic: str, type: str, data: dict[str, Any]) -> FeedEvent:
-    """Write one event and ring its topic's bell after the commit. Needs a transaction."""
+    """Write one event and notify its topic after the commit. Needs a transaction."""
     take_turn()
     if not Feed.objects.filter(topic=topic).update(last_seq=F("last_seq") + 1):
         Feed.objects.get_or_create(topic=topic)
         Feed.objects.filter(topic=topic).update(last_seq=F("last_seq") + 1)
     seq = Feed.objects.values_list("last_seq", flat=True).get(topic=topic)
     event = FeedEvent.objects.create(topic=topic, seq=seq, type=type, data=data)
-    transaction.on_commit(lambda: ring(group_name(topic), "feed.event", event_to_wire(event)))
+    transaction.on_commit(lambda: notify(group_name(topic), "feed.event", event_to_wire(event)))
     return event
 
 
@@ -68,43 +68,44 @@ def last_seq(topic: str) -> int:
     return Feed.objects.filter(topic=topic).values_list("last_seq", flat=True).first() or 0
 
 
-def ring(group: str, type: str, message: dict[str, Any]) -> None:
-    """Best effort: who misses the bell finds the row. A dead Redis must not fail the act."""
+def notify(group: str, type: str, message: dict[str, Any]) -> None:
+    """Tell a group to look at its rows. A dead Redis loses the message, and fails no caller."""
     try:
         layer = get_channel_layer()
         if layer is None:
             return
         event = {"type": type, "message": message}
-        if _bell_loop is None:
+        if _sending_loop is None:
             async_to_sync(layer.group_send)(group, event)
         else:
-            sound = layer.group_send(group, event)
-            asyncio.run_coroutine_threadsafe(sound, _bell_loop).add_done_callback(_note_failure)
+            sending = layer.group_send(group, event)
+            sent = asyncio.run_coroutine_threadsafe(sending, _sending_loop)
+            sent.add_done_callback(_note_failure)
     except Exception as error:
-        log.warning("bell %s was not rung: %s", group, error)
+        log.warning("the notification of %s was not sent: %s", group, error)
 
 
-# A Celery worker has no event loop of its own, and a new one for each bell would mean a new
-# connection to Redis for each bell: half of the time of a compile task.
-_bell_loop: asyncio.AbstractEventLoop | None = None
+# A Celery worker has no event loop of its own. A new loop for each notification would need a new
+# connection to Redis each time, which is half of the time of a compile task.
+_sending_loop: asyncio.AbstractEventLoop | None = None
 
 
-def start_bell_thread() -> None:
-    """Ring from a thread with one lasting loop; for processes that serve no requests."""
-    global _bell_loop
+def start_notification_thread() -> None:
+    """Send from a thread with one lasting loop; for processes that serve no requests."""
+    global _sending_loop
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="bell", daemon=True).start()
-    _bell_loop = loop
+    threading.Thread(target=loop.run_forever, name="notifications", daemon=True).start()
+    _sending_loop = loop
 
 
 def _note_failure(done: concurrent.futures.Future[None]) -> None:
     error = done.exception()
     if error is not None:
-        log.warning("a bell was not rung: %s", error)
+        log.warning("a notification was not sent: %s", error)
 
 
 def enqueue(*, task: str, queue: str, args: list[Any]) -> OutboxMessage:
-    """Owe a worker a message; it is sent after the commit, and again by the relay if that fails."""
+    """Queue a message for a worker; it is sent after the commit, or by the relay if that fails."""
     message = OutboxMessage.objects.create(task=task, queue=queue, args=args)
     transaction.on_commit(lambda: send(message))
     return message
@@ -115,7 +116,7 @@ def send(message: OutboxMessage) -> bool:
     try:
         current_app.send_task(message.task, args=message.args, queue=message.queue, retry=False)
     except Exception as error:
-        log.warning("%s for %s waits: %s", message.task, message.queue, error)
+        log.warning("could not send %s to %s: %s", message.task, message.queue, error)
         return False
     OutboxMessage.objects.filter(pk=message.pk).update(
         sent_at=timezone.now(), attempts=F("attempts") + 1
@@ -124,7 +125,7 @@ def send(message: OutboxMessage) -> bool:
 
 
 def relay_outbox(*, older_than: timedelta = timedelta(seconds=1), limit: int = 200) -> int:
-    """Send what is still owed; returns how many messages left."""
+    """Send the messages that are still pending; returns how many were sent."""
     waiting = OutboxMessage.objects.filter(
         sent_at=None, created_at__lt=timezone.now() - older_than
     ).order_by("id")[:limit]

@@ -25,7 +25,7 @@ from django.utils import timezone
 from apps.accounts import services as accounts
 from apps.accounts.actors import Actor, ActorKind
 from apps.accounts.models import ApiToken
-from apps.notifications.services import SYSTEM_TOPIC, group_name, launch_topic, publish, ring
+from apps.notifications.services import SYSTEM_TOPIC, group_name, launch_topic, notify, publish
 from apps.recipes.files import RecipeError, RecipeFile, check_parameters, read_folder
 from apps.recipes.hostlog import read_log, tail_offset
 from apps.recipes.launch_monitor import EXIT_FILE, PROCESS_FILE, Order, read_note
@@ -344,5 +344,5 @@ def _store_chunk(launch: Launch, offset: int, data: bytes) -> bool:
     launch.log_end = end
     topic = launch_topic(launch.uid)
     message = {"topic": topic, "type": "launch.log", "data": {"end": end}}
-    ring(group_name(topic), "feed.progress", message)
+    notify(group_name(topic), "feed.progress", message)
     return True

@@ -16,7 +16,7 @@ from apps.accounts.actors import Actor
 from apps.accounts.models import ApiToken, User
 from apps.accounts.policy import Act, may
 from apps.audit.services import record
-from apps.notifications.services import publish, ring, run_topic
+from apps.notifications.services import notify, publish, run_topic
 from apps.rest.problems import Problem
 from apps.runs import models
 from esper import contracts
@@ -171,7 +171,7 @@ def check_epoch(run: models.Run, epoch: int) -> None:
 
 
 def touch(run: models.Run) -> None:
-    """Note that the trainer was heard of; an unreachable run runs again."""
+    """Record that the trainer has reported; an unreachable run is running again."""
     models.Run.objects.filter(pk=run.pk).update(last_seen_at=timezone.now())
     if run.state == RunState.UNREACHABLE:
         set_state(run=run, state=RunState.RUNNING, actor=_trainer(run))
@@ -218,7 +218,7 @@ def issue_command(
     payload: dict[str, Any] | None = None,
     ttl_seconds: int = 60,
 ) -> models.Command:
-    """Sign one command, append it to the run's log and ring the trainer after the commit."""
+    """Sign one command, append it to the run's log and notify the trainer after the commit."""
     models.Run.objects.filter(pk=run.pk).update(command_seq=F("command_seq") + 1)
     run.refresh_from_db(fields=["command_seq", "epoch"])
     issued_at = timezone.now()
@@ -236,7 +236,7 @@ def issue_command(
     )
     command.signature = signing.sign(_contract(command).signing_bytes(), settings.ESPER_COMMAND_KEY)
     command.save()
-    transaction.on_commit(lambda: ring(trainer_group(run.uid), "command.issued", {}))
+    transaction.on_commit(lambda: notify(trainer_group(run.uid), "command.issued", {}))
     return command
 
 

@@ -14,7 +14,7 @@ from django.db.models import Count, F, Model
 from django.utils import timezone
 
 from apps.accounts.actors import Actor, ActorKind
-from apps.notifications.services import group_name, ring, run_topic
+from apps.notifications.services import group_name, notify, run_topic
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, set_state
 from apps.telemetry.batch import Batch, MetricItem
@@ -147,28 +147,28 @@ def _announce(run: Run, batch: Batch) -> None:
         }
         for frame in batch.frames
     )
-    _ring_progress(run, _newest_loss(batch.metrics))
+    _notify_progress(run, _newest_loss(batch.metrics))
 
 
 def _loss_text(loss: MetricItem | None) -> str:
     return "" if loss is None else repr(loss.value)  # "nan" and "inf" included
 
 
-_progress_rung_at: dict[int, float] = {}
+_progress_sent_at: dict[int, float] = {}
 
 
-def _ring_progress(run: Run, loss: MetricItem | None) -> None:
-    """A doorbell without a row: what it says is read from the run again when it gets lost."""
+def _notify_progress(run: Run, loss: MetricItem | None) -> None:
+    """A notification without a row: a browser that misses it reads the run again."""
     now = time.monotonic()
-    if now - _progress_rung_at.get(run.pk, -math.inf) < PROGRESS_PERIOD_SECONDS:
+    if now - _progress_sent_at.get(run.pk, -math.inf) < PROGRESS_PERIOD_SECONDS:
         return
-    if len(_progress_rung_at) > 1000:
-        _progress_rung_at.clear()
-    _progress_rung_at[run.pk] = now
+    if len(_progress_sent_at) > 1000:
+        _progress_sent_at.clear()
+    _progress_sent_at[run.pk] = now
     topic = run_topic(run.uid)
     data = {"step": run.step, "loss": None if loss is None else codec.number_to_wire(loss.value)}
     message = {"topic": topic, "type": "run.progress", "data": data}
-    ring(group_name(topic), "feed.progress", message)
+    notify(group_name(topic), "feed.progress", message)
 
 
 def thin_telemetry() -> int:

@@ -29,8 +29,8 @@ NOT_SIGNED_IN, NOT_FOUND = 4401, 4404
 class TrainerConsumer(AsyncWebsocketConsumer):
     """``/ws/v1/trainer/<uid>?after=<seq>`` with the run's token; cookies mean nothing here.
 
-    A doorbell says that there are commands; the rows say which. The rows are looked at every few
-    seconds too, so that a lost doorbell only costs time.
+    A notification says that there are commands; the rows say which. The rows are read every few
+    seconds too, so that a lost notification only costs time.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class TrainerConsumer(AsyncWebsocketConsumer):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """A send that fails ends the consumer without ``disconnect``: the beat must end with it.
 
-        Else it would go on to say that the trainer was heard of.
+        Otherwise it would go on to record that the trainer has reported.
         """
         try:
             await super().__call__(scope, receive, send)
@@ -99,9 +99,9 @@ class TrainerConsumer(AsyncWebsocketConsumer):
             except asyncio.CancelledError:
                 raise
             except TimeoutError:
-                await self.close(1013)  # it does not read: let it come back
+                await self.close(1013)  # it does not read; it reconnects
                 return
-            except Exception as error:  # a busy database must not cut the trainer off
+            except Exception as error:  # a busy database must not disconnect the trainer
                 log.warning("socket of run %s: %s", self.uid, error)
 
     async def _say(self, message: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class TrainerConsumer(AsyncWebsocketConsumer):
 
 
 def why_refused(secret: str | None, uid: str) -> int:
-    """The close code for a stranger, 0 for the run's own trainer."""
+    """The close code for a caller that is not the run's trainer, else 0."""
     token = authenticate_token(secret) if secret else None
     if token is None or TokenScope.RUN_WRITE not in token.scopes:
         return NOT_SIGNED_IN

@@ -14,9 +14,9 @@ from tests.apps.api.cast import Caller, Inbox, Trainer, frame, metrics, register
 
 @pytest.fixture(autouse=True)
 def _fresh_memory() -> None:
-    """Throttles and coalescing remember across requests; tests must not remember each other."""
+    """Throttles and coalescing keep state across requests; each test starts without it."""
     cache.clear()
-    telemetry._progress_rung_at.clear()
+    telemetry._progress_sent_at.clear()
 
 
 @pytest.fixture

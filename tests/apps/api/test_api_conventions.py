@@ -45,7 +45,7 @@ def _paths(patterns: list[Any]) -> Iterator[str]:
 PATHS = sorted(_paths(api_urls.urlpatterns))
 
 
-def test_nothing_is_said_to_strangers(anybody: Caller) -> None:
+def test_a_caller_without_an_account_learns_nothing(anybody: Caller) -> None:
     assert len(PATHS) > 45
     for path in PATHS:
         for answer in (anybody.get(path), anybody.post(path)):

@@ -14,10 +14,10 @@ from django.test import Client
 
 from apps.accounts.models import User
 from apps.notifications import consumers as browser_side
-from apps.notifications.services import group_name, publish, ring, run_topic
-from apps.runs import consumers as trainer_side
+from apps.notifications.services import group_name, notify, publish, run_topic
 from apps.runs.models import Run
 from apps.runs.services import issue_command
+from apps.trainers import consumers as trainer_side
 from esper.contracts import Command, CommandKind, Role, TokenScope, codec, signing
 from tests.apps.api.cast import Trainer, metrics, register, token_of
 
@@ -147,7 +147,7 @@ async def test_missed_events_are_replayed_from_the_last_known_number(
     await socket.close()
 
 
-async def test_a_lost_doorbell_is_made_good_by_the_next_one(
+async def test_a_lost_notification_is_made_good_by_the_next_one(
     people: dict[Role, User], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     socket = await in_database(browser)(people[Role.OPERATOR])
@@ -155,7 +155,7 @@ async def test_a_lost_doorbell_is_made_good_by_the_next_one(
     await socket.say({"op": "subscribe", "topic": "inbox"})
     await socket.next()
     with monkeypatch.context() as deaf:
-        deaf.setattr("apps.notifications.services.ring", lambda *_: None)
+        deaf.setattr("apps.notifications.services.notify", lambda *_: None)
         await in_database(tell)("inbox", n=1)
     await in_database(tell)("inbox", n=2)
     assert [(await socket.next())["data"]["n"] for _ in range(2)] == [1, 2]
@@ -216,7 +216,7 @@ async def test_progress_is_coalesced_and_a_diverged_loss_is_a_word(
     for step in range(20):
         data = {"step": step, "loss": "nan"}
         message = {"topic": topic, "type": "run.progress", "data": data}
-        await in_database(ring)(group_name(topic), "feed.progress", message)
+        await in_database(notify)(group_name(topic), "feed.progress", message)
     seen = [(await socket.next())["data"]["step"]]
     while seen[-1] < 19:
         seen.append((await socket.next())["data"]["step"])
@@ -231,8 +231,8 @@ async def test_telemetry_rings_the_browsers(people: dict[Role, User], trainer: T
     await socket.say({"op": "subscribe", "topic": run_topic(trainer.run)})
     await socket.next()
     await in_database(trainer.send)(metrics=[metrics(7, loss="inf")])
-    heard = [await socket.next(), await socket.next()]
-    by_type = {event["type"]: event["data"] for event in heard}
+    events = [await socket.next(), await socket.next()]
+    by_type = {event["type"]: event["data"] for event in events}
     assert by_type["run.state"]["to"] == "running"
     assert by_type["run.progress"] == {"step": 7, "loss": "inf"}
     await socket.close()
@@ -248,7 +248,7 @@ async def test_a_foreign_page_cannot_ride_on_the_cookie(
     await socket.refused()
 
 
-async def test_strangers_and_the_dismissed_get_no_stream(people: dict[Role, User]) -> None:
+async def test_unknown_and_disabled_accounts_get_no_stream(people: dict[Role, User]) -> None:
     assert await Socket("/ws/v1/stream", [ORIGIN]).refused() == 4401
     token = await in_database(token_of)(people[Role.OPERATOR], TokenScope.READ)
     header = (b"authorization", f"Bearer {token}".encode())
@@ -302,7 +302,7 @@ async def test_a_trainer_gets_what_it_missed_and_then_what_is_new(trainer: Train
     await socket.close()
 
 
-async def test_a_command_whose_doorbell_was_lost_arrives_all_the_same(
+async def test_a_command_whose_notification_was_lost_arrives_all_the_same(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_side, "CHECK_SECONDS", 0.1)
@@ -311,7 +311,7 @@ async def test_a_command_whose_doorbell_was_lost_arrives_all_the_same(
     await socket.open()
     assert (await socket.next())["type"] == "ping"
     with monkeypatch.context() as deaf:
-        deaf.setattr("apps.runs.services.ring", lambda *_: None)
+        deaf.setattr("apps.runs.services.notify", lambda *_: None)
         await in_database(_issue)(trainer.run)
     while (message := await socket.next())["type"] == "ping":
         pass

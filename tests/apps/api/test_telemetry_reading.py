@@ -76,15 +76,15 @@ def test_old_telemetry_is_thinned_and_thinning_again_changes_nothing(
     assert services.thin_telemetry() == 0
 
 
-def test_progress_is_rung_at_most_four_times_a_second(
+def test_progress_is_sent_at_most_four_times_a_second(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, django_capture_on_commit_callbacks: object
 ) -> None:
-    rung: list[str] = []
-    monkeypatch.setattr(services, "ring", lambda group, type, message: rung.append(type))
+    sent: list[str] = []
+    monkeypatch.setattr(services, "notify", lambda group, type, message: sent.append(type))
     with django_capture_on_commit_callbacks(execute=True):  # type: ignore[operator]
         for step in range(1, 6):
             trainer.send(metrics=[metrics(step, loss=1.0)])
-    assert rung == ["feed.progress"]
+    assert sent == ["feed.progress"]
 
 
 def _store(run: Run, values: np.ndarray) -> None:
