@@ -52,7 +52,7 @@ _ACTS = {
     "extend": (Act.EXTEND, frozenset({S.AWAITING_APPROVAL})),
     "cancel": (
         Act.CANCEL,
-        frozenset({S.AWAITING_APPROVAL, S.APPROVED, S.COMPILE_QUEUED, S.COMPILING, S.COMPILED}),
+        frozenset({S.AWAITING_APPROVAL, S.COMPILE_QUEUED, S.COMPILING, S.COMPILED}),
     ),
     "rollback": (Act.ROLL_BACK, frozenset({S.PROBATION, S.KEPT})),
 }

@@ -1,19 +1,22 @@
 """The life of an adaptation, and the one function that moves it.
 
-    proposed → validating → awaiting_approval → approved → compile_queued → compiling → compiled
-                   │               │ person        ▲ rule                                 │
-                   ▼               ▼                                                       ▼
-               declined    rejected, expired,               accepted ◀────────────── dispatched
-                           superseded, cancelled               │
-                                                               ▼
-                  kept ◀──────────────────────────────── probation ──▶ rolling_back ──▶ rolled_back
-                   └── a person takes it out ──▶ rolling_back ──▶ reverted
-                   ▲                                  │
-                   └── the script has merged it ──────┘
+    (proposed) ── by rule ───────────────▶ (approved) ──▶ compile_queued ──▶ compiling ──▶ compiled
+        │                                       ▲                                           │   │
+        └──▶ awaiting_approval ── by a person ──┘                               declined ◀──┘   │
+                 └──▶ rejected, expired,                                                        ▼
+                      superseded, cancelled                 probation ◀── accepted ◀── dispatched
+                                                             │     │
+                 kept ◀──────────────────────────────────────┘     └──▶ rolling_back ──▶ rolled_back
+                  ├── a person takes it out ──▶ rolling_back ──▶ reverted
+                  ▲                                  │
+                  └── the script has merged it ──────┘
+
+States in brackets are passed through: entered and left in one transaction, so that no row rests in
+them. They have an audit row, which says who proposed or approved it, and no deadline.
 
 Other ends: compile_failed, dispatch_expired, not_applied, apply_failed, rollback_failed, run_lost.
-``in_doubt`` holds what a trainer vanished with; only what the trainer reports settles it.
-Expiry never applies anything.
+An adaptation is ``in_doubt`` when its trainer has stopped reporting; only the trainer's next report
+settles it. No deadline ever applies a graft.
 """
 
 from __future__ import annotations
@@ -33,15 +36,19 @@ from apps.audit.services import record
 from apps.notifications.services import INBOX_TOPIC, SYSTEM_TOPIC, publish, run_topic
 from apps.rest.problems import Problem
 from apps.runs.services import lock_run
-from esper.contracts import ADAPTATION_ENDED, AdaptationState, SafetyPolicy
+from esper.contracts import (
+    ADAPTATION_ENDED,
+    ADAPTATION_PASSED_THROUGH,
+    AdaptationState,
+    SafetyPolicy,
+)
 
 S = AdaptationState
 
 NEXT: Mapping[AdaptationState, frozenset[AdaptationState]] = {
-    S.PROPOSED: frozenset({S.VALIDATING, S.DECLINED}),
-    S.VALIDATING: frozenset({S.DECLINED, S.AWAITING_APPROVAL, S.APPROVED}),
+    S.PROPOSED: frozenset({S.AWAITING_APPROVAL, S.APPROVED}),
     S.AWAITING_APPROVAL: frozenset({S.APPROVED, S.REJECTED, S.EXPIRED, S.SUPERSEDED, S.CANCELLED}),
-    S.APPROVED: frozenset({S.COMPILE_QUEUED, S.CANCELLED}),
+    S.APPROVED: frozenset({S.COMPILE_QUEUED}),
     S.COMPILE_QUEUED: frozenset({S.COMPILING, S.COMPILE_FAILED, S.CANCELLED}),
     S.COMPILING: frozenset({S.COMPILED, S.COMPILE_QUEUED, S.COMPILE_FAILED, S.CANCELLED}),
     S.COMPILED: frozenset({S.DISPATCHED, S.DECLINED, S.DISPATCH_EXPIRED, S.CANCELLED}),
@@ -71,7 +78,7 @@ NEXT: Mapping[AdaptationState, frozenset[AdaptationState]] = {
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """``seconds`` after entering a state, ``outcome`` follows; ``policy`` names the threshold."""
+    """``outcome`` follows ``seconds`` after entering a state; ``policy`` names the threshold."""
 
     outcome: AdaptationState
     seconds: int = 0
@@ -81,13 +88,10 @@ class Deadline:
         return timedelta(seconds=getattr(policy, self.policy) if self.policy else self.seconds)
 
 
-# Every state that is not an end has one. ``deadlines`` looks closer before it takes the outcome of
-# the last four: a trainer that we have not heard of may have done what we told it to.
+# Every state in which an adaptation can wait has one. ``deadlines`` checks more before it takes the
+# outcome of the last four: a trainer that has stopped reporting may have obeyed the command.
 DEADLINES: Mapping[AdaptationState, Deadline] = {
-    S.PROPOSED: Deadline(S.DECLINED, 30),
-    S.VALIDATING: Deadline(S.DECLINED, 30),
     S.AWAITING_APPROVAL: Deadline(S.EXPIRED, policy="approval_timeout_seconds"),
-    S.APPROVED: Deadline(S.CANCELLED, 60),
     S.COMPILE_QUEUED: Deadline(S.COMPILE_FAILED, 120),
     S.COMPILING: Deadline(S.COMPILE_FAILED, 180),
     S.COMPILED: Deadline(S.DISPATCH_EXPIRED, 120),
@@ -100,7 +104,7 @@ DEADLINES: Mapping[AdaptationState, Deadline] = {
 
 
 class StaleAdaptationError(Problem):
-    """Somebody else was first; says who did what and when."""
+    """The adaptation has changed since it was read; the error says who decided what, and when."""
 
     def __init__(self, current: Adaptation) -> None:
         who = current.decided_by.get_username() if current.decided_by else current.decided_rule
@@ -127,8 +131,9 @@ def transition(
 ) -> Adaptation:
     """Move an adaptation, or raise. Must run inside a transaction.
 
-    The row moves only from the very state and version that the caller looked at; the audit row and
-    the events are written in the same transaction.
+    The row moves only from the state and version that the caller has read. The audit row and the
+    events are written in the same transaction. A passed-through state has no event: the caller
+    moves on to the next state before the transaction ends.
 
     Args:
         only_if: further conditions on the row, checked by the database in the same statement.
@@ -136,7 +141,7 @@ def transition(
 
     Raises:
         StaleAdaptationError: the row has moved on, or ``only_if`` does not hold.
-        ValueError: there is no such transition; a mistake in our code.
+        ValueError: the lifecycle has no such transition; a bug in the caller.
     """
     lock_run(adaptation.run_id)
     came_from = AdaptationState(adaptation.state)
@@ -153,7 +158,7 @@ def transition(
 
 
 def deadline_for(adaptation: Adaptation, state: AdaptationState) -> Any:
-    """When ``state``, entered now, is over; None for an end."""
+    """The deadline of ``state``, entered now; None for an end and a passed-through state."""
     deadline = DEADLINES.get(state)
     if deadline is None:
         return None
@@ -207,7 +212,10 @@ def _announce(
         reason=reason,
         data={key: data[key] for key in ("number", "layer", "blueprint", "from", "to", "version")},
     )
+    if adaptation.state in ADAPTATION_PASSED_THROUGH:
+        return
     publish(topic=run_topic(adaptation.run.uid), type="adaptation.changed", data=data)
     publish(topic=SYSTEM_TOPIC, type="adaptation.changed", data=data)
-    if S.AWAITING_APPROVAL in (came_from, adaptation.state):
+    approved_by_person = came_from == S.APPROVED and adaptation.decided_by_id is not None
+    if S.AWAITING_APPROVAL in (came_from, adaptation.state) or approved_by_person:
         publish(topic=INBOX_TOPIC, type="adaptation.changed", data=data)

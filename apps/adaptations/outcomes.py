@@ -251,8 +251,6 @@ def close_open_adaptations(run: Run, actor: Actor, reason: str) -> None:
 
 def _end_with_run(adaptation: Adaptation) -> AdaptationState:
     state = AdaptationState(adaptation.state)
-    if state in (S.PROPOSED, S.VALIDATING):
-        return S.DECLINED
     if state in (S.DISPATCHED, S.ACCEPTED):
         return S.NOT_APPLIED
     if state in (S.PROBATION, S.ROLLING_BACK, S.IN_DOUBT):

@@ -296,7 +296,6 @@ def _announce_proposal(adaptation: Adaptation, actor: Actor) -> None:
 def _send_on(adaptation: Adaptation, layer: LayerInfo) -> Adaptation:
     policy = adaptation.safety_policy
     rule = Actor(ActorKind.RULE, f"policy v{policy.version}")
-    transition(adaptation, AdaptationState.VALIDATING, actor=rule)
     if adaptation.asks:
         reason = " ".join(adaptation.asks)
         return transition(adaptation, AdaptationState.AWAITING_APPROVAL, actor=rule, reason=reason)

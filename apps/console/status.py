@@ -34,7 +34,6 @@ class Status:
 _A = AdaptationState
 ADAPTATION: dict[AdaptationState, Status] = {
     _A.PROPOSED: Status("standby", "ring", "Proposed"),
-    _A.VALIDATING: Status("standby", "ring", "Being checked"),
     _A.AWAITING_APPROVAL: Status("caution", "triangle", "Waiting for a person"),
     _A.APPROVED: Status("standby", "half", "Approved"),
     _A.COMPILE_QUEUED: Status("standby", "half", "Waiting for a worker"),

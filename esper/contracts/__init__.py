@@ -22,6 +22,7 @@ from esper.contracts.decisions import (
 from esper.contracts.enums import (
     ADAPTATION_ENDED,
     ADAPTATION_GRAFTED,
+    ADAPTATION_PASSED_THROUGH,
     LAUNCH_ENDED,
     RUN_ENDED,
     AdaptationState,
@@ -76,6 +77,7 @@ from esper.contracts.wire import MAX_NAME_LENGTH
 __all__ = [
     "ADAPTATION_ENDED",
     "ADAPTATION_GRAFTED",
+    "ADAPTATION_PASSED_THROUGH",
     "BUNDLE_FILES",
     "LAUNCH_ENDED",
     "MAX_LAYERS",

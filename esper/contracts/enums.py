@@ -29,7 +29,6 @@ class AdaptationState(StrEnum):
     """The life of one adaptation; the order is drawn in ``apps/adaptations/lifecycle.py``."""
 
     PROPOSED = "proposed"
-    VALIDATING = "validating"
     AWAITING_APPROVAL = "awaiting_approval"
     APPROVED = "approved"
     COMPILE_QUEUED = "compile_queued"
@@ -74,6 +73,9 @@ ADAPTATION_ENDED = frozenset(
         AdaptationState.RUN_LOST,
     }
 )
+# Entered and left in one transaction: nobody ever reads a row in one of these states, only its
+# audit row, which says who proposed or approved it.
+ADAPTATION_PASSED_THROUGH = frozenset({AdaptationState.PROPOSED, AdaptationState.APPROVED})
 # The graft is (or may be) in the model.
 ADAPTATION_GRAFTED = frozenset(
     {AdaptationState.PROBATION, AdaptationState.ROLLING_BACK, AdaptationState.KEPT}

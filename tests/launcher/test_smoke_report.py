@@ -84,13 +84,13 @@ def test_who_decided_is_a_user_name_or_the_rule() -> None:
 
 
 def test_a_complete_trail_has_no_gaps() -> None:
-    states = ("proposed", "validating", "approved", "kept")
+    states = ("proposed", "approved", "compile_queued", "kept")
     assert audit_gaps([adaptation()], trail(*states)) == []
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2, 3])
 def test_a_missing_row_is_a_gap(missing: int) -> None:
-    rows = trail("proposed", "validating", "approved", "kept")
+    rows = trail("proposed", "approved", "compile_queued", "kept")
     del rows[missing]
     assert audit_gaps([adaptation()], rows) != []
 

@@ -117,7 +117,6 @@ class Migration(migrations.Migration):
                     models.CharField(
                         choices=[
                             (esper.contracts.enums.AdaptationState["PROPOSED"], "proposed"),
-                            (esper.contracts.enums.AdaptationState["VALIDATING"], "validating"),
                             (
                                 esper.contracts.enums.AdaptationState["AWAITING_APPROVAL"],
                                 "awaiting approval",
@@ -309,7 +308,6 @@ class Migration(migrations.Migration):
                                     esper.contracts.enums.AdaptationState["ROLLING_BACK"],
                                     esper.contracts.enums.AdaptationState["RUN_LOST"],
                                     esper.contracts.enums.AdaptationState["SUPERSEDED"],
-                                    esper.contracts.enums.AdaptationState["VALIDATING"],
                                 ],
                             )
                         ),

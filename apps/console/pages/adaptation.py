@@ -315,12 +315,12 @@ _STAGES: tuple[tuple[str, frozenset[AdaptationState], frozenset[AdaptationState]
     (
         "Decided",
         frozenset({_A.APPROVED}),
-        frozenset({_A.PROPOSED, _A.VALIDATING, _A.AWAITING_APPROVAL}),
+        frozenset({_A.AWAITING_APPROVAL}),
     ),
     (
         "Compiled",
         frozenset({_A.COMPILED}),
-        frozenset({_A.APPROVED, _A.COMPILE_QUEUED, _A.COMPILING}),
+        frozenset({_A.COMPILE_QUEUED, _A.COMPILING}),
     ),
     ("Sent", frozenset({_A.DISPATCHED}), frozenset({_A.COMPILED})),
     ("Grafted", frozenset({_A.PROBATION}), frozenset({_A.DISPATCHED, _A.ACCEPTED, _A.IN_DOUBT})),

@@ -94,13 +94,7 @@ def _tab(tab: InboxTab, user: User) -> QuerySet[Adaptation]:
             return waiting().filter(claimed_by=user, claimed_until__gt=timezone.now())
         case InboxTab.HISTORY:
             asked = ~Q(asks=[])
-            return Adaptation.objects.filter(asked).exclude(
-                state__in=(
-                    AdaptationState.PROPOSED,
-                    AdaptationState.VALIDATING,
-                    AdaptationState.AWAITING_APPROVAL,
-                )
-            )
+            return Adaptation.objects.filter(asked).exclude(state=AdaptationState.AWAITING_APPROVAL)
 
 
 def tab_counts(user: User) -> dict[str, int]:

@@ -389,7 +389,7 @@ def make_kept(world: World) -> None:
         end_reason="the loss fell below the forecast",
     )
     CompileJob.objects.filter(pk=job.pk).update(adaptation_uid=kept.uid)
-    tell(kept, A.PROPOSED, A.VALIDATING, A.AWAITING_APPROVAL, A.APPROVED, A.COMPILE_QUEUED)
+    tell(kept, A.PROPOSED, A.AWAITING_APPROVAL, A.APPROVED, A.COMPILE_QUEUED)
     tell(kept, A.COMPILING, A.COMPILED, A.DISPATCHED, A.ACCEPTED, A.PROBATION, A.KEPT)
     Run.objects.filter(pk=kept.run.pk).update(command_seq=1)
     Command.objects.create(
@@ -634,7 +634,6 @@ def build_world(*, steps: int = 120) -> World:
     tell(
         make_adaptation(world, "waiting", "digits-cnn", A.AWAITING_APPROVAL),
         A.PROPOSED,
-        A.VALIDATING,
     )
     tell(
         world.adaptations["waiting"], A.AWAITING_APPROVAL, actor=Actor(ActorKind.RULE, "policy v1")

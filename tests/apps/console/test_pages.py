@@ -172,8 +172,8 @@ def test_the_stream_starts_where_the_page_ends(world: Any) -> None:
     since = re.search(r'<script id="since"[^>]*>(.*?)</script>', text)
     assert since is not None
     events = Adaptation.objects.get(pk=world.adaptations["kept"].pk)
-    assert f'"run:{events.run.uid}": 14' in since[1]
-    assert '"inbox": 14' in since[1]
+    assert f'"run:{events.run.uid}": 12' in since[1]
+    assert '"inbox": 12' in since[1]
 
 
 def test_a_researcher_reads_which_acts_are_limited_to_their_own_runs(world: Any) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from apps.adaptations.lifecycle import DEADLINES, NEXT
-from esper.contracts import AdaptationState
+from esper.contracts import ADAPTATION_PASSED_THROUGH, AdaptationState
 
 ARCHITECTURE = Path(__file__).parents[3] / "docs" / "architecture.md"
 
 
 def row(state: AdaptationState) -> str:
     following = ", ".join(f"`{to}`" for to in AdaptationState if to in NEXT[state]) or "end"
+    if state in ADAPTATION_PASSED_THROUGH:
+        return f"| `{state}` | {following} | passed through |"
     deadline = DEADLINES.get(state)
     if deadline is None:
         return f"| `{state}` | {following} | – |"
