@@ -132,6 +132,37 @@ class Adaptation(models.Model):
         return self.state in ADAPTATION_GRAFTED
 
 
+class DecisionRecord(models.Model):
+    """What Tamiyo decided, and the exact input of ``esper.pipeline.decide`` that it decided on.
+
+    ``snapshot`` is deflated strict JSON (:func:`esper.replay.unpack_snapshot`). It is null where
+    Tamiyo sent none; ``note`` says why.
+    """
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "dec"), editable=False
+    )
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="decisions")
+    run_epoch = models.PositiveIntegerField()
+    step = models.BigIntegerField()
+    layer = models.CharField(max_length=MAX_NAME_LENGTH)
+    # null: declined
+    adaptation = models.OneToOneField(
+        Adaptation, on_delete=models.CASCADE, null=True, blank=True, related_name="decision"
+    )
+    message = models.JSONField()  # the Proposal or Decline as it was sent, without its snapshot
+    snapshot = models.BinaryField(null=True)
+    note = models.CharField(max_length=500, blank=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        ordering = ("-id",)
+        indexes = (models.Index(fields=("run", "adaptation"), name="decisions_of_run"),)
+
+    def __str__(self) -> str:
+        return f"decision at step {self.step} on {self.layer}"
+
+
 class Remedy(models.Model):
     """What a training script did to its model by itself, as it has reported it."""
 

@@ -11,17 +11,28 @@ from esper.contracts import unpack_bytes
 
 
 class Frame(models.Model):
-    """One health frame: little-endian float32 [layers, signals]."""
+    """One health frame: little-endian float32 [layers, signals], and the loss of its step.
+
+    Where ``loss_status`` names a non-finite loss, ``loss`` is null; both are empty where the
+    trainer measured none.
+    """
 
     run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="frames")
     epoch = models.PositiveIntegerField()
     step = models.BigIntegerField()
     wall_time = models.FloatField()
     values = models.BinaryField()
+    loss = models.FloatField(null=True)
+    loss_status = models.CharField(max_length=4, blank=True)
 
     class Meta:
         ordering = ("run", "step")
         indexes = (models.Index(fields=("run", "step"), name="frame_by_run_and_step"),)
+
+    @property
+    def known_loss(self) -> float | None:
+        """May be non-finite; None: not measured."""
+        return float(self.loss_status) if self.loss_status else self.loss
 
     def matrix(self, layers: int) -> NDArray[np.float32]:
         """float32 [layers, signals]."""
