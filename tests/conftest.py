@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from hosts.keyring import read_keyring
 from hosts.paths import ROOT
 from hosts.processes import end_marked, marked_processes
 from hosts.runtime import read_runtime
 from launcher.supervisor.ports import any_free_port
+from tests.browser import WAIT_MS, open_chromium
 
 # Limits, so that a broken test ends. Generous: a busy machine is no fault of the code.
 START_SECONDS = 300.0
@@ -282,28 +283,18 @@ def start_esper() -> Iterator[Callable[..., RunningEsper]]:
 
 # --- a browser ----------------------------------------------------------------------------------
 
-CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
-CHROMIUM_FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """One for each module. A module that uses it can have no asynchronous test."""
+    with open_chromium() as browser:
+        yield browser
 
 
 @pytest.fixture
-def page() -> Iterator[Page]:
-    """A page of the system's Chromium, which ./check installs where it may.
-
-    One browser for each test: Playwright's event loop lives as long as the fixture, and no
-    asynchronous test of the same session could run beside it.
-    """
-    if not CHROMIUM.exists():
-        pytest.fail(
-            f"This test needs a Chromium, and {CHROMIUM} is not there. Install Debian's package "
-            "chromium, or name another one with CHROMIUM."
-        )
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=str(CHROMIUM), args=CHROMIUM_FLAGS.split()
-        )
-        yield browser.new_page()
-        browser.close()
+def page(chromium: Browser) -> Iterator[Page]:
+    """A page with cookies of its own."""
+    context = chromium.new_context()
+    context.set_default_timeout(WAIT_MS)
+    yield context.new_page()
+    context.close()

@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from .conftest import TEST_SECONDS, WAIT_MS, Plant, until
 
 pytestmark = [pytest.mark.process, pytest.mark.browser, pytest.mark.timeout(TEST_SECONDS)]
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture
-def chromium() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
-        yield browser
-        browser.close()
-
 
 def signed_in(browser: Browser, plant: Plant, name: str, scheme: str = "light") -> Page:
     page = browser.new_context(color_scheme=scheme).new_page()
+    page.set_default_timeout(WAIT_MS)
     page.goto(f"{plant.esper.url}/login")
     page.fill("input[name=username]", name)
     page.fill("input[name=password]", plant.esper.people[name])
@@ -59,7 +41,7 @@ def test_two_people_see_one_adaptation_from_the_prompt_to_its_end(
     olga.click("[data-path=approve]")
     decision = olga.locator("#decision")
     expect(decision).to_have_attribute(
-        "data-state", re.compile("probation|kept|rolled"), timeout=60_000
+        "data-state", re.compile("probation|kept|rolled"), timeout=WAIT_MS
     )
 
     expect(ada.locator("[data-path=approve]")).to_have_count(0, timeout=WAIT_MS)
@@ -71,7 +53,7 @@ def test_two_people_see_one_adaptation_from_the_prompt_to_its_end(
         "data-state", re.compile("kept|rolled_back"), timeout=WAIT_MS
     )
     expect(olga.locator("#panel-outcome")).to_contain_text("Certificate")
-    assert plant.state(uid) == decision.get_attribute("data-state")
+    expect(decision).to_have_attribute("data-state", plant.state(uid))
 
     olga.goto(f"{plant.esper.url}/runs/{plant.run}")
     expect(olga.locator("#panel-timeline")).to_contain_text("mlp_gelu_2048")
