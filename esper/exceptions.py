@@ -1,8 +1,8 @@
 """Every error that Esper raises on purpose.
 
 EsperError
-├── ConfigurationError            a setting or argument makes no sense; nothing was started
-├── CodecError                    bytes or numbers that must not cross a border
+├── ConfigurationError            a setting or argument is not valid; nothing was started
+├── CodecError                    bytes or numbers that must not be sent or accepted
 │   └── MessageError              pointer, reason (a message does not fit its type)
 ├── BlueprintError                slug
 │   ├── UnknownBlueprintError
@@ -13,15 +13,15 @@ EsperError
 │   ├── UnknownLayerError
 │   ├── CertificateError          certificate (why the graft was not applied)
 │   ├── UndoError                 the model could not be brought back
-│   └── ReplicaError              a rank could not do what the others did, so none did
+│   └── ReplicaError              a rank could not make a change, so no rank made it
 ├── KernelError                   digest
 │   ├── KernelBuildError          permanent (False: worth another attempt)
-│   │   ├── BuilderLostError      log, wanted (the child process is gone)
+│   │   ├── BuilderLostError      log, wanted (the child process has ended)
 │   │   └── CompilerMissingError  compiled kernels are unavailable on this machine
-│   ├── KernelDigestError         content does not match its name
-│   ├── StoreUnavailableError     the place where kernels lie does not answer
-│   └── SignatureError            nobody we trust has signed this
-├── CommandRefusedError           code, reason (a trainer will not do what it was told)
+│   ├── KernelDigestError         the content does not match its digest
+│   ├── StoreUnavailableError     the kernel store does not answer
+│   └── SignatureError            not signed by a trusted key
+├── CommandRefusedError           code, reason (a trainer refuses a command)
 └── TransportError                permanent, retry_after, status
 """
 
@@ -36,11 +36,11 @@ class EsperError(Exception):
 
 
 class ConfigurationError(EsperError):
-    """A setting or argument makes no sense; nothing was started."""
+    """A setting or argument is not valid; nothing was started."""
 
 
 class CodecError(EsperError, ValueError):
-    """Bytes or numbers that must not cross a border (NaN, depth, size, duplicate keys)."""
+    """Bytes or numbers that must not be sent or accepted (NaN, depth, size, duplicate keys)."""
 
 
 class MessageError(CodecError):
@@ -87,7 +87,7 @@ class IncompatibleLayerError(BlueprintError):
 
 
 class UnknownAdaptationTypeError(EsperError, ValueError):
-    """An adaptation type that nobody declared; there is no silent default."""
+    """An adaptation type that is not declared; there is no default."""
 
     def __init__(self, adaptation_type: str, known: Iterable[str]) -> None:
         names = ", ".join(known)
@@ -96,7 +96,7 @@ class UnknownAdaptationTypeError(EsperError, ValueError):
 
 
 class GraftError(EsperError):
-    """A graft could not be made or taken out; ``layer`` names the place."""
+    """A graft could not be made or removed; ``layer`` names the place."""
 
     def __init__(self, message: str, *, layer: str) -> None:
         super().__init__(message)
@@ -104,7 +104,7 @@ class GraftError(EsperError):
 
 
 class UnknownLayerError(GraftError, KeyError):
-    """The model has no such layer, or it has never been seen to run."""
+    """The model has no such layer, or the layer never ran in the trace."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -154,11 +154,11 @@ class KernelBuildError(KernelError):
 
 
 class BuilderLostError(KernelBuildError):
-    """The process that built is gone; worth another attempt, with another process.
+    """The building process is gone; another attempt with another process may succeed.
 
     Attributes:
-        log: the last lines that it wrote.
-        wanted: we ended it because nobody needs its result any more; not its fault.
+        log: the last lines of its output.
+        wanted: the process was ended on purpose, because its result is no longer needed.
     """
 
     def __init__(self, message: str, *, log: str, wanted: bool = False) -> None:
@@ -168,7 +168,7 @@ class BuilderLostError(KernelBuildError):
 
 
 class CompilerMissingError(KernelBuildError):
-    """Compiled kernels are unavailable on this machine: it lacks a compiler. Nothing has failed."""
+    """This machine has no compiler, so it makes no compiled kernels. Not a failure."""
 
     def __init__(self, message: str, *, digest: str = "") -> None:
         super().__init__(message, permanent=True, digest=digest)
@@ -179,11 +179,11 @@ class KernelDigestError(KernelError):
 
 
 class StoreUnavailableError(KernelError):
-    """The place where kernels lie does not answer; what is in it is unknown."""
+    """The kernel store does not answer; its content is unknown."""
 
 
 class SignatureError(KernelError):
-    """A kernel or a command is not signed by a key that we trust."""
+    """A kernel or a command is not signed by a trusted key."""
 
 
 class CommandRefusedError(EsperError):
@@ -196,7 +196,7 @@ class CommandRefusedError(EsperError):
 
 
 class TransportError(EsperError):
-    """The server could not be reached, or said no.
+    """The server could not be reached, or refused the request.
 
     Attributes:
         permanent: the same request will never succeed.

@@ -1,4 +1,4 @@
-"""What crosses a border: between modules, processes and machines. Imports no torch, no Django."""
+"""Data that modules, processes and machines exchange. Imports neither torch nor Django."""
 
 from esper.contracts.commands import Command, CommandAck
 from esper.contracts.decisions import (

@@ -1,9 +1,8 @@
 """The one codec for REST, websockets and Redis: strict JSON.
 
-Python's own ``json`` takes ``NaN``, ``Infinity``, ``1e999`` (as infinity), duplicate keys and any
-depth, and a browser's ``JSON.parse`` then fails on what we would send. A diverged loss is a legal
-*event*: it travels as ``{"status": "nan"}``-like text through :func:`number_to_wire`, never as a
-number.
+Python's own ``json`` accepts ``NaN``, ``Infinity``, ``1e999`` (as infinity), duplicate keys and any
+depth; a browser's ``JSON.parse`` then fails on what the server sends. A diverged loss is a legal
+event: :func:`number_to_wire` sends it as text ("nan"), never as a number.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from esper.exceptions import CodecError
 
 MAX_DEPTH = 32
 MAX_BYTES = 1 << 20
-# Possessive, and it takes a text without an end too: else a megabyte of escaped quotes is looked
-# through again from each of them, and the whole process stands still for hours.
+# Possessive, and the closing quote is optional: otherwise a megabyte of escaped quotes is scanned
+# again from each quote, which blocks the process for hours.
 _TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _BRACKET = re.compile(rb"[\[\]{}]")
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -48,7 +47,7 @@ def decode(raw: bytes | str, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX
     """
     data = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
     if len(data) > max_bytes:
-        raise CodecError(f"{len(data)} bytes, at most {max_bytes} are taken")
+        raise CodecError(f"{len(data)} bytes are too many; at most {max_bytes} are accepted")
     _check_depth(data, max_depth)
     try:
         value = json.loads(
@@ -62,7 +61,7 @@ def decode(raw: bytes | str, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX
         raise
     except (ValueError, RecursionError) as error:
         raise CodecError(f"not JSON: {error}") from error
-    # Escapes can spell what raw UTF-8 cannot: NUL and lone surrogates, which databases refuse.
+    # Escapes can encode what raw UTF-8 cannot: NUL and lone surrogates, which databases refuse.
     if b"\\u0000" in data or b"\\ud" in data.lower():
         _check_texts(value)
     return value
@@ -87,7 +86,8 @@ def number_from_wire(value: Any) -> float:
 
 
 def _check_depth(data: bytes, max_depth: int) -> None:
-    # Before parsing: a parser that recurses has already lost. Brackets inside texts do not count.
+    # Before parsing, because a recursive parser fails on deep input. Brackets in texts do not
+    # count.
     depth = 0
     for bracket in _BRACKET.finditer(_TEXT.sub(b"", data)):
         depth += 1 if bracket[0] in b"[{" else -1
@@ -100,7 +100,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise CodecError(f"key {twice!r} stands twice in one object")
+        raise CodecError(f"key {twice!r} occurs twice in one object")
     return found
 
 
@@ -127,11 +127,11 @@ def _check_texts(value: Any) -> None:
         item = stack.pop()
         if isinstance(item, str):
             if "\x00" in item:
-                raise CodecError("a text holds a NUL character")
+                raise CodecError("a text contains a NUL character")
             try:
                 item.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise CodecError("a text holds a lone surrogate") from error
+                raise CodecError("a text contains a lone surrogate") from error
         elif isinstance(item, dict):
             stack.extend(item.keys())
             stack.extend(item.values())

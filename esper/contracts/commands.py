@@ -1,4 +1,4 @@
-"""What the server tells a trainer, and what the trainer answers."""
+"""Commands of the server to a trainer, and the trainer's acknowledgements."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from esper.exceptions import MessageError
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One order in a run's command log; signed as a whole.
+    """One entry in a run's command log; signed as a whole.
 
     Attributes:
-        run: uid of the run that it is for.
+        run: uid of the run that the command is for.
         epoch: counts the trainer's (re)starts; a command of an older epoch is refused.
         seq: position in the run's log; never applied twice, never out of order.
-        kind: what is to be done.
+        kind: what the trainer must do.
         issued_at, expires_at: seconds since the epoch, server's clock.
         adaptation: uid of the adaptation; empty where none is concerned.
-        layer: of the adaptation.
+        layer: layer of the adaptation.
         kernel_digest: hex SHA-256 of the kernel's manifest for ``graft`` and ``speed_up``.
-        payload: what differs by kind.
+        payload: members that depend on the kind.
     """
 
     run: str
     epoch: Whole
     seq: Whole
     kind: CommandKind
-    # An integer stays one: 5 and 5.0 are different bytes, and the signature is over the bytes.
+    # An integer stays an integer: 5 and 5.0 are different bytes, and the signature is over the
+    # bytes.
     issued_at: int | float
     expires_at: int | float
     adaptation: str = ""
@@ -55,7 +56,7 @@ class Command:
         return wire.from_wire(cls, data)
 
     def signing_bytes(self) -> bytes:
-        """What is signed: the canonical JSON of all of it, with a word that says what it is."""
+        """The signed bytes: canonical JSON of all members, after a word that names the message."""
         return b"esper-command-1\n" + codec.encode(self.to_wire())
 
 
@@ -69,11 +70,11 @@ class CommandAck:
     Attributes:
         seq: of the command.
         state: how far the trainer is with it.
-        step: the step at which something was done; -1: nothing was.
-        pause_ms: how long the training waited for it.
+        step: the step at which the command was carried out, -1 if it was not.
+        pause_ms: how long the training was paused.
         code: a refusal code, empty unless the command was refused.
         reason: a sentence for a person.
-        certificate: what was seen when the graft was tried.
+        certificate: what the trial of the graft measured.
         digest_before, digest_after: SHA-256 of the model's named tensors.
         speedup: of ``speed_up``: eager time over compiled time, measured in this trainer.
     """

@@ -1,4 +1,4 @@
-"""From "this layer is sick" to "graft that blueprint there", with every reason kept."""
+"""Proposals, checks, decisions, verdicts and rewards, with the reasons of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Slug: TypeAlias = Annotated[str, Meta(min_length=1, max_length=60)]  # of a blue
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """One signal's share in a decision: ``weight`` > 0 speaks for it, < 0 against."""
+    """One signal's share in a decision: ``weight`` > 0 supports it, < 0 opposes it."""
 
     signal: Annotated[str, Meta(min_length=1, max_length=120)]
     observed: Number  # NaN: unknown
@@ -32,17 +32,18 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class AdaptationDecision:
-    """What Tamiyo wants: this layer, this kind of help.
+    """What Tamiyo proposes: a kind of adaptation for one layer.
 
     Attributes:
         layer_name: a layer of the run.
         adaptation_type: a member of :class:`AdaptationType`; a text is converted.
-        confidence: probability that the adaptation will be kept, 0..1. NaN is legal and never high.
+        confidence: probability that the adaptation will be kept, 0..1. NaN is allowed and never
+            counts as high.
         urgency: how fast the layer gets worse, 0..1.
-        reasons: what speaks for and against it.
+        reasons: the signals for and against it.
 
     Raises:
-        UnknownAdaptationTypeError: there is no silent default.
+        UnknownAdaptationTypeError: the type is not a member; there is no default.
     """
 
     layer_name: str
@@ -64,7 +65,7 @@ class AdaptationDecision:
 
 @dataclass(frozen=True, slots=True)
 class CostForecast:
-    """What a blueprint will cost at one layer, by arithmetic; measured numbers replace it later.
+    """What a blueprint will cost at one layer, computed from shapes; measured numbers replace it.
 
     ``memory_mib`` counts parameters + gradients + two moments + activations kept for backward.
     """
@@ -136,7 +137,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class SafetyPolicy:
-    """Every threshold of the gates, in one versioned record. A person edits it with a reason.
+    """All thresholds of the gates, in one versioned record. Each edit by a person has a reason.
 
     confidence: refuse < ``confidence_refuse`` <= **ask** < ``confidence_auto`` <= auto
     """
@@ -186,12 +187,12 @@ class SafetyPolicy:
 
 
 def cost_limits(limits: Mapping[str, float]) -> dict[str, float]:
-    """A caller's limits by the seed's names -> by the names and units of ``SafetyPolicy``.
+    """Converts limits with the seed document's names to names and units of ``SafetyPolicy``.
 
     ``max_memory_mb`` (10^6 bytes) becomes ``max_memory_mib``; ``max_latency_ms`` stays.
 
     Raises:
-        ConfigurationError: a limit that nobody knows, or that is not a finite number >= 0.
+        ConfigurationError: an unknown limit, or a value that is not a finite number >= 0.
     """
     names = {
         "max_memory_mb": ("max_memory_mib", 1e6 / 2**20),
@@ -210,9 +211,9 @@ def cost_limits(limits: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class LayerHistory:
-    """What has been done to a layer so far.
+    """The adaptations of a layer so far.
 
-    ``last_adaptation_step`` -1 means never. ``grafts`` are the slugs that it carries now.
+    ``last_adaptation_step`` -1 means never. ``grafts`` are the slugs of its present grafts.
     """
 
     grafts: tuple[str, ...] = ()
@@ -223,7 +224,7 @@ class LayerHistory:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """Closed cases of one blueprint: how often it was kept, and what it brought."""
+    """Closed cases of one blueprint: how often it was kept, and its mean reward."""
 
     kept: Whole = 0
     rolled_back: Whole = 0
@@ -236,7 +237,7 @@ class Experience:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunSnapshot:
-    """All that ``decide`` may look at; storing it makes a decision replayable.
+    """All inputs of ``decide``; a stored snapshot makes its decision replayable.
 
     Shape legend: T samples of the loss.
 
@@ -261,7 +262,7 @@ class RunSnapshot:
     adaptations_today: int = 0
     in_flight: int = 0
     last_adaptation_step: int = -1
-    frozen: str = ""  # why adaptation is switched off, empty when it is on
+    frozen: str = ""  # why adaptation is switched off; empty when it is on
     history: dict[str, LayerHistory] = field(default_factory=dict)
     experience: dict[str, Experience] = field(default_factory=dict)
     disabled_blueprints: frozenset[str] = frozenset()
@@ -273,7 +274,7 @@ class RunSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """``decide`` says yes: this blueprint, there. ``asks`` holds why a person must agree."""
+    """A proposed graft. ``asks`` lists why a person must approve it."""
 
     adaptation: AdaptationDecision
     blueprint: str
@@ -294,7 +295,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """``decide`` says no, and why. ``violations`` are the hard checks that did not pass."""
+    """No graft, and why. ``violations`` are the hard checks that did not pass."""
 
     step: int
     reasons: tuple[str, ...]
@@ -309,7 +310,7 @@ class Declined:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The end of probation, with the numbers it rests on (losses: lower is better).
+    """The result of probation, with the numbers behind it (losses: lower is better).
 
     ``ablation_gain``: loss with the graft off minus on, same held-out batches.
     ``forecast_gain``: extrapolated loss without the graft minus the observed one.

@@ -1,4 +1,4 @@
-"""Every closed set of words, declared once. Database, API, templates and SDK derive from these."""
+"""All enumerations, declared once. Database, API, templates and SDK derive from these."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from enum import StrEnum
 class RunMode(StrEnum):
     """How far a run may be changed."""
 
-    OBSERVE = "observe"  # look, never touch
-    SUPERVISED = "supervised"  # every graft asks a person
-    AUTOMATIC = "automatic"  # the policy may act alone above its auto threshold
+    OBSERVE = "observe"  # measured, never changed
+    SUPERVISED = "supervised"  # a person approves every graft
+    AUTOMATIC = "automatic"  # above the auto threshold, no approval is needed
 
 
 class RunState(StrEnum):
     STARTING = "starting"
     RUNNING = "running"
-    UNREACHABLE = "unreachable"  # about our knowledge: it may well be training on
+    UNREACHABLE = "unreachable"  # no report arrives; the training may still be running
     FINISHED = "finished"
     FAILED = "failed"
-    LOST = "lost"  # unreachable for so long that we stopped waiting
+    LOST = "lost"  # unreachable for longer than the limit
 
 
 RUN_ENDED = frozenset({RunState.FINISHED, RunState.FAILED, RunState.LOST})
@@ -102,9 +102,9 @@ class BlueprintCategory(StrEnum):
 class GraftKind(StrEnum):
     """How a graft combines the layer's input x and output y."""
 
-    PARALLEL = "parallel"  # y + f(x), f's last projection is zero at birth
-    SCALE = "scale"  # y * s, s = 1 at birth
-    REPLACE = "replace"  # (1 - α) y + α f(x), α = 0 at birth
+    PARALLEL = "parallel"  # y + f(x), f's last projection starts at zero
+    SCALE = "scale"  # y * s, s starts at 1
+    REPLACE = "replace"  # (1 - α) y + α f(x), α starts at 0
     WRAP = "wrap"  # y; changes gradients
     OBSERVE = "observe"  # y; changes nothing
     ASSEMBLY = "assembly"
@@ -117,7 +117,7 @@ class Risk(StrEnum):
     NONE = "none"  # observes only
     LOW = "low"  # preserving, undone exactly, can be merged into the host
     MEDIUM = "medium"  # preserving, undone exactly, adds permanent cost
-    HIGH = "high"  # changes the function by schedule: always asks
+    HIGH = "high"  # changes the function by schedule; a person always approves
 
 
 def risk_rank(risk: Risk) -> int:
@@ -132,15 +132,15 @@ class CommandKind(StrEnum):
     RESUME_ADAPTATION = "resume_adaptation"
     STOP_RUN = "stop_run"
     SPEED_UP = "speed_up"  # try a graft's compiled kernel, and run it where it is faster
-    KEEP = "keep"  # the graft has passed its probation: it may be merged, and is guarded no more
+    KEEP = "keep"  # probation is passed: the graft may be merged, and the guard stops
 
 
 class CommandState(StrEnum):
     ISSUED = "issued"
     ACCEPTED = "accepted"  # verified and journalled by the trainer
-    APPLIED = "applied"  # done, at a step boundary
+    APPLIED = "applied"  # carried out, at a step boundary
     REFUSED = "refused"  # not verified: wrong signature, epoch, sequence, expired
-    FAILED = "failed"  # tried, model is as before
+    FAILED = "failed"  # tried; the model is as before
     EXPIRED = "expired"
 
 
@@ -159,22 +159,22 @@ class RefusalCode(StrEnum):
     MODE_FORBIDS = "mode_forbids"
     PAUSED = "paused"
     NOT_GRAFTED = "not_grafted"
-    MERGED = "merged"  # the graft is in its host's weights, and cannot be taken out of them
+    MERGED = "merged"  # the graft was folded into its host's weights and cannot be removed
     MALFORMED = "malformed"
-    NO_FOREIGN_CODE = "no_foreign_code"  # this trainer runs no machine code of these workers
-    UNAVAILABLE = "unavailable"  # machine code that cannot be loaded here
+    NO_FOREIGN_CODE = "no_foreign_code"  # this trainer does not run machine code of these workers
+    UNAVAILABLE = "unavailable"  # the machine code cannot be loaded here
     NOT_FASTER = "not_faster"
 
 
 class RemedyKind(StrEnum):
-    """What a training script does to its model by itself, beside grafting."""
+    """Changes that a training script makes to its own model, other than grafts."""
 
-    RECYCLE = "recycle"  # dead units get a new start
+    RECYCLE = "recycle"  # dead units get new weights
     SET_LR = "set_lr"
     FREEZE = "freeze"
     UNFREEZE = "unfreeze"
     MERGE = "merge"  # a kept graft is folded into its host's weights
-    PRUNE = "prune"  # a graft is taken out for good
+    PRUNE = "prune"  # a graft is removed for good
     UNDO = "undo"  # of a graft, or of one of these
 
 
@@ -187,23 +187,23 @@ class JobState(StrEnum):
 
 
 class SpeedUpState(StrEnum):
-    """How far a graft's compiled kernel is, or what came of it."""
+    """The progress of a graft's compiled kernel, or its result."""
 
     QUEUED = "queued"
     BUILDING = "building"
     OFFERED = "offered"  # the trainer has been told to try it
     SWAPPED_IN = "swapped_in"
-    KEPT_EAGER = "kept_eager"  # not faster enough, or not wanted
-    UNAVAILABLE = "unavailable"  # no compiler there
+    KEPT_EAGER = "kept_eager"  # not enough faster, or not wanted
+    UNAVAILABLE = "unavailable"  # the worker has no compiler
     FAILED = "failed"
 
 
 class WorkerState(StrEnum):
-    """What a worker was last seen to be."""
+    """The last reported state of a worker."""
 
     IDLE = "idle"
     BUSY = "busy"
-    STOPPING = "stopping"  # it was told to end, and finishes its job
+    STOPPING = "stopping"  # told to end; it finishes its job first
     OFFLINE = "offline"
 
 
@@ -211,24 +211,24 @@ class LaunchState(StrEnum):
     """The life of one launch of a recipe; the order is drawn in ``apps/recipes/lifecycle.py``."""
 
     REQUESTED = "requested"
-    STARTING = "starting"  # its host has it in hand
+    STARTING = "starting"  # its host has started to handle it
     RUNNING = "running"
     STOPPING = "stopping"
     STOPPED = "stopped"  # by a person, or with its host's Esper
     FINISHED = "finished"  # exit code 0
     FAILED = "failed"
-    LOST = "lost"  # its host is not heard of: it may well be running
+    LOST = "lost"  # its host has stopped reporting; the process may still run
 
 
 LAUNCH_ENDED = frozenset({LaunchState.STOPPED, LaunchState.FINISHED, LaunchState.FAILED})
 
 
 class WorkerMode(StrEnum):
-    """What a worker may do. ``draining`` and ``quarantined`` hold until it is released."""
+    """What a worker may do. ``draining`` and ``quarantined`` last until the worker is released."""
 
     ACTIVE = "active"
-    DRAINING = "draining"  # finishes its job, takes no other
-    QUARANTINED = "quarantined"  # takes no job, and its results are refused
+    DRAINING = "draining"  # finishes its job, claims no other
+    QUARANTINED = "quarantined"  # claims no job, and its results are refused
 
 
 class WorkerKind(StrEnum):
@@ -238,7 +238,7 @@ class WorkerKind(StrEnum):
 
 
 class JobStep(StrEnum):
-    """What of a compile job is done, in this order; for a cached kernel the first two."""
+    """Finished steps of a compile job, in this order; a cached kernel has the first two."""
 
     CLAIMED = "claimed"
     FORECAST = "forecast"
@@ -257,7 +257,7 @@ class Severity(StrEnum):
 
 
 class ViolationRule(StrEnum):
-    """Limits and rules that can be broken. Each gate writes the one that it checks."""
+    """Limits and rules that can be violated. Each gate names the one that it checks."""
 
     FROZEN = "frozen"
     RUN_MODE = "run_mode"

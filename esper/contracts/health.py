@@ -59,7 +59,7 @@ SIGNAL_NOTES: dict[Signal, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """A named module of the run's model, as it was seen to run.
+    """A named module of the run's model, as traced in a forward pass.
 
     ``in_shape`` and ``out_shape`` include the batch axis and are empty where the layer never ran.
     """
@@ -81,20 +81,20 @@ class LayerInfo:
     trainable: bool = True
     feeds: Annotated[
         tuple[ShortText, ...], Meta(max_length=256)
-    ] = ()  # layers that were seen to run next
+    ] = ()  # layers that ran next in the trace
     # Geometry of a convolution with symmetric zero padding; empty for everything else.
     kernel_size: Shape = ()
     stride: Shape = ()
     padding: Shape = ()
     dilation: Shape = ()
     groups: Int64 = 1
-    # Of a layer that makes keys or values which a decoder caches: how wide one head is, and which
-    # of its output channels (first, end) they are. 0 and empty for everything else.
+    # For a layer whose output holds keys or values that a decoder caches: the width of one head,
+    # and the output channels (first, end) that hold them. 0 and empty for other layers.
     head_width: Int64 = 0
     cached_channels: Shape = ()
-    looks_ahead: bool = False  # True: all attention in its model says that it is not causal
-    # Where time is in a [., ., channels] input: 1, or 0; -1 where the model has modules that take
-    # time first, and this layer's shape does not tell whether it is one of that part.
+    looks_ahead: bool = False  # True: all attention in the model is declared non-causal
+    # Axis of time in a [., ., channels] input: 1 or 0; -1 where the model has modules that take
+    # time first, and the shape of this layer does not tell whether it belongs to them.
     sequence_axis: Annotated[int, Meta(ge=-1, le=1)] = 1
 
     @property
@@ -108,7 +108,7 @@ class LayerInfo:
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> LayerInfo:
-        """Raises ``MessageError``; members that it does not know are left out."""
+        """Raises ``MessageError``; unknown members are ignored."""
         return wire.from_wire(cls, data)
 
 
@@ -177,15 +177,15 @@ def unpack_bytes(raw: bytes, layers: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something wrong with a run that a person should know, also in observe mode.
+    """A problem of a run that a person should know, also in observe mode.
 
     Attributes:
-        rule: which rule does not hold.
-        layer: where; empty: the run as a whole.
+        rule: the violated rule.
+        layer: the layer; empty for the run as a whole.
         severity: how bad it is.
-        observed: what was seen; the server keeps 500 characters of it, and of the next two.
+        observed: what was measured; the server keeps 500 characters of it and of the next two.
         limit: what was expected.
-        remedy: what a person may do.
+        remedy: what a person can do.
     """
 
     rule: ViolationRule

@@ -1,18 +1,18 @@
 """A kernel: a blueprint made ready for one layer's shape, dtype and device.
 
-A bundle is four small files, each fetched by name and checked against the manifest, so there is no
-archive to unpack and nothing in it that runs code:
+A bundle is four small files. Each is fetched by name and checked against the manifest, so there is
+no archive to unpack, and no file contains code:
 
     manifest.json   canonical JSON: key, names, sizes and SHA-256 of the other files
     manifest.sig    Ed25519 over manifest.json, base64
     recipe.json     blueprint, version, configuration, seed
     report.json     certificate, forecast and measured cost, stage times
 
-A compiled kernel (tier 1) has a fifth file, and that one is code for one kind of device:
+A compiled kernel (tier 1) has a fifth file with code for one kind of device:
 
     inductor.tar    machine code of forward and backward, opened only by esper.compilation.native
 
-A draft is the same before it is signed: a builder child makes it, its worker checks and signs it.
+A draft is a kernel without a signature: a builder child makes it, its worker checks and signs it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAX_CODE_BYTES = 32 * 1024 * 1024
 
 
 def size_limit(name: str) -> int:
-    """Most bytes that a reader takes for the file of that name."""
+    """The most bytes that a reader accepts for the file of that name."""
     return MAX_CODE_BYTES if name == CODE_FILE else MAX_FILE_BYTES
 
 
@@ -50,18 +50,18 @@ _Failure: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4000)]
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What was seen when the graft was tried: the five points of the graft contract.
+    """The measured five points of the graft contract.
 
     Attributes:
-        max_abs_diff: max |f'(x) - f(x)| at birth.
-        tolerance: what was allowed; 0 for grafts beside the host.
-        preserving: the output at birth is the host's.
+        max_abs_diff: max |f'(x) - f(x)| right after the graft.
+        tolerance: the allowed difference; 0 for grafts beside the host.
+        preserving: right after the graft, the output is the host's.
         live: at least one new tensor has a gradient at step 0 (or nothing is trainable).
-        rng_neutral: building it left the host's random streams alone.
+        rng_neutral: building it did not advance the host's random streams.
         undo_exact: after undo every tensor equals the snapshot; None where not tried.
         host_untouched: gradients of the host are those without the graft; None where not tried.
-        parameters: really added.
-        parameters_declared: promised by the blueprint's formula.
+        parameters: added parameters.
+        parameters_declared: by the blueprint's formula.
         memory_mib, latency_ms: measured; NaN where not measured.
         failures: one sentence for each point that does not hold.
     """
@@ -94,7 +94,7 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class KernelKey:
-    """Everything that a kernel depends on; equal keys may share one kernel."""
+    """Everything that a kernel depends on; equal keys may share a kernel."""
 
     blueprint: str
     blueprint_version: str  # SHA-256 of the blueprint's source, first 16 hex digits
@@ -133,7 +133,7 @@ class KernelKey:
 
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
-    """How the trainer builds the module from its own copy of the blueprint's code."""
+    """What the trainer needs to build the module from its own copy of the blueprint's code."""
 
     blueprint: str
     blueprint_version: str
@@ -143,12 +143,12 @@ class KernelSpec:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredCost:
-    """What the graft alone took at the layer's real shape on the worker's device; NaN: unknown.
+    """Cost of the graft alone at the layer's real shape on the worker's device; NaN: unknown.
 
     Attributes:
         forward_p50_ms, forward_p95_ms: one forward pass.
         backward_p50_ms, backward_p95_ms: one backward pass through the graft and to its input.
-        peak_memory_mib: most that was allocated at once by one forward and backward pass,
+        peak_memory_mib: peak allocation of one forward and backward pass:
             activations and gradients, without the weights and the layer's own tensors.
     """
 
@@ -170,7 +170,7 @@ class MeasuredCost:
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """What the worker found out.
+    """The worker's measurements.
 
     Attributes:
         tier: 0: validated and packaged; 1: compiled for one device.
@@ -200,7 +200,7 @@ class KernelBundle:
 
 @dataclass(frozen=True, slots=True)
 class KernelDraft:
-    """A kernel that nobody has signed yet."""
+    """A kernel without a signature."""
 
     key: KernelKey
     spec: KernelSpec

@@ -38,7 +38,8 @@ def verify(data: bytes, signature: str, trusted_key: str) -> None:
     try:
         key = Ed25519PublicKey.from_public_bytes(base64.b64decode(trusted_key, validate=True))
         raw = base64.b64decode(signature, validate=True)
-        # Four bits before the padding are read by nobody: one signature, one spelling.
+        # Decoding ignores four bits before the padding; without this check, one signature would
+        # have several spellings.
         if base64.b64encode(raw).decode("ascii") != signature:
             raise InvalidSignature
         key.verify(raw, data)
