@@ -8,9 +8,9 @@ The session's own modules are here. Beside them:
 """
 
 from esper.grafting import Receipt
+from esper.sdk.adaptation import Adaptation
 from esper.sdk.attaching import attach
 from esper.sdk.local import Waiting
 from esper.sdk.session import RunStopped, Session
-from esper.sdk.surgeon import Adaptation
 
 __all__ = ["Adaptation", "Receipt", "RunStopped", "Session", "Waiting", "attach"]

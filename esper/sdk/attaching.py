@@ -13,7 +13,7 @@ from torch import nn
 from esper import grafting
 from esper.contracts import MAX_NAME_LENGTH, RunMode, SafetyPolicy
 from esper.exceptions import ConfigurationError
-from esper.grafting import Replicas
+from esper.grafting import Replicas, Surroundings
 from esper.grafting.graph import layer_modules, why_never_graftable
 from esper.grafting.ledger import unwrap_optimizer
 from esper.grafting.replicas import Call
@@ -105,9 +105,7 @@ def attach(
     return Session(
         Setup(
             model=bare,
-            optimizers=optimizers,
-            schedulers=_several(scheduler),
-            scaler=scaler,
+            surroundings=Surroundings(optimizers, _several(scheduler), scaler, followers, replicas),
             run=run,
             server=address,
             token=secret,
@@ -117,8 +115,6 @@ def attach(
             target_steps=target_steps,
             safety_policy=safety_policy or SafetyPolicy(),
             pace=Pace(),
-            copies=followers,
-            replicas=replicas,
         )
     )
 

@@ -1,14 +1,12 @@
-"""Carrying out the server's commands: prepared beside the training, done at a step boundary."""
+"""Handling the server's commands: prepared beside the training, applied at a step boundary."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from esper import blueprints
 from esper.blueprints import Graft
@@ -21,7 +19,6 @@ from esper.contracts import (
     CommandKind,
     CommandState,
     KernelSpec,
-    LayerInfo,
     RefusalCode,
 )
 from esper.exceptions import (
@@ -35,9 +32,10 @@ from esper.exceptions import (
     UnknownBlueprintError,
     UnknownLayerError,
 )
-from esper.grafting import Receipt, SnapshotMemory, UndoReceipt
+from esper.grafting import Receipt
 from esper.grafting.slot import find_slot
-from esper.sdk.surgeon import Adaptation, Operation
+from esper.sdk.adaptation import Adaptation, Operation
+from esper.sdk.surgery import Surgery
 from esper.sdk.transport.commands import LocalVeto
 from esper.sdk.transport.queues import ReadyCommand, TransportQueues
 
@@ -58,29 +56,9 @@ class Swap:
     trial: Trial
 
 
-class TakeOut(Protocol):
-    """Takes a graft out; the answer names every adaptation that went with it."""
-
-    def __call__(
-        self, adaptation: Adaptation, *, hard: bool, state: AdaptationState
-    ) -> tuple[UndoReceipt, tuple[Adaptation, ...]]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Operations:
-    """What a session can do to its model, with all that has to follow a change."""
-
-    layer: Callable[[str], LayerInfo]
-    reserve_memory: Callable[[], SnapshotMemory]
-    find: Callable[[str], Adaptation | None]
-    apply: Callable[[Operation], Adaptation]
-    take_out: TakeOut
-    model: nn.Module
-
-
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a command; ``receipt`` where it was a graft that is in the model now."""
+    """The result of a command; ``receipt`` where it was a graft that is in the model now."""
 
     ack: CommandAck
     receipt: Receipt | None = None
@@ -96,14 +74,19 @@ class Answer:
 
 
 class CommandHandler:
-    """Turns commands into operations, and operations into answers.
+    """Handles one run's commands.
+
+    Args:
+        surgery: changes the model.
+        veto: the trainer's own limits.
+        queues: commands come from them, answers go into them.
 
     Attributes:
         stop_reason: why a person stopped the run, empty while nobody has.
     """
 
-    def __init__(self, operations: Operations, veto: LocalVeto, queues: TransportQueues) -> None:
-        self._operations = operations
+    def __init__(self, surgery: Surgery, veto: LocalVeto, queues: TransportQueues) -> None:
+        self._surgery = surgery
         self._veto = veto
         self._queues = queues
         self.stop_reason = ""
@@ -115,7 +98,7 @@ class CommandHandler:
             CommandRefusedError: it cannot be built here.
         """
         try:
-            layer = self._operations.layer(command.layer)
+            layer = self._surgery.layer(command.layer)
             graft = instantiate(spec, layer)
         except (IncompatibleLayerError, UnknownLayerError) as error:
             raise CommandRefusedError(RefusalCode.INCOMPATIBLE_LAYER, str(error)) from error
@@ -128,20 +111,20 @@ class CommandHandler:
             seed=spec.seed,
             uid=command.adaptation,
             graft=graft,
-            memory=self._operations.reserve_memory(),
+            memory=self._surgery.reserve_memory(),
         )
 
     def try_out(self, command: Command, files: Mapping[str, bytes]) -> Swap:
-        """A thread of its own: verify, load and try a compiled kernel, so that the step boundary
-        only swaps it in.
+        """A thread of its own: verify, load and measure a compiled kernel, so that the step
+        boundary only swaps it in.
 
         Raises:
             CommandRefusedError: not verified, not for this graft, not loadable, or not faster.
         """
-        adaptation = self._operations.find(command.adaptation)
+        adaptation = self._surgery.changes.find(command.adaptation)
         if adaptation is None or adaptation.receipt is None:
             raise CommandRefusedError(RefusalCode.NOT_GRAFTED, NOT_GRAFTED)
-        layer, graft = self._operations.layer(command.layer), adaptation.receipt.graft
+        layer, graft = self._surgery.layer(command.layer), adaptation.receipt.graft
         key = self._veto.code_key
         try:
             spec = open_compiled(files, command.kernel_digest, key)[1]
@@ -162,19 +145,32 @@ class CommandHandler:
             raise CommandRefusedError(RefusalCode.UNAVAILABLE, str(error)) from error
         return Swap(graft, compiled, trial)
 
-    def carry_out(self, ready: ReadyCommand) -> Answer:
-        """Do it now, whatever comes of it: the server waits for an answer."""
+    def handle_all(self, step: int) -> None:
+        """Handle every command that waits, at the boundary after ``step``."""
+        while self._queues.inbox:
+            answer = self._handle(self._queues.inbox.popleft())
+            self._queues.answer(replace(answer.ack, step=step), rest=answer.digests)
+
+    def refuse_all(self, step: int) -> None:
+        """The run ends: answer the commands that wait."""
+        while self._queues.inbox:
+            command = self._queues.inbox.popleft().command
+            ack = failed(command, "the run ended before its next step boundary")
+            self._queues.answer(replace(ack, step=step))
+
+    def _handle(self, ready: ReadyCommand) -> Answer:
+        """Never raises: the server waits for an answer."""
         try:
             if ready.command.kind is CommandKind.GRAFT:
                 return self._graft(ready.command, ready.graft)
             if ready.command.kind is CommandKind.SPEED_UP:
                 return Answer(self._swap(ready.command, ready.graft))
-            return Answer(self._carry_out(ready.command))
+            return Answer(self._handle_other(ready.command))
         except Exception as error:
             logger.exception("command %d failed", ready.command.seq)
             return Answer(failed(ready.command, f"{type(error).__name__}: {error}"))
 
-    def _carry_out(self, command: Command) -> CommandAck:
+    def _handle_other(self, command: Command) -> CommandAck:
         if command.kind is CommandKind.UNDO:
             return self._undo(command)
         if command.kind is CommandKind.KEEP:
@@ -191,7 +187,7 @@ class CommandHandler:
             return Answer(failed(command, reason, RefusalCode.EXPIRED))
         try:
             self._veto.check(command)
-            receipt = self._operations.apply(operation).receipt
+            receipt = self._surgery.apply(operation).receipt
         except CommandRefusedError as refusal:
             return Answer(failed(command, refusal.reason, refusal.code))
         except CertificateError as error:
@@ -210,8 +206,8 @@ class CommandHandler:
 
     def _swap(self, command: Command, swap: Swap) -> CommandAck:
         """One write; the parameters are the eager graft's, before and after."""
-        adaptation = self._operations.find(command.adaptation)
-        slot = find_slot(self._operations.model, command.layer)
+        adaptation = self._surgery.changes.find(command.adaptation)
+        slot = find_slot(self._surgery.model, command.layer)
         slug = adaptation.blueprint if adaptation is not None else ""
         answer = CommandAck(
             seq=command.seq,
@@ -228,14 +224,14 @@ class CommandHandler:
         return replace(answer, state=CommandState.APPLIED, code="")
 
     def _keep(self, command: Command) -> CommandAck:
-        adaptation = self._operations.find(command.adaptation)
+        adaptation = self._surgery.changes.find(command.adaptation)
         if adaptation is None:
             return _not_grafted(command)
         adaptation.state = AdaptationState.KEPT
         return CommandAck(seq=command.seq, state=CommandState.APPLIED)
 
     def _undo(self, command: Command) -> CommandAck:
-        adaptation = self._operations.find(command.adaptation)
+        adaptation = self._surgery.changes.find(command.adaptation)
         if adaptation is None:
             return _not_grafted(command)
         if adaptation.merged:
@@ -247,9 +243,7 @@ class CommandHandler:
             )
         wanted = command.payload.get("hard") is not False
         hard = wanted and adaptation.restorable
-        report, gone = self._operations.take_out(
-            adaptation, hard=hard, state=AdaptationState.ROLLED_BACK
-        )
+        report, gone = self._surgery.take_out_for_server(adaptation, hard=hard)
         return CommandAck(
             seq=command.seq,
             state=CommandState.APPLIED,
@@ -260,7 +254,7 @@ class CommandHandler:
 
 
 def failed(command: Command, reason: str, code: str = "") -> CommandAck:
-    """The answer "tried, and the model is as before"."""
+    """The answer to a command that was tried; the model is as before."""
     return CommandAck(seq=command.seq, state=CommandState.FAILED, code=str(code), reason=reason)
 
 

@@ -1,16 +1,20 @@
-"""Asking the user's own ``evaluate()`` without leaving a trace in the training."""
+"""Calls the user's own ``evaluate()`` without leaving a trace in the training."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from esper.grafting.snapshot import kept_streams
+from esper.sdk.adaptation import Adaptation
+from esper.sdk.ranks import Order, Ranks
+from esper.sdk.run_state import RunState
+from esper.sdk.surgery import Surgery
 
 _SHARE = 50  # an evaluation may cost one part in so many of the time between two
 _SHORTEST_GAP_STEPS = 100
@@ -30,46 +34,81 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class Evaluator:
-    """``evaluate()`` now and then, and with a graft on and off.
+class Evaluations:
+    """The held-out loss now and then, and what each graft on probation takes off it.
+
+    Every value is the mean of all ranks.
 
     Args:
-        evaluate: held-out loss, lower is better; on the same data at each call. None where there
-            is no such data yet.
+        evaluate: held-out loss, lower is better; on the same data at each call. It returns None
+            while there is no such data. None where the script has no such function.
     """
 
-    def __init__(self, model: nn.Module, evaluate: Callable[[], float | None]) -> None:
-        self._model = model
+    def __init__(
+        self,
+        evaluate: Callable[[], float | None] | None,
+        surgery: Surgery,
+        run: RunState,
+        ranks: Ranks,
+    ) -> None:
         self._evaluate = evaluate
+        self._surgery = surgery
+        self._run = run
+        self._ranks = ranks
         self._next_step = _SHORTEST_GAP_STEPS
         self._next_time = 0.0
 
-    def loss(self) -> float:
-        """NaN where there is none."""
-        with undisturbed(self._model):
-            loss = self._evaluate()
-        return math.nan if loss is None else float(loss)
-
-    def is_due(self, step: int) -> bool:
+    @property
+    def due(self) -> bool:
         """It is time for a held-out loss again, by steps and by what it costs."""
-        return step >= self._next_step and time.monotonic() >= self._next_time
+        return (
+            self._evaluate is not None
+            and self._run.step >= self._next_step
+            and time.monotonic() >= self._next_time
+        )
 
-    def due_loss(self, step: int) -> float:
-        """The held-out loss; from it counts the time to the next."""
+    def on_step(self, metrics: dict[str, float]) -> None:
+        """On the process that decides: measure what is due, into ``metrics``."""
+        if self._evaluate is None:
+            return
+        for entry in self._surgery.changes.due_for_ablation(self._run.step, self._run.policy):
+            self._ranks.order(Order.evaluate(entry.uid))
+            gain = self.ablation_gain(entry)
+            if not math.isnan(gain):
+                metrics[f"ablation_gain:{entry.uid}"] = gain
+        if self.due:
+            self._ranks.order(Order.evaluate())
+            loss = self.due_loss()
+            if not math.isnan(loss):
+                metrics["eval_loss"] = loss
+
+    def due_loss(self) -> float:
+        """The held-out loss; the time to the next one counts from here."""
+        return self._ranks.mean(self._timed_loss)
+
+    def ablation_gain(self, adaptation: Adaptation) -> float:
+        """Loss without the graft minus loss with it: above zero, it helps."""
+
+        def gain() -> float:
+            on = self._loss()
+            with self._surgery.without(adaptation):
+                off = self._loss()
+            return off - on
+
+        adaptation.ablation_gain = self._ranks.mean(gain)
+        return adaptation.ablation_gain
+
+    def _timed_loss(self) -> float:
         started = time.monotonic()
-        loss = self.loss()
+        loss = self._loss()
         ended = time.monotonic()
-        self._next_step = step + _SHORTEST_GAP_STEPS
+        self._next_step = self._run.step + _SHORTEST_GAP_STEPS
         self._next_time = ended + _SHARE * (ended - started)
         return loss
 
-    def ablation_gain(self, without: AbstractContextManager[object]) -> float:
-        """Loss without the graft minus loss with it: above zero, it helps.
-
-        Args:
-            without: inside it, the graft is switched off.
-        """
-        on = self.loss()
-        with without:
-            off = self.loss()
-        return off - on
+    def _loss(self) -> float:
+        """NaN where there is none."""
+        assert self._evaluate is not None
+        with undisturbed(self._surgery.model):
+            loss = self._evaluate()
+        return math.nan if loss is None else float(loss)

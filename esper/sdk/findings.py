@@ -1,4 +1,4 @@
-"""What a person should know about a run, each said once."""
+"""What a person should know about a run. Each finding is logged and sent once."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 
+from torch import nn
+
+from esper import grafting
 from esper.contracts import Finding, Severity, ViolationRule
-from esper.grafting import GuardVerdict
+from esper.grafting import GuardVerdict, MovementWatch, Surroundings
 
 logger = logging.getLogger("esper")
+
+AUDIT_EVERY_STEPS = 100  # what the user's own code freezes or regroups is found this late
 
 
 class Findings:
     """The open findings of a run.
 
     Args:
-        tell: called with each new one.
+        send: called with each new one; None where there is no server.
     """
 
-    def __init__(self, tell: Callable[[Finding], None]) -> None:
-        self._tell = tell
+    def __init__(self, send: Callable[[Finding], None] | None = None) -> None:
+        self._send = send
         self._open: dict[Finding, None] = {}  # a set that keeps its order
 
     def all(self) -> list[Finding]:
@@ -32,16 +37,54 @@ class Findings:
         self._open[finding] = None
         place = finding.layer or "the run"
         logger.warning("%s: %s: %s. %s", place, finding.rule, finding.observed, finding.remedy)
-        self._tell(finding)
+        if self._send is not None:
+            self._send(finding)
 
     def replace_ledger(self, found: Iterable[Finding]) -> None:
-        """What the newest audit of the optimizer says; older findings of that kind are closed."""
+        """Takes the newest audit of the optimizer, and closes findings that it does not repeat."""
         found = list(found)
         for old in list(self._open):
             if old.rule == ViolationRule.OPTIMIZER_LEDGER and old not in found:
                 del self._open[old]
         for finding in found:
             self.add(finding)
+
+
+class LedgerWatch:
+    """Checks that the optimizer trains what it should: its parameter groups, and what moves."""
+
+    def __init__(self, model: nn.Module, surroundings: Surroundings, findings: Findings) -> None:
+        self._model = model
+        self._optimizers = surroundings.optimizers
+        self._findings = findings
+        self._movement = MovementWatch(model, surroundings.optimizers)
+        self.audit()
+
+    def on_step(self, step: int) -> None:
+        """An optimizer step is over."""
+        looked = self._movement.step()
+        if looked or step % AUDIT_EVERY_STEPS == 0:
+            self.audit()
+
+    def on_change(self, *, restored: bool = False) -> None:
+        """Parameters came or went.
+
+        Args:
+            restored: values were put back or loaded, so their movement so far says nothing.
+        """
+        if restored:
+            self._movement.restart()
+        self._movement.include_new()
+        self.audit()
+
+    def audit(self) -> None:
+        """Compare the parameter groups and the copies with the model now."""
+        groups = grafting.audit(self._model, self._optimizers)
+        copies = grafting.audit_copies(self._model)
+        self._findings.replace_ledger([*groups, *copies, *self._movement.findings])
+
+    def close(self) -> None:
+        self._movement.close()
 
 
 def divergence(verdict: GuardVerdict) -> Finding:

@@ -12,8 +12,8 @@ import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,20 +30,21 @@ from esper.contracts import (
     LayerInfo,
     RunMode,
     RunSnapshot,
-    SafetyPolicy,
     Verdict,
 )
+from esper.exceptions import EsperError
 from esper.health.features import MAX_FRAMES
 from esper.pipeline import decide
 from esper.policy import HeuristicPolicy
 from esper.reward import LossWindow, compute_reward, judge
-from esper.sdk.surgeon import Adaptation, Operation, Surgeon
+from esper.sdk.adaptation import Adaptation, Operation
+from esper.sdk.run_state import RunState
+from esper.sdk.surgery import Surgery
 from esper.selection import BlueprintSelector
 
 logger = logging.getLogger("esper")
 
 SECONDS_PER_DAY = 86_400.0
-Losses = Sequence[tuple[int, float]] | deque[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,41 +67,72 @@ class Waiting:
         return self.decision.adaptation.confidence
 
 
-class LocalLoop:
-    """Decides for one run, from what the session measures.
+@dataclass(slots=True)
+class LocalMemory:
+    """What the local loop has learned, and when it acted.
 
-    Args:
-        surgeon: whose adaptations are judged.
-        limits: the safety policy in force.
+    Attributes:
+        experience: by blueprint.
+        grafted_at: seconds since the epoch.
+        last: layer -> (step of its last adaptation, it was rolled back).
     """
 
-    def __init__(self, surgeon: Surgeon, limits: Callable[[], SafetyPolicy]) -> None:
-        self._surgeon = surgeon
-        self._limits = limits
+    experience: dict[str, Experience] = field(default_factory=dict)
+    grafted_at: list[float] = field(default_factory=list)
+    last: dict[str, tuple[int, bool]] = field(default_factory=dict)
+
+    def to_state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "experience": {slug: asdict(seen) for slug, seen in self.experience.items()},
+            "grafted_at": list(self.grafted_at),
+            "last": {layer: list(entry) for layer, entry in self.last.items()},
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> LocalMemory:
+        return cls(
+            experience={
+                str(slug): Experience(**seen) for slug, seen in state["experience"].items()
+            },
+            grafted_at=[float(moment) for moment in state["grafted_at"]],
+            last={str(layer): (int(at), bool(back)) for layer, (at, back) in state["last"].items()},
+        )
+
+
+class LocalLoop:
+    """Decides, grafts and judges for one run, from what the session measures.
+
+    Args:
+        name, mode: of the run.
+
+    Attributes:
+        memory: replaced when a checkpoint is loaded.
+        declined: the latest refusal, with its reasons.
+    """
+
+    def __init__(self, surgery: Surgery, run: RunState, *, name: str, mode: RunMode) -> None:
+        self._surgery = surgery
+        self._run = run
+        self._name = name
+        self._mode = mode
         self._policy = HeuristicPolicy()
         self._selector = BlueprintSelector(blueprints.list_blueprints())
         self._frames: deque[HealthFrame] = deque(maxlen=MAX_FRAMES)
         self._waiting: list[Waiting] = []
-        self._experience: dict[str, Experience] = {}
-        self._grafted_at: list[float] = []  # seconds since the epoch
-        self._last: dict[str, tuple[int, bool]] = {}  # layer -> (step, rolled back)
-        self._run = ""
-        self._mode = RunMode.OBSERVE
         self._layers: tuple[LayerInfo, ...] = ()
         self._model_parameters = 0
-        self.declined: Declined | None = None  # the latest "no", with its reasons
+        self.memory = LocalMemory()
+        self.declined: Declined | None = None
 
-    def open(
-        self,
-        *,
-        run: str,
-        mode: RunMode,
-        layers: tuple[LayerInfo, ...],
-        model_parameters: int,
-    ) -> None:
-        """The run as its first step has shown it."""
-        self._run, self._mode = run, mode
+    def open(self, layers: tuple[LayerInfo, ...], model_parameters: int) -> None:
+        """The first step is over, so the layers are known."""
         self._layers, self._model_parameters = layers, model_parameters
+
+    @property
+    def acts(self) -> bool:
+        """Its mode allows it to change the model."""
+        return self._mode is not RunMode.OBSERVE
 
     @property
     def waiting(self) -> tuple[Waiting, ...]:
@@ -109,115 +141,107 @@ class LocalLoop:
         self._waiting = [entry for entry in self._waiting if entry.expires_at > now]
         return tuple(self._waiting)
 
-    def consider(self, frame: HealthFrame, step: int, losses: Losses) -> Operation | None:
+    def on_frame(self, frame: HealthFrame) -> None:
+        """A step with a health frame: end probations that are over, then decide."""
+        for entry, verdict in self._verdicts():
+            if not verdict.keep:
+                self._surgery.take_out(entry, hard=False, state=AdaptationState.ROLLED_BACK)
+            logger.info(
+                "step %d: %s at %s %s: %s",
+                self._run.step,
+                entry.blueprint,
+                entry.layer,
+                entry.state,
+                verdict.reason,
+            )
+        decision = self._decide(frame)
+        if decision is not None:
+            self._graft(decision)
+
+    def approve(self, waiting: Waiting) -> Adaptation:
+        """A person said yes.
+
+        Raises:
+            ValueError: it expired, or was taken already.
+            Whatever :meth:`Surgery.apply` raises.
+        """
+        if waiting not in self.waiting:
+            raise ValueError("this decision is not waiting any more")
+        self._waiting.remove(waiting)
+        return self._surgery.apply(self._operation(waiting.decision))
+
+    def reject(self, waiting: Waiting) -> None:
+        """A person said no; the layer is left alone for its cooldown."""
+        self._waiting = [entry for entry in self._waiting if entry is not waiting]
+        self.memory.last[waiting.layer] = (waiting.decision.step, False)
+
+    def on_rolled_back(self, gone: Iterable[Adaptation], reason: str) -> None:
+        """The guard took grafts out, which counts as a rollback of each."""
+        for entry in gone:
+            self._close(entry, Verdict(keep=False, reason=reason))
+
+    # -- deciding ------------------------------------------------------------------------------
+
+    def _decide(self, frame: HealthFrame) -> Decision | None:
         """What to graft now, if anything; a decision that asks is put in :attr:`waiting`."""
         self._frames.append(frame)
-        if self._mode is RunMode.OBSERVE:
+        if not self.acts:
             return None
-        snapshot = self._snapshot(step, losses)
-        rng = np.random.default_rng(step)
-        outcome = decide(snapshot, self._policy, self._selector, self._limits(), rng)
+        rng = np.random.default_rng(self._run.step)
+        outcome = decide(self._snapshot(), self._policy, self._selector, self._run.policy, rng)
         if isinstance(outcome, Declined):
             self.declined = outcome
             return None
         if not outcome.automatic:
             self._ask(outcome)
             return None
-        return self._operation(outcome, step)
+        return outcome
 
-    def take_approved(self, waiting: Waiting, step: int) -> Operation:
-        """The operation of a waiting decision, which waits no longer.
+    def _graft(self, decision: Decision) -> None:
+        operation = self._operation(decision)
+        try:
+            self._surgery.apply(operation)
+        except EsperError as error:
+            # Asking again at once would fail again.
+            self.memory.last[operation.layer.name] = (self._run.step, True)
+            logger.warning("step %d: not grafted: %s", self._run.step, error)
 
-        Raises:
-            ValueError: it expired, or was taken already.
-        """
-        if waiting not in self.waiting:
-            raise ValueError("this decision is not waiting any more")
-        self._waiting.remove(waiting)
-        return self._operation(waiting.decision, step)
-
-    def reject(self, waiting: Waiting) -> None:
-        """A person said no; the layer is left alone for its cooldown."""
-        self._waiting = [entry for entry in self._waiting if entry is not waiting]
-        step = waiting.decision.step
-        self._last[waiting.layer] = (step, False)
-
-    def verdicts(self, step: int, losses: Losses) -> list[tuple[Adaptation, Verdict]]:
-        """Ends of probation at this step. A graft that is not to be kept is still in."""
-        found = []
-        for entry in self._surgeon.grafted:
-            if entry.state is AdaptationState.PROBATION:
-                verdict = self._judge(entry, step, losses)
-                if verdict is not None:
-                    self._close(entry, verdict, step)
-                    if verdict.keep:
-                        entry.state = AdaptationState.KEPT
-                    found.append((entry, verdict))
-        return found
-
-    def on_rolled_back(self, gone: Iterable[Adaptation], step: int, reason: str) -> None:
-        """The guard took grafts out: the worst that can happen to a blueprint."""
-        for entry in gone:
-            self._close(entry, Verdict(keep=False, reason=reason), step)
-
-    def on_failed(self, operation: Operation, step: int) -> None:
-        """It could not be grafted; asking again at once would fail again."""
-        self._last[operation.layer.name] = (step, True)
-
-    # -- saving --------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it has learned and when it acted; frames are measured again."""
-        return {
-            "experience": {slug: asdict(seen) for slug, seen in self._experience.items()},
-            "grafted_at": list(self._grafted_at),
-            "last": {layer: list(entry) for layer, entry in self._last.items()},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes all of it or, when something is wrong with it, nothing."""
-        experience = {str(slug): Experience(**seen) for slug, seen in state["experience"].items()}
-        grafted_at = [float(moment) for moment in state["grafted_at"]]
-        last = {str(layer): (int(at), bool(back)) for layer, (at, back) in state["last"].items()}
-        self._experience, self._grafted_at, self._last = experience, grafted_at, last
-
-    # -- the steps -----------------------------------------------------------------------------
-
-    def _snapshot(self, step: int, losses: Losses) -> RunSnapshot:
-        added = [entry.receipt for entry in self._surgeon.grafted if entry.receipt is not None]
-        on_probation = [e for e in self._surgeon.grafted if e.state is AdaptationState.PROBATION]
+    def _snapshot(self) -> RunSnapshot:
+        losses, memory, grafted = self._run.losses, self.memory, self._surgery.changes.grafted
+        added = [entry.receipt for entry in grafted if entry.receipt is not None]
+        on_probation = [entry for entry in grafted if entry.on_probation]
         day_ago = time.time() - SECONDS_PER_DAY
         return RunSnapshot(
-            run=self._run,
+            run=self._name,
             epoch=1,
             mode=self._mode,
-            step=step,
+            step=self._run.step,
             layers=self._layers,
             frames=tuple(self._frames),
             loss_steps=np.array([at for at, _ in losses], dtype=np.int64),
             loss=np.array([loss for _, loss in losses], dtype=np.float64),
             model_parameters=self._model_parameters,
             added_parameters=sum(receipt.certificate.parameters for receipt in added),
-            adaptations_today=sum(at > day_ago for at in self._grafted_at),
+            adaptations_today=sum(at > day_ago for at in memory.grafted_at),
             in_flight=len(on_probation) + len(self.waiting),
-            last_adaptation_step=max((at for at, _ in self._last.values()), default=-1),
+            last_adaptation_step=max((at for at, _ in memory.last.values()), default=-1),
             history={layer.name: self._history(layer.name) for layer in self._layers},
-            experience=dict(self._experience),
+            experience=dict(memory.experience),
         )
 
     def _history(self, layer: str) -> LayerHistory:
-        here = [entry for entry in self._surgeon.grafted if entry.layer == layer]
-        step, rolled_back = self._last.get(layer, (-1, False))
+        here = [entry for entry in self._surgery.changes.grafted if entry.layer == layer]
+        step, rolled_back = self.memory.last.get(layer, (-1, False))
         return LayerHistory(
             grafts=tuple(entry.blueprint for entry in here),
-            in_flight=any(entry.state is AdaptationState.PROBATION for entry in here)
+            in_flight=any(entry.on_probation for entry in here)
             or any(entry.layer == layer for entry in self._waiting),
             last_adaptation_step=step,
             last_rolled_back=rolled_back,
         )
 
     def _ask(self, decision: Decision) -> None:
-        timeout = self._limits().approval_timeout_seconds
+        timeout = self._run.policy.approval_timeout_seconds
         self._waiting.append(Waiting(decision, time.time() + timeout))
         logger.info(
             "step %d: %s at %s waits for a person: %s",
@@ -227,37 +251,50 @@ class LocalLoop:
             "; ".join(decision.asks),
         )
 
-    def _operation(self, decision: Decision, step: int) -> Operation:
-        name = decision.adaptation.layer_name
-        self._last[name] = (step, False)
-        self._grafted_at.append(time.time())
-        layer = next(layer for layer in self._layers if layer.name == name)
-        seed = zlib.crc32(f"{self._run}:{step}:{name}:{decision.blueprint}".encode())
+    def _operation(self, decision: Decision) -> Operation:
+        step, name = self._run.step, decision.adaptation.layer_name
+        self.memory.last[name] = (step, False)
+        self.memory.grafted_at.append(time.time())
+        seed = zlib.crc32(f"{self._name}:{step}:{name}:{decision.blueprint}".encode())
         return Operation(
-            layer=layer,
+            layer=next(layer for layer in self._layers if layer.name == name),
             blueprint=blueprints.get_blueprint(decision.blueprint),
             config=decision.config,
             seed=seed,
-            uid=self._surgeon.next_uid(),
+            uid=self._surgery.changes.next_uid(),
         )
 
-    def _judge(self, entry: Adaptation, step: int, losses: Losses) -> Verdict | None:
-        limits = self._limits()
+    # -- judging -------------------------------------------------------------------------------
+
+    def _verdicts(self) -> list[tuple[Adaptation, Verdict]]:
+        """Ends of probation at this step. A graft that is not to be kept is still in."""
+        found = []
+        for entry in self._surgery.changes.grafted:
+            verdict = self._judge(entry) if entry.on_probation else None
+            if verdict is not None:
+                self._close(entry, verdict)
+                if verdict.keep:
+                    entry.state = AdaptationState.KEPT
+                found.append((entry, verdict))
+        return found
+
+    def _judge(self, entry: Adaptation) -> Verdict | None:
+        policy = self._run.policy
         waited = time.time() - entry.grafted_at
         return judge(
             _window(entry.loss_before),
-            _window([(at, loss) for at, loss in losses if at > entry.step]),
+            _window([(at, loss) for at, loss in self._run.losses if at > entry.step]),
             graft_step=entry.step,
-            policy=limits,
+            policy=policy,
             kind=blueprints.get_blueprint(entry.blueprint).kind,
             ablation_gain=entry.ablation_gain,
-            deadline_reached=waited > limits.probation_timeout_seconds,
+            deadline_reached=waited > policy.probation_timeout_seconds,
         )
 
-    def _close(self, entry: Adaptation, verdict: Verdict, step: int) -> None:
-        """Write what the case taught: reward and experience."""
+    def _close(self, entry: Adaptation, verdict: Verdict) -> None:
+        """Record the outcome: reward and experience."""
         entry.verdict = verdict
-        self._last[entry.layer] = (step, not verdict.keep)
+        self.memory.last[entry.layer] = (self._run.step, not verdict.keep)
         if entry.receipt is None:
             return
         blueprint = blueprints.get_blueprint(entry.blueprint)
@@ -268,10 +305,11 @@ class LocalLoop:
             cost=_measured_cost(entry),
             model_parameters=self._model_parameters,
             risk=blueprint.risk,
-            policy=self._limits(),
+            policy=self._run.policy,
         )
-        seen = self._experience.get(entry.blueprint, Experience())
-        self._experience[entry.blueprint] = _with_case(seen, verdict.keep, entry.reward.total)
+        experience = self.memory.experience
+        seen = experience.get(entry.blueprint, Experience())
+        experience[entry.blueprint] = _with_case(seen, verdict.keep, entry.reward.total)
 
 
 def _window(losses: Iterable[tuple[int, float]]) -> LossWindow:

@@ -1,8 +1,8 @@
-"""How the ranks of a run keep together: rank 0 decides, all do.
+"""How the ranks of a run stay equal: rank 0 decides, and all ranks do the same.
 
-Each step begins with one meeting of all ranks. It carries the loss, so that a NaN on any rank is
-seen by the guard of rank 0 in the same step, and rank 0's word whether this step may change or
-evaluate the model. Only then the others wait for its orders, until it says that there are no more.
+Each step begins with one meeting of all ranks. It carries the loss, so that the guard of rank 0
+sees a NaN of any rank in the same step. It also says whether rank 0 may change or evaluate the
+model in this step. Only then the others wait for its orders, until it says that there are no more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 from esper import blueprints
@@ -21,14 +20,14 @@ from esper.contracts import LayerInfo
 from esper.exceptions import ReplicaError
 from esper.grafting import Replicas
 from esper.grafting.replicas import Call
-from esper.sdk.surgeon import Operation
+from esper.sdk.adaptation import Operation
 
 logger = logging.getLogger("esper")
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What rank 0 does at this moment, for the others to do with it."""
+    """What rank 0 does at this moment; the other ranks do the same."""
 
     kind: str  # "graft", "undo", "evaluate" or "stop"
     adaptation: str = ""
@@ -59,10 +58,10 @@ class Order:
     def evaluate(cls, without: str = "") -> Order:
         return cls("evaluate", adaptation=without)
 
-    def operation(self, layer: Callable[[str], LayerInfo]) -> Operation:
-        """The same graft for this rank's own layer, which may be on another device."""
+    def operation(self, layer: LayerInfo) -> Operation:
+        """The same graft for this rank's own ``layer``, which may be on another device."""
         return Operation(
-            layer=layer(self.layer),
+            layer=layer,
             blueprint=blueprints.get_blueprint(self.blueprint),
             config=self.config,
             seed=self.seed,
@@ -71,16 +70,11 @@ class Order:
 
 
 class Ranks:
-    """One rank's place among the others. With ``replicas`` None there are no others.
-
-    Attributes:
-        stop_reason: why rank 0 ended the run; empty while it goes on, and on rank 0.
-    """
+    """One rank's view of the others. With ``replicas`` None there are no others."""
 
     def __init__(self, replicas: Replicas | None) -> None:
         self._replicas = replicas
         self._step_is_quiet: bool | None = None  # None: outside a step
-        self.stop_reason = ""
 
     @property
     def alone(self) -> bool:
@@ -91,27 +85,10 @@ class Ranks:
         """This process takes decisions, talks to the server and keeps the journal."""
         return self._replicas is None or self._replicas.lead
 
-    @property
-    def shared_layers(self) -> tuple[LayerInfo, ...]:
-        return () if self._replicas is None else (self._replicas.whole_model,)
-
     def meet(self, call: Call, step: int, *arguments: object) -> None:
         """A call that a script makes on all ranks; raises ``ReplicaError`` where it did not."""
         if self._replicas is not None:
             self._replicas.meet(call, step, key=json.dumps(arguments, default=repr))
-
-    @contextmanager
-    def all_or_none(self) -> Iterator[None]:
-        """After a meeting: what one rank refuses inside, none does; raises on each of them."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as found:
-            error = found
-            raise
-        finally:
-            if self._replicas is not None:
-                self._replicas.vote(error)
 
     def meet_for_step(
         self, step: int, loss: float | None, may_operate: Callable[[], bool]
@@ -125,7 +102,7 @@ class Ranks:
 
     @contextmanager
     def leading(self, busy: bool, stop_reason: Callable[[], str]) -> Iterator[None]:
-        """Inside, in a busy step, rank 0 gives orders; at its end the others are let go."""
+        """Inside, in a busy step, rank 0 gives orders; its end tells the others to go on."""
         if self._replicas is None:
             yield
             return
@@ -140,10 +117,10 @@ class Ranks:
             self._step_is_quiet = None
 
     def order(self, order: Order) -> None:
-        """Tells the other ranks, where they wait to be told; a script's call they make themselves.
+        """Tells the other ranks, where they wait for orders; a script calls them itself.
 
         Raises:
-            ReplicaError: they do not listen in this step.
+            ReplicaError: they do not wait for orders in this step.
         """
         if self._replicas is None or self._step_is_quiet is None:
             return
@@ -151,40 +128,19 @@ class Ranks:
             raise ReplicaError("the other ranks do not expect a change in this step")
         self._replicas.order(asdict(order))
 
-    def follow(self, prepare: Callable[[Order], Callable[[], object]]) -> None:
-        """Does what rank 0 does, until it says that there is no more.
-
-        An error here is no reason to stop following: rank 0 hears of it in the vote.
-
-        Args:
-            prepare: what an order means here, as a call that votes whatever happens in it.
-        """
+    def take_order(self) -> Order | None:
+        """On the other ranks: what rank 0 does next; None when it does nothing more."""
         assert self._replicas is not None
-        while (message := self._replicas.take_order()) is not None:
-            order = Order(**message)
-            if order.kind == "stop":
-                self.stop_reason = order.reason
-                continue
-            try:
-                self._prepared(order, prepare)()
-            except Exception as error:
-                logger.warning("not done on this rank, nor on any other: %s", error)
+        message = self._replicas.take_order()
+        return None if message is None else Order(**message)
 
-    def _prepared(
-        self, order: Order, prepare: Callable[[Order], Callable[[], object]]
-    ) -> Callable[[], object]:
-        replicas = self._replicas
-        assert replicas is not None
-        try:
-            return prepare(order)
-        except Exception as error:
-            logger.exception("this rank cannot do what rank 0 does")
-            if order.kind == "evaluate":
-                return partial(replicas.mean, math.nan)
-            return partial(replicas.vote, error)
+    def refuse(self, error: Exception) -> None:
+        """This rank's vote against what rank 0 does; raises ``ReplicaError`` on the others."""
+        assert self._replicas is not None
+        self._replicas.vote(error)
 
     def mean(self, measure: Callable[[], float]) -> float:
-        """Of what all ranks measure; NaN, unknown, where one of them fails."""
+        """Of what all ranks measure; NaN where one of them fails."""
         if self._replicas is None:
             return measure()
         try:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 from websockets.asyncio.client import connect
@@ -43,12 +43,20 @@ from esper.sdk.transport.registration import Registration
 
 logger = logging.getLogger("esper")
 
-Prepare = Callable[[Command, KernelSpec], Any]
-TryOut = Callable[[Command, Mapping[str, bytes]], Any]
 
 _SILENCE_SECONDS = 30.0  # the server pings every 10 s
 _LONGEST_RETRY_SECONDS = 5.0  # also the period of polling where websockets do not get through
 _MAX_MESSAGE_BYTES = 256 * 1024
+
+
+class Preparation(Protocol):
+    """What takes long about a command, done beside the training."""
+
+    def prepare(self, command: Command, spec: KernelSpec) -> Any:
+        """The graft, built; in the transport thread. Raises ``CommandRefusedError``."""
+
+    def try_out(self, command: Command, files: Mapping[str, bytes]) -> Any:
+        """The compiled kernel, loaded and measured; in a thread of its own. Raises likewise."""
 
 
 class Listener:
@@ -56,9 +64,7 @@ class Listener:
 
     Args:
         veto: the trainer's own limits.
-        prepare: ``(command, spec) -> prepared graft``; raises ``CommandRefusedError``.
-        try_out: ``(command, files) -> prepared swap``, in a thread; raises likewise.
-        on_report: called when a report was queued.
+        preparation: makes commands ready for the step boundary.
     """
 
     def __init__(
@@ -70,9 +76,7 @@ class Listener:
         pace: Pace,
         *,
         veto: LocalVeto,
-        prepare: Prepare,
-        try_out: TryOut,
-        on_report: Callable[[], None],
+        preparation: Preparation,
     ) -> None:
         self._client = client
         self._registration = registration
@@ -80,10 +84,8 @@ class Listener:
         self._queues = queues
         self._pace = pace
         self._veto = veto
-        self._prepare = prepare
-        self._try_out = try_out
+        self._preparation = preparation
         self._trials: set[asyncio.Task[None]] = set()
-        self._on_report = on_report
 
     async def run(self) -> None:
         """For ever; raises ``TransportError`` when the server is done with this run."""
@@ -169,7 +171,6 @@ class Listener:
         self._queues.pending.add(command.seq)
         accepted = CommandAck(seq=command.seq, state=CommandState.ACCEPTED)
         self._queues.answer(accepted, final=False)
-        self._on_report()
         if command.kind is CommandKind.SPEED_UP:
             # Seconds, the first time: an undo that comes meanwhile must not wait for it.
             trial = asyncio.create_task(self._speed_up(command))
@@ -180,7 +181,7 @@ class Listener:
         if command.kind is CommandKind.GRAFT:
             spec = await self._fetch(command)
             try:
-                graft = self._prepare(command, spec)
+                graft = self._preparation.prepare(command, spec)
             except CommandRefusedError:
                 raise
             except Exception as error:  # a blueprint's own bug must not end the transport
@@ -192,7 +193,7 @@ class Listener:
     async def _speed_up(self, command: Command) -> None:
         try:
             files = await self._fetch_files(command, COMPILED_FILES)
-            swap = await asyncio.to_thread(self._try_out, command, files)
+            swap = await asyncio.to_thread(self._preparation.try_out, command, files)
         except CommandRefusedError as refusal:
             self._refuse(command.seq, refusal)
         except Exception as error:  # nothing about speed may end the transport
@@ -245,7 +246,6 @@ class Listener:
         reason = f"{type(error).__name__}: {error}"
         ack = CommandAck(seq=command.seq, state=CommandState.FAILED, reason=reason)
         self._queues.answer(ack)
-        self._on_report()
 
     def _refuse(self, seq: Any, refusal: CommandRefusedError) -> None:
         logger.warning("command %s refused: %s", seq, refusal)
@@ -255,4 +255,3 @@ class Listener:
             seq=seq, state=CommandState.REFUSED, code=refusal.code, reason=refusal.reason
         )
         self._queues.answer(ack)
-        self._on_report()

@@ -63,6 +63,7 @@ class TransportQueues:
         pending: numbers of commands that were accepted and are not answered yet.
         finish: how the run ended; None while it goes on.
         registration: None until the server has answered.
+        on_report: called, in any thread, when a report was queued.
     """
 
     telemetry: TelemetryQueue = field(default_factory=TelemetryQueue)
@@ -72,6 +73,7 @@ class TransportQueues:
     pending: set[int] = field(default_factory=set)
     finish: dict[str, Any] | None = None
     registration: Registration | None = None
+    on_report: Callable[[], None] = lambda: None
 
     @property
     def closing(self) -> bool:
@@ -88,7 +90,12 @@ class TransportQueues:
         """Queue the acknowledgement of a command."""
         if final:
             self.pending.discard(ack.seq)
-        self.reports.append(PendingReport(f"commands/{ack.seq}/ack", ack.to_wire(), rest))
+        self.queue_report(PendingReport(f"commands/{ack.seq}/ack", ack.to_wire(), rest))
+
+    def queue_report(self, report: PendingReport) -> None:
+        """Send it until it is answered."""
+        self.reports.append(report)
+        self.on_report()
 
     def ledger(self) -> str:
         queue = self.telemetry

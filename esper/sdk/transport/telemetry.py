@@ -67,6 +67,15 @@ class TelemetryQueue:
     def __len__(self) -> int:
         return len(self._frames) + len(self._metrics) + len(self._findings)
 
+    def counts(self) -> dict[str, int]:
+        """Items offered, stored by the server, dropped, waiting."""
+        return {
+            "offered": self.offered,
+            "stored": self.stored,
+            "dropped": self.dropped,
+            "waiting": len(self),
+        }
+
     @property
     def crowded(self) -> bool:
         """More waits than one batch takes."""

@@ -17,14 +17,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from esper.contracts import CommandAck
 from esper.exceptions import CodecError, TransportError
 from esper.sdk.transport.client import Client, insist
 from esper.sdk.transport.commands import LocalVeto
 from esper.sdk.transport.journal import Journal, state_directory
-from esper.sdk.transport.listening import Listener, Prepare, TryOut
+from esper.sdk.transport.listening import Listener, Preparation
 from esper.sdk.transport.outgoing import ReportSender, TelemetrySender, send_leftover_reports
-from esper.sdk.transport.queues import Pace, PendingReport, TransportQueues
+from esper.sdk.transport.queues import Pace, TransportQueues
 from esper.sdk.transport.registration import Registration, RunDescription
 
 logger = logging.getLogger("esper")
@@ -39,10 +38,7 @@ class Transport:
         server, token: where, and the right to create runs.
         queues: what the training thread puts in and takes out.
         veto: the trainer's own limits on commands.
-        prepare: ``(command, spec) -> prepared graft``, called in the transport thread; raises
-            ``CommandRefusedError``.
-        try_out: ``(command, files of a compiled kernel) -> what the step boundary needs``, called
-            in a thread of its own; raises likewise.
+        preparation: makes commands ready for the step boundary.
     """
 
     def __init__(
@@ -52,8 +48,7 @@ class Transport:
         queues: TransportQueues,
         *,
         veto: LocalVeto,
-        prepare: Prepare,
-        try_out: TryOut,
+        preparation: Preparation,
         pace: Pace,
     ) -> None:
         self.queues = queues
@@ -61,14 +56,14 @@ class Transport:
         self._server = server
         self._token = token
         self._veto = veto
-        self._prepare = prepare
-        self._try_out = try_out
+        self._preparation = preparation
         self._pace = pace
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._thread: threading.Thread | None = None
         self._sender: TelemetrySender | None = None
         self._report_sender: ReportSender | None = None
+        queues.on_report = self._wake_reports
 
     # -- the training thread's side: nothing here waits, but close -------------------------------
 
@@ -88,16 +83,6 @@ class Transport:
         """Telemetry waits that should not wait for the next flush."""
         if self._sender is not None:
             self._call_in_loop(self._sender.wake.set)
-
-    def answer(self, ack: CommandAck, rest: Callable[[], dict[str, Any]] = dict) -> None:
-        """Report the result of a command; ``rest`` as in ``PendingReport``."""
-        self.queues.answer(ack, rest=rest)
-        self._wake_reports()
-
-    def queue_report(self, report: PendingReport) -> None:
-        """``POST runs/{uid}/<path>`` until it is answered; the epoch is added."""
-        self.queues.reports.append(report)
-        self._wake_reports()
 
     def close(self, finish: dict[str, Any], *, timeout: float) -> None:
         """Send what waits, and say how the run ended.
@@ -231,9 +216,7 @@ class Transport:
             self.queues,
             self._pace,
             veto=self._veto,
-            prepare=self._prepare,
-            try_out=self._try_out,
-            on_report=report_sender.wake.set,
+            preparation=self._preparation,
         )
         ending = {asyncio.create_task(report_sender.run()), asyncio.create_task(self._sender.run())}
         endless = {

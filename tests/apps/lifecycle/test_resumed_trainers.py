@@ -21,7 +21,7 @@ from apps.violations.models import Violation
 from esper import blueprints
 from esper.contracts import AdaptationState, TokenScope, Verdict
 from esper.sdk import attaching
-from esper.sdk.surgeon import Operation
+from esper.sdk.adaptation import Operation
 from esper.sdk.transport.queues import Pace
 from tests.apps.lifecycle.conftest import TAMIYO, TRAINER, Stage
 from tests.esper.sdk.tiny_training import Training, slot_at
@@ -84,7 +84,7 @@ class Lives:
         )
         layer = next(layer for layer in session.layers if layer.name == "3")
         lora = blueprints.get_blueprint("proj_lora_64")
-        session._apply(Operation(layer, lora, {}, seed=1, uid=adaptation.uid))
+        session._surgery.apply(Operation(layer, lora, {}, seed=1, uid=adaptation.uid))
         training.run(3, session)
         return adaptation
 
@@ -94,13 +94,13 @@ class Lives:
 
 
 def alive(session: esper.Session) -> bool:
-    transport = session._transport
-    return transport is not None and transport._thread is not None and transport._thread.is_alive()
+    thread = session._server and session._server._transport._thread
+    return thread is not None and thread.is_alive()
 
 
 def sender_of(session: esper.Session) -> object:
     """The transport makes it once its hello was answered."""
-    return session._transport and session._transport._sender
+    return session._server and session._server._transport._sender
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:

@@ -413,7 +413,7 @@ def test_a_command_that_no_boundary_came_for_is_answered_at_the_end(
 ) -> None:
     session = listening(training, plane)
     plane.send(graft_command(plane, 1, kernel_for(session, plane)))
-    wait_for(lambda: session._transport and session._transport.queues.inbox, "it is prepared")
+    wait_for(lambda: session._queues and session._queues.inbox, "it is prepared")
     session.close()
     assert final_ack(plane, 1)["state"] == "failed"
 
@@ -438,7 +438,7 @@ def test_a_server_that_dies_and_returns_gets_everything_promised(
 ) -> None:
     with listening(training, plane) as session:
         plane.send(graft_command(plane, 1, kernel_for(session, plane)))
-        wait_for(lambda: session._transport and session._transport.queues.inbox, "it is prepared")
+        wait_for(lambda: session._queues and session._queues.inbox, "it is prepared")
         plane.stop()
         training.run(30, session)
         assert [entry.uid for entry in session.adaptations] == ["a1"]
@@ -455,7 +455,7 @@ def test_promises_outlive_the_trainer(
 ) -> None:
     session = listening(training, plane)
     plane.send(graft_command(plane, 1, kernel_for(session, plane)))
-    wait_for(lambda: session._transport and session._transport.queues.inbox, "it is prepared")
+    wait_for(lambda: session._queues and session._queues.inbox, "it is prepared")
     plane.stop()
     training.run(3, session)
     session.close(timeout=0.2)

@@ -1,36 +1,36 @@
-"""Reports of what a script does to its model by itself: remedies, and grafts taken out."""
+"""Reports to the server of changes that it did not order: by the guard and by the script."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from esper.contracts import RemedyKind
 from esper.contracts.codec import number_to_wire
-from esper.grafting import RemedyReceipt, UndoReceipt
-from esper.sdk.surgeon import Adaptation
-from esper.sdk.transport.queues import PendingReport
+from esper.grafting import GuardVerdict, RemedyReceipt, UndoReceipt
+from esper.sdk.adaptation import Adaptation
+from esper.sdk.transport import PendingReport, TransportQueues
 
 _LONGEST_LIST = 20  # a layer may have thousands of dead units
 
 
 class SurgeryReports:
-    """Queues a report of each change for the server.
+    """Queues a report of each change.
 
     Args:
-        queue_report: queues it, where there is a server.
+        queues: to the server; None where this process talks to none.
     """
 
-    def __init__(self, queue_report: Callable[[PendingReport], None]) -> None:
-        self._queue_report = queue_report
+    def __init__(self, queues: TransportQueues | None) -> None:
+        self._queues = queues
 
     def remedy(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> None:
         """A remedy is in effect; ``merged`` is the adaptation that it folded into its host."""
         body = _body(receipt.remedy, receipt.layer, receipt.step, receipt.pause_ms)
         body |= {"key": receipt.key, "details": _short(receipt.details)}
         body["adaptation"] = _known(merged)
-        self._tell(
+        self._queue_remedy(
             body,
             lambda: {
                 "digest_before": receipt.digest_before,
@@ -43,7 +43,7 @@ class SurgeryReports:
         for receipt in receipts:
             body = _body(RemedyKind.UNDO, receipt.layer, step, report.pause_ms)
             body |= {"undoes": receipt.key, "exact": report.exact, "digest_after": report.digest}
-            self._tell(body)
+            self._queue_remedy(body)
 
     def taken_out(
         self,
@@ -66,10 +66,35 @@ class SurgeryReports:
                 details["along_with"] = f"{meant.blueprint} at {meant.layer}"
             body |= {"adaptation": _known(entry), "details": details}
             body |= {"exact": report.exact, "digest_after": report.digest}
-            self._tell(body)
+            self._queue_remedy(body)
 
-    def _tell(self, body: dict[str, Any], rest: Callable[[], dict[str, Any]] = dict) -> None:
-        self._queue_report(PendingReport("remedies", body, rest))
+    def rolled_back(
+        self, entries: Sequence[Adaptation], report: UndoReceipt, step: int, verdict: GuardVerdict
+    ) -> None:
+        """Grafts that the guard took out."""
+        for entry in entries:
+            if entry.local:
+                continue
+            body = {
+                "adaptation": entry.uid,
+                "step": step,
+                "rule": str(verdict.rule),
+                "observed": number_to_wire(verdict.observed),
+                "limit": number_to_wire(verdict.limit),
+                "pause_ms": report.pause_ms,
+                "exact": report.exact,
+                "digest_after": report.digest,
+            }
+            self._queue(PendingReport("rollbacks", body))
+
+    def _queue_remedy(
+        self, body: dict[str, Any], rest: Callable[[], dict[str, Any]] = dict
+    ) -> None:
+        self._queue(PendingReport("remedies", body, rest))
+
+    def _queue(self, report: PendingReport) -> None:
+        if self._queues is not None:
+            self._queues.queue_report(report)
 
 
 def _body(remedy: str, layer: str, step: int, pause_ms: float) -> dict[str, Any]:

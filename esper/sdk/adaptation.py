@@ -1,0 +1,115 @@
+"""A graft from its operation to its end, as one process sees it."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from esper.blueprints import Blueprint, Graft
+from esper.contracts import AdaptationState, LayerInfo, Reward, Verdict
+from esper.grafting import Receipt, SnapshotMemory
+from esper.sdk.saving import losses_from_state, losses_to_state
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What is to be grafted; ``graft`` and ``memory`` may have been made in another thread."""
+
+    layer: LayerInfo
+    blueprint: Blueprint
+    config: dict[str, Any]
+    seed: int
+    uid: str
+    graft: Graft | None = None
+    memory: SnapshotMemory | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Adaptation:
+    """The life of one graft in this process.
+
+    Attributes:
+        uid: the server's id, or ``local-<n>``.
+        state: ``probation``, ``kept``, ``rolled_back`` or ``reverted``.
+        grafted_at: seconds since the epoch.
+        guarded_until: the last step at which the trainer's own guard may take it out.
+        loss_before: (step, loss) of the run before the graft, for the verdict.
+        merged: the graft was folded into its host's weights; it is in effect, in no slot.
+    """
+
+    uid: str
+    layer: str
+    blueprint: str
+    step: int
+    state: AdaptationState
+    config: dict[str, Any] = field(default_factory=dict)
+    receipt: Receipt | None = None
+    ablation_gain: float = math.nan
+    guarded_until: int = -1
+    grafted_at: float = 0.0
+    verdict: Verdict | None = None
+    reward: Reward | None = None
+    loss_before: tuple[tuple[int, float], ...] = ()
+    merged: bool = False
+
+    @property
+    def grafted(self) -> bool:
+        """Its graft is in the model."""
+        return self.state in (AdaptationState.PROBATION, AdaptationState.KEPT)
+
+    @property
+    def on_probation(self) -> bool:
+        """Its graft is in the model, and may be taken out again."""
+        return self.state is AdaptationState.PROBATION
+
+    @property
+    def in_effect(self) -> bool:
+        """What it was grafted for still acts: in its slot, or in the host's weights."""
+        return self.merged or (self.receipt is not None and self.receipt.present)
+
+    @property
+    def restorable(self) -> bool:
+        """The model as it was before the graft can be brought back."""
+        return self.receipt is not None and self.receipt.can_undo_hard
+
+    @property
+    def local(self) -> bool:
+        """No server knows of it."""
+        return self.uid.startswith("local-")
+
+    def to_state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "adaptation": self.uid,
+            "layer": self.layer,
+            "blueprint": self.blueprint,
+            "config": self.config,
+            "step": self.step,
+            "state": str(self.state),
+            "guarded_until": self.guarded_until,
+            "ablation_gain": self.ablation_gain,
+            # Not the moment: the time between two processes is no part of a probation.
+            "age_seconds": time.time() - self.grafted_at,
+            "loss_before": losses_to_state(self.loss_before),
+            "merged": self.merged,
+        }
+
+    @classmethod
+    def from_state(cls, saved: dict[str, Any], receipt: Receipt | None) -> Adaptation:
+        """``receipt`` is that of the rebuilt graft; None for one that was merged."""
+        return cls(
+            uid=str(saved["adaptation"]),
+            layer=str(saved["layer"]),
+            blueprint=str(saved["blueprint"]),
+            config=dict(saved["config"]),
+            step=int(saved["step"]),
+            state=AdaptationState(saved["state"]),
+            guarded_until=int(saved["guarded_until"]),
+            ablation_gain=float(saved["ablation_gain"]),
+            receipt=receipt,
+            grafted_at=time.time() - float(saved["age_seconds"]),
+            loss_before=tuple(losses_from_state(saved["loss_before"])),
+            merged=bool(saved["merged"]),
+        )

@@ -1,0 +1,128 @@
+"""What was changed in one model: which grafts and remedies, in which order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from esper import blueprints
+from esper.contracts import AdaptationState, SafetyPolicy
+from esper.exceptions import UndoError
+from esper.grafting import Receipt, RemedyReceipt
+from esper.sdk.adaptation import Adaptation
+
+SNAPSHOTS_KEPT = 3
+
+
+class Changes:
+    """The record of a model's changes. It changes nothing itself; see ``Surgery``.
+
+    Attributes:
+        adaptations: every graft of this session, oldest first.
+        remedies: those that are in effect, oldest first.
+    """
+
+    def __init__(self) -> None:
+        self.adaptations: list[Adaptation] = []
+        self.remedies: list[RemedyReceipt] = []
+        self._history: list[Adaptation | RemedyReceipt] = []  # in effect, as they came
+
+    # -- reading -------------------------------------------------------------------------------
+
+    @property
+    def on_probation(self) -> bool:
+        """Some graft may still be taken out again."""
+        return any(entry.on_probation for entry in self.adaptations)
+
+    @property
+    def grafted(self) -> tuple[Adaptation, ...]:
+        """Those whose graft is in the model, oldest first."""
+        return tuple(entry for entry in self.adaptations if entry.grafted)
+
+    def find(self, uid: str) -> Adaptation | None:
+        """The adaptation of that id, None where its graft is not in the model."""
+        return next((entry for entry in self.grafted if entry.uid == uid), None)
+
+    def of_receipt(self, receipt: Receipt) -> Adaptation:
+        """Raises ``UndoError`` where its graft is in no slot of the model any more."""
+        for entry in self.grafted:
+            if entry.receipt is receipt and not entry.merged:
+                return entry
+        raise UndoError("this graft is not in the model any more", layer=receipt.layer)
+
+    def place_of(self, receipt: RemedyReceipt) -> int:
+        """Its place among all changes, -1 for none: the same on all ranks."""
+        return self._history.index(receipt) if receipt in self._history else -1
+
+    def next_uid(self) -> str:
+        """An id for a graft that no server has named."""
+        taken = {entry.uid for entry in self.adaptations}
+        return next(uid for n in itertools.count(1) if (uid := f"local-{n}") not in taken)
+
+    def youngest_guarded(self, step: int) -> Adaptation | None:
+        """The graft on probation that the guard may take out at this step."""
+        return next(
+            (e for e in reversed(self.grafted) if e.on_probation and step <= e.guarded_until), None
+        )
+
+    def due_for_ablation(self, step: int, policy: SafetyPolicy) -> list[Adaptation]:
+        """Grafts that have just matured, or come to the end of their probation."""
+        ages = (policy.maturity_steps, policy.probation_steps)
+        return [
+            entry
+            for entry in self.grafted
+            if entry.on_probation
+            and step - entry.step in ages
+            # A capacity limit or a balancer does not serve the loss: ablation would condemn it.
+            and not blueprints.get_blueprint(entry.blueprint).requires
+        ]
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def add_graft(self, adaptation: Adaptation) -> None:
+        self.adaptations.append(adaptation)
+        self._history.append(adaptation)
+        self._forget_old_snapshots()
+
+    def add_remedy(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> None:
+        """``merged`` is the adaptation that it folded into its host."""
+        self.remedies.append(receipt)
+        self._history.append(receipt)
+        if merged is not None:
+            merged.merged = True
+        self._forget_old_snapshots()
+
+    def drop_since(self, undone: Adaptation | RemedyReceipt) -> None:
+        """The model is as it was before ``undone``, so everything since is undone with it."""
+        place = self._history.index(undone)
+        gone, self._history = self._history[place:], self._history[:place]
+        for entry in gone:
+            if isinstance(entry, RemedyReceipt):
+                self._drop_remedy(entry)
+            elif isinstance(undone, Adaptation):
+                entry.merged = False  # into weights that are again as they were before it
+
+    def mark_gone(self, state: AdaptationState) -> tuple[Adaptation, ...]:
+        """Sets the state of grafts that are in the model no more, and returns them."""
+        gone = tuple(entry for entry in self.grafted if not entry.in_effect)
+        for entry in gone:
+            entry.state = state
+        return gone
+
+    def resume(self, adaptations: Sequence[Adaptation], remedies: Sequence[RemedyReceipt]) -> None:
+        """What a checkpoint held. Its remedies cannot be undone any more."""
+        self.adaptations, self.remedies = list(adaptations), list(remedies)
+        self._history = list(adaptations)
+
+    def _drop_remedy(self, receipt: RemedyReceipt) -> None:
+        self.remedies.remove(receipt)
+        for entry in self.adaptations:
+            if entry.merged and entry.receipt is not None and not entry.receipt.graft.merged:
+                entry.merged = False
+
+    def _forget_old_snapshots(self) -> None:
+        """A snapshot is a copy of the model and its optimizer: only the newest few are kept."""
+        receipts = [e.receipt if isinstance(e, Adaptation) else e for e in self._history]
+        restorable = [receipt for receipt in receipts if receipt and receipt.can_undo_hard]
+        for receipt in restorable[:-SNAPSHOTS_KEPT]:
+            receipt.forget_snapshot()

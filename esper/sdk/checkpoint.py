@@ -1,0 +1,130 @@
+"""The changed model in a checkpoint: which grafts and remedies, their weights, optimizer state.
+
+Structure first: a checkpoint is loaded into a fresh model, whose grafts are rebuilt before any
+weight is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from esper import grafting
+from esper.exceptions import ConfigurationError
+from esper.grafting import Receipt, RemedyReceipt, Surroundings, remedies
+from esper.grafting.replicas import Joint
+from esper.grafting.slot import SLOT_NAME
+from esper.grafting.snapshot import Snapshot
+from esper.sdk.adaptation import Adaptation
+from esper.sdk.changes import Changes
+
+_GRAFT_MARK = f".{SLOT_NAME}."
+
+
+def state_of(model: nn.Module, surroundings: Surroundings, changes: Changes) -> dict[str, Any]:
+    """Structure, weights of the grafts, optimizer state by parameter name, and what is applied."""
+    return {
+        "structure": grafting.structure(model),
+        "grafts": {name: t.detach().clone() for name, t in _graft_tensors(model).items()},
+        "optimizers": [_optimizer_state(model, entry) for entry in surroundings.optimizers],
+        "applied": [entry.to_state() for entry in changes.grafted],
+        "remedies": [
+            {"remedy": r.remedy, "layer": r.layer, "details": r.details} for r in changes.remedies
+        ],
+    }
+
+
+def load(
+    model: nn.Module, surroundings: Surroundings, state: dict[str, Any], joint: Joint
+) -> tuple[list[Adaptation], list[RemedyReceipt]]:
+    """Rebuild what :func:`state_of` described, in a model that has no grafts yet.
+
+    All of it or nothing: on any error model, optimizers and schedulers are as before.
+
+    Args:
+        joint: what the caller does on all ranks, or on none; committed here.
+
+    Raises:
+        ConfigurationError: the state has another number of optimizers.
+        Any other error that a state can cause which is not of this model.
+    """
+    optimizers, schedulers = surroundings.optimizers, surroundings.schedulers
+    if len(state["optimizers"]) != len(optimizers):
+        raise ConfigurationError("the state is of another number of optimizers")
+    slotted = {name for name, _, _ in grafting.slots(model)}
+    without_copies = replace(surroundings, copies=())  # they follow at the end
+    snapshot = Snapshot.take(model, without_copies)
+    rebuilt: tuple[Receipt, ...] = ()
+    try:
+        rebuilt = grafting.rebuild(model, state["structure"], surroundings)
+        repeated = [_repeat(model, without_copies, entry) for entry in state["remedies"]]
+        _load_grafts(model, state["grafts"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            if saved is not None:
+                grafting.load_optimizer_state_by_name(model, optimizer, saved, schedulers)
+        adaptations = _adaptations(state["applied"], rebuilt)
+        grafting.let_follow(model, surroundings.copies)
+        joint.commit()
+    except BaseException:
+        if not joint.done:
+            grafting.take_back(model, rebuilt, slotted)
+            snapshot.restore()
+        raise
+    return adaptations, [receipt for receipt in repeated if receipt is not None]
+
+
+def _adaptations(applied: list[dict[str, Any]], rebuilt: tuple[Receipt, ...]) -> list[Adaptation]:
+    places = {(receipt.layer, receipt.blueprint): receipt for receipt in rebuilt}
+    return [
+        Adaptation.from_state(
+            entry, None if entry["merged"] else places[entry["layer"], entry["blueprint"]]
+        )
+        for entry in applied
+    ]
+
+
+def _repeat(
+    model: nn.Module, surroundings: Surroundings, entry: dict[str, Any]
+) -> RemedyReceipt | None:
+    """What a remedy did to parameter groups. What it did to weights is in the saved weights."""
+    remedy, layer = entry["remedy"], entry["layer"]
+    if remedy == "set_lr":
+        factor = entry["details"]["factor"]
+        receipt = remedies.set_layer_lr(model, layer, factor, surroundings=surroundings)
+    elif remedy in ("freeze", "unfreeze"):
+        act = remedies.freeze if remedy == "freeze" else remedies.unfreeze
+        receipt = act(model, layer, surroundings=surroundings)
+    else:
+        return None
+    receipt.forget_snapshot()
+    return receipt
+
+
+def _graft_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in model.state_dict().items() if _GRAFT_MARK in name}
+
+
+def _load_grafts(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    own = _graft_tensors(model)
+    if own.keys() != saved.keys():
+        odd = ", ".join(sorted(own.keys() ^ saved.keys())[:5])
+        raise ConfigurationError(f"the saved grafts do not fit this model: {odd}")
+    for name, tensor in own.items():
+        if saved[name].shape != tensor.shape:  # copy_ would spread a single number over it
+            raise ConfigurationError(
+                f"the saved {name} has shape {tuple(saved[name].shape)}, here {tuple(tensor.shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """By name; None for an optimizer that also trains something beside this model."""
+    try:
+        return grafting.optimizer_state_by_name(model, optimizer)
+    except ConfigurationError:
+        return None

@@ -1,0 +1,68 @@
+"""A rank that does not decide: it does at each step boundary what rank 0 does."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from functools import partial
+
+from esper.contracts import AdaptationState
+from esper.exceptions import UndoError
+from esper.sdk.evaluation import Evaluations
+from esper.sdk.ranks import Order, Ranks
+from esper.sdk.surgery import Surgery
+
+logger = logging.getLogger("esper")
+
+
+class Follower:
+    """Follows the orders of rank 0.
+
+    Attributes:
+        stop_reason: why rank 0 ended the run; empty while it goes on.
+    """
+
+    def __init__(self, ranks: Ranks, surgery: Surgery, evaluations: Evaluations) -> None:
+        self._ranks = ranks
+        self._surgery = surgery
+        self._evaluations = evaluations
+        self.stop_reason = ""
+
+    def follow(self) -> None:
+        """Until rank 0 says that there is no more in this step.
+
+        An error here does not end it: rank 0 gets it in the vote.
+        """
+        while (order := self._ranks.take_order()) is not None:
+            if order.kind == "stop":
+                self.stop_reason = order.reason
+                continue
+            try:
+                self._prepared(order)()
+            except Exception as error:
+                logger.warning("not done on this rank, nor on any other: %s", error)
+
+    def _prepared(self, order: Order) -> Callable[[], object]:
+        """The order as a call, which votes even if something fails in it."""
+        try:
+            return self._meaning(order)
+        except Exception as error:
+            logger.exception("this rank cannot do what rank 0 does")
+            if order.kind == "evaluate":
+                return partial(self._ranks.mean, lambda: math.nan)
+            return partial(self._ranks.refuse, error)
+
+    def _meaning(self, order: Order) -> Callable[[], object]:
+        if order.kind == "graft":
+            operation = order.operation(self._surgery.layer(order.layer))
+            return partial(self._surgery.apply, operation)
+        if order.kind == "evaluate" and not order.adaptation:
+            return self._evaluations.due_loss
+        adaptation = self._surgery.changes.find(order.adaptation)
+        if adaptation is None:
+            raise UndoError(f"this rank does not hold {order.adaptation!r}", layer=order.layer)
+        if order.kind == "evaluate":
+            return partial(self._evaluations.ablation_gain, adaptation)
+        state = AdaptationState(order.state)
+        return partial(self._surgery.take_out, adaptation, hard=order.hard, state=state)

@@ -1,0 +1,72 @@
+"""The model's layers, as its first steps show them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from esper.contracts import LayerInfo
+from esper.exceptions import UnknownLayerError
+from esper.grafting import LayerRecorder, Replicas
+
+LEFT_ALONE = "attach was told to leave it alone"
+
+
+class Layers:
+    """Records the layers in the forward passes before the first complete step, then stops.
+
+    Args:
+        slots: names of the layers that may be grafted; the others are only watched.
+        replicas: the other ranks; None for a model in one process.
+    """
+
+    def __init__(
+        self, model: nn.Module, slots: Sequence[str], replicas: Replicas | None = None
+    ) -> None:
+        self._slots = frozenset(slots)
+        self._replicas = replicas
+        self._recorder = LayerRecorder(model)
+        self._fixed: tuple[LayerInfo, ...] = ()
+
+    @property
+    def fixed(self) -> bool:
+        """The first complete step is over, so the layers do not change any more."""
+        return bool(self._fixed)
+
+    @property
+    def own(self) -> tuple[LayerInfo, ...]:
+        """In the model's order; shapes are known after the first forward pass."""
+        return self._fixed or self._recorder.layers()
+
+    @property
+    def all(self) -> tuple[LayerInfo, ...]:
+        """Also, on several ranks, the model that they share: the last one, with an empty name."""
+        return self.own if self._replicas is None else (*self.own, self._replicas.whole_model)
+
+    def find(self, name: str) -> LayerInfo:
+        """Raises ``UnknownLayerError`` where there is none of that name."""
+        found = next((layer for layer in self.all if layer.name == name), None)
+        if found is None:
+            raise UnknownLayerError(f"the model has no layer {name!r}", layer=name)
+        return found
+
+    def fix(self) -> None:
+        """The first step is complete: all layers have run."""
+        self._fixed = tuple(map(self._limited, self._recorder.layers()))
+        self.stop()
+        if any(layer.reason == LEFT_ALONE for layer in self._fixed):
+            # Code that was compiled in this first step is split where the recorder looked, and
+            # torch does not notice that it has gone. Where every layer has a slot, it stays split.
+            torch.compiler.reset()
+
+    def stop(self) -> None:
+        """Remove the recorder's hooks."""
+        self._recorder.stop()
+
+    def _limited(self, layer: LayerInfo) -> LayerInfo:
+        if layer.name in self._slots or not layer.graftable:
+            return layer
+        return replace(layer, graftable=False, reason=LEFT_ALONE)

@@ -1,0 +1,41 @@
+"""What the parts of a session share about their run."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from esper.contracts import SafetyPolicy
+from esper.sdk.transport import TransportQueues
+from esper.sdk.transport.registration import Registration
+
+LOSSES_KEPT = 4_000
+
+LossPoint = tuple[int, float]  # (step, loss)
+
+
+@dataclass(slots=True)
+class RunState:
+    """How far the run is, and what limits it.
+
+    Attributes:
+        own_policy: the safety policy that ``attach`` was given; it applies until a server answers.
+        queues: to and from the server; None where this process talks to none.
+        step: the optimizer steps that the session has counted.
+        losses: the training loss of the latest steps.
+    """
+
+    own_policy: SafetyPolicy
+    queues: TransportQueues | None = None
+    step: int = 0
+    losses: deque[LossPoint] = field(default_factory=lambda: deque(maxlen=LOSSES_KEPT))
+
+    @property
+    def registration(self) -> Registration | None:
+        """The server's answer; None in local mode, and until it came."""
+        return self.queues.registration if self.queues is not None else None
+
+    @property
+    def policy(self) -> SafetyPolicy:
+        """The safety policy in force."""
+        return self.registration.policy if self.registration is not None else self.own_policy

@@ -1,0 +1,131 @@
+"""One run's server, as the training thread sees it: nothing waits here, except ``close``."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from esper.compilation import capability
+from esper.contracts import HealthFrame, LayerInfo, RunMode
+from esper.sdk.command_handler import CommandHandler
+from esper.sdk.run_state import RunState
+from esper.sdk.surgery import Surgery
+from esper.sdk.transport import Pace, Transport, TransportQueues
+from esper.sdk.transport.commands import LocalVeto
+from esper.sdk.transport.kernels import code_key
+from esper.sdk.transport.registration import RunDescription
+
+
+class ServerLink:
+    """Registers the run, hands its commands over, and sends what the steps measure.
+
+    Args:
+        server, token: where, and the right to create runs.
+        name, mode: of the run.
+        queues: between this thread and the transport's.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        token: str,
+        *,
+        name: str,
+        mode: RunMode,
+        queues: TransportQueues,
+        surgery: Surgery,
+        run: RunState,
+        pace: Pace,
+    ) -> None:
+        self._name = name
+        self._mode = mode
+        self._queues = queues
+        self._surgery = surgery
+        self._run = run
+        veto = LocalVeto(mode, code_key=code_key())
+        self._handler = CommandHandler(surgery, veto, queues)
+        self._transport = Transport(
+            server, token, queues, veto=veto, preparation=self._handler, pace=pace
+        )
+
+    @property
+    def stop_reason(self) -> str:
+        """Why a person stopped the run; empty while nobody has."""
+        return self._handler.stop_reason
+
+    @property
+    def has_commands(self) -> bool:
+        """Some wait for the next step boundary."""
+        return bool(self._queues.inbox)
+
+    def start(
+        self,
+        layers: tuple[LayerInfo, ...],
+        *,
+        target_steps: int | None,
+        model_parameters: int,
+    ) -> None:
+        """Begin to register, in the background."""
+        self._transport.start(
+            RunDescription(
+                name=self._name,
+                mode=self._mode,
+                capability=capability(),
+                # One run may need kernels for several devices.
+                capabilities={device: capability(device) for device in {e.device for e in layers}},
+                target_steps=target_steps,
+                versions=_versions(),
+                model_parameters=model_parameters,
+                layers=layers,
+                step=self._run.step,
+                applied=self._applied(),
+            )
+        )
+
+    def handle_commands(self) -> None:
+        """At a step boundary: do what the server ordered, and queue the answers."""
+        self._handler.handle_all(self._run.step)
+
+    def send_step(self, frame: HealthFrame | None, metrics: Mapping[str, float]) -> None:
+        """Queue what this step measured, and take over what the server said about old grafts."""
+        self._queues.telemetry.offer_metrics(self._run.step, time.time(), metrics)
+        if frame is not None:
+            self._queues.telemetry.offer_frame(frame)
+            self._transport.send_soon()
+        while self._queues.settled:
+            self._surgery.settle(*self._queues.settled.popleft())
+
+    def close(self, *, state: str, reason: str, timeout: float) -> None:
+        """Answer the commands that wait, and tell how the run ended; see ``Transport.close``."""
+        self._handler.refuse_all(self._run.step)
+        finish = {"step": self._run.step, "state": state, "reason": reason or self.stop_reason}
+        self._transport.close(finish, timeout=timeout)
+
+    def _applied(self) -> list[dict[str, Any]]:
+        """What the model holds of the server's grafts, from a checkpoint."""
+        return [
+            {
+                "adaptation": entry.uid,
+                "layer": entry.layer,
+                "blueprint": entry.blueprint,
+                "step": entry.step,
+                "merged": entry.merged,
+            }
+            for entry in self._surgery.changes.grafted
+            if not entry.local
+        ]
+
+
+def _versions() -> dict[str, str]:
+    from esper import __version__
+
+    versions = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "esper": __version__,
+    }
+    return versions | ({"machine_code": "taken"} if code_key() else {})

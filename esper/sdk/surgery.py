@@ -1,0 +1,342 @@
+"""Everything that a process can do to its model while it trains, and what must follow a change.
+
+order      rank 0 tells the other ranks; a script calls all of them, so they meet
+change     the model, its optimizer, schedulers and copies; on all ranks, or on none
+follow-up  health sampler, ledger audit and movement watch look at the changed model
+report     the server gets what it did not order itself
+
+Runs in the training thread, between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from esper import blueprints, grafting
+from esper.contracts import AdaptationState, LayerInfo, RemedyKind
+from esper.exceptions import ConfigurationError, UndoError
+from esper.grafting import (
+    GuardVerdict,
+    Receipt,
+    RemedyReceipt,
+    SnapshotMemory,
+    Surroundings,
+    UndoReceipt,
+    remedies,
+)
+from esper.grafting.receipts import undoing_everywhere
+from esper.grafting.replicas import Call, Joint, jointly
+from esper.grafting.slot import find_host, slot_of
+from esper.health import HealthSampler
+from esper.sdk import checkpoint
+from esper.sdk.adaptation import Adaptation, Operation
+from esper.sdk.changes import Changes
+from esper.sdk.findings import LedgerWatch
+from esper.sdk.layers import Layers
+from esper.sdk.ranks import Order, Ranks
+from esper.sdk.reporting import SurgeryReports
+from esper.sdk.run_state import RunState
+
+logger = logging.getLogger("esper")
+
+# What an undo did, and every adaptation that is out of the model because of it.
+TakenOut = tuple[UndoReceipt, tuple[Adaptation, ...]]
+
+
+class Surgery:
+    """Changes one model, for the server, the guard, local mode and the user's script.
+
+    Args:
+        surroundings: what trains the model; it has to follow when parameters come and go.
+
+    Attributes:
+        changes: what is in the model.
+        sampler: measures the model's health; None before the first complete step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        surroundings: Surroundings,
+        run: RunState,
+        *,
+        layers: Layers,
+        ranks: Ranks,
+        ledger: LedgerWatch,
+        reports: SurgeryReports,
+    ) -> None:
+        self.model = model
+        self.changes = Changes()
+        self.sampler: HealthSampler | None = None
+        self._surroundings = surroundings
+        self._without_copies = replace(surroundings, copies=())  # a remedy leaves averages alone
+        self._run = run
+        self._layers = layers
+        self._ranks = ranks
+        self._ledger = ledger
+        self._reports = reports
+
+    # -- grafts --------------------------------------------------------------------------------
+
+    def layer(self, name: str) -> LayerInfo:
+        """Raises ``UnknownLayerError``."""
+        return self._layers.find(name)
+
+    def reserve_memory(self) -> SnapshotMemory:
+        """For the snapshot of the next graft; may run in another thread."""
+        return SnapshotMemory.reserve(self.model, self._surroundings.optimizers)
+
+    def apply(self, operation: Operation) -> Adaptation:
+        """Graft, certified; on any error the model is as before.
+
+        Raises:
+            IncompatibleLayerError, CertificateError, UnknownLayerError, ConfigurationError,
+            ReplicaError
+        """
+        self._ranks.order(Order.graft(operation))
+        run = self._run
+        receipt = grafting.apply_graft(
+            self.model,
+            operation.layer,
+            operation.blueprint,
+            config=operation.config,
+            surroundings=self._surroundings,
+            graft=operation.graft,
+            seed=operation.seed,
+            adaptation=operation.uid,
+            step=run.step,
+            memory=operation.memory,
+        )
+        adaptation = Adaptation(
+            uid=operation.uid,
+            layer=operation.layer.name,
+            blueprint=operation.blueprint.slug,
+            step=run.step,
+            state=AdaptationState.PROBATION,
+            config=dict(receipt.config),
+            receipt=receipt,
+            grafted_at=time.time(),
+            guarded_until=run.step + run.policy.probation_steps,
+            loss_before=tuple(run.losses),
+        )
+        self.changes.add_graft(adaptation)
+        self._follow_up()
+        return adaptation
+
+    def graft(self, layer: str, blueprint: str, config: dict[str, Any]) -> Receipt:
+        """A script grafts; see :meth:`Session.graft`."""
+        operation = Operation(
+            layer=self.layer(layer),
+            blueprint=blueprints.get_blueprint(blueprint),
+            config=config,
+            seed=self._run.step + 1,
+            uid=self.changes.next_uid(),
+        )
+        self._meet(Call.GRAFT, layer, operation.blueprint.slug, config)
+        receipt = self.apply(operation).receipt
+        assert receipt is not None
+        return receipt
+
+    # -- taking grafts out ---------------------------------------------------------------------
+
+    def take_out(self, adaptation: Adaptation, *, hard: bool, state: AdaptationState) -> TakenOut:
+        """Undo one graft. A hard undo restores the whole model, so later grafts go too.
+
+        Args:
+            state: of every adaptation that is out of the model afterwards.
+
+        Raises:
+            UndoError: it could not be taken out.
+            ReplicaError: another rank could not take it out.
+        """
+        self._ranks.order(Order.undo(adaptation.uid, hard=hard, state=state))
+        receipt, before = adaptation.receipt, tuple(self.changes.remedies)
+        if receipt is None:
+            raise UndoError("this graft is not in the model any more", layer=adaptation.layer)
+        report = receipt.undo(hard=hard)
+        if hard:
+            self.changes.drop_since(adaptation)
+        gone = self.changes.mark_gone(state)
+        self._follow_up(restored=True)
+        self._report_undone(before, report)
+        return report, gone
+
+    def take_out_for_server(self, adaptation: Adaptation, *, hard: bool) -> TakenOut:
+        """As the server ordered. It gets a report of other grafts that had to go with this one."""
+        report, gone = self.take_out(adaptation, hard=hard, state=AdaptationState.ROLLED_BACK)
+        others = [entry for entry in gone if entry is not adaptation]
+        self._reports.taken_out(others, report, self._run.step, RemedyKind.UNDO, meant=adaptation)
+        return report, gone
+
+    def take_out_for_guard(
+        self, adaptation: Adaptation, verdict: GuardVerdict
+    ) -> tuple[Adaptation, ...]:
+        """At once, to the state before the graft where its snapshot is still there."""
+        report, gone = self.take_out(
+            adaptation, hard=adaptation.restorable, state=AdaptationState.ROLLED_BACK
+        )
+        logger.warning(
+            "step %d: %s; %s was taken out of %s%s",
+            self._run.step,
+            verdict.text,
+            adaptation.blueprint,
+            adaptation.layer,
+            f", the model is as it was after step {adaptation.step}" if report.exact else "",
+        )
+        self._reports.rolled_back(gone, report, self._run.step, verdict)
+        return gone
+
+    def undo(self, receipt: Receipt | RemedyReceipt, *, hard: bool) -> UndoReceipt:
+        """A script undoes; see :meth:`Session.undo`."""
+        if isinstance(receipt, RemedyReceipt):
+            return self._undo_remedy(receipt)
+        return self._take_out_for_script(receipt, RemedyKind.UNDO, hard=hard)
+
+    def prune(self, receipt: Receipt) -> UndoReceipt:
+        """A script removes a graft for good; see :meth:`Session.prune`."""
+        return self._take_out_for_script(receipt, RemedyKind.PRUNE, hard=False)
+
+    def _take_out_for_script(
+        self, receipt: Receipt, remedy: RemedyKind, *, hard: bool
+    ) -> UndoReceipt:
+        adaptation = self.changes.of_receipt(receipt)
+        self._meet(Call.UNDO, adaptation.uid, str(remedy), hard)
+        report, gone = self.take_out(adaptation, hard=hard, state=AdaptationState.REVERTED)
+        self._reports.taken_out(gone, report, self._run.step, remedy, meant=adaptation)
+        return report
+
+    # -- remedies ------------------------------------------------------------------------------
+
+    def recycle(
+        self, layer: str, next_layer: str, sample: Any, *, seed: int | None = None
+    ) -> RemedyReceipt:
+        """See :meth:`Session.recycle`."""
+        seed = self._run.step + 1 if seed is None else seed
+        recycle = partial(
+            remedies.recycle_dead_units, self.model, layer, next_layer, sample, seed=seed
+        )
+        return self._remedy(recycle, "recycle", layer, next_layer, seed)
+
+    def set_lr(self, layer: str, factor: float) -> RemedyReceipt:
+        """See :meth:`Session.set_lr`."""
+        set_lr = partial(remedies.set_layer_lr, self.model, layer, factor)
+        return self._remedy(set_lr, "set_lr", layer, factor)
+
+    def freeze(self, layer: str) -> RemedyReceipt:
+        """See :meth:`Session.freeze`."""
+        return self._remedy(partial(remedies.freeze, self.model, layer), "freeze", layer)
+
+    def unfreeze(self, layer: str) -> RemedyReceipt:
+        """See :meth:`Session.unfreeze`."""
+        return self._remedy(partial(remedies.unfreeze, self.model, layer), "unfreeze", layer)
+
+    def merge(self, receipt: Receipt) -> RemedyReceipt:
+        """See :meth:`Session.merge`."""
+        adaptation = self.changes.of_receipt(receipt)
+
+        def merge(**around: Any) -> RemedyReceipt:
+            # Only the process that decides knows the verdict.
+            if self._ranks.decides and adaptation.state is not AdaptationState.KEPT:
+                raise ConfigurationError("only a kept graft is merged; this one is on probation")
+            return remedies.merge(self.model, receipt, **around)
+
+        return self._remedy(merge, "merge", adaptation.uid, merged=adaptation)
+
+    def _remedy(
+        self,
+        act: Callable[..., RemedyReceipt],
+        name: str,
+        *arguments: object,
+        merged: Adaptation | None = None,
+    ) -> RemedyReceipt:
+        """On all ranks, or on none; ``merged`` is the adaptation that it folds into its host."""
+        self._meet(Call.REMEDY, name, *arguments)
+        started = time.perf_counter()
+        with jointly(self._surroundings.replicas) as joint:
+            receipt = act(surroundings=self._without_copies, step=self._run.step)
+            try:
+                joint.commit()
+            except BaseException:
+                if not joint.done:
+                    receipt.undo()
+                raise
+        self.changes.add_remedy(receipt, merged)
+        self._follow_up()
+        receipt.pause_ms = (time.perf_counter() - started) * 1e3  # all that the loop waited for
+        self._reports.remedy(receipt, merged)
+        logger.info("step %d: %s at %s", self._run.step, receipt.remedy, receipt.layer)
+        return receipt
+
+    def _undo_remedy(self, receipt: RemedyReceipt) -> UndoReceipt:
+        """Brings back the state before it; remedies that came later go with it."""
+        before = tuple(self.changes.remedies)
+        self._meet(Call.UNDO, self.changes.place_of(receipt))
+        if receipt not in self.changes.remedies:
+            raise UndoError("this remedy is not in effect any more", layer=receipt.layer)
+        if self._surroundings.replicas is None:
+            report = receipt.undo()
+        else:
+            with undoing_everywhere(self.model, self._without_copies, receipt):
+                report = receipt.undo()
+        self.changes.drop_since(receipt)
+        self._follow_up()
+        self._report_undone(before, report)
+        return report
+
+    # -- what needs no change ------------------------------------------------------------------
+
+    @contextmanager
+    def without(self, adaptation: Adaptation) -> Iterator[None]:
+        """Inside it, the graft is not in the model's forward pass."""
+        slot = slot_of(find_host(self.model, adaptation.layer))
+        assert slot is not None
+        with slot.without(adaptation.blueprint):
+            yield
+
+    def on_step(self) -> None:
+        """An optimizer step is over: grafts that follow a schedule move on."""
+        for entry in self.changes.grafted:
+            if entry.receipt is not None:
+                entry.receipt.graft.on_step()
+
+    def settle(self, uid: str, state: str) -> None:
+        """The server's last state of a graft that came out of a checkpoint."""
+        entry = self.changes.find(uid)
+        if entry is not None and state == AdaptationState.KEPT:
+            entry.state = AdaptationState.KEPT
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The grafts, their weights, all optimizer state by name, and the remedies."""
+        return checkpoint.state_of(self.model, self._surroundings, self.changes)
+
+    def load_state_dict(self, state: dict[str, Any], joint: Joint) -> None:
+        """Rebuild what :meth:`state_dict` described; see :func:`checkpoint.load`."""
+        if self.changes.grafted:
+            raise ConfigurationError("this model carries grafts already; load into a fresh one")
+        adaptations, receipts = checkpoint.load(self.model, self._surroundings, state, joint)
+        self.changes.resume(adaptations, receipts)
+
+    # -- what follows a change -----------------------------------------------------------------
+
+    def _follow_up(self, *, restored: bool = False) -> None:
+        if self.sampler is not None:
+            self.sampler.refresh()
+        self._ledger.on_change(restored=restored)
+
+    def _meet(self, call: Call, *arguments: object) -> None:
+        """All ranks, for a call that the script makes on each of them."""
+        self._ranks.meet(call, self._run.step, *arguments)
+
+    def _report_undone(self, before: Sequence[RemedyReceipt], report: UndoReceipt) -> None:
+        undone = [receipt for receipt in before if receipt not in self.changes.remedies]
+        self._reports.undone(undone, report, self._run.step)
