@@ -15,15 +15,14 @@ from apps.accounts.actors import SYSTEM, Actor, ActorKind
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.kernels import services as kernels
-from apps.kernels.cache import report_corrupt
-from apps.kernels.cache_store import kernel_store
 from apps.kernels.models import Kernel
+from apps.kernels.services import kernel_store, report_corrupt
 from apps.notifications.services import enqueue
 from apps.runs.services import lock_run
 from apps.violations.services import record_violation
 from apps.workers import services as workers
-from apps.workers.builders import Progress, builders
 from apps.workers.models import CompileJob
+from apps.workers.services import Progress, builders
 from esper.compilation import BuildOrder, open_kernel
 from esper.compilation.bundle import pack
 from esper.constraints import check_forecast, check_measured

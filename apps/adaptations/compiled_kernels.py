@@ -25,9 +25,8 @@ from django.db import transaction
 from django.utils import timezone
 
 from apps.adaptations.models import Adaptation
-from apps.kernels.cache_store import kernel_store
 from apps.kernels.models import Kernel, SpeedUp
-from apps.kernels.services import store_kernel
+from apps.kernels.services import kernel_store, store_kernel
 from apps.notifications.services import enqueue, publish, run_topic
 from apps.runs.models import Command
 from apps.runs.services import issue_command, lock_run

@@ -12,7 +12,7 @@ from apps.accounts.actors import Actor, ActorKind
 from apps.adaptations.history import why_frozen
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
-from apps.kernels.cache_store import kernel_store
+from apps.kernels.services import kernel_store
 from apps.runs.services import issue_command, lock_run
 from esper.contracts import AdaptationState, CommandKind
 from esper.exceptions import KernelError

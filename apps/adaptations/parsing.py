@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from apps.adaptations.services import Proposal
-from apps.kernels.services import finite_or_none
+from apps.rest.numbers import finite_or_none
 from esper.contracts import AdaptationType, Check, CostForecast, Risk, ViolationRule
 
 

@@ -16,9 +16,9 @@ from apps.adaptations.history import category_cases, layer_histories, run_facts
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.blueprints.models import Blueprint
-from apps.kernels.services import finite_or_none
 from apps.policies.models import PolicyVersion
 from apps.policies.services import current_policy
+from apps.rest.numbers import finite_or_none
 from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, lock_run

@@ -3,7 +3,7 @@
 from celery import shared_task
 
 from apps.adaptations import compiled_kernels, services
-from apps.workers.presence import worker_name
+from apps.workers.services import worker_name
 
 
 @shared_task(name="adaptations.compile")

@@ -12,7 +12,7 @@ from apps.accounts.actors import Actor
 from apps.adaptations.dispatch import request_undo, tell_kept
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
-from apps.kernels.services import finite_or_none
+from apps.rest.numbers import finite_or_none
 from apps.rest.problems import Problem
 from apps.runs.services import lock_run
 from esper.contracts import AdaptationState, Verdict

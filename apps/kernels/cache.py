@@ -25,13 +25,13 @@ from apps.accounts.policy import Act, may
 from apps.audit.services import record
 from apps.kernels.cache_store import count, kernel_store
 from apps.kernels.models import Kernel, WarmUp
+from apps.kernels.rows import store_kernel
 from apps.kernels.selectors import MIB, Counter, evictable
-from apps.kernels.services import store_kernel
 from apps.notifications.services import SYSTEM_TOPIC, enqueue, publish
 from apps.rest.problems import Problem
 from apps.violations.services import record_violation
-from apps.workers.builders import builders
 from apps.workers.models import CompileJob
+from apps.workers.services import builders
 from esper.compilation import BuildOrder, open_kernel
 from esper.compilation.bundle import pack
 from esper.compilation.verify import open_any

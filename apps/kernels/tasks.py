@@ -1,11 +1,9 @@
-"""Connects the worker's heartbeat; and the cache's doorbells."""
+"""The periodic work of the kernel cache."""
 
 from celery import shared_task
 
 from apps.kernels import cache
-from apps.workers import presence
-
-__all__ = ["presence"]
+from apps.workers.services import worker_name
 
 
 @shared_task(name="kernels.limit_cache")
@@ -25,4 +23,4 @@ def warm_next() -> None:
 
 @shared_task(name="kernels.warm")
 def warm(pk: int) -> None:
-    cache.warm(pk, worker=presence.worker_name())
+    cache.warm(pk, worker=worker_name())

@@ -17,11 +17,13 @@ from apps.accounts.actors import Actor, ActorKind
 from apps.notifications.services import group_name, notify, run_topic
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, set_state
-from apps.telemetry.batch import Batch, MetricItem
+from apps.telemetry.batch import Batch, FrameItem, MetricItem
 from apps.telemetry.health_stream import add_frames
 from apps.telemetry.metric_names import split_by_name
 from apps.telemetry.models import Frame, Metric
 from esper.contracts import RunState, codec
+
+__all__ = ["Batch", "FrameItem", "Ingested", "MetricItem", "ingest_batch", "thin_telemetry"]
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from apps.accounts.authentication import actor, person, via
 from apps.accounts.endpoint import READERS, TRAINERS, Endpoint, require, run_of_token
 from apps.accounts.policy import Act
 from apps.adaptations.models import Adaptation
-from apps.kernels.services import finite_or_none
 from apps.rest.fields import body, parse
 from apps.rest.filters import apply_filters, parse_parameter, whole_number
 from apps.rest.idempotency import idempotent
+from apps.rest.numbers import finite_or_none
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query, results_of

@@ -11,7 +11,7 @@ from django.db import transaction
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.adaptations.services import put_in_doubt
-from apps.kernels.cache import plan_warm_up
+from apps.kernels.services import plan_warm_up
 from apps.policies.services import current_policy
 from apps.runs import services as runs
 from apps.runs.services import Registration, RunSpec

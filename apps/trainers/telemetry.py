@@ -10,8 +10,7 @@ from typing import Any, NoReturn
 
 from apps.rest.problems import Problem
 from apps.runs.models import Run
-from apps.telemetry.batch import Batch, FrameItem, MetricItem
-from apps.telemetry.services import Ingested, ingest_batch
+from apps.telemetry.services import Batch, FrameItem, Ingested, MetricItem, ingest_batch
 from apps.violations.services import record_findings
 from esper.contracts import MAX_NAME_LENGTH, SIGNALS, Severity, ViolationRule, codec
 from esper.exceptions import CodecError

@@ -12,7 +12,7 @@ from django.conf import settings
 from django.db import close_old_connections
 from django.utils import timezone
 
-from apps.workers import services as workers
+from apps.workers import jobs
 from apps.workers.models import CompileJob
 from esper.compilation import BuilderPool, BuildLimits
 from esper.contracts import JobStep
@@ -64,7 +64,7 @@ class Progress:
             steps = dict(list(self._done.items())[self._written :])
             self._written = len(self._done)
         if steps:
-            workers.note_steps(self._job, steps)
+            jobs.note_steps(self._job, steps)
 
     @contextmanager
     def leased(self) -> Iterator[None]:
@@ -74,7 +74,7 @@ class Progress:
         def renew() -> None:
             while not done.wait(settings.ESPER_COMPILE_HEARTBEAT_SECONDS):
                 try:
-                    if not workers.renew_lease(self._job):
+                    if not jobs.renew_lease(self._job):
                         self.lost.set()
                     self.write()
                 except Exception as error:  # a database that is away now may be back in time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,6 +14,11 @@ from apps.workers.models import CompileJob, Worker
 from esper.contracts import JobState, WorkerKind, WorkerMode, WorkerState
 
 FORGET_WORKERS_AFTER = timedelta(hours=1)
+
+
+def worker_name() -> str:
+    """``compile@host``: the name under which this process takes leases."""
+    return os.environ.get("ESPER_WORKER_NAME", f"worker-{os.getpid()}@{settings.ESPER_HOST_NAME}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from django.utils import timezone
 
 import esper
 from apps.workers.builders import builders, close_builders
-from apps.workers.services import Presence, heartbeat, mark_worker_stopped
+from apps.workers.heartbeats import Presence, heartbeat, mark_worker_stopped, worker_name
 from esper.contracts import WorkerKind, WorkerMode
 
 log = logging.getLogger(__name__)
@@ -58,11 +58,6 @@ def database_between_forks() -> Iterator[None]:
                 connection.close()
                 if hasattr(connection, "close_pool"):
                     connection.close_pool()
-
-
-def worker_name() -> str:
-    """``compile@host``: the name under which this process takes leases."""
-    return os.environ.get("ESPER_WORKER_NAME", f"worker-{os.getpid()}@{settings.ESPER_HOST_NAME}")
 
 
 def host_memory_mib() -> tuple[int, int] | tuple[None, None]:

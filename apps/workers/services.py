@@ -1,10 +1,12 @@
 """All that other apps may do with workers, their queues and their jobs."""
 
+from apps.workers.builders import Progress, builders, close_builders
 from apps.workers.heartbeats import (
     Presence,
     heartbeat,
     mark_offline_workers,
     mark_worker_stopped,
+    worker_name,
 )
 from apps.workers.jobs import (
     cancel_job,
@@ -31,8 +33,11 @@ from apps.workers.queues import compile_queue, queue_is_served, served_queues
 
 __all__ = [
     "Presence",
+    "Progress",
+    "builders",
     "cancel_job",
     "claim_job",
+    "close_builders",
     "compile_queue",
     "fail_job",
     "finish_job",
@@ -54,4 +59,5 @@ __all__ = [
     "replace_kernel",
     "served_queues",
     "set_worker_mode",
+    "worker_name",
 ]

@@ -14,9 +14,9 @@ from apps.accounts.policy import Act, may
 from apps.audit.models import AuditEvent
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, page_number, person
-from apps.kernels.cache import SCRUB_BATCH
 from apps.kernels.models import Kernel, SpeedUp
 from apps.kernels.selectors import cache_stats
+from apps.kernels.services import SCRUB_BATCH
 
 SHOWN = 50
 CORRUPT_SHOWN = 5

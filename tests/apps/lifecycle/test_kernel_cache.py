@@ -20,8 +20,8 @@ from apps.kernels.services import store_kernel
 from apps.notifications.models import OutboxMessage
 from apps.rest.problems import Problem
 from apps.violations.models import Violation
-from apps.workers.builders import close_builders
 from apps.workers.models import CompileJob
+from apps.workers.services import close_builders
 from esper.compilation.bundle import pack
 from esper.contracts import (
     CommandState,

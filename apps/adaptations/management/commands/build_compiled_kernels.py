@@ -10,7 +10,7 @@ from django.conf import settings
 from django.core.management.base import BaseCommand
 
 from apps.adaptations.compiled_kernels import build_next
-from apps.workers.presence import worker_name
+from apps.workers.services import worker_name
 
 NICENESS = 19
 
