@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from esper.contracts import wire
 from esper.contracts.enums import Severity, ViolationRule
-from esper.contracts.wire import Int64, Name, Shape, ShortText
+from esper.contracts.wire import Int64, Shape, ShortText
 from esper.exceptions import CodecError
 
 MAX_LAYERS = 5_000
@@ -64,7 +64,7 @@ class LayerInfo:
     ``in_shape`` and ``out_shape`` include the batch axis and are empty where the layer never ran.
     """
 
-    name: Name
+    name: ShortText  # empty: the model itself
     kind: ShortText  # class name of the module
     in_shape: Shape
     out_shape: Shape
