@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.actors import ActorKind
 from apps.accounts.authentication import actor, person, via
 from apps.accounts.endpoint import Endpoint, run_of_token
@@ -34,7 +35,7 @@ from apps.adaptations.serializers import (
 )
 from apps.policies.serializers import SwitchInput, SwitchOutput
 from apps.policies.services import adaptation_switch
-from apps.rest.etag import expected_version, versioned_response
+from apps.rest.etag import versioned_response
 from apps.rest.fields import parse
 from apps.rest.filters import apply_filters, many_of, one_of, text
 from apps.rest.idempotency import HEADER, idempotent
@@ -79,36 +80,17 @@ class AdaptationDetail(Endpoint):
         return _answer(request, _adaptation(uid))
 
 
-class _Act(Endpoint):
-    throttle_classes = (ActThrottle,)
-    service: ClassVar[Callable[..., Adaptation]]
-    form: ClassVar[type[ActInput]] = ActInput
-
-    def act(self, request: Request, uid: str) -> Response:
-        version = expected_version(request)
-        given = parse(self.form, request.data)
-        changed = type(self).service(
-            adaptation=_adaptation(uid),
-            user=person(request),
-            via=via(request),
-            version=version,
-            **given,
-        )
-        return _answer(request, changed)
-
-
-def _act(name: str, service: Callable[..., Adaptation], form: type[ActInput] = ActInput) -> Any:
-    """A view of one act: the same steps for all, so that none of them forgets one."""
-
-    class View(_Act):
-        @documented(name, body=form, answer=AdaptationDetailOutput, act=True, versioned=True)
-        @idempotent
-        def post(self, request: Request, uid: str) -> Response:
-            return self.act(request, uid)
-
-    View.service, View.form = staticmethod(service), form
-    View.__name__ = View.__qualname__ = "".join(word.capitalize() for word in name.split("_"))
-    return View
+def _act(name: str, service: Callable[..., Adaptation], body: type[ActInput] = ActInput) -> Any:
+    return act_endpoint(
+        name,
+        service,
+        subject="adaptation",
+        find=lambda _, uid: _adaptation(uid),
+        answer=lambda request, changed: _answer(request, changed),
+        output=AdaptationDetailOutput,
+        body=body,
+        versioned=True,
+    )
 
 
 ApproveAdaptation = _act("approve_adaptation", services.approve_adaptation, ApproveInput)

@@ -1,21 +1,20 @@
 from __future__ import annotations
 
+from functools import partial
+
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.authentication import person, via
+from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.endpoint import Endpoint
 from apps.blueprints.models import Blueprint
 from apps.blueprints.serializers import BlueprintOutput
 from apps.blueprints.services import switch_blueprint
 from apps.rest.etag import given_version, versioned_response
-from apps.rest.fields import ReasonInput, parse
 from apps.rest.filters import apply_filters, flag, one_of
-from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import Problem, not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
-from apps.rest.throttling import ActThrottle
 from esper.contracts import AdaptationType, BlueprintCategory, Risk
 
 FILTERS = {
@@ -48,36 +47,29 @@ class BlueprintDetail(Endpoint):
         return _answer(_blueprint(slug))
 
 
-class EnableBlueprint(Endpoint):
-    throttle_classes = (ActThrottle,)
-
-    @documented("enable_blueprint", body=ReasonInput, answer=BlueprintOutput, act=True)
-    @idempotent
-    def post(self, request: Request, slug: str) -> Response:
-        return _switch(request, slug, enabled=True)
-
-
-class DisableBlueprint(Endpoint):
-    throttle_classes = (ActThrottle,)
-
-    @documented("disable_blueprint", body=ReasonInput, answer=BlueprintOutput, act=True)
-    @idempotent
-    def post(self, request: Request, slug: str) -> Response:
-        return _switch(request, slug, enabled=False)
+def _act(name: str, *, enabled: bool) -> type[Endpoint]:
+    return act_endpoint(
+        name,
+        partial(switch_blueprint, enabled=enabled),
+        subject="blueprint",
+        find=_as_seen,
+        answer=lambda _, blueprint: _answer(blueprint),
+        output=BlueprintOutput,
+    )
 
 
-def _switch(request: Request, slug: str, *, enabled: bool) -> Response:
+def _as_seen(request: Request, slug: str) -> Blueprint:
+    """The blueprint, if it has not changed since the caller read it."""
     blueprint = _blueprint(slug)
     if given_version(request) not in {None, blueprint.revision}:
-        raise Problem(412, "version-changed", "Somebody has switched it since you looked.")
-    switched = switch_blueprint(
-        blueprint=blueprint,
-        enabled=enabled,
-        user=person(request),
-        via=via(request),
-        reason=parse(ReasonInput, request.data)["reason"],
-    )
-    return _answer(switched)
+        raise Problem(
+            412, "version-changed", f"{slug} was switched on or off since you looked at it."
+        )
+    return blueprint
+
+
+EnableBlueprint = _act("enable_blueprint", enabled=True)
+DisableBlueprint = _act("disable_blueprint", enabled=False)
 
 
 def _blueprint(slug: str) -> Blueprint:

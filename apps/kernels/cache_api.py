@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
 
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.authentication import person, via
 from apps.accounts.endpoint import Endpoint
 from apps.kernels import cache
@@ -18,8 +19,6 @@ from apps.rest.idempotency import idempotent
 from apps.rest.problems import not_found
 from apps.rest.schema import documented
 from apps.rest.throttling import ActThrottle
-
-ACTS = {"pin": cache.pin, "unpin": cache.unpin, "evict": cache.evict}
 
 
 class Cache(Endpoint):
@@ -39,43 +38,25 @@ class CacheScrub(Endpoint):
         return Response(status=202)
 
 
-class KernelAct(Endpoint):
-    throttle_classes = (ActThrottle,)
-    act: ClassVar[str]
-
-    def carry_out(self, request: Request, digest: str) -> Response:
-        kernel = Kernel.objects.filter(digest=digest).first()
-        if kernel is None:
-            raise not_found("kernel")
-        given = parse(CacheActInput, request.data)
-        done = ACTS[self.act](
-            kernel=kernel, user=person(request), via=via(request), reason=given["reason"]
-        )
-        return Response(KernelOutput(done).data)
+def _act(name: str, service: Callable[..., Kernel]) -> type[Endpoint]:
+    return act_endpoint(
+        name,
+        service,
+        subject="kernel",
+        find=_kernel,
+        answer=lambda _, kernel: Response(KernelOutput(kernel).data),
+        output=KernelOutput,
+        body=CacheActInput,
+    )
 
 
-class PinKernel(KernelAct):
-    act = "pin"
-
-    @documented("pin_kernel", body=CacheActInput, answer=KernelOutput, act=True)
-    @idempotent
-    def post(self, request: Request, digest: str) -> Response:
-        return self.carry_out(request, digest)
+def _kernel(_: Request, digest: str) -> Kernel:
+    kernel = Kernel.objects.filter(digest=digest).first()
+    if kernel is None:
+        raise not_found("kernel")
+    return kernel
 
 
-class UnpinKernel(KernelAct):
-    act = "unpin"
-
-    @documented("unpin_kernel", body=CacheActInput, answer=KernelOutput, act=True)
-    @idempotent
-    def post(self, request: Request, digest: str) -> Response:
-        return self.carry_out(request, digest)
-
-
-class EvictKernel(KernelAct):
-    act = "evict"
-
-    @documented("evict_kernel", body=CacheActInput, answer=KernelOutput, act=True)
-    @idempotent
-    def post(self, request: Request, digest: str) -> Response:
-        return self.carry_out(request, digest)
+PinKernel = _act("pin_kernel", cache.pin)
+UnpinKernel = _act("unpin_kernel", cache.unpin)
+EvictKernel = _act("evict_kernel", cache.evict)

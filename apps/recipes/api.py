@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.authentication import person, via
 from apps.accounts.endpoint import Endpoint
 from apps.accounts.policy import Act, may
@@ -16,7 +19,7 @@ from apps.recipes.serializers import (
     RecipeOutput,
 )
 from apps.recipes.services import resume_launch, start_recipe, stop_launch
-from apps.rest.fields import ReasonInput, parse
+from apps.rest.fields import parse
 from apps.rest.filters import apply_filters, many_of, one_of, parse_parameter, text, whole_number
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
@@ -83,30 +86,20 @@ class LaunchDetail(Endpoint):
         return Response(_answer(request, _launch(uid)))
 
 
-class StopLaunch(Endpoint):
-    throttle_classes = (ActThrottle,)
+def _act(name: str, service: Callable[..., Launch]) -> type[Endpoint]:
+    return act_endpoint(
+        name,
+        service,
+        subject="launch",
+        find=lambda _, uid: _launch(uid),
+        answer=lambda request, launch: Response(_answer(request, launch), status=202),
+        output=LaunchDetailOutput,
+        status=202,
+    )
 
-    @documented("stop_launch", body=ReasonInput, answer=LaunchDetailOutput, status=202, act=True)
-    @idempotent
-    def post(self, request: Request, uid: str) -> Response:
-        reason = parse(ReasonInput, request.data)["reason"]
-        launch = stop_launch(
-            launch=_launch(uid), user=person(request), via=via(request), reason=reason
-        )
-        return Response(_answer(request, launch), status=202)
 
-
-class ResumeLaunch(Endpoint):
-    throttle_classes = (ActThrottle,)
-
-    @documented("resume_launch", body=ReasonInput, answer=LaunchDetailOutput, status=202, act=True)
-    @idempotent
-    def post(self, request: Request, uid: str) -> Response:
-        reason = parse(ReasonInput, request.data)["reason"]
-        launch = resume_launch(
-            launch=_launch(uid), user=person(request), via=via(request), reason=reason
-        )
-        return Response(_answer(request, launch), status=202)
+StopLaunch = _act("stop_launch", stop_launch)
+ResumeLaunch = _act("resume_launch", resume_launch)
 
 
 class LaunchLog(Endpoint):

@@ -275,7 +275,9 @@ def _contract(command: models.Command) -> contracts.Command:
 
 
 @transaction.atomic
-def request_pause(*, run: models.Run, paused: bool, user: User, via: str, reason: str) -> None:
+def request_pause(
+    *, run: models.Run, paused: bool, user: User, via: str, reason: str
+) -> models.Run:
     """Pause or resume *adaptation* of a run; training goes on. The trainer acknowledges it.
 
     Raises:
@@ -284,6 +286,8 @@ def request_pause(*, run: models.Run, paused: bool, user: User, via: str, reason
     _check_act(run, user, Act.PAUSE_ADAPTATION)
     actor = Actor.person(user, via=via)
     pause_run(run=run, paused=paused, actor=actor, reason=reason)
+    run.refresh_from_db()
+    return run
 
 
 def pause_run(*, run: models.Run, paused: bool, actor: Actor, reason: str) -> None:
@@ -299,13 +303,15 @@ def pause_run(*, run: models.Run, paused: bool, actor: Actor, reason: str) -> No
 
 
 @transaction.atomic
-def request_stop(*, run: models.Run, user: User, via: str, reason: str) -> None:
+def request_stop(*, run: models.Run, user: User, via: str, reason: str) -> models.Run:
     """Ask the trainer to end the run at its next step; raises ``Problem`` when not allowed."""
     _check_act(run, user, Act.STOP_RUN)
     command = issue_command(
         run=run, kind=CommandKind.STOP_RUN, payload={"reason": reason}, ttl_seconds=3600
     )
     _record_request(run, Actor.person(user, via=via), CommandKind.STOP_RUN, reason, command)
+    run.refresh_from_db()
+    return run
 
 
 def _check_act(run: models.Run, user: User, act: Act) -> None:

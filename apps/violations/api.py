@@ -3,15 +3,12 @@ from __future__ import annotations
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.authentication import person, via
+from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.endpoint import Endpoint
-from apps.rest.fields import ReasonInput, parse
 from apps.rest.filters import apply_filters, flag, one_of, text
-from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
-from apps.rest.throttling import ActThrottle
 from apps.violations.models import Violation
 from apps.violations.serializers import ViolationOutput
 from apps.violations.services import acknowledge_violation
@@ -42,19 +39,18 @@ class Violations(Endpoint):
         )
 
 
-class AcknowledgeViolation(Endpoint):
-    throttle_classes = (ActThrottle,)
+def _violation(_: Request, uid: str) -> Violation:
+    violation = Violation.objects.select_related("run").filter(uid=uid).first()
+    if violation is None:
+        raise not_found("violation")
+    return violation
 
-    @documented("acknowledge_violation", body=ReasonInput, answer=ViolationOutput, act=True)
-    @idempotent
-    def post(self, request: Request, uid: str) -> Response:
-        violation = Violation.objects.select_related("run").filter(uid=uid).first()
-        if violation is None:
-            raise not_found("violation")
-        acknowledged = acknowledge_violation(
-            violation=violation,
-            user=person(request),
-            via=via(request),
-            reason=parse(ReasonInput, request.data)["reason"],
-        )
-        return Response(ViolationOutput(acknowledged).data)
+
+AcknowledgeViolation = act_endpoint(
+    "acknowledge_violation",
+    acknowledge_violation,
+    subject="violation",
+    find=_violation,
+    answer=lambda _, violation: Response(ViolationOutput(violation).data),
+    output=ViolationOutput,
+)

@@ -1,21 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from django.utils import timezone
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.authentication import person, via
+from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.endpoint import Endpoint
-from apps.rest.fields import ReasonInput, parse
+from apps.rest.fields import parse
 from apps.rest.filters import apply_filters, flag, one_of, text
-from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
-from apps.rest.throttling import ActThrottle
 from apps.workers.models import CompileJob, Worker
 from apps.workers.selectors import current_jobs
 from apps.workers.serializers import HeartbeatInput, JobOutput, WorkerOutput
@@ -67,55 +66,33 @@ class Workers(Endpoint):
         return page_response(request, workers, worker_rows)
 
 
-class _WorkerAct(Endpoint):
-    throttle_classes = (ActThrottle,)
-    mode: ClassVar[WorkerMode]
-
-    def _change(self, request: Request, name: str) -> Response:
-        worker = Worker.objects.filter(name=name).first()
-        if worker is None:
-            raise not_found("worker")
-        changed = set_worker_mode(
-            worker=worker,
-            mode=self.mode,
-            user=person(request),
-            via=via(request),
-            reason=parse(ReasonInput, request.data)["reason"],
-        )
-        return Response(worker_rows([changed])[0])
-
-
-class DrainWorker(_WorkerAct):
-    mode = WorkerMode.DRAINING
-
-    @documented("drain_worker", body=ReasonInput, answer=WorkerOutput, act=True)
-    @idempotent
-    def post(self, request: Request, name: str) -> Response:
-        return self._change(request, name)
-
-
-class QuarantineWorker(_WorkerAct):
-    mode = WorkerMode.QUARANTINED
-
-    @documented("quarantine_worker", body=ReasonInput, answer=WorkerOutput, act=True)
-    @idempotent
-    def post(self, request: Request, name: str) -> Response:
-        return self._change(request, name)
-
-
-class ReleaseWorker(_WorkerAct):
-    mode = WorkerMode.ACTIVE
-
-    @documented("release_worker", body=ReasonInput, answer=WorkerOutput, act=True)
-    @idempotent
-    def post(self, request: Request, name: str) -> Response:
-        return self._change(request, name)
-
-
 def worker_rows(workers: Sequence[Worker]) -> list[dict[str, Any]]:
     """Workers with the job that each is at."""
     context = {"jobs": current_jobs(workers)}
     return list(WorkerOutput(workers, many=True, context=context).data)
+
+
+def _act(name: str, mode: WorkerMode) -> type[Endpoint]:
+    return act_endpoint(
+        name,
+        partial(set_worker_mode, mode=mode),
+        subject="worker",
+        find=_worker,
+        answer=lambda _, worker: Response(worker_rows([worker])[0]),
+        output=WorkerOutput,
+    )
+
+
+def _worker(_: Request, name: str) -> Worker:
+    worker = Worker.objects.filter(name=name).first()
+    if worker is None:
+        raise not_found("worker")
+    return worker
+
+
+DrainWorker = _act("drain_worker", WorkerMode.DRAINING)
+QuarantineWorker = _act("quarantine_worker", WorkerMode.QUARANTINED)
+ReleaseWorker = _act("release_worker", WorkerMode.ACTIVE)
 
 
 class TamiyoHeartbeat(Endpoint):
