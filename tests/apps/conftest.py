@@ -5,6 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from django.core.cache import cache
+
+from apps.accounts.models import User
+from apps.blueprints.models import Blueprint
+from apps.telemetry import services as telemetry
+from esper.contracts import Role, TokenScope
+from tests.apps.cast import Caller, Inbox, Trainer, frame, metrics, register, token_of
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +26,75 @@ def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> None:
 
     with django_db_blocker.unblock():
         triggers.remove(connection)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory() -> None:
+    """Throttles and coalescing keep state across requests; each test starts without it."""
+    cache.clear()
+    telemetry._progress_sent_at.clear()
+
+
+@pytest.fixture
+def people(db: None) -> dict[Role, User]:
+    return {
+        role: User.objects.create_user(f"{role}-person", password="a long password", role=role)
+        for role in Role
+    }
+
+
+@pytest.fixture
+def callers(people: dict[Role, User]) -> dict[Role, Caller]:
+    """Each person's token that may do what the person may."""
+    return {
+        role: Caller(token_of(user, TokenScope.READ, TokenScope.ACT))
+        for role, user in people.items()
+    }
+
+
+@pytest.fixture
+def operator(callers: dict[Role, Caller]) -> Caller:
+    return callers[Role.OPERATOR]
+
+
+@pytest.fixture
+def viewer(callers: dict[Role, Caller]) -> Caller:
+    return callers[Role.VIEWER]
+
+
+@pytest.fixture
+def anybody() -> Caller:
+    return Caller("")
+
+
+@pytest.fixture
+def trainer(people: dict[Role, User]) -> Trainer:
+    return register(people[Role.RESEARCHER])
+
+
+@pytest.fixture
+def tamiyo(db: None) -> Caller:
+    service = User.objects.create_user("tamiyo", role=Role.VIEWER)
+    return Caller(token_of(service, TokenScope.DECIDE, TokenScope.READ))
+
+
+@pytest.fixture
+def blueprint(db: None) -> Blueprint:
+    return Blueprint.objects.create(
+        slug="proj_lora_64",
+        ident="BP-PROJ-LoRA-64",
+        title="Low-rank update",
+        category="efficiency",
+        kind="parallel",
+        adaptation_type="add_efficiency",
+        risk="low",
+        idea="A few columns more.",
+        version="0" * 16,
+    )
+
+
+@pytest.fixture
+def inbox(trainer: Trainer, tamiyo: Caller, blueprint: Blueprint) -> Inbox:
+    sent = trainer.send(frames=[frame(1000)], metrics=[metrics(1000, loss=1.0)])
+    assert sent.status == 202, sent.data
+    return Inbox(trainer, tamiyo)

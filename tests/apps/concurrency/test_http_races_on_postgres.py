@@ -14,7 +14,7 @@ from apps.audit.models import AuditEvent
 from apps.blueprints.models import Blueprint
 from apps.telemetry.models import Metric
 from esper.contracts import Role, TokenScope
-from tests.apps.api.cast import (
+from tests.apps.cast import (
     Answer,
     Caller,
     Inbox,

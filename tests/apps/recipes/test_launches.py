@@ -27,7 +27,7 @@ from apps.recipes.selectors import log_page
 from apps.rest.problems import Problem
 from apps.runs.models import Run
 from esper.contracts import LAUNCH_ENDED, LaunchState, Role, RunState, TokenScope
-from tests.apps.api.cast import Caller, registration
+from tests.apps.cast import Caller, registration
 from tests.apps.recipes.cast import make_launch, make_recipe, make_worker, write_recipe
 
 pytestmark = pytest.mark.django_db

@@ -22,7 +22,7 @@ from apps.rest.models import IdempotencyRecord
 from apps.rest.throttling import ActThrottle
 from apps.runs.models import Run
 from esper.contracts import AdaptationState, Role, codec
-from tests.apps.api.cast import Caller, Inbox, Trainer, frame, metrics, proposal, registration
+from tests.apps.cast import Caller, Inbox, Trainer, frame, metrics, proposal, registration
 
 pytestmark = pytest.mark.django_db
 

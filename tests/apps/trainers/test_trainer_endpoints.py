@@ -30,7 +30,7 @@ from esper.contracts import (
     TokenScope,
     signing,
 )
-from tests.apps.api.cast import (
+from tests.apps.cast import (
     LAYERS,
     Caller,
     Inbox,

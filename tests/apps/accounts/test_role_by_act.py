@@ -23,7 +23,7 @@ from esper.contracts import (
     ViolationRule,
     WorkerKind,
 )
-from tests.apps.api.cast import Answer, Caller, Inbox, register, registration, token_of
+from tests.apps.cast import Answer, Caller, Inbox, register, registration, token_of
 from tests.apps.recipes.cast import make_launch, make_recipe
 
 pytestmark = pytest.mark.django_db

@@ -1,0 +1,126 @@
+"""The trainer's socket, through the real ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from django.test import Client
+
+from apps.accounts.models import User
+from apps.runs.models import Run
+from apps.runs.services import issue_command
+from apps.trainers import consumers as trainer_side
+from esper.contracts import Command, CommandKind, Role, TokenScope, signing
+from tests.apps.cast import Trainer, register, token_of
+from tests.apps.sockets import ORIGIN, Socket, Vanishing, beats, in_database, trainer_socket
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def _issue(run: str, kind: CommandKind = CommandKind.PAUSE_ADAPTATION) -> None:
+    issue_command(run=Run.objects.get(uid=run), kind=kind, payload={"reason": "x"})
+
+
+async def test_a_trainer_gets_what_it_missed_and_then_what_is_new(trainer: Trainer) -> None:
+    for _ in range(3):
+        await in_database(_issue)(trainer.run)
+    socket = trainer_socket(trainer.token, trainer.run, after=1)
+    await socket.open()
+    first = await socket.next()
+    assert (first["type"], first["command"]["seq"]) == ("command", 2)
+    signing.verify(
+        Command.from_wire(first["command"]).signing_bytes(),
+        first["signature"],
+        trainer.answer["command_key"],
+    )
+    assert (await socket.next())["command"]["seq"] == 3
+    await in_database(_issue)(trainer.run, CommandKind.STOP_RUN)
+    assert (await socket.next())["command"]["kind"] == "stop_run"
+    assert await socket.silent()
+    assert (await in_database(trainer.row)()).last_seen_at is not None
+    await socket.close()
+
+
+async def test_a_command_whose_notification_was_lost_arrives_all_the_same(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_side, "CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(trainer_side, "PING_SECONDS", 0.15)
+    socket = trainer_socket(trainer.token, trainer.run)
+    await socket.open()
+    assert (await socket.next())["type"] == "ping"
+    with monkeypatch.context() as deaf:
+        deaf.setattr("apps.runs.services.notify", lambda *_: None)
+        await in_database(_issue)(trainer.run)
+    while (message := await socket.next())["type"] == "ping":
+        pass
+    assert message["command"]["seq"] == 1
+    await socket.close()
+
+
+async def test_the_trainers_door_opens_for_its_own_token_only(
+    people: dict[Role, User], trainer: Trainer
+) -> None:
+    other = await in_database(register)(people[Role.RESEARCHER], name="another")
+    script = await in_database(token_of)(people[Role.ADMIN], TokenScope.ACT, TokenScope.READ)
+    assert await trainer_socket("", trainer.run).refused() == 4401
+    assert await trainer_socket("esp_wrong", trainer.run).refused() == 4401
+    assert await trainer_socket(script, trainer.run).refused() == 4401
+    assert await trainer_socket(other.token, trainer.run).refused() == 4404
+    assert await trainer_socket(other.token, "run_nothing").refused() == 4404
+    in_the_address = Socket(f"/ws/v1/trainer/{trainer.run}?token={trainer.token}", [])
+    assert await in_the_address.refused() == 4401
+
+
+async def test_a_cookie_means_nothing_at_the_trainers_door(
+    people: dict[Role, User], trainer: Trainer
+) -> None:
+    client = Client()
+    await in_database(client.force_login)(people[Role.ADMIN])
+    cookie = f"sessionid={client.cookies['sessionid'].value}".encode()
+    socket = Socket(f"/ws/v1/trainer/{trainer.run}", [(b"cookie", cookie), ORIGIN])
+    assert await socket.refused() == 4401
+
+
+async def test_a_newer_trainer_ends_the_older_ones_socket(
+    people: dict[Role, User], trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_side, "CHECK_SECONDS", 0.1)
+    socket = trainer_socket(trainer.token, trainer.run)
+    await socket.open()
+    await in_database(register)(people[Role.RESEARCHER])
+    stopped = await socket.next()
+    assert stopped["type"] == "stopped"
+    assert "newer trainer" in stopped["reason"]
+    assert await socket.closed() == 4401
+
+
+async def test_what_a_trainer_says_on_the_socket_changes_nothing(trainer: Trainer) -> None:
+    socket = trainer_socket(trainer.token, trainer.run)
+    await socket.open()
+    for frame in ("{", '{"type": "ack", "seq": 1}', "x" * 10_000):
+        await socket.say(frame)
+    assert await socket.silent()
+    await in_database(_issue)(trainer.run)
+    assert (await socket.next())["command"]["seq"] == 1
+    await socket.close()
+
+
+async def test_a_trainer_that_vanished_is_not_kept_alive_by_its_socket(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    socket = trainer_socket(trainer.token, trainer.run)
+    send = Vanishing(socket.wire.scope, [{"type": "websocket.connect"}], most=1)
+
+    async def receive() -> dict[str, Any]:
+        if send.incoming:
+            return send.incoming.pop(0)
+        await in_database(_issue)(trainer.run)
+        await asyncio.sleep(5)
+        raise TimeoutError("the application waits for more than the failed send")
+
+    monkeypatch.setattr(send, "receive", receive)
+    await send.run()
+    assert beats() == []
