@@ -3,6 +3,7 @@
 command      the command line
 up           ``esper up``
 doctor       ``esper doctor``
+commands     ``esper token``, ``esper recipe``, ``esper audit``
 smoke        ``esper up --smoke``: one adaptation through all processes
 supervisor   the processes of Esper: started, watched, restarted, stopped
 """

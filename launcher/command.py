@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
+from click.shell_completion import get_completion_class
 
 import esper
-
-data_dir_option = click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Where data is kept. Default: ESPER_DATA_DIR, else var in a clone, else the user data "
-    "directory of this platform.",
-)
+from launcher.commands.audit import audit_group
+from launcher.commands.installation import data_dir_option
+from launcher.commands.recipes import recipe_group
+from launcher.commands.tokens import token_group
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -26,7 +24,13 @@ def cli() -> None:
 @click.option("--setup", is_flag=True, help="Prepare everything, then stop.")
 @click.option("--no-demo", is_flag=True, help="Start no demo trainers.")
 @click.option("--port", type=int, metavar="N", help="The web port; 0: any free one. Default: 8080.")
-@data_dir_option
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where data is kept. Default: ESPER_DATA_DIR, else var in a clone, else the user data "
+    "directory of this platform.",
+)
 @click.option(
     "--smoke",
     is_flag=True,
@@ -56,9 +60,50 @@ def up_command(
 
 
 @cli.command()
+@data_dir_option
+def doctor() -> None:
+    """Say what this machine lacks. The exit status is 1 if something required is missing."""
+    from hosts.paths import default_data_dir
+    from launcher.doctor import Result, examine
+
+    missing = 0
+    for finding in examine(default_data_dir()):
+        missing += finding.result is Result.MISSING
+        click.echo(f"{finding.result:<8} {finding.name:<14} {finding.text}")
+    if missing:
+        raise click.ClickException(f"{missing} required things are missing.")
+    click.echo("Esper can run here. Start it with esper up.")
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def manage(arguments: tuple[str, ...]) -> None:
+    """Run a command of Django, such as migrate or createsuperuser."""
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "esper_web.settings.local")
+    from django.core.management import execute_from_command_line
+
+    execute_from_command_line(["esper manage", *arguments])
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of SHELL: eval "$(esper completion bash)"."""
+    found = get_completion_class(shell)
+    if found is None:
+        raise click.ClickException(f"There is no completion for {shell}.")
+    click.echo(found(cli, {}, "esper", "_ESPER_COMPLETE").source())
+
+
+@cli.command()
 def version() -> None:
     """Print the version of Esper."""
     click.echo(esper.__version__)
+
+
+cli.add_command(token_group)
+cli.add_command(recipe_group)
+cli.add_command(audit_group)
 
 
 def main() -> None:

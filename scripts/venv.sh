@@ -1,5 +1,5 @@
 # Sourced by ./up and ./check:  install_into_venv REQUIREMENTS-FILE
-# Makes .venv with a Python >= 3.11 and installs the pinned requirements when they have changed.
+# Makes .venv with Python 3.11 or newer, and installs the pinned requirements when they have changed.
 
 find_python() {
   local candidate
@@ -28,11 +28,17 @@ install_into_venv() {
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing $file (the first time takes a few minutes)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file" || {
-      echo "The packages of $file could not be installed; pip's reason stands above." >&2
+      echo "The packages of $file could not be installed; see pip's reason above." >&2
       return 1
     }
     echo "$wanted" > "$stamp"
   fi
-  # Scripts run with this venv's Python can "import esper" from any directory.
-  "$PWD/.venv/bin/python" -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "esper-source.pth").write_text(str(pathlib.Path.cwd()) + "\n")'
+  use_source_tree
+}
+
+# The venv's Python can "import esper" from any directory, and has the command esper, as if the tree were installed.
+use_source_tree() {
+  .venv/bin/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "esper-source.pth").write_text(str(pathlib.Path.cwd()) + "\n")'
+  printf '#!/bin/sh\nexec "%s/.venv/bin/python" -m launcher "$@"\n' "$PWD" > .venv/bin/esper
+  chmod +x .venv/bin/esper
 }

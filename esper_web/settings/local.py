@@ -1,4 +1,4 @@
-"""One machine: ``./up`` and ``manage.py`` beside it. SQLite, Valkey, plain HTTP on loopback.
+"""One machine: ``esper up``, and commands beside it. SQLite, Valkey, plain HTTP on loopback.
 
 The secrets come from the environment or from the data directory's keyring, made on first use.
 """

@@ -121,8 +121,11 @@ def _docker(words: list[str]) -> None:
     if words[3] == "run":
         service, *rest = [word for word in words[4:] if word != "--rm"]
         assert service in services
-        assert rest[:2] == ["python", "manage.py"]
-        _manage(rest[2], rest[3:])
+        if rest[:3] == ["python", "-m", "launcher"]:
+            _esper(rest[3:])
+        else:
+            assert rest[:2] == ["python", "manage.py"]
+            _manage(rest[2], rest[3:])
 
 
 def _curl(words: list[str]) -> None:

@@ -268,16 +268,15 @@ async def test_a_child_has_ended_although_a_grandchild_keeps_its_output_open(
 ) -> None:
     program = """
 import os, time
+gate, left = os.pipe()
 if os.fork():
-    while os.read(gate, 1): pass
+    os.close(left)
+    os.read(gate, 1)  # until the grandchild is in a session of its own
 else:
     os.setsid()
+    os.close(left)
     time.sleep(60)
 """
-    program = program.replace(
-        "if os.fork():", "gate, done = os.pipe()\nif os.fork():\n    os.close(done)"
-    )
-    program = program.replace("    time.sleep(60)", "    os.close(done)\n    time.sleep(60)")
     mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
     parent = spec("parent", program, restart=Restart.ON_FAILURE)
     child = Child(replace(parent, env={**parent.env, MARK: mark}), output)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import redirect_stdout
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from django.core.management import CommandError, call_command
+from click import ClickException
 from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM
@@ -27,6 +28,7 @@ from apps.recipes.selectors import log_page
 from apps.rest.problems import Problem
 from apps.runs.models import Run
 from esper.contracts import LAUNCH_ENDED, LaunchState, Role, RunState, TokenScope
+from launcher.command import cli
 from tests.apps.cast import Caller, registration
 from tests.apps.recipes.cast import make_launch, make_recipe, make_worker, write_recipe
 
@@ -361,14 +363,14 @@ def test_the_command_line_does_what_the_pages_do_with_the_same_rights(olga: User
     User.objects.create_user("vera", password="x", role=Role.VIEWER)
 
     def recipe(*words: str) -> str:
-        out = StringIO()
-        call_command("recipe", *words, stdout=out)
+        with redirect_stdout(StringIO()) as out:
+            cli.main(["recipe", *words], standalone_mode=False)
         return out.getvalue()
 
     assert "host-r/counter" in recipe("list")
-    with pytest.raises(CommandError, match="Only admins or operators"):
+    with pytest.raises(ClickException, match="Only admins or operators"):
         recipe("start", "counter", "steps=9", "--as", "vera")
-    with pytest.raises(CommandError, match="must lie in"):
+    with pytest.raises(ClickException, match="must lie in"):
         recipe("start", "counter", "steps=9000", "--as", "olga")
     assert "requested" in recipe("start", "host-r/counter", "steps=9", "--as", "olga")
     launch = Launch.objects.get()
@@ -378,4 +380,4 @@ def test_the_command_line_does_what_the_pages_do_with_the_same_rights(olga: User
     LogChunk.objects.create(launch=launch, offset=0, length=6, text="hello\n")
     assert recipe("logs", str(launch.number)) == "hello\n"
     acts = AuditEvent.objects.filter(object_uid=launch.uid).values_list("via", flat=True)
-    assert set(acts) == {"manage.py"}
+    assert set(acts) == {"command line"}
