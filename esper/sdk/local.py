@@ -108,7 +108,6 @@ class LocalLoop:
 
     Attributes:
         memory: replaced when a checkpoint is loaded.
-        declined: the latest refusal, with its reasons.
     """
 
     def __init__(self, surgery: Surgery, run: RunState, *, name: str, mode: RunMode) -> None:
@@ -123,7 +122,6 @@ class LocalLoop:
         self._layers: tuple[LayerInfo, ...] = ()
         self._model_parameters = 0
         self.memory = LocalMemory()
-        self.declined: Declined | None = None
 
     def open(self, layers: tuple[LayerInfo, ...], model_parameters: int) -> None:
         """The first step is over, so the layers are known."""
@@ -190,7 +188,6 @@ class LocalLoop:
         rng = np.random.default_rng(self._run.step)
         outcome = decide(self._snapshot(), self._policy, self._selector, self._run.policy, rng)
         if isinstance(outcome, Declined):
-            self.declined = outcome
             return None
         if not outcome.automatic:
             self._ask(outcome)

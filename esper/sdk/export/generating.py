@@ -40,11 +40,6 @@ class Int8Layer(DynamicLayer):
             self.keys = self.values = None
         return self._append("keys", key_states), self._append("values", value_states)
 
-    def tensors(self) -> list[Tensor]:
-        """Everything that it holds."""
-        held = [self.keys, self.values, *self._peaks.values()]
-        return [tensor for tensor in held if tensor is not None]
-
     def offload(self) -> None:
         self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
 
@@ -115,11 +110,6 @@ def int8_cache(model: nn.Module) -> Cache:
     return cache
 
 
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of all tensors that a cache holds now, added up from the tensors themselves."""
-    return sum(tensor.nbytes for layer in cache.layers for tensor in _held(layer))
-
-
 def _rounded_layers(model: nn.Module) -> dict[int, dict[str, bool]]:
     """Index in the cache -> which of keys and values are rounded there."""
     found: dict[int, dict[str, bool]] = {}
@@ -136,9 +126,3 @@ def _rounded_layers(model: nn.Module) -> dict[int, dict[str, bool]]:
 
 def _joined(held: Tensor | None, fresh: Tensor) -> Tensor:
     return fresh if held is None else torch.cat([held, fresh], dim=-2)
-
-
-def _held(layer: Any) -> list[Tensor]:
-    if isinstance(layer, Int8Layer):
-        return layer.tensors()
-    return [tensor for tensor in (layer.keys, layer.values) if tensor is not None]

@@ -134,13 +134,8 @@ class ReportSender:
         self._journal.remove_report(report)
 
 
-async def send_leftover_reports(server: str, pace: Pace) -> int:
-    """Send the reports of runs that ended while this server could not be reached.
-
-    Returns:
-        How many were answered.
-    """
-    answered = 0
+async def send_leftover_reports(server: str, pace: Pace) -> None:
+    """Send the reports of runs that ended while this server could not be reached."""
     for path in sorted(state_directory().glob(f"*/{JOURNAL_FILE}")):
         try:
             journal = Journal(path.parent)
@@ -148,15 +143,13 @@ async def send_leftover_reports(server: str, pace: Pace) -> int:
             continue  # its own process is alive
         try:
             if journal.state.server == server:
-                answered += await _deliver(journal, pace)
+                await _send_all(journal, pace)
         finally:
             journal.close()
-    return answered
 
 
-async def _deliver(journal: Journal, pace: Pace) -> int:
+async def _send_all(journal: Journal, pace: Pace) -> None:
     client = Client(journal.state.server, journal.state.token)
-    answered = 0
     try:
         for report in journal.reports:
             attempt = partial(client.post, report.path, report.body)
@@ -165,10 +158,8 @@ async def _deliver(journal: Journal, pace: Pace) -> int:
             except TransportError as error:
                 logger.warning("the server refused %s: %s", report.path, error)
             journal.remove_report(report)
-            answered += 1
     finally:
         await client.close()
-    return answered
 
 
 def ends_the_run(error: TransportError) -> bool:

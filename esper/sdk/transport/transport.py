@@ -52,7 +52,6 @@ class Transport:
         pace: Pace,
     ) -> None:
         self.queues = queues
-        self.problem = ""  # why the run is no longer reported, empty while it is
         self._server = server
         self._token = token
         self._veto = veto
@@ -117,7 +116,6 @@ class Transport:
         try:
             asyncio.run(self._live(description))
         except Exception:
-            self.problem = "internal error"
             logger.exception("Esper's transport stopped; training goes on without it")
 
     async def _live(self, description: RunDescription) -> None:
@@ -226,7 +224,6 @@ class Transport:
         await _until_done(ending, endless)
 
     def _give_up(self, error: TransportError) -> None:
-        self.problem = str(error)
         logger.error(
             "Esper no longer reports this run: %s. %s Training goes on; %s",
             error,
