@@ -52,9 +52,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     with esper.attach(model, optimizer, run="ddp-digits", mode="automatic") as session:
-        dice = torch.Generator().manual_seed(rank)
+        generator = torch.Generator().manual_seed(rank)
         for step in range(args.steps):
-            rows = torch.randint(len(images), (64,), generator=dice)
+            rows = torch.randint(len(images), (64,), generator=generator)
             loss = F.cross_entropy(model(images[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()

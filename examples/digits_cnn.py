@@ -37,9 +37,9 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def batch(images: Tensor, labels: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
     """384 digits, each turned and shifted a little; the same for a step whenever asked for."""
-    dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    rows = torch.randint(len(images), (384,), generator=dice)
-    turn, *shift = (0.6 * torch.rand(3, 384, generator=dice) - 0.3).unbind()
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    rows = torch.randint(len(images), (384,), generator=generator)
+    turn, *shift = (0.6 * torch.rand(3, 384, generator=generator) - 0.3).unbind()
     cos, sin = turn.cos(), turn.sin()
     maps = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(maps, [384, 1, 16, 16], align_corners=False)

@@ -20,8 +20,8 @@ TEXT = torch.frombuffer(bytearray("\n".join(topics.topics.values()).encode()), d
 
 def batch(step: int) -> Tensor:
     """Token numbers, int64 [8, 64]; the same for a step whenever it is asked for."""
-    dice = torch.Generator().manual_seed(step)
-    starts = torch.randint(len(TEXT) - 64, (8, 1), generator=dice)
+    generator = torch.Generator().manual_seed(step)
+    starts = torch.randint(len(TEXT) - 64, (8, 1), generator=generator)
     return TEXT[starts + torch.arange(64)].long()
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     train(model, optimizer, range(30))
 
-    # The five lines: graft, look at the promise, train on, take it out again.
+    # The five lines: graft, read the certificate, train on, take it out again.
     layer, sample = "transformer.h.0.mlp.c_fc", {"input_ids": batch(0)}
     receipt = esper.graft(model, layer, "proj_lora_64", optimizer=optimizer, sample=sample)
     print(f"changed by {receipt.certificate.max_abs_diff} with {receipt.certificate.parameters}")

@@ -44,7 +44,7 @@ def main() -> None:
     config = GPT2Config(vocab_size=256, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2,
                         bos_token_id=None, eos_token_id=None)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        # The context tells the reason where training ends by an exception.
+        # The context reports the reason if training ends by an exception.
         with EsperCallback(run="huggingface-gpt2", mode="automatic") as esper:
             trainer = Trainer(
                 model=GPT2LMHeadModel(config),

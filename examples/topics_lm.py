@@ -60,8 +60,8 @@ def text() -> tuple[Tensor, Tensor]:
 
 def batch(data: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
     """Inputs and next bytes, int64 [64, 48]; the same for a step whenever it is asked for."""
-    dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    starts = torch.randint(len(data) - CONTEXT, (64, 1), generator=dice)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    starts = torch.randint(len(data) - CONTEXT, (64, 1), generator=generator)
     places = starts + torch.arange(CONTEXT + 1)[None, :]
     window = data[places.clamp(max=len(data) - 1)]
     return window[:, :-1].to(DEVICE), window[:, 1:].to(DEVICE)

@@ -28,7 +28,7 @@ class Operation:
 
 @dataclass(slots=True, eq=False)
 class Adaptation:
-    """The life of one graft in this process.
+    """One graft in this process, from the moment it is in the model.
 
     Attributes:
         uid: the server's id, or ``local-<n>``.

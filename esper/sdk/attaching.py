@@ -65,7 +65,7 @@ def attach(
     Args:
         model: as it is trained; a compiled model is watched through its original.
         optimizer: one, or several in a list; Accelerate's wrapper is fine.
-        run: its name; attaching a live run's name again continues that run.
+        run: its name; attaching again with the name of an open run continues that run.
         server: base URL, default ``ESPER_SERVER``; without either, local mode: the same loop in
             this process.
         token: of scope ``runs:create``, default ``ESPER_TOKEN``.
@@ -74,14 +74,14 @@ def attach(
         scheduler: one or several learning-rate schedulers; grafts join their lists.
         scaler: the ``GradScaler``, where there is one.
         slots: layers that may be grafted, ``"auto"`` for all that can be.
-        evaluate: held-out loss on always the same data, lower is better; gives grafts their credit.
+        evaluate: held-out loss on always the same data, lower is better; it judges grafts.
         target_steps: how many steps are planned, for the progress shown.
         safety_policy: local mode: thresholds of the gates. A server brings its own.
         copies: one or several running averages of the model, such as torch's ``AveragedModel``.
-            Grafts come and go in them too; without, an average pairs the wrong tensors.
+            Grafts are put into them too; otherwise an average pairs the wrong tensors.
 
     Raises:
-        ConfigurationError: an argument makes no sense; the model is untouched.
+        ConfigurationError: an argument is invalid; the model is untouched.
         UnknownLayerError: ``slots`` names a layer that the model does not have.
     """
     mode = _mode(mode)

@@ -49,7 +49,7 @@ NOT_GRAFTED = "this model does not hold that graft"
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """A compiled kernel that was tried beside the training, and the graft that it was tried on."""
+    """A compiled kernel that was measured beside the training, and its graft."""
 
     graft: Graft
     compiled: CompiledGraft
@@ -132,7 +132,7 @@ class CommandHandler:
                 raise CommandRefusedError(
                     RefusalCode.INCOMPATIBLE_LAYER, "the kernel was compiled for another graft"
                 )
-            # Only now: importing PyTorch's compiler takes seconds, and most trainers never need it.
+            # Not at the top: PyTorch's compiler takes seconds to import, and few trainers need it.
             from esper.compilation import load_compiled, try_compiled
 
             compiled = load_compiled(files, command.kernel_digest, key)
@@ -219,7 +219,11 @@ class CommandHandler:
         if not swap.trial.faster:
             return answer
         if slot is None or slot.grafts().get(slug) is not swap.graft:
-            return replace(answer, code=RefusalCode.NOT_GRAFTED, reason="the graft has gone since")
+            return replace(
+                answer,
+                code=RefusalCode.NOT_GRAFTED,
+                reason="the graft is not in the model any more",
+            )
         slot.speed_up(slug, swap.compiled)
         return replace(answer, state=CommandState.APPLIED, code="")
 
@@ -270,7 +274,7 @@ def _not_grafted(command: Command) -> CommandAck:
 def _undo_note(adaptation: Adaptation, gone: Sequence[Adaptation], *, softened: bool) -> str:
     notes = []
     if softened:
-        notes.append("taken out softly: the snapshot before it is not kept any more")
+        notes.append("taken out softly: the snapshot before it was not kept")
     later = [entry.uid for entry in gone if entry is not adaptation]
     if later:
         notes.append(f"later grafts went with it: {', '.join(later)}")

@@ -35,7 +35,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 class Evaluations:
-    """The held-out loss now and then, and what each graft on probation takes off it.
+    """Measures the held-out loss now and then, and how much each graft on probation lowers it.
 
     Every value is the mean of all ranks.
 

@@ -67,10 +67,10 @@ class LedgerWatch:
             self.audit()
 
     def on_change(self, *, restored: bool = False) -> None:
-        """Parameters came or went.
+        """Parameters were added or removed.
 
         Args:
-            restored: values were put back or loaded, so their movement so far says nothing.
+            restored: values were put back or loaded, so their movement so far is no evidence.
         """
         if restored:
             self._movement.restart()
@@ -88,7 +88,7 @@ class LedgerWatch:
 
 
 def divergence(verdict: GuardVerdict) -> Finding:
-    """A run that diverges, with no graft that could be blamed."""
+    """A run that diverges while no graft is on probation."""
     return Finding(
         rule=verdict.rule,
         layer="",

@@ -30,7 +30,7 @@ class Follower:
         self.stop_reason = ""
 
     def follow(self) -> None:
-        """Until rank 0 says that there is no more in this step.
+        """Until rank 0 ends its orders for this step.
 
         An error here does not end it: rank 0 gets it in the vote.
         """
@@ -61,7 +61,9 @@ class Follower:
             return self._evaluations.due_loss
         adaptation = self._surgery.changes.find(order.adaptation)
         if adaptation is None:
-            raise UndoError(f"this rank does not hold {order.adaptation!r}", layer=order.layer)
+            raise UndoError(
+                f"this rank does not have the adaptation {order.adaptation!r}", layer=order.layer
+            )
         if order.kind == "evaluate":
             return partial(self._evaluations.ablation_gain, adaptation)
         state = AdaptationState(order.state)

@@ -58,8 +58,8 @@ class Layers:
         self._fixed = tuple(map(self._limited, self._recorder.layers()))
         self.stop()
         if any(layer.reason == LEFT_ALONE for layer in self._fixed):
-            # Code that was compiled in this first step is split where the recorder looked, and
-            # torch does not notice that it has gone. Where every layer has a slot, it stays split.
+            # Code that was compiled in this first step is split at the recorder's hooks, and torch
+            # does not notice that they were removed. Where every layer has a slot, it stays split.
             torch.compiler.reset()
 
     def stop(self) -> None:

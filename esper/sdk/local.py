@@ -1,7 +1,7 @@
 """The whole loop in one process, with no server: decide, graft, judge, learn.
 
 frame -> decide() -> automatic: grafted at this step boundary
-                  -> asks:      kept in ``session.waiting`` until a person says yes or no
+                  -> asks:      kept in ``session.waiting`` until a person approves or rejects
 graft -> probation -> judge() -> kept, or taken out again -> experience -> decide()
 """
 
@@ -134,7 +134,7 @@ class LocalLoop:
 
     @property
     def waiting(self) -> tuple[Waiting, ...]:
-        """Decisions that nobody has taken yet; time never approves one."""
+        """Decisions that no person has taken yet. One that expires is not approved."""
         now = time.time()
         self._waiting = [entry for entry in self._waiting if entry.expires_at > now]
         return tuple(self._waiting)
@@ -157,11 +157,11 @@ class LocalLoop:
             self._graft(decision)
 
     def approve(self, waiting: Waiting) -> Adaptation:
-        """A person said yes.
+        """A person approved.
 
         Raises:
             ValueError: it expired, or was taken already.
-            Whatever :meth:`Surgery.apply` raises.
+            The errors of :meth:`Surgery.apply`.
         """
         if waiting not in self.waiting:
             raise ValueError("this decision is not waiting any more")
@@ -169,7 +169,7 @@ class LocalLoop:
         return self._surgery.apply(self._operation(waiting.decision))
 
     def reject(self, waiting: Waiting) -> None:
-        """A person said no; the layer is left alone for its cooldown."""
+        """A person rejected; the layer is not adapted during its cooldown."""
         self._waiting = [entry for entry in self._waiting if entry is not waiting]
         self.memory.last[waiting.layer] = (waiting.decision.step, False)
 

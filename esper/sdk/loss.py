@@ -1,4 +1,4 @@
-"""Reads the loss without making a GPU wait."""
+"""Reads the loss without waiting for a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LossReader:
         self._waiting: tuple[Tensor, Any] | None = None
 
     def read(self, loss: float | Tensor) -> float | None:
-        """This step's loss, on a GPU the step's before; None where there is none yet.
+        """This step's loss; on a GPU the previous step's, None at the first.
 
         Raises:
             TypeError: not a number, nor a tensor of one element.

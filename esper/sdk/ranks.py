@@ -2,7 +2,7 @@
 
 Each step begins with one meeting of all ranks. It carries the loss, so that the guard of rank 0
 sees a NaN of any rank in the same step. It also says whether rank 0 may change or evaluate the
-model in this step. Only then the others wait for its orders, until it says that there are no more.
+model in this step. Only then do the others wait for its orders, until rank 0 ends them.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Ranks:
             self._step_is_quiet = None
 
     def order(self, order: Order) -> None:
-        """Tells the other ranks, where they wait for orders; a script calls them itself.
+        """Tells the other ranks, if they wait for orders; a script calls on each rank itself.
 
         Raises:
             ReplicaError: they do not wait for orders in this step.

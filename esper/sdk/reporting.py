@@ -39,7 +39,7 @@ class SurgeryReports:
         )
 
     def undone(self, receipts: Iterable[RemedyReceipt], report: UndoReceipt, step: int) -> None:
-        """Remedies that are in effect no more."""
+        """Remedies that are not in effect any more."""
         for receipt in receipts:
             body = _body(RemedyKind.UNDO, receipt.layer, step, report.pause_ms)
             body |= {"undoes": receipt.key, "exact": report.exact, "digest_after": report.digest}
@@ -54,10 +54,10 @@ class SurgeryReports:
         *,
         meant: Adaptation,
     ) -> None:
-        """Grafts that are in the model no more, without an order of the server.
+        """Grafts that are not in the model any more, without an order of the server.
 
         Args:
-            meant: the one that was to go; the others had to go along.
+            meant: the one that was to be taken out; the others had to go with it.
         """
         for entry in entries:
             body = _body(remedy, entry.layer, step, report.pause_ms)
@@ -108,12 +108,12 @@ def _body(remedy: str, layer: str, step: int, pause_ms: float) -> dict[str, Any]
 
 
 def _known(entry: Adaptation | None) -> str:
-    """Its id at the server, which knows nothing of a script's own grafts."""
+    """Its id at the server, which does not know a script's own grafts."""
     return "" if entry is None or entry.local else entry.uid
 
 
 def _short(details: dict[str, Any]) -> dict[str, Any]:
-    """As it can be read on a page: of a long list its length, and numbers that JSON has."""
+    """For a page: a long list becomes its length, and numbers become ones that JSON has."""
     short: dict[str, Any] = {}
     for name, value in details.items():
         if isinstance(value, list) and len(value) > _LONGEST_LIST:

@@ -32,7 +32,7 @@ class RunState:
 
     @property
     def registration(self) -> Registration | None:
-        """The server's answer; None in local mode, and until it came."""
+        """The server's answer; None in local mode and before the run is registered."""
         return self.queues.registration if self.queues is not None else None
 
     @property

@@ -1,4 +1,4 @@
-"""How a session's memory is written into a checkpoint, and read from one that may be anybody's.
+"""How a session's memory is written into a checkpoint, and read from one that is not trusted.
 
 Plain values and tensors only, so that ``torch.load(weights_only=True)`` holds it.
 """
@@ -15,7 +15,7 @@ from esper.exceptions import ConfigurationError, EsperError, ReplicaError
 
 @contextmanager
 def reading_a_state() -> Iterator[None]:
-    """Whatever goes wrong inside, the caller hears that the state is not one for this model."""
+    """Inside it, every error of a bad state becomes one ``ConfigurationError``."""
     try:
         yield
     except (ConfigurationError, ReplicaError):

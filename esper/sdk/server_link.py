@@ -1,4 +1,4 @@
-"""One run's server, as the training thread sees it: nothing waits here, except ``close``."""
+"""One run's server, for the training thread. Nothing here waits, except ``close``."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class ServerLink:
         self._handler.handle_all(self._run.step)
 
     def send_step(self, frame: HealthFrame | None, metrics: Mapping[str, float]) -> None:
-        """Queue what this step measured, and take over what the server said about old grafts."""
+        """Queue what this step measured, and apply what the server answered to hello."""
         self._queues.telemetry.offer_metrics(self._run.step, time.time(), metrics)
         if frame is not None:
             self._queues.telemetry.offer_frame(frame)
@@ -100,7 +100,7 @@ class ServerLink:
             self._surgery.settle(*self._queues.settled.popleft())
 
     def close(self, *, state: str, reason: str, timeout: float) -> None:
-        """Answer the commands that wait, and tell how the run ended; see ``Transport.close``."""
+        """Answer the commands that wait, and report how the run ended; see ``Transport.close``."""
         self._handler.refuse_all(self._run.step)
         finish = {"step": self._run.step, "state": state, "reason": reason or self.stop_reason}
         self._transport.close(finish, timeout=timeout)

@@ -1,9 +1,9 @@
 """A run's session: what a training loop calls once per step.
 
 step(loss)    schedules   grafts that replace their layer do so a little more
-              ledger      now and then: is everything trained that should be
+              ledger      now and then: does the optimizer train all that it should
               guard       a diverging loss takes the youngest graft on probation out, at once
-              commands    grafts and undos that are due, here and nowhere else
+              commands    grafts and undos that are due; they happen only here
               evaluation  held-out loss; with each graft on and off
               health      a frame, when one is due
               telemetry   into a bounded queue; another thread sends it
@@ -130,7 +130,7 @@ class Session:
             RunStopped: a person stopped the run.
             TypeError: ``loss`` is neither.
             ReplicaError: the ranks do not call the same in the same order.
-            RuntimeError: torch's own, when another rank is gone.
+            RuntimeError: torch's own, when another rank has ended.
         """
         value = self._reader.read(loss)
         if self._closed:
@@ -140,8 +140,8 @@ class Session:
         value, busy = self._ranks.meet_for_step(run.step, value, self._may_operate)
         if not self._layers.fixed:
             self._try("opening", self._open)
-        # Before anything that may undo: a snapshot is taken after it, so that what comes back is
-        # what the next step would have met.
+        # Before anything that may undo: a snapshot is taken after it, so an undo restores what the
+        # next step would have used.
         self._try("schedules", self._surgery.on_step)
         self._try("ledger", partial(self._ledger.on_step, run.step))
         if value is not None:
@@ -171,7 +171,7 @@ class Session:
         """End the run. Grafts stay in the model.
 
         Args:
-            timeout: how many seconds to wait for the server to take what is left, at most.
+            timeout: how many seconds to wait, at most, for the server to answer what is left.
         """
         if self._closed:
             return
@@ -248,7 +248,7 @@ class Session:
     # -- changing ------------------------------------------------------------------------------
 
     def graft(self, layer: str, blueprint: str, **config: Any) -> Receipt:
-        """Graft now, between two steps, by a person's or a script's own will.
+        """Graft now, between two steps, without a decision of the policy.
 
         On several ranks each of them must call it, with the same arguments.
 
@@ -261,16 +261,16 @@ class Session:
             UnknownBlueprintError, UnknownLayerError, IncompatibleLayerError, ConfigurationError:
                 before anything is touched.
             CertificateError: it would change what the model computes; the model is as before.
-            ReplicaError: another rank could not do it, or did not want the same.
+            ReplicaError: another rank could not do it, or was asked for something else.
         """
         return self._surgery.graft(layer, blueprint, config)
 
     def undo(self, receipt: Receipt | RemedyReceipt, hard: bool = True) -> UndoReceipt:
-        """Take a graft out, or undo a remedy; that is always hard. On several ranks each calls it.
+        """Take a graft out, or undo a remedy, which is always hard. On several ranks each calls it.
 
         Args:
-            hard: bring the whole model back to the bit, as it was before the graft. Else only
-                the graft goes, and the host keeps what it has learned since.
+            hard: restore the whole model as it was before the graft, equal to the bit. Otherwise
+                only the graft goes, and the host keeps what it has learned since.
 
         Raises:
             UndoError: it could not be taken out.
@@ -365,7 +365,7 @@ class Session:
         call it, and it is taken on all of them or on none.
 
         Raises:
-            ConfigurationError: it is no such state, not one of this model, or training has begun.
+            ConfigurationError: it is no such state, it is of another model, or training has begun.
             ReplicaError: another rank could not take it, or was given another one.
         """
         self._ranks.meet(Call.LOAD, self._run.step, _identities(state))
@@ -504,9 +504,9 @@ class Session:
 
 
 def _identities(state: Any) -> list[Any] | None:
-    """What must be the same on all ranks; each has measured its certificates itself.
+    """The part of a state that must be the same on all ranks; certificates are measured on each.
 
-    None: it is no state, which is said where it is read, on all ranks alike.
+    None: it is not a state; the error is raised where it is read, on all ranks alike.
     """
     names = ("adaptation", "blueprint", "version", "config", "seed", "step")
     try:
@@ -521,20 +521,20 @@ def _identities(state: Any) -> list[Any] | None:
 
 
 def reason_of(error: BaseException | None) -> str:
-    """What a run that ended like this is told to have died of; empty where it did not."""
+    """Why a run failed, as it is reported; empty where it did not fail."""
     return "" if error is None else str(error) or type(error).__name__
 
 
 def _close_at_exit(session: Session) -> Callable[[], None]:
-    """Ends the run when the script forgot to; holds no reference that keeps a model alive."""
+    """Ends the run when the script did not; holds no reference that keeps the model in memory."""
     weak = weakref.ref(session)
 
     def close() -> None:
-        living = weak()
-        if living is not None:
+        open_session = weak()
+        if open_session is not None:
             with suppress(Exception):
                 error = getattr(sys, "last_value", None)
-                living.close(reason=reason_of(error), failed=error is not None, timeout=3.0)
+                open_session.close(reason=reason_of(error), failed=error is not None, timeout=3.0)
 
     atexit.register(close)
     return close

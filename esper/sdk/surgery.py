@@ -1,6 +1,6 @@
 """Everything that a process can do to its model while it trains, and what must follow a change.
 
-order      rank 0 tells the other ranks; a script calls all of them, so they meet
+order      rank 0 tells the other ranks; a script calls on each rank, so the ranks meet
 change     the model, its optimizer, schedulers and copies; on all ranks, or on none
 follow-up  health sampler, ledger audit and movement watch look at the changed model
 report     the server gets what it did not order itself
@@ -55,7 +55,7 @@ class Surgery:
     """Changes one model, for the server, the guard, local mode and the user's script.
 
     Args:
-        surroundings: what trains the model; it has to follow when parameters come and go.
+        surroundings: optimizers, schedulers and copies, which must follow each change.
 
     Attributes:
         changes: what is in the model.
@@ -179,7 +179,7 @@ class Surgery:
     def take_out_for_guard(
         self, adaptation: Adaptation, verdict: GuardVerdict
     ) -> tuple[Adaptation, ...]:
-        """At once, to the state before the graft where its snapshot is still there."""
+        """At once; to the state before the graft, if its snapshot was kept."""
         report, gone = self.take_out(
             adaptation, hard=adaptation.restorable, state=AdaptationState.ROLLED_BACK
         )

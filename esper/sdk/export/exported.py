@@ -1,7 +1,7 @@
 """What an exported model consists of, besides the script's own classes.
 
 This file and the grafts' own classes are copied, by :mod:`esper.sdk.export.plain_source`, into the
-``grafted.py`` that an export writes. So it needs torch alone, and says things once for both sides.
+``grafted.py`` that an export writes. So it imports torch alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GraftedLayer(nn.Module):
             graft.join(grafts)  # a router looks for its experts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer gives, after its grafts."""
+        """The layer's output, after its grafts."""
         output = self.host(*args, **kwargs)
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
         if x is None or y is None:

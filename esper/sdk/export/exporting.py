@@ -1,4 +1,4 @@
-"""A finished model without Esper: a plain module, and a folder that loads where Esper is not.
+"""A trained model without Esper: a plain module, and a folder that loads without Esper.
 
 Grafts that cannot be merged become instances of classes whose source is copied from the blueprints
 (see :mod:`esper.sdk.export.plain_source`). A pickle would name classes that only Esper has, and
@@ -77,13 +77,13 @@ def export(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
 
 
 def _merge_what_can_be(model: nn.Module, host: nn.Module, grafts: dict[str, Graft]) -> list[Graft]:
-    """Merges from the oldest on; the answer is what has to stay beside the host."""
+    """Merges from the oldest on; returns what has to stay beside the host."""
     rest: list[Graft] = []
     for slug, graft in grafts.items():
         blueprint = blueprints.get_blueprint(slug)
         if blueprint.kind in _TRAINING_ONLY:
             continue
-        # After one that stays, order forbids to merge.
+        # Grafts act in order, so none is merged after one that stays.
         if rest or not (blueprint.mergeable and not is_tied(model, host) and _merged(graft, host)):
             rest.append(graft)
     return rest
@@ -114,7 +114,7 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _module_of(source: str) -> ModuleType:
-    """The source, run; what an export holds here is what it holds where it is loaded."""
+    """The source as a module, so that the export here has the classes that it has elsewhere."""
     name = f"grafted_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
     if name not in sys.modules:
         module = ModuleType(name)
@@ -123,15 +123,15 @@ def _module_of(source: str) -> ModuleType:
     return sys.modules[name]
 
 
-def _plain(module: ModuleType, living: nn.Module) -> nn.Module:
+def _plain(module: ModuleType, grafted: nn.Module) -> nn.Module:
     """The same tensors and attributes, as an instance of the class that the export defines."""
-    if _is_ours(living):
-        kind = getattr(module, type(living).__name__)
+    if _is_ours(grafted):
+        kind = getattr(module, type(grafted).__name__)
         plain: nn.Module = kind.__new__(kind)
-        vars(plain).update(vars(living))
+        vars(plain).update(vars(grafted))
     else:
-        plain = living
-    for name, child in living.named_children():
+        plain = grafted
+    for name, child in grafted.named_children():
         plain._modules[name] = _plain(module, child)
     return plain
 
@@ -167,14 +167,14 @@ def _json(key: str, value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, tuple):
-        # Its neighbours in the slot: it gets to know them again when it is put in its place.
+        # Modules in it are the neighbours in the slot; ``join`` finds them again when loaded.
         return {"tuple": [_json(key, v) for v in value if not isinstance(v, nn.Module)]}
     if isinstance(value, list):
         return [_json(key, item) for item in value]
     if type(value) is dict:
         pairs = [[name, item] for name, item in value.items()]
         return {"dict": _json(key, pairs)}
-    raise ConfigurationError(f"{key} holds a {type(value).__name__}, which is no plain data")
+    raise ConfigurationError(f"{key} holds a {type(value).__name__}, which is not plain data")
 
 
 def _write(model: nn.Module, folder: Path, source: str, described: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""An int8 cache for ``generate``, wherever a model learned to live with one. For transformers.
+"""An int8 cache for transformers' ``generate``, in the layers that were trained with rounding.
 
 Shape legend: B batch, G key heads, T time, D width of one head.
 """
@@ -91,8 +91,8 @@ def int8_cache(model: nn.Module) -> Cache:
     It holds int8 where ``kv_cache_8bit`` was grafted, and leaves all other layers as they are.
 
     Raises:
-        ConfigurationError: nowhere in the model was it grafted, or such a layer keeps its keys in
-            a way that this cache does not know (a sliding window, for example).
+        ConfigurationError: it was grafted into no layer of the model, or such a layer keeps its
+            keys in a way that this cache does not support (a sliding window, for example).
     """
     wanted = _rounded_layers(model)
     if not wanted:

@@ -1,9 +1,9 @@
 """A framework's own checkpoint as it would be without Esper.
 
 Lightning and the HF Trainer load model and optimizer before any callback could rebuild a graft, and
-stop when they find tensors and groups that the fresh model does not have. So what came with grafts
-is left out of their part of a checkpoint; Esper's part holds it by name. Such a checkpoint can also
-be loaded where Esper is not installed; it is the host then, without its grafts.
+stop when they find tensors and groups that the fresh model does not have. So their part of a
+checkpoint leaves out what belongs to grafts; Esper's part holds it by name. Such a checkpoint can
+also be loaded where Esper is not installed: it gives the model without its grafts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Source text that needs torch alone, put together from the definitions that something needs.
 
 A class is copied with every function, constant and base class of Esper that it names, and with the
-imports of everything else. Type hints go, and of a layer's class what only a living graft needs.
+imports of everything else. Type hints are left out, and methods that only training needs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from esper.exceptions import ConfigurationError
 
 _PACKAGE = "esper"
 # An exported layer is never grafted, merged or moved on again.
-_OF_THE_LIVING = frozenset(
+_TRAINING_METHODS = frozenset(
     {"inherit", "on_step", "merge", "signals", "forget", "attach", "detach", "__getstate__"}
 )
 _HEADER = '''"""Made by esper.export: one model's grafts as plain PyTorch. It needs torch alone.
@@ -44,7 +44,7 @@ class PlainSource:
         """The definition of ``module.name``, after everything that it needs.
 
         Raises:
-            ConfigurationError: two definitions have one name, or one is nowhere to be found.
+            ConfigurationError: two definitions have the same name, or one was not found.
         """
         module, name = _home(module, name)
         place = (module, name)
@@ -52,7 +52,9 @@ class PlainSource:
             return
         if self._names.setdefault(name, place) != place:
             other = self._names[name][0]
-            raise ConfigurationError(f"{name} means one thing in {module}, another in {other}")
+            raise ConfigurationError(
+                f"two classes of the grafts use the name {name}: in {module} and in {other}"
+            )
         self._open.add(place)
         node = _definition(module, name)
         plain = _Plain(module)
@@ -80,7 +82,7 @@ class PlainSource:
 
 
 class _Plain(ast.NodeTransformer):
-    """Takes type hints out and notes the global names that are used.
+    """Removes type hints and collects the global names that are used.
 
     Attributes:
         needed: (name, attribute); the attribute is empty unless the name is a module of Esper.
@@ -119,7 +121,7 @@ class _Plain(ast.NodeTransformer):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         if _is_layer(self._module, node.name):
-            node.body = [part for part in node.body if not _is_for_the_living(part)]
+            node.body = [part for part in node.body if not _is_for_training(part)]
         plain = self.generic_visit(node)
         assert isinstance(plain, ast.ClassDef)
         plain.body = plain.body or [ast.Pass()]
@@ -127,7 +129,7 @@ class _Plain(ast.NodeTransformer):
 
 
 def source_of(classes: Iterable[type]) -> str:
-    """Source that defines the classes; see the module's docstring for what becomes of them."""
+    """Source that defines the classes, changed as the module's docstring says."""
     source = PlainSource()
     for needed in classes:
         source.add(needed.__module__, needed.__name__)
@@ -141,8 +143,8 @@ def _is_layer(module: str, name: str) -> bool:
     return isinstance(found, type) and issubclass(found, nn.Module)
 
 
-def _is_for_the_living(part: ast.stmt) -> bool:
-    return isinstance(part, ast.FunctionDef) and part.name in _OF_THE_LIVING
+def _is_for_training(part: ast.stmt) -> bool:
+    return isinstance(part, ast.FunctionDef) and part.name in _TRAINING_METHODS
 
 
 @cache

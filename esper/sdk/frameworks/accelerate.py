@@ -44,8 +44,8 @@ def attach(
 ) -> Session:
     """Attaches to what ``accelerator.prepare`` returned, and joins its checkpoints.
 
-    ``accelerator.load_state`` has to come before the session's first step: it rebuilds the grafts
-    first, so that Accelerate finds the tensors and groups that it saved.
+    Call ``accelerator.load_state`` before the session's first step. It rebuilds the grafts first,
+    so that Accelerate finds the tensors and groups that it saved.
 
     Args:
         scheduler: one or several, prepared.

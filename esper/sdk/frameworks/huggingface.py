@@ -2,10 +2,10 @@
 
 on_train_begin     attach, after optimizer and scheduler exist; a checkpoint's grafts are rebuilt
 on_optimizer_step  one ``session.step``, whatever the gradient accumulation
-on_evaluate        the Trainer's own held-out loss is told
+on_evaluate        the Trainer's own held-out loss is reported
 on_save            Esper's state joins the checkpoint folder, whose own files stay plain
-on_train_end       the session is closed; the Trainer tells no callback of an exception, so use the
-                   callback as a context manager around ``trainer.train()`` to have its reason told
+on_train_end       the session is closed. The Trainer calls no callback after an exception; use the
+                   callback as a context manager around ``trainer.train()`` to report its reason
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class EsperCallback(TrainerCallback):
         self._held_out = _HeldOut()
 
     def observe(self, loss: Tensor) -> None:
-        """Told the loss of each batch, before it is divided by the accumulation steps."""
+        """Call it with the loss of each batch, before it is divided by the accumulation steps."""
         self._losses.observe(loss)
 
     def on_train_begin(
@@ -117,7 +117,7 @@ class EsperCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        marks: Any = state.stateful_callbacks  # a dict by now, whatever its annotation says
+        marks: Any = state.stateful_callbacks  # a dict here, though annotated otherwise
         if self.session is not None:
             marks[_MARK] = {"grafts": len(self.session.adaptations)}
 
@@ -246,12 +246,12 @@ class _HeldOut:
             self._loader = loader
 
     def loss(self) -> float | None:
-        """None before the Trainer has evaluated, and for data that cannot be asked for by row."""
+        """None before the Trainer has evaluated, and for data that cannot be read by row."""
         dataset: Any = getattr(self._loader, "dataset", None)
         if self._model is None or not hasattr(dataset, "__getitem__"):
             return None
-        # Not through the loader: an iteration that is left half-way confuses Accelerate's count of
-        # who is at the end of its data, and with it the next optimizer step.
+        # Not through the loader: an unfinished iteration breaks Accelerate's record of which loader
+        # is at the end of its data, and with it the next optimizer step.
         rows = min(len(dataset), _HELD_OUT_ROWS)
         size = getattr(self._loader, "batch_size", None) or rows
         device = next(self._model.parameters()).device
@@ -265,7 +265,7 @@ class _HeldOut:
 
 
 def _write(state: Any, path: Path) -> None:
-    """A kill leaves the old file or the new one, whole."""
+    """A kill leaves either the old file or the new one, complete."""
     fresh = path.with_suffix(".new")
     torch.save(state, fresh)
     fresh.replace(path)

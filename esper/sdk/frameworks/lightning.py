@@ -35,7 +35,7 @@ class EsperCallback(Callback):
     """Attaches Esper to a fit.
 
     Args:
-        monitor: the logged metric that is the held-out loss; it is told after each validation.
+        monitor: the logged metric that is the held-out loss; reported after each validation.
         options: of :func:`esper.attach`, such as ``run``, ``server``, ``mode``, ``evaluate``.
 
     Attributes:
@@ -77,7 +77,7 @@ class EsperCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """One step of the session where the optimizer has taken one."""
+        """One step of the session for each step of the optimizer."""
         self._losses.append(_loss_of(outputs))
         if self.session is None or trainer.global_step == self._steps:
             return
@@ -99,7 +99,7 @@ class EsperCallback(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds Esper's state, and leaves out of the rest what came with grafts."""
+        """Adds Esper's state, and leaves what belongs to grafts out of the rest."""
         session = self.session
         if session is None:
             return
@@ -139,6 +139,6 @@ def _loss_of(outputs: Any) -> float:
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     if loss is None:
         raise ConfigurationError(
-            "training_step returned no loss: with manual optimization, return it all the same"
+            "training_step returned no loss; return it also with manual optimization"
         )
     return float(loss)

@@ -1,6 +1,6 @@
-"""A run's connection to the server: telemetry and reports go out, commands come in.
+"""A run's connection to the server: sends telemetry and reports, receives commands.
 
-One background thread does all of it; the training thread only puts into and takes from the queues.
+One background thread does the work; the training thread only uses the queues.
 """
 
 from esper.sdk.transport.queues import Pace, PendingReport, ReadyCommand, TransportQueues

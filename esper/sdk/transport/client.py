@@ -1,4 +1,4 @@
-"""HTTP to the server: strict JSON, one kind of error, and patience."""
+"""HTTP to the server: strict JSON, one kind of error, and retries."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from esper.exceptions import CodecError, TransportError
 
 logger = logging.getLogger("esper")
 
-# The global generator is the training's: a draw from it here, in another thread, would change what
-# the training does next, and make a graft that is tried meanwhile look as if it drew.
-_OWN_DICE = random.SystemRandom()
+# Not the global generator: training uses it. A draw here, in another thread, would change what the
+# training does next, and a graft that is certified meanwhile would seem to have drawn.
+_RANDOM = random.SystemRandom()
 
 API_PATH = "/api/v1/"
 _TIMEOUT = httpx.Timeout(10.0, connect=5.0)
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 
 def is_loopback(server: str) -> bool:
-    """True where a proxy from the environment must not come between."""
+    """True where a proxy from the environment must not be used."""
     return urlsplit(server).hostname in _LOOPBACK
 
 
@@ -44,7 +44,7 @@ class BackOff:
     def next_delay(self, retry_after: float | None = None) -> float:
         delay = min(self.most, self.first * 2.0**self.attempts)
         self.attempts = min(self.attempts + 1, 30)
-        jittered = delay * _OWN_DICE.uniform(0.5, 1.0)
+        jittered = delay * _RANDOM.uniform(0.5, 1.0)
         return max(jittered, min(retry_after or 0.0, 60.0))
 
     def reset(self) -> None:
@@ -77,7 +77,7 @@ class Client:
         """Decoded JSON.
 
         Raises:
-            TransportError: no answer, or the server said no.
+            TransportError: no answer, or the server refused.
         """
         return _json(await self._send("GET", path))
 
@@ -131,22 +131,22 @@ async def insist(
     """Repeat ``attempt`` until it is answered.
 
     Raises:
-        TransportError: the server will never say yes, or ``give_up`` said so.
+        TransportError: the server refused for good, or ``give_up`` returned True.
     """
-    told = False
+    warned = False
     while True:
         try:
             result = await attempt()
         except TransportError as error:
             if error.permanent or give_up():
                 raise
-            if not told:
+            if not warned:
                 logger.warning("%s: %s; training goes on, retrying in the background", what, error)
-                told = True
+                warned = True
             await asyncio.sleep(back_off.next_delay(error.retry_after))
         else:
             back_off.reset()
-            if told:
+            if warned:
                 logger.warning("%s: the server is back", what)
             return result
 

@@ -1,4 +1,4 @@
-"""Whether a trainer obeys: the checks of a command, in the order of ``docs/protocol.md``.
+"""The checks of a command, in the order of ``docs/protocol.md``.
 
 signature -> run -> epoch -> sequence -> expiry -> the trainer's own veto
                                                      (mode, pause; kernels are checked later)
@@ -15,7 +15,7 @@ from esper.exceptions import CodecError, CommandRefusedError, SignatureError
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """What a registration promised: whose orders count, and for which life of the run."""
+    """What a registration fixed: whose signatures count, and for which start of the run."""
 
     run: str
     epoch: int
@@ -25,7 +25,7 @@ class Trust:
 
 @dataclass(slots=True)
 class LocalVeto:
-    """The trainer's own word on grafts; a server cannot overrule it."""
+    """The trainer's own limits on grafts; a server cannot overrule them."""
 
     mode: RunMode
     paused: bool = False
@@ -34,7 +34,7 @@ class LocalVeto:
     code_key: str = ""
 
     def check(self, command: Command) -> None:
-        """Raises ``CommandRefusedError`` for what this trainer does not want in its model."""
+        """Raises ``CommandRefusedError`` for a change that this trainer does not allow."""
         if command.kind not in (CommandKind.GRAFT, CommandKind.SPEED_UP):
             return
         if self.mode is RunMode.OBSERVE:
@@ -50,7 +50,7 @@ class LocalVeto:
 
 
 def parse_command(raw: Any) -> Command:
-    """The command as it came; raises ``CommandRefusedError``. Nothing in it is believed yet."""
+    """The command as it arrived, not yet verified; raises ``CommandRefusedError``."""
     try:
         command = Command.from_wire(raw if isinstance(raw, dict) else {})
     except CodecError as error:
@@ -72,7 +72,7 @@ def parse_command(raw: Any) -> Command:
 def verify_command(
     command: Command, signature: str, trust: Trust, *, last_seq: int, now: float
 ) -> None:
-    """Returns when the command is genuine, for this run and life, new and not too late.
+    """Returns when the command is genuine, new, in time, and for this start of this run.
 
     Args:
         last_seq: the last command that the journal holds.

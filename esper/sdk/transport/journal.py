@@ -56,7 +56,7 @@ class Journal:
         directory: the run's own directory; made where it is missing.
 
     Raises:
-        BlockingIOError: another living process holds it.
+        BlockingIOError: another process holds it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -78,7 +78,7 @@ class Journal:
         return tuple(self.state.reports.values())
 
     def start_epoch(self, *, run: str, epoch: int, server: str, token: str) -> None:
-        """Note a (re)start. The file is rewritten, so that it does not grow for ever."""
+        """Record a (re)start. The file is rewritten, so that it does not grow without limit."""
         state = self.state
         state.run, state.epoch, state.server, state.token = run, epoch, server, token
         self._rewrite()
@@ -127,7 +127,7 @@ class Journal:
             {"kind": "command", "seq": state.command_seq},
             *(_report_line(report) for report in state.reports.values()),
         ]
-        # A new file takes the old one's place whole, and is locked before it does.
+        # The new file is complete and locked before it replaces the old one.
         fresh = self.path.with_suffix(".new")
         descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
         file = os.fdopen(descriptor, "r+b")

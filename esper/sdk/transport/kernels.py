@@ -1,4 +1,4 @@
-"""From a kernel's digest to a module that is ready to be grafted; runs beside the training."""
+"""Fetches a kernel's files by digest, from this host's stage or over HTTP."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from esper.contracts.kernels import size_limit
 
 
 def code_key() -> str:
-    """Whose machine code may run in this process, ``ESPER_COMPILED_KERNEL_KEY``; empty: nobody's.
+    """The public key of the compile workers whose machine code may run in this process.
 
-    It is the public key of the compile workers. A kernel of tier 0 is data and needs no such trust.
+    It is ``ESPER_COMPILED_KERNEL_KEY``; empty: no machine code runs. A kernel of tier 0 is data and
+    needs no such trust.
     """
     return os.environ.get("ESPER_COMPILED_KERNEL_KEY", "").strip()
 
@@ -26,7 +27,7 @@ async def fetch_kernel(
 ) -> dict[str, bytes]:
     """The files of a bundle, from this host's stage where they lie, else over HTTP.
 
-    Nothing is parsed here. Files of the stage are checked like downloaded ones, later.
+    Nothing is parsed here. The caller checks staged and downloaded files alike.
 
     Args:
         download: path relative to the API -> bytes.

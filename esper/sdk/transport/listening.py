@@ -1,4 +1,4 @@
-"""What comes from the server for one registered run: commands, over a websocket or by polling.
+"""Receives the commands of one registered run, over a websocket or by polling.
 
 command -> verify -> journal -> accepted -> kernel fetched, opened, built -> inbox
 """
@@ -50,7 +50,7 @@ _MAX_MESSAGE_BYTES = 256 * 1024
 
 
 class Preparation(Protocol):
-    """What takes long about a command, done beside the training."""
+    """The slow part of a command, done beside the training."""
 
     def prepare(self, command: Command, spec: KernelSpec) -> Any:
         """The graft, built; in the transport thread. Raises ``CommandRefusedError``."""
@@ -60,7 +60,7 @@ class Preparation(Protocol):
 
 
 class Listener:
-    """Takes the run's commands.
+    """Receives, verifies and prepares the run's commands.
 
     Args:
         veto: the trainer's own limits.
@@ -88,7 +88,7 @@ class Listener:
         self._trials: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """For ever; raises ``TransportError`` when the server is done with this run."""
+        """Endless; raises ``TransportError`` when the server accepts nothing more of this run."""
         back_off = self._pace.back_off(_LONGEST_RETRY_SECONDS)
         while True:
             try:
@@ -127,7 +127,7 @@ class Listener:
         base = urlsplit(self._client.server)
         named = self._registration.stream or f"/ws/v1/trainer/{self._registration.run}"
         scheme = "wss" if base.scheme == "https" else "ws"
-        # Always the server that we were told to trust, whatever the answer says.
+        # Always the server that attach was given: an answer cannot name another one.
         path = base.path.rstrip("/") + urlsplit(named).path
         return urlunsplit((scheme, base.netloc, path, "", ""))
 
@@ -158,7 +158,7 @@ class Listener:
             if command.seq <= self._last_seq:
                 return
         if command.seq in self._queues.pending:
-            return  # delivered twice; its answer is on the way
+            return  # delivered twice; its answer is pending
         try:
             await self._take(command, str(signature))
         except CommandRefusedError as refusal:
@@ -172,7 +172,7 @@ class Listener:
         accepted = CommandAck(seq=command.seq, state=CommandState.ACCEPTED)
         self._queues.answer(accepted, final=False)
         if command.kind is CommandKind.SPEED_UP:
-            # Seconds, the first time: an undo that comes meanwhile must not wait for it.
+            # It takes seconds the first time; an undo must not wait for it.
             trial = asyncio.create_task(self._speed_up(command))
             self._trials.add(trial)
             trial.add_done_callback(self._trials.discard)
@@ -207,7 +207,7 @@ class Listener:
         try:
             verify_command(command, signature, trust, last_seq=self._last_seq, now=now)
         except CommandRefusedError as refusal:
-            if refusal.code == RefusalCode.EXPIRED:  # genuine, so its number is used up
+            if refusal.code == RefusalCode.EXPIRED:  # genuine, so its number counts as taken
                 self._journal.take_command(command.seq)
             raise
 
@@ -250,7 +250,7 @@ class Listener:
     def _refuse(self, seq: Any, refusal: CommandRefusedError) -> None:
         logger.warning("command %s refused: %s", seq, refusal)
         if type(seq) is not int:
-            return  # there is nothing that the server could match an answer to
+            return  # without a number, the server could not match an answer
         ack = CommandAck(
             seq=seq, state=CommandState.REFUSED, code=refusal.code, reason=refusal.reason
         )

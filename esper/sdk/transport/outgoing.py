@@ -32,7 +32,7 @@ class TelemetrySender:
         self._slow_down_until = 0.0
 
     async def run(self) -> None:
-        """Raises ``TransportError`` when the server will take nothing more of this run."""
+        """Raises ``TransportError`` when the server accepts nothing more of this run."""
         queue = self._queues.telemetry
         while True:
             closing = self._queues.closing
@@ -58,7 +58,7 @@ class TelemetrySender:
             queue.settle_dropped(batch)
             if ends_the_run(error):
                 raise
-            logger.error("the server will not take %d telemetry items: %s", batch.items, error)
+            logger.error("the server refused %d telemetry items: %s", batch.items, error)
             return
         except asyncio.CancelledError:
             queue.settle_dropped(batch)
@@ -91,7 +91,7 @@ class ReportSender:
         self._finish_written = False
 
     async def run(self) -> None:
-        """Until the run ends; raises ``TransportError`` when the server is done with it."""
+        """Until the run ends; raises ``TransportError`` when the server accepts nothing more."""
         while True:
             closing = self._queues.closing
             await self.send_all()
@@ -106,7 +106,7 @@ class ReportSender:
             await self._send(report)
 
     def write_to_journal(self) -> None:
-        """From memory to the journal: from here on it outlives this process."""
+        """Move reports from memory to the journal, where they outlive this process."""
         while self._queues.reports:
             report = self._queues.reports.popleft()
             body = {**report.body, **report.rest(), "epoch": self._epoch}
@@ -163,7 +163,7 @@ async def _send_all(journal: Journal, pace: Pace) -> None:
 
 
 def ends_the_run(error: TransportError) -> bool:
-    """True when nothing more of this life of the run will be taken."""
+    """True when the server accepts nothing more of this start of the run."""
     ended = error.code in ("old-epoch", "run-ended")
     return error.permanent and (ended or error.status in (401, 403, 404))
 

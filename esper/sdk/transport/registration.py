@@ -1,4 +1,4 @@
-"""What a trainer tells the server about itself, and what it gets back."""
+"""What a trainer sends to register its run, and what the server answers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _BODY_ROOM_BYTES = 900_000  # of the 1 MiB that a body may have
 
 @dataclass(frozen=True, slots=True)
 class RunDescription:
-    """The run as it registers, once its first step has shown the layers.
+    """The run as it registers, after its first step.
 
-    ``applied`` is what the model holds by then, from a checkpoint, as ``hello`` tells it;
-    ``capabilities`` is what each device of its layers needs kernels for.
+    ``applied`` is what the model then holds from a checkpoint, for ``hello``; ``capabilities`` is
+    the capability of each device that holds a layer.
     """
 
     name: str
@@ -47,7 +47,7 @@ class RunDescription:
             "layers": [layer.to_wire() for layer in self.layers],
         }
         if len(codec.encode(body)) > _BODY_ROOM_BYTES:
-            # Thousands of layers: the links between them are the part that can be done without.
+            # Thousands of layers: leave out the links between them, which are not essential.
             body["layers"] = [{**layer.to_wire(), "feeds": []} for layer in self.layers]
         return body
 
@@ -82,7 +82,7 @@ class Registration:
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> Registration:
-        """Raises ``CodecError`` when the answer is none."""
+        """Raises ``CodecError`` when the answer is not a registration."""
         try:
             return cls(
                 run=str(data["uid"]),

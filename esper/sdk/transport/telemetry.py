@@ -1,4 +1,4 @@
-"""What is waiting to be sent: bounded, counted, and cut into batches that never change.
+"""Telemetry that waits to be sent: bounded, counted, and cut into batches that never change.
 
 The training thread offers, the transport thread takes. When the server is away for long, the
 oldest items are dropped and counted: what was offered = what was stored + what was dropped.
@@ -33,7 +33,7 @@ class Batch:
     Attributes:
         body: JSON, with ``seq_from`` and ``seq_to``.
         items: frames + metrics + findings in it.
-        dropped: what it tells the server about losses before it.
+        dropped: items lost before it, as it reports to the server.
     """
 
     body: dict[str, Any]
@@ -50,7 +50,7 @@ class TelemetryQueue:
         self._metrics: deque[_Metrics] = deque()
         self._findings: deque[Finding] = deque()
         self._seq = 0
-        self._untold = 0  # drops that no batch has reported yet
+        self._unreported = 0  # drops that no batch has reported yet
         self.offered = 0
         self.stored = 0
         self.dropped = 0
@@ -91,7 +91,7 @@ class TelemetryQueue:
             if not items:
                 return None
             first, self._seq = self._seq + 1, self._seq + items
-            dropped, self._untold = self._untold, 0
+            dropped, self._unreported = self._unreported, 0
         body = {
             "epoch": epoch,
             "seq_from": first,
@@ -110,7 +110,7 @@ class TelemetryQueue:
         """The server will never take this batch."""
         with self._lock:
             self.dropped += batch.items
-            self._untold += batch.items + batch.dropped
+            self._unreported += batch.items + batch.dropped
 
     def _offer(self, waiting: deque[Any], item: object, bound: int) -> None:
         with self._lock:
@@ -119,7 +119,7 @@ class TelemetryQueue:
             if len(waiting) > bound:
                 waiting.popleft()
                 self.dropped += 1
-                self._untold += 1
+                self._unreported += 1
 
     def _take_frames(self) -> list[HealthFrame]:
         frames: list[HealthFrame] = []

@@ -28,7 +28,7 @@ from esper.sdk.transport.registration import Registration, RunDescription
 
 logger = logging.getLogger("esper")
 
-_GRACE_SECONDS = 2.0  # for the thread to write its journal once it was told to stop
+_GRACE_SECONDS = 2.0  # for the thread to write its journal when it must stop
 
 
 class Transport:
@@ -79,15 +79,15 @@ class Transport:
         return self.queues.registration
 
     def send_soon(self) -> None:
-        """Telemetry waits that should not wait for the next flush."""
+        """Send the telemetry now, before the next flush."""
         if self._sender is not None:
             self._call_in_loop(self._sender.wake.set)
 
     def close(self, finish: dict[str, Any], *, timeout: float) -> None:
-        """Send what waits, and say how the run ended.
+        """Send what waits, and how the run ended.
 
-        What is not answered within ``timeout`` seconds stays in the journal, and is delivered by
-        the next session on this machine.
+        What is not answered within ``timeout`` seconds stays in the journal. The next session on
+        this machine sends it.
         """
         self.queues.finish = finish
         thread = self._thread
@@ -168,7 +168,7 @@ class Transport:
 
     async def _open_journal(self, registration: Registration) -> Journal:
         directory = state_directory() / registration.run
-        while True:  # the process that we replace may be about to end
+        while True:  # a process that this one replaces may still hold it
             try:
                 journal = Journal(directory)
                 break
@@ -205,7 +205,7 @@ class Transport:
         journal: Journal,
         report_sender: ReportSender,
     ) -> None:
-        """Until the run ends and everything but the finish was answered."""
+        """Until the run ends and everything except the finish was answered."""
         self._sender = TelemetrySender(client, registration, self.queues, self._pace)
         listener = Listener(
             client,
@@ -248,8 +248,8 @@ async def _until_done(ending: set[asyncio.Task[Any]], endless: set[asyncio.Task[
 
 def _advice(error: TransportError, *, registered: bool) -> str:
     if error.code == "old-epoch":
-        return "Another process has attached a run of the same name and took over."
-    if error.status == 401 and registered:  # by now it speaks with the run's own token
+        return "Another process has attached a run of the same name and replaced this one."
+    if error.status == 401 and registered:  # from then on it uses the run's own token
         return "Another process has attached a run of the same name, or its token was revoked."
     if error.code == "run-ended":
         return "The server has closed the run."

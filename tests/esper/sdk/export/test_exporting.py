@@ -183,5 +183,5 @@ def test_what_no_file_could_hold_is_refused() -> None:
     model = make_net()
     receipt = esper.graft(model, "wide", "mlp_gelu_2048", sample=TOKENS)
     receipt.graft.secret = object()  # type: ignore[assignment]
-    with pytest.raises(ConfigurationError, match="no plain data"):
+    with pytest.raises(ConfigurationError, match="not plain data"):
         esper.export(model)

@@ -28,12 +28,15 @@ def test_a_remedy_and_its_undo_are_reported_with_digests(
     training: Training, plane: ControlPlane
 ) -> None:
     with listening(training, plane) as session:
-        before = digest(training.model)
-        started = time.perf_counter()
-        receipt = session.freeze("3")
-        waited_ms = (time.perf_counter() - started) * 1e3
-        session.undo(receipt)
-        first, second = reports(plane, 2)
+        before, waits_ms = digest(training.model), []
+        for _ in range(5):
+            started = time.perf_counter()
+            receipt = session.freeze("3")
+            waits_ms.append((time.perf_counter() - started) * 1e3)
+            session.undo(receipt)
+        sent = reports(plane, 10)
+    waited_ms = min(waits_ms)  # the call that another thread has disturbed least
+    first, second = sent[2 * waits_ms.index(waited_ms) :][:2]
     assert (first["remedy"], first["layer"], first["step"]) == ("freeze", "3", 1)
     assert first["digest_before"] == first["digest_after"] == before
     assert 0.5 * waited_ms < first["pause_ms"] <= waited_ms

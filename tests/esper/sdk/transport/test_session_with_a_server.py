@@ -168,7 +168,7 @@ def test_a_run_that_was_taken_over_falls_silent(
     with listening(training, plane) as session:
         plane.epochs[plane.uid] += 1  # another process attached the same name
         training.run(20, session)
-        wait_for(lambda: "took over" in caplog.text, "it notices")
+        wait_for(lambda: "replaced this one" in caplog.text, "it notices")
         training.run(5, session)
     assert plane.finishes == []
 
