@@ -1,4 +1,4 @@
-"""Who did it: a person, or a part of the system."""
+"""Who did something: a person, or a part of the system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""People are kept here; roles decide everything else, so groups and single rights are not shown."""
+"""People are managed here. Rights come from roles, so groups and single permissions are hidden."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class PersonAdmin(_Admin):
         return may(request.user, Act.MANAGE_PEOPLE).allowed
 
     def has_delete_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
-        """Nobody: the audit log and decisions name people. They are made inactive instead."""
+        """Nobody: the audit log and decisions name people. Set a person inactive instead."""
         return False
 
 
 @admin.register(ApiToken)
 class ApiTokenAdmin(ReadOnlyAdmin):
-    """Their owners make and revoke tokens; the digest of a secret is nobody's business."""
+    """Owners issue and revoke their tokens. The digest of a secret is not shown."""
 
     list_display = (
         "name",

@@ -1,4 +1,4 @@
-"""Who asks: a bearer token, or a browser's session with its CSRF token."""
+"""Identifies the caller: a bearer token, or a browser's session with its CSRF token."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TokenAuthentication(authentication.BaseAuthentication):
         token = authenticate_token(secret) if secret else None
         if token is None:
             raise exceptions.AuthenticationFailed(
-                "The token is unknown, expired or revoked: ask for a new one."
+                "The token is unknown, expired or revoked. Issue a new one."
             )
         return token.owner, token
 
@@ -42,16 +42,16 @@ class SessionAuthentication(authentication.SessionAuthentication):
 
 
 def via(request: Request) -> str:
-    """How the caller came in, for the audit log."""
+    """How the caller has signed in, for the audit log."""
     return f"token {request.auth.prefix}…" if isinstance(request.auth, ApiToken) else "session"
 
 
 def person(request: Request) -> User:
-    """The signed-in user; permissions have been checked before a view runs."""
+    """The signed-in user; the permissions are checked before a view runs."""
     assert isinstance(request.user, User)
     return request.user
 
 
 def actor(request: Request, kind: ActorKind = ActorKind.PERSON) -> Actor:
-    """Who is written into the audit log."""
+    """The actor for the audit log."""
     return Actor(kind, person(request).get_username(), via(request))

@@ -1,4 +1,4 @@
-"""Which scopes a token needs, and which run it is for."""
+"""The base of every view: the scopes that a token needs, and the run that it is for."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ScopePermission(BasePermission):
             raise Problem(
                 403,
                 "insufficient-scope",
-                f"This needs a token with the scope {' or '.join(sorted(wanted))}.",
+                f"This request needs a token with the scope {' or '.join(sorted(wanted))}.",
             )
         return True
 
@@ -45,12 +45,12 @@ def scopes_of(request: Request) -> frozenset[str]:
 
 
 class Endpoint(APIView):
-    """What all views share. Subclasses parse, call one service, and shape the answer.
+    """The base of all views. Subclasses parse, call one service, and shape the answer.
 
     Attributes:
         readers: scopes that may GET.
         writers: scopes that may do anything else.
-        parameters: query parameters that are known; any other is refused.
+        parameters: known query parameters; any other is refused.
     """
 
     permission_classes = (ScopePermission,)
@@ -64,12 +64,12 @@ class Endpoint(APIView):
 
 
 def require(user: User, act: Act, *, owner_id: int | None = None) -> None:
-    """Raises ``Problem`` 403 with the policy's own words."""
+    """Raises ``Problem`` 403 with the reason that the policy gives."""
     permission = may(user, act, owner_id=owner_id)
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)
 
 
 def run_of_token(request: Request) -> str:
-    """The run that the caller is confined to, empty for everybody else."""
+    """The run that the caller's token is restricted to, empty for other callers."""
     return request.auth.run_uid if isinstance(request.auth, ApiToken) else ""

@@ -17,7 +17,7 @@ class User(AbstractUser):
     )
 
     def save(self, *args: object, **kwargs: object) -> None:
-        # Django's own admin asks for these two; the role is the only thing that people set.
+        # Django's admin reads these two; people only set the role.
         if self._state.adding and self.is_superuser:  # manage.py createsuperuser
             self.role = Role.ADMIN
         self.is_staff = self.role in {Role.ADMIN, Role.CURATOR}
@@ -26,7 +26,7 @@ class User(AbstractUser):
 
 
 class ApiToken(models.Model):
-    """A bearer token; only its SHA-256 is kept. ``run_uid`` narrows it to one run."""
+    """A bearer token; only its SHA-256 is stored. ``run_uid`` restricts it to one run."""
 
     uid = models.CharField(
         max_length=UID_LENGTH, unique=True, default=partial(new_uid, "tok"), editable=False

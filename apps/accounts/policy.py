@@ -1,8 +1,8 @@
-"""Who may do what: the one table that pages, API, sockets and admin ask.
+"""Who may do what: the one table that pages, API, sockets and admin use.
 
-Researchers run trainers and look after their own runs; operators decide; curators keep the
-catalogue and the thresholds, and do not decide on single adaptations; nobody approves an
-adaptation of a run of their own (four eyes).
+Researchers run trainers and manage their own runs. Operators decide. Curators maintain the
+catalogue and the thresholds, and do not decide on single adaptations. Nobody approves an
+adaptation of their own run (four eyes).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ ALLOWED: dict[Act, frozenset[Role]] = {
     Act.STOP_LAUNCH: _ON_DUTY,
     Act.MANAGE_PEOPLE: frozenset({Role.ADMIN}),
 }
-# What the owner of a run may do with it whatever their role: the acts that make it safer.
+# Acts that the owner of a run may do whatever their role: those that make it safer.
 OWNER_MAY = frozenset(
     {
         *(Act.PAUSE_ADAPTATION, Act.STOP_RUN, Act.STOP_LAUNCH),
@@ -77,7 +77,7 @@ OWNER_MAY = frozenset(
 )
 
 IN_WORDS: dict[Act, str] = {
-    Act.VIEW: "look at everything",
+    Act.VIEW: "view everything",
     Act.CREATE_RUN: "attach runs",
     Act.PAUSE_ADAPTATION: "pause adaptation",
     Act.STOP_RUN: "stop runs",
@@ -95,14 +95,14 @@ IN_WORDS: dict[Act, str] = {
     Act.MANAGE_CACHE: "manage the kernel cache",
     Act.VIEW_AUDIT: "read the audit log",
     Act.START_RECIPE: "start and resume recipes",
-    Act.STOP_LAUNCH: "stop what a recipe has started",
+    Act.STOP_LAUNCH: "stop launches",
     Act.MANAGE_PEOPLE: "manage people",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Permission:
-    """The answer, with a sentence for the person who hears "no"."""
+    """The answer, with the reason for a refusal."""
 
     allowed: bool
     code: str = ""

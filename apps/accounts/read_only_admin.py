@@ -1,4 +1,4 @@
-"""Django's admin for rows that services write and nobody edits by hand, not even an admin."""
+"""Django's admin for rows that only services write: nobody edits them, not even an admin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ else:
 
 
 class ReadOnlyAdmin(_Admin):
-    """To look, to search; no add, no change, no delete, no bulk action."""
+    """View and search; no add, no change, no delete, no bulk action."""
 
     actions = None
 

@@ -17,7 +17,7 @@ MAX_TOKEN_DAYS = 366
 
 
 class PermissionOutput(serializers.Serializer[Any]):
-    """May the caller do it now, and if not, why not."""
+    """Whether the caller may do it now, and the reason if not."""
 
     allowed = serializers.BooleanField()
     code = serializers.CharField()

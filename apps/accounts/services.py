@@ -28,7 +28,7 @@ def issue_token(
     expires_at: datetime | None = None,
     actor: Actor | None = None,
 ) -> tuple[ApiToken, str]:
-    """A new token and its secret, which is shown this once and kept nowhere."""
+    """A new token and its secret, which is returned once and stored nowhere."""
     secret = f"esp_{secrets.token_urlsafe(32)}"
     token = ApiToken.objects.create(
         owner=owner,
@@ -52,7 +52,7 @@ def issue_token(
 
 
 def authenticate_token(secret: str) -> ApiToken | None:
-    """The live token with this secret, or None."""
+    """The valid token with this secret, or None."""
     now = timezone.now()
     token = (
         ApiToken.objects.select_related("owner")
@@ -67,7 +67,7 @@ def authenticate_token(secret: str) -> ApiToken | None:
 
 @transaction.atomic
 def revoke_token(*, token: ApiToken, actor: Actor) -> None:
-    """Make a token useless at once."""
+    """Revoke a token; it is refused from now on."""
     if ApiToken.objects.filter(pk=token.pk, revoked_at=None).update(revoked_at=timezone.now()):
         account_changed.send(
             ApiToken, actor=actor, act="token.revoked", object_kind="token", object_uid=token.uid
@@ -76,7 +76,7 @@ def revoke_token(*, token: ApiToken, actor: Actor) -> None:
 
 @transaction.atomic
 def create_person(*, username: str, role: Role, actor: Actor) -> str:
-    """A new account with a random password, which is returned and kept nowhere."""
+    """A new account with a random password, which is returned once and stored nowhere."""
     password = secrets.token_urlsafe(12)
     User.objects.create_user(username=username, password=password, role=role)
     account_changed.send(

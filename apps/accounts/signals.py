@@ -1,4 +1,4 @@
-"""What accounts tell to the apps above them: the audit log records it.
+"""Changes of accounts, which the audit log records.
 
 A receiver runs in the transaction of the change, and its error undoes the change.
 """

@@ -1,4 +1,4 @@
-"""The audit log, to look at; the database itself refuses changes."""
+"""The audit log, read-only; the database itself refuses changes."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from apps.rest.identifiers import UID_LENGTH
 
 
 class AuditEvent(models.Model):
-    """One thing that happened; ``hash`` covers the row and the hash before it."""
+    """One event; ``hash`` covers the row and the hash of the previous one."""
 
     id = models.BigIntegerField(primary_key=True)  # gapless: 1, 2, 3 …
     at = models.DateTimeField(db_index=True)
@@ -32,7 +32,7 @@ class AuditEvent(models.Model):
 
 
 class AuditHead(models.Model):
-    """The end of the chain, one row; writers take turns on its lock."""
+    """The end of the chain, one row; writers lock it."""
 
     last_id = models.BigIntegerField(default=0)
     last_hash = models.CharField(max_length=64, default="0" * 64)

@@ -24,5 +24,5 @@ def record_account_change(
 
 
 def connect() -> None:
-    """Called once, when the app is ready; connecting twice does no harm."""
+    """Called once, when the app is ready; connecting twice changes nothing."""
     account_changed.connect(record_account_change, dispatch_uid="audit.record_account_change")

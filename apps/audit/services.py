@@ -1,4 +1,4 @@
-"""Writing to the audit log, and checking that nobody has changed it."""
+"""Writing to the audit log, and verifying that it was not changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def record(
 ) -> AuditEvent:
     """Append one event. Call it inside the transaction of the change that it records."""
     if not transaction.get_connection().in_atomic_block:
-        raise RuntimeError("audit.record belongs into the transaction of what it records")
+        raise RuntimeError(
+            "audit.record must be called in the transaction of the change that it records"
+        )
     head = take_turn()
     event = AuditEvent(
         id=head.last_id + 1,
@@ -51,7 +53,7 @@ def record(
 
 
 def take_turn() -> AuditHead:
-    """The lock that writers of the chain and of the feeds share, so that none waits in a circle."""
+    """The lock that writers of the chain and of the feeds share, so that they cannot deadlock."""
     head, _ = AuditHead.objects.select_for_update().get_or_create(pk=1)
     return head
 
@@ -85,7 +87,7 @@ class ChainReport:
 
 
 def verify_chain() -> ChainReport:
-    """Walk the whole chain; the first thing that is wrong is named."""
+    """Verify the whole chain, and name the first thing that is wrong."""
     previous, expected_id = GENESIS, 1
     for event in AuditEvent.objects.order_by("id").iterator(chunk_size=1000):
         problem = _problem(event, previous, expected_id)
@@ -103,7 +105,7 @@ def _problem(event: AuditEvent, previous: str, expected_id: int) -> str:
     if event.id != expected_id:
         return f"event {expected_id} is missing"
     if event.previous_hash != previous:
-        return "the link to the event before is broken"
+        return "the hash of the previous event does not match"
     if event_hash(event) != event.hash:
         return "the event was changed after it was written"
     return ""

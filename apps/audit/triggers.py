@@ -24,7 +24,7 @@ _NAMES = ("audit_no_update", "audit_no_delete", "audit_no_truncate")
 
 
 def install(connection: BaseDatabaseWrapper) -> None:
-    """Create the triggers; doing it twice does no harm."""
+    """Create the triggers; doing it twice changes nothing."""
     statements = _SQLITE if connection.vendor == "sqlite" else _POSTGRESQL
     with connection.cursor() as cursor:
         for statement in statements:

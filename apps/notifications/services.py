@@ -1,4 +1,4 @@
-"""Publishing events and messages from inside a transaction; both leave after the commit."""
+"""Publishing events and messages from inside a transaction; both are sent after the commit."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def enqueue(*, task: str, queue: str, args: list[Any]) -> OutboxMessage:
 
 
 def send(message: OutboxMessage) -> bool:
-    """Hand one message to the broker; False when it could not be reached."""
+    """Send one message to the broker; False when it could not be reached."""
     try:
         current_app.send_task(message.task, args=message.args, queue=message.queue, retry=False)
     except Exception as error:
@@ -133,6 +133,6 @@ def relay_outbox(*, older_than: timedelta = timedelta(seconds=1), limit: int = 2
 
 
 def forget_sent(*, older_than: timedelta = timedelta(days=1)) -> int:
-    """Delete messages that were sent long ago."""
+    """Delete messages that were sent some time ago."""
     deleted, _ = OutboxMessage.objects.filter(sent_at__lt=timezone.now() - older_than).delete()
     return deleted

@@ -29,7 +29,7 @@ class StrictJSONParser(BaseParser):
     ) -> Any:
         raw = stream.read(codec.MAX_BYTES + 1)
         if len(raw) > codec.MAX_BYTES:
-            raise Problem(413, "too-large", f"A body may have {codec.MAX_BYTES} bytes.")
+            raise Problem(413, "too-large", f"The body may have at most {codec.MAX_BYTES} bytes.")
         value = codec.decode(raw) if raw else {}
         if not isinstance(value, dict):
             raise Problem(400, "invalid", "The body must be a JSON object.")
@@ -55,8 +55,8 @@ class StrictJSONRenderer(BaseRenderer):
         try:
             return codec.encode(data)
         except CodecError:
-            # A stored number that nobody expected to be infinite must not become an error 500.
-            log.exception("an answer held a number that is not finite")
+            # A stored number that is unexpectedly not finite must not become an error 500.
+            log.exception("an answer contained a number that is not finite")
             return codec.encode(_finite(data))
 
 

@@ -41,7 +41,11 @@ def problem_response(error: Exception, context: Mapping[str, Any]) -> Response:
     problem = _problem(error)
     if problem is None:
         log.error("unexpected error in %s", context["request"].path, exc_info=error)
-        problem = Problem(500, "internal", "Something went wrong here; it has been written down.")
+        problem = Problem(
+            500,
+            "internal",
+            "The server failed with an unexpected error. It is in the server's log.",
+        )
     body = problem_body(problem, request_id(context["request"]))
     return Response(
         body, status=problem.status, headers=_headers(error, problem), content_type=MEDIA_TYPE
@@ -75,17 +79,17 @@ def _problem(error: Exception) -> Problem | None:
         case exceptions.APIException():
             return _from_rest_framework(error)
         case Http404():
-            return not_found("thing")
+            return not_found("resource")
         case PermissionDenied():
-            return Problem(403, "forbidden", str(error) or "You may not do that.")
+            return Problem(403, "forbidden", str(error) or "You are not allowed to do this.")
         case RequestDataTooBig():
-            return Problem(413, "too-large", "The body is too large.")
+            return Problem(413, "too-large", "The body is larger than the limit.")
         case SuspiciousOperation() | UnreadablePostError():
-            return Problem(400, "invalid", "The request cannot be read.")
+            return Problem(400, "invalid", "The request is malformed.")
         case DataError():
-            return Problem(400, "invalid", "A value does not fit into the database.")
+            return Problem(400, "invalid", "A value does not fit into its database column.")
         case OperationalError():
-            return Problem(503, "busy", "The database is busy: try again in a moment.")
+            return Problem(503, "busy", "The database is busy. Send the request again in a moment.")
     return None
 
 

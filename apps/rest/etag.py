@@ -21,7 +21,7 @@ def versioned_response(data: Any, version: int, *, status: int = 200) -> Respons
 
 
 def cacheable_response(request: Request, data: Any) -> Response:
-    """An answer tagged by its content; 304 where the caller has it already."""
+    """An answer with the hash of its content as ``ETag``; 304 when the caller already has it."""
     tag = f'"{hashlib.sha256(codec.encode(data)).hexdigest()[:32]}"'
     held = {part.strip() for part in request.headers.get("If-None-Match", "").split(",")}
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
@@ -34,21 +34,21 @@ def expected_version(request: Request) -> int:
     """The version in ``If-Match``.
 
     Raises:
-        Problem: 428 when it is missing, 400 when it is not one of ours.
+        Problem: 428 when it is missing, 400 when it is malformed.
     """
     version = given_version(request)
     if version is None:
         raise Problem(
             428,
             "precondition-required",
-            "Send If-Match with the ETag of what you have seen, so that nobody decides on "
-            "something that has changed.",
+            "The header If-Match is missing. Send the ETag that you have read, so that a change "
+            "in between is noticed.",
         )
     return version
 
 
 def given_version(request: Request) -> int | None:
-    """The version in ``If-Match``, None without one; raises ``Problem`` 400 for a strange one."""
+    """The version in ``If-Match``, None without one; raises ``Problem`` 400 for a malformed one."""
     header = request.headers.get("If-Match", "").strip()
     if not header:
         return None

@@ -1,4 +1,4 @@
-"""Input fields that take what they say and nothing that Python would quietly convert."""
+"""Input fields that accept exactly their JSON type, and convert nothing silently."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUMBER_SCHEMA = {"oneOf": [{"type": "number"}, {"type": "string", "enum": ["nan
 
 
 class Text(serializers.CharField):
-    """A JSON string; a number is not one."""
+    """A JSON string; a number is refused."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"trim_whitespace": False, "max_length": 4000, **kwargs})
@@ -30,7 +30,7 @@ class Text(serializers.CharField):
 
 
 class WholeNumber(serializers.IntegerField):
-    """A JSON integer; neither a boolean nor a text is one."""
+    """A JSON integer; a boolean or a text is refused."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"min_value": 0, "max_value": MAX_WHOLE_NUMBER, **kwargs})
@@ -67,7 +67,7 @@ class WireNumber(serializers.Field[float, Any, Any, float]):
 
 
 class Flag(serializers.BooleanField):
-    """JSON's true or false; "yes" and 1 are neither."""
+    """JSON's true or false; "yes" and 1 are refused."""
 
     def to_internal_value(self, data: Any) -> bool:
         if not isinstance(data, bool):
@@ -76,7 +76,7 @@ class Flag(serializers.BooleanField):
 
 
 class BoundedList(serializers.ListField):
-    """A JSON list whose length is looked at before its items: each wrong item costs an error."""
+    """A JSON list whose length is checked before its items, because each wrong item is an error."""
 
     def __init__(self, *, max_length: int, **kwargs: Any) -> None:
         super().__init__(max_length=max_length, **kwargs)
@@ -89,9 +89,9 @@ class BoundedList(serializers.ListField):
 
 
 class BoundedDict(serializers.DictField):
-    """A JSON object with any names, but not with any number of them."""
+    """A JSON object with any names, but a limited number of them."""
 
-    default_error_messages = {"max_length": "At most {max_length} members are taken."}
+    default_error_messages = {"max_length": "At most {max_length} members are allowed."}
 
     def __init__(self, *, max_length: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -119,7 +119,7 @@ class Members(serializers.Field[dict[str, Any], Any, Any, dict[str, Any]]):
 
 
 class PersonsInput(serializers.Serializer[Any]):
-    """What a person or their script sends: an unknown member is a typing error, so it is refused.
+    """What a person or their script sends: an unknown member is a mistake, so it is refused.
 
     Trainers and services send plain serializers: a newer one may know more than this server.
     """
@@ -129,7 +129,7 @@ class PersonsInput(serializers.Serializer[Any]):
             unknown = sorted(set(data) - set(self.fields))[:MAX_UNKNOWN_NAMED]
             if unknown:
                 raise serializers.ValidationError(
-                    {name: ["There is no such member."] for name in unknown}
+                    {name: ["This member is unknown."] for name in unknown}
                 )
         return super().to_internal_value(data)
 
@@ -139,7 +139,7 @@ class ReasonInput(PersonsInput):
 
 
 def body(request: Request) -> dict[str, Any]:
-    """The request's JSON object; the parser lets nothing else in."""
+    """The request's JSON object; the parser refuses anything else."""
     assert isinstance(request.data, dict)
     return request.data
 

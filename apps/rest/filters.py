@@ -1,4 +1,4 @@
-"""Query parameters, from a list of those that are known. What is not known is refused."""
+"""Query parameters. A parameter that is not in the list of known ones is refused."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def parse_parameter(request: Request, name: str, parse: Parse, default: Any = No
 
 
 def refuse_unknown_parameters(request: Request, known: frozenset[str]) -> None:
-    """Raises ``Problem`` 400 for a query parameter that would be ignored."""
+    """Raises ``Problem`` 400 for a query parameter that is not known, instead of ignoring it."""
     unknown = sorted(set(request.query_params) - known)
     if unknown:
         errors = [

@@ -1,8 +1,8 @@
-"""Acts that may be sent again: a repeated request gets the first one's answer.
+"""Acts that may be repeated: a second request with the same key gets the first one's answer.
 
-The answer is kept in the transaction of the act itself, so there is no moment in which the act is
-done and its answer forgotten. A second request with the same key waits for the first (the unique
-row is the queue). Only successes are kept: a refusal changed nothing, so that it is judged anew.
+The answer is stored in the transaction of the act, so an act is never done without its answer
+being stored. A second request with the same key waits for the first on the unique row. Only
+successes are stored: a refusal changed nothing, so a repeated request is checked again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def idempotent(handler: _Handler[_V, _P]) -> _Handler[_V, _P]:
     @wraps(handler)
     def answer(self: _V, request: Request, *args: _P.args, **kwargs: _P.kwargs) -> Response:
         key, fingerprint = _key(request), _fingerprint(request)
-        _forget_old()  # before the transaction, which would hold the locks of what it deletes
+        _forget_old()  # before the transaction, which would hold the locks of the deleted rows
         with transaction.atomic():
             record = _claim(request, key, fingerprint)
             if record.status:
@@ -49,8 +49,8 @@ def idempotent(handler: _Handler[_V, _P]) -> _Handler[_V, _P]:
             try:
                 response = handler(self, request, *args, **kwargs)
             except Problem as problem:
-                # Raised after the transaction below, so that what a refusal wrote down
-                # (a violation, say) is kept.
+                # Raised after the transaction below, so that rows that belong to the refusal
+                # (a violation, for example) are kept.
                 record.delete()
                 refusal = problem
             else:
@@ -67,11 +67,11 @@ def _key(request: Request) -> str:
         raise Problem(
             400,
             "precondition-required",
-            f"This act needs the header {HEADER}: any text that is new for each act, "
-            "and the same when you send the same act again.",
+            f"The header {HEADER} is missing. Send a text that is new for each act, "
+            "and the same when you repeat the act.",
         )
     if len(key) > MAX_KEY_LENGTH:
-        raise Problem(400, "invalid", f"{HEADER} may have {MAX_KEY_LENGTH} characters.")
+        raise Problem(400, "invalid", f"{HEADER} may have at most {MAX_KEY_LENGTH} characters.")
     return key
 
 
@@ -92,10 +92,12 @@ def _claim(request: Request, key: str, fingerprint: str) -> IdempotencyRecord:
         raise Problem(
             422,
             "idempotency-mismatch",
-            f"The {HEADER} {key!r} was used for another request: take a new one.",
+            f"The {HEADER} {key!r} was used for a different request. Use a new key.",
         )
     if not record.status:
-        raise Problem(409, "in-progress", "The same act is being done right now.", retry_after=1)
+        raise Problem(
+            409, "in-progress", "A request with the same key is still in progress.", retry_after=1
+        )
     return record
 
 
@@ -116,7 +118,7 @@ def _replay(record: IdempotencyRecord, fingerprint: str) -> Response:
 
 
 def _cipher(key: str) -> Fernet:
-    # Some answers hold a new token's secret, which is nowhere else kept in the clear.
+    # Some answers hold a new token's secret, which is stored nowhere else in plain text.
     seed = hashlib.sha256(f"esper-idempotency\n{settings.SECRET_KEY}\n{key}".encode()).digest()
     return Fernet(base64.urlsafe_b64encode(seed))
 

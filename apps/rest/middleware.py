@@ -1,4 +1,4 @@
-"""One id for each request, in the answer, in problems and in the log; no NUL in addresses."""
+"""An id for each request (in the answer, in problems, in the log); no NUL in addresses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SAFE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestIdMiddleware(MiddlewareMixin):
-    """Takes over the id that a proxy gave, when it is harmless, else makes one."""
+    """Keeps the id that a proxy gave if it is well-formed, and makes one otherwise."""
 
     def process_request(self, request: HttpRequest) -> None:
         given = request.headers.get(HEADER, "")
@@ -28,9 +28,9 @@ class RequestIdMiddleware(MiddlewareMixin):
 
 
 class NoNulMiddleware(MiddlewareMixin):
-    """400 for a page's address that holds a NUL, which PostgreSQL refuses in every text.
+    """Answers 400 to a page's address with a NUL, which PostgreSQL refuses in every text.
 
-    The API is left out: it answers such a value with a problem document.
+    The API is exempt: it answers such a value with a problem document.
     """
 
     def process_request(self, request: HttpRequest) -> None:
@@ -41,5 +41,5 @@ class NoNulMiddleware(MiddlewareMixin):
 
 
 def request_id(request: HttpRequest) -> str:
-    """The request's id; one is made where the middleware is not installed."""
+    """The request's id; a new one where the middleware is not installed."""
     return str(request.META.setdefault(HEADER, uuid.uuid4().hex))

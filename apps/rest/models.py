@@ -1,4 +1,4 @@
-"""Answers that were given once, so that a repeated request gets the same one."""
+"""Stored answers, so that a repeated request gets the same one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from django.db import models
 
 
 class IdempotencyRecord(models.Model):
-    """The answer to one act; ``status`` 0 while the first request is still at work."""
+    """The answer to one act; ``status`` is 0 while the first request is in progress."""
 
     user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE)
     key = models.CharField(max_length=400)

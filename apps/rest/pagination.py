@@ -67,7 +67,9 @@ def _cursor(request: Request) -> tuple[bool, int | None]:
         if direction not in {"o", "n"} or not number.isdigit() or len(number) > 18:
             raise ValueError(raw)
     except (binascii.Error, ValueError) as error:
-        raise Problem(400, "invalid", "cursor is not one that we gave out.") from error
+        raise Problem(
+            400, "invalid", "cursor is not valid: take it from `next` or `previous` of a page."
+        ) from error
     return direction == "o", int(number)
 
 

@@ -1,4 +1,4 @@
-"""What a service says when it says no; the API turns it into ``application/problem+json``."""
+"""How a service refuses; the API answers with ``application/problem+json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Problem(EsperError):
 
     Attributes:
         status: HTTP status.
-        code: stable word, e.g. ``decision-not-pending``.
+        code: stable identifier, e.g. ``decision-not-pending``.
         detail: one sentence for a person: what is wrong, where, what to do.
         extra: further members of the problem document (who won, until when, which checks).
     """
@@ -26,5 +26,5 @@ class Problem(EsperError):
 
 
 def not_found(what: str) -> Problem:
-    """The same words for "does not exist" and "is not yours"."""
-    return Problem(404, "not-found", f"There is no such {what}, or it is not yours to see.")
+    """One text for "does not exist" and "you may not see it", so that it reveals neither."""
+    return Problem(404, "not-found", f"There is no such {what}, or you may not see it.")

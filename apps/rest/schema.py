@@ -1,4 +1,4 @@
-"""How our conventions look in the OpenAPI document."""
+"""The API's conventions in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ IDEMPOTENCY_KEY = OpenApiParameter(
     str,
     OpenApiParameter.HEADER,
     required=True,
-    description="New for each act; the same when the same act is sent again.",
+    description="New for each act; the same when the act is repeated.",
 )
 IF_MATCH = OpenApiParameter(
     "If-Match",
     str,
     OpenApiParameter.HEADER,
     required=True,
-    description="The ETag of the version that you have seen.",
+    description="The ETag of the version that you have read.",
 )
 CURSOR = OpenApiParameter("cursor", str, description="From `next` or `previous` of a page.")
 LIMIT = OpenApiParameter("limit", int, description="Rows per page, 1…200.")
@@ -49,7 +49,9 @@ class ProblemOutput(serializers.Serializer[Any]):
     errors = serializers.ListField(child=Members())  # type: ignore[assignment]
 
 
-_PROBLEM = OpenApiResponse(ProblemOutput, description="What is wrong, and what to do.")
+_PROBLEM = OpenApiResponse(
+    ProblemOutput, description="The request was refused: what is wrong, and what to do."
+)
 
 
 def documented(
@@ -63,7 +65,7 @@ def documented(
     versioned: bool = False,
     summary: str = "",
 ) -> Callable[[_F], _F]:
-    """Describe one handler: its name in clients, what it takes, what it answers.
+    """Describe one handler: its name in clients, its input and its answer.
 
     Args:
         act: it needs an idempotency key.
@@ -76,7 +78,7 @@ def documented(
         responses={status: answer, "default": _PROBLEM},
         parameters=[*(parameters or []), *headers],
         summary=summary or name.replace("_", " ").capitalize(),
-        description=" ",  # else the views' docstrings, which are for us
+        description=" ",  # otherwise the docstrings of the views, which are for developers
     )
 
 
@@ -97,7 +99,7 @@ def page_of(row: type[serializers.BaseSerializer[Any]]) -> Any:
 
 
 def results_of(row: type[serializers.BaseSerializer[Any]]) -> Any:
-    """A short list that comes whole."""
+    """A short list without pages."""
     return inline_serializer(f"{row.__name__}Results", {"results": row(many=True)})
 
 

@@ -1,4 +1,4 @@
-"""How often one caller may ask; what is over it is 429 with ``Retry-After``."""
+"""How many requests one caller may send; above the limit the answer is 429 with ``Retry-After``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _CallerThrottle(SimpleRateThrottle):
 
 
 class ActThrottle(_CallerThrottle):
-    """People's acts: nobody decides five times a second."""
+    """People's acts."""
 
     scope = "acts"
     rate = "300/min"

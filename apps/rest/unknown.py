@@ -1,4 +1,4 @@
-"""Paths that do not exist answer with a problem too, not with a page."""
+"""Unknown paths answer with a problem document, not with a page."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ class UnknownPath(APIView):
     authentication_classes = ()
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        raise Problem(404, "not-found", f"There is nothing at {request.path}.")
+        raise Problem(404, "not-found", f"There is no resource at {request.path}.")

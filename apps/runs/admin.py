@@ -1,4 +1,4 @@
-"""Runs and their command logs, to look at."""
+"""Runs and their command logs, read-only."""
 
 from __future__ import annotations
 

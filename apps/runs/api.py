@@ -35,7 +35,7 @@ def _act(name: str, service: Callable[..., Run]) -> type[Endpoint]:
         service,
         subject="run",
         find=lambda request, uid: visible_run(uid, only=run_of_token(request)),
-        # 202: it is asked for; the trainer acknowledges it when it has got the command.
+        # 202: the command is issued; the trainer acknowledges it later.
         answer=lambda request, run: Response(run_answer(request, run), status=202),
         output=RunDetailOutput,
         status=202,

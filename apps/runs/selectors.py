@@ -19,7 +19,7 @@ FILTERS = {
 
 
 def runs(*, only: str = "") -> QuerySet[Run]:
-    """All runs; just the one with the uid ``only`` for a caller that is confined to it."""
+    """All runs; just the one with the uid ``only`` for a caller whose token is restricted to it."""
     rows = Run.objects.select_related("owner")
     return rows.filter(uid=only) if only else rows
 

@@ -16,7 +16,7 @@ from apps.runs.models import Run
     {"oneOf": [{"type": "number"}, {"enum": ["nan", "inf", "-inf"]}, {"type": "null"}]}
 )
 class LastLoss(serializers.Field[Any, Any, Any, Run]):
-    """The newest loss; "nan" and the like once it diverged, null before the first."""
+    """The newest loss; "nan", "inf" or "-inf" once it diverged, null before the first one."""
 
     def to_representation(self, run: Run) -> float | str | None:
         return run.last_loss_status or run.last_loss

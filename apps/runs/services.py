@@ -1,4 +1,4 @@
-"""Runs: registration, restarts, commands."""
+"""Runs: registration, restarts, states and commands."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MAX_LIVE_RUNS_PER_OWNER = 200
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """What a trainer says of itself when it registers."""
+    """How a trainer describes its run when it registers."""
 
     name: str
     mode: RunMode
@@ -53,7 +53,7 @@ class RunSpec:
 @dataclass(frozen=True, slots=True)
 class Registration:
     run: models.Run
-    token: str  # the run token's secret, shown this once
+    token: str  # the secret of the run token, returned once
     resumed: bool
 
 
@@ -61,14 +61,14 @@ class Registration:
 def register_run(*, owner: User, actor: Actor, spec: RunSpec, run_uid: str = "") -> Registration:
     """A new run, or the next epoch of the owner's live run of that name.
 
-    With ``run_uid``, for whoever may register that run only, it is this one: new, or its next epoch
-    even when it has ended, since a launch that is resumed goes on with its run.
+    A caller that may register one run only gives its ``run_uid``: it is registered, or its next
+    epoch even when it has ended, because a resumed launch continues its run.
 
     Raises:
-        Problem: too many layers, doubled layer names, too many live runs, or a taken name.
+        Problem: too many layers, duplicate layer names, too many live runs, or a taken name.
     """
     _check_spec(spec)
-    live = _run_to_go_on_with(owner, spec.name, run_uid)
+    live = _run_to_continue(owner, spec.name, run_uid)
     if live is None:
         _check_run_count(owner)
     run = live or models.Run(owner=owner, name=spec.name, **({"uid": run_uid} if run_uid else {}))
@@ -83,7 +83,7 @@ def register_run(*, owner: User, actor: Actor, spec: RunSpec, run_uid: str = "")
     run.telemetry_seq = 0  # each epoch counts its own items
     run.last_seen_at = timezone.now()
     run.save()
-    _kill_old_epoch(run, actor)
+    _end_old_epoch(run, actor)
     _, secret = accounts.issue_token(
         owner=owner,
         name=f"run {run.name}, epoch {run.epoch}",
@@ -99,7 +99,7 @@ def register_run(*, owner: User, actor: Actor, spec: RunSpec, run_uid: str = "")
     return Registration(run, secret, resumed=live is not None)
 
 
-def _run_to_go_on_with(owner: User, name: str, run_uid: str) -> models.Run | None:
+def _run_to_continue(owner: User, name: str, run_uid: str) -> models.Run | None:
     live = models.Run.objects.select_for_update().filter(owner=owner, name=name)
     same_name = live.exclude(state__in=RUN_ENDED).first()
     if not run_uid:
@@ -108,7 +108,7 @@ def _run_to_go_on_with(owner: User, name: str, run_uid: str) -> models.Run | Non
         raise Problem(
             409,
             "run-name-taken",
-            f"{owner.username} has a live run {name!r} already: end it first.",
+            f"{owner.username} already has a live run {name!r}. End it, or choose another name.",
         )
     return models.Run.objects.select_for_update().filter(uid=run_uid, owner=owner).first()
 
@@ -118,8 +118,8 @@ def _check_spec(spec: RunSpec) -> None:
         raise Problem(
             422,
             "too-many-layers",
-            f"{len(spec.layers)} layers, at most {MAX_LAYERS} can be watched: "
-            "name those that matter with slots=[…].",
+            f"The model has {len(spec.layers)} layers; at most {MAX_LAYERS} can be watched. "
+            "Name the important ones with slots=[…].",
         )
     names = [layer.name for layer in spec.layers]
     if len(set(names)) != len(names):
@@ -132,15 +132,15 @@ def _check_run_count(owner: User) -> None:
         raise Problem(
             429,
             "rate-limited",
-            f"{owner.username} has {live} live runs, which is the limit. End some first.",
+            f"{owner.username} has {live} live runs, which is the limit. End a run first.",
         )
 
 
-def _kill_old_epoch(run: models.Run, actor: Actor) -> None:
-    """Tokens and unanswered commands of older epochs are worthless from now on."""
+def _end_old_epoch(run: models.Run, actor: Actor) -> None:
+    """Revoke the tokens and expire the unanswered commands of older epochs."""
     for token in ApiToken.objects.filter(run_uid=run.uid, revoked_at=None):
         if TokenScope.RUNS_CREATE in token.scopes:
-            continue  # a launch's, which has just registered with it and may have to repeat that
+            continue  # a launch's own token: it has registered with it, and may have to repeat that
         accounts.revoke_token(token=token, actor=actor)
     models.Command.objects.filter(
         run=run, epoch__lt=run.epoch, state__in=[CommandState.ISSUED, CommandState.ACCEPTED]
@@ -150,24 +150,24 @@ def _kill_old_epoch(run: models.Run, actor: Actor) -> None:
 def lock_run(run_id: int) -> models.Run:
     """The first lock of every transaction that changes something of a run.
 
-    The order is run, then its rows, then the audit log's head. Who took them otherwise would
-    deadlock with a colleague on PostgreSQL.
+    The order is the run, then its rows, then the audit log's head. Another order can deadlock on
+    PostgreSQL.
     """
     return models.Run.objects.select_for_update().get(pk=run_id)
 
 
 def check_epoch(run: models.Run, epoch: int) -> None:
-    """Raises ``Problem`` 409 when a newer trainer has taken the run over, or it has ended."""
+    """Raises ``Problem`` 409 when a newer trainer has registered, or the run has ended."""
     if epoch != run.epoch:
         raise Problem(
             409,
             "old-epoch",
-            f"This run is at epoch {run.epoch}, you speak for epoch {epoch}: "
-            "a newer trainer has taken it over.",
+            f"This run is at epoch {run.epoch}, the request is for epoch {epoch}: "
+            "a newer trainer has registered for this run.",
             epoch=run.epoch,
         )
     if run.ended:
-        raise Problem(409, "run-ended", f"This run has {run.state} already.", state=run.state)
+        raise Problem(409, "run-ended", f"This run has ended: it is {run.state}.", state=run.state)
 
 
 def touch(run: models.Run) -> None:
@@ -179,7 +179,7 @@ def touch(run: models.Run) -> None:
 
 @transaction.atomic
 def set_state(*, run: models.Run, state: RunState, actor: Actor, reason: str = "") -> bool:
-    """Compare-and-set of the run's state; False when somebody else was first."""
+    """Compare-and-set of the run's state; False when another change was first."""
     lock_run(run.pk)
     changes: dict[str, Any] = {"state": state}
     if state in RUN_ENDED:
@@ -291,7 +291,7 @@ def request_pause(
 
 
 def pause_run(*, run: models.Run, paused: bool, actor: Actor, reason: str) -> None:
-    """As ``request_pause``, for callers that have checked the right already. In a transaction."""
+    """As ``request_pause``, for callers that have checked the permission. In a transaction."""
     models.Run.objects.filter(pk=run.pk).update(
         adaptation_paused_by=actor.name if paused else "",
         adaptation_paused_at=timezone.now() if paused else None,
@@ -304,7 +304,7 @@ def pause_run(*, run: models.Run, paused: bool, actor: Actor, reason: str) -> No
 
 @transaction.atomic
 def request_stop(*, run: models.Run, user: User, via: str, reason: str) -> models.Run:
-    """Ask the trainer to end the run at its next step; raises ``Problem`` when not allowed."""
+    """Tell the trainer to end the run at its next step; raises ``Problem`` when not allowed."""
     _check_act(run, user, Act.STOP_RUN)
     command = issue_command(
         run=run, kind=CommandKind.STOP_RUN, payload={"reason": reason}, ttl_seconds=3600
@@ -319,7 +319,7 @@ def _check_act(run: models.Run, user: User, act: Act) -> None:
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)
     if run.ended:
-        raise Problem(409, "run-ended", f"This run has {run.state} already.", state=run.state)
+        raise Problem(409, "run-ended", f"This run has ended: it is {run.state}.", state=run.state)
 
 
 def _record_request(

@@ -1,4 +1,4 @@
-"""The Redis stream that wakes Tamiyo. Losing an entry loses nothing: the frames are rows."""
+"""The Redis stream that notifies Tamiyo. A lost entry loses no data: the frames are rows."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ STREAM = "esper:health"
 MAX_ENTRIES = 10_000
 MAX_BYTES = 256 * 1024 * 1024
 FEWEST_ENTRIES = 200
-QUIET_SECONDS = 2.0  # after a failure: a dead Redis must not slow every batch down
+QUIET_SECONDS = 2.0  # after a failure: an unreachable Redis must not slow down every batch
 
 Entry = Mapping[Any, Any]  # field -> text, number or bytes, as redis-py takes them
 _silent_until = 0.0
 
 
 def add_frames(entries: Iterable[Entry]) -> None:
-    """Append entries; a Redis that is away is logged, and never fails the caller."""
+    """Append entries; an unreachable Redis is logged, and never fails the caller."""
     global _silent_until
     entries = list(entries)
     if not entries or time.monotonic() < _silent_until:

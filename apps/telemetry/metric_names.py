@@ -1,6 +1,6 @@
-"""How many differently named metrics a run may have, and which it has.
+"""The names of a run's metrics, and how many it may have.
 
-A script that puts the step into a metric's name would fill the database and the pages.
+Without a limit, a script that puts the step into a metric's name would fill the database.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from apps.telemetry.models import Metric
 MOST_NAMES = 500
 RUNS_REMEMBERED = 1_000
 
-# Of this process. Another one may add a few names more at the same time; that does no harm.
+# Of this process. Another process may add a few more names at the same time, which is harmless.
 _known: OrderedDict[str, set[str]] = OrderedDict()
 
 
 def split_by_name(
     run: Run, metrics: Iterable[MetricItem]
 ) -> tuple[list[MetricItem], list[MetricItem]]:
-    """Metrics to store, and those whose name would be one too many."""
+    """Metrics to store, and those whose name exceeds the limit."""
     known = _names_of(run)
     taken: list[MetricItem] = []
     refused: list[MetricItem] = []

@@ -1,4 +1,4 @@
-"""Health frames and metrics as they arrived, and their thinned past."""
+"""Health frames and metrics; old ones are thinned."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def frames_after(run: Run, *, after_step: int, limit: int) -> list[Frame]:
 
 
 def newest_frames(run: Run) -> list[Frame]:
-    """What a decision looks at, oldest first; fewer where the model is huge."""
+    """The frames for a decision, oldest first; fewer for a huge model."""
     frame_bytes = max(1, len(run.layers) * len(SIGNALS) * 4)
     count = SNAPSHOT_FRAME_BYTES // frame_bytes
     count = max(FEWEST_SNAPSHOT_FRAMES, min(SNAPSHOT_FRAMES, count))
@@ -109,7 +109,7 @@ def _with_gaps(values: NDArray[np.float64], filled: NDArray[np.bool_]) -> list[f
 
 
 def heatmap(run: Run, signal: Signal, *, columns: int) -> dict[str, Any]:
-    """One signal over layers and time: ``values[layer][column]``, null where nobody measured."""
+    """One signal over layers and time: ``values[layer][column]``, null if not measured."""
     names = [layer["name"] for layer in run.layers]
     rows = list(
         Frame.objects.filter(run=run).order_by("step", "id").values_list("epoch", "step", "id")
@@ -146,10 +146,10 @@ def _rounded(value: float) -> float | None:
 
 
 def _alive(rows: Sequence[tuple[Any, ...]]) -> list[bool]:
-    """Which (epoch, step, …) rows belong to the history that the run stands on.
+    """Which (epoch, step, …) rows belong to the present history of the run.
 
-    A trainer that resumes from a checkpoint goes back some steps: what the former epoch did beyond
-    that point is no part of the model's past any more.
+    A trainer that resumes from a checkpoint goes back some steps: the steps of the former epoch
+    beyond that point are not part of the model's history.
     """
     begins: dict[int, int] = {}
     for epoch, step, *_ in rows:

@@ -1,4 +1,4 @@
-"""Taking telemetry in, telling those who wait for it, and thinning its past."""
+"""Storing telemetry, notifying Tamiyo and the browsers, and thinning old rows."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def ingest_batch(*, run: Run, batch: Batch, record_findings: RecordFindings) -> 
     """Store a batch once, and tell Tamiyo and the browsers after the commit.
 
     Args:
-        record_findings: ``violations.services.record_findings``; violations know telemetry's
-            runs, so telemetry cannot know violations.
+        record_findings: ``violations.services.record_findings``; violations are a layer above
+            telemetry, so telemetry cannot import them.
 
     Raises:
         Problem: the run has a newer epoch, or has ended.
@@ -131,7 +131,7 @@ def _newest_loss(metrics: Iterable[MetricItem], *, up_to: float = math.inf) -> M
 
 
 def _slow_down_ms(elapsed_ms: float) -> int:
-    """Back-pressure: a write that took long asks for a pause of the same length."""
+    """Back-pressure: after a slow write, ask for a pause of the same length."""
     return int(elapsed_ms) if elapsed_ms > SLOW_WRITE_MS else 0
 
 
@@ -174,11 +174,11 @@ def _notify_progress(run: Run, loss: MetricItem | None) -> None:
 
 
 def thin_telemetry() -> int:
-    """Thin what is older than the newest rows of each run; returns how many rows went.
+    """Thin what is older than the newest rows of each run; returns how many rows were deleted.
 
     Older than the newest 5,000 frames (20,000 values of a metric) about one row in two stays, older
-    than four times that about one in ten. Rows stay on a grid of steps, so that thinning again
-    changes nothing. Values that are not finite always stay.
+    than four times that about one in ten. Rows stay on a grid of steps, so thinning again
+    changes nothing. Values that are not finite are always kept.
     """
     deleted = 0
     for group in _large_groups(Frame.objects.values("run"), FRAMES_KEPT):
@@ -190,7 +190,7 @@ def thin_telemetry() -> int:
 
 
 def _large_groups(groups: Any, kept: int) -> list[dict[str, Any]]:
-    # Without a margin every pass would find a handful of rows to delete.
+    # Without a margin every pass would find a few rows to delete.
     rows = groups.order_by().annotate(count=Count("id")).filter(count__gt=kept * 11 // 10)
     return list(rows)
 

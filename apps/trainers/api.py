@@ -1,4 +1,4 @@
-"""What a trainer calls; its run token works for its own run only."""
+"""The endpoints of trainers; a run token works for its own run only."""
 
 from __future__ import annotations
 
@@ -88,7 +88,10 @@ class TrainerEndpoint(Endpoint):
 
 class Hello(TrainerEndpoint):
     @documented(
-        "say_hello", body=HelloInput, answer=HelloOutput, summary="Say what is in the model"
+        "say_hello",
+        body=HelloInput,
+        answer=HelloOutput,
+        summary="Report the grafts that are in the model",
     )
     def post(self, request: Request, uid: str) -> Response:
         run = _run(request, uid)
@@ -150,7 +153,10 @@ class CommandAnswer(TrainerEndpoint):
 
 class LocalRollbacks(TrainerEndpoint):
     @documented(
-        "report_rollback", body=RollbackInput, answer=AckOutput, summary="What the guard did alone"
+        "report_rollback",
+        body=RollbackInput,
+        answer=AckOutput,
+        summary="Report what the trainer's guard took out by itself",
     )
     def post(self, request: Request, uid: str) -> Response:
         run = _run(request, uid)
@@ -170,7 +176,10 @@ class LocalRollbacks(TrainerEndpoint):
 
 class Remedies(TrainerEndpoint):
     @documented(
-        "report_remedy", body=RemedyInput, answer=AckOutput, summary="What the script did by itself"
+        "report_remedy",
+        body=RemedyInput,
+        answer=AckOutput,
+        summary="Report what the training script changed by itself",
     )
     def post(self, request: Request, uid: str) -> Response:
         run = _run(request, uid)

@@ -1,4 +1,4 @@
-"""The trainer's socket: commands go down, nothing is decided here."""
+"""The trainer's socket: it delivers commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOT_SIGNED_IN, NOT_FOUND = 4401, 4404
 
 
 class TrainerConsumer(AsyncWebsocketConsumer):
-    """``/ws/v1/trainer/<uid>?after=<seq>`` with the run's token; cookies mean nothing here.
+    """``/ws/v1/trainer/<uid>?after=<seq>`` with the run's token; cookies are ignored.
 
     A notification says that there are commands; the rows say which. The rows are read every few
     seconds too, so that a lost notification only costs time.
@@ -71,7 +71,7 @@ class TrainerConsumer(AsyncWebsocketConsumer):
             await self.channel_layer.group_discard(trainer_group(self.uid), self.channel_name)
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
-        """Trainers answer over HTTP; whatever comes here is no part of the protocol."""
+        """Trainers answer over HTTP; a message on the socket is ignored."""
 
     async def command_issued(self, event: dict[str, Any]) -> None:
         await self._deliver()
@@ -122,12 +122,12 @@ def why_refused(secret: str | None, uid: str) -> int:
 
 
 def why_stopped(secret: str | None, uid: str) -> str:
-    """Why this socket has to end; empty while it may go on."""
+    """Why this socket has to be closed; empty while it may stay open."""
     run = Run.objects.filter(uid=uid).first()
     if run is None or run.ended:
-        return f"the run has {run.state}" if run else "there is no such run any more"
+        return f"the run is {run.state}" if run else "the run no longer exists"
     if secret is None or authenticate_token(secret) is None:
-        return "the token was revoked: a newer trainer has taken the run over, or a person did it"
+        return "the token was revoked, by a newer trainer of this run or by a person"
     touch(run)
     return ""
 

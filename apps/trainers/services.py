@@ -1,4 +1,4 @@
-"""All that a trainer may say; one module for each message."""
+"""The messages of trainers, one module for each."""
 
 from apps.trainers.answers import acknowledge_command
 from apps.trainers.finish import finish_run
