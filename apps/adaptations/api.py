@@ -13,10 +13,10 @@ from apps.accounts.actors import ActorKind
 from apps.accounts.authentication import actor, person, via
 from apps.accounts.endpoint import Endpoint, run_of_token
 from apps.adaptations import services
-from apps.adaptations.models import Adaptation
-from apps.adaptations.parsing import check_from_wire, proposal_from_wire
+from apps.adaptations.models import Adaptation, DecisionRecord
 from apps.adaptations.selectors import (
     adaptations,
+    decisions,
     experience_rows,
     integration_status,
     run_snapshot,
@@ -26,17 +26,14 @@ from apps.adaptations.serializers import (
     AdaptationDetailOutput,
     AdaptationOutput,
     ApproveInput,
-    DeclineInput,
+    DecisionOutput,
     ExperienceOutput,
     IntegrationStatusOutput,
-    ProposalInput,
-    SnapshotOutput,
-    VerdictInput,
 )
 from apps.policies.serializers import SwitchInput, SwitchOutput
 from apps.policies.services import adaptation_switch
 from apps.rest.etag import versioned_response
-from apps.rest.fields import parse
+from apps.rest.fields import message, parse
 from apps.rest.filters import apply_filters, many_of, one_of, text
 from apps.rest.idempotency import HEADER, idempotent
 from apps.rest.pagination import PARAMETERS, page_response
@@ -44,7 +41,7 @@ from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query, results_of
 from apps.rest.throttling import ActThrottle
 from apps.runs.selectors import visible_run
-from esper.contracts import AdaptationState, AdaptationType, Risk, TokenScope, Verdict, codec
+from esper.contracts import AdaptationState, AdaptationType, Risk, TokenScope, codec, protocol, wire
 
 TAMIYO = frozenset({TokenScope.DECIDE})
 FILTERS = {
@@ -127,9 +124,10 @@ class IntegrationStatus(Endpoint):
 
 
 class Snapshot(Endpoint):
-    @documented("read_snapshot", answer=SnapshotOutput)
+    @documented("read_snapshot", answer=protocol.Snapshot)
     def get(self, request: Request, uid: str) -> Response:
-        return Response(run_snapshot(visible_run(uid, only=run_of_token(request))))
+        snapshot = run_snapshot(visible_run(uid, only=run_of_token(request)))
+        return Response(wire.to_wire(snapshot))
 
 
 class Proposals(Endpoint):
@@ -137,7 +135,7 @@ class Proposals(Endpoint):
 
     @documented(
         "propose_adaptation",
-        body=ProposalInput,
+        body=protocol.Proposal,
         answer=AdaptationDetailOutput,
         status=201,
         act=True,
@@ -146,7 +144,7 @@ class Proposals(Endpoint):
     def post(self, request: Request, uid: str) -> Response:
         proposed = services.propose_adaptation(
             run=visible_run(uid, only=run_of_token(request)),
-            proposal=proposal_from_wire(parse(ProposalInput, request.data)),
+            proposal=message(request, protocol.Proposal),
             idempotency_key=request.headers[HEADER].strip(),
             actor=actor(request, ActorKind.TAMIYO),
         )
@@ -156,14 +154,12 @@ class Proposals(Endpoint):
 class Declines(Endpoint):
     writers: ClassVar = TAMIYO
 
-    @documented("record_decline", body=DeclineInput, answer=None, status=201)
+    @documented("record_decline", body=protocol.Decline, answer=None, status=201)
     def post(self, request: Request, uid: str) -> Response:
-        given = parse(DeclineInput, request.data)
-        given["checks"] = [check_from_wire(line) for line in given["checks"]]
         services.record_decline(
             run=visible_run(uid, only=run_of_token(request)),
+            decline=message(request, protocol.Decline),
             actor=actor(request, ActorKind.TAMIYO),
-            **given,
         )
         return Response({}, status=201)
 
@@ -171,18 +167,55 @@ class Declines(Endpoint):
 class VerdictOnAdaptation(Endpoint):
     writers: ClassVar = TAMIYO
 
-    @documented("judge_adaptation", body=VerdictInput, answer=AdaptationDetailOutput, act=True)
+    @documented("judge_adaptation", body=protocol.Verdict, answer=AdaptationDetailOutput, act=True)
     @idempotent
     def post(self, request: Request, uid: str) -> Response:
-        given = parse(VerdictInput, request.data)
-        reward = given.pop("reward")
+        verdict = message(request, protocol.Verdict)
         judged = services.judge_adaptation(
             adaptation=_adaptation(uid),
-            verdict=Verdict(**given),
-            reward_terms=reward,
+            verdict=verdict.decided,
+            reward_terms=verdict.reward,
             actor=actor(request, ActorKind.TAMIYO),
         )
         return _answer(request, judged)
+
+
+class Decisions(Endpoint):
+    parameters = PARAMETERS
+
+    @documented(
+        "list_decisions",
+        answer=page_of(DecisionOutput),
+        parameters=[CURSOR, LIMIT],
+        summary="What Tamiyo decided on a run",
+    )
+    def get(self, request: Request, uid: str) -> Response:
+        rows = decisions(visible_run(uid, only=run_of_token(request)))
+        return page_response(request, rows, lambda rows: DecisionOutput(rows, many=True).data)
+
+
+class DecisionSnapshot(Endpoint):
+    @documented(
+        "read_decision_snapshot",
+        answer=protocol.Snapshot,
+        summary="What a decision was made on",
+    )
+    def get(self, request: Request, uid: str) -> Response:
+        record = DecisionRecord.objects.filter(uid=uid).first()
+        if record is None:
+            raise not_found("recorded decision")
+        return Response(wire.to_wire(services.stored_snapshot(record)))
+
+
+class AdaptationSnapshot(Endpoint):
+    @documented(
+        "read_adaptation_snapshot",
+        answer=protocol.Snapshot,
+        summary="What an adaptation was decided on",
+    )
+    def get(self, request: Request, uid: str) -> Response:
+        record = services.decision_of(_adaptation(uid))
+        return Response(wire.to_wire(services.stored_snapshot(record)))
 
 
 class Experiences(Endpoint):

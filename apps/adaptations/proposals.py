@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from django.db import transaction
@@ -12,6 +13,7 @@ from django.utils import timezone
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.adaptations.compile_jobs import queue_compilation
+from apps.adaptations.decisions import record_decision
 from apps.adaptations.history import category_cases, layer_histories, run_facts
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
@@ -26,9 +28,7 @@ from apps.violations.services import record_violation
 from esper.constraints import GateInputs, check_gates, required_evidence
 from esper.contracts import (
     AdaptationState,
-    AdaptationType,
     Check,
-    CostForecast,
     LayerHistory,
     LayerInfo,
     Risk,
@@ -37,6 +37,7 @@ from esper.contracts import (
     ViolationRule,
     codec,
 )
+from esper.contracts.protocol import Decline, Proposal
 
 # Waiting for its turn, and a switch that a person has set, break no limit.
 _ROUTINE = frozenset(
@@ -48,28 +49,6 @@ _ROUTINE = frozenset(
         ViolationRule.CONFIDENCE,
     }
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """What Tamiyo wants, with its evidence. Unknown numbers are NaN."""
-
-    epoch: int
-    step: int
-    layer: str
-    adaptation_type: AdaptationType
-    confidence: float
-    urgency: float
-    blueprint: str
-    config: dict[str, Any]
-    risk: Risk
-    forecast: CostForecast
-    reasons: list[dict[str, Any]]
-    checks: list[dict[str, Any]]
-    why_not: list[dict[str, Any]]
-    asks: list[str]
-    evidence: dict[str, float | None]
-    policy: str
 
 
 class GateClosedError(Problem):
@@ -125,6 +104,7 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
     # Tamiyo may be more careful than the gates, never less.
     asks += [line for line in proposal.asks if line not in asks]
     adaptation = _write(run, proposal, blueprint, policy, checks, asks, idempotency_key)
+    record_decision(run=run, message=proposal, adaptation=adaptation)
     _announce_proposal(adaptation, actor)
     return _send_on(adaptation, layer)
 
@@ -215,7 +195,9 @@ def _gate_inputs(run: Run, proposal: Proposal, blueprint: Blueprint) -> GateInpu
         risk=risk,
         category_cases=category_cases(blueprint.category),
         missing_evidence=tuple(
-            name for name in required_evidence(risk) if proposal.evidence.get(name) is None
+            name
+            for name in required_evidence(risk)
+            if not math.isfinite(proposal.evidence.get(name, math.nan))
         ),
         age_seconds=(timezone.now() - seen).total_seconds() if seen else math.nan,
         confidence=proposal.confidence,
@@ -250,13 +232,21 @@ def _write(
         policy=proposal.policy,
         safety_policy=policy,
         proposed_step=proposal.step,
-        evidence=proposal.evidence,
-        reasons=proposal.reasons,
+        evidence=_without_unknown(proposal.evidence),
+        reasons=[_without_unknown(asdict(reason)) for reason in proposal.reasons],
         checks=[asdict(check) for check in checks],
-        why_not=proposal.why_not,
+        why_not=[asdict(line) for line in proposal.why_not],
         asks=asks,
         evidence_hash=evidence_hash(proposal),
     )
+
+
+def _without_unknown(members: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that are stored for people; null where one is not finite."""
+    return {
+        name: finite_or_none(value) if isinstance(value, float) else value
+        for name, value in members.items()
+    }
 
 
 def evidence_hash(proposal: Proposal) -> str:
@@ -266,7 +256,7 @@ def evidence_hash(proposal: Proposal) -> str:
         "blueprint": proposal.blueprint,
         "config": proposal.config,
         "step": proposal.step,
-        "evidence": proposal.evidence,
+        "evidence": _without_unknown(proposal.evidence),
         "confidence": codec.number_to_wire(proposal.confidence),
     }
     return hashlib.sha256(codec.encode(shown)).hexdigest()
@@ -335,24 +325,18 @@ def record_closed_gates(
         )
 
 
-def record_decline(
-    *,
-    run: Run,
-    epoch: int,
-    step: int,
-    layer: str,
-    adaptation_type: str,
-    confidence: float,
-    reasons: list[str],
-    checks: list[Check],
-    actor: Actor,
-) -> None:
+def record_decline(*, run: Run, decline: Decline, actor: Actor) -> None:
     """Tamiyo has said no by itself; broken limits become violations.
 
     Raises:
         Problem: the run has a newer epoch, or has ended.
     """
-    check_epoch(run, epoch)
-    record_closed_gates(
-        run=run, layer=layer, step=step, checks=[check for check in checks if check.blocks]
-    )
+    check_epoch(run, decline.epoch)
+    with transaction.atomic():
+        record_decision(run=run, message=decline)
+        record_closed_gates(
+            run=run,
+            layer=decline.layer,
+            step=decline.step,
+            checks=[check for check in decline.checks if check.blocks],
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from django.db.models import F
 from django.utils import timezone
@@ -23,6 +23,7 @@ from esper.contracts import (
     Severity,
     ViolationRule,
 )
+from esper.contracts.protocol import Applied
 
 S = AdaptationState
 _WITH_TRAINER = (S.DISPATCHED, S.ACCEPTED, S.PROBATION, S.ROLLING_BACK)
@@ -34,9 +35,7 @@ def put_in_doubt(run: Run, actor: Actor) -> None:
         transition(adaptation, S.IN_DOUBT, actor=actor, reason="the trainer was started again")
 
 
-def reconcile_grafts(
-    run: Run, reported: dict[str, dict[str, Any]], actor: Actor
-) -> list[Adaptation]:
+def reconcile_grafts(run: Run, reported: Mapping[str, Applied], actor: Actor) -> list[Adaptation]:
     """Settle what is in doubt by the grafts that the model holds. In a transaction.
 
     Args:
@@ -47,7 +46,7 @@ def reconcile_grafts(
         if adaptation.state == S.IN_DOUBT:
             settled.append(_settle(adaptation, reported.get(adaptation.uid), actor))
         elif adaptation.uid in reported:
-            note_merged(adaptation, merged=reported[adaptation.uid]["merged"])
+            note_merged(adaptation, merged=reported[adaptation.uid].merged)
             settled.append(adaptation)  # its checkpoint may be older than the verdict
         elif run.epoch > 1:
             settled.append(_lost_when_kept(adaptation, actor))
@@ -65,13 +64,13 @@ def note_merged(adaptation: Adaptation, *, merged: bool) -> None:
         adaptation.refresh_from_db()
 
 
-def _note_unknown_grafts(run: Run, reported: dict[str, dict[str, Any]]) -> None:
+def _note_unknown_grafts(run: Run, reported: Mapping[str, Applied]) -> None:
     """Grafts in the model that this run never had: of another run, or of another server."""
     known = Adaptation.objects.filter(run=run, uid__in=reported).values_list("uid", flat=True)
     unknown = [entry for uid, entry in reported.items() if uid not in set(known)]
     if not unknown:
         return
-    named = ", ".join(f"{entry['blueprint']} at {entry['layer']}" for entry in unknown[:5])
+    named = ", ".join(f"{entry.blueprint} at {entry.layer}" for entry in unknown[:5])
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     observed = f"{named}{more}"[:200]
     rule = ViolationRule.COMMAND
@@ -86,11 +85,11 @@ def _note_unknown_grafts(run: Run, reported: dict[str, dict[str, Any]]) -> None:
         text=f"The trainer holds grafts that this run never had: {named}{more}.",
         action="Nothing was changed: they came with its checkpoint, and nobody here judges or "
         "undoes them. Take them out in the script if they are not meant.",
-        layer=unknown[0]["layer"],
+        layer=unknown[0].layer,
     )
 
 
-def _settle(adaptation: Adaptation, reported: dict[str, Any] | None, actor: Actor) -> Adaptation:
+def _settle(adaptation: Adaptation, reported: Applied | None, actor: Actor) -> Adaptation:
     if reported is None:
         if adaptation.grafted_at is None:
             reason = "the restarted trainer never grafted it"
@@ -107,7 +106,7 @@ def _settle(adaptation: Adaptation, reported: dict[str, Any] | None, actor: Acto
         S.PROBATION,
         actor=actor,
         reason="the restarted trainer holds this graft",
-        graft_step=reported["step"],
+        graft_step=reported.step,
         grafted_at=adaptation.grafted_at or timezone.now(),
     )
 

@@ -8,12 +8,12 @@ from typing import Any
 from django.db.models import Avg, Count, Max, Q, QuerySet
 
 from apps.adaptations.history import experience, layer_histories, run_facts
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, DecisionRecord
 from apps.blueprints.models import Blueprint
 from apps.kernels.selectors import cache_stats
 from apps.policies.services import current_policy
 from apps.runs.models import Run
-from apps.telemetry.selectors import frame_to_wire, newest_frames, newest_metrics
+from apps.telemetry.selectors import frame_message, newest_frames, newest_metrics
 from apps.violations.models import Violation
 from apps.workers.models import CompileJob
 from esper.contracts import (
@@ -21,9 +21,15 @@ from esper.contracts import (
     RUN_ENDED,
     AdaptationState,
     Experience,
+    GraftKind,
     JobState,
+    LayerInfo,
+    Risk,
+    RunMode,
     codec,
+    wire,
 )
+from esper.contracts.protocol import Active, Snapshot
 
 RECENT_VIOLATIONS = 50
 
@@ -33,35 +39,40 @@ def adaptations() -> QuerySet[Adaptation]:
     return Adaptation.objects.select_related("run", "blueprint", "decided_by", "claimed_by")
 
 
-def run_snapshot(run: Run) -> dict[str, Any]:
-    """All that ``decide`` looks at, as ``docs/protocol.md`` has it."""
+def run_snapshot(run: Run) -> Snapshot:
+    """All that ``decide`` looks at."""
     facts = run_facts(run)
     policy = current_policy()
-    return {
-        "run": run.uid,
-        "epoch": run.epoch,
-        "mode": run.mode,
-        "step": run.step,
-        "layers": run.layers,
-        "frames": [frame_to_wire(frame) for frame in newest_frames(run)],
-        "metrics": newest_metrics(run),
-        "model_parameters": run.model_parameters,
-        "added_parameters": facts.added_parameters,
-        "adaptations_today": facts.today,
-        "in_flight": facts.in_flight,
-        "last_adaptation_step": facts.last_step,
-        "frozen": facts.frozen,
-        "history": {name: asdict(history) for name, history in layer_histories(run).items()},
-        "experience": {slug: _experience_to_wire(cases) for slug, cases in experience().items()},
-        "disabled_blueprints": list(
+    return Snapshot(
+        run=run.uid,
+        epoch=run.epoch,
+        mode=RunMode(run.mode),
+        step=run.step,
+        layers=wire.from_wire(tuple[LayerInfo, ...], run.layers),
+        frames=tuple(frame_message(frame) for frame in newest_frames(run)),
+        metrics=tuple(newest_metrics(run)),
+        model_parameters=run.model_parameters,
+        added_parameters=facts.added_parameters,
+        adaptations_today=facts.today,
+        in_flight=facts.in_flight,
+        last_adaptation_step=facts.last_step,
+        frozen=facts.frozen,
+        history=layer_histories(run),
+        experience=experience(),
+        disabled_blueprints=tuple(
             Blueprint.objects.filter(Q(enabled=False) | Q(present=False))
             .order_by("slug")
             .values_list("slug", flat=True)
         ),
-        "safety_policy": policy.safety_policy().to_wire(),
-        "policy_version": policy.version,
-        "active": [_active_to_wire(adaptation) for adaptation in _active(run)],
-    }
+        safety_policy=policy.safety_policy(),
+        policy_version=policy.version,
+        active=tuple(_active_message(adaptation) for adaptation in _active(run)),
+    )
+
+
+def decisions(run: Run) -> QuerySet[DecisionRecord]:
+    """Without the snapshots, which are large."""
+    return DecisionRecord.objects.filter(run=run).defer("snapshot").select_related("adaptation")
 
 
 def _active(run: Run) -> QuerySet[Adaptation]:
@@ -73,18 +84,17 @@ def _active(run: Run) -> QuerySet[Adaptation]:
     )
 
 
-def _active_to_wire(adaptation: Adaptation) -> dict[str, Any]:
-    deadline = adaptation.deadline_at
-    return {
-        "uid": adaptation.uid,
-        "state": adaptation.state,
-        "layer": adaptation.layer,
-        "blueprint": adaptation.blueprint.slug,
-        "kind": adaptation.blueprint.kind,
-        "risk": adaptation.risk,
-        "graft_step": adaptation.graft_step,
-        "deadline_at": deadline.isoformat() if deadline else None,
-    }
+def _active_message(adaptation: Adaptation) -> Active:
+    return Active(
+        uid=adaptation.uid,
+        state=AdaptationState(adaptation.state),
+        layer=adaptation.layer,
+        blueprint=adaptation.blueprint.slug,
+        kind=GraftKind(adaptation.blueprint.kind),
+        risk=Risk(adaptation.risk),
+        graft_step=adaptation.graft_step,
+        deadline_at=adaptation.deadline_at,
+    )
 
 
 def _experience_to_wire(cases: Experience) -> dict[str, Any]:
@@ -104,7 +114,7 @@ def integration_status() -> dict[str, Any]:
     violations = Violation.objects.select_related("run")[:RECENT_VIOLATIONS]
     return {
         "active_adaptations": {
-            adaptation.uid: {"run": adaptation.run.uid, **_active_to_wire(adaptation)}
+            adaptation.uid: {"run": adaptation.run.uid, **wire.to_wire(_active_message(adaptation))}
             for adaptation in active.select_related("run", "blueprint").order_by("id")
         },
         "blueprint_cache_stats": cache_stats(),

@@ -6,22 +6,14 @@ from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
 from apps.accounts.serializers import PermissionOutput
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, DecisionRecord
 from apps.rest.fields import (
-    BoundedDict,
-    BoundedList,
-    FiniteNumber,
     Flag,
     Members,
     PersonsInput,
     Text,
-    WholeNumber,
     WireNumber,
 )
-from esper.contracts import MAX_NAME_LENGTH, AdaptationType, Risk, ViolationRule
-
-MAX_LINES = 200
-MAX_NUMBERS = 500
 
 
 class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
@@ -149,73 +141,6 @@ class ApproveInput(ActInput):
     accept_drift = Flag(default=False)
 
 
-class ReasonLine(serializers.Serializer[Any]):
-    signal = Text(max_length=120)
-    observed = WireNumber()
-    weight = WireNumber()
-    text = Text(max_length=1000)
-
-
-class CheckLine(serializers.Serializer[Any]):
-    rule = serializers.ChoiceField(choices=list(ViolationRule))
-    passed = Flag(allow_null=True)
-    hard = Flag()
-    observed = Text(max_length=500, allow_blank=True)
-    limit = Text(max_length=500, allow_blank=True)
-    text = Text(max_length=1000)
-
-
-class WhyNotLine(serializers.Serializer[Any]):
-    blueprint = Text(max_length=60)
-    reason = Text(max_length=1000)
-
-
-class ForecastInput(serializers.Serializer[Any]):
-    parameters = WholeNumber()
-    flops = WholeNumber()
-    memory_mib = WireNumber()
-    latency_ms = WireNumber()
-
-
-class ProposalInput(serializers.Serializer[Any]):
-    epoch = WholeNumber()
-    step = WholeNumber()
-    layer = Text(max_length=MAX_NAME_LENGTH)
-    adaptation_type = serializers.ChoiceField(choices=list(AdaptationType))
-    confidence = WireNumber()
-    urgency = WireNumber()
-    reasons = BoundedList(child=ReasonLine(), max_length=MAX_LINES)
-    blueprint = Text(max_length=60)
-    config = Members()
-    risk = serializers.ChoiceField(choices=list(Risk))
-    forecast = ForecastInput()
-    checks = BoundedList(child=CheckLine(), max_length=MAX_LINES)
-    why_not = BoundedList(child=WhyNotLine(), max_length=MAX_LINES)
-    asks = BoundedList(child=Text(max_length=1000), max_length=MAX_LINES)
-    evidence = BoundedDict(child=WireNumber(), max_length=MAX_NUMBERS)
-    policy = Text(max_length=40)
-
-
-class DeclineInput(serializers.Serializer[Any]):
-    epoch = WholeNumber()
-    step = WholeNumber()
-    layer = Text(max_length=MAX_NAME_LENGTH)
-    adaptation_type = serializers.ChoiceField(choices=list(AdaptationType))
-    confidence = WireNumber()
-    reasons = BoundedList(child=Text(max_length=1000), max_length=MAX_LINES)
-    checks = BoundedList(child=CheckLine(), max_length=MAX_LINES)
-
-
-class VerdictInput(serializers.Serializer[Any]):
-    keep = Flag()
-    reason = Text()
-    ablation_gain = WireNumber()
-    forecast_gain = WireNumber()
-    forecast_interval = WireNumber()
-    steps_observed = WholeNumber()
-    reward = BoundedDict(child=FiniteNumber(), max_length=MAX_NUMBERS)
-
-
 class ExperienceOutput(serializers.Serializer[Any]):
     """``mean_reward`` null: no reward is known."""
 
@@ -225,39 +150,24 @@ class ExperienceOutput(serializers.Serializer[Any]):
     mean_reward = serializers.FloatField(allow_null=True)
 
 
-class ActiveOutput(serializers.Serializer[Any]):
-    uid = serializers.CharField()
-    state = serializers.CharField()
-    layer = serializers.CharField()
-    blueprint = serializers.CharField()
-    kind = serializers.CharField()
-    risk = serializers.CharField()
-    graft_step = serializers.IntegerField(allow_null=True)
-    deadline_at = serializers.DateTimeField(allow_null=True)
+class DecisionOutput(serializers.ModelSerializer[DecisionRecord]):
+    """``adaptation`` null: it was declined. ``note``: why no snapshot is stored."""
 
+    adaptation = serializers.CharField(source="adaptation.uid", default=None, allow_null=True)
+    message = Members()
 
-class SnapshotOutput(serializers.Serializer[Any]):
-    """Everything that ``esper.pipeline.decide`` needs to know of a run."""
-
-    run = serializers.CharField()
-    epoch = serializers.IntegerField()
-    mode = serializers.CharField()
-    step = serializers.IntegerField()
-    layers = serializers.ListField(child=Members())
-    frames = serializers.ListField(child=Members())
-    metrics = serializers.ListField(child=Members())
-    model_parameters = serializers.IntegerField()
-    added_parameters = serializers.IntegerField()
-    adaptations_today = serializers.IntegerField()
-    in_flight = serializers.IntegerField()
-    last_adaptation_step = serializers.IntegerField()
-    frozen = serializers.CharField(allow_blank=True)
-    history = Members()
-    experience = Members()
-    disabled_blueprints = serializers.ListField(child=serializers.CharField())
-    safety_policy = Members()
-    policy_version = serializers.IntegerField()
-    active = ActiveOutput(many=True)
+    class Meta:
+        model = DecisionRecord
+        fields = (
+            "uid",
+            "adaptation",
+            "run_epoch",
+            "step",
+            "layer",
+            "message",
+            "note",
+            "created_at",
+        )
 
 
 class IntegrationStatusOutput(serializers.Serializer[Any]):

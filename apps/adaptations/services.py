@@ -16,6 +16,12 @@ from apps.adaptations.acts import (
 )
 from apps.adaptations.compile_jobs import compile_kernel
 from apps.adaptations.deadlines import sweep
+from apps.adaptations.decisions import (
+    decision_of,
+    describe,
+    replay_decision,
+    stored_snapshot,
+)
 from apps.adaptations.dispatch import dispatch_adaptation
 from apps.adaptations.outcomes import (
     adaptation_of,
@@ -26,7 +32,6 @@ from apps.adaptations.outcomes import (
 )
 from apps.adaptations.proposals import (
     GateClosedError,
-    Proposal,
     propose_adaptation,
     record_decline,
 )
@@ -35,13 +40,14 @@ from apps.adaptations.verdicts import judge_adaptation
 
 __all__ = [
     "GateClosedError",
-    "Proposal",
     "adaptation_of",
     "approve_adaptation",
     "cancel_adaptation",
     "claim_adaptation",
     "close_open_adaptations",
     "compile_kernel",
+    "decision_of",
+    "describe",
     "dispatch_adaptation",
     "evidence_drift",
     "evidence_now",
@@ -58,8 +64,10 @@ __all__ = [
     "record_decline",
     "reject_adaptation",
     "release_adaptation",
+    "replay_decision",
     "roll_back_adaptation",
     "set_adaptation_switch",
+    "stored_snapshot",
     "sweep",
     "undo_plan",
 ]

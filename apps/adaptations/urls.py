@@ -5,6 +5,9 @@ from apps.adaptations import api
 urlpatterns = [
     path("runs/<str:uid>/snapshot", api.Snapshot.as_view()),
     path("runs/<str:uid>/adaptations", api.Proposals.as_view()),
+    path("runs/<str:uid>/decisions", api.Decisions.as_view()),
+    path("decisions/<str:uid>/snapshot", api.DecisionSnapshot.as_view()),
+    path("adaptations/<str:uid>/snapshot", api.AdaptationSnapshot.as_view()),
     path("runs/<str:uid>/declines", api.Declines.as_view()),
     path("adaptations", api.Adaptations.as_view()),
     path("adaptations/<str:uid>", api.AdaptationDetail.as_view()),

@@ -18,7 +18,7 @@ from rest_framework.views import set_rollback
 
 from apps.rest.middleware import request_id
 from apps.rest.problems import Problem, not_found
-from esper.exceptions import CodecError
+from esper.exceptions import CodecError, MessageError
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ def _problem(error: Exception) -> Problem | None:
     match error:
         case Problem():
             return error
+        case MessageError():
+            return _misfit(error)
         case CodecError():
             return Problem(400, "invalid", str(error))
         case exceptions.ValidationError():
@@ -91,6 +93,11 @@ def _problem(error: Exception) -> Problem | None:
         case OperationalError():
             return Problem(503, "busy", "The database is busy. Send the request again in a moment.")
     return None
+
+
+def _misfit(error: MessageError) -> Problem:
+    place = {"pointer": error.pointer, "code": "invalid", "detail": error.reason}
+    return Problem(400, "invalid", f"{error}.", errors=[place])
 
 
 def _from_rest_framework(error: exceptions.APIException) -> Problem:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 from rest_framework.request import Request
 
-from esper.contracts import codec
+from esper.contracts import codec, wire
 from esper.exceptions import CodecError
 
+_T = TypeVar("_T")
 MAX_WHOLE_NUMBER = 2**63 - 1
 MAX_UNKNOWN_NAMED = 20
 _NUMBER_SCHEMA = {"oneOf": [{"type": "number"}, {"type": "string", "enum": ["nan", "inf", "-inf"]}]}
@@ -142,6 +143,11 @@ def body(request: Request) -> dict[str, Any]:
     """The request's JSON object; the parser refuses anything else."""
     assert isinstance(request.data, dict)
     return request.data
+
+
+def message(request: Request, kind: type[_T]) -> _T:
+    """The request's body as a message of the protocol; raises ``MessageError``."""
+    return wire.from_wire(kind, body(request))
 
 
 def parse(serializer: type[serializers.Serializer[Any]], data: Any) -> dict[str, Any]:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import msgspec
+from drf_spectacular.extensions import OpenApiSerializerExtension
+from drf_spectacular.openapi import AutoSchema
+from drf_spectacular.plumbing import ResolvedComponent
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import (
+    Direction,
     OpenApiParameter,
     OpenApiResponse,
     extend_schema,
@@ -15,7 +20,9 @@ from drf_spectacular.utils import (
 from rest_framework import serializers
 
 from apps.rest.fields import Members
+from esper.contracts import wire
 
+_COMPONENTS = "#/components/schemas/"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 IDEMPOTENCY_KEY = OpenApiParameter(
@@ -104,3 +111,31 @@ def results_of(row: type[serializers.BaseSerializer[Any]]) -> Any:
 
 
 ANY_OBJECT = OpenApiTypes.OBJECT
+
+
+class MessageSchema(OpenApiSerializerExtension):  # type: ignore[no-untyped-call]
+    """The protocol's messages, described by their own types."""
+
+    target_class = "esper.contracts.protocol.Message"
+    match_subclasses = True
+
+    def get_name(self, auto_schema: AutoSchema, direction: Direction) -> str:
+        return str(self.target.__name__)
+
+    def map_serializer(self, auto_schema: AutoSchema, direction: Direction) -> dict[str, Any]:
+        _, components = msgspec.json.schema_components(
+            [self.target], schema_hook=wire.schema_of, ref_template=f"{_COMPONENTS}{{name}}"
+        )
+        schema: dict[str, Any] = components.pop(self.target.__name__)
+        for name, part in components.items():
+            # drf-spectacular's class has no annotations
+            component = ResolvedComponent(  # type: ignore[no-untyped-call]
+                name=name, type=ResolvedComponent.SCHEMA, object=name, schema=part
+            )
+            auto_schema.registry.register_on_missing(component)
+        return schema
+
+
+class AnswerSchema(MessageSchema):  # type: ignore[no-untyped-call]
+    target_class = "esper.contracts.protocol.Answer"  # a dataclass, as what it adds to
+    match_subclasses = False

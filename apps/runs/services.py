@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -25,29 +25,13 @@ from esper.contracts import (
     RUN_ENDED,
     CommandKind,
     CommandState,
-    LayerInfo,
-    RunMode,
     RunState,
     TokenScope,
+    protocol,
     signing,
 )
 
 MAX_LIVE_RUNS_PER_OWNER = 200
-
-
-@dataclass(frozen=True, slots=True)
-class RunSpec:
-    """How a trainer describes its run when it registers."""
-
-    name: str
-    mode: RunMode
-    host: str
-    capability: str
-    model_parameters: int
-    layers: list[LayerInfo]
-    target_steps: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    capabilities: dict[str, str] = field(default_factory=dict)  # by device
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +42,9 @@ class Registration:
 
 
 @transaction.atomic
-def register_run(*, owner: User, actor: Actor, spec: RunSpec, run_uid: str = "") -> Registration:
+def register_run(
+    *, owner: User, actor: Actor, spec: protocol.Registration, run_uid: str = ""
+) -> Registration:
     """A new run, or the next epoch of the owner's live run of that name.
 
     A caller that may register one run only gives its ``run_uid``: it is registered, or its next
@@ -113,7 +99,7 @@ def _run_to_continue(owner: User, name: str, run_uid: str) -> models.Run | None:
     return models.Run.objects.select_for_update().filter(uid=run_uid, owner=owner).first()
 
 
-def _check_spec(spec: RunSpec) -> None:
+def _check_spec(spec: protocol.Registration) -> None:
     if len(spec.layers) > MAX_LAYERS:
         raise Problem(
             422,

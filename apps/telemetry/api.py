@@ -15,13 +15,13 @@ from apps.telemetry.selectors import (
     MAX_COLUMNS,
     MAX_FRAMES,
     MAX_POINTS,
-    frame_to_wire,
+    frame_message,
     frames_after,
     heatmap,
     metric_series,
 )
-from apps.telemetry.serializers import FramesOutput, HeatmapOutput, SeriesOutput
-from esper.contracts import Signal
+from apps.telemetry.serializers import HeatmapOutput, SeriesOutput
+from esper.contracts import Signal, protocol, wire
 
 
 class Frames(Endpoint):
@@ -29,7 +29,7 @@ class Frames(Endpoint):
 
     @documented(
         "list_frames",
-        answer=FramesOutput,
+        answer=protocol.Frames,
         parameters=[query("after_step", int), query("limit", int)],
         summary="Health frames of the present epoch after a step, oldest first",
     )
@@ -38,9 +38,12 @@ class Frames(Endpoint):
         after_step = parse_parameter(request, "after_step", whole_number, default=-1)
         limit = _count(request, "limit", most=MAX_FRAMES, default=MAX_FRAMES)
         frames = frames_after(run, after_step=after_step, limit=limit)
-        layers = [layer["name"] for layer in run.layers]
-        results = [frame_to_wire(frame) for frame in frames]
-        return Response({"epoch": run.epoch, "layers": layers, "results": results})
+        answer = protocol.Frames(
+            epoch=run.epoch,
+            layers=tuple(layer["name"] for layer in run.layers),
+            results=tuple(frame_message(frame) for frame in frames),
+        )
+        return Response(wire.to_wire(answer))
 
 
 class Series(Endpoint):

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from apps.runs.models import Run
-from apps.telemetry.batch import MetricItem
 from apps.telemetry.models import Metric
 
 MOST_NAMES = 500
@@ -19,13 +18,11 @@ RUNS_REMEMBERED = 1_000
 _known: OrderedDict[str, set[str]] = OrderedDict()
 
 
-def split_by_name(
-    run: Run, metrics: Iterable[MetricItem]
-) -> tuple[list[MetricItem], list[MetricItem]]:
+def split_by_name(run: Run, metrics: Iterable[Metric]) -> tuple[list[Metric], list[Metric]]:
     """Metrics to store, and those whose name exceeds the limit."""
     known = _names_of(run)
-    taken: list[MetricItem] = []
-    refused: list[MetricItem] = []
+    taken: list[Metric] = []
+    refused: list[Metric] = []
     for metric in metrics:
         if metric.name not in known and len(known) < MOST_NAMES:
             known.add(metric.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,8 @@ from numpy.typing import NDArray
 
 from apps.runs.models import Run
 from apps.telemetry.models import Frame, Metric
-from esper.contracts import SIGNAL_INDEX, SIGNALS, Signal, unpack_bytes
+from esper.contracts import SIGNAL_INDEX, SIGNALS, Signal, protocol, unpack_bytes
+from esper.contracts.protocol import StepValues
 
 MAX_FRAMES = 200
 SNAPSHOT_FRAMES = 64
@@ -24,12 +24,13 @@ MAX_COLUMNS = 500
 ABLATION_GAIN = "ablation_gain:"
 
 
-def frame_to_wire(frame: Frame) -> dict[str, Any]:
-    return {
-        "step": frame.step,
-        "wall_time": frame.wall_time,
-        "values": base64.b64encode(bytes(frame.values)).decode("ascii"),
-    }
+def frame_message(frame: Frame) -> protocol.Frame:
+    return protocol.Frame(
+        step=frame.step,
+        wall_time=frame.wall_time,
+        values=bytes(frame.values),
+        loss=frame.known_loss,
+    )
 
 
 def frames_after(run: Run, *, after_step: int, limit: int) -> list[Frame]:
@@ -47,17 +48,17 @@ def newest_frames(run: Run) -> list[Frame]:
     return list(frames)[::-1]
 
 
-def newest_metrics(run: Run) -> list[dict[str, Any]]:
-    """The recent losses and all measured ablation gains: ``{"step", "values"}``, oldest first."""
+def newest_metrics(run: Run) -> list[StepValues]:
+    """The recent losses and all measured ablation gains, oldest first."""
     columns = ("epoch", "step", "name", "value", "status")
     of_run = Metric.objects.filter(run=run).values_list(*columns)
     losses = list(of_run.filter(name="loss").order_by("-id")[:SNAPSHOT_LOSSES])
     rows = [row for row, alive in zip(losses, _alive(losses), strict=True) if alive]
     rows += of_run.filter(name__startswith=ABLATION_GAIN).order_by("id")
-    by_step: defaultdict[int, dict[str, Any]] = defaultdict(dict)
+    by_step: defaultdict[int, dict[str, float]] = defaultdict(dict)
     for _, step, name, value, status in rows:
-        by_step[step][name] = status or value
-    return [{"step": step, "values": values} for step, values in sorted(by_step.items())]
+        by_step[step][name] = float(status) if status else value
+    return [StepValues(step=step, values=values) for step, values in sorted(by_step.items())]
 
 
 def metric_series(run: Run, name: str, *, points: int, after_step: int = -1) -> dict[str, Any]:

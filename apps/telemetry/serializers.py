@@ -4,16 +4,7 @@ from typing import Any
 
 from rest_framework import serializers
 
-from apps.rest.fields import WholeNumber
 from esper.contracts import Signal
-
-
-class FrameBody(serializers.Serializer[Any]):
-    """``values``: base64 of little-endian float32 [layers, signals]."""
-
-    step = WholeNumber()
-    wall_time = serializers.FloatField()
-    values = serializers.CharField()
 
 
 class NonFiniteOutput(serializers.Serializer[Any]):
@@ -41,9 +32,3 @@ class HeatmapOutput(serializers.Serializer[Any]):
     values = serializers.ListField(
         child=serializers.ListField(child=serializers.FloatField(allow_null=True))
     )
-
-
-class FramesOutput(serializers.Serializer[Any]):
-    epoch = serializers.IntegerField()
-    layers = serializers.ListField(child=serializers.CharField())
-    results = FrameBody(many=True)

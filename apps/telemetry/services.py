@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from django.db import transaction
@@ -17,13 +16,13 @@ from apps.accounts.actors import Actor, ActorKind
 from apps.notifications.services import group_name, notify, run_topic
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, set_state
-from apps.telemetry.batch import Batch, FrameItem, MetricItem
 from apps.telemetry.health_stream import add_frames
 from apps.telemetry.metric_names import split_by_name
 from apps.telemetry.models import Frame, Metric
-from esper.contracts import RunState, codec
+from esper.contracts import RunState, codec, protocol
+from esper.contracts.protocol import Telemetry, TelemetryAnswer
 
-__all__ = ["Batch", "FrameItem", "Ingested", "MetricItem", "ingest_batch", "thin_telemetry"]
+__all__ = ["ingest_batch", "thin_telemetry"]
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +37,7 @@ DELETED_AT_ONCE = 500
 RecordFindings = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Ingested:
-    stored: int
-    duplicate: bool
-    slow_down_ms: int = 0
-
-
-def ingest_batch(*, run: Run, batch: Batch, record_findings: RecordFindings) -> Ingested:
+def ingest_batch(*, run: Run, batch: Telemetry, record_findings: RecordFindings) -> TelemetryAnswer:
     """Store a batch once, and tell Tamiyo and the browsers after the commit.
 
     Args:
@@ -61,73 +53,81 @@ def ingest_batch(*, run: Run, batch: Batch, record_findings: RecordFindings) -> 
         check_epoch(run, batch.epoch)
         if batch.seq_to <= run.telemetry_seq:
             Run.objects.filter(pk=run.pk).update(last_seen_at=timezone.now())
-            return Ingested(stored=0, duplicate=True)
-        batch = _within_names(run, batch)
-        _store(run, batch)
-        _advance(run, batch)
+            return TelemetryAnswer(stored=0, duplicate=True)
+        metrics, refused = split_by_name(run, _metric_rows(run, batch))
+        if refused:
+            log.warning("%s: %d values under too many metric names", run.uid, len(refused))
+        Frame.objects.bulk_create(_frame_row(run, frame) for frame in batch.frames)
+        Metric.objects.bulk_create(metrics)
+        # What was refused counts as dropped, which pages show.
+        _advance(run, batch, dropped=batch.dropped + len(refused))
         if batch.findings:
             record_findings(run=run, findings=batch.findings)
         transaction.on_commit(lambda: _announce(run, batch))
-    return Ingested(batch.items, False, _slow_down_ms((time.perf_counter() - started) * 1e3))
+    elapsed_ms = (time.perf_counter() - started) * 1e3
+    return TelemetryAnswer(stored=batch.items, slow_down_ms=_slow_down_ms(elapsed_ms))
 
 
-def _within_names(run: Run, batch: Batch) -> Batch:
-    """The batch without metrics under too many names; they count as dropped, which pages show."""
-    taken, refused = split_by_name(run, batch.metrics)
-    if not refused:
-        return batch
-    log.warning("%s: %d values under too many metric names", run.uid, len(refused))
-    return replace(batch, metrics=taken, dropped=batch.dropped + len(refused))
-
-
-def _store(run: Run, batch: Batch) -> None:
-    Frame.objects.bulk_create(
-        Frame(
-            run=run,
-            epoch=run.epoch,
-            step=frame.step,
-            wall_time=frame.wall_time,
-            values=frame.values,
-        )
-        for frame in batch.frames
-    )
-    Metric.objects.bulk_create(_metric_row(run, metric) for metric in batch.metrics)
-
-
-def _metric_row(run: Run, metric: MetricItem) -> Metric:
-    finite = math.isfinite(metric.value)
-    return Metric(
+def _frame_row(run: Run, frame: protocol.Frame) -> Frame:
+    loss, status = _stored(frame.loss)
+    return Frame(
         run=run,
         epoch=run.epoch,
-        step=metric.step,
-        wall_time=metric.wall_time,
-        name=metric.name,
-        value=metric.value if finite else None,
-        status="" if finite else str(codec.number_to_wire(metric.value)),
+        step=frame.step,
+        wall_time=frame.wall_time,
+        values=frame.values,
+        loss=loss,
+        loss_status=status,
     )
 
 
-def _advance(run: Run, batch: Batch) -> None:
+def _metric_rows(run: Run, batch: Telemetry) -> Iterator[Metric]:
+    for entry in batch.metrics:
+        for name, number in entry.values.items():
+            value, status = _stored(number)
+            yield Metric(
+                run=run,
+                epoch=run.epoch,
+                step=entry.step,
+                wall_time=entry.wall_time,
+                name=name,
+                value=value,
+                status=status,
+            )
+
+
+def _stored(number: float | None) -> tuple[float | None, str]:
+    """(finite value or null, name of a value that is not finite)."""
+    if number is None or math.isfinite(number):
+        return number, ""
+    return None, str(codec.number_to_wire(number))
+
+
+def _advance(run: Run, batch: Telemetry, *, dropped: int) -> None:
     changes: dict[str, Any] = {
         "telemetry_seq": batch.seq_to,
         "last_seen_at": timezone.now(),
-        "dropped_items": F("dropped_items") + batch.dropped,
+        "dropped_items": F("dropped_items") + dropped,
     }
-    steps = [frame.step for frame in batch.frames] + [metric.step for metric in batch.metrics]
+    steps = [frame.step for frame in batch.frames] + [entry.step for entry in batch.metrics]
     if steps:
         changes["step"] = run.step = max(steps)
-    loss = _newest_loss(batch.metrics)
+    loss = _newest_loss(batch)
     if loss is not None:
-        row = _metric_row(run, loss)
-        changes |= {"last_loss": row.value, "last_loss_status": row.status}
+        changes["last_loss"], changes["last_loss_status"] = _stored(loss)
     Run.objects.filter(pk=run.pk).update(**changes)
     if run.state in {RunState.STARTING, RunState.UNREACHABLE}:
         set_state(run=run, state=RunState.RUNNING, actor=Actor(ActorKind.TRAINER, run.name))
 
 
-def _newest_loss(metrics: Iterable[MetricItem], *, up_to: float = math.inf) -> MetricItem | None:
-    losses = [item for item in metrics if item.name == "loss" and item.step <= up_to]
-    return max(losses, key=lambda item: item.step, default=None)
+def _newest_loss(batch: Telemetry, *, up_to: float = math.inf) -> float | None:
+    """The loss of the latest step of the batch; None where it holds none."""
+    losses = [
+        (entry.step, entry.values["loss"]) for entry in batch.metrics if "loss" in entry.values
+    ]
+    losses += [(frame.step, frame.loss) for frame in batch.frames if frame.loss is not None]
+    known = [pair for pair in losses if pair[0] <= up_to]
+    return max(known, key=lambda pair: pair[0])[1] if known else None
 
 
 def _slow_down_ms(elapsed_ms: float) -> int:
@@ -135,7 +135,7 @@ def _slow_down_ms(elapsed_ms: float) -> int:
     return int(elapsed_ms) if elapsed_ms > SLOW_WRITE_MS else 0
 
 
-def _announce(run: Run, batch: Batch) -> None:
+def _announce(run: Run, batch: Telemetry) -> None:
     add_frames(
         {
             "run": run.uid,
@@ -145,21 +145,25 @@ def _announce(run: Run, batch: Batch) -> None:
             "wall_time": repr(frame.wall_time),
             "layers": len(run.layers),
             "values": frame.values,
-            "loss": _loss_text(_newest_loss(batch.metrics, up_to=frame.step)),
+            "loss": _loss_text(_loss_of(batch, frame)),
         }
         for frame in batch.frames
     )
-    _notify_progress(run, _newest_loss(batch.metrics))
+    _notify_progress(run, _newest_loss(batch))
 
 
-def _loss_text(loss: MetricItem | None) -> str:
-    return "" if loss is None else repr(loss.value)  # "nan" and "inf" included
+def _loss_of(batch: Telemetry, frame: protocol.Frame) -> float | None:
+    return frame.loss if frame.loss is not None else _newest_loss(batch, up_to=frame.step)
+
+
+def _loss_text(loss: float | None) -> str:
+    return "" if loss is None else repr(float(loss))  # "nan" and "inf" included
 
 
 _progress_sent_at: dict[int, float] = {}
 
 
-def _notify_progress(run: Run, loss: MetricItem | None) -> None:
+def _notify_progress(run: Run, loss: float | None) -> None:
     """A notification without a row: a browser that misses it reads the run again."""
     now = time.monotonic()
     if now - _progress_sent_at.get(run.pk, -math.inf) < PROGRESS_PERIOD_SECONDS:
@@ -168,7 +172,7 @@ def _notify_progress(run: Run, loss: MetricItem | None) -> None:
         _progress_sent_at.clear()
     _progress_sent_at[run.pk] = now
     topic = run_topic(run.uid)
-    data = {"step": run.step, "loss": None if loss is None else codec.number_to_wire(loss.value)}
+    data = {"step": run.step, "loss": None if loss is None else codec.number_to_wire(loss)}
     message = {"topic": topic, "type": "run.progress", "data": data}
     notify(group_name(topic), "feed.progress", message)
 

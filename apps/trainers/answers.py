@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from django.db import transaction
 from django.utils import timezone
 
@@ -43,6 +46,8 @@ def acknowledge_command(*, run: Run, epoch: int, ack: CommandAck, actor: Actor) 
     """
     run = lock_run(run.pk)  # as it is now, not as it was when the request came in
     check_epoch(run, epoch)
+    if not math.isfinite(ack.pause_ms):
+        ack = replace(ack, pause_ms=0.0)
     command = Command.objects.select_for_update().filter(run=run, seq=ack.seq).first()
     if command is None:
         raise not_found("command")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -12,43 +12,19 @@ from apps.accounts.authentication import actor, person, via
 from apps.accounts.endpoint import READERS, TRAINERS, Endpoint, require, run_of_token
 from apps.accounts.policy import Act
 from apps.adaptations.models import Adaptation
-from apps.rest.fields import body, parse
+from apps.rest.fields import body, message
 from apps.rest.filters import apply_filters, parse_parameter, whole_number
 from apps.rest.idempotency import idempotent
-from apps.rest.numbers import finite_or_none
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query, results_of
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.rest.throttling import TelemetryThrottle, TokenThrottle
 from apps.runs.models import Run
 from apps.runs.selectors import FILTERS, runs, visible_run
 from apps.runs.serializers import RunOutput
-from apps.runs.services import RunSpec, command_to_wire, commands_after, touch
+from apps.runs.services import command_to_wire, commands_after, touch
 from apps.trainers import services
-from apps.trainers.serializers import (
-    AckInput,
-    AckOutput,
-    CommandOutput,
-    FinishInput,
-    HelloInput,
-    HelloOutput,
-    IngestedOutput,
-    RegistrationOutput,
-    RemedyInput,
-    RollbackInput,
-    RunInput,
-    TelemetryInput,
-)
-from esper.contracts import (
-    Certificate,
-    CommandAck,
-    CommandState,
-    RemedyKind,
-    RunMode,
-    RunState,
-    TokenScope,
-    ViolationRule,
-)
+from esper.contracts import RunState, TokenScope, protocol, wire
 
 
 class Runs(Endpoint):
@@ -67,18 +43,23 @@ class Runs(Endpoint):
         rows = apply_filters(request, runs(only=run_of_token(request)), FILTERS)
         return page_response(request, rows, lambda rows: RunOutput(rows, many=True).data)
 
-    @documented("register_run", body=RunInput, answer=RegistrationOutput, status=201, act=True)
+    @documented(
+        "register_run",
+        body=protocol.Registration,
+        answer=protocol.Registered,
+        status=201,
+        act=True,
+    )
     @idempotent
     def post(self, request: Request) -> Response:
         require(person(request), Act.CREATE_RUN)
-        given = parse(RunInput, request.data)
         registration = services.register_run(
             owner=person(request),
             actor=actor(request),
-            spec=RunSpec(**{**given, "mode": RunMode(given["mode"])}),
+            spec=message(request, protocol.Registration),
             run_uid=run_of_token(request),
         )
-        return Response(services.registration_answer(registration), status=201)
+        return Response(wire.to_wire(services.registration_answer(registration)), status=201)
 
 
 class TrainerEndpoint(Endpoint):
@@ -89,31 +70,35 @@ class TrainerEndpoint(Endpoint):
 class Hello(TrainerEndpoint):
     @documented(
         "say_hello",
-        body=HelloInput,
-        answer=HelloOutput,
+        body=protocol.Hello,
+        answer=protocol.HelloAnswer,
         summary="Report the grafts that are in the model",
     )
     def post(self, request: Request, uid: str) -> Response:
         run = _run(request, uid)
+        hello = message(request, protocol.Hello)
         settled = services.settle_hello(
-            run=run, actor=_trainer(request, run), **parse(HelloInput, request.data)
+            run=run,
+            epoch=hello.epoch,
+            step=hello.step,
+            applied=hello.applied,
+            actor=_trainer(request, run),
         )
         touch(run)
-        answer = [{"adaptation": one.uid, "state": one.state} for one in settled]
-        return Response({"settled": answer})
+        answer = protocol.HelloAnswer(
+            settled=tuple(protocol.Settled(adaptation=one.uid, state=one.state) for one in settled)
+        )
+        return Response(wire.to_wire(answer))
 
 
 class Telemetry(TrainerEndpoint):
-    @documented("send_telemetry", body=TelemetryInput, answer=IngestedOutput, status=202)
+    @documented(
+        "send_telemetry", body=protocol.Telemetry, answer=protocol.TelemetryAnswer, status=202
+    )
     def post(self, request: Request, uid: str) -> Response:
         run = _run(request, uid)
-        done = services.take_telemetry(run=run, data=body(request))
-        answer = {
-            "stored": done.stored,
-            "duplicate": done.duplicate,
-            "slow_down_ms": done.slow_down_ms,
-        }
-        return Response(answer, status=202)
+        answer = services.take_telemetry(run=run, batch=message(request, protocol.Telemetry))
+        return Response(wire.to_wire(answer), status=202)
 
 
 class RunCommands(Endpoint):
@@ -122,7 +107,7 @@ class RunCommands(Endpoint):
 
     @documented(
         "list_commands",
-        answer=results_of(CommandOutput),
+        answer=protocol.Commands,
         parameters=[query("after", int, "The last sequence number that is known already.")],
         summary="Commands that the trainer has not answered, oldest first",
     )
@@ -136,76 +121,69 @@ class RunCommands(Endpoint):
 
 
 class CommandAnswer(TrainerEndpoint):
-    @documented("acknowledge_command", body=AckInput, answer=AckOutput)
+    @documented("acknowledge_command", body=protocol.Answer, answer=protocol.AdaptationAnswer)
     def post(self, request: Request, uid: str, seq: str) -> Response:
         run = _run(request, uid)
-        given = parse(AckInput, request.data)
+        answer = wire.from_wire(protocol.Answer, {**body(request), "seq": _seq(seq)})
         command = services.acknowledge_command(
-            run=run,
-            epoch=given.pop("epoch"),
-            ack=_ack(_seq(seq), given),
-            actor=_trainer(request, run),
+            run=run, epoch=answer.epoch, ack=answer, actor=_trainer(request, run)
         )
         touch(run)
         state = Adaptation.objects.filter(uid=command.adaptation_uid).values_list("state")
-        return Response({"adaptation_state": (state.first() or ("",))[0]})
+        return _adaptation_answer((state.first() or ("",))[0])
 
 
 class LocalRollbacks(TrainerEndpoint):
     @documented(
         "report_rollback",
-        body=RollbackInput,
-        answer=AckOutput,
+        body=protocol.Rollback,
+        answer=protocol.AdaptationAnswer,
         summary="Report what the trainer's guard took out by itself",
     )
     def post(self, request: Request, uid: str) -> Response:
         run = _run(request, uid)
-        given = parse(RollbackInput, request.data)
-        epoch = given.pop("epoch")
-        given["rule"] = ViolationRule(given["rule"])
-        given["pause_ms"] = finite_or_none(given["pause_ms"]) or 0.0
         adaptation = services.record_local_rollback(
-            run=run,
-            epoch=epoch,
-            report=services.LocalRollback(**given),
-            actor=_trainer(request, run),
+            run=run, report=message(request, protocol.Rollback), actor=_trainer(request, run)
         )
         touch(run)
-        return Response({"adaptation_state": adaptation.state})
+        return _adaptation_answer(adaptation.state)
 
 
 class Remedies(TrainerEndpoint):
     @documented(
         "report_remedy",
-        body=RemedyInput,
-        answer=AckOutput,
+        body=protocol.RemedyReport,
+        answer=protocol.AdaptationAnswer,
         summary="Report what the training script changed by itself",
     )
     def post(self, request: Request, uid: str) -> Response:
         run = _run(request, uid)
-        given = parse(RemedyInput, request.data)
-        epoch = given.pop("epoch")
-        given["remedy"] = RemedyKind(given["remedy"])
-        given["pause_ms"] = finite_or_none(given["pause_ms"])
         remedy = services.record_remedy(
-            run=run,
-            epoch=epoch,
-            report=services.RemedyReport(**given),
-            actor=_trainer(request, run),
+            run=run, report=message(request, protocol.RemedyReport), actor=_trainer(request, run)
         )
         touch(run)
-        return Response({"adaptation_state": remedy.adaptation.state if remedy.adaptation else ""})
+        return _adaptation_answer(remedy.adaptation.state if remedy.adaptation else "")
 
 
 class Finish(TrainerEndpoint):
-    @documented("finish_run", body=FinishInput, answer=RunOutput)
+    @documented("finish_run", body=protocol.Finish, answer=RunOutput)
     def post(self, request: Request, uid: str) -> Response:
         run = _run(request, uid)
-        given = parse(FinishInput, request.data)
-        given["state"] = RunState(given["state"])
-        if (run.epoch, run.state) != (given["epoch"], given["state"]):  # else: said before
-            run = services.finish_run(run=run, actor=_trainer(request, run), **given)
+        finish = message(request, protocol.Finish)
+        if (run.epoch, run.state) != (finish.epoch, finish.state):  # else: reported before
+            run = services.finish_run(
+                run=run,
+                epoch=finish.epoch,
+                state=RunState(finish.state),
+                step=finish.step,
+                reason=finish.reason,
+                actor=_trainer(request, run),
+            )
         return Response(RunOutput(run).data)
+
+
+def _adaptation_answer(state: str) -> Response:
+    return Response(wire.to_wire(protocol.AdaptationAnswer(adaptation_state=state)))
 
 
 def _run(request: Request, uid: str) -> Run:
@@ -221,14 +199,3 @@ def _seq(text: str) -> int:
         return whole_number(text)
     except ValueError as error:
         raise not_found("command") from error
-
-
-def _ack(seq: int, given: dict[str, Any]) -> CommandAck:
-    certificate = given.pop("certificate")
-    return CommandAck(
-        seq=seq,
-        state=CommandState(given.pop("state")),
-        pause_ms=finite_or_none(given.pop("pause_ms")) or 0.0,
-        certificate=None if certificate is None else Certificate.from_wire(certificate),
-        **given,
-    )

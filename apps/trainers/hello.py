@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from django.db import transaction
 
@@ -12,11 +12,12 @@ from apps.adaptations.services import reconcile_grafts
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, lock_run, set_state
 from esper.contracts import RunState
+from esper.contracts.protocol import Applied
 
 
 @transaction.atomic
 def settle_hello(
-    *, run: Run, epoch: int, step: int, applied: list[dict[str, Any]], actor: Actor
+    *, run: Run, epoch: int, step: int, applied: Sequence[Applied], actor: Actor
 ) -> list[Adaptation]:
     """Settle what is in doubt; the answer lists the adaptations that the model's grafts concern.
 
@@ -25,7 +26,7 @@ def settle_hello(
     """
     run = lock_run(run.pk)  # as it is now, not as it was when the request came in
     check_epoch(run, epoch)
-    reported = {entry["adaptation"]: entry for entry in applied if entry["adaptation"]}
+    reported = {entry.adaptation: entry for entry in applied if entry.adaptation}
     settled = reconcile_grafts(run, reported, actor)
     if run.state in (RunState.STARTING, RunState.UNREACHABLE):
         set_state(run=run, state=RunState.RUNNING, actor=actor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from django.conf import settings
 from django.db import transaction
@@ -14,12 +13,14 @@ from apps.adaptations.services import put_in_doubt
 from apps.kernels.services import plan_warm_up
 from apps.policies.services import current_policy
 from apps.runs import services as runs
-from apps.runs.services import Registration, RunSpec
-from esper.contracts import signing
+from apps.runs.services import Registration
+from esper.contracts import protocol, signing
 
 
 @transaction.atomic
-def register_run(*, owner: User, actor: Actor, spec: RunSpec, run_uid: str = "") -> Registration:
+def register_run(
+    *, owner: User, actor: Actor, spec: protocol.Registration, run_uid: str = ""
+) -> Registration:
     """Registers a run; on a restart, what the former trainer was doing is in doubt."""
     registration = runs.register_run(owner=owner, actor=actor, spec=spec, run_uid=run_uid)
     run = registration.run
@@ -30,18 +31,18 @@ def register_run(*, owner: User, actor: Actor, spec: RunSpec, run_uid: str = "")
     return registration
 
 
-def registration_answer(registration: Registration) -> dict[str, Any]:
+def registration_answer(registration: Registration) -> protocol.Registered:
     run = registration.run
-    return {
-        "uid": run.uid,
-        "number": run.number,
-        "epoch": run.epoch,
-        "token": registration.token,
-        "resumed": registration.resumed,
-        "command_key": signing.public_key(settings.ESPER_COMMAND_KEY),
-        "kernel_key": settings.ESPER_KERNEL_PUBLIC_KEY,
-        "stream": f"/ws/v1/trainer/{run.uid}",
-        "last_command_seq": run.command_seq,
-        "policy": current_policy().safety_policy().to_wire(),
-        "server_time": time.time(),
-    }
+    return protocol.Registered(
+        uid=run.uid,
+        number=run.number,
+        epoch=run.epoch,
+        token=registration.token,
+        resumed=registration.resumed,
+        command_key=signing.public_key(settings.ESPER_COMMAND_KEY),
+        kernel_key=settings.ESPER_KERNEL_PUBLIC_KEY,
+        stream=f"/ws/v1/trainer/{run.uid}",
+        last_command_seq=run.command_seq,
+        policy=current_policy().safety_policy(),
+        server_time=time.time(),
+    )

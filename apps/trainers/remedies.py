@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from django.db import transaction
 
 from apps.accounts.actors import Actor
@@ -12,43 +9,25 @@ from apps.adaptations.models import Adaptation, Remedy
 from apps.adaptations.services import adaptation_of, mark_taken_out, note_merged
 from apps.audit.services import record
 from apps.notifications.services import publish, run_topic
+from apps.rest.numbers import finite_or_none
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, lock_run
 from esper.contracts import ADAPTATION_ENDED, AdaptationState, RemedyKind
+from esper.contracts.protocol import RemedyReport
 
 S = AdaptationState
 _TAKES_OUT = frozenset({RemedyKind.PRUNE, RemedyKind.UNDO})
 
 
-@dataclass(frozen=True, slots=True)
-class RemedyReport:
-    """A remedy, or the undo of one, as the trainer reports it.
-
-    ``adaptation`` and ``undoes`` are empty where it concerns none of the server's rows.
-    """
-
-    key: str
-    remedy: RemedyKind
-    layer: str
-    step: int
-    details: dict[str, Any]
-    pause_ms: float | None
-    exact: bool | None
-    adaptation: str
-    undoes: str
-    digest_before: str
-    digest_after: str
-
-
 @transaction.atomic
-def record_remedy(*, run: Run, epoch: int, report: RemedyReport, actor: Actor) -> Remedy:
+def record_remedy(*, run: Run, report: RemedyReport, actor: Actor) -> Remedy:
     """Record it once, however often it is reported; its adaptation follows.
 
     Raises:
         Problem: the run has a newer epoch or has ended, or the adaptation is another run's.
     """
     run = lock_run(run.pk)  # as it is now, not as it was when the request came in
-    check_epoch(run, epoch)
+    check_epoch(run, report.epoch)
     known = Remedy.objects.filter(run=run, key=report.key).first()
     if known is not None:
         return known
@@ -56,13 +35,13 @@ def record_remedy(*, run: Run, epoch: int, report: RemedyReport, actor: Actor) -
     undone = Remedy.objects.filter(run=run, key=report.undoes, undone_by=None).first()
     remedy = Remedy.objects.create(
         run=run,
-        run_epoch=epoch,
+        run_epoch=report.epoch,
         key=report.key,
         kind=report.remedy,
         layer=report.layer,
         step=report.step,
         details=report.details,
-        pause_ms=report.pause_ms,
+        pause_ms=finite_or_none(report.pause_ms),
         digest_before=report.digest_before,
         digest_after=report.digest_after,
         exact=report.exact,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from django.db import transaction
 
 from apps.accounts.actors import Actor
@@ -12,45 +10,31 @@ from apps.adaptations.services import adaptation_of, mark_taken_out
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, lock_run
 from apps.violations.services import record_violation
-from esper.contracts import AdaptationState, Severity, ViolationRule
+from esper.contracts import AdaptationState, Severity
+from esper.contracts.protocol import Reading, Rollback
 
 _OUT = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED, AdaptationState.ROLLBACK_FAILED)
 
 
-@dataclass(frozen=True, slots=True)
-class LocalRollback:
-    """The trainer's guard took a graft out by itself."""
-
-    adaptation: str
-    step: int
-    rule: ViolationRule
-    observed: str
-    limit: str
-    pause_ms: float
-    exact: bool
-    digest_after: str = ""
-
-
 @transaction.atomic
-def record_local_rollback(
-    *, run: Run, epoch: int, report: LocalRollback, actor: Actor
-) -> Adaptation:
+def record_local_rollback(*, run: Run, report: Rollback, actor: Actor) -> Adaptation:
     """Record that the trainer's guard took a graft out.
 
     Raises:
         Problem: the run has a newer epoch or has ended, or the adaptation is not grafted.
     """
     run = lock_run(run.pk)  # as it is now, not as it was when the request came in
-    check_epoch(run, epoch)
+    check_epoch(run, report.epoch)
     adaptation = adaptation_of(run, report.adaptation)
     if adaptation.state in _OUT:
         return adaptation  # reported before
+    observed, limit = _words(report.observed), _words(report.limit)
     record_violation(
         run=run,
         rule=report.rule,
         severity=Severity.SERIOUS,
-        observed=report.observed,
-        limit=report.limit,
+        observed=observed,
+        limit=limit,
         text=f"{adaptation.layer}: {report.rule.replace('_', ' ')} after the graft.",
         action=f"The trainer took the graft out by itself at step {report.step}.",
         layer=adaptation.layer,
@@ -61,7 +45,11 @@ def record_local_rollback(
         adaptation,
         actor,
         step=report.step,
-        reason=f"{report.rule}: {report.observed} (limit {report.limit})",
+        reason=f"{report.rule}: {observed} (limit {limit})",
         exact=report.exact,
     )
     return adaptation
+
+
+def _words(reading: Reading) -> str:
+    return reading if isinstance(reading, str) else f"{reading:.6g}"

@@ -4,13 +4,11 @@ from apps.trainers.answers import acknowledge_command
 from apps.trainers.finish import finish_run
 from apps.trainers.hello import settle_hello
 from apps.trainers.registration import register_run, registration_answer
-from apps.trainers.remedies import RemedyReport, record_remedy
-from apps.trainers.rollbacks import LocalRollback, record_local_rollback
+from apps.trainers.remedies import record_remedy
+from apps.trainers.rollbacks import record_local_rollback
 from apps.trainers.telemetry import take_telemetry
 
 __all__ = [
-    "LocalRollback",
-    "RemedyReport",
     "acknowledge_command",
     "finish_run",
     "record_local_rollback",

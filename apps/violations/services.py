@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from django.db import transaction
 from django.utils import timezone
@@ -16,9 +16,10 @@ from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.runs.services import lock_run
 from apps.violations.models import Violation
-from esper.contracts import Severity, ViolationRule
+from esper.contracts import Finding, Severity, ViolationRule
 
 MAX_OPEN_FINDINGS_PER_RUN = 200
+MAX_FINDING_TEXT = 500
 
 
 @transaction.atomic
@@ -68,28 +69,30 @@ def record_violation(
 
 
 @transaction.atomic
-def record_findings(*, run: Run, findings: list[dict[str, Any]]) -> int:
+def record_findings(*, run: Run, findings: Sequence[Finding]) -> int:
     """What a trainer found out about itself. The same open finding is written once.
 
     The same: rule, layer and remedy. What was observed may hold a number that grows.
     """
     written = 0
     for finding in findings:
-        rule, severity = ViolationRule(finding["rule"]), Severity(finding["severity"])
+        observed, limit, remedy = (
+            text[:MAX_FINDING_TEXT] for text in (finding.observed, finding.limit, finding.remedy)
+        )
         open_ones = Violation.objects.filter(run=run, acknowledged_at=None, adaptation_uid="")
-        action = f"Nothing was changed. {finding['remedy']}"
-        known = open_ones.filter(rule=rule, layer=finding["layer"], action=action).exists()
+        action = f"Nothing was changed. {remedy}"
+        known = open_ones.filter(rule=finding.rule, layer=finding.layer, action=action).exists()
         if known or open_ones.count() >= MAX_OPEN_FINDINGS_PER_RUN:
             continue
         record_violation(
             run=run,
-            rule=rule,
-            severity=severity,
-            observed=finding["observed"],
-            limit=finding["limit"],
-            text=f"{finding['layer'] or run.name}: {finding['observed']}",
+            rule=finding.rule,
+            severity=finding.severity,
+            observed=observed,
+            limit=limit,
+            text=f"{finding.layer or run.name}: {observed}",
             action=action,
-            layer=finding["layer"],
+            layer=finding.layer,
             step=run.step,
         )
         written += 1

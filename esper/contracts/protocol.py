@@ -111,6 +111,11 @@ class Registration(Message, frozen=True, kw_only=True):
     target_steps: Whole | None = None
     versions: Annotated[dict[str, Version], Meta(max_length=MAX_VERSIONS)] = {}
 
+    def __post_init__(self) -> None:
+        for index, layer in enumerate(self.layers):
+            if not layer.name:  # the model itself, which is no layer of a run
+                raise MessageError("A layer has a name", pointer=f"/layers/{index}/name")
+
 
 class Registered(Message, frozen=True, kw_only=True):
     """The answer to a registration.
@@ -306,6 +311,16 @@ class SignedCommand(Message, frozen=True, kw_only=True):
     signature: str
 
 
+class Commands(Message, frozen=True, kw_only=True):
+    """Commands that the trainer has not answered.
+
+    Attributes:
+        results: oldest first.
+    """
+
+    results: tuple[SignedCommand, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer(CommandAck):
     """The answer to a command, with the trainer's epoch.
@@ -487,6 +502,20 @@ class Snapshot(Message, frozen=True, kw_only=True):
     age_seconds: Number | None = None
 
 
+class Frames(Message, frozen=True, kw_only=True):
+    """Health frames of the present epoch after a step.
+
+    Attributes:
+        epoch: of the run.
+        layers: names of the rows of each frame.
+        results: oldest first.
+    """
+
+    epoch: int
+    layers: tuple[str, ...]
+    results: tuple[Frame, ...]
+
+
 class Proposal(Message, frozen=True, kw_only=True):
     """Tamiyo wants an adaptation, and says why.
 
@@ -621,6 +650,18 @@ class Verdict(Message, frozen=True, kw_only=True):
     steps_observed: Whole
     reward: FiniteNumbers
 
+    @property
+    def decided(self) -> decisions.Verdict:
+        """The verdict without its reward."""
+        return decisions.Verdict(
+            keep=self.keep,
+            reason=self.reason,
+            ablation_gain=self.ablation_gain,
+            forecast_gain=self.forecast_gain,
+            forecast_interval=self.forecast_interval,
+            steps_observed=self.steps_observed,
+        )
+
     @classmethod
     def of(cls, verdict: decisions.Verdict, reward: Reward) -> Verdict:
         return cls(
@@ -662,6 +703,7 @@ MESSAGES: Sequence[tuple[str, tuple[type, ...]]] = (
             Finding,
             TelemetryAnswer,
             SignedCommand,
+            Commands,
             Command,
             Answer,
             AdaptationAnswer,
@@ -670,5 +712,5 @@ MESSAGES: Sequence[tuple[str, tuple[type, ...]]] = (
             Finish,
         ),
     ),
-    ("Tamiyo", (Snapshot, StepValues, Active, Proposal, Decline, Verdict, Heartbeat)),
+    ("Tamiyo", (Snapshot, StepValues, Active, Frames, Proposal, Decline, Verdict, Heartbeat)),
 )

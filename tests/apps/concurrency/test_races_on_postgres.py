@@ -14,7 +14,6 @@ from apps.accounts.actors import SYSTEM, Actor, ActorKind
 from apps.accounts.models import User
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation
-from apps.adaptations.services import Proposal
 from apps.audit.models import AuditEvent
 from apps.audit.services import record, verify_chain
 from apps.blueprints.models import Blueprint
@@ -22,7 +21,7 @@ from apps.notifications.models import FeedEvent
 from apps.notifications.services import publish
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
-from apps.runs.services import RunSpec, issue_command
+from apps.runs.services import issue_command
 from apps.trainers import services as trainers
 from apps.workers import services as workers
 from apps.workers.models import CompileJob
@@ -36,6 +35,7 @@ from esper.contracts import (
     Role,
     RunMode,
 )
+from esper.contracts.protocol import Proposal, Registration
 
 pytestmark = [pytest.mark.postgres, pytest.mark.django_db(transaction=True)]
 
@@ -72,7 +72,14 @@ def a_run(name: str = "digits") -> Run:
         LayerInfo(f"fc{i}", "Linear", (8, 64), (8, 64), "float32", 4160, graftable=True)
         for i in range(THREADS)
     ]
-    spec = RunSpec(name, RunMode.AUTOMATIC, "here", "cpu", 100_000, layers)
+    spec = Registration(
+        name=name,
+        mode=RunMode.AUTOMATIC,
+        host="here",
+        capability="cpu",
+        model_parameters=100_000,
+        layers=tuple(layers),
+    )
     Blueprint.objects.get_or_create(
         slug="proj_lora_64",
         defaults={
@@ -100,10 +107,10 @@ def propose(run: Run, layer: str, key: str, confidence: float = 0.6) -> Adaptati
         config={},
         risk=Risk.LOW,
         forecast=CostForecast(100, 100, 0.1, 0.1),
-        reasons=[],
-        checks=[],
-        why_not=[],
-        asks=[],
+        reasons=(),
+        checks=(),
+        why_not=(),
+        asks=(),
         evidence={"loss": 1.0, "grad_norm": 1.0, "weight_norm": 1.0},
         policy="heuristic-1",
     )

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import pytest
 from django.utils import timezone
 
@@ -15,11 +16,9 @@ from apps.adaptations import services
 from apps.adaptations.compile_jobs import queue_dispatch
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
-from apps.adaptations.services import Proposal
 from apps.blueprints.models import Blueprint
 from apps.kernels.models import Kernel
 from apps.runs.models import Command, Run
-from apps.runs.services import RunSpec
 from apps.trainers import services as trainers
 from apps.workers import services as workers
 from esper.contracts import (
@@ -34,6 +33,7 @@ from esper.contracts import (
     Role,
     RunMode,
 )
+from esper.contracts.protocol import Proposal, Registration
 
 TAMIYO = Actor(ActorKind.TAMIYO, "tamiyo")
 TRAINER = Actor(ActorKind.TRAINER, "digits")
@@ -91,14 +91,14 @@ class Stage:
             config={"rank": 4},
             risk=Risk.LOW,
             forecast=CostForecast(2048, 4096, 0.1, 0.1),
-            reasons=[],
-            checks=[],
-            why_not=[],
-            asks=[],
+            reasons=(),
+            checks=(),
+            why_not=(),
+            asks=(),
             evidence={"loss": 1.0, "grad_norm": 0.5, "weight_norm": 3.0, "health": 0.5},
             policy="heuristic-1",
         )
-        return replace(base, **changes)
+        return msgspec.structs.replace(base, **changes)
 
     def propose(self, **changes: Any) -> Adaptation:
         proposal = self.proposal(**changes)
@@ -153,14 +153,14 @@ class Stage:
         self.run = trainers.register_run(owner=self.owner, actor=TRAINER, spec=run_spec()).run
 
 
-def run_spec() -> RunSpec:
-    return RunSpec(
+def run_spec() -> Registration:
+    return Registration(
         name="digits",
         mode=RunMode.AUTOMATIC,
         host="elsewhere",
         capability="cpu",
         model_parameters=100_000,
-        layers=[layer("fc"), layer("head"), layer("frozen", graftable=False, reason="a container")],
+        layers=(layer("fc"), layer("head"), layer("frozen", graftable=False, reason="a container")),
     )
 
 

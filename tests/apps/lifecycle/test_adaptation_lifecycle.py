@@ -34,6 +34,7 @@ from esper.contracts import (
     Verdict,
     ViolationRule,
 )
+from esper.contracts.protocol import Applied, Rollback
 
 from .conftest import CERTIFICATE, NAN, TAMIYO, TRAINER, WORKER, Stage
 
@@ -365,7 +366,8 @@ def test_probation_without_a_verdict_is_rolled_back_never_kept(stage: Stage) -> 
 
 def test_the_trainers_own_rollback_is_taken_over(stage: Stage) -> None:
     adaptation = stage.grafted(stage.propose())
-    report = trainers.LocalRollback(
+    report = Rollback(
+        epoch=1,
         adaptation=adaptation.uid,
         step=123,
         rule=ViolationRule.NON_FINITE,
@@ -375,7 +377,7 @@ def test_the_trainers_own_rollback_is_taken_over(stage: Stage) -> None:
         exact=True,
     )
     for _ in range(2):  # reports are repeated until they are answered
-        trainers.record_local_rollback(run=stage.run, epoch=1, report=report, actor=TRAINER)
+        trainers.record_local_rollback(run=stage.run, report=report, actor=TRAINER)
     adaptation.refresh_from_db()
     assert (adaptation.state, adaptation.undo_exact) == (S.ROLLED_BACK, True)
     assert Violation.objects.filter(rule=ViolationRule.NON_FINITE).count() == 1
@@ -389,7 +391,7 @@ def test_a_restarted_trainer_settles_what_is_in_doubt(
     stage.restart_trainer()
     adaptation.refresh_from_db()
     assert adaptation.state == S.IN_DOUBT
-    held = [{"adaptation": adaptation.uid, "layer": "fc", "blueprint": "x", "step": 120}]
+    held = [Applied(adaptation=adaptation.uid, layer="fc", blueprint="x", step=120)]
     trainers.settle_hello(
         run=stage.run, epoch=2, step=130, applied=held if holds else [], actor=TRAINER
     )
@@ -413,7 +415,7 @@ def test_a_resumed_checkpoint_with_a_rolled_back_graft_is_cleaned(stage: Stage) 
     act("roll_back", adaptation, stage.operator)
     stage.ack(stage.command(adaptation), CommandState.APPLIED, step=300)
     stage.restart_trainer()
-    held = [{"adaptation": adaptation.uid, "layer": "fc", "blueprint": "x", "step": 120}]
+    held = [Applied(adaptation=adaptation.uid, layer="fc", blueprint="x", step=120)]
     trainers.settle_hello(run=stage.run, epoch=2, step=130, applied=held, actor=TRAINER)
     assert stage.command(adaptation).epoch == 2
     assert stage.command(adaptation).kind == "undo"

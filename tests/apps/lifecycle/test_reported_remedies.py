@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
+import msgspec
 import pytest
 from django.test import Client
 
@@ -16,13 +17,15 @@ from apps.rest.problems import Problem
 from apps.trainers import services as trainers
 from apps.violations.models import Violation
 from esper.contracts import AdaptationState, CommandKind, CommandState, RemedyKind, Verdict
+from esper.contracts.protocol import RemedyReport
 from tests.apps.lifecycle.conftest import TAMIYO, TRAINER, Stage
 
 S = AdaptationState
 
 
-def report(remedy: str, **changes: Any) -> trainers.RemedyReport:
+def report(remedy: str, **changes: Any) -> RemedyReport:
     given: dict[str, Any] = {
+        "epoch": 1,
         "key": str(uuid.uuid4()),
         "layer": "fc",
         "step": 400,
@@ -35,12 +38,13 @@ def report(remedy: str, **changes: Any) -> trainers.RemedyReport:
         "digest_after": "b" * 64,
         **changes,
     }
-    return trainers.RemedyReport(remedy=RemedyKind(remedy), **given)
+    return RemedyReport(remedy=RemedyKind(remedy), **given)
 
 
-def told(stage: Stage, given: trainers.RemedyReport) -> Remedy:
+def told(stage: Stage, given: RemedyReport) -> Remedy:
     stage.run.refresh_from_db()
-    return trainers.record_remedy(run=stage.run, epoch=stage.run.epoch, report=given, actor=TRAINER)
+    given = msgspec.structs.replace(given, epoch=stage.run.epoch)
+    return trainers.record_remedy(run=stage.run, report=given, actor=TRAINER)
 
 
 def kept(stage: Stage) -> Adaptation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC
 from typing import Any, get_type_hints
 
@@ -79,6 +80,8 @@ def messages_of(draw: Draw, info: Any) -> Any:
     if info.cls is SafetyPolicy:
         return SafetyPolicy(version=draw(st.integers(1, 9)))
     members = {field.name: draw(values_of(field.type)) for field in info.fields}
+    if info.cls is protocol.Registration:
+        members["layers"] = tuple(replace(one, name=one.name or "fc") for one in members["layers"])
     if info.cls is protocol.Telemetry:
         members["seq_from"] = draw(st.integers(1, 10**6))
         items = sum(len(members[name]) for name in ("frames", "metrics", "findings"))
