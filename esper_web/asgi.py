@@ -1,7 +1,7 @@
 """The ASGI application: HTTP to Django, websockets to consumers.
 
 Trainers authenticate by token only, so their sockets take neither cookies nor an Origin; browsers'
-sockets ride on the session cookie, so their Origin must be one of ours.
+sockets use the session cookie, so their Origin must be one of ours.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TRAINER_PREFIX = "/ws/v1/trainer/"
 
 
 class NoSuchSocket(AsyncWebsocketConsumer):
-    """Refuses politely; URLRouter alone would raise, and log a traceback for every scanner."""
+    """Answers an unknown path; URLRouter alone would raise and log a traceback for each scanner."""
 
     async def connect(self) -> None:
         """Answers 403 to the handshake."""
@@ -49,7 +49,7 @@ browser_sockets: Any = AllowedHostsOriginValidator(
 
 
 async def sockets(scope: Any, receive: Any, send: Any) -> None:
-    """Picks the door by path."""
+    """Chooses by path: a trainer's socket or a browser's."""
     trainer = str(scope["path"]).startswith(TRAINER_PREFIX)
     await (trainer_sockets if trainer else browser_sockets)(scope, receive, send)
 

@@ -1,7 +1,7 @@
-"""No request body may be larger or slower than any honest one.
+"""Limits the size and the duration of request bodies.
 
-Django reads a body whole before it looks at who sends it, into a temporary file and for as long as
-it takes. So this stands before Django: strangers can fill neither the disk nor the connections.
+Django reads a whole body before it authenticates the sender, into a temporary file and without a
+time limit. This runs before Django, so that nobody can fill the disk or occupy the connections.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _RefusedBodyError(Exception):
 
 
 class BodyLimit:
-    """ASGI middleware for ``http``: the application gets the body in one piece, or not at all.
+    """ASGI middleware for ``http``: the application gets the complete body, or no request.
 
     Args:
         max_bytes, max_seconds: 413 and 408 beyond them.

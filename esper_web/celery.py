@@ -18,5 +18,5 @@ app.autodiscover_tasks()
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def prepare_child(**_signal: object) -> None:
-    """One lasting loop for notifications. Builders are started by ``apps.workers.presence``."""
+    """Starts the event loop of notifications. ``apps.workers.presence`` starts builders."""
     importlib.import_module("apps.notifications.services").start_notification_thread()

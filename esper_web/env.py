@@ -1,6 +1,6 @@
-"""Settings from the environment. A bad value stops the start-up with a sentence.
+"""Settings from the environment. A wrong value stops the start with a message.
 
-Every name that is read here is noted in ``READ``; a test compares it with docs/settings.md.
+Every name that is read is in ``READ``; a test compares it with docs/settings.md.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def listing(name: str, default: str | None = None) -> list[str]:
 
 
 def hosts(name: str) -> list[str]:
-    """Host names that Esper answers to; ``*`` would let anyone forge links and sockets."""
+    """Host names that Esper answers to. ``*`` would accept forged links and sockets."""
     names = listing(name)
     if not names or "*" in names:
         raise ImproperlyConfigured(f"{name} must name the hosts of this installation, not '*'.")
@@ -89,12 +89,12 @@ def hosts(name: str) -> list[str]:
 
 
 def directory(name: str, default: Path) -> Path:
-    """An absolute path; it is made when it is first needed."""
+    """An absolute path. The directory is created when it is first needed."""
     return Path(text(name, str(default))).expanduser().resolve()
 
 
 def redis_url(name: str, default: str | None = None) -> str:
-    """A Redis or Valkey URL; one that others can reach must have a password."""
+    """A Redis or Valkey URL. One that other machines can reach must have a password."""
     url = text(name, default)
     parts = urlsplit(url)
     if parts.scheme not in {"redis", "rediss"} or not parts.hostname:
@@ -102,7 +102,7 @@ def redis_url(name: str, default: str | None = None) -> str:
     if parts.hostname not in LOOPBACK and not parts.password:
         raise ImproperlyConfigured(
             f"{name} names {parts.hostname}, which others can reach, without a password. "
-            "Whoever can write to Redis can give orders to the workers."
+            "Whoever can write to Redis can send tasks to the workers."
         )
     return url
 

@@ -1,4 +1,4 @@
-"""Logging: one line for a person or one JSON object for a machine, both redacted."""
+"""Logging: a line for a person or a JSON object for a machine, both without secrets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line = redact(super().format(record))
-        # A traceback may take lines of its own; a logged value may not.
+        # A traceback may have several lines; a logged value may not.
         return line if record.exc_info else line.replace("\n", "\\n")
 
 

@@ -1,4 +1,4 @@
-"""What machines ask: alive, ready, and the figures that an operator watches."""
+"""Probes for machines: alive, ready, and metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from esper.contracts import ADAPTATION_ENDED
 @require_safe
 @never_cache
 def healthz(_request: HttpRequest) -> HttpResponse:
-    """The process answers."""
+    """The process runs."""
     return JsonResponse({"status": "alive"})
 
 
 @require_safe
 @never_cache
 def readyz(_request: HttpRequest) -> HttpResponse:
-    """The database answers. Redis is named but not needed: without it, live updates are late."""
+    """The database answers. Redis is reported but not required: without it, updates are late."""
     database = _database_answers()
     checks = {"database": database, "redis": _redis_answers()}
     return JsonResponse({"ready": database, "checks": checks}, status=200 if database else 503)
@@ -44,9 +44,9 @@ def readyz(_request: HttpRequest) -> HttpResponse:
 @require_safe
 @never_cache
 def metrics(request: HttpRequest) -> HttpResponse:
-    """Prometheus text, for staff and for whoever holds ESPER_METRICS_TOKEN."""
+    """Prometheus text, for staff and for requests with ESPER_METRICS_TOKEN."""
     if not (_has_metrics_token(request) or _is_staff(request)):
-        return HttpResponseForbidden("metrics are for staff and for holders of the metrics token\n")
+        return HttpResponseForbidden("Metrics need a staff session or the metrics token.\n")
     registry = CollectorRegistry()
     registry.register(RowCounts())
     return HttpResponse(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
@@ -63,7 +63,7 @@ class RowCounts(Collector):
         overdue = _model("adaptations", "Adaptation").objects.exclude(state__in=ADAPTATION_ENDED)
         yield GaugeMetricFamily(
             "esper_overdue_adaptations",
-            "Adaptations that have not ended although their deadline is over; should be 0",
+            "Adaptations that have not ended although their deadline has passed; should be 0",
             value=overdue.filter(deadline_at__lt=timezone.now()).count(),
         )
 

@@ -1,4 +1,4 @@
-"""Who answers which path."""
+"""The routes of the web process."""
 
 from __future__ import annotations
 

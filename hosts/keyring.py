@@ -1,13 +1,13 @@
-"""The secrets of one machine's installation: ``secrets.json`` in the data directory, mode 0600.
+"""The secrets of an installation on one machine: ``secrets.json`` in the data directory, mode 0600.
 
     secret_key, redis_password     random text
     command_key                    Ed25519, base64: web and workers sign commands with it
-    kernel_public_key              whose kernels trainers and the web trust
+    kernel_public_key              trainers and the web trust kernels with its signature
     tokens   {"tamiyo": "esp_…", "trainer": "esp_…"}                      by create_demo_people
     people   {"<user name>": {"role", "password", "token"}}               by create_demo_people
 
-The private kernel key lies in a file of its own, ``kernel.key``: only the compile worker gets its
-path. Production does not use this file; there every value comes from the environment.
+The private kernel key is in a file of its own, ``kernel.key``; only the compile worker gets its
+path. Production does not use these files: there, every value comes from the environment.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ KERNEL_KEY_FILE = "kernel.key"
 
 
 def kernel_key_path(data_dir: Path) -> Path:
-    """Where the private kernel key lies."""
+    """The file of the private kernel key."""
     return data_dir / KERNEL_KEY_FILE
 
 
 def read_keyring(data_dir: Path) -> dict[str, Any]:
-    """What the file holds; empty when there is none yet."""
+    """The content of the file; empty when there is none yet."""
     path = data_dir / SECRETS_FILE
     if not path.exists():
         return {}
@@ -39,7 +39,7 @@ def read_keyring(data_dir: Path) -> dict[str, Any]:
 
 
 def ensure_keyring(data_dir: Path) -> dict[str, Any]:
-    """The secrets, made on first use."""
+    """The secrets, created on first use."""
     keyring = read_keyring(data_dir)
     if not keyring:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -58,7 +58,7 @@ def ensure_keyring(data_dir: Path) -> dict[str, Any]:
 
 
 def update_keyring(data_dir: Path, **entries: Any) -> dict[str, Any]:
-    """Replaces entries; a dict (``tokens``, ``people``) is merged into the one that is there."""
+    """Replaces entries; a dict (``tokens``, ``people``) is merged into the present one."""
     keyring = ensure_keyring(data_dir)
     for name, value in entries.items():
         keyring[name] = {**keyring[name], **value} if isinstance(value, dict) else value
@@ -67,7 +67,7 @@ def update_keyring(data_dir: Path, **entries: Any) -> dict[str, Any]:
 
 
 def write_private(path: Path, content: str) -> None:
-    """Writes a file that only its owner can read, all at once or not at all."""
+    """Writes a file that only its owner can read, completely or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:

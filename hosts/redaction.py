@@ -1,4 +1,4 @@
-"""Secrets never reach a log, and a logged value cannot forge a second line."""
+"""Removes secrets from log lines, and the control characters that could forge a line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F) if chr(code)
 
 
 def redact(message: str) -> str:
-    """The message with tokens, passwords and control characters made harmless."""
+    """The message without tokens and passwords, with control characters escaped."""
     for pattern, replacement in _SECRETS:
         message = pattern.sub(replacement, message)
     return message.translate(_CONTROL)

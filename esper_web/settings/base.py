@@ -1,4 +1,4 @@
-"""What every installation shares; what differs comes from the environment (docs/settings.md)."""
+"""Settings that every installation shares. The environment sets the rest (docs/settings.md)."""
 
 from __future__ import annotations
 
@@ -159,15 +159,15 @@ SPECTACULAR_SETTINGS: dict[str, Any] = {
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
     "SCHEMA_PATH_PREFIX": "/api/v1",
     "COMPONENT_SPLIT_REQUEST": True,
-    # Enums stay where they are used: five sets of states are called "state".
+    # No shared enum components: five sets of states are called "state".
     "POSTPROCESSING_HOOKS": [],
 }
 
-# Throttle counters only, so each web process may count for itself; a Redis that is away must not
-# turn into refused requests.
+# It holds throttle counters only, so each web process may count for itself. Without Redis, requests
+# are not refused.
 CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
 
-# --- Redis: doorbells only, the database is the truth -------------------------------------------
+# --- Redis: notifications only; all state is in the database ------------------------------------
 
 
 def channel_layers(url: str) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def channel_layers(url: str) -> dict[str, Any]:
 CELERY_TASK_SERIALIZER = "json"
 CELERY_RESULT_SERIALIZER = "json"
 CELERY_ACCEPT_CONTENT = ["json"]
-CELERY_TASK_IGNORE_RESULT = True  # state lives in the database
+CELERY_TASK_IGNORE_RESULT = True  # state is in the database
 CELERY_TASK_ACKS_LATE = True
 CELERY_TASK_REJECT_ON_WORKER_LOST = True  # attempts are counted in the database
 CELERY_TASK_TIME_LIMIT = 180
@@ -197,10 +197,10 @@ CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = 10
 CELERY_WORKER_PROC_ALIVE_TIMEOUT = 60  # a compile worker's process waits for its first builder
 CELERY_WORKER_HIJACK_ROOT_LOGGER = False
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
-CELERY_BROKER_CONNECTION_MAX_RETRIES = None  # Redis may be away for as long as it likes
+CELERY_BROKER_CONNECTION_MAX_RETRIES = None  # retry until Redis is back
 CELERY_BROKER_TRANSPORT_OPTIONS = {
     "visibility_timeout": 3600,
-    # Redelivery sweeps every interval × throttle = 5 s, instead of 100 s.
+    # Lost messages are delivered again every interval × throttle = 5 s, not 100 s.
     "unacked_restore_interval": 5,
     "unacked_restore_throttle": 1,
     "health_check_interval": 10,
@@ -211,7 +211,7 @@ CELERY_TIMEZONE = "UTC"
 
 
 def _every(task: str, seconds: float, *, queue: str = "control") -> dict[str, Any]:
-    # A sweep that waited longer than its period is stale: the next one does its work.
+    # A task that waited longer than two periods is dropped: the next one does its work.
     return {"task": task, "schedule": seconds, "options": {"queue": queue, "expires": seconds * 2}}
 
 
@@ -229,7 +229,7 @@ CELERY_BEAT_SCHEDULE = {
 # --- Esper --------------------------------------------------------------------------------------
 
 ESPER_KERNEL_STORE_DIR = env.directory("ESPER_KERNEL_STORE_DIR", ESPER_DATA_DIR / "kernels")
-# Where all hosts find kernels, such as s3://bucket/prefix?endpoint=…; empty: the directory above.
+# A store for all hosts, such as s3://bucket/prefix?endpoint=…; empty: the directory above.
 ESPER_KERNEL_STORE_URL = env.text("ESPER_KERNEL_STORE_URL", "")
 ESPER_KERNEL_CACHE_MIB = env.integer(
     "ESPER_KERNEL_CACHE_MIB", 4096, minimum=1, maximum=100 * 1024 * 1024
@@ -237,19 +237,19 @@ ESPER_KERNEL_CACHE_MIB = env.integer(
 ESPER_HOST_CACHE_MIB = env.integer(
     "ESPER_HOST_CACHE_MIB", 1024, minimum=1, maximum=100 * 1024 * 1024
 )
-# Tier 1: machine code for grafts, tried by trainers that name our key in ESPER_COMPILED_KERNEL_KEY.
+# Tier 1: machine code for grafts, for trainers that name our key in ESPER_COMPILED_KERNEL_KEY.
 ESPER_COMPILED_KERNELS = env.flag("ESPER_COMPILED_KERNELS", True)
-# How many kernels are built ahead for a run that registers; 0: none.
+# The number of kernels that are built ahead when a run registers; 0: none.
 ESPER_WARM_UP_KERNELS = env.integer("ESPER_WARM_UP_KERNELS", 4, minimum=0, maximum=64)
 ESPER_STAGE_DIR = env.directory("ESPER_STAGE_DIR", ESPER_DATA_DIR / "stage")
 ESPER_HOST_NAME = env.text("ESPER_HOST_NAME", socket.gethostname())
-# What a compile worker builds for; its queues are compile.<capability>.
+# The devices that a compile worker builds for; its queues are compile.<capability>.
 ESPER_WORKER_CAPABILITIES = env.listing("ESPER_WORKER_CAPABILITIES", "cpu")
-# Builder children of a compile worker: how many live, and what one build may take.
+# Builder processes of a compile worker: their number, and the limits of one build.
 ESPER_BUILDERS = env.integer("ESPER_BUILDERS", 2, minimum=1, maximum=16)
 ESPER_BUILD_TIMEOUT_SECONDS = env.integer("ESPER_BUILD_TIMEOUT_SECONDS", 60, minimum=1, maximum=140)
 ESPER_BUILD_MEMORY_MIB = env.integer("ESPER_BUILD_MEMORY_MIB", 4096, minimum=64, maximum=1 << 20)
-# Only a compile worker has this: the path of the private key that signs kernels.
+# The path of the private key that signs kernels. Only a compile worker has it.
 ESPER_KERNEL_KEY_FILE = env.text("ESPER_KERNEL_KEY_FILE", "")
 ESPER_COMPILE_LEASE_SECONDS = env.integer("ESPER_COMPILE_LEASE_SECONDS", 15, minimum=2, maximum=600)
 ESPER_COMPILE_HEARTBEAT_SECONDS = env.integer(
@@ -259,25 +259,25 @@ ESPER_COMPILE_ATTEMPTS = env.integer("ESPER_COMPILE_ATTEMPTS", 3, minimum=1, max
 ESPER_WORKER_HEARTBEAT_SECONDS = env.integer(
     "ESPER_WORKER_HEARTBEAT_SECONDS", 5, minimum=1, maximum=300
 )
-# So many builders lost in a row, and their worker is put into quarantine.
+# After so many lost builders in a row, their worker is put into quarantine.
 ESPER_WORKER_CRASHES_MAX = env.integer("ESPER_WORKER_CRASHES_MAX", 5, minimum=1, maximum=1000)
-# A run whose trainer is silent for so long is unreachable, later it is lost.
+# A run whose trainer has not reported for so long is unreachable, and later lost.
 ESPER_RUN_UNREACHABLE_SECONDS = env.integer(
     "ESPER_RUN_UNREACHABLE_SECONDS", 30, minimum=5, maximum=3600
 )
 ESPER_RUN_LOST_SECONDS = env.integer(
     "ESPER_RUN_LOST_SECONDS", 24 * 3600, minimum=60, maximum=30 * 24 * 3600
 )
-# Recipes: what this host's owner lets operators start on it, and where what was started lives.
+# The recipes that operators may start on this host, and the folder of what was started.
 ESPER_RECIPES = env.directory("ESPER_RECIPES", ROOT / "recipes")
 ESPER_LAUNCH_DIR = env.directory("ESPER_LAUNCH_DIR", ESPER_DATA_DIR / "launches")
 ESPER_LAUNCH_LOST_SECONDS = env.integer(
     "ESPER_LAUNCH_LOST_SECONDS", 60, minimum=10, maximum=24 * 3600
 )
 ESPER_LAUNCH_LIMIT = env.integer("ESPER_LAUNCH_LIMIT", 4, minimum=1, maximum=1000)
-# Where trainers that a worker starts find the server.
+# The server's address for trainers that a worker starts.
 ESPER_SERVER = env.text("ESPER_SERVER", "")
-# Bearer token of whoever scrapes /metrics; empty: only signed-in staff may read it.
+# The bearer token for /metrics; empty: only signed-in staff may read it.
 ESPER_METRICS_TOKEN = env.text("ESPER_METRICS_TOKEN", "")
 
 LOGGING = logging_config(

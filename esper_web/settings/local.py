@@ -1,6 +1,6 @@
 """One machine: ``esper up``, and commands beside it. SQLite, Valkey, plain HTTP on loopback.
 
-The secrets come from the environment or from the data directory's keyring, made on first use.
+The secrets come from the environment, or from the data directory's keyring.
 """
 
 from __future__ import annotations
@@ -28,6 +28,6 @@ CELERY_BROKER_URL = REDIS_URL
 CHANNEL_LAYERS = channel_layers(REDIS_URL)
 ESPER_COMMAND_KEY = env.text("ESPER_COMMAND_KEY", _keyring["command_key"])
 ESPER_KERNEL_PUBLIC_KEY = env.text("ESPER_KERNEL_PUBLIC_KEY", _keyring["kernel_public_key"])
-# Served straight from the source tree: no collectstatic between an edit and a look.
+# Served from the source tree or the installed package, without collectstatic.
 WHITENOISE_USE_FINDERS = True
 STATIC_ROOT = None

@@ -23,14 +23,14 @@ CELERY_BROKER_URL = REDIS_URL
 CHANNEL_LAYERS = channel_layers(REDIS_URL)
 ESPER_COMMAND_KEY = env.signing_key("ESPER_COMMAND_KEY")
 ESPER_KERNEL_PUBLIC_KEY = env.text("ESPER_KERNEL_PUBLIC_KEY")
-# The source tree's examples are nothing that a team's host should offer by itself.
+# A team's host does not offer the demos.
 ESPER_RECIPES = env.directory("ESPER_RECIPES", Path("/etc/esper/recipes"))
 
 SECURE_SSL_REDIRECT = env.flag("ESPER_HTTPS_ONLY", True)
 # nginx ends TLS and sets this header, after removing what a client sent (docker/nginx.conf).
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
-# Probes and services of our own network (Tamiyo) come straight to us over HTTP. From outside only
-# nginx can be reached, and it redirects before we see the request.
+# Probes and services of our own network (Tamiyo) use HTTP without nginx. From outside, only nginx
+# can be reached, and it redirects by itself.
 SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^readyz$", r"^metrics$", r"^api/v1/"]
 SECURE_HSTS_SECONDS = env.integer("ESPER_HSTS_SECONDS", 31_536_000, minimum=0, maximum=63_072_000)
 SECURE_HSTS_INCLUDE_SUBDOMAINS = True

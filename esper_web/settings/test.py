@@ -1,4 +1,4 @@
-"""pytest and mypy: no service needed. ``DATABASE_URL`` may name a real PostgreSQL."""
+"""For pytest and mypy: needs no service. ``DATABASE_URL`` may name a PostgreSQL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WHITENOISE_USE_FINDERS = True
 
 DATABASES = {"default": env.database("DATABASE_URL", "sqlite://:memory:")}
 REDIS_URL = env.redis_url("REDIS_URL", "redis://127.0.0.1:6390/0")
-# A pool would hold connections open while the test database is dropped.
+# A pool would keep connections open while the test database is dropped.
 DATABASES["default"].get("OPTIONS", {}).pop("pool", None)
 CELERY_BROKER_URL = "memory://"
 CHANNEL_LAYERS = {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}

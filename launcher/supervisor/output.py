@@ -1,4 +1,4 @@
-"""Lines of many processes on one terminal, and each process's own log file."""
+"""Lines of many processes on one terminal, and a log file for each process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)  # ANSI foregrounds, readabl
 
 
 class Output:
-    """Writes ``HH:MM:SS name | line``; colours only where a person looks.
+    """Writes ``HH:MM:SS name | line``; colours on a terminal only.
 
     Args:
         directory: where log files go.
@@ -40,7 +40,7 @@ class Output:
         self.line(OWN_NAME, line)
 
     def line(self, name: str, text: str, *, show: bool = True) -> None:
-        """One line of the process ``name``; not shown, it goes to its log file only."""
+        """One line of the process ``name``; without ``show`` it is written to its log file only."""
         text = redact(text.rstrip("\r\n"))
         self._tails.setdefault(name, deque(maxlen=TAIL_LINES)).append(text)
         file = self._file(name)
@@ -50,7 +50,7 @@ class Output:
             self._show(name, text)
 
     def plain(self, text: str) -> None:
-        """A line without a prefix, for what a person looks for."""
+        """A line without a prefix."""
         self._stream.write(f"{text}\n")
         self._stream.flush()
 
@@ -73,7 +73,7 @@ class Output:
         try:
             self._stream.write(f"{prefix} {text}\n")
             self._stream.flush()
-        except (BrokenPipeError, ValueError):  # whoever looked has gone; Esper goes on
+        except (BrokenPipeError, ValueError):  # the terminal was closed; Esper runs on
             self._watched = False
 
     def _colour(self, name: str) -> int:

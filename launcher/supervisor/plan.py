@@ -2,8 +2,8 @@
 
     stop order   0 demo trainers, Tamiyo, beat   1 workers   2 web   3 Valkey
 
-Valkey goes last: a worker without its broker hangs in its reconnect loop instead of ending.
-docker/compose.yaml starts the same commands; a test compares the two.
+Valkey is stopped last: a worker without its broker tries to reconnect and does not end.
+docker/compose.yaml runs the same commands; a test compares the two.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from launcher.supervisor.child import ChildSpec, Restart
 PYTHON = sys.executable
 DEMOS = ("digits_cnn", "topics_lm")
 CELERY = (PYTHON, "-m", "celery", "--quiet", "-A", "esper_web.celery")
-# What each of them says at every start or stop, and nobody needs to act on.
-VALKEY_CHATTER = re.compile(r"Memory overcommit must|signal-handler|is now ready to exit")
-WORKER_CHATTER = re.compile(r"worker: (Warm|Soft) shutdown")
-# Celery warns root at every start. It is right for pickle; we accept JSON only.
+# Lines that they print at every start or stop, and that need no action.
+VALKEY_ROUTINE = re.compile(r"Memory overcommit must|signal-handler|is now ready to exit")
+WORKER_ROUTINE = re.compile(r"worker: (Warm|Soft) shutdown")
+# Celery warns root at every start. The reason is pickle, and we accept JSON only.
 CELERY_WARNINGS = "ignore:You're running the worker with superuser"
 
 
@@ -45,7 +45,7 @@ class Site:
 
     Args:
         redis_url: where Redis is; ``redis_port`` is set when it is our own Valkey.
-        mark: what our processes carry in their environment.
+        mark: the value by which our processes are found; it is in their environment.
         keyring: see ``hosts.keyring``.
     """
 
@@ -58,17 +58,17 @@ class Site:
 
     @property
     def url(self) -> str:
-        """What a person opens."""
+        """The address that a person opens."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def host(self) -> str:
-        """This machine's name for queues: Celery splits lists at commas, nothing else matters."""
+        """This machine's name in queue names. Celery splits lists of queues at commas."""
         return os.environ.get("ESPER_HOST_NAME") or socket.gethostname()
 
     @property
     def environment(self) -> dict[str, str]:
-        """What every process gets: no secret but Redis's password."""
+        """The environment of every process. Its only secret is the password of Redis."""
         return {
             **_without(os.environ, "ESPER_KERNEL_KEY_FILE"),
             "DJANGO_SETTINGS_MODULE": "esper_web.settings.local",
@@ -99,7 +99,7 @@ def valkey_child(site: Site) -> ChildSpec:
         env={"PATH": os.defpath, MARK: site.mark},
         stop_order=3,
         ready=valkey.answers(port, password),
-        hidden=VALKEY_CHATTER,
+        hidden=VALKEY_ROUTINE,
     )
 
 
@@ -124,7 +124,7 @@ def service_children(site: Site, capabilities: str) -> tuple[ChildSpec, ...]:
             argv=control_worker_command(),
             env=celery | {"ESPER_WORKER_NAME": f"control@{site.host}"},
             stop_order=1,
-            hidden=WORKER_CHATTER,
+            hidden=WORKER_ROUTINE,
         ),
         ChildSpec(
             name="worker-compile",
@@ -137,7 +137,7 @@ def service_children(site: Site, capabilities: str) -> tuple[ChildSpec, ...]:
                 "OMP_NUM_THREADS": "1",
             },
             stop_order=1,
-            hidden=WORKER_CHATTER,
+            hidden=WORKER_ROUTINE,
         ),
         ChildSpec(
             name="beat",
@@ -153,7 +153,7 @@ def service_children(site: Site, capabilities: str) -> tuple[ChildSpec, ...]:
 
 
 def demo_child(site: Site, demo: str) -> ChildSpec:
-    """A trainer: a user's script, a little nicer than the rest so that pages stay quick."""
+    """A trainer: a user's script. It has a lower priority, so that pages stay fast."""
     environment = _without(site.environment, "REDIS_URL")
     return ChildSpec(
         name=demo,
@@ -169,18 +169,18 @@ def demo_child(site: Site, demo: str) -> ChildSpec:
         },
         restart=Restart.ON_FAILURE,
         essential=False,
-        # Not SIGINT: the run has not failed, it goes on from its checkpoint at the next start.
+        # Not SIGINT, which fails the run: it continues from its checkpoint at the next start.
         stop_signal=signal.SIGTERM,
         stop_seconds=5.0,
         niceness=5,
     )
 
 
-# The commands themselves, as compose.yaml has them too.
+# The commands. docker/compose.yaml has the same.
 
 
 def web_command() -> tuple[str, ...]:
-    """uvicorn without access log; open websockets must not hold up a stop."""
+    """uvicorn without access log; open websockets do not delay a stop."""
     return (
         *(PYTHON, "-m", "uvicorn", "esper_web.asgi:application", "--lifespan", "off"),
         *("--log-level", "warning", "--timeout-graceful-shutdown", "3", "--ws-max-size", "262144"),
@@ -204,17 +204,17 @@ def compile_worker_command(queues: str) -> tuple[str, ...]:
 
 
 def beat_command() -> tuple[str, ...]:
-    """The clock. Exactly one."""
+    """Sends periodic tasks. There must be exactly one."""
     return (*CELERY, "beat", "--pidfile=", "-l", "WARNING")
 
 
 def tamiyo_command() -> tuple[str, ...]:
-    """The strategist; it takes Redis and its token from the environment, where ps does not look."""
+    """Tamiyo. It reads Redis and its token from the environment, which ps does not show."""
     return (PYTHON, "-m", "esper.services.tamiyo.launch_enhanced")
 
 
 def capabilities_of_this_machine() -> str:
-    """``cpu``, or what the devices say. Imports torch elsewhere, and only where a GPU may be."""
+    """``cpu``, or what torch reports. torch is imported in a child, and only if a GPU may exist."""
     if given := os.environ.get("ESPER_WORKER_CAPABILITIES"):
         return given
     if not Path("/proc/driver/nvidia").exists() and shutil.which("nvidia-smi") is None:
@@ -244,5 +244,5 @@ def _answers_http(url: str) -> Callable[[], Awaitable[bool]]:
     return check
 
 
-if __name__ == "__main__":  # a container's shell asks which queues its worker serves
+if __name__ == "__main__":  # a container's shell asks for the queues of its worker
     print(compile_queues(os.environ["ESPER_WORKER_CAPABILITIES"], os.environ["ESPER_HOST_NAME"]))

@@ -8,7 +8,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class PortBusyError(Exception):
-    """The port that was asked for is taken; ``port`` names it."""
+    """The requested port is taken; ``port`` names it."""
 
     def __init__(self, port: int) -> None:
         super().__init__(
@@ -21,7 +21,7 @@ class PortBusyError(Exception):
 def is_free(port: int) -> bool:
     """Whether a server could listen there now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # As servers do it: a port in TIME_WAIT counts as free.
+        # As servers do: a port in TIME_WAIT counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
@@ -31,7 +31,7 @@ def is_free(port: int) -> bool:
 
 
 def any_free_port() -> int:
-    """A port that nobody uses."""
+    """A port that no program uses."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
@@ -42,7 +42,7 @@ def demand_port(port: int) -> int:
     """The port that a person asked for; 0 means any.
 
     Raises:
-        PortBusyError: somebody else listens there.
+        PortBusyError: another program uses it.
     """
     if port == 0:
         return any_free_port()

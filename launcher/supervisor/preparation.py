@@ -1,7 +1,7 @@
 """``python -m launcher.supervisor.preparation``: tables, catalogue and demo people. Idempotent.
 
-One process, because every ``manage.py`` call would set up Django again. What it prints is for the
-person at the terminal: passwords are shown this once, and go to no log file.
+One process, because each ``manage.py`` call would set up Django again. It prints to the terminal
+only: passwords are shown once and are written to no log file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def _tokens_work() -> bool:
-    """Whether the keyring and the database are of one installation, and complete."""
+    """Whether the keyring is complete and its tokens work with this database."""
     from django.conf import settings
 
     from apps.accounts.services import authenticate_token

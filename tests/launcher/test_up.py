@@ -80,10 +80,10 @@ def test_only_the_compile_worker_knows_the_kernel_key(running_esper: Any) -> Non
 def test_valkey_asks_for_its_password(running_esper: Any) -> None:
     port = running_esper.runtime["redis_port"]
     once = Retry(NoBackoff(), 0)
-    with redis.Redis(port=port, retry=once) as stranger, pytest.raises(redis.AuthenticationError):
-        stranger.ping()
-    with redis.Redis.from_url(running_esper.redis_url) as friend:
-        assert friend.ping()
+    with redis.Redis(port=port, retry=once) as unknown, pytest.raises(redis.AuthenticationError):
+        unknown.ping()
+    with redis.Redis.from_url(running_esper.redis_url) as known:
+        assert known.ping()
 
 
 @pytest.mark.parametrize(
