@@ -24,8 +24,8 @@ SURGERY_FILES = (
     "/grafting/replicas.py",
     "/grafting/certify.py",
 )
-# The way back, and what is between a rank's word and the other ranks' ears: there a failure is the
-# network's, and torch's to report.
+# The way back, and the communication between ranks: a failure there is one of the network, which
+# torch reports.
 NOT_HERE = {
     "_withdraw",
     "_take_out",
@@ -205,7 +205,7 @@ def break_for_good(side: Replica) -> None:
 
 
 @pytest.mark.parametrize("where", ["between steps", "in a graft"])
-def test_when_a_rank_dies_the_others_hear_it_from_torch_in_time(where: str) -> None:
+def test_when_a_rank_dies_torch_tells_the_others_in_time(where: str) -> None:
     pool = RankPool(2)
     try:
         alive, dead = pool.run(_die, where)

@@ -195,7 +195,7 @@ def _want_different_things(rank: int) -> tuple[str, str]:
         return str(different.value), str(out_of_order.value)
 
 
-def test_ranks_that_call_different_things_hear_it_and_do_not_hang(two_ranks: RankPool) -> None:
+def test_ranks_that_call_different_things_get_an_error_and_do_not_hang(two_ranks: RankPool) -> None:
     first, second = two_ranks.run(_want_different_things)
     assert first == second
     assert "do not do the same" in first[0]

@@ -30,13 +30,13 @@ pytestmark = pytest.mark.process
 
 
 def agree(rank: int, done: bool) -> bool:
-    """Rank 0's word, so that both ranks leave a loop at the same step."""
-    word = torch.tensor([done])
-    dist.broadcast(word, 0)
-    return bool(word)
+    """The value of rank 0, so that both ranks leave a loop at the same step."""
+    shared = torch.tensor([done])
+    dist.broadcast(shared, 0)
+    return bool(shared)
 
 
-def _obey_the_server(rank: int) -> dict[str, Any]:
+def _follow_the_server(rank: int) -> dict[str, Any]:
     os.environ["ESPER_STATE_DIR"] = tempfile.mkdtemp()
     attaching.Pace = partial(Pace, flush=0.02, first_retry=0.02)  # type: ignore[misc,assignment]
     plane = ControlPlane().start() if rank == 0 else None
@@ -95,7 +95,7 @@ def answered(plane: ControlPlane, seq: int) -> list[str]:
 
 
 def test_a_command_to_rank_0_is_carried_out_on_all_ranks_in_one_step(two_ranks: RankPool) -> None:
-    lead, other = two_ranks.run(_obey_the_server, timeout=110)
+    lead, other = two_ranks.run(_follow_the_server, timeout=110)
     assert lead["acks"] == [["applied"]] * 3
     assert lead["registrations"] == 1, "only rank 0 talks to the server"
     assert lead["grafted"] == other["grafted"] != []

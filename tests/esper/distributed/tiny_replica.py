@@ -85,7 +85,7 @@ class Replica:
         return total.hexdigest()
 
     def state(self) -> list[Any]:
-        """All that a rollback promises to bring back on this rank."""
+        """All that a rollback must restore on this rank."""
         optimizer = self.optimizer.state_dict()
         moments = [
             (key, name, value.clone() if isinstance(value, Tensor) else value)

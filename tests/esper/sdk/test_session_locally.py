@@ -88,7 +88,7 @@ def test_a_soft_undo_keeps_what_the_host_has_learnt(training: Training) -> None:
             session.undo(receipt)
 
 
-def test_grafts_train_and_the_books_stay_clean(training: Training) -> None:
+def test_grafts_train_and_the_parameter_groups_stay_right(training: Training) -> None:
     with attached(training) as session:
         training.run(5, session)
         receipt = session.graft("3", "mlp_gelu_2048")
@@ -172,7 +172,7 @@ def test_a_blow_up_is_rolled_back_within_three_steps(training: Training) -> None
         assert session.adaptations[0].state is AdaptationState.ROLLED_BACK
 
 
-def test_divergence_without_a_graft_is_told_and_nothing_is_touched(training: Training) -> None:
+def test_divergence_without_a_graft_is_reported_and_nothing_is_touched(training: Training) -> None:
     with attached(training) as session:
         training.run(30, session)
         before = digest(training.model)
@@ -181,13 +181,13 @@ def test_divergence_without_a_graft_is_told_and_nothing_is_touched(training: Tra
         assert [finding.rule for finding in session.findings()] == [str(ViolationRule.NON_FINITE)]
 
 
-def test_a_loss_that_stays_high_is_told_once(training: Training) -> None:
+def test_a_loss_that_stays_high_is_reported_once(training: Training) -> None:
     with attached(training) as session:
         training.run(30, session)
         for step in range(60):
             session.step(1e4 + step)
-        told = [finding.rule for finding in session.findings()]
-        assert told == [str(ViolationRule.LOSS_BLOW_UP)]
+        rules = [finding.rule for finding in session.findings()]
+        assert rules == [str(ViolationRule.LOSS_BLOW_UP)]
 
 
 def test_evaluation_leaves_random_streams_and_modes_alone() -> None:

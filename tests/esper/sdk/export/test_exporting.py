@@ -166,7 +166,7 @@ def test_a_tied_weight_is_not_merged_into(tmp_path: Path) -> None:
     assert plain.get_submodule("head").weight is plain.get_submodule("embed").weight
 
 
-def test_a_merged_model_has_the_layers_that_it_had_and_the_living_one_is_untouched() -> None:
+def test_a_merged_model_has_the_layers_that_it_had_and_the_original_is_untouched() -> None:
     model = make_net()
     esper.graft(model, "wide", "proj_lora_64", sample=TOKENS)
     disturb(model)

@@ -92,7 +92,7 @@ def fit(
     net = Net()
     net.fail_at = changes.pop("fail_at", -1)
     callback = esper or EsperCallback(run="fit")
-    keeper = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=SAVE_AT,
+    checkpoints = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=SAVE_AT,
                              save_top_k=-1)  # fmt: skip
     given = {
         "max_steps": STEPS,
@@ -104,7 +104,7 @@ def fit(
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
-        callbacks=[callback, GraftInTheMiddle(callback), keeper],
+        callbacks=[callback, GraftInTheMiddle(callback), checkpoints],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

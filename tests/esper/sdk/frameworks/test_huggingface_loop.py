@@ -66,7 +66,7 @@ def test_its_checkpoint_loads_where_there_is_no_esper(tmp_path: Path) -> None:
         again.train(resume_from_checkpoint=str(folder))
 
 
-def test_an_exception_is_told_by_the_context(tmp_path: Path) -> None:
+def test_an_exception_is_reported_by_the_context(tmp_path: Path) -> None:
     with (
         pytest.raises(ZeroDivisionError),
         EsperCallback(run="fit") as callback,

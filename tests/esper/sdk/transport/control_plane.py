@@ -19,7 +19,7 @@ Answer = tuple[int, dict[str, Any] | bytes]
 
 
 class ControlPlane:
-    """One run's server. Everything that it was told is kept, to be looked at by a test.
+    """One run's server. It keeps everything that was sent to it, for a test to read.
 
     ``lose_replies``: so many requests are done, and then answered with 503.
     """

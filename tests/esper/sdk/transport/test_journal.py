@@ -1,4 +1,4 @@
-"""The journal outlives crashes, is nobody else's to read, and forgets what was answered."""
+"""The journal survives crashes, only its owner can read it, and answered reports leave it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def opened(folder: Path) -> Journal:
 
 
 def abandoned(journal: Journal) -> None:
-    """Lets go like a killed process: nothing is tidied up."""
+    """Closed as by a kill: nothing is tidied up."""
     journal._file.close()
 
 
@@ -70,14 +70,14 @@ def test_only_the_owner_may_read_it(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_a_living_process_keeps_its_journal_to_itself(tmp_path: Path) -> None:
+def test_a_running_process_locks_its_journal(tmp_path: Path) -> None:
     journal = opened(tmp_path)
     with pytest.raises(BlockingIOError):
         Journal(tmp_path)
     journal.close()
 
 
-def test_a_journal_that_owes_nothing_is_removed(tmp_path: Path) -> None:
+def test_a_journal_without_unanswered_reports_is_removed(tmp_path: Path) -> None:
     journal = opened(tmp_path)
     journal.remove_report(journal.add_report("finish", {}))
     journal.close()

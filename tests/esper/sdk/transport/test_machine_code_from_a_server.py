@@ -1,4 +1,4 @@
-"""A trainer runs machine code only of workers that it names itself, whatever the server says."""
+"""A trainer runs machine code only of workers that it names itself; a server cannot name one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def code_bundle(session: Any, plane: ControlPlane, private_key: str) -> KernelBu
     ("trusted", "signer", "code"),
     [
         ("nobody", "worker", "no_foreign_code"),
-        ("worker", "stranger", "bad_signature"),
+        ("worker", "unknown", "bad_signature"),
         ("another", "worker", "bad_signature"),
         ("worker", "worker", "unavailable"),  # verified, and then PyTorch cannot read it
     ],
@@ -46,7 +46,7 @@ def test_code_is_refused_with_its_reason_and_training_goes_on(
     training: Training, plane: ControlPlane, monkeypatch: pytest.MonkeyPatch,
     trusted: str, signer: str, code: str,
 ) -> None:  # fmt: skip
-    keys = {"worker": plane.kernel_key, "stranger": signing.generate_private_key()}
+    keys = {"worker": plane.kernel_key, "unknown": signing.generate_private_key()}
     named = {
         "nobody": "",
         "worker": signing.public_key(plane.kernel_key),

@@ -1,5 +1,7 @@
-"""A session and its control plane, over real sockets: nothing promised is lost, nothing forged
-is obeyed, and the training never notices that the server is down."""
+"""A session and its control plane, over real sockets.
+
+No report is lost, no forged command is applied, and training goes on while the server is down.
+"""
 
 from __future__ import annotations
 
@@ -148,7 +150,7 @@ def test_what_the_server_will_never_take_is_counted(
     assert sum(batch["dropped"] for batch in plane.batches) == counts["dropped"]
 
 
-def test_a_wrong_token_is_told_once_and_training_goes_on(
+def test_a_wrong_token_is_reported_once_and_training_goes_on(
     training: Training, plane: ControlPlane, caplog: pytest.LogCaptureFixture
 ) -> None:
     session = esper.attach(
@@ -162,7 +164,7 @@ def test_a_wrong_token_is_told_once_and_training_goes_on(
     assert plane.registrations == []
 
 
-def test_a_run_that_was_taken_over_falls_silent(
+def test_a_run_that_another_process_attached_reports_nothing_more(
     training: Training, plane: ControlPlane, caplog: pytest.LogCaptureFixture
 ) -> None:
     with listening(training, plane) as session:
@@ -274,7 +276,7 @@ def _for_a_path_instead_of_a_kernel(plane: ControlPlane, kernel: str) -> str:
     return "bad_digest"
 
 
-def _with_a_kernel_of_a_stranger(plane: ControlPlane, kernel: str) -> str:
+def _with_a_kernel_of_an_unknown_key(plane: ControlPlane, kernel: str) -> str:
     layer = LayerInfo.from_wire(plane.registrations[0]["layers"][1])
     bundle = build_kernel(layer, "proj_lora_64", private_key=signing.generate_private_key())
     plane.send(graft_command(plane, 1, plane.add_kernel(bundle)))
@@ -304,7 +306,7 @@ def _without_a_kind(plane: ControlPlane, kernel: str) -> str:
         _for_a_kernel_that_was_altered,
         _for_a_kernel_that_does_not_exist,
         _for_a_path_instead_of_a_kernel,
-        _with_a_kernel_of_a_stranger,
+        _with_a_kernel_of_an_unknown_key,
         _at_a_layer_of_another_shape,
         _without_a_kind,
     ],
@@ -408,7 +410,7 @@ def test_a_stopped_run_raises_at_the_next_step(training: Training, plane: Contro
     assert plane.finishes[0]["reason"] == "enough"
 
 
-def test_a_command_that_no_boundary_came_for_is_answered_at_the_end(
+def test_a_command_without_a_later_boundary_is_answered_at_the_end(
     training: Training, plane: ControlPlane
 ) -> None:
     session = listening(training, plane)
@@ -433,7 +435,7 @@ def test_a_server_that_is_down_from_the_start_does_not_matter(training: Training
     plane.stop()
 
 
-def test_a_server_that_dies_and_returns_gets_everything_promised(
+def test_a_server_that_dies_and_returns_gets_every_report(
     training: Training, plane: ControlPlane
 ) -> None:
     with listening(training, plane) as session:
@@ -450,7 +452,7 @@ def test_a_server_that_dies_and_returns_gets_everything_promised(
     assert plane.finishes
 
 
-def test_promises_outlive_the_trainer(
+def test_reports_outlive_the_trainer(
     training: Training, plane: ControlPlane, tmp_path: Path
 ) -> None:
     session = listening(training, plane)
@@ -467,7 +469,7 @@ def test_promises_outlive_the_trainer(
     plane.log.clear()
     with attached(other, plane, run="other") as later:
         other.run(1, later)
-        wait_for(lambda: plane.finishes, "what the first trainer owed has arrived")
+        wait_for(lambda: plane.finishes, "the reports of the first trainer have arrived")
     assert final_ack(plane, 1)["state"] == "applied"
     assert not list((tmp_path / "state").glob(f"*/{JOURNAL_FILE}"))
 
@@ -535,17 +537,15 @@ def test_a_restarted_trainer_says_what_its_model_really_holds(
     assert not list(slot_at(again.model, "3").grafts())
 
 
-def test_evaluation_tells_the_server_what_each_graft_brings(
-    training: Training, plane: ControlPlane
-) -> None:
+def test_evaluation_reports_the_gain_of_each_graft(training: Training, plane: ControlPlane) -> None:
     plane.policy = replace(SafetyPolicy(), maturity_steps=5, probation_steps=10)
     with listening(training, plane, evaluate=training.evaluate) as session:
         plane.send(graft_command(plane, 1, kernel_for(session, plane)))
         training.until(lambda: ended(plane, 1), session)
         training.run(12, session)
-    told = [entry for entry in plane.metrics if "ablation_gain:a1" in entry["values"]]
+    measured = [entry for entry in plane.metrics if "ablation_gain:a1" in entry["values"]]
     start = session.adaptations[0].step
-    assert [entry["step"] for entry in told] == [start + 5, start + 10]
+    assert [entry["step"] for entry in measured] == [start + 5, start + 10]
 
 
 def test_waiting_for_a_server_draws_nothing_that_is_the_trainings() -> None:

@@ -42,7 +42,7 @@ def test_offered_is_stored_plus_dropped_plus_waiting(acts: list[str]) -> None:
         last = TelemetryQueue.take(queue, 1)
         if last is not None:
             reported += last.body["dropped"]
-            assert reported == queue.dropped  # the server is told of every loss, once
+            assert reported == queue.dropped  # every loss is reported once
 
 
 def test_batches_are_numbered_without_gaps() -> None:
