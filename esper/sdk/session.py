@@ -116,7 +116,7 @@ class Session:
         self._latest_frame: HealthFrame | None = None
         self._failures: dict[str, int] = {}
         self._closed = False
-        self._at_exit = _close_at_exit(self)
+        self._at_exit = _close_at_exit(self, reports=self._queues is not None)
 
     # -- what a training loop calls ------------------------------------------------------------
 
@@ -525,16 +525,21 @@ def reason_of(error: BaseException | None) -> str:
     return "" if error is None else str(error) or type(error).__name__
 
 
-def _close_at_exit(session: Session) -> Callable[[], None]:
-    """Ends the run when the script did not; holds no reference that keeps the model in memory."""
-    weak = weakref.ref(session)
+def _close_at_exit(session: Session, *, reports: bool) -> Callable[[], None]:
+    """Ends the run when the script did not.
+
+    Args:
+        reports: the session talks to a server, so it stays until it has reported its end. Any
+            other one is not kept in memory, and its model neither.
+    """
+    find: Callable[[], Session | None] = (lambda: session) if reports else weakref.ref(session)
 
     def close() -> None:
-        open_session = weak()
-        if open_session is not None:
+        found = find()
+        if found is not None:
             with suppress(Exception):
                 error = getattr(sys, "last_value", None)
-                open_session.close(reason=reason_of(error), failed=error is not None, timeout=3.0)
+                found.close(reason=reason_of(error), failed=error is not None, timeout=3.0)
 
     atexit.register(close)
     return close

@@ -5,9 +5,11 @@ No report is lost, no forged command is applied, and training goes on while the 
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,20 @@ def test_a_failed_run_says_why(training: Training, plane: ControlPlane) -> None:
         run()
     assert plane.finishes[0]["state"] == "failed"
     assert plane.finishes[0]["reason"] == "division by zero"
+
+
+def test_a_session_that_the_script_forgets_stays_until_the_run_has_ended(
+    training: Training, plane: ControlPlane
+) -> None:
+    forgotten = weakref.ref(listening(training, plane))
+    gc.collect()
+    session = forgotten()
+    assert session is not None  # for its end is reported when Python exits
+    session.close()
+    del session
+    gc.collect()
+    assert forgotten() is None
+    assert plane.finishes
 
 
 def test_a_diverged_loss_reaches_the_server(training: Training, plane: ControlPlane) -> None:
