@@ -56,7 +56,15 @@ def _protected(contract: dict[str, Any]) -> Iterator[str]:
     yield f"{_names(contract['protected_modules'])} may be imported by {who} only."
 
 
+def _door(contract: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"An app in `{contract['package']}` may import only {_names(contract['door'])} of another. "
+        f"Open to all: {_names(contract['open_apps'])}."
+    )
+
+
 _KINDS = {
+    "door": _door,
     "layers": _layers,
     "forbidden": _forbidden,
     "independence": _independence,

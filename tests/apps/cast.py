@@ -1,4 +1,4 @@
-"""Who calls the API in these tests, and what they send."""
+"""The callers of the API in these tests, and what they send."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _keys = itertools.count(1)
 
 @dataclass
 class Caller:
-    """Somebody with a token."""
+    """A caller with a token."""
 
     token: str
     client: Client = field(default_factory=lambda: Client(raise_request_exception=False))

@@ -1,4 +1,4 @@
-"""What all tests of the Django side share."""
+"""The fixtures that all tests of the Django apps share."""
 
 from __future__ import annotations
 

@@ -46,12 +46,12 @@ class Socket:
         )
 
     async def open(self) -> None:
-        answer = await self._knock()
+        answer = await self._connect()
         assert answer["type"] == "websocket.accept", answer
 
     async def refused(self) -> int:
         """The close code of a handshake that was refused before it was accepted."""
-        answer = await self._knock()
+        answer = await self._connect()
         assert answer["type"] == "websocket.close", answer
         return int(answer.get("code", 1000))
 
@@ -69,7 +69,7 @@ class Socket:
         return bool(await self.wire.receive_nothing(timeout=0.2))
 
     async def closed(self) -> int:
-        """The close code, after whatever is said before."""
+        """The close code; the messages before it are skipped."""
         while (event := await self.wire.receive_output(timeout=5))["type"] != "websocket.close":
             pass
         return int(event["code"])
@@ -78,7 +78,7 @@ class Socket:
         await self.wire.send_input({"type": "websocket.disconnect", "code": 1000})
         await self.wire.wait(timeout=5)
 
-    async def _knock(self) -> Any:
+    async def _connect(self) -> Any:
         await self.wire.send_input({"type": "websocket.connect"})
         return await self.wire.receive_output(timeout=5)
 
@@ -102,7 +102,7 @@ def tell(topic: str, **data: Any) -> None:
 
 
 class Vanishing:
-    """A client that leaves without a word: whatever is sent to it after ``most`` messages fails."""
+    """A client that disconnects silently: each send after ``most`` messages fails."""
 
     def __init__(self, scope: dict[str, Any], incoming: list[dict[str, Any]], most: int) -> None:
         self.scope = scope

@@ -1,4 +1,4 @@
-"""Role × act over the real endpoints: the API asks the one policy table, and nothing else."""
+"""Role × act over the real endpoints: the API uses the one policy table, and nothing else."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_token_without_the_scope_cannot_do_what_its_owner_may(
     assert adaptation.state == AdaptationState.AWAITING_APPROVAL
 
 
-def test_a_token_of_a_person_who_left_is_worth_nothing(
+def test_the_token_of_a_disabled_account_is_refused(
     people: dict[Role, User], operator: Caller
 ) -> None:
     assert operator.get("me").status == 200
@@ -188,7 +188,7 @@ def test_a_token_of_a_person_who_left_is_worth_nothing(
     assert (operator.get("me").status, operator.get("me").code) == (401, "not-signed-in")
 
 
-def test_people_give_their_scripts_tokens_and_take_them_back(operator: Caller) -> None:
+def test_people_issue_and_revoke_tokens_for_their_scripts(operator: Caller) -> None:
     made = operator.post("tokens", {"name": "script", "scopes": ["read"], "expires_in_days": 7})
     assert made.status == 201
     script = Caller(made.data["secret"])
@@ -210,7 +210,7 @@ def test_a_token_issued_with_a_token_does_not_outlive_it(operator: Caller) -> No
     assert child.data["expires_at"] == parent["expires_at"]
 
 
-def test_nobody_takes_away_the_token_of_somebody_else(
+def test_nobody_revokes_the_token_of_somebody_else(
     callers: dict[Role, Caller], people: dict[Role, User]
 ) -> None:
     trainer = register(people[Role.RESEARCHER])

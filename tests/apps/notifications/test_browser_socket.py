@@ -25,7 +25,7 @@ from tests.apps.sockets import (
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
-async def test_a_browser_hears_what_it_subscribed_to_and_nothing_else(
+async def test_a_browser_receives_what_it_subscribed_to_and_nothing_else(
     people: dict[Role, User], trainer: Trainer
 ) -> None:
     topic = run_topic(trainer.run)
@@ -61,15 +61,15 @@ async def test_missed_events_are_replayed_from_the_last_known_number(
     await socket.close()
 
 
-async def test_a_lost_notification_is_made_good_by_the_next_one(
+async def test_the_event_of_a_lost_notification_comes_with_the_next_one(
     people: dict[Role, User], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     socket = await in_database(browser)(people[Role.OPERATOR])
     await socket.open()
     await socket.say({"op": "subscribe", "topic": "inbox"})
     await socket.next()
-    with monkeypatch.context() as deaf:
-        deaf.setattr("apps.notifications.services.notify", lambda *_: None)
+    with monkeypatch.context() as broken:
+        broken.setattr("apps.notifications.services.notify", lambda *_: None)
         await in_database(tell)("inbox", n=1)
     await in_database(tell)("inbox", n=2)
     assert [(await socket.next())["data"]["n"] for _ in range(2)] == [1, 2]
@@ -91,7 +91,7 @@ async def test_a_browser_that_was_away_for_long_is_told_to_read_the_page_again(
     await socket.close()
 
 
-async def test_malformed_frames_are_answered_and_the_socket_lives_on(
+async def test_malformed_frames_are_answered_and_the_socket_stays_open(
     people: dict[Role, User],
 ) -> None:
     socket = await in_database(browser)(people[Role.VIEWER])
@@ -155,7 +155,7 @@ async def test_telemetry_notifies_the_browsers(people: dict[Role, User], trainer
 @pytest.mark.parametrize(
     "origin", [b"http://evil.example", b"https://testserver.evil.example", b"null", None]
 )
-async def test_a_foreign_page_cannot_ride_on_the_cookie(
+async def test_a_page_of_another_origin_cannot_use_the_cookie(
     people: dict[Role, User], origin: bytes | None
 ) -> None:
     socket = await in_database(browser)(people[Role.OPERATOR], origin)

@@ -1,4 +1,4 @@
-"""What holds for every endpoint: problems, strict JSON, pages, versions, repeats, sessions."""
+"""The conventions of every endpoint: problems, strict JSON, pages, versions, repeats, sessions."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_path_that_does_not_exist_answers_with_a_problem(viewer: Caller) -> No
         assert (viewer.get(path).status, viewer.get(path).code) == (404, "not-found")
 
 
-def test_the_request_id_is_taken_over_when_it_is_harmless(viewer: Caller) -> None:
+def test_a_well_formed_request_id_is_kept(viewer: Caller) -> None:
     assert viewer.get("me", **{"X-Request-Id": "trace-17"}).header("X-Request-Id") == "trace-17"
     made = viewer.get("me", **{"X-Request-Id": "a b"}).header("X-Request-Id")
     assert len(made) == 32
@@ -96,7 +96,7 @@ BAD_BODIES = [
 
 
 @pytest.mark.parametrize("content", BAD_BODIES, ids=range(len(BAD_BODIES)))
-def test_what_is_no_strict_json_is_refused(trainer: Trainer, content: bytes) -> None:
+def test_a_body_that_is_not_strict_json_is_refused(trainer: Trainer, content: bytes) -> None:
     for path in ("telemetry", "hello"):
         refused = trainer.post(f"{trainer.path}/{path}", content)
         assert (refused.status, refused.code) == (400, "invalid")
@@ -108,7 +108,7 @@ def test_a_body_has_a_limit(trainer: Trainer) -> None:
     assert (refused.status, refused.code) == (413, "too-large")
 
 
-def test_only_json_is_taken(operator: Caller, trainer: Trainer) -> None:
+def test_a_body_of_another_media_type_is_refused(operator: Caller, trainer: Trainer) -> None:
     answer = operator.client.post(
         f"/api/v1/{trainer.path}/stop",
         {"reason": "a form"},
@@ -143,9 +143,7 @@ def test_a_parameter_that_is_unknown_or_wrong_is_never_ignored(viewer: Caller, q
     assert (refused.status, refused.code) == (400, "invalid")
 
 
-def test_pages_go_forth_and_back_without_losing_a_row(
-    viewer: Caller, people: dict[Role, User]
-) -> None:
+def test_paging_forward_and_back_loses_no_row(viewer: Caller, people: dict[Role, User]) -> None:
     owner = people[Role.OPERATOR]
     Run.objects.bulk_create(Run(name=f"run {i}", owner=owner, mode="observe") for i in range(7))
     pages, url = [], "runs?limit=3"
@@ -183,7 +181,7 @@ def test_pollers_get_a_304(viewer: Caller, trainer: Trainer) -> None:
 # --- acts -----------------------------------------------------------------------------------------
 
 
-def test_an_act_names_the_version_that_was_seen(inbox: Inbox, operator: Caller) -> None:
+def test_an_act_needs_the_version_that_was_read(inbox: Inbox, operator: Caller) -> None:
     adaptation = inbox.waiting()
     path = f"adaptations/{adaptation.uid}/approve"
     missing = operator.post(path)
@@ -198,14 +196,14 @@ def test_an_act_names_the_version_that_was_seen(inbox: Inbox, operator: Caller) 
     assert done.data["decided_by"] == "operator-person"
 
 
-def test_what_was_shown_is_what_is_approved(inbox: Inbox, operator: Caller) -> None:
+def test_only_the_evidence_that_was_shown_can_be_approved(inbox: Inbox, operator: Caller) -> None:
     adaptation = inbox.waiting()
     path = f"adaptations/{adaptation.uid}/approve"
     swapped = operator.act(path, {"evidence_hash": "0" * 64}, version=adaptation.version)
     assert (swapped.status, swapped.code) == (412, "payload-changed")
 
 
-def test_evidence_that_drifted_has_to_be_looked_at(inbox: Inbox, operator: Caller) -> None:
+def test_drifted_evidence_has_to_be_accepted(inbox: Inbox, operator: Caller) -> None:
     adaptation = inbox.waiting()
     inbox.trainer.send(metrics=[metrics(1100, loss="nan")])
     path = f"adaptations/{adaptation.uid}/approve"
@@ -216,7 +214,7 @@ def test_evidence_that_drifted_has_to_be_looked_at(inbox: Inbox, operator: Calle
     assert accepted.status == 200
 
 
-def test_the_loser_of_a_race_hears_who_won(inbox: Inbox, callers: dict[Role, Caller]) -> None:
+def test_the_loser_of_a_race_is_told_who_won(inbox: Inbox, callers: dict[Role, Caller]) -> None:
     adaptation = inbox.waiting()
     path = f"adaptations/{adaptation.uid}"
     won = callers[Role.OPERATOR].act(f"{path}/reject", {"reason": "no"}, version=adaptation.version)
@@ -254,7 +252,7 @@ def test_keys_belong_to_one_person(trainer: Trainer, callers: dict[Role, Caller]
     assert answers[1].header("Idempotency-Replayed") == ""
 
 
-def test_a_refusal_is_judged_anew_when_the_key_comes_again(inbox: Inbox, operator: Caller) -> None:
+def test_a_refused_act_is_checked_again_when_it_is_repeated(inbox: Inbox, operator: Caller) -> None:
     adaptation = inbox.waiting()
     path, key = f"adaptations/{adaptation.uid}/claim", {"Idempotency-Key": "once more"}
     stale = operator.post(path, **key, **{"If-Match": '"99"'})
@@ -263,7 +261,7 @@ def test_a_refusal_is_judged_anew_when_the_key_comes_again(inbox: Inbox, operato
     assert done.status == 200
 
 
-def test_kept_answers_do_not_show_secrets_in_the_database(
+def test_stored_answers_hold_no_secret_in_plain_text(
     people: dict[Role, User], operator: Caller
 ) -> None:
     key = {"Idempotency-Key": "a new run"}
@@ -274,7 +272,7 @@ def test_kept_answers_do_not_show_secrets_in_the_database(
     assert first.data["token"].encode() not in bytes(record.body)
 
 
-def test_who_asks_too_often_is_told_when_to_come_back(
+def test_a_caller_above_the_rate_limit_is_told_how_long_to_wait(
     trainer: Trainer, operator: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ActThrottle, "rate", "2/min")
@@ -292,7 +290,7 @@ def test_a_misspelt_member_of_an_act_is_refused(trainer: Trainer, operator: Call
     assert refused.data["errors"][0]["pointer"] == "/raeson"
 
 
-def test_the_kill_switch_closes_approval_and_opens_again(inbox: Inbox, operator: Caller) -> None:
+def test_the_kill_switch_blocks_approval_until_it_is_off(inbox: Inbox, operator: Caller) -> None:
     adaptation = inbox.waiting()
     assert operator.post("adaptation-switch", {"on": False, "reason": "smoke"}).status == 200
     assert operator.get("adaptation-switch").data["on"] is False
@@ -316,7 +314,7 @@ def test_thresholds_are_published_as_a_new_version(callers: dict[Role, Caller]) 
     assert versions == [2, 1]
 
 
-def test_a_blueprint_that_was_switched_meanwhile_is_looked_at_again(
+def test_a_blueprint_that_changed_meanwhile_has_to_be_read_again(
     callers: dict[Role, Caller], blueprint: Blueprint
 ) -> None:
     curator, path = callers[Role.CURATOR], "blueprints/proj_lora_64"
@@ -401,7 +399,7 @@ MEMBERS = {
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
-def test_whatever_is_sent_the_answer_is_a_problem_and_no_crash(
+def test_bad_input_is_answered_with_a_problem_document(
     data: st.DataObject,
     trainer: Trainer,
     tamiyo: Caller,
@@ -428,7 +426,7 @@ def test_whatever_is_sent_the_answer_is_a_problem_and_no_crash(
         assert answer.code
 
 
-def test_a_frame_may_be_huge_but_not_endless(trainer: Trainer) -> None:
+def test_a_frame_may_be_large_but_is_limited(trainer: Trainer) -> None:
     batch = trainer.batch(frames=[frame(step) for step in range(1, 502)])
     refused = trainer.post(f"{trainer.path}/telemetry", batch)
     assert (refused.status, refused.code) == (400, "invalid")

@@ -1,4 +1,4 @@
-"""Input that was found to hurt: bodies that burn time, numbers at the edges, words too late."""
+"""Input that once did harm: bodies that cost time, extreme numbers, late requests."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_trainer_that_was_replaced_while_its_request_waited_changes_nothing(
 
 
 @pytest.mark.parametrize("op", [["subscribe"], {"op": "subscribe"}, None, 1, True, "nothing"])
-def test_a_frame_with_a_strange_op_is_an_error_and_not_the_end_of_the_socket(op: Any) -> None:
+def test_a_frame_with_an_unknown_op_is_an_error_and_leaves_the_socket_open(op: Any) -> None:
     with pytest.raises(CodecError, match="a frame is"):
         consumers._request({"op": op, "topic": "inbox"})
 

@@ -1,4 +1,4 @@
-"""A layer's description survives the way through the server whole."""
+"""The server keeps a layer's whole description."""
 
 from __future__ import annotations
 

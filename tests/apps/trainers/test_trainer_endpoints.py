@@ -137,7 +137,7 @@ def test_telemetry_is_stored_once_although_it_is_sent_twice(trainer: Trainer) ->
     assert (run.last_loss, run.last_loss_status) == (None, "nan")
 
 
-def test_a_diverged_loss_is_words_in_every_answer(trainer: Trainer, viewer: Caller) -> None:
+def test_a_diverged_loss_is_a_word_in_every_answer(trainer: Trainer, viewer: Caller) -> None:
     trainer.send(metrics=[metrics(1, loss="inf")])
     assert viewer.get(trainer.path).data["last_loss"] == "inf"
     assert viewer.get("runs").data["results"][0]["last_loss"] == "inf"
@@ -166,7 +166,7 @@ def test_findings_become_violations_and_drops_are_counted(trainer: Trainer) -> N
     assert trainer.row().dropped_items == 7
 
 
-def test_metrics_under_ever_new_names_are_dropped_and_counted(trainer: Trainer) -> None:
+def test_metrics_beyond_the_limit_of_names_are_dropped_and_counted(trainer: Trainer) -> None:
     for start in range(0, 600, 60):
         names = {f"loss_at_{number}": 1.0 for number in range(start, start + 60)}
         assert trainer.send(metrics=[metrics(start, **names)]).status == 202
@@ -274,7 +274,7 @@ def test_commands_are_signed_in_order_and_answered_once(trainer: Trainer) -> Non
     assert (unknown.status, unknown.code) == (404, "not-found")
 
 
-def test_a_local_rollback_is_told_with_numbers_that_are_not_finite(
+def test_a_local_rollback_is_reported_with_numbers_that_are_not_finite(
     inbox: Inbox, trainer: Trainer
 ) -> None:
     adaptation = inbox.waiting()
@@ -310,7 +310,7 @@ REMEDY: dict[str, Any] = {
 }
 
 
-def test_a_remedy_is_told_once_although_it_is_sent_twice(trainer: Trainer) -> None:
+def test_a_remedy_is_recorded_once_although_it_is_sent_twice(trainer: Trainer) -> None:
     for _ in range(2):
         answer = trainer.post(f"{trainer.path}/remedies", REMEDY)
         assert (answer.status, answer.data) == (200, {"adaptation_state": ""})
@@ -335,7 +335,7 @@ def test_a_remedy_that_makes_no_sense_is_refused(
     assert not Remedy.objects.exists()
 
 
-def test_the_end_may_be_told_twice(trainer: Trainer) -> None:
+def test_the_end_may_be_reported_twice(trainer: Trainer) -> None:
     body = {"epoch": 1, "state": "finished", "step": 500, "reason": "all steps done"}
     for _ in range(2):
         assert trainer.post(f"{trainer.path}/finish", body).data["state"] == "finished"

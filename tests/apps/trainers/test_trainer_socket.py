@@ -23,7 +23,7 @@ def _issue(run: str, kind: CommandKind = CommandKind.PAUSE_ADAPTATION) -> None:
     issue_command(run=Run.objects.get(uid=run), kind=kind, payload={"reason": "x"})
 
 
-async def test_a_trainer_gets_what_it_missed_and_then_what_is_new(trainer: Trainer) -> None:
+async def test_a_trainer_gets_missed_commands_first_and_then_new_ones(trainer: Trainer) -> None:
     for _ in range(3):
         await in_database(_issue)(trainer.run)
     socket = trainer_socket(trainer.token, trainer.run, after=1)
@@ -51,8 +51,8 @@ async def test_a_command_whose_notification_was_lost_arrives_all_the_same(
     socket = trainer_socket(trainer.token, trainer.run)
     await socket.open()
     assert (await socket.next())["type"] == "ping"
-    with monkeypatch.context() as deaf:
-        deaf.setattr("apps.runs.services.notify", lambda *_: None)
+    with monkeypatch.context() as broken:
+        broken.setattr("apps.runs.services.notify", lambda *_: None)
         await in_database(_issue)(trainer.run)
     while (message := await socket.next())["type"] == "ping":
         pass
@@ -60,7 +60,7 @@ async def test_a_command_whose_notification_was_lost_arrives_all_the_same(
     await socket.close()
 
 
-async def test_the_trainers_door_opens_for_its_own_token_only(
+async def test_a_trainer_socket_accepts_only_the_token_of_its_run(
     people: dict[Role, User], trainer: Trainer
 ) -> None:
     other = await in_database(register)(people[Role.RESEARCHER], name="another")
@@ -74,9 +74,7 @@ async def test_the_trainers_door_opens_for_its_own_token_only(
     assert await in_the_address.refused() == 4401
 
 
-async def test_a_cookie_means_nothing_at_the_trainers_door(
-    people: dict[Role, User], trainer: Trainer
-) -> None:
+async def test_a_trainer_socket_ignores_cookies(people: dict[Role, User], trainer: Trainer) -> None:
     client = Client()
     await in_database(client.force_login)(people[Role.ADMIN])
     cookie = f"sessionid={client.cookies['sessionid'].value}".encode()
@@ -97,7 +95,7 @@ async def test_a_newer_trainer_ends_the_older_ones_socket(
     assert await socket.closed() == 4401
 
 
-async def test_what_a_trainer_says_on_the_socket_changes_nothing(trainer: Trainer) -> None:
+async def test_messages_from_a_trainer_on_the_socket_change_nothing(trainer: Trainer) -> None:
     socket = trainer_socket(trainer.token, trainer.run)
     await socket.open()
     for frame in ("{", '{"type": "ack", "seq": 1}', "x" * 10_000):
@@ -108,7 +106,7 @@ async def test_what_a_trainer_says_on_the_socket_changes_nothing(trainer: Traine
     await socket.close()
 
 
-async def test_a_trainer_that_vanished_is_not_kept_alive_by_its_socket(
+async def test_a_vanished_trainer_is_not_recorded_as_reporting(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     socket = trainer_socket(trainer.token, trainer.run)
