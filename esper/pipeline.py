@@ -1,17 +1,17 @@
-"""From a run's snapshot to one decision, or to a "no" with its reasons.
+"""From a run's snapshot to one decision, or to no decision with reasons.
 
     decide(snapshot, policy, catalog, limits, rng):
-        features   = extract_features(snapshot)                    1  what the run looks like
-        proposals  = policy.propose(snapshot, features, rng)       2  what would help, ranked
+        features   = extract_features(snapshot)                    1  describe the run
+        proposals  = policy.propose(snapshot, features, rng)       2  ranked proposals
         for decision in proposals:
-            gates     = check_run(decision)                        3  may it be touched now?
-            selection = select(blueprint × size) or next           4  which remedy, why not others
+            gates     = check_run(decision)                        3  may it be changed now?
+            selection = select(blueprint × size) or next           4  blueprint, and why not others
             checks    = gates + check_blueprint(cost, risk)        5  within every limit?
-            if nothing blocks: return Decision(asks=what is soft)
+            if no hard check fails: return Decision(asks=failed soft checks)
         return Declined(all reasons)
 
-Pure: equal inputs give equal answers, whatever the order of the catalogue. The snapshot is all
-that it looks at, so a stored one (:mod:`esper.replay`) replays the decision.
+Pure: equal inputs give equal results, in any order of the catalogue. The snapshot holds all inputs,
+so a stored one (:mod:`esper.replay`) replays the decision.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def decide(
     limits: SafetyPolicy,
     rng: np.random.Generator,
 ) -> Decision | Declined:
-    """The best adaptation that nothing blocks.
+    """The best adaptation that no gate blocks.
 
     Args:
-        snapshot: all that is known of the run.
-        policy: proposes.
-        catalog: blueprints; pass one ``BlueprintSelector`` again and again to keep its tables.
-        limits: every threshold.
-        rng: the policy's only source of chance.
+        snapshot: the state of the run.
+        policy: makes the proposals.
+        catalog: blueprints; reuse one ``BlueprintSelector`` to keep its tables.
+        limits: all thresholds.
+        rng: the policy's only source of randomness.
 
     Returns:
-        A decision, which asks a person where ``asks`` is not empty, or the reasons against all.
+        A decision, which needs a person if ``asks`` is not empty, or the reasons against all.
     """
     selector = catalog if isinstance(catalog, BlueprintSelector) else BlueprintSelector(catalog)
     features = extract_features(snapshot, selector.types)
@@ -145,7 +145,7 @@ def _all_checks(
 
 
 def evidence(features: Features, layer: str) -> dict[str, float]:
-    """The numbers that a decision rests on, flat; NaN unknown.
+    """The numbers behind a decision, flat; NaN unknown.
 
     ``<signal>`` of the layer, ``<signal>_median`` over the run's layers, ``loss`` (its level) and
     ``loss_<feature>``.
@@ -191,7 +191,7 @@ def _nothing_fits(
 def _all_declined(
     snapshot: RunSnapshot, declined: list[Declined], reasons: tuple[str, ...]
 ) -> Declined:
-    """The first proposal's checks stand for all: it was the one that mattered most."""
+    """Uses the first proposal's checks, because it has the highest rank."""
     if not declined:
         return Declined(snapshot.step, reasons or ("The policy proposes nothing.",))
     texts = tuple(dict.fromkeys(reason for one in declined for reason in one.reasons))

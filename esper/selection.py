@@ -160,7 +160,7 @@ class BlueprintSelector:
         try:
             return self._blueprints[slug]
         except KeyError:
-            raise UnknownBlueprintError(f"no blueprint is called {slug!r}", slug=slug) from None
+            raise UnknownBlueprintError(f"no blueprint has the slug {slug!r}", slug=slug) from None
 
     def category_cases(self, slug: str, experience: Mapping[str, Experience]) -> int:
         """Closed cases of all blueprints of this one's category."""
@@ -244,7 +244,7 @@ class BlueprintSelector:
     ) -> _Scored | str:
         """The blueprint at its best size, or why it is none."""
         if blueprint.adaptation_type is not adaptation_type:
-            return f"It answers {_words(blueprint.adaptation_type)}, not {_words(adaptation_type)}."
+            return f"It serves {_words(blueprint.adaptation_type)}, not {_words(adaptation_type)}."
         if blueprint.slug in snapshot.disabled_blueprints:
             return "A curator has disabled it."
         conflict = self._conflict(blueprint, place.history)
@@ -258,11 +258,11 @@ class BlueprintSelector:
 
     def _conflict(self, blueprint: SelectableBlueprint, history: LayerHistory) -> str:
         if blueprint.slug in history.grafts:
-            return "The layer carries it already."
+            return "The layer has it already."
         for slug in history.grafts:
             other = self._blueprints.get(slug)
             if slug in blueprint.conflicts or (other and blueprint.slug in other.conflicts):
-                return f"It conflicts with {slug}, which the layer carries."
+                return f"It conflicts with {slug}, which the layer has."
         if blueprint.requires and blueprint.requires.isdisjoint(history.grafts):
             return f"It needs {' or '.join(sorted(blueprint.requires))} on the layer first."
         return ""
@@ -311,7 +311,7 @@ def _tabulate(blueprint: SelectableBlueprint, layer: LayerInfo) -> _Table:
         return _Table(refusal)
     configs = blueprint.sizes(layer)
     if not configs:
-        return _Table("It has no size for this layer.")
+        return _Table("It has no valid size for this layer.")
     forecasts = tuple(blueprint.forecast(layer, config) for config in configs)
     costs = np.array(
         [[f.parameters, f.memory_mib, f.latency_ms, f.flops] for f in forecasts], dtype=np.float64

@@ -82,20 +82,20 @@ class SelfAttention(Blueprint):
         if reason:
             return reason
         if layer.kind in layout.ATTENTION:
-            return "it is attention already, so a second one belongs at a layer before or after it"
+            return "it is attention itself; graft attention into a layer before or after it"
         if layer.kind in layout.RECURRENT:
-            return "a recurrent layer does not tell which of its axes is time"
+            return "the time axis of a recurrent layer is unknown"
         if layer.features_in < 2:
-            return "it has one input channel, and a norm over one channel is always zero"
+            return "it has one input channel, and normalising one channel gives zero"
         if not layer.has_sequence:
             return f"its input {list(layer.in_shape)} has no sequence axis to attend over"
         if layer.sequence_axis < 0:
             return (
-                "parts of its model take time first and others the batch, and its input "
-                f"{list(layer.in_shape)} does not tell which axis is time"
+                "some parts of its model take time first and others the batch, and its input "
+                f"{list(layer.in_shape)} does not show which axis is time"
             )
         if layer.features_in < self.queries_per_key:
-            return f"it has fewer than {self.queries_per_key} channels, one for each head"
+            return f"it has fewer than {self.queries_per_key} channels, and each head needs one"
         return ""
 
     def default_config(self, layer: LayerInfo) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class SelfAttention(Blueprint):
         check_integer(config, "sequence_axis", low=0, high=1)
         if config["width"] % config["heads"]:
             raise ConfigurationError(
-                f"width {config['width']} does not split into {config['heads']} equal heads"
+                f"width {config['width']} is not divisible by {config['heads']} heads"
             )
         if config["heads"] % self.queries_per_key:
             raise ConfigurationError(

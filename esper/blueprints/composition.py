@@ -258,7 +258,7 @@ def read_documents(folder: Path) -> dict[str, Document]:
         ConfigurationError: no such folder, or a file is no composition; the message names it.
     """
     if not folder.is_dir():
-        raise ConfigurationError(f"{folder} is no folder of compositions")
+        raise ConfigurationError(f"{folder} is not a folder of compositions")
     return {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
 
 
@@ -270,7 +270,9 @@ def _read(path: Path) -> Document:
     except (CodecError, OSError, ConfigurationError) as error:
         raise ConfigurationError(f"{path}: {error}") from error
     if document["slug"] != path.stem:
-        raise ConfigurationError(f"{path}: it must be named {document['slug']}.json, as its slug")
+        raise ConfigurationError(
+            f"{path}: the file must be named {document['slug']}.json, after its slug"
+        )
     return document
 
 
@@ -283,13 +285,19 @@ def check_document(document: Any) -> Document:
     if not isinstance(document, dict) or set(document) != KEYS:
         raise ConfigurationError(f"a composition is an object with {', '.join(sorted(KEYS))}")
     if not isinstance(document["slug"], str) or not _SLUG.fullmatch(document["slug"]):
-        raise ConfigurationError("slug must be 2 to 60 of a-z, 0-9 and _, a letter first")
+        raise ConfigurationError(
+            "slug must have 2 to 60 characters of a-z, 0-9 and _, and start with a letter"
+        )
     if not isinstance(document["id"], str) or not _ID.fullmatch(document["id"]):
-        raise ConfigurationError("id must be BP- and words of letters and digits, 60 at most")
+        raise ConfigurationError(
+            "id must be BP- and words of letters and digits, at most 60 characters"
+        )
     for key in TEXTS:
         text = document[key]
         if not (isinstance(text, str) and 0 < len(text) <= MAX_TEXT and text.isprintable()):
-            raise ConfigurationError(f"{key} must be a printable text of {MAX_TEXT} at most")
+            raise ConfigurationError(
+                f"{key} must be a printable text of at most {MAX_TEXT} characters"
+            )
     return document
 
 
@@ -327,14 +335,14 @@ class _Composer:
         self._known = dict(known)
         self._ids = {blueprint.id: slug for slug, blueprint in known.items()}
         for slug in documents.keys() & known.keys():
-            raise DuplicateBlueprintError(f"{slug} stands twice in the catalogue", slug=slug)
+            raise DuplicateBlueprintError(f"{slug} occurs twice in the catalogue", slug=slug)
 
     def blueprint(self, slug: str, path: tuple[str, ...]) -> Blueprint:
         if slug in self._known:
             return self._known[slug]
         if slug not in self._documents:
             where = " → ".join(path)
-            raise ConfigurationError(f"composition {where}: no blueprint is called {slug!r}")
+            raise ConfigurationError(f"composition {where}: no blueprint has the slug {slug!r}")
         document = self._documents[slug]
         tree = self._node(document["tree"], path)
         taken = self._ids.setdefault(document["id"], slug)
@@ -377,7 +385,7 @@ def _check(node: _Node) -> None:
     """Raises unless these members can stand beside each other like this."""
     whole = [leaf for member in node.members.values() for leaf in leaves_of(member)]
     if len(whole) > MAX_LEAVES:
-        raise node.refuse(f"{len(whole)} parts in all, at most {MAX_LEAVES} are taken")
+        raise node.refuse(f"{len(whole)} parts in total; at most {MAX_LEAVES} are accepted")
     if max(map(_depth, node.members.values())) + len(node.path) > MAX_DEPTH + 1:
         raise node.refuse(f"deeper than {MAX_DEPTH} levels")
     for leaf in whole:
@@ -385,7 +393,7 @@ def _check(node: _Node) -> None:
         if others:
             raise node.refuse(f"{leaf.slug} conflicts with {', '.join(sorted(others))}")
         if leaf.kind is GraftKind.DISTRIBUTED:
-            raise node.refuse(f"{leaf.slug} works between processes and not at a layer")
+            raise node.refuse(f"{leaf.slug} works between processes, not at a layer")
     _check_siblings(node)
 
 
@@ -393,7 +401,7 @@ def _check_siblings(node: _Node) -> None:
     before: set[str] = set()
     for member in node.members.values():
         if node.way != SEQUENTIAL and member.slug in before:
-            raise node.refuse(f"{member.slug} stands twice")
+            raise node.refuse(f"{member.slug} occurs twice")
         if member.requires and (node.way != ASSEMBLY or not member.requires & before):
             needed = " or ".join(sorted(member.requires))
             raise node.refuse(f"{member.slug} needs {needed} before it, in an assembly")

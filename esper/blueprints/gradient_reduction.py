@@ -67,7 +67,7 @@ class ReductionBlueprint(Blueprint):
 
     def supports(self, layer: LayerInfo) -> str:
         if layer.kind != WHOLE_MODEL_KIND:
-            return "it sums the gradients of a whole model, which needs at least 2 ranks"
+            return "it sums the gradients of a whole model and needs at least 2 ranks"
         return "" if layer.graftable else layer.reason
 
     def default_config(self, layer: LayerInfo) -> dict[str, Any]:

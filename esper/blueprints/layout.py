@@ -71,28 +71,28 @@ def why_not_parallel(layer: LayerInfo) -> str:
     if not layer.graftable:
         return layer.reason
     if layer.kind in EMBEDDING:
-        return "its input is token numbers, so there is no activation to compute from"
+        return "its input is token numbers, not activations"
     if layer.kind in TRANSPOSED_CONVOLUTION:
-        return "a transposed convolution makes new positions, which a point-wise branch cannot"
+        return "a transposed convolution adds positions, which a point-wise branch cannot do"
     if not is_understood(layer):
-        return f"Esper does not know what the axes of a {layer.kind} mean"
+        return f"the meaning of the axes of a {layer.kind} is unknown"
     if not layer.features_in or not layer.features_out:
-        return "its channels are not known, because it was never seen to run"
+        return "its channels are unknown, because it did not run in the traced forward pass"
     if is_convolution(layer):
         return why_not_geometry(layer)
     if positions(layer.in_shape, layer.channel_axis) != positions(
         layer.out_shape, layer.channel_axis
     ):
-        return f"it changes positions, {layer.in_shape} to {layer.out_shape}, not only channels"
+        return f"it changes the positions, {layer.in_shape} to {layer.out_shape}, not only channels"
     return ""
 
 
 def why_not_geometry(layer: LayerInfo) -> str:
     """Why a convolution beside this one would not meet its output; empty when it would."""
     if not layer.kernel_size:
-        return "its padding is not plain symmetric zeros, or its geometry is not known"
+        return "its padding is not symmetric zeros, or its geometry is unknown"
     if layer.in_shape and len(layer.in_shape) != len(layer.kernel_size) + 2:
-        return "it was seen to run without a batch axis"
+        return "it ran without a batch axis in the traced forward pass"
     return ""
 
 
@@ -120,7 +120,7 @@ def torch_dtype(layer: LayerInfo) -> torch.dtype:
     """
     dtype = getattr(torch, layer.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"{layer.dtype} of {layer.name} is not a floating dtype")
+        raise TypeError(f"{layer.dtype} of {layer.name} is not a floating-point dtype")
     return dtype
 
 

@@ -45,8 +45,8 @@ def why_not_aligned(layer: LayerInfo) -> str:
     if reason or layer.channel_axis == -1:
         return reason
     if len(layer.in_shape) - 2 > MAX_SPATIAL:
-        return f"inputs with {len(layer.in_shape)} axes are not handled"
+        return f"inputs with {len(layer.in_shape)} axes are not supported"
     geometry = zip(layer.kernel_size, layer.padding, layer.dilation, strict=True)
     if any(2 * padding != dilation * (size - 1) for size, padding, dilation in geometry):
-        return "its padding shifts or trims positions, so a point-wise branch would not line up"
+        return "its padding shifts or trims positions, and a point-wise branch does neither"
     return ""

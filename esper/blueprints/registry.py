@@ -91,7 +91,7 @@ def discover(modules: Iterable[ModuleType]) -> dict[str, Blueprint]:
 def _refuse_taken(new: Blueprint, others: Iterable[Blueprint]) -> None:
     if any(new.slug == other.slug or new.id == other.id for other in others):
         raise DuplicateBlueprintError(
-            f"{new.slug} ({new.id}) stands twice in the catalogue", slug=new.slug
+            f"{new.slug} ({new.id}) occurs twice in the catalogue", slug=new.slug
         )
 
 
@@ -101,7 +101,7 @@ def _by_slug() -> dict[str, Blueprint]:
     folder = os.environ.get("ESPER_COMPOSITIONS", "")
     own = read_documents(Path(folder)) if folder else {}
     for slug in own.keys() & documents.keys():
-        raise DuplicateBlueprintError(f"{slug} stands twice in the catalogue", slug=slug)
+        raise DuplicateBlueprintError(f"{slug} occurs twice in the catalogue", slug=slug)
     known = _catalogue()
     found = {**known, **compose({**documents, **own}, known), **_registered}
     return dict(sorted(found.items()))

@@ -1,11 +1,11 @@
-"""Kernels: specialise -> certify -> measure -> package -> sign; and how to take one in safely.
+"""Kernels: specialise -> certify -> measure -> package -> sign; and verify before use.
 
     tier 0   build_kernel     spec and certificate, no code
-    tier 1   build_compiled   the same with machine code for one device, swapped in when faster
+    tier 1   build_compiled   the same with machine code for one device, used where it is faster
     tier 2   compile_export   the finished model as one package, for inference only
 
-``bundle``, ``verify``, ``store`` and ``builder`` import no torch, so that the web process may
-serve kernels and a worker may have them built by children.
+``bundle``, ``verify``, ``store`` and ``builder`` import no torch, so that the web process can
+serve kernels and a worker can build them in child processes.
 The other direction, spec -> module, is ``esper.compilation.instantiate.instantiate``.
 """
 

@@ -1,4 +1,4 @@
-"""Tier 0: make, try, measure, package and sign a kernel. Nothing here runs a foreign file."""
+"""Tier 0: build, certify, measure, package and sign a kernel. Nothing here runs a foreign file."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def build_kernel(
     """Specialise -> certify -> measure -> package -> sign, all in this process.
 
     Args:
-        layer: where it will be grafted; shapes, dtype and device are taken from here.
+        layer: the target of the graft; defines shapes, dtype and device.
         blueprint: slug or id.
-        config: None: the blueprint's own for this layer.
+        config: None: the blueprint's defaults for this layer.
         private_key: base64 Ed25519 key of this worker.
         seed: of the initial weights; 0: derived from the key, so equal keys give equal weights.
 
     Returns:
-        The signed files. ``report.json`` has the times of the stages before it was written.
+        The signed files. ``report.json`` has the times of all stages before packaging.
 
     Raises:
         KernelBuildError: as :func:`draft_kernel`.
-        ConfigurationError: the signing key is no key.
+        ConfigurationError: the signing key is not valid.
     """
     return pack(draft_kernel(layer, blueprint, config, seed=seed), private_key=private_key)
 
@@ -69,16 +69,16 @@ def draft_kernel(
     capability: str | None = None,
     on_step: Callable[[str, CostForecast], None] = lambda _step, _forecast: None,
 ) -> KernelDraft:
-    """Specialise -> certify -> measure; signing is left to whoever has the key.
+    """Specialise -> certify -> measure, without signing.
 
     Args:
-        capability: what the kernel is for; None: what this process finds out.
+        capability: target of the kernel; None: this machine's.
         on_step: called after ``forecast``, ``built``, ``certified`` and ``measured``. The forecast
-            is shape arithmetic: it is there before anything has been made.
+            is computed from shapes, before anything is built.
 
     Raises:
         KernelBuildError: permanent: unknown or unfit blueprint, refused by the certificate.
-            Not permanent: this machine could not do it now (memory, device).
+            Not permanent: this machine failed now (memory, device).
     """
     stage_ms: dict[str, float] = {}
     try:
@@ -104,7 +104,7 @@ def draft_kernel(
 
 
 def warm_up() -> None:
-    """Pay for imports, first calls and allocator before the first job does (2-5 s cold)."""
+    """Runs imports, first calls and the allocator before the first job (2-5 s cold)."""
     layer = LayerInfo(
         name="warm_up",
         kind="Linear",
@@ -152,7 +152,7 @@ def _measure(
     arguments = (x, x, x) if layer.kind in layout.ATTENTION else (x,)
     with torch.no_grad():
         y = first_tensor(host(*arguments))
-    assert y is not None  # certify has run this very host
+    assert y is not None  # certify has run this host
     return measure.cost(graft, x, y, rows=layer.in_shape[0])
 
 

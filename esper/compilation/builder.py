@@ -1,13 +1,13 @@
-"""Kernels built by a child process, so that a crash, a wedge or an endless build costs one child.
+"""Builds kernels in a child process, so that a crash, hang or endless build affects only the child.
 
-The child (:mod:`esper.compilation.child`) has imported torch when an order comes. It has neither
-the signing key nor the worker's environment, no network, its own directory, and limits on time and
-memory. What comes back is data: answers on a pipe, one line of strict JSON each, and two small
-files, which are read as if a stranger had sent them. Imports no torch: neither this module nor the
-worker that uses it ever touches the device.
+The child (:mod:`esper.compilation.child`) has imported torch before an order arrives. It has
+neither the signing key nor the worker's environment; it has no network, its own directory, and
+limits on time and memory. It returns data: answers on a pipe, one line of strict JSON each, and two
+small files, which are read as untrusted. Imports no torch: neither this module nor the worker that
+uses it touches the device.
 
     start ──► ready ──► order ──► steps … ──► drafted ──► (next order)
-                          └─ died, silent too long, too large, stopped ──► killed, the next child
+                          └─ died, too slow, too large, stopped ──► killed, the next child
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LAST_LINES_BYTES = 4000
 LOOK_EVERY_SECONDS = 0.05
 READY_SECONDS = 120.0
 FOLDER = "esper-builder-"  # then the worker's process id
-# All that a child gets of the worker's environment; ESPER_UP_ID is how a supervisor finds it.
+# The child gets only these variables of the worker's; a supervisor finds it by ESPER_UP_ID.
 PASSED_ON = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONWARNINGS"),
     *("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "ESPER_UP_ID"),
@@ -50,7 +50,7 @@ OnStep = Callable[[str, CostForecast], None]
 
 @dataclass(frozen=True, slots=True)
 class BuildLimits:
-    """What one order may take: seconds, and MiB beyond what the waiting child has."""
+    """Limits of one order: seconds, and MiB above the waiting child's memory."""
 
     seconds: float = 60.0
     memory_mib: int = 4096
@@ -58,7 +58,7 @@ class BuildLimits:
 
 @dataclass(frozen=True, slots=True)
 class BuildOrder:
-    """What is to be built."""
+    """The kernel to build."""
 
     layer: LayerInfo
     blueprint: str
@@ -85,7 +85,7 @@ class BuildOrder:
 
 @dataclass(frozen=True, slots=True)
 class BuilderDescription:
-    """What a child says of itself when it is ready; ``network`` names what keeps it closed."""
+    """A ready child's description of itself; ``network`` names what blocks the network."""
 
     devices: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -93,11 +93,11 @@ class BuilderDescription:
 
 
 class Builder:
-    """One child process. Make it in a thread that lives on: the child dies with that thread.
+    """One child process. Start it in a long-lived thread: the child ends with that thread.
 
     Args:
         limits: for each order.
-        argv: another program that speaks the same language, for tests.
+        argv: another program with the same protocol, for tests.
     """
 
     def __init__(self, limits: BuildLimits, argv: tuple[str, ...] = ()) -> None:
@@ -117,7 +117,7 @@ class Builder:
                 stderr=log,
                 env=_environment(self._folder),
                 cwd=self._folder,
-                start_new_session=True,  # with its own children it can be killed as a group
+                start_new_session=True,  # so that it and its children can be killed as a group
             )
 
     @property
@@ -125,10 +125,10 @@ class Builder:
         return self.process.poll() is None
 
     def wait_ready(self, seconds: float = READY_SECONDS) -> BuilderDescription:
-        """What the child is and has, once it has imported torch.
+        """Waits until the child has imported torch; returns its description.
 
         Raises:
-            BuilderLostError: it did not get that far.
+            BuilderLostError: the child ended before.
         """
         if self.description is None:
             answer = self._answer(seconds, time.monotonic() + seconds, lambda: False)
@@ -137,33 +137,33 @@ class Builder:
         return self.description
 
     def specify(self, order: BuildOrder) -> tuple[KernelKey, CostForecast]:
-        """The key under which a kernel for this order is stored, and what shapes alone tell.
+        """The cache key of this order's kernel, and the forecast from its shapes.
 
         Raises:
-            KernelBuildError: it cannot be built here, or nowhere.
-            BuilderLostError: the child is gone.
+            KernelBuildError: it cannot be built here, or anywhere.
+            BuilderLostError: the child has ended.
         """
         answer = self._ask({"act": "specify", **order.to_wire()}, lambda: False)
         try:
             key = KernelKey.from_wire(answer["key"])
             forecast = CostForecast.from_wire(answer["forecast"])
         except (CodecError, TypeError, KeyError) as error:
-            raise self._lost(f"answered nonsense: {error}") from error
+            raise self._lost(f"gave an invalid answer: {error}") from error
         _check_key(key, order)
         return key, forecast
 
     def draft(
         self, order: BuildOrder, *, on_step: OnStep, stopped: Callable[[], bool]
     ) -> KernelDraft:
-        """Have it built, certified and measured.
+        """Builds, certifies and measures the kernel in the child.
 
         Args:
-            on_step: called when a step is done; may raise, which ends the build.
-            stopped: asked again and again; True ends the build and the child with it.
+            on_step: called after each step; an exception in it ends the build.
+            stopped: called repeatedly; True ends the build and the child.
 
         Raises:
-            KernelBuildError: the child refused it, or what it made is not what was ordered.
-            BuilderLostError: the child died, was too slow or too large, or was stopped.
+            KernelBuildError: the child refused the order, or the result does not match it.
+            BuilderLostError: the child died, exceeded a limit, or was stopped.
         """
         self._orders += 1
         folder = self._folder / f"order-{self._orders}"
@@ -175,14 +175,14 @@ class Builder:
         except (CodecError, KernelError, TypeError, KeyError, OSError) as error:
             if isinstance(error, KernelBuildError):
                 raise
-            raise self._lost(f"left files that are no kernel: {error}") from error
+            raise self._lost(f"wrote files that are not a kernel: {error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         _check_draft(draft, order)
         return draft
 
     def close(self) -> None:
-        """End the child and everything it has started, and take its directory away."""
+        """Ends the child and all its processes, and removes its directory."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
@@ -190,7 +190,7 @@ class Builder:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                with suppress(BrokenPipeError):  # what is in the buffer has no reader any more
+                with suppress(BrokenPipeError):  # nothing reads the buffer any more
                     pipe.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -217,17 +217,17 @@ class Builder:
         try:
             step, forecast = str(answer["step"]), CostForecast.from_wire(answer["forecast"])
         except (CodecError, TypeError, KeyError) as error:
-            raise self._lost(f"answered nonsense: {error}") from error
+            raise self._lost(f"gave an invalid answer: {error}") from error
         if step not in STEPS:
             raise self._lost(f"reported the unknown step {step[:40]!r}")
         try:
             on_step(step, forecast)
         except BaseException:
-            self.close()  # it is in the middle of something that nobody wants any more
+            self.close()  # its present order is no longer wanted
             raise
 
     def _note_devices(self, answer: dict[str, Any]) -> None:
-        assert self.description is not None  # it was ready before it took an order
+        assert self.description is not None  # it was ready before it received an order
         self.description = replace(self.description, devices=_description(answer).devices)
 
     def _say(self, message: Mapping[str, Any]) -> None:
@@ -236,19 +236,19 @@ class Builder:
             self.process.stdin.write(codec.encode(dict(message)) + b"\n")
             self.process.stdin.flush()
         except OSError as error:
-            raise self._lost("died before it took the order") from error
+            raise self._lost("died before it read the order") from error
 
     def _answer(
         self, seconds: float, deadline: float, stopped: Callable[[], bool]
     ) -> dict[str, Any]:
-        """The next line, while time, memory and our interest last."""
+        """The next line, unless a limit is reached or the build is stopped."""
         assert self.process.stdout is not None
         descriptor = self.process.stdout.fileno()
         while b"\n" not in self._unread:
             if time.monotonic() > deadline:
-                raise self._lost(f"was not done in {seconds:g} s and was killed")
+                raise self._lost(f"did not finish within {seconds:g} s and was killed")
             if stopped():
-                raise self._lost("was stopped: nobody needs the result any more", wanted=True)
+                raise self._lost("was stopped, because its result is no longer needed", wanted=True)
             self._watch_memory()
             if not select.select([descriptor], [], [], LOOK_EVERY_SECONDS)[0]:
                 continue
@@ -257,7 +257,7 @@ class Builder:
                 raise self._lost("died")
             self._unread += read
             if len(self._unread) > MAX_ANSWER_BYTES:
-                raise self._lost("talked too much and was killed")
+                raise self._lost("wrote too much output and was killed")
         line, _, self._unread = self._unread.partition(b"\n")
         return self._parsed(line)
 
@@ -265,9 +265,9 @@ class Builder:
         try:
             answer = codec.decode(line, max_bytes=MAX_ANSWER_BYTES)
         except CodecError as error:
-            raise self._lost(f"answered nonsense: {error}") from error
+            raise self._lost(f"gave an invalid answer: {error}") from error
         if not isinstance(answer, dict):
-            raise self._lost("answered nonsense: no object")
+            raise self._lost("gave an invalid answer: no object")
         return answer
 
     def _watch_memory(self) -> None:
@@ -280,9 +280,9 @@ class Builder:
             )
 
     def _lost(self, what: str, *, wanted: bool = False) -> BuilderLostError:
-        """Ends the child, and says what is known about its end."""
+        """Ends the child, and describes its end."""
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.2)  # a dying one gets the time to be its own cause of death
+            self.process.wait(0.2)  # a dying child gets time to exit by itself
         ended = self.process.returncode
         tail = _tail(self._log)
         self.close()
@@ -292,10 +292,10 @@ class Builder:
 
 
 class BuilderPool:
-    """Children that are ready in turn: one builds, the others wait to take its place.
+    """A pool of ready children: one builds, the others wait to replace it.
 
     Args:
-        size: how many live; with one, a lost child's successor is waited for.
+        size: number of children; with one, a lost child must be replaced first.
     """
 
     def __init__(self, limits: BuildLimits, size: int = 2, argv: tuple[str, ...] = ()) -> None:
@@ -304,10 +304,10 @@ class BuilderPool:
         _remove_leftovers()
 
     def ready(self) -> Builder:
-        """The child that takes the next order; waits for the first one after the start.
+        """The child for the next order; waits for the first child after the start.
 
         Raises:
-            BuilderLostError: no child comes up.
+            BuilderLostError: no child starts.
         """
         for attempt in range(self._size + 1):
             self._fill(1)
@@ -317,12 +317,12 @@ class BuilderPool:
                 if attempt == self._size:
                     raise
                 continue
-            self._fill(self._size)  # not sooner: two that import torch are half as fast
+            self._fill(self._size)  # not earlier: two children that import torch are half as fast
             return self._builders[0]
         raise AssertionError("the last attempt returns or raises")
 
     def _fill(self, size: int) -> None:
-        """Returns at once: a child imports torch while others work."""
+        """Returns at once; the child imports torch in the background."""
         self._builders = [builder for builder in self._builders if self._is_alive(builder)]
         while len(self._builders) < size:
             self._builders.append(Builder(self._limits, self._argv))
@@ -351,13 +351,13 @@ def describe_exit(code: int) -> str:
 
 def _environment(folder: Path) -> dict[str, str]:
     kept = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    # The child's directory is not ours: what was found relative to it must still be found.
+    # The child runs in another directory, so relative paths must become absolute.
     kept["PYTHONPATH"] = os.pathsep.join(str(Path(entry or ".").resolve()) for entry in sys.path)
     return {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **kept, "TMPDIR": str(folder)}
 
 
 def _remove_leftovers() -> None:
-    """Directories of workers that were killed and could not tidy up."""
+    """Removes directories of workers that were killed before they could do so."""
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
         pid = folder.name.removeprefix(FOLDER).partition("-")[0]
         if sys.platform == "linux" and not Path("/proc", pid).exists():
@@ -380,7 +380,7 @@ def _read_draft(folder: Path) -> KernelDraft:
 
 
 def _read_file(path: Path) -> Any:
-    # A link would let the child choose what its worker reads and signs.
+    # With a link the child could choose which file its worker reads and signs.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         return codec.decode(file.read(MAX_FILE_BYTES + 1), max_bytes=MAX_FILE_BYTES)
 
@@ -396,7 +396,7 @@ def _check_key(key: KernelKey, order: BuildOrder) -> None:
 
 
 def _check_draft(draft: KernelDraft, order: BuildOrder) -> None:
-    """Nothing is signed that was not ordered, or that does not carry a passing certificate."""
+    """Checks that the draft matches the order and has a certificate that passed."""
     _check_key(draft.key, order)
     named = (draft.key.blueprint, draft.key.blueprint_version, draft.key.config)
     if named != (draft.spec.blueprint, draft.spec.blueprint_version, draft.spec.config):
@@ -408,7 +408,7 @@ def _check_draft(draft: KernelDraft, order: BuildOrder) -> None:
 
 
 def _resident_mib(pid: int) -> float:
-    """Resident memory; 0 where the system does not tell."""
+    """Resident memory; 0 if unknown."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError):

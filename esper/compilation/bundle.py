@@ -1,7 +1,7 @@
-"""A kernel's files: how they are written, and how their texts are read. Imports no torch.
+"""A kernel's files: how they are written and parsed. Imports no torch.
 
-``pack`` is the only writer. The readers here trust nobody, but they check form only; signature and
-digests are checked before, by :func:`esper.compilation.verify.open_kernel`.
+``pack`` is the only writer. The readers here check only the form; signature and digests are checked
+before, by :func:`esper.compilation.verify.open_kernel`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from esper.contracts.kernels import (
 from esper.exceptions import CodecError, KernelBuildError
 
 FORMAT = "esper-kernel-1"
-LISTED_FILES = (SPEC_FILE, REPORT_FILE)  # the manifest vouches for these
+LISTED_FILES = (SPEC_FILE, REPORT_FILE)  # the manifest has their digests
 LISTED_COMPILED_FILES = (*LISTED_FILES, CODE_FILE)
 
 
@@ -45,8 +45,8 @@ def pack(draft: KernelDraft, *, private_key: str, code: bytes | None = None) -> 
         private_key: base64 Ed25519 key of the compile worker.
 
     Raises:
-        KernelBuildError: a file is larger than a reader would take.
-        ConfigurationError: the key is no key.
+        KernelBuildError: a file is larger than readers accept.
+        ConfigurationError: the key is not valid.
     """
     files = {
         SPEC_FILE: codec.encode(asdict(draft.spec)),
@@ -83,7 +83,7 @@ def report_to_wire(report: KernelReport) -> dict[str, Any]:
 
 
 def report_from_wire(data: dict[str, Any]) -> KernelReport:
-    """Raises ``CodecError`` when it is no report."""
+    """Raises ``CodecError`` if it is not a report."""
     try:
         return KernelReport(
             certificate=Certificate.from_wire(data["certificate"]),
@@ -92,7 +92,7 @@ def report_from_wire(data: dict[str, Any]) -> KernelReport:
             stage_ms={
                 str(name): codec.number_from_wire(value) for name, value in data["stage_ms"].items()
             },
-            # Kernels that were signed before there was a second tier do not name it.
+            # Kernels that were signed before tier 1 existed do not name it.
             speedup=codec.number_from_wire(data.get("speedup", math.nan)),
             measured=MeasuredCost.from_wire(data.get("measured", {})),
         )
@@ -101,7 +101,7 @@ def report_from_wire(data: dict[str, Any]) -> KernelReport:
 
 
 def spec_from_wire(data: Any) -> KernelSpec:
-    """Raises ``CodecError`` when it is no kernel spec."""
+    """Raises ``CodecError`` if it is not a kernel spec."""
     types = {"blueprint": str, "blueprint_version": str, "config": dict, "seed": int}
     if not isinstance(data, dict) or data.keys() != types.keys():
         raise CodecError(f"a kernel spec has the fields {', '.join(types)}")

@@ -1,8 +1,8 @@
-"""``python -m esper.compilation.child``: builds kernels for the worker that has started it.
+"""``python -m esper.compilation.child``: builds kernels for the worker that started it.
 
-Orders come on standard input, answers leave on standard output; whatever else is printed goes to
-standard error, whose last lines the worker keeps when this process is lost. The order of the first
-lines matters: what is given up is given up before torch, and with it threads, are there.
+Orders arrive on standard input, answers go to standard output; other output goes to standard error,
+whose last lines the worker keeps if this process ends. The order of the first lines matters: the
+process drops its rights before it imports torch, which starts threads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _private_answers() -> BinaryIO:
-    """Standard output for answers alone: a blueprint that prints must not answer for us."""
+    """Reserves standard output for answers: output that a blueprint prints is no answer."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return answers
@@ -117,7 +117,7 @@ def _versions() -> dict[str, str]:
 
 
 def _devices() -> list[dict[str, Any]]:
-    """The processor, then each GPU, with memory in MiB; the processor's is the host's."""
+    """The processor, then each GPU, with memory in MiB; for the processor, the host's."""
     import torch
 
     from esper.compilation.key import capability, device_name

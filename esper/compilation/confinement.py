@@ -1,9 +1,10 @@
-"""What a builder child gives up before it builds: the network, endless memory, core dumps.
+"""Rights that a builder child drops before it builds: network, unlimited memory, core dumps.
 
-The network is closed by a seccomp filter, which needs no rights and which the kernel enforces on
-whatever runs in the process: ``socket`` works for local (AF_UNIX) sockets only. Where there is no
-such filter, a Python audit hook refuses; native code could go round it, so the child says which of
-the two it is. A builder is no sandbox beyond that: it reads files with its user's rights.
+The network is closed by a seccomp filter, which needs no rights and applies to all code in the
+process: ``socket`` works only for local (AF_UNIX) sockets. Without such a filter, a Python audit
+    hook
+refuses sockets; native code could bypass it, so the child reports which of the two is active. The
+rest is no sandbox: a builder reads files with its user's rights.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_MODE_FILTER = 2
 # Audit architecture, and the numbers of socket and io_uring_setup (which could open a socket too).
 _ARCHITECTURES = {"x86_64": (0xC000003E, 41, 425), "aarch64": (0xC00000B7, 198, 425)}
-_X32_CALL = 0x40000000  # x86_64 knows every call by a second number
+_X32_CALL = 0x40000000  # x86_64 has a second number for each call
 _ALLOW, _EACCES, _KILL = 0x7FFF0000, 0x0005000D, 0x80000000
 # Classic BPF: load a word of seccomp_data at an offset, jump if equal or greater, return.
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
@@ -38,15 +39,15 @@ class _Program(ctypes.Structure):
 
 
 def end_with_parent(parent: int) -> None:
-    """Die when the worker dies, even if it is killed; first of the two on the kernel's list."""
+    """Ends this process when the worker ends; makes it the first to be killed without memory."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
+    if os.getppid() != parent:  # the worker ended before this call
         os._exit(1)
 
 
 def close_network() -> str:
-    """Refuse every socket but local ones from now on; returns by what: seccomp or audit hook."""
+    """Refuses all but local sockets from now on; returns the means: seccomp or audit hook."""
     if _seccomp():
         return "seccomp"
     sys.addaudithook(_refuse_connections)
@@ -54,10 +55,10 @@ def close_network() -> str:
 
 
 def limit_memory(memory_mib: int) -> None:
-    """Let this process grow by so much, so that a build too large fails with an error.
+    """Limits this process's growth, so that a build that is too large fails with an error.
 
-    The limit is on addresses, which a CUDA context reserves without using them: a child with a GPU
-    has only its parent's watch on resident memory.
+    The limit is on address space, which a CUDA context reserves without use: for a child with a GPU
+    only the parent's check of resident memory applies.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform != "linux" or Path("/dev/nvidiactl").exists():
@@ -68,7 +69,7 @@ def limit_memory(memory_mib: int) -> None:
 
 
 def die_first() -> None:
-    """Where memory runs out, the kernel ends a builder sooner than a worker or a trainer."""
+    """Without free memory, the kernel kills a builder before a worker or a trainer."""
     if sys.platform == "linux":
         Path("/proc/self/oom_score_adj").write_text("800")
 

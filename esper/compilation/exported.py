@@ -1,12 +1,13 @@
-"""Tier 2: a finished model as one AOTInductor package. Inference only: it gives no gradients.
+"""Tier 2: a finished model as one AOTInductor package. For inference only, without gradients.
 
     model = esper.export(trained)
     package = compile_export(model, (batch,), private_key=key)
     run = load_exported(package.files, package.digest, trusted_key)
 
-A package is native code with the weights in it, a few seconds to minutes to make (measured on two
-cores: 10 to 40 s for a small network) and larger than the weights. It fits one kind of device, one
-PyTorch, and the shapes of the sample.
+A package is native code that includes the weights. It takes seconds to minutes to build (measured
+on
+two cores: 10 to 40 s for a small network) and is larger than the weights. It is valid for one kind
+of device, one PyTorch version, and the shapes of the sample.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from esper.grafting.slot import slots
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """The signed files, in memory; ``build_seconds`` and ``size_bytes`` are what it really took."""
+    """The signed files, in memory; ``build_seconds`` and ``size_bytes`` are measured."""
 
     files: dict[str, bytes]
     build_seconds: float
@@ -49,17 +50,17 @@ def compile_export(model: nn.Module, sample: tuple[Tensor, ...], *, private_key:
     """Compile a model of ``esper.export`` and sign the result. Blocks for seconds to minutes.
 
     Args:
-        model: in the mode in which it will be used; ``eval()`` for most.
+        model: in its later mode; ``eval()`` for most.
         sample: its arguments; their shapes and dtypes become fixed.
         private_key: base64 Ed25519 key of the compile worker.
 
     Raises:
-        ConfigurationError: the model still has Esper's slots, or the key is no key.
+        ConfigurationError: the model still has Esper's slots, or the key is not valid.
         CompilerMissingError: this machine has no compiler.
         KernelBuildError: permanent: PyTorch cannot export or compile it.
     """
     if any(True for _ in slots(model)):
-        raise ConfigurationError("this model still has slots: compile esper.export(model)")
+        raise ConfigurationError("this model still has slots; compile esper.export(model)")
     device = next((str(p.device) for p in model.parameters()), "cpu")
     started = time.perf_counter()
     package = _compile(model, sample)
@@ -93,7 +94,7 @@ def _compile(model: nn.Module, sample: tuple[Tensor, ...]) -> bytes:
                 compile_and_package(program, package_path=str(path))
         except InvalidCxxCompiler as error:
             raise CompilerMissingError(f"this machine has no C++ compiler: {error}") from error
-        except Exception as error:  # everything that PyTorch's compiler can raise
+        except Exception as error:  # PyTorch's compiler can raise any exception
             text = f"PyTorch cannot compile it: {type(error).__name__}: {error}"
             raise KernelBuildError(text[:500], permanent=True) from error
         return path.read_bytes()

@@ -1,11 +1,11 @@
-"""Tier 1: a graft's forward and backward as machine code, made by Inductor in its own process.
+"""Tier 1: a graft's forward and backward as machine code, compiled by Inductor in a child.
 
 worker (holds the signing key)   child: nice 19, one thread, an empty cache directory, no key
   build_compiled ───── spec ─────►  build the graft, compile, compare, time
         sign     ◄─ report, inductor.tar ─┘
 
-Never in a thread of a trainer, whose steps it would slow down several times over, and never in the
-worker's own process, which has the next tier 0 to build.
+Never in a thread of a trainer, because its steps would take several times as long, and never in the
+worker's own process, which must build the next tier 0 kernel.
 """
 
 from __future__ import annotations
@@ -52,12 +52,14 @@ from esper.exceptions import CompilerMissingError, EsperError, KernelBuildError
 
 TIMEOUT_SECONDS = 300.0
 NICENESS = 19
-_KEPT = frozenset({".so", ".py", ".cubin", ".json"})  # what loading needs; locks and sources not
+_KEPT = frozenset(
+    {".so", ".py", ".cubin", ".json"}
+)  # files that loading needs, without locks and sources
 _NOTHING_TO_GAIN = frozenset({GraftKind.WRAP, GraftKind.OBSERVE})
 
 
 def compiled_key(layer: LayerInfo, blueprint: str, config: dict[str, Any] | None) -> KernelKey:
-    """The key of the compiled kernel beside :func:`esper.compilation.kernel_key`'s."""
+    """The key of the compiled kernel; see :func:`esper.compilation.kernel_key`."""
     return replace(kernel_key(layer, blueprint, config), tier=1)
 
 
@@ -76,11 +78,11 @@ def build_compiled(
         timeout_seconds: the child is killed after that.
 
     Returns:
-        The signed files; ``report.json`` says how much faster it was here. Whether it is fast
-        enough is the trainer's question, on its own device.
+        The signed files; ``report.json`` has the speedup on this machine. The trainer measures on
+        its own device whether that is enough.
 
     Raises:
-        CompilerMissingError: this machine cannot compile for that device.
+        CompilerMissingError: this machine cannot compile for the device.
         KernelBuildError: permanent: the graft cannot be compiled, or the result differs.
     """
     first = build_kernel(layer, blueprint, config, private_key=private_key)
@@ -114,7 +116,9 @@ def _run_child(layer: LayerInfo, spec: KernelSpec, directory: Path, timeout: flo
     try:
         child.wait(timeout)
     except subprocess.TimeoutExpired as error:
-        raise KernelBuildError(f"compiling took over {timeout:g} s", permanent=True) from error
+        raise KernelBuildError(
+            f"compiling took longer than {timeout:g} s", permanent=True
+        ) from error
     finally:
         _end_group(child)
     try:
@@ -130,7 +134,7 @@ def _run_child(layer: LayerInfo, spec: KernelSpec, directory: Path, timeout: flo
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
-    """The child and the compilers that it started."""
+    """Kills the child and its compilers."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -161,7 +165,7 @@ def _spec_to_wire(spec: KernelSpec) -> dict[str, Any]:
 
 
 def main(directory: Path) -> None:
-    """Compile what ``request.json`` asks for; leaves ``answer.json`` and ``inductor.tar``."""
+    """Compiles the graft of ``request.json``; writes ``answer.json`` and ``inductor.tar``."""
     os.nice(NICENESS)
     torch.set_num_threads(1)
     answer: dict[str, Any] = {"error": "", "missing": False, "speedup": "nan", "stage_ms": {}}
@@ -178,7 +182,9 @@ def main(directory: Path) -> None:
 
 def _compile(layer: LayerInfo, spec: KernelSpec, directory: Path) -> dict[str, Any]:
     if blueprints.get_blueprint(spec.blueprint).kind in _NOTHING_TO_GAIN:
-        raise KernelBuildError(f"{spec.blueprint} computes nothing to speed up", permanent=True)
+        raise KernelBuildError(
+            f"{spec.blueprint} computes nothing that could be faster", permanent=True
+        )
     graft = _settled(instantiate(spec, layer), layer)
     started = time.perf_counter()
     function = compile_combine(graft, layer)
@@ -191,13 +197,13 @@ def _compile(layer: LayerInfo, spec: KernelSpec, directory: Path) -> dict[str, A
     function.save_compiled_function(str(cache / FUNCTION_FILE))
     code = pack_archive(_code_files(cache))
     if len(code) > MAX_CODE_BYTES:
-        raise KernelBuildError(f"{len(code)} bytes of code are too many", permanent=True)
+        raise KernelBuildError(f"{len(code)} bytes of code exceed the limit", permanent=True)
     (directory / "inductor.tar").write_bytes(code)
     return {"speedup": trial.speedup, "stage_ms": {"inductor": round(compile_ms, 3)}}
 
 
 def _settled(graft: Graft, layer: LayerInfo) -> Graft:
-    """As it would be in its slot: with what it takes over from the host, in training mode."""
+    """The graft as in its slot: with values inherited from the host, in training mode."""
     host: nn.Module = grafting.stand_in(layer)[0]
     graft.inherit(host)
     return graft.train()
@@ -217,7 +223,7 @@ def compile_combine(graft: Graft, layer: LayerInfo) -> Any:
     try:
         with portable_code():
             return compiled.aot_compile(((graft, x, y), {}))
-    except Exception as error:  # everything that PyTorch's compiler can raise
+    except Exception as error:  # PyTorch's compiler can raise any exception
         for cause in _causes(error):
             if isinstance(cause, InvalidCxxCompiler | TritonMissing):
                 raise CompilerMissingError(

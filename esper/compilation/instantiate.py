@@ -24,10 +24,10 @@ def instantiate(
         dtype: default: the layer's.
 
     Raises:
-        UnknownBlueprintError: this process's Esper does not have the blueprint.
-        KernelError: it has another version of it, which may build another module.
+        UnknownBlueprintError: this version of Esper does not have the blueprint.
+        KernelError: it has another version of the blueprint, which may build another module.
         IncompatibleLayerError: the blueprint does not fit this layer.
-        ConfigurationError: its configuration makes no sense here.
+        ConfigurationError: the configuration is not valid for this layer.
     """
     blueprint = blueprints.get_blueprint(spec.blueprint)
     if blueprint.version != spec.blueprint_version:

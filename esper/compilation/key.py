@@ -1,4 +1,4 @@
-"""What a kernel depends on, as a cache key."""
+"""The cache key of a kernel: everything that it depends on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from esper.exceptions import KernelBuildError
 
 
 def capability(device: torch.device | str | None = None) -> str:
-    """What a kernel for ``device`` is compiled for: ``cpu`` or ``cuda.sm90``.
+    """The capability of a device: ``cpu`` or ``cuda.sm90``.
 
     Args:
-        device: None: this process's first GPU, or its processor where there is none.
+        device: None: this process's first GPU, or its processor if there is none.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type != "cuda":
@@ -26,16 +26,16 @@ def capability(device: torch.device | str | None = None) -> str:
 
 
 def capabilities() -> list[str]:
-    """All that this machine can compile for, each once: ``["cpu", "cuda.sm90"]``."""
+    """All capabilities of this machine, without duplicates: ``["cpu", "cuda.sm90"]``."""
     gpus = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
     return ["cpu", *sorted({capability(gpu) for gpu in gpus})]
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's kind and widest instruction set.
+    """The GPU's name, or the processor's architecture and widest instruction set.
 
     Raises:
-        KernelBuildError: not permanent: this machine lacks the device, another one may have it.
+        KernelBuildError: not permanent: this machine does not have the device, another may.
     """
     if device.type == "cpu":
         return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -54,13 +54,13 @@ def kernel_key(
     """The key of ``blueprint`` at ``layer``, built by this process.
 
     Args:
-        config: settings that differ from the blueprint's defaults are enough.
-        capability: what the kernel is for; None: what the layer's device is found to be here.
+        config: settings that differ from the blueprint's defaults.
+        capability: target of the kernel; None: the capability of the layer's device.
 
     Raises:
         UnknownBlueprintError: no blueprint has this slug or id.
-        IncompatibleLayerError, ConfigurationError: it cannot be built like this there.
-        KernelBuildError: the layer's device is not here, or is another one than asked for.
+        IncompatibleLayerError, ConfigurationError: layer or settings do not fit.
+        KernelBuildError: this machine lacks the layer's device, or its capability differs.
     """
     chosen = blueprints.get_blueprint(blueprint)
     device = torch.device(layer.device)
@@ -81,17 +81,17 @@ def kernel_key(
 
 
 def _checked_capability(device: torch.device, asked: str | None) -> str:
-    """A CPU may go by any name that starts with ``cpu`` (``cpu.avx512``); a GPU has just one."""
+    """A CPU accepts any name that starts with ``cpu`` (``cpu.avx512``); a GPU has one name."""
     found = capability(device)
     if asked is None or asked == found:
         return found
     if found == "cpu" and asked.startswith("cpu."):
         return asked
-    raise KernelBuildError(f"{device} is {found} here, asked for was {asked}", permanent=False)
+    raise KernelBuildError(f"{device} is {found} here, but {asked} was asked for", permanent=False)
 
 
 def _kind(layer: LayerInfo) -> str:
-    """The class name, and what the shapes of convolutions and of attention do not tell."""
+    """The class name, and what shapes do not show for convolutions and attention."""
     if layer.cached_channels:
         first, end = layer.cached_channels
         return f"{layer.kind} cached {first}-{end} h{layer.head_width}"

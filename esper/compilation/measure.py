@@ -1,4 +1,4 @@
-"""What a graft costs at the layer's real shape, on this device: time and memory."""
+"""Measures a graft's time and memory at the layer's real shape, on this device."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from esper.blueprints.base import MIB
 from esper.contracts import MeasuredCost
 
 FEWEST, MOST = 5, 30
-ENOUGH_MS = 2.5  # of each kind: a cold build has tens of milliseconds in all
+ENOUGH_MS = 2.5  # of each kind: a cold build takes tens of milliseconds in total
 
 
 def cost(graft: Graft, x: Tensor, y: Tensor, *, rows: int) -> tuple[float, MeasuredCost]:
-    """Time forward and backward, and count memory, on an undisturbed device.
+    """Measures time and memory of forward and backward.
 
     Args:
         x: a sample of the layer's input, y: of its output, both [batch, ...].
-        rows: batch size to measure at; the sample is repeated up to there.
+        rows: batch size of the measurement; the sample is repeated to reach it.
 
     Returns:
-        (the best forward time in ms, without the host layer's own; all that was measured).
-        Limits look at the best of a few: on a worker that shares its cores, everything else
-        measures the neighbours (seen: median 16 ms for a graft of 0.05 ms, which then broke a
-        limit that it keeps).
+        (the best forward time in ms, without the host layer; all measured values).
+        Limits use the best time: on a worker with shared cores, other statistics depend on the
+        load (measured: median 16 ms for a graft of 0.05 ms, which then exceeded a limit).
     """
     x_full, y_full = _with_rows(x, rows), _with_rows(y, rows)
 
@@ -52,7 +51,7 @@ def cost(graft: Graft, x: Tensor, y: Tensor, *, rows: int) -> tuple[float, Measu
 
 
 def _with_gradients(graft: Graft, x: Tensor, y: Tensor) -> tuple[list[float], float]:
-    """(sorted backward times in ms, peak MiB); x and y stand for parts of a longer graph."""
+    """(sorted backward times in ms, peak MiB); x and y act as parts of a longer graph."""
     x = x.detach().requires_grad_(x.is_floating_point())
     y = y.detach().requires_grad_(y.is_floating_point())
     inputs = [t for t in (*graft.parameters(), x, y) if t.requires_grad]
@@ -69,7 +68,7 @@ def _with_gradients(graft: Graft, x: Tensor, y: Tensor) -> tuple[list[float], fl
 
 def _times_ms(prepare: Callable[[], Any], timed: Callable[[Any], Any], x: Tensor) -> list[float]:
     times: list[float] = []
-    # One more than counts: the first one pays for caches and kernels' start.
+    # One more than is counted: the first includes caches and kernel start.
     while len(times) <= FEWEST or (len(times) <= MOST and sum(times) < ENOUGH_MS):
         given = prepare()
         _synchronise(x)
@@ -81,13 +80,13 @@ def _times_ms(prepare: Callable[[], Any], timed: Callable[[Any], Any], x: Tensor
 
 
 def _at(ordered: list[float], share: float) -> float:
-    """The quantile, as the value that so many of the sorted ones do not exceed."""
+    """The quantile: the value that this share of the sorted values does not exceed."""
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 @contextmanager
 def _peak_bytes(x: Tensor) -> Iterator[Callable[[], int]]:
-    """Counts what is allocated inside; yields a function that tells the most at one time."""
+    """Counts allocations inside the block; yields a function that returns the peak."""
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats(x.device)
         before = torch.cuda.memory_allocated(x.device)
@@ -98,7 +97,7 @@ def _peak_bytes(x: Tensor) -> Iterator[Callable[[], int]]:
 
 
 class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own is untyped
-    """The CPU's allocator keeps no count: sums the storages that operations make, as they live."""
+    """Sums the live storages that operations create, because the CPU allocator has no counter."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,9 +1,9 @@
-"""The only module that opens files with code in them. Everything else in Esper reads data.
+"""The only module that opens files with code. All other modules read data.
 
-Machine code, Python sources and pickles run what they like as soon as they are opened; there is no
-safe way to look inside first. So nothing here takes a path or bytes alone: every function takes a
-whole kernel with its digest and the trusted key, and the first thing that it does is to verify.
-A test searches the source of all other modules for the calls that are made here.
+Machine code, Python sources and pickles can run any code when they are opened, and cannot be
+inspected safely before. So no function here takes only a path or bytes: each takes a whole kernel
+with its digest and the trusted key, and verifies it first. A test searches the source of all other
+modules for the calls of this module.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from esper.exceptions import CompilerMissingError, KernelError
 FUNCTION_FILE = "fn.aotc"
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
-_one_at_a_time = threading.Lock()  # the cache directory is named by the process's environment
+_one_at_a_time = threading.Lock()  # the process's environment names the cache directory
 
 
 class CompiledGraft:
-    """A graft's ``combine`` as machine code. It has no weights: it takes them from the graft.
+    """A graft's ``combine`` as machine code. It has no weights; it uses the graft's.
 
     Args:
         code: ``(graft, x, y) -> y'``.
-        key: what it was compiled for; any other call is the eager graft's.
+        key: what it was compiled for; the eager graft handles all other calls.
     """
 
     def __init__(self, code: Any, key: KernelKey) -> None:
@@ -51,7 +51,7 @@ class CompiledGraft:
         self._device = "cpu" if key.capability == "cpu" else "cuda"
 
     def fits(self, x: Tensor, y: Tensor) -> bool:
-        """This very call is the one that was compiled: shapes, dtype, device, gradients on."""
+        """The call has the compiled shapes, dtype and device, with gradients on."""
         return (
             x.shape == self.key.in_shape
             and y.shape == self.key.out_shape
@@ -64,25 +64,26 @@ class CompiledGraft:
         )
 
     def __call__(self, graft: Graft, x: Tensor, y: Tensor) -> Tensor:
-        # It was compiled for inputs that need gradients. Where the host's first layer has none,
-        # one that nobody asks for is cheaper than a second kernel.
+        # It was compiled for inputs that need gradients. If the input needs none, an unused
+        # gradient is cheaper than a second kernel.
         combined: Tensor = self._code(graft, _with_gradient(x), _with_gradient(y))
         return combined
 
 
 def load_compiled(files: Mapping[str, bytes], digest: str, trusted_key: str) -> CompiledGraft:
-    """Verify a compiled kernel, and only then open it. Tens of milliseconds; not for a step.
+    """Verifies a compiled kernel, then opens it. Takes tens of milliseconds, too long for a step.
 
     Raises:
-        KernelDigestError, SignatureError: it is not what was asked for, or not by whom we trust.
-        KernelError: it was made for another device, PyTorch or Python.
-        CompilerMissingError: PyTorch needs a C++ compiler here even to load it.
+        KernelDigestError, SignatureError: it does not match the digest, or is not signed by the
+            trusted key.
+        KernelError: it was compiled for another device, PyTorch or Python.
+        CompilerMissingError: PyTorch needs a C++ compiler to load it.
     """
     key, _, _, code = open_compiled(files, digest, trusted_key)
     check_made_for_here(key)
     contents = unpack_archive(code)
     if FUNCTION_FILE not in contents:
-        raise KernelError("the archive holds no compiled function", digest=digest)
+        raise KernelError("the archive contains no compiled function", digest=digest)
     root = Path(tempfile.mkdtemp(prefix="esper-compiled-"))
     try:
         write_files(contents, root)
@@ -95,20 +96,21 @@ def load_compiled(files: Mapping[str, bytes], digest: str, trusted_key: str) -> 
         shutil.rmtree(root, ignore_errors=True)
         raise
     compiled = CompiledGraft(function, key)
-    # Its files stay as long as the code: some of them may be read late.
+    # The files must live as long as the code: some are read late.
     weakref.finalize(compiled, shutil.rmtree, root, ignore_errors=True)
     return compiled
 
 
 def load_exported(files: Mapping[str, bytes], digest: str, trusted_key: str) -> Any:
-    """Verify a package of :func:`esper.compilation.compile_export`, and only then open it.
+    """Verifies a package of :func:`esper.compilation.compile_export`, then opens it.
 
     Returns:
-        A callable that computes what the exported model does, without gradients.
+        A callable with the results of the exported model, without gradients.
 
     Raises:
-        KernelDigestError, SignatureError: it is not what was asked for, or not by whom we trust.
-        KernelError: it was made for another device or PyTorch.
+        KernelDigestError, SignatureError: it does not match the digest, or is not signed by the
+            trusted key.
+        KernelError: it was compiled for another device or PyTorch.
     """
     manifest, package = open_package(files, digest, trusted_key)
     _check_package_made_for_here(manifest)
@@ -125,7 +127,7 @@ def _check_package_made_for_here(manifest: Mapping[str, Any]) -> None:
 
 
 def made_for(device: str) -> dict[str, str]:
-    """What a package depends on beside its content."""
+    """What a package depends on, except its content."""
     return {
         "device": device,
         "device_name": device_name(torch.device(device)),
@@ -134,7 +136,7 @@ def made_for(device: str) -> dict[str, str]:
 
 
 def check_made_for_here(key: KernelKey) -> None:
-    """Raises ``KernelError`` unless this process is of the kind that the key names."""
+    """Raises ``KernelError`` unless this process matches the key."""
     device = torch.device("cpu" if key.capability == "cpu" else "cuda")
     theirs = (key.capability, key.device_name, key.torch_version, key.python_version)
     ours = (
@@ -149,7 +151,7 @@ def check_made_for_here(key: KernelKey) -> None:
 
 @contextmanager
 def inductor_in(directory: Path) -> Iterator[None]:
-    """Inside it, Inductor reads and writes its files in ``directory``."""
+    """Inside the block, Inductor reads and writes its files in ``directory``."""
     with _one_at_a_time:
         before = os.environ.get(CACHE_VARIABLE)
         os.environ[CACHE_VARIABLE] = str(directory)
@@ -163,9 +165,9 @@ def inductor_in(directory: Path) -> Iterator[None]:
 
 
 def portable_code() -> Any:
-    """Compiler options by instruction set; Inductor's own "native" may not run on a neighbour.
+    """Compiler options by instruction set; Inductor's own "native" may not run on other hosts.
 
-    They enter the names of Inductor's files, so that builder and loader have to agree on them.
+    They are part of the names of Inductor's files, so builder and loader must use the same.
     """
     from torch._inductor import config
 
@@ -183,7 +185,7 @@ def _load_function(data: bytes, digest: str) -> Any:
         raise CompilerMissingError(
             "this machine has no C++ compiler, which PyTorch asks for", digest=digest
         ) from error
-    except Exception as error:  # pickles of PyTorch's own inner classes: anything may come
+    except Exception as error:  # pickles of PyTorch's internal classes can raise any exception
         text = f"PyTorch could not load it: {type(error).__name__}: {error}"
         raise KernelError(text[:300], digest=digest) from error
 

@@ -2,8 +2,9 @@
 
     s3://bucket/prefix?endpoint=https://minio.example:9000&region=eu-central-1
 
-Keys come from where every S3 client looks (``AWS_ACCESS_KEY_ID`` and its kind, a profile, the
-machine's role), never from the address, which is logged. Needs ``boto3``: ``esper-control[s3]``.
+Credentials come from the usual sources of S3 clients (``AWS_ACCESS_KEY_ID`` and the like, a
+profile, the machine's role), never from the address, which is logged. Needs ``boto3``:
+``esper-control[s3]``.
 """
 
 from __future__ import annotations
@@ -32,22 +33,24 @@ _ABSENT = frozenset({"NoSuchKey", "404", "NotFound"})
 class ObjectStore:
     """A :class:`~esper.compilation.store.Store` in a bucket.
 
-    The manifest is written last and removed first: a kernel is there when its manifest is.
+    The manifest is written last and removed first: a kernel exists if its manifest does.
 
     Args:
-        url: as above.
+        url: the address, see above.
 
     Raises:
-        ConfigurationError: the address makes no sense, or ``boto3`` is not installed.
+        ConfigurationError: the address is not valid, or ``boto3`` is not installed.
     """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         parameters = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         if parts.scheme != "s3" or not parts.netloc or parts.username or parts.password:
-            raise ConfigurationError("a bucket is named s3://bucket/prefix?endpoint=…, no keys")
+            raise ConfigurationError(
+                "the address of a bucket is s3://bucket/prefix?endpoint=…, without keys"
+            )
         if unknown := sorted(parameters.keys() - _KNOWN_PARAMETERS):
-            raise ConfigurationError(f"unknown parameter of a bucket's address: {unknown[0]}")
+            raise ConfigurationError(f"unknown parameter in a bucket's address: {unknown[0]}")
         self._bucket, self._prefix = parts.netloc, parts.path.strip("/")
         self._client = _client(parameters)
 
@@ -56,7 +59,7 @@ class ObjectStore:
             return self._size(self._key(digest, MANIFEST_FILE)) is not None
 
     def put(self, bundle: KernelBundle) -> str:
-        """Store all files; an upload that is cut off leaves no kernel. Twice is harmless."""
+        """Stores all files; an interrupted upload leaves no kernel; a second call does nothing."""
         check_file_names(bundle)
         digest = bundle.digest
         with _errors(digest):
@@ -162,7 +165,7 @@ def _client(parameters: dict[str, str]) -> Any:
 
 @contextmanager
 def _errors(digest: str) -> Iterator[None]:
-    """botocore's errors in our words, without the request, which may hold a signature."""
+    """Converts botocore's errors, without the request, which may contain a signature."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:

@@ -1,6 +1,6 @@
 """Kernels by content, on disk: ``<first two digits>/<digest>/<file>``. Imports no torch.
 
-:class:`Store` is what any place for kernels can do; ``esper.compilation.object_store`` is another.
+:class:`Store` is the interface of all stores; ``esper.compilation.object_store`` has another one.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from esper.exceptions import KernelDigestError, KernelError
 
 
 class Store(Protocol):
-    """A place for kernels, named by digest. What comes out of it is unverified, always.
+    """A store of kernels, named by digest. Returned kernels are always unverified.
 
-    ``get`` raises ``KernelError`` for a kernel that is not there and ``KernelDigestError`` for one
-    that cannot be read; every method raises ``StoreUnavailableError`` where the place is away.
+    ``get`` raises ``KernelError`` for a missing kernel and ``KernelDigestError`` for one that
+    cannot be read; every method raises ``StoreUnavailableError`` if the store does not answer.
     """
 
     def has(self, digest: str) -> bool: ...
@@ -35,17 +35,17 @@ class Store(Protocol):
     def remove(self, digest: str) -> bool: ...
 
     def set_aside(self, digest: str) -> bool:
-        """Move a corrupt kernel to where nobody takes it from, for a person to look at."""
+        """Moves a corrupt kernel out of use, so that a person can inspect it."""
         ...
 
     def list(self) -> tuple[str, ...]: ...
 
 
 class KernelStore:
-    """Kernels in a directory; safe for many processes, since a kernel appears by one rename.
+    """Kernels in a directory; safe for many processes, because one rename adds a kernel.
 
     Args:
-        directory: made when missing.
+        directory: created if missing.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -53,14 +53,14 @@ class KernelStore:
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path:
-        """Where the kernel is or would be; raises ``KernelDigestError`` for a bad digest."""
+        """The kernel's path; raises ``KernelDigestError`` for a bad digest."""
         return self.directory / check_digest(digest)[:2] / digest
 
     def has(self, digest: str) -> bool:
         return self.path(digest).is_dir()
 
     def put(self, bundle: KernelBundle) -> str:
-        """Store all files or none; storing a kernel twice is harmless.
+        """Stores all files or none; storing a kernel again does nothing.
 
         Returns:
             The kernel's digest.
@@ -71,7 +71,7 @@ class KernelStore:
         return digest
 
     def get(self, digest: str) -> dict[str, bytes]:
-        """The kernel's files, unverified: give them to ``open_kernel``.
+        """The kernel's files, unverified; ``open_kernel`` verifies them.
 
         Raises:
             KernelError: there is no such kernel.
@@ -85,7 +85,7 @@ class KernelStore:
         return {name: _read(directory / name, digest) for name in names}
 
     def remove(self, digest: str) -> bool:
-        """Forget a kernel; False when there was none."""
+        """Removes a kernel; False if there was none."""
         trash = self.directory / f".trash-{secrets.token_hex(8)}"
         try:
             self.path(digest).rename(trash)
@@ -95,7 +95,7 @@ class KernelStore:
         return True
 
     def set_aside(self, digest: str) -> bool:
-        """Move a kernel to ``corrupt/``; False when there was none."""
+        """Moves a kernel to ``corrupt/``; False if there was none."""
         corner = self.directory / "corrupt"
         corner.mkdir(exist_ok=True)
         try:
@@ -105,13 +105,13 @@ class KernelStore:
         return True
 
     def trim(self, most_bytes: int, *, keep: Collection[str] = ()) -> tuple[str, ...]:
-        """Forget kernels, the longest unused first, until the rest fits; for a copy of a store.
+        """Removes the least recently used kernels until the rest fits; for a copy of a store.
 
         Args:
-            keep: digests that stay, whatever their size.
+            keep: digests that are never removed.
 
         Returns:
-            The digests that went.
+            The removed digests.
         """
         ages = sorted((self.path(d).stat().st_mtime, d) for d in self.list())
         sizes = {d: _size(self.path(d)) for _, d in ages}
@@ -123,7 +123,7 @@ class KernelStore:
         return tuple(gone)
 
     def touch(self, digest: str) -> None:
-        """Note that a kernel was used just now."""
+        """Records that a kernel was used now."""
         with suppress(FileNotFoundError):
             os.utime(self.path(digest))
 
@@ -133,7 +133,7 @@ class KernelStore:
 
 
 def stage(files: Mapping[str, bytes], digest: str, stage_dir: str | os.PathLike[str]) -> Path:
-    """Lay a kernel into ``<stage_dir>/<digest>/``, where a trainer on this host looks first.
+    """Copies a kernel to ``<stage_dir>/<digest>/``, where a trainer on this host looks first.
 
     Returns:
         The directory with its files.
@@ -145,13 +145,13 @@ def stage(files: Mapping[str, bytes], digest: str, stage_dir: str | os.PathLike[
 
 
 def check_file_names(bundle: KernelBundle) -> None:
-    """Raises ``KernelError`` for missing or foreign files."""
+    """Raises ``KernelError`` for missing or unexpected files."""
     if set(bundle.files) not in (set(BUNDLE_FILES), set(COMPILED_FILES)):
         raise KernelError(f"a kernel has the files {', '.join(BUNDLE_FILES)}, maybe {CODE_FILE}")
 
 
 def _place(files: Mapping[str, bytes], target: Path, scratch: Path) -> None:
-    """Write into a fresh directory beside the target and rename it there as a whole."""
+    """Writes into a new directory beside the target and renames it."""
     if target.is_dir():
         return
     incoming = scratch / f".incoming-{os.getpid()}-{secrets.token_hex(8)}"
@@ -162,7 +162,7 @@ def _place(files: Mapping[str, bytes], target: Path, scratch: Path) -> None:
         target.parent.mkdir(exist_ok=True)
         incoming.rename(target)
     except OSError:
-        if not target.is_dir():  # else another process was first, with the same content
+        if not target.is_dir():  # otherwise another process was first, with the same content
             raise
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
@@ -181,7 +181,7 @@ def _size(directory: Path) -> int:
 
 def _read(path: Path, digest: str) -> bytes:
     try:
-        # A link in the store would let whoever can write there choose what we read.
+        # With a link, anyone who can write to the store could choose which file is read.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise KernelDigestError(f"{path.name} cannot be read: {error}", digest=digest) from error

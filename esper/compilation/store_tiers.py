@@ -1,4 +1,4 @@
-"""Two levels of one store: this host's directory in front of the place that all hosts share."""
+"""Two tiers of one store: this host's directory in front of the store that all hosts share."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Count = Callable[[str], None]
 
 
 class TieredStore:
-    """Reads from the near one where it can; writes to both.
+    """Reads from the near store if possible; writes to both.
 
     Args:
-        near: this host's copy, kept below ``near_bytes``, longest unused out first.
-        far: the shared one; it decides what exists.
-        count: told ``host_hits``, ``server_hits`` and ``host_evictions``, one at a time.
+        near: this host's copy, kept below ``near_bytes`` by removing the least recently used.
+        far: the shared store; it decides which kernels exist.
+        count: called with ``host_hits``, ``server_hits`` or ``host_evictions`` for each event.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class TieredStore:
         return self.far.has(digest)
 
     def put(self, bundle: KernelBundle) -> str:
-        """Raises ``StoreUnavailableError`` when the far one does not take it."""
+        """Raises ``StoreUnavailableError`` if the far store does not accept it."""
         digest = self.far.put(bundle)
         self._copy(bundle)
         return digest
@@ -55,7 +55,7 @@ class TieredStore:
         return self.far.remove(digest)
 
     def set_aside(self, digest: str) -> bool:
-        """The near copy is forgotten: if only that was corrupt, the far one is found whole."""
+        """Removes the near copy too, in case only that one was corrupt."""
         self.near.remove(digest)
         return self.far.set_aside(digest)
 
@@ -65,7 +65,7 @@ class TieredStore:
     def _fetch(self, digest: str) -> dict[str, bytes]:
         files = self.far.get(digest)
         self._count("server_hits")
-        self.near.remove(digest)  # what could not be read
+        self.near.remove(digest)  # the unreadable copy
         bundle = KernelBundle(files)
         if bundle.digest == digest:
             self._copy(bundle)
@@ -76,7 +76,7 @@ class TieredStore:
             digest = self.near.put(bundle)
             for _ in self.near.trim(self._near_bytes, keep={digest}):
                 self._count("host_evictions")
-        except OSError as error:  # a full disk costs speed, no kernel
+        except OSError as error:  # a full disk makes it slower, but loses no kernel
             log.warning("kernel %s was not copied to this host: %s", bundle.digest, error)
 
 
@@ -86,11 +86,11 @@ def open_store(
     """The installation's store.
 
     Args:
-        directory: this host's; the whole store where there is no ``url``.
+        directory: this host's directory; the whole store if there is no ``url``.
         url: ``s3://…``; see :class:`esper.compilation.object_store.ObjectStore`.
 
     Raises:
-        ConfigurationError: the address makes no sense.
+        ConfigurationError: the address is not valid.
     """
     near = KernelStore(directory)
     if not url:

@@ -1,6 +1,6 @@
-"""Whether a compiled graft may take the eager one's place: equal first, then faster.
+"""Compares a compiled graft with the eager one: equal results first, then speed.
 
-Shapes: x is the layer's input, y its output, both at the batch size that was seen.
+Shapes: x is the layer's input, y its output, both at the traced batch size.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from esper.exceptions import KernelError
 from esper.grafting.slot import first_tensor
 
 MIN_SPEEDUP = 1.05
-# Largest difference allowed of any output or gradient, as a share of its largest value. Sums are
-# taken in another order, which costs some of the last bits; a wrong kernel is off by the first.
+# Largest allowed difference of any output or gradient, as a share of its largest value. Another
+# order of sums changes the last bits; a wrong kernel changes the first.
 TOLERANCES = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,
@@ -32,19 +32,19 @@ TOLERANCES = {
 }
 ROUNDS = 15
 ENOUGH_SECONDS = 2.0
-_BREATH_SECONDS = 0.002  # between rounds: the training shares the interpreter with us
+_PAUSE_SECONDS = 0.002  # between rounds, because the training uses the same interpreter
 
 Combine = Callable[[Graft, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What came of it.
+    """The result.
 
     Attributes:
         speedup: eager time over compiled time, forward and backward; NaN where not equal.
-        max_difference: largest difference of outputs and gradients, relative; ``tolerance`` was
-            allowed.
+        max_difference: largest relative difference of outputs and gradients; ``tolerance`` is the
+            limit.
         eager_ms, compiled_ms: best of the rounds.
     """
 
@@ -74,29 +74,29 @@ class Trial:
 
 
 def try_compiled(graft: Graft, compiled: CompiledGraft, layer: LayerInfo) -> Trial:
-    """Compare and time both on a copy of the graft; the graft itself is only read.
+    """Compares and times both on a copy of the graft; the graft itself is only read.
 
-    Meant for a thread beside the training: no random stream and no ``.grad`` is touched.
+    For a thread beside the training: it uses no random stream and no ``.grad``.
 
     Raises:
-        KernelError: the layer cannot be imitated with what is known of it.
+        KernelError: the layer's description does not define a stand-in.
     """
-    twin = copy.deepcopy(graft)
-    _move_off_zero(twin)
+    copied = copy.deepcopy(graft)
+    _move_off_zero(copied)
     x, y = sample(layer)
     tolerance = TOLERANCES[x.dtype]
-    difference = _difference(_run(_eager, twin, x, y), _run(compiled, twin, x, y))
+    difference = _difference(_run(_eager, copied, x, y), _run(compiled, copied, x, y))
     if not difference <= tolerance:  # NaN is a difference
         return Trial(math.nan, difference, tolerance)
-    eager_ms, compiled_ms = _race(twin, compiled, x, y)
+    eager_ms, compiled_ms = _race(copied, compiled, x, y)
     return Trial(eager_ms / compiled_ms, difference, tolerance, eager_ms, compiled_ms)
 
 
 def sample(layer: LayerInfo) -> tuple[Tensor, Tensor]:
-    """Input and output of a stand-in for the layer, at its shapes; both ask for gradients.
+    """Input and output of a stand-in for the layer, at its shapes; both require gradients.
 
     Raises:
-        KernelError: the layer takes no real numbers, or its shapes are not understood.
+        KernelError: the layer does not take real numbers, or its shapes cannot be reproduced.
     """
     host, x = grafting.stand_in(layer)
     x = _with_rows(x, layer.in_shape[0])
@@ -104,9 +104,9 @@ def sample(layer: LayerInfo) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         y = first_tensor(host(*arguments))
     if y is None or not x.is_floating_point():
-        raise KernelError(f"{layer.kind} takes no real numbers")
+        raise KernelError(f"{layer.kind} does not take real numbers")
     if (tuple(x.shape), tuple(y.shape)) != (layer.in_shape, layer.out_shape):
-        raise KernelError(f"{layer.name} is called with shapes that cannot be imitated")
+        raise KernelError(f"{layer.name} is called with shapes that a stand-in cannot reproduce")
     return x.contiguous().requires_grad_(), y.detach().contiguous().requires_grad_()
 
 
@@ -116,7 +116,7 @@ def _with_rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 def _move_off_zero(graft: Graft) -> None:
-    """At birth one factor is zero, and zero times anything wrong is right."""
+    """A new graft has a zero factor, which would hide errors of the other factors."""
     device = next((parameter.device for parameter in graft.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
@@ -162,14 +162,14 @@ def _relative(eager: Tensor, compiled: Tensor) -> float:
 
 
 def _race(graft: Graft, compiled: CompiledGraft, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Best milliseconds of both, taken in turns so that a busy neighbour hits both alike."""
+    """Best milliseconds of both, measured in turns, so that other load affects both equally."""
     eager: list[float] = []
     fast: list[float] = []
     until = time.monotonic() + ENOUGH_SECONDS
     while len(fast) < 3 or (len(fast) < ROUNDS and time.monotonic() < until):
         eager.append(_time(_eager, graft, x, y))
         fast.append(_time(compiled, graft, x, y))
-        time.sleep(_BREATH_SECONDS)
+        time.sleep(_PAUSE_SECONDS)
     return min(eager[1:]), min(fast[1:])
 
 

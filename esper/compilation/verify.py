@@ -1,4 +1,4 @@
-"""The only door through which a kernel comes in. Imports no torch."""
+"""Verifies kernels; every kernel is opened through this module. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def check_digest(digest: str) -> str:
-    """``digest`` itself, when it is one: 64 lower-case hex digits, so never a path.
+    """Returns ``digest`` if it has 64 lower-case hex digits, and so is never a path.
 
     Raises:
-        KernelDigestError: it is something else.
+        KernelDigestError: it has another form.
     """
     if not _DIGEST.fullmatch(digest):
         raise KernelDigestError("a kernel is named by 64 hex digits", digest=digest[:80])
@@ -44,18 +44,19 @@ def check_digest(digest: str) -> str:
 def open_kernel(
     files: Mapping[str, bytes], digest: str, trusted_key: str
 ) -> tuple[KernelKey, KernelSpec, KernelReport]:
-    """Read a kernel of tier 0 that came from anywhere; one with code in it is refused.
+    """Verifies and reads an untrusted kernel of tier 0; refuses kernels with code.
 
-    Nothing is parsed before it is vouched for: sizes, then the manifest's digest, then its
-    signature, then the other files' digests, and only then their content.
+    Checks come before parsing: sizes, the manifest's digest, its signature, the other files'
+        digests,
+    then their content.
 
     Args:
         files: exactly the files of ``BUNDLE_FILES``.
-        digest: hex SHA-256 of the manifest, as the signed command names it.
+        digest: hex SHA-256 of the manifest, from the signed command.
         trusted_key: base64 public key of the compile workers.
 
     Raises:
-        KernelDigestError: a file is missing, foreign, too large, altered or malformed.
+        KernelDigestError: a file is missing, unexpected, too large, altered or malformed.
         SignatureError: the manifest is not signed by ``trusted_key``.
     """
     return _open(files, digest, trusted_key, listed=LISTED_FILES, tier=0)
@@ -64,7 +65,7 @@ def open_kernel(
 def open_compiled(
     files: Mapping[str, bytes], digest: str, trusted_key: str
 ) -> tuple[KernelKey, KernelSpec, KernelReport, bytes]:
-    """Read a compiled kernel that came from anywhere; its code is checked, and not opened here.
+    """Verifies and reads an untrusted compiled kernel; its code is verified, but not opened here.
 
     Args:
         files: exactly the files of ``COMPILED_FILES``.
@@ -88,7 +89,7 @@ MAX_PACKAGE_BYTES = 16 * 1024**3
 def open_package(
     files: Mapping[str, bytes], digest: str, trusted_key: str
 ) -> tuple[dict[str, Any], bytes]:
-    """Read a compiled model that came from anywhere; its code is checked, and not opened here.
+    """Verifies and reads an untrusted compiled model; its code is verified, but not opened here.
 
     Returns:
         The manifest and the verified bytes of ``model.pt2``.
@@ -98,10 +99,12 @@ def open_package(
     """
     check_digest(digest)
     if set(files) != {MANIFEST_FILE, SIGNATURE_FILE, PACKAGE_FILE}:
-        raise KernelDigestError("missing or foreign files", digest=digest)
+        raise KernelDigestError("missing or unexpected files", digest=digest)
     manifest, package = files[MANIFEST_FILE], files[PACKAGE_FILE]
     if not hmac.compare_digest(hashlib.sha256(manifest).hexdigest(), digest):
-        raise KernelDigestError("the manifest is not the one that was asked for", digest=digest)
+        raise KernelDigestError(
+            "the manifest has another digest than the requested one", digest=digest
+        )
     _check_signature(manifest, files[SIGNATURE_FILE], trusted_key, digest)
     try:
         listing = codec.decode(manifest, max_bytes=MAX_FILE_BYTES)
@@ -113,7 +116,7 @@ def open_package(
     except (CodecError, TypeError, KeyError) as error:
         raise KernelDigestError(f"the manifest is malformed: {error}", digest=digest) from error
     if not same:
-        raise KernelDigestError("the package is not the one that was signed", digest=digest)
+        raise KernelDigestError("the package differs from the signed one", digest=digest)
     return dict(listing), package
 
 
@@ -133,7 +136,9 @@ def _open(
     _check_files(files, digest, {MANIFEST_FILE, SIGNATURE_FILE, *listed})
     manifest = files[MANIFEST_FILE]
     if not hmac.compare_digest(hashlib.sha256(manifest).hexdigest(), digest):
-        raise KernelDigestError("the manifest is not the one that was asked for", digest=digest)
+        raise KernelDigestError(
+            "the manifest has another digest than the requested one", digest=digest
+        )
     _check_signature(manifest, files[SIGNATURE_FILE], trusted_key, digest)
     try:
         listing = codec.decode(manifest, max_bytes=MAX_FILE_BYTES)
@@ -145,14 +150,16 @@ def _open(
         raise KernelDigestError(f"a kernel's file is malformed: {error}", digest=digest) from error
     _check_same_blueprint(key, spec, digest)
     if (key.tier, report.tier) != (tier, tier):
-        raise KernelDigestError("key, report and files are of different tiers", digest=digest)
+        raise KernelDigestError("key, report and files belong to different tiers", digest=digest)
     return key, spec, report
 
 
 def _check_files(files: Mapping[str, bytes], digest: str, expected: set[str]) -> None:
     if set(files) != expected:
-        odd = sorted(set(files) ^ expected)
-        raise KernelDigestError(f"missing or foreign files: {', '.join(odd)[:200]}", digest=digest)
+        unexpected = sorted(set(files) ^ expected)
+        raise KernelDigestError(
+            f"missing or unexpected files: {', '.join(unexpected)[:200]}", digest=digest
+        )
     for name, data in files.items():
         if len(data) > size_limit(name):
             raise KernelDigestError(f"{name} has more than {size_limit(name)} bytes", digest=digest)
@@ -171,12 +178,12 @@ def _check_listing(
     listing: Any, files: Mapping[str, bytes], digest: str, listed: Sequence[str]
 ) -> None:
     if listing["format"] != FORMAT or set(listing["files"]) != set(listed):
-        raise KernelDigestError("the manifest is of another format", digest=digest)
+        raise KernelDigestError("the manifest has another format", digest=digest)
     for name in listed:
         entry, data = listing["files"][name], files[name]
         actual = hashlib.sha256(data).hexdigest()
         if entry["bytes"] != len(data) or not hmac.compare_digest(actual, entry["sha256"]):
-            raise KernelDigestError(f"{name} is not the file that was signed", digest=digest)
+            raise KernelDigestError(f"{name} differs from the signed file", digest=digest)
 
 
 def _check_same_blueprint(key: KernelKey, spec: KernelSpec, digest: str) -> None:

@@ -1,4 +1,4 @@
-"""One pure check per limit. A "no" is an answer with numbers in it, never an exception."""
+"""One pure check per limit. A failed check is a result with numbers, not an exception."""
 
 from esper.constraints.gates import (
     GateInputs,

@@ -1,4 +1,4 @@
-"""The gates that every adaptation passes, in the order of the design.
+"""The gates that every adaptation must pass, in this order.
 
     frozen -> run mode -> in flight -> cooldown -> budgets -> risk class -> evidence -> confidence
 
@@ -30,16 +30,15 @@ from esper.contracts import (
 
 @dataclass(frozen=True, slots=True)
 class GateInputs:
-    """Every number that the gates look at; defaults are the careful ones.
+    """All inputs of the gates; the defaults are the cautious ones.
 
     Attributes:
         frozen: why adaptation is switched off; empty when it is on.
         layer_last_step, run_last_step: step of the last adaptation, -1 never.
-        new_parameters: what the graft would add.
+        new_parameters: parameters that the graft would add.
         memory_mib, latency_ms: forecast of the graft; NaN unknown.
         category_cases: closed cases of the blueprint's category.
-        missing_evidence: names of signals that a decision of this risk must rest on, and that
-            nobody has measured.
+        missing_evidence: unmeasured signals that a decision of this risk requires.
         age_seconds: age of the newest evidence; NaN unknown.
         confidence: probability that the graft will be kept; NaN unknown.
     """
@@ -75,7 +74,7 @@ def check_gates(inputs: GateInputs, policy: SafetyPolicy) -> tuple[Check, ...]:
 
 
 def check_run(inputs: GateInputs, policy: SafetyPolicy) -> tuple[Check, ...]:
-    """The gates that need no blueprint: whether this run and layer may be touched now."""
+    """The gates that need no blueprint: whether this run and layer may be changed now."""
     return tuple(gate(inputs, policy) for gate in RUN_GATES)
 
 
@@ -120,9 +119,9 @@ def gate_inputs(
 
 
 def required_evidence(risk: Risk) -> tuple[str, ...]:
-    """Signals without which a decision of this risk is a guess.
+    """Signals that a decision of this risk requires.
 
-    A graft that only observes needs none: to look closer is the answer to thin evidence.
+    A graft that only observes needs none, because it provides evidence.
     """
     if risk is Risk.NONE:
         return ()
@@ -154,7 +153,7 @@ def check_mode(inputs: GateInputs, policy: SafetyPolicy) -> Check:
     texts = {
         RunMode.OBSERVE: "This run is only observed; nothing may be grafted.",
         RunMode.SUPERVISED: "This run is supervised; a person decides.",
-        RunMode.AUTOMATIC: "This run may be adapted by rule.",
+        RunMode.AUTOMATIC: "This run may be adapted without a person.",
     }
     return Check(
         rule=ViolationRule.RUN_MODE,
@@ -173,9 +172,9 @@ def check_layer_in_flight(inputs: GateInputs, policy: SafetyPolicy) -> Check:
         hard=True,
         observed="1" if inputs.layer_in_flight else "0",
         limit="0 on this layer",
-        text="Another adaptation of this layer is under way."
+        text="Another adaptation of this layer is in progress."
         if inputs.layer_in_flight
-        else "No other adaptation of this layer is under way.",
+        else "No other adaptation of this layer is in progress.",
     )
 
 
@@ -187,7 +186,7 @@ def check_run_in_flight(inputs: GateInputs, policy: SafetyPolicy) -> Check:
         observed=str(inputs.run_in_flight),
         limit=f"< {policy.max_in_flight_per_run} in this run",
         text=f"{inputs.run_in_flight} of at most {policy.max_in_flight_per_run} adaptations "
-        "of this run are under way.",
+        "of this run are in progress.",
     )
 
 
@@ -222,7 +221,7 @@ def check_parameter_budget(inputs: GateInputs, policy: SafetyPolicy) -> Check:
         hard=True,
         observed=f"{total:,}",
         limit=f"{limit:,}",
-        text=f"Grafts would hold {total:,} of at most {limit:,} added parameters.",
+        text=f"Grafts would have {total:,} of at most {limit:,} added parameters.",
     )
 
 
@@ -233,8 +232,8 @@ def check_memory(inputs: GateInputs, policy: SafetyPolicy) -> Check:
 
 
 def check_latency(inputs: GateInputs, policy: SafetyPolicy) -> Check:
-    # Latency often has no basis before it was measured, so unknown asks a person instead of
-    # closing the gate for good; check_measured is hard about it before anything is dispatched.
+    # Latency is often unknown before it was measured, so this check asks a person instead of
+    # blocking; check_measured is a hard check before dispatch.
     return _cost_check(
         ViolationRule.LATENCY, inputs.latency_ms, policy.max_latency_ms, "ms", unknown_is_hard=False
     )
@@ -260,9 +259,9 @@ def check_evidence_complete(inputs: GateInputs, policy: SafetyPolicy) -> Check:
         hard=True,
         observed=f"not measured: {missing}" if missing else "complete",
         limit="complete",
-        text=f"The decision would rest on signals that nobody has measured: {missing}."
+        text=f"The decision depends on signals that were not measured: {missing}."
         if missing
-        else "Every signal that the decision rests on was measured.",
+        else "Every signal that the decision depends on was measured.",
     )
 
 
@@ -275,14 +274,14 @@ def check_evidence_fresh(inputs: GateInputs, policy: SafetyPolicy) -> Check:
         hard=True,
         observed=f"{inputs.age_seconds:.0f} s" if known else "unknown",
         limit=f"{limit:.0f} s",
-        text=f"The newest evidence is {inputs.age_seconds:.0f} s old, at most {limit:.0f} s count."
+        text=f"The evidence is {inputs.age_seconds:.0f} s old; the limit is {limit:.0f} s."
         if known
-        else "Nobody knows how old the evidence is.",
+        else "The age of the evidence is unknown.",
     )
 
 
 def check_confidence(inputs: GateInputs, policy: SafetyPolicy) -> Check:
-    """Refuse < **ask** < auto. NaN is never high: it asks."""
+    """Refuse < **ask** < auto. NaN never counts as high: it asks."""
     confidence = inputs.confidence
     known = math.isfinite(confidence)
     refused = known and confidence < policy.confidence_refuse
@@ -321,7 +320,7 @@ def _cooldown(steps: int, rolled_back: bool, policy: SafetyPolicy) -> int:
 
 
 def _cooldown_check(scope: str, step: int, last: int, needed: int) -> Check:
-    waited = max(0, step - last)  # a trainer that resumed a checkpoint has gone back
+    waited = max(0, step - last)  # a trainer that resumed a checkpoint is at an earlier step
     return Check(
         rule=ViolationRule.COOLDOWN,
         passed=last < 0 or waited >= needed,
@@ -330,12 +329,12 @@ def _cooldown_check(scope: str, step: int, last: int, needed: int) -> Check:
         limit=f">= {needed} steps",
         text=f"This {scope} has not been adapted before."
         if last < 0
-        else f"This {scope} was adapted {waited} steps ago; it rests for {needed}.",
+        else f"This {scope} was adapted {waited} steps ago; the cooldown is {needed} steps.",
     )
 
 
 def _amount(value: float) -> str:
-    """Three digits that a person reads at once: 0.201, 12.5, 1,024."""
+    """Three significant digits: 0.201, 12.5, 1,024."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -358,20 +357,23 @@ def _cost_check(
 def _risk_answer(inputs: GateInputs, policy: SafetyPolicy) -> tuple[bool, str]:
     rank = risk_rank(inputs.risk)
     if inputs.risk is Risk.HIGH:
-        return False, "It changes what the model computes; a person always decides that."
+        return False, "It changes what the model computes; this always needs a person."
     if rank > risk_rank(policy.auto_max_risk):
-        return False, f"Risk is {inputs.risk}; by rule goes only risk up to {policy.auto_max_risk}."
+        return (
+            False,
+            f"Risk is {inputs.risk}; only risk up to {policy.auto_max_risk} needs no person.",
+        )
     if rank >= risk_rank(Risk.MEDIUM) and inputs.category_cases < policy.min_cases_for_auto:
         return False, (
             f"{inputs.category_cases} closed cases of its category are too few to trust; "
             f"{policy.min_cases_for_auto} are needed."
         )
-    return True, f"Risk {inputs.risk} goes by rule."
+    return True, f"Risk {inputs.risk} needs no person."
 
 
 def _confidence_text(confidence: float, policy: SafetyPolicy) -> str:
     if not math.isfinite(confidence):
-        return "Its confidence is unknown, and unknown is never high."
+        return "Its confidence is unknown, which never counts as high."
     if confidence < policy.confidence_refuse:
         return f"Confidence {confidence:.2f} is below {policy.confidence_refuse:.2f}."
     if confidence < policy.confidence_auto:

@@ -17,12 +17,12 @@ from esper.contracts import (
 
 
 def within(limits: Mapping[str, float], cost: CostForecast) -> tuple[Check, ...]:
-    """A caller's limits (``max_memory_mb``, ``max_latency_ms``) on a cost.
+    """Checks a cost against a caller's limits (``max_memory_mb``, ``max_latency_ms``).
 
     An unknown latency asks, an unknown memory blocks.
 
     Raises:
-        ConfigurationError: a limit that nobody knows, or that is not a finite number >= 0.
+        ConfigurationError: an unknown limit, or a value that is not a finite number >= 0.
     """
     limit = cost_limits(limits)
     checks = []
@@ -42,7 +42,7 @@ def within(limits: Mapping[str, float], cost: CostForecast) -> tuple[Check, ...]
 
 
 def check_forecast(forecast: CostForecast, policy: SafetyPolicy) -> tuple[Check, ...]:
-    """Shape arithmetic against the policy, before a kernel is built. An unknown latency passes."""
+    """Checks the forecast against the policy, before the build. An unknown latency passes."""
     return (
         _at_most(
             ViolationRule.MEMORY, forecast.memory_mib, policy.max_memory_mib, "MiB", hard=True
@@ -60,16 +60,16 @@ def check_measured(
     forecast: CostForecast | None = None,
     peak_memory_mib: float = math.nan,
 ) -> tuple[Check, ...]:
-    """Measured cost and the certificate itself, before a kernel is dispatched. All are hard.
+    """Checks measured cost and certificate, before a kernel is dispatched. All are hard.
 
     Args:
-        forecast: what had been expected; the texts name it beside what was measured.
-        peak_memory_mib: what one step was seen to allocate; the larger of it and the certificate's
-            own memory counts.
+        forecast: the expected cost; the texts name it beside the measured one.
+        peak_memory_mib: measured allocation of one step; the larger of it and the certificate's
+            memory counts.
     """
     failures = "; ".join(certificate.failures)
     expected = forecast or CostForecast(0, 0, math.nan, math.nan)
-    # max() keeps a NaN only where it stands first: unknown memory stays unknown.
+    # max() keeps a NaN only as its first argument: unknown memory stays unknown.
     memory_mib = max(certificate.memory_mib, peak_memory_mib)
     return (
         Check(
@@ -80,7 +80,7 @@ def check_measured(
             limit="passed",
             text=f"The certificate failed: {failures}."
             if failures
-            else "Every promise of the graft contract was kept.",
+            else "Every point of the graft contract holds.",
         ),
         _beside_forecast(
             _at_most(ViolationRule.MEMORY, memory_mib, policy.max_memory_mib, "MiB", hard=True),
@@ -102,7 +102,7 @@ def check_measured(
 
 
 def _beside_forecast(check: Check, forecast: float, unit: str) -> Check:
-    """Both numbers in one sentence: a limit may be broken because the forecast was wrong."""
+    """Both numbers in one sentence: a violated limit may be due to a wrong forecast."""
     if not math.isfinite(forecast):
         return check
     expected = f"{forecast:.4g} {unit}"

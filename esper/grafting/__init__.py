@@ -1,4 +1,4 @@
-"""Live surgery: putting grafts into a model that trains, and taking them out again."""
+"""Grafts in a model that trains: applied, certified, undone."""
 
 from __future__ import annotations
 
@@ -89,22 +89,22 @@ def graft(
     sample: Any = None,
     **config: Any,
 ) -> Receipt:
-    """Grafts a blueprint into a layer, without any run.
+    """Grafts a blueprint into a layer, without a run.
 
     Args:
         layer: name of the layer, as in ``model.named_modules()``.
         blueprint: slug or id.
-        optimizer: gets the new weights in a group of their own.
+        optimizer: trains the new weights, in a group of their own.
         sample: model input (a tensor, a tuple of arguments or a dict of keyword arguments) that is
-            run once, without gradients, to see the layer's shapes. Needed for layers whose weights
-            do not tell them (convolutions) and blueprints that need a sequence.
+            run once, without gradients, to trace the layer's shapes. Needed for layers whose
+            weights do not define them (convolutions) and for blueprints that need a sequence.
         config: settings of the blueprint.
 
     Returns:
-        A receipt; ``receipt.undo()`` brings everything back.
+        A receipt; ``receipt.undo()`` restores the model and the optimizer.
 
     Raises:
-        UnknownLayerError: there is no such layer, or its shapes are not known without ``sample``.
+        UnknownLayerError: there is no such layer, or its shapes are unknown without ``sample``.
         IncompatibleLayerError, CertificateError, ConfigurationError: as :func:`apply_graft`.
     """
     info = _look_up(model, layer, sample)
@@ -124,7 +124,7 @@ def _look_up(model: nn.Module, layer: str, sample: Any) -> LayerInfo:
     run = None if sample is None else lambda: _run(model, sample)
     found = next((info for info in trace_layers(model, run) if info.name == layer), None)
     if found is None or (sample is None and found.reason == NEVER_RAN):
-        reason = why_never_graftable(model, layer) or "its shapes are not known: pass sample="
+        reason = why_never_graftable(model, layer) or "its shapes are not known; pass sample="
         raise UnknownLayerError(f"cannot graft into {layer!r}: {reason}", layer=layer)
     return found
 

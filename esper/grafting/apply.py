@@ -1,8 +1,8 @@
-"""Putting a graft in, and taking it out again.
+"""Applies a graft to a live model.
 
     check → snapshot → build → certify on the side → swap in → optimizer group
-An exception anywhere leaves model, optimizer and random streams as they were. Where the model has
-replicas, all of that happens on all ranks, or on none (:mod:`esper.grafting.replicas`).
+An exception at any point leaves model, optimizer and random streams as they were. Where the model
+has replicas, all ranks apply the graft, or none does (:mod:`esper.grafting.replicas`).
 """
 
 from __future__ import annotations
@@ -56,22 +56,22 @@ def apply_graft(
     """Grafts ``blueprint`` into one layer of a live model, at a step boundary.
 
     Args:
-        config: settings that differ from the blueprint's default.
+        config: settings that differ from the blueprint's defaults.
         surroundings: what trains the model. Where that includes other ranks, each of them must call
             this with the same arguments.
-        x: a real input of the layer for the certificate; made up where there is none.
-        graft: built before, from the same config and seed, for example in the background.
-        adaptation: id of the adaptation that this is part of.
+        x: a real input of the layer for the certificate; None: a generated one.
+        graft: built beforehand from the same config and seed, for example in the background.
+        adaptation: id of the adaptation that the graft belongs to.
         step: optimizer step, for the record.
         thorough: spend more time on the certificate; see :func:`certify`.
         memory: reserved for the snapshot, which shortens the pause.
 
     Raises:
         UnknownLayerError: the model has no such layer.
-        IncompatibleLayerError: the blueprint does not fit, or the layer carries it already.
-        ConfigurationError: a setting is unknown or absurd.
-        CertificateError: the graft broke a promise when it was tried.
-        ReplicaError: another rank could not do it.
+        IncompatibleLayerError: the blueprint does not fit, or the layer has this blueprint already.
+        ConfigurationError: a setting is unknown or out of range.
+        CertificateError: the trial showed that the graft violates the graft contract.
+        ReplicaError: another rank could not apply it.
         Any error above leaves the model, the optimizers and the random streams as they were.
     """
     apply = partial(
@@ -172,7 +172,7 @@ def _apply(
 def insert_graft(
     model: nn.Module, record: GraftRecord, graft: Graft, surroundings: Surroundings
 ) -> ledger.GroupReceipt | None:
-    """Swaps a graft in and lets the layer's optimizer train it; undoes itself when it fails."""
+    """Inserts a graft and adds it to the layer's optimizer; on an error, neither is done."""
     host = find_host(model, record.layer.name)
     had_slot = slot_of(host) is not None
     try:
@@ -213,15 +213,16 @@ def _refuse(
     if reason:
         pass
     elif (blueprint.trainable or blueprint.requires) and replicas is None and _ranks() > 1:
-        # DDP does not know tensors that came after it: the replicas would drift apart silently.
+        # DDP does not synchronise tensors that are added later: the replicas would differ, and
+        # nothing would report it.
         reason = (
-            "the run trains on several ranks, which would not keep new weights in step: give "
-            "esper.attach the DistributedDataParallel model"
+            "the run trains on several ranks, which would not synchronise new weights; "
+            "give esper.attach the DistributedDataParallel model"
         )
     elif blueprint.slug in present:
-        reason = "the layer carries it already"
+        reason = "the layer has this blueprint already"
     elif clashing := _clashing(blueprint, present):
-        reason = f"it does not go together with {', '.join(clashing)}"
+        reason = f"it conflicts with {', '.join(clashing)}"
     elif blueprint.requires and not present & blueprint.requires:
         reason = f"it needs {' or '.join(sorted(blueprint.requires))} on the layer first"
     elif scaler is not None and scaler.is_enabled():
@@ -231,7 +232,7 @@ def _refuse(
 
 
 def _clashing(blueprint: Blueprint, present: set[str]) -> list[str]:
-    """Those of the layer's grafts that do not go together with it, by either's word."""
+    """The layer's grafts that conflict with it, as declared by either blueprint."""
     return sorted(
         slug
         for slug in present
@@ -274,7 +275,7 @@ def _certify(
     replicas: Replicas | None,
 ) -> Certificate:
     if isinstance(graft, GradientReduction):
-        assert replicas is not None  # else no layer is fit for it
+        assert replicas is not None  # without replicas no layer supports it
         certificate = certify_reduction(layer, blueprint, graft, replicas.group)
     else:
         certificate = certify(
@@ -293,7 +294,7 @@ def _certify(
 
 
 def _withdraw(model: nn.Module, layer: str, slug: str, *, had_slot: bool) -> None:
-    """The way back of an insertion that failed half-way."""
+    """Removes what a failed insertion left behind."""
     take_out(model, layer, slug)
     if not had_slot:
         remove_slots(model, [layer])

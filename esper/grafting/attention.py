@@ -1,8 +1,8 @@
-"""What a model tells of its own attention: what it caches, whether it is causal, where time is.
+"""What a model declares about its attention: cached tensors, causality, time axis.
 
-What is cached is read from transformers' attention modules, which take a cache as
-``past_key_values`` and name their projections the same way in nearly all models. A module that is
-built otherwise tells nothing, and then nothing is claimed.
+Cached tensors are read from transformers' attention modules, which take a cache as
+``past_key_values`` and use the same names for their projections in nearly all models. Other modules
+declare nothing, and then nothing is assumed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def cached_part(model: nn.Module, name: str) -> dict[str, Any]:
     """``head_width`` and ``cached_channels`` of a layer, for its ``LayerInfo``.
 
     Returns:
-        Nothing where the layer makes no keys or values that go into a cache, or Esper cannot tell.
+        Empty if the layer computes no keys or values for a cache, or if this is unknown.
     """
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
@@ -43,10 +43,10 @@ def cached_part(model: nn.Module, name: str) -> dict[str, Any]:
 
 
 def looks_ahead(model: nn.Module) -> bool:
-    """True where every attention in the model says that it is not causal.
+    """True if every attention in the model declares that it is not causal.
 
-    False is the safe answer, so one that says nothing, or a model that can generate, makes it
-    False: a branch that sees the future lets a language model's loss fall by cheating.
+    Otherwise False, also for attention that declares nothing and for a model that can generate: a
+    branch that sees future tokens lowers a language model's loss without learning.
     """
     generates = getattr(model, "can_generate", None)
     if callable(generates) and generates():
@@ -56,18 +56,18 @@ def looks_ahead(model: nn.Module) -> bool:
 
 
 class TimeAxis:
-    """Where time is in the inputs of a model's layers.
+    """The time axis in the inputs of a model's layers.
 
-    Torch's attention and recurrent modules say whether they take the batch first. A layer that sees
-    the same two sizes as one of them has its axes; one inside a block of torch's has the block's.
+    Torch's attention and recurrent modules declare whether they take the batch first. A layer with
+    the same two leading sizes has the same axes; a layer inside a torch block has the block's.
 
     Args:
-        shapes: what went into each layer that was seen to run, by name.
+        shapes: input shapes of the traced layers, by name.
     """
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._modules = dict(model.named_modules())
-        self._axes: dict[tuple[int, ...], set[int]] = {}  # two leading sizes -> where time is
+        self._axes: dict[tuple[int, ...], set[int]] = {}  # two leading sizes -> time axes
         self._time_first = False
         for name, module in self._modules.items():
             if isinstance(module, _TELLS_TIME):
@@ -75,7 +75,7 @@ class TimeAxis:
                 self._learn(shapes.get(name, ()), int(module.batch_first))
 
     def of(self, name: str, shape: tuple[int, ...]) -> int:
-        """0 or 1; -1 where the model has both orders and nothing tells which it is here."""
+        """0 or 1; -1 if the model has both orders and this layer's order is unknown."""
         if len(shape) != 3 or not self._time_first:
             return 1
         parts = name.split(".")
@@ -102,7 +102,7 @@ def _declared_causality(model: nn.Module) -> Iterator[bool]:
 
 
 def _caches_its_own(attention: nn.Module) -> bool:
-    """True for causal self-attention that appends to a cache; an encoder keeps none."""
+    """True for causal self-attention that appends to a cache; an encoder has no cache."""
     takes_cache = "past_key_values" in inspect.signature(attention.forward).parameters
     crosses = getattr(attention, "is_cross_attention", False)
     return takes_cache and not crosses and getattr(attention, "is_causal", False) is True

@@ -1,13 +1,14 @@
-"""The certificate: the five points of the graft contract, measured on the layer itself.
+"""The certificate: the five points of the graft contract, measured on the layer.
 
-    1. same output at birth     combine(x, y) equals y, and no random stream moved
-    2. alive                    a new tensor has a gradient at once (thorough: all within two steps)
-                                or, where it replaces the host, a step later: α has then left 0
-    3. undo is exact            thorough: swap in, take out, every tensor as before
+    1. same output at first     combine(x, y) equals y, and no random stream advances
+    2. alive                    a new tensor has a gradient in the first step (thorough: all tensors
+                                within two steps); where it replaces the host, in the second,
+                                when α is above 0
+    3. undo is exact            thorough: after insertion and removal every tensor is as before
     4. host untouched           gradients of the host and of x are those without the graft
     5. honest cost              parameters as declared; memory and latency are measured
 
-Nothing of the host changes: no gradient is stored, buffers and random streams are put back.
+The host does not change: no gradient is stored, buffers and random streams are restored.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from esper.exceptions import IncompatibleLayerError
 from esper.grafting.slot import SLOT_NAME, first_tensor, slot_of
 from esper.grafting.snapshot import RandomStreams, digest, kept_streams
 
-MAX_ROWS = 4  # of the sample that are looked at: a certificate must not cost a training step
-# Hooks of torch.nn.utils that are a part of the layer: they make its weight for each pass.
+MAX_ROWS = 4  # of the sample that are used: a certificate must not take as long as a training step
+# Hooks of torch.nn.utils that belong to the layer: they compute its weight in each pass.
 _MAKES_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)
-CHEAP_FLOPS = 10_000_000  # well below a millisecond on one core: timed in passing
+CHEAP_FLOPS = 10_000_000  # well below a millisecond on one core: always timed
 
 
 def certify(
@@ -51,20 +52,20 @@ def certify(
     streams_before: RandomStreams | None = None,
     thorough: bool = False,
 ) -> Certificate:
-    """Tries ``graft`` beside ``host`` without putting it in.
+    """Tries ``graft`` beside ``host`` without inserting it.
 
     Args:
         host: the live layer, or a stand-in from :func:`stand_in`.
         x: a sample input of the layer; outputs and gradients are compared on its first rows,
             latency is timed on all of it.
-        config: what the graft was built from; None is the blueprint's default.
-        training: try it in this mode; None takes the host's own.
-        streams_before: the random streams before the graft was built, so that building counts too.
-        thorough: also points 3 and the second half of 2, on copies, and latency whatever it
-            costs. For the compile worker; without it, a costly graft's latency stays NaN.
+        config: settings that the graft was built from; None: the blueprint's defaults.
+        training: mode of the trial; None: the host's mode.
+        streams_before: the random streams before the graft was built, to check building too.
+        thorough: also checks point 3 and the second half of 2, on copies, and always measures
+            latency. For the compile worker; without it, an expensive graft's latency is NaN.
 
     Returns:
-        The certificate; it passed when it lists no failures.
+        The certificate; it has passed if it lists no failures.
 
     Raises:
         IncompatibleLayerError: the layer cannot be run on ``x`` alone.
@@ -94,7 +95,7 @@ def certify(
 
 
 def sample_input(layer: LayerInfo, *, seed: int = 0) -> Tensor:
-    """A made-up input of the layer's seen shape: normal numbers, or zeros for token numbers."""
+    """A generated input of the layer's traced shape: normal numbers, or zeros for token numbers."""
     shape = layer.in_shape
     if not layer.features_in:
         return torch.zeros(shape, dtype=torch.long, device=layer.device)
@@ -104,12 +105,12 @@ def sample_input(layer: LayerInfo, *, seed: int = 0) -> Tensor:
 
 
 def stand_in(layer: LayerInfo, *, seed: int = 0) -> tuple[nn.Module, Tensor]:
-    """A host of the same kind and shapes with made-up weights, and a sample input for it.
+    """A host of the same kind and shapes with generated weights, and a sample input for it.
 
-    For a compile worker, which has the layer's description but not the model. A kind whose
-    settings a description does not carry becomes a plain map with the same shapes.
+    For a compile worker, which has the layer's description but not the model. A kind that the
+    description does not define fully becomes a plain map with the same shapes.
     """
-    with torch.device("meta"):  # draws nothing: this may run beside a training
+    with torch.device("meta"):  # uses no random stream: a training may run at the same time
         host = _make_host(layer).to(layout.torch_dtype(layer))
     host.to_empty(device=layer.device)
     generator = torch.Generator().manual_seed(seed)
@@ -121,7 +122,7 @@ def stand_in(layer: LayerInfo, *, seed: int = 0) -> tuple[nn.Module, Tensor]:
 
 @contextmanager
 def put_back(host: nn.Module, training: bool | None) -> Iterator[None]:
-    """Leaves the host's modes, buffers and all random streams as they were."""
+    """Restores the host's modes and buffers and all random streams afterwards."""
     modes = [(module, module.training) for module in host.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in host.buffers()]
     made = _made_tensors(host)
@@ -141,7 +142,7 @@ def put_back(host: nn.Module, training: bool | None) -> Iterator[None]:
 
 
 def _made_tensors(host: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """(module, attribute, tensor) of tensors that a forward pass has left on the modules."""
+    """(module, attribute, tensor) of tensors that a forward pass has stored on the modules."""
     return [
         (module, name, value)
         for module in host.modules()
@@ -152,11 +153,11 @@ def _made_tensors(host: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 @dataclass(slots=True)
 class _Trial:
-    """What one forward and backward pass with the graft has shown."""
+    """Results of one forward and backward pass with the graft."""
 
     x: Tensor
     y: Tensor
-    cotangent: Tensor  # d loss / d output, made up
+    cotangent: Tensor  # d loss / d output, generated
     max_abs_diff: float
     scale: float
     same_form: bool  # shape, dtype, and x and y not written to
@@ -180,9 +181,9 @@ def _try_all(
     sample = x[:MAX_ROWS].detach().clone()
     sample.requires_grad_(sample.is_floating_point())
     y = _run_host(host, layer, blueprint.slug, sample)
-    before = _run_grafts(host, sample, y)  # as the older ones were without the new one
+    before = _run_grafts(host, sample, y)  # outputs of the older grafts without the new one
     with _introduced(host, graft):
-        if blueprint.requires:  # what the older ones compute beside it is part of the promise
+        if blueprint.requires:  # what older grafts compute with it is part of the contract
             trial = _try_out(host, graft, sample, before, _run_grafts(host, sample, y))
         else:
             trial = _try_out(host, graft, sample, before, before)
@@ -193,7 +194,7 @@ def _try_all(
 
 @contextmanager
 def _introduced(host: nn.Module, graft: Graft) -> Iterator[None]:
-    """Inside it, the layer's grafts and the new one know each other."""
+    """Inside the block, the layer's grafts and the new one know each other."""
     slot = slot_of(host)
     older = tuple(slot.grafts().values()) if slot is not None else ()
     introduce((*older, graft))
@@ -208,7 +209,7 @@ def _try_out(host: nn.Module, graft: Graft, x: Tensor, before: Tensor, y: Tensor
     """``before``: the layer's output without the graft. ``y``: what the graft is given."""
     kept = before.detach().clone()
     versions = x._version, y._version
-    streams = RandomStreams.read()  # not sooner: the host's own dropout may draw
+    streams = RandomStreams.read()  # not earlier: the host's own dropout may use them
     with _counted_activations(graft, x) as saved:
         changed = graft.combine(x, y)
     rng_neutral = streams.equals(RandomStreams.read())
@@ -236,7 +237,7 @@ def _try_out(host: nn.Module, graft: Graft, x: Tensor, before: Tensor, y: Tensor
 def _run_host(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> Tensor:
     """The layer's own output on ``x``.
 
-    ``forward`` and not a call: the user's own hooks must not see a made-up batch.
+    Uses ``forward`` and not a call: the user's hooks must not see a generated batch.
     """
     arguments = (x, x, x) if layer.kind in layout.ATTENTION else (x,)
     for hook in host._forward_pre_hooks.values():
@@ -251,13 +252,13 @@ def _run_host(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> T
         ) from error
     if y is None:
         raise IncompatibleLayerError(
-            layer=layer.name, blueprint=blueprint, reason="its output is no plain tensor"
+            layer=layer.name, blueprint=blueprint, reason="its output is not a plain tensor"
         )
     return y
 
 
 def _run_grafts(host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The layer's output after the grafts that it carries now."""
+    """The layer's output after its present grafts."""
     slot = slot_of(host)
     for older in slot.grafts().values() if slot is not None else ():
         y = older.combine(x, y)
@@ -267,7 +268,7 @@ def _run_grafts(host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def _compare_gradients(
     host: nn.Module, graft: Graft, x: Tensor, y: Tensor, changed: Tensor, cotangent: Tensor
 ) -> tuple[bool, bool]:
-    """(a new tensor has a gradient, the old ones have theirs unchanged)."""
+    """(a new tensor has a gradient, the gradients of the old tensors are unchanged)."""
     old: list[Tensor] = [p for p in host.parameters() if p.requires_grad]
     old += [x] if x.requires_grad else []
     new = [p for p in graft.parameters() if p.requires_grad]
@@ -279,7 +280,7 @@ def _compare_gradients(
 
 
 def _wakes_up(graft: Graft, x: Tensor, y: Tensor, cotangent: Tensor) -> bool:
-    """A graft with an α has a gradient once that has left 0, which is after one step."""
+    """A graft with an α has a gradient once α is above 0, which is after one step."""
     ramped = [part for part in graft.modules() if isinstance(part, Graft)]
     if all(part.alpha is None for part in ramped):
         return False
@@ -322,7 +323,7 @@ def _distance(changed: Tensor, kept: Tensor) -> float:
 
 @contextmanager
 def _counted_activations(graft: Graft, x: Tensor) -> Iterator[dict[int, int]]:
-    """Fills {storage: bytes} with what the graft keeps for backward, weights and x aside."""
+    """Fills {storage: bytes} with what the graft keeps for backward, except weights and x."""
     known = {p.untyped_storage().data_ptr() for p in graft.parameters()}
     known.add(x.untyped_storage().data_ptr())
     saved: dict[int, int] = {}
@@ -371,7 +372,7 @@ def _dead_after_two_steps(graft: Graft, trial: _Trial) -> list[str]:
     for _ in range(2):
         if not waiting:
             break
-        torch.clear_autocast_cache()  # it holds the weights as they were before the last step
+        torch.clear_autocast_cache()  # it has the weights of before the last step
         with torch.enable_grad():
             changed = trial_graft.combine(trial.x, trial.y)
         inputs = [p for p in trial_graft.parameters() if p.requires_grad]
@@ -387,15 +388,15 @@ def _dead_after_two_steps(graft: Graft, trial: _Trial) -> list[str]:
 
 
 def _made_up_cotangent(y: Tensor) -> Tensor:
-    """Norm about 1. Not a constant: to that, a batch norm's output is orthogonal."""
+    """Norm about 1. Not constant: a batch norm's output is orthogonal to a constant."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(y.shape, generator=generator) / math.sqrt(max(1, y.numel()))
     return noise.to(device=y.device, dtype=y.dtype)
 
 
 def _undo_is_exact(host: nn.Module, graft: Graft) -> bool:
-    """Swaps in and takes out on a copy of the host, and compares every tensor."""
-    # Those with a history cannot be copied; the next forward pass makes them anew.
+    """Inserts and removes the graft on a copy of the host, and compares every tensor."""
+    # Tensors with a history cannot be copied; the next forward pass computes them again.
     made = {id(tensor): tensor.detach().clone() for _, _, tensor in _made_tensors(host)}
     trial = copy.deepcopy(host, made)
     before = digest(trial)
@@ -415,23 +416,23 @@ def _failures(certificate: Certificate, trial: _Trial, dead: list[str]) -> Itera
         yield "it changes the output's shape or dtype, or writes to the layer's tensors"
     elif not certificate.preserving:
         yield (
-            f"it changes the output at birth by {certificate.max_abs_diff:.3g}, "
-            f"allowed is {certificate.tolerance:.3g}"
+            f"it changes the output right after the graft by {certificate.max_abs_diff:.3g}; "
+            f"the limit is {certificate.tolerance:.3g}"
         )
     if not certificate.live:
-        yield "none of its tensors has a gradient at the first step"
+        yield "none of its tensors has a gradient in the first step"
     if dead:
         yield f"no gradient within two steps: {', '.join(dead)}"
     if not certificate.rng_neutral:
-        yield "building or running it draws from a global random stream"
+        yield "building or running it uses a global random stream"
     if certificate.undo_exact is False:
-        yield "taking it out does not bring the tensors back"
+        yield "removing it does not restore the tensors"
     if certificate.host_untouched is False:
         yield "it changes the gradients of the layer's own weights or input"
     if certificate.parameters != certificate.parameters_declared:
         yield (
             f"it has {certificate.parameters} parameters, "
-            f"declared are {certificate.parameters_declared}"
+            f"but {certificate.parameters_declared} are declared"
         )
 
 
@@ -448,7 +449,7 @@ class Conv1D(nn.Module):
 
 
 class Opaque(nn.Module):
-    """Stand-in for a layer that cannot be made from its description: same shapes, no more."""
+    """Stand-in for a layer that its description does not define: only the shapes are the same."""
 
     def __init__(self, layer: LayerInfo) -> None:
         super().__init__()

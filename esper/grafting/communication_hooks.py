@@ -1,4 +1,4 @@
-"""Running a gradient reduction beside the backward pass, and proving that it sums rightly."""
+"""Runs a gradient reduction beside the backward pass, and certifies its sums."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LARGEST_SAMPLE = 25 * 1024 * 1024 // 4  # numbers in one of DDP's buckets of flo
 
 
 class BucketThread:
-    """Sums DDP's buckets one after the other, in the order in which DDP hands them over.
+    """Sums DDP's buckets one after the other, in DDP's order.
 
-    One thread, because that order is the same on all ranks only as long as nobody overtakes.
+    One thread, because all ranks must keep the same order.
 
     Args:
-        group: a gloo group that nobody else uses during a backward pass.
+        group: a gloo group that nothing else uses during a backward pass.
     """
 
     def __init__(self, reduction: GradientReduction, group: distributed.ProcessGroup) -> None:
@@ -38,13 +38,13 @@ class BucketThread:
         self._thread.start()
 
     def submit(self, flat: Tensor) -> torch.futures.Future[Tensor]:
-        """Begins to average ``flat`` over the ranks, in place."""
+        """Starts to average ``flat`` over the ranks, in place."""
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         self._jobs.put((flat, future))
         return future
 
     def close(self) -> None:
-        """Ends the thread after what it was given."""
+        """Ends the thread after the submitted buckets."""
         self._jobs.put(None)
 
     def _work(self) -> None:
@@ -52,7 +52,7 @@ class BucketThread:
         while (job := self._jobs.get()) is not None:
             flat, future = job
             try:
-                flat.div_(size)  # first, as torch's own hooks do: half precision overflows late
+                flat.div_(size)  # first, as torch's hooks do: half precision overflows later
                 self.reduction.add_up(flat, self._group)
                 future.set_result(flat)
             except Exception as error:
@@ -68,9 +68,9 @@ def sum_in_background(thread: BucketThread, bucket: Any) -> torch.futures.Future
 def certify_reduction(
     layer: LayerInfo, blueprint: Blueprint, reduction: GradientReduction, group: Any
 ) -> Certificate:
-    """Sums made-up gradients with it and with torch's all-reduce, and compares. Collective.
+    """Sums generated gradients with it and with torch's all-reduce, and compares. Collective.
 
-    Allowed is what another order of the same additions can differ by: (n - 1) · ε · Σ|x|.
+    The limit is what another order of the additions can change: (n - 1) · ε · Σ|x|.
     """
     flat = _made_up_gradient(layer, int(distributed.get_rank(group)))
     wanted, magnitude = flat.clone(), flat.abs()
@@ -93,12 +93,12 @@ def certify_reduction(
         plain_ms,
     )
     reduction.forget()
-    wrong = f"its sums differ by {max_abs_diff:.3g}, allowed is {tolerance:.3g}"
+    wrong = f"its sums differ by {max_abs_diff:.3g}; the limit is {tolerance:.3g}"
     return Certificate(
         max_abs_diff=max_abs_diff,
         tolerance=tolerance,
         preserving=preserving,
-        live=True,  # no tensor of its own
+        live=True,  # it has no tensors
         rng_neutral=True,  # the sample comes from a generator of its own
         parameters=0,
         parameters_declared=0,

@@ -1,8 +1,8 @@
-"""Copies that follow a model: the running averages of EMA and SWA.
+"""Copies of a model that get its grafts too: the running averages of EMA and SWA.
 
 ``torch.optim.swa_utils.AveragedModel`` pairs the tensors of model and copy by their position. A
-graft in one of them alone would shift all that follow: at best the shapes differ and it raises, at
-worst they do not and it averages one layer into another.
+graft in only one of them would shift all later tensors: either the shapes differ and it raises, or
+it averages different layers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from esper.grafting.slot import find_host, prepare_slots, remove_slots, slot_of,
 
 
 def bare_copy(copied: Any) -> nn.Module:
-    """The module that mirrors the model, out of ``AveragedModel`` and compile's and DDP's wrappers.
+    """The copied module, without the wrappers ``AveragedModel``, compile and DDP.
 
     Raises:
-        ConfigurationError: it is no module.
+        ConfigurationError: it is not a module.
     """
     wrappers = (nn.parallel.DistributedDataParallel, _averaged_model())
     inner = copied
@@ -35,17 +35,17 @@ def bare_copy(copied: Any) -> nn.Module:
 
 
 def check_copy(model: nn.Module, copied: Any) -> None:
-    """Raises ``ConfigurationError`` unless it has the tensors of the model, by name and shape."""
+    """Raises ``ConfigurationError`` unless it has the model's tensors, by name and shape."""
     here = {name: p.shape for name, p in model.named_parameters()}
     there = {name: p.shape for name, p in bare_copy(copied).named_parameters()}
     if list(here.items()) != list(there.items()):
-        odd = sorted(here.items() ^ there.items())
-        names = ", ".join(dict.fromkeys(name for name, _ in odd)) or "another order"
+        differing = sorted(here.items() ^ there.items())
+        names = ", ".join(dict.fromkeys(name for name, _ in differing)) or "another order"
         raise ConfigurationError(f"a copy differs from the model: {names[:200]}")
 
 
 def let_follow(model: nn.Module, copies: Iterable[Any]) -> None:
-    """Gives each copy the grafts that the model has, with their present weights, and no other."""
+    """Makes the grafts of each copy those of the model, with their present weights."""
     wanted = {layer: slot for layer, _, slot in slots(model)}
     for copied in map(bare_copy, copies):
         for layer, _, slot in [*slots(copied)]:
@@ -58,16 +58,16 @@ def let_follow(model: nn.Module, copies: Iterable[Any]) -> None:
 
 
 def audit_copies(model: nn.Module) -> list[Finding]:
-    """Layers whose grafts a living copy of the model lacks, or has beside them.
+    """Layers whose grafts differ between the model and a living copy of it.
 
-    A copy that was made before the model was attached is not known.
+    Copies made before the model was attached are unknown.
     """
     return to_findings(
         Problem(
             f"{layer}.",
             Severity.CAUTION,
-            "a copy of the model is without this layer's grafts, or has others; a running average "
-            "pairs tensors by position and would mix different ones",
+            "a copy of the model lacks this layer's grafts, or has other grafts; a running average "
+            "pairs tensors by position and would mix different tensors",
             "pass it to attach as copies=, or call esper.grafting.let_follow(model, [copy])",
         )
         for layer, _, slot in slots(model)
@@ -93,6 +93,6 @@ def _give(
 
 
 def _averaged_model() -> type[nn.Module]:
-    from torch.optim.swa_utils import AveragedModel  # costs a second of imports
+    from torch.optim.swa_utils import AveragedModel  # importing it takes a second
 
     return AveragedModel

@@ -1,4 +1,4 @@
-"""The layer graph, learnt from what the model really does and never guessed from names."""
+"""The layer graph, traced from forward passes and never guessed from names."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from esper.contracts import MAX_NAME_LENGTH, LayerInfo
 from esper.grafting.attention import TimeAxis, cached_part, looks_ahead
 from esper.grafting.slot import CONTAINERS, SLOT_NAME, first_tensor
 
-NEVER_RAN = "it was not seen to run in a forward pass"
+NEVER_RAN = "it did not run in the traced forward pass"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(slots=True)
 class _Sighting:
-    """What the forward passes have shown of one layer so far."""
+    """What the forward passes have shown about one layer so far."""
 
     in_shape: tuple[int, ...] = ()
     out_shape: tuple[int, ...] = ()
     input_is_float: bool = False
     reason: str = ""
     order: int = 0
-    calls: int = 0  # of the pass in which it was first seen
+    calls: int = 0  # in the first pass that called it
     feeds: dict[str, None] = field(default_factory=dict)  # a set that keeps its order
 
 
 def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """name -> module of everything that counts as a layer: leaves with parameters, attention.
+    """name -> module of all layers: leaves with parameters, and attention.
 
-    A module that is used under two names appears under its first.
+    A module with two names appears under its first name.
     """
     found = {}
     inside_slots = {
@@ -54,39 +54,43 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
 def why_never_graftable(
     model: nn.Module, name: str, layers: Mapping[str, nn.Module] | None = None
 ) -> str:
-    """Why this module can hold no graft, whatever it does in a forward pass; empty if it can.
+    """Why this module can never have a graft; empty if it can.
 
     Args:
-        layers: what :func:`layer_modules` gives, for a caller that asks about many.
+        layers: the result of :func:`layer_modules`, for a caller that asks about many modules.
     """
     module = model.get_submodule(name)
     if not name:
         return "it is the whole model; name one of its layers"
     if isinstance(module, CONTAINERS):
-        return "a container runs nothing of its own; name one of the layers in it"
+        return "a container computes nothing itself; name one of the layers in it"
     if len(name) > MAX_NAME_LENGTH:
         return f"its name is longer than {MAX_NAME_LENGTH} characters"
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
-        return "its parent attention uses its weight directly, so a hook on it never fires"
+        return (
+            "its parent attention reads its weight without calling it, so a graft would never run"
+        )
     if name not in (layer_modules(model) if layers is None else layers):
-        return f"a {kind_of(module)} is made of layers; name one of them"
+        if any(True for _ in module.children()):
+            return f"a {kind_of(module)} contains other layers; name one of them"
+        return f"a {kind_of(module)} has no parameters; name a layer that has some"
     return ""
 
 
 def kind_of(module: nn.Module) -> str:
-    """Class name; a parametrised layer (weight norm, spectral norm) goes by its own class."""
+    """Class name; for a parametrised layer (weight norm, spectral norm), the original class."""
     name = type(module).__name__
     return name.removeprefix("Parametrized") if hasattr(module, "parametrizations") else name
 
 
 class LayerRecorder:
-    """Learns the layer graph from the next forward passes of ``model``, then takes its hooks off.
+    """Traces the layer graph in the next forward passes of ``model``, then removes its hooks.
 
-    What the model computes is the same to the bit: the hooks only read shapes.
+    The model's results stay the same to the bit: the hooks only read shapes.
 
     Args:
-        forwards: full passes of the model to watch.
+        forwards: how many full passes of the model to trace.
     """
 
     def __init__(self, model: nn.Module, *, forwards: int = 1) -> None:
@@ -102,11 +106,11 @@ class LayerRecorder:
 
     @property
     def done(self) -> bool:
-        """True once enough forward passes were seen, or :meth:`stop` was called."""
+        """True after enough forward passes, or after :meth:`stop`."""
         return not self._handles
 
     def stop(self) -> None:
-        """Takes the hooks off now."""
+        """Removes the hooks now."""
         self._end_pass()
         for handle in self._handles:
             handle.remove()
@@ -133,8 +137,8 @@ class LayerRecorder:
 
     def _start_pass(self, module: nn.Module, args: Any) -> None:
         if self._in_pass:
-            self._calls.clear()  # the last pass raised: its counts are not those of a whole one
-        self._end_pass()  # layers that were called by themselves since the last full pass
+            self._calls.clear()  # the last pass raised, so its counts are incomplete
+        self._end_pass()  # layers that were called directly since the last full pass
         self._in_pass = True
 
     def _finish_pass(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -184,14 +188,14 @@ def trace_layers(
 
     Args:
         forward: runs the model once, for example ``lambda: model(batch)``. Gradients are off
-            meanwhile, and buffers and random streams are put back afterwards. Without it, only
-            what the modules tell of themselves is known, for a batch of one row.
+            during this run, and buffers and random streams are restored afterwards. Without it,
+            only what the modules themselves define is known, for a batch of one row.
     """
     if forward is None:
         ahead, layers = looks_ahead(model), layer_modules(model)
         return tuple(_describe_unseen(model, name, layers, ahead) for name in layers)
     recorder = LayerRecorder(model)
-    # Late import: the snapshot is the one place that knows every random stream.
+    # Late import: only the snapshot module knows every random stream.
     from esper.grafting.snapshot import kept_streams
 
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -223,9 +227,9 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
 def _look(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> _Sighting:
     x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
     if x is None or y is None:
-        return _Sighting(reason="its input or output is no plain tensor")
+        return _Sighting(reason="its input or output is not a plain tensor")
     if not y.is_floating_point():
-        return _Sighting(reason=f"its output is {y.dtype}, not floating numbers")
+        return _Sighting(reason=f"its output is {y.dtype}, not floating-point numbers")
     return _Sighting(
         in_shape=tuple(x.shape),
         out_shape=tuple(y.shape),
@@ -241,7 +245,7 @@ def _layer_info(
     parameters = _own_parameters(module)
     first = next((p for p in parameters if p.is_floating_point()), None)
     if first is None and not reason:
-        reason = "its weights are not floating numbers"
+        reason = "its weights are not floating-point numbers"
     reason = reason or _why_unbatched(kind, sighting)
     return LayerInfo(
         name=name,
@@ -267,7 +271,7 @@ def _layer_info(
 
 def _why_unbatched(kind: str, sighting: _Sighting) -> str:
     if sighting.out_shape and len(sighting.out_shape) < axes_of(kind):
-        return "it was seen to run without a batch axis"
+        return "it ran without a batch axis in the traced forward pass"
     return "" if sighting.out_shape else NEVER_RAN
 
 
@@ -311,7 +315,7 @@ def _describe_unseen(
 
 
 def _sighting_of_weights(module: nn.Module) -> _Sighting:
-    """Shapes for one row, where the weights alone tell them; else nothing."""
+    """Shapes for one row where the weights define them; otherwise empty."""
     kind = kind_of(module)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
@@ -326,6 +330,6 @@ def _sighting_of_weights(module: nn.Module) -> _Sighting:
 
 
 def _hidden(hook: Callable[..., None]) -> Callable[..., None]:
-    """Keeps a hook out of the compiler's sight."""
+    """Hides a hook from the compiler."""
     disable: Callable[..., Callable[..., None]] = torch.compiler.disable
     return disable(hook)

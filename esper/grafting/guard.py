@@ -1,4 +1,4 @@
-"""The guard that needs nobody's permission: it sees a diverging loss before the server could."""
+"""The trainer's own guard: it detects a diverging loss without the server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from esper.contracts import ViolationRule
 
 @dataclass(frozen=True, slots=True)
 class GuardVerdict:
-    """Why the guard acts. ``observed`` may be non-finite; ``limit`` is NaN for such a loss."""
+    """Why the guard acts: ``observed`` may be non-finite; ``limit`` is NaN for such a loss."""
 
     rule: ViolationRule
     observed: float
@@ -25,26 +25,26 @@ class GuardVerdict:
 
 
 class LossGuard:
-    """Tells a blow-up from noise.
+    """Distinguishes a blow-up from noise.
 
-    A non-finite loss counts at once. A finite one counts when it is above both
+    A non-finite loss triggers at once. A finite loss triggers when it is above both
     ``mean + sigmas · std`` and ``factor`` times the mean of the last ``window`` good losses,
-    ``patience`` times running. Suspicious losses do not enter the window: they would raise the very
-    limit that they are judged by.
+    ``patience`` times in a row. Losses above the limit do not enter the window, because they would
+    raise the limit.
     """
 
     def __init__(
         self, window: int = 20, sigmas: float = 6.0, factor: float = 3.0, patience: int = 3
     ) -> None:
         self._good: deque[float] = deque(maxlen=window)
-        self._enough = max(2, window // 2)  # below, there is no basis for a limit
+        self._enough = max(2, window // 2)  # fewer losses give no limit
         self._sigmas = sigmas
         self._factor = factor
         self._patience = patience
         self._running = 0
 
     def observe(self, loss: float) -> GuardVerdict | None:
-        """One training loss, each step; a verdict when the run must be saved."""
+        """Takes the training loss of each step; returns a verdict when the guard must act."""
         if not math.isfinite(loss):
             return GuardVerdict(ViolationRule.NON_FINITE, loss, math.nan, f"the loss became {loss}")
         limit = self._limit()
@@ -60,16 +60,16 @@ class LossGuard:
             ViolationRule.LOSS_BLOW_UP,
             loss,
             limit,
-            f"the loss was above {limit:.4g} {self._patience} times running, now {loss:.4g}",
+            f"the loss was above {limit:.4g} {self._patience} times in a row, now {loss:.4g}",
         )
 
     def reset(self) -> None:
-        """Forgets what it saw; for after a rollback."""
+        """Discards all losses, after a rollback."""
         self._good.clear()
         self._running = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has seen, for a run that goes on in another process."""
+        """The losses so far, for a run that continues in another process."""
         return {"good": list(self._good), "running": self._running}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ class LossGuard:
     def _limit(self) -> float:
         if len(self._good) < self._enough:
             return math.inf
-        # By hand, each step: statistics.pstdev calculates in fractions, 30 times slower.
+        # Not statistics.pstdev, which calculates in fractions and is 30 times slower.
         mean = fsum(self._good) / len(self._good)
         variance = fsum((loss - mean) ** 2 for loss in self._good) / len(self._good)
         spread = mean + self._sigmas * math.sqrt(variance)
@@ -88,9 +88,9 @@ class LossGuard:
 
 
 def non_finite_gradients(model: nn.Module) -> tuple[str, ...]:
-    """Names of parameters whose gradient holds NaN or infinity. Reads the device once when clean.
+    """Names of parameters whose gradient has NaN or infinity; one device read if there is none.
 
-    The largest absolute value is asked for, not the L2 norm: that overflows in half precision.
+    Uses the largest absolute value, because the L2 norm overflows in half precision.
     """
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     if not named:

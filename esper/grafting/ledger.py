@@ -1,8 +1,8 @@
-"""The optimizer's books: which tensors it trains, and how new ones get in and out.
+"""The ledger: which tensors an optimizer trains, and how tensors are added and removed.
 
-New weights come as a group of their own with fresh state, so that Adam's bias correction starts at
-step 1 for them. Enlarging a tensor and padding its moments was measured to overshoot six-fold or to
-starve (reference/growth.md, section 6.3).
+New weights get a group of their own with fresh state, so that Adam's bias correction starts at
+step 1. Enlarging a tensor and padding its moments overshot six-fold or starved
+in measurements (reference/growth.md, section 6.3).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from esper.contracts import Finding, Severity, ViolationRule
 from esper.exceptions import GraftError
 
 WARMUP_STEPS = 100
-MANY = 8  # tensors with the same problem that are named one by one
+MANY = 8  # at most so many tensors with the same problem are named one by one
 LAYER_KEY = "esper_layer"
-# Per-group lists of torch's schedulers, which do not grow with the optimizer (pytorch#53712).
+# Per-group lists of torch's schedulers; they do not grow with the optimizer (pytorch#53712).
 GROUP_LISTS = (
     "base_lrs",
     "_last_lr",
@@ -30,29 +30,29 @@ GROUP_LISTS = (
     "base_momentums",
     "max_momentums",
 )
-# What the warm-up adds to a group; plain numbers, so that an optimizer's state dict carries them.
+# Keys that the warm-up adds to a group; plain numbers, so that a state dict includes them.
 _TAKEN = "esper_steps"
 _WARMUP = "esper_warmup_steps"
 _DECAY = "esper_weight_decay"
 _HELD = "esper_held_lr"
-# What is multiplied with a group's learning rate, in the group and in schedulers' lists.
+# Values that scale with a group's learning rate, in the group and in schedulers' lists.
 _RATES = frozenset({"lr", "initial_lr", "max_lr", "min_lr"})
 _RATE_LISTS = frozenset({"base_lrs", "_last_lr", "max_lrs", "min_lrs"})
-# Of a group that was split off for a layer with a learning rate of its own.
+# Key of a group that was split off for a layer with its own learning rate.
 FACTOR_KEY = "esper_lr_factor"
 
 
 @dataclass(slots=True)
 class GroupReceipt:
-    """A parameter group that was added; :meth:`remove` takes it out exactly."""
+    """A parameter group that was added; :meth:`remove` removes it exactly."""
 
     optimizer: torch.optim.Optimizer
     group: dict[str, Any]
     schedulers: tuple[Any, ...]
 
     def remove(self) -> None:
-        """Removes the group, its state and its place in every scheduler. Twice is harmless."""
-        # By its tensors: the optimizer's load_state_dict puts other dicts in the groups' place.
+        """Removes the group, its state and its place in schedulers; a second call does nothing."""
+        # Found by its tensors: the optimizer's load_state_dict replaces the group dicts.
         own = {id(parameter) for parameter in self.group["params"]}
         groups = enumerate(self.optimizer.param_groups)
         places = [i for i, g in groups if own == {id(p) for p in g["params"]}]
@@ -65,12 +65,12 @@ class GroupReceipt:
 
 
 def is_users_group(group: dict[str, Any]) -> bool:
-    """The script made it; neither a graft nor a remedy did."""
+    """The script made the group, not a graft or a remedy."""
     return LAYER_KEY not in group and FACTOR_KEY not in group
 
 
 def is_own_key(key: str) -> bool:
-    """An entry of a group that Esper put there."""
+    """Esper added this entry to a group."""
     return key.startswith("esper_")
 
 
@@ -80,7 +80,7 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
         inner = inner.optimizer
     if not isinstance(inner, torch.optim.Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is no torch optimizer")
+        raise TypeError(f"{type(optimizer).__name__} is not a torch optimizer")
     return inner
 
 
@@ -100,7 +100,7 @@ def unwrap_schedulers(schedulers: Iterable[Any]) -> list[Any]:
 
 
 def optimizer_of(optimizers: Sequence[Any], host: nn.Module) -> torch.optim.Optimizer | None:
-    """The optimizer that trains the layer; where none does (frozen layer), the first."""
+    """The optimizer that trains the layer; for a frozen layer, the first."""
     inner = [unwrap_optimizer(optimizer) for optimizer in optimizers]
     own = {id(parameter) for parameter in host.parameters()}
     training = (o for o in inner if any(id(p) in own for g in o.param_groups for p in g["params"]))
@@ -117,20 +117,20 @@ def add_group(
     warmup_steps: int = WARMUP_STEPS,
     weight_decay: float | None = None,
 ) -> GroupReceipt:
-    """Lets ``optimizer`` train new parameters, in a group of their own.
+    """Adds new parameters to ``optimizer``, in a group of their own.
 
     The group has the hyper-parameters of the layer's own group. During ``warmup_steps`` its
-    learning rate rises linearly to that group's, whatever a scheduler does meanwhile, and its
-    weight decay is zero.
+    learning rate rises linearly to that group's, also when a scheduler changes it, and its weight
+    decay is zero.
 
     Args:
         layer: name of the layer, kept in the group as ``esper_layer``.
-        host: the layer, to find the group whose hyper-parameters are copied; else the first.
-        schedulers: those whose per-group lists must grow.
-        weight_decay: after the warm-up; None takes that of the copied group.
+        host: the layer whose group provides the hyper-parameters; None: the first group.
+        schedulers: schedulers whose per-group lists must grow.
+        weight_decay: after the warm-up; None: the copied group's.
 
     Raises:
-        GraftError: this optimizer cannot take a new group. Nothing was changed.
+        GraftError: this optimizer accepts no new group. Nothing was changed.
     """
     inner = unwrap_optimizer(optimizer)
     _refuse_rigid(inner, parameters, layer)
@@ -156,7 +156,7 @@ def add_group(
 def remove_groups_of(
     parameters: Iterable[nn.Parameter], optimizers: Sequence[Any], schedulers: Sequence[Any] = ()
 ) -> None:
-    """Removes every group that holds one of these, its state and its place in schedulers."""
+    """Removes every group with one of the parameters, its state and its place in schedulers."""
     gone = {id(parameter) for parameter in parameters}
     for optimizer in map(unwrap_optimizer, optimizers):
         mine = tuple(s for s in unwrap_schedulers(schedulers) if _drives(s, optimizer))
@@ -168,9 +168,9 @@ def remove_groups_of(
 def scale_lr(
     optimizer: Any, parameters: Sequence[Tensor], factor: float, schedulers: Sequence[Any] = ()
 ) -> None:
-    """Splits parameters off into groups of their own whose learning rates are ``factor`` times.
+    """Moves parameters into groups of their own with ``factor`` times the learning rate.
 
-    A group that was split off so before gets the new factor in the old one's place.
+    For a group that was split off before, the new factor replaces the old one.
     """
     inner = unwrap_optimizer(optimizer)
     wanted = {id(parameter) for parameter in parameters}
@@ -187,7 +187,7 @@ def scale_lr(
         kept = {key: _own_copy(value) for key, value in group.items()}
         kept.update({FACTOR_KEY: factor * group.get(FACTOR_KEY, 1.0), "params": chosen})
         size = len(inner.param_groups)
-        inner.param_groups.append(kept)  # add_param_group would want groups without their state
+        inner.param_groups.append(kept)  # add_param_group accepts no parameters that have state
         for scheduler in mine:
             _grow_lists(scheduler, place, size)
         _scale_group(inner, size, factor, mine)
@@ -206,7 +206,7 @@ def _scale_group(
 
 
 def drop_parameters(parameters: Iterable[Tensor], optimizers: Sequence[Any]) -> None:
-    """Takes parameters and their state out of every optimizer; their groups stay, maybe empty."""
+    """Removes parameters and their state from every optimizer; groups stay, even empty ones."""
     gone = {id(parameter): parameter for parameter in parameters}
     for optimizer in map(unwrap_optimizer, optimizers):
         for group in optimizer.param_groups:
@@ -216,9 +216,9 @@ def drop_parameters(parameters: Iterable[Tensor], optimizers: Sequence[Any]) -> 
 
 
 def reorder_groups(optimizer: Any, order: Sequence[int], schedulers: Sequence[Any] = ()) -> None:
-    """Puts the groups, and their places in the schedulers that drive them, into another order.
+    """Reorders the groups, and their entries in the schedulers that drive them.
 
-    ``order[i]`` is the present place of the group that is to stand at place ``i``.
+    ``order[i]`` is the present position of the group that gets position ``i``.
     """
     inner = unwrap_optimizer(optimizer)
     size = len(inner.param_groups)
@@ -230,21 +230,21 @@ def reorder_groups(optimizer: Any, order: Sequence[int], schedulers: Sequence[An
 
 
 def audit(model: nn.Module, optimizers: Iterable[Any]) -> list[Finding]:
-    """Compares what the model would train with what the optimizers hold.
+    """Compares the model's trainable tensors with those of the optimizers.
 
-    Finds trainable tensors in no optimizer, tensors that are in one but not in the model, tensors
-    held twice, tensors that were frozen after an optimizer had trained them (frozen from the start
-    is what a user has chosen), and state of tensors that are in no group.
+    Finds trainable tensors in no optimizer, tensors of an optimizer that are not in the model,
+    tensors held twice, tensors that were frozen after an optimizer had trained them (frozen from
+    the start is the user's choice), and state of tensors in no group.
     """
-    books = _Books.read([unwrap_optimizer(optimizer) for optimizer in optimizers])
-    if not books.optimizers:
+    holdings = _Holdings.read([unwrap_optimizer(optimizer) for optimizer in optimizers])
+    if not holdings.optimizers:
         return []
-    return to_findings([*_tensor_problems(model, books), *_book_problems(model, books)])
+    return to_findings([*_tensor_problems(model, holdings), *_optimizer_problems(model, holdings)])
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong with a tensor, or with the books (then ``parameter`` is empty)."""
+    """A problem of a tensor, or of an optimizer (then ``parameter`` is empty)."""
 
     parameter: str
     severity: Severity
@@ -253,7 +253,7 @@ class Problem:
 
 
 def to_findings(problems: Iterable[Problem]) -> list[Finding]:
-    """One finding each; one for all where more than :data:`MANY` tensors have the same problem."""
+    """One finding each, or one for all if more than :data:`MANY` tensors have the same problem."""
     alike: dict[tuple[str, str, str], list[Problem]] = {}
     for problem in problems:
         alike.setdefault((problem.severity, problem.observed, problem.remedy), []).append(problem)
@@ -261,41 +261,41 @@ def to_findings(problems: Iterable[Problem]) -> list[Finding]:
 
 
 def is_warming(group: dict[str, Any]) -> bool:
-    """The group's new weights have not reached its learning rate yet."""
+    """The group's learning rate is still rising to its full value."""
     return _TAKEN in group and group[_TAKEN] < group[_WARMUP]
 
 
 @dataclass(slots=True)
-class _Books:
+class _Holdings:
     optimizers: list[torch.optim.Optimizer]
     held: dict[int, int] = field(default_factory=dict)  # id(parameter) -> in how many places
     trained: set[int] = field(default_factory=set)  # id(parameter) with state from earlier steps
     dead_state: int = 0
 
     @classmethod
-    def read(cls, optimizers: list[torch.optim.Optimizer]) -> _Books:
-        books = cls(optimizers)
+    def read(cls, optimizers: list[torch.optim.Optimizer]) -> _Holdings:
+        holdings = cls(optimizers)
         for optimizer in optimizers:
             own = [p for group in optimizer.param_groups for p in group["params"]]
             for parameter in own:
-                books.held[id(parameter)] = books.held.get(id(parameter), 0) + 1
-            books.trained |= {id(key) for key, state in optimizer.state.items() if state}
+                holdings.held[id(parameter)] = holdings.held.get(id(parameter), 0) + 1
+            holdings.trained |= {id(key) for key, state in optimizer.state.items() if state}
             keys = {id(parameter) for parameter in own}
-            books.dead_state += sum(id(key) not in keys for key in optimizer.state)
-        return books
+            holdings.dead_state += sum(id(key) not in keys for key in optimizer.state)
+        return holdings
 
 
-def _tensor_problems(model: nn.Module, books: _Books) -> Iterator[Problem]:
+def _tensor_problems(model: nn.Module, holdings: _Holdings) -> Iterator[Problem]:
     for name, parameter in model.named_parameters():
-        times = books.held.get(id(parameter), 0)
+        times = holdings.held.get(id(parameter), 0)
         if parameter.requires_grad and not times:
             yield Problem(
                 name,
                 Severity.SERIOUS,
-                "trainable, but in no optimizer: it will never move",
+                "trainable, but in no optimizer: it will never change",
                 "give it to the optimizer, or set requires_grad=False",
             )
-        if times and not parameter.requires_grad and id(parameter) in books.trained:
+        if times and not parameter.requires_grad and id(parameter) in holdings.trained:
             yield Problem(
                 name,
                 Severity.CAUTION,
@@ -311,9 +311,9 @@ def _tensor_problems(model: nn.Module, books: _Books) -> Iterator[Problem]:
             )
 
 
-def _book_problems(model: nn.Module, books: _Books) -> Iterator[Problem]:
+def _optimizer_problems(model: nn.Module, holdings: _Holdings) -> Iterator[Problem]:
     known = {id(parameter) for parameter in model.parameters()}
-    foreign = sum(key not in known for key in books.held)
+    foreign = sum(key not in known for key in holdings.held)
     if foreign:
         yield Problem(
             "",
@@ -321,19 +321,19 @@ def _book_problems(model: nn.Module, books: _Books) -> Iterator[Problem]:
             f"{foreign} tensors held by an optimizer are not in the model",
             "rebuild the optimizer after replacing layers",
         )
-    if books.dead_state:
+    if holdings.dead_state:
         yield Problem(
             "",
             Severity.CAUTION,
-            f"{books.dead_state} entries of optimizer state belong to no group",
-            "they only cost memory; remove them from optimizer.state",
+            f"{holdings.dead_state} entries of optimizer state belong to no group",
+            "remove them from optimizer.state; they only use memory",
         )
 
 
 def _findings_of(same: Sequence[Problem]) -> list[Finding]:
     if len(same) <= MANY:
         return [_finding(problem) for problem in same]
-    whole = f"{len(same)} tensors, {same[0].parameter} the first: {same[0].observed}"
+    whole = f"{len(same)} tensors, the first is {same[0].parameter}: {same[0].observed}"
     return [_finding(replace(same[0], parameter="", observed=whole))]
 
 
@@ -344,7 +344,7 @@ def _finding(problem: Problem) -> Finding:
         layer=layer,
         severity=problem.severity,
         observed=f"{tensor}: {problem.observed}" if tensor else problem.observed,
-        limit="the optimizer holds every trainable tensor of the model once, and no other",
+        limit="the optimizers hold each trainable tensor of the model once, and no other tensor",
         remedy=problem.remedy,
     )
 
@@ -353,13 +353,13 @@ def _refuse_rigid(
     optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], layer: str
 ) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise GraftError("LBFGS trains one flat vector and takes no new weights", layer=layer)
+        raise GraftError("LBFGS trains one flat vector and accepts no new weights", layer=layer)
     if isinstance(optimizer, torch.optim.SparseAdam):
-        reason = "SparseAdam takes sparse gradients only, and those of new weights are dense"
+        reason = "SparseAdam accepts only sparse gradients, and new weights have dense ones"
         raise GraftError(f"{reason}; add another optimizer first", layer=layer)
     matrices_only = type(optimizer).__name__ == "Muon"
     if matrices_only and any(parameter.dim() != 2 for parameter in parameters):
-        raise GraftError("Muon trains matrices only; add another optimizer first", layer=layer)
+        raise GraftError("Muon trains only matrices; add another optimizer first", layer=layer)
 
 
 def _place_of(optimizer: torch.optim.Optimizer, host: nn.Module | None) -> int:
@@ -400,7 +400,7 @@ def group_lists(scheduler: Any, size: int) -> dict[str, list[Any]]:
 
 
 def _start_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-    # Adagrad alone makes its state when it is built, and then looks it up (pytorch#53712).
+    # Adagrad alone creates its state when it is built, and expects it later (pytorch#53712).
     if not isinstance(optimizer, torch.optim.Adagrad):
         return
     start = optimizer.defaults["initial_accumulator_value"]
@@ -412,13 +412,13 @@ def _start_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
 
 
 def keep_warming(optimizer: Any) -> None:
-    """Makes the warm-up of all young groups take effect; once is enough, twice is harmless.
+    """Registers the hooks of the warm-up; a second call does nothing.
 
-    Around each step, not in the group for good: a scheduler writes the group's lr every step.
-    Hooks are no part of an optimizer's state dict or pickle: call this after loading one.
+    The rate is changed only during a step, because a scheduler writes the group's lr every step.
+    State dicts and pickles of an optimizer contain no hooks: call this after loading one.
     """
     inner = unwrap_optimizer(optimizer)
-    # Each on its own: after a graft that failed between the two, the next one would stay cold.
+    # Checked separately: a graft may have failed between the two registrations.
     if _before_step not in inner._optimizer_step_pre_hooks.values():
         inner.register_step_pre_hook(_before_step)
     if _after_step not in inner._optimizer_step_post_hooks.values():
@@ -428,7 +428,7 @@ def keep_warming(optimizer: Any) -> None:
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         if _TAKEN in group:
-            _cool(group)
+            _lower_lr(group)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -438,12 +438,12 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             group[_TAKEN] += 1
 
 
-def _cool(group: dict[str, Any]) -> None:
-    _restore_lr(group)  # left over when a step raised
+def _lower_lr(group: dict[str, Any]) -> None:
+    _restore_lr(group)  # left from a step that raised
     warming = is_warming(group)
     if _DECAY in group:
         group["weight_decay"] = 0.0 if warming else group[_DECAY]
-    # No rate to lower where the optimizer makes its own (Adafactor with relative steps).
+    # Adafactor with relative steps has no rate to lower.
     if warming and group.get("lr") is not None:
         group[_HELD] = group["lr"]
         group["lr"] = group["lr"] * ((group[_TAKEN] + 1) / group[_WARMUP])

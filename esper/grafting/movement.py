@@ -1,9 +1,9 @@
-"""Tensors that should learn and do not: looked at a few times, never each step.
+"""Finds tensors that should learn and do not; checks them a few times, not in each step.
 
-A few elements of every trainable tensor are remembered, and compared when its optimizer has taken
-some steps. Standing still is only said to be wrong where there is evidence: a gradient at those
-very elements that the steps left without effect, or none at all. It is not where the learning rate
-is zero, new weights still warm up, the gradient is zero or not finite, or a step would round away.
+A few elements of each trainable tensor are copied, and compared after some steps of its optimizer.
+An unchanged tensor is a finding only with evidence: these elements have a gradient that the steps
+did not apply, or there is no gradient at all. It is no finding if the learning rate is zero, new
+weights still warm up, the gradient is zero or not finite, or rounding removes the step.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from esper.contracts import Finding, Severity
 from esper.grafting.ledger import Problem, is_warming, to_findings, unwrap_optimizer
 from esper.grafting.slot import SLOT_NAME
 
-STEPS = 20  # of its optimizer, before a tensor is looked at
-SILENT_STEPS = 200  # of the session without any of the optimizer; accumulation rarely takes longer
-SMALLEST_GRADIENT = 1e-7  # below, it may be the rounding error of a gradient that is zero
+STEPS = 20  # of its optimizer before a tensor is checked
+SILENT_STEPS = 200  # of the session without a step of the optimizer; accumulation is rarely longer
+SMALLEST_GRADIENT = 1e-7  # a smaller one may be the rounding error of a zero gradient
 _SAMPLED = {0: 1, 1: 64, 2: 8, 3: 4}  # axes -> elements of each axis
 
 
@@ -32,7 +32,7 @@ class _Watched:
     parameter: nn.Parameter
     sample: Tensor
     optimizer: int  # place
-    since: int  # steps that its optimizer had taken
+    since: int  # steps of its optimizer at that time
 
 
 class MovementWatch:
@@ -51,22 +51,22 @@ class MovementWatch:
 
     @property
     def findings(self) -> list[Finding]:
-        """What stands still, as of the last look."""
+        """Tensors that did not change, as of the last check."""
         problems = [*self._problems.values(), *self._silent()]
         return to_findings(problems)
 
     def include_new(self) -> None:
-        """Tensors have come or gone: watch the new ones from the next step on."""
+        """After tensors were added or removed: watches the new ones from the next step on."""
         self._incomplete = True
 
     def restart(self) -> None:
-        """Values were put back or loaded: what was remembered says nothing any more."""
+        """After values were restored or loaded: discards the copied elements."""
         self._waiting.clear()
         self._problems.clear()
         self._incomplete = True
 
     def step(self) -> bool:
-        """True when it has looked, so that :attr:`findings` may have changed."""
+        """True after a check, so that :attr:`findings` may have changed."""
         self._steps += 1
         if self._incomplete:
             self._remember()
@@ -93,7 +93,7 @@ class MovementWatch:
                 yield Problem(
                     "",
                     Severity.SERIOUS,
-                    f"{kind} was not stepped once in {SILENT_STEPS} steps of the session",
+                    f"{kind} made no step in {SILENT_STEPS} steps of the session",
                     "call optimizer.step() before session.step(loss)",
                 )
 
@@ -126,7 +126,7 @@ class MovementWatch:
         due = [w for w in self._waiting.values() if self._taken[w.optimizer] - w.since >= STEPS]
         moved = _moved(due)
         groups = {p: g for o in self._optimizers for g in o.param_groups for p in g["params"]}
-        # After zero_grad nothing has a gradient, and nothing can be said.
+        # After zero_grad no tensor has a gradient, so there is no evidence.
         known = any(parameter.grad is not None for parameter in groups)
         for watched, has_moved in zip(due, moved, strict=True):
             self._problems.pop(watched.parameter, None)
@@ -139,7 +139,7 @@ class MovementWatch:
                     self._problems[watched.parameter] = problem
 
     def _judge(self, watched: _Watched, group: dict[str, Any]) -> Problem | None:
-        """What is wrong with a tensor that stood still; None where nothing needs to be."""
+        """The problem of an unchanged tensor; None if there is no evidence of one."""
         lr = group.get("lr")
         if not watched.parameter.requires_grad or (lr is not None and float(lr) == 0.0):
             return None
@@ -150,15 +150,16 @@ class MovementWatch:
             return Problem(
                 watched.name,
                 Severity.INFO,
-                f"has not moved in {STEPS} steps and has no gradient: it takes no part in the loss",
-                "check that its layer is called; freeze it if that is meant",
+                f"has not changed in {STEPS} steps and has no gradient: the loss does not "
+                "depend on it",
+                "check that its layer is called; freeze it if this is intended",
             )
         return Problem(
             watched.name,
             Severity.SERIOUS,
-            f"the graft learns nothing: no gradient has reached it in {STEPS} steps, since the "
+            f"the graft learns nothing: no gradient has reached it in {STEPS} steps, because the "
             f"loss does not depend on {_grafted_output(self._model.get_submodule(host))}",
-            "take it out, and graft a layer whose output the model goes on with",
+            "remove it, and graft into a layer whose output the model uses",
         )
 
 
@@ -170,7 +171,7 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _moved(due: Sequence[_Watched]) -> list[bool]:
-    """One answer each; the device is waited for once."""
+    """One result for each; synchronises with the device once."""
     if not due:
         return []
     differs = [(_sample(w.parameter) != w.sample).any() for w in due]
@@ -180,8 +181,8 @@ def _moved(due: Sequence[_Watched]) -> list[bool]:
 
 def _grafted_output(host: nn.Module) -> str:
     if isinstance(host, nn.RNNBase):
-        return "the outputs of all steps, which it changes; the last state (h_n) is without it"
-    return "what its layer gives"
+        return "the outputs of all steps, which it changes; it does not change the last state (h_n)"
+    return "its layer's output"
 
 
 def _judge_by_gradient(
@@ -200,7 +201,7 @@ def _judge_by_gradient(
     return Problem(
         watched.name,
         Severity.SERIOUS,
-        f"has a gradient, but has not moved in {STEPS} steps of its optimizer",
+        f"has a gradient, but has not changed in {STEPS} steps of its optimizer",
         "the steps do not reach it, or are too small for its "
         f"{str(parameter.dtype).removeprefix('torch.')} numbers",
     )

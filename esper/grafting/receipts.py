@@ -40,8 +40,8 @@ class UndoReceipt:
 
     Attributes:
         digest: of the model afterwards.
-        exact: hard: everything equals the snapshot to the bit. Soft: False, the host has moved on.
-        discarded: other grafts that went with it, as ``layer/blueprint``.
+        exact: hard undo: everything equals the snapshot to the bit. Soft undo: False.
+        discarded: other grafts that were removed with it, as ``layer/blueprint``.
     """
 
     digest: str
@@ -131,7 +131,7 @@ class Receipt(ChangeReceipt):
 
     @property
     def present(self) -> bool:
-        """True while the graft is in the model; an older graft's hard undo takes it along."""
+        """True while the graft is in the model; a hard undo of an older graft removes it too."""
         return graft_at(self._model, self.layer, self.blueprint) is self._graft
 
     @property
@@ -139,18 +139,18 @@ class Receipt(ChangeReceipt):
         return self.present and self._snapshot is not None
 
     def undo(self, hard: bool = True) -> UndoReceipt:
-        """Takes the graft out.
+        """Removes the graft.
 
-        Soft: detaches it and keeps what the host has learnt since; grafts that cannot be without
-        it go with it. Hard: brings back the state before the graft to the bit, optimizer and
-        random streams included; grafts that came later go with it. Either way they are named in
-        ``discarded``. Where the model has replicas, each rank must call this, and it is out on all
-        of them or on none.
+        Soft: removes it and keeps what the host has learnt since; grafts that require it are
+        removed too. Hard: restores the state before the graft to the bit, with optimizer and
+        random streams; grafts that were added later are removed too. ``discarded`` names them in
+        both cases. Where the model has replicas, each rank must call this; all ranks remove the
+        graft, or none does.
 
         Raises:
-            UndoError: it is not in the model any more, the snapshot is gone (hard), or the model
-                did not come back as it was.
-            ReplicaError: another rank could not take it out, so it is still in.
+            UndoError: the graft is no longer in the model, the snapshot is gone (hard), or the
+                model was not restored exactly.
+            ReplicaError: another rank could not remove it, so it stays on all ranks.
         """
         if self._surroundings.replicas is None:
             return self.undo_here(hard)
@@ -158,7 +158,7 @@ class Receipt(ChangeReceipt):
             return self.undo_here(hard)
 
     def undo_here(self, hard: bool = True) -> UndoReceipt:
-        """As :meth:`undo`, on this rank alone; for a caller that brings the ranks together."""
+        """As :meth:`undo`, on this rank alone; for a caller that synchronises the ranks."""
         if not self.present:
             raise UndoError(f"{self.blueprint} is not in {self.layer!r} any more", layer=self.layer)
         return self._undo_hard() if hard else self._undo_soft()
@@ -180,11 +180,12 @@ class Receipt(ChangeReceipt):
         snapshot = self._snapshot
         if snapshot is None:
             raise UndoError(
-                f"the snapshot before {self.blueprint} is gone; undo it softly", layer=self.layer
+                f"the snapshot before {self.blueprint} is gone; only a soft undo is possible",
+                layer=self.layer,
             )
         started = time.perf_counter()
         gone = snapshot.grafts() - living_grafts(self._model).keys()
-        # One that was merged since comes back: the host's weights are again without it.
+        # A graft that was merged since is restored: the host's weights no longer contain it.
         merged = {graft for graft in gone if isinstance(graft, Graft) and graft.merged}
         removed_since = gone - merged
         for graft in merged:
@@ -205,7 +206,7 @@ class Receipt(ChangeReceipt):
         return UndoReceipt(after, hard=True, exact=exact, pause_ms=pause_ms, discarded=discarded)
 
     def _discard_helpless(self) -> tuple[str, ...]:
-        """Takes out the layer's grafts whose blueprint requires what has just gone."""
+        """Removes the layer's grafts whose required blueprint was just removed."""
         slot = slot_of(find_host(self._model, self.layer))
         present = slot.grafts() if slot is not None else {}
         helpless = [
@@ -224,7 +225,7 @@ class Receipt(ChangeReceipt):
         )
 
     def _discard_later(self, snapshot: Snapshot) -> tuple[str, ...]:
-        """Takes out every graft that the snapshot does not know, this one too."""
+        """Removes each graft that is not in the snapshot, including this one."""
         discarded = []
         for graft, (layer, slug) in living_grafts(self._model).items():
             if graft not in snapshot.grafts():
@@ -234,7 +235,7 @@ class Receipt(ChangeReceipt):
         return tuple(discarded)
 
     def _discard_revived(self, removed_since: set[nn.Module]) -> None:
-        # An older graft that was taken out on purpose meanwhile was in the snapshot: it stays out.
+        # An older graft was in the snapshot and was removed on purpose since: it stays removed.
         for graft, (layer, slug) in living_grafts(self._model).items():
             if graft in removed_since:
                 self._discard(graft, layer, slug)
@@ -256,18 +257,22 @@ class RemedyReceipt(ChangeReceipt):
     key: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def undo(self) -> UndoReceipt:
-        """Brings back the state before the remedy to the bit, as a graft's hard undo does.
+        """Restores the state before the remedy to the bit, as a graft's hard undo does.
 
         Raises:
-            UndoError: the snapshot is gone, a graft came or went since, or the model did not come
-                back as it was.
+            UndoError: the snapshot is gone, a graft was added or removed since, or the model was
+                not restored exactly.
         """
         snapshot = self._snapshot
         if snapshot is None:
-            raise UndoError("the snapshot before this remedy is gone", layer=self.layer)
+            raise UndoError(
+                "the snapshot before this remedy is gone, so it cannot be undone", layer=self.layer
+            )
         merged = set() if self._merged is None else {self._merged}
         if living_grafts(self._model).keys() != snapshot.grafts() - merged:
-            raise UndoError("a graft came or went since: undo that first", layer=self.layer)
+            raise UndoError(
+                "a graft was added or removed since; undo that change first", layer=self.layer
+            )
         started = time.perf_counter()
         snapshot.restore()
         if self._merged is not None:
@@ -290,7 +295,7 @@ def _merged_grafts(snapshot: Snapshot | None) -> list[Graft]:
 def undoing_everywhere(
     model: nn.Module, surroundings: Surroundings, receipt: ChangeReceipt
 ) -> Iterator[None]:
-    """Inside, ``receipt`` is undone; where one rank cannot, all are as they were before it."""
+    """Undoes ``receipt`` inside the block on all ranks; if one rank fails, all are restored."""
     with jointly(surroundings.replicas) as joint:
         kept, before = receipt._snapshot, Snapshot.take(model, surroundings)
         merged = _merged_grafts(kept)

@@ -1,7 +1,7 @@
-"""Remedies that are not growth: small changes of a live model, each with a receipt that undoes it.
+"""Remedies other than grafts: small changes of a live model, each with a receipt to undo it.
 
-    check → snapshot → change → prove what can be proven
-An exception anywhere leaves model, optimizer and random streams as they were.
+    check → snapshot → change → verify
+An exception at any point leaves model, optimizer and random streams as they were.
 
 Shape legend: N rows, C channels.
 """
@@ -30,7 +30,7 @@ from esper.grafting.snapshot import Frozen, Snapshot
 from esper.grafting.surroundings import BARE, Surroundings
 
 DEAD_BELOW = 0.025  # of the layer's mean |h| (ReDo, Sokar et al. 2023, arXiv 2302.12902)
-_MERGED_SHARE = 64  # a merge may differ by so many roundings of the output's scale
+_MERGED_SHARE = 64  # allowed difference of a merge, in rounding errors of the output's scale
 
 
 def recycle_dead_units(
@@ -43,20 +43,20 @@ def recycle_dead_units(
     seed: int = 0,
     step: int = -1,
 ) -> RemedyReceipt:
-    """Gives units that never fire a new start: new weights in, zero weights out, no moments.
+    """Resets units that never fire: new incoming weights, zero outgoing weights, no moments.
 
     A unit is dead where its mean activation, at the input of ``next_layer``, is at most 2.5 % of
-    the layer's mean. What the model computes changes only by what the dead units still gave.
+    the layer's mean. The model's output changes only by what the dead units still contributed.
 
     Args:
-        next_layer: the one layer that the units feed, a nonlinearity aside.
-        sample: model input, run without gradients to see which units are dead, and to prove that
-            nothing else reads them.
+        next_layer: the only layer that reads the units, apart from a nonlinearity.
+        sample: model input; a run without gradients shows which units are dead, and that nothing
+            else reads them.
 
     Raises:
         UnknownLayerError: the model has no such layer.
         GraftError: the two layers do not fit together, a weight is tied, no unit is dead, or
-            something beside ``next_layer`` reads the units. The model is as before.
+            another layer reads the units. Nothing was changed.
     """
     host, reader = find_host(model, layer), find_host(model, next_layer)
     width = _check_pair(model, layer, host, reader)
@@ -64,13 +64,13 @@ def recycle_dead_units(
     def change() -> dict[str, Any]:
         dead = _dead_units(model, next_layer, reader, width, sample)
         if not dead:
-            raise GraftError("no unit of it is dead", layer=layer)
+            raise GraftError("the layer has no dead unit", layer=layer)
         before = _answer(model, sample)
         _clear(reader, dead, _input_axis(reader), surroundings, fill=None)
         without = _answer(model, sample)
         _clear(host, dead, _output_axis(host), surroundings, fill=seed)
         if not torch.equal(_answer(model, sample), without):
-            raise GraftError(f"something beside {next_layer!r} reads its units", layer=layer)
+            raise GraftError(f"another layer than {next_layer!r} reads its units", layer=layer)
         lost = float((without - before).abs().max())
         return {"units": dead, "next_layer": next_layer, "seed": seed, "max_abs_diff": lost}
 
@@ -85,12 +85,12 @@ def set_layer_lr(
     surroundings: Surroundings,
     step: int = -1,
 ) -> RemedyReceipt:
-    """Lets one layer learn ``factor`` times as fast as its group; schedulers keep the ratio.
+    """Sets one layer's learning rate to ``factor`` times its group's; schedulers keep the ratio.
 
-    Said again, the factor is that of the first group, not of the last factor.
+    A second call sets the factor again; it does not multiply the two factors.
 
     Raises:
-        UnknownLayerError, ConfigurationError, GraftError: before anything is touched.
+        UnknownLayerError, ConfigurationError, GraftError: nothing was changed.
     """
     if isinstance(factor, bool) or not (math.isfinite(factor) and factor > 0):
         raise ConfigurationError(f"the factor must be a number above 0, got {factor!r}")
@@ -109,14 +109,14 @@ def set_layer_lr(
 def freeze(
     model: nn.Module, layer: str, *, surroundings: Surroundings, step: int = -1
 ) -> RemedyReceipt:
-    """Stops a layer from learning, in the model and in the optimizer's books.
+    """Freezes a layer: in the model, and by removing it from the optimizer's groups.
 
     Raises:
-        UnknownLayerError, GraftError: before anything is touched.
+        UnknownLayerError, GraftError: nothing was changed.
     """
     own = [p for p in find_host(model, layer).parameters(recurse=False) if p.requires_grad]
     if not own:
-        raise GraftError("it is frozen already", layer=layer)
+        raise GraftError("the layer is frozen already", layer=layer)
 
     def change() -> dict[str, Any]:
         ledger.drop_parameters(own, surroundings.optimizers)
@@ -131,19 +131,23 @@ def freeze(
 def unfreeze(
     model: nn.Module, layer: str, *, surroundings: Surroundings, step: int = -1
 ) -> RemedyReceipt:
-    """Lets a frozen layer learn, in a group of its own that warms up.
+    """Trains a frozen layer again, in a group of its own that warms up.
 
     Raises:
-        UnknownLayerError, GraftError: before anything is touched.
+        UnknownLayerError, GraftError: nothing was changed.
     """
     host = find_host(model, layer)
     own = [p for p in host.parameters(recurse=False) if not p.requires_grad]
     if not own or not surroundings.optimizers:
-        reason = "nothing of it is frozen" if not own else "there is no optimizer to train it"
+        reason = (
+            "no parameter of the layer is frozen"
+            if not own
+            else "there is no optimizer to train it"
+        )
         raise GraftError(reason, layer=layer)
 
     def change() -> dict[str, Any]:
-        ledger.drop_parameters(own, surroundings.optimizers)  # held, though it was frozen
+        ledger.drop_parameters(own, surroundings.optimizers)  # a group may hold frozen ones
         for parameter in own:
             parameter.requires_grad_(True)
         optimizer = ledger.optimizer_of(surroundings.optimizers, host)
@@ -159,8 +163,8 @@ def merge(
     """Folds a graft into its host's own weights; ``details["max_abs_diff"]`` is measured.
 
     Raises:
-        GraftError: it cannot be merged, an older graft stands before it, the weight is tied, or
-            the merged layer differs by more than rounding. The model is as before.
+        GraftError: it cannot be merged, an older graft runs before it, the weight is tied, or
+            the merged layer differs by more than rounding. Nothing was changed.
     """
     layer, graft = receipt.layer, receipt.graft
     host = find_host(model, layer)
@@ -178,7 +182,9 @@ def merge(
         lost = float((found - expected).abs().max())
         allowed = _MERGED_SHARE * torch.finfo(expected.dtype).eps * float(expected.abs().max())
         if not lost <= allowed:
-            raise GraftError(f"merged, it differs by {lost:.3g} > {allowed:.3g}", layer=layer)
+            raise GraftError(
+                f"the merged layer differs by {lost:.3g}; the limit is {allowed:.3g}", layer=layer
+            )
         slot.take_out(receipt.blueprint)
         ledger.remove_groups_of(
             graft.parameters(), surroundings.optimizers, surroundings.schedulers
@@ -191,7 +197,7 @@ def merge(
 
 
 def is_tied(model: nn.Module, host: nn.Module) -> bool:
-    """One of the layer's own tensors is used by another layer too, which a change would reach."""
+    """Another layer uses one of the layer's own tensors, so a change would affect it too."""
     own = {id(p) for p in host.parameters(recurse=False)}
     holders = Counter(
         id(parameter)
@@ -217,7 +223,7 @@ def _apply(
     try:
         with torch.no_grad():
             details = change()
-        # Unlike a graft, a remedy changes the very tensors that the snapshot has copies of.
+        # Unlike a graft, a remedy changes tensors that the snapshot has copies of.
         after = Frozen.of(model)
         return RemedyReceipt(
             remedy=remedy,
@@ -247,12 +253,12 @@ def _check_pair(model: nn.Module, layer: str, host: nn.Module, reader: nn.Module
         kind = kind_of(module)
         known = kind in layout.LINEAR | layout.TRANSPOSED_LINEAR | layout.CONVOLUTION
         if not known or weight is None or getattr(module, "groups", 1) != 1:
-            raise GraftError(f"Esper does not know which weight of a {kind} is which", layer=layer)
+            raise GraftError(f"the axes of a {kind}'s weight are unknown", layer=layer)
         if is_tied(model, module):
             raise GraftError("a weight of the two layers is tied to another layer", layer=layer)
     given = _weight(host).shape[_output_axis(host)]
     if given != _weight(reader).shape[_input_axis(reader)]:
-        raise GraftError("the next layer reads another number of channels", layer=layer)
+        raise GraftError("the two layers have different numbers of channels", layer=layer)
     return int(given)
 
 
@@ -297,7 +303,7 @@ def _watched(model: nn.Module, name: str, look: Callable[[Tensor, Tensor], None]
 
 
 def _answer(model: nn.Module, sample: Any) -> Tensor:
-    """The model's first output tensor in eval mode; nothing of the model is moved by it."""
+    """The model's first output tensor in eval mode; the model is not changed."""
     with torch.no_grad(), put_back(model, False):
         if isinstance(sample, dict):
             output = model(**sample)
@@ -320,14 +326,14 @@ def _first_tensor(output: Any) -> Tensor | None:
 def _clear(
     module: nn.Module, units: list[int], axis: int, around: Surroundings, *, fill: int | None
 ) -> None:
-    """Zero, or drawn anew from the seed ``fill``, along one axis; no moments there either."""
+    """Sets units along one axis to zero, or to values from the seed ``fill``; clears moments."""
     weight, bias = _weight(module), module._parameters.get("bias")
     index = torch.tensor(units, device=weight.device)
     part = torch.zeros_like(weight.index_select(axis, index))
     if fill is not None:
-        dice = torch.Generator().manual_seed(fill)
+        generator = torch.Generator().manual_seed(fill)
         bound = 1.0 / math.sqrt(max(1, weight.numel() // weight.shape[axis]))
-        part = (torch.rand(part.shape, generator=dice) * 2 - 1).to(part) * bound
+        part = (torch.rand(part.shape, generator=generator) * 2 - 1).to(part) * bound
     weight.index_copy_(axis, index, part)
     _forget_moments(weight, index, axis, around)
     if fill is not None and bias is not None:
@@ -344,7 +350,7 @@ def _forget_moments(
                 value.index_fill_(axis, index.to(value.device), 0.0)
 
 
-# -- books and merging -------------------------------------------------------------------------
+# -- parameter groups and merging --------------------------------------------------------------
 
 
 def _refuse_untrained(layer: str, own: Sequence[Tensor], surroundings: Surroundings) -> None:
@@ -355,7 +361,7 @@ def _refuse_untrained(layer: str, own: Sequence[Tensor], surroundings: Surroundi
         for p in group["params"]
     }
     if not own or any(id(p) not in held for p in own):
-        raise GraftError("no optimizer trains it", layer=layer)
+        raise GraftError("no optimizer trains the layer", layer=layer)
 
 
 def _refuse_merge(model: nn.Module, host: nn.Module, receipt: Receipt, oldest: str) -> None:
@@ -363,9 +369,9 @@ def _refuse_merge(model: nn.Module, host: nn.Module, receipt: Receipt, oldest: s
     if not get_blueprint(receipt.blueprint).mergeable:
         reason = f"{receipt.blueprint} cannot be merged into a layer's weights"
     elif oldest != receipt.blueprint:
-        reason = f"{oldest} is older and stands before it: merge or take that out first"
+        reason = f"{oldest} is older and runs before it; merge or remove that first"
     elif is_tied(model, host):
-        reason = "its weight is tied to another layer, which would change with it"
+        reason = "its weight is tied to another layer, which would change too"
     if reason:
         raise GraftError(reason, layer=receipt.layer)
 

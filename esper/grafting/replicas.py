@@ -1,11 +1,12 @@
-"""One model on several ranks: what is done to one replica is done to all, or to none.
+"""One model on several ranks: a change is made on all replicas, or on none.
 
-DistributedDataParallel learns its parameters when it is made. A module that comes later gets no
-averaged gradient, without a word: the replicas drift apart. So the ranks build with one seed, take
-rank 0's tensors, vote, and give DDP a new reducer, at one step boundary; then they compare.
+DistributedDataParallel reads its parameters when it is created. The gradients of a module that is
+added later are not averaged, without an error, and the replicas diverge. So the ranks build with
+one seed, take rank 0's tensors, vote, and give DDP a new reducer, at one step boundary; then they
+compare.
 
     build → vote → rank 0's tensors → certify, swap in → new reducer → vote with a checksum
-A "no", an exception or another checksum anywhere takes the graft out again on all ranks.
+A "no", an exception or another checksum on any rank removes the graft on all ranks.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from esper.exceptions import ConfigurationError, ReplicaError
 from esper.grafting.communication_hooks import BucketThread, sum_in_background
 from esper.grafting.slot import CONTAINERS, slot_of
 
-WHOLE_MODEL = ""  # the name of the "layer" that is all replicas together
+WHOLE_MODEL = ""  # name of the "layer" that stands for the model on all ranks
 
 
 class Call(IntEnum):
-    """What a rank came to the meeting for."""
+    """What a rank calls a meeting for."""
 
     ATTACH = 1
     STEP = 2
@@ -46,12 +47,12 @@ class Call(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """What all ranks said.
+    """The messages of all ranks.
 
     Attributes:
-        loss: mean over the ranks that have one; NaN or infinite where any rank's is. None: nobody
+        loss: mean over the ranks with a loss; NaN or infinite if that of any rank is. None: no rank
             has one yet.
-        busy: rank 0 has, or may have, something for all to do.
+        busy: rank 0 has, or may have, an order for all ranks.
     """
 
     loss: float | None
@@ -60,7 +61,7 @@ class Meeting:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One rank's word. All meetings have rows of one size, so a wrong one is seen, not hung on."""
+    """One rank's message. All rows have one size: a wrong message raises, and nothing hangs."""
 
     call: Call
     step: int
@@ -84,16 +85,16 @@ class _Row:
 
 
 class Replicas:
-    """The ranks of one DDP model, as one of them sees the others.
+    """The ranks of one DDP model, seen from one rank.
 
-    Talks over a gloo group of its own, so that nothing of it comes between the user's
-    collectives. Making it is a collective call.
+    Uses its own gloo group, so that its messages do not mix with the user's collectives. Creating
+    it is a collective call.
 
     Args:
         ddp: the user's wrapper; it stays the same object, its reducer is replaced.
 
     Raises:
-        ConfigurationError: this wrapper is used in a way that a new reducer would not keep.
+        ConfigurationError: a new reducer would not keep a setting of this wrapper.
     """
 
     def __init__(self, ddp: DistributedDataParallel) -> None:
@@ -108,16 +109,16 @@ class Replicas:
 
     @property
     def lead(self) -> bool:
-        """This is rank 0: it alone decides and talks to the server."""
+        """This is rank 0, which alone decides and communicates with the server."""
         return self.rank == 0
 
     def why_not(self) -> str:
-        """Why the reducer cannot be built anew by now; empty where it can."""
+        """Why the reducer cannot be rebuilt now; empty if it can."""
         return why_not_replicable(self._ddp)
 
     @property
     def whole_model(self) -> LayerInfo:
-        """The model as all ranks share it: what a gradient reduction is grafted into."""
+        """The model as shared by all ranks: the target of a gradient reduction."""
         parameters = [p for p in self._ddp.module.parameters() if p.requires_grad]
         reason = self._why_no_reduction()
         return LayerInfo(
@@ -132,37 +133,38 @@ class Replicas:
             device=str(parameters[0].device),
         )
 
-    # -- talking -------------------------------------------------------------------------------
+    # -- messages ------------------------------------------------------------------------------
 
     def meet(
         self, call: Call, step: int, *, key: str = "", loss: float | None = None, busy: bool = False
     ) -> Meeting:
-        """All ranks come together, once per call, and say what they came for.
+        """All ranks exchange one message and check that they make the same call.
 
         Args:
-            key: what must be the same on all ranks, such as the name of a layer.
+            key: an argument that must be the same on all ranks, such as a layer's name.
 
         Raises:
-            ReplicaError: they did not come for the same; raised on all ranks alike.
+            ReplicaError: the ranks make different calls; raised on all ranks.
         """
         rows = self._gather(_Row(call, step, _key_of(key), busy, loss))
         if len({(row.call, row.step, row.key) for row in rows}) > 1:
             said = "; ".join(f"rank {rank}: {row}" for rank, row in enumerate(rows))
             raise ReplicaError(
-                f"the ranks do not do the same, in the same order, with the same arguments: {said}"
+                "the ranks must make the same calls in the same order with the same arguments: "
+                f"{said}"
             )
         losses = [row.loss for row in rows if row.loss is not None]
         return Meeting(loss=sum(losses) / len(losses) if losses else None, busy=rows[0].flag)
 
     def order(self, message: dict[str, Any] | None) -> None:
-        """Rank 0: tell the others what to do next; None ends it."""
+        """Rank 0: sends the next order to the others; None ends the orders."""
         raw = b"" if message is None else json.dumps(message).encode()
         self._broadcast(torch.tensor([len(raw)]))
         if raw:
             self._broadcast(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
 
     def take_order(self) -> dict[str, Any] | None:
-        """The others: what rank 0 wants next; None when there is no more."""
+        """Other ranks: the next order of rank 0; None after the last."""
         length = torch.zeros(1, dtype=torch.int64)
         self._broadcast(length)
         if not int(length):
@@ -173,16 +175,16 @@ class Replicas:
         return message
 
     def mean(self, value: float) -> float:
-        """Of all ranks; NaN where one has none."""
+        """The mean over all ranks; NaN if one rank has no value."""
         rows = self._gather(_Row(Call.STEP, 0, loss=value))
         return sum(row.loss or 0.0 for row in rows) / self.size
 
     def vote(self, error: BaseException | None, checksum: str = "") -> None:
-        """Goes on only where no rank has an error and all have the same checksum.
+        """Returns only if no rank has an error and all have the same checksum.
 
         Raises:
-            ReplicaError: says which rank said no, and why; on a rank with an ``error`` nothing is
-                raised, for it has its own to raise.
+            ReplicaError: names the rank that failed, and its reason; not raised on a rank with an
+                ``error``, which raises its own.
         """
         rows = self._gather(_Row(Call.VOTE, 0, _key_of(checksum), error is None))
         if not all(row.flag for row in rows):
@@ -193,15 +195,15 @@ class Replicas:
             raise ReplicaError("the replicas are not equal: their checksums differ")
 
     def share(self, flat: Tensor) -> None:
-        """Rank 0's bytes to all, in place."""
+        """Sends rank 0's bytes to all ranks, in place."""
         self._broadcast(flat)
 
     # -- the reducer ---------------------------------------------------------------------------
 
     def rebuild_reducer(self) -> None:
-        """Lets DDP look again at which parameters there are, and how they are summed.
+        """Rebuilds DDP's reducer for the present parameters and reduction.
 
-        What its constructor would do, so that the user's wrapper stays the same object.
+        Does what DDP's constructor does, so that the user's wrapper stays the same object.
         """
         ddp: Any = self._ddp
         ddp.reducer._remove_autograd_hooks()
@@ -214,15 +216,15 @@ class Replicas:
         self._use_reduction()
 
     def reduction(self) -> GradientReduction | None:
-        """The gradient reduction that is grafted into the whole model, if any."""
+        """The gradient reduction grafted into the whole model, if any."""
         slot = slot_of(self._ddp.module)
         grafts = slot.grafts().values() if slot is not None else ()
         return next((graft for graft in grafts if isinstance(graft, GradientReduction)), None)
 
     def checksum(self) -> str:
-        """Hex SHA-256 over what DDP keeps equal: the parameters, and which of them it knows.
+        """Hex SHA-256 over what DDP keeps equal: the parameters that it knows.
 
-        Not the buffers: between two forward passes each rank has its own.
+        Without buffers: between two forward passes they differ by rank.
         """
         total = hashlib.sha256()
         for name, parameter in self._ddp.module.named_parameters():
@@ -234,11 +236,11 @@ class Replicas:
     def _why_no_reduction(self) -> str:
         if isinstance(self._ddp.module, CONTAINERS):
             kind = type(self._ddp.module).__name__
-            return f"the model is a bare {kind}, which would run the graft as one of its layers"
+            return f"the model is a bare {kind}, which would call the graft as one of its layers"
         if self._ddp._comm_hooks:
-            return "the script has a communication hook of its own, and DDP takes one"
+            return "the script has its own communication hook, and DDP accepts only one"
         if next(self._ddp.module.parameters()).device.type != "cpu":
-            return "reductions between processes are proven on CPU (gloo) only"
+            return "gradient reductions are tested only on CPU (gloo)"
         return ""
 
     def _use_reduction(self) -> None:
@@ -261,7 +263,7 @@ class Replicas:
         return [_Row.unpack(values.tolist()) for values in everyone]
 
     def _gather_texts(self, text: str) -> list[str]:
-        """What the ranks that have something to say say."""
+        """The texts of all ranks with a text."""
         raw = text.encode()[:2000].ljust(2000)
         mine = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
@@ -274,20 +276,20 @@ class Replicas:
 
 
 class Joint:
-    """One operation of all replicas. With ``replicas`` None it is one process's own business.
+    """One operation of all replicas; with ``replicas`` None, of this process alone.
 
     Attributes:
-        done: all ranks know that all have done it; from here on nobody may go back alone.
+        done: all ranks have done it and know it; no rank may revert it alone.
     """
 
     def __init__(self, replicas: Replicas | None) -> None:
         self._replicas = replicas
         self.done = False
-        self._open = replicas is not None  # the others still wait for this rank's word
+        self._open = replicas is not None  # the other ranks wait for this rank's vote
         self._rebuilt = False
 
     def share(self, graft: nn.Module) -> None:
-        """All ranks have built the same, and now hold rank 0's tensors."""
+        """Checks that all ranks have built the same module, and copies rank 0's tensors to all."""
         if self._replicas is None:
             return
         tensors = [*graft.parameters(), *graft.buffers()]
@@ -299,21 +301,21 @@ class Joint:
         _fill(tensors, flat)
 
     def commit(self) -> None:
-        """It is done on this rank; returns when it is done on all, and all are equal."""
+        """Done on this rank; returns when done on all ranks, and all are equal."""
         if self._replicas is not None:
-            self._rebuilt = True  # from its first line on it must be done again
+            self._rebuilt = True  # if it fails, the reducer must be rebuilt
             self._replicas.rebuild_reducer()
             self._vote(self._replicas.checksum(), last=True)
 
     def agree(self) -> None:
-        """It is undone on this rank; returns when it is undone on all."""
+        """Undone on this rank; returns when undone on all ranks."""
         if self._replicas is not None:
             self._rebuilt = True
             self._replicas.rebuild_reducer()
             self._vote("", last=True)
 
     def fail(self, error: BaseException) -> None:
-        """This rank is as it was before; the others shall be too."""
+        """Reverted on this rank; tells the others to revert."""
         if self._replicas is None or self.done:
             return
         try:
@@ -326,14 +328,14 @@ class Joint:
 
     def _vote(self, checksum: str, *, last: bool = False) -> None:
         assert self._replicas is not None
-        self._open = False  # whatever comes out of it, the others know
+        self._open = False  # after the vote, the others know the result
         self._replicas.vote(None, checksum)
         self._open, self.done = not last, last
 
 
 @contextmanager
 def jointly(replicas: Replicas | None) -> Iterator[Joint]:
-    """Inside, a rank that fails puts itself back first, and then lets the others know."""
+    """A rank that fails inside the block reverts its change first, and then tells the others."""
     joint = Joint(replicas)
     try:
         yield joint
@@ -343,37 +345,37 @@ def jointly(replicas: Replicas | None) -> Iterator[Joint]:
 
 
 def why_not_replicable(ddp: DistributedDataParallel) -> str:
-    """Why this wrapper's reducer cannot be built anew; empty where it can."""
+    """Why this wrapper's reducer cannot be rebuilt; empty if it can."""
     wrapper: Any = ddp
     if wrapper.mixed_precision is not None:
         return (
-            "DistributedDataParallel(mixed_precision=…) prepares each module when it is made, "
-            "which would miss grafts: use torch.autocast in its place"
+            "DistributedDataParallel(mixed_precision=…) prepares modules only once, so it "
+            "would miss grafts; use torch.autocast instead"
         )
     if wrapper.static_graph:
-        # And a new reducer with it fails when its first backward pass is inside no_sync().
+        # A new reducer with it also fails when its first backward pass is inside no_sync().
         return (
-            "DistributedDataParallel(static_graph=True) promises a graph that never changes, and a "
-            "graft changes it: make it without"
+            "DistributedDataParallel(static_graph=True) assumes a graph that never changes, but a "
+            "graft changes it; leave static_graph out"
         )
     if wrapper._delay_all_reduce_params or wrapper._use_python_reducer:
         return (
             "DistributedDataParallel was made with delayed or compiled reduction, which Esper "
-            "cannot renew: make it without delay_all_reduce_named_params and optimize_ddp="
+            "cannot rebuild; leave out delay_all_reduce_named_params and optimize_ddp="
             "'python_reducer'"
         )
     if any(hasattr(p, "_in_backward_optimizers") for p in wrapper.module.parameters()):
-        return "the optimizer steps inside backward, where no step boundary is: step it after"
+        return "the optimizer steps inside backward, which leaves no step boundary; step it after"
     hook = wrapper._get_ddp_logging_data().get("comm_hook", "")
     if hook not in ("", sum_in_background.__qualname__) and not wrapper._comm_hooks:
         return (
             "DistributedDataParallel has a built-in communication hook, which a new reducer "
-            "would lose: use register_comm_hook with torch's Python hook of the same name"
+            "would lose; use register_comm_hook with torch's Python hook of the same name"
         )
     if any(_keeps_buckets(state) for _, state in wrapper._comm_hooks):
         return (
             "the communication hook keeps a state of its own for DDP's buckets, and a graft "
-            "changes them: use a hook whose state is None or a process group"
+            "changes them; use a hook whose state is None or a process group"
         )
     return ""
 
@@ -383,7 +385,7 @@ def _keeps_buckets(state: object) -> bool:
 
 
 def _control_group(ddp: DistributedDataParallel) -> Any:
-    """A gloo group of the same ranks and patience; tensors in it are small and on the CPU."""
+    """A gloo group with the same ranks and timeout, for small tensors on the CPU."""
     ranks = distributed.get_process_group_ranks(ddp.process_group)
     backend: Any = ddp.process_group._get_backend(ddp.device)
     return distributed.new_group(
@@ -410,7 +412,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    """The tensor's bytes, uint8 on the CPU; a view where it can be one."""
+    """The tensor's bytes, uint8 on the CPU; a view if possible."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 

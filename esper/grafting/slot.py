@@ -3,9 +3,9 @@
 A slot is a child module ``esper`` on the layer plus one forward hook, the module-level function
 :func:`run_slot`. The layer itself is never replaced, renamed or re-classed: its parameter names,
 ties and ``isinstance`` checks stay as they are. The hook finds its slot through the layer, so that
-``copy.deepcopy`` and pickle give a copy that works by itself, and it is hidden from the compiler,
-so that a graft that comes or goes causes no recompilation. It runs once per call, not per step: a
-layer that is used twice in a forward pass is grafted twice.
+copies by ``copy.deepcopy`` and pickle are independent, and it is hidden from the compiler,
+so that adding or removing a graft causes no recompilation. It runs once per call, not per step: a
+layer that is called twice in a forward pass runs its grafts twice.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger("esper")
 
 
 class Compiled(Protocol):
-    """A graft's ``combine`` as machine code, for the calls that it fits."""
+    """A graft's ``combine`` as machine code, for calls with matching shapes."""
 
     def fits(self, x: Tensor, y: Tensor) -> bool: ...
 
@@ -47,7 +47,7 @@ class Compiled(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GraftRecord:
-    """All that is needed to make the same graft again."""
+    """All that is needed to build the same graft again."""
 
     adaptation: str
     layer: LayerInfo
@@ -60,16 +60,16 @@ class GraftRecord:
 
 
 class Slot(nn.Module):
-    """Holds a layer's grafts as children, named by slug, in the order in which they came."""
+    """Holds a layer's grafts as children, named by slug, in the order of insertion."""
 
     def __init__(self) -> None:
         super().__init__()
         self.records: dict[str, GraftRecord] = {}
-        # Kept, because unpickling a handle is what reserves the hook's number in a new process.
+        # Kept, because unpickling the handle reserves the hook's number in a new process.
         self.handle: RemovableHandle | None = None
         self._watchers: dict[int, Watcher] = {}
         self._next_watcher = 0
-        # Beside the grafts, never in their place: parameters, names and copies stay the graft's.
+        # In addition to the grafts: parameters, names and copies belong to the graft.
         self._compiled: dict[str, tuple[Graft, Compiled]] = {}
         self._copies: list[weakref.ref[Slot]] = []
 
@@ -85,34 +85,34 @@ class Slot(nn.Module):
         return {name: graft for name, graft in self._modules.items() if isinstance(graft, Graft)}
 
     def insert(self, record: GraftRecord, graft: Graft) -> None:
-        """Puts a graft behind those that are there."""
+        """Adds a graft after the present ones."""
         self.add_module(record.blueprint, graft)
         self.records[record.blueprint] = record
         self._compiled.clear()
         self.introduce()
 
     def take_out(self, slug: str) -> Graft:
-        """Removes one graft and unties it from the layer."""
+        """Removes one graft and detaches it from the layer."""
         graft = self.grafts()[slug]
         graft.detach()
         del self._modules[slug]
-        self.records.pop(slug, None)  # absent where inserting was cut short
-        self._compiled.clear()  # grafts may compute through one another
+        self.records.pop(slug, None)  # absent if an insertion was interrupted
+        self._compiled.clear()  # grafts may use one another's results
         introduce((graft,))
         self.introduce()
         return graft
 
     def speed_up(self, slug: str, compiled: Compiled) -> None:
-        """From the next call on, the graft is run by ``compiled`` where that fits the call."""
+        """From the next call on, ``compiled`` computes the graft where the shapes match."""
         self._compiled[slug] = (self.grafts()[slug], compiled)
 
     def introduce(self) -> None:
-        """Lets the grafts get to know each other; called when they have changed."""
+        """Tells each graft about the others; called when the grafts have changed."""
         introduce(tuple(self.grafts().values()))
 
     @contextmanager
     def without(self, slug: str) -> Iterator[None]:
-        """Inside it, the graft is not in the layer's forward pass."""
+        """Inside the block, the graft is not in the layer's forward pass."""
         grafts, compiled = dict(self._modules), dict(self._compiled)
         del self._modules[slug]
         self._compiled.clear()
@@ -126,7 +126,7 @@ class Slot(nn.Module):
             self.introduce()
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:
-        """Calls ``watcher(x, y)`` on each call of the layer, until the answer is called."""
+        """Calls ``watcher(x, y)`` on each call of the layer until the returned function runs."""
         key = self._next_watcher
         self._next_watcher += 1
         self._watchers[key] = watcher
@@ -152,19 +152,18 @@ class Slot(nn.Module):
         if compiled is not None and owner is graft and compiled.fits(x, y):
             try:
                 return compiled(graft, x, y)
-            except Exception:  # the eager graft computes the same: never a reason to stop
+            except Exception:  # the eager graft computes the same, so training continues
                 logger.exception("compiled %s failed and is not used any more", slug)
                 del self._compiled[slug]
         combined: Tensor = graft(x, y)
         return combined
 
     def __getstate__(self) -> dict[str, Any]:
-        # Watchers belong to the one who set them, a copy's copies are its own, and machine code is
-        # this process's.
+        # Watchers belong to their caller, copies to their model, and machine code to this process.
         return {**vars(self), "_watchers": {}, "_copies": [], "_compiled": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Slots that were saved before there was compiled code do not name it.
+        # Slots saved by older versions have no such member.
         super().__setstate__({"_compiled": {}, **state})  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
@@ -188,9 +187,9 @@ def run_slot(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     return _run_occupied(slot, module, args, kwargs, output)
 
 
-# What torch tells the user of fullgraph=True, who compiled after the slots had come.
+# torch's message to a user who compiles with fullgraph=True after the slots were added.
 run_slot._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-    "an Esper slot splits the graph: compile without fullgraph=True, or give slots=[…] to attach"
+    "an Esper slot splits the graph; compile without fullgraph=True, or pass slots=[…] to attach"
 )
 
 
@@ -210,7 +209,7 @@ def _run_occupied(
 
 
 def _run_rows(slot: Slot, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Row by row: what ``nn.TransformerEncoder`` makes of a padded batch in eval mode."""
+    """Row by row, for the nested tensors of ``nn.TransformerEncoder`` in eval mode."""
     rows = zip(x.unbind(), y.unbind(), strict=True)
     changed = [slot.run(host, row[None], out[None])[0] for row, out in rows]
     return torch.nested.as_nested_tensor(changed, layout=y.layout)
@@ -289,27 +288,29 @@ def take_out(model: nn.Module, layer: str, slug: str) -> None:
 
 
 def prepare_slots(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
-    """Gives each layer an empty slot; those that have one keep it.
+    """Adds an empty slot to each layer that has none.
 
-    Where one is new, all compiled code of this process is compiled anew when it runs next.
+    A new slot makes torch compile all compiled code of this process again at its next run.
 
     Returns:
-        The layers that got a new one.
+        The layers with a new slot.
 
     Raises:
         UnknownLayerError: the model has no such layer.
-        GraftError: the layer is a container, or uses the name ``esper`` itself.
+        GraftError: the layer is a container, or has an own attribute ``esper``.
     """
-    hosts = {layer: find_host(model, layer) for layer in layers}  # look at all before the first
+    hosts = {
+        layer: find_host(model, layer) for layer in layers
+    }  # check all before the first change
     for layer, host in hosts.items():
         _check_host(layer, host)
     fresh = [layer for layer, host in hosts.items() if slot_of(host) is None]
     for layer in fresh:
         _add_slot(hosts[layer])
     if fresh:
-        # Compiled code does not look for hooks again: what was compiled before these slots came
-        # would never run a graft. It is compiled anew when it runs next; where nothing was
-        # compiled, this costs well below a millisecond.
+        # Compiled code does not check for hooks again: code compiled before these slots would never
+        # run a graft. It is compiled again at its next run; without compiled code, this takes well
+        # below a millisecond.
         torch.compiler.reset()
     return tuple(fresh)
 
@@ -344,7 +345,7 @@ def watch(model: nn.Module, layer: str, watcher: Watcher) -> Callable[[], None]:
     """Calls ``watcher(x, y)`` with the layer's input and its own output, before any graft.
 
     Returns:
-        A function that ends it. The watcher is not copied, pickled or saved with the model.
+        A function that ends the watch. The watcher is not copied, pickled or saved.
     """
     prepare_slots(model, [layer])
     slot = slot_of(find_host(model, layer))
@@ -354,8 +355,8 @@ def watch(model: nn.Module, layer: str, watcher: Watcher) -> Callable[[], None]:
 
 def _check_host(layer: str, host: nn.Module) -> None:
     if isinstance(host, CONTAINERS):
-        # Their children are what they iterate over: a child named "esper" would be run as a layer.
-        raise GraftError(f"{layer!r} is a container, it runs nothing of its own", layer=layer)
+        # They iterate over their children: a child named "esper" would be run as a layer.
+        raise GraftError(f"{layer!r} is a container; it computes nothing itself", layer=layer)
     if slot_of(host) is None and hasattr(host, SLOT_NAME):
         raise GraftError(f"{layer!r} has an attribute named {SLOT_NAME!r} already", layer=layer)
 

@@ -1,7 +1,7 @@
-"""Everything that a hard undo brings back: weights, optimizer, schedulers, scaler, random streams.
+"""Everything that a hard undo restores: weights, optimizer, schedulers, scaler, random streams.
 
-Restoring copies into the tensors that are there: Parameter objects, ties and whatever else points
-at them stay the same objects.
+Restoring copies into the present tensors: Parameter objects, ties and other references to them stay
+the same objects.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def digest(model: nn.Module) -> str:
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers (also those outside the state dict); shared ones each time.
+    """Parameters and buffers (also those outside the state dict); shared tensors once per name.
 
-    One walk over the modules: torch's two take a quarter of a graft's pause.
+    One pass over the modules: torch's two passes would take a quarter of a graft's pause.
     """
     for prefix, module in model.named_modules(remove_duplicate=False):
         lead = f"{prefix}." if prefix else ""
@@ -45,7 +45,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class Frozen:
-    """A model's named tensors at one moment, for a digest that is worked out when asked for.
+    """A model's named tensors at one moment, for a digest that is computed on demand.
 
     Hashing a million parameters takes longer than grafting into them, so it happens after the
     pause, and may happen in another thread.
@@ -57,15 +57,15 @@ class Frozen:
 
     @classmethod
     def of(cls, model: nn.Module) -> Frozen:
-        """The model as it is, hashed at once: nothing is copied."""
+        """The present model, hashed immediately, without copies."""
         frozen = cls([])
         frozen._digest = digest(model)
         return frozen
 
     @property
     def digest(self) -> str:
-        """As :func:`digest` of the model at that moment."""
-        entries = self._entries  # read first: another thread may be done and clear it
+        """The :func:`digest` of the model at that moment."""
+        entries = self._entries  # read first: another thread may finish and clear it
         if not self._digest:
             self._digest = _digest_of(entries)
             self._entries = []
@@ -83,7 +83,7 @@ class RandomStreams:
 
     @classmethod
     def read(cls) -> RandomStreams:
-        numpy = sys.modules.get("numpy")  # nobody has drawn from it where it is not loaded
+        numpy = sys.modules.get("numpy")  # not in use if it is not loaded
         initialized: Callable[[], bool] = torch.cuda.is_initialized
         cuda = torch.cuda.get_rng_state_all() if initialized() else ()
         return cls(
@@ -113,7 +113,7 @@ class RandomStreams:
 
 @contextmanager
 def kept_streams() -> Iterator[None]:
-    """Whatever is drawn inside, the global random streams go on as if it were not."""
+    """Restores the global random streams after the block."""
     before = RandomStreams.read()
     try:
         yield
@@ -123,7 +123,7 @@ def kept_streams() -> Iterator[None]:
 
 @dataclass(slots=True)
 class _SavedTensor:
-    """A tensor object and what it held."""
+    """A tensor object and its saved values."""
 
     tensor: Tensor
     value: Tensor
@@ -146,15 +146,15 @@ class _SavedModule:
 @dataclass(slots=True)
 class _SavedOptimizer:
     optimizer: torch.optim.Optimizer
-    groups: list[tuple[dict[str, Any], dict[str, Any]]]  # (the live dict, what it held)
+    groups: list[tuple[dict[str, Any], dict[str, Any]]]  # (live dict, saved values)
     state: dict[Any, Any]
 
 
 class SnapshotMemory:
-    """Memory for the next snapshot, made beside the training.
+    """Memory for the next snapshot, allocated beside the training.
 
-    Fresh memory costs more than the copy that goes into it: the system hands it out page by page,
-    in the middle of a step. Only for tensors on the CPU; a GPU's allocator keeps its own.
+    Allocating memory takes longer than copying into it: the system provides it page by page, during
+    a step. Only for tensors on the CPU; a GPU's allocator keeps a pool.
     """
 
     def __init__(self) -> None:
@@ -162,9 +162,9 @@ class SnapshotMemory:
 
     @classmethod
     def reserve(cls, model: nn.Module, optimizers: Sequence[Any] = ()) -> SnapshotMemory:
-        """Room for the tensors of a model and its optimizers, as they are now.
+        """Memory for the present tensors of a model and its optimizers.
 
-        May run in another thread while the model trains: nothing is read but shapes.
+        May run in another thread while the model trains: it only reads shapes.
         """
         memory = cls()
         parameters = list(model.parameters())
@@ -173,12 +173,12 @@ class SnapshotMemory:
         moments = [v for state in states for entry in state for v in list(entry.values())]
         for value in (*parameters, *list(model.buffers()), *gradients, *moments):
             if isinstance(value, Tensor) and _is_large(value):
-                # Written to, so that the pages are really there.
+                # Written to, so that the system allocates the pages.
                 memory._free.setdefault(_form(value), []).append(torch.zeros_like(value))
         return memory
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor``, in reserved memory where some of its form is left."""
+        """A copy of ``tensor``, in reserved memory of the same form if any is left."""
         free = self._free.get(_form(tensor)) if _is_large(tensor) else None
         return free.pop().copy_(tensor) if free else tensor.detach().clone()
 
@@ -214,7 +214,7 @@ class Snapshot:
         """Copies everything; costs one copy of weights, gradients and optimizer state.
 
         Args:
-            memory: where copies go as far as it reaches; used up by it.
+            memory: reserved memory for the copies; the snapshot uses it up.
         """
         snapshot = cls()
         copied = (memory or SnapshotMemory()).copy
@@ -236,7 +236,7 @@ class Snapshot:
         return snapshot
 
     def restore(self) -> None:
-        """Puts everything back to the bit: weights first, then optimizer, then the rest."""
+        """Restores everything to the bit: weights, optimizers, then the rest."""
         with torch.no_grad():
             self._restore_model()
             for optimizer in self._optimizers:
@@ -249,10 +249,10 @@ class Snapshot:
         self._streams.restore()
 
     def freeze(self, model: nn.Module) -> Frozen:
-        """The model as it is now, sharing the snapshot's copies of all tensors in it.
+        """The present model, sharing the snapshot's copies of its tensors.
 
-        Only for a moment when those still hold what they held: between taking the snapshot and
-        the next step. Tensors that the snapshot does not know are copied.
+        Only valid while the tensors are unchanged: between taking the snapshot and the next step.
+        Tensors that are not in the snapshot are copied.
         """
         values = {id(saved.tensor): saved.value for saved in self._tensors}
         return Frozen(
@@ -263,7 +263,7 @@ class Snapshot:
         )
 
     def differences(self) -> list[str]:
-        """What is not as it was, one line for each kind of thing; empty right after a restore."""
+        """What differs from the snapshot, one entry per kind; empty right after a restore."""
         found = []
         if not all(_same_bits(saved.tensor, saved.value) for saved in self._tensors):
             found.append("weights or buffers")
@@ -280,7 +280,7 @@ class Snapshot:
         return self._streams
 
     def grafts(self) -> set[nn.Module]:
-        """The grafts that were in the model, those of its copies aside."""
+        """The grafts that were in the model, except those of its copies."""
         own = [saved for module, saved in self._modules.items() if module not in self._of_copies]
         kept = [saved.grafts or {} for saved in own]
         return {graft for grafts in kept for graft in grafts.values() if graft is not None}
@@ -368,7 +368,7 @@ def _without_params(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save_attributes(scheduler: Any, copied: Copy) -> dict[str, Any]:
-    # Not state_dict(): LambdaLR's leaves its functions out, and with them the list's length.
+    # Not state_dict(): LambdaLR's omits its functions, and so the list's length.
     skipped = ("optimizer", "_schedulers")
     return {k: _save_tree(v, copied) for k, v in vars(scheduler).items() if k not in skipped}
 
@@ -378,10 +378,10 @@ def _same_attributes(scheduler: Any, saved: dict[str, Any]) -> bool:
 
 
 def _save_tree(value: Any, copied: Copy) -> Any:
-    """Copies dicts, lists, tuples and tensors; anything else is kept as the object it is."""
+    """Copies dicts, lists, tuples and tensors; keeps other objects by reference."""
     if isinstance(value, Tensor):
         return _SavedTensor(value, copied(value))
-    if type(value) is dict:  # a Counter or the like is kept as it is
+    if type(value) is dict:  # a Counter or the like is kept by reference
         return {key: _save_tree(item, copied) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_save_tree(item, copied) for item in value)
@@ -431,7 +431,7 @@ def _same_numpy(mine: Any, theirs: Any) -> bool:
 
 
 def _numpy_key(state: dict[str, Any]) -> tuple[Any, ...]:
-    """A numpy generator's state as something that compares by value."""
+    """A numpy generator's state as a tuple that compares by value."""
     inner = state["state"]
     return (
         state["bit_generator"],

@@ -24,15 +24,15 @@ from esper.grafting.slot import GraftRecord, find_host, graft_at, remove_slots, 
 from esper.grafting.snapshot import Frozen
 from esper.grafting.surroundings import BARE, Surroundings
 
-# Optimizer state that torch would use without a look at its shape; Adafactor's rows and columns,
-# and counters, have shapes of their own.
+# Optimizer state whose shape torch does not check; Adafactor's rows and columns, and counters, have
+# other shapes than the parameter.
 _SHAPED_LIKE_THE_PARAMETER = frozenset(
     {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum", "exp_inf"}
 )
 
 
 def structure(model: nn.Module) -> list[dict[str, Any]]:
-    """The grafts in the model as JSON values, in the order in which a layer runs them."""
+    """The grafts of the model as JSON values, in the order in which a layer runs them."""
     return [
         {
             "adaptation": record.adaptation,
@@ -57,9 +57,9 @@ def rebuild(
     *,
     other_versions: bool = False,
 ) -> tuple[Receipt, ...]:
-    """Makes the grafts of a manifest again, each from its seed, for a state dict to be loaded.
+    """Builds the grafts of a manifest again, each from its seed, before a state dict is loaded.
 
-    All of them, or none: where one cannot be made, the model is as before.
+    All of them or none: if one cannot be built, the model is as before.
 
     Args:
         surroundings: what trains the model. Its copies and replicas are for the receipts: the
@@ -67,11 +67,11 @@ def rebuild(
         other_versions: accept a blueprint whose source has changed since.
 
     Returns:
-        Receipts that can be undone softly; there is no snapshot from before.
+        Receipts for a soft undo; there is no snapshot of the model without them.
 
     Raises:
-        ConfigurationError: not a manifest, one of another model, or a blueprint's source has
-            changed.
+        ConfigurationError: not a manifest, the manifest of another model, or a blueprint's source
+            has changed.
         UnknownBlueprintError, UnknownLayerError: they do not exist here.
     """
     records = [_read_record(entry) for entry in manifest]
@@ -96,14 +96,14 @@ def rebuild(
 
 
 def take_back(model: nn.Module, receipts: Sequence[Receipt], slotted: set[str]) -> None:
-    """The way back of :func:`rebuild`; ``slotted`` are the layers that had a slot before it."""
+    """Reverts :func:`rebuild`; ``slotted`` are the layers that had a slot before it."""
     for receipt in reversed(receipts):
         receipt.undo_here(hard=False)
     remove_slots(model, {name for name, _, _ in slots(model)} - slotted)
 
 
 def optimizer_state_by_name(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """The optimizer's state with parameter names in place of positions; holds live tensors.
+    """The optimizer's state by parameter name, not position; refers to live tensors.
 
     Raises:
         ConfigurationError: the optimizer holds a tensor that is not in the model.
@@ -123,15 +123,15 @@ def load_optimizer_state_by_name(
 ) -> None:
     """Inverse of :func:`optimizer_state_by_name`, for an optimizer with the same groups.
 
-    The groups may stand in another order; they are put into the saved one, for a state dict that
-    knows them by their place. Nothing is changed when it raises.
+    The groups may be in another order; they are put into the saved order, for state dicts that use
+    positions. Nothing is changed when it raises.
 
     Args:
-        schedulers: those whose per-group lists follow.
+        schedulers: schedulers whose per-group lists are reordered too.
 
     Raises:
-        ConfigurationError: no group here holds just the tensors of a saved group, or its state
-            does not fit the tensor.
+        ConfigurationError: no group has exactly the tensors of a saved group, or a state does not
+            fit its tensor.
     """
     inner = ledger.unwrap_optimizer(optimizer)
     parameters = dict(model.named_parameters())
@@ -139,9 +139,9 @@ def load_optimizer_state_by_name(
     here = {frozenset(_name(names, p) for p in g["params"]): g for g in inner.param_groups}
     there = {frozenset(group["params"]): group for group in saved["groups"]}
     if here.keys() != there.keys():
-        strangers = sorted(set().union(*(here.keys() ^ there.keys())))
+        unknown = sorted(set().union(*(here.keys() ^ there.keys())))
         raise ConfigurationError(
-            f"the optimizer's groups differ from the saved ones: {', '.join(strangers[:5])}"
+            f"the optimizer's groups differ from the saved ones: {', '.join(unknown[:5])}"
         )
     state = {
         name: {key: _state_of(key, value, parameters[name]) for key, value in values.items()}
@@ -204,26 +204,28 @@ def _check_version(record: GraftRecord, blueprint: Blueprint, other_versions: bo
     if record.version != blueprint.version and not other_versions:
         raise ConfigurationError(
             f"{blueprint.slug} was version {record.version} when it was saved, here it is "
-            f"{blueprint.version}; pass other_versions=True to load it all the same"
+            f"{blueprint.version}; pass other_versions=True to load it anyway"
         )
 
 
 def _check_layer(saved: LayerInfo, here: LayerInfo | None) -> None:
-    """A saved description decides how large a graft is built, so it has to be this model's."""
+    """A saved description defines the size of a graft, so it must describe this model."""
     if here is None:
-        raise ConfigurationError(f"{saved.name!r} is no layer of this model")
+        raise ConfigurationError(f"{saved.name!r} is not a layer of this model")
     for what in ("kind", "dtype", "parameters", "features_in", "features_out"):
         mine, theirs = getattr(here, what), getattr(saved, what)
-        if mine and mine != theirs:  # empty where only a forward pass would tell
+        if mine and mine != theirs:  # empty where only a forward pass would show it
             raise ConfigurationError(
                 f"the saved {saved.name!r} has {what} {theirs!r}, here it has {mine!r}"
             )
     if max(saved.features_in, saved.features_out, *saved.kernel_size) > here.parameters:
-        raise ConfigurationError(f"the saved {saved.name!r} is larger than the layer itself")
+        raise ConfigurationError(
+            f"the saved {saved.name!r} does not fit: it is larger than the layer"
+        )
 
 
 def _check_whole_model(saved: LayerInfo, here: LayerInfo) -> None:
-    """Its parameters are not compared: the saved ones include grafts that are not here yet."""
+    """Parameters are not compared: the saved count includes grafts that are not built yet."""
     if saved.kind != here.kind:
         raise ConfigurationError(f"the saved model as a whole is a {saved.kind!r}")
     if not here.graftable:
@@ -244,7 +246,7 @@ def _check_numbers(here: dict[str, Any], saved: dict[str, Any]) -> None:
     for key, value in here.items():
         number = isinstance(value, int | float)
         if number and not isinstance(saved.get(key, value), int | float | Tensor):
-            raise ConfigurationError(f"the saved {key} of a parameter group is no number")
+            raise ConfigurationError(f"the saved {key} of a parameter group is not a number")
 
 
 def _state_of(key: str, value: Any, parameter: Tensor) -> Any:
@@ -257,7 +259,7 @@ def _state_of(key: str, value: Any, parameter: Tensor) -> Any:
 
 
 def _near(value: Any, parameter: Tensor) -> Any:
-    """A copy of saved state beside its parameter; Adam's ``step`` stays where it was made."""
+    """A copy of saved state on its parameter's device; Adam's ``step`` keeps its device."""
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     device = parameter.device if value.dim() else value.device

@@ -1,7 +1,7 @@
 """From raw tensors to health frames, and from frames to features.
 
-Only the sampler needs torch; it is loaded when it is asked for, so that a process that decides
-or serves pages can use the rest without it.
+Only the sampler needs torch. It is loaded on first use, so that processes that decide or serve
+pages work without torch.
 """
 
 from __future__ import annotations

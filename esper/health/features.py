@@ -1,4 +1,4 @@
-"""Rolling features of a run: what its loss does, and how its layers compare.
+"""Rolling features of a run: the trend of its loss, and how its layers compare.
 
 Shape legend: T loss samples, F frames, L layers, S signals, B blocks of the loss.
 
@@ -29,31 +29,31 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 MIN_LOSS_SAMPLES = 32
-MAX_FRAMES = 32  # older ones say nothing about now
+MAX_FRAMES = 32  # older ones do not describe the present
 BLOCKS = 24
-# A loss that follows step^-alpha with alpha below this is called flat: training twice as long
-# would bring less than 10 %.
+# A loss that follows step^-alpha with alpha below this counts as flat: training twice as long
+# would lower it by less than 10 %.
 FLAT_EXPONENT = 0.15
 SPIKE = 6.0  # deviations
 HUGE_UPDATE = 0.1  # update / weight; 1e-3 is usual
-MAX_EXTRAPOLATION = 4.0  # a window of n steps says nothing about more than 4 n steps
-SURE_ERROR = 0.2  # an exponent known less well than this calls nothing flat
+MAX_EXTRAPOLATION = 4.0  # a window of n steps predicts at most 4 n steps
+SURE_ERROR = 0.2  # with a larger error, no loss counts as flat
 
 
 @dataclass(frozen=True, slots=True)
 class LossFeatures:
-    """What the loss does.
+    """Features of the loss.
 
     Attributes:
-        samples: finite samples that were seen.
+        samples: number of finite samples.
         level: median of the newest eighth; initial: median of the oldest fiftieth.
         noise: robust standard deviation of single samples around the recent trend.
-        exponent: alpha of the local law loss ~ step^-alpha; > 0 falls.
+        exponent: alpha of the local law loss ~ step^-alpha; above 0, the loss falls.
         exponent_error: standard error of ``exponent``.
         plateau_score: probability that ``exponent`` is below ``FLAT_EXPONENT``, 0..1; NaN while
             the noise hides the trend (error above ``SURE_ERROR``).
         spike_score: median deviation of the three newest samples from the recent trend, in
-            units of ``noise``; one outlier makes no spike.
+            units of ``noise``; one outlier is not a spike.
         non_finite: samples of the newest eighth that are not finite.
         from_start: the samples reach back to the first tenth of the run.
     """
@@ -71,13 +71,13 @@ class LossFeatures:
 
     @property
     def headroom(self) -> float:
-        """Level relative to where the loss began: near 0 there is nothing left to gain."""
+        """Level relative to the first losses; near 0, little can be gained."""
         return self.level / self.initial if self.initial > 0 else math.nan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Features:
-    """What the policy looks at.
+    """The inputs of the policy.
 
     Attributes:
         layers: as registered, length L; index: name -> row.
@@ -86,8 +86,8 @@ class Features:
         z: float32 [L, S], robust z-score across layers of the latest values (norms and ratios on
             a log scale); NaN unknown.
         medians: float32 [S] across layers.
-        unstable: float32 [L], 0..1, how much a layer drives the run apart.
-        remedies: the kinds of help that a layer carries already.
+        unstable: float32 [L], 0..1, how much a layer contributes to a divergence.
+        remedies: adaptation types of the layer's present grafts.
     """
 
     loss: LossFeatures
@@ -116,12 +116,12 @@ class Features:
         return math.nan if row is None else float(self.trend[row, SIGNAL_INDEX[signal]])
 
     def instability(self, layer: str) -> float:
-        """0..1; 0 for a layer that nobody knows."""
+        """0..1; 0 for an unknown layer."""
         row = self.index.get(layer)
         return 0.0 if row is None else float(self.unstable[row])
 
 
-@np.errstate(all="ignore")  # odd numbers are data here; NaN and inf speak for them
+@np.errstate(all="ignore")  # NaN and inf are valid data here
 def extract_features(
     snapshot: RunSnapshot, types: Mapping[str, AdaptationType] | None = None
 ) -> Features:
@@ -152,11 +152,11 @@ def extract_features(
     )
 
 
-@np.errstate(all="ignore")  # odd numbers are data here; NaN and inf speak for them
+@np.errstate(all="ignore")  # NaN and inf are valid data here
 def loss_features(steps_T: NDArray[np.int64], loss_T: Doubles, *, since: int = -1) -> LossFeatures:
-    """What the loss does; mostly NaN below ``MIN_LOSS_SAMPLES`` samples after ``since``.
+    """Features of the loss; mostly NaN below ``MIN_LOSS_SAMPLES`` samples after ``since``.
 
-    ``since`` is the step of the last adaptation: a curve that was changed half-way has no one
+    ``since`` is the step of the last adaptation: a curve that was changed has no single
     trend. The recent half of the run is cut into blocks; Theil–Sen gives their slope and the
     median absolute deviation of the residuals its error (Sen 1968), so single spikes do not count.
     """
@@ -245,7 +245,7 @@ def _known_mean(values: list[Floats]) -> Floats:
     return mean.astype(np.float32)
 
 
-# Norms and ratios spread over decades; shares are compared as they are.
+# Norms and ratios span decades and are compared as logarithms; shares are not.
 _LOG_SIGNALS = [
     SIGNAL_INDEX[signal]
     for signal in (
@@ -329,10 +329,10 @@ def _spike(residuals: Doubles, noise: float, level: float) -> float:
 
 
 def _unstable(latest: Floats, loss: LossFeatures) -> Floats:
-    """float32 [L]: a jump of the loss is put down to the layer that moves most."""
+    """float32 [L]: a jump of the loss is attributed to the layer that changes most."""
     ratio_L = latest[:, SIGNAL_INDEX[Signal.UPDATE_RATIO]]
     unstable_L = np.zeros(len(latest), dtype=np.float32)
-    # Large steps early in a run that goes well are no illness.
+    # Large steps early in a healthy run are normal.
     if loss.exponent < FLAT_EXPONENT:
         decades_L = np.log10(ratio_L / HUGE_UPDATE)
         huge_L = ratio_L >= HUGE_UPDATE

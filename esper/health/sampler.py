@@ -2,7 +2,7 @@
 
 Shape legend: L layers, S signals, P parameters of the model.
 
-The loop, drawn once:
+The loop:
 
     step k-1   after optimizer.step(): copy the weights, arm the activation watchers if deep
     forward    watchers read each layer's output once, outside autograd
@@ -12,7 +12,7 @@ The loop, drawn once:
 Gradients, outputs and every random stream stay as they are: all reads are detached, and the
 power iteration starts from its own generator. A value that was measured and is not finite is
 written as ``inf``; NaN always means "not measured". Cost is host time: on a GPU it includes the
-wait for the one transfer of a frame, so it is over-stated rather than hidden.
+wait for the one transfer of a frame, so it is overstated, never understated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Watcher = Callable[[Tensor, Tensor], None]
 Watch = Callable[[str, Watcher], Callable[[], None]]
 
 GRAFT_MARK = "esper"  # a layer's grafts live in its child of this name
-MAX_ACTIVATIONS = 1 << 16  # elements of an output that are looked at
+MAX_ACTIVATIONS = 1 << 16  # elements of an output that are read
 DEAD_SHARE = 0.025
 EXTREME_SHARE = 0.01
 MAX_SNR = 1e3
@@ -52,7 +52,7 @@ class HealthSampler:
         layers: rows of the frames, in this order.
         watch: ``watch(layer, fn)`` calls ``fn(x, y)`` at the layer's next forwards until the
             returned function is called, with the first tensors that go in and come out.
-        budget: share of a step that sampling may cost, all in; half for each tier.
+        budget: share of a step that sampling may take in total; half for each tier.
         frame_every, deep_every: shortest periods, in calls of :meth:`step`. They grow while
             the measured cost would exceed the budget.
         clock: seconds, monotonic.
@@ -97,12 +97,12 @@ class HealthSampler:
 
     @property
     def period(self) -> int:
-        """Steps between frames at the moment."""
+        """Present number of steps between frames."""
         return self._frames.period(self._typical_step(), self.cost_ratio)
 
     @property
     def deep_period(self) -> int:
-        """Steps between looks at activations at the moment."""
+        """Present number of steps between samples of activations."""
         return self._deep.period(self._typical_step(), self.cost_ratio)
 
     def refresh(self) -> None:
@@ -113,7 +113,7 @@ class HealthSampler:
         self._before_fresh = False
 
     def close(self) -> None:
-        """Takes every watcher out of the model."""
+        """Removes all watchers from the model."""
         self._activations.disarm()
 
     def step(
@@ -123,7 +123,7 @@ class HealthSampler:
 
         Args:
             step: the optimizer step's number.
-            loss: read only when a frame is due, so a loss on a GPU is not waited for.
+            loss: read only when a frame is due, to avoid waiting for a GPU.
             metrics: more run-wide numbers for the frame.
 
         Returns:
@@ -216,7 +216,7 @@ class HealthSampler:
         _write_snr(values, self._map, self._optimizers)
         self._last_deep = self._calls
         self._deep.add(self._clock() - started + self._activations.seconds)
-        # The watchers ran inside the user's step: their time is ours, not the step's.
+        # The watchers ran inside the user's step: their time counts as sampling.
         self._spent += self._activations.seconds
         self._elapsed -= self._activations.seconds
         self._deep.close()
@@ -245,7 +245,7 @@ class HealthSampler:
 
 
 class _Pace:
-    """Period of a tier: the shortest that its measured cost leaves inside half the budget."""
+    """Period of a tier: the shortest whose measured cost is within half the budget."""
 
     def __init__(self, shortest: int, budget: float) -> None:
         self.shortest = shortest
@@ -263,8 +263,8 @@ class _Pace:
         self._open = 0.0
 
     def period(self, step_seconds: float, cost_ratio: float) -> int:
-        # The median, and not before three samples: first calls pay for caches and kernels. What
-        # they and rare outliers cost is earned back by longer periods, at most fourfold.
+        # The median of at least three samples, because first calls fill caches. Longer periods, at
+        # most four times, compensate for the time of first calls and outliers.
         if len(self._costs) < 3 or not step_seconds > 0 or self._budget <= 0:
             return self.shortest
         needed = statistics.median(self._costs) / (self._budget / 2 * step_seconds)
@@ -367,7 +367,7 @@ class _Activations:
 
 
 class _StableRanks:
-    """Stable rank by power iteration that goes on from the vector of the last look."""
+    """Stable rank by power iteration that continues from the vector of the last sample."""
 
     def __init__(self) -> None:
         self._vectors: dict[int, Tensor] = {}
@@ -398,9 +398,9 @@ def activation_statistics(y: Tensor) -> Tensor:
 
     Units are the last axis, or axis 1 of [batch, channels, height, width]; large outputs are
     cut to their first samples. A unit is dead when its mean |h| is at most 2.5 % of the layer's
-    (Sokar et al. 2023, tau = 0.025). Saturated is what lies within 1 % of the range from the
-    largest or smallest value; the zeros of a rectified output are not a bound that it is stuck at,
-    so there only the top counts.
+    (Sokar et al. 2023, tau = 0.025). Outputs within 1 % of the range from the
+    largest or smallest value are saturated; for rectified outputs, whose zeros are normal, only
+    the largest value counts.
     """
     units_last = y.movedim(1, -1) if y.ndim in (4, 5) else y
     samples = units_last.reshape(-1, units_last.shape[-1] if units_last.ndim else 1)
@@ -443,7 +443,7 @@ def _write_norms(
 def _write_update_ratio(
     values: np.ndarray, parameters: _ParameterMap, update_P: np.ndarray, old_P: np.ndarray
 ) -> None:
-    # A parameter that is frozen on purpose has no update; 0 would read as an illness.
+    # A frozen parameter has no update; 0 would look like a problem.
     frozen_P = np.array([not parameter.requires_grad for parameter in parameters.parameters])
     update_L = parameters.host_sums(np.where(frozen_P, np.nan, update_P))
     old_L = parameters.host_sums(np.where(frozen_P, np.nan, old_P))
@@ -484,7 +484,7 @@ def _write_snr(
 def _adam_moments(
     parameters: _ParameterMap, optimizers: Iterable[torch.optim.Optimizer]
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Σm̂² and Σv̂ of each parameter, NaN where no Adam holds it; None where none does at all."""
+    """Σm̂² and Σv̂ of each parameter, NaN where no Adam trains it; None if there is no Adam."""
     columns = {id(parameter): i for i, parameter in enumerate(parameters.parameters)}
     means: list[Tensor | None] = [None] * len(columns)
     powers: list[Tensor | None] = [None] * len(columns)
@@ -542,7 +542,7 @@ def _gather(tensors: Sequence[Tensor]) -> np.ndarray:
 
 
 def _measured(values: np.ndarray) -> np.ndarray:
-    """What was measured and is NaN becomes inf, because NaN says that nobody measured."""
+    """Measured values that are NaN become inf, because NaN means "not measured"."""
     measured: np.ndarray = np.where(np.isnan(values), np.inf, values)
     return measured
 

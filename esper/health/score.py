@@ -1,22 +1,22 @@
-"""One number for a layer's health, made of its known signals.
+"""One number for a layer's health, from its known signals.
 
 Shape legend: L layers, S signals.
 
     health = 1/2 · weighted mean of the known parts + 1/2 · the worst known part
 
-The worst part counts for half because one broken thing (every unit dead) is not healed by four
-good ones. Parts, each 0 poor … 1 good, with their weights:
+The worst part counts for half, because four good parts do not outweigh one failure (such as every
+unit dead). Parts, each 0 poor … 1 good, with their weights:
 
     update      3   1 while the update ratio lies within [1e-4, 1e-2]; falls to 0 over two decades
-                    above. Below, the run's own median sets the bar (a small learning rate is no
-                    illness): falls to 0 from 1 to 3 decades under min(1e-3, median)
+                    above. Below, the run's own median sets the bar (a small learning rate is
+                    healthy): falls to 0 from 1 to 3 decades under min(1e-3, median)
     dead        3   1 up to 10 % dead units, 0 from 70 % on
     gradient    2   1 within two decades of the layers' median, 0 from four decades on
     activation  2   0 where the output does not vary at all, else 1
     saturation  2   1 up to 25 % saturated outputs, 0 from 75 % on
 
 A signal that was measured and is not finite (the sampler writes ``inf``) makes its part 0.
-Stable rank, gradient SNR and the norms themselves say what to do, not how ill a layer is.
+Stable rank, gradient SNR and the norms themselves inform the remedy, not the score.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PARTS: dict[str, float] = {
 }
 
 
-@np.errstate(all="ignore")  # odd numbers are data here; NaN and inf speak for them
+@np.errstate(all="ignore")  # NaN and inf are valid data here
 def health_scores(values: Floats, medians: Floats | None = None) -> Floats:
     """Health of each layer.
 
@@ -80,7 +80,7 @@ def layer_medians(values: Floats) -> Floats:
     """float32 [S]: median of the finite values of each signal; NaN where there is none."""
     finite = np.where(np.isfinite(values), values, np.nan)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # an all-NaN column is a legal answer
+        warnings.simplefilter("ignore", RuntimeWarning)  # an all-NaN column is valid
         return np.nanmedian(finite, axis=0).astype(np.float32) if len(values) else finite.sum(0)
 
 

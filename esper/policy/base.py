@@ -1,4 +1,4 @@
-"""What every policy is."""
+"""The interface of policies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Proposals:
 
     Attributes:
         decisions: best first; empty means "do nothing".
-        reasons: what was looked at and left alone, a sentence each; never empty with no decisions.
+        reasons: why other layers got no decision, a sentence each; not empty without decisions.
     """
 
     decisions: tuple[AdaptationDecision, ...] = ()
@@ -36,9 +36,9 @@ class Policy(Protocol):
 
     @property
     def name(self) -> str:
-        """With its version, as it is stored with a decision."""
+        """Name and version, stored with a decision."""
 
     def propose(
         self, snapshot: RunSnapshot, features: Features, rng: np.random.Generator
     ) -> Proposals:
-        """Decisions, best first. ``rng`` is the only source of chance."""
+        """Decisions, best first. ``rng`` is the only source of randomness."""

@@ -1,16 +1,16 @@
-"""Transparent rules, the cheapest remedy first. The default, the baseline, always available.
+"""Transparent rules, the cheapest remedy first. The default policy.
 
     unstable     loss jumps, or a layer's updates are huge while the loss does not fall
-                 -> add_diagnostic (selection then prefers what calms the gradient)
-    unclear      a layer looks sick and nobody has seen its activations -> add_diagnostic
+                 -> add_diagnostic (selection then prefers blueprints that limit the gradient)
+    unclear      a layer looks unhealthy and its activations are unknown -> add_diagnostic
     dead units   half of a layer's units are dead and the loss is flat -> add_ffn beside them
-    plateau      the loss is flat, well above where it could be, and a layer is the bottleneck
+    plateau      the loss is flat and not near zero, and a layer is the bottleneck
                  -> add_efficiency, then add_ffn, then add_attention, then add_moe
     else         nothing, with the numbers that say so
 
 Confidence is the rule's prior chance to be kept times the strength of its signals. The priors are
-opinions worth ten cases; :func:`esper.policy.confidence.posterior_confidence` replaces them by
-experience as it comes in.
+assumptions that count as ten cases; :func:`esper.policy.confidence.posterior_confidence` replaces
+them with experience from closed cases.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ PRIORS: dict[str, float] = {
 LADDER = (AdaptationType.ADD_FFN, AdaptationType.ADD_ATTENTION, AdaptationType.ADD_MOE)
 # Share of the prior that does not depend on how strong the signals are.
 FIRM_SHARE = 0.8
-AFTER_ROLLBACK = 0.85  # what is left of the confidence on a layer that was rolled back before
+AFTER_ROLLBACK = 0.85  # factor of the confidence on a layer with an earlier rollback
 
 SICK = 0.5
 DEAD_SHARE = 0.5
 PLATEAU = 0.8
 YOUNG_STEPS = 500
-MIN_HEADROOM = 0.05  # below 5 % of where the loss began there is nothing left to gain
+MIN_HEADROOM = 0.05  # below 5 % of the first losses, little can be gained
 NOTHING_LEARNT = 0.97
 BOTTLENECK = 0.3
 MAX_LAYERS_PROPOSED = 3
@@ -68,7 +68,7 @@ class Bottlenecks:
     Shape legend: L layers.
 
     Attributes:
-        score: float64 [L], 0..1; -1 where a layer is no candidate.
+        score: float64 [L], 0..1; -1 for a layer that is not a candidate.
         signs: float64 [L] for each sign, 0..1, NaN unknown.
         coverage: float64 [L], weight of the signs that are known, 0..1.
     """
@@ -83,14 +83,14 @@ class HeuristicPolicy:
 
     name = "heuristic-1"
 
-    @np.errstate(all="ignore")  # odd numbers are data here; NaN speaks for them
+    @np.errstate(all="ignore")  # NaN is valid data here
     def propose(
         self,
         snapshot: RunSnapshot,
         features: Features,
         rng: np.random.Generator | None = None,
     ) -> Proposals:
-        """Decisions in the order of the rules; ``rng`` is not used, there is no chance here."""
+        """Decisions in the order of the rules; ``rng`` is not used."""
         decisions: list[AdaptationDecision] = []
         reasons: list[str] = []
         for rule in (unstable, unclear, dead_units, plateau):
@@ -101,7 +101,7 @@ class HeuristicPolicy:
 
 
 def unstable(snapshot: RunSnapshot, features: Features) -> Proposals:
-    """The loss jumps or updates are far too large: calm the layer's gradient."""
+    """The loss jumps or updates are far too large: limit the layer's gradient."""
     strength_L = np.where(_changeable(snapshot, features), features.unstable, 0.0)
     if not strength_L.size or strength_L.max() <= 0:
         return Proposals(reasons=(f"Nothing is unstable: {_spike_text(features)}.",))
@@ -132,7 +132,7 @@ def unstable(snapshot: RunSnapshot, features: Features) -> Proposals:
 
 
 def unclear(snapshot: RunSnapshot, features: Features) -> Proposals:
-    """A layer looks sick and its activations are unknown: look closer, which risks nothing."""
+    """A layer looks unhealthy and its activations are unknown: measure them, without risk."""
     health_L = features.column(Signal.HEALTH)
     decisions = []
     for row in np.argsort(health_L, kind="stable"):
@@ -170,7 +170,9 @@ def dead_units(snapshot: RunSnapshot, features: Features) -> Proposals:
     layer, share = features.layers[worst], float(dead_L[worst])
     carried = features.remedies.get(layer.name, frozenset())
     if not _may_change(layer, snapshot) or AdaptationType.ADD_FFN in carried:
-        return Proposals(reasons=(f"{layer.name} has {share:.0%} dead units, but is spoken for.",))
+        return Proposals(
+            reasons=(f"{layer.name} has {share:.0%} dead units, but an adaptation of it exists.",)
+        )
     return Proposals(
         (
             _decision(
@@ -190,7 +192,7 @@ def dead_units(snapshot: RunSnapshot, features: Features) -> Proposals:
 
 
 def plateau(snapshot: RunSnapshot, features: Features) -> Proposals:
-    """The loss is flat well above zero: give the bottleneck more room, cheapest way first."""
+    """The loss is flat well above zero: add capacity at the bottleneck, cheapest kind first."""
     against = _against_plateau(snapshot, features)
     if against:
         return Proposals(reasons=(against,))
@@ -200,16 +202,18 @@ def plateau(snapshot: RunSnapshot, features: Features) -> Proposals:
     if not rows:
         return Proposals(reasons=("The loss is flat, but no layer stands out as bottleneck.",))
     steps = [(row, kind) for row in rows for kind in _rungs(features, features.layers[row])]
-    # All first rungs before any second one: the cheap remedy on the next layer is still cheaper.
+    # All first rungs before any second: the cheap remedy on the next layer costs less.
     steps.sort(key=lambda step: _rung_order(features, step[1]))
     decisions = tuple(_room(snapshot, features, found, row, kind) for row, kind in steps)
     if not decisions:
-        return Proposals(reasons=("Every bottleneck carries all that these rules know.",))
+        return Proposals(
+            reasons=("Every bottleneck has all blueprints that these rules know already.",)
+        )
     return Proposals(decisions)
 
 
 def bottlenecks(snapshot: RunSnapshot, features: Features) -> Bottlenecks:
-    """Scores every layer; a healthy layer whose capacity is used up scores high."""
+    """Scores every layer; a healthy layer whose capacity is used scores high."""
     candidate_L = _changeable(snapshot, features)
     signs = {
         "stable_rank": np.clip(2.0 * features.column(Signal.STABLE_RANK), 0.0, 1.0),
@@ -231,25 +235,27 @@ def bottlenecks(snapshot: RunSnapshot, features: Features) -> Bottlenecks:
 
 
 def _against_plateau(snapshot: RunSnapshot, features: Features) -> str:
-    """Why the loss asks for nothing; empty when it does."""
+    """Why the loss needs no adaptation; empty if it does."""
     loss = features.loss
     if not math.isfinite(loss.plateau_score):
         return f"{loss.samples} samples of the loss do not show its trend in the noise yet."
     if loss.plateau_score < PLATEAU:
-        return f"The loss still falls or is not surely flat ({_plateau_text(features)})."
+        return f"The loss still falls, or it is not certain to be flat ({_plateau_text(features)})."
     if snapshot.step < YOUNG_STEPS:
-        return f"At step {snapshot.step} a flat loss is often a saddle that the run leaves itself."
+        return f"At step {snapshot.step} a flat loss is often a saddle point; the run leaves it."
     if not loss.headroom >= MIN_HEADROOM:
-        return f"The loss is at {loss.headroom:.1%} of where it began; little is left to gain."
+        return f"The loss is at {loss.headroom:.1%} of its first value; little can be gained."
     if loss.from_start and loss.headroom > NOTHING_LEARNT:
-        return "The run has learnt nothing yet; more room does not help, look at rate and data."
+        return (
+            "The run has learnt nothing yet. Check learning rate and data before adding capacity."
+        )
     if snapshot.in_flight > 0:
-        return "Another adaptation is under way; its effect must be seen before more room is added."
+        return "Another adaptation is in progress; measure its effect before adding capacity."
     return ""
 
 
 def _rungs(features: Features, layer: LayerInfo) -> Iterable[AdaptationType]:
-    """What this layer may get, next rung first."""
+    """The adaptations allowed for this layer, next rung first."""
     carried = features.remedies.get(layer.name, frozenset())
     if AdaptationType.ADD_EFFICIENCY not in carried:
         yield AdaptationType.ADD_EFFICIENCY
@@ -261,7 +267,7 @@ def _rungs(features: Features, layer: LayerInfo) -> Iterable[AdaptationType]:
 
 
 def _rung_order(features: Features, kind: AdaptationType) -> int:
-    """Efficiency first, until the run has one and is flat all the same; then it comes last."""
+    """Efficiency first; last once the run has one and its loss is still flat."""
     tried = any(AdaptationType.ADD_EFFICIENCY in kinds for kinds in features.remedies.values())
     cheap = kind is AdaptationType.ADD_EFFICIENCY
     return int(cheap) if tried else int(not cheap)
@@ -288,9 +294,9 @@ def _room(
 
 def _sign_reasons(found: Bottlenecks, row: int) -> Iterable[Reason]:
     texts = {
-        "stable_rank": "how much of its possible rank the layer's weight uses",
-        "grad_share": "how much of the run's gradient arrives at this layer",
-        "narrow": "how narrow the layer is beside the widest one",
+        "stable_rank": "the share of its possible rank that the layer's weight uses",
+        "grad_share": "the share of the run's gradient at this layer",
+        "narrow": "how narrow the layer is compared with the widest one",
     }
     for name, weight in SIGNS.items():
         value = float(found.signs[name][row])
@@ -328,7 +334,7 @@ def _may_change(layer: LayerInfo, snapshot: RunSnapshot) -> bool:
 
 
 def _changeable(snapshot: RunSnapshot, features: Features) -> NDArray[np.bool_]:
-    """bool [L]: layers that may be changed and have weights to change."""
+    """bool [L]: layers that may be changed and have weights."""
     busy = {name for name, history in snapshot.history.items() if history.in_flight}
     return np.array(
         [
@@ -373,7 +379,7 @@ def _narrow_sign(
 
 
 def _after_rollback(snapshot: RunSnapshot, features: Features) -> NDArray[np.float64]:
-    """Half for a layer whose last graft was rolled back: look elsewhere first."""
+    """Half for a layer whose last graft was rolled back: other layers come first."""
     factor = np.ones(len(features.layers))
     for name, history in snapshot.history.items():
         if history.last_rolled_back and name in features.index:

@@ -1,4 +1,4 @@
-"""The end of an adaptation: what it brought, whether it stays, and what the policy learns."""
+"""The result of an adaptation: its gain, its verdict, and its reward for the policy."""
 
 from esper.reward.forecast import LossForecast, forecast_loss
 from esper.reward.terms import compute_reward

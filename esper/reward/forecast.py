@@ -1,8 +1,8 @@
-"""Where the untouched run would be by now: its own curve, carried on, with an interval.
+"""Forecasts the loss of the unchanged run by extrapolating its curve, with an interval.
 
-Loss falls anyway, so "lower than before" is no gain. The curve before the graft is fitted as a
-straight line of log loss over log step (loss ~ c · step^-alpha, the shape of most training
-curves), robustly, and read at the steps after the graft.
+The loss falls without a graft too, so "lower than before" is no gain. The curve before the graft is
+fitted as a straight line of log loss over log step (loss ~ c · step^-alpha, the shape of most
+training curves), robustly, and read at the steps after the graft.
 
 Shape legend: T samples before, U samples after, B blocks.
 """
@@ -26,10 +26,10 @@ Z_95 = 1.96
 
 @dataclass(frozen=True, slots=True)
 class LossForecast:
-    """Mean loss of the untouched run over the steps after the graft.
+    """Mean loss of the unchanged run over the steps after the graft.
 
     ``interval`` is the half width at 95 %, of the difference to an observed mean over the same
-    number of samples; both are NaN when the run was not seen long enough.
+    number of samples; both are NaN if there are too few samples.
     """
 
     level: float
@@ -45,7 +45,7 @@ def forecast_loss(steps_T: Steps, loss_T: Doubles, steps_U: Steps) -> LossForeca
 
     Args:
         steps_T, loss_T: before the graft; non-finite losses are left out.
-        steps_U: where the forecast is wanted.
+        steps_U: steps of the forecast.
 
     Returns:
         The forecast's mean over ``steps_U``; NaN below ``MIN_SAMPLES`` samples.
@@ -57,20 +57,20 @@ def forecast_loss(steps_T: Steps, loss_T: Doubles, steps_U: Steps) -> LossForeca
     logs = bool((loss_T > 0).all())
     x_B, y_B, sizes_B = _blocks(_axis(steps_T), np.log(loss_T) if logs else loss_T)
     slope, middle = _theil_sen(x_B, y_B)
-    # A fit can say that a loss rises for ever; an untouched run is given the benefit of staying.
+    # A fit can predict a rising loss; for the unchanged run, a constant loss is assumed instead.
     slope = min(slope, 0.0)
     centre = float(np.median(y_B - slope * x_B))
     predicted = centre + slope * float(_axis(steps_U).mean())
     error = _prediction_error(x_B, y_B - (centre + slope * x_B), sizes_B, steps_U)
     if not logs:
         return LossForecast(predicted, Z_95 * error)
-    # The mean of logs is the log of the geometric mean; the arithmetic one is what we compare to.
+    # The mean of logs is the log of the geometric mean; the comparison uses the arithmetic mean.
     level = math.exp(predicted) * _arithmetic_over_geometric(loss_T, middle)
     return LossForecast(level, Z_95 * error * level)
 
 
 def usable(loss_T: Doubles) -> NDArray[np.bool_]:
-    """Which losses are numbers that one can add up; a sum of doubles near the end is infinite."""
+    """Losses that are finite and small enough to sum; sums of the largest doubles are infinite."""
     return np.abs(loss_T) < LARGEST_LOSS
 
 

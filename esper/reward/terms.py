@@ -5,9 +5,9 @@
     latency     -  latency / the policy's limit
     memory      -  memory / the policy's limit
     risk        -  class of risk
-    rollback    -  a rollback forfeits the gain and costs extra, so graft/undo cycles never pay
+    rollback    -  a rollback loses the gain and costs extra, so graft/undo cycles never gain
 
-The floor keeps a host of a hundred parameters from making every graft look ruinous.
+The floor keeps grafts affordable in a host of a hundred parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 
 from esper.contracts import CostForecast, Reward, Risk, SafetyPolicy, Verdict, risk_rank
 
-GAIN_WEIGHT = 5.0  # 10 % less loss is worth half a point
+GAIN_WEIGHT = 5.0  # 10 % less loss gives half a point
 MAX_GAIN = 1.0
 RENT_WEIGHT = 0.5
 RENT_FLOOR_PARAMETERS = 10_000
@@ -39,8 +39,8 @@ def compute_reward(
 
     Args:
         verdict: gains in units of the loss.
-        loss_level: loss before the graft, to make gains relative; its size counts.
-        cost: of the graft, measured where it was; an unknown latency is charged in full.
+        loss_level: loss before the graft, to make gains relative; its absolute value is used.
+        cost: of the graft, measured if possible; an unknown latency counts as the full limit.
         model_parameters: of the host at attach.
         risk: of the blueprint.
         policy: the limits that cost is compared to.

@@ -1,21 +1,21 @@
-"""Keep it or take it out: the end of probation.
+"""The verdict at the end of probation: keep the graft, or roll it back.
 
     window not full and deadline not reached   -> None, wait
-    too few received losses at the deadline    -> out: no data is never success
-    losses after the graft not finite          -> out
-    worse than the forecast by more than the policy allows, beyond the interval -> out
-    the graft only observes                    -> stays, it costs next to nothing
-    the graft makes its layer cheaper          -> stays where the held-out loss without it is at
+    too few received losses at the deadline    -> roll back: no data is never success
+    losses after the graft not finite          -> roll back
+    worse than the forecast by more than the policy allows, beyond the interval -> roll back
+    the graft only observes                    -> keep, it costs next to nothing
+    the graft makes its layer cheaper          -> keep where the held-out loss without it is at
                                                   most 1 % of the loss better; see below
-    ablation known and not > 0                 -> out: the host does not use it
-    clearly worse than the forecast            -> out
-    else                                       -> stays
+    ablation known and not > 0                 -> roll back: the host does not use it
+    clearly worse than the forecast            -> roll back
+    else                                       -> keep
 
-Ablation alone is fooled by grafts that the host has come to depend on, and before/after by a loss
-that falls anyway; so both must agree.
+Ablation alone overrates grafts that the host has come to depend on, and before/after overrates a
+graft while the loss falls anyway; so both must agree.
 
-What replaces its layer by something cheaper can never gain by being switched on: at best the loss
-is what it was. It is judged by what it costs, and both numbers must stay within the tolerance.
+A graft that makes its layer cheaper cannot improve the loss; at best the loss stays the same. It is
+judged by its cost, and both numbers must stay within the tolerance.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from esper.reward.forecast import LossForecast, forecast_loss, usable
 
 FORWARD_UNCHANGED = frozenset({GraftKind.OBSERVE, GraftKind.WRAP, GraftKind.DISTRIBUTED})
 CHEAPER = frozenset({GraftKind.REPLACE})
-MIN_OBSERVED = 8  # losses; below, a mean says nothing
-CHEAPER_TOLERANCE = 0.01  # of the loss, which a cheaper layer may cost
+MIN_OBSERVED = 8  # fewer losses give no useful mean
+CHEAPER_TOLERANCE = 0.01  # share of the loss that a cheaper layer may cost
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,10 +68,10 @@ def judge(
         after: losses since. The first ``maturity_steps`` do not count: a new graft warms up.
         graft_step: step at which it was grafted.
         policy: maturity, window and allowed increase.
-        kind: what only observes is kept unless harmful, what makes a layer cheaper unless the
-            loss pays for it with more than ``CHEAPER_TOLERANCE``.
+        kind: an observing graft is kept unless harmful; one that makes a layer cheaper, unless
+            it costs more than ``CHEAPER_TOLERANCE`` of the loss.
         ablation_gain: held-out loss without the graft minus with it; NaN unknown.
-        deadline_reached: no more waiting; what is there must do.
+        deadline_reached: judge now, with the losses received so far.
 
     Returns:
         None while the window is not full.
@@ -80,7 +80,7 @@ def judge(
     steps_U, loss_U = after.steps[matured], after.loss[matured]
     observed = int(steps_U[-1] - graft_step) if len(steps_U) else 0
     broken = len(loss_U) > 0 and not usable(loss_U).all()
-    # The window is counted from the graft, the way a person reads "verdict after 150 steps".
+    # The window starts at the graft, as a person reads "verdict after 150 steps".
     full = observed >= policy.probation_steps and len(steps_U) >= MIN_OBSERVED
     if not (full or broken or deadline_reached):
         return None
@@ -90,7 +90,7 @@ def judge(
         reason = f"No data: {len(steps_U)} losses after maturity, {MIN_OBSERVED} are needed."
         return Verdict(False, reason, ablation_gain, steps_observed=observed)
     if kind in FORWARD_UNCHANGED:
-        ablation_gain = math.nan  # on and off compute the same: 0 would mean nothing
+        ablation_gain = math.nan  # on and off compute the same, so 0 would be no evidence
     forecast = forecast_loss(before.steps, before.loss, steps_U)
     level = float(loss_U.mean())
     keep, reason = _answer(level, forecast, ablation_gain, policy, kind)
@@ -117,7 +117,7 @@ def _answer(
     if harmful:
         return False, f"Harmful: the loss is {-gain:.4g} above its forecast (± {interval:.2g})."
     if kind is GraftKind.OBSERVE:
-        return True, "It only observes, and does no harm."
+        return True, "It only observes and does no harm."
     if kind in CHEAPER:
         return _answer_cheaper(level, forecast, ablation_gain)
     if math.isfinite(ablation_gain) and ablation_gain <= 0:
@@ -150,7 +150,7 @@ def _answer_cheaper(level: float, forecast: LossForecast, ablation_gain: float) 
 
 
 def _without_forecast(ablation_gain: float) -> tuple[bool, str]:
-    """The run was too young to be extrapolated; then only ablation can speak for the graft."""
+    """Too few losses before the graft for a forecast: only ablation decides."""
     if math.isfinite(ablation_gain):
         return True, f"Ablation gain {ablation_gain:+.4g}; too little history for a forecast."
     return False, "No data: neither a forecast nor an ablation is known."
@@ -159,5 +159,5 @@ def _without_forecast(ablation_gain: float) -> tuple[bool, str]:
 def _praise(gain: float, interval: float, ablation_gain: float) -> str:
     against = f"{gain:+.4g} ± {interval:.2g} against the forecast"
     if math.isfinite(ablation_gain):
-        return f"It earns its place: ablation {ablation_gain:+.4g}, {against}."
+        return f"It improves the loss: ablation {ablation_gain:+.4g}, {against}."
     return f"It does no harm: {against}; ablation unknown."

@@ -51,7 +51,7 @@ class ServiceConfig:
 
     def __post_init__(self) -> None:
         if not self.name or not self.instance:
-            raise ConfigurationError("a service needs a name")
+            raise ConfigurationError("a service must have a name")
         if self.port is not None and not 0 <= self.port <= 65535:
             raise ConfigurationError(f"a port is 0..65535, got {self.port}")
         _check_url("urza_url", self.urza_url, ("http", "https"))
@@ -65,7 +65,7 @@ class ServiceConfig:
         ):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ConfigurationError(f"{name} is a time above 0, got {value}")
+                raise ConfigurationError(f"{name} must be a time above 0, got {value}")
 
 
 def _check_url(name: str, url: str | None, schemes: tuple[str, ...]) -> None:

@@ -136,7 +136,7 @@ def test_a_blocked_proposal_gives_way_to_the_next(catalog: Catalog, make_snapsho
     nothing = decide(snapshot, Fixed(busy), catalog, LIMITS, rng)
     assert isinstance(nothing, Declined)
     assert [check.rule for check in nothing.violations] == [ViolationRule.ONE_IN_FLIGHT]
-    assert any("under way" in reason for reason in nothing.reasons)
+    assert any("in progress" in reason for reason in nothing.reasons)
 
 
 def test_a_layer_that_nobody_registered_is_declined(catalog: Catalog, make_snapshot: Make) -> None:

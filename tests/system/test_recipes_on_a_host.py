@@ -168,7 +168,7 @@ def test_the_page_of_a_launch_shows_its_log_as_it_is_written(plant: Plant, page:
     expect(page.locator("#resume-form button")).to_be_enabled()
     expect(log).to_contain_text("--- ended: exit code 0 ---", timeout=WAIT_MS)
     shown = [int(line[6:]) for line in log.inner_text().splitlines() if line[:6] == "count "]
-    assert shown == list(range(1, len(shown) + 1))  # no line is missing, none stands twice
+    assert shown == list(range(1, len(shown) + 1))  # no line is missing, none occurs twice
     assert launch(plant, uid)["requested_by"] == "olga"
 
 

@@ -33,7 +33,7 @@ class AllReduceShard(ReductionBlueprint):
     slug = "all_reduce_shard"
     id = "BP-ALL-REDUCE-SHARD"
     title = "Sharded all-reduce"
-    idea = "Each rank sums one shard of the gradients, and all gather the sums meanwhile."
+    idea = "Each rank sums one shard of the gradients, while all ranks gather the sums."
     source = "Rajbhandari et al. 2020, arXiv 1910.02054"
     when = "Many ranks share one bandwidth, and the gradient is large."
     conflicts = frozenset({"ring_allreduce"})

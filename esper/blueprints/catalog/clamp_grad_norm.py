@@ -78,11 +78,11 @@ class ClampGradNorm(Blueprint):
     risk = Risk.LOW
     trainable = False
     scaler_refusal = (
-        "a gradient scaler multiplies gradients, so its bound would not mean what it says"
+        "a gradient scaler multiplies gradients, so the bound would apply to scaled gradients"
     )
     idea = "Scales this layer's gradient down whenever its L2 norm exceeds a bound."
     source = "Pascanu et al. 2013, arXiv 1211.5063"
-    when = "One layer's gradients spike while the others are calm."
+    when = "One layer's gradients spike while those of other layers do not."
 
     def supports(self, layer: LayerInfo) -> str:
         if not layer.graftable:

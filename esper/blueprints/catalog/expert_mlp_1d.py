@@ -17,5 +17,5 @@ class ExpertMlp1d(GeluExpert):
         "as much as its own gate says, or its share of the softmax of a router that is there."
     )
     source = "experts: Shazeer et al. 2017, arXiv 1701.06538; GELU: arXiv 1606.08415"
-    when = "The layer carries a feed-forward branch already and the loss is flat all the same."
+    when = "The layer has a feed-forward branch already, and the loss is still flat."
     conflicts: ClassVar[frozenset[str]] = frozenset({"expert_mlp_swiglu"})

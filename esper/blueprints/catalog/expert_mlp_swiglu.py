@@ -17,5 +17,5 @@ class ExpertMlpSwiglu(SwigluExpert):
         "as much as its own gate says, or its share of the softmax of a router that is there."
     )
     source = "experts: Shazeer et al. 2017, arXiv 1701.06538; SwiGLU: arXiv 2002.05202"
-    when = "As expert_mlp_1d, where half as many weights again are affordable and gating pays."
+    when = "As expert_mlp_1d, where 1.5 times the weights are affordable and gating helps."
     conflicts: ClassVar[frozenset[str]] = frozenset({"expert_mlp_1d"})

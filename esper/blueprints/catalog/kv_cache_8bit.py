@@ -38,15 +38,15 @@ class KvCache8bit(Blueprint):
         "quantised keys and values while training: Liu et al. 2023, arXiv 2305.17888; "
         "straight-through gradient: Bengio et al. 2013, arXiv 1308.3432"
     )
-    when = "The model is to generate long texts, and the cache of keys and values fills the memory."
+    when = "The model will generate long texts, and the cache of keys and values fills the memory."
 
     def supports(self, layer: LayerInfo) -> str:
         if not layer.graftable:
             return layer.reason
         if layer.kind in layout.ATTENTION:
-            return "its keys and values are made and used in one fused call that keeps no cache"
+            return "its keys and values are used in one fused call that keeps no cache"
         if not (layer.head_width and layer.cached_channels):
-            return f"as far as Esper can tell, no cache keeps what this {layer.kind} makes"
+            return f"no cache is known to keep the output of this {layer.kind}"
         return ""
 
     def default_config(self, layer: LayerInfo) -> dict[str, Any]:

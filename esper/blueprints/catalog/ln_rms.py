@@ -67,20 +67,20 @@ class LnRms(Blueprint):
     idea = "Fades a LayerNorm out and an RMSNorm with its gain in, over a number of steps."
     source = "Zhang and Sennrich 2019, arXiv 1910.07467"
     when = (
-        "The model is to end up with RMSNorm, which needs no mean and no bias; both run meanwhile."
+        "The model should end with RMSNorm, which needs no mean and no bias; both run in between."
     )
 
     def supports(self, layer: LayerInfo) -> str:
         if not layer.graftable:
             return layer.reason
         if layer.kind != "LayerNorm":
-            return f"its kind is {layer.kind}, and only a LayerNorm is turned into an RMSNorm"
+            return f"its kind is {layer.kind}, and only a LayerNorm can become an RMSNorm"
         width = layer.features_out
         if not width or layer.features_in != width:
-            return "its channels are not known, because it was never seen to run"
+            return "its channels are unknown, because it did not run in the traced forward pass"
         if layer.parameters not in (width, 2 * width):
-            return "it normalises over more than its last axis, which this RMSNorm does not"
-        return "" if width > 1 else "it has one channel, and an RMSNorm of that is its sign"
+            return "it normalises over more than its last axis, and this RMSNorm over the last only"
+        return "" if width > 1 else "it has one channel, and the RMSNorm of one channel is its sign"
 
     def default_config(self, layer: LayerInfo) -> dict[str, Any]:
         return {"ramp_steps": DEFAULT_RAMP_STEPS, "eps": DEFAULT_EPS}

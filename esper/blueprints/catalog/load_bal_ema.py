@@ -18,14 +18,14 @@ class LoadBalEma(RouterPart):
     category = BlueprintCategory.ROUTING
     adaptation_type = AdaptationType.ADD_ROUTING
     idea = (
-        "Keeps a running mean of each expert's use and leans the router's choice, not its gates, "
-        "towards those that are used little."
+        "Keeps a running mean of each expert's use and shifts the router's choice, not its gates, "
+        "towards experts that are used little."
     )
     source = "Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3 2024, arXiv 2412.19437"
     when = "A router uses few of its experts, and no further loss is wanted."
 
     replicas_refusal = (
-        "it counts what each rank's own batch used, and the ranks would lean to different experts"
+        "each rank counts only its own batch, so the ranks would prefer different experts"
     )
 
     def default_config(self, layer: LayerInfo) -> dict[str, Any]:
@@ -35,7 +35,7 @@ class LoadBalEma(RouterPart):
         check_number(config, "decay", low=0.0, high=1.0)
         check_number(config, "rate", low=0.0, high=1.0)
         if config["decay"] == 1:
-            raise ConfigurationError("decay must be below 1, else no use is ever seen")
+            raise ConfigurationError("decay must be below 1, otherwise no use is ever counted")
 
     def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
         return UseBalancer(decay=config["decay"], rate=config["rate"], device=weights.device)

@@ -17,5 +17,5 @@ class MlpGelu2048(GeluFeedForward):
     hidden_at_width = (2048, 768)
     idea = "Adds a two-layer GELU network beside the layer, 2048/768 times as wide."
     source = "Vaswani et al. 2017, arXiv 1706.03762; GELU: arXiv 1606.08415"
-    when = "The layer is too small for its job: loss has flattened and gradients still agree."
+    when = "The layer is too small: the loss has flattened and gradients still agree."
     conflicts: ClassVar[frozenset[str]] = frozenset({"mlp_swiglu_4096"})

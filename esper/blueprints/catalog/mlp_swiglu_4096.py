@@ -17,5 +17,5 @@ class MlpSwiglu4096(SwigluFeedForward):
     hidden_at_width = (4096, 768)
     idea = "Adds a gated network of three matrices beside the layer, 4096/768 times as wide."
     source = "Shazeer 2020, arXiv 2002.05202"
-    when = "As mlp_gelu_2048, where three times the weights are affordable and gating pays."
+    when = "As mlp_gelu_2048, where three times the weights are affordable and gating helps."
     conflicts: ClassVar[frozenset[str]] = frozenset({"mlp_gelu_2048"})

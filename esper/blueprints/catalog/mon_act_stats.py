@@ -64,7 +64,7 @@ class MonActStats(Blueprint):
     trainable = False
     idea = "Measures mean, spread and dead share of one layer's activations."
     source = "dead share: Sokar et al. 2023, arXiv 2302.12902"
-    when = "A layer looks sick and more should be known before it is touched."
+    when = "A layer looks unhealthy, and more should be measured before it is changed."
 
     def supports(self, layer: LayerInfo) -> str:
         return "" if layer.graftable else layer.reason

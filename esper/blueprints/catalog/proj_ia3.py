@@ -59,9 +59,9 @@ class ProjIa3(Blueprint):
         if not layer.graftable:
             return layer.reason
         if not layout.is_understood(layer):
-            return f"Esper does not know which axis of a {layer.kind} holds the channels"
+            return f"the channel axis of a {layer.kind} is unknown"
         if not layer.features_out:
-            return "its channels are not known, because it was never seen to run"
+            return "its channels are unknown, because it did not run in the traced forward pass"
         return ""
 
     def default_config(self, layer: LayerInfo) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class ProjLora64(Blueprint):
     mergeable = True
     idea = "Adds a trainable low-rank matrix beside the layer's weight."
     source = "Hu et al. 2021, arXiv 2106.09685; scaling α/√r: Kalajdzievski 2023, arXiv 2312.03732"
-    when = "The layer's weight hardly moves, or is frozen, and a small correction would do."
+    when = "The layer's weight hardly moves, or is frozen, and a small correction may be enough."
     conflicts: ClassVar[frozenset[str]] = frozenset()
 
     def supports(self, layer: LayerInfo) -> str:
@@ -99,10 +99,12 @@ class ProjLora64(Blueprint):
             return reason
         if not (layout.is_linear(layer) or layout.is_convolution(layer)):
             return (
-                f"its kind, {layer.kind}, has no weight matrix for a low-rank update to sit beside"
+                f"its kind, {layer.kind}, has no weight matrix that a low-rank update could add to"
             )
         if layer.groups != 1:
-            return f"its weight is split in {layer.groups} groups, a low-rank update is not"
+            return (
+                f"its weight is split in {layer.groups} groups, and a low-rank update has no groups"
+            )
         if self._largest_rank(layer) < 1:
             return "it has fewer than 4 channels, so a low-rank update would not be smaller"
         return ""

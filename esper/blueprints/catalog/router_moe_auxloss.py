@@ -26,10 +26,10 @@ class RouterMoeAuxloss(RouterBlueprint):
         "backward pass."
     )
     source = "Fedus et al. 2021, arXiv 2101.03961; Lepikhin et al. 2020, arXiv 2006.16668"
-    when = "The layer is too small for what it sees, and without a push few experts would be used."
+    when = "The layer is too small for what it sees, and a plain router would use few experts."
     conflicts: ClassVar[frozenset[str]] = frozenset({"router_top2"})
     scaler_refusal = (
-        "a gradient scaler multiplies the user's loss, and the loss that it adds would stay behind"
+        "a gradient scaler multiplies the user's loss, but not the loss that the router adds"
     )
 
     def default_config(self, layer: LayerInfo) -> dict[str, Any]:

@@ -13,5 +13,5 @@ class RouterTop2(RouterBlueprint):
     title = "Top-2 router with experts"
     idea = "Adds several GELU experts beside the layer; each position passes through two of them."
     source = "Shazeer et al. 2017, arXiv 1701.06538; noise: Riquelme et al. 2021, arXiv 2106.05974"
-    when = "The layer is too small for what it sees, and most positions need a part of it only."
+    when = "The layer is too small for what it sees, and most positions need only a part of it."
     conflicts: ClassVar[frozenset[str]] = frozenset({"router_moe_auxloss"})

@@ -155,11 +155,11 @@ def test_a_layer_takes_no_part_twice() -> None:
     model, _, info = make_host()
     apply_graft(model, info, blueprints.get_blueprint("proj_lora_ia3"))
     for slug in ("proj_lora_64", "proj_ia3"):
-        with pytest.raises(IncompatibleLayerError, match="together with proj_lora_ia3"):
+        with pytest.raises(IncompatibleLayerError, match="conflicts with proj_lora_ia3"):
             apply_graft(model, info, blueprints.get_blueprint(slug))
     other, _, _ = make_host()
     apply_graft(other, info, blueprints.get_blueprint("proj_ia3"))
-    with pytest.raises(IncompatibleLayerError, match="together with proj_ia3"):
+    with pytest.raises(IncompatibleLayerError, match="conflicts with proj_ia3"):
         apply_graft(other, info, blueprints.get_blueprint("proj_lora_ia3"))
 
 
@@ -267,11 +267,11 @@ LORAS = {"sequential": ["proj_lora_64", "proj_lora_64"]}
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ({"parallel": ["proj_lora_64", "nobody"]}, "no blueprint is called 'nobody'"),
+        ({"parallel": ["proj_lora_64", "nobody"]}, "no blueprint has the slug 'nobody'"),
         ({"parallel": ["some", "proj_ia3"]}, "some → some: a cycle"),
         ({"parallel": ["attn_std", "attn_split_qk"]}, "attn_std conflicts with attn_split_qk"),
         ({"parallel": ["attn_std", {"sequential": ["proj_ia3", "attn_split_qk"]}]}, "conflicts"),
-        ({"parallel": ["proj_ia3", "proj_ia3"]}, "proj_ia3 stands twice"),
+        ({"parallel": ["proj_ia3", "proj_ia3"]}, "proj_ia3 occurs twice"),
         ({"parallel": ["router_top2", "load_bal_ema"]}, "needs router_moe_auxloss or router_top2"),
         ({"assembly": ["load_bal_ema", "router_top2"]}, "before it, in an assembly"),
         ({"assembly": ["proj_ia3", "proj_lora_64"]}, "an assembly needs a router"),
@@ -282,7 +282,7 @@ LORAS = {"sequential": ["proj_lora_64", "proj_lora_64"]}
         ({"parallel": ["proj_ia3", 7]}, "some → part_2: a node is one of"),
         ("proj_ia3", "a node is one of"),
         (None, "a node is one of"),
-        ({"sequential": [LORAS] * 9}, "18 parts in all, at most 16"),
+        ({"sequential": [LORAS] * 9}, "18 parts in total; at most 16"),
         (
             {"parallel": ["attn_std", {"parallel": ["proj_ia3", {"parallel": ["mon_act_stats",
             {"parallel": ["proj_lora_64", {"parallel": ["x", "y"]}]}]}]}]},
@@ -392,7 +392,7 @@ def test_a_folder_that_is_not_there_is_a_sentence(
 ) -> None:
     own_registry.setenv("ESPER_COMPOSITIONS", str(tmp_path / "nowhere"))
     registry._by_slug.cache_clear()
-    with pytest.raises(ConfigurationError, match="no folder"):
+    with pytest.raises(ConfigurationError, match="not a folder"):
         blueprints.list_blueprints()
 
 

@@ -108,7 +108,7 @@ def test_a_layer_on_a_device_that_is_not_here_is_no_final_no() -> None:
 
 
 class Shouting(Graft):
-    """Changes the layer's output at birth, which no graft may."""
+    """Changes the layer's output right after the graft, which no graft may."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def test_a_graft_that_changes_the_output_is_refused_by_its_certificate(
 ) -> None:
     monkeypatch.setattr(Ia3, "make", lambda self, layer, config, weights: Shouting())
 
-    with pytest.raises(KernelBuildError, match="output at birth") as refused:
+    with pytest.raises(KernelBuildError, match="output right after the graft") as refused:
         build_kernel(LAYER, "proj_ia3", private_key=PRIVATE_KEY)
 
     assert refused.value.permanent

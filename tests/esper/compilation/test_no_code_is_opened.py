@@ -302,7 +302,7 @@ def test_an_archive_that_names_a_file_twice_or_too_many_is_refused() -> None:
         out.getvalue(),
         pack_archive({f"f{number}": b"" for number in range(MAX_FILES + 1)}),
     ):
-        with pytest.raises(KernelError, match="twice, or holds too many"):
+        with pytest.raises(KernelError, match="duplicate name, or too many"):
             unpack_archive(data)
 
 

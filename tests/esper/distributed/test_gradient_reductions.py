@@ -155,7 +155,7 @@ def test_where_no_reduction_fits_a_sentence_says_why(two_ranks: RankPool) -> Non
     assert first == second
     for sentence, part in zip(
         first,
-        ["at least 2 ranks", "does not go together", "hook of its own", "bare Sequential"],
+        ["at least 2 ranks", "conflicts with", "its own communication hook", "bare Sequential"],
         strict=True,
     ):
         assert part in sentence

@@ -56,7 +56,7 @@ def test_what_cannot_hold_a_graft_says_why() -> None:
     infos = traced(TinyTransformer(), TOKENS)
     unfit = {name: info.reason for name, info in infos.items() if not info.graftable}
     assert set(unfit) == {"blocks.0.attention.out_proj", "blocks.1.attention.out_proj"}
-    assert all("never fires" in reason for reason in unfit.values())
+    assert all("never run" in reason for reason in unfit.values())
 
 
 def test_convolutions_tell_their_geometry() -> None:
@@ -88,7 +88,7 @@ def test_a_layer_that_never_ran_says_so() -> None:
     model.spare = nn.Linear(3, 3)
     spare = traced(model, TOKENS)["spare"]
     assert not spare.graftable
-    assert "not seen to run" in spare.reason
+    assert "did not run" in spare.reason
 
 
 def test_a_whole_model_that_is_one_layer_is_not_grafted() -> None:

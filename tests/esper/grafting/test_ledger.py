@@ -191,7 +191,10 @@ def test_the_audit_names_what_is_wrong_and_what_to_do() -> None:
     findings = {(f.layer, f.observed): f for f in audit(model, [optimizer])}
     observed = {key: finding.severity for key, finding in findings.items()}
     assert observed == {
-        ("blocks.0.wide", "weight: trainable, but in no optimizer: it will never move"): "serious",
+        (
+            "blocks.0.wide",
+            "weight: trainable, but in no optimizer: it will never change",
+        ): "serious",
         ("blocks.1.narrow", "bias: frozen, after an optimizer has trained it"): "caution",
         ("embed", "weight: held 2 times: it is updated more than once a step"): "serious",
         ("", "1 tensors held by an optimizer are not in the model"): "caution",
@@ -213,4 +216,4 @@ def test_one_problem_of_many_tensors_is_one_finding() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(10)))
     (finding,) = audit(model, [torch.optim.SGD(model[0].parameters(), lr=0.1)])
     assert finding.layer == ""
-    assert finding.observed.startswith("18 tensors, 1.weight the first: trainable, but in no")
+    assert finding.observed.startswith("18 tensors, the first is 1.weight: trainable, but in no")

@@ -87,7 +87,7 @@ def test_steps_that_are_too_small_for_the_dtype_are_found() -> None:
     (finding,) = train(model, adam(model, lr=1e-4))
     assert (
         finding.observed
-        == f"gain: has a gradient, but has not moved in {STEPS} steps of its optimizer"
+        == f"gain: has a gradient, but has not changed in {STEPS} steps of its optimizer"
     )
     assert finding.severity == "serious"
     assert "bfloat16" in finding.remedy
@@ -103,7 +103,7 @@ def test_a_graft_that_is_cut_off_from_the_loss_is_found() -> None:
 
     (finding,) = train(model, adam(model), steps=3 * STEPS, before=cut_off)
     assert (finding.layer, finding.severity) == ("used.esper.proj_ia3", "serious")
-    assert "does not depend on what its layer gives" in finding.observed
+    assert "does not depend on its layer's output" in finding.observed
 
 
 def test_a_finding_goes_when_its_graft_goes() -> None:
@@ -202,7 +202,7 @@ def test_standing_still_for_a_reason_is_no_finding(run: Callable[[Model], list[F
 def test_an_optimizer_that_is_never_stepped_is_found() -> None:
     model = Model()
     (finding,) = train(model, adam(model), every=10**6, steps=SILENT_STEPS + 1)
-    assert "AdamW was not stepped once" in finding.observed
+    assert "AdamW made no step" in finding.observed
 
 
 def test_freezing_a_trained_layer_is_said_within_a_hundred_steps() -> None:
@@ -241,5 +241,5 @@ def test_a_graft_on_outputs_that_nobody_reads_is_told_in_words() -> None:
     assert {finding.layer for finding in found} == {"rnn.esper.mlp_gelu_2048"}
     for finding in found:
         assert "the graft learns nothing" in finding.observed
-        assert "the last state (h_n) is without it" in finding.observed
+        assert "it does not change the last state (h_n)" in finding.observed
         assert "take it out" in finding.remedy

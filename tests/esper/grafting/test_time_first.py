@@ -86,6 +86,6 @@ def test_where_sizes_do_not_tell_the_branch_is_refused_in_words() -> None:
     model = Transposing()
     x = torch.randn(BATCH, BATCH, WIDTH)
     assert layer_of(model, "embed", x).sequence_axis == -1
-    with pytest.raises(IncompatibleLayerError, match="does not tell which axis is time"):
+    with pytest.raises(IncompatibleLayerError, match="does not show which axis is time"):
         esper.graft(model, "embed", "attn_std", sample=x)
     assert blueprints.get_blueprint("proj_lora_64").supports(layer_of(model, "embed", x)) == ""

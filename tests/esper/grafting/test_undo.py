@@ -169,7 +169,7 @@ def test_without_its_snapshot_only_a_soft_undo_is_possible() -> None:
     receipt.forget_snapshot()
     assert not receipt.can_undo_hard
     assert receipt.digest_before == before
-    with pytest.raises(UndoError, match="softly"):
+    with pytest.raises(UndoError, match="soft undo"):
         receipt.undo()
     receipt.undo(hard=False)
     assert digest(training.model) == before

@@ -93,7 +93,7 @@ def test_nobody_adds_room_while_another_adaptation_is_under_way(make_snapshot: M
     answer = proposals(make_snapshot(in_flight=1))
 
     assert not answer.decisions
-    assert any("under way" in reason for reason in answer.reasons)
+    assert any("in progress" in reason for reason in answer.reasons)
 
 
 def test_after_an_adaptation_the_curve_must_be_seen_again(make_snapshot: Make) -> None:

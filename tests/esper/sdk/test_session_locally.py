@@ -381,7 +381,7 @@ def test_a_graft_out_of_a_checkpoint_can_still_be_taken_out(training: Training) 
         receipt = resumed.adaptations[0].receipt
         assert receipt is not None
         later.run(3, resumed)
-        with pytest.raises(UndoError, match="softly"):
+        with pytest.raises(UndoError, match="soft undo"):
             resumed.undo(receipt)
         resumed.undo(receipt, hard=False)
         assert len(later.optimizer.param_groups) == 1
