@@ -41,6 +41,7 @@ from esper.contracts.kernels import CODE_FILE, COMPILED_FILES, MAX_CODE_BYTES
 from esper.exceptions import KernelDigestError, KernelError, SignatureError
 
 ROOT = Path(__file__).resolve().parents[3]
+CODE = ("esper", "apps", "esper_web", "launcher", "hosts", "examples", "benchmarks", "scripts")
 AUDITED = "esper/compilation/native.py"
 PRIVATE_KEY = signing.generate_private_key()
 TRUSTED_KEY = signing.public_key(PRIVATE_KEY)
@@ -378,7 +379,7 @@ def _unsafe_arguments(call: ast.Call) -> list[str]:
 
 def test_one_module_opens_code_and_no_other_does() -> None:
     guilty = {}
-    for folder in ("esper", "apps", "esper_web", "examples", "benchmarks", "scripts"):
+    for folder in CODE:
         for path in (ROOT / folder).rglob("*.py"):
             if found := opens_code(path.read_text(encoding="utf-8")):
                 guilty[str(path.relative_to(ROOT))] = found
