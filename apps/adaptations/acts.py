@@ -1,4 +1,4 @@
-"""What people do with an adaptation. One path for page, API and command line."""
+"""What people do with an adaptation. Pages, API and command line call these functions."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ S = AdaptationState
 CLAIM_LENGTH = timedelta(minutes=10)
 EXTENSION = timedelta(minutes=5)
 MAX_EXTENSIONS = 3
-EVIDENCE_FRAMES = 12  # how far back the newest value of a signal may lie
-# A worse state of the layer is what an approver must not miss; these are 100 % of the tolerance.
+EVIDENCE_FRAMES = 12  # a signal's newest value is looked for in so many frames
+# What an approver must not miss is that the layer got worse. Each of these is 100 % drift.
 HEALTH_TOLERANCE = 0.4
 LOSS_RISE_TOLERANCE = 0.5
 
@@ -59,12 +59,12 @@ _ACTS = {
 
 
 def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
-    """For each act: may this person do it now, and if not, why not."""
+    """For each act: whether this person may do it now, and if not, why."""
     answers = {}
     for name, (act, states) in _ACTS.items():
         if adaptation.state not in states:
             word = adaptation.state.replace("_", " ")
-            answers[name] = Permission(False, "decision-not-pending", f"It is {word}.")
+            answers[name] = Permission(False, "decision-not-pending", f"The adaptation is {word}.")
         else:
             answers[name] = may(user, act, owner_id=adaptation.run.owner_id)
     if adaptation.merged_at is not None and answers["rollback"].allowed:
@@ -86,24 +86,29 @@ def approve_adaptation(
     evidence_hash: str = "",
     accept_drift: bool = False,
 ) -> Adaptation:
-    """Let it happen.
+    """Approve an adaptation that waits, and queue its compile job.
 
     Raises:
-        Problem: not allowed, not what was shown (412), over (409), held by another's claim,
-            adaptation is switched off (423), or the evidence has drifted (409).
+        Problem: not allowed (403), not the adaptation that was shown (412), decided already or
+            claimed by another person (409), the evidence has drifted (409), or adaptation is
+            switched off (423).
     """
     with transaction.atomic():
         _prepare(adaptation, user, "approve", version)
         if evidence_hash and evidence_hash != adaptation.evidence_hash:
-            raise Problem(412, "payload-changed", "This is not the adaptation that you were shown.")
+            raise Problem(
+                412,
+                "payload-changed",
+                "The adaptation differs from the one that you were shown. Load it again.",
+            )
         _check_claim(adaptation, user)
         drift = evidence_drift(adaptation)
         if drift is not None and drift > 1.0 and not accept_drift:
             raise Problem(
                 409,
                 "evidence-stale",
-                f"The evidence has drifted by {drift:.0%} of what is tolerated since you were "
-                "asked. Look at the new numbers before you approve.",
+                f"The evidence has drifted by {drift:.0%} of the tolerance since the proposal. "
+                "Look at the new numbers before you approve.",
                 drift=drift,
                 evidence_now=evidence_now(adaptation),
             )
@@ -128,7 +133,7 @@ def approve_adaptation(
 def reject_adaptation(
     *, adaptation: Adaptation, user: User, via: str, version: int, reason: str, **_: Any
 ) -> Adaptation:
-    """Refuse it for good; needs a reason, and works while adaptation is switched off."""
+    """Reject an adaptation; needs a reason, and works while adaptation is switched off."""
     _prepare(adaptation, user, "reject", version)
     _check_reason(reason, "rejects")
     return transition(
@@ -146,7 +151,7 @@ def reject_adaptation(
 def cancel_adaptation(
     *, adaptation: Adaptation, user: User, via: str, version: int, reason: str = "", **_: Any
 ) -> Adaptation:
-    """Stop it before it reaches the run."""
+    """Cancel an adaptation that has not been sent to the trainer yet."""
     _prepare(adaptation, user, "cancel", version)
     if adaptation.job is not None:
         cancel_job(adaptation.job)
@@ -159,7 +164,7 @@ def cancel_adaptation(
 def roll_back_adaptation(
     *, adaptation: Adaptation, user: User, via: str, version: int, reason: str, **_: Any
 ) -> Adaptation:
-    """Take a graft out again: from probation to the bit, from kept by detaching it."""
+    """Remove a graft: from probation by restoring the snapshot, from kept by detaching it."""
     _prepare(adaptation, user, "rollback", version)
     _check_reason(reason, "rolls back")
     if adaptation.run.state in RUN_ENDED:
@@ -173,7 +178,7 @@ def roll_back_adaptation(
 def claim_adaptation(
     *, adaptation: Adaptation, user: User, via: str, version: int, **_: Any
 ) -> Adaptation:
-    """Tell the others that I look at it; holds for ten minutes."""
+    """Claim an adaptation for ten minutes, so that others see who is looking at it."""
     _prepare(adaptation, user, "claim", version)
     _check_claim(adaptation, user)
     return _note(
@@ -190,7 +195,7 @@ def claim_adaptation(
 def release_adaptation(
     *, adaptation: Adaptation, user: User, via: str, version: int, **_: Any
 ) -> Adaptation:
-    """Give a claim back."""
+    """Release a claim."""
     _prepare(adaptation, user, "release", version)
     _check_claim(adaptation, user)
     return _note(adaptation, user, via, "released", claimed_by=None, claimed_until=None)
@@ -200,10 +205,12 @@ def release_adaptation(
 def extend_adaptation(
     *, adaptation: Adaptation, user: User, via: str, version: int, **_: Any
 ) -> Adaptation:
-    """Five more minutes to think, three times at most."""
+    """Extend the deadline by five minutes, three times at most."""
     _prepare(adaptation, user, "extend", version)
     if adaptation.extensions >= MAX_EXTENSIONS:
-        raise Problem(409, "no-extension-left", f"It was extended {MAX_EXTENSIONS} times already.")
+        raise Problem(
+            409, "no-extension-left", f"The deadline was extended {MAX_EXTENSIONS} times already."
+        )
     return _note(
         adaptation,
         user,
@@ -216,9 +223,9 @@ def extend_adaptation(
 
 @transaction.atomic
 def set_adaptation_switch(*, on: bool, user: User, via: str, reason: str = "") -> None:
-    """The kill switch: stop (or allow) all adaptation; training goes on everywhere.
+    """The kill switch: stop (or allow) all adaptation; training continues everywhere.
 
-    Needs no reason: kill first, explain afterwards. Every live run is told and acknowledges.
+    It needs no reason, so that nothing delays it. Every live run gets a command, and acknowledges.
 
     Raises:
         Problem: not allowed.
@@ -239,24 +246,24 @@ def set_adaptation_switch(*, on: bool, user: User, via: str, reason: str = "") -
 
 
 def undo_plan(adaptation: Adaptation) -> list[str]:
-    """How this graft would be taken out, in sentences for the approver."""
+    """How this graft would be removed, in sentences for the approver."""
     layer = adaptation.layer
     if adaptation.merged_at is not None:
         return [MERGED]
     return [
         "Before the graft the trainer takes a snapshot of weights, buffers, optimizer, scheduler "
         "and random state.",
-        f"During probation {layer} is brought back to that snapshot to the bit; the host's "
-        "parameters are never replaced, so names, ties and checkpoints stay valid.",
-        "A non-finite loss, or one that blows up, is undone by the trainer itself within three "
-        "steps, also when this server cannot be reached.",
-        f"After it was kept, an operator can still detach the graft; {layer} then computes what "
-        "it would without it, and keeps what the host has learned meanwhile.",
+        f"During probation the trainer can restore {layer} from that snapshot, bit by bit; the "
+        "host's parameters are never replaced, so names, ties and checkpoints stay valid.",
+        "When the loss is not finite or blows up, the trainer removes the graft itself within "
+        "three steps, also when it cannot reach this server.",
+        f"After the graft was kept, an operator can still detach it; {layer} then computes what "
+        "it would compute without the graft, and keeps what the host has learned meanwhile.",
     ]
 
 
 def evidence_now(adaptation: Adaptation) -> dict[str, float | None]:
-    """The layer's newest signals and the run's loss; None where nobody has measured."""
+    """The layer's newest signals and the run's loss; None where nothing was measured."""
     run = adaptation.run
     now: dict[str, float | None] = {"step": run.step, "loss": run.last_loss}
     names = tuple(layer["name"] for layer in run.layers)
@@ -273,9 +280,9 @@ def evidence_now(adaptation: Adaptation) -> dict[str, float | None]:
 
 
 def evidence_drift(adaptation: Adaptation) -> float | None:
-    """How far the layer has moved since the evidence was frozen; 1.0 is all that is tolerated.
+    """How far the layer has drifted since the proposal, as a share of the tolerance.
 
-    None: unknown. Only what got *worse* counts for the loss: a falling loss is what training does.
+    None: unknown. A falling loss is no drift: training is meant to lower it.
     """
     then, now = adaptation.evidence, evidence_now(adaptation)
     parts = []
@@ -303,8 +310,8 @@ def _prepare(adaptation: Adaptation, user: User, act: str, version: int) -> None
         raise Problem(
             412,
             "version-changed",
-            f"A-{adaptation.number} is at version {adaptation.version}, you saw {version}. "
-            "Look at it again.",
+            f"A-{adaptation.number} is at version {adaptation.version}, you saw version {version}. "
+            "Load it again.",
             version=adaptation.version,
         )
 
@@ -315,7 +322,7 @@ def _check_claim(adaptation: Adaptation, user: User) -> None:
         raise Problem(
             409,
             "claim-held",
-            f"{holder.get_username()} is looking at it until {until:%H:%M:%S} UTC.",
+            f"{holder.get_username()} has claimed it until {until:%H:%M:%S} UTC.",
             claimed_by=holder.get_username(),
             claimed_until=until.isoformat(),
         )
@@ -323,11 +330,13 @@ def _check_claim(adaptation: Adaptation, user: User) -> None:
 
 def _check_reason(reason: str, verb: str) -> None:
     if not reason.strip():
-        raise Problem(422, "reason-required", f"Who {verb} an adaptation says why.")
+        raise Problem(
+            422, "reason-required", f"Give a reason: whoever {verb} an adaptation must give one."
+        )
 
 
 def _note(adaptation: Adaptation, user: User, via: str, word: str, **changes: Any) -> Adaptation:
-    """A change that leaves the state alone."""
+    """Change fields without changing the state."""
     count = Adaptation.objects.filter(
         pk=adaptation.pk, state=adaptation.state, version=adaptation.version
     ).update(version=F("version") + 1, **changes)

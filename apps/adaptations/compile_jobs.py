@@ -1,4 +1,4 @@
-"""From approved to compiled: the work of the task on the queue ``compile.<capability>``."""
+"""From approved to compiled: what the task in the queue ``compile.<capability>`` does."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ DISPATCH_TASK = "adaptations.dispatch"
 
 
 def queue_compilation(adaptation: Adaptation, *, layer: LayerInfo, actor: Actor) -> Adaptation:
-    """Approved: ask for a kernel. In the transaction of the approval."""
+    """Queue the job that builds the kernel. In the transaction of the approval."""
     job = workers.queue_job(
         adaptation_uid=adaptation.uid,
         run_uid=adaptation.run.uid,
@@ -62,7 +62,7 @@ def queue_compilation(adaptation: Adaptation, *, layer: LayerInfo, actor: Actor)
 
 @dataclass(frozen=True, slots=True)
 class _Built:
-    """What an attempt has come to: a kernel from the cache, or a new bundle in the store."""
+    """The result of an attempt: a kernel from the cache, or a new bundle in the store."""
 
     key: KernelKey
     cached: Kernel | None = None
@@ -72,7 +72,7 @@ class _Built:
 
 
 class _ForecastOverLimitError(EsperError):
-    """Shape arithmetic says that the graft would break a limit; nothing was built."""
+    """By its forecast the graft would break a limit; nothing was built."""
 
     def __init__(self, broken: list[Check]) -> None:
         super().__init__(" ".join(check.text for check in broken))
@@ -80,7 +80,10 @@ class _ForecastOverLimitError(EsperError):
 
 
 def compile_kernel(job_uid: str, *, worker: str) -> None:
-    """Take the job if it is to be had, build or reuse the kernel, and send the result on."""
+    """Claim the job, build or reuse the kernel, and queue its dispatch.
+
+    Does nothing when another worker has the job or nobody needs it any more.
+    """
     job = CompileJob.objects.get(uid=job_uid)
     actor = Actor(ActorKind.WORKER, worker)
     if not _start(job, worker, actor):
@@ -93,7 +96,7 @@ def compile_kernel(job_uid: str, *, worker: str) -> None:
     except BuilderLostError as error:
         if error.wanted:
             log.warning("job %s: %s", job.uid, error)
-            return  # whoever took the lease away has moved the rows
+            return  # the lease was taken away, and the rows were moved then
         log.error("job %s: %s\n%s", job.uid, error, error.log)
         _fail(job, actor, str(error), permanent=False, builder_log=error.log, progress=progress)
         workers.note_lost_builder(worker)
@@ -117,7 +120,7 @@ def compile_kernel(job_uid: str, *, worker: str) -> None:
 def _start(job: CompileJob, worker: str, actor: Actor) -> bool:
     adaptation = _locked(job)
     if adaptation.state == AdaptationState.COMPILING:
-        return False  # a second doorbell: whoever holds the lease is at it
+        return False  # a repeated message: the holder of the lease is building
     if adaptation.state != AdaptationState.COMPILE_QUEUED:
         workers.cancel_job(job)
         return False
@@ -135,7 +138,7 @@ def _locked(job: CompileJob) -> Adaptation:
 
 
 def _build_or_reuse(job: CompileJob, progress: Progress) -> _Built:
-    """A builder child does all that needs torch; this process never opens the device."""
+    """A builder child does everything that needs torch; this process never opens the device."""
     builder = builders().ready()
     order = BuildOrder(
         LayerInfo.from_wire(job.layer), job.blueprint_slug, job.config, job.capability
@@ -153,7 +156,9 @@ def _build_or_reuse(job: CompileJob, progress: Progress) -> _Built:
         stopped=progress.lost.is_set,
     )
     if draft.key != key:
-        raise KernelBuildError("the builder changed its mind about the key", permanent=False)
+        raise KernelBuildError(
+            "the builder made a kernel with another key than it specified", permanent=False
+        )
     bundle = pack(draft, private_key=Path(settings.ESPER_KERNEL_KEY_FILE).read_text().strip())
     progress.note(JobStep.SIGNED)
     kernel_store().put(bundle)
@@ -180,7 +185,7 @@ def _stored_kernel(key: KernelKey) -> Kernel | None:
     try:
         open_kernel(store.get(row.digest), row.digest, settings.ESPER_KERNEL_PUBLIC_KEY)
     except EsperError as error:
-        log.warning("kernel %s is built again: %s", row.digest, error)
+        log.warning("kernel %s cannot be used and is built again: %s", row.digest, error)
         report_corrupt(row, str(error))
         return None
     return row
@@ -192,10 +197,10 @@ def _finish(
 ) -> None:
     adaptation = _locked(job)
     if not workers.holds_lease(job):
-        log.warning("job %s: this attempt came too late, its result is not taken", job.uid)
+        log.warning("job %s: this attempt has lost its lease, its result is refused", job.uid)
         return
     if workers.is_quarantined(actor.name):
-        reason = f"{actor.name} is in quarantine, its result is not taken"
+        reason = f"{actor.name} is in quarantine, its result is refused"
         _give_up_attempt(adaptation, job, actor, reason, permanent=False)
         return
     progress.write()
@@ -211,7 +216,7 @@ def _finish(
 
 
 def _kernel_row(built: _Built, worker: str) -> Kernel:
-    """Only now, under the fence: a late attempt must not replace the row of the one that counts."""
+    """Written only after the fence: a late attempt must not replace the row of a valid one."""
     assert built.bundle is not None
     assert built.report is not None
     return kernels.store_kernel(
@@ -235,7 +240,7 @@ def _measured_limits_hold(adaptation: Adaptation, kernel: Kernel) -> bool:
         adaptation,
         broken,
         severity=Severity.SERIOUS,
-        action="The kernel was measured before it reached the run; it was not sent.",
+        action="The kernel was not sent to the run.",
     )
     if broken:
         reason = " ".join(check.text for check in broken)
@@ -275,7 +280,7 @@ def _record_broken(
 
 
 def queue_dispatch(adaptation: Adaptation) -> None:
-    """To the run's own host where a worker serves it, so that the kernel is staged there."""
+    """Dispatch on the run's host where a worker serves it, so that the kernel is staged there."""
     queue = f"host.{adaptation.run.host}"
     if not workers.queue_is_served(queue):
         queue = "control"
@@ -321,7 +326,7 @@ def _give_up_attempt(
         adaptation,
         broken or [_no_kernel(adaptation, error, permanent=permanent)],
         severity=Severity.CAUTION,
-        action=f"Given up after attempt {job.attempt}; the run was not touched.",
+        action=f"The job failed for good at attempt {job.attempt}; the run was not changed.",
     )
     transition(adaptation, AdaptationState.COMPILE_FAILED, actor=actor, reason=error)
 
@@ -333,10 +338,10 @@ def _no_kernel(adaptation: Adaptation, error: str, *, permanent: bool) -> Check:
         hard=True,
         observed=error,
         limit="a certified kernel",
-        text=f"The kernel for {adaptation.layer} could not be made: {error}",
+        text=f"The kernel for {adaptation.layer} could not be built: {error}",
     )
 
 
 def take_lost_job_back(job: CompileJob) -> None:
-    """The worker of this attempt is gone: another attempt, or the end."""
+    """The worker has not renewed its lease: queue another attempt, or fail the job."""
     _fail(job, SYSTEM, f"worker {job.lease_owner} was lost", permanent=False)

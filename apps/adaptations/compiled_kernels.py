@@ -1,12 +1,12 @@
-"""Tier 1 for a graft that is in a model: compile it in the background, offer it to the trainer.
+"""Tier 1: compile a graft that is in a model in the background, and offer it to the trainer.
 
 grafted ─► queued ─► building ─► offered ─► swapped_in
                          │           └────► kept_eager, with what was measured
                          └────────────────► kept_eager (slower on the worker), unavailable, failed
 
-Nothing waits for it, and nothing depends on it: the eager graft goes on in every case. It is built
-by a process of its own, at the lowest priority, which the compile worker starts and forgets; the
-row says how far it is.
+Nothing waits for it: the eager graft stays in use in every case. A process of its own builds the
+kernel at the lowest priority. The compile worker starts that process and does not wait for it; the
+row in the database holds its progress.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ log = logging.getLogger(__name__)
 SPEED_UP_TASK = "adaptations.speed_up"
 OFFER_SECONDS = 600
 GIVE_UP_AFTER = timedelta(minutes=15)
-WORTH_OFFERING = 1.0  # slower than that on the worker's own device: the trainer is not troubled
+WORTH_OFFERING = 1.0  # slower than that on the worker's device: it is not offered
 
 
 def request_speed_up(adaptation: Adaptation) -> SpeedUp | None:
-    """A graft is in: ask for its compiled kernel, where the trainer takes one. In a transaction."""
+    """Ask for the compiled kernel of a graft, if its trainer accepts one. In a transaction."""
     run = adaptation.run
     if not settings.ESPER_COMPILED_KERNELS or run.versions.get("machine_code") != "taken":
         return None
@@ -73,7 +73,7 @@ def request_speed_up(adaptation: Adaptation) -> SpeedUp | None:
 
 
 def start_builder(pk: int) -> None:
-    """The task on the compile worker: start the builder, and be free for the next tier 0."""
+    """Start the builder process and return, so that the worker can take the next job."""
     if not SpeedUp.objects.filter(pk=pk, state=SpeedUpState.QUEUED).exists():
         return
     subprocess.Popen(
@@ -101,11 +101,13 @@ def build_next(*, worker: str) -> bool:
 
 
 def give_up_lost() -> int:
-    """Builders and trainers that were not heard of again; returns how many rows."""
+    """Fail rows whose builder or trainer has not reported in time; return how many."""
     waiting = (SpeedUpState.QUEUED, SpeedUpState.BUILDING, SpeedUpState.OFFERED)
     return SpeedUp.objects.filter(
         state__in=waiting, asked_at__lt=timezone.now() - GIVE_UP_AFTER
-    ).update(state=SpeedUpState.FAILED, text="nothing was heard of it in time")
+    ).update(
+        state=SpeedUpState.FAILED, text="neither builder nor trainer reported a result in time"
+    )
 
 
 def _build_and_offer(row: SpeedUp, worker: str) -> None:
@@ -185,7 +187,7 @@ def _offer(row: SpeedUp, adaptation: Adaptation, kernel: Kernel, speedup: float)
 
 
 def note_answer(command: Command, ack: CommandAck) -> None:
-    """The trainer has tried it on its own device. In the transaction of the acknowledgement."""
+    """Record what the trainer measured on its device. In the transaction of the answer."""
     row = SpeedUp.objects.filter(adaptation_uid=command.adaptation_uid).first()
     if row is None or ack.state is CommandState.ACCEPTED:
         return

@@ -1,4 +1,4 @@
-"""Deadlines and lost partners. Runs every two seconds; doing it twice does no harm."""
+"""Deadlines, lost leases and silent trainers. Runs every two seconds, and may run twice at once."""
 
 from __future__ import annotations
 
@@ -39,16 +39,28 @@ from esper.contracts import (
 log = logging.getLogger(__name__)
 
 S = AdaptationState
-HINT_AGAIN_AFTER = timedelta(seconds=10)
+
+_OVERDUE = {
+    S.AWAITING_APPROVAL: "nobody decided before the deadline",
+    S.COMPILE_QUEUED: "no worker took the compile job before the deadline",
+    S.COMPILING: "the compile job did not finish before the deadline",
+    S.COMPILED: "the kernel was not sent to the trainer before the deadline",
+    S.DISPATCHED: "the trainer did not accept the command before the deadline",
+    S.ACCEPTED: "the trainer did not confirm the graft before the deadline",
+    S.PROBATION: "no verdict before the deadline",
+    S.ROLLING_BACK: "the trainer did not confirm the rollback before the deadline",
+    S.IN_DOUBT: "the trainer did not report before the deadline",
+}
+NOTIFY_AGAIN_AFTER = timedelta(seconds=10)
 
 
 def sweep() -> int:
-    """One round; returns how many adaptations were moved."""
+    """Do one round; return how many adaptations were moved."""
     mark_offline_workers()
     for job in jobs_with_lost_lease():
         take_lost_job_back(job)
     note_unserved_jobs()
-    _hint_again()
+    _notify_again()
     _expire_commands()
     moved = sum(_expire(adaptation) for adaptation in _overdue())
     _watch_runs()
@@ -68,7 +80,7 @@ def _expire(adaptation: Adaptation) -> bool:
         with transaction.atomic():
             lock_run(adaptation.run_id)
             _take_outcome(adaptation)
-    except Problem as error:  # somebody was quicker, which is fine
+    except Problem as error:  # a person or a report has moved it meanwhile
         log.info("A-%s: %s", adaptation.number, error)
         return False
     return True
@@ -77,18 +89,18 @@ def _expire(adaptation: Adaptation) -> bool:
 def _take_outcome(adaptation: Adaptation) -> None:
     state = AdaptationState(adaptation.state)
     outcome = DEADLINES[state].outcome
-    reason = f"nothing came of {state.replace('_', ' ')} in time"
+    reason = _OVERDUE[state]
     if state == S.COMPILE_QUEUED and adaptation.job is not None and adaptation.job.waits_for:
         reason = f"{reason}: {adaptation.job.waits_for}"
-    if state in (S.DISPATCHED, S.ACCEPTED, S.ROLLING_BACK) and not heard_lately(adaptation.run):
-        # It may have done what it was told, and cannot say so.
-        transition(
-            adaptation, S.IN_DOUBT, actor=SYSTEM, reason=f"{reason}; the trainer is not heard of"
-        )
+    with_trainer = state in (S.DISPATCHED, S.ACCEPTED, S.ROLLING_BACK)
+    if with_trainer and not reported_recently(adaptation.run):
+        # It may have obeyed the command and be unable to report it.
+        reason = f"{reason}; {_last_report(adaptation.run)}"
+        transition(adaptation, S.IN_DOUBT, actor=SYSTEM, reason=reason)
     elif state == S.PROBATION:
         _end_probation(adaptation)
     elif outcome == S.ROLLBACK_FAILED:
-        quarantine(adaptation, SYSTEM, "the trainer did not confirm the undo in time")
+        quarantine(adaptation, SYSTEM, reason)
     else:
         if adaptation.job is not None and outcome in (S.COMPILE_FAILED, S.CANCELLED):
             cancel_job(adaptation.job)
@@ -98,12 +110,12 @@ def _take_outcome(adaptation: Adaptation) -> None:
 
 
 def _end_probation(adaptation: Adaptation) -> None:
-    """No verdict in time is never a success."""
-    if not heard_lately(adaptation.run):
-        reason = "the trainer is not heard of"
+    """Without a verdict in time a graft is rolled back, never kept."""
+    if not reported_recently(adaptation.run):
+        reason = _last_report(adaptation.run)
         transition(adaptation, S.IN_DOUBT, actor=SYSTEM, reason=reason)
         return
-    reason = "no verdict before the deadline: too little was measured to keep it"
+    reason = "no verdict before the deadline: too little was measured to keep the graft"
     _note_deadline(adaptation, reason, ViolationRule.MISSING_TELEMETRY)
     transition(adaptation, S.ROLLING_BACK, actor=SYSTEM, reason=reason)
     request_undo(adaptation, reason=reason)
@@ -119,22 +131,29 @@ def _note_deadline(
         observed=adaptation.state.replace("_", " "),
         limit=f"{adaptation.deadline_at:%H:%M:%S} UTC" if adaptation.deadline_at else "",
         text=f"A-{adaptation.number} of {adaptation.layer}: {reason}.",
-        action="It was ended; nothing is applied by the passing of time.",
+        action="The adaptation was ended. A deadline never applies a graft.",
         layer=adaptation.layer,
         adaptation_uid=adaptation.uid,
     )
 
 
-def heard_lately(run: Run) -> bool:
-    """Has the trainer said anything within the time that makes a run unreachable?"""
+def reported_recently(run: Run) -> bool:
+    """Whether the trainer has reported within the time that makes a run unreachable."""
     run.refresh_from_db(fields=["last_seen_at"])
     limit = timezone.now() - timedelta(seconds=settings.ESPER_RUN_UNREACHABLE_SECONDS)
     return run.last_seen_at is not None and run.last_seen_at > limit
 
 
-def _hint_again() -> None:
-    """A doorbell that was lost with Redis is rung again; the work is idempotent."""
-    late = timezone.now() - HINT_AGAIN_AFTER
+def _last_report(run: Run) -> str:
+    if run.last_seen_at is None:
+        return "the trainer has never reported"
+    silent = (timezone.now() - run.last_seen_at).total_seconds()
+    return f"the trainer has not reported for {silent:.0f} s"
+
+
+def _notify_again() -> None:
+    """Send task messages again that may be lost with Redis; the work is idempotent."""
+    late = timezone.now() - NOTIFY_AGAIN_AFTER
     waiting = Adaptation.objects.filter(changed_at__lt=late).select_related("run", "job")
     for adaptation in waiting.filter(state=S.COMPILE_QUEUED, job__state=JobState.QUEUED):
         with transaction.atomic():
@@ -161,14 +180,24 @@ def _expire_commands() -> None:
 
 
 def _watch_runs() -> None:
-    """A silent run is unreachable, after a day it is lost; both are about our knowledge."""
+    """Mark silent runs unreachable, and lost after a day; such a run may still be training."""
     now = timezone.now()
     silent = now - timedelta(seconds=settings.ESPER_RUN_UNREACHABLE_SECONDS)
     lost = now - timedelta(seconds=settings.ESPER_RUN_LOST_SECONDS)
     for run in Run.objects.exclude(state__in=RUN_ENDED).filter(last_seen_at__lt=silent):
         with transaction.atomic():
             if run.last_seen_at and run.last_seen_at < lost:
-                if set_state(run=run, state=RunState.LOST, actor=SYSTEM, reason="silent for a day"):
+                if set_state(
+                    run=run,
+                    state=RunState.LOST,
+                    actor=SYSTEM,
+                    reason="the trainer has not reported for a day",
+                ):
                     close_open_adaptations(run, SYSTEM, "the run was lost")
             elif run.state != RunState.UNREACHABLE:
-                set_state(run=run, state=RunState.UNREACHABLE, actor=SYSTEM, reason="not heard of")
+                set_state(
+                    run=run,
+                    state=RunState.UNREACHABLE,
+                    actor=SYSTEM,
+                    reason="the trainer has stopped reporting",
+                )

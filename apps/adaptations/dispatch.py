@@ -1,4 +1,4 @@
-"""From compiled to the trainer: stage the kernel on the run's host, write the signed command."""
+"""From compiled to dispatched: stage the kernel on the run's host, write the signed command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def dispatch_adaptation(adaptation_uid: str, *, worker: str) -> None:
-    """Do it once; a repeated message finds the adaptation dispatched and does nothing."""
+    """Send the kernel to the trainer. Does nothing for an adaptation that is dispatched already."""
     adaptation = Adaptation.objects.select_related("run", "kernel").get(uid=adaptation_uid)
     if adaptation.state != AdaptationState.COMPILED or adaptation.kernel is None:
         return
@@ -31,20 +31,20 @@ def dispatch_adaptation(adaptation_uid: str, *, worker: str) -> None:
 
 
 def _stage(digest: str) -> None:
-    """Spare the trainer the download; it checks digest and signature whatever it finds."""
+    """Save the trainer the download; it checks digest and signature of every file anyway."""
     from esper.compilation.store import stage
 
     try:
         stage(kernel_store().get(digest), digest, Path(settings.ESPER_STAGE_DIR))
     except (OSError, KernelError) as error:
-        log.warning("kernel %s was not staged, the trainer will fetch it: %s", digest, error)
+        log.warning("kernel %s was not staged, the trainer will download it: %s", digest, error)
 
 
 @transaction.atomic
 def _write_command(adaptation: Adaptation, actor: Actor) -> None:
     run = lock_run(adaptation.run_id)
     frozen = why_frozen(run)
-    if frozen:  # the kill switch holds from the moment that it was committed
+    if frozen:  # the kill switch takes effect when it is committed
         transition(adaptation, AdaptationState.CANCELLED, actor=actor, reason=frozen)
         return
     policy = adaptation.safety_policy.safety_policy()
@@ -60,7 +60,7 @@ def _write_command(adaptation: Adaptation, actor: Actor) -> None:
 
 
 def request_undo(adaptation: Adaptation, *, reason: str) -> None:
-    """Tell the trainer to take the graft out. In the transaction of ``rolling_back``."""
+    """Command the trainer to remove the graft. In the transaction of ``rolling_back``."""
     issue_command(
         run=adaptation.run,
         kind=CommandKind.UNDO,
@@ -72,7 +72,7 @@ def request_undo(adaptation: Adaptation, *, reason: str) -> None:
 
 
 def tell_kept(adaptation: Adaptation, *, reason: str) -> None:
-    """Tell the trainer that its guard may rest and its script may merge. In the transaction."""
+    """Tell the trainer that its guard can stop and its script may merge. In the transaction."""
     issue_command(
         run=adaptation.run,
         kind=CommandKind.KEEP,

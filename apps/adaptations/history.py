@@ -1,4 +1,4 @@
-"""What was done so far: the numbers that gates, Tamiyo and pages look at."""
+"""Earlier adaptations in numbers, for gates, Tamiyo and pages."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from esper.contracts import (
 )
 
 _BAD_ENDS = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED)
-# After these a layer rests longer: what was taken out or refused is not asked for at once again.
+# After these a layer has a longer cooldown, so that nobody is asked again at once.
 _REGRETTED = (*_BAD_ENDS, AdaptationState.REJECTED)
 
 
-# When it happened, in steps: the graft, or the proposal that never became one.
+# At which step it happened: the graft, or the proposal that never became one.
 _AT = Coalesce("graft_step", "proposed_step")
 
 
@@ -62,14 +62,14 @@ def run_facts(run: Run) -> RunFacts:
 
 
 def why_frozen(run: Run) -> str:
-    """Why nothing may be grafted into this run now; empty when it may."""
+    """Why nothing may be grafted into this run now; empty when grafting is allowed."""
     switch = adaptation_switch()
     if not switch.on:
-        return f"adaptation is killed everywhere by {switch.changed_by}"
+        return f"{switch.changed_by} has switched adaptation off everywhere"
     if run.quarantined_reason:
         return f"the run is quarantined: {run.quarantined_reason}"
     if run.adaptation_paused_by:
-        return f"adaptation is paused for this run by {run.adaptation_paused_by}"
+        return f"{run.adaptation_paused_by} has paused adaptation of this run"
     if run.ended:
         return f"the run has {run.state}"
     return ""

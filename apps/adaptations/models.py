@@ -1,4 +1,4 @@
-"""The whole life of one decision, and what a script did by itself.
+"""Adaptations from proposal to end, and the remedies that training scripts report.
 
 Only ``lifecycle.transition`` writes an adaptation's ``state``.
 """
@@ -164,7 +164,7 @@ class DecisionRecord(models.Model):
 
 
 class Remedy(models.Model):
-    """What a training script did to its model by itself, as it has reported it."""
+    """A change that a training script made to its own model, as the trainer has reported it."""
 
     uid = models.CharField(
         max_length=UID_LENGTH, unique=True, default=partial(new_uid, "rem"), editable=False

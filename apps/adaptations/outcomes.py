@@ -51,7 +51,7 @@ def _after_graft(command: Command, ack: CommandAck, actor: Actor) -> None:
     if adaptation is None:
         return
     if ack.state is CommandState.APPLIED and adaptation.state in ADAPTATION_ENDED - {S.KEPT}:
-        # The answer came after the deadline: the graft is in, and nobody would judge it.
+        # The answer came after the deadline: the graft is in the model and would never be judged.
         undo_leftovers(command.run, {adaptation.uid}, actor)
     if adaptation.state not in (S.DISPATCHED, S.ACCEPTED, S.IN_DOUBT):
         return
@@ -104,7 +104,7 @@ def _undo_uncertified(adaptation: Adaptation, certificate: Certificate, actor: A
         observed=reason,
         limit="a passing certificate",
         text=f"The trainer grafted {adaptation.layer} although its certificate fails: {reason}",
-        action="It was told to take the graft out.",
+        action="The server has commanded the trainer to remove the graft.",
         layer=adaptation.layer,
         adaptation_uid=adaptation.uid,
         step=adaptation.graft_step,
@@ -139,7 +139,7 @@ def _after_undo(command: Command, ack: CommandAck, actor: Actor) -> None:
     if ack.state is CommandState.APPLIED:
         _rolled_back(adaptation, actor, ack.digest_after, command.payload.get("reason", ""))
     elif ack.code == RefusalCode.NOT_GRAFTED:
-        _rolled_back(adaptation, actor, ack.digest_after, "it was out already")
+        _rolled_back(adaptation, actor, ack.digest_after, "the graft had been removed already")
     elif ack.code == RefusalCode.MERGED:
         _merged_meanwhile(adaptation, actor, ack)
     elif ack.state in (CommandState.FAILED, CommandState.REFUSED):
@@ -159,7 +159,7 @@ def _rolled_back(adaptation: Adaptation, actor: Actor, digest_after: str, reason
 
 
 def _merged_meanwhile(adaptation: Adaptation, actor: Actor, ack: CommandAck) -> None:
-    """It was to be taken out, but is merged into its host: it stays, and people are told."""
+    """The graft was to be removed, but is merged into its host: it stays, with a violation."""
     now = timezone.now()
     transition(
         adaptation,

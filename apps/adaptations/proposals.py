@@ -1,4 +1,4 @@
-"""A proposal arrives: every gate is checked again, in the transaction that writes it."""
+"""Proposals of Tamiyo. Every gate is checked again, in the transaction that writes the proposal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from esper.contracts import (
 )
 from esper.contracts.protocol import Decline, Proposal
 
-# Waiting for its turn, and a switch that a person has set, break no limit.
+# A proposal that must wait, or that a person's switch stops, breaks no limit.
 _ROUTINE = frozenset(
     {
         ViolationRule.FROZEN,
@@ -52,7 +52,7 @@ _ROUTINE = frozenset(
 
 
 class GateClosedError(Problem):
-    """A gate says no; nothing was written but the violations."""
+    """A gate did not pass; only violations were written."""
 
     def __init__(self, checks: list[Check]) -> None:
         super().__init__(
@@ -67,9 +67,9 @@ class GateClosedError(Problem):
 def propose_adaptation(
     *, run: Run, proposal: Proposal, idempotency_key: str, actor: Actor
 ) -> Adaptation:
-    """Write an adaptation and send it on its way: approved by rule, or to a person.
+    """Write an adaptation, then approve it by rule or wait for a person's decision.
 
-    The same ``idempotency_key`` gets the adaptation that it made before.
+    A repeated ``idempotency_key`` returns the adaptation of the first call.
 
     Raises:
         GateClosedError: a hard gate did not pass; violations are written for it.
@@ -79,13 +79,13 @@ def propose_adaptation(
         with transaction.atomic():
             return _propose(run, proposal, idempotency_key, actor)
     except GateClosedError as closed:
-        # Outside: the transaction above is gone, and so would be the violations.
+        # Here, because the transaction above was rolled back, and the violations would be too.
         record_closed_gates(run=run, layer=proposal.layer, step=proposal.step, checks=closed.checks)
         raise
 
 
 def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -> Adaptation:
-    run = lock_run(run.pk)  # proposals of one run take turns
+    run = lock_run(run.pk)  # one proposal of a run at a time
     known = Adaptation.objects.filter(idempotency_key=idempotency_key).first()
     if known is not None:
         return known
@@ -95,7 +95,7 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
     policy = current_policy()
     checks = (
         *check_gates(_gate_inputs(run, proposal, blueprint), policy.safety_policy()),
-        _check_neighbours(run, proposal.layer, blueprint),
+        _check_compatibility(run, proposal.layer, blueprint),
     )
     closed = [check for check in checks if check.blocks]
     if closed:
@@ -138,8 +138,8 @@ def _blueprint(slug: str) -> Blueprint:
     return blueprint
 
 
-def _check_neighbours(run: Run, layer: str, blueprint: Blueprint) -> Check:
-    """What the layer carries already must get on with the newcomer."""
+def _check_compatibility(run: Run, layer: str, blueprint: Blueprint) -> Check:
+    """The grafts that the layer has already must be compatible with the new one."""
     grafts = layer_histories(run).get(layer, LayerHistory()).grafts
     others = {row.slug: row.conflicts for row in Blueprint.objects.filter(slug__in=grafts)}
     clashing = sorted(
@@ -157,24 +157,24 @@ def _check_neighbours(run: Run, layer: str, blueprint: Blueprint) -> Check:
         limit=f"{' or '.join(missing)} first"
         if missing
         else f"nothing that conflicts with {blueprint.slug}",
-        text=_neighbourhood(layer, blueprint.slug, carried, clashing, missing),
+        text=_compatibility_text(layer, blueprint.slug, carried, clashing, missing),
     )
 
 
-def _neighbourhood(
+def _compatibility_text(
     layer: str, slug: str, carried: str, clashing: list[str], missing: list[str]
 ) -> str:
     if clashing:
         return f"{layer} carries {', '.join(clashing)}, which conflicts with {slug}."
     if missing:
         return f"{slug} needs {' or '.join(missing)} on {layer} first, which carries {carried}."
-    return f"{layer} carries {carried}; {slug} gets on with that."
+    return f"{layer} carries {carried}; {slug} is compatible with that."
 
 
 def _gate_inputs(run: Run, proposal: Proposal, blueprint: Blueprint) -> GateInputs:
     facts = run_facts(run)
     history = layer_histories(run).get(proposal.layer, LayerHistory())
-    risk = Risk(blueprint.risk)  # ours, not the proposal's
+    risk = Risk(blueprint.risk)  # from the catalogue, not from the proposal
     seen = run.last_seen_at
     return GateInputs(
         mode=RunMode(run.mode),
@@ -250,7 +250,7 @@ def _without_unknown(members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evidence_hash(proposal: Proposal) -> str:
-    """Names exactly what an approver is shown: what will run, where, and on which evidence."""
+    """The hash of what an approver is shown: the graft, the layer and the evidence."""
     shown = {
         "layer": proposal.layer,
         "blueprint": proposal.blueprint,
@@ -308,7 +308,7 @@ def _send_on(adaptation: Adaptation, layer: LayerInfo) -> Adaptation:
 def record_closed_gates(
     *, run: Run, layer: str, step: int, checks: list[Check], action: str = "Nothing was grafted."
 ) -> None:
-    """A violation for each broken limit; waiting for a cooldown or a turn is not one."""
+    """Write a violation for each broken limit; having to wait is no violation."""
     for check in checks:
         if check.rule in _ROUTINE:
             continue
@@ -326,7 +326,7 @@ def record_closed_gates(
 
 
 def record_decline(*, run: Run, decline: Decline, actor: Actor) -> None:
-    """Tamiyo has said no by itself; broken limits become violations.
+    """Record that Tamiyo declined by itself; broken limits become violations.
 
     Raises:
         Problem: the run has a newer epoch, or has ended.

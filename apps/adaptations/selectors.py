@@ -1,4 +1,4 @@
-"""Reading adaptations: lists, Tamiyo's view of a run, and the state of the whole."""
+"""Reading adaptations: lists, the snapshot of a run for Tamiyo, and the overall status."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ RECENT_VIOLATIONS = 50
 
 
 def adaptations() -> QuerySet[Adaptation]:
-    """With everything that a line in a list shows."""
+    """Adaptations with the related rows that a list shows."""
     return Adaptation.objects.select_related("run", "blueprint", "decided_by", "claimed_by")
 
 
 def run_snapshot(run: Run) -> Snapshot:
-    """All that ``decide`` looks at."""
+    """Everything that ``decide`` reads."""
     facts = run_facts(run)
     policy = current_policy()
     return Snapshot(

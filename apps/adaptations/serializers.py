@@ -118,7 +118,7 @@ class AdaptationDetailOutput(AdaptationOutput):
 
     @extend_schema_field(WireNumber(allow_null=True))
     def get_evidence_drift(self, adaptation: Adaptation) -> Any:
-        """1.0 is all that is tolerated; null: unknown."""
+        """A share of the tolerance: above 1.0 an approval needs ``accept_drift``; null: unknown."""
         return self.context["evidence_drift"]
 
     @extend_schema_field(serializers.ListField(child=serializers.CharField()))
@@ -136,7 +136,7 @@ class ActInput(PersonsInput):
 
 
 class ApproveInput(ActInput):
-    """``accept_drift``: the new numbers were seen, and it shall happen all the same."""
+    """``accept_drift``: the person has seen the new numbers and approves in spite of them."""
 
     accept_drift = Flag(default=False)
 

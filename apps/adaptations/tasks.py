@@ -1,4 +1,4 @@
-"""Celery's doorbells; the work and the truth are in the services and the database."""
+"""Celery tasks: each gets an id and calls one service. All state is in the database."""
 
 from celery import shared_task
 

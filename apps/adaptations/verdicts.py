@@ -1,4 +1,4 @@
-"""The end of probation, as Tamiyo judges it."""
+"""Tamiyo's verdict at the end of probation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from esper.contracts import AdaptationState, Verdict
 def judge_adaptation(
     *, adaptation: Adaptation, verdict: Verdict, reward_terms: dict[str, float], actor: Actor
 ) -> Adaptation:
-    """Keep the graft, or have it taken out; the numbers of the verdict are kept with it.
+    """Keep the graft or roll it back, and store the numbers of the verdict.
 
     Raises:
         StaleAdaptationError: it is not in probation (any more).

@@ -22,7 +22,7 @@ class Blueprint(models.Model):
     conflicts = models.JSONField(default=list)
     requires = models.JSONField(default=list)  # one of these must sit on the layer first
     version = models.CharField(max_length=16)
-    present = models.BooleanField(default=True)  # False: the code of it is gone
+    present = models.BooleanField(default=True)  # False: the installed code has no such blueprint
     enabled = models.BooleanField(default=True)
     disabled_reason = models.TextField(blank=True)
     revision = models.PositiveIntegerField(default=1)

@@ -1,4 +1,4 @@
-"""The catalogue: taken over from the code, switched by curators."""
+"""The catalogue: synchronised from the code, switched on and off by curators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from apps.rest.problems import Problem
 
 @transaction.atomic
 def sync_catalogue() -> list[str]:
-    """Bring the table up to what the installed code offers; returns the slugs that changed.
+    """Update the table from the installed code; return the slugs that changed.
 
     Imports torch, so it runs in workers and in set-up, never in a web process.
     """

@@ -1,7 +1,7 @@
-"""The kernel cache: what stays, what goes, what is checked, and what is built ahead.
+"""The kernel cache: pins, eviction, scrubbing, and kernels that are built ahead.
 
-Evicting removes a kernel's files and keeps its row: adaptations name it, and the next request
-builds the same kernel again. Every act of a person or of the clock leaves an audit row.
+Evicting removes a kernel's files and keeps its row: adaptations refer to it, and the next request
+builds the same kernel again. Every change by a person or by a timer has an audit row.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 WARM_TASK = "kernels.warm"
 SCRUB_BATCH = 200
 GIVE_UP_WARM_UP_AFTER = timedelta(minutes=5)
-# What the heuristic policy reaches for first; a run's layers times this is what is likely.
+# What the heuristic policy proposes first: one kernel of each for the largest layers.
 LIKELY_BLUEPRINTS = ("proj_lora_64", "mlp_gelu_2048", "proj_ia3")
 
 # -- by a person ----------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ LIKELY_BLUEPRINTS = ("proj_lora_64", "mlp_gelu_2048", "proj_ia3")
 
 @transaction.atomic
 def pin(*, kernel: Kernel, user: User, via: str, reason: str = "") -> Kernel:
-    """Never evict it. Raises ``Problem`` when not allowed, or when its files are gone."""
+    """Never evict this kernel. Raises ``Problem`` when not allowed, or when it is evicted."""
     _require(user)
     if not Kernel.objects.filter(pk=kernel.pk, evicted_at=None).update(pinned_by=user.username):
         raise Problem(409, "kernel-evicted", "Its files are not in the cache any more.")
@@ -60,7 +60,7 @@ def pin(*, kernel: Kernel, user: User, via: str, reason: str = "") -> Kernel:
 
 @transaction.atomic
 def unpin(*, kernel: Kernel, user: User, via: str, reason: str = "") -> Kernel:
-    """It may be evicted again. Raises ``Problem`` when not allowed."""
+    """Allow eviction again. Raises ``Problem`` when not allowed."""
     _require(user)
     Kernel.objects.filter(pk=kernel.pk).update(pinned_by="")
     return _noted(kernel, Actor.person(user, via=via), "kernel.unpinned", reason)
@@ -71,13 +71,13 @@ def evict(*, kernel: Kernel, user: User, via: str, reason: str = "") -> Kernel:
     """Remove its files. Raises ``Problem`` when not allowed, or when it is pinned or in use."""
     _require(user)
     if not evictable().filter(pk=kernel.pk).exists():
-        why = "It is pinned, in use, or gone already: unpin it, or wait for its adaptation to end."
+        why = "It is pinned, in use or evicted: unpin it, or wait for its adaptation to end."
         raise Problem(409, "kernel-in-use", why)
     return _evict(kernel, Actor.person(user, via=via), reason)
 
 
 def scrub_now(*, user: User, via: str, reason: str = "") -> None:
-    """Check every kernel soon. Raises ``Problem`` when not allowed."""
+    """Queue a check of every kernel. Raises ``Problem`` when not allowed."""
     _require(user)
     with transaction.atomic():
         Kernel.objects.update(scrubbed_at=None)
@@ -91,31 +91,33 @@ def scrub_now(*, user: User, via: str, reason: str = "") -> None:
         enqueue(task="kernels.scrub", queue="control", args=[])
 
 
-# -- by the clock ---------------------------------------------------------------------------------
+# -- by a timer ---------------------------------------------------------------------------------
 
 
 def limit_cache() -> int:
-    """Evict the longest unused until the rest fits; returns how many went."""
+    """Evict the least recently used kernels until the rest fits; return how many."""
     limit = settings.ESPER_KERNEL_CACHE_MIB * MIB
     total = Kernel.objects.filter(evicted_at=None).aggregate(sum=Sum("size_bytes"))["sum"] or 0
-    gone = 0
+    evicted = 0
     for kernel in evictable():
         if total <= limit:
             break
         with transaction.atomic():
             if not evictable().filter(pk=kernel.pk).exists():
-                continue  # somebody has asked for it since
+                continue  # in use or pinned since the query
             _evict(kernel, SYSTEM, f"the cache holds {total} bytes, {limit} are allowed")
         total -= kernel.size_bytes
-        gone += 1
-    return gone
+        evicted += 1
+    return evicted
 
 
 def scrub() -> int:
-    """Check digest and signature of those that were not checked for longest; returns the corrupt.
+    """Check digest and signature of the kernels that were checked longest ago.
+
+    Returns how many were corrupt.
 
     Raises:
-        StoreUnavailableError: the store is away; nothing is said about its content then.
+        StoreUnavailableError: the store cannot be reached; no kernel is called corrupt then.
     """
     corrupt = 0
     waiting = Kernel.objects.filter(evicted_at=None)
@@ -136,12 +138,12 @@ def scrub() -> int:
 
 @transaction.atomic
 def report_corrupt(kernel: Kernel, problem: str) -> None:
-    """Move it away, tell people, and ask for the same kernel again."""
+    """Set its files aside, write a violation, and queue the same kernel for building."""
     kernel_store().set_aside(kernel.digest)
     if not Kernel.objects.filter(pk=kernel.pk, evicted_at=None).update(
         evicted_at=timezone.now(), pinned_by=""
     ):
-        return  # told before
+        return  # reported before
     count(Counter.CORRUPT)
     record_violation(
         run=None,
@@ -150,7 +152,7 @@ def report_corrupt(kernel: Kernel, problem: str) -> None:
         observed=problem,
         limit="content as it was signed",
         text=f"Kernel {kernel.digest[:12]} ({kernel.blueprint_slug}) in the cache is corrupt.",
-        action="It was moved away, and is built again.",
+        action="Its files were set aside, and it is built again.",
     )
     _noted(kernel, SYSTEM, "kernel.corrupt", problem)
     job = CompileJob.objects.filter(kernel_digest=kernel.digest).order_by("-id").first()
@@ -162,9 +164,9 @@ def report_corrupt(kernel: Kernel, problem: str) -> None:
 
 
 def plan_warm_up(*, run_uid: str, layers: Iterable[dict[str, Any]], capability: str) -> int:
-    """A run has registered: note a few kernels that it will likely need; returns how many.
+    """Queue a few kernels that a newly registered run will likely need; return how many.
 
-    The largest layers first, since that is where a graft is most often proposed.
+    The largest layers come first, because most grafts are proposed there.
     """
     graftable = sorted(
         (layer for layer in layers if layer.get("graftable")),
@@ -180,12 +182,12 @@ def plan_warm_up(*, run_uid: str, layers: Iterable[dict[str, Any]], capability: 
 
 
 def warm_next() -> int:
-    """Ring for one kernel of each capability that nobody is waiting at; returns how many."""
+    """Notify the workers of one kernel for each idle capability; return how many."""
     late = timezone.now() - GIVE_UP_WARM_UP_AFTER
     WarmUp.objects.filter(state=JobState.RUNNING, started_at__lt=late).update(
         state=JobState.FAILED, error="the worker was lost"
     )
-    rung = 0
+    notified = 0
     waiting = WarmUp.objects.filter(state=JobState.QUEUED).order_by("id")
     for capability in set(waiting.values_list("capability", flat=True)):
         if _busy(capability):
@@ -194,12 +196,12 @@ def warm_next() -> int:
         if one is not None:
             with transaction.atomic():
                 enqueue(task=WARM_TASK, queue=f"compile.{capability}", args=[one.pk])
-            rung += 1
-    return rung
+            notified += 1
+    return notified
 
 
 def warm(pk: int, *, worker: str) -> None:
-    """Build one kernel ahead, unless a run waits for the worker by now."""
+    """Build one kernel ahead, unless a job waits for the worker."""
     one = WarmUp.objects.filter(pk=pk, state=JobState.QUEUED).first()
     if one is None or _busy(one.capability):
         return
@@ -210,7 +212,7 @@ def warm(pk: int, *, worker: str) -> None:
         return
     try:
         _build(one, worker)
-    except EsperError as error:  # it does not fit, or cannot be built: nobody has asked for it
+    except EsperError as error:  # it cannot be built; no run has asked for it
         WarmUp.objects.filter(pk=pk).update(state=JobState.FAILED, error=str(error)[:2000])
         return
     WarmUp.objects.filter(pk=pk).update(state=JobState.DONE)
@@ -244,7 +246,7 @@ def _busy(capability: str) -> bool:
 def _want(
     run_uid: str, slug: str, config: dict[str, Any], layer: dict[str, Any], capability: str
 ) -> bool:
-    """False where the same was noted before; one that is over is noted again."""
+    """Queue a kernel; False when the same one is queued. One that has ended is queued again."""
     shape = {**layer, "name": "", "feeds": []}
     content = codec.encode([shape, slug, config, capability])
     one, made = WarmUp.objects.get_or_create(
@@ -266,7 +268,7 @@ def _want(
 def _evict(kernel: Kernel, actor: Actor, reason: str) -> Kernel:
     Kernel.objects.filter(pk=kernel.pk).update(evicted_at=timezone.now())
     count(Counter.EVICTIONS)
-    # After the commit: files that are gone come back by no rollback.
+    # After the commit, because a rollback does not restore removed files.
     transaction.on_commit(lambda: _remove_files(kernel.digest))
     return _noted(kernel, actor, "kernel.evicted", reason)
 

@@ -45,7 +45,7 @@ class Kernel(models.Model):
     built_at = models.DateTimeField(auto_now_add=True)
     last_used_at = models.DateTimeField(null=True, blank=True)
     pinned_by = models.CharField(max_length=150, blank=True)  # empty: may be evicted
-    # Its files are gone: by size, by a person, or corrupt. The row stays: adaptations name it.
+    # When its files were removed: by the size limit, by a person, or as corrupt. The row stays.
     evicted_at = models.DateTimeField(null=True, blank=True)
     scrubbed_at = models.DateTimeField(null=True, blank=True)
 
@@ -57,7 +57,7 @@ class Kernel(models.Model):
 
 
 class CacheCounter(models.Model):
-    """One number of the cache that all processes add to, and that outlives them."""
+    """A counter of the cache that all processes share."""
 
     name = models.CharField(max_length=30, primary_key=True)
     value = models.BigIntegerField(default=0)
@@ -67,7 +67,7 @@ class CacheCounter(models.Model):
 
 
 class WarmUp(models.Model):
-    """A kernel that somebody will likely ask for; built when nobody waits for another."""
+    """A kernel that a run will likely need; built while no job waits."""
 
     key = models.CharField(max_length=64, unique=True)  # of layer, blueprint, configuration
     run_uid = models.CharField(max_length=UID_LENGTH, db_index=True)
@@ -89,7 +89,7 @@ class WarmUp(models.Model):
 
 
 class SpeedUp(models.Model):
-    """The compiled kernel (tier 1) of one graft: asked for, built, tried, and what was measured."""
+    """The compiled kernel (tier 1) of one graft: its state, and what was measured."""
 
     adaptation_uid = models.CharField(max_length=UID_LENGTH, unique=True)
     run_uid = models.CharField(max_length=UID_LENGTH, db_index=True)

@@ -44,7 +44,7 @@ def store_kernel(
             "build_ms": build_ms,
             "size_bytes": sum(len(content) for content in bundle.files.values()),
             "built_by": worker,
-            "evicted_at": None,  # here again
+            "evicted_at": None,  # its files are in the store again
         },
     )
     if before is not None and before != bundle.digest:

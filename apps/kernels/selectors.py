@@ -18,7 +18,7 @@ MIB = 1024 * 1024
 
 
 class Counter(StrEnum):
-    """What the cache counts beside hits and misses, which the jobs themselves tell."""
+    """What the cache counts; hits and misses are counted from the jobs."""
 
     HOST_HITS = "host_hits"
     SERVER_HITS = "server_hits"
@@ -30,7 +30,7 @@ class Counter(StrEnum):
 
 
 def run_may_fetch(run_uid: str, digest: str) -> bool:
-    """A trainer gets the kernels that it was told to graft, and no others."""
+    """Whether a trainer may fetch this kernel: only if it was commanded to graft it."""
     return Command.objects.filter(run__uid=run_uid, kernel_digest=digest).exists()
 
 
@@ -63,7 +63,7 @@ def cache_stats() -> dict[str, Any]:
 
 
 def speed_up_of(adaptation_uid: str) -> SpeedUp | None:
-    """What came of the adaptation's compiled kernel; None where none was asked for."""
+    """The outcome of the adaptation's compiled kernel; None when none was requested."""
     return SpeedUp.objects.filter(adaptation_uid=adaptation_uid).select_related("kernel").first()
 
 

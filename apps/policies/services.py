@@ -1,4 +1,4 @@
-"""The thresholds in force, and how people change them."""
+"""The thresholds in force, and their changes by people."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def current_policy() -> PolicyVersion:
 
 @transaction.atomic
 def publish_policy(*, changes: dict[str, Any], reason: str, user: User, via: str) -> PolicyVersion:
-    """A new version with some thresholds changed; it counts from the next decision on.
+    """Publish a new version with some thresholds changed; the next decision uses it.
 
     Raises:
-        Problem: not allowed, no reason, an unknown threshold, or values that make no sense.
+        Problem: not allowed, no reason, an unknown threshold, or invalid values.
     """
     permission = may(user, Act.EDIT_POLICY)
     if not permission.allowed:
@@ -46,7 +46,7 @@ def publish_policy(*, changes: dict[str, Any], reason: str, user: User, via: str
         raise Problem(422, "invalid", f"There is no threshold called {', '.join(unknown)}.")
     values = {**current.values, **changes}
     if values == current.values:
-        raise Problem(422, "invalid", f"Nothing differs from policy v{current.version}.")
+        raise Problem(422, "invalid", f"All values are the same as in policy v{current.version}.")
     try:
         SafetyPolicy.from_wire({**values, "version": current.version + 1})
     except CodecError as error:

@@ -1,6 +1,6 @@
 """A recipe file: what a host's owner allows to be started on that host, and with which parameters.
 
-    name = "Digits"                                  # how people call it
+    name = "Digits"                                  # the name that pages show
     description = "A small convolutional net."
     argv = ["{python}", "examples/digits_cnn.py", "--steps", "{steps}", "--run", "{run}"]
     resume_argv = ["{python}", …]                    # without it, a launch cannot be resumed
@@ -15,7 +15,7 @@
     minimum = 100
     maximum = 1000000
 
-There is no shell: each item of ``argv`` becomes one argument, whatever a parameter holds. Besides
+No shell is involved: each item of ``argv`` becomes one argument, whatever its text. Besides
 the parameters an item may name ``{python}``, ``{run}`` (the run's name) and ``{checkpoints}`` (this
 launch's own folder). The first item names the program and takes no parameter.
 """
@@ -46,14 +46,14 @@ _SLUG = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-# A training script has no business with the server's own secrets.
+# A training script must not get the server's own secrets.
 _SECRET = re.compile(
     r"SECRET|PASSWORD|TOKEN|CREDENTIAL|PRIVATE|DATABASE_URL|REDIS_URL|ESPER_.*KEY|DJANGO_"
 )
 
 
 class RecipeError(ValueError):
-    """A recipe file, or a parameter, is not as it must be; the text says what to change."""
+    """A recipe file or a parameter is not valid; the text says what to change."""
 
 
 class ParameterKind(StrEnum):
@@ -241,14 +241,14 @@ def check_parameters(
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A recipes folder as it was found: what can be used, and why the rest cannot."""
+    """The content of a recipes folder: usable recipes, and the problems of the others."""
 
     recipes: dict[str, RecipeFile]
     problems: dict[str, str]
 
 
 def read_folder(folder: Path) -> Folder:
-    """All recipes of a host; a folder that is not there holds none."""
+    """All recipes of a host; none when the folder does not exist."""
     recipes, problems = {}, {}
     for path in sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else ():
         try:
@@ -268,25 +268,25 @@ def read_recipe(path: Path) -> RecipeFile:
     try:
         data = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RecipeError(f"It is no TOML: {error}") from error
+        raise RecipeError(f"The file is not valid TOML: {error}") from error
     return _parse(data, slug=slug, digest=hashlib.sha256(content).hexdigest(), beside=path.parent)
 
 
 def _read(path: Path) -> bytes:
-    """Its bytes, from a plain file of the worker's own user or root that nobody else may write."""
+    """The bytes of a regular file that only the worker's user or root may write."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise RecipeError(f"It cannot be read: {error.strerror}.") from error
+        raise RecipeError(f"The file cannot be read: {error.strerror}.") from error
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise RecipeError("It is no plain file.")
+            raise RecipeError("It is not a regular file.")
         if status.st_uid not in (0, os.getuid()) or status.st_mode & stat.S_IWOTH:
-            raise RecipeError("Others may write it: it must belong to this worker's user.")
+            raise RecipeError("Other users may write it: it must belong to this worker's user.")
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise RecipeError(f"It is longer than {MAX_FILE_BYTES} bytes.")
+        raise RecipeError(f"The file is longer than {MAX_FILE_BYTES} bytes.")
     return content
 
 
@@ -340,7 +340,7 @@ def _argv(data: Mapping[str, Any], member: str, names: set[str]) -> tuple[str, .
 def _check_placeholders(item: str, member: str, known: set[str] | frozenset[str]) -> None:
     unknown = sorted(set(_PLACEHOLDER.findall(item)) - known)
     if unknown:
-        raise RecipeError(f"{member} names {{{unknown[0]}}}, which is no parameter.")
+        raise RecipeError(f"{member} names {{{unknown[0]}}}, which is not a parameter.")
     rest = _PLACEHOLDER.sub("", item)
     if "{" in rest or "}" in rest:
         raise RecipeError(f"{member} has a brace that belongs to no placeholder: {item!r}.")

@@ -1,4 +1,4 @@
-"""What a host's worker does with launches: register recipes, start, watch, stop, settle.
+"""What a worker does for its host: register recipes, and start, watch and stop launches.
 
 The trainer is a child of its launch monitor (``apps.recipes.launch_monitor``) and outlives this
 worker. The next worker of this host finds both by process id and start time, and reads how the
@@ -48,11 +48,11 @@ S = LaunchState
 LOG_KEPT_BYTES = 256 * 1024  # on the server; the host keeps more
 LOG_CHUNK_BYTES = 64 * 1024
 SEEN_EVERY = timedelta(seconds=5)
-START_SECONDS = 60  # until "started" is written down; a cold disk under load is slow
-HARD_STOP_SECONDS = 10  # after the time of grace, when the launch monitor does not do it
+START_SECONDS = 60  # for the launch monitor to write process.json; a cold disk under load is slow
+HARD_STOP_SECONDS = 10  # after the grace period, if the launch monitor has not done it
 MONITOR_START_SECONDS = 30
 TOKEN_LIFE = timedelta(days=30)
-# What every program may need; a recipe names the rest.
+# Variables that every program gets; a recipe names further ones.
 _COMMON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "OMP_NUM_THREADS")
 _PROJECT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +62,7 @@ def _worker() -> Actor:
 
 
 def launch_folder(launch: Launch) -> Path:
-    """Everything of one launch on its host."""
+    """The folder of one launch on its host."""
     return Path(settings.ESPER_LAUNCH_DIR) / launch.uid
 
 
@@ -70,7 +70,7 @@ def launch_folder(launch: Launch) -> Path:
 
 
 def register_recipes() -> int:
-    """Tell the server what lies in this host's folder; returns how many recipes changed."""
+    """Register the recipes in this host's folder; return how many have changed."""
     found = read_folder(settings.ESPER_RECIPES)
     host, changed = settings.ESPER_HOST_NAME, 0
     known = {recipe.slug: recipe for recipe in Recipe.objects.filter(host=host)}
@@ -81,8 +81,8 @@ def register_recipes() -> int:
         slug = name.removesuffix(".toml")
         values = {"name": name, "digest": "", "present": True, "problem": why}
         changed += _register(known.pop(slug, None), host, slug, values)
-    gone = [recipe.pk for recipe in known.values() if recipe.present]
-    changed += Recipe.objects.filter(pk__in=gone).update(present=False)
+    removed = [recipe.pk for recipe in known.values() if recipe.present]
+    changed += Recipe.objects.filter(pk__in=removed).update(present=False)
     if changed:
         with transaction.atomic():
             publish(topic=SYSTEM_TOPIC, type="recipe.changed", data={"host": host})
@@ -101,13 +101,13 @@ def _register(known: Recipe | None, host: str, slug: str, values: dict[str, Any]
 
 
 def start(launch: Launch) -> None:
-    """Start a requested launch; doing it twice starts it once."""
+    """Start a requested launch, once."""
     if launch.state != S.REQUESTED:
         return
     try:
         with transaction.atomic():
             transition(launch, S.STARTING, actor=_worker(), seen_at=timezone.now())
-    except Problem:  # another worker of this host has it, or it was stopped
+    except Problem:  # another worker of this host starts it, or a person has stopped it
         return
     try:
         recipe = _recipe_of(launch)
@@ -115,7 +115,7 @@ def start(launch: Launch) -> None:
         with transaction.atomic():
             Launch.objects.filter(pk=launch.pk).update(command=order.argv)
         _spawn(order)
-    except subprocess.TimeoutExpired:  # a machine that hardly moves; the looks to come will tell
+    except subprocess.TimeoutExpired:  # a slow machine; the next look finds out
         log.warning("L-%s takes long to start", launch.number)
     except (RecipeError, OSError, subprocess.CalledProcessError) as error:
         _end(launch, S.FAILED, f"it could not be started: {error}")
@@ -128,7 +128,7 @@ def _recipe_of(launch: Launch) -> RecipeFile:
     found = read_folder(settings.ESPER_RECIPES)
     slug = launch.recipe.slug
     if slug not in found.recipes:
-        raise RecipeError(found.problems.get(f"{slug}.toml", "the file is gone"))
+        raise RecipeError(found.problems.get(f"{slug}.toml", "the file was removed"))
     recipe = found.recipes[slug]
     if recipe.digest != launch.digest:
         register_recipes()
@@ -138,7 +138,7 @@ def _recipe_of(launch: Launch) -> RecipeFile:
 
 def _order(launch: Launch, recipe: RecipeFile) -> Order:
     if not settings.ESPER_SERVER:
-        raise RecipeError("ESPER_SERVER is not set for this worker, so the run could not attach")
+        raise RecipeError("ESPER_SERVER is not set for this worker, so the run could not connect")
     folder = launch_folder(launch)
     checkpoints = recipe.checkpoints / launch.uid if recipe.checkpoints else folder / "checkpoints"
     for needed in (folder, checkpoints, folder / "journal"):
@@ -161,7 +161,7 @@ def _order(launch: Launch, recipe: RecipeFile) -> Order:
 
 
 def _environment(launch: Launch, recipe: RecipeFile) -> dict[str, str]:
-    """Little of ours, and a token that registers this one run."""
+    """A few of the worker's variables, and a token that registers this run only."""
     passed = {name: os.environ[name] for name in (*_COMMON, *recipe.environment, MARK)
               if name in os.environ}  # fmt: skip
     _revoke_tokens(launch)
@@ -200,23 +200,23 @@ def _spawn(order: Order) -> None:
 
 
 def watch() -> None:
-    """One look at every launch of this host that is not over."""
+    """Look once at every launch of this host that has not ended."""
     open_states = [S.REQUESTED, S.STARTING, S.RUNNING, S.STOPPING, S.LOST]
     launches = Launch.objects.filter(
         recipe__host=settings.ESPER_HOST_NAME, state__in=open_states
     ).select_related("recipe", "requested_by")
     for launch in launches:
         if launch.state == S.REQUESTED:
-            start(launch)  # its doorbell may be lost
+            start(launch)  # its task message may be lost
         else:
             look_at(launch)
 
 
 def look_at(launch: Launch) -> None:
-    """Take over what this host knows of one launch."""
+    """Record what this host knows of one launch."""
     try:
         _look_at(launch)
-    except Problem as problem:  # somebody moved it meanwhile: the next look sees it
+    except Problem as problem:  # it was moved meanwhile: the next look reads the new state
         log.info("L-%s: %s", launch.number, problem)
 
 
@@ -233,7 +233,7 @@ def _look_at(launch: Launch) -> None:
         _note_alive(launch, process)
     else:
         _end_orphan(process)
-        _end(launch, S.FAILED, "it was ended from outside, together with the one who watched it")
+        _end(launch, S.FAILED, "its trainer and its launch monitor were killed from outside")
 
 
 def _settle(launch: Launch, ended: dict[str, Any]) -> None:
@@ -247,8 +247,8 @@ def _settle(launch: Launch, ended: dict[str, Any]) -> None:
     if ended["error"]:
         _end(launch, S.FAILED, f"it could not be started: {ended['error']}", **facts)
     elif launch.state == S.STOPPING or ended["asked"]:
-        by = f"by {launch.stopped_by}" if launch.stopped_by else "with this host's Esper"
-        late = ", killed after its time of grace" if ended["killed"] else ""
+        by = f"by {launch.stopped_by}" if launch.stopped_by else "together with this host's Esper"
+        late = ", killed after its grace period" if ended["killed"] else ""
         why = f": {launch.reason}" if launch.stopped_by and launch.reason else ""
         _end(launch, S.STOPPED, f"stopped {by}{why} ({how}{late})", **facts)
     elif code == 0:
@@ -258,10 +258,10 @@ def _settle(launch: Launch, ended: dict[str, Any]) -> None:
 
 
 def _settle_unstarted(launch: Launch) -> None:
-    """No trace of a start: young, it may be just happening; old, it will not."""
+    """There is no process.json: a young launch may be starting, an old one has failed."""
     late = timezone.now() - timedelta(seconds=START_SECONDS)
     if launch.requested_at < late:
-        _end(launch, S.FAILED, "its worker died while it was being started")
+        _end(launch, S.FAILED, "its worker died while it started the trainer")
 
 
 def _note_alive(launch: Launch, process: dict[str, Any]) -> None:
@@ -273,7 +273,7 @@ def _note_alive(launch: Launch, process: dict[str, Any]) -> None:
                 launch,
                 to,
                 actor=_worker(),
-                reason="" if launch.state == S.STARTING else "its host is back, and it still runs",
+                reason="" if launch.state == S.STARTING else "its host reports again",
                 pid=process["trainer_pid"],
                 started_at=launch.started_at or now,
                 seen_at=now,
@@ -285,9 +285,9 @@ def _note_alive(launch: Launch, process: dict[str, Any]) -> None:
 
 
 def _stop(launch: Launch, process: dict[str, Any]) -> None:
-    signal_process(process["monitor_pid"], signal.SIGTERM)  # it does nothing at the second one
-    patience = timedelta(seconds=launch.recipe.grace_seconds + HARD_STOP_SECONDS)
-    if launch.stop_requested_at and timezone.now() - launch.stop_requested_at > patience:
+    signal_process(process["monitor_pid"], signal.SIGTERM)  # repeating it has no effect
+    limit = timedelta(seconds=launch.recipe.grace_seconds + HARD_STOP_SECONDS)
+    if launch.stop_requested_at and timezone.now() - launch.stop_requested_at > limit:
         _end_orphan(process)
         signal_process(process["monitor_pid"], signal.SIGKILL)
 
@@ -299,11 +299,11 @@ def _end_orphan(process: dict[str, Any]) -> None:
 
 
 def _end(launch: Launch, to: LaunchState, reason: str, **facts: Any) -> None:
-    """The end of an attempt, of its token, and of its run, which no trainer speaks for any more."""
+    """End an attempt, revoke its token, and end its run, which has no trainer any more."""
     with transaction.atomic():
         run = Run.objects.filter(uid=launch.run_uid).first()
         if run is not None:
-            run = lock_run(run.pk)  # first, as everywhere
+            run = lock_run(run.pk)  # the run is locked first, as everywhere
         transition(launch, to, actor=_worker(), reason=reason[:2000], **facts)
         _revoke_tokens(launch)
         if run is not None and run.state not in RUN_ENDED:
@@ -321,7 +321,7 @@ def _revoke_tokens(launch: Launch) -> None:
 
 
 def send_log(launch: Launch) -> None:
-    """What the host's log has got since the last look; who is far behind gets its end."""
+    """Store what the log has got since the last look; of a long backlog only the end."""
     folder = launch_folder(launch)
     after = max(launch.log_end, tail_offset(folder, LOG_KEPT_BYTES))
     for _ in range(LOG_KEPT_BYTES // LOG_CHUNK_BYTES + 1):
@@ -332,7 +332,7 @@ def send_log(launch: Launch) -> None:
 
 
 def _store_chunk(launch: Launch, offset: int, data: bytes) -> bool:
-    """False when another worker of this host was quicker."""
+    """False when another worker of this host has stored it."""
     end = offset + len(data)
     with transaction.atomic():
         if not Launch.objects.filter(pk=launch.pk, log_end=launch.log_end).update(log_end=end):

@@ -1,6 +1,6 @@
 """A launch's log on its host: segments that are named by the offset of their first byte.
 
-The offset counts all bytes ever written, so that it stays true when old segments are gone. One
+The offset counts all bytes ever written, so that it stays valid when old segments are removed. One
 process (the launch monitor) writes it, another (the worker) reads it. Only whole, redacted lines
 get in.
 """

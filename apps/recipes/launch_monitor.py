@@ -52,7 +52,7 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessNote:
-    """Who lives; ``identity`` of a process id tells it from a later process of the same number."""
+    """Both processes; ``identity`` tells a process from a later one that has the same id."""
 
     attempt: int
     monitor_pid: int
@@ -63,19 +63,19 @@ class ProcessNote:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitNote:
-    """How it ended: a code, or a signal, or ``error`` when it could not even be started."""
+    """How it ended: a code, or a signal, or ``error`` when it could not be started."""
 
     attempt: int
     code: int | None = None
     signal: str = ""
-    asked: bool = False  # we were told to end it
-    killed: bool = False  # it did not end in its time of grace
+    asked: bool = False  # the monitor was asked to stop it
+    killed: bool = False  # it did not end in its grace period
     error: str = ""
     last_lines: list[str] = field(default_factory=list)
 
 
 def read_note(path: Path, attempt: int) -> dict[str, Any] | None:
-    """What a note of this attempt says; None where there is none."""
+    """The content of this attempt's note; None where there is none."""
     try:
         note: dict[str, Any] = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -96,7 +96,7 @@ class LaunchMonitor:
         self._killed = False
 
     def run(self, started: IO[bytes]) -> None:
-        """Starts it, closes ``started`` when that is written down, and stays until it has ended."""
+        """Start it, close ``started`` when process.json is written, and wait until it has ended."""
         signal.signal(signal.SIGTERM, self._on_stop)
         signal.signal(signal.SIGINT, self._on_stop)
         self._say(f"--- attempt {self._order.attempt} ---")
@@ -137,7 +137,7 @@ class LaunchMonitor:
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
-        told = False
+        signalled = False
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while process.poll() is None:
@@ -145,8 +145,8 @@ class LaunchMonitor:
                     time.sleep(TICK_SECONDS)
                 elif selector.select(TICK_SECONDS) and self._pump(process.stdout) == b"":
                     selector.unregister(process.stdout)  # it has closed its output and goes on
-                if self._asked_at is not None and not told:
-                    told = True
+                if self._asked_at is not None and not signalled:
+                    signalled = True
                     self._say("--- asked to stop ---")
                     signal_group(process.pid, signal.SIGTERM)
                 self._kill_after_grace(process.pid)
@@ -218,7 +218,7 @@ def _signal_name(number: int) -> str:
 
 
 def main() -> int:
-    """Reads the order, and lets whoever gave it go once the trainer has started or failed to."""
+    """Read the order; the parent returns once the trainer has started or failed to start."""
     order = Order(**json.load(sys.stdin))
     reading, writing = os.pipe()
     if os.fork():

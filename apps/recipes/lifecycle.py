@@ -4,7 +4,7 @@
         │           │         │ ├────────────────▶ failed     anything else
         │           │         │ └─▶ stopping ────▶ stopped    by a person
         ▼           ▼         ▼         │
-     stopped      failed    lost ◀──────┘  its host is not heard of
+     stopped      failed    lost ◀──────┘  its host has not reported
 
 What has stopped or failed may be resumed: it is requested again, as the next attempt. A launch that
 is lost is settled by what its host finds when it is back, never by time.
@@ -39,7 +39,7 @@ NEXT: Mapping[LaunchState, frozenset[LaunchState]] = {
 
 
 class StaleLaunchError(Problem):
-    """Somebody else was first; says what the launch is now."""
+    """The launch has changed since it was read; the error says its state now."""
 
     def __init__(self, current: Launch) -> None:
         by = f" by {current.stopped_by}" if current.stopped_by else ""

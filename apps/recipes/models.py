@@ -13,7 +13,7 @@ from esper.contracts import LAUNCH_ENDED, LaunchState
 
 
 class Recipe(models.Model):
-    """What a host's worker found in its folder; the host starts from its file, never from this."""
+    """What a host's worker found in its folder; the host starts its file, never this row."""
 
     uid = models.CharField(
         max_length=UID_LENGTH, unique=True, default=partial(new_uid, "rec"), editable=False

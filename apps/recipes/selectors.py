@@ -12,7 +12,7 @@ LOG_PAGE_BYTES = 64 * 1024
 
 
 def recipes() -> QuerySet[Recipe]:
-    """What lies on the hosts now, and what cannot be used with the reason."""
+    """The recipes in the folders of all hosts, usable or not."""
     return Recipe.objects.filter(present=True)
 
 
@@ -22,7 +22,7 @@ def launches() -> QuerySet[Launch]:
 
 @dataclass(frozen=True, slots=True)
 class LogPage:
-    """Lines from ``start`` to ``end``; ``start`` above what was asked for: the rest is gone."""
+    """Lines from ``start`` to ``end``; earlier lines than ``start`` may have been removed."""
 
     start: int
     end: int

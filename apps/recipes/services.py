@@ -1,4 +1,4 @@
-"""Starting, stopping and resuming launches: what people ask for. The host does it (``hosting``)."""
+"""People start, stop and resume launches here; a worker of the host does it (``hosting``)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from esper.contracts import LAUNCH_ENDED, LaunchState
 
 START_TASK = "recipes.start"
 STOP_TASK = "recipes.stop"
-PICK_UP_SECONDS = 60  # a host that did not take a request by then does not get it any more
+PICK_UP_SECONDS = 60  # a request that no worker of the host has taken by then fails
 S = LaunchState
 
 
@@ -35,11 +35,11 @@ def host_queue(host: str) -> str:
 def start_recipe(
     *, host: str, slug: str, digest: str, parameters: Mapping[str, object], user: User, via: str
 ) -> Launch:
-    """Ask a host to start one of its recipes; only the slug and checked parameters get there.
+    """Ask a host to start one of its recipes; it gets the slug and the checked parameters only.
 
     Raises:
-        Problem: not allowed, no such recipe, its file has changed since it was shown, a parameter
-            that it does not allow, or a host that is away or full.
+        Problem: not allowed, unknown recipe, its file has changed since it was shown, a parameter
+            is not allowed, or the host has no worker or no free place.
     """
     _check_right(user, Act.START_RECIPE)
     recipe = Recipe.objects.select_for_update().filter(host=host, slug=slug).first()
@@ -59,16 +59,16 @@ def start_recipe(
         requested_at=timezone.now(),
     )
     announce(launch, "launch.requested", actor=Actor.person(user, via=via))
-    _ring_host(launch, START_TASK)
+    _notify_host(launch, START_TASK)
     return launch
 
 
 @transaction.atomic
 def stop_launch(*, launch: Launch, user: User, via: str, reason: str) -> Launch:
-    """End it: SIGTERM, and SIGKILL after the recipe's time of grace.
+    """Stop a launch: SIGTERM, and SIGKILL after the recipe's grace period.
 
     Raises:
-        Problem: not allowed, or it has ended, or is stopping, already.
+        Problem: not allowed, or the launch has ended or is stopping already.
     """
     _check_right(user, Act.STOP_LAUNCH, owner_id=launch.requested_by_id)
     actor = Actor.person(user, via=via)
@@ -79,16 +79,16 @@ def stop_launch(*, launch: Launch, user: User, via: str, reason: str) -> Launch:
     who = {"stopped_by": user.get_username(), "stop_requested_at": timezone.now()}
     if launch.state == S.REQUESTED:
         return transition(
-            launch, S.STOPPED, actor=actor, reason=reason or "before it was started", **who
+            launch, S.STOPPED, actor=actor, reason=reason or "stopped before it was started", **who
         )
     transition(launch, S.STOPPING, actor=actor, reason=reason, **who)
-    _ring_host(launch, STOP_TASK)
+    _notify_host(launch, STOP_TASK)
     return launch
 
 
 @transaction.atomic
 def resume_launch(*, launch: Launch, user: User, via: str, reason: str) -> Launch:
-    """Start it again from its checkpoint, as the next attempt of the same run.
+    """Start a launch again from its checkpoint, as the next attempt of the same run.
 
     Raises:
         Problem: not allowed, not stopped or failed, not resumable, or the recipe has changed.
@@ -99,11 +99,15 @@ def resume_launch(*, launch: Launch, user: User, via: str, reason: str) -> Launc
         raise Problem(
             409,
             "launch-moved",
-            f"L-{launch.number} is {launch.state}: only what has stopped or failed is resumed.",
+            f"L-{launch.number} is {launch.state}. Only a stopped or failed launch can be resumed.",
             state=launch.state,
         )
     if not recipe.resumable:
-        raise Problem(409, "not-resumable", "This recipe has no way to resume: start it anew.")
+        raise Problem(
+            409,
+            "not-resumable",
+            "This recipe has no resume_argv: start it again instead.",
+        )
     _check_recipe(recipe, launch.digest)
     _check_host(recipe.host)
     transition(
@@ -122,7 +126,7 @@ def resume_launch(*, launch: Launch, user: User, via: str, reason: str) -> Launc
         exit_signal="",
         last_lines=[],
     )
-    _ring_host(launch, START_TASK)
+    _notify_host(launch, START_TASK)
     return launch
 
 
@@ -134,50 +138,53 @@ def _check_right(user: User, act: Act, *, owner_id: int | None = None) -> None:
 
 def _check_recipe(recipe: Recipe, digest: str) -> None:
     if not recipe.usable:
-        why = recipe.problem or "its file is gone."
+        why = recipe.problem or "its file was removed."
         raise Problem(409, "recipe-unusable", f"{recipe} cannot be used: {why}")
     if digest != recipe.digest:
         raise Problem(
             409,
             "recipe-changed",
-            f"The file of {recipe} is not the one that you were shown: look at it again.",
+            f"The file of {recipe} has changed since you were shown it. Load it again.",
             digest=recipe.digest,
         )
 
 
 def _check_host(host: str) -> None:
     if not queue_is_served(host_queue(host)):
-        raise Problem(409, "host-away", f"No worker of {host} is up: start it there first.")
+        raise Problem(409, "host-away", f"No worker serves {host}. Start one there first.")
     live = Launch.objects.filter(recipe__host=host).exclude(state__in=LAUNCH_ENDED).count()
     if live >= settings.ESPER_LAUNCH_LIMIT:
         raise Problem(
-            409, "host-full", f"{host} has {live} live launches, which is the limit: stop one."
+            409,
+            "host-full",
+            f"{host} has {live} live launches, which is the limit. Stop one.",
         )
 
 
-def _ring_host(launch: Launch, task: str) -> None:
+def _notify_host(launch: Launch, task: str) -> None:
     enqueue(task=task, queue=host_queue(launch.recipe.host), args=[launch.uid])
 
 
 def sweep() -> int:
-    """Requests that nobody took, and launches whose host is silent; returns how many moved."""
+    """Fail requests that no worker has taken, and mark launches of silent hosts lost."""
     now = timezone.now()
     untaken = Launch.objects.filter(
         state=S.REQUESTED, requested_at__lt=now - timedelta(seconds=PICK_UP_SECONDS)
     )
     silent = now - timedelta(seconds=settings.ESPER_LAUNCH_LOST_SECONDS)
-    # One that is just being started has not been looked at yet.
+    # A launch that is being started has no seen_at yet.
     unseen = Q(seen_at__lt=silent) | Q(seen_at=None, requested_at__lt=silent)
-    unheard = Launch.objects.filter(unseen, state__in=[S.STARTING, S.RUNNING, S.STOPPING])
+    lost = Launch.objects.filter(unseen, state__in=[S.STARTING, S.RUNNING, S.STOPPING])
     moved = sum(_move(launch, S.FAILED, "no worker of its host took it") for launch in untaken)
-    why = f"its host was silent for {settings.ESPER_LAUNCH_LOST_SECONDS} s; it may still run there"
-    return moved + sum(_move(launch, S.LOST, why) for launch in unheard)
+    seconds = settings.ESPER_LAUNCH_LOST_SECONDS
+    why = f"its host has not reported for {seconds} s; it may still run there"
+    return moved + sum(_move(launch, S.LOST, why) for launch in lost)
 
 
 def _move(launch: Launch, to: LaunchState, reason: str) -> bool:
     try:
         with transaction.atomic():
             transition(launch, to, actor=SYSTEM, reason=reason)
-    except Problem:  # somebody was quicker, which is fine
+    except Problem:  # a person or the host has moved it meanwhile
         return False
     return True

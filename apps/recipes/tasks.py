@@ -1,4 +1,4 @@
-"""Celery's doorbells, and the thread that looks after this host's launches."""
+"""Celery tasks of launches; the import of ``watching`` starts this host's watching thread."""
 
 from celery import shared_task
 

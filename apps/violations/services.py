@@ -36,7 +36,7 @@ def record_violation(
     adaptation_uid: str = "",
     step: int | None = None,
 ) -> Violation:
-    """Note a broken limit with what the system did about it."""
+    """Record a broken limit, and what the system did about it."""
     if run is not None:
         lock_run(run.pk)
     violation = Violation.objects.create(
@@ -70,9 +70,9 @@ def record_violation(
 
 @transaction.atomic
 def record_findings(*, run: Run, findings: Sequence[Finding]) -> int:
-    """What a trainer found out about itself. The same open finding is written once.
+    """Record what a trainer has diagnosed. The same open finding is written once.
 
-    The same: rule, layer and remedy. What was observed may hold a number that grows.
+    Findings are the same when rule, layer and remedy are; the observed number may differ.
     """
     written = 0
     for finding in findings:
@@ -103,7 +103,7 @@ def record_findings(*, run: Run, findings: Sequence[Finding]) -> int:
 def acknowledge_violation(
     *, violation: Violation, user: User, via: str, reason: str = ""
 ) -> Violation:
-    """A person has seen it; raises ``Problem`` when not allowed or somebody was first."""
+    """Record that a person has seen it; raises ``Problem`` when not allowed or done already."""
     owner_id = violation.run.owner_id if violation.run else None
     permission = may(user, Act.ACKNOWLEDGE_VIOLATION, owner_id=owner_id)
     if not permission.allowed:
@@ -117,7 +117,7 @@ def acknowledge_violation(
         raise Problem(
             409,
             "already-acknowledged",
-            f"{who.get_username() if who else 'Somebody'} has acknowledged it already.",
+            f"{who.get_username() if who else 'Another person'} has acknowledged it already.",
         )
     record(
         actor=Actor.person(user, via=via),

@@ -59,7 +59,7 @@ class Workers(Endpoint):
         "list_workers",
         answer=page_of(WorkerOutput),
         parameters=[*(query(name) for name in WORKER_FILTERS), CURSOR, LIMIT],
-        summary="Workers, and Tamiyo beside them, as they last reported",
+        summary="Workers and Tamiyo, as they last reported",
     )
     def get(self, request: Request) -> Response:
         workers = apply_filters(request, Worker.objects.all(), WORKER_FILTERS)
@@ -67,7 +67,7 @@ class Workers(Endpoint):
 
 
 def worker_rows(workers: Sequence[Worker]) -> list[dict[str, Any]]:
-    """Workers with the job that each is at."""
+    """Workers with the job that each builds now."""
     context = {"jobs": current_jobs(workers)}
     return list(WorkerOutput(workers, many=True, context=context).data)
 
@@ -106,7 +106,7 @@ class TamiyoHeartbeat(Endpoint):
 
 
 def _presence(instance: str, status: dict[str, Any]) -> Presence:
-    """Tamiyo among the workers: it has no queue, and its heartbeat says that it lives."""
+    """Tamiyo is listed with the workers: it has no queue, only a heartbeat."""
     name = f"tamiyo@{instance}"
     known = Worker.objects.filter(name=name).first()
     versions = {key: value for key, value in status.items() if isinstance(value, str)}

@@ -1,4 +1,4 @@
-"""The builder children of this worker process, and where a job of theirs stands."""
+"""The builder children of this worker process, and the progress of their job."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _pool: BuilderPool | None = None
 
 
 def builders() -> BuilderPool:
-    """The pool of this process, made when it is first asked for."""
+    """The pool of this process, made at first use."""
     global _pool
     if _pool is None:
         limits = BuildLimits(
@@ -34,7 +34,7 @@ def builders() -> BuilderPool:
 
 
 def close_builders() -> None:
-    """End all of them; the next job would start new ones."""
+    """Close all of them; the next job starts new ones."""
     global _pool
     if _pool is not None:
         _pool.close()
@@ -42,9 +42,9 @@ def close_builders() -> None:
 
 
 class Progress:
-    """Where one attempt stands. A fast build writes its steps once, a slow one with each beat.
+    """The progress of one attempt; a slow build writes its steps at each renewal of the lease.
 
-    ``lost`` is set when the lease is gone: somebody else has the job, or nobody needs it.
+    ``lost`` is set when the lease was taken away: another worker has the job, or nobody does.
     """
 
     def __init__(self, job: CompileJob) -> None:
@@ -59,7 +59,7 @@ class Progress:
             self._done.setdefault(step, timezone.now())
 
     def write(self) -> None:
-        """Bring the rows up to what is done."""
+        """Write the steps that are done and not written yet."""
         with self._lock:
             steps = dict(list(self._done.items())[self._written :])
             self._written = len(self._done)
@@ -68,7 +68,7 @@ class Progress:
 
     @contextmanager
     def leased(self) -> Iterator[None]:
-        """Renews the lease from a thread while the build goes on."""
+        """Renew the lease from a thread during the build."""
         done = threading.Event()
 
         def renew() -> None:

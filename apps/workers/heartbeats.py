@@ -66,7 +66,7 @@ def heartbeat(presence: Presence) -> WorkerMode:
 
 
 def mark_worker_stopped(name: str) -> None:
-    """A worker has stopped in order; nobody needs to wait for its heartbeat to be missed."""
+    """Mark a worker offline that has stopped in order, before its next heartbeat is missed."""
     Worker.objects.filter(name=name).update(state=WorkerState.OFFLINE)
 
 

@@ -1,6 +1,6 @@
 """What workers may do: people decide it, and repeated crashes of builders do.
 
-A worker that is not active takes no job, whatever message it gets.
+A worker that is not active takes no job, even when it gets a message.
 """
 
 from __future__ import annotations

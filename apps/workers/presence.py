@@ -1,4 +1,4 @@
-"""A worker says that it lives, from a thread of its main process, and obeys what it hears back.
+"""A worker sends heartbeats from a thread of its main process, and follows the mode in the answer.
 
 Celery's main process knows the queues; the pool process, which builds, knows the devices. Both
 report under one name.
@@ -44,7 +44,7 @@ os.register_at_fork(
 
 @contextmanager
 def database_between_forks() -> Iterator[None]:
-    """For a thread of Celery's main process: nothing of the database is open when it forks.
+    """For a thread of Celery's main process: no database connection is open when it forks.
 
     A pool process that was killed is replaced by a fork at any moment. With a connection open in
     this process then, the new one inherits SQLite's state (seen: every query of its whole life
@@ -61,7 +61,7 @@ def database_between_forks() -> Iterator[None]:
 
 
 def host_memory_mib() -> tuple[int, int] | tuple[None, None]:
-    """Free and total memory of this machine, where the system tells."""
+    """Free and total memory of this machine; None where the system does not report them."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -96,10 +96,10 @@ def start_heartbeat(consumer: Any) -> threading.Thread:
             )
             try:
                 with database_between_forks():
-                    told = heartbeat(presence)
-                mode = _obey(consumer, queues, mode, told)
+                    wanted = heartbeat(presence)
+                mode = _follow_mode(consumer, queues, mode, wanted)
             except Exception as error:
-                log.warning("no heartbeat this time: %s", error)
+                log.warning("this heartbeat was not recorded: %s", error)
             awaited = _stopped if _stopping.is_set() else _stopping
             awaited.wait(settings.ESPER_WORKER_HEARTBEAT_SECONDS)
 
@@ -108,8 +108,10 @@ def start_heartbeat(consumer: Any) -> threading.Thread:
     return thread
 
 
-def _obey(consumer: Any, queues: list[str], before: WorkerMode, mode: WorkerMode) -> WorkerMode:
-    """Leave the queues while resting, so that bells ring where somebody works."""
+def _follow_mode(
+    consumer: Any, queues: list[str], before: WorkerMode, mode: WorkerMode
+) -> WorkerMode:
+    """Consume the queues only in active mode, so that other workers get the messages."""
     if (before == WorkerMode.ACTIVE) != (mode == WorkerMode.ACTIVE):
         log.warning("this worker is %s now", mode)
         act = consumer.add_task_queue if mode == WorkerMode.ACTIVE else consumer.cancel_task_queue
@@ -119,7 +121,7 @@ def _obey(consumer: Any, queues: list[str], before: WorkerMode, mode: WorkerMode
 
 
 def report_devices() -> None:
-    """What the builder child found; None of it is known to a process without torch."""
+    """Report what the builder child found, which a process without torch cannot know."""
     description = builders().ready().wait_ready()
     log.info("builders are ready; their network is closed by %s", description.network)
     heartbeat(
@@ -161,7 +163,7 @@ def _on_ready(sender: Any, **_: Any) -> None:
 
 @worker_shutting_down.connect
 def _on_stop(**_: Any) -> None:
-    """In a signal handler: set the flag, the heartbeat tells it. Celery finishes the job."""
+    """Set the flag that the heartbeat reports; Celery finishes the job. In a signal handler."""
     _stopping.set()
 
 
@@ -172,4 +174,4 @@ def _on_end(**_: Any) -> None:
         with database_between_forks():
             mark_worker_stopped(worker_name())
     except Exception as error:
-        log.warning("the database did not hear that this worker has ended: %s", error)
+        log.warning("the end of this worker was not recorded: %s", error)

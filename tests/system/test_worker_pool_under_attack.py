@@ -36,7 +36,7 @@ HASTE = {
 }
 FIRST, SECOND = "first@here", "second@here"
 # What a worker logs whose job was given to another one.
-REFUSED = ("nobody needs the result", "came too late")
+REFUSED = ("nobody needs the result", "has lost its lease")
 LAYERS = ("conv1", "conv2", "conv3", "squeeze", "head")
 # reverted: kept, and gone with the hard undo of an older graft
 NAMED_ENDS = {

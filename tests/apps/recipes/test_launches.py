@@ -192,7 +192,7 @@ def exit_note(**changes: Any) -> str:
         (S.RUNNING, {"code": 3}, S.FAILED, "exit code 3"),
         (S.RUNNING, {"code": None, "signal": "SIGSEGV"}, S.FAILED, "killed by SIGSEGV"),
         (S.STOPPING, {"code": 1, "asked": True}, S.STOPPED, "exit code 1"),
-        (S.STOPPING, {"signal": "SIGKILL", "killed": True}, S.STOPPED, "time of grace"),
+        (S.STOPPING, {"signal": "SIGKILL", "killed": True}, S.STOPPED, "grace period"),
         (S.RUNNING, {"asked": True}, S.STOPPED, "with this host's Esper"),
         (S.STARTING, {"code": None, "error": "no such program"}, S.FAILED, "no such program"),
         (S.LOST, {}, S.FINISHED, "exit code 0"),
@@ -270,13 +270,13 @@ def test_a_resumed_launch_is_the_next_attempt_with_a_clean_slate(olga: User) -> 
     Recipe.objects.update(digest="aa" * 32)
     Launch.objects.update(state=S.STOPPED)
     launch.refresh_from_db()
-    with pytest.raises(Problem, match="not the one that you were shown"):
+    with pytest.raises(Problem, match="has changed since you were shown it"):
         services.resume_launch(launch=launch, user=olga, via="test", reason="")
 
 
 @pytest.mark.parametrize("state", [S.FINISHED, S.LOST, S.RUNNING, S.REQUESTED])
 def test_only_what_stopped_or_failed_is_resumed(olga: User, state: LaunchState) -> None:
-    with pytest.raises(Problem, match="only what has stopped or failed"):
+    with pytest.raises(Problem, match="Only a stopped or failed launch"):
         services.resume_launch(
             launch=make_launch(olga, state=state), user=olga, via="test", reason=""
         )

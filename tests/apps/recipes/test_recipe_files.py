@@ -128,7 +128,7 @@ def test_a_path_that_leaves_its_folder_by_a_link_is_refused_on_the_host(
         ('option = "--fast"', "", "a flag needs option"),
         ('name = "Counter"', 'directory = "not/there"', "there is no"),
         ('name = "Counter"', "grace_seconds = 100000", "grace_seconds must lie"),
-        ('name = "Counter"', "name = [", "It is no TOML"),
+        ('name = "Counter"', "name = [", "not valid TOML"),
     ],
 )
 def test_a_file_that_could_do_harm_or_is_wrong_cannot_be_used(

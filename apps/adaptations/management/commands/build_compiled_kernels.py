@@ -19,7 +19,7 @@ class Command(BaseCommand):
     help = "Build every queued compiled kernel of this capability, one after the other, and end."
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """One at a time on a host: who finds another builder at work leaves the rest to it."""
+        """One builder at a time on a host: a second one exits and leaves the queue to the first."""
         os.nice(NICENESS)
         path = settings.ESPER_DATA_DIR / "compiled-kernels.lock"
         with path.open("w") as lock:
