@@ -19,6 +19,7 @@ import pytest
 import yaml
 from django.core.management import get_commands, load_command_class
 
+import esper
 from launcher.command import cli
 from tests.docs.pages import DOCS, ROOT, commands, name_of, pages
 
@@ -109,7 +110,13 @@ def _torchrun(words: list[str]) -> None:
 
 
 def _pip(words: list[str]) -> None:
+    if words[0] == "wheel":
+        assert all((ROOT / word / "pyproject.toml").exists() for word in words if word[0] == ".")
+        return
     assert words[0] == "install"
+    if built := [word for word in words if word.endswith(".whl")]:
+        assert all(f"-{esper.__version__}-" in word for word in built)
+        return
     groups = set(re.findall(r"\w+\[([\w,]+)\]", " ".join(words)))
     text = (ROOT / "pyproject.toml").read_text()
     assert all(f"\n{group} = [" in text for found in groups for group in found.split(","))
@@ -164,5 +171,5 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "curl": _curl,
     "export": _export,
     "cp": _copy,
-    **dict.fromkeys(("chmod", "git", "cd", "npm", "pre-commit"), _anything),
+    **dict.fromkeys(("chmod", "git", "cd", "npm", "eval", "pre-commit"), _anything),
 }
