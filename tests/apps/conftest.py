@@ -11,7 +11,8 @@ from apps.accounts.models import User
 from apps.blueprints.models import Blueprint
 from apps.telemetry import services as telemetry
 from esper.contracts import Role, TokenScope
-from tests.apps.cast import Caller, Inbox, Trainer, frame, metrics, register, token_of
+from tests.apps.callers import Caller, Inbox, Trainer, frame, metrics, register
+from tests.apps.cast import NAMES, make_blueprint, make_person, make_tamiyo, token_of
 
 
 @pytest.fixture(scope="session")
@@ -37,10 +38,8 @@ def _fresh_memory() -> None:
 
 @pytest.fixture
 def people(db: None) -> dict[Role, User]:
-    return {
-        role: User.objects.create_user(f"{role}-person", password="a long password", role=role)
-        for role in Role
-    }
+    """The demo's people, one for each role."""
+    return {role: make_person(name) for role, name in NAMES.items()}
 
 
 @pytest.fixture
@@ -74,23 +73,12 @@ def trainer(people: dict[Role, User]) -> Trainer:
 
 @pytest.fixture
 def tamiyo(db: None) -> Caller:
-    service = User.objects.create_user("tamiyo", role=Role.VIEWER)
-    return Caller(token_of(service, TokenScope.DECIDE, TokenScope.READ))
+    return Caller(token_of(make_tamiyo(), TokenScope.DECIDE, TokenScope.READ))
 
 
 @pytest.fixture
 def blueprint(db: None) -> Blueprint:
-    return Blueprint.objects.create(
-        slug="proj_lora_64",
-        ident="BP-PROJ-LoRA-64",
-        title="Low-rank update",
-        category="efficiency",
-        kind="parallel",
-        adaptation_type="add_efficiency",
-        risk="low",
-        idea="A few columns more.",
-        version="0" * 16,
-    )
+    return make_blueprint()
 
 
 @pytest.fixture

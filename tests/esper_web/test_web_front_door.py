@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from django.contrib.auth import get_user_model
 from django.test import Client
 
 from esper.contracts import Role
+from tests.apps.cast import NAMES, make_person
 
 pytestmark = pytest.mark.django_db
 
@@ -14,9 +14,8 @@ pytestmark = pytest.mark.django_db
 @pytest.fixture
 def as_role() -> object:
     def signed_in(role: Role) -> Client:
-        user = get_user_model().objects.create_user(username=str(role), role=role)
         client = Client()
-        client.force_login(user)
+        client.force_login(make_person(NAMES[role]))
         return client
 
     return signed_in

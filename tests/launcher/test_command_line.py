@@ -22,7 +22,7 @@ from apps.audit.models import AuditEvent
 from apps.audit.services import record
 from esper.contracts import Role
 from launcher.command import cli
-from tests.apps.recipes.cast import make_recipe
+from tests.apps.recipes.rows import make_recipe
 
 
 def run(*words: str) -> str:

@@ -23,8 +23,9 @@ from esper.contracts import (
     ViolationRule,
     WorkerKind,
 )
-from tests.apps.cast import Answer, Caller, Inbox, register, registration, token_of
-from tests.apps.recipes.cast import make_launch, make_recipe
+from tests.apps.callers import Answer, Caller, Inbox, register, registration
+from tests.apps.cast import token_of
+from tests.apps.recipes.rows import make_launch, make_recipe
 
 pytestmark = pytest.mark.django_db
 
@@ -192,7 +193,7 @@ def test_people_issue_and_revoke_tokens_for_their_scripts(operator: Caller) -> N
     made = operator.post("tokens", {"name": "script", "scopes": ["read"], "expires_in_days": 7})
     assert made.status == 201
     script = Caller(made.data["secret"])
-    assert script.get("me").data["username"] == "operator-person"
+    assert script.get("me").data["username"] == "olga"
     assert "secret" not in operator.get("tokens").data["results"][0]
     grab = operator.post("tokens", {"name": "tamiyo?", "scopes": ["decide"]})
     assert (grab.status, grab.code) == (400, "invalid")
@@ -234,4 +235,4 @@ def test_violations_are_acknowledged_by_one_person(
     violation = Violation.objects.get()
     again = callers[Role.ADMIN].post(f"violations/{violation.uid}/acknowledge")
     assert (again.status, again.code) == (409, "already-acknowledged")
-    assert "operator-person" in again.data["detail"]
+    assert "olga" in again.data["detail"]

@@ -13,7 +13,7 @@ from apps.violations.models import Violation
 from apps.workers.models import Worker
 from esper.contracts import AdaptationState
 from esper.services.tamiyo import wire
-from tests.apps.cast import Caller, Inbox, Trainer, frame, metrics, proposal
+from tests.apps.callers import Caller, Inbox, Trainer, frame, metrics, proposal
 
 pytestmark = pytest.mark.django_db
 

@@ -8,21 +8,12 @@ from collections.abc import Callable
 import pytest
 from django.db import connections
 
-from apps.accounts.models import User
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
-from apps.blueprints.models import Blueprint
 from apps.telemetry.models import Metric
 from esper.contracts import Role, TokenScope
-from tests.apps.cast import (
-    Answer,
-    Caller,
-    Inbox,
-    frame,
-    metrics,
-    register,
-    token_of,
-)
+from tests.apps.callers import Answer, Caller, Inbox, frame, metrics, register
+from tests.apps.cast import make_blueprint, make_person, make_tamiyo, token_of
 
 pytestmark = [pytest.mark.postgres, pytest.mark.django_db(transaction=True)]
 
@@ -50,26 +41,14 @@ def at_once(request: Callable[[int], Answer]) -> list[Answer]:
 
 def make_inbox() -> Inbox:
     """A run with telemetry, and Tamiyo; in real transactions there are no shared fixtures."""
-    Blueprint.objects.create(
-        slug="proj_lora_64",
-        ident="BP-PROJ-LoRA-64",
-        title="Low-rank update",
-        category="efficiency",
-        kind="parallel",
-        adaptation_type="add_efficiency",
-        risk="low",
-        idea="A few columns more.",
-        version="0" * 16,
-    )
-    trainer = register(User.objects.create_user("rafi", role=Role.RESEARCHER))
-    tamiyo = User.objects.create_user("tamiyo", role=Role.VIEWER)
+    make_blueprint()
+    trainer = register(make_person("rafi"))
     trainer.send(frames=[frame(1000)], metrics=[metrics(1000, loss=1.0)])
-    return Inbox(trainer, Caller(token_of(tamiyo, TokenScope.DECIDE, TokenScope.READ)))
+    return Inbox(trainer, Caller(token_of(make_tamiyo(), TokenScope.DECIDE, TokenScope.READ)))
 
 
 def operator(name: str) -> str:
-    user = User.objects.create_user(name, role=Role.OPERATOR)
-    return token_of(user, TokenScope.READ, TokenScope.ACT)
+    return token_of(make_person(name, Role.OPERATOR), TokenScope.READ, TokenScope.ACT)
 
 
 def test_one_act_sent_many_times_at_once_is_done_once_and_answered_every_time() -> None:

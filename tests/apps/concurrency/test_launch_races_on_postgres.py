@@ -17,8 +17,9 @@ from apps.recipes import services
 from apps.recipes.lifecycle import transition
 from apps.recipes.models import Launch
 from apps.rest.problems import Problem
-from esper.contracts import LaunchState, Role
-from tests.apps.recipes.cast import make_launch
+from esper.contracts import LaunchState
+from tests.apps.cast import make_person
+from tests.apps.recipes.rows import make_launch
 
 pytestmark = [pytest.mark.postgres, pytest.mark.django_db(transaction=True)]
 
@@ -49,7 +50,7 @@ def at_once(work: Callable[[int], str]) -> Counter[str]:
 
 @pytest.fixture
 def olga(db: None) -> User:
-    return User.objects.create_user("olga", password="x", role=Role.OPERATOR)
+    return make_person("olga")
 
 
 def test_of_a_stop_and_an_end_at_once_exactly_one_moves_the_launch(olga: User) -> None:

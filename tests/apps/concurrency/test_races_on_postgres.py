@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from django.db import connection, connections, transaction
 
-from apps.accounts.actors import SYSTEM, Actor, ActorKind
+from apps.accounts.actors import SYSTEM
 from apps.accounts.models import User
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation
@@ -22,7 +22,6 @@ from apps.notifications.services import publish
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import issue_command
-from apps.trainers import services as trainers
 from apps.workers import services as workers
 from apps.workers.models import CompileJob
 from esper.contracts import (
@@ -30,19 +29,16 @@ from esper.contracts import (
     AdaptationType,
     CommandKind,
     CostForecast,
-    LayerInfo,
     Risk,
     Role,
-    RunMode,
 )
-from esper.contracts.protocol import Proposal, Registration
+from esper.contracts.protocol import Proposal
+from tests.apps.cast import TAMIYO, make_blueprint, make_layer, make_person, make_run
 
 pytestmark = [pytest.mark.postgres, pytest.mark.django_db(transaction=True)]
 
 THREADS = 8
 ROUNDS = 10
-TRAINER = Actor(ActorKind.TRAINER, "digits")
-TAMIYO = Actor(ActorKind.TAMIYO, "tamiyo")
 
 
 def at_once(work: Callable[[int], str]) -> Counter[str]:
@@ -67,32 +63,10 @@ def at_once(work: Callable[[int], str]) -> Counter[str]:
 
 
 def a_run(name: str = "digits") -> Run:
-    owner, _ = User.objects.get_or_create(username="rafi", defaults={"role": Role.RESEARCHER})
-    layers = [
-        LayerInfo(f"fc{i}", "Linear", (8, 64), (8, 64), "float32", 4160, graftable=True)
-        for i in range(THREADS)
-    ]
-    spec = Registration(
-        name=name,
-        mode=RunMode.AUTOMATIC,
-        host="here",
-        capability="cpu",
-        model_parameters=100_000,
-        layers=tuple(layers),
-    )
-    Blueprint.objects.get_or_create(
-        slug="proj_lora_64",
-        defaults={
-            "ident": "BP-PROJ-LoRA-64",
-            "title": "Low-rank update",
-            "category": "efficiency",
-            "kind": "parallel",
-            "adaptation_type": "add_efficiency",
-            "risk": "low",
-            "idea": "…",
-        },
-    )
-    return trainers.register_run(owner=owner, actor=TRAINER, spec=spec).run
+    owner = User.objects.filter(username="rafi").first() or make_person("rafi")
+    if not Blueprint.objects.exists():
+        make_blueprint()
+    return make_run(owner, name=name, layers=tuple(make_layer(f"fc{i}") for i in range(THREADS)))
 
 
 def propose(run: Run, layer: str, key: str, confidence: float = 0.6) -> Adaptation:
@@ -124,9 +98,7 @@ def test_it_really_is_postgresql() -> None:
 
 
 def test_of_many_approvals_and_rejections_exactly_one_wins() -> None:
-    people = [
-        User.objects.create_user(username=f"op{i}", role=Role.OPERATOR) for i in range(THREADS)
-    ]
+    people = [make_person(f"operator{i}", Role.OPERATOR) for i in range(THREADS)]
     for round_ in range(ROUNDS):
         adaptation = propose(a_run(f"run{round_}"), "fc0", f"key{round_}")
         version = adaptation.version
@@ -193,7 +165,7 @@ def test_commands_events_and_audit_rows_are_numbered_without_gaps_or_doubles() -
 
 
 def test_the_kill_switch_lets_nothing_through_after_it_was_committed() -> None:
-    run, operator = a_run(), User.objects.create_user(username="olga", role=Role.OPERATOR)
+    run, operator = a_run(), make_person("olga")
     adaptation = propose(run, "fc0", "key", confidence=0.9)
     Adaptation.objects.filter(pk=adaptation.pk).update(state=AdaptationState.COMPILED)
 

@@ -1,13 +1,11 @@
-"""A web process over the small world of ``conftest.py``, for the browser tests.
+"""A web process over the small world of ``world.py``, for the browser tests.
 
 python serve_world.py PORT        with DATABASE_URL and DJANGO_SETTINGS_MODULE set
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import django
 import uvicorn
@@ -26,14 +24,9 @@ def main(port: int) -> None:
 
 
 def _build() -> None:
-    path = Path(__file__).with_name("conftest.py")
-    spec = importlib.util.spec_from_file_location("console_world", path)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["console_world"] = module
-    spec.loader.exec_module(module)
-    world = module.build_world(steps=300)
+    from tests.apps.console.world import build_world  # models need django.setup()
+
+    world = build_world(steps=300)
     run = world.runs["baseline"]
     run.name = HOSTILE
     run.layers = [{**layer, "name": HOSTILE + layer["name"]} for layer in run.layers]

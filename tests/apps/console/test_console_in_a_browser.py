@@ -15,12 +15,12 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, Page, StorageState, expect
 
+from tests.apps.cast import PASSWORD
 from tests.browser import TEST_SECONDS, WAIT_MS
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(TEST_SECONDS)]
 
 ROOT = Path(__file__).resolve().parents[3]
-PASSWORD = "a-long-password-for-tests"
 SignIn = Callable[..., Page]
 
 
@@ -75,7 +75,7 @@ def cookies() -> dict[str, StorageState]:
 def sign_in(
     chromium: Browser, console_url: str, cookies: dict[str, StorageState]
 ) -> Iterator[SignIn]:
-    """``sign_in("anna")``: a page of a browser of her own; an error of a page fails the test."""
+    """``sign_in("olga")``: a page of a browser of her own; an error of a page fails the test."""
     complaints: list[str] = []
     contexts = []
 
@@ -171,7 +171,7 @@ def wait_until_complete(page: Page) -> None:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_no_page_has_a_serious_barrier(sign_in: SignIn, dark: bool) -> None:
-    page = sign_in("adam", dark=dark)
+    page = sign_in("ada", dark=dark)
     barriers = []
     for address in pages_of(page):
         page.goto(address)
@@ -183,7 +183,7 @@ def test_no_page_has_a_serious_barrier(sign_in: SignIn, dark: bool) -> None:
 
 
 def test_a_phone_never_scrolls_sideways(sign_in: SignIn) -> None:
-    page = sign_in("anna", width=360)
+    page = sign_in("olga", width=360)
     wide = []
     for address in pages_of(page):
         page.goto(address)
@@ -207,7 +207,7 @@ def test_the_run_page_draws_loss_and_layers_and_says_them_in_words(sign_in: Sign
 
 
 def test_hostile_names_do_nothing_in_a_browser_either(sign_in: SignIn) -> None:
-    page = sign_in("anna")
+    page = sign_in("olga")
     page.goto("/runs?state=finished")
     page.click("tr[data-row] a[data-open]")
     expect(page.locator("#heat-summary")).to_contain_text("⟨U+202E⟩")
@@ -217,7 +217,7 @@ def test_hostile_names_do_nothing_in_a_browser_either(sign_in: SignIn) -> None:
 
 
 def test_a_stale_page_blocks_approving_and_nothing_else(sign_in: SignIn) -> None:
-    page = sign_in("ben")
+    page = sign_in("oscar")
     page.clock.install()
     page.goto("/inbox")
     page.locator("tr:has-text('classifier.2') a[data-open]").click()
@@ -245,7 +245,7 @@ def test_rows_open_by_keyboard(sign_in: SignIn) -> None:
 
 
 def test_a_recipe_is_started_from_its_page_and_stopped_from_its_launch(sign_in: SignIn) -> None:
-    page, vera = sign_in("anna"), sign_in("vera")
+    page, vera = sign_in("olga"), sign_in("vera")
     page.goto("/recipes")
     address = page.locator("a[data-open]:text-is('Digits')").get_attribute("href")
     assert address
@@ -272,29 +272,29 @@ def test_a_recipe_is_started_from_its_page_and_stopped_from_its_launch(sign_in: 
 
 
 def test_the_kill_switch_is_seen_by_everybody_at_once(sign_in: SignIn) -> None:
-    anna, vera = sign_in("anna"), sign_in("vera")
+    olga, vera = sign_in("olga"), sign_in("vera")
     wait_until_live(vera)
-    anna.click("#switch-menu summary")
-    anna.click("text=Kill all adaptation")
+    olga.click("#switch-menu summary")
+    olga.click("text=Kill all adaptation")
     expect(vera.locator("#switch-menu .pill")).to_contain_text("KILLED")
-    expect(anna.locator("#switch-menu .pill")).to_contain_text("KILLED")
-    expect(anna.locator("#switch-menu[open]")).to_have_count(0)
-    anna.click("#switch-menu summary")
-    anna.click("text=Switch adaptation on")
+    expect(olga.locator("#switch-menu .pill")).to_contain_text("KILLED")
+    expect(olga.locator("#switch-menu[open]")).to_have_count(0)
+    olga.click("#switch-menu summary")
+    olga.click("text=Switch adaptation on")
     expect(vera.locator("#switch-menu .pill")).to_contain_text("on")
 
 
 def test_rows_do_not_move_under_the_pointer(sign_in: SignIn) -> None:
-    vera, ben = sign_in("vera"), sign_in("ben")
+    vera, oscar = sign_in("vera"), sign_in("oscar")
     vera.goto("/inbox")
     wait_until_live(vera)
     row = vera.locator("tr:has-text('features.3')")
     row.hover()
-    ben.goto("/inbox")
-    ben.locator("tr:has-text('features.3') a[data-open]").click()
-    ben.fill("#reason", "not on the first layers")
-    ben.click("[data-path=reject]")
-    expect(ben.locator("#panel-head")).to_contain_text("ben rejected it")
+    oscar.goto("/inbox")
+    oscar.locator("tr:has-text('features.3') a[data-open]").click()
+    oscar.fill("#reason", "not on the first layers")
+    oscar.click("[data-path=reject]")
+    expect(oscar.locator("#panel-head")).to_contain_text("oscar rejected it")
     show = vera.locator("[data-show-held]")
     expect(show).to_contain_text("1 decided")
     assert row.count() == 1  # still there, marked as decided
@@ -305,31 +305,31 @@ def test_rows_do_not_move_under_the_pointer(sign_in: SignIn) -> None:
 
 def test_two_operators_race_and_the_loser_is_told_who_won(sign_in: SignIn) -> None:
     """Last in this file: it uses up the decision that the tests above look at."""
-    anna, ben = sign_in("anna"), sign_in("ben")
-    anna.goto("/inbox")
-    address = anna.locator("tr:has-text('classifier.2') a[data-open]").get_attribute("href")
+    olga, oscar = sign_in("olga"), sign_in("oscar")
+    olga.goto("/inbox")
+    address = olga.locator("tr:has-text('classifier.2') a[data-open]").get_attribute("href")
     assert address
-    for page in (anna, ben):
+    for page in (olga, oscar):
         page.goto(address)
         wait_until_live(page)
-    anna.click("[data-path=reject]")
-    expect(anna.locator("#acts-error")).to_contain_text("Give a reason for the rejection")
-    # Ben's page must not refresh before he presses the button, or there is no race.
-    ben.evaluate(
+    olga.click("[data-path=reject]")
+    expect(olga.locator("#acts-error")).to_contain_text("Give a reason for the rejection")
+    # Oscar's page must not refresh before he presses the button, or there is no race.
+    oscar.evaluate(
         "document.querySelectorAll('[data-panel]').forEach("
         "(panel) => { panel.dataset.events = ''; delete panel.dataset.every })"
     )
-    ben.fill("#reason", "the loss still falls")
-    anna.click("[data-path=approve]")
-    expect(anna.locator("#panel-head")).to_contain_text("anna approved it")
-    ben.click("[data-path=reject]")
-    expect(ben.locator("#acts-error")).to_contain_text("anna")
-    assert ben.input_value("#reason") == "the loss still falls"
-    expect(ben.locator("#panel-head")).to_contain_text("anna approved it")
+    oscar.fill("#reason", "the loss still falls")
+    olga.click("[data-path=approve]")
+    expect(olga.locator("#panel-head")).to_contain_text("olga approved it")
+    oscar.click("[data-path=reject]")
+    expect(oscar.locator("#acts-error")).to_contain_text("olga")
+    assert oscar.input_value("#reason") == "the loss still falls"
+    expect(oscar.locator("#panel-head")).to_contain_text("olga approved it")
 
 
 def test_a_worker_is_drained_and_released_after_reading_what_it_means(sign_in: SignIn) -> None:
-    page = sign_in("ben")
+    page = sign_in("oscar")
     page.goto("/workers")
     row = page.locator("#panel-workers tr:has-text('compile@host-a')")
     row.locator("summary").click()
@@ -345,22 +345,22 @@ def test_a_worker_is_drained_and_released_after_reading_what_it_means(sign_in: S
     row.locator("button:text-is('Drain')").click()
     page.locator("dialog button:text-is('Drain it')").click()
     expect(row).to_contain_text("Draining")
-    expect(row).to_contain_text("ben: a new driver")
+    expect(row).to_contain_text("oscar: a new driver")
     row.locator("button:has-text('Release')").click()
     page.locator("dialog button:text-is('Release it')").click()
     expect(row).not_to_contain_text("Draining")
 
 
 def test_a_kernel_is_pinned_unpinned_and_evicted_on_its_page(sign_in: SignIn) -> None:
-    page = sign_in("ben")
+    page = sign_in("oscar")
     page.goto(f"/kernels/{'ef' * 32}")
     kept = page.locator("#panel-kept")
-    expect(kept).to_contain_text("pinned by anna")
+    expect(kept).to_contain_text("pinned by olga")
     assert kept.locator("button:text-is('Evict')").count() == 0
     kept.locator("button:text-is('Unpin')").click()
     expect(kept).to_contain_text("not pinned")
     kept.locator("button:text-is('Pin')").click()
-    expect(kept).to_contain_text("pinned by ben")
+    expect(kept).to_contain_text("pinned by oscar")
     kept.locator("button:text-is('Unpin')").click()
     kept.locator("button:text-is('Evict')").click()
     question = page.get_by_role("dialog", name="Evict the kernel of proj_lora_64?")

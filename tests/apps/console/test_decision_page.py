@@ -33,7 +33,7 @@ def act(client: Client, adaptation: Adaptation, word: str, key: str, **body: Any
 
 
 def test_an_approver_sees_what_will_run_why_and_how_it_is_undone(world: Any) -> None:
-    text = page(world, "anna", "waiting")
+    text = page(world, "olga", "waiting")
     for words in (
         "mlp_gelu_2048",
         "Confidence 0.66 is below 0.75.",  # why asked
@@ -52,11 +52,11 @@ def test_an_approver_sees_what_will_run_why_and_how_it_is_undone(world: Any) -> 
 @pytest.mark.parametrize(
     ("who", "acts"),
     [
-        ("anna", {"approve", "reject", "claim", "extend"}),
-        ("adam", {"approve", "reject", "claim", "extend"}),
-        ("rosa", {"reject"}),  # her own run: she may make it safer
+        ("olga", {"approve", "reject", "claim", "extend"}),
+        ("ada", {"approve", "reject", "claim", "extend"}),
+        ("rafi", {"reject"}),  # his own run: he may make it safer
         ("vera", set()),
-        ("cora", set()),
+        ("carl", set()),
     ],
 )
 def test_buttons_are_those_that_the_policy_allows(world: Any, who: str, acts: set[str]) -> None:
@@ -66,56 +66,61 @@ def test_buttons_are_those_that_the_policy_allows(world: Any, who: str, acts: se
 def test_a_right_one_lacks_is_explained(world: Any) -> None:
     vera = page(world, "vera", "waiting")
     assert "Only admins or operators may approve, reject, claim, extend." in vera
-    own = page(world, "anna", "annas")
+    own = page(world, "olga", "olgas")
     assert "This is your own run: another operator has to approve." in own
     assert "approve" not in offered(own)
     assert "reject" in offered(own)
 
 
 def test_the_form_pins_the_version_and_the_evidence_that_were_shown(world: Any) -> None:
-    text = page(world, "anna", "waiting")
+    text = page(world, "olga", "waiting")
     assert 'data-if-match="1"' in text
     assert world.adaptations["waiting"].evidence_hash in text
 
 
 def test_after_the_decision_the_page_is_the_record(world: Any) -> None:
-    text = page(world, "anna", "kept")
+    text = page(world, "olga", "kept")
     assert offered(text) == {"rollback"}
-    for words in ("<strong>ben</strong> approved it", "stagnant for long", "Certificate", "passed"):
+    for words in (
+        "<strong>oscar</strong> approved it",
+        "stagnant for long",
+        "Certificate",
+        "passed",
+    ):
         assert words in text
     assert "Reward +0.480" in text
     assert "+0.0340 ± 0.0120" in text
 
 
 def test_an_ended_decision_has_no_buttons(world: Any) -> None:
-    text = page(world, "anna", "rejected")
+    text = page(world, "olga", "rejected")
     assert offered(text) == set()
     assert "This adaptation has ended. This page is its record." in text
-    assert "<strong>anna</strong> rejected it" in text
+    assert "<strong>olga</strong> rejected it" in text
 
 
 def test_two_operators_at_once_one_wins_and_the_other_reads_who(world: Any) -> None:
-    anna, ben = world.client("anna"), world.client("ben")
+    olga, oscar = world.client("olga"), world.client("oscar")
     seen = world.adaptations["waiting"]
     body = {"evidence_hash": seen.evidence_hash}
-    first = act(anna, seen, "approve", "key-of-anna", **body)
-    second = act(ben, seen, "reject", "key-of-ben", reason="too risky")
+    first = act(olga, seen, "approve", "key-of-olga", **body)
+    second = act(oscar, seen, "reject", "key-of-oscar", reason="too risky")
     assert (first.status_code, second.status_code) == (200, 409)
-    assert "anna" in second.json()["detail"]
-    after = ben.get(f"/adaptations/{seen.uid}").content.decode()
-    assert "<strong>anna</strong> approved it" in after
+    assert "olga" in second.json()["detail"]
+    after = oscar.get(f"/adaptations/{seen.uid}").content.decode()
+    assert "<strong>olga</strong> approved it" in after
     assert "reject" not in offered(after)
 
 
 def test_a_rejection_shows_its_reason(world: Any) -> None:
     seen = world.adaptations["waiting"]
-    answer = act(world.client("ben"), seen, "reject", "a-key", reason="wait for the next epoch")
+    answer = act(world.client("oscar"), seen, "reject", "a-key", reason="wait for the next epoch")
     assert answer.status_code == 200
     assert "wait for the next epoch" in page(world, "vera", "waiting")
 
 
 def test_stages_carry_their_times(world: Any) -> None:
-    text = page(world, "anna", "kept")
+    text = page(world, "olga", "kept")
     assert re.findall(r'data-done="(\w*)"', text) == ["yes"] * 6
-    waiting = re.findall(r'data-done="(\w*)"', page(world, "anna", "waiting"))
+    waiting = re.findall(r'data-done="(\w*)"', page(world, "olga", "waiting"))
     assert waiting == ["yes", "now", "", "", "", ""]

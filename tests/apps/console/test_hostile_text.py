@@ -59,7 +59,7 @@ def poison(world: Any) -> None:
 
 def test_hostile_names_are_text_on_every_page(world: Any) -> None:
     poison(world)
-    client = world.client("anna")
+    client = world.client("olga")
     run, waiting = world.runs["digits-cnn"].uid, world.adaptations["waiting"].uid
     kept = world.adaptations["kept"].uid
     for address in (

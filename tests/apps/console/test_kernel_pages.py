@@ -44,7 +44,7 @@ def test_a_worker_shows_its_memory_versions_and_the_step_it_is_at(world: Any) ->
 
 def test_only_who_may_manage_workers_gets_buttons(world: Any) -> None:
     address = {"panel": "workers"}
-    operators = world.client("anna").get("/workers", address).content.decode()
+    operators = world.client("olga").get("/workers", address).content.decode()
     assert "/api/v1/workers/compile%40host-a/drain" in operators
     assert "/api/v1/workers/compile%40host-a/quarantine" in operators
     assert "/api/v1/workers/compile%40host-b/release" in operators
@@ -123,13 +123,13 @@ def test_both_kernels_show_the_result_of_the_compiled_kernel(world: Any) -> None
 
 
 def test_the_page_says_why_a_kernel_cannot_be_evicted(world: Any) -> None:
-    assert "unpin it before" in panel(world, "anna", f"/kernels/{COMPILED}", "kept")
+    assert "unpin it before" in panel(world, "olga", f"/kernels/{COMPILED}", "kept")
     Kernel.objects.filter(digest=COMPILED).update(pinned_by="")
-    free = world.client("anna").get(f"/kernels/{COMPILED}", {"panel": "kept"}).content.decode()
+    free = world.client("olga").get(f"/kernels/{COMPILED}", {"panel": "kept"}).content.decode()
     assert "builds it again (about 42 ms)" in free
     world.adaptations["waiting"].kernel = Kernel.objects.get(digest=COMPILED)
     world.adaptations["waiting"].save()
-    assert "It is in use" in panel(world, "anna", f"/kernels/{COMPILED}", "kept")
+    assert "It is in use" in panel(world, "olga", f"/kernels/{COMPILED}", "kept")
     viewers = world.client("vera").get(f"/kernels/{COMPILED}", {"panel": "kept"}).content.decode()
     assert "/api/v1/kernels/" not in viewers
 
@@ -141,7 +141,7 @@ def test_the_cache_panel_has_the_numbers_of_the_integration_status(world: Any) -
     assert f"{stats['hits']} hits, {stats['misses']} miss" in text
     assert f"{stats['scrubbed']} checks, {stats['corrupt']} corrupt, 2 not checked yet" in text
     assert "Scrub now" not in text
-    assert "Scrub now" in panel(world, "anna", "/kernels", "cache")
+    assert "Scrub now" in panel(world, "olga", "/kernels", "cache")
 
 
 def test_the_cache_panel_lists_corrupt_kernels_and_links_those_that_still_exist(
@@ -164,12 +164,12 @@ def test_the_cache_panel_lists_corrupt_kernels_and_links_those_that_still_exist(
 
 def test_a_merged_graft_offers_no_rollback_and_says_why(world: Any) -> None:
     address = reverse("console:adaptation", args=[world.adaptations["merged"].uid])
-    acts = world.client("anna").get(address, {"panel": "acts"}).content.decode()
+    acts = world.client("olga").get(address, {"panel": "acts"}).content.decode()
     assert 'data-path="rollback"' not in acts
     assert "cannot be taken out of them any more" in acts
     assert "kept for good" in panel(world, "vera", address, "head")
     kept = reverse("console:adaptation", args=[world.adaptations["kept"].uid])
-    plain = world.client("anna").get(kept, {"panel": "acts"}).content.decode()
+    plain = world.client("olga").get(kept, {"panel": "acts"}).content.decode()
     assert 'data-path="rollback"' in plain
 
 

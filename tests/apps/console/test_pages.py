@@ -11,8 +11,9 @@ from django.urls import reverse
 
 from apps.adaptations.models import Adaptation
 from apps.console.urls import urlpatterns
+from tests.apps.cast import PASSWORD, make_person
 
-PEOPLE = ["vera", "rosa", "anna", "cora", "adam"]
+PEOPLE = ["vera", "rafi", "olga", "carl", "ada"]
 OPEN_TO_ALL = {"sign-in", "sign-out"}
 FAILED_PANEL = "This part could not be shown"
 
@@ -59,7 +60,7 @@ def test_every_page_is_shown_whole_to_every_role(world: Any, who: str) -> None:
 
 
 def test_no_page_has_inline_scripts_styles_or_handlers(world: Any) -> None:
-    client = world.client("adam")
+    client = world.client("ada")
     for address in page_addresses(world):
         text = client.get(address).content.decode()
         assert not re.search(r"<style|<[^>]+\s(style|on\w+)=", text), address
@@ -80,15 +81,15 @@ def test_a_visitor_is_asked_to_sign_in_and_returns_to_the_page(world: Any) -> No
 
 def test_signing_in_leads_to_the_page_that_was_asked_for(world: Any) -> None:
     address = reverse("console:adaptation", args=[world.adaptations["waiting"].uid])
-    form = {"username": "anna", "password": "a-long-password-for-tests", "next": address}
+    form = {"username": "olga", "password": PASSWORD, "next": address}
     answer = Client().post("/login", form)
     assert (answer.status_code, answer["Location"]) == (302, address)
 
 
 def test_signing_in_never_leads_to_another_site(world: Any) -> None:
     form = {
-        "username": "anna",
-        "password": "a-long-password-for-tests",
+        "username": "olga",
+        "password": PASSWORD,
         "next": "https://elsewhere.example/",
     }
     assert Client().post("/login", form)["Location"] == "/"
@@ -97,7 +98,7 @@ def test_signing_in_never_leads_to_another_site(world: Any) -> None:
 def test_a_wrong_password_is_refused_without_saying_which_part_is_wrong(world: Any) -> None:
     answers = [
         Client().post("/login", {"username": name, "password": "wrong"}).content.decode()
-        for name in ("anna", "nobody-of-that-name")
+        for name in ("olga", "nobody-of-that-name")
     ]
     assert all("User name and password do not match" in text for text in answers)
 
@@ -116,17 +117,17 @@ def test_a_wrong_password_is_refused_without_saying_which_part_is_wrong(world: A
     ],
 )
 def test_what_does_not_exist_is_a_page_not_found(world: Any, address: str) -> None:
-    assert world.client("anna").get(address).status_code == 404
+    assert world.client("olga").get(address).status_code == 404
 
 
 def test_pages_only_read(world: Any) -> None:
-    client = world.client("anna")
+    client = world.client("olga")
     assert client.post("/inbox").status_code == 405
     assert client.get("/logout").status_code == 405
 
 
 def test_a_panel_can_be_fetched_alone(world: Any) -> None:
-    text = world.client("anna").get("/?panel=system").content.decode()
+    text = world.client("olga").get("/?panel=system").content.decode()
     assert text.lstrip().startswith("<section")
     assert 'id="panel-system"' in text
     assert "<html" not in text
@@ -139,15 +140,15 @@ def test_one_broken_panel_does_not_blank_the_page(
         raise RuntimeError("the disk is full")
 
     monkeypatch.setattr("apps.console.pages.overview.system_health", broken)
-    text = world.client("anna").get("/").content.decode()
+    text = world.client("olga").get("/").content.decode()
     assert text.count(FAILED_PANEL) == 1
     assert "digits-cnn" in text
     assert "the disk is full" not in text
 
 
-def test_the_empty_installation_says_what_to_do(db: None, django_user_model: Any) -> None:
+def test_the_empty_installation_says_what_to_do(db: None) -> None:
     client = Client()
-    client.force_login(django_user_model.objects.create_user("first", password="x"))
+    client.force_login(make_person("vera"))
     overview = client.get("/").content.decode()
     assert "Nothing needs a person" in overview
     assert "esper.attach" in overview
@@ -168,7 +169,7 @@ def test_the_empty_installation_says_what_to_do(db: None, django_user_model: Any
 def test_the_stream_starts_where_the_page_ends(world: Any) -> None:
     """What happens after the page was read is replayed from these numbers."""
     uid = world.runs["digits-cnn"].uid
-    text = world.client("anna").get(f"/runs/{uid}").content.decode()
+    text = world.client("olga").get(f"/runs/{uid}").content.decode()
     since = re.search(r'<script id="since"[^>]*>(.*?)</script>', text)
     assert since is not None
     events = Adaptation.objects.get(pk=world.adaptations["kept"].pk)
@@ -183,27 +184,27 @@ def test_a_researcher_reads_which_acts_are_limited_to_their_own_runs(world: Any)
         assert found is not None, words
         return found[1]
 
-    assert "in your own runs" in line("rosa", "stop runs")
+    assert "in your own runs" in line("rafi", "stop runs")
     assert "Only admins or operators may stop runs." in line("vera", "stop runs")
-    assert "in the runs of others" in line("anna", "approve")
-    assert "Only admins or curators may publish policies." in line("anna", "publish policies")
+    assert "in the runs of others" in line("olga", "approve")
+    assert "Only admins or curators may publish policies." in line("olga", "publish policies")
 
 
 def test_the_empty_installation_links_to_tokens_for_people_who_may_attach_runs(
-    db: None, django_user_model: Any
+    db: None,
 ) -> None:
     client = Client()
-    client.force_login(django_user_model.objects.create_user("r", password="x", role="researcher"))
+    client.force_login(make_person("rafi"))
     text = client.get("/").content.decode()
     assert "ESPER_SERVER=http://testserver" in text
     assert 'href="/me">create a token' in text
     viewer = Client()
-    viewer.force_login(django_user_model.objects.create_user("v", password="x", role="viewer"))
+    viewer.force_login(make_person("vera"))
     assert "create a token" not in viewer.get("/").content.decode()
 
 
 def test_the_history_uses_the_state_words_of_the_pages(world: Any) -> None:
     uid = world.adaptations["kept"].uid
-    text = world.client("anna").get(f"/adaptations/{uid}").content.decode()
+    text = world.client("olga").get(f"/adaptations/{uid}").content.decode()
     assert "waiting for a worker" in text
     assert "compile queued" not in text

@@ -83,7 +83,7 @@ def grow_pool() -> None:
     ],
 )
 def test_a_page_costs_the_same_with_ten_times_the_rows(world: Any, address: str, most: int) -> None:
-    client = world.client("anna")
+    client = world.client("olga")
     if address == "run":
         address = f"/runs/{world.runs['digits-cnn'].uid}"
     before = count_queries(client, address)

@@ -35,8 +35,8 @@ from esper.contracts import (
     ViolationRule,
 )
 from esper.contracts.protocol import Applied, Rollback
-
-from .conftest import CERTIFICATE, NAN, TAMIYO, TRAINER, WORKER, Stage
+from tests.apps.cast import CERTIFICATE, TAMIYO, TRAINER, WORKER, make_kernel, make_person
+from tests.apps.lifecycle.conftest import NAN, Stage
 
 S = AdaptationState
 
@@ -446,7 +446,6 @@ def test_a_lost_worker_gives_its_job_back_three_times_then_it_fails(stage: Stage
 
 
 def test_a_zombie_workers_late_result_is_refused(stage: Stage) -> None:
-    from .conftest import a_kernel
 
     adaptation = stage.propose()
     zombie = CompileJob.objects.get()
@@ -455,7 +454,7 @@ def test_a_zombie_workers_late_result_is_refused(stage: Stage) -> None:
     CompileJob.objects.update(lease_until=timezone.now() - timedelta(seconds=1))
     services.sweep()
     assert not workers.finish_job(
-        zombie, kernel_digest=a_kernel().digest, cached=False, build_ms=1.0
+        zombie, kernel_digest=make_kernel().digest, cached=False, build_ms=1.0
     )
     assert CompileJob.objects.get().state == "queued"
 
@@ -472,14 +471,12 @@ def test_the_end_of_a_run_leaves_nothing_open(stage: Stage) -> None:
 def test_limits_broken_by_the_measured_numbers_stop_the_adaptation(stage: Stage) -> None:
     from apps.adaptations.compile_jobs import _measured_limits_hold
 
-    from .conftest import a_kernel
-
     adaptation = stage.propose()
     job = CompileJob.objects.get()
     workers.claim_job(job, worker="w")
     transition(adaptation, S.COMPILING, actor=WORKER)
     transition(adaptation, S.COMPILED, actor=WORKER)
-    kernel = a_kernel()
+    kernel = make_kernel()
     kernel.certificate = {**CERTIFICATE.to_wire(), "latency_ms": 99.0}
     assert not _measured_limits_hold(adaptation, kernel)
     assert adaptation.state == S.DECLINED
@@ -515,9 +512,8 @@ def test_events_of_a_run_are_numbered_without_a_gap(stage: Stage) -> None:
 
 
 def test_a_policy_that_makes_no_sense_is_refused(stage: Stage) -> None:
-    from .conftest import Role, person
 
-    curator = person("carl", Role.CURATOR)
+    curator = make_person("carl")
     with pytest.raises(Problem):
         publish_policy(changes={"confidence_auto": 0.1}, reason="x", user=curator, via="")
     version = publish_policy(changes={"confidence_auto": 0.95}, reason="x", user=curator, via="")

@@ -32,7 +32,8 @@ from esper.contracts import (
     KernelReport,
     KernelSpec,
 )
-from tests.apps.lifecycle.conftest import CERTIFICATE, Stage, layer
+from tests.apps.cast import CERTIFICATE, make_layer
+from tests.apps.lifecycle.conftest import Stage
 
 MIB = 1024 * 1024
 
@@ -146,8 +147,8 @@ def test_a_corrupt_kernel_is_moved_away_reported_and_asked_for_again(
     good, bad = stored(1), stored(2)
     CompileJob.objects.create(
         adaptation_uid="a", run_uid=stage.run.uid, blueprint_slug="proj_lora_64",
-        config={"rank": 2}, layer=layer().to_wire(), capability="cpu", kernel_digest=bad.digest,
-        state=JobState.DONE,
+        config={"rank": 2}, layer=make_layer().to_wire(), capability="cpu",
+        kernel_digest=bad.digest, state=JobState.DONE,
     )  # fmt: skip
     folder = kernel_store().path(bad.digest)  # type: ignore[attr-defined]
     if harm == "a flipped bit":
@@ -206,8 +207,8 @@ def test_a_run_that_registers_has_a_few_likely_kernels_built_when_nobody_waits(
     key_file = tmp_path / "key"
     key_file.write_text(kernel_private_key)
     settings.ESPER_KERNEL_KEY_FILE, settings.ESPER_WARM_UP_KERNELS = str(key_file), 2
-    layers = [layer(f"fc{n}").to_wire() for n in range(3)]  # one shape: one set of kernels
-    layers += [{**layer("big").to_wire(), "parameters": 10**6, "graftable": False}]
+    layers = [make_layer(f"fc{n}").to_wire() for n in range(3)]  # one shape: one set of kernels
+    layers += [{**make_layer("big").to_wire(), "parameters": 10**6, "graftable": False}]
 
     assert cache.plan_warm_up(run_uid=stage.run.uid, layers=layers, capability="cpu") == 2
     assert cache.plan_warm_up(run_uid=stage.run.uid, layers=layers[:1], capability="cpu") == 1

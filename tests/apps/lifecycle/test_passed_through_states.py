@@ -14,8 +14,7 @@ from apps.audit.models import AuditEvent
 from apps.notifications.models import FeedEvent
 from apps.rest.problems import Problem
 from esper.contracts import ADAPTATION_PASSED_THROUGH, AdaptationState
-
-from .conftest import Stage
+from tests.apps.lifecycle.conftest import Stage
 
 S = AdaptationState
 

@@ -18,7 +18,8 @@ from apps.trainers import services as trainers
 from apps.violations.models import Violation
 from esper.contracts import AdaptationState, CommandKind, CommandState, RemedyKind, Verdict
 from esper.contracts.protocol import RemedyReport
-from tests.apps.lifecycle.conftest import TAMIYO, TRAINER, Stage
+from tests.apps.cast import TAMIYO, TRAINER
+from tests.apps.lifecycle.conftest import Stage
 
 S = AdaptationState
 

@@ -23,7 +23,8 @@ from esper.contracts import AdaptationState, TokenScope, Verdict
 from esper.sdk import attaching
 from esper.sdk.adaptation import Operation
 from esper.sdk.transport.queues import Pace
-from tests.apps.lifecycle.conftest import TAMIYO, TRAINER, Stage
+from tests.apps.cast import TAMIYO, TRAINER
+from tests.apps.lifecycle.conftest import Stage
 from tests.esper.sdk.tiny_training import Training, slot_at
 
 S = AdaptationState

@@ -30,7 +30,8 @@ from esper.contracts import (
     SpeedUpState,
 )
 from esper.exceptions import CompilerMissingError
-from tests.apps.lifecycle.conftest import CERTIFICATE, Stage
+from tests.apps.cast import CERTIFICATE
+from tests.apps.lifecycle.conftest import Stage
 
 Grafted = Callable[[], Adaptation]
 

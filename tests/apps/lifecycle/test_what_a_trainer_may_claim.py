@@ -18,7 +18,8 @@ from esper.contracts import (
     RefusalCode,
     ViolationRule,
 )
-from tests.apps.lifecycle.conftest import CERTIFICATE, Stage
+from tests.apps.cast import CERTIFICATE
+from tests.apps.lifecycle.conftest import Stage
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ from esper.contracts import (
     WorkerMode,
     WorkerState,
 )
-
-from .conftest import WORKER, Stage, a_kernel, layer
+from tests.apps.cast import WORKER, make_kernel, make_layer
+from tests.apps.lifecycle.conftest import Stage
 
 S = AdaptationState
 ODD = (sys.executable, str(Path(__file__).parents[2] / "esper" / "compilation" / "odd_builder.py"))
@@ -85,7 +85,7 @@ def odd_builders(
 
 def proposed_at(stage: Stage, name: str, **changes: Any) -> Adaptation:
     """An approved adaptation of a layer by this name, with its job in the queue."""
-    stage.run.layers = [*stage.run.layers, layer(name, **changes).to_wire()]
+    stage.run.layers = [*stage.run.layers, make_layer(name, **changes).to_wire()]
     stage.run.save()
     return stage.propose(layer=name)
 
@@ -290,7 +290,7 @@ def test_a_draining_worker_finishes_its_job_and_takes_no_other(stage: Stage) -> 
         worker=worker, mode=WorkerMode.DRAINING, user=stage.operator, via="", reason="new driver"
     )
 
-    assert workers.finish_job(job, kernel_digest=a_kernel().digest, cached=False, build_ms=1.0)
+    assert workers.finish_job(job, kernel_digest=make_kernel().digest, cached=False, build_ms=1.0)
     stage.propose(layer="head")
     other = CompileJob.objects.latest("id")
     assert not workers.claim_job(other, worker=worker.name)
@@ -422,7 +422,7 @@ def test_what_was_measured_stands_beside_what_was_forecast(stage: Stage) -> None
     workers.claim_job(CompileJob.objects.get(), worker="w")
     transition(adaptation, S.COMPILING, actor=WORKER)
     transition(adaptation, S.COMPILED, actor=WORKER)
-    kernel = a_kernel()
+    kernel = make_kernel()
     kernel.forecast_memory_mib, kernel.peak_memory_mib = 3.0, 99_999.0
 
     assert not _measured_limits_hold(adaptation, kernel)

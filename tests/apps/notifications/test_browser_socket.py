@@ -10,7 +10,8 @@ from apps.accounts.models import User
 from apps.notifications import consumers as browser_side
 from apps.notifications.services import group_name, notify, run_topic
 from esper.contracts import Role, TokenScope, codec
-from tests.apps.cast import Trainer, metrics, token_of
+from tests.apps.callers import Trainer, metrics
+from tests.apps.cast import token_of
 from tests.apps.sockets import (
     ORIGIN,
     Socket,

@@ -16,7 +16,6 @@ from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM
 from apps.accounts.models import ApiToken, User
-from apps.accounts.services import issue_token
 from apps.audit.models import AuditEvent
 from apps.notifications.models import FeedEvent, OutboxMessage
 from apps.recipes import hosting, services
@@ -27,10 +26,11 @@ from apps.recipes.models import Launch, LogChunk, Recipe
 from apps.recipes.selectors import log_page
 from apps.rest.problems import Problem
 from apps.runs.models import Run
-from esper.contracts import LAUNCH_ENDED, LaunchState, Role, RunState, TokenScope
+from esper.contracts import LAUNCH_ENDED, LaunchState, RunState, TokenScope
 from launcher.command import cli
-from tests.apps.cast import Caller, registration
-from tests.apps.recipes.cast import make_launch, make_recipe, make_worker, write_recipe
+from tests.apps.callers import Caller, registration
+from tests.apps.cast import make_person, token_of
+from tests.apps.recipes.rows import make_launch, make_recipe, make_worker, write_recipe
 
 pytestmark = pytest.mark.django_db
 S = LaunchState
@@ -38,13 +38,12 @@ S = LaunchState
 
 @pytest.fixture
 def olga() -> User:
-    return User.objects.create_user("olga", password="x", role=Role.OPERATOR)
+    return make_person("olga")
 
 
 @pytest.fixture
 def caller(olga: User) -> Caller:
-    _, secret = issue_token(owner=olga, name="t", scopes=[TokenScope.ACT])
-    return Caller(secret)
+    return Caller(token_of(olga, TokenScope.ACT))
 
 
 @pytest.fixture
@@ -203,7 +202,7 @@ def test_an_end_is_settled_by_what_the_host_wrote_down(
 ) -> None:
     launch = make_launch(olga, recipe=Recipe.objects.get(slug="counter"), state=state)
     run = Run.objects.create(uid=launch.run_uid, name="c", owner=olga, state=RunState.RUNNING)
-    issue_token(owner=olga, name="l", scopes=[TokenScope.RUNS_CREATE], run_uid=launch.run_uid)
+    token_of(olga, TokenScope.RUNS_CREATE, run_uid=launch.run_uid)
     folder = hosting.launch_folder(launch)
     folder.mkdir(parents=True)
     (folder / EXIT_FILE).write_text(exit_note(**note))
@@ -243,10 +242,7 @@ def test_a_process_of_the_same_number_that_is_another_one_is_left_alone(
 
 def test_a_launch_s_token_registers_its_run_and_no_other(olga: User) -> None:
     launch = make_launch(olga, state=S.RUNNING)
-    _, secret = issue_token(
-        owner=olga, name="l", scopes=[TokenScope.RUNS_CREATE], run_uid=launch.run_uid
-    )
-    trainer = Caller(secret)
+    trainer = Caller(token_of(olga, TokenScope.RUNS_CREATE, run_uid=launch.run_uid))
     first = trainer.post("runs", registration(name="a"))
     assert (first.status, first.data["uid"], first.data["epoch"]) == (201, launch.run_uid, 1)
     again = trainer.post("runs", registration(name="b"))  # another name makes no other run
@@ -360,7 +356,7 @@ def test_a_second_worker_of_the_host_stores_no_line_twice(host: str, olga: User)
 
 def test_the_command_line_does_what_the_pages_do_with_the_same_rights(olga: User) -> None:
     make_recipe()
-    User.objects.create_user("vera", password="x", role=Role.VIEWER)
+    make_person("vera")
 
     def recipe(*words: str) -> str:
         with redirect_stdout(StringIO()) as out:

@@ -18,7 +18,7 @@ from apps.recipes.files import (
     read_folder,
     read_recipe,
 )
-from tests.apps.recipes.cast import TEXT, write_recipe
+from tests.apps.recipes.rows import TEXT, write_recipe
 
 GIVEN = {"python": "/usr/bin/python3", "run": "counter-1", "checkpoints": "/tmp/c"}
 

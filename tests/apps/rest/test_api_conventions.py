@@ -22,7 +22,7 @@ from apps.rest.models import IdempotencyRecord
 from apps.rest.throttling import ActThrottle
 from apps.runs.models import Run
 from esper.contracts import AdaptationState, Role, codec
-from tests.apps.cast import Caller, Inbox, Trainer, frame, metrics, proposal, registration
+from tests.apps.callers import Caller, Inbox, Trainer, frame, metrics, proposal, registration
 
 pytestmark = pytest.mark.django_db
 
@@ -193,7 +193,7 @@ def test_an_act_needs_the_version_that_was_read(inbox: Inbox, operator: Caller) 
     etag = operator.get(f"adaptations/{adaptation.uid}").header("ETag")
     done = operator.post(path, {"reason": "fine"}, **{"If-Match": etag})
     assert (done.status, done.data["state"]) == (200, "compile_queued")
-    assert done.data["decided_by"] == "operator-person"
+    assert done.data["decided_by"] == "olga"
 
 
 def test_only_the_evidence_that_was_shown_can_be_approved(inbox: Inbox, operator: Caller) -> None:
@@ -221,7 +221,7 @@ def test_the_loser_of_a_race_is_told_who_won(inbox: Inbox, callers: dict[Role, C
     lost = callers[Role.ADMIN].act(f"{path}/approve", version=adaptation.version)
     assert won.status == 200
     assert (lost.status, lost.code) == (409, "decision-not-pending")
-    assert lost.data["decided_by"] == "operator-person"
+    assert lost.data["decided_by"] == "olga"
 
 
 def test_a_repeated_act_is_done_once_and_answered_twice(inbox: Inbox, operator: Caller) -> None:
@@ -357,7 +357,7 @@ def test_a_session_needs_its_csrf_token_to_write(
     done = caller.post(f"{trainer.path}/stop", {"reason": "x"}, **{"X-CSRFToken": token})
     assert done.status == 202
     event = AuditEvent.objects.get(act="run.stop_run")
-    assert (event.actor, event.via) == ("operator-person", "session")
+    assert (event.actor, event.via) == ("olga", "session")
 
 
 def test_reading_changes_nothing(viewer: Caller, inbox: Inbox) -> None:

@@ -17,7 +17,8 @@ from apps.runs.models import Run
 from apps.trainers import services as trainers
 from esper.contracts import Certificate, CommandAck, CommandState, Role, RunState, TokenScope, codec
 from esper.exceptions import CodecError
-from tests.apps.cast import Caller, register, token_of
+from tests.apps.callers import Caller, register
+from tests.apps.cast import token_of
 
 pytestmark = pytest.mark.django_db
 

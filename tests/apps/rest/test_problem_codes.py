@@ -10,6 +10,7 @@ import pytest
 
 from apps.rest.errors import _CODES
 from apps.rest.problem_codes import PROBLEMS
+from tests.apps.cast import make_person
 
 APPS = Path(__file__).parents[3] / "apps"
 _RAISED = re.compile(r'(?:Problem|Permission)\(\s*(?:\d{3}|False),\s*"([a-z-]+)"')
@@ -23,7 +24,7 @@ def test_every_code_that_is_raised_is_explained() -> None:
 
 
 @pytest.mark.django_db
-def test_the_page_has_a_row_for_each_code(client: Any, django_user_model: Any) -> None:
-    client.force_login(django_user_model.objects.create_user(username="vera"))
+def test_the_page_has_a_row_for_each_code(client: Any) -> None:
+    client.force_login(make_person("vera"))
     page = client.get("/api/docs/problems").content.decode()
     assert all(f'id="{code}"' in page for code in PROBLEMS)

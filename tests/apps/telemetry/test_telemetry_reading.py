@@ -9,7 +9,7 @@ from apps.runs.models import Run
 from apps.telemetry import services
 from apps.telemetry.models import Frame, Metric
 from apps.telemetry.selectors import metric_series
-from tests.apps.cast import Caller, Trainer, frame, metrics
+from tests.apps.callers import Caller, Trainer, frame, metrics
 
 pytestmark = pytest.mark.django_db
 

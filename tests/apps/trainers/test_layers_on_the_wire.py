@@ -10,7 +10,7 @@ import pytest
 from apps.accounts.models import User
 from apps.runs.models import Run
 from esper.contracts import LayerInfo, Role
-from tests.apps.cast import register
+from tests.apps.callers import register
 
 pytestmark = pytest.mark.django_db
 

@@ -30,7 +30,7 @@ from esper.contracts import (
     TokenScope,
     signing,
 )
-from tests.apps.cast import (
+from tests.apps.callers import (
     LAYERS,
     Caller,
     Inbox,
@@ -40,8 +40,8 @@ from tests.apps.cast import (
     metrics,
     register,
     registration,
-    token_of,
 )
+from tests.apps.cast import token_of
 
 pytestmark = pytest.mark.django_db
 

@@ -13,7 +13,8 @@ from apps.runs.models import Run
 from apps.runs.services import issue_command
 from apps.trainers import consumers as trainer_side
 from esper.contracts import Command, CommandKind, Role, TokenScope, signing
-from tests.apps.cast import Trainer, register, token_of
+from tests.apps.callers import Trainer, register
+from tests.apps.cast import token_of
 from tests.apps.sockets import ORIGIN, Socket, Vanishing, beats, in_database, trainer_socket
 
 pytestmark = pytest.mark.django_db(transaction=True)
