@@ -90,7 +90,7 @@ def hosts(name: str) -> list[str]:
 
 def directory(name: str, default: Path) -> Path:
     """An absolute path. The directory is created when it is first needed."""
-    return Path(text(name, str(default))).expanduser().resolve()
+    return Path(text(name, str(default)) or default).expanduser().resolve()
 
 
 def redis_url(name: str, default: str | None = None) -> str:

@@ -1,5 +1,5 @@
-# Sourced by ./check: what the tests need from the machine. Installs it where it may (Debian, root);
-# elsewhere it says what is missing, and the tests that need it fail with the same sentence.
+# Sourced by ./check: installs what the tests need from the machine, if it runs as root on Debian.
+# Elsewhere it says what is missing, and the tests that need it fail with the same message.
 
 install_package() { # install_package PACKAGE WHAT-FOR
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

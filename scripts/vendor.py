@@ -1,4 +1,4 @@
-"""Fetch the browser libraries into ``static/vendor`` and prove that nobody changed them.
+"""Fetch the browser libraries into ``static/vendor``, and check that they are unchanged.
 
 python scripts/vendor.py            download with npm, check npm's own integrity, write
 python scripts/vendor.py --check    offline: hash what is there; unlisted files are an error
@@ -91,7 +91,7 @@ def _extract(
 
 
 def check(directory: Path) -> list[str]:
-    """What differs between the manifest and the files; empty when all is as it was fetched."""
+    """The differences between the manifest and the files; empty when there are none."""
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     listed = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
     present = {

@@ -21,7 +21,7 @@ install_into_venv() {
   stamp=".venv/.esper-$(basename "$file" .txt)"
   if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c '' 2>/dev/null; then
     python="$(find_python)" || return 1
-    echo "Making .venv with $python"
+    echo "Creating .venv with $python"
     "$python" -m venv --clear .venv || return 1
   fi
   wanted="$(hash_of_requirements .venv/bin/python)"

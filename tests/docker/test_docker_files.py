@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,23 @@ def test_the_web_image_has_no_torch() -> None:
     assert "requirements/app.txt" not in (DOCKER / "Dockerfile.web").read_text()
     web = (ROOT / "requirements/web.txt").read_text()
     assert not re.search(r"^(torch|scikit-learn|nvidia)", web, re.MULTILINE)
+
+
+def test_the_commands_of_the_web_image_need_no_torch() -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from launcher.command import cli; cli(sys.argv[1:])"
+    )
+    for command in (["version"], ["token", "issue", "--help"], ["audit", "verify", "--help"]):
+        answer = subprocess.run(
+            [sys.executable, "-c", program, *command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert answer.returncode == 0, answer.stderr
 
 
 def test_images_hold_no_secrets() -> None:

@@ -102,6 +102,13 @@ def test_every_esper_setting_has_a_reader() -> None:
     assert [name for name in declared if name not in text] == []
 
 
+def test_an_empty_directory_is_the_default_and_not_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ESPER_TEST_DIR", "")
+    assert env.directory("ESPER_TEST_DIR", tmp_path) == tmp_path
+
+
 def test_a_password_in_redis_is_not_asked_for_on_loopback() -> None:
     assert env.redis_url("NO_SUCH_VARIABLE", "redis://127.0.0.1:6379/0")
 

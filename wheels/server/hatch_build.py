@@ -34,7 +34,7 @@ class ServerMetadata(MetadataHookInterface):
         metadata["dependencies"] = [f"esper-control=={version}", *groups["server"]]
 
 
-class ServerFiles(BuildHookInterface):
+class ServerFiles(BuildHookInterface[Any]):
     """Takes the folders of the root into the package."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
