@@ -89,13 +89,13 @@ def _after_graft(command: Command, ack: CommandAck, actor: Actor) -> None:
 
 
 def _holds(certificate: Certificate) -> bool:
-    """It does not contradict itself: a graft that changed the model is not certified."""
+    """Whether it agrees with itself: a graft that changed the model must not be certified."""
     properties = certificate.preserving and certificate.live and certificate.rng_neutral
     return certificate.passed and properties and certificate.max_abs_diff <= certificate.tolerance
 
 
 def _undo_uncertified(adaptation: Adaptation, certificate: Certificate, actor: Actor) -> None:
-    """Take a graft out again that must not be in the model, before its effect is judged."""
+    """Take out a graft that must not be in the model, before its probation."""
     reason = "; ".join(certificate.failures) or "the certificate contradicts itself"
     record_violation(
         run=adaptation.run,
@@ -125,7 +125,7 @@ def _record_refusal(adaptation: Adaptation, ack: CommandAck) -> None:
         limit="verified, compatible, function-preserving",
         text=f"The trainer did not graft {adaptation.blueprint.slug} into {adaptation.layer}: "
         f"{ack.reason or ack.code}",
-        action="The model is as it was before.",
+        action="The model was not changed.",
         layer=adaptation.layer,
         adaptation_uid=adaptation.uid,
         step=ack.step if ack.step >= 0 else None,
@@ -254,7 +254,7 @@ def _end_with_run(adaptation: Adaptation) -> AdaptationState:
     if state in (S.DISPATCHED, S.ACCEPTED):
         return S.NOT_APPLIED
     if state in (S.PROBATION, S.ROLLING_BACK, S.IN_DOUBT):
-        return S.RUN_LOST  # it is in the model, and nobody will judge it
+        return S.RUN_LOST  # the graft is in the model, and no verdict follows
     return S.CANCELLED
 
 

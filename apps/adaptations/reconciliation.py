@@ -56,7 +56,7 @@ def reconcile_grafts(run: Run, reported: Mapping[str, Applied], actor: Actor) ->
 
 
 def note_merged(adaptation: Adaptation, *, merged: bool) -> None:
-    """It stays kept; whether it can be taken out changes. In a transaction."""
+    """A merged graft stays kept, but cannot be taken out. In a transaction."""
     if merged != (adaptation.merged_at is not None):
         Adaptation.objects.filter(pk=adaptation.pk).update(
             version=F("version") + 1, merged_at=timezone.now() if merged else None
@@ -65,7 +65,7 @@ def note_merged(adaptation: Adaptation, *, merged: bool) -> None:
 
 
 def _note_unknown_grafts(run: Run, reported: Mapping[str, Applied]) -> None:
-    """Grafts in the model that this run never had: of another run, or of another server."""
+    """Record grafts in the model that belong to another run or another server."""
     known = Adaptation.objects.filter(run=run, uid__in=reported).values_list("uid", flat=True)
     unknown = [entry for uid, entry in reported.items() if uid not in set(known)]
     if not unknown:
@@ -83,8 +83,8 @@ def _note_unknown_grafts(run: Run, reported: Mapping[str, Applied]) -> None:
         observed=observed,
         limit="grafts of this run",
         text=f"The trainer holds grafts that this run never had: {named}{more}.",
-        action="Nothing was changed: they came with its checkpoint, and nobody here judges or "
-        "undoes them. Take them out in the script if they are not meant.",
+        action="Nothing was changed: they came with its checkpoint, and this server neither judges "
+        "nor undoes them. Remove them in the script if they are unwanted.",
         layer=unknown[0].layer,
     )
 
@@ -92,13 +92,18 @@ def _note_unknown_grafts(run: Run, reported: Mapping[str, Applied]) -> None:
 def _settle(adaptation: Adaptation, reported: Applied | None, actor: Actor) -> Adaptation:
     if reported is None:
         if adaptation.grafted_at is None:
-            reason = "the restarted trainer never grafted it"
+            reason = "the restarted trainer does not hold this graft"
             return transition(adaptation, S.NOT_APPLIED, actor=actor, reason=reason)
         end = S.REVERTED if adaptation.kept_at else S.ROLLED_BACK
         reason = "the trainer was restarted from a state without this graft"
         return transition(adaptation, end, actor=actor, reason=reason)
     if _undo_was_requested(adaptation):
-        transition(adaptation, S.ROLLING_BACK, actor=actor, reason="the graft is still there")
+        transition(
+            adaptation,
+            S.ROLLING_BACK,
+            actor=actor,
+            reason="the restarted trainer still holds this graft",
+        )
         request_undo(adaptation, reason="its rollback was requested before the restart")
         return adaptation
     return transition(
@@ -124,7 +129,7 @@ def _lost_when_kept(adaptation: Adaptation, actor: Actor) -> Adaptation:
         observed="not in the model",
         limit="kept",
         text=f"The kept graft of {adaptation.layer} is not in the restarted model.",
-        action="Noted as reverted; nothing was grafted again.",
+        action="The adaptation is recorded as reverted; nothing was grafted again.",
         layer=adaptation.layer,
         adaptation_uid=adaptation.uid,
     )
@@ -145,7 +150,7 @@ def undo_leftovers(run: Run, uids: set[str], actor: Actor) -> None:
             kind=CommandKind.UNDO,
             adaptation_uid=adaptation.uid,
             layer=adaptation.layer,
-            payload={"hard": False, "reason": f"it is {adaptation.state}"},
+            payload={"hard": False, "reason": f"the adaptation is {adaptation.state}"},
             ttl_seconds=300,
         )
         record(

@@ -44,7 +44,7 @@ def acknowledge_command(*, run: Run, epoch: int, ack: CommandAck, actor: Actor) 
     Raises:
         Problem: the run has a newer epoch or has ended, or there is no such command.
     """
-    run = lock_run(run.pk)  # as it is now, not as it was when the request came in
+    run = lock_run(run.pk)  # it may have changed since the request arrived
     check_epoch(run, epoch)
     if not math.isfinite(ack.pause_ms):
         ack = replace(ack, pause_ms=0.0)
@@ -64,9 +64,9 @@ def acknowledge_command(*, run: Run, epoch: int, ack: CommandAck, actor: Actor) 
 
 
 def _note_refused_forgery(command: Command, ack: CommandAck, actor: Actor) -> None:
-    """A second command of that number reached the trainer, which refused it.
+    """The trainer refused a second command with the same number.
 
-    The answer to the first one stands; that somebody tried is noted, once for each reason.
+    The answer to the first one stays; the attempt is recorded once for each reason.
     """
     if ack.state is not CommandState.REFUSED or ack.code not in _FORGERIES:
         return
@@ -90,7 +90,7 @@ def _note_refused_forgery(command: Command, ack: CommandAck, actor: Actor) -> No
         observed=ack.reason or ack.code,
         limit="each command is delivered once, signed, to its own run",
         text=f"The trainer refused a second command {command.seq}: {ack.reason or ack.code}",
-        action="The answer to the first one stands; nothing was changed.",
+        action="The answer to the first one stays; nothing was changed.",
         layer=command.layer,
         adaptation_uid=command.adaptation_uid,
     )

@@ -20,7 +20,7 @@ def finish_run(
     Raises:
         Problem: the run has a newer epoch, or has ended.
     """
-    run = lock_run(run.pk)  # as it is now, not as it was when the request came in
+    run = lock_run(run.pk)  # it may have changed since the request arrived
     check_epoch(run, epoch)
     set_state(run=run, state=state, actor=actor, reason=reason)
     Run.objects.filter(pk=run.pk).update(step=step)

@@ -1,4 +1,4 @@
-"""After registering, a trainer says which grafts its model holds."""
+"""After registering, a trainer reports the grafts that its model holds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from esper.contracts.protocol import Applied
 def settle_hello(
     *, run: Run, epoch: int, step: int, applied: Sequence[Applied], actor: Actor
 ) -> list[Adaptation]:
-    """Settle what is in doubt; the answer lists the adaptations that the model's grafts concern.
+    """Settle the adaptations in doubt by the reported grafts; returns those that were settled.
 
     Raises:
         Problem: the run has a newer epoch, or has ended.
     """
-    run = lock_run(run.pk)  # as it is now, not as it was when the request came in
+    run = lock_run(run.pk)  # it may have changed since the request arrived
     check_epoch(run, epoch)
     reported = {entry.adaptation: entry for entry in applied if entry.adaptation}
     settled = reconcile_grafts(run, reported, actor)

@@ -26,7 +26,7 @@ def record_remedy(*, run: Run, report: RemedyReport, actor: Actor) -> Remedy:
     Raises:
         Problem: the run has a newer epoch or has ended, or the adaptation is another run's.
     """
-    run = lock_run(run.pk)  # as it is now, not as it was when the request came in
+    run = lock_run(run.pk)  # it may have changed since the request arrived
     check_epoch(run, report.epoch)
     known = Remedy.objects.filter(run=run, key=report.key).first()
     if known is not None:

@@ -23,7 +23,7 @@ def record_local_rollback(*, run: Run, report: Rollback, actor: Actor) -> Adapta
     Raises:
         Problem: the run has a newer epoch or has ended, or the adaptation is not grafted.
     """
-    run = lock_run(run.pk)  # as it is now, not as it was when the request came in
+    run = lock_run(run.pk)  # it may have changed since the request arrived
     check_epoch(run, report.epoch)
     adaptation = adaptation_of(run, report.adaptation)
     if adaptation.state in _OUT:
