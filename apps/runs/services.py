@@ -32,6 +32,7 @@ from esper.contracts import (
 )
 
 MAX_LIVE_RUNS_PER_OWNER = 200
+_NEWER_TRAINER = "A newer trainer has registered for this run."
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +149,8 @@ def check_epoch(run: models.Run, epoch: int) -> None:
         raise Problem(
             409,
             "old-epoch",
-            f"This run is at epoch {run.epoch}, the request is for epoch {epoch}: "
-            "a newer trainer has registered for this run.",
+            f"This run is at epoch {run.epoch}, the request is for epoch {epoch}. "
+            + (_NEWER_TRAINER if epoch < run.epoch else "Register the run again."),
             epoch=run.epoch,
         )
     if run.ended:

@@ -29,7 +29,9 @@ from tests.esper.sdk.tiny_training import Training, slot_at
 
 S = AdaptationState
 
-pytestmark = pytest.mark.django_db(transaction=True)
+# On SQLite in memory, the server's threads and the test would share one connection and with it
+# their transactions.
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.postgres]
 
 
 class Lives:
