@@ -29,7 +29,7 @@ def kernel(request: HttpRequest, digest: str) -> HttpResponse:
     may_manage = may(person(request), Act.MANAGE_CACHE)
 
     def part(name: str, title: str, build: Callable[[], dict[str, Any]], *events: str) -> Panel:
-        return Panel(name, title, f"console/kernels/{name}.html", build, events)
+        return Panel(name, title, f"console/kernel/{name}.html", build, events)
 
     def kept() -> dict[str, Any]:
         fresh = get_kernel(digest) or found
@@ -57,7 +57,7 @@ def kernel(request: HttpRequest, digest: str) -> HttpResponse:
         Panel(
             "builds",
             "Builds",
-            "console/kernels/jobs.html",
+            "console/jobs/ended.html",
             lambda: {"jobs": jobs_of(found)},
             ("job",),
         ),

@@ -39,7 +39,7 @@ def workers(request: HttpRequest) -> HttpResponse:
         Panel(
             "workers",
             "Compile workers",
-            "console/kernels/workers.html",
+            "console/workers/workers.html",
             lambda: {"rows": compile_workers(), "may_manage": may_manage},
             ("worker", "job"),
             every=5,
@@ -47,7 +47,7 @@ def workers(request: HttpRequest) -> HttpResponse:
         Panel(
             "queue",
             "Queue",
-            "console/kernels/queue.html",
+            "console/workers/queue.html",
             lambda: {"queue": queue()},
             ("job",),
             every=5,
@@ -55,7 +55,7 @@ def workers(request: HttpRequest) -> HttpResponse:
         Panel(
             "jobs",
             "Ended jobs",
-            "console/kernels/jobs.html",
+            "console/jobs/ended.html",
             lambda: {"jobs": ended_jobs()},
             ("job",),
             every=15,
@@ -63,7 +63,7 @@ def workers(request: HttpRequest) -> HttpResponse:
         Panel(
             "others",
             "Control workers and Tamiyo",
-            "console/kernels/others.html",
+            "console/workers/others.html",
             lambda: {"workers": other_workers()},
             ("worker",),
             every=15,

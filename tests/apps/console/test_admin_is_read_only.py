@@ -1,4 +1,4 @@
-"""Django's admin: people can be kept there, everything else only looked at."""
+"""Django's admin: people can be edited there, everything else is read-only."""
 
 from __future__ import annotations
 

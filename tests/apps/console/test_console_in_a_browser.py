@@ -206,7 +206,7 @@ def test_the_run_page_draws_loss_and_layers_and_says_them_in_words(sign_in: Sign
     expect(page.locator("#loss-table tbody tr").nth(10)).to_be_visible()
 
 
-def test_hostile_names_do_nothing_in_a_browser_either(sign_in: SignIn) -> None:
+def test_a_browser_does_not_run_hostile_names(sign_in: SignIn) -> None:
     page = sign_in("olga")
     page.goto("/runs?state=finished")
     page.click("tr[data-row] a[data-open]")
@@ -328,7 +328,7 @@ def test_two_operators_race_and_the_loser_is_told_who_won(sign_in: SignIn) -> No
     expect(oscar.locator("#panel-head")).to_contain_text("olga approved it")
 
 
-def test_a_worker_is_drained_and_released_after_reading_what_it_means(sign_in: SignIn) -> None:
+def test_a_worker_is_drained_and_released_after_a_question(sign_in: SignIn) -> None:
     page = sign_in("oscar")
     page.goto("/workers")
     row = page.locator("#panel-workers tr:has-text('compile@host-a')")

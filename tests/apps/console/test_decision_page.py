@@ -32,7 +32,7 @@ def act(client: Client, adaptation: Adaptation, word: str, key: str, **body: Any
     )
 
 
-def test_an_approver_sees_what_will_run_why_and_how_it_is_undone(world: Any) -> None:
+def test_an_approver_sees_the_change_its_reasons_and_its_undo_plan(world: Any) -> None:
     text = page(world, "olga", "waiting")
     for words in (
         "mlp_gelu_2048",
@@ -63,7 +63,7 @@ def test_buttons_are_those_that_the_policy_allows(world: Any, who: str, acts: se
     assert offered(page(world, who, "waiting")) == acts
 
 
-def test_a_right_one_lacks_is_explained(world: Any) -> None:
+def test_a_missing_right_is_explained(world: Any) -> None:
     vera = page(world, "vera", "waiting")
     assert "Only admins or operators may approve, reject, claim, extend." in vera
     own = page(world, "olga", "olgas")
@@ -78,7 +78,7 @@ def test_the_form_pins_the_version_and_the_evidence_that_were_shown(world: Any) 
     assert world.adaptations["waiting"].evidence_hash in text
 
 
-def test_after_the_decision_the_page_is_the_record(world: Any) -> None:
+def test_after_the_decision_the_page_is_its_record(world: Any) -> None:
     text = page(world, "olga", "kept")
     assert offered(text) == {"rollback"}
     for words in (
@@ -99,7 +99,7 @@ def test_an_ended_decision_has_no_buttons(world: Any) -> None:
     assert "<strong>olga</strong> rejected it" in text
 
 
-def test_two_operators_at_once_one_wins_and_the_other_reads_who(world: Any) -> None:
+def test_of_two_operators_at_once_the_loser_reads_who_won(world: Any) -> None:
     olga, oscar = world.client("olga"), world.client("oscar")
     seen = world.adaptations["waiting"]
     body = {"evidence_hash": seen.evidence_hash}

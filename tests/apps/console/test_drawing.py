@@ -1,4 +1,4 @@
-"""Pictures, words and the lists that must match other lists."""
+"""Pictures, words, and lists that must match other lists."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_no_values_give_no_sparkline() -> None:
     assert sparkline([None, None]) is None
 
 
-def test_many_layers_share_cells_and_the_worst_of_them_shows() -> None:
+def test_many_layers_share_cells_that_show_the_lowest_health() -> None:
     health = {f"layer.{i}": 0.9 for i in range(100)} | {"layer.57": 0.1}
     cells = health_cells(health)
     assert len(cells) <= 24
@@ -91,7 +91,7 @@ def test_many_layers_share_cells_and_the_worst_of_them_shows() -> None:
     assert sum(cell.poor for cell in cells) == 1
 
 
-def test_unknown_health_is_no_colour() -> None:
+def test_unknown_health_has_no_colour() -> None:
     assert shade(math.nan) == "hx"
     assert shade(0.0) == "h0"
     assert shade(1.0) == "h9"
@@ -115,7 +115,7 @@ def test_long_names_are_cut_in_the_middle() -> None:
     assert shorten("transformer.h.11.mlp.c_proj", 11) == "trans…_proj"
 
 
-def test_numbers_are_honest() -> None:
+def test_unknown_numbers_are_a_dash_and_signs_are_typographic() -> None:
     assert number(None) == number(math.nan) == "—"
     assert number(0.000012) == "1.20e−05"
     assert signed(0.34) == "+0.340"
@@ -151,14 +151,14 @@ def test_the_vendored_libraries_are_as_they_were_fetched() -> None:
     assert _vendor().check(ROOT / "static/vendor") == []
 
 
-def test_a_changed_or_unlisted_library_is_found(tmp_path: Path) -> None:
+def test_a_changed_or_unlisted_library_is_reported(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"files": [{"path": "a.js", "sha256": "00"}]}')
     (tmp_path / "a.js").write_text("changed")
     (tmp_path / "b.js").write_text("unlisted")
     assert _vendor().check(tmp_path) == ["b.js: not in the manifest", "a.js: was changed"]
 
 
-def test_templates_name_only_libraries_that_are_there() -> None:
+def test_templates_name_only_files_that_exist() -> None:
     for template in (ROOT / "templates").rglob("*.html"):
         for path in re.findall(r"static '([^']+)'", template.read_text()):
             assert (ROOT / "static" / path).is_file(), f"{template.name}: {path}"

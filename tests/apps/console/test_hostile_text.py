@@ -29,7 +29,7 @@ class Live(HTMLParser):
             self.found.append(tag)
 
 
-def test_the_detector_sees_what_an_unescaped_page_would_run() -> None:
+def test_the_detector_finds_what_an_unescaped_page_would_run() -> None:
     assert Live(f'<p title="{POLYGLOT}">').found == ["img", "svg"]
 
 

@@ -29,7 +29,7 @@ def test_the_badge_counts_what_the_list_shows(world: Any, who: str) -> None:
     assert badge(text) == len(rows(text)) == 2
 
 
-def test_an_expired_decision_leaves_badge_and_list_at_once(world: Any) -> None:
+def test_an_expired_decision_disappears_from_badge_and_list(world: Any) -> None:
     past = timezone.now() - timedelta(seconds=1)
     Adaptation.objects.filter(pk=world.adaptations["waiting"].pk).update(deadline_at=past)
     text = world.client("olga").get("/inbox").content.decode()
@@ -37,14 +37,14 @@ def test_an_expired_decision_leaves_badge_and_list_at_once(world: Any) -> None:
     assert badge(text) == inbox_count() == 1
 
 
-def test_the_next_to_expire_stands_first(world: Any) -> None:
+def test_the_next_to_expire_is_first(world: Any) -> None:
     soon = timezone.now() + timedelta(minutes=1)
     Adaptation.objects.filter(pk=world.adaptations["olgas"].pk).update(deadline_at=soon)
     text = world.client("olga").get("/inbox").content.decode()
     assert rows(text)[0] == world.adaptations["olgas"].uid
 
 
-def test_filters_stand_in_the_address(world: Any) -> None:
+def test_filters_are_in_the_address(world: Any) -> None:
     uid = world.runs["topics-lm"].uid
     text = world.client("olga").get(f"/inbox?run={uid}").content.decode()
     assert rows(text) == [world.adaptations["olgas"].uid]
@@ -64,13 +64,13 @@ def test_a_claim_shows_under_claimed_and_mine(world: Any) -> None:
     assert len(rows(olga.get("/inbox").content.decode())) == 2
 
 
-def test_history_holds_what_persons_were_asked_and_nothing_else(world: Any) -> None:
+def test_the_history_lists_only_decisions_that_a_person_was_asked_for(world: Any) -> None:
     text = world.client("olga").get("/inbox?state=history").content.decode()
     asked = {world.adaptations[name].uid for name in ("kept", "rejected")}
     assert set(rows(text)) == asked
 
 
-def test_ones_own_run_is_marked(world: Any) -> None:
+def test_a_persons_own_run_is_marked(world: Any) -> None:
     text = world.client("olga").get("/inbox").content.decode()
     assert "your own run: another operator has to approve" in text
     assert "your own run" not in world.client("oscar").get("/inbox").content.decode()

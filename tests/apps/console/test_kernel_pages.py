@@ -1,4 +1,4 @@
-"""Workers, queue, kernels and cache as people read them, and what an act would change."""
+"""The pages of workers, kernels and their cache, and the questions before an act."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EAGER, COMPILED = "ab" * 32, "ef" * 32
 
 
 def panel(world: Any, who: str, address: str, name: str) -> str:
-    """A panel's words, without its tags."""
+    """The text of a panel, without tags."""
     text = world.client(who).get(address, {"panel": name}).content.decode()
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
 

@@ -51,7 +51,7 @@ def page_addresses(world: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("who", PEOPLE)
-def test_every_page_is_shown_whole_to_every_role(world: Any, who: str) -> None:
+def test_every_role_sees_every_page_complete(world: Any, who: str) -> None:
     client = world.client(who)
     for address in page_addresses(world):
         answer = client.get(address)
@@ -116,11 +116,11 @@ def test_a_wrong_password_is_refused_without_saying_which_part_is_wrong(world: A
         "/?panel=x",
     ],
 )
-def test_what_does_not_exist_is_a_page_not_found(world: Any, address: str) -> None:
+def test_an_unknown_address_is_a_page_not_found(world: Any, address: str) -> None:
     assert world.client("olga").get(address).status_code == 404
 
 
-def test_pages_only_read(world: Any) -> None:
+def test_pages_accept_no_writes(world: Any) -> None:
     client = world.client("olga")
     assert client.post("/inbox").status_code == 405
     assert client.get("/logout").status_code == 405
@@ -133,7 +133,7 @@ def test_a_panel_can_be_fetched_alone(world: Any) -> None:
     assert "<html" not in text
 
 
-def test_one_broken_panel_does_not_blank_the_page(
+def test_one_broken_panel_does_not_break_the_page(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> None:
@@ -166,7 +166,7 @@ def test_the_empty_installation_says_what_to_do(db: None) -> None:
         assert FAILED_PANEL not in client.get(address).content.decode()
 
 
-def test_the_stream_starts_where_the_page_ends(world: Any) -> None:
+def test_the_event_stream_starts_where_the_page_ends(world: Any) -> None:
     """What happens after the page was read is replayed from these numbers."""
     uid = world.runs["digits-cnn"].uid
     text = world.client("olga").get(f"/runs/{uid}").content.decode()

@@ -118,7 +118,7 @@ def make_blueprints(world: World) -> None:
             risk=risk,
             adaptation_type=AdaptationType.ADD_EFFICIENCY,
             mergeable=kind == "parallel" and risk == "low",
-            idea="A low-rank path beside the layer; its last projection is zero at birth.",
+            idea="A low-rank path beside the layer; its last projection starts at zero.",
             source="Hu et al. 2021, arXiv:2106.09685",
             when="The layer's gradient is large but its weights have little rank left.",
             version="1f0c9d2e4b6a8c7e",
