@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from esper.version import __version__
+
 if TYPE_CHECKING:
     from esper import blueprints as blueprints
     from esper.grafting import graft as graft
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from esper.sdk.export import export as export
     from esper.sdk.export.generating import int8_cache as int8_cache
 
-__version__ = "0.1.0"
 __all__ = ["Session", "__version__", "attach", "blueprints", "export", "graft", "int8_cache"]
 
 # public name -> the module that holds it

@@ -79,8 +79,8 @@ def test_the_version_is_written_once() -> None:
     for project in (PROJECT, SERVER):
         assert "version" not in project["project"]
         assert "version" in project["project"]["dynamic"]
-    assert PROJECT["tool"]["hatch"]["version"]["path"] == "esper/__init__.py"
-    source = (ROOT / "esper" / "__init__.py").read_text()
+    assert PROJECT["tool"]["hatch"]["version"]["path"] == "esper/version.py"
+    source = (ROOT / "esper" / "version.py").read_text()
     assert re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE) == [esper.__version__]
 
 

@@ -18,6 +18,7 @@ from esper.sdk.transport import Pace, Transport, TransportQueues
 from esper.sdk.transport.commands import LocalVeto
 from esper.sdk.transport.kernels import code_key
 from esper.sdk.transport.registration import RunDescription
+from esper.version import __version__
 
 
 class ServerLink:
@@ -121,8 +122,6 @@ class ServerLink:
 
 
 def _versions() -> dict[str, str]:
-    from esper import __version__
-
     versions = {
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -17,7 +17,7 @@ PACKAGE = "esper_control_server"
 def find_root(project: str) -> Path | None:
     """The root of the tree; None in an unpacked sdist, which contains all files itself."""
     root = Path(project).resolve().parents[1]
-    return root if (root / "esper" / "__init__.py").is_file() else None
+    return root if (root / "esper" / "version.py").is_file() else None
 
 
 class ServerMetadata(MetadataHookInterface):
@@ -27,7 +27,7 @@ class ServerMetadata(MetadataHookInterface):
         root = find_root(self.root)
         if root is None:
             return
-        source = (root / "esper" / "__init__.py").read_text()
+        source = (root / "esper" / "version.py").read_text()
         version = re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE)[0]
         groups = tomllib.loads((root / "pyproject.toml").read_text())["dependency-groups"]
         metadata["version"] = version

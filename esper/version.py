@@ -1,0 +1,3 @@
+"""The version of both distributions, written once."""
+
+__version__ = "0.1.0"
