@@ -1,8 +1,8 @@
 """Triggering frame leaves the trainer -> graft acknowledged, through the real processes.
 
-A trainer that speaks the protocol itself registers a run whose loss has long been flat, sends the
-frame that makes Tamiyo act, and answers the command with a real graft into a real model. Everything
-else is Esper as ``./up`` starts it: web, Valkey, Tamiyo, compile worker, control worker.
+A trainer that implements the protocol registers a run whose loss has long been flat, sends the
+frame that triggers Tamiyo, and answers the command with a real graft into a real model. The rest is
+Esper as ``./up`` starts it: web, Valkey, Tamiyo, compile worker, control worker.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def end_to_end(adaptations: int, *, server: str = "", token: str = "") -> list[f
     """Milliseconds of each adaptation, one run after the other.
 
     Args:
-        adaptations: how many; one more is made first, to wait for all processes and warm them up.
+        adaptations: how many; one more comes first, to wait for all processes and warm them up.
         server, token: a running Esper and a token with scope ``runs:create``; default: start one
             in a temporary directory.
 
@@ -90,7 +90,7 @@ def _running(data_dir: Path) -> Iterator[tuple[str, str]]:
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.communicate(timeout=30)  # also drains the output, so that it can end
+            process.communicate(timeout=30)  # also reads the output, so that the process can end
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -128,7 +128,7 @@ async def _adapt(url: str, token: str, *, patience: float) -> float:
             async for message in socket:
                 said = codec.decode(message)
                 if said["type"] == "command":
-                    await trainer.obey(said["command"], said["signature"])
+                    await trainer.carry_out(said["command"], said["signature"])
                     break
             elapsed_ms = (time.perf_counter() - started) * 1e3
         await trainer.finish()
@@ -174,7 +174,7 @@ class Trainer:
         return str(self._registration["token"])
 
     async def send_history(self) -> None:
-        """A loss that fell and has been flat since; no frame yet, so nobody is woken."""
+        """A loss that fell and has been flat since; without a frame, so nothing is triggered."""
         loss = 0.9 + 1.6 * 0.98 ** np.arange(STEPS) + 0.01 * self._rng.standard_normal(STEPS)
         for begin in range(0, STEPS, BATCH):
             steps = range(begin, begin + BATCH)
@@ -188,7 +188,7 @@ class Trainer:
         frame = {"step": STEPS, "wall_time": time.time(), "values": text}
         await self._telemetry(metrics=[_metric(STEPS, 0.9)], frames=[frame])
 
-    async def obey(self, wire: Json, signature: str) -> None:
+    async def carry_out(self, wire: Json, signature: str) -> None:
         """Verify, fetch, graft and acknowledge, as the SDK does."""
         command = Command.from_wire(wire)
         signing.verify(command.signing_bytes(), signature, self._registration["command_key"])
@@ -282,7 +282,7 @@ def _metric(step: int, loss: float) -> Json:
 
 
 def _signals(layers: int) -> Any:
-    """Healthy layers, of which the second uses up its capacity."""
+    """Healthy layers; the second uses all its capacity."""
     values = np.full((layers, len(SIGNALS)), 0.2, dtype="<f4")
     values[:, SIGNAL_INDEX[Signal.UPDATE_RATIO]] = 1e-3
     values[:, SIGNAL_INDEX[Signal.DEAD_FRACTION]] = 0.0

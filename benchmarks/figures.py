@@ -1,4 +1,4 @@
-"""How a figure is summed up and shown: percentiles, budget, and what the seed promised."""
+"""How a figure is summarised and shown: percentiles, budget, and the seed document's value."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from esper.contracts import codec
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A limit on one percentile; ``seed`` is what the original document promises."""
+    """A limit on one percentile; ``seed`` is the value of the seed document."""
 
     percentile: str  # "p50", "p95", "p99"
-    limit: float | None  # None: measured to compare with, not to hold
+    limit: float | None  # None: measured for comparison, without a limit
     unit: str
     seed: str = "-"
 
@@ -46,13 +46,13 @@ class Figure:
 
     @property
     def within(self) -> bool | None:
-        """Whether the budget holds; None where nothing was measured, or there is no limit."""
+        """Whether the budget holds; None without a measurement or a limit."""
         value, limit = self._percentile(self.budget.percentile), self.budget.limit
         return None if value is None or limit is None else value <= limit
 
     def _percentile(self, name: str) -> float | None:
         if not self.samples or (len(self.samples) == 1 and name != "p50"):
-            return None  # one value has no tail
+            return None  # one value has no percentiles
         return round(float(np.percentile(self.samples, float(name[1:]))), 4)
 
 

@@ -6,9 +6,9 @@ One torch thread. Every row is the same module at the same shape (width 256) in 
 
     tier 0 cold     build, certify, measure, sign, store
     tier 0 cached   look up, read, verify, instantiate
-    tier 1 cold     Inductor in its own process, as a compile worker does it
+    tier 1 cold     Inductor in its own process, as in a compile worker
     tier 1 load     verify and load the machine code in a trainer that has loaded one before
-    tier 1 gain     eager time over compiled time, forward and backward; below 1.05 it is not used
+    tier 1 gain     eager time over compiled time, forward and backward; not used below 1.05
     compile cold    torch.compile's first forward and backward, with an empty cache directory
     compile warm    the same after torch._dynamo.reset(), every cache hit
     pool            kernels a second from two worker processes that take from one list
@@ -53,7 +53,7 @@ WORKERS = 2
 
 @dataclass(slots=True)
 class Row:
-    """One blueprint; None where nothing was measured, and ``note`` says why."""
+    """One blueprint; None if not measured; ``note`` says why."""
 
     blueprint: str
     cold_ms: float
@@ -149,7 +149,7 @@ def pool(workers: int, *, kernels: int) -> float:
     """Kernels of tier 0 a second, from warm processes; every kernel has a key of its own."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, initializer=_start_worker) as processes:
-        processes.map(_build_one, range(workers * 2), chunksize=1)  # all have started
+        processes.map(_build_one, range(workers * 2), chunksize=1)  # all processes have started
         started = time.perf_counter()
         processes.map(_build_one, range(kernels), chunksize=1)
         return kernels / (time.perf_counter() - started)

@@ -1,8 +1,8 @@
-"""How long each station of the loop takes, next to its budget and to the seed's promise.
+"""How long each stage of the loop takes, with its budget and the seed document's value.
 
 ``python -m benchmarks.latency [--quick] [--json FILE] [--server URL --token …]``
 
-One torch thread. The figures depend on what else the machine does: run it on an idle one.
+One torch thread. Other load changes the figures: run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ BUDGETS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; returns 0 also where a budget is broken: a busy machine is no bug."""
+    """Prints the table; returns 0 even if a budget is exceeded, since other load can cause it."""
     options = _parse(arguments)
     torch.set_num_threads(1)
     repeats = 30 if options.quick else 200
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def decision(name: str, *, layers: int, repeats: int) -> Figure:
-    """Snapshot in hand -> Decision, with 32 frames and 2,000 losses."""
+    """Snapshot -> Decision, with 32 frames and 2,000 losses."""
     snapshot = flat_run(layers)
     selector = BlueprintSelector(blueprints.list_blueprints())
     policy, limits = HeuristicPolicy(), SafetyPolicy()
@@ -109,7 +109,7 @@ def selection(*, repeats: int) -> Figure:
     def select() -> object:
         return selector.select(layer, AdaptationType.ADD_EFFICIENCY, snapshot, limits)
 
-    select()  # the tables of a layer's shape are made once for a run
+    select()  # the tables of a layer's shape are computed once per run
     return Figure(
         "selection", BUDGETS["selection"], timed(select, repeats), "18 blueprints x 600 sizes"
     )
@@ -154,7 +154,7 @@ def _load(
 
 
 def graft_pause(*, repeats: int) -> Figure:
-    """What the training loop waits for, of a prebuilt graft in a model of about 1 M parameters."""
+    """The training loop's pause for a prebuilt graft in a model of about 1 M parameters."""
     samples = []
     for repeat in range(repeats):
         model, optimizer, layer = _trained_host()
@@ -176,7 +176,7 @@ def graft_pause(*, repeats: int) -> Figure:
 
 
 def overhead(*, quick: bool) -> list[Figure]:
-    """What being watched costs a step, from benchmarks.overhead: a ratio, or ms on short steps."""
+    """The overhead of observing a step, from benchmarks.overhead: a ratio, or ms on short steps."""
     hosts = [host for host in HOSTS if host.name in ("perceptron", "convolutions")]
     figures = []
     for row in measure_overhead(quick=quick, watchers=["esper"], hosts=hosts):
@@ -305,7 +305,7 @@ def _sequence_layer() -> LayerInfo:
 
 
 def _trained_host() -> tuple[nn.Module, torch.optim.Optimizer, LayerInfo]:
-    """A model with Adam's state, seen to run: what a graft meets in real life."""
+    """A traced model with Adam's state, as in a real run."""
     model = nn.Sequential(*(nn.Sequential(nn.Linear(500, 500), nn.ReLU()) for _ in range(4)))
     optimizer = torch.optim.AdamW(model.parameters())
     grafting.prepare_slots(model, [f"{i}.0" for i in range(4)])

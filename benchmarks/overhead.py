@@ -1,17 +1,17 @@
-"""What being watched costs a training step: Esper beside wandb and Lightning's own monitor.
+"""The overhead of observing a training step: Esper, wandb and Lightning's monitor.
 
     python -m benchmarks.overhead [--quick] [--json FILE] [--host NAME]
 
-Each host model is trained bare and watched in turns, in interleaved blocks of the same run, so
-that the machine's drift hits all alike; a ratio is of neighbouring blocks. The watchers:
+Each host model is trained bare and observed in interleaved blocks of one run, so that drift of the
+machine affects all equally; ratios are of neighbouring blocks. The observers:
 
-- ``esper``: observing, with telemetry to a server that does not answer, the busiest case that a
-  trainer meets by itself; a frame at most every 10 steps.
+- ``esper``: observing, with telemetry to a server that does not answer, the busiest case for a
+  trainer; a frame at most every 10 steps.
 - ``wandb``: ``wandb.watch(log="all")`` offline, logging as often as Esper samples (every 10 steps).
 - ``lightning``: ``DeviceStatsMonitor(cpu_stats=True)`` in a Lightning loop that logs every 10
   steps, against the same Lightning loop without it.
 
-wandb and Lightning are not in Esper's requirements; where one is missing it is named and left out:
+wandb and Lightning are not in Esper's requirements; missing ones are reported and skipped:
 ``pip install wandb==0.31.0 lightning==2.6.6 psutil``
 """
 
@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 
 import esper
 
-LONG_STEP_MS = 10.0  # from here on the budget is a ratio, below it is absolute
+LONG_STEP_MS = 10.0  # above, the budget is a ratio; below, it is absolute
 BUDGET_RATIO = 1.01
 BUDGET_ABSOLUTE_MS = 0.1
 LOG_EVERY = 10  # steps; Esper's own shortest period of frames
@@ -108,7 +108,7 @@ HOSTS = (
 
 
 class Watcher(Protocol):
-    """What watches a plain loop."""
+    """An observer of a plain loop."""
 
     def step(self, loss: Tensor) -> None: ...
 
@@ -116,7 +116,7 @@ class Watcher(Protocol):
 
 
 class EsperWatcher:
-    """Observes; nobody answers at its server's address."""
+    """Observes, with a server address that does not answer."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         nobody = "http://127.0.0.1:9"
@@ -125,7 +125,7 @@ class EsperWatcher:
             optimizer,
             run="overhead",
             server=nobody,
-            token="esp_x",  # noqa: S106 - nobody checks it
+            token="esp_x",  # noqa: S106 - never checked
         )
         self.step = self._session.step
 
@@ -154,7 +154,7 @@ class WandbWatcher:
 
 
 class PlainLoop:
-    """One loop as a user writes it; without a watcher it is the bare one."""
+    """One loop as a user writes it; without an observer it is bare."""
 
     def __init__(self, host: Host, watch: Callable[..., Watcher] | None = None) -> None:
         torch.manual_seed(0)
@@ -242,7 +242,7 @@ def _lightning_module(lightning: Any, host: Host) -> tuple[Any, list[float]]:
 
 
 class Loop(Protocol):
-    """Something that trains a number of steps and says how long each took."""
+    """Trains a number of steps and returns the time of each."""
 
     def block(self, steps: int) -> list[float]: ...
 
@@ -251,7 +251,7 @@ class Loop(Protocol):
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of single steps, block by block, bare and watched in turns."""
+    """Milliseconds of single steps, in blocks, bare and observed in turns."""
 
     bare: list[list[float]]
     watched: list[list[float]]
@@ -260,7 +260,7 @@ class Timing:
     def ratios(self) -> list[float]:
         """Watched / bare mean of each pair of neighbouring blocks.
 
-        Of means, not medians: what is done only every tenth step costs all the same.
+        Means, not medians, because work in every tenth step counts too.
         """
         return [
             statistics.fmean(watched) / statistics.fmean(bare)
@@ -269,7 +269,7 @@ class Timing:
 
     @property
     def typical_ratios(self) -> list[float]:
-        """The same of medians: what a step without a sample pays."""
+        """The same with medians: the overhead of a step without a sample."""
         return [
             statistics.median(watched) / statistics.median(bare)
             for bare, watched in zip(self.bare, self.watched, strict=True)
@@ -325,7 +325,7 @@ def _summary(timing: Timing) -> dict[str, Any]:
     watched_ms = [step for block in timing.watched for step in block]
     bare = statistics.median(bare_ms)
     is_long = bare >= LONG_STEP_MS
-    # Of pairs of neighbouring blocks: the machine's slow drift falls out.
+    # Pairs of neighbouring blocks cancel slow drift of the machine.
     typical = statistics.median(timing.typical_ratios)
     mean = statistics.median(timing.ratios)
     return {

@@ -1,14 +1,15 @@
-"""What a change of a living model costs: Esper beside Composer, PEFT and GroMo.
+"""The cost of changing a model in training: Esper, Composer, PEFT and GroMo.
 
     python -m benchmarks.surgery [--quick] [--json FILE]
 
 All four change the same trained perceptron (same width, depth, optimizer, weights) in turns of one
-run: one layer gets 64 more directions. They do not do the same work, so the table says for each
-what it left behind, measured and not quoted: whether the output stayed, whether the optimizer still
-holds the moments of the weights that were not touched, whether it trains the new ones, and whether
-the change can be taken back to the bit.
+run: one layer gets 64 more directions. They do not do the same work, so the table shows measured
+results of each: whether the output stayed the same, whether the optimizer still holds the moments
+    of
+unchanged weights, whether it trains the new weights, and whether the change can be undone to the
+bit.
 
-The others are not in Esper's requirements; a missing one is named and left out:
+The others are not in Esper's requirements; missing ones are reported and skipped:
 
     pip install peft==0.21.2 && pip install --no-deps gromo==0.1.0 deprecated wrapt mosaicml==0.32.1
 
@@ -50,7 +51,7 @@ NO_BUDGET = Budget("p95", None, "ms")
 
 @dataclass(slots=True)
 class Trained:
-    """A model in the middle of its training, the batch it sees, and its optimizer."""
+    """A model in training, its batch, and its optimizer."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -71,7 +72,7 @@ class Trained:
 
 @dataclass(slots=True)
 class Observed:
-    """What one way of changing the model cost, and what it left behind."""
+    """Cost and results of one way of changing the model."""
 
     pauses_ms: list[float] = field(default_factory=list)
     undos_ms: list[float] = field(default_factory=list)
@@ -92,7 +93,7 @@ def perceptron(width: int) -> nn.Sequential:
 
 
 def trained(width: int, build: Callable[[int], nn.Module] = perceptron) -> Trained:
-    """Three steps old, so that the optimizer has its moments."""
+    """Trained for three steps, so that the optimizer has its moments."""
     torch.manual_seed(0)
     model = build(width)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -105,16 +106,16 @@ def trained(width: int, build: Callable[[int], nn.Module] = perceptron) -> Train
 
 
 def with_esper(case: Trained, *, hard: bool) -> tuple[float, Callable[[], None]]:
-    """A certified low-rank graft from a kernel that is at hand, with a snapshot before it."""
+    """A certified low-rank graft from a prepared kernel, with a snapshot before it."""
     layer = next(
         info
         for info in grafting.trace_layers(case.model, lambda: case.model(case.x))
         if info.name == "4"
     )
-    grafting.prepare_slots(case.model, ["4"])  # a session does so when it attaches
+    grafting.prepare_slots(case.model, ["4"])  # as a session does when it attaches
     blueprint = blueprints.get_blueprint("proj_lora_64")
     graft = blueprint.build(layer, seed=1)
-    memory = grafting.SnapshotMemory.reserve(case.model, (case.optimizer,))  # and so it does here
+    memory = grafting.SnapshotMemory.reserve(case.model, (case.optimizer,))  # as a session does
     started = time.perf_counter()
     receipt: Receipt = grafting.apply_graft(
         case.model,
@@ -133,7 +134,7 @@ def _undo_with_esper(receipt: Receipt, hard: bool) -> None:
 
 
 def with_peft(case: Trained) -> tuple[float, Callable[[], None]]:
-    """``inject_adapter_in_model``; the optimizer is told by hand, as its documents have it."""
+    """``inject_adapter_in_model``; the optimizer is updated by hand, as its documentation says."""
     peft = importlib.import_module("peft")
     config = peft.LoraConfig(r=DIRECTIONS, target_modules=["4"], lora_alpha=16)
     started = time.perf_counter()
@@ -153,7 +154,7 @@ def with_peft(case: Trained) -> tuple[float, Callable[[], None]]:
 
 
 def with_composer(case: Trained) -> tuple[float, None]:
-    """``replace_module_classes``: a wider stand-in takes the layer's place."""
+    """``replace_module_classes``: a wider stand-in replaces the layer."""
     surgery = _composers_surgery()
     target = case.model.get_submodule("4")
 
@@ -168,7 +169,7 @@ def with_composer(case: Trained) -> tuple[float, None]:
 
 
 class _LowRankLinear(nn.Module):
-    """What a user of module surgery would put in: the old weights copied, the update beside."""
+    """The replacement that a user of module surgery would write: copied weights plus an update."""
 
     def __init__(self, old: nn.Linear) -> None:
         super().__init__()
@@ -204,13 +205,13 @@ def with_gromo(case: Trained) -> tuple[float, None]:
     model.dummy_select_update()
     model.currently_updated_layer.set_scaling_factor(1.0)
     model.apply_change()
-    # The weights are new tensors now: its examples make a new optimizer, without the moments.
+    # The weights are new tensors: its examples create a new optimizer, without the moments.
     case.optimizer = torch.optim.AdamW(case.model.parameters(), lr=1e-3)
     return _since(started), None
 
 
 def _composers_surgery() -> ModuleType:
-    """The one module, without running the package's own imports."""
+    """Loads the one module without the package's imports."""
     if "composer" not in sys.modules:
         spec = importlib.util.find_spec("composer")
         places = list(spec.submodule_search_locations or []) if spec else []
@@ -221,7 +222,7 @@ def _composers_surgery() -> ModuleType:
     return importlib.import_module("composer.utils.module_surgery")
 
 
-# -- what is seen -----------------------------------------------------------------------------
+# -- measurements -----------------------------------------------------------------------------
 
 
 def observe(
@@ -235,7 +236,7 @@ def observe(
         state = Snapshot.take(case.model, Surroundings([case.optimizer]))
         held = {id(p) for p in case.model.parameters()}
         pause, undo = change(case)
-        if repeat == 0:  # the first one loads and warms up
+        if repeat == 0:  # the first repetition warms up
             seen.output_change = float((case.output() - before).abs().max())
             seen.moments_kept = all(
                 _same(case.optimizer.state.get(p), moment) for p, moment in moments.items()
@@ -273,7 +274,7 @@ def _since(started: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One library's way, and what it needs."""
+    """One library's way, and its requirements."""
 
     name: str
     change: Change
@@ -291,7 +292,7 @@ WAYS = (
 
 
 def measure(*, quick: bool = False) -> dict[tuple[str, str], Observed | str]:
-    """(way, size) -> what was seen, or why nothing was."""
+    """(way, size) -> measurements, or why there are none."""
     torch.set_num_threads(1)
     results: dict[tuple[str, str], Observed | str] = {}
     for size, width in WIDTHS.items():
@@ -338,7 +339,7 @@ def _p95(values: Sequence[float]) -> float:
 
 
 def figures(results: dict[tuple[str, str], Observed | str]) -> list[Figure]:
-    """As every benchmark writes them; Esper's pause at 1 M parameters is the one with a budget."""
+    """As written by all benchmarks; Esper's pause at 1 M parameters has the budget."""
     found = []
     for (way, size), seen in results.items():
         name = f"{way}, {size}"

@@ -1,11 +1,11 @@
-"""Which blueprint, at which size: every candidate scored, and a "why not" for every other one.
+"""Selects a blueprint and its size: scores all candidates, and gives a "why not" for the others.
 
     score = gain - rent - memory - latency - stability - risk - redundancy - parts + fit
 
 Shape legend: N sizes of one blueprint at one layer.
 
-Costs of a blueprint at a layer are arithmetic on the layer's shape, so they are asked for once
-and kept by shape; a selection is then a few array operations per blueprint.
+The costs of a blueprint at a layer follow from the layer's shape, so they are computed once per
+shape and cached; a selection is then a few array operations per blueprint.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ MAX_TABLES = 4_096
 PRIOR_CASES = 4.0  # weight of the prior against closed cases
 PRIOR_KEPT = 0.6
 MEMORY_WEIGHT, LATENCY_WEIGHT, RENT_WEIGHT = 0.2, 0.2, 0.3
-# Of a composition, for each further part: where it fails, nobody knows which part it was. So it is
-# proposed where it has done better than its parts, not because it is larger.
+# Cost of each further part of a composition: after a failure, the responsible part is unknown. So a
+# composition is proposed if it did better than its parts, not because it is larger.
 PARTS_WEIGHT = 0.05
 RISK_WEIGHT, REDUNDANCY_WEIGHT, FIT_WEIGHT = 0.08, 0.1, 0.3
-# What can be upset by a graft of this kind, whatever its class of risk.
+# Cost for stability of a graft of this kind, at any class of risk.
 INSTABILITY: Mapping[GraftKind, float] = {
     GraftKind.OBSERVE: 0.0,
     GraftKind.WRAP: 0.02,
@@ -59,14 +59,14 @@ INSTABILITY: Mapping[GraftKind, float] = {
     GraftKind.ASSEMBLY: 0.08,
     GraftKind.REPLACE: 0.12,
 }
-# A latency that nobody forecast is bounded from above by what any supported machine reaches. The
-# bound counts only while it is within the limit; the real latency is measured before dispatch.
+# An unknown latency is bounded from above by the speed of the slowest supported machine. The bound
+# is used only if it is within the limit; the real latency is measured before dispatch.
 FLOOR_FLOPS_PER_SECOND: Mapping[str, float] = {"cpu": 2e9, "cuda": 1e12}
 CALL_OVERHEAD_MS = 0.2
 
 
 class SelectableBlueprint(Protocol):
-    """What selection needs to know of a blueprint; ``esper.blueprints.Blueprint`` is one."""
+    """What selection needs of a blueprint; ``esper.blueprints.Blueprint`` implements it."""
 
     @property
     def slug(self) -> str: ...
@@ -86,13 +86,13 @@ class SelectableBlueprint(Protocol):
     def parts(self) -> int: ...
 
     def supports(self, layer: LayerInfo) -> str:
-        """Empty when it fits, else a sentence for a person."""
+        """Empty if it fits, otherwise a sentence for a person."""
 
     def sizes(self, layer: LayerInfo) -> tuple[dict[str, Any], ...]:
         """All candidate configurations, smallest first."""
 
     def forecast(self, layer: LayerInfo, config: dict[str, Any]) -> CostForecast:
-        """Cost by arithmetic."""
+        """Cost computed from shapes."""
 
 
 def _none() -> Doubles:
@@ -101,9 +101,9 @@ def _none() -> Doubles:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Table:
-    """All sizes of one blueprint at one shape of layer; ``refusal`` when it does not fit.
+    """All sizes of one blueprint at one shape of layer; ``refusal`` if it does not fit.
 
-    ``effect_N`` is what a size brings, ``bound_N`` the latency, or an upper bound of it.
+    ``effect_N`` is the gain of each size, ``bound_N`` its latency or an upper bound of it.
     """
 
     refusal: str
@@ -113,13 +113,15 @@ class _Table:
     memory_N: Doubles = field(default_factory=_none)
     latency_N: Doubles = field(default_factory=_none)
     effect_N: Doubles = field(default_factory=_none)
-    bound_N: Doubles = field(default_factory=_none)  # where the latency is unknown, else it
+    bound_N: Doubles = field(
+        default_factory=_none
+    )  # if the latency is unknown, otherwise the latency
     most: tuple[float, float, float] = (0.0, 0.0, 0.0)  # parameters, memory, bound; NaN if one is
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Scored:
-    """One blueprint at its best size for the place."""
+    """One blueprint at its best size for the layer."""
 
     blueprint: SelectableBlueprint
     table: _Table
@@ -131,11 +133,11 @@ class _Scored:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Place:
-    """Where a graft would go, and the limits that hold there."""
+    """The layer of a possible graft, and the limits there."""
 
     layer: LayerInfo
     history: LayerHistory
-    types: frozenset[AdaptationType]  # that the layer carries already
+    types: frozenset[AdaptationType]  # of the layer's present grafts
     instability: float
     max_memory_mib: float
     max_latency_ms: float
@@ -144,7 +146,7 @@ class _Place:
 
 
 class BlueprintSelector:
-    """Selects from a catalogue. The catalogue's order has no influence."""
+    """Selects from a catalogue. The catalogue's order does not matter."""
 
     def __init__(self, catalog: Iterable[SelectableBlueprint]) -> None:
         self._blueprints = {b.slug: b for b in sorted(catalog, key=lambda b: b.slug)}
@@ -156,7 +158,7 @@ class BlueprintSelector:
         return {slug: b.adaptation_type for slug, b in self._blueprints.items()}
 
     def blueprint(self, slug: str) -> SelectableBlueprint:
-        """Raises ``UnknownBlueprintError`` for a slug that the catalogue lacks."""
+        """Raises ``UnknownBlueprintError`` for a slug that is not in the catalogue."""
         try:
             return self._blueprints[slug]
         except KeyError:
@@ -184,15 +186,15 @@ class BlueprintSelector:
         """The best blueprint for a layer, and why not each of the others.
 
         Args:
-            layer: where the graft would go.
+            layer: the target of the graft.
             adaptation_type: only blueprints of this type are candidates.
             snapshot: the layer's history, experience, disabled blueprints and the run's size.
             policy: limits on memory, latency and added parameters.
-            extra_limits: stricter ones of the caller, ``max_memory_mb`` and ``max_latency_ms``.
-            features: where given, an unstable layer prefers what calms its gradient.
+            extra_limits: stricter limits of the caller, ``max_memory_mb`` and ``max_latency_ms``.
+            features: if given, unstable layers prefer blueprints that limit the gradient.
 
         Raises:
-            ConfigurationError: ``extra_limits`` holds an unknown name or no finite number.
+            ConfigurationError: ``extra_limits`` has an unknown name or a non-finite number.
         """
         place = self._place(layer, snapshot, policy, extra_limits or {}, features)
         refused: dict[str, str] = {}
@@ -242,7 +244,7 @@ class BlueprintSelector:
         place: _Place,
         snapshot: RunSnapshot,
     ) -> _Scored | str:
-        """The blueprint at its best size, or why it is none."""
+        """The blueprint at its best size, or why it is not a candidate."""
         if blueprint.adaptation_type is not adaptation_type:
             return f"It serves {_words(blueprint.adaptation_type)}, not {_words(adaptation_type)}."
         if blueprint.slug in snapshot.disabled_blueprints:
@@ -278,7 +280,7 @@ class BlueprintSelector:
 
 
 def _shape_key(layer: LayerInfo) -> tuple[Any, ...]:
-    """Everything but the name and the neighbours: equal layers share their tables."""
+    """All of the layer but name and neighbours: equal layers share their tables."""
     return (
         layer.kind,
         layer.in_shape,
@@ -344,7 +346,7 @@ def _best_size(
         if not fits_N.any():
             return _too_large(table, latency_N, place)
         score_N = np.where(fits_N, score_N, -np.inf)
-    size = int(np.argmax(score_N))  # of equals the first, which is the smallest
+    size = int(np.argmax(score_N))  # among equals the first, which is the smallest
     latency_ms = float(latency_N[size])
     terms = _terms(blueprint, table, size, latency_ms, place, experience)
     return _Scored(blueprint, table, size, sum(terms.values()), terms, latency_ms)
@@ -353,7 +355,7 @@ def _best_size(
 def _size_score(
     table: _Table, latency_N: Doubles, slowest: float, place: _Place, gain: float
 ) -> Doubles:
-    """float64 [N]: the terms that differ between sizes; what is unknown is charged in full."""
+    """float64 [N]: the terms that differ between sizes; unknown costs count in full."""
     score_N: Doubles = gain * table.effect_N
     score_N -= _rent(place) * table.parameters_N
     for weight, cost_N, limit, largest in (
@@ -364,7 +366,7 @@ def _size_score(
             score_N -= weight
         elif math.isnan(largest):
             score_N -= weight * np.nan_to_num(cost_N / limit, nan=1.0)
-        else:  # the usual case, ten times quicker
+        else:  # the usual case, ten times as fast
             score_N -= (weight / limit) * cost_N
     return score_N
 
@@ -385,7 +387,7 @@ def _fits(
 
 
 def _latency(table: _Table, place: _Place) -> Doubles:
-    """Forecast latency; where there is none, an upper bound, if that is within the limit."""
+    """Forecast latency; if unknown, an upper bound, if it is within the limit."""
     if table.most[2] <= place.max_latency_ms:
         return table.bound_N
     usable_N = np.isnan(table.latency_N) & (table.bound_N <= place.max_latency_ms)
@@ -416,12 +418,12 @@ def _terms(
 
 
 def _rent(place: _Place) -> float:
-    """Per added parameter."""
+    """The term for added parameters."""
     return RENT_WEIGHT / max(1, place.model_parameters)
 
 
 def _gain(experience: Experience) -> float:
-    """Expected share of cases that are kept, drawn to the prior while there are few."""
+    """Expected share of kept cases, close to the prior while there are few."""
     return (PRIOR_CASES * PRIOR_KEPT + experience.kept) / (PRIOR_CASES + experience.cases)
 
 
@@ -433,18 +435,18 @@ def _learned_reward(experience: Experience) -> float:
 
 
 def _size_effect(parameters_N: Doubles, layer: LayerInfo) -> Doubles:
-    """0.3 … 1: more room helps, with diminishing returns against the host's own size."""
+    """0.3 … 1: more capacity helps, with diminishing returns relative to the host's size."""
     effect: Doubles = 1.0 - 0.7 * np.exp(-4.0 * parameters_N / max(1, layer.parameters))
     return effect
 
 
 def _share(cost: float, limit: float) -> float:
-    """Cost as a share of its limit; what is unknown is charged in full."""
+    """Cost as a share of its limit; unknown costs count in full."""
     return cost / limit if limit > 0 and not math.isnan(cost) else 1.0
 
 
 def _fit(blueprint: SelectableBlueprint, instability: float) -> float:
-    """Among diagnostics: calm what is unstable, else look closer."""
+    """Among diagnostics: limit the gradient of unstable layers, measure others."""
     if blueprint.adaptation_type is not AdaptationType.ADD_DIAGNOSTIC:
         return 0.0
     calms = blueprint.kind is not GraftKind.OBSERVE
@@ -452,7 +454,7 @@ def _fit(blueprint: SelectableBlueprint, instability: float) -> float:
 
 
 def _too_large(table: _Table, latency_N: Doubles, place: _Place) -> str:
-    """Names the limit that even the mildest size breaks."""
+    """Names the limit that even the smallest size exceeds."""
     if not (table.parameters_N <= place.max_parameters).any():
         return (
             f"Its smallest size adds {int(table.parameters_N.min()):,} parameters; "
@@ -488,11 +490,11 @@ def _rank(scored: _Scored) -> tuple[float, float, str]:
 def _beaten(scored: _Scored, best: _Scored) -> str:
     worst = min(scored.terms, key=lambda name: (scored.terms[name] - best.terms[name], name))
     return (
-        f"Score {scored.score:.3f} against {best.score:.3f} of {best.blueprint.slug}; behind "
-        f"most in {worst} ({scored.terms[worst]:+.3f} against {best.terms[worst]:+.3f})."
+        f"Score {scored.score:.3f} against {best.score:.3f} of {best.blueprint.slug}; the largest "
+        f"gap is in {worst} ({scored.terms[worst]:+.3f} against {best.terms[worst]:+.3f})."
     )
 
 
 def _words(adaptation_type: AdaptationType) -> str:
-    """``add_ffn`` as people say it."""
+    """``add_ffn`` in words."""
     return adaptation_type.replace("_", " ")

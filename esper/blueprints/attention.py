@@ -1,4 +1,4 @@
-"""Self-attention beside a layer, with as many key and value heads as a blueprint wants.
+"""Self-attention beside a layer; a blueprint chooses the number of key and value heads.
 
 Shape legend: B batch, T time, I channels in, W width of all query heads, V width of all value
 heads (and of all key heads), O channels out, H query heads, G key (and value) heads.
@@ -23,7 +23,7 @@ MAX_WIDTH = 16_384
 
 
 class AttentionBranch(Graft):
-    """``y + W_out · attention(norm(x))``; W_out is zero at birth."""
+    """``y + W_out · attention(norm(x))``; W_out starts at zero."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class AttentionBranch(Graft):
 
 
 class SelfAttention(Blueprint):
-    """What all blueprints of a self-attention branch share.
+    """Base of the blueprints of a self-attention branch.
 
     Attributes:
         queries_per_key: query heads that share one key head and one value head.
@@ -158,8 +158,8 @@ class SelfAttention(Blueprint):
     def _config(self, layer: LayerInfo, width: int) -> dict[str, Any]:
         share = self.queries_per_key
         heads = max(share, width // HEAD_WIDTH // share * share)
-        # causal where nothing else is known: in a language model, a branch that sees the future
-        # lets the loss fall by cheating, and an encoder only loses a little by not looking ahead.
+        # causal if nothing else is known: in a language model, a branch that sees future tokens
+        # lowers the loss without learning; an encoder loses only little by a causal branch.
         return {
             "width": width // heads * heads,
             "heads": heads,

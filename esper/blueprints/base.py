@@ -1,8 +1,7 @@
-"""What a blueprint is, and what it builds.
+"""The base classes: a blueprint, and the graft that it builds.
 
-A blueprint is a module template. It answers for a layer it has never touched (fits or not, why,
-at which sizes, at what cost) and builds a :class:`Graft` for it. It is stateless; one instance
-serves all runs.
+A blueprint is a module template. From a layer's description it tells whether it fits and why not,
+its sizes and its costs, and builds a :class:`Graft`. It is stateless; one instance serves all runs.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from esper.contracts import (
 from esper.exceptions import ConfigurationError, IncompatibleLayerError
 
 MIB = 1024 * 1024
-# Weight, gradient and the two moments that Adam keeps for it.
+# Weight, gradient and the two moments of Adam.
 COPIES_IN_TRAINING = 4
 
 
 class Graft(nn.Module, ABC):
-    """A living module in a layer's slot.
+    """A module in a layer's slot.
 
     Attributes:
         alpha: share of a graft that replaces its host, a tensor buffer; None for all others.
-        merged: its effect is in the host's own weights, so it is in no slot.
+        merged: it was folded into the host's weights, so it is in no slot.
     """
 
     alpha: Tensor | None
@@ -57,8 +56,8 @@ class Graft(nn.Module, ABC):
         """The layer's new output.
 
         Args:
-            x: what went into the layer.
-            y: what came out of it, of any batch size, maybe changed by older grafts.
+            x: the layer's input.
+            y: the layer's output after older grafts, of any batch size.
 
         Returns:
             Same shape, dtype and device as ``y``. Neither ``x`` nor ``y`` is written to.
@@ -68,42 +67,42 @@ class Graft(nn.Module, ABC):
         return self.combine(x, y)
 
     def inherit(self, host: nn.Module) -> None:
-        """Called once, before the graft is tried and put in; copies what it takes over.
+        """Called once, before the certificate and the insertion; copies values of the host.
 
         Raises:
-            TypeError: this host has nothing that the graft could start from.
+            TypeError: this host does not have the values that the graft needs.
         """
 
     def on_step(self) -> None:
-        """Called after each optimizer step; moves what follows a schedule, such as ``alpha``.
+        """Called after each optimizer step; advances schedules, such as that of ``alpha``.
 
-        A session calls it. Without one, the training loop has to. All that it moves are
-        buffers, so that an undo or a checkpoint brings the schedule back with the weights.
+        A session calls it. Without a session, the training loop must call it. It only changes
+        buffers, so that an undo or a checkpoint restores the schedule with the weights.
         """
 
     def join(self, neighbours: Sequence[Graft]) -> None:
-        """Called whenever the grafts of its slot have changed; here they get to know each other.
+        """Called when the grafts of its slot have changed, with all of them.
 
         Args:
-            neighbours: all of them, this one too, oldest first. Keep them in a tuple, which torch
-                does not take for children.
+            neighbours: all grafts of the slot, with this one, oldest first. Keep them in a tuple;
+                torch would register a list's items as children.
         """
 
     def attach(self, host: nn.Module) -> None:
-        """Called before each ``combine`` while gradients are on; ties the graft to its host."""
+        """Called before each ``combine`` while gradients are on; registers hooks on the host."""
 
     def detach(self) -> None:
-        """Called when the graft is taken out; undoes ``attach``."""
+        """Called when the graft is removed; undoes ``attach``."""
 
     def signals(self) -> dict[str, float]:
-        """Latest measurements, NaN where there is none yet. Reads the device: not every step."""
+        """Latest measurements, NaN if none yet. Reads from the device, so not for each step."""
         return {}
 
     def forget(self) -> None:
-        """Drops what was measured so far; called after the graft was tried on a sample."""
+        """Discards all measurements; called after the trial of the graft."""
 
     def merge(self, host: nn.Module) -> None:
-        """Folds the graft into the host's own weights, so that it can be dropped.
+        """Folds the graft into the host's weights, so that it can be removed.
 
         Raises:
             TypeError: this graft, or this host, cannot be merged.
@@ -112,13 +111,13 @@ class Graft(nn.Module, ABC):
 
 
 def introduce(grafts: Sequence[Graft]) -> None:
-    """Tells all grafts of one slot, oldest first, that these are now its grafts."""
+    """Tells each graft of a slot, oldest first, about all of them."""
     for graft in grafts:
         graft.join(grafts)
 
 
 class Blueprint(ABC):
-    """One entry of the catalogue. One file in ``catalog/`` holds one of these."""
+    """One entry of the catalogue; each file in ``catalog/`` defines one."""
 
     slug: ClassVar[str]
     id: ClassVar[str]
@@ -129,23 +128,23 @@ class Blueprint(ABC):
     risk: ClassVar[Risk]
     mergeable: ClassVar[bool] = False
     trainable: ClassVar[bool] = True
-    parts: ClassVar[int] = 1  # blueprints that it is made of; more than one for a composition
+    parts: ClassVar[int] = 1  # number of blueprints in it; more than one for a composition
     idea: ClassVar[str]
     source: ClassVar[str]
     when: ClassVar[str]
     conflicts: ClassVar[frozenset[str]] = frozenset()
-    # Slugs of which one must sit on the layer before this one may, and as long as it stays.
+    # The layer must have one of these slugs before this one is grafted, and as long as it stays.
     requires: ClassVar[frozenset[str]] = frozenset()
-    # Why it must not be used while a gradient scaler multiplies gradients; empty: it may.
+    # Why it cannot be used with a gradient scaler; empty if it can.
     scaler_refusal: ClassVar[str] = ""
-    # Why it must not be used where the model has replicas on other ranks; empty: it may.
+    # Why it cannot be used in a model with replicas on other ranks; empty if it can.
     replicas_refusal: ClassVar[str] = ""
-    # Relative difference allowed at birth; 0 for everything beside the host.
+    # Allowed relative difference right after the graft; 0 for all grafts beside the host.
     tolerance: ClassVar[float] = 0.0
 
     @cached_property
     def version(self) -> str:
-        """First 16 hex digits of the SHA-256 of the catalogue file and what it derives from."""
+        """First 16 hex digits of the SHA-256 of the catalogue file and its base classes' files."""
         total = hashlib.sha256()
         for cls in type(self).__mro__[: type(self).__mro__.index(Blueprint)]:
             total.update(Path(inspect.getfile(cls)).read_bytes())
@@ -153,7 +152,7 @@ class Blueprint(ABC):
 
     @abstractmethod
     def supports(self, layer: LayerInfo) -> str:
-        """Empty when the blueprint fits the layer, else a sentence that says why not."""
+        """Empty if the blueprint fits the layer, otherwise a sentence that says why not."""
 
     @abstractmethod
     def sizes(self, layer: LayerInfo) -> tuple[dict[str, Any], ...]:
@@ -161,32 +160,32 @@ class Blueprint(ABC):
 
     @abstractmethod
     def default_config(self, layer: LayerInfo) -> dict[str, Any]:
-        """The configuration that is used when nobody names one."""
+        """The configuration that is used if none is given."""
 
     @abstractmethod
     def parameters(self, layer: LayerInfo, config: dict[str, Any]) -> int:
-        """How many parameters the graft will have, exactly."""
+        """The exact number of the graft's parameters."""
 
     @abstractmethod
     def flops(self, layer: LayerInfo, config: dict[str, Any]) -> int:
-        """Operations of one forward pass at the seen shape; a multiply-add counts two."""
+        """Operations of one forward pass at the traced shape; a multiply-add counts two."""
 
     def activation_bytes(self, layer: LayerInfo, config: dict[str, Any]) -> int:
-        """Bytes that the graft keeps for the backward pass at the seen shape, x and y aside."""
+        """Bytes that the graft keeps for backward at the traced shape, without x and y."""
         return 0
 
     @abstractmethod
     def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
-        """The module itself, for a configuration that is known to be good."""
+        """Builds the module for a checked configuration."""
 
-    def check_config(self, config: dict[str, Any]) -> None:  # noqa: B027 - most take no values
-        """Raises ``ConfigurationError`` for values that no layer could take."""
+    def check_config(self, config: dict[str, Any]) -> None:  # noqa: B027 - most blueprints have no values to check
+        """Raises ``ConfigurationError`` for values that are invalid at every layer."""
 
     def config_for(self, layer: LayerInfo, given: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The default configuration with ``given`` laid over it, checked.
+        """The default configuration, updated with ``given`` and checked.
 
         Raises:
-            ConfigurationError: an unknown key or an absurd value.
+            ConfigurationError: an unknown key or an invalid value.
             IncompatibleLayerError: the layer does not fit.
         """
         reason = self.supports(layer)
@@ -203,7 +202,7 @@ class Blueprint(ABC):
         return config
 
     def forecast(self, layer: LayerInfo, config: dict[str, Any]) -> CostForecast:
-        """Cost by arithmetic; nothing is built or measured, so latency is unknown (NaN)."""
+        """Cost computed from shapes; nothing is measured, so latency is unknown (NaN)."""
         parameters = self.parameters(layer, config)
         held = parameters * layout.dtype_bytes(layer) * COPIES_IN_TRAINING
         activations = self.activation_bytes(layer, config) * max(1, layer.calls)
@@ -223,9 +222,9 @@ class Blueprint(ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Graft:
-        """A graft that does not change what the layer computes, made from ``seed`` alone.
+        """Builds a graft that does not change the layer's output at first, from ``seed`` alone.
 
-        Touches no global random stream, so it may run in a thread beside the training.
+        Uses no global random stream, so it may run in a thread beside the training.
 
         Raises:
             ConfigurationError, IncompatibleLayerError: as :meth:`config_for`.

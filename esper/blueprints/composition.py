@@ -1,12 +1,12 @@
-"""Compositions: blueprints made of blueprints, written down as a tree of their names.
+"""Compositions: blueprints that consist of blueprints, described as a tree of slugs.
 
     parallel     side by side     y + Σ (m(x, y) - y)
-    sequential   one behind the other: the next member's input is the one's output
+    sequential   one after the other: the output of a member is the input of the next
                  y1 = a(x, y); y2 = b(y1, y1)
-    assembly     as in a slot of their own: a router, its experts, its capacity limit, its balancer
+    assembly     as in one slot: a router, its experts, its capacity limit, its balancer
 
-A composition is a :class:`Blueprint`, its costs are the sums of its members' costs, and whatever
-takes a blueprint takes one. It is data, a JSON document; the members are code of the catalogue.
+A composition is a :class:`Blueprint`, its costs are the sums of its members' costs, and it can be
+used like any blueprint. It is data, a JSON document; the members are code of the catalogue.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ SEQUENTIAL = "sequential"
 ASSEMBLY = "assembly"
 WAYS = (PARALLEL, SEQUENTIAL, ASSEMBLY)
 MAX_BYTES = 64 * 1024
-MAX_DEPTH = 4  # of nodes inside nodes, through names too
+MAX_DEPTH = 4  # nesting of nodes, also through slugs
 MAX_LEAVES = 16
 MAX_TEXT = 500
 TEXTS = ("title", "idea", "source", "when")
 KEYS = frozenset({"slug", "id", "tree", *TEXTS})
 _SLUG = re.compile(r"[a-z][a-z0-9_]{1,59}")
 _ID = re.compile(r"(?=.{4,60}$)BP(-[A-Za-z0-9]+)+")
-# What can be said of the whole is said of the member that intervenes most.
+# A composition has the kind of the member that intervenes most.
 _MILDEST_FIRST = (
     GraftKind.OBSERVE,
     GraftKind.WRAP,
@@ -60,7 +60,7 @@ Document = Mapping[str, Any]
 
 
 class Composite(Graft):
-    """Grafts that go in and out as one."""
+    """Grafts that are inserted and removed as one."""
 
     def __init__(self, way: str, members: Mapping[str, Graft]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Composite(Graft):
         self.join(())
 
     def join(self, neighbours: Sequence[Graft]) -> None:
-        """Its own members meet in an assembly; the slot's other grafts stay strangers to them."""
+        """The members of an assembly know each other; the slot's other grafts are unknown."""
         if self.way == ASSEMBLY:
             introduce(self._grafts())
 
@@ -115,12 +115,12 @@ class Composite(Graft):
 
 
 class Composition(Blueprint):
-    """A blueprint of blueprints; a subclass for each is made by :func:`compose`.
+    """A blueprint of blueprints; :func:`compose` creates a subclass for each.
 
     Attributes:
         way: parallel, sequential or assembly.
-        members: by the name under which their settings stand in the configuration.
-        written: the canonical document, part of the version.
+        members: by the name of their settings in the configuration.
+        written: the canonical document; part of the version.
     """
 
     way: ClassVar[str]
@@ -138,7 +138,7 @@ class Composition(Blueprint):
 
     @property
     def leaves(self) -> tuple[Blueprint, ...]:
-        """The catalogue's entries at the ends of the tree."""
+        """The catalogue's blueprints at the leaves of the tree."""
         return tuple(leaf for member in self.members.values() for leaf in leaves_of(member))
 
     def supports(self, layer: LayerInfo) -> str:
@@ -185,7 +185,7 @@ class Composition(Blueprint):
         kept = sum(m.activation_bytes(place, config[n]) for n, m, place in self._places(layer))
         if self.way != SEQUENTIAL:
             return kept + self._joining(layer, config)[1]
-        # The input of each further member is made here, and it keeps it.
+        # The inputs of later members are computed here and kept.
         rows = layout.position_count(layer, of_output=True)
         between = rows * layer.features_out * layout.dtype_bytes(layer)
         return kept + (len(self.members) - 1) * between
@@ -197,7 +197,7 @@ class Composition(Blueprint):
         )
 
     def _joining(self, layer: LayerInfo, config: dict[str, Any]) -> tuple[int, int]:
-        """(operations, kept bytes) that experts of an assembly cost because of its router."""
+        """(operations, kept bytes) of an assembly's experts due to its router."""
         experts = flops = kept = 0
         for name, member in self.members.items() if self.way == ASSEMBLY else ():
             if isinstance(member, RouterBlueprint):
@@ -208,7 +208,7 @@ class Composition(Blueprint):
         return flops, kept
 
     def _places(self, layer: LayerInfo) -> Iterator[tuple[str, Blueprint, LayerInfo]]:
-        """(name, member, the layer as that member sees it)."""
+        """(name, member, the layer's description for that member)."""
         place = layer
         for name, member in self.members.items():
             yield name, member, place
@@ -217,7 +217,7 @@ class Composition(Blueprint):
 
 
 def output_of(layer: LayerInfo) -> LayerInfo:
-    """The identity behind a layer: what a member sees that starts from the layer's output."""
+    """The description for a member whose input is the layer's output."""
     axes = max(0, len(layer.out_shape) - 2) if layer.channel_axis == 1 else 0
     return replace(
         layer,
@@ -238,7 +238,7 @@ def leaves_of(blueprint: Blueprint) -> tuple[Blueprint, ...]:
 
 
 def clash(some: Iterable[Blueprint], others: Iterable[Blueprint]) -> bool:
-    """True where they share a leaf, or a leaf here conflicts with one there."""
+    """True if they share a leaf, or two of their leaves conflict."""
     mine = {leaf.slug: leaf.conflicts for leaf in some}
     theirs = {leaf.slug: leaf.conflicts for leaf in others}
     return (
@@ -255,7 +255,7 @@ def read_documents(folder: Path) -> dict[str, Document]:
     """slug -> document of every ``<slug>.json`` in a folder.
 
     Raises:
-        ConfigurationError: no such folder, or a file is no composition; the message names it.
+        ConfigurationError: no such folder, or a file is not a composition; the message names it.
     """
     if not folder.is_dir():
         raise ConfigurationError(f"{folder} is not a folder of compositions")
@@ -264,7 +264,7 @@ def read_documents(folder: Path) -> dict[str, Document]:
 
 def _read(path: Path) -> Document:
     try:
-        with path.open("rb") as file:  # no more than a bad file may cost
+        with path.open("rb") as file:  # limits what a bad file can cost
             raw = file.read(MAX_BYTES + 1)
         document = check_document(codec.decode(raw, max_bytes=MAX_BYTES))
     except (CodecError, OSError, ConfigurationError) as error:
@@ -277,10 +277,10 @@ def _read(path: Path) -> Document:
 
 
 def check_document(document: Any) -> Document:
-    """The document itself, when its form is right; the tree's names are looked up later.
+    """Returns the document if its form is valid; slugs in the tree are looked up later.
 
     Raises:
-        ConfigurationError: it is no object, or a key is missing, unknown or absurd.
+        ConfigurationError: not an object, or a key is missing, unknown or invalid.
     """
     if not isinstance(document, dict) or set(document) != KEYS:
         raise ConfigurationError(f"a composition is an object with {', '.join(sorted(KEYS))}")
@@ -304,11 +304,11 @@ def check_document(document: Any) -> Document:
 def compose(
     documents: Mapping[str, Document], known: Mapping[str, Blueprint]
 ) -> dict[str, Blueprint]:
-    """slug -> composition of every document. They may name what is known, and each other.
+    """slug -> composition of each document. Trees may name known blueprints and each other.
 
     Raises:
-        ConfigurationError: a name that nobody has, a cycle, a conflict inside a tree, a tree too
-            deep or too large, a member in the wrong place. The message says where.
+        ConfigurationError: an unknown slug, a cycle, a conflict inside a tree, a tree that is too
+            deep or too large, a member in the wrong place. The message names the place.
         DuplicateBlueprintError: a slug or id is taken.
     """
     found = _Composer(documents, known)
@@ -317,7 +317,7 @@ def compose(
 
 @dataclass(slots=True)
 class _Node:
-    """A node of a tree, for the messages: where it stands."""
+    """A node of a tree and its place, for messages."""
 
     way: str
     members: dict[str, Blueprint]
@@ -328,7 +328,7 @@ class _Node:
 
 
 class _Composer:
-    """Looks names up, each document once, and knows on which way it came."""
+    """Looks up slugs, builds each document once, and tracks the path."""
 
     def __init__(self, documents: Mapping[str, Document], known: Mapping[str, Blueprint]) -> None:
         self._documents = documents
@@ -382,7 +382,7 @@ class _Composer:
 
 
 def _check(node: _Node) -> None:
-    """Raises unless these members can stand beside each other like this."""
+    """Raises if these members cannot be combined in this way."""
     whole = [leaf for member in node.members.values() for leaf in leaves_of(member)]
     if len(whole) > MAX_LEAVES:
         raise node.refuse(f"{len(whole)} parts in total; at most {MAX_LEAVES} are accepted")
@@ -418,7 +418,7 @@ def _depth(blueprint: Blueprint) -> int:
 
 
 def _make(document: Document, tree: _Node, others: Iterable[Blueprint]) -> Composition:
-    """A blueprint's facts belong to its class, so every composition has one of its own."""
+    """A blueprint's attributes are class attributes, so each composition gets its own class."""
     leaves = [leaf for member in tree.members.values() for leaf in leaves_of(member)]
     facts = {
         "__module__": __name__,
@@ -450,5 +450,5 @@ def _free_name(name: str, taken: Mapping[str, Any]) -> str:
 
 
 def _at(number: int, count: int, length: int) -> int:
-    """Which of ``length`` sizes goes with the ``number``-th of ``count``."""
+    """The index among ``length`` sizes that matches index ``number`` of ``count``."""
     return length - 1 if count == 1 else round(number * (length - 1) / (count - 1))

@@ -1,4 +1,4 @@
-"""One expert beside a layer, with a gate of its own: what two blueprints share.
+"""One expert beside a layer, with its own gate: the base of two blueprints.
 
 Shape legend: N positions, I channels in, O channels out, H hidden.
 """
@@ -29,13 +29,14 @@ FLOAT32_BYTES = 4
 
 
 class Expert(Graft):
-    """``y + gate · E(x)``, the gate learnt from a key: k is zero at birth, and so is E.
+    """``y + gate · E(x)``, the gate depends on a learnt key; k and E start at zero.
 
-    On its own the gate is ``2 σ(k · x)``, which starts at one. In a slot with an older router it
-    joins that: the gate is then its share ``exp(k · x) / (exp(k · x) + Σ exp(logit_e))`` of a
-    softmax over the router's experts and itself. It takes nothing from them: the router's choice
-    and gates stay, since a fresh expert that displaced a trained one would change the output. For
-    the same reason an expert that was there before the router goes on by itself.
+    Alone, the gate is ``2 σ(k · x)``, which starts at one. In a slot with an older router it joins
+    the router: the gate is then its share ``exp(k · x) / (exp(k · x) + Σ exp(logit_e))`` of a
+        softmax
+    over the router's experts and itself. The router's choice and gates do not change, because a new
+    expert that replaced a trained one would change the output. For the same reason an expert that
+    is older than the router keeps its own gate.
     """
 
     channel_axis: int
@@ -45,7 +46,9 @@ class Expert(Graft):
         super().__init__()
         self.branch = branch
         self.key = key  # [1, I]
-        self._routers: tuple[Router, ...] = ()  # in a tuple, so as not to be a child
+        self._routers: tuple[
+            Router, ...
+        ] = ()  # in a tuple, so that it is not registered as a child
 
     def join(self, neighbours: Sequence[Graft]) -> None:
         older = [n for n in neighbours[: list(neighbours).index(self)] if isinstance(n, Router)]
@@ -56,7 +59,7 @@ class Expert(Graft):
         return y + (change * self._gate(x).to(change.dtype)).to(y.dtype)
 
     def _gate(self, x: Tensor) -> Tensor:
-        """[N, 1], float32 at least; the 1 stands where the channels do."""
+        """[N, 1], float32 at least; the 1 replaces the channels."""
         score = project(
             layout.as_weight_dtype(x, self.key),
             self.key,
@@ -71,7 +74,7 @@ class Expert(Graft):
 
 
 class GatedBranch(FeedForward):
-    """What the key and the gate cost, above what they gate."""
+    """Base that adds the cost of the key and the gate."""
 
     category = BlueprintCategory.MIXTURE_OF_EXPERTS
     adaptation_type = AdaptationType.ADD_MOE
@@ -80,7 +83,7 @@ class GatedBranch(FeedForward):
         return super().parameters(layer, config) + layer.features_in
 
     def flops(self, layer: LayerInfo, config: dict[str, Any]) -> int:
-        """On its own; joined, the router's logits are worked out once more."""
+        """For a gate of its own; with a router, the router's logits are computed once more."""
         rows = layout.position_count(layer, of_output=True)
         return super().flops(layer, config) + 2 * rows * layer.features_in
 
@@ -93,7 +96,7 @@ class GatedBranch(FeedForward):
 
     @staticmethod
     def joining(layer: LayerInfo, experts: int) -> tuple[int, int]:
-        """(operations, kept bytes) of the gate beside a router with so many experts, on top."""
+        """(operations, kept bytes) that a router with so many experts adds to the gate."""
         rows = layout.position_count(layer, of_output=True)
         kept = rows * experts * max(layout.dtype_bytes(layer), FLOAT32_BYTES)
         return 2 * rows * layer.features_in * experts, kept

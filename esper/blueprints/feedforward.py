@@ -1,4 +1,4 @@
-"""Point-wise networks with one hidden layer, beside a layer: what four blueprints share.
+"""Point-wise networks with one hidden layer, beside a layer: the base of four blueprints.
 
 Shape legend: N rows, I channels in, H hidden, O channels out.
 """
@@ -21,7 +21,7 @@ MAX_HIDDEN = 65_536
 
 
 class GeluBranch(Graft):
-    """``y + W_out · gelu(W_in x + b)``; W_out is zero at birth and has no bias."""
+    """``y + W_out · gelu(W_in x + b)``; W_out starts at zero and has no bias."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class GeluBranch(Graft):
 
 
 class SwigluBranch(Graft):
-    """``y + W_out · (silu(W_gate x) · W_up x)``; W_out is zero at birth, nothing has a bias."""
+    """``y + W_out · (silu(W_gate x) · W_up x)``; W_out starts at zero; there are no biases."""
 
     def __init__(
         self,
@@ -87,10 +87,10 @@ class SwigluBranch(Graft):
 
 
 class FeedForward(Blueprint):
-    """A branch of one hidden layer, as wide as its original was for the width it was made for.
+    """A branch with one hidden layer, in the proportions of its original.
 
     Attributes:
-        hidden_at_width: the original's hidden size, and the width that it was made for.
+        hidden_at_width: hidden size and model width of the original.
     """
 
     hidden_at_width: ClassVar[tuple[int, int]]

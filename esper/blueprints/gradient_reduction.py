@@ -1,6 +1,6 @@
-"""What the blueprints that sum gradients between ranks have in common.
+"""The base of the blueprints that sum gradients between ranks.
 
-They sit in no layer: they take the place of DDP's own all-reduce for the whole model.
+They belong to no layer: they replace DDP's all-reduce for the whole model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WHOLE_MODEL_KIND = "DistributedDataParallel"
 
 
 class GradientReduction(Graft):
-    """Sums a flat gradient over the ranks of a group; the model's forward pass is not touched."""
+    """Sums a flat gradient over the ranks of a group; the forward pass does not change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,10 +41,10 @@ class GradientReduction(Graft):
 
     @abstractmethod
     def reduce(self, flat: Tensor, group: distributed.ProcessGroup) -> int:
-        """Does it, and answers how many bytes this rank has sent."""
+        """Sums ``flat``; returns the number of bytes that this rank has sent."""
 
     def signals(self) -> dict[str, float]:
-        """Of one sum, on average over those so far."""
+        """Averages over all sums so far."""
         if not self._sums:
             return {"sent_mib": math.nan, "exchange_ms": math.nan}
         return {
@@ -87,4 +87,4 @@ class ReductionBlueprint(Blueprint):
 
     @abstractmethod
     def make_reduction(self) -> GradientReduction:
-        """A new one; it has no settings."""
+        """Creates one; it has no settings."""

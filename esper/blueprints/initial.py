@@ -1,9 +1,9 @@
-"""Initial weights that leave every global random stream alone.
+"""Initial weights that use no global random stream.
 
 A graft may be built in a background thread while the host trains, so ``manual_seed`` and
-``fork_rng`` on the global stream are no way out: they would be seen by the host's dropout. Numbers
-are drawn in float32 on the CPU from a generator of their own, so that one seed gives the same
-weights on every device and dtype (as near as the dtype can hold them).
+``fork_rng`` on the global stream would affect the host's dropout. Numbers are drawn in float32 on
+the CPU from a separate generator, so that one seed gives the same weights on every device and dtype
+(up to the dtype's rounding).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class Initializer:
-    """Makes parameters for one graft, in a fixed order, from one seed."""
+    """Creates a graft's parameters in a fixed order from one seed."""
 
     def __init__(self, seed: int, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
         self._generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -26,7 +26,7 @@ class Initializer:
         """Kaiming-uniform with a = √5, as nn.Linear does: U(±1/√fan_in).
 
         Args:
-            fan_in: where it is not the product of ``shape[1:]``.
+            fan_in: if it is not the product of ``shape[1:]``.
         """
         bound = 1.0 / math.sqrt(fan_in or max(1, math.prod(shape[1:])))
         values = torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -34,7 +34,7 @@ class Initializer:
         return nn.Parameter(values.to(device=self.device, dtype=self._dtype))
 
     def integer(self) -> int:
-        """From 0 up to 2³¹, to tell apart what is made from different seeds."""
+        """An integer from 0 to 2³¹ that differs by seed."""
         return int(torch.randint(1 << 31, (), generator=self._generator))
 
     def zeros(self, *shape: int) -> nn.Parameter:

@@ -20,25 +20,26 @@ def quantise(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Eight-bit codes and the magnitude that code 127 stands for.
 
     Returns:
-        int8 [N, D], and [N, 1] in the dtype of ``x_ND``: the peak is one of its own values, so
-        nothing is lost in it.
+        int8 [N, D], and [N, 1] in the dtype of ``x_ND``: the peak is one of the values, so
+        it is exact.
     """
     codes, peaks = _codes(x_ND)
     return codes.to(torch.int8), peaks
 
 
 def restore(codes_ND: Tensor, peaks_N1: Tensor) -> Tensor:
-    """The values that the codes stand for, in the dtype of the peaks.
+    """The values of the codes, in the dtype of the peaks.
 
-    Quantising them again gives the same codes and peaks, whatever the dtype: a code's value is off
-    by less than half a level after rounding, and 127 / 127 of the peak is the peak itself.
+    Quantising them again gives the same codes and peaks in every dtype: after rounding, a code's
+        value
+    is off by less than half a level, and 127 / 127 of the peak is the peak.
     """
     wide = torch.promote_types(peaks_N1.dtype, torch.float32)
     return (codes_ND.to(wide) / LEVELS * peaks_N1.to(wide)).to(peaks_N1.dtype)
 
 
 def rounded(x_ND: Tensor) -> Tensor:
-    """``restore(*quantise(x))``, save that what is no number stays no number."""
+    """``restore(*quantise(x))``, except that NaN stays NaN."""
     return restore(*_codes(x_ND))
 
 
@@ -50,7 +51,7 @@ def _codes(x_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: the replacement. Backward: as if it were ``y``. Keeps nothing for backward."""
+    """Forward: the replacement. Backward: the gradient of ``y``. Keeps nothing for backward."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, replacement: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ _straight_through: Callable[[Tensor, Tensor], Tensor] = _StraightThrough.apply
 class RoundedKeyValue(Graft):
     """``(1 - α) y + α · rounded(y)`` for the channels that a cache keeps; the others are ``y``.
 
-    The gradient goes straight through: rounding has none of its own.
+    The gradient passes unchanged, because rounding has no gradient.
 
     Args:
         head_width: channels that share one scale.
@@ -92,7 +93,7 @@ class RoundedKeyValue(Graft):
 
     @torch.no_grad()
     def on_step(self) -> None:
-        # In place and on the device: nothing waits, and nothing that is compiled sees a new number.
+        # In place and on the device: no synchronisation, and compiled code sees no new number.
         self.alpha.add_(1.0 / self.ramp_steps).clamp_(max=1.0)
 
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class RoundedKeyValue(Graft):
         kept = y[..., self.first : self.end]
         wide = torch.promote_types(y.dtype, torch.float32)
         target = rounded(kept.reshape(*kept.shape[:-1], -1, self.head_width)).flatten(-2)
-        # lerp is exact at both ends: it gives y itself at 0 and the rounded one at 1.
+        # lerp is exact at both ends: y at 0, the rounded value at 1.
         mixed = torch.lerp(kept.to(wide), target.to(wide), self.alpha.to(wide)).to(y.dtype)
         before, after = y[..., : self.first], y[..., self.end :]
         return torch.cat([before, mixed, after], dim=-1)

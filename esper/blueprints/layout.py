@@ -1,4 +1,4 @@
-"""How a layer's tensors are laid out: which kinds of layer Esper understands, and how.
+"""How a layer's tensors are laid out: which kinds of layer Esper knows.
 
 Shape legend: N all axes but the channels, C channels.
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from esper.contracts import LayerInfo
 
-# Class names, because a LayerInfo travels between machines. NonDynamicallyQuantizableLinear is
-# what nn.MultiheadAttention calls its output projection.
+# Class names, because a LayerInfo is sent between machines. NonDynamicallyQuantizableLinear is the
+# output projection of nn.MultiheadAttention.
 LINEAR = frozenset({"Linear", "NonDynamicallyQuantizableLinear"})
 TRANSPOSED_LINEAR = frozenset({"Conv1D"})  # transformers.pytorch_utils: weight is [in, out]
 CONVOLUTION = frozenset({"Conv1d", "Conv2d", "Conv3d"})
@@ -49,13 +49,13 @@ def is_norm(layer: LayerInfo) -> bool:
 
 
 def is_understood(layer: LayerInfo) -> bool:
-    """True where Esper knows what the axes of input and output mean."""
+    """True if the meaning of the axes of input and output is known."""
     known = EMBEDDING | RECURRENT | ATTENTION | TRANSPOSED_CONVOLUTION
     return is_linear(layer) or is_convolution(layer) or is_norm(layer) or layer.kind in known
 
 
 def channel_axis_of(kind: str) -> int:
-    """1 for layers that put the channels behind the batch, else -1."""
+    """1 for layers with the channels after the batch, otherwise -1."""
     first = CONVOLUTION | TRANSPOSED_CONVOLUTION | CHANNELS_FIRST_NORM
     return 1 if kind in first else -1
 
@@ -67,7 +67,7 @@ def axes_of(kind: str) -> int:
 
 
 def why_not_parallel(layer: LayerInfo) -> str:
-    """Why ``y + f(x)`` with a point-wise ``f`` is impossible here; empty when it is possible."""
+    """Why ``y + f(x)`` with a point-wise ``f`` is impossible; empty if it is possible."""
     if not layer.graftable:
         return layer.reason
     if layer.kind in EMBEDDING:
@@ -88,7 +88,7 @@ def why_not_parallel(layer: LayerInfo) -> str:
 
 
 def why_not_geometry(layer: LayerInfo) -> str:
-    """Why a convolution beside this one would not meet its output; empty when it would."""
+    """Why a convolution beside this one would not match its output; empty if it would."""
     if not layer.kernel_size:
         return "its padding is not symmetric zeros, or its geometry is unknown"
     if layer.in_shape and len(layer.in_shape) != len(layer.kernel_size) + 2:
@@ -103,7 +103,7 @@ def positions(shape: tuple[int, ...], channel_axis: int) -> tuple[int, ...]:
 
 
 def position_count(layer: LayerInfo, *, of_output: bool = False) -> int:
-    """Rows N of the seen input (or output): product of all axes but the channels."""
+    """Rows N of the traced input (or output): product of all axes but the channels."""
     shape = layer.out_shape if of_output else layer.in_shape
     return math.prod(positions(shape, layer.channel_axis))
 
@@ -113,7 +113,7 @@ def dtype_bytes(layer: LayerInfo) -> int:
 
 
 def torch_dtype(layer: LayerInfo) -> torch.dtype:
-    """The dtype that new weights at this layer get.
+    """The dtype of new weights at this layer.
 
     Raises:
         TypeError: the layer's dtype is not a floating torch dtype.
@@ -125,7 +125,7 @@ def torch_dtype(layer: LayerInfo) -> torch.dtype:
 
 
 def as_weight_dtype(x: Tensor, weight: Tensor) -> Tensor:
-    """``x`` in the dtype that meets ``weight``; under autocast torch does that itself."""
+    """``x`` in the dtype of ``weight``; under autocast torch converts it."""
     if torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype:
         return x
     return x.to(weight.dtype)

@@ -1,4 +1,4 @@
-"""The same small matrix at every position, wherever the channels are.
+"""A matrix that is applied at each position, for any channel axis.
 
 Shape legend: N all axes but the channels, I channels in, O channels out.
 """
@@ -36,10 +36,10 @@ def project(
 
 
 def why_not_aligned(layer: LayerInfo) -> str:
-    """Why a 1×1 branch does not meet the layer's output positions; empty when it does.
+    """Why a 1×1 branch does not match the layer's output positions; empty if it does.
 
     With padding ``2 p = d (k - 1)`` a convolution's output ``i`` is centred on input
-    ``i · stride``, which is where a strided 1×1 convolution looks too.
+    ``i · stride``, like that of a strided 1×1 convolution.
     """
     reason = layout.why_not_parallel(layer)
     if reason or layer.channel_axis == -1:

@@ -1,11 +1,11 @@
-"""Finds the blueprints: the catalogue's, the compositions' and what a user adds.
+"""Finds the blueprints: the catalogue, the compositions, and those that a user adds.
 
     catalog/<slug>.py            one blueprint in each
     compositions/<slug>.json     trees of them
     $ESPER_COMPOSITIONS/*.json   a user's own trees
     register(…)                  a user's own blueprint or tree, in this process
 
-Nothing may depend on the order in which files are found: :func:`list_blueprints` sorts by slug.
+Nothing depends on the order of files: :func:`list_blueprints` sorts by slug.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def get_blueprint(slug_or_id: str) -> Blueprint:
     """One blueprint by slug ("proj_lora_64") or id ("BP-PROJ-LoRA-64").
 
     Raises:
-        UnknownBlueprintError: there is none.
+        UnknownBlueprintError: no blueprint has this slug or id.
     """
     found = _by_slug().get(slug_or_id) or next(
         (blueprint for blueprint in list_blueprints() if blueprint.id == slug_or_id), None
@@ -50,15 +50,15 @@ def get_blueprint(slug_or_id: str) -> Blueprint:
 
 
 def catalogue() -> tuple[Blueprint, ...]:
-    """Those that are code, without the compositions; sorted by slug."""
+    """The blueprints in code, without compositions; sorted by slug."""
     return tuple(_catalogue().values())
 
 
 def register(new: Blueprint | Document) -> Blueprint:
-    """Makes a blueprint of one's own, or a composition's document, known in this process.
+    """Registers a blueprint, or a composition's document, in this process.
 
     Raises:
-        ConfigurationError: the document is no composition.
+        ConfigurationError: the document is not a composition.
         DuplicateBlueprintError: its slug or id is taken.
     """
     known = dict(_by_slug())
@@ -77,8 +77,8 @@ def discover(modules: Iterable[ModuleType]) -> dict[str, Blueprint]:
     """slug -> blueprint, sorted.
 
     Raises:
-        DuplicateBlueprintError: a slug is not its file's name, a file holds not exactly one
-            blueprint, or two claim one slug or id.
+        DuplicateBlueprintError: a slug is not its file's name, a file does not define exactly
+            one blueprint, or two have the same slug or id.
     """
     found: dict[str, Blueprint] = {}
     for module in modules:

@@ -1,4 +1,4 @@
-"""A router with its experts, and what may join them in one slot.
+"""A router with its experts, and blueprints that extend it in the same slot.
 
     Router          y + Σ gate_e · E_e(x) over the two experts that it chooses for a position
     CapacityLimit   bounds how many positions an expert of the router serves
@@ -51,17 +51,17 @@ _G = TypeVar("_G", bound=Graft)
 class CapacityLimit(Graft):
     """Bounds the positions of one expert to ``max(least, ⌈factor · S / E⌉)``.
 
-    A position beyond that keeps the host's path instead. Taken at once, this would change what a
-    trained assembly computes, so the bound comes down from "all N" by a schedule: the steps that
-    are ``left`` of it are a tensor buffer.
+    A position above the limit keeps the host's output. Applied at once, the limit would change the
+    output of a trained assembly, so it decreases from "all N" by a schedule: the remaining steps,
+    ``left``, are a tensor buffer.
     """
 
     left: Tensor
 
     def __init__(self, *, factor: float, least: int, ramp_steps: int, device: torch.device) -> None:
         super().__init__()
-        # A whole number: a share of one that is counted down leaves 1e-16, which rounds up to a
-        # whole position.
+        # An integer: a share that is counted down to 0 leaves 1e-16, which rounds up to one
+        # position.
         self.register_buffer("left", torch.tensor(ramp_steps, device=device))
         self.factor = factor
         self.least = least
@@ -75,17 +75,17 @@ class CapacityLimit(Graft):
         self.left.sub_(1).clamp_(min=0)
 
     def places(self, positions: int, experts: int) -> Tensor:
-        """long scalar, on the device: how many positions one expert takes at most."""
+        """long scalar, on the device: the most positions of one expert."""
         closed = max(self.least, math.ceil(self.factor * positions * CHOSEN / experts))
         fewest = min(positions, closed)
         return positions - (positions - fewest) * (self.ramp_steps - self.left) // self.ramp_steps
 
 
 class UseBalancer(Graft):
-    """A running mean of each expert's use, and a bias on the router's choice that evens it out.
+    """A running mean of each expert's use, and a bias on the router's choice that balances it.
 
     ``bias += rate · (1 - E · use)`` after each step, as the loss-free balancing of DeepSeek-V3
-    does with the sign of the error alone. The gates do not see the bias. It starts at zero.
+    does with the sign of the error. The gates do not use the bias. It starts at zero.
     """
 
     use_E: Tensor
@@ -113,7 +113,7 @@ class UseBalancer(Graft):
 
     @torch.no_grad()
     def count(self, served_E: Tensor) -> None:
-        """Adds to what was seen since the last step. Only shares count, so twice is no harm."""
+        """Adds to the counts since the last step. Only shares matter: counting twice is safe."""
         self.seen_E.add_(served_E)
 
     @torch.no_grad()
@@ -135,18 +135,18 @@ class UseBalancer(Graft):
 class Router(Graft):
     """``y + Σ gate_e · E_e(x)`` over the two experts with the largest logits at a position.
 
-    E_e(x) is ``gelu(x · W_in_e) · W_out_e``; all experts lie in one tensor each way, and W_out is
-    zero at birth. The gates are the softmax of the two logits alone. Only the seats that were given
-    out are computed; on a GPU the sizes of the groups are read from the device once per call.
+    E_e(x) is ``gelu(x · W_in_e) · W_out_e``; all experts share one tensor per direction, and W_out
+    starts at zero. The gates are the softmax of the two logits. Only assigned seats are computed;
+    on a GPU the sizes of the groups are read from the device once per call.
 
     While training, noise is added to the logits for the choice, not for the gates. It is a hash of
-    (position, expert, ``steps``) worked out on the device: no random stream is touched, activation
-    checkpointing gets the same numbers twice, and an undo brings them back with the buffer.
+    (position, expert, ``steps``) computed on the device: it uses no random stream, activation
+    checkpointing gets the same numbers twice, and an undo restores them with the buffer.
 
     Args:
-        noise: standard deviation, in logits. V-MoE takes 1 / E (Riquelme et al. 2021, arXiv
+        noise: standard deviation, in logits. V-MoE uses 1 / E (Riquelme et al. 2021, arXiv
             2106.05974).
-        salt: tells the noise of two routers apart.
+        salt: makes the noise of two routers differ.
     """
 
     steps: Tensor
@@ -172,7 +172,7 @@ class Router(Graft):
         self.salt = salt
         self.channel_axis = channel_axis
         self.stride = stride
-        # In tuples, so that a neighbour is not registered as a child.
+        # In tuples, so that neighbours are not registered as children.
         self._limits: tuple[CapacityLimit, ...] = ()
         self._balancers: tuple[UseBalancer, ...] = ()
 
@@ -198,7 +198,7 @@ class Router(Graft):
         return y + self._as_output(change_NO, logits).to(y.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
-        """float32 at least, E in place of the channels: what the gates are made of."""
+        """float32 at least, E in place of the channels: the inputs of the gates."""
         found = project(
             layout.as_weight_dtype(x, self.weight_router),
             self.weight_router,
@@ -226,13 +226,13 @@ class Router(Graft):
         place = torch.arange(like_NE.numel(), device=like_NE.device)
         word = _mix_bits(place & _WORD)
         word = _mix_bits((word ^ _mix_bits((self.steps + self.salt) & _WORD)) & _WORD)
-        # 23 bits: half a step from 0 and from 1 is still a float32 of its own.
+        # 23 bits: values half a step from 0 and from 1 are distinct in float32.
         uniform = ((word >> 9).to(torch.float32) + 0.5) / (1 << 23)
         normal: Tensor = torch.special.ndtri(uniform)
         return normal.reshape(like_NE.shape)
 
     def _rows(self, x: Tensor) -> Tensor:
-        """[N, I]: the positions of x that the layer's output positions are centred on."""
+        """[N, I]: the positions of x at the centres of the layer's output positions."""
         if self.stride and x.dim() > 2:
             x = x[(slice(None), slice(None), *(slice(None, None, step) for step in self.stride))]
         return _as_rows(layout.as_weight_dtype(x, self.weight_in), self.channel_axis)
@@ -241,8 +241,8 @@ class Router(Graft):
         order_S, served = self._seats(chosen_N2)
         x_SI = x_NI.index_select(0, order_S // CHOSEN)
         out_SO = self._run_experts(x_SI, served)
-        # Back in the positions' order. Not index_add, which keeps what it adds for the backward
-        # pass; seats that were not given out stay zero.
+        # Back in the order of positions. Not index_add, which keeps its summands for the backward
+        # pass; unassigned seats stay zero.
         seats = out_SO.new_zeros(chosen_N2.numel(), out_SO.shape[1])
         out_N2O = seats.index_put((order_S,), out_SO).reshape(*chosen_N2.shape, -1)
         return (out_N2O * gates_N2[:, :, None].to(out_SO.dtype)).sum(dim=1)
@@ -258,24 +258,24 @@ class Router(Graft):
             place_S = torch.arange(len(order_S), device=order_S.device)
             place_S = place_S - start_E[expert_S[order_S]]
             places = limit.places(len(chosen_N2), self.experts)
-            # First come, first served: by the gate's size, a position would see its future.
+            # Earlier positions first: sorting by gate would let a position depend on later ones.
             order_S = order_S[place_S < places]
             served_E = served_E.clamp(max=places)
         return order_S, served_E.tolist()
 
     def _run_experts(self, x_SI: Tensor, served: list[int]) -> Tensor:
-        # unbind, not indexing: the backward pass of an index makes all experts' zeros for each.
+        # unbind, not indexing: the backward pass of each index would create zeros for all experts.
         groups = torch.split(x_SI, served)
         weights = zip(groups, self.weight_in.unbind(0), self.weight_out.unbind(0), strict=True)
         outputs = [F.gelu(x @ into) @ out for x, into, out in weights if len(x)]
         return torch.cat(outputs) if outputs else x_SI @ self.weight_in[0] @ self.weight_out[0]
 
     def _regularize(self, change_NO: Tensor, logits_NE: Tensor, chosen_N2: Tensor) -> Tensor:
-        """For what adds a loss of its own."""
+        """Hook for a router with its own loss."""
         return change_NO
 
     def _as_output(self, change_NO: Tensor, logits: Tensor) -> Tensor:
-        """Rows back to where ``logits`` have their positions."""
+        """Puts rows back at the positions of ``logits``."""
         axis = self.channel_axis % logits.dim()
         positions = logits.shape[:axis] + logits.shape[axis + 1 :]
         return change_NO.reshape(*positions, -1).movedim(-1, axis)
@@ -284,10 +284,10 @@ class Router(Graft):
 class LossRouter(Router):
     """A router with the load-balancing loss ``E · Σ share_e · p_e`` (Switch, GShard).
 
-    ``share_e`` is the share of seats that expert e got, ``p_e`` the mean of its softmax. The loss
-    is injected in the backward pass: the user's own loss line stays. Its coefficient is a buffer
+    ``share_e`` is the share of seats of expert e, ``p_e`` the mean of its softmax. The loss is
+    injected in the backward pass: the user's loss does not change. Its coefficient is a buffer
     that grows from zero. With gradient accumulation the coefficient is divided by the number of
-    backward passes that the last step took, as a user divides the loss by it.
+    backward passes of the last step, as a user divides the loss.
     """
 
     coefficient: Tensor
@@ -325,7 +325,7 @@ class LossRouter(Router):
 
 
 class _InjectLoss(torch.autograd.Function):
-    """Hands ``change`` on; backward, ``weight`` arrives as the gradient of ``loss``."""
+    """Returns ``change``; in backward, ``weight`` is the gradient of ``loss``."""
 
     @staticmethod
     def forward(ctx: Any, change: Tensor, loss: Tensor, weight: Tensor, passes: Tensor) -> Tensor:
@@ -342,7 +342,7 @@ class _InjectLoss(torch.autograd.Function):
 
 
 def balance_loss(logits_NE: Tensor, chosen_N2: Tensor) -> Tensor:
-    """``E · Σ share_e · p_e``: 1 where all experts are used alike, E where one gets all.
+    """``E · Σ share_e · p_e``: 1 for equal use of all experts, E if one expert gets all.
 
     Fedus et al. 2021, arXiv 2101.03961, equation 4, over both choices of a position.
     """
@@ -353,7 +353,7 @@ def balance_loss(logits_NE: Tensor, chosen_N2: Tensor) -> Tensor:
 
 
 def _served(chosen_N2: Tensor, experts: int) -> Tensor:
-    """[E] of long: seats of each expert. Not bincount, which waits for the device."""
+    """[E] of long: seats of each expert. Not bincount, which synchronises with the device."""
     served = torch.zeros(experts, dtype=torch.long, device=chosen_N2.device)
     flat = chosen_N2.reshape(-1)
     return served.scatter_add(0, flat, torch.ones_like(flat))
@@ -379,7 +379,7 @@ def _first(wanted: type[_G], neighbours: Sequence[Graft]) -> _G | None:
 
 
 class RouterBlueprint(Blueprint):
-    """What the two routers share: sizes, costs and the weights."""
+    """Base of the two routers: sizes, costs and weights."""
 
     category = BlueprintCategory.MIXTURE_OF_EXPERTS
     kind = GraftKind.ASSEMBLY
@@ -390,8 +390,8 @@ class RouterBlueprint(Blueprint):
         return why_not_aligned(layer)
 
     def default_config(self, layer: LayerInfo) -> dict[str, Any]:
-        # Four experts as wide as the layer hold as much as one feed-forward branch of four times
-        # its width, and cost half of it.
+        # Four experts as wide as the layer have the parameters of one feed-forward branch of four
+        # times its width, and half its operations.
         return {
             "experts": DEFAULT_EXPERTS,
             "hidden": min(MAX_HIDDEN, layer.features_in),
@@ -450,7 +450,7 @@ class RouterBlueprint(Blueprint):
 
 
 class RouterPart(Blueprint):
-    """What has no weights and does nothing without a router in its slot."""
+    """Base of blueprints without weights that need a router in the slot."""
 
     kind = GraftKind.ASSEMBLY
     risk = Risk.HIGH

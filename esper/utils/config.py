@@ -1,4 +1,4 @@
-"""How a service is told who it is and whom it talks to."""
+"""The settings of a service process."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ def _variable(name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
-    """Settings of one service process; a bad value stops the start.
+    """Settings of one service process; an invalid value prevents the start.
 
     Attributes:
-        name: of the service, ``tamiyo``.
-        port: of its status page; None or 0: no status page.
-        redis_url: where the health stream is; default ``REDIS_URL``; None: poll over REST.
-        urza_url: the server; default ``ESPER_SERVER``; None: in-process, without a server.
-        token: of the service, scope ``decide``; default ``ESPER_TOKEN``.
-        learning: let the outcome of earlier adaptations change what is proposed.
-        instance: tells several instances apart; default ``<host>-<pid>``.
-        refresh_seconds: no state of a run gets older than this.
-        claim_seconds: after this long without an answer another instance's entry is taken over.
-        decline_quiet_seconds: the same refusal is not noted again for this long.
+        name: the service's name, ``tamiyo``.
+        port: port of its status page; None or 0: no status page.
+        redis_url: address of the health stream; default ``REDIS_URL``; None: poll over REST.
+        urza_url: address of the server; default ``ESPER_SERVER``; None: in-process, without a
+            server.
+        token: the service's token with scope ``decide``; default ``ESPER_TOKEN``.
+        learning: let outcomes of earlier adaptations change proposals.
+        instance: identifies this instance among several; default ``<host>-<pid>``.
+        refresh_seconds: the maximum age of a run's state.
+        claim_seconds: after this time without an answer another instance's entry is claimed.
+        decline_quiet_seconds: the same refusal is not recorded again within this time.
 
     Raises:
-        ConfigurationError: a value makes no sense.
+        ConfigurationError: a value is not valid.
     """
 
     name: str

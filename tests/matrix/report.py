@@ -1,6 +1,6 @@
 """Runs the whole matrix and writes ``docs/matrix.md``: ``python -m tests.matrix.report``.
 
-Exits with 1 when a promise was broken anywhere.
+Exits with 1 if any check failed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PACKAGES = ("torch", "transformers", "torchvision", "timm")
 
 @dataclass
 class Examined:
-    """One model, watched and with every blueprint."""
+    """One model: observed, and with each blueprint."""
 
     name: str
     steps: int

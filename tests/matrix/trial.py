@@ -1,7 +1,7 @@
-"""One model under test: watched, grafted, trained, undone, and compared with its untouched twin.
+"""One model under test: watched, grafted, trained, undone, and compared with an unchanged copy.
 
-Nothing here asks Esper whether it worked: weights, optimizer and random streams are hashed anew,
-losses are compared with those of a model that Esper has never seen.
+No check relies on Esper's own answer: weights, optimizer and random streams are hashed here, and
+losses are compared with those of a model without Esper.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Outcome:
     """One blueprint at one layer: grafted, or refused with a reason.
 
     Attributes:
-        equal_losses: after the undo, before the first that differs from the untouched run's.
-        faults: promises that were broken, as sentences.
+        equal_losses: after the undo, before the first that differs from the unchanged run's.
+        faults: failed checks, as sentences.
     """
 
     layer: str

@@ -1,1 +1,1 @@
-"""One file is one blueprint; the file is named like the blueprint's slug."""
+"""Each file defines one blueprint and is named after its slug."""

@@ -1,4 +1,4 @@
-"""BP-ALL-REDUCE-SHARD: each rank sums one shard of the gradients, then all gather the sums."""
+"""BP-ALL-REDUCE-SHARD: each rank sums one shard of the gradients, then all gather them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Shards(GradientReduction):
         distributed.all_gather(shards, own, group=group)
         if padded is not flat:
             flat.copy_(padded[: flat.numel()])
-        # What the two need at least; how a backend routes them is its own affair.
+        # The minimum of the two; the backend chooses the routes.
         return 2 * (size - 1) * own.numel() * own.element_size()
 
 

@@ -10,7 +10,7 @@ from esper.blueprints.attention import SelfAttention
 class AttnSplitQk(SelfAttention):
     """Half the width because two query heads share one key and one value head.
 
-    Narrower heads would also halve it, but then a query no longer meets a key of its own width.
+    Narrower heads would also halve it, but then queries and keys would differ in width.
     """
 
     slug = "attn_split_qk"

@@ -17,8 +17,8 @@ from esper.contracts import AdaptationType, BlueprintCategory, GraftKind, LayerI
 class GradientClamp(Graft):
     """Scales the gradients of the host's own weights down to ``max_norm`` as they accumulate.
 
-    They are scaled together, once the last of them has arrived, so their direction is kept. Below
-    the bound they are multiplied by one, which is exact, and nothing is read from the device.
+    They are scaled together, after the last of them, so their direction is kept. Below the bound
+    they are multiplied by one, which is exact, without a read from the device.
     """
 
     def __init__(self, *, max_norm: float) -> None:
@@ -31,7 +31,7 @@ class GradientClamp(Graft):
         return y
 
     def attach(self, host: nn.Module) -> None:
-        self._arrived.clear()  # left over where a weight got no gradient in the last pass
+        self._arrived.clear()  # left from a pass in which a weight had no gradient
         own = [p for name, p in host.named_parameters() if not name.startswith("esper.")]
         wanted = {parameter for parameter in own if parameter.requires_grad}
         if wanted == self._tied.keys():
@@ -60,11 +60,11 @@ class GradientClamp(Graft):
     def _clamp(self, gradients: list[Tensor]) -> None:
         norms = torch._foreach_norm(gradients)
         total = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
-        scale = (self.max_norm / total).clamp(max=1.0)  # 0 / 0 never: max_norm > 0
+        scale = (self.max_norm / total).clamp(max=1.0)  # never 0 / 0: max_norm > 0
         torch._foreach_mul_(gradients, scale)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks belong to the tensors of one model: a copy ties itself at its first forward pass.
+        # Hooks belong to the tensors of one model: a copy registers its own at its first forward.
         return {**vars(self), "_tied": {}, "_arrived": set()}
 
 

@@ -1,4 +1,4 @@
-"""BP-KV-CACHE-8BIT: a decoder learns to live with keys and values of eight bits."""
+"""BP-KV-CACHE-8BIT: a decoder adapts to keys and values of eight bits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MAX_RAMP_STEPS = 10_000
 
 
 class KvCache8bit(Blueprint):
-    """Sits on the projections that make keys and values: on both, or one of them.
+    """For the projections that compute keys and values: both, or one of them.
 
-    While training it rounds their outputs as the cache will, faded in by a schedule, because no
-    rounding is exact at birth. ``esper.int8_cache(model)`` then gives ``generate`` a cache that
-    really holds int8 wherever this graft is. Where a model turns its keys after the projection
-    (rotary positions), the cache rounds the turned ones: noise of the same size, not the same
-    noise.
+    In training it rounds their outputs as the cache will, faded in by a schedule, because rounding
+    changes the output. ``esper.int8_cache(model)`` then gives ``generate`` a cache that
+    holds int8 for each layer with this graft. If a model rotates its keys after the projection
+    (rotary positions), the cache rounds the rotated keys: noise of the same size, but not the
+    same noise.
     """
 
     slug = "kv_cache_8bit"

@@ -1,4 +1,4 @@
-"""BP-LN-RMS: a LayerNorm is replaced, little by little, by an RMSNorm.
+"""BP-LN-RMS: an RMSNorm gradually replaces a LayerNorm.
 
 Shape legend: N all axes but the channels, C channels.
 """
@@ -24,9 +24,9 @@ FLOAT32_BYTES = 4
 
 
 class RmsReplacement(Graft):
-    """``(1 - α) y + α · gain · x / rms(x)``; α is zero at birth and grows to one.
+    """``(1 - α) y + α · gain · x / rms(x)``; α starts at zero and grows to one.
 
-    All of it is worked out in float32 at least, as a norm is under autocast.
+    Computed in float32 at least, as a norm under autocast.
     """
 
     alpha: Tensor
@@ -46,13 +46,13 @@ class RmsReplacement(Graft):
 
     @torch.no_grad()
     def on_step(self) -> None:
-        # In place and on the device: nothing waits, and nothing that is compiled sees a new number.
+        # In place and on the device: no synchronisation, and compiled code sees no new number.
         self.alpha.add_(1.0 / self.ramp_steps).clamp_(max=1.0)
 
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
         wide = torch.promote_types(y.dtype, torch.float32)
         normed_NC = F.rms_norm(x.to(wide), self.gain.shape, self.gain.to(wide), self.eps)
-        # lerp is exact at both ends: it gives y itself at 0 and the other itself at 1.
+        # lerp is exact at both ends: y at 0, the replacement at 1.
         return torch.lerp(y.to(wide), normed_NC, self.alpha.to(wide)).to(y.dtype)
 
 
@@ -96,7 +96,7 @@ class LnRms(Blueprint):
         return layer.features_out
 
     def flops(self, layer: LayerInfo, config: dict[str, Any]) -> int:
-        # Four of each value to normalise it, three to mix it with the host's.
+        # Four operations per value to normalise it, three to mix it with the host's.
         return 7 * layout.position_count(layer) * layer.features_out
 
     def activation_bytes(self, layer: LayerInfo, config: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""BP-LOAD-BAL-EMA: evens out how much the experts of a router are used, without a loss."""
+"""BP-LOAD-BAL-EMA: balances the use of a router's experts, without a loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BP-MON-ACT-STATS: watches one layer's activations and changes nothing.
+"""BP-MON-ACT-STATS: measures one layer's activations and changes nothing.
 
 Shape legend: C channels.
 """
@@ -15,7 +15,7 @@ from esper.blueprints.base import Blueprint, Graft, check_integer
 from esper.blueprints.initial import Initializer
 from esper.contracts import AdaptationType, BlueprintCategory, GraftKind, LayerInfo, Risk, Signal
 
-DEAD_BELOW = 0.025  # of the layer's mean |h|; the measure is that of ReDo, arXiv 2302.12902
+DEAD_BELOW = 0.025  # of the layer's mean |h|, as in ReDo, arXiv 2302.12902
 _MEASURED = (Signal.ACT_MEAN, Signal.ACT_STD, Signal.DEAD_FRACTION)
 
 
@@ -27,7 +27,7 @@ class ActivationStatistics(Graft):
         self.every = every
         self.channel_axis = channel_axis
         self.calls = 0
-        # Not a buffer: a measurement is no part of the model's state, nor of its digest.
+        # Not a buffer: a measurement belongs neither to the model's state nor to its digest.
         self.latest: Tensor | None = None  # float32 [3]
 
     def combine(self, x: Tensor, y: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from esper.contracts import AdaptationType, BlueprintCategory, GraftKind, LayerI
 
 
 class ChannelGain(Graft):
-    """``y · gain``; the gain is one at birth, and multiplying by one is exact."""
+    """``y · gain``; the gain starts at one, and multiplying by one is exact."""
 
     def __init__(self, gain: nn.Parameter, *, channel_axis: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class ProjIa3(Blueprint):
         return layout.position_count(layer, of_output=True) * layer.features_out
 
     def activation_bytes(self, layer: LayerInfo, config: dict[str, Any]) -> int:
-        # The product keeps y itself, which nobody else may need.
+        # The product keeps y, which nothing else may need.
         rows = layout.position_count(layer, of_output=True)
         return rows * layer.features_out * layout.dtype_bytes(layer)
 

@@ -29,7 +29,7 @@ _CONVOLVE: dict[str, Callable[..., Tensor]] = {
 
 
 class LowRank(Graft):
-    """``y + α/√R · up(down(x))``; ``up`` is zero at birth, so its first gradient is alive."""
+    """``y + α/√R · up(down(x))``; ``up`` starts at zero, and its first gradient is not zero."""
 
     def __init__(self, down: nn.Parameter, up: nn.Parameter, *, alpha: float) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class LowRank(Graft):
         return y + (self.scaling * F.linear(h_NR, self.up)).to(y.dtype)
 
     def update(self) -> Tensor:
-        """What it adds to the host's weight, in the host's own layout [O, I, …]."""
+        """The update of the host's weight, in the host's layout [O, I, …]."""
         change = self.up @ self.down.flatten(1)
         return self.scaling * change.reshape(self.up.shape[0], *self.down.shape[1:])
 
@@ -60,7 +60,7 @@ class LowRank(Graft):
 
 
 class LowRankConvolution(LowRank):
-    """The same beside a convolution: its own kernel narrowed to R channels, then 1×1."""
+    """The same beside a convolution: a kernel of the same size with R channels, then 1×1."""
 
     def __init__(
         self, down: nn.Parameter, up: nn.Parameter, *, alpha: float, layer: LayerInfo

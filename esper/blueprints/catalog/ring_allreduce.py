@@ -9,10 +9,10 @@ from esper.blueprints.gradient_reduction import GradientReduction, ReductionBlue
 
 
 class Ring(GradientReduction):
-    """Each rank speaks to its two neighbours only, and sends 2 (n - 1) / n of the gradient.
+    """Each rank communicates only with its two neighbours, and sends 2 (n - 1) / n of the gradient.
 
-    One round adds the chunks up while they travel, the next carries the sums round. Sending and
-    receiving are both begun before either is waited for: no size of ring can lock up.
+    The first round sums the chunks, the second distributes the sums. Both sending and receiving
+    start before waiting for either, so no ring size can deadlock.
     """
 
     def reduce(self, flat: Tensor, group: distributed.ProcessGroup) -> int:
@@ -32,7 +32,7 @@ class Ring(GradientReduction):
 
 
 def _pass_on(outgoing: Tensor, incoming: Tensor, rank: int, group: distributed.ProcessGroup) -> int:
-    """Sends to the right while receiving from the left; both know which chunks are empty."""
+    """Sends to the right while receiving from the left; both ranks know which chunks are empty."""
     size = distributed.get_world_size(group)
     works = []
     if incoming.numel():

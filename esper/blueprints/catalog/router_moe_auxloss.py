@@ -1,4 +1,4 @@
-"""BP-ROUTER-MOE-AUXLOSS: the top-2 router with a load-balancing loss of its own."""
+"""BP-ROUTER-MOE-AUXLOSS: the top-2 router with a load-balancing loss."""
 
 from __future__ import annotations
 
