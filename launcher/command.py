@@ -12,6 +12,7 @@ import esper
 from launcher.commands.audit import audit_group
 from launcher.commands.installation import data_dir_option
 from launcher.commands.recipes import recipe_group
+from launcher.commands.replay import replay_command
 from launcher.commands.tokens import token_group
 
 
@@ -104,6 +105,7 @@ def version() -> None:
 cli.add_command(token_group)
 cli.add_command(recipe_group)
 cli.add_command(audit_group)
+cli.add_command(replay_command)
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ What stands between the two marks is generated; everything else is written by ha
 from __future__ import annotations
 
 import argparse
-import inspect as python
 import re
 import sys
 from collections.abc import Iterator
@@ -18,11 +17,10 @@ from typing import Any
 
 from msgspec import NODEFAULT, inspect
 
-from esper.contracts import protocol
+from esper.contracts import protocol, wire
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "protocol.md"
 BEGIN, END = "<!-- messages: generated -->", "<!-- messages: end -->"
-_MEANING = re.compile(r"^ {4}(?P<names>\w+(?:, \w+)*): (?P<text>.+)$")
 _PLAIN = {
     inspect.AnyType: "any JSON",
     inspect.NoneType: "null",
@@ -38,30 +36,6 @@ def render() -> str:
     return "\n".join(line for title, kinds in protocol.MESSAGES for line in _group(title, kinds))
 
 
-def meanings(kind: type) -> dict[str, str]:
-    """Member -> what it means, from the ``Attributes`` of the docstrings of it and its bases."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        found |= _meanings(base.__doc__ or "")
-    return found
-
-
-def _meanings(docstring: str) -> dict[str, str]:
-    lines = python.cleandoc(docstring).split("\n")
-    found: dict[str, str] = {}
-    current: list[str] = []
-    for line in lines[lines.index("Attributes:") + 1 :] if "Attributes:" in lines else []:
-        match = _MEANING.match(line)
-        if match:
-            current = match["names"].split(", ")
-            found |= dict.fromkeys(current, match["text"])
-        elif line.startswith("        ") and current:
-            found |= {name: f"{found[name]} {line.strip()}" for name in current}
-        else:
-            break
-    return found
-
-
 def _group(title: str, kinds: tuple[type, ...]) -> Iterator[str]:
     yield f"### {title}: messages\n"
     for kind in kinds:
@@ -69,9 +43,9 @@ def _group(title: str, kinds: tuple[type, ...]) -> Iterator[str]:
 
 
 def _message(kind: type) -> Iterator[str]:
-    known = meanings(kind)
+    known = wire.meanings(kind)
     info: Any = inspect.type_info(kind)
-    introduction = (python.getdoc(kind) or "").partition("\n\nAttributes:")[0].replace("\n", " ")
+    introduction = wire.introduction(kind).replace("\n", " ")
     yield f"#### {kind.__name__}\n\n{introduction}\n"
     yield "| member | type | meaning |"
     yield "|---|---|---|"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from django.db.models import Q
 
 from apps.adaptations.models import Adaptation, DecisionRecord
 from apps.rest.problems import Problem, not_found
@@ -41,6 +42,22 @@ def record_decision(
     )
     if adaptation is None:
         _forget_old_declines(run)
+    return record
+
+
+def find_decision(name: str) -> DecisionRecord:
+    """By the adaptation's number for people (A-17), its uid, or the decision's own uid.
+
+    Raises:
+        Problem: 404, there is no such decision.
+    """
+    digits = name.upper().removeprefix("A-")
+    wanted = Q(uid=name) | Q(adaptation__uid=name)
+    if digits.isascii() and digits.isdigit() and len(digits) < 19:
+        wanted |= Q(adaptation__pk=int(digits))
+    record = DecisionRecord.objects.filter(wanted).first()
+    if record is None:
+        raise not_found("recorded decision")
     return record
 
 

@@ -19,6 +19,7 @@ from apps.adaptations.deadlines import sweep
 from apps.adaptations.decisions import (
     decision_of,
     describe,
+    find_decision,
     replay_decision,
     stored_snapshot,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "evidence_drift",
     "evidence_now",
     "extend_adaptation",
+    "find_decision",
     "follow_answer",
     "judge_adaptation",
     "mark_taken_out",

@@ -127,6 +127,11 @@ class MessageSchema(OpenApiSerializerExtension):  # type: ignore[no-untyped-call
             [self.target], schema_hook=wire.schema_of, ref_template=f"{_COMPONENTS}{{name}}"
         )
         schema: dict[str, Any] = components.pop(self.target.__name__)
+        schema["description"] = wire.introduction(self.target)
+        for name, text in wire.meanings(self.target).items():
+            member = schema["properties"].get(name, {"$ref": ""})
+            if "$ref" not in member:  # whose description stands with what it refers to
+                member["description"] = text
         for name, part in components.items():
             # drf-spectacular's class has no annotations
             component = ResolvedComponent(  # type: ignore[no-untyped-call]

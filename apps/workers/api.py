@@ -10,16 +10,16 @@ from rest_framework.response import Response
 
 from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.endpoint import Endpoint
-from apps.rest.fields import parse
+from apps.rest.fields import message
 from apps.rest.filters import apply_filters, flag, one_of, text
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.workers.models import CompileJob, Worker
 from apps.workers.selectors import current_jobs
-from apps.workers.serializers import HeartbeatInput, JobOutput, WorkerOutput
+from apps.workers.serializers import JobOutput, WorkerOutput
 from apps.workers.services import Presence, heartbeat, set_worker_mode
-from esper.contracts import JobState, TokenScope, WorkerKind, WorkerMode, WorkerState
+from esper.contracts import JobState, TokenScope, WorkerKind, WorkerMode, WorkerState, protocol
 
 JOB_FILTERS = {
     "state": ("state", one_of(JobState)),
@@ -98,10 +98,10 @@ ReleaseWorker = _act("release_worker", WorkerMode.ACTIVE)
 class TamiyoHeartbeat(Endpoint):
     writers: ClassVar = frozenset({TokenScope.DECIDE})
 
-    @documented("report_tamiyo_heartbeat", body=HeartbeatInput, answer=None, status=204)
+    @documented("report_tamiyo_heartbeat", body=protocol.Heartbeat, answer=None, status=204)
     def post(self, request: Request) -> Response:
-        given = parse(HeartbeatInput, request.data)
-        heartbeat(_presence(given["instance"], given["status"]))
+        given = message(request, protocol.Heartbeat)
+        heartbeat(_presence(given.instance, given.status))
         return Response(status=204)
 
 

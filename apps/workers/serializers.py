@@ -5,7 +5,7 @@ from typing import Any
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
-from apps.rest.fields import Members, Text
+from apps.rest.fields import Members
 from apps.workers.models import CompileJob, JobStepDone, Worker
 
 
@@ -100,8 +100,3 @@ class WorkerOutput(serializers.ModelSerializer[Worker]):
     def get_job(self, worker: Worker) -> dict[str, Any] | None:
         job = self.context["jobs"].get(worker.name)
         return dict(CurrentJobOutput(job).data) if job is not None else None
-
-
-class HeartbeatInput(serializers.Serializer[Any]):
-    instance = Text(max_length=100)
-    status = Members(default=dict)

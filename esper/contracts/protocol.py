@@ -683,8 +683,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
         status: numbers of this instance.
     """
 
-    instance: Annotated[str, Meta(min_length=1, max_length=80)]
-    status: dict[str, Any]
+    instance: Annotated[str, Meta(min_length=1, max_length=100)]
+    status: dict[str, Any] = {}
 
 
 MESSAGES: Sequence[tuple[str, tuple[type, ...]]] = (

@@ -7,6 +7,7 @@ msgspec does the work. An error names the place of the fault as a JSON pointer (
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, TypeVar
@@ -30,6 +31,7 @@ Digest: TypeAlias = Annotated[str, Meta(max_length=64)]  # hex SHA-256, or empty
 Shape: TypeAlias = Annotated[tuple[Int64, ...], Meta(max_length=16)]
 
 _T = TypeVar("_T")
+_ATTRIBUTE = re.compile(r"^ {4}(?P<names>\w+(?:, \w+)*): (?P<text>.+)$")
 
 if TYPE_CHECKING:
     Number: TypeAlias = float
@@ -82,6 +84,35 @@ def schema_of(kind: Any) -> dict[str, Any]:
         raise NotImplementedError(f"{kind} has no JSON form")
     schema: dict[str, Any] = kind.SCHEMA
     return schema
+
+
+def introduction(kind: type) -> str:
+    """What a message is, from its docstring, without its members."""
+    return inspect.cleandoc(kind.__doc__ or "").partition("\n\nAttributes:")[0]
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """Member -> what it means, from the ``Attributes`` of the docstrings of it and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        found |= _attributes(inspect.cleandoc(base.__doc__ or ""))
+    return found
+
+
+def _attributes(docstring: str) -> dict[str, str]:
+    _, _, section = docstring.partition("\nAttributes:\n")
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in section.split("\n"):
+        match = _ATTRIBUTE.match(line)
+        if match:
+            names = match["names"].split(", ")
+            found |= dict.fromkeys(names, match["text"])
+        elif line.startswith("        ") and names:
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+        else:
+            break
+    return found
 
 
 def _encode(value: Any) -> Any:

@@ -17,7 +17,6 @@ from msgspec import inspect
 
 from esper.contracts import Command, SafetyPolicy, codec, protocol, wire
 from esper.exceptions import CodecError, MessageError
-from scripts.protocol_docs import meanings
 
 MESSAGES = [kind for _, kinds in protocol.MESSAGES for kind in kinds]
 CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters="\x00")
@@ -105,7 +104,7 @@ def test_every_message_comes_back_as_it_was_sent(kind: type, data: st.DataObject
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
 def test_every_member_of_every_message_has_its_meaning_written_down(kind: type) -> None:
     members = {field.name for field in inspect.type_info(kind).fields}  # type: ignore[attr-defined]
-    assert set(meanings(kind)) >= members
+    assert set(wire.meanings(kind)) >= members
 
 
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
