@@ -111,6 +111,14 @@ class Environment:
         options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--no-index")
         run([*pip, "install", *options, str(wheel)], cwd=self.directory)
 
+    def unmet(self) -> list[str]:
+        """Requirements of our packages that the third-party packages do not meet."""
+        pip = (sys.executable, "-m", "pip", "--python", self.python, "--disable-pip-version-check")
+        answer = subprocess.run(
+            [*pip, "check"], capture_output=True, text=True, check=False, timeout=300
+        )
+        return [line for line in answer.stdout.splitlines() if line.startswith("esper-control")]
+
     def names(self) -> set[str]:
         """The top-level names of our packages."""
         found = {path.name for path in self.packages.iterdir() if path.suffix != ".dist-info"}
@@ -147,6 +155,8 @@ def check_server(environment: Environment, directory: Path) -> None:
     """``esper up --smoke`` from another directory; pages and static files are served meanwhile."""
     if environment.names() != {"esper", "esper_control_server"}:
         raise CheckError(f"the server installs {sorted(environment.names())}")
+    if unmet := environment.unmet():
+        raise CheckError("; ".join(unmet))
     elsewhere = directory / "elsewhere"
     elsewhere.mkdir()
     variables = {
