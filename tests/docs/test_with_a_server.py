@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import RunningEsper
 from tests.docs.pages import DOCS, ROOT, blocks
+from tests.running import RunningEsper
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
 

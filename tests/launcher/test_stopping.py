@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,9 +14,9 @@ import pytest
 from hosts.paths import ROOT
 from hosts.processes import end_marked, marked_processes
 from hosts.runtime import read_runtime
+from tests.running import START_SECONDS, STOP_SECONDS, start_up
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
-PHASE_SECONDS, STOP_SECONDS = 300.0, 120.0
 INTERRUPTED = 130
 
 
@@ -27,24 +26,8 @@ class Started:
     def __init__(self, directory: Path, *arguments: str) -> None:
         self.data_dir = directory / "data"
         self.console = directory / "console.log"
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in {"DJANGO_SETTINGS_MODULE", "DATABASE_URL", "REDIS_URL"}
-        }
         with self.console.open("wb") as file:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "launcher", "up"),
-                    *("--data-dir", str(self.data_dir), *arguments),
-                ],
-                cwd=ROOT,
-                env=inherited,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self.process = start_up(self.data_dir, *arguments, file=file)
         self.mark = ""
 
     @property
@@ -52,7 +35,7 @@ class Started:
         return self.console.read_text(errors="replace")
 
     def wait_until(self, condition: Callable[[Started], bool]) -> None:
-        deadline = time.monotonic() + PHASE_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         while not condition(self):
             assert self.process.poll() is None, self.output
             assert time.monotonic() < deadline, self.output

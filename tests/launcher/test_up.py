@@ -20,7 +20,7 @@ from redis.retry import Retry
 
 from hosts.paths import ROOT
 from hosts.processes import marked_processes
-from tests.conftest import RESTART_SECONDS
+from tests.running import RESTART_SECONDS
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(1500)]
 SERVICES = {"valkey", "web", "worker-control", "worker-compile", "beat", "tamiyo"}

@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from hosts.processes import process_identity
-from tests.conftest import launch_esper
+from tests.running import launch_esper
 
 from .conftest import TEST_SECONDS, WAIT_MS, Plant, until
 
