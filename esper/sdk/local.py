@@ -103,18 +103,13 @@ class LocalMemory:
 class LocalLoop:
     """Decides, grafts and judges for one run, from what the session measures.
 
-    Args:
-        name, mode: of the run.
-
     Attributes:
         memory: replaced when a checkpoint is loaded.
     """
 
-    def __init__(self, surgery: Surgery, run: RunState, *, name: str, mode: RunMode) -> None:
+    def __init__(self, surgery: Surgery, run: RunState) -> None:
         self._surgery = surgery
         self._run = run
-        self._name = name
-        self._mode = mode
         self._policy = HeuristicPolicy()
         self._selector = BlueprintSelector(blueprints.list_blueprints())
         self._frames: deque[HealthFrame] = deque(maxlen=MAX_FRAMES)
@@ -130,7 +125,7 @@ class LocalLoop:
     @property
     def acts(self) -> bool:
         """Its mode allows it to change the model."""
-        return self._mode is not RunMode.OBSERVE
+        return self._run.mode is not RunMode.OBSERVE
 
     @property
     def waiting(self) -> tuple[Waiting, ...]:
@@ -209,9 +204,9 @@ class LocalLoop:
         on_probation = [entry for entry in grafted if entry.on_probation]
         day_ago = time.time() - SECONDS_PER_DAY
         return RunSnapshot(
-            run=self._name,
+            run=self._run.name,
             epoch=1,
-            mode=self._mode,
+            mode=self._run.mode,
             step=self._run.step,
             layers=self._layers,
             frames=tuple(self._frames),
@@ -252,7 +247,7 @@ class LocalLoop:
         step, name = self._run.step, decision.adaptation.layer_name
         self.memory.last[name] = (step, False)
         self.memory.grafted_at.append(time.time())
-        seed = zlib.crc32(f"{self._name}:{step}:{name}:{decision.blueprint}".encode())
+        seed = zlib.crc32(f"{self._run.name}:{step}:{name}:{decision.blueprint}".encode())
         return Operation(
             layer=next(layer for layer in self._layers if layer.name == name),
             blueprint=blueprints.get_blueprint(decision.blueprint),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from esper.contracts import SafetyPolicy
+from esper.contracts import RunMode, SafetyPolicy
 from esper.sdk.transport import TransportQueues
 from esper.sdk.transport.registration import Registration
 
@@ -16,7 +16,7 @@ LossPoint = tuple[int, float]  # (step, loss)
 
 @dataclass(slots=True)
 class RunState:
-    """How far the run is, and what limits it.
+    """Name, mode and progress of the run, and what limits it.
 
     Attributes:
         own_policy: the safety policy that ``attach`` was given; it applies until a server answers.
@@ -25,6 +25,8 @@ class RunState:
         losses: the training loss of the latest steps.
     """
 
+    name: str
+    mode: RunMode
     own_policy: SafetyPolicy
     queues: TransportQueues | None = None
     step: int = 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from esper.compilation import capability
-from esper.contracts import HealthFrame, LayerInfo, RunMode
+from esper.contracts import HealthFrame, LayerInfo
 from esper.sdk.command_handler import CommandHandler
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
@@ -26,7 +26,6 @@ class ServerLink:
 
     Args:
         server, token: where, and the right to create runs.
-        name, mode: of the run.
         queues: between this thread and the transport's.
     """
 
@@ -34,20 +33,15 @@ class ServerLink:
         self,
         server: str,
         token: str,
-        *,
-        name: str,
-        mode: RunMode,
         queues: TransportQueues,
         surgery: Surgery,
         run: RunState,
         pace: Pace,
     ) -> None:
-        self._name = name
-        self._mode = mode
         self._queues = queues
         self._surgery = surgery
         self._run = run
-        veto = LocalVeto(mode, code_key=code_key())
+        veto = LocalVeto(run.mode, code_key=code_key())
         self._handler = CommandHandler(surgery, veto, queues)
         self._transport = Transport(
             server, token, queues, veto=veto, preparation=self._handler, pace=pace
@@ -73,8 +67,8 @@ class ServerLink:
         """Begin to register, in the background."""
         self._transport.start(
             RunDescription(
-                name=self._name,
-                mode=self._mode,
+                name=self._run.name,
+                mode=self._run.mode,
                 capability=capability(),
                 # One run may need kernels for several devices.
                 capabilities={device: capability(device) for device in {e.device for e in layers}},

@@ -83,7 +83,7 @@ class Session:
         self._setup = setup
         self._ranks = Ranks(around.replicas)
         self._queues = TransportQueues() if setup.server and self._ranks.decides else None
-        self._run = RunState(setup.safety_policy, self._queues)
+        self._run = RunState(setup.run, setup.mode, setup.safety_policy, self._queues)
         self._layers = Layers(model, setup.slots, around.replicas)
         send = self._queues.telemetry.offer_finding if self._queues is not None else None
         self._findings = Findings(send)
@@ -99,8 +99,15 @@ class Session:
         )
         self._evaluations = Evaluations(setup.evaluate, self._surgery, self._run, self._ranks)
         self._follower = Follower(self._ranks, self._surgery, self._evaluations)
-        self._server = self._make_server_link()
-        self._local = self._make_local_loop()
+        self._server = (
+            ServerLink(
+                setup.server, setup.token, self._queues, self._surgery, self._run, setup.pace
+            )
+            if self._queues is not None
+            else None
+        )
+        decides_here = self._ranks.decides and not setup.server
+        self._local = LocalLoop(self._surgery, self._run) if decides_here else None
         self._guard = ProbationGuard(
             self._surgery,
             self._run,
@@ -399,27 +406,6 @@ class Session:
             self._local.memory = memory or LocalMemory()
 
     # -- the parts of a step -------------------------------------------------------------------
-
-    def _make_server_link(self) -> ServerLink | None:
-        """Nothing is sent before the first step."""
-        setup = self._setup
-        if self._queues is None:
-            return None
-        return ServerLink(
-            setup.server,
-            setup.token,
-            name=setup.run,
-            mode=setup.mode,
-            queues=self._queues,
-            surgery=self._surgery,
-            run=self._run,
-            pace=setup.pace,
-        )
-
-    def _make_local_loop(self) -> LocalLoop | None:
-        if self._setup.server or not self._ranks.decides:
-            return None
-        return LocalLoop(self._surgery, self._run, name=self._setup.run, mode=self._setup.mode)
 
     def _open(self) -> None:
         """At the first complete step the layers are known: watch them, and register the run."""

@@ -82,7 +82,7 @@ def _carry_out_commands(side: Replica, plane: ControlPlane | None) -> dict[str, 
     return seen
 
 
-def run_until(side: Replica, done: Any, seconds: float = 40.0) -> None:
+def run_until(side: Replica, done: Any, seconds: float = 90.0) -> None:
     ends = time.monotonic() + seconds
     while not agree(side.rank, done() or time.monotonic() > ends):
         side.step()

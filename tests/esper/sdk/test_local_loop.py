@@ -55,7 +55,7 @@ class Bottleneck:
 
     def run_until(self, condition: Callable[[], object], session: esper.Session) -> None:
         """How often a frame is due depends on the machine's speed, so steps are not counted."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + 100
         while not condition():
             assert time.monotonic() < end, "trained on in vain"
             self.run(10, session)

@@ -58,7 +58,7 @@ class Training:
         return [self.step(session) for _ in range(steps)]
 
     def until(
-        self, condition: Callable[[], object], session: Session, seconds: float = 10.0
+        self, condition: Callable[[], object], session: Session, seconds: float = 60.0
     ) -> list[float]:
         """Trains on until ``condition`` holds."""
         losses = []
@@ -70,6 +70,6 @@ class Training:
         return losses
 
     def evaluate(self) -> float:
-        dice = torch.Generator().manual_seed(7)
-        x = torch.randn(64, 8, generator=dice)
+        generator = torch.Generator().manual_seed(7)
+        x = torch.randn(64, 8, generator=generator)
         return F.cross_entropy(self.model(x), (x @ self.rule).argmax(1)).item()

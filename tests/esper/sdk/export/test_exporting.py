@@ -74,10 +74,10 @@ def make_net() -> nn.Module:
 
 def disturb(model: nn.Module) -> None:
     """As if it had been trained: no graft is at its identity any more."""
-    dice = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=dice))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
             if name.endswith("alpha"):
                 buffer.fill_(0.4)
@@ -102,7 +102,7 @@ def run_without_esper(folder: Path) -> Tensor:
         [sys.executable, "-c", WITHOUT_ESPER, str(folder)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},

@@ -79,8 +79,8 @@ class GraftInTheMiddle(Callback):
 
 
 def loader(rows: int, seed: int) -> DataLoader[Any]:
-    dice = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, 8, generator=dice)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 8, generator=generator)
     y = (x @ torch.randn(8, 4, generator=torch.Generator().manual_seed(3))).argmax(1)
     return DataLoader(TensorDataset(x, y), batch_size=8)
 

@@ -33,8 +33,8 @@ logging.disable_progress_bar()
 
 class Text(Dataset[Any]):
     def __init__(self, rows: int, seed: int) -> None:
-        dice = torch.Generator().manual_seed(seed)
-        self.ids = torch.randint(0, 20, (rows, 12), generator=dice)
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(0, 20, (rows, 12), generator=generator)
 
     def __len__(self) -> int:
         return len(self.ids)
