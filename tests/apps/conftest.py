@@ -13,6 +13,7 @@ from apps.telemetry import services as telemetry
 from esper.contracts import Role, TokenScope
 from tests.apps.callers import Caller, Inbox, Trainer, frame, metrics, register
 from tests.apps.cast import NAMES, make_blueprint, make_person, make_tamiyo, token_of
+from tests.apps.stage import Stage, make_stage
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +75,12 @@ def trainer(people: dict[Role, User]) -> Trainer:
 @pytest.fixture
 def tamiyo(db: None) -> Caller:
     return Caller(token_of(make_tamiyo(), TokenScope.DECIDE, TokenScope.READ))
+
+
+@pytest.fixture
+def stage(db: None) -> Stage:
+    """A run with its people, which the test moves through the life of an adaptation."""
+    return make_stage()
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_what_was_not_started_yet_is_stopped_at_once_and_never_starts(
     launch = make_launch(olga, recipe=Recipe.objects.get(slug="counter"))
     stale = Launch.objects.get(pk=launch.pk)
     services.stop_launch(launch=launch, user=olga, via="test", reason="")
-    hosting.start(stale)  # the doorbell comes late
+    hosting.start(stale)  # the task message comes late
     launch.refresh_from_db()
     assert launch.state == S.STOPPED
     assert not hosting.launch_folder(launch).exists()
@@ -171,11 +171,13 @@ def test_silence_loses_a_launch_and_nobody_taking_it_fails_it(olga: User, settin
     recipe, now = make_recipe(), timezone.now()
     late = now - timedelta(seconds=settings.ESPER_LAUNCH_LOST_SECONDS + 1)
     silent = make_launch(olga, recipe=recipe, state=S.RUNNING, seen_at=late)
-    heard = make_launch(olga, recipe=recipe, state=S.RUNNING)
+    reporting = make_launch(olga, recipe=recipe, state=S.RUNNING)
     unseen = make_launch(olga, recipe=recipe, seen_at=None, requested_at=late)
     assert services.sweep() == 2
-    states = {launch: Launch.objects.get(pk=launch.pk).state for launch in (silent, heard, unseen)}
-    assert states == {silent: S.LOST, heard: S.RUNNING, unseen: S.FAILED}
+    states = {
+        launch: Launch.objects.get(pk=launch.pk).state for launch in (silent, reporting, unseen)
+    }
+    assert states == {silent: S.LOST, reporting: S.RUNNING, unseen: S.FAILED}
     assert services.sweep() == 0
 
 
@@ -335,7 +337,7 @@ def test_the_server_keeps_the_end_of_a_log_and_serves_it_by_offset(
     assert steps == list(range(steps[0], 20_000))
     hosting.send_log(launch)  # nothing new, nothing twice
     assert log_page(launch, after=after).text == ""
-    assert not FeedEvent.objects.filter(type="launch.log").exists()  # a bell, not a row
+    assert not FeedEvent.objects.filter(type="launch.log").exists()  # a notification, not a row
 
 
 def test_a_second_worker_of_the_host_stores_no_line_twice(host: str, olga: User) -> None:

@@ -14,7 +14,7 @@ from apps.audit.models import AuditEvent
 from apps.notifications.models import FeedEvent
 from apps.rest.problems import Problem
 from esper.contracts import ADAPTATION_PASSED_THROUGH, AdaptationState
-from tests.apps.lifecycle.conftest import Stage
+from tests.apps.stage import Stage
 
 S = AdaptationState
 

@@ -41,7 +41,7 @@ from esper.contracts import (
     WorkerState,
 )
 from tests.apps.cast import WORKER, make_kernel, make_layer
-from tests.apps.lifecycle.conftest import Stage
+from tests.apps.stage import Stage
 
 S = AdaptationState
 ODD = (sys.executable, str(Path(__file__).parents[2] / "esper" / "compilation" / "odd_builder.py"))
@@ -219,17 +219,17 @@ def test_a_late_attempt_leaves_no_kernel_behind(
     assert not Kernel.objects.exists()
 
 
-def test_a_second_doorbell_while_a_job_is_built_disturbs_nothing(
+def test_a_second_task_message_while_a_job_is_built_changes_nothing(
     stage: Stage, odd_builders: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adaptation = stage.propose()
     build = compile_jobs._build_or_reuse
 
-    def rung_meanwhile(job: CompileJob, progress: Any) -> Any:
+    def notified_meanwhile(job: CompileJob, progress: Any) -> Any:
         services.compile_kernel(job.uid, worker="other@there")
         return build(job, progress)
 
-    monkeypatch.setattr(compile_jobs, "_build_or_reuse", rung_meanwhile)
+    monkeypatch.setattr(compile_jobs, "_build_or_reuse", notified_meanwhile)
     services.compile_kernel(_job_of(adaptation), worker="compile@here")
 
     job = CompileJob.objects.get()
@@ -413,8 +413,8 @@ def test_one_run_over_two_kinds_of_devices_gets_kernels_for_each(stage: Stage) -
     wanted = ["cpu", "cuda.sm90"]
     jobs = CompileJob.objects.order_by("id")
     assert list(jobs.values_list("capability", flat=True)) == wanted
-    bells = OutboxMessage.objects.filter(task="adaptations.compile").order_by("id")
-    assert [bell.queue for bell in bells] == [f"compile.{name}" for name in wanted]
+    messages = OutboxMessage.objects.filter(task="adaptations.compile").order_by("id")
+    assert [message.queue for message in messages] == [f"compile.{name}" for name in wanted]
 
 
 def test_what_was_measured_stands_beside_what_was_forecast(stage: Stage) -> None:

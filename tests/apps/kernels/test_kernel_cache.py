@@ -33,7 +33,7 @@ from esper.contracts import (
     KernelSpec,
 )
 from tests.apps.cast import CERTIFICATE, make_layer
-from tests.apps.lifecycle.conftest import Stage
+from tests.apps.stage import Stage
 
 MIB = 1024 * 1024
 
@@ -225,7 +225,7 @@ def test_a_run_that_registers_has_a_few_likely_kernels_built_when_nobody_waits(
 
     assert cache.warm_next() == 1
     cache.warm(one.pk, worker="w")
-    cache.warm(one.pk, worker="w")  # rung twice
+    cache.warm(one.pk, worker="w")  # a repeated message
 
     one.refresh_from_db()
     assert one.state == JobState.DONE

@@ -1,4 +1,4 @@
-"""The trainer's word that arrives after we had given an adaptation up."""
+"""An answer of the trainer that arrives after the deadline of its adaptation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
 from apps.runs.models import Command, Run
 from esper.contracts import AdaptationState, CommandKind, CommandState
-from tests.apps.lifecycle.conftest import Stage
+from tests.apps.stage import Stage
 
 
 def given_up(stage: Stage) -> tuple[Adaptation, Command]:
-    """Dispatched, unanswered in time by a trainer that was heard of: expired."""
+    """Dispatched, and not answered in time by a trainer that has reported: expired."""
     adaptation = stage.propose()
     command = stage.dispatched(adaptation)
     past = timezone.now() - timedelta(seconds=1)
@@ -36,7 +36,7 @@ def test_a_graft_that_was_done_after_its_deadline_is_taken_out_again(stage: Stag
     adaptation, command = given_up(stage)
     stage.ack(command, CommandState.APPLIED, step=1001)
     assert undo_commands(adaptation) == 1
-    stage.ack(command, CommandState.APPLIED, step=1001)  # said twice
+    stage.ack(command, CommandState.APPLIED, step=1001)  # repeated
     assert undo_commands(adaptation) == 1
     adaptation.refresh_from_db()
     assert adaptation.state == AdaptationState.DISPATCH_EXPIRED

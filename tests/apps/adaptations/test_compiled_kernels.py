@@ -1,4 +1,4 @@
-"""Tier 1 seen from the server: asked for after the graft, offered when worth it, and told."""
+"""Tier 1 on the server: requested after the graft, built, and offered where it is faster."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from esper.contracts import (
 )
 from esper.exceptions import CompilerMissingError
 from tests.apps.cast import CERTIFICATE
-from tests.apps.lifecycle.conftest import Stage
+from tests.apps.stage import Stage
 
 Grafted = Callable[[], Adaptation]
 

@@ -19,7 +19,7 @@ from esper.contracts import (
     ViolationRule,
 )
 from tests.apps.cast import CERTIFICATE
-from tests.apps.lifecycle.conftest import Stage
+from tests.apps.stage import Stage
 
 
 @pytest.mark.parametrize(

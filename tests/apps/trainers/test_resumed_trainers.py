@@ -24,7 +24,7 @@ from esper.sdk import attaching
 from esper.sdk.adaptation import Operation
 from esper.sdk.transport.queues import Pace
 from tests.apps.cast import TAMIYO, TRAINER
-from tests.apps.lifecycle.conftest import Stage
+from tests.apps.stage import Stage
 from tests.esper.sdk.tiny_training import Training, slot_at
 
 S = AdaptationState
@@ -208,7 +208,7 @@ def test_a_run_that_is_resumed_twice_belongs_to_the_later_process(
     first_training, first = lives.begin(saved)
     _, second = lives.begin(saved)
     assert lives.run.epoch == 3
-    first_training.run(5, first)  # trains on, unheard
+    first_training.run(5, first)  # trains on without a report
     assert not alive(first)
     assert "same name" in caplog.text
     assert alive(second)

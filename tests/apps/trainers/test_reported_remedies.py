@@ -1,4 +1,4 @@
-"""What a training script did by itself, in the server's books and on the run's page."""
+"""Remedies that a training script has applied, in the server's records and on the run's page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from apps.violations.models import Violation
 from esper.contracts import AdaptationState, CommandKind, CommandState, RemedyKind, Verdict
 from esper.contracts.protocol import RemedyReport
 from tests.apps.cast import TAMIYO, TRAINER
-from tests.apps.lifecycle.conftest import Stage
+from tests.apps.stage import Stage
 
 S = AdaptationState
 
@@ -42,7 +42,7 @@ def report(remedy: str, **changes: Any) -> RemedyReport:
     return RemedyReport(remedy=RemedyKind(remedy), **given)
 
 
-def told(stage: Stage, given: RemedyReport) -> Remedy:
+def reported(stage: Stage, given: RemedyReport) -> Remedy:
     stage.run.refresh_from_db()
     given = msgspec.structs.replace(given, epoch=stage.run.epoch)
     return trainers.record_remedy(run=stage.run, report=given, actor=TRAINER)
@@ -62,8 +62,8 @@ def test_a_remedy_is_noted_once_audited_and_shown_on_the_runs_page(
     stage: Stage, client: Client
 ) -> None:
     given = report("set_lr")
-    remedy = told(stage, given)
-    assert told(stage, given) == remedy
+    remedy = reported(stage, given)
+    assert reported(stage, given) == remedy
     event = AuditEvent.objects.get(act="remedy.set_lr")
     assert (event.actor_kind, event.run_uid) == ("trainer", stage.run.uid)
     assert event.data["digest_before"] == "a" * 64
@@ -87,7 +87,7 @@ def test_a_merged_graft_stays_kept_and_is_not_rolled_back_by_anybody(
 ) -> None:
     adaptation = kept(stage)
     merge = report("merge", adaptation=adaptation.uid)
-    told(stage, merge)
+    reported(stage, merge)
     client.force_login(stage.operator)
     assert "merged into its layer" in client.get(f"/runs/{stage.run.uid}").content.decode()
     assert "has merged this graft" in client.get(f"/adaptations/{adaptation.uid}").content.decode()
@@ -96,7 +96,7 @@ def test_a_merged_graft_stays_kept_and_is_not_rolled_back_by_anybody(
     with pytest.raises(Problem, match="merged this graft") as refusal:
         roll_back(stage, adaptation)
     assert (refusal.value.status, refusal.value.code) == (409, "graft-merged")
-    told(stage, report("undo", undoes=merge.key, exact=True))
+    reported(stage, report("undo", undoes=merge.key, exact=True))
     adaptation.refresh_from_db()
     assert adaptation.merged_at is None
     assert roll_back(stage, adaptation).state == S.ROLLING_BACK
@@ -129,7 +129,7 @@ def test_a_graft_that_the_script_takes_out_has_its_end(
     stage: Stage, judged: bool, end: AdaptationState
 ) -> None:
     adaptation = kept(stage) if judged else stage.grafted(stage.propose())
-    told(stage, report("prune", adaptation=adaptation.uid, exact=False))
+    reported(stage, report("prune", adaptation=adaptation.uid, exact=False))
     adaptation.refresh_from_db()
     assert (adaptation.state, adaptation.undo_exact) == (end, False)
     assert "the training script took it out at step 400" in adaptation.end_reason
@@ -138,7 +138,7 @@ def test_a_graft_that_the_script_takes_out_has_its_end(
 def test_a_graft_that_went_along_with_an_older_one_says_with_which(stage: Stage) -> None:
     adaptation = kept(stage)
     details = {"blueprint": "mon_act_stats", "along_with": "clamp_grad_norm at conv1"}
-    told(stage, report("undo", adaptation=adaptation.uid, exact=True, details=details))
+    reported(stage, report("undo", adaptation=adaptation.uid, exact=True, details=details))
     adaptation.refresh_from_db()
     assert adaptation.state == S.REVERTED
     assert "went with the hard undo of clamp_grad_norm at conv1" in adaptation.end_reason
@@ -146,6 +146,6 @@ def test_a_graft_that_went_along_with_an_older_one_says_with_which(stage: Stage)
 
 def test_a_remedy_names_no_adaptation_of_another_run(stage: Stage) -> None:
     with pytest.raises(Problem) as refusal:
-        told(stage, report("prune", adaptation="adp_of_somebody_else"))
+        reported(stage, report("prune", adaptation="adp_of_somebody_else"))
     assert refusal.value.status == 404
     assert not Remedy.objects.exists()

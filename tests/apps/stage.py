@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import pytest
 from django.utils import timezone
 
 from apps.accounts.models import User
@@ -38,6 +37,8 @@ from tests.apps.cast import (
     make_person,
     make_run,
 )
+
+NAN = math.nan
 
 
 @dataclass
@@ -127,8 +128,7 @@ class Stage:
         self.run = make_run(self.owner)
 
 
-@pytest.fixture
-def stage(db: None) -> Stage:
+def make_stage() -> Stage:
     owner = make_person("rafi")
     run = make_run(owner)
     Run.objects.filter(pk=run.pk).update(step=1000, last_seen_at=timezone.now())
@@ -141,6 +141,3 @@ def stage(db: None) -> Stage:
         viewer=make_person("vera"),
         blueprint=make_blueprint(),
     )
-
-
-NAN = math.nan

@@ -36,7 +36,7 @@ from esper.contracts import (
 )
 from esper.contracts.protocol import Applied, Rollback
 from tests.apps.cast import CERTIFICATE, TAMIYO, TRAINER, WORKER, make_kernel, make_person
-from tests.apps.lifecycle.conftest import NAN, Stage
+from tests.apps.stage import NAN, Stage
 
 S = AdaptationState
 
@@ -489,7 +489,7 @@ def test_messages_that_could_not_be_sent_stay_owed(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("task", ["adaptations.compile", "adaptations.dispatch"])
-def test_a_doorbell_that_was_lost_is_rung_again_once_a_period(stage: Stage, task: str) -> None:
+def test_a_lost_task_message_is_sent_again_once_a_period(stage: Stage, task: str) -> None:
     adaptation = stage.propose()
     if task == "adaptations.dispatch":
         stage.compiled(adaptation)
