@@ -126,9 +126,9 @@ async def _adapt(url: str, token: str, *, patience: float) -> float:
             started = time.perf_counter()
             await trainer.send_frame()
             async for message in socket:
-                said = codec.decode(message)
-                if said["type"] == "command":
-                    await trainer.carry_out(said["command"], said["signature"])
+                received = codec.decode(message)
+                if received["type"] == "command":
+                    await trainer.carry_out(received["command"], received["signature"])
                     break
             elapsed_ms = (time.perf_counter() - started) * 1e3
         await trainer.finish()

@@ -119,12 +119,12 @@ class EsperWatcher:
     """Observes, with a server address that does not answer."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        nobody = "http://127.0.0.1:9"
+        unreachable = "http://127.0.0.1:9"
         self._session = esper.attach(
             model,
             optimizer,
             run="overhead",
-            server=nobody,
+            server=unreachable,
             token="esp_x",  # noqa: S106 - never checked
         )
         self.step = self._session.step

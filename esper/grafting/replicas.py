@@ -148,10 +148,10 @@ class Replicas:
         """
         rows = self._gather(_Row(call, step, _key_of(key), busy, loss))
         if len({(row.call, row.step, row.key) for row in rows}) > 1:
-            said = "; ".join(f"rank {rank}: {row}" for rank, row in enumerate(rows))
+            messages = "; ".join(f"rank {rank}: {row}" for rank, row in enumerate(rows))
             raise ReplicaError(
                 "the ranks must make the same calls in the same order with the same arguments: "
-                f"{said}"
+                f"{messages}"
             )
         losses = [row.loss for row in rows if row.loss is not None]
         return Meeting(loss=sum(losses) / len(losses) if losses else None, busy=rows[0].flag)
@@ -269,7 +269,7 @@ class Replicas:
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         distributed.all_gather(everyone, mine, group=self.group)
         texts = [row.numpy().tobytes().decode(errors="replace").strip() for row in everyone]
-        return [f"rank {rank}: {said}" for rank, said in enumerate(texts) if said]
+        return [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
 
     def _broadcast(self, tensor: Tensor) -> None:
         distributed.broadcast(tensor, group_src=0, group=self.group)

@@ -64,7 +64,7 @@ def judge(
     """Judges a graft in probation.
 
     Args:
-        before: losses of the untouched run, up to ``graft_step``.
+        before: losses of the unchanged run, up to ``graft_step``.
         after: losses since. The first ``maturity_steps`` do not count: a new graft warms up.
         graft_step: step at which it was grafted.
         policy: maturity, window and allowed increase.

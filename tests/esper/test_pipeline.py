@@ -122,7 +122,7 @@ def test_a_malformed_snapshot_is_refused(make_snapshot: Make) -> None:
             snapshot_from_wire(broken)
 
 
-def test_a_blocked_proposal_gives_way_to_the_next(catalog: Catalog, make_snapshot: Make) -> None:
+def test_after_a_blocked_proposal_the_next_is_tried(catalog: Catalog, make_snapshot: Make) -> None:
     busy, free = (
         AdaptationDecision(layer, AdaptationType.ADD_EFFICIENCY, 0.9) for layer in ("in", "out")
     )
@@ -139,7 +139,7 @@ def test_a_blocked_proposal_gives_way_to_the_next(catalog: Catalog, make_snapsho
     assert any("in progress" in reason for reason in nothing.reasons)
 
 
-def test_a_layer_that_nobody_registered_is_declined(catalog: Catalog, make_snapshot: Make) -> None:
+def test_an_unknown_layer_is_declined(catalog: Catalog, make_snapshot: Make) -> None:
     ghost = AdaptationDecision("ghost", AdaptationType.ADD_FFN, 0.9)
     answer = decide(make_snapshot(), Fixed(ghost), catalog, LIMITS, np.random.default_rng(0))
 
@@ -197,7 +197,7 @@ def test_an_unknown_confidence_asks(catalog: Catalog, make_snapshot: Make) -> No
     bad=st.sampled_from([math.nan, math.inf, -math.inf]),
     losses=st.sampled_from(["as they are", "all bad", "none"]),
 )
-def test_what_is_unknown_never_goes_by_rule(
+def test_unknown_numbers_always_need_a_person(
     holes: set[Signal], bad: float, losses: str, catalog: Catalog, make_snapshot: Make
 ) -> None:
     signals = {name: dict.fromkeys(holes, bad) for name in ("in", "mid", "out")}

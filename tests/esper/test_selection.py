@@ -81,7 +81,7 @@ def test_the_order_of_the_catalogue_has_no_influence(
         assert BlueprintSelector(shuffled).select(layer, kind, snapshot, POLICY) == first
 
 
-def test_equal_twins_are_decided_by_their_slug(
+def test_equal_candidates_are_ordered_by_their_slug(
     plain_blueprint: Make, layer: LayerInfo, snapshot: RunSnapshot
 ) -> None:
     twins = [plain_blueprint(slug, EFFICIENCY) for slug in ("twin_b", "twin_a")]
@@ -91,7 +91,7 @@ def test_equal_twins_are_decided_by_their_slug(
     assert best.blueprint == "twin_a"
 
 
-def test_a_size_that_is_too_large_gives_way_to_one_that_fits(
+def test_a_size_that_fits_is_chosen_in_place_of_one_that_is_too_large(
     plain_blueprint: Make, layer: LayerInfo, snapshot: RunSnapshot
 ) -> None:
     heavy = plain_blueprint("heavy", EFFICIENCY, memory_mib=1.0, size_count=5)
@@ -189,7 +189,7 @@ def test_disabled_and_unfit_blueprints_say_so(
     )
 
 
-def test_experience_turns_the_choice(
+def test_experience_changes_the_choice(
     catalog: tuple[Any, ...], layer: LayerInfo, snapshot: RunSnapshot
 ) -> None:
     selector = BlueprintSelector(catalog)
@@ -201,7 +201,7 @@ def test_experience_turns_the_choice(
         assert best.blueprint == winner
 
 
-def test_an_unstable_layer_is_calmed_and_a_calm_one_is_watched(
+def test_an_unstable_layer_is_limited_and_a_stable_one_is_measured(
     catalog: tuple[Any, ...], layer: LayerInfo, make_snapshot: Make
 ) -> None:
     selector = BlueprintSelector(catalog)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from esper import blueprints
-from tests.matrix.trial import WARM_STEPS, Outcome, all_outcomes, untouched_losses, watched_losses
+from tests.matrix.trial import WARM_STEPS, Outcome, all_outcomes, unchanged_losses, watched_losses
 from tests.matrix.zoo import ZOO
 
 TARGET = Path(__file__).parents[2] / "docs" / "matrix.md"
@@ -32,10 +32,10 @@ and nothing of it is edited.
 MODELS_HEAD = """\
 ## Models
 
-*Watched*: training losses of an attached run that equal the untouched twin's to the bit.
+*Watched*: training losses of an attached run that equal an unchanged copy's to the bit.
 *Grafted*: a blueprint at a layer: grafted, trained on, undone hard; weights, buffers, ties,
 gradients, optimizer and random streams then had the SHA-256 from before, and the next losses
-equalled the untouched run's to the bit. *Refused*: with a reason, before anything was touched.
+equalled the unchanged run's to the bit. *Refused*: with a reason, before anything was changed.
 """
 PACKAGES = ("torch", "transformers", "torchvision", "timm")
 
@@ -62,7 +62,7 @@ class Examined:
 
 def examine_specimen(name: str) -> Examined:
     specimen = ZOO[name]
-    expected, in_eval = untouched_losses(specimen)
+    expected, in_eval = unchanged_losses(specimen)
     watched, watched_in_eval, _ = watched_losses(specimen)
     equal = next((i for i, (a, b) in enumerate(zip(expected, watched, strict=True)) if a != b),
                  len(expected))  # fmt: skip
@@ -130,7 +130,7 @@ def _grid(examined: list[Examined]) -> Iterator[str]:
     slugs = sorted({outcome.blueprint for one in examined for outcome in one.outcomes})
     yield "## Model by blueprint"
     yield ""
-    yield "*layers grafted* × *losses after the undo that equal the untouched run's, at least*;"
+    yield "*layers grafted* × *losses after the undo that equal the unchanged run's, at least*;"
     yield "– where the blueprint fits none of the layers that were tried: one or two of each kind."
     yield ""
     yield "| | " + " | ".join(slugs) + " |"

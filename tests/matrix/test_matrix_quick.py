@@ -17,7 +17,7 @@ TRIALS = 2
 @pytest.mark.parametrize("name", NAMES)
 def test_watching_changes_no_loss_to_the_bit(name: str) -> None:
     specimen = ZOO[name]
-    expected, expected_in_eval = trial.untouched_losses(specimen)
+    expected, expected_in_eval = trial.unchanged_losses(specimen)
     losses, in_eval, findings = trial.watched_losses(specimen)
     assert losses == expected
     assert torch.equal(in_eval, expected_in_eval)
@@ -28,7 +28,7 @@ def test_watching_changes_no_loss_to_the_bit(name: str) -> None:
 def test_grafts_come_and_go_to_the_bit(name: str) -> None:
     """Other blueprints at other models: the full matrix tries all at all."""
     specimen = ZOO[name]
-    expected, _ = trial.untouched_losses(specimen)
+    expected, _ = trial.unchanged_losses(specimen)
     fitting = [
         (layer, blueprint)
         for layer in trial.representatives(trial.seen_layers(specimen), 1)

@@ -133,7 +133,7 @@ def _bytes(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
     return str(tensor.dtype), tuple(tensor.shape), flat.detach().numpy().tobytes()
 
 
-def untouched_losses(specimen: Specimen) -> tuple[list[float], Tensor]:
+def unchanged_losses(specimen: Specimen) -> tuple[list[float], Tensor]:
     """Of a run without Esper, the first ``WARM_STEPS`` included, and what eval mode gives then."""
     training = Training.begin(specimen, attached=False)
     return training.run(WARM_STEPS + specimen.steps), training.evaluated()
@@ -200,10 +200,10 @@ def examine(
     *,
     steps: int | None = None,
 ) -> Outcome:
-    """Grafts, trains on, undoes, and trains again beside what the untouched run did.
+    """Grafts, trains on, undoes, and trains again beside what the unchanged run did.
 
     Args:
-        expected: losses of the untouched run from its first step on.
+        expected: losses of the unchanged run from its first step on.
         steps: fewer than the specimen's own.
     """
     steps = specimen.steps if steps is None else steps
@@ -271,7 +271,7 @@ def _train_grafted(
 
 def all_outcomes(specimen: Specimen) -> Iterator[Outcome]:
     """Every blueprint at some layers of each kind."""
-    expected, _ = untouched_losses(specimen)
+    expected, _ = unchanged_losses(specimen)
     for layer in representatives(seen_layers(specimen), specimen.layers_per_kind):
         for blueprint in blueprints.list_blueprints():
             yield examine(specimen, expected, layer, blueprint)

@@ -127,7 +127,7 @@ def test_a_part_has_its_own_settings_and_an_unknown_one_is_refused() -> None:
             whole.config_for(info, bad)
 
 
-# -- what is said of the whole -----------------------------------------------------------------
+# -- properties of the whole -------------------------------------------------------------------
 
 
 def test_facts_of_the_whole_come_from_its_parts() -> None:
@@ -144,7 +144,7 @@ def test_facts_of_the_whole_come_from_its_parts() -> None:
     assert "scaler" in build(auxloss)["with_loss"].scaler_refusal
 
 
-def test_a_refusal_names_the_part_that_says_no() -> None:
+def test_a_refusal_names_the_part_that_does_not_fit() -> None:
     _, _, info = make_host()
     flat = replace(info, in_shape=(3, 6), out_shape=(3, 5))
     reason = blueprints.get_blueprint("block_attn_mlp").supports(flat)
@@ -345,7 +345,7 @@ def test_a_document_of_another_form_is_refused(changes: dict[str, Any]) -> None:
         b'"' + b"x" * MAX_BYTES + b'"',
     ],
 )
-def test_a_hostile_file_is_refused_by_its_path(raw: bytes, tmp_path: Path) -> None:
+def test_a_malicious_file_is_refused_by_its_path(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "some.json").write_bytes(raw)
     with pytest.raises(ConfigurationError, match=r"some\.json"):
         read_documents(tmp_path)

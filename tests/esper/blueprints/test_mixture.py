@@ -389,7 +389,7 @@ def full_assembly() -> tuple[nn.Sequential, Tensor, list[Receipt]]:
     return model, x, receipts
 
 
-def test_copies_and_pickles_of_an_assembly_stand_on_their_own_feet() -> None:
+def test_copies_and_pickles_of_an_assembly_are_independent() -> None:
     model, x, receipts = full_assembly()
     expected = model(x)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - our own
@@ -434,7 +434,7 @@ def test_an_assembly_comes_back_from_a_checkpoint() -> None:
                 member.on_step()
 
 
-def test_a_graft_that_is_set_aside_is_out_of_its_neighbours_minds_too() -> None:
+def test_a_graft_that_is_set_aside_is_unknown_to_its_neighbours() -> None:
     model, x, _ = full_assembly()
     slot = slot_of(model[0])
     assert slot is not None

@@ -1,4 +1,4 @@
-"""A builder child that goes wrong as the ordered layer's name says; the real one for ``fc``."""
+"""A builder child that fails as the ordered layer's name says; the real one for ``fc``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A builder child may do what it likes: it costs itself, and nothing of it is signed unseen."""
+"""A builder child that fails affects only itself, and nothing is signed unchecked."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_warm_child_drafts_a_kernel_tells_its_steps_and_takes_the_next_order(
         ("linked", "files that are not a kernel"),
     ],
 )
-def test_a_child_that_goes_wrong_is_gone_with_all_that_is_known_of_it(
+def test_a_failed_child_is_ended_and_its_end_is_described(
     builder: Builder, behaviour: str, says: str
 ) -> None:
     with pytest.raises(BuilderLostError, match=says) as lost:
@@ -121,7 +121,7 @@ def test_a_build_beyond_its_memory_fails_and_the_child_lives_on(builder: Builder
     assert builder.alive
 
 
-def test_a_child_that_no_limit_on_addresses_holds_is_killed_when_it_has_grown_too_large() -> None:
+def test_a_child_without_a_limit_on_addresses_is_killed_when_it_grows_too_large() -> None:
     builder = Builder(BuildLimits(20.0, MEMORY_MIB), (*ODD, "--unlimited"))
 
     with pytest.raises(BuilderLostError, match=r"took .* MiB, at most 256 MiB"):
@@ -139,7 +139,7 @@ def test_what_a_blueprint_prints_is_no_answer(builder: Builder) -> None:
     assert drafted(builder, wrong("chatty")).spec.blueprint == "proj_lora_64"
 
 
-def test_a_build_that_nobody_needs_any_more_ends_with_its_child(builder: Builder) -> None:
+def test_a_cancelled_build_ends_with_its_child(builder: Builder) -> None:
     started = time.monotonic()
 
     with pytest.raises(BuilderLostError, match="no longer needed") as stopped:

@@ -295,12 +295,12 @@ def test_a_copy_carries_the_graft_and_no_machine_code(host: nn.Module, how: obje
     grafted(host)
     counted = speed_up(host)
 
-    twin = how(host)  # type: ignore[operator]
-    slot = slot_of(twin.get_submodule("fc"))
+    copied = how(host)  # type: ignore[operator]
+    slot = slot_of(copied.get_submodule("fc"))
 
     assert slot is not None
     assert SLUG not in slot._compiled
-    torch.testing.assert_close(twin(batch()), host(batch()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(copied(batch()), host(batch()), rtol=1e-5, atol=1e-6)
     assert counted.calls == 1
 
 

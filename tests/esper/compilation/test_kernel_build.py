@@ -134,7 +134,7 @@ def test_without_a_signing_key_nothing_is_built() -> None:
         build_kernel(LAYER, "proj_ia3", private_key="not a key")
 
 
-def test_a_trainer_refuses_a_recipe_that_it_would_build_differently() -> None:
+def test_a_trainer_refuses_a_spec_that_it_would_build_differently() -> None:
     spec, _ = built(LAYER, "proj_ia3")
 
     with pytest.raises(KernelError, match="same Esper"):

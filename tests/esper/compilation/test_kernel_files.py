@@ -88,7 +88,7 @@ def test_no_foreign_content_gets_in(name: str, data: bytes) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(manifest=st.binary(max_size=200))
-def test_a_signed_manifest_of_nonsense_is_refused_and_never_crashes(manifest: bytes) -> None:
+def test_a_signed_manifest_of_invalid_content_is_refused_and_never_crashes(manifest: bytes) -> None:
     files = {
         **BUNDLE.files,
         "manifest.json": manifest,
@@ -124,7 +124,7 @@ def test_another_kernel_of_the_right_signer_is_refused_under_this_digest() -> No
         open_kernel(other.files, BUNDLE.digest, TRUSTED_KEY)
 
 
-def test_a_recipe_for_another_blueprint_than_the_manifest_names_is_refused() -> None:
+def test_a_spec_for_another_blueprint_than_the_manifest_names_is_refused() -> None:
     mixed = signed_kernel(KernelSpec("attn_std", "0123456789abcdef", {"rank": 4}, 7))
 
     with pytest.raises(KernelDigestError, match="different blueprints"):

@@ -154,7 +154,7 @@ def test_a_bucket_that_does_not_answer_is_unavailable_and_not_empty(s3_server: s
 @pytest.mark.parametrize(
     "url", ["s3://", "http://x/y", "s3://key:secret@bucket/x", "s3://bucket?endpont=http://x"]
 )
-def test_a_senseless_address_is_refused(url: str, tmp_path: Path) -> None:
+def test_an_invalid_address_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError):
         open_store(str(tmp_path), url)
 

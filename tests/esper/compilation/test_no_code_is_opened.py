@@ -1,4 +1,4 @@
-"""Files with code in them are opened by one module, after it has verified them; by nobody else.
+"""Only one module opens files with code, and only after it has verified them.
 
 Every attack here carries a payload that touches a file, the canary. It must never appear.
 """
@@ -141,18 +141,18 @@ def test_no_foreign_file_in_any_place_of_a_kernel_is_opened(
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_code_that_a_stranger_signed_is_not_opened(
+def test_code_signed_by_an_unknown_key_is_not_opened(
     attack: Callable[[Path], bytes], canary: Path
 ) -> None:
-    stranger = signing.generate_private_key()
-    bundle = compiled(pack_archive({"fn.aotc": attack(canary)}), private_key=stranger)
+    unknown_key = signing.generate_private_key()
+    bundle = compiled(pack_archive({"fn.aotc": attack(canary)}), private_key=unknown_key)
     package = attack(canary)
     manifest = codec.encode(
         {"format": "esper-package-1", "bytes": len(package), "sha256": "0" * 64}
     )
     files = {
         "manifest.json": manifest,
-        "manifest.sig": signing.sign(manifest, stranger).encode(),
+        "manifest.sig": signing.sign(manifest, unknown_key).encode(),
         PACKAGE_FILE: package,
     }
 
@@ -165,7 +165,7 @@ def test_code_that_a_stranger_signed_is_not_opened(
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_signed_manifest_vouches_for_its_own_package_only(
+def test_a_signed_manifest_is_valid_only_for_its_own_package(
     attack: Callable[[Path], bytes], canary: Path
 ) -> None:
     manifest = codec.encode({"format": "esper-package-1", "bytes": 4, "sha256": "0" * 64})
@@ -206,7 +206,7 @@ def test_cut_off_and_lengthened_files_are_refused(change: Callable[[bytes], byte
             )
 
 
-def test_wrong_digests_are_refused_whoever_asks(tmp_path: Path) -> None:
+def test_wrong_digests_are_refused_by_every_caller(tmp_path: Path) -> None:
     bundle = compiled(pack_archive({"fn.aotc": b"code"}))
     for digest in ("0" * 64, bundle.digest[::-1], bundle.digest.upper(), "", "../x"):
         for read in (open_compiled, open_kernel, load_compiled):
@@ -255,7 +255,7 @@ def compressed(data: bytes, how: str) -> bytes:
 
 
 def claiming(size: int) -> bytes:
-    """A header that promises more than follows."""
+    """A header that declares more than follows."""
     data = bytearray(named("fn.aotc"))
     data[124:136] = b"%011o\0" % size
     data[148:156] = b" " * 8
@@ -289,7 +289,7 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("kind", ARCHIVES)
-def test_an_archive_of_tricks_is_refused_even_when_it_was_signed(kind: str) -> None:
+def test_a_malicious_archive_is_refused_even_if_it_is_signed(kind: str) -> None:
     with pytest.raises(KernelError):
         unpack_archive(ARCHIVES[kind])
 
@@ -307,7 +307,7 @@ def test_an_archive_that_names_a_file_twice_or_too_many_is_refused() -> None:
             unpack_archive(data)
 
 
-def test_an_honest_archive_comes_back_whole() -> None:
+def test_a_valid_archive_is_read_completely() -> None:
     files = {"fn.aotc": b"code", "a/b.so": os.urandom(1000), "empty": b""}
 
     assert unpack_archive(pack_archive(files)) == files

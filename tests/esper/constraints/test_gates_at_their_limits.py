@@ -115,7 +115,7 @@ def test_cooldown_is_longer_after_a_rollback(who: str) -> None:
     ]
 
 
-def test_medium_risk_goes_by_rule_only_with_enough_closed_cases() -> None:
+def test_medium_risk_needs_no_person_only_with_enough_closed_cases() -> None:
     policy = SafetyPolicy(auto_max_risk=Risk.MEDIUM)
     medium = changed(OPEN, risk=Risk.MEDIUM)
 
@@ -130,7 +130,7 @@ def test_what_changes_the_function_always_asks() -> None:
     assert failed(high, policy) == [(ViolationRule.RISK_CLASS, False)]
 
 
-def test_the_defaults_of_the_inputs_never_go_by_rule() -> None:
+def test_the_defaults_of_the_inputs_always_need_a_person() -> None:
     checks = check_gates(GateInputs(mode=RunMode.AUTOMATIC, step=0), POLICY)
 
     assert any(check.blocks for check in checks)
@@ -199,6 +199,6 @@ def test_a_snapshot_is_read_into_the_inputs(make_snapshot: Callable[..., RunSnap
     )
 
 
-def test_only_what_observes_may_rest_on_thin_evidence() -> None:
+def test_only_observing_grafts_may_lack_evidence() -> None:
     assert required_evidence(Risk.NONE) == ()
     assert all("loss" in required_evidence(risk) for risk in Risk if risk is not Risk.NONE)

@@ -267,7 +267,7 @@ def test_the_gradient_clamp_refuses_to_work_behind_a_gradient_scaler() -> None:
         ("proj_ia3", {"gain": 2}),
     ],
 )
-def test_absurd_settings_are_refused(slug: str, config: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(slug: str, config: dict[str, Any]) -> None:
     training = make_training()
     with pytest.raises(ConfigurationError):
         apply_graft(

@@ -35,7 +35,7 @@ def run(training: Training, session: Any, average: AveragedModel, steps: int) ->
 @pytest.mark.parametrize("use_buffers", [False, True])
 # kv_cache_8bit sits on a decoder of transformers, and averages nothing of its own.
 @pytest.mark.parametrize("slug", [slug for slug in IN_LAYERS if slug != "kv_cache_8bit"])
-def test_an_average_takes_up_a_graft_and_averages_it(slug: str, use_buffers: bool) -> None:
+def test_an_average_gets_a_graft_and_averages_it(slug: str, use_buffers: bool) -> None:
     training = make_training("none")
     average = averaged(training.model, use_buffers=use_buffers)
     session = esper.attach(training.model, training.optimizer, copies=average)
@@ -103,7 +103,7 @@ def test_a_soft_undo_and_a_failed_graft_leave_no_graft_in_the_average(
     session.close()
 
 
-def test_a_copy_that_nobody_declared_is_a_finding_once_it_lacks_a_graft() -> None:
+def test_an_undeclared_copy_is_a_finding_once_it_lacks_a_graft() -> None:
     training = make_training("none")
     session = esper.attach(training.model, training.optimizer)
     average = averaged(training.model)

@@ -1,4 +1,4 @@
-"""One conformance suite: every blueprint keeps all promises at every kind of layer, or refuses.
+"""One conformance suite: each blueprint keeps the graft contract at each kind of layer, or refuses.
 
 The blueprints are those of the catalogue, found and not listed, and the layers are real modules of
 a running model, not descriptions: what is tested is the live path.
@@ -70,7 +70,7 @@ def rotated(values: list[str], places: int) -> list[str]:
     return values[places % len(values) :] + values[: places % len(values)]
 
 
-PROMISES = [
+CONTRACT = [
     (slug, kind, way)
     for place, (slug, kind) in enumerate(PAIRS)
     for way in rotated(ways_of(kind), place)
@@ -111,8 +111,8 @@ def test_every_refusal_is_a_sentence_for_a_person_and_touches_nothing(slug: str)
         assert fingerprint(subject.model) == before
 
 
-@pytest.mark.parametrize(("slug", "kind", "way"), cover_and_rest(PROMISES))
-def test_a_graft_keeps_every_promise(slug: str, kind: str, way: str) -> None:
+@pytest.mark.parametrize(("slug", "kind", "way"), cover_and_rest(CONTRACT))
+def test_a_graft_keeps_the_whole_contract(slug: str, kind: str, way: str) -> None:
     dtype, autocast, training = WAYS[way]
     subject = make_subject(kind, dtype)
     model = subject.model.train(training)

@@ -1,4 +1,4 @@
-"""The optimizer's books: new weights in a group of their own, with schedulers and warm-up."""
+"""The optimizer's groups: new weights in a group of their own, with schedulers and warm-up."""
 
 from __future__ import annotations
 

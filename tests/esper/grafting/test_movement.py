@@ -1,4 +1,4 @@
-"""Tensors that should learn and do not are found; those that need not are left in peace."""
+"""Tensors that should learn and do not are found; those that need not are no finding."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_graft_that_learns_gives_no_finding(slug: str) -> None:
     assert train(model, adam(model), steps=3 * STEPS, before=graft) == []
 
 
-def test_after_a_hard_undo_nothing_is_taken_for_standing_still() -> None:
+def test_after_a_hard_undo_no_tensor_counts_as_unchanged() -> None:
     model = Model()
 
     def graft(session: Any, step: int) -> None:
@@ -195,7 +195,9 @@ def rounded_away(model: Model) -> list[Finding]:
     ],
     ids=lambda run: run.__name__,
 )
-def test_standing_still_for_a_reason_is_no_finding(run: Callable[[Model], list[Finding]]) -> None:
+def test_an_unchanged_tensor_with_a_reason_is_no_finding(
+    run: Callable[[Model], list[Finding]],
+) -> None:
     assert run(Model()) == []
 
 
@@ -205,7 +207,7 @@ def test_an_optimizer_that_is_never_stepped_is_found() -> None:
     assert "AdamW made no step" in finding.observed
 
 
-def test_freezing_a_trained_layer_is_said_within_a_hundred_steps() -> None:
+def test_freezing_a_trained_layer_is_reported_within_a_hundred_steps() -> None:
     model = Model()
 
     def freeze(session: Any, step: int) -> None:
@@ -229,7 +231,7 @@ class LastState(nn.Module):
         return self.head(state[-1])
 
 
-def test_a_graft_on_outputs_that_nobody_reads_is_told_in_words() -> None:
+def test_a_graft_on_unused_outputs_is_a_finding() -> None:
     model = LastState()
 
     def graft(session: Any, step: int) -> None:

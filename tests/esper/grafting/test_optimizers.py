@@ -245,9 +245,9 @@ def tokens() -> Tensor:
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_graft_trains_on_and_a_hard_undo_is_exact(name: str) -> None:
-    untouched = LOOPS[name]()
-    untouched.run(WARM)
-    expected = untouched.run(AFTER)
+    unchanged = LOOPS[name]()
+    unchanged.run(WARM)
+    expected = unchanged.run(AFTER)
     loop = LOOPS[name]()
     loop.run(WARM)
     state = repr(loop.state()["schedulers"]), repr(loop.state()["scaler"])
@@ -265,7 +265,7 @@ def test_a_graft_trains_on_and_a_hard_undo_is_exact(name: str) -> None:
     assert (repr(loop.state()["schedulers"]), repr(loop.state()["scaler"])) == state
     loop.taken = taken
     assert loop.run(AFTER) == expected
-    assert digest(loop.model) == digest(untouched.model)
+    assert digest(loop.model) == digest(unchanged.model)
 
 
 @pytest.mark.parametrize("name", LOOPS)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.esper.grafting.pairwise import Row, cover_and_rest, pairs_of, pairwise_cover
 from tests.esper.grafting.test_graft_contract import (
     BESIDE_THE_RUN,
+    CONTRACT,
     PAIRS,
-    PROMISES,
 )
 
 
@@ -46,7 +46,7 @@ def test_rows_outside_the_cover_are_marked_and_none_is_lost() -> None:
     assert {mark.name for parameter in parameters for mark in parameter.marks} == {"full"}
 
 
-@pytest.mark.parametrize("rows", [PROMISES, BESIDE_THE_RUN], ids=["promises", "beside the run"])
+@pytest.mark.parametrize("rows", [CONTRACT, BESIDE_THE_RUN], ids=["contract", "beside the run"])
 def test_the_covers_of_the_conformance_suite_meet_each_pair(rows: list[Row]) -> None:
     cover = pairwise_cover(rows)
     assert pairs_in(cover) == pairs_in(rows)

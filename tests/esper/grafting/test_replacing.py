@@ -150,12 +150,12 @@ def test_trying_a_graft_leaves_its_schedule_at_the_start() -> None:
     assert alpha_of(receipt.graft) == 0.0
 
 
-def test_a_copy_of_the_model_goes_its_own_way() -> None:
+def test_a_copy_of_the_model_is_independent() -> None:
     model, x = trained_norm()
     graft = replaced(model, x, ramp_steps=2).graft
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     graft.on_step()
-    assert not torch.equal(model(x), twin(x))
+    assert not torch.equal(model(x), copied(x))
 
 
 def test_a_checkpoint_brings_the_gain_and_the_place_on_the_ramp_back() -> None:

@@ -1,4 +1,4 @@
-"""Slots: copies, pickles and compiled models keep working, and nobody is in the way."""
+"""Slots: copies, pickles, compiled models and the user's own hooks keep working."""
 
 from __future__ import annotations
 
@@ -75,24 +75,24 @@ def test_all_slots_are_prepared_or_none() -> None:
 def test_a_copy_works_by_itself(duplicate) -> None:
     model, x = grafted_pair()
     expected = model(x)
-    twin = duplicate(model)
-    assert torch.equal(twin(x), expected)
+    copied = duplicate(model)
+    assert torch.equal(copied(x), expected)
     with torch.no_grad():
-        slot_of(twin[0]).grafts()["mlp_gelu_2048"].weight_out.zero_()
-    assert not torch.equal(twin(x), expected)
+        slot_of(copied[0]).grafts()["mlp_gelu_2048"].weight_out.zero_()
+    assert not torch.equal(copied(x), expected)
     assert torch.equal(model(x), expected)
-    slot_of(twin[0]).take_out("mlp_gelu_2048")
-    assert remove_slots(twin) == ("0",)
-    assert not twin[0]._forward_hooks
+    slot_of(copied[0]).take_out("mlp_gelu_2048")
+    assert remove_slots(copied) == ("0",)
+    assert not copied[0]._forward_hooks
     assert torch.equal(model(x), expected)
 
 
 def test_an_unpickled_hook_is_not_overwritten_by_the_next_one() -> None:
     model, x = grafted_pair()
-    twin = pickled(model)
+    copied = pickled(model)
     calls = []
-    twin[0].register_forward_hook(lambda *_: calls.append(1))
-    assert torch.equal(twin(x), model(x))
+    copied[0].register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(copied(x), model(x))
     assert calls == [1]
 
 

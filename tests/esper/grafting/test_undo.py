@@ -55,10 +55,10 @@ def graft_into(training: Training, layer: str, slug: str) -> Receipt:
 def test_after_a_hard_undo_the_next_20_losses_are_those_without_the_graft(
     slug: str, scheduler: str
 ) -> None:
-    untouched = make_training(scheduler)
-    untouched.run(6)
+    unchanged = make_training(scheduler)
+    unchanged.run(6)
     torch_stream = torch.get_rng_state()
-    expected = untouched.run(20)
+    expected = unchanged.run(20)
     grafted = make_training(scheduler)
     grafted.run(6)
     assert torch.equal(torch.get_rng_state(), torch_stream)
@@ -71,7 +71,7 @@ def test_after_a_hard_undo_the_next_20_losses_are_those_without_the_graft(
     assert undone.exact
     assert undone.digest == receipt.digest_before
     assert grafted.run(20) == expected
-    assert digest(grafted.model) == digest(untouched.model)
+    assert digest(grafted.model) == digest(unchanged.model)
 
 
 def test_a_graft_changes_no_loss_of_its_first_step() -> None:
@@ -214,7 +214,7 @@ def test_tied_weights_stay_tied() -> None:
     assert training.optimizer.state[training.model.head.weight] is not None
 
 
-def test_the_gradient_clamp_lets_go_when_it_is_taken_out() -> None:
+def test_the_gradient_clamp_removes_its_hooks_when_it_is_removed() -> None:
     training = make_training()
     receipt = graft_into(training, TARGET, "clamp_grad_norm")
     training.step()

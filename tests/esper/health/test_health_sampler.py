@@ -128,7 +128,7 @@ def test_a_healthy_run_is_healthy_in_every_frame() -> None:
         assert bool((frame.column(Signal.HEALTH) > 0.8).all())
 
 
-def test_a_layer_that_the_optimizer_forgot_is_sick_and_one_frozen_on_purpose_is_not() -> None:
+def test_a_layer_that_no_optimizer_trains_is_unhealthy_and_a_frozen_one_is_not() -> None:
     forgotten, frozen = small_net(), small_net()
     frozen[3].requires_grad_(False)
     for model, name, sick in ((forgotten, "3", True), (frozen, "3", False)):

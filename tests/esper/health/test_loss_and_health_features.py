@@ -169,7 +169,7 @@ def test_one_broken_part_takes_more_than_half_of_the_health(illness: dict[str, f
     assert (found[:-1] == 1.0).all()
 
 
-def test_a_small_learning_rate_is_no_illness_but_one_layer_that_stands_still_is() -> None:
+def test_a_small_learning_rate_is_healthy_and_one_unchanged_layer_is_not() -> None:
     slow = row(**{**HEALTHY, "update_ratio": 1e-7})
 
     assert (scores(slow, slow, slow) == 1.0).all()

@@ -1,4 +1,4 @@
-"""Each rule of the heuristic speaks when it should, and holds its tongue when it should not."""
+"""Each rule of the heuristic proposes when it should, and only then."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_solved_run_is_left_alone(make_snapshot: Make) -> None:
     assert kinds(make_snapshot(loss=loss, loss_steps=STEPS)) == []
 
 
-def test_a_run_that_never_learnt_anything_gets_no_more_room(make_snapshot: Make) -> None:
+def test_a_run_that_never_learnt_anything_gets_no_more_capacity(make_snapshot: Make) -> None:
     loss = np.random.default_rng(3).normal(2.3, 0.02, len(STEPS))
 
     assert kinds(make_snapshot(loss=loss, loss_steps=STEPS)) == []
@@ -89,7 +89,7 @@ def test_attention_needs_a_sequence(make_snapshot: Make, make_layer: Make) -> No
     assert ("flat", "add_attention") not in found
 
 
-def test_nobody_adds_room_while_another_adaptation_is_under_way(make_snapshot: Make) -> None:
+def test_no_capacity_is_added_while_another_adaptation_is_in_progress(make_snapshot: Make) -> None:
     answer = proposals(make_snapshot(in_flight=1))
 
     assert not answer.decisions
@@ -114,7 +114,7 @@ def test_a_rolled_back_layer_comes_later_and_with_less_confidence(make_snapshot:
     assert confidence[layer] < fresh.decisions[0].confidence
 
 
-def test_a_sick_layer_that_nobody_looked_into_is_looked_into(make_snapshot: Make) -> None:
+def test_an_unhealthy_layer_with_unknown_activations_is_measured(make_snapshot: Make) -> None:
     sick = {"mid": {**UNSEEN, Signal.GRAD_NORM: 1e-9}}
     decision = proposals(falling(make_snapshot, signals=sick)).decisions[0]
 
@@ -139,7 +139,7 @@ def test_dead_units_beside_a_flat_loss_get_a_path_around_them(make_snapshot: Mak
     assert kinds(falling(make_snapshot, signals=dead)) == []
 
 
-def test_a_loss_that_jumps_calms_the_layer_that_moves_most(make_snapshot: Make) -> None:
+def test_a_jump_of_the_loss_limits_the_layer_that_changes_most(make_snapshot: Make) -> None:
     snapshot = falling(make_snapshot, signals={"out": {Signal.UPDATE_RATIO: 0.02}})
     loss = snapshot.loss.copy()
     loss[-3:] *= 4.0

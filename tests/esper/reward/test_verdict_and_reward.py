@@ -77,23 +77,23 @@ def test_a_better_loss_and_a_useful_ablation_are_kept() -> None:
     assert found.steps_observed == 150
 
 
-def test_a_graft_that_the_host_does_not_use_goes_out_even_when_the_loss_fell() -> None:
+def test_a_graft_that_the_host_does_not_use_is_rolled_back_even_when_the_loss_fell() -> None:
     found = settled(0.85, ablation_gain=0.0)
 
     assert not found.keep
     assert "held-out" in found.reason
 
 
-def test_a_graft_that_the_host_came_to_need_goes_out_when_the_run_lost_by_it() -> None:
+def test_a_graft_that_the_host_came_to_need_is_rolled_back_when_the_loss_is_worse() -> None:
     assert not settled(1.15, ablation_gain=0.5).keep
 
 
-def test_harm_goes_out_whatever_the_kind() -> None:
+def test_a_harmful_graft_is_rolled_back_for_every_kind() -> None:
     for kind in GraftKind:
         assert not settled(1.5, kind=kind, ablation_gain=0.1).keep
 
 
-def test_what_only_observes_stays_without_any_gain() -> None:
+def test_an_observing_graft_is_kept_without_any_gain() -> None:
     assert settled(1.0, kind=GraftKind.OBSERVE).keep
     assert settled(1.0, kind=GraftKind.OBSERVE, ablation_gain=0.0).keep
 
@@ -102,7 +102,7 @@ def test_what_changes_only_gradients_is_not_judged_by_ablation() -> None:
     assert settled(0.95, kind=GraftKind.WRAP, ablation_gain=0.0).keep
 
 
-def test_a_cheaper_layer_stays_though_it_can_gain_nothing() -> None:
+def test_a_cheaper_layer_is_kept_though_it_can_gain_nothing() -> None:
     loss = curve(np.array([BORN]))[0]
     for gain in (0.0, -0.005 * loss, math.nan):
         found = settled(1.0, kind=GraftKind.REPLACE, ablation_gain=gain)
@@ -111,7 +111,7 @@ def test_a_cheaper_layer_stays_though_it_can_gain_nothing() -> None:
         assert "1% of the loss" in found.reason
 
 
-def test_a_cheaper_layer_that_costs_too_much_of_the_loss_goes_out() -> None:
+def test_a_cheaper_layer_that_costs_too_much_of_the_loss_is_rolled_back() -> None:
     loss = curve(np.array([BORN]))[0]
     found = settled(1.0, kind=GraftKind.REPLACE, ablation_gain=-0.02 * loss)
     assert not found.keep
@@ -138,7 +138,7 @@ def test_no_data_at_the_deadline_is_never_success() -> None:
     assert "No data" in found.reason
 
 
-def test_a_graft_without_forecast_and_ablation_goes_out() -> None:
+def test_a_graft_without_forecast_and_ablation_is_rolled_back() -> None:
     _, after = windows(0.5)
     found = judge(LossWindow(), after, graft_step=BORN, policy=POLICY, kind=PARALLEL)
 
@@ -147,7 +147,7 @@ def test_a_graft_without_forecast_and_ablation_goes_out() -> None:
     assert math.isnan(found.forecast_gain)
 
 
-def test_a_loss_that_is_not_finite_goes_out_at_once() -> None:
+def test_a_graft_with_a_non_finite_loss_is_rolled_back_at_once() -> None:
     before, after = windows(1.0, 60)
     after.loss[-1] = math.nan
     found = judge(before, after, graft_step=BORN, policy=POLICY, kind=PARALLEL)
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_goes_out_at_once() -> None:
     assert not found.keep
 
 
-def test_most_forecasts_of_an_untouched_run_hold() -> None:
+def test_most_forecasts_of_an_unchanged_run_hold() -> None:
     steps = np.arange(1, 1151, dtype=np.int64)
     held = 0
     for seed in range(40):
@@ -179,7 +179,7 @@ def test_a_rising_loss_is_not_forecast_to_rise_for_ever() -> None:
     ablation=st.floats(),
     deadline=st.booleans(),
 )
-def test_any_losses_get_a_verdict_or_none_and_bad_ones_never_stay(
+def test_any_losses_get_a_verdict_or_none_and_harmful_grafts_are_never_kept(
     losses: list[float], ablation: float, deadline: bool
 ) -> None:
     steps = BORN + 140 + np.arange(len(losses), dtype=np.int64)
@@ -233,7 +233,7 @@ def test_the_terms_are_those_computed_by_hand() -> None:
     )
 
 
-def test_a_rollback_forfeits_the_gain_so_that_cycles_never_pay() -> None:
+def test_a_rollback_loses_the_gain_so_that_cycles_never_gain() -> None:
     terms = reward_of(Verdict(False, "", ablation_gain=5.0, forecast_gain=5.0))
 
     assert terms["gain"] == 0.0
