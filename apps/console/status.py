@@ -104,6 +104,19 @@ SPEED_UP: dict[SpeedUpState, Status] = {
 }
 # Tier 0 is validated and packaged and runs in eager PyTorch: never call it compiled.
 TIERS: dict[int, str] = {0: "validated", 1: "compiled for this device", 2: "packaged"}
+CERTIFICATE: dict[str, str] = {
+    "max_abs_diff": "largest change of the output at the graft",
+    "tolerance": "allowed change of the output",
+    "preserving": "output preserved",
+    "live": "receives a gradient at step 0",
+    "rng_neutral": "random generators unchanged",
+    "parameters": "parameters",
+    "parameters_declared": "declared parameters",
+    "undo_exact": "undo exact",
+    "host_untouched": "host layer unchanged",
+    "memory_mib": "memory, MiB",
+    "latency_ms": "latency, ms",
+}
 LAUNCH: dict[LaunchState, Status] = {
     LaunchState.REQUESTED: Status("standby", "ring", "Requested"),
     LaunchState.STARTING: Status("standby", "half", "Starting"),

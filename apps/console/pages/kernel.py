@@ -38,7 +38,7 @@ def kernel(request: HttpRequest, digest: str) -> HttpResponse:
 
     panels = [
         part("kept", "In the cache", kept, "kernel", "job", "adaptation"),
-        part("about", "What it is", lambda: {"times": stage_times(found)}),
+        part("about", "About this kernel", lambda: {"times": stage_times(found)}),
         part("costs", "Forecast and measured", lambda: {"costs": costs(found)}),
         part("certificate", "Certificate", lambda: {"certificate": found.certificate}),
         part(
@@ -49,7 +49,7 @@ def kernel(request: HttpRequest, digest: str) -> HttpResponse:
         ),
         part(
             "users",
-            "Adaptations that used it",
+            "Adaptations that used this kernel",
             lambda: {"users": users_of(found)},
             "adaptation",
             "job",

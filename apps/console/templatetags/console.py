@@ -15,7 +15,7 @@ from django.utils.safestring import SafeString
 
 from apps.accounts.policy import Act, may
 from apps.console.bar import adaptation_switch
-from apps.console.status import BY_KIND, RULES, TIERS, Status
+from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS, Status
 from apps.console.waiting import inbox_count
 from esper.contracts import Role
 
@@ -73,6 +73,12 @@ def act_word(act: str) -> str:
 def rule_word(rule: object) -> str:
     """What a check or a violation is about."""
     return RULES.get(str(rule), words(rule))
+
+
+@register.filter
+def certificate_word(name: str) -> str:
+    """What an entry of a certificate means."""
+    return CERTIFICATE.get(name, words(name))
 
 
 @register.filter

@@ -22,6 +22,7 @@ from apps.console.pages.policy import THRESHOLD_NOTES, thresholds
 from apps.console.templatetags.console import ago, count, number, signed
 from esper.contracts import (
     AdaptationState,
+    Certificate,
     CommandState,
     GraftKind,
     JobState,
@@ -167,6 +168,11 @@ def test_templates_name_only_files_that_exist() -> None:
 def test_every_rule_has_words_for_people() -> None:
     assert set(status.RULES) == set(ViolationRule)
     assert not any("_" in words for words in status.RULES.values())
+
+
+def test_every_entry_of_a_certificate_has_words() -> None:
+    names = {field.name for field in fields(Certificate)} - {"failures"}
+    assert set(status.CERTIFICATE) == names
 
 
 def test_a_recent_event_is_never_in_the_future() -> None:
