@@ -48,16 +48,26 @@ def up_command(
     from launcher.supervisor.esper import Options
     from launcher.up import up
 
-    chosen = data_dir.expanduser().resolve() if data_dir else None
+    chosen = _make(data_dir.expanduser().resolve()) if data_dir else None
     if smoke:
         raise SystemExit(run.main(chosen))
     options = Options(
-        data_dir=chosen or default_data_dir(),
+        data_dir=chosen or _make(default_data_dir()),
         port=port,
         demos=() if no_demo else plan.DEMOS,
         setup_only=setup,
     )
     raise SystemExit(up(options))
+
+
+def _make(directory: Path) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise click.ClickException(
+            f"{directory} cannot be used: {error.strerror}. Choose another with --data-dir."
+        ) from error
+    return directory
 
 
 @cli.command()

@@ -15,7 +15,6 @@ STOPPED_BY_SIGNAL = 130  # the exit status of a program that SIGINT stopped, as 
 
 def up(options: Options) -> int:
     """Runs Esper in the foreground; the exit status."""
-    options.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     output = Output(options.data_dir / "log")
     os.environ.pop(MARK, None)
     try:

@@ -23,7 +23,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parents[1]
-SMOKE_SECONDS = 600
+SMOKE_SECONDS = 1200
 # What a training script must not find in an environment with the library alone.
 NOT_IN_THE_LIBRARY = ("apps", "esper_web", "launcher", "hosts", "esper_control_server")
 LIBRARY_PROGRAM = """

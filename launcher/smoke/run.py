@@ -26,7 +26,7 @@ from launcher.supervisor.esper import STARTING_ERRORS, Esper, Options
 from launcher.supervisor.output import Output
 from launcher.supervisor.stopping import run_until_signal
 
-LIMIT_SECONDS = 8 * 60.0
+LIMIT_SECONDS = 15 * 60.0
 POLL_SECONDS = 1.0
 REASON = "smoke run: the evidence was checked"
 

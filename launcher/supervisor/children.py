@@ -10,7 +10,7 @@ from itertools import groupby
 from launcher.supervisor.child import Child, ChildSpec, CrashLoopError
 from launcher.supervisor.output import Output
 
-READY_SECONDS = 60.0
+READY_SECONDS = 180.0  # a loaded machine imports slowly; a crash is noticed at once
 
 
 class StartError(Exception):

@@ -67,6 +67,21 @@ def test_up_refuses_a_busy_port_with_a_sentence(busy_port: int, tmp_path: Path) 
     assert "Traceback" not in answer.stdout + answer.stderr
 
 
+def test_up_refuses_a_data_directory_that_it_cannot_make() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "launcher", "up", "--data-dir", "/proc/esper"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert answer.returncode == 1
+    assert "/proc/esper cannot be used: " in answer.stderr
+    assert "--data-dir" in answer.stderr
+    assert "Traceback" not in answer.stdout + answer.stderr
+
+
 def test_two_supervisors_cannot_share_a_data_directory(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; "
