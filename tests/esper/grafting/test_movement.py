@@ -244,4 +244,4 @@ def test_a_graft_on_unused_outputs_is_a_finding() -> None:
     for finding in found:
         assert "the graft learns nothing" in finding.observed
         assert "it does not change the last state (h_n)" in finding.observed
-        assert "take it out" in finding.remedy
+        assert "remove it" in finding.remedy
