@@ -1,7 +1,7 @@
 """Limits the size and the duration of request bodies.
 
 Django reads a whole body before it authenticates the sender, into a temporary file and without a
-time limit. This runs before Django, so that nobody can fill the disk or occupy the connections.
+time limit. This runs before Django, so that no client can fill the disk or occupy the connections.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where Esper's own files are, and where its data goes unless somebody says otherwise.
+"""Where Esper's own files are, and where its data is kept by default.
 
 A clone and the installed server have the same layout below ``ROOT``: ``apps``, ``templates``,
 ``static``, ``recipes``, ``examples``. Only a clone has the script ``up``, and keeps its data in

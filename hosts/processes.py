@@ -90,7 +90,7 @@ def process_identity(pid: int) -> str:
 
 def _identity_by_ps(pid: int) -> str:
     answer = subprocess.run(
-        ["ps", "-o", "stat=,lstart=", "-p", str(pid)],  # noqa: S607 (where ps lies differs)
+        ["ps", "-o", "stat=,lstart=", "-p", str(pid)],  # noqa: S607 (the path of ps differs)
         capture_output=True,
         text=True,
         check=False,

@@ -90,6 +90,20 @@ def test_both_distributions_agree_on_python_and_licence() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
+def test_the_server_s_wheel_has_every_folder_that_its_images_have() -> None:
+    source = (ROOT / "wheels/server/hatch_build.py").read_text()
+    folders = set(re.findall(r'"(\w+)"', re.findall(r"^FOLDERS = (.+)$", source, re.M)[0]))
+    assert all((ROOT / folder).is_dir() for folder in folders)
+    for name in ("Dockerfile.web", "Dockerfile.worker"):
+        copied = re.findall(r"^COPY (\w+) \1$", (ROOT / "docker" / name).read_text(), re.M)
+        assert set(copied) - {"esper"} <= folders
+
+
+def test_the_hook_before_a_commit_checks_the_types_that_check_checks() -> None:
+    code = re.findall(r"^code=\((.+)\)$", (ROOT / "check").read_text(), re.M)[0]
+    assert f"mypy {code}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
 def test_no_address_is_invented() -> None:
     assert "urls" not in PROJECT["project"]
     assert "urls" not in SERVER["project"]

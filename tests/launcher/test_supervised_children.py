@@ -142,8 +142,8 @@ time.sleep(60)
     await children.start([spec(name, program, stop_order=order) for name, order in names.items()])
     await until(lambda: screen.getvalue().count("| up") == 4)
     await children.stop()
-    goodbyes = [line.split()[1] for line in screen.getvalue().splitlines() if line.endswith("bye")]
-    assert goodbyes == ["beat", "worker", "web", "valkey"]
+    stopped = [line.split()[1] for line in screen.getvalue().splitlines() if line.endswith("bye")]
+    assert stopped == ["beat", "worker", "web", "valkey"]
     assert children.pids() == {}
 
 
