@@ -12,14 +12,14 @@ from esper.compilation.archive import pack_archive
 from esper.compilation.bundle import pack, report_from_wire, spec_from_wire
 from esper.contracts import CommandKind, KernelBundle, KernelDraft, codec, signing
 from tests.esper.sdk.tiny_training import Training
-from tests.esper.sdk.transport.control_plane import ControlPlane
-from tests.esper.sdk.transport.test_session_with_a_server import (
+from tests.esper.sdk.transport.attached import (
     ended,
     final_ack,
     graft_command,
     kernel_for,
     listening,
 )
+from tests.esper.sdk.transport.control_plane import ControlPlane
 
 
 def code_bundle(session: Any, plane: ControlPlane, private_key: str) -> KernelBundle:

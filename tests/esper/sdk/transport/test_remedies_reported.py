@@ -8,14 +8,14 @@ from typing import Any
 from esper.contracts import AdaptationState, CommandKind
 from esper.grafting import digest
 from tests.esper.sdk.tiny_training import Training
-from tests.esper.sdk.transport.control_plane import ControlPlane, wait_for
-from tests.esper.sdk.transport.test_session_with_a_server import (
+from tests.esper.sdk.transport.attached import (
     ended,
     final_ack,
     graft_command,
     kernel_for,
     listening,
 )
+from tests.esper.sdk.transport.control_plane import ControlPlane, wait_for
 
 
 def reports(plane: ControlPlane, count: int) -> list[dict[str, Any]]:

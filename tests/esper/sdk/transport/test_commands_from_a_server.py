@@ -1,0 +1,270 @@
+"""Commands are applied at step boundaries, and a forged one is never applied."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esper.compilation import build_kernel
+from esper.contracts import (
+    AdaptationState,
+    CommandKind,
+    LayerInfo,
+    signing,
+)
+from esper.grafting import digest
+from esper.sdk import RunStopped
+from tests.esper.sdk.tiny_training import Training, slot_at
+from tests.esper.sdk.transport.attached import (
+    ended,
+    final_ack,
+    graft_command,
+    kernel_for,
+    listening,
+)
+from tests.esper.sdk.transport.control_plane import ControlPlane, wait_for
+
+
+def test_a_graft_command_is_applied_at_a_step_boundary_and_acknowledged(
+    training: Training, plane: ControlPlane
+) -> None:
+    with listening(training, plane) as session:
+        before = digest(training.model)
+        kernel = kernel_for(session, plane)
+        plane.send(graft_command(plane, 1, kernel))
+        wait_for(lambda: plane.acks_of(1), "the command is accepted")
+        assert digest(training.model) == before  # not before a boundary
+        training.until(lambda: ended(plane, 1), session)
+        ack = final_ack(plane, 1)
+        assert [entry["state"] for entry in plane.acks_of(1)] == ["accepted", "applied"]
+        assert ack["certificate"]["passed"]
+        assert ack["certificate"]["max_abs_diff"] == 0.0
+        assert ack["pause_ms"] > 0
+        assert ack["digest_before"] != ack["digest_after"]
+        assert ack["step"] == session.adaptations[0].step
+        assert list(slot_at(training.model, "3").grafts()) == ["proj_lora_64"]
+        assert session.adaptations[0].uid == "a1"
+
+
+def test_a_staged_kernel_is_used_without_a_download(
+    training: Training, plane: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPER_STAGE_DIR", str(tmp_path / "stage"))
+    with listening(training, plane) as session:
+        kernel = kernel_for(session, plane)
+        folder = tmp_path / "stage" / kernel
+        folder.mkdir(parents=True)
+        for name, data in plane.kernels.pop(kernel).items():
+            (folder / name).write_bytes(data)
+        plane.send(graft_command(plane, 1, kernel))
+        training.until(lambda: ended(plane, 1), session)
+        assert final_ack(plane, 1)["state"] == "applied"
+
+
+def test_an_undo_command_brings_the_model_back_to_the_bit(
+    training: Training, plane: ControlPlane
+) -> None:
+    with listening(training, plane) as session:
+        plane.send(graft_command(plane, 1, kernel_for(session, plane)))
+        training.until(lambda: ended(plane, 1), session)
+        training.run(5, session)
+        undo = plane.command(
+            CommandKind.UNDO, 2, adaptation="a1", payload={"hard": True, "reason": "harmful"}
+        )
+        plane.send(undo)
+        wait_for(lambda: plane.acks_of(2), "the undo is accepted")
+        training.until(lambda: ended(plane, 2), session)
+        assert final_ack(plane, 2)["state"] == "applied"
+        assert final_ack(plane, 2)["digest_after"] == final_ack(plane, 1)["digest_before"]
+        assert session.adaptations[0].state is AdaptationState.ROLLED_BACK
+
+
+def test_what_is_not_grafted_cannot_be_undone(training: Training, plane: ControlPlane) -> None:
+    with listening(training, plane) as session:
+        plane.send(plane.command(CommandKind.UNDO, 1, adaptation="nobody"))
+        training.until(lambda: ended(plane, 1), session)
+        assert final_ack(plane, 1)["code"] == "not_grafted"
+
+
+def _forged(plane: ControlPlane, kernel: str) -> str:
+    plane.send(graft_command(plane, 1, kernel), key=signing.generate_private_key())
+    return "bad_signature"
+
+
+def _foreign(plane: ControlPlane, kernel: str) -> str:
+    plane.send(graft_command(plane, 1, kernel, run="another-run"))
+    return "foreign_run"
+
+
+def _of_an_old_epoch(plane: ControlPlane, kernel: str) -> str:
+    plane.send(graft_command(plane, 1, kernel, epoch=plane.epoch - 1))
+    return "old_epoch"
+
+
+def _expired(plane: ControlPlane, kernel: str) -> str:
+    plane.send(graft_command(plane, 1, kernel, expires_at=time.time() - 1))
+    return "expired"
+
+
+def _for_a_kernel_that_was_altered(plane: ControlPlane, kernel: str) -> str:
+    files = plane.kernels[kernel]
+    plane.kernels[kernel] = {**files, "recipe.json": files["recipe.json"] + b" "}
+    plane.send(graft_command(plane, 1, kernel))
+    return "bad_digest"
+
+
+def _for_a_kernel_that_does_not_exist(plane: ControlPlane, kernel: str) -> str:
+    plane.send(graft_command(plane, 1, "0" * 64))
+    return "bad_digest"
+
+
+def _for_a_path_instead_of_a_kernel(plane: ControlPlane, kernel: str) -> str:
+    plane.send(graft_command(plane, 1, "../../etc"))
+    return "bad_digest"
+
+
+def _with_a_kernel_of_an_unknown_key(plane: ControlPlane, kernel: str) -> str:
+    layer = LayerInfo.from_wire(plane.registrations[0]["layers"][1])
+    bundle = build_kernel(layer, "proj_lora_64", private_key=signing.generate_private_key())
+    plane.send(graft_command(plane, 1, plane.add_kernel(bundle)))
+    return "bad_signature"
+
+
+def _at_a_layer_of_another_shape(plane: ControlPlane, kernel: str) -> str:
+    plane.send(graft_command(plane, 1, kernel, layer="nowhere"))
+    return "incompatible_layer"
+
+
+def _without_a_kind(plane: ControlPlane, kernel: str) -> str:
+    command = graft_command(plane, 1, kernel)
+    signature = signing.sign(command.signing_bytes(), plane.command_key)
+    broken = {**command.to_wire(), "kind": "dance"}
+    plane.push({"type": "command", "command": broken, "signature": signature})
+    return "malformed"
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        _forged,
+        _foreign,
+        _of_an_old_epoch,
+        _expired,
+        _for_a_kernel_that_was_altered,
+        _for_a_kernel_that_does_not_exist,
+        _for_a_path_instead_of_a_kernel,
+        _with_a_kernel_of_an_unknown_key,
+        _at_a_layer_of_another_shape,
+        _without_a_kind,
+    ],
+)
+def test_a_bad_command_is_refused_with_its_code_and_the_model_is_untouched(
+    training: Training, plane: ControlPlane, send: Any
+) -> None:
+    with listening(training, plane) as session:
+        kernel = kernel_for(session, plane)
+        before = digest(training.model)
+        code = send(plane, kernel)
+        wait_for(lambda: ended(plane, 1), "the refusal arrives")
+        assert final_ack(plane, 1)["state"] == "refused"
+        assert final_ack(plane, 1)["code"] == code
+        assert digest(training.model) == before
+        training.run(2, session)
+        assert session.adaptations == ()
+
+
+def test_a_replayed_command_is_refused_and_applied_once(
+    training: Training, plane: ControlPlane
+) -> None:
+    with listening(training, plane) as session:
+        command = graft_command(plane, 1, kernel_for(session, plane))
+        plane.send(command)
+        training.until(lambda: ended(plane, 1), session)
+        plane.send(command)
+        training.until(lambda: len(plane.acks_of(1)) == 3, session)
+        assert [(ack["state"], ack["code"]) for ack in plane.acks_of(1)] == [
+            ("accepted", ""),
+            ("applied", ""),
+            ("refused", "replayed"),
+        ]
+        assert len(session.adaptations) == 1
+
+
+def test_a_command_that_is_delivered_twice_is_done_once(
+    training: Training, plane: ControlPlane
+) -> None:
+    with listening(training, plane) as session:
+        command = graft_command(plane, 1, kernel_for(session, plane))
+        plane.send(command)
+        plane.send(command)
+        wait_for(lambda: plane.acks_of(1), "it is accepted")
+        time.sleep(0.1)
+        training.until(lambda: ended(plane, 1), session)
+        assert [ack["state"] for ack in plane.acks_of(1)] == ["accepted", "applied"]
+
+
+def test_a_command_that_was_lost_on_the_way_is_caught_up_in_order(
+    training: Training, plane: ControlPlane
+) -> None:
+    with listening(training, plane) as session:
+        first = plane.command(CommandKind.PAUSE_ADAPTATION, 1)
+        entry = {
+            "command": first.to_wire(),
+            "signature": signing.sign(first.signing_bytes(), plane.command_key),
+        }
+        plane.log.append(entry)  # it never came over the stream
+        plane.send(plane.command(CommandKind.RESUME_ADAPTATION, 2))
+        training.until(lambda: ended(plane, 2), session)
+        assert [ack["seq"] for ack in plane.acks if ack["state"] == "applied"] == [1, 2]
+
+
+def test_an_observing_trainer_refuses_to_be_changed(
+    training: Training, plane: ControlPlane
+) -> None:
+    with listening(training, plane, mode="observe") as session:
+        before = digest(training.model)
+        plane.send(graft_command(plane, 1, kernel_for(session, plane)))
+        wait_for(lambda: ended(plane, 1), "the refusal arrives")
+        assert final_ack(plane, 1)["code"] == "mode_forbids"
+        assert digest(training.model) == before
+
+
+def test_paused_adaptation_refuses_grafts_until_it_is_resumed(
+    training: Training, plane: ControlPlane
+) -> None:
+    with listening(training, plane) as session:
+        kernel = kernel_for(session, plane)
+        plane.send(plane.command(CommandKind.PAUSE_ADAPTATION, 1, payload={"reason": "tea"}))
+        training.until(lambda: ended(plane, 1), session)
+        plane.send(graft_command(plane, 2, kernel))
+        training.until(lambda: ended(plane, 2), session)
+        plane.send(plane.command(CommandKind.RESUME_ADAPTATION, 3))
+        training.until(lambda: ended(plane, 3), session)
+        plane.send(graft_command(plane, 4, kernel))
+        training.until(lambda: ended(plane, 4), session)
+        assert final_ack(plane, 2)["code"] == "paused"
+        assert final_ack(plane, 4)["state"] == "applied"
+
+
+def test_a_stopped_run_raises_at_the_next_step(training: Training, plane: ControlPlane) -> None:
+    session = listening(training, plane)
+    plane.send(plane.command(CommandKind.STOP_RUN, 1, payload={"reason": "enough"}))
+    wait_for(lambda: plane.acks_of(1), "it is accepted")
+    with pytest.raises(RunStopped, match="enough"), session:
+        training.until(lambda: False, session)
+    assert final_ack(plane, 1)["state"] == "applied"
+    assert plane.finishes[0]["state"] == "finished"
+    assert plane.finishes[0]["reason"] == "enough"
+
+
+def test_a_command_without_a_later_boundary_is_answered_at_the_end(
+    training: Training, plane: ControlPlane
+) -> None:
+    session = listening(training, plane)
+    plane.send(graft_command(plane, 1, kernel_for(session, plane)))
+    wait_for(lambda: session._queues and session._queues.inbox, "it is prepared")
+    session.close()
+    assert final_ack(plane, 1)["state"] == "failed"
