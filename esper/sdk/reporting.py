@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from esper.contracts import RemedyKind
 from esper.contracts.codec import number_to_wire
+from esper.contracts.protocol import Message, RemedyReport, Rollback
 from esper.grafting import GuardVerdict, RemedyReceipt, UndoReceipt
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.transport import PendingReport, TransportQueues
@@ -27,23 +29,40 @@ class SurgeryReports:
 
     def remedy(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> None:
         """A remedy is in effect; ``merged`` is the adaptation that it folded into its host."""
-        body = _body(receipt.remedy, receipt.layer, receipt.step, receipt.pause_ms)
-        body |= {"key": receipt.key, "details": _short(receipt.details)}
-        body["adaptation"] = _known(merged)
-        self._queue_remedy(
-            body,
-            lambda: {
-                "digest_before": receipt.digest_before,
-                "digest_after": receipt.digest_after,
-            },
+        details, adaptation = _short(receipt.details), _known(merged)
+        self._queue(
+            "remedies",
+            lambda epoch: RemedyReport(
+                epoch=epoch,
+                key=receipt.key,
+                remedy=RemedyKind(receipt.remedy),
+                layer=receipt.layer,
+                step=receipt.step,
+                details=details,
+                pause_ms=receipt.pause_ms,
+                adaptation=adaptation,
+                digest_before=receipt.digest_before,  # hashes the model
+                digest_after=receipt.digest_after,
+            ),
         )
 
     def undone(self, receipts: Iterable[RemedyReceipt], report: UndoReceipt, step: int) -> None:
         """Remedies that are not in effect any more."""
         for receipt in receipts:
-            body = _body(RemedyKind.UNDO, receipt.layer, step, report.pause_ms)
-            body |= {"undoes": receipt.key, "exact": report.exact, "digest_after": report.digest}
-            self._queue_remedy(body)
+            self._queue(
+                "remedies",
+                partial(
+                    _remedy_report,
+                    key=str(uuid.uuid4()),
+                    remedy=RemedyKind.UNDO,
+                    layer=receipt.layer,
+                    step=step,
+                    undoes=receipt.key,
+                    pause_ms=report.pause_ms,
+                    exact=report.exact,
+                    digest_after=report.digest,
+                ),
+            )
 
     def taken_out(
         self,
@@ -60,13 +79,24 @@ class SurgeryReports:
             meant: the one that was to be taken out; the others had to go with it.
         """
         for entry in entries:
-            body = _body(remedy, entry.layer, step, report.pause_ms)
             details = {"blueprint": entry.blueprint}
             if entry is not meant:
                 details["along_with"] = f"{meant.blueprint} at {meant.layer}"
-            body |= {"adaptation": _known(entry), "details": details}
-            body |= {"exact": report.exact, "digest_after": report.digest}
-            self._queue_remedy(body)
+            self._queue(
+                "remedies",
+                partial(
+                    _remedy_report,
+                    key=str(uuid.uuid4()),
+                    remedy=remedy,
+                    layer=entry.layer,
+                    step=step,
+                    adaptation=_known(entry),
+                    details=details,
+                    pause_ms=report.pause_ms,
+                    exact=report.exact,
+                    digest_after=report.digest,
+                ),
+            )
 
     def rolled_back(
         self, entries: Sequence[Adaptation], report: UndoReceipt, step: int, verdict: GuardVerdict
@@ -75,36 +105,32 @@ class SurgeryReports:
         for entry in entries:
             if entry.local:
                 continue
-            body = {
-                "adaptation": entry.uid,
-                "step": step,
-                "rule": str(verdict.rule),
-                "observed": number_to_wire(verdict.observed),
-                "limit": number_to_wire(verdict.limit),
-                "pause_ms": report.pause_ms,
-                "exact": report.exact,
-                "digest_after": report.digest,
-            }
-            self._queue(PendingReport("rollbacks", body))
+            self._queue(
+                "rollbacks",
+                partial(
+                    _rollback,
+                    adaptation=entry.uid,
+                    step=step,
+                    rule=verdict.rule,
+                    observed=verdict.observed,
+                    limit=verdict.limit,
+                    pause_ms=report.pause_ms,
+                    exact=report.exact,
+                    digest_after=report.digest,
+                ),
+            )
 
-    def _queue_remedy(
-        self, body: dict[str, Any], rest: Callable[[], dict[str, Any]] = dict
-    ) -> None:
-        self._queue(PendingReport("remedies", body, rest))
-
-    def _queue(self, report: PendingReport) -> None:
+    def _queue(self, path: str, build: Callable[[int], Message]) -> None:
         if self._queues is not None:
-            self._queues.queue_report(report)
+            self._queues.queue_report(PendingReport(path, build))
 
 
-def _body(remedy: str, layer: str, step: int, pause_ms: float) -> dict[str, Any]:
-    return {
-        "key": str(uuid.uuid4()),
-        "remedy": str(remedy),
-        "layer": layer,
-        "step": step,
-        "pause_ms": number_to_wire(pause_ms),
-    }
+def _remedy_report(epoch: int, **members: Any) -> RemedyReport:
+    return RemedyReport(epoch=epoch, **members)
+
+
+def _rollback(epoch: int, **members: Any) -> Rollback:
+    return Rollback(epoch=epoch, **members)
 
 
 def _known(entry: Adaptation | None) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Literal
 
 import torch
 
 from esper.compilation import capability
-from esper.contracts import HealthFrame, LayerInfo
+from esper.contracts import HealthFrame, LayerInfo, protocol
 from esper.sdk.command_handler import CommandHandler
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
@@ -94,25 +95,27 @@ class ServerLink:
         while self._queues.settled:
             self._surgery.settle(*self._queues.settled.popleft())
 
-    def close(self, *, state: str, reason: str, timeout: float) -> None:
+    def close(self, *, state: Literal["finished", "failed"], reason: str, timeout: float) -> None:
         """Answer the commands that wait, and report how the run ended; see ``Transport.close``."""
         self._handler.refuse_all(self._run.step)
-        finish = {"step": self._run.step, "state": state, "reason": reason or self.stop_reason}
-        self._transport.close(finish, timeout=timeout)
+        finish = partial(
+            protocol.Finish, step=self._run.step, state=state, reason=reason or self.stop_reason
+        )
+        self._transport.close(lambda epoch: finish(epoch=epoch), timeout=timeout)
 
-    def _applied(self) -> list[dict[str, Any]]:
+    def _applied(self) -> tuple[protocol.Applied, ...]:
         """What the model holds of the server's grafts, from a checkpoint."""
-        return [
-            {
-                "adaptation": entry.uid,
-                "layer": entry.layer,
-                "blueprint": entry.blueprint,
-                "step": entry.step,
-                "merged": entry.merged,
-            }
+        return tuple(
+            protocol.Applied(
+                adaptation=entry.uid,
+                layer=entry.layer,
+                blueprint=entry.blueprint,
+                step=entry.step,
+                merged=entry.merged,
+            )
             for entry in self._surgery.changes.grafted
             if not entry.local
-        ]
+        )
 
 
 def _versions() -> dict[str, str]:

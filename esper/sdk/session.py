@@ -189,8 +189,9 @@ class Session:
         if self._surgery.sampler is not None:
             self._surgery.sampler.close()
         if self._server is not None:
-            state = "failed" if failed else "finished"
-            self._server.close(state=state, reason=reason, timeout=timeout)
+            self._server.close(
+                state="failed" if failed else "finished", reason=reason, timeout=timeout
+            )
 
     def __enter__(self) -> Session:
         return self

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from esper.contracts import codec
+from esper.contracts import codec, wire
 from esper.exceptions import CodecError, TransportError
 
 logger = logging.getLogger("esper")
@@ -99,6 +99,14 @@ class Client:
             raise TransportError(f"{path}: {error}", permanent=True) from error
         answer = _json(await self._send("POST", path, content=content, headers=headers))
         return answer if isinstance(answer, dict) else {}
+
+    async def ask(self, path: str, body: dict[str, Any], answer: type[_T]) -> _T:
+        """Post strict JSON, and read the answer as a message; raises ``TransportError``."""
+        data = await self.post(path, body)
+        try:
+            return wire.from_wire(answer, data)
+        except CodecError as error:
+            raise TransportError(f"{path}: {error}", permanent=False) from error
 
     async def _send(
         self,

@@ -7,7 +7,9 @@ import logging
 import time
 from functools import partial
 
-from esper.exceptions import TransportError
+from esper.contracts import wire
+from esper.contracts.protocol import Answer, TelemetryAnswer
+from esper.exceptions import CodecError, TransportError
 from esper.sdk.transport.client import Client, insist
 from esper.sdk.transport.journal import JOURNAL_FILE, Journal, StoredReport, state_directory
 from esper.sdk.transport.queues import Pace, PendingReport, TransportQueues
@@ -50,7 +52,7 @@ class TelemetrySender:
         queue = self._queues.telemetry
         try:
             answer = await insist(
-                partial(self._client.post, self._path, batch.body),
+                partial(self._client.ask, self._path, batch.body, TelemetryAnswer),
                 back_off=self._pace.back_off(),
                 what="telemetry",
             )
@@ -64,7 +66,7 @@ class TelemetrySender:
             queue.settle_dropped(batch)
             raise
         queue.settle_stored(batch)
-        self._slow_down_until = time.monotonic() + float(answer.get("slow_down_ms") or 0) / 1000
+        self._slow_down_until = time.monotonic() + answer.slow_down_ms / 1000
 
     def _pause_seconds(self) -> float:
         return max(self._pace.least_gap, self._slow_down_until - time.monotonic())
@@ -109,7 +111,12 @@ class ReportSender:
         """Move reports from memory to the journal, where they outlive this process."""
         while self._queues.reports:
             report = self._queues.reports.popleft()
-            body = {**report.body, **report.rest(), "epoch": self._epoch}
+            try:
+                message = report.build(self._epoch)
+                body = message.to_wire() if isinstance(message, Answer) else wire.to_wire(message)
+            except CodecError as error:
+                logger.warning("%s is not reported: %s", report.path, error)
+                continue
             self._journal.add_report(f"{self._run}/{report.path}", body)
 
     def write_finish(self) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from esper.contracts import Command, CommandAck
+from esper.contracts.protocol import Answer, Finish, Message
 from esper.sdk.transport.client import BackOff
 from esper.sdk.transport.registration import Registration
 from esper.sdk.transport.telemetry import TelemetryQueue
@@ -28,14 +29,12 @@ class PendingReport:
 
     Attributes:
         path: below the run.
-        body: JSON; the epoch is added later.
-        rest: more of the body, computed by the transport thread: hashing a model takes longer
-            than grafting into it.
+        build: epoch -> message, called by the transport thread: hashing a model takes longer than
+            grafting into it.
     """
 
     path: str
-    body: dict[str, Any]
-    rest: Callable[[], dict[str, Any]] = dict
+    build: Callable[[int], Message | Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ class TransportQueues:
         inbox: commands for the next step boundary.
         settled: (adaptation, state) that the server answered to hello.
         pending: numbers of commands that were accepted and are not answered yet.
-        finish: how the run ended; None while it goes on.
+        finish: epoch -> how the run ended; None while it goes on.
         registration: None until the server has answered.
         on_report: called, in any thread, when a report was queued.
     """
@@ -71,7 +70,7 @@ class TransportQueues:
     inbox: deque[ReadyCommand] = field(default_factory=deque)
     settled: deque[tuple[str, str]] = field(default_factory=deque)
     pending: set[int] = field(default_factory=set)
-    finish: dict[str, Any] | None = None
+    finish: Callable[[int], Finish] | None = None
     registration: Registration | None = None
     on_report: Callable[[], None] = lambda: None
 
@@ -87,10 +86,16 @@ class TransportQueues:
     def answer(
         self, ack: CommandAck, *, final: bool = True, rest: Callable[[], dict[str, Any]] = dict
     ) -> None:
-        """Queue the acknowledgement of a command."""
+        """Queue the acknowledgement of a command; ``rest``: more members, computed later."""
         if final:
             self.pending.discard(ack.seq)
-        self.queue_report(PendingReport(f"commands/{ack.seq}/ack", ack.to_wire(), rest))
+        members = {member.name: getattr(ack, member.name) for member in fields(ack)}
+        self.queue_report(
+            PendingReport(
+                f"commands/{ack.seq}/ack",
+                lambda epoch: Answer(epoch=epoch, **{**members, **rest()}),
+            )
+        )
 
     def queue_report(self, report: PendingReport) -> None:
         """Send it until it is answered."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from esper.contracts import LayerInfo, RunMode, SafetyPolicy, codec
-from esper.exceptions import CodecError
+import msgspec
+
+from esper.contracts import LayerInfo, RunMode, codec, protocol, wire
 from esper.sdk.transport.commands import Trust
 
 _BODY_ROOM_BYTES = 900_000  # of the 1 MiB that a body may have
@@ -32,44 +32,39 @@ class RunDescription:
     layers: tuple[LayerInfo, ...]
     step: int
     capabilities: dict[str, str] = field(default_factory=dict)
-    applied: list[dict[str, Any]] = field(default_factory=list)
+    applied: tuple[protocol.Applied, ...] = ()
 
-    def to_wire(self) -> dict[str, Any]:
-        body = {
-            "name": self.name,
-            "mode": str(self.mode),
-            "host": platform.node() or "unknown",
-            "capability": self.capability,
-            "capabilities": self.capabilities,
-            "target_steps": self.target_steps,
-            "versions": self.versions,
-            "model_parameters": self.model_parameters,
-            "layers": [layer.to_wire() for layer in self.layers],
-        }
-        if len(codec.encode(body)) > _BODY_ROOM_BYTES:
-            # Thousands of layers: leave out the links between them, which are not essential.
-            body["layers"] = [{**layer.to_wire(), "feeds": []} for layer in self.layers]
-        return body
+    def message(self) -> protocol.Registration:
+        """What is posted. Thousands of layers go without their links, which are not essential."""
+        message = protocol.Registration(
+            name=self.name,
+            mode=self.mode,
+            host=platform.node() or "unknown",
+            capability=self.capability,
+            capabilities=self.capabilities,
+            target_steps=self.target_steps,
+            versions=self.versions,
+            model_parameters=self.model_parameters,
+            layers=self.layers,
+        )
+        if len(codec.encode(wire.to_wire(message))) <= _BODY_ROOM_BYTES:
+            return message
+        unlinked = tuple(replace(layer, feeds=()) for layer in self.layers)
+        return msgspec.structs.replace(message, layers=unlinked)
 
 
-@dataclass(frozen=True, slots=True)
-class Registration:
-    """The server's answer.
+class Registration(protocol.Registered, frozen=True, kw_only=True):
+    """The server's answer, and what follows from it.
 
-    ``clock_offset`` is the server's clock minus ours, in seconds.
+    Attributes:
+        clock_offset: the server's clock minus ours, in seconds.
     """
 
-    run: str
-    number: int
-    epoch: int
-    token: str
-    resumed: bool
-    command_key: str
-    kernel_key: str
-    stream: str
-    last_command_seq: int
-    policy: SafetyPolicy
-    clock_offset: float
+    clock_offset: float = 0.0
+
+    @property
+    def run(self) -> str:
+        return self.uid
 
     @property
     def trust(self) -> Trust:
@@ -82,26 +77,6 @@ class Registration:
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> Registration:
-        """Raises ``CodecError`` when the answer is not a registration."""
-        try:
-            return cls(
-                run=str(data["uid"]),
-                number=int(data.get("number") or 0),
-                epoch=int(data["epoch"]),
-                token=str(data["token"]),
-                resumed=bool(data.get("resumed")),
-                command_key=str(data["command_key"]),
-                kernel_key=str(data["kernel_key"]),
-                stream=str(data.get("stream") or ""),
-                last_command_seq=int(data.get("last_command_seq") or 0),
-                policy=SafetyPolicy.from_wire(data["policy"]),
-                clock_offset=_seconds(data["server_time"]) - time.time(),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CodecError(f"not a registration: {error!r}") from error
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, str):
-        return datetime.fromisoformat(value).timestamp()
-    return codec.number_from_wire(value)
+        """Raises ``MessageError`` when the answer is not a registration."""
+        answer = wire.from_wire(cls, data)
+        return msgspec.structs.replace(answer, clock_offset=answer.server_time - time.time())

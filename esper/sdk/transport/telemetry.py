@@ -9,11 +9,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from esper.contracts import Finding, HealthFrame, pack_values
-from esper.contracts.codec import number_to_wire
+from esper.contracts import Finding, HealthFrame, protocol, wire
 
 MAX_WAITING_METRICS = 20_000
 MAX_WAITING_FRAMES = 200
@@ -92,16 +91,19 @@ class TelemetryQueue:
                 return None
             first, self._seq = self._seq + 1, self._seq + items
             dropped, self._unreported = self._unreported, 0
-        body = {
-            "epoch": epoch,
-            "seq_from": first,
-            "seq_to": self._seq,
-            "frames": [_frame_to_wire(frame) for frame in frames],
-            "metrics": [_metrics_to_wire(*entry) for entry in metrics],
-            "findings": [asdict(finding) for finding in findings],
-            "dropped": dropped,
-        }
-        return Batch(body=body, items=items, dropped=dropped)
+        message = protocol.Telemetry(
+            epoch=epoch,
+            seq_from=first,
+            seq_to=self._seq,
+            frames=tuple(protocol.Frame.of(frame) for frame in frames),
+            metrics=tuple(
+                protocol.Metrics(step=step, wall_time=wall_time, values=dict(values))
+                for step, wall_time, values in metrics
+            ),
+            findings=tuple(findings),
+            dropped=dropped,
+        )
+        return Batch(body=wire.to_wire(message), items=items, dropped=dropped)
 
     def settle_stored(self, batch: Batch) -> None:
         self.stored += batch.items
@@ -142,19 +144,3 @@ class TelemetryQueue:
 
 def _take(waiting: deque[Any], most: int) -> list[Any]:
     return [waiting.popleft() for _ in range(min(most, len(waiting)))]
-
-
-def _frame_to_wire(frame: HealthFrame) -> dict[str, Any]:
-    return {
-        "step": frame.step,
-        "wall_time": frame.wall_time,
-        "values": pack_values(frame.values),
-    }
-
-
-def _metrics_to_wire(step: int, wall_time: float, values: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "step": step,
-        "wall_time": wall_time,
-        "values": {name: number_to_wire(value) for name, value in values.items()},
-    }

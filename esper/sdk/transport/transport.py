@@ -17,6 +17,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from esper.contracts import wire
+from esper.contracts.protocol import Finish, Hello, HelloAnswer
 from esper.exceptions import CodecError, TransportError
 from esper.sdk.transport.client import Client, insist
 from esper.sdk.transport.commands import LocalVeto
@@ -83,7 +85,7 @@ class Transport:
         if self._sender is not None:
             self._call_in_loop(self._sender.wake.set)
 
-    def close(self, finish: dict[str, Any], *, timeout: float) -> None:
+    def close(self, finish: Callable[[int], Finish], *, timeout: float) -> None:
         """Send what waits, and how the run ended.
 
         What is not answered within ``timeout`` seconds stays in the journal. The next session on
@@ -155,7 +157,7 @@ class Transport:
             journal.close()
 
     async def _register(self, client: Client, description: RunDescription) -> Registration:
-        body, key = description.to_wire(), str(uuid.uuid4())
+        body, key = wire.to_wire(description.message()), str(uuid.uuid4())
 
         async def attempt() -> Registration:
             answer = await client.post("runs", body, key=key)
@@ -185,18 +187,14 @@ class Transport:
     async def _say_hello(
         self, client: Client, registration: Registration, description: RunDescription
     ) -> None:
-        hello = {
-            "epoch": registration.epoch,
-            "step": description.step,
-            "applied": description.applied,
-        }
+        hello = Hello(epoch=registration.epoch, step=description.step, applied=description.applied)
         answer = await insist(
-            partial(client.post, f"runs/{registration.run}/hello", hello),
+            partial(client.ask, f"runs/{registration.run}/hello", wire.to_wire(hello), HelloAnswer),
             back_off=self._pace.back_off(),
             what="hello",
         )
-        for entry in answer.get("settled", ()):
-            self.queues.settled.append((str(entry["adaptation"]), str(entry["state"])))
+        for entry in answer.settled:
+            self.queues.settled.append((entry.adaptation, entry.state))
 
     async def _serve(
         self,

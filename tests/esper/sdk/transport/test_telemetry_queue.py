@@ -92,3 +92,15 @@ def test_frames_of_the_largest_model_fit_the_largest_body() -> None:
         queue.settle_stored(batch)
     assert max(sizes) <= codec.MAX_BYTES
     assert queue.stored == 2_010
+
+
+@pytest.mark.parametrize(("loss", "sent"), [(0.5, 0.5), (math.nan, "nan"), (None, None)])
+def test_a_frame_carries_the_loss_of_its_step(loss: float | None, sent: object) -> None:
+    queue = TelemetryQueue()
+    values = np.zeros((1, len(SIGNALS)), dtype=np.float32)
+    own = {} if loss is None else {"loss": loss}
+    queue.offer_frame(HealthFrame(7, 1.0, ("fc",), values, own))
+    batch = queue.take(1)
+    assert batch is not None
+    (frame,) = batch.body["frames"]
+    assert (frame["step"], frame["loss"]) == (7, sent)
