@@ -59,5 +59,5 @@ class Cluster:
             check=True,
             cwd="/",
             stdout=subprocess.DEVNULL,
-            timeout=60,
+            timeout=600,
         )

@@ -61,7 +61,7 @@ class Socket:
 
     async def next(self) -> Any:
         """The next message, which has to be strict JSON."""
-        event = await self.wire.receive_output(timeout=5)
+        event = await self.wire.receive_output(timeout=120)
         assert event["type"] == "websocket.send", event
         return codec.decode(event["text"])
 
@@ -70,17 +70,17 @@ class Socket:
 
     async def closed(self) -> int:
         """The close code; the messages before it are skipped."""
-        while (event := await self.wire.receive_output(timeout=5))["type"] != "websocket.close":
+        while (event := await self.wire.receive_output(timeout=120))["type"] != "websocket.close":
             pass
         return int(event["code"])
 
     async def close(self) -> None:
         await self.wire.send_input({"type": "websocket.disconnect", "code": 1000})
-        await self.wire.wait(timeout=5)
+        await self.wire.wait(timeout=120)
 
     async def _connect(self) -> Any:
         await self.wire.send_input({"type": "websocket.connect"})
-        return await self.wire.receive_output(timeout=5)
+        return await self.wire.receive_output(timeout=120)
 
 
 def browser(user: User, origin: bytes | None = ORIGIN[1]) -> Socket:

@@ -132,7 +132,7 @@ def test_the_commands_of_the_web_image_need_no_torch() -> None:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
             check=False,
         )
         assert answer.returncode == 0, answer.stderr
@@ -179,7 +179,7 @@ def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
         [nginx, "-t", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=600,
         check=False,
     )
     assert answer.returncode == 0, answer.stderr

@@ -33,7 +33,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_page_fetches_nothing_from_another_host(site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 20
@@ -43,14 +43,14 @@ def test_a_page_fetches_nothing_from_another_host(site: Path) -> None:
         assert not NEEDS_THE_NETWORK.search(text), page.name
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_style_fetches_nothing_from_another_host(site: Path) -> None:
     for style in site.rglob("*.css"):
         text = style.read_text(encoding="utf-8")
         assert not re.search(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//", text), style.name
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_reference_shows_what_a_script_calls(site: Path) -> None:
     text = (site / "reference" / "python" / "session.html").read_text(encoding="utf-8")
     for name in ("attach", "step", "graft", "undo", "state_dict", "RunStopped"):

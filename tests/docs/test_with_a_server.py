@@ -36,7 +36,7 @@ def command(esper: RunningEsper, *words: str) -> str:
 def get(esper: RunningEsper, path: str) -> Any:
     token = esper.keyring["people"]["olga"]["token"]
     headers = {"Authorization": f"Bearer {token}"}
-    answer = httpx.get(f"{esper.url}/api/v1/{path}", headers=headers, timeout=60)
+    answer = httpx.get(f"{esper.url}/api/v1/{path}", headers=headers, timeout=600)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -80,7 +80,7 @@ def test_the_guides_list_of_what_waits_is_answered(running_esper: RunningEsper) 
         env=os.environ | {"ESPER_SERVER": running_esper.url, "ESPER_TOKEN": token},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert '"results"' in done.stdout

@@ -73,7 +73,7 @@ def _run(program: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
         check=False,
     )
     assert answer.returncode == 0, answer.stderr

@@ -46,7 +46,7 @@ def test_all_tables_are_made_on_postgresql_with_the_pool_of_the_settings(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=600,
         check=False,
     )
     assert answer.stdout.startswith("postgresql True"), answer.stderr

@@ -23,7 +23,7 @@ def test_the_whole_asgi_application_loads_without_torch() -> None:
         [sys.executable, "-c", PROGRAM],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=True,
         env=environment,
     )

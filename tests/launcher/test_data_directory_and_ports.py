@@ -59,7 +59,7 @@ def test_up_refuses_a_busy_port_with_a_sentence(busy_port: int, tmp_path: Path) 
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert answer.returncode == 1
@@ -73,7 +73,7 @@ def test_up_refuses_a_data_directory_that_it_cannot_make() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert answer.returncode == 1
@@ -95,7 +95,7 @@ def test_two_supervisors_cannot_share_a_data_directory(tmp_path: Path) -> None:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=600,
             check=True,
         )
         assert "already runs on" in answer.stdout

@@ -80,7 +80,7 @@ class Plant:
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """Read the database itself: it is the truth, whatever the web process says."""
         path = self.esper.data_dir / "esper.sqlite3"
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)) as database:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=600)) as database:
             return database.execute(query, values).fetchall()
 
     @property
@@ -121,7 +121,7 @@ class Plant:
             **options.pop("headers", {}),
         }
         url = f"{self.esper.url}/api/v1/{path}"
-        return httpx.request(method, url, headers=headers, timeout=60, **options)
+        return httpx.request(method, url, headers=headers, timeout=600, **options)
 
     def make_quick(self) -> None:
         body = {"changes": QUICK, "reason": "tests"}

@@ -367,6 +367,6 @@ def report_a_step(plant: Plant, run: dict[str, Any]) -> None:
         f"{plant.esper.url}/api/v1/runs/{run['uid']}/telemetry",
         json=batch,
         headers={"Authorization": f"Bearer {run['token']}"},
-        timeout=60,
+        timeout=600,
     )
     assert answer.status_code < 300, answer.text

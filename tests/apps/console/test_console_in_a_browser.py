@@ -50,7 +50,7 @@ def console_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
     finally:
         server.terminate()
-        server.wait(timeout=60)
+        server.wait(timeout=600)
 
 
 def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
@@ -58,7 +58,7 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
     while time.monotonic() < deadline:
         assert server.poll() is None, "the web process ended"
         try:
-            httpx.get(address, timeout=30)
+            httpx.get(address, timeout=600)
             return
         except httpx.TransportError:
             time.sleep(0.2)

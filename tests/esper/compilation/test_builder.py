@@ -182,13 +182,13 @@ def test_one_cpu_may_serve_several_capabilities_and_their_kernels_stay_apart(
 
 def test_the_next_warm_child_takes_over_when_one_is_lost(pool: BuilderPool) -> None:
     first = pool.ready()
-    pool._builders[1].wait_ready()
+    waiting = pool._builders[1]
+    waiting.wait_ready()
     os.kill(first.process.pid, signal.SIGKILL)
     with pytest.raises(BuilderLostError, match="killed by SIGKILL"):
         drafted(first)
-    started = time.monotonic()
     second = pool.ready()
-    assert time.monotonic() - started < 0.5  # importing torch takes seconds
+    assert second is waiting  # a new child would have to import torch first
     assert drafted(second).report.certificate.passed
     assert len(pool._builders) == 2
 
@@ -211,7 +211,7 @@ def test_a_child_dies_with_the_worker_that_was_killed() -> None:
         child = int(worker.stdout.readline())
         assert worker.stdout.readline() == "ready\n"
         worker.kill()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
         if ") Z " in Path(f"/proc/{child}/stat").read_text():
             return  # dead; whoever adopted it has yet to look
@@ -225,6 +225,6 @@ def test_a_worker_that_has_kernels_built_does_not_import_torch_itself() -> None:
         "bundle, store, verify\nprint('torch' in sys.modules)"
     )
     answer = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=True
     )
     assert answer.stdout.strip() == "False"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-GROUP_TIMEOUT_S = 20.0
+GROUP_TIMEOUT_S = 60.0
 
 
 class RankPool:
@@ -37,7 +37,7 @@ class RankPool:
             self.pipes.append(mine)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 500.0) -> list[Any]:
         """What ``function(rank, *args)`` answers on each rank; None for a rank that has died."""
         if not self.pipes:
             self.start()

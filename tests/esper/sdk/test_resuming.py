@@ -64,7 +64,7 @@ def test_probation_goes_on_in_a_new_process_to_the_bit(tmp_path: Path) -> None:
         [sys.executable, "-c", IN_A_NEW_PROCESS, str(path)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
         check=False,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
     )

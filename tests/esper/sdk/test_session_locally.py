@@ -353,7 +353,7 @@ def test_a_grafted_run_goes_on_in_a_new_process_to_the_bit(
         [sys.executable, "-c", RESUME, str(path)],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=600,
         check=False,
         env=_environment(),
     )
@@ -413,4 +413,4 @@ def test_contracts_and_constraints_are_imported_without_torch() -> None:
         "assert esper.__version__ == '0.1.0'\n"
         "assert 'torch' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=110, env=_environment())
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600, env=_environment())

@@ -58,7 +58,7 @@ class Training:
         return [self.step(session) for _ in range(steps)]
 
     def until(
-        self, condition: Callable[[], object], session: Session, seconds: float = 60.0
+        self, condition: Callable[[], object], session: Session, seconds: float = 300.0
     ) -> list[float]:
         """Trains on until ``condition`` holds."""
         losses = []

@@ -102,7 +102,7 @@ def run_without_esper(folder: Path) -> Tensor:
         [sys.executable, "-c", WITHOUT_ESPER, str(folder)],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=600,
         check=False,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},

@@ -42,7 +42,7 @@ def test_training_is_stepped_grafted_saved_and_goes_on_in_a_new_process(tmp_path
         [sys.executable, "-m", "tests.esper.sdk.frameworks.trainer_training", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=600,
         check=False,
         cwd=Path(__file__).parents[4],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[4]), "OMP_NUM_THREADS": "1"},

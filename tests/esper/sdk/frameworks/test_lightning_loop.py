@@ -30,7 +30,7 @@ def test_a_fit_is_stepped_grafted_saved_and_goes_on_in_a_new_process(tmp_path: P
         [sys.executable, "-m", "tests.esper.sdk.frameworks.lightning_training", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
         check=False,
         cwd=Path(__file__).parents[4],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[4]), "OMP_NUM_THREADS": "1"},

@@ -255,7 +255,7 @@ async def _push_all(waiting: asyncio.Queue[dict[str, Any]], send: Any) -> None:
         await send({"type": "websocket.send", "text": codec.encode(message).decode()})
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 300.0) -> None:
     """Returns once ``condition`` holds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -36,7 +36,7 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(timeout=120)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def seed_document() -> str:
 
 
 def _wait_until_it_answers(url: str) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + 300
     with redis.Redis.from_url(url) as client:
         while True:
             try:

@@ -83,7 +83,7 @@ async def test_the_pipeline_snippet_grafts_attention_and_changes_nothing_at_birt
 async def test_the_service_snippet_starts_and_prints_its_status(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(300):
         names = await run_as_printed(snippet_with("EnhancedTamiyoService"), {})
         service = names["service"]
         await service.stop()

@@ -27,7 +27,7 @@ def test_a_system_that_is_whole_passes(
         service = EnhancedTamiyoService(config)
         await service.start()
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(300):
                 while service.get_status()["connections"]["redis"] != "connected":
                     await asyncio.sleep(0.02)
             return await asyncio.to_thread(test_integration.main, arguments(valkey_url, urza))
