@@ -63,7 +63,12 @@ def _door(contract: dict[str, Any]) -> Iterator[str]:
     )
 
 
+def _acyclic(contract: dict[str, Any]) -> Iterator[str]:
+    yield f"No module or package in {_names(contract['ancestors'])} imports itself through others."
+
+
 _KINDS = {
+    "acyclic_siblings": _acyclic,
     "door": _door,
     "layers": _layers,
     "forbidden": _forbidden,

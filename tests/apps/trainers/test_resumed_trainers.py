@@ -1,4 +1,4 @@
-"""A real trainer that resumes from a checkpoint, at a real server that thinks otherwise."""
+"""A real trainer that resumes from a checkpoint, at a real server whose rows are newer."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Lives:
         if state is not None:
             session.load_state_dict(state)
         training.run(1, session)
-        for older in self.sessions[:-1]:  # it hears that it was replaced, and lets go
+        for older in self.sessions[:-1]:  # it is told that it was replaced, and stops
             until(lambda older=older: not alive(older), "the older life gives up")
         until(lambda: sender_of(session) is not None, "its hello is answered")
         return training, session

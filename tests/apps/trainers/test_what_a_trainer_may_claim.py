@@ -1,4 +1,4 @@
-"""The trainer's word is checked: certificates that fail, commands that came twice."""
+"""A trainer's answers are checked: failing certificates, commands that came twice."""
 
 from __future__ import annotations
 
