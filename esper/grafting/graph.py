@@ -15,6 +15,7 @@ from esper.blueprints.layout import axes_of, channel_axis_of
 from esper.contracts import MAX_NAME_LENGTH, LayerInfo
 from esper.grafting.attention import TimeAxis, cached_part, looks_ahead
 from esper.grafting.slot import CONTAINERS, SLOT_NAME, first_tensor
+from esper.grafting.snapshot import kept_streams
 
 NEVER_RAN = "it did not run in the traced forward pass"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -195,9 +196,6 @@ def trace_layers(
         ahead, layers = looks_ahead(model), layer_modules(model)
         return tuple(_describe_unseen(model, name, layers, ahead) for name in layers)
     recorder = LayerRecorder(model)
-    # Late import: only the snapshot module knows every random stream.
-    from esper.grafting.snapshot import kept_streams
-
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad(), kept_streams():
