@@ -12,6 +12,7 @@ from textwrap import dedent
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+SECURITY = ROOT / "SECURITY.md"
 # Not ours to change: the proposal that Esper started from.
 PROPOSAL = DOCS / "seed-integration-layer.md"
 _BLOCK = re.compile(
@@ -41,8 +42,13 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """Every page that we write, README and CONTRIBUTING too."""
-    return [README, CONTRIBUTING, *(p for p in sorted(DOCS.rglob("*.md")) if p != PROPOSAL)]
+    """Every page that we write, those at the top of the tree too."""
+    return [
+        README,
+        CONTRIBUTING,
+        SECURITY,
+        *(p for p in sorted(DOCS.rglob("*.md")) if p != PROPOSAL),
+    ]
 
 
 def name_of(page: Path) -> str:
