@@ -17,7 +17,7 @@ so a stored one (:mod:`esper.replay`) replays the decision.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -67,22 +67,36 @@ def decide(
     proposals = policy.propose(snapshot, features, rng)
     declined: list[Declined] = []
     for proposal in proposals:
-        answer = _consider(proposal, snapshot, features, selector, limits, policy.name)
+        answer = consider(
+            proposal, snapshot, selector, limits, policy=policy.name, features=features
+        )
         if isinstance(answer, Decision):
             return answer
         declined.append(answer)
     return _all_declined(snapshot, declined, proposals.reasons)
 
 
-def _consider(
+def consider(
     proposal: AdaptationDecision,
     snapshot: RunSnapshot,
-    features: Features,
     selector: BlueprintSelector,
     limits: SafetyPolicy,
-    policy_name: str,
+    *,
+    policy: str,
+    features: Features | None,
+    extra_limits: Mapping[str, float] | None = None,
 ) -> Decision | Declined:
-    """Steps 3 to 5 for one proposal."""
+    """Steps 3 to 5 for one proposal.
+
+    Args:
+        policy: name of what made the proposal.
+        features: of the snapshot. None: the caller is responsible for the evidence, and no signal
+            is required.
+        extra_limits: stricter limits of the caller, see ``BlueprintSelector.select``.
+
+    Raises:
+        ConfigurationError: ``extra_limits`` contains an unknown name or a value that is no limit.
+    """
     gates = check_run(gate_inputs(snapshot, proposal), limits)
     if any(check.blocks for check in gates):
         return _declined(snapshot, proposal, gates)
@@ -90,7 +104,12 @@ def _consider(
     if layer is None:
         return Declined(snapshot.step, (f"The run has no layer {proposal.layer_name}.",), proposal)
     selection = selector.select(
-        layer, proposal.adaptation_type, snapshot, limits, features=features
+        layer,
+        proposal.adaptation_type,
+        snapshot,
+        limits,
+        extra_limits=extra_limits,
+        features=features,
     )
     if selection.best is None:
         return _nothing_fits(snapshot, proposal, gates, selection)
@@ -106,9 +125,9 @@ def _consider(
         forecast=selection.best.forecast,
         checks=checks,
         why_not=selection.why_not,
-        evidence=evidence(features, chosen.layer_name),
+        evidence=evidence(features, chosen.layer_name) if features else {},
         step=snapshot.step,
-        policy=policy_name,
+        policy=policy,
         asks=tuple(check.text for check in checks if check.asks),
     )
 
@@ -125,12 +144,13 @@ def _all_checks(
     proposal: AdaptationDecision,
     best: Candidate,
     snapshot: RunSnapshot,
-    features: Features,
+    features: Features | None,
     selector: BlueprintSelector,
     limits: SafetyPolicy,
 ) -> tuple[Check, ...]:
     risk = selector.blueprint(best.blueprint).risk
-    known = evidence(features, proposal.layer_name)
+    known = evidence(features, proposal.layer_name) if features else {}
+    required = required_evidence(risk) if features else ()
     inputs = gate_inputs(
         snapshot,
         proposal,
@@ -138,7 +158,7 @@ def _all_checks(
         risk,
         category_cases=selector.category_cases(best.blueprint, snapshot.experience),
         missing_evidence=[
-            name for name in required_evidence(risk) if not math.isfinite(known.get(name, math.nan))
+            name for name in required if not math.isfinite(known.get(name, math.nan))
         ],
     )
     return check_gates(inputs, limits)

@@ -1,16 +1,14 @@
-"""One decision, taken all the way; drawn once:
+"""One decision, carried out from the pipeline to the graft:
 
     execute_adaptation_pipeline(decision, model_state, constraints):
-        find the layer              unknown                        -> no
-        gates of run and layer      frozen, cooldown, budget       -> no
-        select a blueprint          nothing fits the constraints   -> no
-        gates of the blueprint      risk, confidence               -> no, or "ask a person"
-        kernel                      cached, or built and certified -> no when refused
-        measured cost               above a limit                  -> no
-        dispatch                    graft at once                  -> no when the surgery fails
+        find the layer                         unknown             -> no
+        esper.pipeline.consider(decision)      gates, selection    -> no, or "ask a person"
+        kernel                                 cached, or built    -> no when it is refused
+        measured cost                          above a limit       -> no
+        dispatch                               graft at once       -> no when the surgery fails
 
-A "no" is ``(False, details)`` with ``reason`` and ``violations``, and leaves the model as it was.
-The caller answers for the evidence: a decision that is handed in has no frames behind it here.
+A "no" is ``(False, details)`` with ``reason`` and ``violations``, and leaves the model unchanged.
+For a model of this process the caller is responsible for the evidence: there are no frames.
 """
 
 from __future__ import annotations
@@ -29,10 +27,13 @@ import numpy as np
 from torch import nn
 
 from esper import blueprints
-from esper.constraints import check_blueprint, check_measured, check_run, gate_inputs, within
+from esper.constraints import check_measured, within
 from esper.contracts import (
     AdaptationDecision,
+    AdaptationType,
     Check,
+    Decision,
+    Declined,
     LayerHistory,
     LayerInfo,
     Risk,
@@ -40,11 +41,12 @@ from esper.contracts import (
     RunSnapshot,
     SafetyPolicy,
     ViolationRule,
-    WhyNot,
 )
 from esper.contracts.wire import to_wire
 from esper.exceptions import EsperError
 from esper.grafting import Receipt, UndoReceipt
+from esper.health import extract_features
+from esper.pipeline import consider
 from esper.selection import BlueprintSelector, SelectableBlueprint
 from esper.services.tamiyo.execution import (
     Compiler,
@@ -54,7 +56,7 @@ from esper.services.tamiyo.execution import (
     PreparedKernel,
     Store,
 )
-from esper.services.tamiyo.remote import Choice, RemoteAdaptation
+from esper.services.tamiyo.remote import RemoteAdaptation
 from esper.services.tamiyo.urza import Urza
 
 __all__ = [
@@ -75,7 +77,7 @@ _COUNTED = ("executed", "succeeded", "refused", "kept", "rolled_back")
 
 
 class _RefusedError(Exception):
-    """A step says no; ``checks`` are the limits that were broken, ``more`` goes to details."""
+    """A step refuses; ``checks`` are the broken limits, ``more`` is added to the details."""
 
     def __init__(self, reason: str, checks: Sequence[Check] = (), **more: Any) -> None:
         super().__init__(reason)
@@ -85,7 +87,7 @@ class _RefusedError(Exception):
 
 
 @dataclass(slots=True)
-class _Patient:
+class _ModelRecord:
     """What this orchestrator did to one model; ``receipts`` of what can still be undone."""
 
     receipts: dict[str, Receipt] = field(default_factory=dict)
@@ -126,7 +128,9 @@ class Phase2IntegrationOrchestrator:
         self.selector = BlueprintSelector(self.catalog)
         self._urza = urza
         self._follow_seconds = follow_seconds
-        self._patients: weakref.WeakKeyDictionary[nn.Module, _Patient] = weakref.WeakKeyDictionary()
+        self._models: weakref.WeakKeyDictionary[nn.Module, _ModelRecord] = (
+            weakref.WeakKeyDictionary()
+        )
         self._active: dict[str, Details] = {}
         self._violations: deque[Details] = deque(maxlen=_VIOLATIONS_KEPT)
         self._counts: Counter[str] = Counter()
@@ -139,7 +143,7 @@ class Phase2IntegrationOrchestrator:
         model_state: ModelState | nn.Module | str,
         constraints: Mapping[str, float] | None = None,
     ) -> tuple[bool, Details]:
-        """Carry out one decision, or say why not.
+        """Carry out one decision, or return why not.
 
         Args:
             constraints: ``max_memory_mb``, ``max_latency_ms``, ``max_parameters``; of the graft.
@@ -181,28 +185,28 @@ class Phase2IntegrationOrchestrator:
             KeyError: no such adaptation is active here.
             UndoError: the model could not be brought back.
         """
-        patient, receipt = self._receipt(adaptation)
+        record, receipt = self._receipt(adaptation)
         undone = receipt.undo(hard=hard)
-        old = patient.history[receipt.layer]
+        old = record.history[receipt.layer]
         left = list(old.grafts)
         left.remove(receipt.blueprint)
-        patient.history[receipt.layer] = replace(old, grafts=tuple(left), last_rolled_back=True)
-        patient.added_parameters -= receipt.certificate.parameters
-        self._forget(patient, adaptation)
+        record.history[receipt.layer] = replace(old, grafts=tuple(left), last_rolled_back=True)
+        record.added_parameters -= receipt.certificate.parameters
+        self._forget(record, adaptation)
         self._counts["rolled_back"] += 1
         return undone
 
     def keep(self, adaptation: str) -> None:
-        """The graft has earned its place: drop its snapshot. It cannot be undone here any more.
+        """Keep the graft and drop its snapshot. It cannot be undone here any more.
 
         Until then the orchestrator holds the model, because undo needs it.
 
         Raises:
             KeyError: no such adaptation is active here.
         """
-        patient, receipt = self._receipt(adaptation)
+        record, receipt = self._receipt(adaptation)
         receipt.forget_snapshot()
-        self._forget(patient, adaptation)
+        self._forget(record, adaptation)
         self._counts["kept"] += 1
 
     def get_integration_status(self) -> Details:
@@ -232,75 +236,72 @@ class Phase2IntegrationOrchestrator:
             return
         if state.model is None:
             raise _RefusedError("There is no model in model_state, and no server is configured.")
-        patient = self._patients.setdefault(state.model, _Patient())
-        snapshot = _snapshot(state, patient)
+        record = self._models.setdefault(state.model, _ModelRecord())
+        snapshot = _snapshot(state, record)
         layer = _find(snapshot, decision.layer_name)
         with self._timed(details, "selection"):
-            choice = self._choose(decision, layer, snapshot, self.policy, constraints, details)
-            _refuse_asking(choice.checks)
+            chosen = self._decide(decision, layer, snapshot, self.policy, constraints, details)
+            _refuse_asking(chosen.checks)
         with self._timed(details, "kernel"):
-            kernel = await self.execution.prepare(layer, choice.candidate)
+            kernel = await self.execution.prepare(layer, chosen)
         self._check_measured(kernel, constraints, details)
         with self._timed(details, "dispatch"):
             adaptation = f"adp_{secrets.token_hex(8)}"
             receipt = self.execution.dispatch(state, layer, kernel, adaptation)
-        self._remember(patient, state, receipt, adaptation, details)
+        self._remember(record, state, receipt, adaptation, details)
 
-    def _choose(
+    def _decide(
         self,
         decision: AdaptationDecision,
         layer: LayerInfo,
         snapshot: RunSnapshot,
-        policy: SafetyPolicy,
+        limits: SafetyPolicy,
         constraints: Mapping[str, float],
         details: Details,
-    ) -> Choice:
-        """Gates and selection; fills in what was looked at."""
-        run_checks = check_run(gate_inputs(snapshot, decision), policy)
-        details["checks"] = to_wire(run_checks)
-        _refuse_broken(run_checks)
-        selection = self.selector.select(
-            layer, decision.adaptation_type, snapshot, policy, extra_limits=constraints
+    ) -> Decision:
+        """What the pipeline says; fills in what it looked at."""
+        answer = consider(
+            decision,
+            snapshot,
+            self.selector,
+            limits,
+            policy="caller",
+            features=extract_features(snapshot, self.selector.types) if snapshot.frames else None,
+            extra_limits=constraints,
         )
-        details["why_not"] = to_wire(selection.why_not)
-        best = selection.best
-        if best is None:
-            raise self._nothing_fits(
-                decision, layer, snapshot, policy, constraints, selection.why_not
-            )
+        details.update(checks=to_wire(answer.checks), why_not=to_wire(answer.why_not))
+        if isinstance(answer, Declined):
+            if answer.violations:
+                raise _broken(answer.violations)
+            raise self._nothing_fits(answer, layer, snapshot, limits, constraints)
         details.update(
-            blueprint=best.blueprint, config=best.config, forecast=to_wire(best.forecast)
+            blueprint=answer.blueprint, config=answer.config, forecast=to_wire(answer.forecast)
         )
-        risk = blueprints.get_blueprint(best.blueprint).risk
-        checks = check_blueprint(gate_inputs(snapshot, decision, best.forecast, risk), policy)
-        details["checks"] += to_wire(checks)
-        _refuse_broken(checks)
-        return Choice(best, risk, (*run_checks, *checks), selection.why_not)
+        return answer
 
     def _nothing_fits(
         self,
-        decision: AdaptationDecision,
+        declined: Declined,
         layer: LayerInfo,
         snapshot: RunSnapshot,
-        policy: SafetyPolicy,
+        limits: SafetyPolicy,
         constraints: Mapping[str, float],
-        why_not: Sequence[WhyNot],
     ) -> _RefusedError:
-        """Tell a limit of the caller from "no blueprint understands this layer"."""
-        free = self.selector.select(layer, decision.adaptation_type, snapshot, policy)
+        """Tell a limit of the caller from "no blueprint supports this layer"."""
+        assert declined.adaptation is not None  # only a proposal can fit nowhere
+        wanted = declined.adaptation.adaptation_type
+        free = self.selector.select(layer, wanted, snapshot, limits)
         if free.best is not None:
             checks = [check for check in within(constraints, free.best.forecast) if check.blocks]
             return _RefusedError(
                 f"{free.best.blueprint} would fit, but not within the constraints.", checks
             )
-        wanted = {
-            blueprint.slug
-            for blueprint in self.catalog
-            if blueprint.adaptation_type is decision.adaptation_type
+        slugs = {
+            blueprint.slug for blueprint in self.catalog if blueprint.adaptation_type is wanted
         }
-        lines = [line.reason for line in why_not if line.blueprint in wanted]
-        reason = "; ".join(lines) or f"No blueprint serves {decision.adaptation_type}."
-        return _RefusedError(reason, [_incompatible(layer, decision, reason)])
+        lines = [line.reason for line in declined.why_not if line.blueprint in slugs]
+        reason = "; ".join(lines) or f"No blueprint serves {wanted}."
+        return _RefusedError(reason, [_incompatible(layer, wanted, reason)])
 
     def _check_measured(
         self, kernel: PreparedKernel, constraints: Mapping[str, float], details: Details
@@ -323,20 +324,20 @@ class Phase2IntegrationOrchestrator:
 
     def _remember(
         self,
-        patient: _Patient,
+        record: _ModelRecord,
         state: ModelState,
         receipt: Receipt,
         adaptation: str,
         details: Details,
     ) -> None:
-        old = patient.history.get(receipt.layer, LayerHistory())
-        patient.receipts[adaptation] = receipt
-        patient.history[receipt.layer] = LayerHistory(
+        old = record.history.get(receipt.layer, LayerHistory())
+        record.receipts[adaptation] = receipt
+        record.history[receipt.layer] = LayerHistory(
             grafts=(*old.grafts, receipt.blueprint), last_adaptation_step=state.step
         )
-        patient.last_step = state.step
-        patient.today += 1
-        patient.added_parameters += receipt.certificate.parameters
+        record.last_step = state.step
+        record.today += 1
+        record.added_parameters += receipt.certificate.parameters
         details.update(adaptation=adaptation, pause_ms=receipt.pause_ms)
         self._active[adaptation] = {
             "layer": receipt.layer,
@@ -346,14 +347,14 @@ class Phase2IntegrationOrchestrator:
             "kernel": details["kernel"],
         }
 
-    def _receipt(self, adaptation: str) -> tuple[_Patient, Receipt]:
-        for patient in self._patients.values():
-            if adaptation in patient.receipts:
-                return patient, patient.receipts[adaptation]
+    def _receipt(self, adaptation: str) -> tuple[_ModelRecord, Receipt]:
+        for record in self._models.values():
+            if adaptation in record.receipts:
+                return record, record.receipts[adaptation]
         raise KeyError(adaptation)
 
-    def _forget(self, patient: _Patient, adaptation: str) -> None:
-        del patient.receipts[adaptation]
+    def _forget(self, record: _ModelRecord, adaptation: str) -> None:
+        del record.receipts[adaptation]
         del self._active[adaptation]
 
     def _note(self, refusal: _RefusedError, details: Details) -> None:
@@ -385,11 +386,11 @@ class Phase2IntegrationOrchestrator:
         report = await remote.look()
         layer = _find(report.snapshot, decision.layer_name)
         with self._timed(details, "selection"):
-            choice = self._choose(
+            chosen = self._decide(
                 decision, layer, report.snapshot, report.limits, constraints, details
             )
         with self._timed(details, "adaptation"):
-            outcome = await remote.carry_out(decision, choice, report)
+            outcome = await remote.carry_out(chosen, report)
         details.update(adaptation=outcome.uid, state=outcome.state)
         if not outcome.grafted:
             raise _RefusedError(outcome.reason)
@@ -405,8 +406,8 @@ class Phase2IntegrationOrchestrator:
             self._times.setdefault(stage, deque(maxlen=_TIMES_KEPT)).append(elapsed)
 
 
-def _snapshot(state: ModelState, patient: _Patient) -> RunSnapshot:
-    """What the gates and the selector may know about a model that nobody watches."""
+def _snapshot(state: ModelState, record: _ModelRecord) -> RunSnapshot:
+    """What is known of a model that sends no health frames."""
     assert state.model is not None
     total = sum(parameter.numel() for parameter in state.model.parameters())
     return RunSnapshot(
@@ -418,11 +419,11 @@ def _snapshot(state: ModelState, patient: _Patient) -> RunSnapshot:
         frames=(),
         loss_steps=np.empty(0, dtype=np.int64),
         loss=np.empty(0, dtype=np.float64),
-        model_parameters=total - patient.added_parameters,
-        added_parameters=patient.added_parameters,
-        adaptations_today=patient.today,
-        last_adaptation_step=patient.last_step,
-        history=dict(patient.history),
+        model_parameters=total - record.added_parameters,
+        added_parameters=record.added_parameters,
+        adaptations_today=record.today,
+        last_adaptation_step=record.last_step,
+        history=dict(record.history),
     )
 
 
@@ -441,11 +442,15 @@ def _find(snapshot: RunSnapshot, name: str) -> LayerInfo:
 def _refuse_broken(checks: Sequence[Check]) -> None:
     broken = [check for check in checks if check.blocks]
     if broken:
-        raise _RefusedError(" ".join(check.text for check in broken), broken)
+        raise _broken(broken)
+
+
+def _broken(checks: Sequence[Check]) -> _RefusedError:
+    return _RefusedError(" ".join(check.text for check in checks), checks)
 
 
 def _refuse_asking(checks: Sequence[Check]) -> None:
-    """Soft checks ask a person, and here is none. Latency is measured before it counts."""
+    """Soft checks need a person, and there is none here. Latency is measured before it counts."""
     asking = [check for check in checks if check.asks and check.rule is not ViolationRule.LATENCY]
     if asking:
         raise _RefusedError(
@@ -455,17 +460,17 @@ def _refuse_asking(checks: Sequence[Check]) -> None:
 
 
 def _firmly(checks: Sequence[Check]) -> tuple[Check, ...]:
-    """After measuring, unknown is no excuse."""
+    """After the measurement, a value that is still unknown does not pass."""
     return tuple(replace(check, hard=True) for check in checks)
 
 
-def _incompatible(layer: LayerInfo, decision: AdaptationDecision, reason: str) -> Check:
+def _incompatible(layer: LayerInfo, wanted: AdaptationType, reason: str) -> Check:
     return Check(
         rule=ViolationRule.COMPATIBILITY,
         passed=False,
         hard=True,
         observed=layer.kind,
-        limit=str(decision.adaptation_type),
+        limit=str(wanted),
         text=reason,
     )
 

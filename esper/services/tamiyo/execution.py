@@ -21,7 +21,7 @@ from esper.compilation.build import build_kernel
 from esper.compilation.instantiate import instantiate
 from esper.compilation.key import kernel_key
 from esper.compilation.verify import open_kernel
-from esper.contracts import Candidate, KernelBundle, KernelReport, KernelSpec, LayerInfo
+from esper.contracts import Decision, KernelBundle, KernelReport, KernelSpec, LayerInfo
 from esper.contracts.signing import generate_private_key, public_key
 from esper.exceptions import ConfigurationError, KernelError
 from esper.grafting import Receipt
@@ -183,21 +183,21 @@ class ExecutionSystemIntegrator:
         self.hits = 0
         self.misses = 0
 
-    async def prepare(self, layer: LayerInfo, candidate: Candidate) -> PreparedKernel:
-        """Look up or build, and verify like a stranger's.
+    async def prepare(self, layer: LayerInfo, decision: Decision) -> PreparedKernel:
+        """Look up or build, and verify as if it came from an unknown sender.
 
         Raises:
             KernelError: it could not be built, or is not what it claims to be.
         """
         started = time.perf_counter()
-        index = kernel_key(layer, candidate.blueprint, candidate.config).hash
+        index = kernel_key(layer, decision.blueprint, decision.config).hash
         digest = self._digests.get(index, "")
         cached = bool(digest) and self._store.has(digest)
         if cached:
             self.hits += 1
         else:
             self.misses += 1
-            digest = self._store.put(await self._build(layer, candidate))
+            digest = self._store.put(await self._build(layer, decision))
             self._digests[index] = digest
         _, spec, report = open_kernel(self._store.get(digest), digest, self._compiler.trusted_key)
         elapsed_ms = (time.perf_counter() - started) * 1e3
@@ -218,10 +218,10 @@ class ExecutionSystemIntegrator:
             "hit_rate": self.hits / asked if asked else 0.0,
         }
 
-    async def _build(self, layer: LayerInfo, candidate: Candidate) -> KernelBundle:
+    async def _build(self, layer: LayerInfo, decision: Decision) -> KernelBundle:
         # Beside the caller's event loop: a build takes tens of milliseconds.
         return await asyncio.to_thread(
-            self._compiler.build, layer, candidate.blueprint, candidate.config
+            self._compiler.build, layer, decision.blueprint, decision.config
         )
 
 

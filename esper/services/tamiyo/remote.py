@@ -6,18 +6,12 @@ import asyncio
 import time
 from dataclasses import dataclass
 
+import msgspec
+
 from esper.contracts import (
     ADAPTATION_ENDED,
-    SIGNALS,
-    AdaptationDecision,
     AdaptationState,
-    Candidate,
-    Check,
     Decision,
-    LayerInfo,
-    Risk,
-    RunSnapshot,
-    WhyNot,
     protocol,
 )
 from esper.services.tamiyo import wire
@@ -28,18 +22,8 @@ _IN_MODEL = frozenset({AdaptationState.PROBATION, AdaptationState.KEPT})
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """What selection and gates agreed on."""
-
-    candidate: Candidate
-    risk: Risk
-    checks: tuple[Check, ...]
-    why_not: tuple[WhyNot, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Outcome:
-    """How far an adaptation came while it was followed."""
+    """The state of an adaptation when it was last read."""
 
     uid: str
     state: AdaptationState
@@ -48,7 +32,7 @@ class Outcome:
 
 
 class RemoteAdaptation:
-    """A run of a server, as a place for one adaptation."""
+    """A run of a server, to which one adaptation is proposed."""
 
     def __init__(self, urza: Urza, run: str, *, follow_seconds: float) -> None:
         self._urza = urza
@@ -59,16 +43,16 @@ class RemoteAdaptation:
         """The run's present state; raises ``TransportError`` or ``CodecError``."""
         return wire.report_from_wire(await self._urza.snapshot(self._run))
 
-    async def carry_out(
-        self, decision: AdaptationDecision, choice: Choice, report: wire.RunReport
-    ) -> Outcome:
+    async def carry_out(self, decision: Decision, report: wire.RunReport) -> Outcome:
         """Propose, and follow until it is grafted, waits for a person, or ended.
 
         Raises:
-            TransportError: the server said no (``code`` gate-closed), or does not answer.
+            TransportError: the server refused (``code`` gate-closed), or does not answer.
         """
-        proposal = _decision(decision, choice, report.snapshot)
-        message = protocol.Proposal.of(proposal, epoch=report.snapshot.epoch)
+        message = msgspec.structs.replace(
+            protocol.Proposal.of(decision, epoch=report.snapshot.epoch),
+            snapshot_note="A caller made this decision, so it cannot be replayed.",
+        )
         written = await self._urza.propose(self._run, message)
         return await self._follow(str(written["uid"]))
 
@@ -85,31 +69,3 @@ class RemoteAdaptation:
             if time.monotonic() >= until:
                 return Outcome(uid, state, False, f"It is still {state}.")
             await asyncio.sleep(_POLL_SECONDS)
-
-
-def _decision(decision: AdaptationDecision, choice: Choice, snapshot: RunSnapshot) -> Decision:
-    layer = snapshot.layer(decision.layer_name)
-    return Decision(
-        adaptation=decision,
-        blueprint=choice.candidate.blueprint,
-        config=choice.candidate.config,
-        risk=choice.risk,
-        forecast=choice.candidate.forecast,
-        checks=choice.checks,
-        why_not=choice.why_not,
-        evidence=_evidence(snapshot, layer) if layer else {},
-        step=snapshot.step,
-        policy="caller",
-        asks=tuple(check.text for check in choice.checks if check.asks),
-    )
-
-
-def _evidence(snapshot: RunSnapshot, layer: LayerInfo) -> dict[str, float]:
-    """The layer's newest signals, and the newest loss."""
-    evidence: dict[str, float] = {}
-    if snapshot.frames:
-        newest = snapshot.frames[-1]
-        evidence = {str(signal): newest.value(layer.name, signal) for signal in SIGNALS}
-    if snapshot.loss.size:
-        evidence["loss"] = float(snapshot.loss[-1])
-    return evidence
