@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from esper.sdk.frameworks.accelerate import attach, step
+from esper.sdk.accelerate import attach, step
 
 
 def main() -> None:

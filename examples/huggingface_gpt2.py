@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from esper.sdk.frameworks.huggingface import EsperCallback
+from esper.sdk.huggingface import EsperCallback
 
 CONTEXT = 64
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from esper.sdk.frameworks.lightning import EsperCallback
+from esper.sdk.lightning import EsperCallback
 
 
 class Digits(LightningModule):

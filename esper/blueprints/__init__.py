@@ -4,11 +4,17 @@ from esper.blueprints.base import Blueprint, Graft
 from esper.blueprints.composition import Composition
 from esper.blueprints.registry import catalogue, get_blueprint, list_blueprints, register
 
+# The published names; the longer ones shadow nothing where they are imported by name.
+all = list_blueprints
+get = get_blueprint
+
 __all__ = [
     "Blueprint",
     "Composition",
     "Graft",
+    "all",
     "catalogue",
+    "get",
     "get_blueprint",
     "list_blueprints",
     "register",
