@@ -84,7 +84,7 @@ class Workers:
     def wait_ready(self, name: str) -> None:
         until(
             lambda: self.plant.rows(
-                "SELECT 1 FROM kernels_worker WHERE name=? AND state='idle' AND devices!='[]' "
+                "SELECT 1 FROM workers_worker WHERE name=? AND state='idle' AND devices!='[]' "
                 "AND queues!='[]'",
                 name,
             ),
@@ -145,7 +145,7 @@ def workers(start_esper: Any, tmp_path: Path) -> Iterator[Workers]:
 def job_of(plant: Plant, uid: str) -> dict[str, Any]:
     names = ("state", "attempt", "lease_owner", "error", "log", "capability")
     [row] = plant.rows(
-        f"SELECT {', '.join(names)} FROM kernels_compilejob WHERE adaptation_uid=?",  # noqa: S608
+        f"SELECT {', '.join(names)} FROM workers_compilejob WHERE adaptation_uid=?",  # noqa: S608
         uid,
     )
     return dict(zip(names, row, strict=True))
@@ -240,7 +240,8 @@ def check_the_database(plant: Plant) -> None:
         assert states.count("dispatched") <= 1
     # The result that counts is by the worker that held the lease; nobody else's was taken.
     foreign = plant.rows(
-        "SELECT j.uid FROM kernels_compilejob j JOIN kernels_kernel k ON k.id = j.kernel_id "
+        "SELECT j.uid FROM workers_compilejob j "
+        "JOIN kernels_kernel k ON k.digest = j.kernel_digest "
         "WHERE j.state='done' AND NOT j.cached AND k.built_by != j.lease_owner"
     )
     assert foreign == []
@@ -296,7 +297,8 @@ def test_a_frozen_worker_that_wakes_up_is_refused_and_the_other_has_done_it(
     assert (job["state"], job["attempt"], job["lease_owner"]) == ("done", 2, SECOND)
     assert f"worker {FIRST} was lost" in job["log"]
     built_by = (
-        "SELECT k.built_by FROM kernels_kernel k JOIN kernels_compilejob j ON j.kernel_id = k.id"
+        "SELECT k.built_by FROM kernels_kernel k "
+        "JOIN workers_compilejob j ON j.kernel_digest = k.digest"
     )
     assert plant.rows(f"{built_by} WHERE j.adaptation_uid=?", uid) == [(SECOND,)]
 
@@ -342,8 +344,8 @@ def test_one_run_over_two_devices_gets_each_kernel_from_a_worker_that_claims_it(
     for uid in uids.values():
         until(lambda uid=uid: job_of(plant, uid)["state"] == "done", "both are built")
     built = plant.rows(
-        "SELECT j.layer->>'name', k.capability, k.built_by FROM kernels_compilejob j "
-        "JOIN kernels_kernel k ON k.id = j.kernel_id ORDER BY 1"
+        "SELECT j.layer->>'name', k.capability, k.built_by FROM workers_compilejob j "
+        "JOIN kernels_kernel k ON k.digest = j.kernel_digest ORDER BY 1"
     )
     assert built == [("a", "cpu", FIRST), ("b", "cpu.avx2", SECOND)]
     answer = plant.call("vera", "GET", "workers?kind=compile").json()["results"]
