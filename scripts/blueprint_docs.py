@@ -66,10 +66,13 @@ LARGE_NORM = replace(
 )
 HEADER = """# Blueprints
 
-Written by `python -m scripts.blueprint_docs`; a test compares. Costs are what the formulas give
-at a blueprint's default settings; memory is weights, gradients, two moments and kept activations
-in float32. The contract is measured by grafting into the layer on a CPU: first the largest
-difference of any output number at birth. What is refused, is refused with these words.
+Written by `python -m scripts.blueprint_docs`; a test compares it with the code.
+
+The costs come from the formulas, at each blueprint's default settings. Memory is weights,
+gradients, two moments and the activations that are kept, in float32. The column *contract* is
+measured: the blueprint is grafted into the layer on a CPU. Its first number is the largest
+difference of any output number right after the graft. *refused* is followed by the reason that
+Esper gives.
 """
 
 
