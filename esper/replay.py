@@ -160,7 +160,7 @@ class Replayed:
     """A stored decision, made again.
 
     Attributes:
-        decision: what ``decide`` says now.
+        decision: what ``decide`` answers now.
         differences: members of the stored message that are other than now; empty: the same.
     """
 

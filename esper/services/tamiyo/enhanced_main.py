@@ -1,4 +1,4 @@
-"""The Tamiyo service: hears health, decides, judges, and says that it is there.
+"""The Tamiyo service: reads health frames, decides, judges, and sends heartbeats.
 
 Its state is only a cache. Kill it at any moment: entries that it had not acknowledged come back,
 runs are read again from the server, and idempotency keys keep a decision from being made twice.
@@ -91,7 +91,7 @@ class EnhancedTamiyoService:
         logger.info("%s runs as %s", self.config.name, self.config.instance)
 
     async def stop(self) -> None:
-        """Stop within seconds; whatever was not finished comes back to another instance."""
+        """Stop within seconds; another instance claims what was not finished."""
         self._running = False
         for task in self._tasks:
             task.cancel()
@@ -107,7 +107,7 @@ class EnhancedTamiyoService:
         """Start, and stop on SIGTERM or SIGINT.
 
         Raises:
-            RuntimeError: a part of it died; whoever supervises us should start us again.
+            RuntimeError: a part of it died; the supervisor should start the service again.
         """
         running_loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -173,7 +173,7 @@ class EnhancedTamiyoService:
         self._asked_to_end.set()
 
     async def _listen(self) -> None:
-        """Read the stream for ever; a Redis that is away is waited for."""
+        """Read the stream until the service stops; wait for a Redis that is away."""
         assert self.config.redis_url is not None
         self._stream = HealthStream(
             self.config.redis_url,
@@ -226,7 +226,7 @@ class EnhancedTamiyoService:
             await self._stream.ack(list(entries))
 
     async def _tick(self) -> None:
-        """Look at every live run now and then: telemetry may stop, doorbells may get lost."""
+        """Attend every live run at intervals: telemetry may stop, notifications may get lost."""
         assert self._loop is not None
         attempts = 0
         while True:

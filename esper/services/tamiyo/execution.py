@@ -33,7 +33,7 @@ class ModelState:
 
     Attributes:
         model: None only where ``run`` names a run of a server.
-        optimizer: gets the graft's parameters; None: nobody trains them.
+        optimizer: gets the graft's parameters; None: they are not trained.
         sample: an input of the model (a tensor, a tuple of arguments or a dict of keywords); one
             forward pass tells the layers' shapes. Not needed with ``layers``. With neither, only
             what the modules tell of themselves is known.
@@ -83,7 +83,7 @@ class Compiler(Protocol):
 
 
 class Store(Protocol):
-    """Keeps kernels; ``esper.compilation.KernelStore`` is one."""
+    """Stores kernels; ``esper.compilation.KernelStore`` is one."""
 
     def put(self, bundle: KernelBundle) -> str: ...
 
@@ -93,7 +93,7 @@ class Store(Protocol):
 
 
 class Dispatcher(Protocol):
-    """Brings a kernel into a model; on any error the model is as before."""
+    """Grafts a kernel into a model; after an error the model is as before."""
 
     def graft(
         self, state: ModelState, layer: LayerInfo, spec: KernelSpec, adaptation: str
@@ -101,7 +101,7 @@ class Dispatcher(Protocol):
 
 
 class LocalCompiler:
-    """Builds here, and signs with a key that lives as long as this process."""
+    """Builds in this process, and signs with a key of this process."""
 
     def __init__(self) -> None:
         self._private_key = generate_private_key()
@@ -167,7 +167,7 @@ class PreparedKernel:
 
 
 class ExecutionSystemIntegrator:
-    """Kernels by need, from the cache where there is one, and their way into the model."""
+    """Gets kernels, from the cache where there is one, and grafts them."""
 
     def __init__(
         self,

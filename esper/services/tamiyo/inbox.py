@@ -12,7 +12,7 @@ MAX_BACKOFF_SECONDS = 10.0
 
 
 def backoff_seconds(attempts: int) -> float:
-    """0.2 s, doubled with every failure up to 10 s, with jitter so that many do not march."""
+    """0.2 s, doubled with every failure up to 10 s, with jitter so that retries spread out."""
     ceiling: float = min(MAX_BACKOFF_SECONDS, 0.2 * 2 ** min(attempts, 10))
     return ceiling * random.uniform(0.5, 1.0)
 
@@ -25,7 +25,7 @@ class _Waiting:
 
 
 class Inbox:
-    """One run's trouble delays that run only."""
+    """Entries by run: a failure of one run delays that run only."""
 
     def __init__(self) -> None:
         self._runs: dict[str, _Waiting] = {}
@@ -51,7 +51,7 @@ class Inbox:
         """Try again later.
 
         Returns:
-            Entries that a newer one replaces; the newest alone keeps the promise to act.
+            Entries that a newer one replaces; the newest one stays unacknowledged.
         """
         waiting = self._runs[run]
         pause = backoff_seconds(waiting.attempts) if retry_after is None else retry_after

@@ -53,7 +53,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="of the status page")
     parser.add_argument("--port", type=int, default=0, help="of the status page; 0: none")
     parser.add_argument(
-        "--no-learning", action="store_true", help="propose as if nothing had ever been tried"
+        "--no-learning", action="store_true", help="ignore the results of earlier adaptations"
     )
     return parser.parse_args(arguments)
 
@@ -66,7 +66,7 @@ def _config(options: argparse.Namespace) -> ServiceConfig:
     }
     if options.redis_url and not given.get("urza_url") and not ServiceConfig("tamiyo").urza_url:
         raise ConfigurationError(
-            "--redis-url needs --urza-url: health could be heard, but nobody could be asked to act"
+            "--redis-url needs --urza-url: frames come from Redis, proposals go to the server"
         )
     return ServiceConfig(
         name="tamiyo",

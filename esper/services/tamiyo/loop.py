@@ -4,7 +4,7 @@
         snapshot from the server, when ours is old, has a gap, or something happened
         absorb the entries' frames
         for each adaptation in probation:  judge -> POST verdict with its reward
-        if there is a frame that nobody decided on:
+        if there is a frame without a decision:
             decide() -> POST proposal | POST decline (hard refusals only) | nothing
 
 Every call may be repeated: proposals and verdicts carry idempotency keys, and a run's state is
@@ -68,7 +68,7 @@ class DecisionLoop:
     async def attend(
         self, run: str, entries: Sequence[HealthEntry] = (), *, deciding: bool = True
     ) -> None:
-        """Act on what is new about a run.
+        """Act on what is new in a run.
 
         Raises:
             TransportError: not permanent; nothing is lost, call again.
@@ -87,17 +87,17 @@ class DecisionLoop:
                     raise
                 self._give_up(watch, error)
             except Exception:
-                # One run's data broke our code: say it loudly, and go on with the other runs.
+                # One run's data caused an error here: log it, and go on with the other runs.
                 logger.exception("run %s could not be decided on", run)
                 self.counts["errors"] += 1
                 watch.undecided = False
 
     async def attend_live_runs(self, *, deciding: bool) -> None:
-        """Look at every live run once, and forget those that ended.
+        """Attend every live run once, and drop those that ended.
 
         Args:
-            deciding: also decide; without, only where nobody rang since the last look: then the
-                doorbell is broken, and waiting for it would be for ever.
+            deciding: also decide. Without it, only where no notification came since the last call:
+                then notifications are lost, and a run must not wait for one.
         """
         live = {str(run["uid"]) for run in await self._urza.live_runs()}
         for gone in self.watches.keys() - live:
@@ -116,7 +116,7 @@ class DecisionLoop:
         try:
             watch.take(wire.report_from_wire(data))
         except CodecError as error:
-            # A server of another version: waiting for its update beats dropping the run.
+            # A server of another version: wait for its update instead of dropping the run.
             raise TransportError(str(error), permanent=False) from error
 
     async def _decide(self, watch: RunWatch) -> None:
@@ -145,7 +145,7 @@ class DecisionLoop:
         except TransportError as error:
             if not error.permanent:
                 raise
-            # The server's gates know more than we do; ask again when the world has moved on.
+            # The server's gates know more; propose again when the run has changed.
             watch.held_until[wish] = time.monotonic() + self._refresh_seconds
             self.counts["proposals_refused"] += 1
             logger.info("run %s: %s into %s was refused: %s", watch.uid, *wish[::-1], error)
@@ -197,7 +197,7 @@ class DecisionLoop:
         watch.outdate()
 
     def _give_up(self, watch: RunWatch, error: TransportError) -> None:
-        """The server will never take this: the run is gone, or one of us is wrong."""
+        """The server refuses this for good: the run is gone, or one side has an error."""
         self.counts["errors"] += 1
         logger.error("run %s: %s", watch.uid, error)
         watch.undecided = False

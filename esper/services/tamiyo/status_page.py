@@ -23,7 +23,7 @@ async def serve_status(
             async with asyncio.timeout(_TIMEOUT_SECONDS):
                 request = await reader.readline()
                 while (await reader.readline()).strip():
-                    pass  # headers say nothing that we need
+                    pass  # no header is needed
                 writer.write(_answer(request, status))
                 await writer.drain()
         writer.close()

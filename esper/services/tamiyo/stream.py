@@ -1,7 +1,7 @@
-"""The Redis stream that rings when a health frame is stored.
+"""The Redis stream with a notification for each stored health frame.
 
-Entries are doorbells: losing or repeating one loses or repeats no decision, because a run's state
-is read from the server and a proposal carries its idempotency key.
+Losing or repeating an entry loses or repeats no decision, because a run's state is read from the
+server, and a proposal carries its idempotency key.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class HealthEntry:
         id: of the entry in the stream.
         stored_at: seconds since the epoch, by Redis's clock.
         values: little-endian float32 [layers, signals].
-        loss: the newest training loss, NaN once it diverged; None: not told.
+        loss: the newest training loss, NaN once it diverged; None: not known.
     """
 
     id: bytes
@@ -65,7 +65,7 @@ class HealthStream:
         self.malformed = 0
 
     async def read(self, *, wait_seconds: float = 1.0, count: int = 256) -> list[HealthEntry]:
-        """Entries that nobody else works on: abandoned ones first, then new ones."""
+        """Entries that no other instance holds: abandoned ones first, then new ones."""
         try:
             raw = await self._abandoned(count) or await self._new(wait_seconds, count)
         except ResponseError as error:
@@ -81,7 +81,7 @@ class HealthStream:
             await self._redis.xack(STREAM, GROUP, *(entry.id for entry in entries))
 
     async def close(self) -> None:
-        """Leave the group, unless that would lose entries that we still hold."""
+        """Leave the group, unless this instance still holds entries."""
         with contextlib.suppress(RedisError, OSError):
             await self._forget_consumers()
         await self._redis.aclose()
@@ -111,7 +111,7 @@ class HealthStream:
                 raise
 
     async def _forget_consumers(self) -> None:
-        """Drop ourselves and long dead instances; one that holds entries stays, to be claimed."""
+        """Remove this instance and long ended ones; one with entries stays, to be claimed."""
         for consumer in await self._redis.xinfo_consumers(STREAM, GROUP):
             name = consumer["name"]
             mine = name == self._consumer.encode()
@@ -126,7 +126,7 @@ class HealthStream:
                 broken.append(entry_id)
             else:
                 entries.append(entry)
-        if broken:  # nobody will ever understand them: do not let them come back
+        if broken:  # malformed for good: acknowledge them, so that they do not come back
             self.malformed += len(broken)
             logger.warning("%d entries of %s make no sense", len(broken), STREAM)
             await self._redis.xack(STREAM, GROUP, *broken)

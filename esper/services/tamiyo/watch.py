@@ -21,13 +21,13 @@ GAP_FACTOR = 3.0  # several Tamiyos share a stream, so one missing frame is norm
 
 
 class RunWatch:
-    """Rolling state of one run. A snapshot is the truth; entries carry it on until the next.
+    """Rolling state of one run: the latest snapshot, extended by the entries since.
 
     Attributes:
-        undecided: there is evidence that nobody has decided on yet.
-        judged: adaptations that got our verdict.
-        held_until: (layer, adaptation type) -> monotonic time; the server said no to it.
-        declined_at: what was refused -> monotonic time of the note.
+        undecided: there is evidence without a decision.
+        judged: adaptations whose verdict was sent.
+        held_until: (layer, adaptation type) -> monotonic time; the server refused it until then.
+        declined_at: what was declined -> monotonic time of the report.
     """
 
     def __init__(self, uid: str) -> None:
@@ -62,7 +62,7 @@ class RunWatch:
         return self._report.active if self._report else ()
 
     def outdate(self) -> None:
-        """Something happened that only a new snapshot tells."""
+        """Something happened that only a new snapshot shows."""
         self._stale = True
 
     def needs_snapshot(self, entries: Sequence[HealthEntry], *, max_age_seconds: float) -> bool:
@@ -87,7 +87,7 @@ class RunWatch:
             old is None
             or not same_epoch
             or newest > _last_step(old)
-            # The frame was decided on with a part of the losses only: it deserves another look.
+            # The decision on this frame had a part of the losses only, so it is made again.
             or _losses_until(new, newest) > _losses_until(old, newest)
         ):
             self.undecided = bool(new.frames)
@@ -98,7 +98,7 @@ class RunWatch:
         self.judged &= {adaptation.uid for adaptation in report.active}
 
     def absorb(self, entries: Sequence[HealthEntry]) -> None:
-        """Append newer frames; older ones, and those of another epoch, are already history."""
+        """Append newer frames; older ones, and those of another epoch, are left out."""
         for entry in sorted(entries, key=lambda entry: entry.step):
             self._absorb_one(entry)
 

@@ -29,7 +29,7 @@ class Net(nn.Module):
         return y
 
 
-class Patient:
+class Training:
     """A model in the middle of its training, and what it was before anything was done to it."""
 
     def __init__(self) -> None:
@@ -66,8 +66,8 @@ class Patient:
 
 
 @pytest.fixture
-def patient() -> Patient:
-    return Patient()
+def training() -> Training:
+    return Training()
 
 
 @pytest.fixture
@@ -84,10 +84,10 @@ def wish(
 
 
 async def test_a_good_decision_ends_in_a_certified_graft_that_learns(
-    orchestrator: Phase2IntegrationOrchestrator, patient: Patient
+    orchestrator: Phase2IntegrationOrchestrator, training: Training
 ) -> None:
     success, details = await orchestrator.execute_adaptation_pipeline(
-        decision=wish(), model_state=patient.state
+        decision=wish(), model_state=training.state
     )
 
     assert success, details
@@ -95,31 +95,31 @@ async def test_a_good_decision_ends_in_a_certified_graft_that_learns(
     assert details["certificate"]["max_abs_diff"] == 0.0
     grafted = {
         name: parameter.clone()
-        for name, parameter in patient.model.named_parameters()
+        for name, parameter in training.model.named_parameters()
         if "esper" in name
     }
-    patient.train(3)
+    training.train(3)
     assert grafted
     assert any(
         not torch.equal(parameter, grafted[name])
-        for name, parameter in patient.model.named_parameters()
+        for name, parameter in training.model.named_parameters()
         if name in grafted
     )
     codec.encode(details)  # details are strict JSON
 
 
 async def test_undo_brings_the_model_back_to_the_bit(
-    orchestrator: Phase2IntegrationOrchestrator, patient: Patient
+    orchestrator: Phase2IntegrationOrchestrator, training: Training
 ) -> None:
     _, details = await orchestrator.execute_adaptation_pipeline(
-        decision=wish(), model_state=patient.state
+        decision=wish(), model_state=training.state
     )
-    patient.train(2)
+    training.train(2)
 
     orchestrator.undo(details["adaptation"])
 
-    assert grafting.digest(patient.model) == patient.before[0]
-    assert len(patient.optimizer.param_groups) == 1
+    assert grafting.digest(training.model) == training.before[0]
+    assert len(training.optimizer.param_groups) == 1
     status = orchestrator.get_integration_status()
     assert status["active_adaptations"] == {}
     assert status["execution_metrics"]["rolled_back"] == 1
@@ -133,19 +133,19 @@ async def test_undo_brings_the_model_back_to_the_bit(
 )
 async def test_a_broken_constraint_is_a_violation_and_touches_nothing(
     orchestrator: Phase2IntegrationOrchestrator,
-    patient: Patient,
+    training: Training,
     constraints: dict[str, float],
     rule: str,
 ) -> None:
     success, details = await orchestrator.execute_adaptation_pipeline(
-        decision=wish(), model_state=patient.state, constraints=constraints
+        decision=wish(), model_state=training.state, constraints=constraints
     )
 
     assert not success
     assert [violation["rule"] for violation in details["violations"]] == [rule]
     assert details["violations"][0]["observed"]
     assert details["violations"][0]["limit"]
-    assert patient.is_untouched()
+    assert training.is_untouched()
     assert orchestrator.get_integration_status()["safety_violations"][0]["rule"] == rule
 
 
@@ -161,36 +161,36 @@ async def test_a_broken_constraint_is_a_violation_and_touches_nothing(
 )
 async def test_a_refused_decision_says_why_and_touches_nothing(
     orchestrator: Phase2IntegrationOrchestrator,
-    patient: Patient,
+    training: Training,
     decision: AdaptationDecision,
     says: str,
 ) -> None:
     success, details = await orchestrator.execute_adaptation_pipeline(
-        decision=decision, model_state=patient.state
+        decision=decision, model_state=training.state
     )
 
     assert not success
     assert says in details["reason"]
-    assert patient.is_untouched()
+    assert training.is_untouched()
 
 
 async def test_an_unknown_constraint_is_refused_by_name(
-    orchestrator: Phase2IntegrationOrchestrator, patient: Patient
+    orchestrator: Phase2IntegrationOrchestrator, training: Training
 ) -> None:
     success, details = await orchestrator.execute_adaptation_pipeline(
-        decision=wish(), model_state=patient.state, constraints={"max_memroy_mb": 4}
+        decision=wish(), model_state=training.state, constraints={"max_memroy_mb": 4}
     )
 
     assert not success
     assert "max_memroy_mb" in details["reason"]
-    assert patient.is_untouched()
+    assert training.is_untouched()
 
 
 async def test_a_layer_rests_after_a_graft_and_steps_end_the_rest(
-    orchestrator: Phase2IntegrationOrchestrator, patient: Patient
+    orchestrator: Phase2IntegrationOrchestrator, training: Training
 ) -> None:
-    await orchestrator.execute_adaptation_pipeline(decision=wish(), model_state=patient.state)
-    state = patient.state
+    await orchestrator.execute_adaptation_pipeline(decision=wish(), model_state=training.state)
+    state = training.state
 
     too_soon, details = await orchestrator.execute_adaptation_pipeline(
         decision=wish(kind=AdaptationType.ADD_FFN), model_state=state
@@ -279,40 +279,40 @@ class FailingCompiler(LocalCompiler):
         raise KernelBuildError("it changes the output at birth by 0.3", permanent=True)
 
 
-async def test_a_kernel_that_was_tampered_with_never_reaches_the_model(patient: Patient) -> None:
+async def test_a_kernel_that_was_tampered_with_never_reaches_the_model(training: Training) -> None:
     orchestrator = Phase2IntegrationOrchestrator(store=TamperingStore())
 
     success, details = await orchestrator.execute_adaptation_pipeline(
-        decision=wish(), model_state=patient.state
+        decision=wish(), model_state=training.state
     )
 
     assert not success
     assert "recipe.json" in details["reason"]
-    assert patient.is_untouched()
+    assert training.is_untouched()
 
 
-async def test_a_kernel_by_a_foreign_signer_never_reaches_the_model(patient: Patient) -> None:
+async def test_a_kernel_by_a_foreign_signer_never_reaches_the_model(training: Training) -> None:
     orchestrator = Phase2IntegrationOrchestrator(compiler=ForeignCompiler())
 
     success, details = await orchestrator.execute_adaptation_pipeline(
-        decision=wish(), model_state=patient.state
+        decision=wish(), model_state=training.state
     )
 
     assert not success
     assert "signed" in details["reason"]
-    assert patient.is_untouched()
+    assert training.is_untouched()
 
 
-async def test_a_refused_certificate_ends_the_adaptation(patient: Patient) -> None:
+async def test_a_refused_certificate_ends_the_adaptation(training: Training) -> None:
     orchestrator = Phase2IntegrationOrchestrator(compiler=FailingCompiler())
 
     success, details = await orchestrator.execute_adaptation_pipeline(
-        decision=wish(), model_state=patient.state
+        decision=wish(), model_state=training.state
     )
 
     assert not success
     assert "output at birth" in details["reason"]
-    assert patient.is_untouched()
+    assert training.is_untouched()
 
 
 class BreakingDispatcher:
@@ -322,28 +322,28 @@ class BreakingDispatcher:
         raise SignatureError("the operating theatre is closed")
 
 
-async def test_surgery_that_fails_is_told_and_counted(patient: Patient) -> None:
+async def test_surgery_that_fails_is_told_and_counted(training: Training) -> None:
     orchestrator = Phase2IntegrationOrchestrator(dispatcher=BreakingDispatcher())
 
     success, details = await orchestrator.execute_adaptation_pipeline(
-        decision=wish(), model_state=patient.state
+        decision=wish(), model_state=training.state
     )
 
     assert not success
     assert "theatre" in details["reason"]
-    assert patient.is_untouched()
+    assert training.is_untouched()
     status = orchestrator.get_integration_status()
     assert status["execution_metrics"]["refused"] == 1
     assert status["active_adaptations"] == {}
 
 
-async def test_a_policy_that_takes_no_medium_risk_asks_a_person(patient: Patient) -> None:
+async def test_a_policy_that_takes_no_medium_risk_asks_a_person(training: Training) -> None:
     orchestrator = Phase2IntegrationOrchestrator(policy=SafetyPolicy())
 
     success, details = await orchestrator.execute_adaptation_pipeline(
-        decision=wish(kind=AdaptationType.ADD_FFN), model_state=patient.state
+        decision=wish(kind=AdaptationType.ADD_FFN), model_state=training.state
     )
 
     assert not success
     assert details["asks"]
-    assert patient.is_untouched()
+    assert training.is_untouched()

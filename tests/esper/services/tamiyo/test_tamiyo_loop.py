@@ -28,7 +28,7 @@ from esper.utils.config import ServiceConfig
 from tests.esper.services.tamiyo.fake_urza import FakeRun, FakeUrza, health_values
 
 
-def ring(valkey: redis.Redis, run: FakeRun, *, steps: int = 10) -> None:
+def notify(valkey: redis.Redis, run: FakeRun, *, steps: int = 10) -> None:
     """The run trains on, and the server adds its frame to the stream."""
     run.train(steps)
     valkey.xadd(
@@ -102,7 +102,7 @@ async def test_a_flat_run_gets_one_proposal_with_its_evidence(
     run = urza.runs["run_a"]
     async with running(config(valkey_url, urza)) as service:
         for _ in range(5):
-            ring(valkey, run)
+            notify(valkey, run)
             await asyncio.sleep(0.05)
         await until(lambda: urza.proposals)
         await until(lambda: pending(valkey) == 0)
@@ -127,7 +127,7 @@ async def test_what_could_not_be_posted_is_posted_once_when_the_server_is_back(
 ) -> None:
     urza.trouble = lambda method, path: (503, {"title": "maintenance"})
     async with running(config(valkey_url, urza)) as service:
-        ring(valkey, urza.runs["run_a"])
+        notify(valkey, urza.runs["run_a"])
         await until(lambda: service.get_status()["connections"]["urza"] == "reconnecting")
         await until(lambda: pending(valkey) == 1)
         assert urza.proposals == {}
@@ -157,7 +157,7 @@ async def test_a_lost_answer_repeats_the_proposal_under_the_same_key(
     original = urza._propose
     urza._propose = answer_is_lost  # type: ignore[method-assign]
     async with running(config(valkey_url, urza, refresh_seconds=30.0)):
-        ring(valkey, urza.runs["run_a"])
+        notify(valkey, urza.runs["run_a"])
         await until(lambda: len(keys) >= 2)
         await until(lambda: pending(valkey) == 0)
 
@@ -165,23 +165,23 @@ async def test_a_lost_answer_repeats_the_proposal_under_the_same_key(
     assert len(urza.proposals) == 1
 
 
-async def test_a_flushed_redis_costs_nothing_but_the_doorbells(
+async def test_a_flushed_redis_loses_notifications_only(
     valkey_url: str, valkey: redis.Redis, urza: FakeUrza
 ) -> None:
     run = urza.runs["run_a"]
     async with running(config(valkey_url, urza)) as service:
-        ring(valkey, run)
+        notify(valkey, run)
         await until(lambda: urza.proposals)
 
         valkey.flushall()
         run.in_flight.clear()
         urza.proposals.clear()
 
-        def ringing_was_heard() -> bool:
-            ring(valkey, run)
+        def a_notification_arrived() -> bool:
+            notify(valkey, run)
             return bool(urza.proposals)
 
-        await until(ringing_was_heard)
+        await until(a_notification_arrived)
         await until(lambda: pending(valkey) == 0)
         assert service.get_status()["connections"]["redis"] == "connected"
 
@@ -196,7 +196,7 @@ async def test_without_redis_runs_are_polled(urza: FakeUrza) -> None:
         assert len(urza.proposals) == 1
 
 
-async def test_a_doorbell_that_never_rings_is_noticed(
+async def test_runs_are_polled_when_no_notification_comes(
     valkey_url: str, valkey: redis.Redis, urza: FakeUrza
 ) -> None:
     run = urza.runs["run_a"]
@@ -215,7 +215,7 @@ async def test_entries_of_an_instance_that_died_are_taken_over(
     valkey_url: str, valkey: redis.Redis, urza: FakeUrza
 ) -> None:
     valkey.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
-    ring(valkey, urza.runs["run_a"])
+    notify(valkey, urza.runs["run_a"])
     valkey.xreadgroup(GROUP, "dead-1", {STREAM: ">"})
     assert pending(valkey) == 1
 
@@ -237,7 +237,7 @@ async def test_several_tamiyos_share_the_runs_and_decide_once(
     ):
         for _ in range(4):
             for run in urza.runs.values():
-                ring(valkey, run)
+                notify(valkey, run)
             await asyncio.sleep(0.05)
         await until(lambda: len(urza.proposals) >= 3)
         await until(lambda: pending(valkey) == 0)
@@ -254,8 +254,8 @@ async def test_one_run_that_breaks_us_does_not_hold_up_the_others(
     urza.trouble = lambda method, path: (200, {"run": 7}) if "run_a/snap" in path else None
     async with running(config(valkey_url, urza)):
         valkey.xadd(STREAM, {"run": "run_b", "nonsense": "x"})
-        ring(valkey, urza.runs["run_a"])
-        ring(valkey, urza.runs["run_b"])
+        notify(valkey, urza.runs["run_a"])
+        notify(valkey, urza.runs["run_b"])
         await until(lambda: urza.proposals)
 
     assert {key.split(":")[0] for key in urza.proposals} == {"run_b"}
@@ -265,7 +265,7 @@ async def test_entries_of_a_run_that_is_gone_are_let_go(
     valkey_url: str, valkey: redis.Redis, urza: FakeUrza
 ) -> None:
     async with running(config(valkey_url, urza)) as service:
-        ring(valkey, FakeRun("run_gone"))
+        notify(valkey, FakeRun("run_gone"))
         await until(lambda: "GET runs/run_gone/snapshot" in urza.requests)
         await until(lambda: pending(valkey) == 0)
         assert "run_gone" not in service.get_status()["runs"]
@@ -278,7 +278,7 @@ async def test_a_broken_limit_is_noted_once_in_a_while(
     low = StubbornPolicy(confidence=0.2)
     async with running(config(valkey_url, urza), policy=low) as service:
         for _ in range(6):
-            ring(valkey, run)
+            notify(valkey, run)
             await asyncio.sleep(0.1)
         await until(lambda: service.get_status()["decisions"]["decisions"] >= 3)
 
@@ -298,7 +298,7 @@ async def test_a_proposal_that_the_server_refuses_is_not_repeated_with_every_fra
     settings = config(valkey_url, urza, refresh_seconds=20.0)
     async with running(settings, policy=StubbornPolicy()) as service:
         for _ in range(6):
-            ring(valkey, run)
+            notify(valkey, run)
             await asyncio.sleep(0.1)
         await until(lambda: pending(valkey) == 0)
         assert service.get_status()["decisions"]["decisions"] >= 2
@@ -345,12 +345,12 @@ async def test_a_graft_that_earns_its_place_is_kept_with_its_reward(
     described.if_match_needed = True
     async with running(config(valkey_url, described)):
         run.train(100, loss=0.7)
-        ring(valkey, run)
+        notify(valkey, run)
         await asyncio.sleep(0.3)
         assert described.verdicts == {}  # too early
 
         run.train(100, loss=0.7)
-        ring(valkey, run)
+        notify(valkey, run)
         await until(lambda: described.verdicts)
 
     verdict = described.verdicts["adp_1"]
@@ -416,7 +416,7 @@ async def test_killed_after_posting_and_before_acknowledging_it_decides_once(
     valkey_url: str, valkey: redis.Redis, urza: FakeUrza
 ) -> None:
     run = urza.runs["run_a"]
-    ring(valkey, run)
+    notify(valkey, run)
     arguments = ("--redis-url", valkey_url, "--urza-url", urza.url)
     first = launch(*arguments, ESPER_TOKEN="esp_test")
 
@@ -434,7 +434,7 @@ async def test_killed_after_posting_and_before_acknowledging_it_decides_once(
 
         second = launch(*arguments, ESPER_TOKEN="esp_test")
         try:
-            ring(valkey, run)
+            notify(valkey, run)
             # Also what the dead one held, if it came so far as to hold it.
             await until(lambda: all_handled(valkey))
             second.send_signal(signal.SIGTERM)
