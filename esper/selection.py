@@ -449,8 +449,8 @@ def _fit(blueprint: SelectableBlueprint, instability: float) -> float:
     """Among diagnostics: limit the gradient of unstable layers, measure others."""
     if blueprint.adaptation_type is not AdaptationType.ADD_DIAGNOSTIC:
         return 0.0
-    calms = blueprint.kind is not GraftKind.OBSERVE
-    return FIT_WEIGHT * (instability if calms else 1.0 - instability)
+    limits_gradient = blueprint.kind is not GraftKind.OBSERVE
+    return FIT_WEIGHT * (instability if limits_gradient else 1.0 - instability)
 
 
 def _too_large(table: _Table, latency_N: Doubles, place: _Place) -> str:

@@ -2,11 +2,11 @@
 
     Router          y + Σ gate_e · E_e(x) over the two experts that it chooses for a position
     CapacityLimit   bounds how many positions an expert of the router serves
-    UseBalancer     leans the router's choice towards experts that are used little
+    UseBalancer     shifts the router's choice towards experts that are used little
     (experts.py)    one more expert, with a share of the router's softmax
 
-They are grafts of their own, each with its own certificate and its own way out. What they know of
-each other they learn in :meth:`Graft.join`, never in ``combine``.
+Each is a graft with its own certificate and its own undo. They learn about each other only in
+:meth:`Graft.join`, never in ``combine``.
 
 Shape legend: N positions, I channels in, O channels out, E experts, H hidden units of an expert,
 S seats: the N · 2 pairs of a position and an expert chosen for it.
