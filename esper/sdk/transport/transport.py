@@ -224,7 +224,7 @@ class Transport:
     def _give_up(self, error: TransportError) -> None:
         logger.error(
             "Esper no longer reports this run: %s. %s Training goes on; %s",
-            error,
+            str(error).rstrip("."),  # a server's detail is a sentence, other errors are not
             _advice(error, registered=self.registration is not None),
             self.queues.ledger(),
         )
