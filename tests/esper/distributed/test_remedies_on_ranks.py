@@ -232,7 +232,7 @@ def _mixture(rank: int) -> str:
         side.run(2)
         graft(side, "inner", "router_moe_auxloss")
         graft(side, "inner", "cap_fuse_hffn")
-        with pytest.raises(IncompatibleLayerError, match="each rank's own batch"):
+        with pytest.raises(IncompatibleLayerError, match="each rank counts only its own batch"):
             graft(side, "inner", "load_bal_ema")
         side.run(20)
         buffers = [t.item() for _, t in side.bare.named_buffers() if t.numel() == 1]
