@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeVar
 
 from drf_spectacular.utils import extend_schema_field
@@ -40,15 +39,6 @@ class WholeNumber(serializers.IntegerField):
         if type(data) is not int:
             self.fail("invalid")
         return data
-
-
-class FiniteNumber(serializers.FloatField):
-    """A JSON number; the codec has refused those that are not finite."""
-
-    def to_internal_value(self, data: Any) -> float:
-        if type(data) not in (int, float) or not math.isfinite(data):
-            self.fail("invalid")
-        return float(data)
 
 
 @extend_schema_field(_NUMBER_SCHEMA)

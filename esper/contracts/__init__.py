@@ -58,9 +58,7 @@ from esper.contracts.health import (
     HealthFrame,
     LayerInfo,
     Signal,
-    pack_values,
     unpack_bytes,
-    unpack_values,
 )
 from esper.contracts.kernels import (
     BUNDLE_FILES,
@@ -137,8 +135,6 @@ __all__ = [
     "WorkerMode",
     "WorkerState",
     "cost_limits",
-    "pack_values",
     "risk_rank",
     "unpack_bytes",
-    "unpack_values",
 ]

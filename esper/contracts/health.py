@@ -5,8 +5,6 @@ Shape legend: L layers, S signals.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any
@@ -145,24 +143,6 @@ class HealthFrame:
     def column(self, signal: Signal) -> NDArray[np.float32]:
         """float32 [L]."""
         return self.values[:, SIGNAL_INDEX[signal]]
-
-
-def pack_values(values: NDArray[np.float32]) -> str:
-    """float32 [L, S] -> base64 of little-endian rows."""
-    return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode("ascii")
-
-
-def unpack_values(text: str, layers: int) -> NDArray[np.float32]:
-    """base64 -> float32 [L, S].
-
-    Raises:
-        CodecError: not base64, or not ``layers`` rows.
-    """
-    try:
-        raw = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise CodecError(f"frame values are not base64: {error}") from error
-    return unpack_bytes(raw, layers)
 
 
 def unpack_bytes(raw: bytes, layers: int) -> NDArray[np.float32]:

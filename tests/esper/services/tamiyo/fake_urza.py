@@ -6,6 +6,7 @@ under way says so in the snapshot, and acts without ``If-Match`` answer 428 wher
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,6 @@ import numpy as np
 
 from esper import blueprints
 from esper.contracts import SIGNAL_INDEX, SIGNALS, LayerInfo, SafetyPolicy, Signal, codec
-from esper.contracts.health import pack_values
 from esper.services.tamiyo.test_integration import STATUS_KEYS
 
 LAYERS = tuple(
@@ -70,7 +70,7 @@ class FakeRun:
 
     def snapshot(self) -> dict[str, Any]:
         now = time.time()
-        values = pack_values(health_values())
+        values = base64.b64encode(health_values().tobytes()).decode()
         window = range(max(0, self.step - 900), self.step)
         return {
             "run": self.uid,
