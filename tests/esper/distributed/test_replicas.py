@@ -198,7 +198,7 @@ def _want_different_things(rank: int) -> tuple[str, str]:
 def test_ranks_that_call_different_things_get_an_error_and_do_not_hang(two_ranks: RankPool) -> None:
     first, second = two_ranks.run(_want_different_things)
     assert first == second
-    assert "do not do the same" in first[0]
+    assert "must make the same calls" in first[0]
     assert "rank 0: step at step 4; rank 1: graft at step 3" in first[1]
 
 
