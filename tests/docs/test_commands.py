@@ -73,7 +73,7 @@ def _takes_options(start: list[str], words: list[str]) -> None:
 @cache
 def _help(start: tuple[str, ...]) -> str:
     done = subprocess.run(
-        [sys.executable, *start, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, *start, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

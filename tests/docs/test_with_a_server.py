@@ -14,7 +14,7 @@ import pytest
 from tests.docs.pages import DOCS, ROOT, blocks
 from tests.running import RunningEsper
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.process
 
 OF_THE_TESTS = frozenset({"DJANGO_SETTINGS_MODULE", "DATABASE_URL", "REDIS_URL"})
 
@@ -27,7 +27,7 @@ def command(esper: RunningEsper, *words: str) -> str:
         env={name: value for name, value in os.environ.items() if name not in OF_THE_TESTS},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -62,7 +62,7 @@ def test_the_tutorial_runs_with_a_server_when_its_addresses_are_removed(
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     runs = [run for run in get(running_esper, "runs")["results"] if run["name"] == "tutorial"]
