@@ -46,6 +46,7 @@ class MovementWatch:
         self._waiting: dict[nn.Parameter, _Watched] = {}
         self._settled: set[nn.Parameter] = set()
         self._problems: dict[nn.Parameter, Problem] = {}
+        self._gradients: dict[nn.Parameter, Tensor | None] = {}  # of the step before a check
         self._incomplete = True
         self._steps = 0
 
@@ -73,6 +74,7 @@ class MovementWatch:
         if self._steps % STEPS or not (self._waiting or self._problems):
             return self._steps == SILENT_STEPS
         self._look()
+        self._gradients.clear()
         return True
 
     def close(self) -> None:
@@ -83,8 +85,19 @@ class MovementWatch:
     def _count(self, place: int) -> RemovableHandle:
         def count(*_: Any) -> None:
             self._taken[place] += 1
+            if self._waiting and not (self._steps + 1) % STEPS:
+                self._keep_gradients(place)
 
         return self._optimizers[place].register_step_post_hook(count)
+
+    @torch.no_grad()
+    def _keep_gradients(self, place: int) -> None:
+        """At the end of a step: the script may clear the gradients before the check."""
+        for parameter, watched in self._waiting.items():
+            gradient = parameter.grad
+            if watched.optimizer == place and gradient is not None:
+                kept = None if gradient.is_sparse else _sample(gradient).clone()
+                self._gradients[parameter] = kept
 
     def _silent(self) -> Iterator[Problem]:
         for place, taken in enumerate(self._taken):
@@ -126,8 +139,8 @@ class MovementWatch:
         due = [w for w in self._waiting.values() if self._taken[w.optimizer] - w.since >= STEPS]
         moved = _moved(due)
         groups = {p: g for o in self._optimizers for g in o.param_groups for p in g["params"]}
-        # After zero_grad no tensor has a gradient, so there is no evidence.
-        known = any(parameter.grad is not None for parameter in groups)
+        # Where no tensor has a gradient, there is no evidence.
+        known = bool(self._gradients) or any(p.grad is not None for p in groups)
         for watched, has_moved in zip(due, moved, strict=True):
             self._problems.pop(watched.parameter, None)
             if has_moved:
@@ -143,8 +156,12 @@ class MovementWatch:
         lr = group.get("lr")
         if not watched.parameter.requires_grad or (lr is not None and float(lr) == 0.0):
             return None
+        if watched.parameter in self._gradients:
+            return _judge_by_gradient(watched, self._gradients[watched.parameter], group)
         if watched.parameter.grad is not None:
-            return _judge_by_gradient(watched, watched.parameter.grad, group)
+            gradient = watched.parameter.grad
+            sample = None if gradient.is_sparse else _sample(gradient)
+            return _judge_by_gradient(watched, sample, group)
         host, slot, _ = watched.name.partition(f".{SLOT_NAME}.")
         if not slot:
             return Problem(
@@ -186,12 +203,13 @@ def _grafted_output(host: nn.Module) -> str:
 
 
 def _judge_by_gradient(
-    watched: _Watched, gradient: Tensor, group: dict[str, Any]
+    watched: _Watched, sample: Tensor | None, group: dict[str, Any]
 ) -> Problem | None:
+    """``sample`` is of its gradient; None for a sparse one."""
     parameter, lr = watched.parameter, group.get("lr")
-    if gradient.is_sparse or is_warming(group):
+    if sample is None or is_warming(group):
         return None
-    slope, value = _sample(gradient).abs(), watched.sample.abs()
+    slope, value = sample.abs(), watched.sample.abs()
     if not bool(slope.isfinite().all()) or float(slope.max()) <= SMALLEST_GRADIENT:
         return None
     rounding = torch.finfo(parameter.dtype).eps

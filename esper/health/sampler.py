@@ -4,9 +4,10 @@ Shape legend: L layers, S signals, P parameters of the model.
 
 The loop:
 
-    step k-1   after optimizer.step(): copy the weights, arm the activation watchers if deep
+    step k-1   copy the weights, arm the activation watchers if deep
     forward    watchers read each layer's output once, outside autograd
-    step k     fused norms of gradients, weights and updates; one transfer; a frame
+    optimizer  at the end of its own step: fused norms of gradients and updates
+    step k     norms of the weights, one transfer, a frame; it waits for a step of each optimizer
     others     two clock readings and a comparison
 
 Gradients, outputs and every random stream stay as they are: all reads are detached, and the
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts import SIGNAL_INDEX, SIGNALS, HealthFrame, LayerInfo, Signal
+from esper.health.optimizer_steps import OptimizerSteps, dense, norms_of
 from esper.health.score import health_scores
 
 Watcher = Callable[[Tensor, Tensor], None]
@@ -38,6 +40,7 @@ GRAFT_MARK = "esper"  # a layer's grafts live in its child of this name
 MAX_ACTIVATIONS = 1 << 16  # elements of an output that are read
 DEAD_SHARE = 0.025
 EXTREME_SHARE = 0.01
+PATIENCE_CALLS = 64  # how long a frame waits for a step of each optimizer, for accumulation
 MAX_SNR = 1e3
 FIRST_ITERATIONS, NEXT_ITERATIONS = 6, 1
 _ACTIVATION_SIGNALS = (Signal.ACT_MEAN, Signal.ACT_STD, Signal.DEAD_FRACTION, Signal.SATURATION)
@@ -78,6 +81,7 @@ class HealthSampler:
         self._deep = _Pace(max(1, deep_every), budget)
         self._activations = _Activations(watch, self._names, clock)
         self._ranks = _StableRanks()
+        self._steps = OptimizerSteps(self._optimizers, clock)
         self._before: list[Tensor] = []
         self._before_fresh = False
         self._deep_now = False
@@ -111,19 +115,21 @@ class HealthSampler:
         self._held = self._count_held()
         self._before = []
         self._before_fresh = False
+        self._steps.forget_weights()
 
     def close(self) -> None:
-        """Removes all watchers from the model."""
+        """Removes all watchers from the model, and the hooks from its optimizers."""
         self._activations.disarm()
+        self._steps.close()
 
     def step(
-        self, step: int, loss: float | Tensor, metrics: Mapping[str, float] | None = None
+        self, step: int, loss: float | Tensor | None, metrics: Mapping[str, float] | None = None
     ) -> HealthFrame | None:
-        """Call once after each ``optimizer.step()``, while gradients exist.
+        """Call once for each training step, anywhere in the loop.
 
         Args:
-            step: the optimizer step's number.
-            loss: read only when a frame is due, to avoid waiting for a GPU.
+            step: the training step's number.
+            loss: read only when a frame is due, to avoid waiting for a GPU; None is unknown.
             metrics: more run-wide numbers for the frame.
 
         Returns:
@@ -135,7 +141,7 @@ class HealthSampler:
             self._elapsed += entered - self._last_exit
         self._calls += 1
         frame = None
-        if self._calls >= self._next_frame:
+        if self._calls >= self._next_frame and not self._waits:
             frame = self._sample(step, loss, metrics or {}, entered)
         elif self._calls == self._next_frame - 1:
             self._prepare(entered)
@@ -143,11 +149,18 @@ class HealthSampler:
         self._spent += self._last_exit - entered
         return frame
 
+    @property
+    def _waits(self) -> bool:
+        """The due frame waits for an optimizer: gradients that still accumulate are no result."""
+        return self._steps.missing and self._calls < self._next_frame + PATIENCE_CALLS
+
     def _prepare(self, entered: float) -> None:
         """The step before a frame: keep the weights, arm the watchers."""
         if self._count_held() != self._held:
             self.refresh()
         self._keep_weights()
+        columns = zip(self._map.parameters, self._before, strict=True)
+        self._steps.measure_next({id(parameter): copy for parameter, copy in columns})
         self._frames.add(self._clock() - entered)
         self._deep_now = self._calls + 1 - self._last_deep >= self.deep_period
         if self._deep_now:
@@ -157,11 +170,14 @@ class HealthSampler:
 
     @torch.no_grad()
     def _sample(
-        self, step: int, loss: float | Tensor, metrics: Mapping[str, float], entered: float
+        self, step: int, loss: float | Tensor | None, metrics: Mapping[str, float], entered: float
     ) -> HealthFrame:
         values = np.full((len(self._names), len(SIGNALS)), np.nan, dtype=np.float32)
         self._fill_norms(values)
-        self._frames.add(self._clock() - entered)
+        self._frames.add(self._clock() - entered + self._steps.seconds)
+        # The optimizers' hooks ran inside the user's step: their time counts as sampling.
+        self._spent += self._steps.seconds
+        self._elapsed -= self._steps.seconds
         if self._deep_now:
             self._fill_deep(values)
         values[:, SIGNAL_INDEX[Signal.HEALTH]] = health_scores(values)
@@ -192,20 +208,27 @@ class HealthSampler:
         self._before_fresh = True
 
     def _fill_norms(self, values: np.ndarray) -> None:
-        """Tier 0: fused norms of all parameters, gathered in one transfer."""
-        gradients = [_dense(parameter.grad) for parameter in self._map.parameters]
-        weights = [parameter.detach() for parameter in self._map.parameters]
-        tables: list[Sequence[Tensor | None]] = [gradients, weights]
+        """Tier 0: what the optimizers' steps measured, and the rest; one transfer for each."""
+        self._steps.end()
+        measured, parameters = self._steps.norms, self._map.parameters
+        weights = [parameter.detach() for parameter in parameters]
+        gradient_P = _squares_of(parameters, measured.gradients)
+        # A parameter of no optimizer, or of one that made no step.
+        gradient_P = _or(gradient_P, [_left(p, measured.gradients) for p in parameters])
         if self._before_fresh and self._before:
-            # Reuses the copies: they become w_old - w_new.
-            old_P = _squared_norms(self._before)
-            torch._foreach_sub_(self._before, weights)
-            tables.append(self._before)
-        squares = [_squared_norms(table) for table in tables]
-        _write_norms(values, self._map, squares[0], squares[1])
-        if len(squares) == 3:
-            _write_update_ratio(values, self._map, squares[2], old_P)
-        _write_graft_share(values, self._map, squares[0])
+            rest = [id(parameter) not in measured.updates for parameter in parameters]
+            olds = [
+                old if is_left else None for old, is_left in zip(self._before, rest, strict=True)
+            ]
+            old_P = _or(_squares_of(parameters, measured.old_weights), olds)
+            pairs = [(old, new) for old, new in zip(olds, weights, strict=True) if old is not None]
+            if pairs:
+                # Reuses the copies: they become w_old - w_new.
+                torch._foreach_sub_([old for old, _ in pairs], [new for _, new in pairs])
+            update_P = _or(_squares_of(parameters, measured.updates), olds)
+            _write_update_ratio(values, self._map, update_P, old_P)
+        _write_norms(values, self._map, gradient_P, _squared_norms(weights))
+        _write_graft_share(values, self._map, gradient_P)
 
     def _fill_deep(self, values: np.ndarray) -> None:
         """Tier 1: activations, stable rank, gradient SNR."""
@@ -221,9 +244,13 @@ class HealthSampler:
         self._elapsed -= self._activations.seconds
         self._deep.close()
 
-    def _metrics(self, loss: float | Tensor, metrics: Mapping[str, float]) -> dict[str, float]:
-        value = loss.detach().float().mean().item() if isinstance(loss, Tensor) else float(loss)
-        found = {"loss": value, **metrics}
+    def _metrics(
+        self, loss: float | Tensor | None, metrics: Mapping[str, float]
+    ) -> dict[str, float]:
+        found = dict(metrics)
+        if loss is not None:
+            value = loss.detach().float().mean().item() if isinstance(loss, Tensor) else float(loss)
+            found = {"loss": value, **metrics}
         if self._optimizers:
             found.setdefault("lr", float(self._optimizers[0].param_groups[0]["lr"]))
         if self._step_seconds:
@@ -514,24 +541,37 @@ def _squared_norms(tensors: Sequence[Tensor | None]) -> np.ndarray:
 
 def _norms(tensors: Sequence[Tensor | None], order: float) -> np.ndarray:
     """float64 [P] norms by fused calls, one for each device and dtype; NaN for None."""
-    found = np.full(len(tensors), np.nan)
+    return _to_host(norms_of(tensors, order))
+
+
+def _squares_of(parameters: Sequence[nn.Parameter], norms: Mapping[int, Tensor]) -> np.ndarray:
+    """float64 [P]: squares of measured norms; NaN where there is none."""
+    squares: np.ndarray = np.square(_to_host([norms.get(id(p)) for p in parameters]))
+    return squares
+
+
+def _or(known_P: np.ndarray, tensors: Sequence[Tensor | None]) -> np.ndarray:
+    """``known_P``, and squared norms of ``tensors`` where it is NaN."""
+    if all(tensor is None for tensor in tensors):
+        return known_P
+    return np.where(np.isnan(known_P), _squared_norms(tensors), known_P)
+
+
+def _left(parameter: nn.Parameter, measured: Mapping[int, Tensor]) -> Tensor | None:
+    return None if id(parameter) in measured else dense(parameter.grad)
+
+
+def _to_host(norms: Sequence[Tensor | None]) -> np.ndarray:
+    """float64 [P] with one transfer for each device and dtype; NaN for None."""
+    found = np.full(len(norms), np.nan)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        if tensor is not None and tensor.numel():
-            groups.setdefault((tensor.device, tensor.dtype), []).append(i)
-    for (_, dtype), members in groups.items():
-        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-        group = [tensor for i in members if (tensor := tensors[i]) is not None]
-        norms = torch._foreach_norm(group, order, dtype=wide)
-        found[members] = _measured(torch.stack(list(norms)).double().cpu().numpy())
+    for i, norm in enumerate(norms):
+        if norm is not None:
+            groups.setdefault((norm.device, norm.dtype), []).append(i)
+    for members in groups.values():
+        group = [norm for i in members if (norm := norms[i]) is not None]
+        found[members] = _measured(torch.stack(group).double().cpu().numpy())
     return found
-
-
-def _dense(gradient: Tensor | None) -> Tensor | None:
-    """The values of a sparse gradient have the same norm as the gradient."""
-    if gradient is None:
-        return None
-    return gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
 
 
 def _gather(tensors: Sequence[Tensor]) -> np.ndarray:

@@ -6,14 +6,16 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 
+import numpy as np
 from torch import nn
 
 from esper import grafting
-from esper.contracts import Finding, Severity, ViolationRule
+from esper.contracts import Finding, HealthFrame, Severity, Signal, ViolationRule
 from esper.grafting import GuardVerdict, MovementWatch, Surroundings
 
 logger = logging.getLogger("esper")
 
+FRAMES_WITHOUT_GRADIENTS = 3
 AUDIT_EVERY_STEPS = 100  # what the user's own code freezes or regroups is found this late
 
 
@@ -85,6 +87,32 @@ class LedgerWatch:
 
     def close(self) -> None:
         self._movement.close()
+
+
+class GradientWatch:
+    """Says once that no gradient can be measured, since nothing is then proposed."""
+
+    def __init__(self, findings: Findings) -> None:
+        self._findings = findings
+        self._blind = 0
+
+    def on_frame(self, frame: HealthFrame) -> None:
+        known = not bool(np.isnan(frame.column(Signal.GRAD_NORM)).all())
+        self._blind = 0 if known else self._blind + 1
+        if self._blind == FRAMES_WITHOUT_GRADIENTS:
+            self._findings.add(_no_gradients())
+
+
+def _no_gradients() -> Finding:
+    return Finding(
+        rule=ViolationRule.MISSING_TELEMETRY,
+        layer="",
+        severity=Severity.CAUTION,
+        observed=f"no parameter had a gradient in {FRAMES_WITHOUT_GRADIENTS} health frames",
+        limit="gradients of the layers that train",
+        remedy="Attach the optimizer that makes the steps, or call session.step() while the "
+        "gradients exist.",
+    )
 
 
 def divergence(verdict: GuardVerdict) -> Finding:

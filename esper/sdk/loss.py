@@ -14,12 +14,14 @@ class LossReader:
     def __init__(self) -> None:
         self._waiting: tuple[Tensor, Any] | None = None
 
-    def read(self, loss: float | Tensor) -> float | None:
-        """This step's loss; on a GPU the previous step's, None at the first.
+    def read(self, loss: float | Tensor | None) -> float | None:
+        """This step's loss; on a GPU the previous step's, None at the first and without one.
 
         Raises:
             TypeError: not a number, nor a tensor of one element.
         """
+        if loss is None:
+            return None
         if not isinstance(loss, Tensor):
             if isinstance(loss, bool | str | bytes):
                 raise TypeError(f"the loss must be a number or a tensor, got {loss!r}")

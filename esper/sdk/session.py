@@ -35,7 +35,7 @@ from esper.sdk.adaptation import Adaptation
 from esper.sdk.compiler_watch import CompilerWatch
 from esper.sdk.evaluation import Evaluations
 from esper.sdk.export.plain_checkpoints import layout_of, plain_optimizer_state
-from esper.sdk.findings import Findings, LedgerWatch, switched_off
+from esper.sdk.findings import Findings, GradientWatch, LedgerWatch, switched_off
 from esper.sdk.following import Follower
 from esper.sdk.guarding import ProbationGuard
 from esper.sdk.layers import Layers
@@ -88,6 +88,7 @@ class Session:
         send = self._queues.telemetry.offer_finding if self._queues is not None else None
         self._findings = Findings(send)
         self._ledger = LedgerWatch(model, around, self._findings)
+        self._gradients = GradientWatch(self._findings)
         self._surgery = Surgery(
             model,
             around,
@@ -127,11 +128,12 @@ class Session:
 
     # -- what a training loop calls ------------------------------------------------------------
 
-    def step(self, loss: float | Tensor) -> None:
-        """Call once per optimizer step, after ``optimizer.step()``, while gradients exist.
+    def step(self, loss: float | Tensor | None = None) -> None:
+        """Call once per training step, before or after ``zero_grad()``.
 
         Args:
-            loss: this step's training loss, a number or a tensor of one element.
+            loss: this step's training loss, a number or a tensor of one element. Without it the
+                loss of this step is unknown: the guard cannot see it diverge.
 
         Raises:
             RunStopped: a person stopped the run.
@@ -437,7 +439,12 @@ class Session:
         return commands or self._evaluations.due or decisions or on_probation
 
     def _decide(
-        self, value: float | None, loss: float | Tensor, metrics: dict[str, float], *, busy: bool
+        self,
+        value: float | None,
+        loss: float | Tensor | None,
+        metrics: dict[str, float],
+        *,
+        busy: bool,
     ) -> None:
         """A step of the process that decides; nothing is changed or evaluated unless ``busy``."""
         if value is not None:
@@ -448,11 +455,12 @@ class Session:
             self._try("evaluation", partial(self._evaluations.on_step, metrics))
         self._try("health", partial(self._look, loss, metrics))
 
-    def _look(self, loss: float | Tensor, metrics: dict[str, float]) -> None:
+    def _look(self, loss: float | Tensor | None, metrics: dict[str, float]) -> None:
         sampler = self._surgery.sampler
         frame = sampler.step(self._run.step, loss, metrics) if sampler is not None else None
         if frame is not None:
             self._latest_frame = frame
+            self._gradients.on_frame(frame)
             metrics = dict(frame.metrics)
         if self._server is not None:
             self._server.send_step(frame, metrics)

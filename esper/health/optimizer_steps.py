@@ -1,0 +1,175 @@
+"""Reads gradients and updates at the end of an optimizer's step, when both exist.
+
+A training loop may clear the gradients anywhere after the step, so later they are often gone. A
+post-step hook also sees them unscaled, after clipping, and after a closure. It reads only while a
+frame is due; in other steps it is one comparison.
+
+Shape legend: P parameters of one optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+Groups = dict[tuple[torch.device, torch.dtype], list[int]]
+
+
+@dataclass(slots=True)
+class StepNorms:
+    """Norms on their device, by ``id`` of the parameter; nothing here waits for a GPU."""
+
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    updates: dict[int, Tensor] = field(default_factory=dict)
+    old_weights: dict[int, Tensor] = field(default_factory=dict)
+
+
+class OptimizerSteps:
+    """Measures one step of each optimizer when it is told to.
+
+    Args:
+        optimizers: those that train the model. One that takes no hooks is not waited for.
+        clock: seconds, monotonic.
+
+    Attributes:
+        norms: what was measured since :meth:`measure_next`.
+        seconds: how long that took, inside the user's steps.
+    """
+
+    def __init__(
+        self, optimizers: Sequence[torch.optim.Optimizer], clock: Callable[[], float]
+    ) -> None:
+        self.norms = StepNorms()
+        self.seconds = 0.0
+        self._clock = clock
+        self._weights_before: dict[int, Tensor] = {}
+        self._due: set[int] = set()
+        self._silent: set[int] = set()  # was waited for in vain, and has made no step since
+        self._error: Exception | None = None
+        self._handles: list[RemovableHandle] = []
+        for optimizer in optimizers:
+            if hasattr(optimizer, "_optimizer_step_post_hooks"):
+                reader = self._reader(len(self._handles))
+                self._handles.append(optimizer.register_step_post_hook(reader))
+        self._places = frozenset(range(len(self._handles)))
+
+    @property
+    def missing(self) -> bool:
+        """An optimizer whose step is due has made none, and is expected to."""
+        return bool(self._due - self._silent)
+
+    def measure_next(self, weights_before: Mapping[int, Tensor]) -> None:
+        """Measures the next step of each optimizer.
+
+        Args:
+            weights_before: copies of the weights as they are now, by ``id`` of the parameter;
+                they are overwritten.
+        """
+        self.norms = StepNorms()
+        self.seconds = 0.0
+        self._weights_before = dict(weights_before)
+        self._due = set(self._places)
+
+    def forget_weights(self) -> None:
+        """The weights were changed by someone else, so their change is no update."""
+        self._weights_before = {}
+        self.norms.updates, self.norms.old_weights = {}, {}
+
+    def end(self) -> None:
+        """The frame is taken; an optimizer that has not stepped is not waited for again.
+
+        Raises:
+            Exception: what a reading raised; it could not raise in the user's step.
+        """
+        self._silent |= self._due
+        self._due = set()
+        self._weights_before = {}
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._due = set()
+
+    def _reader(self, place: int) -> Callable[..., None]:
+        def read(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            self._silent.discard(place)
+            if place not in self._due:
+                return
+            self._due.discard(place)
+            started = self._clock()
+            try:
+                with torch.no_grad():
+                    self._read(optimizer)
+            except Exception as error:
+                self._error = error
+            self.seconds += self._clock() - started
+
+        return read
+
+    def _read(self, optimizer: torch.optim.Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        trained = [p for p in parameters if p.grad is not None and p.is_floating_point()]
+        if not trained:
+            return
+        scale = _left_scale(optimizer)
+        for p, norm in zip(trained, norms_of([dense(p.grad) for p in trained]), strict=True):
+            if norm is not None:
+                self.norms.gradients[id(p)] = norm if scale is None else norm / scale.to(norm)
+        self._read_updates([p for p in parameters if id(p) in self._weights_before])
+
+    def _read_updates(self, parameters: Sequence[Tensor]) -> None:
+        if not parameters:
+            return
+        before = [self._weights_before[id(p)] for p in parameters]
+        for p, norm in zip(parameters, norms_of(before), strict=True):
+            if norm is not None:
+                self.norms.old_weights[id(p)] = norm
+        # Reuses the copies: they become w_old - w_new.
+        torch._foreach_sub_(before, [p.detach() for p in parameters])
+        for p, norm in zip(parameters, norms_of(before), strict=True):
+            if norm is not None:
+                self.norms.updates[id(p)] = norm
+
+
+def norms_of(tensors: Sequence[Tensor | None], order: float = 2.0) -> list[Tensor | None]:
+    """Norms by fused calls, one for each device and dtype; None for None and for no elements."""
+    norms: list[Tensor | None] = [None] * len(tensors)
+    groups: Groups = {}
+    for i, tensor in enumerate(tensors):
+        if tensor is not None and tensor.numel():
+            groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    for (_, dtype), members in groups.items():
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+        group = [tensor for i in members if (tensor := tensors[i]) is not None]
+        for i, norm in zip(members, torch._foreach_norm(group, order, dtype=wide), strict=True):
+            norms[i] = norm
+    return norms
+
+
+def dense(gradient: Tensor | None) -> Tensor | None:
+    """The values of a sparse gradient have the same norm as the gradient."""
+    if gradient is None:
+        return None
+    return gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
+
+
+def _left_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """What the gradients are still multiplied by; None where they are unscaled.
+
+    A ``GradScaler`` leaves unscaling to an optimizer that can do it inside its step. Such a step
+    stores the unscaled gradients, except where it finds one that is not finite.
+    """
+    scale = getattr(optimizer, "grad_scale", None)
+    skipped = getattr(optimizer, "found_inf", None)
+    if not isinstance(scale, Tensor) or not isinstance(skipped, Tensor):
+        return None
+    return torch.where(skipped > 0, scale, torch.ones_like(scale)).reshape(())
