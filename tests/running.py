@@ -125,7 +125,7 @@ def launch_esper(
     data_dir.mkdir(parents=True, exist_ok=True)
     console = data_dir / f"console-{secrets.token_hex(3)}.log"
     with console.open("wb") as file:
-        process = start_up(data_dir, *arguments, "--port", "0", environment=environment, file=file)
+        process = start_up(data_dir, "--port", "0", *arguments, environment=environment, file=file)
     esper = RunningEsper(data_dir, process, "", console)
     deadline = time.monotonic() + START_SECONDS
     # A killed predecessor may have left a file that says ready.
