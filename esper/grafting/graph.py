@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from esper.blueprints.layout import axes_of, channel_axis_of
 from esper.contracts import MAX_NAME_LENGTH, LayerInfo
+from esper.fail_closed import FailClosed
 from esper.grafting.attention import TimeAxis, cached_part, looks_ahead
-from esper.grafting.slot import CONTAINERS, SLOT_NAME, first_tensor
+from esper.grafting.slot import CONTAINERS, SLOT_NAME, first_tensor, is_opaque, slots
 from esper.grafting.snapshot import kept_streams
 
 NEVER_RAN = "it did not run in the traced forward pass"
+RECORDER = "layer recorder"
+_NO_SHAPES = "Esper does not know the layer's shapes, so it takes no graft."
+_NO_ORDER = "Esper does not know in which order the layers run."
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -29,6 +35,7 @@ class _Sighting:
     out_shape: tuple[int, ...] = ()
     input_is_float: bool = False
     reason: str = ""
+    is_open: bool = False  # a later call may show more
     order: int = 0
     calls: int = 0  # in the first pass that called it
     feeds: dict[str, None] = field(default_factory=dict)  # a set that keeps its order
@@ -40,12 +47,7 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
     A module with two names appears under its first name.
     """
     found = {}
-    inside_slots = {
-        module
-        for _, host in model.named_modules()
-        for module in host._modules.get(SLOT_NAME, nn.Identity()).modules()
-        if SLOT_NAME in host._modules
-    }
+    inside_slots = {inner for _, _, slot in slots(model) for inner in slot.modules()}
     for name, module in model.named_modules():
         if module not in inside_slots and _is_layer(module, name):
             found[name] = module
@@ -63,6 +65,8 @@ def why_never_graftable(
     module = model.get_submodule(name)
     if not name:
         return "it is the whole model; name one of its layers"
+    if is_opaque(module):
+        return "it is compiled by TorchScript, which runs no hooks and takes no graft"
     if isinstance(module, CONTAINERS):
         return "a container computes nothing itself; name one of the layers in it"
     if len(name) > MAX_NAME_LENGTH:
@@ -92,15 +96,20 @@ class LayerRecorder:
 
     Args:
         forwards: how many full passes of the model to trace.
+        fail_closed: where a hook is reported that could not be installed, or failed.
     """
 
-    def __init__(self, model: nn.Module, *, forwards: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, *, forwards: int = 1, fail_closed: FailClosed | None = None
+    ) -> None:
         self._model = model
+        self._fail_closed = fail_closed or FailClosed()
         self._modules = layer_modules(model)
         self._sightings: dict[str, _Sighting] = {}
         self._calls: Counter[str] = Counter()
         self._previous = ""
         self._in_pass = False
+        self._unreadable = False  # in this pass, an output had no shape that could be read
         self._remaining = forwards
         self._handles: list[RemovableHandle] = []
         self._watch()
@@ -130,11 +139,29 @@ class LayerRecorder:
 
     def _watch(self) -> None:
         root = self._model
-        self._handles.append(root.register_forward_pre_hook(_hidden(self._start_pass)))
+        self._install("", lambda hook: root.register_forward_pre_hook(hook), self._start_pass)
         for name, module in self._modules.items():
-            hook = _hidden(self._see_as(name))
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        self._handles.append(root.register_forward_hook(_hidden(self._finish_pass)))
+            register = partial(module.register_forward_hook, with_kwargs=True)
+            self._install(name, register, self._see_as(name))
+        self._install("", lambda hook: root.register_forward_hook(hook), self._finish_pass)
+
+    def _install(
+        self,
+        layer: str,
+        register: Callable[[Callable[..., None]], RemovableHandle],
+        hook: Callable[..., None],
+    ) -> None:
+        """Registers one hook, hidden from the compiler; some modules accept none."""
+        closed = partial(
+            self._fail_closed.run,
+            part=RECORDER,
+            layer=layer,
+            unmeasured=_NO_SHAPES if layer else _NO_ORDER,
+        )
+        quiet = self._fail_closed.wrap(hook, **closed.keywords)
+        handle = closed(lambda: register(_hidden(quiet)))
+        if handle is not None:
+            self._handles.append(handle)
 
     def _start_pass(self, module: nn.Module, args: Any) -> None:
         if self._in_pass:
@@ -145,6 +172,11 @@ class LayerRecorder:
     def _finish_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         self._in_pass = False
         self._end_pass()
+        if self._unreadable:
+            # A padded batch goes through an encoder as a nested tensor in eval mode only; the first
+            # pass that trains will show the shapes.
+            self._unreadable = False
+            return
         self._remaining -= 1
         if self._remaining <= 0:
             self.stop()
@@ -158,9 +190,11 @@ class LayerRecorder:
 
     def _see_as(self, name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if name not in self._sightings:
+            known = self._sightings.get(name)
+            if known is None or known.is_open:
                 seen = _look(args, kwargs, output)
-                seen.order = len(self._sightings)
+                seen.order = len(self._sightings) if known is None else known.order
+                self._unreadable |= seen.is_open
                 self._sightings[name] = seen
             if self._previous and self._previous != name:
                 self._sightings[self._previous].feeds[name] = None
@@ -209,6 +243,8 @@ def trace_layers(
 
 
 def _is_layer(module: nn.Module, name: str) -> bool:
+    if is_opaque(module):
+        return False
     if isinstance(module, nn.MultiheadAttention):
         return True
     if isinstance(module, CONTAINERS) or ".parametrizations" in f".{name}":
@@ -226,6 +262,10 @@ def _look(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> _Sig
     x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
     if x is None or y is None:
         return _Sighting(reason="its input or output is not a plain tensor")
+    for tensor, which in ((x, "input"), (y, "output")):
+        odd = _why_no_shape(tensor)
+        if odd:
+            return _Sighting(reason=f"its {which} is {odd}", is_open=True)
     if not y.is_floating_point():
         return _Sighting(reason=f"its output is {y.dtype}, not floating-point numbers")
     return _Sighting(
@@ -235,6 +275,13 @@ def _look(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> _Sig
     )
 
 
+def _why_no_shape(tensor: Tensor) -> str:
+    """Empty for a tensor whose shape is that of a block of numbers."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    return "" if tensor.layout is torch.strided else f"a tensor of layout {tensor.layout}"
+
+
 def _layer_info(
     name: str, module: nn.Module, sighting: _Sighting, reason: str, **attention: Any
 ) -> LayerInfo:
@@ -242,6 +289,7 @@ def _layer_info(
     axis = channel_axis_of(kind)
     parameters = _own_parameters(module)
     first = next((p for p in parameters if p.is_floating_point()), None)
+    reason = reason or _why_unwritten(parameters)
     if first is None and not reason:
         reason = "its weights are not floating-point numbers"
     reason = reason or _why_unbatched(kind, sighting)
@@ -251,7 +299,7 @@ def _layer_info(
         in_shape=sighting.in_shape,
         out_shape=sighting.out_shape,
         dtype=str(torch.float32 if first is None else first.dtype).removeprefix("torch."),
-        parameters=sum(p.numel() for p in parameters),
+        parameters=sum(map(count_of, parameters)),
         graftable=not reason,
         reason=reason,
         features_in=_channels(sighting.in_shape, axis) if sighting.input_is_float else 0,
@@ -325,6 +373,20 @@ def _sighting_of_weights(module: nn.Module) -> _Sighting:
     if kind.endswith(("LayerNorm", "RMSNorm")) and weight.dim() == 1:
         return _Sighting((1, weight.numel()), (1, weight.numel()), True)
     return _Sighting()
+
+
+def count_of(parameter: Tensor) -> int:
+    """Number of elements; 0 while a lazy module has not given it a shape."""
+    return 0 if is_lazy(parameter) else parameter.numel()
+
+
+def _why_unwritten(parameters: Iterable[Tensor]) -> str:
+    """Why the weights hold no numbers; empty if they do."""
+    if any(map(is_lazy, parameters)):
+        return "its parameters have no shape before the first forward pass (a lazy module)"
+    if any(parameter.is_meta for parameter in parameters):
+        return "its parameters are on the meta device and hold no numbers"
+    return ""
 
 
 def _hidden(hook: Callable[..., None]) -> Callable[..., None]:

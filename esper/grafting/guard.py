@@ -9,7 +9,7 @@ from math import fsum
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esper.contracts import ViolationRule
 
@@ -87,12 +87,30 @@ class LossGuard:
         return max(spread, mean + (self._factor - 1.0) * abs(mean))
 
 
+def gradient_values(parameter: nn.Parameter) -> Tensor | None:
+    """The numbers of a gradient: of a sparse one, those that it holds. None: it has no numbers."""
+    gradient = parameter.grad
+    if gradient is None or gradient.is_meta:
+        return None
+    if gradient.layout is torch.sparse_coo:
+        # Not coalesced, which would cost a sort: a sum of finite values may overflow, and the
+        # optimizer's next loss shows that.
+        gradient = gradient._values()
+    if gradient.layout is not torch.strided or not gradient.numel():
+        return None
+    return gradient
+
+
 def non_finite_gradients(model: nn.Module) -> tuple[str, ...]:
     """Names of parameters whose gradient has NaN or infinity; one device read if there is none.
 
     Uses the largest absolute value, because the L2 norm overflows in half precision.
     """
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    named = [
+        (name, values)
+        for name, parameter in model.named_parameters()
+        if (values := gradient_values(parameter)) is not None
+    ]
     if not named:
         return ()
     peaks = torch._foreach_norm([grad for _, grad in named], float("inf"))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from esper.contracts import Finding, Severity, ViolationRule
 from esper.exceptions import GraftError
+from esper.fail_closed import contained
 
 WARMUP_STEPS = 100
 MANY = 8  # at most so many tensors with the same problem are named one by one
@@ -425,12 +426,14 @@ def keep_warming(optimizer: Any) -> None:
         inner.register_step_post_hook(_after_step)
 
 
+@contained("warm-up", "New weights start at the full learning rate of their group.")
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         if _TAKEN in group:
             _lower_lr(group)
 
 
+@contained("warm-up", "The warm-up of new weights does not end.")
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         if _TAKEN in group:

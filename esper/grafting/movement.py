@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from esper.contracts import Finding, Severity
+from esper.fail_closed import contained
 from esper.grafting.ledger import Problem, is_warming, to_findings, unwrap_optimizer
 from esper.grafting.slot import SLOT_NAME
 
@@ -88,7 +90,8 @@ class MovementWatch:
             if self._waiting and not (self._steps + 1) % STEPS:
                 self._keep_gradients(place)
 
-        return self._optimizers[place].register_step_post_hook(count)
+        hook = contained("step counter", "Esper does not notice tensors that never move.")(count)
+        return self._optimizers[place].register_step_post_hook(hook)
 
     @torch.no_grad()
     def _keep_gradients(self, place: int) -> None:
@@ -96,7 +99,7 @@ class MovementWatch:
         for parameter, watched in self._waiting.items():
             gradient = parameter.grad
             if watched.optimizer == place and gradient is not None:
-                kept = None if gradient.is_sparse else _sample(gradient).clone()
+                kept = None if gradient.layout is not torch.strided else _sample(gradient).clone()
                 self._gradients[parameter] = kept
 
     def _silent(self) -> Iterator[Problem]:
@@ -130,8 +133,10 @@ class MovementWatch:
                     )
 
     def _is_new(self, parameter: nn.Parameter) -> bool:
-        return parameter.requires_grad and not (
-            parameter in self._settled or parameter in self._waiting
+        return (
+            parameter.requires_grad
+            and _has_numbers(parameter)
+            and not (parameter in self._settled or parameter in self._waiting)
         )
 
     @torch.no_grad()
@@ -160,7 +165,7 @@ class MovementWatch:
             return _judge_by_gradient(watched, self._gradients[watched.parameter], group)
         if watched.parameter.grad is not None:
             gradient = watched.parameter.grad
-            sample = None if gradient.is_sparse else _sample(gradient)
+            sample = None if gradient.layout is not torch.strided else _sample(gradient)
             return _judge_by_gradient(watched, sample, group)
         host, slot, _ = watched.name.partition(f".{SLOT_NAME}.")
         if not slot:
@@ -178,6 +183,13 @@ class MovementWatch:
             f"loss does not depend on {_grafted_output(self._model.get_submodule(host))}",
             "remove it, and graft into a layer whose output the model uses",
         )
+
+
+def _has_numbers(parameter: Tensor) -> bool:
+    """False for a tensor whose elements cannot be compared: on the meta device, lazy, or empty."""
+    if is_lazy(parameter) or parameter.is_meta or parameter.layout is not torch.strided:
+        return False
+    return not parameter.is_nested and parameter.numel() > 0
 
 
 def _sample(tensor: Tensor) -> Tensor:

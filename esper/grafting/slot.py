@@ -28,6 +28,7 @@ from esper.blueprints import Graft
 from esper.blueprints.base import introduce
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import GraftError, UnknownLayerError
+from esper.fail_closed import short
 
 SLOT_NAME = "esper"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -65,6 +66,7 @@ class Slot(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.records: dict[str, GraftRecord] = {}
+        self.failure = ""  # why the grafts were left out of a call
         # Kept, because unpickling the handle reserves the hook's number in a new process.
         self.handle: RemovableHandle | None = None
         self._watchers: dict[int, Watcher] = {}
@@ -136,10 +138,25 @@ class Slot(nn.Module):
 
         return end
 
-    def run(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output after watchers and grafts."""
+    def look(self, x: Tensor, y: Tensor) -> None:
+        """Shows a call of the layer to the watchers, nested tensors row by row."""
+        if not self._watchers:
+            return
+        nested = x.is_nested and y.is_nested
+        rows = [*zip(x.unbind(), y.unbind(), strict=True)] if nested else []
         for watcher in tuple(self._watchers.values()):
-            watcher(x, y)
+            for row, out in rows or [(x, y)]:
+                watcher(row, out)
+
+    def leave_out(self, error: Exception) -> None:
+        """A graft cannot run on this input: the layer's own output is used. Logged once."""
+        if not self.failure:
+            names = ", ".join(self.records)
+            logger.error("%s failed on an input, and is left out there", names, exc_info=error)
+            self.failure = short(error)
+
+    def run(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output after its grafts."""
         for slug, graft in self._modules.items():
             assert isinstance(graft, Graft)
             if torch.is_grad_enabled():
@@ -163,8 +180,8 @@ class Slot(nn.Module):
         return {**vars(self), "_watchers": {}, "_copies": [], "_compiled": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Slots saved by older versions have no such member.
-        super().__setstate__({"_compiled": {}, **state})  # type: ignore[no-untyped-call]
+        # Slots saved by older versions have no such members.
+        super().__setstate__({"_compiled": {}, "failure": "", **state})  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         made = type(self).__new__(type(self))
@@ -204,8 +221,20 @@ def _run_occupied(
     x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
     if x is None or y is None or not isinstance(slot, Slot):
         return None
-    changed = _run_rows(slot, host, x, y) if y.is_nested else slot.run(host, x, y)
-    return None if changed is y else replace_first_tensor(output, changed)
+    slot.look(x, y)
+    if not slot._modules:
+        return None
+    try:
+        changed = _run_rows(slot, host, x, y) if y.is_nested else slot.run(host, x, y)
+        return None if changed is y else replace_first_tensor(output, changed)
+    except torch.OutOfMemoryError:
+        raise  # the user's code may catch it, and take a smaller batch
+    except Exception as error:
+        # On several ranks the others would wait for the gradients of this graft.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise
+        slot.leave_out(error)
+        return None
 
 
 def _run_rows(slot: Slot, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -253,8 +282,15 @@ def find_host(model: nn.Module, layer: str) -> nn.Module:
 
 def slot_of(module: nn.Module) -> Slot | None:
     """The slot of a layer, None where none was prepared."""
+    if is_opaque(module):
+        return None
     slot = module._modules.get(SLOT_NAME)
     return slot if isinstance(slot, Slot) else None
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """A TorchScript module: it runs no hooks, and takes no child."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def find_slot(model: nn.Module, layer: str) -> Slot | None:
@@ -263,6 +299,11 @@ def find_slot(model: nn.Module, layer: str) -> Slot | None:
         return slot_of(find_host(model, layer))
     except UnknownLayerError:
         return None
+
+
+def left_out_grafts(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(layer, error) of every slot whose grafts were left out of a call because one failed."""
+    return ((layer, slot.failure) for layer, _, slot in slots(model) if slot.failure)
 
 
 def living_grafts(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
@@ -354,6 +395,8 @@ def watch(model: nn.Module, layer: str, watcher: Watcher) -> Callable[[], None]:
 
 
 def _check_host(layer: str, host: nn.Module) -> None:
+    if is_opaque(host):
+        raise GraftError(f"{layer!r} is compiled by TorchScript and runs no hooks", layer=layer)
     if isinstance(host, CONTAINERS):
         # They iterate over their children: a child named "esper" would be run as a layer.
         raise GraftError(f"{layer!r} is a container; it computes nothing itself", layer=layer)

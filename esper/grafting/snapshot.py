@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from esper.grafting.ledger import unwrap_optimizer, unwrap_schedulers
-from esper.grafting.slot import Slot
+from esper.grafting.slot import Slot, is_opaque
 from esper.grafting.surroundings import BARE, Surroundings
 
 PAGE_BYTES = 4096
@@ -35,13 +36,30 @@ def digest(model: nn.Module) -> str:
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers (also those outside the state dict); shared tensors once per name.
 
-    One pass over the modules: torch's two passes would take a quarter of a graft's pause.
+    One pass over the modules: torch's two passes would take a quarter of a graft's pause. A
+    quantised tensor appears as the plain tensors inside it.
     """
     for prefix, module in model.named_modules(remove_duplicate=False):
         lead = f"{prefix}." if prefix else ""
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
+            if tensor is None:
+                continue
+            if hasattr(tensor, "__tensor_flatten__"):
+                for i, part in enumerate(_parts_of(tensor)):
+                    yield f"{lead}{name}.{i}", part
+            else:
                 yield lead + name, tensor
+
+
+def _parts_of(tensor: Any) -> list[Tensor]:
+    """The tensors that hold the numbers of this one: itself, or those inside a quantised one.
+
+    None on the meta device, and for a lazy module that has not run: there are no numbers.
+    """
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in _parts_of(getattr(tensor, name))]
+    return [] if is_lazy(tensor) or tensor.is_meta else [tensor]
 
 
 class Frozen:
@@ -184,6 +202,8 @@ class SnapshotMemory:
 
 
 def _is_large(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided or is_lazy(tensor):
+        return False
     return tensor.device.type == "cpu" and tensor.nbytes >= PAGE_BYTES
 
 
@@ -289,6 +309,10 @@ class Snapshot:
         seen: set[int] = set()
         for module in model.modules():
             is_slot = isinstance(module, Slot)
+            if is_opaque(module):  # its dicts are copies, and its tensors are never replaced
+                for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    self._save_once(own, seen, copied)
+                continue
             self._modules[module] = _SavedModule(
                 parameters=dict(module._parameters),
                 buffers=dict(module._buffers),
@@ -296,12 +320,16 @@ class Snapshot:
                 records=dict(module.records) if isinstance(module, Slot) else {},
             )
             for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    self._save_tensor(tensor, copied)
+                if tensor is not None:
+                    self._save_once(tensor, seen, copied)
+
+    def _save_once(self, tensor: Tensor, seen: set[int], copied: Copy) -> None:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            self._save_tensor(tensor, copied)
 
     def _save_tensor(self, tensor: Tensor, copied: Copy) -> None:
-        self._tensors.append(_SavedTensor(tensor, copied(tensor)))
+        self._tensors += [_SavedTensor(part, copied(part)) for part in _parts_of(tensor)]
         if isinstance(tensor, nn.Parameter):
             grad = tensor.grad
             saved = None if grad is None else _SavedTensor(grad, copied(grad))
@@ -447,13 +475,17 @@ def _digest_of(entries: Iterable[tuple[str, int, Tensor]]) -> str:
     first_names: dict[int, str] = {}
     for name, identity, tensor in entries:
         first = first_names.setdefault(identity, name)
+        if is_lazy(tensor):  # it has no shape yet
+            continue
         total.update(f"{name}\0{first}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        if first == name:
+        if first == name and not tensor.is_meta:
             total.update(_bytes_of(tensor))
     return total.hexdigest()
 
 
 def _frozen_value(values: dict[int, Tensor], tensor: Tensor) -> Tensor:
+    if not _parts_of(tensor):
+        return tensor
     known = values.get(id(tensor))
     return tensor.detach().clone() if known is None else known
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 Groups = dict[tuple[torch.device, torch.dtype], list[int]]
@@ -100,6 +101,8 @@ class OptimizerSteps:
         self._due = set()
 
     def _reader(self, place: int) -> Callable[..., None]:
+        # Not FailClosed: a reading that fails is no lasting state; the session's health part
+        # counts it, and switches off what goes on failing.
         def read(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             self._silent.discard(place)
             if place not in self._due:
@@ -117,7 +120,7 @@ class OptimizerSteps:
 
     def _read(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        trained = [p for p in parameters if p.grad is not None and p.is_floating_point()]
+        trained = [p for p in parameters if p.grad is not None and has_numbers(p)]
         if not trained:
             return
         scale = _left_scale(optimizer)
@@ -159,7 +162,19 @@ def dense(gradient: Tensor | None) -> Tensor | None:
     """The values of a sparse gradient have the same norm as the gradient."""
     if gradient is None:
         return None
-    return gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
+    return values if has_numbers(values) else None
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """False where no norm can be taken: integers, a lazy or meta tensor, packed or quantised ones.
+
+    A tensor subclass that wraps others defines its own operations, and seldom norms.
+    """
+    if is_lazy(tensor) or tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
+        return False
+    wraps_others = hasattr(tensor, "__tensor_flatten__")
+    return tensor.is_floating_point() and tensor.itemsize > 1 and not wraps_others
 
 
 def _left_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:

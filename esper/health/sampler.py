@@ -24,13 +24,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from esper.contracts import SIGNAL_INDEX, SIGNALS, HealthFrame, LayerInfo, Signal
-from esper.health.optimizer_steps import OptimizerSteps, dense, norms_of
+from esper.fail_closed import FailClosed
+from esper.health.optimizer_steps import OptimizerSteps, dense, has_numbers, norms_of
 from esper.health.score import health_scores
 
 Watcher = Callable[[Tensor, Tensor], None]
@@ -42,6 +44,8 @@ DEAD_SHARE = 0.025
 EXTREME_SHARE = 0.01
 PATIENCE_CALLS = 64  # how long a frame waits for a step of each optimizer, for accumulation
 MAX_SNR = 1e3
+WATCHER = "activation watcher"
+_NO_ACTIVATIONS = "The layer's activations are not measured."
 FIRST_ITERATIONS, NEXT_ITERATIONS = 6, 1
 _ACTIVATION_SIGNALS = (Signal.ACT_MEAN, Signal.ACT_STD, Signal.DEAD_FRACTION, Signal.SATURATION)
 
@@ -59,6 +63,7 @@ class HealthSampler:
         frame_every, deep_every: shortest periods, in calls of :meth:`step`. They grow while
             the measured cost would exceed the budget.
         clock: seconds, monotonic.
+        fail_closed: where a watcher is reported that failed on an output.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class HealthSampler:
         frame_every: int = 10,
         deep_every: int = 50,
         clock: Callable[[], float] = time.perf_counter,
+        fail_closed: FailClosed | None = None,
     ) -> None:
         self._model = model
         self._optimizers = tuple(optimizers)
@@ -79,7 +85,8 @@ class HealthSampler:
         self._clock = clock
         self._frames = _Pace(max(1, frame_every), budget)
         self._deep = _Pace(max(1, deep_every), budget)
-        self._activations = _Activations(watch, self._names, clock)
+        closed = fail_closed or FailClosed()
+        self._activations = _Activations(watch, self._names, clock, closed)
         self._ranks = _StableRanks()
         self._steps = OptimizerSteps(self._optimizers, clock)
         self._before: list[Tensor] = []
@@ -328,7 +335,7 @@ class _ParameterMap:
                 continue
             largest = 0
             for path, parameter in module.named_parameters():
-                if not parameter.is_floating_point():
+                if not has_numbers(parameter):
                     continue
                 if id(parameter) not in columns:
                     columns[id(parameter)] = len(parameters)
@@ -353,8 +360,15 @@ class _ParameterMap:
 class _Activations:
     """Reads each layer's output once, at the first forward that trains."""
 
-    def __init__(self, watch: Watch, names: Sequence[str], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        watch: Watch,
+        names: Sequence[str],
+        clock: Callable[[], float],
+        fail_closed: FailClosed,
+    ) -> None:
         self._watch = watch
+        self._fail_closed = fail_closed
         self._names = names
         self._clock = clock
         self._undo: list[Callable[[], None]] = []
@@ -366,7 +380,13 @@ class _Activations:
         self._seen = {}
         self.seconds = 0.0
         for row, name in enumerate(self._names):
-            self._undo.append(self._watch(name, self._reader(row)))
+            closed = partial(
+                self._fail_closed.run, part=WATCHER, layer=name, unmeasured=_NO_ACTIVATIONS
+            )
+            reader = self._fail_closed.wrap(self._reader(row), **closed.keywords)
+            undo = closed(partial(self._watch, name, reader))
+            if undo is not None:
+                self._undo.append(undo)
 
     def disarm(self) -> None:
         for undo in self._undo:
@@ -385,6 +405,8 @@ class _Activations:
             # Evaluation runs without gradients: its activations are not those that train.
             if row in self._seen or not torch.is_grad_enabled() or not y.is_floating_point():
                 return
+            if y.layout is not torch.strided or y.is_nested or y.is_meta:
+                raise TypeError(f"{_form_of(y)} has no mean over its units")
             started = self._clock()
             with torch.no_grad():
                 self._seen[row] = activation_statistics(y.detach())
@@ -418,6 +440,12 @@ class _StableRanks:
         rank, vector = stable_rank(weight, vector, iterations)
         self._vectors[key] = vector
         return rank
+
+
+def _form_of(tensor: Tensor) -> str:
+    if tensor.is_nested:
+        return "a nested tensor"
+    return "a tensor on the meta device" if tensor.is_meta else f"a tensor of {tensor.layout}"
 
 
 def activation_statistics(y: Tensor) -> Tensor:

@@ -101,7 +101,10 @@ def attach(
     if replicas is not None:
         arguments = [run, mode, names, evaluate is not None, len(optimizers), len(followers)]
         replicas.meet(Call.ATTACH, 0, key=f"{arguments} {replicas.checksum()}")
-    grafting.prepare_slots(bare, names)
+    if slots == "auto":
+        names = _slots_where_they_fit(bare, names)
+    else:
+        grafting.prepare_slots(bare, names)
     return Session(
         Setup(
             model=bare,
@@ -235,6 +238,27 @@ def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tup
         if reason:
             raise ConfigurationError(f"layer {name!r} can have no slot: {reason}")
     return names
+
+
+def _slots_where_they_fit(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Prepares a slot for each layer; a layer of a class that takes no hook or child goes without.
+
+    The session's findings name it: its recorder finds no place there either.
+    """
+    try:
+        grafting.prepare_slots(model, names)
+    except Exception:
+        return tuple(name for name in names if _takes_slot(model, name))
+    return names
+
+
+def _takes_slot(model: nn.Module, name: str) -> bool:
+    try:
+        grafting.prepare_slots(model, [name])
+    except Exception as error:
+        logger.debug("%r takes no slot", name, exc_info=error)
+        return False
+    return True
 
 
 def _check_graphs(model: nn.Module, slots: Iterable[str]) -> None:

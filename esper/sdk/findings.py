@@ -11,7 +11,9 @@ from torch import nn
 
 from esper import grafting
 from esper.contracts import Finding, HealthFrame, Severity, Signal, ViolationRule
+from esper.fail_closed import Failure
 from esper.grafting import GuardVerdict, MovementWatch, Surroundings
+from esper.grafting.slot import left_out_grafts
 
 logger = logging.getLogger("esper")
 
@@ -84,6 +86,8 @@ class LedgerWatch:
         groups = grafting.audit(self._model, self._optimizers)
         copies = grafting.audit_copies(self._model)
         self._findings.replace_ledger([*groups, *copies, *self._movement.findings])
+        for layer, error in left_out_grafts(self._model):
+            self._findings.add(left_out(layer, error))
 
     def close(self) -> None:
         self._movement.close()
@@ -127,13 +131,40 @@ def divergence(verdict: GuardVerdict) -> Finding:
     )
 
 
-def switched_off(part: str, failures: int, error: Exception) -> Finding:
-    """A part of Esper that failed too often to go on."""
+def left_out(layer: str, error: str) -> Finding:
+    """A graft could not run on an input."""
+    return Finding(
+        rule=ViolationRule.COMPATIBILITY,
+        layer=layer,
+        severity=Severity.CRITICAL,
+        observed=f"the grafts were left out of a call of the layer, because one failed: {error}",
+        limit="a graft runs on every input of its layer",
+        remedy="Take the graft out with session.undo, or give the layer inputs as in training.",
+    )
+
+
+def unknown_loss() -> Finding:
+    """A step came without a loss."""
     return Finding(
         rule=ViolationRule.MISSING_TELEMETRY,
         layer="",
-        severity=Severity.SERIOUS,
-        observed=f"Esper's {part} failed {failures} times: {type(error).__name__}",
+        severity=Severity.CAUTION,
+        observed="a step of the session came without a loss",
+        limit="a loss at each step",
+        remedy="The guard cannot see the loss diverge, and no graft can be judged by it: pass it "
+        "to session.step(loss); in a transformers Trainer that computes its own loss, call the "
+        "callback's observe(loss); with Lightning, return it from training_step.",
+    )
+
+
+def switched_off(failure: Failure) -> Finding:
+    """A part of Esper that failed, and is not called any more."""
+    place = "for this layer" if failure.layer else "for this run"
+    return Finding(
+        rule=ViolationRule.MISSING_TELEMETRY,
+        layer=failure.layer,
+        severity=Severity.CAUTION if failure.layer else Severity.SERIOUS,
+        observed=f"Esper's {failure.part} failed: {failure.error}",
         limit="no failures",
-        remedy="It is switched off for this run; the training log has the traceback.",
+        remedy=f"{failure.unmeasured} It is switched off {place}; training goes on.",
     )

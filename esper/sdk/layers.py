@@ -10,6 +10,7 @@ from torch import nn
 
 from esper.contracts import LayerInfo
 from esper.exceptions import UnknownLayerError
+from esper.fail_closed import FailClosed
 from esper.grafting import LayerRecorder, Replicas
 
 LEFT_ALONE = "attach was told to leave it alone"
@@ -21,25 +22,30 @@ class Layers:
     Args:
         slots: names of the layers that may be grafted; the others are only watched.
         replicas: the other ranks; None for a model in one process.
+        fail_closed: where a hook is reported that could not be installed, or failed.
     """
 
     def __init__(
-        self, model: nn.Module, slots: Sequence[str], replicas: Replicas | None = None
+        self,
+        model: nn.Module,
+        slots: Sequence[str],
+        replicas: Replicas | None = None,
+        fail_closed: FailClosed | None = None,
     ) -> None:
         self._slots = frozenset(slots)
         self._replicas = replicas
-        self._recorder = LayerRecorder(model)
-        self._fixed: tuple[LayerInfo, ...] = ()
+        self._recorder = LayerRecorder(model, fail_closed=fail_closed)
+        self._fixed: tuple[LayerInfo, ...] | None = None
 
     @property
     def fixed(self) -> bool:
         """The first complete step is over, so the layers do not change any more."""
-        return bool(self._fixed)
+        return self._fixed is not None
 
     @property
     def own(self) -> tuple[LayerInfo, ...]:
         """In the model's order; shapes are known after the first forward pass."""
-        return self._fixed or self._recorder.layers()
+        return self._recorder.layers() if self._fixed is None else self._fixed
 
     @property
     def all(self) -> tuple[LayerInfo, ...]:

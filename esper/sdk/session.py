@@ -21,21 +21,28 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from esper import grafting
 from esper.contracts import Finding, HealthFrame, LayerInfo, RunMode, SafetyPolicy
 from esper.exceptions import ConfigurationError, EsperError
+from esper.fail_closed import FailClosed
 from esper.grafting import LossGuard, Receipt, RemedyReceipt, Surroundings, UndoReceipt
+from esper.grafting.graph import count_of
 from esper.grafting.replicas import Call, Joint, jointly
 from esper.health import HealthSampler
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.compiler_watch import CompilerWatch
 from esper.sdk.evaluation import Evaluations
 from esper.sdk.export.plain_checkpoints import layout_of, plain_optimizer_state
-from esper.sdk.findings import Findings, GradientWatch, LedgerWatch, switched_off
+from esper.sdk.findings import (
+    Findings,
+    GradientWatch,
+    LedgerWatch,
+    switched_off,
+)
 from esper.sdk.following import Follower
 from esper.sdk.guarding import ProbationGuard
 from esper.sdk.layers import Layers
@@ -52,6 +59,18 @@ from esper.sdk.transport import Pace, TransportQueues
 logger = logging.getLogger("esper")
 
 MAX_PART_FAILURES = 3
+INTERRUPTED_SECONDS = 0.3
+# What is missing without a part of a step.
+UNMEASURED = {
+    "opening": "The layers are not known, so nothing is measured.",
+    "schedules": "Grafts that replace their layer stay at their present share.",
+    "ledger": "Esper does not check that the optimizer trains all that it should.",
+    "compiler": "Recompilations are not counted.",
+    "guard": "Nobody looks for a loss that diverges.",
+    "commands": "Commands of the server are not carried out.",
+    "evaluation": "The held-out loss is not measured.",
+    "health": "No health frames are made.",
+}
 
 
 class RunStopped(EsperError):
@@ -84,9 +103,10 @@ class Session:
         self._ranks = Ranks(around.replicas)
         self._queues = TransportQueues() if setup.server and self._ranks.decides else None
         self._run = RunState(setup.run, setup.mode, setup.safety_policy, self._queues)
-        self._layers = Layers(model, setup.slots, around.replicas)
         send = self._queues.telemetry.offer_finding if self._queues is not None else None
         self._findings = Findings(send)
+        self._fail_closed = FailClosed(lambda failure: self._findings.add(switched_off(failure)))
+        self._layers = Layers(model, setup.slots, around.replicas, self._fail_closed)
         self._ledger = LedgerWatch(model, around, self._findings)
         self._gradients = GradientWatch(self._findings)
         self._surgery = Surgery(
@@ -118,7 +138,7 @@ class Session:
         )
         self._reader = LossReader()
         self._compiler = CompilerWatch()
-        self._model_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._model_parameters = sum(map(count_of, model.parameters()))
         self._plain_layout = layout_of(around.optimizers)
         self._reported: dict[str, float] = {}
         self._latest_frame: HealthFrame | None = None
@@ -186,13 +206,18 @@ class Session:
             return
         self._closed = True
         atexit.unregister(self._at_exit)
-        self._layers.stop()
-        self._ledger.close()
-        if self._surgery.sampler is not None:
-            self._surgery.sampler.close()
-        if self._server is not None:
-            self._server.close(
-                state="failed" if failed else "finished", reason=reason, timeout=timeout
+        sampler, server = self._surgery.sampler, self._server
+        ends = [self._layers.stop, self._ledger.close]
+        if sampler is not None:
+            ends.append(sampler.close)
+        if server is not None:
+            state: Literal["failed", "finished"] = "failed" if failed else "finished"
+            ends.append(partial(server.close, state=state, reason=reason, timeout=timeout))
+        for place, end in enumerate(ends):
+            self._fail_closed.run(
+                end,
+                part=f"end of the run ({place + 1} of {len(ends)})",
+                unmeasured="A hook may stay in the model, or the end of the run is not reported.",
             )
 
     def __enter__(self) -> Session:
@@ -205,7 +230,7 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         stopped = error is None or isinstance(error, RunStopped)
-        self.close(reason=reason_of(error), failed=not stopped)
+        self.close(reason=reason_of(error), failed=not stopped, timeout=patience_for(error))
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -421,6 +446,7 @@ class Session:
             self._setup.surroundings.optimizers,
             layers,
             watch=partial(grafting.watch, model),
+            fail_closed=self._fail_closed,
         )
         if self._server is not None:
             self._server.start(
@@ -493,9 +519,10 @@ class Session:
             work()
         except Exception as error:
             self._failures[part] = self._failures.get(part, 0) + 1
-            logger.exception("Esper's %s failed; training goes on", part)
+            if self._failures[part] == 1:
+                logger.exception("Esper's %s failed; training goes on", part)
             if self._failures[part] == MAX_PART_FAILURES:
-                self._findings.add(switched_off(part, MAX_PART_FAILURES, error))
+                self._fail_closed.switch_off(error, part=part, unmeasured=UNMEASURED[part])
 
 
 def _identities(state: Any) -> list[Any] | None:
@@ -520,6 +547,14 @@ def reason_of(error: BaseException | None) -> str:
     return "" if error is None else str(error) or type(error).__name__
 
 
+def patience_for(error: BaseException | None, seconds: float = 10.0) -> float:
+    """How many seconds to wait for the server at the end; a person who interrupts waits for none.
+
+    What is not sent then is in the journal, and the next session on this machine sends it.
+    """
+    return INTERRUPTED_SECONDS if isinstance(error, KeyboardInterrupt) else seconds
+
+
 def _close_at_exit(session: Session, *, reports: bool) -> Callable[[], None]:
     """Ends the run when the script did not.
 
@@ -534,7 +569,11 @@ def _close_at_exit(session: Session, *, reports: bool) -> Callable[[], None]:
         if found is not None:
             with suppress(Exception):
                 error = getattr(sys, "last_value", None)
-                found.close(reason=reason_of(error), failed=error is not None, timeout=3.0)
+                found.close(
+                    reason=reason_of(error),
+                    failed=error is not None,
+                    timeout=patience_for(error, 3.0),
+                )
 
     atexit.register(close)
     return close

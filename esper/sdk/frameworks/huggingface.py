@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,11 +30,13 @@ except ImportError as error:  # the library itself does not need it
         "pip install 'esper-control[huggingface]'"
     ) from error
 
-from esper.exceptions import ConfigurationError
+from esper.exceptions import ConfigurationError, EsperError
+from esper.fail_closed import FailClosed
 from esper.grafting.ledger import unwrap_optimizer
 from esper.sdk.attaching import attach
 from esper.sdk.export.plain_checkpoints import plain_scheduler_state
-from esper.sdk.session import RunStopped, Session, reason_of
+from esper.sdk.frameworks.callbacks import inside_the_loop, step
+from esper.sdk.session import RunStopped, Session, patience_for, reason_of
 
 logger = logging.getLogger("esper")
 
@@ -47,7 +50,8 @@ class EsperCallback(TrainerCallback):
     """Attaches Esper to a ``Trainer.train()``.
 
     The loss is what the model itself returns (``outputs.loss``). A Trainer that computes its own,
-    with ``compute_loss_func`` or label smoothing, calls :meth:`observe` with it.
+    with ``compute_loss_func`` or label smoothing, calls :meth:`observe` with it; otherwise the
+    loss of the steps is unknown, which is a finding.
 
     Args:
         resume_from: the checkpoint folder that training resumes from. Needed only where that is
@@ -71,6 +75,7 @@ class EsperCallback(TrainerCallback):
         """Call it with the loss of each batch, before it is divided by the accumulation steps."""
         self._losses.observe(loss)
 
+    @inside_the_loop("The training is not watched.", raises=(EsperError,))
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -93,8 +98,9 @@ class EsperCallback(TrainerCallback):
         saved = self._saved_state(args, state)
         if saved is not None:
             self.session.load_state_dict(saved)
-        self._losses.follow(model)
+        self._losses.follow(model, self.session._fail_closed)
 
+    @inside_the_loop("The session makes no more steps, so nothing is measured.")
     def on_optimizer_step(
         self,
         args: TrainingArguments,
@@ -105,11 +111,12 @@ class EsperCallback(TrainerCallback):
         if self.session is None:
             return
         try:
-            self.session.step(self._losses.take())
+            step(self.session, self._losses.take())
         except RunStopped as stopped:
             logger.warning("the run was stopped: %s", stopped)
             control.should_training_stop = True
 
+    @inside_the_loop("A lost esper.pt is not noticed when training resumes.")
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -121,6 +128,7 @@ class EsperCallback(TrainerCallback):
         if self.session is not None:
             marks[_MARK] = {"grafts": len(self.session.adaptations)}
 
+    @inside_the_loop("The held-out loss is not reported.")
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -133,6 +141,7 @@ class EsperCallback(TrainerCallback):
         if self.session is not None and "eval_loss" in metrics:
             self.session.report(eval_loss=metrics["eval_loss"])
 
+    @inside_the_loop("Checkpoints hold no state of Esper: grafts are not rebuilt from them.")
     def on_save(
         self,
         args: TrainingArguments,
@@ -149,6 +158,7 @@ class EsperCallback(TrainerCallback):
             schedule = kwargs["lr_scheduler"].state_dict()
             _write(plain_scheduler_state(schedule, self._optimizer), folder / _SCHEDULER_FILE)
 
+    @inside_the_loop("The end of the run is not reported.")
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -167,12 +177,12 @@ class EsperCallback(TrainerCallback):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._end(reason=reason_of(error), failed=error is not None)
+        self._end(reason=reason_of(error), failed=error is not None, timeout=patience_for(error))
 
-    def _end(self, *, reason: str = "", failed: bool = False) -> None:
+    def _end(self, *, reason: str = "", failed: bool = False, timeout: float = 10.0) -> None:
         self._losses.stop()
         if self.session is not None:
-            self.session.close(reason=reason, failed=failed)
+            self.session.close(reason=reason, failed=failed, timeout=timeout)
 
     def _saved_state(self, args: TrainingArguments, state: TrainerState) -> Any:
         """Esper's part of the checkpoint that was loaded; None where training starts afresh."""
@@ -199,10 +209,13 @@ class _LossCollector:
         self._summed = False
         self._handle: RemovableHandle | None = None
 
-    def follow(self, model: nn.Module) -> None:
+    def follow(self, model: nn.Module, fail_closed: FailClosed) -> None:
         self._losses.clear()
         disable: Callable[..., Callable[..., None]] = torch.compiler.disable
-        self._handle = model.register_forward_hook(disable(self._hook), with_kwargs=True)
+        missing = {"part": "loss collector", "unmeasured": "The loss of the steps is unknown."}
+        hook = disable(fail_closed.wrap(self._hook, **missing))
+        register = partial(model.register_forward_hook, hook, with_kwargs=True)
+        self._handle = fail_closed.run(register, **missing)
 
     def stop(self) -> None:
         if self._handle is not None:
@@ -212,12 +225,10 @@ class _LossCollector:
     def observe(self, loss: Tensor) -> None:
         self._losses.append(loss.detach())
 
-    def take(self) -> Tensor:
+    def take(self) -> Tensor | None:
+        """The mean loss of the batches; None where the model returned none."""
         if not self._losses:
-            raise ConfigurationError(
-                "the model returned no loss: give it labels, or call the callback's "
-                "observe(loss) where the loss is computed"
-            )
+            return None
         total = torch.stack(self._losses).sum()
         count = 1 if self._summed else len(self._losses)
         self._losses.clear()
@@ -227,10 +238,10 @@ class _LossCollector:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
-        if model.training and isinstance(loss, Tensor):
+        if model.training and isinstance(loss, Tensor) and loss.numel() == 1:
             # Given the number of items in the whole step, each batch returns its share of the loss.
             self._summed = kwargs.get("num_items_in_batch") is not None
-            self.observe(loss)
+            self.observe(loss.reshape(()))
 
 
 class _HeldOut:

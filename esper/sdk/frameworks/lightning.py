@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 try:
@@ -20,11 +21,12 @@ except ImportError as error:  # the library itself does not need it
         "esper.sdk.frameworks.lightning needs Lightning: pip install 'esper-control[lightning]'"
     ) from error
 
-from esper.exceptions import ConfigurationError
+from esper.exceptions import EsperError
 from esper.grafting.ledger import unwrap_optimizer
 from esper.sdk.attaching import attach
 from esper.sdk.export.plain_checkpoints import plain_model_state, plain_scheduler_state
-from esper.sdk.session import RunStopped, Session, reason_of
+from esper.sdk.frameworks.callbacks import inside_the_loop, step
+from esper.sdk.session import RunStopped, Session, patience_for, reason_of
 
 logger = logging.getLogger("esper")
 
@@ -50,6 +52,7 @@ class EsperCallback(Callback):
         self._losses: list[float] = []  # of the batches since the last optimizer step
         self._steps = 0  # the trainer's, at our last one
 
+    @inside_the_loop("The fit is not watched.", raises=(EsperError,))
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches: optimizers and schedulers exist, and hold what a checkpoint held."""
         if self.session is not None:  # fitted once more
@@ -69,6 +72,7 @@ class EsperCallback(Callback):
         self._losses.clear()
         self._steps = trainer.global_step
 
+    @inside_the_loop("The session makes no more steps, so nothing is measured.")
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -78,24 +82,28 @@ class EsperCallback(Callback):
         batch_idx: int,
     ) -> None:
         """One step of the session for each step of the optimizer."""
-        self._losses.append(_loss_of(outputs))
+        loss = _loss_of(outputs)
+        if loss is not None:
+            self._losses.append(loss)
         if self.session is None or trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        loss = math.fsum(self._losses) / len(self._losses)
+        mean = math.fsum(self._losses) / len(self._losses) if self._losses else None
         self._losses.clear()
         try:
-            self.session.step(loss)
+            step(self.session, mean)
         except RunStopped as stopped:
             logger.warning("the run was stopped: %s", stopped)
             trainer.should_stop = True
 
+    @inside_the_loop("The held-out loss is not reported.")
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The loop's own held-out loss, where it logs one."""
         loss = trainer.callback_metrics.get(self._monitor)
         if self.session is not None and loss is not None and not trainer.sanity_checking:
             self.session.report(eval_loss=float(loss))
 
+    @inside_the_loop("Checkpoints hold no state of Esper: grafts are not rebuilt from them.")
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -103,15 +111,21 @@ class EsperCallback(Callback):
         session = self.session
         if session is None:
             return
-        checkpoint[CHECKPOINT_KEY] = session.state_dict()
-        checkpoint["state_dict"] = plain_model_state(checkpoint["state_dict"])
-        checkpoint["optimizer_states"] = session.plain_optimizer_states()
-        checkpoint["lr_schedulers"] = [
+        schedulers = [
             plain_scheduler_state(state, unwrap_optimizer(config.scheduler.optimizer))
             for state, config in zip(
                 checkpoint["lr_schedulers"], trainer.lr_scheduler_configs, strict=True
             )
         ]
+        # All of it or nothing: whatever fails has failed before the first is written.
+        checkpoint.update(
+            {
+                CHECKPOINT_KEY: session.state_dict(),
+                "state_dict": plain_model_state(checkpoint["state_dict"]),
+                "optimizer_states": session.plain_optimizer_states(),
+                "lr_schedulers": schedulers,
+            }
+        )
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -119,15 +133,19 @@ class EsperCallback(Callback):
         """Keeps Esper's state until the fit begins."""
         self._saved = checkpoint.get(CHECKPOINT_KEY)
 
+    @inside_the_loop("The end of the run is not reported.")
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.session is not None:
             self.session.close()
 
+    @inside_the_loop("The end of the run is not reported.")
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         if self.session is not None:
-            self.session.close(reason=reason_of(exception), failed=True)
+            self.session.close(
+                reason=reason_of(exception), failed=True, timeout=patience_for(exception)
+            )
 
 
 def _planned(trainer: Trainer) -> int | None:
@@ -135,10 +153,7 @@ def _planned(trainer: Trainer) -> int | None:
     return int(steps) if 0 < steps < math.inf else None
 
 
-def _loss_of(outputs: Any) -> float:
-    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    if loss is None:
-        raise ConfigurationError(
-            "training_step returned no loss; return it also with manual optimization"
-        )
-    return float(loss)
+def _loss_of(outputs: Any) -> float | None:
+    """None for a skipped batch, and with manual optimization, where a step need return nothing."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return None if loss is None else float(loss)

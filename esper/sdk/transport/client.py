@@ -57,11 +57,15 @@ class Client:
     Args:
         server: base URL, such as ``http://127.0.0.1:8080``.
         token: bearer token; replaced by the run's own after registration.
+
+    Attributes:
+        answers: the last request was answered; None before the first has ended.
     """
 
     def __init__(self, server: str, token: str) -> None:
         self.server = server.rstrip("/")
         self.token = token
+        self.answers: bool | None = None
         tls = urlsplit(server).scheme == "https"
         self._http = httpx.AsyncClient(
             base_url=self.server + API_PATH,
@@ -121,9 +125,12 @@ class Client:
             response = await self._http.request(
                 method, path, content=content or None, headers=all_headers
             )
-        except (httpx.HTTPError, OSError) as error:
+        except (httpx.HTTPError, OSError, RuntimeError) as error:
+            # RuntimeError: the interpreter ends, and starts no more threads.
+            self.answers = False
             text = f"{self.server} did not answer: {type(error).__name__} {error}"
             raise TransportError(text.rstrip(), permanent=False) from error
+        self.answers = True
         if response.status_code >= 300:
             raise _refusal(path, response)
         return response

@@ -20,6 +20,7 @@ from typing import Any
 from esper.contracts import wire
 from esper.contracts.protocol import Finish, Hello, HelloAnswer
 from esper.exceptions import CodecError, TransportError
+from esper.fail_closed import short
 from esper.sdk.transport.client import Client, insist
 from esper.sdk.transport.commands import LocalVeto
 from esper.sdk.transport.journal import Journal, state_directory
@@ -27,10 +28,12 @@ from esper.sdk.transport.listening import Listener, Preparation
 from esper.sdk.transport.outgoing import ReportSender, TelemetrySender, send_leftover_reports
 from esper.sdk.transport.queues import Pace, TransportQueues
 from esper.sdk.transport.registration import Registration, RunDescription
+from esper.sdk.transport.resolving import resolve_in_daemon_threads
 
 logger = logging.getLogger("esper")
 
 _GRACE_SECONDS = 2.0  # for the thread to write its journal when it must stop
+_SHORT_SECONDS = 0.4  # the same, and the wait for a server that does not answer
 
 
 class Transport:
@@ -62,6 +65,7 @@ class Transport:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._thread: threading.Thread | None = None
+        self._client: Client | None = None
         self._sender: TelemetrySender | None = None
         self._report_sender: ReportSender | None = None
         queues.on_report = self._wake_reports
@@ -89,7 +93,8 @@ class Transport:
         """Send what waits, and how the run ended.
 
         What is not answered within ``timeout`` seconds stays in the journal. The next session on
-        this machine sends it.
+        this machine sends it. There is hardly a wait for a server that did not answer the last
+        request.
         """
         self.queues.finish = finish
         thread = self._thread
@@ -97,10 +102,12 @@ class Transport:
             return
         self.send_soon()
         self._wake_reports()
+        if self._client is not None and self._client.answers is False:
+            timeout = min(timeout, _SHORT_SECONDS)
         thread.join(timeout)
         if thread.is_alive() and self._task is not None:
             self._call_in_loop(self._task.cancel)
-            thread.join(_GRACE_SECONDS)
+            thread.join(_GRACE_SECONDS if timeout > _SHORT_SECONDS else _SHORT_SECONDS)
 
     def _wake_reports(self) -> None:
         if self._report_sender is not None:
@@ -117,13 +124,17 @@ class Transport:
     def _run(self, description: RunDescription) -> None:
         try:
             asyncio.run(self._live(description))
-        except Exception:
-            logger.exception("Esper's transport stopped; training goes on without it")
+        except Exception as error:
+            logger.error(
+                "Esper's transport stopped (%s); training goes on without it", short(error)
+            )
+            logger.debug("the transport's error", exc_info=error)
 
     async def _live(self, description: RunDescription) -> None:
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
-        client = Client(self._server, self._token)
+        resolve_in_daemon_threads(self._loop)
+        client = self._client = Client(self._server, self._token)
         try:
             registration = await self._register(client, description)
             client.token = registration.token
@@ -131,8 +142,13 @@ class Transport:
         except TransportError as error:
             self._give_up(error)
         except asyncio.CancelledError:
-            ledger = self.queues.ledger()
-            logger.warning("closed before the server had answered everything; %s", ledger)
+            # Where the server never answered, this was said before.
+            said = self.registration is None and client.answers is False
+            logger.log(
+                logging.INFO if said else logging.WARNING,
+                "closed before the server had answered everything; %s",
+                self.queues.ledger(),
+            )
         finally:
             self._loop = None
             await client.close()

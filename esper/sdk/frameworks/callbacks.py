@@ -1,0 +1,61 @@
+"""A framework calls Esper in its own loop: nothing of Esper may end that loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+
+from esper.fail_closed import FailClosed
+from esper.sdk.findings import unknown_loss
+from esper.sdk.session import Session
+
+
+def inside_the_loop(
+    unmeasured: str, *, raises: tuple[type[Exception], ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a callback's method: when it fails, it is switched off and the training goes on.
+
+    The finding is in the callback's session; before there is one, it is logged.
+
+    Args:
+        unmeasured: what Esper does not do without this method.
+        raises: errors that the arguments of the callback cause, which its user must see.
+    """
+
+    def decorate(method: Callable[..., None]) -> Callable[..., None]:
+        part = method.__name__
+
+        @wraps(method)
+        def inside(self: Any, *args: Any, **kwargs: Any) -> None:
+            closed = _fail_closed_of(self)
+            if closed.is_off(part):
+                return
+            try:
+                method(self, *args, **kwargs)
+            except raises:
+                raise
+            except Exception as error:
+                _fail_closed_of(self).switch_off(error, part=part, unmeasured=unmeasured)
+
+        return inside
+
+    return decorate
+
+
+def step(session: Session, loss: float | Tensor | None) -> None:
+    """One step of the session; a loss that the framework did not show is a finding.
+
+    Raises:
+        RunStopped: a person stopped the run.
+    """
+    if loss is None:
+        session._findings.add(unknown_loss())
+    session.step(loss)
+
+
+def _fail_closed_of(callback: Any) -> FailClosed:
+    session = callback.session
+    return FailClosed() if session is None else session._fail_closed
