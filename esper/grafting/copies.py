@@ -60,7 +60,8 @@ def let_follow(model: nn.Module, copies: Iterable[Any]) -> None:
 def audit_copies(model: nn.Module) -> list[Finding]:
     """Layers whose grafts differ between the model and a living copy of it.
 
-    Copies made before the model was attached are unknown.
+    Copies made before the layer had a slot are unknown: before the model was attached, and in a
+    run that only observes before its first graft.
     """
     return to_findings(
         Problem(

@@ -17,7 +17,14 @@ from esper.blueprints.layout import axes_of, channel_axis_of
 from esper.contracts import MAX_NAME_LENGTH, LayerInfo
 from esper.fail_closed import FailClosed
 from esper.grafting.attention import TimeAxis, cached_part, looks_ahead
-from esper.grafting.slot import CONTAINERS, SLOT_NAME, first_tensor, is_opaque, slots
+from esper.grafting.slot import (
+    CONTAINERS,
+    SLOT_NAME,
+    PassingHook,
+    first_tensor,
+    is_opaque,
+    slots,
+)
 from esper.grafting.snapshot import kept_streams
 
 NEVER_RAN = "it did not run in the traced forward pass"
@@ -392,4 +399,4 @@ def _why_unwritten(parameters: Iterable[Tensor]) -> str:
 def _hidden(hook: Callable[..., None]) -> Callable[..., None]:
     """Hides a hook from the compiler."""
     disable: Callable[..., Callable[..., None]] = torch.compiler.disable
-    return disable(hook)
+    return PassingHook(disable(hook))

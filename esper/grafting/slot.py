@@ -14,7 +14,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -385,13 +385,45 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:
 def watch(model: nn.Module, layer: str, watcher: Watcher) -> Callable[[], None]:
     """Calls ``watcher(x, y)`` with the layer's input and its own output, before any graft.
 
+    A layer without a slot has a plain hook for as long, which compiled code does not run.
+
     Returns:
         A function that ends the watch. The watcher is not copied, pickled or saved.
     """
-    prepare_slots(model, [layer])
-    slot = slot_of(find_host(model, layer))
-    assert slot is not None
-    return slot.watch(watcher)
+    host = find_host(model, layer)
+    slot = slot_of(host)
+    if slot is not None:
+        return slot.watch(watcher)
+
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return
+        x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
+        if x is not None and y is not None and not _is_transformed(y):
+            watcher(x, y)
+
+    return host.register_forward_hook(PassingHook(read), with_kwargs=True).remove
+
+
+class PassingHook:
+    """A hook that copies and pickle leave behind: they get one that does nothing.
+
+    It is a function of the standard library, so that a pickled model loads without Esper.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return self._hook(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Inside ``torch.func``'s transforms, a result must not leave the transform."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _check_host(layer: str, host: nn.Module) -> None:

@@ -69,7 +69,7 @@ def attach(
         server: base URL, default ``ESPER_SERVER``; without either, local mode: the same loop in
             this process.
         token: of scope ``runs:create``, default ``ESPER_TOKEN``.
-        mode: ``observe`` never changes the model, ``supervised`` asks a person for each graft,
+        mode: ``observe`` adds nothing to the model, ``supervised`` asks a person for each graft,
             ``automatic`` lets the policy act alone above its threshold.
         scheduler: one or several learning-rate schedulers; grafts join their lists.
         scaler: the ``GradScaler``, where there is one.
@@ -101,7 +101,11 @@ def attach(
     if replicas is not None:
         arguments = [run, mode, names, evaluate is not None, len(optimizers), len(followers)]
         replicas.meet(Call.ATTACH, 0, key=f"{arguments} {replicas.checksum()}")
-    if slots == "auto":
+    if mode is RunMode.OBSERVE:
+        # A graft by hand gets its slot then. Code that is compiled already runs no new hooks, and
+        # the layers are read by hooks in the first step.
+        torch.compiler.reset()
+    elif slots == "auto":
         names = _slots_where_they_fit(bare, names)
     else:
         grafting.prepare_slots(bare, names)

@@ -11,7 +11,7 @@ from torch import nn
 from esper.contracts import LayerInfo
 from esper.exceptions import UnknownLayerError
 from esper.fail_closed import FailClosed
-from esper.grafting import LayerRecorder, Replicas
+from esper.grafting import LayerRecorder, Replicas, slots
 
 LEFT_ALONE = "attach was told to leave it alone"
 
@@ -32,6 +32,7 @@ class Layers:
         replicas: Replicas | None = None,
         fail_closed: FailClosed | None = None,
     ) -> None:
+        self._model = model
         self._slots = frozenset(slots)
         self._replicas = replicas
         self._recorder = LayerRecorder(model, fail_closed=fail_closed)
@@ -63,7 +64,8 @@ class Layers:
         """The first step is complete: all layers have run."""
         self._fixed = tuple(map(self._limited, self._recorder.layers()))
         self.stop()
-        if any(layer.reason == LEFT_ALONE for layer in self._fixed):
+        without_slots = not any(True for _ in slots(self._model))
+        if without_slots or any(layer.reason == LEFT_ALONE for layer in self._fixed):
             # Code that was compiled in this first step is split at the recorder's hooks, and torch
             # does not notice that they were removed. Where every layer has a slot, it stays split.
             torch.compiler.reset()

@@ -144,6 +144,7 @@ class Session:
         self._latest_frame: HealthFrame | None = None
         self._failures: dict[str, int] = {}
         self._closed = False
+        self._detached = False
         self._at_exit = _close_at_exit(self, reports=self._queues is not None)
 
     # -- what a training loop calls ------------------------------------------------------------
@@ -172,7 +173,8 @@ class Session:
         # Before anything that may undo: a snapshot is taken after it, so an undo restores what the
         # next step would have used.
         self._try("schedules", self._surgery.on_step)
-        self._try("ledger", partial(self._ledger.on_step, run.step))
+        if not self._detached:
+            self._try("ledger", partial(self._ledger.on_step, run.step))
         if value is not None:
             run.losses.append((run.step, value))
         metrics = self._take_metrics(value)
@@ -196,11 +198,36 @@ class Session:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             self._reported[name] = float(value)
 
-    def close(self, *, reason: str = "", failed: bool = False, timeout: float = 10.0) -> None:
+    def detach(self) -> None:
+        """Take everything out of the model and its optimizers that holds no graft.
+
+        Hooks and empty slots go, so that ``torch.jit.script``, ``torch.export``, quantisation and
+        pickle see the model as it was. Nothing is measured any more: no health frames, and in
+        automatic mode no decisions. The other methods work on; :meth:`graft` makes a slot again.
+        """
+        self._detached = True
+        self._layers.stop()
+        self._ledger.close()
+        sampler, self._surgery.sampler = self._surgery.sampler, None
+        if sampler is not None:
+            sampler.close()
+        for model in (self._setup.model, *self._setup.surroundings.copies):
+            grafting.remove_slots(model)
+
+    def close(
+        self,
+        *,
+        reason: str = "",
+        failed: bool = False,
+        timeout: float = 10.0,
+        detach: bool = True,
+    ) -> None:
         """End the run. Grafts stay in the model.
 
         Args:
             timeout: how many seconds to wait, at most, for the server to answer what is left.
+            detach: take out all that holds no graft, as :meth:`detach` does. Otherwise empty slots
+                stay, and code that torch has compiled with them can be used by a later session.
         """
         if self._closed:
             return
@@ -210,6 +237,8 @@ class Session:
         ends = [self._layers.stop, self._ledger.close]
         if sampler is not None:
             ends.append(sampler.close)
+        if detach:
+            ends.append(self.detach)
         if server is not None:
             state: Literal["failed", "finished"] = "failed" if failed else "finished"
             ends.append(partial(server.close, state=state, reason=reason, timeout=timeout))
@@ -441,13 +470,14 @@ class Session:
         if not self._ranks.decides:
             return
         layers, model = self._layers.own, self._setup.model
-        self._surgery.sampler = HealthSampler(
-            model,
-            self._setup.surroundings.optimizers,
-            layers,
-            watch=partial(grafting.watch, model),
-            fail_closed=self._fail_closed,
-        )
+        if not self._detached:
+            self._surgery.sampler = HealthSampler(
+                model,
+                self._setup.surroundings.optimizers,
+                layers,
+                watch=partial(grafting.watch, model),
+                fail_closed=self._fail_closed,
+            )
         if self._server is not None:
             self._server.start(
                 layers,

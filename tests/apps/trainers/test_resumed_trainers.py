@@ -25,7 +25,7 @@ from esper.sdk.adaptation import Operation
 from esper.sdk.transport.queues import Pace
 from tests.apps.cast import TAMIYO, TRAINER
 from tests.apps.stage import Stage
-from tests.esper.sdk.tiny_training import Training, slot_at
+from tests.esper.sdk.tiny_training import Training, grafts_at
 
 S = AdaptationState
 
@@ -153,7 +153,7 @@ def test_a_graft_that_was_rolled_back_since_the_checkpoint_is_taken_out(lives: L
     until(lambda: state_of(adaptation) == S.ROLLED_BACK, "the undo is answered")
     training, resumed = lives.begin(saved)
     training.until(lambda: not resumed.adaptations[0].grafted, resumed)
-    assert not list(slot_at(training.model, "3").grafts())
+    assert not grafts_at(training.model, "3")
     assert state_of(adaptation) == S.ROLLED_BACK
 
 

@@ -105,7 +105,8 @@ def test_a_soft_undo_and_a_failed_graft_leave_no_graft_in_the_average(
 
 def test_an_undeclared_copy_is_a_finding_once_it_lacks_a_graft() -> None:
     training = make_training("none")
-    session = esper.attach(training.model, training.optimizer)
+    # Observing makes no slots, so a copy is not known there before its layer has a graft.
+    session = esper.attach(training.model, training.optimizer, mode="supervised")
     average = averaged(training.model)
     copy.deepcopy(training.model)  # gone at once
     run(training, session, average, 2)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import esper
 from esper.contracts import AdaptationState, SafetyPolicy
-from tests.esper.sdk.tiny_training import slot_at
+from tests.esper.sdk.tiny_training import grafts_at
 
 EAGER = SafetyPolicy(
     maturity_steps=10,
@@ -80,7 +80,7 @@ def test_a_plateau_is_adapted_judged_and_rewarded_without_a_server() -> None:
     for entry in closed:
         assert entry.state in (AdaptationState.KEPT, AdaptationState.ROLLED_BACK)
         assert entry.reward is not None
-        here = slot_at(host.model, entry.layer).grafts()
+        here = grafts_at(host.model, entry.layer)
         assert (entry.blueprint in here) == (entry.state is AdaptationState.KEPT)
 
 

@@ -19,6 +19,12 @@ def slot_at(model: nn.Module, layer: str) -> Slot:
     return slot
 
 
+def grafts_at(model: nn.Module, layer: str) -> list[str]:
+    """Slugs of the layer's grafts; a session that has ended leaves no empty slot."""
+    slot = slot_of(model.get_submodule(layer))
+    return [] if slot is None else list(slot.grafts())
+
+
 def weight_of(model: nn.Module, layer: str) -> Tensor:
     return model.get_parameter(f"{layer}.weight").detach()
 

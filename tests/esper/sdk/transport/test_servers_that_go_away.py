@@ -13,7 +13,7 @@ from esper.contracts import (
 from esper.grafting import digest
 from esper.sdk.transport.client import BackOff
 from esper.sdk.transport.journal import JOURNAL_FILE
-from tests.esper.sdk.tiny_training import Training, slot_at
+from tests.esper.sdk.tiny_training import Training, grafts_at
 from tests.esper.sdk.transport.attached import (
     attached,
     ended,
@@ -137,7 +137,7 @@ def test_a_restarted_trainer_says_what_its_model_really_holds(
     assert final_ack(plane, 2)["code"] == "old_epoch"
     assert final_ack(plane, 3)["state"] == "applied"
     assert "softly" in final_ack(plane, 3)["reason"]
-    assert not list(slot_at(again.model, "3").grafts())
+    assert not grafts_at(again.model, "3")
 
 
 def test_waiting_for_a_server_draws_nothing_that_is_the_trainings() -> None:
