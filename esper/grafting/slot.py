@@ -439,9 +439,10 @@ def _check_host(layer: str, host: nn.Module) -> None:
 def _add_slot(host: nn.Module) -> None:
     slot = Slot()
     slot.train(host.training)
-    slot.handle = host.register_forward_hook(run_slot, with_kwargs=True)
     try:
+        slot.handle = host.register_forward_hook(run_slot, with_kwargs=True)
         host.add_module(SLOT_NAME, slot)
     except BaseException:
-        slot.handle.remove()
+        if slot.handle is not None:
+            slot.handle.remove()
         raise

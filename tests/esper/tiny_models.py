@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from esper import blueprints
 from esper.contracts import GraftKind, LayerInfo
-from esper.grafting import Receipt, Slot, Surroundings, apply_graft
+from esper.grafting import Receipt, Slot, Surroundings, apply_graft, slot_of
 from esper.grafting.surroundings import BARE
 
 VOCABULARY = 17
@@ -111,6 +111,12 @@ def make_training(scheduler: str = "one_cycle", steps: int = 200) -> Training:
 def surroundings_of(training: Training) -> Surroundings:
     schedulers = [] if training.scheduler is None else [training.scheduler]
     return Surroundings([training.optimizer], schedulers)
+
+
+def holds_nothing(host: nn.Module) -> bool:
+    """The layer has no slot, or an idle one."""
+    slot = slot_of(host)
+    return slot is None or is_idle(slot)
 
 
 def is_idle(slot: Slot | None) -> bool:

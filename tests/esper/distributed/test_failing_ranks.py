@@ -13,7 +13,7 @@ import pytest
 from esper.exceptions import ReplicaError
 from tests.esper.distributed.rank_pool import GROUP_TIMEOUT_S, RankPool
 from tests.esper.distributed.tiny_replica import Replica, graft, replica
-from tests.esper.tiny_models import is_idle
+from tests.esper.tiny_models import holds_nothing
 
 pytestmark = pytest.mark.process
 
@@ -108,7 +108,8 @@ def _fail_while_grafting(rank: int, failing: int, stride: int) -> list[str]:
                 sys.settrace(None)
             assert failed == (rank == failing), line
             assert side.state() == before, (line, reached[-1:])
-            assert is_idle(side.bare.inner.esper)
+            assert holds_nothing(side.bare.inner)
+            assert not side.bare.inner._forward_hooks, line
         assert receipt.present, "some time no line is left to fail at"
         side.run(3)
         return [*reached, side.parameters()]
@@ -195,7 +196,7 @@ def _die(rank: int, where: str) -> tuple[str, float]:
         started = time.monotonic()
         with pytest.raises(RuntimeError) as failed:
             graft(side) if where == "in a graft" else side.session.step(1.0)
-        assert is_idle(side.bare.inner.esper)
+        assert holds_nothing(side.bare.inner)
         return str(failed.value), time.monotonic() - started
 
 

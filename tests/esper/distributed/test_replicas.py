@@ -21,7 +21,7 @@ from tests.esper.distributed.tiny_replica import (
     replica,
     sgd,
 )
-from tests.esper.tiny_models import is_idle
+from tests.esper.tiny_models import holds_nothing
 
 pytestmark = pytest.mark.process
 
@@ -190,7 +190,7 @@ def _want_different_things(rank: int) -> tuple[str, str]:
             graft(side, "inner" if rank else "outer")
         with pytest.raises(ReplicaError) as out_of_order:
             graft(side) if rank else side.session.step(0.5)
-        assert is_idle(side.bare.inner.esper)
+        assert holds_nothing(side.bare.inner)
         assert side.state() == before
         return str(different.value), str(out_of_order.value)
 
