@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from esper import blueprints, grafting
-from esper.contracts import AdaptationState, LayerInfo, RemedyKind
+from esper.contracts import AdaptationState, LayerInfo, RemedyKind, RunMode
 from esper.exceptions import ConfigurationError, UndoError
 from esper.grafting import (
     GuardVerdict,
@@ -165,9 +165,16 @@ class Surgery:
         if hard:
             self.changes.drop_since(adaptation)
         gone = self.changes.mark_gone(state)
+        self._remove_idle_slots()
         self._follow_up(restored=True)
         self._report_undone(before, report)
         return report, gone
+
+    def _remove_idle_slots(self) -> None:
+        """A model that is only observed has slots only while they hold grafts."""
+        if self._run.mode is RunMode.OBSERVE:
+            for model in (self.model, *self._surroundings.copies):
+                grafting.remove_slots(model)
 
     def take_out_for_server(self, adaptation: Adaptation, *, hard: bool) -> TakenOut:
         """As the server ordered. It gets a report of other grafts that had to go with this one."""
