@@ -182,11 +182,13 @@ class SnapshotMemory:
     def reserve(cls, model: nn.Module, optimizers: Sequence[Any] = ()) -> SnapshotMemory:
         """Memory for the present tensors of a model and its optimizers.
 
-        May run in another thread while the model trains: it only reads shapes.
+        May run in another thread while the model trains: it only reads shapes, and no gradient.
+        The backward pass replaces gradients without Python's lock, so reading ``grad`` beside it
+        corrupts memory. A gradient has the form of its parameter.
         """
         memory = cls()
         parameters = list(model.parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [parameter for parameter in parameters if parameter.requires_grad]
         states = [list(unwrap_optimizer(o).state.values()) for o in optimizers]
         moments = [v for state in states for entry in state for v in list(entry.values())]
         for value in (*parameters, *list(model.buffers()), *gradients, *moments):

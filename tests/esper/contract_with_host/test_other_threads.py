@@ -1,0 +1,78 @@
+"""What Esper's other threads may touch while the model trains.
+
+The backward pass and the optimizer work without Python's lock. A thread that reads ``grad`` at the
+same moment corrupts memory: the interpreter crashes some time later, anywhere.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from esper.grafting.snapshot import SnapshotMemory
+
+ROOT = Path(__file__).parents[3]
+BESIDE_THE_TRAINING = """
+import threading
+import torch
+from torch import nn
+from esper.grafting.snapshot import SnapshotMemory
+
+torch.set_num_threads(1)
+model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(30)])
+optimizer = torch.optim.AdamW(model.parameters())
+trained = threading.Event()
+
+def reserve():
+    while not trained.is_set():
+        SnapshotMemory.reserve(model, [optimizer])
+
+thread = threading.Thread(target=reserve)
+thread.start()
+for _ in range(300):
+    model(torch.randn(8, 64)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+trained.set()
+thread.join()
+"""
+
+
+class Watched(nn.Parameter):
+    """Counts who reads its gradient."""
+
+    reads = 0
+
+    @property
+    def grad(self) -> Any:
+        Watched.reads += 1
+        return torch.ones_like(self.data)
+
+
+def test_memory_is_reserved_without_reading_a_gradient() -> None:
+    model = nn.Linear(64, 64)
+    model.weight = Watched(model.weight.detach())
+    Watched.reads = 0
+
+    memory = SnapshotMemory.reserve(model, [torch.optim.SGD(model.parameters())])
+
+    assert Watched.reads == 0
+    (places,) = memory._free.values()
+    assert len(places) == 2  # the weight and its gradient
+
+
+def test_a_model_trains_while_memory_is_reserved_in_another_thread() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE_THE_TRAINING],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
