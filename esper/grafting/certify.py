@@ -302,6 +302,10 @@ def _gradients(
 def _same(mine: Tensor | None, theirs: Tensor | None) -> bool:
     if mine is None or theirs is None:
         return mine is theirs
+    if mine.is_sparse and theirs.is_sparse:
+        mine, theirs = mine.coalesce(), theirs.coalesce()
+        same_places = torch.equal(mine.indices(), theirs.indices())
+        return same_places and _same(mine.values(), theirs.values())
     return torch.equal(mine, theirs) or torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 
 

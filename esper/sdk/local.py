@@ -137,7 +137,7 @@ class LocalLoop:
     def on_frame(self, frame: HealthFrame) -> None:
         """A step with a health frame: end probations that are over, then decide."""
         for entry, verdict in self._verdicts():
-            if not verdict.keep:
+            if not verdict.keep and self.acts:
                 self._surgery.take_out(entry, hard=False, state=AdaptationState.ROLLED_BACK)
             logger.info(
                 "step %d: %s at %s %s: %s",
@@ -259,13 +259,14 @@ class LocalLoop:
     # -- judging -------------------------------------------------------------------------------
 
     def _verdicts(self) -> list[tuple[Adaptation, Verdict]]:
-        """Ends of probation at this step. A graft that is not to be kept is still in."""
+        """Ends of probation at this step. A graft that is to be taken out is still in."""
         found = []
         for entry in self._surgery.changes.grafted:
             verdict = self._judge(entry) if entry.on_probation else None
             if verdict is not None:
                 self._close(entry, verdict)
-                if verdict.keep:
+                # A run that only observes keeps what a person put in, whatever the verdict says.
+                if verdict.keep or not self.acts:
                     entry.state = AdaptationState.KEPT
                 found.append((entry, verdict))
         return found

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from esper.blueprints.base import Blueprint, Graft, check_number
 from esper.blueprints.initial import Initializer
 from esper.contracts import AdaptationType, BlueprintCategory, GraftKind, LayerInfo, Risk
+from esper.fail_closed import contained
 
 
 class GradientClamp(Graft):
@@ -26,6 +27,10 @@ class GradientClamp(Graft):
         self.max_norm = max_norm
         self._tied: dict[nn.Parameter, RemovableHandle] = {}
         self._arrived: set[nn.Parameter] = set()
+
+    def inherit(self, host: nn.Module) -> None:
+        if getattr(host, "sparse", False):  # torch's word in Embedding and EmbeddingBag
+            raise TypeError("its gradients are sparse, and the bound needs dense ones")
 
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
         return y
@@ -50,6 +55,7 @@ class GradientClamp(Graft):
         register: Callable[..., RemovableHandle] = parameter.register_post_accumulate_grad_hook
         return register(self._arrive)
 
+    @contained("gradient clamp", "The layer's gradient is not bounded in such a step.")
     def _arrive(self, parameter: nn.Parameter) -> None:
         self._arrived.add(parameter)
         if len(self._arrived) == len(self._tied):

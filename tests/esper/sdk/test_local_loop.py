@@ -125,3 +125,18 @@ def test_a_decision_that_nobody_takes_expires_and_is_never_applied() -> None:
         host.run(1000, session)
         assert session.adaptations == ()
         assert session.waiting == ()
+
+
+def test_observing_never_takes_out_what_a_person_grafted() -> None:
+    host = Bottleneck()
+    for group in host.optimizer.param_groups:
+        group["lr"] = 0.0  # nothing can improve, so the verdict is against the graft
+    with attached(host, "observe") as session:
+        host.run(30, session)
+        receipt = session.graft("0", "mlp_gelu_2048")
+        host.run_until(lambda: any(e.verdict for e in session.adaptations), session)
+        (entry,) = session.adaptations
+        assert entry.verdict is not None
+        assert not entry.verdict.keep
+        assert entry.state is AdaptationState.KEPT
+        assert receipt.present
