@@ -24,6 +24,7 @@ import numpy as np
 
 from esper.constraints import check_gates, check_run, gate_inputs, required_evidence
 from esper.contracts import (
+    EARLIER_COLUMNS,
     SIGNALS,
     AdaptationDecision,
     Candidate,
@@ -168,12 +169,14 @@ def evidence(features: Features, layer: str) -> dict[str, float]:
     """The numbers behind a decision, flat; NaN unknown.
 
     ``<signal>`` of the layer, ``<signal>_median`` over the run's layers, ``loss`` (its level) and
-    ``loss_<feature>``.
+    ``loss_<feature>``. Signals that older decisions do not have are left out where unknown.
     """
     loss = features.loss
-    found = {str(signal): features.value(layer, signal) for signal in SIGNALS}
-    for signal, median in zip(SIGNALS, features.medians, strict=True):
-        found[f"{signal}_median"] = float(median)
+    found: dict[str, float] = {}
+    for place, signal in enumerate(SIGNALS):
+        value, median = features.value(layer, signal), float(features.medians[place])
+        if place < EARLIER_COLUMNS[0] or not math.isnan(median):
+            found |= {str(signal): value, f"{signal}_median": median}
     found |= {
         "loss": loss.level,
         "loss_initial": loss.initial,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from apps.runs.models import Run
 from apps.telemetry.models import Frame, Metric
-from esper.contracts import SIGNAL_INDEX, SIGNALS, Signal, protocol, unpack_bytes
+from esper.contracts import SIGNAL_INDEX, SIGNALS, Signal, columns_of, protocol, unpack_bytes
 from esper.contracts.protocol import StepValues
 
 MAX_FRAMES = 200
@@ -117,11 +117,10 @@ def heatmap(run: Run, signal: Signal, *, columns: int) -> dict[str, Any]:
     )
     rows = [row for row, alive in zip(rows, _alive(rows), strict=True) if alive]
     chosen = _evenly([key for _, _, key in rows], columns)
-    size = len(names) * len(SIGNALS) * 4
     frames = [
         frame
         for frame in Frame.objects.filter(pk__in=chosen).order_by("step", "id")
-        if len(frame.values) == size  # an older epoch may have had other layers
+        if columns_of(len(frame.values), len(names))  # an older epoch may have had other layers
     ]
     matrix = [
         unpack_bytes(bytes(frame.values), len(names))[:, SIGNAL_INDEX[signal]] for frame in frames

@@ -5,7 +5,7 @@ from __future__ import annotations
 from apps.runs.models import Run
 from apps.telemetry.services import ingest_batch
 from apps.violations.services import record_findings
-from esper.contracts import SIGNALS
+from esper.contracts import SIGNALS, columns_of
 from esper.contracts.protocol import Telemetry, TelemetryAnswer
 from esper.exceptions import MessageError
 
@@ -28,7 +28,7 @@ def take_telemetry(*, run: Run, batch: Telemetry) -> TelemetryAnswer:
 def _check_frames(batch: Telemetry, *, layers: int) -> None:
     expected = layers * len(SIGNALS) * 4
     for index, frame in enumerate(batch.frames):
-        if len(frame.values) != expected:
+        if not columns_of(len(frame.values), layers):
             raise MessageError(
                 f"{layers} layers x {len(SIGNALS)} signals are {expected} bytes, "
                 f"got {len(frame.values)}",

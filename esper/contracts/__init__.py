@@ -50,6 +50,7 @@ from esper.contracts.enums import (
     risk_rank,
 )
 from esper.contracts.health import (
+    EARLIER_COLUMNS,
     MAX_LAYERS,
     SIGNAL_INDEX,
     SIGNAL_NOTES,
@@ -58,6 +59,7 @@ from esper.contracts.health import (
     HealthFrame,
     LayerInfo,
     Signal,
+    columns_of,
     unpack_bytes,
 )
 from esper.contracts.kernels import (
@@ -77,6 +79,7 @@ __all__ = [
     "ADAPTATION_GRAFTED",
     "ADAPTATION_PASSED_THROUGH",
     "BUNDLE_FILES",
+    "EARLIER_COLUMNS",
     "LAUNCH_ENDED",
     "MAX_LAYERS",
     "MAX_NAME_LENGTH",
@@ -134,6 +137,7 @@ __all__ = [
     "WorkerKind",
     "WorkerMode",
     "WorkerState",
+    "columns_of",
     "cost_limits",
     "risk_rank",
     "unpack_bytes",

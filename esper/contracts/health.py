@@ -35,9 +35,14 @@ class Signal(StrEnum):
     STABLE_RANK = "stable_rank"
     GRAD_SNR = "grad_snr"
     HEALTH = "health"
+    ACT_ABS_MAX = "act_abs_max"
+    INACTIVE_FRACTION = "inactive_fraction"
+    GRAD_ZERO_SHARE = "grad_zero_share"
 
 
 SIGNALS: tuple[Signal, ...] = tuple(Signal)
+# How many columns frames of older versions have; the missing ones are unknown.
+EARLIER_COLUMNS = (11,)
 SIGNAL_INDEX: dict[Signal, int] = {signal: i for i, signal in enumerate(SIGNALS)}
 # (unit, what it tells a person)
 SIGNAL_NOTES: dict[Signal, tuple[str, str]] = {
@@ -45,13 +50,16 @@ SIGNAL_NOTES: dict[Signal, tuple[str, str]] = {
     Signal.WEIGHT_NORM: ("L2", "norm of the layer's weights"),
     Signal.UPDATE_RATIO: ("ratio", "update norm / weight norm; about 1e-3 is healthy"),
     Signal.GRAFT_GRAD_SHARE: ("0..1", "share of the layer's gradient that goes to its grafts"),
-    Signal.ACT_MEAN: ("activation", "mean of the layer's output"),
-    Signal.ACT_STD: ("activation", "standard deviation of the layer's output"),
+    Signal.ACT_MEAN: ("activation", "mean of what the layer gives to the next one"),
+    Signal.ACT_STD: ("activation", "standard deviation of what the layer gives to the next one"),
     Signal.DEAD_FRACTION: ("0..1", "share of units with mean |h| <= 0.025 x the layer's mean"),
-    Signal.SATURATION: ("0..1", "share of outputs within 1 % of the layer's extreme values"),
+    Signal.SATURATION: ("0..1", "share of activations within 1 % of the layer's extreme values"),
     Signal.STABLE_RANK: ("0..1", "stable rank of the weight / its largest possible rank"),
     Signal.GRAD_SNR: ("ratio", "|mean| / std of the gradient, from Adam's own buffers"),
     Signal.HEALTH: ("0..1", "0 poor, 1 good; weighted from the others, see esper.health.score"),
+    Signal.ACT_ABS_MAX: ("activation", "largest |h| that the layer gives to the next one"),
+    Signal.INACTIVE_FRACTION: ("0..1", "share of units that are exactly 0 in 99 % of the samples"),
+    Signal.GRAD_ZERO_SHARE: ("0..1", "share of the gradient's entries that are exactly 0"),
 }
 
 
@@ -145,14 +153,26 @@ class HealthFrame:
         return self.values[:, SIGNAL_INDEX[signal]]
 
 
+def columns_of(size: int, layers: int) -> int:
+    """How many signals a frame of ``size`` bytes holds; 0 where it is no frame of these layers."""
+    known = (len(SIGNALS), *EARLIER_COLUMNS)
+    return next((count for count in known if size == layers * count * 4), 0)
+
+
 def unpack_bytes(raw: bytes, layers: int) -> NDArray[np.float32]:
-    """Little-endian float32 rows -> float32 [L, S]; raises ``CodecError`` on a wrong size."""
-    if len(raw) != layers * len(SIGNALS) * 4:
+    """Little-endian float32 rows -> float32 [L, S]; raises ``CodecError`` on a wrong size.
+
+    Frames of older versions lack the last signals, which are NaN then.
+    """
+    columns = columns_of(len(raw), layers)
+    if not columns:
         raise CodecError(
             f"a frame of {layers} layers x {len(SIGNALS)} signals has "
             f"{layers * len(SIGNALS) * 4} bytes, got {len(raw)}"
         )
-    return np.frombuffer(raw, dtype="<f4").reshape(layers, len(SIGNALS)).astype(np.float32)
+    values = np.full((layers, len(SIGNALS)), np.nan, dtype=np.float32)
+    values[:, :columns] = np.frombuffer(raw, dtype="<f4").reshape(layers, columns)
+    return values
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ class StepNorms:
     """Norms on their device, by ``id`` of the parameter; nothing here waits for a GPU."""
 
     gradients: dict[int, Tensor] = field(default_factory=dict)
+    entries: dict[int, Tensor] = field(default_factory=dict)  # how many of a gradient are not 0
     updates: dict[int, Tensor] = field(default_factory=dict)
     old_weights: dict[int, Tensor] = field(default_factory=dict)
 
@@ -49,6 +50,8 @@ class OptimizerSteps:
         self.seconds = 0.0
         self._clock = clock
         self._weights_before: dict[int, Tensor] = {}
+        self._others: list[Tensor] = []  # parameters of none of the optimizers
+        self._counts_zeros = False
         self._due: set[int] = set()
         self._silent: set[int] = set()  # was waited for in vain, and has made no step since
         self._error: Exception | None = None
@@ -64,16 +67,26 @@ class OptimizerSteps:
         """An optimizer whose step is due has made none, and is expected to."""
         return bool(self._due - self._silent)
 
-    def measure_next(self, weights_before: Mapping[int, Tensor]) -> None:
+    def measure_next(
+        self,
+        weights_before: Mapping[int, Tensor],
+        others: Sequence[Tensor] = (),
+        *,
+        counts_zeros: bool = False,
+    ) -> None:
         """Measures the next step of each optimizer.
 
         Args:
             weights_before: copies of the weights as they are now, by ``id`` of the parameter;
                 they are overwritten.
+            others: parameters that none of the optimizers holds; their gradients are read too.
+            counts_zeros: count the entries of the gradients that are not zero.
         """
         self.norms = StepNorms()
         self.seconds = 0.0
         self._weights_before = dict(weights_before)
+        self._others = list(others)
+        self._counts_zeros = counts_zeros
         self._due = set(self._places)
 
     def forget_weights(self) -> None:
@@ -90,6 +103,7 @@ class OptimizerSteps:
         self._silent |= self._due
         self._due = set()
         self._weights_before = {}
+        self._others = []
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -120,14 +134,23 @@ class OptimizerSteps:
 
     def _read(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._read_gradients(parameters, _left_scale(optimizer))
+        unread = [p for p in self._others if id(p) not in self.norms.gradients]
+        self._read_gradients(unread, None)
+        self._read_updates([p for p in parameters if id(p) in self._weights_before])
+
+    def _read_gradients(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
         trained = [p for p in parameters if p.grad is not None and has_numbers(p)]
         if not trained:
             return
-        scale = _left_scale(optimizer)
-        for p, norm in zip(trained, norms_of([dense(p.grad) for p in trained]), strict=True):
+        gradients = [dense(p.grad) for p in trained]
+        for p, norm in zip(trained, norms_of(gradients), strict=True):
             if norm is not None:
                 self.norms.gradients[id(p)] = norm if scale is None else norm / scale.to(norm)
-        self._read_updates([p for p in parameters if id(p) in self._weights_before])
+        if self._counts_zeros:
+            for p, count in zip(trained, norms_of(gradients, 0.0), strict=True):
+                if count is not None:
+                    self.norms.entries[id(p)] = count
 
     def _read_updates(self, parameters: Sequence[Tensor]) -> None:
         if not parameters:

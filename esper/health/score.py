@@ -11,7 +11,8 @@ unit dead). Parts, each 0 poor … 1 good, with their weights:
                     above. Below, the run's own median sets the bar (a small learning rate is
                     healthy): falls to 0 from 1 to 3 decades under min(1e-3, median)
     dead        3   1 up to 10 % dead units, 0 from 70 % on
-    gradient    2   1 within two decades of the layers' median, 0 from four decades on
+    gradient    2   1 within two decades of the layers' median, 0 from four decades on, and where
+                    it is exactly 0
     activation  2   0 where the output does not vary at all, else 1
     saturation  2   1 up to 25 % saturated outputs, 0 from 75 % on
 
@@ -107,10 +108,12 @@ def _update_part(ratio_L: Floats, median: float) -> Floats:
 
 
 def _gradient_part(norm_L: Floats, median: float) -> Floats:
+    """A gradient of exactly zero was measured, and is as poor as one that is not finite."""
+    extreme_L = np.isinf(norm_L) | (norm_L == 0)
     if not median > 0:
-        return np.where(np.isinf(norm_L), np.float32(0.0), np.float32(np.nan))
+        return np.where(extreme_L, np.float32(0.0), np.float32(np.nan))
     decades_L: Floats = np.abs(np.log10(norm_L) - np.float32(np.log10(median)))
-    return _falling(decades_L, good=2.0, bad=4.0)
+    return np.where(extreme_L, np.float32(0.0), _falling(decades_L, good=2.0, bad=4.0))
 
 
 def _activation_part(std_L: Floats) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from esper.grafting import Replicas, Surroundings
 from esper.grafting.graph import layer_modules, why_never_graftable
 from esper.grafting.ledger import unwrap_optimizer
 from esper.grafting.replicas import Call
+from esper.health.pace import periods_of
 from esper.sdk.compiler_watch import is_whole_graph, whole_graph_region
 from esper.sdk.session import Session, Setup
 from esper.sdk.transport.queues import Pace
@@ -53,6 +54,7 @@ def attach(
     target_steps: int | None = None,
     safety_policy: SafetyPolicy | None = None,
     copies: Any = None,
+    sampling: int | Iterable[Sequence[int]] | None = None,
 ) -> Session:
     """Watch a model while it trains, and adapt it where the mode allows.
 
@@ -79,6 +81,8 @@ def attach(
         safety_policy: local mode: thresholds of the gates. A server brings its own.
         copies: one or several running averages of the model, such as torch's ``AveragedModel``.
             Grafts are put into them too; otherwise an average pairs the wrong tensors.
+        sampling: steps between health frames, or the ``session.sampling`` of another run, to
+            measure at the same steps. By default Esper chooses, so that it costs less than 1 %.
 
     Raises:
         ConfigurationError: an argument is invalid; the model is untouched.
@@ -92,6 +96,7 @@ def attach(
     optimizers = _optimizers(optimizer)
     address, secret = _server(server, token) if _is_lead(wrapper) else ("", "")
     names = _slot_names(bare, slots)
+    periods = periods_of(sampling)
     _check(run, target_steps, evaluate)
     _check_graphs(bare, names)
     followers = _several(copies)
@@ -122,6 +127,7 @@ def attach(
             target_steps=target_steps,
             safety_policy=safety_policy or SafetyPolicy(),
             pace=Pace(),
+            sampling=periods,
         )
     )
 

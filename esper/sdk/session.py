@@ -33,6 +33,7 @@ from esper.grafting import LossGuard, Receipt, RemedyReceipt, Surroundings, Undo
 from esper.grafting.graph import count_of
 from esper.grafting.replicas import Call, Joint, jointly
 from esper.health import HealthSampler
+from esper.health.pace import Periods, SamplingPace, periods_of
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.compiler_watch import CompilerWatch
 from esper.sdk.evaluation import Evaluations
@@ -92,6 +93,7 @@ class Setup:
     target_steps: int | None
     safety_policy: SafetyPolicy
     pace: Pace
+    sampling: tuple[Periods, ...] | None = None  # None: chosen from what sampling costs
 
 
 class Session:
@@ -137,6 +139,7 @@ class Session:
             local=self._local,
         )
         self._reader = LossReader()
+        self._sampling = SamplingPace(fixed=setup.sampling)
         self._compiler = CompilerWatch()
         self._model_parameters = sum(map(count_of, model.parameters()))
         self._plain_layout = layout_of(around.optimizers)
@@ -287,6 +290,14 @@ class Session:
         return self._local.waiting if self._local is not None else ()
 
     @property
+    def sampling(self) -> tuple[tuple[int, int, int], ...]:
+        """Which steps were measured: (since step, steps between frames, between activations).
+
+        ``esper.attach(…, sampling=session.sampling)`` makes another run measure at the same steps.
+        """
+        return tuple((p.since, p.frame, p.deep) for p in self._sampling.recorded)
+
+    @property
     def run(self) -> str:
         """The run's id at the server; empty in local mode, and until it has registered."""
         registration = self._run.registration
@@ -417,6 +428,7 @@ class Session:
             "step": self._run.step,
             "guard": self._guard.losses.state_dict(),
             "losses": losses_to_state(self._run.losses),
+            "sampling": [list(periods) for periods in self.sampling],
             "local": self._local.memory.to_state() if self._local is not None else None,
             **self._surgery.state_dict(),
         }
@@ -453,12 +465,15 @@ class Session:
         losses, guard = losses_from_state(state["losses"]), LossGuard()
         guard.load_state_dict(state["guard"])
         memory = LocalMemory.from_state(state["local"]) if state["local"] is not None else None
+        sampling = periods_of(state.get("sampling"))  # absent from older states
         step = int(state["step"])
         if step < 0:
             raise ConfigurationError(f"a session cannot have taken {step} steps")
         self._surgery.load_state_dict(state, joint)
         self._guard.losses, self._run.step = guard, step
         self._run.losses.extend(losses)
+        if sampling is not None:
+            self._sampling.resume(sampling)
         if self._local is not None:
             self._local.memory = memory or LocalMemory()
 
@@ -476,6 +491,7 @@ class Session:
                 self._setup.surroundings.optimizers,
                 layers,
                 watch=partial(grafting.watch, model),
+                pace=self._sampling,
                 fail_closed=self._fail_closed,
             )
         if self._server is not None:
@@ -513,11 +529,17 @@ class Session:
 
     def _look(self, loss: float | Tensor | None, metrics: dict[str, float]) -> None:
         sampler = self._surgery.sampler
-        frame = sampler.step(self._run.step, loss, metrics) if sampler is not None else None
+        frame = None
+        if sampler is not None:
+            # On several ranks the loss is the mean of all; alone, the sampler reads this step's.
+            known = metrics if not self._ranks.alone else {**metrics}
+            if self._ranks.alone:
+                known.pop("loss", None)
+            frame = sampler.step(self._run.step, loss, known)
         if frame is not None:
             self._latest_frame = frame
             self._gradients.on_frame(frame)
-            metrics = dict(frame.metrics)
+            metrics = {**frame.metrics, **metrics}
         if self._server is not None:
             self._server.send_step(frame, metrics)
         if self._local is not None and frame is not None:

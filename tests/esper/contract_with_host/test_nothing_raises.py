@@ -19,7 +19,7 @@ from esper.contracts import Finding, Signal, ViolationRule
 from esper.fail_closed import FailClosed, Failure
 from esper.grafting import LayerRecorder, non_finite_gradients, remove_slots, trace_layers
 from esper.grafting import graph as graph_module
-from esper.health import sampler as sampler_module
+from esper.health import activations as activations_module
 
 STEPS = 56  # past the first sample of activations
 
@@ -245,11 +245,11 @@ def test_a_watcher_that_fails_is_switched_off_for_its_layer_and_said_once(
 ) -> None:
     calls: list[Tensor] = []
 
-    def fails(y: Tensor) -> Tensor:
+    def fails(y: Tensor, channel_axis: int) -> Tensor:
         calls.append(y)
         raise ZeroDivisionError("no such\nstatistics")
 
-    monkeypatch.setattr(sampler_module, "activation_statistics", fails)
+    monkeypatch.setattr(activations_module, "activation_statistics", fails)
     model = Model(nn.Identity())
     with attached(model) as session:
         for _ in range(2):

@@ -15,7 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from esper.contracts import Command, SafetyPolicy, codec, protocol, wire
+from esper.contracts import (
+    EARLIER_COLUMNS,
+    SIGNALS,
+    Command,
+    SafetyPolicy,
+    codec,
+    protocol,
+    unpack_bytes,
+    wire,
+)
 from esper.exceptions import CodecError, MessageError
 
 MESSAGES = [kind for _, kinds in protocol.MESSAGES for kind in kinds]
@@ -237,3 +246,18 @@ def test_an_error_quotes_a_long_value_in_part_only() -> None:
     with pytest.raises(MessageError) as refused:
         wire.from_wire(protocol.Finish, {"epoch": 1, "state": "x" * 10_000, "step": 1})
     assert len(str(refused.value)) < 300
+
+
+def test_a_frame_of_an_older_version_lacks_the_last_signals() -> None:
+    older = np.arange(2 * EARLIER_COLUMNS[0], dtype="<f4").reshape(2, -1)
+    values = unpack_bytes(older.tobytes(), 2)
+
+    assert values.shape == (2, len(SIGNALS))
+    assert (values[:, : EARLIER_COLUMNS[0]] == older).all()
+    assert np.isnan(values[:, EARLIER_COLUMNS[0] :]).all()
+
+
+@pytest.mark.parametrize("size", [0, 4, 2 * 4 * (len(SIGNALS) + 1), 2 * 4 * 10])
+def test_bytes_that_are_no_frame_of_these_layers_are_refused(size: int) -> None:
+    with pytest.raises(CodecError, match="a frame of 2 layers"):
+        unpack_bytes(bytes(size), 2)

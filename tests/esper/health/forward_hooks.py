@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from esper.health.sampler import Watch, Watcher
+from esper.health.activations import Watch, Watcher
 
 
 def forward_hook_watch(model: nn.Module) -> Watch:

@@ -14,7 +14,9 @@ from torch import nn
 
 from esper.contracts import HealthFrame, LayerInfo, Signal
 from esper.health import HealthSampler
-from esper.health.sampler import activation_statistics, stable_rank
+from esper.health.activations import activation_statistics
+from esper.health.pace import SamplingPace
+from esper.health.stable_ranks import stable_rank
 from tests.esper.health.forward_hooks import forward_hook_watch
 
 Loop = Iterator[tuple[int, torch.Tensor]]
@@ -50,8 +52,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Loo
 def sampler_for(
     model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any
 ) -> HealthSampler:
-    settings: dict[str, Any] = {"watch": forward_hook_watch(model), "budget": 1e9, **options}
-    return HealthSampler(model, [optimizer], layers_of(model), **settings)
+    periods = {name: options.pop(name) for name in ("frame_every", "deep_every") if name in options}
+    pace = SamplingPace(budget=options.pop("budget", 0.0), **periods)
+    watch = forward_hook_watch(model)
+    return HealthSampler(model, [optimizer], layers_of(model), watch=watch, pace=pace, **options)
 
 
 def test_losses_are_equal_to_the_bit_with_and_without_it() -> None:
@@ -224,10 +228,12 @@ def test_the_period_grows_until_sampling_costs_what_it_may() -> None:
     sampler = sampler_for(model, optimizer, budget=0.1, frame_every=2, deep_every=4, clock=clock)
     steps = 600
     found = [sampler.step(step, loss) for step, loss in train(model, optimizer, steps)]
+    frames = [frame for frame in found if frame is not None]
+    last = frames[-1].metrics
 
-    assert sampler.period > 2
-    assert sampler.deep_period >= sampler.period
-    assert sum(frame is not None for frame in found) < steps / 10
+    assert last["frame_period"] > 2
+    assert last["deep_period"] >= last["frame_period"]
+    assert len(frames) < steps / 10
 
 
 def test_the_first_frames_come_at_the_shortest_period() -> None:
@@ -253,9 +259,9 @@ def test_stable_rank_of_known_matrices() -> None:
 def test_dead_and_saturated_units_are_counted() -> None:
     h = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
     h[:, :3] = 0.0
-    mean, std, dead, _ = activation_statistics(h).tolist()
-    clipped = activation_statistics(torch.where(h > 0, 1.0, -1.0)).tolist()
-    rectified = activation_statistics(torch.relu(h)).tolist()
+    mean, std, dead, *_ = activation_statistics(h, -1).tolist()
+    clipped = activation_statistics(torch.where(h > 0, 1.0, -1.0), -1).tolist()
+    rectified = activation_statistics(torch.relu(h), -1).tolist()
 
     assert (mean, std) == pytest.approx((h.mean().item(), h.std(correction=0).item()), rel=1e-5)
     assert dead == pytest.approx(0.3)
@@ -267,7 +273,7 @@ def test_units_of_a_convolution_are_its_channels() -> None:
     y = torch.randn(4, 5, 6, 7)
     y[:, 2] = 0.0
 
-    assert activation_statistics(y)[2].item() == pytest.approx(1 / 5)
+    assert activation_statistics(y, 1)[2].item() == pytest.approx(1 / 5)
 
 
 def test_gradient_snr_tells_a_steady_gradient_from_noise() -> None:
@@ -279,9 +285,7 @@ def test_gradient_snr_tells_a_steady_gradient_from_noise() -> None:
         [optimizer],
         infos,
         watch=forward_hook_watch(weights),
-        budget=1e9,
-        frame_every=100,
-        deep_every=100,
+        pace=SamplingPace(budget=0, frame_every=100, deep_every=100),
     )
     noise = torch.Generator().manual_seed(0)
     for step in range(1, 401):
@@ -307,7 +311,7 @@ def test_half_precision_and_sparse_gradients_are_measured() -> None:
         [optimizer],
         layers_of(model, ("table", "map")),
         watch=forward_hook_watch(model),
-        frame_every=1,
+        pace=SamplingPace(frame_every=1),
     )
     h = model["table"](torch.tensor([1, 1, 2]))
     loss = model["map"](h.bfloat16()).square().sum()

@@ -159,6 +159,7 @@ def test_a_healthy_layer_scores_one_and_an_unmeasured_one_is_unknown() -> None:
         {"act_std": 0.0},
         {"act_std": math.inf},
         {"saturation": 0.75},
+        {"grad_norm": 0.0},
     ],
 )
 def test_one_broken_part_takes_more_than_half_of_the_health(illness: dict[str, float]) -> None:
@@ -167,6 +168,14 @@ def test_one_broken_part_takes_more_than_half_of_the_health(illness: dict[str, f
 
     assert found[-1] < 0.5
     assert (found[:-1] == 1.0).all()
+
+
+def test_a_gradient_of_zero_is_known_and_poor_where_all_layers_have_it() -> None:
+    stopped = [row(**{**HEALTHY, "grad_norm": 0.0})] * 3
+    unread = [row(**{**HEALTHY, "grad_norm": math.nan})] * 3
+
+    assert (scores(*stopped) < 0.5).all()
+    assert (scores(*unread) == 1.0).all()
 
 
 def test_a_small_learning_rate_is_healthy_and_one_unchanged_layer_is_not() -> None:

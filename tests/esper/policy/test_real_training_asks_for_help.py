@@ -20,6 +20,7 @@ from esper.contracts import (
     SafetyPolicy,
 )
 from esper.health import HealthSampler
+from esper.health.pace import SamplingPace
 from esper.pipeline import decide
 from esper.policy import HeuristicPolicy
 from tests.esper.health.forward_hooks import forward_hook_watch
@@ -47,7 +48,8 @@ def run_of(width: int, steps: int, *, teacher_rank: int = 8) -> RunSnapshot:
         if isinstance(module, nn.Linear)
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    sampler = HealthSampler(model, [optimizer], layers, watch=forward_hook_watch(model), budget=1e9)
+    watch, pace = forward_hook_watch(model), SamplingPace(budget=0)
+    sampler = HealthSampler(model, [optimizer], layers, watch=watch, pace=pace)
     losses, frames = [], []
     for step in range(1, steps + 1):
         x = torch.randn(64, 16)
