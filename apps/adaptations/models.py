@@ -172,8 +172,8 @@ class Remedy(models.Model):
     run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="remedies")
     run_epoch = models.PositiveIntegerField()
     key = models.CharField(max_length=64)  # the trainer's own name for it
-    kind = models.CharField(max_length=8, choices=[(kind, kind) for kind in RemedyKind])
-    layer = models.CharField(max_length=MAX_NAME_LENGTH)
+    kind = models.CharField(max_length=24, choices=[(kind, kind) for kind in RemedyKind])
+    layer = models.CharField(max_length=MAX_NAME_LENGTH, blank=True)  # empty: the whole run
     step = models.BigIntegerField()
     details = models.JSONField(default=dict)
     pause_ms = models.FloatField(null=True, blank=True)
@@ -196,4 +196,4 @@ class Remedy(models.Model):
         )
 
     def __str__(self) -> str:
-        return f"{self.kind} at {self.layer}"
+        return f"{self.kind} at {self.layer or 'the whole run'}"

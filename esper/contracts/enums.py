@@ -167,7 +167,7 @@ class RefusalCode(StrEnum):
 
 
 class RemedyKind(StrEnum):
-    """Changes that a training script makes to its own model, other than grafts."""
+    """Changes of a run other than grafts; those of the catalogue have their slugs."""
 
     RECYCLE = "recycle"  # dead units get new weights
     SET_LR = "set_lr"
@@ -176,6 +176,12 @@ class RemedyKind(StrEnum):
     MERGE = "merge"  # a kept graft is folded into its host's weights
     PRUNE = "prune"  # a graft is removed for good
     UNDO = "undo"  # of a graft, or of one of these
+    CLIP_LAYER = "clip_layer"  # each tensor's gradient is clipped by its own recent norms
+    REPAIR_SCALE = "repair_scale"  # weights are scaled before training
+    RESTORE_BEST = "restore_best"  # back to the weights with the lowest held-out loss
+    REWIND = "rewind"  # back to an earlier good state
+    SKIP_UPDATE = "skip_update"  # updates that are not finite are left out
+    WEIGHT_DECAY = "weight_decay"
 
 
 class JobState(StrEnum):

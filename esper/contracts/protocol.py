@@ -44,7 +44,7 @@ from esper.contracts.enums import (
     ViolationRule,
 )
 from esper.contracts.health import MAX_LAYERS, Finding, HealthFrame, LayerInfo
-from esper.contracts.wire import Digest, Int64, Name, Number, Sentence, Whole
+from esper.contracts.wire import Digest, Int64, Name, Number, Sentence, ShortText, Whole
 from esper.exceptions import MessageError
 
 MAX_LINES = 200  # reasons, checks, why-nots, asks
@@ -379,7 +379,7 @@ class RemedyReport(Message, frozen=True, kw_only=True):
         epoch: of the trainer.
         key: the trainer's own name for this act; a report is stored once for each.
         remedy: the kind of act.
-        layer: where.
+        layer: where; empty: the whole run.
         step: when.
         details: numbers and words for a person, at most 4,000 bytes of JSON.
         pause_ms: how long the training waited.
@@ -392,7 +392,7 @@ class RemedyReport(Message, frozen=True, kw_only=True):
     epoch: Whole
     key: Uid
     remedy: RemedyKind
-    layer: Name
+    layer: ShortText
     step: Whole
     details: dict[str, Any] = {}
     pause_ms: Number = 0.0

@@ -63,6 +63,11 @@ class LossGuard:
             f"the loss was above {limit:.4g} {self._patience} times in a row, now {loss:.4g}",
         )
 
+    @property
+    def calm(self) -> bool:
+        """The latest loss was within the limit."""
+        return not self._running
+
     def reset(self) -> None:
         """Discards all losses, after a rollback."""
         self._good.clear()

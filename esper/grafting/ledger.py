@@ -36,11 +36,6 @@ _TAKEN = "esper_steps"
 _WARMUP = "esper_warmup_steps"
 _DECAY = "esper_weight_decay"
 _HELD = "esper_held_lr"
-# Values that scale with a group's learning rate, in the group and in schedulers' lists.
-_RATES = frozenset({"lr", "initial_lr", "max_lr", "min_lr"})
-_RATE_LISTS = frozenset({"base_lrs", "_last_lr", "max_lrs", "min_lrs"})
-# Key of a group that was split off for a layer with its own learning rate.
-FACTOR_KEY = "esper_lr_factor"
 
 
 @dataclass(slots=True)
@@ -67,7 +62,7 @@ class GroupReceipt:
 
 def is_users_group(group: dict[str, Any]) -> bool:
     """The script made the group, not a graft or a remedy."""
-    return LAYER_KEY not in group and FACTOR_KEY not in group
+    return LAYER_KEY not in group
 
 
 def is_own_key(key: str) -> bool:
@@ -164,46 +159,6 @@ def remove_groups_of(
         for group in list(optimizer.param_groups):
             if any(id(parameter) in gone for parameter in group["params"]):
                 GroupReceipt(optimizer, group, mine).remove()
-
-
-def scale_lr(
-    optimizer: Any, parameters: Sequence[Tensor], factor: float, schedulers: Sequence[Any] = ()
-) -> None:
-    """Moves parameters into groups of their own with ``factor`` times the learning rate.
-
-    For a group that was split off before, the new factor replaces the old one.
-    """
-    inner = unwrap_optimizer(optimizer)
-    wanted = {id(parameter) for parameter in parameters}
-    mine = [s for s in unwrap_schedulers(schedulers) if _drives(s, inner)]
-    for place, group in enumerate(list(inner.param_groups)):
-        chosen = [p for p in group["params"] if id(p) in wanted]
-        if not chosen:
-            continue
-        if FACTOR_KEY in group and len(chosen) == len(group["params"]):
-            _scale_group(inner, place, factor / group[FACTOR_KEY], mine)
-            group[FACTOR_KEY] = factor
-            continue
-        group["params"] = [p for p in group["params"] if id(p) not in wanted]
-        kept = {key: _own_copy(value) for key, value in group.items()}
-        kept.update({FACTOR_KEY: factor * group.get(FACTOR_KEY, 1.0), "params": chosen})
-        size = len(inner.param_groups)
-        inner.param_groups.append(kept)  # add_param_group accepts no parameters that have state
-        for scheduler in mine:
-            _grow_lists(scheduler, place, size)
-        _scale_group(inner, size, factor, mine)
-
-
-def _scale_group(
-    optimizer: torch.optim.Optimizer, place: int, factor: float, schedulers: Sequence[Any]
-) -> None:
-    group = optimizer.param_groups[place]
-    for key in _RATES & group.keys():
-        group[key] = group[key] * factor
-    for scheduler in schedulers:
-        lists = group_lists(scheduler, len(optimizer.param_groups))
-        for key in _RATE_LISTS & lists.keys():
-            lists[key][place] = lists[key][place] * factor
 
 
 def drop_parameters(parameters: Iterable[Tensor], optimizers: Sequence[Any]) -> None:

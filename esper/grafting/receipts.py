@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -246,7 +246,7 @@ class RemedyReceipt(ChangeReceipt):
     """A remedy that is in effect.
 
     Attributes:
-        remedy: ``recycle``, ``set_lr``, ``freeze``, ``unfreeze`` or ``merge``.
+        remedy: its name.
         details: JSON values that tell what was done, such as ``factor`` or ``max_abs_diff``.
         key: its identity, the same for as long as the receipt lives.
     """
@@ -254,14 +254,35 @@ class RemedyReceipt(ChangeReceipt):
     remedy: str
     details: dict[str, Any]
     _merged: Graft | None = field(repr=False, default=None)
+    _end: Callable[[], None] | None = field(repr=False, default=None)
     key: str = field(default_factory=lambda: str(uuid.uuid4()))
 
-    def undo(self) -> UndoReceipt:
+    def end(self) -> None:
+        """Ends what the remedy does in each step; what the model learnt stays."""
+        if self._end is not None:
+            self._end()
+            self._end = None
+
+    def undo(self, hard: bool = True) -> UndoReceipt:
         """Restores the state before the remedy to the bit, as a graft's hard undo does.
+
+        Args:
+            hard: otherwise only end what the remedy does in each step, and keep what was learnt.
 
         Raises:
             UndoError: the snapshot is gone, a graft was added or removed since, or the model was
                 not restored exactly.
+        """
+        if not hard:
+            return self._undo_soft()
+        report = self.undo_here()
+        self.end()
+        return report
+
+    def undo_here(self) -> UndoReceipt:
+        """As a hard :meth:`undo`, but what the remedy does in each step goes on.
+
+        For a caller that synchronises the ranks, and ends it when all of them have agreed.
         """
         snapshot = self._snapshot
         if snapshot is None:
@@ -283,6 +304,18 @@ class RemedyReceipt(ChangeReceipt):
         if differences or after != self.digest_before:
             raise self._not_restored("remedy", differences)
         return UndoReceipt(after, hard=True, exact=True, pause_ms=pause_ms)
+
+    def _undo_soft(self) -> UndoReceipt:
+        if self._end is None:
+            raise UndoError(
+                f"{self.remedy} has changed the model once, so only a hard undo takes it back",
+                layer=self.layer,
+            )
+        started = time.perf_counter()
+        self.end()
+        self.forget_snapshot()
+        pause_ms = (time.perf_counter() - started) * 1e3
+        return UndoReceipt(digest(self._model), hard=False, exact=False, pause_ms=pause_ms)
 
 
 def _merged_grafts(snapshot: Snapshot | None) -> list[Graft]:

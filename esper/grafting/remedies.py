@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import Graft, get_blueprint, layout
-from esper.exceptions import ConfigurationError, GraftError
+from esper.exceptions import GraftError
 from esper.grafting import ledger
 from esper.grafting.certify import put_back, sample_input
 from esper.grafting.graph import kind_of
@@ -74,36 +74,7 @@ def recycle_dead_units(
         lost = float((without - before).abs().max())
         return {"units": dead, "next_layer": next_layer, "seed": seed, "max_abs_diff": lost}
 
-    return _apply(model, "recycle", layer, change, surroundings, step)
-
-
-def set_layer_lr(
-    model: nn.Module,
-    layer: str,
-    factor: float,
-    *,
-    surroundings: Surroundings,
-    step: int = -1,
-) -> RemedyReceipt:
-    """Sets one layer's learning rate to ``factor`` times its group's; schedulers keep the ratio.
-
-    A second call sets the factor again; it does not multiply the two factors.
-
-    Raises:
-        UnknownLayerError, ConfigurationError, GraftError: nothing was changed.
-    """
-    if isinstance(factor, bool) or not (math.isfinite(factor) and factor > 0):
-        raise ConfigurationError(f"the factor must be a number above 0, got {factor!r}")
-    host = find_host(model, layer)
-    own = [p for p in host.parameters(recurse=False) if p.requires_grad]
-
-    def change() -> dict[str, Any]:
-        for optimizer in surroundings.optimizers:
-            ledger.scale_lr(optimizer, own, float(factor), surroundings.schedulers)
-        return {"factor": float(factor)}
-
-    _refuse_untrained(layer, own, surroundings)
-    return _apply(model, "set_lr", layer, change, surroundings, step)
+    return apply_change(model, "recycle", layer, change, surroundings, step)
 
 
 def freeze(
@@ -125,7 +96,7 @@ def freeze(
             parameter.grad = None
         return {"parameters": sum(p.numel() for p in own)}
 
-    return _apply(model, "freeze", layer, change, surroundings, step)
+    return apply_change(model, "freeze", layer, change, surroundings, step)
 
 
 def unfreeze(
@@ -154,7 +125,7 @@ def unfreeze(
         ledger.add_group(optimizer, own, layer=layer, schedulers=surroundings.schedulers)
         return {"parameters": sum(p.numel() for p in own)}
 
-    return _apply(model, "unfreeze", layer, change, surroundings, step)
+    return apply_change(model, "unfreeze", layer, change, surroundings, step)
 
 
 def merge(
@@ -191,7 +162,7 @@ def merge(
         )
         return {"blueprint": receipt.blueprint, "max_abs_diff": lost, "limit": allowed}
 
-    done = _apply(model, "merge", layer, change, surroundings, step)
+    done = apply_change(model, "merge", layer, change, surroundings, step)
     graft.merged, done._merged = True, graft
     return done
 
@@ -208,7 +179,7 @@ def is_tied(model: nn.Module, host: nn.Module) -> bool:
     return any(holders[key] > 1 for key in own)
 
 
-def _apply(
+def apply_change(
     model: nn.Module,
     remedy: str,
     layer: str,
@@ -216,6 +187,12 @@ def _apply(
     surroundings: Surroundings,
     step: int,
 ) -> RemedyReceipt:
+    """Changes a model under a snapshot; where ``change`` raises, everything is as before.
+
+    Args:
+        remedy: its name, for the receipt.
+        change: does it, and returns JSON values that tell what was done.
+    """
     started = time.perf_counter()
     slotted = {name for name, _, _ in slots(model)}
     snapshot = Snapshot.take(model, replace(surroundings, copies=()))
@@ -351,17 +328,6 @@ def _forget_moments(
 
 
 # -- parameter groups and merging --------------------------------------------------------------
-
-
-def _refuse_untrained(layer: str, own: Sequence[Tensor], surroundings: Surroundings) -> None:
-    held = {
-        id(p)
-        for optimizer in map(ledger.unwrap_optimizer, surroundings.optimizers)
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    if not own or any(id(p) not in held for p in own):
-        raise GraftError("no optimizer trains the layer", layer=layer)
 
 
 def _refuse_merge(model: nn.Module, host: nn.Module, receipt: Receipt, oldest: str) -> None:

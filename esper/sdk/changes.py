@@ -114,7 +114,14 @@ class Changes:
         self.adaptations, self.remedies = list(adaptations), list(remedies)
         self._history = list(adaptations)
 
+    def forget(self, receipt: RemedyReceipt) -> None:
+        """A remedy was ended; the changes after it stay."""
+        # One that came out of a checkpoint is in no history.
+        self._history = [entry for entry in self._history if entry is not receipt]
+        self.remedies.remove(receipt)
+
     def _drop_remedy(self, receipt: RemedyReceipt) -> None:
+        receipt.end()
         self.remedies.remove(receipt)
         for entry in self.adaptations:
             if entry.merged and entry.receipt is not None and not entry.receipt.graft.merged:

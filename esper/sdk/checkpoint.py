@@ -18,6 +18,7 @@ from esper.grafting import Receipt, RemedyReceipt, Surroundings, remedies
 from esper.grafting.replicas import Joint
 from esper.grafting.slot import SLOT_NAME
 from esper.grafting.snapshot import Snapshot
+from esper.remedies import Target, get_remedy, list_remedies, resume_remedy
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.changes import Changes
 
@@ -89,14 +90,17 @@ def _adaptations(applied: list[dict[str, Any]], rebuilt: tuple[Receipt, ...]) ->
 def _repeat(
     model: nn.Module, surroundings: Surroundings, entry: dict[str, Any]
 ) -> RemedyReceipt | None:
-    """What a remedy did to parameter groups. What it did to weights is in the saved weights."""
+    """What a remedy does in each step, or did to parameter groups.
+
+    What it did to weights is in the saved weights.
+    """
     remedy, layer = entry["remedy"], entry["layer"]
-    if remedy == "set_lr":
-        factor = entry["details"]["factor"]
-        receipt = remedies.set_layer_lr(model, layer, factor, surroundings=surroundings)
-    elif remedy in ("freeze", "unfreeze"):
+    if remedy in ("freeze", "unfreeze"):
         act = remedies.freeze if remedy == "freeze" else remedies.unfreeze
         receipt = act(model, layer, surroundings=surroundings)
+    elif remedy in {known.slug for known in list_remedies() if known.stays}:
+        target = Target(model, surroundings, layer)
+        receipt = resume_remedy(get_remedy(remedy), target, entry["details"])
     else:
         return None
     receipt.forget_snapshot()

@@ -84,7 +84,10 @@ class Evaluations:
 
     def due_loss(self) -> float:
         """The held-out loss; the time to the next one counts from here."""
-        return self._ranks.mean(self._timed_loss)
+        loss = self._ranks.mean(self._timed_loss)
+        if self._surgery.states is not None:
+            self._surgery.states.note_held_out(self._run.step, loss)
+        return loss
 
     def ablation_gain(self, adaptation: Adaptation) -> float:
         """Loss without the graft minus loss with it: above zero, it helps."""

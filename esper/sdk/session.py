@@ -68,6 +68,7 @@ UNMEASURED = {
     "ledger": "Esper does not check that the optimizer trains all that it should.",
     "compiler": "Recompilations are not counted.",
     "guard": "Nobody looks for a loss that diverges.",
+    "good states": "The run cannot be rewound.",
     "commands": "Commands of the server are not carried out.",
     "evaluation": "The held-out loss is not measured.",
     "health": "No health frames are made.",
@@ -140,6 +141,7 @@ class Session:
         )
         self._reader = LossReader()
         self._sampling = SamplingPace(fixed=setup.sampling)
+        self._calm = LossGuard()  # tells which states are good; not reset, as the guard's is
         self._compiler = CompilerWatch()
         self._model_parameters = sum(map(count_of, model.parameters()))
         self._plain_layout = layout_of(around.optimizers)
@@ -180,6 +182,7 @@ class Session:
             self._try("ledger", partial(self._ledger.on_step, run.step))
         if value is not None:
             run.losses.append((run.step, value))
+        self._try("good states", partial(self._keep_good_states, value))
         metrics = self._take_metrics(value)
         self._try("compiler", partial(self._watch_compiler, metrics))
         if self._ranks.decides:
@@ -341,16 +344,35 @@ class Session:
         return self._surgery.graft(layer, blueprint, config)
 
     def undo(self, receipt: Receipt | RemedyReceipt, hard: bool = True) -> UndoReceipt:
-        """Take a graft out, or undo a remedy, which is always hard. On several ranks each calls it.
+        """Take a graft out, or undo a remedy. On several ranks each calls it.
 
         Args:
-            hard: restore the whole model as it was before the graft, equal to the bit. Otherwise
-                only the graft goes, and the host keeps what it has learned since.
+            hard: restore the whole model as it was before the graft or remedy, equal to the bit.
+                Otherwise only the graft, or what the remedy does in each step, goes, and the host
+                keeps what it has learned since.
 
         Raises:
             UndoError: it could not be taken out.
         """
         return self._surgery.undo(receipt, hard=hard)
+
+    def remedy(
+        self, name: str, layer: str = "", *, sample: Any = None, **config: Any
+    ) -> RemedyReceipt:
+        """Apply a remedy of the catalogue now, between two steps; see ``esper.remedies``.
+
+        On several ranks each of them must call it, with the same arguments.
+
+        Args:
+            name: such as ``"set_lr"`` or ``"rewind"``.
+            layer: where; empty: the whole run.
+            sample: a batch of the model's inputs, for remedies that need one.
+            config: the remedy's settings; what is missing takes its default.
+
+        Raises:
+            UnknownLayerError, ConfigurationError, GraftError: the model is as before.
+        """
+        return self._surgery.remedy(name, layer, sample, config)
 
     def recycle(
         self, layer: str, next_layer: str, sample: Any, *, seed: int | None = None
@@ -363,12 +385,12 @@ class Session:
         return self._surgery.recycle(layer, next_layer, sample, seed=seed)
 
     def set_lr(self, layer: str, factor: float) -> RemedyReceipt:
-        """Let one layer learn ``factor`` times as fast; schedulers keep the ratio.
+        """Let one layer learn ``factor`` times as fast, whatever schedulers do. Calls multiply.
 
         Raises:
             UnknownLayerError, ConfigurationError, GraftError: the model is as before.
         """
-        return self._surgery.set_lr(layer, factor)
+        return self.remedy("set_lr", layer, factor=factor)
 
     def freeze(self, layer: str) -> RemedyReceipt:
         """Stop a layer from learning. Raises as :meth:`set_lr`."""
@@ -502,6 +524,14 @@ class Session:
             )
         if self._local is not None:
             self._local.open(layers, self._model_parameters)
+
+    def _keep_good_states(self, loss: float | None) -> None:
+        """Every rank does it, from the loss that they share."""
+        states = self._surgery.states
+        if states is None or loss is None:
+            return
+        verdict = self._calm.observe(loss)
+        states.on_step(self._run.step, healthy=verdict is None and self._calm.calm)
 
     def _may_operate(self) -> bool:
         """This step may change or evaluate the model, which the other ranks must know before."""

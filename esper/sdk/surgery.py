@@ -32,10 +32,12 @@ from esper.grafting import (
     UndoReceipt,
     remedies,
 )
+from esper.grafting.ledger import unwrap_optimizer
 from esper.grafting.receipts import undoing_everywhere
 from esper.grafting.replicas import Call, Joint, jointly
 from esper.grafting.slot import find_host, slot_of
 from esper.health import HealthSampler
+from esper.remedies import GoodStates, Target, apply_remedy, get_remedy
 from esper.sdk import checkpoint
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.changes import Changes
@@ -60,6 +62,7 @@ class Surgery:
     Attributes:
         changes: what is in the model.
         sampler: measures the model's health; None before the first complete step.
+        states: earlier good states to rewind to; None in a run that only observes.
     """
 
     def __init__(
@@ -83,6 +86,11 @@ class Surgery:
         self._ranks = ranks
         self._ledger = ledger
         self._reports = reports
+        self.states = self._good_states() if run.mode is not RunMode.OBSERVE else None
+
+    def _good_states(self) -> GoodStates:
+        optimizers = self._surroundings.optimizers
+        return GoodStates(self.model, lambda: [unwrap_optimizer(o) for o in optimizers])
 
     # -- grafts --------------------------------------------------------------------------------
 
@@ -204,7 +212,7 @@ class Surgery:
     def undo(self, receipt: Receipt | RemedyReceipt, *, hard: bool) -> UndoReceipt:
         """A script undoes; see :meth:`Session.undo`."""
         if isinstance(receipt, RemedyReceipt):
-            return self._undo_remedy(receipt)
+            return self._undo_remedy(receipt) if hard else self._end_remedy(receipt)
         return self._take_out_for_script(receipt, RemedyKind.UNDO, hard=hard)
 
     def prune(self, receipt: Receipt) -> UndoReceipt:
@@ -222,6 +230,16 @@ class Surgery:
 
     # -- remedies ------------------------------------------------------------------------------
 
+    def remedy(self, slug: str, layer: str, sample: Any, config: dict[str, Any]) -> RemedyReceipt:
+        """See :meth:`Session.remedy`."""
+        found = get_remedy(slug)
+
+        def act(surroundings: Surroundings, step: int) -> RemedyReceipt:
+            target = Target(self.model, surroundings, layer, step, sample, self.states)
+            return apply_remedy(found, target, config)
+
+        return self._remedy(act, slug, layer, config)
+
     def recycle(
         self, layer: str, next_layer: str, sample: Any, *, seed: int | None = None
     ) -> RemedyReceipt:
@@ -231,11 +249,6 @@ class Surgery:
             remedies.recycle_dead_units, self.model, layer, next_layer, sample, seed=seed
         )
         return self._remedy(recycle, "recycle", layer, next_layer, seed)
-
-    def set_lr(self, layer: str, factor: float) -> RemedyReceipt:
-        """See :meth:`Session.set_lr`."""
-        set_lr = partial(remedies.set_layer_lr, self.model, layer, factor)
-        return self._remedy(set_lr, "set_lr", layer, factor)
 
     def freeze(self, layer: str) -> RemedyReceipt:
         """See :meth:`Session.freeze`."""
@@ -292,9 +305,20 @@ class Surgery:
             report = receipt.undo()
         else:
             with undoing_everywhere(self.model, self._without_copies, receipt):
-                report = receipt.undo()
-        self.changes.drop_since(receipt)
+                report = receipt.undo_here()
+        self.changes.drop_since(receipt)  # which ends what it does in each step
         self._follow_up()
+        self._report_undone(before, report)
+        return report
+
+    def _end_remedy(self, receipt: RemedyReceipt) -> UndoReceipt:
+        """Ends what it does in each step; everything that came later stays."""
+        before = tuple(self.changes.remedies)
+        self._meet(Call.UNDO, self.changes.place_of(receipt), "soft")
+        if receipt not in self.changes.remedies:
+            raise UndoError("this remedy is not in effect any more", layer=receipt.layer)
+        report = receipt.undo(hard=False)
+        self.changes.forget(receipt)
         self._report_undone(before, report)
         return report
 

@@ -142,17 +142,6 @@ def test_what_cannot_be_remedied_is_refused_and_nothing_is_touched(training: Tra
     assert session.remedies == ()
 
 
-def test_a_scheduler_keeps_the_ratio_of_a_layers_rate(training: Training) -> None:
-    session = esper.attach(training.model, training.optimizer, scheduler=training.scheduler)
-    training.run(3, session)
-    session.set_lr("3", 0.25)
-    session.set_lr("3", 0.5)
-    training.run(3, session)
-    rates = {len(group["params"]): group["lr"] for group in training.optimizer.param_groups}
-    assert rates[2] == pytest.approx(0.5 * rates[4])
-    assert len(training.optimizer.param_groups) == 2
-
-
 def test_a_frozen_layer_stands_still_and_moves_again(training: Training) -> None:
     session = esper.attach(training.model, training.optimizer, scheduler=training.scheduler)
     training.run(3, session)

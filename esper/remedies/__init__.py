@@ -1,0 +1,24 @@
+"""Remedies: small changes of a run that answer a finding, each with an undo.
+
+base.py          what a remedy is
+catalog/         one remedy in each file
+good_states.py   earlier states of the run, to go back to
+update_hooks.py  work inside an optimizer's step
+"""
+
+from esper.remedies.applying import apply_remedy, refusal, resume_remedy
+from esper.remedies.base import Effect, Remedy, Target
+from esper.remedies.good_states import GoodStates
+from esper.remedies.registry import get_remedy, list_remedies
+
+__all__ = [
+    "Effect",
+    "GoodStates",
+    "Remedy",
+    "Target",
+    "apply_remedy",
+    "get_remedy",
+    "list_remedies",
+    "refusal",
+    "resume_remedy",
+]

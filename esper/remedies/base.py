@@ -1,0 +1,161 @@
+"""What a remedy is: a small change of a run, beside the blueprints, that can be undone.
+
+    why_not(target)  → a reason, before anything is touched
+    apply(target)    → details, and what stays in force until the remedy is undone
+
+A remedy that changes weights does so once. One that acts in each step stays in force as an
+:class:`Effect`. The user's optimizers keep their groups and values between two steps either way.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from esper.contracts import Risk
+from esper.exceptions import ConfigurationError
+from esper.grafting.ledger import unwrap_optimizer
+from esper.grafting.slot import find_host
+from esper.grafting.surroundings import Surroundings
+from esper.remedies.good_states import GoodStates
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The run that a remedy changes.
+
+    Attributes:
+        layer: name of the layer; empty: the whole run.
+        step: number of optimizer steps so far.
+        sample: a batch of the model's inputs, None where there is none.
+        states: earlier states of the run that were good, None where none are kept.
+    """
+
+    model: nn.Module
+    surroundings: Surroundings
+    layer: str = ""
+    step: int = -1
+    sample: Any = None
+    states: GoodStates | None = None
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Without the wrappers of frameworks."""
+        return [unwrap_optimizer(optimizer) for optimizer in self.surroundings.optimizers]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the layer and of what is inside it, or of the whole model."""
+        module = find_host(self.model, self.layer) if self.layer else self.model
+        return list(module.parameters())
+
+
+def nothing() -> None:
+    """The end of a remedy that leaves nothing in force."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What a remedy did.
+
+    Attributes:
+        details: JSON values for a person.
+        end: ends what stays in force; a second call does nothing.
+    """
+
+    details: dict[str, Any] = field(default_factory=dict)
+    end: Callable[[], None] = nothing
+
+
+class Remedy(ABC):
+    """One kind of remedy; a file of the catalogue has one.
+
+    Attributes:
+        slug: the file's name.
+        title: for people.
+        idea: what it does, one sentence.
+        source: where it comes from.
+        when: which situation it answers.
+        risk: ``LOW`` where it changes no weight and can be ended at any time.
+        changes_weights: it asks a person in supervised mode.
+        stays: it stays in force until it is undone.
+        scope: ``"run"``, ``"layer"``, or ``"both"``: what it may be applied to.
+    """
+
+    slug: ClassVar[str]
+    title: ClassVar[str]
+    idea: ClassVar[str]
+    source: ClassVar[str]
+    when: ClassVar[str]
+    risk: ClassVar[Risk]
+    changes_weights: ClassVar[bool] = False
+    stays: ClassVar[bool] = True
+    scope: ClassVar[str] = "run"
+
+    def default_config(self) -> dict[str, Any]:
+        return {}
+
+    def check_config(self, config: dict[str, Any]) -> None:
+        """Raises ``ConfigurationError`` for a value out of range."""
+        return
+
+    def why_not(self, target: Target, config: dict[str, Any]) -> str:
+        """Why it cannot be applied here, a sentence; empty: it can. Changes nothing."""
+        return ""
+
+    @abstractmethod
+    def apply(self, target: Target, config: dict[str, Any]) -> Effect:
+        """Does it. The caller restores the run where this raises."""
+
+    def resume(self, target: Target, details: dict[str, Any]) -> Effect:
+        """In a process that continues the run: what stays in force, without what was done once.
+
+        Args:
+            details: of the earlier :class:`Effect`.
+        """
+        return self.apply(target, {name: details[name] for name in self.default_config()})
+
+    def config_for(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The whole configuration, checked.
+
+        Raises:
+            ConfigurationError: a name is unknown, or a value is out of range.
+        """
+        full = self.default_config()
+        unknown = sorted(config.keys() - full.keys())
+        if unknown:
+            known = ", ".join(sorted(full)) or "none"
+            raise ConfigurationError(
+                f"{self.slug} has no setting {unknown[0]!r}; its settings are: {known}"
+            )
+        full.update(config)
+        self.check_config(full)
+        return full
+
+
+def check_above_zero(config: dict[str, Any], name: str, *, most: float = math.inf) -> None:
+    """Raises ``ConfigurationError`` unless the setting is a number above 0, at most ``most``."""
+    value = config[name]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= most or math.isinf(value):
+        limit = "" if math.isinf(most) else f" and at most {most:g}"
+        raise ConfigurationError(f"{name} must be a number above 0{limit}, got {value!r}")
+
+
+def no_optimizer(target: Target) -> str:
+    """A reason where nothing trains the model."""
+    return "" if target.optimizers else "the session was given no optimizer"
+
+
+def not_trained(target: Target) -> str:
+    """A reason where no optimizer trains a tensor of the layer."""
+    groups = [group for optimizer in target.optimizers for group in optimizer.param_groups]
+    held = {id(p) for group in groups for p in group["params"]}
+    trained = any(p.requires_grad and id(p) in held for p in target.parameters)
+    return "" if trained else "no optimizer trains the layer"

@@ -1,0 +1,1 @@
+"""One remedy in each file; the file's name is its slug."""

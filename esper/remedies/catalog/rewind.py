@@ -1,0 +1,64 @@
+"""Goes back to an earlier good state, and trains on from there with a lower rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from esper.contracts import Risk
+from esper.exceptions import ConfigurationError
+from esper.remedies.base import Effect, Remedy, Target, check_above_zero
+from esper.remedies.catalog.set_lr import SetLr
+
+
+class Rewind(Remedy):
+    slug = "rewind"
+    title = "Rewind to a good state"
+    idea = (
+        "Restores the weights, buffers and optimizer state of an earlier good step, and multiplies "
+        "the learning rate by a factor. Schedulers and data go on, so the batches in between are "
+        "skipped."
+    )
+    source = "PaLM, arXiv 2204.02311, section 5.1: restart before the spike, skip the batches"
+    when = "The loss has diverged, or weights are not finite."
+    risk = Risk.MEDIUM
+    changes_weights = True
+
+    def default_config(self) -> dict[str, Any]:
+        return {"step": -1, "factor": 0.5}  # -1: the youngest good state
+
+    def check_config(self, config: dict[str, Any]) -> None:
+        step = config["step"]
+        if isinstance(step, bool) or not isinstance(step, int) or step < -1:
+            raise ConfigurationError(f"step must be a step's number or -1, got {step!r}")
+        check_above_zero(config, "factor", most=1.0)
+
+    def why_not(self, target: Target, config: dict[str, Any]) -> str:
+        if target.states is None or not target.states.steps:
+            if target.states is not None and target.states.too_large:
+                return "the model is larger than the memory that good states may take"
+            return "no good state of this run has been kept yet"
+        wanted = config["step"]
+        if target.states.before(_latest(target, wanted)) is None:
+            known = ", ".join(str(step) for step in target.states.steps)
+            return (
+                f"there is no good state of this form up to step {_latest(target, wanted)}; good "
+                f"states are kept of the steps {known}"
+            )
+        return ""
+
+    def apply(self, target: Target, config: dict[str, Any]) -> Effect:
+        assert target.states is not None
+        state = target.states.before(_latest(target, config["step"]))
+        assert state is not None
+        target.states.restore(state)
+        return self.resume(target, {"to_step": state.step, "factor": float(config["factor"])})
+
+    def resume(self, target: Target, details: dict[str, Any]) -> Effect:
+        if details["factor"] == 1.0 or not target.optimizers:
+            return Effect(details)
+        lower = SetLr().apply(target, {"factor": details["factor"]})
+        return Effect(details, lower.end)
+
+
+def _latest(target: Target, wanted: int) -> int:
+    return target.step if wanted == -1 else wanted

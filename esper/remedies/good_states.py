@@ -1,0 +1,210 @@
+"""States of a run that were good, kept so that a sick run can go back to one of them.
+
+A state is the weights, the buffers, and what the optimizers have accumulated for them. It is a
+candidate when it is taken, and good once the run has stayed healthy for a while after it: a state
+that was taken on the way into a divergence is never offered. Candidates of a sick run are dropped,
+and good states stay, so the last good one is never replaced while the run is sick.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.exceptions import UndoError
+from esper.grafting.snapshot import named_tensors
+
+EVERY_STEPS = 100  # how often a candidate is taken
+CONFIRMED_STEPS = 25  # for so long the run must stay healthy after a candidate
+KEPT = 3
+
+
+@dataclass(slots=True)
+class State:
+    """The run after ``step``; tensors on the host for a model on a GPU."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    moments: list[dict[int, dict[str, Any]]]  # for each optimizer: id(parameter) -> its state
+
+
+class GoodStates:
+    """A short history of good states.
+
+    Args:
+        optimizers: gives those that train the model now, without wrappers.
+        every: steps between two candidates.
+        limit_bytes: of all kept states together; fewer are kept where they are large. A model that
+            does not fit once is not kept at all.
+
+    Attributes:
+        too_large: one state needs more than ``limit_bytes``, so none is kept.
+        best: the state with the lowest held-out loss, with that loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Callable[[], Sequence[torch.optim.Optimizer]],
+        *,
+        every: int = EVERY_STEPS,
+        kept: int = KEPT,
+        limit_bytes: int = 2 << 30,
+    ) -> None:
+        self._model = model
+        self._optimizers = optimizers
+        self._every = every
+        self._limit = limit_bytes
+        self._candidate: State | None = None
+        self._good: deque[State] = deque(maxlen=kept)
+        self._next = 0
+        self.too_large = False
+        self.best: tuple[float, State] | None = None
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of the good states, oldest first."""
+        return tuple(state.step for state in self._good)
+
+    def on_step(self, step: int, *, healthy: bool) -> None:
+        """Call at each step boundary."""
+        if not healthy:
+            self._candidate = None
+            self._next = step + CONFIRMED_STEPS
+            return
+        candidate = self._candidate
+        if candidate is not None and step >= candidate.step + CONFIRMED_STEPS:
+            self._good.append(candidate)
+            self._candidate = None
+            self._drop_what_exceeds(candidate)
+        if self._candidate is None and step >= self._next:
+            self._candidate = self._take(step)
+            self._next = step + self._every
+
+    def note_held_out(self, step: int, loss: float) -> None:
+        """Keeps the present state where its held-out loss is the lowest so far."""
+        if loss < (self.best[0] if self.best is not None else float("inf")):
+            state = self._take(step)
+            if state is not None:
+                self.best = (loss, state)
+
+    def before(self, step: int) -> State | None:
+        """The youngest good state that is not younger than ``step`` and has the present form."""
+        own = {name: tensor.shape for name, tensor in named_tensors(self._model)}
+        fitting = (
+            state for state in reversed(self._good) if state.step <= step and _form(state) == own
+        )
+        return next(fitting, None)
+
+    def restore(self, state: State) -> None:
+        """Copies a state into the model and its optimizers; schedules and random streams go on.
+
+        Raises:
+            UndoError: the model has other tensors now, so nothing was changed.
+        """
+        own = dict(named_tensors(self._model))
+        if _form(state) != {name: tensor.shape for name, tensor in own.items()}:
+            raise UndoError(f"the model has other tensors than after step {state.step}", layer="")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.detach().copy_(state.tensors[name])
+            for optimizer, saved in zip(self._optimizers(), state.moments, strict=False):
+                for parameter in _parameters_of(optimizer):
+                    _set_state(optimizer, parameter, saved.get(id(parameter)))
+
+    def _take(self, step: int) -> State | None:
+        tensors = dict(named_tensors(self._model))
+        optimizers = self._optimizers()
+        size = _bytes_of([*tensors.values(), *_moments_of(optimizers)])
+        self.too_large = size > self._limit
+        if self.too_large:
+            return None
+        return State(
+            step,
+            {name: _kept(tensor) for name, tensor in tensors.items()},
+            [
+                {id(p): _copied(optimizer.state[p]) for p in optimizer.state}
+                for optimizer in optimizers
+            ],
+        )
+
+    def _drop_what_exceeds(self, newest: State) -> None:
+        one = _bytes_of([*newest.tensors.values(), *_values_of(newest.moments)])
+        while len(self._good) > 1 and one * len(self._good) > self._limit:
+            self._good.popleft()
+
+
+def _form(state: State) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.tensors.items()}
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy; in the host's memory for a tensor of a GPU, whose memory the training needs."""
+    found = tensor.detach()
+    return found.clone() if found.device.type in ("cpu", "meta") else found.cpu()
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _kept(value)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item) for item in value)
+    return value
+
+
+def _set_state(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, saved: dict[str, Any] | None
+) -> None:
+    if saved is None:
+        optimizer.state.pop(parameter, None)
+        return
+    present = optimizer.state.get(parameter, {})
+    optimizer.state[parameter] = {
+        key: _placed(value, present.get(key), parameter) for key, value in saved.items()
+    }
+
+
+def _placed(value: Any, present: Any, parameter: Tensor) -> Any:
+    """A copy of a saved value, on the device where the optimizer has it."""
+    if not isinstance(value, Tensor):
+        return _copied(value)
+    if isinstance(present, Tensor) and present.shape == value.shape:
+        return present.detach().clone().copy_(value)
+    # Scalars such as Adam's step count stay on the CPU.
+    device = parameter.device if value.dim() else value.device
+    return value.to(device, copy=True)
+
+
+def _moments_of(optimizers: Iterable[torch.optim.Optimizer]) -> Iterable[Tensor]:
+    return (
+        value
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
+
+
+def _values_of(moments: Iterable[dict[int, dict[str, Any]]]) -> Iterable[Tensor]:
+    return (
+        value
+        for by_parameter in moments
+        for state in by_parameter.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)

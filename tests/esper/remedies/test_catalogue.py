@@ -1,0 +1,395 @@
+"""Every remedy of the catalogue: undone, nothing has happened; refused, nothing was touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import esper
+from esper.contracts import RemedyKind
+from esper.exceptions import ConfigurationError, GraftError, UndoError
+from esper.remedies import get_remedy, list_remedies
+from esper.remedies.good_states import CONFIRMED_STEPS, EVERY_STEPS
+
+CONFIRMED = EVERY_STEPS + CONFIRMED_STEPS + 2  # steps after which a good state is kept
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "fused": lambda p: torch.optim.Adam(p, lr=1e-2, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5),
+}
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "none": lambda _: None,
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.995**step),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 400),
+    "one_cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(
+        o, 0.02, total_steps=1000, cycle_momentum=False
+    ),
+}
+
+
+class Run:
+    """A small run with dropout, whose batches come from torch's random stream."""
+
+    def __init__(self, optimizer: str = "adamw", scheduler: str = "none") -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 16), nn.ReLU()
+        )
+        self.model.append(nn.Linear(16, 3))
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.scheduler = SCHEDULERS[scheduler](self.optimizer)
+        self.spoil: Callable[[int], None] = lambda _: None
+        self.steps = 0
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        x = torch.randn(32, 8)
+        return x, (x[:, :3].abs()).argmax(1)
+
+    def train(self, steps: int, session: esper.Session) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            x, y = self.batch()
+            loss = F.cross_entropy(self.model(x), y)
+            self.optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            self.spoil(self.steps)
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
+            session.step(loss)
+            self.steps += 1
+            losses.append(loss.item())
+        return losses
+
+    def attach(self, *, named: bool = False) -> esper.Session:
+        """``named``: Esper knows of the scheduler, so that an undo can set it back too."""
+
+        def held_out() -> float:
+            generator = torch.Generator().manual_seed(5)
+            x = torch.randn(64, 8, generator=generator)
+            return F.cross_entropy(self.model(x), x[:, :3].abs().argmax(1)).item()
+
+        return esper.attach(
+            self.model,
+            self.optimizer,
+            mode="supervised",
+            server="",
+            evaluate=held_out,
+            scheduler=self.scheduler if named else None,
+        )
+
+
+def sample() -> Tensor:
+    return torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("scheduler", ["none", "lambda"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("slug", [remedy.slug for remedy in list_remedies()])
+def test_a_remedy_and_its_undo_equal_nothing_done(
+    slug: str, optimizer: str, scheduler: str
+) -> None:
+    alone = Run(optimizer, scheduler)
+    with alone.attach(named=True) as session:
+        alone.train(CONFIRMED, session)
+        expected = alone.train(15, session)
+    run = Run(optimizer, scheduler)
+    with run.attach(named=True) as session:
+        run.train(CONFIRMED, session)
+        receipt = session.remedy(slug, sample=sample())
+        assert RemedyKind(receipt.remedy) == slug
+        run.train(4, session)
+        report = session.undo(receipt)
+        assert report.exact
+        assert session.remedies == ()
+        assert run.train(15, session) == expected
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("slug", ["set_lr", "weight_decay", "clip_layer", "skip_update"])
+def test_the_users_optimizer_and_scheduler_look_as_without_it(
+    slug: str, optimizer: str, scheduler: str
+) -> None:
+    def look(run: Run) -> list[dict[str, Any]]:
+        return [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
+
+    alone, run = Run(optimizer, scheduler), Run(optimizer, scheduler)
+    with alone.attach() as session:
+        alone.train(20, session)
+    with run.attach() as session:
+        run.train(5, session)
+        session.remedy(slug)
+        run.train(15, session)
+        assert look(run) == look(alone)
+        assert len(run.optimizer.param_groups) == 1
+        if run.scheduler is not None:
+            assert run.scheduler.get_last_lr() == alone.scheduler.get_last_lr()
+
+
+@pytest.mark.parametrize("scheduler", ["none", "cosine"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("layer", ["", "0", "5"])
+def test_a_rate_is_that_of_a_run_that_was_started_with_it(
+    optimizer: str, scheduler: str, layer: str
+) -> None:
+    """A layer's rate without a group of its own, the whole run's without touching the groups."""
+
+    def first_update(factor: float, *, by_hand: bool) -> dict[str, Tensor]:
+        run = Run(optimizer, scheduler)
+        with run.attach() as session:
+            run.train(5, session)
+            before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+            if not by_hand:
+                session.remedy("set_lr", layer, factor=factor)
+            elif not layer:
+                run.optimizer.param_groups[0]["lr"] *= factor
+            run.train(1, session)
+            moved = {n: p.detach() - before[n] for n, p in run.model.named_parameters()}
+        if by_hand and layer:
+            moved = {n: m * factor if n.startswith(f"{layer}.") else m for n, m in moved.items()}
+        return moved
+
+    mine, expected = first_update(0.25, by_hand=False), first_update(0.25, by_hand=True)
+    for name, moved in mine.items():
+        torch.testing.assert_close(moved, expected[name], rtol=1e-3, atol=1e-7)
+
+
+def test_two_rates_multiply_and_end_in_any_order() -> None:
+    run = Run("sgd")
+    seen: list[float] = []
+    run.optimizer.register_step_post_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
+    with run.attach() as session:
+        run.train(2, session)
+        first = session.remedy("set_lr", factor=0.5)
+        second = session.remedy("set_lr", factor=0.1)
+        run.train(1, session)
+        session.undo(first, hard=False)
+        run.train(1, session)
+        session.undo(second, hard=False)
+        run.train(1, session)
+        assert seen[2:] == pytest.approx([0.0025, 0.005, 0.05])
+        assert run.optimizer.param_groups[0]["lr"] == 0.05
+        assert session.remedies == ()
+
+
+def test_a_step_that_raises_leaves_the_users_rate_after_the_remedy_ends() -> None:
+    run = Run("sgd")
+    with run.attach() as session:
+        run.train(2, session)
+        receipt = session.remedy("set_lr", factor=0.5)
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        handle = run.optimizer.register_step_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run.train(1, session)
+        handle.remove()
+        run.train(1, session)
+        session.undo(receipt, hard=False)
+        assert run.optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_an_update_that_is_not_finite_is_skipped_whole(closure: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    poison = [False]
+
+    def lose() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 4)).square().mean() * (float("nan") if poison[0] else 1.0)
+        torch.autograd.backward(loss)
+        return loss
+
+    with esper.attach(model, optimizer, mode="supervised", server="") as session:
+
+        def step() -> None:
+            if closure:
+                loss: Any = optimizer.step(lose)
+            else:
+                loss = lose()
+                optimizer.step()
+            session.step(1.0)
+            del loss
+
+        step()
+        receipt = session.remedy("skip_update")
+        before = [p.detach().clone() for p in model.parameters()]
+        count = optimizer.state[model.weight]["step"].clone()
+        poison[0] = True
+        step()
+        assert all(map(torch.equal, before, model.parameters()))
+        assert torch.equal(optimizer.state[model.weight]["step"], count)
+        assert model.weight.grad is not None
+        assert receipt.details["skipped"] == 1
+        poison[0] = False
+        step()
+        assert not torch.equal(before[0], model.weight)
+
+
+def test_a_spike_is_clipped_and_ordinary_gradients_stay_as_they_are() -> None:
+    run = Run("sgd")
+    norms: list[float] = []
+
+    def spike(step: int) -> None:
+        if step == 30:
+            for p in run.model.parameters():
+                assert p.grad is not None
+                p.grad.mul_(1e4)
+
+    run.spoil = spike
+    with run.attach() as session:
+        run.train(10, session)
+        session.remedy("clip_layer", factor=2.0)
+        run.optimizer.register_step_post_hook(
+            lambda *_: norms.append(float(run.model.get_parameter("0.weight").grad.norm()))  # type: ignore[union-attr]
+        )
+        run.train(30, session)
+    assert max(norms) < 3 * sorted(norms)[len(norms) // 2]
+
+
+def test_a_run_that_diverged_goes_back_to_a_state_from_before() -> None:
+    run = Run("sgd")
+    with run.attach() as session:
+        run.train(2 * CONFIRMED, session)
+        good = sum(run.train(20, session)) / 20
+
+        def explode(_: int) -> None:
+            for group in run.optimizer.param_groups:
+                group["lr"] = 1e3
+
+        run.spoil = explode
+        bad = run.train(8, session)
+        assert bad[-1] > 10 * good or bad[-1] != bad[-1]
+        run.spoil = lambda _: None
+        for group in run.optimizer.param_groups:
+            group["lr"] = 0.05
+        receipt = session.remedy("rewind", factor=0.5)
+        assert receipt.details["to_step"] <= 2 * CONFIRMED + 20
+        after = run.train(20, session)
+        assert sum(after) / 20 < 1.5 * good
+        assert run.optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_no_state_on_the_way_into_a_divergence_is_offered() -> None:
+    run = Run("sgd")
+    with run.attach() as session:
+        run.train(EVERY_STEPS - 2, session)
+        states = session._surgery.states
+        assert states is not None
+
+        def explode(_: int) -> None:
+            for group in run.optimizer.param_groups:
+                group["lr"] = 1e3
+
+        run.spoil = explode
+        run.train(300, session)
+        assert all(step < EVERY_STEPS for step in states.steps)
+
+
+@pytest.mark.parametrize("depth", [6, 12])
+@pytest.mark.parametrize("scale", [0.02, 30.0])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Sigmoid])
+def test_a_bad_scale_is_repaired(
+    depth: int, scale: float, activation: Callable[[], nn.Module]
+) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential()
+    for _ in range(depth):
+        model.extend([nn.Linear(16, 16), activation()])
+    model.append(nn.Linear(16, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x = torch.randn(128, 16)
+    streams = torch.get_rng_state()
+    with esper.attach(model, optimizer, mode="supervised", server="") as session:
+        session.remedy("repair_scale", sample=x)
+    assert torch.equal(streams, torch.get_rng_state())
+    spreads = []
+    for layer in model:
+        x = layer(x)
+        if isinstance(layer, nn.Linear):
+            spreads.append(float(x.var(0, unbiased=False).mean().sqrt().detach()))
+    assert all(0.8 < spread < 1.25 for spread in spreads[:-1])
+    assert spreads[-1] < 1.25
+
+
+@pytest.mark.parametrize(
+    ("slug", "layer", "config", "words"),
+    [
+        ("set_lrr", "", {}, "did you mean 'set_lr'"),
+        ("set_lr", "", {"factor": 0}, "factor must be a number above 0"),
+        ("set_lr", "", {"faktor": 2}, "its settings are: factor"),
+        ("rewind", "3", {}, "for the whole run"),
+        ("rewind", "", {}, "no good state of this run has been kept yet"),
+        ("restore_best", "", {}, "no held-out loss has been measured"),
+        ("repair_scale", "", {}, "it needs a batch"),
+        ("set_lr", "1", {}, "no optimizer trains the layer"),
+    ],
+)
+def test_a_refusal_says_why_and_touches_nothing(
+    slug: str, layer: str, config: dict[str, Any], words: str
+) -> None:
+    run = Run()
+    with run.attach() as session:
+        run.train(2, session)
+        before = [p.detach().clone() for p in run.model.parameters()]
+        with pytest.raises((ConfigurationError, GraftError), match=words):
+            session.remedy(slug, layer, **config)
+        assert all(map(torch.equal, before, run.model.parameters()))
+        assert session.remedies == ()
+
+
+def test_what_changed_the_model_once_has_no_soft_undo() -> None:
+    run = Run()
+    with run.attach() as session:
+        run.train(2, session)
+        receipt = session.remedy("repair_scale", sample=sample())
+        with pytest.raises(UndoError, match="only a hard undo"):
+            session.undo(receipt, hard=False)
+
+
+def test_each_remedy_says_what_it_does() -> None:
+    for remedy in list_remedies():
+        assert remedy is get_remedy(remedy.slug)
+        for text in (remedy.title, remedy.idea, remedy.source, remedy.when):
+            assert len(text) > 8
+
+
+@pytest.mark.parametrize("slug", [remedy.slug for remedy in list_remedies() if remedy.stays])
+def test_what_stays_in_force_outlives_a_restart(slug: str) -> None:
+    run = Run()
+    with run.attach() as session:
+        run.train(CONFIRMED, session)
+        session.remedy(slug)
+        run.train(5, session)
+        state = copy.deepcopy(
+            (session.state_dict(), run.model.state_dict(), run.optimizer.state_dict())
+        )
+        streams = torch.get_rng_state()
+        expected = run.train(10, session)
+    later = Run()
+    with later.attach() as session:
+        session.load_state_dict(state[0])
+        later.model.load_state_dict(state[1])
+        later.optimizer.load_state_dict(state[2])
+        assert [receipt.remedy for receipt in session.remedies] == [slug]
+        torch.set_rng_state(streams)
+        found = later.train(10, session)
+        if slug != "clip_layer":  # its running norms start anew
+            assert found == expected
+        session.undo(session.remedies[0], hard=False)
+        assert session.remedies == ()
