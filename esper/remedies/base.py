@@ -21,7 +21,7 @@ from torch import nn
 from esper.contracts import Risk
 from esper.exceptions import ConfigurationError
 from esper.grafting.ledger import unwrap_optimizer
-from esper.grafting.slot import find_host
+from esper.grafting.slot import SLOT_NAME, find_host
 from esper.grafting.surroundings import Surroundings
 from esper.remedies.good_states import GoodStates
 
@@ -51,9 +51,10 @@ class Target:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the layer and of what is inside it, or of the whole model."""
+        """Those of the layer and of what is inside it, or of the model, without grafts."""
         module = find_host(self.model, self.layer) if self.layer else self.model
-        return list(module.parameters())
+        named = module.named_parameters()
+        return [p for name, p in named if SLOT_NAME not in name.split(".")]
 
 
 def nothing() -> None:
