@@ -13,12 +13,22 @@ from esper.version import __version__
 if TYPE_CHECKING:
     from esper import blueprints as blueprints
     from esper.grafting import graft as graft
+    from esper.grafting import load_state_dict as load_state_dict
     from esper.sdk import Session as Session
     from esper.sdk import attach as attach
     from esper.sdk.export import export as export
     from esper.sdk.export.generating import int8_cache as int8_cache
 
-__all__ = ["Session", "__version__", "attach", "blueprints", "export", "graft", "int8_cache"]
+__all__ = [
+    "Session",
+    "__version__",
+    "attach",
+    "blueprints",
+    "export",
+    "graft",
+    "int8_cache",
+    "load_state_dict",
+]
 
 # public name -> the module that holds it
 _HOMES = {
@@ -26,6 +36,7 @@ _HOMES = {
     "Session": "esper.sdk",
     "export": "esper.sdk.export",
     "graft": "esper.grafting",
+    "load_state_dict": "esper.grafting",
     "int8_cache": "esper.sdk.export.generating",  # needs transformers
 }
 

@@ -15,11 +15,12 @@ from esper.grafting.copies import audit_copies, check_copy, let_follow
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
 from esper.grafting.guard import GuardVerdict, LossGuard, non_finite_gradients
 from esper.grafting.ledger import add_group, audit
+from esper.grafting.loading import load_state_dict
+from esper.grafting.manifest import GraftRecord
 from esper.grafting.movement import MovementWatch
 from esper.grafting.receipts import ChangeReceipt, Receipt, RemedyReceipt, UndoReceipt
 from esper.grafting.replicas import Replicas
 from esper.grafting.slot import (
-    GraftRecord,
     Slot,
     find_host,
     prepare_slots,
@@ -30,6 +31,7 @@ from esper.grafting.slot import (
 )
 from esper.grafting.snapshot import Snapshot, SnapshotMemory, digest
 from esper.grafting.structure import (
+    check_manifest,
     load_optimizer_state_by_name,
     optimizer_state_by_name,
     rebuild,
@@ -59,11 +61,13 @@ __all__ = [
     "audit_copies",
     "certify",
     "check_copy",
+    "check_manifest",
     "digest",
     "find_host",
     "graft",
     "let_follow",
     "load_optimizer_state_by_name",
+    "load_state_dict",
     "non_finite_gradients",
     "optimizer_state_by_name",
     "prepare_slots",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,10 +25,10 @@ from esper.grafting import ledger
 from esper.grafting.certify import certify, sample_input
 from esper.grafting.communication_hooks import certify_reduction
 from esper.grafting.copies import let_follow
+from esper.grafting.manifest import GraftRecord
 from esper.grafting.receipts import Receipt
 from esper.grafting.replicas import Joint, Replicas, jointly
 from esper.grafting.slot import (
-    GraftRecord,
     find_host,
     prepare_slots,
     remove_slots,
@@ -35,6 +36,7 @@ from esper.grafting.slot import (
     take_out,
 )
 from esper.grafting.snapshot import RandomStreams, Snapshot, SnapshotMemory
+from esper.grafting.state_dicts import follow_loads, follow_whole_states
 from esper.grafting.surroundings import BARE, Surroundings
 
 
@@ -158,6 +160,7 @@ def _apply(
             _group=group,
             _snapshot=snapshot,
         )
+        follow_whole_states(model)
         joint.commit()
         receipt.pause_ms = (time.perf_counter() - started) * 1e3
         return receipt
@@ -180,10 +183,28 @@ def insert_graft(
         slot = slot_of(host)
         assert slot is not None
         slot.insert(record, graft)
-        return _join_optimizer(host, record, graft, surroundings)
+        group = _join_optimizer(host, record, graft, surroundings)
+        follow_loads(model, host, record.blueprint, _leaving(model, group, surroundings))
+        return group
     except BaseException:
         _withdraw(model, record.layer.name, record.blueprint, had_slot=had_slot)
         raise
+
+
+def _leaving(
+    model: nn.Module, group: ledger.GroupReceipt | None, surroundings: Surroundings
+) -> Callable[[], None]:
+    """For a graft that a loaded state takes out."""
+    living = weakref.ref(model)  # the graft is part of it
+
+    def leave() -> None:
+        if group is not None:
+            group.remove()
+        found = living()
+        if found is not None and surroundings.copies:
+            let_follow(found, surroundings.copies)
+
+    return leave
 
 
 def _join_optimizer(

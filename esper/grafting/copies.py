@@ -17,6 +17,7 @@ from esper.contracts import Finding, Severity
 from esper.exceptions import ConfigurationError
 from esper.grafting.ledger import Problem, to_findings
 from esper.grafting.slot import find_host, prepare_slots, remove_slots, slot_of, slots
+from esper.grafting.state_dicts import follow_loads, follow_whole_states
 
 
 def bare_copy(copied: Any) -> nn.Module:
@@ -55,6 +56,7 @@ def let_follow(model: nn.Module, copies: Iterable[Any]) -> None:
         remove_slots(copied, [layer for layer, _, _ in slots(copied) if layer not in wanted])
         for layer, slot in wanted.items():
             _give(find_host(copied, layer), slot.grafts(), slot.records, copied, layer)
+        follow_whole_states(copied)
 
 
 def audit_copies(model: nn.Module) -> list[Finding]:
@@ -91,6 +93,7 @@ def _give(
     for slug, graft in grafts.items():
         if slug not in mine.grafts():
             mine.insert(records[slug], copy.deepcopy(graft))
+            follow_loads(copied, host, slug)
 
 
 def _averaged_model() -> type[nn.Module]:

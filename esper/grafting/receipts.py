@@ -21,9 +21,9 @@ from esper.contracts import Certificate
 from esper.exceptions import UndoError
 from esper.grafting import ledger
 from esper.grafting.copies import let_follow
+from esper.grafting.manifest import GraftRecord
 from esper.grafting.replicas import jointly
 from esper.grafting.slot import (
-    GraftRecord,
     find_host,
     graft_at,
     living_grafts,

@@ -15,7 +15,6 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -26,11 +25,12 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.blueprints import Graft
 from esper.blueprints.base import introduce
-from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import GraftError, UnknownLayerError
 from esper.fail_closed import short
+from esper.grafting.manifest import MANIFEST_KEY, GraftRecord, pack
 
 SLOT_NAME = "esper"
+LOAD_HOOK_MARK = "follows_loads_of_esper"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 Watcher = Callable[[Tensor, Tensor], None]
@@ -46,20 +46,6 @@ class Compiled(Protocol):
     def __call__(self, graft: Graft, x: Tensor, y: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True, slots=True)
-class GraftRecord:
-    """All that is needed to build the same graft again."""
-
-    adaptation: str
-    layer: LayerInfo
-    blueprint: str
-    version: str
-    config: dict[str, Any]
-    seed: int
-    step: int
-    certificate: Certificate
-
-
 class Slot(nn.Module):
     """Holds a layer's grafts as children, named by slug, in the order of insertion."""
 
@@ -73,6 +59,9 @@ class Slot(nn.Module):
         self._next_watcher = 0
         # In addition to the grafts: parameters, names and copies belong to the graft.
         self._compiled: dict[str, tuple[Graft, Compiled]] = {}
+        # By slug: what else must happen when a state without the graft is loaded.
+        self._leave: dict[str, list[Callable[[], object]]] = {}
+        self.load_handles: list[RemovableHandle] = []  # see esper.grafting.state_dicts
         self._copies: list[weakref.ref[Slot]] = []
 
     @property
@@ -99,10 +88,38 @@ class Slot(nn.Module):
         graft.detach()
         del self._modules[slug]
         self.records.pop(slug, None)  # absent if an insertion was interrupted
+        self._leave.pop(slug, None)
         self._compiled.clear()  # grafts may use one another's results
         introduce((graft,))
         self.introduce()
         return graft
+
+    def on_leave(self, slug: str, leave: Callable[[], object]) -> None:
+        """:meth:`leave` calls ``leave`` when the graft is out."""
+        self._leave.setdefault(slug, []).append(leave)
+
+    def leave(self, slug: str) -> bool:
+        """A state without this graft is loaded: it goes, and is not trained any more.
+
+        Returns:
+            True where the user was told of it.
+        """
+        others = self._leave.pop(slug, [])
+        self.take_out(slug)
+        told = [bool(leave()) for leave in others]
+        return any(told)
+
+    def manifest(self) -> list[dict[str, Any]]:
+        """The grafts as JSON values, in the order in which they run."""
+        return [self.records[slug].entry(graft) for slug, graft in self.grafts().items()]
+
+    @property
+    def load_with_esper_load_state_dict(self) -> Tensor:
+        """The manifest as it stands in a state dict, under its key there.
+
+        ``torch.distributed.checkpoint`` looks up each key of a state as an attribute.
+        """
+        return pack(self.manifest())
 
     def speed_up(self, slug: str, compiled: Compiled) -> None:
         """From the next call on, ``compiled`` computes the graft where the shapes match."""
@@ -176,12 +193,29 @@ class Slot(nn.Module):
         return combined
 
     def __getstate__(self) -> dict[str, Any]:
-        # Watchers belong to their caller, copies to their model, and machine code to this process.
-        return {**vars(self), "_watchers": {}, "_copies": [], "_compiled": {}}
+        # Watchers belong to their caller, copies to their model, machine code and what trains the
+        # graft to this process.
+        gone: dict[str, Any] = {"_watchers": {}, "_copies": [], "_compiled": {}, "_leave": {}}
+        return {**vars(self), **gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Slots saved by older versions have no such members.
-        super().__setstate__({"_compiled": {}, "failure": "", **state})  # type: ignore[no-untyped-call]
+        absent = {"_compiled": {}, "_leave": {}, "load_handles": [], "failure": ""}
+        super().__setstate__({**absent, **state})  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.grafts():
+            destination[prefix + MANIFEST_KEY] = self.load_with_esper_load_state_dict
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # The grafts were brought in line with the state before; see esper.grafting.state_dicts.
+        rest = {key: value for key, value in state_dict.items() if key != prefix + MANIFEST_KEY}
+        super()._load_from_state_dict(rest, prefix, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         made = type(self).__new__(type(self))
@@ -367,11 +401,25 @@ def remove_slots(model: nn.Module, layers: Iterable[str] | None = None) -> tuple
     for layer, host, slot in [*slots(model)]:
         if slot.grafts() or (wanted is not None and layer not in wanted):
             continue
-        if slot.handle is not None:
-            slot.handle.remove()
+        for handle in [slot.handle, *slot.load_handles]:
+            if handle is not None:
+                handle.remove()
         del host._modules[SLOT_NAME]
         removed.append(layer)
+    if removed and not any(True for _ in slots(model)):
+        _remove_load_hooks(model)
     return tuple(removed)
+
+
+def follows_loads(hook: Any) -> bool:
+    """A load hook of torch's that is the one of :mod:`esper.grafting.state_dicts`."""
+    return hasattr(getattr(hook, "hook", None), LOAD_HOOK_MARK)
+
+
+def _remove_load_hooks(model: nn.Module) -> None:
+    hooks = model._load_state_dict_pre_hooks
+    for number in [number for number, hook in hooks.items() if follows_loads(hook)]:
+        del hooks[number]
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, Slot]]:

@@ -13,14 +13,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from esper.blueprints import Blueprint, get_blueprint
-from esper.contracts import Certificate, LayerInfo
+from esper.contracts import LayerInfo
 from esper.exceptions import ConfigurationError, GraftError
 from esper.grafting import ledger
 from esper.grafting.apply import insert_graft
 from esper.grafting.graph import trace_layers
+from esper.grafting.manifest import GraftRecord
 from esper.grafting.receipts import Receipt
 from esper.grafting.replicas import WHOLE_MODEL
-from esper.grafting.slot import GraftRecord, find_host, graft_at, remove_slots, slots
+from esper.grafting.slot import find_host, graft_at, remove_slots, slots
 from esper.grafting.snapshot import Frozen
 from esper.grafting.surroundings import BARE, Surroundings
 
@@ -33,21 +34,7 @@ _SHAPED_LIKE_THE_PARAMETER = frozenset(
 
 def structure(model: nn.Module) -> list[dict[str, Any]]:
     """The grafts of the model as JSON values, in the order in which a layer runs them."""
-    return [
-        {
-            "adaptation": record.adaptation,
-            "layer": record.layer.to_wire(),
-            "blueprint": record.blueprint,
-            "version": record.version,
-            "config": record.config,
-            "seed": record.seed,
-            "step": record.step,
-            "alpha": None if graft.alpha is None else float(graft.alpha),
-            "certificate": record.certificate.to_wire(),
-        }
-        for _, _, slot in slots(model)
-        for record, graft in zip(slot.records.values(), slot.grafts().values(), strict=True)
-    ]
+    return [entry for _, _, slot in slots(model) for entry in slot.manifest()]
 
 
 def rebuild(
@@ -74,16 +61,7 @@ def rebuild(
             has changed.
         UnknownBlueprintError, UnknownLayerError: they do not exist here.
     """
-    records = [_read_record(entry) for entry in manifest]
-    layers = {layer.name: layer for layer in trace_layers(model)}
-    for record in records:
-        _check_version(record, get_blueprint(record.blueprint), other_versions)
-        find_host(model, record.layer.name)
-        replicas = surroundings.replicas
-        if replicas is not None and record.layer.name == WHOLE_MODEL:
-            _check_whole_model(record.layer, replicas.whole_model)
-        else:
-            _check_layer(record.layer, layers.get(record.layer.name))
+    records = check_manifest(model, manifest, surroundings, other_versions=other_versions)
     slotted = {name for name, _, _ in slots(model)}
     receipts: list[Receipt] = []
     try:
@@ -93,6 +71,27 @@ def rebuild(
         take_back(model, receipts, slotted)
         raise
     return tuple(receipts)
+
+
+def check_manifest(
+    model: nn.Module,
+    manifest: Sequence[dict[str, Any]],
+    surroundings: Surroundings = BARE,
+    *,
+    other_versions: bool = False,
+) -> list[GraftRecord]:
+    """The manifest's grafts, if they can be built in this model. Raises as :func:`rebuild`."""
+    records = [GraftRecord.of_entry(entry) for entry in manifest]
+    layers = {layer.name: layer for layer in trace_layers(model)} if records else {}
+    for record in records:
+        _check_version(record, get_blueprint(record.blueprint), other_versions)
+        find_host(model, record.layer.name)
+        replicas = surroundings.replicas
+        if replicas is not None and record.layer.name == WHOLE_MODEL:
+            _check_whole_model(record.layer, replicas.whole_model)
+        else:
+            _check_layer(record.layer, layers.get(record.layer.name))
+    return records
 
 
 def take_back(model: nn.Module, receipts: Sequence[Receipt], slotted: set[str]) -> None:
@@ -182,22 +181,6 @@ def _rebuild_one(model: nn.Module, record: GraftRecord, surroundings: Surroundin
         _surroundings=surroundings,
         _group=group,
     )
-
-
-def _read_record(entry: dict[str, Any]) -> GraftRecord:
-    try:
-        return GraftRecord(
-            adaptation=str(entry["adaptation"]),
-            layer=LayerInfo.from_wire(entry["layer"]),
-            blueprint=str(entry["blueprint"]),
-            version=str(entry["version"]),
-            config=dict(entry["config"]),
-            seed=int(entry["seed"]),
-            step=int(entry["step"]),
-            certificate=Certificate.from_wire(entry["certificate"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"not an entry of a structure manifest: {error}") from error
 
 
 def _check_version(record: GraftRecord, blueprint: Blueprint, other_versions: bool) -> None:

@@ -37,6 +37,7 @@ class Adaptation:
         guarded_until: the last step at which the trainer's own guard may take it out.
         loss_before: (step, loss) of the run before the graft, for the verdict.
         merged: the graft was folded into its host's weights; it is in effect, in no slot.
+        left_by_load: the script loaded a state without the graft, which took it out.
     """
 
     uid: str
@@ -53,6 +54,7 @@ class Adaptation:
     reward: Reward | None = None
     loss_before: tuple[tuple[int, float], ...] = ()
     merged: bool = False
+    left_by_load: bool = False
 
     @property
     def grafted(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 
 from esper import blueprints
@@ -49,6 +50,10 @@ class Changes:
             if entry.receipt is receipt and not entry.merged:
                 return entry
         raise UndoError("this graft is not in the model any more", layer=receipt.layer)
+
+    def left_by_load(self, receipt: Receipt) -> bool:
+        """A state that the script loaded has taken the graft out already."""
+        return any(e.receipt is receipt and e.left_by_load for e in self.adaptations)
 
     def place_of(self, receipt: RemedyReceipt) -> int:
         """Its place among all changes, -1 for none: the same on all ranks."""
@@ -119,6 +124,26 @@ class Changes:
         # One that came out of a checkpoint is in no history.
         self._history = [entry for entry in self._history if entry is not receipt]
         self.remedies.remove(receipt)
+
+    def bring_back(self, receipt: Receipt) -> Adaptation:
+        """The adaptation of a graft that was in a loaded state; a new one where none is known."""
+        uid = receipt.adaptation
+        known = next((entry for entry in self.adaptations if entry.uid == uid), None)
+        if known is None or known.grafted:
+            known = Adaptation(
+                uid=self.next_uid() if known is not None or not uid else uid,
+                layer=receipt.layer,
+                blueprint=receipt.blueprint,
+                step=receipt.step,
+                state=AdaptationState.KEPT,
+                config=receipt.config,
+                grafted_at=time.time(),
+            )
+            self.adaptations.append(known)
+        known.receipt, known.state, known.left_by_load = receipt, AdaptationState.KEPT, False
+        if known not in self._history:
+            self._history.append(known)
+        return known
 
     def _drop_remedy(self, receipt: RemedyReceipt) -> None:
         receipt.end()

@@ -15,6 +15,7 @@ from torch import nn
 from esper import grafting
 from esper.exceptions import ConfigurationError
 from esper.grafting import Receipt, RemedyReceipt, Surroundings, remedies
+from esper.grafting.manifest import MANIFEST_KEY
 from esper.grafting.replicas import Joint
 from esper.grafting.slot import SLOT_NAME
 from esper.grafting.snapshot import Snapshot
@@ -108,7 +109,11 @@ def _repeat(
 
 
 def _graft_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: t for name, t in model.state_dict().items() if _GRAFT_MARK in name}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if _GRAFT_MARK in name and not name.endswith(f".{MANIFEST_KEY}")
+    }
 
 
 def _load_grafts(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:

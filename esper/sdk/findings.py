@@ -14,6 +14,7 @@ from esper.contracts import Finding, HealthFrame, Severity, Signal, ViolationRul
 from esper.fail_closed import Failure
 from esper.grafting import GuardVerdict, MovementWatch, Surroundings
 from esper.grafting.slot import left_out_grafts
+from esper.sdk.adaptation import Adaptation
 
 logger = logging.getLogger("esper")
 
@@ -128,6 +129,32 @@ def divergence(verdict: GuardVerdict) -> Finding:
         observed=verdict.text,
         limit="finite" if math.isnan(verdict.limit) else f"{verdict.limit:.4g}",
         remedy="No graft is on probation, so nothing was undone: look at learning rate and data.",
+    )
+
+
+def left_by_load(adaptation: Adaptation) -> Finding:
+    """A state that the script loaded lacks a graft."""
+    return Finding(
+        rule=ViolationRule.COMPATIBILITY,
+        layer=adaptation.layer,
+        severity=Severity.INFO,
+        observed=f"the loaded state was saved without {adaptation.blueprint}, grafted at step "
+        f"{adaptation.step}, so this graft was taken out",
+        limit="the model computes what the state's model computed",
+        remedy="Nothing to do: the model is the one that was saved.",
+    )
+
+
+def came_back(adaptation: Adaptation) -> Finding:
+    """A state that the script loaded has a graft that the model lacked."""
+    return Finding(
+        rule=ViolationRule.COMPATIBILITY,
+        layer=adaptation.layer,
+        severity=Severity.INFO,
+        observed=f"the loaded state was saved with {adaptation.blueprint}, so this graft was built "
+        "again, and counts as kept",
+        limit="the model computes what the state's model computed",
+        remedy="Nothing to do: the model is the one that was saved.",
     )
 
 

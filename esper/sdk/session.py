@@ -47,6 +47,7 @@ from esper.sdk.findings import (
 from esper.sdk.following import Follower
 from esper.sdk.guarding import ProbationGuard
 from esper.sdk.layers import Layers
+from esper.sdk.loaded_states import LoadedStates
 from esper.sdk.local import LocalLoop, LocalMemory, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.ranks import Ranks
@@ -120,7 +121,9 @@ class Session:
             ranks=self._ranks,
             ledger=self._ledger,
             reports=SurgeryReports(self._queues),
+            findings=self._findings,
         )
+        self._loads = LoadedStates(model, self._surgery)
         self._evaluations = Evaluations(setup.evaluate, self._surgery, self._run, self._ranks)
         self._follower = Follower(self._ranks, self._surgery, self._evaluations)
         self._server = (
@@ -219,6 +222,7 @@ class Session:
             sampler.close()
         for model in (self._setup.model, *self._setup.surroundings.copies):
             grafting.remove_slots(model)
+        self._loads.close()
 
     def close(
         self,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,12 +37,13 @@ from esper.grafting.ledger import unwrap_optimizer
 from esper.grafting.receipts import undoing_everywhere
 from esper.grafting.replicas import Call, Joint, jointly
 from esper.grafting.slot import find_host, slot_of
+from esper.grafting.state_dicts import Difference
 from esper.health import HealthSampler
 from esper.remedies import GoodStates, Target, apply_remedy, get_remedy
 from esper.sdk import checkpoint
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.changes import Changes
-from esper.sdk.findings import LedgerWatch
+from esper.sdk.findings import Findings, LedgerWatch, came_back, left_by_load
 from esper.sdk.layers import Layers
 from esper.sdk.ranks import Order, Ranks
 from esper.sdk.reporting import SurgeryReports
@@ -75,10 +77,12 @@ class Surgery:
         ranks: Ranks,
         ledger: LedgerWatch,
         reports: SurgeryReports,
+        findings: Findings,
     ) -> None:
         self.model = model
         self.changes = Changes()
         self.sampler: HealthSampler | None = None
+        self._idle_slots = False  # left by a load, inside which torch's hooks cannot be removed
         self._surroundings = surroundings
         self._without_copies = replace(surroundings, copies=())  # a remedy leaves averages alone
         self._run = run
@@ -86,6 +90,7 @@ class Surgery:
         self._ranks = ranks
         self._ledger = ledger
         self._reports = reports
+        self._findings = findings
         self.states = self._good_states() if run.mode is not RunMode.OBSERVE else None
 
     def _good_states(self) -> GoodStates:
@@ -136,6 +141,7 @@ class Surgery:
             loss_before=tuple(run.losses),
         )
         self.changes.add_graft(adaptation)
+        self._follow_loads(adaptation)
         self._follow_up()
         return adaptation
 
@@ -173,13 +179,14 @@ class Surgery:
         if hard:
             self.changes.drop_since(adaptation)
         gone = self.changes.mark_gone(state)
-        self._remove_idle_slots()
+        self.remove_idle_slots()
         self._follow_up(restored=True)
         self._report_undone(before, report)
         return report, gone
 
-    def _remove_idle_slots(self) -> None:
+    def remove_idle_slots(self) -> None:
         """A model that is only observed has slots only while they hold grafts."""
+        self._idle_slots = False
         if self._run.mode is RunMode.OBSERVE:
             for model in (self.model, *self._surroundings.copies):
                 grafting.remove_slots(model)
@@ -213,6 +220,8 @@ class Surgery:
         """A script undoes; see :meth:`Session.undo`."""
         if isinstance(receipt, RemedyReceipt):
             return self._undo_remedy(receipt) if hard else self._end_remedy(receipt)
+        if not hard and self.changes.left_by_load(receipt):  # what is wanted has happened
+            return UndoReceipt(grafting.digest(self.model), hard=False, exact=False, pause_ms=0.0)
         return self._take_out_for_script(receipt, RemedyKind.UNDO, hard=hard)
 
     def prune(self, receipt: Receipt) -> UndoReceipt:
@@ -334,6 +343,8 @@ class Surgery:
 
     def on_step(self) -> None:
         """An optimizer step is over: grafts that follow a schedule move on."""
+        if self._idle_slots:
+            self.remove_idle_slots()
         for entry in self.changes.grafted:
             if entry.receipt is not None:
                 entry.receipt.graft.on_step()
@@ -356,6 +367,78 @@ class Surgery:
             raise ConfigurationError("this model carries grafts already; load into a fresh one")
         adaptations, receipts = checkpoint.load(self.model, self._surroundings, state, joint)
         self.changes.resume(adaptations, receipts)
+        for adaptation in adaptations:
+            self._follow_loads(adaptation)
+
+    # -- plain states that the script loads ----------------------------------------------------
+
+    def follow_state(self, difference: Difference) -> None:
+        """The script loads a state with other grafts: the model gets those of the state.
+
+        On several ranks each of them must load it.
+
+        Raises:
+            ConfigurationError: a graft of the state cannot be built here; the model is as before.
+            ReplicaError: another rank loads another state.
+        """
+        named = [(entry["layer"]["name"], entry["blueprint"]) for entry in difference.coming]
+        self._meet(Call.LOAD, difference.leaving, named)
+        grafting.check_manifest(self.model, difference.coming, self._surroundings)
+        for layer, slug in difference.leaving:
+            slot = slot_of(find_host(self.model, layer))
+            if slot is not None and slug in slot.grafts():
+                slot.leave(slug)
+        if difference.coming:
+            self._bring_back(difference.coming)
+
+    def _bring_back(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Builds grafts that were in the model when the state was saved; torch loads the weights.
+
+        They count as kept: the script chose the state that has them.
+        """
+        slotted = {name for name, _, _ in grafting.slots(self.model)}
+        with jointly(self._surroundings.replicas) as joint:
+            receipts = grafting.rebuild(self.model, entries, self._surroundings)
+            try:
+                grafting.let_follow(self.model, self._surroundings.copies)
+                joint.commit()
+            except BaseException:
+                if not joint.done:
+                    grafting.take_back(self.model, receipts, slotted)
+                raise
+        for receipt in receipts:
+            adaptation = self.changes.bring_back(receipt)
+            self._follow_loads(adaptation)
+            self._findings.add(came_back(adaptation))
+        self._follow_up(restored=True)
+
+    def _follow_loads(self, adaptation: Adaptation) -> None:
+        """A loaded state without this graft takes it out of the model and of this record."""
+        slot = slot_of(find_host(self.model, adaptation.layer))
+        if slot is None or adaptation.blueprint not in slot.grafts():
+            return
+        mine = weakref.ref(self)  # the session ends when its script drops it
+
+        def leave() -> bool:
+            surgery = mine()
+            return surgery is not None and surgery._left_by_load(adaptation)
+
+        slot.on_leave(adaptation.blueprint, leave)
+
+    def _left_by_load(self, adaptation: Adaptation) -> bool:
+        """True: a finding tells of it."""
+        with jointly(self._surroundings.replicas) as joint:
+            joint.agree()
+        gone = self.changes.mark_gone(AdaptationState.REVERTED)
+        adaptation.left_by_load = True
+        if adaptation.receipt is not None:
+            adaptation.receipt.forget_snapshot()
+        self._idle_slots = True
+        self._follow_up(restored=True)
+        report = UndoReceipt(digest="", hard=False, exact=False, pause_ms=0.0)
+        self._reports.taken_out(gone, report, self._run.step, RemedyKind.UNDO, meant=adaptation)
+        self._findings.add(left_by_load(adaptation))
+        return True
 
     # -- what follows a change -----------------------------------------------------------------
 
