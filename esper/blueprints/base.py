@@ -29,6 +29,7 @@ from esper.contracts import (
     Risk,
 )
 from esper.exceptions import ConfigurationError, IncompatibleLayerError
+from esper.near_names import did_you_mean
 
 MIB = 1024 * 1024
 # Weight, gradient and the two moments of Adam.
@@ -195,7 +196,8 @@ class Blueprint(ABC):
         unknown = sorted(set(given or {}) - set(config))
         if unknown:
             raise ConfigurationError(
-                f"{self.slug} has no setting {', '.join(unknown)}; it has: {', '.join(config)}"
+                f"{self.slug} has no setting {', '.join(unknown)}{did_you_mean(unknown[0], config)}"
+                f"; it has: {', '.join(config) or 'none'}"
             )
         config.update(given or {})
         self.check_config(config)

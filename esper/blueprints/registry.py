@@ -22,6 +22,7 @@ from esper.blueprints import catalog
 from esper.blueprints.base import Blueprint
 from esper.blueprints.composition import Document, check_document, compose, read_documents
 from esper.exceptions import DuplicateBlueprintError, UnknownBlueprintError
+from esper.near_names import did_you_mean
 
 IN_TREE = Path(__file__).parent / "compositions"
 _registered: dict[str, Blueprint] = {}
@@ -42,9 +43,11 @@ def get_blueprint(slug_or_id: str) -> Blueprint:
         (blueprint for blueprint in list_blueprints() if blueprint.id == slug_or_id), None
     )
     if found is None:
-        known = ", ".join(_by_slug())
+        known, ids = list(_by_slug()), [blueprint.id for blueprint in list_blueprints()]
         raise UnknownBlueprintError(
-            f"no blueprint {slug_or_id!r}; known are: {known}", slug=slug_or_id
+            f"no blueprint {slug_or_id!r}; known are: {', '.join(known)}"
+            f"{did_you_mean(slug_or_id, [*known, *ids])}",
+            slug=slug_or_id,
         )
     return found
 

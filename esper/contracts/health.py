@@ -108,6 +108,17 @@ class LayerInfo:
         """True for [batch, time, channels] inputs, or [time, batch, channels]."""
         return len(self.in_shape) == 3 and self.channel_axis == -1
 
+    def __str__(self) -> str:
+        shapes = f"{list(self.in_shape)} -> {list(self.out_shape)}" if self.out_shape else "not run"
+        graftable = "graftable" if self.graftable else f"not graftable: {self.reason or 'unknown'}"
+        return (
+            f"{self.name or 'the model'}: {self.kind} {shapes}, {self.dtype}, "
+            f"{self.parameters:,} parameters, {graftable}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<LayerInfo {self}>"
+
     def to_wire(self) -> dict[str, Any]:
         members: dict[str, Any] = wire.to_wire(self)
         return members
@@ -194,3 +205,13 @@ class Finding:
     observed: str
     limit: str
     remedy: str
+
+    def __str__(self) -> str:
+        place = f" at {self.layer!r}" if self.layer else ""
+        return (
+            f"{self.severity} finding{place}: {self.observed.rstrip('. ')}. "
+            f"{self.remedy[:1].upper()}{self.remedy[1:].rstrip('.')}. [{self.rule}]"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Finding {self}>"

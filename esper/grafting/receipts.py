@@ -50,6 +50,15 @@ class UndoReceipt:
     pause_ms: float
     discarded: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        what = "hard undo" if self.hard else "soft undo"
+        after = "equals the state before, to the bit" if self.exact else "keeps what it has learned"
+        others = f"; also removed: {', '.join(self.discarded)}" if self.discarded else ""
+        return f"{what} in {self.pause_ms:.0f} ms: the model {after}{others}"
+
+    def __repr__(self) -> str:
+        return f"<UndoReceipt {self}>"
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class ChangeReceipt:
@@ -102,6 +111,30 @@ class Receipt(ChangeReceipt):
     _graft: Graft = field(repr=False)
     _surroundings: Surroundings = field(repr=False)
     _group: ledger.GroupReceipt | None = field(repr=False, default=None)
+
+    def __str__(self) -> str:
+        certificate, at = self.certificate, f" at step {self.step}" if self.step >= 0 else ""
+        birth = "output unchanged" if certificate.preserving else "output changed"
+        undo = (
+            ""
+            if self.can_undo_hard
+            else "; only a soft undo is possible"
+            if self.present
+            else "; not in the model any more"
+        )
+        return (
+            f"{self.blueprint} in {self.layer!r}{at}: {certificate.parameters:,} parameters, "
+            f"{birth}, {self.pause_ms:.0f} ms pause{self._untrained()}{undo}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Receipt {self}>"
+
+    def _untrained(self) -> str:
+        """A note where no optimizer was given, so nothing trains the new weights."""
+        trains = any(parameter.requires_grad for parameter in self._graft.parameters())
+        alone = trains and not self._surroundings.optimizers
+        return "; no optimizer trains it" if alone else ""
 
     @property
     def adaptation(self) -> str:
@@ -257,6 +290,15 @@ class RemedyReceipt(ChangeReceipt):
     _end: Callable[[], None] | None = field(repr=False, default=None)
     key: str = field(default_factory=lambda: str(uuid.uuid4()))
 
+    def __str__(self) -> str:
+        details = ", ".join(
+            f"{name} {value}" for name, value in self.details.items() if _is_short(value)
+        )
+        return f"{self.remedy} at {self.layer!r}{f' ({details})' if details else ''}"
+
+    def __repr__(self) -> str:
+        return f"<RemedyReceipt {self}>"
+
     def end(self) -> None:
         """Ends what the remedy does in each step; what the model learnt stays."""
         if self._end is not None:
@@ -316,6 +358,10 @@ class RemedyReceipt(ChangeReceipt):
         self.forget_snapshot()
         pause_ms = (time.perf_counter() - started) * 1e3
         return UndoReceipt(digest(self._model), hard=False, exact=False, pause_ms=pause_ms)
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, str | int | float) and len(str(value)) <= 40
 
 
 def _merged_grafts(snapshot: Snapshot | None) -> list[Graft]:

@@ -28,6 +28,7 @@ from esper.blueprints.base import introduce
 from esper.exceptions import GraftError, UnknownLayerError
 from esper.fail_closed import short
 from esper.grafting.manifest import MANIFEST_KEY, GraftRecord, pack
+from esper.near_names import or_known
 
 SLOT_NAME = "esper"
 LOAD_HOOK_MARK = "follows_loads_of_esper"
@@ -311,7 +312,9 @@ def find_host(model: nn.Module, layer: str) -> nn.Module:
     try:
         return model.get_submodule(layer)
     except AttributeError as error:
-        raise UnknownLayerError(f"the model has no layer {layer!r}", layer=layer) from error
+        names = (name for name, _ in model.named_modules() if SLOT_NAME not in name.split("."))
+        known = or_known(layer, names)
+        raise UnknownLayerError(f"the model has no layer {layer!r}{known}", layer=layer) from error
 
 
 def slot_of(module: nn.Module) -> Slot | None:

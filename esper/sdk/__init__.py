@@ -9,8 +9,18 @@ The session's own modules are here. Beside them:
 
 from esper.grafting import Receipt
 from esper.sdk.adaptation import Adaptation
-from esper.sdk.attaching import attach
+from esper.sdk.attaching import Mode, attach
+from esper.sdk.explaining import Reasons
 from esper.sdk.local import Waiting
 from esper.sdk.session import RunStopped, Session
 
-__all__ = ["Adaptation", "Receipt", "RunStopped", "Session", "Waiting", "attach"]
+__all__ = [
+    "Adaptation",
+    "Mode",
+    "Reasons",
+    "Receipt",
+    "RunStopped",
+    "Session",
+    "Waiting",
+    "attach",
+]

@@ -56,6 +56,16 @@ class Adaptation:
     merged: bool = False
     left_by_load: bool = False
 
+    def __str__(self) -> str:
+        until = f" until step {self.guarded_until}" if self.on_probation else ""
+        why = f": {self.verdict.reason}" if self.verdict is not None else ""
+        merged = ", merged into its host" if self.merged else ""
+        state = self.state.replace("_", " ")
+        return f"{self.blueprint} in {self.layer!r}, step {self.step}: {state}{until}{merged}{why}"
+
+    def __repr__(self) -> str:
+        return f"<Adaptation {self}>"
+
     @property
     def grafted(self) -> bool:
         """Its graft is in the model."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -18,11 +19,16 @@ from esper.grafting.graph import layer_modules, why_never_graftable
 from esper.grafting.ledger import unwrap_optimizer
 from esper.grafting.replicas import Call
 from esper.health.pace import periods_of
+from esper.near_names import did_you_mean
 from esper.sdk.compiler_watch import is_whole_graph, whole_graph_region
 from esper.sdk.session import Session, Setup
 from esper.sdk.transport.queues import Pace
 
 logger = logging.getLogger("esper")
+
+Mode: TypeAlias = Literal["observe", "supervised", "automatic"]  # the members of RunMode
+# model -> its latest session
+_sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 # Class name of a wrapper, or of a part that it makes -> how people call it.
 _SHARDED = {
@@ -46,7 +52,7 @@ def attach(
     run: str = "run",
     server: str | None = None,
     token: str | None = None,
-    mode: str = "observe",
+    mode: Mode | RunMode = "observe",
     scheduler: Any = None,
     scaler: Any = None,
     slots: Literal["auto"] | Iterable[str] = "auto",
@@ -55,6 +61,7 @@ def attach(
     safety_policy: SafetyPolicy | None = None,
     copies: Any = None,
     sampling: int | Iterable[Sequence[int]] | None = None,
+    verbose: bool = True,
 ) -> Session:
     """Watch a model while it trains, and adapt it where the mode allows.
 
@@ -83,12 +90,14 @@ def attach(
             Grafts are put into them too; otherwise an average pairs the wrong tensors.
         sampling: steps between health frames, or the ``session.sampling`` of another run, to
             measure at the same steps. By default Esper chooses, so that it costs less than 1 %.
+        verbose: say what a user must know on stderr, one line each, on rank 0. False, or
+            ``ESPER_VERBOSE=0`` in the environment: the logger ``esper`` alone gets the lines.
 
     Raises:
         ConfigurationError: an argument is invalid; the model is untouched.
         UnknownLayerError: ``slots`` names a layer that the model does not have.
     """
-    mode = _mode(mode)
+    run_mode = _mode(mode)
     wrapper = _without_compiler(model)
     bare = _unwrap(wrapper)
     if is_whole_graph(model):
@@ -104,9 +113,10 @@ def attach(
         grafting.check_copy(bare, copied)
     replicas = _replicas(wrapper)
     if replicas is not None:
-        arguments = [run, mode, names, evaluate is not None, len(optimizers), len(followers)]
+        arguments = [run, run_mode, names, evaluate is not None, len(optimizers), len(followers)]
         replicas.meet(Call.ATTACH, 0, key=f"{arguments} {replicas.checksum()}")
-    if mode is RunMode.OBSERVE:
+    older = _older_session(bare)
+    if run_mode is RunMode.OBSERVE:
         # A graft by hand gets its slot then. Code that is compiled already runs no new hooks, and
         # the layers are read by hooks in the first step.
         torch.compiler.reset()
@@ -114,30 +124,51 @@ def attach(
         names = _slots_where_they_fit(bare, names)
     else:
         grafting.prepare_slots(bare, names)
-    return Session(
+    session = Session(
         Setup(
             model=bare,
             surroundings=Surroundings(optimizers, _several(scheduler), scaler, followers, replicas),
             run=run,
             server=address,
             token=secret,
-            mode=RunMode(mode),
+            mode=run_mode,
             slots=names,
             evaluate=evaluate,
             target_steps=target_steps,
             safety_policy=safety_policy or SafetyPolicy(),
             pace=Pace(),
             sampling=periods,
+            verbose=verbose,
         )
     )
+    if older is not None:
+        session.say_attached_twice(older)
+    _sessions[bare] = weakref.ref(session)
+    return session
+
+
+def _older_session(model: nn.Module) -> Session | None:
+    """An open session of the same model, which from now on measures and decides nothing.
+
+    Two that act on one model would each count the other's grafts as the user's. Calls of the older
+    one's ``step`` do no harm, so it is not closed.
+    """
+    entry = _sessions.get(model)
+    older = entry() if entry is not None else None
+    if older is None or older.closed:
+        return None
+    older.detach()
+    return older
 
 
 def _mode(mode: str) -> RunMode:
     try:
         return RunMode(mode)
     except ValueError:
-        known = ", ".join(RunMode)
-        raise ConfigurationError(f"unknown mode {mode!r}; known are: {known}") from None
+        raise ConfigurationError(
+            f"unknown mode {mode!r}; known are: {', '.join(RunMode)}"
+            f"{did_you_mean(str(mode), RunMode)}"
+        ) from None
 
 
 def _without_compiler(model: Any) -> Any:

@@ -13,7 +13,6 @@ from esper.blueprints import Graft
 from esper.compilation.instantiate import instantiate
 from esper.compilation.verify import open_compiled
 from esper.contracts import (
-    AdaptationState,
     Command,
     CommandAck,
     CommandKind,
@@ -145,6 +144,11 @@ class CommandHandler:
             raise CommandRefusedError(RefusalCode.UNAVAILABLE, str(error)) from error
         return Swap(graft, compiled, trial)
 
+    @property
+    def paused(self) -> bool:
+        """A person has paused adaptation."""
+        return self._veto.paused
+
     def handle_all(self, step: int) -> None:
         """Handle every command that waits, at the boundary after ``step``."""
         while self._queues.inbox:
@@ -231,7 +235,7 @@ class CommandHandler:
         adaptation = self._surgery.changes.find(command.adaptation)
         if adaptation is None:
             return _not_grafted(command)
-        adaptation.state = AdaptationState.KEPT
+        self._surgery.keep(adaptation)
         return CommandAck(seq=command.seq, state=CommandState.APPLIED)
 
     def _undo(self, command: Command) -> CommandAck:

@@ -27,10 +27,16 @@ class Findings:
 
     Args:
         send: called with each new one; None where there is no server.
+        announce: says a new one to the user; None: it is only logged.
     """
 
-    def __init__(self, send: Callable[[Finding], None] | None = None) -> None:
+    def __init__(
+        self,
+        send: Callable[[Finding], None] | None = None,
+        announce: Callable[[Finding], None] | None = None,
+    ) -> None:
         self._send = send
+        self._announce = announce or _log
         self._open: dict[Finding, None] = {}  # a set that keeps its order
 
     def all(self) -> list[Finding]:
@@ -40,8 +46,7 @@ class Findings:
         if finding in self._open:
             return
         self._open[finding] = None
-        place = finding.layer or "the run"
-        logger.warning("%s: %s: %s. %s", place, finding.rule, finding.observed, finding.remedy)
+        self._announce(finding)
         if self._send is not None:
             self._send(finding)
 
@@ -53,6 +58,10 @@ class Findings:
                 del self._open[old]
         for finding in found:
             self.add(finding)
+
+
+def _log(finding: Finding) -> None:
+    logger.warning("%s", finding)
 
 
 class LedgerWatch:

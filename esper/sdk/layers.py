@@ -12,6 +12,7 @@ from esper.contracts import LayerInfo
 from esper.exceptions import UnknownLayerError
 from esper.fail_closed import FailClosed
 from esper.grafting import LayerRecorder, Replicas, slots
+from esper.near_names import or_known
 
 LEFT_ALONE = "attach was told to leave it alone"
 
@@ -57,7 +58,8 @@ class Layers:
         """Raises ``UnknownLayerError`` where there is none of that name."""
         found = next((layer for layer in self.all if layer.name == name), None)
         if found is None:
-            raise UnknownLayerError(f"the model has no layer {name!r}", layer=name)
+            known = or_known(name, (layer.name for layer in self.all))
+            raise UnknownLayerError(f"the model has no layer {name!r}{known}", layer=name)
         return found
 
     def fix(self) -> None:

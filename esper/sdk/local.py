@@ -2,12 +2,12 @@
 
 frame -> decide() -> automatic: grafted at this step boundary
                   -> asks:      kept in ``session.waiting`` until a person approves or rejects
+                  -> observe:   said to the user, and not done
 graft -> probation -> judge() -> kept, or taken out again -> experience -> decide()
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 import zlib
@@ -19,8 +19,11 @@ from typing import Any
 import numpy as np
 
 from esper import blueprints
+from esper.constraints import check_run, gate_inputs
 from esper.contracts import (
+    AdaptationDecision,
     AdaptationState,
+    AdaptationType,
     CostForecast,
     Decision,
     Declined,
@@ -33,18 +36,21 @@ from esper.contracts import (
     Verdict,
 )
 from esper.exceptions import EsperError
+from esper.health import extract_features
 from esper.health.features import MAX_FRAMES
-from esper.pipeline import decide
+from esper.pipeline import consider, decide
 from esper.policy import HeuristicPolicy
 from esper.reward import LossWindow, compute_reward, judge
 from esper.sdk.adaptation import Adaptation, Operation
+from esper.sdk.announcing import Announcer, describe, how_to_answer
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
 from esper.selection import BlueprintSelector
 
-logger = logging.getLogger("esper")
-
 SECONDS_PER_DAY = 86_400.0
+# Observe mode decides only to say what it would propose, so that may cost next to nothing.
+FIRST_OPINION_SECONDS = 2.5
+OPINION_SHARE = 500  # one part in so many of the time between two
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +59,16 @@ class Waiting:
 
     decision: Decision
     expires_at: float  # seconds since the epoch
+
+    def __str__(self) -> str:
+        minutes = max(0.0, self.expires_at - time.time()) / 60
+        return (
+            f"{describe(self.decision)} waits for you. {how_to_answer(self.decision)}. "
+            f"It expires in {minutes:.0f} min"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Waiting {self}>"
 
     @property
     def layer(self) -> str:
@@ -103,24 +119,34 @@ class LocalMemory:
 class LocalLoop:
     """Decides, grafts and judges for one run, from what the session measures.
 
+    Args:
+        announcer: says to the user what is done, and what waits.
+        alone: there are no other ranks.
+
     Attributes:
         memory: replaced when a checkpoint is loaded.
     """
 
-    def __init__(self, surgery: Surgery, run: RunState) -> None:
+    def __init__(
+        self, surgery: Surgery, run: RunState, announcer: Announcer, *, alone: bool = True
+    ) -> None:
         self._surgery = surgery
         self._run = run
+        self._announcer = announcer
+        self._alone = alone
         self._policy = HeuristicPolicy()
         self._selector = BlueprintSelector(blueprints.list_blueprints())
         self._frames: deque[HealthFrame] = deque(maxlen=MAX_FRAMES)
         self._waiting: list[Waiting] = []
         self._layers: tuple[LayerInfo, ...] = ()
         self._model_parameters = 0
+        self._next_opinion = 0.0  # observe mode: when to decide again, by the monotonic clock
         self.memory = LocalMemory()
 
     def open(self, layers: tuple[LayerInfo, ...], model_parameters: int) -> None:
         """The first step is over, so the layers are known."""
         self._layers, self._model_parameters = layers, model_parameters
+        self._next_opinion = time.monotonic() + FIRST_OPINION_SECONDS
 
     @property
     def acts(self) -> bool:
@@ -131,22 +157,29 @@ class LocalLoop:
     def waiting(self) -> tuple[Waiting, ...]:
         """Decisions that no person has taken yet. One that expires is not approved."""
         now = time.time()
-        self._waiting = [entry for entry in self._waiting if entry.expires_at > now]
+        for entry in [entry for entry in self._waiting if entry.expires_at <= now]:
+            self._waiting.remove(entry)
+            self._announcer.expired(entry.decision)
         return tuple(self._waiting)
+
+    def waiting_for(self, layer: str) -> Waiting:
+        """The decision that waits for a layer, at most one; raises ``ValueError`` for none."""
+        found = next((entry for entry in self.waiting if entry.layer == layer), None)
+        if found is None:
+            layers = ", ".join(repr(entry.layer) for entry in self.waiting) or "no layer"
+            raise ValueError(f"no decision waits for layer {layer!r}; one waits for {layers}")
+        return found
 
     def on_frame(self, frame: HealthFrame) -> None:
         """A step with a health frame: end probations that are over, then decide."""
         for entry, verdict in self._verdicts():
-            if not verdict.keep and self.acts:
-                self._surgery.take_out(entry, hard=False, state=AdaptationState.ROLLED_BACK)
-            logger.info(
-                "step %d: %s at %s %s: %s",
-                self._run.step,
-                entry.blueprint,
-                entry.layer,
-                entry.state,
-                verdict.reason,
-            )
+            if entry.state is AdaptationState.KEPT:
+                self._announcer.kept(entry, verdict.reason)
+            else:
+                report, gone = self._surgery.take_out(
+                    entry, hard=False, state=AdaptationState.ROLLED_BACK
+                )
+                self._announcer.taken_out(gone, report, verdict.reason)
         decision = self._decide(frame)
         if decision is not None:
             self._graft(decision)
@@ -179,15 +212,65 @@ class LocalLoop:
         """What to graft now, if anything; a decision that asks is put in :attr:`waiting`."""
         self._frames.append(frame)
         if not self.acts:
+            self._say_opinion()
             return None
-        rng = np.random.default_rng(self._run.step)
-        outcome = decide(self._snapshot(), self._policy, self._selector, self._run.policy, rng)
+        outcome = self.decide_now()
         if isinstance(outcome, Declined):
             return None
         if not outcome.automatic:
             self._ask(outcome)
             return None
         return outcome
+
+    def decide_now(self) -> Decision | Declined:
+        """What the policy and the gates say at this moment; nothing is done.
+
+        In observe mode it is what a supervised run would be asked.
+        """
+        rng = np.random.default_rng(self._run.step)
+        snapshot = self.snapshot()
+        return decide(snapshot, self._policy, self._selector, self._run.policy, rng)
+
+    def reasons_for(self, layer: LayerInfo) -> list[str]:
+        """Why this layer is not adapted at this moment: the policy first, then the gates."""
+        snapshot, limits = self.snapshot(), self._run.policy
+        features = extract_features(snapshot, self._selector.types)
+        proposals = self._policy.propose(snapshot, features, np.random.default_rng(0))
+        found: list[str] = []
+        for proposal in proposals:
+            if proposal.layer_name != layer.name:
+                continue
+            answer = consider(
+                proposal,
+                snapshot,
+                self._selector,
+                limits,
+                policy=self._policy.name,
+                features=features,
+            )
+            if isinstance(answer, Decision):
+                return [f"The policy proposes {describe(answer)}."]
+            found.extend(answer.reasons)
+        if not found:
+            # No rule proposes this layer; the gates that hold in any case are told with it.
+            nothing = AdaptationDecision(layer.name, AdaptationType.ADD_DIAGNOSTIC, math.nan)
+            gates = check_run(gate_inputs(snapshot, nothing), limits)
+            found = [*proposals.reasons, *(check.text for check in gates if check.blocks)]
+            if not proposals.reasons:
+                others = sorted({proposal.layer_name for proposal in proposals})
+                found.insert(0, f"The policy prefers {', '.join(others)}.")
+        return found
+
+    def _say_opinion(self) -> None:
+        """Observe mode: say what would be proposed, now and then, at no noticeable cost."""
+        started = time.monotonic()
+        if started < self._next_opinion:
+            return
+        outcome = self.decide_now()
+        ended = time.monotonic()
+        self._next_opinion = ended + OPINION_SHARE * (ended - started)
+        if isinstance(outcome, Decision):
+            self._announcer.would_propose(outcome)
 
     def _graft(self, decision: Decision) -> None:
         operation = self._operation(decision)
@@ -196,9 +279,10 @@ class LocalLoop:
         except EsperError as error:
             # Asking again at once would fail again.
             self.memory.last[operation.layer.name] = (self._run.step, True)
-            logger.warning("step %d: not grafted: %s", self._run.step, error)
+            self._announcer.not_grafted(str(error))
 
-    def _snapshot(self) -> RunSnapshot:
+    def snapshot(self) -> RunSnapshot:
+        """All that a decision of this moment depends on."""
         losses, memory, grafted = self._run.losses, self.memory, self._surgery.changes.grafted
         added = [entry.receipt for entry in grafted if entry.receipt is not None]
         on_probation = [entry for entry in grafted if entry.on_probation]
@@ -206,7 +290,7 @@ class LocalLoop:
         return RunSnapshot(
             run=self._run.name,
             epoch=1,
-            mode=self._run.mode,
+            mode=self._run.mode if self.acts else RunMode.SUPERVISED,
             step=self._run.step,
             layers=self._layers,
             frames=tuple(self._frames),
@@ -235,13 +319,7 @@ class LocalLoop:
     def _ask(self, decision: Decision) -> None:
         timeout = self._run.policy.approval_timeout_seconds
         self._waiting.append(Waiting(decision, time.time() + timeout))
-        logger.info(
-            "step %d: %s at %s waits for a person: %s",
-            decision.step,
-            decision.blueprint,
-            decision.adaptation.layer_name,
-            "; ".join(decision.asks),
-        )
+        self._announcer.waits(decision, minutes=timeout / 60, alone=self._alone)
 
     def _operation(self, decision: Decision) -> Operation:
         step, name = self._run.step, decision.adaptation.layer_name

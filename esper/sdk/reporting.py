@@ -1,7 +1,11 @@
-"""Reports to the server of changes that it did not order: by the guard and by the script."""
+"""Says each change of the model to the user, and reports to the server what it did not order.
+
+Not ordered by the server is what the guard and the script do.
+"""
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -12,23 +16,39 @@ from esper.contracts.codec import number_to_wire
 from esper.contracts.protocol import Message, RemedyReport, Rollback
 from esper.grafting import GuardVerdict, RemedyReceipt, UndoReceipt
 from esper.sdk.adaptation import Adaptation
+from esper.sdk.announcing import Announcer
 from esper.sdk.transport import PendingReport, TransportQueues
 
 _LONGEST_LIST = 20  # a layer may have thousands of dead units
 
 
 class SurgeryReports:
-    """Queues a report of each change.
+    """Announces each change, and queues a report of it.
 
     Args:
         queues: to the server; None where this process talks to none.
+        announcer: says it to the user.
     """
 
-    def __init__(self, queues: TransportQueues | None) -> None:
+    def __init__(self, queues: TransportQueues | None, announcer: Announcer) -> None:
         self._queues = queues
+        self._announcer = announcer
+
+    def grafted(self, adaptation: Adaptation) -> None:
+        """A graft is in the model."""
+        self._announcer.grafted(adaptation)
+
+    def kept(self, adaptation: Adaptation, reason: str) -> None:
+        """A graft has passed its probation."""
+        self._announcer.kept(adaptation, reason)
+
+    def removed(self, gone: Sequence[Adaptation], report: UndoReceipt, reason: str) -> None:
+        """Grafts were taken out, by order of the server or by a verdict; it is not reported."""
+        self._announcer.taken_out(gone, report, reason)
 
     def remedy(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> None:
         """A remedy is in effect; ``merged`` is the adaptation that it folded into its host."""
+        self._announcer.remedy(receipt)
         details, adaptation = _short(receipt.details), _known(merged)
         self._queue(
             "remedies",
@@ -49,6 +69,7 @@ class SurgeryReports:
     def undone(self, receipts: Iterable[RemedyReceipt], report: UndoReceipt, step: int) -> None:
         """Remedies that are not in effect any more."""
         for receipt in receipts:
+            self._announcer.remedy_undone(receipt)
             self._queue(
                 "remedies",
                 partial(
@@ -102,6 +123,7 @@ class SurgeryReports:
         self, entries: Sequence[Adaptation], report: UndoReceipt, step: int, verdict: GuardVerdict
     ) -> None:
         """Grafts that the guard took out."""
+        self._announcer.taken_out(entries, report, verdict.text, level=logging.WARNING)
         for entry in entries:
             if entry.local:
                 continue

@@ -12,6 +12,7 @@ import torch
 
 from esper.compilation import capability
 from esper.contracts import HealthFrame, LayerInfo, protocol
+from esper.sdk.announcing import Announcer
 from esper.sdk.command_handler import CommandHandler
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
@@ -28,6 +29,7 @@ class ServerLink:
     Args:
         server, token: where, and the right to create runs.
         queues: between this thread and the transport's.
+        announcer: says where the run's page is.
     """
 
     def __init__(
@@ -38,7 +40,11 @@ class ServerLink:
         surgery: Surgery,
         run: RunState,
         pace: Pace,
+        announcer: Announcer,
     ) -> None:
+        self._address = server
+        self._announcer = announcer
+        self._page_said = False
         self._queues = queues
         self._surgery = surgery
         self._run = run
@@ -52,6 +58,17 @@ class ServerLink:
     def stop_reason(self) -> str:
         """Why a person stopped the run; empty while nobody has."""
         return self._handler.stop_reason
+
+    @property
+    def page(self) -> str:
+        """Where to look: the run's page, or the server until it has the run."""
+        registration = self._queues.registration
+        return f"{self._address}/runs/{registration.run}" if registration else self._address
+
+    @property
+    def paused(self) -> bool:
+        """A person has paused adaptation."""
+        return self._handler.paused
 
     @property
     def has_commands(self) -> bool:
@@ -88,6 +105,9 @@ class ServerLink:
 
     def send_step(self, frame: HealthFrame | None, metrics: Mapping[str, float]) -> None:
         """Queue what this step measured, and apply what the server answered to hello."""
+        if not self._page_said and self._queues.registration is not None:
+            self._page_said = True
+            self._announcer.registered(self.page)
         self._queues.telemetry.offer_metrics(self._run.step, time.time(), metrics)
         if frame is not None:
             self._queues.telemetry.offer_frame(frame)

@@ -18,7 +18,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
@@ -35,8 +35,10 @@ from esper.grafting.replicas import Call, Joint, jointly
 from esper.health import HealthSampler
 from esper.health.pace import Periods, SamplingPace, periods_of
 from esper.sdk.adaptation import Adaptation
+from esper.sdk.announcing import Announcer
 from esper.sdk.compiler_watch import CompilerWatch
 from esper.sdk.evaluation import Evaluations
+from esper.sdk.explaining import Explainer, Reasons
 from esper.sdk.export.plain_checkpoints import layout_of, plain_optimizer_state
 from esper.sdk.findings import (
     Findings,
@@ -55,6 +57,7 @@ from esper.sdk.reporting import SurgeryReports
 from esper.sdk.run_state import RunState
 from esper.sdk.saving import losses_from_state, losses_to_state, reading_a_state
 from esper.sdk.server_link import ServerLink
+from esper.sdk.summary import Summary, layer_rows
 from esper.sdk.surgery import Surgery
 from esper.sdk.transport import Pace, TransportQueues
 
@@ -96,6 +99,7 @@ class Setup:
     safety_policy: SafetyPolicy
     pace: Pace
     sampling: tuple[Periods, ...] | None = None  # None: chosen from what sampling costs
+    verbose: bool = True
 
 
 class Session:
@@ -107,8 +111,9 @@ class Session:
         self._ranks = Ranks(around.replicas)
         self._queues = TransportQueues() if setup.server and self._ranks.decides else None
         self._run = RunState(setup.run, setup.mode, setup.safety_policy, self._queues)
+        self._announcer = Announcer(self._run, verbose=setup.verbose, decides=self._ranks.decides)
         send = self._queues.telemetry.offer_finding if self._queues is not None else None
-        self._findings = Findings(send)
+        self._findings = Findings(send, self._announcer.finding)
         self._fail_closed = FailClosed(lambda failure: self._findings.add(switched_off(failure)))
         self._layers = Layers(model, setup.slots, around.replicas, self._fail_closed)
         self._ledger = LedgerWatch(model, around, self._findings)
@@ -120,21 +125,39 @@ class Session:
             layers=self._layers,
             ranks=self._ranks,
             ledger=self._ledger,
-            reports=SurgeryReports(self._queues),
             findings=self._findings,
+            reports=SurgeryReports(self._queues, self._announcer),
         )
         self._loads = LoadedStates(model, self._surgery)
         self._evaluations = Evaluations(setup.evaluate, self._surgery, self._run, self._ranks)
         self._follower = Follower(self._ranks, self._surgery, self._evaluations)
         self._server = (
             ServerLink(
-                setup.server, setup.token, self._queues, self._surgery, self._run, setup.pace
+                setup.server,
+                setup.token,
+                self._queues,
+                self._surgery,
+                self._run,
+                setup.pace,
+                self._announcer,
             )
             if self._queues is not None
             else None
         )
         decides_here = self._ranks.decides and not setup.server
-        self._local = LocalLoop(self._surgery, self._run) if decides_here else None
+        self._local = (
+            LocalLoop(self._surgery, self._run, self._announcer, alone=self._ranks.alone)
+            if decides_here
+            else None
+        )
+        self._explainer = Explainer(
+            self._run,
+            self._layers,
+            self._surgery,
+            self._findings,
+            local=self._local,
+            server=self._server,
+        )
         self._guard = ProbationGuard(
             self._surgery,
             self._run,
@@ -154,6 +177,9 @@ class Session:
         self._closed = False
         self._detached = False
         self._at_exit = _close_at_exit(self, reports=self._queues is not None)
+        self._announcer.attached(
+            layers=len(self._layers.own), slots=len(setup.slots), server=setup.server
+        )
 
     # -- what a training loop calls ------------------------------------------------------------
 
@@ -193,6 +219,7 @@ class Session:
                 self._decide(value, loss, metrics, busy=busy)
         elif busy:
             self._follower.follow()
+        self._announcer.on_step()
         if self._stop_reason:
             raise RunStopped(self._stop_reason)
 
@@ -271,7 +298,16 @@ class Session:
         stopped = error is None or isinstance(error, RunStopped)
         self.close(reason=reason_of(error), failed=not stopped, timeout=patience_for(error))
 
+    def say_attached_twice(self, older: Session) -> None:
+        """The model had an open session, which was detached."""
+        self._announcer.attached_twice(older._run.name)
+
     # -- looking -------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """The run has ended."""
+        return self._closed
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
@@ -326,6 +362,26 @@ class Session:
         if not self._closed:
             self._try("ledger", self._ledger.audit)
         return self._findings.all()
+
+    def why(self, layer: str | None = None) -> Reasons:
+        """Why nothing happens: in the run, or at one layer. Prints as a list of sentences.
+
+        In observe mode it also says what a supervised run would be asked.
+
+        Raises:
+            UnknownLayerError: the model has no layer of that name.
+        """
+        if layer is not None:
+            return self._explainer.of_layer(layer, self._latest_frame)
+        return self._explainer.of_run(self._latest_frame, closed=self._closed)
+
+    def __str__(self) -> str:
+        return self._told(lambda: self._summary().text())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self._told(lambda: self._summary().html())
 
     # -- changing ------------------------------------------------------------------------------
 
@@ -421,22 +477,39 @@ class Session:
         """
         return self._surgery.prune(receipt)
 
-    def approve(self, waiting: Waiting) -> Receipt:
-        """Local mode: say yes to a waiting decision. Raises as :meth:`graft`."""
+    def approve(self, waiting: Waiting | str) -> Receipt:
+        """Local mode: say yes to a waiting decision.
+
+        Args:
+            waiting: an entry of :attr:`waiting`, or the name of the layer that it is for.
+
+        Raises:
+            ValueError: it expired, or was taken already.
+            The errors of :meth:`graft`.
+        """
         if self._local is None:
             raise ConfigurationError("with a server, decisions are approved there")
         if not self._ranks.alone:
             raise ConfigurationError(
                 "on several ranks, call session.graft(layer, blueprint) on each of them"
             )
+        if isinstance(waiting, str):
+            waiting = self._local.waiting_for(waiting)
         receipt = self._local.approve(waiting).receipt
         assert receipt is not None
         return receipt
 
-    def reject(self, waiting: Waiting) -> None:
-        """Local mode: say no to a waiting decision."""
-        if self._local is not None:
-            self._local.reject(waiting)
+    def reject(self, waiting: Waiting | str) -> None:
+        """Local mode: say no to a waiting decision, or to the one that waits for a layer.
+
+        Raises:
+            ValueError: no decision waits for a layer of that name.
+        """
+        if self._local is None:
+            return
+        if isinstance(waiting, str):
+            waiting = self._local.waiting_for(waiting)
+        self._local.reject(waiting)
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -502,6 +575,45 @@ class Session:
             self._sampling.resume(sampling)
         if self._local is not None:
             self._local.memory = memory or LocalMemory()
+
+    # -- the parts of a summary ----------------------------------------------------------------
+
+    def _summary(self) -> Summary:
+        run, layers = self._run, self.layers
+        frame, grafts = self._latest_frame, self._surgery.changes.grafted
+        notes: dict[str, str] = {}
+        for entry in grafts:
+            before = f"{notes[entry.layer]}, " if entry.layer in notes else ""
+            notes[entry.layer] = f"{before}{entry.blueprint} ({entry.state})"
+        if not self._layers.fixed:
+            layers = tuple(replace(layer, reason="not seen to run yet") for layer in layers)
+        rows, left_out = layer_rows(layers, frame, notes)
+        where = self._server.page if self._server is not None else "local"
+        measured = f"health of step {frame.step:,}" if frame is not None else "no health frame yet"
+        why = self.why()
+        return Summary(
+            title=(
+                f"Esper run {run.name!r}: {run.mode} mode, step {run.step:,}, {where}"
+                f"{', closed' if self._closed else ''}\n{len(layers)} layers, {measured}"
+            ),
+            rows=rows,
+            left_out=left_out,
+            sections=(
+                ("Findings", [str(finding) for finding in self.findings()]),
+                ("Adaptations", [str(entry) for entry in self.adaptations]),
+                ("Remedies in effect", [str(receipt) for receipt in self.remedies]),
+                ("Waiting for you", [str(entry) for entry in self.waiting]),
+                (why.title, why.lines()),
+            ),
+        )
+
+    def _told(self, tell: Callable[[], str]) -> str:
+        """A debugger or a log line that shows a session must not raise."""
+        try:
+            return tell()
+        except Exception as error:
+            logger.debug("the summary failed", exc_info=error)
+            return f"<esper.Session {self._run.name!r}, step {self._run.step}: {error}>"
 
     # -- the parts of a step -------------------------------------------------------------------
 

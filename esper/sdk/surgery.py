@@ -10,7 +10,6 @@ Runs in the training thread, between two steps.
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -48,8 +47,6 @@ from esper.sdk.layers import Layers
 from esper.sdk.ranks import Order, Ranks
 from esper.sdk.reporting import SurgeryReports
 from esper.sdk.run_state import RunState
-
-logger = logging.getLogger("esper")
 
 # What an undo did, and every adaptation that is out of the model because of it.
 TakenOut = tuple[UndoReceipt, tuple[Adaptation, ...]]
@@ -143,7 +140,13 @@ class Surgery:
         self.changes.add_graft(adaptation)
         self._follow_loads(adaptation)
         self._follow_up()
+        self._reports.grafted(adaptation)
         return adaptation
+
+    def keep(self, adaptation: Adaptation, reason: str = "") -> None:
+        """Its probation is passed."""
+        adaptation.state = AdaptationState.KEPT
+        self._reports.kept(adaptation, reason)
 
     def graft(self, layer: str, blueprint: str, config: dict[str, Any]) -> Receipt:
         """A script grafts; see :meth:`Session.graft`."""
@@ -195,6 +198,7 @@ class Surgery:
         """As the server ordered. It gets a report of other grafts that had to go with this one."""
         report, gone = self.take_out(adaptation, hard=hard, state=AdaptationState.ROLLED_BACK)
         others = [entry for entry in gone if entry is not adaptation]
+        self._reports.removed(gone, report, "ordered by the server")
         self._reports.taken_out(others, report, self._run.step, RemedyKind.UNDO, meant=adaptation)
         return report, gone
 
@@ -204,14 +208,6 @@ class Surgery:
         """At once; to the state before the graft, if its snapshot was kept."""
         report, gone = self.take_out(
             adaptation, hard=adaptation.restorable, state=AdaptationState.ROLLED_BACK
-        )
-        logger.warning(
-            "step %d: %s; %s was taken out of %s%s",
-            self._run.step,
-            verdict.text,
-            adaptation.blueprint,
-            adaptation.layer,
-            f", the model is as it was after step {adaptation.step}" if report.exact else "",
         )
         self._reports.rolled_back(gone, report, self._run.step, verdict)
         return gone
@@ -234,6 +230,7 @@ class Surgery:
         adaptation = self.changes.of_receipt(receipt)
         self._meet(Call.UNDO, adaptation.uid, str(remedy), hard)
         report, gone = self.take_out(adaptation, hard=hard, state=AdaptationState.REVERTED)
+        self._reports.removed(gone, report, "asked for by the script")
         self._reports.taken_out(gone, report, self._run.step, remedy, meant=adaptation)
         return report
 
@@ -301,7 +298,6 @@ class Surgery:
         self._follow_up()
         receipt.pause_ms = (time.perf_counter() - started) * 1e3  # all that the loop waited for
         self._reports.remedy(receipt, merged)
-        logger.info("step %d: %s at %s", self._run.step, receipt.remedy, receipt.layer)
         return receipt
 
     def _undo_remedy(self, receipt: RemedyReceipt) -> UndoReceipt:

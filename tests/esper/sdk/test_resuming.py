@@ -66,7 +66,12 @@ def test_probation_goes_on_in_a_new_process_to_the_bit(tmp_path: Path) -> None:
         text=True,
         timeout=600,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "OMP_NUM_THREADS": "1",
+            "ESPER_VERBOSE": "0",
+        },
     )
     assert answer.stderr == ""
     assert answer.stdout.strip() == expected

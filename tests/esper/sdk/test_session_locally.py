@@ -363,7 +363,8 @@ def test_a_grafted_run_goes_on_in_a_new_process_to_the_bit(
 
 def _environment() -> dict[str, str]:
     here = Path(__file__).resolve().parent
-    return {**os.environ, "PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1", "ESPER_VERBOSE": "0"}
+    return {**os.environ, **own}
 
 
 def test_a_graft_out_of_a_checkpoint_can_still_be_taken_out(training: Training) -> None:

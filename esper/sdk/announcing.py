@@ -1,0 +1,207 @@
+"""The lines that a run writes on the console, in words. What they say is decided elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+from torch import distributed
+
+from esper.console import Console
+from esper.contracts import Decision, Finding, RunMode, Severity
+from esper.grafting import RemedyReceipt, UndoReceipt
+from esper.sdk.adaptation import Adaptation
+from esper.sdk.run_state import RunState
+
+logger = logging.getLogger("esper")
+
+
+class Announcer:
+    """Says what a user must know about one run.
+
+    Args:
+        verbose: False: lines go to the logger only.
+        decides: this process takes the decisions; the other ranks are silent.
+    """
+
+    def __init__(self, run: RunState, *, verbose: bool, decides: bool) -> None:
+        self._run = run
+        self._console = Console(enabled=verbose and decides and _first_rank())
+        self._told: set[str] = set()
+        self._attached = False
+        self._early: list[Finding] = []  # of attach itself, which are said after its own line
+
+    def on_step(self) -> None:
+        """A step is over: say how many lines were held back."""
+        self._console.fold(self._run.step)
+
+    # -- the run -------------------------------------------------------------------------------
+
+    def attached(self, *, layers: int, slots: int, server: str) -> None:
+        run = self._run
+        where = f"reports to {server}" if server else "local, print(session) shows the run"
+        changes = "changes nothing" if run.mode is RunMode.OBSERVE else f"{slots} may be grafted"
+        self._say(f"attached {run.name!r}: {run.mode} mode, {layers} layers, {changes}; {where}")
+        self._attached = True
+        for finding in self._early:
+            self.finding(finding)
+        self._early.clear()
+        self._console.fold(run.step)
+
+    def registered(self, address: str) -> None:
+        """The server has the run now."""
+        if address not in self._told:
+            self._told.add(address)
+            self._say(f"the run's page: {address}")
+
+    def attached_twice(self, other: str) -> None:
+        self._say(
+            f"this model was attached already, as {other!r}: the older session was detached, and "
+            "measures and decides nothing any more. Close a session before the next attach, with "
+            "session.close() or a with block",
+            level=logging.WARNING,
+        )
+
+    # -- what a person should look at ----------------------------------------------------------
+
+    def finding(self, finding: Finding) -> None:
+        if not self._attached:
+            self._early.append(finding)
+        elif finding.severity is Severity.INFO:
+            logger.info("%s", finding)
+        else:
+            self._say(str(finding), kind=f"findings of {finding.rule}", level=logging.WARNING)
+
+    def waits(self, decision: Decision, *, minutes: float, alone: bool) -> None:
+        """A decision waits for a person in this process."""
+        self._step(
+            f"{describe(decision)} waits for you ({'; '.join(_bare(a) for a in decision.asks)}). "
+            f"{how_to_answer(decision, alone=alone)}. It expires in {minutes:.0f} min",
+            kind="decisions that wait",
+        )
+
+    def expired(self, decision: Decision) -> None:
+        """Nobody answered in time."""
+        self._step(
+            f"nobody answered: {decision.blueprint} at {decision.adaptation.layer_name!r} is not "
+            "grafted",
+            kind="decisions that expired",
+        )
+
+    def waits_at_server(self, layer: str, blueprint: str, address: str) -> None:
+        """A decision waits for a person at the server."""
+        self._step(
+            f"{blueprint} at {layer!r} waits for a person: {address}", kind="decisions that wait"
+        )
+
+    def would_propose(self, decision: Decision) -> None:
+        """Observe mode: what would be proposed. Said once for each layer and blueprint."""
+        key = f"{decision.adaptation.layer_name}/{decision.blueprint}"
+        if key in self._told:
+            return
+        self._told.add(key)
+        self._step(f"{would_propose(decision)}", kind="proposals that observe mode does not make")
+
+    # -- changes -------------------------------------------------------------------------------
+
+    def grafted(self, entry: Adaptation) -> None:
+        receipt = entry.receipt
+        cost = ""
+        if receipt is not None:
+            cost = f": {receipt.certificate.parameters:,} parameters, {receipt.pause_ms:.0f} ms"
+        self._step(
+            f"grafted {entry.blueprint} into {entry.layer!r}{cost}; on probation until step "
+            f"{entry.guarded_until}",
+            kind="grafts",
+        )
+
+    def not_grafted(self, reason: str) -> None:
+        self._step(f"not grafted: {reason}", kind="refused grafts", level=logging.WARNING)
+
+    def kept(self, entry: Adaptation, reason: str = "") -> None:
+        why = f": {_bare(reason)}" if reason else ""
+        self._step(f"kept {entry.blueprint} in {entry.layer!r}{why}", kind="kept grafts")
+
+    def taken_out(
+        self,
+        gone: Sequence[Adaptation],
+        report: UndoReceipt,
+        reason: str,
+        *,
+        level: int = logging.INFO,
+    ) -> None:
+        """Grafts left the model together; the first in ``gone`` is the oldest."""
+        if not gone:
+            return
+        what = ", ".join(f"{entry.blueprint} out of {entry.layer!r}" for entry in gone)
+        rewound = (
+            f"; the model is rewound to step {gone[0].step}, equal to the bit"
+            if report.exact
+            else "; the model keeps what it has learned since"
+            if not report.hard
+            else ""
+        )
+        self._step(f"took {what}: {_bare(reason)}{rewound}", kind="grafts taken out", level=level)
+
+    def remedy(self, receipt: RemedyReceipt) -> None:
+        self._step(str(receipt), kind="remedies")
+
+    def remedy_undone(self, receipt: RemedyReceipt) -> None:
+        self._step(
+            f"undid {receipt.remedy} at {receipt.layer!r}; the model is rewound to step "
+            f"{receipt.step}",
+            kind="undone remedies",
+        )
+
+    # -- how -----------------------------------------------------------------------------------
+
+    def _step(self, line: str, *, kind: str, level: int = logging.INFO) -> None:
+        self._say(f"step {self._run.step}: {line}", kind=kind, level=level)
+
+    def _say(self, line: str, *, kind: str = "", level: int = logging.INFO) -> None:
+        self._console.say(line, step=self._run.step, kind=kind, level=level)
+
+
+def how_to_answer(decision: Decision, *, alone: bool = True) -> str:
+    """The line of Python that answers a waiting decision.
+
+    Args:
+        alone: there are no other ranks, which a graft by hand would need.
+    """
+    layer = decision.adaptation.layer_name
+    if not alone:
+        config = "".join(f", {name}={value!r}" for name, value in decision.config.items())
+        return f"On each rank: session.graft({layer!r}, {decision.blueprint!r}{config})"
+    return f"Answer: session.approve({layer!r}) or session.reject({layer!r})"
+
+
+def would_propose(decision: Decision) -> str:
+    """What observe mode leaves undone, and how to change that."""
+    reasons = "; ".join(reason.text for reason in decision.adaptation.reasons[:2] if reason.text)
+    since = f", since {reasons}" if reasons else ""
+    return (
+        f"would propose {describe(decision)}{since}. Observe mode "
+        'changes nothing; attach with mode="supervised" to be asked'
+    )
+
+
+def describe(decision: Decision) -> str:
+    """What it would graft where, with cost and confidence."""
+    confidence = decision.adaptation.confidence
+    sure = f", confidence {confidence:.2f}" if math.isfinite(confidence) else ""
+    return (
+        f"{decision.blueprint} at {decision.adaptation.layer_name!r} "
+        f"(+{decision.forecast.parameters:,} parameters{sure})"
+    )
+
+
+def _bare(text: str) -> str:
+    return text.rstrip(". ")
+
+
+def _first_rank() -> bool:
+    """False in a process of a group whose rank is not 0, also where the model has no wrapper."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return distributed.get_rank() == 0
