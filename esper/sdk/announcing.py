@@ -135,22 +135,15 @@ class Announcer:
         if not gone:
             return
         what = ", ".join(f"{entry.blueprint} out of {entry.layer!r}" for entry in gone)
-        rewound = (
-            f"; the model is rewound to step {gone[0].step}, equal to the bit"
-            if report.exact
-            else "; the model keeps what it has learned since"
-            if not report.hard
-            else ""
-        )
+        rewound = _afterwards(report, gone[0].step)
         self._step(f"took {what}: {_bare(reason)}{rewound}", kind="grafts taken out", level=level)
 
     def remedy(self, receipt: RemedyReceipt) -> None:
         self._step(str(receipt), kind="remedies")
 
-    def remedy_undone(self, receipt: RemedyReceipt) -> None:
+    def remedy_undone(self, receipt: RemedyReceipt, report: UndoReceipt) -> None:
         self._step(
-            f"undid {receipt.remedy} at {receipt.layer!r}; the model is rewound to step "
-            f"{receipt.step}",
+            f"undid {receipt.remedy} at {receipt.layer!r}{_afterwards(report, receipt.step)}",
             kind="undone remedies",
         )
 
@@ -194,6 +187,13 @@ def describe(decision: Decision) -> str:
         f"{decision.blueprint} at {decision.adaptation.layer_name!r} "
         f"(+{decision.forecast.parameters:,} parameters{sure})"
     )
+
+
+def _afterwards(report: UndoReceipt, step: int) -> str:
+    """What the model is after an undo of what was done at ``step``."""
+    if report.exact:
+        return f"; the model is rewound to step {step}, equal to the bit"
+    return "" if report.hard else "; the model keeps what it has learned since"
 
 
 def _bare(text: str) -> str:

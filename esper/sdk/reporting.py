@@ -69,7 +69,7 @@ class SurgeryReports:
     def undone(self, receipts: Iterable[RemedyReceipt], report: UndoReceipt, step: int) -> None:
         """Remedies that are not in effect any more."""
         for receipt in receipts:
-            self._announcer.remedy_undone(receipt)
+            self._announcer.remedy_undone(receipt, report)
             self._queue(
                 "remedies",
                 partial(
