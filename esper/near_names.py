@@ -15,7 +15,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         name: as it was typed.
         known: the names that there are.
     """
-    names = dict.fromkeys(entry for entry in known if entry)
+    names = dict.fromkeys(str(entry) for entry in known if entry)
     lowered = {entry.lower(): entry for entry in names}
     near = [lowered[key] for key in get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)]
     # A layer is often named without the modules around it: "fc2" for "encoder.fc2".

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import Any, Final
 
 from torch import nn
 
 from esper.blueprints import get_blueprint
+from esper.console import Console
 from esper.contracts import LayerInfo
 from esper.exceptions import UnknownLayerError
 from esper.grafting.apply import apply_graft
@@ -62,6 +64,7 @@ __all__ = [
     "certify",
     "check_copy",
     "check_manifest",
+    "describe_layer",
     "digest",
     "find_host",
     "graft",
@@ -84,12 +87,15 @@ __all__ = [
 ]
 
 
+NOT_SAID: Final[Any] = object()  # an argument that was left out, where None has a meaning
+
+
 def graft(
     model: nn.Module,
     layer: str,
     blueprint: str,
     *,
-    optimizer: Any = None,
+    optimizer: Any = NOT_SAID,
     sample: Any = None,
     **config: Any,
 ) -> Receipt:
@@ -98,7 +104,9 @@ def graft(
     Args:
         layer: name of the layer, as in ``model.named_modules()``.
         blueprint: slug or id.
-        optimizer: trains the new weights, in a group of their own.
+        optimizer: trains the new weights. Without one nothing trains them, which is said on the
+            console; ``optimizer=None`` says that you add ``receipt.graft.parameters()`` to an
+            optimizer of your own.
         sample: model input (a tensor, a tuple of arguments or a dict of keyword arguments) that is
             run once, without gradients, to trace the layer's shapes. Needed for layers whose
             weights do not define them (convolutions) and for blueprints that need a sequence.
@@ -112,15 +120,28 @@ def graft(
         IncompatibleLayerError, CertificateError, ConfigurationError: as :func:`apply_graft`.
     """
     info = _look_up(model, layer, sample)
-    surroundings = Surroundings(() if optimizer is None else (optimizer,))
-    return apply_graft(
+    given = optimizer is not None and optimizer is not NOT_SAID
+    receipt = apply_graft(
         model,
         info,
         get_blueprint(blueprint),
         config=config,
-        surroundings=surroundings,
+        surroundings=Surroundings((optimizer,) if given else ()),
         thorough=True,
     )
+    if optimizer is NOT_SAID and any(p.requires_grad for p in receipt.graft.parameters()):
+        Console(enabled=True).say(
+            f"nothing trains the new weights of {receipt.blueprint} in {layer!r}: pass optimizer= "
+            "to esper.graft, or optimizer=None where you add receipt.graft.parameters() yourself",
+            level=logging.WARNING,
+        )
+    return receipt
+
+
+def describe_layer(model: nn.Module, layer: str, sample: Any) -> tuple[LayerInfo, list[str]]:
+    """A layer of a model without a run, and the slugs of its grafts; raises as :func:`graft`."""
+    info, slot = _look_up(model, layer, sample), slot_of(find_host(model, layer))
+    return info, list(slot.grafts()) if slot is not None else []
 
 
 def _look_up(model: nn.Module, layer: str, sample: Any) -> LayerInfo:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import overload
 
-from esper import blueprints
+from esper.blueprints.fitting import fits_of
 from esper.console import printable
 from esper.contracts import Decision, HealthFrame, LayerInfo, RunMode, Signal, ViolationRule
 from esper.sdk.announcing import describe, would_propose
@@ -18,6 +17,7 @@ from esper.sdk.local import LocalLoop
 from esper.sdk.run_state import RunState
 from esper.sdk.server_link import ServerLink
 from esper.sdk.surgery import Surgery
+from esper.tables import html_list
 
 MOST_REASONS = 12
 _TOLD = (Signal.HEALTH, Signal.GRAD_NORM, Signal.UPDATE_RATIO, Signal.DEAD_FRACTION)
@@ -56,8 +56,7 @@ class Reasons(Sequence[str]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        items = "".join(f"<li>{html.escape(line)}</li>" for line in self.lines())
-        return f"<p><b>{html.escape(self.title)}</b></p><ul>{items}</ul>"
+        return html_list(self.title, self.lines())
 
 
 class Explainer:
@@ -182,7 +181,7 @@ def _measured(layer: LayerInfo, frame: HealthFrame | None) -> list[str]:
 
 
 def _fitting(layer: LayerInfo) -> str:
-    fits = [entry.slug for entry in blueprints.list_blueprints() if not entry.supports(layer)]
+    fits = fits_of(layer).fitting
     named = f" ({', '.join(fits[:6])}{', ...' if len(fits) > 6 else ''})" if fits else ""
     return (
         f"{len(fits)} blueprints fit{named}; esper.blueprints.for_layer(session, {layer.name!r}) "

@@ -11,6 +11,7 @@ import numpy as np
 
 from esper.console import printable
 from esper.contracts import HealthFrame, LayerInfo, Signal
+from esper.tables import aligned, cut, html_list, html_table
 
 MOST_ROWS = 12
 MOST_ENTRIES = 10
@@ -38,21 +39,19 @@ class Summary:
     def text(self) -> str:
         blocks = [self.title]
         if self.rows:
-            blocks.append("\n".join([*_aligned([COLUMNS, *self.rows]), *self._more()]))
+            blocks.append(
+                "\n".join([*aligned([COLUMNS, *self.rows], right=range(2, 7)), *self._more()])
+            )
         for title, lines in self._told():
             blocks.append("\n".join([title, *(f"  - {line}" for line in lines)]))
         return printable("\n\n".join(blocks))
 
     def html(self) -> str:
-        parts = [f"<p><b>{html.escape(self.title).replace(chr(10), '<br>')}</b></p>"]
+        parts = [f"<p><b>{'<br>'.join(map(html.escape, self.title.splitlines()))}</b></p>"]
         if self.rows:
-            parts.append(f"<table><thead>{_html_row(COLUMNS, 'th')}</thead><tbody>")
-            parts.extend(_html_row(row, "td") for row in self.rows)
-            parts.append("</tbody></table>")
+            parts.append(html_table(COLUMNS, self.rows))
             parts.extend(f"<p>{html.escape(line)}</p>" for line in self._more())
-        for title, lines in self._told():
-            items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-            parts.append(f"<p><b>{html.escape(title)}</b></p><ul>{items}</ul>")
+        parts.extend(html_list(title, lines) for title, lines in self._told())
         return "".join(parts)
 
     def _more(self) -> list[str]:
@@ -96,40 +95,16 @@ def _row(layer: LayerInfo, values: Sequence[float], note: str) -> tuple[str, ...
     health, gradient, update, dead = values
     reason = "" if layer.graftable else layer.reason.rstrip(".") or "not graftable"
     return (
-        _cut(layer.name or "(the model)"),
+        cut(layer.name or "(the model)", _LONGEST_CELL),
         layer.kind,
         f"{layer.parameters:,}",
         _number(health, ".2f"),
         _number(gradient, ".1e"),
         _number(update, ".1e"),
         _number(dead, ".0%"),
-        _cut("; ".join(filter(None, (note, reason)))),
+        cut("; ".join(filter(None, (note, reason))), _LONGEST_CELL),
     )
 
 
 def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
-
-
-def _cut(text: str) -> str:
-    """One line of at most so many signs."""
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST_CELL else line[: _LONGEST_CELL - 3] + "..."
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Numbers to the right, words to the left."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if 2 <= column <= 6 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def _html_row(cells: Sequence[str], tag: str) -> str:
-    inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-    return f"<tr>{inner}</tr>"
