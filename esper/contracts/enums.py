@@ -285,6 +285,7 @@ class ViolationRule(StrEnum):
     MISSING_TELEMETRY = "missing_telemetry"
     OPTIMIZER_LEDGER = "optimizer_ledger"
     DEADLINE = "deadline"
+    DIAGNOSIS = "diagnosis"  # a rule of esper.diagnosis; the finding's slug names it
 
 
 class Role(StrEnum):

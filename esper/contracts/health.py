@@ -192,11 +192,15 @@ class Finding:
 
     Attributes:
         rule: the violated rule.
-        layer: the layer; empty for the run as a whole.
+        layer: the layer where it began; empty for the run as a whole.
         severity: how bad it is.
         observed: what was measured; the server keeps 500 characters of it and of the next two.
         limit: what was expected.
         remedy: what a person can do.
+        slug: the rule of the diagnosis, such as ``dying_relu``; empty for every other finding.
+        since_step: the first step of which it is known; -1 unknown.
+        resolved_step: the step at which it was over; -1: it is open.
+        remedies: what can answer it, in the order in which to try them.
     """
 
     rule: ViolationRule
@@ -205,12 +209,16 @@ class Finding:
     observed: str
     limit: str
     remedy: str
+    slug: ShortText = ""
+    since_step: Int64 = -1
+    resolved_step: Int64 = -1
+    remedies: Annotated[tuple[ShortText, ...], Meta(max_length=32)] = ()
 
     def __str__(self) -> str:
         place = f" at {self.layer!r}" if self.layer else ""
         return (
             f"{self.severity} finding{place}: {self.observed.rstrip('. ')}. "
-            f"{self.remedy[:1].upper()}{self.remedy[1:].rstrip('.')}. [{self.rule}]"
+            f"{self.remedy[:1].upper()}{self.remedy[1:].rstrip('.')}. [{self.slug or self.rule}]"
         )
 
     def __repr__(self) -> str:

@@ -200,12 +200,17 @@ def audit(model: nn.Module, optimizers: Iterable[Any]) -> list[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem of a tensor, or of an optimizer (then ``parameter`` is empty)."""
+    """A problem of a tensor, or of an optimizer (then ``parameter`` is empty).
+
+    Attributes:
+        slug: the rule of ``esper.diagnosis`` that it is evidence of; empty for none.
+    """
 
     parameter: str
     severity: Severity
     observed: str
     remedy: str
+    slug: str = ""
 
 
 def to_findings(problems: Iterable[Problem]) -> list[Finding]:
@@ -250,6 +255,7 @@ def _tensor_problems(model: nn.Module, holdings: _Holdings) -> Iterator[Problem]
                 Severity.SERIOUS,
                 "trainable, but in no optimizer: it will never change",
                 "give it to the optimizer, or set requires_grad=False",
+                slug="not_held",
             )
         if times and not parameter.requires_grad and id(parameter) in holdings.trained:
             yield Problem(
@@ -302,6 +308,7 @@ def _finding(problem: Problem) -> Finding:
         observed=f"{tensor}: {problem.observed}" if tensor else problem.observed,
         limit="the optimizers hold each trainable tensor of the model once, and no other tensor",
         remedy=problem.remedy,
+        slug=problem.slug,
     )
 
 

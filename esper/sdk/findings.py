@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
-import math
+from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
 from esper import grafting
 from esper.contracts import Finding, HealthFrame, Severity, Signal, ViolationRule
+from esper.diagnosis import Change, get_rule
 from esper.fail_closed import Failure
-from esper.grafting import GuardVerdict, MovementWatch, Surroundings
+from esper.grafting import MovementWatch, Surroundings
 from esper.grafting.slot import left_out_grafts
 from esper.sdk.adaptation import Adaptation
 
 logger = logging.getLogger("esper")
 
+RESOLVED_KEPT = 500
 FRAMES_WITHOUT_GRADIENTS = 3
 AUDIT_EVERY_STEPS = 100  # what the user's own code freezes or regroups is found this late
 
@@ -38,6 +41,7 @@ class Findings:
         self._send = send
         self._announce = announce or _log
         self._open: dict[Finding, None] = {}  # a set that keeps its order
+        self._resolved: deque[Finding] = deque(maxlen=RESOLVED_KEPT)
 
     def all(self) -> list[Finding]:
         return list(self._open)
@@ -50,9 +54,27 @@ class Findings:
         if self._send is not None:
             self._send(finding)
 
+    @property
+    def resolved(self) -> list[Finding]:
+        """Findings of the diagnosis that are over, oldest first."""
+        return list(self._resolved)
+
+    def report(self, change: Change, finding: Finding) -> None:
+        """A finding of the diagnosis has opened, has new evidence, or is over."""
+        same = [f for f in self._open if f.slug and f.slug == finding.slug]
+        for old in same:
+            del self._open[old]
+        if change is Change.OPENED:
+            self.add(finding)
+        elif change is Change.UPDATED:
+            self._open[finding] = None
+        else:
+            self._resolved.append(finding)
+            logger.info("step %d: %s is over", finding.resolved_step, finding.slug)
+
     def replace_ledger(self, found: Iterable[Finding]) -> None:
         """Takes the newest audit of the optimizer, and closes findings that it does not repeat."""
-        found = list(found)
+        found = [_with_remedies(finding) for finding in found]
         for old in list(self._open):
             if old.rule == ViolationRule.OPTIMIZER_LEDGER and old not in found:
                 del self._open[old]
@@ -62,6 +84,13 @@ class Findings:
 
 def _log(finding: Finding) -> None:
     logger.warning("%s", finding)
+
+
+def _with_remedies(finding: Finding) -> Finding:
+    """A finding of the ledger under a rule of the diagnosis has the remedies of that rule."""
+    if not finding.slug:
+        return finding
+    return replace(finding, remedies=tuple(map(str, get_rule(finding.slug).remedies)))
 
 
 class LedgerWatch:
@@ -126,18 +155,6 @@ def _no_gradients() -> Finding:
         limit="gradients of the layers that train",
         remedy="Attach the optimizer that makes the steps, or call session.step() while the "
         "gradients exist.",
-    )
-
-
-def divergence(verdict: GuardVerdict) -> Finding:
-    """A run that diverges while no graft is on probation."""
-    return Finding(
-        rule=verdict.rule,
-        layer="",
-        severity=Severity.CRITICAL,
-        observed=verdict.text,
-        limit="finite" if math.isnan(verdict.limit) else f"{verdict.limit:.4g}",
-        remedy="No graft is on probation, so nothing was undone: look at learning rate and data.",
     )
 
 

@@ -9,7 +9,6 @@ from torch import nn
 from esper import grafting
 from esper.contracts import ViolationRule
 from esper.grafting import GuardVerdict, LossGuard
-from esper.sdk.findings import Findings, divergence
 from esper.sdk.local import LocalLoop
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
@@ -17,6 +16,8 @@ from esper.sdk.surgery import Surgery
 
 class ProbationGuard:
     """Looks at each step's loss, and at the gradients while a graft is on probation.
+
+    A run that diverges without such a graft is a finding of the diagnosis.
 
     Args:
         skips_steps: a ``GradScaler`` is used. It meets non-finite gradients in normal operation
@@ -31,7 +32,6 @@ class ProbationGuard:
         self,
         surgery: Surgery,
         run: RunState,
-        findings: Findings,
         *,
         skips_steps: bool,
         local: LocalLoop | None,
@@ -39,12 +39,11 @@ class ProbationGuard:
         self.losses = LossGuard()
         self._surgery = surgery
         self._run = run
-        self._findings = findings
         self._skips_steps = skips_steps
         self._local = local
 
     def on_step(self, loss: float) -> None:
-        """Takes out the youngest guarded graft, or reports that the run diverges without one."""
+        """Takes out the youngest guarded graft when the loss diverges."""
         suspect = self._surgery.changes.youngest_guarded(self._run.step)
         verdict = self.losses.observe(loss)
         if verdict is None and suspect is not None and not self._skips_steps:
@@ -52,8 +51,7 @@ class ProbationGuard:
         if verdict is None:
             return
         if suspect is None:
-            self._findings.add(divergence(verdict))
-            self.losses.reset()  # reported once; from here on the new level is the normal one
+            self.losses.reset()  # from here on the new level is the normal one
             return
         gone = self._surgery.take_out_for_guard(suspect, verdict)
         self.losses.reset()

@@ -37,6 +37,7 @@ from esper.health.pace import Periods, SamplingPace, periods_of
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.announcing import Announcer
 from esper.sdk.compiler_watch import CompilerWatch
+from esper.sdk.diagnosing import DiagnosisWatch
 from esper.sdk.evaluation import Evaluations
 from esper.sdk.explaining import Explainer, Reasons
 from esper.sdk.export.plain_checkpoints import layout_of, plain_optimizer_state
@@ -76,6 +77,7 @@ UNMEASURED = {
     "commands": "Commands of the server are not carried out.",
     "evaluation": "The held-out loss is not measured.",
     "health": "No health frames are made.",
+    "diagnosis": "Nobody looks for faults of the run.",
 }
 
 
@@ -118,6 +120,11 @@ class Session:
         self._layers = Layers(model, setup.slots, around.replicas, self._fail_closed)
         self._ledger = LedgerWatch(model, around, self._findings)
         self._gradients = GradientWatch(self._findings)
+        self._diagnosis = (
+            DiagnosisWatch(model, around, self._run, self._findings, self._fail_closed)
+            if self._ranks.decides
+            else None
+        )
         self._surgery = Surgery(
             model,
             around,
@@ -161,7 +168,6 @@ class Session:
         self._guard = ProbationGuard(
             self._surgery,
             self._run,
-            self._findings,
             skips_steps=around.scaler is not None,
             local=self._local,
         )
@@ -244,6 +250,8 @@ class Session:
         self._detached = True
         self._layers.stop()
         self._ledger.close()
+        if self._diagnosis is not None:
+            self._diagnosis.close()
         sampler, self._surgery.sampler = self._surgery.sampler, None
         if sampler is not None:
             sampler.close()
@@ -274,6 +282,8 @@ class Session:
         ends = [self._layers.stop, self._ledger.close]
         if sampler is not None:
             ends.append(sampler.close)
+        if self._diagnosis is not None:
+            ends.append(self._diagnosis.close)
         if detach:
             ends.append(self.detach)
         if server is not None:
@@ -357,8 +367,14 @@ class Session:
         """The latest health frame, None before the first."""
         return self._latest_frame
 
-    def findings(self) -> list[Finding]:
-        """What is wrong with the run: optimizer ledger, divergence, Esper's own failures."""
+    def findings(self, *, resolved: bool = False) -> list[Finding]:
+        """What is wrong with the run: its diagnosis, the ledger, Esper's own failures.
+
+        Args:
+            resolved: the findings that are over, instead of those that are open.
+        """
+        if resolved:
+            return self._findings.resolved
         if not self._closed:
             self._try("ledger", self._ledger.audit)
         return self._findings.all()
@@ -623,6 +639,8 @@ class Session:
         if not self._ranks.decides:
             return
         layers, model = self._layers.own, self._setup.model
+        if self._diagnosis is not None:
+            self._diagnosis.open(layers)
         if not self._detached:
             self._surgery.sampler = HealthSampler(
                 model,
@@ -671,7 +689,12 @@ class Session:
             self._try("commands", self._server.handle_commands)
         if busy:
             self._try("evaluation", partial(self._evaluations.on_step, metrics))
+        before = self._latest_frame
         self._try("health", partial(self._look, loss, metrics))
+        if self._diagnosis is not None and not self._detached:
+            frame = self._latest_frame
+            fresh = frame if frame is not before else None
+            self._try("diagnosis", partial(self._diagnosis.on_step, value, fresh, metrics))
 
     def _look(self, loss: float | Tensor | None, metrics: dict[str, float]) -> None:
         sampler = self._surgery.sampler

@@ -1,0 +1,26 @@
+"""What is wrong with a training run: rules that turn measurements into findings."""
+
+from __future__ import annotations
+
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.engine import Change, Diagnosed, Diagnosis
+from esper.diagnosis.observation import Observation, Unknown
+from esper.diagnosis.recorder import Recorder
+from esper.diagnosis.registry import discover, get_rule, list_rules
+
+__all__ = [
+    "Change",
+    "Diagnosed",
+    "Diagnosis",
+    "Evidence",
+    "Memory",
+    "Observation",
+    "Recorder",
+    "RemedySlug",
+    "Rule",
+    "Threshold",
+    "Unknown",
+    "discover",
+    "get_rule",
+    "list_rules",
+]

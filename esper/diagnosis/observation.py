@@ -1,0 +1,387 @@
+"""What a rule may look at. Plain data, without a session, a model or a tensor.
+
+Shape legend: L layers of a frame, S signals, T training losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esper.contracts import SIGNAL_INDEX, Finding, HealthFrame, Signal
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Steps = NDArray[np.int64]
+
+NO_LOSSES: Doubles = np.zeros(0)
+NO_STEPS: Steps = np.zeros(0, dtype=np.int64)
+
+
+class Unknown(Exception):
+    """A rule needs something that was not measured."""
+
+
+class LossKind(StrEnum):
+    """The loss function, as its gradient at the model's output shows it."""
+
+    CROSS_ENTROPY = "cross_entropy"  # softmax and negative log-likelihood
+    LIKELIHOOD = "nll_loss"  # the negative output at the target
+    BINARY = "binary_cross_entropy"  # of probabilities
+    BINARY_LOGITS = "binary_cross_entropy_with_logits"
+    SQUARED = "mse_loss"  # with targets that are integers; others look like any other loss
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """A parameter as it was before the first update.
+
+    Attributes:
+        name: as in ``named_parameters``.
+        layer: name of its module; kind: class of that module.
+        shape: of the tensor.
+        trainable: it requires a gradient.
+        std: standard deviation of a sample of its elements; 0 for equal ones.
+        equal_rows: share of the sampled rows that are equal to the row before; NaN for a vector.
+        twin: an earlier tensor of the same shape with equal elements; empty: none.
+        all_zero: every sampled element is 0.
+        gain: ``std * sqrt(fan_in)``; about 0.6 for torch's ``Linear``; NaN for a vector.
+    """
+
+    name: str
+    layer: str
+    kind: str
+    shape: tuple[int, ...]
+    trainable: bool = True
+    std: float = math.nan
+    equal_rows: float = math.nan
+    twin: str = ""
+    all_zero: bool = False
+    gain: float = math.nan
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) >= 2
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPass:
+    """One layer in one forward pass that trained.
+
+    Attributes:
+        layer: its name; kind: class of the module.
+        input_std: standard deviation of what enters it.
+        input_spread: how much the rows of a batch differ: the root mean square of the deviation
+            from the batch's mean row, relative to the root mean square of the input.
+        input_zeros: share of elements of the input that are exactly 0.
+        input_extremes: share of elements of the input beyond 0.99 in size, where no element is
+            beyond 1: a saturated tanh or sigmoid; NaN for another input.
+        output_std: standard deviation of what it returns.
+        training: the module was in training mode.
+    """
+
+    layer: str
+    kind: str
+    input_std: float
+    input_spread: float
+    input_zeros: float
+    input_extremes: float
+    output_std: float
+    training: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPass:
+    """The model's own input and output in one forward pass that trained.
+
+    Attributes:
+        step: of the session.
+        input_rms: root mean square of the first floating-point input; NaN: it has none.
+        input_finite: all its sampled elements are finite.
+        output_shape: of the first output.
+        output_end: name of the function that computed the output, such as ``SoftmaxBackward0``.
+        row_sum: mean of the sums of the output's rows; NaN unknown.
+        output_low, output_high: smallest and largest sampled element of the output.
+        output_spread: largest difference between two rows, relative to the output's size.
+        loss_kind: as the gradient at the output shows it.
+        loss_scale: the weight of one row in the loss, times the number of rows: 1 for a mean.
+        target_low, target_high: smallest and largest sampled target; NaN unknown.
+        layers: in the order of execution.
+    """
+
+    step: int
+    layers: tuple[LayerPass, ...] = ()
+    input_rms: float = math.nan
+    input_finite: bool = True
+    output_shape: tuple[int, ...] = ()
+    output_end: str = ""
+    row_sum: float = math.nan
+    output_low: float = math.nan
+    output_high: float = math.nan
+    output_spread: float = math.nan
+    loss_kind: LossKind = LossKind.UNKNOWN
+    loss_scale: float = math.nan
+    target_low: float = math.nan
+    target_high: float = math.nan
+
+    @property
+    def classes(self) -> int:
+        """Size of the output's last axis; 0 unknown."""
+        return self.output_shape[-1] if self.output_shape else 0
+
+
+@dataclass(frozen=True, slots=True)
+class GradientRow:
+    """The gradient of one parameter at the end of an optimizer's step.
+
+    Attributes:
+        name: of the parameter.
+        norm: L2; NaN: there is none (``grad is None``).
+        dead_rows: share of its sampled rows that were exactly 0 in this reading and in the
+            three before; NaN for a vector.
+        weight_norm: L2 norm of the parameter.
+    """
+
+    name: str
+    norm: float
+    dead_rows: float = math.nan
+    weight_norm: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """One reading of all gradients.
+
+    Attributes:
+        step: of the session.
+        readings: how many there were so far, this one too.
+        rows: one for each trainable parameter.
+        moved: share of the trainable parameters whose sampled elements changed since the reading
+            before; NaN at the first.
+        rate: the largest learning rate.
+        updates: steps of the optimizers since the reading before.
+    """
+
+    step: int
+    readings: int
+    rows: tuple[GradientRow, ...]
+    moved: float = math.nan
+    rate: float = math.nan
+    updates: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Zeroing:
+    """What the first backward pass after each step of the optimizer started from.
+
+    Attributes:
+        carried: one for each update: True where the old gradient was still there.
+        backwards: backward passes of each of these updates.
+    """
+
+    carried: tuple[bool, ...] = ()
+    backwards: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Modes:
+    """Modules whose result depends on their mode, at an optimizer's step.
+
+    Attributes:
+        in_training, in_evaluation: how many; Dropout with p > 0 and normalisation over batches.
+        since_step: first of the steps in a row in which all were in evaluation mode.
+        updates: how many updates in a row.
+        was_training: they have been in training mode before.
+    """
+
+    in_training: int = 0
+    in_evaluation: int = 0
+    since_step: int = 0
+    updates: int = 0
+    was_training: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Where numbers are not finite, looked up once the loss is not.
+
+    Attributes:
+        weights, gradients: names of layers, in the order of execution.
+    """
+
+    weights: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Observation:
+    """Everything that is known of a run at one step.
+
+    Attributes:
+        step: of the session.
+        layers: names of the layers that have run, in the order of execution.
+        frames: health frames, the newest last.
+        loss_steps, losses: int64 [T], float64 [T].
+        held_out: (step, held-out loss), the newest last.
+        rates: (step, largest learning rate), the newest last.
+        ledger: findings of the optimizer's ledger.
+        tensors: the parameters before the first update; empty for a run that was resumed.
+        symmetric: tensors that started with equal rows, or with the elements of another, and
+            still have them.
+        frozen, trainable: elements of the parameters now.
+        trainable_matrices: how many parameters with two axes or more require a gradient now.
+        frozen_layers: layers all of whose parameters are frozen now.
+        passes: observed forward passes that trained, the newest last.
+        gradients: readings of the gradients, the newest last.
+        evaluation_noise: relative difference of two evaluations of the same weights with
+            different random numbers; NaN unknown.
+        duplicates: pairs of names of one module that a container holds twice.
+        rank_digests: one number of each rank's parameters; empty for one process.
+    """
+
+    step: int = 0
+    layers: tuple[str, ...] = ()
+    frames: Sequence[HealthFrame] = ()
+    loss_steps: Steps = field(default_factory=lambda: NO_STEPS)
+    losses: Doubles = field(default_factory=lambda: NO_LOSSES)
+    held_out: Sequence[tuple[int, float]] = ()
+    rates: Sequence[tuple[int, float]] = ()
+    ledger: Sequence[Finding] = ()
+    tensors: Sequence[TensorFacts] = ()
+    symmetric: Sequence[str] = ()
+    frozen: int = 0
+    trainable: int = 0
+    trainable_matrices: int = 0
+    frozen_layers: Sequence[str] = ()
+    passes: Sequence[ModelPass] = ()
+    gradients: Sequence[Gradients] = ()
+    zeroing: Zeroing = Zeroing()
+    modes: Modes = Modes()
+    broken: Broken = Broken()
+    evaluation_noise: float = math.nan
+    duplicates: Sequence[tuple[str, str]] = ()
+    rank_digests: Sequence[float] = ()
+
+    # -- what rules ask --------------------------------------------------------------------------
+
+    @property
+    def loss(self) -> float:
+        """The latest training loss.
+
+        Raises:
+            Unknown: there is none.
+        """
+        if not len(self.losses):
+            raise Unknown("no training loss was passed to session.step")
+        return float(self.losses[-1])
+
+    @property
+    def first_pass(self) -> ModelPass:
+        """The first observed forward pass. Raises ``Unknown``."""
+        if not self.passes:
+            raise Unknown("no forward pass was observed")
+        return self.passes[0]
+
+    @property
+    def last_pass(self) -> ModelPass:
+        """The newest observed forward pass. Raises ``Unknown``."""
+        self.first_pass  # noqa: B018  raises where there is none
+        return self.passes[-1]
+
+    @property
+    def last_gradients(self) -> Gradients:
+        """The newest reading. Raises ``Unknown``."""
+        if not self.gradients:
+            raise Unknown("no gradient was read at an optimizer's step")
+        return self.gradients[-1]
+
+    @property
+    def last_input_finite(self) -> bool:
+        """The model's input was finite in the newest observed pass, as far as is known."""
+        return not self.passes or self.passes[-1].input_finite
+
+    @property
+    def some_gradient(self) -> bool:
+        """A tensor had a gradient above zero in the newest reading. Raises ``Unknown``."""
+        return any(row.norm > 0 for row in self.last_gradients.rows)
+
+    def losses_after(self, step: int) -> list[tuple[int, float]]:
+        """(step, training loss) of the later steps."""
+        begin = int(np.searchsorted(self.loss_steps, step, side="right"))
+        steps, losses = self.loss_steps[begin:], self.losses[begin:]
+        return list(zip(steps.tolist(), losses.tolist(), strict=True))
+
+    def in_ledger(self, slug: str) -> list[Finding]:
+        """What the optimizer's ledger says under this rule."""
+        return [finding for finding in self.ledger if finding.slug == slug]
+
+    def signal(self, signal: Signal) -> dict[str, float]:
+        """Layer -> newest known value.
+
+        Raises:
+            Unknown: no frame has a value.
+        """
+        found: dict[str, float] = {}
+        for frame in reversed(self.frames):
+            column = frame.values[:, SIGNAL_INDEX[signal]]
+            for row in np.flatnonzero(~np.isnan(column)):
+                found.setdefault(frame.layers[row], float(column[row]))
+        if not found:
+            raise Unknown(f"no health frame has the signal {signal}")
+        return {name: found[name] for name in self.layers if name in found} or found
+
+    def signal_history(self, signal: Signal) -> list[tuple[int, float]]:
+        """(step, median over the layers) of each frame that has the signal."""
+        found = []
+        for frame in self.frames:
+            column = frame.values[:, SIGNAL_INDEX[signal]]
+            known = column[np.isfinite(column)]
+            if len(known):
+                found.append((frame.step, float(np.median(known))))
+        return found
+
+    @cached_property
+    def matrices(self) -> tuple[str, ...]:
+        """Layers with a weight matrix, in the order of execution."""
+        own = {tensor.layer for tensor in self.tensors if tensor.is_matrix}
+        return tuple(name for name in self.layers if name in own)
+
+    def layer_norms(self, gradients: Gradients) -> dict[str, float]:
+        """Layer -> norm of the gradient of its matrices; layers without one are absent."""
+        squares: dict[str, float] = {}
+        shapes = {tensor.name: tensor for tensor in self.tensors}
+        for row in gradients.rows:
+            tensor = shapes.get(row.name)
+            if tensor is not None and tensor.is_matrix and not math.isnan(row.norm):
+                squares[tensor.layer] = squares.get(tensor.layer, 0.0) + row.norm**2
+        return {name: math.sqrt(squares[name]) for name in self.layers if name in squares}
+
+    def finite_losses(self) -> tuple[Steps, Doubles]:
+        """Steps and values of the finite training losses.
+
+        Raises:
+            Unknown: there is none.
+        """
+        finite = np.isfinite(self.losses)
+        if not finite.any():
+            raise Unknown("no finite training loss is known")
+        return self.loss_steps[finite], self.losses[finite]
+
+    @property
+    def rate_share(self) -> float:
+        """The present learning rate / the largest one so far. Raises ``Unknown``."""
+        known = [rate for _, rate in self.rates if math.isfinite(rate)]
+        if not known or max(known) <= 0:
+            raise Unknown("the learning rate is not known")
+        return known[-1] / max(known)

@@ -1,0 +1,469 @@
+"""Short measurements of a model that trains. Each reads, and changes nothing.
+
+Shape legend: N rows of a batch, C features or classes, R sampled rows of a matrix.
+
+A probe is armed for one step, costs tens of microseconds for each layer, and leaves no hook behind.
+All reads are detached; no random number is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.diagnosis.observation import (
+    GradientRow,
+    Gradients,
+    LayerPass,
+    LossKind,
+    ModelPass,
+    TensorFacts,
+)
+from esper.fail_closed import FailClosed
+from esper.grafting.graph import kind_of, layer_modules
+from esper.grafting.slot import SLOT_NAME, PassingHook, first_tensor
+from esper.health.optimizer_steps import dense, has_numbers, norms_of
+
+ROWS = 64
+COLUMNS = 512
+READINGS = 4  # a unit is dead when its gradient was zero in so many in a row
+EQUAL_ROWS = 0.5
+CLOSE = 1e-3
+EXTREME = 0.99
+TABLES = ("Embedding", "EmbeddingBag")  # rows that a batch does not use have no gradient
+_TRANSPOSED = ("Conv1D", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+_SHAPING = (
+    "View",
+    "Unsafe",
+    "Squeeze",
+    "Unsqueeze",
+    "Alias",
+    "Reshape",
+    "Select",
+    "Clone",
+    "ToCopy",
+)
+PART = "diagnosis"
+UNMEASURED = "Some rules of the diagnosis are not checked."
+
+
+def read_tensors(model: nn.Module) -> tuple[TensorFacts, ...]:
+    """The parameters as they are now, from a sample of each one's elements."""
+    modules = dict(model.named_modules())
+    found: list[TensorFacts] = []
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, parameter in model.named_parameters():
+        if not has_numbers(parameter) or not parameter.numel() or is_graft(name):
+            continue
+        layer = name.rpartition(".")[0]
+        kind = kind_of(modules[layer])
+        sample = sampled(parameter.detach()).float().cpu()
+        facts = _tensor_facts(name, layer, kind, parameter, sample)
+        if facts.is_matrix and facts.std > 0:
+            key = (facts.shape, sample.numpy().tobytes())
+            facts = replace(facts, twin=seen.get(key, ""))
+            seen.setdefault(key, name)
+        found.append(facts)
+    return tuple(found)
+
+
+def still_symmetric(model: nn.Module, tensors: Sequence[TensorFacts]) -> tuple[str, ...]:
+    """Those that started with equal rows, or as a copy of another tensor, and still are so."""
+    found = []
+    parameters = dict(model.named_parameters())
+    for facts in tensors:
+        own = parameters.get(facts.name)
+        if own is None or own.shape != facts.shape:
+            continue
+        if facts.equal_rows >= EQUAL_ROWS and not facts.all_zero and facts.shape[0] > 2:
+            rows = sampled(own.detach())
+            if float((rows[1:] == rows[:-1]).all(1).float().mean()) >= EQUAL_ROWS:
+                found.append(facts.name)
+        elif facts.twin in parameters:
+            other = parameters[facts.twin].detach()
+            if torch.equal(sampled(own.detach()), sampled(other).to(own.device)):
+                found.append(facts.name)
+    return tuple(found)
+
+
+def is_graft(name: str) -> bool:
+    """The parameter belongs to a graft, which has rules of its own at birth."""
+    return SLOT_NAME in name.split(".")
+
+
+def sampled(tensor: Tensor) -> Tensor:
+    """A view of at most 64 x 512 elements; of a matrix, rows of one unit each."""
+    if tensor.ndim < 2:
+        return tensor.reshape(-1)[: ROWS * COLUMNS]
+    return tensor[:ROWS].flatten(1)[:, :COLUMNS]
+
+
+def fan_in(shape: Sequence[int], kind: str) -> int:
+    """Number of inputs of one unit."""
+    return shape[0] if kind in _TRANSPOSED else math.prod(shape[1:])
+
+
+def _tensor_facts(
+    name: str, layer: str, kind: str, parameter: nn.Parameter, sample: Tensor
+) -> TensorFacts:
+    std = float(sample.std(correction=0))
+    equal, gain = math.nan, math.nan
+    if parameter.ndim >= 2:
+        if len(sample) > 1 and kind not in TABLES:
+            equal = float((sample[1:] == sample[:-1]).all(1).float().mean())
+        if kind not in TABLES:
+            gain = std * math.sqrt(fan_in(parameter.shape, kind))
+    return TensorFacts(
+        name=name,
+        layer=layer,
+        kind=kind,
+        shape=tuple(parameter.shape),
+        trainable=parameter.requires_grad,
+        std=std,
+        equal_rows=equal,
+        all_zero=not bool(sample.any()),
+        gain=gain,
+    )
+
+
+class ForwardProbe:
+    """Reads one forward pass that trains: each layer's input and output, and the model's own.
+
+    The gradient at the model's output shows the loss function, whatever computes it.
+    """
+
+    def __init__(self, model: nn.Module, fail_closed: FailClosed) -> None:
+        self._model = model
+        self._closed = partial(fail_closed.wrap, part=PART, unmeasured=UNMEASURED)
+        self._handles: list[RemovableHandle] = []
+        self._layers: dict[str, tuple[str, bool, Tensor]] = {}
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+        self._gradient: Tensor | None = None
+        self._end = ""
+
+    @torch.no_grad()
+    def arm(self) -> None:
+        """For the next forward pass that trains."""
+        self.disarm()
+        self._layers, self._input, self._output, self._gradient = {}, None, None, None
+        self._end = ""
+        for name, module in layer_modules(self._model).items():
+            hook = self._hook(partial(self._see_layer, name))
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        hook = self._hook(self._see_model)
+        self._handles.append(self._model.register_forward_hook(hook, with_kwargs=True))
+
+    def disarm(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def result(self, step: int) -> ModelPass | None:
+        """What was seen; None where no forward pass was."""
+        armed = bool(self._handles)
+        self.disarm()
+        if not armed or (not self._layers and self._output is None):
+            return None
+        seen = ModelPass(step=step, layers=self._layer_passes(), output_end=self._end)
+        if self._input is not None:
+            x = self._input
+            finite = bool(x.isfinite().all())
+            rms = float(x.square().mean().sqrt()) if finite else math.inf
+            seen = replace(seen, input_rms=rms, input_finite=finite)
+        if self._output is not None:
+            seen = _with_output(seen, self._output, self._shape, self._gradient)
+        return seen
+
+    def _layer_passes(self) -> tuple[LayerPass, ...]:
+        if not self._layers:
+            return ()
+        numbers = torch.stack([n.float().cpu() for _, _, n in self._layers.values()]).tolist()
+        return tuple(
+            LayerPass(name, kind, std, spread, zeros, extremes, out_std, training)
+            for (name, (kind, training, _)), (std, spread, zeros, extremes, out_std) in zip(
+                self._layers.items(), numbers, strict=True
+            )
+        )
+
+    def _hook(self, see: Callable[..., None]) -> PassingHook:
+        def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+                return
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    see(module, args, kwargs, output)
+
+        return PassingHook(self._closed(seen))
+
+    def _see_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
+        if name in self._layers or x is None or y is None or not _readable(y):
+            return
+        numbers = _input_numbers(x) if _readable(x) else torch.full((4,), math.nan)
+        std = rows_of(y).std(correction=0).reshape(1).cpu()
+        self._layers[name] = (
+            kind_of(module), module.training, torch.cat([numbers.cpu(), std])
+        )  # fmt: skip
+
+    def _see_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._output is not None:
+            return
+        x, y = first_tensor((*args, *kwargs.values())), output_of(output)
+        if x is not None and _readable(x):
+            self._input = rows_of(x).clone()
+        if y is None or not _readable(y) or not y.requires_grad or not y.ndim:
+            return
+        self._output, self._shape = rows_of(y).clone(), tuple(y.shape)
+        self._end = end_of(y)
+        y.register_hook(self._closed(self._see_gradient))  # type: ignore[no-untyped-call]
+
+    def _see_gradient(self, gradient: Tensor) -> None:
+        if self._gradient is None and _readable(gradient):
+            self._gradient = rows_of(gradient.detach()).clone()
+
+
+def output_of(output: Any) -> Tensor | None:
+    """The model's output: a tensor, the first of several, or the ``logits`` of a mapping."""
+    if isinstance(output, Mapping):
+        named = output.get("logits")
+        output = named if named is not None else tuple(output.values())
+    return first_tensor(output)
+
+
+def end_of(output: Tensor) -> str:
+    """Name of the function that computed the output, without what only changes its shape."""
+    node = output.grad_fn
+    for _ in range(6):
+        if node is None:
+            return ""
+        if not node.name().startswith(_SHAPING):
+            return node.name()
+        node = node.next_functions[0][0] if node.next_functions else None
+    return ""
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """float [at most 64, at most 512]: features last; of an image, all of it is one row."""
+    if tensor.ndim >= 4:
+        flat = tensor[:ROWS].flatten(1)
+    elif tensor.ndim:
+        flat = tensor.reshape(-1, tensor.shape[-1])[:ROWS]
+    else:
+        flat = tensor.reshape(1, 1)
+    return flat[:, :COLUMNS].detach().float()
+
+
+def _readable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and has_numbers(tensor) and tensor.numel() > 0
+
+
+def _input_numbers(x: Tensor) -> Tensor:
+    """float [4]: std, spread over the rows, share of zeros, share of extremes."""
+    rows = rows_of(x)
+    rms = rows.square().mean().sqrt()
+    spread = (rows - rows.mean(0)).square().mean().sqrt() / rms.clamp_min(1e-30)
+    if len(rows) < 2:
+        spread = torch.full_like(rms, math.nan)
+    size = rows.abs()
+    zeros, extremes = (rows == 0).float().mean(), (size > EXTREME).float().mean()
+    extremes = torch.where(size.max() <= 1.0, extremes, torch.full_like(extremes, math.nan))
+    return torch.stack([rows.std(correction=0), spread, zeros, extremes])
+
+
+def _with_output(
+    seen: ModelPass, y_NC: Tensor, shape: tuple[int, ...], gradient_NC: Tensor | None
+) -> ModelPass:
+    size = float(y_NC.abs().max())
+    spread = float((y_NC.amax(0) - y_NC.amin(0)).max()) / max(size, 1e-30)
+    seen = replace(
+        seen,
+        output_shape=shape,
+        row_sum=float(y_NC.sum(1).mean()) if shape[-1] == y_NC.shape[1] else math.nan,
+        output_low=float(y_NC.min()),
+        output_high=float(y_NC.max()),
+        output_spread=spread if len(y_NC) > 1 else math.nan,
+    )
+    if gradient_NC is None or gradient_NC.shape != y_NC.shape or shape[-1] != y_NC.shape[1]:
+        return seen
+    return _with_loss(seen, y_NC.double(), gradient_NC.double(), shape)
+
+
+def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ...]) -> ModelPass:
+    rows, elements = math.prod(shape[:-1]), math.prod(shape)
+    used = g_NC.abs().sum(1) > 0  # a row that the loss ignores has no gradient
+    y_NC, g_NC = y_NC[used], g_NC[used]
+    if not len(y_NC) or not bool(g_NC.isfinite().all()):
+        return seen
+    if y_NC.shape[1] > 1:
+        if _is_likelihood(g_NC):
+            return replace(
+                seen, loss_kind=LossKind.LIKELIHOOD, loss_scale=float(-g_NC.min()) * rows
+            )
+        sums, sizes = g_NC.sum(1).abs(), g_NC.abs().sum(1)
+        if bool((sums < CLOSE * sizes).all()):
+            scale = _softmax_weight(y_NC, g_NC) * rows
+            return replace(seen, loss_kind=LossKind.CROSS_ENTROPY, loss_scale=scale)
+    for kind, targets in _targets(y_NC, g_NC * elements):
+        if bool(((targets - targets.round()).abs() < CLOSE).all()):
+            low, high = float(targets.round().min()), float(targets.round().max())
+            if kind is LossKind.SQUARED or (low >= 0 and high <= 1):
+                return replace(
+                    seen, loss_kind=kind, loss_scale=1.0, target_low=low, target_high=high
+                )
+    return seen
+
+
+def _is_likelihood(g_NC: Tensor) -> bool:
+    """One element of each row has a gradient, the same negative number in all of them."""
+    used = g_NC != 0
+    values = g_NC[used]
+    return bool((used.sum(1) == 1).all()) and bool(
+        ((values - values[0]).abs() < CLOSE * values[0].abs()).all() and values[0] < 0
+    )
+
+
+def _softmax_weight(y_NC: Tensor, g_NC: Tensor) -> float:
+    """The weight w of a row in ``w (softmax(y) - target)``, from a class that is not the target."""
+    p_NC = torch.softmax(y_NC, 1)
+    others = g_NC > 0
+    ratios = (g_NC / p_NC.clamp_min(1e-12))[others & (p_NC > 1e-6)]
+    return float(ratios.median()) if len(ratios) else math.nan
+
+
+def _targets(y_NC: Tensor, g_NC: Tensor) -> list[tuple[LossKind, Tensor]]:
+    """The targets that each mean loss would need for this gradient (times the elements)."""
+    found = [
+        (LossKind.BINARY_LOGITS, torch.sigmoid(y_NC) - g_NC),
+        (LossKind.SQUARED, y_NC - g_NC / 2),
+    ]
+    if bool(((y_NC > 0) & (y_NC < 1)).all()):
+        found.insert(0, (LossKind.BINARY, y_NC - g_NC * y_NC * (1 - y_NC)))
+    return found
+
+
+@dataclass(slots=True)
+class _Row:
+    norm: Tensor | None
+    weight: Tensor | None
+    dead: Tensor | None  # bool [R]
+
+
+@dataclass(slots=True)
+class GradientProbe:
+    """Reads all gradients at the end of an optimizer's step, before the script clears them."""
+
+    model: nn.Module
+    names: dict[int, str] = field(default_factory=dict)
+    kinds: dict[int, str] = field(default_factory=dict)
+    parameters: dict[int, nn.Parameter] = field(default_factory=dict)
+    readings: int = 0
+    _rows: dict[int, _Row] = field(default_factory=dict)
+    _masks: dict[int, deque[Tensor]] = field(default_factory=dict)
+    _samples: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Parameters were added or removed."""
+        modules = dict(self.model.named_modules())
+        self.names, self.kinds, self.parameters = {}, {}, {}
+        for name, parameter in self.model.named_parameters():
+            if has_numbers(parameter) and parameter.numel() and not is_graft(name):
+                self.names[id(parameter)] = name
+                self.kinds[id(parameter)] = kind_of(modules[name.rpartition(".")[0]])
+                self.parameters[id(parameter)] = parameter
+        for known in (self._masks, self._samples, self._rows):
+            for gone in [key for key in known if key not in self.names]:
+                del known[gone]
+
+    @torch.no_grad()
+    def read(self, optimizer: torch.optim.Optimizer) -> None:
+        """At the end of its step."""
+        own = [
+            p
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if id(p) in self.names and p.requires_grad
+        ]
+        gradients = [dense(p.grad) for p in own]
+        norms, weights = norms_of(gradients), norms_of([p.detach() for p in own])
+        for p, gradient, norm, weight in zip(own, gradients, norms, weights, strict=True):
+            self._rows[id(p)] = _Row(norm, weight, self._dead(p, gradient))
+
+    def _dead(self, parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
+        kind = self.kinds[id(parameter)]
+        if parameter.ndim < 2 or kind in TABLES or kind in _TRANSPOSED:
+            return None
+        masks = self._masks.setdefault(id(parameter), deque(maxlen=READINGS))
+        if gradient is None or gradient.shape != parameter.shape:
+            masks.clear()
+            return None
+        masks.append((sampled(gradient) == 0).all(1))
+        dead = masks[0]
+        for mask in list(masks)[1:]:
+            dead = dead & mask
+        return dead
+
+    @torch.no_grad()
+    def result(self, step: int, *, rate: float, updates: int) -> Gradients | None:
+        """The reading of this step; None where no optimizer made one."""
+        if not self._rows:
+            return None
+        self.readings += 1
+        rows, self._rows = self._rows, {}
+        if any(id(p) not in self.names for p in self.model.parameters() if p.requires_grad):
+            self.refresh()  # for the next reading
+        norms = _numbers([row.norm for row in rows.values()])
+        weights = _numbers([row.weight for row in rows.values()])
+        dead = _numbers(
+            [None if row.dead is None else row.dead.float().mean() for row in rows.values()]
+        )
+        moved = self._moved(list(rows))
+        found = tuple(
+            GradientRow(self.names[key], norm, share, weight)
+            for key, norm, weight, share in zip(rows, norms, weights, dead, strict=True)
+        )
+        return Gradients(
+            step=step, readings=self.readings, rows=found, moved=moved, rate=rate, updates=updates
+        )
+
+    def _moved(self, keys: Sequence[int]) -> float:
+        flags = []
+        for key in keys:
+            sample = _few(self.parameters[key])
+            old = self._samples.get(key)
+            if old is not None and old.shape == sample.shape:
+                flags.append((old != sample).any())
+            self._samples[key] = sample.clone()
+        if not flags:
+            return math.nan
+        return sum(bool(flag) for flag in torch.stack([f.cpu() for f in flags])) / len(flags)
+
+
+def _few(parameter: nn.Parameter) -> Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // 64)][:64]
+
+
+def _numbers(tensors: Sequence[Tensor | None]) -> list[float]:
+    """NaN for None; a measured number that is not finite is inf. One transfer for each device."""
+    found = [math.nan] * len(tensors)
+    places: dict[torch.device, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor is not None:
+            places.setdefault(tensor.device, []).append(place)
+    for members in places.values():
+        group = [t.float() for place in members if (t := tensors[place]) is not None]
+        for place, value in zip(members, torch.stack(group).cpu().tolist(), strict=True):
+            found[place] = value if math.isfinite(value) else math.inf
+    return found

@@ -1,0 +1,303 @@
+"""Collects the facts of a run that no health frame has, at a paced cost.
+
+each step      the mode of modules at the optimizer's step; what a backward pass starts from, for
+               the first updates
+planned steps  gradients, one forward pass; the plan is fixed by steps, and grows with the cost
+               that was measured at fixed steps, so that a run can be repeated
+once           the parameters before the first update; where numbers are not finite
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.diagnosis.observation import (
+    Broken,
+    Gradients,
+    ModelPass,
+    Modes,
+    TensorFacts,
+    Zeroing,
+)
+from esper.diagnosis.probes import (
+    EQUAL_ROWS,
+    PART,
+    UNMEASURED,
+    ForwardProbe,
+    GradientProbe,
+    read_tensors,
+    still_symmetric,
+)
+from esper.fail_closed import FailClosed
+from esper.grafting.graph import layer_modules
+from esper.grafting.guard import gradient_values
+from esper.grafting.ledger import unwrap_optimizer
+from esper.grafting.slot import PassingHook
+
+FIRST_STEPS = (1, 2, 3, 5, 10, 20, 30, 40, 50)
+FORWARD_STEPS = (1, 10, 30, 50)
+PERIOD = 50  # shortest, after the first steps
+FORWARD_EVERY = 4  # planned steps
+MEASURED_AT = (50, 500, 5_000)  # where the period is set from the cost so far
+BUDGET = 0.01  # of the time of a step
+KEPT = 16  # readings
+WATCHED_UPDATES = 8  # for which the start of the backward pass is known
+_DROPOUT = nn.modules.dropout._DropoutNd
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+class Plan:
+    """At which steps the run is measured.
+
+    Attributes:
+        period: steps between two, after the first ones.
+    """
+
+    def __init__(self) -> None:
+        self.period = PERIOD
+        self._spent = 0.0
+        self._checks = 0
+
+    def is_due(self, step: int) -> bool:
+        return step in FIRST_STEPS or (step > FIRST_STEPS[-1] and step % self.period == 0)
+
+    def reads_forward(self, step: int) -> bool:
+        return step in FORWARD_STEPS or (
+            step > FIRST_STEPS[-1] and step % (self.period * FORWARD_EVERY) == 0
+        )
+
+    def add(self, seconds: float) -> None:
+        """Cost of one planned step."""
+        self._spent += seconds
+        self._checks += 1
+
+    def adapt(self, step: int, step_seconds: float) -> None:
+        """At the fixed steps, sets the period from what a planned step has cost on average."""
+        if step not in MEASURED_AT or not self._checks or not step_seconds > 0:
+            return
+        needed = self._spent / self._checks / (BUDGET * step_seconds)
+        # Rounded up to a few values, so that two runs of the same script have the same plan.
+        self.period = PERIOD * 2 ** max(0, math.ceil(math.log2(max(1.0, needed / PERIOD))))
+
+
+class Recorder:
+    """Measures one model in its training.
+
+    Args:
+        model: as it trains.
+        optimizers: those that train it.
+        fail_closed: where a part is reported that failed.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Any],
+        fail_closed: FailClosed,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._model = model
+        self._optimizers = tuple(map(unwrap_optimizer, optimizers))
+        self._clock = clock
+        self._closed = partial(fail_closed.wrap, part=PART, unmeasured=UNMEASURED)
+        self.plan = Plan()
+        self.passes: list[ModelPass] = []  # the first one, and the newest
+        self.gradients: deque[Gradients] = deque(maxlen=KEPT)
+        self.tensors: tuple[TensorFacts, ...] = ()
+        if not any(optimizer.state for optimizer in self._optimizers):
+            self.tensors = self._closed(read_tensors)(model) or ()
+        self._forward = ForwardProbe(model, fail_closed)
+        self._gradient = GradientProbe(model)
+        self._start = _Start(self._closed)
+        self._modes = _Modes(model)
+        self._handles: list[RemovableHandle] = []
+        self._step = 0
+        self._due = True
+        self._updates = 0
+        self._in_hooks = 0.0
+        self._first_time = math.nan
+        for optimizer in self._optimizers:
+            if hasattr(optimizer, "_optimizer_step_post_hooks"):
+                hook = self._closed(self._after_update)
+                self._handles.append(optimizer.register_step_post_hook(hook))
+        self._closed(self._forward.arm)()
+
+    @property
+    def zeroing(self) -> Zeroing:
+        return self._start.facts()
+
+    @property
+    def modes(self) -> Modes:
+        return self._modes.facts
+
+    def on_step(self, step: int) -> bool:
+        """A step of the session is over; True where the run was measured in it."""
+        started = self._clock()
+        if math.isnan(self._first_time):
+            self._first_time = started
+        self._step = step
+        due, self._due = self._due, False
+        if due:
+            self._take(step)
+        if self.plan.is_due(step + 1):
+            self._due = True
+            if self.plan.reads_forward(step + 1):
+                self._closed(self._forward.arm)()
+        return due
+
+    def spend(self, seconds: float) -> None:
+        """What the rules have cost in a measured step."""
+        self.plan.add(seconds + self._in_hooks)
+        self._in_hooks = 0.0
+        if self._step > 1:
+            typical = (self._clock() - self._first_time) / (self._step - 1)
+            self.plan.adapt(self._step, typical)
+
+    @property
+    def symmetric(self) -> tuple[str, ...]:
+        """Tensors that started like others and still are; see :func:`still_symmetric`."""
+        suspects = [t for t in self.tensors if t.twin or t.equal_rows >= EQUAL_ROWS]
+        with torch.no_grad():
+            return still_symmetric(self._model, suspects)
+
+    def broken(self) -> Broken:
+        """Where weights and gradients are not finite; a full pass over both."""
+        weights, gradients = [], []
+        for name, module in layer_modules(self._model).items():
+            own = list(module.parameters())
+            if not _finite(p.detach() for p in own):
+                weights.append(name)
+            if not _finite(g for p in own if (g := gradient_values(p)) is not None):
+                gradients.append(name)
+        return Broken(tuple(weights), tuple(gradients))
+
+    def close(self) -> None:
+        """Removes all hooks."""
+        self._forward.disarm()
+        self._start.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _take(self, step: int) -> None:
+        seen = self._forward.result(step)
+        if seen is not None:
+            self.passes = [*self.passes[:1], *self.passes[1:][-KEPT:], seen]
+        rates = [float(g["lr"]) for o in self._optimizers for g in o.param_groups if "lr" in g]
+        read = self._gradient.result(step, rate=max(rates, default=math.nan), updates=self._updates)
+        if read is not None:
+            self.gradients.append(read)
+            self._updates = 0
+
+    def _after_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        started = self._clock()
+        self._updates += 1
+        self._modes.on_update(self._step + 1)
+        self._start.on_update(optimizer)
+        if self._due:
+            self._gradient.read(optimizer)
+            self._in_hooks += self._clock() - started
+
+
+class _Start:
+    """Whether gradients were cleared between two updates, from one parameter's own hook."""
+
+    def __init__(self, closed: Callable[..., Any]) -> None:
+        self._closed = closed
+        self._handle: RemovableHandle | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._left: list[Tensor | None] = []  # the gradient that a backward pass started from
+        self._backwards: list[int] = []
+        self._first = True
+        self._done = False
+
+    def on_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's step is over: the next backward pass is the first of an update."""
+        if self._done or self._optimizer not in (None, optimizer):
+            return
+        if self._handle is None:
+            self._watch(optimizer)
+        elif len(self._left) >= WATCHED_UPDATES:
+            self.close()
+        self._first = True
+
+    def facts(self) -> Zeroing:
+        carried = tuple(left is not None and bool(left.any()) for left in self._left)
+        return Zeroing(carried, tuple(self._backwards))
+
+    def close(self) -> None:
+        self._done = True
+        if self._handle is not None:
+            self._handle.remove()
+        self._left = [None if left is None or not bool(left.any()) else left for left in self._left]
+
+    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """The smallest tensor that has learned in this step."""
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        usable = [p for p in parameters if p.is_leaf and type(p) is nn.Parameter]
+        smallest = sorted(usable, key=lambda p: p.numel())[:8]
+        alive = [p for p in smallest if (g := gradient_values(p)) is not None and bool(g.any())]
+        if not alive:
+            return
+        self._optimizer, parameter = optimizer, alive[0]
+
+        def before_accumulation(_: Tensor) -> None:
+            if self._first:
+                self._first = False
+                left = parameter.grad
+                kept = None if left is None else left.detach().reshape(-1)[:64].clone()
+                self._left.append(kept)
+                self._backwards.append(0)
+            if self._backwards:
+                self._backwards[-1] += 1
+
+        self._handle = parameter.register_hook(_Unpickled(self._closed(before_accumulation)))  # type: ignore[no-untyped-call]
+
+
+class _Unpickled(PassingHook):
+    """Of a tensor: pickle drops it without a warning."""
+
+    __torch_unserializable__ = True
+
+
+class _Modes:
+    """The mode of the modules whose result depends on it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [m for m in model.modules() if _depends_on_mode(m)]
+        self.facts = Modes()
+
+    def on_update(self, step: int) -> None:
+        """At an optimizer's step they are still in the mode of the forward pass."""
+        training = sum(module.training for module in self._modules)
+        old = self.facts
+        evaluating = bool(self._modules) and not training
+        again = evaluating and old.updates > 0
+        self.facts = Modes(
+            in_training=training,
+            in_evaluation=len(self._modules) - training,
+            since_step=(old.since_step if again else step) if evaluating else 0,
+            updates=old.updates + 1 if evaluating else 0,
+            was_training=old.was_training or bool(training),
+        )
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    if isinstance(module, _DROPOUT):
+        return module.p > 0
+    return isinstance(module, _BATCH_NORM) and module.track_running_stats
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    found = [t for t in tensors if t.is_floating_point() and not t.is_meta and t.numel()]
+    return all(bool(tensor.isfinite().all()) for tensor in found)

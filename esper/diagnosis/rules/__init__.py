@@ -1,0 +1,1 @@
+"""The rules; each file holds one, which has its name."""

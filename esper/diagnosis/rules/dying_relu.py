@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import math
+
+from esper.contracts import Severity
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.observation import Observation, Unknown
+from esper.diagnosis.probes import READINGS
+
+DEAD = 0.7
+STILL = 0.5
+
+
+class DyingRelu(Rule):
+    """Most units of a layer are off for every input; they and the layers before stop learning."""
+
+    slug = "dying_relu"
+    title = "Dying ReLU"
+    symptom = "Most units of a layer have a gradient of exactly zero, reading after reading."
+    thresholds = (
+        Threshold(
+            "units without a gradient", DEAD, "share", "AutoTrainer (ICSE'21), DeepDiagnosis"
+        ),
+        Threshold("readings in a row", READINGS, "readings", "chosen: small batches miss units"),
+        Threshold("to resolve", STILL, "share", "chosen"),
+    )
+    severity = Severity.SERIOUS
+    false_alarm = (
+        "A layer whose inputs are mostly zero, or a mixture that does not use its experts."
+    )
+    advice = (
+        "If it was sudden, return to a checkpoint before it with a lower learning rate; otherwise "
+        "give the dead units a new start, or use LeakyReLU, GELU or normalisation."
+    )
+    remedies = (RemedySlug.REWIND, RemedySlug.RECYCLE, RemedySlug.SET_LR)
+    explained_by = frozenset({"non_finite", "unreached"})
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        reading = observation.last_gradients
+        if reading.readings < READINGS:
+            raise Unknown("too few readings of the gradients")
+        known = {tensor.name for tensor in observation.tensors}
+        shares: dict[str, float] = {}
+        for row in reading.rows:
+            if row.name in known and not math.isnan(row.dead_rows) and math.isfinite(row.norm):
+                # The smallest of a layer's matrices: a recurrent one may have no past to learn.
+                layer = row.name.rpartition(".")[0]
+                shares[layer] = min(row.dead_rows, shares.get(layer, 1.0))
+        ordered = [name for name in observation.layers if name in shares]
+        if len(ordered) < 2:
+            raise Unknown("fewer than two layers have units whose gradient is known")
+        if all(shares[name] == 1 for name in ordered) and not observation.some_gradient:
+            raise Unknown("the whole gradient is zero")
+        limit = STILL if memory.is_open else DEAD
+        # The last layer has no activation of its own: what follows it is the loss. Behind a layer
+        # that is dead as a whole, everything before it is without gradient too: it began there.
+        dead = [name for name in ordered[:-1] if shares[name] >= limit]
+        if not dead:
+            return None
+        worst = dead[-1]
+        return Evidence(
+            observed=f"{shares[worst]:.0%} of the units of {worst} had a gradient of exactly zero "
+            f"in {READINGS} readings in a row",
+            limit=f"less than {DEAD:.0%}",
+            signal="grad",
+            value=shares[worst],
+            began_at=worst,
+        )

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from esper.contracts import Severity, ViolationRule
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.observation import Observation, Unknown
+
+FEW = 0.1
+
+
+class FrozenPart(Rule):
+    """Only vectors train, such as the gains of norms, while all matrices are frozen."""
+
+    slug = "frozen_part"
+    title = "A part is frozen"
+    symptom = "All weight matrices are frozen; only norms and biases learn."
+    thresholds = (Threshold("trainable share of the parameters", FEW, "share", "norms hold less"),)
+    severity = Severity.CAUTION
+    false_alarm = "A fine-tuning that trains only biases (BitFit) or norms on purpose."
+    advice = "Set requires_grad=True on the matrices that should learn."
+    remedies = (RemedySlug.THAW, RemedySlug.TELL)
+    violation = ViolationRule.DIAGNOSIS
+    closes_after = 1
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        matrices = [tensor for tensor in observation.tensors if tensor.is_matrix]
+        total = observation.frozen + observation.trainable
+        if not matrices or not total:
+            raise Unknown("the parameters before the first update are not known")
+        share = observation.trainable / total
+        if share >= FEW or not observation.trainable or observation.trainable_matrices:
+            return None
+        return Evidence(
+            observed=f"{observation.frozen:,} of {total:,} parameters are frozen; no weight matrix "
+            "learns",
+            limit="a weight matrix that learns",
+            signal="requires_grad",
+            value=share,
+            began_at=observation.frozen_layers[0] if observation.frozen_layers else "",
+        )

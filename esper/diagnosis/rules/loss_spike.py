@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import math
+
+from esper.contracts import Severity, ViolationRule
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.observation import Observation
+from esper.grafting.guard import LossGuard
+
+
+class LossSpike(Rule):
+    """The loss jumps far above its own recent level, and stays there for three steps."""
+
+    slug = "loss_spike"
+    title = "Loss spike"
+    symptom = "The loss is far above its level of the last 20 steps, three times in a row."
+    thresholds = (
+        Threshold("loss / mean of the last 20", 3.0, "ratio", "the guard of esper.grafting"),
+        Threshold("distance from that mean", 6.0, "standard deviations", "the same"),
+    )
+    severity = Severity.CRITICAL
+    false_alarm = "New data that is much harder, such as the next stage of a curriculum."
+    advice = (
+        "Look at the learning rate and at the batches before the jump; if the loss does not come "
+        "back, return to a checkpoint before it."
+    )
+    remedies = (RemedySlug.CLIP_LAYER, RemedySlug.SET_LR, RemedySlug.REWIND)
+    violation = ViolationRule.LOSS_BLOW_UP
+    every_step = True
+    closes_after = 1
+    explained_by = frozenset({"non_finite"})
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        guard: LossGuard = memory.notes.setdefault("guard", LossGuard())
+        for step, loss in observation.losses_after(memory.notes.get("step", -1)):
+            memory.notes["step"] = step
+            if not math.isfinite(loss):
+                continue
+            verdict = guard.observe(loss)
+            if verdict is not None:
+                memory.notes.update(text=verdict.text, limit=verdict.limit, since=step - 2, at=step)
+            elif "at" in memory.notes and loss <= memory.notes["limit"]:
+                memory.notes.pop("at")
+        if "at" not in memory.notes:
+            return None
+        return Evidence(
+            observed=memory.notes["text"],
+            limit=f"{memory.notes['limit']:.4g}",
+            signal="loss",
+            value=observation.loss,
+            since_step=memory.notes["since"],
+        )

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import math
+
+from esper.contracts import Severity
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.observation import Observation, Unknown
+
+SMALLEST = 1e-6
+
+
+class NothingMoves(Rule):
+    """The loop runs and reports numbers, and no weight changes."""
+
+    slug = "nothing_moves"
+    title = "Nothing moves"
+    symptom = "The optimizer makes steps with a learning rate above zero, and no weight changes."
+    thresholds = (
+        Threshold("tensors that changed", 0, "share", "TrainCheck (OSDI'25)"),
+        Threshold("largest gradient norm", SMALLEST, "L2", "rounding of float32"),
+    )
+    severity = Severity.CRITICAL
+    false_alarm = "Gradients that are exactly zero because the loss is already zero."
+    advice = (
+        "Check that the optimizer was made from the parameters of this model, after .to() and "
+        "after loading it, and that a step is not smaller than the rounding of the weights' dtype."
+    )
+    remedies = (RemedySlug.ADOPT, RemedySlug.SET_LR, RemedySlug.TELL)
+    closes_after = 1
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        reading = observation.last_gradients
+        if math.isnan(reading.moved) or not reading.updates:
+            raise Unknown("no two readings with an update between them")
+        if not reading.rate > 0:
+            raise Unknown("the learning rate is zero")
+        if reading.moved > 0:
+            memory.notes["moved"] = True
+        # An optimizer that has converged stops too, such as L-BFGS.
+        if memory.notes.get("moved"):
+            return None
+        if not any(row.norm > SMALLEST for row in reading.rows):
+            raise Unknown("no tensor has a gradient above zero")
+        return Evidence(
+            observed=f"no tensor changed in {reading.updates} updates at a learning rate of "
+            f"{reading.rate:.3g}, although gradients are above zero",
+            limit="weights that change",
+            signal="weights",
+            value=0.0,
+            since_step=max(1, observation.step - reading.updates),
+        )

@@ -1,0 +1,148 @@
+"""Drives the diagnosis of one run: what is measured goes to the rules, their findings to people."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+from torch import nn
+
+from esper.contracts import Finding, HealthFrame, LayerInfo, ViolationRule
+from esper.diagnosis import Change, Diagnosed, Diagnosis, Observation, Recorder
+from esper.diagnosis.observation import Broken
+from esper.fail_closed import FailClosed
+from esper.grafting import Surroundings
+from esper.grafting.graph import count_of
+from esper.health.features import MAX_FRAMES
+from esper.sdk.findings import Findings
+from esper.sdk.run_state import LOSSES_KEPT, RunState
+
+HELD_OUT = ("eval_loss", "val_loss", "valid_loss", "validation_loss")
+HELD_OUT_KEPT = 500
+RATES_KEPT = 4_000
+LATEST = 256  # losses for the rules that are checked in each step
+JUMP = 3.0  # times the recent loss: worth a check outside the plan
+WATCHED_STEPS = 200  # of the session, in which the first updates are counted
+
+
+class DiagnosisWatch:
+    """The findings of the rules, for one run.
+
+    Args:
+        findings: where they are reported.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        surroundings: Surroundings,
+        run: RunState,
+        findings: Findings,
+        fail_closed: FailClosed,
+    ) -> None:
+        self._model = model
+        self._run = run
+        self._findings = findings
+        self.recorder = Recorder(model, surroundings.optimizers, fail_closed)
+        self.diagnosis = Diagnosis()
+        self._optimizers = surroundings.optimizers
+        self._layers: tuple[str, ...] = ()
+        self._frames: deque[HealthFrame] = deque(maxlen=MAX_FRAMES)
+        self._held_out: deque[tuple[int, float]] = deque(maxlen=HELD_OUT_KEPT)
+        self._rates: deque[tuple[int, float]] = deque(maxlen=RATES_KEPT)
+        self._recent = math.nan  # slow mean of the finite losses
+        self._updates_seen = 0
+        self._broken: Broken | None = None  # looked up once when the loss stops being finite
+
+    def open(self, layers: tuple[LayerInfo, ...]) -> None:
+        """The first step is over, so the layers are known."""
+        self._layers = tuple(layer.name for layer in layers if layer.in_shape)
+
+    def on_step(
+        self, loss: float | None, frame: HealthFrame | None, metrics: Mapping[str, float]
+    ) -> None:
+        """A step of the session is over."""
+        if frame is not None:
+            self._frames.append(frame)
+        held_out = next((metrics[name] for name in HELD_OUT if name in metrics), None)
+        if held_out is not None:
+            self._held_out.append((self._run.step, float(held_out)))
+        planned = self.recorder.on_step(self._run.step)
+        if planned:
+            self._rates.append((self._run.step, self._rate()))
+        urgent = self._is_urgent(loss)
+        if planned or held_out is not None or urgent:
+            started = time.perf_counter()
+            self._check(every_step_only=not planned and held_out is None)
+            if planned:
+                self.recorder.spend(time.perf_counter() - started)
+
+    def close(self) -> None:
+        self.recorder.close()
+
+    def _is_urgent(self, loss: float | None) -> bool:
+        """A hard fault may have begun or ended in this step."""
+        updates = len(self.recorder.zeroing.carried) if self._run.step <= WATCHED_STEPS else 0
+        changed, self._updates_seen = updates != self._updates_seen, updates
+        if loss is None:
+            return changed
+        if not math.isfinite(loss):
+            self._broken = self._broken or self.recorder.broken()
+            return True
+        self._broken = None
+        jumped = loss > JUMP * abs(self._recent)
+        known = not math.isnan(self._recent)
+        self._recent = 0.9 * self._recent + 0.1 * loss if known else loss
+        hard = any(diagnosed.rule.every_step for diagnosed in self.diagnosis.open)
+        return changed or jumped or hard
+
+    def _check(self, *, every_step_only: bool) -> None:
+        observation = self._observe(LATEST if every_step_only else LOSSES_KEPT)
+        for change, diagnosed in self.diagnosis.check(observation, every_step_only=every_step_only):
+            self._report(change, diagnosed)
+
+    def _report(self, change: Change, diagnosed: Diagnosed) -> None:
+        if diagnosed.rule.by_ledger:
+            return  # the ledger reports it tensor by tensor, and from the start
+        self._findings.report(change, diagnosed.finding())
+
+    def _observe(self, kept: int) -> Observation:
+        run, recorder = self._run, self.recorder
+        losses = list(run.losses)[-kept:]
+        parameters = list(self._model.named_parameters())
+        trainable = {name: p for name, p in parameters if p.requires_grad}
+        learning = {name.rpartition(".")[0] for name in trainable}
+        frozen = {name: p for name, p in parameters if not p.requires_grad}
+        still = dict.fromkeys(name.rpartition(".")[0] for name in frozen)
+        return Observation(
+            step=run.step,
+            layers=self._layers,
+            frames=tuple(self._frames),
+            loss_steps=np.array([step for step, _ in losses], dtype=np.int64),
+            losses=np.array([loss for _, loss in losses], dtype=np.float64),
+            held_out=tuple(self._held_out),
+            rates=tuple(self._rates),
+            ledger=self._ledger(),
+            tensors=recorder.tensors,
+            symmetric=recorder.symmetric,
+            frozen=sum(map(count_of, frozen.values())),
+            trainable=sum(map(count_of, trainable.values())),
+            trainable_matrices=sum(p.ndim >= 2 for p in trainable.values()),
+            frozen_layers=tuple(layer for layer in still if layer not in learning),
+            passes=tuple(recorder.passes),
+            gradients=tuple(recorder.gradients),
+            zeroing=recorder.zeroing,
+            modes=recorder.modes,
+            broken=self._broken or Broken(),
+        )
+
+    def _ledger(self) -> tuple[Finding, ...]:
+        found = self._findings.all()
+        return tuple(f for f in found if f.rule == ViolationRule.OPTIMIZER_LEDGER)
+
+    def _rate(self) -> float:
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        return max((float(group["lr"]) for group in groups if "lr" in group), default=math.nan)
