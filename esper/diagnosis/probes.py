@@ -29,7 +29,7 @@ from esper.diagnosis.observation import (
 )
 from esper.fail_closed import FailClosed
 from esper.grafting.graph import kind_of, layer_modules
-from esper.grafting.slot import SLOT_NAME, PassingHook, first_tensor
+from esper.grafting.slot import SLOT_NAME, PassingHook, first_tensor, is_opaque
 from esper.health.optimizer_steps import dense, has_numbers, norms_of
 
 ROWS = 64
@@ -159,6 +159,8 @@ class ForwardProbe:
         for name, module in layer_modules(self._model).items():
             hook = self._hook(partial(self._see_layer, name))
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        if is_opaque(self._model):
+            return
         hook = self._hook(self._see_model)
         self._handles.append(self._model.register_forward_hook(hook, with_kwargs=True))
 
