@@ -17,7 +17,7 @@ from esper.grafting.copies import audit_copies, check_copy, let_follow
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
 from esper.grafting.guard import GuardVerdict, LossGuard, non_finite_gradients
 from esper.grafting.ledger import add_group, audit
-from esper.grafting.loading import load_state_dict
+from esper.grafting.loading import build_grafts_of_loaded_states, load_state_dict
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.movement import MovementWatch
 from esper.grafting.receipts import ChangeReceipt, Receipt, RemedyReceipt, UndoReceipt
@@ -61,6 +61,7 @@ __all__ = [
     "apply_graft",
     "audit",
     "audit_copies",
+    "build_grafts_of_loaded_states",
     "certify",
     "check_copy",
     "check_manifest",

@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from esper.grafting.receipts import Receipt
 from esper.grafting.slot import SLOT_NAME, find_slot, slots
 from esper.grafting.state_dicts import (
+    Difference,
+    LoadHooks,
     check_known,
     compare,
     follow_whole_states,
@@ -50,15 +53,9 @@ def load_state_dict(
     several = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     surroundings = Surroundings(tuple(entry for entry in several if entry is not None))
     fitting = _with_ties(model, _without_wrappers(model, state))
-    difference = compare(model, fitting)
-    check_known(difference)
-    check_manifest(model, difference.coming, surroundings, other_versions=other_versions)
     slotted = {layer for layer, _, _ in slots(model)}
-    for layer, slug in difference.leaving:
-        slot = find_slot(model, layer)
-        assert slot is not None
-        slot.leave(slug)
-    built = rebuild(model, difference.coming, surroundings, other_versions=other_versions)
+    difference = compare(model, fitting)
+    built = _adopt(model, difference, surroundings, other_versions=other_versions)
     try:
         result = model.load_state_dict(fitting, strict=strict)
     except BaseException:
@@ -66,6 +63,35 @@ def load_state_dict(
         raise
     follow_whole_states(model)
     return result
+
+
+def build_grafts_of_loaded_states(model: nn.Module) -> LoadHooks:
+    """Until it is closed, ``model.load_state_dict`` builds the grafts of the state that it loads.
+
+    For a model that nothing trains; a session does this for the one that it watches.
+    """
+
+    def before(state: dict[str, Any], prefix: str) -> None:
+        _adopt(model, compare(model, state, prefix), Surroundings())
+
+    return LoadHooks(model, before, lambda: follow_whole_states(model))
+
+
+def _adopt(
+    model: nn.Module,
+    difference: Difference,
+    surroundings: Surroundings,
+    *,
+    other_versions: bool = False,
+) -> tuple[Receipt, ...]:
+    """Gives the model the grafts of a state, without their weights; all of them or none."""
+    check_known(difference)
+    check_manifest(model, difference.coming, surroundings, other_versions=other_versions)
+    for layer, slug in difference.leaving:
+        slot = find_slot(model, layer)
+        assert slot is not None
+        slot.leave(slug)
+    return rebuild(model, difference.coming, surroundings, other_versions=other_versions)
 
 
 def _without_wrappers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from esper.grafting.manifest import MANIFEST_KEY, unpack
 from esper.grafting.slot import (
     LOAD_HOOK_MARK,
     SLOT_NAME,
+    PassingHook,
     find_host,
     find_slot,
     follows_loads,
@@ -75,7 +76,9 @@ def compare(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> Dif
         gone = [slug for slug in mine if affected and not saved.holds(slug, mine[slug])]
         leaving += [(layer, slug) for slug in gone]
         fresh = saved.slugs - (mine.keys() - gone)
-        coming += [_at(entry, layer) for entry in saved.entries if entry["blueprint"] in fresh]
+        coming += [
+            _at(entry, model, layer) for entry in saved.entries if entry["blueprint"] in fresh
+        ]
         if fresh - {entry["blueprint"] for entry in saved.entries}:
             unknown.append(layer)
     return Difference(tuple(leaving), tuple(coming), tuple(unknown))
@@ -125,6 +128,56 @@ def follow_whole_states(model: nn.Module) -> None:
     hooks = model._load_state_dict_pre_hooks.values()
     if not any(map(follows_loads, hooks)) and any(True for _ in slots(model)):
         _before_loads(model)
+
+
+class _Following(PassingHook):
+    """A hook of :class:`LoadHooks`."""
+
+
+def is_followed(model: nn.Module) -> bool:
+    """A session, or a callback of a framework, brings the model's grafts in line with its loads."""
+    return any(
+        isinstance(getattr(hook, "hook", None), _Following)
+        for module in model.modules()
+        for hook in module._load_state_dict_pre_hooks.values()
+    )
+
+
+class LoadHooks:
+    """torch's hooks around a model's loads, which copies and pickle leave behind.
+
+    Args:
+        before: called with the state, which it may change, and the prefix of the model's names in
+            it. What it raises ends the load before anything is loaded.
+        after: called when the load is over.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        before: Callable[[dict[str, Any], str], object],
+        after: Callable[[], object],
+    ) -> None:
+        self._before, self._after = before, after
+        register: Callable[..., RemovableHandle] = model.register_load_state_dict_pre_hook
+        finish: Callable[..., RemovableHandle] = model.register_load_state_dict_post_hook
+        self._handles = [register(_Following(self._enter)), finish(_Following(self._leave))]
+
+    def close(self) -> None:
+        """Not during a load."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        try:
+            self._before(state, prefix)
+        except EsperError:
+            raise
+        except Exception as error:
+            raise ConfigurationError(problem(error)) from error
+
+    def _leave(self, module: nn.Module, keys: Any) -> None:
+        self._after()
 
 
 def _before_loads(module: nn.Module) -> RemovableHandle:
@@ -202,6 +255,12 @@ def _loaded_tensors(model: nn.Module, state: Mapping[str, Any], prefix: str) -> 
     }
 
 
+def pop_grafts(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Takes the entries of grafts out of a state, and returns them with the model's own names."""
+    keys = [key for key in state if _split(key, prefix)[1]]
+    return {key.removeprefix(prefix): state.pop(key) for key in keys}
+
+
 def named_tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, shared ones under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
@@ -214,5 +273,11 @@ def _own_tensors(model: nn.Module, layer: str) -> set[int]:
     return {id(t) for name, t in named_tensors_of(host) if SLOT_NAME not in name.split(".")}
 
 
-def _at(entry: dict[str, Any], layer: str) -> dict[str, Any]:
-    return {**entry, "layer": {**entry["layer"], "name": layer}}
+def _at(entry: dict[str, Any], model: nn.Module, layer: str) -> dict[str, Any]:
+    """For the layer as it is in this model, which may be of another precision or wrapped."""
+    described = {**entry["layer"], "name": layer}
+    host = dict(model.named_modules()).get(layer)
+    own = next((p for p in host.parameters() if p.is_floating_point()), None) if host else None
+    if own is not None:
+        described["dtype"] = str(own.dtype).removeprefix("torch.")
+    return {**entry, "layer": described}

@@ -39,7 +39,7 @@ from esper.grafting.slot import find_host, slot_of
 from esper.grafting.state_dicts import Difference
 from esper.health import HealthSampler
 from esper.remedies import GoodStates, Target, apply_remedy, get_remedy
-from esper.sdk import checkpoint
+from esper.sdk import checkpoint, framework_loads
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.changes import Changes
 from esper.sdk.findings import Findings, LedgerWatch, came_back, left_by_load
@@ -420,6 +420,7 @@ class Surgery:
             return surgery is not None and surgery._left_by_load(adaptation)
 
         slot.on_leave(adaptation.blueprint, leave)
+        framework_loads.install()
 
     def _left_by_load(self, adaptation: Adaptation) -> bool:
         """True: a finding tells of it."""

@@ -1,9 +1,9 @@
-"""A framework's own checkpoint as it would be without Esper.
+"""A framework's own checkpoint of optimizers and schedulers, as it would be without Esper.
 
-Lightning and the HF Trainer load model and optimizer before any callback could rebuild a graft, and
-stop when they find tensors and groups that the fresh model does not have. So their part of a
-checkpoint leaves out what belongs to grafts; Esper's part holds it by name. Such a checkpoint can
-also be loaded where Esper is not installed: it gives the model without its grafts.
+Lightning and the HF Trainer load the optimizers before any callback could rebuild a graft, and stop
+when they find groups that the fresh optimizer does not have. So their part of a checkpoint leaves
+out what belongs to grafts; Esper's part holds it by name. The model's part holds the grafts, as it
+would be another model without them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from esper.grafting.ledger import GROUP_LISTS, is_own_key, is_users_group
-from esper.grafting.slot import SLOT_NAME
 
 # [optimizer][group][tensor], as the script made them
 Layout = Sequence[Sequence[Sequence[Tensor]]]
@@ -27,11 +26,6 @@ def layout_of(optimizers: Sequence[torch.optim.Optimizer]) -> Layout:
         [list(group["params"]) for group in optimizer.param_groups if is_users_group(group)]
         for optimizer in optimizers
     ]
-
-
-def plain_model_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A model's state dict without the slots' entries."""
-    return {name: value for name, value in state.items() if SLOT_NAME not in name.split(".")}
 
 
 def plain_optimizer_state(

@@ -33,12 +33,14 @@ except ImportError as error:  # the library itself does not need it
 from esper.exceptions import ConfigurationError, EsperError
 from esper.fail_closed import FailClosed
 from esper.grafting.ledger import unwrap_optimizer
+from esper.sdk import framework_loads
 from esper.sdk.attaching import attach
 from esper.sdk.export.plain_checkpoints import plain_scheduler_state
 from esper.sdk.frameworks.callbacks import inside_the_loop, step
 from esper.sdk.session import RunStopped, Session, patience_for, reason_of
 
 logger = logging.getLogger("esper")
+framework_loads.install()
 
 ESPER_FILE = "esper.pt"
 _MARK = "esper"  # in trainer_state.json: this checkpoint has a file of ours

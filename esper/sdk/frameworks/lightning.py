@@ -1,9 +1,10 @@
 """Esper in a Lightning training: ``Trainer(callbacks=[EsperCallback(run="my-run")])``.
 
-setup, checkpoint   Lightning restores the module, the optimizers and the schedulers
+setup, checkpoint   Lightning restores the module, the optimizers and the schedulers. To fit, the
+                    grafts of the module wait until the optimizers exist
 on_train_start      attach; what a checkpoint held of Esper is rebuilt
 on_train_batch_end  one ``session.step`` for each optimizer step, however many batches it took
-on_save_checkpoint  Esper's state joins Lightning's checkpoint, whose own parts stay plain
+on_save_checkpoint  Esper's state joins Lightning's checkpoint, whose optimizers stay plain
 on_fit_end, on_exception   the session is closed, with the reason
 """
 
@@ -23,12 +24,15 @@ except ImportError as error:  # the library itself does not need it
 
 from esper.exceptions import EsperError
 from esper.grafting.ledger import unwrap_optimizer
+from esper.grafting.state_dicts import LoadHooks, pop_grafts
+from esper.sdk import framework_loads
 from esper.sdk.attaching import attach
-from esper.sdk.export.plain_checkpoints import plain_model_state, plain_scheduler_state
+from esper.sdk.export.plain_checkpoints import plain_scheduler_state
 from esper.sdk.frameworks.callbacks import inside_the_loop, step
 from esper.sdk.session import RunStopped, Session, patience_for, reason_of
 
 logger = logging.getLogger("esper")
+framework_loads.install()
 
 CHECKPOINT_KEY = "esper"
 
@@ -51,10 +55,25 @@ class EsperCallback(Callback):
         self._saved: dict[str, Any] | None = None
         self._losses: list[float] = []  # of the batches since the last optimizer step
         self._steps = 0  # the trainer's, at our last one
+        self._loads: LoadHooks | None = None
+        self._grafts: dict[str, Any] = {}  # their entries in the module's state, still to be loaded
+
+    @inside_the_loop("A fit cannot go on from a checkpoint with grafts.")
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning may load a checkpoint next, and makes the optimizers then."""
+        self._end_loads()
+        self._grafts.clear()
+        if stage == "fit":
+            self._loads = LoadHooks(pl_module, self._put_aside, lambda: None)
+
+    @inside_the_loop("A load hook stays in the module.")
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._end_loads()
 
     @inside_the_loop("The fit is not watched.", raises=(EsperError,))
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches: optimizers and schedulers exist, and hold what a checkpoint held."""
+        self._end_loads()
         if self.session is not None:  # fitted once more
             self.session.close()
         configs = trainer.lr_scheduler_configs
@@ -69,6 +88,9 @@ class EsperCallback(Callback):
         saved, self._saved = self._saved, None
         if saved is not None:
             self.session.load_state_dict(saved)
+        elif self._grafts:  # saved by Lightning alone, as with save_weights_only
+            pl_module.load_state_dict({**pl_module.state_dict(), **self._grafts})
+        self._grafts.clear()
         self._losses.clear()
         self._steps = trainer.global_step
 
@@ -107,7 +129,7 @@ class EsperCallback(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds Esper's state, and leaves what belongs to grafts out of the rest."""
+        """Adds Esper's state, and leaves grafts out of the optimizers' and schedulers'."""
         session = self.session
         if session is None:
             return
@@ -121,11 +143,19 @@ class EsperCallback(Callback):
         checkpoint.update(
             {
                 CHECKPOINT_KEY: session.state_dict(),
-                "state_dict": plain_model_state(checkpoint["state_dict"]),
                 "optimizer_states": session.plain_optimizer_states(),
                 "lr_schedulers": schedulers,
             }
         )
+
+    def _put_aside(self, state: dict[str, Any], prefix: str) -> None:
+        """The optimizers are made next, and must not find the grafts in the module."""
+        self._grafts = pop_grafts(state, prefix)
+
+    def _end_loads(self) -> None:
+        if self._loads is not None:
+            self._loads.close()
+            self._loads = None
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -39,10 +39,12 @@ def test_a_fit_is_stepped_grafted_saved_and_goes_on_in_a_new_process(tmp_path: P
     assert answer.stdout.strip() == expected, answer.stderr
 
 
-def test_its_checkpoint_loads_where_there_is_no_esper(tmp_path: Path) -> None:
+def test_the_optimizers_of_its_checkpoint_are_plain_and_its_model_is_whole(tmp_path: Path) -> None:
+    """Without its grafts it would be another model, which loads without an error."""
     fit(tmp_path)
     saved = torch.load(tmp_path / f"step={SAVE_AT}.ckpt", weights_only=True)
-    assert not any("esper" in name.split(".") for name in saved["state_dict"])
+    grafts = {name.split(".esper.")[0] for name in saved["state_dict"] if ".esper." in name}
+    assert grafts == {"body.1", "body.3"}
     (optimizer,) = saved["optimizer_states"]
     assert len(optimizer["param_groups"]) == 1
     assert not any(key.startswith("esper") for key in optimizer["param_groups"][0])

@@ -1,0 +1,126 @@
+"""Loads of frameworks that no hook of torch sees; they build a saved model's grafts too.
+
+``LightningModule.load_from_checkpoint`` and ``PreTrainedModel.from_pretrained`` make the model
+themselves, so nothing of Esper is in it when they load. :func:`install` replaces the two methods,
+once a model of the framework is grafted or Esper's callback for it is imported. Without grafts in
+what is loaded they do what they did.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from esper import grafting
+from esper.exceptions import ConfigurationError
+from esper.fail_closed import FailClosed
+from esper.grafting.state_dicts import is_followed, pop_grafts
+
+logger = logging.getLogger("esper")
+
+_MARK = "_builds_grafts_of_esper"
+
+
+def install() -> None:
+    """For those of the frameworks that the script has imported. A second call does nothing."""
+    closed = FailClosed()
+    missing = "Grafts in a checkpoint are not built by the framework's own load."
+    for name, replace in _REPLACED.items():
+        module = sys.modules.get(name)
+        if module is not None:
+            closed.run(partial(replace, module), part=f"load of {name}", unmeasured=missing)
+
+
+def _in_lightning(lightning: Any) -> None:
+    kind = lightning.LightningModule
+    load = kind.load_state_dict
+    if hasattr(load, _MARK):
+        return
+
+    @wraps(load)
+    def load_state_dict(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if not pop_grafts(dict(state_dict)) or is_followed(self):
+            return load(self, state_dict, *args, **kwargs)
+        hooks = grafting.build_grafts_of_loaded_states(self)
+        try:
+            return load(self, state_dict, *args, **kwargs)
+        finally:
+            hooks.close()
+
+    setattr(load_state_dict, _MARK, True)
+    kind.load_state_dict = load_state_dict
+
+
+def _in_transformers(transformers: Any) -> None:
+    kind = transformers.PreTrainedModel
+    load = kind.from_pretrained.__func__
+    if hasattr(load, _MARK):
+        return
+
+    @wraps(load)
+    def from_pretrained(cls: type[nn.Module], name: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(cls, name, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        saved = _grafts_of_folder(name, kwargs.get("subfolder", ""))
+        if saved:
+            _build(model, saved)
+        return loaded
+
+    setattr(from_pretrained, _MARK, True)
+    kind.from_pretrained = classmethod(from_pretrained)
+
+
+def _grafts_of_folder(name: Any, subfolder: str) -> dict[str, Tensor]:
+    """The entries of grafts in a folder that ``save_pretrained`` wrote; none for a model's id."""
+    folder = Path(str(name)) / subfolder
+    if not folder.is_dir():
+        return {}
+    from safetensors import safe_open  # comes with transformers
+
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in pop_grafts(dict.fromkeys(tensors.keys())):
+                found[key] = tensors.get_tensor(key)
+    return found
+
+
+def _build(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Builds those grafts whose layer this class of model has, under one of its names."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    fitting = {}
+    for key, tensor in saved.items():
+        for name in (key, key.removeprefix(prefix), prefix + key):
+            if _has_layer(model, name.partition(".esper.")[0]):
+                fitting[name] = tensor
+                break
+    if not fitting:
+        return
+    try:
+        grafting.load_state_dict(model, fitting, strict=False)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"the folder holds grafts that cannot be built in this {type(model).__name__}: {error}"
+        ) from error
+    layers = sorted({name.partition(".esper.")[0] for name in fitting})
+    logger.warning("The saved model's grafts at %s were built again.", ", ".join(layers))
+
+
+def _has_layer(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+_REPLACED = {
+    "lightning.pytorch": _in_lightning,
+    "pytorch_lightning": _in_lightning,
+    "transformers": _in_transformers,
+}
