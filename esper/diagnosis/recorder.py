@@ -40,7 +40,7 @@ from esper.diagnosis.probes import (
 from esper.fail_closed import FailClosed
 from esper.grafting.graph import layer_modules
 from esper.grafting.guard import gradient_values
-from esper.grafting.ledger import unwrap_optimizer
+from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.slot import PassingHook
 
 FIRST_STEPS = (1, 2, 3, 5, 10, 20, 30, 40, 50)

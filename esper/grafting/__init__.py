@@ -13,10 +13,11 @@ from esper.contracts import LayerInfo
 from esper.exceptions import UnknownLayerError
 from esper.grafting.apply import apply_graft
 from esper.grafting.certify import certify, sample_input, stand_in
+from esper.grafting.companion import accompany, companions_of
 from esper.grafting.copies import audit_copies, check_copy, let_follow
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
 from esper.grafting.guard import GuardVerdict, LossGuard, non_finite_gradients
-from esper.grafting.ledger import add_group, audit
+from esper.grafting.ledger import audit
 from esper.grafting.loading import build_grafts_of_loaded_states, load_state_dict
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.movement import MovementWatch
@@ -34,6 +35,8 @@ from esper.grafting.slot import (
 from esper.grafting.snapshot import Snapshot, SnapshotMemory, digest
 from esper.grafting.structure import (
     check_manifest,
+    companion_states_by_name,
+    load_companion_states_by_name,
     load_optimizer_state_by_name,
     optimizer_state_by_name,
     rebuild,
@@ -57,7 +60,7 @@ __all__ = [
     "SnapshotMemory",
     "Surroundings",
     "UndoReceipt",
-    "add_group",
+    "accompany",
     "apply_graft",
     "audit",
     "audit_copies",
@@ -65,11 +68,14 @@ __all__ = [
     "certify",
     "check_copy",
     "check_manifest",
+    "companion_states_by_name",
+    "companions_of",
     "describe_layer",
     "digest",
     "find_host",
     "graft",
     "let_follow",
+    "load_companion_states_by_name",
     "load_optimizer_state_by_name",
     "load_state_dict",
     "non_finite_gradients",
@@ -105,9 +111,9 @@ def graft(
     Args:
         layer: name of the layer, as in ``model.named_modules()``.
         blueprint: slug or id.
-        optimizer: trains the new weights. Without one nothing trains them, which is said on the
-            console; ``optimizer=None`` says that you add ``receipt.graft.parameters()`` to an
-            optimizer of your own.
+        optimizer: trains the layer. The new weights get a companion, which steps with it. Without
+            one nothing trains them, which is said on the console; ``optimizer=None`` says that you
+            add ``receipt.graft.parameters()`` to an optimizer of your own.
         sample: model input (a tensor, a tuple of arguments or a dict of keyword arguments) that is
             run once, without gradients, to trace the layer's shapes. Needed for layers whose
             weights do not define them (convolutions) and for blueprints that need a sequence.

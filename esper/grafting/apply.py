@@ -1,6 +1,6 @@
 """Applies a graft to a live model.
 
-    check → snapshot → build → certify on the side → swap in → optimizer group
+    check → snapshot → build → certify on the side → swap in → companion optimizer
 An exception at any point leaves model, optimizer and random streams as they were. Where the model
 has replicas, all ranks apply the graft, or none does (:mod:`esper.grafting.replicas`).
 """
@@ -21,11 +21,12 @@ from esper.blueprints import Blueprint, Graft, get_blueprint
 from esper.blueprints.gradient_reduction import GradientReduction
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import CertificateError, IncompatibleLayerError
-from esper.grafting import ledger
 from esper.grafting.certify import certify, sample_input
 from esper.grafting.communication_hooks import certify_reduction
+from esper.grafting.companion import Companion, accompany
 from esper.grafting.copies import let_follow
 from esper.grafting.manifest import GraftRecord
+from esper.grafting.optimizers import optimizer_of
 from esper.grafting.receipts import Receipt
 from esper.grafting.replicas import Joint, Replicas, jointly
 from esper.grafting.slot import (
@@ -145,7 +146,7 @@ def _apply(
                 replicas=surroundings.replicas,
             ),
         )
-        group = insert_graft(model, record, fresh, surroundings)
+        companion = insert_graft(model, record, fresh, surroundings)
         let_follow(model, surroundings.copies)
         receipt = Receipt(
             layer=layer.name,
@@ -157,7 +158,7 @@ def _apply(
             _model=model,
             _graft=fresh,
             _surroundings=surroundings,
-            _group=group,
+            _companion=companion,
             _snapshot=snapshot,
         )
         follow_whole_states(model)
@@ -174,8 +175,8 @@ def _apply(
 
 def insert_graft(
     model: nn.Module, record: GraftRecord, graft: Graft, surroundings: Surroundings
-) -> ledger.GroupReceipt | None:
-    """Inserts a graft and adds it to the layer's optimizer; on an error, neither is done."""
+) -> Companion | None:
+    """Inserts a graft, and lets it train beside the layer's optimizer; on an error, neither."""
     host = find_host(model, record.layer.name)
     had_slot = slot_of(host) is not None
     try:
@@ -183,23 +184,23 @@ def insert_graft(
         slot = slot_of(host)
         assert slot is not None
         slot.insert(record, graft)
-        group = _join_optimizer(host, record, graft, surroundings)
-        follow_loads(model, host, record.blueprint, _leaving(model, group, surroundings))
-        return group
+        companion = _accompany(host, record, graft, surroundings)
+        follow_loads(model, host, record.blueprint, _leaving(model, companion, surroundings))
+        return companion
     except BaseException:
         _withdraw(model, record.layer.name, record.blueprint, had_slot=had_slot)
         raise
 
 
 def _leaving(
-    model: nn.Module, group: ledger.GroupReceipt | None, surroundings: Surroundings
+    model: nn.Module, companion: Companion | None, surroundings: Surroundings
 ) -> Callable[[], None]:
     """For a graft that a loaded state takes out."""
     living = weakref.ref(model)  # the graft is part of it
 
     def leave() -> None:
-        if group is not None:
-            group.remove()
+        if companion is not None:
+            companion.leave()
         found = living()
         if found is not None and surroundings.copies:
             let_follow(found, surroundings.copies)
@@ -207,19 +208,19 @@ def _leaving(
     return leave
 
 
-def _join_optimizer(
+def _accompany(
     host: nn.Module, record: GraftRecord, graft: Graft, surroundings: Surroundings
-) -> ledger.GroupReceipt | None:
+) -> Companion | None:
     parameters = [p for p in graft.parameters() if p.requires_grad]
-    optimizer = ledger.optimizer_of(surroundings.optimizers, host)
+    optimizer = optimizer_of(surroundings.optimizers, host)
     if not parameters or optimizer is None:
         return None
-    return ledger.add_group(
+    return accompany(
         optimizer,
         parameters,
         layer=record.layer.name,
         host=host,
-        schedulers=surroundings.schedulers,
+        scaler=surroundings.scaler,
     )
 
 

@@ -19,7 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.contracts import Finding, Severity
 from esper.fail_closed import contained
-from esper.grafting.ledger import Problem, is_warming, to_findings, unwrap_optimizer
+from esper.grafting.companion import companions_of, is_warming, with_companions
+from esper.grafting.ledger import Problem, to_findings
+from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 from esper.grafting.slot import SLOT_NAME
 
 STEPS = 20  # of its optimizer before a tensor is checked
@@ -122,7 +124,8 @@ class MovementWatch:
                 del known[gone]
         self._settled &= names.keys()
         for place, optimizer in enumerate(self._optimizers):
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            grafts = (p for companion in companions_of(optimizer) for p in companion.parameters)
+            for parameter in (*parameters_of(optimizer), *grafts):
                 if parameter in names and self._is_new(parameter):
                     self._waiting[parameter] = _Watched(
                         names[parameter],
@@ -143,7 +146,8 @@ class MovementWatch:
     def _look(self) -> None:
         due = [w for w in self._waiting.values() if self._taken[w.optimizer] - w.since >= STEPS]
         moved = _moved(due)
-        groups = {p: g for o in self._optimizers for g in o.param_groups for p in g["params"]}
+        held = with_companions(self._optimizers)
+        groups = {p: g for o in held for g in o.param_groups for p in g["params"]}
         # Where no tensor has a gradient, there is no evidence.
         known = bool(self._gradients) or any(p.grad is not None for p in groups)
         for watched, has_moved in zip(due, moved, strict=True):

@@ -19,7 +19,7 @@ from torch import nn
 from esper.blueprints import Graft, get_blueprint
 from esper.contracts import Certificate
 from esper.exceptions import UndoError
-from esper.grafting import ledger
+from esper.grafting.companion import Companion, dismiss
 from esper.grafting.copies import let_follow
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.replicas import jointly
@@ -110,7 +110,7 @@ class Receipt(ChangeReceipt):
     record: GraftRecord
     _graft: Graft = field(repr=False)
     _surroundings: Surroundings = field(repr=False)
-    _group: ledger.GroupReceipt | None = field(repr=False, default=None)
+    _companion: Companion | None = field(repr=False, default=None)
 
     def __str__(self) -> str:
         certificate, at = self.certificate, f" at step {self.step}" if self.step >= 0 else ""
@@ -199,8 +199,8 @@ class Receipt(ChangeReceipt):
     def _undo_soft(self) -> UndoReceipt:
         started = time.perf_counter()
         take_out(self._model, self.layer, self.blueprint)
-        if self._group is not None:
-            self._group.remove()
+        if self._companion is not None:
+            self._companion.leave()
         discarded = self._discard_helpless()
         let_follow(self._model, self._surroundings.copies)
         pause_ms = (time.perf_counter() - started) * 1e3
@@ -224,8 +224,8 @@ class Receipt(ChangeReceipt):
         for graft in merged:
             graft.__dict__.pop("merged")
         discarded = self._discard_later(snapshot)
-        if self._group is not None:
-            self._group.remove()
+        if self._companion is not None:
+            self._companion.leave()
         snapshot.restore()
         differences = snapshot.differences()
         self._discard_revived(removed_since)
@@ -253,9 +253,7 @@ class Receipt(ChangeReceipt):
 
     def _discard(self, graft: nn.Module, layer: str, slug: str) -> None:
         take_out(self._model, layer, slug)
-        ledger.remove_groups_of(
-            graft.parameters(), self._surroundings.optimizers, self._surroundings.schedulers
-        )
+        dismiss(graft.parameters(), self._surroundings.optimizers)
 
     def _discard_later(self, snapshot: Snapshot) -> tuple[str, ...]:
         """Removes each graft that is not in the snapshot, including this one."""

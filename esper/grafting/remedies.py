@@ -23,7 +23,9 @@ from esper.blueprints import Graft, get_blueprint, layout
 from esper.exceptions import GraftError
 from esper.grafting import ledger
 from esper.grafting.certify import put_back, sample_input
+from esper.grafting.companion import accompany, dismiss, with_companions
 from esper.grafting.graph import kind_of
+from esper.grafting.optimizers import optimizer_of, parameters_of
 from esper.grafting.receipts import Receipt, RemedyReceipt
 from esper.grafting.slot import find_host, remove_slots, slot_of, slots, watch
 from esper.grafting.snapshot import Frozen, Snapshot
@@ -80,7 +82,7 @@ def recycle_dead_units(
 def freeze(
     model: nn.Module, layer: str, *, surroundings: Surroundings, step: int = -1
 ) -> RemedyReceipt:
-    """Freezes a layer: in the model, and by removing it from the optimizer's groups.
+    """Freezes a layer. The optimizer still holds it, with its state, and skips it.
 
     Raises:
         UnknownLayerError, GraftError: nothing was changed.
@@ -90,10 +92,7 @@ def freeze(
         raise GraftError("the layer is frozen already", layer=layer)
 
     def change() -> dict[str, Any]:
-        ledger.drop_parameters(own, surroundings.optimizers)
-        for parameter in own:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        ledger.freeze(own)
         return {"parameters": sum(p.numel() for p in own)}
 
     return apply_change(model, "freeze", layer, change, surroundings, step)
@@ -102,7 +101,7 @@ def freeze(
 def unfreeze(
     model: nn.Module, layer: str, *, surroundings: Surroundings, step: int = -1
 ) -> RemedyReceipt:
-    """Trains a frozen layer again, in a group of its own that warms up.
+    """Trains a frozen layer again: by the optimizer that holds it, else by a companion.
 
     Raises:
         UnknownLayerError, GraftError: nothing was changed.
@@ -118,11 +117,13 @@ def unfreeze(
         raise GraftError(reason, layer=layer)
 
     def change() -> dict[str, Any]:
-        ledger.drop_parameters(own, surroundings.optimizers)  # a group may hold frozen ones
         for parameter in own:
             parameter.requires_grad_(True)
-        optimizer = ledger.optimizer_of(surroundings.optimizers, host)
-        ledger.add_group(optimizer, own, layer=layer, schedulers=surroundings.schedulers)
+        held = {id(p) for o in with_companions(surroundings.optimizers) for p in parameters_of(o)}
+        unheld = [parameter for parameter in own if id(parameter) not in held]
+        if unheld:
+            optimizer = optimizer_of(surroundings.optimizers, host)
+            accompany(optimizer, unheld, layer=layer, scaler=surroundings.scaler)
         return {"parameters": sum(p.numel() for p in own)}
 
     return apply_change(model, "unfreeze", layer, change, surroundings, step)
@@ -157,9 +158,7 @@ def merge(
                 f"the merged layer differs by {lost:.3g}; the limit is {allowed:.3g}", layer=layer
             )
         slot.take_out(receipt.blueprint)
-        ledger.remove_groups_of(
-            graft.parameters(), surroundings.optimizers, surroundings.schedulers
-        )
+        dismiss(graft.parameters(), surroundings.optimizers)
         return {"blueprint": receipt.blueprint, "max_abs_diff": lost, "limit": allowed}
 
     done = apply_change(model, "merge", layer, change, surroundings, step)
@@ -321,7 +320,7 @@ def _clear(
 def _forget_moments(
     parameter: nn.Parameter, index: Tensor, axis: int, around: Surroundings
 ) -> None:
-    for optimizer in map(ledger.unwrap_optimizer, around.optimizers):
+    for optimizer in with_companions(around.optimizers):
         for value in optimizer.state.get(parameter, {}).values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 value.index_fill_(axis, index.to(value.device), 0.0)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from esper.grafting.ledger import unwrap_optimizer, unwrap_schedulers
+from esper.grafting.companion import Companion, companions_of, put_back, with_companions
+from esper.grafting.optimizers import unwrap_optimizer, unwrap_schedulers
 from esper.grafting.slot import Slot, is_opaque
 from esper.grafting.surroundings import BARE, Surroundings
 
@@ -189,7 +190,7 @@ class SnapshotMemory:
         memory = cls()
         parameters = list(model.parameters())
         gradients = [parameter for parameter in parameters if parameter.requires_grad]
-        states = [list(unwrap_optimizer(o).state.values()) for o in optimizers]
+        states = [list(o.state.values()) for o in with_companions(optimizers)]
         moments = [v for state in states for entry in state for v in list(entry.values())]
         for value in (*parameters, *list(model.buffers()), *gradients, *moments):
             if isinstance(value, Tensor) and _is_large(value):
@@ -222,6 +223,7 @@ class Snapshot:
         self._tensors: list[_SavedTensor] = []
         self._gradients: list[tuple[nn.Parameter, bool, _SavedTensor | None]] = []
         self._optimizers: list[_SavedOptimizer] = []
+        self._companions: list[tuple[torch.optim.Optimizer, tuple[Companion, ...]]] = []
         self._schedulers: list[tuple[Any, dict[str, Any]]] = []
         self._scaler: tuple[Any, dict[str, Any]] | None = None
         self._streams = RandomStreams.read()
@@ -246,8 +248,10 @@ class Snapshot:
                 snapshot._save_model(average, copied)
                 snapshot._of_copies.update(average.modules())
             snapshot._optimizers = [
-                _save_optimizer(unwrap_optimizer(o), copied) for o in surroundings.optimizers
+                _save_optimizer(o, copied) for o in with_companions(surroundings.optimizers)
             ]
+            users = map(unwrap_optimizer, surroundings.optimizers)
+            snapshot._companions = [(optimizer, companions_of(optimizer)) for optimizer in users]
             snapshot._schedulers = [
                 (scheduler, _save_attributes(scheduler, copied))
                 for scheduler in unwrap_schedulers(surroundings.schedulers)
@@ -261,6 +265,8 @@ class Snapshot:
         """Restores everything to the bit: weights, optimizers, then the rest."""
         with torch.no_grad():
             self._restore_model()
+            for users, companions in self._companions:
+                put_back(users, companions)
             for optimizer in self._optimizers:
                 _restore_optimizer(optimizer)
             for scheduler, attributes in self._schedulers:
@@ -289,7 +295,8 @@ class Snapshot:
         found = []
         if not all(_same_bits(saved.tensor, saved.value) for saved in self._tensors):
             found.append("weights or buffers")
-        if not all(_same_optimizer(saved) for saved in self._optimizers):
+        companions = all(companions_of(o) == saved for o, saved in self._companions)
+        if not companions or not all(_same_optimizer(saved) for saved in self._optimizers):
             found.append("optimizer state")
         if not all(_same_attributes(s, saved) for s, saved in self._schedulers):
             found.append("scheduler state")

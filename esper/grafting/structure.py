@@ -1,7 +1,8 @@
 """The structure manifest: what was grafted where, so that a checkpoint can be loaded again.
 
 Order of a restore: :func:`rebuild` the grafts, ``model.load_state_dict``, then
-:func:`load_optimizer_state_by_name`.
+:func:`load_optimizer_state_by_name` and
+:func:`load_companion_states_by_name`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from esper.blueprints import Blueprint, get_blueprint
 from esper.contracts import LayerInfo
 from esper.exceptions import ConfigurationError, GraftError
-from esper.grafting import ledger
 from esper.grafting.apply import insert_graft
+from esper.grafting.companion import companions_of
 from esper.grafting.graph import trace_layers
 from esper.grafting.manifest import GraftRecord
+from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.receipts import Receipt
 from esper.grafting.replicas import WHOLE_MODEL
 from esper.grafting.slot import find_host, graft_at, remove_slots, slots
@@ -107,7 +109,7 @@ def optimizer_state_by_name(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     Raises:
         ConfigurationError: the optimizer holds a tensor that is not in the model.
     """
-    inner = ledger.unwrap_optimizer(optimizer)
+    inner = unwrap_optimizer(optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [
         {**_without_params(group), "params": [_name(names, p) for p in group["params"]]}
@@ -117,22 +119,16 @@ def optimizer_state_by_name(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     return {"state": state, "groups": groups}
 
 
-def load_optimizer_state_by_name(
-    model: nn.Module, optimizer: Any, saved: dict[str, Any], schedulers: Sequence[Any] = ()
-) -> None:
+def load_optimizer_state_by_name(model: nn.Module, optimizer: Any, saved: dict[str, Any]) -> None:
     """Inverse of :func:`optimizer_state_by_name`, for an optimizer with the same groups.
 
-    The groups may be in another order; they are put into the saved order, for state dicts that use
-    positions. Nothing is changed when it raises.
-
-    Args:
-        schedulers: schedulers whose per-group lists are reordered too.
+    The groups may be in another order. Nothing is changed when it raises.
 
     Raises:
         ConfigurationError: no group has exactly the tensors of a saved group, or a state does not
             fit its tensor.
     """
-    inner = ledger.unwrap_optimizer(optimizer)
+    inner = unwrap_optimizer(optimizer)
     parameters = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
     here = {frozenset(_name(names, p) for p in g["params"]): g for g in inner.param_groups}
@@ -150,11 +146,36 @@ def load_optimizer_state_by_name(
         _check_numbers(here[names_of_group], group)
     for names_of_group, group in there.items():
         here[names_of_group].update(copy.deepcopy(_without_params(group)))
-    places = {key: place for place, key in enumerate(here)}
-    ledger.reorder_groups(inner, [places[key] for key in there], schedulers)
     inner.state.clear()
     for name, values in state.items():
         inner.state[parameters[name]] = values
+
+
+def companion_states_by_name(model: nn.Module, optimizer: Any) -> list[dict[str, Any]]:
+    """:func:`optimizer_state_by_name` of each companion of ``optimizer``."""
+    return [optimizer_state_by_name(model, c.optimizer) for c in companions_of(optimizer)]
+
+
+def load_companion_states_by_name(
+    model: nn.Module, optimizer: Any, saved: Sequence[dict[str, Any]]
+) -> None:
+    """Inverse of :func:`companion_states_by_name`, after the grafts were rebuilt, in any order.
+
+    Raises:
+        ConfigurationError: the companions train other tensors, or a state does not fit its tensor.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    here = {frozenset(_name(names, p) for p in c.parameters): c for c in companions_of(optimizer)}
+    there = {
+        frozenset(n for group in state["groups"] for n in group["params"]): state for state in saved
+    }
+    if here.keys() != there.keys():
+        unknown = sorted(set().union(*(here.keys() ^ there.keys())))
+        raise ConfigurationError(
+            f"the saved optimizers of grafts train other tensors: {', '.join(unknown[:5])}"
+        )
+    for trained, companion in here.items():
+        load_optimizer_state_by_name(model, companion.optimizer, there[trained])
 
 
 def _rebuild_one(model: nn.Module, record: GraftRecord, surroundings: Surroundings) -> Receipt:
@@ -168,7 +189,7 @@ def _rebuild_one(model: nn.Module, record: GraftRecord, surroundings: Surroundin
     graft = blueprint.build(record.layer, record.config, seed=record.seed, device=device)
     graft.train(host.training)
     before = Frozen.of(model)
-    group = insert_graft(model, record, graft, surroundings)
+    companion = insert_graft(model, record, graft, surroundings)
     return Receipt(
         layer=record.layer.name,
         step=record.step,
@@ -179,7 +200,7 @@ def _rebuild_one(model: nn.Module, record: GraftRecord, surroundings: Surroundin
         _model=model,
         _graft=graft,
         _surroundings=surroundings,
-        _group=group,
+        _companion=companion,
     )
 
 

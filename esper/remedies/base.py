@@ -20,7 +20,7 @@ from torch import nn
 
 from esper.contracts import Risk
 from esper.exceptions import ConfigurationError
-from esper.grafting.ledger import unwrap_optimizer
+from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.slot import SLOT_NAME, find_host
 from esper.grafting.surroundings import Surroundings
 from esper.remedies.good_states import GoodStates

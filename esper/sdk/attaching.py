@@ -16,7 +16,7 @@ from esper.contracts import MAX_NAME_LENGTH, RunMode, SafetyPolicy
 from esper.exceptions import ConfigurationError
 from esper.grafting import Replicas, Surroundings
 from esper.grafting.graph import layer_modules, why_never_graftable
-from esper.grafting.ledger import unwrap_optimizer
+from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.replicas import Call
 from esper.health.pace import periods_of
 from esper.near_names import did_you_mean

@@ -32,6 +32,9 @@ def state_of(model: nn.Module, surroundings: Surroundings, changes: Changes) -> 
         "structure": grafting.structure(model),
         "grafts": {name: t.detach().clone() for name, t in _graft_tensors(model).items()},
         "optimizers": [_optimizer_state(model, entry) for entry in surroundings.optimizers],
+        "companions": [
+            grafting.companion_states_by_name(model, entry) for entry in surroundings.optimizers
+        ],
         "applied": [entry.to_state() for entry in changes.grafted],
         "remedies": [
             {"remedy": r.remedy, "layer": r.layer, "details": r.details} for r in changes.remedies
@@ -53,7 +56,7 @@ def load(
         ConfigurationError: the state has another number of optimizers.
         Any other error that a state can cause which is not of this model.
     """
-    optimizers, schedulers = surroundings.optimizers, surroundings.schedulers
+    optimizers = surroundings.optimizers
     if len(state["optimizers"]) != len(optimizers):
         raise ConfigurationError("the state is of another number of optimizers")
     slotted = {name for name, _, _ in grafting.slots(model)}
@@ -66,7 +69,9 @@ def load(
         _load_grafts(model, state["grafts"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             if saved is not None:
-                grafting.load_optimizer_state_by_name(model, optimizer, saved, schedulers)
+                grafting.load_optimizer_state_by_name(model, optimizer, saved)
+        for optimizer, companions in zip(optimizers, state["companions"], strict=True):
+            grafting.load_companion_states_by_name(model, optimizer, companions)
         adaptations = _adaptations(state["applied"], rebuilt)
         grafting.let_follow(model, surroundings.copies)
         joint.commit()

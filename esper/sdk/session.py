@@ -40,7 +40,6 @@ from esper.sdk.compiler_watch import CompilerWatch
 from esper.sdk.diagnosing import DiagnosisWatch
 from esper.sdk.evaluation import Evaluations
 from esper.sdk.explaining import Explainer, Reasons
-from esper.sdk.export.plain_checkpoints import layout_of, plain_optimizer_state
 from esper.sdk.findings import (
     Findings,
     GradientWatch,
@@ -176,7 +175,6 @@ class Session:
         self._calm = LossGuard()  # tells which states are good; not reset, as the guard's is
         self._compiler = CompilerWatch()
         self._model_parameters = sum(map(count_of, model.parameters()))
-        self._plain_layout = layout_of(around.optimizers)
         self._reported: dict[str, float] = {}
         self._latest_frame: HealthFrame | None = None
         self._failures: dict[str, int] = {}
@@ -567,14 +565,6 @@ class Session:
         with reading_a_state(), jointly(self._setup.surroundings.replicas) as joint:
             self._load(state, joint)
         self._ledger.on_change(restored=True)
-
-    def plain_optimizer_states(self) -> list[dict[str, Any]]:
-        """Each optimizer's ``state_dict()`` as it would be had nothing been grafted.
-
-        For a checkpoint that a framework loads before Esper has rebuilt the grafts.
-        """
-        pairs = zip(self._setup.surroundings.optimizers, self._plain_layout, strict=True)
-        return [plain_optimizer_state(optimizer, groups) for optimizer, groups in pairs]
 
     def _load(self, state: dict[str, Any], joint: Joint) -> None:
         losses, guard = losses_from_state(state["losses"]), LossGuard()

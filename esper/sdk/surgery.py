@@ -32,7 +32,7 @@ from esper.grafting import (
     UndoReceipt,
     remedies,
 )
-from esper.grafting.ledger import unwrap_optimizer
+from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.receipts import undoing_everywhere
 from esper.grafting.replicas import Call, Joint, jointly
 from esper.grafting.slot import find_host, slot_of

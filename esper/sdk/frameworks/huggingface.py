@@ -32,10 +32,8 @@ except ImportError as error:  # the library itself does not need it
 
 from esper.exceptions import ConfigurationError, EsperError
 from esper.fail_closed import FailClosed
-from esper.grafting.ledger import unwrap_optimizer
 from esper.sdk import framework_loads
 from esper.sdk.attaching import attach
-from esper.sdk.export.plain_checkpoints import plain_scheduler_state
 from esper.sdk.frameworks.callbacks import inside_the_loop, step
 from esper.sdk.session import RunStopped, Session, patience_for, reason_of
 
@@ -44,7 +42,6 @@ framework_loads.install()
 
 ESPER_FILE = "esper.pt"
 _MARK = "esper"  # in trainer_state.json: this checkpoint has a file of ours
-_OPTIMIZER_FILE, _SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 _HELD_OUT_ROWS = 64
 
 
@@ -96,7 +93,6 @@ class EsperCallback(TrainerCallback):
         self.session = attach(
             model, kwargs["optimizer"], scheduler=kwargs["lr_scheduler"], **options
         )
-        self._optimizer = unwrap_optimizer(kwargs["optimizer"])
         saved = self._saved_state(args, state)
         if saved is not None:
             self.session.load_state_dict(saved)
@@ -155,10 +151,6 @@ class EsperCallback(TrainerCallback):
         if self.session is None or not args.should_save or not folder.is_dir():
             return
         _write(self.session.state_dict(), folder / ESPER_FILE)
-        if (folder / _OPTIMIZER_FILE).exists():
-            _write(self.session.plain_optimizer_states()[0], folder / _OPTIMIZER_FILE)
-            schedule = kwargs["lr_scheduler"].state_dict()
-            _write(plain_scheduler_state(schedule, self._optimizer), folder / _SCHEDULER_FILE)
 
     @inside_the_loop("The end of the run is not reported.")
     def on_train_end(

@@ -23,11 +23,9 @@ except ImportError as error:  # the library itself does not need it
     ) from error
 
 from esper.exceptions import EsperError
-from esper.grafting.ledger import unwrap_optimizer
 from esper.grafting.state_dicts import LoadHooks, pop_grafts
 from esper.sdk import framework_loads
 from esper.sdk.attaching import attach
-from esper.sdk.export.plain_checkpoints import plain_scheduler_state
 from esper.sdk.frameworks.callbacks import inside_the_loop, step
 from esper.sdk.session import RunStopped, Session, patience_for, reason_of
 
@@ -129,24 +127,9 @@ class EsperCallback(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds Esper's state, and leaves grafts out of the optimizers' and schedulers'."""
-        session = self.session
-        if session is None:
-            return
-        schedulers = [
-            plain_scheduler_state(state, unwrap_optimizer(config.scheduler.optimizer))
-            for state, config in zip(
-                checkpoint["lr_schedulers"], trainer.lr_scheduler_configs, strict=True
-            )
-        ]
-        # All of it or nothing: whatever fails has failed before the first is written.
-        checkpoint.update(
-            {
-                CHECKPOINT_KEY: session.state_dict(),
-                "optimizer_states": session.plain_optimizer_states(),
-                "lr_schedulers": schedulers,
-            }
-        )
+        """Adds Esper's state; optimizers and schedulers have none of it."""
+        if self.session is not None:
+            checkpoint[CHECKPOINT_KEY] = self.session.state_dict()
 
     def _put_aside(self, state: dict[str, Any], prefix: str) -> None:
         """The optimizers are made next, and must not find the grafts in the module."""

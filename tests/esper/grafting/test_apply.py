@@ -29,6 +29,7 @@ from esper.grafting import (
     Snapshot,
     Surroundings,
     apply_graft,
+    companions_of,
     digest,
     slot_of,
     structure,
@@ -285,8 +286,10 @@ def test_the_public_graft_needs_no_run_and_no_sample_for_a_linear_layer() -> Non
     assert receipt.certificate.undo_exact
     assert torch.equal(model(x), expected)
     assert receipt.config["rank"] == 1
-    assert len(optimizer.param_groups) == 2
+    (companion,) = companions_of(optimizer)
+    assert set(companion.parameters) == set(receipt.graft.parameters())
     assert receipt.undo().exact
+    assert companions_of(optimizer) == ()
 
 
 def test_the_public_graft_sees_a_convolution_through_a_sample() -> None:

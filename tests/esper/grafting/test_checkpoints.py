@@ -15,7 +15,9 @@ from esper.grafting import (
     Surroundings,
     apply_graft,
     audit,
+    companion_states_by_name,
     digest,
+    load_companion_states_by_name,
     load_optimizer_state_by_name,
     optimizer_state_by_name,
     rebuild,
@@ -55,6 +57,7 @@ def test_a_run_goes_on_to_the_bit_from_its_checkpoint() -> None:
             "structure": structure(training.model),
             "model": training.model.state_dict(),
             "optimizer": optimizer_state_by_name(training.model, training.optimizer),
+            "companions": companion_states_by_name(training.model, training.optimizer),
         },
         buffer,
     )
@@ -68,6 +71,7 @@ def test_a_run_goes_on_to_the_bit_from_its_checkpoint() -> None:
     receipts = rebuild(resumed.model, saved["structure"], Surroundings([resumed.optimizer]))
     resumed.model.load_state_dict(saved["model"])
     load_optimizer_state_by_name(resumed.model, resumed.optimizer, saved["optimizer"])
+    load_companion_states_by_name(resumed.model, resumed.optimizer, saved["companions"])
     resumed.steps = 6
     assert digest(resumed.model) == saved_digest
     assert audit(resumed.model, [resumed.optimizer]) == []
@@ -93,25 +97,32 @@ def test_a_rebuilt_graft_starts_from_its_seed() -> None:
     assert digest(first.model) == digest(second.model)
 
 
-def test_optimizer_groups_may_stand_in_another_order() -> None:
+def test_companions_may_stand_in_another_order() -> None:
     training = grafted_training()
-    saved = optimizer_state_by_name(training.model, training.optimizer)
-    saved["groups"] = saved["groups"][::-1]
-    load_optimizer_state_by_name(training.model, training.optimizer, saved)
-    assert optimizer_state_by_name(training.model, training.optimizer)["groups"][0]["lr"]
+    saved = copy.deepcopy(companion_states_by_name(training.model, training.optimizer))
+    training.run(2)
+    assert companion_states_by_name(training.model, training.optimizer) != saved
+    load_companion_states_by_name(training.model, training.optimizer, saved[::-1])
+    again = companion_states_by_name(training.model, training.optimizer)
+    assert [state["groups"] for state in again] == [state["groups"] for state in saved]
 
 
 def test_state_of_other_groups_is_refused_and_nothing_is_lost() -> None:
-    training, plain = grafted_training(), make_training("none")
+    plain = make_training("none")
     plain.run(1)
+    saved = optimizer_state_by_name(plain.model, plain.optimizer)
+    saved["groups"] = [{**saved["groups"][0], "params": saved["groups"][0]["params"][1:]}]
     before = {key: dict(value) for key, value in plain.optimizer.state.items()}
     with pytest.raises(ConfigurationError, match="groups differ"):
-        load_optimizer_state_by_name(
-            plain.model,
-            plain.optimizer,
-            optimizer_state_by_name(training.model, training.optimizer),
-        )
+        load_optimizer_state_by_name(plain.model, plain.optimizer, saved)
     assert {key: dict(value) for key, value in plain.optimizer.state.items()} == before
+
+
+def test_companions_of_other_grafts_are_refused() -> None:
+    training, plain = grafted_training(), make_training("none")
+    saved = companion_states_by_name(training.model, training.optimizer)
+    with pytest.raises(ConfigurationError, match="train other tensors"):
+        load_companion_states_by_name(plain.model, plain.optimizer, saved)
 
 
 def test_a_changed_blueprint_is_not_taken_silently() -> None:

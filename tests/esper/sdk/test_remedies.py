@@ -11,7 +11,7 @@ from torch import nn
 import esper
 from esper.contracts import AdaptationState
 from esper.exceptions import ConfigurationError, GraftError, UndoError, UnknownLayerError
-from esper.grafting import RemedyReceipt, Surroundings, digest, remedies
+from esper.grafting import RemedyReceipt, Surroundings, companions_of, digest, remedies
 from tests.esper.sdk.normed_training import NormedTraining
 from tests.esper.sdk.test_resuming import saved_and_loaded
 from tests.esper.sdk.tiny_training import Training
@@ -120,7 +120,7 @@ def test_what_cannot_be_remedied_is_refused_and_nothing_is_touched(training: Tra
     session = esper.attach(training.model, training.optimizer, scheduler=training.scheduler)
     training.run(3, session)
     receipt = session.graft("3", "mlp_gelu_2048")
-    before, groups = digest(training.model), len(training.optimizer.param_groups)
+    before, companions = digest(training.model), companions_of(training.optimizer)
     wrong: list[tuple[type[Exception], Callable[[], object]]] = [
         (GraftError, lambda: session.recycle("0", "3", sample())),  # none is dead
         (GraftError, lambda: session.recycle("0", "5", sample())),  # not the next one
@@ -138,7 +138,7 @@ def test_what_cannot_be_remedied_is_refused_and_nothing_is_touched(training: Tra
     session.adaptations[0].state = AdaptationState.KEPT
     with pytest.raises(GraftError, match="cannot be merged"):
         session.merge(receipt)
-    assert (digest(training.model), len(training.optimizer.param_groups)) == (before, groups)
+    assert (digest(training.model), companions_of(training.optimizer)) == (before, companions)
     assert session.remedies == ()
 
 
@@ -168,7 +168,7 @@ def test_a_merged_graft_costs_nothing_and_computes_the_same(training: Training) 
     assert not receipt.present
     assert (model(x) - expected).abs().max().item() <= 1e-6
     assert 0.0 <= done.details["max_abs_diff"] <= done.details["limit"]
-    assert len(training.optimizer.param_groups) == 1
+    assert companions_of(training.optimizer) == ()
     assert session.adaptations[0].merged
     with pytest.raises(UndoError):
         session.undo(receipt)
@@ -189,7 +189,7 @@ def test_a_hard_undo_of_an_older_graft_takes_later_remedies_along(training: Trai
     assert session.remedies == ()
     assert merged_one.present  # the weights are again without it
     assert not session.adaptations[0].merged
-    assert len(training.optimizer.param_groups) == 2
+    assert len(companions_of(training.optimizer)) == 1
     training.run(3, session)
 
 

@@ -1,0 +1,315 @@
+"""Companions: each graft's weights have an optimizer of their own, which steps after the host's.
+
+    host's optimizer steps → its post-step hook → each companion steps, at the host's present rate
+The host's groups, state, schedulers and state dicts are those of a run without grafts: a companion
+reads the group of the layer in each step, so it follows every scheduler, and any other line that
+writes into a group. New weights get fresh state and a warm-up without weight decay. Enlarging a
+tensor and padding its moments overshot six-fold or starved in measurements (reference/growth.md,
+section 6.3); a group in the host's own optimizer broke schedulers, counters and state dicts
+(docs/decisions/0007).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.exceptions import GraftError
+from esper.fail_closed import contained, short
+from esper.grafting.companion_gradients import HostGradients, Unscaler
+from esper.grafting.companion_optimizer import Made, follow, make_like, set_mode
+from esper.grafting.optimizers import parameters_of, unwrap_optimizer
+
+logger = logging.getLogger("esper")
+
+WARMUP_STEPS = 100
+# Entries of a companion's group; plain numbers, so that its state dict includes them.
+_TAKEN = "esper_steps"
+_WARMUP = "esper_warmup_steps"
+
+
+@dataclass(slots=True, eq=False)
+class Companion:
+    """Trains the weights of one graft. Made by :func:`accompany`.
+
+    Attributes:
+        layer: name of the grafted layer.
+        parameters: the weights that it trains, and no others.
+        error: why it makes no more steps; empty while it does.
+    """
+
+    layer: str
+    parameters: tuple[nn.Parameter, ...]
+    error: str = ""
+    _made: Made = field(repr=False, kw_only=True)
+    _anchor: _Anchor = field(repr=False, kw_only=True)
+    _company: _Company = field(repr=False, kw_only=True)
+    _handles: list[RemovableHandle] = field(repr=False, default_factory=list)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._made.optimizer
+
+    @property
+    def note(self) -> str:
+        """Why it is not of the host optimizer's class; empty if it is."""
+        return self._made.note
+
+    def leave(self) -> None:
+        """Ends it, for example because its graft is taken out; a second call does nothing."""
+        self._company.remove(self)
+
+    def step(self, host: torch.optim.Optimizer) -> None:
+        """One step, with the present hyper-parameters of the layer's group in ``host``."""
+        own = self.optimizer.param_groups[0]
+        follow(self._made, self._anchor.group_in(host))
+        if is_warming(own):
+            # Adafactor with relative steps has no rate to lower.
+            if own.get("lr") is not None:
+                own["lr"] = own["lr"] * ((own[_TAKEN] + 1) / own[_WARMUP])
+            if "weight_decay" in own:
+                own["weight_decay"] = 0.0
+        self.optimizer.step()
+        own[_TAKEN] += 1
+
+
+class _Anchor:
+    """Finds the group of a host's optimizer that a layer belongs to, wherever it is now.
+
+    Loading a state dict replaces the groups, and the user may add some.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, layer: nn.Module | None) -> None:
+        own = set() if layer is None else set(map(id, layer.parameters()))
+        self._weights = [p for p in parameters_of(optimizer) if id(p) in own]
+        self._place = 0
+
+    def group_in(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The first group where the layer has no weights in the optimizer."""
+        groups, weights = optimizer.param_groups, set(map(id, self._weights))
+        places = [place for place in (self._place, *range(len(groups))) if place < len(groups)]
+        holds = (p for p in places if any(id(w) in weights for w in groups[p]["params"]))
+        self._place = next(holds, places[0])
+        group: dict[str, Any] = groups[self._place]
+        return group
+
+
+class _Company:
+    """The companions of one optimizer, and the hooks that let them step with it."""
+
+    def __init__(self, host: torch.optim.Optimizer, scaler: Any) -> None:
+        self.members: list[Companion] = []
+        self.gradients = HostGradients(host)
+        self.unscaler = None if scaler is None else Unscaler(scaler)
+        self._handles: list[RemovableHandle] = []
+        self._awaits_step = False
+        self._pass = -1  # the backward pass that is running, or was the last
+        self._reached = False  # a gradient has arrived since the last step
+        self._leaves_out = False
+
+    def add(self, companion: Companion, host: torch.optim.Optimizer) -> None:
+        if not self._handles:
+            self._handles = [
+                host.register_step_pre_hook(_Hook(self, host, self._before_step)),
+                host.register_step_post_hook(_Hook(self, host, self._after_step)),
+            ]
+            self.gradients.end_step()
+        self.members.append(companion)
+        arrives = contained("gradient hook", "A graft's gradients are not cleared with the host's.")
+        for parameter in companion.parameters:
+            register: Any = parameter.register_hook
+            companion._handles.append(register(arrives(self._arrives)))
+
+    def remove(self, companion: Companion) -> None:
+        if companion not in self.members:
+            return
+        self.members.remove(companion)
+        for handle in companion._handles:
+            handle.remove()
+        companion._handles.clear()
+        if not self.members:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+
+    def clear(self) -> None:
+        """Clears the gradients of all grafts."""
+        for companion in self.members:
+            for parameter in companion.parameters:
+                parameter.grad = None
+        if self.unscaler is not None:
+            self.unscaler.forget()
+
+    # -- in the user's backward pass and step --------------------------------------------------
+
+    def _arrives(self, gradient: Tensor) -> Tensor | None:
+        """A gradient of a graft, before it is accumulated; returns what is accumulated instead."""
+        running = torch._C._current_graph_task_id()
+        if running != self._pass:
+            self._begin_pass(running)
+        if self._leaves_out:
+            return torch.zeros_like(gradient)
+        return None if self.unscaler is None else self.unscaler.arrived(gradient)
+
+    def _begin_pass(self, running: int) -> None:
+        self._pass = running
+        self._reached = True
+        if self.gradients.cleared():
+            self.clear()
+        self._leaves_out = self.gradients.left_out()
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self.gradients.mark)
+
+    def _before_step(self, host: torch.optim.Optimizer) -> None:
+        self._awaits_step = True
+
+    def _after_step(self, host: torch.optim.Optimizer) -> None:
+        # A class whose step calls its parent's runs the hooks of a step twice.
+        if not self._awaits_step:
+            return
+        self._awaits_step = False
+        if not self._reached:  # and what is left of earlier passes was stepped with
+            self.clear()
+        for companion in self.members:
+            self._step(companion, host)
+        if not self.gradients.known:
+            self.clear()
+        self._reached = False
+        self.gradients.end_step()
+
+    def _step(self, companion: Companion, host: torch.optim.Optimizer) -> None:
+        if companion.error:
+            return
+        try:
+            if self.unscaler is None or self.unscaler.allows(host, companion.parameters):
+                companion.step(host)
+        except Exception as error:
+            companion.error = short(error)
+            logger.warning(
+                "%s: the graft learns no more, its optimizer failed: %s",
+                companion.layer,
+                companion.error,
+                exc_info=error,
+            )
+
+
+class _Hook:
+    """A step hook of one optimizer; in a copy or a pickle of that optimizer it does nothing."""
+
+    def __init__(self, company: _Company, host: torch.optim.Optimizer, act: Any) -> None:
+        self.company = company
+        self._host = id(host)
+        self._act = contained("companion", "The weights of grafts do not change any more.")(act)
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if id(optimizer) == self._host:
+            self._act(optimizer)
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _no_hook() -> Any:
+    return _do_nothing
+
+
+def _do_nothing(*_: Any) -> None:
+    """Takes the place of a hook in a copied optimizer."""
+
+
+def accompany(
+    optimizer: Any,
+    parameters: Sequence[nn.Parameter],
+    *,
+    layer: str,
+    host: nn.Module | None = None,
+    scaler: Any = None,
+    warmup_steps: int = WARMUP_STEPS,
+) -> Companion:
+    """Lets ``parameters`` be trained beside ``optimizer``, whose groups and state stay as they are.
+
+    They get an optimizer of the same class, with the hyper-parameters of the layer's group in each
+    step. During ``warmup_steps`` the learning rate rises linearly to that group's, and weight decay
+    is zero. A class that cannot train them is replaced by AdamW; :attr:`Companion.note` says so.
+
+    Args:
+        layer: name of the layer.
+        host: the layer whose group provides the hyper-parameters; None: the first group.
+        scaler: the ``GradScaler`` that makes the optimizer's steps.
+
+    Raises:
+        GraftError: the optimizer has no hooks for its steps.
+    """
+    inner = unwrap_optimizer(optimizer)
+    if not hasattr(inner, "_optimizer_step_post_hooks"):
+        kind = type(inner).__name__
+        raise GraftError(
+            f"{kind} takes no step hooks, because its constructor does not call that of "
+            "torch.optim.Optimizer; let it do so",
+            layer=layer,
+        )
+    anchor = _Anchor(inner, host)
+    group = anchor.group_in(inner)
+    company = _company_of(inner) or _Company(inner, scaler)
+    made = make_like(inner, group, parameters)
+    made.optimizer.param_groups[0].update({_TAKEN: 0, _WARMUP: warmup_steps})
+    set_mode(made.optimizer, "train" if group.get("train_mode", True) else "eval")
+    companion = Companion(layer, tuple(parameters), _made=made, _anchor=anchor, _company=company)
+    company.add(companion, inner)
+    if made.note:
+        logger.info("%s: %s", layer, made.note)
+    return companion
+
+
+def companions_of(optimizer: Any) -> tuple[Companion, ...]:
+    """Those that step with ``optimizer``, oldest first."""
+    company = _company_of(unwrap_optimizer(optimizer))
+    return () if company is None else tuple(company.members)
+
+
+def with_companions(optimizers: Iterable[Any]) -> list[torch.optim.Optimizer]:
+    """The optimizers, each followed by those of its companions."""
+    found = []
+    for optimizer in map(unwrap_optimizer, optimizers):
+        found += [optimizer, *(companion.optimizer for companion in companions_of(optimizer))]
+    return found
+
+
+def dismiss(parameters: Iterable[Tensor], optimizers: Iterable[Any]) -> None:
+    """Ends each companion that trains one of ``parameters``."""
+    gone = {id(parameter) for parameter in parameters}
+    for optimizer in optimizers:
+        for companion in companions_of(optimizer):
+            if any(id(parameter) in gone for parameter in companion.parameters):
+                companion.leave()
+
+
+def put_back(optimizer: torch.optim.Optimizer, members: Sequence[Companion]) -> None:
+    """Makes ``members`` the companions of the optimizer, for a snapshot that is restored.
+
+    Their optimizers' state is not touched.
+    """
+    for companion in companions_of(optimizer):
+        if companion not in members:
+            companion.leave()
+    for companion in members:
+        if companion not in companions_of(optimizer):
+            companion._company = _company_of(optimizer) or companion._company
+            companion._company.add(companion, optimizer)
+
+
+def is_warming(group: dict[str, Any]) -> bool:
+    """The group is a companion's, whose learning rate is still rising to its full value."""
+    return _TAKEN in group and group[_TAKEN] < group[_WARMUP]
+
+
+def _company_of(optimizer: torch.optim.Optimizer) -> _Company | None:
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", {}).values()
+    found = (h.company for h in hooks if isinstance(h, _Hook) and h._host == id(optimizer))
+    return next(found, None)

@@ -1,0 +1,59 @@
+"""What a script passes as its optimizer and schedulers, without the wrappers of frameworks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+# Attributes under which a wrapper keeps the optimizer that it steps: Accelerate and Lookahead, SAM.
+_INNER = ("optimizer", "base_optimizer")
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer that makes the steps, inside wrappers such as ``AcceleratedOptimizer``.
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner = optimizer
+    while (wrapped := _wrapped_by(inner)) is not None:
+        inner = wrapped
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(f"{type(optimizer).__name__} is not a torch optimizer")
+    return inner
+
+
+def unwrap_schedulers(schedulers: Iterable[Any]) -> list[Any]:
+    """All schedulers, those inside wrappers and chains too, outermost first."""
+    found: list[Any] = []
+    waiting = list(schedulers)
+    while waiting:
+        scheduler = waiting.pop(0)
+        inner = getattr(scheduler, "scheduler", None)
+        if inner is not None:
+            waiting.insert(0, inner)
+            continue
+        found.append(scheduler)
+        waiting[:0] = getattr(scheduler, "_schedulers", [])
+    return found
+
+
+def optimizer_of(optimizers: Sequence[Any], host: nn.Module) -> torch.optim.Optimizer | None:
+    """The optimizer that trains the layer; for a frozen layer, the first."""
+    inner = [unwrap_optimizer(optimizer) for optimizer in optimizers]
+    own = {id(parameter) for parameter in host.parameters()}
+    training = (o for o in inner if any(id(p) in own for p in parameters_of(o)))
+    return next(training, inner[0] if inner else None)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters of all groups, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _wrapped_by(optimizer: Any) -> torch.optim.Optimizer | None:
+    found = (getattr(optimizer, name, None) for name in _INNER)
+    return next((inner for inner in found if isinstance(inner, torch.optim.Optimizer)), None)
