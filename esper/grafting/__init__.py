@@ -16,7 +16,7 @@ from esper.grafting.certify import certify, sample_input, stand_in
 from esper.grafting.companion import accompany, companions_of
 from esper.grafting.copies import audit_copies, check_copy, let_follow
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
-from esper.grafting.guard import GuardVerdict, LossGuard, non_finite_gradients
+from esper.grafting.guard import GradientGuard, GuardVerdict, LossGuard, non_finite_gradients
 from esper.grafting.ledger import audit
 from esper.grafting.loading import build_grafts_of_loaded_states, load_state_dict
 from esper.grafting.manifest import GraftRecord
@@ -47,6 +47,7 @@ from esper.grafting.surroundings import Surroundings
 
 __all__ = [
     "ChangeReceipt",
+    "GradientGuard",
     "GraftRecord",
     "GuardVerdict",
     "LayerRecorder",

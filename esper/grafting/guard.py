@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from math import fsum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from esper.contracts import ViolationRule
+from esper.health.transfers import HostTransfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +109,54 @@ def gradient_values(parameter: nn.Parameter) -> Tensor | None:
 
 
 def non_finite_gradients(model: nn.Module) -> tuple[str, ...]:
-    """Names of parameters whose gradient has NaN or infinity; one device read if there is none.
+    """Names of parameters whose gradient has NaN or infinity; waits for the devices once."""
+    flags = _Peaks.of(model)
+    return () if flags is None else flags.non_finite()
 
-    Uses the largest absolute value, because the L2 norm overflows in half precision.
+
+class GradientGuard:
+    """Looks for gradients that are not finite; on a GPU the answer comes with the next call."""
+
+    def __init__(self) -> None:
+        self._late: _Peaks | None = None
+
+    def look(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of parameters whose gradient has NaN or infinity."""
+        late, now = self._late, _Peaks.of(model)
+        self._late = now if now is not None and now.transfer.is_late else None
+        found = () if late is None else late.non_finite()
+        return found if found or now is None or self._late is not None else now.non_finite()
+
+    def forget(self) -> None:
+        """The gradients of the last call do not count any more."""
+        self._late = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Peaks:
+    """The largest absolute values of the gradients, on their way to the host.
+
+    Not the L2 norms, which overflow in half precision.
     """
-    named = [
-        (name, values)
-        for name, parameter in model.named_parameters()
-        if (values := gradient_values(parameter)) is not None
-    ]
-    if not named:
-        return ()
-    peaks = torch._foreach_norm([grad for _, grad in named], float("inf"))
-    finite = torch.stack([peak.to(named[0][1].device) for peak in peaks]).isfinite()
-    if bool(finite.all()):
-        return ()
-    return tuple(name for (name, _), fine in zip(named, finite.tolist(), strict=True) if not fine)
+
+    names: tuple[str, ...]
+    transfer: HostTransfer
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Peaks | None:
+        """None where there is no gradient."""
+        named = [
+            (name, values)
+            for name, parameter in model.named_parameters()
+            if (values := gradient_values(parameter)) is not None
+        ]
+        if not named:
+            return None
+        transfer = HostTransfer()
+        transfer.add("peak", torch._foreach_norm([grad for _, grad in named], float("inf")))
+        transfer.start()
+        return cls(tuple(name for name, _ in named), transfer)
+
+    def non_finite(self) -> tuple[str, ...]:
+        finite_P = np.isfinite(self.transfer.take("peak"))
+        return tuple(name for name, fine in zip(self.names, finite_P, strict=True) if not fine)

@@ -8,10 +8,12 @@ weights still warm up, the gradient is zero or not finite, or rounding removes t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -23,6 +25,7 @@ from esper.grafting.companion import companions_of, is_warming, with_companions
 from esper.grafting.ledger import Problem, to_findings
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 from esper.grafting.slot import SLOT_NAME
+from esper.health.transfers import HostTransfer, is_late
 
 STEPS = 20  # of its optimizer before a tensor is checked
 SILENT_STEPS = 200  # of the session without a step of the optimizer; accumulation is rarely longer
@@ -51,6 +54,7 @@ class MovementWatch:
         self._settled: set[nn.Parameter] = set()
         self._problems: dict[nn.Parameter, Problem] = {}
         self._gradients: dict[nn.Parameter, Tensor | None] = {}  # of the step before a check
+        self._asked: tuple[HostTransfer, Callable[[np.ndarray], None]] | None = None
         self._incomplete = True
         self._steps = 0
 
@@ -68,17 +72,18 @@ class MovementWatch:
         """After values were restored or loaded: discards the copied elements."""
         self._waiting.clear()
         self._problems.clear()
+        self._asked = None
         self._incomplete = True
 
     def step(self) -> bool:
         """True after a check, so that :attr:`findings` may have changed."""
         self._steps += 1
+        answered = self._take_answer()
         if self._incomplete:
             self._remember()
         if self._steps % STEPS or not (self._waiting or self._problems):
-            return self._steps == SILENT_STEPS
+            return answered or self._steps == SILENT_STEPS
         self._look()
-        self._gradients.clear()
         return True
 
     def close(self) -> None:
@@ -142,35 +147,71 @@ class MovementWatch:
             and not (parameter in self._settled or parameter in self._waiting)
         )
 
+    def _ask(self, flags: Sequence[Tensor], then: Callable[[np.ndarray], None]) -> None:
+        """Calls ``then`` with the numbers; on a GPU in the next step, so that nothing waits."""
+        transfer = HostTransfer()
+        transfer.add("flags", flags)
+        transfer.start()
+        if transfer.is_late:
+            self._asked = transfer, then
+        else:
+            then(transfer.take("flags"))
+
+    def _take_answer(self) -> bool:
+        asked, self._asked = self._asked, None
+        if asked is None:
+            return False
+        transfer, then = asked
+        then(transfer.take("flags"))
+        return True
+
     @torch.no_grad()
     def _look(self) -> None:
         due = [w for w in self._waiting.values() if self._taken[w.optimizer] - w.since >= STEPS]
-        moved = _moved(due)
+        differs = [(_sample(w.parameter) != w.sample).any() for w in due]
+        self._ask(differs, partial(self._on_moved, due))
+
+    def _on_moved(self, due: Sequence[_Watched], moved: np.ndarray) -> None:
+        """What has moved is settled; of the rest, look for evidence that it should have."""
         held = with_companions(self._optimizers)
         groups = {p: g for o in held for g in o.param_groups for p in g["params"]}
         # Where no tensor has a gradient, there is no evidence.
         known = bool(self._gradients) or any(p.grad is not None for p in groups)
+        doubtful, evidence = [], []
         for watched, has_moved in zip(due, moved, strict=True):
             self._problems.pop(watched.parameter, None)
+            if watched.parameter not in self._waiting:
+                continue
             if has_moved:
                 del self._waiting[watched.parameter]
                 self._settled.add(watched.parameter)
             elif known and watched.parameter in groups:
-                problem = self._judge(watched, groups[watched.parameter])
-                if problem is not None:
-                    self._problems[watched.parameter] = problem
+                found = self._judge(watched, groups[watched.parameter])
+                if isinstance(found, Problem):
+                    self._problems[watched.parameter] = found
+                elif found is not None:
+                    doubtful.append(watched)
+                    evidence.append(found)
+        self._gradients.clear()
+        if doubtful:
+            self._ask(evidence, partial(self._on_evidence, doubtful))
 
-    def _judge(self, watched: _Watched, group: dict[str, Any]) -> Problem | None:
-        """The problem of an unchanged tensor; None if there is no evidence of one."""
+    def _on_evidence(self, doubtful: Sequence[_Watched], should_move: np.ndarray) -> None:
+        for watched, wrong in zip(doubtful, should_move, strict=True):
+            if wrong and watched.parameter in self._waiting:
+                self._problems[watched.parameter] = _unmoved(watched)
+
+    def _judge(self, watched: _Watched, group: dict[str, Any]) -> Problem | Tensor | None:
+        """Of an unchanged tensor: the problem, or a bool on its device that tells; or neither."""
         lr = group.get("lr")
-        if not watched.parameter.requires_grad or (lr is not None and float(lr) == 0.0):
+        if not watched.parameter.requires_grad or (lr is not None and _is_zero(lr)):
             return None
         if watched.parameter in self._gradients:
-            return _judge_by_gradient(watched, self._gradients[watched.parameter], group)
+            return _should_move(watched, self._gradients[watched.parameter], group)
         if watched.parameter.grad is not None:
             gradient = watched.parameter.grad
             sample = None if gradient.layout is not torch.strided else _sample(gradient)
-            return _judge_by_gradient(watched, sample, group)
+            return _should_move(watched, sample, group)
         host, slot, _ = watched.name.partition(f".{SLOT_NAME}.")
         if not slot:
             return Problem(
@@ -203,39 +244,43 @@ def _sample(tensor: Tensor) -> Tensor:
     return tensor.detach()[tuple(steps)]
 
 
-def _moved(due: Sequence[_Watched]) -> list[bool]:
-    """One result for each; synchronises with the device once."""
-    if not due:
-        return []
-    differs = [(_sample(w.parameter) != w.sample).any() for w in due]
-    first = differs[0].device
-    return [bool(moved) for moved in torch.stack([d.to(first) for d in differs]).tolist()]
-
-
 def _grafted_output(host: nn.Module) -> str:
     if isinstance(host, nn.RNNBase):
         return "the outputs of all steps, which it changes; it does not change the last state (h_n)"
     return "its layer's output"
 
 
-def _judge_by_gradient(
-    watched: _Watched, sample: Tensor | None, group: dict[str, Any]
-) -> Problem | None:
-    """``sample`` is of its gradient; None for a sparse one."""
+def _is_zero(lr: float | Tensor) -> bool:
+    """False for a rate on a GPU, which is compared there."""
+    if isinstance(lr, Tensor):
+        return not is_late(lr.device) and float(lr) == 0.0
+    return lr == 0.0
+
+
+@torch.no_grad()
+def _should_move(watched: _Watched, sample: Tensor | None, group: dict[str, Any]) -> Tensor | None:
+    """A bool of shape [] on the device: its gradient would have changed it. None: not known.
+
+    Args:
+        sample: of its gradient; None for a sparse one.
+    """
     parameter, lr = watched.parameter, group.get("lr")
     if sample is None or is_warming(group):
         return None
     slope, value = sample.abs(), watched.sample.abs()
-    if not bool(slope.isfinite().all()) or float(slope.max()) <= SMALLEST_GRADIENT:
-        return None
-    rounding = torch.finfo(parameter.dtype).eps
-    wide = parameter.dtype in (torch.float32, torch.float64)
-    if wide and lr is not None and bool((slope * float(lr) < rounding * value).all()):
-        return None
+    found = slope.isfinite().all() & (slope.max() > SMALLEST_GRADIENT)
+    if isinstance(lr, Tensor):
+        found = found & (lr != 0)
+    if lr is not None and parameter.dtype in (torch.float32, torch.float64):
+        found = found & (slope * lr >= torch.finfo(parameter.dtype).eps * value).any()
+    return found
+
+
+def _unmoved(watched: _Watched) -> Problem:
     return Problem(
         watched.name,
         Severity.SERIOUS,
         f"has a gradient, but has not changed in {STEPS} steps of its optimizer",
         "the steps do not reach it, or are too small for its "
-        f"{str(parameter.dtype).removeprefix('torch.')} numbers",
+        f"{str(watched.parameter.dtype).removeprefix('torch.')} numbers",
     )

@@ -49,6 +49,10 @@ class HostCopy:
             self.event.synchronize()
         return self.tensor
 
+    def number(self) -> float:
+        """The number of a tensor of shape []; waits as :meth:`wait` does."""
+        return self.wait().item()
+
 
 def is_late(device: torch.device) -> bool:
     """Reading from this device at once would wait for all its queued work."""

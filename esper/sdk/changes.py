@@ -65,9 +65,17 @@ class Changes:
         return next(uid for n in itertools.count(1) if (uid := f"local-{n}") not in taken)
 
     def youngest_guarded(self, step: int) -> Adaptation | None:
-        """The graft on probation that the guard may take out at this step."""
+        """The graft on probation that the guard may take out for a loss of this step.
+
+        A graft that came at the end of that step, or later, had no part in the loss.
+        """
         return next(
-            (e for e in reversed(self.grafted) if e.on_probation and step <= e.guarded_until), None
+            (
+                entry
+                for entry in reversed(self.grafted)
+                if entry.on_probation and entry.step < step <= entry.guarded_until
+            ),
+            None,
         )
 
     def due_for_ablation(self, step: int, policy: SafetyPolicy) -> list[Adaptation]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
-
-from esper import grafting
 from esper.contracts import ViolationRule
-from esper.grafting import GuardVerdict, LossGuard
+from esper.grafting import GradientGuard, GuardVerdict, LossGuard
+from esper.sdk.adaptation import Adaptation
 from esper.sdk.local import LocalLoop
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
@@ -41,13 +39,22 @@ class ProbationGuard:
         self._run = run
         self._skips_steps = skips_steps
         self._local = local
+        self._gradients = GradientGuard()
+        self._looked_for: Adaptation | None = None
 
-    def on_step(self, loss: float) -> None:
-        """Takes out the youngest guarded graft when the loss diverges."""
-        suspect = self._surgery.changes.youngest_guarded(self._run.step)
+    def on_step(self, loss: float, at: int) -> None:
+        """Takes out the youngest guarded graft when the loss diverges.
+
+        Args:
+            at: the loss's step; on a GPU, an earlier one than the present.
+        """
+        suspect = self._surgery.changes.youngest_guarded(at)
         verdict = self.losses.observe(loss)
+        if suspect is not self._looked_for:
+            self._gradients.forget()
+            self._looked_for = suspect
         if verdict is None and suspect is not None and not self._skips_steps:
-            verdict = _gradient_verdict(self._surgery.model)
+            verdict = _gradient_verdict(self._gradients.look(self._surgery.model))
         if verdict is None:
             return
         if suspect is None:
@@ -59,8 +66,7 @@ class ProbationGuard:
             self._local.on_rolled_back(gone, verdict.text)
 
 
-def _gradient_verdict(model: nn.Module) -> GuardVerdict | None:
-    names = grafting.non_finite_gradients(model)
+def _gradient_verdict(names: tuple[str, ...]) -> GuardVerdict | None:
     if not names:
         return None
     return GuardVerdict(

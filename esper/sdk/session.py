@@ -54,7 +54,7 @@ from esper.sdk.local import LocalLoop, LocalMemory, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.ranks import Ranks
 from esper.sdk.reporting import SurgeryReports
-from esper.sdk.run_state import RunState
+from esper.sdk.run_state import LossPoint, RunState
 from esper.sdk.saving import losses_from_state, losses_to_state, reading_a_state
 from esper.sdk.server_link import ServerLink
 from esper.sdk.summary import Summary, layer_rows
@@ -192,7 +192,9 @@ class Session:
 
         Args:
             loss: this step's training loss, a number or a tensor of one element. Without it the
-                loss of this step is unknown: the guard cannot see it diverge.
+                loss of this step is unknown: the guard cannot see it diverge. A loss on a GPU is
+                read one step later, so that nothing waits for the GPU; the guard, too, sees it
+                one step later.
 
         Raises:
             RunStopped: a person stopped the run.
@@ -200,11 +202,12 @@ class Session:
             ReplicaError: the ranks do not call the same in the same order.
             RuntimeError: torch's own, when another rank has ended.
         """
-        value = self._reader.read(loss)
+        known = self._reader.read(loss, self._run.step + 1)
         if self._closed:
             raise ConfigurationError("this session is closed; attach again to go on")
         run = self._run
         run.step += 1
+        at, value = known if known is not None else (run.step, None)
         value, busy = self._ranks.meet_for_step(run.step, value, self._may_operate)
         if not self._layers.fixed:
             self._try("opening", self._open)
@@ -214,13 +217,13 @@ class Session:
         if not self._detached:
             self._try("ledger", partial(self._ledger.on_step, run.step))
         if value is not None:
-            run.losses.append((run.step, value))
+            run.losses.append((at, value))
         self._try("good states", partial(self._keep_good_states, value))
         metrics = self._take_metrics(value)
         self._try("compiler", partial(self._watch_compiler, metrics))
         if self._ranks.decides:
             with self._ranks.leading(busy, lambda: self._stop_reason):
-                self._decide(value, loss, metrics, busy=busy)
+                self._decide(None if value is None else (at, value), loss, metrics, busy=busy)
         elif busy:
             self._follower.follow()
         self._announcer.on_step()
@@ -666,15 +669,16 @@ class Session:
 
     def _decide(
         self,
-        value: float | None,
+        known: LossPoint | None,
         loss: float | Tensor | None,
         metrics: dict[str, float],
         *,
         busy: bool,
     ) -> None:
         """A step of the process that decides; nothing is changed or evaluated unless ``busy``."""
-        if value is not None:
-            self._try("guard", partial(self._guard.on_step, value))
+        if known is not None:
+            at, value = known
+            self._try("guard", partial(self._guard.on_step, value, at))
         if self._server is not None and busy:
             self._try("commands", self._server.handle_commands)
         if busy:
