@@ -676,8 +676,8 @@ class Session:
         busy: bool,
     ) -> None:
         """A step of the process that decides; nothing is changed or evaluated unless ``busy``."""
-        if known is not None:
-            at, value = known
+        at, value = known if known is not None else (self._run.step, None)
+        if value is not None:
             self._try("guard", partial(self._guard.on_step, value, at))
         if self._server is not None and busy:
             self._try("commands", self._server.handle_commands)
@@ -695,9 +695,8 @@ class Session:
         frame = None
         if sampler is not None:
             # On several ranks the loss is the mean of all; alone, the sampler reads this step's.
-            known = metrics if not self._ranks.alone else {**metrics}
-            if self._ranks.alone:
-                known.pop("loss", None)
+            others = {name: metrics[name] for name in metrics if name != "loss"}
+            known = others if self._ranks.alone else metrics
             frame = sampler.step(self._run.step, loss, known)
         if frame is not None:
             self._latest_frame = frame
