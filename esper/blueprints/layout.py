@@ -45,7 +45,12 @@ def is_convolution(layer: LayerInfo) -> bool:
 
 def is_norm(layer: LayerInfo) -> bool:
     """Normalisations; transformers names its own ``LlamaRMSNorm``, ``T5LayerNorm`` and so on."""
-    return layer.kind in CHANNELS_FIRST_NORM or layer.kind.endswith(("LayerNorm", "RMSNorm"))
+    return is_norm_kind(layer.kind)
+
+
+def is_norm_kind(kind: str) -> bool:
+    """See :func:`is_norm`."""
+    return kind in CHANNELS_FIRST_NORM or kind.endswith(("LayerNorm", "RMSNorm"))
 
 
 def is_understood(layer: LayerInfo) -> bool:

@@ -472,6 +472,11 @@ class PassingHook:
         return getattr, (nullcontext(), "__exit__")
 
 
+def is_left_behind(hook: Any) -> bool:
+    """What a copy has in the place of a :class:`PassingHook`."""
+    return isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), nullcontext)
+
+
 def _is_transformed(tensor: Tensor) -> bool:
     """Inside ``torch.func``'s transforms, a result must not leave the transform."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))

@@ -30,9 +30,15 @@ class ChannelGain(Graft):
         kind = type(host).__name__
         # Channels are the last axis of a table or a transposed matrix, the first of all others.
         last = kind in layout.TRANSPOSED_LINEAR or kind in layout.EMBEDDING
-        plain = kind in layout.LINEAR | layout.CONVOLUTION or last or kind.endswith("Norm")
+        norm = layout.is_norm_kind(kind)
+        plain = kind in layout.LINEAR | layout.CONVOLUTION or last or norm
         axis = -1 if last else 0
-        if weight is None or not plain or weight.shape[axis] != self.gain.numel():
+        if (
+            weight is None
+            or not plain
+            or weight.shape[axis] != self.gain.numel()
+            or (norm and not _scales_by_its_weight(host))
+        ):
             super().merge(host)
             return
         shape = (-1,) if last else (-1, *([1] * (weight.dim() - 1)))
@@ -40,6 +46,27 @@ class ChannelGain(Graft):
         bias = host._parameters.get("bias")
         if bias is not None:
             bias.mul_(self.gain)
+
+
+def _scales_by_its_weight(norm: nn.Module) -> bool:
+    """Doubling weight and bias doubles its output, unlike in Gemma's norm, which scales by 1 + w.
+
+    torch's own all do.
+    """
+    if type(norm).__module__.startswith("torch."):
+        return True
+    named = (norm._parameters.get(name) for name in ("weight", "bias"))
+    tensors = [tensor for tensor in named if tensor is not None]
+    kept = [tensor.clone() for tensor in tensors]
+    width = len(kept[0])
+    probe = torch.linspace(-1, 1, 4 * width, dtype=kept[0].dtype, device=kept[0].device)
+    before = norm(probe.reshape(4, width))
+    for tensor in tensors:
+        tensor.mul_(2)
+    after = norm(probe.reshape(4, width))
+    for tensor, old in zip(tensors, kept, strict=True):
+        tensor.copy_(old)
+    return torch.allclose(after, 2 * before, rtol=1e-2, atol=1e-4)
 
 
 class ProjIa3(Blueprint):

@@ -20,12 +20,20 @@ WEIGHTS_FILE = "weights.pt"
 
 
 class GraftedLayer(nn.Module):
-    """A layer and the grafts beside it, as one ordinary module."""
+    """A layer and the grafts beside it, as one ordinary module.
 
-    def __init__(self, host: nn.Module, grafts: list[Any]) -> None:
+    torch prints the names of tensors that a plain model does not have, so the name of the grafts
+    says how they are loaded.
+
+    Args:
+        reason: why the grafts are not merged into the layer.
+    """
+
+    def __init__(self, host: nn.Module, grafts: list[Any], reason: str = "") -> None:
         super().__init__()
         self.host = host
-        self.grafts = nn.ModuleList(grafts)
+        self.load_with_grafted_load = nn.ModuleList(grafts)
+        self.reason = reason
         for graft in grafts:
             graft.join(grafts)  # a router looks for its experts
 
@@ -38,9 +46,13 @@ class GraftedLayer(nn.Module):
         return replace_first_tensor(output, self._combine(x, y))
 
     def _combine(self, x: Tensor, y: Tensor) -> Tensor:
-        for graft in self.grafts:
+        for graft in self.load_with_grafted_load:
             y = graft(x, y)
         return y
+
+    def extra_repr(self) -> str:
+        """Why this is not a plain layer."""
+        return self.reason
 
     def __getattr__(self, name: str) -> Any:
         # A model may read its layer's weight or its width, as attention reads its projection's.
@@ -62,7 +74,8 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     manifest = json.loads((Path(folder) / MANIFEST_FILE).read_text())
     for name, grafts in manifest["layers"].items():
-        layer = GraftedLayer(model.get_submodule(name), [build(graft) for graft in grafts])
+        built, reason = [build(graft) for graft in grafts], manifest.get("unmerged", {}).get(name)
+        layer = GraftedLayer(model.get_submodule(name), built, reason or "")
         model = put_in_place(model, name, layer)
     weights = torch.load(Path(folder) / WEIGHTS_FILE, map_location="cpu", weights_only=True)
     model.load_state_dict(weights)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ from esper.contracts import GraftKind
 from esper.exceptions import ConfigurationError
 from esper.grafting import remove_slots
 from esper.grafting.remedies import is_tied
-from esper.grafting.slot import slots
+from esper.grafting.slot import is_left_behind, slots
 from esper.sdk.export.exported import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
@@ -33,6 +34,8 @@ from esper.sdk.export.exported import (
     put_in_place,
 )
 from esper.sdk.export.plain_source import source_of
+
+logger = logging.getLogger("esper")
 
 SOURCE_FILE = "grafted.py"
 _TRAINING_ONLY = frozenset({GraftKind.WRAP, GraftKind.OBSERVE})
@@ -43,9 +46,13 @@ def export(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
     """A copy of the model that computes the same and has no slot and no hook of Esper's in it.
 
     What can be merged is merged into the layer's own weights: equal up to rounding, 1e-5 of the
-    output's scale in float32. A weight that is tied to another layer is left as it is. What only
-    watches or clamps gradients is left out; any other graft becomes part of a ``GraftedLayer`` in
-    the layer's place, equal to the bit. The model itself is untouched.
+    output's scale in float32. Where that is true of every graft, the copy has the names and the
+    classes of the model before its grafts, so its ``state_dict()`` loads into the plain class. What
+    only watches or clamps gradients is left out.
+
+    Any other graft becomes part of a ``GraftedLayer`` in the layer's place, equal to the bit. One
+    line in the log says which, why, and how to load them; so does ``print`` of the copy. A weight
+    that is tied to another layer is left as it is. The model itself is untouched.
 
     Args:
         folder: also written there: ``grafted.py``, ``grafted.json`` and ``weights.pt``. With them,
@@ -57,44 +64,76 @@ def export(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
     """
     copied = copy.deepcopy(getattr(model, "_orig_mod", model))
     left: dict[str, list[Graft]] = {}
+    reasons: dict[str, str] = {}
     for name, host, slot in [*slots(copied)]:
-        rest = _merge_what_can_be(copied, host, slot.grafts())
+        rest, reason = _merge_what_can_be(copied, host, slot.grafts())
         for slug in list(slot.grafts()):
             slot.take_out(slug)
         remove_slots(copied, [name])
         if rest:
-            left[name] = rest
+            left[name], reasons[name] = rest, reason
+    _drop_idle_hooks(copied)
     source = source_of(_classes(left))
     module = _module_of(source)
     described = {name: [_describe(graft) for graft in grafts] for name, grafts in left.items()}
     for name, grafts in left.items():
-        layer = module.GraftedLayer(copied.get_submodule(name), [_plain(module, g) for g in grafts])
+        plain = [_plain(module, graft) for graft in grafts]
+        layer = module.GraftedLayer(copied.get_submodule(name), plain, reasons[name])
         layer.train(grafts[0].training)
         copied = put_in_place(copied, name, layer)
+        logger.warning(
+            "%s: %s. It was exported as a GraftedLayer, which a plain model does not have: export "
+            "into a folder, and load with its grafted.load(TheModel(...), folder)",
+            name,
+            reasons[name],
+        )
     if folder is not None:
-        _write(copied, Path(folder), source, described)
+        _write(copied, Path(folder), source, {"layers": described, "unmerged": reasons})
     return copied
 
 
-def _merge_what_can_be(model: nn.Module, host: nn.Module, grafts: dict[str, Graft]) -> list[Graft]:
-    """Merges from the oldest on; returns what has to stay beside the host."""
+def _merge_what_can_be(
+    model: nn.Module, host: nn.Module, grafts: dict[str, Graft]
+) -> tuple[list[Graft], str]:
+    """Merges from the oldest on.
+
+    Returns:
+        What has to stay beside the host, and why the first of it has to.
+    """
     rest: list[Graft] = []
+    reason = ""
     for slug, graft in grafts.items():
-        blueprint = blueprints.get_blueprint(slug)
-        if blueprint.kind in _TRAINING_ONLY:
+        if blueprints.get_blueprint(slug).kind in _TRAINING_ONLY:
             continue
         # Grafts act in order, so none is merged after one that stays.
-        if rest or not (blueprint.mergeable and not is_tied(model, host) and _merged(graft, host)):
+        why_not = "" if rest else _merge(model, slug, graft, host)
+        if rest or why_not:
+            reason = reason or why_not
             rest.append(graft)
-    return rest
+    return rest, reason
 
 
-def _merged(graft: Graft, host: nn.Module) -> bool:
+def _merge(model: nn.Module, slug: str, graft: Graft, host: nn.Module) -> str:
+    """Merges a graft into its host; says why not, where it cannot."""
+    kind = type(host).__name__
+    if not blueprints.get_blueprint(slug).mergeable:
+        return f"{slug} cannot be written as weights of this {kind}"
+    if is_tied(model, host):
+        return f"{slug} cannot be merged into weights that another layer shares"
     try:
         graft.merge(host)
     except TypeError:
-        return False
-    return True
+        return f"{slug} cannot be merged into the weights of this {kind}"
+    return ""
+
+
+def _drop_idle_hooks(model: nn.Module) -> None:
+    """The hooks that do nothing, which a copy has in the place of Esper's own."""
+    kinds = [name for name in vars(model) if name.endswith("_hooks")]
+    for module in model.modules():
+        for hooks in (getattr(module, kind) for kind in kinds):
+            for number in [number for number, hook in hooks.items() if is_left_behind(hook)]:
+                del hooks[number]
 
 
 def _classes(left: dict[str, list[Graft]]) -> list[Any]:
@@ -177,8 +216,8 @@ def _json(key: str, value: Any) -> Any:
     raise ConfigurationError(f"{key} holds a {type(value).__name__}, which is not plain data")
 
 
-def _write(model: nn.Module, folder: Path, source: str, described: dict[str, Any]) -> None:
+def _write(model: nn.Module, folder: Path, source: str, manifest: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SOURCE_FILE).write_text(source)
-    (folder / MANIFEST_FILE).write_text(json.dumps({"layers": described}, indent=1))
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
     torch.save(model.state_dict(), folder / WEIGHTS_FILE)

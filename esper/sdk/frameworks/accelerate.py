@@ -44,8 +44,10 @@ def attach(
 ) -> Session:
     """Attaches to what ``accelerator.prepare`` returned, and joins its checkpoints.
 
-    Call ``accelerator.load_state`` before the session's first step. It rebuilds the grafts first,
-    so that Accelerate finds the tensors and groups that it saved.
+    Call ``accelerator.load_state`` before the session's first step to resume a run. It rebuilds the
+    grafts first, so that Accelerate finds the tensors and groups that it saved. Later on, as early
+    stopping calls it, the model gets the grafts of the state that is loaded. An error of Esper ends
+    neither a save nor a load; it is a finding.
 
     Args:
         scheduler: one or several, prepared.
@@ -64,16 +66,41 @@ def attach(
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:
         if accelerator.is_main_process:
-            torch.save(session.state_dict(), Path(folder) / ESPER_FILE)
+            _write(session, Path(folder) / ESPER_FILE)
 
     def load(models: list[Any], folder: str) -> None:
         file = Path(folder) / ESPER_FILE
-        if file.exists():  # else the checkpoint is from before Esper
+        # In the middle of a run, the grafts follow the model's own state, which comes next.
+        if file.exists() and not session._run.step:
             session.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
+    closed = session._fail_closed
+    save = closed.wrap(
+        save,
+        part="part of Accelerate's save_state",
+        unmeasured=f"Checkpoints have no {ESPER_FILE}: a resumed run does not know its decisions.",
+    )
+    load = closed.wrap(
+        load,
+        part="part of Accelerate's load_state",
+        unmeasured="The grafts are built from the model's own state; the rest of the run before "
+        "is not known.",
+    )
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
     return session
+
+
+def _write(session: Session, file: Path) -> None:
+    """No old file stays where the new one cannot be written: it is of other weights."""
+    file.unlink(missing_ok=True)
+    fresh = file.with_suffix(".new")
+    try:
+        torch.save(session.state_dict(), fresh)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    fresh.replace(file)
 
 
 def step(session: Session, accelerator: Accelerator, loss: float | Tensor) -> None:
