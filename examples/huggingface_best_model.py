@@ -79,7 +79,7 @@ def main() -> None:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=LENGTH, num_labels=2,
+        intermediate_size=64, max_position_embeddings=LENGTH,
     )  # fmt: skip
     model = BertForSequenceClassification(config)
     held_out = Passages(held_out=True)
@@ -111,9 +111,8 @@ def main() -> None:
             callbacks=[esper, GraftAt(args.graft_at, esper)],
         )
         trainer.train()
-        best = trainer.state.best_metric
-        print(f"best checkpoint {trainer.state.best_model_checkpoint.rpartition('-')[2]}")
-        print(f"best loss {best:.6f}")
+        print(f"best checkpoint {str(trainer.state.best_model_checkpoint).rpartition('-')[2]}")
+        print(f"best loss {trainer.state.best_metric:.6f}")
         print(f"loaded again: loss {trainer.evaluate()['eval_loss']:.6f}")
 
 

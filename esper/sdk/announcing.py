@@ -134,9 +134,22 @@ class Announcer:
         """Grafts left the model together; the first in ``gone`` is the oldest."""
         if not gone:
             return
-        what = ", ".join(f"{entry.blueprint} out of {entry.layer!r}" for entry in gone)
+        what = _out_of(gone)
         rewound = _afterwards(report, gone[0].step)
         self._step(f"took {what}: {_bare(reason)}{rewound}", kind="grafts taken out", level=level)
+
+    def left_by_load(self, gone: Sequence[Adaptation]) -> None:
+        self._step(
+            f"took {_out_of(gone)}: the script loaded a state that was saved without it",
+            kind="grafts taken out",
+        )
+
+    def came_back(self, entry: Adaptation) -> None:
+        self._step(
+            f"grafted {entry.blueprint} into {entry.layer!r} again: the script loaded a state that "
+            "was saved with it",
+            kind="grafts",
+        )
 
     def remedy(self, receipt: RemedyReceipt) -> None:
         self._step(str(receipt), kind="remedies")
@@ -187,6 +200,10 @@ def describe(decision: Decision) -> str:
         f"{decision.blueprint} at {decision.adaptation.layer_name!r} "
         f"(+{decision.forecast.parameters:,} parameters{sure})"
     )
+
+
+def _out_of(gone: Sequence[Adaptation]) -> str:
+    return ", ".join(f"{entry.blueprint} out of {entry.layer!r}" for entry in gone)
 
 
 def _afterwards(report: UndoReceipt, step: int) -> str:

@@ -46,6 +46,14 @@ class SurgeryReports:
         """Grafts were taken out, by order of the server or by a verdict; it is not reported."""
         self._announcer.taken_out(gone, report, reason)
 
+    def left_by_load(self, gone: Sequence[Adaptation]) -> None:
+        """The script loaded a state without these grafts."""
+        self._announcer.left_by_load(gone)
+
+    def came_back(self, adaptation: Adaptation) -> None:
+        """The script loaded a state with this graft."""
+        self._announcer.came_back(adaptation)
+
     def remedy(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> None:
         """A remedy is in effect; ``merged`` is the adaptation that it folded into its host."""
         self._announcer.remedy(receipt)

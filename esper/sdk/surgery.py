@@ -405,6 +405,7 @@ class Surgery:
         for receipt in receipts:
             adaptation = self.changes.bring_back(receipt)
             self._follow_loads(adaptation)
+            self._reports.came_back(adaptation)
             self._findings.add(came_back(adaptation))
         self._follow_up(restored=True)
 
@@ -434,6 +435,7 @@ class Surgery:
         self._follow_up(restored=True)
         report = UndoReceipt(digest="", hard=False, exact=False, pause_ms=0.0)
         self._reports.taken_out(gone, report, self._run.step, RemedyKind.UNDO, meant=adaptation)
+        self._reports.left_by_load(gone)
         self._findings.add(left_by_load(adaptation))
         return True
 

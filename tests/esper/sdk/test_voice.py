@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import re
@@ -444,3 +445,20 @@ def test_what_attach_finds_is_said_after_its_own_line(training: Training, capsys
         first, second = lines_of(capsys.readouterr().err)
     assert first.startswith("esper: attached")
     assert "serious finding at '5': bias: trainable, but in no optimizer" in second
+
+
+def test_grafts_that_go_and_come_with_a_loaded_state_are_said(
+    training: Training, capsys: Captured
+) -> None:
+    with attached(training, mode="supervised") as session:
+        training.run(2, session)
+        without = copy.deepcopy(training.model.state_dict())
+        session.graft("3", "proj_lora_64")
+        training.run(2, session)
+        having = copy.deepcopy(training.model.state_dict())
+        capsys.readouterr()
+        training.model.load_state_dict(without)
+        training.model.load_state_dict(having)
+        went, came = lines_of(capsys.readouterr().err)
+    assert "took proj_lora_64 out of '3': the script loaded a state" in went
+    assert "grafted proj_lora_64 into '3' again: the script loaded a state" in came
