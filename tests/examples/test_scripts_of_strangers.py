@@ -1,4 +1,4 @@
-"""The example scripts that take no special care of Esper run to their end, and say what they did."""
+"""Example scripts that take no special care of Esper run to their end, and say what they did."""
 
 from __future__ import annotations
 
