@@ -22,7 +22,8 @@ from esper.grafting.loading import build_grafts_of_loaded_states, load_state_dic
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.movement import MovementWatch
 from esper.grafting.receipts import ChangeReceipt, Receipt, RemedyReceipt, UndoReceipt
-from esper.grafting.replicas import Replicas
+from esper.grafting.replicas import RankGroup, Replicas
+from esper.grafting.sharded import ShardedRanks
 from esper.grafting.slot import (
     Slot,
     find_host,
@@ -53,9 +54,11 @@ __all__ = [
     "LayerRecorder",
     "LossGuard",
     "MovementWatch",
+    "RankGroup",
     "Receipt",
     "RemedyReceipt",
     "Replicas",
+    "ShardedRanks",
     "Slot",
     "Snapshot",
     "SnapshotMemory",

@@ -28,7 +28,7 @@ from esper.grafting.copies import let_follow
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.optimizers import optimizer_of
 from esper.grafting.receipts import Receipt
-from esper.grafting.replicas import Joint, Replicas, jointly
+from esper.grafting.replicas import Joint, RankGroup, jointly
 from esper.grafting.slot import (
     find_host,
     prepare_slots,
@@ -231,7 +231,9 @@ def _refuse(
     present = set(slot.grafts()) if slot is not None else set()
     scaler = surroundings.scaler
     replicas = surroundings.replicas
-    reason = "" if replicas is None else replicas.why_not() or blueprint.replicas_refusal
+    reason = surroundings.why_unchangeable()
+    if replicas is not None:
+        reason = reason or blueprint.replicas_refusal
     if reason:
         pass
     elif (blueprint.trainable or blueprint.requires) and replicas is None and _ranks() > 1:
@@ -294,7 +296,7 @@ def _certify(
     streams: RandomStreams,
     *,
     thorough: bool,
-    replicas: Replicas | None,
+    replicas: RankGroup | None,
 ) -> Certificate:
     if isinstance(graft, GradientReduction):
         assert replicas is not None  # without replicas no layer supports it

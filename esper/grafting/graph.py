@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +26,8 @@ from esper.grafting.slot import (
     slots,
 )
 from esper.grafting.snapshot import kept_streams
+from esper.sharding import Kind, Part, original_name, parts_of, why_no_graft
+from esper.sharding import kind_of as sharding_of
 
 NEVER_RAN = "it did not run in the traced forward pass"
 RECORDER = "layer recorder"
@@ -55,9 +57,20 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
     """
     found = {}
     inside_slots = {inner for _, _, slot in slots(model) for inner in slot.modules()}
+    flat = _flat_parts(model)
     for name, module in model.named_modules():
-        if module not in inside_slots and _is_layer(module, name):
-            found[name] = module
+        if module not in inside_slots and _is_layer(module, name, module in flat):
+            found[original_name(name)] = module
+    return found
+
+
+def _flat_parts(model: nn.Module) -> dict[nn.Module, list[Part]]:
+    """Modules whose parameters another tensor holds, in FSDP's wrapper or ZeRO-3, and these."""
+    found: dict[nn.Module, list[Part]] = {}
+    if sharding_of(model) in (Kind.FSDP, Kind.ZERO):
+        for part in parts_of(model):
+            for owner in part.owners:
+                found.setdefault(owner, []).append(part)
     return found
 
 
@@ -91,8 +104,10 @@ def why_never_graftable(
 
 
 def kind_of(module: nn.Module) -> str:
-    """Class name; for a parametrised layer (weight norm, spectral norm), the original class."""
-    name = type(module).__name__
+    """Class name; for a parametrised or sharded layer (weight norm, FSDP2), the original class."""
+    kinds = [kind.__name__ for kind in type(module).__mro__]
+    # fully_shard gives the layer a class of its own: FSDPLinear, FSDPModule, Linear, ...
+    name = kinds[kinds.index("FSDPModule") + 1] if "FSDPModule" in kinds else kinds[0]
     return name.removeprefix("Parametrized") if hasattr(module, "parametrizations") else name
 
 
@@ -112,6 +127,8 @@ class LayerRecorder:
         self._model = model
         self._fail_closed = fail_closed or FailClosed()
         self._modules = layer_modules(model)
+        self._flat = _flat_parts(model)
+        self._refusal = why_no_graft(sharding_of(model))
         self._sightings: dict[str, _Sighting] = {}
         self._calls: Counter[str] = Counter()
         self._previous = ""
@@ -214,13 +231,14 @@ class LayerRecorder:
         self, name: str, module: nn.Module, looks_ahead: bool, sequence_axis: int
     ) -> LayerInfo:
         sighting = self._sightings.get(name, _Sighting(reason=NEVER_RAN))
-        reason = why_never_graftable(self._model, name, self._modules) or sighting.reason
+        reason = why_never_graftable(self._model, name, self._modules)
+        reason = reason or self._refusal or sighting.reason
         attention = {
             "looks_ahead": looks_ahead,
             "sequence_axis": sequence_axis,
             **cached_part(self._model, name),
         }
-        return _layer_info(name, module, sighting, reason, **attention)
+        return _layer_info(name, module, sighting, reason, self._flat.get(module, ()), **attention)
 
 
 def trace_layers(
@@ -235,7 +253,11 @@ def trace_layers(
     """
     if forward is None:
         ahead, layers = looks_ahead(model), layer_modules(model)
-        return tuple(_describe_unseen(model, name, layers, ahead) for name in layers)
+        flat, refusal = _flat_parts(model), why_no_graft(sharding_of(model))
+        return tuple(
+            _describe_unseen(model, name, layers, ahead, flat.get(module, ()), refusal)
+            for name, module in layers.items()
+        )
     recorder = LayerRecorder(model)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
@@ -249,7 +271,7 @@ def trace_layers(
     return recorder.layers()
 
 
-def _is_layer(module: nn.Module, name: str) -> bool:
+def _is_layer(module: nn.Module, name: str, has_flat: bool = False) -> bool:
     if is_opaque(module):
         return False
     if isinstance(module, nn.MultiheadAttention):
@@ -257,7 +279,7 @@ def _is_layer(module: nn.Module, name: str) -> bool:
     if isinstance(module, CONTAINERS) or ".parametrizations" in f".{name}":
         return False
     children = set(module._modules) - {SLOT_NAME, "parametrizations"}
-    return not children and any(True for _ in _own_parameters(module))
+    return not children and (has_flat or any(True for _ in _own_parameters(module)))
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -290,11 +312,17 @@ def _why_no_shape(tensor: Tensor) -> str:
 
 
 def _layer_info(
-    name: str, module: nn.Module, sighting: _Sighting, reason: str, **attention: Any
+    name: str,
+    module: nn.Module,
+    sighting: _Sighting,
+    reason: str,
+    flat: Sequence[Part],
+    **attention: Any,
 ) -> LayerInfo:
     kind = kind_of(module)
     axis = channel_axis_of(kind)
-    parameters = _own_parameters(module)
+    parameters = [part.holder for part in flat] or _own_parameters(module)
+    sizes = [part.shape.numel() for part in flat] or map(count_of, parameters)
     first = next((p for p in parameters if p.is_floating_point()), None)
     reason = reason or _why_unwritten(parameters)
     if first is None and not reason:
@@ -306,7 +334,7 @@ def _layer_info(
         in_shape=sighting.in_shape,
         out_shape=sighting.out_shape,
         dtype=str(torch.float32 if first is None else first.dtype).removeprefix("torch."),
-        parameters=sum(map(count_of, parameters)),
+        parameters=sum(sizes),
         graftable=not reason,
         reason=reason,
         features_in=_channels(sighting.in_shape, axis) if sighting.input_is_float else 0,
@@ -358,13 +386,18 @@ def _symmetric_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, 
 
 
 def _describe_unseen(
-    model: nn.Module, name: str, layers: Mapping[str, nn.Module], looks_ahead: bool
+    model: nn.Module,
+    name: str,
+    layers: Mapping[str, nn.Module],
+    looks_ahead: bool,
+    flat: Sequence[Part],
+    refusal: str,
 ) -> LayerInfo:
     module = layers[name]
     sighting = _sighting_of_weights(module)
-    reason = why_never_graftable(model, name, layers)
+    reason = why_never_graftable(model, name, layers) or refusal
     attention = {"looks_ahead": looks_ahead, **cached_part(model, name)}
-    return _layer_info(name, module, sighting, reason, **attention)
+    return _layer_info(name, module, sighting, reason, flat, **attention)
 
 
 def _sighting_of_weights(module: nn.Module) -> _Sighting:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from esper.contracts import Finding, Severity, ViolationRule
 from esper.grafting.companion import companions_of, with_companions
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
+from esper.sharding import named_holders
 
 MANY = 8  # at most so many tensors with the same problem are named one by one
 # Frozen by a remedy: their optimizers go on holding them, which is no problem of the run.
@@ -90,7 +91,7 @@ class _Holdings:
 
 
 def _tensor_problems(model: nn.Module, holdings: _Holdings) -> Iterator[Problem]:
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_holders(model):
         times = holdings.held.get(id(parameter), 0)
         if parameter.requires_grad and not times:
             yield Problem(
@@ -118,7 +119,7 @@ def _tensor_problems(model: nn.Module, holdings: _Holdings) -> Iterator[Problem]
 
 
 def _optimizer_problems(model: nn.Module, holdings: _Holdings) -> Iterator[Problem]:
-    known = {id(parameter) for parameter in model.parameters()}
+    known = {id(parameter) for _, parameter in named_holders(model)}
     foreign = sum(key not in known for key in holdings.held)
     if foreign:
         yield Problem(

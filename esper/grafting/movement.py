@@ -26,6 +26,7 @@ from esper.grafting.ledger import Problem, to_findings
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 from esper.grafting.slot import SLOT_NAME
 from esper.health.transfers import HostTransfer, is_late
+from esper.sharding import local, named_holders
 
 STEPS = 20  # of its optimizer before a tensor is checked
 SILENT_STEPS = 200  # of the session without a step of the optimizer; accumulation is rarely longer
@@ -123,7 +124,7 @@ class MovementWatch:
     @torch.no_grad()
     def _remember(self) -> None:
         self._incomplete = False
-        names = {parameter: name for name, parameter in self._model.named_parameters()}
+        names = {parameter: name for name, parameter in named_holders(self._model)}
         for known in (self._waiting, self._problems):
             for gone in [parameter for parameter in known if parameter not in names]:
                 del known[gone]
@@ -167,7 +168,11 @@ class MovementWatch:
 
     @torch.no_grad()
     def _look(self) -> None:
-        due = [w for w in self._waiting.values() if self._taken[w.optimizer] - w.since >= STEPS]
+        due = [
+            watched
+            for watched in self._waiting.values()
+            if self._taken[watched.optimizer] - watched.since >= STEPS and _is_comparable(watched)
+        ]
         differs = [(_sample(w.parameter) != w.sample).any() for w in due]
         self._ask(differs, partial(self._on_moved, due))
 
@@ -234,11 +239,17 @@ def _has_numbers(parameter: Tensor) -> bool:
     """False for a tensor whose elements cannot be compared: on the meta device, lazy, or empty."""
     if is_lazy(parameter) or parameter.is_meta or parameter.layout is not torch.strided:
         return False
-    return not parameter.is_nested and parameter.numel() > 0
+    return not parameter.is_nested and local(parameter).numel() > 0
+
+
+def _is_comparable(watched: _Watched) -> bool:
+    """False while FSDP has a layer's whole weights in the place of this rank's part."""
+    return _sample(watched.parameter).shape == watched.sample.shape
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """A view of at most some 100 elements, spread over all axes."""
+    """A view of at most some 100 elements of those on this rank, spread over all axes."""
+    tensor = local(tensor)
     many = _SAMPLED.get(tensor.dim(), 3)
     steps = [slice(None, None, max(1, -(-size // many))) for size in tensor.shape]
     return tensor.detach()[tuple(steps)]

@@ -26,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from esper.blueprints.gradient_reduction import WHOLE_MODEL_KIND, GradientReduction
 from esper.contracts import LayerInfo
-from esper.exceptions import ConfigurationError, ReplicaError
+from esper.exceptions import ReplicaError
 from esper.grafting.communication_hooks import BucketThread, sum_in_background
 from esper.grafting.slot import CONTAINERS, slot_of
+from esper.sharding import Layout
 
 WHOLE_MODEL = ""  # name of the "layer" that stands for the model on all ranks
 
@@ -84,28 +85,31 @@ class _Row:
         return f"{self.call.name.lower()} at step {self.step}"
 
 
-class Replicas:
-    """The ranks of one DDP model, seen from one rank.
-
-    Uses its own gloo group, so that its messages do not mix with the user's collectives. Creating
-    it is a collective call.
+class RankGroup:
+    """The ranks of one model, seen from one rank: their messages.
 
     Args:
-        ddp: the user's wrapper; it stays the same object, its reducer is replaced.
+        group: a gloo group of Esper's own, so that its messages do not mix with the user's
+            collectives.
 
-    Raises:
-        ConfigurationError: a new reducer would not keep a setting of this wrapper.
+    Attributes:
+        meets_each_step: the ranks exchange a message in each step.
+        background: a second group, for sums that go on while the ranks exchange messages; only
+            where the model is spread over the ranks.
+        layout: how the model's parameters are spread over the ranks; None where each has them all.
+        whole_model: the model as shared by all ranks, the target of a gradient reduction; None
+            where there is no such target.
     """
 
-    def __init__(self, ddp: DistributedDataParallel) -> None:
-        reason = why_not_replicable(ddp)
-        if reason:
-            raise ConfigurationError(reason)
-        self._ddp = ddp
-        self.group = _control_group(ddp)
-        self.rank = int(distributed.get_rank(self.group))
-        self.size = int(distributed.get_world_size(self.group))
-        self._thread: BucketThread | None = None
+    meets_each_step = True
+    layout: Layout | None = None
+    background: Any = None
+    whole_model: LayerInfo | None = None
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.rank = int(distributed.get_rank(group))
+        self.size = int(distributed.get_world_size(group))
 
     @property
     def lead(self) -> bool:
@@ -113,25 +117,16 @@ class Replicas:
         return self.rank == 0
 
     def why_not(self) -> str:
-        """Why the reducer cannot be rebuilt now; empty if it can."""
-        return why_not_replicable(self._ddp)
+        """Why the model cannot be changed now, with the way out; empty if it can."""
+        raise NotImplementedError
 
-    @property
-    def whole_model(self) -> LayerInfo:
-        """The model as shared by all ranks: the target of a gradient reduction."""
-        parameters = [p for p in self._ddp.module.parameters() if p.requires_grad]
-        reason = self._why_no_reduction()
-        return LayerInfo(
-            name=WHOLE_MODEL,
-            kind=WHOLE_MODEL_KIND,
-            in_shape=(),
-            out_shape=(),
-            dtype=str(parameters[0].dtype).removeprefix("torch."),
-            parameters=sum(p.numel() for p in parameters),
-            graftable=not reason,
-            reason=reason,
-            device=str(parameters[0].device),
-        )
+    def parameters_changed(self) -> None:
+        """Adapts what spreads the model over ranks to parameters that were added or removed."""
+        raise NotImplementedError
+
+    def checksum(self) -> str:
+        """Hex SHA-256 over what is equal on all ranks."""
+        raise NotImplementedError
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -198,13 +193,77 @@ class Replicas:
         """Sends rank 0's bytes to all ranks, in place."""
         self._broadcast(flat)
 
+    # -- collectives ---------------------------------------------------------------------------
+
+    def _gather(self, row: _Row) -> list[_Row]:
+        mine = row.pack()
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        distributed.all_gather(everyone, mine, group=self.group)
+        return [_Row.unpack(values.tolist()) for values in everyone]
+
+    def _gather_texts(self, text: str) -> list[str]:
+        """The texts of all ranks with a text."""
+        raw = text.encode()[:2000].ljust(2000)
+        mine = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        distributed.all_gather(everyone, mine, group=self.group)
+        texts = [row.numpy().tobytes().decode(errors="replace").strip() for row in everyone]
+        return [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        distributed.broadcast(tensor, group_src=0, group=self.group)
+
+
+class Replicas(RankGroup):
+    """The ranks of one DDP model. Creating it is a collective call.
+
+    Args:
+        ddp: the user's wrapper; it stays the same object, its reducer is replaced.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        ranks = distributed.get_process_group_ranks(ddp.process_group)
+        super().__init__(control_group(ranks, ddp.process_group, ddp.device))
+        self._ddp = ddp
+        self._rebuilt = False
+        self._thread: BucketThread | None = None
+
+    def why_not(self) -> str:
+        """Why the reducer cannot be rebuilt now; empty if it can."""
+        return why_not_replicable(self._ddp)
+
+    @property
+    def whole_model(self) -> LayerInfo:  # type: ignore[override]
+        """The model as shared by all ranks: the target of a gradient reduction."""
+        parameters = [p for p in self._ddp.module.parameters() if p.requires_grad]
+        reason = self.why_not() or self._why_no_reduction()
+        return LayerInfo(
+            name=WHOLE_MODEL,
+            kind=WHOLE_MODEL_KIND,
+            in_shape=(),
+            out_shape=(),
+            dtype=str(parameters[0].dtype).removeprefix("torch."),
+            parameters=sum(p.numel() for p in parameters),
+            graftable=not reason,
+            reason=reason,
+            device=str(parameters[0].device),
+        )
+
     # -- the reducer ---------------------------------------------------------------------------
 
-    def rebuild_reducer(self) -> None:
+    def parameters_changed(self) -> None:
         """Rebuilds DDP's reducer for the present parameters and reduction.
 
-        Does what DDP's constructor does, so that the user's wrapper stays the same object.
+        Does what DDP's constructor does, so that the user's wrapper stays the same object. A
+        wrapper that takes no new reducer has the old one, because nothing was changed.
         """
+        if self.why_not() and not self._rebuilt:
+            return
+        self._rebuilt = True
+        self.rebuild_reducer()
+
+    def rebuild_reducer(self) -> None:
+        """As :meth:`parameters_changed`, without asking whether it can."""
         ddp: Any = self._ddp
         ddp.reducer._remove_autograd_hooks()
         parameters, sparse = ddp._build_params_for_reducer()
@@ -254,26 +313,6 @@ class Replicas:
             self._thread = BucketThread(reduction, self.group)
         _register(self._ddp, self._thread, sum_in_background)
 
-    # -- collectives ---------------------------------------------------------------------------
-
-    def _gather(self, row: _Row) -> list[_Row]:
-        mine = row.pack()
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        distributed.all_gather(everyone, mine, group=self.group)
-        return [_Row.unpack(values.tolist()) for values in everyone]
-
-    def _gather_texts(self, text: str) -> list[str]:
-        """The texts of all ranks with a text."""
-        raw = text.encode()[:2000].ljust(2000)
-        mine = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        distributed.all_gather(everyone, mine, group=self.group)
-        texts = [row.numpy().tobytes().decode(errors="replace").strip() for row in everyone]
-        return [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
-
-    def _broadcast(self, tensor: Tensor) -> None:
-        distributed.broadcast(tensor, group_src=0, group=self.group)
-
 
 class Joint:
     """One operation of all replicas; with ``replicas`` None, of this process alone.
@@ -282,11 +321,11 @@ class Joint:
         done: all ranks have done it and know it; no rank may revert it alone.
     """
 
-    def __init__(self, replicas: Replicas | None) -> None:
+    def __init__(self, replicas: RankGroup | None) -> None:
         self._replicas = replicas
         self.done = False
         self._open = replicas is not None  # the other ranks wait for this rank's vote
-        self._rebuilt = False
+        self._changed = False
 
     def share(self, graft: nn.Module) -> None:
         """Checks that all ranks have built the same module, and copies rank 0's tensors to all."""
@@ -303,15 +342,15 @@ class Joint:
     def commit(self) -> None:
         """Done on this rank; returns when done on all ranks, and all are equal."""
         if self._replicas is not None:
-            self._rebuilt = True  # if it fails, the reducer must be rebuilt
-            self._replicas.rebuild_reducer()
+            self._changed = True  # if it fails, the reducer must be rebuilt
+            self._replicas.parameters_changed()
             self._vote(self._replicas.checksum(), last=True)
 
     def agree(self) -> None:
         """Undone on this rank; returns when undone on all ranks."""
         if self._replicas is not None:
-            self._rebuilt = True
-            self._replicas.rebuild_reducer()
+            self._changed = True
+            self._replicas.parameters_changed()
             self._vote("", last=True)
 
     def fail(self, error: BaseException) -> None:
@@ -323,8 +362,8 @@ class Joint:
                 self._open = False
                 self._replicas.vote(error)
         finally:
-            if self._rebuilt:
-                self._replicas.rebuild_reducer()
+            if self._changed:
+                self._replicas.parameters_changed()
 
     def _vote(self, checksum: str, *, last: bool = False) -> None:
         assert self._replicas is not None
@@ -334,7 +373,7 @@ class Joint:
 
 
 @contextmanager
-def jointly(replicas: Replicas | None) -> Iterator[Joint]:
+def jointly(replicas: RankGroup | None) -> Iterator[Joint]:
     """A rank that fails inside the block reverts its change first, and then tells the others."""
     joint = Joint(replicas)
     try:
@@ -384,10 +423,13 @@ def _keeps_buckets(state: object) -> bool:
     return state is not None and not isinstance(state, distributed.ProcessGroup)
 
 
-def _control_group(ddp: DistributedDataParallel) -> Any:
-    """A gloo group with the same ranks and timeout, for small tensors on the CPU."""
-    ranks = distributed.get_process_group_ranks(ddp.process_group)
-    backend: Any = ddp.process_group._get_backend(ddp.device)
+def control_group(ranks: list[int], model: Any, device: torch.device) -> Any:
+    """A gloo group with the same ranks and timeout, for small tensors on the CPU.
+
+    Args:
+        model: the process group that the model uses on ``device``.
+    """
+    backend: Any = model._get_backend(device)
     return distributed.new_group(
         ranks,
         backend="gloo",

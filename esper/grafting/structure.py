@@ -88,9 +88,9 @@ def check_manifest(
     for record in records:
         _check_version(record, get_blueprint(record.blueprint), other_versions)
         find_host(model, record.layer.name)
-        replicas = surroundings.replicas
-        if replicas is not None and record.layer.name == WHOLE_MODEL:
-            _check_whole_model(record.layer, replicas.whole_model)
+        shared = None if surroundings.replicas is None else surroundings.replicas.whole_model
+        if shared is not None and record.layer.name == WHOLE_MODEL:
+            _check_whole_model(record.layer, shared)
         else:
             _check_layer(record.layer, layers.get(record.layer.name))
     return records

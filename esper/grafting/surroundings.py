@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from esper.grafting.replicas import Replicas
+from esper.grafting.replicas import RankGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,16 @@ class Surroundings:
     schedulers: Sequence[Any] = ()
     scaler: Any = None
     copies: Sequence[Any] = ()
-    replicas: Replicas | None = None
+    replicas: RankGroup | None = None
+
+    def why_unchangeable(self) -> str:
+        """Why the model takes no graft and no remedy now, with the way out; empty if it does."""
+        if any(type(entry).__name__ == "ZeroRedundancyOptimizer" for entry in self.optimizers):
+            return (
+                "ZeroRedundancyOptimizer keeps each parameter's state on one rank only, so a "
+                "rollback could not bring it back: use its inner optimizer on every rank"
+            )
+        return "" if self.replicas is None else self.replicas.why_not()
 
 
 BARE = Surroundings()  # a model that nothing trains

@@ -35,6 +35,7 @@ class Measurement:
     Attributes:
         step: where it was measured; the frame may be complete a step later.
         metrics: run-wide numbers that are known on the host.
+        numbers: what is on its way from the devices, by name.
     """
 
     step: int
@@ -42,9 +43,9 @@ class Measurement:
     parameters: ParameterMap
     metrics: dict[str, float]
     wall_time: float = field(default_factory=time.time)
-    _transfer: HostTransfer = field(default_factory=HostTransfer)
+    numbers: HostTransfer = field(default_factory=HostTransfer)
     _activation_rows: list[int] = field(default_factory=list)
-    _moments: _Moments | None = None
+    _moments: Moments | None = None
 
     # -- on the devices ------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ class Measurement:
         if isinstance(value, Tensor):
             number = value.detach()
             number = number.float().mean() if number.numel() != 1 else number.reshape(())
-            self._transfer.add(f"metric {name}", [number])
+            self.numbers.add(f"metric {name}", [number])
         elif value is not None:
             self.metrics[name] = float(value)
 
@@ -68,9 +69,9 @@ class Measurement:
         # A parameter of no optimizer, or of one that made no step.
         left = norms_of([_left(p, measured.gradients) for p in parameters])
         self._add_merged("gradient", measured.gradients, left)
-        self._transfer.add("weight", norms_of([p.detach() for p in parameters]))
+        self.numbers.add("weight", norms_of([p.detach() for p in parameters]))
         if measured.entries:
-            self._transfer.add("entries", [measured.entries.get(id(p)) for p in parameters])
+            self.numbers.add("entries", [measured.entries.get(id(p)) for p in parameters])
         if before:
             self._add_updates(measured, before)
 
@@ -85,21 +86,29 @@ class Measurement:
         Args:
             activations: row -> values of ``ACTIVATION_SIGNALS``.
         """
-        self._activation_rows = list(activations)
-        if activations:
-            self._transfer.add("activations", list(activations.values()))
+        self.add_activations(activations)
         held = self.parameters
         if held.matrices:
             columns = held.matrices.values()
-            self._transfer.add("rank", ranks.of([held.parameters[column] for column in columns]))
-        self._moments = _Moments.of(held, optimizers)
-        if self._moments is not None:
-            self._moments.add_to(self._transfer)
+            self.numbers.add("rank", ranks.of([held.parameters[column] for column in columns]))
+        self.add_moments(Moments.of(held, optimizers))
+
+    def add_activations(self, activations: Mapping[int, Tensor]) -> None:
+        """Row -> values of ``ACTIVATION_SIGNALS``."""
+        self._activation_rows = list(activations)
+        if activations:
+            self.numbers.add("activations", list(activations.values()))
+
+    def add_moments(self, moments: Moments | None) -> None:
+        """Adam's moments; None if there is no Adam."""
+        self._moments = moments
+        if moments is not None:
+            moments.add_to(self.numbers)
 
     def send(self) -> bool:
         """Nothing is added any more. True: the numbers arrive later, so ask a step later."""
-        self._transfer.start()
-        return self._transfer.is_late
+        self.numbers.start()
+        return self.numbers.is_late
 
     def _add_updates(self, measured: StepNorms, before: Sequence[Tensor]) -> None:
         parameters = self.parameters.parameters
@@ -118,7 +127,7 @@ class Measurement:
         self, name: str, measured: Mapping[int, Tensor], left: Sequence[Tensor | None]
     ) -> None:
         pairs = zip(self.parameters.parameters, left, strict=True)
-        self._transfer.add(name, [measured.get(id(p), norm) for p, norm in pairs])
+        self.numbers.add(name, [measured.get(id(p), norm) for p, norm in pairs])
 
     # -- on the host ---------------------------------------------------------------------------
 
@@ -130,7 +139,7 @@ class Measurement:
             self._write_updates(values)
         self._write_deep(values)
         values[:, SIGNAL_INDEX[Signal.HEALTH]] = health_scores(values)
-        for name in self._transfer.names("metric "):
+        for name in self.numbers.names("metric "):
             self.metrics[name.removeprefix("metric ")] = self._scalar(name)
         return HealthFrame(
             step=self.step,
@@ -141,32 +150,32 @@ class Measurement:
         )
 
     def _scalar(self, name: str) -> float:
-        return float(self._transfer.take(name, not_a_number=np.nan)[0])
+        return float(self.numbers.take(name, not_a_number=np.nan)[0])
 
     def _write_norms(self, values: np.ndarray) -> None:
         held = self.parameters
-        gradient_P = np.square(self._transfer.take("gradient"))
-        weight_P = np.square(self._transfer.take("weight"))
+        gradient_P = np.square(self.numbers.take("gradient"))
+        weight_P = np.square(self.numbers.take("weight"))
         _write(values, Signal.GRAD_NORM, np.sqrt(held.host_sums(gradient_P)))
         _write(values, Signal.WEIGHT_NORM, np.sqrt(held.host_sums(weight_P)))
         graft_L = held.graft_sums(gradient_P)
         host_L = np.nan_to_num(held.host_sums(gradient_P))
         with np.errstate(divide="ignore", invalid="ignore"):
             _write(values, Signal.GRAFT_GRAD_SHARE, np.sqrt(graft_L / (graft_L + host_L)))
-        if "entries" in self._transfer:
-            entries_P = self._transfer.take("entries")
+        if "entries" in self.numbers:
+            entries_P = self.numbers.take("entries")
             sizes_P = np.where(np.isnan(entries_P), np.nan, held.sizes_P)
             zero_L = 1.0 - held.host_sums(entries_P) / held.host_sums(sizes_P)
             _write(values, Signal.GRAD_ZERO_SHARE, np.clip(zero_L, 0.0, 1.0))
 
     def _write_updates(self, values: np.ndarray) -> None:
-        if "update" not in self._transfer:
+        if "update" not in self.numbers:
             return
         held = self.parameters
         # A frozen parameter has no update; 0 would look like a problem.
         frozen_P = np.array([not p.requires_grad for p in held.parameters], dtype=bool)
-        update_P = np.square(self._transfer.take("update"))
-        old_P = np.square(self._transfer.take("old weight"))
+        update_P = np.square(self.numbers.take("update"))
+        old_P = np.square(self.numbers.take("old weight"))
         update_L = held.host_sums(np.where(frozen_P, np.nan, update_P))
         old_L = held.host_sums(np.where(frozen_P, np.nan, old_P))
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -179,17 +188,17 @@ class Measurement:
     def _write_deep(self, values: np.ndarray) -> None:
         if self._activation_rows:
             columns = [SIGNAL_INDEX[signal] for signal in ACTIVATION_SIGNALS]
-            values[np.ix_(self._activation_rows, columns)] = self._transfer.take("activations")
-        if "rank" in self._transfer:
+            values[np.ix_(self._activation_rows, columns)] = self.numbers.take("activations")
+        if "rank" in self.numbers:
             rows = list(self.parameters.matrices)
-            values[rows, SIGNAL_INDEX[Signal.STABLE_RANK]] = self._transfer.take("rank")
+            values[rows, SIGNAL_INDEX[Signal.STABLE_RANK]] = self.numbers.take("rank")
         if self._moments is not None:
-            ratio_L = self._moments.signal_to_noise(self._transfer, self.parameters)
+            ratio_L = self._moments.signal_to_noise(self.numbers, self.parameters)
             _write(values, Signal.GRAD_SNR, ratio_L)
 
 
 @dataclass(slots=True)
-class _Moments:
+class Moments:
     """Adam's moments of each parameter: |mean| / std of the gradient, from its own buffers."""
 
     means: list[Tensor | None]
@@ -201,27 +210,37 @@ class _Moments:
     @classmethod
     def of(
         cls, parameters: ParameterMap, optimizers: Iterable[torch.optim.Optimizer]
-    ) -> _Moments | None:
+    ) -> Moments | None:
         """None if there is no Adam."""
         columns = {id(parameter): i for i, parameter in enumerate(parameters.parameters)}
-        count = len(columns)
-        found = cls(
-            [None] * count,
-            [None] * count,
-            [None] * count,
-            np.full(count, np.nan),
-            np.full((count, 2), np.nan),
-        )
+        found = cls.empty(len(columns))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     column = columns.get(id(parameter))
                     state = optimizer.state.get(parameter, {})
                     if column is not None and {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
-                        found._keep(column, state, group)
-        return found if any(mean is not None for mean in found.means) else None
+                        found.keep(column, state, group)
+        return found if found.is_known else None
 
-    def _keep(self, column: int, state: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    @classmethod
+    def empty(cls, count: int) -> Moments:
+        """Of ``count`` parameters, of which nothing is known yet."""
+        return cls(
+            [None] * count,
+            [None] * count,
+            [None] * count,
+            np.full(count, np.nan),
+            np.full((count, 2), np.nan),
+        )
+
+    @property
+    def is_known(self) -> bool:
+        """There is an Adam that has made a step."""
+        return any(mean is not None for mean in self.means)
+
+    def keep(self, column: int, state: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+        """One parameter's state in its optimizer, and its group."""
         betas = group.get("betas")
         if not isinstance(betas, tuple | list) or any(isinstance(beta, Tensor) for beta in betas):
             return

@@ -134,7 +134,7 @@ class OptimizerSteps:
 
     def _read(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._read_gradients(parameters, _left_scale(optimizer))
+        self._read_gradients(parameters, left_scale(optimizer))
         unread = [p for p in self._others if id(p) not in self.norms.gradients]
         self._read_gradients(unread, None)
         self._read_updates([p for p in parameters if id(p) in self._weights_before])
@@ -200,7 +200,7 @@ def has_numbers(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.itemsize > 1 and not wraps_others
 
 
-def _left_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
+def left_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
     """What the gradients are still multiplied by; None where they are unscaled.
 
     A ``GradScaler`` leaves unscaling to an optimizer that can do it inside its step. Such a step

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -57,7 +58,19 @@ class ParameterMap:
                 if len(parts) == 1 and parameter.ndim >= 2 and parameter.numel() > largest:
                     largest = parameter.numel()
                     matrices[row] = column
-        return cls(parameters, len(names), *_pairs(host), *_pairs(graft), matrices)
+        return cls.of_pairs(parameters, len(names), host, graft, matrices=matrices)
+
+    @classmethod
+    def of_pairs(
+        cls,
+        parameters: list[nn.Parameter],
+        layers: int,
+        host: list[tuple[int, int]],
+        graft: list[tuple[int, int]],
+        **more: Any,
+    ) -> Self:
+        """From (layer, parameter) pairs of the host's and the grafts' parameters."""
+        return cls(parameters, layers, *_pairs(host), *_pairs(graft), **more)
 
     @property
     def sizes_P(self) -> np.ndarray:

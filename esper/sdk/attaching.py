@@ -14,7 +14,7 @@ from torch import nn
 from esper import grafting
 from esper.contracts import MAX_NAME_LENGTH, RunMode, SafetyPolicy
 from esper.exceptions import ConfigurationError
-from esper.grafting import Replicas, Surroundings
+from esper.grafting import RankGroup, Replicas, ShardedRanks, Surroundings
 from esper.grafting.graph import layer_modules, why_never_graftable
 from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.replicas import Call
@@ -23,6 +23,7 @@ from esper.near_names import did_you_mean
 from esper.sdk.compiler_watch import is_whole_graph, whole_graph_region
 from esper.sdk.session import Session, Setup
 from esper.sdk.transport.queues import Pace
+from esper.sharding import Kind, group_ranks, kind_of, why_no_graft
 
 logger = logging.getLogger("esper")
 
@@ -30,16 +31,6 @@ Mode: TypeAlias = Literal["observe", "supervised", "automatic"]  # the members o
 # model -> its latest session
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
-# Class name of a wrapper, or of a part that it makes -> how people call it.
-_SHARDED = {
-    "FullyShardedDataParallel": "FSDP",
-    "FSDPModule": "FSDP2 (fully_shard)",
-    "DeepSpeedEngine": "a DeepSpeed engine (ZeRO)",
-}
-_IN_PLACE_OF_SHARDING = (
-    "A graft needs the layer's whole weights on each rank. Train with DistributedDataParallel, or "
-    "in one process; esper.attach takes both"
-)
 _NO_ROOM = (
     "is compiled with fullgraph=True, which leaves no room for a slot: compile without fullgraph"
 )
@@ -103,7 +94,7 @@ def attach(
     if is_whole_graph(model):
         raise ConfigurationError(f"the model {_NO_ROOM}")
     optimizers = _optimizers(optimizer)
-    address, secret = _server(server, token) if _is_lead(wrapper) else ("", "")
+    address, secret = _server(server, token) if _is_lead(wrapper, bare) else ("", "")
     names = _slot_names(bare, slots)
     periods = periods_of(sampling)
     _check(run, target_steps, evaluate)
@@ -111,9 +102,10 @@ def attach(
     followers = _several(copies)
     for copied in followers:
         grafting.check_copy(bare, copied)
-    replicas = _replicas(wrapper)
+    replicas = _ranks_of(wrapper, bare)
     if replicas is not None:
         arguments = [run, run_mode, names, evaluate is not None, len(optimizers), len(followers)]
+        arguments += [periods]
         replicas.meet(Call.ATTACH, 0, key=f"{arguments} {replicas.checksum()}")
     older = _older_session(bare)
     if run_mode is RunMode.OBSERVE:
@@ -178,50 +170,38 @@ def _without_compiler(model: Any) -> Any:
 def _unwrap(model: Any) -> nn.Module:
     """The module that holds the layers, out of torch.compile's and DDP's wrappers."""
     model = _without_compiler(model)
-    if any(kind.__name__ in _SHARDED for kind in type(model).__mro__):
-        raise ConfigurationError(_why_sharded(type(model).__mro__))
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, nn.parallel.DistributedDataParallel) or _is_deepspeed(model):
         return _unwrap(model.module)
     if isinstance(model, nn.DataParallel):
         raise ConfigurationError("nn.DataParallel copies the model in each step: use one device")
-    _refuse_sharded(model)
     return model
 
 
-def _refuse_sharded(model: nn.Module) -> None:
-    """A part of the model may be sharded where the whole is not."""
-    for name, module in model.named_modules():
-        kinds = type(module).__mro__
-        if any(kind.__name__ in _SHARDED for kind in kinds):
-            raise ConfigurationError(f"{name or 'the model'}: {_why_sharded(kinds)}")
-    for name, parameter in model.named_parameters():
-        if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
-            raise ConfigurationError(
-                f"the parameter {name} is a DTensor, spread over ranks by tensor parallelism or "
-                f"fully_shard. {_IN_PLACE_OF_SHARDING}"
-            )
-        if hasattr(parameter, "ds_id"):
-            raise ConfigurationError(
-                f"the parameter {name} is spread over ranks by DeepSpeed ZeRO-3. "
-                f"{_IN_PLACE_OF_SHARDING}"
-            )
+def _is_deepspeed(model: nn.Module) -> bool:
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
 
 
-def _why_sharded(kinds: tuple[type, ...]) -> str:
-    name = next(_SHARDED[kind.__name__] for kind in kinds if kind.__name__ in _SHARDED)
-    return f"{name} spreads parameters or their optimizer over ranks. {_IN_PLACE_OF_SHARDING}"
+def _sharding_of(wrapper: Any, model: nn.Module) -> Kind | None:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return Kind.ZERO if _is_deepspeed(wrapper) else kind_of(model)
 
 
-def _is_lead(wrapper: Any) -> bool:
-    if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
-        return True
-    return int(torch.distributed.get_rank(wrapper.process_group)) == 0
+def _is_lead(wrapper: Any, model: nn.Module) -> bool:
+    if _sharding_of(wrapper, model) is not None:
+        return int(torch.distributed.get_rank()) == group_ranks(model)[0]
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        return int(torch.distributed.get_rank(wrapper.process_group)) == 0
+    return True
 
 
-def _replicas(wrapper: Any) -> Replicas | None:
-    """The other ranks; making it waits for all of them."""
+def _ranks_of(wrapper: Any, model: nn.Module) -> RankGroup | None:
+    """The other ranks, None where there are none; making it waits for all of them."""
+    kind = _sharding_of(wrapper, model)
+    if kind is not None:
+        return ShardedRanks(model, kind)
     if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
         return None
     if torch.distributed.get_world_size(wrapper.process_group) == 1:
@@ -233,16 +213,9 @@ def _optimizers(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:
     if optimizer is None:
         raise ConfigurationError("attach needs the optimizer that trains the model")
     try:
-        optimizers = tuple(unwrap_optimizer(entry) for entry in _several(optimizer))
+        return tuple(unwrap_optimizer(entry) for entry in _several(optimizer))
     except TypeError as error:
         raise ConfigurationError(str(error)) from error
-    for entry in optimizers:
-        if type(entry).__name__ == "ZeroRedundancyOptimizer":
-            raise ConfigurationError(
-                "ZeroRedundancyOptimizer keeps each parameter's state on one rank only, so a "
-                "rollback could not bring it back: use its inner optimizer on every rank"
-            )
-    return optimizers
 
 
 def _several(value: Any) -> tuple[Any, ...]:
@@ -268,7 +241,7 @@ def _server(server: str | None, token: str | None) -> tuple[str, str]:
 
 def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tuple[str, ...]:
     if slots == "auto":
-        layers = layer_modules(model)
+        layers = {} if why_no_graft(kind_of(model)) else layer_modules(model)
         return tuple(name for name in layers if not why_never_graftable(model, name, layers))
     if isinstance(slots, str):
         raise ConfigurationError(f'slots must be "auto" or a list of layer names, got {slots!r}')
@@ -278,7 +251,7 @@ def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tup
         reason = why_never_graftable(model, name)
         if reason:
             raise ConfigurationError(f"layer {name!r} can have no slot: {reason}")
-    return names
+    return () if why_no_graft(kind_of(model)) else names  # such a graft is refused when it is asked
 
 
 def _slots_where_they_fit(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:

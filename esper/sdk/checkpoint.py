@@ -27,11 +27,18 @@ _GRAFT_MARK = f".{SLOT_NAME}."
 
 
 def state_of(model: nn.Module, surroundings: Surroundings, changes: Changes) -> dict[str, Any]:
-    """Structure, weights of the grafts, optimizer state by parameter name, and what is applied."""
+    """Structure, weights of the grafts, optimizer state by parameter name, and what is applied.
+
+    Without the optimizer state of a model that is spread over ranks: each has a part of it, and the
+    script's own checkpoint has them all.
+    """
+    sharded = is_sharded(surroundings)
     return {
         "structure": grafting.structure(model),
         "grafts": {name: t.detach().clone() for name, t in _graft_tensors(model).items()},
-        "optimizers": [_optimizer_state(model, entry) for entry in surroundings.optimizers],
+        "optimizers": [
+            None if sharded else _optimizer_state(model, entry) for entry in surroundings.optimizers
+        ],
         "companions": [
             grafting.companion_states_by_name(model, entry) for entry in surroundings.optimizers
         ],
@@ -59,6 +66,10 @@ def load(
     optimizers = surroundings.optimizers
     if len(state["optimizers"]) != len(optimizers):
         raise ConfigurationError("the state is of another number of optimizers")
+    if is_sharded(surroundings):
+        _refuse_changes(state, surroundings)
+        joint.commit()
+        return [], []
     slotted = {name for name, _, _ in grafting.slots(model)}
     without_copies = replace(surroundings, copies=())  # they follow at the end
     snapshot = Snapshot.take(model, without_copies)
@@ -81,6 +92,19 @@ def load(
             snapshot.restore()
         raise
     return adaptations, [receipt for receipt in repeated if receipt is not None]
+
+
+def is_sharded(surroundings: Surroundings) -> bool:
+    """The model's parameters are spread over ranks."""
+    return surroundings.replicas is not None and surroundings.replicas.layout is not None
+
+
+def _refuse_changes(state: dict[str, Any], surroundings: Surroundings) -> None:
+    """A model that takes no graft takes none out of a checkpoint either."""
+    if state["structure"] or state["remedies"]:
+        raise ConfigurationError(
+            f"the state holds grafts or remedies: {surroundings.why_unchangeable()}"
+        )
 
 
 def _adaptations(applied: list[dict[str, Any]], rebuilt: tuple[Receipt, ...]) -> list[Adaptation]:
@@ -114,6 +138,8 @@ def _repeat(
 
 
 def _graft_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    if not any(True for _ in grafting.slots(model)):
+        return {}  # state_dict() of FSDP is a collective call, and the script may be on one rank
     return {
         name: tensor
         for name, tensor in model.state_dict().items()

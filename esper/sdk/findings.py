@@ -17,6 +17,7 @@ from esper.fail_closed import Failure
 from esper.grafting import MovementWatch, Surroundings
 from esper.grafting.slot import left_out_grafts
 from esper.sdk.adaptation import Adaptation
+from esper.sharding import Kind
 
 logger = logging.getLogger("esper")
 
@@ -98,9 +99,9 @@ class LedgerWatch:
 
     def __init__(self, model: nn.Module, surroundings: Surroundings, findings: Findings) -> None:
         self._model = model
-        self._optimizers = surroundings.optimizers
+        self._optimizers = () if _has_own_weights(surroundings) else surroundings.optimizers
         self._findings = findings
-        self._movement = MovementWatch(model, surroundings.optimizers)
+        self._movement = MovementWatch(model, self._optimizers)
         self.audit()
 
     def on_step(self, step: int) -> None:
@@ -130,6 +131,12 @@ class LedgerWatch:
 
     def close(self) -> None:
         self._movement.close()
+
+
+def _has_own_weights(surroundings: Surroundings) -> bool:
+    """DeepSpeed's optimizers train copies of the weights, which the model does not have."""
+    layout = surroundings.replicas.layout if surroundings.replicas is not None else None
+    return layout is not None and layout.kind is Kind.ZERO
 
 
 class GradientWatch:

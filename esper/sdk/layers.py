@@ -11,7 +11,8 @@ from torch import nn
 from esper.contracts import LayerInfo
 from esper.exceptions import UnknownLayerError
 from esper.fail_closed import FailClosed
-from esper.grafting import LayerRecorder, Replicas, slots
+from esper.grafting import LayerRecorder, slots
+from esper.grafting.replicas import RankGroup
 from esper.near_names import or_known
 
 LEFT_ALONE = "attach was told to leave it alone"
@@ -30,7 +31,7 @@ class Layers:
         self,
         model: nn.Module,
         slots: Sequence[str],
-        replicas: Replicas | None = None,
+        replicas: RankGroup | None = None,
         fail_closed: FailClosed | None = None,
     ) -> None:
         self._model = model
@@ -47,12 +48,15 @@ class Layers:
     @property
     def own(self) -> tuple[LayerInfo, ...]:
         """In the model's order; shapes are known after the first forward pass."""
-        return self._recorder.layers() if self._fixed is None else self._fixed
+        if self._fixed is not None:
+            return self._fixed
+        return tuple(map(self._as_shared, self._recorder.layers()))
 
     @property
     def all(self) -> tuple[LayerInfo, ...]:
         """Also, on several ranks, the model that they share: the last one, with an empty name."""
-        return self.own if self._replicas is None else (*self.own, self._replicas.whole_model)
+        shared = None if self._replicas is None else self._replicas.whole_model
+        return self.own if shared is None else (*self.own, shared)
 
     def find(self, name: str) -> LayerInfo:
         """Raises ``UnknownLayerError`` where there is none of that name."""
@@ -64,7 +68,7 @@ class Layers:
 
     def fix(self) -> None:
         """The first step is complete: all layers have run."""
-        self._fixed = tuple(map(self._limited, self._recorder.layers()))
+        self._fixed = tuple(map(self._limited, map(self._as_shared, self._recorder.layers())))
         self.stop()
         without_slots = not any(True for _ in slots(self._model))
         if without_slots or any(layer.reason == LEFT_ALONE for layer in self._fixed):
@@ -75,6 +79,11 @@ class Layers:
     def stop(self) -> None:
         """Remove the recorder's hooks."""
         self._recorder.stop()
+
+    def _as_shared(self, layer: LayerInfo) -> LayerInfo:
+        """As the model on all ranks allows."""
+        reason = "" if self._replicas is None else self._replicas.why_not()
+        return replace(layer, graftable=False, reason=reason) if reason else layer
 
     def _limited(self, layer: LayerInfo) -> LayerInfo:
         if layer.name in self._slots or not layer.graftable:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from esper.health.transfers import HostCopy, copy_to_host
+from esper.sharding import is_dtensor, local
 
 
 class LossReader:
@@ -35,6 +38,14 @@ def _copy_of(loss: float | Tensor | None) -> float | HostCopy | None:
         if isinstance(loss, bool | str | bytes):
             raise TypeError(f"the loss must be a number or a tensor, got {loss!r}")
         return float(loss)
+    if is_dtensor(loss):
+        return _copy_of_distributed(loss)
     if loss.numel() != 1:
         raise TypeError(f"the loss must have one element, got shape {tuple(loss.shape)}")
     return copy_to_host(loss.detach().reshape(()))
+
+
+def _copy_of_distributed(loss: Any) -> float | HostCopy | None:
+    """None where no rank has the whole loss: summing its parts would be one more collective."""
+    whole = all(placement.is_replicate() for placement in loss.placements)
+    return _copy_of(local(loss)) if whole else None

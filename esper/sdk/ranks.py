@@ -18,8 +18,7 @@ from typing import Any
 from esper import blueprints
 from esper.contracts import LayerInfo
 from esper.exceptions import ReplicaError
-from esper.grafting import Replicas
-from esper.grafting.replicas import Call
+from esper.grafting.replicas import Call, RankGroup
 from esper.sdk.adaptation import Operation
 
 logger = logging.getLogger("esper")
@@ -72,7 +71,7 @@ class Order:
 class Ranks:
     """One rank's view of the others. With ``replicas`` None there are no others."""
 
-    def __init__(self, replicas: Replicas | None) -> None:
+    def __init__(self, replicas: RankGroup | None) -> None:
         self._replicas = replicas
         self._step_is_quiet: bool | None = None  # None: outside a step
 
@@ -91,11 +90,21 @@ class Ranks:
             self._replicas.meet(call, step, key=json.dumps(arguments, default=repr))
 
     def meet_for_step(
-        self, step: int, loss: float | None, may_operate: Callable[[], bool]
+        self,
+        step: int,
+        loss: float | None,
+        may_operate: Callable[[], bool],
+        agreed: Callable[[], bool],
     ) -> tuple[float | None, bool]:
-        """(mean loss of all ranks, something may be done in this step)."""
+        """(mean loss of all ranks, something may be done in this step).
+
+        Args:
+            agreed: the ranks have agreed to meet in this step; asked where they do not in each.
+        """
         if self._replicas is None:
             return loss, True
+        if not self._replicas.meets_each_step and not agreed():
+            return loss, False
         busy = self.decides and may_operate()
         meeting = self._replicas.meet(Call.STEP, step, loss=loss, busy=busy)
         return meeting.loss, meeting.busy

@@ -34,6 +34,7 @@ from esper.grafting.graph import count_of
 from esper.grafting.replicas import Call, Joint, jointly
 from esper.health import HealthSampler
 from esper.health.pace import Periods, SamplingPace, periods_of
+from esper.health.sharded import ShardedSampler
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.announcing import Announcer
 from esper.sdk.compiler_watch import CompilerWatch
@@ -60,6 +61,7 @@ from esper.sdk.server_link import ServerLink
 from esper.sdk.summary import Summary, layer_rows
 from esper.sdk.surgery import Surgery
 from esper.sdk.transport import Pace, TransportQueues
+from esper.sharding import FrameSum
 
 logger = logging.getLogger("esper")
 
@@ -174,7 +176,7 @@ class Session:
         self._sampling = SamplingPace(fixed=setup.sampling)
         self._calm = LossGuard()  # tells which states are good; not reset, as the guard's is
         self._compiler = CompilerWatch()
-        self._model_parameters = sum(map(count_of, model.parameters()))
+        self._model_parameters = _parameters_of(model, around)
         self._reported: dict[str, float] = {}
         self._latest_frame: HealthFrame | None = None
         self._failures: dict[str, int] = {}
@@ -208,7 +210,7 @@ class Session:
         run = self._run
         run.step += 1
         at, value = known if known is not None else (run.step, None)
-        value, busy = self._ranks.meet_for_step(run.step, value, self._may_operate)
+        value, busy = self._ranks.meet_for_step(run.step, value, self._may_operate, self._meets_now)
         if not self._layers.fixed:
             self._try("opening", self._open)
         # Before anything that may undo: a snapshot is taken after it, so an undo restores what the
@@ -224,8 +226,10 @@ class Session:
         if self._ranks.decides:
             with self._ranks.leading(busy, lambda: self._stop_reason):
                 self._decide(None if value is None else (at, value), loss, metrics, busy=busy)
-        elif busy:
-            self._follower.follow()
+        else:
+            if busy:
+                self._follower.follow()
+            self._try("health", partial(self._take_part, loss))
         self._announcer.on_step()
         if self._stop_reason:
             raise RunStopped(self._stop_reason)
@@ -629,20 +633,13 @@ class Session:
     def _open(self) -> None:
         """At the first complete step the layers are known: watch them, and register the run."""
         self._layers.fix()
+        layers = self._layers.own
+        if not self._detached:
+            self._surgery.sampler = self._sampler(layers)
         if not self._ranks.decides:
             return
-        layers, model = self._layers.own, self._setup.model
         if self._diagnosis is not None:
             self._diagnosis.open(layers)
-        if not self._detached:
-            self._surgery.sampler = HealthSampler(
-                model,
-                self._setup.surroundings.optimizers,
-                layers,
-                watch=partial(grafting.watch, model),
-                pace=self._sampling,
-                fail_closed=self._fail_closed,
-            )
         if self._server is not None:
             self._server.start(
                 layers,
@@ -659,6 +656,44 @@ class Session:
             return
         verdict = self._calm.observe(loss)
         states.on_step(self._run.step, healthy=verdict is None and self._calm.calm)
+
+    def _sampler(self, layers: tuple[LayerInfo, ...]) -> HealthSampler | ShardedSampler | None:
+        """On every rank where each holds a part of the model, otherwise on rank 0 alone."""
+        around, watch = self._setup.surroundings, partial(grafting.watch, self._setup.model)
+        if around.replicas is not None and around.replicas.layout is not None:
+            return ShardedSampler(
+                around.replicas.layout,
+                FrameSum(around.replicas.background),
+                around.optimizers,
+                layers,
+                watch=watch,
+                leads=self._ranks.decides,
+                wants_meeting=self._may_operate,
+                pace=self._sampling,
+                fail_closed=self._fail_closed,
+            )
+        if not self._ranks.decides:
+            return None
+        return HealthSampler(
+            self._setup.model,
+            around.optimizers,
+            layers,
+            watch=watch,
+            pace=self._sampling,
+            fail_closed=self._fail_closed,
+        )
+
+    def _meets_now(self) -> bool:
+        """The ranks of a sharded model meet in this step; each of them knows it by itself."""
+        changes, sampler = self._surgery.changes, self._surgery.sampler
+        if self._setup.mode is not RunMode.OBSERVE or changes.adaptations or changes.remedies:
+            return True
+        return isinstance(sampler, ShardedSampler) and sampler.meets_next()
+
+    def _take_part(self, loss: float | Tensor | None) -> None:
+        """On a rank that does not decide: its part of the norms."""
+        if self._surgery.sampler is not None:
+            self._surgery.sampler.step(self._run.step, loss)
 
     def _may_operate(self) -> bool:
         """This step may change or evaluate the model, which the other ranks must know before."""
@@ -737,6 +772,14 @@ class Session:
                 logger.exception("Esper's %s failed; training goes on", part)
             if self._failures[part] == MAX_PART_FAILURES:
                 self._fail_closed.switch_off(error, part=part, unmeasured=UNMEASURED[part])
+
+
+def _parameters_of(model: nn.Module, surroundings: Surroundings) -> int:
+    """Elements of all parameters, on all ranks together."""
+    layout = surroundings.replicas.layout if surroundings.replicas is not None else None
+    if layout is None:
+        return sum(map(count_of, model.parameters()))
+    return sum(part.shape.numel() for part in layout.parts())
 
 
 def _identities(state: Any) -> list[Any] | None:

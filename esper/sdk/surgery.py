@@ -22,7 +22,7 @@ from torch import nn
 
 from esper import blueprints, grafting
 from esper.contracts import AdaptationState, LayerInfo, RemedyKind, RunMode
-from esper.exceptions import ConfigurationError, UndoError
+from esper.exceptions import ConfigurationError, GraftError, UndoError
 from esper.grafting import (
     GuardVerdict,
     Receipt,
@@ -38,6 +38,7 @@ from esper.grafting.replicas import Call, Joint, jointly
 from esper.grafting.slot import find_host, slot_of
 from esper.grafting.state_dicts import Difference
 from esper.health import HealthSampler
+from esper.health.sharded import ShardedSampler
 from esper.remedies import GoodStates, Target, apply_remedy, get_remedy
 from esper.sdk import checkpoint, framework_loads
 from esper.sdk.adaptation import Adaptation, Operation
@@ -78,7 +79,7 @@ class Surgery:
     ) -> None:
         self.model = model
         self.changes = Changes()
-        self.sampler: HealthSampler | None = None
+        self.sampler: HealthSampler | ShardedSampler | None = None
         self._idle_slots = False  # left by a load, inside which torch's hooks cannot be removed
         self._surroundings = surroundings
         self._without_copies = replace(surroundings, copies=())  # a remedy leaves averages alone
@@ -88,7 +89,8 @@ class Surgery:
         self._ledger = ledger
         self._reports = reports
         self._findings = findings
-        self.states = self._good_states() if run.mode is not RunMode.OBSERVE else None
+        rewinds = run.mode is not RunMode.OBSERVE and not surroundings.why_unchangeable()
+        self.states = self._good_states() if rewinds else None
 
     def _good_states(self) -> GoodStates:
         optimizers = self._surroundings.optimizers
@@ -285,6 +287,9 @@ class Surgery:
     ) -> RemedyReceipt:
         """On all ranks, or on none; ``merged`` is the adaptation that it folds into its host."""
         self._meet(Call.REMEDY, name, *arguments)
+        reason = self._surroundings.why_unchangeable()
+        if reason:
+            raise GraftError(reason, layer=str(arguments[0]))
         started = time.perf_counter()
         with jointly(self._surroundings.replicas) as joint:
             receipt = act(surroundings=self._without_copies, step=self._run.step)
