@@ -121,9 +121,11 @@ class Session:
         self._layers = Layers(model, setup.slots, around.replicas, self._fail_closed)
         self._ledger = LedgerWatch(model, around, self._findings)
         self._gradients = GradientWatch(self._findings)
+        # Its probes read whole tensors, which on one rank alone would wait for the others.
+        spread = around.replicas is not None and around.replicas.layout is not None
         self._diagnosis = (
             DiagnosisWatch(model, around, self._run, self._findings, self._fail_closed)
-            if self._ranks.decides
+            if self._ranks.decides and not spread
             else None
         )
         self._surgery = Surgery(

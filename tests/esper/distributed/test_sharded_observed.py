@@ -176,7 +176,7 @@ def _go_on_alone(rank: int, how: str) -> Any:
             os._exit(3)
         broken = rank == 1 and at >= 15
         if how == "raises" and broken and session._surgery.sampler is not None:
-            session._surgery.sampler._message = None  # type: ignore[union-attr, assignment]
+            session._surgery.sampler._start_sum = None  # type: ignore[union-attr, method-assign, assignment]
         own = None if how == "silent" and broken else session
         if how != "ends":
             side.step(at, own)
