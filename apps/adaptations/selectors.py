@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from django.db.models import Avg, Count, Max, Q, QuerySet
+from django.db.models import Avg, Count, F, Max, Q, QuerySet
+from django.utils import timezone
 
 from apps.adaptations.history import experience, layer_histories, run_facts
 from apps.adaptations.models import Adaptation, DecisionRecord
@@ -37,6 +38,14 @@ RECENT_VIOLATIONS = 50
 def adaptations() -> QuerySet[Adaptation]:
     """Adaptations with the related rows that a list shows."""
     return Adaptation.objects.select_related("run", "blueprint", "decided_by", "claimed_by")
+
+
+def waiting_for_a_person() -> QuerySet[Adaptation]:
+    """Those that have not expired; the next to expire comes first."""
+    return Adaptation.objects.filter(
+        Q(deadline_at__isnull=True) | Q(deadline_at__gt=timezone.now()),
+        state=AdaptationState.AWAITING_APPROVAL,
+    ).order_by(F("deadline_at").asc(nulls_last=True), "id")
 
 
 def run_snapshot(run: Run) -> Snapshot:

@@ -1,4 +1,4 @@
-"""The trainer's socket: it delivers commands."""
+"""The trainer's socket: it delivers commands, and tells what waits for a person."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from channels.generic.websocket import AsyncWebsocketConsumer
 
 from apps.accounts.authentication import bearer_secret
 from apps.accounts.services import authenticate_token
+from apps.adaptations.selectors import waiting_for_a_person
 from apps.runs.models import Run
 from apps.runs.services import command_to_wire, commands_after, touch, trainer_group
 from esper.contracts import TokenScope, codec
@@ -37,6 +38,7 @@ class TrainerConsumer(AsyncWebsocketConsumer):
         super().__init__()
         self.uid = ""
         self.beating: asyncio.Task[None] | None = None
+        self.told: set[str] = set()  # uids of adaptations that wait for a person
 
     async def connect(self) -> None:
         self.uid = self.scope["url_route"]["kwargs"]["uid"]
@@ -93,6 +95,7 @@ class TrainerConsumer(AsyncWebsocketConsumer):
                     await self.close(NOT_SIGNED_IN)
                     return
                 await self._deliver()
+                await self._tell_waiting()
                 if time.monotonic() - pinged_at >= PING_SECONDS:
                     pinged_at = time.monotonic()
                     await self._say({"type": "ping", "time": time.time()})
@@ -103,6 +106,13 @@ class TrainerConsumer(AsyncWebsocketConsumer):
                 return
             except Exception as error:  # a busy database must not disconnect the trainer
                 log.warning("socket of run %s: %s", self.uid, error)
+
+    async def _tell_waiting(self) -> None:
+        """For the trainer's console; once for each adaptation."""
+        for entry in await database_sync_to_async(_waiting)(self.uid):
+            if entry["adaptation"] not in self.told:
+                self.told.add(entry["adaptation"])
+                await self._say({"type": "waiting", **entry})
 
     async def _say(self, message: dict[str, Any]) -> None:
         text = codec.encode(message).decode()
@@ -135,6 +145,14 @@ def why_stopped(secret: str | None, uid: str) -> str:
 def _commands(uid: str, after: int) -> list[dict[str, Any]]:
     run = Run.objects.get(uid=uid)
     return [command_to_wire(command) for command in commands_after(run, after)]
+
+
+def _waiting(uid: str) -> list[dict[str, str]]:
+    entries = waiting_for_a_person().filter(run__uid=uid).select_related("blueprint")
+    return [
+        {"adaptation": entry.uid, "layer": entry.layer, "blueprint": entry.blueprint.slug}
+        for entry in entries
+    ]
 
 
 def _secret(scope: Any) -> str | None:

@@ -90,10 +90,13 @@ class Announcer:
         )
 
     def waits_at_server(self, layer: str, blueprint: str, address: str) -> None:
-        """A decision waits for a person at the server."""
-        self._step(
-            f"{blueprint} at {layer!r} waits for a person: {address}", kind="decisions that wait"
-        )
+        """A decision waits at the server, which tells it again after each reconnect."""
+        if address not in self._told:
+            self._told.add(address)
+            self._step(
+                f"{blueprint} at {layer!r} waits for a person: {address}",
+                kind="decisions that wait",
+            )
 
     def would_propose(self, decision: Decision) -> None:
         """Observe mode: what would be proposed. Said once for each layer and blueprint."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Literal
+from urllib.parse import quote
 
 import torch
 
@@ -108,6 +109,10 @@ class ServerLink:
         if not self._page_said and self._queues.registration is not None:
             self._page_said = True
             self._announcer.registered(self.page)
+        while self._queues.waiting:
+            entry = self._queues.waiting.popleft()
+            page = f"{self._address}/adaptations/{quote(entry.adaptation, safe='')}"
+            self._announcer.waits_at_server(entry.layer, entry.blueprint, page)
         self._queues.telemetry.offer_metrics(self._run.step, time.time(), metrics)
         if frame is not None:
             self._queues.telemetry.offer_frame(frame)

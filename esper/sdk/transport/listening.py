@@ -38,7 +38,7 @@ from esper.sdk.transport.commands import LocalVeto, parse_command, verify_comman
 from esper.sdk.transport.journal import Journal
 from esper.sdk.transport.kernels import fetch_kernel
 from esper.sdk.transport.outgoing import ends_the_run
-from esper.sdk.transport.queues import Pace, ReadyCommand, TransportQueues
+from esper.sdk.transport.queues import Pace, ReadyCommand, TransportQueues, WaitingElsewhere
 from esper.sdk.transport.registration import Registration
 
 logger = logging.getLogger("esper")
@@ -47,6 +47,14 @@ logger = logging.getLogger("esper")
 _SILENCE_SECONDS = 30.0  # the server pings every 10 s
 _LONGEST_RETRY_SECONDS = 5.0  # also the period of polling where websockets do not get through
 _MAX_MESSAGE_BYTES = 256 * 1024
+_LONGEST_NAME = 300  # characters of a line on the console
+
+
+def _waiting(data: Mapping[str, Any]) -> WaitingElsewhere:
+    names = (
+        str(data.get(name, ""))[:_LONGEST_NAME] for name in ("adaptation", "layer", "blueprint")
+    )
+    return WaitingElsewhere(*names)
 
 
 class Preparation(Protocol):
@@ -140,6 +148,8 @@ class Listener:
         kind = data.get("type") if isinstance(data, dict) else None
         if kind == "command":
             await self._on_command(data.get("command"), data.get("signature"))
+        elif kind == "waiting":
+            self._queues.waiting.append(_waiting(data))
         elif kind == "stopped":
             logger.info("the server closes the command stream: %s", data.get("reason", ""))
 

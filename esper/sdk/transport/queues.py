@@ -38,6 +38,15 @@ class PendingReport:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitingElsewhere:
+    """A decision that waits for a person at the server; for the console only."""
+
+    adaptation: str
+    layer: str
+    blueprint: str
+
+
+@dataclass(frozen=True, slots=True)
 class Pace:
     """How often to send and how long to wait between attempts, in seconds."""
 
@@ -58,6 +67,7 @@ class TransportQueues:
         telemetry: waits to be sent.
         reports: wait to be written to the journal and sent.
         inbox: commands for the next step boundary.
+        waiting: decisions that wait for a person at the server, not said yet.
         settled: (adaptation, state) that the server answered to hello.
         pending: numbers of commands that were accepted and are not answered yet.
         finish: epoch -> how the run ended; None while it goes on.
@@ -68,6 +78,7 @@ class TransportQueues:
     telemetry: TelemetryQueue = field(default_factory=TelemetryQueue)
     reports: deque[PendingReport] = field(default_factory=deque)
     inbox: deque[ReadyCommand] = field(default_factory=deque)
+    waiting: deque[WaitingElsewhere] = field(default_factory=lambda: deque(maxlen=100))
     settled: deque[tuple[str, str]] = field(default_factory=deque)
     pending: set[int] = field(default_factory=set)
     finish: Callable[[int], Finish] | None = None

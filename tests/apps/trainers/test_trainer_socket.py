@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.test import Client
+from django.utils import timezone
 
 from apps.accounts.models import User
+from apps.adaptations.models import Adaptation
+from apps.blueprints.models import Blueprint
+from apps.policies.services import current_policy
 from apps.runs.models import Run
 from apps.runs.services import issue_command
 from apps.trainers import consumers as trainer_side
-from esper.contracts import Command, CommandKind, Role, TokenScope, signing
+from esper.contracts import AdaptationState, Command, CommandKind, Role, TokenScope, signing
 from tests.apps.callers import Trainer, register
-from tests.apps.cast import token_of
+from tests.apps.cast import make_blueprint, token_of
 from tests.apps.sockets import ORIGIN, Socket, Vanishing, beats, in_database, trainer_socket
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -123,3 +128,46 @@ async def test_a_vanished_trainer_is_not_recorded_as_reporting(
     monkeypatch.setattr(send, "receive", receive)
     await send.run()
     assert beats() == []
+
+
+def _ask_a_person(uid: str, layer: str, **changes: Any) -> str:
+    run = Run.objects.get(uid=uid)
+    adaptation = Adaptation.objects.create(
+        run=run,
+        run_epoch=run.epoch,
+        idempotency_key=layer,
+        layer=layer,
+        adaptation_type="add_efficiency",
+        blueprint=Blueprint.objects.filter(slug="proj_lora_64").first() or make_blueprint(),
+        risk="low",
+        forecast_parameters=1,
+        policy="heuristic-1",
+        safety_policy=current_policy(),
+        proposed_step=1,
+        state=AdaptationState.AWAITING_APPROVAL,
+        **changes,
+    )
+    return adaptation.uid
+
+
+async def test_a_trainer_is_told_once_what_waits_for_a_person(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_side, "CHECK_SECONDS", 0.05)
+    past, future = timezone.now() - timedelta(hours=1), timezone.now() + timedelta(hours=1)
+    await in_database(_ask_a_person)(trainer.run, "expired", deadline_at=past)
+    first = await in_database(_ask_a_person)(trainer.run, "fc", deadline_at=future)
+    socket = trainer_socket(trainer.token, trainer.run)
+    await socket.open()
+    message = await socket.next()
+    assert message == {
+        "type": "waiting",
+        "adaptation": first,
+        "layer": "fc",
+        "blueprint": "proj_lora_64",
+    }
+    second = await in_database(_ask_a_person)(trainer.run, "head")
+    message = await socket.next()
+    assert (message["type"], message["adaptation"]) == ("waiting", second)
+    assert await socket.silent()
+    await socket.close()

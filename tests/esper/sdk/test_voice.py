@@ -18,11 +18,13 @@ from tqdm import tqdm
 
 import esper
 from esper.console import MAX_LENGTH, Console, write_line
-from esper.contracts import AdaptationState, Finding, RunMode, Severity, ViolationRule
+from esper.contracts import AdaptationState, CommandKind, Finding, RunMode, Severity, ViolationRule
 from esper.sdk import attaching
 from tests.esper.sdk.test_local_loop import Bottleneck
 from tests.esper.sdk.test_local_loop import attached as attached_bottleneck
 from tests.esper.sdk.tiny_training import Training
+from tests.esper.sdk.transport.attached import ended, graft_command, kernel_for, listening
+from tests.esper.sdk.transport.control_plane import ControlPlane
 
 Captured = pytest.CaptureFixture[str]
 
@@ -462,3 +464,40 @@ def test_grafts_that_go_and_come_with_a_loaded_state_are_said(
         went, came = lines_of(capsys.readouterr().err)
     assert "took proj_lora_64 out of '3': the script loaded a state" in went
     assert "grafted proj_lora_64 into '3' again: the script loaded a state" in came
+
+
+def test_a_server_tells_its_page_and_what_waits_there(
+    training: Training, plane: ControlPlane, capsys: Captured
+) -> None:
+    with listening(training, plane, mode="supervised") as session:
+        for uid in ("a1", "a1", "a/2\n"):
+            plane.push({"type": "waiting", "adaptation": uid, "layer": "3", "blueprint": "ln_rms"})
+        plane.push({"type": "waiting"})
+        said = ""
+
+        def complete() -> bool:
+            nonlocal said
+            said += capsys.readouterr().err
+            return "adaptations/a%2F2%0A" in said and "adaptations/\n" in said
+
+        training.until(complete, session)
+    lines = lines_of(said)
+    assert f"esper: the run's page: {plane.url}/runs/{plane.uid}" in lines
+    assert sum(f"waits for a person: {plane.url}/adaptations/a1" in line for line in lines) == 1
+    assert all(line.startswith("esper: ") for line in lines)
+
+
+def test_what_the_server_orders_is_said(
+    training: Training, plane: ControlPlane, capsys: Captured
+) -> None:
+    with listening(training, plane) as session:
+        plane.send(graft_command(plane, 1, kernel_for(session, plane)))
+        training.until(lambda: ended(plane, 1), session)
+        plane.send(plane.command(CommandKind.KEEP, 2, adaptation="a1"))
+        training.until(lambda: ended(plane, 2), session)
+        plane.send(plane.command(CommandKind.UNDO, 3, adaptation="a1"))
+        training.until(lambda: ended(plane, 3), session)
+    said = capsys.readouterr().err
+    assert re.search(r"grafted proj_lora_64 into '3'", said)
+    assert re.search(r"kept proj_lora_64 in '3'", said)
+    assert re.search(r"took proj_lora_64 out of '3': ordered by the server", said)
