@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from math import fsum
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,7 @@ class LossGuard:
         """Takes the training loss of each step; returns a verdict when the guard must act."""
         if not math.isfinite(loss):
             return GuardVerdict(ViolationRule.NON_FINITE, loss, math.nan, f"the loss became {loss}")
-        limit = self._limit()
+        limit = math.inf if self._is_usual(loss) else self._limit()
         if loss <= limit:
             self._good.append(loss)
             self._running = 0
@@ -83,12 +82,20 @@ class LossGuard:
         self._good = deque(map(float, state["good"]), maxlen=self._good.maxlen)
         self._running = int(state["running"])
 
+    def _is_usual(self, loss: float) -> bool:
+        """Not above the highest good loss, so below the limit; most steps end here.
+
+        No value of n is further than sqrt(n - 1) standard deviations above their mean.
+        """
+        is_short = len(self._good) <= 1.0 + self._sigmas**2
+        return is_short and bool(self._good) and loss <= max(self._good)
+
     def _limit(self) -> float:
         if len(self._good) < self._enough:
             return math.inf
-        # Not statistics.pstdev, which calculates in fractions and is 30 times slower.
-        mean = fsum(self._good) / len(self._good)
-        variance = fsum((loss - mean) ** 2 for loss in self._good) / len(self._good)
+        # In each step: neither statistics.pstdev nor fsum, which are 30 and 3 times slower.
+        mean = sum(self._good) / len(self._good)
+        variance = sum([(loss - mean) ** 2 for loss in self._good]) / len(self._good)
         spread = mean + self._sigmas * math.sqrt(variance)
         # "factor times the mean" for a loss that may be negative: the same distance above it.
         return max(spread, mean + (self._factor - 1.0) * abs(mean))

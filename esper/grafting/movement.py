@@ -264,7 +264,7 @@ def _grafted_output(host: nn.Module) -> str:
 def _is_zero(lr: float | Tensor) -> bool:
     """False for a rate on a GPU, which is compared there."""
     if isinstance(lr, Tensor):
-        return not is_late(lr.device) and float(lr) == 0.0
+        return not is_late(lr) and float(lr) == 0.0
     return lr == 0.0
 
 

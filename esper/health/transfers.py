@@ -54,14 +54,14 @@ class HostCopy:
         return self.wait().item()
 
 
-def is_late(device: torch.device) -> bool:
-    """Reading from this device at once would wait for all its queued work."""
-    return device.type == "cuda"
+def is_late(tensor: Tensor) -> bool:
+    """Reading it at once would wait for all queued work of its device."""
+    return tensor.is_cuda
 
 
 def copy_to_host(tensor: Tensor) -> HostCopy:
     """Begins to copy a tensor; waits only for a device other than CPU and CUDA."""
-    if not is_late(tensor.device):
+    if not is_late(tensor):
         return HostCopy(tensor.detach().cpu(), None)
     return _copy_behind(tensor.detach())
 

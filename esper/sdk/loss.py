@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from esper.health.transfers import HostCopy, copy_to_host
+from esper.health.transfers import HostCopy, copy_to_host, is_late
 from esper.sharding import is_dtensor, local
 
 
@@ -24,10 +24,10 @@ class LossReader:
         """
         late, self._late = self._late, None
         copy = _copy_of(loss)
-        if isinstance(copy, HostCopy) and copy.event is not None:
+        if isinstance(copy, HostCopy):
             self._late = step, copy
         elif copy is not None:
-            return step, copy if isinstance(copy, float) else copy.number()
+            return step, copy
         return None if late is None else (late[0], late[1].number())
 
 
@@ -42,7 +42,7 @@ def _copy_of(loss: float | Tensor | None) -> float | HostCopy | None:
         return _copy_of_distributed(loss)
     if loss.numel() != 1:
         raise TypeError(f"the loss must have one element, got shape {tuple(loss.shape)}")
-    return copy_to_host(loss.detach().reshape(()))
+    return copy_to_host(loss.reshape(())) if is_late(loss) else loss.item()
 
 
 def _copy_of_distributed(loss: Any) -> float | HostCopy | None:

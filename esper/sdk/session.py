@@ -225,9 +225,12 @@ class Session:
         self._try("good states", partial(self._keep_good_states, value))
         metrics = self._take_metrics(value)
         self._try("compiler", partial(self._watch_compiler, metrics))
-        if self._ranks.decides:
+        point = None if value is None else (at, value)
+        if self._ranks.alone:
+            self._decide(point, loss, metrics, busy=busy)
+        elif self._ranks.decides:
             with self._ranks.leading(busy, lambda: self._stop_reason):
-                self._decide(None if value is None else (at, value), loss, metrics, busy=busy)
+                self._decide(point, loss, metrics, busy=busy)
         else:
             if busy:
                 self._follower.follow()

@@ -115,7 +115,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> LateNumbers:
     numbers, is_late = LateNumbers(), transfers.is_late
     for module in [m for name, m in sys.modules.items() if name.startswith("esper.")]:
         if getattr(module, "is_late", None) is is_late:
-            monkeypatch.setattr(module, "is_late", lambda device: True)
+            monkeypatch.setattr(module, "is_late", lambda tensor: True)
     monkeypatch.setattr(transfers, "_copy_behind", numbers.copy)
     return numbers
 
@@ -282,7 +282,7 @@ def test_late_frames_equal_those_that_come_at_once(late: LateNumbers) -> None:
         loop = Loop()
         with pytest.MonkeyPatch.context() as patch:
             if not arrives:
-                patch.setattr(transfers, "is_late", lambda device: False)
+                patch.setattr(transfers, "is_late", lambda tensor: False)
             with esper.attach(loop.model, loop.optimizer, sampling=((0, 5, 15),)) as session:
                 loop.train(session, late, 16)
                 frame = session.frame()

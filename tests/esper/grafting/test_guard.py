@@ -7,6 +7,8 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from esper.contracts import ViolationRule
@@ -84,3 +86,12 @@ def test_large_half_precision_gradients_are_finite() -> None:
     layer = nn.Linear(64, 64, dtype=torch.float16)
     layer.weight.grad = torch.full_like(layer.weight, 60_000.0)
     assert non_finite_gradients(layer) == ()
+
+
+@given(st.lists(st.floats(-5.0, 5.0, width=32), min_size=25, max_size=80), st.floats(1.0, 60.0))
+def test_the_short_way_gives_the_same_verdicts(losses: list[float], jump: float) -> None:
+    quick, slow = LossGuard(), LossGuard()
+    slow._is_usual = lambda loss: False  # type: ignore[method-assign]
+    for loss in [*losses, jump, jump, jump, *losses]:
+        assert quick.observe(loss) == slow.observe(loss)
+    assert quick.state_dict() == slow.state_dict()
