@@ -22,8 +22,9 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.exceptions import GraftError
 from esper.fail_closed import contained, short
-from esper.grafting.companion_gradients import HostGradients, Unscaler
-from esper.grafting.companion_optimizer import Made, follow, make_like, set_mode
+from esper.grafting.companion_gradients import HostGradients, Passes
+from esper.grafting.companion_optimizer import MODES, Made, follow, has_modes, make_like, set_mode
+from esper.grafting.companion_scaling import Unscaler, noticed_scaler, scaler_of_this_step
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 
 logger = logging.getLogger("esper")
@@ -78,6 +79,19 @@ class Companion:
         self.optimizer.step()
         own[_TAKEN] += 1
 
+    def follow_mode(self, mode: str) -> None:
+        """The host's optimizer was set to ``train`` or ``eval``; an error ends this companion."""
+        try:
+            set_mode(self.optimizer, mode)
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """It makes no more steps, and the audit says so."""
+        self.error = short(error)
+        text = "%s: the graft learns no more, its optimizer failed: %s"
+        logger.warning(text, self.layer, self.error, exc_info=error)
+
 
 class _Anchor:
     """Finds the group of a host's optimizer that a layer belongs to, wherever it is now.
@@ -101,16 +115,23 @@ class _Anchor:
 
 
 class _Company:
-    """The companions of one optimizer, and the hooks that let them step with it."""
+    """The companions of one optimizer, and the hooks that let them step with it.
+
+    After a step their gradients are put aside. The loop clears the host's at some time before the
+    next backward pass, or it does not; then they are dropped, or put back to be added to. So
+    between two steps no gradient of a graft is there that the loop believes to have cleared.
+    """
 
     def __init__(self, host: torch.optim.Optimizer, scaler: Any) -> None:
         self.members: list[Companion] = []
         self.gradients = HostGradients(host)
+        scaler = scaler if scaler is not None else noticed_scaler(host)
         self.unscaler = None if scaler is None else Unscaler(scaler)
         self._handles: list[RemovableHandle] = []
+        self._modes: list[_Mode] = []
+        self._aside: list[tuple[nn.Parameter, Tensor]] = []
         self._awaits_step = False
-        self._pass = -1  # the backward pass that is running, or was the last
-        self._reached = False  # a gradient has arrived since the last step
+        self._passes = Passes()
         self._leaves_out = False
 
     def add(self, companion: Companion, host: torch.optim.Optimizer) -> None:
@@ -118,7 +139,9 @@ class _Company:
             self._handles = [
                 host.register_step_pre_hook(_Hook(self, host, self._before_step)),
                 host.register_step_post_hook(_Hook(self, host, self._after_step)),
+                host.register_step_post_hook(_Hook(self, host, self._put_aside)),
             ]
+            self._modes = [_Mode(self, host, mode) for mode in MODES if has_modes(host)]
             self.gradients.end_step()
         self.members.append(companion)
         arrives = contained("gradient hook", "A graft's gradients are not cleared with the host's.")
@@ -134,54 +157,79 @@ class _Company:
             handle.remove()
         companion._handles.clear()
         if not self.members:
-            for handle in self._handles:
-                handle.remove()
+            ends: list[RemovableHandle | _Mode] = [*self._handles, *self._modes]
+            for end in ends:
+                end.remove()
             self._handles.clear()
+            self._modes.clear()
 
     def clear(self) -> None:
         """Clears the gradients of all grafts."""
-        for companion in self.members:
-            for parameter in companion.parameters:
-                parameter.grad = None
+        self._aside.clear()
+        for parameter in self._parameters():
+            parameter.grad = None
         if self.unscaler is not None:
             self.unscaler.forget()
+
+    def restart(self) -> None:
+        """The host's gradients were restored, and the grafts' with them."""
+        self._aside.clear()
+        self.gradients.end_step()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for companion in self.members for p in companion.parameters]
 
     # -- in the user's backward pass and step --------------------------------------------------
 
     def _arrives(self, gradient: Tensor) -> Tensor | None:
         """A gradient of a graft, before it is accumulated; returns what is accumulated instead."""
-        running = torch._C._current_graph_task_id()
-        if running != self._pass:
-            self._begin_pass(running)
+        if self._passes.is_new():
+            self._begin_pass()
         if self._leaves_out:
             return torch.zeros_like(gradient)
         return None if self.unscaler is None else self.unscaler.arrived(gradient)
 
-    def _begin_pass(self, running: int) -> None:
-        self._pass = running
-        self._reached = True
-        if self.gradients.cleared():
+    def _begin_pass(self) -> None:
+        inside, raised = self._passes.begin(at_end=self.gradients.mark)
+        # After an error, such as too little memory, a loop drops what there is and goes on.
+        if raised or (not inside and self.gradients.cleared()):
             self.clear()
+        self._put_back()
         self._leaves_out = self.gradients.left_out()
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(self.gradients.mark)
+
+    def _put_back(self) -> None:
+        """The gradients of the last step, which the loop has not cleared."""
+        for parameter, gradient in self._aside:
+            parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
+        self._aside.clear()
 
     def _before_step(self, host: torch.optim.Optimizer) -> None:
         self._awaits_step = True
+        if self.unscaler is None and (scaler := scaler_of_this_step()) is not None:
+            self.unscaler = Unscaler(scaler, used=False)  # so far nothing was divided
+        # Whatever else reads gradients after a step comes before they are put aside.
+        hooks: Any = host._optimizer_step_post_hooks  # an OrderedDict, declared as a dict
+        hooks.move_to_end(self._handles[-1].id)
 
     def _after_step(self, host: torch.optim.Optimizer) -> None:
         # A class whose step calls its parent's runs the hooks of a step twice.
         if not self._awaits_step:
             return
         self._awaits_step = False
-        if not self._reached:  # and what is left of earlier passes was stepped with
-            self.clear()
+        if self._aside and self.gradients.cleared():  # and no gradient has reached a graft since
+            self._aside.clear()
+        self._put_back()
         for companion in self.members:
             self._step(companion, host)
-        if not self.gradients.known:
-            self.clear()
-        self._reached = False
+
+    def _put_aside(self, host: torch.optim.Optimizer) -> None:
         self.gradients.end_step()
+        if not self.gradients.known:  # then a clearing cannot be noticed
+            self.clear()
+        for parameter in self._parameters():
+            if parameter.grad is not None:
+                self._aside.append((parameter, parameter.grad))
+                parameter.grad = None
 
     def _step(self, companion: Companion, host: torch.optim.Optimizer) -> None:
         if companion.error:
@@ -190,13 +238,7 @@ class _Company:
             if self.unscaler is None or self.unscaler.allows(host, companion.parameters):
                 companion.step(host)
         except Exception as error:
-            companion.error = short(error)
-            logger.warning(
-                "%s: the graft learns no more, its optimizer failed: %s",
-                companion.layer,
-                companion.error,
-                exc_info=error,
-            )
+            companion.fail(error)
 
 
 class _Hook:
@@ -213,6 +255,38 @@ class _Hook:
 
     def __reduce__(self) -> Any:
         return _no_hook, ()
+
+
+class _Mode:
+    """``train`` or ``eval`` of a schedule-free optimizer, which its companions follow at once.
+
+    The one call of an optimizer that is wrapped, on the object alone: it moves the weights, between
+    those that are trained and those that are evaluated and saved, and nothing else tells of it. A
+    copy or a pickle of the optimizer has its class's own.
+    """
+
+    def __init__(self, company: _Company, host: torch.optim.Optimizer, mode: str) -> None:
+        self._company = company
+        self._host = host
+        self._mode = mode
+        self._before = vars(host).get(mode)
+        self._call = getattr(host, mode)
+        setattr(host, mode, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._call(*args, **kwargs)
+        for companion in self._company.members:
+            companion.follow_mode(self._mode)
+        return result
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._host, self._mode)
+
+    def remove(self) -> None:
+        if vars(self._host).get(self._mode) is self:
+            delattr(self._host, self._mode)
+            if self._before is not None:
+                setattr(self._host, self._mode, self._before)
 
 
 def _no_hook() -> Any:
@@ -241,7 +315,8 @@ def accompany(
     Args:
         layer: name of the layer.
         host: the layer whose group provides the hyper-parameters; None: the first group.
-        scaler: the ``GradScaler`` that makes the optimizer's steps.
+        scaler: the ``GradScaler`` that makes the optimizer's steps; one that is not named is
+            noticed at the first step.
 
     Raises:
         GraftError: the optimizer has no hooks for its steps.
@@ -293,7 +368,7 @@ def dismiss(parameters: Iterable[Tensor], optimizers: Iterable[Any]) -> None:
 def put_back(optimizer: torch.optim.Optimizer, members: Sequence[Companion]) -> None:
     """Makes ``members`` the companions of the optimizer, for a snapshot that is restored.
 
-    Their optimizers' state is not touched.
+    The gradients must be as they were. The state of the companions' optimizers is not touched.
     """
     for companion in companions_of(optimizer):
         if companion not in members:
@@ -302,6 +377,9 @@ def put_back(optimizer: torch.optim.Optimizer, members: Sequence[Companion]) -> 
         if companion not in companions_of(optimizer):
             companion._company = _company_of(optimizer) or companion._company
             companion._company.add(companion, optimizer)
+    company = _company_of(optimizer)
+    if company is not None:
+        company.restart()
 
 
 def is_warming(group: dict[str, Any]) -> bool:

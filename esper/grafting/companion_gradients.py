@@ -1,21 +1,21 @@
 """What the user's loop does to its optimizer's gradients, so that a graft's go through the same.
 
-A loop clears gradients through its optimizer, which does not know a graft's weights; a
-``GradScaler`` divides those of the optimizer that it is given. Nothing of the user's is wrapped or
-hooked for that. A hook on each new weight runs as its gradient arrives, before it is accumulated:
+A loop clears gradients through its optimizer, which does not know a graft's weights. Nothing of the
+user's is wrapped or hooked for that: a hook on each new weight runs as its gradient arrives, before
+it is accumulated, and compares some gradients of the host with what they were.
 
 cleared    the host's gradients were cleared since the last backward pass: so are the graft's
 left out   all of the host optimizer's tensors are frozen for this pass only, as Lightning does with
            the other optimizers of a GAN: the graft's gradient counts as zero
-scaled     the graft's gradient is divided by the scaler's scale here, so that clipping over
-           ``model.parameters()`` after ``unscale_`` sees true norms
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -39,10 +39,57 @@ class _Witness:
         gradient = self.parameter.grad
         return gradient is None or self.gradient() is not gradient
 
-    def is_same(self) -> bool:
-        """Nothing was written into it."""
+    def writes(self) -> int:
+        """How often it was written into."""
         gradient = self.parameter.grad
-        return gradient is not None and gradient._version == self.version
+        return 0 if gradient is None else gradient._version - self.version
+
+
+class Passes:
+    """The backward passes that are running.
+
+    Reentrant checkpointing runs passes inside of a pass. A pass that raised never ends; it is found
+    when the next one begins that is not inside of it.
+    """
+
+    def __init__(self) -> None:
+        self._running: list[tuple[int, int]] = []  # (id, depth)
+        self._ended = -1
+
+    def is_new(self) -> bool:
+        """No gradient of the present pass was seen so far."""
+        present = torch._C._current_graph_task_id()
+        return present != self._ended and all(present != known for known, _ in self._running)
+
+    def begin(self, at_end: Callable[[], None]) -> tuple[bool, bool]:
+        """The present pass begins; ``at_end`` is called when it is over.
+
+        Returns:
+            Whether it is inside of another, and whether an earlier one raised.
+        """
+        present, depth = torch._C._current_graph_task_id(), _depth()
+        outer = [entry for entry in self._running if entry[1] < depth]
+        raised = len(outer) < len(self._running)
+        self._running = [*outer, (present, depth)]
+
+        def end() -> None:
+            self._running = [entry for entry in self._running if entry[0] != present]
+            self._ended = present
+            at_end()
+
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(end)
+        return bool(outer), raised
+
+
+def _depth() -> int:
+    """How many backward passes this thread is in."""
+    code, depth = torch.autograd.graph._engine_run_backward.__code__, 0
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        depth += frame.f_code is code
+        frame = frame.f_back
+    return depth
 
 
 class HostGradients:
@@ -81,13 +128,13 @@ class HostGradients:
             # With create_graph, accumulation makes a new tensor as well.
             keeps_graph = torch.is_grad_enabled()
             return not keeps_graph or any(w.parameter.grad is None for w in self._witnesses)
-        if any(witness.is_same() for witness in self._witnesses):
-            return False
-        # All were written into: set to zero, or all accumulated in this pass before the graft's.
-        smallest = min(self._witnesses, key=lambda witness: witness.parameter.numel())
-        gradient = smallest.parameter.grad
-        assert gradient is not None
-        return not bool(gradient.any())
+        writes = [witness.writes() for witness in self._witnesses]
+        if min(writes) == 0 or max(writes) > 1:  # a pass writes once
+            return min(writes) > 0
+        # Set to zero, or accumulated in this pass before the graft's; this waits for a GPU.
+        gradients = [g for w in self._witnesses if (g := w.parameter.grad) is not None]
+        device = gradients[0].device
+        return not bool(torch.stack([g.any().to(device) for g in gradients]).all())
 
     def left_out(self) -> bool:
         """All tensors are frozen, and were not when the optimizer made its last step."""
@@ -106,74 +153,3 @@ class HostGradients:
             gradient = parameter.grad
             if gradient is not None:
                 yield parameter, gradient
-
-
-class Unscaler:
-    """Divides a graft's gradients as a ``GradScaler`` divides those of the host's optimizer."""
-
-    def __init__(self, scaler: Any) -> None:
-        self._scaler = scaler
-        self._used = True  # as far as is known, the host's step goes through it
-        self._found_inf: dict[torch.device, Tensor] = {}
-
-    def arrived(self, gradient: Tensor) -> Tensor:
-        """The gradient divided by the scale; zeros where it is not finite, which skips the step.
-
-        Zeros, because clipping over all parameters would spread an infinite norm to the host. On
-        several ranks it stays: the others must learn of it through the averaged gradient.
-        """
-        scale = self._scale()
-        if scale is None:
-            return gradient
-        unscaled = gradient.clone()
-        found = self._found_inf.setdefault(
-            gradient.device, torch.zeros((), dtype=torch.float32, device=gradient.device)
-        )
-        inverse = scale.double().reciprocal().float().to(gradient.device)
-        torch._amp_foreach_non_finite_check_and_unscale_([unscaled], found, inverse)
-        return unscaled if _ranks() > 1 else unscaled.nan_to_num(0.0, 0.0, 0.0)
-
-    def forget(self) -> None:
-        """The gradients were cleared."""
-        self._found_inf.clear()
-
-    def allows(self, host: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
-        """The host's step that is ending is one that the graft makes too."""
-        if not self._scaler.is_enabled():
-            return True
-        used = self._steps(host)
-        if used != self._used:
-            self._used = used
-            scale = self._scaler._get_scale_async()
-            if scale is not None:  # what has arrived was taken for what it is not
-                _multiply(parameters, scale.double().reciprocal().float() if used else scale)
-        if not used:
-            return True
-        skipped = getattr(host, "found_inf", None)
-        found = [*self._found_inf.values(), *([skipped] if isinstance(skipped, Tensor) else [])]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        wrong = [~gradient.isfinite().all() for gradient in gradients] + [f > 0 for f in found]
-        return not wrong or not bool(torch.stack([w.to(wrong[0].device) for w in wrong]).any())
-
-    def _scale(self) -> Tensor | None:
-        scaled = self._used and self._scaler.is_enabled()
-        scale: Tensor | None = self._scaler._get_scale_async() if scaled else None
-        return scale
-
-    def _steps(self, host: torch.optim.Optimizer) -> bool:
-        """The scaler makes this step: it has looked for infinities, or lets the optimizer look."""
-        state = self._scaler._per_optimizer_states.get(id(host))
-        return hasattr(host, "found_inf") or bool(state and state["found_inf_per_device"])
-
-
-def _multiply(parameters: Sequence[nn.Parameter], factor: Tensor) -> None:
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor.to(parameter.grad.device))
-
-
-def _ranks() -> int:
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        return 1
-    return int(distributed.get_world_size())

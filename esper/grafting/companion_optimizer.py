@@ -18,6 +18,7 @@ from torch import Tensor, nn
 PLAIN_RATE = 1e-3  # AdamW's usual one; the most that a plain AdamW takes from another class
 # Followed even where the constructor does not name them, for example behind **kwargs.
 _ALWAYS_FOLLOWED = frozenset({"lr", "betas", "momentum", "weight_decay", "eps"})
+MODES = ("train", "eval")  # calls of schedule-free optimizers
 _TRIAL_SIZE = 4  # elements of each axis
 
 
@@ -115,6 +116,11 @@ def _try_out(
     made = _of_the_same_class(host, group, tried)
     set_mode(made.optimizer, "train")
     made.optimizer.step()
+
+
+def has_modes(optimizer: Any) -> bool:
+    """It is to be told when training and evaluation begin, as schedule-free ones are."""
+    return all(callable(getattr(optimizer, mode, None)) for mode in MODES)
 
 
 def set_mode(optimizer: Any, mode: str) -> None:

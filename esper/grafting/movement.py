@@ -22,12 +22,14 @@ from torch.utils.hooks import RemovableHandle
 from esper.contracts import Finding, Severity
 from esper.fail_closed import contained
 from esper.grafting.companion import companions_of, is_warming, with_companions
+from esper.grafting.companion_scaling import notice_scaler
 from esper.grafting.ledger import Problem, to_findings
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 from esper.grafting.slot import SLOT_NAME
 from esper.health.transfers import HostTransfer, is_late
 from esper.sharding import local, named_holders
 
+NOTICED_STEPS = 3  # of an optimizer, in which a scaler that was not named is looked for
 STEPS = 20  # of its optimizer before a tensor is checked
 SILENT_STEPS = 200  # of the session without a step of the optimizer; accumulation is rarely longer
 SMALLEST_GRADIENT = 1e-7  # a smaller one may be the rounding error of a zero gradient
@@ -94,6 +96,8 @@ class MovementWatch:
 
     def _count(self, place: int) -> RemovableHandle:
         def count(*_: Any) -> None:
+            if self._taken[place] < NOTICED_STEPS:
+                notice_scaler(self._optimizers[place])
             self._taken[place] += 1
             if self._waiting and not (self._steps + 1) % STEPS:
                 self._keep_gradients(place)

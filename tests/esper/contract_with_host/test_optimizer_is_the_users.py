@@ -7,10 +7,12 @@ is identity at birth and its weights are held still, so the host's numbers must 
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import prodigyopt
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler as schedules
 from torch.optim import swa_utils
+from torch.utils.checkpoint import checkpoint
 
 import esper
 from esper.grafting import Receipt, companions_of
@@ -106,7 +109,7 @@ def look_of(run: Run) -> dict[str, Any]:
         "keys": [sorted(group) for group in run.optimizer.param_groups],
         "groups": [len(group["params"]) for group in run.optimizer.param_groups],
         "states": len(run.optimizer.state),
-        "attributes": sorted(vars(run.optimizer)),
+        "attributes": sorted(vars(run.optimizer).keys() - {"train", "eval"}),
         "schedulers": plain,
         "weights": run.host_weights(),
     }
@@ -325,3 +328,522 @@ def saved(value: Any) -> io.BytesIO:
     torch.save(value, file)
     file.seek(0)
     return file
+
+
+# -- gradients --------------------------------------------------------------------------------
+
+
+@dataclass
+class Loop:
+    """A training loop over one or several optimizers, which it treats alike."""
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    scaler: Any = None
+    before_step: Callable[[], None] = lambda: None
+
+    def backward(self, number: int, factor: float = 1.0) -> None:
+        loss = factor * loss_of(self.model, number)
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def step(self) -> None:
+        self.before_step()
+        for optimizer in self.optimizers:
+            optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def zero(self, **options: Any) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(**options)
+
+    def held(self) -> list[nn.Parameter]:
+        return [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+
+
+def zero_first(loop: Loop, number: int) -> None:
+    loop.zero()
+    loop.backward(number)
+    loop.step()
+
+
+def zero_last(loop: Loop, number: int) -> None:
+    loop.backward(number)
+    loop.step()
+    loop.zero()
+
+
+def zero_in_place_first(loop: Loop, number: int) -> None:
+    loop.zero(set_to_none=False)
+    loop.backward(number)
+    loop.step()
+
+
+def zero_in_place_last(loop: Loop, number: int) -> None:
+    loop.backward(number)
+    loop.step()
+    loop.zero(set_to_none=False)
+
+
+def zero_between_forward_and_backward(loop: Loop, number: int) -> None:
+    loss = loss_of(loop.model, number)
+    loop.zero()
+    loss.backward()
+    loop.step()
+
+
+def zero_the_model(loop: Loop, number: int) -> None:
+    loop.model.zero_grad()
+    loop.backward(number)
+    loop.step()
+
+
+def zero_by_hand(loop: Loop, number: int) -> None:
+    for parameter in loop.held():
+        parameter.grad = None
+    loop.backward(number)
+    loop.step()
+
+
+def zero_by_hand_in_place(loop: Loop, number: int) -> None:
+    loop.backward(number)
+    loop.step()
+    for parameter in loop.held():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+
+
+def accumulated(loop: Loop, number: int) -> None:
+    loop.zero()
+    for part in range(3):
+        loop.backward(10 * number + part)
+    loop.step()
+
+
+def accumulated_in_place(loop: Loop, number: int) -> None:
+    for part in range(3):
+        loop.backward(10 * number + part)
+    loop.step()
+    loop.zero(set_to_none=False)
+
+
+def kept_over_two_steps(loop: Loop, number: int) -> None:
+    if number % 2:
+        loop.zero()
+    loop.backward(number)
+    loop.step()
+
+
+def stepped_twice(loop: Loop, number: int) -> None:
+    loop.zero()
+    loop.backward(number)
+    loop.step()
+    loop.step()
+
+
+def batch_thrown_away(loop: Loop, number: int) -> None:
+    loop.backward(number)
+    loop.step()
+    loop.zero()
+    loop.backward(number + 50)
+    loop.zero()
+
+
+def other_loss_between(loop: Loop, number: int) -> None:
+    """As the generator's loss goes through the discriminator."""
+    loop.backward(number + 70)
+    loop.zero()
+    loop.backward(number)
+    loop.step()
+
+
+def frozen_for_another_loss(loop: Loop, number: int) -> None:
+    """As Lightning toggles optimizers: the tensors of this one rest in the other's pass."""
+    held = loop.held()
+    for parameter in held:
+        parameter.requires_grad_(False)
+    x, _ = batch(number)
+    loop.model(x.requires_grad_()).sum().backward()
+    for parameter in held:
+        parameter.requires_grad_(True)
+    loop.backward(number)
+    loop.step()
+    loop.zero()
+
+
+def sometimes_without_the_layer(loop: Loop, number: int) -> None:
+    loop.zero()
+    if number % 2:
+        x, _ = batch(number)
+        loop.model[4](torch.tanh(loop.model[0](x)[:, :8])).sum().backward()
+        nn.utils.clip_grad_norm_(loop.model.parameters(), 0.1)
+    else:
+        loop.backward(number)
+    loop.step()
+
+
+def clipped(loop: Loop, number: int) -> None:
+    loop.zero()
+    loop.backward(number)
+    nn.utils.clip_grad_norm_(loop.model.parameters(), 0.05)
+    loop.step()
+
+
+def with_created_graph(loop: Loop, number: int) -> None:
+    loop.zero()
+    loss = loss_of(loop.model, number)
+    (slope,) = torch.autograd.grad(loss, [loop.model[0].weight], create_graph=True)
+    (loss + slope.square().sum()).backward()
+    loop.step()
+
+
+def checkpointed(loop: Loop, number: int) -> None:
+    """Passes inside of a pass; the grafted layer runs in two of them, and once outside."""
+    loop.zero()
+    x, y = batch(number)
+    first, middle, last = loop.model[:2], loop.model[2:4], loop.model[4]
+    h = checkpoint(middle, first(x), use_reentrant=True)
+    h = checkpoint(middle, h, use_reentrant=True)
+    F.mse_loss(last(middle(h)), y).backward()
+    loop.step()
+
+
+def raised_in_backward(loop: Loop, number: int) -> None:
+    loop.zero()
+    handle = loop.model[0].weight.register_hook(lambda gradient: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.backward(number + 90)
+    handle.remove()
+    loop.zero()
+    loop.backward(number)
+    loop.step()
+
+
+LOOPS: dict[str, Callable[[Loop, int], None]] = {
+    loop.__name__: loop
+    for loop in (
+        zero_first,
+        zero_last,
+        zero_in_place_first,
+        zero_in_place_last,
+        zero_between_forward_and_backward,
+        zero_the_model,
+        zero_by_hand,
+        zero_by_hand_in_place,
+        accumulated,
+        accumulated_in_place,
+        kept_over_two_steps,
+        stepped_twice,
+        batch_thrown_away,
+        other_loss_between,
+        frozen_for_another_loss,
+        sometimes_without_the_layer,
+        clipped,
+        with_created_graph,
+        checkpointed,
+        raised_in_backward,
+    )
+}
+
+
+def kept_by_hand(run: Run, receipt: Receipt) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
+    """An optimizer that a user would make for the graft, and what sets its rate before a step."""
+    for companion in companions_of(run.optimizer):
+        companion.leave()
+    (group,) = run.optimizer.param_groups
+    names = inspect.signature(type(run.optimizer)).parameters
+    options = {key: value for key, value in run.optimizer.defaults.items() if key in names}
+    own = type(run.optimizer)(receipt.graft.parameters(), **options)
+    taken = [0]
+
+    def warm() -> None:
+        taken[0] += 1
+        own.param_groups[0].update(lr=group["lr"] * (taken[0] / WARMUP_STEPS), weight_decay=0.0)
+
+    return own, warm
+
+
+def grafted_run(make: Callable[[Any], torch.optim.Optimizer]) -> tuple[Run, Receipt]:
+    run = run_of(make)
+    run.go(BEFORE)
+    run.optimizer.zero_grad()
+    return run, run.graft()
+
+
+def weights_of(run: Run) -> list[Tensor]:
+    return [parameter.detach() for parameter in run.model.parameters()]
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("name", ["momentum", "adamw_foreach"])
+def test_a_graft_learns_as_in_an_optimizer_of_the_users_own(
+    name: str, loop: Callable[[Loop, int], None]
+) -> None:
+    run, _ = grafted_run(OPTIMIZERS[name])
+    reference, receipt = grafted_run(OPTIMIZERS[name])
+    own, warm = kept_by_hand(reference, receipt)
+    mine = Loop(run.model, [run.optimizer])
+    theirs = Loop(reference.model, [reference.optimizer, own], before_step=warm)
+    for number in range(6):
+        loop(mine, number)
+        loop(theirs, number)
+        assert same(weights_of(run), weights_of(reference)), f"in round {number}"
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_no_gradient_is_left_after_the_loop_has_cleared_them(in_place: bool) -> None:
+    run, receipt = grafted_run(OPTIMIZERS["momentum"])
+    for number in range(3):
+        loss_of(run.model, number).backward()
+        assert all(p.grad is not None for p in receipt.graft.parameters())
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=not in_place)
+        assert not any(p.grad is not None and p.grad.any() for p in run.model.parameters())
+
+
+# -- scalers ----------------------------------------------------------------------------------
+
+
+def scaled(loop: Loop, number: int) -> None:
+    zero_first(loop, number)
+
+
+def scaled_and_clipped(loop: Loop, number: int) -> None:
+    loop.zero()
+    loop.backward(number)
+    for optimizer in loop.optimizers:
+        loop.scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(loop.model.parameters(), 0.05)
+    loop.step()
+
+
+def scaled_and_accumulated(loop: Loop, number: int) -> None:
+    loop.zero(set_to_none=False)
+    for part in range(3):
+        loop.backward(10 * number + part)
+    loop.step()
+
+
+def scaled_with_infinities(loop: Loop, number: int) -> None:
+    loop.zero()
+    loop.backward(number, factor=float("inf") if number % 3 == 1 else 1.0)
+    loop.step()
+
+
+def left_out_by_hand(loop: Loop, number: int) -> None:
+    """The scaler is there, and this optimizer does not go through it."""
+    loop.zero()
+    scaler, loop.scaler = loop.scaler, None
+    loop.backward(number)
+    loop.step()
+    loop.scaler = scaler
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "not_named"])
+@pytest.mark.parametrize(
+    "loop",
+    [scaled, scaled_and_clipped, scaled_and_accumulated, scaled_with_infinities, left_out_by_hand],
+    ids=lambda loop: loop.__name__,
+)
+@pytest.mark.parametrize("name", ["momentum", "adamw_foreach", "adamw_fused"])
+def test_a_scaler_unscales_and_skips_for_the_graft_too(
+    name: str, loop: Callable[[Loop, int], None], named: bool
+) -> None:
+    def begin() -> tuple[Run, Receipt, Any]:
+        run = run_of(OPTIMIZERS[name])
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+        session = esper.attach(
+            run.model, run.optimizer, scaler=scaler if named else None, verbose=False
+        )
+        warm_up = Loop(run.model, [run.optimizer], scaler)
+        for number in range(BEFORE):
+            loop(warm_up, number)
+            session.step()
+        run.optimizer.zero_grad()
+        return run, session.graft("2", "mlp_gelu_2048"), scaler
+
+    run, _, scaler = begin()
+    reference, receipt, other_scaler = begin()
+    own, warm = kept_by_hand(reference, receipt)
+    mine = Loop(run.model, [run.optimizer], scaler)
+    theirs = Loop(reference.model, [reference.optimizer, own], other_scaler)
+
+    def warm_unless_skipped() -> None:
+        gradients = [p.grad for p in theirs.held() if p.grad is not None]
+        if all(gradient.isfinite().all() for gradient in gradients):
+            warm()
+
+    theirs.before_step = warm_unless_skipped
+    for number in range(6):
+        loop(mine, number)
+        loop(theirs, number)
+        assert same(weights_of(run), weights_of(reference)), f"in round {number}"
+        assert scaler.get_scale() == other_scaler.get_scale()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_in_the_graft_alone_does_no_harm(
+    value: float, clip: bool
+) -> None:
+    run, receipt = grafted_run(OPTIMIZERS["adamw_foreach"])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    loop = Loop(run.model, [run.optimizer], scaler)
+    step = scaled_and_clipped if clip else scaled
+    step(loop, 0)
+    graft = list(receipt.graft.parameters())
+    before, start = [p.detach().clone() for p in graft], weights_of(run)[0].clone()
+    handle = graft[0].register_hook(lambda gradient: torch.full_like(gradient, value))
+    hooks = graft[0]._backward_hooks
+    for key in [key for key in hooks if key != handle.id]:
+        hooks[key] = hooks.pop(key)  # the new hook comes first, as if the layer had made the value
+    step(loop, 1)
+    assert same([p.detach() for p in graft], before)
+    assert all(weight.isfinite().all() for weight in weights_of(run))
+    assert not torch.equal(weights_of(run)[0], start)
+    handle.remove()
+    step(loop, 2)
+    assert not same([p.detach() for p in graft], before)
+
+
+# -- steps ------------------------------------------------------------------------------------
+
+
+class CallsItsParent(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """Steps with the gradients of a neighbouring point (SAM, arXiv 2010.01412), as published."""
+
+    def __init__(self, params: Any, base: Any, **options: Any) -> None:
+        super().__init__(params, {"rho": 0.05, **options})
+        self.base_optimizer = base(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.state[p]["away"] = 0.05 * p.grad
+            p.add_(self.state[p]["away"])
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.sub_(self.state[p]["away"])
+        self.base_optimizer.step()
+        self.zero_grad()
+
+
+def test_a_step_counts_once_where_a_class_calls_its_parents() -> None:
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1).step()  # now the parent's has hooks too
+    run, _ = grafted_run(lambda p: CallsItsParent(p, lr=0.05))
+    (companion,) = companions_of(run.optimizer)
+    run.go(3)
+    assert companion.optimizer.param_groups[0]["esper_steps"] == 3
+
+
+def test_a_graft_beside_a_sharpness_aware_optimizer_learns() -> None:
+    model = model_of_a_seed()
+    optimizer = SharpnessAware(model.parameters(), torch.optim.SGD, lr=0.05)
+    receipt = esper.graft(model, "2", "mlp_gelu_2048", optimizer=optimizer)
+    start = [p.detach().clone() for p in receipt.graft.parameters()]
+    for number in range(4):
+        loss_of(model, number).backward()
+        optimizer.first_step()
+        loss_of(model, number).backward()
+        optimizer.second_step()
+    (companion,) = companions_of(optimizer)
+    assert isinstance(companion.optimizer, torch.optim.SGD)
+    assert not companion.note
+    assert not any(
+        torch.equal(p, before) for p, before in zip(receipt.graft.parameters(), start, strict=True)
+    )
+
+
+def test_a_closure_is_called_as_often_as_without_the_graft() -> None:
+    run, receipt = grafted_run(OPTIMIZERS["momentum"])
+    calls = []
+
+    def closure() -> Tensor:
+        run.optimizer.zero_grad()
+        loss = loss_of(run.model, len(calls))
+        loss.backward()
+        calls.append(loss.item())
+        return loss
+
+    start = [p.detach().clone() for p in receipt.graft.parameters()]
+    for _ in range(3):
+        run.optimizer.step(closure)
+    assert len(calls) == 3
+    assert not same([p.detach() for p in receipt.graft.parameters()], start)
+
+
+# -- classes that cannot train every tensor ---------------------------------------------------
+
+RIGID: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "muon": lambda p: torch.optim.Muon([q for q in p if q.dim() == 2], lr=0.02),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=1.0, max_iter=2),
+    "sparse_adam": lambda p: torch.optim.SparseAdam(list(p), lr=1e-4),
+}
+
+
+@pytest.mark.parametrize("name", RIGID)
+def test_what_a_class_cannot_train_gets_a_plain_adamw_which_says_so(name: str) -> None:
+    model = model_of_a_seed()
+    optimizer = RIGID[name](model.parameters())
+    schedule = schedules.LambdaLR(optimizer, lambda step: 0.5**step)
+    session = esper.attach(model, optimizer, verbose=False)
+    loss_of(model, 0)
+    session.step()
+    receipt = session.graft("2", "mlp_gelu_2048")
+    (companion,) = companions_of(optimizer)
+    assert type(companion.optimizer) is torch.optim.AdamW
+    own = companion.optimizer.param_groups[0]
+    assert own["lr"] == min(1e-3, optimizer.param_groups[0]["lr"])
+    (finding,) = [f for f in session.findings() if "AdamW" in f.observed]
+    assert finding.layer == "2"
+    assert finding.severity == "info"
+    assert type(optimizer).__name__ in finding.observed
+    rates = []
+    for number in range(3):
+        closure = partial(closure_of, model, optimizer, number)
+        closure()
+        if name == "sparse_adam":  # its own step needs sparse gradients, which the model lacks
+            optimizer.zero_grad(set_to_none=True)
+        optimizer.step(closure) if name == "lbfgs" else optimizer.step()
+        rates.append(own["lr"] / (number + 1))
+        schedule.step()
+    assert rates[1] == pytest.approx(rates[0] / 2)
+    assert rates[2] == pytest.approx(rates[0] / 4)
+    session.undo(receipt)
+    assert companions_of(optimizer) == ()
+
+
+def closure_of(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> Tensor:
+    optimizer.zero_grad()
+    loss = loss_of(model, number)
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("name", ["schedule_free", "schedule_free_sgd"])
+def test_evaluation_sees_the_averaged_weights_of_a_graft(name: str) -> None:
+    run = run_of(OPTIMIZERS[name])
+    enter_training(run.optimizer)
+    run.go(BEFORE)
+    receipt = run.graft()
+    run.go(AFTER)
+    trained = [p.detach().clone() for p in receipt.graft.parameters()]
+    run.optimizer.eval()
+    (companion,) = companions_of(run.optimizer)
+    assert companion.optimizer.param_groups[0]["train_mode"] is False
+    assert not same([p.detach() for p in receipt.graft.parameters()], trained)
+    run.optimizer.train()
+    for parameter, before in zip(receipt.graft.parameters(), trained, strict=True):
+        torch.testing.assert_close(parameter.detach(), before)
+    run.go(2)
+    receipt.undo(hard=False)
+    assert not {"train", "eval"} & vars(run.optimizer).keys()
