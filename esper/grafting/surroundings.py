@@ -14,8 +14,8 @@ class Surroundings:
     """What trains the model; a snapshot holds it beside the model.
 
     Attributes:
-        optimizers: those that train the model; new weights get a group in one of them.
-        schedulers: those of the optimizers, whose lists for each group grow and shrink.
+        optimizers: those that train the model; new weights get a companion of one of them.
+        schedulers: those of the optimizers, which a hard undo rewinds too.
         scaler: the ``GradScaler``, None where there is none.
         copies: running averages of the model, which get each graft too.
         replicas: the other ranks of the model, None for a model in one process.

@@ -71,8 +71,9 @@ def attach(
         token: of scope ``runs:create``, default ``ESPER_TOKEN``.
         mode: ``observe`` adds nothing to the model, ``supervised`` asks a person for each graft,
             ``automatic`` lets the policy act alone above its threshold.
-        scheduler: one or several learning-rate schedulers; grafts join their lists.
-        scaler: the ``GradScaler``, where there is one.
+        scheduler: one or several learning-rate schedulers, which a hard undo rewinds too. Grafts
+            follow every scheduler, named or not.
+        scaler: the ``GradScaler``, where there is one; else it is noticed at the first steps.
         slots: layers that may be grafted, ``"auto"`` for all that can be.
         evaluate: held-out loss on always the same data, lower is better; it judges grafts.
         target_steps: how many steps are planned, for the progress shown.

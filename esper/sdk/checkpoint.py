@@ -74,9 +74,12 @@ def load(
     without_copies = replace(surroundings, copies=())  # they follow at the end
     snapshot = Snapshot.take(model, without_copies)
     rebuilt: tuple[Receipt, ...] = ()
+    repeated: list[RemedyReceipt] = []
     try:
         rebuilt = grafting.rebuild(model, state["structure"], surroundings)
-        repeated = [_repeat(model, without_copies, entry) for entry in state["remedies"]]
+        for entry in state["remedies"]:
+            receipt = _repeat(model, without_copies, entry)
+            repeated += [] if receipt is None else [receipt]
         _load_grafts(model, state["grafts"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             if saved is not None:
@@ -88,10 +91,12 @@ def load(
         joint.commit()
     except BaseException:
         if not joint.done:
+            for receipt in repeated:
+                receipt.end()
             grafting.take_back(model, rebuilt, slotted)
             snapshot.restore()
         raise
-    return adaptations, [receipt for receipt in repeated if receipt is not None]
+    return adaptations, repeated
 
 
 def is_sharded(surroundings: Surroundings) -> bool:
