@@ -220,6 +220,7 @@ def _accompany(
         parameters,
         layer=record.layer.name,
         host=host,
+        others=surroundings.optimizers,
         scaler=surroundings.scaler,
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,16 @@ from torch.utils.hooks import RemovableHandle
 from esper.exceptions import GraftError
 from esper.fail_closed import contained, short
 from esper.grafting.companion_gradients import HostGradients, Passes
-from esper.grafting.companion_optimizer import MODES, Made, follow, has_modes, make_like, set_mode
+from esper.grafting.companion_optimizer import (
+    MODES,
+    Made,
+    follow,
+    has_modes,
+    make_like,
+    make_plain,
+    set_mode,
+    why_not,
+)
 from esper.grafting.companion_scaling import Unscaler, noticed_scaler, scaler_of_this_step
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 
@@ -303,6 +312,7 @@ def accompany(
     *,
     layer: str,
     host: nn.Module | None = None,
+    others: Sequence[Any] = (),
     scaler: Any = None,
     warmup_steps: int = WARMUP_STEPS,
 ) -> Companion:
@@ -310,9 +320,11 @@ def accompany(
 
     They get an optimizer of the same class, with the hyper-parameters of the layer's group in each
     step. During ``warmup_steps`` the learning rate rises linearly to that group's, and weight decay
-    is zero. A class that cannot train them is replaced by AdamW; :attr:`Companion.note` says so.
+    is zero. Where the class cannot train them, the first of ``others`` that can takes its place,
+    else a plain AdamW does; :attr:`Companion.note` says so.
 
     Args:
+        others: further optimizers of the run.
         layer: name of the layer.
         host: the layer whose group provides the hyper-parameters; None: the first group.
         scaler: the ``GradScaler`` that makes the optimizer's steps; one that is not named is
@@ -321,25 +333,39 @@ def accompany(
     Raises:
         GraftError: the optimizer has no hooks for its steps.
     """
-    inner = unwrap_optimizer(optimizer)
-    if not hasattr(inner, "_optimizer_step_post_hooks"):
-        kind = type(inner).__name__
-        raise GraftError(
-            f"{kind} takes no step hooks, because its constructor does not call that of "
-            "torch.optim.Optimizer; let it do so",
-            layer=layer,
-        )
-    anchor = _Anchor(inner, host)
-    group = anchor.group_in(inner)
-    company = _company_of(inner) or _Company(inner, scaler)
-    made = make_like(inner, group, parameters)
+    wanted = unwrap_optimizer(optimizer)
+    several = [wanted, *(o for o in map(unwrap_optimizer, others) if o is not wanted)]
+    groups = [(o, (anchor := _Anchor(o, host)), anchor.group_in(o)) for o in several]
+    reasons = [why_not(o, group, parameters) for o, _, group in groups]
+    place = reasons.index("") if "" in reasons else 0
+    inner, anchor, group = groups[place]
+    _refuse_without_hooks(inner, layer)
+    if reasons[place]:
+        made = make_plain(group, parameters)
+        rate = made.optimizer.param_groups[0]["lr"]
+        made = replace(made, note=f"{reasons[0]}; a plain AdamW does, at a rate of {rate:.3g}")
+    else:
+        made = make_like(inner, group, parameters)
+        if place:
+            lent = f"one like the run's {type(inner).__name__} does, at its rate"
+            made = replace(made, note=f"{reasons[0]}; {lent}")
     made.optimizer.param_groups[0].update({_TAKEN: 0, _WARMUP: warmup_steps})
     set_mode(made.optimizer, "train" if group.get("train_mode", True) else "eval")
+    company = _company_of(inner) or _Company(inner, scaler)
     companion = Companion(layer, tuple(parameters), _made=made, _anchor=anchor, _company=company)
     company.add(companion, inner)
     if made.note:
         logger.info("%s: %s", layer, made.note)
     return companion
+
+
+def _refuse_without_hooks(optimizer: torch.optim.Optimizer, layer: str) -> None:
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise GraftError(
+            f"{type(optimizer).__name__} takes no step hooks, because its constructor does not "
+            "call that of torch.optim.Optimizer; let it do so",
+            layer=layer,
+        )
 
 
 def companions_of(optimizer: Any) -> tuple[Companion, ...]:

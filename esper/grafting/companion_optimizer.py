@@ -1,4 +1,4 @@
-"""Makes the optimizer of a graft: of the class of the host's optimizer, or a plain AdamW.
+"""Makes the optimizer of a graft: of the class of one of the user's optimizers, or a plain AdamW.
 
 Whether the class can train the graft's tensors is tried, on a few elements of the same form: Muon
 accepts only matrices, SparseAdam only sparse gradients, LBFGS needs a closure, and some classes of
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Made:
             are counters and estimates that an optimizer keeps in its group, such as Prodigy's ``d``
             or the ``k`` of schedule-free ones: new weights start with fresh ones.
         rate: multiplies the host group's learning rate.
-        note: why it is not of the host optimizer's class; empty if it is.
+        note: why it is not of the class of the layer's optimizer; empty if it is.
     """
 
     optimizer: torch.optim.Optimizer
@@ -43,28 +43,11 @@ class Made:
 def make_like(
     host: torch.optim.Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter]
 ) -> Made:
-    """An optimizer for ``parameters`` that works as ``host`` does on the tensors of ``group``."""
-    try:
-        _try_out(host, group, parameters)
-        return _of_the_same_class(host, group, parameters)
-    except Exception as error:
-        made = _plain(group, parameters)
-        kind, reason = type(host).__name__, str(error).splitlines()[:1] or [type(error).__name__]
-        note = (
-            f"{kind} cannot train these weights ({reason[0][:100]}); a plain AdamW does, "
-            f"at a learning rate of {made.optimizer.param_groups[0]['lr']:.3g}"
-        )
-        return replace(made, note=note)
+    """An optimizer for ``parameters`` that works as ``host`` does on the tensors of ``group``.
 
-
-def own_copy(value: Any) -> Any:
-    """Of a hyper-parameter: a learning rate may be a tensor that a scheduler fills in place."""
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _of_the_same_class(
-    host: torch.optim.Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter]
-) -> Made:
+    Raises:
+        Exception: whatever :func:`why_not` says in words.
+    """
     arguments = _arguments_of(type(host))
     given = {key: own_copy(host.defaults[key]) for key in arguments if key in host.defaults}
     make: Any = type(host)
@@ -76,16 +59,7 @@ def _of_the_same_class(
     return made
 
 
-def follow(made: Made, group: dict[str, Any]) -> None:
-    """Takes the hyper-parameters of ``group`` as they are now."""
-    own = made.optimizer.param_groups[0]
-    for key in made.followed & group.keys():
-        own[key] = own_copy(group[key])
-    if own.get("lr") is not None and made.rate != 1.0:
-        own["lr"] = own["lr"] * made.rate
-
-
-def _plain(group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> Made:
+def make_plain(group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> Made:
     """AdamW, at a rate that is proportional to the group's from now on.
 
     A learning rate means something else in another class: Muon's is often 0.02 and LBFGS's 1, at
@@ -93,14 +67,37 @@ def _plain(group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> Made:
     """
     present = _number(group.get("lr"))
     start = min(present, PLAIN_RATE) if present > 0 else PLAIN_RATE
-    decay = group.get("weight_decay")
-    optimizer = torch.optim.AdamW(
-        list(parameters), lr=start, weight_decay=decay if isinstance(decay, float) else 0.0
-    )
+    decay = _number(group.get("weight_decay"))
+    optimizer = torch.optim.AdamW(list(parameters), lr=start, weight_decay=decay)
     if present <= 0:  # there is none to follow, or it is zero at present
-        followed: frozenset[str] = frozenset({"weight_decay"} & group.keys())
-        return Made(optimizer, followed)
+        return Made(optimizer, frozenset({"weight_decay"} & group.keys()))
     return Made(optimizer, frozenset({"lr", "weight_decay"} & group.keys()), start / present)
+
+
+def why_not(
+    host: torch.optim.Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter]
+) -> str:
+    """Why an optimizer like ``host`` cannot train ``parameters``; empty if it can."""
+    try:
+        _try_out(host, group, parameters)
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"{type(host).__name__} cannot train these weights ({first[:100]})"
+    return ""
+
+
+def own_copy(value: Any) -> Any:
+    """Of a hyper-parameter: a learning rate may be a tensor that a scheduler fills in place."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def follow(made: Made, group: dict[str, Any]) -> None:
+    """Takes the hyper-parameters of ``group`` as they are now."""
+    own = made.optimizer.param_groups[0]
+    for key in made.followed & group.keys():
+        own[key] = own_copy(group[key])
+    if own.get("lr") is not None and made.rate != 1.0:
+        own["lr"] = own["lr"] * made.rate
 
 
 def _try_out(
@@ -113,7 +110,7 @@ def _try_out(
         few = [min(size, _TRIAL_SIZE) for size in parameter.shape]
         tried.append(nn.Parameter(parameter.new_zeros(few)))
         tried[-1].grad = parameter.new_ones(few)
-    made = _of_the_same_class(host, group, tried)
+    made = make_like(host, group, tried)
     set_mode(made.optimizer, "train")
     made.optimizer.step()
 

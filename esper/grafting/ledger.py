@@ -144,7 +144,7 @@ def _companion_problems(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator
                 f"{companion.layer}.",
                 Severity.INFO,
                 companion.note,
-                "attach another optimizer too, whose class and learning rate you choose",
+                "to choose class and rate yourself, attach another optimizer too",
             )
         if companion.error:
             yield Problem(

@@ -847,3 +847,24 @@ def test_evaluation_sees_the_averaged_weights_of_a_graft(name: str) -> None:
     run.go(2)
     receipt.undo(hard=False)
     assert not {"train", "eval"} & vars(run.optimizer).keys()
+
+
+def test_muon_for_matrices_beside_adamw_for_the_rest() -> None:
+    model = model_of_a_seed()
+    muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=0.02)
+    adamw = torch.optim.AdamW([p for p in model.parameters() if p.dim() != 2], lr=3e-4)
+    session = esper.attach(model, [muon, adamw], verbose=False)
+    loss_of(model, 0)
+    session.step()
+    matrices, mixed = session.graft("0", "proj_lora_64"), session.graft("2", "mlp_gelu_2048")
+    (first,), (second,) = companions_of(muon), companions_of(adamw)
+    assert type(first.optimizer) is torch.optim.Muon
+    assert type(second.optimizer) is torch.optim.AdamW
+    assert second.optimizer.param_groups[0]["lr"] == 3e-4
+    assert "Muon cannot train these weights" in second.note
+    weights = [*matrices.graft.parameters(), *mixed.graft.parameters()]
+    start = [p.detach().clone() for p in weights]
+    loop = Loop(model, [muon, adamw])
+    for number in range(3):
+        zero_first(loop, number)
+    assert not any(torch.equal(p, before) for p, before in zip(weights, start, strict=True))
