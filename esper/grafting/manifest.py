@@ -69,8 +69,14 @@ class GraftRecord:
 
 
 def pack(entries: list[dict[str, Any]]) -> Tensor:
-    """Entries as a float32 tensor [bytes]."""
-    text = json.dumps(entries).encode()
+    """Entries as a float32 tensor [bytes], the same for as long as the grafts stay.
+
+    A script may average the states of the model and of its copy tensor by tensor, so the tensors
+    must have one length: the state of a graft's schedule, which has a tensor of its own, is left
+    out.
+    """
+    fixed = [{name: v for name, v in entry.items() if name != "alpha"} for entry in entries]
+    text = json.dumps(fixed).encode()
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).float()
 
 

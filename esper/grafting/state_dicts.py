@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,7 +132,17 @@ def follow_whole_states(model: nn.Module) -> None:
 
 
 class _Following(PassingHook):
-    """A hook of :class:`LoadHooks`."""
+    """A hook of :class:`LoadHooks`; ``copied`` is told of copies of the model."""
+
+    def __init__(self, hook: Callable[..., Any], copied: Callable[[dict[int, Any]], object]):
+        super().__init__(hook)
+        self._copied = copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with suppress(Exception):
+            self._copied(memo)
+        make, arguments = self.__reduce__()
+        return make(*arguments)
 
 
 def is_followed(model: nn.Module) -> bool:
@@ -150,6 +161,7 @@ class LoadHooks:
         before: called with the state, which it may change, and the prefix of the model's names in
             it. What it raises ends the load before anything is loaded.
         after: called when the load is over.
+        copied: called with the memo of a ``copy.deepcopy`` that copies the model.
     """
 
     def __init__(
@@ -157,11 +169,15 @@ class LoadHooks:
         model: nn.Module,
         before: Callable[[dict[str, Any], str], object],
         after: Callable[[], object],
+        copied: Callable[[dict[int, Any]], object] = lambda memo: None,
     ) -> None:
         self._before, self._after = before, after
         register: Callable[..., RemovableHandle] = model.register_load_state_dict_pre_hook
         finish: Callable[..., RemovableHandle] = model.register_load_state_dict_post_hook
-        self._handles = [register(_Following(self._enter)), finish(_Following(self._leave))]
+        self._handles = [
+            register(_Following(self._enter, copied)),
+            finish(_Following(self._leave, lambda memo: None)),
+        ]
 
     def close(self) -> None:
         """Not during a load."""

@@ -191,6 +191,18 @@ def came_back(adaptation: Adaptation) -> Finding:
     )
 
 
+def average_found() -> Finding:
+    """A running average of the model that attach was not told of."""
+    return Finding(
+        rule=ViolationRule.COMPATIBILITY,
+        layer="",
+        severity=Severity.INFO,
+        observed="a running average of the model was found, and gets its grafts too",
+        limit="an average has the model's tensors, in the model's order",
+        remedy="Nothing to do. Pass averages to esper.attach as copies= to name them yourself.",
+    )
+
+
 def left_out(layer: str, error: str) -> Finding:
     """A graft could not run on an input."""
     return Finding(

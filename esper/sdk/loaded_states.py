@@ -21,7 +21,9 @@ class LoadedStates:
     def __init__(self, model: nn.Module, surgery: Surgery) -> None:
         self._model = model
         self._surgery = surgery
-        self._hooks = state_dicts.LoadHooks(model, self._before, self._after)
+        self._hooks = state_dicts.LoadHooks(
+            model, self._before, self._after, copied=surgery.copies.copied
+        )
 
     def close(self) -> None:
         """The grafts that are in the model stay bound to the states that it loads."""

@@ -265,7 +265,7 @@ class Session:
         sampler, self._surgery.sampler = self._surgery.sampler, None
         if sampler is not None:
             sampler.close()
-        for model in (self._setup.model, *self._setup.surroundings.copies):
+        for model in (self._setup.model, *self._surgery.copies):
             grafting.remove_slots(model)
         self._loads.close()
 
@@ -641,6 +641,8 @@ class Session:
         layers = self._layers.own
         if not self._detached:
             self._surgery.sampler = self._sampler(layers)
+        if self._run.mode is not RunMode.OBSERVE:
+            self._surgery.copies.search()  # now, so that no graft waits for it
         if not self._ranks.decides:
             return
         if self._diagnosis is not None:

@@ -32,6 +32,7 @@ from esper.grafting import (
     UndoReceipt,
     remedies,
 )
+from esper.grafting.found_copies import Copies
 from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.receipts import undoing_everywhere
 from esper.grafting.replicas import Call, Joint, jointly
@@ -43,7 +44,7 @@ from esper.remedies import GoodStates, Target, apply_remedy, get_remedy
 from esper.sdk import checkpoint, framework_loads
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.changes import Changes
-from esper.sdk.findings import Findings, LedgerWatch, came_back, left_by_load
+from esper.sdk.findings import Findings, LedgerWatch, average_found, came_back, left_by_load
 from esper.sdk.layers import Layers
 from esper.sdk.ranks import Order, Ranks
 from esper.sdk.reporting import SurgeryReports
@@ -78,6 +79,8 @@ class Surgery:
         findings: Findings,
     ) -> None:
         self.model = model
+        self.copies = Copies(model, surroundings.copies)
+        surroundings = replace(surroundings, copies=self.copies)
         self.changes = Changes()
         self.sampler: HealthSampler | ShardedSampler | None = None
         self._idle_slots = False  # left by a load, inside which torch's hooks cannot be removed
@@ -115,6 +118,7 @@ class Surgery:
         """
         self._ranks.order(Order.graft(operation))
         run = self._run
+        self._find_copies()
         receipt = grafting.apply_graft(
             self.model,
             operation.layer,
@@ -144,6 +148,12 @@ class Surgery:
         self._follow_up()
         self._reports.grafted(adaptation)
         return adaptation
+
+    def _find_copies(self) -> None:
+        """Averages of the model that nobody named get its next graft too."""
+        self.copies.search()
+        for _ in self.copies.settle():
+            self._findings.add(average_found())
 
     def keep(self, adaptation: Adaptation, reason: str = "") -> None:
         """Its probation is passed."""
@@ -193,7 +203,7 @@ class Surgery:
         """A model that is only observed has slots only while they hold grafts."""
         self._idle_slots = False
         if self._run.mode is RunMode.OBSERVE:
-            for model in (self.model, *self._surroundings.copies):
+            for model in (self.model, *self.copies):
                 grafting.remove_slots(model)
 
     def take_out_for_server(self, adaptation: Adaptation, *, hard: bool) -> TakenOut:

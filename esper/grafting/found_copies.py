@@ -1,0 +1,149 @@
+"""Running averages of a model that nobody named: they get its grafts too.
+
+An average pairs its tensors with the model's by position, so the first update after a graft would
+raise in the script, or average different tensors. An average is found in two ways: torch's
+``AveragedModel`` and other modules of the model's class once, by the garbage collector, and copies
+that are made later, because ``copy.deepcopy`` copies the model's hooks.
+
+Not every copy is an average. A copy that was never written to since it was made, such as the best
+model so far or a frozen teacher, and one that an optimizer trains stay as they are. Where another
+model of the same shapes is trained, as one of two critics, an average belongs to the nearer one.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.exceptions import ConfigurationError
+from esper.grafting.copies import bare_copy, check_copy
+
+
+class Copies(Sequence[Any]):
+    """The copies of a model that follow its grafts.
+
+    Args:
+        model: as it trains.
+        given: averages that the script named; they are never dropped.
+    """
+
+    def __init__(self, model: nn.Module, given: Sequence[Any] = ()) -> None:
+        self._model = weakref.ref(model)
+        self._given = tuple(given)
+        self._followers: list[weakref.ref[nn.Module]] = []
+        # copy -> it is inside an AveragedModel
+        self._seen: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        self._searched = False
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._all()[place]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._all())
+
+    def _all(self) -> tuple[Any, ...]:
+        living = [found for ref in self._followers if (found := ref()) is not None]
+        return (*self._given, *living)
+
+    def search(self) -> None:
+        """Finds the copies that exist. Looks at every object of the process, so it does so once."""
+        model = self._model()
+        if self._searched or model is None:
+            return
+        self._searched = True
+        averaged_model = sys.modules["torch.optim.swa_utils"].AveragedModel
+        for found in gc.get_referrers(averaged_model, type(model)):
+            if type(found) is averaged_model:
+                self._note(bare_copy(found), averaged=True)
+            elif type(found) is type(model):
+                self._note(found, averaged=False)
+
+    def copied(self, memo: dict[int, Any]) -> None:
+        """``copy.deepcopy`` copies the model now; ``memo`` is its own."""
+        found = memo.get(id(self._model()))
+        if isinstance(found, nn.Module):
+            self._note(found, averaged=_inside_averaged_model())
+
+    def settle(self) -> tuple[nn.Module, ...]:
+        """Decides, before a graft, which copies follow from now on; returns the new ones."""
+        model = self._model()
+        if model is None:
+            return ()
+        alike = {found: average for found, average in self._seen.items() if _alike(model, found)}
+        rivals = [found for found, average in alike.items() if not average and _is_trained(found)]
+        fresh = tuple(
+            found
+            for found, averaged in alike.items()
+            if found not in rivals
+            and (averaged or _was_written(found))
+            and all(_distance(found, model) < _distance(found, rival) for rival in rivals)
+        )
+        for found in fresh:
+            self._followers.append(weakref.ref(found))
+            del self._seen[found]
+        return fresh
+
+    def _note(self, found: nn.Module, *, averaged: bool) -> None:
+        model = self._model()
+        known = {id(bare_copy(copied)) for copied in self._all()} | {id(model)}
+        if id(found) not in known:
+            self._seen[found] = averaged or self._seen.get(found, False)
+
+
+def _inside_averaged_model() -> bool:
+    """``AveragedModel.__init__`` is what copies."""
+    wanted = sys.modules["torch.optim.swa_utils"].AveragedModel.__init__.__code__
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code is wanted:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _alike(model: nn.Module, found: nn.Module) -> bool:
+    """It has the model's tensors by name and shape, and none of them is the model's own."""
+    if found._modules.keys() != model._modules.keys():  # at once, for most
+        return False
+    own = {id(parameter) for parameter in model.parameters()}
+    if not own or any(id(parameter) in own for parameter in found.parameters()):
+        return False
+    try:
+        check_copy(model, found)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _was_written(found: nn.Module) -> bool:
+    return any(parameter._version for parameter in found.parameters())
+
+
+def _is_trained(found: nn.Module) -> bool:
+    """It has gradients, or an optimizer holds state of it."""
+    if any(parameter.grad is not None for parameter in found.parameters()):
+        return True
+    return _was_written(found) and _is_a_key(next(found.parameters()))
+
+
+def _is_a_key(parameter: Tensor) -> bool:
+    """Of a dictionary, such as the state of an optimizer; an average needs none."""
+    return any(
+        isinstance(holder, dict) and any(key is parameter for key in holder)
+        for holder in gc.get_referrers(parameter)
+    )
+
+
+@torch.no_grad()
+def _distance(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return sum(float((a.float() - b.float().to(a.device)).square().sum()) for a, b in pairs)

@@ -1,0 +1,171 @@
+"""D6: running averages that ``attach`` was not told of get the grafts; other copies do not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import esper
+from esper.grafting.slot import slots
+from tests.esper.contract_with_host.saved_models import MODELS, Run, batch_of, computed, logits_of
+
+DECAY = 0.9
+
+
+class ByHand:
+    """As most scripts write it: a deep copy, and a loop over two lists of parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = self.copy_of(model)
+
+    def copy_of(self, model: nn.Module) -> nn.Module:
+        return copy.deepcopy(model)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        pairs = zip(self.module.parameters(), model.parameters(), strict=False)
+        for mine, theirs in pairs:
+            mine.mul_(DECAY).add_(theirs, alpha=1 - DECAY)
+
+
+class Frozen(ByHand):
+    def copy_of(self, model: nn.Module) -> nn.Module:
+        return copy.deepcopy(model).requires_grad_(False)
+
+
+class OverStates(ByHand):
+    """As timm does: over the values of two states."""
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        mine, theirs = self.module.state_dict(), model.state_dict()
+        for average, new in zip(mine.values(), theirs.values(), strict=False):
+            average.copy_(DECAY * average + (1 - DECAY) * new)
+
+
+def torchs(model: nn.Module) -> Any:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+
+
+KINDS: dict[str, Callable[[nn.Module], Any]] = {
+    "AveragedModel": torchs,
+    "deep copy": ByHand,
+    "frozen deep copy": Frozen,
+    "over states": OverStates,
+}
+
+
+class Averaged(Run):
+    """A run whose script keeps an average."""
+
+    def __init__(self, kind: str, average: str, made: str) -> None:
+        torch.manual_seed(0)
+        self.kind, self.steps = kind, 0
+        self.model = MODELS[kind]().train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2)
+        self.average = KINDS[average](self.model) if made == "before" else None
+        self.session = esper.attach(self.model, self.optimizer)
+        if self.average is None:
+            self.average = KINDS[average](self.model)
+        self.train(3)
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            super().train(1)
+            if self.average is not None:
+                self.average.update_parameters(self.model)
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+@pytest.mark.parametrize("average", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "layer", "slug"),
+    [("mlp", "0", "mlp_gelu_2048"), ("mlp", "3", "proj_lora_64"), ("mlp", "1", "ln_rms"),
+     ("lstm", "lstm", "expert_mlp_1d"), ("gpt2", "transformer.h.1.attn.c_attn", "proj_ia3")],
+)  # fmt: skip
+def test_an_average_carries_each_graft_and_loses_it_with_the_model(
+    kind: str, layer: str, slug: str, average: str, made: str
+) -> None:
+    run = Averaged(kind, average, made)
+    best, output = copy.deepcopy(run.model.state_dict()), computed(run.model, kind)
+    receipt = run.session.graft(layer, slug)
+    run.train(30)
+
+    pairs = dict(run.average.module.named_parameters())
+    assert list(pairs) == [name for name, _ in run.model.named_parameters()]
+    with torch.no_grad():  # near the model: each tensor averages its own
+        for name, parameter in run.model.named_parameters():
+            assert pairs[name].shape == parameter.shape
+            assert (pairs[name] - parameter).abs().max() < 0.2, name
+    told = [f for f in run.session.findings() if "running average" in f.observed]
+    assert len(told) == 1
+    run.model.load_state_dict(best)
+    assert torch.equal(computed(run.model, kind), output)
+    run.train(3)
+    assert not receipt.present
+    assert not [layer for layer, _, slot in slots(run.average.module) if slot.grafts()]
+    run.session.close()
+
+
+def test_other_copies_stay_as_they_are() -> None:
+    run = Run("mlp")
+    best = copy.deepcopy(run.model)
+    teacher = copy.deepcopy(run.model).eval().requires_grad_(False)
+    other = MODELS["mlp"]()
+    other_optimizer = torch.optim.AdamW(other.parameters())
+    names = [list(module.state_dict()) for module in (best, teacher, other)]
+    outputs = [computed(module, "mlp") for module in (best, teacher)]
+    for seed in range(3):
+        logits_of(other, batch_of("mlp", seed)).square().mean().backward()
+        other_optimizer.step()
+        other_optimizer.zero_grad()
+    run.graft("0", "mlp_gelu_2048")
+    run.train(3)
+
+    assert [list(module.state_dict()) for module in (best, teacher, other)] == names
+    assert all(map(torch.equal, outputs, [computed(m, "mlp") for m in (best, teacher)]))
+    assert not [f for f in run.session.findings() if "running average" in f.observed]
+    run.session.close()
+
+
+@pytest.mark.parametrize("average", ["AveragedModel", "deep copy"])
+def test_an_average_of_another_model_of_the_same_class_stays_with_it(average: str) -> None:
+    """As the two critics of soft actor-critic, each with its target."""
+    run = Averaged("mlp", average, "before")
+    torch.manual_seed(5)
+    other = MODELS["mlp"]()
+    optimizer = torch.optim.AdamW(other.parameters(), 1e-2)
+    target = KINDS[average](other)
+    run.session.close()
+    run.session = esper.attach(run.model, run.optimizer)
+    run.train(2)
+    for seed in range(3):
+        logits_of(other, batch_of("mlp", seed)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        target.update_parameters(other)
+    run.graft("0", "mlp_gelu_2048")
+
+    assert not any(True for _ in slots(target.module))
+    assert any(True for _ in slots(run.average.module))
+    target.update_parameters(other)
+    run.train(2)
+    run.session.close()
+
+
+def test_a_dropped_average_is_not_kept_alive() -> None:
+    run = Averaged("mlp", "AveragedModel", "before")
+    receipt = run.graft("0", "proj_lora_64")
+    assert len(run.session._surgery.copies) == 1
+    receipt.forget_snapshot()  # a hard undo would restore the average too
+    run.average = None
+    run.graft("3", "proj_lora_64")
+
+    assert len(run.session._surgery.copies) == 0
+    run.session.close()
