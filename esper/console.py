@@ -68,16 +68,21 @@ class Console:
             step: the training step, which counts how often lines of one kind are written.
             kind: lines of one kind are folded when they are many; empty: never folded.
         """
-        logger.log(level, "%s", line, extra={_SAID: True})
+        with suppress(Exception):  # a filter of the user may raise
+            logger.log(level, "%s", line, extra={_SAID: True})
         if not self.enabled or logger.level > level or _logging_shows(level):
             return
         if not kind or self._is_due(line, step, kind):
             write_line(PREFIX + line)
 
-    def fold(self, step: int) -> None:
-        """Write how many lines were held back; call it at the end of a step."""
+    def fold(self, step: int, *, last: bool = False) -> None:
+        """Write how many lines were held back; call it at the end of a step.
+
+        Args:
+            last: no step comes after this one.
+        """
         for kind, window in list(self._windows.items()):
-            over = not 0 <= step - window.since < WINDOW_STEPS
+            over = last or not 0 <= step - window.since < WINDOW_STEPS
             if window.held and (over or not window.told):
                 write_line(
                     f"{PREFIX}… and {window.held} more: {kind}; print(session) shows the run"
@@ -176,8 +181,8 @@ class _WithoutHandlers(logging.Filter):
         if logger.hasHandlers():
             return True
         said = getattr(record, _SAID, False)
-        if record.levelno >= logging.WARNING and not said and _may_write():
-            with suppress(Exception):
+        with suppress(Exception):
+            if record.levelno >= logging.WARNING and not said and _may_write():
                 write_line(PREFIX + _text_of(record))
         return False
 

@@ -292,7 +292,8 @@ class RemedyReceipt(ChangeReceipt):
         details = ", ".join(
             f"{name} {value}" for name, value in self.details.items() if _is_short(value)
         )
-        return f"{self.remedy} at {self.layer!r}{f' ({details})' if details else ''}"
+        place = f"at {self.layer!r}" if self.layer else "of the run"
+        return f"{self.remedy} {place}{f' ({details})' if details else ''}"
 
     def __repr__(self) -> str:
         return f"<RemedyReceipt {self}>"

@@ -36,6 +36,10 @@ class Announcer:
         """A step is over: say how many lines were held back."""
         self._console.fold(self._run.step)
 
+    def close(self) -> None:
+        """The run has ended."""
+        self._console.fold(self._run.step, last=True)
+
     # -- the run -------------------------------------------------------------------------------
 
     def attached(self, *, layers: int, slots: int, server: str) -> None:
@@ -159,7 +163,7 @@ class Announcer:
 
     def remedy_undone(self, receipt: RemedyReceipt, report: UndoReceipt) -> None:
         self._step(
-            f"undid {receipt.remedy} at {receipt.layer!r}{_afterwards(report, receipt.step)}",
+            f"undid {receipt}{_afterwards(report, receipt.step)}",
             kind="undone remedies",
         )
 

@@ -49,7 +49,7 @@ from esper.selection import BlueprintSelector
 
 SECONDS_PER_DAY = 86_400.0
 # Observe mode decides only to say what it would propose, so that may cost next to nothing.
-FIRST_OPINION_SECONDS = 2.5
+FIRST_OPINION_SECONDS, SECONDS_PER_LAYER = 5.0, 0.1  # how long the first one waits
 OPINION_SHARE = 500  # one part in so many of the time between two
 
 
@@ -59,13 +59,12 @@ class Waiting:
 
     decision: Decision
     expires_at: float  # seconds since the epoch
+    alone: bool = True  # there are no other ranks
 
     def __str__(self) -> str:
         minutes = max(0.0, self.expires_at - time.time()) / 60
-        return (
-            f"{describe(self.decision)} waits for you. {how_to_answer(self.decision)}. "
-            f"It expires in {minutes:.0f} min"
-        )
+        answer = how_to_answer(self.decision, alone=self.alone)
+        return f"{describe(self.decision)} waits for you. {answer}. It expires in {minutes:.0f} min"
 
     def __repr__(self) -> str:
         return f"<Waiting {self}>"
@@ -146,7 +145,8 @@ class LocalLoop:
     def open(self, layers: tuple[LayerInfo, ...], model_parameters: int) -> None:
         """The first step is over, so the layers are known."""
         self._layers, self._model_parameters = layers, model_parameters
-        self._next_opinion = time.monotonic() + FIRST_OPINION_SECONDS
+        wait = FIRST_OPINION_SECONDS + SECONDS_PER_LAYER * len(layers)
+        self._next_opinion = time.monotonic() + wait
 
     @property
     def acts(self) -> bool:
@@ -318,7 +318,7 @@ class LocalLoop:
 
     def _ask(self, decision: Decision) -> None:
         timeout = self._run.policy.approval_timeout_seconds
-        self._waiting.append(Waiting(decision, time.time() + timeout))
+        self._waiting.append(Waiting(decision, time.time() + timeout, self._alone))
         self._announcer.waits(decision, minutes=timeout / 60, alone=self._alone)
 
     def _operation(self, decision: Decision) -> Operation:

@@ -299,6 +299,7 @@ class Session:
         if server is not None:
             state: Literal["failed", "finished"] = "failed" if failed else "finished"
             ends.append(partial(server.close, state=state, reason=reason, timeout=timeout))
+        ends.append(self._announcer.close)
         for place, end in enumerate(ends):
             self._fail_closed.run(
                 end,

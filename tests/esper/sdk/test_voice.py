@@ -501,3 +501,28 @@ def test_what_the_server_orders_is_said(
     assert re.search(r"grafted proj_lora_64 into '3'", said)
     assert re.search(r"kept proj_lora_64 in '3'", said)
     assert re.search(r"took proj_lora_64 out of '3': ordered by the server", said)
+
+
+def test_a_filter_of_the_user_that_raises_stops_nothing(
+    training: Training, capsys: Captured
+) -> None:
+    def fail(record: logging.LogRecord) -> bool:
+        raise RuntimeError("a filter of the user")
+
+    logger = logging.getLogger("esper")
+    logger.addFilter(fail)
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.INFO)
+    try:
+        tell(training)
+    finally:
+        logger.removeFilter(fail)
+        logging.getLogger().setLevel(level)
+    assert len(lines_of(capsys.readouterr().err)) == 4
+
+
+def test_what_was_held_back_is_counted_at_the_end(training: Training, capsys: Captured) -> None:
+    with attached(training) as session:
+        for place in range(15):
+            session._findings.add(a_finding(f"layer{place}"))
+    assert "… and 12 more" in lines_of(capsys.readouterr().err)[-1]
