@@ -85,8 +85,9 @@ class LayerPass:
         input_spread: how much the rows of a batch differ: the root mean square of the deviation
             from the batch's mean row, relative to the root mean square of the input.
         input_zeros: share of elements of the input that are exactly 0.
-        input_extremes: share of elements of the input beyond 0.99 in size, where no element is
-            beyond 1: a saturated tanh or sigmoid; NaN for another input.
+        input_extremes: share of elements of the input within 0.01 of the ends of their range, where
+            all are between 0 and 1, as behind a sigmoid, or between -1 and 1, as behind a tanh;
+            NaN for another input.
         output_std: standard deviation of what it returns.
         training: the module was in training mode.
     """
@@ -114,9 +115,12 @@ class ModelPass:
         row_sum: mean of the sums of the output's rows; NaN unknown.
         output_low, output_high: smallest and largest sampled element of the output.
         output_spread: largest difference between two rows, relative to the output's size.
+        log_sum_near_zero: the rows of the output are log-probabilities.
         loss_kind: as the gradient at the output shows it.
         loss_scale: the weight of one row in the loss, times the number of rows: 1 for a mean.
         target_low, target_high: smallest and largest sampled target; NaN unknown.
+        targets_averaged: the gradient of a mean squared error says that all rows have the same
+            target, which is no integer: the mean of the true ones.
         layers: in the order of execution.
     """
 
@@ -130,10 +134,12 @@ class ModelPass:
     output_low: float = math.nan
     output_high: float = math.nan
     output_spread: float = math.nan
+    log_sum_near_zero: bool = False
     loss_kind: LossKind = LossKind.UNKNOWN
     loss_scale: float = math.nan
     target_low: float = math.nan
     target_high: float = math.nan
+    targets_averaged: bool = False
 
     @property
     def classes(self) -> int:
@@ -167,8 +173,8 @@ class Gradients:
         step: of the session.
         readings: how many there were so far, this one too.
         rows: one for each trainable parameter.
-        moved: share of the trainable parameters whose sampled elements changed since the reading
-            before; NaN at the first.
+        moved: share of the matrices with a gradient whose sampled elements changed since the
+            reading before; NaN at the first.
         rate: the largest learning rate.
         updates: steps of the optimizers since the reading before.
     """
@@ -203,6 +209,9 @@ class Modes:
         since_step: first of the steps in a row in which all were in evaluation mode.
         updates: how many updates in a row.
         was_training: they have been in training mode before.
+        extra_batches: forward passes in training mode beyond those of the updates, as batch norm
+            counts them; extra_steps: in so many steps.
+        evaluated_in_training: forward passes of ``evaluate`` with a module in training mode.
     """
 
     in_training: int = 0
@@ -210,6 +219,9 @@ class Modes:
     since_step: int = 0
     updates: int = 0
     was_training: bool = False
+    extra_batches: int = 0
+    extra_steps: int = 0
+    evaluated_in_training: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,14 +250,12 @@ class Observation:
         ledger: findings of the optimizer's ledger.
         tensors: the parameters before the first update; empty for a run that was resumed.
         symmetric: tensors that started with equal rows, or with the elements of another, and
-            still have them.
+            still nearly have them.
         frozen, trainable: elements of the parameters now.
         trainable_matrices: how many parameters with two axes or more require a gradient now.
         frozen_layers: layers all of whose parameters are frozen now.
         passes: observed forward passes that trained, the newest last.
         gradients: readings of the gradients, the newest last.
-        evaluation_noise: relative difference of two evaluations of the same weights with
-            different random numbers; NaN unknown.
         duplicates: pairs of names of one module that a container holds twice.
         rank_digests: one number of each rank's parameters; empty for one process.
     """
@@ -269,7 +279,6 @@ class Observation:
     zeroing: Zeroing = Zeroing()
     modes: Modes = Modes()
     broken: Broken = Broken()
-    evaluation_noise: float = math.nan
     duplicates: Sequence[tuple[str, str]] = ()
     rank_digests: Sequence[float] = ()
 
@@ -385,3 +394,39 @@ class Observation:
         if not known or max(known) <= 0:
             raise Unknown("the learning rate is not known")
         return known[-1] / max(known)
+
+    @property
+    def is_warming_up(self) -> bool:
+        """The learning rate still rises, as far as it is known."""
+        known = [rate for _, rate in self.rates if math.isfinite(rate)]
+        return len(known) > 1 and known[-1] > known[-2]
+
+    @property
+    def first_training_loss(self) -> float:
+        """Median of the first twenty finite ones. Raises ``Unknown``."""
+        return float(np.median(self.finite_losses()[1][:20]))
+
+    @property
+    def learned_share(self) -> float:
+        """Median of the newest fifty training losses / that of the first twenty.
+
+        Raises:
+            Unknown: there are too few, or the first are not above zero.
+        """
+        losses = self.finite_losses()[1]
+        first = self.first_training_loss
+        if len(losses) < 40 or first <= 0:
+            raise Unknown("too few losses, or not above zero")
+        return float(np.median(losses[-min(50, len(losses) // 2) :])) / first
+
+    def training_loss_at(self, step: int) -> float:
+        """Median of the twenty training losses up to a step.
+
+        Raises:
+            Unknown: none of them is kept.
+        """
+        steps, losses = self.finite_losses()
+        near = losses[(steps <= step) & (steps > step - 20)]
+        if not len(near):
+            raise Unknown(f"no training loss of step {step} is kept")
+        return float(np.median(near))

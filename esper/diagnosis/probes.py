@@ -36,6 +36,8 @@ ROWS = 64
 COLUMNS = 512
 READINGS = 4  # a unit is dead when its gradient was zero in so many in a row
 EQUAL_ROWS = 0.5
+ALIKE = 0.05  # relative distance
+SMALLEST = 1e-6  # a smaller gradient may be the rounding error of a zero one
 CLOSE = 1e-3
 EXTREME = 0.99
 TABLES = ("Embedding", "EmbeddingBag")  # rows that a batch does not use have no gradient
@@ -76,21 +78,46 @@ def read_tensors(model: nn.Module) -> tuple[TensorFacts, ...]:
 
 
 def still_symmetric(model: nn.Module, tensors: Sequence[TensorFacts]) -> tuple[str, ...]:
-    """Those that started with equal rows, or as a copy of another tensor, and still are so."""
+    """Those that started with equal rows, or as a copy of another tensor, and still nearly are."""
     found = []
     parameters = dict(model.named_parameters())
     for facts in tensors:
         own = parameters.get(facts.name)
         if own is None or own.shape != facts.shape:
             continue
+        sample = sampled(own.detach()).float()
         if facts.equal_rows >= EQUAL_ROWS and not facts.all_zero and facts.shape[0] > 2:
-            rows = sampled(own.detach())
-            if float((rows[1:] == rows[:-1]).all(1).float().mean()) >= EQUAL_ROWS:
+            alike = _distance(sample[1:], sample[:-1]) < ALIKE
+            if float(alike.float().mean()) >= EQUAL_ROWS:
                 found.append(facts.name)
         elif facts.twin in parameters:
-            other = parameters[facts.twin].detach()
-            if torch.equal(sampled(own.detach()), sampled(other).to(own.device)):
+            other = sampled(parameters[facts.twin].detach()).float().to(sample.device)
+            if float(_distance(sample, other).median()) < ALIKE:
                 found.append(facts.name)
+    return tuple(found)
+
+
+def _distance(a_RC: Tensor, b_RC: Tensor) -> Tensor:
+    """float [R]: relative distance of each pair of rows."""
+    size = a_RC.norm(dim=1).clamp_min(1e-30)
+    distance: Tensor = (a_RC - b_RC).norm(dim=1) / size
+    return distance
+
+
+def same_modules(model: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Pairs of places in one container that hold the same module with parameters."""
+    found = []
+    for path, container in model.named_modules():
+        if not isinstance(container, nn.Sequential | nn.ModuleList):
+            continue
+        first: dict[int, str] = {}
+        for name, child in container._modules.items():  # named_children() skips them
+            if not any(True for _ in child.parameters()):
+                continue
+            place = f"{path}.{name}" if path else name
+            if id(child) in first:
+                found.append((first[id(child)], place))
+            first.setdefault(id(child), place)
     return tuple(found)
 
 
@@ -275,9 +302,13 @@ def _input_numbers(x: Tensor) -> Tensor:
     spread = (rows - rows.mean(0)).square().mean().sqrt() / rms.clamp_min(1e-30)
     if len(rows) < 2:
         spread = torch.full_like(rms, math.nan)
-    size = rows.abs()
-    zeros, extremes = (rows == 0).float().mean(), (size > EXTREME).float().mean()
-    extremes = torch.where(size.max() <= 1.0, extremes, torch.full_like(extremes, math.nan))
+    zeros, low, high = (rows == 0).float().mean(), rows.min(), rows.max()
+    # Behind a ReLU or in one-hot data there are zeros, and those are no end of a range.
+    sigmoid = ((rows > EXTREME) | (rows < 1 - EXTREME)).float().mean()
+    tanh = (rows.abs() > EXTREME).float().mean()
+    unknown = torch.full_like(tanh, math.nan)
+    extremes = torch.where(low > 0, sigmoid, torch.where(low < 0, tanh, unknown))
+    extremes = torch.where((high <= 1) & (low >= -1), extremes, unknown)
     return torch.stack([rows.std(correction=0), spread, zeros, extremes])
 
 
@@ -293,6 +324,7 @@ def _with_output(
         output_low=float(y_NC.min()),
         output_high=float(y_NC.max()),
         output_spread=spread if len(y_NC) > 1 else math.nan,
+        log_sum_near_zero=float(y_NC.logsumexp(1).abs().max()) < CLOSE,
     )
     if gradient_NC is None or gradient_NC.shape != y_NC.shape or shape[-1] != y_NC.shape[1]:
         return seen
@@ -311,17 +343,28 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
                 seen, loss_kind=LossKind.LIKELIHOOD, loss_scale=float(-g_NC.min()) * rows
             )
         sums, sizes = g_NC.sum(1).abs(), g_NC.abs().sum(1)
-        if bool((sums < CLOSE * sizes).all()):
+        # A row that is already right has a gradient of rounding errors.
+        if bool((sums < CLOSE * sizes + 1e-6 * sizes.max()).all()):
             scale = _softmax_weight(y_NC, g_NC) * rows
             return replace(seen, loss_kind=LossKind.CROSS_ENTROPY, loss_scale=scale)
     for kind, targets in _targets(y_NC, g_NC * elements):
         if bool(((targets - targets.round()).abs() < CLOSE).all()):
-            low, high = float(targets.round().min()), float(targets.round().max())
-            if kind is LossKind.SQUARED or (low >= 0 and high <= 1):
-                return replace(
-                    seen, loss_kind=kind, loss_scale=1.0, target_low=low, target_high=high
-                )
+            whole = targets.round()
+            return replace(
+                seen,
+                loss_kind=kind,
+                loss_scale=1.0,
+                target_low=float(whole.min()),
+                target_high=float(whole.max()),
+            )
+    wanted = y_NC - g_NC * elements / 2
+    if shape[-1] == 1 and len(y_NC) > 2 and _are_equal(wanted) and not _are_equal(y_NC):
+        return replace(seen, loss_kind=LossKind.SQUARED, loss_scale=1.0, targets_averaged=True)
     return seen
+
+
+def _are_equal(values_N1: Tensor) -> bool:
+    return float(values_N1.max() - values_N1.min()) < 1e-5 * max(1.0, float(values_N1.abs().max()))
 
 
 def _is_likelihood(g_NC: Tensor) -> bool:
@@ -357,6 +400,7 @@ class _Row:
     norm: Tensor | None
     weight: Tensor | None
     dead: Tensor | None  # bool [R]
+    sample: Tensor | None  # a few elements of the gradient
 
 
 @dataclass(slots=True)
@@ -400,7 +444,9 @@ class GradientProbe:
         gradients = [dense(p.grad) for p in own]
         norms, weights = norms_of(gradients), norms_of([p.detach() for p in own])
         for p, gradient, norm, weight in zip(own, gradients, norms, weights, strict=True):
-            self._rows[id(p)] = _Row(norm, weight, self._dead(p, gradient))
+            fits = gradient is not None and gradient.shape == p.shape
+            sample = _few(gradient).clone() if fits and gradient is not None else None
+            self._rows[id(p)] = _Row(norm, weight, self._dead(p, gradient), sample)
 
     def _dead(self, parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
         kind = self.kinds[id(parameter)]
@@ -430,7 +476,7 @@ class GradientProbe:
         dead = _numbers(
             [None if row.dead is None else row.dead.float().mean() for row in rows.values()]
         )
-        moved = self._moved(list(rows))
+        moved = self._moved(rows)
         found = tuple(
             GradientRow(self.names[key], norm, share, weight)
             for key, norm, weight, share in zip(rows, norms, weights, dead, strict=True)
@@ -439,21 +485,25 @@ class GradientProbe:
             step=step, readings=self.readings, rows=found, moved=moved, rate=rate, updates=updates
         )
 
-    def _moved(self, keys: Sequence[int]) -> float:
-        flags = []
-        for key in keys:
-            sample = _few(self.parameters[key])
-            old = self._samples.get(key)
-            if old is not None and old.shape == sample.shape:
-                flags.append((old != sample).any())
-            self._samples[key] = sample.clone()
-        if not flags:
-            return math.nan
-        return sum(bool(flag) for flag in torch.stack([f.cpu() for f in flags])) / len(flags)
+    def _moved(self, rows: Mapping[int, _Row]) -> float:
+        """Share of the matrices with a gradient that have changed since the last reading."""
+        pairs = []
+        for key, row in rows.items():
+            new, old = _few(self.parameters[key].detach()), self._samples.get(key)
+            self._samples[key] = new.clone()
+            if row.sample is None or old is None or old.shape != new.shape:
+                continue
+            if self.parameters[key].ndim > 1:
+                # From zero even the smallest step is seen, which says nothing of other weights.
+                due = (row.sample.abs() > SMALLEST) & (old != 0)
+                pairs.append(torch.stack([due.any(), (due & (old != new)).any()]).cpu())
+        known = [changed for due, changed in torch.stack(pairs).tolist() if due] if pairs else []
+        return sum(known) / len(known) if known else math.nan
 
 
-def _few(parameter: nn.Parameter) -> Tensor:
-    flat = parameter.detach().reshape(-1)
+def _few(tensor: Tensor) -> Tensor:
+    """At most 64 elements, spread over the tensor."""
+    flat = tensor.reshape(-1)
     return flat[:: max(1, len(flat) // 64)][:64]
 
 

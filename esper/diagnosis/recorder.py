@@ -13,6 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,7 @@ from esper.diagnosis.probes import (
     ForwardProbe,
     GradientProbe,
     read_tensors,
+    same_modules,
     still_symmetric,
 )
 from esper.fail_closed import FailClosed
@@ -50,6 +52,7 @@ FORWARD_EVERY = 4  # planned steps
 MEASURED_AT = (50, 500, 5_000)  # where the period is set from the cost so far
 BUDGET = 0.01  # of the time of a step
 KEPT = 16  # readings
+USUAL_UPDATES = 10  # that show how many forward passes an update has
 WATCHED_UPDATES = 8  # for which the start of the backward pass is known
 _DROPOUT = nn.modules.dropout._DropoutNd
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -116,6 +119,7 @@ class Recorder:
         self.tensors: tuple[TensorFacts, ...] = ()
         if not any(optimizer.state for optimizer in self._optimizers):
             self.tensors = self._closed(read_tensors)(model) or ()
+        self.duplicates = self._closed(same_modules)(model) or ()
         self._forward = ForwardProbe(model, fail_closed)
         self._gradient = GradientProbe(model)
         self._start = _Start(self._closed)
@@ -169,6 +173,10 @@ class Recorder:
         suspects = [t for t in self.tensors if t.twin or t.equal_rows >= EQUAL_ROWS]
         with torch.no_grad():
             return still_symmetric(self._model, suspects)
+
+    def evaluated(self, passes: int) -> None:
+        """So many forward passes of an evaluation had a module in training mode."""
+        self._modes.evaluated(passes)
 
     def broken(self) -> Broken:
         """Where weights and gradients are not finite; a full pass over both."""
@@ -275,6 +283,14 @@ class _Modes:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [m for m in model.modules() if _depends_on_mode(m)]
+        norms = [m for m in self._modules if isinstance(m, _BATCH_NORM)]
+        counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+        # Reading a counter on a GPU would wait for it.
+        on_cpu = [counter for counter in counters if counter.device.type == "cpu"]
+        self._counter: Tensor | None = on_cpu[0] if on_cpu else None
+        self._batches = int(self._counter) if self._counter is not None else 0
+        self._updates = 0
+        self._usual = 0
         self.facts = Modes()
 
     def on_update(self, step: int) -> None:
@@ -289,7 +305,32 @@ class _Modes:
             since_step=(old.since_step if again else step) if evaluating else 0,
             updates=old.updates + 1 if evaluating else 0,
             was_training=old.was_training or bool(training),
+            extra_batches=old.extra_batches,
+            extra_steps=old.extra_steps,
+            evaluated_in_training=old.evaluated_in_training,
         )
+        self._count_batches()
+
+    def evaluated(self, passes: int) -> None:
+        """So many forward passes of an evaluation had a module in training mode."""
+        old = self.facts
+        self.facts = replace(old, evaluated_in_training=old.evaluated_in_training + passes)
+
+    def _count_batches(self) -> None:
+        """Compares the batches since the update before with those of the first updates."""
+        if self._counter is None:
+            return
+        batches, self._batches = int(self._counter) - self._batches, int(self._counter)
+        if self._updates < USUAL_UPDATES:
+            self._updates += 1
+            self._usual = max(self._usual, batches)
+        elif batches >= self._usual + 2:
+            old = self.facts
+            self.facts = replace(
+                old,
+                extra_batches=old.extra_batches + batches - self._usual,
+                extra_steps=old.extra_steps + 1,
+            )
 
 
 def _depends_on_mode(module: nn.Module) -> bool:

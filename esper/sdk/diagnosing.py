@@ -136,6 +136,7 @@ class DiagnosisWatch:
             gradients=tuple(recorder.gradients),
             zeroing=recorder.zeroing,
             modes=recorder.modes,
+            duplicates=recorder.duplicates,
             broken=self._broken or Broken(),
         )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
@@ -9,6 +10,7 @@ from esper.diagnosis.probes import READINGS
 
 DEAD = 0.7
 STILL = 0.5
+SATURATED = 0.3
 
 
 class DyingRelu(Rule):
@@ -54,7 +56,8 @@ class DyingRelu(Rule):
         limit = STILL if memory.is_open else DEAD
         # The last layer has no activation of its own: what follows it is the loss. Behind a layer
         # that is dead as a whole, everything before it is without gradient too: it began there.
-        dead = [name for name in ordered[:-1] if shares[name] >= limit]
+        saturated = _saturated(observation)
+        dead = [n for n in ordered[:-1] if shares[n] >= limit and n not in saturated]
         if not dead:
             return None
         worst = dead[-1]
@@ -66,3 +69,11 @@ class DyingRelu(Rule):
             value=shares[worst],
             began_at=worst,
         )
+
+
+def _saturated(observation: Observation) -> set[str]:
+    """Layers whose sigmoid or tanh is at its ends, where the gradient rounds to zero as well."""
+    if not observation.passes:
+        return set()
+    passes = observation.last_pass.layers
+    return {a.layer for a, b in pairwise(passes) if b.input_extremes > SATURATED}

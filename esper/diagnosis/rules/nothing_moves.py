@@ -5,8 +5,7 @@ import math
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
-
-SMALLEST = 1e-6
+from esper.diagnosis.probes import SMALLEST
 
 
 class NothingMoves(Rule):
@@ -39,10 +38,8 @@ class NothingMoves(Rule):
         # An optimizer that has converged stops too, such as L-BFGS.
         if memory.notes.get("moved"):
             return None
-        if not any(row.norm > SMALLEST for row in reading.rows):
-            raise Unknown("no tensor has a gradient above zero")
         return Evidence(
-            observed=f"no tensor changed in {reading.updates} updates at a learning rate of "
+            observed=f"no matrix changed in {reading.updates} updates at a learning rate of "
             f"{reading.rate:.3g}, although gradients are above zero",
             limit="weights that change",
             signal="weights",

@@ -17,9 +17,9 @@ from esper.contracts import Finding, Severity
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def digits() -> tuple[Tensor, Tensor]:
+def digits(scale: float = 1.0) -> tuple[Tensor, Tensor]:
     data = load_digits()
-    x = torch.tensor(data.data, dtype=torch.float32) / 16.0
+    x = scale * torch.tensor(data.data, dtype=torch.float32) / 16.0
     return x, torch.tensor(data.target)
 
 

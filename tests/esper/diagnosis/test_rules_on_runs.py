@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tests.esper.diagnosis.small_runs import (
     Detached,
@@ -123,8 +124,198 @@ CASES = [
         Run,
         50,
     ),
+    Case(
+        "wrong_output_activation",
+        lambda: Run(ending(nn.Softmax(1))),
+        lambda: Run(ending(nn.Identity())),
+        1,
+    ),
+    Case(
+        "wrong_loss",
+        lambda: Run(loss=F.nll_loss),
+        lambda: Run(ending(nn.LogSoftmax(1)), loss=F.nll_loss),
+        1,
+    ),
+    Case("abnormal_data", lambda: Run(data=digits(1000.0)), Run, 1, "0"),
+    Case(
+        "saturation",
+        lambda: Run(scaled(deep(6, nn.Tanh, width=16), 12.0), circles()),
+        lambda: Run(deep(6, nn.Tanh, width=16), circles()),
+        50,
+    ),
+    Case(
+        "bad_initialisation",
+        lambda: Run(scaled(deep(8, nn.Tanh), 0.05), circles()),
+        lambda: Run(deep(8, nn.Tanh), circles()),
+        1,
+    ),
+    Case(
+        "update_ratio_low",
+        lambda: Run(optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1e-5)),
+        lambda: Run(optimizer=sgd),
+        60,
+    ),
+    Case(
+        "slow_convergence",
+        lambda: Run(perceptron(), shuffled(), optimizer=lambda m: adam(m, 2e-5), steps=320),
+        lambda: Run(steps=320),
+        320,
+    ),
+    Case(
+        "oscillating_loss",
+        lambda: Run(deep(2, nn.Tanh, width=16), circles(), optimizer=fast, steps=160),
+        lambda: Run(deep(2, nn.Tanh, width=16), circles(), steps=160),
+        160,
+    ),
+    Case(
+        "plateau",
+        lambda: Run(flat(), steps=2600, data=labels_only()),
+        lambda: Run(steps=2600),
+        2600,
+    ),
+    Case("over_fitting", lambda: overfits(60), lambda: overfits(1500), 2500),
+    Case("memorised_noise", lambda: memorises(noise=True), lambda: memorises(noise=False), 2000),
+    Case("tied_by_mistake", lambda: Run(stacked(same=True)), lambda: Run(stacked(same=False)), 1),
+    Case(
+        "evaluation_in_train_mode",
+        lambda: Run(normed(), before=evaluate_now(evaluating=False), steps=150),
+        lambda: Run(normed(), before=evaluate_now(evaluating=True), steps=150),
+        100,
+    ),
+    Case("loss_not_reduced", lambda: Run(loss=summed), Run, 1),
+    Case(
+        "zero_times_zero_adapter",
+        lambda: Run(Adapted(both=True)),
+        lambda: Run(Adapted(both=False)),
+        1,
+        "adapter.a",
+    ),
+    Case(
+        "dead_experts", lambda: Run(Experts(2), steps=200), lambda: Run(Experts(6), steps=200), 160
+    ),
     Case("repeated_initialisation", lambda: Run(constant(perceptron())), Run, 1, "0"),
 ]
+
+
+def ending(last: nn.Module) -> nn.Module:
+    return nn.Sequential(*perceptron(), last)
+
+
+def summed(out: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(out, target, reduction="sum")
+
+
+def shuffled() -> tuple[Tensor, Tensor]:
+    x, y = digits()
+    return x, y[torch.randperm(len(y))]
+
+
+def labels_only() -> tuple[Tensor, Tensor]:
+    """Nothing in the inputs tells the labels."""
+    _, y = digits()
+    return torch.ones(len(y), 64), y
+
+
+def flat() -> nn.Module:
+    return nn.Linear(64, 10)
+
+
+def fast(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=10.0)
+
+
+def split(rows: int, *, noise: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y = digits()
+    order = torch.randperm(len(x))
+    x, y = x[order], torch.randint(0, 10, y.shape) if noise else y[order]
+    return x[:rows], y[:rows], x[1500:], y[1500:]
+
+
+def held_out(x: Tensor, y: Tensor) -> Callable[[nn.Module], float]:
+    return lambda model: F.cross_entropy(model(x), y).item()
+
+
+def overfits(rows: int) -> Run:
+    x, y, held_x, held_y = split(rows)
+    y = torch.where(torch.rand(len(y)) < 0.3, torch.randint(0, 10, y.shape), y)
+    steps = 2500 if rows < 100 else 900
+    return Run(
+        perceptron(), (x, y), evaluate=held_out(held_x, held_y), steps=steps,
+        optimizer=lambda model: adam(model, 3e-3),
+    )  # fmt: skip
+
+
+def memorises(*, noise: bool) -> Run:
+    x, y, held_x, held_y = split(200 if noise else 1500, noise=noise)
+    return Run(
+        perceptron(), (x, y), evaluate=held_out(held_x, held_y), steps=2000 if noise else 500,
+        optimizer=lambda model: adam(model, 3e-3),
+    )  # fmt: skip
+
+
+def stacked(*, same: bool) -> nn.Module:
+    one = nn.Linear(32, 32)
+    hidden = [one] * 3 if same else [nn.Linear(32, 32) for _ in range(3)]
+    return nn.Sequential(nn.Linear(64, 32), nn.Sequential(*hidden), nn.ReLU(), nn.Linear(32, 10))
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def evaluate_now(*, evaluating: bool) -> Callable[[Run, int], None]:
+    """Every 25 steps the script evaluates four batches."""
+
+    def evaluate(run: Run, step: int) -> None:
+        if step % 25:
+            return
+        run.model.train(not evaluating)
+        with torch.no_grad():
+            for rows in run.data[0][:128].split(32):
+                run.model(rows)
+        run.model.train()
+
+    return evaluate
+
+
+class Pair(nn.Module):
+    def __init__(self, *, both: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 4, bias=False), nn.Linear(4, 32, bias=False)
+        nn.init.zeros_(self.b.weight)
+        if both:
+            nn.init.zeros_(self.a.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x))
+        return out
+
+
+class Adapted(nn.Module):
+    def __init__(self, *, both: bool) -> None:
+        super().__init__()
+        self.base, self.adapter, self.head = nn.Linear(64, 32), Pair(both=both), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.base(x) + self.adapter(x)))
+        return out
+
+
+class Experts(nn.Module):
+    """Six experts, of which a hard rule uses the first ``used``."""
+
+    def __init__(self, used: int) -> None:
+        super().__init__()
+        self.used = used
+        self.base, self.head = nn.Linear(64, 32), nn.Linear(32, 10)
+        self.experts = nn.ModuleList([nn.Linear(32, 32) for _ in range(6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.base(x))
+        chosen = torch.arange(len(h)) % self.used
+        parts = [self.experts[i](h) * (chosen == i)[:, None] for i in range(6)]
+        out: Tensor = self.head(h + torch.stack(parts).sum(0))
+        return out
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import math
+from statistics import median
+
+from esper.contracts import Severity
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.observation import LossKind, Observation, Unknown
+
+ALIKE = 1e-3
+DIFFERENT = 0.1
+SMALL_GAIN, LARGE_GAIN = 0.02, 8.0
+ABOVE_CHANCE, FAR_ABOVE_CHANCE = 5.0, 10.0
+LEARNED = 0.7
+
+
+class BadInitialisation(Rule):
+    """The first weights lose the signal on its way, or blow it up, before anything is learned."""
+
+    slug = "bad_initialisation"
+    title = "Bad initialisation"
+    symptom = (
+        "Before the first update all inputs look alike to the last layer, or the loss is high."
+    )
+    thresholds = (
+        Threshold(
+            "spread of a batch at the last layer", ALIKE, "share of its size", "chosen on 0 to 9"
+        ),
+        Threshold(
+            "std of weights x sqrt(inputs), too small", SMALL_GAIN, "gain", "0.3 to 1.5 is usual"
+        ),
+        Threshold(
+            "std of weights x sqrt(inputs), too large", LARGE_GAIN, "gain", "0.3 to 1.5 is usual"
+        ),
+        Threshold("first loss / chance", FAR_ABOVE_CHANCE, "ratio", "chosen; above 5 it is info"),
+    )
+    severity = Severity.SERIOUS
+    false_alarm = "Adapters and heads that start at zero on purpose."
+    advice = (
+        "Initialise so that each layer keeps the scale of its input, such as Kaiming or Xavier."
+    )
+    remedies = (RemedySlug.REPAIR_SCALE, RemedySlug.TELL)
+    closes_after = 2
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        if not observation.tensors:
+            raise Unknown("the weights before the first update are not known")
+        first = float(observation.finite_losses()[1][0])
+        if observation.step > 3 and not memory.is_open:
+            return None
+        if observation.step > 3 and observation.loss < LEARNED * first:
+            return None  # it learns in spite of it
+        return _spread(observation) or _gain(observation) or _loss(observation, first)
+
+
+def _spread(observation: Observation) -> Evidence | None:
+    passes = [p for p in observation.first_pass.layers if not math.isnan(p.input_spread)]
+    if len(passes) < 3 or passes[0].input_spread < DIFFERENT:
+        return None
+    last = passes[-1]
+    if last.input_spread >= ALIKE:
+        return None
+    # Where it is lost: the layer before the first input that is alike.
+    lost = next(
+        i for i, p in enumerate(passes) if p.input_spread < DIFFERENT * passes[0].input_spread
+    )
+    return Evidence(
+        observed=f"the rows of a batch differ by {passes[0].input_spread:.2g} of their size at the "
+        f"input, and by {last.input_spread:.1e} at {last.layer}",
+        limit=f"at least {ALIKE:g} at every layer",
+        signal="activation",
+        value=last.input_spread,
+        began_at=passes[max(0, lost - 1)].layer,
+        since_step=0,
+    )
+
+
+def _gain(observation: Observation) -> Evidence | None:
+    gains = {t.layer: t.gain for t in observation.tensors if t.trainable and math.isfinite(t.gain)}
+    if len(gains) < 2:
+        return None
+    middle = median(gains.values())
+    if SMALL_GAIN <= middle <= LARGE_GAIN:
+        return None
+    worst = (min if middle < SMALL_GAIN else max)(gains, key=lambda name: gains[name])
+    return Evidence(
+        observed=f"the median of std(weights) x sqrt(inputs) is {middle:.2g}, in {worst} "
+        f"{gains[worst]:.2g}",
+        limit=f"from {SMALL_GAIN:g} to {LARGE_GAIN:g}",
+        signal="weights",
+        value=middle,
+        began_at=worst,
+        since_step=0,
+    )
+
+
+def _loss(observation: Observation, first: float) -> Evidence | None:
+    seen = observation.first_pass
+    if seen.loss_kind is not LossKind.CROSS_ENTROPY or not 0 < seen.loss_scale < 2:
+        return None
+    chance = math.log(max(2, seen.classes))
+    if first < ABOVE_CHANCE * chance:
+        return None
+    return Evidence(
+        observed=f"the first loss is {first:.3g}, and that of guessing is {chance:.3g}",
+        limit=f"at most {ABOVE_CHANCE:g} times that of guessing",
+        signal="loss",
+        value=first / chance,
+        since_step=0,
+        severity=None if first >= FAR_ABOVE_CHANCE * chance else Severity.INFO,
+    )

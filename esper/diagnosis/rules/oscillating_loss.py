@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+
+from esper.contracts import Severity, Signal
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.observation import Observation, Unknown
+
+STEPS = 48
+BLOCKS = 12
+SWING = 0.2
+EXCESS = 2.5
+FLIPS = 0.7
+LARGE_UPDATE = 1e-2
+
+
+class OscillatingLoss(Rule):
+    """The loss swings up and down far more than its batches explain, because steps are too long."""
+
+    slug = "oscillating_loss"
+    title = "Oscillating loss"
+    symptom = "The loss swings by a fifth of its level, without a trend, while updates are large."
+    thresholds = (
+        Threshold(
+            "swing of the mean of a block", SWING, "share of the level", "AutoTrainer (ICSE'21)"
+        ),
+        Threshold("swing / what single batches explain", EXCESS, "ratio", "chosen on 0 to 9"),
+        Threshold("steps that change direction", FLIPS, "share", "2/3 by chance"),
+        Threshold("largest update / weight", LARGE_UPDATE, "ratio", "1e-3 is usual"),
+    )
+    severity = Severity.CAUTION
+    false_alarm = "Batches that are sorted, so that easy and hard ones alternate."
+    advice = "Lower the learning rate, or make the batches larger."
+    remedies = (RemedySlug.SET_LR, RemedySlug.TELL)
+    opens_after = 2
+    explained_by = frozenset({"non_finite", "update_ratio_high", "loss_spike"})
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        _, losses = observation.finite_losses()
+        if len(losses) < STEPS:
+            raise Unknown("too few losses")
+        ratios = observation.signal(Signal.UPDATE_RATIO)
+        largest = max(ratios.values())
+        recent = losses[-STEPS:]
+        level = float(np.median(np.abs(recent)))
+        if largest < LARGE_UPDATE or level <= 0:
+            return None
+        means = recent.reshape(BLOCKS, -1).mean(1)
+        inside = recent.reshape(BLOCKS, -1).std(1).mean() / np.sqrt(STEPS / BLOCKS)
+        trend = np.polyval(np.polyfit(np.arange(BLOCKS), means, 1), np.arange(BLOCKS))
+        swing = float(np.std(means - trend))
+        slow = swing > SWING * level and swing > EXCESS * inside
+        moves = np.diff(recent)
+        flips = float((moves[1:] * moves[:-1] < 0).mean())
+        fast = flips > FLIPS and float(np.median(np.abs(moves))) > 2 * SWING * level
+        if not slow and not fast:
+            return None
+        size = swing if slow else float(np.median(np.abs(moves)))
+        return Evidence(
+            observed=f"the loss swings by {size:.3g} around {level:.3g}, at updates of "
+            f"{largest:.2g} of the weights",
+            limit=f"swings below {SWING:.0%} of the level",
+            signal="loss",
+            value=size / level,
+            since_step=observation.step - STEPS,
+        )

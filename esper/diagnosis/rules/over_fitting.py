@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import math
+from statistics import median
+
+from esper.contracts import Severity
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.observation import Observation, Unknown
+
+EVALUATIONS = 5
+RISE = 0.25
+MILD = 0.1
+STILL = 0.05
+
+
+class OverFitting(Rule):
+    """The held-out loss rises from its best value while the training loss goes on falling."""
+
+    slug = "over_fitting"
+    title = "Over-fitting"
+    symptom = "The held-out loss is a quarter above its best, and the training loss is lower now."
+    thresholds = (
+        Threshold("held-out loss above its best", RISE, "share", "chosen on 0 to 9"),
+        Threshold("the same, as info", MILD, "share", "the ratio that SageMaker Debugger uses"),
+        Threshold("evaluations", EVALUATIONS, "evaluations", "chosen; the last three count"),
+        Threshold("to resolve", STILL, "share", "chosen"),
+    )
+    severity = Severity.CAUTION
+    false_alarm = "A held-out loss that grows with confidence while the accuracy still rises."
+    advice = "Keep the weights of the best evaluation; use weight decay, more data, or stop here."
+    remedies = (RemedySlug.RESTORE_BEST, RemedySlug.WEIGHT_DECAY, RemedySlug.STOP_EARLY)
+    closes_after = 1
+    explained_by = frozenset({"memorised_noise", "non_finite", "loss_spike"})
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        held_out = [(s, loss) for s, loss in observation.held_out if math.isfinite(loss)]
+        if len(held_out) < EVALUATIONS:
+            raise Unknown("fewer than five held-out losses")
+        best_step, best = min(held_out, key=lambda entry: entry[1])
+        now = median(loss for _, loss in held_out[-3:])
+        then = observation.training_loss_at(best_step)
+        latest = observation.training_loss_at(observation.step)
+        limit = STILL if memory.is_open else MILD
+        if now <= best + limit * abs(best) or latest >= then:
+            return None
+        return Evidence(
+            observed=f"the held-out loss is {now:.4g}; its best was {best:.4g} at {best_step}; "
+            f"the training loss fell from {then:.4g} to {latest:.4g}",
+            limit=f"at most {MILD:.0%} above the best",
+            signal="eval_loss",
+            value=now / best - 1 if best else math.nan,
+            since_step=best_step,
+            severity=None if now > best + RISE * abs(best) else Severity.INFO,
+        )

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import math
+
+from esper.contracts import Severity
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.observation import Observation, Unknown
+
+SHARE = 0.5
+STILL = 0.4
+
+
+class Saturation(Rule):
+    """Sigmoids or tanhs are at the ends of their range, where they pass on no gradient."""
+
+    slug = "saturation"
+    title = "Saturation"
+    symptom = "Half of the activations behind a layer are within 1 % of the ends of their range."
+    thresholds = (
+        Threshold("saturated activations", SHARE, "share", "DeepDiagnosis (ICSE'22)"),
+        Threshold("to resolve", STILL, "share", "chosen"),
+    )
+    severity = Severity.CAUTION
+    false_alarm = "Gates that have learned to be fully open or closed."
+    advice = "Start with smaller weights and scaled inputs; if it came later, lower the rate."
+    remedies = (RemedySlug.REPAIR_SCALE, RemedySlug.SET_LR, RemedySlug.TELL)
+    opens_after = 2
+    closes_after = 2
+    explained_by = frozenset({"non_finite"})
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        seen = observation.last_pass
+        if memory.notes.get("pass") == seen.step:
+            raise Unknown("no newer forward pass was observed")
+        # What enters the first layer is data.
+        known = [p for p in seen.layers[1:] if not math.isnan(p.input_extremes)]
+        if not known:
+            raise Unknown("no layer has an input between -1 and 1")
+        memory.notes["pass"] = seen.step
+        limit = STILL if memory.is_open else SHARE
+        found = [p for p in known if p.input_extremes >= limit]
+        if not found:
+            return None
+        names = [p.layer for p in seen.layers]
+        before = names[max(0, names.index(found[0].layer) - 1)]
+        return Evidence(
+            observed=f"{found[0].input_extremes:.0%} of what enters {found[0].layer} is saturated, "
+            f"and so in {len(found)} of {len(known)} layers",
+            limit=f"less than {SHARE:.0%}",
+            signal="activation",
+            value=found[0].input_extremes,
+            began_at=before,
+        )

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from esper.contracts import Severity, Signal
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.observation import Observation, Unknown
+
+LOW = 1e-5
+SCHEDULED = 0.3
+UNLEARNED = 0.95
+
+
+class UpdateRatioLow(Rule):
+    """Updates are so small that the weights stay where they were born."""
+
+    slug = "update_ratio_low"
+    title = "Updates are too small"
+    symptom = "The median update is below 1e-5 of the weights, and the loss stands still."
+    thresholds = (
+        Threshold("median of update / weight", LOW, "ratio", "1e-3 is usual; chosen on 0 to 9"),
+        Threshold(
+            "rate / largest rate so far", SCHEDULED, "share", "below it the schedule is meant"
+        ),
+        Threshold("loss / first loss", UNLEARNED, "ratio", "below it the run learns"),
+    )
+    severity = Severity.CAUTION
+    false_alarm = "A fine-tuning that starts close to its optimum."
+    advice = "Raise the learning rate, by a factor of ten first."
+    remedies = (RemedySlug.SET_LR, RemedySlug.TELL)
+    opens_after = 2
+    explained_by = frozenset({"nothing_moves", "vanishing_gradient", "dying_relu", "non_finite"})
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        frames = observation.signal_history(Signal.UPDATE_RATIO)
+        if not frames:
+            raise Unknown("no health frame has the update ratio")
+        step, ratio = frames[-1]
+        if memory.notes.get("frame") == step:
+            raise Unknown("there is no newer frame")
+        memory.notes["frame"] = step
+        if observation.is_warming_up:
+            raise Unknown("the learning rate still rises")
+        if ratio >= LOW or observation.rate_share < SCHEDULED:
+            return None
+        if observation.learned_share < UNLEARNED:
+            return None
+        return Evidence(
+            observed=f"the median update is {ratio:.1e} of its weight at step {step}, and the loss "
+            f"is {observation.learned_share:.0%} of the first",
+            limit=f"at least {LOW:g}; about 0.001 is usual",
+            signal=Signal.UPDATE_RATIO,
+            value=ratio,
+        )

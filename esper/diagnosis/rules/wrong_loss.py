@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from esper.contracts import Severity
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
+
+BINARY = (LossKind.BINARY, LossKind.BINARY_LOGITS)
+
+
+class WrongLoss(Rule):
+    """The loss function does not fit the outputs or the targets, as its gradient shows."""
+
+    slug = "wrong_loss"
+    title = "Wrong loss"
+    symptom = "The loss is one that these outputs or targets cannot lower as intended."
+    thresholds = (
+        Threshold("smallest loss", 0, "units of the loss", "AutoTrainer (TDSC'24)"),
+        Threshold("targets of a binary loss", 1, "largest", "by definition"),
+    )
+    severity = Severity.SERIOUS
+    false_alarm = "A loss of one's own whose gradient looks like that of a known one."
+    advice = "Use the loss that fits the outputs: cross_entropy for classes, mse_loss for numbers."
+    remedies = (RemedySlug.TELL,)
+    closes_after = 1
+    explained_by = frozenset({"wrong_output_activation"})
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        seen = observation.first_pass  # later, saturated outputs hide which loss it is
+        if seen.loss_kind is LossKind.UNKNOWN:
+            raise Unknown("the loss is not one that its gradient shows")
+        return _likelihood(seen) or _binary(seen) or _average(seen) or _negative(observation, seen)
+
+
+def _likelihood(seen: ModelPass) -> Evidence | None:
+    if seen.loss_kind is not LossKind.LIKELIHOOD or seen.log_sum_near_zero:
+        return None
+    return _evidence(
+        "nll_loss is applied to outputs that are no log-probabilities, so it falls without end",
+        "End the model with log_softmax, or use cross_entropy.",
+    )
+
+
+def _binary(seen: ModelPass) -> Evidence | None:
+    if seen.loss_kind not in BINARY or (seen.target_low >= 0 and seen.target_high <= 1):
+        return None
+    return _evidence(
+        f"{seen.loss_kind} has targets from {seen.target_low:g} to {seen.target_high:g}",
+        "Use targets 0 and 1, or cross_entropy for more than two classes.",
+    )
+
+
+def _average(seen: ModelPass) -> Evidence | None:
+    if not seen.targets_averaged:
+        return None
+    return _evidence(
+        "every output is compared with the mean of all targets: outputs and targets have shapes "
+        "that broadcast against one another",
+        "Give outputs and targets the same shape, with squeeze(-1) or unsqueeze(-1).",
+    )
+
+
+def _negative(observation: Observation, seen: ModelPass) -> Evidence | None:
+    loss = observation.loss
+    if loss >= 0 or seen.loss_kind is LossKind.LIKELIHOOD:
+        return None
+    return _evidence(
+        f"the loss is {loss:.3g}, and {seen.loss_kind} is never below zero",
+        "Look for a wrong sign, or for a term that is subtracted.",
+    )
+
+
+def _evidence(observed: str, advice: str) -> Evidence:
+    return Evidence(
+        observed=observed,
+        limit="a loss that fits outputs and targets",
+        signal="loss",
+        since_step=1,
+        advice=advice,
+    )

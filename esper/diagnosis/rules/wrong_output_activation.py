@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from esper.contracts import Severity
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
+
+NEAR = 1e-3
+# function that ends the model -> (smallest output, largest output)
+RANGES = {
+    "Softmax": (0.0, 1.0),
+    "Sigmoid": (0.0, 1.0),
+    "Tanh": (-1.0, 1.0),
+    "Relu": (0.0, float("inf")),
+}
+
+
+class WrongOutputActivation(Rule):
+    """The function at the end of the model does not fit the loss that is computed from it."""
+
+    slug = "wrong_output_activation"
+    title = "Wrong output activation"
+    symptom = (
+        "The outputs were squashed before a loss that does it again, or cannot reach the targets."
+    )
+    thresholds = (
+        Threshold(
+            "sum of a row of outputs, for cross-entropy", 1, "exactly", "DeepDiagnosis (ICSE'22)"
+        ),
+        Threshold("targets outside the range of the outputs", 0, "targets", "by definition"),
+    )
+    severity = Severity.SERIOUS
+    false_alarm = "A distillation that compares probabilities on purpose."
+    advice = "Remove the activation at the end of the model."
+    remedies = (RemedySlug.TELL,)
+    closes_after = 1
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        seen = observation.first_pass  # later, saturated outputs hide which loss it is
+        if not seen.output_shape:
+            raise Unknown("the model's output was not read")
+        end = next((name for name in RANGES if seen.output_end.startswith(name)), "")
+        constant = seen.classes == 1 and seen.output_low == seen.output_high == 1.0
+        if constant and end == "Softmax":
+            return _evidence("a softmax over one output is 1 for every input", "Use a sigmoid.")
+        if seen.loss_kind is LossKind.UNKNOWN:
+            raise Unknown("the loss is not one that its gradient shows")
+        return _twice(seen, end) or _out_of_range(seen, end)
+
+
+def _twice(seen: ModelPass, end: str) -> Evidence | None:
+    """The loss squashes its input, which is squashed already."""
+    is_distribution = abs(seen.row_sum - 1.0) < NEAR and seen.output_low >= 0
+    if seen.loss_kind is LossKind.CROSS_ENTROPY and seen.classes > 1:
+        if end == "Softmax" or is_distribution:
+            return _evidence(
+                "the model ends with a softmax, and cross-entropy applies another one",
+                "Remove the softmax: cross-entropy takes the raw outputs (logits).",
+            )
+        if end:
+            return _evidence(
+                f"the model ends with {end.lower()}, and cross-entropy applies a softmax to it",
+                f"Remove the {end.lower()} at the end: cross-entropy takes raw outputs (logits).",
+            )
+    if seen.loss_kind is LossKind.BINARY_LOGITS and end:
+        return _evidence(
+            f"the model ends with {end.lower()}, and the loss applies a sigmoid to it",
+            f"Remove the {end.lower()}, or use binary_cross_entropy after a sigmoid.",
+        )
+    return None
+
+
+def _out_of_range(seen: ModelPass, end: str) -> Evidence | None:
+    if seen.loss_kind is not LossKind.SQUARED or not end:
+        return None
+    low, high = RANGES[end]
+    if low <= seen.target_low and seen.target_high <= high:
+        return None
+    return _evidence(
+        f"the model ends with {end.lower()}, which stays within {low:g} and {high:g}; the targets "
+        f"are from {seen.target_low:g} to {seen.target_high:g}",
+        f"Remove the {end.lower()} at the end of the model, or scale the targets.",
+    )
+
+
+def _evidence(observed: str, advice: str) -> Evidence:
+    return Evidence(
+        observed=observed,
+        limit="an output that fits the loss",
+        signal="output",
+        since_step=1,
+        advice=advice,
+    )
