@@ -42,10 +42,13 @@ class Graft(nn.Module, ABC):
     Attributes:
         alpha: share of a graft that replaces its host, a tensor buffer; None for all others.
         merged: it was folded into the host's weights, so it is in no slot.
+        amplification: factor on what its weights compute. A step of plain gradient descent goes its
+            square too far, once for the gradient and once for the output.
     """
 
     alpha: Tensor | None
     merged: bool = False
+    amplification: float = 1.0
 
     def __init__(self) -> None:
         super().__init__()

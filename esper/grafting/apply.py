@@ -221,6 +221,9 @@ def _accompany(
         layer=record.layer.name,
         host=host,
         others=surroundings.optimizers,
+        amplification=max(
+            part.amplification for part in graft.modules() if isinstance(part, Graft)
+        ),
         scaler=surroundings.scaler,
     )
 

@@ -27,6 +27,7 @@ from esper.grafting.companion_optimizer import (
     MODES,
     Made,
     follow,
+    grows_with_gradient,
     has_modes,
     make_like,
     make_plain,
@@ -313,6 +314,7 @@ def accompany(
     layer: str,
     host: nn.Module | None = None,
     others: Sequence[Any] = (),
+    amplification: float = 1.0,
     scaler: Any = None,
     warmup_steps: int = WARMUP_STEPS,
 ) -> Companion:
@@ -324,9 +326,11 @@ def accompany(
     else a plain AdamW does; :attr:`Companion.note` says so.
 
     Args:
-        others: further optimizers of the run.
         layer: name of the layer.
         host: the layer whose group provides the hyper-parameters; None: the first group.
+        others: further optimizers of the run.
+        amplification: of the graft. Where steps grow with the gradient, as SGD's do, the rate is
+            divided by its square.
         scaler: the ``GradScaler`` that makes the optimizer's steps; one that is not named is
             noticed at the first step.
 
@@ -349,6 +353,9 @@ def accompany(
         if place:
             lent = f"one like the run's {type(inner).__name__} does, at its rate"
             made = replace(made, note=f"{reasons[0]}; {lent}")
+    if amplification > 0 and amplification != 1.0 and grows_with_gradient(made, parameters):
+        made = replace(made, rate=made.rate / amplification**2)
+        follow(made, group)
     made.optimizer.param_groups[0].update({_TAKEN: 0, _WARMUP: warmup_steps})
     set_mode(made.optimizer, "train" if group.get("train_mode", True) else "eval")
     company = _company_of(inner) or _Company(inner, scaler)

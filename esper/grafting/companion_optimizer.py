@@ -100,17 +100,36 @@ def follow(made: Made, group: dict[str, Any]) -> None:
         own["lr"] = own["lr"] * made.rate
 
 
+def grows_with_gradient(made: Made, parameters: Sequence[nn.Parameter]) -> bool:
+    """A step is twice as large at twice the gradient, as SGD's is and Adam's is not."""
+    group = {**made.optimizer.param_groups[0], "lr": PLAIN_RATE}
+    moved = []
+    for size in (1.0, 2.0):
+        tried = _few_elements_of(parameters[:1], gradient=size)
+        _step_on(make_like(made.optimizer, group, tried))
+        moved.append(float(tried[0].detach().abs().max()))
+    return moved[1] > 1.5 * moved[0]
+
+
 def _try_out(
     host: torch.optim.Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter]
 ) -> None:
     """Raises what a step of such an optimizer on such tensors raises."""
     forms = {(p.dim(), p.dtype, p.device): p for p in parameters}
+    _step_on(make_like(host, group, _few_elements_of(list(forms.values()), gradient=1.0)))
+
+
+def _few_elements_of(parameters: Sequence[nn.Parameter], *, gradient: float) -> list[nn.Parameter]:
+    """Zeros of the same form, with a gradient."""
     tried = []
-    for parameter in forms.values():
+    for parameter in parameters:
         few = [min(size, _TRIAL_SIZE) for size in parameter.shape]
         tried.append(nn.Parameter(parameter.new_zeros(few)))
-        tried[-1].grad = parameter.new_ones(few)
-    made = make_like(host, group, tried)
+        tried[-1].grad = parameter.new_full(few, gradient)
+    return tried
+
+
+def _step_on(made: Made) -> None:
     set_mode(made.optimizer, "train")
     made.optimizer.step()
 

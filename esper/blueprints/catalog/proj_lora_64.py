@@ -36,7 +36,7 @@ class LowRank(Graft):
         self.down = down  # [R, I], or [R, I, *kernel] beside a convolution
         self.up = up  # [O, R]
         # √R and not R: changing the rank keeps the size of the update (rsLoRA, arXiv 2312.03732).
-        self.scaling = alpha / math.sqrt(up.shape[1])
+        self.scaling = self.amplification = alpha / math.sqrt(up.shape[1])
 
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
         h_NR = F.linear(layout.as_weight_dtype(x, self.down), self.down)

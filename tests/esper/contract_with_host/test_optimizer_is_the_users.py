@@ -868,3 +868,22 @@ def test_muon_for_matrices_beside_adamw_for_the_rest() -> None:
     for number in range(3):
         zero_first(loop, number)
     assert not any(torch.equal(p, before) for p, before in zip(weights, start, strict=True))
+
+
+STEP_GROWS = {"sgd", "momentum", "nesterov", "schedule_free_sgd"}
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "prodigy"])
+def test_a_low_rank_graft_steps_no_farther_than_its_layer_whatever_the_optimizer(name: str) -> None:
+    run = run_of(OPTIMIZERS[name])
+    enter_training(run.optimizer)
+    run.go(BEFORE)
+    receipt = esper.graft(run.model, "2", "proj_lora_64", optimizer=run.optimizer, rank=2)
+    (companion,) = companions_of(run.optimizer)
+    used = run.optimizer.param_groups[0]["lr"]
+    run.step()
+    expected = used / WARMUP_STEPS
+    if name in STEP_GROWS:
+        assert receipt.graft.amplification**2 == pytest.approx(128)
+        expected /= 128
+    assert companion.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
