@@ -127,9 +127,9 @@ class _Anchor:
 class _Company:
     """The companions of one optimizer, and the hooks that let them step with it.
 
-    After a step their gradients are put aside. The loop clears the host's at some time before the
-    next backward pass, or it does not; then they are dropped, or put back to be added to. So
-    between two steps no gradient of a graft is there that the loop believes to have cleared.
+    After a step the loop clears the host's gradients at some time, or it does not. Where they are
+    freed, the grafts' are put aside at once. Whether they are dropped then, or added to, is decided
+    at the next backward pass or step, when it can be seen.
     """
 
     def __init__(self, host: torch.optim.Optimizer, scaler: Any) -> None:
@@ -141,6 +141,8 @@ class _Company:
         self._modes: list[_Mode] = []
         self._aside: list[tuple[nn.Parameter, Tensor]] = []
         self._awaits_step = False
+        self._reached = False  # a gradient has arrived since the last step
+        self._left = False  # the gradients of the last step are there, or aside
         self._passes = Passes()
         self._leaves_out = False
 
@@ -149,10 +151,9 @@ class _Company:
             self._handles = [
                 host.register_step_pre_hook(_Hook(self, host, self._before_step)),
                 host.register_step_post_hook(_Hook(self, host, self._after_step)),
-                host.register_step_post_hook(_Hook(self, host, self._put_aside)),
             ]
             self._modes = [_Mode(self, host, mode) for mode in MODES if has_modes(host)]
-            self.gradients.end_step()
+            self.gradients.end_step(self._put_aside)
         self.members.append(companion)
         arrives = contained("gradient hook", "A graft's gradients are not cleared with the host's.")
         for parameter in companion.parameters:
@@ -176,6 +177,7 @@ class _Company:
     def clear(self) -> None:
         """Clears the gradients of all grafts."""
         self._aside.clear()
+        self._left = False
         for parameter in self._parameters():
             parameter.grad = None
         if self.unscaler is not None:
@@ -184,7 +186,7 @@ class _Company:
     def restart(self) -> None:
         """The host's gradients were restored, and the grafts' with them."""
         self._aside.clear()
-        self.gradients.end_step()
+        self.gradients.end_step(self._put_aside)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for companion in self.members for p in companion.parameters]
@@ -200,6 +202,7 @@ class _Company:
         return None if self.unscaler is None else self.unscaler.arrived(gradient)
 
     def _begin_pass(self) -> None:
+        self._reached = True
         inside, raised = self._passes.begin(at_end=self.gradients.mark)
         # After an error, such as too little memory, a loop drops what there is and goes on.
         if raised or (not inside and self.gradients.cleared()):
@@ -217,29 +220,29 @@ class _Company:
         self._awaits_step = True
         if self.unscaler is None and (scaler := scaler_of_this_step()) is not None:
             self.unscaler = Unscaler(scaler, used=False)  # so far nothing was divided
-        # Whatever else reads gradients after a step comes before they are put aside.
-        hooks: Any = host._optimizer_step_post_hooks  # an OrderedDict, declared as a dict
-        hooks.move_to_end(self._handles[-1].id)
 
     def _after_step(self, host: torch.optim.Optimizer) -> None:
         # A class whose step calls its parent's runs the hooks of a step twice.
         if not self._awaits_step:
             return
         self._awaits_step = False
-        if self._aside and self.gradients.cleared():  # and no gradient has reached a graft since
-            self._aside.clear()
+        # Gradients that came in a way that runs no hook, as those of sharded tensors do.
+        unnoticed = not (self._reached or self._left)
+        if self._left and not self._reached and self.gradients.cleared():
+            self.clear()
         self._put_back()
         for companion in self.members:
             self._step(companion, host)
-
-    def _put_aside(self, host: torch.optim.Optimizer) -> None:
-        self.gradients.end_step()
-        if not self.gradients.known:  # then a clearing cannot be noticed
+        self._reached, self._left = False, True
+        self.gradients.end_step(self._put_aside)
+        if unnoticed:
             self.clear()
-        for parameter in self._parameters():
-            if parameter.grad is not None:
-                self._aside.append((parameter, parameter.grad))
-                parameter.grad = None
+
+    def _put_aside(self) -> None:
+        """The host's gradients were freed after a step."""
+        self._aside += [(p, p.grad) for p in self._parameters() if p.grad is not None]
+        for parameter, _ in self._aside:
+            parameter.grad = None
 
     def _step(self, companion: Companion, host: torch.optim.Optimizer) -> None:
         if companion.error:

@@ -99,31 +99,41 @@ class HostGradients:
         self._optimizer = weakref.ref(optimizer)
         self._witnesses: list[_Witness] = []
         self._frozen = self._is_frozen()
+        self._stepped = False  # the last mark is that of a step
 
-    @property
-    def known(self) -> bool:
-        """The host had a gradient at the last :meth:`mark`; else a clearing cannot be noticed."""
-        return bool(self._witnesses)
+    def mark(self, when_freed: Callable[[], None] | None = None) -> None:
+        """Remembers the present gradients.
 
-    def mark(self) -> None:
-        """Remembers the present gradients."""
+        Args:
+            when_freed: called at once when one of them is freed, most likely because the loop has
+                cleared it; not in a backward pass. It must not look at the host's gradients.
+        """
+
+        self._stepped = False
+
+        def freed(_: object) -> None:
+            if when_freed is not None and torch._C._current_graph_task_id() == -1:
+                when_freed()
+
         self._witnesses = [
-            _Witness(parameter, weakref.ref(gradient), gradient._version)
+            _Witness(parameter, weakref.ref(gradient, freed), gradient._version)
             for parameter, gradient in self._present()
         ]
 
-    def end_step(self) -> None:
+    def end_step(self, when_freed: Callable[[], None]) -> None:
         """The host's optimizer has made a step: what is frozen now was not frozen for one pass."""
         self._frozen = self._is_frozen()
-        self.mark()
+        self.mark(when_freed)
+        self._stepped = True
 
     def cleared(self) -> bool:
         """The gradients were cleared since :meth:`mark`.
 
-        Some may have been accumulated again in the present backward pass.
+        Some may have been accumulated again in the present backward pass. Where the host had none,
+        a clearing cannot be noticed; then each step counts as followed by one.
         """
         if not self._witnesses:
-            return False
+            return self._stepped
         if any(witness.is_replaced() for witness in self._witnesses):
             # With create_graph, accumulation makes a new tensor as well.
             keeps_graph = torch.is_grad_enabled()
