@@ -15,6 +15,7 @@ from esper.grafting.apply import apply_graft
 from esper.grafting.certify import certify, sample_input, stand_in
 from esper.grafting.companion import accompany, companions_of
 from esper.grafting.copies import audit_copies, check_copy, let_follow
+from esper.grafting.digests import digest
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
 from esper.grafting.guard import GradientGuard, GuardVerdict, LossGuard, non_finite_gradients
 from esper.grafting.ledger import audit
@@ -33,7 +34,7 @@ from esper.grafting.slot import (
     slots,
     watch,
 )
-from esper.grafting.snapshot import Snapshot, SnapshotMemory, digest
+from esper.grafting.snapshot import Snapshot, SnapshotMemory
 from esper.grafting.structure import (
     check_manifest,
     companion_states_by_name,

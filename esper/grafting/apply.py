@@ -27,6 +27,7 @@ from esper.grafting.companion import Companion, accompany
 from esper.grafting.copies import let_follow
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.optimizers import optimizer_of
+from esper.grafting.random_streams import RandomStreams
 from esper.grafting.receipts import Receipt
 from esper.grafting.replicas import Joint, RankGroup, jointly
 from esper.grafting.slot import (
@@ -36,7 +37,7 @@ from esper.grafting.slot import (
     slot_of,
     take_out,
 )
-from esper.grafting.snapshot import RandomStreams, Snapshot, SnapshotMemory
+from esper.grafting.snapshot import Snapshot, SnapshotMemory, own_change
 from esper.grafting.state_dicts import follow_loads, follow_whole_states
 from esper.grafting.surroundings import BARE, Surroundings
 
@@ -121,48 +122,50 @@ def _apply(
     had_slot = slot_of(host) is not None
     snapshot = Snapshot.take(model, surroundings, memory)
     try:
-        before = snapshot.freeze(model)
-        fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
-        fresh.train(host.training)
-        _inherit(host, layer, blueprint, fresh)
-        joint.share(fresh)
-        record = GraftRecord(
-            adaptation=adaptation,
-            layer=layer,
-            blueprint=blueprint.slug,
-            version=blueprint.version,
-            config=full,
-            seed=seed,
-            step=step,
-            certificate=_certify(
-                host,
-                layer,
-                blueprint,
-                full,
-                fresh,
-                x,
-                snapshot.streams,
-                thorough=thorough,
-                replicas=surroundings.replicas,
-            ),
-        )
-        companion = insert_graft(model, record, fresh, surroundings)
-        let_follow(model, surroundings.copies)
-        receipt = Receipt(
-            layer=layer.name,
-            step=step,
-            record=record,
-            pause_ms=math.nan,
-            _before=before,
-            _after=snapshot.freeze(model),
-            _model=model,
-            _graft=fresh,
-            _surroundings=surroundings,
-            _companion=companion,
-            _snapshot=snapshot,
-        )
-        follow_whole_states(model)
-        joint.commit()
+        with own_change(model):
+            snapshot.follow()
+            before = snapshot.freeze(model)
+            fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
+            fresh.train(host.training)
+            _inherit(host, layer, blueprint, fresh)
+            joint.share(fresh)
+            record = GraftRecord(
+                adaptation=adaptation,
+                layer=layer,
+                blueprint=blueprint.slug,
+                version=blueprint.version,
+                config=full,
+                seed=seed,
+                step=step,
+                certificate=_certify(
+                    host,
+                    layer,
+                    blueprint,
+                    full,
+                    fresh,
+                    x,
+                    snapshot.streams,
+                    thorough=thorough,
+                    replicas=surroundings.replicas,
+                ),
+            )
+            companion = insert_graft(model, record, fresh, surroundings)
+            let_follow(model, surroundings.copies)
+            receipt = Receipt(
+                layer=layer.name,
+                step=step,
+                record=record,
+                pause_ms=math.nan,
+                _before=before,
+                _after=snapshot.freeze(model),
+                _model=model,
+                _graft=fresh,
+                _surroundings=surroundings,
+                _companion=companion,
+                _snapshot=snapshot,
+            )
+            follow_whole_states(model)
+            joint.commit()
         receipt.pause_ms = (time.perf_counter() - started) * 1e3
         return receipt
     except BaseException:

@@ -31,8 +31,9 @@ from esper.blueprints import Blueprint, Graft, layout
 from esper.blueprints.base import COPIES_IN_TRAINING, MIB, introduce
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import IncompatibleLayerError
+from esper.grafting.digests import digest
+from esper.grafting.random_streams import RandomStreams, kept_streams
 from esper.grafting.slot import SLOT_NAME, first_tensor, slot_of
-from esper.grafting.snapshot import RandomStreams, digest, kept_streams
 
 MAX_ROWS = 4  # of the sample that are used: a certificate must not take as long as a training step
 # Hooks of torch.nn.utils that belong to the layer: they compute its weight in each pass.

@@ -415,6 +415,7 @@ def put_back(optimizer: torch.optim.Optimizer, members: Sequence[Companion]) -> 
             companion._company.add(companion, optimizer)
     company = _company_of(optimizer)
     if company is not None:
+        company.members[:] = members  # in the order of that moment
         company.restart()
 
 

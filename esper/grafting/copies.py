@@ -45,15 +45,20 @@ def check_copy(model: nn.Module, copied: Any) -> None:
         raise ConfigurationError(f"a copy differs from the model: {names[:200]}")
 
 
-def let_follow(model: nn.Module, copies: Iterable[Any]) -> None:
-    """Makes the grafts of each copy those of the model, with their present weights."""
+def let_follow(model: nn.Module, copies: Iterable[Any], *, keep_slots: bool = False) -> None:
+    """Makes the grafts of each copy those of the model, with their present weights.
+
+    Args:
+        keep_slots: leave idle slots where they are; a snapshot restores grafts, but no slots.
+    """
     wanted = {layer: slot for layer, _, slot in slots(model)}
     for copied in map(bare_copy, copies):
         for layer, _, slot in [*slots(copied)]:
             known = wanted[layer].grafts() if layer in wanted else {}
             for slug in [slug for slug in slot.grafts() if slug not in known]:
                 slot.take_out(slug)
-        remove_slots(copied, [layer for layer, _, _ in slots(copied) if layer not in wanted])
+        if not keep_slots:
+            remove_slots(copied, [layer for layer, _, _ in slots(copied) if layer not in wanted])
         for layer, slot in wanted.items():
             _give(find_host(copied, layer), slot.grafts(), slot.records, copied, layer)
         follow_whole_states(copied)

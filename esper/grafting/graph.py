@@ -17,6 +17,7 @@ from esper.blueprints.layout import axes_of, channel_axis_of
 from esper.contracts import MAX_NAME_LENGTH, LayerInfo
 from esper.fail_closed import FailClosed
 from esper.grafting.attention import TimeAxis, cached_part, looks_ahead
+from esper.grafting.random_streams import kept_streams
 from esper.grafting.slot import (
     CONTAINERS,
     SLOT_NAME,
@@ -25,7 +26,6 @@ from esper.grafting.slot import (
     is_opaque,
     slots,
 )
-from esper.grafting.snapshot import kept_streams
 from esper.sharding import Kind, Part, original_name, parts_of, why_no_graft
 from esper.sharding import kind_of as sharding_of
 

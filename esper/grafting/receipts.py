@@ -7,13 +7,14 @@ ChangeReceipt     digests before and after, the snapshot that a hard undo restor
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from esper.blueprints import Graft, get_blueprint
@@ -21,8 +22,10 @@ from esper.contracts import Certificate
 from esper.exceptions import UndoError
 from esper.grafting.companion import Companion, dismiss
 from esper.grafting.copies import let_follow
+from esper.grafting.digests import Frozen, hash_in_background
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.replicas import jointly
+from esper.grafting.rolling_back import roll_back
 from esper.grafting.slot import (
     find_host,
     graft_at,
@@ -30,7 +33,7 @@ from esper.grafting.slot import (
     slot_of,
     take_out,
 )
-from esper.grafting.snapshot import Frozen, Snapshot, digest
+from esper.grafting.snapshot import Snapshot, own_change
 from esper.grafting.surroundings import Surroundings
 
 
@@ -39,22 +42,37 @@ class UndoReceipt:
     """What an undo did.
 
     Attributes:
-        digest: of the model afterwards.
-        exact: hard undo: everything equals the snapshot to the bit. Soft undo: False.
+        exact: hard undo: all weights, buffers, optimizer state, counters of schedulers and random
+            streams equal the snapshot to the bit. Soft undo: False.
         discarded: other grafts that were removed with it, as ``layer/blueprint``.
+        kept: hard undo: what the script has set or loaded since the snapshot, and what stayed so.
+        not_restored: hard undo: what the snapshot had no values for, and what stayed as it was.
     """
 
-    digest: str
     hard: bool
     exact: bool
     pause_ms: float
     discarded: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    not_restored: tuple[str, ...] = ()
+    _after: Frozen | None = field(repr=False, default=None)
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the model after the undo, computed in another thread; may be empty."""
+        return "" if self._after is None else self._after.digest
 
     def __str__(self) -> str:
         what = "hard undo" if self.hard else "soft undo"
         after = "equals the state before, to the bit" if self.exact else "keeps what it has learned"
+        if self.hard and not self.exact:
+            after = "is as before, except for what follows"
+        notes = [f"kept {text}" for text in self.kept]
+        notes += [f"not restored: {text}" for text in self.not_restored]
         others = f"; also removed: {', '.join(self.discarded)}" if self.discarded else ""
-        return f"{what} in {self.pause_ms:.0f} ms: the model {after}{others}"
+        return f"{what} in {self.pause_ms:.0f} ms: the model {after}{others}" + "".join(
+            f"; {note}" for note in notes
+        )
 
     def __repr__(self) -> str:
         return f"<UndoReceipt {self}>"
@@ -94,13 +112,31 @@ class ChangeReceipt:
 
     def forget_snapshot(self) -> None:
         """Frees the snapshot. A hard undo is impossible from now on."""
-        # The digests are computed from the snapshot's copies, so this is their last chance.
-        _ = self.digest_before, self.digest_after
+        # The digests are computed from the snapshot's copies, which are free afterwards.
+        for frozen in (self._before, self._after):
+            hash_in_background(frozen)
         self._snapshot = None
 
-    def _not_restored(self, change: str, differences: list[str]) -> UndoError:
-        what = ", ".join(differences) or "the model's digest"
-        return UndoError(f"not as before the {change}: {what}", layer=self.layer)
+    def _roll_back(self, snapshot: Snapshot, *, exact: bool) -> UndoReceipt:
+        """Restores the snapshot, and compares.
+
+        Args:
+            exact: the caller changes nothing more that is in the snapshot.
+        """
+        result = roll_back(snapshot)
+        if result.differences:
+            what = ", ".join(result.differences)
+            raise UndoError(f"the state before could not be restored: {what}", layer=self.layer)
+        exact = exact and not result.not_restored and not snapshot.loaded
+        exact = exact and self._before.fits(self._model)
+        return UndoReceipt(
+            hard=True,
+            exact=exact,
+            pause_ms=math.nan,
+            kept=tuple(result.kept),
+            not_restored=tuple(result.not_restored),
+            _after=self._before,
+        )
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -177,46 +213,51 @@ class Receipt(ChangeReceipt):
         Soft: removes it and keeps what the host has learnt since; grafts that require it are
         removed too. Hard: restores the state before the graft to the bit, with optimizer and
         random streams; grafts that were added later are removed too. ``discarded`` names them in
-        both cases. Where the model has replicas, each rank must call this; all ranks remove the
-        graft, or none does.
+        both cases. What the script itself has set since stays: ``kept`` names it.
+
+        The graft is removed as a whole, or an error leaves everything as it was, and the undo can
+        be tried again. Where the model has replicas, each rank must call this; all ranks remove
+        the graft, or none does.
 
         Raises:
             UndoError: the graft is no longer in the model, the snapshot is gone (hard), or the
-                model was not restored exactly.
+                values of the snapshot could not be restored.
             ReplicaError: another rank could not remove it, so it stays on all ranks.
         """
-        if self._surroundings.replicas is None:
-            return self.undo_here(hard)
-        with undoing_everywhere(self._model, self._surroundings, self):
-            return self.undo_here(hard)
+        undo = self._undo_hard if hard else self._undo_soft
+        return _undo_whole(self, self._surroundings, undo, values=hard)
 
     def undo_here(self, hard: bool = True) -> UndoReceipt:
         """As :meth:`undo`, on this rank alone; for a caller that synchronises the ranks."""
+        undo = self._undo_hard if hard else self._undo_soft
+        return _undo_whole(self, replace(self._surroundings, replicas=None), undo, values=hard)
+
+    def _refuse_gone(self) -> None:
         if not self.present:
             raise UndoError(f"{self.blueprint} is not in {self.layer!r} any more", layer=self.layer)
-        return self._undo_hard() if hard else self._undo_soft()
 
     def _undo_soft(self) -> UndoReceipt:
-        started = time.perf_counter()
+        self._refuse_gone()
         take_out(self._model, self.layer, self.blueprint)
         if self._companion is not None:
             self._companion.leave()
         discarded = self._discard_helpless()
-        let_follow(self._model, self._surroundings.copies)
-        pause_ms = (time.perf_counter() - started) * 1e3
-        self.forget_snapshot()
         return UndoReceipt(
-            digest(self._model), hard=False, exact=False, pause_ms=pause_ms, discarded=discarded
+            hard=False,
+            exact=False,
+            pause_ms=math.nan,
+            discarded=discarded,
+            _after=self._before,
         )
 
     def _undo_hard(self) -> UndoReceipt:
+        self._refuse_gone()
         snapshot = self._snapshot
         if snapshot is None:
             raise UndoError(
                 f"the snapshot before {self.blueprint} is gone; only a soft undo is possible",
                 layer=self.layer,
             )
-        started = time.perf_counter()
         gone = snapshot.grafts() - living_grafts(self._model).keys()
         # A graft that was merged since is restored: the host's weights no longer contain it.
         merged = {graft for graft in gone if isinstance(graft, Graft) and graft.merged}
@@ -226,17 +267,9 @@ class Receipt(ChangeReceipt):
         discarded = self._discard_later(snapshot)
         if self._companion is not None:
             self._companion.leave()
-        snapshot.restore()
-        differences = snapshot.differences()
+        report = self._roll_back(snapshot, exact=not removed_since)
         self._discard_revived(removed_since)
-        let_follow(self._model, self._surroundings.copies)
-        after = digest(self._model)
-        pause_ms = (time.perf_counter() - started) * 1e3
-        self.forget_snapshot()
-        exact = not removed_since and after == self.digest_before
-        if differences or not (exact or removed_since):
-            raise self._not_restored("graft", differences)
-        return UndoReceipt(after, hard=True, exact=exact, pause_ms=pause_ms, discarded=discarded)
+        return replace(report, discarded=discarded)
 
     def _discard_helpless(self) -> tuple[str, ...]:
         """Removes the layer's grafts whose required blueprint was just removed."""
@@ -284,6 +317,7 @@ class RemedyReceipt(ChangeReceipt):
 
     remedy: str
     details: dict[str, Any]
+    _surroundings: Surroundings = field(repr=False)
     _merged: Graft | None = field(repr=False, default=None)
     _end: Callable[[], None] | None = field(repr=False, default=None)
     key: str = field(default_factory=lambda: str(uuid.uuid4()))
@@ -305,26 +339,28 @@ class RemedyReceipt(ChangeReceipt):
             self._end = None
 
     def undo(self, hard: bool = True) -> UndoReceipt:
-        """Restores the state before the remedy to the bit, as a graft's hard undo does.
+        """Restores the state before the remedy, as a graft's hard undo does.
 
         Args:
             hard: otherwise only end what the remedy does in each step, and keep what was learnt.
 
         Raises:
-            UndoError: the snapshot is gone, a graft was added or removed since, or the model was
-                not restored exactly.
+            UndoError: the snapshot is gone, a graft was added or removed since, or the values of
+                the snapshot could not be restored.
+            ReplicaError: another rank could not undo it, so it stays in effect on all ranks.
         """
         if not hard:
             return self._undo_soft()
-        report = self.undo_here()
-        self.end()
-        return report
+        return _undo_whole(self, self._surroundings, self._undo_hard, last=self.end)
 
     def undo_here(self) -> UndoReceipt:
-        """As a hard :meth:`undo`, but what the remedy does in each step goes on.
+        """As a hard :meth:`undo`, on this rank alone; what it does in each step goes on.
 
         For a caller that synchronises the ranks, and ends it when all of them have agreed.
         """
+        return _undo_whole(self, replace(self._surroundings, replicas=None), self._undo_hard)
+
+    def _undo_hard(self) -> UndoReceipt:
         snapshot = self._snapshot
         if snapshot is None:
             raise UndoError(
@@ -335,16 +371,10 @@ class RemedyReceipt(ChangeReceipt):
             raise UndoError(
                 "a graft was added or removed since; undo that change first", layer=self.layer
             )
-        started = time.perf_counter()
-        snapshot.restore()
+        report = self._roll_back(snapshot, exact=True)
         if self._merged is not None:
             self._merged.__dict__.pop("merged", None)
-        differences, after = snapshot.differences(), digest(self._model)
-        self.forget_snapshot()
-        pause_ms = (time.perf_counter() - started) * 1e3
-        if differences or after != self.digest_before:
-            raise self._not_restored("remedy", differences)
-        return UndoReceipt(after, hard=True, exact=True, pause_ms=pause_ms)
+        return report
 
     def _undo_soft(self) -> UndoReceipt:
         if self._end is None:
@@ -355,8 +385,54 @@ class RemedyReceipt(ChangeReceipt):
         started = time.perf_counter()
         self.end()
         self.forget_snapshot()
+        after = Frozen.of(self._model)
+        hash_in_background(after)
         pause_ms = (time.perf_counter() - started) * 1e3
-        return UndoReceipt(digest(self._model), hard=False, exact=False, pause_ms=pause_ms)
+        return UndoReceipt(hard=False, exact=False, pause_ms=pause_ms, _after=after)
+
+
+def _undo_whole(
+    receipt: ChangeReceipt,
+    surroundings: Surroundings,
+    undo: Callable[[], UndoReceipt],
+    *,
+    values: bool = True,
+    last: Callable[[], None] | None = None,
+) -> UndoReceipt:
+    """Undoes a change as a whole: an error leaves everything as it was, on all ranks.
+
+    Args:
+        values: the undo writes values of tensors.
+        last: called when all ranks have undone it; it cannot be taken back.
+    """
+    model, copies, snapshot = receipt._model, surroundings.copies, receipt._snapshot
+    started, grad_mode = time.perf_counter(), torch.is_grad_enabled()
+    with jointly(surroundings.replicas) as joint:
+        before = Snapshot.take(model, surroundings, values=values)
+        merged = _merged_grafts(snapshot)
+        try:
+            with own_change(model):
+                report = undo()
+                let_follow(model, copies, keep_slots=True)
+                after = receipt._before if report.exact else Frozen.of(model)
+                joint.agree()
+            receipt.forget_snapshot()
+            hash_in_background(after)
+            let_follow(model, copies)
+            pause_ms = (time.perf_counter() - started) * 1e3
+            report = replace(report, pause_ms=pause_ms, _after=after)
+            if last is not None:
+                last()
+            return report
+        except BaseException:
+            torch.set_grad_enabled(grad_mode)  # Ctrl-C may end a block before its exit runs
+            if not joint.done:
+                before.restore()
+                let_follow(model, copies)
+                receipt._snapshot = snapshot
+                for graft in merged:
+                    graft.merged = True
+            raise
 
 
 def _is_short(value: object) -> bool:
@@ -367,24 +443,3 @@ def _merged_grafts(snapshot: Snapshot | None) -> list[Graft]:
     """Grafts of the snapshot that were merged into their host since."""
     grafts = snapshot.grafts() if snapshot is not None else set()
     return [graft for graft in grafts if isinstance(graft, Graft) and graft.merged]
-
-
-@contextmanager
-def undoing_everywhere(
-    model: nn.Module, surroundings: Surroundings, receipt: ChangeReceipt
-) -> Iterator[None]:
-    """Undoes ``receipt`` inside the block on all ranks; if one rank fails, all are restored."""
-    with jointly(surroundings.replicas) as joint:
-        kept, before = receipt._snapshot, Snapshot.take(model, surroundings)
-        merged = _merged_grafts(kept)
-        try:
-            yield
-            joint.agree()
-        except BaseException:
-            if not joint.done:
-                before.restore()
-                let_follow(model, surroundings.copies)
-                receipt._snapshot = kept
-                for graft in merged:
-                    graft.merged = True
-            raise

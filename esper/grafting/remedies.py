@@ -24,11 +24,12 @@ from esper.exceptions import GraftError
 from esper.grafting import ledger
 from esper.grafting.certify import put_back, sample_input
 from esper.grafting.companion import accompany, dismiss, with_companions
+from esper.grafting.digests import Frozen, hash_in_background
 from esper.grafting.graph import kind_of
 from esper.grafting.optimizers import optimizer_of, parameters_of
 from esper.grafting.receipts import Receipt, RemedyReceipt
 from esper.grafting.slot import find_host, remove_slots, slot_of, slots, watch
-from esper.grafting.snapshot import Frozen, Snapshot
+from esper.grafting.snapshot import Snapshot, own_change
 from esper.grafting.surroundings import BARE, Surroundings
 
 DEAD_BELOW = 0.025  # of the layer's mean |h| (ReDo, Sokar et al. 2023, arXiv 2302.12902)
@@ -195,12 +196,15 @@ def apply_change(
     started = time.perf_counter()
     slotted = {name for name, _, _ in slots(model)}
     snapshot = Snapshot.take(model, replace(surroundings, copies=()))
-    before = snapshot.freeze(model)
     try:
-        with torch.no_grad():
-            details = change()
+        with own_change(model):
+            snapshot.follow()
+            before = snapshot.freeze(model)
+            with torch.no_grad():
+                details = change()
         # Unlike a graft, a remedy changes tensors that the snapshot has copies of.
         after = Frozen.of(model)
+        hash_in_background(after)
         return RemedyReceipt(
             remedy=remedy,
             layer=layer,
@@ -210,6 +214,7 @@ def apply_change(
             _before=before,
             _after=after,
             _model=model,
+            _surroundings=replace(surroundings, copies=()),
             _snapshot=snapshot,
         )
     except BaseException:

@@ -1,161 +1,54 @@
 """Everything that a hard undo restores: weights, optimizer, schedulers, scaler, random streams.
 
 Restoring copies into the present tensors: Parameter objects, ties and other references to them stay
-the same objects.
+the same objects. A snapshot that is kept for an undo also follows the script: it knows what the
+script has set since (:mod:`esper.grafting.host_settings`), and which weights it has loaded.
+
+    restore     everything as it was; for a change that failed, between two lines of the script
+    roll back   what training has changed; what the script has set since stays
+                (:mod:`esper.grafting.rolling_back`)
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import random
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from esper.fail_closed import contained
 from esper.grafting.companion import Companion, companions_of, put_back, with_companions
+from esper.grafting.digests import Frozen, parts_of
+from esper.grafting.host_settings import HostSettings, carry_over, form_of, is_own_key
 from esper.grafting.optimizers import unwrap_optimizer, unwrap_schedulers
-from esper.grafting.slot import Slot, is_opaque
+from esper.grafting.random_streams import RandomStreams
+from esper.grafting.saved_values import (
+    Copy,
+    SavedTensor,
+    refill,
+    restored,
+    same_bits,
+    same_tree,
+    save_tree,
+)
+from esper.grafting.slot import PassingHook, Slot, is_opaque
 from esper.grafting.surroundings import BARE, Surroundings
 
 PAGE_BYTES = 4096
 
-Copy = Callable[[Tensor], Tensor]
-
-
-def digest(model: nn.Module) -> str:
-    """Hex SHA-256 over the model's named tensors: names, shapes, dtypes, bytes and ties."""
-    return _digest_of((name, id(tensor), tensor) for name, tensor in named_tensors(model))
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers (also those outside the state dict); shared tensors once per name.
-
-    One pass over the modules: torch's two passes would take a quarter of a graft's pause. A
-    quantised tensor appears as the plain tensors inside it.
-    """
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        lead = f"{prefix}." if prefix else ""
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
-            if hasattr(tensor, "__tensor_flatten__"):
-                for i, part in enumerate(_parts_of(tensor)):
-                    yield f"{lead}{name}.{i}", part
-            else:
-                yield lead + name, tensor
-
-
-def _parts_of(tensor: Any) -> list[Tensor]:
-    """The tensors that hold the numbers of this one: itself, or those inside a quantised one.
-
-    None on the meta device, and for a lazy module that has not run: there are no numbers.
-    """
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return [part for name in names for part in _parts_of(getattr(tensor, name))]
-    return [] if is_lazy(tensor) or tensor.is_meta else [tensor]
-
-
-class Frozen:
-    """A model's named tensors at one moment, for a digest that is computed on demand.
-
-    Hashing a million parameters takes longer than grafting into them, so it happens after the
-    pause, and may happen in another thread.
-    """
-
-    def __init__(self, entries: list[tuple[str, int, Tensor]]) -> None:
-        self._entries = entries
-        self._digest = ""
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Frozen:
-        """The present model, hashed immediately, without copies."""
-        frozen = cls([])
-        frozen._digest = digest(model)
-        return frozen
-
-    @property
-    def digest(self) -> str:
-        """The :func:`digest` of the model at that moment."""
-        entries = self._entries  # read first: another thread may finish and clear it
-        if not self._digest:
-            self._digest = _digest_of(entries)
-            self._entries = []
-        return self._digest
-
-
-@dataclass(frozen=True, slots=True)
-class RandomStreams:
-    """States of Python's, numpy's, torch's and CUDA's global generators."""
-
-    python: Any
-    numpy: Any
-    torch: Tensor
-    cuda: tuple[Tensor, ...]
-
-    @classmethod
-    def read(cls) -> RandomStreams:
-        numpy = sys.modules.get("numpy")  # not in use if it is not loaded
-        initialized: Callable[[], bool] = torch.cuda.is_initialized
-        cuda = torch.cuda.get_rng_state_all() if initialized() else ()
-        return cls(
-            python=random.getstate(),
-            numpy=None if numpy is None else numpy.random.get_state(legacy=False),
-            torch=torch.get_rng_state(),
-            cuda=tuple(cuda),
-        )
-
-    def restore(self) -> None:
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(list(self.cuda))
-
-    def equals(self, other: RandomStreams) -> bool:
-        pairs = zip((self.torch, *self.cuda), (other.torch, *other.cuda), strict=False)
-        return (
-            self.python == other.python
-            and _same_numpy(self.numpy, other.numpy)
-            and len(self.cuda) == len(other.cuda)
-            and all(torch.equal(mine, theirs) for mine, theirs in pairs)
-        )
-
-
-@contextmanager
-def kept_streams() -> Iterator[None]:
-    """Restores the global random streams after the block."""
-    before = RandomStreams.read()
-    try:
-        yield
-    finally:
-        before.restore()
-
 
 @dataclass(slots=True)
-class _SavedTensor:
-    """A tensor object and its saved values."""
+class SavedModule:
+    """A module's tensors by name, and a slot's grafts."""
 
-    tensor: Tensor
-    value: Tensor
-
-    def restore(self) -> Tensor:
-        if self.tensor.shape == self.value.shape and self.tensor.dtype == self.value.dtype:
-            self.tensor.detach().copy_(self.value)
-            return self.tensor
-        return self.value.clone()
-
-
-@dataclass(slots=True)
-class _SavedModule:
+    name: str
     parameters: dict[str, nn.Parameter | None]
     buffers: dict[str, Tensor | None]
     grafts: dict[str, nn.Module | None] | None  # None: not a slot
@@ -163,10 +56,19 @@ class _SavedModule:
 
 
 @dataclass(slots=True)
-class _SavedOptimizer:
+class SavedOptimizer:
+    """An optimizer at one moment.
+
+    Attributes:
+        groups: (living dict, saved values).
+        state: the same for the state of each tensor.
+        reset: tensors whose state the script has removed or replaced since.
+    """
+
     optimizer: torch.optim.Optimizer
-    groups: list[tuple[dict[str, Any], dict[str, Any]]]  # (live dict, saved values)
-    state: dict[Any, Any]
+    groups: list[tuple[dict[str, Any], dict[str, Any]]]
+    state: dict[Any, tuple[Any, Any]]
+    reset: set[Tensor] = field(default_factory=set)
 
 
 class SnapshotMemory:
@@ -215,66 +117,91 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class Snapshot:
-    """A run's state at one moment. :meth:`take` it, and :meth:`restore` it as often as needed."""
+    """A run's state at one moment. :meth:`take` it, and :meth:`restore` it as often as needed.
 
-    def __init__(self) -> None:
-        self._modules: dict[nn.Module, _SavedModule] = {}
+    Attributes:
+        roots: the model and its copies.
+        tensors: theirs, in the order of the modules.
+        gradients: (parameter, requires_grad, its gradient).
+        optimizers: the user's; ``of_companions``: those of the grafts that were in the model.
+        goal: the settings that an undo leaves behind; see :mod:`esper.grafting.host_settings`.
+        origin: the settings at the snapshot.
+        loaded: tensors that the script has loaded since, with the values that it loaded.
+        loaded_optimizers: those whose state the script has loaded since.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[nn.Module, SavedModule] = {}
+        self.tensors: list[SavedTensor] = []
+        self.gradients: list[tuple[nn.Parameter, bool, SavedTensor | None]] = []
+        self.optimizers: list[SavedOptimizer] = []
+        self.companions: list[tuple[torch.optim.Optimizer, tuple[Companion, ...]]] = []
+        self.of_companions: list[SavedOptimizer] = []
+        self.schedulers: list[tuple[Any, dict[str, Any]]] = []
+        self.scaler: tuple[Any, dict[str, Any]] | None = None
+        self.streams = RandomStreams.read()
+        self.roots: list[nn.Module] = [model]
+        self.loaded: dict[int, Tensor] = {}
+        self.loaded_optimizers: set[torch.optim.Optimizer] = set()
+        self._by_id: dict[int, SavedTensor] = {}
         self._of_copies: set[nn.Module] = set()
-        self._tensors: list[_SavedTensor] = []
-        self._gradients: list[tuple[nn.Parameter, bool, _SavedTensor | None]] = []
-        self._optimizers: list[_SavedOptimizer] = []
-        self._companions: list[tuple[torch.optim.Optimizer, tuple[Companion, ...]]] = []
-        self._schedulers: list[tuple[Any, dict[str, Any]]] = []
-        self._scaler: tuple[Any, dict[str, Any]] | None = None
-        self._streams = RandomStreams.read()
+        self._seen: HostSettings | None = None  # None until :meth:`follow`
 
     @classmethod
+    @torch.no_grad()
     def take(
         cls,
         model: nn.Module,
         surroundings: Surroundings = BARE,
         memory: SnapshotMemory | None = None,
+        *,
+        values: bool = True,
     ) -> Snapshot:
         """Copies everything; costs one copy of weights, gradients and optimizer state.
 
         Args:
             memory: reserved memory for the copies; the snapshot uses it up.
+            values: False where no tensor will be written to before :meth:`restore`, which then
+                restores the structure only. Nothing is copied.
         """
-        snapshot = cls()
-        copied = (memory or SnapshotMemory()).copy
-        with torch.no_grad():
-            snapshot._save_model(model, copied)
-            for average in surroundings.copies:
-                snapshot._save_model(average, copied)
-                snapshot._of_copies.update(average.modules())
-            snapshot._optimizers = [
-                _save_optimizer(o, copied) for o in with_companions(surroundings.optimizers)
-            ]
-            users = map(unwrap_optimizer, surroundings.optimizers)
-            snapshot._companions = [(optimizer, companions_of(optimizer)) for optimizer in users]
-            snapshot._schedulers = [
-                (scheduler, _save_attributes(scheduler, copied))
-                for scheduler in unwrap_schedulers(surroundings.schedulers)
-            ]
-            scaler = surroundings.scaler
-            if scaler is not None:
-                snapshot._scaler = (scaler, copy.deepcopy(scaler.state_dict()))
+        snapshot = cls(model)
+        copied = (memory or SnapshotMemory()).copy if values else Tensor.detach
+        snapshot._save_model(model, copied)
+        for average in surroundings.copies:
+            snapshot.roots.append(average)
+            snapshot._save_model(average, copied)
+            snapshot._of_copies.update(average.modules())
+        users = [unwrap_optimizer(optimizer) for optimizer in surroundings.optimizers]
+        snapshot.optimizers = [_save_optimizer(optimizer, copied) for optimizer in users]
+        snapshot.companions = [(optimizer, companions_of(optimizer)) for optimizer in users]
+        snapshot.of_companions = [
+            _save_optimizer(companion.optimizer, copied)
+            for _, companions in snapshot.companions
+            for companion in companions
+        ]
+        snapshot.schedulers = [
+            (scheduler, _save_attributes(scheduler, copied))
+            for scheduler in unwrap_schedulers(surroundings.schedulers)
+        ]
+        scaler = surroundings.scaler
+        if scaler is not None:
+            snapshot.scaler = (scaler, copy.deepcopy(scaler.state_dict()))
         return snapshot
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Restores everything to the bit: weights, optimizers, then the rest."""
-        with torch.no_grad():
-            self._restore_model()
-            for users, companions in self._companions:
-                put_back(users, companions)
-            for optimizer in self._optimizers:
-                _restore_optimizer(optimizer)
-            for scheduler, attributes in self._schedulers:
-                vars(scheduler).update(_restored(attributes))
-            if self._scaler is not None and self._scaler[1]:
-                scaler, state = self._scaler
-                scaler.load_state_dict(copy.deepcopy(state))
-        self._streams.restore()
+        self._restore_model()
+        self.restore_companions()
+        for optimizer in self.optimizers:
+            _restore_optimizer(optimizer)
+        for scheduler, attributes in self.schedulers:
+            vars(scheduler).update(restored(attributes))
+        if self.scaler is not None and self.scaler[1]:
+            scaler, state = self.scaler
+            scaler.load_state_dict(copy.deepcopy(state))
+        self.streams.restore()
 
     def freeze(self, model: nn.Module) -> Frozen:
         """The present model, sharing the snapshot's copies of its tensors.
@@ -282,47 +209,141 @@ class Snapshot:
         Only valid while the tensors are unchanged: between taking the snapshot and the next step.
         Tensors that are not in the snapshot are copied.
         """
-        values = {id(saved.tensor): saved.value for saved in self._tensors}
-        return Frozen(
-            [
-                (name, id(tensor), _frozen_value(values, tensor))
-                for name, tensor in named_tensors(model)
-            ]
-        )
+        return Frozen.of(model, {id(saved.tensor): saved.value for saved in self.tensors})
 
     def differences(self) -> list[str]:
         """What differs from the snapshot, one entry per kind; empty right after a restore."""
         found = []
-        if not all(_same_bits(saved.tensor, saved.value) for saved in self._tensors):
+        if not all(same_bits(saved.tensor, saved.value) for saved in self.tensors):
             found.append("weights or buffers")
-        companions = all(companions_of(o) == saved for o, saved in self._companions)
-        if not companions or not all(_same_optimizer(saved) for saved in self._optimizers):
+        companions = all(companions_of(o) == saved for o, saved in self.companions)
+        optimizers = [*self.optimizers, *self.of_companions]
+        if not companions or not all(_same_optimizer(saved) for saved in optimizers):
             found.append("optimizer state")
-        if not all(_same_attributes(s, saved) for s, saved in self._schedulers):
+        if not all(_same_attributes(s, saved) for s, saved in self.schedulers):
             found.append("scheduler state")
-        if not self._streams.equals(RandomStreams.read()):
+        if not self.streams.equals(RandomStreams.read()):
             found.append("random streams")
         return found
 
-    @property
-    def streams(self) -> RandomStreams:
-        return self._streams
-
     def grafts(self) -> set[nn.Module]:
         """The grafts that were in the model, except those of its copies."""
-        own = [saved for module, saved in self._modules.items() if module not in self._of_copies]
+        own = [saved for module, saved in self.modules.items() if module not in self._of_copies]
         kept = [saved.grafts or {} for saved in own]
         return {graft for grafts in kept for graft in grafts.values() if graft is not None}
 
+    # -- what the script does since --------------------------------------------------------------
+
+    def follow(self) -> None:
+        """From now on, notices what the script sets and loads, for :func:`roll_back`."""
+        self.origin = self._read()
+        self.goal = self.origin.copy()
+        self._seen = self.origin
+        _followers(self.model).snapshots.add(self)
+        _follow_loads(self)
+
+    def absorb(self) -> None:
+        """Puts what the script has set since the last look into the goal."""
+        if self._seen is None:
+            return
+        now, goal = self._read(), self.goal.copy()
+        carry_over(goal, self._seen, now)
+        for module, members in now.members.items():
+            before = self._seen.members[module]
+            self._follow_conversions(before.parameters, members.parameters)
+            self._follow_conversions(before.buffers, members.buffers)
+        for saved in self.optimizers:
+            saved.reset.update(_reset_keys(saved))
+        self.goal, self._seen = goal, now  # last: an error must not leave half of it
+
+    def rebase(self) -> None:
+        """Esper has changed settings itself, which the script has not set."""
+        if self._seen is None:
+            return
+        self._seen = self._read()
+        for saved in self.optimizers:
+            state = saved.optimizer.state
+            saved.state = {key: (state.get(key), tree) for key, (_, tree) in saved.state.items()}
+
+    def knows(self, tensor: Tensor) -> bool:
+        """It has values for this tensor."""
+        return id(tensor) in self._by_id
+
+    def on_loaded(self, module: nn.Module) -> None:
+        """The script has loaded a state dict: an undo keeps the values that it loaded."""
+        if _followers(self.model).depth:
+            return  # Esper loads something itself
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            for part in () if tensor is None else parts_of(tensor):
+                saved = self._by_id.get(id(part))
+                # A new copy: the snapshot's digest is computed from the old one.
+                value = part.detach().clone()
+                if saved is not None and saved.value.shape == value.shape:
+                    saved.value = value
+                else:
+                    self._add(SavedTensor(part, value, part.device))
+                self.loaded[id(part)] = part
+
+    def on_optimizer_loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        """The script has loaded an optimizer's state: an undo keeps what it loaded."""
+        if _followers(self.model).depth:
+            return
+        self.absorb()
+        self.loaded_optimizers.add(optimizer)
+        for saved, records in zip(self.optimizers, self.goal.groups, strict=True):
+            if saved.optimizer is not optimizer:
+                continue
+            for record in records:
+                present = save_tree(_without_params(record.group), torch.clone)
+                counters = present.keys() - record.settings.keys() - {"lr"}
+                record.values.update({k: present[k] for k in counters if not is_own_key(k)})
+            own = {parameter for record in records for parameter in record.params}
+            for key, value in optimizer.state.items():
+                if key in own:
+                    saved.state[key] = (value, save_tree(value, torch.clone))
+            saved.reset -= own
+
+    def _read(self) -> HostSettings:
+        return HostSettings.read(
+            self.modules,
+            # Also those that the script has added: a remedy of Esper may freeze them.
+            [*self._parameters(), *(parameter for parameter, _, _ in self.gradients)],
+            [saved.optimizer for saved in self.optimizers],
+            [scheduler for scheduler, _ in self.schedulers],
+        )
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for root in self.roots:
+            yield from root.parameters()
+
+    def _follow_conversions(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """``.to(…)`` may have made a new tensor of the old one: it gets the old one's values."""
+        for name, tensor in now.items():
+            old = before.get(name)
+            if old is None or tensor is None or tensor is old or self.knows(tensor):
+                continue
+            saved = self._by_id.get(id(old))
+            if saved is not None and old.shape == tensor.shape and form_of(old) != form_of(tensor):
+                self._add(SavedTensor(tensor, saved.value, saved.device))
+                if isinstance(tensor, nn.Parameter):
+                    self.gradients.append((tensor, tensor.requires_grad, None))
+
+    def _add(self, saved: SavedTensor) -> None:
+        self.tensors.append(saved)
+        self._by_id[id(saved.tensor)] = saved
+
+    # -- saving and restoring --------------------------------------------------------------------
+
     def _save_model(self, model: nn.Module, copied: Copy) -> None:
         seen: set[int] = set()
-        for module in model.modules():
+        for name, module in model.named_modules():
             is_slot = isinstance(module, Slot)
             if is_opaque(module):  # its dicts are copies, and its tensors are never replaced
                 for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                     self._save_once(own, seen, copied)
                 continue
-            self._modules[module] = _SavedModule(
+            self.modules[module] = SavedModule(
+                name=name,
                 parameters=dict(module._parameters),
                 buffers=dict(module._buffers),
                 grafts=dict(module._modules) if is_slot else None,
@@ -338,50 +359,152 @@ class Snapshot:
             self._save_tensor(tensor, copied)
 
     def _save_tensor(self, tensor: Tensor, copied: Copy) -> None:
-        self._tensors += [_SavedTensor(part, copied(part)) for part in _parts_of(tensor)]
+        for part in parts_of(tensor):
+            self._add(SavedTensor.of(part, copied))
         if isinstance(tensor, nn.Parameter):
             grad = tensor.grad
-            saved = None if grad is None else _SavedTensor(grad, copied(grad))
-            self._gradients.append((tensor, tensor.requires_grad, saved))
+            saved = None if grad is None else SavedTensor.of(grad, copied)
+            self.gradients.append((tensor, tensor.requires_grad, saved))
 
     def _restore_model(self) -> None:
-        for module, saved in self._modules.items():
-            _refill(module._parameters, saved.parameters)
-            _refill(module._buffers, saved.buffers)
-            if isinstance(module, Slot):
-                _refill(module._modules, saved.grafts or {})
-                _refill(module.records, saved.records)
-        for module in self._modules:
-            if isinstance(module, Slot):
-                module.introduce()
-        for tensor in self._tensors:
+        for module, saved in self.modules.items():
+            refill(module._parameters, saved.parameters)
+            refill(module._buffers, saved.buffers)
+        self.restore_grafts()
+        for tensor in self.tensors:
             tensor.restore()
-        for parameter, requires_grad, gradient in self._gradients:
+        for parameter, requires_grad, gradient in self.gradients:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None if gradient is None else gradient.restore()
 
+    def restore_companions(self) -> None:
+        """The optimizers of the grafts that were in the model step again, with their state."""
+        for optimizer, companions in self.companions:
+            put_back(optimizer, companions)
+        for saved in self.of_companions:
+            _restore_optimizer(saved)
 
-def _save_optimizer(optimizer: torch.optim.Optimizer, copied: Copy) -> _SavedOptimizer:
+    def restore_grafts(self) -> None:
+        """The slots that were in the model hold the grafts that they held."""
+        slots = [(m, saved) for m, saved in self.modules.items() if isinstance(m, Slot)]
+        for slot, saved in slots:
+            refill(slot._modules, saved.grafts or {})
+            refill(slot.records, saved.records)
+        for slot, _ in slots:
+            slot.introduce()
+
+
+# -- Esper's own changes, and what the script loads -----------------------------------------------
+
+
+@dataclass(slots=True)
+class _Followers:
+    """The snapshots that follow one model, and how many own changes of Esper run at present."""
+
+    snapshots: weakref.WeakSet[Snapshot] = field(default_factory=weakref.WeakSet)
+    depth: int = 0
+
+
+_FOLLOWERS: weakref.WeakKeyDictionary[nn.Module, _Followers] = weakref.WeakKeyDictionary()
+
+
+def _followers(model: nn.Module) -> _Followers:
+    return _FOLLOWERS.setdefault(model, _Followers())
+
+
+@contextmanager
+def own_change(model: nn.Module) -> Iterator[None]:
+    """What changes inside the block was changed by Esper, not by the script."""
+    followers = _followers(model)
+    if not followers.depth:
+        for snapshot in tuple(followers.snapshots):
+            snapshot.absorb()
+    followers.depth += 1
+    try:
+        yield
+    finally:
+        followers.depth -= 1
+        if not followers.depth:
+            for snapshot in tuple(followers.snapshots):
+                snapshot.rebase()
+
+
+def _follow_loads(snapshot: Snapshot) -> None:
+    """Hooks on each module that holds tensors: a script may load a part of the model."""
+    handles = [
+        module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            PassingHook(partial(_on_loaded, weakref.ref(snapshot)))
+        )
+        for module, saved in snapshot.modules.items()
+        if saved.parameters or saved.buffers
+    ]
+    handles += [
+        saved.optimizer.register_load_state_dict_post_hook(
+            partial(_on_optimizer_loaded, weakref.ref(snapshot))
+        )
+        for saved in snapshot.optimizers
+    ]
+    weakref.finalize(snapshot, _remove, handles)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+@contained(
+    "snapshot", "An undo restores the weights from before the graft, not those loaded since."
+)
+def _on_loaded(reference: weakref.ref[Snapshot], module: nn.Module, _: object) -> None:
+    snapshot = reference()
+    if snapshot is not None:
+        with torch.no_grad():
+            snapshot.on_loaded(module)
+
+
+@contained("snapshot", "An undo restores the optimizer from before the graft, not what was loaded.")
+def _on_optimizer_loaded(
+    reference: weakref.ref[Snapshot], optimizer: torch.optim.Optimizer
+) -> None:
+    snapshot = reference()
+    if snapshot is not None:
+        with torch.no_grad():
+            snapshot.on_optimizer_loaded(optimizer)
+
+
+# -- optimizers and schedulers --------------------------------------------------------------------
+
+
+def _save_optimizer(optimizer: torch.optim.Optimizer, copied: Copy) -> SavedOptimizer:
     groups = [
-        (group, {**_save_tree(_without_params(group), copied), "params": list(group["params"])})
+        (group, {**save_tree(_without_params(group), copied), "params": list(group["params"])})
         for group in optimizer.param_groups
     ]
-    state = {key: _save_tree(value, copied) for key, value in optimizer.state.items()}
-    return _SavedOptimizer(optimizer, groups, state)
+    state = {key: (value, save_tree(value, copied)) for key, value in optimizer.state.items()}
+    return SavedOptimizer(optimizer, groups, state)
 
 
-def _restore_optimizer(saved: _SavedOptimizer) -> None:
+def _restore_optimizer(saved: SavedOptimizer) -> None:
     optimizer = saved.optimizer
     optimizer.param_groups[:] = [group for group, _ in saved.groups]
     for group, held in saved.groups:
         params = list(held["params"])
-        _refill(group, {**_restored(_without_params(held)), "params": params})
+        refill(group, {**restored(_without_params(held)), "params": params})
+    state = {key: restored_state(*entry) for key, entry in saved.state.items()}
     optimizer.state.clear()
-    for key, value in saved.state.items():
-        optimizer.state[key] = _restored(value)
+    optimizer.state.update(state)
 
 
-def _same_optimizer(saved: _SavedOptimizer) -> bool:
+def restored_state(live: Any, saved: Any) -> Any:
+    """The state of one tensor, in the dict that held it; a reset makes another dict."""
+    values = restored(saved)
+    if not isinstance(live, dict) or not isinstance(values, dict):
+        return values
+    refill(live, values)
+    return live
+
+
+def _same_optimizer(saved: SavedOptimizer) -> bool:
     optimizer = saved.optimizer
     live = [group for group, _ in saved.groups]
     return (
@@ -389,7 +512,7 @@ def _same_optimizer(saved: _SavedOptimizer) -> bool:
         and all(a is b for a, b in zip(optimizer.param_groups, live, strict=True))
         and all(_same_group(group, held) for group, held in saved.groups)
         and optimizer.state.keys() == saved.state.keys()
-        and all(_same_tree(optimizer.state[key], value) for key, value in saved.state.items())
+        and all(same_tree(optimizer.state[key], tree) for key, (_, tree) in saved.state.items())
     )
 
 
@@ -397,113 +520,48 @@ def _same_group(group: dict[str, Any], held: dict[str, Any]) -> bool:
     same_params = len(group["params"]) == len(held["params"]) and all(
         mine is theirs for mine, theirs in zip(group["params"], held["params"], strict=True)
     )
-    return same_params and _same_tree(_without_params(group), _without_params(held))
+    return same_params and same_tree(_without_params(group), _without_params(held))
 
 
 def _without_params(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
+def _reset_keys(saved: SavedOptimizer) -> Iterator[Tensor]:
+    for key, (live, tree) in saved.state.items():
+        present = saved.optimizer.state.get(key)
+        if isinstance(key, Tensor) and _was_reset(saved.optimizer, live, tree, present):
+            yield key
+
+
+def _was_reset(optimizer: torch.optim.Optimizer, live: Any, tree: Any, present: Any) -> bool:
+    """The script has removed the state of a tensor, or its moments, since the snapshot.
+
+    Training changes them in place. Only torch's own optimizers surely do so.
+    """
+    if live is None:
+        return False  # Esper has removed it
+    if present is not live:
+        return True
+    if not isinstance(tree, dict) or not type(optimizer).__module__.startswith("torch.optim"):
+        return False
+    return any(_is_new_moment(value, live.get(name)) for name, value in tree.items())
+
+
+def _is_new_moment(saved: Any, present: Any) -> bool:
+    if not isinstance(saved, SavedTensor) or not saved.value.dim():
+        return False
+    if not isinstance(present, Tensor):
+        return True
+    converted = (present.dtype, present.device) != (saved.value.dtype, saved.device)
+    return present is not saved.tensor and not converted
+
+
 def _save_attributes(scheduler: Any, copied: Copy) -> dict[str, Any]:
     # Not state_dict(): LambdaLR's omits its functions, and so the list's length.
     skipped = ("optimizer", "_schedulers")
-    return {k: _save_tree(v, copied) for k, v in vars(scheduler).items() if k not in skipped}
+    return {k: save_tree(v, copied) for k, v in vars(scheduler).items() if k not in skipped}
 
 
 def _same_attributes(scheduler: Any, saved: dict[str, Any]) -> bool:
-    return all(_same_tree(getattr(scheduler, key), value) for key, value in saved.items())
-
-
-def _save_tree(value: Any, copied: Copy) -> Any:
-    """Copies dicts, lists, tuples and tensors; keeps other objects by reference."""
-    if isinstance(value, Tensor):
-        return _SavedTensor(value, copied(value))
-    if type(value) is dict:  # a Counter or the like is kept by reference
-        return {key: _save_tree(item, copied) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_save_tree(item, copied) for item in value)
-    return value
-
-
-def _restored(value: Any) -> Any:
-    if isinstance(value, _SavedTensor):
-        return value.restore()
-    if type(value) is dict:
-        return {key: _restored(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_restored(item) for item in value)
-    return value
-
-
-def _same_tree(live: Any, saved: Any) -> bool:
-    if isinstance(saved, _SavedTensor):
-        return isinstance(live, Tensor) and _same_bits(live, saved.value)
-    if type(saved) is dict:
-        return (
-            isinstance(live, dict)
-            and live.keys() == saved.keys()
-            and all(_same_tree(live[key], item) for key, item in saved.items())
-        )
-    if type(saved) in (list, tuple):
-        return (
-            type(live) is type(saved)
-            and len(live) == len(saved)
-            and all(_same_tree(a, b) for a, b in zip(live, saved, strict=True))
-        )
-    return live is saved or bool(live == saved)
-
-
-def _same_bits(live: Tensor, value: Tensor) -> bool:
-    if live.shape != value.shape or live.dtype != value.dtype:
-        return False
-    if torch.equal(live.detach(), value):
-        return True
-    return bytes(_bytes_of(live)) == bytes(_bytes_of(value))  # NaN is not equal to itself
-
-
-def _same_numpy(mine: Any, theirs: Any) -> bool:
-    if mine is None or theirs is None:
-        return mine is theirs
-    return _numpy_key(mine) == _numpy_key(theirs)
-
-
-def _numpy_key(state: dict[str, Any]) -> tuple[Any, ...]:
-    """A numpy generator's state as a tuple that compares by value."""
-    inner = state["state"]
-    return (
-        state["bit_generator"],
-        *(value.tobytes() if hasattr(value, "tobytes") else value for value in inner.values()),
-        state.get("has_gauss"),
-        state.get("gauss"),
-    )
-
-
-def _digest_of(entries: Iterable[tuple[str, int, Tensor]]) -> str:
-    """Entries are (name, identity, value); equal identities are ties."""
-    total = hashlib.sha256()
-    first_names: dict[int, str] = {}
-    for name, identity, tensor in entries:
-        first = first_names.setdefault(identity, name)
-        if is_lazy(tensor):  # it has no shape yet
-            continue
-        total.update(f"{name}\0{first}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        if first == name and not tensor.is_meta:
-            total.update(_bytes_of(tensor))
-    return total.hexdigest()
-
-
-def _frozen_value(values: dict[int, Tensor], tensor: Tensor) -> Tensor:
-    if not _parts_of(tensor):
-        return tensor
-    known = values.get(id(tensor))
-    return tensor.detach().clone() if known is None else known
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def _refill(live: dict[str, Any], saved: dict[str, Any]) -> None:
-    live.clear()
-    live.update(saved)
+    return all(same_tree(getattr(scheduler, key), value) for key, value in saved.items())

@@ -18,13 +18,13 @@ from esper.contracts import LayerInfo
 from esper.exceptions import ConfigurationError, GraftError
 from esper.grafting.apply import insert_graft
 from esper.grafting.companion import companions_of
+from esper.grafting.digests import Frozen
 from esper.grafting.graph import trace_layers
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.receipts import Receipt
 from esper.grafting.replicas import WHOLE_MODEL
 from esper.grafting.slot import find_host, graft_at, remove_slots, slots
-from esper.grafting.snapshot import Frozen
 from esper.grafting.surroundings import BARE, Surroundings
 
 # Optimizer state whose shape torch does not check; Adafactor's rows and columns, and counters, have
@@ -188,7 +188,7 @@ def _rebuild_one(model: nn.Module, record: GraftRecord, surroundings: Surroundin
     device = next((p.device for p in host.parameters()), None)
     graft = blueprint.build(record.layer, record.config, seed=record.seed, device=device)
     graft.train(host.training)
-    before = Frozen.of(model)
+    before = Frozen.hashed(model)
     companion = insert_graft(model, record, graft, surroundings)
     return Receipt(
         layer=record.layer.name,
@@ -196,7 +196,7 @@ def _rebuild_one(model: nn.Module, record: GraftRecord, surroundings: Surroundin
         record=record,
         pause_ms=0.0,
         _before=before,
-        _after=Frozen.of(model),
+        _after=Frozen.hashed(model),
         _model=model,
         _graft=graft,
         _surroundings=surroundings,

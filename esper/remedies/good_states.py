@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.exceptions import UndoError
-from esper.grafting.snapshot import named_tensors
+from esper.grafting.digests import named_tensors
 
 EVERY_STEPS = 100  # how often a candidate is taken
 CONFIRMED_STEPS = 25  # for so long the run must stay healthy after a candidate

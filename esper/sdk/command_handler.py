@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from esper import blueprints
@@ -57,19 +58,15 @@ class Swap:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The result of a command; ``receipt`` where it was a graft that is in the model now."""
+    """The result of a command.
+
+    Attributes:
+        digests: digests of the model as fields of the ack. Hashes the whole model, so it is called
+            in the transport thread.
+    """
 
     ack: CommandAck
-    receipt: Receipt | None = None
-
-    def digests(self) -> dict[str, Any]:
-        """Of the model before and after the graft, as fields of the ack. Hashes the whole model."""
-        if self.receipt is None:
-            return {}
-        return {
-            "digest_before": self.receipt.digest_before,
-            "digest_after": self.receipt.digest_after,
-        }
+    digests: Callable[[], dict[str, Any]] = dict
 
 
 class CommandHandler:
@@ -169,14 +166,14 @@ class CommandHandler:
                 return self._graft(ready.command, ready.graft)
             if ready.command.kind is CommandKind.SPEED_UP:
                 return Answer(self._swap(ready.command, ready.graft))
+            if ready.command.kind is CommandKind.UNDO:
+                return self._undo(ready.command)
             return Answer(self._handle_other(ready.command))
         except Exception as error:
             logger.exception("command %d failed", ready.command.seq)
             return Answer(failed(ready.command, f"{type(error).__name__}: {error}"))
 
     def _handle_other(self, command: Command) -> CommandAck:
-        if command.kind is CommandKind.UNDO:
-            return self._undo(command)
         if command.kind is CommandKind.KEEP:
             return self._keep(command)
         if command.kind is CommandKind.STOP_RUN:
@@ -206,7 +203,7 @@ class CommandHandler:
             pause_ms=receipt.pause_ms,
             certificate=receipt.certificate,
         )
-        return Answer(ack, receipt)
+        return Answer(ack, partial(_digests_of_graft, receipt))
 
     def _swap(self, command: Command, swap: Swap) -> CommandAck:
         """One write; the parameters are the eager graft's, before and after."""
@@ -238,32 +235,37 @@ class CommandHandler:
         self._surgery.keep(adaptation)
         return CommandAck(seq=command.seq, state=CommandState.APPLIED)
 
-    def _undo(self, command: Command) -> CommandAck:
+    def _undo(self, command: Command) -> Answer:
         adaptation = self._surgery.changes.find(command.adaptation)
         if adaptation is None:
-            return _not_grafted(command)
+            return Answer(_not_grafted(command))
         if adaptation.merged:
-            return CommandAck(
+            ack = CommandAck(
                 seq=command.seq,
                 state=CommandState.REFUSED,
                 code=RefusalCode.MERGED,
                 reason="it was merged into its host's weights, and cannot be taken out of them",
             )
+            return Answer(ack)
         wanted = command.payload.get("hard") is not False
         hard = wanted and adaptation.restorable
         report, gone = self._surgery.take_out_for_server(adaptation, hard=hard)
-        return CommandAck(
+        ack = CommandAck(
             seq=command.seq,
             state=CommandState.APPLIED,
             pause_ms=report.pause_ms,
             reason=_undo_note(adaptation, gone, softened=wanted and not hard),
-            digest_after=report.digest,
         )
+        return Answer(ack, lambda: {"digest_after": report.digest})
 
 
 def failed(command: Command, reason: str, code: str = "") -> CommandAck:
     """The answer to a command that was tried; the model is as before."""
     return CommandAck(seq=command.seq, state=CommandState.FAILED, code=str(code), reason=reason)
+
+
+def _digests_of_graft(receipt: Receipt) -> dict[str, Any]:
+    return {"digest_before": receipt.digest_before, "digest_after": receipt.digest_after}
 
 
 def _not_grafted(command: Command) -> CommandAck:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from esper.grafting.snapshot import kept_streams
+from esper.grafting.random_streams import kept_streams
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.ranks import Order, Ranks
 from esper.sdk.run_state import RunState

@@ -14,7 +14,7 @@ from esper import grafting
 from esper.contracts import Finding, HealthFrame, Severity, Signal, ViolationRule
 from esper.diagnosis import Change, get_rule
 from esper.fail_closed import Failure
-from esper.grafting import MovementWatch, Surroundings
+from esper.grafting import MovementWatch, Surroundings, UndoReceipt
 from esper.grafting.slot import left_out_grafts
 from esper.sdk.adaptation import Adaptation
 from esper.sharding import Kind
@@ -200,6 +200,20 @@ def average_found() -> Finding:
         observed="a running average of the model was found, and gets its grafts too",
         limit="an average has the model's tensors, in the model's order",
         remedy="Nothing to do. Pass averages to esper.attach as copies= to name them yourself.",
+    )
+
+
+def undone_in_part(change: str, layer: str, report: UndoReceipt) -> Finding:
+    """A hard undo has left something as the script has set it, or could not restore something."""
+    parts = [f"kept {text}" for text in report.kept]
+    parts += [f"could not restore {text}" for text in report.not_restored]
+    return Finding(
+        rule=ViolationRule.CERTIFICATE,
+        layer=layer,
+        severity=Severity.CAUTION if report.not_restored else Severity.INFO,
+        observed=f"the undo of {change} {'; '.join(parts)}",
+        limit="a hard undo restores the state before the change, and keeps what the script has set",
+        remedy="Check these settings; an undo takes back the change and the training since.",
     )
 
 

@@ -82,14 +82,12 @@ class SurgeryReports:
                 "remedies",
                 partial(
                     _remedy_report,
+                    report,
                     key=str(uuid.uuid4()),
                     remedy=RemedyKind.UNDO,
                     layer=receipt.layer,
                     step=step,
                     undoes=receipt.key,
-                    pause_ms=report.pause_ms,
-                    exact=report.exact,
-                    digest_after=report.digest,
                 ),
             )
 
@@ -115,15 +113,13 @@ class SurgeryReports:
                 "remedies",
                 partial(
                     _remedy_report,
+                    report,
                     key=str(uuid.uuid4()),
                     remedy=remedy,
                     layer=entry.layer,
                     step=step,
                     adaptation=_known(entry),
                     details=details,
-                    pause_ms=report.pause_ms,
-                    exact=report.exact,
-                    digest_after=report.digest,
                 ),
             )
 
@@ -139,14 +135,12 @@ class SurgeryReports:
                 "rollbacks",
                 partial(
                     _rollback,
+                    report,
                     adaptation=entry.uid,
                     step=step,
                     rule=verdict.rule,
                     observed=verdict.observed,
                     limit=verdict.limit,
-                    pause_ms=report.pause_ms,
-                    exact=report.exact,
-                    digest_after=report.digest,
                 ),
             )
 
@@ -155,12 +149,21 @@ class SurgeryReports:
             self._queues.queue_report(PendingReport(path, build))
 
 
-def _remedy_report(epoch: int, **members: Any) -> RemedyReport:
-    return RemedyReport(epoch=epoch, **members)
+def _remedy_report(undone: UndoReceipt, epoch: int, **members: Any) -> RemedyReport:
+    return RemedyReport(epoch=epoch, **_result(undone), **members)
 
 
-def _rollback(epoch: int, **members: Any) -> Rollback:
-    return Rollback(epoch=epoch, **members)
+def _rollback(undone: UndoReceipt, epoch: int, **members: Any) -> Rollback:
+    return Rollback(epoch=epoch, **_result(undone), **members)
+
+
+def _result(undone: UndoReceipt) -> dict[str, Any]:
+    """Fields of a report. Waits until the model is hashed, so not for the training thread."""
+    return {
+        "pause_ms": undone.pause_ms,
+        "exact": undone.exact,
+        "digest_after": undone.digest,
+    }
 
 
 def _known(entry: Adaptation | None) -> str:

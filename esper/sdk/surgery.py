@@ -32,9 +32,9 @@ from esper.grafting import (
     UndoReceipt,
     remedies,
 )
+from esper.grafting.digests import Frozen
 from esper.grafting.found_copies import Copies
 from esper.grafting.optimizers import unwrap_optimizer
-from esper.grafting.receipts import undoing_everywhere
 from esper.grafting.replicas import Call, Joint, jointly
 from esper.grafting.slot import find_host, slot_of
 from esper.grafting.state_dicts import Difference
@@ -44,7 +44,14 @@ from esper.remedies import GoodStates, Target, apply_remedy, get_remedy
 from esper.sdk import checkpoint, framework_loads
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.changes import Changes
-from esper.sdk.findings import Findings, LedgerWatch, average_found, came_back, left_by_load
+from esper.sdk.findings import (
+    Findings,
+    LedgerWatch,
+    average_found,
+    came_back,
+    left_by_load,
+    undone_in_part,
+)
 from esper.sdk.layers import Layers
 from esper.sdk.ranks import Order, Ranks
 from esper.sdk.reporting import SurgeryReports
@@ -196,6 +203,7 @@ class Surgery:
         gone = self.changes.mark_gone(state)
         self.remove_idle_slots()
         self._follow_up(restored=True)
+        self._say_what_was_kept(adaptation.blueprint, adaptation.layer, report)
         self._report_undone(before, report)
         return report, gone
 
@@ -229,7 +237,7 @@ class Surgery:
         if isinstance(receipt, RemedyReceipt):
             return self._undo_remedy(receipt) if hard else self._end_remedy(receipt)
         if not hard and self.changes.left_by_load(receipt):  # what is wanted has happened
-            return UndoReceipt(grafting.digest(self.model), hard=False, exact=False, pause_ms=0.0)
+            return UndoReceipt(hard=False, exact=False, pause_ms=0.0, _after=Frozen.of(self.model))
         return self._take_out_for_script(receipt, RemedyKind.UNDO, hard=hard)
 
     def prune(self, receipt: Receipt) -> UndoReceipt:
@@ -307,7 +315,8 @@ class Surgery:
                 joint.commit()
             except BaseException:
                 if not joint.done:
-                    receipt.undo()
+                    receipt.undo_here()
+                    receipt.end()
                 raise
         self.changes.add_remedy(receipt, merged)
         self._follow_up()
@@ -321,13 +330,10 @@ class Surgery:
         self._meet(Call.UNDO, self.changes.place_of(receipt))
         if receipt not in self.changes.remedies:
             raise UndoError("this remedy is not in effect any more", layer=receipt.layer)
-        if self._surroundings.replicas is None:
-            report = receipt.undo()
-        else:
-            with undoing_everywhere(self.model, self._without_copies, receipt):
-                report = receipt.undo_here()
-        self.changes.drop_since(receipt)  # which ends what it does in each step
+        report = receipt.undo()
+        self.changes.drop_since(receipt)
         self._follow_up()
+        self._say_what_was_kept(receipt.remedy, receipt.layer, report)
         self._report_undone(before, report)
         return report
 
@@ -448,7 +454,7 @@ class Surgery:
             adaptation.receipt.forget_snapshot()
         self._idle_slots = True
         self._follow_up(restored=True)
-        report = UndoReceipt(digest="", hard=False, exact=False, pause_ms=0.0)
+        report = UndoReceipt(hard=False, exact=False, pause_ms=0.0)
         self._reports.taken_out(gone, report, self._run.step, RemedyKind.UNDO, meant=adaptation)
         self._reports.left_by_load(gone)
         self._findings.add(left_by_load(adaptation))
@@ -464,6 +470,10 @@ class Surgery:
     def _meet(self, call: Call, *arguments: object) -> None:
         """All ranks, for a call that the script makes on each of them."""
         self._ranks.meet(call, self._run.step, *arguments)
+
+    def _say_what_was_kept(self, change: str, layer: str, report: UndoReceipt) -> None:
+        if report.kept or report.not_restored:
+            self._findings.add(undone_in_part(change, layer, report))
 
     def _report_undone(self, before: Sequence[RemedyReceipt], report: UndoReceipt) -> None:
         undone = [receipt for receipt in before if receipt not in self.changes.remedies]
