@@ -22,7 +22,6 @@ from esper.contracts import (
     MAX_NAME_LENGTH,
     AdaptationState,
     AdaptationType,
-    RemedyKind,
     Risk,
 )
 
@@ -172,7 +171,7 @@ class Remedy(models.Model):
     run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="remedies")
     run_epoch = models.PositiveIntegerField()
     key = models.CharField(max_length=64)  # the trainer's own name for it
-    kind = models.CharField(max_length=24, choices=[(kind, kind) for kind in RemedyKind])
+    kind = models.CharField(max_length=24)  # a RemedyKind; new ones need no migration
     layer = models.CharField(max_length=MAX_NAME_LENGTH, blank=True)  # empty: the whole run
     step = models.BigIntegerField()
     details = models.JSONField(default=dict)

@@ -176,6 +176,7 @@ class RemedyKind(StrEnum):
     MERGE = "merge"  # a kept graft is folded into its host's weights
     PRUNE = "prune"  # a graft is removed for good
     UNDO = "undo"  # of a graft, or of one of these
+    ADOPT = "adopt"  # tensors that no optimizer holds are trained
     CLIP_LAYER = "clip_layer"  # each tensor's gradient is clipped by its own recent norms
     REPAIR_SCALE = "repair_scale"  # weights are scaled before training
     RESTORE_BEST = "restore_best"  # back to the weights with the lowest held-out loss

@@ -7,11 +7,12 @@ update_hooks.py  work inside an optimizer's step
 """
 
 from esper.remedies.applying import apply_remedy, refusal, resume_remedy
-from esper.remedies.base import Effect, Remedy, Target
+from esper.remedies.base import Batch, Effect, Remedy, Target
 from esper.remedies.good_states import GoodStates
 from esper.remedies.registry import get_remedy, list_remedies
 
 __all__ = [
+    "Batch",
     "Effect",
     "GoodStates",
     "Remedy",

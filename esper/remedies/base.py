@@ -27,6 +27,26 @@ from esper.remedies.good_states import GoodStates
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """The arguments of one call of the model."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sample: Any) -> Batch | None:
+        """From a tensor, a tuple or list of arguments, or a dict of named ones; None of None."""
+        if sample is None or isinstance(sample, Batch):
+            return sample
+        if isinstance(sample, dict):
+            return cls(kwargs=sample)
+        return cls(tuple(sample) if isinstance(sample, tuple | list) else (sample,))
+
+    def run(self, model: nn.Module) -> Any:
+        return model(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """The run that a remedy changes.
 
@@ -41,7 +61,7 @@ class Target:
     surroundings: Surroundings
     layer: str = ""
     step: int = -1
-    sample: Any = None
+    sample: Batch | None = None
     states: GoodStates | None = None
 
     @property
@@ -86,6 +106,9 @@ class Remedy(ABC):
         risk: ``LOW`` where it changes no weight and can be ended at any time.
         changes_weights: it asks a person in supervised mode.
         stays: it stays in force until it is undone.
+        begins_anew: states of the run from before it are not offered to rewind to.
+        asks: a person decides, in every mode.
+        needs_sample: it needs a batch of the model's inputs.
         scope: ``"run"``, ``"layer"``, or ``"both"``: what it may be applied to.
     """
 
@@ -97,6 +120,9 @@ class Remedy(ABC):
     risk: ClassVar[Risk]
     changes_weights: ClassVar[bool] = False
     stays: ClassVar[bool] = True
+    needs_sample: ClassVar[bool] = False
+    begins_anew: ClassVar[bool] = False
+    asks: ClassVar[bool] = False
     scope: ClassVar[str] = "run"
 
     def default_config(self) -> dict[str, Any]:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from esper.exceptions import UndoError
 from esper.grafting.digests import named_tensors
+from esper.remedies.update_hooks import before_update
 
-EVERY_STEPS = 100  # how often a candidate is taken
-CONFIRMED_STEPS = 25  # for so long the run must stay healthy after a candidate
+EVERY_STEPS = 100  # how often a candidate is taken, more often at the start
+CONFIRMED_STEPS = 20  # for so long the run must stay healthy after a candidate
 KEPT = 3
+START_STEPS = 200  # for so long the state before training is kept too
 
 
 @dataclass(slots=True)
@@ -30,14 +32,18 @@ class State:
 
     step: int
     tensors: dict[str, Tensor]
-    moments: list[dict[int, dict[str, Any]]]  # for each optimizer: id(parameter) -> its state
+    moments: dict[int, dict[str, Any]]  # id(parameter) -> its optimizer's state
+
+    def on(self, name: str, like: Tensor) -> Tensor:
+        """One tensor, on the device of ``like``."""
+        return self.tensors[name].to(like.device)
 
 
 class GoodStates:
     """A short history of good states.
 
     Args:
-        optimizers: gives those that train the model now, without wrappers.
+        optimizers: gives those that train the model now, without wrappers, those of grafts too.
         every: steps between two candidates.
         limit_bytes: of all kept states together; fewer are kept where they are large. A model that
             does not fit once is not kept at all.
@@ -60,19 +66,51 @@ class GoodStates:
         self._optimizers = optimizers
         self._every = every
         self._limit = limit_bytes
+        self._start: State | None = None
+        self._waiting: list[Any] = []
+        self._step = 0
         self._candidate: State | None = None
         self._good: deque[State] = deque(maxlen=kept)
         self._next = 0
         self.too_large = False
         self.best: tuple[float, State] | None = None
 
+    def keep_start(self) -> None:
+        """Keeps the state before the next update, so that a run that is sick from the start can
+        begin anew. It goes when there are good states of a run that is no longer young."""
+        self.forget_start()
+        optimizers = self._optimizers()
+
+        def take(_: torch.optim.Optimizer) -> None:
+            if self._start is None:
+                self._start = self._take(self._step)
+
+        self._waiting = before_update(optimizers, take, "The run cannot begin anew.")
+
+    def forget_start(self) -> None:
+        """Ends :meth:`keep_start`. Not inside an optimizer's step, which runs through its hooks."""
+        self._stop_waiting()
+        self._start = None
+
+    def _stop_waiting(self) -> None:
+        for handle in self._waiting:
+            handle.remove()
+        self._waiting = []
+
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps of the good states, oldest first."""
-        return tuple(state.step for state in self._good)
+        return tuple(state.step for state in self._kept)
+
+    @property
+    def _kept(self) -> list[State]:
+        return ([self._start] if self._start is not None else []) + list(self._good)
 
     def on_step(self, step: int, *, healthy: bool) -> None:
         """Call at each step boundary."""
+        self._step = step
+        if self._start is not None:
+            self._stop_waiting()
         if not healthy:
             self._candidate = None
             self._next = step + CONFIRMED_STEPS
@@ -81,10 +119,18 @@ class GoodStates:
         if candidate is not None and step >= candidate.step + CONFIRMED_STEPS:
             self._good.append(candidate)
             self._candidate = None
+            if step > START_STEPS:
+                self.forget_start()
             self._drop_what_exceeds(candidate)
         if self._candidate is None and step >= self._next:
             self._candidate = self._take(step)
-            self._next = step + self._every
+            self._next = step + min(self._every, max(CONFIRMED_STEPS, step))
+
+    def begin_anew(self) -> None:
+        """The model was changed on purpose: no state from before it is offered any more."""
+        self._candidate = None
+        self._good.clear()
+        self.keep_start()
 
     def note_held_out(self, step: int, loss: float) -> None:
         """Keeps the present state where its held-out loss is the lowest so far."""
@@ -97,7 +143,7 @@ class GoodStates:
         """The youngest good state that is not younger than ``step`` and has the present form."""
         own = {name: tensor.shape for name, tensor in named_tensors(self._model)}
         fitting = (
-            state for state in reversed(self._good) if state.step <= step and _form(state) == own
+            state for state in reversed(self._kept) if state.step <= step and _form(state) == own
         )
         return next(fitting, None)
 
@@ -113,9 +159,9 @@ class GoodStates:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.detach().copy_(state.tensors[name])
-            for optimizer, saved in zip(self._optimizers(), state.moments, strict=False):
+            for optimizer in self._optimizers():
                 for parameter in _parameters_of(optimizer):
-                    _set_state(optimizer, parameter, saved.get(id(parameter)))
+                    _set_state(optimizer, parameter, state.moments.get(id(parameter)))
 
     def _take(self, step: int) -> State | None:
         tensors = dict(named_tensors(self._model))
@@ -127,10 +173,7 @@ class GoodStates:
         return State(
             step,
             {name: _kept(tensor) for name, tensor in tensors.items()},
-            [
-                {id(p): _copied(optimizer.state[p]) for p in optimizer.state}
-                for optimizer in optimizers
-            ],
+            {id(p): _copied(o.state[p]) for o in optimizers for p in o.state},
         )
 
     def _drop_what_exceeds(self, newest: State) -> None:
@@ -148,9 +191,16 @@ def _parameters_of(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    """A copy; in the host's memory for a tensor of a GPU, whose memory the training needs."""
+    """A copy; in the host's memory for a tensor of a GPU, whose memory the training needs.
+
+    The copy from a GPU does not wait: it is ordered before the next update by the stream, and so
+    is a copy back.
+    """
     found = tensor.detach()
-    return found.clone() if found.device.type in ("cpu", "meta") else found.cpu()
+    if found.device.type != "cuda":
+        return found.clone()
+    kept = torch.empty_like(found, device="cpu", pin_memory=True)
+    return kept.copy_(found, non_blocking=True)
 
 
 def _copied(value: Any) -> Any:
@@ -196,14 +246,9 @@ def _moments_of(optimizers: Iterable[torch.optim.Optimizer]) -> Iterable[Tensor]
     )
 
 
-def _values_of(moments: Iterable[dict[int, dict[str, Any]]]) -> Iterable[Tensor]:
-    return (
-        value
-        for by_parameter in moments
-        for state in by_parameter.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
+def _values_of(moments: dict[int, dict[str, Any]]) -> Iterable[Tensor]:
+    states = moments.values()
+    return (value for state in states for value in state.values() if isinstance(value, Tensor))
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -161,6 +161,15 @@ class Announcer:
     def remedy(self, receipt: RemedyReceipt) -> None:
         self._step(str(receipt), kind="remedies")
 
+    def remedy_proposed(self, proposal: str, *, waits: bool) -> None:
+        """A remedy for a finding: a person decides, or the run only observes."""
+        how = "Answer: session.approve(session.proposed_remedies[0])" if waits else ""
+        verb = "proposes" if waits else "would propose"
+        self._step(f"{verb} {_bare(proposal)}{f'. {how}' if how else ''}", kind="proposed remedies")
+
+    def remedy_judged(self, remedy: str, verdict: str) -> None:
+        self._step(f"{remedy}: {verdict}", kind="verdicts on remedies")
+
     def remedy_undone(self, receipt: RemedyReceipt, report: UndoReceipt) -> None:
         self._step(
             f"undid {receipt}{_afterwards(report, receipt.step)}",

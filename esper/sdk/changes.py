@@ -7,12 +7,13 @@ import time
 from collections.abc import Sequence
 
 from esper import blueprints
-from esper.contracts import AdaptationState, SafetyPolicy
+from esper.contracts import AdaptationState, GraftKind, SafetyPolicy
 from esper.exceptions import UndoError
 from esper.grafting import Receipt, RemedyReceipt
 from esper.sdk.adaptation import Adaptation
 
 SNAPSHOTS_KEPT = 3
+OBSERVE = GraftKind.OBSERVE
 
 
 class Changes:
@@ -67,16 +68,16 @@ class Changes:
     def youngest_guarded(self, step: int) -> Adaptation | None:
         """The graft on probation that the guard may take out for a loss of this step.
 
-        A graft that came at the end of that step, or later, had no part in the loss.
+        A graft that came at the end of that step, or later, had no part in the loss, and one that
+        only observes cannot be why a run diverges.
         """
-        return next(
-            (
-                entry
-                for entry in reversed(self.grafted)
-                if entry.on_probation and entry.step < step <= entry.guarded_until
-            ),
-            None,
+        guarded = (
+            entry
+            for entry in reversed(self.grafted)
+            if entry.on_probation and entry.step < step <= entry.guarded_until
         )
+        acts = (e for e in guarded if blueprints.get_blueprint(e.blueprint).kind is not OBSERVE)
+        return next(acts, None)
 
     def due_for_ablation(self, step: int, policy: SafetyPolicy) -> list[Adaptation]:
         """Grafts that have just matured, or come to the end of their probation."""

@@ -24,7 +24,8 @@ HELD_OUT = ("eval_loss", "val_loss", "valid_loss", "validation_loss")
 HELD_OUT_KEPT = 500
 RATES_KEPT = 4_000
 LATEST = 256  # losses for the rules that are checked in each step
-JUMP = 3.0  # times the recent loss: worth a check outside the plan
+JUMP = 3.0  # times the recent loss: worth checks outside the plan
+JUMP_CHECKS = 6  # steps in a row
 WATCHED_STEPS = 200  # of the session, in which the first updates are counted
 
 
@@ -54,6 +55,7 @@ class DiagnosisWatch:
         self._held_out: deque[tuple[int, float]] = deque(maxlen=HELD_OUT_KEPT)
         self._rates: deque[tuple[int, float]] = deque(maxlen=RATES_KEPT)
         self._recent = math.nan  # slow mean of the finite losses
+        self._checked_until = -1
         self._updates_seen = 0
         self._broken: Broken | None = None  # looked up once when the loss stops being finite
 
@@ -80,6 +82,11 @@ class DiagnosisWatch:
             if planned:
                 self.recorder.spend(time.perf_counter() - started)
 
+    def forget_readings(self) -> None:
+        """The model was changed: what was read before says nothing about it."""
+        self.recorder.gradients.clear()
+        self._frames.clear()
+
     def close(self) -> None:
         self.recorder.close()
 
@@ -93,11 +100,12 @@ class DiagnosisWatch:
             self._broken = self._broken or self.recorder.broken()
             return True
         self._broken = None
-        jumped = loss > JUMP * abs(self._recent)
+        if loss > JUMP * abs(self._recent):
+            self._checked_until = self._run.step + JUMP_CHECKS
         known = not math.isnan(self._recent)
         self._recent = 0.9 * self._recent + 0.1 * loss if known else loss
         hard = any(diagnosed.rule.every_step for diagnosed in self.diagnosis.open)
-        return changed or jumped or hard
+        return changed or hard or self._run.step <= self._checked_until
 
     def _check(self, *, every_step_only: bool) -> None:
         observation = self._observe(LATEST if every_step_only else LOSSES_KEPT)

@@ -21,12 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
 from esper import grafting
-from esper.contracts import Finding, HealthFrame, LayerInfo, RunMode, SafetyPolicy
+from esper.contracts import Finding, HealthFrame, LayerInfo, RunMode, SafetyPolicy, Severity
 from esper.exceptions import ConfigurationError, EsperError
 from esper.fail_closed import FailClosed
 from esper.grafting import LossGuard, Receipt, RemedyReceipt, Surroundings, UndoReceipt
@@ -54,6 +54,7 @@ from esper.sdk.loaded_states import LoadedStates
 from esper.sdk.local import LocalLoop, LocalMemory, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.ranks import Ranks
+from esper.sdk.remedy_loop import RemedyLoop, RemedyProposal
 from esper.sdk.reporting import SurgeryReports
 from esper.sdk.run_state import LossPoint, RunState
 from esper.sdk.saving import losses_from_state, losses_to_state, reading_a_state
@@ -75,6 +76,7 @@ UNMEASURED = {
     "compiler": "Recompilations are not counted.",
     "guard": "Nobody looks for a loss that diverges.",
     "good states": "The run cannot be rewound.",
+    "remedies": "No remedy is proposed for a finding.",
     "commands": "Commands of the server are not carried out.",
     "evaluation": "The held-out loss is not measured.",
     "health": "No health frames are made.",
@@ -168,6 +170,11 @@ class Session:
             local=self._local,
             server=self._server,
         )
+        self._remedies = (
+            RemedyLoop(model, self._surgery, self._run, self._diagnosis, self._announcer)
+            if self._ranks.alone and self._diagnosis is not None
+            else None
+        )
         self._guard = ProbationGuard(
             self._surgery,
             self._run,
@@ -228,6 +235,8 @@ class Session:
         point = None if value is None else (at, value)
         if self._ranks.alone:
             self._decide(point, loss, metrics, busy=busy)
+            if self._remedies is not None and not self._detached:
+                self._try("remedies", self._remedies.on_step)
         elif self._ranks.decides:
             with self._ranks.leading(busy, lambda: self._stop_reason):
                 self._decide(point, loss, metrics, busy=busy)
@@ -262,6 +271,7 @@ class Session:
         self._ledger.close()
         if self._diagnosis is not None:
             self._diagnosis.close()
+        self._end_remedies()
         sampler, self._surgery.sampler = self._surgery.sampler, None
         if sampler is not None:
             sampler.close()
@@ -289,7 +299,7 @@ class Session:
         self._closed = True
         atexit.unregister(self._at_exit)
         sampler, server = self._surgery.sampler, self._server
-        ends = [self._layers.stop, self._ledger.close]
+        ends = [self._layers.stop, self._ledger.close, self._end_remedies]
         if sampler is not None:
             ends.append(sampler.close)
         if self._diagnosis is not None:
@@ -360,6 +370,11 @@ class Session:
         ``esper.attach(…, sampling=session.sampling)`` makes another run measure at the same steps.
         """
         return tuple((p.since, p.frame, p.deep) for p in self._sampling.recorded)
+
+    @property
+    def proposed_remedies(self) -> tuple[RemedyProposal, ...]:
+        """Remedies for open findings: they wait for :meth:`approve`, or say what Esper would do."""
+        return tuple(self._remedies.proposals) if self._remedies is not None else ()
 
     @property
     def run(self) -> str:
@@ -504,16 +519,27 @@ class Session:
         """
         return self._surgery.prune(receipt)
 
-    def approve(self, waiting: Waiting | str) -> Receipt:
-        """Local mode: say yes to a waiting decision.
+    @overload
+    def approve(self, waiting: Waiting | str) -> Receipt: ...
+
+    @overload
+    def approve(self, waiting: RemedyProposal) -> RemedyReceipt: ...
+
+    def approve(self, waiting: Waiting | RemedyProposal | str) -> Receipt | RemedyReceipt:
+        """Say yes to a waiting decision, or to a proposed remedy.
 
         Args:
-            waiting: an entry of :attr:`waiting`, or the name of the layer that it is for.
+            waiting: an entry of :attr:`waiting` or of :attr:`proposed_remedies`, or the name of the
+                layer that a decision is for.
 
         Raises:
             ValueError: it expired, or was taken already.
             The errors of :meth:`graft`.
         """
+        if isinstance(waiting, RemedyProposal):
+            if self._remedies is None:
+                raise ConfigurationError("on several ranks, call session.remedy on each of them")
+            return self._remedies.approve(waiting)
         if self._local is None:
             raise ConfigurationError("with a server, decisions are approved there")
         if not self._ranks.alone:
@@ -526,12 +552,16 @@ class Session:
         assert receipt is not None
         return receipt
 
-    def reject(self, waiting: Waiting | str) -> None:
-        """Local mode: say no to a waiting decision, or to the one that waits for a layer.
+    def reject(self, waiting: Waiting | RemedyProposal | str) -> None:
+        """Say no to a waiting decision, or to a proposed remedy; see :meth:`approve`.
 
         Raises:
             ValueError: no decision waits for a layer of that name.
         """
+        if isinstance(waiting, RemedyProposal):
+            if self._remedies is not None:
+                self._remedies.reject(waiting)
+            return
         if self._local is None:
             return
         if isinstance(waiting, str):
@@ -663,7 +693,22 @@ class Session:
         if states is None or loss is None:
             return
         verdict = self._calm.observe(loss)
-        states.on_step(self._run.step, healthy=verdict is None and self._calm.calm)
+        healthy = verdict is None and self._calm.calm and not self._is_sick()
+        states.on_step(self._run.step, healthy=healthy)
+
+    def _is_sick(self) -> bool:
+        """A serious finding is open; on several ranks only the loss, which all share, counts."""
+        if self._diagnosis is None or not self._ranks.alone:
+            return False
+        serious = (Severity.SERIOUS, Severity.CRITICAL)
+        return any(found.severity in serious for found in self._diagnosis.diagnosis.open)
+
+    def _end_remedies(self) -> None:
+        """No more proposals. What was applied stays in force, as grafts do."""
+        if self._remedies is not None:
+            self._remedies.close()
+        if self._surgery.states is not None:
+            self._surgery.states.forget_start()
 
     def _sampler(self, layers: tuple[LayerInfo, ...]) -> HealthSampler | ShardedSampler | None:
         """On every rank where each holds a part of the model, otherwise on rank 0 alone."""

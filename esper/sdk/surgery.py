@@ -32,15 +32,15 @@ from esper.grafting import (
     UndoReceipt,
     remedies,
 )
+from esper.grafting.companion import with_companions
 from esper.grafting.digests import Frozen
 from esper.grafting.found_copies import Copies
-from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.replicas import Call, Joint, jointly
 from esper.grafting.slot import find_host, slot_of
 from esper.grafting.state_dicts import Difference
 from esper.health import HealthSampler
 from esper.health.sharded import ShardedSampler
-from esper.remedies import GoodStates, Target, apply_remedy, get_remedy
+from esper.remedies import Batch, GoodStates, Target, apply_remedy, get_remedy, refusal
 from esper.sdk import checkpoint, framework_loads
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.changes import Changes
@@ -104,7 +104,9 @@ class Surgery:
 
     def _good_states(self) -> GoodStates:
         optimizers = self._surroundings.optimizers
-        return GoodStates(self.model, lambda: [unwrap_optimizer(o) for o in optimizers])
+        states = GoodStates(self.model, lambda: with_companions(optimizers))
+        states.keep_start()
+        return states
 
     # -- grafts --------------------------------------------------------------------------------
 
@@ -261,10 +263,21 @@ class Surgery:
         found = get_remedy(slug)
 
         def act(surroundings: Surroundings, step: int) -> RemedyReceipt:
-            target = Target(self.model, surroundings, layer, step, sample, self.states)
-            return apply_remedy(found, target, config)
+            return apply_remedy(found, self._target(layer, sample), config)
 
-        return self._remedy(act, slug, layer, config)
+        receipt = self._remedy(act, slug, layer, config)
+        if found.begins_anew and self.states is not None:
+            self.states.begin_anew()
+        return receipt
+
+    def refusal(self, slug: str, layer: str, sample: Any, config: dict[str, Any]) -> str:
+        """Why a remedy cannot be applied now, a sentence; empty: it can."""
+        remedy = get_remedy(slug)
+        return refusal(remedy, self._target(layer, sample), remedy.config_for(config))
+
+    def _target(self, layer: str, sample: Any) -> Target:
+        around, step = self._without_copies, self._run.step
+        return Target(self.model, around, layer, step, Batch.of(sample), self.states)
 
     def recycle(
         self, layer: str, next_layer: str, sample: Any, *, seed: int | None = None

@@ -17,11 +17,12 @@ from esper.contracts import Risk
 from esper.grafting.certify import put_back
 from esper.grafting.graph import kind_of
 from esper.grafting.remedies import is_tied
-from esper.remedies.base import Effect, Remedy, Target
+from esper.remedies.base import Batch, Effect, Remedy, Target
 
 ROUNDS = 4  # how often one layer is measured and scaled
 SOUND = (0.9, 1.1)  # a spread between these is left as it is
 LARGEST_FACTOR = 1e4
+LARGEST_MEAN = 2.0  # of a channel, in spreads of the layer
 _KINDS = layout.LINEAR | layout.TRANSPOSED_LINEAR | layout.CONVOLUTION
 
 
@@ -30,13 +31,16 @@ class RepairScale(Remedy):
     title = "Repair the scale of the weights"
     idea = (
         "Scales the weights of each layer, in the order in which they run, so that the standard "
-        "deviation of its output on one batch is 1. The last layer is only scaled down."
+        "deviation of its output on one batch is 1, and takes large means out of its biases. The "
+        "last layer is only scaled down."
     )
-    source = "LSUV, Mishkin and Matas 2016, arXiv 1511.06422"
+    source = "LSUV, arXiv 1511.06422, and Krähenbühl et al. 2016, arXiv 1511.06856"
     when = "The initialisation makes activations vanish, explode or saturate before training."
     risk = Risk.MEDIUM
     changes_weights = True
     stays = False
+    needs_sample = True
+    begins_anew = True
 
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         if target.sample is None:
@@ -44,6 +48,7 @@ class RepairScale(Remedy):
         return "" if _candidates(target.model) else "the model has no linear layer or convolution"
 
     def apply(self, target: Target, config: dict[str, Any]) -> Effect:
+        assert target.sample is not None
         factors: dict[str, float] = {}
         with torch.no_grad(), put_back(target.model, None):
             order = _order(target.model, target.sample)
@@ -51,7 +56,16 @@ class RepairScale(Remedy):
                 factor = _repair(target.model, name, target.sample, last=name == order[-1])
                 if factor != 1.0:
                     factors[name] = factor
+        _forget_moments(target, list(factors))
         return Effect({"factors": factors})
+
+
+def _forget_moments(target: Target, layers: list[str]) -> None:
+    """What an optimizer has accumulated belongs to weights of another size."""
+    for name in layers:
+        for parameter in target.model.get_submodule(name).parameters(recurse=False):
+            for optimizer in target.optimizers:
+                optimizer.state.pop(parameter, None)
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -64,7 +78,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _order(model: nn.Module, sample: Any) -> list[str]:
+def _order(model: nn.Module, sample: Batch) -> list[str]:
     """Names of the layers as they run."""
     seen: dict[str, None] = {}
     candidates = _candidates(model)
@@ -73,21 +87,24 @@ def _order(model: nn.Module, sample: Any) -> list[str]:
         for name, module in candidates.items()
     ]
     try:
-        _run(model, sample)
+        sample.run(model)
     finally:
         for handle in handles:
             handle.remove()
     return list(seen)
 
 
-def _repair(model: nn.Module, name: str, sample: Any, *, last: bool) -> float:
+def _repair(model: nn.Module, name: str, sample: Batch, *, last: bool) -> float:
     """Scales one layer; returns the factor of its weights."""
     module = model.get_submodule(name)
     weight = module._parameters["weight"]
     assert weight is not None
     total = 1.0
     for _ in range(ROUNDS):
-        spread = _spread(model, module, sample)
+        spread, mean_C = _spread(model, module, sample)
+        bias = module._parameters.get("bias")
+        if bias is not None and float(mean_C.abs().max()) > LARGEST_MEAN * spread:
+            bias.sub_(mean_C.to(bias))
         sound = SOUND[0] <= spread <= SOUND[1] or (last and spread <= SOUND[1])
         if sound or not 0 < spread < float("inf"):
             break
@@ -97,19 +114,20 @@ def _repair(model: nn.Module, name: str, sample: Any, *, last: bool) -> float:
     return total
 
 
-def _spread(model: nn.Module, module: nn.Module, sample: Any) -> float:
-    """Standard deviation of the layer's output within each channel's batch, over all channels."""
-    found: list[float] = []
+def _spread(model: nn.Module, module: nn.Module, sample: Batch) -> tuple[float, Tensor]:
+    """Standard deviation of the layer's output within a channel, and the channels' means [C]."""
+    found: list[tuple[float, Tensor]] = []
     axis = layout.channel_axis_of(kind_of(module))
 
     def look(_: nn.Module, __: Any, y: Any) -> None:
         if isinstance(y, Tensor):
             rows_NC = y.detach().float().movedim(axis, -1).flatten(0, -2)
-            found.append(float(rows_NC.var(0, unbiased=False).mean().sqrt()))
+            spread = float(rows_NC.var(0, unbiased=False).mean().sqrt())
+            found.append((spread, rows_NC.mean(0)))
 
     with _watching(module, look):
-        _run(model, sample)
-    return max(found, default=0.0)
+        sample.run(model)
+    return found[0] if found else (0.0, torch.zeros(()))
 
 
 @contextmanager
@@ -119,12 +137,3 @@ def _watching(module: nn.Module, look: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _run(model: nn.Module, sample: Any) -> None:
-    if isinstance(sample, dict):
-        model(**sample)
-    elif isinstance(sample, tuple | list):
-        model(*sample)
-    else:
-        model(sample)

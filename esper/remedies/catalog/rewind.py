@@ -6,17 +6,18 @@ from typing import Any
 
 from esper.contracts import Risk
 from esper.exceptions import ConfigurationError
-from esper.remedies.base import Effect, Remedy, Target, check_above_zero
+from esper.remedies.base import Effect, Remedy, Target, check_above_zero, no_optimizer
 from esper.remedies.catalog.set_lr import SetLr
+from esper.remedies.catalog.skip_update import SkipUpdate
 
 
 class Rewind(Remedy):
     slug = "rewind"
     title = "Rewind to a good state"
     idea = (
-        "Restores the weights, buffers and optimizer state of an earlier good step, and multiplies "
-        "the learning rate by a factor. Schedulers and data go on, so the batches in between are "
-        "skipped."
+        "Restores the weights, buffers and optimizer state of an earlier good step, multiplies the "
+        "learning rate by a factor, and leaves out updates that are not finite. Schedulers and "
+        "data go on, so the batches in between are skipped."
     )
     source = "PaLM, arXiv 2204.02311, section 5.1: restart before the spike, skip the batches"
     when = "The loss has diverged, or weights are not finite."
@@ -54,10 +55,17 @@ class Rewind(Remedy):
         return self.resume(target, {"to_step": state.step, "factor": float(config["factor"])})
 
     def resume(self, target: Target, details: dict[str, Any]) -> Effect:
-        if details["factor"] == 1.0 or not target.optimizers:
-            return Effect(details)
-        lower = SetLr().apply(target, {"factor": details["factor"]})
-        return Effect(details, lower.end)
+        parts = []
+        if details["factor"] != 1.0 and not no_optimizer(target):
+            parts.append(SetLr().apply(target, {"factor": details["factor"]}))
+        if not SkipUpdate().why_not(target, {}):
+            parts.append(SkipUpdate().apply(target, {}))
+
+        def end() -> None:
+            for part in parts:
+                part.end()
+
+        return Effect(details, end)
 
 
 def _latest(target: Target, wanted: int) -> int:

@@ -31,6 +31,8 @@ class SkipUpdate(Remedy):
             return "the gradient scaler skips such steps already"
         if any(isinstance(o, torch.optim.LBFGS) for o in target.optimizers):
             return "LBFGS computes its gradients more than once in a step"
+        if not _finite([p.detach() for p in target.parameters]):
+            return "weights are not finite already"
         return ""
 
     def apply(self, target: Target, config: dict[str, Any]) -> Effect:

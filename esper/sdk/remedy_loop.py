@@ -1,0 +1,349 @@
+"""Answers the open findings of one run with remedies, in this process.
+
+    finding opens → the first remedy of its rule that fits here
+        observe      kept in ``proposals`` as what Esper would do
+        supervised   kept in ``proposals`` until a person approves or rejects it
+        automatic    applied by rule, because every remedy of the catalogue can be undone
+    remedy applied → its window → the finding is over: kept
+                               → it is open still: ended, and the next remedy is tried
+
+Against loops of restoring: by rule, one remedy answers one kind of finding at most twice, the
+second time with a stronger dose; the pause between two remedies doubles. Then a person is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from esper.contracts import RunMode, Severity, Signal
+from esper.diagnosis import Diagnosed
+from esper.exceptions import EsperError
+from esper.grafting import RemedyReceipt
+from esper.remedies import Batch, Remedy, get_remedy, list_remedies
+from esper.sdk.announcing import Announcer
+from esper.sdk.diagnosing import DiagnosisWatch
+from esper.sdk.run_state import RunState
+from esper.sdk.surgery import Surgery
+
+logger = logging.getLogger("esper")
+
+WINDOW_STEPS, URGENT_WINDOW_STEPS = 120, 20  # for so long a remedy is given time
+KEPT_AFTER_STEPS = 10  # the finding must be over for so long
+PAUSE_STEPS = 20  # between two remedies for one finding
+BY_RULE = 2  # how often one remedy answers one kind of finding without a person
+EARLY_STEPS = 50  # to begin anew costs little before
+SOUND_UPDATE = 3e-3  # of the weight; about 1e-3 is usual
+WEAKEST, STRONGEST = 0.1, 1e-4  # factors of the learning rate
+_AGAIN = frozenset({"rewind", "set_lr"})  # have a stronger dose
+_OBSERVES = "the run only observes, so this is what Esper would do"
+_RAISES = frozenset({"update_ratio_low", "slow_convergence", "vanishing_gradient"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RemedyProposal:
+    """A remedy that answers a finding, and waits for a person.
+
+    Attributes:
+        finding: slug of the rule whose finding it answers.
+        remedy: slug; layer: empty for the whole run; config: the settings that it needs.
+        step: when it was proposed.
+        asks: why a person must decide.
+    """
+
+    finding: str
+    remedy: str
+    layer: str
+    config: dict[str, Any]
+    step: int
+    asks: str
+
+    def __str__(self) -> str:
+        place = self.layer or "the whole run"
+        settings = ", ".join(f"{name}={value:g}" for name, value in self.config.items())
+        what = f"{self.remedy}({settings})" if settings else self.remedy
+        return f"{what} for {place}, because of {self.finding}; {self.asks}"
+
+
+@dataclass(slots=True)
+class Treatment:
+    """A remedy in its window.
+
+    Attributes:
+        urgent: it answers a critical finding, which is given less time.
+        ended: what became of it; empty while it is in its window.
+    """
+
+    finding: str
+    remedy: str
+    step: int
+    receipt: RemedyReceipt
+    urgent: bool = False
+    ended: str = ""
+
+
+@dataclass(slots=True)
+class _Case:
+    """What was done about one kind of finding."""
+
+    given: dict[str, int] = field(default_factory=dict)  # remedy -> how often
+    failed: set[str] = field(default_factory=set)  # were given, and did not help
+    refused: dict[str, str] = field(default_factory=dict)  # remedy -> why it does not fit here
+    rejected: set[str] = field(default_factory=set)  # by a person
+    not_before: int = 0
+    pause: int = PAUSE_STEPS
+
+
+class RemedyLoop:
+    """See the module's docstring.
+
+    Args:
+        diagnosis: its open findings are answered.
+
+    Attributes:
+        proposals: they wait for a person, or say what Esper would do.
+        treatments: every remedy that was applied for a finding, oldest first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        surgery: Surgery,
+        run: RunState,
+        diagnosis: DiagnosisWatch,
+        announcer: Announcer,
+    ) -> None:
+        self._surgery = surgery
+        self._run = run
+        self._diagnosis = diagnosis
+        self._announcer = announcer
+        self._cases: dict[str, _Case] = {}
+        self._sample = _Sample(model)
+        self.proposals: list[RemedyProposal] = []
+        self.treatments: list[Treatment] = []
+
+    def on_step(self) -> None:
+        """A step of the session is over."""
+        open_ = {found.rule.slug: found for found in self._diagnosis.diagnosis.open}
+        self._judge(open_)
+        self.proposals = [entry for entry in self.proposals if entry.finding in open_]
+        running = [treatment for treatment in self.treatments if not treatment.ended]
+        for found in _worst_first(open_.values()):
+            if found.severity is Severity.INFO:
+                continue
+            # One at a time, so that it is known what helped; but a critical finding cannot wait.
+            urgent = found.severity is Severity.CRITICAL
+            if any(t.finding == found.rule.slug or not urgent or t.urgent for t in running):
+                continue
+            if self._answer(found):
+                return
+
+    def approve(self, proposal: RemedyProposal) -> RemedyReceipt:
+        """A person approved.
+
+        Raises:
+            ValueError: it is not waiting any more.
+            ConfigurationError, GraftError: it could not be applied; the model is as before.
+        """
+        if proposal not in self.proposals:
+            raise ValueError("this remedy is not waiting any more")
+        self.proposals.remove(proposal)
+        return self._apply(proposal).receipt
+
+    def reject(self, proposal: RemedyProposal) -> None:
+        """A person rejected: this remedy is not proposed for this kind of finding again."""
+        self.proposals = [entry for entry in self.proposals if entry is not proposal]
+        self._case_of(proposal.finding).rejected.add(proposal.remedy)
+
+    def close(self) -> None:
+        self._sample.forget()
+
+    # -- one finding ---------------------------------------------------------------------------
+
+    def _answer(self, found: Diagnosed) -> bool:
+        """True where a remedy was applied."""
+        case = self._case_of(found.rule.slug)
+        if any(entry.finding == found.rule.slug for entry in self.proposals):
+            return False
+        if self._run.step < case.not_before:
+            return False
+        proposal = self._next(found, case)
+        if proposal is None:
+            return False
+        if proposal.asks:
+            self.proposals.append(proposal)
+            waits = self._run.mode is not RunMode.OBSERVE
+            self._announcer.remedy_proposed(str(proposal), waits=waits)
+            return False
+        try:
+            self._apply(proposal, urgent=found.severity is Severity.CRITICAL)
+        except EsperError as error:
+            case.refused[proposal.remedy] = str(error)
+            logger.warning("step %d: %s was not applied: %s", self._run.step, proposal, error)
+            return False
+        return True
+
+    def _next(self, found: Diagnosed, case: _Case) -> RemedyProposal | None:
+        """The first remedy of the finding's rule that fits here."""
+        observes = self._run.mode is RunMode.OBSERVE  # and installs nothing in the model
+        for slug in self._order(found):
+            if slug in case.rejected | case.failed:
+                continue
+            remedy, given = get_remedy(slug), case.given.get(slug, 0)
+            layer = found.evidence.began_at if remedy.scope == "layer" else ""
+            config = self._dose(slug, found, given)
+            if not observes:
+                if remedy.needs_sample and not self._sample.ready():
+                    return None  # it is taken in the next forward pass
+                reason = self._surgery.refusal(slug, layer, self._sample.batch, config)
+                if reason:
+                    case.refused[slug] = reason
+                    continue
+            asks = self._asks(remedy, given)
+            return RemedyProposal(found.rule.slug, slug, layer, config, self._run.step, asks)
+        return None
+
+    def _order(self, found: Diagnosed) -> list[str]:
+        """The remedies of the rule, in the order of the rule, except for a run that has just begun.
+
+        What is wrong from the start lies in the initial weights, or in the first updates, which
+        cost nothing to take back.
+        """
+        known = {remedy.slug for remedy in list_remedies()}
+        order = [str(remedy) for remedy in found.rule.remedies if str(remedy) in known]
+        if self._run.step <= EARLY_STEPS:
+            first = "rewind" if self._was_damaged(found) else "repair_scale"
+            order.sort(key=lambda slug: slug != first)
+        elif found.severity is Severity.CRITICAL and self._case_of(found.rule.slug).given:
+            order.sort(key=lambda slug: slug != "rewind")  # the first remedy left it critical
+        return order
+
+    def _was_damaged(self, found: Diagnosed) -> bool:
+        """An update did it, not the initialisation: the loss has grown, or the weights have."""
+        losses = [loss for _, loss in self._run.losses]
+        grown = bool(losses) and not losses[-1] <= 2 * abs(losses[0])
+        return grown or found.evidence.signal == "weight_norm"
+
+    def _dose(self, slug: str, found: Diagnosed, given: int) -> dict[str, Any]:
+        """The settings for this finding; stronger the second time: the first did not last."""
+        if slug == "set_lr":
+            if found.rule.slug in _RAISES:
+                return {"factor": 10.0}
+            return {"factor": self._lower(found) ** (1 + given)}
+        if slug == "rewind":
+            before = found.since_step if self._run.step > EARLY_STEPS else 0
+            power = given + (0 if self._was_sudden(found) else 1)
+            return {"step": before, "factor": max(self._lower(found) ** power, STRONGEST)}
+        return {}
+
+    def _lower(self, found: Diagnosed) -> float:
+        """A factor that makes the updates a sound share of the weights, where that is known."""
+        ratio = math.nan
+        if found.evidence.signal in (Signal.UPDATE_RATIO, "weight_norm"):
+            ratio = found.evidence.value
+        if not ratio > 0:
+            return WEAKEST
+        return min(max(SOUND_UPDATE / ratio, STRONGEST), WEAKEST)
+
+    def _was_sudden(self, found: Diagnosed) -> bool:
+        """The loss was at its usual level until the fault: bad data, not the learning rate."""
+        if found.rule.slug != "non_finite":
+            return False
+        before = [loss for step, loss in self._run.losses if step < found.since_step]
+        recent = [loss for loss in before[-20:] if math.isfinite(loss)]
+        return len(recent) >= 10 and recent[-1] <= 1.5 * abs(statistics.median(recent))
+
+    def _asks(self, remedy: Remedy, given: int) -> str:
+        if self._run.mode is RunMode.OBSERVE:
+            return _OBSERVES
+        if self._run.mode is RunMode.SUPERVISED:
+            return "a person decides in this run"
+        if remedy.asks:
+            return f"{remedy.slug} may undo what the script wants"
+        if given >= BY_RULE:
+            return f"{remedy.slug} was applied {given} times for this finding, and it came back"
+        return ""
+
+    def _apply(self, proposal: RemedyProposal, *, urgent: bool = False) -> Treatment:
+        case = self._case_of(proposal.finding)
+        receipt = self._surgery.remedy(
+            proposal.remedy, proposal.layer, self._sample.batch, proposal.config
+        )
+        self._sample.forget()
+        if get_remedy(proposal.remedy).changes_weights:
+            self._diagnosis.forget_readings()
+        case.given[proposal.remedy] = case.given.get(proposal.remedy, 0) + 1
+        treatment = Treatment(proposal.finding, proposal.remedy, self._run.step, receipt, urgent)
+        self.treatments.append(treatment)
+        return treatment
+
+    # -- verdicts ------------------------------------------------------------------------------
+
+    def _judge(self, open_: dict[str, Diagnosed]) -> None:
+        """Ends windows that are over: a remedy is judged by its finding."""
+        for treatment in self.treatments:
+            if treatment.ended:
+                continue
+            age = self._run.step - treatment.step
+            if treatment.finding not in open_:
+                if age >= KEPT_AFTER_STEPS:
+                    treatment.ended = f"kept, because {treatment.finding} is over"
+                    self._announcer.remedy_judged(treatment.remedy, treatment.ended)
+            elif age >= (URGENT_WINDOW_STEPS if treatment.urgent else WINDOW_STEPS):
+                self._fail(treatment)
+
+    def _fail(self, treatment: Treatment) -> None:
+        """It did not help: what it does in each step ends; what it did once is history."""
+        treatment.ended = f"did not help, because {treatment.finding} is still open"
+        self._announcer.remedy_judged(treatment.remedy, treatment.ended)
+        case = self._case_of(treatment.finding)
+        if treatment.remedy not in _AGAIN:
+            case.failed.add(treatment.remedy)
+        case.not_before = self._run.step + (0 if treatment.urgent else case.pause)
+        case.pause *= 2
+        remedy = get_remedy(treatment.remedy)
+        in_force = treatment.receipt in self._surgery.changes.remedies
+        if remedy.stays and in_force:
+            self._surgery.undo(treatment.receipt, hard=False)
+
+    def _case_of(self, slug: str) -> _Case:
+        return self._cases.setdefault(slug, _Case())
+
+
+def _worst_first(found: Iterable[Diagnosed]) -> list[Diagnosed]:
+    return sorted(found, key=lambda f: (f.severity is not Severity.CRITICAL, f.since_step))
+
+
+class _Sample:
+    """One batch of the model's inputs, taken from a forward pass of the script."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handle: RemovableHandle | None = None
+        self.batch: Batch | None = None
+
+    def ready(self) -> bool:
+        """A batch is there; otherwise it is taken in the next forward pass."""
+        if self.batch is None and self._handle is None:
+            self._handle = self._model.register_forward_pre_hook(self._take, with_kwargs=True)
+        return self.batch is not None
+
+    def forget(self) -> None:
+        self.batch = None
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _take(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.batch is None:
+            self.batch = Batch(args, kwargs)
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None

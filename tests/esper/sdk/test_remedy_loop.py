@@ -1,0 +1,196 @@
+"""Sick runs are answered by rule, by a person, or not at all; healthy runs are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import esper
+from esper import Session
+from esper.sdk.remedy_loop import BY_RULE
+
+HELD_OUT = 1400
+HEALTHY = 0.8  # held-out accuracy, which a run without a fault passes in this time
+
+
+@dataclass
+class Fault:
+    """What is wrong with the run.
+
+    Attributes:
+        rate: of plain SGD.
+        scale: of the initial weights and biases.
+        depth: hidden layers.
+        held: how many of the last tensors the optimizer is given; None: all.
+        batch: changes the inputs of a step.
+        before: runs before a step.
+    """
+
+    rate: float = 0.1
+    momentum: float = 0.9
+    scale: float = 1.0
+    depth: int = 3
+    activation: type[nn.Module] = nn.ReLU
+    adam: bool = False
+    held: int | None = None
+    batch: Callable[[int, Tensor], Tensor] = field(default=lambda _, x: x)
+    before: Callable[[int, torch.optim.Optimizer], None] = field(default=lambda *_: None)
+
+
+def jump(step: int, optimizer: torch.optim.Optimizer) -> None:
+    if step == 200:
+        for group in optimizer.param_groups:
+            group["lr"] *= 100
+
+
+def poisoned(step: int, x: Tensor) -> Tensor:
+    return x * float("nan") if 200 <= step < 203 else x
+
+
+FAULTS = {
+    "the rate is 3,000 times too high": Fault(rate=300.0, momentum=0.0),
+    "Adam's rate is 1,000 times too high": Fault(rate=1.0, adam=True),
+    "the rate jumps": Fault(before=jump),
+    "weights start too small": Fault(scale=0.05, depth=7, activation=nn.Tanh),
+    "weights start too large": Fault(scale=30.0, depth=7, activation=nn.Tanh),
+    "three batches are not numbers": Fault(batch=poisoned),
+    "the optimizer holds the last layer only": Fault(held=2),
+}
+
+
+class Run:
+    def __init__(self, fault: Fault, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        digits = load_digits()
+        self.x = torch.tensor(digits.data, dtype=torch.float32) / 16
+        self.y = torch.tensor(digits.target)
+        layers: list[nn.Module] = [nn.Linear(64, 32), fault.activation()]
+        for _ in range(fault.depth - 1):
+            layers += [nn.Linear(32, 32), fault.activation()]
+        self.model = nn.Sequential(*layers, nn.Linear(32, 10))
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.mul_(fault.scale)
+        own = list(self.model.parameters())
+        own = own if fault.held is None else own[-fault.held :]
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.Adam(own, lr=fault.rate)
+            if fault.adam
+            else torch.optim.SGD(own, lr=fault.rate, momentum=fault.momentum)
+        )
+        self.fault = fault
+        self.steps = 0
+
+    def train(self, steps: int, session: Session | None = None) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            self.fault.before(self.steps, self.optimizer)
+            rows = torch.randint(0, HELD_OUT, (64,))
+            x = self.fault.batch(self.steps, self.x[rows])
+            loss = F.cross_entropy(self.model(x), self.y[rows])
+            self.optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            self.optimizer.step()
+            if session is not None:
+                session.step(loss)
+            self.steps += 1
+            losses.append(loss.item())
+        return losses
+
+    def accuracy(self) -> float:
+        with torch.no_grad():
+            found = self.model(self.x[HELD_OUT:]).argmax(1) == self.y[HELD_OUT:]
+        return float(found.float().mean())
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_sick_run_recovers_by_rule(fault: Fault) -> None:
+    alone = Run(fault)
+    alone.train(600)
+    assert not alone.accuracy() > HEALTHY - 0.2
+    run = Run(fault)
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        run.train(600, session)
+        assert run.accuracy() > HEALTHY
+        assert session.remedies
+        if fault.before is not jump:
+            assert [group["lr"] for group in run.optimizer.param_groups] == rates
+        for finding in session.findings():
+            assert finding.slug != "non_finite"
+
+
+@pytest.mark.parametrize("mode", ["observe", "supervised", "automatic"])
+def test_a_healthy_run_is_left_alone_to_the_bit(mode: str) -> None:
+    alone, run = Run(Fault(momentum=0.0)), Run(Fault(momentum=0.0))
+    expected = alone.train(400)
+    torch.manual_seed(7)
+    run = Run(Fault(momentum=0.0))
+    with esper.attach(run.model, run.optimizer, mode=mode, server="") as session:
+        assert run.train(400, session) == expected
+        assert session.remedies == ()
+        assert session.proposed_remedies == ()
+
+
+def test_in_supervised_mode_a_person_decides() -> None:
+    run = Run(FAULTS["three batches are not numbers"])
+    with esper.attach(run.model, run.optimizer, mode="supervised", server="") as session:
+        run.train(230, session)
+        (proposal,) = session.proposed_remedies
+        assert (proposal.remedy, proposal.finding) == ("rewind", "non_finite")
+        assert "a person decides" in str(proposal)
+        assert session.remedies == ()
+        session.approve(proposal)
+        with pytest.raises(ValueError, match="not waiting any more"):
+            session.approve(proposal)
+        losses = run.train(50, session)
+        assert all(loss == loss for loss in losses)
+        assert session.proposed_remedies == ()
+
+
+def test_what_a_person_rejected_is_not_proposed_again() -> None:
+    run = Run(FAULTS["three batches are not numbers"])
+    with esper.attach(run.model, run.optimizer, mode="supervised", server="") as session:
+        run.train(210, session)
+        (proposal,) = session.proposed_remedies
+        session.reject(proposal)
+        run.train(20, session)
+        assert all(entry.remedy != "rewind" for entry in session.proposed_remedies)
+        assert session.remedies == ()
+
+
+def test_observing_says_what_would_be_done_and_does_nothing() -> None:
+    fault = FAULTS["the rate jumps"]
+    alone, run = Run(fault), Run(fault)
+    expected = alone.train(260)
+    run = Run(fault)
+    with esper.attach(run.model, run.optimizer, mode="observe", server="") as session:
+        assert run.train(260, session) == expected
+        assert any("only observes" in str(entry) for entry in session.proposed_remedies)
+        assert session.remedies == ()
+
+
+def test_a_fault_that_comes_back_again_and_again_is_left_to_a_person() -> None:
+    """Bad data without end: restoring for ever would be worse than nothing."""
+
+    def poison(step: int, x: Tensor) -> Tensor:
+        return x * float("nan") if step > 60 and step % 40 < 2 else x
+
+    def spoil(step: int, optimizer: torch.optim.Optimizer) -> None:
+        if step > 60 and step % 40 == 2:
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    group["params"][0].fill_(float("nan"))
+
+    run = Run(Fault(batch=poison, before=spoil))
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        run.train(600, session)
+        rewound = [receipt for receipt in session.remedies if receipt.remedy == "rewind"]
+        assert len(rewound) <= BY_RULE
+        assert any("came back" in str(entry) for entry in session.proposed_remedies)
