@@ -24,6 +24,7 @@ class ProbationGuard:
 
     Attributes:
         losses: what the loss is compared with.
+        acted_at: the step at which it took a graft out the last time; -1: it has not.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class ProbationGuard:
         self._run = run
         self._skips_steps = skips_steps
         self._local = local
+        self.acted_at = -1
         self._gradients = GradientGuard()
         self._looked_for: Adaptation | None = None
 
@@ -61,6 +63,7 @@ class ProbationGuard:
             self.losses.reset()  # from here on the new level is the normal one
             return
         gone = self._surgery.take_out_for_guard(suspect, verdict)
+        self.acted_at = self._run.step
         self.losses.reset()
         if self._local is not None:
             self._local.on_rolled_back(gone, verdict.text)

@@ -39,6 +39,7 @@ WINDOW_STEPS, URGENT_WINDOW_STEPS = 120, 20  # for so long a remedy is given tim
 KEPT_AFTER_STEPS = 10  # the finding must be over for so long
 PAUSE_STEPS = 20  # between two remedies for one finding
 BY_RULE = 2  # how often one remedy answers one kind of finding without a person
+AFTER_GUARD_STEPS = 5  # in which the loss can come back
 EARLY_STEPS = 50  # to begin anew costs little before
 SOUND_UPDATE = 3e-3  # of the weight; about 1e-3 is usual
 WEAKEST, STRONGEST = 0.1, 1e-4  # factors of the learning rate
@@ -129,11 +130,17 @@ class RemedyLoop:
         self.proposals: list[RemedyProposal] = []
         self.treatments: list[Treatment] = []
 
-    def on_step(self) -> None:
-        """A step of the session is over."""
+    def on_step(self, guard_acted_at: int = -1) -> None:
+        """A step of the session is over.
+
+        Args:
+            guard_acted_at: when the guard took a graft out: that answers what it has seen.
+        """
         open_ = {found.rule.slug: found for found in self._diagnosis.diagnosis.open}
         self._judge(open_)
         self.proposals = [entry for entry in self.proposals if entry.finding in open_]
+        if guard_acted_at >= 0 and self._run.step < guard_acted_at + AFTER_GUARD_STEPS:
+            return
         running = [treatment for treatment in self.treatments if not treatment.ended]
         for found in _worst_first(open_.values()):
             if found.severity is Severity.INFO:

@@ -236,7 +236,7 @@ class Session:
         if self._ranks.alone:
             self._decide(point, loss, metrics, busy=busy)
             if self._remedies is not None and not self._detached:
-                self._try("remedies", self._remedies.on_step)
+                self._try("remedies", partial(self._remedies.on_step, self._guard.acted_at))
         elif self._ranks.decides:
             with self._ranks.leading(busy, lambda: self._stop_reason):
                 self._decide(point, loss, metrics, busy=busy)
