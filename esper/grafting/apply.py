@@ -11,6 +11,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from esper.grafting.optimizers import optimizer_of
 from esper.grafting.random_streams import RandomStreams
 from esper.grafting.receipts import Receipt
 from esper.grafting.replicas import Joint, RankGroup, jointly
+from esper.grafting.sharded import announce_gradients, as_computed
 from esper.grafting.slot import (
     find_host,
     prepare_slots,
@@ -122,33 +124,36 @@ def _apply(
     had_slot = slot_of(host) is not None
     snapshot = Snapshot.take(model, surroundings, memory)
     try:
+        joint.ready()
         with own_change(model):
             snapshot.follow()
             before = snapshot.freeze(model)
-            fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
-            fresh.train(host.training)
-            _inherit(host, layer, blueprint, fresh)
-            joint.share(fresh)
-            record = GraftRecord(
-                adaptation=adaptation,
-                layer=layer,
-                blueprint=blueprint.slug,
-                version=blueprint.version,
-                config=full,
-                seed=seed,
-                step=step,
-                certificate=_certify(
-                    host,
-                    layer,
-                    blueprint,
-                    full,
-                    fresh,
-                    x,
-                    snapshot.streams,
-                    thorough=thorough,
-                    replicas=surroundings.replicas,
-                ),
-            )
+            with _whole(host, surroundings):
+                fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
+                fresh.train(host.training)
+                _inherit(host, layer, blueprint, fresh)
+                _refuse_graft(fresh, layer, blueprint, surroundings)
+                joint.share(fresh)
+                record = GraftRecord(
+                    adaptation=adaptation,
+                    layer=layer,
+                    blueprint=blueprint.slug,
+                    version=blueprint.version,
+                    config=full,
+                    seed=seed,
+                    step=step,
+                    certificate=_certify(
+                        host,
+                        layer,
+                        blueprint,
+                        full,
+                        fresh,
+                        x,
+                        snapshot.streams,
+                        thorough=thorough,
+                        replicas=surroundings.replicas,
+                    ),
+                )
             companion = insert_graft(model, record, fresh, surroundings)
             let_follow(model, surroundings.copies)
             receipt = Receipt(
@@ -186,8 +191,12 @@ def insert_graft(
         prepare_slots(model, [record.layer.name])
         slot = slot_of(host)
         assert slot is not None
+        if surroundings.replicas is not None:
+            graft = surroundings.replicas.spread(host, graft)
         slot.insert(record, graft)
         companion = _accompany(host, record, graft, surroundings)
+        if companion is not None:
+            announce_gradients(graft, companion)
         follow_loads(model, host, record.blueprint, _leaving(model, companion, surroundings))
         return companion
     except BaseException:
@@ -240,7 +249,7 @@ def _refuse(
     replicas = surroundings.replicas
     reason = surroundings.why_unchangeable()
     if replicas is not None:
-        reason = reason or blueprint.replicas_refusal
+        reason = reason or blueprint.replicas_refusal or replicas.why_not_at(host)
     if reason:
         pass
     elif (blueprint.trainable or blueprint.requires) and replicas is None and _ranks() > 1:
@@ -258,8 +267,23 @@ def _refuse(
         reason = f"it needs {' or '.join(sorted(blueprint.requires))} on the layer first"
     elif scaler is not None and scaler.is_enabled():
         reason = blueprint.scaler_refusal
+        if replicas is not None and replicas.layout is not None:
+            reason = "a GradScaler cannot unscale weights that fully_shard spreads; use bfloat16"
     if reason:
         raise IncompatibleLayerError(layer=layer.name, blueprint=blueprint.slug, reason=reason)
+
+
+def _refuse_graft(
+    graft: Graft, layer: LayerInfo, blueprint: Blueprint, surroundings: Surroundings
+) -> None:
+    reason = "" if surroundings.replicas is None else surroundings.replicas.why_not_this(graft)
+    if reason:
+        raise IncompatibleLayerError(layer=layer.name, blueprint=blueprint.slug, reason=reason)
+
+
+def _whole(host: nn.Module, surroundings: Surroundings) -> AbstractContextManager[None]:
+    replicas = surroundings.replicas
+    return nullcontext() if replicas is None else replicas.whole(host)
 
 
 def _clashing(blueprint: Blueprint, present: set[str]) -> list[str]:
@@ -309,12 +333,16 @@ def _certify(
         assert replicas is not None  # without replicas no layer supports it
         certificate = certify_reduction(layer, blueprint, graft, replicas.group)
     else:
+        tried = as_computed(host, graft)
+        sample = sample_input(layer) if x is None else x
+        if tried is not graft and sample.is_floating_point():
+            sample = sample.to(next(tried.parameters()).dtype)
         certificate = certify(
             host,
             layer,
             blueprint,
-            graft,
-            sample_input(layer) if x is None else x,
+            tried,
+            sample,
             config=config,
             streams_before=streams,
             thorough=thorough,

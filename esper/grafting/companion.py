@@ -76,6 +76,10 @@ class Companion:
         """Ends it, for example because its graft is taken out; a second call does nothing."""
         self._company.remove(self)
 
+    def reach(self) -> None:
+        """A backward pass has reached the graft, for weights whose own hooks do not run."""
+        self._company.reach()
+
     def step(self, host: torch.optim.Optimizer) -> None:
         """One step, with the present hyper-parameters of the layer's group in ``host``."""
         own = self.optimizer.param_groups[0]
@@ -195,11 +199,15 @@ class _Company:
 
     def _arrives(self, gradient: Tensor) -> Tensor | None:
         """A gradient of a graft, before it is accumulated; returns what is accumulated instead."""
-        if self._passes.is_new():
-            self._begin_pass()
+        self.reach()
         if self._leaves_out:
             return torch.zeros_like(gradient)
         return None if self.unscaler is None else self.unscaler.arrived(gradient)
+
+    def reach(self) -> None:
+        """A backward pass has reached a graft, and has not accumulated its gradients yet."""
+        if self._passes.is_new():
+            self._begin_pass()
 
     def _begin_pass(self) -> None:
         self._reached = True

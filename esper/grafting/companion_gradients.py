@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.grafting.optimizers import parameters_of
+from esper.sharding import local
 
 WITNESSES = 8  # gradients of the host that are compared
 
@@ -142,7 +143,11 @@ class HostGradients:
         if min(writes) == 0 or max(writes) > 1:  # a pass writes once
             return min(writes) > 0
         # Set to zero, or accumulated in this pass before the graft's; this waits for a GPU.
-        gradients = [g for w in self._witnesses if (g := w.parameter.grad) is not None]
+        # Of one that is spread over ranks, this rank's part: the whole would be a collective call.
+        found = [local(g) for w in self._witnesses if (g := w.parameter.grad) is not None]
+        gradients = [gradient for gradient in found if gradient.numel()]
+        if not gradients:
+            return True
         device = gradients[0].device
         return not bool(torch.stack([g.any().to(device) for g in gradients]).all())
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.sharding import local
+
 PLAIN_RATE = 1e-3  # AdamW's usual one; the most that a plain AdamW takes from another class
 # Followed even where the constructor does not name them, for example behind **kwargs.
 _ALWAYS_FOLLOWED = frozenset({"lr", "betas", "momentum", "weight_decay", "eps"})
@@ -124,8 +126,8 @@ def _few_elements_of(parameters: Sequence[nn.Parameter], *, gradient: float) -> 
     tried = []
     for parameter in parameters:
         few = [min(size, _TRIAL_SIZE) for size in parameter.shape]
-        tried.append(nn.Parameter(parameter.new_zeros(few)))
-        tried[-1].grad = parameter.new_full(few, gradient)
+        tried.append(nn.Parameter(local(parameter).new_zeros(few)))
+        tried[-1].grad = local(parameter).new_full(few, gradient)
     return tried
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from esper.grafting.saved_values import bytes_of
+from esper.sharding import is_dtensor, local
 
 logger = logging.getLogger("esper")
 
@@ -46,8 +47,12 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def parts_of(tensor: Any) -> list[Tensor]:
     """The tensors that hold the numbers of this one: itself, or those inside a quantised one.
 
+    Of a tensor that is spread over ranks, the part on this rank.
+
     None on the meta device, and for a lazy module that has not run: there are no numbers.
     """
+    if is_dtensor(tensor):
+        return [local(tensor)]
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return [part for name in names for part in parts_of(getattr(tensor, name))]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from esper.contracts import ViolationRule
 from esper.health.transfers import HostTransfer
+from esper.sharding import local
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class LossGuard:
 
 def gradient_values(parameter: nn.Parameter) -> Tensor | None:
     """The numbers of a gradient: of a sparse one, those that it holds. None: it has no numbers."""
-    gradient = parameter.grad
+    gradient = None if parameter.grad is None else local(parameter.grad)
     if gradient is None or gradient.is_meta:
         return None
     if gradient.layout is torch.sparse_coo:

@@ -18,12 +18,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from esper.blueprints import Graft
 from esper.blueprints.gradient_reduction import WHOLE_MODEL_KIND, GradientReduction
 from esper.contracts import LayerInfo
 from esper.exceptions import ReplicaError
@@ -31,6 +32,7 @@ from esper.grafting.communication_hooks import BucketThread, sum_in_background
 from esper.grafting.slot import CONTAINERS, slot_of
 from esper.sharding import Layout
 
+AnyGraft = TypeVar("AnyGraft", bound=Graft)
 WHOLE_MODEL = ""  # name of the "layer" that stands for the model on all ranks
 
 
@@ -119,6 +121,30 @@ class RankGroup:
     def why_not(self) -> str:
         """Why the model cannot be changed now, with the way out; empty if it can."""
         raise NotImplementedError
+
+    def why_no_remedy(self) -> str:
+        """Why the model takes no remedy now; empty if it does."""
+        return self.why_not()
+
+    def why_not_at(self, host: nn.Module) -> str:
+        """Why this layer takes no graft, where the others may; empty if it does."""
+        return ""
+
+    def why_not_this(self, graft: Graft) -> str:
+        """Why this graft cannot be in the model; empty if it can."""
+        return ""
+
+    def settle(self) -> None:
+        """Brings the model into its state between two steps, before a change."""
+
+    @contextmanager
+    def whole(self, host: nn.Module) -> Iterator[None]:
+        """Inside, the layer has its whole weights on each rank."""
+        yield
+
+    def spread(self, host: nn.Module, graft: AnyGraft) -> AnyGraft:
+        """The graft as the layer's weights are over the ranks."""
+        return graft
 
     def parameters_changed(self) -> None:
         """Adapts what spreads the model over ranks to parameters that were added or removed."""
@@ -327,6 +353,16 @@ class Joint:
         self._open = replicas is not None  # the other ranks wait for this rank's vote
         self._changed = False
 
+    def begin(self) -> None:
+        """Before anything is changed."""
+        if self._replicas is not None:
+            self._replicas.settle()
+
+    def ready(self) -> None:
+        """Returns when no rank has failed so far; before a collective call that is not a vote."""
+        if self._replicas is not None and self._replicas.layout is not None:
+            self._vote("")
+
     def share(self, graft: nn.Module) -> None:
         """Checks that all ranks have built the same module, and copies rank 0's tensors to all."""
         if self._replicas is None:
@@ -377,6 +413,7 @@ def jointly(replicas: RankGroup | None) -> Iterator[Joint]:
     """A rank that fails inside the block reverts its change first, and then tells the others."""
     joint = Joint(replicas)
     try:
+        joint.begin()
         yield joint
     except BaseException as error:
         joint.fail(error)

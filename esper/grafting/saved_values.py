@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper.sharding import local
+
 Copy = Callable[[Tensor], Tensor]
 
 
@@ -106,6 +108,7 @@ def same_value(one: Any, other: Any) -> bool:
 
 def same_bits(live: Tensor, value: Tensor) -> bool:
     """Same shape, dtype and bits; NaN equals itself."""
+    live, value = local(live), local(value)  # comparing the whole would be a collective call
     if live.shape != value.shape or live.dtype != value.dtype:
         return False
     if torch.equal(live.detach(), value):

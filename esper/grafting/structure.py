@@ -26,6 +26,7 @@ from esper.grafting.receipts import Receipt
 from esper.grafting.replicas import WHOLE_MODEL
 from esper.grafting.slot import find_host, graft_at, remove_slots, slots
 from esper.grafting.surroundings import BARE, Surroundings
+from esper.sharding import spread_like
 
 # Optimizer state whose shape torch does not check; Adafactor's rows and columns, and counters, have
 # other shapes than the parameter.
@@ -259,7 +260,8 @@ def _state_of(key: str, value: Any, parameter: Tensor) -> Any:
         raise ConfigurationError(
             f"the saved {key} has shape {tuple(value.shape)}, its tensor {tuple(parameter.shape)}"
         )
-    return _near(value, parameter)
+    near = _near(value, parameter)
+    return spread_like(near, parameter) if isinstance(near, Tensor) else near
 
 
 def _near(value: Any, parameter: Tensor) -> Any:

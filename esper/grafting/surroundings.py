@@ -28,13 +28,25 @@ class Surroundings:
     replicas: RankGroup | None = None
 
     def why_unchangeable(self) -> str:
-        """Why the model takes no graft and no remedy now, with the way out; empty if it does."""
+        """Why the model takes no graft now, with the way out; empty if it does."""
         if any(type(entry).__name__ == "ZeroRedundancyOptimizer" for entry in self.optimizers):
             return (
                 "ZeroRedundancyOptimizer keeps each parameter's state on one rank only, so a "
                 "rollback could not bring it back: use its inner optimizer on every rank"
             )
-        return "" if self.replicas is None else self.replicas.why_not()
+        if self.replicas is None:
+            return ""
+        if self.copies and self.replicas.layout is not None:
+            return (
+                "a running average (copies=) of a model that is spread over ranks cannot follow a "
+                "graft: attach without copies"
+            )
+        return self.replicas.why_not()
+
+    def why_no_remedy(self) -> str:
+        """The same for a remedy, and for a merge."""
+        reason = self.why_unchangeable()
+        return reason or ("" if self.replicas is None else self.replicas.why_no_remedy())
 
 
 BARE = Surroundings()  # a model that nothing trains

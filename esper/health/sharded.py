@@ -221,13 +221,22 @@ class ShardedSampler:
             reading.due.discard(place)
             started = self._clock()
             with torch.no_grad():
-                held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-                mine = [i for i, part in enumerate(self._parts) if id(part.holder) in held]
+                mine = self._held_by((optimizer,))
                 self._read_gradients(reading, mine, left_scale(optimizer))
+                # Those of grafts, which are put aside at the end of this step.
+                held = self._held_by(self._optimizers)
+                left = {*range(len(self._parts))} - {*held} - reading.gradients.keys()
+                self._read_gradients(reading, sorted(left))
                 self._read_updates(reading, mine)
             self._times.add_hidden(self._clock() - started)
 
         return read
+
+    def _held_by(self, optimizers: Iterable[torch.optim.Optimizer]) -> list[int]:
+        """Places of the parts that the optimizers train."""
+        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+        held = {id(p) for group in groups for p in group["params"]}
+        return [i for i, part in enumerate(self._parts) if id(part.holder) in held]
 
     def _read_gradients(
         self, reading: _Reading, places: Iterable[int], scale: Tensor | None = None

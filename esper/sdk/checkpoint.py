@@ -22,6 +22,7 @@ from esper.grafting.snapshot import Snapshot
 from esper.remedies import Target, get_remedy, list_remedies, resume_remedy
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.changes import Changes
+from esper.sharding import gathered, spread_like
 
 _GRAFT_MARK = f".{SLOT_NAME}."
 
@@ -29,18 +30,20 @@ _GRAFT_MARK = f".{SLOT_NAME}."
 def state_of(model: nn.Module, surroundings: Surroundings, changes: Changes) -> dict[str, Any]:
     """Structure, weights of the grafts, optimizer state by parameter name, and what is applied.
 
-    Without the optimizer state of a model that is spread over ranks: each has a part of it, and the
-    script's own checkpoint has them all.
+    Without the host's optimizer state of a model that is spread over ranks: the script's own
+    checkpoint has it. Grafts in such a model are gathered whole, a collective call.
     """
     sharded = is_sharded(surroundings)
+    if sharded and changes.grafted and surroundings.replicas is not None:
+        surroundings.replicas.settle()
     return {
         "structure": grafting.structure(model),
-        "grafts": {name: t.detach().clone() for name, t in _graft_tensors(model).items()},
+        "grafts": gathered(_graft_tensors(model)),
         "optimizers": [
             None if sharded else _optimizer_state(model, entry) for entry in surroundings.optimizers
         ],
         "companions": [
-            grafting.companion_states_by_name(model, entry) for entry in surroundings.optimizers
+            _companion_states(model, entry, sharded=sharded) for entry in surroundings.optimizers
         ],
         "applied": [entry.to_state() for entry in changes.grafted],
         "remedies": [
@@ -68,8 +71,9 @@ def load(
         raise ConfigurationError("the state is of another number of optimizers")
     if is_sharded(surroundings):
         _refuse_changes(state, surroundings)
-        joint.commit()
-        return [], []
+        if not state["structure"]:
+            joint.commit()
+            return [], []
     slotted = {name for name, _, _ in grafting.slots(model)}
     without_copies = replace(surroundings, copies=())  # they follow at the end
     snapshot = Snapshot.take(model, without_copies)
@@ -105,11 +109,12 @@ def is_sharded(surroundings: Surroundings) -> bool:
 
 
 def _refuse_changes(state: dict[str, Any], surroundings: Surroundings) -> None:
-    """A model that takes no graft takes none out of a checkpoint either."""
-    if state["structure"] or state["remedies"]:
-        raise ConfigurationError(
-            f"the state holds grafts or remedies: {surroundings.why_unchangeable()}"
-        )
+    """A model that takes no graft, or no remedy, takes none out of a checkpoint either."""
+    reason = surroundings.why_unchangeable() if state["structure"] else ""
+    if state["remedies"]:
+        reason = reason or surroundings.why_no_remedy()
+    if reason:
+        raise ConfigurationError(f"the state holds grafts or remedies: {reason}")
 
 
 def _adaptations(applied: list[dict[str, Any]], rebuilt: tuple[Receipt, ...]) -> list[Adaptation]:
@@ -164,7 +169,14 @@ def _load_grafts(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
             )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(spread_like(saved[name], tensor))
+
+
+def _companion_states(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool
+) -> list[dict[str, Any]]:
+    states = grafting.companion_states_by_name(model, optimizer)
+    return [gathered(state) for state in states] if sharded else states
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:

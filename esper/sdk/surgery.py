@@ -99,7 +99,7 @@ class Surgery:
         self._ledger = ledger
         self._reports = reports
         self._findings = findings
-        rewinds = run.mode is not RunMode.OBSERVE and not surroundings.why_unchangeable()
+        rewinds = run.mode is not RunMode.OBSERVE and not surroundings.why_no_remedy()
         self.states = self._good_states() if rewinds else None
 
     def _good_states(self) -> GoodStates:
@@ -318,7 +318,7 @@ class Surgery:
     ) -> RemedyReceipt:
         """On all ranks, or on none; ``merged`` is the adaptation that it folds into its host."""
         self._meet(Call.REMEDY, name, *arguments)
-        reason = self._surroundings.why_unchangeable()
+        reason = self._surroundings.why_no_remedy()
         if reason:
             raise GraftError(reason, layer=str(arguments[0]))
         started = time.perf_counter()

@@ -24,7 +24,6 @@ class Kind(StrEnum):
 _NO_GRAFT = {
     Kind.FSDP: "FullyShardedDataParallel keeps its weights in one flat tensor, which accepts no "
     "new ones: use fully_shard (FSDP2) or DistributedDataParallel",
-    Kind.FSDP2: "fully_shard spreads its weights over ranks: use DistributedDataParallel",
     Kind.TENSOR_PARALLEL: "tensor parallelism splits its weights, and a graft would have to be "
     "split in the same way: use fully_shard (FSDP2) alone, or DistributedDataParallel",
     Kind.ZERO: "DeepSpeed trains flat tensors of its own in place of its weights, which accept "
@@ -50,6 +49,11 @@ def kind_of(model: nn.Module) -> Kind | None:
 def why_no_graft(kind: Kind | None) -> str:
     """Why such a model takes no graft, with the way out; empty where it does."""
     return "" if kind is None else _NO_GRAFT.get(kind, "")
+
+
+def is_fsdp_module(module: nn.Module) -> bool:
+    """``fully_shard`` was called with it."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 def is_dtensor(tensor: Tensor) -> bool:

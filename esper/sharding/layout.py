@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from esper.sharding.kinds import Kind, is_dtensor, kind_of
+from esper.sharding.kinds import Kind, is_dtensor, is_fsdp_module, kind_of
 
 MAX_ADDEND = 1 << 14  # elements of a gradient that are sent to be summed
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -238,23 +238,26 @@ def _handles(model: nn.Module) -> Iterator[Any]:
 def _fully_sharded(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
     """(id of the module, name) -> what the optimizer has, also while the whole is gathered."""
     found = {}
-    for module in model.modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            for held in _fsdp_parameters(module):
-                info = held._module_info
-                places = [(info.module, info.param_name)]
-                places += zip(info.shared_modules, info.shared_param_names, strict=True)
-                found.update({(id(owner), name): held.sharded_param for owner, name in places})
+    for _, group in fsdp_groups(model):
+        for held in group.fsdp_params:
+            info = held._module_info
+            places = [(info.module, info.param_name)]
+            places += zip(info.shared_modules, info.shared_param_names, strict=True)
+            found.update({(id(owner), name): held.sharded_param for owner, name in places})
     return found
 
 
-def _fsdp_parameters(module: Any) -> Iterator[Any]:
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 and before: one group
-    if groups is None:
-        groups = [group for group in [state._fsdp_param_group] if group is not None]
-    for group in groups:
-        yield from group.fsdp_params
+def fsdp_groups(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """(module, group of parameters that are gathered together) of every call of fully_shard."""
+    for module in model.modules():
+        if is_fsdp_module(module):
+            own: Any = module
+            state = own._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)  # older than torch 2.12: one group
+            if groups is None:
+                groups = [group for group in [state._fsdp_param_group] if group is not None]
+            for group in groups:
+                yield module, group
 
 
 def _holders(model: nn.Module) -> list[nn.Parameter]:
