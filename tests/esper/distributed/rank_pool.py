@@ -27,7 +27,7 @@ class RankPool:
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        port = free_port()
         for rank in range(self.size):
             mine, theirs = context.Pipe()
             arguments = (rank, self.size, port, theirs)
@@ -89,7 +89,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -168,7 +168,7 @@ SHARDINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp2 gathered": lambda model: fsdp2(model, reshard_after_forward=False),
     "fsdp2 mixed": lambda model: fsdp2(
         model,
-        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32),
+        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16),
     ),
     "tensor parallel": tensor_parallel,
     "hybrid": hybrid,

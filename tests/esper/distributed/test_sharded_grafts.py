@@ -9,27 +9,35 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 import esper
 from esper.contracts import SafetyPolicy
 from esper.exceptions import GraftError, IncompatibleLayerError, ReplicaError
 from esper.grafting import apply
-from tests.esper.distributed.rank_pool import RankPool
-from tests.esper.distributed.sharded_models import make
+from tests.esper.distributed.rank_pool import RankPool, free_port
+from tests.esper.distributed.sharded_models import TinyTransformer, fsdp2, make
 from tests.esper.tiny_models import holds_nothing
 
 pytestmark = pytest.mark.process
 
 LONG_PROBATION = SafetyPolicy(maturity_steps=9_000, probation_steps=10_000)
 BEFORE, WITH, AFTER = 4, 8, 6
-SHARDINGS = ["fsdp2", "fsdp2 gathered", "fsdp2 mixed"]
 PLACES = {
     "mlp": ("fc1", "mlp_gelu_2048"),
     "transformer": ("blocks.0.fc1", "proj_lora_64"),
     "tied": ("blocks.1.out", "attn_std"),
     "frozen": ("fc1", "proj_lora_64"),
 }
+CASES = [
+    *(("fsdp2", model) for model in PLACES),
+    ("fsdp2 gathered", "transformer"),
+    ("fsdp2 gathered", "mlp"),
+    ("fsdp2 mixed", "transformer"),
+    ("fsdp2 mixed", "mlp"),
+]
 
 
 def attach(side: Any, **options: Any) -> Any:
@@ -38,6 +46,9 @@ def attach(side: Any, **options: Any) -> Any:
 
 def state(side: Any) -> list[Any]:
     """All of this rank that a rollback must restore."""
+    for module in side.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after an evaluation the outermost one is still whole
     weights = [own(p).clone() for p in side.model.parameters()]
     moments = [
         own(value).clone()
@@ -79,7 +90,9 @@ def _graft(rank: int, size: int, model: str, sharding: str, options: dict[str, A
         count = len([at for at in range(BEFORE + 1) if options.get("evaluates") and at % 3 == 0])
         same = BEFORE + 1 + count
         assert side.losses[:same] == bare.losses[:same], "the graft changed the output at birth"
-        moved = [bool((own(p) != start[name]).any()) for name, p in receipt.graft.named_parameters()]
+        moved = [
+            bool((own(p) != start[name]).any()) for name, p in receipt.graft.named_parameters()
+        ]
         compare(receipt.graft, twin.graft, exact=sharding != "fsdp2 mixed")
         assert agree(any(moved)), "the graft learns nothing"
         assert session.frame() is None or rank == 0
@@ -120,8 +133,7 @@ def agree(value: bool) -> bool:
     return bool(shared)
 
 
-@pytest.mark.parametrize("model", PLACES)
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize(("sharding", "model"), CASES)
 def test_a_graft_is_spread_learns_and_is_undone_exactly(
     two_ranks: RankPool, sharding: str, model: str
 ) -> None:
@@ -139,3 +151,150 @@ def test_accumulation_and_evaluation_go_on_with_a_graft(
 @pytest.mark.parametrize("sharding", ["fsdp2", "hybrid"])
 def test_four_ranks_graft_and_undo(four_ranks: RankPool, sharding: str) -> None:
     four_ranks.run(_graft, 4, "transformer", sharding, {})
+
+
+class Boom(RuntimeError):
+    """Thrown by the test."""
+
+
+def _fail(rank: int, failing: int, where: str) -> str:
+    side, bare = make("transformer", "fsdp2", rank, 2), make("transformer", "fsdp2", rank, 2)
+    place = {
+        "build": "_build",
+        "certificate": "certify",
+        "insertion": "prepare_slots",
+        "companion": "_accompany",
+        "receipt": "Receipt",
+    }[where]
+    with attach(side) as session:
+        for at in range(3):
+            side.step(at, session)
+            bare.step(at)
+        before = state(side)
+        kept = getattr(apply, place)
+        if rank == failing:
+            setattr(apply, place, boom)
+        try:
+            with pytest.raises((Boom, ReplicaError)) as failed:
+                session.graft("blocks.0.fc1", "proj_lora_64")
+        finally:
+            setattr(apply, place, kept)
+        assert isinstance(failed.value, Boom) == (rank == failing)
+        assert state(side) == before
+        assert holds_nothing(side.model.get_submodule("blocks.0.fc1"))
+        for at in range(3, 6):
+            side.step(at, session)
+            bare.step(at)
+        assert side.losses == bare.losses
+        assert session.graft("blocks.0.fc1", "proj_lora_64").present
+        side.step(6, session)
+        return str(failed.value)
+
+
+def boom(*_: Any, **__: Any) -> None:
+    raise Boom("no memory")
+
+
+@pytest.mark.parametrize("where", ["build", "certificate", "insertion", "companion", "receipt"])
+def test_a_rank_that_fails_takes_all_ranks_back(two_ranks: RankPool, where: str) -> None:
+    first, second = two_ranks.run(_fail, 1, where)
+    assert "rank 1: Boom: no memory" in first
+    assert "no memory" in second
+
+
+def _refuse(rank: int) -> list[str]:
+    side = make("transformer", "fsdp2", rank, 2)
+    said = []
+    with attach(side) as session:
+        for at in range(3):
+            side.step(at, session)
+        session.graft("blocks.0.fc1", "proj_lora_64")
+        before = state(side)
+        for act in (
+            lambda: session.graft("blocks.0.fc2", "clamp_grad_norm"),
+            lambda: session.graft("blocks.0.fc2", "router_top2"),
+            lambda: session.set_lr("blocks.0.fc2", 0.5),
+            lambda: session.graft("blocks.0.fc1", "proj_lora_64"),
+        ):
+            with pytest.raises((IncompatibleLayerError, GraftError)) as refused:
+                act()
+            said.append(str(refused.value))
+        assert state(side) == before
+        second = session.graft("blocks.0.fc1", "mlp_gelu_2048")  # beside the first
+        side.step(3, session)
+        assert second.certificate.max_abs_diff == 0.0
+        session.prune(second)
+        side.step(4, session)
+    return said
+
+
+def test_what_cannot_be_spread_is_refused(two_ranks: RankPool) -> None:
+    first, second = two_ranks.run(_refuse)
+    assert first == second
+    for sentence, word in zip(
+        first, ["own weights", "other grafts", "DistributedDataParallel", "already"], strict=True
+    ):
+        assert word in sentence
+
+
+def _resume(rank: int) -> None:
+    side = make("transformer", "fsdp2", rank, 2)
+    with attach(side) as session:
+        for at in range(3):
+            side.step(at, session)
+        session.graft("blocks.0.fc1", "proj_lora_64")
+        for at in range(3, 6):
+            side.step(at, session)
+        saved = io.BytesIO()
+        states = [own(p).clone() for p in side.model.parameters()]
+        torch.save([session.state_dict(), side.optimizer.state_dict()], saved)
+        wanted = [side.step(at, session) for at in range(6, 12)]
+    later = make("transformer", "fsdp2", rank, 2)
+    with attach(later) as session:
+        kept, optimizer = torch.load(io.BytesIO(saved.getvalue()), weights_only=False)
+        assert not any(isinstance(t, DTensor) for t in kept["grafts"].values())
+        session.load_state_dict(kept)
+        with torch.no_grad():
+            for parameter, value in zip(later.model.parameters(), states, strict=True):
+                own(parameter).copy_(value)
+        later.optimizer.load_state_dict(optimizer)
+        assert [later.step(at, session) for at in range(6, 12)] == wanted
+
+
+def test_a_checkpoint_goes_on_equal_to_the_bit(two_ranks: RankPool) -> None:
+    two_ranks.run(_resume)
+
+
+def _on_nccl(rank: int, size: int, port: int) -> None:
+    torch.cuda.set_device(rank)
+    where = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("nccl", init_method=where, rank=rank, world_size=size)
+    mesh = dist.device_mesh.init_device_mesh("cuda", (size,))
+    torch.manual_seed(5)
+    model = TinyTransformer().cuda()
+    fsdp2(model, mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    tokens = torch.randint(0, 11, (4, 6), device="cuda")
+    with esper.attach(model, optimizer, safety_policy=LONG_PROBATION) as session:
+        losses = []
+        for at in range(30):
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            session.step(loss)
+            losses.append(loss.item())
+            if at == 3:
+                receipt = session.graft("blocks.0.fc1", "proj_lora_64")
+                assert receipt.certificate.max_abs_diff == 0.0
+        assert losses[-1] < losses[0]
+        assert (session.frame() is not None) == (rank == 0)
+        assert session.undo(receipt).exact
+    dist.destroy_process_group()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with nccl")
+def test_a_graft_is_spread_with_nccl() -> None:
+    size = min(2, torch.cuda.device_count())
+    torch.multiprocessing.spawn(_on_nccl, (size, free_port()), nprocs=size)
