@@ -160,6 +160,8 @@ class Surgery:
 
     def _find_copies(self) -> None:
         """Averages of the model that nobody named get its next graft too."""
+        if checkpoint.is_sharded(self._surroundings):
+            return  # comparing weights that are spread over ranks would be a collective call
         self.copies.search()
         for _ in self.copies.settle():
             self._findings.add(average_found())
