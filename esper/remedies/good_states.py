@@ -219,18 +219,20 @@ def _set_state(
     if saved is None:
         optimizer.state.pop(parameter, None)
         return
-    present = optimizer.state.get(parameter, {})
-    optimizer.state[parameter] = {
-        key: _placed(value, present.get(key), parameter) for key, value in saved.items()
-    }
+    # In place where it can be: an undo takes tensors that were put in for an act of the script.
+    present = optimizer.state.setdefault(parameter, {})
+    found = {key: _placed(value, present.get(key), parameter) for key, value in saved.items()}
+    present.clear()
+    present.update(found)
 
 
 def _placed(value: Any, present: Any, parameter: Tensor) -> Any:
-    """A copy of a saved value, on the device where the optimizer has it."""
+    """The present tensor with the saved values, or a copy of them where there is none."""
     if not isinstance(value, Tensor):
         return _copied(value)
     if isinstance(present, Tensor) and present.shape == value.shape:
-        return present.detach().clone().copy_(value)
+        present.detach().copy_(value)
+        return present
     # Scalars such as Adam's step count stay on the CPU.
     device = parameter.device if value.dim() else value.device
     return value.to(device, copy=True)
