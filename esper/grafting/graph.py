@@ -96,11 +96,22 @@ def why_never_graftable(
         return (
             "its parent attention reads its weight without calling it, so a graft would never run"
         )
+    if _is_adapter(model, name):
+        return "it is part of a PEFT adapter, whose merge reads its weights and would lose a graft"
     if name not in (layer_modules(model) if layers is None else layers):
         if any(True for _ in module.children()):
             return f"a {kind_of(module)} contains other layers; name one of them"
         return f"a {kind_of(module)} has no parameters; name a layer that has some"
     return ""
+
+
+def _is_adapter(model: nn.Module, name: str) -> bool:
+    """A layer inside the dictionaries of one of PEFT's layers, not the layer that it adapts."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(parent, nn.ModuleDict):
+        return False
+    owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    return any(kind.__name__ == "BaseTunerLayer" for kind in type(owner).__mro__)
 
 
 def kind_of(module: nn.Module) -> str:

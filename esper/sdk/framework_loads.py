@@ -1,9 +1,10 @@
 """Loads of frameworks that no hook of torch sees; they build a saved model's grafts too.
 
 ``LightningModule.load_from_checkpoint`` and ``PreTrainedModel.from_pretrained`` make the model
-themselves, so nothing of Esper is in it when they load. :func:`install` replaces the two methods,
-once a model of the framework is grafted or Esper's callback for it is imported. Without grafts in
-what is loaded they do what they did.
+themselves, so nothing of Esper is in it when they load. PEFT writes and reads adapters alone, so
+grafts get a file of their own beside them. :func:`install` replaces these methods, once a model of
+the framework is grafted or Esper's callback for it is imported. Without grafts they do what they
+did.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from esper.grafting.state_dicts import is_followed, pop_grafts
 
 logger = logging.getLogger("esper")
 
+GRAFTS_FILE = "esper_grafts.safetensors"  # beside PEFT's adapter_model.safetensors
 _MARK = "_builds_grafts_of_esper"
 
 
@@ -75,6 +77,75 @@ def _in_transformers(transformers: Any) -> None:
     kind.from_pretrained = classmethod(from_pretrained)
 
 
+def _in_peft(peft: Any) -> None:
+    kind = peft.PeftModel
+    save, make, load = kind.save_pretrained, kind.from_pretrained.__func__, kind.load_adapter
+    if hasattr(save, _MARK):
+        return
+
+    @wraps(save)
+    def save_pretrained(self: nn.Module, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        result = save(self, save_directory, *args, **kwargs)
+        FailClosed().run(
+            partial(_write_grafts, self, Path(save_directory)),
+            part="part of PEFT's save_pretrained",
+            unmeasured="The saved adapter has no grafts.",
+        )
+        return result
+
+    @wraps(make)
+    def from_pretrained(
+        cls: type[nn.Module], model: nn.Module, model_id: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        loaded = make(cls, model, model_id, *args, **kwargs)
+        _read_grafts(loaded, Path(str(model_id)))
+        return loaded
+
+    @wraps(load)
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        again = adapter_name in self.peft_config and Path(str(model_id)).is_dir()
+        result = load(self, model_id, adapter_name, *args, **kwargs)
+        if again:  # as a Trainer loads its best checkpoint
+            _read_grafts(self, Path(str(model_id)))
+        return result
+
+    setattr(save_pretrained, _MARK, True)
+    kind.save_pretrained, kind.load_adapter = save_pretrained, load_adapter
+    kind.from_pretrained = classmethod(from_pretrained)
+
+
+def _write_grafts(model: nn.Module, folder: Path) -> None:
+    from safetensors.torch import save_file  # comes with PEFT
+
+    grafts = pop_grafts(model.state_dict())
+    file = folder / GRAFTS_FILE
+    if not grafts:
+        file.unlink(missing_ok=True)
+        return
+    save_file({name: tensor.contiguous() for name, tensor in grafts.items()}, file)
+    logger.warning(
+        "PEFT saves adapters alone; the grafts are in %s. PeftModel.from_pretrained builds them in "
+        "a script that imports esper.sdk.huggingface; without it, they are missing.",
+        file,
+    )
+
+
+def _read_grafts(model: nn.Module, folder: Path) -> None:
+    """Gives the model the grafts that were saved beside an adapter, and takes the others out."""
+    from safetensors.torch import load_file
+
+    file = folder / GRAFTS_FILE
+    saved = load_file(file) if file.is_file() else {}
+    wanted = {key.partition(".esper.")[0] for key in saved}
+    for layer, _, slot in [*grafting.slots(model)]:
+        for slug in list(slot.grafts()) if layer not in wanted else []:
+            slot.leave(slug)
+    if saved and is_followed(model):
+        model.load_state_dict(saved, strict=False)  # the session knows what trains them
+    elif saved:
+        grafting.load_state_dict(model, saved, strict=False)
+
+
 def _grafts_of_folder(name: Any, subfolder: str) -> dict[str, Tensor]:
     """The entries of grafts in a folder that ``save_pretrained`` wrote; none for a model's id."""
     folder = Path(str(name)) / subfolder
@@ -123,4 +194,5 @@ _REPLACED = {
     "lightning.pytorch": _in_lightning,
     "pytorch_lightning": _in_lightning,
     "transformers": _in_transformers,
+    "peft": _in_peft,
 }
