@@ -137,7 +137,8 @@ class Router(Graft):
 
     E_e(x) is ``gelu(x · W_in_e) · W_out_e``; all experts share one tensor per direction, and W_out
     starts at zero. The gates are the softmax of the two logits. Only assigned seats are computed;
-    on a GPU the sizes of the groups are read from the device once per call.
+    on a GPU the sizes of the groups are read from the device once per call. Compiled, every expert
+    runs at every position, because a graph has no sizes that depend on the data.
 
     While training, noise is added to the logits for the choice, not for the gates. It is a hash of
     (position, expert, ``steps``) computed on the device: it uses no random stream, activation
@@ -238,6 +239,8 @@ class Router(Graft):
         return _as_rows(layout.as_weight_dtype(x, self.weight_in), self.channel_axis)
 
     def _mix(self, x_NI: Tensor, chosen_N2: Tensor, gates_N2: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._mix_all(x_NI, chosen_N2, gates_N2)
         order_S, served = self._seats(chosen_N2)
         x_SI = x_NI.index_select(0, order_S // CHOSEN)
         out_SO = self._run_experts(x_SI, served)
@@ -247,21 +250,38 @@ class Router(Graft):
         out_N2O = seats.index_put((order_S,), out_SO).reshape(*chosen_N2.shape, -1)
         return (out_N2O * gates_N2[:, :, None].to(out_SO.dtype)).sum(dim=1)
 
+    def _mix_all(self, x_NI: Tensor, chosen_N2: Tensor, gates_N2: Tensor) -> Tensor:
+        """The same with fixed shapes: an expert's gate is zero where it was not chosen."""
+        order_S, free_S, _ = self._rank(chosen_N2)
+        if free_S is not None:
+            kept_S = torch.zeros_like(free_S).scatter(0, order_S, free_S)
+            gates_N2 = gates_N2 * kept_S.reshape(chosen_N2.shape)
+        gates_NE = gates_N2.new_zeros(len(x_NI), self.experts).scatter(1, chosen_N2, gates_N2)
+        out_ENO = F.gelu(x_NI @ self.weight_in) @ self.weight_out
+        return (out_ENO * gates_NE.T[:, :, None].to(out_ENO.dtype)).sum(dim=0)
+
     @torch.no_grad()
     def _seats(self, chosen_N2: Tensor) -> tuple[Tensor, list[int]]:
         """Seat numbers grouped by expert, earlier positions first, and the groups' sizes."""
+        order_S, free_S, served_E = self._rank(chosen_N2)
+        return order_S if free_S is None else order_S[free_S], served_E.tolist()
+
+    @torch.no_grad()
+    def _rank(self, chosen_N2: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """All seats grouped by expert, which of them are below the limit, and the groups' sizes."""
         expert_S = chosen_N2.reshape(-1)
         order_S = expert_S.argsort(stable=True)
         served_E = _served(chosen_N2, self.experts)
+        free_S = None
         for limit in self._limits:
             start_E = served_E.cumsum(0) - served_E
             place_S = torch.arange(len(order_S), device=order_S.device)
             place_S = place_S - start_E[expert_S[order_S]]
             places = limit.places(len(chosen_N2), self.experts)
             # Earlier positions first: sorting by gate would let a position depend on later ones.
-            order_S = order_S[place_S < places]
+            free_S = place_S < places
             served_E = served_E.clamp(max=places)
-        return order_S, served_E.tolist()
+        return order_S, free_S, served_E
 
     def _run_experts(self, x_SI: Tensor, served: list[int]) -> Tensor:
         # unbind, not indexing: the backward pass of each index would create zeros for all experts.

@@ -28,8 +28,10 @@ from esper.diagnosis.observation import (
     TensorFacts,
 )
 from esper.fail_closed import FailClosed
+from esper.grafting.compiled import Compilation
 from esper.grafting.graph import kind_of, layer_modules
-from esper.grafting.slot import SLOT_NAME, PassingHook, first_tensor, is_opaque
+from esper.grafting.hooks import PassingHook
+from esper.grafting.slot import SLOT_NAME, first_tensor, is_opaque
 from esper.health.optimizer_steps import dense, has_numbers, norms_of
 
 ROWS = 64
@@ -164,11 +166,15 @@ def _tensor_facts(
 class ForwardProbe:
     """Reads one forward pass that trains: each layer's input and output, and the model's own.
 
-    The gradient at the model's output shows the loss function, whatever computes it.
+    The gradient at the model's output shows the loss function, whatever computes it. Layers inside
+    compiled code are not read: torch guards on the number of a layer's hooks.
     """
 
-    def __init__(self, model: nn.Module, fail_closed: FailClosed) -> None:
+    def __init__(
+        self, model: nn.Module, fail_closed: FailClosed, compilation: Compilation | None = None
+    ) -> None:
         self._model = model
+        self._compilation = compilation or Compilation(model)
         self._closed = partial(fail_closed.wrap, part=PART, unmeasured=UNMEASURED)
         self._handles: list[RemovableHandle] = []
         self._layers: dict[str, tuple[str, bool, Tensor]] = {}
@@ -184,9 +190,11 @@ class ForwardProbe:
         self._layers, self._input, self._output, self._gradient = {}, None, None, None
         self._end = ""
         for name, module in layer_modules(self._model).items():
+            if self._compilation.covers(name):
+                continue
             hook = self._hook(partial(self._see_layer, name))
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        if is_opaque(self._model):
+        if is_opaque(self._model) or self._compilation.covers(""):
             return
         hook = self._hook(self._see_model)
         self._handles.append(self._model.register_forward_hook(hook, with_kwargs=True))

@@ -40,10 +40,11 @@ from esper.diagnosis.probes import (
     still_symmetric,
 )
 from esper.fail_closed import FailClosed
+from esper.grafting.compiled import Compilation
 from esper.grafting.graph import layer_modules
 from esper.grafting.guard import gradient_values
+from esper.grafting.hooks import PassingHook
 from esper.grafting.optimizers import unwrap_optimizer
-from esper.grafting.slot import PassingHook
 
 FIRST_STEPS = (1, 2, 3, 5, 10, 20, 30, 40, 50)
 FORWARD_STEPS = (1, 10, 30, 50)
@@ -108,6 +109,7 @@ class Recorder:
         optimizers: Sequence[Any],
         fail_closed: FailClosed,
         clock: Callable[[], float] = time.perf_counter,
+        compilation: Compilation | None = None,
     ) -> None:
         self._model = model
         self._optimizers = tuple(map(unwrap_optimizer, optimizers))
@@ -120,7 +122,7 @@ class Recorder:
         if not any(optimizer.state for optimizer in self._optimizers):
             self.tensors = self._closed(read_tensors)(model) or ()
         self.duplicates = self._closed(same_modules)(model) or ()
-        self._forward = ForwardProbe(model, fail_closed)
+        self._forward = ForwardProbe(model, fail_closed, compilation)
         self._gradient = GradientProbe(model)
         self._start = _Start(self._closed)
         self._modes = _Modes(model)

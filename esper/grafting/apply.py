@@ -25,6 +25,7 @@ from esper.exceptions import CertificateError, IncompatibleLayerError
 from esper.grafting.certify import certify, sample_input
 from esper.grafting.communication_hooks import certify_reduction
 from esper.grafting.companion import Companion, accompany
+from esper.grafting.compiled import make_room_for_graft
 from esper.grafting.copies import let_follow
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.optimizers import optimizer_of
@@ -194,6 +195,8 @@ def insert_graft(
         if surroundings.replicas is not None:
             graft = surroundings.replicas.spread(host, graft)
         slot.insert(record, graft)
+        graft.attach(host)  # compiled code does not
+        make_room_for_graft()
         companion = _accompany(host, record, graft, surroundings)
         if companion is not None:
             announce_gradients(graft, companion)

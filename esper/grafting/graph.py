@@ -17,11 +17,12 @@ from esper.blueprints.layout import axes_of, channel_axis_of
 from esper.contracts import MAX_NAME_LENGTH, LayerInfo
 from esper.fail_closed import FailClosed
 from esper.grafting.attention import TimeAxis, cached_part, looks_ahead
+from esper.grafting.compiled import is_compiled
+from esper.grafting.hooks import PassingHook
 from esper.grafting.random_streams import kept_streams
 from esper.grafting.slot import (
     CONTAINERS,
     SLOT_NAME,
-    PassingHook,
     first_tensor,
     is_opaque,
     slots,
@@ -146,13 +147,21 @@ class LayerRecorder:
         self._in_pass = False
         self._unreadable = False  # in this pass, an output had no shape that could be read
         self._remaining = forwards
+        self._retired = False
         self._handles: list[RemovableHandle] = []
         self._watch()
 
     @property
     def done(self) -> bool:
         """True after enough forward passes, or after :meth:`stop`."""
-        return not self._handles
+        return self._retired or not self._handles
+
+    def retire(self) -> None:
+        """Records no more. Hooks in compiled parts stay: to remove them would compile again."""
+        self._end_pass()
+        self._retired = True
+        if not any(map(is_compiled, self._model.modules())):
+            self.stop()
 
     def stop(self) -> None:
         """Removes the hooks now."""
@@ -186,7 +195,7 @@ class LayerRecorder:
         register: Callable[[Callable[..., None]], RemovableHandle],
         hook: Callable[..., None],
     ) -> None:
-        """Registers one hook, hidden from the compiler; some modules accept none."""
+        """Registers one hook that no compiled code contains; some modules accept none."""
         closed = partial(
             self._fail_closed.run,
             part=RECORDER,
@@ -194,17 +203,21 @@ class LayerRecorder:
             unmeasured=_NO_SHAPES if layer else _NO_ORDER,
         )
         quiet = self._fail_closed.wrap(hook, **closed.keywords)
-        handle = closed(lambda: register(_hidden(quiet)))
+        handle = closed(lambda: register(PassingHook(quiet)))
         if handle is not None:
             self._handles.append(handle)
 
     def _start_pass(self, module: nn.Module, args: Any) -> None:
+        if self._retired:
+            return
         if self._in_pass:
             self._calls.clear()  # the last pass raised, so its counts are incomplete
         self._end_pass()  # layers that were called directly since the last full pass
         self._in_pass = True
 
     def _finish_pass(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._retired:
+            return
         self._in_pass = False
         self._end_pass()
         if self._unreadable:
@@ -214,7 +227,7 @@ class LayerRecorder:
             return
         self._remaining -= 1
         if self._remaining <= 0:
-            self.stop()
+            self.retire()
 
     def _end_pass(self) -> None:
         for name, calls in self._calls.items():
@@ -225,6 +238,8 @@ class LayerRecorder:
 
     def _see_as(self, name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self._retired:
+                return
             known = self._sightings.get(name)
             if known is None or known.is_open:
                 seen = _look(args, kwargs, output)
@@ -438,9 +453,3 @@ def _why_unwritten(parameters: Iterable[Tensor]) -> str:
     if any(parameter.is_meta for parameter in parameters):
         return "its parameters are on the meta device and hold no numbers"
     return ""
-
-
-def _hidden(hook: Callable[..., None]) -> Callable[..., None]:
-    """Hides a hook from the compiler."""
-    disable: Callable[..., Callable[..., None]] = torch.compiler.disable
-    return PassingHook(disable(hook))

@@ -3,9 +3,10 @@
 A slot is a child module ``esper`` on the layer plus one forward hook, the module-level function
 :func:`run_slot`. The layer itself is never replaced, renamed or re-classed: its parameter names,
 ties and ``isinstance`` checks stay as they are. The hook finds its slot through the layer, so that
-copies by ``copy.deepcopy`` and pickle are independent, and it is hidden from the compiler,
-so that adding or removing a graft causes no recompilation. It runs once per call, not per step: a
-layer that is called twice in a forward pass runs its grafts twice.
+copies by ``copy.deepcopy`` and pickle are independent, and it can be traced by torch.compile: an
+empty slot leaves nothing in the graph, a graft is compiled with its layer, and after an undo the
+older code runs again. It runs once per call, not per step: a layer that is called twice in a
+forward pass runs its grafts twice.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -27,11 +28,14 @@ from esper.blueprints import Graft
 from esper.blueprints.base import introduce
 from esper.exceptions import GraftError, UnknownLayerError
 from esper.fail_closed import short
+from esper.grafting.hooks import PassingHook
 from esper.grafting.manifest import MANIFEST_KEY, GraftRecord, pack
 from esper.near_names import or_known
 
 SLOT_NAME = "esper"
 LOAD_HOOK_MARK = "follows_loads_of_esper"
+# Said by torch where a region with fullgraph=True would have to be split.
+_OTHER_FORM = "an Esper graft was called with other axes or channels than it was made for"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 Watcher = Callable[[Tensor, Tensor], None]
@@ -54,6 +58,7 @@ class Slot(nn.Module):
         super().__init__()
         self.records: dict[str, GraftRecord] = {}
         self.failure = ""  # why the grafts were left out of a call
+        self.attaches = True  # grafts may register hooks on the host
         # Kept, because unpickling the handle reserves the hook's number in a new process.
         self.handle: RemovableHandle | None = None
         self._watchers: dict[int, Watcher] = {}
@@ -122,6 +127,22 @@ class Slot(nn.Module):
         """
         return pack(self.manifest())
 
+    def expects(self, x: Tensor, y: Tensor) -> bool:
+        """True where the tensors have the axes and channels that all grafts were made for."""
+        for record in self.records.values():
+            layer = record.layer
+            axis, channels_in, channels_out = (
+                layer.channel_axis,
+                layer.features_in,
+                layer.features_out,
+            )
+            if not (
+                _has_form(x, len(layer.in_shape), axis, channels_in)
+                and _has_form(y, len(layer.out_shape), axis, channels_out)
+            ):
+                return False
+        return True
+
     def speed_up(self, slug: str, compiled: Compiled) -> None:
         """From the next call on, ``compiled`` computes the graft where the shapes match."""
         self._compiled[slug] = (self.grafts()[slug], compiled)
@@ -177,7 +198,11 @@ class Slot(nn.Module):
         """The layer's output after its grafts."""
         for slug, graft in self._modules.items():
             assert isinstance(graft, Graft)
-            if torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                # Its hooks are on the host since the insertion, and the graph takes in its code.
+                y = graft(x, y)
+                continue
+            if self.attaches and torch.is_grad_enabled():
                 graft.attach(host)
             y = self._run_graft(slug, graft, x, y)
         return y
@@ -201,7 +226,13 @@ class Slot(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Slots saved by older versions have no such members.
-        absent = {"_compiled": {}, "_leave": {}, "load_handles": [], "failure": ""}
+        absent = {
+            "_compiled": {},
+            "_leave": {},
+            "load_handles": [],
+            "failure": "",
+            "attaches": True,
+        }
         super().__setstate__({**absent, **state})  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(
@@ -227,25 +258,48 @@ class Slot(nn.Module):
         return made
 
 
-@skip
 def run_slot(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """The forward hook of every slot. None leaves the output as it is."""
-    # Every call of every layer pays for this, so an idle slot costs four lookups. The wrapper of
-    # torch.compiler.disable costs 28 µs a call; skip hides this function from the compiler too,
-    # and what it calls is hidden below.
+    """The forward hook of every slot. None leaves the output as it is.
+
+    torch.compile traces it into the graph: an empty slot leaves nothing there. Every call of every
+    layer pays for it, so an idle slot costs a few lookups.
+    """
     slot = module._modules.get(SLOT_NAME)
-    if slot is None or not (slot._modules or slot.__dict__.get("_watchers")):
+    if slot is None:
+        return None
+    if torch.compiler.is_compiling():
+        # Watchers are not read here: each change of them would compile the graph again.
+        return _run_traced(slot, module, args, kwargs, output) if slot._modules else None
+    if not (slot._modules or slot.__dict__.get("_watchers")):
         return None
     return _run_occupied(slot, module, args, kwargs, output)
 
 
-# torch's message to a user who compiles with fullgraph=True after the slots were added.
-run_slot._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-    "an Esper slot splits the graph; compile without fullgraph=True, or pass slots=[…] to attach"
-)
+def _run_traced(
+    slot: nn.Module,
+    host: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> Any:
+    """As :func:`_run_occupied`, in words that torch.compile can trace."""
+    x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
+    if x is None or y is None or not isinstance(slot, Slot):
+        return None
+    if y.is_nested or not slot.expects(x, y):
+        return _run_occupied(slot, host, args, kwargs, output)
+    changed = slot.run(host, x, y)
+    return None if changed is y else replace_first_tensor(output, changed)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# Where torch.compile leaves the hook to eager code, as it does beside an LSTM, it must not compile
+# the hook alone: it rebuilds packed sequences wrongly. ``skip`` says that, and that the hook may
+# not be traced into the code around it either, which is taken back.
+skip(run_slot)._torchdynamo_disable = False  # type: ignore[attr-defined]
+
+
+# Hidden, because an error while tracing would end the user's forward pass.
+@torch.compiler.disable(reason=_OTHER_FORM)  # type: ignore[no-untyped-call, untyped-decorator]
 def _run_occupied(
     slot: nn.Module,
     host: nn.Module,
@@ -296,6 +350,13 @@ def replace_first_tensor(output: Any, new: Tensor) -> Any:
     fresh = old._replace(data=new) if isinstance(old, PackedSequence) else new
     items = [*output[:place], fresh, *output[place + 1 :]]
     return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+def _has_form(tensor: Tensor, axes: int, channel_axis: int, channels: int) -> bool:
+    """True for so many axes and channels, 0 being unknown; the other sizes may differ."""
+    if not axes:
+        return True
+    return tensor.dim() == axes and (not channels or tensor.shape[channel_axis] == channels)
 
 
 def _first_place(values: tuple[Any, ...] | list[Any]) -> int | None:
@@ -447,34 +508,13 @@ def watch(model: nn.Module, layer: str, watcher: Watcher) -> Callable[[], None]:
         return slot.watch(watcher)
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch._C._get_tracing_state() is not None:
             return
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
         if x is not None and y is not None and not _is_transformed(y):
             watcher(x, y)
 
     return host.register_forward_hook(PassingHook(read), with_kwargs=True).remove
-
-
-class PassingHook:
-    """A hook that copies and pickle leave behind: they get one that does nothing.
-
-    It is a function of the standard library, so that a pickled model loads without Esper.
-    """
-
-    def __init__(self, hook: Callable[..., Any]) -> None:
-        self._hook = hook
-
-    def __call__(self, *args: Any) -> Any:
-        return self._hook(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")
-
-
-def is_left_behind(hook: Any) -> bool:
-    """What a copy has in the place of a :class:`PassingHook`."""
-    return isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), nullcontext)
 
 
 def _is_transformed(tensor: Tensor) -> bool:

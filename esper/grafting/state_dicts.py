@@ -26,11 +26,11 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.exceptions import ConfigurationError, EsperError
 from esper.fail_closed import short
+from esper.grafting.hooks import PassingHook
 from esper.grafting.manifest import MANIFEST_KEY, unpack
 from esper.grafting.slot import (
     LOAD_HOOK_MARK,
     SLOT_NAME,
-    PassingHook,
     find_host,
     find_slot,
     follows_loads,

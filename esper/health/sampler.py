@@ -50,6 +50,7 @@ class HealthSampler:
         optimizers: those that hold its parameters.
         layers: rows of the frames, in this order.
         watch: see :class:`esper.health.activations.ActivationReader`.
+        watch_seconds: what watching itself took since the last call, beside the watchers.
         pace: which steps are sampled.
         clock: seconds, monotonic.
         fail_closed: where a watcher is reported that failed on an output.
@@ -62,6 +63,7 @@ class HealthSampler:
         layers: Sequence[LayerInfo],
         *,
         watch: Watch,
+        watch_seconds: Callable[[], float] = lambda: 0.0,
         pace: SamplingPace | None = None,
         clock: Callable[[], float] = time.perf_counter,
         fail_closed: FailClosed | None = None,
@@ -72,6 +74,7 @@ class HealthSampler:
         self._clock = clock
         self._pace = pace or SamplingPace()
         self._activations = ActivationReader(watch, layers, clock, fail_closed or FailClosed())
+        self._watch_seconds = watch_seconds
         self._ranks = StableRanks()
         self._steps = OptimizerSteps(self._optimizers, clock)
         self._before: list[Tensor] = []
@@ -178,8 +181,9 @@ class HealthSampler:
             self._activations.disarm()
             measurement.add_deep(self._activations.seen, self._ranks, self._optimizers)
             self._last_deep = step
-            hidden += self._activations.seconds
-            self._deep_seconds += self._clock() - started + self._activations.seconds
+            watched = self._activations.seconds + self._watch_seconds()
+            hidden += watched
+            self._deep_seconds += self._clock() - started + watched
         # Hooks ran inside the user's step: their time counts as sampling.
         self._spent += hidden
         self._elapsed -= hidden

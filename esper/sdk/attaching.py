@@ -20,7 +20,6 @@ from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.replicas import Call
 from esper.health.pace import periods_of
 from esper.near_names import did_you_mean
-from esper.sdk.compiler_watch import is_whole_graph, whole_graph_region
 from esper.sdk.session import Session, Setup
 from esper.sdk.transport.queues import Pace
 from esper.sharding import Kind, group_ranks, kind_of, why_no_graft
@@ -30,10 +29,6 @@ logger = logging.getLogger("esper")
 Mode: TypeAlias = Literal["observe", "supervised", "automatic"]  # the members of RunMode
 # model -> its latest session
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
-
-_NO_ROOM = (
-    "is compiled with fullgraph=True, which leaves no room for a slot: compile without fullgraph"
-)
 
 
 def attach(
@@ -92,14 +87,11 @@ def attach(
     run_mode = _mode(mode)
     wrapper = _without_compiler(model)
     bare = _unwrap(wrapper)
-    if is_whole_graph(model):
-        raise ConfigurationError(f"the model {_NO_ROOM}")
     optimizers = _optimizers(optimizer)
     address, secret = _server(server, token) if _is_lead(wrapper, bare) else ("", "")
     names = _slot_names(bare, slots)
     periods = periods_of(sampling)
     _check(run, target_steps, evaluate)
-    _check_graphs(bare, names)
     followers = _several(copies)
     for copied in followers:
         grafting.check_copy(bare, copied)
@@ -109,14 +101,8 @@ def attach(
         arguments += [periods]
         replicas.meet(Call.ATTACH, 0, key=f"{arguments} {replicas.checksum()}")
     older = _older_session(bare)
-    if run_mode is RunMode.OBSERVE:
-        # A graft by hand gets its slot then. Code that is compiled already runs no new hooks, and
-        # the layers are read by hooks in the first step.
-        torch.compiler.reset()
-    elif slots == "auto":
-        names = _slots_where_they_fit(bare, names)
-    else:
-        grafting.prepare_slots(bare, names)
+    if run_mode is not RunMode.OBSERVE:  # there, a graft by hand gets its slot when it comes
+        names = _prepare(bare, names, all_or_none=slots != "auto")
     session = Session(
         Setup(
             model=bare,
@@ -132,6 +118,7 @@ def attach(
             pace=Pace(),
             sampling=periods,
             verbose=verbose,
+            trained=model,
         )
     )
     if older is not None:
@@ -255,7 +242,7 @@ def _slot_names(model: nn.Module, slots: Literal["auto"] | Iterable[str]) -> tup
     return () if why_no_graft(kind_of(model)) else names  # such a graft is refused when it is asked
 
 
-def _slots_where_they_fit(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+def _prepare(model: nn.Module, names: tuple[str, ...], *, all_or_none: bool) -> tuple[str, ...]:
     """Prepares a slot for each layer; a layer of a class that takes no hook or child goes without.
 
     The session's findings name it: its recorder finds no place there either.
@@ -263,6 +250,8 @@ def _slots_where_they_fit(model: nn.Module, names: tuple[str, ...]) -> tuple[str
     try:
         grafting.prepare_slots(model, names)
     except Exception:
+        if all_or_none:
+            raise
         return tuple(name for name in names if _takes_slot(model, name))
     return names
 
@@ -274,15 +263,6 @@ def _takes_slot(model: nn.Module, name: str) -> bool:
         logger.debug("%r takes no slot", name, exc_info=error)
         return False
     return True
-
-
-def _check_graphs(model: nn.Module, slots: Iterable[str]) -> None:
-    for name in slots:
-        region = whole_graph_region(model, name)
-        if region is not None:
-            raise ConfigurationError(
-                f"{region or 'the model'!r} {_NO_ROOM}, or slots outside of it"
-            )
 
 
 def _check(run: str, target_steps: int | None, evaluate: object) -> None:

@@ -1,17 +1,13 @@
 """What torch.compile does to a run, where it concerns Esper.
 
-A slot hides its hook from the compiler, so a graft, an undo and a new α cost no recompilation. The
-price is that each slot splits the graph: layers of one class are then compiled as one function,
-once for each different layer, up to torch's limit. So there are two things to watch: code that may
-not be split (``fullgraph=True``), and a compiler that gave up.
+A graft in compiled code costs one recompilation, an undo and a new α cost none. So a compiler that
+compiles often, or gave up, has another reason, which the run should know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from torch import nn
 from torch._dynamo import convert_frame
 from torch._dynamo.utils import counters
 
@@ -52,32 +48,11 @@ class CompilerWatch:
             ),
             limit="torch._dynamo.config.recompile_limit",
             remedy=(
-                "TORCH_LOGS=recompiles tells what changed. Where it is the layers' shapes: slots "
-                "split the graph, so layers of one class share one limit; raise "
-                "torch._dynamo.config.recompile_limit, or name fewer slots to attach."
+                "TORCH_LOGS=recompiles tells what changed. Where it is the layers' shapes, raise "
+                "torch._dynamo.config.recompile_limit. Where it is a graft in one of many blocks "
+                "that are compiled one by one, raise it by one for each different block."
             ),
         )
-
-
-def whole_graph_region(model: nn.Module, layer: str) -> str | None:
-    """Name of the module around ``layer`` that is compiled with ``fullgraph=True``, if one is.
-
-    No slot may be in there: each one splits the graph.
-    """
-    parts = layer.split(".") if layer else []
-    names = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
-    return next((n for n in names if _is_whole_graph(model.get_submodule(n))), None)
-
-
-def is_whole_graph(compiled: Any) -> bool:
-    """True for what ``torch.compile(…, fullgraph=True)`` gives back for a module."""
-    return bool(getattr(getattr(compiled, "dynamo_ctx", None), "fullgraph", False))
-
-
-def _is_whole_graph(module: nn.Module) -> bool:
-    """True after ``module.compile(fullgraph=True)``: torch keeps the setting in a closure only."""
-    cells = getattr(module._compiled_call_impl, "__closure__", None) or ()
-    return any(getattr(cell.cell_contents, "fullgraph", None) is True for cell in cells)
 
 
 def _recompilations() -> int:

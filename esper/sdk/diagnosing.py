@@ -15,6 +15,7 @@ from esper.diagnosis import Change, Diagnosed, Diagnosis, Observation, Recorder
 from esper.diagnosis.observation import Broken
 from esper.fail_closed import FailClosed
 from esper.grafting import Surroundings
+from esper.grafting.compiled import Compilation
 from esper.grafting.graph import count_of
 from esper.health.features import MAX_FRAMES
 from esper.sdk.findings import Findings
@@ -43,11 +44,14 @@ class DiagnosisWatch:
         run: RunState,
         findings: Findings,
         fail_closed: FailClosed,
+        compilation: Compilation | None = None,
     ) -> None:
         self._model = model
         self._run = run
         self._findings = findings
-        self.recorder = Recorder(model, surroundings.optimizers, fail_closed)
+        self.recorder = Recorder(
+            model, surroundings.optimizers, fail_closed, compilation=compilation
+        )
         self.diagnosis = Diagnosis()
         self._optimizers = surroundings.optimizers
         self._layers: tuple[str, ...] = ()

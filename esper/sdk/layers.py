@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from esper.contracts import LayerInfo
 from esper.exceptions import UnknownLayerError
 from esper.fail_closed import FailClosed
-from esper.grafting import LayerRecorder, slots
+from esper.grafting import LayerRecorder
+from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.replicas import RankGroup
+from esper.grafting.watching import COPY, CopyRecorder
 from esper.near_names import or_known
 
+_UNSEEN = (
+    "Esper does not know the layers' shapes and activations, and grafts nothing. Compile the model "
+    "itself, by torch.compile(model) or model.compile(), and not the function around it."
+)
 LEFT_ALONE = "attach was told to leave it alone"
 
 
@@ -25,6 +30,7 @@ class Layers:
         slots: names of the layers that may be grafted; the others are only watched.
         replicas: the other ranks; None for a model in one process.
         fail_closed: where a hook is reported that could not be installed, or failed.
+        compilation: which parts of the model run compiled; None for a model that is eager.
     """
 
     def __init__(
@@ -33,12 +39,18 @@ class Layers:
         slots: Sequence[str],
         replicas: RankGroup | None = None,
         fail_closed: FailClosed | None = None,
+        compilation: Compilation | None = None,
     ) -> None:
         self._model = model
         self._slots = frozenset(slots)
         self._replicas = replicas
-        self._recorder = LayerRecorder(model, fail_closed=fail_closed)
+        self._fail_closed = fail_closed or FailClosed()
+        self._compilation = compilation or Compilation(model)
+        self._recorder = self._record()
         self._fixed: tuple[LayerInfo, ...] | None = None
+        # Its hooks are in compiled code, where they do nothing; to remove them would compile again.
+        self._left: LayerRecorder | CopyRecorder | None = None
+        self._has_searched = False
 
     @property
     def fixed(self) -> bool:
@@ -66,19 +78,47 @@ class Layers:
             raise UnknownLayerError(f"the model has no layer {name!r}{known}", layer=name)
         return found
 
-    def fix(self) -> None:
-        """The first step is complete: all layers have run."""
+    def fix(self) -> bool:
+        """The first step is complete: all layers have run, where they could be seen.
+
+        Returns:
+            False if the next step will show layers: compiled parts have been found only now, or
+            no layer has run.
+        """
+        if self._left is None and self._is_blind() and anything_was_compiled():
+            if not self._has_searched:
+                self._has_searched = True
+                if self._compilation.search() or self._compilation.regions:
+                    self._left, self._recorder = self._recorder, self._record()
+                return False  # or the session's first step came before the first forward pass
+            self._report_unseen()
         self._fixed = tuple(map(self._limited, map(self._as_shared, self._recorder.layers())))
-        self.stop()
-        without_slots = not any(True for _ in slots(self._model))
-        if without_slots or any(layer.reason == LEFT_ALONE for layer in self._fixed):
-            # Code that was compiled in this first step is split at the recorder's hooks, and torch
-            # does not notice that they were removed. Where every layer has a slot, it stays split.
-            torch.compiler.reset()
+        if self._recorder is not self._left:
+            self._recorder.retire()
+        return True
 
     def stop(self) -> None:
-        """Remove the recorder's hooks."""
-        self._recorder.stop()
+        """Remove the recorders' hooks."""
+        for recorder in (self._recorder, self._left):
+            if recorder is not None:
+                recorder.stop()
+
+    def _record(self) -> LayerRecorder | CopyRecorder:
+        if self._compilation.regions:
+            return CopyRecorder(self._model, self._compilation, self._fail_closed)
+        return LayerRecorder(self._model, fail_closed=self._fail_closed)
+
+    def _is_blind(self) -> bool:
+        """The hooks have missed layers, as they do in code that was compiled after they came."""
+        is_eager = isinstance(self._recorder, LayerRecorder)
+        return is_eager and any(not layer.in_shape for layer in self._recorder.layers())
+
+    def _report_unseen(self) -> None:
+        if any(layer.in_shape for layer in self._recorder.layers()):
+            return  # some layers of an eager model do not run
+        self._left = self._recorder
+        error = LookupError("the model runs inside a function that torch.compile compiled")
+        self._fail_closed.switch_off(error, part=COPY, unmeasured=_UNSEEN)
 
     def _as_shared(self, layer: LayerInfo) -> LayerInfo:
         """As the model on all ranks allows."""

@@ -30,8 +30,10 @@ from esper.contracts import Finding, HealthFrame, LayerInfo, RunMode, SafetyPoli
 from esper.exceptions import ConfigurationError, EsperError
 from esper.fail_closed import FailClosed
 from esper.grafting import LossGuard, Receipt, RemedyReceipt, Surroundings, UndoReceipt
+from esper.grafting.compiled import Compilation
 from esper.grafting.graph import count_of
 from esper.grafting.replicas import Call, Joint, jointly
+from esper.grafting.watching import LayerWatch
 from esper.health import HealthSampler
 from esper.health.pace import Periods, SamplingPace, periods_of
 from esper.health.sharded import ShardedSampler
@@ -105,6 +107,7 @@ class Setup:
     pace: Pace
     sampling: tuple[Periods, ...] | None = None  # None: chosen from what sampling costs
     verbose: bool = True
+    trained: Any = None  # what the training loop calls: the model, or wrappers around it
 
 
 class Session:
@@ -120,13 +123,18 @@ class Session:
         send = self._queues.telemetry.offer_finding if self._queues is not None else None
         self._findings = Findings(send, self._announcer.finding)
         self._fail_closed = FailClosed(lambda failure: self._findings.add(switched_off(failure)))
-        self._layers = Layers(model, setup.slots, around.replicas, self._fail_closed)
+        self._compilation = Compilation(model, setup.trained)
+        self._layers = Layers(
+            model, setup.slots, around.replicas, self._fail_closed, self._compilation
+        )
         self._ledger = LedgerWatch(model, around, self._findings)
         self._gradients = GradientWatch(self._findings)
         # Its probes read whole tensors, which on one rank alone would wait for the others.
         spread = around.replicas is not None and around.replicas.layout is not None
         self._diagnosis = (
-            DiagnosisWatch(model, around, self._run, self._findings, self._fail_closed)
+            DiagnosisWatch(
+                model, around, self._run, self._findings, self._fail_closed, self._compilation
+            )
             if self._ranks.decides and not spread
             else None
         )
@@ -668,7 +676,8 @@ class Session:
 
     def _open(self) -> None:
         """At the first complete step the layers are known: watch them, and register the run."""
-        self._layers.fix()
+        if not self._layers.fix():
+            return
         layers = self._layers.own
         if not self._detached:
             self._surgery.sampler = self._sampler(layers)
@@ -712,7 +721,8 @@ class Session:
 
     def _sampler(self, layers: tuple[LayerInfo, ...]) -> HealthSampler | ShardedSampler | None:
         """On every rank where each holds a part of the model, otherwise on rank 0 alone."""
-        around, watch = self._setup.surroundings, partial(grafting.watch, self._setup.model)
+        around = self._setup.surroundings
+        watch = LayerWatch(self._setup.model, self._compilation, self._fail_closed)
         if around.replicas is not None and around.replicas.layout is not None:
             return ShardedSampler(
                 around.replicas.layout,
@@ -732,6 +742,7 @@ class Session:
             around.optimizers,
             layers,
             watch=watch,
+            watch_seconds=watch.take_seconds,
             pace=self._sampling,
             fail_closed=self._fail_closed,
         )

@@ -380,6 +380,8 @@ class Surgery:
         for entry in self.changes.grafted:
             if entry.receipt is not None:
                 entry.receipt.graft.on_step()
+                # Compiled code does not attach hooks to the host.
+                entry.receipt.graft.attach(find_host(self.model, entry.layer))
 
     def settle(self, uid: str, state: str) -> None:
         """The server's last state of a graft that came out of a checkpoint."""

@@ -22,35 +22,53 @@ _MEASURED = (Signal.ACT_MEAN, Signal.ACT_STD, Signal.DEAD_FRACTION)
 class ActivationStatistics(Graft):
     """Every ``every`` calls: mean, std and share of dead channels of ``y``."""
 
-    def __init__(self, *, every: int, channel_axis: int) -> None:
+    def __init__(
+        self, *, every: int, channel_axis: int, device: torch.device | str = "cpu"
+    ) -> None:
         super().__init__()
         self.every = every
         self.channel_axis = channel_axis
-        self.calls = 0
-        # Not a buffer: a measurement belongs neither to the model's state nor to its digest.
-        self.latest: Tensor | None = None  # float32 [3]
+        # Tensors, so that compiled code sees no new number; not buffers: a measurement belongs
+        # neither to the model's state nor to its digest. The counter is read by the host.
+        self.calls = torch.zeros((), dtype=torch.long)
+        self.latest = torch.full((len(_MEASURED),), math.nan, device=device)
 
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.calls % self.every == 0:
-            self.latest = self._measure(y.detach())
-        self.calls += 1
+        take = take_now_and_then if torch.compiler.is_compiling() else _take_now_and_then
+        take(y.detach(), self.latest, self.calls, self.every, self.channel_axis)
         return y
 
     def signals(self) -> dict[str, float]:
-        values = [math.nan] * len(_MEASURED) if self.latest is None else self.latest.tolist()
-        return dict(zip(map(str, _MEASURED), values, strict=True))
-
-    def forget(self) -> None:
-        self.calls = 0
-        self.latest = None
+        return dict(zip(map(str, _MEASURED), self.latest.tolist(), strict=True))
 
     @torch.no_grad()
-    def _measure(self, y: Tensor) -> Tensor:
-        h = y.float()
-        others = [axis for axis in range(h.dim()) if axis != self.channel_axis % h.dim()]
-        strength_C = h.abs().mean(dim=others)
-        dead = (strength_C <= DEAD_BELOW * strength_C.mean()).float().mean()
-        return torch.stack([h.mean(), h.std(correction=0), dead])
+    def forget(self) -> None:
+        self.calls.zero_()
+        self.latest.fill_(math.nan)
+
+
+def _take_now_and_then(
+    y: Tensor, latest: Tensor, calls: Tensor, every: int, channel_axis: int
+) -> None:
+    """Every ``every`` calls, writes the statistics of ``y`` to ``latest``."""
+    with torch.no_grad():
+        if int(calls) % every == 0:
+            latest.copy_(_statistics(y, channel_axis))
+        calls.add_(1)
+
+
+# One operator for the compiler: what is measured only now and then stays out of its graph.
+take_now_and_then = torch.library.custom_op(
+    "esper::take_activation_statistics", _take_now_and_then, mutates_args=("latest", "calls")
+)
+
+
+def _statistics(y: Tensor, channel_axis: int) -> Tensor:
+    h = y.float()
+    others = [axis for axis in range(h.dim()) if axis != channel_axis % h.dim()]
+    strength_C = h.abs().mean(dim=others)
+    dead = (strength_C <= DEAD_BELOW * strength_C.mean()).float().mean()
+    return torch.stack([h.mean(), h.std(correction=0), dead])
 
 
 class MonActStats(Blueprint):
@@ -85,4 +103,6 @@ class MonActStats(Blueprint):
         return 4 * math.prod(layer.out_shape) // int(config["every"])
 
     def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
-        return ActivationStatistics(every=config["every"], channel_axis=layer.channel_axis)
+        return ActivationStatistics(
+            every=config["every"], channel_axis=layer.channel_axis, device=weights.device
+        )

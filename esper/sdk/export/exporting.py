@@ -24,8 +24,9 @@ from esper.blueprints import Graft
 from esper.contracts import GraftKind
 from esper.exceptions import ConfigurationError
 from esper.grafting import remove_slots
+from esper.grafting.hooks import is_left_behind
 from esper.grafting.remedies import is_tied
-from esper.grafting.slot import is_left_behind, slots
+from esper.grafting.slot import slots
 from esper.sdk.export.exported import (
     MANIFEST_FILE,
     WEIGHTS_FILE,

@@ -126,35 +126,6 @@ def test_the_clamp_keeps_the_direction() -> None:
     torch.testing.assert_close(ratio[0, 0], (model[0].bias.grad / plain[0].bias.grad)[0])
 
 
-# torch hides this warning of its own; only "error" brings it out.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_a_compiled_model_takes_a_graft_without_a_new_graph() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    x = torch.randn(4, 6)
-    infos = trace_layers(model, lambda: model(x))
-    prepare_slots(model, [info.name for info in infos])
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, backend=backend)
-    plain = compiled(x)
-    count = len(graphs)
-    receipt = apply_graft(model, infos[0], blueprints.get_blueprint("mlp_gelu_2048"))
-    assert torch.equal(compiled(x), plain)
-    with torch.no_grad():
-        receipt.graft.weight_out.fill_(0.3)
-    assert not torch.equal(compiled(x), plain)
-    assert torch.equal(compiled(x), model(x))
-    receipt.undo()
-    assert torch.equal(compiled(x), plain)
-    assert len(graphs) == count
-    torch._dynamo.reset()
-
-
 def test_a_layer_that_runs_twice_is_grafted_twice() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
