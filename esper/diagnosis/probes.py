@@ -28,7 +28,7 @@ from esper.diagnosis.observation import (
     TensorFacts,
 )
 from esper.fail_closed import FailClosed
-from esper.grafting.compiled import Compilation
+from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.graph import kind_of, layer_modules
 from esper.grafting.hooks import PassingHook
 from esper.grafting.slot import SLOT_NAME, first_tensor, is_opaque
@@ -176,7 +176,8 @@ class ForwardProbe:
         self._model = model
         self._compilation = compilation or Compilation(model)
         self._closed = partial(fail_closed.wrap, part=PART, unmeasured=UNMEASURED)
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[str, RemovableHandle] = {}  # by layer; empty name: the model's own
+        self._armed = False
         self._layers: dict[str, tuple[str, bool, Tensor]] = {}
         self._input: Tensor | None = None
         self._output: Tensor | None = None
@@ -190,23 +191,35 @@ class ForwardProbe:
         self._layers, self._input, self._output, self._gradient = {}, None, None, None
         self._end = ""
         for name, module in layer_modules(self._model).items():
-            if self._compilation.covers(name):
-                continue
-            hook = self._hook(partial(self._see_layer, name))
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        if is_opaque(self._model) or self._compilation.covers(""):
-            return
-        hook = self._hook(self._see_model)
-        self._handles.append(self._model.register_forward_hook(hook, with_kwargs=True))
+            self._register(name, module, partial(self._see_layer, name))
+        if not is_opaque(self._model):
+            self._register("", self._model, self._see_model)
+        self._armed = True
 
     def disarm(self) -> None:
-        for handle in self._handles:
+        self._armed = False
+        for name in list(self._handles):
+            # Code that was compiled with the hook would be compiled again without it. The hook of a
+            # layer that was not seen may be in such code, where it does nothing.
+            seen = name in self._layers if name else self._output is not None
+            if seen or not anything_was_compiled():
+                self._handles.pop(name).remove()
+
+    def close(self) -> None:
+        """Removes all hooks."""
+        self._armed = False
+        for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
 
+    def _register(self, name: str, module: nn.Module, see: Callable[..., None]) -> None:
+        if name not in self._handles and not self._compilation.covers(name):
+            hook = self._hook(see)
+            self._handles[name] = module.register_forward_hook(hook, with_kwargs=True)
+
     def result(self, step: int) -> ModelPass | None:
         """What was seen; None where no forward pass was."""
-        armed = bool(self._handles)
+        armed = self._armed
         self.disarm()
         if not armed or (not self._layers and self._output is None):
             return None
@@ -233,9 +246,9 @@ class ForwardProbe:
 
     def _hook(self, see: Callable[..., None]) -> PassingHook:
         def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            if torch._C._get_tracing_state() is not None:
                 return
-            if torch.is_grad_enabled():
+            if self._armed and torch.is_grad_enabled():
                 with torch.no_grad():
                     see(module, args, kwargs, output)
 

@@ -193,7 +193,7 @@ class Recorder:
 
     def close(self) -> None:
         """Removes all hooks."""
-        self._forward.disarm()
+        self._forward.close()
         self._start.close()
         for handle in self._handles:
             handle.remove()

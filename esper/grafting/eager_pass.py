@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from esper.grafting.hooks import PassingHook
+from esper.grafting.random_streams import kept_streams
 from esper.grafting.slot import run_slot, slots
-from esper.grafting.snapshot import kept_streams
 
 FEWEST_ROWS = 2  # BatchNorm refuses to train on one
 SHARE_OF_BATCH = 8  # one in so many rows is enough for statistics

@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from esper.fail_closed import contained
 from esper.grafting.companion import Companion, companions_of, put_back, with_companions
 from esper.grafting.digests import Frozen, parts_of
+from esper.grafting.hooks import PassingHook
 from esper.grafting.host_settings import HostSettings, carry_over, form_of, is_own_key
 from esper.grafting.optimizers import unwrap_optimizer, unwrap_schedulers
 from esper.grafting.random_streams import RandomStreams
@@ -38,7 +39,7 @@ from esper.grafting.saved_values import (
     same_tree,
     save_tree,
 )
-from esper.grafting.slot import PassingHook, Slot, is_opaque
+from esper.grafting.slot import Slot, is_opaque
 from esper.grafting.surroundings import BARE, Surroundings
 
 PAGE_BYTES = 4096
