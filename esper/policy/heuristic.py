@@ -79,9 +79,18 @@ class Bottlenecks:
 
 
 class HeuristicPolicy:
-    """See the module's docstring for the rules."""
+    """See the module's docstring for the rules.
+
+    Args:
+        growth_only: leave out the rules that add a diagnostic, because the run's diagnosis watches
+            what they would watch, and its remedies limit gradients without a graft.
+    """
 
     name = "heuristic-1"
+
+    def __init__(self, *, growth_only: bool = False) -> None:
+        growth = (dead_units, plateau)
+        self._rules = growth if growth_only else (unstable, unclear, *growth)
 
     @np.errstate(all="ignore")  # NaN is valid data here
     def propose(
@@ -93,7 +102,7 @@ class HeuristicPolicy:
         """Decisions in the order of the rules; ``rng`` is not used."""
         decisions: list[AdaptationDecision] = []
         reasons: list[str] = []
-        for rule in (unstable, unclear, dead_units, plateau):
+        for rule in self._rules:
             found = rule(snapshot, features)
             decisions.extend(found.decisions)
             reasons.extend(found.reasons)

@@ -133,7 +133,7 @@ class LocalLoop:
         self._run = run
         self._announcer = announcer
         self._alone = alone
-        self._policy = HeuristicPolicy()
+        self._policy = HeuristicPolicy(growth_only=alone)  # alone, remedies answer the rest
         self._selector = BlueprintSelector(blueprints.list_blueprints())
         self._frames: deque[HealthFrame] = deque(maxlen=MAX_FRAMES)
         self._waiting: list[Waiting] = []
