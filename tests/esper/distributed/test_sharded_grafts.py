@@ -265,6 +265,40 @@ def test_a_checkpoint_goes_on_equal_to_the_bit(two_ranks: RankPool) -> None:
     two_ranks.run(_resume)
 
 
+def _guard(rank: int) -> list[Any]:
+    side = make("transformer", "fsdp2", rank, 2)
+    policy = SafetyPolicy(maturity_steps=10, probation_steps=9_000)
+    options: dict[str, Any] = {"mode": "automatic", "evaluate": lambda: evaluate(side)}
+    with esper.attach(side.model, side.optimizer, safety_policy=policy, **options) as session:
+        for at in range(3):
+            side.step(at, session)
+        receipt = session.graft("blocks.0.fc1", "proj_lora_64")
+        for at in range(3, 120):
+            side.step(at, session)
+        gain = session.adaptations[0].ablation_gain
+        session.step(float("nan") if rank == 1 else 1.0)
+        present = receipt.present
+        for at in range(120, 124):
+            side.step(at, session)
+        return [gain, present, [str(entry.state) for entry in session.adaptations], side.losses[-1]]
+
+
+def evaluate(side: Any) -> float:
+    with torch.no_grad():
+        return float(side.loss(5_000))
+
+
+def test_all_ranks_evaluate_and_the_guard_of_one_takes_a_graft_out_of_all(
+    two_ranks: RankPool,
+) -> None:
+    (*first, loss), (*second, other) = two_ranks.run(_guard)
+    assert first == second
+    assert first[0] == first[0], "the graft's gain was measured"
+    assert first[1:] == [False, ["rolled_back"]]
+    assert loss == loss
+    assert other == other
+
+
 def _on_nccl(rank: int, size: int, port: int) -> None:
     torch.cuda.set_device(rank)
     where = f"tcp://127.0.0.1:{port}"
