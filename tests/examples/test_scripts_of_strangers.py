@@ -31,7 +31,7 @@ def output_of(script: str, *options: str) -> tuple[str, str]:
 
 
 def number_after(words: str, text: str) -> str:
-    found = re.search(rf"{words} (\d+(\.\d+)?)", text)
+    found = re.search(rf"{words} (\d+(\.\d+)?(e[-+]\d+)?)", text)
     assert found is not None, text
     return found[1]
 
@@ -61,3 +61,12 @@ def test_the_trainer_loads_its_best_model_across_a_graft(graft_at: int, is_older
     assert (int(number_after("best checkpoint", told)) < graft_at) is is_older
     assert number_after("loaded again: loss", told) == number_after("best loss", told)
     assert "esper: attached 'best-model'" in said
+
+
+@pytest.mark.parametrize("mode", ["observe", "supervised"])
+def test_a_whole_graph_trains_on_through_a_graft(mode: str) -> None:
+    told, said = output_of("compiled_loop.py", "--steps", "60", "--graft-at", "30", "--mode", mode)
+    assert "mlp_gelu_2048 in '2' at step 30" in told
+    assert float(number_after("without compilation:", told)) < 1e-4
+    assert float(number_after("accuracy", told)) > 0.5
+    assert "finding" not in said
