@@ -409,14 +409,12 @@ class Surgery:
     def follow_state(self, difference: Difference) -> None:
         """The script loads a state with other grafts: the model gets those of the state.
 
-        On several ranks each of them must load it.
+        Each rank does so by itself, because scripts often load the best state for a last test on
+        one rank alone: it would wait for the others in vain.
 
         Raises:
             ConfigurationError: a graft of the state cannot be built here; the model is as before.
-            ReplicaError: another rank loads another state.
         """
-        named = [(entry["layer"]["name"], entry["blueprint"]) for entry in difference.coming]
-        self._meet(Call.LOAD, difference.leaving, named)
         grafting.check_manifest(self.model, difference.coming, self._surroundings)
         for layer, slug in difference.leaving:
             slot = slot_of(find_host(self.model, layer))
@@ -430,22 +428,20 @@ class Surgery:
 
         They count as kept: the script chose the state that has them.
         """
-        slotted = {name for name, _, _ in grafting.slots(self.model)}
-        with jointly(self._surroundings.replicas) as joint:
-            receipts = grafting.rebuild(self.model, entries, self._surroundings)
-            try:
-                grafting.let_follow(self.model, self._surroundings.copies)
-                joint.commit()
-            except BaseException:
-                if not joint.done:
-                    grafting.take_back(self.model, receipts, slotted)
-                raise
+        receipts = grafting.rebuild(self.model, entries, self._surroundings)
+        grafting.let_follow(self.model, self._surroundings.copies)
+        self._tell_replicas()
         for receipt in receipts:
             adaptation = self.changes.bring_back(receipt)
             self._follow_loads(adaptation)
             self._reports.came_back(adaptation)
             self._findings.add(came_back(adaptation))
         self._follow_up(restored=True)
+
+    def _tell_replicas(self) -> None:
+        """DDP's reducer is made for the present parameters; no rank waits for another."""
+        if self._surroundings.replicas is not None:
+            self._surroundings.replicas.parameters_changed()
 
     def _follow_loads(self, adaptation: Adaptation) -> None:
         """A loaded state without this graft takes it out of the model and of this record."""
@@ -463,8 +459,7 @@ class Surgery:
 
     def _left_by_load(self, adaptation: Adaptation) -> bool:
         """True: a finding tells of it."""
-        with jointly(self._surroundings.replicas) as joint:
-            joint.agree()
+        self._tell_replicas()
         gone = self.changes.mark_gone(AdaptationState.REVERTED)
         adaptation.left_by_load = True
         if adaptation.receipt is not None:
