@@ -1,9 +1,11 @@
 """The overhead of observing a training step: Esper, wandb and Lightning's monitor.
 
-    python -m benchmarks.overhead [--quick] [--json FILE] [--host NAME]
+    python -m benchmarks.overhead [--quick] [--json FILE] [--host NAME …] [--watcher NAME …]
+                                  [--device cuda] [--dtype bf16] [--compile]
 
 Each host model is trained bare and observed in interleaved blocks of one run, so that drift of the
-machine affects all equally; ratios are of neighbouring blocks. The observers:
+machine affects all equally; ratios are of neighbouring blocks. On a GPU the loop runs free: a block
+is timed as a whole, from an idle device to an idle device. The observers:
 
 - ``esper``: observing, with telemetry to a server that does not answer, the busiest case for a
   trainer; a frame at most every 10 steps.
@@ -39,11 +41,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import esper
+from benchmarks.place import Place, add_options, place_of
 
 LONG_STEP_MS = 10.0  # above, the budget is a ratio; below, it is absolute
 BUDGET_RATIO = 1.01
-BUDGET_ABSOLUTE_MS = 0.1
+BUDGET_ABSOLUTE_MS = 0.05
 LOG_EVERY = 10  # steps; Esper's own shortest period of frames
+WARM_UP = 60  # steps: behind the first step at which Esper sets its periods by their cost
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,74 @@ class TokenModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.head(self.blocks(self.tokens(tokens)))
         return logits.flatten(0, 1)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward of GPT-2."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.c_attn, self.attn_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.c_fc, self.mlp_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time_, width = x.shape
+        shape = (batch, time_, self.heads, width // self.heads)
+        parts = self.c_attn(self.ln_1(x)).chunk(3, -1)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn_proj(mixed.transpose(1, 2).reshape(x.shape))
+        y: Tensor = x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
+        return y
+
+
+class Gpt(nn.Module):
+    """GPT-2 without dropout; 124 M parameters with its own sizes."""
+
+    def __init__(self, *, width: int, depth: int, heads: int, vocabulary: int, time_: int) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(time_, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.ln_f, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        logits: Tensor = self.head(self.ln_f(self.blocks(x)))
+        return logits.flatten(0, 1)
+
+
+class Thousand(nn.Module):
+    """1,000 small layers with residual connections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(1000))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + 0.03 * F.relu(layer(x))
+        y: Tensor = self.head(x)
+        return y
+
+
+GPT_2 = {"width": 768, "depth": 12, "heads": 12, "vocabulary": 50257, "time_": 512}
+GPT_SMALL = {"width": 192, "depth": 4, "heads": 4, "vocabulary": 1024, "time_": 64}
+
+
+def gpt_host(device: str) -> Host:
+    """GPT-2 as it is on a GPU; on a CPU scaled down to steps of some 60 ms."""
+    sizes, rows = (GPT_2, 8) if device == "cuda" else (GPT_SMALL, 4)
+    words, time_ = sizes["vocabulary"], sizes["time_"]
+    return Host(
+        "gpt",
+        f"GPT-2, width {sizes['width']}, {sizes['depth']} blocks, {rows} x {time_} tokens",
+        lambda: Gpt(**sizes),
+        lambda: (torch.randint(words, (rows, time_)), torch.randint(words, (rows * time_,))),
+    )
 
 
 def perceptron() -> nn.Module:
@@ -104,7 +176,17 @@ HOSTS = (
         convolutions,
         lambda: (torch.randn(10, 3, 32, 32), torch.randint(10, (10,))),
     ),
+    Host(
+        "thousand",
+        "1,000 layers of width 32",
+        Thousand,
+        lambda: (torch.randn(64, 32), torch.randint(10, (64,))),
+    ),
 )
+
+
+def hosts_for(device: str) -> tuple[Host, ...]:
+    return (*HOSTS, gpt_host(device))
 
 
 class Watcher(Protocol):
@@ -126,6 +208,7 @@ class EsperWatcher:
             run="overhead",
             server=unreachable,
             token="esp_x",  # noqa: S106 - never checked
+            verbose=False,
         )
         self.step = self._session.step
 
@@ -156,30 +239,45 @@ class WandbWatcher:
 class PlainLoop:
     """One loop as a user writes it; without an observer it is bare."""
 
-    def __init__(self, host: Host, watch: Callable[..., Watcher] | None = None) -> None:
+    def __init__(
+        self, host: Host, place: Place, watch: Callable[..., Watcher] | None = None
+    ) -> None:
         torch.manual_seed(0)
-        self.model = host.build()
+        self.model = place.put(host.build())
+        self.call = place.call(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.batch = host.batch()
-        self.watcher = watch(self.model, self.optimizer) if watch else None
+        self.batch = place.batch(host.batch())
+        self.place = place
+        self.watcher = watch(self.call, self.optimizer) if watch else None
+        self.in_calls: list[float] = []  # milliseconds in the watcher's own call
 
     def block(self, steps: int) -> list[float]:
-        """Milliseconds of each step."""
-        return [self._step() for _ in range(steps)]
+        """Milliseconds of each step; on a GPU, their mean in the block."""
+        if not self.place.is_gpu:
+            return [self._step() for _ in range(steps)]
+        self.place.finish()
+        started = time.perf_counter()
+        for _ in range(steps):
+            self._step()
+        self.place.finish()
+        return [(time.perf_counter() - started) * 1e3 / steps]
 
     def close(self) -> None:
         if self.watcher is not None:
             self.watcher.close()
 
     def _step(self) -> float:
-        started = time.perf_counter()
-        loss = F.cross_entropy(self.model(self.batch[0]), self.batch[1])
+        started = self.place.now()
+        with self.place.precision():
+            loss = F.cross_entropy(self.call(self.batch[0]), self.batch[1])
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         self.optimizer.step()
         if self.watcher is not None:
+            called = self.place.now()
             self.watcher.step(loss)
-        return (time.perf_counter() - started) * 1e3
+            self.in_calls.append((self.place.now() - called) * 1e3)
+        return (self.place.now() - started) * 1e3
 
 
 class LightningLoop:
@@ -276,15 +374,17 @@ class Timing:
         ]
 
 
-WATCHERS: dict[str, tuple[str, Callable[[Host], Loop], Callable[[Host], Loop]]] = {
-    "esper": ("", PlainLoop, lambda host: PlainLoop(host, EsperWatcher)),
-    "wandb": ("wandb", PlainLoop, lambda host: PlainLoop(host, WandbWatcher)),
+Make = Callable[[Host, Place], Loop]
+WATCHERS: dict[str, tuple[str, Make, Make]] = {
+    "esper": ("", PlainLoop, lambda host, place: PlainLoop(host, place, EsperWatcher)),
+    "wandb": ("wandb", PlainLoop, lambda host, place: PlainLoop(host, place, WandbWatcher)),
     "lightning": (
         "lightning",
-        lambda host: LightningLoop(host, monitored=False),
-        lambda host: LightningLoop(host, monitored=True),
+        lambda host, place: LightningLoop(host, monitored=False),
+        lambda host, place: LightningLoop(host, monitored=True),
     ),
 }
+CPU = Place()
 
 
 def measure(
@@ -292,6 +392,7 @@ def measure(
     quick: bool = False,
     watchers: Sequence[str] = tuple(WATCHERS),
     hosts: Sequence[Host] = HOSTS,
+    place: Place = CPU,
 ) -> list[dict[str, Any]]:
     """One row for each host and watcher: step times, ratio to the bare loop, and the budget."""
     rows = []
@@ -301,15 +402,19 @@ def measure(
             if needs and importlib.util.find_spec(needs) is None:
                 rows.append({"host": host.name, "watcher": watcher, "missing": needs})
                 continue
-            timing = _time(bare(host), watched(host), seconds=8.0 if quick else 40.0)
+            if watcher == "lightning" and place != CPU:
+                continue  # its Trainer would choose device and precision itself
+            seconds = 12.0 if quick else 60.0
+            timing = _time(bare(host, place), watched(host, place), seconds=seconds)
             rows.append({"host": host.name, "watcher": watcher, **_summary(timing)})
     return rows
 
 
 def _time(bare: Loop, watched: Loop, *, seconds: float) -> Timing:
     torch.set_num_threads(1)
-    steps = max(20, int(100 / statistics.median(bare.block(30))))
-    watched.block(30)
+    bare.block(WARM_UP)
+    watched.block(WARM_UP)
+    steps = max(10, int(200 / statistics.median(bare.block(10))))
     timing = Timing([], [])
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -374,15 +479,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--host", choices=[host.name for host in HOSTS])
+    parser.add_argument("--host", nargs="+", choices=[host.name for host in hosts_for("cpu")])
+    parser.add_argument("--watcher", nargs="+", choices=WATCHERS, default=list(WATCHERS))
+    add_options(parser)
     args = parser.parse_args()
     os.environ.setdefault("WANDB_SILENT", "true")
-    hosts = [host for host in HOSTS if args.host in (None, host.name)]
-    rows = measure(quick=args.quick, hosts=hosts)
-    print(show(rows))
+    place = place_of(args)
+    hosts = [h for h in hosts_for(place.device) if args.host is None or h.name in args.host]
+    rows = measure(quick=args.quick, watchers=args.watcher, hosts=hosts, place=place)
+    print(show(rows), place, sep="\n")
     if args.json:
         named = {f"{row['host']}, {row['watcher']}": row for row in rows}
-        args.json.write_text(json.dumps(named, indent=2))
+        args.json.write_text(json.dumps({"machine": str(place), **named}, indent=2))
 
 
 if __name__ == "__main__":
