@@ -33,6 +33,7 @@ from esper.grafting.graph import kind_of, layer_modules
 from esper.grafting.hooks import PassingHook
 from esper.grafting.slot import SLOT_NAME, first_tensor, is_opaque
 from esper.health.optimizer_steps import dense, has_numbers, norms_of
+from esper.health.transfers import HostTransfer
 
 ROWS = 64
 COLUMNS = 512
@@ -217,32 +218,24 @@ class ForwardProbe:
             hook = self._hook(see)
             self._handles[name] = module.register_forward_hook(hook, with_kwargs=True)
 
-    def result(self, step: int) -> ModelPass | None:
-        """What was seen; None where no forward pass was."""
+    def collect(self, step: int, transfer: HostTransfer) -> Callable[[], ModelPass] | None:
+        """Sends what was seen to the host; None where no forward pass was.
+
+        Returns:
+            What makes the result, once the numbers have arrived.
+        """
         armed = self._armed
         self.disarm()
         if not armed or (not self._layers and self._output is None):
             return None
-        seen = ModelPass(step=step, layers=self._layer_passes(), output_end=self._end)
-        if self._input is not None:
-            x = self._input
-            finite = bool(x.isfinite().all())
-            rms = float(x.square().mean().sqrt()) if finite else math.inf
-            seen = replace(seen, input_rms=rms, input_finite=finite)
-        if self._output is not None:
-            seen = _with_output(seen, self._output, self._shape, self._gradient)
-        return seen
-
-    def _layer_passes(self) -> tuple[LayerPass, ...]:
-        if not self._layers:
-            return ()
-        numbers = torch.stack([n.float().cpu() for _, _, n in self._layers.values()]).tolist()
-        return tuple(
-            LayerPass(name, kind, std, spread, zeros, extremes, out_std, training)
-            for (name, (kind, training, _)), (std, spread, zeros, extremes, out_std) in zip(
-                self._layers.items(), numbers, strict=True
-            )
-        )
+        transfer.add("layers", [numbers for _, _, numbers in self._layers.values()])
+        sent = {"input": self._input, "output": self._output, "gradient": self._gradient}
+        forms = {name: tensor.shape for name, tensor in sent.items() if tensor is not None}
+        for name in forms:
+            transfer.add(name, [tensor.flatten() for tensor in (sent[name],) if tensor is not None])
+        seen = ModelPass(step=step, layers=(), output_end=self._end)
+        shape = self._shape if self._output is not None else ()
+        return partial(_model_pass, seen, transfer, dict(self._layers), forms, shape)
 
     def _hook(self, see: Callable[..., None]) -> PassingHook:
         def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -259,10 +252,9 @@ class ForwardProbe:
         if name in self._layers or x is None or y is None or not _readable(y):
             return
         numbers = _input_numbers(x) if _readable(x) else torch.full((4,), math.nan)
-        std = rows_of(y).std(correction=0).reshape(1).cpu()
-        self._layers[name] = (
-            kind_of(module), module.training, torch.cat([numbers.cpu(), std])
-        )  # fmt: skip
+        std = rows_of(y).std(correction=0).reshape(1)
+        joined = torch.cat([numbers.to(y.device, non_blocking=True), std])
+        self._layers[name] = kind_of(module), module.training, joined
 
     def _see_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._output is not None:
@@ -279,6 +271,47 @@ class ForwardProbe:
     def _see_gradient(self, gradient: Tensor) -> None:
         if self._gradient is None and _readable(gradient):
             self._gradient = rows_of(gradient.detach()).clone()
+
+
+def _model_pass(
+    seen: ModelPass,
+    transfer: HostTransfer,
+    layers: Mapping[str, tuple[str, bool, Tensor]],
+    forms: Mapping[str, torch.Size],
+    output_shape: tuple[int, ...],
+) -> ModelPass:
+    """From what has arrived on the host.
+
+    Args:
+        forms: shapes of the tensors that were sent whole.
+    """
+    host = {
+        name: torch.from_numpy(transfer.take(name, not_a_number=math.nan)).float().reshape(form)
+        for name, form in forms.items()
+    }
+    seen = replace(seen, layers=_layer_passes(transfer, layers))
+    if "input" in host:
+        x = host["input"]
+        finite = bool(x.isfinite().all())
+        rms = float(x.square().mean().sqrt()) if finite else math.inf
+        seen = replace(seen, input_rms=rms, input_finite=finite)
+    if "output" in host:
+        seen = _with_output(seen, host["output"], output_shape, host.get("gradient"))
+    return seen
+
+
+def _layer_passes(
+    transfer: HostTransfer, layers: Mapping[str, tuple[str, bool, Tensor]]
+) -> tuple[LayerPass, ...]:
+    if not layers:
+        return ()
+    numbers = transfer.take("layers", not_a_number=math.nan).tolist()
+    return tuple(
+        LayerPass(name, kind, std, spread, zeros, extremes, out_std, training)
+        for (name, (kind, training, _)), (std, spread, zeros, extremes, out_std) in zip(
+            layers.items(), numbers, strict=True
+        )
+    )
 
 
 def output_of(output: Any) -> Tensor | None:
@@ -484,30 +517,35 @@ class GradientProbe:
         return dead
 
     @torch.no_grad()
-    def result(self, step: int, *, rate: float, updates: int) -> Gradients | None:
-        """The reading of this step; None where no optimizer made one."""
+    def collect(
+        self, step: int, transfer: HostTransfer, *, rate: float, updates: int
+    ) -> Callable[[], Gradients] | None:
+        """Sends the reading of this step to the host; None where no optimizer made one.
+
+        Returns:
+            What makes the result, once the numbers have arrived.
+        """
         if not self._rows:
             return None
         self.readings += 1
         rows, self._rows = self._rows, {}
+        names = [self.names[key] for key in rows]
         if any(id(p) not in self.names for p in self.model.parameters() if p.requires_grad):
             self.refresh()  # for the next reading
-        norms = _numbers([row.norm for row in rows.values()])
-        weights = _numbers([row.weight for row in rows.values()])
-        dead = _numbers(
-            [None if row.dead is None else row.dead.float().mean() for row in rows.values()]
+        read = list(rows.values())
+        transfer.add("norm", [row.norm for row in read])
+        transfer.add("weight", [row.weight for row in read])
+        transfer.add(
+            "dead", [None if row.dead is None else row.dead.float().mean() for row in read]
         )
-        moved = self._moved(rows)
-        found = tuple(
-            GradientRow(self.names[key], norm, share, weight)
-            for key, norm, weight, share in zip(rows, norms, weights, dead, strict=True)
+        transfer.add("moved", self._moved(rows))
+        seen = Gradients(
+            step=step, readings=self.readings, rows=(), moved=math.nan, rate=rate, updates=updates
         )
-        return Gradients(
-            step=step, readings=self.readings, rows=found, moved=moved, rate=rate, updates=updates
-        )
+        return partial(_gradients, seen, transfer, names)
 
-    def _moved(self, rows: Mapping[int, _Row]) -> float:
-        """Share of the matrices with a gradient that have changed since the last reading."""
+    def _moved(self, rows: Mapping[int, _Row]) -> list[Tensor]:
+        """Of each matrix with a gradient, bool [2]: it is due to move, and it has moved."""
         pairs = []
         for key, row in rows.items():
             new, old = _few(self.parameters[key].detach()), self._samples.get(key)
@@ -517,26 +555,20 @@ class GradientProbe:
             if self.parameters[key].ndim > 1:
                 # From zero even the smallest step is seen, which says nothing of other weights.
                 due = (row.sample.abs() > SMALLEST) & (old != 0)
-                pairs.append(torch.stack([due.any(), (due & (old != new)).any()]).cpu())
-        known = [changed for due, changed in torch.stack(pairs).tolist() if due] if pairs else []
-        return sum(known) / len(known) if known else math.nan
+                pairs.append(torch.stack([due.any(), (due & (old != new)).any()]))
+        return pairs
+
+
+def _gradients(seen: Gradients, transfer: HostTransfer, names: Sequence[str]) -> Gradients:
+    """From what has arrived on the host; ``moved`` is the share of the matrices due to move."""
+    columns = (transfer.take(name).tolist() for name in ("norm", "dead", "weight"))
+    rows = tuple(GradientRow(*entry) for entry in zip(names, *columns, strict=True))
+    pairs = transfer.take("moved").tolist()
+    known = [changed for due, changed in pairs if due]
+    return replace(seen, rows=rows, moved=sum(known) / len(known) if known else math.nan)
 
 
 def _few(tensor: Tensor) -> Tensor:
     """At most 64 elements, spread over the tensor."""
     flat = tensor.reshape(-1)
     return flat[:: max(1, len(flat) // 64)][:64]
-
-
-def _numbers(tensors: Sequence[Tensor | None]) -> list[float]:
-    """NaN for None; a measured number that is not finite is inf. One transfer for each device."""
-    found = [math.nan] * len(tensors)
-    places: dict[torch.device, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        if tensor is not None:
-            places.setdefault(tensor.device, []).append(place)
-    for members in places.values():
-        group = [t.float() for place in members if (t := tensors[place]) is not None]
-        for place, value in zip(members, torch.stack(group).cpu().tolist(), strict=True):
-            found[place] = value if math.isfinite(value) else math.inf
-    return found

@@ -45,6 +45,7 @@ from esper.grafting.graph import layer_modules
 from esper.grafting.guard import gradient_values
 from esper.grafting.hooks import PassingHook
 from esper.grafting.optimizers import unwrap_optimizer
+from esper.health.transfers import HostCopy, HostTransfer, copy_to_host, is_late
 
 FIRST_STEPS = (1, 2, 3, 5, 10, 20, 30, 40, 50)
 FORWARD_STEPS = (1, 10, 30, 50)
@@ -130,6 +131,9 @@ class Recorder:
         self._step = 0
         self._due = True
         self._updates = 0
+        self._waiting: (
+            tuple[Callable[[], ModelPass] | None, Callable[[], Gradients] | None] | None
+        ) = None  # makes what was measured, once its numbers have arrived
         self._in_hooks = 0.0
         self._first_time = math.nan
         for optimizer in self._optimizers:
@@ -152,14 +156,15 @@ class Recorder:
         if math.isnan(self._first_time):
             self._first_time = started
         self._step = step
+        measured = self._finish()  # the step before, where its numbers came later
         due, self._due = self._due, False
         if due:
-            self._take(step)
+            measured |= self._take(step)
         if self.plan.is_due(step + 1):
             self._due = True
             if self.plan.reads_forward(step + 1):
                 self._closed(self._forward.arm)()
-        return due
+        return measured
 
     def spend(self, seconds: float) -> None:
         """What the rules have cost in a measured step."""
@@ -199,15 +204,27 @@ class Recorder:
             handle.remove()
         self._handles.clear()
 
-    def _take(self, step: int) -> None:
-        seen = self._forward.result(step)
-        if seen is not None:
-            self.passes = [*self.passes[:1], *self.passes[1:][-KEPT:], seen]
-        rates = [float(g["lr"]) for o in self._optimizers for g in o.param_groups if "lr" in g]
-        read = self._gradient.result(step, rate=max(rates, default=math.nan), updates=self._updates)
+    def _take(self, step: int) -> bool:
+        """True where all is known now; on a GPU the numbers arrive with the next step."""
+        transfer, rate = HostTransfer(), highest_rate(self._optimizers)
+        seen = self._forward.collect(step, transfer)
+        read = self._gradient.collect(step, transfer, rate=rate, updates=self._updates)
         if read is not None:
-            self.gradients.append(read)
             self._updates = 0
+        transfer.start()
+        self._waiting = seen, read
+        return not transfer.is_late and self._finish()
+
+    def _finish(self) -> bool:
+        """True where there was a step to finish."""
+        if self._waiting is None:
+            return False
+        (seen, read), self._waiting = self._waiting, None
+        if seen is not None:
+            self.passes = [*self.passes[:1], *self.passes[1:][-KEPT:], seen()]
+        if read is not None:
+            self.gradients.append(read())
+        return True
 
     def _after_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         started = self._clock()
@@ -219,6 +236,13 @@ class Recorder:
             self._in_hooks += self._clock() - started
 
 
+def highest_rate(optimizers: Iterable[torch.optim.Optimizer]) -> float:
+    """The largest learning rate; one that is a tensor on a GPU is not read."""
+    rates = (group["lr"] for o in optimizers for group in o.param_groups if "lr" in group)
+    known = (rate for rate in rates if not (isinstance(rate, Tensor) and is_late(rate)))
+    return max(map(float, known), default=math.nan)
+
+
 class _Start:
     """Whether gradients were cleared between two updates, from one parameter's own hook."""
 
@@ -226,8 +250,9 @@ class _Start:
         self._closed = closed
         self._handle: RemovableHandle | None = None
         self._optimizer: torch.optim.Optimizer | None = None
-        self._left: list[Tensor | None] = []  # the gradient that a backward pass started from
+        self._left: list[HostCopy | None] = []  # a backward pass started from a gradient: not 0
         self._backwards: list[int] = []
+        self._asked: tuple[list[nn.Parameter], HostTransfer] | None = None
         self._first = True
         self._done = False
 
@@ -242,21 +267,30 @@ class _Start:
         self._first = True
 
     def facts(self) -> Zeroing:
-        carried = tuple(left is not None and bool(left.any()) for left in self._left)
-        return Zeroing(carried, tuple(self._backwards))
+        carried = []
+        for left in self._left:
+            if left is not None and not left.has_arrived:
+                break
+            carried.append(left is not None and left.number() != 0)
+        return Zeroing(tuple(carried), tuple(self._backwards[: len(carried)]))
 
     def close(self) -> None:
         self._done = True
         if self._handle is not None:
             self._handle.remove()
-        self._left = [None if left is None or not bool(left.any()) else left for left in self._left]
 
     def _watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """The smallest tensor that has learned in this step."""
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        usable = [p for p in parameters if p.is_leaf and type(p) is nn.Parameter]
-        smallest = sorted(usable, key=lambda p: p.numel())[:8]
-        alive = [p for p in smallest if (g := gradient_values(p)) is not None and bool(g.any())]
+        """The smallest tensor that has learned in this step; on a GPU, in the step before."""
+        asked, self._asked = self._asked, None
+        if asked is None:
+            asked = _alive(optimizer)
+            if asked[1].is_late:
+                self._asked = asked
+                return
+        smallest, transfer = asked
+        alive = [
+            p for p, learns in zip(smallest, transfer.take("alive"), strict=True) if learns == 1
+        ]
         if not alive:
             return
         self._optimizer, parameter = optimizer, alive[0]
@@ -265,13 +299,25 @@ class _Start:
             if self._first:
                 self._first = False
                 left = parameter.grad
-                kept = None if left is None else left.detach().reshape(-1)[:64].clone()
-                self._left.append(kept)
+                few = None if left is None else left.detach().reshape(-1)[:64]
+                self._left.append(None if few is None else copy_to_host((few != 0).any()))
                 self._backwards.append(0)
             if self._backwards:
                 self._backwards[-1] += 1
 
         self._handle = parameter.register_hook(_Unpickled(self._closed(before_accumulation)))  # type: ignore[no-untyped-call]
+
+
+def _alive(optimizer: torch.optim.Optimizer) -> tuple[list[nn.Parameter], HostTransfer]:
+    """The smallest tensors, and on their way to the host, which of them have a gradient."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    usable = [p for p in parameters if p.is_leaf and type(p) is nn.Parameter]
+    smallest = sorted(usable, key=lambda p: p.numel())[:8]
+    gradients = [gradient_values(p) for p in smallest]
+    transfer = HostTransfer()
+    transfer.add("alive", [None if g is None else (g != 0).any() for g in gradients])
+    transfer.start()
+    return smallest, transfer
 
 
 class _Unpickled(PassingHook):

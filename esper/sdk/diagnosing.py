@@ -13,6 +13,7 @@ from torch import nn
 from esper.contracts import Finding, HealthFrame, LayerInfo, ViolationRule
 from esper.diagnosis import Change, Diagnosed, Diagnosis, Observation, Recorder
 from esper.diagnosis.observation import Broken
+from esper.diagnosis.recorder import highest_rate
 from esper.fail_closed import FailClosed
 from esper.grafting import Surroundings
 from esper.grafting.compiled import Compilation
@@ -78,7 +79,7 @@ class DiagnosisWatch:
             self._held_out.append((self._run.step, float(held_out)))
         planned = self.recorder.on_step(self._run.step)
         if planned:
-            self._rates.append((self._run.step, self._rate()))
+            self._rates.append((self._run.step, highest_rate(self._optimizers)))
         urgent = self._is_urgent(loss)
         if planned or held_out is not None or urgent:
             started = time.perf_counter()
@@ -155,7 +156,3 @@ class DiagnosisWatch:
     def _ledger(self) -> tuple[Finding, ...]:
         found = self._findings.all()
         return tuple(f for f in found if f.rule == ViolationRule.OPTIMIZER_LEDGER)
-
-    def _rate(self) -> float:
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        return max((float(group["lr"]) for group in groups if "lr" in group), default=math.nan)

@@ -28,6 +28,8 @@ from esper.sdk.findings import AUDIT_EVERY_STEPS
 
 ESPER = str(Path(esper.__file__).parent)
 TRANSFERS = str(Path(transfers.__file__))
+TORCH = str(Path(torch.__file__).parent)
+OF_ARRIVED = {"_model_pass"}  # works on tensors that are in the host's memory
 # What waits for a device: its result is a Python number, or its shape depends on the numbers.
 WAITS = {
     "item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__",
@@ -89,19 +91,19 @@ class Synchronisations(TorchFunctionMode):
         return (name == "to" and waits and goes) or by_mask
 
     def _note(self, name: str) -> None:
-        frame = sys._getframe(2)
+        lines, frame = [], sys._getframe(2)
         while frame is not None:
-            file = frame.f_code.co_filename
-            if file.startswith((str(Path(torch.__file__).parent), TRANSFERS)):
-                return  # an optimizer's own reading, or one of numbers that have arrived
-            if "diagnos" in file:
-                return
+            file, function = frame.f_code.co_filename, frame.f_code.co_name
+            if (
+                file == TRANSFERS
+                or function in OF_ARRIVED
+                or (file.startswith(TORCH) and not lines)
+            ):
+                return  # numbers that have arrived, or an optimizer's own reading
             if file.startswith(ESPER):
-                self.found.append(f"{name} at {Path(file).name}:{frame.f_lineno}")
-                return
-            if frame.f_code.co_filename != __file__:
-                return
+                lines.append(f"{name} at {Path(file).name}:{frame.f_lineno}")
             frame = frame.f_back  # type: ignore[assignment]
+        self.found += lines[:1]
 
 
 def _has_mask(index: Any) -> bool:
