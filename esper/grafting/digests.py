@@ -6,7 +6,7 @@ import hashlib
 import logging
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -66,20 +66,29 @@ class Frozen:
     pause, and may happen in another thread.
     """
 
-    def __init__(self, entries: list[tuple[str, int, Tensor]]) -> None:
+    def __init__(
+        self, entries: list[tuple[str, int, Tensor]], wait: Callable[[], object] | None = None
+    ) -> None:
         self._entries = entries
+        self._wait = wait
         self._form = [_form(*entry) for entry in entries]
         self._lock = threading.Lock()
         self._digest = ""
 
     @classmethod
-    def of(cls, model: nn.Module, values: Mapping[int, Tensor] = NO_VALUES) -> Frozen:
+    def of(
+        cls,
+        model: nn.Module,
+        values: Mapping[int, Tensor] = NO_VALUES,
+        wait: Callable[[], object] | None = None,
+    ) -> Frozen:
         """The present model.
 
         Args:
             values: id of a tensor -> a copy of it that is not written to; the others are copied.
+            wait: returns when ``values`` can be read.
         """
-        return cls([(name, id(t), _value(values, t)) for name, t in named_tensors(model)])
+        return cls([(name, id(t), _value(values, t)) for name, t in named_tensors(model)], wait)
 
     @classmethod
     def hashed(cls, model: nn.Module) -> Frozen:
@@ -93,6 +102,8 @@ class Frozen:
         """The :func:`digest` of the model at that moment."""
         with self._lock:
             if not self._digest:
+                if self._wait is not None:
+                    self._wait()
                 self._digest = _digest_of(self._entries)
                 self._entries = []
             return self._digest

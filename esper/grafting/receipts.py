@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from esper.grafting.companion import Companion, dismiss
 from esper.grafting.copies import let_follow
 from esper.grafting.digests import Frozen, hash_in_background
 from esper.grafting.manifest import GraftRecord
-from esper.grafting.replicas import jointly
+from esper.grafting.replicas import Joint, jointly
 from esper.grafting.rolling_back import roll_back
 from esper.grafting.slot import (
     find_host,
@@ -33,7 +34,7 @@ from esper.grafting.slot import (
     slot_of,
     take_out,
 )
-from esper.grafting.snapshot import Snapshot, own_change
+from esper.grafting.snapshot import Snapshot, SnapshotMemory, own_change
 from esper.grafting.surroundings import Surroundings
 
 
@@ -109,6 +110,11 @@ class ChangeReceipt:
     @property
     def can_undo_hard(self) -> bool:
         return self._snapshot is not None
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Memory of the snapshot; 0 when it was freed."""
+        return 0 if self._snapshot is None else self._snapshot.nbytes
 
     def forget_snapshot(self) -> None:
         """Frees the snapshot. A hard undo is impossible from now on."""
@@ -405,34 +411,50 @@ def _undo_whole(
         values: the undo writes values of tensors.
         last: called when all ranks have undone it; it cannot be taken back.
     """
+    undo_with = partial(_undo_with, receipt, surroundings, undo, values=values, last=last)
+    if surroundings.replicas is None:
+        return undo_with(Joint(None))
+    with jointly(surroundings.replicas) as joint:
+        return undo_with(joint)
+
+
+def _undo_with(
+    receipt: ChangeReceipt,
+    surroundings: Surroundings,
+    undo: Callable[[], UndoReceipt],
+    joint: Joint,
+    *,
+    values: bool,
+    last: Callable[[], None] | None,
+) -> UndoReceipt:
     model, copies, snapshot = receipt._model, surroundings.copies, receipt._snapshot
     started, grad_mode = time.perf_counter(), torch.is_grad_enabled()
-    with jointly(surroundings.replicas) as joint:
-        before = Snapshot.take(model, surroundings, values=values)
-        merged = _merged_grafts(snapshot)
-        try:
-            with own_change(model):
-                report = undo()
-                let_follow(model, copies, keep_slots=True)
-                after = receipt._before if report.exact else Frozen.of(model)
-                joint.agree()
-            receipt.forget_snapshot()
-            hash_in_background(after)
+    memory = SnapshotMemory(on_device=True)
+    before = Snapshot.take(model, surroundings, memory, values=values)
+    merged = _merged_grafts(snapshot)
+    try:
+        with own_change(model):
+            report = undo()
+            let_follow(model, copies, keep_slots=True)
+            after = receipt._before if report.exact else Frozen.of(model)
+            joint.agree()
+        receipt.forget_snapshot()
+        hash_in_background(after)
+        let_follow(model, copies)
+        pause_ms = (time.perf_counter() - started) * 1e3
+        report = replace(report, pause_ms=pause_ms, _after=after)
+        if last is not None:
+            last()
+        return report
+    except BaseException:
+        torch.set_grad_enabled(grad_mode)  # Ctrl-C may end a block before its exit runs
+        if not joint.done:
+            before.restore()
             let_follow(model, copies)
-            pause_ms = (time.perf_counter() - started) * 1e3
-            report = replace(report, pause_ms=pause_ms, _after=after)
-            if last is not None:
-                last()
-            return report
-        except BaseException:
-            torch.set_grad_enabled(grad_mode)  # Ctrl-C may end a block before its exit runs
-            if not joint.done:
-                before.restore()
-                let_follow(model, copies)
-                receipt._snapshot = snapshot
-                for graft in merged:
-                    graft.merged = True
-            raise
+            receipt._snapshot = snapshot
+            for graft in merged:
+                graft.merged = True
+        raise
 
 
 def _is_short(value: object) -> bool:

@@ -31,10 +31,12 @@ from esper.grafting.host_settings import (
 from esper.grafting.random_streams import RandomStreams
 from esper.grafting.saved_values import (
     SavedTensor,
+    all_same_bits,
     refill,
     restored,
     restored_into,
-    same_bits,
+    tensor_pairs,
+    write,
 )
 from esper.grafting.slot import SLOT_NAME, is_opaque
 from esper.grafting.snapshot import SavedOptimizer, Snapshot
@@ -61,6 +63,7 @@ def roll_back(snapshot: Snapshot) -> RolledBack:
 
     Inside :func:`own_change`, which has told the snapshot what the script has set.
     """
+    snapshot.arrival.wait()
     result = RolledBack()
     names = {id(tensor): name for name, tensor in named_tensors(snapshot.model)}
 
@@ -103,7 +106,7 @@ def _restore_model(snapshot: Snapshot) -> list[SavedTensor]:
     done = []
     for saved in snapshot.tensors:
         if id(saved.tensor) in reachable and saved.tensor.shape == saved.value.shape:
-            saved.tensor.detach().copy_(saved.value)
+            write(saved.tensor, saved.value)
             done.append(saved)
     for parameter, requires_grad in snapshot.goal.flags.items():
         if parameter.requires_grad != requires_grad and _is_in(reachable, parameter):
@@ -227,10 +230,19 @@ def _restore_scaler(snapshot: Snapshot) -> None:
         scaler.load_state_dict(keep_scaler_settings(copy.deepcopy(state), scaler))
 
 
+def _state_pairs(saved: SavedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    held = {p for group in saved.optimizer.param_groups for p in group["params"]}
+    for key, (_, tree) in saved.state.items():
+        if key in held and key not in saved.reset:
+            yield from tensor_pairs(saved.optimizer.state.get(key), tree)
+
+
 def _differences(snapshot: Snapshot, done: list[SavedTensor]) -> list[str]:
     found = []
-    if not all(same_bits(saved.tensor, saved.value.to(saved.tensor)) for saved in done):
+    if not all_same_bits((saved.tensor, saved.value) for saved in done):
         found.append("weights or buffers")
+    if not all_same_bits(pair for saved in snapshot.optimizers for pair in _state_pairs(saved)):
+        found.append("optimizer state")
     if not snapshot.streams.equals(RandomStreams.read()):
         found.append("random streams")
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from esper.sharding import local
 
 Copy = Callable[[Tensor], Tensor]
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 @dataclass(slots=True)
@@ -29,9 +31,9 @@ class SavedTensor:
     def restore(self) -> Tensor:
         """The same tensor object with the saved values; a new one if its form has changed."""
         if self.tensor.shape == self.value.shape and self.tensor.dtype == self.value.dtype:
-            self.tensor.detach().copy_(self.value)
+            write(self.tensor, self.value)
             return self.tensor
-        return self.value.clone()
+        return self.value.to(self.device, copy=True)
 
     def restore_into(self, present: Any) -> Tensor:
         """The saved values, in ``present`` if that is a tensor of this shape.
@@ -40,7 +42,7 @@ class SavedTensor:
         changed.
         """
         if isinstance(present, Tensor) and present.shape == self.value.shape:
-            present.detach().copy_(self.value)
+            write(present, self.value)
             return present
         return self.restore()
 
@@ -106,14 +108,72 @@ def same_value(one: Any, other: Any) -> bool:
         return False
 
 
+def write(live: Tensor, value: Tensor) -> None:
+    """Copies ``value`` into a living tensor; a GPU copies on its stream, and nothing waits."""
+    live.detach().copy_(value, non_blocking=live.is_cuda)
+
+
 def same_bits(live: Tensor, value: Tensor) -> bool:
     """Same shape, dtype and bits; NaN equals itself."""
     live, value = local(live), local(value)  # comparing the whole would be a collective call
     if live.shape != value.shape or live.dtype != value.dtype:
         return False
+    value = value.to(live.device)
     if torch.equal(live.detach(), value):
         return True
     return bytes(bytes_of(live)) == bytes(bytes_of(value))
+
+
+def all_same_bits(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    """Each living tensor has the bits of its value, converted to its dtype.
+
+    Tensors on a device are compared there, and one flag for all of them is read.
+    """
+    flags = []
+    for live, value in pairs:
+        expected = value.to(live, non_blocking=live.is_cuda)
+        if live.device.type == "cpu" or live.layout is not torch.strided:
+            if not same_bits(live, expected):
+                return False
+        else:
+            flags.append(differs(live, expected))
+    return not any(bool(flag) for flag in _any_by_device(flags))
+
+
+def differs(live: Tensor, expected: Tensor) -> Tensor:
+    """Whether the bits of two tensors of one form differ, as a tensor on their device.
+
+    Bits are compared as integers, because NaN is not equal to itself and 0 equals -0.
+    """
+    pair = [tensor.detach() for tensor in (live, expected)]
+    if live.is_complex():
+        pair = [torch.view_as_real(tensor) for tensor in pair]
+    integers = _INTEGERS[pair[0].element_size()]
+    mine, theirs = (tensor.view(integers) for tensor in pair)
+    return torch.ne(mine, theirs).any()
+
+
+def _any_by_device(flags: list[Tensor]) -> Iterator[Tensor]:
+    for device in {flag.device for flag in flags}:
+        yield torch.stack([flag for flag in flags if flag.device == device]).any()
+
+
+def tensor_pairs(live: Any, saved: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """(living tensor, saved value) of each tensor in a saved tree that has its form still."""
+    if isinstance(saved, SavedTensor):
+        if isinstance(live, Tensor) and live.shape == saved.value.shape:
+            yield live, saved.value
+    elif type(saved) is dict and isinstance(live, dict):
+        for key, item in saved.items():
+            yield from tensor_pairs(live.get(key), item)
+
+
+def bytes_in(saved: Any) -> int:
+    """The size of the tensors in a saved tree."""
+    if isinstance(saved, SavedTensor):
+        return saved.value.nbytes if saved.value.layout is torch.strided else 0
+    items = saved.values() if type(saved) is dict else saved if type(saved) in (list, tuple) else ()
+    return sum(map(bytes_in, items))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,7 @@ from esper.grafting.random_streams import RandomStreams
 from esper.grafting.saved_values import (
     Copy,
     SavedTensor,
+    bytes_in,
     refill,
     restored,
     same_bits,
@@ -72,15 +73,37 @@ class SavedOptimizer:
     reset: set[Tensor] = field(default_factory=set)
 
 
+class Arrival:
+    """The moment when copies from a GPU have arrived in the host's memory."""
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self._events = []
+        for device in devices:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            self._events.append(event)
+
+    def wait(self) -> None:
+        """Returns when the copies can be read."""
+        for event in self._events:
+            event.synchronize()
+
+
 class SnapshotMemory:
     """Memory for the next snapshot, allocated beside the training.
 
     Allocating memory takes longer than copying into it: the system provides it page by page, during
-    a step. Only for tensors on the CPU; a GPU's allocator keeps a pool.
+    a step. Tensors of a GPU are copied into pinned memory of the host, on the GPU's present stream,
+    so before the next step writes to them; the loop does not wait for the copies.
+
+    Args:
+        on_device: leave the copies on the GPU while it has room, for a snapshot of one moment.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_device: bool = False) -> None:
         self._free: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._on_device = on_device
+        self._devices: set[torch.device] = set()
 
     @classmethod
     def reserve(cls, model: nn.Module, optimizers: Sequence[Any] = ()) -> SnapshotMemory:
@@ -98,23 +121,42 @@ class SnapshotMemory:
         for value in (*parameters, *list(model.buffers()), *gradients, *moments):
             if isinstance(value, Tensor) and _is_large(value):
                 # Written to, so that the system allocates the pages.
-                memory._free.setdefault(_form(value), []).append(torch.zeros_like(value))
+                fresh = _pinned_like(value) if value.is_cuda else torch.zeros_like(value)
+                memory._free.setdefault(_form(value), []).append(fresh)
         return memory
 
     def copy(self, tensor: Tensor) -> Tensor:
         """A copy of ``tensor``, in reserved memory of the same form if any is left."""
         free = self._free.get(_form(tensor)) if _is_large(tensor) else None
-        return free.pop().copy_(tensor) if free else tensor.detach().clone()
+        if not tensor.is_cuda or tensor.layout is not torch.strided:
+            return free.pop().copy_(tensor) if free else tensor.detach().clone()
+        if self._on_device:
+            try:
+                return tensor.detach().clone()
+            except torch.OutOfMemoryError:
+                return tensor.detach().cpu()
+        self._devices.add(tensor.device)
+        host = free.pop() if free else _pinned_like(tensor)
+        return host.copy_(tensor.detach(), non_blocking=True)
+
+    def arrival(self) -> Arrival:
+        """Of all copies so far."""
+        return Arrival(self._devices)
+
+
+def _pinned_like(tensor: Tensor) -> Tensor:
+    """Uninitialised memory of the host that a GPU can write to by itself."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True, requires_grad=False)
 
 
 def _is_large(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided or is_lazy(tensor):
         return False
-    return tensor.device.type == "cpu" and tensor.nbytes >= PAGE_BYTES
+    return tensor.device.type in ("cpu", "cuda") and tensor.nbytes >= PAGE_BYTES
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
-    return (tensor.dtype, tensor.shape, tensor.stride())
+    return (tensor.device.type, tensor.dtype, tensor.shape, tensor.stride())
 
 
 class Snapshot:
@@ -125,6 +167,7 @@ class Snapshot:
         tensors: theirs, in the order of the modules.
         gradients: (parameter, requires_grad, its gradient).
         optimizers: the user's; ``of_companions``: those of the grafts that were in the model.
+        arrival: of the copies of a GPU's tensors.
         goal: the settings that an undo leaves behind; see :mod:`esper.grafting.host_settings`.
         origin: the settings at the snapshot.
         loaded: tensors that the script has loaded since, with the values that it loaded.
@@ -142,6 +185,7 @@ class Snapshot:
         self.schedulers: list[tuple[Any, dict[str, Any]]] = []
         self.scaler: tuple[Any, dict[str, Any]] | None = None
         self.streams = RandomStreams.read()
+        self.arrival = Arrival()
         self.roots: list[nn.Module] = [model]
         self.loaded: dict[int, Tensor] = {}
         self.loaded_optimizers: set[torch.optim.Optimizer] = set()
@@ -167,7 +211,8 @@ class Snapshot:
                 restores the structure only. Nothing is copied.
         """
         snapshot = cls(model)
-        copied = (memory or SnapshotMemory()).copy if values else Tensor.detach
+        memory = memory or SnapshotMemory()
+        copied = memory.copy if values else Tensor.detach
         snapshot._save_model(model, copied)
         for average in surroundings.copies:
             snapshot.roots.append(average)
@@ -188,11 +233,13 @@ class Snapshot:
         scaler = surroundings.scaler
         if scaler is not None:
             snapshot.scaler = (scaler, copy.deepcopy(scaler.state_dict()))
+        snapshot.arrival = memory.arrival()
         return snapshot
 
     @torch.no_grad()
     def restore(self) -> None:
         """Restores everything to the bit: weights, optimizers, then the rest."""
+        self.arrival.wait()
         self._restore_model()
         self.restore_companions()
         for optimizer in self.optimizers:
@@ -210,7 +257,16 @@ class Snapshot:
         Only valid while the tensors are unchanged: between taking the snapshot and the next step.
         Tensors that are not in the snapshot are copied.
         """
-        return Frozen.of(model, {id(saved.tensor): saved.value for saved in self.tensors})
+        values = {id(saved.tensor): saved.value for saved in self.tensors}
+        return Frozen.of(model, values, self.arrival.wait)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the copies, in bytes."""
+        gradients = (saved for _, _, saved in self.gradients if saved is not None)
+        optimizers = (*self.optimizers, *self.of_companions)
+        states = (tree for saved in optimizers for _, tree in saved.state.values())
+        return sum(map(bytes_in, (*self.tensors, *gradients, *states)))
 
     def differences(self) -> list[str]:
         """What differs from the snapshot, one entry per kind; empty right after a restore."""

@@ -21,6 +21,7 @@ from esper.grafting.replicas import Call
 from esper.health.pace import periods_of
 from esper.near_names import did_you_mean
 from esper.sdk.session import Session, Setup
+from esper.sdk.snapshot_limit import snapshot_limit
 from esper.sdk.transport.queues import Pace
 from esper.sharding import Kind, group_ranks, kind_of, why_no_graft
 
@@ -47,6 +48,7 @@ def attach(
     safety_policy: SafetyPolicy | None = None,
     copies: Any = None,
     sampling: int | Iterable[Sequence[int]] | None = None,
+    snapshot_memory: float | None = None,
     verbose: bool = True,
 ) -> Session:
     """Watch a model while it trains, and adapt it where the mode allows.
@@ -77,6 +79,9 @@ def attach(
             Grafts are put into them too; otherwise an average pairs the wrong tensors.
         sampling: steps between health frames, or the ``session.sampling`` of another run, to
             measure at the same steps. By default Esper chooses, so that it costs less than 1 %.
+        snapshot_memory: GiB that the snapshots for hard undos may take together, default
+            ``ESPER_SNAPSHOT_MEMORY_GIB`` or a quarter of the machine's memory. Where it holds
+            fewer than three, older changes can only be undone softly, and a finding says so.
         verbose: say what a user must know on stderr, one line each, on rank 0. False, or
             ``ESPER_VERBOSE=0`` in the environment: the logger ``esper`` alone gets the lines.
 
@@ -92,6 +97,7 @@ def attach(
     names = _slot_names(bare, slots)
     periods = periods_of(sampling)
     _check(run, target_steps, evaluate)
+    snapshot_bytes = snapshot_limit(snapshot_memory)
     followers = _several(copies)
     for copied in followers:
         grafting.check_copy(bare, copied)
@@ -117,6 +123,7 @@ def attach(
             safety_policy=safety_policy or SafetyPolicy(),
             pace=Pace(),
             sampling=periods,
+            snapshot_limit=snapshot_bytes,
             verbose=verbose,
             trained=model,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 
@@ -22,9 +23,16 @@ class Changes:
     Attributes:
         adaptations: every graft of this session, oldest first.
         remedies: those that are in effect, oldest first.
+        shortened: (snapshots kept, bytes of the last one), where the limit allowed fewer than
+            :data:`SNAPSHOTS_KEPT`; None otherwise.
+
+    Args:
+        snapshot_limit: bytes that all snapshots together may take.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, snapshot_limit: float = math.inf) -> None:
+        self.shortened: tuple[int, int] | None = None
+        self._snapshot_limit = snapshot_limit
         self.adaptations: list[Adaptation] = []
         self.remedies: list[RemedyReceipt] = []
         self._history: list[Adaptation | RemedyReceipt] = []  # in effect, as they came
@@ -162,8 +170,16 @@ class Changes:
                 entry.merged = False
 
     def _forget_old_snapshots(self) -> None:
-        """A snapshot is a copy of the model and its optimizer: only the newest few are kept."""
+        """A snapshot is a copy of the model and its optimizer: only the newest few are kept.
+
+        Where their limit allows fewer, the oldest go; also the last one, if it does not fit.
+        """
         receipts = [e.receipt if isinstance(e, Adaptation) else e for e in self._history]
         restorable = [receipt for receipt in receipts if receipt and receipt.can_undo_hard]
-        for receipt in restorable[:-SNAPSHOTS_KEPT]:
+        kept = restorable[-SNAPSHOTS_KEPT:]
+        sizes = [receipt.snapshot_bytes for receipt in kept]
+        while sum(sizes) > self._snapshot_limit:
+            kept, sizes = kept[1:], sizes[1:]
+            self.shortened = len(kept), restorable[-1].snapshot_bytes
+        for receipt in restorable[: len(restorable) - len(kept)]:
             receipt.forget_snapshot()

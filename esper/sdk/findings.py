@@ -191,6 +191,25 @@ def came_back(adaptation: Adaptation) -> Finding:
     )
 
 
+def fewer_snapshots(kept: int, nbytes: int, limit: int) -> Finding:
+    """The memory for snapshots holds fewer of them than Esper keeps."""
+    gib = 1 << 30
+    what = (
+        f"only the last {kept} changes can be undone hard"
+        if kept
+        else "a hard undo is not possible, and a rollback keeps what the model has learned"
+    )
+    return Finding(
+        rule=ViolationRule.MEMORY,
+        layer="",
+        severity=Severity.INFO if kept else Severity.CAUTION,
+        observed=f"a snapshot takes {nbytes / gib:.3g} GiB, so {what}",
+        limit=f"{limit / gib:.3g} GiB for all snapshots",
+        remedy="Give snapshots more memory: esper.attach(snapshot_memory=…) in GiB, or "
+        "ESPER_SNAPSHOT_MEMORY_GIB.",
+    )
+
+
 def average_found() -> Finding:
     """A running average of the model that attach was not told of."""
     return Finding(

@@ -105,6 +105,7 @@ class Setup:
     target_steps: int | None
     safety_policy: SafetyPolicy
     pace: Pace
+    snapshot_limit: int  # bytes
     sampling: tuple[Periods, ...] | None = None  # None: chosen from what sampling costs
     verbose: bool = True
     trained: Any = None  # what the training loop calls: the model, or wrappers around it
@@ -146,6 +147,7 @@ class Session:
             ranks=self._ranks,
             ledger=self._ledger,
             findings=self._findings,
+            snapshot_limit=setup.snapshot_limit,
             reports=SurgeryReports(self._queues, self._announcer),
         )
         self._loads = LoadedStates(model, self._surgery)

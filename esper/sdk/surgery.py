@@ -49,6 +49,7 @@ from esper.sdk.findings import (
     LedgerWatch,
     average_found,
     came_back,
+    fewer_snapshots,
     left_by_load,
     undone_in_part,
 )
@@ -66,6 +67,7 @@ class Surgery:
 
     Args:
         surroundings: optimizers, schedulers and copies, which must follow each change.
+        snapshot_limit: bytes that the snapshots may take together.
 
     Attributes:
         changes: what is in the model.
@@ -84,11 +86,14 @@ class Surgery:
         ledger: LedgerWatch,
         reports: SurgeryReports,
         findings: Findings,
+        snapshot_limit: int,
     ) -> None:
         self.model = model
         self.copies = Copies(model, surroundings.copies)
         surroundings = replace(surroundings, copies=self.copies)
-        self.changes = Changes()
+        self.changes = Changes(snapshot_limit)
+        self._snapshot_limit = snapshot_limit
+        self._told_of_limit = False
         self.sampler: HealthSampler | ShardedSampler | None = None
         self._idle_slots = False  # left by a load, inside which torch's hooks cannot be removed
         self._surroundings = surroundings
@@ -153,6 +158,7 @@ class Surgery:
             loss_before=tuple(run.losses),
         )
         self.changes.add_graft(adaptation)
+        self._say_what_can_be_undone()
         self._follow_loads(adaptation)
         self._follow_up()
         self._reports.grafted(adaptation)
@@ -334,6 +340,7 @@ class Surgery:
                     receipt.end()
                 raise
         self.changes.add_remedy(receipt, merged)
+        self._say_what_can_be_undone()
         self._follow_up()
         receipt.pause_ms = (time.perf_counter() - started) * 1e3  # all that the loop waited for
         self._reports.remedy(receipt, merged)
@@ -482,6 +489,12 @@ class Surgery:
     def _meet(self, call: Call, *arguments: object) -> None:
         """All ranks, for a call that the script makes on each of them."""
         self._ranks.meet(call, self._run.step, *arguments)
+
+    def _say_what_can_be_undone(self) -> None:
+        shortened, self.changes.shortened = self.changes.shortened, None
+        if shortened is not None and not self._told_of_limit:
+            self._told_of_limit = True
+            self._findings.add(fewer_snapshots(*shortened, self._snapshot_limit))
 
     def _say_what_was_kept(self, change: str, layer: str, report: UndoReceipt) -> None:
         if report.kept or report.not_restored:

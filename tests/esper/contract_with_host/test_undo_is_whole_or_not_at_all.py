@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -146,8 +147,7 @@ def fails_at(count: int, monkeypatch: pytest.MonkeyPatch, name: str) -> Callable
     return lambda: calls >= count
 
 
-def raises_at_line(number: int) -> Any:
-    seen = 0
+def raises_at_line(number: int, seen: int = 0) -> Any:
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal seen
@@ -193,10 +193,11 @@ def test_a_failing_tensor_operation_leaves_everything_as_it_was(
 
 @pytest.mark.parametrize("build", CASES, ids=lambda build: build.__name__)
 def test_an_exception_at_any_line_leaves_everything_as_it_was(build: Callable[[], Case]) -> None:
+    lines = lines_of(build)  # first: it uses the random streams
     case = build()
     state = Snapshot.take(case.training.model, case.around)
     before, line = digest(case.training.model), 1
-    for line in numbers():
+    for line in numbers(lines):
         sys.settrace(raises_at_line(line))
         try:
             case.undo()
@@ -209,14 +210,34 @@ def test_an_exception_at_any_line_leaves_everything_as_it_was(build: Callable[[]
             break
         finally:
             sys.settrace(None)
-    assert line > 60, "the injection reached no depth"
     losses_go_on(case)
 
 
-def numbers() -> Any:
-    """Each of the first lines, then some: the same lines run for each tensor."""
-    yield from range(1, 150)
-    yield from range(150, 100_000, 19)
+def lines_of(build: Callable[[], Case]) -> int:
+    """How many lines an undo runs."""
+    case, counted = build(), itertools.count()
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        if frame.f_code.co_filename.endswith(UNDO_FILES) and frame.f_code.co_name != "_remove":
+            if event == "line":
+                next(counted)
+            return trace
+        return None
+
+    sys.settrace(trace)
+    try:
+        case.undo()
+    finally:
+        sys.settrace(None)
+    return next(counted)
+
+
+def numbers(lines: int) -> Any:
+    """Each of the first and last lines, and some between: the same run for each tensor."""
+    assert lines > 300, "the injection reaches no depth"
+    yield from range(1, 120)
+    yield from range(120, lines - 80, 29)
+    yield from range(lines - 80, lines + 100)
 
 
 def losses_go_on(case: Case) -> None:
