@@ -16,7 +16,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from esper.exceptions import CompilerMissingError, KernelError
 
 FUNCTION_FILE = "fn.aotc"
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+MARCH = "march"  # Inductor's setting for the compiler's -march
 
 _one_at_a_time = threading.Lock()  # the process's environment names the cache directory
 
@@ -167,13 +168,17 @@ def inductor_in(directory: Path) -> Iterator[None]:
 def portable_code() -> Any:
     """Compiler options by instruction set; Inductor's own "native" may not run on other hosts.
 
-    They are part of the names of Inductor's files, so builder and loader must use the same.
+    They are part of the names of Inductor's files, so builder and loader must use the same. Before
+    2.13 torch has no such setting, and its code runs on the kind of machine that built it: a
+    kernel's key names torch's version and the device.
     """
     from torch._inductor import config
 
+    if not hasattr(config.cpp, MARCH):
+        return nullcontext()
     levels = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
     march = levels.get(torch.backends.cpu.get_cpu_capability())
-    return config.patch({"cpp.march": march})
+    return config.patch({f"cpp.{MARCH}": march})
 
 
 def _load_function(data: bytes, digest: str) -> Any:

@@ -24,6 +24,7 @@ from esper.compilation import (
     compile_export,
     load_compiled,
     load_exported,
+    native,
     open_compiled,
     open_kernel,
     try_compiled,
@@ -421,3 +422,16 @@ def test_an_archive_without_a_function_is_refused() -> None:
 
     with pytest.raises(KernelError, match="no compiled function"):
         load_compiled(empty.files, empty.digest, TRUSTED_KEY)
+
+
+def test_a_torch_without_a_setting_for_the_instruction_set_compiles_as_it_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """2.10 to 2.12 have no ``cpp.march``, and refuse to patch what they do not know."""
+    from torch._inductor import config
+
+    with native.portable_code():
+        assert config.cpp.march.startswith("x86-64") or config.cpp.march is None
+    monkeypatch.setattr(native, "MARCH", "no_such_setting")
+    with native.portable_code():
+        pass
