@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.contracts import RunMode, Severity, Signal
 from esper.diagnosis import Diagnosed
+from esper.diagnosis.base import Evidence
 from esper.exceptions import EsperError
 from esper.grafting import RemedyReceipt
 from esper.remedies import Batch, Remedy, get_remedy, list_remedies
@@ -36,12 +37,13 @@ from esper.sdk.surgery import Surgery
 logger = logging.getLogger("esper")
 
 WINDOW_STEPS, URGENT_WINDOW_STEPS = 120, 20  # for so long a remedy is given time
+UNMEASURED_WINDOWS = 20  # how much longer, while nothing new was measured
 KEPT_AFTER_STEPS = 10  # the finding must be over for so long
 PAUSE_STEPS = 20  # between two remedies for one finding
 BY_RULE = 2  # how often one remedy answers one kind of finding without a person
 AFTER_GUARD_STEPS = 5  # in which the loss can come back
 EARLY_STEPS = 50  # to begin anew costs little before
-SOUND_UPDATE = 3e-3  # of the weight; about 1e-3 is usual
+SOUND_UPDATE, USUAL_UPDATE = 3e-3, 1e-3  # shares of the weight
 WEAKEST, STRONGEST = 0.1, 1e-4  # factors of the learning rate
 _AGAIN = frozenset({"rewind", "set_lr"})  # have a stronger dose
 _OBSERVES = "the run only observes, so this is what Esper would do"
@@ -56,7 +58,8 @@ class RemedyProposal:
         finding: slug of the rule whose finding it answers.
         remedy: slug; layer: empty for the whole run; config: the settings that it needs.
         step: when it was proposed.
-        asks: why a person must decide.
+        asks: why a person must decide; empty: it is applied by rule.
+        evidence: of the finding.
     """
 
     finding: str
@@ -65,6 +68,7 @@ class RemedyProposal:
     config: dict[str, Any]
     step: int
     asks: str
+    evidence: Evidence
 
     def __str__(self) -> str:
         place = self.layer or "the whole run"
@@ -78,6 +82,7 @@ class Treatment:
     """A remedy in its window.
 
     Attributes:
+        evidence: of the finding, when the remedy was applied.
         urgent: it answers a critical finding, which is given less time.
         ended: what became of it; empty while it is in its window.
     """
@@ -86,6 +91,7 @@ class Treatment:
     remedy: str
     step: int
     receipt: RemedyReceipt
+    evidence: Evidence
     urgent: bool = False
     ended: str = ""
 
@@ -214,7 +220,8 @@ class RemedyLoop:
                     case.refused[slug] = reason
                     continue
             asks = self._asks(remedy, given)
-            return RemedyProposal(found.rule.slug, slug, layer, config, self._run.step, asks)
+            step, evidence = self._run.step, found.evidence
+            return RemedyProposal(found.rule.slug, slug, layer, config, step, asks, evidence)
         return None
 
     def _order(self, found: Diagnosed) -> list[str]:
@@ -242,13 +249,20 @@ class RemedyLoop:
         """The settings for this finding; stronger the second time: the first did not last."""
         if slug == "set_lr":
             if found.rule.slug in _RAISES:
-                return {"factor": 10.0}
+                return {"factor": self._higher(found)}
             return {"factor": self._lower(found) ** (1 + given)}
         if slug == "rewind":
             before = found.since_step if self._run.step > EARLY_STEPS else 0
             power = given + (0 if self._was_sudden(found) else 1)
             return {"step": before, "factor": max(self._lower(found) ** power, STRONGEST)}
         return {}
+
+    def _higher(self, found: Diagnosed) -> float:
+        """A factor that brings the updates up to the usual share of the weights."""
+        ratio = found.evidence.value if found.evidence.signal == Signal.UPDATE_RATIO else math.nan
+        if not ratio > 0:
+            return 1 / WEAKEST
+        return min(max(USUAL_UPDATE / ratio, 1 / WEAKEST), 1 / STRONGEST)
 
     def _lower(self, found: Diagnosed) -> float:
         """A factor that makes the updates a sound share of the weights, where that is known."""
@@ -287,7 +301,14 @@ class RemedyLoop:
         if get_remedy(proposal.remedy).changes_weights:
             self._diagnosis.forget_readings()
         case.given[proposal.remedy] = case.given.get(proposal.remedy, 0) + 1
-        treatment = Treatment(proposal.finding, proposal.remedy, self._run.step, receipt, urgent)
+        treatment = Treatment(
+            proposal.finding,
+            proposal.remedy,
+            self._run.step,
+            receipt,
+            proposal.evidence,
+            urgent,
+        )
         self.treatments.append(treatment)
         return treatment
 
@@ -303,8 +324,15 @@ class RemedyLoop:
                 if age >= KEPT_AFTER_STEPS:
                     treatment.ended = f"kept, because {treatment.finding} is over"
                     self._announcer.remedy_judged(treatment.remedy, treatment.ended)
-            elif age >= (URGENT_WINDOW_STEPS if treatment.urgent else WINDOW_STEPS):
+            elif age >= self._window(treatment, open_[treatment.finding]):
                 self._fail(treatment)
+
+    def _window(self, treatment: Treatment, found: Diagnosed) -> int:
+        """In steps. Longer while nothing new was measured, which says nothing of the remedy."""
+        if treatment.urgent:
+            return URGENT_WINDOW_STEPS
+        unmeasured = found.evidence == treatment.evidence
+        return WINDOW_STEPS * (UNMEASURED_WINDOWS if unmeasured else 1)
 
     def _fail(self, treatment: Treatment) -> None:
         """It did not help: what it does in each step ends; what it did once is history."""

@@ -30,6 +30,7 @@ class Fault:
         held: how many of the last tensors the optimizer is given; None: all.
         batch: changes the inputs of a step.
         before: runs before a step.
+        steps: how long the run is.
     """
 
     rate: float = 0.1
@@ -39,6 +40,7 @@ class Fault:
     activation: type[nn.Module] = nn.ReLU
     adam: bool = False
     held: int | None = None
+    steps: int = 600
     batch: Callable[[int, Tensor], Tensor] = field(default=lambda _, x: x)
     before: Callable[[int, torch.optim.Optimizer], None] = field(default=lambda *_: None)
 
@@ -56,6 +58,7 @@ def poisoned(step: int, x: Tensor) -> Tensor:
 FAULTS = {
     "the rate is 3,000 times too high": Fault(rate=300.0, momentum=0.0),
     "Adam's rate is 1,000 times too high": Fault(rate=1.0, adam=True),
+    "the rate is 100,000 times too low": Fault(rate=1e-6, steps=1200),
     "the rate jumps": Fault(before=jump),
     "weights start too small": Fault(scale=0.05, depth=7, activation=nn.Tanh),
     "weights start too large": Fault(scale=30.0, depth=7, activation=nn.Tanh),
@@ -112,12 +115,12 @@ class Run:
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_sick_run_recovers_by_rule(fault: Fault) -> None:
     alone = Run(fault)
-    alone.train(600)
+    alone.train(fault.steps)
     assert not alone.accuracy() > HEALTHY - 0.2
     run = Run(fault)
     rates = [group["lr"] for group in run.optimizer.param_groups]
     with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
-        run.train(600, session)
+        run.train(fault.steps, session)
         assert run.accuracy() > HEALTHY
         assert session.remedies
         if fault.before is not jump:
