@@ -181,6 +181,7 @@ class Side:
     """One rank's side of the training of one model.
 
     Attributes:
+        drops: some gradients are cleared without a step.
         same_data: all ranks see the same rows, as tensor parallelism has it.
     """
 
@@ -190,6 +191,7 @@ class Side:
     rank: int
     accumulate: int = 1
     evaluates: bool = False
+    drops: bool = False
     optimizer: Any = None
     losses: list[float] = field(default_factory=list)
 
@@ -214,6 +216,9 @@ class Side:
 
     def step(self, at: int, session: Any = None) -> float:
         total = 0.0
+        if self.drops and at % 2:
+            self.loss(at + 3_000).backward()
+            self.optimizer.zero_grad()
         for micro in range(self.accumulate):
             loss = self.loss(at * self.accumulate + micro) / self.accumulate
             loss.backward()

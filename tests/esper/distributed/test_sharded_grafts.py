@@ -76,6 +76,7 @@ def _graft(rank: int, size: int, model: str, sharding: str, options: dict[str, A
             side.step(at, session)
             whole.step(at, alone)
         before = state(side)
+        evaluate_last(side)
         receipt = session.graft(layer, slug)
         assert receipt.certificate.passed
         assert receipt.certificate.max_abs_diff == 0.0
@@ -96,6 +97,7 @@ def _graft(rank: int, size: int, model: str, sharding: str, options: dict[str, A
         compare(receipt.graft, twin.graft, exact=sharding != "fsdp2 mixed")
         assert agree(any(moved)), "the graft learns nothing"
         assert session.frame() is None or rank == 0
+        evaluate_last(side)
         undone = session.undo(receipt)
         assert undone.exact
         assert state(side) == before
@@ -107,6 +109,13 @@ def _graft(rank: int, size: int, model: str, sharding: str, options: dict[str, A
         skipped = BEFORE + len(steps)
         assert side.losses == bare.losses[skipped : skipped + len(side.losses)]
         assert not [f for f in session.findings() if "graft" in f.observed]
+
+
+def evaluate_last(side: Any) -> None:
+    """Leaves the outermost module with its whole weights."""
+    if side.evaluates:
+        with torch.no_grad():
+            side.loss(2_000)
 
 
 def alone_graft(session: Any, layer: str, slug: str) -> Any:
@@ -140,8 +149,10 @@ def test_a_graft_is_spread_learns_and_is_undone_exactly(
     two_ranks.run(_graft, 2, model, sharding, {})
 
 
-@pytest.mark.parametrize("options", [{"accumulate": 3}, {"evaluates": True}], ids=str)
-def test_accumulation_and_evaluation_go_on_with_a_graft(
+@pytest.mark.parametrize(
+    "options", [{"accumulate": 3}, {"evaluates": True}, {"drops": True}], ids=str
+)
+def test_accumulation_evaluation_and_dropped_gradients_go_on_with_a_graft(
     two_ranks: RankPool, options: dict[str, Any]
 ) -> None:
     for sharding in ("fsdp2", "fsdp2 gathered"):
