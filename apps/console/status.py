@@ -165,4 +165,5 @@ RULES: dict[str, str] = {
     ViolationRule.MISSING_TELEMETRY: "missing telemetry",
     ViolationRule.OPTIMIZER_LEDGER: "optimizer's parameter groups",
     ViolationRule.DEADLINE: "deadline",
+    ViolationRule.DIAGNOSIS: "diagnosis",
 }

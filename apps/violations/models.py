@@ -22,6 +22,9 @@ class Violation(models.Model):
     adaptation_uid = models.CharField(max_length=UID_LENGTH, blank=True, db_index=True)
     layer = models.CharField(max_length=MAX_NAME_LENGTH, blank=True)
     step = models.BigIntegerField(null=True, blank=True)
+    since_step = models.BigIntegerField(null=True, blank=True)
+    resolved_step = models.BigIntegerField(null=True, blank=True)
+    finding = models.CharField(max_length=64, blank=True)  # slug of the rule of the diagnosis
     rule = models.CharField(max_length=24, choices=[(r, r) for r in ViolationRule], db_index=True)
     severity = models.CharField(max_length=8, choices=[(s, s) for s in Severity])
     observed = models.CharField(max_length=200)

@@ -20,6 +20,7 @@ from esper.contracts import Finding, Severity, ViolationRule
 
 MAX_OPEN_FINDINGS_PER_RUN = 200
 MAX_FINDING_TEXT = 500
+MAX_SLUG = 64
 
 
 @transaction.atomic
@@ -35,6 +36,8 @@ def record_violation(
     layer: str = "",
     adaptation_uid: str = "",
     step: int | None = None,
+    finding: str = "",
+    since_step: int | None = None,
 ) -> Violation:
     """Record a broken limit, and what the system did about it."""
     if run is not None:
@@ -50,6 +53,8 @@ def record_violation(
         layer=layer,
         adaptation_uid=adaptation_uid,
         step=step,
+        finding=finding,
+        since_step=since_step,
     )
     data = {
         "violation": violation.uid,
@@ -72,31 +77,47 @@ def record_violation(
 def record_findings(*, run: Run, findings: Sequence[Finding]) -> int:
     """Record what a trainer has diagnosed. The same open finding is written once.
 
-    Findings are the same when rule, layer and remedy are; the observed number may differ.
+    Findings are the same when rule, layer and remedy are, or the rule of the diagnosis; the
+    observed number may differ. One that is over closes its record.
     """
-    written = 0
-    for finding in findings:
-        observed, limit, remedy = (
-            text[:MAX_FINDING_TEXT] for text in (finding.observed, finding.limit, finding.remedy)
-        )
-        open_ones = Violation.objects.filter(run=run, acknowledged_at=None, adaptation_uid="")
-        action = f"Nothing was changed. {remedy}"
-        known = open_ones.filter(rule=finding.rule, layer=finding.layer, action=action).exists()
-        if known or open_ones.count() >= MAX_OPEN_FINDINGS_PER_RUN:
-            continue
-        record_violation(
-            run=run,
-            rule=finding.rule,
-            severity=finding.severity,
-            observed=observed,
-            limit=limit,
-            text=f"{finding.layer or run.name}: {observed}",
-            action=action,
-            layer=finding.layer,
-            step=run.step,
-        )
-        written += 1
-    return written
+    return sum(_record_finding(run, finding) for finding in findings)
+
+
+def _record_finding(run: Run, finding: Finding) -> bool:
+    """True where it was written as a new one."""
+    observed, limit, remedy = (
+        text[:MAX_FINDING_TEXT] for text in (finding.observed, finding.limit, finding.remedy)
+    )
+    slug, action = finding.slug[:MAX_SLUG], f"Nothing was changed. {remedy}"
+    open_ones = Violation.objects.filter(
+        run=run, acknowledged_at=None, resolved_step=None, adaptation_uid=""
+    )
+    same = open_ones.filter(rule=finding.rule, finding=slug)
+    # Under one rule of the diagnosis there is one finding at a time; others may be several.
+    same = (
+        same
+        if slug and finding.rule != ViolationRule.OPTIMIZER_LEDGER
+        else same.filter(layer=finding.layer, action=action)
+    )
+    if finding.resolved_step >= 0:
+        same.update(resolved_step=finding.resolved_step)
+        return False
+    if same.exists() or open_ones.count() >= MAX_OPEN_FINDINGS_PER_RUN:
+        return False
+    record_violation(
+        run=run,
+        rule=finding.rule,
+        severity=finding.severity,
+        observed=observed,
+        limit=limit,
+        text=f"{finding.layer or run.name}: {observed}",
+        action=action,
+        layer=finding.layer,
+        step=run.step,
+        finding=slug,
+        since_step=finding.since_step if finding.since_step >= 0 else None,
+    )
+    return True
 
 
 @transaction.atomic

@@ -5,6 +5,7 @@ from __future__ import annotations
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.engine import Change, Diagnosed, Diagnosis
 from esper.diagnosis.observation import Observation, Unknown
+from esper.diagnosis.probes import weights_digest
 from esper.diagnosis.recorder import Recorder
 from esper.diagnosis.registry import discover, get_rule, list_rules
 
@@ -23,4 +24,5 @@ __all__ = [
     "discover",
     "get_rule",
     "list_rules",
+    "weights_digest",
 ]

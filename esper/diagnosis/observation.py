@@ -211,7 +211,7 @@ class Modes:
         was_training: they have been in training mode before.
         extra_batches: forward passes in training mode beyond those of the updates, as batch norm
             counts them; extra_steps: in so many steps.
-        evaluated_in_training: forward passes of ``evaluate`` with a module in training mode.
+        evaluated_in_training: calls of such a module in training mode by ``evaluate``.
     """
 
     in_training: int = 0

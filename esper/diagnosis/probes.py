@@ -9,6 +9,7 @@ All reads are detached; no random number is drawn.
 from __future__ import annotations
 
 import math
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -566,6 +567,13 @@ def _gradients(seen: Gradients, transfer: HostTransfer, names: Sequence[str]) ->
     pairs = transfer.take("moved").tolist()
     known = [changed for due, changed in pairs if due]
     return replace(seen, rows=rows, moved=sum(known) / len(known) if known else math.nan)
+
+
+@torch.no_grad()
+def weights_digest(model: nn.Module) -> float:
+    """A number that is equal for equal weights: a checksum of a few elements of each tensor."""
+    parts = [_few(p.detach()).double().cpu() for p in model.parameters() if has_numbers(p)]
+    return float(zlib.crc32(torch.cat(parts).numpy().tobytes())) if parts else 0.0
 
 
 def _few(tensor: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,7 +41,7 @@ from esper.diagnosis.probes import (
     still_symmetric,
 )
 from esper.fail_closed import FailClosed
-from esper.grafting.compiled import Compilation
+from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.graph import layer_modules
 from esper.grafting.guard import gradient_values
 from esper.grafting.hooks import PassingHook
@@ -55,6 +56,7 @@ MEASURED_AT = (50, 500, 5_000)  # where the period is set from the cost so far
 BUDGET = 0.01  # of the time of a step
 KEPT = 16  # readings
 USUAL_UPDATES = 10  # that show how many forward passes an update has
+WATCHED_EVALUATIONS = 2
 WATCHED_UPDATES = 8  # for which the start of the backward pass is known
 _DROPOUT = nn.modules.dropout._DropoutNd
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -101,6 +103,8 @@ class Recorder:
         model: as it trains.
         optimizers: those that train it.
         fail_closed: where a part is reported that failed.
+        reads: False for a model that is spread over ranks, of which this one sees a part: nothing
+            is read from it, and the rules that need it do not know.
         clock: seconds, monotonic.
     """
 
@@ -109,10 +113,13 @@ class Recorder:
         model: nn.Module,
         optimizers: Sequence[Any],
         fail_closed: FailClosed,
+        *,
+        reads: bool = True,
         clock: Callable[[], float] = time.perf_counter,
         compilation: Compilation | None = None,
     ) -> None:
         self._model = model
+        self._reads = reads
         self._optimizers = tuple(map(unwrap_optimizer, optimizers))
         self._clock = clock
         self._closed = partial(fail_closed.wrap, part=PART, unmeasured=UNMEASURED)
@@ -120,7 +127,7 @@ class Recorder:
         self.passes: list[ModelPass] = []  # the first one, and the newest
         self.gradients: deque[Gradients] = deque(maxlen=KEPT)
         self.tensors: tuple[TensorFacts, ...] = ()
-        if not any(optimizer.state for optimizer in self._optimizers):
+        if reads and not any(optimizer.state for optimizer in self._optimizers):
             self.tensors = self._closed(read_tensors)(model) or ()
         self.duplicates = self._closed(same_modules)(model) or ()
         self._forward = ForwardProbe(model, fail_closed, compilation)
@@ -130,17 +137,19 @@ class Recorder:
         self._handles: list[RemovableHandle] = []
         self._step = 0
         self._due = True
+        self._evaluations = 0
         self._updates = 0
         self._waiting: (
             tuple[Callable[[], ModelPass] | None, Callable[[], Gradients] | None] | None
         ) = None  # makes what was measured, once its numbers have arrived
         self._in_hooks = 0.0
         self._first_time = math.nan
-        for optimizer in self._optimizers:
+        for optimizer in self._optimizers if reads else ():
             if hasattr(optimizer, "_optimizer_step_post_hooks"):
                 hook = self._closed(self._after_update)
                 self._handles.append(optimizer.register_step_post_hook(hook))
-        self._closed(self._forward.arm)()
+        if reads:
+            self._closed(self._forward.arm)()
 
     @property
     def zeroing(self) -> Zeroing:
@@ -162,7 +171,7 @@ class Recorder:
             measured |= self._take(step)
         if self.plan.is_due(step + 1):
             self._due = True
-            if self.plan.reads_forward(step + 1):
+            if self._reads and self.plan.reads_forward(step + 1):
                 self._closed(self._forward.arm)()
         return measured
 
@@ -181,9 +190,20 @@ class Recorder:
         with torch.no_grad():
             return still_symmetric(self._model, suspects)
 
-    def evaluated(self, passes: int) -> None:
-        """So many forward passes of an evaluation had a module in training mode."""
-        self._modes.evaluated(passes)
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the first evaluations show whether they run the model in training mode."""
+        self._evaluations += 1
+        # A hook would make torch compile the model once more.
+        if self._evaluations > WATCHED_EVALUATIONS or anything_was_compiled():
+            yield
+            return
+        watching = self._modes.evaluating(self._closed)
+        try:
+            yield
+        finally:
+            for handle in watching:
+                handle.remove()
 
     def broken(self) -> Broken:
         """Where weights and gradients are not finite; a full pass over both."""
@@ -359,10 +379,16 @@ class _Modes:
         )
         self._count_batches()
 
-    def evaluated(self, passes: int) -> None:
-        """So many forward passes of an evaluation had a module in training mode."""
-        old = self.facts
-        self.facts = replace(old, evaluated_in_training=old.evaluated_in_training + passes)
+    def evaluating(self, closed: Callable[..., Any]) -> list[RemovableHandle]:
+        """Counts calls of these modules in training mode, until the hooks are removed."""
+
+        def count(module: nn.Module, _: Any) -> None:
+            if module.training:
+                calls = self.facts.evaluated_in_training + 1
+                self.facts = replace(self.facts, evaluated_in_training=calls)
+
+        hook = PassingHook(closed(count))
+        return [module.register_forward_pre_hook(hook) for module in self._modules]
 
     def _count_batches(self) -> None:
         """Compares the batches since the update before with those of the first updates."""

@@ -200,6 +200,11 @@ class RankGroup:
         rows = self._gather(_Row(Call.STEP, 0, loss=value))
         return sum(row.loss or 0.0 for row in rows) / self.size
 
+    def values(self, value: float) -> tuple[float, ...]:
+        """One number of each rank, by rank."""
+        rows = self._gather(_Row(Call.STEP, 0, loss=value))
+        return tuple(row.loss or 0.0 for row in rows)
+
     def vote(self, error: BaseException | None, checksum: str = "") -> None:
         """Returns only if no rank has an error and all have the same checksum.
 

@@ -36,6 +36,9 @@ class DiagnosisWatch:
 
     Args:
         findings: where they are reported.
+
+    Attributes:
+        rank_digests: of the weights of all ranks, when they were compared last.
     """
 
     def __init__(
@@ -50,9 +53,12 @@ class DiagnosisWatch:
         self._model = model
         self._run = run
         self._findings = findings
+        ranks = surroundings.replicas
+        whole = ranks is None or ranks.layout is None
         self.recorder = Recorder(
-            model, surroundings.optimizers, fail_closed, compilation=compilation
+            model, surroundings.optimizers, fail_closed, compilation=compilation, reads=whole
         )
+        self.rank_digests: tuple[float, ...] = ()
         self.diagnosis = Diagnosis()
         self._optimizers = surroundings.optimizers
         self._layers: tuple[str, ...] = ()
@@ -149,6 +155,7 @@ class DiagnosisWatch:
             gradients=tuple(recorder.gradients),
             zeroing=recorder.zeroing,
             modes=recorder.modes,
+            rank_digests=self.rank_digests,
             duplicates=recorder.duplicates,
             broken=self._broken or Broken(),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ class Evaluations:
     Args:
         evaluate: held-out loss, lower is better; on the same data at each call. It returns None
             while there is no such data. None where the script has no such function.
+        watched: what looks at the model while it is called.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class Evaluations:
         surgery: Surgery,
         run: RunState,
         ranks: Ranks,
+        watched: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._evaluate = evaluate
+        self._watched = watched
         self._surgery = surgery
         self._run = run
         self._ranks = ranks
@@ -112,6 +115,6 @@ class Evaluations:
     def _loss(self) -> float:
         """NaN where there is none."""
         assert self._evaluate is not None
-        with undisturbed(self._surgery.model):
+        with undisturbed(self._surgery.model), self._watched():
             loss = self._evaluate()
         return math.nan if loss is None else float(loss)

@@ -71,6 +71,8 @@ class Findings:
             self._open[finding] = None
         else:
             self._resolved.append(finding)
+            if self._send is not None:
+                self._send(finding)
             logger.info("step %d: %s is over", finding.resolved_step, finding.slug)
 
     def replace_ledger(self, found: Iterable[Finding]) -> None:

@@ -23,6 +23,9 @@ from esper.sdk.adaptation import Operation
 
 logger = logging.getLogger("esper")
 
+COMPARED_AT = (2, 10, 50)  # steps after which the ranks compare their weights
+COMPARED_EVERY = 500
+
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -108,6 +111,23 @@ class Ranks:
         busy = self.decides and may_operate()
         meeting = self._replicas.meet(Call.STEP, step, loss=loss, busy=busy)
         return meeting.loss, meeting.busy
+
+    def digests(self, step: int, digest: Callable[[], float]) -> tuple[float, ...]:
+        """One number of each rank's weights, at a few steps; empty in the others.
+
+        Ranks over which the model is spread hold different weights, and are not compared.
+        """
+        ranks = self._replicas
+        if ranks is None or ranks.layout is not None or not ranks.meets_each_step:
+            return ()
+        if step not in COMPARED_AT and step % COMPARED_EVERY:
+            return ()
+        try:
+            value = digest()
+        except Exception:  # the others wait for this rank's number
+            logger.exception("the weights of this rank could not be read")
+            value = math.nan
+        return ranks.values(value)
 
     @contextmanager
     def leading(self, busy: bool, stop_reason: Callable[[], str]) -> Iterator[None]:

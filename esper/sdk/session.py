@@ -17,7 +17,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from esper import grafting
 from esper.contracts import Finding, HealthFrame, LayerInfo, RunMode, SafetyPolicy, Severity
+from esper.diagnosis import weights_digest
 from esper.exceptions import ConfigurationError, EsperError
 from esper.fail_closed import FailClosed
 from esper.grafting import LossGuard, Receipt, RemedyReceipt, Surroundings, UndoReceipt
@@ -151,7 +152,12 @@ class Session:
             reports=SurgeryReports(self._queues, self._announcer),
         )
         self._loads = LoadedStates(model, self._surgery)
-        self._evaluations = Evaluations(setup.evaluate, self._surgery, self._run, self._ranks)
+        watched = (
+            self._diagnosis.recorder.evaluating if self._diagnosis is not None else nullcontext
+        )
+        self._evaluations = Evaluations(
+            setup.evaluate, self._surgery, self._run, self._ranks, watched
+        )
         self._follower = Follower(self._ranks, self._surgery, self._evaluations)
         self._server = (
             ServerLink(
@@ -230,6 +236,9 @@ class Session:
         run.step += 1
         at, value = known if known is not None else (run.step, None)
         value, busy = self._ranks.meet_for_step(run.step, value, self._may_operate, self._meets_now)
+        digests = self._ranks.digests(run.step, partial(weights_digest, self._setup.model))
+        if self._diagnosis is not None and digests:
+            self._diagnosis.rank_digests = digests
         if not self._layers.fixed:
             self._try("opening", self._open)
         # Before anything that may undo: a snapshot is taken after it, so an undo restores what the

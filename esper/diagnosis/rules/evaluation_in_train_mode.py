@@ -27,8 +27,8 @@ class EvaluationInTrainMode(Rule):
             raise Unknown("no module depends on the mode")
         if modes.evaluated_in_training:
             return Evidence(
-                observed="evaluate() runs the model in training mode: "
-                f"{modes.evaluated_in_training} of its forward passes",
+                observed="evaluate() ran modules in training mode, in "
+                f"{modes.evaluated_in_training} calls of them",
                 limit="model.eval() in an evaluation",
                 signal="training",
                 value=float(modes.evaluated_in_training),

@@ -166,6 +166,34 @@ def test_findings_become_violations_and_drops_are_counted(trainer: Trainer) -> N
     assert trainer.row().dropped_items == 7
 
 
+def test_a_finding_of_the_diagnosis_is_written_once_and_closed_when_it_is_over(
+    trainer: Trainer,
+) -> None:
+    finding = {
+        "rule": "diagnosis",
+        "layer": "fc",
+        "severity": "serious",
+        "observed": "80% of the units had a gradient of exactly zero",
+        "limit": "less than 70%",
+        "remedy": "Give the dead units a new start.",
+        "slug": "dying_relu",
+        "since_step": 10,
+        "remedies": ["rewind", "recycle"],
+    }
+    worse = {**finding, "observed": "90% of the units", "layer": "fc2"}
+    over = {**worse, "resolved_step": 90}
+    for batch in ([finding], [worse], [over]):
+        assert trainer.send(findings=batch).status == 202
+    violation = Violation.objects.get()
+    assert (violation.finding, violation.since_step, violation.resolved_step) == (
+        "dying_relu",
+        10,
+        90,
+    )
+    assert trainer.send(findings=[finding]).status == 202
+    assert Violation.objects.filter(resolved_step=None).count() == 1
+
+
 def test_metrics_beyond_the_limit_of_names_are_dropped_and_counted(trainer: Trainer) -> None:
     for start in range(0, 600, 60):
         names = {f"loss_at_{number}": 1.0 for number in range(start, start + 60)}

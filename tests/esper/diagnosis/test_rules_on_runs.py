@@ -344,3 +344,19 @@ def test_the_fault_is_found_in_time(case: Case) -> None:
 def test_the_twin_without_the_fault_has_no_alarm(case: Case) -> None:
     torch.manual_seed(0)
     assert case.healthy().go().alarms() == []
+
+
+@pytest.mark.parametrize("evaluating", [True, False], ids=["eval mode", "training mode"])
+def test_an_evaluation_that_switches_to_training_mode_is_found(evaluating: bool) -> None:
+    torch.manual_seed(0)
+    x, y = digits()
+
+    def evaluate(model: nn.Module) -> float:
+        model.train(not evaluating)
+        loss = F.cross_entropy(model(x[:64]), y[:64]).item()
+        model.train()  # usual at the end, and no fault
+        return loss
+
+    result = Run(perceptron(0.1), evaluate=evaluate, steps=220).go()
+    assert ("evaluation_in_train_mode" in result.steps) is not evaluating
+    assert not any(module._forward_pre_hooks for module in Run().model.modules())
