@@ -173,7 +173,7 @@ class Gradients:
         step: of the session.
         readings: how many there were so far, this one too.
         rows: one for each trainable parameter.
-        moved: share of the matrices with a gradient whose sampled elements changed since the
+        moved: share of the matrices' sampled elements with a gradient that have changed since the
             reading before; NaN at the first.
         rate: the largest learning rate.
         updates: steps of the optimizers since the reading before.

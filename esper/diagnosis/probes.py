@@ -539,14 +539,14 @@ class GradientProbe:
         transfer.add(
             "dead", [None if row.dead is None else row.dead.float().mean() for row in read]
         )
-        transfer.add("moved", self._moved(rows))
+        transfer.add("moved", self._moved(rows, rate))
         seen = Gradients(
             step=step, readings=self.readings, rows=(), moved=math.nan, rate=rate, updates=updates
         )
         return partial(_gradients, seen, transfer, names)
 
-    def _moved(self, rows: Mapping[int, _Row]) -> list[Tensor]:
-        """Of each matrix with a gradient, bool [2]: it is due to move, and it has moved."""
+    def _moved(self, rows: Mapping[int, _Row], rate: float) -> list[Tensor]:
+        """Of each matrix, int64 [2]: elements that are due to move, and those that have."""
         pairs = []
         for key, row in rows.items():
             new, old = _few(self.parameters[key].detach()), self._samples.get(key)
@@ -555,18 +555,22 @@ class GradientProbe:
                 continue
             if self.parameters[key].ndim > 1:
                 # From zero even the smallest step is seen, which says nothing of other weights.
-                due = (row.sample.abs() > SMALLEST) & (old != 0)
-                pairs.append(torch.stack([due.any(), (due & (old != new)).any()]))
+                slope = row.sample.abs()
+                due = (slope > SMALLEST) & (old != 0)
+                if new.dtype in (torch.float32, torch.float64) and rate > 0:
+                    # A step this small is lost in these dtypes too, and was chosen so.
+                    due &= slope * rate >= torch.finfo(new.dtype).eps * old.abs()
+                pairs.append(torch.stack([due.sum(), (due & (old != new)).sum()]))
         return pairs
 
 
 def _gradients(seen: Gradients, transfer: HostTransfer, names: Sequence[str]) -> Gradients:
-    """From what has arrived on the host; ``moved`` is the share of the matrices due to move."""
+    """From what has arrived on the host."""
     columns = (transfer.take(name).tolist() for name in ("norm", "dead", "weight"))
     rows = tuple(GradientRow(*entry) for entry in zip(names, *columns, strict=True))
     pairs = transfer.take("moved").tolist()
-    known = [changed for due, changed in pairs if due]
-    return replace(seen, rows=rows, moved=sum(known) / len(known) if known else math.nan)
+    due, moved = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+    return replace(seen, rows=rows, moved=moved / due if due else math.nan)
 
 
 @torch.no_grad()

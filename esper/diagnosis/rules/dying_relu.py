@@ -8,7 +8,8 @@ from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
 from esper.diagnosis.probes import READINGS
 
-DEAD = 0.7
+DEAD = 0.85
+MANY = 0.7
 STILL = 0.5
 SATURATED = 0.3
 
@@ -20,9 +21,8 @@ class DyingRelu(Rule):
     title = "Dying ReLU"
     symptom = "Most units of a layer have a gradient of exactly zero, reading after reading."
     thresholds = (
-        Threshold(
-            "units without a gradient", DEAD, "share", "AutoTrainer (ICSE'21), DeepDiagnosis"
-        ),
+        Threshold("units without a gradient", DEAD, "share", "chosen on seeds 0 to 9"),
+        Threshold("the same, as info", MANY, "share", "AutoTrainer (ICSE'21), DeepDiagnosis"),
         Threshold("readings in a row", READINGS, "readings", "chosen: small batches miss units"),
         Threshold("to resolve", STILL, "share", "chosen"),
     )
@@ -53,21 +53,23 @@ class DyingRelu(Rule):
             raise Unknown("fewer than two layers have units whose gradient is known")
         if all(shares[name] == 1 for name in ordered) and not observation.some_gradient:
             raise Unknown("the whole gradient is zero")
-        limit = STILL if memory.is_open else DEAD
+        limit = STILL if memory.is_open else MANY
         # The last layer has no activation of its own: what follows it is the loss. Behind a layer
         # that is dead as a whole, everything before it is without gradient too: it began there.
         saturated = _saturated(observation)
         dead = [n for n in ordered[:-1] if shares[n] >= limit and n not in saturated]
         if not dead:
             return None
-        worst = dead[-1]
+        whole = [name for name in dead if shares[name] >= DEAD]
+        worst = (whole or dead)[-1]
         return Evidence(
             observed=f"{shares[worst]:.0%} of the units of {worst} had a gradient of exactly zero "
             f"in {READINGS} readings in a row",
-            limit=f"less than {DEAD:.0%}",
+            limit=f"less than {MANY:.0%}",
             signal="grad",
             value=shares[worst],
             began_at=worst,
+            severity=None if shares[worst] >= DEAD else Severity.INFO,
         )
 
 

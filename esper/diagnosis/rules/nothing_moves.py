@@ -7,6 +7,8 @@ from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
 from esper.diagnosis.probes import SMALLEST
 
+MOVED = 0.02
+
 
 class NothingMoves(Rule):
     """The loop runs and reports numbers, and no weight changes."""
@@ -15,7 +17,7 @@ class NothingMoves(Rule):
     title = "Nothing moves"
     symptom = "The optimizer makes steps with a learning rate above zero, and no weight changes."
     thresholds = (
-        Threshold("tensors that changed", 0, "share", "TrainCheck (OSDI'25)"),
+        Threshold("elements that changed", MOVED, "share", "chosen: the smallest may round up"),
         Threshold("largest gradient norm", SMALLEST, "L2", "rounding of float32"),
     )
     severity = Severity.CRITICAL
@@ -33,16 +35,16 @@ class NothingMoves(Rule):
             raise Unknown("no two readings with an update between them")
         if not reading.rate > 0:
             raise Unknown("the learning rate is zero")
-        if reading.moved > 0:
+        if reading.moved > MOVED:
             memory.notes["moved"] = True
         # An optimizer that has converged stops too, such as L-BFGS.
         if memory.notes.get("moved"):
             return None
         return Evidence(
-            observed=f"no matrix changed in {reading.updates} updates at a learning rate of "
-            f"{reading.rate:.3g}, although gradients are above zero",
+            observed=f"{reading.moved:.0%} of the weights changed in {reading.updates} updates "
+            f"at a learning rate of {reading.rate:.3g}, although gradients are above zero",
             limit="weights that change",
             signal="weights",
-            value=0.0,
+            value=reading.moved,
             since_step=max(1, observation.step - reading.updates),
         )

@@ -26,7 +26,12 @@ class OscillatingLoss(Rule):
         ),
         Threshold("swing / what single batches explain", EXCESS, "ratio", "chosen on 0 to 9"),
         Threshold("steps that change direction", FLIPS, "share", "2/3 by chance"),
-        Threshold("largest update / weight", LARGE_UPDATE, "ratio", "1e-3 is usual"),
+        Threshold(
+            "largest update / weight, or a loss twice the first",
+            LARGE_UPDATE,
+            "ratio",
+            "1e-3 is usual",
+        ),
     )
     severity = Severity.CAUTION
     false_alarm = "Batches that are sorted, so that easy and hard ones alternate."
@@ -43,7 +48,9 @@ class OscillatingLoss(Rule):
         largest = max(ratios.values())
         recent = losses[-STEPS:]
         level = float(np.median(np.abs(recent)))
-        if largest < LARGE_UPDATE or level <= 0:
+        # Above where it began, the loss swings for no other reason, however large the weights are.
+        lost = level > 2 * abs(observation.first_training_loss)
+        if (largest < LARGE_UPDATE and not lost) or level <= 0:
             return None
         means = recent.reshape(BLOCKS, -1).mean(1)
         inside = recent.reshape(BLOCKS, -1).std(1).mean() / np.sqrt(STEPS / BLOCKS)
