@@ -11,6 +11,7 @@ BLOCKS = 12
 SWING = 0.2
 EXCESS = 2.5
 FLIPS = 0.7
+UNLEARNED = 0.5
 LARGE_UPDATE = 1e-2
 
 
@@ -25,6 +26,7 @@ class OscillatingLoss(Rule):
             "swing of the mean of a block", SWING, "share of the level", "AutoTrainer (ICSE'21)"
         ),
         Threshold("swing / what single batches explain", EXCESS, "ratio", "chosen on 0 to 9"),
+        Threshold("level / first loss", UNLEARNED, "ratio", "below it the run learns"),
         Threshold("steps that change direction", FLIPS, "share", "2/3 by chance"),
         Threshold(
             "largest update / weight, or a loss twice the first",
@@ -49,8 +51,9 @@ class OscillatingLoss(Rule):
         recent = losses[-STEPS:]
         level = float(np.median(np.abs(recent)))
         # Above where it began, the loss swings for no other reason, however large the weights are.
-        lost = level > 2 * abs(observation.first_training_loss)
-        if (largest < LARGE_UPDATE and not lost) or level <= 0:
+        first = abs(observation.first_training_loss)
+        lost = level > 2 * first
+        if (largest < LARGE_UPDATE and not lost) or level <= UNLEARNED * first:
             return None
         means = recent.reshape(BLOCKS, -1).mean(1)
         inside = recent.reshape(BLOCKS, -1).std(1).mean() / np.sqrt(STEPS / BLOCKS)
