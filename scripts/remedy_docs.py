@@ -18,12 +18,13 @@ HEADER = """# Remedies
 
 Written by `python -m scripts.remedy_docs`; a test compares it with the code.
 
-Each remedy is one file in `esper/remedies/catalog`. `session.remedy(name, layer, **settings)` applies
-one between two steps and returns a receipt. `session.undo(receipt)` restores the run as it was before,
-to the bit; `session.undo(receipt, hard=False)` only ends what the remedy does in each step.
+Each remedy is one file in `esper/remedies/catalog`. `session.remedy(name, layer, **settings)`
+applies one between two steps and returns a receipt. `session.undo(receipt)` restores the run as it
+was before, to the bit; `session.undo(receipt, hard=False)` only ends what the remedy does in each
+step.
 
-A remedy that answers an open [finding](findings.md) is applied by rule in the mode `automatic`, at most
-twice for one kind of finding before a person is asked. In `supervised` it waits in
+A remedy that answers an open [finding](findings.md) is applied by rule in the mode `automatic`, at
+most twice for one kind of finding before a person is asked. In `supervised` it waits in
 `session.proposed_remedies` for `session.approve`. In `observe` it only says what Esper would do.
 """
 
