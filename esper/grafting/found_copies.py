@@ -37,6 +37,7 @@ class Copies(Sequence[Any]):
         self._model = weakref.ref(model)
         self._given = tuple(given)
         self._followers: list[weakref.ref[nn.Module]] = []
+        self._own: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # copied from this very model
         # copy -> it is inside an AveragedModel
         self._seen: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._searched = False
@@ -60,6 +61,7 @@ class Copies(Sequence[Any]):
         if self._searched or model is None:
             return
         self._searched = True
+        gc.collect()  # models of earlier runs that nothing uses any more are no rivals
         averaged_model = sys.modules["torch.optim.swa_utils"].AveragedModel
         for found in gc.get_referrers(averaged_model, type(model)):
             if type(found) is averaged_model:
@@ -71,6 +73,7 @@ class Copies(Sequence[Any]):
         """``copy.deepcopy`` copies the model now; ``memo`` is its own."""
         found = memo.get(id(self._model()))
         if isinstance(found, nn.Module):
+            self._own.add(found)
             self._note(found, averaged=_inside_averaged_model())
 
     def settle(self) -> tuple[nn.Module, ...]:
@@ -85,7 +88,7 @@ class Copies(Sequence[Any]):
             for found, averaged in alike.items()
             if found not in rivals
             and (averaged or _was_written(found))
-            and all(_distance(found, model) < _distance(found, rival) for rival in rivals)
+            and (found in self._own or _is_nearest(found, model, rivals))
         )
         for found in fresh:
             self._followers.append(weakref.ref(found))
@@ -141,6 +144,11 @@ def _is_a_key(parameter: Tensor) -> bool:
         isinstance(holder, dict) and any(key is parameter for key in holder)
         for holder in gc.get_referrers(parameter)
     )
+
+
+def _is_nearest(found: nn.Module, model: nn.Module, rivals: Sequence[nn.Module]) -> bool:
+    """No rival is nearer; one with the same numbers, of an equal run before, is no reason."""
+    return all(_distance(found, model) <= _distance(found, rival) for rival in rivals)
 
 
 @torch.no_grad()
