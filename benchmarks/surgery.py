@@ -1,6 +1,6 @@
 """The cost of changing a model in training: Esper, Composer, PEFT and GroMo.
 
-    python -m benchmarks.surgery [--quick] [--json FILE]
+    python -m benchmarks.surgery [--quick] [--device cuda] [--json FILE]
 
 All four change the same trained perceptron (same width, depth, optimizer, weights) in turns of one
 run: one layer gets 64 more directions. They do not do the same work, so the table shows measured
@@ -45,6 +45,7 @@ FEATURES = 64
 CLASSES = 10
 DIRECTIONS = 64  # rank of the update, or neurons that are added
 WIDTHS = {"1 M": 440, "6 M": 1090, "25 M": 2230}  # parameters -> width of the hidden layers
+WIDTHS_CUDA = {**WIDTHS, "124 M": 4990}
 BUDGET = Budget("p95", 10.0, "ms")
 NO_BUDGET = Budget("p95", None, "ms")
 
@@ -116,7 +117,7 @@ def with_esper(case: Trained, *, hard: bool) -> tuple[float, Callable[[], None]]
     blueprint = blueprints.get_blueprint("proj_lora_64")
     graft = blueprint.build(layer, seed=1)
     memory = grafting.SnapshotMemory.reserve(case.model, (case.optimizer,))  # as a session does
-    started = time.perf_counter()
+    started = _now()
     receipt: Receipt = grafting.apply_graft(
         case.model,
         layer,
@@ -137,7 +138,7 @@ def with_peft(case: Trained) -> tuple[float, Callable[[], None]]:
     """``inject_adapter_in_model``; the optimizer is updated by hand, as its documentation says."""
     peft = importlib.import_module("peft")
     config = peft.LoraConfig(r=DIRECTIONS, target_modules=["4"], lora_alpha=16)
-    started = time.perf_counter()
+    started = _now()
     peft.inject_adapter_in_model(config, case.model)
     fresh = [p for name, p in case.model.named_parameters() if "lora_" in name]
     case.optimizer.add_param_group({"params": fresh})
@@ -163,7 +164,7 @@ def with_composer(case: Trained) -> tuple[float, None]:
             _LowRankLinear(module) if module is target and isinstance(module, nn.Linear) else None
         )
 
-    started = time.perf_counter()
+    started = _now()
     surgery.replace_module_classes(case.model, {nn.Linear: widen}, optimizers=case.optimizer)
     return _since(started), None
 
@@ -187,7 +188,7 @@ class _LowRankLinear(nn.Module):
 def gromos_perceptron(width: int) -> nn.Module:
     mlp = importlib.import_module("gromo.containers.growing_mlp")
     model: nn.Module = mlp.GrowingMLP(
-        FEATURES, CLASSES, width, DEPTH, activation=nn.ReLU(), device=torch.device("cpu")
+        FEATURES, CLASSES, width, DEPTH, activation=nn.ReLU(), device=torch.get_default_device()
     )
     return model
 
@@ -195,7 +196,7 @@ def gromos_perceptron(width: int) -> nn.Module:
 def with_gromo(case: Trained) -> tuple[float, None]:
     """One growth step: statistics of one batch, the optimal update, at most 64 neurons added."""
     model: Any = case.model
-    started = time.perf_counter()
+    started = _now()
     model.set_growing_layers(index=2)
     model.init_computation()
     torch.autograd.backward(F.cross_entropy(model(case.x), case.target, reduction="sum"))
@@ -245,7 +246,7 @@ def observe(
             continue
         seen.pauses_ms.append(pause)
         if undo is not None:
-            started = time.perf_counter()
+            started = _now()
             undo()
             seen.undos_ms.append(_since(started))
             seen.exact_undo = seen.exact_undo is not False and not state.differences()
@@ -268,8 +269,15 @@ def _new_weights_train(case: Trained, held: set[int]) -> bool:
     return bool(moved) and all(moved)
 
 
+def _now() -> float:
+    """Seconds, when a GPU has done what it was given."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _since(started: float) -> float:
-    return (time.perf_counter() - started) * 1e3
+    return (_now() - started) * 1e3
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +303,8 @@ def measure(*, quick: bool = False) -> dict[tuple[str, str], Observed | str]:
     """(way, size) -> measurements, or why there are none."""
     torch.set_num_threads(1)
     results: dict[tuple[str, str], Observed | str] = {}
-    for size, width in WIDTHS.items():
+    widths = WIDTHS_CUDA if torch.get_default_device().type == "cuda" else WIDTHS
+    for size, width in widths.items():
         repeats = 5 if quick else max(5, 40 * 440 // width)
         for way in WAYS:
             results[way.name, size] = _try(way, width, repeats)
@@ -327,7 +336,8 @@ def show(results: dict[tuple[str, str], Observed | str]) -> str:
             f"{_p95(seen.pauses_ms):>9.2f}{undo:>10}  {seen.output_change:<14.2g}"
             f"{_yes(seen.moments_kept):<14}{_yes(seen.new_weights_train):<16}{exact}"
         )
-    return "\n".join([*lines, "milliseconds; one torch thread"])
+    device = torch.get_default_device().type
+    return "\n".join([*lines, f"milliseconds; one torch thread, device {device}"])
 
 
 def _yes(value: bool) -> str:
@@ -360,8 +370,12 @@ def figures(results: dict[tuple[str, str], Observed | str]) -> list[Figure]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this machine has no GPU that torch can use")
+    torch.set_default_device(options.device)
     results = measure(quick=options.quick)
     print(show(results))
     if options.json:
