@@ -353,9 +353,8 @@ class _Modes:
         self._modules = [m for m in model.modules() if _depends_on_mode(m)]
         norms = [m for m in self._modules if isinstance(m, _BATCH_NORM)]
         counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
-        # Reading a counter on a GPU would wait for it.
-        on_cpu = [counter for counter in counters if counter.device.type == "cpu"]
-        self._counter: Tensor | None = on_cpu[0] if on_cpu else None
+        at_once = [counter for counter in counters if not is_late(counter)]
+        self._counter: Tensor | None = at_once[0] if at_once else None
         self._batches = int(self._counter) if self._counter is not None else 0
         self._updates = 0
         self._usual = 0

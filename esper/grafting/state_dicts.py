@@ -34,6 +34,7 @@ from esper.grafting.slot import (
     find_host,
     find_slot,
     follows_loads,
+    is_opaque,
     slot_of,
     slots,
 )
@@ -172,6 +173,9 @@ class LoadHooks:
         copied: Callable[[dict[int, Any]], object] = lambda memo: None,
     ) -> None:
         self._before, self._after = before, after
+        self._handles: list[RemovableHandle] = []
+        if is_opaque(model):  # a model that is scripted as a whole takes no such hook, nor a graft
+            return
         register: Callable[..., RemovableHandle] = model.register_load_state_dict_pre_hook
         finish: Callable[..., RemovableHandle] = model.register_load_state_dict_post_hook
         self._handles = [
