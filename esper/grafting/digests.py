@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +20,7 @@ from esper.sharding import is_dtensor, local
 
 logger = logging.getLogger("esper")
 
+ENDING_SECONDS = 10.0  # how long the end of the program waits for a digest that has begun
 NO_VALUES: Mapping[int, Tensor] = MappingProxyType({})
 
 
@@ -126,18 +129,39 @@ def hash_in_background(frozen: Frozen) -> None:
     _waiting.put(frozen)
 
 
-_waiting: queue.SimpleQueue[Frozen] = queue.SimpleQueue()
+_waiting: queue.SimpleQueue[Frozen | None] = queue.SimpleQueue()  # None: the program ends
 _starting = threading.Lock()
 _hashing: threading.Thread | None = None  # a child process has none of its parent's threads
 
 
 def _hash_all() -> None:
-    while True:
-        # No name keeps the last one alive while the thread waits.
-        try:
-            _ = _waiting.get().digest
-        except Exception as error:  # out of memory, or a device that fails
-            logger.debug("a digest could not be computed", exc_info=error)
+    while _hash_next():
+        pass
+
+
+def _hash_next() -> bool:
+    """False when the program ends. No name keeps a digest's tensors alive while it waits."""
+    frozen = _waiting.get()
+    if frozen is None:
+        return False
+    try:
+        _ = frozen.digest
+    except Exception as error:  # out of memory, or a device that fails
+        logger.debug("a digest could not be computed", exc_info=error)
+    return True
+
+
+def _end() -> None:
+    """Python ends threads by force at its exit, and one that is inside torch then ends all."""
+    with suppress(queue.Empty):
+        while True:
+            _waiting.get_nowait()  # nobody will read these digests
+    _waiting.put(None)
+    if _hashing is not None:
+        _hashing.join(ENDING_SECONDS)
+
+
+atexit.register(_end)
 
 
 def _form(name: str, identity: int, tensor: Tensor) -> tuple[Any, ...]:

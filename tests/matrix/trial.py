@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import esper
 from esper import blueprints
 from esper.blueprints import Blueprint
-from esper.contracts import LayerInfo
+from esper.contracts import LayerInfo, Severity
 from esper.exceptions import CertificateError, IncompatibleLayerError
 from esper.grafting import Receipt
 from esper.sdk.session import Session
@@ -266,7 +266,8 @@ def _train_grafted(
     if still:
         outcome.faults.append(f"not trained: {', '.join(still)}")
     assert training.session is not None
-    outcome.faults += [f"finding: {f.layer}: {f.observed}" for f in training.session.findings()]
+    found = [f for f in training.session.findings() if f.severity is not Severity.INFO]
+    outcome.faults += [f"finding: {f.layer}: {f.observed}" for f in found]
 
 
 def all_outcomes(specimen: Specimen) -> Iterator[Outcome]:

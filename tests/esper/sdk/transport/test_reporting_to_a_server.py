@@ -90,7 +90,9 @@ def test_a_diverged_loss_reaches_the_server(training: Training, plane: ControlPl
         training.run(1, session)
     values = [entry["values"]["loss"] for entry in plane.metrics]
     assert values[3] == "nan"
-    assert [finding["rule"] for finding in plane.findings] == ["non_finite"]
+    opened, over = plane.findings
+    assert [opened["rule"], over["rule"]] == ["non_finite", "non_finite"]
+    assert (opened["resolved_step"], over["resolved_step"]) == (-1, 5)
 
 
 def test_what_the_server_will_never_take_is_counted(
