@@ -76,3 +76,19 @@ def test_a_model_trains_while_memory_is_reserved_in_another_thread() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_program_may_end_while_digests_are_computed() -> None:
+    """Python ends threads by force; one that is inside torch then would abort the program."""
+    program = (
+        "from torch import nn\n"
+        "from esper.grafting.digests import Frozen, hash_in_background\n"
+        "model = nn.Sequential(*[nn.Linear(500, 500) for _ in range(60)])\n"
+        "for _ in range(20):\n"
+        "    hash_in_background(Frozen.of(model))\n"
+    )
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program], capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
