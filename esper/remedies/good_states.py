@@ -8,6 +8,8 @@ and good states stay, so the last good one is never replaced while the run is si
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from esper.remedies.update_hooks import before_update
 EVERY_STEPS = 100  # how often a candidate is taken, more often at the start
 CONFIRMED_STEPS = 20  # for so long the run must stay healthy after a candidate
 KEPT = 3
+SHARE = 0.01  # of the run's time that copies may take
 START_STEPS = 200  # for so long the state before training is kept too
 
 
@@ -44,7 +47,7 @@ class GoodStates:
 
     Args:
         optimizers: gives those that train the model now, without wrappers, those of grafts too.
-        every: steps between two candidates.
+        every: steps between two candidates; more where a copy takes long.
         limit_bytes: of all kept states together; fewer are kept where they are large. A model that
             does not fit once is not kept at all.
 
@@ -61,6 +64,7 @@ class GoodStates:
         every: int = EVERY_STEPS,
         kept: int = KEPT,
         limit_bytes: int = 2 << 30,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model = model
         self._optimizers = optimizers
@@ -69,6 +73,8 @@ class GoodStates:
         self._start: State | None = None
         self._waiting: list[Any] = []
         self._step = 0
+        self._clock = clock
+        self._began = (0.0, -1)  # when the latest candidate was taken, and after which step
         self._candidate: State | None = None
         self._good: deque[State] = deque(maxlen=kept)
         self._next = 0
@@ -123,14 +129,24 @@ class GoodStates:
                 self.forget_start()
             self._drop_what_exceeds(candidate)
         if self._candidate is None and step >= self._next:
+            began = self._clock()
             self._candidate = self._take(step)
-            self._next = step + min(self._every, max(CONFIRMED_STEPS, step))
+            seconds = self._clock() - began
+            usual = min(self._every, max(CONFIRMED_STEPS, step))
+            self._next = step + max(usual, self._steps_that_pay(seconds, began, step))
 
     def begin_anew(self) -> None:
         """The model was changed on purpose: no state from before it is offered any more."""
         self._candidate = None
         self._good.clear()
         self.keep_start()
+
+    def _steps_that_pay(self, seconds: float, now: float, step: int) -> int:
+        """After how many steps a copy that took so long is at most :data:`SHARE` of their time."""
+        since, at = self._began
+        self._began = (now, step)
+        per_step = (now - since) / (step - at) if step > at else 0.0
+        return math.ceil(seconds / (SHARE * per_step)) if at >= 0 and per_step > 0 else 0
 
     def note_held_out(self, step: int, loss: float) -> None:
         """Keeps the present state where its held-out loss is the lowest so far."""

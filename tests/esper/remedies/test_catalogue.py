@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import esper
 from esper.contracts import RemedyKind
 from esper.exceptions import ConfigurationError, GraftError, UndoError
-from esper.remedies import get_remedy, list_remedies
+from esper.remedies import GoodStates, get_remedy, list_remedies
 from esper.remedies.good_states import CONFIRMED_STEPS, EVERY_STEPS
 
 CONFIRMED = EVERY_STEPS + CONFIRMED_STEPS + 2  # steps after which a good state is kept
@@ -432,3 +432,26 @@ def test_what_stays_in_force_outlives_a_restart(slug: str) -> None:
             assert found == expected
         session.undo(session.remedies[0], hard=False)
         assert session.remedies == ()
+
+
+def test_copies_of_the_run_cost_at_most_a_hundredth_of_its_time() -> None:
+    """A large model: a copy takes as long as 20 steps."""
+    model = nn.Linear(4, 4)
+    now, copies = [0.0], []
+
+    def clock() -> float:
+        return now[0]
+
+    states = GoodStates(model, lambda: [], clock=clock)
+    take = states._take
+
+    def slow(step: int) -> Any:
+        copies.append(step)
+        now[0] += 2.0
+        return take(step)
+
+    states._take = slow  # type: ignore[method-assign]
+    for step in range(1, 10_001):
+        now[0] += 0.1
+        states.on_step(step, healthy=True)
+    assert 3 <= len(copies) <= 10
