@@ -9,7 +9,6 @@ layers below. Latency is left out, since it is this machine's.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from esper.contracts import BlueprintCategory, Certificate, CostForecast, GraftK
 from esper.exceptions import IncompatibleLayerError
 from esper.grafting import apply_graft, trace_layers
 from esper.grafting.certify import Conv1D
+from scripts.generated_page import write_or_check
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "blueprints.md"
 WIDTH = 64
@@ -193,16 +193,5 @@ def _contract(certificate: Certificate) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--check", action="store_true", help="write nothing, compare")
-    check = parser.parse_args().check
-    text = render()
-    if check:
-        return int(text != TARGET.read_text(encoding="utf-8"))
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(TARGET, render, __doc__))

@@ -6,7 +6,6 @@ python -m scripts.cli_docs --check    exit 1 where the file differs
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import click
 
 from launcher.command import cli
+from scripts.generated_page import write_or_check
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "reference" / "cli.md"
 WIDTH = 88
@@ -47,16 +47,5 @@ def _contexts(
                 yield from _contexts(command.commands[below], below, context)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--check", action="store_true", help="write nothing, compare")
-    check = parser.parse_args().check
-    text = render()
-    if check:
-        return int(text != TARGET.read_text(encoding="utf-8"))
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(TARGET, render, __doc__))

@@ -6,11 +6,11 @@ python -m scripts.rule_docs --check    exit 1 where the file differs
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from esper.diagnosis import RemedySlug, Rule, list_rules
+from scripts.generated_page import write_or_check
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "reference" / "findings.md"
 HEADER = """# Findings
@@ -57,16 +57,5 @@ def _section(rule: Rule) -> str:
     return "\n".join([*lines, ""])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--check", action="store_true", help="write nothing, compare")
-    check = parser.parse_args().check
-    text = render()
-    if check:
-        return int(text != TARGET.read_text(encoding="utf-8"))
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(TARGET, render, __doc__))
