@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class _Row:
         return f"{self.call.name.lower()} at step {self.step}"
 
 
-class RankGroup:
+class RankGroup(ABC):
     """The ranks of one model, seen from one rank: their messages.
 
     Args:
@@ -118,9 +119,9 @@ class RankGroup:
         """This is rank 0, which alone decides and communicates with the server."""
         return self.rank == 0
 
+    @abstractmethod
     def why_not(self) -> str:
         """Why the model cannot be changed now, with the way out; empty if it can."""
-        raise NotImplementedError
 
     def why_no_remedy(self) -> str:
         """Why the model takes no remedy now; empty if it does."""
@@ -136,6 +137,7 @@ class RankGroup:
 
     def settle(self) -> None:
         """Brings the model into its state between two steps, before a change."""
+        return
 
     @contextmanager
     def whole(self, host: nn.Module) -> Iterator[None]:
@@ -146,13 +148,13 @@ class RankGroup:
         """The graft as the layer's weights are over the ranks."""
         return graft
 
+    @abstractmethod
     def parameters_changed(self) -> None:
         """Adapts what spreads the model over ranks to parameters that were added or removed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def checksum(self) -> str:
         """Hex SHA-256 over what is equal on all ranks."""
-        raise NotImplementedError
 
     # -- messages ------------------------------------------------------------------------------
 
