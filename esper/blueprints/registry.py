@@ -10,9 +10,7 @@ Nothing depends on the order of files: :func:`list_blueprints` sorts by slug.
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -21,7 +19,8 @@ from types import ModuleType
 from esper.blueprints import catalog
 from esper.blueprints.base import Blueprint
 from esper.blueprints.composition import Document, check_document, compose, read_documents
-from esper.exceptions import DuplicateBlueprintError, UnknownBlueprintError
+from esper.catalog_files import entry_of, modules_of
+from esper.exceptions import ConfigurationError, DuplicateBlueprintError, UnknownBlueprintError
 from esper.near_names import did_you_mean
 
 IN_TREE = Path(__file__).parent / "compositions"
@@ -112,23 +111,12 @@ def _by_slug() -> dict[str, Blueprint]:
 
 @cache
 def _catalogue() -> dict[str, Blueprint]:
-    names = sorted(entry.name for entry in pkgutil.iter_modules(catalog.__path__))
-    return discover(importlib.import_module(f"{catalog.__name__}.{name}") for name in names)
+    return discover(modules_of(catalog))
 
 
 def _blueprint_of(module: ModuleType) -> Blueprint:
-    file_name = module.__name__.rpartition(".")[2]
-    classes = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Blueprint)
-        and value.__module__ == module.__name__
-    ]
-    slugs = sorted(cls.slug for cls in classes)
-    if slugs != [file_name]:
-        raise DuplicateBlueprintError(
-            f"catalogue file {file_name} must hold the one blueprint {file_name}, has {slugs}",
-            slug=file_name,
-        )
-    return classes[0]()
+    try:
+        blueprint: Blueprint = entry_of(module, Blueprint)
+    except ConfigurationError as error:
+        raise DuplicateBlueprintError(str(error), slug=module.__name__) from None
+    return blueprint

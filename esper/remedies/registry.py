@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
 from functools import cache
 
+from esper.catalog_files import entry_of, modules_of
 from esper.exceptions import ConfigurationError
+from esper.near_names import did_you_mean
 from esper.remedies import catalog
 from esper.remedies.base import Remedy
 
@@ -21,28 +20,14 @@ def get_remedy(slug: str) -> Remedy:
     """Raises ``ConfigurationError`` for a slug that no remedy has."""
     found = _by_slug().get(slug)
     if found is None:
-        near = difflib.get_close_matches(slug, _by_slug(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         known = ", ".join(_by_slug())
-        raise ConfigurationError(f"no remedy {slug!r}{hint} Known are: {known}")
+        raise ConfigurationError(
+            f"no remedy {slug!r}; known are: {known}{did_you_mean(slug, _by_slug())}"
+        )
     return found
 
 
 @cache
 def _by_slug() -> dict[str, Remedy]:
-    names = sorted(entry.name for entry in pkgutil.iter_modules(catalog.__path__))
-    return {name: _remedy_of(f"{catalog.__name__}.{name}") for name in names}
-
-
-def _remedy_of(name: str) -> Remedy:
-    module = importlib.import_module(name)
-    classes = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Remedy) and value.__module__ == name
-    ]
-    slug = name.rpartition(".")[2]
-    if [cls.slug for cls in classes] != [slug]:
-        raise ConfigurationError(f"the file {slug} of the catalogue must hold one remedy {slug!r}")
-    remedy: Remedy = classes[0]()
-    return remedy
+    remedies = (entry_of(module, Remedy) for module in modules_of(catalog))
+    return {remedy.slug: remedy for remedy in remedies}
