@@ -128,6 +128,21 @@ class Plant:
         assert self.call("carl", "POST", "policies", json=body).status_code == 201
 
     def propose(self, layer: str, blueprint: str = "mon_act_stats") -> str:
+        """The uid of a new adaptation, once the real Tamiyo has none under way on this layer."""
+
+        def is_proposed() -> bool:
+            self.reject_others()
+            answer = self.post_proposal(layer, blueprint)
+            if answer.status_code == 409 and self.others_in_flight(answer):
+                return False
+            assert answer.status_code == 201, answer.text
+            self.uids.append(answer.json()["uid"])
+            return True
+
+        until(is_proposed, f"no other adaptation of {layer} is under way")
+        return self.uids[-1]
+
+    def post_proposal(self, layer: str, blueprint: str) -> httpx.Response:
         self.proposals += 1
         [(loss,)] = self.rows("SELECT last_loss FROM runs_run WHERE uid=?", self.run)
         body = {
@@ -150,19 +165,22 @@ class Plant:
         }
         key = {"Idempotency-Key": f"test:{self.proposals}:{layer}"}
         path = f"runs/{self.run}/adaptations"
-        self.reject_others(layer)
-        answer = self.call("tamiyo", "POST", path, json=body, headers=key)
-        assert answer.status_code == 201, answer.text
-        self.uids.append(answer.json()["uid"])
-        return self.uids[-1]
+        return self.call("tamiyo", "POST", path, json=body, headers=key)
 
-    def reject_others(self, layer: str) -> None:
-        """The real Tamiyo looks at this run, too, and a layer takes one adaptation at a time."""
+    def others_in_flight(self, refusal: httpx.Response) -> bool:
+        """Whether a proposal was refused only because others are under way, none of them ours."""
+        if self.uids and not all(self.ended(uid) for uid in self.uids):
+            return False
+        rules = {check["rule"] for check in refusal.json()["checks"] if not check["passed"]}
+        return rules == {"one_in_flight"}
+
+    def reject_others(self) -> None:
+        """The real Tamiyo looks at this run, too, and what it proposes may wait for a person."""
         waiting = (
-            "SELECT uid, version FROM adaptations_adaptation WHERE layer=? AND policy != 'test' "
+            "SELECT uid, version FROM adaptations_adaptation WHERE policy != 'test' "
             "AND state = 'awaiting_approval'"
         )
-        for uid, version in self.rows(waiting, layer):
+        for uid, version in self.rows(waiting):
             headers = {"If-Match": f'"{version}"'}
             self.call(
                 "ada", "POST", f"adaptations/{uid}/reject", json={"reason": "test"}, headers=headers
