@@ -36,6 +36,8 @@ class Measurement:
         step: where it was measured; the frame may be complete a step later.
         metrics: run-wide numbers that are known on the host.
         numbers: what is on its way from the devices, by name.
+        no_step: one for each parameter: its optimizer has made no step. Where it has changed all
+            the same, the script updates by hand; where not, there was no update to measure.
     """
 
     step: int
@@ -44,6 +46,7 @@ class Measurement:
     metrics: dict[str, float]
     wall_time: float = field(default_factory=time.time)
     numbers: HostTransfer = field(default_factory=HostTransfer)
+    no_step: Sequence[bool] = ()
     _activation_rows: list[int] = field(default_factory=list)
     _moments: Moments | None = None
 
@@ -113,6 +116,7 @@ class Measurement:
     def _add_updates(self, measured: StepNorms, before: Sequence[Tensor]) -> None:
         parameters = self.parameters.parameters
         unread = [id(p) not in measured.updates for p in parameters]
+        self.no_step = [id(p) in measured.no_step for p in parameters]
         olds = [old if rest else None for old, rest in zip(before, unread, strict=True)]
         self._add_merged("old weight", measured.old_weights, norms_of(olds))
         pairs = [
@@ -175,6 +179,8 @@ class Measurement:
         # A frozen parameter has no update; 0 would look like a problem.
         frozen_P = np.array([not p.requires_grad for p in held.parameters], dtype=bool)
         update_P = np.square(self.numbers.take("update"))
+        if len(self.no_step):
+            update_P[np.asarray(self.no_step, dtype=bool) & (update_P == 0)] = np.nan
         old_P = np.square(self.numbers.take("old weight"))
         update_L = held.host_sums(np.where(frozen_P, np.nan, update_P))
         old_L = held.host_sums(np.where(frozen_P, np.nan, old_P))

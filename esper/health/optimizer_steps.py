@@ -29,6 +29,7 @@ class StepNorms:
     entries: dict[int, Tensor] = field(default_factory=dict)  # how many of a gradient are not 0
     updates: dict[int, Tensor] = field(default_factory=dict)
     old_weights: dict[int, Tensor] = field(default_factory=dict)
+    no_step: set[int] = field(default_factory=set)  # their optimizer has made none
 
 
 class OptimizerSteps:
@@ -56,10 +57,12 @@ class OptimizerSteps:
         self._silent: set[int] = set()  # was waited for in vain, and has made no step since
         self._error: Exception | None = None
         self._handles: list[RemovableHandle] = []
+        self._watched: list[torch.optim.Optimizer] = []  # by place
         for optimizer in optimizers:
             if hasattr(optimizer, "_optimizer_step_post_hooks"):
                 reader = self._reader(len(self._handles))
                 self._handles.append(optimizer.register_step_post_hook(reader))
+                self._watched.append(optimizer)
         self._places = frozenset(range(len(self._handles)))
 
     @property
@@ -101,6 +104,8 @@ class OptimizerSteps:
             Exception: what a reading raised; it could not raise in the user's step.
         """
         self._silent |= self._due
+        groups = (group for place in self._due for group in self._watched[place].param_groups)
+        self.norms.no_step = {id(p) for group in groups for p in group["params"]}
         self._due = set()
         self._weights_before = {}
         self._others = []

@@ -112,6 +112,7 @@ class ShardedSampler:
         self._closed = fail_closed or FailClosed()
         self._activations = ActivationReader(_of_this_rank(watch), layers, clock, self._closed)
         self._handles: list[RemovableHandle] = []
+        self._hooked: list[torch.optim.Optimizer] = []  # by place
         self._step = -1
         self._due = -1  # the step of the next frame
         self._period = 0  # after that frame
@@ -212,6 +213,7 @@ class ShardedSampler:
                     self._reader(len(self._handles)), part=NORM_SUM, unmeasured=_NO_NORMS
                 )
                 self._handles.append(optimizer.register_step_post_hook(read))
+                self._hooked.append(optimizer)
 
     def _reader(self, place: int) -> Callable[..., None]:
         def read(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -267,8 +269,12 @@ class ShardedSampler:
         places = range(len(self._parts))
         # A parameter of no optimizer, or of one that made no step.
         self._read_gradients(reading, [i for i in places if i not in reading.gradients])
+        silent = set(self._held_by(self._hooked[place] for place in reading.due))
+        no_step = [i in silent for i in places]
         self._read_updates(reading, places)
-        measurement = Measurement(self._step, self._names, self._map, dict(metrics))
+        measurement = Measurement(
+            self._step, self._names, self._map, dict(metrics), no_step=no_step
+        )
         self._add_metrics(measurement, loss)
         transfer = measurement.numbers
         weights = _norms({i: part.weight for i, part in enumerate(self._parts)})

@@ -52,6 +52,8 @@ class Plateau(Rule):
         span = int(steps[-1] - steps[0]) + 1
         if span < 2 * WINDOW:
             raise Unknown(f"fewer than {2 * WINDOW} steps")
+        if observation.gradients and not observation.last_gradients.updates:
+            raise Unknown("no update was made")
         if observation.is_warming_up:
             raise Unknown("the learning rate still rises")
         features = loss_features(steps, losses)

@@ -27,7 +27,9 @@ class UpdateRatioLow(Rule):
     advice = "Raise the learning rate, by a factor of ten first."
     remedies = (RemedySlug.SET_LR, RemedySlug.TELL)
     opens_after = 2
-    explained_by = frozenset({"nothing_moves", "vanishing_gradient", "dying_relu", "non_finite"})
+    explained_by = frozenset(
+        {"nothing_moves", "not_held", "vanishing_gradient", "dying_relu", "non_finite"}
+    )
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         frames = observation.signal_history(Signal.UPDATE_RATIO)

@@ -44,9 +44,10 @@ def train(
     before: Callable[[Any, int], None] = lambda session, step: None,
     every: int = 1,
     scaler: Any = None,
+    sampling: Any = None,
 ) -> list[Finding]:
     """The findings of a watched training; ``every`` is how many batches make an optimizer step."""
-    session = esper.attach(model, optimizer, scaler=scaler)
+    session = esper.attach(model, optimizer, scaler=scaler, sampling=sampling)
     generator = torch.Generator().manual_seed(0)
     dtype = next(model.parameters()).dtype
     for step in range(steps):
@@ -201,9 +202,11 @@ def test_an_unchanged_tensor_with_a_reason_is_no_finding(
     assert run(Model()) == []
 
 
-def test_an_optimizer_that_is_never_stepped_is_found() -> None:
+@pytest.mark.parametrize("sampling", [None, 1, 10])
+def test_an_optimizer_that_is_never_stepped_is_found(sampling: int | None) -> None:
     model = Model()
-    (finding,) = train(model, adam(model), every=10**6, steps=SILENT_STEPS + 1)
+    steps = SILENT_STEPS + 1
+    (finding,) = train(model, adam(model), every=10**6, steps=steps, sampling=sampling)
     assert "AdamW made no step" in finding.observed
 
 

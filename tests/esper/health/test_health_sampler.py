@@ -141,6 +141,22 @@ def test_a_layer_that_no_optimizer_trains_is_unhealthy_and_a_frozen_one_is_not()
         assert (frame.value(name, Signal.HEALTH) < 0.5) is sick
 
 
+def test_the_update_ratio_of_an_optimizer_that_made_no_step_is_unknown() -> None:
+    model = small_net()
+    stepped = torch.optim.SGD(model[0].parameters(), lr=0.0)
+    silent = torch.optim.SGD(model[3].parameters(), lr=0.1)
+    pace = SamplingPace(budget=0.0, frame_every=2)
+    watch = forward_hook_watch(model)
+    sampler = HealthSampler(model, [stepped, silent], layers_of(model), watch=watch, pace=pace)
+    taken = [sampler.step(step, loss) for step, loss in train(model, stepped, 80)]
+    frames = [frame for frame in taken if frame is not None]
+
+    assert frames
+    for frame in frames:
+        assert frame.value("0", Signal.UPDATE_RATIO) == 0.0
+        assert math.isnan(frame.value("3", Signal.UPDATE_RATIO))
+
+
 def test_a_gradient_that_is_not_finite_is_measured_not_unknown() -> None:
     model = small_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
