@@ -1,7 +1,7 @@
 """The ASGI application: HTTP to Django, websockets to consumers.
 
 Trainers authenticate by token only, so their sockets take neither cookies nor an Origin; browsers'
-sockets use the session cookie, so their Origin must be one of ours.
+sockets use the session cookie, so their Origin must be the server's own.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ django_application = get_asgi_application()
 from channels.auth import AuthMiddlewareStack  # noqa: E402 (models exist only after set-up)
 from channels.generic.websocket import AsyncWebsocketConsumer  # noqa: E402
 from channels.routing import ProtocolTypeRouter, URLRouter  # noqa: E402
-from channels.security.websocket import AllowedHostsOriginValidator  # noqa: E402
 from django.urls import re_path  # noqa: E402
 
 from apps.notifications.routing import websocket_urlpatterns as browser_routes  # noqa: E402
 from apps.trainers.routing import websocket_urlpatterns as trainer_routes  # noqa: E402
 from esper_web.body_limit import BodyLimit  # noqa: E402
+from esper_web.same_origin import SameOrigin  # noqa: E402
 
 # Static files come from whitenoise's synchronous iterators. Django reads each of them whole in a
 # thread, which is what we want for files of this size, and warns about it once in each process.
@@ -43,9 +43,7 @@ class NoSuchSocket(AsyncWebsocketConsumer):
 no_such_socket: Any = NoSuchSocket.as_asgi()
 _nothing_else: Any = re_path(r"", no_such_socket)
 trainer_sockets: Any = URLRouter([*trainer_routes, _nothing_else])
-browser_sockets: Any = AllowedHostsOriginValidator(
-    AuthMiddlewareStack(URLRouter([*browser_routes, _nothing_else]))
-)
+browser_sockets: Any = SameOrigin(AuthMiddlewareStack(URLRouter([*browser_routes, _nothing_else])))
 
 
 async def sockets(scope: Any, receive: Any, send: Any) -> None:

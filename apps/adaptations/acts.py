@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from django.utils import timezone
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
+from apps.adaptations.binding import shown_hash
 from apps.adaptations.compile_jobs import queue_compilation
 from apps.adaptations.dispatch import request_undo
 from apps.adaptations.history import why_frozen
@@ -34,6 +36,7 @@ S = AdaptationState
 CLAIM_LENGTH = timedelta(minutes=10)
 EXTENSION = timedelta(minutes=5)
 MAX_EXTENSIONS = 3
+_BEFORE_THE_DEADLINE = {"deadline_at__gt": Now()}  # by the database's clock
 EVIDENCE_FRAMES = 12  # a signal's newest value is looked for in so many frames
 # What an approver must not miss is that the layer got worse. Each of these is 100 % drift.
 HEALTH_TOLERANCE = 0.4
@@ -43,6 +46,8 @@ MERGED = (
     "The training script has merged this graft into its host's weights, and it cannot be taken "
     "out of them any more."
 )
+
+DEADLINE_PASSED = "The deadline has passed. Tamiyo proposes it again while there is a reason."
 
 _ACTS = {
     "approve": (Act.APPROVE, frozenset({S.AWAITING_APPROVAL})),
@@ -56,6 +61,9 @@ _ACTS = {
     ),
     "rollback": (Act.ROLL_BACK, frozenset({S.PROBATION, S.KEPT})),
 }
+# What could still lead to a graft is over with the deadline, whether or not anybody has swept.
+_UNTIL_THE_DEADLINE = frozenset({"approve", "claim", "extend"})
+_STATUS_OF_REFUSAL = {"adaptation-killed": 423, "graft-merged": 409, "decision-expired": 409}
 
 
 def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
@@ -65,6 +73,8 @@ def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
         if adaptation.state not in states:
             word = adaptation.state.replace("_", " ")
             answers[name] = Permission(False, "decision-not-pending", f"The adaptation is {word}.")
+        elif name in _UNTIL_THE_DEADLINE and _too_late(adaptation):
+            answers[name] = Permission(False, "decision-expired", DEADLINE_PASSED)
         else:
             answers[name] = may(user, act, owner_id=adaptation.run.owner_id)
     if adaptation.merged_at is not None and answers["rollback"].allowed:
@@ -82,25 +92,24 @@ def approve_adaptation(
     user: User,
     via: str,
     version: int,
+    evidence_hash: str,
     reason: str = "",
-    evidence_hash: str = "",
     accept_drift: bool = False,
 ) -> Adaptation:
     """Approve an adaptation that waits, and queue its compile job.
 
+    Args:
+        evidence_hash: of the adaptation that the person was shown; it binds the approval to it.
+
     Raises:
-        Problem: not allowed (403), not the adaptation that was shown (412), decided already or
-            claimed by another person (409), the evidence has drifted (409), or adaptation is
-            switched off (423).
+        Problem: not allowed (403), not the adaptation that was shown or proposed (412), decided
+            already, too late or claimed by another person (409), proposed to a trainer that was
+            started again since (409), the evidence has drifted (409), or adaptation is switched
+            off (423).
     """
     with transaction.atomic():
         _prepare(adaptation, user, "approve", version)
-        if evidence_hash and evidence_hash != adaptation.evidence_hash:
-            raise Problem(
-                412,
-                "payload-changed",
-                "The adaptation differs from the one that you were shown. Load it again.",
-            )
+        _check_binding(adaptation, evidence_hash)
         _check_claim(adaptation, user)
         drift = evidence_drift(adaptation)
         if drift is not None and drift > 1.0 and not accept_drift:
@@ -121,7 +130,7 @@ def approve_adaptation(
             S.APPROVED,
             actor=actor,
             reason=reason,
-            only_if={"deadline_at__gt": Now()},  # the database's clock: late is late
+            only_if=_BEFORE_THE_DEADLINE,
             decided_by=user,
             decided_at=timezone.now(),
             decision_reason=reason,
@@ -216,6 +225,7 @@ def extend_adaptation(
         user,
         via,
         "extended",
+        only_if=_BEFORE_THE_DEADLINE,
         deadline_at=(adaptation.deadline_at or timezone.now()) + EXTENSION,
         extensions=adaptation.extensions + 1,
     )
@@ -304,7 +314,7 @@ def _prepare(adaptation: Adaptation, user: User, act: str, version: int) -> None
     if permission.code == "decision-not-pending":
         raise StaleAdaptationError(adaptation)
     if not permission.allowed:
-        status = {"adaptation-killed": 423, "graft-merged": 409}.get(permission.code, 403)
+        status = _STATUS_OF_REFUSAL.get(permission.code, 403)
         raise Problem(status, permission.code, permission.why)
     if version != adaptation.version:
         raise Problem(
@@ -313,6 +323,34 @@ def _prepare(adaptation: Adaptation, user: User, act: str, version: int) -> None
             f"A-{adaptation.number} is at version {adaptation.version}, you saw version {version}. "
             "Load it again.",
             version=adaptation.version,
+        )
+
+
+def _too_late(adaptation: Adaptation) -> bool:
+    return adaptation.deadline_at is not None and adaptation.deadline_at <= timezone.now()
+
+
+def _check_binding(adaptation: Adaptation, evidence_hash: str) -> None:
+    """What is approved must be what was shown, and that what was proposed to this trainer."""
+    if evidence_hash != adaptation.evidence_hash:
+        raise Problem(
+            412,
+            "payload-changed",
+            "The adaptation differs from the one that you were shown. Load it again.",
+        )
+    if shown_hash(adaptation) != adaptation.evidence_hash:
+        raise Problem(
+            412,
+            "payload-changed",
+            "The adaptation was changed in the database since it was proposed. Reject it.",
+        )
+    if adaptation.run_epoch != adaptation.run.epoch:
+        raise Problem(
+            409,
+            "old-epoch",
+            f"The trainer was started again since the proposal: it was made in epoch "
+            f"{adaptation.run_epoch}, the run is at epoch {adaptation.run.epoch}. Reject it.",
+            epoch=adaptation.run.epoch,
         )
 
 
@@ -335,10 +373,21 @@ def _check_reason(reason: str, verb: str) -> None:
         )
 
 
-def _note(adaptation: Adaptation, user: User, via: str, word: str, **changes: Any) -> Adaptation:
+def _note(
+    adaptation: Adaptation,
+    user: User,
+    via: str,
+    word: str,
+    *,
+    only_if: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Adaptation:
     """Change fields without changing the state."""
     count = Adaptation.objects.filter(
-        pk=adaptation.pk, state=adaptation.state, version=adaptation.version
+        pk=adaptation.pk,
+        state=adaptation.state,
+        version=adaptation.version,
+        **(only_if or {}),
     ).update(version=F("version") + 1, **changes)
     adaptation.refresh_from_db()
     if not count:

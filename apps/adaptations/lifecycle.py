@@ -109,10 +109,14 @@ class StaleAdaptationError(Problem):
     def __init__(self, current: Adaptation) -> None:
         who = current.decided_by.get_username() if current.decided_by else current.decided_rule
         word = AdaptationState(current.state).replace("_", " ")
+        deadline = current.deadline_at if current.state == S.AWAITING_APPROVAL else None
+        late = deadline is not None and deadline <= timezone.now()
         super().__init__(
             409,
-            "decision-expired" if current.state == S.EXPIRED else "decision-not-pending",
-            f"A-{current.number} is {word} already" + (f", decided by {who}." if who else "."),
+            "decision-expired" if late or current.state == S.EXPIRED else "decision-not-pending",
+            f"The deadline of A-{current.number} has passed."
+            if late
+            else f"A-{current.number} is {word} already" + (f", decided by {who}." if who else "."),
             state=current.state,
             version=current.version,
             decided_by=who,

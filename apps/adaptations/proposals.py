@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from apps.accounts.actors import Actor, ActorKind
+from apps.adaptations.binding import shown_hash
 from apps.adaptations.compile_jobs import queue_compilation
 from apps.adaptations.decisions import record_decision
 from apps.adaptations.history import category_cases, layer_histories, run_facts
@@ -35,7 +35,6 @@ from esper.contracts import (
     RunMode,
     Severity,
     ViolationRule,
-    codec,
 )
 from esper.contracts.protocol import Decline, Proposal
 
@@ -214,7 +213,7 @@ def _write(
     idempotency_key: str,
 ) -> Adaptation:
     forecast = proposal.forecast
-    return Adaptation.objects.create(
+    adaptation = Adaptation(
         run=run,
         run_epoch=run.epoch,
         idempotency_key=idempotency_key,
@@ -237,8 +236,10 @@ def _write(
         checks=[asdict(check) for check in checks],
         why_not=[asdict(line) for line in proposal.why_not],
         asks=asks,
-        evidence_hash=evidence_hash(proposal),
     )
+    adaptation.evidence_hash = shown_hash(adaptation)
+    adaptation.save()
+    return adaptation
 
 
 def _without_unknown(members: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,19 +248,6 @@ def _without_unknown(members: Mapping[str, Any]) -> dict[str, Any]:
         name: finite_or_none(value) if isinstance(value, float) else value
         for name, value in members.items()
     }
-
-
-def evidence_hash(proposal: Proposal) -> str:
-    """The hash of what an approver is shown: the graft, the layer and the evidence."""
-    shown = {
-        "layer": proposal.layer,
-        "blueprint": proposal.blueprint,
-        "config": proposal.config,
-        "step": proposal.step,
-        "evidence": _without_unknown(proposal.evidence),
-        "confidence": codec.number_to_wire(proposal.confidence),
-    }
-    return hashlib.sha256(codec.encode(shown)).hexdigest()
 
 
 def _announce_proposal(adaptation: Adaptation, actor: Actor) -> None:

@@ -8,6 +8,7 @@ from rest_framework import serializers
 from apps.accounts.serializers import PermissionOutput
 from apps.adaptations.models import Adaptation, DecisionRecord
 from apps.rest.fields import (
+    Digest,
     Flag,
     Members,
     PersonsInput,
@@ -132,12 +133,12 @@ class AdaptationDetailOutput(AdaptationOutput):
 
 class ActInput(PersonsInput):
     reason = Text(allow_blank=True, default="")
-    evidence_hash = Text(max_length=64, allow_blank=True, default="")
 
 
 class ApproveInput(ActInput):
     """``accept_drift``: the person has seen the new numbers and approves in spite of them."""
 
+    evidence_hash = Digest()
     accept_drift = Flag(default=False)
 
 

@@ -65,15 +65,18 @@ class Watch:
             self.output.say(f"A-{adaptation['number']} {what}: {state}")
 
     async def _approve(self, uid: str) -> None:
-        answer = await self.operator.act(f"adaptations/{uid}", "approve", {"reason": REASON})
+        path = f"adaptations/{uid}"
+        shown = await self.operator.get(path)
+        body: Json = {"reason": REASON, "evidence_hash": shown["evidence_hash"]}
+        answer = await self.operator.act(path, "approve", body)
         if answer.is_success:
             self.approved.add(uid)
             return
         problem = answer.json()
         self.output.say(f"not approved: {problem['detail']}")
         if problem["code"] == "evidence-stale":  # the new numbers were checked too
-            body = {"reason": REASON, "accept_drift": True}
-            if (await self.operator.act(f"adaptations/{uid}", "approve", body)).is_success:
+            body["accept_drift"] = True
+            if (await self.operator.act(path, "approve", body)).is_success:
                 self.approved.add(uid)
 
 

@@ -188,6 +188,11 @@ def proposal(step: int = 1000, **changes: Any) -> dict[str, Any]:
     }
 
 
+def shown(adaptation: Adaptation) -> dict[str, str]:
+    """The part of an approval that binds it to what the person was shown."""
+    return {"evidence_hash": adaptation.evidence_hash}
+
+
 @dataclass
 class Inbox:
     """A run at step 1000 with telemetry, and Tamiyo who proposes."""

@@ -9,16 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+from django.db import connection
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.accounts.management.commands.create_demo_people import PEOPLE as DEMO_PEOPLE
 from apps.accounts.models import User
 from apps.accounts.services import issue_token
+from apps.adaptations import triggers
+from apps.adaptations.models import Adaptation
 from apps.blueprints.models import Blueprint
 from apps.kernels.models import Kernel
 from apps.runs.models import Run
 from apps.trainers.services import register_run
-from esper.contracts import Certificate, LayerInfo, Role, RunMode, TokenScope
+from esper.contracts import AdaptationState, Certificate, LayerInfo, Role, RunMode, TokenScope
 from esper.contracts.protocol import Registration
 
 PASSWORD = "a-long-password-for-tests"
@@ -78,6 +81,13 @@ def make_registration(**changes: Any) -> Registration:
 def make_run(owner: User, **changes: Any) -> Run:
     """A run as its trainer registers it."""
     return register_run(owner=owner, actor=TRAINER, spec=make_registration(**changes)).run
+
+
+def force_state(adaptation: Adaptation, state: AdaptationState, **changes: Any) -> None:
+    """Set a state past the lifecycle, which the database refuses otherwise."""
+    triggers.remove(connection)
+    Adaptation.objects.filter(pk=adaptation.pk).update(state=state, **changes)
+    triggers.install(connection)
 
 
 def make_blueprint(slug: str = "proj_lora_64", **changes: Any) -> Blueprint:

@@ -9,7 +9,6 @@ from django.utils import timezone
 
 from apps.accounts.models import User
 from apps.accounts.policy import ALLOWED, Act, may
-from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
 from apps.violations.models import Violation
 from apps.violations.services import record_violation
@@ -23,8 +22,8 @@ from esper.contracts import (
     ViolationRule,
     WorkerKind,
 )
-from tests.apps.callers import Answer, Caller, Inbox, register, registration
-from tests.apps.cast import token_of
+from tests.apps.callers import Answer, Caller, Inbox, register, registration, shown
+from tests.apps.cast import force_state, token_of
 from tests.apps.recipes.rows import make_launch, make_recipe
 
 pytestmark = pytest.mark.django_db
@@ -36,11 +35,10 @@ def _on_adaptation(name: str, reason: str = "because") -> Attempt:
     def attempt(caller: Caller, inbox: Inbox) -> Answer:
         adaptation = inbox.waiting()
         if name == "rollback":
-            Adaptation.objects.filter(pk=adaptation.pk).update(
-                state=AdaptationState.PROBATION, graft_step=1001
-            )
+            force_state(adaptation, AdaptationState.PROBATION, graft_step=1001)
         path = f"adaptations/{adaptation.uid}/{name}"
-        return caller.act(path, {"reason": reason}, version=adaptation.version)
+        body = {"reason": reason} | (shown(adaptation) if name == "approve" else {})
+        return caller.act(path, body, version=adaptation.version)
 
     return attempt
 
@@ -162,9 +160,11 @@ def test_nobody_approves_an_adaptation_of_their_own_run(
     run.save()
     adaptation = inbox.waiting()
     path = f"adaptations/{adaptation.uid}/approve"
-    refused = callers[Role.OPERATOR].act(path, version=adaptation.version)
+    refused = callers[Role.OPERATOR].act(path, shown(adaptation), version=adaptation.version)
     assert (refused.status, refused.code) == (403, "self-approval")
-    assert callers[Role.ADMIN].act(path, version=adaptation.version).status == 200
+    assert (
+        callers[Role.ADMIN].act(path, shown(adaptation), version=adaptation.version).status == 200
+    )
 
 
 @pytest.mark.parametrize("scope", [TokenScope.READ, TokenScope.RUNS_CREATE])
@@ -173,7 +173,9 @@ def test_a_token_without_the_scope_cannot_do_what_its_owner_may(
 ) -> None:
     adaptation = inbox.waiting()
     caller = Caller(token_of(people[Role.OPERATOR], scope))
-    refused = caller.act(f"adaptations/{adaptation.uid}/approve", version=adaptation.version)
+    refused = caller.act(
+        f"adaptations/{adaptation.uid}/approve", shown(adaptation), version=adaptation.version
+    )
     assert (refused.status, refused.code) == (403, "insufficient-scope")
     adaptation.refresh_from_db()
     assert adaptation.state == AdaptationState.AWAITING_APPROVAL

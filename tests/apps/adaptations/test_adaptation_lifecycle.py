@@ -49,6 +49,8 @@ def states(adaptation: Adaptation) -> list[str]:
 
 def act(name: str, adaptation: Adaptation, user: Any, **changes: Any) -> Adaptation:
     values = {"version": adaptation.version, "reason": "because", **changes}
+    if name == "approve":
+        values.setdefault("evidence_hash", adaptation.evidence_hash)
     service = getattr(services, f"{name}_adaptation")
     return service(adaptation=adaptation, user=user, via="session", **values)
 
@@ -121,6 +123,17 @@ def test_a_broken_limit_declines_and_leaves_a_violation(stage: Stage) -> None:
     assert "1" in violation.limit
     assert violation.action
     assert not Adaptation.objects.exists()
+
+
+@pytest.mark.parametrize("to", [S.KEPT, S.APPROVED, S.AWAITING_APPROVAL])
+def test_the_database_refuses_a_transition_that_the_lifecycle_does_not_have(
+    stage: Stage, to: AdaptationState
+) -> None:
+    adaptation = act("reject", stage.waiting(), stage.operator)
+    with pytest.raises(DatabaseError, match="no such transition"), transaction.atomic():
+        Adaptation.objects.filter(pk=adaptation.pk).update(state=to)
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.REJECTED
 
 
 @pytest.mark.parametrize(
@@ -236,12 +249,44 @@ def test_a_late_approval_is_refused_even_when_nobody_sweeps(stage: Stage) -> Non
     assert not CompileJob.objects.exists()
 
 
+@pytest.mark.parametrize("name", ["extend", "claim"])
+def test_a_deadline_that_has_passed_cannot_be_moved(stage: Stage, name: str) -> None:
+    adaptation = stage.waiting()
+    Adaptation.objects.update(deadline_at=timezone.now() - timedelta(milliseconds=1))
+    for late in (name, "approve"):
+        with pytest.raises(Problem) as caught:
+            act(late, adaptation, stage.operator)
+        assert (caught.value.status, caught.value.code) == (409, "decision-expired")
+    assert not services.permissions(adaptation, stage.operator)[name].allowed
+    assert act("reject", adaptation, stage.operator).state == S.REJECTED
+
+
+@pytest.mark.parametrize("name", ["extend", "approve"])
+def test_the_deadline_is_judged_by_the_clock_of_the_database(
+    stage: Stage, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptation = stage.waiting()
+    Adaptation.objects.update(deadline_at=timezone.now() - timedelta(milliseconds=1))
+    monkeypatch.setattr("apps.adaptations.acts._too_late", lambda _: False)  # a slow web clock
+    with pytest.raises(StaleAdaptationError) as caught:
+        act(name, adaptation, stage.operator)
+    assert caught.value.code == "decision-expired"
+
+
 def test_what_was_shown_must_be_what_is_approved(stage: Stage) -> None:
     adaptation = stage.waiting()
     for changes, status in (({"version": 1}, 412), ({"evidence_hash": "f" * 64}, 412)):
         with pytest.raises(Problem) as caught:
             act("approve", adaptation, stage.operator, **changes)
         assert caught.value.status == status
+
+
+def test_a_proposal_to_a_trainer_that_was_started_again_cannot_be_approved(stage: Stage) -> None:
+    adaptation = stage.waiting()
+    stage.restart_trainer()
+    with pytest.raises(Problem) as caught:
+        act("approve", adaptation, stage.operator)
+    assert (caught.value.status, caught.value.code) == (409, "old-epoch")
 
 
 def test_a_claim_holds_the_others_off_until_it_is_released(stage: Stage) -> None:

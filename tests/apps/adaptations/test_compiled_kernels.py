@@ -30,7 +30,7 @@ from esper.contracts import (
     SpeedUpState,
 )
 from esper.exceptions import CompilerMissingError
-from tests.apps.cast import CERTIFICATE
+from tests.apps.cast import CERTIFICATE, force_state
 from tests.apps.stage import Stage
 
 Grafted = Callable[[], Adaptation]
@@ -173,7 +173,7 @@ def test_nothing_is_compiled_for_a_trainer_that_runs_no_foreign_code(
 
 def test_a_graft_that_has_gone_is_not_sped_up(stage: Stage, grafted: Grafted, worker: Any) -> None:
     adaptation = grafted()
-    Adaptation.objects.filter(pk=adaptation.pk).update(state=AdaptationState.ROLLED_BACK)
+    force_state(adaptation, AdaptationState.ROLLED_BACK)
     worker(1.5)
 
     compiled_kernels.build_next(worker="w")

@@ -41,6 +41,7 @@ def approve(stage: Stage, adaptation: Adaptation) -> Adaptation:
         user=stage.operator,
         via="api",
         version=adaptation.version,
+        evidence_hash=adaptation.evidence_hash,
         reason="looks fine",
     )
 
@@ -85,12 +86,13 @@ def test_a_refused_approval_leaves_the_adaptation_where_it_waits(
     stage: Stage, committed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting = stage.waiting()
-    Adaptation.objects.update(deadline_at=timezone.now() - timedelta(seconds=1))
+    with monkeypatch.context() as drifted:
+        drifted.setattr(acts, "evidence_drift", lambda _: 2.0)
+        with pytest.raises(Problem, match="drifted"):
+            approve(stage, waiting)
 
-    with pytest.raises(Problem):
-        approve(stage, waiting)
-    monkeypatch.setattr(acts, "evidence_drift", lambda _: 2.0)
-    with pytest.raises(Problem, match="drifted"):
+    Adaptation.objects.update(deadline_at=timezone.now() - timedelta(seconds=1))
+    with pytest.raises(Problem, match="deadline"):
         approve(stage, waiting)
 
     assert set(committed) == {S.AWAITING_APPROVAL}

@@ -13,7 +13,8 @@ from apps.violations.models import Violation
 from apps.workers.models import Worker
 from esper.contracts import AdaptationState
 from esper.services.tamiyo import wire
-from tests.apps.callers import Caller, Inbox, Trainer, frame, metrics, proposal
+from tests.apps.callers import Caller, Inbox, Trainer, frame, metrics, proposal, shown
+from tests.apps.cast import force_state
 
 pytestmark = pytest.mark.django_db
 
@@ -162,9 +163,7 @@ def test_a_verdict_ends_probation_once(inbox: Inbox, tamiyo: Caller) -> None:
     path = f"adaptations/{adaptation.uid}/verdict"
     early = tamiyo.post(path, body)
     assert (early.status, early.code) == (409, "decision-not-pending")
-    Adaptation.objects.filter(pk=adaptation.pk).update(
-        state=AdaptationState.PROBATION, graft_step=1005
-    )
+    force_state(adaptation, AdaptationState.PROBATION, graft_step=1005)
     key = {"Idempotency-Key": f"{adaptation.uid}:verdict"}
     first = tamiyo.post(path, body, **key)
     assert (first.status, first.data["state"]) == (200, "kept")
@@ -191,7 +190,9 @@ def test_people_cannot_speak_for_tamiyo(inbox: Inbox, operator: Caller) -> None:
 
 def test_tamiyo_cannot_approve_what_it_proposed(inbox: Inbox, tamiyo: Caller) -> None:
     adaptation = inbox.waiting()
-    refused = tamiyo.act(f"adaptations/{adaptation.uid}/approve", version=adaptation.version)
+    refused = tamiyo.act(
+        f"adaptations/{adaptation.uid}/approve", shown(adaptation), version=adaptation.version
+    )
     assert (refused.status, refused.code) == (403, "insufficient-scope")
 
 

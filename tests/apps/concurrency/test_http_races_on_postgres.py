@@ -12,7 +12,7 @@ from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
 from apps.telemetry.models import Metric
 from esper.contracts import Role, TokenScope
-from tests.apps.callers import Answer, Caller, Inbox, frame, metrics, register
+from tests.apps.callers import Answer, Caller, Inbox, frame, metrics, register, shown
 from tests.apps.cast import make_blueprint, make_person, make_tamiyo, token_of
 
 pytestmark = [pytest.mark.postgres, pytest.mark.django_db(transaction=True)]
@@ -55,7 +55,8 @@ def test_one_act_sent_many_times_at_once_is_done_once_and_answered_every_time() 
     adaptation, token = make_inbox().waiting(), operator("olga")
     headers = {"Idempotency-Key": "the very same", "If-Match": f'"{adaptation.version}"'}
     path = f"adaptations/{adaptation.uid}/approve"
-    answers = at_once(lambda _: Caller(token).post(path, {"reason": "yes"}, **dict(headers)))
+    body = {"reason": "yes", **shown(adaptation)}
+    answers = at_once(lambda _: Caller(token).post(path, body, **dict(headers)))
     assert [answer.status for answer in answers] == [200] * THREADS
     assert {answer.data["version"] for answer in answers} == {answers[0].data["version"]}
     replayed = [answer for answer in answers if answer.header("Idempotency-Replayed")]
@@ -70,7 +71,8 @@ def test_of_many_people_exactly_one_decides_and_the_others_hear_who() -> None:
     def decide(index: int) -> Answer:
         act = "approve" if index % 2 else "reject"
         path = f"adaptations/{adaptation.uid}/{act}"
-        return Caller(tokens[index]).act(path, {"reason": "mine"}, version=adaptation.version)
+        body = {"reason": "mine"} | (shown(adaptation) if act == "approve" else {})
+        return Caller(tokens[index]).act(path, body, version=adaptation.version)
 
     answers = at_once(decide)
     winners = [answer for answer in answers if answer.status == 200]

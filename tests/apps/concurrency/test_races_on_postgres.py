@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from django.db import connection, connections, transaction
+from django.db import DatabaseError, connection, connections, transaction
 
 from apps.accounts.actors import SYSTEM
 from apps.accounts.models import User
@@ -33,7 +33,14 @@ from esper.contracts import (
     Role,
 )
 from esper.contracts.protocol import Proposal
-from tests.apps.cast import TAMIYO, make_blueprint, make_layer, make_person, make_run
+from tests.apps.cast import (
+    TAMIYO,
+    force_state,
+    make_blueprint,
+    make_layer,
+    make_person,
+    make_run,
+)
 
 pytestmark = [pytest.mark.postgres, pytest.mark.django_db(transaction=True)]
 
@@ -97,13 +104,24 @@ def test_it_really_is_postgresql() -> None:
     assert connection.vendor == "postgresql"
 
 
+def test_the_database_refuses_a_transition_that_the_lifecycle_does_not_have() -> None:
+    adaptation = propose(a_run(), "fc0", "key")
+    with pytest.raises(DatabaseError, match="awaiting_approval to kept"), transaction.atomic():
+        Adaptation.objects.filter(pk=adaptation.pk).update(state=AdaptationState.KEPT)
+
+
 def test_of_many_approvals_and_rejections_exactly_one_wins() -> None:
     people = [make_person(f"operator{i}", Role.OPERATOR) for i in range(THREADS)]
     for round_ in range(ROUNDS):
         adaptation = propose(a_run(f"run{round_}"), "fc0", f"key{round_}")
         version = adaptation.version
 
-        def decide(index: int, pk: int = adaptation.pk, version: int = version) -> str:
+        def decide(
+            index: int,
+            pk: int = adaptation.pk,
+            version: int = version,
+            shown: str = adaptation.evidence_hash,
+        ) -> str:
             act = (services.approve_adaptation, services.reject_adaptation)[index % 2]
             act(
                 adaptation=Adaptation.objects.get(pk=pk),
@@ -111,6 +129,7 @@ def test_of_many_approvals_and_rejections_exactly_one_wins() -> None:
                 via="",
                 version=version,
                 reason="now",
+                evidence_hash=shown,
             )
             return "won"
 
@@ -167,7 +186,7 @@ def test_commands_events_and_audit_rows_are_numbered_without_gaps_or_doubles() -
 def test_the_kill_switch_lets_nothing_through_after_it_was_committed() -> None:
     run, operator = a_run(), make_person("olga")
     adaptation = propose(run, "fc0", "key", confidence=0.9)
-    Adaptation.objects.filter(pk=adaptation.pk).update(state=AdaptationState.COMPILED)
+    force_state(adaptation, AdaptationState.COMPILED)
 
     def work(index: int) -> str:
         if index == 0:

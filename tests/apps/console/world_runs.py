@@ -15,6 +15,7 @@ from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM, Actor
 from apps.accounts.models import User
+from apps.adaptations.binding import shown_hash
 from apps.adaptations.models import Adaptation
 from apps.audit.services import record
 from apps.blueprints.models import Blueprint
@@ -247,14 +248,15 @@ def make_adaptation(
             {"blueprint": "attn_std", "reason": "needs a sequence axis"},
         ],
         "asks": ["Confidence 0.66 is below 0.75.", "Risk medium has 2 ended cases, 20 are needed."],
-        "evidence_hash": "9f3c" * 16,
         "state": state,
         "deadline_at": timezone.now() + timedelta(minutes=11)
         if state == A.AWAITING_APPROVAL
         else None,
         **changes,
     }
-    adaptation = Adaptation.objects.create(**values)
+    adaptation = Adaptation(**values)
+    adaptation.evidence_hash = shown_hash(adaptation)
+    adaptation.save()
     world.adaptations[name] = adaptation
     return adaptation
 

@@ -154,7 +154,20 @@ async def test_telemetry_notifies_the_browsers(people: dict[Role, User], trainer
 
 
 @pytest.mark.parametrize(
-    "origin", [b"http://evil.example", b"https://testserver.evil.example", b"null", None]
+    "origin",
+    [
+        b"http://evil.example",
+        b"https://testserver.evil.example",
+        b"http://testserver:8888",
+        b"https://testserver",
+        b"http://localhost",
+        b"http://user@testserver",
+        b"http://testserver/",
+        b"http://testserver:x",
+        b"null",
+        b"",
+        None,
+    ],
 )
 async def test_a_page_of_another_origin_cannot_use_the_cookie(
     people: dict[Role, User], origin: bytes | None

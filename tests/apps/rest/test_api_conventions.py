@@ -22,7 +22,7 @@ from apps.rest.models import IdempotencyRecord
 from apps.rest.throttling import ActThrottle
 from apps.runs.models import Run
 from esper.contracts import AdaptationState, Role, codec
-from tests.apps.callers import Caller, Inbox, Trainer, frame, metrics, proposal, registration
+from tests.apps.callers import Caller, Inbox, Trainer, frame, metrics, proposal, registration, shown
 
 pytestmark = pytest.mark.django_db
 
@@ -184,14 +184,15 @@ def test_pollers_get_a_304(viewer: Caller, trainer: Trainer) -> None:
 def test_an_act_needs_the_version_that_was_read(inbox: Inbox, operator: Caller) -> None:
     adaptation = inbox.waiting()
     path = f"adaptations/{adaptation.uid}/approve"
-    missing = operator.post(path)
+    body = {"reason": "fine", **shown(adaptation)}
+    missing = operator.post(path, body)
     assert (missing.status, missing.code) == (428, "precondition-required")
-    strange = operator.post(path, **{"If-Match": "latest"})
+    strange = operator.post(path, body, **{"If-Match": "latest"})
     assert (strange.status, strange.code) == (400, "invalid")
-    stale = operator.act(path, version=adaptation.version + 1)
+    stale = operator.act(path, body, version=adaptation.version + 1)
     assert stale.status == 412
     etag = operator.get(f"adaptations/{adaptation.uid}").header("ETag")
-    done = operator.post(path, {"reason": "fine"}, **{"If-Match": etag})
+    done = operator.post(path, body, **{"If-Match": etag})
     assert (done.status, done.data["state"]) == (200, "compile_queued")
     assert done.data["decided_by"] == "olga"
 
@@ -201,16 +202,21 @@ def test_only_the_evidence_that_was_shown_can_be_approved(inbox: Inbox, operator
     path = f"adaptations/{adaptation.uid}/approve"
     swapped = operator.act(path, {"evidence_hash": "0" * 64}, version=adaptation.version)
     assert (swapped.status, swapped.code) == (412, "payload-changed")
+    for idle in ({}, {"evidence_hash": ""}, {"evidence_hash": None}, {"evidence_hash": 0}):
+        refused = operator.act(path, idle, version=adaptation.version)
+        assert (refused.status, refused.code) == (400, "invalid"), idle
 
 
 def test_drifted_evidence_has_to_be_accepted(inbox: Inbox, operator: Caller) -> None:
     adaptation = inbox.waiting()
     inbox.trainer.send(metrics=[metrics(1100, loss="nan")])
     path = f"adaptations/{adaptation.uid}/approve"
-    stale = operator.act(path, version=adaptation.version)
+    stale = operator.act(path, shown(adaptation), version=adaptation.version)
     assert (stale.status, stale.code) == (409, "evidence-stale")
     assert stale.data["drift"] == "inf"
-    accepted = operator.act(path, {"accept_drift": True}, version=adaptation.version)
+    accepted = operator.act(
+        path, {"accept_drift": True, **shown(adaptation)}, version=adaptation.version
+    )
     assert accepted.status == 200
 
 
@@ -218,7 +224,7 @@ def test_the_loser_of_a_race_is_told_who_won(inbox: Inbox, callers: dict[Role, C
     adaptation = inbox.waiting()
     path = f"adaptations/{adaptation.uid}"
     won = callers[Role.OPERATOR].act(f"{path}/reject", {"reason": "no"}, version=adaptation.version)
-    lost = callers[Role.ADMIN].act(f"{path}/approve", version=adaptation.version)
+    lost = callers[Role.ADMIN].act(f"{path}/approve", shown(adaptation), version=adaptation.version)
     assert won.status == 200
     assert (lost.status, lost.code) == (409, "decision-not-pending")
     assert lost.data["decided_by"] == "olga"
@@ -226,7 +232,7 @@ def test_the_loser_of_a_race_is_told_who_won(inbox: Inbox, callers: dict[Role, C
 
 def test_a_repeated_act_is_done_once_and_answered_twice(inbox: Inbox, operator: Caller) -> None:
     adaptation = inbox.waiting()
-    path, body = f"adaptations/{adaptation.uid}/approve", {"reason": "yes"}
+    path, body = f"adaptations/{adaptation.uid}/approve", {"reason": "yes", **shown(adaptation)}
     headers = {"Idempotency-Key": "my key", "If-Match": f'"{adaptation.version}"'}
     first = operator.post(path, body, **dict(headers))
     second = operator.post(path, body, **dict(headers))
@@ -235,7 +241,7 @@ def test_a_repeated_act_is_done_once_and_answered_twice(inbox: Inbox, operator: 
     assert second.header("Idempotency-Replayed") == "true"
     assert (second.data, second.header("ETag")) == (first.data, first.header("ETag"))
     assert AuditEvent.objects.filter(act="adaptation.approved").count() == 1
-    other = operator.post(path, {"reason": "no"}, **dict(headers))
+    other = operator.post(path, {**body, "reason": "no"}, **dict(headers))
     assert (other.status, other.code) == (422, "idempotency-mismatch")
 
 
@@ -295,7 +301,7 @@ def test_the_kill_switch_blocks_approval_until_it_is_off(inbox: Inbox, operator:
     assert operator.post("adaptation-switch", {"on": False, "reason": "smoke"}).status == 200
     assert operator.get("adaptation-switch").data["on"] is False
     path = f"adaptations/{adaptation.uid}/approve"
-    refused = operator.act(path, version=adaptation.version)
+    refused = operator.act(path, shown(adaptation), version=adaptation.version)
     assert (refused.status, refused.code) == (423, "adaptation-killed")
     assert operator.post("adaptation-switch", {"on": "yes", "reason": ""}).code == "invalid"
     assert operator.post("adaptation-switch", {"on": True, "reason": "ok"}).data["on"] is True

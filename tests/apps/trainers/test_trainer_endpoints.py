@@ -9,7 +9,7 @@ import pytest
 from django.conf import settings
 
 from apps.accounts.models import ApiToken, User
-from apps.adaptations.models import Adaptation, Remedy
+from apps.adaptations.models import Remedy
 from apps.runs.models import Run
 from apps.runs.services import issue_command
 from apps.telemetry.metric_names import MOST_NAMES
@@ -41,7 +41,7 @@ from tests.apps.callers import (
     register,
     registration,
 )
-from tests.apps.cast import token_of
+from tests.apps.cast import force_state, token_of
 
 pytestmark = pytest.mark.django_db
 
@@ -306,7 +306,7 @@ def test_a_local_rollback_is_reported_with_numbers_that_are_not_finite(
     inbox: Inbox, trainer: Trainer
 ) -> None:
     adaptation = inbox.waiting()
-    Adaptation.objects.filter(pk=adaptation.pk).update(state=AdaptationState.PROBATION)
+    force_state(adaptation, AdaptationState.PROBATION)
     body = {
         "epoch": 1,
         "adaptation": adaptation.uid,

@@ -1,0 +1,37 @@
+"""What an approval is bound to: the hash of everything that the approver is shown."""
+
+from __future__ import annotations
+
+import hashlib
+
+from apps.adaptations.models import Adaptation
+from esper.contracts import codec
+
+
+def shown_hash(adaptation: Adaptation) -> str:
+    """Hex SHA-256 over the change, the trainer that it is for, its cost and its evidence.
+
+    It is stored when the adaptation is proposed. An approval must name it, and it is computed again
+    from the row before the row is acted on, so that a row which was changed is not.
+    """
+    shown = {
+        "adaptation": adaptation.uid,
+        "run": adaptation.run.uid,
+        "epoch": adaptation.run_epoch,
+        "layer": adaptation.layer,
+        "adaptation_type": str(adaptation.adaptation_type),
+        "blueprint": adaptation.blueprint.slug,
+        "config": adaptation.config,
+        "risk": str(adaptation.risk),
+        "confidence": adaptation.confidence,
+        "forecast": [
+            adaptation.forecast_parameters,
+            adaptation.forecast_flops,
+            adaptation.forecast_memory_mib,
+            adaptation.forecast_latency_ms,
+        ],
+        "policy_version": adaptation.safety_policy.version,
+        "step": adaptation.proposed_step,
+        "evidence": adaptation.evidence,
+    }
+    return hashlib.sha256(codec.encode(shown)).hexdigest()
