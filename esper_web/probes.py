@@ -22,7 +22,9 @@ from prometheus_client.registry import Collector
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from apps.workers import services as workers
 from esper.contracts import ADAPTATION_ENDED
+from hosts.disk import free_mib
 
 
 @require_safe
@@ -34,11 +36,36 @@ def healthz(_request: HttpRequest) -> HttpResponse:
 
 @require_safe
 @never_cache
-def readyz(_request: HttpRequest) -> HttpResponse:
-    """The database answers. Redis is reported but not required: without it, updates are late."""
-    database = _database_answers()
-    checks = {"database": database, "redis": _redis_answers()}
-    return JsonResponse({"ready": database, "checks": checks}, status=200 if database else 503)
+def readyz(request: HttpRequest) -> HttpResponse:
+    """Whether Esper works: the database answers, the disk has space, and every part reports.
+
+    ``?only=web`` leaves out the other processes: for whoever sends requests to this one. Redis is
+    reported but not required: without it, updates are late.
+    """
+    database, disk = _database_answers(), workers.disk_problem()
+    parts = workers.parts() if database and request.GET.get("only") != "web" else []
+    down = workers.down_processes() if request.GET.get("only") != "web" else []
+    problems = [
+        *([disk] if disk else []),  # first: the others often follow from it
+        *([] if database else ["The database does not answer."]),
+        *(part.text for part in parts if part.late),
+        *(f"{entry.name} is down: it {entry.why}." for entry in down),
+    ]
+    answer: dict[str, Any] = {
+        "ready": not problems,
+        "checks": {"database": database, "redis": _redis_answers(), "disk": not disk},
+        "parts": {
+            part.name: {"age_seconds": _rounded(part.age_seconds), "late": part.late}
+            for part in parts
+        },
+        "down": [entry.name for entry in down],
+        "problems": problems,
+    }
+    return JsonResponse(answer, status=503 if problems else 200)
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
 
 
 @require_safe
@@ -66,6 +93,34 @@ class RowCounts(Collector):
             "Adaptations that have not ended although their deadline has passed; should be 0",
             value=overdue.filter(deadline_at__lt=timezone.now()).count(),
         )
+        yield from _ages()
+
+
+def _ages() -> Iterator[GaugeMetricFamily]:
+    """How long ago each part and each worker has reported; -1: never."""
+    now = timezone.now()
+    ages = GaugeMetricFamily(
+        "esper_part_age_seconds", "Since the last report of a part", labels=["part"]
+    )
+    late = GaugeMetricFamily("esper_part_late", "1: a part does not report", labels=["part"])
+    for part in workers.parts():
+        ages.add_metric([part.name], -1.0 if part.age_seconds is None else part.age_seconds)
+        late.add_metric([part.name], float(part.late))
+    heartbeats = GaugeMetricFamily(
+        "esper_worker_age_seconds", "Since the last heartbeat of a worker", labels=["worker"]
+    )
+    for name, seen_at in _model("workers", "Worker").objects.values_list("name", "heartbeat_at"):
+        heartbeats.add_metric([name], (now - seen_at).total_seconds())
+    yield from (ages, late, heartbeats)
+    down = GaugeMetricFamily("esper_process_down", "1: it cannot be kept running", labels=["name"])
+    for entry in workers.down_processes():
+        down.add_metric([entry.name], 1.0)
+    yield down
+    yield GaugeMetricFamily(
+        "esper_disk_free_mib",
+        "Space that is free for the data directory",
+        value=free_mib(settings.ESPER_DATA_DIR),
+    )
 
 
 def _by_state(name: str, text: str, app: str, model: str) -> GaugeMetricFamily:

@@ -70,11 +70,15 @@ def write_private(path: Path, content: str) -> None:
     """Writes a file that only its owner can read, completely or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:  # a part of it would fill the disk further
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _write_keyring(data_dir: Path, keyring: dict[str, Any]) -> None:

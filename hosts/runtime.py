@@ -46,7 +46,11 @@ def data_directory_lock(data_dir: Path) -> Iterator[None]:
 
 
 def write_runtime(data_dir: Path, state: dict[str, Any]) -> None:
-    """Records what runs: ``id, pid, url, redis_port, ready, children {name: pid}``."""
+    """Records what runs.
+
+    ``id, pid, url, redis_port, ready, children {name: pid}``, and of each child that cannot be kept
+    running ``down {name: {since, ends, why, tail}}``.
+    """
     write_private(data_dir / RUNTIME_FILE, json.dumps(state, indent=2) + "\n")
 
 

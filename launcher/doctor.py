@@ -20,6 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from hosts.disk import free_mib, nearest_existing, why_full
 from hosts.runtime import DEFAULT_REDIS_PORT
 from launcher.supervisor.esper import DEFAULT_PORT
 from launcher.supervisor.ports import is_free
@@ -94,10 +95,10 @@ def check_torch() -> Finding:
 
 def check_data_directory(directory: Path) -> Finding:
     """Whether a file can be written there, or the directory can be made."""
-    existing = _nearest_existing(directory)
+    existing = nearest_existing(directory)
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
+            file.write(b"\0" * 4096)  # a full disk takes the name of a file, not its content
     except OSError as error:
         text = f"{directory} cannot be written: {error.strerror}; choose another with --data-dir"
         return Finding(Result.MISSING, "data", text)
@@ -105,7 +106,9 @@ def check_data_directory(directory: Path) -> Finding:
 
 
 def check_disk(directory: Path) -> Finding:
-    free = shutil.disk_usage(_nearest_existing(directory)).free // 2**20
+    if full := why_full(directory):
+        return Finding(Result.MISSING, "disk", full)
+    free = free_mib(directory)
     text = f"{free} MiB free for {directory}"
     if free < REQUIRED_DISK_MIB:
         return Finding(Result.MISSING, "disk", f"{text}; Esper needs {REQUIRED_DISK_MIB} MiB")
@@ -184,7 +187,3 @@ def check_clock(now: float) -> Finding:
         text = f"{shown} is before the installation of Esper; set the clock"
         return Finding(Result.MISSING, "clock", text)
     return Finding(Result.FINE, "clock", shown)
-
-
-def _nearest_existing(directory: Path) -> Path:
-    return next(path for path in (directory, *directory.parents) if path.is_dir())

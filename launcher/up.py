@@ -1,9 +1,10 @@
-"""``esper up``: Esper runs until a signal or a failure stops it."""
+"""``esper up``: Esper runs until a signal stops it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 
 from hosts.processes import MARK
 from launcher.supervisor.esper import STARTING_ERRORS, Esper, Options
@@ -32,11 +33,6 @@ async def _run(options: Options, output: Output) -> int:
         if options.setup_only:
             output.say("everything is prepared")
             return 0
-        try:
-            error = await esper.children.wait_for_failure()
-        except asyncio.CancelledError:  # a running Esper that is told to stop has not failed
-            return 0
-    output.say(f"{error.name} cannot be kept running. Its last lines:")
-    for line in error.tail:
-        output.plain(f"    {line}")
-    return 1
+        with suppress(asyncio.CancelledError):  # a running Esper that is stopped has not failed
+            await esper.run()
+    return 0

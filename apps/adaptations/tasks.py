@@ -3,7 +3,7 @@
 from celery import shared_task
 
 from apps.adaptations import compiled_kernels, services
-from apps.workers.services import worker_name
+from apps.workers.services import note_periodic_run, worker_name
 
 
 @shared_task(name="adaptations.compile")
@@ -24,3 +24,4 @@ def speed_up(pk: int) -> None:
 @shared_task(name="adaptations.sweep")
 def sweep() -> None:
     services.sweep()
+    note_periodic_run("adaptations.sweep")

@@ -1,4 +1,4 @@
-"""Workers, and the compile jobs that they take."""
+"""Workers, the compile jobs that they take, and the rounds of periodic tasks."""
 
 from __future__ import annotations
 
@@ -100,3 +100,16 @@ class JobStepDone(models.Model):
 
     def __str__(self) -> str:
         return f"{self.job_id} {self.attempt} {self.step}"
+
+
+class PeriodicTask(models.Model):
+    """When a periodic task last did its round, so that a missing one is seen."""
+
+    name = models.CharField(max_length=100, unique=True)
+    ran_at = models.DateTimeField()
+
+    class Meta:
+        ordering = ("name",)
+
+    def __str__(self) -> str:
+        return self.name

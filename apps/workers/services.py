@@ -22,6 +22,14 @@ from apps.workers.jobs import (
     renew_lease,
     replace_kernel,
 )
+from apps.workers.liveness import (
+    Down,
+    Part,
+    disk_problem,
+    down_processes,
+    note_periodic_run,
+    parts,
+)
 from apps.workers.modes import (
     is_quarantined,
     may_take_jobs,
@@ -32,6 +40,8 @@ from apps.workers.modes import (
 from apps.workers.queues import compile_queue, queue_is_served, served_queues
 
 __all__ = [
+    "Down",
+    "Part",
     "Presence",
     "Progress",
     "builders",
@@ -39,6 +49,8 @@ __all__ = [
     "claim_job",
     "close_builders",
     "compile_queue",
+    "disk_problem",
+    "down_processes",
     "fail_job",
     "finish_job",
     "heartbeat",
@@ -50,9 +62,11 @@ __all__ = [
     "may_take_jobs",
     "note_good_build",
     "note_lost_builder",
+    "note_periodic_run",
     "note_steps",
     "note_unserved_jobs",
     "notify_worker",
+    "parts",
     "queue_is_served",
     "queue_job",
     "renew_lease",

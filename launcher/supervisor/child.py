@@ -1,8 +1,8 @@
 """One child process: started, watched, restarted with back-off, stopped.
 
-start ──► running ──► ended ──┬─ stopped by us, or finished ─► done
-            ▲                 ├─ too often, too quickly ────► CrashLoopError
-            └── wait 1,2,4… s ┘
+start ──► running ──► ended ──── stopped by us, or finished ─► done
+            ▲                 │
+            └─ wait 1,2,4…30 s┘  five quick ends in a row: it is down until it runs for a while
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ class ChildSpec:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     restart: Restart = Restart.ALWAYS
-    essential: bool = True  # Esper ends when it cannot be kept up
     stop_signal: signal.Signals = signal.SIGTERM
     stop_seconds: float = 10.0
     stop_order: int = 0
@@ -53,13 +52,21 @@ class ChildSpec:
     hidden: re.Pattern[str] | None = None  # lines that are written to the log file only
 
 
-class CrashLoopError(Exception):
-    """A child ended too often, too quickly."""
+@dataclass(frozen=True, slots=True)
+class Down:
+    """A child that cannot be kept running at present. It is tried again without an end.
 
-    def __init__(self, name: str, exits: int, tail: list[str]) -> None:
-        super().__init__(f"{name} ended {exits} times in a row right after its start")
-        self.name = name
-        self.tail = tail
+    Attributes:
+        since: seconds since the epoch.
+        ends: quick ends in a row.
+        why: how it ended last.
+        tail: its last lines.
+    """
+
+    since: float
+    ends: int
+    why: str
+    tail: tuple[str, ...]
 
 
 @dataclass
@@ -67,24 +74,28 @@ class Backoff:
     """How long to wait before the next start.
 
     Args:
-        first_delay: seconds after the first exit; doubles up to ``longest_delay``.
-        steady_after: seconds of running after which an exit counts as the first again.
-        limit: quick exits in a row before the child is not started again.
+        first_delay: seconds after the first end; doubles up to ``longest_delay``.
+        steady_after: seconds of running after which an end counts as the first again.
+        limit: quick ends in a row from which the child counts as down.
     """
 
     first_delay: float = 1.0
     longest_delay: float = 30.0
     steady_after: float = 10.0
     limit: int = 5
-    exits: int = 0
+    ends: int = 0
 
-    def next_delay(self, uptime: float) -> float | None:
-        """Seconds to wait, or None: do not start it again."""
-        self.exits = 1 if uptime >= self.steady_after else self.exits + 1
-        if self.exits >= self.limit:
-            return None
-        delay: float = min(self.first_delay * 2 ** (self.exits - 1), self.longest_delay)
+    def next_delay(self, uptime: float) -> float:
+        """Seconds to wait. There is no end of trying: the cause may go."""
+        self.ends = 1 if uptime >= self.steady_after else self.ends + 1
+        # The exponent is limited, because a power of some thousands is no float any more.
+        delay: float = min(self.first_delay * 2 ** min(self.ends - 1, 32), self.longest_delay)
         return delay
+
+    @property
+    def exhausted(self) -> bool:
+        """The child has ended too often, too quickly."""
+        return self.ends >= self.limit
 
 
 @asynccontextmanager
@@ -107,7 +118,10 @@ async def open_pipe() -> AsyncIterator[tuple[asyncio.StreamReader, int]]:
 
 @dataclass
 class Child:
-    """A ``ChildSpec`` with its process. ``on_change`` is called when the process id changes."""
+    """A ``ChildSpec`` with its process.
+
+    ``on_change`` is called when the process id changes, and when the child goes down or comes back.
+    """
 
     spec: ChildSpec
     output: Output
@@ -116,8 +130,9 @@ class Child:
     process: asyncio.subprocess.Process | None = None
     finished: bool = False
     restarts: int = 0
+    down: Down | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
-    _started: asyncio.Event = field(default_factory=asyncio.Event)
+    _started: bool = False
 
     @property
     def pid(self) -> int | None:
@@ -126,28 +141,29 @@ class Child:
         return self.process.pid if alive and self.process else None
 
     async def keep_running(self) -> None:
-        """Runs until it is stopped or has finished.
-
-        Raises:
-            CrashLoopError: it ended too often, too quickly.
-        """
+        """Runs until it is stopped or has finished. Nothing else ends it."""
         while not self._stop.is_set():
             started = time.monotonic()
-            code = await self._run_once()
+            try:
+                code = await self._run_once()
+                why = f"ended ({describe_exit(code)})"
+            except Exception as error:  # the process was not started, or its supervision failed
+                code, why = -1, f"failed ({type(error).__name__}: {error})"
+                self._kill()
             if self._stop.is_set():
                 return
             if code == 0 and self.spec.restart is Restart.ON_FAILURE:
                 self.finished = True
+                self._set_down(None)
                 self.output.say(f"{self.spec.name} has finished")
                 return
-            await self._wait_before_restart(code, time.monotonic() - started)
+            await self._wait_before_restart(why, time.monotonic() - started)
 
     async def wait_ready(self, timeout: float) -> bool:
-        """Whether it answers within ``timeout`` seconds."""
+        """Whether it answers within ``timeout`` seconds, before it goes down or is stopped."""
         deadline = time.monotonic() + timeout
-        await self._started.wait()
-        while self.spec.ready is not None and not await self.spec.ready():
-            if time.monotonic() > deadline or self._stop.is_set():
+        while not (self._started and (self.spec.ready is None or await self.spec.ready())):
+            if self.down or self._stop.is_set() or time.monotonic() > deadline:
                 return False
             await asyncio.sleep(0.1)
         return True
@@ -177,10 +193,14 @@ class Child:
             self.process = process
             if self._stop.is_set():  # stop() was called while the process was being started
                 signal_group(process.pid, signal.SIGKILL)
-            self._started.set()
-            self.on_change()
+            self._started = True
             pump = asyncio.create_task(self._pump(stream))
-            code = await process.wait()
+            steady = asyncio.create_task(self._come_back())
+            try:
+                self.on_change()
+                code = await process.wait()
+            finally:
+                steady.cancel()
             # Children of a killed parent would run on and keep the pipe open.
             signal_group(process.pid, signal.SIGKILL)
             with suppress(TimeoutError):
@@ -200,19 +220,44 @@ class Child:
             preexec_fn=dies_with_parent(self.spec.niceness),
         )
 
-    async def _wait_before_restart(self, code: int, uptime: float) -> None:
+    async def _wait_before_restart(self, why: str, uptime: float) -> None:
         delay = self.backoff.next_delay(uptime)
-        if delay is None:
-            raise CrashLoopError(
-                self.spec.name, self.backoff.exits, self.output.tail(self.spec.name)
-            )
         self.restarts += 1
         self.output.say(
-            f"{self.spec.name} ended ({describe_exit(code)}) after {uptime:.0f} s; "
-            f"starting it again in {delay:g} s"
+            f"{self.spec.name} {why} after {uptime:.0f} s; starting it again in {delay:g} s"
         )
+        if self.backoff.exhausted:
+            self._go_down(why)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), delay)
+
+    def _go_down(self, why: str) -> None:
+        tail = tuple(self.output.tail(self.spec.name))
+        if self.down is None:
+            self.output.say(
+                f"{self.spec.name} is down: it ended {self.backoff.ends} times in a row right "
+                "after its start. It is tried again until it runs. Its last lines:"
+            )
+            for line in tail:
+                self.output.plain(f"    {line}")
+        since = self.down.since if self.down else time.time()
+        self._set_down(Down(since=since, ends=self.backoff.ends, why=why, tail=tail))
+
+    async def _come_back(self) -> None:
+        """Runs beside the process: one that has run for a while is no longer down."""
+        await asyncio.sleep(self.backoff.steady_after)
+        if self.down is not None:
+            self.output.say(f"{self.spec.name} runs again")
+            self._set_down(None)
+
+    def _set_down(self, down: Down | None) -> None:
+        if down != self.down:
+            self.down = down
+            self.on_change()
+
+    def _kill(self) -> None:
+        if self.process is not None and self.process.returncode is None:
+            signal_group(self.process.pid, signal.SIGKILL)
 
     async def _pump(self, stream: asyncio.StreamReader) -> None:
         rest = b""

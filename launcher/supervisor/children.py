@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import groupby
 
-from launcher.supervisor.child import Child, ChildSpec, CrashLoopError
+from launcher.supervisor.child import Child, ChildSpec, Down
 from launcher.supervisor.output import Output
 
 READY_SECONDS = 180.0  # a loaded machine imports slowly; a crash is noticed at once
@@ -22,7 +22,7 @@ class Children:
 
     Args:
         output: where lines go.
-        on_change: called when any process id changes.
+        on_change: called when any process id changes, and when a child goes down or comes back.
     """
 
     def __init__(self, output: Output, on_change: Callable[[], None] = lambda: None) -> None:
@@ -30,29 +30,26 @@ class Children:
         self._output = output
         self._on_change = on_change
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._failure: asyncio.Future[CrashLoopError] | None = None
 
     def pids(self) -> dict[str, int]:
         """The process ids of the children that run."""
         return {name: child.pid for name, child in self.by_name.items() if child.pid is not None}
 
+    def down(self) -> dict[str, Down]:
+        """The children that cannot be kept running at present."""
+        return {name: child.down for name, child in self.by_name.items() if child.down is not None}
+
     async def start(self, specs: Sequence[ChildSpec]) -> None:
         """Starts children one after the other; each must be ready before the next.
 
         Raises:
-            StartError: a child is not ready in time, or keeps crashing.
+            StartError: a child is not ready in time, or goes down before it is.
         """
         for spec in specs:
             child = Child(spec, self._output, on_change=self._on_change)
             self.by_name[spec.name] = child
-            task = asyncio.create_task(self._watch(child), name=spec.name)
-            self._tasks[spec.name] = task
-            await self._wait_ready(child, task)
-
-    async def wait_for_failure(self) -> CrashLoopError:
-        """Returns when an essential child cannot be kept running."""
-        self._failure = self._failure or asyncio.get_running_loop().create_future()
-        return await self._failure
+            self._tasks[spec.name] = asyncio.create_task(child.keep_running(), name=spec.name)
+            await self._wait_ready(child)
 
     async def stop(self) -> None:
         """Stops all, group by group; a low ``stop_order`` comes first."""
@@ -62,26 +59,11 @@ class Children:
         for task in self._tasks.values():
             # A builder that outlives its worker still holds the worker's output open. Then the task
             # does not end by itself, and wait_for has cancelled it.
-            with suppress(CrashLoopError, asyncio.CancelledError, TimeoutError):
+            with suppress(asyncio.CancelledError, TimeoutError):
                 await asyncio.wait_for(task, 5.0)
 
-    async def _wait_ready(self, child: Child, task: asyncio.Task[None]) -> None:
-        ready = asyncio.create_task(child.wait_ready(READY_SECONDS))
-        try:
-            await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
-            if ready.done() and ready.result():
-                return
-        finally:
-            ready.cancel()
+    async def _wait_ready(self, child: Child) -> None:
+        if await child.wait_ready(READY_SECONDS):
+            return
         tail = "\n  ".join(self._output.tail(child.spec.name))
         raise StartError(f"{child.spec.name} does not start. Its last lines:\n  {tail}")
-
-    async def _watch(self, child: Child) -> None:
-        try:
-            await child.keep_running()
-        except CrashLoopError as error:
-            self._output.say(f"{error}; it is not started again")
-            if child.spec.essential:
-                self._failure = self._failure or asyncio.get_running_loop().create_future()
-                if not self._failure.done():
-                    self._failure.set_result(error)

@@ -7,12 +7,13 @@ lock data directory ─► end what a killed predecessor left ─► Valkey ─�
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sys
 import uuid
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -35,13 +36,30 @@ from launcher.supervisor.ports import PortBusyError, demand_port, prefer_port
 from launcher.supervisor.valkey import ValkeyMissingError
 
 DEFAULT_PORT = 8080
+RETRY_SECONDS = 2.0
 
 
 class PreparationError(Exception):
     """The tables, the catalogue or the demo people could not be made."""
 
 
+class DataDirectoryError(Exception):
+    """The data directory cannot be written: the disk is full or read-only, or access is denied."""
+
+    def __init__(self, directory: Path, error: OSError) -> None:
+        where = error.filename or directory
+        super().__init__(
+            f"Esper cannot start on {directory}: {where} cannot be written "
+            f"({error.strerror}). Free some space or fix the access, or choose another directory "
+            "with --data-dir."
+        )
+
+
+UNWRITABLE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR}
+)
 STARTING_ERRORS = (
+    DataDirectoryError,
     PortBusyError,
     DataDirectoryBusyError,
     ValkeyMissingError,
@@ -65,8 +83,9 @@ class Esper:
     """A running Esper, as an async context manager.
 
     Raises:
-        PortBusyError, DataDirectoryBusyError, ValkeyMissingError, PreparationError, StartError:
-            with a message for a person; every process that was started is stopped again.
+        PortBusyError, DataDirectoryBusyError, DataDirectoryError, ValkeyMissingError,
+        PreparationError, StartError: with a message for a person; every process that was started
+            is stopped again.
     """
 
     def __init__(self, options: Options, output: Output) -> None:
@@ -74,16 +93,25 @@ class Esper:
         self._output = output
         self._stack = AsyncExitStack()
         self._ready = False
+        self._noted = True  # the last state was written to runtime.json
         self.children = Children(output, on_change=self._note_runtime)
         self.site: Site
 
     async def __aenter__(self) -> Esper:
+        try:
+            return await self._enter()
+        except OSError as error:
+            if error.errno in UNWRITABLE:
+                raise DataDirectoryError(self._options.data_dir, error) from error
+            raise
+
+    async def _enter(self) -> Esper:
         async with AsyncExitStack() as stack:
             stack.enter_context(data_directory_lock(self._options.data_dir))
             self._end_leftovers()
             self.site = self._choose_site()
             stack.callback(self._output.say, "everything has stopped")
-            stack.callback(remove_runtime, self._options.data_dir)
+            stack.callback(self._forget_runtime)
             # After the workers: programs started from recipes outlive a worker, but not Esper.
             stack.push_async_callback(asyncio.to_thread, end_marked, self.site.mark, timeout=10.0)
             stack.push_async_callback(self.children.stop)
@@ -91,11 +119,18 @@ class Esper:
             self._stack = stack.pop_all()
         return self
 
+    async def run(self) -> None:
+        """Runs until it is cancelled. What the disk did not take is written again."""
+        while True:
+            await asyncio.sleep(RETRY_SECONDS)
+            if not self._noted:
+                self._note_runtime()
+
     async def __aexit__(self, *_exc: object) -> None:
         await self._stack.aclose()
 
     async def _start(self) -> None:
-        self._note_runtime()
+        self._write_runtime()
         if self.site.redis_port is not None:
             await self.children.start([plan.valkey_child(self.site)])
         await self._prepare()
@@ -159,6 +194,17 @@ class Esper:
             self._output.say(f"ended {len(ended)} processes that a killed Esper had left behind")
 
     def _note_runtime(self) -> None:
+        """Never raises: the supervision must go on. ``run`` writes it again."""
+        try:
+            self._write_runtime()
+        except OSError as error:
+            if self._noted:
+                self._output.say(f"runtime.json cannot be written: {error.strerror}")
+            self._noted = False
+        else:
+            self._noted = True
+
+    def _write_runtime(self) -> None:
         state = {
             "id": self.site.mark,
             "pid": os.getpid(),
@@ -166,5 +212,12 @@ class Esper:
             "redis_port": self.site.redis_port,
             "ready": self._ready,
             "children": self.children.pids(),
+            "down": {name: asdict(down) for name, down in self.children.down().items()},
         }
         write_runtime(self._options.data_dir, state)
+
+    def _forget_runtime(self) -> None:
+        try:
+            remove_runtime(self._options.data_dir)
+        except OSError as error:
+            self._output.say(f"runtime.json cannot be removed: {error.strerror}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from datetime import datetime
@@ -17,7 +18,10 @@ _COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)  # ANSI foregrounds, readabl
 
 
 class Output:
-    """Writes ``HH:MM:SS name | line``; colours on a terminal only.
+    """Writes ``HH:MM:SS name | line``; colours on a terminal only. Nothing here raises.
+
+    A line that cannot be written, because the disk is full or the terminal was closed, is counted
+    and given up: the process that prints it, and the task that reads it, must go on.
 
     Args:
         directory: where log files go.
@@ -26,13 +30,11 @@ class Output:
     """
 
     def __init__(self, directory: Path, *, stream: TextIO | None = None, width: int = 15) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._directory = directory
         self._stream = stream or sys.stdout
         self._coloured = self._stream.isatty()
         self._width = width
         self._watched = True
-        self._files: dict[str, TextIO] = {}
+        self._logs = LogFiles(directory)
         self._tails: dict[str, deque[str]] = {}
 
     def say(self, line: str) -> None:
@@ -43,16 +45,15 @@ class Output:
         """One line of the process ``name``; without ``show`` it is written to its log file only."""
         text = redact(text.rstrip("\r\n"))
         self._tails.setdefault(name, deque(maxlen=TAIL_LINES)).append(text)
-        file = self._file(name)
-        file.write(f"{datetime.now().astimezone().isoformat(timespec='milliseconds')} {text}\n")
-        file.flush()
+        notice = self._logs.write(name, text)
         if text and show:
             self._show(name, text)
+        if notice:
+            self._show(OWN_NAME, notice)
 
     def plain(self, text: str) -> None:
         """A line without a prefix."""
-        self._stream.write(f"{text}\n")
-        self._stream.flush()
+        self._print(text)
 
     def tail(self, name: str) -> list[str]:
         """The last lines of a process."""
@@ -60,29 +61,81 @@ class Output:
 
     def close(self) -> None:
         """Closes the log files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._logs.close()
 
     def _show(self, name: str, text: str) -> None:
-        if not self._watched:
-            return
         prefix = f"{datetime.now().astimezone():%H:%M:%S} {name:<{self._width}} |"
         if self._coloured:
             prefix = f"\033[{self._colour(name)}m{prefix}\033[0m"
+        self._print(f"{prefix} {text}")
+
+    def _print(self, line: str) -> None:
+        if not self._watched:
+            return
         try:
-            self._stream.write(f"{prefix} {text}\n")
+            self._stream.write(f"{line}\n")
             self._stream.flush()
         except (BrokenPipeError, ValueError):  # the terminal was closed; Esper runs on
             self._watched = False
+        except OSError:  # it is a file on a full disk; the next line may fit again
+            pass
 
     def _colour(self, name: str) -> int:
-        return _COLOURS[list(self._tails).index(name) % len(_COLOURS)]
+        names = list(self._tails)
+        return _COLOURS[(names.index(name) if name in names else 0) % len(_COLOURS)]
 
-    def _file(self, name: str) -> TextIO:
+
+class LogFiles:
+    """``<name>.log`` for each process. What cannot be written is counted and given up."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: dict[str, int] = {}
+        self._lost = 0
+        self._failing = ""  # why the last line was lost; empty: it was written
+
+    def write(self, name: str, text: str) -> str:
+        """Appends one line; returns a sentence when writing begins to fail or works again."""
+        stamp = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        line = f"{stamp} {text}\n"
+        if self._failing:  # the failed write may have left half a line
+            line = f"\n{line}"
+        try:
+            _write_whole(self._file(name), line.encode("utf-8", "replace"))
+        except OSError as error:
+            return self._note_loss(error)
+        return self._note_success()
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def _note_loss(self, error: OSError) -> str:
+        self._lost += 1
+        before, self._failing = self._failing, error.strerror or type(error).__name__
+        if before:
+            return ""
+        return f"log lines cannot be written to {self._directory}: {self._failing}"
+
+    def _note_success(self) -> str:
+        if not self._failing:
+            return ""
+        lost, why = self._lost, self._failing
+        self._lost, self._failing = 0, ""
+        return f"log lines are written again; {lost} were lost ({why})"
+
+    def _file(self, name: str) -> int:
         if name not in self._files:
             path = self._directory / f"{name}.log"
+            self._directory.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.stat().st_size > LOG_FILE_BYTES:
                 path.replace(path.with_suffix(".log.1"))
-            self._files[name] = path.open("a", encoding="utf-8")
+            # Unbuffered: a buffer keeps what could not be written, and fails again later.
+            self._files[name] = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         return self._files[name]
+
+
+def _write_whole(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]

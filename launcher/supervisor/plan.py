@@ -110,7 +110,7 @@ def web_child(site: Site) -> ChildSpec:
         argv=(*web_command(), "--host", "127.0.0.1", "--port", str(site.port)),
         env=site.environment,
         stop_order=2,
-        ready=_answers_http(f"{site.url}/readyz"),
+        ready=_answers_http(f"{site.url}/readyz?only=web"),
     )
 
 
@@ -168,7 +168,6 @@ def demo_child(site: Site, demo: str) -> ChildSpec:
             "OMP_NUM_THREADS": "1",
         },
         restart=Restart.ON_FAILURE,
-        essential=False,
         # Not SIGINT, which fails the run: it continues from its checkpoint at the next start.
         stop_signal=signal.SIGTERM,
         stop_seconds=5.0,

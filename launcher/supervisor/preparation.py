@@ -19,14 +19,25 @@ def main() -> int:
     """Prepares the data directory that ``ESPER_DATA_DIR`` names."""
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "esper_web.settings.local")
     import django
-    from django.core.management import call_command
 
     django.setup()
+    from django.db import DatabaseError
+
+    try:
+        _prepare()
+    except (DatabaseError, OSError) as error:
+        print(f"The database cannot be prepared: {error}", flush=True)
+        return 1
+    return 0
+
+
+def _prepare() -> None:
+    from django.core.management import call_command
+
     call_command("migrate", interactive=False, verbosity=0)
     call_command("sync_blueprints", verbosity=0, stdout=StringIO())
     if not _tokens_work():
         _make_people()
-    return 0
 
 
 def _tokens_work() -> bool:

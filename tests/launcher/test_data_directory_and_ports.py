@@ -145,3 +145,27 @@ def test_the_runtime_file_tells_where_valkey_listens(tmp_path: Path) -> None:
 def test_a_half_written_runtime_file_counts_as_none(tmp_path: Path) -> None:
     (tmp_path / "runtime.json").write_text(json.dumps({"redis_port": 1})[:5])
     assert read_runtime(tmp_path) == {}
+
+
+@pytest.mark.parametrize("state", ["full", "read-only"])
+def test_a_start_on_a_disk_that_cannot_be_written_is_refused_in_a_sentence(
+    small_disk: Path, state: str
+) -> None:
+    if state == "full":
+        (small_disk / "filler").write_bytes(b"x" * 256 * 1024)
+        why = "No space left on device"
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        why = "Read-only file system"
+    answer = subprocess.run(
+        [*(sys.executable, "-m", "launcher", "up", "--no-demo", "--data-dir"), str(small_disk)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert answer.returncode == 1
+    assert "Esper cannot start on" in answer.stdout
+    assert why in answer.stdout
+    assert "Traceback" not in answer.stdout + answer.stderr

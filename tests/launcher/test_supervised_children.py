@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from hosts.processes import MARK, end_marked, marked_processes
-from launcher.supervisor.child import Backoff, Child, ChildSpec, CrashLoopError, Restart
+from launcher.supervisor.child import Backoff, Child, ChildSpec, Restart
 from launcher.supervisor.children import Children, StartError
 from launcher.supervisor.output import Output
 
@@ -69,13 +70,52 @@ async def test_a_killed_service_comes_back_and_it_is_said_aloud(
     assert "starting it again" in screen.getvalue()
 
 
-async def test_a_service_that_always_crashes_is_given_up_with_its_last_lines(
+async def test_a_service_that_always_crashes_is_down_and_comes_back_when_the_cause_goes(
+    output: Output, screen: io.StringIO, tmp_path: Path
+) -> None:
+    table = tmp_path / "table"
+    program = f"""
+import pathlib, time
+if not pathlib.Path({str(table)!r}).exists():
+    print("no such table")
+    raise SystemExit(3)
+print("serving")
+time.sleep(60)
+"""
+    seen: list[bool] = []
+    child = Child(
+        spec("broken", program),
+        output,
+        Backoff(first_delay=0.02, longest_delay=0.05, steady_after=0.3),
+        on_change=lambda: seen.append(child.down is not None),
+    )
+    task = asyncio.create_task(child.keep_running())
+    await until(lambda: child.down is not None and child.down.ends > 6)
+    assert child.down is not None
+    assert child.down.why == "ended (exit code 3)"
+    assert "no such table" in child.down.tail
+    assert screen.getvalue().count("broken is down") == 1
+    table.touch()
+    await until(lambda: child.down is None)
+    assert child.pid is not None
+    assert "broken runs again" in screen.getvalue()
+    assert seen[-1] is False
+    await child.stop()
+    await task
+
+
+async def test_a_program_that_cannot_be_started_is_down_and_its_task_goes_on(
     output: Output,
 ) -> None:
-    child = Child(spec("broken", "print('no such table'); raise SystemExit(3)"), output, quick())
-    with pytest.raises(CrashLoopError, match="broken ended 5 times") as caught:
-        await child.keep_running()
-    assert "no such table" in caught.value.tail
+    missing = replace(spec("gone", ""), argv=("/no/such/program",))
+    child = Child(missing, output, quick())
+    task = asyncio.create_task(child.keep_running())
+    await until(lambda: child.down is not None)
+    assert child.down is not None
+    assert "FileNotFoundError" in child.down.why
+    assert not task.done()
+    await child.stop()
+    await task
 
 
 async def test_a_finished_job_is_not_started_again(output: Output) -> None:
@@ -104,7 +144,10 @@ def test_the_pause_before_a_restart_doubles_up_to_a_limit_and_starts_over() -> N
     backoff = Backoff(first_delay=1, longest_delay=4, steady_after=10, limit=6)
     assert [backoff.next_delay(0.5) for _ in range(4)] == [1, 2, 4, 4]
     assert backoff.next_delay(11.0) == 1
-    assert [backoff.next_delay(0.5) for _ in range(5)] == [2, 4, 4, 4, None]
+    assert [backoff.next_delay(0.5) for _ in range(4)] == [2, 4, 4, 4]
+    assert not backoff.exhausted
+    assert {backoff.next_delay(0.5) for _ in range(5000)} == {4}
+    assert backoff.exhausted
 
 
 async def test_a_child_that_ignores_the_signal_is_killed_with_its_own_children(
@@ -179,19 +222,47 @@ async def test_a_child_that_never_answers_stops_the_start_with_its_last_lines(
     await children.stop()
 
 
-async def test_only_an_essential_child_brings_the_family_down(
+async def test_a_child_that_is_down_leaves_the_others_alone_but_stops_the_first_start(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Backoff.__init__, "__defaults__", (0.01, 0.02, 10.0, 3, 0))
+
+    async def never() -> bool:
+        return False
+
     children = Children(output)
     crash = "raise SystemExit(1)"
-    await children.start([spec("demo", crash, essential=False)])
-    failure = asyncio.create_task(children.wait_for_failure())
-    await asyncio.sleep(1.0)
-    assert not failure.done()
-    await children.start([spec("web", crash)])
-    assert (await asyncio.wait_for(failure, 10)).name == "web"
+    await children.start([spec("worker", "import time; time.sleep(60)"), spec("demo", crash)])
+    before = children.pids()["worker"]
+    await until(lambda: "demo" in children.down())
+    assert children.pids()["worker"] == before
+    with pytest.raises(StartError, match="web does not start"):
+        await children.start([spec("web", crash, ready=never)])
     await children.stop()
+
+
+async def test_a_full_disk_ends_no_task_and_the_log_goes_on_when_there_is_space(
+    small_disk: Path, screen: io.StringIO
+) -> None:
+    """The child prints more than a pipe holds: it goes on only while its pipe is drained."""
+    program = "import sys, time\nfor n in range(3000): print(n, 'x' * 60)\ntime.sleep(60)"
+    output = Output(small_disk / "log", stream=screen)
+    children = Children(output)
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * 200_000)
+    await children.start([spec("chatty", program)])
+    await until(lambda: "2999 " in screen.getvalue())
+    assert "log lines cannot be written" in screen.getvalue()
+    assert "No space left on device" in screen.getvalue()
+    first = children.pids()["chatty"]
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: children.pids().get("chatty", first) != first)
+    filler.unlink()
+    await until(lambda: "log lines are written again" in screen.getvalue())
+    await children.stop()
+    output.close()
+    assert "chatty ended (killed by SIGKILL)" in screen.getvalue()
+    assert "were lost (No space left on device)" in screen.getvalue()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl and /proc are Linux")
@@ -239,6 +310,25 @@ def test_lines_are_prefixed_logged_and_without_secrets(tmp_path: Path) -> None:
         assert "\x1b" not in text
         assert "\\x1b[2J" in text
     assert " tamiyo          | Authorization" in screen.getvalue()
+
+
+def test_a_terminal_on_a_full_disk_is_written_again_when_there_is_space(tmp_path: Path) -> None:
+    class FullDisk(io.StringIO):
+        full = True
+
+        def flush(self) -> None:
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    screen = FullDisk()
+    output = Output(tmp_path, stream=screen)
+    output.line("web", "one")
+    output.plain("two")
+    screen.full = False
+    output.line("web", "three")
+    output.close()
+    assert "three" in screen.getvalue()
+    assert "one" in (tmp_path / "web.log").read_text()
 
 
 def test_a_terminal_that_has_gone_does_not_stop_esper(tmp_path: Path) -> None:

@@ -46,7 +46,12 @@ def wait_ready(url: str, seconds: float = RESTART_SECONDS) -> None:
 
 def test_all_services_run_and_answer(running_esper: Any) -> None:
     assert set(running_esper.runtime["children"]) == SERVICES
-    assert ready(running_esper.url) == {"ready": True, "checks": {"database": True, "redis": True}}
+    wait_ready(running_esper.url)
+    found = ready(running_esper.url)
+    assert found["checks"] == {"database": True, "redis": True, "disk": True}
+    assert found["problems"] == found["down"] == []
+    ages = {name: part["age_seconds"] for name, part in found["parts"].items()}
+    assert set(ages) == {"sweep", "control", "compile", "tamiyo"}
 
 
 def test_people_get_passwords_that_no_log_file_knows(running_esper: Any) -> None:

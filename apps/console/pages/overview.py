@@ -18,6 +18,7 @@ from apps.console.waiting import waiting
 from apps.runs.models import Run
 from apps.violations.models import Violation
 from apps.workers.models import CompileJob, Worker
+from apps.workers.services import Down, disk_problem, down_processes, parts
 from esper.contracts import AdaptationState, JobState, RunState, Severity, WorkerState
 
 ATTENTION_SHOWN = 12
@@ -83,7 +84,11 @@ def attention() -> Attention:
 
 @dataclass(frozen=True, slots=True)
 class SystemHealth:
-    """``cache_hits`` is None when no job ended in the last day."""
+    """``cache_hits`` is None when no job ended in the last day.
+
+    ``problems`` are sentences about parts that do not report, and about a full disk; ``down`` are
+    the processes that the supervisor of this machine cannot keep running.
+    """
 
     workers_up: int
     workers: int
@@ -91,6 +96,8 @@ class SystemHealth:
     oldest_queued: datetime | None
     cache_hits: float | None
     decisions: dict[str, int]
+    problems: list[str]
+    down: list[Down]
 
     @property
     def decided(self) -> int:
@@ -113,6 +120,8 @@ def system_health() -> SystemHealth:
         oldest_queued=jobs["oldest"],
         cache_hits=jobs["cached"] / jobs["done"] if jobs["done"] else None,
         decisions=_decisions_since(day),
+        problems=[*filter(None, [disk_problem()]), *(part.text for part in parts() if part.late)],
+        down=down_processes(),
     )
 
 
