@@ -84,9 +84,9 @@ class DiagnosisWatch:
         if held_out is not None:
             self._held_out.append((self._run.step, float(held_out)))
         planned = self.recorder.on_step(self._run.step)
-        if planned:
-            self._rates.append((self._run.step, highest_rate(self._optimizers)))
         urgent = self._is_urgent(loss)
+        if planned or urgent:
+            self._read_rate(always=planned)
         if planned or held_out is not None or urgent:
             started = time.perf_counter()
             self._check(every_step_only=not planned and held_out is None)
@@ -100,6 +100,12 @@ class DiagnosisWatch:
 
     def close(self) -> None:
         self.recorder.close()
+
+    def _read_rate(self, *, always: bool) -> None:
+        """Of an urgent step only where it has changed: the plan's steps show how it moves."""
+        rate = highest_rate(self._optimizers)
+        if always or (self._rates and rate != self._rates[-1][1]):
+            self._rates.append((self._run.step, rate))
 
     def _is_urgent(self, loss: float | None) -> bool:
         """A hard fault may have begun or ended in this step."""

@@ -265,7 +265,9 @@ class RemedyLoop:
         return min(max(USUAL_UPDATE / ratio, 1 / WEAKEST), 1 / STRONGEST)
 
     def _lower(self, found: Diagnosed) -> float:
-        """A factor that makes the updates a sound share of the weights, where that is known."""
+        """The factor back to the earlier rate, or to updates of a sound share, where known."""
+        if found.evidence.signal == "learning_rate":
+            return max(1 / found.evidence.value, STRONGEST)
         ratio = math.nan
         if found.evidence.signal in (Signal.UPDATE_RATIO, "weight_norm"):
             ratio = found.evidence.value

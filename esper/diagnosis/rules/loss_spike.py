@@ -28,7 +28,7 @@ class LossSpike(Rule):
     violation = ViolationRule.LOSS_BLOW_UP
     every_step = True
     closes_after = 1
-    explained_by = frozenset({"non_finite"})
+    explained_by = frozenset({"non_finite", "rate_jump"})
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         guard: LossGuard = memory.notes.setdefault("guard", LossGuard())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -63,6 +64,17 @@ def raise_rate(run: Run, step: int) -> None:
             group["lr"] *= 1000
 
 
+def restarts(step: int) -> float:
+    """A warm-up, then two periods of a cosine that returns to the highest rate."""
+    return step / 5 if step < 5 else 0.5 * (1 + math.cos(math.pi * (step % 25) / 25))
+
+
+def spoil_weights(run: Run, step: int) -> None:
+    if step == 30:
+        with torch.no_grad():
+            run.model[5].weight.mul_(100.0)  # type: ignore[index,union-attr,operator]
+
+
 def constant(model: nn.Sequential) -> nn.Sequential:
     with torch.no_grad():
         for parameter in model.parameters():
@@ -83,8 +95,12 @@ def of_a_copy(model: nn.Module) -> torch.optim.Optimizer:
 CASES = [
     Case("non_finite", lambda: Run(before=spoil_input), Run, 20),
     Case(
-        "loss_spike", lambda: Run(before=raise_rate, optimizer=sgd), lambda: Run(optimizer=sgd), 50
+        "loss_spike",
+        lambda: Run(before=spoil_weights, optimizer=sgd),
+        lambda: Run(optimizer=sgd),
+        50,
     ),
+    Case("rate_jump", lambda: Run(before=raise_rate), lambda: Run(schedule=restarts), 40),
     Case("gradients_not_zeroed", lambda: Run(zero_grad_every=1000), Run, 2),
     Case("accumulation_miscounted", lambda: Run(zero_grad_every=3), Run, 20),
     Case("not_held", lambda: Run(optimizer=holds_half), Run, 1, "3"),
