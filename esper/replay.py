@@ -71,6 +71,7 @@ def message_of(
         policy_version=limits.version,
         active=tuple(active),
         age_seconds=snapshot.age_seconds,
+        findings=snapshot.findings,
     )
 
 
@@ -101,6 +102,7 @@ def run_snapshot(message: Snapshot) -> RunSnapshot:
         experience=dict(message.experience),
         disabled_blueprints=frozenset(message.disabled_blueprints),
         age_seconds=np.nan if message.age_seconds is None else float(message.age_seconds),
+        findings=message.findings,
     )
 
 

@@ -16,6 +16,7 @@ from apps.policies.services import current_policy
 from apps.runs.models import Run
 from apps.telemetry.selectors import frame_message, newest_frames, newest_metrics
 from apps.violations.models import Violation
+from apps.violations.selectors import open_findings
 from apps.workers.models import CompileJob
 from esper.contracts import (
     ADAPTATION_ENDED,
@@ -76,6 +77,7 @@ def run_snapshot(run: Run) -> Snapshot:
         safety_policy=policy.safety_policy(),
         policy_version=policy.version,
         active=tuple(_active_message(adaptation) for adaptation in _active(run)),
+        findings=open_findings(run),
     )
 
 

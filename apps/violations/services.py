@@ -89,20 +89,17 @@ def _record_finding(run: Run, finding: Finding) -> bool:
         text[:MAX_FINDING_TEXT] for text in (finding.observed, finding.limit, finding.remedy)
     )
     slug, action = finding.slug[:MAX_SLUG], f"Nothing was changed. {remedy}"
-    open_ones = Violation.objects.filter(
-        run=run, acknowledged_at=None, resolved_step=None, adaptation_uid=""
-    )
-    same = open_ones.filter(rule=finding.rule, finding=slug)
-    # Under one rule of the diagnosis there is one finding at a time; others may be several.
-    same = (
-        same
-        if slug and finding.rule != ViolationRule.OPTIMIZER_LEDGER
-        else same.filter(layer=finding.layer, action=action)
-    )
+    not_over = Violation.objects.filter(run=run, resolved_step=None, adaptation_uid="")
+    unseen = not_over.filter(acknowledged_at=None)
+    if slug and finding.rule != ViolationRule.OPTIMIZER_LEDGER:
+        # Under one rule of the diagnosis there is one finding at a time, until it is over.
+        same = not_over.filter(rule=finding.rule, finding=slug)
+    else:
+        same = unseen.filter(rule=finding.rule, finding=slug, layer=finding.layer, action=action)
     if finding.resolved_step >= 0:
         same.update(resolved_step=finding.resolved_step)
         return False
-    if same.exists() or open_ones.count() >= MAX_OPEN_FINDINGS_PER_RUN:
+    if same.exists() or unseen.count() >= MAX_OPEN_FINDINGS_PER_RUN:
         return False
     record_violation(
         run=run,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from esper.contracts import wire
 from esper.contracts.enums import AdaptationType, Risk, RunMode, ViolationRule
-from esper.contracts.health import HealthFrame, LayerInfo
+from esper.contracts.health import Finding, HealthFrame, LayerInfo
 from esper.contracts.wire import Int64, Number, Sentence, Whole
 from esper.exceptions import CodecError, ConfigurationError, UnknownAdaptationTypeError
 
@@ -247,6 +247,7 @@ class RunSnapshot:
         history: by layer name; a missing layer has no history.
         experience: by blueprint slug.
         age_seconds: how old the newest frame is.
+        findings: of the diagnosis, those that are open.
     """
 
     run: str
@@ -267,6 +268,7 @@ class RunSnapshot:
     experience: dict[str, Experience] = field(default_factory=dict)
     disabled_blueprints: frozenset[str] = frozenset()
     age_seconds: float = 0.0
+    findings: tuple[Finding, ...] = ()
 
     def layer(self, name: str) -> LayerInfo | None:
         return next((layer for layer in self.layers if layer.name == name), None)
@@ -285,7 +287,7 @@ class Decision:
     why_not: tuple[WhyNot, ...]
     evidence: dict[str, float]  # frozen numbers of the layer and the run; NaN: unknown
     step: int
-    policy: str  # "heuristic-1"
+    policy: str  # "heuristic-2"
     asks: tuple[str, ...] = ()
 
     @property

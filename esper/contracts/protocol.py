@@ -478,6 +478,7 @@ class Snapshot(Message, frozen=True, kw_only=True):
         policy_version: of the safety policy.
         active: adaptations under way.
         age_seconds: age of the newest frame; null: the reader takes it from the frame's time.
+        findings: of the diagnosis, those that are open.
     """
 
     run: str
@@ -500,6 +501,7 @@ class Snapshot(Message, frozen=True, kw_only=True):
     policy_version: int = 0
     active: tuple[Active, ...] = ()
     age_seconds: Number | None = None
+    findings: tuple[Finding, ...] = ()
 
 
 class Frames(Message, frozen=True, kw_only=True):

@@ -1,14 +1,13 @@
-"""Transparent rules, the cheapest remedy first. The default policy.
+"""Transparent rules, the cheapest adaptation first. The default policy.
 
-    unstable     loss jumps, or a layer's updates are huge while the loss does not fall
-                 -> add_diagnostic (selection then prefers blueprints that limit the gradient)
-    unclear      a layer looks unhealthy and its activations are unknown -> add_diagnostic
-    dead units   half of a layer's units are dead and the loss is flat -> add_ffn beside them
-    plateau      the loss is flat and not near zero, and a layer is the bottleneck
-                 -> add_efficiency, then add_ffn, then add_attention, then add_moe
-    else         nothing, with the numbers that say so
+    no finding that the run lacks capacity -> nothing, with the findings that are open
+    capacity   the diagnosis says so, and a layer is the bottleneck
+               -> add_efficiency, then add_ffn, then add_attention, then add_moe
 
-Confidence is the rule's prior chance to be kept times the strength of its signals. The priors are
+Every other fault is answered by a remedy, which adds nothing to the model. A loss that is flat is
+no evidence for capacity: on healthy runs most flat stretches end by themselves.
+
+Confidence is the prior chance to be kept times the strength of its signals. The priors are
 assumptions that count as ten cases; :func:`esper.policy.confidence.posterior_confidence` replaces
 them with experience from closed cases.
 """
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from esper.contracts import (
     AdaptationDecision,
     AdaptationType,
+    Finding,
     LayerHistory,
     LayerInfo,
     Reason,
@@ -32,31 +32,23 @@ from esper.contracts import (
     Signal,
 )
 from esper.health import Features
+from esper.health.features import MIN_LOSS_SAMPLES
 from esper.policy.base import Proposals
 
-PRIORS: dict[str, float] = {
-    "unclear": 0.95,
-    "unstable": 0.88,
-    "plateau/add_efficiency": 0.88,
-    "plateau/add_ffn": 0.74,
-    "plateau/add_attention": 0.70,
-    "plateau/add_moe": 0.66,
-    "dead": 0.68,
+CAPACITY = "capacity"  # slug of the finding that grafts answer
+PRIORS: dict[AdaptationType, float] = {
+    AdaptationType.ADD_EFFICIENCY: 0.88,
+    AdaptationType.ADD_FFN: 0.74,
+    AdaptationType.ADD_ATTENTION: 0.70,
+    AdaptationType.ADD_MOE: 0.66,
 }
 LADDER = (AdaptationType.ADD_FFN, AdaptationType.ADD_ATTENTION, AdaptationType.ADD_MOE)
 # Share of the prior that does not depend on how strong the signals are.
 FIRM_SHARE = 0.8
 AFTER_ROLLBACK = 0.85  # factor of the confidence on a layer with an earlier rollback
 
-SICK = 0.5
-DEAD_SHARE = 0.5
-PLATEAU = 0.8
-YOUNG_STEPS = 500
-MIN_HEADROOM = 0.05  # below 5 % of the first losses, little can be gained
-NOTHING_LEARNT = 0.97
 BOTTLENECK = 0.3
 MAX_LAYERS_PROPOSED = 3
-_LOOKED_AT = (Signal.ACT_STD, Signal.DEAD_FRACTION, Signal.SATURATION)
 # Weight of each sign of a bottleneck.
 SIGNS: dict[str, float] = {"stable_rank": 0.4, "grad_share": 0.35, "narrow": 0.25}
 
@@ -79,18 +71,9 @@ class Bottlenecks:
 
 
 class HeuristicPolicy:
-    """See the module's docstring for the rules.
+    """See the module's docstring for the rules."""
 
-    Args:
-        growth_only: leave out the rules that add a diagnostic, because the run's diagnosis watches
-            what they would watch, and its remedies limit gradients without a graft.
-    """
-
-    name = "heuristic-1"
-
-    def __init__(self, *, growth_only: bool = False) -> None:
-        growth = (dead_units, plateau)
-        self._rules = growth if growth_only else (unstable, unclear, *growth)
+    name = "heuristic-2"
 
     @np.errstate(all="ignore")  # NaN is valid data here
     def propose(
@@ -99,126 +82,58 @@ class HeuristicPolicy:
         features: Features,
         rng: np.random.Generator | None = None,
     ) -> Proposals:
-        """Decisions in the order of the rules; ``rng`` is not used."""
-        decisions: list[AdaptationDecision] = []
-        reasons: list[str] = []
-        for rule in self._rules:
-            found = rule(snapshot, features)
-            decisions.extend(found.decisions)
-            reasons.extend(found.reasons)
-        return Proposals(tuple(_once(decisions)), tuple(reasons))
+        """Decisions, best first; ``rng`` is not used."""
+        finding = next((f for f in snapshot.findings if f.slug == CAPACITY), None)
+        if finding is None:
+            return Proposals(reasons=tuple(_no_capacity_finding(snapshot, features)))
+        against = _not_yet(snapshot, features)
+        return Proposals(reasons=(against,)) if against else capacity(snapshot, features, finding)
 
 
-def unstable(snapshot: RunSnapshot, features: Features) -> Proposals:
-    """The loss jumps or updates are far too large: limit the layer's gradient."""
-    strength_L = np.where(_changeable(snapshot, features), features.unstable, 0.0)
-    if not strength_L.size or strength_L.max() <= 0:
-        return Proposals(reasons=(f"Nothing is unstable: {_spike_text(features)}.",))
-    row = int(np.argmax(strength_L))
-    layer, strength = features.layers[row], float(strength_L[row])
-    ratio = features.value(layer.name, Signal.UPDATE_RATIO)
-    return Proposals(
-        (
-            _decision(
-                "unstable",
-                layer.name,
-                AdaptationType.ADD_DIAGNOSTIC,
-                snapshot,
-                strength=strength,
-                urgency=0.5 + 0.5 * strength,
-                reasons=(
-                    Reason("loss_spike", features.loss.spike_score, 0.5, _spike_text(features)),
-                    Reason(
-                        str(Signal.UPDATE_RATIO),
-                        ratio,
-                        0.5,
-                        f"the weights change by {ratio:.1e} per step; 1e-3 is usual",
-                    ),
-                ),
-            ),
-        )
-    )
+def capacity(snapshot: RunSnapshot, features: Features, finding: Finding) -> Proposals:
+    """The run lacks capacity: add it at the bottleneck, the cheapest kind first.
 
-
-def unclear(snapshot: RunSnapshot, features: Features) -> Proposals:
-    """A layer looks unhealthy and its activations are unknown: measure them, without risk."""
-    health_L = features.column(Signal.HEALTH)
-    decisions = []
-    for row in np.argsort(health_L, kind="stable"):
-        layer, health = features.layers[row], float(health_L[row])
-        if not health < SICK:
-            break
-        if _known(features, layer.name) or not _may_change(layer, snapshot):
-            continue
-        if AdaptationType.ADD_DIAGNOSTIC in features.remedies.get(layer.name, frozenset()):
-            continue
-        decisions.append(
-            _decision(
-                "unclear",
-                layer.name,
-                AdaptationType.ADD_DIAGNOSTIC,
-                snapshot,
-                strength=(SICK - health) / SICK,
-                urgency=_urgency(features, layer.name),
-                reasons=(
-                    Reason(str(Signal.HEALTH), health, 0.6, f"health {health:.2f} of 1"),
-                    Reason(str(Signal.ACT_STD), math.nan, 0.4, "its activations are unknown"),
-                ),
-            )
-        )
-    return Proposals(tuple(decisions[:MAX_LAYERS_PROPOSED]), _health_reason(health_L))
-
-
-def dead_units(snapshot: RunSnapshot, features: Features) -> Proposals:
-    """Units that are dead stay dead; a path beside them carries gradient at once."""
-    flat = features.loss.plateau_score
-    dead_L = features.column(Signal.DEAD_FRACTION)
-    worst = _argmax_known(dead_L)
-    if worst is None or not dead_L[worst] >= DEAD_SHARE or not flat >= 0.5:
-        return Proposals()
-    layer, share = features.layers[worst], float(dead_L[worst])
-    carried = features.remedies.get(layer.name, frozenset())
-    if not _may_change(layer, snapshot) or AdaptationType.ADD_FFN in carried:
-        return Proposals(
-            reasons=(f"{layer.name} has {share:.0%} dead units, but an adaptation of it exists.",)
-        )
-    return Proposals(
-        (
-            _decision(
-                "dead",
-                layer.name,
-                AdaptationType.ADD_FFN,
-                snapshot,
-                strength=(share - DEAD_SHARE) / (1 - DEAD_SHARE),
-                urgency=_urgency(features, layer.name),
-                reasons=(
-                    Reason(str(Signal.DEAD_FRACTION), share, 0.7, f"{share:.0%} of units dead"),
-                    Reason("loss_plateau", flat, 0.3, _plateau_text(features)),
-                ),
-            ),
-        )
-    )
-
-
-def plateau(snapshot: RunSnapshot, features: Features) -> Proposals:
-    """The loss is flat well above zero: add capacity at the bottleneck, cheapest kind first."""
-    against = _against_plateau(snapshot, features)
-    if against:
-        return Proposals(reasons=(against,))
+    Args:
+        finding: the diagnosis that says so; its layer comes first.
+    """
     found = bottlenecks(snapshot, features)
-    order = [int(i) for i in np.argsort(-found.score, kind="stable")]
-    rows = [row for row in order if found.score[row] >= BOTTLENECK][:MAX_LAYERS_PROPOSED]
+    named = np.array([layer.name == finding.layer for layer in features.layers], dtype=bool)
+    named &= found.score >= 0
+    order = [int(row) for row in np.lexsort((-found.score, ~named))]
+    rows = [row for row in order if named[row] or found.score[row] >= BOTTLENECK]
     if not rows:
-        return Proposals(reasons=("The loss is flat, but no layer stands out as bottleneck.",))
-    steps = [(row, kind) for row in rows for kind in _rungs(features, features.layers[row])]
-    # All first rungs before any second: the cheap remedy on the next layer costs less.
+        return Proposals(reasons=("The run lacks capacity, but no layer is the bottleneck.",))
+    steps = [
+        (row, kind)
+        for row in rows[:MAX_LAYERS_PROPOSED]
+        for kind in _rungs(features, features.layers[row])
+    ]
+    # All first rungs before any second: the cheap adaptation of the next layer costs less.
     steps.sort(key=lambda step: _rung_order(features, step[1]))
-    decisions = tuple(_room(snapshot, features, found, row, kind) for row, kind in steps)
+    decisions = tuple(_room(snapshot, found, finding, row, kind, features) for row, kind in steps)
     if not decisions:
         return Proposals(
             reasons=("Every bottleneck has all blueprints that these rules know already.",)
         )
     return Proposals(decisions)
+
+
+def _not_yet(snapshot: RunSnapshot, features: Features) -> str:
+    """Why the effect of an earlier adaptation must be seen first; empty: it has been."""
+    if snapshot.in_flight > 0:
+        return "Another adaptation is in progress; measure its effect before adding capacity."
+    if snapshot.last_adaptation_step >= 0 and not math.isfinite(features.loss.plateau_score):
+        samples = features.loss.samples
+        return f"{samples} samples of the loss do not show the effect of the last adaptation yet."
+    return ""
+
+
+def _no_capacity_finding(snapshot: RunSnapshot, features: Features) -> Iterable[str]:
+    text = "No open finding says that the run lacks capacity, so nothing is grafted"
+    named = sorted({finding.slug for finding in snapshot.findings})
+    yield f"{text}; open findings: {', '.join(named)}." if named else f"{text}."
+    if features.loss.samples < MIN_LOSS_SAMPLES:
+        yield f"{features.loss.samples} samples of the loss do not show its trend in the noise yet."
 
 
 def bottlenecks(snapshot: RunSnapshot, features: Features) -> Bottlenecks:
@@ -243,26 +158,6 @@ def bottlenecks(snapshot: RunSnapshot, features: Features) -> Bottlenecks:
     )
 
 
-def _against_plateau(snapshot: RunSnapshot, features: Features) -> str:
-    """Why the loss needs no adaptation; empty if it does."""
-    loss = features.loss
-    if not math.isfinite(loss.plateau_score):
-        return f"{loss.samples} samples of the loss do not show its trend in the noise yet."
-    if loss.plateau_score < PLATEAU:
-        return f"The loss still falls, or it is not certain to be flat ({_plateau_text(features)})."
-    if snapshot.step < YOUNG_STEPS:
-        return f"At step {snapshot.step} a flat loss is often a saddle point; the run leaves it."
-    if not loss.headroom >= MIN_HEADROOM:
-        return f"The loss is at {loss.headroom:.1%} of its first value; little can be gained."
-    if loss.from_start and loss.headroom > NOTHING_LEARNT:
-        return (
-            "The run has learnt nothing yet. Check learning rate and data before adding capacity."
-        )
-    if snapshot.in_flight > 0:
-        return "Another adaptation is in progress; measure its effect before adding capacity."
-    return ""
-
-
 def _rungs(features: Features, layer: LayerInfo) -> Iterable[AdaptationType]:
     """The adaptations allowed for this layer, next rung first."""
     carried = features.remedies.get(layer.name, frozenset())
@@ -283,19 +178,25 @@ def _rung_order(features: Features, kind: AdaptationType) -> int:
 
 
 def _room(
-    snapshot: RunSnapshot, features: Features, found: Bottlenecks, row: int, kind: AdaptationType
+    snapshot: RunSnapshot,
+    found: Bottlenecks,
+    finding: Finding,
+    row: int,
+    kind: AdaptationType,
+    features: Features,
 ) -> AdaptationDecision:
-    layer, score = features.layers[row], float(found.score[row])
-    flat = (features.loss.plateau_score - PLATEAU) / (1 - PLATEAU)
-    return _decision(
-        f"plateau/{kind}",
-        layer.name,
-        kind,
-        snapshot,
-        strength=(0.5 * flat + 0.5 * min(1.0, score / 0.6)) * float(found.coverage[row]),
-        urgency=0.3 * flat,
+    layer, score = features.layers[row].name, float(found.score[row])
+    strength = (0.5 + 0.5 * min(1.0, score / 0.6)) * float(found.coverage[row])
+    confidence = PRIORS[kind] * (FIRM_SHARE + (1 - FIRM_SHARE) * strength)
+    if snapshot.history.get(layer, LayerHistory()).last_rolled_back:
+        confidence *= AFTER_ROLLBACK
+    return AdaptationDecision(
+        layer_name=layer,
+        adaptation_type=kind,
+        confidence=round(confidence, 4),
+        urgency=round(_urgency(features, layer), 4),
         reasons=(
-            Reason("loss_plateau", features.loss.plateau_score, 0.5, _plateau_text(features)),
+            Reason(CAPACITY, features.loss.plateau_score, 0.5, finding.observed),
             *_sign_reasons(found, row),
         ),
     )
@@ -314,34 +215,6 @@ def _sign_reasons(found: Bottlenecks, row: int) -> Iterable[Reason]:
         yield Reason(name, value, 0.5 * weight if known else 0.0, text)
 
 
-def _decision(
-    rule: str,
-    layer: str,
-    kind: AdaptationType,
-    snapshot: RunSnapshot,
-    *,
-    strength: float,
-    urgency: float,
-    reasons: tuple[Reason, ...],
-) -> AdaptationDecision:
-    strength = min(1.0, max(0.0, strength)) if math.isfinite(strength) else 0.0
-    confidence = PRIORS[rule] * (FIRM_SHARE + (1 - FIRM_SHARE) * strength)
-    if snapshot.history.get(layer, LayerHistory()).last_rolled_back:
-        confidence *= AFTER_ROLLBACK
-    return AdaptationDecision(
-        layer_name=layer,
-        adaptation_type=kind,
-        confidence=round(confidence, 4),
-        urgency=round(min(1.0, max(0.0, urgency)), 4),
-        reasons=reasons,
-    )
-
-
-def _may_change(layer: LayerInfo, snapshot: RunSnapshot) -> bool:
-    busy = snapshot.history.get(layer.name, LayerHistory()).in_flight
-    return layer.graftable and layer.trainable and not busy
-
-
 def _changeable(snapshot: RunSnapshot, features: Features) -> NDArray[np.bool_]:
     """bool [L]: layers that may be changed and have weights."""
     busy = {name for name, history in snapshot.history.items() if history.in_flight}
@@ -352,15 +225,6 @@ def _changeable(snapshot: RunSnapshot, features: Features) -> NDArray[np.bool_]:
         ],
         dtype=bool,
     )
-
-
-def _known(features: Features, layer: str) -> bool:
-    return any(not math.isnan(features.value(layer, signal)) for signal in _LOOKED_AT)
-
-
-def _argmax_known(values_L: NDArray[np.float32]) -> int | None:
-    known = np.where(np.isfinite(values_L), values_L, -np.inf)
-    return int(np.argmax(known)) if np.isfinite(known).any() else None
 
 
 def _gradient_sign(
@@ -400,36 +264,3 @@ def _urgency(features: Features, layer: str) -> float:
     """How fast the layer's health falls."""
     trend = features.trend_of(layer, Signal.HEALTH)
     return min(1.0, max(0.0, -trend)) if math.isfinite(trend) else 0.0
-
-
-def _once(decisions: Iterable[AdaptationDecision]) -> Iterable[AdaptationDecision]:
-    seen: set[tuple[str, AdaptationType]] = set()
-    for decision in decisions:
-        key = (decision.layer_name, decision.adaptation_type)
-        if key not in seen:
-            seen.add(key)
-            yield decision
-
-
-def _spike_text(features: Features) -> str:
-    spike = features.loss.spike_score
-    if features.loss.non_finite:
-        return f"{features.loss.non_finite} recent losses are not finite"
-    if not math.isfinite(spike):
-        return "too few samples of the loss to see a jump"
-    return f"the newest losses lie {spike:.1f} times the noise above the trend"
-
-
-def _plateau_text(features: Features) -> str:
-    loss = features.loss
-    return (
-        f"the loss goes like step^{-loss.exponent:.2f} ± {loss.exponent_error:.2f}: "
-        f"flat with probability {loss.plateau_score:.2f}"
-    )
-
-
-def _health_reason(health_L: NDArray[np.float32]) -> tuple[str, ...]:
-    worst = np.nanmin(health_L) if np.isfinite(health_L).any() else math.nan
-    if math.isnan(worst):
-        return ("The health of no layer is known yet.",)
-    return (f"The least healthy layer has {worst:.2f} of 1.",)

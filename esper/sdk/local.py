@@ -43,6 +43,7 @@ from esper.policy import HeuristicPolicy
 from esper.reward import LossWindow, compute_reward, judge
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.announcing import Announcer, describe, how_to_answer
+from esper.sdk.findings import Findings
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
 from esper.selection import BlueprintSelector
@@ -120,6 +121,7 @@ class LocalLoop:
 
     Args:
         announcer: says to the user what is done, and what waits.
+        findings: a graft answers one of them.
         alone: there are no other ranks.
 
     Attributes:
@@ -127,13 +129,20 @@ class LocalLoop:
     """
 
     def __init__(
-        self, surgery: Surgery, run: RunState, announcer: Announcer, *, alone: bool = True
+        self,
+        surgery: Surgery,
+        run: RunState,
+        announcer: Announcer,
+        findings: Findings,
+        *,
+        alone: bool = True,
     ) -> None:
         self._surgery = surgery
         self._run = run
         self._announcer = announcer
+        self._findings = findings
         self._alone = alone
-        self._policy = HeuristicPolicy(growth_only=alone)  # alone, remedies answer the rest
+        self._policy = HeuristicPolicy()
         self._selector = BlueprintSelector(blueprints.list_blueprints())
         self._frames: deque[HealthFrame] = deque(maxlen=MAX_FRAMES)
         self._waiting: list[Waiting] = []
@@ -303,6 +312,7 @@ class LocalLoop:
             last_adaptation_step=max((at for at, _ in memory.last.values()), default=-1),
             history={layer.name: self._history(layer.name) for layer in self._layers},
             experience=dict(memory.experience),
+            findings=tuple(f for f in self._findings.all() if f.slug),
         )
 
     def _history(self, layer: str) -> LayerHistory:

@@ -174,7 +174,13 @@ class Session:
         )
         decides_here = self._ranks.decides and not setup.server
         self._local = (
-            LocalLoop(self._surgery, self._run, self._announcer, alone=self._ranks.alone)
+            LocalLoop(
+                self._surgery,
+                self._run,
+                self._announcer,
+                self._findings,
+                alone=self._ranks.alone,
+            )
             if decides_here
             else None
         )

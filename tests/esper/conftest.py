@@ -16,13 +16,16 @@ from esper.contracts import (
     AdaptationType,
     BlueprintCategory,
     CostForecast,
+    Finding,
     GraftKind,
     HealthFrame,
     LayerInfo,
     Risk,
     RunMode,
     RunSnapshot,
+    Severity,
     Signal,
+    ViolationRule,
 )
 
 
@@ -47,6 +50,18 @@ HEALTHY = {
     Signal.STABLE_RANK: 0.4,
     Signal.GRAD_SNR: 0.3,
 }
+
+
+LACKS_CAPACITY = Finding(
+    rule=ViolationRule.DIAGNOSIS,
+    layer="",
+    severity=Severity.CAUTION,
+    observed="the loss is flat and every unit is in use",
+    limit="a loss that falls",
+    remedy="Widen the model.",
+    slug="capacity",
+    since_step=800,
+)
 
 
 @dataclass(frozen=True)
@@ -179,7 +194,7 @@ def make_frames() -> Callable[..., tuple[HealthFrame, ...]]:
 def make_snapshot(
     make_layer: Callable[..., LayerInfo], make_frames: Callable[..., tuple[HealthFrame, ...]]
 ) -> Callable[..., RunSnapshot]:
-    """A run of three layers whose loss is flat at 1.0 after it fell from 3.0."""
+    """A run of three layers that lacks capacity: its loss fell from 3.0, and is flat at 1.0."""
 
     def make(
         *, signals: dict[str, dict[Signal, float]] | None = None, **changes: Any
@@ -198,6 +213,7 @@ def make_snapshot(
             "loss": 1.0 + 2.0 * np.exp(-steps / 60.0) + noise,
             "model_parameters": 3168,
             "age_seconds": 1.0,
+            "findings": (LACKS_CAPACITY,),
         }
         return RunSnapshot(**{**values, **changes})
 

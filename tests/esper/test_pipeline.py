@@ -249,4 +249,4 @@ def test_the_evidence_holds_the_layer_the_run_and_the_loss(
     assert answer.evidence["weight_norm_median"] == pytest.approx(4.0)
     assert answer.evidence["loss"] == pytest.approx(1.0, abs=0.05)
     assert math.isnan(answer.evidence["graft_grad_share"])
-    assert answer.policy == "heuristic-1"
+    assert answer.policy == "heuristic-2"

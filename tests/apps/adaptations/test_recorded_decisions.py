@@ -34,7 +34,7 @@ pytestmark = pytest.mark.django_db
 
 @pytest.fixture
 def flat_run(people: dict[Role, User]) -> Trainer:
-    """A run whose loss stands still, so that Tamiyo wants to help."""
+    """A run that lacks capacity, so that Tamiyo wants to help."""
     sync_catalogue()
     layers = [layer.to_wire() for layer in LAYERS]
     trainer = register(people[Role.RESEARCHER], name="flat", layers=layers)
@@ -46,7 +46,8 @@ def flat_run(people: dict[Role, User]) -> Trainer:
         metrics(int(step), loss=float(loss))
         for step, loss in zip(seen.loss_steps, seen.loss, strict=True)
     ]
-    assert trainer.send(frames=frames, metrics=losses).status == 202
+    found = [wire.to_wire(finding) for finding in seen.findings]
+    assert trainer.send(frames=frames, metrics=losses, findings=found).status == 202
     return trainer
 
 

@@ -69,11 +69,12 @@ class Run:
     before: Callable[[Run, int], None] = lambda run, step: None
     evaluate: Callable[[nn.Module], float] | None = None
     passes_number: bool = False
+    mode: str = "observe"
 
     def start(self) -> esper.Session:
         self.opt = self.optimizer(self.model)
         evaluate = None if self.evaluate is None else lambda: self.evaluate(self.model)  # type: ignore[misc]
-        return esper.attach(self.model, self.opt, mode="observe", evaluate=evaluate)
+        return esper.attach(self.model, self.opt, mode=self.mode, evaluate=evaluate)
 
     def go(self) -> Result:
         with self.start() as session:
@@ -100,7 +101,9 @@ class Run:
             session.step(loss.item() if self.passes_number else loss)
             for finding in session.findings():
                 found.setdefault(finding.slug or finding.rule, step)
-        return Result(session.findings(), session.findings(resolved=True), found, losses)
+        return Result(
+            session.findings(), session.findings(resolved=True), found, losses, session.adaptations
+        )
 
 
 @dataclass
@@ -111,12 +114,14 @@ class Result:
         open, resolved: at the end.
         steps: slug -> the step after which it was first among the findings.
         losses: of all steps.
+        grafted: what was ever grafted.
     """
 
     open: list[Finding]
     resolved: list[Finding]
     steps: dict[str, int]
     losses: list[float]
+    grafted: tuple[esper.sdk.adaptation.Adaptation, ...] = ()
 
     def alarms(self) -> list[str]:
         """Everything above ``info`` that was ever found."""

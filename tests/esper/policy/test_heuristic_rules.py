@@ -35,37 +35,49 @@ def kinds(snapshot: RunSnapshot) -> list[tuple[str, str]]:
     return [(d.layer_name, str(d.adaptation_type)) for d in proposals(snapshot)]
 
 
-def falling(make_snapshot: Make, **changes: Any) -> RunSnapshot:
-    noise = np.random.default_rng(1).normal(1.0, 0.03, len(STEPS))
-    loss = 3.0 * STEPS**-0.35 * noise
-    snapshot: RunSnapshot = make_snapshot(loss=loss, loss_steps=STEPS, **changes)
-    return snapshot
+def noisy(loss: Any, noise: float) -> Any:
+    return loss + np.random.default_rng(2).normal(0, noise, len(STEPS))
 
 
-def test_a_healthy_run_whose_loss_falls_is_left_alone_with_reasons(make_snapshot: Make) -> None:
-    answer = proposals(falling(make_snapshot))
-
-    assert not answer.decisions
-    assert any("still falls" in reason for reason in answer.reasons)
-
-
-def test_a_solved_run_is_left_alone(make_snapshot: Make) -> None:
-    noise = np.random.default_rng(2).normal(0, 0.001, len(STEPS))
-    loss = 0.05 + 3.0 * np.exp(-STEPS / 50.0) + noise
-
-    assert kinds(make_snapshot(loss=loss, loss_steps=STEPS)) == []
+LOSSES = {
+    "flat far above zero": noisy(1.0 + 2.0 * np.exp(-STEPS / 60.0), 0.02),
+    "still falls": noisy(3.0 * STEPS**-0.35, 0.01),
+    "solved": noisy(0.05 + 3.0 * np.exp(-STEPS / 50.0), 0.001),
+    "learnt nothing": noisy(np.full(len(STEPS), 2.3), 0.02),
+    "jumps": np.where(STEPS > 997, 4.0, noisy(3.0 * STEPS**-0.35, 0.01)),
+}
 
 
-def test_a_run_that_never_learnt_anything_gets_no_more_capacity(make_snapshot: Make) -> None:
-    loss = np.random.default_rng(3).normal(2.3, 0.02, len(STEPS))
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+@pytest.mark.parametrize(
+    "sick",
+    [{}, {"mid": {Signal.DEAD_FRACTION: 0.8}}, {"mid": {**UNSEEN, Signal.GRAD_NORM: 1e-9}}],
+    ids=["healthy", "dead units", "unmeasured"],
+)
+def test_nothing_is_grafted_until_the_diagnosis_says_capacity(
+    loss: Any, sick: dict[str, dict[Signal, float]], make_snapshot: Make
+) -> None:
+    other = replace(make_snapshot().findings[0], slug="dying_relu")
+    for findings in ((), (other,)):
+        answer = proposals(make_snapshot(loss=loss, signals=sick, findings=findings))
+        assert not answer.decisions
+        (reason,) = answer.reasons
+        assert "lacks capacity" in reason
+        assert ("dying_relu" in reason) == bool(findings)
 
-    assert kinds(make_snapshot(loss=loss, loss_steps=STEPS)) == []
-    # The same flat stretch late in a run says nothing about where it began.
-    assert kinds(make_snapshot(loss=loss, loss_steps=STEPS + 9000, step=10_000)) != []
+
+def test_the_finding_that_the_run_lacks_capacity_is_answered_and_cited(make_snapshot: Make) -> None:
+    decision = proposals(make_snapshot()).decisions[0]
+
+    assert decision.reasons[0].signal == "capacity"
+    assert decision.reasons[0].text == make_snapshot().findings[0].observed
 
 
-def test_a_young_run_is_left_alone(make_snapshot: Make) -> None:
-    assert kinds(make_snapshot(step=400)) == []
+def test_the_layer_that_the_finding_names_comes_first(make_snapshot: Make) -> None:
+    named = replace(make_snapshot().findings[0], layer="out")
+    signals = {"mid": {Signal.STABLE_RANK: 0.9}}
+
+    assert kinds(make_snapshot(signals=signals, findings=(named,)))[0][0] == "out"
 
 
 def test_the_layer_that_uses_up_its_rank_comes_first(make_snapshot: Make) -> None:
@@ -112,50 +124,6 @@ def test_a_rolled_back_layer_comes_later_and_with_less_confidence(make_snapshot:
 
     assert burnt.decisions[0].layer_name != layer
     assert confidence[layer] < fresh.decisions[0].confidence
-
-
-def test_an_unhealthy_layer_with_unknown_activations_is_measured(make_snapshot: Make) -> None:
-    sick = {"mid": {**UNSEEN, Signal.GRAD_NORM: 1e-9}}
-    decision = proposals(falling(make_snapshot, signals=sick)).decisions[0]
-
-    assert (decision.layer_name, decision.adaptation_type) == (
-        "mid",
-        AdaptationType.ADD_DIAGNOSTIC,
-    )
-    assert decision.confidence >= 0.75
-
-
-def test_a_layer_that_is_watched_already_is_not_watched_twice(make_snapshot: Make) -> None:
-    sick = {"mid": {**UNSEEN, Signal.GRAD_NORM: 1e-9}}
-    history = {"mid": LayerHistory(("watch",))}
-
-    assert kinds(falling(make_snapshot, signals=sick, history=history)) == []
-
-
-def test_dead_units_beside_a_flat_loss_get_a_path_around_them(make_snapshot: Make) -> None:
-    dead = {"mid": {Signal.DEAD_FRACTION: 0.8}}
-
-    assert kinds(make_snapshot(signals=dead))[0] == ("mid", "add_ffn")
-    assert kinds(falling(make_snapshot, signals=dead)) == []
-
-
-def test_a_jump_of_the_loss_limits_the_layer_that_changes_most(make_snapshot: Make) -> None:
-    snapshot = falling(make_snapshot, signals={"out": {Signal.UPDATE_RATIO: 0.02}})
-    loss = snapshot.loss.copy()
-    loss[-3:] *= 4.0
-    decision = proposals(replace(snapshot, loss=loss)).decisions[0]
-
-    assert decision.layer_name == "out"
-    assert decision.adaptation_type is AdaptationType.ADD_DIAGNOSTIC
-    assert decision.urgency >= 0.5
-
-
-def test_a_single_outlier_of_the_loss_is_no_jump(make_snapshot: Make) -> None:
-    snapshot = falling(make_snapshot)
-    loss = snapshot.loss.copy()
-    loss[-1] *= 4.0
-
-    assert kinds(replace(snapshot, loss=loss)) == []
 
 
 @pytest.mark.parametrize("changes", [{"graftable": False}, {"trainable": False}])

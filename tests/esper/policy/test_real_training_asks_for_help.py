@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from esper.health import HealthSampler
 from esper.health.pace import SamplingPace
 from esper.pipeline import decide
 from esper.policy import HeuristicPolicy
+from tests.esper.conftest import LACKS_CAPACITY
 from tests.esper.health.forward_hooks import forward_hook_watch
 
 
@@ -80,8 +82,13 @@ def answer(snapshot: RunSnapshot, catalog: Any) -> Decision | Declined:
     return decide(snapshot, HeuristicPolicy(), catalog, SafetyPolicy(), np.random.default_rng(0))
 
 
-def test_a_net_that_is_too_small_and_has_plateaued_gets_a_cheap_proposal(catalog: Any) -> None:
-    found = answer(run_of(width=2, steps=1500), catalog)
+def test_a_net_that_is_too_small_gets_a_cheap_proposal_once_the_diagnosis_says_so(
+    catalog: Any,
+) -> None:
+    run = run_of(width=2, steps=700)
+    assert isinstance(answer(run, catalog), Declined)
+
+    found = answer(replace(run, findings=(LACKS_CAPACITY,)), catalog)
 
     assert isinstance(found, Decision)
     assert found.adaptation.adaptation_type is AdaptationType.ADD_EFFICIENCY

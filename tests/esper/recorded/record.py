@@ -18,13 +18,16 @@ from esper.contracts import (
     SIGNAL_INDEX,
     SIGNALS,
     Decision,
+    Finding,
     HealthFrame,
     LayerHistory,
     LayerInfo,
     RunMode,
     RunSnapshot,
     SafetyPolicy,
+    Severity,
     Signal,
+    ViolationRule,
     codec,
     wire,
 )
@@ -50,6 +53,17 @@ LAYERS = tuple(
     for order, name in enumerate(("fc1", "fc2", "head"))
 )
 
+LACKS_CAPACITY = Finding(
+    rule=ViolationRule.DIAGNOSIS,
+    layer="fc2",
+    severity=Severity.CAUTION,
+    observed="the loss is flat and fc2 uses up its capacity",
+    limit="a loss that falls",
+    remedy="Widen fc2.",
+    slug="capacity",
+    since_step=600,
+)
+
 
 def flat_loss() -> RunSnapshot:
     """The loss has been flat for long, and fc2 uses up its capacity."""
@@ -69,6 +83,7 @@ def flat_loss() -> RunSnapshot:
         loss=np.concatenate([early_loss, loss]),
         model_parameters=100_000,
         age_seconds=1.5,
+        findings=(LACKS_CAPACITY,),
     )
 
 

@@ -1,4 +1,4 @@
-"""The whole loop in one process: a net that is too small plateaus, and something is done."""
+"""The whole loop in one process: a net is too small, the diagnosis says so, and it is grafted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import esper
 from esper.contracts import AdaptationState, SafetyPolicy
-from tests.esper.sdk.tiny_training import grafts_at
+from tests.esper.sdk.tiny_training import grafts_at, say_capacity
 
 EAGER = SafetyPolicy(
     maturity_steps=10,
@@ -62,7 +62,7 @@ class Bottleneck:
 
 
 def attached(host: Bottleneck, mode: str, policy: SafetyPolicy = EAGER) -> esper.Session:
-    return esper.attach(
+    session = esper.attach(
         host.model,
         host.optimizer,
         run="bottleneck",
@@ -70,9 +70,11 @@ def attached(host: Bottleneck, mode: str, policy: SafetyPolicy = EAGER) -> esper
         evaluate=host.evaluate,
         safety_policy=policy,
     )
+    say_capacity(session)
+    return session
 
 
-def test_a_plateau_is_adapted_judged_and_rewarded_without_a_server() -> None:
+def test_a_lack_of_capacity_is_adapted_judged_and_rewarded_without_a_server() -> None:
     host = Bottleneck()
     with attached(host, "automatic") as session:
         host.run_until(lambda: any(e.verdict for e in session.adaptations), session)

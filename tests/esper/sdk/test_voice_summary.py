@@ -144,6 +144,7 @@ def test_why_names_the_reasons_of_policy_and_gates(training: Training, mode: Run
         reasons = session.why()
     assert len(reasons) > 0
     assert all(isinstance(reason, str) for reason in reasons)
+    assert "No open finding says that the run lacks capacity" in str(reasons)
     assert "12 samples of the loss do not show its trend" in str(reasons)
     assert ("Observe mode changes nothing." in reasons) == (mode is RunMode.OBSERVE)
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esper import Session
+from esper.diagnosis import Change
 from esper.grafting import Slot, slot_of
+from tests.esper.conftest import LACKS_CAPACITY
 
 
 def slot_at(model: nn.Module, layer: str) -> Slot:
@@ -23,6 +25,11 @@ def grafts_at(model: nn.Module, layer: str) -> list[str]:
     """Slugs of the layer's grafts; a session that has ended leaves no empty slot."""
     slot = slot_of(model.get_submodule(layer))
     return [] if slot is None else list(slot.grafts())
+
+
+def say_capacity(session: Session) -> None:
+    """As the diagnosis says that the run lacks capacity."""
+    session._findings.report(Change.OPENED, LACKS_CAPACITY)
 
 
 def weight_of(model: nn.Module, layer: str) -> Tensor:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from esper import blueprints
-from esper.contracts import SIGNAL_INDEX, SIGNALS, LayerInfo, SafetyPolicy, Signal, codec
+from esper.contracts import SIGNAL_INDEX, SIGNALS, LayerInfo, SafetyPolicy, Signal, codec, wire
 from esper.services.tamiyo.test_integration import STATUS_KEYS
+from tests.esper.conftest import LACKS_CAPACITY
 
 LAYERS = tuple(
     LayerInfo(
@@ -50,7 +51,7 @@ def health_values() -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 class FakeRun:
-    """One run whose loss has been flat for long, so that Tamiyo wants to help."""
+    """One run that lacks capacity, so that Tamiyo wants to help."""
 
     def __init__(self, uid: str) -> None:
         self.uid = uid
@@ -107,6 +108,7 @@ class FakeRun:
             "safety_policy": SafetyPolicy().to_wire(),
             "policy_version": 1,
             "active": self.active,
+            "findings": [wire.to_wire(LACKS_CAPACITY)],
         }
 
 
