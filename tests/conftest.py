@@ -12,8 +12,15 @@ from playwright.sync_api import Browser, Page
 
 from launcher.supervisor.ports import any_free_port
 from tests.browser import WAIT_MS, open_chromium
+from tests.covers import mark_the_rest
 from tests.postgres import NO_POSTGRES, Cluster, postgres_programs
 from tests.running import RunningEsper, launch_esper
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest(items)
+
 
 # --- keys ---------------------------------------------------------------------------------------
 

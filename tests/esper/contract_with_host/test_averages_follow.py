@@ -82,6 +82,7 @@ class Averaged(Run):
                 self.average.update_parameters(self.model)
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("made", ["before", "after"])
 @pytest.mark.parametrize("average", KINDS)
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def bag() -> Lookup:
     return Lookup(nn.EmbeddingBag(50, 8, sparse=True), flat=True)
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("make", [embedding, bag])
 @pytest.mark.parametrize("blueprint", [b.slug for b in esper.blueprints.all()])
 def test_it_fits_and_trains_or_is_refused_in_words(make: type[Lookup], blueprint: str) -> None:

@@ -134,6 +134,7 @@ def hooks_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
     return [*own, *(hook for registry in steps for hook in registry.values())]
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("steps", [0, 1, 49])
 def test_an_observed_model_looks_as_it_did(kind: str, steps: int) -> None:
@@ -146,6 +147,7 @@ def test_an_observed_model_looks_as_it_did(kind: str, steps: int) -> None:
     assert look_of(model) == expected
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("mode", ["observe", "supervised", "automatic"])
 @pytest.mark.parametrize("end", ["detach", "close"])
 @pytest.mark.parametrize("kind", MODELS)
@@ -220,6 +222,7 @@ IMPOSSIBLE = {  # without Esper too
 }
 
 
+@pytest.mark.cover(values=2)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("when", ["attached", "detached", "closed", "supervised, detached"])

@@ -173,6 +173,7 @@ def switched_off_in(session: Session) -> list[Finding]:
     return [f for f in session.findings() if f.rule == ViolationRule.MISSING_TELEMETRY]
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["observe", "automatic"])

@@ -295,6 +295,7 @@ def test_the_users_own_group_joins_after_a_graft(name: str) -> None:
     assert receipt.present
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize(
     "copied",
     [
@@ -574,6 +575,7 @@ def weights_of(run: Run) -> list[Tensor]:
     return [parameter.detach() for parameter in run.model.parameters()]
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 @pytest.mark.parametrize("name", ["momentum", "adamw_foreach"])
 def test_a_graft_learns_as_in_an_optimizer_of_the_users_own(
@@ -639,6 +641,7 @@ def left_out_by_hand(loop: Loop, number: int) -> None:
     loop.scaler = scaler
 
 
+@pytest.mark.cover(values=2)
 @pytest.mark.parametrize("named", [True, False], ids=["named", "not_named"])
 @pytest.mark.parametrize(
     "loop",

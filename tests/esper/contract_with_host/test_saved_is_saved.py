@@ -44,6 +44,7 @@ def hosts_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: t for n, t in model.state_dict().items() if "esper" not in n.split(".")}
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize(("keep", "strict"), [*((k, True) for k in KEEPING), ("cloned", False)])
 @pytest.mark.parametrize(("kind", "layer", "slug"), KINDS)
 def test_a_best_state_older_than_the_graft_gives_the_best_model(
@@ -72,6 +73,7 @@ def test_a_best_state_older_than_the_graft_gives_the_best_model(
     run.session.close()
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("keep", KEEPING)
 @pytest.mark.parametrize(("kind", "layer", "slug"), KINDS)
 def test_a_state_with_the_graft_is_loaded_like_any_other(
@@ -93,6 +95,7 @@ def test_a_state_with_the_graft_is_loaded_like_any_other(
     run.session.close()
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("mode", ["observe", "supervised"])
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
 @pytest.mark.parametrize(("kind", "layer", "slug"), KINDS)
@@ -171,6 +174,7 @@ def test_a_watched_model_builds_the_grafts_of_the_state_that_it_loads(kind: str)
     run.session.close()
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("keep", KEEPING)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_state_with_grafts_is_loaded_into_a_fresh_model_by_esper(

@@ -274,6 +274,7 @@ ACTS = {
 }  # fmt: skip
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("guarded", [False, True], ids=["by hand", "by the guard"])
 @pytest.mark.parametrize("name", ACTS)
 def test_what_the_script_did_since_the_graft_stays(name: str, guarded: bool) -> None:

@@ -35,6 +35,7 @@ from esper.grafting import (
     trace_layers,
     watch,
 )
+from tests.covers import cover_and_rest
 from tests.esper.grafting.layer_kinds import (
     SUPPORT_TABLE,
     Around,
@@ -45,7 +46,6 @@ from tests.esper.grafting.layer_kinds import (
     support_table,
     supported_pairs,
 )
-from tests.esper.grafting.pairwise import cover_and_rest
 from tests.esper.tiny_models import IN_LAYERS, meet_requirements
 
 SLUGS = IN_LAYERS

@@ -95,6 +95,7 @@ def sample() -> Tensor:
     return torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("scheduler", ["none", "lambda"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("slug", [remedy.slug for remedy in list_remedies()])
@@ -118,6 +119,7 @@ def test_a_remedy_and_its_undo_equal_nothing_done(
         assert run.train(15, session) == expected
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("slug", ["set_lr", "weight_decay", "clip_layer", "skip_update"])
@@ -140,6 +142,7 @@ def test_the_users_optimizer_and_scheduler_look_as_without_it(
             assert run.scheduler.get_last_lr() == alone.scheduler.get_last_lr()
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("scheduler", ["none", "cosine"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layer", ["", "0", "5"])
@@ -303,6 +306,7 @@ def test_no_state_on_the_way_into_a_divergence_is_offered() -> None:
         assert all(step < EVERY_STEPS for step in states.steps)
 
 
+@pytest.mark.cover(values=2)
 @pytest.mark.parametrize("depth", [6, 12])
 @pytest.mark.parametrize("scale", [0.02, 30.0])
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Sigmoid])
