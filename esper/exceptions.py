@@ -186,6 +186,10 @@ class SignatureError(KernelError):
     """A kernel or a command is not signed by a trusted key."""
 
 
+class AttestationError(EsperError):
+    """The signed record of a decision is not what it claims to be."""
+
+
 class CommandRefusedError(EsperError):
     """A trainer refuses a command; ``code`` is a ``contracts.RefusalCode``."""
 

@@ -2,6 +2,7 @@
 
     secret_key, redis_password     random text
     command_key                    Ed25519, base64: web and workers sign commands with it
+    audit_key                      Ed25519, base64: signs heads of the audit log and attestations
     kernel_public_key              trainers and the web trust kernels with its signature
     tokens   {"tamiyo": "esp_…", "trainer": "esp_…"}                      by create_demo_people
     people   {"<user name>": {"role", "password", "token"}}               by create_demo_people
@@ -49,10 +50,14 @@ def ensure_keyring(data_dir: Path) -> dict[str, Any]:
             "secret_key": secrets.token_urlsafe(50),
             "redis_password": secrets.token_urlsafe(32),
             "command_key": generate_private_key(),
+            "audit_key": generate_private_key(),
             "kernel_public_key": public_key(kernel_key),
             "tokens": {},
             "people": {},
         }
+        _write_keyring(data_dir, keyring)
+    if "audit_key" not in keyring:  # of an earlier version
+        keyring["audit_key"] = generate_private_key()
         _write_keyring(data_dir, keyring)
     return keyring
 

@@ -11,7 +11,8 @@ from rest_framework.response import Response
 from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.actors import ActorKind
 from apps.accounts.authentication import actor, person, via
-from apps.accounts.endpoint import Endpoint, run_of_token
+from apps.accounts.endpoint import Endpoint, require, run_of_token
+from apps.accounts.policy import Act
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation, DecisionRecord
 from apps.adaptations.selectors import (
@@ -26,6 +27,7 @@ from apps.adaptations.serializers import (
     AdaptationDetailOutput,
     AdaptationOutput,
     ApproveInput,
+    AttestationOutput,
     DecisionOutput,
     ExperienceOutput,
     IntegrationStatusOutput,
@@ -216,6 +218,17 @@ class AdaptationSnapshot(Endpoint):
     def get(self, request: Request, uid: str) -> Response:
         record = services.decision_of(_adaptation(uid))
         return Response(wire.to_wire(services.stored_snapshot(record)))
+
+
+class Attestation(Endpoint):
+    @documented(
+        "read_attestation",
+        answer=AttestationOutput,
+        summary="Who decided what, signed, for a check without the server",
+    )
+    def get(self, request: Request, uid: str) -> Response:
+        require(person(request), Act.VIEW_AUDIT)
+        return Response(services.attestation_of(_adaptation(uid)))
 
 
 class Experiences(Endpoint):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+from typing import Any
 
 from apps.adaptations.models import Adaptation
-from esper.contracts import codec
+from esper.contracts.attestation import content_hash
 
 
 def shown_hash(adaptation: Adaptation) -> str:
@@ -14,7 +14,12 @@ def shown_hash(adaptation: Adaptation) -> str:
     It is stored when the adaptation is proposed. An approval must name it, and it is computed again
     from the row before the row is acted on, so that a row which was changed is not.
     """
-    shown = {
+    return content_hash(shown(adaptation))
+
+
+def shown(adaptation: Adaptation) -> dict[str, Any]:
+    """What the hash covers."""
+    content = {
         "adaptation": adaptation.uid,
         "run": adaptation.run.uid,
         "epoch": adaptation.run_epoch,
@@ -34,4 +39,16 @@ def shown_hash(adaptation: Adaptation) -> str:
         "step": adaptation.proposed_step,
         "evidence": adaptation.evidence,
     }
-    return hashlib.sha256(codec.encode(shown)).hexdigest()
+    members: dict[str, Any] = _same_numbers(content)
+    return members
+
+
+def _same_numbers(value: Any) -> Any:
+    """PostgreSQL's JSON gives 1e16 back as an integer, SQLite's as it was: both have one form."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {name: _same_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_same_numbers(item) for item in value]
+    return value

@@ -45,6 +45,8 @@ from esper.contracts import (
 
 S = AdaptationState
 
+_DECIDED = frozenset({S.APPROVED, S.REJECTED})
+
 NEXT: Mapping[AdaptationState, frozenset[AdaptationState]] = {
     S.PROPOSED: frozenset({S.AWAITING_APPROVAL, S.APPROVED}),
     S.AWAITING_APPROVAL: frozenset({S.APPROVED, S.REJECTED, S.EXPIRED, S.SUPERSEDED, S.CANCELLED}),
@@ -214,7 +216,8 @@ def _announce(
         object_uid=adaptation.uid,
         run_uid=adaptation.run.uid,
         reason=reason,
-        data={key: data[key] for key in ("number", "layer", "blueprint", "from", "to", "version")},
+        data={key: data[key] for key in ("number", "layer", "blueprint", "from", "to", "version")}
+        | ({"evidence_hash": adaptation.evidence_hash} if adaptation.state in _DECIDED else {}),
     )
     if adaptation.state in ADAPTATION_PASSED_THROUGH:
         return

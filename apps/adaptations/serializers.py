@@ -142,6 +142,14 @@ class ApproveInput(ActInput):
     accept_drift = Flag(default=False)
 
 
+class AttestationOutput(serializers.Serializer[Any]):
+    """``event``: the audit event; ``shown``: what it was about; ``signature`` covers both."""
+
+    event = Members()
+    shown = Members()
+    signature = serializers.CharField()
+
+
 class ExperienceOutput(serializers.Serializer[Any]):
     """``mean_reward`` null: no reward is known."""
 

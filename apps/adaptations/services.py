@@ -14,6 +14,7 @@ from apps.adaptations.acts import (
     set_adaptation_switch,
     undo_plan,
 )
+from apps.adaptations.attestations import attestation_of, find_adaptation
 from apps.adaptations.compile_jobs import compile_kernel
 from apps.adaptations.deadlines import sweep
 from apps.adaptations.decisions import (
@@ -43,6 +44,7 @@ __all__ = [
     "GateClosedError",
     "adaptation_of",
     "approve_adaptation",
+    "attestation_of",
     "cancel_adaptation",
     "claim_adaptation",
     "close_open_adaptations",
@@ -53,6 +55,7 @@ __all__ = [
     "evidence_drift",
     "evidence_now",
     "extend_adaptation",
+    "find_adaptation",
     "find_decision",
     "follow_answer",
     "judge_adaptation",

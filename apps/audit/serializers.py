@@ -31,10 +31,16 @@ class AuditEventOutput(serializers.ModelSerializer[AuditEvent]):
 
 
 class ChainOutput(serializers.Serializer[Any]):
-    """``problem`` names the first thing that is wrong; ``event_id`` says where."""
+    """``problem`` names the first thing that is wrong; ``event_id`` says where.
+
+    ``signed_events``: so many are covered by the newest signed head, which was made at
+    ``signed_at``.
+    """
 
     verified = serializers.BooleanField()
     events = serializers.IntegerField()
     head = serializers.CharField()
     problem = serializers.CharField()
     event_id = serializers.IntegerField(allow_null=True)
+    signed_events = serializers.IntegerField()
+    signed_at = serializers.DateTimeField(allow_null=True)

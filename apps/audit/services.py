@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from django.db import transaction
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
+from apps.audit.heads import (
+    FILE,
+    HeadFileError,
+    SignedHead,
+    directories,
+    read_heads,
+    set_heads_aside,
+    sign_head,
+    trusted_keys,
+)
 from apps.audit.models import AuditEvent, AuditHead
-from esper.contracts import codec
+from esper.contracts.attestation import content_hash
+
+__all__ = [
+    "ChainReport",
+    "event_content",
+    "record",
+    "set_heads_aside",
+    "sign_head",
+    "take_turn",
+    "trusted_keys",
+    "verify_chain",
+]
 
 GENESIS = "0" * 64
+# The first head is signed within seconds of the first event. Later, a log without heads is suspect.
+FIRST_HEAD_WITHIN = timedelta(minutes=1)
 
 
 def record(
@@ -60,7 +85,12 @@ def take_turn() -> AuditHead:
 
 def event_hash(event: AuditEvent) -> str:
     """Hex SHA-256 over the row's canonical JSON and the hash before it."""
-    content = {
+    return content_hash(event_content(event))
+
+
+def event_content(event: AuditEvent) -> dict[str, Any]:
+    """What the hash of an event covers."""
+    return {
         "id": event.id,
         "at": event.at.isoformat(),
         "actor_kind": str(event.actor_kind),
@@ -74,31 +104,74 @@ def event_hash(event: AuditEvent) -> str:
         "data": event.data,
         "previous_hash": event.previous_hash,
     }
-    return hashlib.sha256(codec.encode(content)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class ChainReport:
+    """``signed_events``: so many events are covered by a signed head, that of ``signed_at``."""
+
     verified: bool
     events: int
     head: str
     problem: str = ""
     event_id: int | None = None
+    signed_events: int = 0
+    signed_at: str | None = None
 
 
-def verify_chain() -> ChainReport:
-    """Verify the whole chain, and name the first thing that is wrong."""
-    previous, expected_id = GENESIS, 1
+def verify_chain(heads_files: Sequence[Path] = (), keys: Sequence[str] = ()) -> ChainReport:
+    """Verify the whole chain and its signed heads, and name the first thing that is wrong.
+
+    Args:
+        heads_files: files of signed heads. Default: those of this installation.
+        keys: the public keys that may have signed them. Default: the installation's.
+    """
+    files = heads_files or [directory / FILE for directory in directories()]
+    try:
+        signed = [head for path in files for head in read_heads(path, keys or trusted_keys())]
+    except HeadFileError as error:
+        return ChainReport(False, 0, "", str(error))
+    return _verified(sorted(signed, key=lambda head: head.events))
+
+
+def _verified(signed: list[SignedHead]) -> ChainReport:
+    newest = signed[-1] if signed else None
+    signed_by_id: dict[int, set[str]] = {}
+    for head in signed:
+        signed_by_id.setdefault(head.events, set()).add(head.hash)
+    previous, count = GENESIS, 0
     for event in AuditEvent.objects.order_by("id").iterator(chunk_size=1000):
-        problem = _problem(event, previous, expected_id)
+        problem = _problem(event, previous, count + 1)
+        if not problem and not signed_by_id.get(event.id, set()) <= {event.hash}:
+            problem = "the log up to this event was rewritten: another hash was signed"
         if problem:
-            return ChainReport(False, expected_id - 1, previous, problem, event.id)
-        previous, expected_id = event.hash, expected_id + 1
-    head = AuditHead.objects.filter(pk=1).first()
-    if head is not None and (head.last_id, head.last_hash) != (expected_id - 1, previous):
-        problem = f"the log ends at {expected_id - 1}, but {head.last_id} events were written"
-        return ChainReport(False, expected_id - 1, previous, problem)
-    return ChainReport(True, expected_id - 1, previous)
+            return ChainReport(False, count, previous, problem, event.id)
+        previous, count = event.hash, count + 1
+    problem = _problem_at_the_end(count, previous, newest)
+    return ChainReport(
+        not problem,
+        count,
+        previous,
+        problem,
+        signed_events=newest.events if newest else 0,
+        signed_at=newest.at if newest else None,
+    )
+
+
+def _problem_at_the_end(count: int, last_hash: str, newest: SignedHead | None) -> str:
+    if newest is not None and newest.events > count:
+        return (
+            f"the log ends at {count}, but {newest.events} events were signed at {newest.at}: its "
+            "end was cut, or an older state was restored"
+        )
+    end = AuditHead.objects.filter(pk=1).first()
+    if end is not None and (end.last_id, end.last_hash) != (count, last_hash):
+        return f"the log ends at {count}, but {end.last_id} events were written"
+    first = AuditEvent.objects.filter(pk=1).first()
+    if newest is None and first is not None and first.at < timezone.now() - FIRST_HEAD_WITHIN:
+        places = " and ".join(str(directory / FILE) for directory in directories())
+        return f"no signed head is in {places}: it was deleted, or no control worker has run"
+    return ""
 
 
 def _problem(event: AuditEvent, previous: str, expected_id: int) -> str:

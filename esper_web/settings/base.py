@@ -210,6 +210,13 @@ CELERY_BROKER_TRANSPORT_OPTIONS = {
 CELERY_TIMEZONE = "UTC"
 
 
+# Where signed heads of the audit log are kept; a second place, best on another machine.
+ESPER_AUDIT_DIR = env.directory("ESPER_AUDIT_DIR", ESPER_DATA_DIR / "audit")
+ESPER_AUDIT_COPY_DIR = env.text("ESPER_AUDIT_COPY_DIR", "")
+# The public halves of audit keys that were replaced: what they signed still counts.
+ESPER_AUDIT_OLD_KEYS = env.listing("ESPER_AUDIT_OLD_KEYS", "")
+
+
 def _every(task: str, seconds: float, *, queue: str = "control") -> dict[str, Any]:
     # A task that waited longer than two periods is dropped: the next one does its work.
     return {"task": task, "schedule": seconds, "options": {"queue": queue, "expires": seconds * 2}}
@@ -224,6 +231,7 @@ CELERY_BEAT_SCHEDULE = {
     "limit-kernel-cache": _every("kernels.limit_cache", 300.0),
     "scrub-kernels": _every("kernels.scrub", 3600.0),
     "thin-telemetry": _every("telemetry.thin", 60.0),
+    "sign-audit-head": _every("audit.sign_head", 10.0),
 }
 
 # --- Esper --------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ REDIS_URL = env.redis_url(
 CELERY_BROKER_URL = REDIS_URL
 CHANNEL_LAYERS = channel_layers(REDIS_URL)
 ESPER_COMMAND_KEY = env.text("ESPER_COMMAND_KEY", _keyring["command_key"])
+ESPER_AUDIT_KEY = env.text("ESPER_AUDIT_KEY", _keyring["audit_key"])
 ESPER_KERNEL_PUBLIC_KEY = env.text("ESPER_KERNEL_PUBLIC_KEY", _keyring["kernel_public_key"])
 # Served from the source tree or the installed package, without collectstatic.
 WHITENOISE_USE_FINDERS = True

@@ -22,6 +22,7 @@ REDIS_URL = env.redis_url("REDIS_URL")
 CELERY_BROKER_URL = REDIS_URL
 CHANNEL_LAYERS = channel_layers(REDIS_URL)
 ESPER_COMMAND_KEY = env.signing_key("ESPER_COMMAND_KEY")
+ESPER_AUDIT_KEY = env.signing_key("ESPER_AUDIT_KEY")
 ESPER_KERNEL_PUBLIC_KEY = env.text("ESPER_KERNEL_PUBLIC_KEY")
 # A team's host does not offer the demos.
 ESPER_RECIPES = env.directory("ESPER_RECIPES", Path("/etc/esper/recipes"))

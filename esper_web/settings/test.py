@@ -20,6 +20,7 @@ ESPER_DATA_DIR = _directory
 ESPER_KERNEL_STORE_DIR = _directory / "kernels"
 ESPER_STAGE_DIR = _directory / "stage"
 ESPER_LAUNCH_DIR = _directory / "launches"
+ESPER_AUDIT_DIR = _directory / "audit"
 STATIC_ROOT = None
 WHITENOISE_USE_FINDERS = True
 
@@ -33,6 +34,7 @@ PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 
 # Fixed keys, so that a signed fixture stays valid. They protect nothing.
 ESPER_COMMAND_KEY = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="
+ESPER_AUDIT_KEY = "AwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwM="
 KERNEL_PRIVATE_KEY_OF_TESTS = "AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI="
 ESPER_KERNEL_PUBLIC_KEY = public_key(KERNEL_PRIVATE_KEY_OF_TESTS)
 

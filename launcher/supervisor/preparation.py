@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 TOKENS = frozenset({"tamiyo", "trainer"})
@@ -38,6 +39,9 @@ def _prepare() -> None:
     call_command("sync_blueprints", verbosity=0, stdout=StringIO())
     if not _tokens_work():
         _make_people()
+    from apps.audit.services import sign_head
+
+    sign_head()
 
 
 def _tokens_work() -> bool:
@@ -55,7 +59,7 @@ def _make_people() -> None:
     from django.conf import settings
     from django.core.management import call_command
 
-    from hosts.keyring import update_keyring
+    from hosts.keyring import SECRETS_FILE, update_keyring
 
     answer = StringIO()
     call_command("create_demo_people", json=True, stdout=answer)
@@ -63,7 +67,16 @@ def _make_people() -> None:
     people = {person["username"]: person for person in made["people"]}
     update_keyring(settings.ESPER_DATA_DIR, tokens=made["tokens"], people=people)
     if people:
-        print(_table(made["people"]), flush=True)
+        _tell_passwords(made["people"], settings.ESPER_DATA_DIR / SECRETS_FILE)
+
+
+def _tell_passwords(people: list[dict[str, Any]], stored_in: Path) -> None:
+    """On a terminal. What is redirected may end in a log that others read: it names the file."""
+    if sys.stdout.isatty():
+        print(_table(people), flush=True)
+        return
+    names = ", ".join(str(who["username"]) for who in people)
+    print(f"    The first passwords of {names} are in {stored_in}, which only you can read.")
 
 
 def _table(people: list[dict[str, Any]]) -> str:

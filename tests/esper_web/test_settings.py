@@ -22,6 +22,7 @@ PRODUCTION = {
     "DATABASE_URL": "postgresql://esper:password@db.example.org/esper",
     "REDIS_URL": "rediss://:password@redis.example.org:6379/0",
     "ESPER_COMMAND_KEY": signing.generate_private_key(),
+    "ESPER_AUDIT_KEY": signing.generate_private_key(),
     "ESPER_KERNEL_PUBLIC_KEY": signing.public_key(signing.generate_private_key()),
 }
 

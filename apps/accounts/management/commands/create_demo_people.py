@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandParser
 
 from apps.accounts.actors import SYSTEM
 from apps.accounts.models import User
 from apps.accounts.services import create_person, issue_token
 from esper.contracts import Role, TokenScope
+from hosts.keyring import write_private
 
 PEOPLE = {
     "vera": Role.VIEWER,
@@ -37,8 +39,15 @@ class Command(BaseCommand):
         if options["json"]:
             self.stdout.write(json.dumps({"people": people, "tokens": tokens}))
             return
-        for person in people:
-            self.stdout.write(f"{person['username']:8} {person['role']:11} {person['password']}")
+        lines = [f"{who['username']:8} {who['role']:11} {who['password']}" for who in people]
+        if self.stdout.isatty() or not lines:
+            self.stdout.write("\n".join(lines))
+            return
+        # What is redirected may end in a log that others can read.
+        path = settings.ESPER_DATA_DIR / "first-passwords.txt"
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_private(path, "\n".join(lines) + "\n")
+        self.stdout.write(f"The first passwords are in {path}, which only you can read.")
 
     def _create(self, name: str, role: Role) -> dict[str, str]:
         password = create_person(username=name, role=role, actor=SYSTEM)
