@@ -11,7 +11,7 @@ from rest_framework.serializers import Serializer
 
 from apps.accounts.authentication import person, via
 from apps.accounts.endpoint import Endpoint
-from apps.rest.etag import expected_version
+from apps.rest.etag import given_version
 from apps.rest.fields import ReasonInput, parse
 from apps.rest.idempotency import idempotent
 from apps.rest.schema import documented
@@ -40,7 +40,8 @@ def act_endpoint(
         find: the subject of an address; raises ``Problem`` 404.
         answer: the response that shows what the service returned.
         output: the serializer of that response, for the OpenAPI document.
-        versioned: the act needs ``If-Match``; the service gets it as ``version``.
+        versioned: the act needs ``If-Match``; the service gets it as ``version``, None where it is
+            missing, and refuses that after it has checked the rights.
     """
 
     class ActEndpoint(Endpoint):
@@ -50,7 +51,7 @@ def act_endpoint(
         @idempotent
         def post(self, request: Request, /, **address: str) -> Response:
             (key,) = address.values()
-            arguments = {"version": expected_version(request)} if versioned else {}
+            arguments = {"version": given_version(request)} if versioned else {}
             arguments[subject] = find(request, key)
             arguments |= parse(body, request.data)
             changed = service(user=person(request), via=via(request), **arguments)

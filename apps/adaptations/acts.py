@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -18,18 +17,19 @@ from apps.accounts.policy import Act, Permission, may
 from apps.adaptations.binding import shown_hash
 from apps.adaptations.compile_jobs import queue_compilation
 from apps.adaptations.dispatch import request_undo
+from apps.adaptations.evidence import evidence_drift, evidence_now
 from apps.adaptations.history import why_frozen
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
 from apps.audit.services import record
 from apps.notifications.services import INBOX_TOPIC, publish, run_topic
 from apps.policies.services import adaptation_switch
+from apps.rest.etag import required_version
 from apps.rest.problems import Problem
 from apps.runs.models import Run
-from apps.runs.services import lock_run, pause_run
-from apps.telemetry.models import Frame
+from apps.runs.services import lock_run, request_pause, tell_trainer
 from apps.workers.services import cancel_job
-from esper.contracts import RUN_ENDED, AdaptationState, Signal
+from esper.contracts import RUN_ENDED, AdaptationState, Risk
 
 S = AdaptationState
 
@@ -37,10 +37,6 @@ CLAIM_LENGTH = timedelta(minutes=10)
 EXTENSION = timedelta(minutes=5)
 MAX_EXTENSIONS = 3
 _BEFORE_THE_DEADLINE = {"deadline_at__gt": Now()}  # by the database's clock
-EVIDENCE_FRAMES = 12  # a signal's newest value is looked for in so many frames
-# What an approver must not miss is that the layer got worse. Each of these is 100 % drift.
-HEALTH_TOLERANCE = 0.4
-LOSS_RISE_TOLERANCE = 0.5
 
 MERGED = (
     "The training script has merged this graft into its host's weights, and it cannot be taken "
@@ -91,7 +87,7 @@ def approve_adaptation(
     adaptation: Adaptation,
     user: User,
     via: str,
-    version: int,
+    version: int | None,
     evidence_hash: str,
     reason: str = "",
     accept_drift: bool = False,
@@ -111,6 +107,8 @@ def approve_adaptation(
         _prepare(adaptation, user, "approve", version)
         _check_binding(adaptation, evidence_hash)
         _check_claim(adaptation, user)
+        if adaptation.risk == Risk.HIGH:
+            _check_reason(reason, "approves an adaptation of high risk")
         drift = evidence_drift(adaptation)
         if drift is not None and drift > 1.0 and not accept_drift:
             raise Problem(
@@ -121,6 +119,8 @@ def approve_adaptation(
                 drift=drift,
                 evidence_now=evidence_now(adaptation),
             )
+        if drift is not None and drift > 1.0:
+            _check_reason(reason, "approves in spite of drifted evidence")
         actor = Actor.person(user, via=via)
         layer = adaptation.run.layer_info(adaptation.layer)
         if layer is None:
@@ -140,11 +140,11 @@ def approve_adaptation(
 
 @transaction.atomic
 def reject_adaptation(
-    *, adaptation: Adaptation, user: User, via: str, version: int, reason: str, **_: Any
+    *, adaptation: Adaptation, user: User, via: str, version: int | None, reason: str, **_: Any
 ) -> Adaptation:
     """Reject an adaptation; needs a reason, and works while adaptation is switched off."""
     _prepare(adaptation, user, "reject", version)
-    _check_reason(reason, "rejects")
+    _check_reason(reason, "rejects an adaptation")
     return transition(
         adaptation,
         S.REJECTED,
@@ -158,34 +158,46 @@ def reject_adaptation(
 
 @transaction.atomic
 def cancel_adaptation(
-    *, adaptation: Adaptation, user: User, via: str, version: int, reason: str = "", **_: Any
+    *, adaptation: Adaptation, user: User, via: str, version: int | None, reason: str = "", **_: Any
 ) -> Adaptation:
     """Cancel an adaptation that has not been sent to the trainer yet."""
     _prepare(adaptation, user, "cancel", version)
     if adaptation.job is not None:
         cancel_job(adaptation.job)
     return transition(
-        adaptation, S.CANCELLED, actor=Actor.person(user, via=via), reason=reason or "cancelled"
+        adaptation,
+        S.CANCELLED,
+        actor=Actor.person(user, via=via),
+        reason=reason or "cancelled",
+        taken_back_by=user,
+        taken_back_reason=reason,
     )
 
 
 @transaction.atomic
 def roll_back_adaptation(
-    *, adaptation: Adaptation, user: User, via: str, version: int, reason: str, **_: Any
+    *, adaptation: Adaptation, user: User, via: str, version: int | None, reason: str, **_: Any
 ) -> Adaptation:
     """Remove a graft: from probation by restoring the snapshot, from kept by detaching it."""
     _prepare(adaptation, user, "rollback", version)
-    _check_reason(reason, "rolls back")
+    _check_reason(reason, "rolls an adaptation back")
     if adaptation.run.state in RUN_ENDED:
         raise Problem(409, "run-ended", f"The run has {adaptation.run.state}; nothing can change.")
-    transition(adaptation, S.ROLLING_BACK, actor=Actor.person(user, via=via), reason=reason)
+    transition(
+        adaptation,
+        S.ROLLING_BACK,
+        actor=Actor.person(user, via=via),
+        reason=reason,
+        taken_back_by=user,
+        taken_back_reason=reason,
+    )
     request_undo(adaptation, reason=reason)
     return adaptation
 
 
 @transaction.atomic
 def claim_adaptation(
-    *, adaptation: Adaptation, user: User, via: str, version: int, **_: Any
+    *, adaptation: Adaptation, user: User, via: str, version: int | None, **_: Any
 ) -> Adaptation:
     """Claim an adaptation for ten minutes, so that others see who is looking at it."""
     _prepare(adaptation, user, "claim", version)
@@ -202,7 +214,7 @@ def claim_adaptation(
 
 @transaction.atomic
 def release_adaptation(
-    *, adaptation: Adaptation, user: User, via: str, version: int, **_: Any
+    *, adaptation: Adaptation, user: User, via: str, version: int | None, **_: Any
 ) -> Adaptation:
     """Release a claim."""
     _prepare(adaptation, user, "release", version)
@@ -212,7 +224,7 @@ def release_adaptation(
 
 @transaction.atomic
 def extend_adaptation(
-    *, adaptation: Adaptation, user: User, via: str, version: int, **_: Any
+    *, adaptation: Adaptation, user: User, via: str, version: int | None, **_: Any
 ) -> Adaptation:
     """Extend the deadline by five minutes, three times at most."""
     _prepare(adaptation, user, "extend", version)
@@ -252,7 +264,28 @@ def set_adaptation_switch(*, on: bool, user: User, via: str, reason: str = "") -
     record(actor=actor, act=act, object_kind="switch", object_uid="adaptation", reason=reason)
     publish(topic="system", type=act, data={"by": actor.name, "reason": reason})
     for run in live:
-        pause_run(run=run, paused=not on, actor=actor, reason=reason or act)
+        if not (on and run.adaptation_paused_by):  # a person's own pause of a run outlives a kill
+            tell_trainer(run=run, paused=not on, actor=actor, reason=reason or act)
+
+
+def request_adaptation_pause(
+    *, run: Run, paused: bool, user: User, via: str, reason: str = ""
+) -> Run:
+    """Pause or resume adaptation of one run; it cannot be resumed while all adaptation is killed.
+
+    Raises:
+        Problem: not allowed, the run has ended, or adaptation is switched off.
+    """
+    switch = adaptation_switch()
+    blocked = (
+        ""
+        if paused or switch.on
+        else (
+            f"{switch.changed_by} has switched adaptation off everywhere. Switch it on first; "
+            "a run that a person has paused stays paused."
+        )
+    )
+    return request_pause(run=run, paused=paused, user=user, via=via, reason=reason, blocked=blocked)
 
 
 def undo_plan(adaptation: Adaptation) -> list[str]:
@@ -272,42 +305,7 @@ def undo_plan(adaptation: Adaptation) -> list[str]:
     ]
 
 
-def evidence_now(adaptation: Adaptation) -> dict[str, float | None]:
-    """The layer's newest signals and the run's loss; None where nothing was measured."""
-    run = adaptation.run
-    now: dict[str, float | None] = {"step": run.step, "loss": run.last_loss}
-    names = tuple(layer["name"] for layer in run.layers)
-    if adaptation.layer not in names:
-        return now
-    row = names.index(adaptation.layer)
-    now |= dict.fromkeys(map(str, Signal))
-    newest = Frame.objects.filter(run=run, epoch=run.epoch).order_by("-step")[:EVIDENCE_FRAMES]
-    for frame in newest:  # not every frame measures every signal
-        for signal, value in zip(Signal, frame.matrix(len(names))[row], strict=True):
-            if now[str(signal)] is None and math.isfinite(value):
-                now[str(signal)] = float(value)
-    return now
-
-
-def evidence_drift(adaptation: Adaptation) -> float | None:
-    """How far the layer has drifted since the proposal, as a share of the tolerance.
-
-    None: unknown. A falling loss is no drift: training is meant to lower it.
-    """
-    then, now = adaptation.evidence, evidence_now(adaptation)
-    parts = []
-    if adaptation.run.last_loss_status:
-        return math.inf
-    health_then, health_now = then.get("health"), now.get("health")
-    if health_then is not None and health_now is not None:
-        parts.append(abs(health_now - health_then) / HEALTH_TOLERANCE)
-    loss_then, loss_now = then.get("loss"), now.get("loss")
-    if loss_then and loss_now is not None:
-        parts.append(max(0.0, loss_now / loss_then - 1.0) / LOSS_RISE_TOLERANCE)
-    return max(parts) if parts else None
-
-
-def _prepare(adaptation: Adaptation, user: User, act: str, version: int) -> None:
+def _prepare(adaptation: Adaptation, user: User, act: str, version: int | None) -> None:
     lock_run(adaptation.run_id)
     adaptation.refresh_from_db()
     permission = permissions(adaptation, user)[act]
@@ -316,7 +314,7 @@ def _prepare(adaptation: Adaptation, user: User, act: str, version: int) -> None
     if not permission.allowed:
         status = _STATUS_OF_REFUSAL.get(permission.code, 403)
         raise Problem(status, permission.code, permission.why)
-    if version != adaptation.version:
+    if required_version(version) != adaptation.version:
         raise Problem(
             412,
             "version-changed",
@@ -368,9 +366,7 @@ def _check_claim(adaptation: Adaptation, user: User) -> None:
 
 def _check_reason(reason: str, verb: str) -> None:
     if not reason.strip():
-        raise Problem(
-            422, "reason-required", f"Give a reason: whoever {verb} an adaptation must give one."
-        )
+        raise Problem(422, "reason-required", f"Give a reason: whoever {verb} must give one.")
 
 
 def _note(

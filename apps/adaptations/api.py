@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from rest_framework.request import Request
@@ -34,20 +35,21 @@ from apps.adaptations.serializers import (
 )
 from apps.policies.serializers import SwitchInput, SwitchOutput
 from apps.policies.services import adaptation_switch
-from apps.rest.etag import versioned_response
+from apps.rest.etag import cacheable_response, versioned_response
 from apps.rest.fields import message, parse
-from apps.rest.filters import apply_filters, many_of, one_of, text
+from apps.rest.filters import Lookup, apply_filters, many_of, of_run, one_of, text
 from apps.rest.idempotency import HEADER, idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query, results_of
 from apps.rest.throttling import ActThrottle
 from apps.runs.selectors import visible_run
+from apps.runs.serializers import RunDetailOutput, run_answer
 from esper.contracts import AdaptationState, AdaptationType, Risk, TokenScope, codec, protocol, wire
 
 TAMIYO = frozenset({TokenScope.DECIDE})
-FILTERS = {
-    "run": ("run__uid", text),
+FILTERS: dict[str, Lookup] = {
+    "run": (of_run, text),
     "state": ("state", one_of(AdaptationState)),
     "state__in": ("state__in", many_of(AdaptationState)),
     "layer": ("layer", text),
@@ -76,7 +78,8 @@ class Adaptations(Endpoint):
 class AdaptationDetail(Endpoint):
     @documented("read_adaptation", answer=AdaptationDetailOutput)
     def get(self, request: Request, uid: str) -> Response:
-        return _answer(request, _adaptation(uid))
+        found = _adaptation(uid)
+        return cacheable_response(request, _detail(request, found), version=found.version)
 
 
 def _act(name: str, service: Callable[..., Adaptation], body: type[ActInput] = ActInput) -> Any:
@@ -99,6 +102,23 @@ ReleaseAdaptation = _act("release_adaptation", services.release_adaptation)
 ExtendAdaptation = _act("extend_adaptation", services.extend_adaptation)
 CancelAdaptation = _act("cancel_adaptation", services.cancel_adaptation)
 RollBackAdaptation = _act("roll_back_adaptation", services.roll_back_adaptation)
+
+
+def _pause(name: str, *, paused: bool) -> Any:
+    return act_endpoint(
+        name,
+        partial(services.request_adaptation_pause, paused=paused),
+        subject="run",
+        find=lambda request, uid: visible_run(uid, only=run_of_token(request)),
+        # 202: the command is issued; the trainer acknowledges it later.
+        answer=lambda request, run: Response(run_answer(person(request), run), status=202),
+        output=RunDetailOutput,
+        status=202,
+    )
+
+
+PauseAdaptation = _pause("pause_adaptation", paused=True)
+ResumeAdaptation = _pause("resume_adaptation", paused=False)
 
 
 class Switch(Endpoint):
@@ -245,6 +265,10 @@ def _adaptation(uid: str) -> Adaptation:
 
 
 def _answer(request: Request, adaptation: Adaptation, *, status: int = 200) -> Response:
+    return versioned_response(_detail(request, adaptation), adaptation.version, status=status)
+
+
+def _detail(request: Request, adaptation: Adaptation) -> Any:
     drift = services.evidence_drift(adaptation)
     context = {
         "evidence_now": services.evidence_now(adaptation),
@@ -252,5 +276,4 @@ def _answer(request: Request, adaptation: Adaptation, *, status: int = 200) -> R
         "undo_plan": services.undo_plan(adaptation),
         "permissions": services.permissions(adaptation, person(request)),
     }
-    data = AdaptationDetailOutput(adaptation, context=context).data
-    return versioned_response(data, adaptation.version, status=status)
+    return AdaptationDetailOutput(adaptation, context=context).data

@@ -271,7 +271,7 @@ def _record_broken(
             severity=severity,
             observed=check.observed,
             limit=check.limit,
-            text=check.text,
+            text=f"{adaptation.blueprint.slug} in {adaptation.layer}: {check.text}",
             action=action,
             layer=adaptation.layer,
             adaptation_uid=adaptation.uid,

@@ -22,12 +22,15 @@ from esper.contracts import (
 )
 
 _BAD_ENDS = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED)
+# Nobody wanted it: a person said no, or nobody answered in time.
+_REFUSED = (AdaptationState.REJECTED, AdaptationState.EXPIRED)
 # After these a layer has a longer cooldown, so that nobody is asked again at once.
-_REGRETTED = (*_BAD_ENDS, AdaptationState.REJECTED)
+_REGRETTED = (*_BAD_ENDS, *_REFUSED)
 
 
-# At which step it happened: the graft, or the proposal that never became one.
-_AT = Coalesce("graft_step", "proposed_step")
+# At which step it happened: the graft, else the decision, else the proposal. Training goes on while
+# a person thinks, so a cooldown that began with the proposal could be over at the refusal.
+_AT = Coalesce("graft_step", "decided_step", "proposed_step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class RunFacts:
 
 def run_facts(run: Run) -> RunFacts:
     own = Adaptation.objects.filter(run=run)
-    counts = own.filter(Q(graft_step__isnull=False) | Q(state=AdaptationState.REJECTED))
+    counts = own.filter(Q(graft_step__isnull=False) | Q(state__in=_REFUSED))
     last = counts.annotate(at=_AT).order_by("-at", "-id").values_list("at", "state").first()
     totals = own.aggregate(
         in_flight=Count("id", filter=~Q(state__in=ADAPTATION_ENDED)),

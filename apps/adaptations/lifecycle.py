@@ -31,6 +31,7 @@ from django.db.models import F
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
+from apps.adaptations.evidence import evidence_record, seen_at_decision
 from apps.adaptations.models import Adaptation
 from apps.audit.services import record
 from apps.notifications.services import INBOX_TOPIC, SYSTEM_TOPIC, publish, run_topic
@@ -44,8 +45,6 @@ from esper.contracts import (
 )
 
 S = AdaptationState
-
-_DECIDED = frozenset({S.APPROVED, S.REJECTED})
 
 NEXT: Mapping[AdaptationState, frozenset[AdaptationState]] = {
     S.PROPOSED: frozenset({S.AWAITING_APPROVAL, S.APPROVED}),
@@ -109,7 +108,8 @@ class StaleAdaptationError(Problem):
     """The adaptation has changed since it was read; the error says who decided what, and when."""
 
     def __init__(self, current: Adaptation) -> None:
-        who = current.decided_by.get_username() if current.decided_by else current.decided_rule
+        person = current.taken_back_by or current.decided_by
+        who = person.get_username() if person else current.decided_rule
         word = AdaptationState(current.state).replace("_", " ")
         deadline = current.deadline_at if current.state == S.AWAITING_APPROVAL else None
         late = deadline is not None and deadline <= timezone.now()
@@ -153,13 +153,14 @@ def transition(
     came_from = AdaptationState(adaptation.state)
     if to not in NEXT[came_from]:
         raise ValueError(f"{came_from} -> {to} is not a transition of the lifecycle")
+    changes |= seen_at_decision(adaptation, to)
     changes |= {"state": to, "deadline_at": deadline_for(adaptation, to)}
     if to in ADAPTATION_ENDED:
         changes |= {"ended_at": timezone.now(), "end_reason": reason}
     elif came_from in ADAPTATION_ENDED:
         changes["ended_at"] = None
     _compare_and_set(adaptation, came_from, only_if or {}, changes)
-    _announce(adaptation, came_from, actor, reason)
+    _announce(adaptation, came_from, actor, reason, decided="decided_evidence" in changes)
     return adaptation
 
 
@@ -194,7 +195,7 @@ def _compare_and_set(
 
 
 def _announce(
-    adaptation: Adaptation, came_from: AdaptationState, actor: Actor, reason: str
+    adaptation: Adaptation, came_from: AdaptationState, actor: Actor, reason: str, *, decided: bool
 ) -> None:
     data = {
         "adaptation": adaptation.uid,
@@ -217,7 +218,7 @@ def _announce(
         run_uid=adaptation.run.uid,
         reason=reason,
         data={key: data[key] for key in ("number", "layer", "blueprint", "from", "to", "version")}
-        | ({"evidence_hash": adaptation.evidence_hash} if adaptation.state in _DECIDED else {}),
+        | (evidence_record(adaptation) if decided else {}),
     )
     if adaptation.state in ADAPTATION_PASSED_THROUGH:
         return

@@ -74,6 +74,10 @@ class Adaptation(models.Model):
     decided_rule = models.CharField(max_length=200, blank=True)
     decision_reason = models.TextField(blank=True)
     decided_at = models.DateTimeField(null=True, blank=True)
+    # what was seen when the decision was made, by a person, by a rule or by the deadline
+    decided_step = models.BigIntegerField(null=True, blank=True)
+    decided_evidence = models.JSONField(null=True, blank=True)  # as ``evidence``
+    decided_drift = models.FloatField(null=True, blank=True)  # share of the tolerance; may be inf
     claimed_by = models.ForeignKey(
         settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
     )
@@ -90,6 +94,10 @@ class Adaptation(models.Model):
     digest_after = models.CharField(max_length=64, blank=True)
     # how it ended
     end_reason = models.TextField(blank=True)
+    taken_back_by = models.ForeignKey(  # the person who cancelled it or asked for its rollback
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+    taken_back_reason = models.TextField(blank=True)
     undo_exact = models.BooleanField(null=True, blank=True)
     ablation_gain = models.FloatField(null=True, blank=True)
     forecast_gain = models.FloatField(null=True, blank=True)
@@ -189,6 +197,7 @@ class Remedy(models.Model):
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
+        verbose_name_plural = "remedies"
         ordering = ("-id",)
         constraints = (
             models.UniqueConstraint(fields=("run", "key"), name="one_remedy_per_run_and_key"),

@@ -306,7 +306,7 @@ def record_closed_gates(
             severity=Severity.CAUTION,
             observed=check.observed,
             limit=check.limit,
-            text=check.text,
+            text=f"{layer or run.name}: {check.text}",
             action=action,
             layer=layer,
             step=step,

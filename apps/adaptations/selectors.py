@@ -38,7 +38,9 @@ RECENT_VIOLATIONS = 50
 
 def adaptations() -> QuerySet[Adaptation]:
     """Adaptations with the related rows that a list shows."""
-    return Adaptation.objects.select_related("run", "blueprint", "decided_by", "claimed_by")
+    return Adaptation.objects.select_related(
+        "run", "blueprint", "decided_by", "claimed_by", "taken_back_by"
+    )
 
 
 def waiting_for_a_person() -> QuerySet[Adaptation]:

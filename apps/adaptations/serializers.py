@@ -26,6 +26,9 @@ class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
     asks = serializers.ListField(child=serializers.CharField())
     decided_by = serializers.CharField(source="decided_by.username", default=None, allow_null=True)
     claimed_by = serializers.CharField(source="claimed_by.username", default=None, allow_null=True)
+    taken_back_by = serializers.CharField(
+        source="taken_back_by.username", default=None, allow_null=True
+    )
 
     class Meta:
         model = Adaptation
@@ -54,12 +57,15 @@ class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
             "decided_rule",
             "decision_reason",
             "decided_at",
+            "decided_step",
             "claimed_by",
             "claimed_until",
             "graft_step",
             "pause_ms",
             "reward",
             "end_reason",
+            "taken_back_by",
+            "taken_back_reason",
         )
 
 

@@ -4,12 +4,11 @@ from apps.adaptations.acts import (
     approve_adaptation,
     cancel_adaptation,
     claim_adaptation,
-    evidence_drift,
-    evidence_now,
     extend_adaptation,
     permissions,
     reject_adaptation,
     release_adaptation,
+    request_adaptation_pause,
     roll_back_adaptation,
     set_adaptation_switch,
     undo_plan,
@@ -25,6 +24,7 @@ from apps.adaptations.decisions import (
     stored_snapshot,
 )
 from apps.adaptations.dispatch import dispatch_adaptation
+from apps.adaptations.evidence import evidence_drift, evidence_now
 from apps.adaptations.outcomes import (
     adaptation_of,
     close_open_adaptations,
@@ -70,6 +70,7 @@ __all__ = [
     "reject_adaptation",
     "release_adaptation",
     "replay_decision",
+    "request_adaptation_pause",
     "roll_back_adaptation",
     "set_adaptation_switch",
     "stored_snapshot",

@@ -20,6 +20,8 @@ urlpatterns = [
     path("adaptations/<str:uid>/cancel", api.CancelAdaptation.as_view()),
     path("adaptations/<str:uid>/rollback", api.RollBackAdaptation.as_view()),
     path("adaptations/<str:uid>/verdict", api.VerdictOnAdaptation.as_view()),
+    path("runs/<str:uid>/pause-adaptation", api.PauseAdaptation.as_view()),
+    path("runs/<str:uid>/resume-adaptation", api.ResumeAdaptation.as_view()),
     path("adaptation-switch", api.Switch.as_view()),
     path("experience", api.Experiences.as_view()),
     path("integration-status", api.IntegrationStatus.as_view()),

@@ -13,23 +13,21 @@ from apps.accounts.authentication import person
 from apps.accounts.endpoint import Endpoint, require
 from apps.accounts.policy import Act
 from apps.audit.models import AuditEvent
+from apps.audit.selectors import FILTERS
 from apps.audit.serializers import AuditEventOutput, ChainOutput
 from apps.audit.services import verify_chain
-from apps.rest.filters import apply_filters, moment, text, whole_number
+from apps.rest.filters import apply_filters
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from esper.contracts import codec
 
-FILTERS = {
-    "run": ("run_uid", text),
-    "actor": ("actor", text),
-    "act": ("act", text),
-    "object": ("object_uid", text),
-    "at__gte": ("at__gte", moment),
-    "at__lt": ("at__lt", moment),
-    "after": ("id__gt", whole_number),
+_MEANINGS = {
+    "run": "The uid or the name of a run.",
+    "actor": "A part of the name.",
+    "act": "The beginning of the act, such as adaptation. or run.stop.",
+    "object": "The uid of an object, or the number of an adaptation (A-17).",
 }
-_DOCUMENTED = [query(name) for name in FILTERS]
+_DOCUMENTED = [query(name, description=_MEANINGS.get(name, "")) for name in FILTERS]
 
 
 class AuditLog(Endpoint):

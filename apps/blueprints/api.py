@@ -11,13 +11,13 @@ from apps.blueprints.models import Blueprint
 from apps.blueprints.serializers import BlueprintOutput
 from apps.blueprints.services import switch_blueprint
 from apps.rest.etag import given_version, versioned_response
-from apps.rest.filters import apply_filters, flag, one_of
+from apps.rest.filters import Lookup, apply_filters, flag, one_of
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import Problem, not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from esper.contracts import AdaptationType, BlueprintCategory, Risk
 
-FILTERS = {
+FILTERS: dict[str, Lookup] = {
     "category": ("category", one_of(BlueprintCategory)),
     "adaptation_type": ("adaptation_type", one_of(AdaptationType)),
     "risk": ("risk", one_of(Risk)),

@@ -18,7 +18,6 @@ from esper.exceptions import CodecError
 
 SPARK_STEPS = 2_000
 SPARK_POINTS = 50
-RUNS_SHOWN = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +57,20 @@ def recent_runs() -> QuerySet[Run]:
     ).order_by("over", "-id")
 
 
-def run_rows(runs: QuerySet[Run]) -> list[RunRow]:
-    """Rows with sparkline, health strip and last adaptation, in five queries."""
+def annotated(runs: QuerySet[Run]) -> QuerySet[Run]:
+    """Runs with the keys of their newest frame and adaptation, for ``run_rows``."""
     newest_frame = Frame.objects.filter(run=OuterRef("pk")).order_by("-step").values("pk")[:1]
     newest_adaptation = (
         Adaptation.objects.filter(run=OuterRef("pk")).order_by("-id").values("pk")[:1]
     )
-    found = list(
-        runs.select_related("owner").annotate(
-            frame_id=Subquery(newest_frame), adaptation_id=Subquery(newest_adaptation)
-        )[:RUNS_SHOWN]
+    return runs.select_related("owner").annotate(
+        frame_id=Subquery(newest_frame), adaptation_id=Subquery(newest_adaptation)
     )
+
+
+def run_rows(runs: Iterable[Run]) -> list[RunRow]:
+    """Rows of ``annotated`` runs with sparkline, health strip and last adaptation."""
+    found: list[Any] = list(runs)
     frames = Frame.objects.in_bulk([run.frame_id for run in found if run.frame_id])
     adaptations = Adaptation.objects.select_related("blueprint").in_bulk(
         [run.adaptation_id for run in found if run.adaptation_id]

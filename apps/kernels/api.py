@@ -12,7 +12,7 @@ from apps.kernels.cache_store import kernel_store
 from apps.kernels.models import Kernel
 from apps.kernels.selectors import run_may_fetch
 from apps.kernels.serializers import KernelOutput
-from apps.rest.filters import apply_filters, text
+from apps.rest.filters import Lookup, apply_filters, text
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
@@ -20,7 +20,10 @@ from esper.contracts import TokenScope
 from esper.contracts.kernels import COMPILED_FILES
 from esper.exceptions import KernelError
 
-KERNEL_FILTERS = {"blueprint": ("blueprint_slug", text), "capability": ("capability", text)}
+KERNEL_FILTERS: dict[str, Lookup] = {
+    "blueprint": ("blueprint_slug", text),
+    "capability": ("capability", text),
+}
 
 
 class Kernels(Endpoint):

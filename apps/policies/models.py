@@ -36,3 +36,9 @@ class AdaptationSwitch(models.Model):
     changed_by = models.CharField(max_length=150, blank=True)
     reason = models.TextField(blank=True)
     changed_at = models.DateTimeField(auto_now=True)
+
+    class Meta:
+        verbose_name_plural = "adaptation switches"
+
+    def __str__(self) -> str:
+        return "on" if self.on else "off"

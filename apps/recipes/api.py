@@ -20,21 +20,30 @@ from apps.recipes.serializers import (
 )
 from apps.recipes.services import resume_launch, start_recipe, stop_launch
 from apps.rest.fields import parse
-from apps.rest.filters import apply_filters, many_of, one_of, parse_parameter, text, whole_number
+from apps.rest.filters import (
+    Lookup,
+    apply_filters,
+    many_of,
+    one_of,
+    parse_parameter,
+    text,
+    whole_number,
+)
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.rest.throttling import ActThrottle
+from apps.runs.selectors import of_run_uid
 from esper.contracts import LaunchState
 
-RECIPE_FILTERS = {"host": ("host", text), "slug": ("slug", text)}
-LAUNCH_FILTERS = {
+RECIPE_FILTERS: dict[str, Lookup] = {"host": ("host", text), "slug": ("slug", text)}
+LAUNCH_FILTERS: dict[str, Lookup] = {
     "state": ("state", one_of(LaunchState)),
     "state__in": ("state__in", many_of(LaunchState)),
     "host": ("recipe__host", text),
     "recipe": ("recipe__slug", text),
-    "run": ("run_uid", text),
+    "run": (of_run_uid, text),
 }
 
 

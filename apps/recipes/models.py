@@ -93,6 +93,7 @@ class Launch(models.Model):
     ended_at = models.DateTimeField(null=True, blank=True)
 
     class Meta:
+        verbose_name_plural = "launches"
         ordering = ("-id",)
 
     def __str__(self) -> str:

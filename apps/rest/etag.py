@@ -11,8 +11,10 @@ from rest_framework.response import Response
 
 from apps.rest.problems import Problem
 from esper.contracts import codec
+from esper.exceptions import CodecError
 
-_VERSION = re.compile(r'"?(\d{1,9})"?')
+# The version; the tag of an answer that was read may end in a hash of its content.
+_VERSION = re.compile(r'"?(\d{1,9})(?:-[0-9a-f]{1,64})?"?')
 
 
 def versioned_response(data: Any, version: int, *, status: int = 200) -> Response:
@@ -20,9 +22,19 @@ def versioned_response(data: Any, version: int, *, status: int = 200) -> Respons
     return Response(data, status=status, headers={"ETag": f'"{version}"'})
 
 
-def cacheable_response(request: Request, data: Any) -> Response:
-    """An answer with the hash of its content as ``ETag``; 304 when the caller already has it."""
-    tag = f'"{hashlib.sha256(codec.encode(data)).hexdigest()[:32]}"'
+def cacheable_response(request: Request, data: Any, *, version: int | None = None) -> Response:
+    """An answer with the hash of its content as ``ETag``; 304 when the caller already has it.
+
+    Args:
+        version: of the resource; it is put before the hash, so that the tag serves as a later
+            ``If-Match`` too, whatever else of the content has moved on.
+    """
+    prefix = "" if version is None else f"{version}-"
+    try:
+        content = codec.encode(data)
+    except CodecError:  # a number that is not finite; the renderer reports and replaces it
+        return Response(data)
+    tag = f'"{prefix}{hashlib.sha256(content).hexdigest()[:32]}"'
     held = {part.strip() for part in request.headers.get("If-None-Match", "").split(",")}
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
     if tag in held or "*" in held:
@@ -30,13 +42,12 @@ def cacheable_response(request: Request, data: Any) -> Response:
     return Response(data, headers=headers)
 
 
-def expected_version(request: Request) -> int:
-    """The version in ``If-Match``.
+def required_version(version: int | None) -> int:
+    """The version that ``If-Match`` gave; services call it once the caller's rights are checked.
 
     Raises:
-        Problem: 428 when it is missing, 400 when it is malformed.
+        Problem: 428 when the header was missing.
     """
-    version = given_version(request)
     if version is None:
         raise Problem(
             428,

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC
 from typing import Any, TypeVar
 
-from django.db.models import Model, QuerySet
+from django.db.models import Model, Q, QuerySet
 from django.utils.dateparse import parse_datetime
 from rest_framework.request import Request
 
 from apps.rest.problems import Problem
 
 Parse = Callable[[str], Any]
+# A field with its look-up, or a condition made from the value; and the parser of the value.
+Lookup = tuple[str | Callable[[Any], Q], Parse]
 _M = TypeVar("_M", bound=Model)
 
 
@@ -65,15 +67,30 @@ def moment(value: str) -> Any:
 
 
 def apply_filters(
-    request: Request, rows: QuerySet[_M], known: Mapping[str, tuple[str, Parse]]
+    request: Request, rows: QuerySet[_M], known: Mapping[str, Lookup]
 ) -> QuerySet[_M]:
-    """Narrow ``rows`` by the request's parameters: name -> (look-up, parser)."""
-    chosen = {
-        lookup: parse_parameter(request, name, parse)
-        for name, (lookup, parse) in known.items()
+    """Narrow ``rows`` by the request's parameters."""
+    values = {
+        name: parse_parameter(request, name, parse)
+        for name, (_, parse) in known.items()
         if name in request.query_params
     }
-    return rows.filter(**chosen)
+    return narrowed(rows, known, values)
+
+
+def narrowed(
+    rows: QuerySet[_M], known: Mapping[str, Lookup], values: Mapping[str, Any]
+) -> QuerySet[_M]:
+    """The rows that match every one of ``values``, which are named as in ``known``."""
+    for name, value in values.items():
+        lookup = known[name][0]
+        rows = rows.filter(lookup(value) if callable(lookup) else Q(**{lookup: value}))
+    return rows
+
+
+def of_run(value: str) -> Q:
+    """Rows of a run, by its uid or its name."""
+    return Q(run__uid=value) | Q(run__name=value)
 
 
 def parse_parameter(request: Request, name: str, parse: Parse, default: Any = None) -> Any:

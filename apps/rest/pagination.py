@@ -12,6 +12,7 @@ from django.db.models import Model, QuerySet
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from apps.rest.etag import cacheable_response
 from apps.rest.problems import Problem
 
 DEFAULT_LIMIT = 50
@@ -23,7 +24,10 @@ _M = TypeVar("_M", bound=Model)
 def page_response(
     request: Request, rows: QuerySet[_M], shape: Callable[[list[_M]], Any]
 ) -> Response:
-    """One page of ``rows``, newest first: ``{"results", "next", "previous"}`` and ``Link``."""
+    """One page of ``rows``, newest first: ``{"results", "next", "previous"}`` and ``Link``.
+
+    A caller that sends the page's ``ETag`` gets 304 while nothing of it has changed.
+    """
     limit = _limit(request)
     older, key = _cursor(request)
     if older:
@@ -36,7 +40,8 @@ def page_response(
         has_next, has_previous = bool(items), more
     following = _link(request, "o", items[-1].pk) if has_next else None
     preceding = _link(request, "n", items[0].pk) if has_previous else None
-    answer = Response({"results": shape(items), "next": following, "previous": preceding})
+    data = {"results": shape(items), "next": following, "previous": preceding}
+    answer = cacheable_response(request, data)
     links = {"next": following, "prev": preceding}
     header = ", ".join(f'<{url}>; rel="{rel}"' for rel, url in links.items() if url)
     if header:

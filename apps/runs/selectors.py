@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 
-from apps.rest.filters import many_of, one_of, text
+from apps.rest.filters import Lookup, many_of, one_of, text
 from apps.rest.problems import not_found
 from apps.runs.models import Run
 from esper.contracts import RunMode, RunState
 
-FILTERS = {
+FILTERS: dict[str, Lookup] = {
     "state": ("state", one_of(RunState)),
     "state__in": ("state__in", many_of(RunState)),
     "mode": ("mode", one_of(RunMode)),
@@ -22,6 +22,11 @@ def runs(*, only: str = "") -> QuerySet[Run]:
     """All runs; just the one with the uid ``only`` for a caller whose token is restricted to it."""
     rows = Run.objects.select_related("owner")
     return rows.filter(uid=only) if only else rows
+
+
+def of_run_uid(value: str) -> Q:
+    """Rows that hold a run's uid alone, by that uid or by the run's name."""
+    return Q(run_uid=value) | Q(run_uid__in=Run.objects.filter(name=value).values("uid"))
 
 
 def visible_run(uid: str, *, only: str = "") -> Run:

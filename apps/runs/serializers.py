@@ -5,11 +5,13 @@ from typing import Any
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
+from apps.accounts.models import User
+from apps.accounts.policy import Act, may
 from apps.accounts.serializers import PermissionOutput
 from apps.rest.fields import (
     Members,
 )
-from apps.runs.models import Run
+from apps.runs.models import Command, Run
 
 
 @extend_schema_field(
@@ -73,3 +75,40 @@ class RunDetailOutput(RunOutput):
     @extend_schema_field(serializers.DictField(child=PermissionOutput()))
     def get_permissions(self, run: Run) -> Any:
         return PermissionOutput.of(self.context["permissions"])
+
+
+class CommandOutput(serializers.ModelSerializer[Command]):
+    """A command to the trainer with its answer, as people read it."""
+
+    adaptation = serializers.CharField(source="adaptation_uid")
+    payload = Members()
+
+    class Meta:
+        model = Command
+        fields = (
+            "seq",
+            "epoch",
+            "kind",
+            "adaptation",
+            "layer",
+            "kernel_digest",
+            "payload",
+            "issued_at",
+            "expires_at",
+            "state",
+            "code",
+            "reason",
+            "step",
+            "pause_ms",
+            "acknowledged_at",
+        )
+
+
+def run_answer(user: User, run: Run) -> dict[str, Any]:
+    """A run with what ``user`` may do with it."""
+    permissions = {
+        str(act): may(user, act, owner_id=run.owner_id)
+        for act in (Act.PAUSE_ADAPTATION, Act.STOP_RUN)
+    }
+    data: dict[str, Any] = RunDetailOutput(run, context={"permissions": permissions}).data
+    return data

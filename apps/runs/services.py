@@ -263,27 +263,34 @@ def _contract(command: models.Command) -> contracts.Command:
 
 @transaction.atomic
 def request_pause(
-    *, run: models.Run, paused: bool, user: User, via: str, reason: str
+    *, run: models.Run, paused: bool, user: User, via: str, reason: str, blocked: str = ""
 ) -> models.Run:
     """Pause or resume *adaptation* of a run; training goes on. The trainer acknowledges it.
 
+    Args:
+        blocked: why it cannot be done now, whoever asks; empty when it can.
+
     Raises:
-        Problem: not allowed, or the run has ended.
+        Problem: not allowed, the run has ended, or ``blocked``.
     """
     _check_act(run, user, Act.PAUSE_ADAPTATION)
+    if blocked:
+        raise Problem(423, "adaptation-killed", blocked)
     actor = Actor.person(user, via=via)
-    pause_run(run=run, paused=paused, actor=actor, reason=reason)
-    run.refresh_from_db()
-    return run
-
-
-def pause_run(*, run: models.Run, paused: bool, actor: Actor, reason: str) -> None:
-    """As ``request_pause``, for callers that have checked the permission. In a transaction."""
     models.Run.objects.filter(pk=run.pk).update(
         adaptation_paused_by=actor.name if paused else "",
         adaptation_paused_at=timezone.now() if paused else None,
     )
-    run.refresh_from_db(fields=["adaptation_paused_by", "adaptation_paused_at"])
+    tell_trainer(run=run, paused=paused, actor=actor, reason=reason)
+    run.refresh_from_db()
+    return run
+
+
+def tell_trainer(*, run: models.Run, paused: bool, actor: Actor, reason: str) -> None:
+    """Command the trainer to pause or resume adaptation. In a transaction.
+
+    The run's own pause is not touched: the kill switch must not undo what a person has paused.
+    """
     kind = CommandKind.PAUSE_ADAPTATION if paused else CommandKind.RESUME_ADAPTATION
     command = issue_command(run=run, kind=kind, payload={"reason": reason}, ttl_seconds=3600)
     _record_request(run, actor, kind, reason, command)

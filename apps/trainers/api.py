@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from drf_spectacular.utils import PolymorphicProxySerializer
 from rest_framework.request import Request
 from rest_framework.response import Response
 
@@ -19,9 +20,9 @@ from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
 from apps.rest.throttling import TelemetryThrottle, TokenThrottle
-from apps.runs.models import Run
+from apps.runs.models import Command, Run
 from apps.runs.selectors import FILTERS, runs, visible_run
-from apps.runs.serializers import RunOutput
+from apps.runs.serializers import CommandOutput, RunOutput
 from apps.runs.services import command_to_wire, commands_after, touch
 from apps.trainers import services
 from esper.contracts import RunState, TokenScope, protocol, wire
@@ -102,20 +103,31 @@ class Telemetry(TrainerEndpoint):
 
 
 class RunCommands(Endpoint):
+    """One path for two callers: people read the whole log, a trainer what it has to answer."""
+
     readers: ClassVar = READERS | TRAINERS
-    parameters = frozenset({"after"})
+    parameters = PARAMETERS | frozenset({"after"})
 
     @documented(
         "list_commands",
-        answer=protocol.Commands,
-        parameters=[query("after", int, "The last sequence number that is known already.")],
-        summary="Commands that the trainer has not answered, oldest first",
+        answer=PolymorphicProxySerializer(
+            "CommandList", [page_of(CommandOutput), protocol.Commands], None
+        ),
+        parameters=[
+            query("after", int, "The last sequence number that is known already."),
+            CURSOR,
+            LIMIT,
+        ],
+        summary="The commands of a run with their answers, newest first. "
+        "To its trainer: the signed ones that it has not answered, oldest first",
     )
     def get(self, request: Request, uid: str) -> Response:
         run = _run(request, uid)
         after = parse_parameter(request, "after", whole_number, default=0)
-        if run_of_token(request):
-            touch(run)
+        if not run_of_token(request):
+            rows = Command.objects.filter(run=run, seq__gt=after)
+            return page_response(request, rows, lambda rows: CommandOutput(rows, many=True).data)
+        touch(run)
         commands = commands_after(run, after)
         return Response({"results": [command_to_wire(command) for command in commands]})
 

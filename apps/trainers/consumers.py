@@ -38,6 +38,7 @@ class TrainerConsumer(AsyncWebsocketConsumer):
         super().__init__()
         self.uid = ""
         self.beating: asyncio.Task[None] | None = None
+        self.heard_at = -CHECK_SECONDS
         self.told: set[str] = set()  # uids of adaptations that wait for a person
 
     async def connect(self) -> None:
@@ -55,10 +56,7 @@ class TrainerConsumer(AsyncWebsocketConsumer):
         self.beating = asyncio.create_task(self._beat())
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """A send that fails ends the consumer without ``disconnect``: the beat must end with it.
-
-        Otherwise it would go on to record that the trainer has reported.
-        """
+        """A send that fails ends the consumer without ``disconnect``: the beat must end with it."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -73,7 +71,11 @@ class TrainerConsumer(AsyncWebsocketConsumer):
             await self.channel_layer.group_discard(trainer_group(self.uid), self.channel_name)
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
-        """Trainers answer over HTTP; a message on the socket is ignored."""
+        """Any message is a sign of the trainer; it answers commands over HTTP."""
+        now = time.monotonic()
+        if now - self.heard_at >= CHECK_SECONDS:  # a flood of messages must not become writes
+            self.heard_at = now
+            await database_sync_to_async(note_report)(self.uid)
 
     async def command_issued(self, event: dict[str, Any]) -> None:
         await self._deliver()
@@ -138,8 +140,14 @@ def why_stopped(secret: str | None, uid: str) -> str:
         return f"the run is {run.state}" if run else "the run no longer exists"
     if secret is None or authenticate_token(secret) is None:
         return "the token was revoked, by a newer trainer of this run or by a person"
-    touch(run)
     return ""
+
+
+def note_report(uid: str) -> None:
+    """The trainer has sent something. What this server sends it is no report of the trainer."""
+    run = Run.objects.filter(uid=uid).first()
+    if run is not None and not run.ended:
+        touch(run)
 
 
 def _commands(uid: str, after: int) -> list[dict[str, Any]]:

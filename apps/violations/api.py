@@ -5,7 +5,7 @@ from rest_framework.response import Response
 
 from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.endpoint import Endpoint
-from apps.rest.filters import apply_filters, flag, one_of, text
+from apps.rest.filters import Lookup, apply_filters, flag, of_run, one_of, text
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
@@ -14,8 +14,8 @@ from apps.violations.serializers import ViolationOutput
 from apps.violations.services import acknowledge_violation
 from esper.contracts import Severity, ViolationRule
 
-FILTERS = {
-    "run": ("run__uid", text),
+FILTERS: dict[str, Lookup] = {
+    "run": (of_run, text),
     "adaptation": ("adaptation_uid", text),
     "rule": ("rule", one_of(ViolationRule)),
     "severity": ("severity", one_of(Severity)),

@@ -1,6 +1,8 @@
-"""Reading what is wrong with a run."""
+"""Reading what is wrong with a run, and violations in the order in which people look at them."""
 
 from __future__ import annotations
+
+from django.db.models import Case, QuerySet, Value, When
 
 from apps.runs.models import Run
 from apps.violations.models import Violation
@@ -11,6 +13,18 @@ def open_findings(run: Run) -> tuple[Finding, ...]:
     """Findings of the diagnosis that are not over, oldest first, acknowledged ones too."""
     rows = Violation.objects.filter(run=run, resolved_step=None).exclude(finding="").order_by("id")
     return tuple(map(_finding, rows))
+
+
+def open_violations() -> QuerySet[Violation]:
+    """Those that nobody has acknowledged, and that have not ended by themselves."""
+    return Violation.objects.filter(acknowledged_at=None, resolved_step=None)
+
+
+def worst_first(rows: QuerySet[Violation]) -> QuerySet[Violation]:
+    """The most severe first, the newest first among equals."""
+    order = list(Severity)  # mildest first
+    rank = Case(*(When(severity=level, then=Value(-place)) for place, level in enumerate(order)))
+    return rows.order_by(rank, "-id")
 
 
 def _finding(violation: Violation) -> Finding:

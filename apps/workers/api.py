@@ -11,23 +11,24 @@ from rest_framework.response import Response
 from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.endpoint import Endpoint
 from apps.rest.fields import message
-from apps.rest.filters import apply_filters, flag, one_of, text
+from apps.rest.filters import Lookup, apply_filters, flag, one_of, text
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.runs.selectors import of_run_uid
 from apps.workers.models import CompileJob, Worker
 from apps.workers.selectors import current_jobs
 from apps.workers.serializers import JobOutput, WorkerOutput
 from apps.workers.services import Presence, heartbeat, set_worker_mode
 from esper.contracts import JobState, TokenScope, WorkerKind, WorkerMode, WorkerState, protocol
 
-JOB_FILTERS = {
+JOB_FILTERS: dict[str, Lookup] = {
     "state": ("state", one_of(JobState)),
-    "run": ("run_uid", text),
+    "run": (of_run_uid, text),
     "adaptation": ("adaptation_uid", text),
     "cached": ("cached", flag),
 }
-WORKER_FILTERS = {
+WORKER_FILTERS: dict[str, Lookup] = {
     "kind": ("kind", one_of(WorkerKind)),
     "state": ("state", one_of(WorkerState)),
     "mode": ("mode", one_of(WorkerMode)),

@@ -348,9 +348,10 @@ def _cost_check(
         hard=known or unknown_is_hard,
         observed=f"{_amount(value)} {unit}" if known else "unknown",
         limit=f"{_amount(limit)} {unit}",
-        text=f"Forecast {_amount(value)} {unit}, at most {_amount(limit)} {unit}."
+        text=f"The graft's forecast {rule} is {_amount(value)} {unit}; the limit is "
+        f"{_amount(limit)} {unit}."
         if known
-        else f"Its {rule} cannot be forecast; the limit is {_amount(limit)} {unit}.",
+        else f"The graft's {rule} cannot be forecast; the limit is {_amount(limit)} {unit}.",
     )
 
 

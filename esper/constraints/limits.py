@@ -109,7 +109,8 @@ def _beside_forecast(check: Check, forecast: float, unit: str) -> Check:
     return replace(
         check,
         observed=f"{check.observed} measured, {expected} forecast",
-        text=f"Measured {check.observed}, forecast {expected}, at most {check.limit}.",
+        text=f"{_subject(check.rule)} is {check.observed} measured, forecast {expected}; "
+        f"the limit is {check.limit}.",
     )
 
 
@@ -121,7 +122,11 @@ def _at_most(rule: ViolationRule, value: float, limit: float, unit: str, *, hard
         hard=known or hard,
         observed=f"{value:.4g} {unit}" if known else "unknown",
         limit=f"{limit:.4g} {unit}",
-        text=f"{value:.4g} {unit}, at most {limit:.4g} {unit}."
+        text=f"{_subject(rule)} is {value:.4g} {unit}; the limit is {limit:.4g} {unit}."
         if known
-        else f"Unknown; at most {limit:.4g} {unit} count.",
+        else f"{_subject(rule)} is unknown; the limit is {limit:.4g} {unit}.",
     )
+
+
+def _subject(rule: str) -> str:
+    return f"The graft's {rule.replace('_', ' ')}"

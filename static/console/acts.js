@@ -183,6 +183,7 @@ function offerNewEvidence(form, button) {
   again.textContent = "I have checked the new values: approve";
   again.dataset.path = button.dataset.path;
   again.dataset.doing = button.dataset.doing;
+  again.dataset.needsReason = "The evidence has drifted: say why you approve all the same. The audit log keeps the reason.";
   again.dataset.body = JSON.stringify({ ...JSON.parse(button.dataset.body ?? "{}"), accept_drift: true });
   place.append(" ", again);
 }

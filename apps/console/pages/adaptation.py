@@ -61,6 +61,7 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
             "drift": drift,
             "drift_width": 0 if drift is None else min(100, round(100 * drift)),
             "now_step": now.get("step"),
+            "decided": found.decided_evidence is not None,
         }
 
     def progress() -> dict[str, Any]:
@@ -148,7 +149,14 @@ def _joined(refusals: list[str]) -> list[str]:
 def get_adaptation(uid: str) -> Adaptation | None:
     return (
         Adaptation.objects.select_related(
-            "run__owner", "blueprint", "safety_policy", "decided_by", "claimed_by", "job", "kernel"
+            "run__owner",
+            "blueprint",
+            "safety_policy",
+            "decided_by",
+            "claimed_by",
+            "taken_back_by",
+            "job",
+            "kernel",
         )
         .filter(uid=uid)
         .first()

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 from django.core.paginator import Page, Paginator
 from django.http import HttpRequest, HttpResponse
 
 from apps.audit.models import AuditEvent
+from apps.audit.selectors import FILTERS
 from apps.audit.services import verify_chain
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, page_number
+from apps.rest.filters import narrowed
 
 PAGE_LENGTH = 50
 
 
 @dataclass(frozen=True, slots=True)
 class AuditFilter:
+    """As the API names them."""
+
     actor: str = ""
     act: str = ""
-    object_uid: str = ""
+    object: str = ""
     run: str = ""
+
+    @property
+    def given(self) -> dict[str, str]:
+        return {name: value for name, value in asdict(self).items() if value}
+
+    @property
+    def query(self) -> str:
+        """For the address of the export, which then holds what the page shows."""
+        return urlencode(self.given)
 
 
 @page
@@ -29,7 +43,7 @@ def audit(request: HttpRequest) -> HttpResponse:
     chosen = AuditFilter(
         actor=request.GET.get("actor", ""),
         act=request.GET.get("act", ""),
-        object_uid=request.GET.get("object", ""),
+        object=request.GET.get("object", ""),
         run=request.GET.get("run", ""),
     )
 
@@ -50,13 +64,5 @@ def audit(request: HttpRequest) -> HttpResponse:
 
 def audit_events(chosen: AuditFilter, page: int) -> Page[AuditEvent]:
     """Audit events, newest first."""
-    rows = AuditEvent.objects.all()
-    if chosen.actor:
-        rows = rows.filter(actor__icontains=chosen.actor)
-    if chosen.act:
-        rows = rows.filter(act__startswith=chosen.act)
-    if chosen.object_uid:
-        rows = rows.filter(object_uid=chosen.object_uid)
-    if chosen.run:
-        rows = rows.filter(run_uid=chosen.run)
+    rows = narrowed(AuditEvent.objects.all(), FILTERS, chosen.given)
     return Paginator(rows, PAGE_LENGTH).get_page(page)

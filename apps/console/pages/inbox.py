@@ -16,6 +16,8 @@ from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, person
 from apps.console.run_rows import live_runs
 from apps.console.waiting import waiting
+from apps.rest.filters import of_run
+from apps.runs.models import Run
 from esper.contracts import AdaptationState, Risk
 
 HISTORY_LENGTH = 100
@@ -66,10 +68,19 @@ def inbox(request: HttpRequest) -> HttpResponse:
         panels=panels,
         chosen=chosen,
         whole=lambda: {
-            "live_runs": list(live_runs().values_list("uid", "name")),
+            "run_names": run_names(chosen.run),
             "risks": list(Risk),
         },
     )
+
+
+def run_names(chosen: str) -> list[tuple[str, str]]:
+    """The choices of the run filter: live runs, and the chosen one whatever its state."""
+    names = list(live_runs().values_list("uid", "name"))
+    if chosen and all(chosen not in choice for choice in names):
+        others = Run.objects.filter(Q(uid=chosen) | Q(name=chosen)).values_list("uid", "name")[:1]
+        names += list(others) or [(chosen, chosen)]
+    return names
 
 
 def inbox_rows(chosen: InboxFilter, user: User) -> list[Adaptation]:
@@ -78,7 +89,7 @@ def inbox_rows(chosen: InboxFilter, user: User) -> list[Adaptation]:
         "run__owner", "blueprint", "claimed_by", "decided_by", "safety_policy"
     )
     if chosen.run:
-        rows = rows.filter(run__uid=chosen.run)
+        rows = rows.filter(of_run(chosen.run))
     if chosen.risk:
         rows = rows.filter(risk=chosen.risk)
     return list(rows[:HISTORY_LENGTH])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from django.db.models import Count, Min, Q
 from django.http import HttpRequest, HttpResponse
@@ -13,21 +14,31 @@ from django.utils import timezone
 from apps.adaptations.models import Adaptation
 from apps.console.panels import Panel, render_page
 from apps.console.request import page
-from apps.console.run_rows import live_runs, recent_runs, run_rows
+from apps.console.run_rows import annotated, live_runs, recent_runs, run_rows
 from apps.console.waiting import waiting
 from apps.runs.models import Run
 from apps.violations.models import Violation
+from apps.violations.selectors import open_violations, worst_first
 from apps.workers.models import CompileJob, Worker
 from apps.workers.services import Down, disk_problem, down_processes, parts
 from esper.contracts import AdaptationState, JobState, RunState, Severity, WorkerState
 
 ATTENTION_SHOWN = 12
+RUNS_SHOWN = 50
 _NEEDS_PERSON = (Severity.SERIOUS, Severity.CRITICAL)
 
 
 @page
 def overview(request: HttpRequest) -> HttpResponse:
     events = ("adaptation", "run", "violation", "switch")
+
+    def recent() -> dict[str, Any]:
+        found = recent_runs()
+        return {
+            "rows": run_rows(annotated(found)[:RUNS_SHOWN]),
+            "more": max(0, found.count() - RUNS_SHOWN),
+        }
+
     panels = [
         Panel(
             "attention",
@@ -41,7 +52,7 @@ def overview(request: HttpRequest) -> HttpResponse:
             "runs",
             "Runs",
             "console/overview/runs.html",
-            lambda: {"rows": run_rows(recent_runs())},
+            recent,
             events,
             every=5,
         ),
@@ -72,12 +83,12 @@ class Attention:
 
 def attention() -> Attention:
     trouble = Q(state=RunState.UNREACHABLE) | ~Q(quarantined_reason="")
-    serious = Violation.objects.filter(acknowledged_at=None, severity__in=_NEEDS_PERSON)
+    serious = open_violations().filter(severity__in=_NEEDS_PERSON)
     return Attention(
         adaptations=list(
             waiting().select_related("run", "blueprint", "claimed_by")[:ATTENTION_SHOWN]
         ),
-        violations=list(serious.select_related("run")[:ATTENTION_SHOWN]),
+        violations=list(worst_first(serious).select_related("run")[:ATTENTION_SHOWN]),
         runs=list(live_runs().filter(trouble).select_related("owner")[:ATTENTION_SHOWN]),
     )
 

@@ -14,6 +14,7 @@ from django.http import Http404, HttpRequest, HttpResponse
 
 from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation, Remedy
+from apps.console.bar import adaptation_switch
 from apps.console.drawing import shade
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
@@ -105,7 +106,9 @@ class TimelineEntry:
 
 def timeline(run: Run, *, most: int = 60) -> list[TimelineEntry]:
     """Adaptations, violations, compiled kernels and remedies of the script, newest first."""
-    adaptations = Adaptation.objects.filter(run=run).select_related("blueprint", "decided_by")
+    adaptations = Adaptation.objects.filter(run=run).select_related(
+        "blueprint", "decided_by", "taken_back_by"
+    )
     entries = [
         TimelineEntry(
             step=adaptation.graft_step or adaptation.proposed_step,
@@ -237,6 +240,7 @@ class PauseState:
 
     paused: bool
     command: Command | None
+    killed_by: str = ""  # who has switched off all adaptation; empty while it is on
 
     @property
     def pending(self) -> bool:
@@ -248,7 +252,9 @@ class PauseState:
 
 def pause_state(run: Run) -> PauseState:
     newest = Command.objects.filter(run=run, kind__in=_PAUSE_KINDS).order_by("-seq").first()
-    return PauseState(bool(run.adaptation_paused_by), newest)
+    switch = adaptation_switch()
+    killed_by = "" if switch.on else switch.changed_by
+    return PauseState(bool(run.adaptation_paused_by), newest, killed_by)
 
 
 def stop_command(run: Run) -> Command | None:

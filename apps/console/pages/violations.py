@@ -11,15 +11,18 @@ from django.http import Http404, HttpRequest, HttpResponse
 from apps.accounts.policy import Act, may
 from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, page_number, person
+from apps.rest.filters import of_run
 from apps.violations.models import Violation
+from apps.violations.selectors import open_violations, worst_first
 from esper.contracts import Severity, ViolationRule
 
 PAGE_LENGTH = 50
+STATES = ("open", "resolved", "acknowledged", "all")
 
 
 @dataclass(frozen=True, slots=True)
 class ViolationFilter:
-    state: str = "open"  # open, acknowledged, all
+    state: str = "open"  # one of STATES
     severity: str = ""
     rule: str = ""
     run: str = ""
@@ -28,7 +31,7 @@ class ViolationFilter:
 @page
 def violations(request: HttpRequest) -> HttpResponse:
     state = request.GET.get("state", "open")
-    if state not in ("open", "acknowledged", "all"):
+    if state not in STATES:
         raise Http404("there is no such filter")
     chosen = ViolationFilter(
         state=state,
@@ -52,15 +55,18 @@ def violations(request: HttpRequest) -> HttpResponse:
         title="Violations",
         panels=panels,
         chosen=chosen,
+        states=STATES,
         severities=list(Severity),
         rules=list(ViolationRule),
     )
 
 
 def violation_rows(chosen: ViolationFilter, page: int) -> Page[Violation]:
-    rows = Violation.objects.select_related("run", "acknowledged_by")
+    rows = Violation.objects.all()
     if chosen.state == "open":
-        rows = rows.filter(acknowledged_at=None)
+        rows = worst_first(open_violations())
+    elif chosen.state == "resolved":
+        rows = rows.filter(acknowledged_at=None).exclude(resolved_step=None)
     elif chosen.state == "acknowledged":
         rows = rows.exclude(acknowledged_at=None)
     if chosen.severity:
@@ -68,5 +74,6 @@ def violation_rows(chosen: ViolationFilter, page: int) -> Page[Violation]:
     if chosen.rule:
         rows = rows.filter(rule=chosen.rule)
     if chosen.run:
-        rows = rows.filter(run__uid=chosen.run)
+        rows = rows.filter(of_run(chosen.run))
+    rows = rows.select_related("run", "acknowledged_by")
     return Paginator(rows, PAGE_LENGTH).get_page(page)

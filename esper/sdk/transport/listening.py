@@ -45,6 +45,7 @@ logger = logging.getLogger("esper")
 
 
 _SILENCE_SECONDS = 30.0  # the server pings every 10 s
+_PONG = '{"type":"pong"}'
 _LONGEST_RETRY_SECONDS = 5.0  # also the period of polling where websockets do not get through
 _MAX_MESSAGE_BYTES = 256 * 1024
 _LONGEST_NAME = 300  # characters of a line on the console
@@ -129,7 +130,8 @@ class Listener:
             while True:
                 async with asyncio.timeout(_SILENCE_SECONDS):
                     message = await socket.recv()
-                await self._on_message(message)
+                if await self._on_message(message) == "ping":
+                    await socket.send(_PONG)  # otherwise the server would not know we still run
 
     def _stream_address(self) -> str:
         base = urlsplit(self._client.server)
@@ -139,12 +141,13 @@ class Listener:
         path = base.path.rstrip("/") + urlsplit(named).path
         return urlunsplit((scheme, base.netloc, path, "", ""))
 
-    async def _on_message(self, message: str | bytes) -> None:
+    async def _on_message(self, message: str | bytes) -> Any:
+        """Follow a message of the server, and return its type."""
         try:
             data = codec.decode(message)
         except CodecError as error:
             logger.warning("unreadable message on the command stream: %s", error)
-            return
+            return None
         kind = data.get("type") if isinstance(data, dict) else None
         if kind == "command":
             await self._on_command(data.get("command"), data.get("signature"))
@@ -152,6 +155,7 @@ class Listener:
             self._queues.waiting.append(_waiting(data))
         elif kind == "stopped":
             logger.info("the server closes the command stream: %s", data.get("reason", ""))
+        return kind
 
     @property
     def _last_seq(self) -> int:

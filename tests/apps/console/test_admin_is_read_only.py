@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -58,3 +59,8 @@ def test_an_admin_changes_a_role_and_the_rights_follow(world: Any) -> None:
 @pytest.mark.parametrize("who", ["vera", "rafi", "olga"])
 def test_others_do_not_get_into_the_admin(world: Any, who: str) -> None:
     assert world.client(who).get("/admin/").status_code == 302
+
+
+def test_plurals_are_english() -> None:
+    plurals = [str(model._meta.verbose_name_plural) for model in admin.site._registry]
+    assert [word for word in plurals if re.search(r"[^aeiou]ys$|(ch|sh|x)s$", word)] == []

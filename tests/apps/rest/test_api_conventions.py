@@ -214,10 +214,43 @@ def test_drifted_evidence_has_to_be_accepted(inbox: Inbox, operator: Caller) -> 
     stale = operator.act(path, shown(adaptation), version=adaptation.version)
     assert (stale.status, stale.code) == (409, "evidence-stale")
     assert stale.data["drift"] == "inf"
-    accepted = operator.act(
+    silent = operator.act(
         path, {"accept_drift": True, **shown(adaptation)}, version=adaptation.version
     )
-    assert accepted.status == 200
+    assert (silent.status, silent.code) == (422, "reason-required")
+    body = {"accept_drift": True, "reason": "the next loss is a number", **shown(adaptation)}
+    assert operator.act(path, body, version=adaptation.version).status == 200
+
+
+def test_pollers_of_adaptations_are_told_that_nothing_changed(
+    inbox: Inbox, operator: Caller
+) -> None:
+    adaptation = inbox.waiting()
+    for path in ("adaptations", f"adaptations/{adaptation.uid}"):
+        tag = operator.get(path).header("ETag")
+        assert operator.get(path, **{"If-None-Match": tag}).status == 304
+    inbox.trainer.send(metrics=[metrics(1001, loss=0.9)])
+    moved = operator.get(f"adaptations/{adaptation.uid}", **{"If-None-Match": tag})
+    assert (moved.status, moved.data["evidence_now"]["loss"]) == (200, 0.9)
+    # The new numbers are no new version: the tag that was read still serves for an act.
+    assert operator.post(f"adaptations/{adaptation.uid}/claim", **{"If-Match": tag}).status == 200
+
+
+def test_people_read_all_commands_of_a_run_and_their_answers(
+    inbox: Inbox, operator: Caller, trainer: Trainer
+) -> None:
+    for act in ("pause-adaptation", "resume-adaptation"):
+        assert operator.post(f"{trainer.path}/{act}").status == 202
+    body = {"epoch": 1, "state": "applied", "step": 7}
+    assert trainer.post(f"{trainer.path}/commands/1/ack", body).status == 200
+    rows = operator.get(f"{trainer.path}/commands").data["results"]
+    assert [(row["seq"], row["kind"], row["state"], row["step"]) for row in rows] == [
+        (2, "resume_adaptation", "issued", None),
+        (1, "pause_adaptation", "applied", 7),
+    ]
+    assert [
+        row["command"]["seq"] for row in trainer.get(f"{trainer.path}/commands").data["results"]
+    ] == [2]
 
 
 def test_the_loser_of_a_race_is_told_who_won(inbox: Inbox, callers: dict[Role, Caller]) -> None:

@@ -112,6 +112,24 @@ async def test_messages_from_a_trainer_on_the_socket_change_nothing(trainer: Tra
     await socket.close()
 
 
+async def test_only_what_a_trainer_sends_is_a_report(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_side, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(trainer_side, "PING_SECONDS", 0.05)
+    socket = trainer_socket(trainer.token, trainer.run)
+    await socket.open()
+    long_ago = timezone.now() - timedelta(seconds=61)
+    await in_database(Run.objects.filter(uid=trainer.run).update)(last_seen_at=long_ago)
+    for _ in range(3):  # the server's own timer runs, and the frozen trainer reads nothing
+        assert (await socket.next())["type"] == "ping"
+    assert (await in_database(trainer.row)()).last_seen_at == long_ago
+    await socket.say('{"type":"pong"}')
+    while (await in_database(trainer.row)()).last_seen_at == long_ago:
+        await socket.next()
+    await socket.close()
+
+
 async def test_a_vanished_trainer_is_not_recorded_as_reporting(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
