@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from drf_spectacular.utils import PolymorphicProxySerializer
 from rest_framework.request import Request
@@ -102,6 +102,9 @@ class Telemetry(TrainerEndpoint):
         return Response(wire.to_wire(answer), status=202)
 
 
+_COMMAND_LISTS: list[Any] = [page_of(CommandOutput), protocol.Commands]
+
+
 class RunCommands(Endpoint):
     """One path for two callers: people read the whole log, a trainer what it has to answer."""
 
@@ -110,9 +113,7 @@ class RunCommands(Endpoint):
 
     @documented(
         "list_commands",
-        answer=PolymorphicProxySerializer(
-            "CommandList", [page_of(CommandOutput), protocol.Commands], None
-        ),
+        answer=PolymorphicProxySerializer("CommandList", _COMMAND_LISTS, None),
         parameters=[
             query("after", int, "The last sequence number that is known already."),
             CURSOR,
