@@ -6,6 +6,7 @@ from django.contrib import admin
 from django.urls import include, path
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 
+from apps.console.pages.sign_in import admin_sign_in
 from apps.rest.problem_codes import problems_page
 from esper_web import probes
 
@@ -13,6 +14,7 @@ urlpatterns = [
     path("healthz", probes.healthz, name="healthz"),
     path("readyz", probes.readyz, name="readyz"),
     path("metrics", probes.metrics, name="metrics"),
+    path("admin/login/", admin_sign_in),
     path("admin/", admin.site.urls),
     path("api/v1/", include("esper_web.api_v1")),
     path("api/schema", SpectacularAPIView.as_view(), name="schema"),

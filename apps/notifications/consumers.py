@@ -13,8 +13,15 @@ from channels.auth import get_user
 from channels.db import database_sync_to_async
 from channels.generic.websocket import AsyncWebsocketConsumer
 from django.conf import settings
+from django.contrib.auth.models import AnonymousUser
 
-from apps.notifications.services import event_to_wire, events_after, group_name, last_seq
+from apps.notifications.services import (
+    event_to_wire,
+    events_after,
+    group_name,
+    last_seq,
+    session_group,
+)
 from apps.notifications.topics import watch_permission
 from esper.contracts import codec
 from esper.exceptions import CodecError
@@ -39,6 +46,7 @@ class StreamConsumer(AsyncWebsocketConsumer):
 
     def __init__(self) -> None:
         super().__init__()
+        self.user: Any = AnonymousUser()
         self.sent: dict[str, int] = {}  # topic -> the last number that was sent
         self.progress: dict[str, dict[str, Any]] = {}  # topic -> the newest that was not sent
         self.sending = asyncio.Lock()
@@ -47,10 +55,11 @@ class StreamConsumer(AsyncWebsocketConsumer):
 
     async def connect(self) -> None:
         scope: Any = self.scope
-        self.user: Any = scope["user"]
+        self.user = scope["user"]
         if not (self.user.is_authenticated and self.user.is_active):
             await self.close(NOT_SIGNED_IN)
             return
+        await self.channel_layer.group_add(self._session_group(), self.channel_name)
         await self.accept()
         self.tasks.append(asyncio.create_task(self._beat()))
 
@@ -67,6 +76,8 @@ class StreamConsumer(AsyncWebsocketConsumer):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*tasks, return_exceptions=True)
+        if self.user.is_authenticated:
+            await self.channel_layer.group_discard(self._session_group(), self.channel_name)
         for topic in self.sent:
             await self.channel_layer.group_discard(group_name(topic), self.channel_name)
 
@@ -133,6 +144,13 @@ class StreamConsumer(AsyncWebsocketConsumer):
         self.progress[message["topic"]] = message
         if self.flushing is None or self.flushing.done():
             self.flushing = asyncio.create_task(self._flush_progress())
+
+    async def session_ended(self, event: dict[str, Any]) -> None:
+        """Somebody has signed out with this session."""
+        await self.close(NOT_SIGNED_IN)
+
+    def _session_group(self) -> str:
+        return session_group(self.scope["session"].session_key or "")
 
     async def _catch_up(self, topic: str, until: int) -> None:
         while self.sent[topic] < until:

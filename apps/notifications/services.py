@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import hashlib
 import logging
 import threading
 from datetime import timedelta
@@ -14,6 +15,7 @@ from celery import current_app
 from channels.layers import get_channel_layer
 from django.db import transaction
 from django.db.models import F
+from django.http import HttpRequest
 from django.utils import timezone
 
 from apps.audit.services import take_turn
@@ -66,6 +68,18 @@ def events_after(topic: str, after: int, *, limit: int = 500) -> list[FeedEvent]
 
 def last_seq(topic: str) -> int:
     return Feed.objects.filter(topic=topic).values_list("last_seq", flat=True).first() or 0
+
+
+def session_group(session_key: str) -> str:
+    """The sockets of one session. The key itself is a secret, and groups stand in Redis."""
+    return f"session.{hashlib.sha256(session_key.encode()).hexdigest()[:32]}"
+
+
+def end_sockets_of_session(sender: type[Any], *, request: HttpRequest, **_: Any) -> None:
+    """Receiver of ``user_logged_out``, which is sent before the session is deleted."""
+    key = request.session.session_key
+    if key:
+        transaction.on_commit(lambda: notify(session_group(key), "session.ended", {}))
 
 
 def notify(group: str, type: str, message: dict[str, Any]) -> None:

@@ -13,15 +13,9 @@ from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM
 from apps.audit import heads, triggers
+from apps.audit.chain import GENESIS, event_hash
 from apps.audit.models import AuditEvent, AuditHead
-from apps.audit.services import (
-    GENESIS,
-    event_hash,
-    record,
-    set_heads_aside,
-    sign_head,
-    verify_chain,
-)
+from apps.audit.services import record, set_heads_aside, sign_head, verify_chain
 from esper.contracts import signing
 
 pytestmark = pytest.mark.django_db

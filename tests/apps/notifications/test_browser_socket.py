@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from django.test import Client
 
 from apps.accounts.models import User
 from apps.notifications import consumers as browser_side
@@ -184,6 +185,23 @@ async def test_unknown_and_disabled_accounts_get_no_stream(people: dict[Role, Us
     await in_database(User.objects.update)(is_active=False)
     socket = await in_database(browser)(people[Role.VIEWER])
     assert await socket.refused() == 4401
+
+
+async def test_the_sockets_of_a_session_end_at_once_when_its_person_signs_out(
+    people: dict[Role, User], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(browser_side, "PING_SECONDS", 3600)
+    client = Client()
+    await in_database(client.force_login)(people[Role.OPERATOR])
+    cookie = f"sessionid={client.cookies['sessionid'].value}".encode()
+    ending = [Socket("/ws/v1/stream", [(b"cookie", cookie), ORIGIN]) for _ in range(2)]
+    staying = await in_database(browser)(people[Role.OPERATOR])  # another session of hers
+    for socket in (*ending, staying):
+        await socket.open()
+    await in_database(client.post)("/logout")
+    assert [await socket.closed() for socket in ending] == [4401, 4401]
+    assert await staying.silent()
+    await staying.close()
 
 
 @pytest.mark.parametrize("how", ["signs out", "is dismissed"])
