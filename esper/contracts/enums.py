@@ -182,6 +182,8 @@ class RemedyKind(StrEnum):
     RESTORE_BEST = "restore_best"  # back to the weights with the lowest held-out loss
     REWIND = "rewind"  # back to an earlier good state
     SKIP_UPDATE = "skip_update"  # updates that are not finite are left out
+    STOP_EARLY = "stop_early"  # the loop is asked to stop
+    THAW = "thaw"  # frozen parameters are trained
     WEIGHT_DECAY = "weight_decay"
 
 

@@ -46,6 +46,19 @@ class Batch:
         return model(*self.args, **self.kwargs)
 
 
+@dataclass(slots=True)
+class Stop:
+    """Whether the training loop is asked to stop.
+
+    Attributes:
+        obeyed_by: what stops the loop then, such as ``"the Trainer"``; empty: the loop of a script
+            must look itself.
+    """
+
+    asked: bool = False
+    obeyed_by: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """The run that a remedy changes.
@@ -55,6 +68,7 @@ class Target:
         step: number of optimizer steps so far.
         sample: a batch of the model's inputs, None where there is none.
         states: earlier states of the run that were good, None where none are kept.
+        stop: asks the loop to stop.
     """
 
     model: nn.Module
@@ -63,6 +77,7 @@ class Target:
     step: int = -1
     sample: Batch | None = None
     states: GoodStates | None = None
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:

@@ -19,7 +19,7 @@ from esper.grafting.manifest import MANIFEST_KEY
 from esper.grafting.replicas import Joint
 from esper.grafting.slot import SLOT_NAME
 from esper.grafting.snapshot import Snapshot
-from esper.remedies import Target, get_remedy, list_remedies, resume_remedy
+from esper.remedies import Stop, Target, get_remedy, list_remedies, resume_remedy
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.changes import Changes
 from esper.sharding import gathered, spread_like
@@ -53,7 +53,11 @@ def state_of(model: nn.Module, surroundings: Surroundings, changes: Changes) -> 
 
 
 def load(
-    model: nn.Module, surroundings: Surroundings, state: dict[str, Any], joint: Joint
+    model: nn.Module,
+    surroundings: Surroundings,
+    state: dict[str, Any],
+    joint: Joint,
+    stop: Stop,
 ) -> tuple[list[Adaptation], list[RemedyReceipt]]:
     """Rebuild what :func:`state_of` described, in a model that has no grafts yet.
 
@@ -61,6 +65,7 @@ def load(
 
     Args:
         joint: what the caller does on all ranks, or on none; committed here.
+        stop: where the loop was asked to stop, it is asked again.
 
     Raises:
         ConfigurationError: the state has another number of optimizers.
@@ -82,7 +87,7 @@ def load(
     try:
         rebuilt = grafting.rebuild(model, state["structure"], surroundings)
         for entry in state["remedies"]:
-            receipt = _repeat(model, without_copies, entry)
+            receipt = _repeat(model, without_copies, entry, stop)
             repeated += [] if receipt is None else [receipt]
         _load_grafts(model, state["grafts"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -128,18 +133,17 @@ def _adaptations(applied: list[dict[str, Any]], rebuilt: tuple[Receipt, ...]) ->
 
 
 def _repeat(
-    model: nn.Module, surroundings: Surroundings, entry: dict[str, Any]
+    model: nn.Module, surroundings: Surroundings, entry: dict[str, Any], stop: Stop
 ) -> RemedyReceipt | None:
     """What a remedy does in each step, or did to parameter groups.
 
     What it did to weights is in the saved weights.
     """
     remedy, layer = entry["remedy"], entry["layer"]
-    if remedy in ("freeze", "unfreeze"):
-        act = remedies.freeze if remedy == "freeze" else remedies.unfreeze
-        receipt = act(model, layer, surroundings=surroundings)
+    if remedy == "freeze":
+        receipt = remedies.freeze(model, layer, surroundings=surroundings)
     elif remedy in {known.slug for known in list_remedies() if known.stays}:
-        target = Target(model, surroundings, layer)
+        target = Target(model, surroundings, layer, stop=stop)
         receipt = resume_remedy(get_remedy(remedy), target, entry["details"])
     else:
         return None

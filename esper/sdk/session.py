@@ -402,6 +402,15 @@ class Session:
         return tuple(self._remedies.proposals) if self._remedies is not None else ()
 
     @property
+    def should_stop(self) -> bool:
+        """The remedy ``stop_early`` asks the loop to stop.
+
+        Esper's callbacks for Lightning and transformers obey. A loop of its own looks itself:
+        ``if session.should_stop: break``.
+        """
+        return self._surgery.stop.asked
+
+    @property
     def run(self) -> str:
         """The run's id at the server; empty in local mode, and until it has registered."""
         registration = self._run.registration
@@ -504,12 +513,18 @@ class Session:
     def recycle(
         self, layer: str, next_layer: str, sample: Any, *, seed: int | None = None
     ) -> RemedyReceipt:
-        """Give dead units a new start; see :func:`esper.grafting.remedies.recycle_dead_units`.
+        """Give dead units a new start, now and when more of them die; the remedy ``recycle``.
+
+        Args:
+            next_layer: the only layer that reads the units, apart from a nonlinearity.
+            sample: a batch of the model's inputs.
+            seed: of the new weights; None: another one at each step.
 
         Raises:
             UnknownLayerError, GraftError: the model is as before.
         """
-        return self._surgery.recycle(layer, next_layer, sample, seed=seed)
+        seed = self._run.step + 1 if seed is None else seed
+        return self.remedy("recycle", layer, sample=sample, next_layer=next_layer, seed=seed)
 
     def set_lr(self, layer: str, factor: float) -> RemedyReceipt:
         """Let one layer learn ``factor`` times as fast, whatever schedulers do. Calls multiply.
@@ -524,8 +539,8 @@ class Session:
         return self._surgery.freeze(layer)
 
     def unfreeze(self, layer: str) -> RemedyReceipt:
-        """Let a frozen layer learn, in a group of its own. Raises as :meth:`set_lr`."""
-        return self._surgery.unfreeze(layer)
+        """Let a frozen layer learn; the remedy ``thaw``. Raises as :meth:`set_lr`."""
+        return self.remedy("thaw", layer)
 
     def merge(self, receipt: Receipt) -> RemedyReceipt:
         """Fold a kept graft into its host's weights, so that it costs nothing any more.

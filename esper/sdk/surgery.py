@@ -40,7 +40,7 @@ from esper.grafting.slot import find_host, slot_of
 from esper.grafting.state_dicts import Difference
 from esper.health import HealthSampler
 from esper.health.sharded import ShardedSampler
-from esper.remedies import Batch, GoodStates, Target, apply_remedy, get_remedy, refusal
+from esper.remedies import Batch, GoodStates, Stop, Target, apply_remedy, get_remedy, refusal
 from esper.sdk import checkpoint, framework_loads
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.changes import Changes
@@ -73,6 +73,7 @@ class Surgery:
         changes: what is in the model.
         sampler: measures the model's health; None before the first complete step.
         states: earlier good states to rewind to; None in a run that only observes.
+        stop: whether the loop is asked to stop.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Surgery:
         self._findings = findings
         rewinds = run.mode is not RunMode.OBSERVE and not surroundings.why_no_remedy()
         self.states = self._good_states() if rewinds else None
+        self.stop = Stop()
 
     def _good_states(self) -> GoodStates:
         optimizers = self._surroundings.optimizers
@@ -285,25 +287,11 @@ class Surgery:
 
     def _target(self, layer: str, sample: Any) -> Target:
         around, step = self._without_copies, self._run.step
-        return Target(self.model, around, layer, step, Batch.of(sample), self.states)
-
-    def recycle(
-        self, layer: str, next_layer: str, sample: Any, *, seed: int | None = None
-    ) -> RemedyReceipt:
-        """See :meth:`Session.recycle`."""
-        seed = self._run.step + 1 if seed is None else seed
-        recycle = partial(
-            remedies.recycle_dead_units, self.model, layer, next_layer, sample, seed=seed
-        )
-        return self._remedy(recycle, "recycle", layer, next_layer, seed)
+        return Target(self.model, around, layer, step, Batch.of(sample), self.states, self.stop)
 
     def freeze(self, layer: str) -> RemedyReceipt:
         """See :meth:`Session.freeze`."""
         return self._remedy(partial(remedies.freeze, self.model, layer), "freeze", layer)
-
-    def unfreeze(self, layer: str) -> RemedyReceipt:
-        """See :meth:`Session.unfreeze`."""
-        return self._remedy(partial(remedies.unfreeze, self.model, layer), "unfreeze", layer)
 
     def merge(self, receipt: Receipt) -> RemedyReceipt:
         """See :meth:`Session.merge`."""
@@ -406,7 +394,9 @@ class Surgery:
         """Rebuild what :meth:`state_dict` described; see :func:`checkpoint.load`."""
         if self.changes.grafted:
             raise ConfigurationError("this model carries grafts already; load into a fresh one")
-        adaptations, receipts = checkpoint.load(self.model, self._surroundings, state, joint)
+        adaptations, receipts = checkpoint.load(
+            self.model, self._surroundings, state, joint, self.stop
+        )
         self.changes.resume(adaptations, receipts)
         for adaptation in adaptations:
             self._follow_loads(adaptation)

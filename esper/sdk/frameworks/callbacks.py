@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from esper.fail_closed import FailClosed
 from esper.sdk.findings import unknown_loss
-from esper.sdk.session import Session
+from esper.sdk.session import RunStopped, Session
+
+logger = logging.getLogger("esper")
 
 
 def inside_the_loop(
@@ -45,15 +48,19 @@ def inside_the_loop(
     return decorate
 
 
-def step(session: Session, loss: float | Tensor | None) -> None:
-    """One step of the session; a loss that the framework did not show is a finding.
+def goes_on(session: Session, loss: float | Tensor | None) -> bool:
+    """One step of the session; False where the training must stop after it.
 
-    Raises:
-        RunStopped: a person stopped the run.
+    A loss that the framework did not show is a finding.
     """
     if loss is None:
         session._findings.add(unknown_loss())
-    session.step(loss)
+    try:
+        session.step(loss)
+    except RunStopped as stopped:
+        logger.warning("the run was stopped: %s", stopped)
+        return False
+    return not session.should_stop
 
 
 def _fail_closed_of(callback: Any) -> FailClosed:

@@ -10,7 +10,6 @@ on_train_end       the session is closed. The Trainer calls no callback after an
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -34,10 +33,9 @@ from esper.exceptions import ConfigurationError, EsperError
 from esper.fail_closed import FailClosed
 from esper.sdk import framework_loads
 from esper.sdk.attaching import attach
-from esper.sdk.frameworks.callbacks import inside_the_loop, step
-from esper.sdk.session import RunStopped, Session, patience_for, reason_of
+from esper.sdk.frameworks.callbacks import goes_on, inside_the_loop
+from esper.sdk.session import Session, patience_for, reason_of
 
-logger = logging.getLogger("esper")
 framework_loads.install()
 
 ESPER_FILE = "esper.pt"
@@ -93,6 +91,7 @@ class EsperCallback(TrainerCallback):
         self.session = attach(
             model, kwargs["optimizer"], scheduler=kwargs["lr_scheduler"], **options
         )
+        self.session._surgery.stop.obeyed_by = "the Trainer"
         saved = self._saved_state(args, state)
         if saved is not None:
             self.session.load_state_dict(saved)
@@ -108,10 +107,7 @@ class EsperCallback(TrainerCallback):
     ) -> None:
         if self.session is None:
             return
-        try:
-            step(self.session, self._losses.take())
-        except RunStopped as stopped:
-            logger.warning("the run was stopped: %s", stopped)
+        if not goes_on(self.session, self._losses.take()):
             control.should_training_stop = True
 
     @inside_the_loop("A lost esper.pt is not noticed when training resumes.")

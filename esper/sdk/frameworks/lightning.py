@@ -10,7 +10,6 @@ on_fit_end, on_exception   the session is closed, with the reason
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -26,10 +25,9 @@ from esper.exceptions import EsperError
 from esper.grafting.state_dicts import LoadHooks, pop_grafts
 from esper.sdk import framework_loads
 from esper.sdk.attaching import attach
-from esper.sdk.frameworks.callbacks import inside_the_loop, step
-from esper.sdk.session import RunStopped, Session, patience_for, reason_of
+from esper.sdk.frameworks.callbacks import goes_on, inside_the_loop
+from esper.sdk.session import Session, patience_for, reason_of
 
-logger = logging.getLogger("esper")
 framework_loads.install()
 
 CHECKPOINT_KEY = "esper"
@@ -83,6 +81,7 @@ class EsperCallback(Callback):
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             **options,
         )
+        self.session._surgery.stop.obeyed_by = "Lightning's Trainer"
         saved, self._saved = self._saved, None
         if saved is not None:
             self.session.load_state_dict(saved)
@@ -110,10 +109,7 @@ class EsperCallback(Callback):
         self._steps = trainer.global_step
         mean = math.fsum(self._losses) / len(self._losses) if self._losses else None
         self._losses.clear()
-        try:
-            step(self.session, mean)
-        except RunStopped as stopped:
-            logger.warning("the run was stopped: %s", stopped)
+        if not goes_on(self.session, mean):
             trainer.should_stop = True
 
     @inside_the_loop("The held-out loss is not reported.")

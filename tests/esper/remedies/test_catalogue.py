@@ -15,6 +15,7 @@ import esper
 from esper.contracts import RemedyKind
 from esper.exceptions import ConfigurationError, GraftError, UndoError
 from esper.remedies import GoodStates, get_remedy, list_remedies
+from esper.remedies.dead_units import FiringTimes
 from esper.remedies.good_states import CONFIRMED_STEPS, EVERY_STEPS
 
 CONFIRMED = EVERY_STEPS + CONFIRMED_STEPS + 2  # steps after which a good state is kept
@@ -39,14 +40,31 @@ class Run:
     """A small run with dropout, whose batches come from torch's random stream."""
 
     def __init__(
-        self, optimizer: str = "adamw", scheduler: str = "none", *, forgotten: bool = False
+        self,
+        optimizer: str = "adamw",
+        scheduler: str = "none",
+        *,
+        forgotten: bool = False,
+        frozen: bool = False,
+        dead: bool = False,
     ) -> None:
-        """``forgotten``: the optimizer is not given the layer "3"."""
+        """One of the faults that some remedies need.
+
+        Args:
+            forgotten: the optimizer is not given the layer "3".
+            frozen: the layer "3" is frozen.
+            dead: two units of the layer "0" never fire.
+        """
         torch.manual_seed(0)
         self.model = nn.Sequential(
             nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 16), nn.ReLU()
         )
         self.model.append(nn.Linear(16, 3))
+        if frozen:
+            self.model[3].requires_grad_(False)
+        if dead:
+            with torch.no_grad():
+                self.model.get_parameter("0.bias")[[2, 7]] = -100.0
         held = [p for n, p in self.model.named_parameters() if not (forgotten and n[0] == "3")]
         self.optimizer = OPTIMIZERS[optimizer](held)
         self.scheduler = SCHEDULERS[scheduler](self.optimizer)
@@ -91,6 +109,14 @@ class Run:
         )
 
 
+def run_for(slug: str, *how: str) -> Run:
+    """A run that the remedy fits."""
+    return Run(*how, forgotten=slug == "adopt", frozen=slug == "thaw", dead=slug == "recycle")
+
+
+PLACES = {"recycle": "0"}  # remedies that are for one layer
+
+
 def sample() -> Tensor:
     return torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
 
@@ -102,15 +128,14 @@ def sample() -> Tensor:
 def test_a_remedy_and_its_undo_equal_nothing_done(
     slug: str, optimizer: str, scheduler: str
 ) -> None:
-    forgotten = slug == "adopt"
-    alone = Run(optimizer, scheduler, forgotten=forgotten)
+    alone = run_for(slug, optimizer, scheduler)
     with alone.attach(named=True) as session:
         alone.train(CONFIRMED, session)
         expected = alone.train(15, session)
-    run = Run(optimizer, scheduler, forgotten=forgotten)
+    run = run_for(slug, optimizer, scheduler)
     with run.attach(named=True) as session:
         run.train(CONFIRMED, session)
-        receipt = session.remedy(slug, sample=sample())
+        receipt = session.remedy(slug, PLACES.get(slug, ""), sample=sample())
         assert RemedyKind(receipt.remedy) == slug
         run.train(4, session)
         report = session.undo(receipt)
@@ -347,6 +372,11 @@ def test_a_bad_scale_is_repaired(
         ("restore_best", "", {}, "no held-out loss has been measured"),
         ("repair_scale", "", {}, "it needs a batch"),
         ("set_lr", "1", {}, "no optimizer trains the layer"),
+        ("thaw", "3", {}, "no parameter that could learn is frozen"),
+        ("recycle", "", {}, "it needs the name of a layer"),
+        ("recycle", "0", {}, "it needs a batch"),
+        ("recycle", "0", {"sample": 1, "seed": -1}, "seed must be a whole number"),
+        ("stop_early", "", {"restore_best": 3}, "restore_best must be True or False"),
     ],
 )
 def test_a_refusal_says_why_and_touches_nothing(
@@ -414,17 +444,17 @@ def test_each_remedy_says_what_it_does() -> None:
 
 @pytest.mark.parametrize("slug", [remedy.slug for remedy in list_remedies() if remedy.stays])
 def test_what_stays_in_force_outlives_a_restart(slug: str) -> None:
-    run = Run(forgotten=slug == "adopt")
+    run = run_for(slug)
     with run.attach() as session:
         run.train(CONFIRMED, session)
-        session.remedy(slug)
+        session.remedy(slug, PLACES.get(slug, ""), sample=sample())
         run.train(5, session)
         state = copy.deepcopy(
             (session.state_dict(), run.model.state_dict(), run.optimizer.state_dict())
         )
         streams = torch.get_rng_state()
         expected = run.train(10, session)
-    later = Run(forgotten=slug == "adopt")
+    later = run_for(slug)
     with later.attach() as session:
         session.load_state_dict(state[0])
         later.model.load_state_dict(state[1])
@@ -459,3 +489,82 @@ def test_copies_of_the_run_cost_at_most_a_hundredth_of_its_time() -> None:
         now[0] += 0.1
         states.on_step(step, healthy=True)
     assert 3 <= len(copies) <= 10
+
+
+def test_what_is_thawed_learns_and_is_frozen_again_when_it_ends() -> None:
+    run = Run("sgd", "lambda", frozen=True)
+    weight = run.model.get_parameter("3.weight")
+    start = weight.detach().clone()
+    with run.attach() as session:
+        run.train(5, session)
+        assert torch.equal(weight, start)
+        receipt = session.remedy("thaw")
+        assert receipt.details == {"tensors": ["3.weight", "3.bias"], "parameters": 272}
+        run.train(5, session)
+        learnt = weight.detach().clone()
+        assert not torch.equal(learnt, start)
+        session.undo(receipt, hard=False)
+        run.train(5, session)
+        assert torch.equal(weight, learnt)
+        assert not weight.requires_grad
+
+
+def test_what_is_thawed_is_trained_although_no_optimizer_holds_it() -> None:
+    run = Run("adamw", forgotten=True, frozen=True)
+    start = run.model.get_parameter("3.weight").detach().clone()
+    with run.attach() as session:
+        run.train(3, session)
+        session.remedy("thaw", "3")
+        run.train(5, session)
+        assert not torch.equal(run.model.get_parameter("3.weight"), start)
+        assert len(run.optimizer.param_groups[0]["params"]) == 4
+
+
+def test_units_that_die_later_are_recycled_too_and_living_ones_never() -> None:
+    run = Run("adamw", dead=True)
+    with run.attach() as session:
+        run.train(3, session)
+        receipt = session.remedy("recycle", "0", sample=sample())
+        assert receipt.details["units"] == [2, 7]
+        assert receipt.details["next_layer"] == "3"
+        run.train(60, session)
+        assert receipt.details["later"] == 0
+        with torch.no_grad():
+            run.model.get_parameter("0.bias")[5] = -100.0
+        run.train(35, session)
+        assert receipt.details["later"] == 1
+        alive = torch.relu(run.model[0](sample())).amax(0) > 0
+        assert alive[[2, 5, 7]].all()
+
+
+def test_a_silence_is_judged_by_the_units_own_silences() -> None:
+    """Equal silences: usual for a unit that fires rarely, death for one that always fired."""
+    times = FiringTimes(3)
+    for step in range(400):  # the last unit never fires
+        times.observe(torch.tensor([True, step % 40 == 0, False]))
+    assert not times.dead()[:2].any()
+    for _ in range(35):
+        times.observe(torch.tensor([False, False, False]))
+    assert times.dead().tolist() == [True, False, True]
+    times.forget([0, 2])
+    assert not times.dead().any()
+
+
+def test_a_loop_that_looks_is_stopped_and_has_the_best_weights() -> None:
+    run = Run("sgd")
+    with run.attach() as session:
+        run.train(CONFIRMED, session)
+        assert not session.should_stop
+        receipt = session.remedy("stop_early")
+        states = session._surgery.states
+        assert states is not None
+        assert states.best is not None
+        best = states.best[1]
+        assert receipt.details["restored_step"] == best.step
+        assert torch.equal(best.tensors["0.weight"], run.model.get_parameter("0.weight"))
+        assert session.should_stop
+        assert "must read session.should_stop" in str(receipt)
+        with pytest.raises(GraftError, match="asked to stop already"):
+            session.remedy("stop_early")
+        session.undo(receipt, hard=False)
+        assert not session.should_stop

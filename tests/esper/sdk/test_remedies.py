@@ -11,7 +11,9 @@ from torch import nn
 import esper
 from esper.contracts import AdaptationState
 from esper.exceptions import ConfigurationError, GraftError, UndoError, UnknownLayerError
-from esper.grafting import RemedyReceipt, Surroundings, companions_of, digest, remedies
+from esper.grafting import RemedyReceipt, Surroundings, companions_of, digest
+from esper.grafting.surroundings import BARE
+from esper.remedies import Batch, Target, apply_remedy, get_remedy
 from tests.esper.sdk.normed_training import NormedTraining
 from tests.esper.sdk.test_resuming import saved_and_loaded
 from tests.esper.sdk.tiny_training import Training
@@ -78,8 +80,8 @@ def test_dead_units_start_anew_without_a_change_of_the_output(training: Training
     training.run(3)
     model, x = training.model.eval(), sample()
     before = model(x)
-    around = Surroundings([training.optimizer])
-    receipt = remedies.recycle_dead_units(model, "0", "3", x, surroundings=around)
+    target = Target(model, Surroundings([training.optimizer]), "0", sample=Batch.of(x))
+    receipt = apply_remedy(get_remedy("recycle"), target, {"next_layer": "3"})
     assert receipt.details["units"] == [2, 7]
     assert receipt.details["max_abs_diff"] == 0.0
     assert torch.equal(model(x), before)
@@ -111,8 +113,9 @@ def test_units_that_something_else_reads_are_left_alone() -> None:
     with torch.no_grad():
         model.wide.bias[3] = -100.0
     before = digest(model)
+    target = Target(model, BARE, "wide", sample=Batch.of(sample()))
     with pytest.raises(GraftError, match="reads its units"):
-        remedies.recycle_dead_units(model, "wide", "narrow", sample())
+        apply_remedy(get_remedy("recycle"), target, {"next_layer": "narrow"})
     assert digest(model) == before
 
 

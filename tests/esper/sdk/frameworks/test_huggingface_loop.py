@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from esper.exceptions import ConfigurationError
 from esper.grafting import audit, digest
@@ -75,3 +77,23 @@ def test_an_exception_is_reported_by_the_context(tmp_path: Path) -> None:
     assert callback.session is not None
     with pytest.raises(ConfigurationError, match="closed"):
         callback.session.step(0.1)
+
+
+class AskToStop(TrainerCallback):
+    def __init__(self, esper: EsperCallback) -> None:
+        self.esper = esper
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            assert self.esper.session is not None
+            receipt = self.esper.session.remedy("stop_early", restore_best=False)
+            assert receipt.details["told"] == "the Trainer stops"
+
+
+def test_the_trainer_stops_when_the_remedy_asks_for_it(tmp_path: Path) -> None:
+    callback = EsperCallback(run="fit")
+    trainer = make_trainer(
+        tmp_path, callback, AskToStop(callback), eval_strategy="no", save_strategy="no"
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4

@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader, TensorDataset
 
 from esper.exceptions import ConfigurationError
 from esper.grafting import audit, digest
 from esper.sdk.frameworks.lightning import EsperCallback
-from tests.esper.sdk.frameworks.lightning_training import GRAFT_AT, SAVE_AT, STEPS, fit
+from tests.esper.sdk.frameworks.lightning_training import GRAFT_AT, SAVE_AT, STEPS, Net, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -59,3 +62,25 @@ def test_an_exception_closes_the_session(tmp_path: Path) -> None:
     assert callback.session is not None
     with pytest.raises(ConfigurationError, match="closed"):
         callback.session.step(0.1)
+
+
+class AskToStop(Callback):
+    def __init__(self, esper: EsperCallback) -> None:
+        self.esper = esper
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        session = self.esper.session
+        if trainer.global_step == 3 and session is not None and not session.should_stop:
+            receipt = session.remedy("stop_early", restore_best=False)
+            assert receipt.details["told"] == "Lightning's Trainer stops"
+
+
+def test_the_trainer_stops_when_the_remedy_asks_for_it() -> None:
+    esper = EsperCallback(run="fit")
+    trainer = Trainer(
+        accelerator="cpu", callbacks=[AskToStop(esper), esper], max_steps=STEPS, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    data = TensorDataset(torch.randn(96, 8), torch.randint(0, 4, (96,)))
+    trainer.fit(Net(), DataLoader(data, batch_size=4), DataLoader(data, batch_size=96))
+    assert trainer.global_step == 4
