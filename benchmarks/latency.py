@@ -257,7 +257,7 @@ class ManySizes:
         self.requires: frozenset[str] = frozenset()
         self.parts = 1
 
-    def supports(self, layer: LayerInfo) -> str:
+    def refusal(self, layer: LayerInfo) -> str:
         return ""
 
     def sizes(self, layer: LayerInfo) -> tuple[dict[str, Any], ...]:

@@ -85,8 +85,8 @@ class SelectableBlueprint(Protocol):
     @property
     def parts(self) -> int: ...
 
-    def supports(self, layer: LayerInfo) -> str:
-        """Empty if it fits, otherwise a sentence for a person."""
+    def refusal(self, layer: LayerInfo) -> str:
+        """Empty if it fits the layer, or the span, otherwise a sentence for a person."""
 
     def sizes(self, layer: LayerInfo) -> tuple[dict[str, Any], ...]:
         """All candidate configurations, smallest first."""
@@ -304,11 +304,14 @@ def _shape_key(layer: LayerInfo) -> tuple[Any, ...]:
         layer.cached_channels,
         layer.looks_ahead,
         layer.sequence_axis,
+        layer.activation,
+        layer.recomputed,
+        bool(layer.since),
     )
 
 
 def _tabulate(blueprint: SelectableBlueprint, layer: LayerInfo) -> _Table:
-    refusal = blueprint.supports(layer) if layer.graftable else layer.reason or "Not graftable."
+    refusal = blueprint.refusal(layer) if layer.graftable else layer.reason or "Not graftable."
     if refusal:
         return _Table(refusal)
     configs = blueprint.sizes(layer)

@@ -72,6 +72,7 @@ class SelfAttention(Blueprint):
     """
 
     queries_per_key: ClassVar[int] = 1
+    spans = True
     category = BlueprintCategory.TRANSFORMER
     kind = GraftKind.PARALLEL
     adaptation_type = AdaptationType.ADD_ATTENTION

@@ -133,6 +133,7 @@ class Blueprint(ABC):
     mergeable: ClassVar[bool] = False
     trainable: ClassVar[bool] = True
     parts: ClassVar[int] = 1  # number of blueprints in it; more than one for a composition
+    spans: ClassVar[bool] = False  # its graft may read the input of an earlier layer
     idea: ClassVar[str]
     source: ClassVar[str]
     when: ClassVar[str]
@@ -157,6 +158,12 @@ class Blueprint(ABC):
     @abstractmethod
     def supports(self, layer: LayerInfo) -> str:
         """Empty if the blueprint fits the layer, otherwise a sentence that says why not."""
+
+    def refusal(self, layer: LayerInfo) -> str:
+        """As :meth:`supports`, also for the place of a graft that spans layers."""
+        if layer.since and not self.spans:
+            return "it acts on one layer and cannot span several; leave since= out"
+        return self.supports(layer)
 
     @abstractmethod
     def sizes(self, layer: LayerInfo) -> tuple[dict[str, Any], ...]:
@@ -192,7 +199,7 @@ class Blueprint(ABC):
             ConfigurationError: an unknown key or an invalid value.
             IncompatibleLayerError: the layer does not fit.
         """
-        reason = self.supports(layer)
+        reason = self.refusal(layer)
         if reason:
             raise IncompatibleLayerError(layer=layer.name, blueprint=self.slug, reason=reason)
         config = self.default_config(layer)

@@ -160,7 +160,7 @@ class Composition(Blueprint):
         )
 
     def config_for(self, layer: LayerInfo, given: dict[str, Any] | None = None) -> dict[str, Any]:
-        reason = self.supports(layer)
+        reason = self.refusal(layer)
         if reason:
             raise IncompatibleLayerError(layer=layer.name, blueprint=self.slug, reason=reason)
         given = given or {}

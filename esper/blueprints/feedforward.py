@@ -39,6 +39,11 @@ class GeluBranch(Graft):
         self.channel_axis = channel_axis
         self.stride = stride
 
+    @property
+    def activation(self) -> str:
+        """Of its hidden units, by its name in ``esper.blueprints.activations``."""
+        return "gelu"
+
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.change(x).to(y.dtype)
 
@@ -94,6 +99,7 @@ class FeedForward(Blueprint):
     """
 
     hidden_at_width: ClassVar[tuple[int, int]]
+    spans = True
     kind = GraftKind.PARALLEL
     risk = Risk.MEDIUM
 

@@ -134,7 +134,7 @@ def _of_session(session: Any, layer: str) -> tuple[LayerInfo, list[str]]:
 def _fit(blueprint: Blueprint, layer: LayerInfo, grafts: dict[str, Blueprint]) -> Fit:
     if not layer.graftable:
         return Fit(blueprint.slug, layer.reason or "the layer may not be grafted")
-    reason = _conflict(blueprint, grafts) or blueprint.supports(layer)
+    reason = _conflict(blueprint, grafts) or blueprint.refusal(layer)
     sizes = () if reason else blueprint.sizes(layer)
     if not sizes:
         return Fit(blueprint.slug, reason or "it has no valid size for this layer")

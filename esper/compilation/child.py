@@ -67,7 +67,7 @@ def _specify(order: BuildOrder, answers: BinaryIO) -> None:
     from esper.compilation import kernel_key
 
     blueprint = blueprints.get_blueprint(order.blueprint)
-    reason = blueprint.supports(order.layer)
+    reason = blueprint.refusal(order.layer)
     if reason:
         raise KernelBuildError(
             f"{blueprint.slug} does not fit {order.layer.name}: {reason}", permanent=True

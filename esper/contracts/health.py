@@ -102,6 +102,12 @@ class LayerInfo:
     # Axis of time in a [., ., channels] input: 1 or 0; -1 where the model has modules that take
     # time first, and the shape of this layer does not tell whether it belongs to them.
     sequence_axis: Annotated[int, Meta(ge=-1, le=1)] = 1
+    # The function that was seen between the output of the layer that ran before and this input.
+    activation: ShortText = ""
+    recomputed: Int64 = 0  # region of activation checkpointing, counted from 1; 0: none
+    # Not empty: the place of a graft that spans layers. It reads the input of the layer ``since``,
+    # which ``in_shape`` and ``features_in`` describe, and adds to the output of this one.
+    since: ShortText = ""
 
     @property
     def has_sequence(self) -> bool:
@@ -110,9 +116,10 @@ class LayerInfo:
 
     def __str__(self) -> str:
         shapes = f"{list(self.in_shape)} -> {list(self.out_shape)}" if self.out_shape else "not run"
+        span = f" parallel to {self.since} … {self.name}" if self.since else ""
         graftable = "graftable" if self.graftable else f"not graftable: {self.reason or 'unknown'}"
         return (
-            f"{self.name or 'the model'}: {self.kind} {shapes}, {self.dtype}, "
+            f"{self.name or 'the model'}: {self.kind}{span} {shapes}, {self.dtype}, "
             f"{self.parameters:,} parameters, {graftable}"
         )
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Final
 
 from torch import nn
 
 from esper.blueprints import get_blueprint
+from esper.blueprints.spans import span, why_no_span
 from esper.console import Console
 from esper.contracts import LayerInfo
-from esper.exceptions import UnknownLayerError
+from esper.exceptions import IncompatibleLayerError, UnknownLayerError
 from esper.grafting.apply import apply_graft
 from esper.grafting.certify import certify, sample_input, stand_in
 from esper.grafting.companion import accompany, companions_of
@@ -46,6 +48,7 @@ from esper.grafting.structure import (
     take_back,
 )
 from esper.grafting.surroundings import Surroundings
+from esper.near_names import or_known
 
 __all__ = [
     "ChangeReceipt",
@@ -91,6 +94,7 @@ __all__ = [
     "sample_input",
     "slot_of",
     "slots",
+    "span_of",
     "stand_in",
     "structure",
     "take_back",
@@ -107,6 +111,7 @@ def graft(
     layer: str,
     blueprint: str,
     *,
+    since: str = "",
     optimizer: Any = NOT_SAID,
     sample: Any = None,
     **config: Any,
@@ -116,6 +121,8 @@ def graft(
     Args:
         layer: name of the layer, as in ``model.named_modules()``.
         blueprint: slug or id.
+        since: name of an earlier layer, whose input the graft reads, for a graft that spans layers:
+            over ``fc1`` … ``fc2`` a feed-forward branch is more hidden units. Needs ``sample``.
         optimizer: trains the layer. The new weights get a companion, which steps with it. Without
             one nothing trains them, which is said on the console; ``optimizer=None`` says that you
             add ``receipt.graft.parameters()`` to an optimizer of your own.
@@ -131,12 +138,15 @@ def graft(
         UnknownLayerError: there is no such layer, or its shapes are unknown without ``sample``.
         IncompatibleLayerError, CertificateError, ConfigurationError: as :func:`apply_graft`.
     """
+    entry = get_blueprint(blueprint)
     info = _look_up(model, layer, sample)
+    if since:
+        info = _span(model, layer, entry.slug, since, sample)
     given = optimizer is not None and optimizer is not NOT_SAID
     receipt = apply_graft(
         model,
         info,
-        get_blueprint(blueprint),
+        entry,
         config=config,
         surroundings=Surroundings((optimizer,) if given else ()),
         thorough=True,
@@ -156,10 +166,37 @@ def describe_layer(model: nn.Module, layer: str, sample: Any) -> tuple[LayerInfo
     return info, list(slot.grafts()) if slot is not None else []
 
 
+def _span(model: nn.Module, layer: str, blueprint: str, since: str, sample: Any) -> LayerInfo:
+    _look_up(model, since, sample)
+    layers = {info.name: info for info in _trace(model, sample)}
+    return span_of(layers, since, layer, blueprint)
+
+
+def span_of(layers: Mapping[str, LayerInfo], since: str, layer: str, blueprint: str) -> LayerInfo:
+    """The place of a graft that reads the input of ``since``, among the layers of a model.
+
+    Raises:
+        UnknownLayerError: there is no such layer.
+        IncompatibleLayerError: no graft can span them.
+    """
+    for name in (since, layer):
+        if name not in layers:
+            raise UnknownLayerError(
+                f"the model has no layer {name!r}{or_known(name, layers)}", layer=name
+            )
+    reason = why_no_span(layers[since], layers[layer])
+    if reason:
+        raise IncompatibleLayerError(layer=layer, blueprint=blueprint, reason=reason)
+    return span(layers[since], layers[layer])
+
+
+def _trace(model: nn.Module, sample: Any) -> tuple[LayerInfo, ...]:
+    return trace_layers(model, None if sample is None else lambda: _run(model, sample))
+
+
 def _look_up(model: nn.Module, layer: str, sample: Any) -> LayerInfo:
     find_host(model, layer)
-    run = None if sample is None else lambda: _run(model, sample)
-    found = next((info for info in trace_layers(model, run) if info.name == layer), None)
+    found = next((info for info in _trace(model, sample) if info.name == layer), None)
     if found is None or (sample is None and found.reason == NEVER_RAN):
         reason = why_never_graftable(model, layer) or "its shapes are not known; pass sample="
         raise UnknownLayerError(f"cannot graft into {layer!r}: {reason}", layer=layer)

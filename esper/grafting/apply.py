@@ -25,7 +25,7 @@ from esper.exceptions import CertificateError, IncompatibleLayerError
 from esper.grafting.certify import certify, sample_input
 from esper.grafting.communication_hooks import certify_reduction
 from esper.grafting.companion import Companion, accompany
-from esper.grafting.compiled import make_room_for_graft
+from esper.grafting.compiled import anything_was_compiled, make_room_for_graft
 from esper.grafting.copies import let_follow
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.optimizers import optimizer_of
@@ -37,6 +37,7 @@ from esper.grafting.slot import (
     find_host,
     prepare_slots,
     remove_slots,
+    settle_spans,
     slot_of,
     take_out,
 )
@@ -122,7 +123,7 @@ def _apply(
     host = find_host(model, layer.name)
     full = blueprint.config_for(layer, config)
     _refuse(host, layer, blueprint, surroundings)
-    had_slot = slot_of(host) is not None
+    had_slot = _slotted(model, layer)
     snapshot = Snapshot.take(model, surroundings, memory)
     try:
         joint.ready()
@@ -176,7 +177,7 @@ def _apply(
         return receipt
     except BaseException:
         if not joint.done:
-            _withdraw(model, layer.name, blueprint.slug, had_slot=had_slot)
+            _withdraw(model, layer, blueprint.slug, had_slot)
             snapshot.restore()
             let_follow(model, surroundings.copies)
         raise
@@ -187,7 +188,7 @@ def insert_graft(
 ) -> Companion | None:
     """Inserts a graft, and lets it train beside the layer's optimizer; on an error, neither."""
     host = find_host(model, record.layer.name)
-    had_slot = slot_of(host) is not None
+    had_slot = _slotted(model, record.layer)
     try:
         prepare_slots(model, [record.layer.name])
         slot = slot_of(host)
@@ -195,6 +196,7 @@ def insert_graft(
         if surroundings.replicas is not None:
             graft = surroundings.replicas.spread(host, graft)
         slot.insert(record, graft)
+        settle_spans(model)
         graft.attach(host)  # compiled code does not
         make_room_for_graft()
         companion = _accompany(host, record, graft, surroundings)
@@ -203,7 +205,7 @@ def insert_graft(
         follow_loads(model, host, record.blueprint, _leaving(model, companion, surroundings))
         return companion
     except BaseException:
-        _withdraw(model, record.layer.name, record.blueprint, had_slot=had_slot)
+        _withdraw(model, record.layer, record.blueprint, had_slot)
         raise
 
 
@@ -217,7 +219,10 @@ def _leaving(
         if companion is not None:
             companion.leave()
         found = living()
-        if found is not None and surroundings.copies:
+        if found is None:
+            return
+        settle_spans(found)
+        if surroundings.copies:
             let_follow(found, surroundings.copies)
 
     return leave
@@ -253,6 +258,7 @@ def _refuse(
     reason = surroundings.why_unchangeable()
     if replicas is not None:
         reason = reason or blueprint.replicas_refusal or replicas.why_not_at(host)
+    reason = reason or _why_no_span_here(layer, surroundings)
     if reason:
         pass
     elif (blueprint.trainable or blueprint.requires) and replicas is None and _ranks() > 1:
@@ -274,6 +280,20 @@ def _refuse(
             reason = "a GradScaler cannot unscale weights that fully_shard spreads; use bfloat16"
     if reason:
         raise IncompatibleLayerError(layer=layer.name, blueprint=blueprint.slug, reason=reason)
+
+
+def _why_no_span_here(layer: LayerInfo, surroundings: Surroundings) -> str:
+    replicas = surroundings.replicas
+    if not layer.since:
+        return ""
+    if replicas is not None and replicas.layout is not None:
+        return "fully_shard converts and frees tensors between its layers; graft beside one layer"
+    if layer.recomputed and anything_was_compiled():
+        return (
+            "torch.compile lets no value leave a layer that activation checkpointing recomputes; "
+            "graft beside one layer"
+        )
+    return ""
 
 
 def _refuse_graft(
@@ -355,8 +375,13 @@ def _certify(
     return certificate
 
 
-def _withdraw(model: nn.Module, layer: str, slug: str, *, had_slot: bool) -> None:
+def _withdraw(model: nn.Module, layer: LayerInfo, slug: str, had_slot: dict[str, bool]) -> None:
     """Removes what a failed insertion left behind."""
-    take_out(model, layer, slug)
-    if not had_slot:
-        remove_slots(model, [layer])
+    take_out(model, layer.name, slug)
+    remove_slots(model, [name for name, had in had_slot.items() if not had])
+
+
+def _slotted(model: nn.Module, layer: LayerInfo) -> dict[str, bool]:
+    """Layer -> it has a slot, of the layers where the graft needs one."""
+    names = [layer.name, *([layer.since] if layer.since else [])]
+    return {name: slot_of(find_host(model, name)) is not None for name in names}

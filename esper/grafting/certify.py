@@ -57,8 +57,9 @@ def certify(
 
     Args:
         host: the live layer, or a stand-in from :func:`stand_in`.
-        x: a sample input of the layer; outputs and gradients are compared on its first rows,
-            latency is timed on all of it.
+        x: a sample input of the layer, or of the first layer of a span; outputs and gradients are
+            compared on its first rows, latency is timed on all of it. The output of a span's last
+            layer is generated, because the layer cannot be run on another layer's input.
         config: settings that the graft was built from; None: the blueprint's defaults.
         training: mode of the trial; None: the host's mode.
         streams_before: the random streams before the graft was built, to check building too.
@@ -181,13 +182,14 @@ def _try_all(
     """(one pass on the first rows, latency of all rows or NaN, tensors that stayed dead)."""
     sample = x[:MAX_ROWS].detach().clone()
     sample.requires_grad_(sample.is_floating_point())
-    y = _run_host(host, layer, blueprint.slug, sample)
-    before = _run_grafts(host, sample, y)  # outputs of the older grafts without the new one
+    y = _output(host, layer, blueprint.slug, sample)
+    # Outputs of the older grafts without the new one; those of a span would get its input.
+    before = y if layer.since else _run_grafts(host, sample, y)
     with _introduced(host, graft):
         if blueprint.requires:  # what older grafts compute with it is part of the contract
             trial = _try_out(host, graft, sample, before, _run_grafts(host, sample, y))
         else:
-            trial = _try_out(host, graft, sample, before, before)
+            trial = _try_out(host, graft, sample, before, before, spans=bool(layer.since))
         latency_ms = _latency_ms(host, layer, blueprint.slug, graft, x) if timed else math.nan
         dead = _dead_after_two_steps(graft, trial) if thorough else []
     return trial, latency_ms, dead
@@ -206,8 +208,13 @@ def _introduced(host: nn.Module, graft: Graft) -> Iterator[None]:
         introduce((graft,))
 
 
-def _try_out(host: nn.Module, graft: Graft, x: Tensor, before: Tensor, y: Tensor) -> _Trial:
-    """``before``: the layer's output without the graft. ``y``: what the graft is given."""
+def _try_out(
+    host: nn.Module, graft: Graft, x: Tensor, before: Tensor, y: Tensor, *, spans: bool = False
+) -> _Trial:
+    """``before``: the layer's output without the graft. ``y``: what the graft is given.
+
+    ``spans``: ``y`` was generated, and ``x`` is no input of the host.
+    """
     kept = before.detach().clone()
     versions = x._version, y._version
     streams = RandomStreams.read()  # not earlier: the host's own dropout may use them
@@ -220,7 +227,9 @@ def _try_out(host: nn.Module, graft: Graft, x: Tensor, before: Tensor, y: Tensor
         and changed.dtype == y.dtype
         and versions == (x._version, y._version)
     )
-    live, untouched = _compare_gradients(host, graft, x, before, changed, cotangent)
+    old: list[Tensor] = [y] if spans else [*host.parameters(), x]
+    old = [tensor for tensor in old if tensor.requires_grad]
+    live, untouched = _compare_gradients(old, graft, x, before, changed, cotangent)
     return _Trial(
         x=x.detach(),
         y=kept,
@@ -258,20 +267,30 @@ def _run_host(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> T
     return y
 
 
+def _output(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> Tensor:
+    """The layer's own output, generated for a span."""
+    if not layer.since:
+        return _run_host(host, layer, blueprint, x)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn((len(x), *layer.out_shape[1:]), generator=generator)
+    return values.to(device=x.device, dtype=x.dtype).requires_grad_(torch.is_grad_enabled())
+
+
 def _run_grafts(host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The layer's output after its present grafts."""
+    """The layer's output after its present grafts, without those that span layers."""
     slot = slot_of(host)
-    for older in slot.grafts().values() if slot is not None else ():
-        y = older.combine(x, y)
+    if slot is None:
+        return y
+    for slug, older in slot.grafts().items():
+        if slug not in slot.carriers:
+            y = older.combine(x, y)
     return y
 
 
 def _compare_gradients(
-    host: nn.Module, graft: Graft, x: Tensor, y: Tensor, changed: Tensor, cotangent: Tensor
+    old: list[Tensor], graft: Graft, x: Tensor, y: Tensor, changed: Tensor, cotangent: Tensor
 ) -> tuple[bool, bool]:
     """(a new tensor has a gradient, the gradients of the old tensors are unchanged)."""
-    old: list[Tensor] = [p for p in host.parameters() if p.requires_grad]
-    old += [x] if x.requires_grad else []
     new = [p for p in graft.parameters() if p.requires_grad]
     without = _gradients(y, old, cotangent)
     both = _gradients(changed, [*old, *new], cotangent.to(changed.dtype))
@@ -355,7 +374,8 @@ def _latency_ms(
 ) -> float:
     """Forward of the graft on the whole sample; the second of two, the first warms up."""
     with torch.no_grad():
-        y = _run_grafts(host, x, _run_host(host, layer, blueprint, x))
+        y = _output(host, layer, blueprint, x)
+        y = y if layer.since else _run_grafts(host, x, y)
         for _ in range(2):
             _wait(x)
             started = time.perf_counter()

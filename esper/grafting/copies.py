@@ -16,7 +16,14 @@ from torch import nn
 from esper.contracts import Finding, Severity
 from esper.exceptions import ConfigurationError
 from esper.grafting.ledger import Problem, to_findings
-from esper.grafting.slot import find_host, prepare_slots, remove_slots, slot_of, slots
+from esper.grafting.slot import (
+    find_host,
+    prepare_slots,
+    remove_slots,
+    settle_spans,
+    slot_of,
+    slots,
+)
 from esper.grafting.state_dicts import follow_loads, follow_whole_states
 
 
@@ -57,10 +64,12 @@ def let_follow(model: nn.Module, copies: Iterable[Any], *, keep_slots: bool = Fa
             known = wanted[layer].grafts() if layer in wanted else {}
             for slug in [slug for slug in slot.grafts() if slug not in known]:
                 slot.take_out(slug)
+        settle_spans(copied)
         if not keep_slots:
             remove_slots(copied, [layer for layer, _, _ in slots(copied) if layer not in wanted])
         for layer, slot in wanted.items():
             _give(find_host(copied, layer), slot.grafts(), slot.records, copied, layer)
+        settle_spans(copied)
         follow_whole_states(copied)
 
 

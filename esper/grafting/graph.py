@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from esper.blueprints.activations import ACTIVATIONS
 from esper.blueprints.layout import axes_of, channel_axis_of
 from esper.contracts import MAX_NAME_LENGTH, LayerInfo
 from esper.fail_closed import FailClosed
@@ -27,11 +28,13 @@ from esper.grafting.slot import (
     is_opaque,
     slots,
 )
+from esper.grafting.spans import checkpointed_region
 from esper.sharding import Kind, Part, original_name, parts_of, why_no_graft
 from esper.sharding import kind_of as sharding_of
 
 NEVER_RAN = "it did not run in the traced forward pass"
 RECORDER = "layer recorder"
+ROWS_COMPARED = 4  # of a layer's output, to tell the activation behind it
 _NO_SHAPES = "Esper does not know the layer's shapes, so it takes no graft."
 _NO_ORDER = "Esper does not know in which order the layers run."
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -48,6 +51,8 @@ class _Sighting:
     is_open: bool = False  # a later call may show more
     order: int = 0
     calls: int = 0  # in the first pass that called it
+    recomputed: int = 0  # region of activation checkpointing
+    activation: dict[str, Tensor] = field(default_factory=dict)  # name -> 0-d bool, its input fits
     feeds: dict[str, None] = field(default_factory=dict)  # a set that keeps its order
 
 
@@ -143,6 +148,8 @@ class LayerRecorder:
         self._refusal = why_no_graft(sharding_of(model))
         self._sightings: dict[str, _Sighting] = {}
         self._calls: Counter[str] = Counter()
+        self._last_output: Tensor | None = None  # a few rows, until the next layer has run
+        self._regions: list[object] = []
         self._previous = ""
         self._in_pass = False
         self._unreadable = False  # in this pass, an output had no shape that could be read
@@ -235,6 +242,8 @@ class LayerRecorder:
             sighting.calls = sighting.calls or calls
         self._calls.clear()
         self._previous = ""
+        self._last_output = None
+        self._regions.clear()
 
     def _see_as(self, name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -244,14 +253,33 @@ class LayerRecorder:
             if known is None or known.is_open:
                 seen = _look(args, kwargs, output)
                 seen.order = len(self._sightings) if known is None else known.order
+                seen.recomputed = self._region()
+                seen.activation = self._activation(args, kwargs)
                 self._unreadable |= seen.is_open
                 self._sightings[name] = seen
             if self._previous and self._previous != name:
                 self._sightings[self._previous].feeds[name] = None
             self._calls[name] += 1
             self._previous = name
+            self._last_output = first_rows(first_tensor(output))
 
         return see
+
+    def _activation(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """By each activation: its function of the last layer's output is the input of this one."""
+        before, now = self._last_output, first_rows(first_tensor((*args, *kwargs.values())))
+        if before is None or now is None or before.shape != now.shape or before.dtype != now.dtype:
+            return {}
+        with torch.no_grad():
+            return {name: (a(before) == now).all() for name, a in ACTIVATIONS.items()}
+
+    def _region(self) -> int:
+        region = checkpointed_region()
+        if region is None:
+            return 0
+        if region not in self._regions:
+            self._regions.append(region)
+        return self._regions.index(region) + 1
 
     def _describe(
         self, name: str, module: nn.Module, looks_ahead: bool, sequence_axis: int
@@ -265,6 +293,15 @@ class LayerRecorder:
             **cached_part(self._model, name),
         }
         return _layer_info(name, module, sighting, reason, self._flat.get(module, ()), **attention)
+
+
+def first_rows(tensor: Tensor | None) -> Tensor | None:
+    """A copy of a few rows, which a later operation may write to; None: not such a tensor."""
+    if tensor is None or tensor.is_nested or tensor.layout is not torch.strided:
+        return None
+    if tensor.dim() < 2 or not tensor.is_floating_point():
+        return None
+    return tensor.detach()[:ROWS_COMPARED].clone()
 
 
 def trace_layers(
@@ -370,6 +407,8 @@ def _layer_info(
         order=sighting.order,
         calls=max(1, sighting.calls),
         trainable=any(p.requires_grad for p in parameters),
+        activation=next((name for name, fits in sighting.activation.items() if bool(fits)), ""),
+        recomputed=sighting.recomputed,
         feeds=tuple(sighting.feeds),
         **_geometry(module),
         **attention,

@@ -164,8 +164,10 @@ class Receipt(ChangeReceipt):
             if self.present
             else "; not in the model any more"
         )
+        since = self.record.layer.since
+        where = f"{since!r} … {self.layer!r}" if since else f"{self.layer!r}"
         return (
-            f"{self.blueprint} in {self.layer!r}{at}: {certificate.parameters:,} parameters, "
+            f"{self.blueprint} in {where}{at}: {certificate.parameters:,} parameters, "
             f"{birth}, {self.pause_ms:.0f} ms pause{self._untrained()}{undo}"
         )
 

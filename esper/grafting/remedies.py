@@ -153,6 +153,11 @@ def _refuse_merge(model: nn.Module, host: nn.Module, receipt: Receipt, oldest: s
         reason = f"{receipt.blueprint} cannot be merged into a layer's weights"
     elif oldest != receipt.blueprint:
         reason = f"{oldest} is older and runs before it; merge or remove that first"
+    elif receipt.record.layer.since:
+        reason = (
+            "it would change the shapes of two layers, which the optimizer holds; "
+            "esper.export(model) merges it in a copy"
+        )
     elif is_tied(model, host):
         reason = "its weight is tied to another layer, which would change too"
     if reason:

@@ -30,12 +30,15 @@ from esper.exceptions import GraftError, UnknownLayerError
 from esper.fail_closed import short
 from esper.grafting.hooks import PassingHook
 from esper.grafting.manifest import MANIFEST_KEY, GraftRecord, pack
+from esper.grafting.spans import Carrier, Source, Span, lay_hooks
 from esper.near_names import or_known
 
 SLOT_NAME = "esper"
 LOAD_HOOK_MARK = "follows_loads_of_esper"
 # Said by torch where a region with fullgraph=True would have to be split.
 _OTHER_FORM = "an Esper graft was called with other axes or channels than it was made for"
+# How activation checkpointing ends the part of a forward pass that it runs again.
+_RECOMPUTED_ENOUGH = "_StopRecomputationError"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 Watcher = Callable[[Tensor, Tensor], None]
@@ -57,6 +60,7 @@ class Slot(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.records: dict[str, GraftRecord] = {}
+        self.carriers: dict[str, Carrier] = {}  # by slug, of grafts that span layers
         self.failure = ""  # why the grafts were left out of a call
         self.attaches = True  # grafts may register hooks on the host
         # Kept, because unpickling the handle reserves the hook's number in a new process.
@@ -85,6 +89,8 @@ class Slot(nn.Module):
         """Adds a graft after the present ones."""
         self.add_module(record.blueprint, graft)
         self.records[record.blueprint] = record
+        if record.layer.since:
+            self.carriers[record.blueprint] = Carrier()
         self._compiled.clear()
         self.introduce()
 
@@ -94,6 +100,7 @@ class Slot(nn.Module):
         graft.detach()
         del self._modules[slug]
         self.records.pop(slug, None)  # absent if an insertion was interrupted
+        self.carriers.pop(slug, None)
         self._leave.pop(slug, None)
         self._compiled.clear()  # grafts may use one another's results
         introduce((graft,))
@@ -128,7 +135,10 @@ class Slot(nn.Module):
         return pack(self.manifest())
 
     def expects(self, x: Tensor, y: Tensor) -> bool:
-        """True where the tensors have the axes and channels that all grafts were made for."""
+        """True where the tensors have the axes and channels that all grafts were made for.
+
+        The input of a graft that spans layers is another one; see :meth:`_input_of`.
+        """
         for record in self.records.values():
             layer = record.layer
             axis, channels_in, channels_out = (
@@ -136,10 +146,9 @@ class Slot(nn.Module):
                 layer.features_in,
                 layer.features_out,
             )
-            if not (
-                _has_form(x, len(layer.in_shape), axis, channels_in)
-                and _has_form(y, len(layer.out_shape), axis, channels_out)
-            ):
+            if not layer.since and not _has_form(x, len(layer.in_shape), axis, channels_in):
+                return False
+            if not _has_form(y, len(layer.out_shape), axis, channels_out):
                 return False
         return True
 
@@ -197,15 +206,43 @@ class Slot(nn.Module):
     def run(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output after its grafts."""
         for slug, graft in self._modules.items():
+            if isinstance(graft, Source):
+                graft.carrier.keep(x)
+                continue
             assert isinstance(graft, Graft)
+            given = self._input_of(slug, x, y) if slug in self.carriers else x
+            if given is None:
+                continue
             if torch.compiler.is_compiling():
                 # Its hooks are on the host since the insertion, and the graph takes in its code.
-                y = graft(x, y)
+                y = graft(given, y)
                 continue
             if self.attaches and torch.is_grad_enabled():
                 graft.attach(host)
-            y = self._run_graft(slug, graft, x, y)
+            y = self._run_graft(slug, graft, given, y)
         return y
+
+    def _input_of(self, slug: str, x: Tensor, y: Tensor) -> Tensor | None:
+        """What a graft that spans layers reads; None: it is left out of this call."""
+        carrier, layer = self.carriers[slug], self.records[slug].layer
+        given = carrier.take()
+        if given is None:
+            self._leave_out_span(slug, carrier.missed)
+            return None
+        fits = _has_form(given, len(layer.in_shape), layer.channel_axis, layer.features_in)
+        # Other rows would be broadcast, or raise.
+        rows = 1 if layer.channel_axis == 1 else -1
+        if not fits or given.shape[:rows] != y.shape[:rows]:
+            self._leave_out_span(slug, "its input and the output have other rows or channels")
+            return None
+        return given
+
+    def _leave_out_span(self, slug: str, reason: str) -> None:
+        if torch.compiler.is_compiling() or self.failure:
+            return
+        self.failure = f"{slug}: {reason}"
+        since = self.records[slug].layer.since
+        logger.error("%s, which reads the input of %s, is left out: %s", slug, since, reason)
 
     def _run_graft(self, slug: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor:
         owner, compiled = self._compiled.get(slug, (None, None))
@@ -229,6 +266,7 @@ class Slot(nn.Module):
         absent = {
             "_compiled": {},
             "_leave": {},
+            "carriers": {},
             "load_handles": [],
             "failure": "",
             "attaches": True,
@@ -319,6 +357,8 @@ def _run_occupied(
     except torch.OutOfMemoryError:
         raise  # the user's code may catch it, and take a smaller batch
     except Exception as error:
+        if type(error).__name__ == _RECOMPUTED_ENOUGH:
+            raise
         # On several ranks the others would wait for the gradients of this graft.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise
@@ -328,6 +368,8 @@ def _run_occupied(
 
 def _run_rows(slot: Slot, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Row by row, for the nested tensors of ``nn.TransformerEncoder`` in eval mode."""
+    if slot.carriers:
+        raise TypeError("a graft that spans layers takes no nested tensors")
     rows = zip(x.unbind(), y.unbind(), strict=True)
     changed = [slot.run(host, row[None], out[None])[0] for row, out in rows]
     return torch.nested.as_nested_tensor(changed, layout=y.layout)
@@ -424,6 +466,41 @@ def take_out(model: nn.Module, layer: str, slug: str) -> None:
     slot = slot_of(find_host(model, layer))
     if slot is not None and slug in slot.grafts():
         slot.take_out(slug)
+        settle_spans(model)
+
+
+def settle_spans(model: nn.Module) -> None:
+    """Makes sources and hooks those of the grafts that span layers; after each change of grafts."""
+    spans = [*_spans(model)]
+    wanted = {(span.since, span.source_name): span.carrier for span in spans}
+    for layer, _, slot in slots(model):
+        for name, module in [*slot._modules.items()]:
+            if isinstance(module, Source) and wanted.get((layer, name)) is not module.carrier:
+                del slot._modules[name]
+    for (since, name), carrier in wanted.items():
+        prepare_slots(model, [since])
+        start = find_slot(model, since)
+        assert start is not None
+        if name not in start._modules:
+            start.add_module(name, Source(carrier))
+    if lay_hooks(model, spans):
+        torch.compiler.reset()
+
+
+def _spans(model: nn.Module) -> Iterator[Span]:
+    for layer, _, slot in slots(model):
+        for slug, carrier in slot.carriers.items():
+            since = slot.records[slug].layer.since
+            if slug in slot.grafts() and find_or_none(model, since) is not None:
+                yield Span(since, layer, slug, carrier)
+
+
+def find_or_none(model: nn.Module, layer: str) -> nn.Module | None:
+    """The module of that name, None where the model has none."""
+    try:
+        return model.get_submodule(layer)
+    except AttributeError:
+        return None
 
 
 def prepare_slots(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
@@ -463,7 +540,7 @@ def remove_slots(model: nn.Module, layers: Iterable[str] | None = None) -> tuple
     wanted = None if layers is None else set(layers)
     removed = []
     for layer, host, slot in [*slots(model)]:
-        if slot.grafts() or (wanted is not None and layer not in wanted):
+        if slot._modules or (wanted is not None and layer not in wanted):
             continue
         for handle in [slot.handle, *slot.load_handles]:
             if handle is not None:

@@ -40,7 +40,7 @@ from esper.grafting.saved_values import (
     same_tree,
     save_tree,
 )
-from esper.grafting.slot import Slot, is_opaque
+from esper.grafting.slot import Slot, is_opaque, settle_spans
 from esper.grafting.surroundings import BARE, Surroundings
 
 PAGE_BYTES = 4096
@@ -55,6 +55,7 @@ class SavedModule:
     buffers: dict[str, Tensor | None]
     grafts: dict[str, nn.Module | None] | None  # None: not a slot
     records: dict[str, Any] = field(default_factory=dict)
+    carriers: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -405,6 +406,7 @@ class Snapshot:
                 buffers=dict(module._buffers),
                 grafts=dict(module._modules) if is_slot else None,
                 records=dict(module.records) if isinstance(module, Slot) else {},
+                carriers=dict(module.carriers) if isinstance(module, Slot) else {},
             )
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
@@ -447,8 +449,12 @@ class Snapshot:
         for slot, saved in slots:
             refill(slot._modules, saved.grafts or {})
             refill(slot.records, saved.records)
+            refill(slot.carriers, saved.carriers)
         for slot, _ in slots:
             slot.introduce()
+        for module, saved in self.modules.items():
+            if not saved.name:
+                settle_spans(module)
 
 
 # -- Esper's own changes, and what the script loads -----------------------------------------------

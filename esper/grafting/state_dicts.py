@@ -293,9 +293,18 @@ def _own_tensors(model: nn.Module, layer: str) -> set[int]:
     return {id(t) for name, t in named_tensors_of(host) if SLOT_NAME not in name.split(".")}
 
 
+def _beside(saved: str, here: str, other: str) -> str:
+    """The name here of a layer ``other`` of the state, where ``saved`` is now called ``here``."""
+    if saved.endswith(here):
+        return other.removeprefix(saved[: len(saved) - len(here)])
+    return here.removesuffix(saved) + other if here.endswith(saved) else other
+
+
 def _at(entry: dict[str, Any], model: nn.Module, layer: str) -> dict[str, Any]:
     """For the layer as it is in this model, which may be of another precision or wrapped."""
     described = {**entry["layer"], "name": layer}
+    if described.get("since"):
+        described["since"] = _beside(str(entry["layer"]["name"]), layer, str(described["since"]))
     host = dict(model.named_modules()).get(layer)
     own = next((p for p in host.parameters() if p.is_floating_point()), None) if host else None
     if own is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,8 +94,22 @@ def check_manifest(
         if shared is not None and record.layer.name == WHOLE_MODEL:
             _check_whole_model(record.layer, shared)
         else:
-            _check_layer(record.layer, layers.get(record.layer.name))
+            _check_layer(record.layer, _in_this_model(record.layer, layers))
     return records
+
+
+def _in_this_model(saved: LayerInfo, layers: dict[str, LayerInfo]) -> LayerInfo | None:
+    """The same layer here; for a span, with the input of the earlier layer."""
+    found = layers.get(saved.name)
+    if found is None or not saved.since:
+        return found
+    since = layers.get(saved.since)
+    if since is None:
+        raise ConfigurationError(
+            f"{saved.since!r}, whose input a graft at {saved.name!r} reads, is not a layer of this "
+            "model"
+        )
+    return replace(found, features_in=since.features_in, in_shape=since.in_shape)
 
 
 def take_back(model: nn.Module, receipts: Sequence[Receipt], slotted: set[str]) -> None:
@@ -223,7 +238,8 @@ def _check_layer(saved: LayerInfo, here: LayerInfo | None) -> None:
             raise ConfigurationError(
                 f"the saved {saved.name!r} has {what} {theirs!r}, here it has {mine!r}"
             )
-    if max(saved.features_in, saved.features_out, *saved.kernel_size) > here.parameters:
+    largest = (saved.features_out, *([] if saved.since else [saved.features_in]))
+    if max(*largest, *saved.kernel_size, 0) > here.parameters:
         raise ConfigurationError(
             f"the saved {saved.name!r} does not fit: it is larger than the layer"
         )

@@ -38,6 +38,7 @@ class Adaptation:
         loss_before: (step, loss) of the run before the graft, for the verdict.
         merged: the graft was folded into its host's weights; it is in effect, in no slot.
         left_by_load: the script loaded a state without the graft, which took it out.
+        since: the earlier layer whose input it reads; empty for a graft beside one layer.
     """
 
     uid: str
@@ -55,13 +56,15 @@ class Adaptation:
     loss_before: tuple[tuple[int, float], ...] = ()
     merged: bool = False
     left_by_load: bool = False
+    since: str = ""
 
     def __str__(self) -> str:
         until = f" until step {self.guarded_until}" if self.on_probation else ""
         why = f": {self.verdict.reason}" if self.verdict is not None else ""
         merged = ", merged into its host" if self.merged else ""
         state = self.state.replace("_", " ")
-        return f"{self.blueprint} in {self.layer!r}, step {self.step}: {state}{until}{merged}{why}"
+        where = f"{self.layer!r}" if not self.since else f"{self.since!r} … {self.layer!r}"
+        return f"{self.blueprint} in {where}, step {self.step}: {state}{until}{merged}{why}"
 
     def __repr__(self) -> str:
         return f"<Adaptation {self}>"
@@ -96,6 +99,7 @@ class Adaptation:
         return {
             "adaptation": self.uid,
             "layer": self.layer,
+            "since": self.since,
             "blueprint": self.blueprint,
             "config": self.config,
             "step": self.step,
@@ -114,6 +118,7 @@ class Adaptation:
         return cls(
             uid=str(saved["adaptation"]),
             layer=str(saved["layer"]),
+            since=str(saved.get("since", "")),
             blueprint=str(saved["blueprint"]),
             config=dict(saved["config"]),
             step=int(saved["step"]),

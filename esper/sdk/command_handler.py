@@ -94,7 +94,8 @@ class CommandHandler:
             CommandRefusedError: it cannot be built here.
         """
         try:
-            layer = self._surgery.layer(command.layer)
+            since = str(command.payload.get("since") or "")
+            layer = self._surgery.layer(command.layer, since, spec.blueprint)
             graft = instantiate(spec, layer)
         except (IncompatibleLayerError, UnknownLayerError) as error:
             raise CommandRefusedError(RefusalCode.INCOMPATIBLE_LAYER, str(error)) from error
@@ -120,7 +121,7 @@ class CommandHandler:
         adaptation = self._surgery.changes.find(command.adaptation)
         if adaptation is None or adaptation.receipt is None:
             raise CommandRefusedError(RefusalCode.NOT_GRAFTED, NOT_GRAFTED)
-        layer, graft = self._surgery.layer(command.layer), adaptation.receipt.graft
+        layer, graft = adaptation.receipt.record.layer, adaptation.receipt.graft
         key = self._veto.code_key
         try:
             spec = open_compiled(files, command.kernel_digest, key)[1]

@@ -55,7 +55,7 @@ class Follower:
 
     def _meaning(self, order: Order) -> Callable[[], object]:
         if order.kind == "graft":
-            operation = order.operation(self._surgery.layer(order.layer))
+            operation = order.operation(self._surgery.layer(order.layer, order.since))
             return partial(self._surgery.apply, operation)
         if order.kind == "evaluate" and not order.adaptation:
             return self._evaluations.due_loss

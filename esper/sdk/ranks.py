@@ -34,6 +34,7 @@ class Order:
     kind: str  # "graft", "undo", "evaluate" or "stop"
     adaptation: str = ""
     layer: str = ""
+    since: str = ""
     blueprint: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -47,6 +48,7 @@ class Order:
             "graft",
             adaptation=operation.uid,
             layer=operation.layer.name,
+            since=operation.layer.since,
             blueprint=operation.blueprint.slug,
             config=operation.config,
             seed=operation.seed,

@@ -461,7 +461,7 @@ class Session:
 
     # -- changing ------------------------------------------------------------------------------
 
-    def graft(self, layer: str, blueprint: str, **config: Any) -> Receipt:
+    def graft(self, layer: str, blueprint: str, *, since: str = "", **config: Any) -> Receipt:
         """Graft now, between two steps, without a decision of the policy.
 
         On several ranks each of them must call it, with the same arguments.
@@ -469,6 +469,7 @@ class Session:
         Args:
             layer: a layer that has been seen to run.
             blueprint: slug or id.
+            since: an earlier layer, whose input the graft reads, for a graft that spans layers.
             config: the blueprint's settings; what is missing takes its default.
 
         Raises:
@@ -477,7 +478,7 @@ class Session:
             CertificateError: it would change what the model computes; the model is as before.
             ReplicaError: another rank could not do it, or was asked for something else.
         """
-        return self._surgery.graft(layer, blueprint, config)
+        return self._surgery.graft(layer, blueprint, since, config)
 
     def undo(self, receipt: Receipt | RemedyReceipt, hard: bool = True) -> UndoReceipt:
         """Take a graft out, or undo a remedy. On several ranks each calls it.

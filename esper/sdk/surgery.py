@@ -117,9 +117,16 @@ class Surgery:
 
     # -- grafts --------------------------------------------------------------------------------
 
-    def layer(self, name: str) -> LayerInfo:
-        """Raises ``UnknownLayerError``."""
-        return self._layers.find(name)
+    def layer(self, name: str, since: str = "", blueprint: str = "") -> LayerInfo:
+        """A layer, or the place of a graft that reads the input of an earlier one.
+
+        Raises:
+            UnknownLayerError, IncompatibleLayerError
+        """
+        if not since:
+            return self._layers.find(name)
+        layers = {layer.name: layer for layer in self._layers.all}
+        return grafting.span_of(layers, since, name, blueprint)
 
     def reserve_memory(self) -> SnapshotMemory:
         """For the snapshot of the next graft; may run in another thread."""
@@ -150,6 +157,7 @@ class Surgery:
         adaptation = Adaptation(
             uid=operation.uid,
             layer=operation.layer.name,
+            since=operation.layer.since,
             blueprint=operation.blueprint.slug,
             step=run.step,
             state=AdaptationState.PROBATION,
@@ -179,16 +187,17 @@ class Surgery:
         adaptation.state = AdaptationState.KEPT
         self._reports.kept(adaptation, reason)
 
-    def graft(self, layer: str, blueprint: str, config: dict[str, Any]) -> Receipt:
+    def graft(self, layer: str, blueprint: str, since: str, config: dict[str, Any]) -> Receipt:
         """A script grafts; see :meth:`Session.graft`."""
+        entry = blueprints.get_blueprint(blueprint)
         operation = Operation(
-            layer=self.layer(layer),
-            blueprint=blueprints.get_blueprint(blueprint),
+            layer=self.layer(layer, since, entry.slug),
+            blueprint=entry,
             config=config,
             seed=self._run.step + 1,
             uid=self.changes.next_uid(),
         )
-        self._meet(Call.GRAFT, layer, operation.blueprint.slug, config)
+        self._meet(Call.GRAFT, layer, operation.blueprint.slug, since, config)
         receipt = self.apply(operation).receipt
         assert receipt is not None
         return receipt

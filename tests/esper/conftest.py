@@ -81,7 +81,7 @@ class PlainBlueprint:
     latency_ms: float = 0.05
     size_count: int = 3
 
-    def supports(self, layer: LayerInfo) -> str:
+    def refusal(self, layer: LayerInfo) -> str:
         return "An embedding is a table, not a map." if layer.kind == "Embedding" else ""
 
     def sizes(self, layer: LayerInfo) -> tuple[dict[str, Any], ...]:

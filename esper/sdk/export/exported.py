@@ -78,8 +78,20 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
         layer = GraftedLayer(model.get_submodule(name), built, reason or "")
         model = put_in_place(model, name, layer)
     weights = torch.load(Path(folder) / WEIGHTS_FILE, map_location="cpu", weights_only=True)
+    for name in manifest.get("widened", []):
+        linear = model.get_submodule(name)
+        give_weights(linear, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
     model.load_state_dict(weights)
     return model
+
+
+def give_weights(linear: Any, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    """Makes a linear layer as wide as its new weights; they are trained as the old ones were."""
+    trained = linear.weight.requires_grad
+    linear.register_parameter("weight", nn.Parameter(weight_OI, trained))
+    bias = None if bias_O is None else nn.Parameter(bias_O, trained)
+    linear.register_parameter("bias", bias)
+    linear.out_features, linear.in_features = weight_OI.shape
 
 
 def put_in_place(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:

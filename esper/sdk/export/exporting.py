@@ -26,7 +26,7 @@ from esper.exceptions import ConfigurationError
 from esper.grafting import remove_slots
 from esper.grafting.hooks import is_left_behind
 from esper.grafting.remedies import is_tied
-from esper.grafting.slot import slots
+from esper.grafting.slot import settle_spans, slots
 from esper.sdk.export.exported import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
@@ -35,6 +35,7 @@ from esper.sdk.export.exported import (
     put_in_place,
 )
 from esper.sdk.export.plain_source import source_of
+from esper.sdk.export.widening import widen
 
 logger = logging.getLogger("esper")
 
@@ -51,9 +52,11 @@ def export(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
     classes of the model before its grafts, so its ``state_dict()`` loads into the plain class. What
     only watches or clamps gradients is left out.
 
-    Any other graft becomes part of a ``GraftedLayer`` in the layer's place, equal to the bit. One
-    line in the log says which, why, and how to load them; so does ``print`` of the copy. A weight
-    that is tied to another layer is left as it is. The model itself is untouched.
+    A graft that spans two linear layers is merged into a wider hidden layer, where the activation
+    between them is its own. Any other graft becomes part of a ``GraftedLayer`` in the layer's
+    place, equal to the bit. One line in the log says which, why, and how to load them; so does
+    ``print`` of the copy. A weight that is tied to another layer is left as it is. The model itself
+    is untouched.
 
     Args:
         folder: also written there: ``grafted.py``, ``grafted.json`` and ``weights.pt``. With them,
@@ -61,18 +64,23 @@ def export(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
             installed.
 
     Raises:
-        ConfigurationError: a graft holds something that cannot be written as plain data.
+        ConfigurationError: a graft holds something that cannot be written as plain data, or spans
+            layers and cannot be merged.
     """
     copied = copy.deepcopy(getattr(model, "_orig_mod", model))
     left: dict[str, list[Graft]] = {}
     reasons: dict[str, str] = {}
+    spans = _spans_of(copied)
     for name, host, slot in [*slots(copied)]:
-        rest, reason = _merge_what_can_be(copied, host, slot.grafts())
+        alone = {s: graft for s, graft in slot.grafts().items() if s not in slot.carriers}
+        rest, reason = _merge_what_can_be(copied, host, alone)
         for slug in list(slot.grafts()):
             slot.take_out(slug)
-        remove_slots(copied, [name])
+        settle_spans(copied)
         if rest:
             left[name], reasons[name] = rest, reason
+    remove_slots(copied)
+    widened = _widen(copied, spans, reasons)
     _drop_idle_hooks(copied)
     source = source_of(_classes(left))
     module = _module_of(source)
@@ -89,8 +97,39 @@ def export(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
             reasons[name],
         )
     if folder is not None:
-        _write(copied, Path(folder), source, {"layers": described, "unmerged": reasons})
+        facts = {"layers": described, "unmerged": reasons, "widened": widened}
+        _write(copied, Path(folder), source, facts)
     return copied
+
+
+def _spans_of(model: nn.Module) -> list[tuple[str, str, str, Graft]]:
+    """(earlier layer, later layer, slug, graft) of each graft that spans layers."""
+    return [
+        (slot.records[slug].layer.since, name, slug, slot.grafts()[slug])
+        for name, _, slot in slots(model)
+        for slug in slot.carriers
+    ]
+
+
+def _widen(
+    model: nn.Module, spans: list[tuple[str, str, str, Graft]], unmerged: dict[str, str]
+) -> list[str]:
+    """Merges the grafts that span layers; returns the layers that have other shapes now."""
+    widened: dict[str, None] = {}
+    for since, layer, slug, graft in spans:
+        beside = next((name for name in (since, layer) if name in unmerged), None)
+        reason = f"a graft stays beside {beside}" if beside else widen(model, since, layer, graft)
+        if reason:
+            raise ConfigurationError(
+                f"{slug} from {since} to {layer} cannot be merged, and a plain model has no place "
+                f"for it: {reason}. Undo it before the export"
+            )
+        widened |= {since: None, layer: None}
+        logger.warning(
+            "%s and %s have more hidden units now than in the model's class: export into a "
+            "folder, and load with its grafted.load(TheModel(...), folder)", since, layer,
+        )  # fmt: skip
+    return list(widened)
 
 
 def _merge_what_can_be(

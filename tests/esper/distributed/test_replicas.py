@@ -69,6 +69,30 @@ def test_the_replicas_stay_equal_for_200_steps_after_a_graft(
             assert torch.equal(mine, theirs)
 
 
+def _train_past_a_span(rank: int) -> dict[str, Any]:
+    with replica(rank) as side:
+        side.run(2)
+        receipt = graft(side, "outer", "widen_hidden", since="inner")
+        seen = []
+        for _ in range(5):
+            side.step()
+            seen.append(side.parameters())
+        gradients = [p.grad for p in receipt.graft.parameters()]
+        side.session.undo(receipt)
+        return {
+            "seen": seen,
+            "learns": all(g is not None and bool(g.any()) for g in gradients),
+            "names": [name for name, _ in side.bare.named_parameters() if ".esper." in name],
+        }
+
+
+def test_a_graft_that_spans_layers_stays_equal_on_all_ranks(two_ranks: RankPool) -> None:
+    first, second = two_ranks.run(_train_past_a_span)
+    assert first["seen"] == second["seen"]
+    assert first["learns"]
+    assert first["names"] == second["names"] == []
+
+
 def _train_on_own_rows(rank: int, steps: int) -> dict[str, Any]:
     with replica(rank, norm=False, make_optimizer=sgd) as side:
         side.run(3)

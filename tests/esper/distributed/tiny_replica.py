@@ -140,5 +140,7 @@ def replica(
         yield Replica(rank, model, optimizer, scheduler, session, average)
 
 
-def graft(side: Replica, layer: str = "inner", slug: str = "proj_lora_64") -> Receipt:
-    return side.session.graft(layer, slug)
+def graft(
+    side: Replica, layer: str = "inner", slug: str = "proj_lora_64", since: str = ""
+) -> Receipt:
+    return side.session.graft(layer, slug, since=since)
