@@ -78,7 +78,8 @@ def record_findings(*, run: Run, findings: Sequence[Finding]) -> int:
     """Record what a trainer has diagnosed. The same open finding is written once.
 
     Findings are the same when rule, layer and remedy are, or the rule of the diagnosis; the
-    observed number may differ. One that is over closes its record.
+    observed number may differ, and is taken anew with another severity. One that is over closes its
+    record.
     """
     return sum(_record_finding(run, finding) for finding in findings)
 
@@ -99,6 +100,10 @@ def _record_finding(run: Run, finding: Finding) -> bool:
     if finding.resolved_step >= 0:
         same.update(resolved_step=finding.resolved_step)
         return False
+    if slug and same.exclude(severity=finding.severity).update(
+        severity=finding.severity, observed=observed[:200], text=_text(run, finding, observed)
+    ):
+        return False
     if same.exists() or unseen.count() >= MAX_OPEN_FINDINGS_PER_RUN:
         return False
     record_violation(
@@ -107,7 +112,7 @@ def _record_finding(run: Run, finding: Finding) -> bool:
         severity=finding.severity,
         observed=observed,
         limit=limit,
-        text=f"{finding.layer or run.name}: {observed}",
+        text=_text(run, finding, observed),
         action=action,
         layer=finding.layer,
         step=run.step,
@@ -115,6 +120,10 @@ def _record_finding(run: Run, finding: Finding) -> bool:
         since_step=finding.since_step if finding.since_step >= 0 else None,
     )
     return True
+
+
+def _text(run: Run, finding: Finding, observed: str) -> str:
+    return f"{finding.layer or run.name}: {observed}"
 
 
 @transaction.atomic

@@ -23,6 +23,7 @@ logger = logging.getLogger("esper")
 
 RESOLVED_KEPT = 500
 FRAMES_WITHOUT_GRADIENTS = 3
+_RANK = {severity: rank for rank, severity in enumerate(Severity)}
 AUDIT_EVERY_STEPS = 100  # what the user's own code freezes or regroups is found this late
 
 
@@ -69,11 +70,20 @@ class Findings:
             self.add(finding)
         elif change is Change.UPDATED:
             self._open[finding] = None
+            if same and finding.severity is not same[0].severity:
+                self._report_severity(finding, same[0])
         else:
             self._resolved.append(finding)
             if self._send is not None:
                 self._send(finding)
             logger.info("step %d: %s is over", finding.resolved_step, finding.slug)
+
+    def _report_severity(self, finding: Finding, old: Finding) -> None:
+        """What was only worth a note may have become worth a warning."""
+        if _RANK[finding.severity] > _RANK[old.severity]:
+            self._announce(finding)
+        if self._send is not None:
+            self._send(finding)
 
     def replace_ledger(self, found: Iterable[Finding]) -> None:
         """Takes the newest audit of the optimizer, and closes findings that it does not repeat."""

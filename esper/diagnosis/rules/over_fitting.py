@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from statistics import median
 
 from esper.contracts import Severity
@@ -11,6 +12,7 @@ EVALUATIONS = 5
 RISE = 0.25
 MILD = 0.1
 STILL = 0.05
+SWINGS = 2.0
 
 
 class OverFitting(Rule):
@@ -23,12 +25,13 @@ class OverFitting(Rule):
         Threshold("held-out loss above its best", RISE, "share", "chosen on 0 to 9"),
         Threshold("the same, as info", MILD, "share", "the ratio that SageMaker Debugger uses"),
         Threshold("evaluations", EVALUATIONS, "evaluations", "chosen; the last three count"),
+        Threshold("the same, by its usual swing", SWINGS, "swings", "between two evaluations"),
         Threshold("to resolve", STILL, "share", "chosen"),
     )
     severity = Severity.CAUTION
     false_alarm = "A held-out loss that grows with confidence while the accuracy still rises."
     advice = "Keep the weights of the best evaluation; use weight decay, more data, or stop here."
-    remedies = (RemedySlug.RESTORE_BEST, RemedySlug.WEIGHT_DECAY, RemedySlug.STOP_EARLY)
+    remedies = (RemedySlug.WEIGHT_DECAY, RemedySlug.RESTORE_BEST, RemedySlug.STOP_EARLY)
     closes_after = 1
     explained_by = frozenset({"memorised_noise", "non_finite", "loss_spike"})
 
@@ -36,12 +39,18 @@ class OverFitting(Rule):
         held_out = [(s, loss) for s, loss in observation.held_out if math.isfinite(loss)]
         if len(held_out) < EVALUATIONS:
             raise Unknown("fewer than five held-out losses")
-        best_step, best = min(held_out, key=lambda entry: entry[1])
-        now = median(loss for _, loss in held_out[-3:])
+        # One evaluation may be low by chance, so the level is that of three in a row.
+        levels = [
+            (held_out[i][0], median(loss for _, loss in held_out[i - 1 : i + 2]))
+            for i in range(1, len(held_out) - 1)
+        ]
+        best_step, best = min(levels, key=lambda entry: entry[1])
+        now = levels[-1][1]
         then = observation.training_loss_at(best_step)
         latest = observation.training_loss_at(observation.step)
         limit = STILL if memory.is_open else MILD
-        if now <= best + limit * abs(best) or latest >= then:
+        swings = median(abs(b - a) for (_, a), (_, b) in pairwise(held_out))
+        if now <= best + max(limit * abs(best), SWINGS * swings) or latest >= then:
             return None
         return Evidence(
             observed=f"the held-out loss is {now:.4g}; its best was {best:.4g} at {best_step}; "

@@ -16,6 +16,7 @@ class RestoreBest(Remedy):
     when = "The held-out loss has risen for long while the training loss fell."
     risk = Risk.MEDIUM
     changes_weights = True
+    asks = True  # it gives up what was learned since, which a run may go on to need
     stays = False
 
     def why_not(self, target: Target, config: dict[str, Any]) -> str:

@@ -180,11 +180,12 @@ def test_a_finding_of_the_diagnosis_is_written_once_and_closed_when_it_is_over(
         "since_step": 10,
         "remedies": ["rewind", "recycle"],
     }
-    worse = {**finding, "observed": "90% of the units", "layer": "fc2"}
+    worse = {**finding, "observed": "90% of the units", "severity": "critical"}
     over = {**worse, "resolved_step": 90}
     for batch in ([finding], [worse], [over]):
         assert trainer.send(findings=batch).status == 202
     violation = Violation.objects.get()
+    assert (violation.severity, violation.observed) == ("critical", "90% of the units")
     assert (violation.finding, violation.since_step, violation.resolved_step) == (
         "dying_relu",
         10,
