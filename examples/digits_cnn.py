@@ -2,8 +2,9 @@
 
     python examples/digits_cnn.py --steps 10000
 
-The net is really too small: its loss stops falling early, and there is something to adapt.
-Killed and started again, it goes on from its last checkpoint, grafts included.
+Two units stand between the convolutions and the ten digits. That is too few: the loss stops
+falling early, and there is something to adapt. With ``--units 32`` there is nothing to adapt.
+Killed and started again, the script goes on from its last checkpoint, grafts included.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import os
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -47,30 +49,34 @@ def batch(images: Tensor, labels: Tensor, step: int, seed: int) -> tuple[Tensor,
     return picked.to(DEVICE), labels[rows].to(DEVICE)
 
 
-def build() -> nn.Sequential:
+def build(units: int) -> nn.Sequential:
     layers: list[tuple[str, nn.Module]] = [
         ("conv1", nn.Conv2d(1, 4, 3, padding=1)), ("relu1", nn.ReLU()),
         ("conv2", nn.Conv2d(4, 4, 3, padding=1)), ("relu2", nn.ReLU()), ("pool2", nn.MaxPool2d(2)),
         ("conv3", nn.Conv2d(4, 4, 3, padding=1)), ("relu3", nn.ReLU()), ("pool3", nn.MaxPool2d(2)),
-        ("flat", nn.Flatten()), ("squeeze", nn.Linear(64, 2)), ("tanh", nn.Tanh()),
-        ("head", nn.Linear(2, 10)),
+        ("flat", nn.Flatten()), ("squeeze", nn.Linear(64, units)), ("tanh", nn.Tanh()),
+        ("head", nn.Linear(units, 10)),
     ]  # fmt: skip
     return nn.Sequential(OrderedDict(layers))
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", default="digits-cnn")
+    parser.add_argument("--units", type=int, default=2, help="between convolutions and digits")
+    parser.add_argument("--forever", action="store_true", help="begin anew with the next seed")
     folder = Path(os.environ.get("ESPER_DATA_DIR", "."))
     parser.add_argument("--checkpoint", type=Path, default=folder / "digits_cnn.pt")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
+
+def train(args: argparse.Namespace, seed: int, saved: dict[str, Any] | None) -> None:
+    """One run, from a checkpoint where there is one. Raises ``RunStopped``."""
+    torch.manual_seed(seed)
     images, labels, held_images, held_labels = digits()
-    model = build().to(DEVICE)
+    model = build(args.units).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
 
     def evaluate() -> float:
@@ -81,27 +87,37 @@ def main() -> None:
         evaluate=evaluate, target_steps=args.steps,
     )  # fmt: skip
     start = 0
-    if args.checkpoint.exists():
-        saved = torch.load(args.checkpoint, weights_only=True)
+    if saved is not None:
         session.load_state_dict(saved["session"])  # first: it rebuilds what was grafted
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
 
+    with session:
+        for step in range(start, args.steps):
+            x, target = batch(images, labels, step, seed)
+            logits = model(x)
+            loss = F.cross_entropy(logits, target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            session.report(accuracy=(logits.argmax(1) == target).float().mean().item())
+            session.step(loss)
+            if step % 200 == 199:
+                save(args.checkpoint, seed, step + 1, model, optimizer, session)
+                print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(1)
+    saved = torch.load(args.checkpoint, weights_only=True) if args.checkpoint.exists() else None
+    seed = saved["seed"] if saved is not None else args.seed
     try:
-        with session:
-            for step in range(start, args.steps):
-                x, target = batch(images, labels, step, args.seed)
-                logits = model(x)
-                loss = F.cross_entropy(logits, target)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                session.report(accuracy=(logits.argmax(1) == target).float().mean().item())
-                session.step(loss)
-                if step % 200 == 199:
-                    save(args.checkpoint, step + 1, model, optimizer, session)
-                    print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+        train(args, seed, saved)
+        while args.forever:
+            seed += 1
+            train(args, seed, None)
     except RunStopped as stopped:
         print(f"stopped: {stopped}", flush=True)
     args.checkpoint.unlink(missing_ok=True)
@@ -109,12 +125,14 @@ def main() -> None:
 
 def save(
     path: Path,
+    seed: int,
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     session: esper.Session,
 ) -> None:
     state = {
+        "seed": seed,
         "step": step,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

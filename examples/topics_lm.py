@@ -1,9 +1,10 @@
 """A byte-level transformer on the text of Python's own help topics, watched by Esper.
 
-    python examples/topics_lm.py --steps 10000
+    python examples/topics_lm.py --steps 10000 --rate-jump-at 1500
 
-The transformer is really too small for the text: its loss stops falling early, and there is
-something to adapt. Killed and started again, it goes on from its last checkpoint, grafts included.
+With ``--rate-jump-at`` its schedule has a fault: from that step the learning rate is a hundred
+times too high. Esper names the step and the cause, and proposes to return to before it. Killed and
+started again, the script goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import os
 from pathlib import Path
 from pydoc_data import topics
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from esper.sdk import RunStopped
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTEXT = 48
 WIDTH = 16
+RATE = 3e-3
 
 
 class TinyTransformer(nn.Module):
@@ -67,51 +70,67 @@ def batch(data: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
     return window[:, :-1].to(DEVICE), window[:, 1:].to(DEVICE)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", default="topics-lm")
+    parser.add_argument("--rate-jump-at", type=int, help="step from which the rate is 100 times")
+    parser.add_argument("--forever", action="store_true", help="begin anew with the next seed")
     folder = Path(os.environ.get("ESPER_DATA_DIR", "."))
     parser.add_argument("--checkpoint", type=Path, default=folder / "topics_lm.pt")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
-    train, held = text()
+
+def train(args: argparse.Namespace, seed: int, saved: dict[str, Any] | None) -> None:
+    """One run, from a checkpoint where there is one. Raises ``RunStopped``."""
+    torch.manual_seed(seed)
+    text_to_train, held = text()
     model = TinyTransformer().to(DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
 
     def loss_on(data: Tensor, step: int) -> Tensor:
-        inputs, targets = batch(data, step, args.seed)
+        inputs, targets = batch(data, step, seed)
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
     def evaluate() -> float:
         return sum(loss_on(held, step).item() for step in range(4)) / 4
 
     session = esper.attach(
-        model, optimizer, run=args.run, mode="automatic",
+        model, optimizer, run=args.run, mode="supervised",
         evaluate=evaluate, target_steps=args.steps,
     )  # fmt: skip
     start = 0
-    if args.checkpoint.exists():
-        saved = torch.load(args.checkpoint, weights_only=True)
+    if saved is not None:
         session.load_state_dict(saved["session"])  # first: it rebuilds what was grafted
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
 
+    with session:
+        for step in range(start, args.steps):
+            if step == args.rate_jump_at:
+                optimizer.param_groups[0]["lr"] = 100 * RATE
+            loss = loss_on(text_to_train, step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            session.step(loss)
+            if step % 200 == 199:
+                save(args.checkpoint, seed, step + 1, model, optimizer, session)
+                print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(1)
+    saved = torch.load(args.checkpoint, weights_only=True) if args.checkpoint.exists() else None
+    seed = saved["seed"] if saved is not None else args.seed
     try:
-        with session:
-            for step in range(start, args.steps):
-                loss = loss_on(train, step)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                session.step(loss)
-                if step % 200 == 199:
-                    save(args.checkpoint, step + 1, model, optimizer, session)
-                    print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+        train(args, seed, saved)
+        while args.forever:
+            seed += 1
+            train(args, seed, None)
     except RunStopped as stopped:
         print(f"stopped: {stopped}", flush=True)
     args.checkpoint.unlink(missing_ok=True)
@@ -119,12 +138,14 @@ def main() -> None:
 
 def save(
     path: Path,
+    seed: int,
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     session: esper.Session,
 ) -> None:
     state = {
+        "seed": seed,
         "step": step,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

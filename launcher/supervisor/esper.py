@@ -74,7 +74,7 @@ class Options:
 
     data_dir: Path
     port: int | None = None
-    demos: tuple[str, ...] = plan.DEMOS
+    demos: tuple[plan.Demo, ...] = plan.DEMOS
     setup_only: bool = False
     show_people: bool = True
 

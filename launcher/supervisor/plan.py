@@ -30,13 +30,28 @@ from launcher.supervisor import valkey
 from launcher.supervisor.child import ChildSpec, Restart
 
 PYTHON = sys.executable
-DEMOS = ("digits_cnn", "topics_lm")
 CELERY = (PYTHON, "-m", "celery", "--quiet", "-A", "esper_web.celery")
 # Lines that they print at every start or stop, and that need no action.
 VALKEY_ROUTINE = re.compile(r"Memory overcommit must|signal-handler|is now ready to exit")
 WORKER_ROUTINE = re.compile(r"worker: (Warm|Soft) shutdown")
 # Celery warns root at every start. The reason is pickle, and we accept JSON only.
 CELERY_WARNINGS = "ignore:You're running the worker with superuser"
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """A trainer that shows what Esper does: one of the examples, with its options."""
+
+    name: str
+    script: str
+    options: tuple[str, ...] = ()
+
+
+DEMOS = (
+    Demo("digits_cnn", "digits_cnn.py"),  # too small in one place
+    Demo("digits_cnn_wide", "digits_cnn.py", ("--units", "32", "--run", "digits-cnn-wide")),  # well
+    Demo("topics_lm", "topics_lm.py", ("--rate-jump-at", "2000")),  # a fault in its schedule
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +167,15 @@ def service_children(site: Site, capabilities: str) -> tuple[ChildSpec, ...]:
     )
 
 
-def demo_child(site: Site, demo: str) -> ChildSpec:
+def demo_child(site: Site, demo: Demo) -> ChildSpec:
     """A trainer: a user's script. It has a lower priority, so that pages stay fast."""
     environment = _without(site.environment, "REDIS_URL")
     return ChildSpec(
-        name=demo,
-        argv=(PYTHON, str(ROOT / "examples" / f"{demo}.py")),
+        name=demo.name,
+        argv=(
+            *(PYTHON, str(ROOT / "examples" / demo.script), *demo.options),
+            *("--forever", "--checkpoint", str(site.data_dir / f"{demo.name}.pt")),
+        ),
         env=environment
         | {
             "ESPER_SERVER": site.url,
