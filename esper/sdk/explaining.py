@@ -14,6 +14,7 @@ from esper.sdk.announcing import describe, would_propose
 from esper.sdk.findings import Findings
 from esper.sdk.layers import Layers
 from esper.sdk.local import LocalLoop
+from esper.sdk.remedy_loop import RemedyLoop
 from esper.sdk.run_state import RunState
 from esper.sdk.server_link import ServerLink
 from esper.sdk.surgery import Surgery
@@ -65,6 +66,7 @@ class Explainer:
     Args:
         local: the loop of local mode, None on other ranks and with a server.
         server: None in local mode.
+        remedies: None where the process does not decide.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Explainer:
         *,
         local: LocalLoop | None,
         server: ServerLink | None,
+        remedies: RemedyLoop | None = None,
     ) -> None:
         self._run = run
         self._layers = layers
@@ -83,6 +86,7 @@ class Explainer:
         self._findings = findings
         self._local = local
         self._server = server
+        self._remedies = remedies
 
     def of_run(self, frame: HealthFrame | None, *, closed: bool) -> Reasons:
         """Why nothing happens now.
@@ -94,7 +98,8 @@ class Explainer:
         title = f"Why nothing happens in {self._run.name!r} (step {self._run.step:,})"
         if closed:
             return Reasons(title, ["The session is closed."])
-        return Reasons(title, [*self._not_ready(frame), *self._decisions(), *self._unmeasured()])
+        reasons = [*self._not_ready(frame), *self._of_remedies(), *self._decisions()]
+        return Reasons(title, [*reasons, *self._unmeasured()])
 
     def of_layer(self, name: str, frame: HealthFrame | None) -> Reasons:
         """Why nothing happens at one layer; raises ``UnknownLayerError``."""
@@ -116,6 +121,14 @@ class Explainer:
         if frame is None:
             return ["There is no health frame yet; the first comes within some 10 steps."]
         return []
+
+    def _of_remedies(self) -> list[str]:
+        """What is proposed for open findings, what is tried now, and what does not fit."""
+        if self._remedies is None:
+            return []
+        answer = " Answer with session.approve or session.reject." if self._remedies.waits else ""
+        proposed = [f"Proposed: {entry}.{answer}" for entry in self._remedies.proposals]
+        return [*proposed, *self._remedies.reasons()]
 
     def _decisions(self) -> list[str]:
         if self._server is not None:

@@ -8,7 +8,9 @@
                                → it is open still: ended, and the next remedy is tried
 
 Against loops of restoring: by rule, one remedy answers one kind of finding at most twice, the
-second time with a stronger dose; the pause between two remedies doubles. Then a person is asked.
+second time with a stronger dose; the pause between two remedies doubles; and a run has a budget.
+Then a person is asked. On several ranks rank 0 proposes, because a script applies a remedy there by
+calling session.remedy on each rank.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ UNMEASURED_WINDOWS = 20  # how much longer, while nothing new was measured
 KEPT_AFTER_STEPS = 10  # the finding must be over for so long
 PAUSE_STEPS = 20  # between two remedies for one finding
 BY_RULE = 2  # how often one remedy answers one kind of finding without a person
+BUDGET, BUDGET_STEPS = 12, 10_000  # so many remedies by rule in so many steps of the run
 AFTER_GUARD_STEPS = 5  # in which the loss can come back
 EARLY_STEPS = 50  # to begin anew costs little before
 SOUND_UPDATE, USUAL_UPDATE = 3e-3, 1e-3  # shares of the weight
@@ -72,7 +75,10 @@ class RemedyProposal:
 
     def __str__(self) -> str:
         place = self.layer or "the whole run"
-        settings = ", ".join(f"{name}={value:g}" for name, value in self.config.items())
+        settings = ", ".join(
+            f"{name}={value if isinstance(value, str) else format(value, 'g')}"
+            for name, value in self.config.items()
+        )
         what = f"{self.remedy}({settings})" if settings else self.remedy
         return f"{what} for {place}, because of {self.finding}; {self.asks}"
 
@@ -113,6 +119,7 @@ class RemedyLoop:
 
     Args:
         diagnosis: its open findings are answered.
+        alone: there are no other ranks.
 
     Attributes:
         proposals: they wait for a person, or say what Esper would do.
@@ -126,8 +133,11 @@ class RemedyLoop:
         run: RunState,
         diagnosis: DiagnosisWatch,
         announcer: Announcer,
+        *,
+        alone: bool = True,
     ) -> None:
         self._surgery = surgery
+        self._alone = alone
         self._run = run
         self._diagnosis = diagnosis
         self._announcer = announcer
@@ -175,6 +185,27 @@ class RemedyLoop:
         self.proposals = [entry for entry in self.proposals if entry is not proposal]
         self._case_of(proposal.finding).rejected.add(proposal.remedy)
 
+    @property
+    def waits(self) -> bool:
+        """Its proposals can be approved here; otherwise they say what would be done."""
+        return self._alone and self._run.mode is not RunMode.OBSERVE
+
+    def reasons(self) -> list[str]:
+        """A sentence for each remedy that is being tried, and for each that was not applied."""
+        open_ = {found.rule.slug for found in self._diagnosis.diagnosis.open}
+        tried = [
+            f"{t.receipt} was applied at step {t.step:,} for {t.finding}, and is being tried."
+            for t in self.treatments
+            if not t.ended
+        ]
+        refused = [
+            f"{remedy} does not fit {finding}: {reason.rstrip('.')}."
+            for finding, case in self._cases.items()
+            for remedy, reason in case.refused.items()
+            if finding in open_
+        ]
+        return tried + refused
+
     def close(self) -> None:
         self._sample.forget()
 
@@ -199,13 +230,15 @@ class RemedyLoop:
             self._apply(proposal, urgent=found.severity is Severity.CRITICAL)
         except EsperError as error:
             case.refused[proposal.remedy] = str(error)
+            case.failed.add(proposal.remedy)
             logger.warning("step %d: %s was not applied: %s", self._run.step, proposal, error)
             return False
         return True
 
     def _next(self, found: Diagnosed, case: _Case) -> RemedyProposal | None:
         """The first remedy of the finding's rule that fits here."""
-        observes = self._run.mode is RunMode.OBSERVE  # and installs nothing in the model
+        # A run that only observes installs nothing in the model.
+        observes = self._run.mode is RunMode.OBSERVE or not self._alone
         for slug in self._order(found):
             if slug in case.rejected | case.failed:
                 continue
@@ -232,12 +265,22 @@ class RemedyLoop:
         """
         known = {remedy.slug for remedy in list_remedies()}
         order = [str(remedy) for remedy in found.rule.remedies if str(remedy) in known]
+        if found.rule.slug == "dying_relu" and not self._loss_jumped(found):
+            order.sort(key=lambda slug: slug == "rewind")  # going back answers a sudden death
         if self._run.step <= EARLY_STEPS:
             first = "rewind" if self._was_damaged(found) else "repair_scale"
             order.sort(key=lambda slug: slug != first)
         elif found.severity is Severity.CRITICAL and self._case_of(found.rule.slug).given:
             order.sort(key=lambda slug: slug != "rewind")  # the first remedy left it critical
         return order
+
+    def _loss_jumped(self, found: Diagnosed) -> bool:
+        """The loss was much higher after the fault began than before."""
+        before = [loss for step, loss in self._run.losses if step < found.since_step][-50:]
+        after = [loss for step, loss in self._run.losses if step >= found.since_step]
+        if len(before) < 10 or not after:
+            return False
+        return not statistics.median(after) <= 1.5 * abs(statistics.median(before))
 
     def _was_damaged(self, found: Diagnosed) -> bool:
         """An update did it, not the initialisation: the loss has grown, or the weights have."""
@@ -286,12 +329,17 @@ class RemedyLoop:
     def _asks(self, remedy: Remedy, given: int) -> str:
         if self._run.mode is RunMode.OBSERVE:
             return _OBSERVES
+        if not self._alone:
+            return "on several ranks, call session.remedy with these settings on each of them"
         if self._run.mode is RunMode.SUPERVISED:
             return "a person decides in this run"
         if remedy.asks:
             return f"{remedy.slug} may undo what the script wants"
         if given >= BY_RULE:
             return f"{remedy.slug} was applied {given} times for this finding, and it came back"
+        recent = [t for t in self.treatments if t.step > self._run.step - BUDGET_STEPS]
+        if len(recent) >= BUDGET:
+            return f"{len(recent)} remedies were applied in the last {BUDGET_STEPS:,} steps"
         return ""
 
     def _apply(self, proposal: RemedyProposal, *, urgent: bool = False) -> Treatment:

@@ -184,6 +184,18 @@ class Session:
             if decides_here
             else None
         )
+        self._remedies = (
+            RemedyLoop(
+                model,
+                self._surgery,
+                self._run,
+                self._diagnosis,
+                self._announcer,
+                alone=self._ranks.alone,
+            )
+            if self._diagnosis is not None
+            else None
+        )
         self._explainer = Explainer(
             self._run,
             self._layers,
@@ -191,11 +203,7 @@ class Session:
             self._findings,
             local=self._local,
             server=self._server,
-        )
-        self._remedies = (
-            RemedyLoop(model, self._surgery, self._run, self._diagnosis, self._announcer)
-            if self._ranks.alone and self._diagnosis is not None
-            else None
+            remedies=self._remedies,
         )
         self._guard = ProbationGuard(
             self._surgery,
@@ -260,8 +268,6 @@ class Session:
         point = None if value is None else (at, value)
         if self._ranks.alone:
             self._decide(point, loss, metrics, busy=busy)
-            if self._remedies is not None and not self._detached:
-                self._try("remedies", partial(self._remedies.on_step, self._guard.acted_at))
         elif self._ranks.decides:
             with self._ranks.leading(busy, lambda: self._stop_reason):
                 self._decide(point, loss, metrics, busy=busy)
@@ -269,6 +275,8 @@ class Session:
             if busy:
                 self._follower.follow()
             self._try("health", partial(self._take_part, loss))
+        if self._remedies is not None and not self._detached:
+            self._try("remedies", partial(self._remedies.on_step, self._guard.acted_at))
         self._announcer.on_step()
         if self._stop_reason:
             raise RunStopped(self._stop_reason)
@@ -578,7 +586,7 @@ class Session:
             The errors of :meth:`graft`.
         """
         if isinstance(waiting, RemedyProposal):
-            if self._remedies is None:
+            if self._remedies is None or not self._ranks.alone:
                 raise ConfigurationError("on several ranks, call session.remedy on each of them")
             return self._remedies.approve(waiting)
         if self._local is None:
@@ -692,6 +700,7 @@ class Session:
                 ("Findings", [str(finding) for finding in self.findings()]),
                 ("Adaptations", [str(entry) for entry in self.adaptations]),
                 ("Remedies in effect", [str(receipt) for receipt in self.remedies]),
+                ("Proposed remedies", [str(entry) for entry in self.proposed_remedies]),
                 ("Waiting for you", [str(entry) for entry in self.waiting]),
                 (why.title, why.lines()),
             ),

@@ -13,6 +13,10 @@ from torch.nn import functional as F
 
 import esper
 from esper import Session
+from esper.diagnosis import list_rules
+from esper.diagnosis.base import RemedySlug
+from esper.exceptions import GraftError
+from esper.remedies import list_remedies
 from esper.sdk.remedy_loop import BY_RULE
 
 HELD_OUT = 1400
@@ -197,3 +201,68 @@ def test_a_fault_that_comes_back_again_and_again_is_left_to_a_person() -> None:
         rewound = [receipt for receipt in session.remedies if receipt.remedy == "rewind"]
         assert len(rewound) <= BY_RULE
         assert any("came back" in str(entry) for entry in session.proposed_remedies)
+
+
+def test_dead_units_are_recycled_where_nothing_sudden_killed_them() -> None:
+    def push(step: int, _: torch.optim.Optimizer) -> None:
+        if 100 <= step < 255:  # one unit of the second layer after the other, until two are left
+            with torch.no_grad():
+                run.model.get_parameter("2.bias")[: (step - 100) // 5] = -100.0
+
+    run = Run(Fault(rate=0.05, momentum=0.0, before=push))
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        before = run.train(300, session)
+        while run.steps < 3000 and not session.remedies:
+            run.train(20, session)
+        assert [(r.remedy, r.layer) for r in session.remedies] == [("recycle", "2")]
+        assert (torch.relu(run.model[:3](run.x)).amax(0) > 0).all()
+        assert run.train(600, session)[-1] < before[-1] / 2
+
+
+def test_why_and_the_summary_say_what_is_proposed_and_what_is_tried() -> None:
+    run = Run(FAULTS["three batches are not numbers"])
+    with esper.attach(run.model, run.optimizer, mode="supervised", server="") as session:
+        run.train(210, session)
+        (proposal,) = session.proposed_remedies
+        line = f"Proposed: {proposal}. Answer with session.approve or session.reject."
+        assert line in session.why()
+        assert str(proposal) in str(session)
+        receipt = session.approve(proposal)
+        assert f"{receipt} was applied at step 210 for non_finite, and is being tried." in (
+            session.why()
+        )
+
+
+def test_a_run_has_a_budget_of_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esper.sdk.remedy_loop.BUDGET", 0)
+    run = Run(FAULTS["three batches are not numbers"])
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        run.train(210, session)
+        assert session.remedies == ()
+        (proposal,) = session.proposed_remedies
+        assert "0 remedies were applied in the last 10,000 steps" in str(proposal)
+
+
+def test_a_remedy_that_cannot_be_applied_is_not_tried_again_in_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Run(FAULTS["three batches are not numbers"])
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        tried: list[str] = []
+
+        def refuse(slug: str, *_: object) -> None:
+            tried.append(slug)
+            raise GraftError("no room", layer="")
+
+        monkeypatch.setattr(session._surgery, "remedy", refuse)
+        run.train(230, session)
+        assert tried.count("rewind") == 1
+        assert "rewind does not fit non_finite: no room." in str(session.why())
+
+
+def test_every_finding_is_answered_by_remedies_that_exist() -> None:
+    known = {remedy.slug for remedy in list_remedies()}
+    others = {RemedySlug.TELL, RemedySlug.ADAPTER, RemedySlug.SPAN, RemedySlug.BLOCK}
+    for rule in list_rules():
+        assert set(rule.remedies) - others <= known
+    assert set(RemedySlug) - others == known
