@@ -5,7 +5,7 @@ content security policy allows no inline style.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from esper.contracts import GraftKind, SafetyPolicy
@@ -42,6 +42,137 @@ def sparkline(
     )
     marks = tuple(round(i * pace, 1) for i, value in enumerate(values) if value is None)
     return Sparkline(points, marks)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Something that happened at a step."""
+
+    step: int
+    word: str
+
+
+@dataclass(frozen=True, slots=True)
+class MarkLine:
+    x: float
+    word: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A curve over steps in a box of ``CURVE_BOX``. Its numbers are written beside it."""
+
+    name: str
+    lines: tuple[str, ...]  # points of the pieces between gaps
+    area: str  # between the lowest and the highest values; empty without bounds
+    marks: tuple[MarkLine, ...]
+    band: tuple[float, float, float] | None  # x, y and height of a forecast with its interval
+    limit_y: float | None
+    low: float
+    high: float
+    first: int
+    last: int
+    newest: float | None
+
+    @property
+    def words(self) -> str:
+        """The picture as a sentence, for people who cannot see it."""
+        newest = "unknown" if self.newest is None else f"{self.newest:.4g}"
+        marks = "".join(f", {mark.word} at step {mark.step:,}" for mark in self.marks)
+        return (
+            f"{self.name} from step {self.first:,} to {self.last:,}: between {self.low:.4g} and "
+            f"{self.high:.4g}, last {newest}{marks}."
+        )
+
+
+CURVE_BOX = (600.0, 120.0)
+
+
+def curve(
+    name: str,
+    steps: Sequence[int],
+    values: Sequence[float | None],
+    *,
+    marks: Sequence[Mark] = (),
+    bounds: tuple[Sequence[float | None], Sequence[float | None]] | None = None,
+    until: int | None = None,
+    band: tuple[int, float, float] | None = None,
+    limit: float | None = None,
+    scale: tuple[float, float] | None = None,
+) -> Curve | None:
+    """None when there is nothing to draw; a None in ``values`` is a gap.
+
+    Args:
+        bounds: lowest and highest values, drawn as an area.
+        until: the axis reaches to this step, even where no value is known yet.
+        band: (from step, low, high) of a forecast, to the end of the axis.
+        limit: a horizontal line.
+        scale: lowest and highest value of the axis; by the values without it.
+    """
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return None
+    extremes = [*known, *((limit,) if limit is not None else ()), *(band[1:] if band else ())]
+    low, high = scale or (min(extremes), max(extremes))
+    width, height = CURVE_BOX
+    first, last = steps[0], max(steps[-1], until or 0)
+    span, rise = (last - first) or 1, (high - low) or 1.0
+
+    def x(step: float) -> float:
+        return round(width * (step - first) / span, 1)
+
+    def y(value: float) -> float:
+        inside = min(max(value, low), high)
+        return float(round(height - 4 - (height - 8) * (inside - low) / rise, 1))
+
+    return Curve(
+        name=name,
+        lines=tuple(
+            " ".join(f"{x(step)},{y(value)}" for step, value in piece)
+            for piece in _pieces(steps, values)
+        ),
+        area=_area(steps, bounds, x, y) if bounds else "",
+        marks=tuple(
+            MarkLine(x(mark.step), mark.word, mark.step)
+            for mark in marks
+            if first <= mark.step <= last
+        ),
+        band=(x(max(first, band[0])), y(band[2]), max(1.0, y(band[1]) - y(band[2])))
+        if band
+        else None,
+        limit_y=None if limit is None else y(limit),
+        low=low,
+        high=high,
+        first=first,
+        last=last,
+        newest=values[-1],
+    )
+
+
+def _pieces(steps: Sequence[int], values: Sequence[float | None]) -> list[list[tuple[int, float]]]:
+    pieces: list[list[tuple[int, float]]] = [[]]
+    for step, value in zip(steps, values, strict=True):
+        if value is not None:
+            pieces[-1].append((step, value))
+        elif pieces[-1]:
+            pieces.append([])
+    return [piece for piece in pieces if piece]
+
+
+def _area(
+    steps: Sequence[int],
+    bounds: tuple[Sequence[float | None], Sequence[float | None]],
+    x: Callable[[float], float],
+    y: Callable[[float], float],
+) -> str:
+    rows = [
+        (step, low, high)
+        for step, low, high in zip(steps, *bounds, strict=True)
+        if low is not None and high is not None
+    ]
+    up = [f"{x(step)},{y(high)}" for step, _, high in rows]
+    return " ".join([*up, *(f"{x(step)},{y(low)}" for step, low, _ in reversed(rows))])
 
 
 @dataclass(frozen=True, slots=True)

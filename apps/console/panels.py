@@ -25,6 +25,7 @@ class Panel:
         build: returns its data; called only when the panel is shown.
         events: event types, or their first words, after which the page fetches it again.
         every: seconds between fetches without an event; 0 means never.
+        fold: only its title is shown until a person opens it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Panel:
     build: Callable[[], dict[str, Any]]
     events: tuple[str, ...] = ()
     every: int = 0
+    fold: bool = False
 
 
 def render_page(

@@ -48,12 +48,17 @@ class Frames(Endpoint):
 
 class Series(Endpoint):
     readers: ClassVar = READERS | TRAINERS
-    parameters = frozenset({"name", "points", "after_step"})
+    parameters = frozenset({"name", "points", "after_step", "width"})
 
     @documented(
         "read_metric",
         answer=SeriesOutput,
-        parameters=[query("name"), query("points", int), query("after_step", int)],
+        parameters=[
+            query("name"),
+            query("points", int),
+            query("after_step", int),
+            query("width", int, "Steps of each bucket, which then begin at its multiples."),
+        ],
         summary="One metric, in min/mean/max buckets",
     )
     def get(self, request: Request, uid: str) -> Response:
@@ -63,7 +68,10 @@ class Series(Endpoint):
             raise Problem(400, "invalid", "name is required, such as name=loss.")
         points = _count(request, "points", most=MAX_POINTS, default=600)
         after_step = parse_parameter(request, "after_step", whole_number, default=-1)
-        series = metric_series(run, name, points=points, after_step=after_step)
+        width = parse_parameter(request, "width", whole_number)
+        if width is not None and width < 1:
+            raise Problem(400, "invalid", "width must be at least 1.")
+        series = metric_series(run, name, points=points, after_step=after_step, width=width)
         return cacheable_response(request, series)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -61,33 +62,100 @@ def newest_metrics(run: Run) -> list[StepValues]:
     return [StepValues(step=step, values=values) for step, values in sorted(by_step.items())]
 
 
-def metric_series(run: Run, name: str, *, points: int, after_step: int = -1) -> dict[str, Any]:
+def metric_series(
+    run: Run,
+    name: str,
+    *,
+    points: int,
+    after_step: int = -1,
+    up_to_step: int | None = None,
+    width: int | None = None,
+) -> dict[str, Any]:
     """One metric in at most ``points`` buckets of equal length: columns, for charts.
 
     A bucket without a finite value has null; ``non_finite`` lists the steps where it diverged.
+
+    Args:
+        width: of each bucket in steps, which then begin at its multiples. A reader that follows a
+            run asks for the same width again, so that new values look as smooth as the old ones.
     """
-    rows = list(
-        Metric.objects.filter(run=run, name=name, step__gt=after_step)
-        .order_by("step", "id")
-        .values_list("epoch", "step", "value", "status")
-    )
-    rows = [row for row, alive in zip(rows, _alive(rows), strict=True) if alive]
-    steps = np.array([step for _, step, _, _ in rows], dtype=np.int64)
-    values = np.array([np.nan if value is None else value for _, _, value, _ in rows])
-    series = {"name": name, **_buckets(steps, values, points)}
+    steps, values, rows = _finite_and_not(run, name, after_step, up_to_step)
+    edges = _edges_of_width(steps, width) if width else _equal_edges(steps, points)
+    series: dict[str, Any] = {"name": name, **_buckets(steps, values, edges)}
+    series["width"] = width or _width(steps, points)
     series["non_finite"] = [
         {"step": step, "value": status} for _, step, _, status in rows if status
     ][-MAX_POINTS:]
     return series
 
 
+def losses_between(
+    run: Run, *, after_step: int, up_to_step: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Steps and losses of the run's present history; NaN where a loss was not finite."""
+    return _finite_and_not(run, "loss", after_step, up_to_step)[:2]
+
+
+def _finite_and_not(
+    run: Run, name: str, after_step: int, up_to_step: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.float64], list[tuple[Any, ...]]]:
+    found = Metric.objects.filter(run=run, name=name, step__gt=after_step)
+    if up_to_step is not None:
+        found = found.filter(step__lte=up_to_step)
+    rows = list(found.order_by("step", "id").values_list("epoch", "step", "value", "status"))
+    rows = [row for row, alive in zip(rows, _alive(rows), strict=True) if alive]
+    steps = np.array([step for _, step, _, _ in rows], dtype=np.int64)
+    values = np.array([np.nan if value is None else value for _, _, value, _ in rows])
+    return steps, values, rows
+
+
+def layer_series(
+    run: Run, layer: str, signal: Signal, *, after_step: int, up_to_step: int, points: int
+) -> tuple[list[int], list[float | None]]:
+    """One signal of one layer between two steps, from at most ``points`` frames."""
+    names = [entry["name"] for entry in run.layers]
+    if layer not in names:
+        return [], []
+    found = Frame.objects.filter(
+        run=run, epoch=run.epoch, step__gt=after_step, step__lte=up_to_step
+    )
+    chosen = _evenly(list(found.order_by("step").values_list("id", flat=True)), points)
+    frames = Frame.objects.filter(pk__in=chosen).order_by("step")
+    place = (names.index(layer), SIGNAL_INDEX[signal])
+    values = [
+        unpack_bytes(bytes(frame.values), len(names))[place]
+        if columns_of(len(frame.values), len(names))
+        else np.nan
+        for frame in frames
+    ]
+    return [frame.step for frame in frames], [_rounded(float(value)) for value in values]
+
+
+def _equal_edges(steps: NDArray[np.int64], points: int) -> NDArray[Any]:
+    """The lower ends of ``points`` buckets of equal length."""
+    if not steps.size:
+        return steps
+    return np.linspace(steps[0], steps[-1] + 1, min(points, steps.size) + 1)[:-1]
+
+
+def _edges_of_width(steps: NDArray[np.int64], width: int) -> NDArray[Any]:
+    if not steps.size:
+        return steps
+    return np.unique(steps // width) * width
+
+
+def _width(steps: NDArray[np.int64], points: int) -> int:
+    """A width that gives about ``points`` buckets of these steps."""
+    return max(1, math.ceil((int(steps[-1] - steps[0]) + 1) / points)) if steps.size else 1
+
+
 def _buckets(
-    steps: NDArray[np.int64], values: NDArray[np.float64], points: int
+    steps: NDArray[np.int64], values: NDArray[np.float64], edges: NDArray[Any]
 ) -> dict[str, list[Any]]:
+    """Each bucket reaches from its edge to the next one."""
     if not steps.size:
         return {"step": [], "min": [], "mean": [], "max": []}
-    edges = np.linspace(steps[0], steps[-1] + 1, min(points, steps.size) + 1)
-    starts = np.unique(np.searchsorted(steps, edges[:-1]))
+    starts = np.unique(np.searchsorted(steps, edges))
     lasts = np.append(starts[1:], steps.size) - 1
     known = np.isfinite(values)
     counts = np.add.reduceat(known.astype(np.int64), starts)

@@ -16,6 +16,7 @@ class SeriesOutput(serializers.Serializer[Any]):
     """Columns of equal length: one entry for each bucket, null where no value is finite."""
 
     name = serializers.CharField()
+    width = serializers.IntegerField(help_text="Steps of a bucket; ask for it again to follow.")
     step = serializers.ListField(child=serializers.IntegerField())
     min = serializers.ListField(child=serializers.FloatField(allow_null=True))
     mean = serializers.ListField(child=serializers.FloatField(allow_null=True))

@@ -24,7 +24,10 @@ export function toast({ text, link, linkText, kind = "note" }) {
   close.addEventListener("click", () => box.remove());
   row.append(close);
   box.append(row);
-  document.getElementById("toasts").append(box);
+  const bar = document.querySelector(".actionbar:has(form)");
+  const place = document.getElementById("toasts");
+  place.style.setProperty("--under", `${bar?.offsetHeight ?? 0}px`); // never over the buttons
+  place.append(box);
   setTimeout(() => box.remove(), STAYS[kind]);
 }
 

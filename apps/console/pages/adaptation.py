@@ -15,6 +15,7 @@ from apps.accounts.models import User
 from apps.adaptations import services as adaptations
 from apps.adaptations.models import Adaptation, Remedy
 from apps.audit.models import AuditEvent
+from apps.console.curves import decision_curves, expected, probation
 from apps.console.drawing import Bar, Fall, Sketch, signed_bar, sketch, waterfall
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
@@ -45,10 +46,17 @@ def adaptation(request: HttpRequest, uid: str) -> HttpResponse:
 def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
     events = ("adaptation", "run.command", "switch", "remedy", "kernel")
 
+    pending = found.state == AdaptationState.AWAITING_APPROVAL
+
     def part(
-        name: str, title: str, build: Callable[[], dict[str, Any]] = dict, every: int = 0
+        name: str,
+        title: str,
+        build: Callable[[], dict[str, Any]] = dict,
+        every: int = 0,
+        *,
+        fold: bool = False,
     ) -> Panel:
-        return Panel(name, title, f"console/adaptation/{name}.html", build, events, every)
+        return Panel(name, title, f"console/adaptation/{name}.html", build, events, every, fold)
 
     def evidence() -> dict[str, Any]:
         now = adaptations.evidence_now(found)
@@ -82,18 +90,46 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
         }
 
     live = 0 if found.ended else 5
-    return [
+    grafted = found.graft_step is not None
+    shown = [
         part("head", "Adaptation", lambda: {"steps_ago": _steps_ago(found)}, every=live),
         part("why", "Why it was proposed", lambda: {"rows": reason_rows(found.reasons)}),
         part("change", "What will change", change),
         part("evidence", "Evidence: at proposal and now", evidence, every=live),
-        part("checks", "Checks", lambda: {"rows": check_rows(found.checks)}),
-        part("whynot", "Why not another blueprint"),
-        part("undo", "Undo plan", lambda: {"plan": adaptations.undo_plan(found)}),
-        part("progress", "Progress and history", progress),
-        part("outcome", "Outcome", lambda: _outcome(found)),
+        part(
+            "curves", "Around the question", lambda: {"curves": decision_curves(found)}, every=live
+        ),
+        part("forecast", "If approved, if rejected", lambda: {"expected": expected(found)}),
+        part("checks", "Checks", lambda: _checks(found)),
+        part("whynot", "Why not another blueprint", lambda: rivals(found), fold=pending),
+        part("undo", "Undo plan", lambda: {"plan": adaptations.undo_plan(found)}, fold=pending),
+        part("progress", "Progress and history", progress, fold=pending),
         part("acts", "Your decision", lambda: _acts(found, user), every=live),
     ]
+    if not pending:
+        shown.append(part("outcome", "Outcome", lambda: _outcome(found)))
+    if grafted:
+        shown.append(
+            part("probation", "Probation", lambda: {"probation": probation(found)}, every=live)
+        )
+    return shown
+
+
+def _checks(found: Adaptation) -> dict[str, Any]:
+    rows = check_rows(found.checks)
+    return {
+        "rows": rows,
+        "open_rows": [row for row in rows if row.verdict != "passed"],
+        "passed": [row for row in rows if row.verdict == "passed"],
+    }
+
+
+RIVALS_SHOWN = 3
+
+
+def rivals(found: Adaptation) -> dict[str, Any]:
+    """The blueprints that were considered first, and the others to unfold."""
+    return {"rivals": found.why_not[:RIVALS_SHOWN], "others": found.why_not[RIVALS_SHOWN:]}
 
 
 def _share(part: int, whole: int) -> float | None:

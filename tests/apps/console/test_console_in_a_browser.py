@@ -232,6 +232,33 @@ def test_a_stale_page_blocks_approving_and_nothing_else(sign_in: SignIn) -> None
     )
 
 
+def test_messages_cover_no_control_and_move_none(sign_in: SignIn) -> None:
+    page = sign_in("oscar", width=390)
+    page.goto("/inbox")
+    page.locator("tr:has-text('classifier.2') a[data-open]").click()
+    wait_until_live(page)
+    reject = page.locator("[data-path=reject]")
+    reject.scroll_into_view_if_needed()
+    before = reject.bounding_box()
+    reject.click()  # without a reason
+    expect(page.locator("#acts-error")).to_contain_text("Give a reason")
+    assert reject.bounding_box() == before
+    page.click("[data-path=claim]")
+    expect(page.locator(".toast")).to_contain_text("Claimed")
+    expect(page.locator("[data-path=release]")).to_be_visible()
+    for control in ("[data-path=reject]", "[data-path=approve]", "#switch-menu > summary", "h1"):
+        page.locator(control).scroll_into_view_if_needed()
+        assert page.locator(control).evaluate(
+            """control => {
+                const { x, y, width, height } = control.getBoundingClientRect();
+                const top = document.elementFromPoint(x + width / 2, y + height / 2);
+                return !top?.closest(".toasts");
+            }"""
+        ), control
+    page.click("[data-path=release]")
+    expect(page.locator("[data-path=claim]")).to_be_visible()
+
+
 def test_rows_open_by_keyboard(sign_in: SignIn) -> None:
     page = sign_in("vera")
     page.goto("/inbox")

@@ -25,12 +25,14 @@ from apps.recipes.models import Launch
 from apps.runs.models import Run
 from apps.telemetry.models import Frame, Metric
 from esper.contracts import (
+    SIGNAL_INDEX,
     SIGNALS,
     AdaptationState,
     AdaptationType,
     LayerInfo,
     RunMode,
     RunState,
+    Signal,
 )
 from tests.apps.cast import make_blueprint
 
@@ -178,8 +180,8 @@ def _frame(progress: float, chance: random.Random) -> bytes:
         sick = row == 4
         health = 0.86 - 0.03 * row - (0.55 * progress if sick else 0.0)
         values[row] = [chance.uniform(0.1, 1.0) for _ in SIGNALS]
-        values[row, 6] = 0.38 * progress if sick else 0.02
-        values[row, -1] = min(1.0, max(0.0, health + chance.uniform(-0.04, 0.04)))
+        values[row, SIGNAL_INDEX[Signal.DEAD_FRACTION]] = 0.38 * progress if sick else 0.02
+        values[row, SIGNAL_INDEX[Signal.HEALTH]] = health + chance.uniform(-0.04, 0.04)
     return values.tobytes()
 
 
