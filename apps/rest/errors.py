@@ -104,7 +104,7 @@ def _from_rest_framework(error: exceptions.APIException) -> Problem:
     extra = {}
     wait = getattr(error, "wait", None)  # of Throttled
     if wait is not None:
-        extra["retry_after"] = int(wait) + 1
+        extra["retry_after"] = max(1, int(wait))  # rest_framework has rounded it up
     code = _CODES.get(error.status_code, str(error.default_code).replace("_", "-"))
     return Problem(error.status_code, code, str(error.detail), **extra)
 

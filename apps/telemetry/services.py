@@ -16,18 +16,18 @@ from apps.accounts.actors import Actor, ActorKind
 from apps.notifications.services import group_name, notify, run_topic
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, set_state
+from apps.telemetry.back_pressure import pause_after, seconds_to_pause
 from apps.telemetry.health_stream import add_frames
 from apps.telemetry.metric_names import split_by_name
 from apps.telemetry.models import Frame, Metric
 from esper.contracts import RunState, codec, protocol
 from esper.contracts.protocol import Telemetry, TelemetryAnswer
 
-__all__ = ["ingest_batch", "thin_telemetry"]
+__all__ = ["ingest_batch", "seconds_to_pause", "thin_telemetry"]
 
 log = logging.getLogger(__name__)
 
 PROGRESS_PERIOD_SECONDS = 0.25
-SLOW_WRITE_MS = 250.0
 
 FRAMES_KEPT = 5_000  # the newest ones of a run; older ones are thinned
 METRICS_KEPT = 20_000  # likewise, of each name
@@ -65,7 +65,9 @@ def ingest_batch(*, run: Run, batch: Telemetry, record_findings: RecordFindings)
             record_findings(run=run, findings=batch.findings)
         transaction.on_commit(lambda: _announce(run, batch))
     elapsed_ms = (time.perf_counter() - started) * 1e3
-    return TelemetryAnswer(stored=batch.items, slow_down_ms=_slow_down_ms(elapsed_ms))
+    return TelemetryAnswer(
+        stored=batch.items, slow_down_ms=pause_after(run.uid, elapsed_ms=elapsed_ms)
+    )
 
 
 def _frame_row(run: Run, frame: protocol.Frame) -> Frame:
@@ -128,11 +130,6 @@ def _newest_loss(batch: Telemetry, *, up_to: float = math.inf) -> float | None:
     losses += [(frame.step, frame.loss) for frame in batch.frames if frame.loss is not None]
     known = [pair for pair in losses if pair[0] <= up_to]
     return max(known, key=lambda pair: pair[0])[1] if known else None
-
-
-def _slow_down_ms(elapsed_ms: float) -> int:
-    """Back-pressure: after a slow write, ask for a pause of the same length."""
-    return int(elapsed_ms) if elapsed_ms > SLOW_WRITE_MS else 0
 
 
 def _announce(run: Run, batch: Telemetry) -> None:

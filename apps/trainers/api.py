@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 from drf_spectacular.utils import PolymorphicProxySerializer
 from rest_framework.request import Request
 from rest_framework.response import Response
+from rest_framework.throttling import BaseThrottle
+from rest_framework.views import APIView
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.accounts.authentication import actor, person, via
@@ -24,6 +26,7 @@ from apps.runs.models import Command, Run
 from apps.runs.selectors import FILTERS, runs, visible_run
 from apps.runs.serializers import CommandOutput, RunOutput
 from apps.runs.services import command_to_wire, commands_after, touch
+from apps.telemetry.services import seconds_to_pause
 from apps.trainers import services
 from esper.contracts import RunState, TokenScope, protocol, wire
 
@@ -65,7 +68,7 @@ class Runs(Endpoint):
 
 class TrainerEndpoint(Endpoint):
     writers: ClassVar = TRAINERS
-    throttle_classes = (TelemetryThrottle,)
+    throttle_classes: tuple[type[BaseThrottle], ...] = (TelemetryThrottle,)
 
 
 class Hello(TrainerEndpoint):
@@ -92,7 +95,23 @@ class Hello(TrainerEndpoint):
         return Response(wire.to_wire(answer))
 
 
+class BackPressure(BaseThrottle):
+    """Refuses a run that does not pause as it was told; asked before the body is read."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def allow_request(self, request: Request, view: APIView) -> bool:
+        self._seconds = seconds_to_pause(run_of_token(request))
+        return self._seconds == 0.0
+
+    def wait(self) -> float:
+        return self._seconds
+
+
 class Telemetry(TrainerEndpoint):
+    throttle_classes = (BackPressure, TelemetryThrottle)
+
     @documented(
         "send_telemetry", body=protocol.Telemetry, answer=protocol.TelemetryAnswer, status=202
     )

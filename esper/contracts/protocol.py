@@ -291,7 +291,7 @@ class TelemetryAnswer(Message, frozen=True, kw_only=True):
     Attributes:
         stored: items that were stored.
         duplicate: the batch was stored before.
-        slow_down_ms: the trainer should wait this long before the next one.
+        slow_down_ms: the trainer waits this long before the next one; an earlier one gets 429.
     """
 
     stored: Whole = 0

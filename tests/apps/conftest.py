@@ -9,6 +9,7 @@ from django.core.cache import cache
 
 from apps.accounts.models import User
 from apps.blueprints.models import Blueprint
+from apps.telemetry import back_pressure
 from apps.telemetry import services as telemetry
 from esper.contracts import Role, TokenScope
 from tests.apps.callers import Caller, Inbox, Trainer, frame, metrics, register
@@ -35,6 +36,7 @@ def _fresh_memory() -> None:
     """Throttles and coalescing keep state across requests; each test starts without it."""
     cache.clear()
     telemetry._progress_sent_at.clear()
+    back_pressure.forget()
 
 
 @pytest.fixture
