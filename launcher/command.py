@@ -10,6 +10,7 @@ from click.shell_completion import get_completion_class
 
 import esper
 from launcher.commands.audit import audit_group
+from launcher.commands.backup import backup_command, restore_command, restored_command
 from launcher.commands.installation import data_dir_option
 from launcher.commands.recipes import recipe_group
 from launcher.commands.replay import replay_command
@@ -115,6 +116,9 @@ def version() -> None:
 cli.add_command(token_group)
 cli.add_command(recipe_group)
 cli.add_command(audit_group)
+cli.add_command(backup_command)
+cli.add_command(restore_command)
+cli.add_command(restored_command)
 cli.add_command(replay_command)
 
 

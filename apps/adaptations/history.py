@@ -10,7 +10,7 @@ from django.db.models import Avg, Count, Q, Sum
 from django.db.models.functions import Coalesce
 from django.utils import timezone
 
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import RECOVERED, Adaptation
 from apps.policies.services import adaptation_switch
 from apps.runs.models import Run
 from esper.contracts import (
@@ -103,6 +103,7 @@ def experience() -> dict[str, Experience]:
     rows = (
         Adaptation.objects.filter(state__in=(AdaptationState.KEPT, *_BAD_ENDS))
         .exclude(graft_step=None)
+        .exclude(policy=RECOVERED)  # nobody here has seen how it came about
         .values("blueprint__slug")
         .annotate(
             kept=Count("id", filter=Q(state=AdaptationState.KEPT)),
@@ -122,8 +123,9 @@ def experience() -> dict[str, Experience]:
 
 def category_cases(category: str) -> int:
     """Closed cases of all blueprints of one category."""
-    return Adaptation.objects.filter(
+    closed = Adaptation.objects.filter(
         blueprint__category=category,
         state__in=(AdaptationState.KEPT, *_BAD_ENDS),
         graft_step__isnull=False,
-    ).count()
+    )
+    return closed.exclude(policy=RECOVERED).count()

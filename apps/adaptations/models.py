@@ -25,6 +25,9 @@ from esper.contracts import (
     Risk,
 )
 
+# ``policy`` of an adaptation that a restored database has lost, and that its trainer has reported.
+RECOVERED = "recovered"
+
 
 class Adaptation(models.Model):
     uid = models.CharField(

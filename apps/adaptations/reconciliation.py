@@ -1,4 +1,4 @@
-"""The model's grafts as a restarted trainer reports them, against the adaptations on record."""
+"""A model's grafts as its trainer reports them at registration, and the adaptations on record."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from apps.accounts.actors import Actor
 from apps.adaptations.dispatch import request_undo
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
+from apps.adaptations.recovery import recover_grafts, settle_held
 from apps.audit.services import record
 from apps.runs.models import Command, Run
 from apps.runs.services import issue_command
@@ -29,10 +30,14 @@ S = AdaptationState
 _WITH_TRAINER = (S.DISPATCHED, S.ACCEPTED, S.PROBATION, S.ROLLING_BACK)
 
 
-def put_in_doubt(run: Run, actor: Actor) -> None:
-    """The trainer was started again: what the former one did is unknown. In a transaction."""
-    for adaptation in locked_adaptations(run, _WITH_TRAINER):
-        transition(adaptation, S.IN_DOUBT, actor=actor, reason="the trainer was started again")
+def put_in_doubt(
+    run: Run, actor: Actor, reason: str = "the trainer was started again"
+) -> list[Adaptation]:
+    """What the trainer did meanwhile is unknown until it reports. In a transaction."""
+    adaptations = locked_adaptations(run, _WITH_TRAINER)
+    for adaptation in adaptations:
+        transition(adaptation, S.IN_DOUBT, actor=actor, reason=reason)
+    return adaptations
 
 
 def reconcile_grafts(run: Run, reported: Mapping[str, Applied], actor: Actor) -> list[Adaptation]:
@@ -51,7 +56,11 @@ def reconcile_grafts(run: Run, reported: Mapping[str, Applied], actor: Actor) ->
         elif run.epoch > 1:
             settled.append(_lost_when_kept(adaptation, actor))
     undo_leftovers(run, set(reported), actor)
-    _note_unknown_grafts(run, reported)
+    if run.restored_at is not None:
+        known = set(Adaptation.objects.filter(uid__in=reported).values_list("uid", flat=True))
+        unknown = [entry for uid, entry in reported.items() if uid not in known]
+        settled += recover_grafts(run, unknown, actor)
+    _note_foreign_grafts(run, reported)
     return settled
 
 
@@ -64,8 +73,8 @@ def note_merged(adaptation: Adaptation, *, merged: bool) -> None:
         adaptation.refresh_from_db()
 
 
-def _note_unknown_grafts(run: Run, reported: Mapping[str, Applied]) -> None:
-    """Record grafts in the model that belong to another run or another server."""
+def _note_foreign_grafts(run: Run, reported: Mapping[str, Applied]) -> None:
+    """Record grafts in the model that belong to another run, or that cannot be recovered."""
     known = Adaptation.objects.filter(run=run, uid__in=reported).values_list("uid", flat=True)
     unknown = [entry for uid, entry in reported.items() if uid not in set(known)]
     if not unknown:
@@ -92,28 +101,21 @@ def _note_unknown_grafts(run: Run, reported: Mapping[str, Applied]) -> None:
 def _settle(adaptation: Adaptation, reported: Applied | None, actor: Actor) -> Adaptation:
     if reported is None:
         if adaptation.grafted_at is None:
-            reason = "the restarted trainer does not hold this graft"
+            reason = "the trainer does not hold this graft"
             return transition(adaptation, S.NOT_APPLIED, actor=actor, reason=reason)
         end = S.REVERTED if adaptation.kept_at else S.ROLLED_BACK
-        reason = "the trainer was restarted from a state without this graft"
+        reason = "the trainer has started again, or gone on, without this graft"
         return transition(adaptation, end, actor=actor, reason=reason)
     if _undo_was_requested(adaptation):
         transition(
             adaptation,
             S.ROLLING_BACK,
             actor=actor,
-            reason="the restarted trainer still holds this graft",
+            reason="the trainer still holds this graft",
         )
         request_undo(adaptation, reason="its rollback was requested before the restart")
         return adaptation
-    return transition(
-        adaptation,
-        S.PROBATION,
-        actor=actor,
-        reason="the restarted trainer holds this graft",
-        graft_step=reported.step,
-        grafted_at=adaptation.grafted_at or timezone.now(),
-    )
+    return settle_held(adaptation, reported, actor, "the trainer holds this graft")
 
 
 def _undo_was_requested(adaptation: Adaptation) -> bool:

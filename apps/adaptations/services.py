@@ -38,10 +38,12 @@ from apps.adaptations.proposals import (
     record_decline,
 )
 from apps.adaptations.reconciliation import note_merged, put_in_doubt, reconcile_grafts
+from apps.adaptations.restoring import Restored, note_lost_commands, note_restored
 from apps.adaptations.verdicts import judge_adaptation
 
 __all__ = [
     "GateClosedError",
+    "Restored",
     "adaptation_of",
     "approve_adaptation",
     "attestation_of",
@@ -60,7 +62,9 @@ __all__ = [
     "follow_answer",
     "judge_adaptation",
     "mark_taken_out",
+    "note_lost_commands",
     "note_merged",
+    "note_restored",
     "permissions",
     "propose_adaptation",
     "put_in_doubt",

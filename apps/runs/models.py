@@ -20,7 +20,11 @@ from esper.contracts import (
 
 
 class Run(models.Model):
-    """One training of one model. ``epoch`` counts the trainer's starts; older ones are refused."""
+    """One training of one model. ``epoch`` counts the trainer's starts; older ones are refused.
+
+    ``restored_at`` is set while the database, restored from a backup, may be older than what its
+    trainer does; the trainer then registers again.
+    """
 
     uid = models.CharField(
         max_length=UID_LENGTH, unique=True, default=partial(new_uid, "run"), editable=False
@@ -53,6 +57,7 @@ class Run(models.Model):
     adaptation_paused_by = models.CharField(max_length=150, blank=True)
     adaptation_paused_at = models.DateTimeField(null=True, blank=True)
     quarantined_reason = models.TextField(blank=True)
+    restored_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(auto_now_add=True)
     last_seen_at = models.DateTimeField(null=True, blank=True)
     ended_at = models.DateTimeField(null=True, blank=True)

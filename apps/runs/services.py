@@ -17,7 +17,7 @@ from apps.accounts.models import ApiToken, User
 from apps.accounts.policy import Act, may
 from apps.audit.services import record
 from apps.notifications.services import notify, publish, run_topic
-from apps.rest.problems import Problem
+from apps.rest.problems import Problem, not_found
 from apps.runs import models
 from esper import contracts
 from esper.contracts import (
@@ -32,7 +32,11 @@ from esper.contracts import (
 )
 
 MAX_LIVE_RUNS_PER_OWNER = 200
+# A restored database does not know how often a trainer was started since its backup. No epoch of
+# that time may be used again: a command of it would be genuine.
+RESTORED_EPOCHS = 1000
 _NEWER_TRAINER = "A newer trainer has registered for this run."
+_RESTORED = "The database was restored from a backup: register the run again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +59,14 @@ def register_run(
         Problem: too many layers, duplicate layer names, too many live runs, or a taken name.
     """
     _check_spec(spec)
-    live = _run_to_continue(owner, spec.name, run_uid)
+    live = _continued_run(owner, spec.continues) or _run_to_continue(owner, spec.name, run_uid)
     if live is None:
         _check_run_count(owner)
     run = live or models.Run(owner=owner, name=spec.name, **({"uid": run_uid} if run_uid else {}))
     run.ended_at, run.end_reason = None, ""
-    run.epoch = run.epoch + 1 if live else 1
+    run.epoch = _next_epoch(run, spec.continues) if live else 1
+    if live is None and spec.continues is not None:  # the database does not know its trainer's run
+        run.restored_at = timezone.now()
     run.mode, run.host, run.capability = spec.mode, spec.host, spec.capability
     run.capabilities = spec.capabilities
     run.model_parameters, run.target_steps = spec.model_parameters, spec.target_steps
@@ -84,6 +90,38 @@ def register_run(
     publish(topic=run_topic(run.uid), type=act, data=data)
     publish(topic="system", type=act, data={"run": run.uid, **data})
     return Registration(run, secret, resumed=live is not None)
+
+
+def _continued_run(owner: User, continued: protocol.Continued | None) -> models.Run | None:
+    """The run of a living trainer whose registration a restored database has lost.
+
+    None: it has just started, or the database does not know the run at all.
+
+    Raises:
+        Problem: nothing was lost, so that another trainer has replaced this one; or the run has
+            ended, or is somebody else's.
+    """
+    if continued is None:
+        return None
+    run = models.Run.objects.select_for_update().filter(uid=continued.run).first()
+    if run is None:
+        return None
+    if run.owner_id != owner.pk:
+        raise not_found("run")
+    if run.restored_at is None and continued.epoch <= run.epoch:
+        raise Problem(
+            409,
+            "old-epoch",
+            f"This run is at epoch {run.epoch}, the trainer at {continued.epoch}. {_NEWER_TRAINER}",
+            epoch=run.epoch,
+        )
+    if run.ended:
+        raise Problem(409, "run-ended", f"This run has ended: it is {run.state}.", state=run.state)
+    return run
+
+
+def _next_epoch(run: models.Run, continued: protocol.Continued | None) -> int:
+    return max(run.epoch, continued.epoch if continued else 0) + 1
 
 
 def _run_to_continue(owner: User, name: str, run_uid: str) -> models.Run | None:
@@ -148,13 +186,48 @@ def check_epoch(run: models.Run, epoch: int) -> None:
     if epoch != run.epoch:
         raise Problem(
             409,
-            "old-epoch",
+            "run-restored" if run.restored_at else "old-epoch",
             f"This run is at epoch {run.epoch}, the request is for epoch {epoch}. "
-            + (_NEWER_TRAINER if epoch < run.epoch else "Register the run again."),
+            + _what_to_do(run, epoch),
             epoch=run.epoch,
         )
     if run.ended:
         raise Problem(409, "run-ended", f"This run has ended: it is {run.state}.", state=run.state)
+
+
+def _what_to_do(run: models.Run, epoch: int) -> str:
+    if run.restored_at:
+        return _RESTORED
+    return _NEWER_TRAINER if epoch < run.epoch else "Register the run again."
+
+
+def mark_restored(run: models.Run, *, actor: Actor, reason: str) -> None:
+    """The run's trainer must register again, and say what its model holds. In a transaction.
+
+    Its old epochs and commands are void: some of them are missing here.
+    """
+    models.Run.objects.filter(pk=run.pk).update(
+        epoch=F("epoch") + RESTORED_EPOCHS, restored_at=None if run.ended else timezone.now()
+    )
+    run.refresh_from_db(fields=["epoch", "restored_at"])
+    models.Command.objects.filter(
+        run=run, state__in=[CommandState.ISSUED, CommandState.ACCEPTED]
+    ).update(state=CommandState.EXPIRED, reason=reason)
+    if not run.ended:
+        record(
+            actor=actor,
+            act="run.restored",
+            object_kind="run",
+            object_uid=run.uid,
+            run_uid=run.uid,
+            reason=reason,
+            data={"epoch": run.epoch},
+        )
+
+
+def raise_command_seq(run: models.Run, seq: int) -> None:
+    """The trainer has taken commands up to ``seq``: lower numbers would be refused as replayed."""
+    models.Run.objects.filter(pk=run.pk, command_seq__lt=seq).update(command_seq=seq)
 
 
 def touch(run: models.Run) -> None:

@@ -15,6 +15,7 @@ from apps.accounts.authentication import actor, person, via
 from apps.accounts.endpoint import READERS, TRAINERS, Endpoint, require, run_of_token
 from apps.accounts.policy import Act
 from apps.adaptations.models import Adaptation
+from apps.adaptations.services import note_lost_commands
 from apps.rest.fields import body, message
 from apps.rest.filters import apply_filters, parse_parameter, whole_number
 from apps.rest.idempotency import idempotent
@@ -25,7 +26,7 @@ from apps.rest.throttling import TelemetryThrottle, TokenThrottle
 from apps.runs.models import Command, Run
 from apps.runs.selectors import FILTERS, runs, visible_run
 from apps.runs.serializers import CommandOutput, RunOutput
-from apps.runs.services import command_to_wire, commands_after, touch
+from apps.runs.services import check_epoch, command_to_wire, commands_after, touch
 from apps.telemetry.services import seconds_to_pause
 from apps.trainers import services
 from esper.contracts import RunState, TokenScope, protocol, wire
@@ -87,6 +88,7 @@ class Hello(TrainerEndpoint):
             step=hello.step,
             applied=hello.applied,
             actor=_trainer(request, run),
+            last_command_seq=hello.last_command_seq,
         )
         touch(run)
         answer = protocol.HelloAnswer(
@@ -128,13 +130,14 @@ class RunCommands(Endpoint):
     """One path for two callers: people read the whole log, a trainer what it has to answer."""
 
     readers: ClassVar = READERS | TRAINERS
-    parameters = PARAMETERS | frozenset({"after"})
+    parameters = PARAMETERS | frozenset({"after", "epoch"})
 
     @documented(
         "list_commands",
         answer=PolymorphicProxySerializer("CommandList", _COMMAND_LISTS, None),
         parameters=[
             query("after", int, "The last sequence number that is known already."),
+            query("epoch", int, "The trainer's; another one than the run's answers 409."),
             CURSOR,
             LIMIT,
         ],
@@ -148,6 +151,10 @@ class RunCommands(Endpoint):
             rows = Command.objects.filter(run=run, seq__gt=after)
             return page_response(request, rows, lambda rows: CommandOutput(rows, many=True).data)
         touch(run)
+        if after > run.command_seq:
+            note_lost_commands(run, after=after, actor=_trainer(request, run))
+        if request.query_params.get("epoch"):
+            check_epoch(run, parse_parameter(request, "epoch", whole_number, default=0))
         commands = commands_after(run, after)
         return Response({"results": [command_to_wire(command) for command in commands]})
 

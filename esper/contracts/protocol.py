@@ -86,6 +86,18 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 # --- a trainer's life -----------------------------------------------------------------------------
 
 
+class Continued(Message, frozen=True, kw_only=True):
+    """The run that a process trains already, when the server has lost its registration.
+
+    Attributes:
+        run: its uid.
+        epoch: of the registration that the server accepts no more.
+    """
+
+    run: Uid
+    epoch: Annotated[int, Meta(ge=0, le=2**30)]
+
+
 class Registration(Message, frozen=True, kw_only=True):
     """A training run begins, or begins again.
 
@@ -99,6 +111,7 @@ class Registration(Message, frozen=True, kw_only=True):
         versions: of torch, python and esper.
         model_parameters: of the whole model, before any graft.
         layers: everything that was seen to run.
+        continues: the run that this process trains already; null: it has just started.
     """
 
     name: Name
@@ -110,6 +123,7 @@ class Registration(Message, frozen=True, kw_only=True):
     capabilities: Annotated[dict[str, Capability], Meta(max_length=MAX_DEVICES)] = {}
     target_steps: Whole | None = None
     versions: Annotated[dict[str, Version], Meta(max_length=MAX_VERSIONS)] = {}
+    continues: Continued | None = None
 
     def __post_init__(self) -> None:
         for index, layer in enumerate(self.layers):
@@ -156,6 +170,7 @@ class Applied(Message, frozen=True, kw_only=True):
         blueprint: slug.
         step: when it was grafted; -1: unknown.
         merged: it was folded into its host's weights.
+        kept: its probation has ended well, as the trainer was told.
     """
 
     adaptation: UidOrEmpty
@@ -163,6 +178,7 @@ class Applied(Message, frozen=True, kw_only=True):
     blueprint: Slug
     step: StepOrNone
     merged: bool = False
+    kept: bool = False
 
 
 class Hello(Message, frozen=True, kw_only=True):
@@ -172,11 +188,13 @@ class Hello(Message, frozen=True, kw_only=True):
         epoch: of the trainer.
         step: where the training is.
         applied: every graft that the model holds.
+        last_command_seq: the last command of this run that the trainer has taken.
     """
 
     epoch: Whole
     step: Whole
     applied: Annotated[tuple[Applied, ...], Meta(max_length=MAX_LAYERS)]
+    last_command_seq: Step = 0
 
 
 class Settled(Message, frozen=True, kw_only=True):
@@ -694,6 +712,7 @@ MESSAGES: Sequence[tuple[str, tuple[type, ...]]] = (
         "A trainer's life",
         (
             Registration,
+            Continued,
             Registered,
             Hello,
             Applied,

@@ -184,6 +184,10 @@ class CommandHandler:
         return CommandAck(seq=command.seq, state=CommandState.APPLIED)
 
     def _graft(self, command: Command, operation: Operation) -> Answer:
+        registration = self._queues.registration
+        if registration is not None and command.epoch != registration.epoch:
+            reason = "the run has registered again since"
+            return Answer(failed(command, reason, RefusalCode.OLD_EPOCH))
         if self._queues.now() >= command.expires_at:
             reason = "it expired before a step boundary came"
             return Answer(failed(command, reason, RefusalCode.EXPIRED))

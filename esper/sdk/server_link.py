@@ -12,7 +12,7 @@ from urllib.parse import quote
 import torch
 
 from esper.compilation import capability
-from esper.contracts import HealthFrame, LayerInfo, protocol
+from esper.contracts import AdaptationState, HealthFrame, LayerInfo, protocol
 from esper.sdk.announcing import Announcer
 from esper.sdk.command_handler import CommandHandler
 from esper.sdk.run_state import RunState
@@ -96,7 +96,7 @@ class ServerLink:
                 model_parameters=model_parameters,
                 layers=layers,
                 step=self._run.step,
-                applied=self._applied(),
+                applied=self._applied,
             )
         )
 
@@ -129,7 +129,7 @@ class ServerLink:
         self._transport.close(lambda epoch: finish(epoch=epoch), timeout=timeout)
 
     def _applied(self) -> tuple[protocol.Applied, ...]:
-        """What the model holds of the server's grafts, from a checkpoint."""
+        """What the model holds of the server's grafts."""
         return tuple(
             protocol.Applied(
                 adaptation=entry.uid,
@@ -137,6 +137,7 @@ class ServerLink:
                 blueprint=entry.blueprint,
                 step=entry.step,
                 merged=entry.merged,
+                kept=entry.state is AdaptationState.KEPT,
             )
             for entry in self._surgery.changes.grafted
             if not entry.local

@@ -3,4 +3,5 @@
 tokens   esper token issue, list, revoke
 recipes  esper recipe list, start, stop, resume, logs
 audit    esper audit verify, export
+backup   esper backup, restore, restored
 """

@@ -112,7 +112,8 @@ class Listener:
             await asyncio.sleep(back_off.next_delay())
 
     async def _catch_up(self) -> None:
-        path = f"runs/{self._registration.run}/commands?after={self._last_seq}"
+        epoch = self._registration.epoch
+        path = f"runs/{self._registration.run}/commands?after={self._last_seq}&epoch={epoch}"
         answer = await self._client.get(path)
         for entry in answer.get("results", ()):
             await self._on_command(entry.get("command"), entry.get("signature"), in_order=True)

@@ -171,7 +171,7 @@ async def _send_all(journal: Journal, pace: Pace) -> None:
 
 def ends_the_run(error: TransportError) -> bool:
     """True when the server accepts nothing more of this start of the run."""
-    ended = error.code in ("old-epoch", "run-ended")
+    ended = error.code in ("old-epoch", "run-ended", "run-restored")
     return error.permanent and (ended or error.status in (401, 403, 404))
 
 

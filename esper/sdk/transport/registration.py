@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,8 +20,9 @@ _BODY_ROOM_BYTES = 900_000  # of the 1 MiB that a body may have
 class RunDescription:
     """The run as it registers, after its first step.
 
-    ``applied`` is what the model then holds from a checkpoint, for ``hello``; ``capabilities`` is
-    the capability of each device that holds a layer.
+    ``applied`` says what the model holds, for ``hello``: from a checkpoint, or, when the run has to
+    register again, all that was grafted since. It is called in the transport thread.
+    ``capabilities`` is the capability of each device that holds a layer.
     """
 
     name: str
@@ -32,9 +34,9 @@ class RunDescription:
     layers: tuple[LayerInfo, ...]
     step: int
     capabilities: dict[str, str] = field(default_factory=dict)
-    applied: tuple[protocol.Applied, ...] = ()
+    applied: Callable[[], tuple[protocol.Applied, ...]] = tuple
 
-    def message(self) -> protocol.Registration:
+    def message(self, continues: protocol.Continued | None = None) -> protocol.Registration:
         """What is posted. Thousands of layers go without their links, which are not essential."""
         message = protocol.Registration(
             name=self.name,
@@ -46,6 +48,7 @@ class RunDescription:
             versions=self.versions,
             model_parameters=self.model_parameters,
             layers=self.layers,
+            continues=continues,
         )
         if len(codec.encode(wire.to_wire(message))) <= _BODY_ROOM_BYTES:
             return message

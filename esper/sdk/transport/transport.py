@@ -4,6 +4,9 @@ register -> hello -> ┬ telemetry, batch by batch, each until it is answered
                      ├ reports (acknowledgements, rollbacks, remedies), each until it is answered
                      └ commands into the inbox
 close    -> the rest of the telemetry -> the rest of the reports -> finish
+
+A server whose database was restored from a backup has lost a part of this: the run registers again,
+and its hello says what the model holds.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from esper.contracts import wire
-from esper.contracts.protocol import Finish, Hello, HelloAnswer
+from esper.contracts.protocol import Continued, Finish, Hello, HelloAnswer
 from esper.exceptions import CodecError, TransportError
 from esper.fail_closed import short
 from esper.sdk.transport.client import Client, insist
@@ -68,6 +71,7 @@ class Transport:
         self._client: Client | None = None
         self._sender: TelemetrySender | None = None
         self._report_sender: ReportSender | None = None
+        self._taken = ("", 0)  # a run, and the last command of it that was taken
         queues.on_report = self._wake_reports
 
     # -- the training thread's side: nothing here waits, but close -------------------------------
@@ -137,8 +141,8 @@ class Transport:
         client = self._client = Client(self._server, self._token)
         try:
             registration = await self._register(client, description)
-            client.token = registration.token
-            await self._live_registered(client, registration, description)
+            while not await self._live_registered(client, registration, description):
+                registration = await self._register(client, description, before=registration)
         except TransportError as error:
             self._give_up(error)
         except asyncio.CancelledError:
@@ -155,25 +159,39 @@ class Transport:
 
     async def _live_registered(
         self, client: Client, registration: Registration, description: RunDescription
-    ) -> None:
+    ) -> bool:
+        """Until the run ends; False when the server has lost the registration, and it goes on."""
+        client.token = registration.token
         journal = await self._open_journal(registration)
         report_sender = ReportSender(client, registration, journal, self.queues, self._pace)
         self.queues.registration, self._report_sender = registration, report_sender
         logger.info("run %s is registered at %s", description.name, self._server)
         try:
-            await self._say_hello(client, registration, description)
+            await self._say_hello(client, registration, description, journal)
             await self._serve(client, registration, journal, report_sender)
             report_sender.write_finish()
             await report_sender.send_all()
             logger.info("run finished; %s", self.queues.ledger())
+            return True
+        except TransportError as error:
+            if not _registration_may_be_lost(error):
+                raise
+            logger.warning("%s: registering the run again", error)
+            self._taken = (registration.run, journal.state.command_seq)
+            return False
         except asyncio.CancelledError:
             report_sender.write_finish()
             raise
         finally:
             journal.close()
 
-    async def _register(self, client: Client, description: RunDescription) -> Registration:
-        body, key = wire.to_wire(description.message()), str(uuid.uuid4())
+    async def _register(
+        self, client: Client, description: RunDescription, *, before: Registration | None = None
+    ) -> Registration:
+        """``before``: the registration that the server accepts no more; the run goes on."""
+        client.token = self._token
+        continues = Continued(run=before.run, epoch=before.epoch) if before else None
+        body, key = wire.to_wire(description.message(continues)), str(uuid.uuid4())
 
         async def attempt() -> Registration:
             answer = await client.post("runs", body, key=key)
@@ -198,12 +216,24 @@ class Transport:
             server=self._server,
             token=registration.token,
         )
+        run, seq = self._taken
+        if run == registration.run and seq > journal.state.command_seq:
+            journal.take_command(seq)  # the former registration's journal may have been deleted
         return journal
 
     async def _say_hello(
-        self, client: Client, registration: Registration, description: RunDescription
+        self,
+        client: Client,
+        registration: Registration,
+        description: RunDescription,
+        journal: Journal,
     ) -> None:
-        hello = Hello(epoch=registration.epoch, step=description.step, applied=description.applied)
+        hello = Hello(
+            epoch=registration.epoch,
+            step=description.step,
+            applied=description.applied(),
+            last_command_seq=journal.state.command_seq,
+        )
         answer = await insist(
             partial(client.ask, f"runs/{registration.run}/hello", wire.to_wire(hello), HelloAnswer),
             back_off=self._pace.back_off(),
@@ -258,6 +288,14 @@ async def _until_done(ending: set[asyncio.Task[Any]], endless: set[asyncio.Task[
         for task in ending | endless:
             task.cancel()
         await asyncio.gather(*ending, *endless, return_exceptions=True)
+
+
+def _registration_may_be_lost(error: TransportError) -> bool:
+    """A restored database has lost the registration; or another process has replaced this one.
+
+    A registration that continues the run tells the two apart.
+    """
+    return error.permanent and (error.code == "run-restored" or error.status in (401, 404))
 
 
 def _advice(error: TransportError, *, registered: bool) -> str:
