@@ -56,7 +56,10 @@ SIGNAL_NOTES: dict[Signal, tuple[str, str]] = {
     Signal.SATURATION: ("0..1", "share of activations within 1 % of the layer's extreme values"),
     Signal.STABLE_RANK: ("0..1", "stable rank of the weight / its largest possible rank"),
     Signal.GRAD_SNR: ("ratio", "|mean| / std of the gradient, from Adam's own buffers"),
-    Signal.HEALTH: ("0..1", "0 poor, 1 good; weighted from the others, see esper.health.score"),
+    Signal.HEALTH: (
+        "0..1",
+        "1 as usual, 0 far from it; by limits, own past, peers and findings",
+    ),
     Signal.ACT_ABS_MAX: ("activation", "largest |h| that the layer gives to the next one"),
     Signal.INACTIVE_FRACTION: ("0..1", "share of units that are exactly 0 in 99 % of the samples"),
     Signal.GRAD_ZERO_SHARE: ("0..1", "share of the gradient's entries that are exactly 0"),

@@ -135,7 +135,8 @@ def extract_features(
     frames = snapshot.frames[-MAX_FRAMES:]
     values = [_aligned(frame, names) for frame in frames]
     latest = _newest_known(values, len(names))
-    latest[:, SIGNAL_INDEX[Signal.HEALTH]] = health_scores(latest)
+    health_L = latest[:, SIGNAL_INDEX[Signal.HEALTH]]  # of the trainer, which knows more
+    np.copyto(health_L, health_scores(latest), where=np.isnan(health_L))
     medians = layer_medians(latest)
     loss = loss_features(snapshot.loss_steps, snapshot.loss, since=snapshot.last_adaptation_step)
     return Features(

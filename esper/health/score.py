@@ -1,8 +1,11 @@
-"""One number for a layer's health, from its known signals.
+"""Whether a layer's known signals lie within their usual limits, as one number.
+
+It is one part of a layer's health; :mod:`esper.sdk.layer_health` adds the layer's own past, its
+peers, and the open findings.
 
 Shape legend: L layers, S signals.
 
-    health = 1/2 · weighted mean of the known parts + 1/2 · the worst known part
+    score = 1/2 · weighted mean of the known parts + 1/2 · the worst known part
 
 The worst part counts for half, because four good parts do not outweigh one failure (such as every
 unit dead). Parts, each 0 poor … 1 good, with their weights:

@@ -52,6 +52,7 @@ from esper.sdk.findings import (
 )
 from esper.sdk.following import Follower
 from esper.sdk.guarding import ProbationGuard
+from esper.sdk.layer_health import LayerHealth
 from esper.sdk.layers import Layers
 from esper.sdk.loaded_states import LoadedStates
 from esper.sdk.local import LocalLoop, LocalMemory, Waiting
@@ -214,6 +215,7 @@ class Session:
         self._reader = LossReader()
         self._sampling = SamplingPace(fixed=setup.sampling)
         self._calm = LossGuard()  # tells which states are good; not reset, as the guard's is
+        self._health = LayerHealth(self._findings)
         self._compiler = CompilerWatch()
         self._model_parameters = _parameters_of(model, around)
         self._reported: dict[str, float] = {}
@@ -840,6 +842,7 @@ class Session:
             known = others if self._ranks.alone else metrics
             frame = sampler.step(self._run.step, loss, known)
         if frame is not None:
+            frame = self._health.judge(frame)
             self._latest_frame = frame
             self._gradients.on_frame(frame)
             metrics = {**frame.metrics, **metrics}
