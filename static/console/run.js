@@ -1,19 +1,15 @@
-// The run page's charts: the loss with adaptation markers, and the layers over time on a canvas.
-// Both fetch increments, keep the zoom, and have a table and a sentence with the same content.
+// The run page's charts: the loss, what happened, and the layers, over one axis of steps with one
+// cursor. They fetch increments, keep the zoom, and have a table and a sentence with the same content.
 /* global uPlot */
-import { visible } from "./messages.js";
+import { Heat } from "./heat.js";
+import { Lane } from "./lane.js";
 
 const POINTS = 900;
-const CIVIDIS = [
-  "#00224e", "#0e306f", "#35456c", "#4f576c", "#666970", "#7d7c78", "#948e77", "#b0a473", "#d0bd66", "#f3dc4d",
-];
-const MARKS = {
-  probation: "◐", kept: "✓", rolled_back: "▽", reverted: "▽", rolling_back: "▽", in_doubt: "?", rollback_failed: "■",
-};
-
 const lossPanel = document.getElementById("loss");
 const run = lossPanel.dataset.run;
-const markers = JSON.parse(document.getElementById("markers").textContent);
+const ended = lossPanel.dataset.ended === "yes";
+const heldOutName = lossPanel.dataset.heldOut;
+
 const get = async (path) => {
   const answer = await fetch(`/api/v1/runs/${run}/${path}`, { headers: { Accept: "application/json" } });
   if (!answer.ok) throw new Error(`${path}: ${answer.status}`);
@@ -28,92 +24,152 @@ const css = (name) => {
   return color;
 };
 const short = (value) => (value === null || value === undefined ? "—" : Number(value.toPrecision(4)).toLocaleString("en"));
+const readMarkers = () => JSON.parse(document.getElementById("markers").textContent);
 
 // --- loss -----------------------------------------------------------------------------------------
 
-const series = { step: [], min: [], mean: [], max: [], bad: [] };
+const COLUMNS = ["step", "min", "mean", "max"];
+const series = { step: [], min: [], mean: [], max: [], bad: [], width: 1 };
+const heldOut = { step: [], mean: [] };
+let markers = readMarkers();
 let chart = null;
 let logScale = false;
 let held = false;
 let heldAt = 0;
-let zoomed = false;
+let zoomed = false; // by dragging
+let chosenWindow = "all";
+let smoothing = 0.9;
 
+// Buckets have the same width everywhere and begin at its multiples. The last one may be incomplete:
+// it is fetched again, and drawn once half of its steps are there.
 async function readLoss() {
+  const { width } = series;
   const last = series.step.at(-1) ?? -1;
-  const fresh = await get(`metrics?name=loss&points=${POINTS}&after_step=${last}`);
-  for (const name of ["step", "min", "mean", "max"]) series[name].push(...fresh[name]);
-  series.bad.push(...fresh.non_finite);
+  const after = last < 0 ? -1 : Math.floor(last / width) * width - 1;
+  if (last < 0) return readLossAgain();
+  const fresh = await get(`metrics?name=loss&points=${POINTS}&after_step=${after}&width=${width}`);
+  const kept = series.step.findIndex((step) => step > after);
+  if (kept >= 0) for (const name of COLUMNS) series[name].length = kept;
+  for (const name of COLUMNS) series[name].push(...fresh[name]);
+  series.bad = [...series.bad.filter(({ step }) => step <= after), ...fresh.non_finite];
+  await readHeldOut();
   if (series.step.length > 2 * POINTS) return readLossAgain();
   return drawLoss();
 }
 
 async function readLossAgain() {
-  const whole = await get(`metrics?name=loss&points=${POINTS}`);
-  for (const name of ["step", "min", "mean", "max"]) series[name] = whole[name];
+  const all = await get("metrics?name=loss&points=1"); // one bucket, as wide as all steps
+  const width = all.step.length ? Math.max(1, Math.ceil(all.width / POINTS)) : 1;
+  const whole = await get(`metrics?name=loss&points=${POINTS}&width=${width}`);
+  for (const name of COLUMNS) series[name] = whole[name];
   series.bad = whole.non_finite;
+  series.width = width;
+  await readHeldOut(true);
   drawLoss();
+}
+
+async function readHeldOut(again = false) {
+  if (!heldOutName) return;
+  if (again) heldOut.step = heldOut.mean = [];
+  const last = heldOut.step.at(-1) ?? -1;
+  const fresh = await get(`metrics?name=${encodeURIComponent(heldOutName)}&points=400&after_step=${last}`);
+  heldOut.step = [...heldOut.step, ...fresh.step];
+  heldOut.mean = [...heldOut.mean, ...fresh.mean];
+}
+
+function shownLength() {
+  const { step, width } = series;
+  const last = step.at(-1) ?? 0;
+  const half = Math.floor(last / width) * width + width / 2;
+  return !ended && width > 1 && last < half && step.length > 2 ? step.length - 1 : step.length;
+}
+
+function average(values) {
+  let mean = null;
+  return values.map((value) => {
+    if (value === null) return null;
+    mean = mean === null ? value : smoothing * mean + (1 - smoothing) * value;
+    return mean;
+  });
+}
+
+function lossData() {
+  const count = shownLength();
+  const [step, min, mean, max] = COLUMNS.map((name) => series[name].slice(0, count));
+  const own = [step, min, max, mean, smoothing ? average(mean) : mean.map(() => null)];
+  if (!heldOutName) return own;
+  return heldOut.step.length ? uPlot.join([own, [heldOut.step, heldOut.mean]]) : [...own, step.map(() => null)];
 }
 
 function drawLoss() {
   describeLoss();
   if (!series.step.length) return;
-  const data = [series.step, series.min, series.max, series.mean];
+  const data = lossData();
   if (!chart) chart = makeChart(data);
-  else chart.setData(data, !zoomed);
+  else chart.setData(data, false);
+  if (!zoomed) showWindow();
 }
+
+const gutter = () => (innerWidth < 700 ? 58 : 176);
 
 function makeChart(data) {
   const place = document.getElementById("loss-chart");
-  const [ink, line, blue] = [css("--muted"), css("--line"), css("--cat-1")];
+  const [ink, line, blue, orange] = ["--muted", "--line", "--cat-1", "--cat-2"].map(css);
   const axis = { stroke: ink, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 }, font: "12px system-ui" };
-  const band = { stroke: "transparent", points: { show: false } };
-  const made = new uPlot({
-    width: place.clientWidth, height: 260, cursor: { drag: { x: true, y: false } }, legend: { live: true },
+  const band = { stroke: "transparent", points: { show: false }, spanGaps: true };
+  const soft = (color) => color.replace("rgb(", "rgba(").replace(")", ", 0.35)");
+  const value = (_, number) => short(number);
+  return new uPlot({
+    width: place.clientWidth, height: 260, padding: [8, 12, 0, 0],
+    cursor: { drag: { x: true, y: false } }, legend: { live: true },
     scales: { x: { time: false }, y: { distr: logScale ? 3 : 1 } },
-    axes: [{ ...axis, values: (_, ticks) => ticks.map((tick) => tick.toLocaleString("en")) }, { ...axis, size: 62 }],
+    axes: [{ ...axis, values: (_, ticks) => ticks.map((tick) => tick.toLocaleString("en")) }, { ...axis, size: gutter() }],
     series: [
-      { label: "step", value: (_, value) => (value === null ? "—" : value.toLocaleString("en")) },
-      { ...band, label: "lowest", value: (_, value) => short(value) },
-      { ...band, label: "highest", value: (_, value) => short(value) },
-      { label: "mean loss", stroke: blue, width: 1.6, points: { show: false }, value: (_, value) => short(value) },
+      { label: "step", value: (_, step) => (step === null ? "—" : step.toLocaleString("en")) },
+      { ...band, label: "lowest", value },
+      { ...band, label: "highest", value },
+      { label: "training loss", stroke: smoothing ? soft(blue) : blue, width: 1.4, points: { show: false }, spanGaps: true, value },
+      { label: `average ${smoothing || ""}`, show: Boolean(smoothing), stroke: blue, width: 2, points: { show: false }, spanGaps: true, value },
+      ...(heldOutName ? [{ label: `held-out (${heldOutName})`, stroke: orange, width: 1.8, dash: [6, 3],
+        points: { show: heldOut.step.length < 60, size: 5, fill: orange }, spanGaps: true, value }] : []),
     ],
-    bands: [{ series: [2, 1], fill: blue.replace("rgb(", "rgba(").replace(")", ", 0.18)") }],
+    bands: [{ series: [2, 1], fill: soft(blue).replace("0.35", "0.16") }],
     hooks: {
-      draw: [drawMarks],
-      setScale: [(plot, key) => { if (key === "x") noteZoom(plot); }],
+      draw: [drawLines],
+      setScale: [(plot, key) => { if (key === "x") follow(plot); }],
+      setCursor: [(plot) => showCursor(plot)],
+      setSelect: [() => { zoomed = true; }],
+      ready: [(plot) => plot.over.addEventListener("dblclick", () => { zoomed = false; showWindow(); })],
     },
   }, data, place);
-  return made;
 }
 
-function noteZoom(plot) {
-  const { min, max } = plot.scales.x;
-  const steps = series.step;
-  zoomed = min > steps[0] || max < steps.at(-1);
+// The window that a person has chosen. The newest steps stay in it while the run goes on.
+function showWindow() {
+  const first = series.step[0];
+  const last = Math.max(series.step[shownLength() - 1], heldOut.step.at(-1) ?? 0);
+  const start = { all: first, "start": first + 0.1 * (last - first) }[chosenWindow] ?? Math.max(first, last - Number(chosenWindow));
+  chart.setScale("x", { min: start, max: Math.max(last, start + 1) });
 }
 
-function drawMarks(plot) {
+function drawLines(plot) {
   const { ctx } = plot;
   const { left, top, width, height } = plot.bbox;
   const ratio = devicePixelRatio;
   ctx.save();
-  ctx.font = `${12 * ratio}px system-ui`;
-  ctx.textAlign = "center";
-  for (const mark of markers) drawLine(mark.step, css("--muted"), `${MARKS[mark.state] ?? "▲"} A-${mark.number}`);
-  for (const bad of series.bad.slice(-200)) drawLine(bad.step, css("--critical"), "");
+  ctx.setLineDash([3 * ratio, 4 * ratio]);
+  for (const { step } of markers.filter(({ kind }) => kind === "adaptation")) line(step, css("--line-strong"));
+  for (const { step } of series.bad.slice(-200)) line(step, css("--critical"));
   ctx.restore();
 
-  function drawLine(step, color, words) {
+  function line(step, color) {
     const x = plot.valToPos(step, "x", true);
     if (x < left || x > left + width) return;
     ctx.strokeStyle = color;
-    ctx.fillStyle = color;
-    ctx.setLineDash([4 * ratio, 3 * ratio]);
     ctx.beginPath();
-    ctx.moveTo(x, top + (words ? 16 * ratio : 0));
+    ctx.moveTo(x, top);
     ctx.lineTo(x, top + height);
     ctx.stroke();
-    if (words) ctx.fillText(words, Math.min(Math.max(x, left + 30 * ratio), left + width - 30 * ratio), top + 12 * ratio);
   }
 }
 
@@ -125,10 +181,16 @@ function describeLoss() {
     return;
   }
   const known = mean.filter((value) => value !== null);
+  const grafts = markers.filter(({ kind }) => kind === "adaptation").length;
+  const others = markers.length - grafts;
   place.textContent = `From ${short(known[0])} at step ${short(step[0])} to ${short(known.at(-1))} at step ${short(step.at(-1))}; `
-    + `lowest ${short(Math.min(...known))}. ${markers.length === 0 ? "No graft is" : markers.length === 1 ? "1 graft is" : `${markers.length} grafts are`} marked.`
+    + `lowest ${short(Math.min(...known))}. `
+    + (heldOut.step.length ? `Held-out loss ${short(heldOut.mean.at(-1))} at step ${short(heldOut.step.at(-1))}. ` : "")
+    + `${grafts === 0 ? "No graft is" : grafts === 1 ? "1 graft is" : `${grafts} grafts are`} marked`
+    + (others ? `, and ${others} finding${others === 1 ? "" : "s"} or remedies.` : ".")
     + (bad.length ? ` The loss was not finite ${bad.length} times, last at step ${short(bad.at(-1).step)}.` : "")
-    + " Drag to zoom, double click for all.";
+    + (series.width > 1 ? ` Each point stands for ${short(series.width)} steps.` : "")
+    + " Drag to zoom, double click to go back.";
   fillLossTable();
 }
 
@@ -152,181 +214,49 @@ function makeRow(cells, tag = "td") {
   return row;
 }
 
-// --- heat map -------------------------------------------------------------------------------------
+// --- one axis, one cursor -------------------------------------------------------------------------
 
-const canvas = document.getElementById("heat-canvas");
-const tip = document.getElementById("heat-tip");
-const signal = document.getElementById("heat-signal");
-let heat = null;
-
-async function readHeat() {
-  const columns = Math.min(240, Math.max(60, Math.floor(canvas.parentElement.clientWidth / 5)));
-  heat = await get(`heatmap?signal=${encodeURIComponent(signal.value)}&columns=${columns}`);
-  drawHeat();
-  describeHeat();
-}
-
-const rowHeight = () => (heat.layers.length > 60 ? Math.max(2, Math.floor(900 / heat.layers.length)) : 18);
-const labelWidth = () => (rowHeight() < 10 ? 0 : Math.min(180, canvas.parentElement.clientWidth * 0.3));
-
-function range() {
-  if (["health", "dead_fraction", "saturation", "stable_rank", "graft_grad_share"].includes(heat.signal)) return [0, 1];
-  const known = heat.values.flat().filter((value) => value !== null);
-  return known.length ? [Math.min(...known), Math.max(...known)] : [0, 1];
-}
-
-function drawHeat() {
-  const width = canvas.parentElement.clientWidth;
-  const height = Math.max(24, heat.layers.length * rowHeight() + 18);
-  const ratio = devicePixelRatio;
-  canvas.width = width * ratio;
-  canvas.height = height * ratio;
-  canvas.style.height = `${height}px`;
-  const ctx = canvas.getContext("2d");
-  ctx.scale(ratio, ratio);
-  const [low, high] = range();
-  const scale = CIVIDIS.length / ((high - low) || 1);
-  const columns = heat.step.length;
-  if (!columns) return;
-  const left = labelWidth();
-  const cell = (width - left) / columns;
-  const ink = css("--ink");
-  heat.values.forEach((values, row) => {
-    const y = row * rowHeight();
-    values.forEach((value, column) => {
-      if (value === null) return; // not measured: left empty
-      ctx.fillStyle = CIVIDIS[Math.max(0, Math.min(CIVIDIS.length - 1, Math.floor((value - low) * scale)))];
-      ctx.fillRect(left + column * cell, y, cell + 0.5, rowHeight() - (rowHeight() > 6 ? 1 : 0));
-    });
-  });
-  if (heat.signal === "health") hatchPoor(ctx, left, cell);
-  if (left) drawLabels(ctx, left, ink);
-  drawHeatMarks(ctx, left, width);
-}
-
-// Poor health is hatched too, because not everybody can see the colour.
-function hatchPoor(ctx, left, cell) {
-  if (rowHeight() < 8) return;
-  ctx.strokeStyle = "#ffffff99";
-  ctx.lineWidth = 1;
-  heat.values.forEach((values, row) => values.forEach((value, column) => {
-    if (value === null || value >= 0.4) return;
-    const [x, y] = [left + column * cell, row * rowHeight()];
-    ctx.beginPath();
-    ctx.moveTo(x, y + rowHeight() - 2);
-    ctx.lineTo(x + Math.min(cell, rowHeight()), y + 1);
-    ctx.stroke();
-  }));
-}
-
-function drawLabels(ctx, left, ink) {
-  ctx.fillStyle = ink;
-  ctx.font = "12px system-ui";
-  ctx.textBaseline = "middle";
-  ctx.textAlign = "right";
-  heat.layers.forEach((name, row) => {
-    ctx.fillText(cut(ctx, visible(name), left - 10), left - 6, row * rowHeight() + rowHeight() / 2);
-  });
-}
-
-function cut(ctx, text, width) {
-  if (ctx.measureText(text).width <= width) return text;
-  let length = text.length;
-  while (length > 3 && ctx.measureText(`…${text.slice(-length)}`).width > width) length -= 1;
-  return `…${text.slice(-length)}`;
-}
-
-function drawHeatMarks(ctx, left, width) {
-  const bottom = heat.layers.length * rowHeight();
-  ctx.font = "11px system-ui";
-  ctx.textAlign = "center";
-  ctx.textBaseline = "top";
-  ctx.fillStyle = css("--muted");
-  ctx.fillText(short(heat.step.at(-1)), width - 24, bottom + 4);
-  let first = width; // where the leftmost mark stands
-  for (const mark of markers) {
-    const column = heat.step.findIndex((step) => step >= mark.step);
-    const row = heat.layers.indexOf(mark.layer);
-    if (column < 0 || row < 0) continue;
-    const x = left + (column * (width - left)) / heat.step.length;
-    first = Math.min(first, x);
-    ctx.strokeStyle = "#ffffff";
-    ctx.fillStyle = "#000000";
-    ctx.lineWidth = 2;
-    ctx.beginPath();
-    ctx.moveTo(x, row * rowHeight());
-    ctx.lineTo(x, (row + 1) * rowHeight());
-    ctx.stroke();
-    ctx.fillStyle = css("--ink");
-    ctx.fillText(`▲A-${mark.number}`, Math.min(Math.max(x, left + 20), width - 60), bottom + 4);
+// Where the plot lies, and which steps it shows. Before the first loss the frames give the axis.
+function axis() {
+  const place = document.getElementById("loss-chart");
+  if (!chart) {
+    const steps = heat.steps;
+    return { left: gutter(), width: place.clientWidth - gutter() - 12, min: steps[0] ?? 0, max: steps.at(-1) ?? 1 };
   }
-  ctx.fillStyle = css("--muted");
-  if (first > left + 60) ctx.fillText(short(heat.step[0]), left + 20, bottom + 4);
+  const { left, width } = chart.bbox;
+  const { min, max } = chart.scales.x;
+  return { left: left / devicePixelRatio, width: width / devicePixelRatio, min, max };
 }
 
-function describeHeat() {
-  const place = document.getElementById("heat-summary");
-  const [low, high] = range();
-  showScale(low, high);
-  if (!heat.step.length) {
-    place.textContent = "No health frame has arrived yet.";
-    return;
-  }
-  const latest = heat.layers.map((name, i) => [name, heat.values[i].at(-1)]).filter(([, value]) => value !== null);
-  latest.sort((a, b) => a[1] - b[1]);
-  const name = signal.selectedOptions[0].textContent;
-  place.textContent = latest.length
-    ? `Newest ${name}: lowest ${short(latest[0][1])} in ${visible(latest[0][0])}, highest ${short(latest.at(-1)[1])} in ${visible(latest.at(-1)[0])}. `
-      + `${heat.layers.length} layers, steps ${short(heat.step[0])} to ${short(heat.step.at(-1))}.`
-      + (heat.signal === "health" ? " Below 0.4 is hatched." : "")
-    : `${name} has not been measured yet.`;
-  fillHeatTable();
-}
+const heat = new Heat({ get, css, short, makeRow, axis, markers: () => markers, onHover: hover });
+const lane = new Lane({ axis, onZoom: (min, max) => {
+  zoomed = true;
+  chart?.setScale("x", { min, max });
+} });
 
-function showScale(low, high) {
-  const place = document.getElementById("heat-scale");
-  const space = "http://www.w3.org/2000/svg";
-  const picture = document.createElementNS(space, "svg");
-  picture.setAttribute("viewBox", "0 0 100 12");
-  picture.setAttribute("preserveAspectRatio", "none");
-  picture.setAttribute("aria-hidden", "true");
-  CIVIDIS.forEach((_, i) => {
-    const box = document.createElementNS(space, "rect");
-    box.setAttribute("class", `h${i}`);
-    box.setAttribute("x", i * 10);
-    box.setAttribute("width", 10);
-    box.setAttribute("height", 12);
-    picture.append(box);
+function follow() {
+  requestAnimationFrame(() => {
+    heat.draw();
+    lane.draw(markers);
   });
-  const words = heat.signal === "health" ? ["poor 0", "1 good"] : [short(low), short(high)];
-  place.replaceChildren(words[0], picture, words[1]);
 }
 
-function fillHeatTable() {
-  const table = document.getElementById("heat-table");
-  if (!table.closest("details").open) return;
-  const count = Math.min(8, heat.step.length);
-  const chosen = [...Array(count).keys()].map((i) => Math.round((i * (heat.step.length - 1)) / Math.max(1, count - 1)));
-  table.querySelector("thead").replaceChildren(makeRow(["layer", ...chosen.map((i) => `step ${short(heat.step[i])}`)], "th"));
-  table.querySelector("tbody").replaceChildren(...heat.layers.map((name, row) => makeRow(
-    [visible(name), ...chosen.map((i) => short(heat.values[row][i]))],
-  )));
+const lines = document.querySelectorAll(".cursor-line");
+function showLines(left) {
+  for (const line of lines) {
+    line.hidden = left === null;
+    if (left !== null) line.style.left = `${left}px`;
+  }
 }
-
-canvas.addEventListener("pointermove", (event) => {
-  if (!heat?.step.length) return;
-  const left = labelWidth();
-  const box = canvas.getBoundingClientRect();
-  const row = Math.floor((event.clientY - box.top) / rowHeight());
-  const column = Math.floor(((event.clientX - box.left - left) / (box.width - left)) * heat.step.length);
-  const value = heat.values[row]?.[column];
-  tip.hidden = value === undefined;
-  if (tip.hidden) return;
-  tip.textContent = `${visible(heat.layers[row])}, step ${short(heat.step[column])}: ${value === null ? "not measured" : short(value)}`;
-  tip.style.left = `${Math.min(event.clientX - box.left + 12, box.width - 220)}px`;
-  tip.style.top = `${(row + 1) * rowHeight() + 4}px`;
-});
-canvas.addEventListener("pointerleave", () => { tip.hidden = true; });
+function showCursor(plot) {
+  const { left } = plot.cursor;
+  const inside = left !== null && left >= 0;
+  showLines(inside ? plot.bbox.left / devicePixelRatio + left : null);
+}
+function hover(left) {
+  if (chart) chart.setCursor(left === null ? { left: -10, top: -10 } : { left: left - axis().left, top: 20 });
+  else showLines(left);
+}
 
 // --- updates --------------------------------------------------------------------------------------
 
@@ -334,14 +264,21 @@ const showProblem = (id, what) => () => {
   document.getElementById(id).textContent = `${what} could not be loaded. The page tries again.`;
 };
 const updateLoss = () => readLoss().catch(showProblem("loss-summary", "The loss"));
-const updateHeat = () => readHeat().catch(showProblem("heat-summary", "The health frames"));
+const updateHeat = () => heat.read().catch(showProblem("heat-summary", "The health frames"));
 
 document.addEventListener("esper:event", ({ detail: { type, topic, data } }) => {
   if (topic !== `run:${run}`) return;
   if (type === "run.progress") showProgress(data);
-  if (type === "adaptation.changed") mark(data);
   // A resumed trainer went back to its checkpoint: the values after it are no longer valid.
   if (type === "run.resumed") readLossAgain().catch(showProblem("loss-summary", "The loss"));
+});
+// The markers come with the timeline, which is fetched again when something happens.
+document.addEventListener("htmx:afterSwap", ({ detail: { target } }) => {
+  if (target.id !== "panel-timeline") return;
+  markers = readMarkers();
+  lane.draw(markers);
+  describeLoss();
+  chart?.redraw();
 });
 
 function showProgress({ step, loss }) {
@@ -358,15 +295,6 @@ function showProgress({ step, loss }) {
   if (loss !== null && loss !== undefined) set("loss", typeof loss === "number" ? short(loss) : loss);
 }
 
-function mark(data) {
-  const known = markers.find((item) => item.uid === data.adaptation);
-  if (known) known.state = data.to;
-  else if (data.to === "probation") {
-    markers.push({ number: data.number, uid: data.adaptation, step: data.step, state: data.to, layer: data.layer });
-  }
-  chart?.redraw();
-}
-
 document.getElementById("hold").addEventListener("click", ({ currentTarget: button }) => {
   held = !held;
   heldAt = series.step.at(-1) ?? 0;
@@ -380,36 +308,35 @@ document.getElementById("scale").addEventListener("click", ({ currentTarget: but
   button.setAttribute("aria-pressed", String(logScale));
   remake();
 });
-document.getElementById("whole").addEventListener("click", () => {
+document.getElementById("window").addEventListener("change", ({ target }) => {
+  chosenWindow = target.value;
   zoomed = false;
-  chart?.setData(chart.data, true);
+  if (chart) showWindow();
+});
+document.getElementById("smoothing").addEventListener("change", ({ target }) => {
+  smoothing = Number(target.value);
+  remake();
 });
 for (const details of document.querySelectorAll("#loss details, #heat details")) {
-  details.addEventListener("toggle", () => { fillLossTable(); if (heat) fillHeatTable(); });
+  details.addEventListener("toggle", () => { fillLossTable(); heat.fillTable(); });
 }
-signal.addEventListener("change", updateHeat);
 
 function remake() {
   chart?.destroy();
   chart = null;
-  zoomed = false;
   drawLoss();
-  if (heat) drawHeat();
+  follow();
 }
 document.addEventListener("esper:theme", remake);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", remake);
 let resizing = 0;
 addEventListener("resize", () => {
   clearTimeout(resizing);
-  resizing = setTimeout(() => {
-    chart?.setSize({ width: document.getElementById("loss-chart").clientWidth, height: 260 });
-    if (heat) drawHeat();
-  }, 150);
+  resizing = setTimeout(remake, 150);
 });
 
-updateLoss();
-updateHeat();
-if (lossPanel.dataset.ended === "no") {
+updateLoss().then(updateHeat);
+if (!ended) {
   setInterval(() => { if (!held && !document.hidden) updateLoss(); }, 2_000);
   setInterval(() => { if (!held && !document.hidden) updateHeat(); }, 10_000);
 }

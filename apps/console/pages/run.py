@@ -11,6 +11,7 @@ from typing import Any
 
 from django.db.models import OuterRef, Subquery
 from django.http import Http404, HttpRequest, HttpResponse
+from django.urls import reverse
 
 from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation, Remedy
@@ -19,6 +20,7 @@ from apps.console.drawing import shade
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.console.run_rows import frame_matrix
+from apps.console.status import ADAPTATION, SEVERITY, Status
 from apps.kernels.models import SpeedUp
 from apps.notifications.services import run_topic
 from apps.recipes.models import Launch
@@ -26,7 +28,14 @@ from apps.recipes.selectors import launches
 from apps.runs.models import Command, Run
 from apps.telemetry.models import Frame, Metric
 from apps.violations.models import Violation
-from esper.contracts import SIGNAL_INDEX, CommandKind, CommandState, Signal
+from esper.contracts import (
+    SIGNAL_INDEX,
+    AdaptationState,
+    CommandKind,
+    CommandState,
+    Severity,
+    Signal,
+)
 from esper.contracts.health import LayerInfo
 
 COMMANDS_SHOWN = 30
@@ -45,7 +54,7 @@ def run(request: HttpRequest, uid: str) -> HttpResponse:
         panels=_run_panels(request, found),
         topics=[run_topic(found.uid)],
         run=found,
-        whole=lambda: {"markers": chart_markers(found), "signals": list(Signal)},
+        whole=lambda: {"signals": list(Signal), "held_out": held_out_name(found)},
     )
 
 
@@ -73,7 +82,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             "timeline",
             "Adaptations, compiled kernels, remedies and violations",
             "console/run/timeline.html",
-            lambda: {"entries": timeline(run)},
+            lambda: timeline(run),
             ("adaptation", "remedy", "violation", "kernel"),
         ),
         Panel("layers", "Layers", "console/run/layers.html", layers, ("adaptation",), every=10),
@@ -104,30 +113,41 @@ class TimelineEntry:
     number: int | None = None  # of the adaptation whose kernel that is
 
 
-def timeline(run: Run, *, most: int = 60) -> list[TimelineEntry]:
-    """Adaptations, violations, compiled kernels and remedies of the script, newest first."""
-    adaptations = Adaptation.objects.filter(run=run).select_related(
-        "blueprint", "decided_by", "taken_back_by"
+EVENTS_READ = 500  # of each kind; the timeline lists the newest, the axis of the charts has all
+ENTRIES_SHOWN = 60
+
+
+def timeline(run: Run) -> dict[str, Any]:
+    """What happened, newest first, and the same at its steps for the axis of the charts."""
+    adaptations = list(
+        Adaptation.objects.filter(run=run).select_related(
+            "blueprint", "decided_by", "taken_back_by"
+        )[:EVENTS_READ]
+    )
+    violations = list(Violation.objects.filter(run=run).select_related("run")[:EVENTS_READ])
+    remedies = list(
+        Remedy.objects.filter(run=run).select_related("adaptation", "undoes", "undone_by")[
+            :EVENTS_READ
+        ]
     )
     entries = [
-        TimelineEntry(
-            step=adaptation.graft_step or adaptation.proposed_step,
-            at=adaptation.created_at,
-            adaptation=adaptation,
-        )
-        for adaptation in adaptations[:most]
+        *(
+            TimelineEntry(
+                step=row.graft_step or row.proposed_step, at=row.created_at, adaptation=row
+            )
+            for row in adaptations
+        ),
+        *(TimelineEntry(step=row.step, at=row.created_at, violation=row) for row in violations),
+        *(TimelineEntry(step=row.step, at=row.created_at, remedy=row) for row in remedies),
+        *_tried_kernels(run, ENTRIES_SHOWN),
     ]
-    entries += [
-        TimelineEntry(step=violation.step, at=violation.created_at, violation=violation)
-        for violation in Violation.objects.filter(run=run)[:most]
+    markers = [
+        *(_graft_marker(row) for row in adaptations if row.graft_step is not None),
+        *(_remedy_marker(row) for row in remedies),
+        *(_finding_marker(row) for row in violations if row.step is not None),
     ]
-    remedies = Remedy.objects.filter(run=run).select_related("adaptation", "undoes", "undone_by")
-    entries += [
-        TimelineEntry(step=remedy.step, at=remedy.created_at, remedy=remedy)
-        for remedy in remedies[:most]
-    ]
-    entries += _tried_kernels(run, most)
-    return sorted(entries, key=lambda entry: entry.at, reverse=True)[:most]
+    newest = sorted(entries, key=lambda entry: entry.at, reverse=True)[:ENTRIES_SHOWN]
+    return {"entries": newest, "markers": markers}
 
 
 def _tried_kernels(run: Run, most: int) -> list[TimelineEntry]:
@@ -152,25 +172,61 @@ def _tried_kernels(run: Run, most: int) -> list[TimelineEntry]:
     ]
 
 
-def chart_markers(run: Run) -> list[dict[str, Any]]:
-    """The steps of the grafts, for the chart and the heat map."""
-    rows = (
-        Adaptation.objects.filter(run=run)
-        .exclude(graft_step=None)
-        .order_by("graft_step")
-        .values("pk", "uid", "graft_step", "state", "layer", "blueprint__slug")
+# Under which names training scripts report a held-out loss, as the diagnosis reads them.
+HELD_OUT = ("eval_loss", "val_loss", "valid_loss", "validation_loss")
+
+
+def held_out_name(run: Run) -> str:
+    """The metric that the loss is compared with; empty without one."""
+    names = Metric.objects.filter(run=run, name__in=HELD_OUT).order_by()
+    found = set(names.values_list("name", flat=True).distinct())
+    return next((name for name in HELD_OUT if name in found), "")
+
+
+def _marker(
+    kind: str, row: Adaptation | Remedy | Violation, step: int | None, shown: Status, **other: str
+) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "id": row.uid,
+        "step": step,
+        "layer": row.layer,
+        "tone": shown.tone,
+        "shape": shown.shape,
+        "word": shown.word.lower(),
+        **other,
+    }
+
+
+def _graft_marker(row: Adaptation) -> dict[str, Any]:
+    return _marker(
+        "adaptation",
+        row,
+        row.graft_step,
+        ADAPTATION[AdaptationState(row.state)],
+        label=f"A-{row.number} {row.blueprint.slug} in {row.layer}",
+        href=reverse("console:adaptation", args=[row.uid]),
     )
-    return [
-        {
-            "number": row["pk"],
-            "uid": row["uid"],
-            "step": row["graft_step"],
-            "state": row["state"],
-            "layer": row["layer"],
-            "blueprint": row["blueprint__slug"],
-        }
-        for row in rows
-    ]
+
+
+def _remedy_marker(row: Remedy) -> dict[str, Any]:
+    shown = Status("normal", "half", "changed by the training script")
+    word = f"{row.kind.replace('_', ' ')} of {row.layer or 'the whole run'}"
+    return _marker("remedy", row, row.step, shown, label=word, href=f"#entry-{row.uid}")
+
+
+def _finding_marker(row: Violation) -> dict[str, Any]:
+    shown = SEVERITY[Severity(row.severity)]
+    over = row.resolved_step is not None or row.acknowledged_at is not None
+    return _marker(
+        "finding",
+        row,
+        row.step if row.since_step is None else row.since_step,
+        Status("off", shown.shape, f"{shown.word}, over") if over else shown,
+        label=f"V-{row.number} {row.text}"[:200],
+        href=f"{reverse('console:violations')}?state=all&run={row.run.uid if row.run else ''}"
+        f"#{row.uid}",
+    )
 
 
 @dataclass(frozen=True, slots=True)

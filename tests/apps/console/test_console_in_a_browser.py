@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -204,6 +205,57 @@ def test_the_run_page_draws_loss_and_layers_and_says_them_in_words(sign_in: Sign
     expect(page.locator("#loss-chart canvas")).to_have_count(1)
     page.click("#loss details summary")
     expect(page.locator("#loss-table tbody tr").nth(10)).to_be_visible()
+
+
+def test_loss_events_and_layers_share_one_axis_and_one_cursor(sign_in: SignIn) -> None:
+    page = sign_in("vera")
+    page.goto("/runs")
+    page.click("a:text-is('digits-cnn')")
+    wait_until_complete(page)
+    kept = page.locator("#lane a.event", has=page.locator("svg")).first
+    expect(kept).to_have_attribute("aria-label", re.compile(r"^step 100: A-\d+ mlp_gelu_2048"))
+    middle = "box => box.getBoundingClientRect().x + box.getBoundingClientRect().width / 2"
+    page.locator("#heat-canvas").hover(position={"x": kept.evaluate(middle) - 30, "y": 20})
+    lines = page.locator(".cursor-line")
+    at = lines.evaluate_all("lines => lines.map(line => line.getBoundingClientRect().x)")
+    assert len(at) == 2
+    assert abs(at[0] - at[1]) < 1
+    legend = page.locator("#loss-chart .u-legend .u-series").first
+    step = int(re.sub(r"\D", "", legend.inner_text()))
+    tip = page.locator("#heat-tip").inner_text()
+    assert abs(step - int(tip.split("step ")[1].split(":")[0].replace(",", ""))) <= 5
+    page.select_option("#window", "start")  # the early steps go out of sight, with their events
+    expect(page.locator("#lane .event")).to_have_count(2)
+    page.select_option("#heat-by", "change")
+    expect(page.locator("#heat-summary")).to_contain_text("deviation from the layer's own past")
+    page.fill("#heat-filter", "classifier")
+    expect(page.locator("#heat-summary")).to_contain_text("3 of 6 layers")
+    kept.click()
+    expect(page.locator("h1")).to_contain_text("mlp_gelu_2048 into classifier.0")
+
+
+def test_events_that_lie_together_are_one_cluster_that_opens(sign_in: SignIn) -> None:
+    page = sign_in("vera", width=390)
+    page.goto("/runs")
+    page.click("a:text-is('digits-cnn')")
+    wait_until_complete(page)
+    page.evaluate(
+        """() => {
+            const place = document.getElementById("markers");
+            const [mark] = JSON.parse(place.textContent);
+            const near = [...Array(12).keys()].map(i => ({...mark, id: `x${i}`, step: 200 + i}));
+            near[4].tone = "serious";
+            place.textContent = JSON.stringify([mark, ...near]);
+            const detail = { target: document.getElementById("panel-timeline") };
+            document.dispatchEvent(new CustomEvent("htmx:afterSwap", { detail }));
+        }"""
+    )
+    cluster = page.locator("#lane button.event")
+    expect(cluster).to_have_text("12")
+    expect(cluster).to_have_attribute("data-tone", "serious")
+    cluster.click()
+    expect(page.locator("#lane-list a")).to_have_count(12)
+    expect(page.locator("#lane .event")).not_to_have_count(2)  # zoomed to them
 
 
 def test_a_browser_does_not_run_hostile_names(sign_in: SignIn) -> None:

@@ -33,6 +33,26 @@ def test_increments_start_after_the_last_known_step(trainer: Trainer, viewer: Ca
     assert (series["step"], series["mean"]) == ([18, 19], [18.0, 19.0])
 
 
+def test_increments_of_one_width_are_the_buckets_of_the_whole(
+    trainer: Trainer, viewer: Caller
+) -> None:
+    run = trainer.row()
+    values = np.random.default_rng(7).normal(size=1000)
+    path = f"{trainer.path}/metrics?name=loss&width=16"
+    _store(run, values[:503])
+    before = viewer.get(path).data
+    Metric.objects.all().delete()
+    _store(run, values)
+    whole = viewer.get(path).data
+    known = 503 // 16  # complete buckets; the one after them is read again
+    fresh = viewer.get(f"{path}&after_step={known * 16 - 1}").data
+    for name in ("step", "min", "mean", "max"):
+        assert before[name][:known] + fresh[name] == whole[name]
+    assert (whole["width"], len(whole["step"])) == (16, 63)
+    assert viewer.get(f"{trainer.path}/metrics?name=loss&points=10").data["width"] == 100
+    assert viewer.get(f"{trainer.path}/metrics?name=loss&width=0").code == "invalid"
+
+
 def test_a_metric_that_nobody_sent_is_empty(trainer: Trainer, viewer: Caller) -> None:
     series = viewer.get(f"{trainer.path}/metrics?name=accuracy").data
     assert (series["step"], series["non_finite"]) == ([], [])
