@@ -4,6 +4,7 @@ base.py          what a remedy is
 catalog/         one remedy in each file
 dead_units.py    units that do not fire any more
 good_states.py   earlier states of the run, to go back to
+state_folder.py  the same on disk, for a run that goes on after a restart
 update_hooks.py  work inside an optimizer's step
 """
 

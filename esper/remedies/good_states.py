@@ -3,7 +3,8 @@
 A state is the weights, the buffers, and what the optimizers have accumulated for them. It is a
 candidate when it is taken, and good once the run has stayed healthy for a while after it: a state
 that was taken on the way into a divergence is never offered. Candidates of a sick run are dropped,
-and good states stay, so the last good one is never replaced while the run is sick.
+and good states stay, so the last good one is never replaced while the run is sick, neither in
+memory nor on disk.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from esper.exceptions import UndoError
 from esper.grafting.digests import named_tensors
+from esper.remedies.good_state import State
+from esper.remedies.state_folder import StateFolder
 from esper.remedies.update_hooks import before_update
 
 EVERY_STEPS = 100  # how often a candidate is taken, more often at the start
@@ -27,19 +29,6 @@ CONFIRMED_STEPS = 20  # for so long the run must stay healthy after a candidate
 KEPT = 3
 SHARE = 0.01  # of the run's time that copies may take
 START_STEPS = 200  # for so long the state before training is kept too
-
-
-@dataclass(slots=True)
-class State:
-    """The run after ``step``; tensors on the host for a model on a GPU."""
-
-    step: int
-    tensors: dict[str, Tensor]
-    moments: dict[int, dict[str, Any]]  # id(parameter) -> its optimizer's state
-
-    def on(self, name: str, like: Tensor) -> Tensor:
-        """One tensor, on the device of ``like``."""
-        return self.tensors[name].to(like.device)
 
 
 class GoodStates:
@@ -50,6 +39,7 @@ class GoodStates:
         every: steps between two candidates; more where a copy takes long.
         limit_bytes: of all kept states together; fewer are kept where they are large. A model that
             does not fit once is not kept at all.
+        folder: where they are kept on disk too; None: in memory only.
 
     Attributes:
         too_large: one state needs more than ``limit_bytes``, so none is kept.
@@ -65,11 +55,13 @@ class GoodStates:
         kept: int = KEPT,
         limit_bytes: int = 2 << 30,
         clock: Callable[[], float] = time.perf_counter,
+        folder: StateFolder | None = None,
     ) -> None:
         self._model = model
         self._optimizers = optimizers
         self._every = every
         self._limit = limit_bytes
+        self._folder = folder
         self._start: State | None = None
         self._waiting: list[Any] = []
         self._step = 0
@@ -80,6 +72,7 @@ class GoodStates:
         self._next = 0
         self.too_large = False
         self.best: tuple[float, State] | None = None
+        self._best_is_new = False  # not on disk yet
 
     def keep_start(self) -> None:
         """Keeps the state before the next update, so that a run that is sick from the start can
@@ -115,6 +108,7 @@ class GoodStates:
     def on_step(self, step: int, *, healthy: bool) -> None:
         """Call at each step boundary."""
         self._step = step
+        self._write_best()
         if self._start is not None:
             self._stop_waiting()
         if not healthy:
@@ -128,6 +122,8 @@ class GoodStates:
             if step > START_STEPS:
                 self.forget_start()
             self._drop_what_exceeds(candidate)
+            if self._folder is not None:
+                self._folder.write(self._model, candidate, [state.step for state in self._good])
         if self._candidate is None and step >= self._next:
             began = self._clock()
             self._candidate = self._take(step)
@@ -135,10 +131,21 @@ class GoodStates:
             usual = min(self._every, max(CONFIRMED_STEPS, step))
             self._next = step + max(usual, self._steps_that_pay(seconds, began, step))
 
+    def _write_best(self) -> None:
+        """Later than it was taken: a copy from a GPU arrives meanwhile."""
+        if self._folder is None or self.best is None or not self._best_is_new:
+            return
+        loss, state = self.best
+        if self._step >= state.step + CONFIRMED_STEPS:
+            self._folder.write_best(self._model, state, loss)
+            self._best_is_new = False
+
     def begin_anew(self) -> None:
         """The model was changed on purpose: no state from before it is offered any more."""
         self._candidate = None
         self._good.clear()
+        if self._folder is not None:
+            self._folder.clear()
         self.keep_start()
 
     def _steps_that_pay(self, seconds: float, now: float, step: int) -> int:
@@ -154,6 +161,28 @@ class GoodStates:
             state = self._take(step)
             if state is not None:
                 self.best = (loss, state)
+                self._best_is_new = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: where the states are kept, not the states."""
+        return {"id": "" if self._folder is None else self._folder.id}
+
+    def find_again(self, state: dict[str, Any], step: int) -> None:
+        """In a process that continues the run after ``step``: the states that were kept on disk."""
+        if self._folder is None or not state["id"]:
+            return
+        self._folder.id = str(state["id"])
+        found, self.best = self._folder.read(self._model, step)
+        self._good.extend(found)
+        self._step = step
+        if found:
+            self.forget_start()
+
+    def close(self) -> None:
+        """The run has ended."""
+        self.forget_start()
+        if self._folder is not None:
+            self._folder.close()
 
     def before(self, step: int) -> State | None:
         """The youngest good state that is not younger than ``step`` and has the present form."""

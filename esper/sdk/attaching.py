@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -49,6 +50,7 @@ def attach(
     copies: Any = None,
     sampling: int | Iterable[Sequence[int]] | None = None,
     snapshot_memory: float | None = None,
+    good_states: str | Path | None = None,
     verbose: bool = True,
 ) -> Session:
     """Watch a model while it trains, and adapt it where the mode allows.
@@ -82,6 +84,9 @@ def attach(
         snapshot_memory: GiB that the snapshots for hard undos may take together, default
             ``ESPER_SNAPSHOT_MEMORY_GIB`` or a quarter of the machine's memory. Where it holds
             fewer than three, older changes can only be undone softly, and a finding says so.
+        good_states: folder in which the last good states of the run are kept on disk too, so that
+            a run that goes on from a checkpoint can be rewound. It takes up to four times the size
+            of a checkpoint; delete it with the checkpoints. By default they are in memory only.
         verbose: say what a user must know on stderr, one line each, on rank 0. False, or
             ``ESPER_VERBOSE=0`` in the environment: the logger ``esper`` alone gets the lines.
 
@@ -124,6 +129,7 @@ def attach(
             pace=Pace(),
             sampling=periods,
             snapshot_limit=snapshot_bytes,
+            good_states=None if good_states is None else Path(good_states),
             verbose=verbose,
             trained=model,
         )

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -110,6 +111,7 @@ class Setup:
     snapshot_limit: int  # bytes
     sampling: tuple[Periods, ...] | None = None  # None: chosen from what sampling costs
     verbose: bool = True
+    good_states: Path | None = None  # folder; None: in memory only
     trained: Any = None  # what the training loop calls: the model, or wrappers around it
 
 
@@ -150,6 +152,7 @@ class Session:
             ledger=self._ledger,
             findings=self._findings,
             snapshot_limit=setup.snapshot_limit,
+            state_folder=setup.good_states,
             reports=SurgeryReports(self._queues, self._announcer),
         )
         self._loads = LoadedStates(model, self._surgery)
@@ -627,7 +630,7 @@ class Session:
         Load it first: it rebuilds the grafts, so that the model's and the optimizer's own states
         fit again. It also holds the grafts' weights and all optimizer state by parameter name.
         """
-        registration = self._run.registration
+        registration, states = self._run.registration, self._surgery.states
         return {
             "format": 1,
             "run": registration.run if registration is not None else "",
@@ -637,6 +640,7 @@ class Session:
             "losses": losses_to_state(self._run.losses),
             "sampling": [list(periods) for periods in self.sampling],
             "local": self._local.memory.to_state() if self._local is not None else None,
+            "good_states": states.state_dict() if states is not None else None,
             **self._surgery.state_dict(),
         }
 
@@ -675,6 +679,9 @@ class Session:
             self._sampling.resume(sampling)
         if self._local is not None:
             self._local.memory = memory or LocalMemory()
+        kept = state.get("good_states")  # absent from older states
+        if self._surgery.states is not None and kept is not None:
+            self._try("good states", partial(self._surgery.states.find_again, kept, step))
 
     # -- the parts of a summary ----------------------------------------------------------------
 
@@ -761,7 +768,7 @@ class Session:
         if self._remedies is not None:
             self._remedies.close()
         if self._surgery.states is not None:
-            self._surgery.states.forget_start()
+            self._surgery.states.close()
 
     def _sampler(self, layers: tuple[LayerInfo, ...]) -> HealthSampler | ShardedSampler | None:
         """On every rank where each holds a part of the model, otherwise on rank 0 alone."""

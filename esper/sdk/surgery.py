@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -41,6 +42,7 @@ from esper.grafting.state_dicts import Difference
 from esper.health import HealthSampler
 from esper.health.sharded import ShardedSampler
 from esper.remedies import Batch, GoodStates, Stop, Target, apply_remedy, get_remedy, refusal
+from esper.remedies.state_folder import StateFolder
 from esper.sdk import checkpoint, framework_loads
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.changes import Changes
@@ -68,6 +70,7 @@ class Surgery:
     Args:
         surroundings: optimizers, schedulers and copies, which must follow each change.
         snapshot_limit: bytes that the snapshots may take together.
+        state_folder: where good states are kept on disk too.
 
     Attributes:
         changes: what is in the model.
@@ -88,6 +91,7 @@ class Surgery:
         reports: SurgeryReports,
         findings: Findings,
         snapshot_limit: int,
+        state_folder: Path | None = None,
     ) -> None:
         self.model = model
         self.copies = Copies(model, surroundings.copies)
@@ -106,12 +110,13 @@ class Surgery:
         self._reports = reports
         self._findings = findings
         rewinds = run.mode is not RunMode.OBSERVE and not surroundings.why_no_remedy()
-        self.states = self._good_states() if rewinds else None
+        self.states = self._good_states(state_folder) if rewinds else None
         self.stop = Stop()
 
-    def _good_states(self) -> GoodStates:
+    def _good_states(self, folder: Path | None) -> GoodStates:
         optimizers = self._surroundings.optimizers
-        states = GoodStates(self.model, lambda: with_companions(optimizers))
+        on_disk = StateFolder(folder, writes=self._ranks.decides) if folder is not None else None
+        states = GoodStates(self.model, lambda: with_companions(optimizers), folder=on_disk)
         states.keep_start()
         return states
 
