@@ -41,7 +41,7 @@ from apps.rest.filters import Lookup, apply_filters, many_of, of_run, one_of, te
 from apps.rest.idempotency import HEADER, idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query, results_of
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries, results_of
 from apps.rest.throttling import ActThrottle
 from apps.runs.selectors import visible_run
 from apps.runs.serializers import RunDetailOutput, run_answer
@@ -68,7 +68,7 @@ class Adaptations(Endpoint):
     @documented(
         "list_adaptations",
         answer=page_of(AdaptationOutput),
-        parameters=[*(query(name) for name in FILTERS), CURSOR, LIMIT],
+        parameters=[*queries(FILTERS), CURSOR, LIMIT],
     )
     def get(self, request: Request) -> Response:
         rows = apply_filters(request, adaptations(), FILTERS)

@@ -18,7 +18,8 @@ from apps.audit.serializers import AuditEventOutput, ChainOutput
 from apps.audit.services import verify_chain
 from apps.rest.filters import apply_filters
 from apps.rest.pagination import PARAMETERS, page_response
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries
+from apps.rest.throttling import AuditThrottle
 from esper.contracts import codec
 
 _MEANINGS = {
@@ -27,7 +28,7 @@ _MEANINGS = {
     "act": "The beginning of the act, such as adaptation. or run.stop.",
     "object": "The uid of an object, or the number of an adaptation (A-17).",
 }
-_DOCUMENTED = [query(name, description=_MEANINGS.get(name, "")) for name in FILTERS]
+_DOCUMENTED = queries(FILTERS, _MEANINGS)
 
 
 class AuditLog(Endpoint):
@@ -45,6 +46,8 @@ class AuditLog(Endpoint):
 
 
 class AuditVerification(Endpoint):
+    throttle_classes = (AuditThrottle,)
+
     @documented("verify_audit_log", answer=ChainOutput, summary="Check the whole chain of hashes")
     def get(self, request: Request) -> Response:
         require(person(request), Act.VIEW_AUDIT)
@@ -52,11 +55,13 @@ class AuditVerification(Endpoint):
 
 
 class AuditExport(Endpoint):
+    throttle_classes = (AuditThrottle,)
     parameters = frozenset(FILTERS)
 
     @documented(
         "export_audit_log",
         answer=OpenApiTypes.BINARY,
+        media_type="application/x-ndjson",
         parameters=_DOCUMENTED,
         summary="The log as NDJSON, oldest first",
     )

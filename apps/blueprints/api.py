@@ -14,7 +14,7 @@ from apps.rest.etag import given_version, versioned_response
 from apps.rest.filters import Lookup, apply_filters, flag, one_of
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import Problem, not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries
 from esper.contracts import AdaptationType, BlueprintCategory, Risk
 
 FILTERS: dict[str, Lookup] = {
@@ -32,7 +32,7 @@ class Blueprints(Endpoint):
     @documented(
         "list_blueprints",
         answer=page_of(BlueprintOutput),
-        parameters=[*(query(name) for name in FILTERS), CURSOR, LIMIT],
+        parameters=[*queries(FILTERS), CURSOR, LIMIT],
     )
     def get(self, request: Request) -> Response:
         blueprints = apply_filters(request, Blueprint.objects.all(), FILTERS)

@@ -15,7 +15,7 @@ from apps.kernels.serializers import KernelOutput
 from apps.rest.filters import Lookup, apply_filters, text
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries
 from esper.contracts import TokenScope
 from esper.contracts.kernels import COMPILED_FILES
 from esper.exceptions import KernelError
@@ -32,7 +32,7 @@ class Kernels(Endpoint):
     @documented(
         "list_kernels",
         answer=page_of(KernelOutput),
-        parameters=[*(query(name) for name in KERNEL_FILTERS), CURSOR, LIMIT],
+        parameters=[*queries(KERNEL_FILTERS), CURSOR, LIMIT],
     )
     def get(self, request: Request) -> Response:
         kernels = apply_filters(request, Kernel.objects.all(), KERNEL_FILTERS)
@@ -45,6 +45,7 @@ class KernelFile(Endpoint):
     @documented(
         "read_kernel_file",
         answer=OpenApiTypes.BINARY,
+        media_type="application/octet-stream",
         summary=f"One of {', '.join(COMPILED_FILES)}",
     )
     def get(self, request: Request, digest: str, file: str) -> HttpResponse:

@@ -20,8 +20,8 @@ class Events(Endpoint):
         "list_events",
         answer=EventsOutput,
         parameters=[
-            query("topic", description=TOPICS),
-            query("after", int),
+            query("topic", description=TOPICS, required=True),
+            query("after", whole_number),
         ],
         summary="Events of a topic after a sequence number, oldest first",
     )

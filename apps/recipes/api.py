@@ -32,7 +32,7 @@ from apps.rest.filters import (
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries, query
 from apps.rest.throttling import ActThrottle
 from apps.runs.selectors import of_run_uid
 from esper.contracts import LaunchState
@@ -53,7 +53,7 @@ class Recipes(Endpoint):
     @documented(
         "list_recipes",
         answer=page_of(RecipeOutput),
-        parameters=[*(query(name) for name in RECIPE_FILTERS), CURSOR, LIMIT],
+        parameters=[*queries(RECIPE_FILTERS), CURSOR, LIMIT],
         summary="What may be started on which host, and with which parameters",
     )
     def get(self, request: Request) -> Response:
@@ -68,7 +68,7 @@ class Launches(Endpoint):
     @documented(
         "list_launches",
         answer=page_of(LaunchOutput),
-        parameters=[*(query(name) for name in LAUNCH_FILTERS), CURSOR, LIMIT],
+        parameters=[*queries(LAUNCH_FILTERS), CURSOR, LIMIT],
     )
     def get(self, request: Request) -> Response:
         rows = apply_filters(request, launches(), LAUNCH_FILTERS)
@@ -117,7 +117,9 @@ class LaunchLog(Endpoint):
     @documented(
         "read_launch_log",
         answer=LogOutput,
-        parameters=[query("after", int, "The byte that is known already, `end` of the last page.")],
+        parameters=[
+            query("after", whole_number, "The byte that is known already, `end` of the last page.")
+        ],
         summary="What a launch has printed, from a byte on; the server keeps the last 256 KiB",
     )
     def get(self, request: Request, uid: str) -> Response:

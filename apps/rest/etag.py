@@ -14,7 +14,8 @@ from esper.contracts import codec
 from esper.exceptions import CodecError
 
 # The version; the tag of an answer that was read may end in a hash of its content.
-_VERSION = re.compile(r'"?(\d{1,9})(?:-[0-9a-f]{1,64})?"?')
+VERSION_PATTERN = r'"?(\d{1,9})(?:-[0-9a-f]{1,64})?"?'
+_VERSION = re.compile(VERSION_PATTERN, re.ASCII)
 
 
 def versioned_response(data: Any, version: int, *, status: int = 200) -> Response:

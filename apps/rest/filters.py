@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC
 from typing import Any, TypeVar
 
@@ -12,12 +13,29 @@ from rest_framework.request import Request
 
 from apps.rest.problems import Problem
 
-Parse = Callable[[str], Any]
+
+@dataclass(frozen=True, slots=True)
+class Parse:
+    """The parser of a parameter's value, and how the OpenAPI document describes such values."""
+
+    parse: Callable[[str], Any]
+    schema: Mapping[str, Any]
+
+    def __call__(self, value: str) -> Any:
+        return self.parse(value)
+
+
+def described(**schema: Any) -> Callable[[Callable[[str], Any]], Parse]:
+    """Decorates a parser with the schema of what it accepts."""
+    return lambda parse: Parse(parse, schema)
+
+
 # A field with its look-up, or a condition made from the value; and the parser of the value.
 Lookup = tuple[str | Callable[[Any], Q], Parse]
 _M = TypeVar("_M", bound=Model)
 
 
+@described(type="string", maxLength=300)
 def text(value: str) -> str:
     if len(value) > 300 or "\x00" in value:
         raise ValueError("a text of at most 300 characters")
@@ -27,6 +45,7 @@ def text(value: str) -> str:
 def one_of(members: Iterable[str]) -> Parse:
     known = [str(member) for member in members]
 
+    @described(type="string", enum=known)
     def parse(value: str) -> str:
         if value not in known:
             raise ValueError(f"one of {', '.join(known)}")
@@ -38,24 +57,28 @@ def one_of(members: Iterable[str]) -> Parse:
 def many_of(members: Iterable[str]) -> Parse:
     member = one_of(members)
 
+    @described(type="array", items=member.schema, minItems=1)
     def parse(value: str) -> list[str]:
         return [member(part) for part in value.split(",")]
 
     return parse
 
 
+@described(type="integer", minimum=-(10**17), maximum=10**18 - 1)
 def whole_number(value: str) -> int:
     if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) <= 18):
         raise ValueError("a whole number")
     return int(value)
 
 
+@described(type="boolean")
 def flag(value: str) -> bool:
     if value not in {"true", "false"}:
         raise ValueError("true or false")
     return value == "true"
 
 
+@described(type="string", format="date-time")
 def moment(value: str) -> Any:
     parsed = parse_datetime(value)
     if parsed is None or parsed.tzinfo is None:

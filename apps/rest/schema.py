@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,28 +19,41 @@ from drf_spectacular.utils import (
 )
 from rest_framework import serializers
 
+from apps.rest.etag import VERSION_PATTERN
 from apps.rest.fields import Members
+from apps.rest.filters import Lookup, Parse, text
+from apps.rest.idempotency import MAX_KEY_LENGTH
+from apps.rest.pagination import DEFAULT_LIMIT, MAX_LIMIT
 from esper.contracts import wire
 
+PROBLEM_TYPE = "application/problem+json"
 _COMPONENTS = "#/components/schemas/"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 IDEMPOTENCY_KEY = OpenApiParameter(
     "Idempotency-Key",
-    str,
-    OpenApiParameter.HEADER,
+    location=OpenApiParameter.HEADER,
     required=True,
+    type={"type": "string", "minLength": 1, "maxLength": MAX_KEY_LENGTH},
     description="New for each act; the same when the act is repeated.",
 )
 IF_MATCH = OpenApiParameter(
     "If-Match",
-    str,
-    OpenApiParameter.HEADER,
+    location=OpenApiParameter.HEADER,
     required=True,
+    type={"type": "string", "pattern": f"^{VERSION_PATTERN}$"},
     description="The ETag of the version that you have read.",
 )
-CURSOR = OpenApiParameter("cursor", str, description="From `next` or `previous` of a page.")
-LIMIT = OpenApiParameter("limit", int, description="Rows per page, 1…200.")
+CURSOR = OpenApiParameter(
+    "cursor",
+    {"type": "string", "pattern": "^[A-Za-z0-9_=-]{0,40}$"},
+    description="From `next` or `previous` of a page.",
+)
+LIMIT = OpenApiParameter(
+    "limit",
+    {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
+    description=f"Rows per page, 1…{MAX_LIMIT}.",
+)
 
 
 class ProblemOutput(serializers.Serializer[Any]):
@@ -71,6 +84,7 @@ def documented(
     act: bool = False,
     versioned: bool = False,
     summary: str = "",
+    media_type: str = "application/json",
 ) -> Callable[[_F], _F]:
     """Describe one handler: its name in clients, its input and its answer.
 
@@ -82,15 +96,40 @@ def documented(
     return extend_schema(
         operation_id=name,
         request=body,
-        responses={status: answer, "default": _PROBLEM},
+        responses={(status, media_type): answer, ("default", PROBLEM_TYPE): _PROBLEM},
         parameters=[*(parameters or []), *headers],
         summary=summary or name.replace("_", " ").capitalize(),
         description=" ",  # otherwise the docstrings of the views, which are for developers
     )
 
 
-def query(name: str, kind: Any = str, description: str = "") -> OpenApiParameter:
-    return OpenApiParameter(name, kind, OpenApiParameter.QUERY, description=description)
+def query(
+    name: str, parse: Parse = text, description: str = "", *, required: bool = False
+) -> OpenApiParameter:
+    """A query parameter with the values that its parser accepts."""
+    listed = parse.schema["type"] == "array"
+    return OpenApiParameter(
+        name,
+        dict(parse.schema),
+        description=description,
+        required=required,
+        style="form" if listed else None,
+        explode=False if listed else None,
+    )
+
+
+def queries(
+    known: Mapping[str, Lookup], meanings: Mapping[str, str] | None = None
+) -> list[OpenApiParameter]:
+    """The parameters of a list, as its filters read them."""
+    described = meanings or {}
+    return [query(name, parse, described.get(name, "")) for name, (_, parse) in known.items()]
+
+
+def count(name: str, *, most: int, default: int, description: str = "") -> OpenApiParameter:
+    """A number of things to return."""
+    schema: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": most}
+    return OpenApiParameter(name, {**schema, "default": default}, description=description)
 
 
 def page_of(row: type[serializers.BaseSerializer[Any]]) -> Any:
@@ -113,6 +152,19 @@ def results_of(row: type[serializers.BaseSerializer[Any]]) -> Any:
 ANY_OBJECT = OpenApiTypes.OBJECT
 
 
+class PersonsInputSchema(OpenApiSerializerExtension):  # type: ignore[no-untyped-call]
+    """People's inputs refuse members that are unknown."""
+
+    target_class = "apps.rest.fields.PersonsInput"
+    match_subclasses = True
+
+    def map_serializer(self, auto_schema: AutoSchema, direction: Direction) -> dict[str, Any]:
+        schema = auto_schema._map_serializer(  # type: ignore[no-untyped-call]
+            self.target, direction, bypass_extensions=True
+        )
+        return {**schema, "additionalProperties": False}
+
+
 class MessageSchema(OpenApiSerializerExtension):  # type: ignore[no-untyped-call]
     """The protocol's messages, described by their own types."""
 
@@ -128,10 +180,10 @@ class MessageSchema(OpenApiSerializerExtension):  # type: ignore[no-untyped-call
         )
         schema: dict[str, Any] = components.pop(self.target.__name__)
         schema["description"] = wire.introduction(self.target)
-        for name, text in wire.meanings(self.target).items():
+        for name, meaning in wire.meanings(self.target).items():
             member = schema["properties"].get(name, {"$ref": ""})
             if "$ref" not in member:  # whose description stands with what it refers to
-                member["description"] = text
+                member["description"] = meaning
         for name, part in components.items():
             # drf-spectacular's class has no annotations
             component = ResolvedComponent(  # type: ignore[no-untyped-call]

@@ -11,6 +11,9 @@ class _CallerThrottle(SimpleRateThrottle):
     def get_cache_key(self, request: Request, view: APIView) -> str | None:
         if request.method in {"GET", "HEAD", "OPTIONS"}:
             return None
+        return self.key_of_caller(request)
+
+    def key_of_caller(self, request: Request) -> str:
         caller = getattr(request.auth, "uid", request.user.pk)  # a browser's session has no token
         return f"throttle:{self.scope}:{caller}"
 
@@ -27,6 +30,16 @@ class TelemetryThrottle(_CallerThrottle):
 
     scope = "telemetry"
     rate = "3000/min"
+
+
+class AuditThrottle(_CallerThrottle):
+    """Whole passes over the audit log, which are reads."""
+
+    scope = "audit"
+    rate = "20/min"
+
+    def get_cache_key(self, request: Request, view: APIView) -> str | None:
+        return self.key_of_caller(request)
 
 
 class TokenThrottle(_CallerThrottle):

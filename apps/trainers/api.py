@@ -21,7 +21,7 @@ from apps.rest.filters import apply_filters, parse_parameter, whole_number
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries, query
 from apps.rest.throttling import TelemetryThrottle, TokenThrottle
 from apps.runs.models import Command, Run
 from apps.runs.selectors import FILTERS, runs, visible_run
@@ -42,7 +42,7 @@ class Runs(Endpoint):
     @documented(
         "list_runs",
         answer=page_of(RunOutput),
-        parameters=[*(query(name) for name in FILTERS), CURSOR, LIMIT],
+        parameters=[*queries(FILTERS), CURSOR, LIMIT],
     )
     def get(self, request: Request) -> Response:
         rows = apply_filters(request, runs(only=run_of_token(request)), FILTERS)
@@ -136,8 +136,8 @@ class RunCommands(Endpoint):
         "list_commands",
         answer=PolymorphicProxySerializer("CommandList", _COMMAND_LISTS, None),
         parameters=[
-            query("after", int, "The last sequence number that is known already."),
-            query("epoch", int, "The trainer's; another one than the run's answers 409."),
+            query("after", whole_number, "The last sequence number that is known already."),
+            query("epoch", whole_number, "The trainer's; another one than the run's answers 409."),
             CURSOR,
             LIMIT,
         ],
@@ -147,14 +147,15 @@ class RunCommands(Endpoint):
     def get(self, request: Request, uid: str) -> Response:
         run = _run(request, uid)
         after = parse_parameter(request, "after", whole_number, default=0)
+        epoch = parse_parameter(request, "epoch", whole_number)
         if not run_of_token(request):
             rows = Command.objects.filter(run=run, seq__gt=after)
             return page_response(request, rows, lambda rows: CommandOutput(rows, many=True).data)
         touch(run)
         if after > run.command_seq:
             note_lost_commands(run, after=after, actor=_trainer(request, run))
-        if request.query_params.get("epoch"):
-            check_epoch(run, parse_parameter(request, "epoch", whole_number, default=0))
+        if epoch is not None:
+            check_epoch(run, epoch)
         commands = commands_after(run, after)
         return Response({"results": [command_to_wire(command) for command in commands]})
 
@@ -235,6 +236,7 @@ def _trainer(request: Request, run: Run) -> Actor:
 
 def _seq(text: str) -> int:
     try:
-        return whole_number(text)
+        seq: int = whole_number(text)
     except ValueError as error:
         raise not_found("command") from error
+    return seq

@@ -8,7 +8,7 @@ from apps.accounts.endpoint import Endpoint
 from apps.rest.filters import Lookup, apply_filters, flag, of_run, one_of, text
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries
 from apps.violations.models import Violation
 from apps.violations.serializers import ViolationOutput
 from apps.violations.services import acknowledge_violation
@@ -29,7 +29,7 @@ class Violations(Endpoint):
     @documented(
         "list_violations",
         answer=page_of(ViolationOutput),
-        parameters=[*(query(name) for name in FILTERS), CURSOR, LIMIT],
+        parameters=[*queries(FILTERS), CURSOR, LIMIT],
     )
     def get(self, request: Request) -> Response:
         rows = Violation.objects.select_related("run", "acknowledged_by")

@@ -14,7 +14,7 @@ from apps.rest.fields import message
 from apps.rest.filters import Lookup, apply_filters, flag, one_of, text
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, query
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries
 from apps.runs.selectors import of_run_uid
 from apps.workers.models import CompileJob, Worker
 from apps.workers.selectors import current_jobs
@@ -42,7 +42,7 @@ class Jobs(Endpoint):
     @documented(
         "list_jobs",
         answer=page_of(JobOutput),
-        parameters=[*(query(name) for name in JOB_FILTERS), CURSOR, LIMIT],
+        parameters=[*queries(JOB_FILTERS), CURSOR, LIMIT],
     )
     def get(self, request: Request) -> Response:
         jobs = apply_filters(
@@ -59,7 +59,7 @@ class Workers(Endpoint):
     @documented(
         "list_workers",
         answer=page_of(WorkerOutput),
-        parameters=[*(query(name) for name in WORKER_FILTERS), CURSOR, LIMIT],
+        parameters=[*queries(WORKER_FILTERS), CURSOR, LIMIT],
         summary="Workers and Tamiyo, as they last reported",
     )
     def get(self, request: Request) -> Response:

@@ -10,6 +10,7 @@ from django.contrib import admin
 from django.urls import reverse
 
 from apps.accounts.models import User
+from apps.runs.models import Run
 
 WRITABLE = {User}
 
@@ -36,6 +37,23 @@ def test_nobody_adds_changes_or_deletes_what_services_write(world: Any, who: str
         assert client.get(reverse(f"{kind}_change", args=[row.pk])).status_code == 200
         assert client.post(reverse(f"{kind}_change", args=[row.pk]), {}).status_code == 403
         assert client.post(reverse(f"{kind}_delete", args=[row.pk]), {}).status_code == 403
+
+
+def test_names_cannot_turn_the_text_of_the_admin_round(world: Any) -> None:
+    Run.objects.update(name="epyt\u202e\u2066digits\u200b", host="\u202e")
+    run = Run.objects.first()
+    assert run is not None
+    for address in (
+        reverse("admin:runs_run_changelist"),
+        reverse("admin:runs_run_change", args=[run.pk]),
+    ):
+        answer = world.client("ada").get(address)
+        assert answer.status_code == 200
+        text = answer.content.decode()
+        assert "epyt⟨U+202E⟩⟨U+2066⟩digits⟨U+200B⟩" in text
+        assert not {"\u202e", "\u2066", "\u200b"} & set(text)
+        if "Content-Length" in answer:
+            assert int(answer["Content-Length"]) == len(answer.content)
 
 
 def test_only_admins_manage_people_and_nobody_deletes_them(world: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from apps.accounts.models import User
 from apps.adaptations.models import Adaptation, DecisionRecord
-from apps.rest.throttling import ActThrottle, TelemetryThrottle, TokenThrottle
+from apps.rest.throttling import ActThrottle, AuditThrottle, TelemetryThrottle, TokenThrottle
 from esper.contracts import Role, Severity, TokenScope, ViolationRule
 from esper_web import api_v1
 from tests.apps.callers import Answer, Caller, Inbox, Trainer, register
@@ -71,7 +71,7 @@ ROUTES = sorted(_routes(), key=str)
 
 @pytest.fixture(autouse=True)
 def _no_throttle(monkeypatch: pytest.MonkeyPatch) -> None:
-    for throttle in (ActThrottle, TelemetryThrottle, TokenThrottle):
+    for throttle in (ActThrottle, AuditThrottle, TelemetryThrottle, TokenThrottle):
         monkeypatch.setattr(throttle, "rate", "100000/min")
 
 
