@@ -124,6 +124,10 @@ class Changes:
             elif isinstance(undone, Adaptation):
                 entry.merged = False  # into weights that are again as they were before it
 
+    def is_last(self, adaptation: Adaptation) -> bool:
+        """Nothing was changed after it, so a hard undo takes nothing else along."""
+        return bool(self._history) and self._history[-1] is adaptation
+
     def mark_gone(self, state: AdaptationState) -> tuple[Adaptation, ...]:
         """Sets the state of grafts that are in the model no more, and returns them."""
         gone = tuple(entry for entry in self.grafted if not entry.in_effect)

@@ -12,7 +12,7 @@ import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,6 +51,8 @@ from esper.selection import BlueprintSelector
 SECONDS_PER_DAY = 86_400.0
 # Observe mode decides only to say what it would propose, so that may cost next to nothing.
 FIRST_OPINION_SECONDS, SECONDS_PER_LAYER = 5.0, 0.1  # how long the first one waits
+LEVEL_STEPS = 50  # losses whose median is the level of the loss
+SMALLEST_EFFECT = 0.005  # share of the loss that matters
 OPINION_SHARE = 500  # one part in so many of the time between two
 
 
@@ -185,8 +187,9 @@ class LocalLoop:
             if entry.state is AdaptationState.KEPT:
                 self._announcer.kept(entry, verdict.reason)
             else:
+                hard = entry.restorable and self._left_worse(entry)
                 report, gone = self._surgery.take_out(
-                    entry, hard=False, state=AdaptationState.ROLLED_BACK
+                    entry, hard=hard, state=AdaptationState.ROLLED_BACK
                 )
                 self._announcer.taken_out(gone, report, verdict.reason)
         decision = self._decide(frame)
@@ -372,6 +375,19 @@ class LocalLoop:
             deadline_reached=waited > policy.probation_timeout_seconds,
         )
 
+    def _left_worse(self, entry: Adaptation) -> bool:
+        """Without the graft, the host would be worse than it was before the graft, or is unknown.
+
+        A soft undo keeps what the host has learned beside the graft. Where that is no gain, and
+        nothing else was changed since, going back is the better undo.
+        """
+        if not self._surgery.changes.is_last(entry):
+            return False
+        before = _level([loss for _, loss in entry.loss_before])
+        now = _level([loss for at, loss in self._run.losses if at > entry.step])
+        gain = entry.ablation_gain if math.isfinite(entry.ablation_gain) else 0.0
+        return not now + max(0.0, gain) <= before + SMALLEST_EFFECT * abs(before)
+
     def _close(self, entry: Adaptation, verdict: Verdict) -> None:
         """Record the outcome: reward and experience."""
         entry.verdict = verdict
@@ -379,10 +395,9 @@ class LocalLoop:
         if entry.receipt is None:
             return
         blueprint = blueprints.get_blueprint(entry.blueprint)
-        levels = [loss for _, loss in entry.loss_before[-50:] if math.isfinite(loss)]
         entry.reward = compute_reward(
             verdict,
-            loss_level=float(np.median(levels)) if levels else math.nan,
+            loss_level=_level([loss for _, loss in entry.loss_before]),
             cost=_measured_cost(entry),
             model_parameters=self._model_parameters,
             risk=blueprint.risk,
@@ -391,6 +406,12 @@ class LocalLoop:
         experience = self.memory.experience
         seen = experience.get(entry.blueprint, Experience())
         experience[entry.blueprint] = _with_case(seen, verdict.keep, entry.reward.total)
+
+
+def _level(losses: Sequence[float]) -> float:
+    """Median of the newest losses that are finite; NaN where there is none."""
+    newest = [loss for loss in losses[-LEVEL_STEPS:] if math.isfinite(loss)]
+    return float(np.median(newest)) if newest else math.nan
 
 
 def _window(losses: Iterable[tuple[int, float]]) -> LossWindow:

@@ -142,3 +142,25 @@ def test_observing_never_takes_out_what_a_person_grafted() -> None:
         assert not entry.verdict.keep
         assert entry.state is AdaptationState.KEPT
         assert receipt.present
+
+
+@pytest.mark.parametrize("hurt", [False, True])
+def test_a_graft_that_is_taken_out_leaves_the_host_no_worse_than_before_it(hurt: bool) -> None:
+    host = Bottleneck()
+    policy = replace(EAGER, cooldown_run_steps=100_000, cooldown_layer_steps=100_000)
+    with esper.attach(
+        host.model, host.optimizer, mode="automatic", safety_policy=policy
+    ) as session:
+        host.run(200, session)
+        before = host.evaluate()
+        receipt = session.graft("0", "proj_ia3")
+        host.run(15, session)
+        with torch.no_grad():
+            host.model.get_parameter("2.weight").mul_(0.8 if hurt else 1.0)
+        for group in host.optimizer.param_groups:
+            group["lr"] = 0.0  # nothing improves, so the verdict is against the graft
+        host.run_until(lambda: not receipt.present, session)
+        (entry,) = session.adaptations
+        assert entry.state is AdaptationState.ROLLED_BACK
+        assert entry.verdict is not None
+        assert host.evaluate() <= before * 1.01
