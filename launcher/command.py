@@ -12,6 +12,7 @@ import esper
 from launcher.commands.audit import audit_group
 from launcher.commands.backup import backup_command, restore_command, restored_command
 from launcher.commands.installation import data_dir_option
+from launcher.commands.keys import rotate_command
 from launcher.commands.recipes import recipe_group
 from launcher.commands.replay import replay_command
 from launcher.commands.tokens import token_group
@@ -119,6 +120,7 @@ cli.add_command(audit_group)
 cli.add_command(backup_command)
 cli.add_command(restore_command)
 cli.add_command(restored_command)
+cli.add_command(rotate_command)
 cli.add_command(replay_command)
 
 

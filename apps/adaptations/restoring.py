@@ -32,13 +32,7 @@ class Restored:
 
 
 def note_restored(*, actor: Actor, former_heads: Sequence[str] = ()) -> Restored:
-    """Make every trainer register again and report what its model holds.
-
-    The epochs of all runs are raised, so that no command of the lost time is taken again. What was
-    with a trainer is in doubt until that trainer reports; what waited is cancelled, because it may
-    have been decided since the backup. ``former_heads`` are files that prove what the replaced
-    audit log had.
-    """
+    """The database was restored. ``former_heads``: files that prove what the replaced log had."""
     with transaction.atomic():
         record(
             actor=actor,
@@ -48,11 +42,35 @@ def note_restored(*, actor: Actor, former_heads: Sequence[str] = ()) -> Restored
             reason=_REASON,
             data={"former_heads": list(former_heads)},
         )
+    return register_again(actor=actor, reason=_REASON)
+
+
+def note_replaced_key(name: str, *, actor: Actor) -> Restored:
+    """A key that trainers check signatures with was replaced; they learn the new one so."""
+    reason = f"the {name} key was replaced"
+    with transaction.atomic():
+        record(
+            actor=actor,
+            act="installation.key_replaced",
+            object_kind="installation",
+            object_uid=name,
+            reason=reason,
+        )
+    return register_again(actor=actor, reason=reason)
+
+
+def register_again(*, actor: Actor, reason: str) -> Restored:
+    """Make every trainer register again and report what its model holds.
+
+    The epochs of all runs are raised, so that no command from before is taken again. What was with
+    a trainer is in doubt until that trainer reports; what waited is cancelled, because it may have
+    been decided in a time that is lost.
+    """
     live = in_doubt = cancelled = 0
     for pk in Run.objects.order_by("id").values_list("pk", flat=True):
         with transaction.atomic():
             run = lock_run(pk)
-            doubtful, ended = _restore_run(run, actor)
+            doubtful, ended = _begin_again(run, actor, reason)
         live += not run.ended
         in_doubt += len(doubtful)
         cancelled += len(ended)
@@ -66,17 +84,17 @@ def note_lost_commands(run: Run, *, after: int, actor: Actor) -> None:
         if run.restored_at is not None or after <= run.command_seq:
             return
         raise_command_seq(run, after)
-        _restore_run(run, actor)
+        _begin_again(run, actor, _REASON)
 
 
-def _restore_run(run: Run, actor: Actor) -> tuple[list[Adaptation], list[Adaptation]]:
-    mark_restored(run, actor=actor, reason=_REASON)
+def _begin_again(run: Run, actor: Actor, reason: str) -> tuple[list[Adaptation], list[Adaptation]]:
+    """What is in doubt, and what was cancelled."""
+    mark_restored(run, actor=actor, reason=reason)
     if run.ended:
         return [], []
     waiting = locked_adaptations(run, _NOT_SENT)
     for adaptation in waiting:
         if adaptation.job is not None:
             cancel_job(adaptation.job)
-        reason = f"{_REASON}: it may have been decided since"
         transition(adaptation, S.CANCELLED, actor=actor, reason=reason)
-    return put_in_doubt(run, actor, _REASON), waiting
+    return put_in_doubt(run, actor, reason), waiting

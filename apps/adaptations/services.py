@@ -38,7 +38,12 @@ from apps.adaptations.proposals import (
     record_decline,
 )
 from apps.adaptations.reconciliation import note_merged, put_in_doubt, reconcile_grafts
-from apps.adaptations.restoring import Restored, note_lost_commands, note_restored
+from apps.adaptations.restoring import (
+    Restored,
+    note_lost_commands,
+    note_replaced_key,
+    note_restored,
+)
 from apps.adaptations.verdicts import judge_adaptation
 
 __all__ = [
@@ -64,6 +69,7 @@ __all__ = [
     "mark_taken_out",
     "note_lost_commands",
     "note_merged",
+    "note_replaced_key",
     "note_restored",
     "permissions",
     "propose_adaptation",

@@ -40,7 +40,7 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
     "not-found": (404, "The resource does not exist, or you may not see it.", "Check the identifier and the token."),
     "not-resumable": (409, "The recipe names no command to resume with.", "Start the recipe again."),
     "not-signed-in": (401, "There is no session and no valid token.", "Sign in, or send `Authorization: Bearer esp_…`."),
-    "run-restored": (409, "The database was restored from a backup, and has lost this registration.", "Register the run again, with `continues`; Esper's trainers do so by themselves."),
+    "run-restored": (409, "The database was restored from a backup, or a key was replaced: the registration is void.", "Register the run again, with `continues`; Esper's trainers do so by themselves."),
     "old-epoch": (409, "A newer trainer has registered for this run.", "Stop this trainer, or register again. Reject an adaptation that was proposed to the former one."),
     "payload-changed": (412, "The decision is not the one that you were shown.", "Read it again before you decide."),
     "precondition-required": (428, "If-Match (428) or Idempotency-Key (400) is missing.", "Send the ETag that you have read, and a new key."),

@@ -36,7 +36,9 @@ MAX_LIVE_RUNS_PER_OWNER = 200
 # that time may be used again: a command of it would be genuine.
 RESTORED_EPOCHS = 1000
 _NEWER_TRAINER = "A newer trainer has registered for this run."
-_RESTORED = "The database was restored from a backup: register the run again."
+_RESTORED = (
+    "The database was restored from a backup, or a key was replaced: register the run again."
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def backup_command(file: Path) -> None:
 
 @click.command("restore")
 @data_dir_option
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def restore_command(file: Path) -> None:
     """Replace the database and the keys by those of FILE. Stop Esper first.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -66,3 +67,7 @@ def test_a_backup_is_restored_and_the_keys_come_with_it(esper: Esper, tmp_path: 
     assert "before" in listed
     assert "after" not in listed
     assert "are intact" in esper("audit", "verify")
+    assert "live runs register again" in esper("rotate", "command")
+    rotated = (tmp_path / "data" / "secrets.json").read_text()
+    assert json.loads(rotated)["command_key"] != json.loads(keys)["command_key"]
+    assert json.loads(rotated)["secret_key"] == json.loads(keys)["secret_key"]

@@ -149,3 +149,15 @@ def test_waiting_for_a_server_draws_nothing_that_is_the_trainings() -> None:
     back_off = BackOff(first=1.0, most=8.0)
     assert all(0.0 < back_off.next_delay() <= 8.0 for _ in range(5))
     assert random.getstate() == before
+
+
+def test_a_server_that_has_lost_a_command_still_gets_everything_else(
+    training: Training, plane: ControlPlane
+) -> None:
+    plane.answers_to["ack"] = (404, {"code": "not-found", "detail": "There is no such command"})
+    with listening(training, plane) as session:
+        plane.send(plane.command(CommandKind.PAUSE_ADAPTATION, 1))
+        training.until(lambda: session._server.paused, session)  # type: ignore[union-attr]
+        stored = plane.stored_to
+        training.until(lambda: plane.stored_to > stored + 20, session)
+    assert plane.finishes
