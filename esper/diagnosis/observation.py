@@ -189,10 +189,10 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True)
 class Zeroing:
-    """What the first backward pass after each step of the optimizer started from.
+    """What the backward passes of each step of the optimizer started from.
 
     Attributes:
-        carried: one for each update: True where the old gradient was still there.
+        carried: one for each update: True where the old gradient was there in all of them.
         backwards: backward passes of each of these updates.
     """
 

@@ -43,6 +43,7 @@ EQUAL_ROWS = 0.5
 ALIKE = 0.05  # relative distance
 SMALLEST = 1e-6  # a smaller gradient may be the rounding error of a zero one
 CLOSE = 1e-3
+TARGET_ERROR = 0.05  # of a target that is computed from its gradient
 EXTREME = 0.99
 TABLES = ("Embedding", "EmbeddingBag")  # rows that a batch does not use have no gradient
 _TRANSPOSED = ("Conv1D", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
@@ -400,8 +401,10 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
         sums, sizes = g_NC.sum(1).abs(), g_NC.abs().sum(1)
         # A row that is already right has a gradient of rounding errors.
         if bool((sums < CLOSE * sizes + 1e-6 * sizes.max()).all()):
-            scale = _softmax_weight(y_NC, g_NC) * rows
-            return replace(seen, loss_kind=LossKind.CROSS_ENTROPY, loss_scale=scale)
+            weight = _softmax_weight(y_NC, g_NC)
+            if not _are_distributions(torch.softmax(y_NC, 1) - g_NC / weight):
+                return seen  # of rewards, say, or of rows with weights of their own
+            return replace(seen, loss_kind=LossKind.CROSS_ENTROPY, loss_scale=weight * rows)
     for kind, targets in _targets(y_NC, g_NC * elements):
         if bool(((targets - targets.round()).abs() < CLOSE).all()):
             whole = targets.round()
@@ -437,6 +440,10 @@ def _softmax_weight(y_NC: Tensor, g_NC: Tensor) -> float:
     others = g_NC > 0
     ratios = (g_NC / p_NC.clamp_min(1e-12))[others & (p_NC > 1e-6)]
     return float(ratios.median()) if len(ratios) else math.nan
+
+
+def _are_distributions(targets_NC: Tensor) -> bool:
+    return bool(((targets_NC > -TARGET_ERROR) & (targets_NC < 1 + TARGET_ERROR)).all())
 
 
 def _targets(y_NC: Tensor, g_NC: Tensor) -> list[tuple[LossKind, Tensor]]:

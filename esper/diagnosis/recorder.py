@@ -58,6 +58,7 @@ KEPT = 16  # readings
 USUAL_UPDATES = 10  # that show how many forward passes an update has
 WATCHED_EVALUATIONS = 2
 WATCHED_UPDATES = 8  # for which the start of the backward pass is known
+WATCHED_BACKWARDS = 64  # of each of them
 _DROPOUT = nn.modules.dropout._DropoutNd
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -270,8 +271,12 @@ class _Start:
         self._closed = closed
         self._handle: RemovableHandle | None = None
         self._optimizer: torch.optim.Optimizer | None = None
-        self._left: list[HostCopy | None] = []  # a backward pass started from a gradient: not 0
-        self._backwards: list[int] = []
+        # For each update, what each of its backward passes started from: a gradient that is not 0.
+        self._left: list[list[HostCopy | None]] = []
+        # For each whole update: the optimizer used the gradient that was there before.
+        self._accumulated: list[bool] = []
+        self._smallest: nn.Parameter | None = None
+        self._old = 0  # id of the gradient that the first backward pass found
         self._asked: tuple[list[nn.Parameter], HostTransfer] | None = None
         self._first = True
         self._done = False
@@ -280,6 +285,9 @@ class _Start:
         """The optimizer's step is over: the next backward pass is the first of an update."""
         if self._done or self._optimizer not in (None, optimizer):
             return
+        if self._smallest is not None and len(self._left) > len(self._accumulated):
+            # autograd.grad gives the script a new tensor, and adds nothing to the old one.
+            self._accumulated.append(id(self._smallest.grad) == self._old)
         if self._handle is None:
             self._watch(optimizer)
         elif len(self._left) >= WATCHED_UPDATES:
@@ -288,11 +296,15 @@ class _Start:
 
     def facts(self) -> Zeroing:
         carried = []
-        for left in self._left:
-            if left is not None and not left.has_arrived:
+        for starts, accumulated in zip(self._left, self._accumulated, strict=False):
+            if any(left is not None and not left.has_arrived for left in starts):
                 break
-            carried.append(left is not None and left.number() != 0)
-        return Zeroing(tuple(carried), tuple(self._backwards[: len(carried)]))
+            # One from zero is enough: the backward pass of another model's loss, as in a GAN, may
+            # have left a gradient here before the script cleared it.
+            old = all(left is not None and left.number() != 0 for left in starts)
+            carried.append(old and accumulated)
+        backwards = tuple(map(len, self._left))
+        return Zeroing(tuple(carried), backwards[: len(carried)])
 
     def close(self) -> None:
         self._done = True
@@ -314,16 +326,18 @@ class _Start:
         if not alive:
             return
         self._optimizer, parameter = optimizer, alive[0]
+        self._smallest = parameter
 
         def before_accumulation(_: Tensor) -> None:
             if self._first:
                 self._first = False
-                left = parameter.grad
-                few = None if left is None else left.detach().reshape(-1)[:64]
-                self._left.append(None if few is None else copy_to_host((few != 0).any()))
-                self._backwards.append(0)
-            if self._backwards:
-                self._backwards[-1] += 1
+                self._left.append([])
+                self._old = id(parameter.grad)
+            if not self._left or len(self._left[-1]) >= WATCHED_BACKWARDS:
+                return
+            left = parameter.grad
+            few = None if left is None else left.detach().reshape(-1)[:64]
+            self._left[-1].append(None if few is None else copy_to_host((few != 0).any()))
 
         self._handle = parameter.register_hook(_Unpickled(self._closed(before_accumulation)))  # type: ignore[no-untyped-call]
 
