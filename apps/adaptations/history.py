@@ -84,16 +84,20 @@ def layer_histories(run: Run) -> dict[str, LayerHistory]:
         Adaptation.objects.filter(run=run)
         .annotate(at=_AT)
         .order_by("id")
-        .values_list("layer", "state", "at", "blueprint__slug")
+        .values_list("layer", "state", "at", "blueprint__slug", "ended_at")
     )
+    now = timezone.now()
     histories: dict[str, LayerHistory] = {}
-    for layer, state, at, slug in rows:
+    for layer, state, at, slug, ended_at in rows:
         before = histories.get(layer, LayerHistory())
         histories[layer] = LayerHistory(
             grafts=(*before.grafts, slug) if state in ADAPTATION_GRAFTED else before.grafts,
             in_flight=before.in_flight or state not in ADAPTATION_ENDED,
             last_adaptation_step=at,
             last_rolled_back=state in _REGRETTED,
+            refused_seconds=(now - ended_at).total_seconds()
+            if state in _REFUSED and ended_at is not None
+            else before.refused_seconds,
         )
     return histories
 

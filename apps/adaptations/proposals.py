@@ -183,6 +183,7 @@ def _gate_inputs(run: Run, proposal: Proposal, blueprint: Blueprint) -> GateInpu
         run_in_flight=facts.in_flight,
         layer_last_step=history.last_adaptation_step,
         layer_rolled_back=history.last_rolled_back,
+        layer_refused_seconds=history.refused_seconds,
         run_last_step=facts.last_step,
         run_rolled_back=facts.last_rolled_back,
         adaptations_today=facts.today,

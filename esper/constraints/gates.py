@@ -34,6 +34,7 @@ class GateInputs:
 
     Attributes:
         frozen: why adaptation is switched off; empty when it is on.
+        layer_refused_seconds: time since a proposal for the layer was refused; inf never.
         layer_last_step, run_last_step: step of the last adaptation, -1 never.
         new_parameters: parameters that the graft would add.
         memory_mib, latency_ms: forecast of the graft; NaN unknown.
@@ -50,6 +51,7 @@ class GateInputs:
     run_in_flight: int = 0
     layer_last_step: int = -1
     layer_rolled_back: bool = False
+    layer_refused_seconds: float = math.inf
     run_last_step: int = -1
     run_rolled_back: bool = False
     adaptations_today: int = 0
@@ -102,6 +104,7 @@ def gate_inputs(
         run_in_flight=snapshot.in_flight,
         layer_last_step=history.last_adaptation_step,
         layer_rolled_back=history.last_rolled_back,
+        layer_refused_seconds=history.refused_seconds,
         run_last_step=snapshot.last_adaptation_step,
         run_rolled_back=_last_of_run_rolled_back(snapshot),
         adaptations_today=snapshot.adaptations_today,
@@ -192,6 +195,8 @@ def check_run_in_flight(inputs: GateInputs, policy: SafetyPolicy) -> Check:
 
 def check_layer_cooldown(inputs: GateInputs, policy: SafetyPolicy) -> Check:
     needed = _cooldown(policy.cooldown_layer_steps, inputs.layer_rolled_back, policy)
+    if not inputs.layer_refused_seconds >= policy.cooldown_refused_seconds:  # NaN: unknown
+        return _refused_check(inputs.layer_refused_seconds, policy.cooldown_refused_seconds)
     return _cooldown_check("layer", inputs.step, inputs.layer_last_step, needed)
 
 
@@ -317,6 +322,21 @@ BLUEPRINT_GATES: tuple[Gate, ...] = (
 
 def _cooldown(steps: int, rolled_back: bool, policy: SafetyPolicy) -> int:
     return math.ceil(steps * policy.cooldown_rollback_factor) if rolled_back else steps
+
+
+def _refused_check(seconds: float, needed: int) -> Check:
+    known = math.isfinite(seconds)
+    return Check(
+        rule=ViolationRule.COOLDOWN,
+        passed=False if known else None,
+        hard=True,
+        observed=f"refused {seconds:.0f} s ago" if known else "unknown",
+        limit=f">= {needed} s",
+        text=f"A proposal for this layer was rejected or expired {seconds:.0f} s ago; the next one "
+        f"is made after {needed} s."
+        if known
+        else "The time since the last refusal for this layer is unknown.",
+    )
 
 
 def _cooldown_check(scope: str, step: int, last: int, needed: int) -> Check:

@@ -151,6 +151,7 @@ class SafetyPolicy:
     cooldown_layer_steps: int = 400
     cooldown_run_steps: int = 100
     cooldown_rollback_factor: float = 2.0
+    cooldown_refused_seconds: int = 1800  # a fast run passes any number of steps in a second
     max_in_flight_per_run: int = 2
     max_adaptations_per_day: int = 20
     max_added_parameters_ratio: float = 2.0  # of the model's parameters at attach
@@ -214,12 +215,15 @@ class LayerHistory:
     """The adaptations of a layer so far.
 
     ``last_adaptation_step`` -1 means never. ``grafts`` are the slugs of its present grafts.
+    ``refused_seconds`` is the time since a person rejected a proposal for it, or let one expire;
+    inf means never.
     """
 
     grafts: tuple[str, ...] = ()
     in_flight: bool = False
     last_adaptation_step: Int64 = -1
     last_rolled_back: bool = False
+    refused_seconds: Number = math.inf
 
 
 @dataclass(frozen=True, slots=True)

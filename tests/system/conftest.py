@@ -25,6 +25,7 @@ TEST_SECONDS = 1500  # of a whole test, for pytest
 # Everything quick, so that a whole life fits into seconds.
 QUICK = {
     "cooldown_layer_steps": 0,
+    "cooldown_refused_seconds": 0,
     "cooldown_run_steps": 0,
     "max_adaptations_per_day": 1000,
     "max_in_flight_per_run": 4,

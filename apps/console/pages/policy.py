@@ -67,6 +67,7 @@ THRESHOLD_NOTES: Mapping[str, tuple[str, str, str]] = {
     "cooldown_layer_steps": ("Cooldown", "pause of a layer after a graft", "steps"),
     "cooldown_run_steps": ("Cooldown", "pause of a run after a graft", "steps"),
     "cooldown_rollback_factor": ("Cooldown", "factor for the pause after a rollback", "×"),
+    "cooldown_refused_seconds": ("Cooldown", "pause of a layer after a refusal", "s"),
     "max_in_flight_per_run": ("Limits", "adaptations in progress in one run", ""),
     "max_adaptations_per_day": ("Limits", "grafts in one run per day", ""),
     "max_added_parameters_ratio": ("Limits", "added parameters, share of the model's", "×"),

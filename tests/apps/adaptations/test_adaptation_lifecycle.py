@@ -307,7 +307,9 @@ def test_a_rejection_needs_a_reason(stage: Stage) -> None:
 
 
 def test_what_was_rejected_is_not_proposed_again_before_a_doubled_cooldown(stage: Stage) -> None:
-    act("reject", stage.waiting(step=1000), stage.operator)
+    rejected = act("reject", stage.waiting(step=1000), stage.operator)
+    an_hour_ago = timezone.now() - timedelta(hours=1)  # the pause in seconds is over
+    Adaptation.objects.filter(pk=rejected.pk).update(ended_at=an_hour_ago)
     for step in (1001, 1799):
         with pytest.raises(services.GateClosedError):
             stage.waiting(step=step)

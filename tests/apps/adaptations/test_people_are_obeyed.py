@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 from django.test import Client
+from django.utils import timezone
 
 from apps.adaptations import services
 from apps.adaptations.deadlines import sweep
@@ -105,6 +108,22 @@ def test_the_cooldown_begins_when_nobody_wanted_it(stage: Stage, end: Adaptation
     history = layer_histories(stage.run)["fc"]
     assert (history.last_adaptation_step, history.last_rolled_back) == (50_000, True)
     assert run_facts(stage.run).last_step == 50_000
+
+
+def test_a_refused_proposal_does_not_come_back_at_once_in_a_fast_run(stage: Stage) -> None:
+    adaptation = stage.waiting()
+    services.reject_adaptation(
+        adaptation=adaptation, user=stage.operator, via="", version=adaptation.version, reason="no"
+    )
+    Run.objects.filter(pk=stage.run.pk).update(step=900_000)  # a second later
+    stage.run.refresh_from_db()
+    with pytest.raises(services.GateClosedError) as closed:
+        stage.waiting(step=900_000)
+    assert [check.limit for check in closed.value.checks] == [">= 1800 s"]
+    assert "was rejected or expired 0 s ago" in closed.value.detail
+    earlier = timezone.now() - timedelta(seconds=1801)
+    Adaptation.objects.filter(pk=adaptation.pk).update(ended_at=earlier)
+    assert stage.waiting(step=900_001).state == S.AWAITING_APPROVAL
 
 
 def test_a_rollback_is_credited_to_the_person_in_their_own_words(stage: Stage) -> None:
