@@ -1,0 +1,149 @@
+"""Runs with a fault: what Esper finds in them, and which of them recover.
+
+``python -m benchmarks.rescue [--quick] [--seeds 100:125] [--minutes 25] [--json FILE]``
+
+One torch thread, local mode. The tiers, and what the columns mean, stand in docs/rescue.md, which
+``--docs`` writes. Limits of the rules were chosen on seeds 0 to 9; seeds from 100 on are for
+reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import torch
+
+from benchmarks.rescue import report
+from benchmarks.rescue.arms import (
+    Esper,
+    PlateauAndClip,
+    RandomRemedies,
+    ZClip,
+    oracle,
+    restart,
+)
+from benchmarks.rescue.cases import Case
+from benchmarks.rescue.faults import at8, clean, deform, silent12, so35
+from benchmarks.rescue.measures import POINTS, Record
+from benchmarks.rescue.training import LONGER, Arm, Outcome, train
+
+AT_8_STEPS, SILENT_STEPS, CLEAN_STEPS = 500, 120, 2500
+TIERS = (at8.TIER, so35.TIER, silent12.TIER, deform.TIER, clean.TIER)
+ARMS = ("automatic", "supervised", "random", "plateau", "zclip", "restart", "oracle")
+
+
+def measure(case: Case, arms: tuple[str, ...]) -> Record:
+    """Trains the twin and the run with the fault, the latter under each arm."""
+    watched = train(case.healthy(), case.steps, case.seed, Esper("observe"))
+    record = Record.of(case, watched)
+    if case.tier == clean.TIER:
+        return record
+    if not watched.score >= case.learned:
+        record.why_not = "the twin did not learn"
+        return record
+    steps = round(case.steps * LONGER)
+    record.arms["nothing"] = train(case.faulty(), steps, case.seed, Arm())
+    record.hurts = not record.arms["nothing"].score >= watched.score - POINTS
+    if not record.hurts and not case.by_definition:
+        record.why_not = "the fault does no harm"
+        return record
+    record.counts = True
+    record.arms["observe"] = train(case.faulty(), steps, case.seed, Esper("observe"))
+    # Without Esper, and as long as the twin.
+    record.twin_cpu_s = record.arms["nothing"].cpu_s / LONGER
+    for arm in arms:
+        if not case.bug:
+            record.arms[arm] = under(arm, case, record)
+    return record
+
+
+def under(arm: str, case: Case, record: Record) -> Outcome:
+    """The run with the fault, under one of :data:`ARMS`."""
+    steps, wanted = round(case.steps * LONGER), record.twin - POINTS
+    if arm == "restart":
+        return restart(case, wanted, record.told_at)
+    if arm == "oracle":
+        return oracle(case, wanted)
+    if arm == "random":
+        automatic = record.arms.get("automatic", Outcome())
+        at = [step for step, *_ in automatic.remedies]
+        return train(case.faulty(), steps, case.seed, RandomRemedies(at, case.seed))
+    made = {"plateau": PlateauAndClip, "zclip": ZClip}
+    chosen = made[arm]() if arm in made else Esper(arm)
+    return train(case.faulty(), steps, case.seed, chosen)
+
+
+def at8_cases(seeds: range) -> Iterator[Case]:
+    """Seed by seed through all kinds, so that a run that is cut short has some of each."""
+    kinds = [at8.cases(kind, seeds, AT_8_STEPS) for kind in at8.AT_8]
+    found = chain.from_iterable(zip_longest(*kinds))
+    return (case for case in found if case is not None)
+
+
+def cases_of(tier: str, seeds: range, *, quick: bool) -> Iterator[Case]:
+    if tier == at8.TIER:
+        yield from at8_cases(seeds)
+    elif tier == so35.TIER:
+        yield from so35.cases(seeds.start)
+    elif tier == silent12.TIER:
+        yield from silent12.cases(seeds.start, SILENT_STEPS)
+    elif tier == deform.TIER:
+        yield from deform.cases(seeds[: 1 if quick else 2])
+    else:
+        yield from clean.cases(seeds.start, CLEAN_STEPS // (10 if quick else 1))
+
+
+def run(arguments: argparse.Namespace) -> list[Record]:
+    """All cases of the chosen tiers, AT-8 last, until the time is over."""
+    first, end = map(int, arguments.seeds.split(":"))
+    seeds = range(first, first + 1) if arguments.quick else range(first, end)
+    arms = ("automatic", "random") if arguments.quick else tuple(arguments.arms.split(","))
+    deadline = time.monotonic() + 60 * arguments.minutes
+    records: list[Record] = []
+    for tier in reversed(arguments.tiers.split(",")):
+        for case in cases_of(tier, seeds, quick=arguments.quick):
+            if time.monotonic() > deadline:
+                break
+            records.append(measure(case, arms if tier == at8.TIER else arms[:1]))
+            print(report.line(records[-1]), flush=True)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, and the arms that matter")
+    parser.add_argument("--seeds", default="100:125", help="first:end")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no new case after these")
+    parser.add_argument("--tiers", default=",".join(TIERS))
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--json", type=Path, help="where the records go")
+    parser.add_argument("--docs", type=Path, help="folder for rescue.md and its plots")
+    parser.add_argument("--records", type=Path, help="report these, and run nothing")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("esper").setLevel(logging.CRITICAL)
+    if arguments.records:
+        saved = json.loads(arguments.records.read_text())
+        records, about = [Record.from_json(entry) for entry in saved["records"]], saved["about"]
+    else:
+        started = time.monotonic()
+        records = run(arguments)
+        about = report.about(arguments.seeds, (time.monotonic() - started) / 60)
+    print("\n".join(report.table(records)))
+    if arguments.json:
+        content = {"about": about, "records": [asdict(record) for record in records]}
+        arguments.json.write_text(json.dumps(content, indent=1))
+    if arguments.docs:
+        report.write(records, about, arguments.docs)
+
+
+if __name__ == "__main__":
+    main()

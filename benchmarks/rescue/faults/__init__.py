@@ -1,0 +1,1 @@
+"""The tiers: each file makes the cases of one."""
