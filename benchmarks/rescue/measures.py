@@ -23,6 +23,7 @@ class Record:
 
     Attributes:
         twin: held-out score of the healthy twin within its own steps.
+        clean_steps: of the twin; 0 where an earlier case has the same twin.
         hurts: left alone, the run with the fault ends more than two points below its twin.
         alarms: slug -> step, what was found in the twin.
         arms: name -> what became of it.
@@ -41,6 +42,7 @@ class Record:
     twin: float
     twin_cpu_s: float = math.nan
     hurts: bool = False
+    clean_steps: int = 0
     alarms: dict[str, int] = field(default_factory=dict)
     arms: dict[str, Outcome] = field(default_factory=dict)
     counts: bool = False
@@ -50,7 +52,8 @@ class Record:
     def of(cls, case: Case, watched: Outcome) -> Record:
         return cls(
             case.tier, case.kind, case.name, case.seed, case.steps, sorted(case.rules),
-            sorted(case.labels), case.bug, case.begins, watched.score, alarms=watched.found,
+            sorted(case.labels), case.bug, case.begins, watched.score,
+            clean_steps=watched.steps, alarms=watched.found,
         )  # fmt: skip
 
     @classmethod
@@ -97,7 +100,7 @@ class Record:
 
     def worse(self, arm: str) -> bool:
         """Worse than the same run left alone."""
-        alone, score = self.arms["nothing"].score, self.arms[arm].score
+        alone, score = self.seen.score, self.arms[arm].score
         return (score < alone - POINTS) or (math.isnan(score) and not math.isnan(alone))
 
     def step_ratio(self, arm: str) -> float:
@@ -226,4 +229,6 @@ class Recovery:
 
 def alarms_in_10_000(records: Sequence[Record]) -> tuple[int, int]:
     """Findings above info, and steps, of all healthy runs."""
-    return sum(len(record.alarms) for record in records), sum(record.steps for record in records)
+    return sum(len(record.alarms) for record in records), sum(
+        record.clean_steps for record in records
+    )

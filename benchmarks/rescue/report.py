@@ -54,15 +54,15 @@ fault by definition. All arms of a case see the same first weights and the same 
 """
 
 
-def about(seeds: str, minutes: float) -> str:
+def about(seeds: str, seconds: float) -> str:
     """What was run, where."""
     git = shutil.which("git") or "git"
     found = subprocess.run(
         [git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return (
-        f"Commit {found.stdout.strip() or 'unknown'}, seeds {seeds}, {minutes:.0f} minutes, torch "
-        f"{torch.__version__}, {platform.machine()}, one thread."
+        f"Commit {found.stdout.strip() or 'unknown'}, seeds {seeds}, {seconds / 60:.0f} minutes, "
+        f"torch {torch.__version__}, {platform.machine()}, one thread."
     )
 
 
@@ -267,9 +267,10 @@ def _silent(records: Sequence[Record]) -> Iterator[str]:
 def _alarms(records: Sequence[Record]) -> Iterator[str]:
     alarms, steps = alarms_in_10_000(records)
     longer = [record for record in records if record.tier == clean.TIER]
+    runs = sum(record.clean_steps > 0 for record in records)
     yield "## Healthy runs\n"
     yield (
-        f"{alarms} findings above info in {steps:,} steps of {len(records)} healthy runs, "
+        f"{alarms} findings above info in {steps:,} steps of {runs} healthy runs, "
         f"{1e4 * alarms / max(1, steps):.2f} in 10,000. {len(longer)} of them are the longer runs "
         f"of the tier Clean, one for each kind of model.\n"
     )
@@ -298,7 +299,7 @@ def _losses(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _loss(record: Record) -> str:
-    got, alone = record.arms["automatic"], record.arms["nothing"]
+    got, alone = record.arms["automatic"], record.seen
     given = ", ".join(f"{remedy} at {step}" for step, remedy, *_ in got.remedies) or "no remedy"
     return (
         f"- {record.title}: {got.score:.3f}, twin {record.twin:.3f}, left alone {alone.score:.3f}; "

@@ -157,12 +157,15 @@ class GradientRow:
         dead_rows: share of its sampled rows that were exactly 0 in this reading and in the
             three before; NaN for a vector.
         weight_norm: L2 norm of the parameter.
+        change: how far the optimizer's step moved a sample of a matrix, relative to its size; NaN
+            for a vector, and for elements that were all 0.
     """
 
     name: str
     norm: float
     dead_rows: float = math.nan
     weight_norm: float = math.nan
+    change: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +188,12 @@ class Gradients:
     moved: float = math.nan
     rate: float = math.nan
     updates: int = 0
+
+    @property
+    def change(self) -> float:
+        """Median over the matrices of how far the step moved them; NaN unknown."""
+        known = [row.change for row in self.rows if not math.isnan(row.change)]
+        return float(np.median(known)) if known else math.nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -463,6 +463,7 @@ class _Row:
     weight: Tensor | None
     dead: Tensor | None  # bool [R]
     sample: Tensor | None  # a few elements of the gradient
+    change: Tensor | None = None  # of a few elements of the weight, by this step
 
 
 @dataclass(slots=True)
@@ -477,6 +478,7 @@ class GradientProbe:
     _rows: dict[int, _Row] = field(default_factory=dict)
     _masks: dict[int, deque[Tensor]] = field(default_factory=dict)
     _samples: dict[int, Tensor] = field(default_factory=dict)
+    _before: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.refresh()
@@ -495,20 +497,45 @@ class GradientProbe:
                 del known[gone]
 
     @torch.no_grad()
-    def read(self, optimizer: torch.optim.Optimizer) -> None:
-        """At the end of its step."""
-        own = [
+    def remember(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before its step: a few elements, to see how far the step moves them."""
+        for p in self._own(optimizer):
+            if p.ndim > 1:
+                self._before[id(p)] = _few(p.detach()).clone()
+
+    def forget(self) -> None:
+        """Weights were put in by somebody else, so their change since is no update."""
+        self._samples.clear()
+        self._before.clear()
+
+    def _own(self, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+        return [
             p
             for group in optimizer.param_groups
             for p in group["params"]
             if id(p) in self.names and p.requires_grad
         ]
+
+    def _change(self, parameter: nn.Parameter) -> Tensor | None:
+        old = self._before.pop(id(parameter), None)
+        if old is None:
+            return None
+        self._samples.setdefault(id(parameter), old)
+        size = old.float().norm()
+        moved = (_few(parameter.detach()).float() - old.float()).norm()
+        return torch.where(size > 0, moved / size, torch.nan)
+
+    @torch.no_grad()
+    def read(self, optimizer: torch.optim.Optimizer) -> None:
+        """At the end of its step."""
+        own = self._own(optimizer)
         gradients = [dense(p.grad) for p in own]
         norms, weights = norms_of(gradients), norms_of([p.detach() for p in own])
         for p, gradient, norm, weight in zip(own, gradients, norms, weights, strict=True):
             fits = gradient is not None and gradient.shape == p.shape
             sample = _few(gradient).clone() if fits and gradient is not None else None
-            self._rows[id(p)] = _Row(norm, weight, self._dead(p, gradient), sample)
+            dead = self._dead(p, gradient)
+            self._rows[id(p)] = _Row(norm, weight, dead, sample, self._change(p))
 
     def _dead(self, parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
         kind = self.kinds[id(parameter)]
@@ -546,6 +573,7 @@ class GradientProbe:
         transfer.add(
             "dead", [None if row.dead is None else row.dead.float().mean() for row in read]
         )
+        transfer.add("change", [row.change for row in read])
         transfer.add("moved", self._moved(rows, rate))
         seen = Gradients(
             step=step, readings=self.readings, rows=(), moved=math.nan, rate=rate, updates=updates
@@ -573,7 +601,7 @@ class GradientProbe:
 
 def _gradients(seen: Gradients, transfer: HostTransfer, names: Sequence[str]) -> Gradients:
     """From what has arrived on the host."""
-    columns = (transfer.take(name).tolist() for name in ("norm", "dead", "weight"))
+    columns = (transfer.take(name).tolist() for name in ("norm", "dead", "weight", "change"))
     rows = tuple(GradientRow(*entry) for entry in zip(names, *columns, strict=True))
     pairs = transfer.take("moved").tolist()
     due, moved = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)

@@ -147,8 +147,9 @@ class Recorder:
         self._first_time = math.nan
         for optimizer in self._optimizers if reads else ():
             if hasattr(optimizer, "_optimizer_step_post_hooks"):
-                hook = self._closed(self._after_update)
-                self._handles.append(optimizer.register_step_post_hook(hook))
+                before, after = self._closed(self._before_update), self._closed(self._after_update)
+                self._handles.append(optimizer.register_step_pre_hook(before))
+                self._handles.append(optimizer.register_step_post_hook(after))
         if reads:
             self._closed(self._forward.arm)()
 
@@ -217,6 +218,11 @@ class Recorder:
                 gradients.append(name)
         return Broken(tuple(weights), tuple(gradients))
 
+    def forget_readings(self) -> None:
+        """The model was changed: what was read before says nothing about it."""
+        self.gradients.clear()
+        self._gradient.forget()
+
     def close(self) -> None:
         """Removes all hooks."""
         self._forward.close()
@@ -246,6 +252,12 @@ class Recorder:
         if read is not None:
             self.gradients.append(read())
         return True
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._due:
+            started = self._clock()
+            self._gradient.remember(optimizer)
+            self._in_hooks += self._clock() - started
 
     def _after_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         started = self._clock()

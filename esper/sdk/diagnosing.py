@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import nn
 
-from esper.contracts import Finding, HealthFrame, LayerInfo, ViolationRule
+from esper.contracts import Finding, HealthFrame, LayerInfo, Severity, ViolationRule
 from esper.diagnosis import Change, Diagnosed, Diagnosis, Observation, Recorder
 from esper.diagnosis.observation import Broken
 from esper.diagnosis.recorder import highest_rate
@@ -93,9 +93,18 @@ class DiagnosisWatch:
             if planned:
                 self.recorder.spend(time.perf_counter() - started)
 
+    @property
+    def largest_update(self) -> float:
+        """Relative to the weights, in the median of the matrices; NaN unknown.
+
+        Readings from before the model was changed do not count.
+        """
+        known = (reading.change for reading in self.recorder.gradients)
+        return max((change for change in known if not math.isnan(change)), default=math.nan)
+
     def forget_readings(self) -> None:
         """The model was changed: what was read before says nothing about it."""
-        self.recorder.gradients.clear()
+        self.recorder.forget_readings()
         self._frames.clear()
 
     def close(self) -> None:
@@ -111,6 +120,8 @@ class DiagnosisWatch:
         """A hard fault may have begun or ended in this step."""
         updates = len(self.recorder.zeroing.carried) if self._run.step <= WATCHED_STEPS else 0
         changed, self._updates_seen = updates != self._updates_seen, updates
+        modes = self.recorder.modes
+        changed |= modes.was_training and modes.updates == 2  # the mode was left behind
         if loss is None:
             return changed
         if not math.isfinite(loss):
@@ -121,7 +132,8 @@ class DiagnosisWatch:
             self._checked_until = self._run.step + JUMP_CHECKS
         known = not math.isnan(self._recent)
         self._recent = 0.9 * self._recent + 0.1 * loss if known else loss
-        hard = any(diagnosed.rule.every_step for diagnosed in self.diagnosis.open)
+        critical = [d for d in self.diagnosis.open if d.rule.severity is Severity.CRITICAL]
+        hard = any(diagnosed.rule.every_step for diagnosed in critical)
         return changed or hard or self._run.step <= self._checked_until
 
     def _check(self, *, every_step_only: bool) -> None:

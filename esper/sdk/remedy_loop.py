@@ -31,6 +31,7 @@ from esper.diagnosis.base import Evidence
 from esper.exceptions import EsperError
 from esper.grafting import RemedyReceipt
 from esper.remedies import Batch, Remedy, get_remedy, list_remedies
+from esper.remedies.good_states import START_STEPS
 from esper.sdk.announcing import Announcer
 from esper.sdk.diagnosing import DiagnosisWatch
 from esper.sdk.run_state import RunState
@@ -46,7 +47,8 @@ BY_RULE = 2  # how often one remedy answers one kind of finding without a person
 BUDGET, BUDGET_STEPS = 12, 10_000  # so many remedies by rule in so many steps of the run
 AFTER_GUARD_STEPS = 5  # in which the loss can come back
 EARLY_STEPS = 50  # to begin anew costs little before
-SOUND_UPDATE, USUAL_UPDATE = 3e-3, 1e-3  # shares of the weight
+SOUND_UPDATE = 6e-3  # share of the weight
+LARGE_UPDATE = 0.03  # share of the weight
 WEAKEST, STRONGEST = 0.1, 1e-4  # factors of the learning rate
 _AGAIN = frozenset({"rewind", "set_lr"})  # have a stronger dose
 _OBSERVES = "the run only observes, so this is what Esper would do"
@@ -212,7 +214,7 @@ class RemedyLoop:
     # -- one finding ---------------------------------------------------------------------------
 
     def _answer(self, found: Diagnosed) -> bool:
-        """True where a remedy was applied."""
+        """True where a remedy was applied, or will be in the next step."""
         case = self._case_of(found.rule.slug)
         if any(entry.finding == found.rule.slug for entry in self.proposals):
             return False
@@ -220,7 +222,8 @@ class RemedyLoop:
             return False
         proposal = self._next(found, case)
         if proposal is None:
-            return False
+            # The remedy of a worse finding comes first, once it has its sample.
+            return self._sample.is_awaited
         if proposal.asks:
             self.proposals.append(proposal)
             waits = self._run.mode is not RunMode.OBSERVE
@@ -267,7 +270,10 @@ class RemedyLoop:
         order = [str(remedy) for remedy in found.rule.remedies if str(remedy) in known]
         if found.rule.slug == "dying_relu" and not self._loss_jumped(found):
             order.sort(key=lambda slug: slug == "rewind")  # going back answers a sudden death
-        if self._run.step <= EARLY_STEPS:
+        if self._was_hurt_at_the_start and found.rule.slug != "bad_initialisation":
+            # Whatever has come of it, the first updates were too large.
+            order = ["rewind", *(slug for slug in order if slug != "rewind")]
+        elif self._run.step <= EARLY_STEPS:
             first = "rewind" if self._was_damaged(found) else "repair_scale"
             order.sort(key=lambda slug: slug != first)
         elif found.severity is Severity.CRITICAL and self._case_of(found.rule.slug).given:
@@ -286,7 +292,12 @@ class RemedyLoop:
         """An update did it, not the initialisation: the loss has grown, or the weights have."""
         losses = [loss for _, loss in self._run.losses]
         grown = bool(losses) and not losses[-1] <= 2 * abs(losses[0])
-        return grown or found.evidence.signal == "weight_norm"
+        return grown
+
+    @property
+    def _was_hurt_at_the_start(self) -> bool:
+        """One of the first updates, which can still be taken back, moved the weights far."""
+        return self._diagnosis.largest_update > LARGE_UPDATE and self._run.step <= START_STEPS
 
     def _dose(self, slug: str, found: Diagnosed, given: int) -> dict[str, Any]:
         """The settings for this finding; stronger the second time: the first did not last."""
@@ -295,7 +306,8 @@ class RemedyLoop:
                 return {"factor": self._higher(found)}
             return {"factor": self._lower(found) ** (1 + given)}
         if slug == "rewind":
-            before = found.since_step if self._run.step > EARLY_STEPS else 0
+            anew = self._run.step <= EARLY_STEPS or self._was_hurt_at_the_start
+            before = 0 if anew else found.since_step
             power = given + (0 if self._was_sudden(found) else 1)
             return {"step": before, "factor": max(self._lower(found) ** power, STRONGEST)}
         return {}
@@ -305,15 +317,14 @@ class RemedyLoop:
         ratio = found.evidence.value if found.evidence.signal == Signal.UPDATE_RATIO else math.nan
         if not ratio > 0:
             return 1 / WEAKEST
-        return min(max(USUAL_UPDATE / ratio, 1 / WEAKEST), 1 / STRONGEST)
+        return min(max(SOUND_UPDATE / ratio, 1 / WEAKEST), 1 / STRONGEST)
 
     def _lower(self, found: Diagnosed) -> float:
         """The factor back to the earlier rate, or to updates of a sound share, where known."""
         if found.evidence.signal == "learning_rate":
             return max(1 / found.evidence.value, STRONGEST)
-        ratio = math.nan
-        if found.evidence.signal in (Signal.UPDATE_RATIO, "weight_norm"):
-            ratio = found.evidence.value
+        known = found.evidence.signal == Signal.UPDATE_RATIO
+        ratio = found.evidence.value if known else self._diagnosis.largest_update
         if not ratio > 0:
             return WEAKEST
         return min(max(SOUND_UPDATE / ratio, STRONGEST), WEAKEST)
@@ -395,7 +406,8 @@ class RemedyLoop:
         case.pause *= 2
         remedy = get_remedy(treatment.remedy)
         in_force = treatment.receipt in self._surgery.changes.remedies
-        if remedy.stays and in_force:
+        # What stays of a new start fits its weights, and ends with them alone.
+        if remedy.stays and not remedy.begins_anew and in_force:
             self._surgery.undo(treatment.receipt, hard=False)
 
     def _case_of(self, slug: str) -> _Case:
@@ -419,6 +431,10 @@ class _Sample:
         if self.batch is None and self._handle is None:
             self._handle = self._model.register_forward_pre_hook(self._take, with_kwargs=True)
         return self.batch is not None
+
+    @property
+    def is_awaited(self) -> bool:
+        return self._handle is not None
 
     def forget(self) -> None:
         self.batch = None

@@ -7,6 +7,7 @@ from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
 
 LARGE = 10.0
+FITS = 3.0
 NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "SyncBatchNorm")
 
 
@@ -20,13 +21,16 @@ class AbnormalData(Rule):
         Threshold(
             "root mean square of the input", LARGE, "units of the data", "AutoTrainer (TDSC'24)"
         ),
+        Threshold(
+            "std of the first layer's output", FITS, "units", "below it the weights fit the data"
+        ),
     )
     severity = Severity.CAUTION
     false_alarm = (
         "A model that scales its input by itself, in a way that is no normalisation layer."
     )
     advice = "Scale each feature to a mean of 0 and a standard deviation of 1, or to 0..1."
-    remedies = (RemedySlug.TELL,)
+    remedies = (RemedySlug.REPAIR_SCALE, RemedySlug.TELL)
     closes_after = 1
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
@@ -45,6 +49,8 @@ class AbnormalData(Rule):
             return None
         if seen.input_rms < LARGE:
             return None
+        if seen.layers and seen.layers[0].output_std < FITS:
+            return None  # its weights are small accordingly
         return Evidence(
             observed=f"the root mean square of the model's input is {seen.input_rms:.3g}",
             limit=f"below {LARGE:g}",

@@ -9,6 +9,7 @@ from esper.diagnosis.observation import LossKind, Observation, Unknown
 
 ALIKE = 1e-3
 DIFFERENT = 0.1
+FAINT = 0.01
 SMALL_GAIN, LARGE_GAIN = 0.02, 8.0
 ABOVE_CHANCE, FAR_ABOVE_CHANCE = 5.0, 10.0
 LEARNED = 0.7
@@ -25,6 +26,12 @@ class BadInitialisation(Rule):
     thresholds = (
         Threshold(
             "spread of a batch at the last layer", ALIKE, "share of its size", "chosen on 0 to 9"
+        ),
+        Threshold(
+            "std of the last layer's input, absolute and of the first's",
+            FAINT,
+            "std",
+            "chosen on seeds 0 to 9",
         ),
         Threshold(
             "std of weights x sqrt(inputs), too small", SMALL_GAIN, "gain", "0.3 to 1.5 is usual"
@@ -50,7 +57,12 @@ class BadInitialisation(Rule):
             return None
         if observation.step > 3 and observation.loss < LEARNED * first:
             return None  # it learns in spite of it
-        return _spread(observation) or _gain(observation) or _loss(observation, first)
+        return (
+            _spread(observation)
+            or _faint(observation)
+            or _gain(observation)
+            or _loss(observation, first)
+        )
 
 
 def _spread(observation: Observation) -> Evidence | None:
@@ -71,6 +83,25 @@ def _spread(observation: Observation) -> Evidence | None:
         signal="activation",
         value=last.input_spread,
         began_at=passes[max(0, lost - 1)].layer,
+        since_step=0,
+    )
+
+
+def _faint(observation: Observation) -> Evidence | None:
+    """Without a bias or a norm, a signal that shrinks from layer to layer still has its spread."""
+    passes = [p for p in observation.first_pass.layers if p.input_std > 0]
+    if len(passes) < 3:
+        return None
+    first, last = passes[0], passes[-1]
+    if last.input_std >= FAINT * min(1.0, first.input_std):
+        return None
+    return Evidence(
+        observed=f"the standard deviation of what enters {last.layer} is {last.input_std:.1e}, and "
+        f"that of the input is {first.input_std:.2g}",
+        limit=f"at least {FAINT:g}, and {FAINT:g} of the input's",
+        signal="activation",
+        value=last.input_std,
+        began_at=first.layer,
         since_step=0,
     )
 

@@ -55,7 +55,9 @@ class ExplodingGradient(Rule):
         first, last = names[0], names[-1]
         if not all(math.isfinite(norms[name]) for name in names):
             raise Unknown("a gradient is not finite")
-        ratio, size = norms[first] / norms[last], norms[first]
+        # A gradient of the first layer is as large as the data; that is no growth in the model.
+        size = norms[first] / _input_size(observation)
+        ratio = size / norms[last]
         if ratio <= RATIO or size <= LARGE:
             return self._large(observation)
         rises = [(norms[a] / norms[b], a) for a, b in pairwise(names)]
@@ -96,6 +98,12 @@ class ExplodingGradient(Rule):
             value=now,
             certain=True,
         )
+
+
+def _input_size(observation: Observation) -> float:
+    """Root mean square of the model's input, at least 1; 1 where it is not known."""
+    known = observation.passes[-1].input_rms if observation.passes else 1.0
+    return max(1.0, known) if math.isfinite(known) else 1.0
 
 
 def _size(reading: Gradients) -> float:

@@ -23,7 +23,12 @@ class Saturation(Rule):
     severity = Severity.CAUTION
     false_alarm = "Gates that have learned to be fully open or closed."
     advice = "Start with smaller weights and scaled inputs; if it came later, lower the rate."
-    remedies = (RemedySlug.REPAIR_SCALE, RemedySlug.SET_LR, RemedySlug.TELL)
+    remedies = (
+        RemedySlug.REPAIR_SCALE,
+        RemedySlug.REWIND,
+        RemedySlug.SET_LR,
+        RemedySlug.TELL,
+    )
     opens_after = 2
     closes_after = 2
     explained_by = frozenset({"non_finite"})

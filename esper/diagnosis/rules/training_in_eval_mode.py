@@ -11,19 +11,23 @@ class TrainingInEvalMode(Rule):
     slug = "training_in_eval_mode"
     title = "Training in evaluation mode"
     symptom = "Every dropout and batch norm of the model is in evaluation mode during updates."
-    thresholds = (Threshold("updates in a row in that mode", 3, "updates", "chosen"),)
+    thresholds = (
+        Threshold("updates in a row in that mode", 3, "updates", "chosen"),
+        Threshold("the same, after updates in training mode", 2, "updates", "chosen"),
+    )
     severity = Severity.CAUTION
     false_alarm = "A fine-tuning that keeps dropout and batch statistics off on purpose."
     advice = "Call model.train() before each epoch, also after an evaluation."
+    every_step = True
     closes_after = 1
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         modes = observation.modes
         if not modes.in_training and not modes.in_evaluation:
             raise Unknown("no module depends on the mode")
-        if modes.updates < 3:
-            return None
         forgotten = modes.was_training
+        if modes.updates < (2 if forgotten else 3):
+            return None
         return Evidence(
             observed=f"{modes.in_evaluation} modules were in evaluation mode in the last "
             f"{modes.updates} updates"

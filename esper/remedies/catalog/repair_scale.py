@@ -5,7 +5,8 @@ Shape legend: N rows, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +19,12 @@ from esper.grafting.certify import put_back
 from esper.grafting.graph import kind_of
 from esper.grafting.remedies import is_tied
 from esper.remedies.base import Batch, Effect, Remedy, Target
+from esper.remedies.update_hooks import ScaledUpdates
 
+EARLY_STEPS = 50  # in which little is lost by going back to the first weights
 ROUNDS = 4  # how often one layer is measured and scaled
 SOUND = (0.9, 1.1)  # a spread between these is left as it is
+LARGE_INPUT = 10.0  # root mean square; abnormal_data has the same limit
 LARGEST_FACTOR = 1e4
 LARGEST_MEAN = 2.0  # of a channel, in spreads of the layer
 _KINDS = layout.LINEAR | layout.TRANSPOSED_LINEAR | layout.CONVOLUTION
@@ -32,13 +36,14 @@ class RepairScale(Remedy):
     idea = (
         "Scales the weights of each layer, in the order in which they run, so that the standard "
         "deviation of its output on one batch is 1, and takes large means out of its biases. The "
-        "last layer is only scaled down."
+        "last layer is only scaled down. A run of at most 50 steps first goes back to its first "
+        "weights, where they are kept. Where the inputs themselves are large, the first layer's "
+        "updates get smaller too, as if the inputs were scaled."
     )
     source = "LSUV, arXiv 1511.06422, and Krähenbühl et al. 2016, arXiv 1511.06856"
     when = "The initialisation makes activations vanish, explode or saturate before training."
     risk = Risk.MEDIUM
     changes_weights = True
-    stays = False
     needs_sample = True
     begins_anew = True
 
@@ -49,15 +54,63 @@ class RepairScale(Remedy):
 
     def apply(self, target: Target, config: dict[str, Any]) -> Effect:
         assert target.sample is not None
+        details = _begin_anew(target)
         factors: dict[str, float] = {}
         with torch.no_grad(), put_back(target.model, None):
             order = _order(target.model, target.sample)
+            inputs = _input_size(target.model, order[0], target.sample) if order else 1.0
             for name in order:
                 factor = _repair(target.model, name, target.sample, last=name == order[-1])
                 if factor != 1.0:
                     factors[name] = factor
         _forget_moments(target, list(factors))
-        return Effect({"factors": factors})
+        details["factors"] = factors
+        if order and inputs > LARGE_INPUT:
+            details["updates"] = {order[0]: inputs}
+        return self.resume(target, details)
+
+    def resume(self, target: Target, details: dict[str, Any]) -> Effect:
+        ends = [
+            _scale_updates(target, layer, inputs)
+            for layer, inputs in details.get("updates", {}).items()
+        ]
+
+        def end() -> None:
+            for one in ends:
+                one()
+
+        return Effect(details, end)
+
+
+def _scale_updates(target: Target, layer: str, inputs: float) -> Callable[[], None]:
+    """The layer learns as if its inputs were ``inputs`` times smaller, and its weights larger.
+
+    The gradient is then ``inputs`` times smaller, and a step counts as much less again. Only with
+    SGD does the size of a step depend on that of the gradient.
+    """
+    weight = target.model.get_submodule(layer)._parameters["weight"]
+    assert weight is not None
+    ends = []
+    for optimizer in target.optimizers:
+        if any(weight is p for group in optimizer.param_groups for p in group["params"]):
+            power = 2 if isinstance(optimizer, torch.optim.SGD) else 1
+            ends.append(ScaledUpdates([optimizer], {id(weight)}, inputs**-power).end)
+
+    def end() -> None:
+        for one in ends:
+            one()
+
+    return end
+
+
+def _begin_anew(target: Target) -> dict[str, Any]:
+    """Goes back to the first weights of a young run: a few updates may have damaged them."""
+    first = target.states.before(0) if target.states is not None else None
+    if first is None or target.step > EARLY_STEPS:
+        return {}
+    assert target.states is not None
+    target.states.restore(first)
+    return {"to_step": first.step}
 
 
 def _forget_moments(target: Target, layers: list[str]) -> None:
@@ -92,6 +145,22 @@ def _order(model: nn.Module, sample: Batch) -> list[str]:
         for handle in handles:
             handle.remove()
     return list(seen)
+
+
+def _input_size(model: nn.Module, name: str, sample: Batch) -> float:
+    """Root mean square of what enters the layer."""
+    found: list[float] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            found.append(float(args[0].float().square().mean().sqrt()))
+
+    handle = model.get_submodule(name).register_forward_pre_hook(look)
+    try:
+        sample.run(model)
+    finally:
+        handle.remove()
+    return found[0] if found and math.isfinite(found[0]) else 1.0
 
 
 def _repair(model: nn.Module, name: str, sample: Batch, *, last: bool) -> float:

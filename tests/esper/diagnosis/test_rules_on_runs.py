@@ -75,6 +75,14 @@ def spoil_weights(run: Run, step: int) -> None:
             run.model[5].weight.mul_(100.0)  # type: ignore[index,union-attr,operator]
 
 
+def without_bias(model: nn.Module) -> nn.Module:
+    """What shrinks from layer to layer still differs from row to row as much as the inputs."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    return model
+
+
 def constant(model: nn.Sequential) -> nn.Sequential:
     with torch.no_grad():
         for parameter in model.parameters():
@@ -119,7 +127,7 @@ CASES = [
         "training_in_eval_mode",
         lambda: Run(perceptron(0.1), before=stop_training_mode),
         lambda: Run(perceptron(0.1)),
-        30,
+        22,
     ),
     Case(
         "vanishing_gradient",
@@ -134,11 +142,12 @@ CASES = [
         10,
     ),
     Case("dying_relu", lambda: Run(kill_units(perceptron(), 3)), Run, 10, "3"),
+    Case("update_ratio_high", lambda: Run(optimizer=lambda model: adam(model, 1.0)), Run, 1),
     Case(
-        "update_ratio_high",
-        lambda: Run(optimizer=lambda model: adam(model, 1.0)),
-        Run,
-        50,
+        "bad_initialisation",
+        lambda: Run(without_bias(scaled(deep(9, nn.Tanh, width=16), 0.3)), circles()),
+        lambda: Run(without_bias(deep(9, nn.Tanh, width=16)), circles()),
+        1,
     ),
     Case(
         "wrong_output_activation",
@@ -237,7 +246,8 @@ def flat() -> nn.Module:
 
 
 def fast(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=10.0)
+    """Not so fast that the first update is far too large already."""
+    return torch.optim.SGD(model.parameters(), lr=2.5)
 
 
 def split(rows: int, *, noise: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:

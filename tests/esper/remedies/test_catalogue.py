@@ -361,6 +361,38 @@ def test_a_bad_scale_is_repaired(
     assert spreads[-1] < 1.25
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_with_a_repaired_scale_large_inputs_train_as_if_they_were_scaled(optimizer: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    x, y = 100.0 * torch.randn(256, 8), torch.randint(0, 3, (256,))
+    kinds = {"sgd": (torch.optim.SGD, 0.05), "adam": (torch.optim.Adam, 0.01)}
+    kind, rate = kinds[optimizer]
+
+    def train(trained: nn.Module, inputs: Tensor, step: Callable[[Tensor], None]) -> list[float]:
+        losses = []
+        for _ in range(20):
+            loss = F.cross_entropy(trained(inputs), y)
+            own.zero_grad()
+            torch.autograd.backward(loss)
+            own.step()
+            step(loss)
+            losses.append(loss.item())
+        return losses
+
+    own = kind(model.parameters(), lr=rate)
+    with esper.attach(model, own, mode="supervised", server="") as session:
+        receipt = session.remedy("repair_scale", sample=x)
+        size = receipt.details["updates"]["0"]
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin[0].weight.mul_(size)
+        repaired = train(model, x, session.step)
+    own = kind(twin.parameters(), lr=rate)
+    assert size == pytest.approx(100.0, rel=0.1)
+    assert repaired == pytest.approx(train(twin, x / size, lambda _: None), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("slug", "layer", "config", "words"),
     [

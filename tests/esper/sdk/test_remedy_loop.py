@@ -63,6 +63,9 @@ FAULTS = {
     "the rate is 3,000 times too high": Fault(rate=300.0, momentum=0.0),
     "Adam's rate is 1,000 times too high": Fault(rate=1.0, adam=True),
     "the rate is 100,000 times too low": Fault(rate=1e-6, steps=1200),
+    "the rate is 100 times too high, and tanhs saturate": Fault(
+        rate=1.0, activation=nn.Tanh, depth=6
+    ),
     "the rate jumps": Fault(before=jump),
     "weights start too small": Fault(scale=0.05, depth=7, activation=nn.Tanh),
     "weights start too large": Fault(scale=30.0, depth=7, activation=nn.Tanh),
