@@ -151,13 +151,14 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--json", type=Path, help="where the records go")
     parser.add_argument("--docs", type=Path, help="folder for rescue.md and its plots")
-    parser.add_argument("--records", type=Path, help="report these, and run nothing")
+    parser.add_argument("--records", type=Path, nargs="+", help="report these, and run nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("esper").setLevel(logging.CRITICAL)
     if arguments.records:
-        saved = json.loads(arguments.records.read_text())
-        records, about = [Record.from_json(entry) for entry in saved["records"]], saved["about"]
+        saved = [json.loads(path.read_text()) for path in arguments.records]
+        records = [Record.from_json(entry) for part in saved for entry in part["records"]]
+        about = "\n".join(part["about"] for part in saved)
     else:
         started = time.monotonic()
         records = run(arguments)

@@ -70,11 +70,14 @@ class Run:
     evaluate: Callable[[nn.Module], float] | None = None
     passes_number: bool = False
     mode: str = "observe"
+    sampling: int | None = None  # steps between health frames, where chance decides otherwise
 
     def start(self) -> esper.Session:
         self.opt = self.optimizer(self.model)
         evaluate = None if self.evaluate is None else lambda: self.evaluate(self.model)  # type: ignore[misc]
-        return esper.attach(self.model, self.opt, mode=self.mode, evaluate=evaluate)
+        return esper.attach(
+            self.model, self.opt, mode=self.mode, evaluate=evaluate, sampling=self.sampling
+        )
 
     def go(self) -> Result:
         with self.start() as session:

@@ -188,7 +188,7 @@ CASES = [
     ),
     Case(
         "oscillating_loss",
-        lambda: Run(deep(2, nn.Tanh, width=16), circles(), optimizer=fast, steps=160),
+        lambda: Run(deep(2, nn.Tanh, width=16), circles(), optimizer=fast, steps=160, sampling=10),
         lambda: Run(deep(2, nn.Tanh, width=16), circles(), steps=160),
         160,
     ),
@@ -246,8 +246,7 @@ def flat() -> nn.Module:
 
 
 def fast(model: nn.Module) -> torch.optim.Optimizer:
-    """Not so fast that the first update is far too large already."""
-    return torch.optim.SGD(model.parameters(), lr=2.5)
+    return torch.optim.SGD(model.parameters(), lr=10.0)
 
 
 def split(rows: int, *, noise: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
