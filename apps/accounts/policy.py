@@ -24,6 +24,7 @@ class Act(StrEnum):
     CREATE_RUN = "create_run"
     PAUSE_ADAPTATION = "pause_adaptation"
     STOP_RUN = "stop_run"
+    PROPOSE_REMEDY = "propose_remedy"
     APPROVE = "approve"
     REJECT = "reject"
     CLAIM = "claim"
@@ -51,6 +52,7 @@ ALLOWED: dict[Act, frozenset[Role]] = {
     Act.CREATE_RUN: frozenset({Role.RESEARCHER, Role.OPERATOR, Role.ADMIN}),
     Act.PAUSE_ADAPTATION: _ON_DUTY,
     Act.STOP_RUN: _ON_DUTY,
+    Act.PROPOSE_REMEDY: _ON_DUTY,
     Act.APPROVE: _ON_DUTY,
     Act.REJECT: _ON_DUTY,
     Act.CLAIM: _ON_DUTY,
@@ -68,10 +70,10 @@ ALLOWED: dict[Act, frozenset[Role]] = {
     Act.STOP_LAUNCH: _ON_DUTY,
     Act.MANAGE_PEOPLE: frozenset({Role.ADMIN}),
 }
-# Acts that the owner of a run may do whatever their role: those that make it safer.
+# Acts that the owner of a run may do whatever their role: those that make it safer, and to ask.
 OWNER_MAY = frozenset(
     {
-        *(Act.PAUSE_ADAPTATION, Act.STOP_RUN, Act.STOP_LAUNCH),
+        *(Act.PAUSE_ADAPTATION, Act.STOP_RUN, Act.STOP_LAUNCH, Act.PROPOSE_REMEDY),
         *(Act.CANCEL, Act.ROLL_BACK, Act.REJECT),
     }
 )
@@ -81,6 +83,7 @@ IN_WORDS: dict[Act, str] = {
     Act.CREATE_RUN: "attach runs",
     Act.PAUSE_ADAPTATION: "pause adaptation",
     Act.STOP_RUN: "stop runs",
+    Act.PROPOSE_REMEDY: "ask for remedies",
     Act.APPROVE: "approve",
     Act.REJECT: "reject",
     Act.CLAIM: "claim",

@@ -16,12 +16,13 @@ from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
 from apps.adaptations.binding import shown_hash
 from apps.adaptations.compile_jobs import queue_compilation
-from apps.adaptations.dispatch import request_undo
+from apps.adaptations.dispatch import request_undo, send_remedy
 from apps.adaptations.evidence import evidence_drift, evidence_now
 from apps.adaptations.history import why_frozen
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
 from apps.audit.services import record
+from apps.blueprints.models import KnownRemedy
 from apps.notifications.services import INBOX_TOPIC, publish, run_topic
 from apps.policies.services import adaptation_switch
 from apps.rest.etag import required_version
@@ -92,7 +93,7 @@ def approve_adaptation(
     reason: str = "",
     accept_drift: bool = False,
 ) -> Adaptation:
-    """Approve an adaptation that waits, and queue its compile job.
+    """Approve an adaptation that waits; queue a graft's compile job, or send the remedy.
 
     Args:
         evidence_hash: of the adaptation that the person was shown; it binds the approval to it.
@@ -123,7 +124,7 @@ def approve_adaptation(
             _check_reason(reason, "approves in spite of drifted evidence")
         actor = Actor.person(user, via=via)
         layer = adaptation.run.layer_info(adaptation.layer)
-        if layer is None:
+        if layer is None and adaptation.layer:
             raise Problem(409, "evidence-stale", f"The run has no layer {adaptation.layer} now.")
         transition(
             adaptation,
@@ -135,6 +136,8 @@ def approve_adaptation(
             decided_at=timezone.now(),
             decision_reason=reason,
         )
+        if layer is None or adaptation.remedy:
+            return send_remedy(adaptation, actor=actor)
         return queue_compilation(adaptation, layer=layer, actor=actor)
 
 
@@ -178,7 +181,7 @@ def cancel_adaptation(
 def roll_back_adaptation(
     *, adaptation: Adaptation, user: User, via: str, version: int | None, reason: str, **_: Any
 ) -> Adaptation:
-    """Remove a graft: from probation by restoring the snapshot, from kept by detaching it."""
+    """Take it back: from probation by restoring the snapshot, from kept by detaching it."""
     _prepare(adaptation, user, "rollback", version)
     _check_reason(reason, "rolls an adaptation back")
     if adaptation.run.state in RUN_ENDED:
@@ -289,8 +292,10 @@ def request_adaptation_pause(
 
 
 def undo_plan(adaptation: Adaptation) -> list[str]:
-    """How this graft would be removed, in sentences for the approver."""
+    """How it would be taken back, in sentences for the approver."""
     layer = adaptation.layer
+    if adaptation.remedy:
+        return _undo_plan_of_remedy(adaptation)
     if adaptation.merged_at is not None:
         return [MERGED]
     return [
@@ -302,6 +307,25 @@ def undo_plan(adaptation: Adaptation) -> list[str]:
         "three steps, also when it cannot reach this server.",
         f"After the graft was kept, an operator can still detach it; {layer} then computes what "
         "it would compute without the graft, and keeps what the host has learned meanwhile.",
+    ]
+
+
+def _undo_plan_of_remedy(adaptation: Adaptation) -> list[str]:
+    known = KnownRemedy.objects.filter(slug=adaptation.remedy).first()
+    stays = known is None or known.stays
+    ends = (
+        "When it does not help, or after it was kept, it ends: what it does in each step stops, "
+        "and the model keeps what it has learned since."
+        if stays
+        else "It changes the run once, and nothing of it stays in force: when it does not help, "
+        "there is nothing to end."
+    )
+    return [
+        "Before it the trainer takes a snapshot of weights, buffers, optimizer, scheduler and "
+        "random state.",
+        "During probation an operator can take it back exactly: the run is then what it was "
+        "before, bit by bit, and forgets what it has learned since.",
+        ends,
     ]
 
 

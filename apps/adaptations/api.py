@@ -32,6 +32,7 @@ from apps.adaptations.serializers import (
     DecisionOutput,
     ExperienceOutput,
     IntegrationStatusOutput,
+    RemedyInput,
 )
 from apps.policies.serializers import SwitchInput, SwitchOutput
 from apps.policies.services import adaptation_switch
@@ -56,6 +57,8 @@ FILTERS: dict[str, Lookup] = {
     "blueprint": ("blueprint__slug", text),
     "adaptation_type": ("adaptation_type", one_of(AdaptationType)),
     "risk": ("risk", one_of(Risk)),
+    "remedy": ("remedy", text),
+    "finding": ("finding", text),
 }
 
 
@@ -140,6 +143,25 @@ class IntegrationStatus(Endpoint):
     @documented("read_integration_status", answer=IntegrationStatusOutput)
     def get(self, request: Request) -> Response:
         return Response(integration_status())
+
+
+class AskForRemedy(Endpoint):
+    throttle_classes = (ActThrottle,)
+
+    @documented(
+        "ask_for_remedy",
+        body=RemedyInput,
+        answer=AdaptationDetailOutput,
+        status=201,
+        act=True,
+        summary="Ask for a remedy of the catalogue",
+    )
+    @idempotent
+    def post(self, request: Request, uid: str) -> Response:
+        run = visible_run(uid, only=run_of_token(request))
+        given = parse(RemedyInput, request.data)
+        asked = services.ask_for_remedy(run=run, user=person(request), via=via(request), **given)
+        return _answer(request, _adaptation(asked.uid), status=201)
 
 
 # --- Tamiyo ---------------------------------------------------------------------------------------

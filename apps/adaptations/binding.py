@@ -25,7 +25,9 @@ def shown(adaptation: Adaptation) -> dict[str, Any]:
         "epoch": adaptation.run_epoch,
         "layer": adaptation.layer,
         "adaptation_type": str(adaptation.adaptation_type),
-        "blueprint": adaptation.blueprint.slug,
+        "kind": str(adaptation.kind),
+        "slug": adaptation.slug,
+        "title": adaptation.title,
         "config": adaptation.config,
         "risk": str(adaptation.risk),
         "confidence": adaptation.confidence,
@@ -38,6 +40,7 @@ def shown(adaptation: Adaptation) -> dict[str, Any]:
         "policy_version": adaptation.safety_policy.version,
         "step": adaptation.proposed_step,
         "evidence": adaptation.evidence,
+        "found": adaptation.found,
     }
     members: dict[str, Any] = _same_numbers(content)
     return members

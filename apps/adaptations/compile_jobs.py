@@ -52,7 +52,7 @@ def queue_compilation(adaptation: Adaptation, *, layer: LayerInfo, actor: Actor)
     job = workers.queue_job(
         adaptation_uid=adaptation.uid,
         run_uid=adaptation.run.uid,
-        blueprint_slug=adaptation.blueprint.slug,
+        blueprint_slug=adaptation.grafted_blueprint.slug,
         config=adaptation.config,
         layer=layer.to_wire(),
         capability=adaptation.run.capability_of(layer.device),
@@ -271,7 +271,7 @@ def _record_broken(
             severity=severity,
             observed=check.observed,
             limit=check.limit,
-            text=f"{adaptation.blueprint.slug} in {adaptation.layer}: {check.text}",
+            text=f"{adaptation.slug} in {adaptation.layer}: {check.text}",
             action=action,
             layer=adaptation.layer,
             adaptation_uid=adaptation.uid,

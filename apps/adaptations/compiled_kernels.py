@@ -63,7 +63,7 @@ def request_speed_up(adaptation: Adaptation) -> SpeedUp | None:
         defaults={
             "run_uid": run.uid,
             "layer": adaptation.layer,
-            "blueprint_slug": adaptation.blueprint.slug,
+            "blueprint_slug": adaptation.grafted_blueprint.slug,
             "capability": adaptation.job.capability,
         },
     )
@@ -132,7 +132,7 @@ def _build_or_reuse(adaptation: Adaptation, worker: str) -> tuple[Kernel, Kernel
 
     assert adaptation.job is not None
     layer = LayerInfo.from_wire(adaptation.job.layer)
-    slug, config = adaptation.blueprint.slug, adaptation.config
+    slug, config = adaptation.grafted_blueprint.slug, adaptation.config
     key = compiled_key(layer, slug, config)
     stored = _stored(key)
     if stored is not None:

@@ -46,7 +46,7 @@ _OVERDUE = {
     S.COMPILING: "the compile job did not finish before the deadline",
     S.COMPILED: "the kernel was not sent to the trainer before the deadline",
     S.DISPATCHED: "the trainer did not accept the command before the deadline",
-    S.ACCEPTED: "the trainer did not confirm the graft before the deadline",
+    S.ACCEPTED: "the trainer did not confirm the change before the deadline",
     S.PROBATION: "no verdict before the deadline",
     S.ROLLING_BACK: "the trainer did not confirm the rollback before the deadline",
     S.IN_DOUBT: "the trainer did not report before the deadline",
@@ -110,12 +110,12 @@ def _take_outcome(adaptation: Adaptation) -> None:
 
 
 def _end_probation(adaptation: Adaptation) -> None:
-    """Without a verdict in time a graft is rolled back, never kept."""
+    """Without a verdict in time it is rolled back, never kept."""
     if not reported_recently(adaptation.run):
         reason = _last_report(adaptation.run)
         transition(adaptation, S.IN_DOUBT, actor=SYSTEM, reason=reason)
         return
-    reason = "no verdict before the deadline: too little was measured to keep the graft"
+    reason = "no verdict before the deadline: too little was measured to keep it"
     _note_deadline(adaptation, reason, ViolationRule.MISSING_TELEMETRY)
     transition(adaptation, S.ROLLING_BACK, actor=SYSTEM, reason=reason)
     request_undo(adaptation, reason=reason)
@@ -130,8 +130,8 @@ def _note_deadline(
         severity=Severity.CAUTION,
         observed=adaptation.state.replace("_", " "),
         limit=f"{adaptation.deadline_at:%H:%M:%S} UTC" if adaptation.deadline_at else "",
-        text=f"A-{adaptation.number} of {adaptation.layer}: {reason}.",
-        action="The adaptation was ended. A deadline never applies a graft.",
+        text=f"A-{adaptation.number} {adaptation.title}: {reason}.",
+        action="The adaptation was ended. A deadline never applies anything.",
         layer=adaptation.layer,
         adaptation_uid=adaptation.uid,
     )

@@ -1,4 +1,4 @@
-"""From compiled to dispatched: stage the kernel on the run's host, write the signed command."""
+"""Commands to the trainer: a graft whose kernel is staged on its host, a remedy, an undo."""
 
 from __future__ import annotations
 
@@ -40,6 +40,24 @@ def _stage(digest: str) -> None:
         log.warning("kernel %s was not staged, the trainer will download it: %s", digest, error)
 
 
+def send_remedy(adaptation: Adaptation, *, actor: Actor) -> Adaptation:
+    """Command the trainer to apply it. In the transaction of the approval."""
+    run = adaptation.run
+    issue_command(
+        run=run,
+        kind=CommandKind.REMEDY,
+        adaptation_uid=adaptation.uid,
+        layer=adaptation.layer,
+        payload={
+            "remedy": adaptation.remedy,
+            "config": adaptation.config,
+            "finding": adaptation.finding,
+        },
+        ttl_seconds=adaptation.safety_policy.safety_policy().dispatch_timeout_seconds,
+    )
+    return transition(adaptation, AdaptationState.DISPATCHED, actor=actor, run_epoch=run.epoch)
+
+
 @transaction.atomic
 def _write_command(adaptation: Adaptation, actor: Actor) -> None:
     run = lock_run(adaptation.run_id)
@@ -60,13 +78,19 @@ def _write_command(adaptation: Adaptation, actor: Actor) -> None:
 
 
 def request_undo(adaptation: Adaptation, *, reason: str) -> None:
-    """Command the trainer to remove the graft. In the transaction of ``rolling_back``."""
+    """Command the trainer to take it back. In the transaction of ``rolling_back``.
+
+    On probation a graft is taken out hard. A remedy that did not help only ends: a return to the
+    state before it would be a return to the fault. A person may want just that.
+    """
+    by_person = adaptation.taken_back_by_id is not None
+    hard = adaptation.kept_at is None and (by_person or not adaptation.remedy)
     issue_command(
         run=adaptation.run,
         kind=CommandKind.UNDO,
         adaptation_uid=adaptation.uid,
         layer=adaptation.layer,
-        payload={"hard": adaptation.kept_at is None, "reason": reason},
+        payload={"hard": hard, "reason": reason},
         ttl_seconds=300,
     )
 

@@ -79,6 +79,8 @@ def _measured(adaptation: Adaptation) -> dict[str, float | None]:
 
 
 def _drift(adaptation: Adaptation, now: dict[str, float | None]) -> float | None:
+    if adaptation.remedy:
+        return None  # it answers a fault, which may get worse; where that is over, it is withdrawn
     if adaptation.run.last_loss_status:
         return math.inf
     then = adaptation.evidence

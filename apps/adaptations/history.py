@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from datetime import timedelta
 
-from django.db.models import Avg, Count, Q, Sum
+from django.db.models import Avg, Count, Q, QuerySet, Sum
 from django.db.models.functions import Coalesce
 from django.utils import timezone
 
@@ -46,7 +46,7 @@ class RunFacts:
 
 
 def run_facts(run: Run) -> RunFacts:
-    own = Adaptation.objects.filter(run=run)
+    own = grafts(run)
     counts = own.filter(Q(graft_step__isnull=False) | Q(state__in=_REFUSED))
     last = counts.annotate(at=_AT).order_by("-at", "-id").values_list("at", "state").first()
     totals = own.aggregate(
@@ -64,8 +64,13 @@ def run_facts(run: Run) -> RunFacts:
     )
 
 
+def grafts(run: Run) -> QuerySet[Adaptation]:
+    """A run's adaptations that are grafts."""
+    return Adaptation.objects.filter(run=run, remedy="")
+
+
 def why_frozen(run: Run) -> str:
-    """Why nothing may be grafted into this run now; empty when grafting is allowed."""
+    """Why nothing may be changed in this run now; empty when changes are allowed."""
     switch = adaptation_switch()
     if not switch.on:
         return f"{switch.changed_by} has switched adaptation off everywhere"
@@ -81,7 +86,7 @@ def why_frozen(run: Run) -> str:
 def layer_histories(run: Run) -> dict[str, LayerHistory]:
     """By layer name, for the layers that have a history."""
     rows = (
-        Adaptation.objects.filter(run=run)
+        grafts(run)
         .annotate(at=_AT)
         .order_by("id")
         .values_list("layer", "state", "at", "blueprint__slug", "ended_at")
@@ -105,7 +110,7 @@ def layer_histories(run: Run) -> dict[str, LayerHistory]:
 def experience() -> dict[str, Experience]:
     """Closed cases by blueprint slug; what was undone later counts as not kept."""
     rows = (
-        Adaptation.objects.filter(state__in=(AdaptationState.KEPT, *_BAD_ENDS))
+        Adaptation.objects.filter(remedy="", state__in=(AdaptationState.KEPT, *_BAD_ENDS))
         .exclude(graft_step=None)
         .exclude(policy=RECOVERED)  # nobody here has seen how it came about
         .values("blueprint__slug")

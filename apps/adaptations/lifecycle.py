@@ -14,9 +14,11 @@
 States in brackets are passed through: entered and left in one transaction, so that no row rests in
 them. They have an audit row, which says who proposed or approved it, and no deadline.
 
+A remedy has no kernel: it goes from approved to dispatched.
+
 Other ends: compile_failed, dispatch_expired, not_applied, apply_failed, rollback_failed, run_lost.
 An adaptation is ``in_doubt`` when its trainer has stopped reporting; only the trainer's next report
-settles it. No deadline ever applies a graft.
+settles it. No deadline ever applies anything.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ S = AdaptationState
 NEXT: Mapping[AdaptationState, frozenset[AdaptationState]] = {
     S.PROPOSED: frozenset({S.AWAITING_APPROVAL, S.APPROVED}),
     S.AWAITING_APPROVAL: frozenset({S.APPROVED, S.REJECTED, S.EXPIRED, S.SUPERSEDED, S.CANCELLED}),
-    S.APPROVED: frozenset({S.COMPILE_QUEUED}),
+    S.APPROVED: frozenset({S.COMPILE_QUEUED, S.DISPATCHED}),
     S.COMPILE_QUEUED: frozenset({S.COMPILING, S.COMPILE_FAILED, S.CANCELLED}),
     S.COMPILING: frozenset({S.COMPILED, S.COMPILE_QUEUED, S.COMPILE_FAILED, S.CANCELLED}),
     S.COMPILED: frozenset({S.DISPATCHED, S.DECLINED, S.DISPATCH_EXPIRED, S.CANCELLED}),
@@ -126,6 +128,9 @@ class StaleAdaptationError(Problem):
         )
 
 
+_AUDITED = ("number", "layer", "kind", "blueprint", "title", "from", "to", "version")
+
+
 def transition(
     adaptation: Adaptation,
     to: AdaptationState,
@@ -149,16 +154,16 @@ def transition(
         StaleAdaptationError: the row has moved on, or ``only_if`` does not hold.
         ValueError: the lifecycle has no such transition; a bug in the caller.
     """
-    lock_run(adaptation.run_id)
+    run = lock_run(adaptation.run_id)
     came_from = AdaptationState(adaptation.state)
     if to not in NEXT[came_from]:
         raise ValueError(f"{came_from} -> {to} is not a transition of the lifecycle")
     changes |= seen_at_decision(adaptation, to)
     changes |= {"state": to, "deadline_at": deadline_for(adaptation, to)}
     if to in ADAPTATION_ENDED:
-        changes |= {"ended_at": timezone.now(), "end_reason": reason}
+        changes |= {"ended_at": timezone.now(), "end_reason": reason, "ended_step": run.step}
     elif came_from in ADAPTATION_ENDED:
-        changes["ended_at"] = None
+        changes |= {"ended_at": None, "ended_step": None}
     _compare_and_set(adaptation, came_from, only_if or {}, changes)
     _announce(adaptation, came_from, actor, reason, decided="decided_evidence" in changes)
     return adaptation
@@ -187,7 +192,8 @@ def _compare_and_set(
         raise Problem(
             409,
             "layer-busy",
-            f"Another adaptation of {adaptation.layer} is under way; wait for its end.",
+            f"Another adaptation of {adaptation.layer or 'the run'} is under way; wait for its "
+            "end.",
         ) from error
     adaptation.refresh_from_db()
     if not count:
@@ -202,7 +208,9 @@ def _announce(
         "number": adaptation.number,
         "run": adaptation.run.uid,
         "layer": adaptation.layer,
-        "blueprint": adaptation.blueprint.slug,
+        "kind": str(adaptation.kind),
+        "blueprint": adaptation.slug,
+        "title": adaptation.title,
         "from": str(came_from),
         "to": str(adaptation.state),
         "version": adaptation.version,
@@ -217,7 +225,7 @@ def _announce(
         object_uid=adaptation.uid,
         run_uid=adaptation.run.uid,
         reason=reason,
-        data={key: data[key] for key in ("number", "layer", "blueprint", "from", "to", "version")}
+        data={key: data[key] for key in _AUDITED}
         | (evidence_record(adaptation) if decided else {}),
     )
     if adaptation.state in ADAPTATION_PASSED_THROUGH:

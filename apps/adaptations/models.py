@@ -1,4 +1,4 @@
-"""Adaptations from proposal to end, and the remedies that training scripts report.
+"""Adaptations from proposal to end, and the remedies that training scripts apply by themselves.
 
 Only ``lifecycle.transition`` writes an adaptation's ``state``.
 """
@@ -20,6 +20,7 @@ from esper.contracts import (
     ADAPTATION_ENDED,
     ADAPTATION_GRAFTED,
     MAX_NAME_LENGTH,
+    AdaptationKind,
     AdaptationState,
     AdaptationType,
     Risk,
@@ -36,20 +37,29 @@ class Adaptation(models.Model):
     run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="adaptations")
     run_epoch = models.PositiveIntegerField()
     idempotency_key = models.CharField(max_length=400, unique=True)
-    # what is proposed
-    layer = models.CharField(max_length=MAX_NAME_LENGTH)
-    adaptation_type = models.CharField(max_length=20, choices=[(t, t) for t in AdaptationType])
-    blueprint = models.ForeignKey(Blueprint, on_delete=models.PROTECT)
+    # what is proposed: a graft of a blueprint, or a remedy
+    layer = models.CharField(max_length=MAX_NAME_LENGTH, blank=True)  # empty: the whole run
+    adaptation_type = models.CharField(
+        max_length=20, choices=[(t, t) for t in AdaptationType], blank=True
+    )
+    blueprint = models.ForeignKey(Blueprint, on_delete=models.PROTECT, null=True, blank=True)
+    remedy = models.CharField(max_length=60, blank=True)  # slug; empty: a graft
+    in_words = models.CharField(max_length=300, blank=True)  # of a remedy, with its settings
     config = models.JSONField(default=dict)
     risk = models.CharField(max_length=8, choices=[(r, r) for r in Risk])
     confidence = models.FloatField(null=True)  # null: unknown, never high
     urgency = models.FloatField(null=True)
-    forecast_parameters = models.BigIntegerField()
+    forecast_parameters = models.BigIntegerField(default=0)
     forecast_flops = models.BigIntegerField(default=0)
     forecast_memory_mib = models.FloatField(null=True)
     forecast_latency_ms = models.FloatField(null=True)
     # why: frozen at the proposal
-    policy = models.CharField(max_length=40)
+    policy = models.CharField(max_length=40, blank=True)
+    finding = models.CharField(max_length=64, blank=True)  # the rule whose finding it answers
+    found = models.JSONField(null=True, blank=True)  # that finding as the trainer sent it
+    proposed_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
     safety_policy = models.ForeignKey(PolicyVersion, on_delete=models.PROTECT)
     proposed_step = models.BigIntegerField()
     evidence = models.JSONField(default=dict)  # numbers by name; null: unknown
@@ -93,6 +103,7 @@ class Adaptation(models.Model):
     grafted_at = models.DateTimeField(null=True, blank=True)
     pause_ms = models.FloatField(null=True, blank=True)
     certificate = models.JSONField(null=True, blank=True)
+    details = models.JSONField(default=dict)  # what a remedy did, by its receipt
     digest_before = models.CharField(max_length=64, blank=True)
     digest_after = models.CharField(max_length=64, blank=True)
     # how it ended
@@ -101,6 +112,7 @@ class Adaptation(models.Model):
         settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
     )
     taken_back_reason = models.TextField(blank=True)
+    ended_step = models.BigIntegerField(null=True, blank=True)  # the run's last reported one
     undo_exact = models.BooleanField(null=True, blank=True)
     ablation_gain = models.FloatField(null=True, blank=True)
     forecast_gain = models.FloatField(null=True, blank=True)
@@ -116,8 +128,18 @@ class Adaptation(models.Model):
         constraints = (
             models.UniqueConstraint(
                 fields=("run", "layer"),
-                condition=~models.Q(state__in=sorted(ADAPTATION_ENDED)),
+                condition=~models.Q(state__in=sorted(ADAPTATION_ENDED)) & models.Q(remedy=""),
                 name="one_adaptation_in_flight_per_layer",
+            ),
+            models.UniqueConstraint(
+                fields=("run", "finding"),
+                condition=~models.Q(state__in=sorted(ADAPTATION_ENDED)) & ~models.Q(finding=""),
+                name="one_remedy_in_flight_per_finding",
+            ),
+            models.CheckConstraint(
+                condition=models.Q(remedy="", blueprint__isnull=False)
+                | (~models.Q(remedy="") & models.Q(blueprint__isnull=True)),
+                name="adaptation_is_a_graft_or_a_remedy",
             ),
             models.CheckConstraint(
                 condition=models.Q(state__in=sorted(AdaptationState)),
@@ -127,7 +149,29 @@ class Adaptation(models.Model):
         indexes = (models.Index(fields=("state", "deadline_at"), name="adaptation_deadlines"),)
 
     def __str__(self) -> str:
-        return f"A-{self.pk} {self.blueprint_id} → {self.layer}"
+        return f"A-{self.pk} {self.title}"
+
+    @property
+    def kind(self) -> AdaptationKind:
+        return AdaptationKind.REMEDY if self.remedy else AdaptationKind.GRAFT
+
+    @property
+    def slug(self) -> str:
+        """Of its blueprint or its remedy."""
+        return self.remedy or self.grafted_blueprint.slug
+
+    @property
+    def grafted_blueprint(self) -> Blueprint:
+        """Of a graft, which always has one."""
+        assert self.blueprint is not None, f"A-{self.pk} is a remedy"
+        return self.blueprint
+
+    @property
+    def title(self) -> str:
+        """What it does, for people."""
+        if not self.remedy:
+            return f"{self.slug} → {self.layer}"
+        return f"{self.in_words} at {self.layer}" if self.layer else self.in_words
 
     @property
     def number(self) -> int:

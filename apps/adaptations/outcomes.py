@@ -38,26 +38,27 @@ _REFUSAL_RULES = {
 
 def follow_answer(command: Command, ack: CommandAck, actor: Actor) -> None:
     """Move the adaptation that ``command`` is about. In a transaction."""
-    if command.kind == CommandKind.GRAFT:
-        _after_graft(command, ack, actor)
+    if command.kind in (CommandKind.GRAFT, CommandKind.REMEDY):
+        _after_applying(command, ack, actor)
     elif command.kind == CommandKind.UNDO:
         _after_undo(command, ack, actor)
     elif command.kind == CommandKind.SPEED_UP:
         note_answer(command, ack)
 
 
-def _after_graft(command: Command, ack: CommandAck, actor: Actor) -> None:
+def _after_applying(command: Command, ack: CommandAck, actor: Actor) -> None:
     adaptation = _adaptation(command)
     if adaptation is None:
         return
     if ack.state is CommandState.APPLIED and adaptation.state in ADAPTATION_ENDED - {S.KEPT}:
-        # The answer came after the deadline: the graft is in the model and would never be judged.
+        # The answer came after the deadline: it is in effect, and would never be judged.
         undo_leftovers(command.run, {adaptation.uid}, actor)
     if adaptation.state not in (S.DISPATCHED, S.ACCEPTED, S.IN_DOUBT):
         return
     if ack.state is CommandState.REFUSED:
         _record_refusal(adaptation, ack)
-        transition(adaptation, S.NOT_APPLIED, actor=actor, reason=f"{ack.code}: {ack.reason}")
+        reason = ack.reason if adaptation.remedy else f"{ack.code}: {ack.reason}"
+        transition(adaptation, S.NOT_APPLIED, actor=actor, reason=reason)
         return
     if adaptation.state != S.ACCEPTED:
         transition(adaptation, S.ACCEPTED, actor=actor)
@@ -81,10 +82,11 @@ def _after_graft(command: Command, ack: CommandAck, actor: Actor) -> None:
             certificate=ack.certificate.to_wire() if ack.certificate else None,
             digest_before=ack.digest_before,
             digest_after=ack.digest_after,
+            details=ack.details,
         )
         if ack.certificate is not None and not _holds(ack.certificate):
             _undo_uncertified(adaptation, ack.certificate, actor)
-        else:
+        elif not adaptation.remedy:
             request_speed_up(adaptation)
 
 
@@ -117,14 +119,15 @@ def _record_refusal(adaptation: Adaptation, ack: CommandAck) -> None:
     code = RefusalCode(ack.code) if ack.code in set(RefusalCode) else None
     rule = _REFUSAL_RULES.get(code, ViolationRule.COMMAND) if code else ViolationRule.COMMAND
     serious = rule in (ViolationRule.SIGNATURE, ViolationRule.CERTIFICATE)
+    if adaptation.remedy and not serious:
+        return  # that a remedy does not fit this run is an answer, and breaks no limit
     record_violation(
         run=adaptation.run,
         rule=rule,
         severity=Severity.SERIOUS if serious else Severity.CAUTION,
         observed=ack.reason or ack.code,
         limit="verified, compatible, function-preserving",
-        text=f"The trainer did not graft {adaptation.blueprint.slug} into {adaptation.layer}: "
-        f"{ack.reason or ack.code}",
+        text=f"The trainer did not apply {adaptation.title}: {ack.reason or ack.code}",
         action="The model was not changed.",
         layer=adaptation.layer,
         adaptation_uid=adaptation.uid,
@@ -137,21 +140,27 @@ def _after_undo(command: Command, ack: CommandAck, actor: Actor) -> None:
     if adaptation is None or adaptation.state != S.ROLLING_BACK:
         return
     if ack.state is CommandState.APPLIED:
-        _rolled_back(adaptation, actor, ack.digest_after, command.payload.get("reason", ""))
+        hard = command.payload.get("hard") is True
+        _rolled_back(adaptation, ack, actor, command.payload.get("reason", ""), hard=hard)
     elif ack.code == RefusalCode.NOT_GRAFTED:
-        _rolled_back(adaptation, actor, ack.digest_after, "the graft had been removed already")
+        reason = "it had been taken back already"
+        _rolled_back(adaptation, ack, actor, reason, hard=False)
     elif ack.code == RefusalCode.MERGED:
         _merged_meanwhile(adaptation, actor, ack)
     elif ack.state in (CommandState.FAILED, CommandState.REFUSED):
         quarantine(adaptation, actor, ack.reason or ack.code)
 
 
-def _rolled_back(adaptation: Adaptation, actor: Actor, digest_after: str, reason: str) -> None:
-    hard = adaptation.kept_at is None
-    exact = (digest_after == adaptation.digest_before) if hard and digest_after else None
+def _rolled_back(
+    adaptation: Adaptation, ack: CommandAck, actor: Actor, reason: str, *, hard: bool
+) -> None:
+    exact: bool | None = None
+    if hard and ack.digest_after:
+        same = ack.digest_after == adaptation.digest_before
+        exact = same and ack.details.get("exact") is not False
     transition(
         adaptation,
-        S.ROLLED_BACK if hard else S.REVERTED,
+        S.ROLLED_BACK if adaptation.kept_at is None else S.REVERTED,
         actor=actor,
         reason=reason,
         undo_exact=exact,
@@ -183,7 +192,7 @@ def _merged_meanwhile(adaptation: Adaptation, actor: Actor, ack: CommandAck) -> 
 
 
 def quarantine(adaptation: Adaptation, actor: Actor, reason: str) -> None:
-    """The graft could not be taken out: no more adaptations of this run. In a transaction."""
+    """It could not be taken back: no more adaptations of this run. In a transaction."""
     transition(adaptation, S.ROLLBACK_FAILED, actor=actor, reason=reason)
     Run.objects.filter(pk=adaptation.run_id).update(
         quarantined_reason=f"A-{adaptation.number} could not be taken out: {reason}"
@@ -194,8 +203,8 @@ def quarantine(adaptation: Adaptation, actor: Actor, reason: str) -> None:
         severity=Severity.CRITICAL,
         observed=reason,
         limit="rolled back",
-        text=f"The graft of {adaptation.layer} could not be taken out.",
-        action="The run is quarantined: nothing is grafted until it restarts from a checkpoint.",
+        text=f"{adaptation.title} could not be taken out.",
+        action="The run is quarantined: nothing is changed until it restarts from a checkpoint.",
         layer=adaptation.layer,
         adaptation_uid=adaptation.uid,
     )

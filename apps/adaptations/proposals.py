@@ -104,7 +104,7 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
     asks += [line for line in proposal.asks if line not in asks]
     adaptation = _write(run, proposal, blueprint, policy, checks, asks, idempotency_key)
     record_decision(run=run, message=proposal, adaptation=adaptation)
-    _announce_proposal(adaptation, actor)
+    announce_proposal(adaptation, actor)
     return _send_on(adaptation, layer)
 
 
@@ -232,8 +232,8 @@ def _write(
         policy=proposal.policy,
         safety_policy=policy,
         proposed_step=proposal.step,
-        evidence=_without_unknown(proposal.evidence),
-        reasons=[_without_unknown(asdict(reason)) for reason in proposal.reasons],
+        evidence=without_unknown(proposal.evidence),
+        reasons=[without_unknown(asdict(reason)) for reason in proposal.reasons],
         checks=[asdict(check) for check in checks],
         why_not=[asdict(line) for line in proposal.why_not],
         asks=asks,
@@ -243,7 +243,7 @@ def _write(
     return adaptation
 
 
-def _without_unknown(members: Mapping[str, Any]) -> dict[str, Any]:
+def without_unknown(members: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers that are stored for people; null where one is not finite."""
     return {
         name: finite_or_none(value) if isinstance(value, float) else value
@@ -251,7 +251,7 @@ def _without_unknown(members: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _announce_proposal(adaptation: Adaptation, actor: Actor) -> None:
+def announce_proposal(adaptation: Adaptation, actor: Actor) -> None:
     from apps.audit.services import record
 
     record(
@@ -263,7 +263,9 @@ def _announce_proposal(adaptation: Adaptation, actor: Actor) -> None:
         data={
             "number": adaptation.number,
             "layer": adaptation.layer,
-            "blueprint": adaptation.blueprint.slug,
+            "kind": str(adaptation.kind),
+            "blueprint": adaptation.slug,
+            "title": adaptation.title,
             "confidence": adaptation.confidence,
             "evidence_hash": adaptation.evidence_hash,
             "to": str(adaptation.state),

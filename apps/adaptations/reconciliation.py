@@ -1,4 +1,4 @@
-"""A model's grafts as its trainer reports them at registration, and the adaptations on record."""
+"""A model's grafts and remedies as its trainer reports them at registration."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.recovery import recover_grafts, settle_held
 from apps.audit.services import record
+from apps.blueprints.models import KnownRemedy
 from apps.runs.models import Command, Run
 from apps.runs.services import issue_command
 from apps.violations.models import Violation
@@ -24,7 +25,7 @@ from esper.contracts import (
     Severity,
     ViolationRule,
 )
-from esper.contracts.protocol import Applied
+from esper.contracts.protocol import Applied, HeldRemedy
 
 S = AdaptationState
 _WITH_TRAINER = (S.DISPATCHED, S.ACCEPTED, S.PROBATION, S.ROLLING_BACK)
@@ -48,6 +49,8 @@ def reconcile_grafts(run: Run, reported: Mapping[str, Applied], actor: Actor) ->
     """
     settled = []
     for adaptation in locked_adaptations(run, (S.IN_DOUBT, S.KEPT)):
+        if adaptation.remedy:
+            continue
         if adaptation.state == S.IN_DOUBT:
             settled.append(_settle(adaptation, reported.get(adaptation.uid), actor))
         elif adaptation.uid in reported:
@@ -62,6 +65,54 @@ def reconcile_grafts(run: Run, reported: Mapping[str, Applied], actor: Actor) ->
         settled += recover_grafts(run, unknown, actor)
     _note_foreign_grafts(run, reported)
     return settled
+
+
+def reconcile_remedies(
+    run: Run, held: Mapping[str, HeldRemedy], step: int, actor: Actor
+) -> list[Adaptation]:
+    """Settle what is in doubt by the remedies that are in effect. In a transaction.
+
+    Args:
+        held: the trainer's entry for each remedy that acts in each step, by its adaptation's uid.
+        step: where the trainer goes on: a remedy that changed the run once, before that step, is
+            in what it has learned since.
+    """
+    once = set(KnownRemedy.objects.filter(stays=False).values_list("slug", flat=True))
+    settled = []
+    for adaptation in locked_adaptations(run, (S.IN_DOUBT, S.KEPT)):
+        if not adaptation.remedy:
+            continue
+        applied_at = adaptation.graft_step
+        in_effect = adaptation.uid in held or (
+            adaptation.remedy in once and applied_at is not None and applied_at <= step
+        )
+        if adaptation.state == S.IN_DOUBT:
+            settled.append(_settle_remedy(adaptation, held, actor, in_effect=in_effect))
+        elif in_effect:
+            settled.append(adaptation)
+        elif run.epoch > 1:
+            reason = "the trainer has started again, or gone on, without this remedy"
+            settled.append(transition(adaptation, S.REVERTED, actor=actor, reason=reason))
+    undo_leftovers(run, set(held), actor)
+    return settled
+
+
+def _settle_remedy(
+    adaptation: Adaptation, held: Mapping[str, HeldRemedy], actor: Actor, *, in_effect: bool
+) -> Adaptation:
+    if not in_effect:
+        return _settle_missing(adaptation, actor, "remedy")
+    if _undo_was_requested(adaptation):
+        return _undo_held(adaptation, actor, "remedy")
+    entry = held.get(adaptation.uid)
+    return transition(
+        adaptation,
+        S.PROBATION,
+        actor=actor,
+        reason="the trainer holds this remedy",
+        graft_step=adaptation.graft_step if entry is None else entry.step,
+        grafted_at=adaptation.grafted_at or timezone.now(),
+    )
 
 
 def note_merged(adaptation: Adaptation, *, merged: bool) -> None:
@@ -100,22 +151,26 @@ def _note_foreign_grafts(run: Run, reported: Mapping[str, Applied]) -> None:
 
 def _settle(adaptation: Adaptation, reported: Applied | None, actor: Actor) -> Adaptation:
     if reported is None:
-        if adaptation.grafted_at is None:
-            reason = "the trainer does not hold this graft"
-            return transition(adaptation, S.NOT_APPLIED, actor=actor, reason=reason)
-        end = S.REVERTED if adaptation.kept_at else S.ROLLED_BACK
-        reason = "the trainer has started again, or gone on, without this graft"
-        return transition(adaptation, end, actor=actor, reason=reason)
+        return _settle_missing(adaptation, actor, "graft")
     if _undo_was_requested(adaptation):
-        transition(
-            adaptation,
-            S.ROLLING_BACK,
-            actor=actor,
-            reason="the trainer still holds this graft",
-        )
-        request_undo(adaptation, reason="its rollback was requested before the restart")
-        return adaptation
+        return _undo_held(adaptation, actor, "graft")
     return settle_held(adaptation, reported, actor, "the trainer holds this graft")
+
+
+def _settle_missing(adaptation: Adaptation, actor: Actor, what: str) -> Adaptation:
+    if adaptation.grafted_at is None:
+        reason = f"the trainer does not hold this {what}"
+        return transition(adaptation, S.NOT_APPLIED, actor=actor, reason=reason)
+    end = S.REVERTED if adaptation.kept_at else S.ROLLED_BACK
+    reason = f"the trainer has started again, or gone on, without this {what}"
+    return transition(adaptation, end, actor=actor, reason=reason)
+
+
+def _undo_held(adaptation: Adaptation, actor: Actor, what: str) -> Adaptation:
+    reason = f"the trainer still holds this {what}"
+    transition(adaptation, S.ROLLING_BACK, actor=actor, reason=reason)
+    request_undo(adaptation, reason="its rollback was requested before the restart")
+    return adaptation
 
 
 def _undo_was_requested(adaptation: Adaptation) -> bool:
@@ -139,7 +194,7 @@ def _lost_when_kept(adaptation: Adaptation, actor: Actor) -> Adaptation:
 
 
 def undo_leftovers(run: Run, uids: set[str], actor: Actor) -> None:
-    """Take out grafts that are in the model although their adaptation has ended otherwise.
+    """Take back what is in the model although its adaptation has ended otherwise.
 
     They were in the checkpoint that the trainer resumed, or it grafted them too late.
     """
@@ -161,7 +216,7 @@ def undo_leftovers(run: Run, uids: set[str], actor: Actor) -> None:
             object_kind="adaptation",
             object_uid=adaptation.uid,
             run_uid=run.uid,
-            reason="the model holds a graft whose adaptation has ended",
+            reason="the model holds a change whose adaptation has ended",
         )
 
 

@@ -112,7 +112,7 @@ def _announce(adaptation: Adaptation, actor: Actor) -> None:
         data={
             "number": adaptation.number,
             "layer": adaptation.layer,
-            "blueprint": adaptation.blueprint.slug,
+            "blueprint": adaptation.slug,
             "to": str(adaptation.state),
             "version": adaptation.version,
         },

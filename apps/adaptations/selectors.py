@@ -8,7 +8,7 @@ from typing import Any
 from django.db.models import Avg, Count, F, Max, Q, QuerySet
 from django.utils import timezone
 
-from apps.adaptations.history import experience, layer_histories, run_facts
+from apps.adaptations.history import experience, grafts, layer_histories, run_facts
 from apps.adaptations.models import Adaptation, DecisionRecord
 from apps.blueprints.models import Blueprint
 from apps.kernels.selectors import cache_stats
@@ -78,7 +78,7 @@ def run_snapshot(run: Run) -> Snapshot:
         ),
         safety_policy=policy.safety_policy(),
         policy_version=policy.version,
-        active=tuple(_active_message(adaptation) for adaptation in _active(run)),
+        active=tuple(_active_message(graft) for graft in _active_grafts(run)),
         findings=open_findings(run),
     )
 
@@ -88,12 +88,10 @@ def decisions(run: Run) -> QuerySet[DecisionRecord]:
     return DecisionRecord.objects.filter(run=run).defer("snapshot").select_related("adaptation")
 
 
-def _active(run: Run) -> QuerySet[Adaptation]:
+def _active_grafts(run: Run) -> QuerySet[Adaptation]:
+    """Without the remedies, which the trainer judges."""
     return (
-        Adaptation.objects.filter(run=run)
-        .exclude(state__in=ADAPTATION_ENDED)
-        .select_related("blueprint")
-        .order_by("id")
+        grafts(run).exclude(state__in=ADAPTATION_ENDED).select_related("blueprint").order_by("id")
     )
 
 
@@ -102,8 +100,8 @@ def _active_message(adaptation: Adaptation) -> Active:
         uid=adaptation.uid,
         state=AdaptationState(adaptation.state),
         layer=adaptation.layer,
-        blueprint=adaptation.blueprint.slug,
-        kind=GraftKind(adaptation.blueprint.kind),
+        blueprint=adaptation.grafted_blueprint.slug,
+        kind=GraftKind(adaptation.grafted_blueprint.kind),
         risk=Risk(adaptation.risk),
         graft_step=adaptation.graft_step,
         deadline_at=adaptation.deadline_at,
@@ -123,7 +121,7 @@ def experience_rows() -> list[dict[str, Any]]:
 
 def integration_status() -> dict[str, Any]:
     """The seed's ``get_integration_status``, for all runs of this server."""
-    active = Adaptation.objects.exclude(state__in=ADAPTATION_ENDED)
+    active = Adaptation.objects.filter(remedy="").exclude(state__in=ADAPTATION_ENDED)
     violations = Violation.objects.select_related("run")[:RECENT_VIOLATIONS]
     return {
         "active_adaptations": {

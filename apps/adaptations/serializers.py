@@ -15,13 +15,19 @@ from apps.rest.fields import (
     Text,
     WireNumber,
 )
+from esper.contracts import AdaptationKind
 
 
 class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
     number = serializers.IntegerField()
     run = serializers.CharField(source="run.uid")
     run_name = serializers.CharField(source="run.name")
-    blueprint = serializers.CharField(source="blueprint.slug")
+    kind = serializers.ChoiceField([(k, k) for k in AdaptationKind])
+    title = serializers.CharField()
+    blueprint = serializers.CharField(source="blueprint.slug", default=None, allow_null=True)
+    proposed_by = serializers.CharField(
+        source="proposed_by.username", default=None, allow_null=True
+    )
     config = Members()
     asks = serializers.ListField(child=serializers.CharField())
     decided_by = serializers.CharField(source="decided_by.username", default=None, allow_null=True)
@@ -38,9 +44,14 @@ class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
             "run",
             "run_name",
             "run_epoch",
+            "kind",
+            "title",
             "layer",
             "adaptation_type",
             "blueprint",
+            "remedy",
+            "finding",
+            "proposed_by",
             "config",
             "risk",
             "confidence",
@@ -78,6 +89,8 @@ class AdaptationDetailOutput(AdaptationOutput):
     why_not = serializers.ListField(child=Members())
     undo_plan = serializers.SerializerMethodField()
     permissions = serializers.SerializerMethodField()
+    found = Members(allow_null=True)
+    details = Members()
     certificate = Members(allow_null=True)
     reward_terms = Members(allow_null=True)
     policy_version = serializers.IntegerField(source="safety_policy.version")
@@ -93,6 +106,7 @@ class AdaptationDetailOutput(AdaptationOutput):
             "forecast_latency_ms",
             "policy",
             "policy_version",
+            "found",
             "evidence",
             "evidence_hash",
             "evidence_now",
@@ -106,6 +120,7 @@ class AdaptationDetailOutput(AdaptationOutput):
             "job",
             "kernel",
             "grafted_at",
+            "details",
             "certificate",
             "digest_before",
             "digest_after",
@@ -154,6 +169,15 @@ class AttestationOutput(serializers.Serializer[Any]):
     event = Members()
     shown = Members()
     signature = serializers.CharField()
+
+
+class RemedyInput(PersonsInput):
+    """``layer`` empty: the whole run. A setting that ``config`` leaves out takes its default."""
+
+    remedy = Text(max_length=60)
+    layer = Text(max_length=255, allow_blank=True, default="")
+    config = Members(default=dict)
+    reason = Text(allow_blank=True, default="")
 
 
 class ExperienceOutput(serializers.Serializer[Any]):

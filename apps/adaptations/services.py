@@ -37,7 +37,14 @@ from apps.adaptations.proposals import (
     propose_adaptation,
     record_decline,
 )
-from apps.adaptations.reconciliation import note_merged, put_in_doubt, reconcile_grafts
+from apps.adaptations.reconciliation import (
+    note_merged,
+    put_in_doubt,
+    reconcile_grafts,
+    reconcile_remedies,
+)
+from apps.adaptations.remedy_proposals import ask_for_remedy, propose_remedy, withdraw_answered
+from apps.adaptations.remedy_verdicts import judge_remedy
 from apps.adaptations.restoring import (
     Restored,
     note_lost_commands,
@@ -51,6 +58,7 @@ __all__ = [
     "Restored",
     "adaptation_of",
     "approve_adaptation",
+    "ask_for_remedy",
     "attestation_of",
     "cancel_adaptation",
     "claim_adaptation",
@@ -66,6 +74,7 @@ __all__ = [
     "find_decision",
     "follow_answer",
     "judge_adaptation",
+    "judge_remedy",
     "mark_taken_out",
     "note_lost_commands",
     "note_merged",
@@ -73,9 +82,11 @@ __all__ = [
     "note_restored",
     "permissions",
     "propose_adaptation",
+    "propose_remedy",
     "put_in_doubt",
     "quarantine",
     "reconcile_grafts",
+    "reconcile_remedies",
     "record_decline",
     "reject_adaptation",
     "release_adaptation",
@@ -86,4 +97,5 @@ __all__ = [
     "stored_snapshot",
     "sweep",
     "undo_plan",
+    "withdraw_answered",
 ]

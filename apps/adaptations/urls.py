@@ -5,6 +5,7 @@ from apps.adaptations import api
 urlpatterns = [
     path("runs/<str:uid>/snapshot", api.Snapshot.as_view()),
     path("runs/<str:uid>/adaptations", api.Proposals.as_view()),
+    path("runs/<str:uid>/ask-for-remedy", api.AskForRemedy.as_view()),
     path("runs/<str:uid>/decisions", api.Decisions.as_view()),
     path("decisions/<str:uid>/snapshot", api.DecisionSnapshot.as_view()),
     path("adaptations/<str:uid>/snapshot", api.AdaptationSnapshot.as_view()),

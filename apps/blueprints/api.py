@@ -7,14 +7,14 @@ from rest_framework.response import Response
 
 from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.endpoint import Endpoint
-from apps.blueprints.models import Blueprint
-from apps.blueprints.serializers import BlueprintOutput
+from apps.blueprints.models import Blueprint, KnownRemedy
+from apps.blueprints.serializers import BlueprintOutput, KnownRemedyOutput
 from apps.blueprints.services import switch_blueprint
 from apps.rest.etag import given_version, versioned_response
 from apps.rest.filters import Lookup, apply_filters, flag, one_of
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import Problem, not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries, results_of
 from esper.contracts import AdaptationType, BlueprintCategory, Risk
 
 FILTERS: dict[str, Lookup] = {
@@ -39,6 +39,13 @@ class Blueprints(Endpoint):
         return page_response(
             request, blueprints, lambda rows: BlueprintOutput(rows, many=True).data
         )
+
+
+class KnownRemedies(Endpoint):
+    @documented("list_remedies", answer=results_of(KnownRemedyOutput))
+    def get(self, request: Request) -> Response:
+        rows = KnownRemedy.objects.filter(present=True)
+        return Response({"results": KnownRemedyOutput(rows, many=True).data})
 
 
 class BlueprintDetail(Endpoint):

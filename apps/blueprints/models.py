@@ -1,10 +1,13 @@
-"""The catalogue as people see and switch it; the code of a blueprint is in ``esper.blueprints``."""
+"""The catalogues as people see them; the code is in ``esper.blueprints`` and ``esper.remedies``."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from django.db import models
 
 from esper.contracts import AdaptationType, BlueprintCategory, GraftKind, Risk
+from esper.contracts.remedies import in_words
 
 
 class Blueprint(models.Model):
@@ -32,3 +35,31 @@ class Blueprint(models.Model):
 
     def __str__(self) -> str:
         return self.slug
+
+
+class KnownRemedy(models.Model):
+    """A remedy of ``esper.remedies.catalog``; its attributes have the same names."""
+
+    slug = models.SlugField(max_length=60, unique=True)
+    title = models.CharField(max_length=120)
+    phrase = models.CharField(max_length=200)
+    idea = models.TextField()
+    source = models.TextField(blank=True)
+    when = models.TextField(blank=True)
+    risk = models.CharField(max_length=8, choices=[(r, r) for r in Risk])
+    changes_weights = models.BooleanField(default=False)
+    stays = models.BooleanField(default=True)
+    asks = models.BooleanField(default=False)
+    scope = models.CharField(max_length=8)  # "run", "layer" or "both"
+    settings = models.JSONField(default=dict)  # name -> default
+    present = models.BooleanField(default=True)  # False: the installed code has no such remedy
+
+    class Meta:
+        ordering = ("slug",)
+
+    def __str__(self) -> str:
+        return self.slug
+
+    def in_words(self, config: dict[str, Any]) -> str:
+        """What it would do with these settings; the others take their defaults."""
+        return in_words(self.phrase, {**self.settings, **config})

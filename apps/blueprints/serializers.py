@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from rest_framework import serializers
 
-from apps.blueprints.models import Blueprint
+from apps.blueprints.models import Blueprint, KnownRemedy
+from apps.rest.fields import Members
 
 
 class BlueprintOutput(serializers.ModelSerializer[Blueprint]):
@@ -30,4 +31,26 @@ class BlueprintOutput(serializers.ModelSerializer[Blueprint]):
             "enabled",
             "disabled_reason",
             "revision",
+        )
+
+
+class KnownRemedyOutput(serializers.ModelSerializer[KnownRemedy]):
+    """``settings``: names and defaults. ``asks``: a person decides, in every mode."""
+
+    settings = Members()
+
+    class Meta:
+        model = KnownRemedy
+        fields = (
+            "slug",
+            "title",
+            "idea",
+            "source",
+            "when",
+            "risk",
+            "changes_weights",
+            "stays",
+            "asks",
+            "scope",
+            "settings",
         )

@@ -11,14 +11,14 @@ from apps.accounts.actors import SYSTEM, Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
 from apps.audit.services import record
-from apps.blueprints.models import Blueprint
+from apps.blueprints.models import Blueprint, KnownRemedy
 from apps.notifications.services import SYSTEM_TOPIC, publish
 from apps.rest.problems import Problem
 
 
 @transaction.atomic
 def sync_catalogue() -> list[str]:
-    """Update the table from the installed code; return the slugs that changed.
+    """Update both tables from the installed code; return the slugs that changed.
 
     Imports torch, so it runs in workers and in set-up, never in a web process.
     """
@@ -49,6 +49,7 @@ def sync_catalogue() -> list[str]:
             changed.append(blueprint.slug)
     slugs = [blueprint.slug for blueprint in offered]
     Blueprint.objects.exclude(slug__in=slugs).update(present=False)
+    changed += sync_remedies()
     if changed:
         record(
             actor=SYSTEM,
@@ -57,6 +58,36 @@ def sync_catalogue() -> list[str]:
             object_uid="blueprints",
             data={"changed": changed},
         )
+    return changed
+
+
+def sync_remedies() -> list[str]:
+    """As :func:`sync_catalogue`, for the remedies alone."""
+    from esper.remedies import list_remedies
+
+    changed = []
+    offered = list_remedies()
+    for remedy in offered:
+        values: dict[str, Any] = {
+            "title": remedy.title,
+            "phrase": remedy.phrase or remedy.title,
+            "idea": remedy.idea,
+            "source": remedy.source,
+            "when": remedy.when,
+            "risk": remedy.risk,
+            "changes_weights": remedy.changes_weights,
+            "stays": remedy.stays,
+            "asks": remedy.asks,
+            "scope": remedy.scope,
+            "settings": remedy.default_config(),
+            "present": True,
+        }
+        row = KnownRemedy.objects.filter(slug=remedy.slug).first()
+        if row is None or any(getattr(row, name) != value for name, value in values.items()):
+            KnownRemedy.objects.update_or_create(slug=remedy.slug, defaults=values)
+            changed.append(remedy.slug)
+    slugs = [remedy.slug for remedy in offered]
+    KnownRemedy.objects.exclude(slug__in=slugs).update(present=False)
     return changed
 
 

@@ -128,7 +128,7 @@ def expected(adaptation: Adaptation) -> Expected | None:
 
 def like_cases(adaptation: Adaptation) -> LikeCases:
     earlier = Adaptation.objects.filter(
-        blueprint_id=adaptation.blueprint_id, pk__lt=adaptation.pk, forecast_gain__isnull=False
+        blueprint=adaptation.grafted_blueprint, pk__lt=adaptation.pk, forecast_gain__isnull=False
     )
     gains = earlier.order_by("-id").values_list("forecast_gain", flat=True)[:100]
     return LikeCases(tuple(gain for gain in gains if gain is not None))

@@ -55,6 +55,7 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
     "too-slow": (408, "The body did not arrive in time.", "Send it again over a faster connection, or send smaller batches."),
     "too-many-layers": (422, "The model has more layers than can be watched.", "Name the important ones: `esper.attach(…, slots=[…])`."),
     "unknown-blueprint": (422, "The catalogue has no such blueprint.", "See `GET /api/v1/blueprints`."),
+    "unknown-remedy": (422, "The catalogue has no such remedy.", "See `GET /api/v1/remedies`."),
     "unknown-layer": (422, "The run has no such layer.", "See the run's layers."),
     "unsupported-media-type": (415, "Bodies are JSON.", "Send `Content-Type: application/json`."),
     "version-changed": (412, "The resource has changed since you read it.", "Read it again; the ETag is its version."),

@@ -15,7 +15,7 @@ from apps.accounts.authentication import actor, person, via
 from apps.accounts.endpoint import READERS, TRAINERS, Endpoint, require, run_of_token
 from apps.accounts.policy import Act
 from apps.adaptations.models import Adaptation
-from apps.adaptations.services import note_lost_commands
+from apps.adaptations.services import judge_remedy, note_lost_commands
 from apps.rest.fields import body, message
 from apps.rest.filters import apply_filters, parse_parameter, whole_number
 from apps.rest.idempotency import idempotent
@@ -87,6 +87,7 @@ class Hello(TrainerEndpoint):
             epoch=hello.epoch,
             step=hello.step,
             applied=hello.applied,
+            remedies=hello.remedies,
             actor=_trainer(request, run),
             last_command_seq=hello.last_command_seq,
         )
@@ -203,6 +204,40 @@ class Remedies(TrainerEndpoint):
         )
         touch(run)
         return _adaptation_answer(remedy.adaptation.state if remedy.adaptation else "")
+
+
+class RemedyProposals(TrainerEndpoint):
+    @documented(
+        "propose_remedy",
+        body=protocol.RemedyProposal,
+        answer=protocol.RemedyAnswer,
+        summary="Propose a remedy for a finding, or ask for the state of the proposal",
+    )
+    def post(self, request: Request, uid: str) -> Response:
+        run = _run(request, uid)
+        answer = services.take_proposal(
+            run=run,
+            proposal=message(request, protocol.RemedyProposal),
+            actor=_trainer(request, run),
+        )
+        touch(run)
+        return Response(wire.to_wire(answer))
+
+
+class RemedyVerdicts(TrainerEndpoint):
+    @documented(
+        "judge_remedy",
+        body=protocol.RemedyVerdict,
+        answer=protocol.AdaptationAnswer,
+        summary="Say whether the finding that a remedy answers is over",
+    )
+    def post(self, request: Request, uid: str) -> Response:
+        run = _run(request, uid)
+        adaptation = judge_remedy(
+            run=run, verdict=message(request, protocol.RemedyVerdict), actor=_trainer(request, run)
+        )
+        touch(run)
+        return _adaptation_answer(adaptation.state)
 
 
 class Finish(TrainerEndpoint):

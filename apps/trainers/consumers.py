@@ -158,7 +158,7 @@ def _commands(uid: str, after: int) -> list[dict[str, Any]]:
 def _waiting(uid: str) -> list[dict[str, str]]:
     entries = waiting_for_a_person().filter(run__uid=uid).select_related("blueprint")
     return [
-        {"adaptation": entry.uid, "layer": entry.layer, "blueprint": entry.blueprint.slug}
+        {"adaptation": entry.uid, "layer": entry.layer, "blueprint": entry.slug}
         for entry in entries
     ]
 

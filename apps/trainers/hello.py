@@ -1,4 +1,4 @@
-"""After registering, a trainer reports the grafts that its model holds."""
+"""After registering, a trainer reports the grafts and remedies that its model holds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from django.db import transaction
 
 from apps.accounts.actors import Actor
 from apps.adaptations.models import Adaptation
-from apps.adaptations.services import reconcile_grafts
+from apps.adaptations.services import reconcile_grafts, reconcile_remedies
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, lock_run, raise_command_seq, set_state
 from esper.contracts import RunState
-from esper.contracts.protocol import Applied
+from esper.contracts.protocol import Applied, HeldRemedy
 
 
 @transaction.atomic
@@ -23,9 +23,10 @@ def settle_hello(
     step: int,
     applied: Sequence[Applied],
     actor: Actor,
+    remedies: Sequence[HeldRemedy] = (),
     last_command_seq: int = 0,
 ) -> list[Adaptation]:
-    """Settle the adaptations in doubt by the reported grafts; returns those that were settled.
+    """Settle the adaptations in doubt by what is reported; returns those that were settled.
 
     Raises:
         Problem: the run has a newer epoch, or has ended.
@@ -35,6 +36,8 @@ def settle_hello(
     raise_command_seq(run, last_command_seq)
     reported = {entry.adaptation: entry for entry in applied if entry.adaptation}
     settled = reconcile_grafts(run, reported, actor)
+    held = {entry.adaptation: entry for entry in remedies}
+    settled += reconcile_remedies(run, held, step, actor)
     if run.state in (RunState.STARTING, RunState.UNREACHABLE):
         set_state(run=run, state=RunState.RUNNING, actor=actor)
     if run.restored_at is not None:

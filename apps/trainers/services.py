@@ -5,6 +5,7 @@ from apps.trainers.finish import finish_run
 from apps.trainers.hello import settle_hello
 from apps.trainers.registration import register_run, registration_answer
 from apps.trainers.remedies import record_remedy
+from apps.trainers.remedy_proposals import take_proposal
 from apps.trainers.rollbacks import record_local_rollback
 from apps.trainers.telemetry import take_telemetry
 
@@ -16,5 +17,6 @@ __all__ = [
     "register_run",
     "registration_answer",
     "settle_hello",
+    "take_proposal",
     "take_telemetry",
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from apps.adaptations.services import withdraw_answered
 from apps.runs.models import Run
 from apps.telemetry.services import ingest_batch
 from apps.violations.services import record_findings
-from esper.contracts import SIGNALS, columns_of
+from esper.contracts import SIGNALS, Finding, columns_of
 from esper.contracts.protocol import Telemetry, TelemetryAnswer
 from esper.exceptions import MessageError
 
@@ -22,7 +25,14 @@ def take_telemetry(*, run: Run, batch: Telemetry) -> TelemetryAnswer:
     _check_frames(batch, layers=len(run.layers))
     if sum(len(entry.values) for entry in batch.metrics) > MAX_BATCH_VALUES:
         raise MessageError(f"at most {MAX_BATCH_VALUES} values in one batch", pointer="/metrics")
-    return ingest_batch(run=run, batch=batch, record_findings=record_findings)
+    return ingest_batch(run=run, batch=batch, record_findings=_record_findings)
+
+
+def _record_findings(*, run: Run, findings: Sequence[Finding]) -> int:
+    """Stores them; what waits for an approval because of one that is over is withdrawn."""
+    count = record_findings(run=run, findings=findings)
+    withdraw_answered(run, findings)
+    return count
 
 
 def _check_frames(batch: Telemetry, *, layers: int) -> None:

@@ -10,5 +10,7 @@ urlpatterns = [
     path("runs/<str:uid>/commands/<str:seq>/ack", api.CommandAnswer.as_view()),
     path("runs/<str:uid>/rollbacks", api.LocalRollbacks.as_view()),
     path("runs/<str:uid>/remedies", api.Remedies.as_view()),
+    path("runs/<str:uid>/remedy-proposals", api.RemedyProposals.as_view()),
+    path("runs/<str:uid>/remedy-verdicts", api.RemedyVerdicts.as_view()),
     path("runs/<str:uid>/finish", api.Finish.as_view()),
 ]

@@ -146,7 +146,7 @@ def check_frozen(inputs: GateInputs, policy: SafetyPolicy) -> Check:
         hard=True,
         observed=inputs.frozen or "on",
         limit="on",
-        text=f"Nothing may be grafted now: {inputs.frozen}."
+        text=f"Nothing may be changed now: {inputs.frozen}."
         if inputs.frozen
         else "Adaptation is switched on.",
     )
@@ -154,7 +154,7 @@ def check_frozen(inputs: GateInputs, policy: SafetyPolicy) -> Check:
 
 def check_mode(inputs: GateInputs, policy: SafetyPolicy) -> Check:
     texts = {
-        RunMode.OBSERVE: "This run is only observed; nothing may be grafted.",
+        RunMode.OBSERVE: "This run is only observed; nothing may be changed.",
         RunMode.SUPERVISED: "This run is supervised; a person decides.",
         RunMode.AUTOMATIC: "This run may be adapted without a person.",
     }
@@ -197,12 +197,12 @@ def check_layer_cooldown(inputs: GateInputs, policy: SafetyPolicy) -> Check:
     needed = _cooldown(policy.cooldown_layer_steps, inputs.layer_rolled_back, policy)
     if not inputs.layer_refused_seconds >= policy.cooldown_refused_seconds:  # NaN: unknown
         return _refused_check(inputs.layer_refused_seconds, policy.cooldown_refused_seconds)
-    return _cooldown_check("layer", inputs.step, inputs.layer_last_step, needed)
+    return cooldown_check("layer", inputs.step, inputs.layer_last_step, needed)
 
 
 def check_run_cooldown(inputs: GateInputs, policy: SafetyPolicy) -> Check:
     needed = _cooldown(policy.cooldown_run_steps, inputs.run_rolled_back, policy)
-    return _cooldown_check("run", inputs.step, inputs.run_last_step, needed)
+    return cooldown_check("run", inputs.step, inputs.run_last_step, needed)
 
 
 def check_daily_budget(inputs: GateInputs, policy: SafetyPolicy) -> Check:
@@ -339,7 +339,7 @@ def _refused_check(seconds: float, needed: int) -> Check:
     )
 
 
-def _cooldown_check(scope: str, step: int, last: int, needed: int) -> Check:
+def cooldown_check(scope: str, step: int, last: int, needed: int) -> Check:
     waited = max(0, step - last)  # a trainer that resumed a checkpoint is at an earlier step
     return Check(
         rule=ViolationRule.COOLDOWN,

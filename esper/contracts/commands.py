@@ -77,6 +77,7 @@ class CommandAck:
         certificate: what the trial of the graft measured.
         digest_before, digest_after: SHA-256 of the model's named tensors.
         speedup: of ``speed_up``: eager time over compiled time, measured in this trainer.
+        details: of ``remedy``: numbers and words that tell what was done.
     """
 
     seq: Whole
@@ -89,6 +90,7 @@ class CommandAck:
     digest_before: Digest = ""
     digest_after: Digest = ""
     speedup: Number | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
     def to_wire(self) -> dict[str, Any]:
         members: dict[str, Any] = wire.to_wire(self)

@@ -91,6 +91,13 @@ class AdaptationType(StrEnum):
     ADD_DIAGNOSTIC = "add_diagnostic"
 
 
+class AdaptationKind(StrEnum):
+    """What an adaptation does to its run."""
+
+    GRAFT = "graft"  # adds a blueprint's module to a layer
+    REMEDY = "remedy"  # a small change of the run, from the catalogue of remedies
+
+
 class BlueprintCategory(StrEnum):
     TRANSFORMER = "transformer"
     MIXTURE_OF_EXPERTS = "mixture_of_experts"
@@ -127,12 +134,13 @@ def risk_rank(risk: Risk) -> int:
 
 class CommandKind(StrEnum):
     GRAFT = "graft"
-    UNDO = "undo"
+    REMEDY = "remedy"
+    UNDO = "undo"  # of a graft or of a remedy
     PAUSE_ADAPTATION = "pause_adaptation"
     RESUME_ADAPTATION = "resume_adaptation"
     STOP_RUN = "stop_run"
     SPEED_UP = "speed_up"  # try a graft's compiled kernel, and run it where it is faster
-    KEEP = "keep"  # probation is passed: the graft may be merged, and the guard stops
+    KEEP = "keep"  # probation is passed: a graft may be merged, and the guard stops
 
 
 class CommandState(StrEnum):
@@ -159,6 +167,7 @@ class RefusalCode(StrEnum):
     MODE_FORBIDS = "mode_forbids"
     PAUSED = "paused"
     NOT_GRAFTED = "not_grafted"
+    DOES_NOT_FIT = "does_not_fit"  # the remedy cannot be applied to this run now
     MERGED = "merged"  # the graft was folded into its host's weights and cannot be removed
     MALFORMED = "malformed"
     NO_FOREIGN_CODE = "no_foreign_code"  # this trainer does not run machine code of these workers

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from esper.contracts import codec, decisions
+from esper.contracts import codec, decisions, wire
 from esper.contracts.commands import Command, CommandAck
 from esper.contracts.decisions import (
     Check,
@@ -181,6 +181,18 @@ class Applied(Message, frozen=True, kw_only=True):
     kept: bool = False
 
 
+class HeldRemedy(Message, frozen=True, kw_only=True):
+    """A remedy of the server that is in effect when the trainer says hello.
+
+    Attributes:
+        adaptation: its uid.
+        step: when it was applied; -1: unknown.
+    """
+
+    adaptation: Uid
+    step: StepOrNone
+
+
 class Hello(Message, frozen=True, kw_only=True):
     """What is in the model at the first step after a (re)start.
 
@@ -189,12 +201,14 @@ class Hello(Message, frozen=True, kw_only=True):
         step: where the training is.
         applied: every graft that the model holds.
         last_command_seq: the last command of this run that the trainer has taken.
+        remedies: of the server, those that are in effect in each step.
     """
 
     epoch: Whole
     step: Whole
     applied: Annotated[tuple[Applied, ...], Meta(max_length=MAX_LAYERS)]
     last_command_seq: Step = 0
+    remedies: Annotated[tuple[HeldRemedy, ...], Meta(max_length=MAX_LINES)] = ()
 
 
 class Settled(Message, frozen=True, kw_only=True):
@@ -352,6 +366,7 @@ class Answer(CommandAck):
     def __post_init__(self) -> None:
         if self.state in (CommandState.ISSUED, CommandState.EXPIRED):
             raise MessageError(f"{self.state} is not an answer of a trainer", pointer="/state")
+        _check_size(self.details, "/details")
 
 
 class AdaptationAnswer(Message, frozen=True, kw_only=True):
@@ -421,10 +436,77 @@ class RemedyReport(Message, frozen=True, kw_only=True):
     digest_after: Digest = ""
 
     def __post_init__(self) -> None:
-        if len(codec.encode(self.details)) > MAX_DETAILS_BYTES:
-            raise MessageError(
-                f"At most {MAX_DETAILS_BYTES} bytes of JSON are taken", pointer="/details"
-            )
+        _check_size(self.details, "/details")
+
+
+class RemedyProposal(Message, frozen=True, kw_only=True):
+    """The trainer has found a fault, and proposes the remedy that answers it.
+
+    It may be sent again with the same key, to learn its state.
+
+    Attributes:
+        epoch: of the trainer.
+        key: the trainer's own name for this proposal.
+        step: when it was formed.
+        remedy: slug of the catalogue.
+        layer: where; empty: the whole run.
+        config: the settings that this fault needs, at most 4,000 bytes of JSON.
+        finding: the fault, with its rule in ``slug``.
+        asks: why a person must decide, beside what the server itself asks for.
+    """
+
+    epoch: Whole
+    key: Uid
+    step: Whole
+    remedy: Slug
+    layer: ShortText
+    finding: Finding
+    config: dict[str, Any] = {}
+    asks: Annotated[tuple[Sentence, ...], Meta(max_length=MAX_LINES)] = ()
+
+    def __post_init__(self) -> None:
+        if not self.finding.slug:
+            raise MessageError("A remedy answers a rule's finding", pointer="/finding/slug")
+        _check_size(self.config, "/config")
+
+
+class RemedyAnswer(Message, frozen=True, kw_only=True):
+    """The state of a proposed remedy.
+
+    Attributes:
+        adaptation: its uid.
+        state: of the adaptation.
+        reason: why it ended; empty while it has not.
+    """
+
+    adaptation: str
+    state: AdaptationState
+    reason: str = ""
+
+
+class RemedyVerdict(Message, frozen=True, kw_only=True):
+    """The end of a remedy's probation, judged by its symptom.
+
+    Attributes:
+        epoch: of the trainer.
+        adaptation: its uid.
+        keep: the finding is over, and has stayed away.
+        reason: a sentence for a person.
+        step: when it was judged.
+        steps_observed: since it was applied.
+    """
+
+    epoch: Whole
+    adaptation: Uid
+    keep: bool
+    reason: Text
+    step: Whole
+    steps_observed: Whole
+
+
+def _check_size(members: dict[str, Any], pointer: str) -> None:
+    if len(codec.encode(wire.to_wire(members))) > MAX_DETAILS_BYTES:
+        raise MessageError(f"At most {MAX_DETAILS_BYTES} bytes of JSON are taken", pointer=pointer)
 
 
 class Finish(Message, frozen=True, kw_only=True):
@@ -716,6 +798,7 @@ MESSAGES: Sequence[tuple[str, tuple[type, ...]]] = (
             Registered,
             Hello,
             Applied,
+            HeldRemedy,
             HelloAnswer,
             Settled,
             Telemetry,
@@ -730,6 +813,9 @@ MESSAGES: Sequence[tuple[str, tuple[type, ...]]] = (
             AdaptationAnswer,
             Rollback,
             RemedyReport,
+            RemedyProposal,
+            RemedyAnswer,
+            RemedyVerdict,
             Finish,
         ),
     ),

@@ -321,6 +321,7 @@ class RemedyReceipt(ChangeReceipt):
         remedy: its name.
         details: JSON values that tell what was done, such as ``factor`` or ``max_abs_diff``.
         key: its identity, the same for as long as the receipt lives.
+        adaptation: its uid at the server that ordered it; empty: nobody did.
     """
 
     remedy: str
@@ -329,6 +330,12 @@ class RemedyReceipt(ChangeReceipt):
     _merged: Graft | None = field(repr=False, default=None)
     _end: Callable[[], None] | None = field(repr=False, default=None)
     key: str = field(default_factory=lambda: str(uuid.uuid4()))
+    adaptation: str = ""
+
+    @property
+    def in_force(self) -> bool:
+        """It does something in each step."""
+        return self._end is not None
 
     def __str__(self) -> str:
         details = ", ".join(

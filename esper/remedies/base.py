@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from esper.contracts import Risk
+from esper.contracts.remedies import in_words
 from esper.exceptions import ConfigurationError
 from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.slot import SLOT_NAME, find_host
@@ -115,6 +116,8 @@ class Remedy(ABC):
     Attributes:
         slug: the file's name.
         title: for people.
+        phrase: what it does with its settings, for
+            :func:`esper.contracts.remedies.in_words`; empty: the title.
         idea: what it does, one sentence.
         source: where it comes from.
         when: which situation it answers.
@@ -129,6 +132,7 @@ class Remedy(ABC):
 
     slug: ClassVar[str]
     title: ClassVar[str]
+    phrase: ClassVar[str] = ""
     idea: ClassVar[str]
     source: ClassVar[str]
     when: ClassVar[str]
@@ -146,6 +150,10 @@ class Remedy(ABC):
     def check_config(self, config: dict[str, Any]) -> None:
         """Raises ``ConfigurationError`` for a value out of range."""
         return
+
+    def in_words(self, config: dict[str, Any]) -> str:
+        """What it would do with these settings; the others take their defaults."""
+        return in_words(self.phrase or self.title, {**self.default_config(), **config})
 
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         """Why it cannot be applied here, a sentence; empty: it can. Changes nothing."""

@@ -161,10 +161,10 @@ class Announcer:
     def remedy(self, receipt: RemedyReceipt) -> None:
         self._step(str(receipt), kind="remedies")
 
-    def remedy_proposed(self, proposal: str, *, waits: bool) -> None:
-        """A remedy for a finding: a person decides, or the run only observes."""
+    def remedy_proposed(self, proposal: str, *, waits: bool, at_server: bool = False) -> None:
+        """A remedy for a finding: a person or the server decides, or the run only observes."""
         how = "Answer: session.approve(session.proposed_remedies[0])" if waits else ""
-        verb = "proposes" if waits else "would propose"
+        verb = "proposes" if waits or at_server else "would propose"
         self._step(f"{verb} {_bare(proposal)}{f'. {how}' if how else ''}", kind="proposed remedies")
 
     def remedy_judged(self, remedy: str, verdict: str) -> None:

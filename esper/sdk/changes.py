@@ -53,6 +53,10 @@ class Changes:
         """The adaptation of that id, None where its graft is not in the model."""
         return next((entry for entry in self.grafted if entry.uid == uid), None)
 
+    def find_remedy(self, uid: str) -> RemedyReceipt | None:
+        """The remedy that the server ordered under that id, None where it is not in effect."""
+        return next((r for r in self.remedies if r.adaptation == uid), None)
+
     def of_receipt(self, receipt: Receipt) -> Adaptation:
         """Raises ``UndoError`` where its graft is in no slot of the model any more."""
         for entry in self.grafted:

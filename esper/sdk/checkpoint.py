@@ -47,7 +47,14 @@ def state_of(model: nn.Module, surroundings: Surroundings, changes: Changes) -> 
         ],
         "applied": [entry.to_state() for entry in changes.grafted],
         "remedies": [
-            {"remedy": r.remedy, "layer": r.layer, "details": r.details} for r in changes.remedies
+            {
+                "remedy": r.remedy,
+                "layer": r.layer,
+                "details": r.details,
+                "adaptation": r.adaptation,
+                "step": r.step,
+            }
+            for r in changes.remedies
         ],
     }
 
@@ -147,6 +154,8 @@ def _repeat(
         receipt = resume_remedy(get_remedy(remedy), target, entry["details"])
     else:
         return None
+    receipt.adaptation = str(entry.get("adaptation", ""))  # absent from older states
+    receipt.step = int(entry.get("step", -1))
     receipt.forget_snapshot()
     return receipt
 

@@ -25,6 +25,7 @@ from esper.exceptions import (
     CertificateError,
     CommandRefusedError,
     ConfigurationError,
+    GraftError,
     IncompatibleLayerError,
     KernelDigestError,
     KernelError,
@@ -32,9 +33,11 @@ from esper.exceptions import (
     UnknownBlueprintError,
     UnknownLayerError,
 )
-from esper.grafting import Receipt
+from esper.grafting import Receipt, RemedyReceipt
 from esper.grafting.slot import find_slot
 from esper.sdk.adaptation import Adaptation, Operation
+from esper.sdk.remedy_loop import RemedyLoop
+from esper.sdk.reporting import short_details
 from esper.sdk.surgery import Surgery
 from esper.sdk.transport.commands import LocalVeto
 from esper.sdk.transport.queues import ReadyCommand, TransportQueues
@@ -76,13 +79,21 @@ class CommandHandler:
         surgery: changes the model.
         veto: the trainer's own limits.
         queues: commands come from them, answers go into them.
+        remedies: applies and judges remedies; None where this run takes none of the server.
 
     Attributes:
         stop_reason: why a person stopped the run, empty while nobody has.
     """
 
-    def __init__(self, surgery: Surgery, veto: LocalVeto, queues: TransportQueues) -> None:
+    def __init__(
+        self,
+        surgery: Surgery,
+        veto: LocalVeto,
+        queues: TransportQueues,
+        remedies: RemedyLoop | None = None,
+    ) -> None:
         self._surgery = surgery
+        self._remedies = remedies
         self._veto = veto
         self._queues = queues
         self.stop_reason = ""
@@ -149,9 +160,24 @@ class CommandHandler:
 
     def handle_all(self, step: int) -> None:
         """Handle every command that waits, at the boundary after ``step``."""
+        later = []
         while self._queues.inbox:
-            answer = self._handle(self._queues.inbox.popleft())
+            ready = self._queues.inbox.popleft()
+            if self._waits_for_inputs(ready.command):
+                later.append(ready)
+                continue
+            answer = self._handle(ready)
             self._queues.answer(replace(answer.ack, step=step), rest=answer.digests)
+        self._queues.inbox.extendleft(reversed(later))
+
+    def _waits_for_inputs(self, command: Command) -> bool:
+        """A remedy that needs a batch of the model's inputs gets it in the next forward pass."""
+        return (
+            command.kind is CommandKind.REMEDY
+            and self._remedies is not None
+            and self._queues.now() < command.expires_at
+            and not self._remedies.has_inputs_for(str(command.payload.get("remedy")))
+        )
 
     def refuse_all(self, step: int) -> None:
         """The run ends: answer the commands that wait."""
@@ -165,6 +191,8 @@ class CommandHandler:
         try:
             if ready.command.kind is CommandKind.GRAFT:
                 return self._graft(ready.command, ready.graft)
+            if ready.command.kind is CommandKind.REMEDY:
+                return self._remedy(ready.command)
             if ready.command.kind is CommandKind.SPEED_UP:
                 return Answer(self._swap(ready.command, ready.graft))
             if ready.command.kind is CommandKind.UNDO:
@@ -208,7 +236,36 @@ class CommandHandler:
             pause_ms=receipt.pause_ms,
             certificate=receipt.certificate,
         )
-        return Answer(ack, partial(_digests_of_graft, receipt))
+        return Answer(ack, partial(_digests, receipt))
+
+    def _remedy(self, command: Command) -> Answer:
+        if self._queues.now() >= command.expires_at:
+            reason = "it expired before a step boundary came"
+            return Answer(refused(command, RefusalCode.EXPIRED, reason))
+        if self._remedies is None:
+            reason = "this run trains on several ranks: call session.remedy on each of them"
+            return Answer(refused(command, RefusalCode.DOES_NOT_FIT, reason))
+        payload = command.payload
+        try:
+            self._veto.check(command)
+            receipt = self._remedies.apply_for_server(
+                command.adaptation,
+                remedy=str(payload["remedy"]),
+                layer=command.layer,
+                config=dict(payload.get("config", {})),
+                finding=str(payload.get("finding", "")),
+            )
+        except CommandRefusedError as refusal:
+            return Answer(refused(command, refusal.code, refusal.reason))
+        except (ConfigurationError, UnknownLayerError, GraftError) as error:
+            return Answer(refused(command, RefusalCode.DOES_NOT_FIT, str(error)))
+        ack = CommandAck(
+            seq=command.seq,
+            state=CommandState.APPLIED,
+            pause_ms=receipt.pause_ms,
+            details=short_details(receipt.details),
+        )
+        return Answer(ack, partial(_digests, receipt))
 
     def _swap(self, command: Command, swap: Swap) -> CommandAck:
         """One write; the parameters are the eager graft's, before and after."""
@@ -235,12 +292,17 @@ class CommandHandler:
 
     def _keep(self, command: Command) -> CommandAck:
         adaptation = self._surgery.changes.find(command.adaptation)
-        if adaptation is None:
+        remedy = self._surgery.changes.find_remedy(command.adaptation)
+        if adaptation is None and remedy is None:
             return _not_grafted(command)
-        self._surgery.keep(adaptation)
+        if adaptation is not None:
+            self._surgery.keep(adaptation)
         return CommandAck(seq=command.seq, state=CommandState.APPLIED)
 
     def _undo(self, command: Command) -> Answer:
+        remedy = self._surgery.changes.find_remedy(command.adaptation)
+        if remedy is not None:
+            return self._take_back(command, remedy)
         adaptation = self._surgery.changes.find(command.adaptation)
         if adaptation is None:
             return Answer(_not_grafted(command))
@@ -263,13 +325,32 @@ class CommandHandler:
         )
         return Answer(ack, lambda: {"digest_after": report.digest})
 
+    def _take_back(self, command: Command, remedy: RemedyReceipt) -> Answer:
+        wanted = command.payload.get("hard") is not False
+        hard = wanted and remedy.can_undo_hard
+        report = self._surgery.take_back_for_server(remedy, hard=hard)
+        note = "only ended: the snapshot before it was not kept" if wanted and not hard else ""
+        ack = CommandAck(
+            seq=command.seq,
+            state=CommandState.APPLIED,
+            pause_ms=report.pause_ms,
+            reason=note,
+            details={"exact": report.exact},
+        )
+        return Answer(ack, lambda: {"digest_after": report.digest})
+
+
+def refused(command: Command, code: str, reason: str) -> CommandAck:
+    """The answer to a command that was not tried."""
+    return CommandAck(seq=command.seq, state=CommandState.REFUSED, code=str(code), reason=reason)
+
 
 def failed(command: Command, reason: str, code: str = "") -> CommandAck:
     """The answer to a command that was tried; the model is as before."""
     return CommandAck(seq=command.seq, state=CommandState.FAILED, code=str(code), reason=reason)
 
 
-def _digests_of_graft(receipt: Receipt) -> dict[str, Any]:
+def _digests(receipt: Receipt | RemedyReceipt) -> dict[str, Any]:
     return {"digest_before": receipt.digest_before, "digest_after": receipt.digest_after}
 
 

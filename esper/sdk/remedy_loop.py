@@ -1,11 +1,13 @@
-"""Answers the open findings of one run with remedies, in this process.
+"""Answers the open findings of one run with remedies.
 
     finding opens → the first remedy of its rule that fits here
         observe      kept in ``proposals`` as what Esper would do
         supervised   kept in ``proposals`` until a person approves or rejects it
         automatic    applied by rule, because every remedy of the catalogue can be undone
+        with a server: proposed to it, in both modes; its command applies it
     remedy applied → its window → the finding is over: kept
                                → it is open still: ended, and the next remedy is tried
+        with a server: the verdict is reported to it; its command ends it
 
 Against loops of restoring: by rule, one remedy answers one kind of finding at most twice, the
 second time with a stronger dose; the pause between two remedies doubles; and a run has a budget.
@@ -18,6 +20,8 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,15 +29,16 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from esper.contracts import RunMode, Severity, Signal
+from esper.contracts import ADAPTATION_ENDED, AdaptationState, RunMode, Severity, Signal
 from esper.diagnosis import Diagnosed
 from esper.diagnosis.base import Evidence
-from esper.exceptions import EsperError
+from esper.exceptions import ConfigurationError, EsperError
 from esper.grafting import RemedyReceipt
 from esper.remedies import Batch, Remedy, get_remedy, list_remedies
 from esper.remedies.good_states import START_STEPS
 from esper.sdk.announcing import Announcer
 from esper.sdk.diagnosing import DiagnosisWatch
+from esper.sdk.proposing import ASK_AGAIN_SECONDS, RemedyProposer
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
 
@@ -65,6 +70,7 @@ class RemedyProposal:
         step: when it was proposed.
         asks: why a person must decide; empty: it is applied by rule.
         evidence: of the finding.
+        key: its identity.
     """
 
     finding: str
@@ -74,6 +80,7 @@ class RemedyProposal:
     step: int
     asks: str
     evidence: Evidence
+    key: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def __str__(self) -> str:
         place = self.layer or "the whole run"
@@ -82,7 +89,8 @@ class RemedyProposal:
             for name, value in self.config.items()
         )
         what = f"{self.remedy}({settings})" if settings else self.remedy
-        return f"{what} for {place}, because of {self.finding}; {self.asks}"
+        asks = f"; {self.asks}" if self.asks else ""
+        return f"{what} for {place}, because of {self.finding}{asks}"
 
 
 @dataclass(slots=True)
@@ -90,18 +98,22 @@ class Treatment:
     """A remedy in its window.
 
     Attributes:
-        evidence: of the finding, when the remedy was applied.
+        finding: slug of the rule whose finding it answers; empty: a person asked for it.
+        receipt: None for one that an earlier process applied.
+        evidence: of the finding, when the remedy was applied; None where it is not known.
         urgent: it answers a critical finding, which is given less time.
         ended: what became of it; empty while it is in its window.
+        adaptation: its uid at the server that ordered it.
     """
 
     finding: str
     remedy: str
     step: int
-    receipt: RemedyReceipt
-    evidence: Evidence
+    receipt: RemedyReceipt | None
+    evidence: Evidence | None
     urgent: bool = False
     ended: str = ""
+    adaptation: str = ""
 
 
 @dataclass(slots=True)
@@ -113,6 +125,7 @@ class _Case:
     refused: dict[str, str] = field(default_factory=dict)  # remedy -> why it does not fit here
     rejected: set[str] = field(default_factory=set)  # by a person
     not_before: int = 0
+    not_before_time: float = -math.inf  # by the monotonic clock, for the server's sake
     pause: int = PAUSE_STEPS
 
 
@@ -122,6 +135,7 @@ class RemedyLoop:
     Args:
         diagnosis: its open findings are answered.
         alone: there are no other ranks.
+        proposer: to the server; None in local mode.
 
     Attributes:
         proposals: they wait for a person, or say what Esper would do.
@@ -137,7 +151,9 @@ class RemedyLoop:
         announcer: Announcer,
         *,
         alone: bool = True,
+        proposer: RemedyProposer | None = None,
     ) -> None:
+        self._proposer = proposer
         self._surgery = surgery
         self._alone = alone
         self._run = run
@@ -156,7 +172,9 @@ class RemedyLoop:
         """
         open_ = {found.rule.slug: found for found in self._diagnosis.diagnosis.open}
         self._judge(open_)
-        self.proposals = [entry for entry in self.proposals if entry.finding in open_]
+        for entry in [entry for entry in self.proposals if entry.finding not in open_]:
+            self._forget(entry)
+        self._take_answers()
         if guard_acted_at >= 0 and self._run.step < guard_acted_at + AFTER_GUARD_STEPS:
             return
         running = [treatment for treatment in self.treatments if not treatment.ended]
@@ -177,13 +195,23 @@ class RemedyLoop:
             ValueError: it is not waiting any more.
             ConfigurationError, GraftError: it could not be applied; the model is as before.
         """
+        if self._proposer is not None:
+            raise ConfigurationError("with a server, remedies are approved there")
         if proposal not in self.proposals:
             raise ValueError("this remedy is not waiting any more")
         self.proposals.remove(proposal)
-        return self._apply(proposal).receipt
+        receipt = self._apply(proposal).receipt
+        assert receipt is not None
+        return receipt
 
     def reject(self, proposal: RemedyProposal) -> None:
-        """A person rejected: this remedy is not proposed for this kind of finding again."""
+        """A person rejected: this remedy is not proposed for this kind of finding again.
+
+        Raises:
+            ConfigurationError: with a server, which the person has to tell.
+        """
+        if self._proposer is not None:
+            raise ConfigurationError("with a server, remedies are rejected there")
         self.proposals = [entry for entry in self.proposals if entry is not proposal]
         self._case_of(proposal.finding).rejected.add(proposal.remedy)
 
@@ -211,6 +239,124 @@ class RemedyLoop:
     def close(self) -> None:
         self._sample.forget()
 
+    # -- with a server -------------------------------------------------------------------------
+
+    def has_inputs_for(self, slug: str) -> bool:
+        """False: it needs a batch of the model's inputs, taken in the next forward pass."""
+        known = {remedy.slug: remedy for remedy in list_remedies()}
+        return slug not in known or not known[slug].needs_sample or self._sample.ready()
+
+    def apply_for_server(
+        self, adaptation: str, *, remedy: str, layer: str, config: dict[str, Any], finding: str
+    ) -> RemedyReceipt:
+        """The server ordered it; it is judged as one that was applied here.
+
+        Args:
+            adaptation: its uid at the server.
+            finding: empty: a person asked for it.
+
+        Raises:
+            ConfigurationError, UnknownLayerError, GraftError: the model is as before.
+        """
+        for entry in [entry for entry in self.proposals if entry.finding == finding]:
+            self._forget(entry)
+        receipt = self._surgery.remedy(
+            remedy, layer, self._sample.batch, config, adaptation=adaptation
+        )
+        found = next((f for f in self._diagnosis.diagnosis.open if f.rule.slug == finding), None)
+        evidence = None if found is None else found.evidence
+        urgent = found is not None and found.severity is Severity.CRITICAL
+        self._note(
+            Treatment(
+                finding,
+                remedy,
+                self._run.step,
+                receipt,
+                evidence,
+                urgent,
+                adaptation=adaptation,
+            )
+        )
+        return receipt
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The server's remedies whose result is not known yet, for a checkpoint."""
+        return [
+            {
+                "adaptation": entry.adaptation,
+                "finding": entry.finding,
+                "remedy": entry.remedy,
+                "step": entry.step,
+                "urgent": entry.urgent,
+            }
+            for entry in self.treatments
+            if entry.adaptation and not entry.ended
+        ]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """They are judged on."""
+        receipts = {receipt.adaptation: receipt for receipt in self._surgery.changes.remedies}
+        self.treatments += [
+            Treatment(
+                str(entry["finding"]),
+                str(entry["remedy"]),
+                int(entry["step"]),
+                receipts.get(str(entry["adaptation"])),
+                None,
+                bool(entry["urgent"]),
+                adaptation=str(entry["adaptation"]),
+            )
+            for entry in state
+        ]
+
+    def _propose(self, found: Diagnosed, proposal: RemedyProposal) -> None:
+        assert self._proposer is not None
+        self.proposals.append(proposal)
+        self._proposer.propose(
+            proposal.key,
+            step=proposal.step,
+            remedy=proposal.remedy,
+            layer=proposal.layer,
+            config=proposal.config,
+            finding=found.finding(),
+        )
+        self._announcer.remedy_proposed(str(proposal), waits=False, at_server=True)
+
+    def _take_answers(self) -> None:
+        """The states of the proposals; one that was applied is known from its command."""
+        if self._proposer is None:
+            return
+        for answer in self._proposer.answers():
+            entry = next((e for e in self.proposals if e.key == answer.key), None)
+            if entry is None:
+                self._proposer.forget(answer.key)
+            elif answer.answer is None:
+                self._on_refusal(entry, answer.code, answer.refusal)
+            elif answer.answer.state in ADAPTATION_ENDED:
+                self._on_end(entry, answer.answer.state, answer.answer.reason)
+
+    def _on_refusal(self, entry: RemedyProposal, code: str, reason: str) -> None:
+        self._forget(entry)
+        case = self._case_of(entry.finding)
+        case.not_before_time = time.monotonic() + ASK_AGAIN_SECONDS
+        if code != "gate-closed":  # a gate opens again; this server does not know the remedy
+            case.refused[entry.remedy] = reason
+            case.rejected.add(entry.remedy)
+
+    def _on_end(self, entry: RemedyProposal, state: AdaptationState, reason: str) -> None:
+        self._forget(entry)
+        case = self._case_of(entry.finding)
+        if state in (AdaptationState.REJECTED, AdaptationState.CANCELLED):
+            case.rejected.add(entry.remedy)
+        else:  # the server has a cooldown of its own
+            case.not_before_time = time.monotonic() + ASK_AGAIN_SECONDS
+        logger.info("step %d: %s: %s %s", self._run.step, entry.remedy, state, reason)
+
+    def _forget(self, proposal: RemedyProposal) -> None:
+        self.proposals = [entry for entry in self.proposals if entry is not proposal]
+        if self._proposer is not None:
+            self._proposer.forget(proposal.key)
+
     # -- one finding ---------------------------------------------------------------------------
 
     def _answer(self, found: Diagnosed) -> bool:
@@ -218,12 +364,15 @@ class RemedyLoop:
         case = self._case_of(found.rule.slug)
         if any(entry.finding == found.rule.slug for entry in self.proposals):
             return False
-        if self._run.step < case.not_before:
+        if self._run.step < case.not_before or time.monotonic() < case.not_before_time:
             return False
         proposal = self._next(found, case)
         if proposal is None:
             # The remedy of a worse finding comes first, once it has its sample.
             return self._sample.is_awaited
+        if self._proposer is not None and self._run.mode is not RunMode.OBSERVE:
+            self._propose(found, proposal)
+            return False
         if proposal.asks:
             self.proposals.append(proposal)
             waits = self._run.mode is not RunMode.OBSERVE
@@ -342,6 +491,8 @@ class RemedyLoop:
             return _OBSERVES
         if not self._alone:
             return "on several ranks, call session.remedy with these settings on each of them"
+        if self._proposer is not None:
+            return ""  # the server asks
         if self._run.mode is RunMode.SUPERVISED:
             return "a person decides in this run"
         if remedy.asks:
@@ -354,22 +505,27 @@ class RemedyLoop:
         return ""
 
     def _apply(self, proposal: RemedyProposal, *, urgent: bool = False) -> Treatment:
-        case = self._case_of(proposal.finding)
         receipt = self._surgery.remedy(
             proposal.remedy, proposal.layer, self._sample.batch, proposal.config
         )
-        self._sample.forget()
-        if get_remedy(proposal.remedy).changes_weights:
-            self._diagnosis.forget_readings()
-        case.given[proposal.remedy] = case.given.get(proposal.remedy, 0) + 1
-        treatment = Treatment(
-            proposal.finding,
-            proposal.remedy,
-            self._run.step,
-            receipt,
-            proposal.evidence,
-            urgent,
+        return self._note(
+            Treatment(
+                proposal.finding,
+                proposal.remedy,
+                self._run.step,
+                receipt,
+                proposal.evidence,
+                urgent,
+            )
         )
+
+    def _note(self, treatment: Treatment) -> Treatment:
+        """A remedy was applied."""
+        self._sample.forget()
+        if get_remedy(treatment.remedy).changes_weights:
+            self._diagnosis.forget_readings()
+        given = self._case_of(treatment.finding).given
+        given[treatment.remedy] = given.get(treatment.remedy, 0) + 1
         self.treatments.append(treatment)
         return treatment
 
@@ -381,12 +537,49 @@ class RemedyLoop:
             if treatment.ended:
                 continue
             age = self._run.step - treatment.step
-            if treatment.finding not in open_:
+            if self._was_taken_back(treatment):
+                treatment.ended = "taken back"
+            elif not treatment.finding:
+                self._judge_asked_for(treatment, open_)
+            elif treatment.finding not in open_:
                 if age >= KEPT_AFTER_STEPS:
-                    treatment.ended = f"kept, because {treatment.finding} is over"
-                    self._announcer.remedy_judged(treatment.remedy, treatment.ended)
+                    self._keep(treatment, f"{treatment.finding} is over")
             elif age >= self._window(treatment, open_[treatment.finding]):
-                self._fail(treatment)
+                self._fail(treatment, f"{treatment.finding} is still open")
+
+    def _was_taken_back(self, treatment: Treatment) -> bool:
+        """By the server, the script or with an older change."""
+        in_effect = self._surgery.changes.remedies
+        by_server = bool(treatment.adaptation) and treatment.receipt is not None
+        return by_server and treatment.receipt not in in_effect
+
+    def _judge_asked_for(self, treatment: Treatment, open_: dict[str, Diagnosed]) -> None:
+        """A person's own remedy has no finding: it must not be followed by one."""
+        serious = (Severity.SERIOUS, Severity.CRITICAL)
+        new = [
+            found.rule.slug
+            for found in open_.values()
+            if found.severity in serious and found.since_step > treatment.step
+        ]
+        if new:
+            self._fail(treatment, f"{', '.join(new)} was found after it")
+        elif self._run.step - treatment.step >= WINDOW_STEPS:
+            self._keep(treatment, f"nothing new was found in {WINDOW_STEPS} steps")
+
+    def _keep(self, treatment: Treatment, reason: str) -> None:
+        treatment.ended = f"kept, because {reason}"
+        self._announcer.remedy_judged(treatment.remedy, treatment.ended)
+        self._report_verdict(treatment, reason, keep=True)
+
+    def _report_verdict(self, treatment: Treatment, reason: str, *, keep: bool) -> None:
+        if treatment.adaptation and self._proposer is not None:
+            self._proposer.judge(
+                treatment.adaptation,
+                keep=keep,
+                reason=reason.replace("_", " "),  # for a person
+                step=self._run.step,
+                steps=max(0, self._run.step - treatment.step),
+            )
 
     def _window(self, treatment: Treatment, found: Diagnosed) -> int:
         """In steps. Longer while nothing new was measured, which says nothing of the remedy."""
@@ -395,20 +588,24 @@ class RemedyLoop:
         unmeasured = found.evidence == treatment.evidence
         return WINDOW_STEPS * (UNMEASURED_WINDOWS if unmeasured else 1)
 
-    def _fail(self, treatment: Treatment) -> None:
+    def _fail(self, treatment: Treatment, reason: str) -> None:
         """It did not help: what it does in each step ends; what it did once is history."""
-        treatment.ended = f"did not help, because {treatment.finding} is still open"
+        treatment.ended = f"did not help, because {reason}"
         self._announcer.remedy_judged(treatment.remedy, treatment.ended)
         case = self._case_of(treatment.finding)
         if treatment.remedy not in _AGAIN:
             case.failed.add(treatment.remedy)
         case.not_before = self._run.step + (0 if treatment.urgent else case.pause)
         case.pause *= 2
-        remedy = get_remedy(treatment.remedy)
-        in_force = treatment.receipt in self._surgery.changes.remedies
+        if treatment.adaptation:
+            self._report_verdict(treatment, reason, keep=False)
+            return  # the server commands its end
+        receipt = treatment.receipt
+        in_force = receipt is not None and receipt.in_force
         # What stays of a new start fits its weights, and ends with them alone.
-        if remedy.stays and not remedy.begins_anew and in_force:
-            self._surgery.undo(treatment.receipt, hard=False)
+        anew = get_remedy(treatment.remedy).begins_anew
+        if in_force and not anew and receipt in self._surgery.changes.remedies:
+            self._surgery.undo(receipt, hard=False)
 
     def _case_of(self, slug: str) -> _Case:
         return self._cases.setdefault(slug, _Case())

@@ -57,7 +57,9 @@ class SurgeryReports:
     def remedy(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> None:
         """A remedy is in effect; ``merged`` is the adaptation that it folded into its host."""
         self._announcer.remedy(receipt)
-        details, adaptation = _short(receipt.details), _known(merged)
+        if receipt.adaptation:
+            return  # the server has ordered it, and gets an answer
+        details, adaptation = short_details(receipt.details), _known(merged)
         self._queue(
             "remedies",
             lambda epoch: RemedyReport(
@@ -74,10 +76,23 @@ class SurgeryReports:
             ),
         )
 
-    def undone(self, receipts: Iterable[RemedyReceipt], report: UndoReceipt, step: int) -> None:
-        """Remedies that are not in effect any more."""
+    def undone(
+        self,
+        receipts: Iterable[RemedyReceipt],
+        report: UndoReceipt,
+        step: int,
+        *,
+        ordered: RemedyReceipt | None = None,
+    ) -> None:
+        """Remedies that are not in effect any more.
+
+        Args:
+            ordered: the one that the server has ordered to take back.
+        """
         for receipt in receipts:
             self._announcer.remedy_undone(receipt, report)
+            if receipt is ordered:
+                continue
             self._queue(
                 "remedies",
                 partial(
@@ -87,7 +102,8 @@ class SurgeryReports:
                     remedy=RemedyKind.UNDO,
                     layer=receipt.layer,
                     step=step,
-                    undoes=receipt.key,
+                    adaptation=receipt.adaptation,
+                    undoes="" if receipt.adaptation else receipt.key,
                 ),
             )
 
@@ -171,7 +187,7 @@ def _known(entry: Adaptation | None) -> str:
     return "" if entry is None or entry.local else entry.uid
 
 
-def _short(details: dict[str, Any]) -> dict[str, Any]:
+def short_details(details: dict[str, Any]) -> dict[str, Any]:
     """For a page: a long list becomes its length, and numbers become ones that JSON has."""
     short: dict[str, Any] = {}
     for name, value in details.items():

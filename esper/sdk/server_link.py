@@ -15,6 +15,7 @@ from esper.compilation import capability
 from esper.contracts import AdaptationState, HealthFrame, LayerInfo, protocol
 from esper.sdk.announcing import Announcer
 from esper.sdk.command_handler import CommandHandler
+from esper.sdk.remedy_loop import RemedyLoop
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
 from esper.sdk.transport import Pace, Transport, TransportQueues
@@ -30,6 +31,7 @@ class ServerLink:
     Args:
         server, token: where, and the right to create runs.
         queues: between this thread and the transport's.
+        remedies: applies what the server orders; None where the run takes no remedy of it.
         announcer: says where the run's page is.
     """
 
@@ -42,6 +44,7 @@ class ServerLink:
         run: RunState,
         pace: Pace,
         announcer: Announcer,
+        remedies: RemedyLoop | None = None,
     ) -> None:
         self._address = server
         self._announcer = announcer
@@ -50,7 +53,7 @@ class ServerLink:
         self._surgery = surgery
         self._run = run
         veto = LocalVeto(run.mode, code_key=code_key())
-        self._handler = CommandHandler(surgery, veto, queues)
+        self._handler = CommandHandler(surgery, veto, queues, remedies)
         self._transport = Transport(
             server, token, queues, veto=veto, preparation=self._handler, pace=pace
         )
@@ -97,6 +100,7 @@ class ServerLink:
                 layers=layers,
                 step=self._run.step,
                 applied=self._applied,
+                remedies=self._held_remedies,
             )
         )
 
@@ -141,6 +145,14 @@ class ServerLink:
             )
             for entry in self._surgery.changes.grafted
             if not entry.local
+        )
+
+    def _held_remedies(self) -> tuple[protocol.HeldRemedy, ...]:
+        """The server's remedies that are in effect."""
+        return tuple(
+            protocol.HeldRemedy(adaptation=receipt.adaptation, step=receipt.step)
+            for receipt in self._surgery.changes.remedies
+            if receipt.adaptation
         )
 
 

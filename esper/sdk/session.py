@@ -58,6 +58,7 @@ from esper.sdk.layers import Layers
 from esper.sdk.loaded_states import LoadedStates
 from esper.sdk.local import LocalLoop, LocalMemory, Waiting
 from esper.sdk.loss import LossReader
+from esper.sdk.proposing import RemedyProposer
 from esper.sdk.ranks import Ranks
 from esper.sdk.remedy_loop import RemedyLoop, RemedyProposal
 from esper.sdk.reporting import SurgeryReports
@@ -163,6 +164,20 @@ class Session:
             setup.evaluate, self._surgery, self._run, self._ranks, watched
         )
         self._follower = Follower(self._ranks, self._surgery, self._evaluations)
+        proposes = self._queues if self._ranks.alone else None
+        self._remedies = (
+            RemedyLoop(
+                model,
+                self._surgery,
+                self._run,
+                self._diagnosis,
+                self._announcer,
+                alone=self._ranks.alone,
+                proposer=RemedyProposer(proposes) if proposes is not None else None,
+            )
+            if self._diagnosis is not None
+            else None
+        )
         self._server = (
             ServerLink(
                 setup.server,
@@ -172,6 +187,7 @@ class Session:
                 self._run,
                 setup.pace,
                 self._announcer,
+                self._remedies if self._ranks.alone else None,
             )
             if self._queues is not None
             else None
@@ -186,18 +202,6 @@ class Session:
                 alone=self._ranks.alone,
             )
             if decides_here
-            else None
-        )
-        self._remedies = (
-            RemedyLoop(
-                model,
-                self._surgery,
-                self._run,
-                self._diagnosis,
-                self._announcer,
-                alone=self._ranks.alone,
-            )
-            if self._diagnosis is not None
             else None
         )
         self._explainer = Explainer(
@@ -641,6 +645,7 @@ class Session:
             "sampling": [list(periods) for periods in self.sampling],
             "local": self._local.memory.to_state() if self._local is not None else None,
             "good_states": states.state_dict() if states is not None else None,
+            "treatments": self._remedies.state_dict() if self._remedies is not None else [],
             **self._surgery.state_dict(),
         }
 
@@ -682,6 +687,8 @@ class Session:
         kept = state.get("good_states")  # absent from older states
         if self._surgery.states is not None and kept is not None:
             self._try("good states", partial(self._surgery.states.find_again, kept, step))
+        if self._remedies is not None:
+            self._remedies.load_state_dict(state.get("treatments", []))  # absent from older ones
 
     # -- the parts of a summary ----------------------------------------------------------------
 

@@ -282,12 +282,20 @@ class Surgery:
 
     # -- remedies ------------------------------------------------------------------------------
 
-    def remedy(self, slug: str, layer: str, sample: Any, config: dict[str, Any]) -> RemedyReceipt:
-        """See :meth:`Session.remedy`."""
+    def remedy(
+        self, slug: str, layer: str, sample: Any, config: dict[str, Any], *, adaptation: str = ""
+    ) -> RemedyReceipt:
+        """See :meth:`Session.remedy`.
+
+        Args:
+            adaptation: its uid at the server, where that has ordered it.
+        """
         found = get_remedy(slug)
 
         def act(surroundings: Surroundings, step: int) -> RemedyReceipt:
-            return apply_remedy(found, self._target(layer, sample), config)
+            receipt = apply_remedy(found, self._target(layer, sample), config)
+            receipt.adaptation = adaptation
+            return receipt
 
         receipt = self._remedy(act, slug, layer, config)
         if found.begins_anew and self.states is not None:
@@ -348,7 +356,9 @@ class Surgery:
         self._reports.remedy(receipt, merged)
         return receipt
 
-    def _undo_remedy(self, receipt: RemedyReceipt) -> UndoReceipt:
+    def _undo_remedy(
+        self, receipt: RemedyReceipt, *, ordered: RemedyReceipt | None = None
+    ) -> UndoReceipt:
         """Brings back the state before it; remedies that came later go with it."""
         before = tuple(self.changes.remedies)
         self._meet(Call.UNDO, self.changes.place_of(receipt))
@@ -358,10 +368,12 @@ class Surgery:
         self.changes.drop_since(receipt)
         self._follow_up()
         self._say_what_was_kept(receipt.remedy, receipt.layer, report)
-        self._report_undone(before, report)
+        self._report_undone(before, report, ordered=ordered)
         return report
 
-    def _end_remedy(self, receipt: RemedyReceipt) -> UndoReceipt:
+    def _end_remedy(
+        self, receipt: RemedyReceipt, *, ordered: RemedyReceipt | None = None
+    ) -> UndoReceipt:
         """Ends what it does in each step; everything that came later stays."""
         before = tuple(self.changes.remedies)
         self._meet(Call.UNDO, self.changes.place_of(receipt), "soft")
@@ -369,8 +381,25 @@ class Surgery:
             raise UndoError("this remedy is not in effect any more", layer=receipt.layer)
         report = receipt.undo(hard=False)
         self.changes.forget(receipt)
-        self._report_undone(before, report)
+        self._report_undone(before, report, ordered=ordered)
         return report
+
+    def take_back_for_server(self, receipt: RemedyReceipt, *, hard: bool) -> UndoReceipt:
+        """As the server ordered: to the state before it, or only what it does in each step.
+
+        A remedy that has changed the run once has nothing to end, and what stays of a new start
+        fits its weights: it ends with them alone.
+        """
+        if hard:
+            return self._undo_remedy(receipt, ordered=receipt)
+        if receipt.in_force and not get_remedy(receipt.remedy).begins_anew:
+            return self._end_remedy(receipt, ordered=receipt)
+        if receipt.in_force:
+            receipt.adaptation = ""  # from now on it is the run's own
+            return UndoReceipt(hard=False, exact=False, pause_ms=0.0)
+        self.changes.forget(receipt)
+        receipt.forget_snapshot()
+        return UndoReceipt(hard=False, exact=False, pause_ms=0.0)
 
     # -- what needs no change ------------------------------------------------------------------
 
@@ -504,6 +533,12 @@ class Surgery:
         if report.kept or report.not_restored:
             self._findings.add(undone_in_part(change, layer, report))
 
-    def _report_undone(self, before: Sequence[RemedyReceipt], report: UndoReceipt) -> None:
+    def _report_undone(
+        self,
+        before: Sequence[RemedyReceipt],
+        report: UndoReceipt,
+        *,
+        ordered: RemedyReceipt | None = None,
+    ) -> None:
         undone = [receipt for receipt in before if receipt not in self.changes.remedies]
-        self._reports.undone(undone, report, self._run.step)
+        self._reports.undone(undone, report, self._run.step, ordered=ordered)

@@ -45,7 +45,7 @@ function askPerson(data) {
   const address = `/adaptations/${encodeURIComponent(data.adaptation)}`;
   if (location.pathname === address) return;
   toast({
-    text: `A-${data.number} waits for a person: graft ${data.blueprint} into ${data.layer}.`,
+    text: `A-${data.number} waits for a person: ${data.title}.`,
     link: address, linkText: "Open it", kind: "ask",
   });
 }

@@ -18,6 +18,7 @@ from apps.accounts.services import issue_token
 from apps.adaptations import triggers
 from apps.adaptations.models import Adaptation
 from apps.blueprints.models import Blueprint
+from apps.blueprints.services import sync_remedies
 from apps.kernels.models import Kernel
 from apps.runs.models import Run
 from apps.trainers.services import register_run
@@ -102,6 +103,11 @@ def make_blueprint(slug: str = "proj_lora_64", **changes: Any) -> Blueprint:
         "version": "0" * 16,
     }
     return Blueprint.objects.create(slug=slug, **{**values, **changes})
+
+
+def make_remedies() -> None:
+    """The whole catalogue."""
+    sync_remedies()
 
 
 CERTIFICATE = Certificate(

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from django.db.models import Q
+from django.db.models import Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
 
 from apps.accounts.models import User
 from apps.adaptations import services as adaptations
 from apps.adaptations.models import Adaptation, Remedy
 from apps.audit.models import AuditEvent
+from apps.blueprints.models import KnownRemedy
 from apps.console.curves import decision_curves, expected, probation
 from apps.console.drawing import Bar, Fall, Sketch, signed_bar, sketch, waterfall
 from apps.console.panels import Panel, render_page
@@ -22,6 +23,7 @@ from apps.console.request import page, person
 from apps.kernels.selectors import speed_up_of
 from apps.notifications.services import run_topic
 from apps.runs.models import Command
+from apps.violations.models import Violation
 from esper.contracts import SIGNAL_NOTES, AdaptationState, Signal
 
 _A = AdaptationState
@@ -55,8 +57,10 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
         every: int = 0,
         *,
         fold: bool = False,
+        template: str = "",
     ) -> Panel:
-        return Panel(name, title, f"console/adaptation/{name}.html", build, events, every, fold)
+        path = f"console/adaptation/{template or name}.html"
+        return Panel(name, title, path, build, events, every, fold)
 
     def evidence() -> dict[str, Any]:
         now = adaptations.evidence_now(found)
@@ -85,7 +89,7 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
         return {
             "sketch": graft_sketch(found),
             "policy": found.safety_policy.safety_policy(),
-            "record": track_record(found.blueprint_id),
+            "record": track_record(grafts_of(found.grafted_blueprint.pk)),
             "parameter_share": _share(found.forecast_parameters, found.run.model_parameters),
         }
 
@@ -93,21 +97,30 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
     grafted = found.graft_step is not None
     shown = [
         part("head", "Adaptation", lambda: {"steps_ago": _steps_ago(found)}, every=live),
-        part("why", "Why it was proposed", lambda: {"rows": reason_rows(found.reasons)}),
-        part("change", "What will change", change),
-        part("evidence", "Evidence: at proposal and now", evidence, every=live),
         part(
             "curves", "Around the question", lambda: {"curves": decision_curves(found)}, every=live
         ),
-        part("forecast", "If approved, if rejected", lambda: {"expected": expected(found)}),
         part("checks", "Checks", lambda: _checks(found)),
-        part("whynot", "Why not another blueprint", lambda: rivals(found), fold=pending),
         part("undo", "Undo plan", lambda: {"plan": adaptations.undo_plan(found)}, fold=pending),
         part("progress", "Progress and history", progress, fold=pending),
         part("acts", "Your decision", lambda: _acts(found, user), every=live),
     ]
     if not pending:
         shown.append(part("outcome", "Outcome", lambda: _outcome(found)))
+    if found.remedy:
+        title = "What was found" if found.found else "Why it was asked for"
+        return [
+            *shown,
+            part("why", title, lambda: _finding_of(found), every=live, template="finding"),
+            part("change", "What will change", lambda: _remedy_of(found), template="remedy"),
+        ]
+    shown += [
+        part("why", "Why it was proposed", lambda: {"rows": reason_rows(found.reasons)}),
+        part("change", "What will change", change),
+        part("evidence", "Evidence: at proposal and now", evidence, every=live),
+        part("forecast", "If approved, if rejected", lambda: {"expected": expected(found)}),
+        part("whynot", "Why not another blueprint", lambda: rivals(found), fold=pending),
+    ]
     if grafted:
         shown.append(
             part("probation", "Probation", lambda: {"probation": probation(found)}, every=live)
@@ -130,6 +143,24 @@ RIVALS_SHOWN = 3
 def rivals(found: Adaptation) -> dict[str, Any]:
     """The blueprints that were considered first, and the others to unfold."""
     return {"rivals": found.why_not[:RIVALS_SHOWN], "others": found.why_not[RIVALS_SHOWN:]}
+
+
+def _finding_of(found: Adaptation) -> dict[str, Any]:
+    """The finding as it was proposed on, and what is known of it now."""
+    findings = Violation.objects.filter(run=found.run, finding=found.finding)
+    return {
+        "finding": found.found,
+        "known": findings.order_by("-id").first() if found.finding else None,
+        "loss_then": _number(found.evidence.get("loss")),
+    }
+
+
+def _remedy_of(found: Adaptation) -> dict[str, Any]:
+    earlier = Adaptation.objects.filter(remedy=found.remedy).exclude(graft_step=None)
+    return {
+        "known": KnownRemedy.objects.filter(slug=found.remedy).first(),
+        "record": track_record(earlier.exclude(pk=found.pk)),
+    }
 
 
 def _share(part: int, whole: int) -> float | None:
@@ -188,6 +219,7 @@ def get_adaptation(uid: str) -> Adaptation | None:
             "run__owner",
             "blueprint",
             "safety_policy",
+            "proposed_by",
             "decided_by",
             "claimed_by",
             "taken_back_by",
@@ -336,8 +368,8 @@ def graft_sketch(adaptation: Adaptation) -> Sketch:
     feeds = own.get("feeds") or ["output"]
     return sketch(
         adaptation.layer,
-        adaptation.blueprint.slug,
-        adaptation.blueprint.kind,
+        adaptation.grafted_blueprint.slug,
+        adaptation.grafted_blueprint.kind,
         before=before,
         after=str(feeds[0]),
     )
@@ -376,6 +408,14 @@ _STAGES: tuple[tuple[str, frozenset[AdaptationState], frozenset[AdaptationState]
 )
 
 
+# Nothing is compiled.
+_REMEDY_STAGES = tuple(
+    ("Applied" if name == "Grafted" else name, ends, working)
+    for name, ends, working in _STAGES
+    if name != "Compiled"
+)
+
+
 def stages(adaptation: Adaptation, events: Sequence[AuditEvent]) -> list[Stage]:
     """The stages with the time at which each was reached, from the audit log."""
     reached: dict[str, datetime] = {}
@@ -383,7 +423,7 @@ def stages(adaptation: Adaptation, events: Sequence[AuditEvent]) -> list[Stage]:
         reached.setdefault(event.act.removeprefix("adaptation."), event.at)
     rows: list[Stage] = []
     before: datetime | None = None
-    for name, ends, working in _STAGES:
+    for name, ends, working in _REMEDY_STAGES if adaptation.remedy else _STAGES:
         at = next((reached[state] for state in sorted(ends) if state in reached), None)
         took = (at - before).total_seconds() * 1000 if at and before else None
         rows.append(Stage(name, _progress(adaptation, at, working, rows), at, took))
@@ -424,7 +464,7 @@ def command_log(adaptation: Adaptation) -> list[Command]:
 
 @dataclass(frozen=True, slots=True)
 class TrackRecord:
-    """How earlier grafts of this blueprint ended, as counts."""
+    """How earlier grafts of this blueprint, or uses of this remedy, ended, as counts."""
 
     kept: int
     rolled_back: int
@@ -434,8 +474,11 @@ class TrackRecord:
         return self.kept + self.rolled_back
 
 
-def track_record(blueprint_id: int) -> TrackRecord:
-    ended = Adaptation.objects.filter(blueprint_id=blueprint_id).exclude(graft_step=None)
+def grafts_of(blueprint_id: int) -> QuerySet[Adaptation]:
+    return Adaptation.objects.filter(blueprint_id=blueprint_id).exclude(graft_step=None)
+
+
+def track_record(ended: QuerySet[Adaptation]) -> TrackRecord:
     return TrackRecord(
         kept=ended.filter(state=_A.KEPT).count(),
         rolled_back=ended.filter(

@@ -86,7 +86,7 @@ def run_names(chosen: str) -> list[tuple[str, str]]:
 def inbox_rows(chosen: InboxFilter, user: User) -> list[Adaptation]:
     """The rows of one tab."""
     rows = _tab(chosen.tab, user).select_related(
-        "run__owner", "blueprint", "claimed_by", "decided_by", "safety_policy"
+        "run__owner", "blueprint", "claimed_by", "decided_by", "proposed_by", "safety_policy"
     )
     if chosen.run:
         rows = rows.filter(of_run(chosen.run))

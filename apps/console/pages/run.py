@@ -204,7 +204,7 @@ def _graft_marker(row: Adaptation) -> dict[str, Any]:
         row,
         row.graft_step,
         ADAPTATION[AdaptationState(row.state)],
-        label=f"A-{row.number} {row.blueprint.slug} in {row.layer}",
+        label=f"A-{row.number} {row.title}",
         href=reverse("console:adaptation", args=[row.uid]),
     )
 

@@ -15,6 +15,7 @@ from esper.remedies.update_hooks import Optimizer, before_update
 class ClipLayer(Remedy):
     slug = "clip_layer"
     title = "Clip gradients per tensor"
+    phrase = "Clip each gradient at {factor:g} times its recent norm"
     idea = (
         "Scales the gradient of each tensor down where its norm exceeds a multiple of the running "
         "mean of its own clipped norms. Below that limit a gradient stays as it is."

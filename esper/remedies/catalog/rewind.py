@@ -14,6 +14,7 @@ from esper.remedies.catalog.skip_update import SkipUpdate
 class Rewind(Remedy):
     slug = "rewind"
     title = "Rewind to a good state"
+    phrase = "Rewind to {step:state} and {factor:rate}"
     idea = (
         "Restores the weights, buffers and optimizer state of an earlier good step, multiplies the "
         "learning rate by a factor, and leaves out updates that are not finite. Schedulers and "

@@ -14,6 +14,7 @@ from esper.remedies.update_hooks import ScaledUpdates, substitute
 class SetLr(Remedy):
     slug = "set_lr"
     title = "Change the learning rate"
+    phrase = "{factor:rate}"
     idea = (
         "Multiplies the learning rate inside each optimizer step. The optimizer's groups and the "
         "schedulers keep their own values."

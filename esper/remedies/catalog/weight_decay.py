@@ -12,6 +12,7 @@ from esper.remedies.update_hooks import substitute
 class WeightDecay(Remedy):
     slug = "weight_decay"
     title = "Change the weight decay"
+    phrase = "Set the weight decay to {value:g}"
     idea = (
         "Uses another weight decay inside each optimizer step, in the groups that have one. The "
         "optimizer's groups keep their own values."

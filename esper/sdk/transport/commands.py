@@ -25,7 +25,7 @@ class Trust:
 
 @dataclass(slots=True)
 class LocalVeto:
-    """The trainer's own limits on grafts; a server cannot overrule them."""
+    """The trainer's own limits on changes; a server cannot overrule them."""
 
     mode: RunMode
     paused: bool = False
@@ -35,7 +35,7 @@ class LocalVeto:
 
     def check(self, command: Command) -> None:
         """Raises ``CommandRefusedError`` for a change that this trainer does not allow."""
-        if command.kind not in (CommandKind.GRAFT, CommandKind.SPEED_UP):
+        if command.kind not in (CommandKind.GRAFT, CommandKind.SPEED_UP, CommandKind.REMEDY):
             return
         if self.mode is RunMode.OBSERVE:
             raise CommandRefusedError(

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import time
 from functools import partial
+from typing import Any
 
 from esper.contracts import wire
-from esper.contracts.protocol import Answer, TelemetryAnswer
+from esper.contracts.protocol import Answer, RemedyAnswer, TelemetryAnswer
 from esper.exceptions import CodecError, TransportError
 from esper.sdk.transport.client import Client, insist
 from esper.sdk.transport.journal import JOURNAL_FILE, Journal, StoredReport, state_directory
-from esper.sdk.transport.queues import Pace, PendingReport, TransportQueues
+from esper.sdk.transport.queues import Pace, PendingReport, ProposalAnswer, TransportQueues
 from esper.sdk.transport.registration import Registration
 from esper.sdk.transport.telemetry import Batch
 
@@ -128,19 +129,48 @@ class ReportSender:
 
     async def _send(self, report: StoredReport) -> None:
         try:
-            await insist(
+            answer = await insist(
                 partial(self._client.post, report.path, report.body),
                 back_off=self._pace.back_off(),
                 what=report.path,
             )
         except TransportError as error:
-            mine = report.body.get("epoch") == self._epoch
-            # A restored database may lack the command; whether it lacks the run, others find out.
-            lost = error.status == 404 and report.path.endswith("/ack")
-            if mine and ends_the_run(error) and error.code != "run-ended" and not lost:
-                raise
-            logger.warning("the server refused %s: %s", report.path, error)
+            self._on_refusal(report, error)
+        else:
+            self._on_answer(report, answer)
         self._journal.remove_report(report)
+
+    def _on_refusal(self, report: StoredReport, error: TransportError) -> None:
+        """Raises the error where it ends the run."""
+        mine = report.body.get("epoch") == self._epoch
+        proposes = _proposes(report)
+        # An older server does not know these addresses; a restored database may lack the command.
+        # Whether it lacks the run, others find out.
+        lost = error.status == 404 and (
+            proposes or report.path.endswith(("/remedy-verdicts", "/ack"))
+        )
+        if mine and ends_the_run(error) and error.code != "run-ended" and not lost:
+            raise error
+        if proposes:
+            self._queues.proposal_answers.append(
+                ProposalAnswer(str(report.body["key"]), refusal=str(error), code=error.code)
+            )
+        level = logging.DEBUG if error.code == "gate-closed" else logging.WARNING
+        logger.log(level, "the server refused %s: %s", report.path, error)
+
+    def _on_answer(self, report: StoredReport, answer: dict[str, Any]) -> None:
+        if not _proposes(report):
+            return
+        try:
+            read = wire.from_wire(RemedyAnswer, answer)
+        except CodecError as error:
+            logger.warning("%s: %s", report.path, error)
+            return
+        self._queues.proposal_answers.append(ProposalAnswer(str(report.body["key"]), read))
+
+
+def _proposes(report: StoredReport) -> bool:
+    return report.path.endswith("/remedy-proposals")
 
 
 async def send_leftover_reports(server: str, pace: Pace) -> None:

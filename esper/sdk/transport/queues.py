@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from esper.contracts import Command, CommandAck
-from esper.contracts.protocol import Answer, Finish, Message
+from esper.contracts.protocol import Answer, Finish, Message, RemedyAnswer
 from esper.sdk.transport.client import BackOff
 from esper.sdk.transport.registration import Registration
 from esper.sdk.transport.telemetry import TelemetryQueue
@@ -47,6 +47,23 @@ class WaitingElsewhere:
 
 
 @dataclass(frozen=True, slots=True)
+class ProposalAnswer:
+    """What the server said of a proposed remedy.
+
+    Attributes:
+        key: of the proposal.
+        answer: None: it was refused.
+        refusal: why.
+        code: of the refusal.
+    """
+
+    key: str
+    answer: RemedyAnswer | None = None
+    refusal: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Pace:
     """How often to send and how long to wait between attempts, in seconds."""
 
@@ -69,6 +86,7 @@ class TransportQueues:
         inbox: commands for the next step boundary.
         waiting: decisions that wait for a person at the server, not said yet.
         settled: (adaptation, state) that the server answered to hello.
+        proposal_answers: to proposed remedies.
         pending: numbers of commands that were accepted and are not answered yet.
         finish: epoch -> how the run ended; None while it goes on.
         registration: None until the server has answered.
@@ -80,6 +98,7 @@ class TransportQueues:
     inbox: deque[ReadyCommand] = field(default_factory=deque)
     waiting: deque[WaitingElsewhere] = field(default_factory=lambda: deque(maxlen=100))
     settled: deque[tuple[str, str]] = field(default_factory=deque)
+    proposal_answers: deque[ProposalAnswer] = field(default_factory=deque)
     pending: set[int] = field(default_factory=set)
     finish: Callable[[int], Finish] | None = None
     registration: Registration | None = None

@@ -20,8 +20,9 @@ _BODY_ROOM_BYTES = 900_000  # of the 1 MiB that a body may have
 class RunDescription:
     """The run as it registers, after its first step.
 
-    ``applied`` says what the model holds, for ``hello``: from a checkpoint, or, when the run has to
-    register again, all that was grafted since. It is called in the transport thread.
+    ``applied`` and ``remedies`` say what the model holds, for ``hello``: from a checkpoint, or,
+    when the run has to register again, all that was applied since. They are called in the transport
+    thread.
     ``capabilities`` is the capability of each device that holds a layer.
     """
 
@@ -35,6 +36,7 @@ class RunDescription:
     step: int
     capabilities: dict[str, str] = field(default_factory=dict)
     applied: Callable[[], tuple[protocol.Applied, ...]] = tuple
+    remedies: Callable[[], tuple[protocol.HeldRemedy, ...]] = tuple
 
     def message(self, continues: protocol.Continued | None = None) -> protocol.Registration:
         """What is posted. Thousands of layers go without their links, which are not essential."""

@@ -232,6 +232,7 @@ class Transport:
             epoch=registration.epoch,
             step=description.step,
             applied=description.applied(),
+            remedies=description.remedies(),
             last_command_seq=journal.state.command_seq,
         )
         answer = await insist(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.db import transaction
 from django.utils import timezone
 
@@ -24,7 +26,7 @@ from esper.contracts import (
     SpeedUpState,
     ViolationRule,
 )
-from tests.apps.cast import PEOPLE, make_kernel, make_person
+from tests.apps.cast import PEOPLE, make_kernel, make_person, make_remedies
 from tests.apps.console.world_pool import make_pool, make_recipes
 from tests.apps.console.world_runs import (
     World,
@@ -144,6 +146,68 @@ def make_kept(world: World) -> None:
         pause_ms=3.4,
         acknowledged_at=timezone.now(),
     )
+
+
+FOUND = {
+    "rule": "diagnosis",
+    "layer": "classifier.2",
+    "severity": "critical",
+    "observed": "the loss is 31.4, 60 times its usual value",
+    "limit": "at most 3 times its usual value",
+    "remedy": "go back to a good state",
+    "slug": "loss_spike",
+    "since_step": 5_804,
+    "resolved_step": -1,
+    "remedies": ["rewind"],
+}
+
+
+def make_remedies_of_run(world: World) -> None:
+    """One that waits for a person, and one that was kept."""
+    make_remedies()
+    common: dict[str, Any] = {
+        **{"adaptation_type": "", "blueprint": None, "policy": "", "layer": ""},
+        **{"confidence": None, "urgency": None, "reasons": [], "why_not": []},
+        **{"forecast_parameters": 0, "forecast_flops": 0, "forecast_memory_mib": None},
+        **{"forecast_latency_ms": None, "evidence": {"loss": 31.4}},
+    }
+    make_adaptation(
+        world,
+        "rewind",
+        "digits-cnn",
+        A.AWAITING_APPROVAL,
+        remedy="rewind",
+        in_words="Rewind to step 5,800 and halve the learning rate",
+        config={"step": 5800, "factor": 0.5},
+        finding="loss_spike",
+        found=FOUND,
+        asks=["This run is supervised; a person decides."],
+        **common,
+    )
+    kept = make_adaptation(
+        world,
+        "slower",
+        "digits-cnn",
+        A.KEPT,
+        remedy="set_lr",
+        in_words="Halve the learning rate",
+        config={"factor": 0.5},
+        finding="oscillating_loss",
+        found={**FOUND, "slug": "oscillating_loss", "severity": "serious"},
+        asks=[],
+        decided_rule="policy v1: risk low <= low, and it can be taken back",
+        decided_at=timezone.now(),
+        graft_step=world.runs["digits-cnn"].step // 2,
+        pause_ms=1.2,
+        digest_before="a" * 64,
+        digest_after="a" * 64,
+        details={"factor": 0.5},
+        steps_observed=44,
+        kept_at=timezone.now(),
+        end_reason="oscillating loss is over",
+        **{**common, "risk": "low"},
+    )
+    tell(kept, A.PROPOSED, A.APPROVED, A.DISPATCHED, A.ACCEPTED, A.PROBATION, A.KEPT)
 
 
 def make_merged(world: World) -> None:

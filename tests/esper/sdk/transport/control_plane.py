@@ -38,6 +38,9 @@ class ControlPlane:
         self.acks: list[dict[str, Any]] = []
         self.rollbacks: list[dict[str, Any]] = []
         self.remedies: list[dict[str, Any]] = []
+        self.proposals: list[dict[str, Any]] = []
+        self.verdicts: list[dict[str, Any]] = []
+        self.proposal_answer = {"adaptation": "p1", "state": "awaiting_approval"}
         self.finishes: list[dict[str, Any]] = []
         self.log: list[dict[str, Any]] = []  # what GET commands answers
         self.kernels: dict[str, dict[str, bytes]] = {}
@@ -208,10 +211,14 @@ class ControlPlane:
             "hello": self.hellos,
             "rollbacks": self.rollbacks,
             "remedies": self.remedies,
+            "remedy-proposals": self.proposals,
+            "remedy-verdicts": self.verdicts,
             "finish": self.finishes,
             "ack": self.acks,
         }
         kept[parts[-1]].append(body)
+        if parts == ["remedy-proposals"]:
+            return 200, {**self.proposal_answer}
         return 200, {"settled": self.settled} if parts == ["hello"] else {}
 
     def _once(self, key: str, act: Callable[[], Answer]) -> Answer:

@@ -1,0 +1,299 @@
+"""Remedies: proposed by a trainer that has found a fault, or asked for by a person.
+
+Every gate is checked in the transaction that writes. From then on a remedy lives as a graft does.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from django.db import transaction
+from django.db.models import Q, QuerySet
+from django.utils import timezone
+
+from apps.accounts.actors import SYSTEM, Actor, ActorKind
+from apps.accounts.models import User
+from apps.accounts.policy import Act, may
+from apps.adaptations.binding import shown_hash
+from apps.adaptations.dispatch import send_remedy
+from apps.adaptations.history import why_frozen
+from apps.adaptations.lifecycle import transition
+from apps.adaptations.models import Adaptation
+from apps.adaptations.proposals import GateClosedError, announce_proposal, record_closed_gates
+from apps.blueprints.models import KnownRemedy
+from apps.policies.services import current_policy
+from apps.rest.problems import Problem
+from apps.runs.models import Run
+from apps.runs.services import check_epoch, lock_run
+from apps.violations.services import record_findings
+from esper.constraints import RemedyInputs, check_asked_for, check_remedy
+from esper.contracts import (
+    ADAPTATION_ENDED,
+    AdaptationState,
+    Check,
+    Finding,
+    Risk,
+    RunMode,
+    Severity,
+    wire,
+)
+from esper.contracts.protocol import RemedyProposal
+
+S = AdaptationState
+_UNDER_WAY = (S.DISPATCHED, S.ACCEPTED, S.PROBATION, S.ROLLING_BACK, S.IN_DOUBT)
+# After these, the same remedy for the same kind of finding has a cooldown.
+_DECLINED = Q(state__in=(S.REJECTED, S.EXPIRED)) | Q(taken_back_by__isnull=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A remedy with its settings, and why it is wanted.
+
+    Attributes:
+        finding: None where a person asks for it.
+        asks: why a person must decide, beside what the gates ask for.
+        user: who asks for it; None for a trainer.
+    """
+
+    remedy: KnownRemedy
+    layer: str
+    config: dict[str, Any]
+    step: int
+    key: str
+    finding: Finding | None = None
+    asks: Sequence[str] = field(default=())
+    user: User | None = None
+    reason: str = ""
+
+    @property
+    def slug(self) -> str:
+        """Of the rule whose finding it answers."""
+        return self.finding.slug if self.finding is not None else ""
+
+
+def propose_remedy(*, run: Run, proposal: RemedyProposal, actor: Actor) -> Adaptation:
+    """Write a remedy that answers a finding, then approve it by rule or ask a person.
+
+    A repeated proposal, and one for a finding that is answered already, returns what is there.
+
+    Raises:
+        GateClosedError: a hard gate did not pass.
+        Problem: old epoch, or unknown remedy, setting or layer.
+    """
+    try:
+        with transaction.atomic():
+            return _propose(run, proposal, actor)
+    except GateClosedError as closed:
+        record_closed_gates(
+            run=run,
+            layer=proposal.layer,
+            step=proposal.step,
+            checks=closed.checks,
+            action="Nothing was changed.",
+        )
+        raise
+
+
+def _propose(run: Run, proposal: RemedyProposal, actor: Actor) -> Adaptation:
+    run = lock_run(run.pk)  # one proposal of a run at a time
+    check_epoch(run, proposal.epoch)
+    key = f"{run.uid}:remedy:{proposal.key}"
+    slug = proposal.finding.slug
+    own = Adaptation.objects.filter(run=run)
+    known = own.filter(idempotency_key=key).first()
+    known = known or own.filter(finding=slug).exclude(state__in=ADAPTATION_ENDED).first()
+    if known is not None and (known.state != S.AWAITING_APPROVAL or known.run_epoch == run.epoch):
+        return known
+    if known is not None:  # its approval would be for a trainer that is gone
+        reason = "the trainer was started again, and proposes anew"
+        transition(known, S.SUPERSEDED, actor=actor, reason=reason)
+    record_findings(run=run, findings=[proposal.finding])  # telemetry may bring it later
+    wanted = _Wanted(
+        remedy=_known_remedy(run, proposal.remedy, proposal.layer, proposal.config),
+        layer=proposal.layer,
+        config=proposal.config,
+        step=proposal.step,
+        key=key,
+        finding=proposal.finding,
+        asks=proposal.asks,
+    )
+    policy = current_policy().safety_policy()
+    adaptation = _write(run, wanted, check_remedy(_inputs(run, wanted), policy))
+    announce_proposal(adaptation, actor)
+    rule = Actor(ActorKind.RULE, f"policy v{adaptation.safety_policy.version}")
+    if adaptation.asks:
+        return transition(
+            adaptation, S.AWAITING_APPROVAL, actor=rule, reason=" ".join(adaptation.asks)
+        )
+    sentence = f"risk {adaptation.risk} <= {policy.auto_max_risk}, and it can be taken back"
+    transition(
+        adaptation,
+        S.APPROVED,
+        actor=rule,
+        reason=sentence,
+        decided_rule=f"{rule.name}: {sentence}",
+        decided_at=timezone.now(),
+    )
+    return send_remedy(adaptation, actor=rule)
+
+
+@transaction.atomic
+def ask_for_remedy(
+    *,
+    run: Run,
+    user: User,
+    via: str,
+    remedy: str,
+    layer: str,
+    config: dict[str, Any],
+    reason: str,
+) -> Adaptation:
+    """A person asks for a remedy. It is approved by that where they may approve for this run.
+
+    Raises:
+        GateClosedError: changes are switched off, or the run only observes.
+        Problem: not allowed, the run has ended, or unknown remedy, setting or layer.
+    """
+    run = lock_run(run.pk)
+    permission = may(user, Act.PROPOSE_REMEDY, owner_id=run.owner_id)
+    if not permission.allowed:
+        raise Problem(403, permission.code, permission.why)
+    if run.ended:
+        raise Problem(409, "run-ended", f"This run has ended: it is {run.state}.", state=run.state)
+    wanted = _Wanted(
+        remedy=_known_remedy(run, remedy, layer, config),
+        layer=layer,
+        config=config,
+        step=run.step,
+        key=f"{run.uid}:asked:{uuid.uuid4()}",
+        asks=(f"{user.get_username()} asks for it.",),
+        user=user,
+        reason=reason,
+    )
+    checks = check_asked_for(_inputs(run, wanted), current_policy().safety_policy())
+    adaptation = _write(run, wanted, checks)
+    actor = Actor.person(user, via=via)
+    announce_proposal(adaptation, actor)
+    if not may(user, Act.APPROVE, owner_id=run.owner_id).allowed:
+        return transition(adaptation, S.AWAITING_APPROVAL, actor=actor, reason=reason)
+    transition(
+        adaptation,
+        S.APPROVED,
+        actor=actor,
+        reason=reason,
+        decided_by=user,
+        decided_at=timezone.now(),
+        decision_reason=reason,
+    )
+    return send_remedy(adaptation, actor=actor)
+
+
+def withdraw_answered(run: Run, findings: Sequence[Finding]) -> None:
+    """A remedy that waits for a person is not needed any more where its finding is over."""
+    over = {finding.slug: finding for finding in findings if finding.resolved_step >= 0}
+    if not over:
+        return
+    waiting = Adaptation.objects.filter(
+        run=run, finding__in=[slug for slug in over if slug], state=S.AWAITING_APPROVAL
+    )
+    for adaptation in waiting:
+        step = over[adaptation.finding].resolved_step
+        transition(
+            adaptation,
+            S.SUPERSEDED,
+            actor=SYSTEM,
+            reason=f"{adaptation.finding.replace('_', ' ')} was over at step {step:,}",
+        )
+
+
+def _known_remedy(run: Run, slug: str, layer: str, config: Mapping[str, Any]) -> KnownRemedy:
+    remedy = KnownRemedy.objects.filter(slug=slug, present=True).first()
+    if remedy is None:
+        raise Problem(422, "unknown-remedy", f"There is no remedy called {slug!r}.")
+    if layer and run.layer_info(layer) is None:
+        raise Problem(422, "unknown-layer", f"Run {run.name} has no layer called {layer!r}.")
+    if layer and remedy.scope == "run":
+        raise Problem(422, "invalid", f"{slug} is for the whole run, not for one layer.")
+    if not layer and remedy.scope == "layer":
+        raise Problem(422, "invalid", f"{slug} needs the name of a layer.")
+    for name, value in config.items():
+        _check_setting(remedy, name, value)
+    return remedy
+
+
+def _check_setting(remedy: KnownRemedy, name: str, value: Any) -> None:
+    """Its range is checked by the trainer."""
+    if name not in remedy.settings:
+        known = ", ".join(sorted(remedy.settings)) or "none"
+        raise Problem(
+            422, "invalid", f"{remedy.slug} has no setting {name!r}; its settings are: {known}."
+        )
+    default = remedy.settings[name]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = number if isinstance(default, int | float) else isinstance(value, type(default))
+    if not fits or (isinstance(default, int) and not isinstance(value, int)):
+        raise Problem(422, "invalid", f"{name} of {remedy.slug} cannot be {value!r}.")
+
+
+def _inputs(run: Run, wanted: _Wanted) -> RemedyInputs:
+    own = Adaptation.objects.filter(run=run).exclude(remedy="")
+    same = own.filter(remedy=wanted.remedy.slug, finding=wanted.slug)
+    under_way = own.filter(state__in=_UNDER_WAY).order_by("id").first()
+    seen = run.last_seen_at
+    return RemedyInputs(
+        mode=RunMode(run.mode),
+        step=wanted.step,
+        remedy=wanted.remedy.slug,
+        frozen=why_frozen(run),
+        under_way=under_way.number if under_way else 0,
+        urgent=wanted.finding is not None and wanted.finding.severity is Severity.CRITICAL,
+        declined_step=_declined_step(same),
+        given=same.exclude(graft_step=None).exclude(decided_rule="").count(),
+        always_asks=wanted.remedy.asks,
+        adaptations_today=own.filter(grafted_at__gt=timezone.now() - timedelta(days=1)).count(),
+        risk=Risk(wanted.remedy.risk),
+        age_seconds=(timezone.now() - seen).total_seconds() if seen else math.nan,
+    )
+
+
+def _declined_step(same: QuerySet[Adaptation]) -> int:
+    """When a person, or nobody in time, said no to this remedy last; -1: never."""
+    declined = same.filter(_DECLINED).order_by("-id")
+    step = declined.values_list("ended_step", flat=True).first()
+    return -1 if step is None else step
+
+
+def _write(run: Run, wanted: _Wanted, checks: Sequence[Check]) -> Adaptation:
+    closed = [check for check in checks if check.blocks]
+    if closed:
+        raise GateClosedError(closed)
+    asks = [check.text for check in checks if check.asks]
+    asks += [line for line in wanted.asks if line not in asks]
+    config = {**wanted.remedy.settings, **wanted.config}
+    found = None if wanted.finding is None else wire.to_wire(wanted.finding)
+    adaptation = Adaptation(
+        run=run,
+        run_epoch=run.epoch,
+        idempotency_key=wanted.key,
+        layer=wanted.layer,
+        remedy=wanted.remedy.slug,
+        in_words=wanted.remedy.in_words(config),
+        config=config,
+        risk=wanted.remedy.risk,
+        finding=wanted.slug,
+        found=found,
+        proposed_by=wanted.user,
+        safety_policy=current_policy(),
+        proposed_step=wanted.step,
+        evidence={"loss": run.last_loss},
+        checks=[asdict(check) for check in checks],
+        asks=asks,
+    )
+    adaptation.evidence_hash = shown_hash(adaptation)
+    adaptation.save()
+    return adaptation

@@ -1,0 +1,70 @@
+"""Inbox and decision page show a remedy as what it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.apps.console.test_decision_page import act, offered, page
+from tests.apps.console.world import make_remedies_of_run
+
+GRAFTS_OWN = ("blueprint", "Confidence", "Certificate", "parameters", "Graft ", "Compiled", "FLOPs")
+
+
+@pytest.fixture
+def sick(world: Any) -> Any:
+    make_remedies_of_run(world)
+    return world
+
+
+def test_the_decision_page_of_a_remedy(sick: Any) -> None:
+    text = page(sick, "olga", "rewind")
+    for words in (
+        "Rewind to step 5,800 and halve the learning rate",
+        "answers loss spike",
+        "the loss is 31.4, 60 times its usual value",
+        "since step",
+        "began at",
+        "exactly, during probation",
+        "This run is supervised; a person decides.",
+        "Approve remedy",
+        "there is no track record",
+    ):
+        assert words in text, words
+    main = text[text.index("<main") : text.index("</main>")]
+    for words in GRAFTS_OWN:
+        assert words not in main, words
+    assert "could not be" not in main  # no panel has failed
+    assert offered(text) == {"approve", "reject", "claim", "extend"}
+
+
+def test_the_page_of_a_kept_remedy(sick: Any) -> None:
+    text = page(sick, "olga", "slower")
+    main = text[text.index("<main") : text.index("</main>")]
+    for words in ("Halve the learning rate", "Take back", "oscillating loss is over", "Applied"):
+        assert words in main, words
+    for words in GRAFTS_OWN:
+        assert words not in main, words
+    assert offered(text) == {"rollback"}
+
+
+@pytest.mark.parametrize("path", ["/inbox", "/", "/runs"])
+def test_lists_name_the_remedy(sick: Any, path: str) -> None:
+    text = sick.client("olga").get(path).content.decode()
+    assert "halve the learning rate" in text.lower()
+    assert "None" not in text
+
+
+def test_the_run_shows_its_remedies(sick: Any) -> None:
+    uid = sick.runs["digits-cnn"].uid
+    text = sick.client("olga").get(f"/runs/{uid}").content.decode()
+    assert "Rewind to step 5,800 and halve the learning rate" in text
+    assert "could not be" not in text
+
+
+def test_an_approval_sends_the_remedy(sick: Any) -> None:
+    waiting = sick.adaptations["rewind"]
+    answer = act(sick.client("olga"), waiting, "approve", "k1", evidence_hash=waiting.evidence_hash)
+    assert answer.status_code == 200, answer.content
+    assert answer.json()["state"] == "dispatched"
