@@ -37,6 +37,7 @@ from esper.contracts import (
     Selection,
     Signal,
 )
+from esper.contracts.spans import span, why_no_span
 from esper.health import Features, extract_features
 from esper.policy import Policy, posterior_confidence
 from esper.selection import BlueprintSelector, SelectableBlueprint
@@ -104,6 +105,12 @@ def consider(
     layer = snapshot.layer(proposal.layer_name)
     if layer is None:
         return Declined(snapshot.step, (f"The run has no layer {proposal.layer_name}.",), proposal)
+    if proposal.since:
+        since = snapshot.layer(proposal.since)
+        reason = why_no_span(since, layer) if since else f"there is no layer {proposal.since}"
+        if since is None or reason:
+            return Declined(snapshot.step, (f"{_place(proposal)}: {reason}.",), proposal)
+        layer = span(since, layer)
     selection = selector.select(
         layer,
         proposal.adaptation_type,
@@ -191,10 +198,16 @@ def evidence(features: Features, layer: str) -> dict[str, float]:
     return found
 
 
+def _place(proposal: AdaptationDecision) -> str:
+    """What is proposed where, in words."""
+    since = f"{proposal.since} … " if proposal.since else ""
+    return f"{proposal.adaptation_type} at {since}{proposal.layer_name}"
+
+
 def _declined(
     snapshot: RunSnapshot, proposal: AdaptationDecision, checks: tuple[Check, ...]
 ) -> Declined:
-    name = f"{proposal.adaptation_type} at {proposal.layer_name}"
+    name = _place(proposal)
     reasons = tuple(f"{name}: {check.text}" for check in checks if check.blocks)
     return Declined(snapshot.step, reasons, proposal, checks)
 
@@ -205,7 +218,7 @@ def _nothing_fits(
     checks: tuple[Check, ...],
     selection: Selection,
 ) -> Declined:
-    name = f"{proposal.adaptation_type} at {proposal.layer_name}"
+    name = _place(proposal)
     return Declined(
         snapshot.step, (f"{name}: no blueprint fits.",), proposal, checks, selection.why_not
     )

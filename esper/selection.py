@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esper.contracts import (
+    SMALLEST_BUDGETED,
     AdaptationType,
     BlueprintCategory,
     Candidate,
@@ -42,6 +43,7 @@ from esper.health import Features
 Doubles = NDArray[np.float64]
 
 MAX_TABLES = 4_096
+WIDE_ENOUGH = 32  # units of a hidden layer that is no bottleneck of a small model
 PRIOR_CASES = 4.0  # weight of the prior against closed cases
 PRIOR_KEPT = 0.6
 MEMORY_WEIGHT, LATENCY_WEIGHT, RENT_WEIGHT = 0.2, 0.2, 0.3
@@ -225,7 +227,8 @@ class BlueprintSelector:
         limits = cost_limits(extra_limits)
         history = snapshot.history.get(layer.name, LayerHistory())
         carried = (self._blueprints.get(slug) for slug in history.grafts)
-        budget = policy.max_added_parameters_ratio * snapshot.model_parameters
+        model_parameters = max(snapshot.model_parameters, SMALLEST_BUDGETED)
+        budget = policy.max_added_parameters_ratio * model_parameters
         return _Place(
             layer=layer,
             history=history,
@@ -234,7 +237,7 @@ class BlueprintSelector:
             max_memory_mib=min(policy.max_memory_mib, limits.get("max_memory_mib", math.inf)),
             max_latency_ms=min(policy.max_latency_ms, limits.get("max_latency_ms", math.inf)),
             max_parameters=budget - snapshot.added_parameters,
-            model_parameters=snapshot.model_parameters,
+            model_parameters=model_parameters,
         )
 
     def _scored(
@@ -438,8 +441,15 @@ def _learned_reward(experience: Experience) -> float:
 
 
 def _size_effect(parameters_N: Doubles, layer: LayerInfo) -> Doubles:
-    """0.3 … 1: more capacity helps, with diminishing returns relative to the host's size."""
-    effect: Doubles = 1.0 - 0.7 * np.exp(-4.0 * parameters_N / max(1, layer.parameters))
+    """0.3 … 1: more capacity helps, with diminishing returns relative to the host's size.
+
+    A span is there because its host is too small, so it is compared with a wide hidden layer.
+    """
+    size = layer.parameters
+    if layer.since:
+        width = max(min(layer.features_in, layer.features_out), WIDE_ENOUGH)
+        size = width * (layer.features_in + layer.features_out)
+    effect: Doubles = 1.0 - 0.7 * np.exp(-4.0 * parameters_N / max(1, size))
     return effect
 
 

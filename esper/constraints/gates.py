@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from esper.contracts import (
+    SMALLEST_BUDGETED,
     AdaptationDecision,
     Check,
     CostForecast,
@@ -219,7 +220,8 @@ def check_daily_budget(inputs: GateInputs, policy: SafetyPolicy) -> Check:
 
 def check_parameter_budget(inputs: GateInputs, policy: SafetyPolicy) -> Check:
     total = inputs.added_parameters + inputs.new_parameters
-    limit = int(policy.max_added_parameters_ratio * inputs.model_parameters)
+    size = max(inputs.model_parameters, SMALLEST_BUDGETED)
+    limit = int(policy.max_added_parameters_ratio * size)
     return Check(
         rule=ViolationRule.PARAMETER_BUDGET,
         passed=total <= limit,

@@ -2,6 +2,7 @@
 
 from esper.contracts.commands import Command, CommandAck
 from esper.contracts.decisions import (
+    SMALLEST_BUDGETED,
     AdaptationDecision,
     Candidate,
     Check,
@@ -88,6 +89,7 @@ __all__ = [
     "SIGNALS",
     "SIGNAL_INDEX",
     "SIGNAL_NOTES",
+    "SMALLEST_BUDGETED",
     "AdaptationDecision",
     "AdaptationKind",
     "AdaptationState",

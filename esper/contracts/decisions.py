@@ -20,6 +20,10 @@ from esper.exceptions import CodecError, ConfigurationError, UnknownAdaptationTy
 Slug: TypeAlias = Annotated[str, Meta(min_length=1, max_length=60)]  # of a blueprint
 
 
+# A smaller model counts as one of this size: a tiny one may need to become many times as large.
+SMALLEST_BUDGETED = 100_000
+
+
 @dataclass(frozen=True, slots=True)
 class Reason:
     """One signal's share in a decision: ``weight`` > 0 supports it, < 0 opposes it."""
@@ -41,6 +45,7 @@ class AdaptationDecision:
             counts as high.
         urgency: how fast the layer gets worse, 0..1.
         reasons: the signals for and against it.
+        since: an earlier layer whose input it reads, for a graft that spans layers.
 
     Raises:
         UnknownAdaptationTypeError: the type is not a member; there is no default.
@@ -51,6 +56,7 @@ class AdaptationDecision:
     confidence: float
     urgency: float = 0.0
     reasons: tuple[Reason, ...] = ()
+    since: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -154,7 +160,7 @@ class SafetyPolicy:
     cooldown_refused_seconds: int = 1800  # a fast run passes any number of steps in a second
     max_in_flight_per_run: int = 2
     max_adaptations_per_day: int = 20
-    max_added_parameters_ratio: float = 2.0  # of the model's parameters at attach
+    max_added_parameters_ratio: float = 2.0  # of the model's parameters at attach, or of 100,000
     max_memory_mib: float = 1024.0  # of one graft
     max_latency_ms: float = 10.0  # of one graft, forward
     evidence_max_age_seconds: float = 120.0

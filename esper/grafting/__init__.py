@@ -9,9 +9,9 @@ from typing import Any, Final
 from torch import nn
 
 from esper.blueprints import get_blueprint
-from esper.blueprints.spans import span, why_no_span
 from esper.console import Console
 from esper.contracts import LayerInfo
+from esper.contracts.spans import span, why_no_span
 from esper.exceptions import IncompatibleLayerError, UnknownLayerError
 from esper.grafting.apply import apply_graft
 from esper.grafting.certify import certify, sample_input, stand_in

@@ -1,8 +1,10 @@
 """Transparent rules, the cheapest adaptation first. The default policy.
 
     no finding that the run lacks capacity -> nothing, with the findings that are open
-    capacity   the diagnosis says so, and a layer is the bottleneck
-               -> add_efficiency, then add_ffn, then add_attention, then add_moe
+    capacity   the diagnosis says so
+               -> more units in the hidden layer before the layer that it names, where only an
+                  activation is between the two layers; otherwise at the layers that look like the
+                  bottleneck add_efficiency, then add_ffn, then add_attention, then add_moe
 
 Every other fault is answered by a remedy, which adds nothing to the model. A loss that is flat is
 no evidence for capacity: on healthy runs most flat stretches end by themselves.
@@ -31,17 +33,20 @@ from esper.contracts import (
     RunSnapshot,
     Signal,
 )
+from esper.contracts.spans import why_no_span
 from esper.health import Features
 from esper.health.features import MIN_LOSS_SAMPLES
 from esper.policy.base import Proposals
 
 CAPACITY = "capacity"  # slug of the finding that grafts answer
+WIDER = "widen_hidden"  # slug of the blueprint that it answers first
 PRIORS: dict[AdaptationType, float] = {
     AdaptationType.ADD_EFFICIENCY: 0.88,
     AdaptationType.ADD_FFN: 0.74,
     AdaptationType.ADD_ATTENTION: 0.70,
     AdaptationType.ADD_MOE: 0.66,
 }
+SPAN_PRIOR = 0.9  # the finding names the place, and the graft is exact at first
 LADDER = (AdaptationType.ADD_FFN, AdaptationType.ADD_ATTENTION, AdaptationType.ADD_MOE)
 # Share of the prior that does not depend on how strong the signals are.
 FIRM_SHARE = 0.8
@@ -96,6 +101,9 @@ def capacity(snapshot: RunSnapshot, features: Features, finding: Finding) -> Pro
     Args:
         finding: the diagnosis that says so; its layer comes first.
     """
+    wider = _wider(snapshot, features, finding)
+    if wider is not None:
+        return Proposals((wider,))
     found = bottlenecks(snapshot, features)
     named = np.array([layer.name == finding.layer for layer in features.layers], dtype=bool)
     named &= found.score >= 0
@@ -116,6 +124,33 @@ def capacity(snapshot: RunSnapshot, features: Features, finding: Finding) -> Pro
             reasons=("Every bottleneck has all blueprints that these rules know already.",)
         )
     return Proposals(decisions)
+
+
+def _wider(
+    snapshot: RunSnapshot, features: Features, finding: Finding
+) -> AdaptationDecision | None:
+    """More units between the layer that the finding names and the one that feeds it alone."""
+    layer = snapshot.layer(finding.layer)
+    if layer is None or not layer.activation:
+        return None
+    history = snapshot.history.get(layer.name, LayerHistory())
+    since = next((one for one in features.layers if one.feeds == (layer.name,)), None)
+    if since is None or WIDER in history.grafts or history.last_rolled_back:
+        return None
+    if why_no_span(since, layer):
+        return None
+    units = f"{since.features_out} units between {since.name} and {layer.name}"
+    return AdaptationDecision(
+        layer_name=layer.name,
+        adaptation_type=AdaptationType.ADD_FFN,
+        confidence=SPAN_PRIOR,
+        urgency=round(_urgency(features, layer.name), 4),
+        reasons=(
+            Reason(CAPACITY, features.loss.plateau_score, 0.5, finding.observed),
+            Reason("narrow", float(since.features_out), 0.5, units),
+        ),
+        since=since.name,
+    )
 
 
 def _not_yet(snapshot: RunSnapshot, features: Features) -> str:

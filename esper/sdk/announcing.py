@@ -193,7 +193,10 @@ def how_to_answer(decision: Decision, *, alone: bool = True) -> str:
     """
     layer = decision.adaptation.layer_name
     if not alone:
-        config = "".join(f", {name}={value!r}" for name, value in decision.config.items())
+        settings = dict(decision.config)
+        if decision.adaptation.since:
+            settings["since"] = decision.adaptation.since
+        config = "".join(f", {name}={value!r}" for name, value in settings.items())
         return f"On each rank: session.graft({layer!r}, {decision.blueprint!r}{config})"
     return f"Answer: session.approve({layer!r}) or session.reject({layer!r})"
 
@@ -212,10 +215,9 @@ def describe(decision: Decision) -> str:
     """What it would graft where, with cost and confidence."""
     confidence = decision.adaptation.confidence
     sure = f", confidence {confidence:.2f}" if math.isfinite(confidence) else ""
-    return (
-        f"{decision.blueprint} at {decision.adaptation.layer_name!r} "
-        f"(+{decision.forecast.parameters:,} parameters{sure})"
-    )
+    since, layer = decision.adaptation.since, decision.adaptation.layer_name
+    where = f"parallel to {since!r} … {layer!r}" if since else f"at {layer!r}"
+    return f"{decision.blueprint} {where} (+{decision.forecast.parameters:,} parameters{sure})"
 
 
 def _out_of(gone: Sequence[Adaptation]) -> str:

@@ -340,7 +340,7 @@ class LocalLoop:
         self.memory.grafted_at.append(time.time())
         seed = zlib.crc32(f"{self._run.name}:{step}:{name}:{decision.blueprint}".encode())
         return Operation(
-            layer=next(layer for layer in self._layers if layer.name == name),
+            layer=self._surgery.layer(name, decision.adaptation.since, decision.blueprint),
             blueprint=blueprints.get_blueprint(decision.blueprint),
             config=decision.config,
             seed=seed,

@@ -107,7 +107,7 @@ def test_a_size_that_fits_is_chosen_in_place_of_one_that_is_too_large(
     [
         ({"memory_mib": 5.0}, {"max_memory_mb": 1.0}, "MiB"),
         ({"latency_ms": 5.0}, {"max_latency_ms": 1.0}, "ms"),
-        ({"parameters": 10_000}, {}, "parameters"),
+        ({"parameters": 1_000_000}, {}, "parameters"),
         ({"memory_mib": math.nan}, {}, "unknown"),
     ],
 )

@@ -16,9 +16,7 @@ from esper.exceptions import ConfigurationError
 
 MAX_HIDDEN = 65_536
 DEFAULT_ACTIVATION = "gelu"
-# A hidden layer that is wider than both of its neighbours is no bottleneck. Small nets are often
-# wider than their inputs and outputs all the same.
-WIDE_ENOUGH = 32
+WIDE_ENOUGH = 32  # small models are often wider than their inputs and outputs
 
 
 class WideBranch(Graft):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from esper.blueprints import layout
-from esper.contracts import LayerInfo
+from esper.contracts.health import LayerInfo
 
 
 def why_no_span(since: LayerInfo, layer: LayerInfo) -> str:
@@ -19,8 +18,6 @@ def why_no_span(since: LayerInfo, layer: LayerInfo) -> str:
             return f"{end.name!r} takes no graft: {end.reason or 'unknown'}"
         if not end.in_shape:
             return f"{end.name!r} did not run in the traced forward pass"
-        if not layout.is_understood(end):
-            return f"the meaning of the axes of {end.name!r}, a {end.kind}, is unknown"
         if end.calls > 1:
             return f"{end.name!r} runs {end.calls} times in a forward pass, so its calls differ"
     return _why_not_in_order(since, layer) or _why_not_compatible(since, layer)
@@ -81,11 +78,17 @@ def span(since: LayerInfo, layer: LayerInfo) -> LayerInfo:
     )
 
 
+def _positions(shape: tuple[int, ...], channel_axis: int) -> tuple[int, ...]:
+    """The shape without its channel axis."""
+    axis = channel_axis % len(shape)
+    return shape[:axis] + shape[axis + 1 :]
+
+
 def _stride(since: LayerInfo, layer: LayerInfo) -> tuple[int, ...] | None:
     """How many positions of the input there are for each of the output; None: not so regular."""
     axis = layer.channel_axis
-    given = layout.positions(since.in_shape, axis)
-    wanted = layout.positions(layer.out_shape, axis)
+    given = _positions(since.in_shape, axis)
+    wanted = _positions(layer.out_shape, axis)
     if axis == -1:
         return () if given == wanted else None
     if given[:1] != wanted[:1]:
