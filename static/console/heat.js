@@ -7,7 +7,7 @@ const CIVIDIS = [
 // Below, like, above the layer's own past; the middle is the true middle.
 const CHANGE = ["#08519c", "#3182bd", "#6baed6", "#a9b6c0", "#b4b4b4", "#bdb3a6", "#e6ab5e", "#e08214", "#b35806", "#7f3b08"];
 const SHARES = ["health", "dead_fraction", "saturation", "stable_rank", "graft_grad_share"];
-const MOST_BLOCKS = 60;
+const MOST_BLOCKS = 300;
 const LONG_PAST = 0.06; // weight of the newest value in a layer's running mean and variance
 const EARLY = 5; // values before a deviation is known
 

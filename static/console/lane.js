@@ -2,7 +2,7 @@
 // cluster, with their number and the colour of the worst of them.
 import { visible } from "./messages.js";
 
-const NEAR = 26; // pixels; a target is at least 24 wide
+const NEAR = 44; // pixels; a cluster with its number is about 40 wide
 const TONES = ["off", "standby", "good", "normal", "caution", "serious", "critical"];
 const ROWS = { adaptation: 0, remedy: 0, finding: 1 };
 

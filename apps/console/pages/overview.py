@@ -77,6 +77,15 @@ class Attention:
     runs: list[Run]
 
     @property
+    def critical(self) -> list[Violation]:
+        """They come before everything else."""
+        return [row for row in self.violations if row.severity == Severity.CRITICAL]
+
+    @property
+    def serious(self) -> list[Violation]:
+        return [row for row in self.violations if row.severity != Severity.CRITICAL]
+
+    @property
     def calm(self) -> bool:
         return not (self.adaptations or self.violations or self.runs)
 

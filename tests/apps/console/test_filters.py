@@ -129,4 +129,5 @@ def test_critical_findings_come_first_and_those_that_are_over_last(world: Any) -
     assert rows(client.get("/violations?run=mixed&state=resolved").content.decode()) == [over.uid]
     strip = client.get("/?panel=attention").content.decode()
     assert over.uid not in strip
-    assert strip.index("Critical") < strip.index("Serious")
+    assert strip.index("Critical") < strip.index("Waiting for a person") < strip.index("Serious")
+    assert re.search(r"V-\d+ critical<", text)  # its own words are the title
