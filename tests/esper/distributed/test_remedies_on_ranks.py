@@ -28,6 +28,7 @@ REMEDIES: dict[str, Callable[[Replica], RemedyReceipt]] = {
     "freeze": lambda side: side.session.freeze("inner"),
     "unfreeze": lambda side: side.session.unfreeze("outer"),
     "merge": lambda side: side.session.merge(kept(side)),
+    "stop_early": lambda side: side.session.remedy("stop_early", restore_best=False),
 }
 
 
@@ -63,7 +64,7 @@ def _remedy_and_undo(rank: int, remedy: str) -> list[str]:
         return [with_it, side.parameters()]
 
 
-@pytest.mark.parametrize("remedy", ["set_lr", "freeze", "unfreeze", "merge"])
+@pytest.mark.parametrize("remedy", REMEDIES)
 def test_a_remedy_is_given_and_undone_on_all_ranks(two_ranks: RankPool, remedy: str) -> None:
     lead, other = two_ranks.run(_remedy_and_undo, remedy)
     assert lead == other
@@ -258,3 +259,31 @@ def _prune(rank: int) -> str:
 def test_a_graft_is_pruned_on_all_ranks(two_ranks: RankPool) -> None:
     lead, other = two_ranks.run(_prune)
     assert lead == other
+
+
+def _poisoned(rank: int) -> list[Any]:
+    with replica(rank, mode="automatic") as side:
+        side.run(30)
+        with torch.no_grad():
+            next(side.bare.parameters()).fill_(float("nan"))
+        side.run(3)
+        proposed = [str(entry) for entry in side.session.proposed_remedies]
+        assert side.session.remedies == ()
+        if rank == 0:
+            with pytest.raises(ConfigurationError, match=r"call session.remedy on each"):
+                side.session.approve(side.session.proposed_remedies[0])
+            assert proposed[0] in str(side.session.why())
+        receipt = side.session.remedy("rewind")
+        side.run(3)
+        finite = all(bool(p.isfinite().all()) for p in side.bare.parameters())
+        return [proposed, receipt.details["to_step"], finite, side.parameters()]
+
+
+def test_rank_0_proposes_in_words_and_all_ranks_apply_it_at_the_same_step(
+    two_ranks: RankPool,
+) -> None:
+    lead, other = two_ranks.run(_poisoned)
+    assert "on several ranks, call session.remedy with these settings on each" in lead[0][0]
+    assert other[0] == []
+    assert lead[1:] == other[1:]
+    assert lead[2]
