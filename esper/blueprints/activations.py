@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 
 
@@ -24,3 +25,34 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
     "leaky_relu": F.leaky_relu,
 }
+
+
+# Class of the node in the graph of the gradient -> name, and the settings that the node must have.
+_NODES: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    "ReluBackward0": ("relu", {}),
+    "SiluBackward0": ("silu", {}),
+    "TanhBackward0": ("tanh", {}),
+    "SigmoidBackward0": ("sigmoid", {}),
+    "EluBackward0": ("elu", {"_saved_alpha": 1.0, "_saved_scale": 1.0}),
+    "LeakyReluBackward0": ("leaky_relu", {"_saved_negative_slope": 0.01}),
+}
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def activation_between(before: Node, after: Node) -> str:
+    """The name of the activation function that is all there is between two tensors.
+
+    Args:
+        before, after: their nodes in the graph of the gradient.
+
+    Returns:
+        Empty where it is another function, or more than one.
+    """
+    (source, _), *_ = after.next_functions or ((None, 0),)
+    if source is not before:
+        return ""
+    if after.name() == "GeluBackward0":
+        return _GELU.get(getattr(after, "_saved_approximate", ""), "")
+    name, settings = _NODES.get(after.name(), ("", {}))
+    same = all(getattr(after, key, None) == value for key, value in settings.items())
+    return name if same else ""

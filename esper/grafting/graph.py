@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from esper.blueprints.activations import ACTIVATIONS
+from esper.blueprints.activations import ACTIVATIONS, activation_between
 from esper.blueprints.layout import axes_of, channel_axis_of
 from esper.contracts import MAX_NAME_LENGTH, LayerInfo
 from esper.fail_closed import FailClosed
@@ -52,7 +53,8 @@ class _Sighting:
     order: int = 0
     calls: int = 0  # in the first pass that called it
     recomputed: int = 0  # region of activation checkpointing
-    activation: dict[str, Tensor] = field(default_factory=dict)  # name -> 0-d bool, its input fits
+    activation: str = ""  # between the layer before and this one
+    compared: dict[str, Tensor] = field(default_factory=dict)  # name -> 0-d bool, its input fits
     feeds: dict[str, None] = field(default_factory=dict)  # a set that keeps its order
 
 
@@ -149,6 +151,7 @@ class LayerRecorder:
         self._sightings: dict[str, _Sighting] = {}
         self._calls: Counter[str] = Counter()
         self._last_output: Tensor | None = None  # a few rows, until the next layer has run
+        self._last_node: Node | None = None  # the same output in the graph of the gradient
         self._regions: list[object] = []
         self._previous = ""
         self._in_pass = False
@@ -242,7 +245,7 @@ class LayerRecorder:
             sighting.calls = sighting.calls or calls
         self._calls.clear()
         self._previous = ""
-        self._last_output = None
+        self._last_output = self._last_node = None
         self._regions.clear()
 
     def _see_as(self, name: str) -> Callable[..., None]:
@@ -254,24 +257,40 @@ class LayerRecorder:
                 seen = _look(args, kwargs, output)
                 seen.order = len(self._sightings) if known is None else known.order
                 seen.recomputed = self._region()
-                seen.activation = self._activation(args, kwargs)
+                self._look_for_activation(seen, first_tensor((*args, *kwargs.values())))
                 self._unreadable |= seen.is_open
                 self._sightings[name] = seen
             if self._previous and self._previous != name:
                 self._sightings[self._previous].feeds[name] = None
             self._calls[name] += 1
             self._previous = name
-            self._last_output = first_rows(first_tensor(output))
+            result = first_tensor(output)
+            self._last_node = None if result is None else result.grad_fn
+            self._last_output = None if torch.is_grad_enabled() else first_rows(result)
 
         return see
 
-    def _activation(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
-        """By each activation: its function of the last layer's output is the input of this one."""
-        before, now = self._last_output, first_rows(first_tensor((*args, *kwargs.values())))
-        if before is None or now is None or before.shape != now.shape or before.dtype != now.dtype:
-            return {}
-        with torch.no_grad():
-            return {name: (a(before) == now).all() for name, a in ACTIVATIONS.items()}
+    def _look_for_activation(self, seen: _Sighting, now: Tensor | None) -> None:
+        """Which function of the last layer's output is the input of this one.
+
+        The graph of the gradient tells it without a look at the numbers, which would wait for a
+        GPU; a pass without gradients has none, so there the numbers are compared. What lies behind
+        frozen layers in a pass that trains stays unknown.
+        """
+        if now is None:
+            return
+        if now.grad_fn is not None:
+            if self._last_node is not None:
+                seen.activation = activation_between(self._last_node, now.grad_fn)
+            return
+        before, rows = self._last_output, first_rows(now)
+        if torch.is_grad_enabled() or before is None or rows is None:
+            return
+        if before.shape == rows.shape and before.dtype == rows.dtype:
+            with torch.no_grad():
+                seen.compared = {
+                    name: (function(before) == rows).all() for name, function in ACTIVATIONS.items()
+                }
 
     def _region(self) -> int:
         region = checkpointed_region()
@@ -407,7 +426,8 @@ def _layer_info(
         order=sighting.order,
         calls=max(1, sighting.calls),
         trainable=any(p.requires_grad for p in parameters),
-        activation=next((name for name, fits in sighting.activation.items() if bool(fits)), ""),
+        activation=sighting.activation
+        or next((name for name, fits in sighting.compared.items() if bool(fits)), ""),
         recomputed=sighting.recomputed,
         feeds=tuple(sighting.feeds),
         **_geometry(module),
