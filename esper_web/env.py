@@ -23,12 +23,26 @@ FALSE = frozenset({"0", "false", "no", "off"})
 
 
 def text(name: str, default: str | None = None) -> str:
-    """The value, or ``default``; without a default the variable is required."""
+    """The value, else what the file ``NAME_FILE`` holds, else ``default``; else it is required."""
     READ.add(name)
-    value = os.environ.get(name, default)
+    value = os.environ.get(name)
+    if value is None:
+        value = _from_file(f"{name}_FILE")
+    if value is None:
+        value = default
     if value is None or (default is None and not value.strip()):
         raise ImproperlyConfigured(f"{name} is not set. Esper cannot start without it.")
     return value.strip()
+
+
+def _from_file(name: str) -> str | None:
+    path = os.environ.get(name)
+    if not path:
+        return None
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImproperlyConfigured(f"{name} names {path}, which cannot be read.") from error
 
 
 def secret(name: str, *, minimum_length: int = 50) -> str:

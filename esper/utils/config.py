@@ -6,13 +6,21 @@ import math
 import os
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from esper.exceptions import ConfigurationError
 
 
 def _variable(name: str) -> str | None:
-    return os.environ.get(name) or None
+    """The variable, else what the file ``NAME_FILE`` holds, as the server reads its settings."""
+    path = os.environ.get(f"{name}_FILE")
+    if os.environ.get(name) or not path:
+        return os.environ.get(name) or None
+    try:
+        return Path(path).read_text().strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{name}_FILE names {path}, which cannot be read") from error
 
 
 @dataclass(frozen=True, slots=True)

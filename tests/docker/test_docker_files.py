@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -94,7 +95,8 @@ def test_every_variable_for_the_server_is_a_setting() -> None:
     documented = set(
         re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs/settings.md").read_text(), re.M)
     )
-    assert set(COMPOSE["x-server"]["environment"]) <= documented
+    read = {name.removesuffix("_FILE") for name in COMPOSE["x-server"]["environment"]}
+    assert read <= documented
 
 
 def test_only_the_compile_worker_holds_the_kernel_key() -> None:
@@ -103,9 +105,63 @@ def test_only_the_compile_worker_holds_the_kernel_key() -> None:
 
 
 def test_redis_and_postgres_have_passwords_and_no_open_ports() -> None:
-    assert "requirepass" in str(SERVICES["redis"]["command"])
-    assert "POSTGRES_PASSWORD" in SERVICES["postgres"]["environment"]
+    assert "--aclfile" in SERVICES["redis"]["command"]
+    assert "POSTGRES_PASSWORD_FILE" in SERVICES["postgres"]["environment"]
     assert [name for name, service in SERVICES.items() if "ports" in service] == ["nginx"]
+
+
+def test_every_service_is_confined() -> None:
+    for name, service in SERVICES.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert "no-new-privileges:true" in service["security_opt"], name
+        assert service["pids_limit"], name
+        assert service["mem_limit"], name
+        assert not service.get("privileged"), name
+        # Those that root needs to start a service for another user; ours start as their user.
+        allowed = set() if "build" in service else {"CHOWN", "SETGID", "SETUID"}
+        allowed |= {
+            "postgres": {"DAC_OVERRIDE", "FOWNER"},
+            "nginx": {"NET_BIND_SERVICE", "DAC_READ_SEARCH"},
+        }.get(name, set())
+        assert set(service.get("cap_add", [])) <= allowed, name
+
+
+def test_services_that_stay_have_a_health_check() -> None:
+    for name, service in SERVICES.items():
+        if service["restart"] != "no" and name not in {"web", "tamiyo"}:
+            assert service["healthcheck"]["test"], name
+    image = (DOCKER / "Dockerfile.web").read_text()
+    assert "readyz?only=web" in image  # the workers wait for it, so it must not wait for them
+    host = re.search(r"http://([\d.]+):8080/readyz", image)
+    assert host is not None
+    assert host[1] in COMPOSE["x-server"]["environment"]["ALLOWED_HOSTS"].split(",")
+
+
+def test_secrets_are_files_and_each_service_has_its_own_only() -> None:
+    written = runpy.run_path(str(DOCKER / "make-secrets"))["contents"]()
+    assert set(COMPOSE["secrets"]) == set(written)
+    values = [value for value in written.values() if value]
+    assert len(set(values)) == len(values)
+    for name, service in SERVICES.items():
+        for variable, value in service.get("environment", {}).items():
+            secret = re.search(r"SECRET|PASSWORD|TOKEN|KEY|DATABASE_URL|REDIS_URL", variable)
+            if secret:
+                assert variable.endswith("_FILE"), (name, variable)
+                assert Path(value).name in service["secrets"], (name, variable)
+    assert SERVICES["tamiyo"]["secrets"] == ["redis_tamiyo_url", "tamiyo_token"]
+    secrets = {name: service.get("secrets", []) for name, service in SERVICES.items()}
+    owners = [name for name, held in secrets.items() if "database_owner_url" in held]
+    assert owners == ["migrate"]
+
+
+def test_secrets_are_written_once_and_for_their_owner(tmp_path: Path) -> None:
+    main = runpy.run_path(str(DOCKER / "make-secrets"))["main"]
+    assert main(tmp_path / "secrets") == 0
+    assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
+    first = (tmp_path / "secrets" / "command_key").read_text()
+    assert main(tmp_path / "secrets") == 1
+    assert (tmp_path / "secrets" / "command_key").read_text() == first
 
 
 def test_what_a_dockerfile_copies_exists() -> None:
@@ -140,9 +196,7 @@ def test_the_commands_of_the_web_image_need_no_torch() -> None:
 
 def test_images_hold_no_secrets() -> None:
     ignored = (ROOT / ".dockerignore").read_text().split()
-    assert {"docker/.env", "docker/kernel.key", "docker/certificates", "var", ".git"} <= set(
-        ignored
-    )
+    assert {"docker/.env", "docker/secrets", "docker/certificates", "var", ".git"} <= set(ignored)
     for name in ("Dockerfile.web", "Dockerfile.worker"):
         text = (DOCKER / name).read_text()
         assert not re.search(r"^(ENV|ARG) .*(SECRET|PASSWORD|TOKEN|_KEY)\b", text, re.MULTILINE)

@@ -46,6 +46,8 @@ def _python(words: list[str]) -> None:
         _manage(words[1], words[2:])
     elif words[0].startswith("examples/"):
         _takes_options([words[0]], words[1:])
+    elif words[0].startswith("docker/"):
+        assert (ROOT / words[0]).is_file()
     elif words[0] == "-c":
         compile(words[1], "page", "exec")
     else:

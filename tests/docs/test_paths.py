@@ -17,7 +17,9 @@ NAMED = re.compile(rf"`((?:{TOP})/[\w./-]+)`")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 MODULE = re.compile(r"python -m ((?:scripts|tests|benchmarks|esper|launcher)[\w.]*)")
 # Made by the reader, or by a running Esper.
-MADE = frozenset({"docker/.env", "docker/kernel.key", "docker/certificates/"})
+MADE = frozenset(
+    {"docker/.env", "docker/secrets/", "docker/secrets/tamiyo_token", "docker/certificates/"}
+)
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)

@@ -12,6 +12,8 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 
 from esper.contracts import signing
+from esper.exceptions import ConfigurationError
+from esper.utils.config import _variable
 from esper_web import env
 from hosts.paths import ROOT
 
@@ -108,6 +110,24 @@ def test_an_empty_directory_is_the_default_and_not_the_current_one(
 ) -> None:
     monkeypatch.setenv("ESPER_TEST_DIR", "")
     assert env.directory("ESPER_TEST_DIR", tmp_path) == tmp_path
+
+
+def test_a_setting_is_read_from_a_file_where_the_environment_does_not_have_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "secret"
+    file.write_text("from the file\n")
+    monkeypatch.setenv("ESPER_TEST_FILE", str(file))
+    assert env.text("ESPER_TEST") == "from the file"
+    assert _variable("ESPER_TEST") == "from the file"  # Tamiyo's way
+    monkeypatch.setenv("ESPER_TEST", "from the environment")
+    assert env.text("ESPER_TEST") == _variable("ESPER_TEST") == "from the environment"
+    monkeypatch.delenv("ESPER_TEST")
+    file.unlink()
+    with pytest.raises(ImproperlyConfigured, match="cannot be read"):
+        env.text("ESPER_TEST", "a default")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        _variable("ESPER_TEST")
 
 
 def test_a_password_in_redis_is_not_asked_for_on_loopback() -> None:

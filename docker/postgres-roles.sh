@@ -1,0 +1,17 @@
+#!/bin/sh
+# Runs once, when the database is created: esper_owner owns the tables, esper uses them. The owner of a
+# table can drop its triggers; the application therefore owns none, and only adds to the audit log.
+set -eu
+owner_password="$(cat "${DATABASE_OWNER_PASSWORD_FILE:-/run/secrets/database_owner_password}")"
+password="$(cat "${DATABASE_PASSWORD_FILE:-/run/secrets/database_password}")"
+psql --set ON_ERROR_STOP=1 --username "${POSTGRES_USER:-postgres}" --dbname postgres \
+  --set owner_password="$owner_password" --set password="$password" <<'SQL'
+CREATE ROLE esper_owner LOGIN PASSWORD :'owner_password';
+CREATE ROLE esper LOGIN PASSWORD :'password';
+CREATE DATABASE esper OWNER esper_owner;
+REVOKE ALL ON DATABASE esper FROM PUBLIC;
+GRANT CONNECT ON DATABASE esper TO esper;
+\connect esper
+ALTER SCHEMA public OWNER TO esper_owner;
+REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+SQL
