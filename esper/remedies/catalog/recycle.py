@@ -28,6 +28,7 @@ from esper.remedies.dead_units import (
 )
 from esper.remedies.update_hooks import Optimizer, after_update
 
+TURNS = 5  # a newborn unit that does not fire for the batch is drawn again
 CHECK_EVERY = 10  # passes; each check is one read from the device
 
 
@@ -76,7 +77,12 @@ class Recycle(Remedy):
         before = answer(model, sample)
         silence(reader, dead, around)
         without = answer(model, sample)
-        renew(host, dead, around, seed=seed)
+        newborn = dead
+        for turn in range(TURNS):
+            renew(host, newborn, around, seed=seed + turn)
+            newborn = [u for u in silent_units(model, next_layer, width, sample) if u in dead]
+            if not newborn:
+                break
         if not torch.equal(answer(model, sample), without):
             raise GraftError(f"another layer than {next_layer!r} reads its units", layer=layer)
         lost = float((without - before).abs().max())
