@@ -123,9 +123,9 @@ def approve_adaptation(
         if drift is not None and drift > 1.0:
             _check_reason(reason, "approves in spite of drifted evidence")
         actor = Actor.person(user, via=via)
-        layer = adaptation.run.layer_info(adaptation.layer)
-        if layer is None and adaptation.layer:
-            raise Problem(409, "evidence-stale", f"The run has no layer {adaptation.layer} now.")
+        place = adaptation.run.place_of(adaptation.layer, adaptation.since)
+        if isinstance(place, str) and adaptation.layer:
+            raise Problem(409, "evidence-stale", place)
         transition(
             adaptation,
             S.APPROVED,
@@ -136,9 +136,9 @@ def approve_adaptation(
             decided_at=timezone.now(),
             decision_reason=reason,
         )
-        if layer is None or adaptation.remedy:
+        if isinstance(place, str) or adaptation.remedy:
             return send_remedy(adaptation, actor=actor)
-        return queue_compilation(adaptation, layer=layer, actor=actor)
+        return queue_compilation(adaptation, layer=place, actor=actor)
 
 
 @transaction.atomic

@@ -24,6 +24,7 @@ def shown(adaptation: Adaptation) -> dict[str, Any]:
         "run": adaptation.run.uid,
         "epoch": adaptation.run_epoch,
         "layer": adaptation.layer,
+        "since": adaptation.since,
         "adaptation_type": str(adaptation.adaptation_type),
         "kind": str(adaptation.kind),
         "slug": adaptation.slug,

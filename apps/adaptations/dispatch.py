@@ -71,6 +71,7 @@ def _write_command(adaptation: Adaptation, actor: Actor) -> None:
         kind=CommandKind.GRAFT,
         adaptation_uid=adaptation.uid,
         layer=adaptation.layer,
+        payload={"since": adaptation.since} if adaptation.since else {},
         kernel_digest=adaptation.kernel.digest if adaptation.kernel else "",
         ttl_seconds=policy.dispatch_timeout_seconds,
     )

@@ -39,6 +39,8 @@ class Adaptation(models.Model):
     idempotency_key = models.CharField(max_length=400, unique=True)
     # what is proposed: a graft of a blueprint, or a remedy
     layer = models.CharField(max_length=MAX_NAME_LENGTH, blank=True)  # empty: the whole run
+    # of a graft that spans layers: the earlier layer, whose input it reads
+    since = models.CharField(max_length=MAX_NAME_LENGTH, blank=True)
     adaptation_type = models.CharField(
         max_length=20, choices=[(t, t) for t in AdaptationType], blank=True
     )
@@ -170,8 +172,16 @@ class Adaptation(models.Model):
     def title(self) -> str:
         """What it does, for people."""
         if not self.remedy:
-            return f"{self.slug} → {self.layer}"
+            return f"{self.slug} → {self.place}"
         return f"{self.in_words} at {self.layer}" if self.layer else self.in_words
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people; of a graft that spans layers with its size."""
+        if not self.since:
+            return self.layer
+        units = f", {self.config['hidden']} units" if "hidden" in self.config else ""
+        return f"parallel to {self.since} … {self.layer}{units}"
 
     @property
     def number(self) -> int:

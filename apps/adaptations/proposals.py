@@ -89,7 +89,7 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
     if known is not None:
         return known
     check_epoch(run, proposal.epoch)
-    layer = _layer(run, proposal.layer)
+    layer = _layer(run, proposal.layer, proposal.since)
     blueprint = _blueprint(proposal.blueprint)
     policy = current_policy()
     checks = (
@@ -108,13 +108,16 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
     return _send_on(adaptation, layer)
 
 
-def _layer(run: Run, name: str) -> LayerInfo:
+def _layer(run: Run, name: str, since: str) -> LayerInfo:
     layer = run.layer_info(name)
     if layer is None:
         raise Problem(422, "unknown-layer", f"Run {run.name} has no layer called {name!r}.")
     if not layer.graftable:
         raise Problem(422, "incompatible-layer", f"{name} cannot be grafted: {layer.reason}")
-    return layer
+    place = run.place_of(name, since)
+    if isinstance(place, str):
+        raise Problem(422, "incompatible-layer", place)
+    return place
 
 
 def _blueprint(slug: str) -> Blueprint:
@@ -219,6 +222,7 @@ def _write(
         run_epoch=run.epoch,
         idempotency_key=idempotency_key,
         layer=proposal.layer,
+        since=proposal.since,
         adaptation_type=proposal.adaptation_type,
         blueprint=blueprint,
         config=proposal.config,

@@ -47,6 +47,7 @@ class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
             "kind",
             "title",
             "layer",
+            "since",
             "adaptation_type",
             "blueprint",
             "remedy",

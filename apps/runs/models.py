@@ -17,6 +17,7 @@ from esper.contracts import (
     RunMode,
     RunState,
 )
+from esper.contracts.spans import span, why_no_span
 
 
 class Run(models.Model):
@@ -94,6 +95,16 @@ class Run(models.Model):
     def layer_info(self, name: str) -> LayerInfo | None:
         found = next((layer for layer in self.layers if layer["name"] == name), None)
         return LayerInfo.from_wire(found) if found else None
+
+    def place_of(self, layer: str, since: str) -> LayerInfo | str:
+        """Where a graft goes that spans layers if ``since`` is not empty; why not, a sentence."""
+        first, last = self.layer_info(since or layer), self.layer_info(layer)
+        if first is None or last is None:
+            return f"Run {self.name} has no layer called {layer if last is None else since!r}."
+        if not since:
+            return last
+        reason = why_no_span(first, last)
+        return f"No graft can span {since} … {layer}: {reason}." if reason else span(first, last)
 
 
 class Command(models.Model):

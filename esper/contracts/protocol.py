@@ -637,6 +637,7 @@ class Proposal(Message, frozen=True, kw_only=True):
         asks: why a person must agree; empty: nobody needs to.
         evidence: the numbers that the decision rests on.
         policy: which policy has decided.
+        since: an earlier layer, whose input the graft reads; empty: it sits beside one layer.
         snapshot: base64 of the deflated :class:`Snapshot` that was decided on; null: not sent.
         snapshot_note: why no snapshot was sent.
     """
@@ -657,6 +658,7 @@ class Proposal(Message, frozen=True, kw_only=True):
     asks: Annotated[tuple[Sentence, ...], Meta(max_length=MAX_LINES)]
     evidence: Numbers
     policy: Annotated[str, Meta(min_length=1, max_length=40)]
+    since: Annotated[str, Meta(max_length=255)] = ""
     snapshot: StoredSnapshot | None = None
     snapshot_note: Annotated[str, Meta(max_length=500)] = ""
 
@@ -680,6 +682,7 @@ class Proposal(Message, frozen=True, kw_only=True):
             asks=decision.asks,
             evidence=decision.evidence,
             policy=decision.policy,
+            since=adaptation.since,
         )
 
     def key(self, run: str) -> str:

@@ -362,12 +362,11 @@ def graft_sketch(adaptation: Adaptation) -> Sketch:
     own: Mapping[str, Any] = next(
         (layer for layer in layers if layer["name"] == adaptation.layer), {}
     )
-    before = next(
-        (layer["name"] for layer in layers if adaptation.layer in layer.get("feeds", ())), "input"
-    )
+    start = adaptation.since or adaptation.layer
+    before = next((layer["name"] for layer in layers if start in layer.get("feeds", ())), "input")
     feeds = own.get("feeds") or ["output"]
     return sketch(
-        adaptation.layer,
+        f"{adaptation.since} … {adaptation.layer}" if adaptation.since else adaptation.layer,
         adaptation.grafted_blueprint.slug,
         adaptation.grafted_blueprint.kind,
         before=before,
