@@ -47,6 +47,7 @@ WIDE_ENOUGH = 32  # units of a hidden layer that is no bottleneck of a small mod
 PRIOR_CASES = 4.0  # weight of the prior against closed cases
 PRIOR_KEPT = 0.6
 MEMORY_WEIGHT, LATENCY_WEIGHT, RENT_WEIGHT = 0.2, 0.2, 0.3
+REWARD_SCALE = 5.0  # a mean reward of 10 % of the loss counts for half a point
 # Cost of each further part of a composition: after a failure, the responsible part is unknown. So a
 # composition is proposed if it did better than its parts, not because it is larger.
 PARTS_WEIGHT = 0.05
@@ -437,7 +438,7 @@ def _learned_reward(experience: Experience) -> float:
     if not math.isfinite(experience.mean_reward):
         return 0.0
     trust = experience.cases / (PRIOR_CASES + experience.cases)
-    return 0.5 * trust * min(1.0, max(-1.0, experience.mean_reward))
+    return 0.5 * trust * min(1.0, max(-1.0, REWARD_SCALE * experience.mean_reward))
 
 
 def _size_effect(parameters_N: Doubles, layer: LayerInfo) -> Doubles:

@@ -22,6 +22,7 @@ from apps.adaptations.selectors import (
     experience_rows,
     integration_status,
     run_snapshot,
+    running_test,
 )
 from apps.adaptations.serializers import (
     ActInput,
@@ -297,5 +298,6 @@ def _detail(request: Request, adaptation: Adaptation) -> Any:
         "evidence_drift": None if drift is None else codec.number_to_wire(drift),
         "undo_plan": services.undo_plan(adaptation),
         "permissions": services.permissions(adaptation, person(request)),
+        "running_test": running_test(adaptation),
     }
     return AdaptationDetailOutput(adaptation, context=context).data

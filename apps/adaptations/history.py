@@ -28,9 +28,19 @@ _REFUSED = (AdaptationState.REJECTED, AdaptationState.EXPIRED)
 _REGRETTED = (*_BAD_ENDS, *_REFUSED)
 
 
-# At which step it happened: the graft, else the decision, else the proposal. Training goes on while
-# a person thinks, so a cooldown that began with the proposal could be over at the refusal.
-_AT = Coalesce("graft_step", "decided_step", "proposed_step")
+# It failed a check or could not be grafted; the same proposal would fail again.
+_FAILED = (
+    AdaptationState.DECLINED,
+    AdaptationState.COMPILE_FAILED,
+    AdaptationState.NOT_APPLIED,
+    AdaptationState.APPLY_FAILED,
+)
+
+
+# The step from which a cooldown counts: the end, else the graft, else the decision, else the
+# proposal. Training goes on while a person thinks and while a graft is tested, so a cooldown that
+# began with the proposal could be over before the end.
+_AT = Coalesce("ended_step", "graft_step", "decided_step", "proposed_step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,7 @@ class RunFacts:
 
 def run_facts(run: Run) -> RunFacts:
     own = grafts(run)
-    counts = own.filter(Q(graft_step__isnull=False) | Q(state__in=_REFUSED))
+    counts = own.filter(Q(graft_step__isnull=False) | Q(state__in=(*_REFUSED, *_FAILED)))
     last = counts.annotate(at=_AT).order_by("-at", "-id").values_list("at", "state").first()
     totals = own.aggregate(
         in_flight=Count("id", filter=~Q(state__in=ADAPTATION_ENDED)),

@@ -117,6 +117,8 @@ class Adaptation(models.Model):
     ended_step = models.BigIntegerField(null=True, blank=True)  # the run's last reported one
     undo_exact = models.BooleanField(null=True, blank=True)
     ablation_gain = models.FloatField(null=True, blank=True)
+    ablation_low = models.FloatField(null=True, blank=True)
+    ablation_high = models.FloatField(null=True, blank=True)
     forecast_gain = models.FloatField(null=True, blank=True)
     forecast_interval = models.FloatField(null=True, blank=True)
     steps_observed = models.BigIntegerField(null=True, blank=True)

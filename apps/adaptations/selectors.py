@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from django.db.models import Avg, Count, F, Max, Q, QuerySet
 from django.utils import timezone
 
@@ -28,10 +29,12 @@ from esper.contracts import (
     LayerInfo,
     Risk,
     RunMode,
+    RunningTest,
     codec,
     wire,
 )
 from esper.contracts.protocol import Active, Snapshot
+from esper.reward import LossWindow, judge, looks_of
 
 RECENT_VIOLATIONS = 50
 
@@ -81,6 +84,29 @@ def run_snapshot(run: Run) -> Snapshot:
         active=tuple(_active_message(graft) for graft in _active_grafts(run)),
         findings=open_findings(run),
     )
+
+
+def running_test(adaptation: Adaptation) -> RunningTest | None:
+    """Where its test stands, from what the trainer has reported; None outside probation and for a remedy."""
+    step, blueprint = adaptation.graft_step, adaptation.blueprint
+    if adaptation.state != AdaptationState.PROBATION or step is None or blueprint is None:
+        return None
+    metrics = newest_metrics(adaptation.run)
+    losses = [(item.step, item.values["loss"]) for item in metrics if "loss" in item.values]
+    window = LossWindow(
+        np.array([at for at, _ in losses], dtype=np.int64),
+        np.array([loss for _, loss in losses], dtype=np.float64),
+    )
+    before, after = window.split(step)
+    return judge(
+        before,
+        after,
+        graft_step=step,
+        policy=current_policy().safety_policy(),
+        kind=GraftKind(blueprint.kind),
+        looks=looks_of(metrics, adaptation.uid),
+        serves_loss=not blueprint.requires,
+    ).test
 
 
 def decisions(run: Run) -> QuerySet[DecisionRecord]:

@@ -81,10 +81,26 @@ class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
         )
 
 
+class RunningTestOutput(serializers.Serializer[Any]):
+    """Where the test of a graft in probation stands; gains are shares of the loss."""
+
+    steps = serializers.IntegerField()
+    most_steps = serializers.IntegerField()
+    looks = serializers.IntegerField()
+    gain = WireNumber()
+    gain_low = WireNumber()
+    gain_high = WireNumber()
+    keep_above = serializers.FloatField()
+    out_below = serializers.FloatField()
+    forecast_gain = WireNumber()
+    forecast_interval = WireNumber()
+
+
 class AdaptationDetailOutput(AdaptationOutput):
     evidence = Members()
     evidence_now = serializers.SerializerMethodField()
     evidence_drift = serializers.SerializerMethodField()
+    running_test = serializers.SerializerMethodField()
     reasons = serializers.ListField(child=Members())
     checks = serializers.ListField(child=Members())
     why_not = serializers.ListField(child=Members())
@@ -126,7 +142,10 @@ class AdaptationDetailOutput(AdaptationOutput):
             "digest_before",
             "digest_after",
             "undo_exact",
+            "running_test",
             "ablation_gain",
+            "ablation_low",
+            "ablation_high",
             "forecast_gain",
             "forecast_interval",
             "steps_observed",
@@ -143,6 +162,12 @@ class AdaptationDetailOutput(AdaptationOutput):
     def get_evidence_drift(self, adaptation: Adaptation) -> Any:
         """A share of the tolerance: above 1.0 an approval needs ``accept_drift``; null: unknown."""
         return self.context["evidence_drift"]
+
+    @extend_schema_field(RunningTestOutput(allow_null=True))
+    def get_running_test(self, adaptation: Adaptation) -> Any:
+        """Null outside probation."""
+        test = self.context["running_test"]
+        return None if test is None else RunningTestOutput(test).data
 
     @extend_schema_field(serializers.ListField(child=serializers.CharField()))
     def get_undo_plan(self, adaptation: Adaptation) -> Any:

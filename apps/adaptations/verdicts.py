@@ -36,6 +36,8 @@ def judge_adaptation(
         raise Problem(422, "invalid", "Every term of a reward is a finite number.")
     numbers: dict[str, Any] = {
         "ablation_gain": finite_or_none(verdict.ablation_gain),
+        "ablation_low": finite_or_none(verdict.ablation_low),
+        "ablation_high": finite_or_none(verdict.ablation_high),
         "forecast_gain": finite_or_none(verdict.forecast_gain),
         "forecast_interval": finite_or_none(verdict.forecast_interval),
         "steps_observed": verdict.steps_observed,

@@ -22,7 +22,7 @@ FEWEST_SNAPSHOT_FRAMES = 8
 SNAPSHOT_LOSSES = 2000
 MAX_POINTS = 5000
 MAX_COLUMNS = 500
-ABLATION_GAIN = "ablation_gain:"
+ABLATION = "ablation_"  # gain and loss of each graft in probation
 
 
 def frame_message(frame: Frame) -> protocol.Frame:
@@ -50,12 +50,12 @@ def newest_frames(run: Run) -> list[Frame]:
 
 
 def newest_metrics(run: Run) -> list[StepValues]:
-    """The recent losses and all measured ablation gains, oldest first."""
+    """The recent losses and all looks at grafts in probation, oldest first."""
     columns = ("epoch", "step", "name", "value", "status")
     of_run = Metric.objects.filter(run=run).values_list(*columns)
     losses = list(of_run.filter(name="loss").order_by("-id")[:SNAPSHOT_LOSSES])
     rows = [row for row, alive in zip(losses, _alive(losses), strict=True) if alive]
-    rows += of_run.filter(name__startswith=ABLATION_GAIN).order_by("id")
+    rows += of_run.filter(name__startswith=ABLATION).order_by("id")
     by_step: defaultdict[int, dict[str, float]] = defaultdict(dict)
     for _, step, name, value, status in rows:
         by_step[step][name] = float(status) if status else value

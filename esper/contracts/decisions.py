@@ -166,9 +166,12 @@ class SafetyPolicy:
     evidence_max_age_seconds: float = 120.0
     approval_timeout_seconds: int = 900
     dispatch_timeout_seconds: int = 60
-    maturity_steps: int = 50  # no verdict before
-    probation_steps: int = 150  # verdict after
-    probation_timeout_seconds: int = 600
+    maturity_steps: int = 100  # a newborn's warm-up; nothing of it counts
+    probation_steps: int = 600  # no test runs longer; without a shown gain the graft goes
+    probation_looks: int = 20  # at most so many evaluations with the graft and without it
+    probation_cost_ratio: float = 0.1  # of the training time, for these evaluations
+    probation_timeout_seconds: int = 3600
+    min_gain_ratio: float = 0.005  # smallest gain that matters, a share of the held-out loss
     max_loss_increase_ratio: float = 0.05  # against the forecast; more is harmful
 
     def __post_init__(self) -> None:
@@ -324,16 +327,64 @@ class Declined:
 class Verdict:
     """The result of probation, with the numbers behind it (losses: lower is better).
 
-    ``ablation_gain``: loss with the graft off minus on, same held-out batches.
+    ``ablation_gain``: loss with the graft off minus on, same held-out batches, mean of the looks;
+    ``ablation_low`` and ``ablation_high`` are its 95 % interval.
     ``forecast_gain``: extrapolated loss without the graft minus the observed one.
     """
 
     keep: bool
     reason: str
     ablation_gain: float = math.nan
+    ablation_low: float = math.nan
+    ablation_high: float = math.nan
     forecast_gain: float = math.nan
     forecast_interval: float = math.nan  # half width, 95 %
     steps_observed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunningTest:
+    """Where the test of a graft in probation stands. Gains are shares of the loss; NaN: unknown.
+
+    Attributes:
+        steps: since the graft; the test ends at ``most_steps``.
+        looks: evaluations with the graft and without it that count.
+        gain, gain_low, gain_high: of the held-out loss, with its 95 % interval.
+        keep_above: the interval above it keeps the graft.
+        out_below: the interval below it takes the graft out.
+        forecast_gain, forecast_interval: of the training loss against the unchanged run's forecast.
+    """
+
+    steps: Whole
+    most_steps: Whole
+    looks: Whole
+    gain: Number
+    gain_low: Number
+    gain_high: Number
+    keep_above: float
+    out_below: float
+    forecast_gain: Number
+    forecast_interval: Number
+
+    def __str__(self) -> str:
+        return f"step {self.steps:,} of at most {self.most_steps:,} of its test; {self._seen()}"
+
+    def _seen(self) -> str:
+        if not self.looks:
+            if math.isnan(self.forecast_gain):
+                return "nothing is measured yet"
+            return (
+                f"{self.forecast_gain:+.1%} ± {self.forecast_interval:.1%} against the forecast, "
+                "no held-out loss yet"
+            )
+        looks = f"{self.looks} look{'s' if self.looks > 1 else ''}"
+        limits = f"kept above {self.keep_above:+.1%}, out below {self.out_below:+.1%}"
+        if math.isnan(self.gain_low):
+            return f"gain {self.gain:+.2%}, no interval yet ({looks}; {limits})"
+        return (
+            f"gain {self.gain:+.2%}, 95 % interval {self.gain_low:+.2%} to {self.gain_high:+.2%} "
+            f"({looks}; {limits})"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,8 +275,9 @@ class Metrics(StepValues, frozen=True, kw_only=True):
 
     Attributes:
         step: optimizer step.
-        values: by metric name; ``loss``, ``lr``, ``step_ms``, ``grad_norm``, ``eval_loss`` and
-            ``ablation_gain:<adaptation uid>`` are Esper's own.
+        values: by metric name; ``loss``, ``lr``, ``step_ms``, ``grad_norm``, ``eval_loss``,
+            ``ablation_gain:<adaptation uid>`` and ``ablation_loss:<adaptation uid>`` are Esper's
+            own.
         wall_time: seconds since the epoch by the trainer's clock.
     """
 
@@ -741,6 +742,7 @@ class Verdict(Message, frozen=True, kw_only=True):
         keep: whether the graft stays.
         reason: a sentence for a person.
         ablation_gain: loss with the graft off minus on, on the same held-out batches.
+        ablation_low, ablation_high: its 95 % interval.
         forecast_gain: extrapolated loss without the graft minus the observed one.
         forecast_interval: half width of the 95 % interval of the forecast.
         steps_observed: how many steps were looked at.
@@ -750,6 +752,8 @@ class Verdict(Message, frozen=True, kw_only=True):
     keep: bool
     reason: Text
     ablation_gain: Number
+    ablation_low: Number = math.nan
+    ablation_high: Number = math.nan
     forecast_gain: Number
     forecast_interval: Number
     steps_observed: Whole
@@ -762,6 +766,8 @@ class Verdict(Message, frozen=True, kw_only=True):
             keep=self.keep,
             reason=self.reason,
             ablation_gain=self.ablation_gain,
+            ablation_low=self.ablation_low,
+            ablation_high=self.ablation_high,
             forecast_gain=self.forecast_gain,
             forecast_interval=self.forecast_interval,
             steps_observed=self.steps_observed,
@@ -773,6 +779,8 @@ class Verdict(Message, frozen=True, kw_only=True):
             keep=verdict.keep,
             reason=verdict.reason,
             ablation_gain=verdict.ablation_gain,
+            ablation_low=verdict.ablation_low,
+            ablation_high=verdict.ablation_high,
             forecast_gain=verdict.forecast_gain,
             forecast_interval=verdict.forecast_interval,
             steps_observed=verdict.steps_observed,

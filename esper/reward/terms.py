@@ -1,70 +1,81 @@
-"""Reward: gain per cost, in shares, so that runs of any scale can be compared.
+"""Reward: what a graft is known to have gained, minus what it costs, in shares of the loss.
 
-    gain        +  relative gain: the smaller of ablation and forecast where both are known
-    rent        -  added parameters / max(model's parameters, floor)
-    latency     -  latency / the policy's limit
+0.02 is worth as much as 2 % less held-out loss. Terms:
+
+    gain        +  the lower end of the gain's 95 % interval; nothing where no gain was shown, and
+                   nothing for a graft that was taken out
+    parameters  -  added parameters / the model's, above a free allowance
+    time        -  forward time / the policy's limit
     memory      -  memory / the policy's limit
-    risk        -  class of risk
-    rollback    -  a rollback loses the gain and costs extra, so graft/undo cycles never gain
+    rollback    -  of a graft that was taken out; with the costs above it makes a graft and its undo
+                   worth less than nothing, so no policy gains by repeating them
 
-The floor keeps grafts affordable in a host of a hundred parameters.
+A graft at the whole of a limit has to earn 1 % of the loss for it. The ablation overrates what the
+host has come to depend on, so the gain is at most what the forecast of the training loss allows.
 """
 
 from __future__ import annotations
 
 import math
 
-from esper.contracts import CostForecast, Reward, Risk, SafetyPolicy, Verdict, risk_rank
+from esper.contracts import CostForecast, Reward, SafetyPolicy, Verdict
 
-GAIN_WEIGHT = 5.0  # 10 % less loss gives half a point
+PRICE = 0.01  # share of the loss that a cost of its whole limit is worth
+FREE_PARAMETERS_RATIO = 0.05  # of the model's
+FREE_PARAMETERS = 10_000  # in any model
+ROLLBACK_COST = 0.005  # the smallest gain that matters
 MAX_GAIN = 1.0
-RENT_WEIGHT = 0.5
-RENT_FLOOR_PARAMETERS = 10_000
-LATENCY_WEIGHT = 0.1
-MEMORY_WEIGHT = 0.1
-RISK_WEIGHT = 0.02
-ROLLBACK_COST = 0.2
 
 
 def compute_reward(
     verdict: Verdict,
     *,
     loss_level: float,
+    held_out_level: float = math.nan,
     cost: CostForecast,
     model_parameters: int,
-    risk: Risk,
     policy: SafetyPolicy,
 ) -> Reward:
     """Terms of the reward; their sum is its total.
 
     Args:
-        verdict: gains in units of the loss.
-        loss_level: loss before the graft, to make gains relative; its absolute value is used.
-        cost: of the graft, measured if possible; an unknown latency counts as the full limit.
+        verdict: gains with their intervals, in units of the loss.
+        loss_level: training loss before the graft, to make gains relative; its absolute value.
+        held_out_level: held-out loss without the graft, the same; NaN: none is known.
+        cost: of the graft, measured if possible; an unknown one counts as the full limit.
         model_parameters: of the host at attach.
-        risk: of the blueprint.
         policy: the limits that cost is compared to.
     """
-    rolled_back = not verdict.keep
+    free = max(FREE_PARAMETERS, FREE_PARAMETERS_RATIO * model_parameters)
+    charged = max(0.0, cost.parameters - free) / max(1, model_parameters)
     return Reward(
         terms={
-            "gain": 0.0 if rolled_back else _relative_gain(verdict, loss_level),
-            "rent": -RENT_WEIGHT
-            * min(1.0, cost.parameters / max(model_parameters, RENT_FLOOR_PARAMETERS)),
-            "latency": -LATENCY_WEIGHT * _share(cost.latency_ms, policy.max_latency_ms),
-            "memory": -MEMORY_WEIGHT * _share(cost.memory_mib, policy.max_memory_mib),
-            "risk": -RISK_WEIGHT * risk_rank(risk),
-            "rollback": -ROLLBACK_COST if rolled_back else 0.0,
+            "gain": _shown_gain(verdict, loss_level, held_out_level) if verdict.keep else 0.0,
+            "parameters": -PRICE * min(1.0, charged),
+            "time": -PRICE * _share(cost.latency_ms, policy.max_latency_ms),
+            "memory": -PRICE * _share(cost.memory_mib, policy.max_memory_mib),
+            "rollback": 0.0 if verdict.keep else -ROLLBACK_COST,
         }
     )
 
 
-def _relative_gain(verdict: Verdict, loss_level: float) -> float:
-    gains = [g for g in (verdict.ablation_gain, verdict.forecast_gain) if math.isfinite(g)]
-    if not gains or not math.isfinite(loss_level) or loss_level == 0:
-        return 0.0
-    relative = GAIN_WEIGHT * min(gains) / abs(loss_level)
-    return max(-MAX_GAIN, min(MAX_GAIN, relative))
+def _shown_gain(verdict: Verdict, loss_level: float, held_out_level: float) -> float:
+    """The gain that the intervals prove, a share of the loss; 0: none."""
+    forecast = _relative(verdict.forecast_gain, loss_level)
+    interval = _relative(verdict.forecast_interval, loss_level)
+    ablation = _relative(verdict.ablation_low, held_out_level)
+    if math.isnan(ablation):
+        shown = forecast - interval
+    elif math.isnan(forecast + interval):
+        shown = ablation
+    else:
+        shown = min(ablation, forecast + interval)
+    return 0.0 if math.isnan(shown) else max(0.0, min(MAX_GAIN, shown))
+
+
+def _relative(value: float, level: float) -> float:
+    known = math.isfinite(value) and math.isfinite(level) and level != 0
+    return value / abs(level) if known else math.nan
 
 
 def _share(value: float, limit: float) -> float:

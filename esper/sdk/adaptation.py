@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from esper.blueprints import Blueprint, Graft
-from esper.contracts import AdaptationState, LayerInfo, Reward, Verdict
+from esper.contracts import AdaptationState, LayerInfo, Reward, RunningTest, Verdict
 from esper.grafting import Receipt, SnapshotMemory
+from esper.reward import Look
 from esper.sdk.saving import losses_from_state, losses_to_state
 
 
@@ -34,6 +35,9 @@ class Adaptation:
         uid: the server's id, or ``local-<n>``.
         state: ``probation``, ``kept``, ``rolled_back`` or ``reverted``.
         grafted_at: seconds since the epoch.
+        looks: the held-out loss with the graft and without it, oldest first.
+        look_seconds: what these evaluations took.
+        test: where its test stands; None before the first judgement, and with a server.
         guarded_until: the last step at which the trainer's own guard may take it out.
         loss_before: (step, loss) of the run before the graft, for the verdict.
         merged: the graft was folded into its host's weights; it is in effect, in no slot.
@@ -48,7 +52,9 @@ class Adaptation:
     state: AdaptationState
     config: dict[str, Any] = field(default_factory=dict)
     receipt: Receipt | None = None
-    ablation_gain: float = math.nan
+    looks: list[Look] = field(default_factory=list)
+    look_seconds: float = 0.0
+    test: RunningTest | None = None
     guarded_until: int = -1
     grafted_at: float = 0.0
     verdict: Verdict | None = None
@@ -59,7 +65,9 @@ class Adaptation:
     since: str = ""
 
     def __str__(self) -> str:
-        until = f" until step {self.guarded_until}" if self.on_probation else ""
+        until = f" until step {self.guarded_until} at most" if self.on_probation else ""
+        if self.on_probation and self.test is not None:
+            until = f", {self.test}"
         why = f": {self.verdict.reason}" if self.verdict is not None else ""
         merged = ", merged into its host" if self.merged else ""
         state = self.state.replace("_", " ")
@@ -68,6 +76,11 @@ class Adaptation:
 
     def __repr__(self) -> str:
         return f"<Adaptation {self}>"
+
+    @property
+    def ablation_gain(self) -> float:
+        """The held-out loss without the graft minus with it, at the last look; NaN unknown."""
+        return self.looks[-1].gain if self.looks else math.nan
 
     @property
     def grafted(self) -> bool:
@@ -105,7 +118,8 @@ class Adaptation:
             "step": self.step,
             "state": str(self.state),
             "guarded_until": self.guarded_until,
-            "ablation_gain": self.ablation_gain,
+            "looks": [[look.step, look.gain, look.loss] for look in self.looks],
+            "look_seconds": self.look_seconds,
             # Not the moment: the time between two processes is no part of a probation.
             "age_seconds": time.time() - self.grafted_at,
             "loss_before": losses_to_state(self.loss_before),
@@ -124,7 +138,8 @@ class Adaptation:
             step=int(saved["step"]),
             state=AdaptationState(saved["state"]),
             guarded_until=int(saved["guarded_until"]),
-            ablation_gain=float(saved["ablation_gain"]),
+            looks=[Look(int(at), float(gain), float(loss)) for at, gain, loss in saved["looks"]],
+            look_seconds=float(saved["look_seconds"]),
             receipt=receipt,
             grafted_at=time.time() - float(saved["age_seconds"]),
             loss_before=tuple(losses_from_state(saved["loss_before"])),

@@ -119,7 +119,7 @@ class Announcer:
             cost = f": {receipt.certificate.parameters:,} parameters, {receipt.pause_ms:.0f} ms"
         self._step(
             f"grafted {entry.blueprint} into {entry.layer!r}{cost}; on probation until step "
-            f"{entry.guarded_until}",
+            f"{entry.guarded_until} at most",
             kind="grafts",
         )
 

@@ -11,9 +11,11 @@ from esper import blueprints
 from esper.contracts import AdaptationState, GraftKind, SafetyPolicy
 from esper.exceptions import UndoError
 from esper.grafting import Receipt, RemedyReceipt
+from esper.reward import FORWARD_UNCHANGED
 from esper.sdk.adaptation import Adaptation
 
 SNAPSHOTS_KEPT = 3
+FIRM = 4  # every so many looks one is taken whatever it costs
 OBSERVE = GraftKind.OBSERVE
 
 
@@ -91,16 +93,15 @@ class Changes:
         acts = (e for e in guarded if blueprints.get_blueprint(e.blueprint).kind is not OBSERVE)
         return next(acts, None)
 
-    def due_for_ablation(self, step: int, policy: SafetyPolicy) -> list[Adaptation]:
-        """Grafts that have just matured, or come to the end of their probation."""
-        ages = (policy.maturity_steps, policy.probation_steps)
+    def due_for_look(self, step: int, policy: SafetyPolicy) -> list[Adaptation]:
+        """Grafts in probation whose gain is to be measured at this step."""
         return [
             entry
             for entry in self.grafted
             if entry.on_probation
-            and step - entry.step in ages
-            # A capacity limit or a balancer does not serve the loss: ablation would condemn it.
-            and not blueprints.get_blueprint(entry.blueprint).requires
+            and serves_loss(entry.blueprint)
+            and blueprints.get_blueprint(entry.blueprint).kind not in FORWARD_UNCHANGED
+            and _look_is_due(entry, step - entry.step, policy)
         ]
 
     # -- writing -------------------------------------------------------------------------------
@@ -191,3 +192,23 @@ class Changes:
             self.shortened = len(kept), restorable[-1].snapshot_bytes
         for receipt in restorable[: len(restorable) - len(kept)]:
             receipt.forget_snapshot()
+
+
+def serves_loss(blueprint: str) -> bool:
+    """False for a capacity limit or a balancer: without it the loss may well be lower."""
+    return not blueprints.get_blueprint(blueprint).requires
+
+
+def _look_is_due(entry: Adaptation, age: int, policy: SafetyPolicy) -> bool:
+    """At even distances after the warm-up; fewer of them where they take too much time."""
+    since, length = age - policy.maturity_steps, policy.probation_steps - policy.maturity_steps
+    if since <= 0 or since > length or not policy.probation_looks:
+        return False
+    spacing = max(1, length // policy.probation_looks)
+    if since % (FIRM * spacing) == 0 or since == length:
+        return True
+    if since % spacing:
+        return False
+    elapsed = max(0.0, time.time() - entry.grafted_at)
+    per_look = entry.look_seconds / max(1, len(entry.looks))
+    return entry.look_seconds + per_look <= policy.probation_cost_ratio * elapsed

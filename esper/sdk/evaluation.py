@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from esper.grafting.random_streams import kept_streams
+from esper.reward import Look
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.ranks import Order, Ranks
 from esper.sdk.run_state import RunState
@@ -74,11 +75,12 @@ class Evaluations:
         """On the process that decides: measure what is due, into ``metrics``."""
         if self._evaluate is None:
             return
-        for entry in self._surgery.changes.due_for_ablation(self._run.step, self._run.policy):
+        for entry in self._surgery.changes.due_for_look(self._run.step, self._run.policy):
             self._ranks.order(Order.evaluate(entry.uid))
-            gain = self.ablation_gain(entry)
-            if not math.isnan(gain):
-                metrics[f"ablation_gain:{entry.uid}"] = gain
+            look = self.look(entry)
+            if not math.isnan(look.gain):
+                metrics[f"ablation_gain:{entry.uid}"] = look.gain
+                metrics[f"ablation_loss:{entry.uid}"] = look.loss
         if self.due:
             self._ranks.order(Order.evaluate())
             loss = self.due_loss()
@@ -92,17 +94,30 @@ class Evaluations:
             self._surgery.states.note_held_out(self._run.step, loss)
         return loss
 
-    def ablation_gain(self, adaptation: Adaptation) -> float:
-        """Loss without the graft minus loss with it: above zero, it helps."""
+    def look(self, adaptation: Adaptation) -> Look:
+        """The held-out loss with the graft and without it, now."""
+        started, off = time.perf_counter(), math.nan
 
         def gain() -> float:
+            nonlocal off
             on = self._loss()
             with self._surgery.without(adaptation):
                 off = self._loss()
             return off - on
 
-        adaptation.ablation_gain = self._ranks.mean(gain)
-        return adaptation.ablation_gain
+        found = Look(self._run.step, self._ranks.mean(gain), self._ranks.mean(lambda: off))
+        adaptation.looks.append(found)
+        adaptation.look_seconds += time.perf_counter() - started
+        return found
+
+    def take_no_part(self, *, look: bool) -> None:
+        """On a rank that cannot measure what rank 0 orders: its numbers are unknown.
+
+        Args:
+            look: a :meth:`look` is ordered, which has two numbers.
+        """
+        for _ in range(2 if look else 1):
+            self._ranks.mean(lambda: math.nan)
 
     def _timed_loss(self) -> float:
         started = time.monotonic()

@@ -138,7 +138,8 @@ class Explainer:
         if not self._layers.fixed:
             return []
         waiting = [str(entry) for entry in self._local.waiting]
-        return [*waiting, *self._graftable(), *self._local_reasons(self._local)]
+        tested = [f"{e}." for e in self._surgery.changes.grafted if e.on_probation]
+        return [*waiting, *tested, *self._graftable(), *self._local_reasons(self._local)]
 
     def _local_reasons(self, local: LocalLoop) -> Iterable[str]:
         outcome = local.decide_now()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -50,7 +49,7 @@ class Follower:
         except Exception as error:
             logger.exception("this rank cannot do what rank 0 does")
             if order.kind == "evaluate":
-                return partial(self._ranks.mean, lambda: math.nan)
+                return partial(self._evaluations.take_no_part, look=bool(order.adaptation))
             return partial(self._ranks.refuse, error)
 
     def _meaning(self, order: Order) -> Callable[[], object]:
@@ -65,6 +64,6 @@ class Follower:
                 f"this rank does not have the adaptation {order.adaptation!r}", layer=order.layer
             )
         if order.kind == "evaluate":
-            return partial(self._evaluations.ablation_gain, adaptation)
+            return partial(self._evaluations.look, adaptation)
         state = AdaptationState(order.state)
         return partial(self._surgery.take_out, adaptation, hard=order.hard, state=state)

@@ -40,9 +40,10 @@ from esper.health import extract_features
 from esper.health.features import MAX_FRAMES
 from esper.pipeline import consider, decide
 from esper.policy import HeuristicPolicy
-from esper.reward import LossWindow, compute_reward, judge
+from esper.reward import LossWindow, compute_reward, held_out_level, judge
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.announcing import Announcer, describe, how_to_answer
+from esper.sdk.changes import serves_loss
 from esper.sdk.findings import Findings
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
@@ -170,6 +171,7 @@ class LocalLoop:
         now = time.time()
         for entry in [entry for entry in self._waiting if entry.expires_at <= now]:
             self._waiting.remove(entry)
+            self._cool_down(entry.layer)
             self._announcer.expired(entry.decision)
         return tuple(self._waiting)
 
@@ -211,7 +213,12 @@ class LocalLoop:
     def reject(self, waiting: Waiting) -> None:
         """A person rejected; the layer is not adapted during its cooldown."""
         self._waiting = [entry for entry in self._waiting if entry is not waiting]
-        self.memory.last[waiting.layer] = (waiting.decision.step, False)
+        self._cool_down(waiting.layer)
+
+    def _cool_down(self, layer: str) -> None:
+        """A cooldown begins now; it stays doubled where the last graft was rolled back."""
+        _, rolled_back = self.memory.last.get(layer, (-1, False))
+        self.memory.last[layer] = (self._run.step, rolled_back)
 
     def on_rolled_back(self, gone: Iterable[Adaptation], reason: str) -> None:
         """The guard took grafts out, which counts as a rollback of each."""
@@ -353,7 +360,7 @@ class LocalLoop:
         """Ends of probation at this step. A graft that is to be taken out is still in."""
         found = []
         for entry in self._surgery.changes.grafted:
-            verdict = self._judge(entry) if entry.on_probation else None
+            verdict = self._judged(entry) if entry.on_probation else None
             if verdict is not None:
                 self._close(entry, verdict)
                 # A run that only observes keeps what a person put in, whatever the verdict says.
@@ -362,18 +369,21 @@ class LocalLoop:
                 found.append((entry, verdict))
         return found
 
-    def _judge(self, entry: Adaptation) -> Verdict | None:
+    def _judged(self, entry: Adaptation) -> Verdict | None:
         policy = self._run.policy
         waited = time.time() - entry.grafted_at
-        return judge(
+        found = judge(
             _window(entry.loss_before),
             _window([(at, loss) for at, loss in self._run.losses if at > entry.step]),
             graft_step=entry.step,
             policy=policy,
             kind=blueprints.get_blueprint(entry.blueprint).kind,
-            ablation_gain=entry.ablation_gain,
+            looks=entry.looks,
+            serves_loss=serves_loss(entry.blueprint),
             deadline_reached=waited > policy.probation_timeout_seconds,
         )
+        entry.test = found.test
+        return found.verdict
 
     def _left_worse(self, entry: Adaptation) -> bool:
         """Without the graft, the host would be worse than it was before the graft, or is unknown.
@@ -394,13 +404,12 @@ class LocalLoop:
         self.memory.last[entry.layer] = (self._run.step, not verdict.keep)
         if entry.receipt is None:
             return
-        blueprint = blueprints.get_blueprint(entry.blueprint)
         entry.reward = compute_reward(
             verdict,
             loss_level=_level([loss for _, loss in entry.loss_before]),
+            held_out_level=held_out_level(entry.looks),
             cost=_measured_cost(entry),
             model_parameters=self._model_parameters,
-            risk=blueprint.risk,
             policy=self._run.policy,
         )
         experience = self.memory.experience

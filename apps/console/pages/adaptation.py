@@ -14,6 +14,7 @@ from django.http import Http404, HttpRequest, HttpResponse
 from apps.accounts.models import User
 from apps.adaptations import services as adaptations
 from apps.adaptations.models import Adaptation, Remedy
+from apps.adaptations.selectors import running_test
 from apps.audit.models import AuditEvent
 from apps.blueprints.models import KnownRemedy
 from apps.console.curves import decision_curves, expected, probation
@@ -122,10 +123,12 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
         part("whynot", "Why not another blueprint", lambda: rivals(found), fold=pending),
     ]
     if grafted:
-        shown.append(
-            part("probation", "Probation", lambda: {"probation": probation(found)}, every=live)
-        )
+        shown.append(part("probation", "Probation", lambda: _probation(found), every=live))
     return shown
+
+
+def _probation(found: Adaptation) -> dict[str, Any]:
+    return {"probation": probation(found), "test": running_test(found)}
 
 
 def _checks(found: Adaptation) -> dict[str, Any]:

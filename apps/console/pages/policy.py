@@ -76,8 +76,11 @@ THRESHOLD_NOTES: Mapping[str, tuple[str, str, str]] = {
     "evidence_max_age_seconds": ("Limits", "oldest evidence that is accepted", "s"),
     "approval_timeout_seconds": ("Time", "a person's time to decide before it expires", "s"),
     "dispatch_timeout_seconds": ("Time", "the trainer's time to answer", "s"),
-    "maturity_steps": ("Probation", "no verdict before", "steps"),
-    "probation_steps": ("Probation", "verdict after", "steps"),
+    "maturity_steps": ("Probation", "warm-up of a new graft; nothing of it counts", "steps"),
+    "probation_steps": ("Probation", "taken out without a shown gain after", "steps"),
+    "probation_looks": ("Probation", "evaluations with and without the graft, at most", ""),
+    "probation_cost_ratio": ("Probation", "share of the time for these evaluations", "0 to 1"),
+    "min_gain_ratio": ("Probation", "smallest gain that matters, share of the loss", "0 to 1"),
     "probation_timeout_seconds": ("Probation", "rolled back without a verdict after", "s"),
     "max_loss_increase_ratio": ("Probation", "harmful loss increase over the forecast", "0 to 1"),
 }

@@ -172,7 +172,7 @@ class DecisionLoop:
         for adaptation in watch.active:
             if adaptation.state is not AdaptationState.PROBATION or adaptation.uid in watch.judged:
                 continue
-            verdict = judge_probation(watch.report, adaptation, now=time.time())
+            verdict = judge_probation(watch.report, adaptation, now=time.time()).verdict
             if verdict is not None:
                 await self._post_verdict(watch, adaptation, verdict)
 

@@ -13,7 +13,7 @@ from esper import blueprints
 from esper.contracts import CostForecast, LayerInfo, Reward, Verdict, codec
 from esper.contracts.protocol import Active
 from esper.exceptions import CodecError
-from esper.reward import LossWindow, compute_reward, judge
+from esper.reward import Judgement, LossWindow, compute_reward, held_out_level, judge
 from esper.services.tamiyo.wire import RunReport
 
 # Judge what is there a little before the server's deadline, which rolls back without looking.
@@ -21,8 +21,8 @@ DEADLINE_MARGIN_SECONDS = 5.0
 _LEVEL_SAMPLES = 64
 
 
-def judge_probation(report: RunReport, adaptation: Active, *, now: float) -> Verdict | None:
-    """Keep it or not; None while it is too early.
+def judge_probation(report: RunReport, adaptation: Active, *, now: float) -> Judgement:
+    """Keep it, take it out, or look again.
 
     Args:
         now: seconds since the epoch.
@@ -34,7 +34,8 @@ def judge_probation(report: RunReport, adaptation: Active, *, now: float) -> Ver
         graft_step=_graft_step(adaptation),
         policy=report.limits,
         kind=adaptation.kind,
-        ablation_gain=report.ablation_gains.get(adaptation.uid, math.nan),
+        looks=report.looks.get(adaptation.uid, ()),
+        serves_loss=not blueprints.get_blueprint(adaptation.blueprint).requires,
         deadline_reached=now >= adaptation.deadline_seconds - DEADLINE_MARGIN_SECONDS,
     )
 
@@ -49,9 +50,9 @@ def reward_of(
     return compute_reward(
         verdict,
         loss_level=float(np.median(finite)) if finite.size else math.nan,
+        held_out_level=held_out_level(report.looks.get(adaptation.uid, ())),
         cost=cost,
         model_parameters=report.snapshot.model_parameters,
-        risk=adaptation.risk,
         policy=report.limits,
     )
 

@@ -19,8 +19,7 @@ from esper.contracts import (
 from esper.contracts.protocol import Active, Decline, Proposal, Snapshot
 from esper.exceptions import CodecError
 from esper.replay import message_of, pack_snapshot, run_snapshot
-
-_ABLATION_GAIN = "ablation_gain:"
+from esper.reward import Look, looks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +27,13 @@ class RunReport:
     """What ``GET runs/{uid}/snapshot`` says: all that ``decide`` and ``judge`` need.
 
     Attributes:
-        ablation_gains: by adaptation uid; the newest one that the trainer has measured.
+        looks: by adaptation uid; the held-out loss with the graft and without it, oldest first.
     """
 
     snapshot: RunSnapshot
     limits: SafetyPolicy
     active: tuple[Active, ...]
-    ablation_gains: dict[str, float] = field(default_factory=dict)
+    looks: dict[str, tuple[Look, ...]] = field(default_factory=dict)
 
 
 def report_from_wire(data: Mapping[str, Any]) -> RunReport:
@@ -52,12 +51,7 @@ def report_of(message: Snapshot) -> RunReport:
         snapshot=run_snapshot(message),
         limits=message.safety_policy,
         active=message.active,
-        ablation_gains={
-            name.removeprefix(_ABLATION_GAIN): value
-            for item in message.metrics
-            for name, value in item.values.items()
-            if name.startswith(_ABLATION_GAIN)
-        },
+        looks={active.uid: looks_of(message.metrics, active.uid) for active in message.active},
     )
 
 

@@ -12,6 +12,7 @@ from apps.blueprints.models import Blueprint
 from apps.violations.models import Violation
 from apps.workers.models import Worker
 from esper.contracts import AdaptationState
+from esper.reward import Look
 from esper.services.tamiyo import wire
 from tests.apps.callers import Caller, Inbox, Trainer, frame, metrics, proposal, shown
 from tests.apps.cast import force_state
@@ -24,7 +25,11 @@ def test_a_snapshot_is_all_that_a_decision_looks_at(inbox: Inbox, tamiyo: Caller
     uid = inbox.waiting().uid
     trainer.send(
         frames=[frame(1010, float("nan"))],
-        metrics=[metrics(1010, loss="nan", **{f"ablation_gain:{uid}": 0.125})],
+        metrics=[
+            metrics(
+                1010, loss="nan", **{f"ablation_gain:{uid}": 0.125, f"ablation_loss:{uid}": 2.0}
+            )
+        ],
     )
     report = wire.report_from_wire(tamiyo.get(f"{trainer.path}/snapshot").data)
     snapshot = report.snapshot
@@ -33,7 +38,7 @@ def test_a_snapshot_is_all_that_a_decision_looks_at(inbox: Inbox, tamiyo: Caller
     assert snapshot.loss_steps.tolist() == [1000, 1010]
     assert snapshot.loss[0] == 1.0
     assert math.isnan(snapshot.loss[1])
-    assert report.ablation_gains == {uid: 0.125}
+    assert report.looks == {uid: (Look(1010, 0.125, 2.0),)}
     assert set(snapshot.history) == {"fc"}
     assert snapshot.history["fc"].in_flight
     assert (snapshot.in_flight, snapshot.frozen) == (1, "")

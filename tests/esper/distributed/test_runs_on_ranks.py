@@ -112,7 +112,7 @@ def _evaluate(rank: int, failing: int) -> list[Any]:
             raise OSError("no held-out data")
         return float(rank + len(calls))
 
-    policy = SafetyPolicy(maturity_steps=5, probation_steps=9_000)
+    policy = SafetyPolicy(maturity_steps=5, probation_steps=9_000, probation_looks=89)
     with replica(rank, evaluate=evaluate, safety_policy=policy) as side:
         side.run(2)
         graft(side)

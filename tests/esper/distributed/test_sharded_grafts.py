@@ -278,7 +278,7 @@ def test_a_checkpoint_goes_on_equal_to_the_bit(two_ranks: RankPool) -> None:
 
 def _guard(rank: int) -> list[Any]:
     side = make("transformer", "fsdp2", rank, 2)
-    policy = SafetyPolicy(maturity_steps=10, probation_steps=9_000)
+    policy = SafetyPolicy(maturity_steps=10, probation_steps=9_000, probation_looks=89)
     options: dict[str, Any] = {"mode": "automatic", "evaluate": lambda: evaluate(side)}
     with esper.attach(side.model, side.optimizer, safety_policy=policy, **options) as session:
         for at in range(3):

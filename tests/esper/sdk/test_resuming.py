@@ -18,6 +18,7 @@ import esper
 from esper.contracts import AdaptationState
 from esper.exceptions import ConfigurationError
 from esper.grafting import digest, slots
+from esper.reward import Look
 from tests.esper.sdk.normed_training import NormedTraining
 from tests.esper.sdk.tiny_training import Training
 
@@ -79,7 +80,7 @@ def test_probation_goes_on_in_a_new_process_to_the_bit(tmp_path: Path) -> None:
 
 def test_probation_is_remembered_whole() -> None:
     training, session = on_probation()
-    session.adaptations[0].ablation_gain = 0.25
+    session.adaptations[0].looks.append(Look(7, 0.25, 2.0))
     later = NormedTraining(seed=5)
     resumed = later.resume(saved_and_loaded(training, session))
     for mine, theirs in zip(resumed.adaptations, session.adaptations, strict=True):
@@ -88,7 +89,7 @@ def test_probation_is_remembered_whole() -> None:
         assert (mine.uid, mine.step, mine.state, mine.guarded_until) == (
             theirs.uid, theirs.step, theirs.state, theirs.guarded_until,
         )  # fmt: skip
-    assert resumed.adaptations[0].ablation_gain == 0.25
+    assert resumed.adaptations[0].looks == [Look(7, 0.25, 2.0)]
     assert [entry.layer for entry in resumed.adaptations] == ["6", "4", "1"]
 
 

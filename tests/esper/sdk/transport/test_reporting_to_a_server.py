@@ -138,11 +138,12 @@ def test_a_run_that_another_process_attached_reports_nothing_more(
 
 
 def test_evaluation_reports_the_gain_of_each_graft(training: Training, plane: ControlPlane) -> None:
-    plane.policy = replace(SafetyPolicy(), maturity_steps=5, probation_steps=10)
+    plane.policy = replace(SafetyPolicy(), maturity_steps=5, probation_steps=13, probation_looks=2)
     with listening(training, plane, evaluate=training.evaluate) as session:
         plane.send(graft_command(plane, 1, kernel_for(session, plane)))
         training.until(lambda: ended(plane, 1), session)
-        training.run(12, session)
-    measured = [entry for entry in plane.metrics if "ablation_gain:a1" in entry["values"]]
+        training.run(14, session)
+    looks = {"ablation_gain:a1", "ablation_loss:a1"}
+    measured = [entry for entry in plane.metrics if looks <= set(entry["values"])]
     start = session.adaptations[0].step
-    assert [entry["step"] for entry in measured] == [start + 5, start + 10]
+    assert [entry["step"] for entry in measured] == [start + 9, start + 13]

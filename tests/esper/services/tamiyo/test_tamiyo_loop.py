@@ -320,6 +320,11 @@ def in_probation(run: FakeRun, *, seconds_left: float = 600.0) -> dict[str, Any]
     }
 
 
+def look(step: int, *, gain: float) -> dict[str, Any]:
+    values = {"ablation_gain:adp_1": gain, "ablation_loss:adp_1": 1.0}
+    return {"step": step, "wall_time": 0, "values": values}
+
+
 @pytest.fixture
 def described(urza: FakeUrza) -> FakeUrza:
     """Tells what was grafted, as the server's resource does."""
@@ -341,21 +346,23 @@ async def test_a_graft_that_earns_its_place_is_kept_with_its_reward(
     run = described.runs["run_a"]
     run.active = [in_probation(run)]
     run.in_flight = {"fc1", "fc2", "head"}
-    run.metrics = [{"step": run.step, "wall_time": 0, "values": {"ablation_gain:adp_1": 0.2}}]
+    run.metrics = [look(run.step + age, gain=0.2) for age in (110, 130, 150)]
     described.if_match_needed = True
     async with running(config(valkey_url, described)):
         run.train(100, loss=0.7)
         notify(valkey, run)
         await asyncio.sleep(0.3)
-        assert described.verdicts == {}  # too early
+        assert described.verdicts == {}  # too few looks
 
+        run.metrics.append(look(run.step + 70, gain=0.21))
         run.train(100, loss=0.7)
         notify(valkey, run)
         await until(lambda: described.verdicts)
 
     verdict = described.verdicts["adp_1"]
     assert verdict["keep"] is True
-    assert verdict["ablation_gain"] == 0.2
+    assert verdict["ablation_gain"] == pytest.approx(0.2025)
+    assert 0.005 < verdict["ablation_low"] < 0.2025 < verdict["ablation_high"]
     assert verdict["forecast_gain"] > 0.1
     assert verdict["steps_observed"] >= 150
     assert verdict["reward"]["gain"] > 0
