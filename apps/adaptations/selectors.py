@@ -87,7 +87,7 @@ def run_snapshot(run: Run) -> Snapshot:
 
 
 def running_test(adaptation: Adaptation) -> RunningTest | None:
-    """Where its test stands, from what the trainer has reported; None outside probation and for a remedy."""
+    """Where a graft's test stands, by what its trainer has reported; None outside probation."""
     step, blueprint = adaptation.graft_step, adaptation.blueprint
     if adaptation.state != AdaptationState.PROBATION or step is None or blueprint is None:
         return None
