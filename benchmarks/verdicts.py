@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.verdict_cases import (
@@ -274,9 +273,12 @@ def _negative(kept: Sequence[Judged]) -> list[bool]:
 
 
 def _rank_correlation(results: Sequence[Judged]) -> float:
-    if len(results) < 3:
+    """Spearman's; NaN for fewer than three cases."""
+    pairs = [(result.reward.total, result.gain) for result in results]
+    if len(pairs) < 3:
         return math.nan
-    return float(spearmanr([r.reward.total for r in results], [r.gain for r in results]).statistic)
+    ranks = [np.argsort(np.argsort(v)) for v in zip(*pairs, strict=True)]
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def misses(results: Sequence[Judged]) -> list[str]:
@@ -339,7 +341,8 @@ def load(path: Path) -> list[Case]:
 
 def _case(data: dict[str, Any]) -> Case:
     pairs = ("before", "held_before", "after", "looks", "twin", "twin_after")
-    return Case(**{k: [tuple(v) for v in data[k]] if k in pairs else data[k] for k in data})
+    values: dict[str, Any] = data | {name: [tuple(v) for v in data[name]] for name in pairs}
+    return Case(**values)
 
 
 def collect(seeds: range, grafts: int, path: Path | None) -> list[Case]:
