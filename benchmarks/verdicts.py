@@ -278,7 +278,8 @@ def _rank_correlation(results: Sequence[Judged]) -> float:
     if len(pairs) < 3:
         return math.nan
     ranks = [np.argsort(np.argsort(v)) for v in zip(*pairs, strict=True)]
-    return float(np.corrcoef(ranks)[0, 1])
+    correlation: Any = np.corrcoef(ranks)
+    return float(correlation[0, 1])
 
 
 def misses(results: Sequence[Judged]) -> list[str]:
