@@ -14,6 +14,7 @@ from apps.kernels.services import plan_warm_up
 from apps.policies.services import current_policy
 from apps.runs import services as runs
 from apps.runs.services import Registration
+from apps.violations.services import close_findings
 from esper.contracts import protocol, signing
 
 
@@ -21,11 +22,12 @@ from esper.contracts import protocol, signing
 def register_run(
     *, owner: User, actor: Actor, spec: protocol.Registration, run_uid: str = ""
 ) -> Registration:
-    """Registers a run; on a restart, what the former trainer was doing is in doubt."""
+    """Registers a run; on a restart, what the former trainer did is in doubt, its findings over."""
     registration = runs.register_run(owner=owner, actor=actor, spec=spec, run_uid=run_uid)
     run = registration.run
     if registration.resumed:
         put_in_doubt(run, actor)
+        close_findings(run=run)
     else:
         plan_warm_up(run_uid=run.uid, layers=run.layers, capability=run.capability)
     return registration

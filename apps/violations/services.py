@@ -84,6 +84,16 @@ def record_findings(*, run: Run, findings: Sequence[Finding]) -> int:
     return sum(_record_finding(run, finding) for finding in findings)
 
 
+def close_findings(*, run: Run) -> None:
+    """Another process goes on with the run: its own diagnosis opens again what still holds.
+
+    Otherwise a finding that nobody looks after would be answered by grafts for ever.
+    """
+    Violation.objects.filter(
+        run=run, rule=ViolationRule.DIAGNOSIS, resolved_step=None, adaptation_uid=""
+    ).exclude(finding="").update(resolved_step=run.step)
+
+
 def _record_finding(run: Run, finding: Finding) -> bool:
     """True where it was written as a new one."""
     observed, limit, remedy = (

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from django.conf import settings
+from django.utils import timezone
 
 from apps.accounts.models import ApiToken, User
 from apps.adaptations.models import Remedy
@@ -193,6 +194,51 @@ def test_a_finding_of_the_diagnosis_is_written_once_and_closed_when_it_is_over(
     )
     assert trainer.send(findings=[finding]).status == 202
     assert Violation.objects.filter(resolved_step=None).count() == 1
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine would ask for a pause between two batches."""
+    monkeypatch.setattr("apps.telemetry.services.pause_after", lambda run, elapsed_ms: 0)
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_tamiyo_reads_a_finding_until_it_is_over_also_when_a_person_has_seen_it(
+    trainer: Trainer, tamiyo: Caller
+) -> None:
+    finding = {
+        "rule": "diagnosis", "layer": "fc", "severity": "caution", "observed": "the loss is flat",
+        "limit": "a loss that falls", "remedy": "Widen fc.", "slug": "capacity", "since_step": 10,
+    }  # fmt: skip
+
+    def read() -> list[tuple[str, str]]:
+        snapshot = tamiyo.get(f"{trainer.path}/snapshot").data
+        return [(found["slug"], found["layer"]) for found in snapshot["findings"]]
+
+    assert read() == []
+    assert trainer.send(findings=[finding]).status == 202
+    assert read() == [("capacity", "fc")]
+    Violation.objects.update(acknowledged_at=timezone.now())
+    assert trainer.send(findings=[finding]).status == 202
+    assert read() == [("capacity", "fc")]
+    assert trainer.send(findings=[{**finding, "resolved_step": 90}]).status == 202
+    assert read() == []
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_the_findings_of_a_process_that_ended_are_not_answered(
+    trainer: Trainer, tamiyo: Caller, people: dict[Role, User]
+) -> None:
+    finding = {
+        "rule": "diagnosis", "layer": "fc", "severity": "caution", "observed": "the loss is flat",
+        "limit": "a loss that falls", "remedy": "Widen fc.", "slug": "capacity", "since_step": 10,
+    }  # fmt: skip
+    assert trainer.send(findings=[finding]).status == 202
+    again = register(people[Role.RESEARCHER], name=trainer.row().name)
+    assert again.run == trainer.run
+    assert tamiyo.get(f"{again.path}/snapshot").data["findings"] == []
+    assert again.send(findings=[finding]).status == 202
+    assert len(tamiyo.get(f"{again.path}/snapshot").data["findings"]) == 1
 
 
 def test_metrics_beyond_the_limit_of_names_are_dropped_and_counted(trainer: Trainer) -> None:
