@@ -17,6 +17,7 @@ POINTS = 160
 FRAMES = 60
 FEW_CASES = 5  # fewer like cases say nothing about the next one
 HISTORY_STEPS = 1_000  # before the proposal, at least
+FORECAST_STEPS = 2_000  # as many losses as the verdict is based on
 _SIGNALS = frozenset(map(str, Signal))
 # Measured from 0 to 1: an axis over their own range would make noise look like a change.
 _SHARES = frozenset({Signal.HEALTH, Signal.DEAD_FRACTION, Signal.SATURATION, Signal.STABLE_RANK})
@@ -117,7 +118,7 @@ class Expected:
 def expected(adaptation: Adaptation) -> Expected | None:
     """None where too few losses are known before the decision."""
     policy = adaptation.safety_policy.safety_policy()
-    at = adaptation.decided_step or adaptation.run.step
+    at = adaptation.decided_step or adaptation.graft_step or adaptation.run.step
     forecast = _forecast(adaptation, at, policy)
     if not forecast.known:
         return None
@@ -135,7 +136,7 @@ def like_cases(adaptation: Adaptation) -> LikeCases:
 
 
 def _forecast(adaptation: Adaptation, at: int, policy: SafetyPolicy) -> LossForecast:
-    first = at - max(HISTORY_STEPS, 4 * policy.probation_steps)
+    first = at - FORECAST_STEPS
     steps, loss = losses_between(adaptation.run, after_step=first, up_to_step=at)
     ahead = np.arange(at + policy.maturity_steps + 1, at + policy.probation_steps + 1)
     return forecast_loss(steps, loss, ahead)
@@ -151,18 +152,13 @@ class Probation:
     forecast: float | None  # of the run without the graft
     interval: float | None
     limit: float | None  # above it, the graft is taken out
+    gain: float | None
     ablation: float | None
     picture: Curve | None
 
     @property
     def percent(self) -> int:
         return min(100, round(100 * self.steps / self.of)) if self.of else 0
-
-    @property
-    def gain(self) -> float | None:
-        if self.level is None or self.forecast is None:
-            return None
-        return self.forecast - self.level
 
 
 def probation(adaptation: Adaptation) -> Probation | None:
@@ -182,13 +178,18 @@ def probation(adaptation: Adaptation) -> Probation | None:
     forecast = _forecast(adaptation, graft, policy)
     allowed = policy.max_loss_increase_ratio * abs(forecast.level) + forecast.interval
     limit = forecast.level + allowed if forecast.known else None
+    level = float(matured.mean()) if matured.size else None
+    gain, interval = adaptation.forecast_gain, adaptation.forecast_interval  # of the verdict
+    if gain is None and forecast.known and level is not None:
+        gain, interval = forecast.level - level, forecast.interval
     return Probation(
         steps=min(policy.probation_steps, max(0, last - graft)),
         of=policy.probation_steps,
-        level=float(matured.mean()) if matured.size else None,
+        level=level,
         forecast=forecast.level if forecast.known else None,
-        interval=forecast.interval if forecast.known else None,
+        interval=interval,
         limit=limit,
+        gain=gain,
         ablation=_newest_ablation(adaptation),
         picture=_picture(adaptation, graft, last, policy, forecast, limit),
     )

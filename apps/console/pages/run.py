@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -28,6 +28,7 @@ from apps.recipes.selectors import launches
 from apps.runs.models import Command, Run
 from apps.telemetry.models import Frame, Metric
 from apps.violations.models import Violation
+from apps.violations.selectors import open_violations
 from esper.contracts import (
     SIGNAL_INDEX,
     AdaptationState,
@@ -74,7 +75,12 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
 
     def layers() -> dict[str, Any]:
         rows = layer_rows(run, only_poor=only_poor)
-        return {"rows": rows, "shown_signals": SHOWN_SIGNALS, "only_poor": only_poor}
+        return {
+            "rows": rows[:LAYERS_SHOWN],
+            "nodes": [] if only_poor else topology(run, rows),
+            "shown_signals": SHOWN_SIGNALS,
+            "only_poor": only_poor,
+        }
 
     return [
         Panel("head", "Run", "console/run/head.html", head, ("run", "switch"), every=5),
@@ -259,7 +265,60 @@ def layer_rows(run: Run, *, only_poor: bool = False) -> list[LayerRow]:
     rows = [_layer_row(run, i, values, by_layer) for i in range(len(run.layers))]
     if only_poor:
         rows = [row for row in rows if (row.signals[Signal.HEALTH] or 1.0) < 0.5]
-    return rows[:LAYERS_SHOWN]
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A layer, or a block of a large model, as the topology draws it."""
+
+    name: str
+    layers: int
+    health: float | None  # the lowest
+    shade: str
+    grafts: list[Adaptation]
+    findings: list[Violation]  # open ones that began here
+
+
+NODES_SHOWN = 80
+
+
+def topology(run: Run, rows: Sequence[LayerRow]) -> list[Node]:
+    """The layers in the order in which they run; blocks where they are too many to draw."""
+    findings: dict[str, list[Violation]] = defaultdict(list)
+    for found in open_violations().filter(run=run).exclude(layer=""):
+        findings[found.layer].append(found)
+    depth = next((size for size in (9, 4, 3, 2, 1) if _blocks(rows, size) <= NODES_SHOWN), 1)
+    groups: dict[str, list[LayerRow]] = {}
+    for row in sorted(rows, key=lambda row: row.info.order):
+        groups.setdefault(_block(row, depth), []).append(row)
+    return [_node(name, members, findings) for name, members in groups.items()][:NODES_SHOWN]
+
+
+def _block(row: LayerRow, depth: int) -> str:
+    return ".".join(row.info.name.split(".")[:depth])
+
+
+def _blocks(rows: Sequence[LayerRow], depth: int) -> int:
+    return len({_block(row, depth) for row in rows})
+
+
+def _node(name: str, members: Sequence[LayerRow], findings: Mapping[str, list[Violation]]) -> Node:
+    known = [row.signals[Signal.HEALTH] for row in members]
+    health = min((value for value in known if value is not None), default=None)
+    return Node(
+        name=name,
+        layers=len(members),
+        health=health,
+        shade=shade(math.nan if health is None else health),
+        grafts=[
+            found
+            for row in members
+            for found in row.adaptations
+            if found.grafted and not found.remedy
+        ],
+        findings=[found for row in members for found in findings.get(row.info.name, [])],
+    )
 
 
 def _layer_row(

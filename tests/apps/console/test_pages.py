@@ -208,3 +208,32 @@ def test_the_history_uses_the_state_words_of_the_pages(world: Any) -> None:
     text = world.client("olga").get(f"/adaptations/{uid}").content.decode()
     assert "waiting for a worker" in text
     assert "compile queued" not in text
+
+
+def test_the_topology_shows_grafts_and_where_a_finding_began(world: Any) -> None:
+    run = world.runs["topics-lm"]
+    text = world.client("vera").get(f"/runs/{run.uid}?panel=layers").content.decode()
+    drawn = re.search(r'<ol class="topology".*?</ol>', text, re.S)
+    assert drawn is not None
+    nodes = re.findall(r"<li title=.*?</li>", drawn[0], re.S)
+    names = [re.search(r'title="([^:]+):', node)[1] for node in nodes]  # type: ignore[index]
+    assert names == [layer["name"] for layer in run.layers]  # in the order in which they run
+    assert [name for name, node in zip(names, nodes, strict=True) if "✚ A-" in node] == [
+        "classifier.0"
+    ]
+    assert [name for name, node in zip(names, nodes, strict=True) if "data-found" in node] == [
+        "features.3"
+    ]
+
+
+def test_a_large_model_is_drawn_in_blocks(world: Any) -> None:
+    run = world.runs["digits-cnn"]
+    run.layers = [
+        {**run.layers[3], "name": f"model.layers.{i // 8}.part{i % 8}", "order": i}
+        for i in range(400)
+    ]
+    run.save()
+    text = world.client("vera").get(f"/runs/{run.uid}?panel=layers").content.decode()
+    drawn = text[text.index('<ol class="topology"') : text.index("</ol>")]
+    assert drawn.count("<li ") == 50
+    assert 'model.layers.49 <span class="muted">(8)</span>' in drawn
