@@ -2,7 +2,7 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-    dependencies = [("adaptations", "0004_remedies_as_adaptations")]
+    dependencies = [("adaptations", "0005_spans")]
 
     operations = [
         migrations.AddField(
