@@ -10,6 +10,7 @@ from django.test import Client
 from django.urls import reverse
 
 from apps.adaptations.models import Adaptation
+from apps.audit.services import ChainReport, verify_chain
 from apps.console.urls import urlpatterns
 from tests.apps.cast import PASSWORD, make_person
 
@@ -118,6 +119,21 @@ def test_a_wrong_password_is_refused_without_saying_which_part_is_wrong(world: A
 )
 def test_an_unknown_address_is_a_page_not_found(world: Any, address: str) -> None:
     assert world.client("olga").get(address).status_code == 404
+
+
+def test_many_who_verify_the_audit_log_at_once_cause_one_pass_over_it(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+
+    def verify() -> ChainReport:
+        passes.append(1)
+        return verify_chain()
+
+    monkeypatch.setattr("apps.console.pages.audit.verify_chain", verify)
+    pages = [world.client(who).get("/audit?verify=1") for who in ("vera", "olga", "ada")]
+    assert all("Verified" in page.content.decode() for page in pages)
+    assert len(passes) == 1
 
 
 def test_pages_accept_no_writes(world: Any) -> None:
