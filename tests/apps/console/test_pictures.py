@@ -76,7 +76,9 @@ def test_probation_has_its_step_its_gain_and_its_limits(world: Any) -> None:
     graft = world.adaptations["waiting"]
     for state in WAY_TO_PROBATION:
         Adaptation.objects.filter(pk=graft.pk).update(state=state, graft_step=graft.run.step)
-    add_steps(graft.run, 60, loss=0.2)
+    policy = graft.safety_policy.safety_policy()
+    since = policy.maturity_steps + 60
+    add_steps(graft.run, since, loss=0.05)
     Metric.objects.create(
         run=graft.run,
         epoch=1,
@@ -88,11 +90,16 @@ def test_probation_has_its_step_its_gain_and_its_limits(world: Any) -> None:
     graft = Adaptation.objects.get(pk=graft.pk)
     found = probation(graft)
     assert found is not None
-    assert (found.steps, found.of, found.level) == (60, 150, pytest.approx(0.2))
+    assert (found.steps, found.of) == (since, policy.probation_steps)
+    assert found.level == pytest.approx(0.05)
     assert (found.gain or 0.0) > 0.1
     assert (found.limit or 0.0) > (found.forecast or math.inf)
     text = panel(world, graft, "probation")
-    for words in ("Step <strong>60</strong> of 150", "+0.0700", "the graft is taken out"):
+    for words in (
+        f"Step <strong>{since}</strong> of {found.of}",
+        "+0.0700",
+        "the graft is taken out",
+    ):
         assert words in text
     for drawn in ('class="limit"', 'class="band"'):
         assert drawn in text
