@@ -129,7 +129,9 @@ class GoodStates:
             self._candidate = self._take(step)
             seconds = self._clock() - began
             usual = min(self._every, max(CONFIRMED_STEPS, step))
-            self._next = step + max(usual, self._steps_that_pay(seconds, began, step))
+            pays = self._steps_that_pay(seconds, began, step)
+            # Doubled, and not measured to the step: several ranks must keep the same steps.
+            self._next = step + usual * 2 ** max(0, math.ceil(math.log2(max(1, pays) / usual)))
 
     def _write_best(self) -> None:
         """Later than it was taken: a copy from a GPU arrives meanwhile."""
