@@ -15,7 +15,7 @@ from esper.contracts import (
     LayerInfo,
     signing,
 )
-from esper.grafting import digest
+from esper.grafting import digest, span_of
 from esper.sdk import RunStopped
 from tests.esper.sdk.tiny_training import Training, slot_at
 from tests.esper.sdk.transport.attached import (
@@ -47,6 +47,25 @@ def test_a_graft_command_is_applied_at_a_step_boundary_and_acknowledged(
         assert ack["step"] == session.adaptations[0].step
         assert list(slot_at(training.model, "3").grafts()) == ["proj_lora_64"]
         assert session.adaptations[0].uid == "a1"
+
+
+def test_a_command_for_a_span_reads_the_earlier_layers_input(
+    training: Training, plane: ControlPlane
+) -> None:
+    with listening(training, plane) as session:
+        layers = {layer.name: layer for layer in session.layers}
+        place = span_of(layers, "3", "5", "widen_hidden")
+        kernel = plane.add_kernel(
+            build_kernel(place, "widen_hidden", {"hidden": 3}, private_key=plane.kernel_key)
+        )
+        command = graft_command(plane, 1, kernel, layer="5", payload={"since": "3"})
+        plane.send(command)
+        training.until(lambda: ended(plane, 1), session)
+        ack = final_ack(plane, 1)
+        assert ack["state"] == "applied", ack["reason"]
+        assert ack["certificate"]["passed"]
+        assert session.adaptations[0].since == "3"
+        assert training.model.get_parameter("5.esper.widen_hidden.weight_in").shape == (3, 16)
 
 
 def test_a_staged_kernel_is_used_without_a_download(
