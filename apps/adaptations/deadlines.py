@@ -52,6 +52,8 @@ _OVERDUE = {
     S.IN_DOUBT: "the trainer did not report before the deadline",
 }
 NOTIFY_AGAIN_AFTER = timedelta(seconds=10)
+# A trainer that was started again says hello at once, which settles what is in doubt.
+DOUBT_WITHOUT_HELLO = timedelta(seconds=60)
 
 
 def sweep() -> int:
@@ -63,6 +65,7 @@ def sweep() -> int:
     _notify_again()
     _expire_commands()
     moved = sum(_expire(adaptation) for adaptation in _overdue())
+    moved += sum(_settle_doubt(adaptation) for adaptation in _doubtful())
     _watch_runs()
     return moved
 
@@ -81,6 +84,33 @@ def _expire(adaptation: Adaptation) -> bool:
             lock_run(adaptation.run_id)
             _take_outcome(adaptation)
     except Problem as error:  # a person or a report has moved it meanwhile
+        log.info("A-%s: %s", adaptation.number, error)
+        return False
+    return True
+
+
+def _doubtful() -> list[Adaptation]:
+    """In doubt for longer than a hello takes."""
+    since = timezone.now() - DOUBT_WITHOUT_HELLO
+    doubtful = Adaptation.objects.filter(state=S.IN_DOUBT, changed_at__lt=since)
+    return list(doubtful.filter(run__restored_at=None).select_related("run")[:200])
+
+
+def _settle_doubt(adaptation: Adaptation) -> bool:
+    """Take out what is in doubt although its trainer reports.
+
+    The trainer was silent and was not started again, so it says no hello. Whether it holds the
+    graft is unknown here, and no verdict came in time: an undo settles both.
+    """
+    try:
+        with transaction.atomic():
+            run = lock_run(adaptation.run_id)
+            if run.ended or not reported_recently(run):
+                return False
+            reason = "the trainer reports again, and no verdict came in time"
+            transition(adaptation, S.ROLLING_BACK, actor=SYSTEM, reason=reason)
+            request_undo(adaptation, reason=reason)
+    except Problem as error:  # a report has moved it meanwhile
         log.info("A-%s: %s", adaptation.number, error)
         return False
     return True

@@ -137,7 +137,13 @@ def _record_refusal(adaptation: Adaptation, ack: CommandAck) -> None:
 
 def _after_undo(command: Command, ack: CommandAck, actor: Actor) -> None:
     adaptation = _adaptation(command)
-    if adaptation is None or adaptation.state != S.ROLLING_BACK:
+    if adaptation is None:
+        return
+    if ack.state is CommandState.APPLIED and adaptation.state in (S.IN_DOUBT, S.PROBATION, S.KEPT):
+        # Answers of a trainer that was silent come late: this graft is gone, whatever came between.
+        reason = "the trainer had been told to take it out"
+        transition(adaptation, S.ROLLING_BACK, actor=actor, reason=reason)
+    if adaptation.state != S.ROLLING_BACK:
         return
     if ack.state is CommandState.APPLIED:
         hard = command.payload.get("hard") is True

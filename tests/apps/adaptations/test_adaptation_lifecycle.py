@@ -11,6 +11,7 @@ from django.db.utils import DatabaseError
 from django.utils import timezone
 
 from apps.adaptations import services
+from apps.adaptations.dispatch import request_undo
 from apps.adaptations.lifecycle import DEADLINES, NEXT, StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
 from apps.audit import triggers
@@ -590,3 +591,34 @@ def test_the_database_refuses_to_change_the_audit_log(stage: Stage) -> None:
         with pytest.raises(DatabaseError), transaction.atomic(), connection.cursor() as cursor:
             cursor.execute(statement)
     assert AuditHead.objects.get().last_id == AuditEvent.objects.count()
+
+
+def test_what_is_in_doubt_is_taken_out_when_its_trainer_reports_without_a_restart(
+    stage: Stage,
+) -> None:
+    adaptation = stage.grafted(stage.propose())
+    with transaction.atomic():
+        transition(adaptation, S.IN_DOUBT, actor=TAMIYO, reason="the trainer was silent")
+    Run.objects.update(last_seen_at=timezone.now())
+    services.sweep()
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.IN_DOUBT  # its hello may still come
+    Adaptation.objects.update(changed_at=timezone.now() - timedelta(minutes=2))
+    services.sweep()
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.ROLLING_BACK
+    stage.ack(stage.command(adaptation), CommandState.APPLIED, digest_after="a" * 64)
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.ROLLED_BACK
+
+
+def test_a_late_answer_to_an_undo_ends_what_was_thought_to_be_grafted(stage: Stage) -> None:
+    adaptation = stage.grafted(stage.propose())
+    with transaction.atomic():
+        transition(adaptation, S.ROLLING_BACK, actor=TAMIYO)
+        request_undo(adaptation, reason="test")
+        transition(adaptation, S.IN_DOUBT, actor=TAMIYO)
+        transition(adaptation, S.PROBATION, actor=TAMIYO)
+    stage.ack(stage.command(adaptation), CommandState.APPLIED, digest_after="a" * 64)
+    adaptation.refresh_from_db()
+    assert adaptation.state == S.ROLLED_BACK
