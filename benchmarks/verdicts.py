@@ -37,6 +37,7 @@ from benchmarks.verdict_cases import (
 )
 from esper import blueprints
 from esper.contracts import CostForecast, Reward, SafetyPolicy, Verdict
+from esper.policy.calibration import FEWEST_CASES, Calibration, calibration, shrunken_rate
 from esper.reward import (
     Look,
     LossWindow,
@@ -50,6 +51,7 @@ POLICY = SafetyPolicy()
 SMALLEST = POLICY.min_gain_ratio
 AGES = (50, 150, 300, 600)
 NOISE = 1e-6  # an ablation that measures nothing
+SEEN = 120  # up to here the judge was tried with one beginning of its test, then with three
 ENDS = (150, 300, 600)  # of the forecasts whose coverage is counted
 
 
@@ -217,6 +219,7 @@ def table(results: Sequence[Judged]) -> list[tuple[str, str]]:
     """(what, result) in the order of the document."""
     cases = [result.case for result in results]
     clear = [result for result in results if result.clear]
+    unseen = [result for result in clear if result.case.seed > SEEN]
     harms = [result for result in results if result.truth == "harms"]
     helps = [result for result in results if result.truth == "helps"]
     neutral = [result for result in results if result.truth == "neutral"]
@@ -226,6 +229,10 @@ def table(results: Sequence[Judged]) -> list[tuple[str, str]]:
         ("grafts, hosts", f"{len(results)}, {len(_hosts(cases))}"),
         ("true gain: helps, harms, neutral, unclear", _counts(results)),
         ("right in clear cases", share(sum(r.right for r in clear), len(clear))),
+        (
+            f"the same for seeds above {SEEN}, which came after the last change of the judge",
+            share(sum(r.right for r in unseen), len(unseen)),
+        ),
         ("helpful grafts kept", share(sum(r.verdict.keep for r in helps), len(helps))),
         ("harmful grafts kept", share(sum(r.verdict.keep for r in harms), len(harms))),
         ("kept grafts that harm", share(sum(r.truth == "harms" for r in kept), len(kept))),
@@ -255,6 +262,32 @@ def table(results: Sequence[Judged]) -> list[tuple[str, str]]:
         scores = [auc(results, partial(at, age=age)) for age in AGES]
         text = ", ".join(f"{score:.2f}" for score in scores)
         rows.append((f"AUC of the {name} after {', '.join(map(str, AGES))} steps", text))
+    return rows
+
+
+def predicted(results: Sequence[Judged]) -> Calibration:
+    """The chance of a clear gain by blueprint, for each case from all other hosts."""
+    told = [result for result in results if result.truth != "unclear"]
+    said = []
+    for result in told:
+        others = [other for other in told if other.case.seed != result.case.seed]
+        same = [other for other in others if other.case.blueprint == result.case.blueprint]
+        said.append(shrunken_rate([_helped(others), _helped(same)]))
+    return calibration(said, [result.truth == "helps" for result in told])
+
+
+def _helped(results: Sequence[Judged]) -> tuple[int, int]:
+    return sum(result.truth == "helps" for result in results), len(results)
+
+
+def by_blueprint(results: Sequence[Judged]) -> list[str]:
+    """How often each blueprint has helped."""
+    told = [result for result in results if result.truth != "unclear"]
+    rows = []
+    for slug in sorted({result.case.blueprint for result in told}):
+        helped, cases = _helped([result for result in told if result.case.blueprint == slug])
+        few = ", too few to trust" if cases < FEWEST_CASES else ""
+        rows.append(f"| {slug} | {share(helped, cases)}{few} |")
     return rows
 
 
@@ -321,6 +354,15 @@ somewhat too narrow.
 | seed | host | layer | blueprint | true gain | verdict | reason |
 |---|---|---|---|---|---|---|
 {wrong}
+
+## How often a blueprint helps
+
+| blueprint | helped by more than {SMALLEST:.1%} |
+|---|---|
+{chr(10).join(by_blueprint(results))}
+
+The chance of a gain, predicted for each graft from the other hosts (all, and those of its
+blueprint, with shrinkage): {predicted(results)}. Decisions do not use these numbers yet.
 
 ## What the judge cannot see
 

@@ -1,0 +1,45 @@
+"""Confidence against what came true."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from esper.policy.calibration import calibration, shrunken_rate
+
+
+def test_honest_confidence_has_a_small_error_and_beats_the_base_rate() -> None:
+    rng = np.random.default_rng(0)
+    said = rng.uniform(0.0, 1.0, 2_000)
+    found = calibration(said.tolist(), (rng.uniform(size=2_000) < said).tolist())
+
+    assert found.ece < 0.05
+    assert found.brier < found.base
+    assert sum(entry.cases for entry in found.bins) == 2_000
+
+
+def test_confidence_that_boasts_is_told_so() -> None:
+    found = calibration([0.9] * 100, [True] * 50 + [False] * 50)
+
+    assert found.ece == pytest.approx(0.4)
+    assert found.brier == pytest.approx(0.41)
+    assert found.base == pytest.approx(0.25)
+    assert "Brier score 0.410 (base rate 0.250)" in str(found)
+
+
+def test_few_cases_are_too_few_to_trust() -> None:
+    found = calibration([0.9] * 19 + [math.nan], [True] * 20)
+
+    assert not found.trusted
+    assert "too few to trust: 19 closed cases, 20 are needed" in str(found)
+    assert calibration([], []).cases == 0
+
+
+def test_a_small_group_says_what_the_wider_group_says() -> None:
+    wide = (700, 1_000)
+
+    assert shrunken_rate([wide, (0, 1)]) == pytest.approx(0.62, abs=0.01)
+    assert shrunken_rate([wide, (0, 200)]) < 0.05
+    assert shrunken_rate([]) == 0.5
