@@ -1,0 +1,109 @@
+"""A real run is made sick; its remedy is approved through the API, judged, and taken back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import ROOT, TEST_SECONDS, Plant, until
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(TEST_SECONDS)]
+
+# A loss that is not a number from step 60 until the file ``well`` exists.
+SICK_SCRIPT = """
+import pathlib, time, torch, esper
+torch.manual_seed(0); torch.set_num_threads(1)
+model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+rule = torch.randn(8, 1)
+well = pathlib.Path("well")
+with esper.attach(model, optimizer, run="sick", mode="supervised", verbose=False) as session:
+    for step in range(10**9):
+        x = torch.randn(64, 8)
+        loss = torch.nn.functional.mse_loss(model(x), x @ rule)
+        if step >= 60 and not well.exists():
+            loss = loss * float("nan")
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        session.step(loss)
+        time.sleep(0.005)
+"""
+
+
+@pytest.fixture
+def sick(start_esper: Any, tmp_path: Path) -> Any:
+    plant = Plant(start_esper(tmp_path / "data", "--no-demo"), tmp_path)
+    plant.make_quick()
+    (tmp_path / "sick.py").write_text(SICK_SCRIPT)
+    environment = os.environ | {
+        "ESPER_SERVER": plant.esper.url,
+        "ESPER_TOKEN": plant.esper.keyring["tokens"]["trainer"],
+        "ESPER_STATE_DIR": str(tmp_path / "journals"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    with (tmp_path / "trainer.log").open("ab") as log:
+        plant.trainer = subprocess.Popen(
+            [sys.executable, "sick.py"], cwd=tmp_path, env=environment, stdout=log, stderr=log
+        )
+    try:
+        yield plant
+    finally:
+        plant.trainer.send_signal(signal.SIGKILL)
+        plant.trainer.wait(10)
+
+
+def answer(plant: Plant, uid: str, act: str, **body: Any) -> None:
+    shown = plant.call("olga", "GET", f"adaptations/{uid}")
+    if act == "approve":
+        body["evidence_hash"] = shown.json()["evidence_hash"]
+    headers = {"If-Match": shown.headers["ETag"]}
+    done = plant.call("olga", "POST", f"adaptations/{uid}/{act}", json=body, headers=headers)
+    assert done.status_code == 200, done.text
+
+
+def state_is(plant: Plant, uid: str, *states: str) -> Callable[[], bool]:
+    return lambda: plant.state(uid) in states
+
+
+def test_a_sick_run_is_rewound_after_an_approval_and_a_change_is_taken_back(sick: Plant) -> None:
+    waiting = "SELECT uid FROM adaptations_adaptation WHERE state = 'awaiting_approval'"
+    until(lambda: sick.rows(waiting), "the trainer has proposed a remedy")
+    uid = str(sick.rows(waiting)[0][0])
+    shown = sick.call("olga", "GET", f"adaptations/{uid}").json()
+    assert (shown["kind"], shown["remedy"], shown["finding"]) == ("remedy", "rewind", "non_finite")
+    assert shown["title"].startswith("Rewind to step ")
+    assert shown["found"]["since_step"] >= 0
+    (sick.folder / "well").touch()
+    answer(sick, uid, "approve")
+    until(state_is(sick, uid, "kept"), "the finding is over and stays away")
+    assert sick.states_in_audit(uid) == [
+        *("proposed", "awaiting_approval", "approved", "dispatched", "accepted", "probation"),
+        "kept",
+    ]
+
+    # A person changes the rate by hand, and takes it back to the bit.
+    body = {"remedy": "set_lr", "config": {"factor": 0.5}, "reason": "to see"}
+    asked = sick.call("olga", "POST", f"runs/{sick.run}/ask-for-remedy", json=body)
+    assert asked.status_code == 201, asked.text
+    by_hand = asked.json()["uid"]
+    until(state_is(sick, by_hand, "probation", "kept"), "applied")
+    answer(sick, by_hand, "rollback", reason="seen")
+    until(state_is(sick, by_hand, "rolled_back", "reverted"), "taken back")
+    detail = sick.call("olga", "GET", f"adaptations/{by_hand}").json()
+    assert detail["undo_exact"] in (True, None)  # None: it was kept before the request arrived
+    assert detail["undo_exact"] or detail["state"] == "reverted"
+
+    # What does not fit ends with the trainer's sentence.
+    body = {"remedy": "restore_best"}
+    refused = sick.call("olga", "POST", f"runs/{sick.run}/ask-for-remedy", json=body).json()["uid"]
+    until(state_is(sick, refused, "not_applied"), "refused")
+    reason = sick.call("olga", "GET", f"adaptations/{refused}").json()["end_reason"]
+    assert "no held-out loss has been measured" in reason
+    assert sick.call("ada", "GET", "audit/verify").json()["verified"]
