@@ -234,9 +234,8 @@ def _check_setting(remedy: KnownRemedy, name: str, value: Any) -> None:
             422, "invalid", f"{remedy.slug} has no setting {name!r}; its settings are: {known}."
         )
     default = remedy.settings[name]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = number if isinstance(default, int | float) else isinstance(value, type(default))
-    if not fits or (isinstance(default, int) and not isinstance(value, int)):
+    fits = type(value) is type(default) or (type(default), type(value)) == (float, int)
+    if not fits:
         raise Problem(422, "invalid", f"{name} of {remedy.slug} cannot be {value!r}.")
 
 

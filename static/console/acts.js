@@ -56,6 +56,7 @@ function bodyOf(form, button) {
   const body = { ...JSON.parse(form.dataset.body ?? "{}"), ...JSON.parse(button.dataset.body ?? "{}") };
   if ("changes" in form.dataset) body.changes = changesOf(form);
   if ("parameters" in form.dataset) body.parameters = parametersOf(form);
+  if ("settings" in form.dataset) body.config = parametersOf(form);
   for (const field of form.elements) {
     if (!field.name || field.disabled && field.tagName === "BUTTON") continue;
     if ("was" in field.dataset || "parameter" in field.dataset) continue;

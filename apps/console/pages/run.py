@@ -15,6 +15,7 @@ from django.urls import reverse
 
 from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation, Remedy
+from apps.blueprints.models import KnownRemedy
 from apps.console.bar import adaptation_switch
 from apps.console.drawing import shade
 from apps.console.panels import Panel, render_page
@@ -82,7 +83,15 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             "only_poor": only_poor,
         }
 
+    def ask() -> dict[str, Any]:
+        return {
+            "known": KnownRemedy.objects.filter(present=True),
+            "may_ask": may(user, Act.PROPOSE_REMEDY, owner_id=run.owner_id),
+            "may_approve": may(user, Act.APPROVE, owner_id=run.owner_id),
+        }
+
     return [
+        Panel("ask", "Ask for a remedy", "console/run/ask.html", ask, fold=True),
         Panel("head", "Run", "console/run/head.html", head, ("run", "switch"), every=5),
         Panel(
             "timeline",

@@ -132,6 +132,11 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 @register.filter
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@register.filter
 def plain(value: float) -> str:
     """A number as a form field takes it: ``1e-05`` and ``100``, neither ``100.0`` nor ``1,000``."""
     return str(int(value)) if float(value).is_integer() else repr(float(value))

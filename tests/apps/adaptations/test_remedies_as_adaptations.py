@@ -318,8 +318,8 @@ def test_a_refusal_of_the_trainer_ends_with_its_sentence(stage: Stage) -> None:
     [
         ("set_lr", True, 1010, S.PROBATION),
         ("set_lr", False, 1010, S.ROLLED_BACK),
-        ("repair_scale", False, 1010, S.PROBATION),  # it is in what was learned since
-        ("repair_scale", False, 900, S.ROLLED_BACK),
+        ("restore_best", False, 1010, S.PROBATION),  # it is in what was learned since
+        ("restore_best", False, 900, S.ROLLED_BACK),
     ],
 )
 def test_a_trainer_that_dies_and_returns_settles_its_remedies(
@@ -384,6 +384,9 @@ def test_people_ask_for_remedies(stage: Stage) -> None:
         ({"remedy": "rewind", "layer": "fc"}, "for the whole run"),
         ({"config": {"speed": 1}}, "no setting 'speed'; its settings are: factor"),
         ({"config": {"factor": "fast"}}, "factor of set_lr cannot be 'fast'"),
+        ({"config": {"factor": True}}, "factor of set_lr cannot be True"),
+        ({"remedy": "stop_early", "config": {"restore_best": 1}}, "cannot be 1"),
+        ({"remedy": "rewind", "config": {"step": 0.5}}, "step of rewind cannot be 0.5"),
     ],
 )
 def test_a_remedy_that_cannot_be_is_refused_with_what_is_wrong(

@@ -68,3 +68,20 @@ def test_an_approval_sends_the_remedy(sick: Any) -> None:
     answer = act(sick.client("olga"), waiting, "approve", "k1", evidence_hash=waiting.evidence_hash)
     assert answer.status_code == 200, answer.content
     assert answer.json()["state"] == "dispatched"
+
+
+def test_people_ask_for_a_remedy_on_the_run_page(sick: Any) -> None:
+    uid = sick.runs["digits-cnn"].uid
+
+    def panel(who: str) -> str:
+        text: str = sick.client(who).get(f"/runs/{uid}?panel=ask").content.decode()
+        return text
+
+    assert f'data-act="/api/v1/runs/{uid}/ask-for-remedy"' in panel("olga")
+    assert 'data-parameter="number" required step="any" autocomplete="off" value="0.5"' in panel(
+        "olga"
+    )
+    assert "The trainer applies it at its next step." in panel("olga")
+    assert "waits in the inbox" in panel("rafi")  # his own run: another operator approves
+    assert "may ask for remedies" in panel("vera")
+    assert "<form" not in panel("vera")
