@@ -23,7 +23,7 @@ from esper.contracts import (
     WorkerKind,
 )
 from tests.apps.callers import Answer, Caller, Inbox, register, registration, shown
-from tests.apps.cast import force_state, token_of
+from tests.apps.cast import force_state, make_remedies, token_of
 from tests.apps.recipes.rows import make_launch, make_recipe
 
 pytestmark = pytest.mark.django_db
@@ -45,6 +45,11 @@ def _on_adaptation(name: str, reason: str = "because") -> Attempt:
 
 def _on_run(name: str) -> Attempt:
     return lambda caller, inbox: caller.post(f"{inbox.trainer.path}/{name}", {"reason": "hm"})
+
+
+def _ask_for_remedy(caller: Caller, inbox: Inbox) -> Answer:
+    make_remedies()
+    return caller.post(f"{inbox.trainer.path}/ask-for-remedy", {"remedy": "skip_update"})
 
 
 def _on_launch(name: str, state: LaunchState) -> Attempt:
@@ -90,6 +95,7 @@ ACTS: list[tuple[str, Act, Attempt]] = [
     ("extend", Act.EXTEND, _on_adaptation("extend")),
     ("cancel", Act.CANCEL, _on_adaptation("cancel")),
     ("rollback", Act.ROLL_BACK, _on_adaptation("rollback")),
+    ("ask for a remedy", Act.PROPOSE_REMEDY, _ask_for_remedy),
     ("pause", Act.PAUSE_ADAPTATION, _on_run("pause-adaptation")),
     ("resume", Act.PAUSE_ADAPTATION, _on_run("resume-adaptation")),
     ("stop", Act.STOP_RUN, _on_run("stop")),
