@@ -388,7 +388,7 @@ def _case(data: dict[str, Any]) -> Case:
     return Case(**values)
 
 
-def collect(seeds: range, grafts: int, path: Path | None) -> list[Case]:
+def collect(seeds: Sequence[int], grafts: int, path: Path | None) -> list[Case]:
     cases = load(path) if path is not None else []
     done = {case.seed for case in cases}
     for seed in seeds:
@@ -403,19 +403,28 @@ def collect(seeds: range, grafts: int, path: Path | None) -> list[Case]:
     return [case for case in cases if case.seed in seeds]
 
 
+def seeds_of(text: str) -> list[int]:
+    """``100:103,107`` is 100, 101, 102 and 107."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition(":")
+        seeds += range(int(first), int(last) if last else int(first) + 1)
+    return seeds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="4 hosts with 3 grafts each")
-    parser.add_argument("--seeds", default="100:140", help="first:last, the last is left out")
+    parser.add_argument("--quick", action="store_true", help="the first 4 hosts with 3 grafts each")
+    parser.add_argument("--seeds", default="100:140", help="such as 100:134,135")
     parser.add_argument("--cases", type=Path, help="file of the trainings, one JSON object a line")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--document", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    first, last = map(int, given.seeds.split(":"))
-    seeds = range(first, first + 4) if given.quick else range(first, last)
+    seeds = seeds_of(given.seeds)
+    seeds = seeds[:4] if given.quick else seeds
     results = [judged(case) for case in collect(seeds, 3 if given.quick else 5, given.cases)]
     for what, result in table(results):
         print(f"{what:64} {result}")
