@@ -129,8 +129,9 @@ export class Heat {
     const pace = Math.ceil(14 / this.rowHeight); // of many thin rows some are named
     this.rows.forEach(({ name, layers }, row) => {
       if (row % pace) return;
-      const text = layers.length > 1 ? `${visible(name)} (${layers.length})` : visible(name);
-      ctx.fillText(cut(ctx, text, left - 10), left - 6, row * this.rowHeight + this.rowHeight * Math.min(pace, 2) / 2);
+      const text = layers.length > 1 && left > 100 ? `${visible(name)} (${layers.length})` : visible(name);
+      const middle = row * this.rowHeight + this.rowHeight * Math.min(pace, 2) / 2;
+      ctx.fillText(cut(ctx, text, left - 10), left - 6, Math.max(7, middle));
     });
   }
 
