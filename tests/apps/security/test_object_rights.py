@@ -37,6 +37,8 @@ OF_TRAINERS = {
     "post runs/<uid>/commands/<seq>/ack",
     "post runs/<uid>/rollbacks",
     "post runs/<uid>/remedies",
+    "post runs/<uid>/remedy-proposals",
+    "post runs/<uid>/remedy-verdicts",
     "post runs/<uid>/finish",
 }
 
