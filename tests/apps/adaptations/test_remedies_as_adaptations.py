@@ -18,7 +18,6 @@ from apps.policies.services import adaptation_switch
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.trainers import services as trainers
-from apps.violations.services import record_findings
 from esper.contracts import (
     AdaptationState,
     CommandKind,
@@ -29,7 +28,7 @@ from esper.contracts import (
     Severity,
     ViolationRule,
 )
-from esper.contracts.protocol import HeldRemedy, RemedyProposal, RemedyVerdict
+from esper.contracts.protocol import HeldRemedy, RemedyProposal, RemedyVerdict, Telemetry
 from tests.apps.callers import Caller, Trainer
 from tests.apps.cast import TRAINER, make_remedies, make_run
 from tests.apps.stage import Stage
@@ -297,8 +296,8 @@ def test_a_proposal_whose_finding_is_over_is_withdrawn(stage: Stage) -> None:
     set_mode(stage, RunMode.SUPERVISED)
     adaptation = propose(stage)
     over = replace(FINDING, resolved_step=1020)
-    record_findings(run=stage.run, findings=[over])
-    services.withdraw_answered(stage.run, [over])
+    batch = Telemetry(epoch=stage.run.epoch, seq_from=1, seq_to=1, findings=(over,))
+    trainers.take_telemetry(run=stage.run, batch=batch)
     adaptation.refresh_from_db()
     assert adaptation.state == S.SUPERSEDED
     assert adaptation.end_reason == "oscillating loss was over at step 1,020"
