@@ -39,7 +39,7 @@ def test_it_names_who_decided_what_and_is_verified_by_the_public_key(
     event, what = answer.data["event"], answer.data["shown"]
     assert (event["actor"], event["act"]) == ("olga", "adaptation.approved")
     assert event["reason"] == "flat for an hour"
-    assert (what["layer"], what["blueprint"]) == ("fc", "proj_lora_64")
+    assert (what["layer"], what["slug"]) == ("fc", "proj_lora_64")
 
 
 def test_every_change_to_it_is_found(decided: Adaptation, viewer: Caller) -> None:
@@ -47,7 +47,7 @@ def test_every_change_to_it_is_found(decided: Adaptation, viewer: Caller) -> Non
     changes: list[tuple[Any, ...]] = [
         ("event", "actor", "mallory"),
         ("event", "hash", "0" * 64),
-        ("shown", "blueprint", "attn_std"),
+        ("shown", "slug", "attn_std"),
         ("shown", "epoch", 7),
         ("signature", None, signing.sign(b"else", settings.ESPER_AUDIT_KEY)),
     ]
