@@ -157,7 +157,7 @@ def run(host: Host, first: int, last: int, each: Callable[[int], None] | None = 
         loss = host.loss(host.model(x), y)
         torch.autograd.backward(loss)
         host.optimizer.step()
-        losses.append((step, float(loss)))
+        losses.append((step, loss.item()))
         if each is not None:
             each(step)
         elif step % LOOK_STEPS == 0:
