@@ -93,12 +93,18 @@ class Announcer:
             kind="decisions that expired",
         )
 
-    def waits_at_server(self, layer: str, blueprint: str, address: str) -> None:
-        """A decision waits at the server, which tells it again after each reconnect."""
+    def waits_at_server(self, layer: str, what: str, address: str) -> None:
+        """A decision waits at the server, which tells it again after each reconnect.
+
+        Args:
+            layer: empty for the whole run.
+            what: slug of the blueprint or the remedy.
+        """
         if address not in self._told:
             self._told.add(address)
+            place = f"at {layer!r}" if layer else "of the run"
             self._step(
-                f"{blueprint} at {layer!r} waits for a person: {address}",
+                f"{what} {place} waits for a person: {address}",
                 kind="decisions that wait",
             )
 

@@ -102,10 +102,17 @@ class DiagnosisWatch:
         known = (reading.change for reading in self.recorder.gradients)
         return max((change for change in known if not math.isnan(change)), default=math.nan)
 
-    def forget_readings(self) -> None:
-        """The model was changed: what was read before says nothing about it."""
+    def forget_readings(self, *, back_to: int | None = None) -> None:
+        """The model was changed: what was read before says nothing about it.
+
+        Args:
+            back_to: the step whose weights it has now: later held-out losses are of other weights.
+        """
         self.recorder.forget_readings()
         self._frames.clear()
+        if back_to is not None:
+            kept = [(step, loss) for step, loss in self._held_out if step <= back_to]
+            self._held_out = deque(kept, maxlen=HELD_OUT_KEPT)
 
     def close(self) -> None:
         self.recorder.close()

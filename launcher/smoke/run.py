@@ -1,7 +1,8 @@
 """The smoke run: one adaptation through all processes, approved by a person, over HTTP.
 
-start on free ports ─► the demos train ─► an adaptation waits ─► olga approves it by REST
-  ─► it is kept or rolled back ─► audit ─► stop ─► one JSON object as the last line
+start on free ports ─► a demo that needs a graft trains ─► an adaptation waits
+  ─► olga approves it by REST ─► it is kept or rolled back
+  ─► audit ─► stop ─► one JSON object as the last line
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from launcher.smoke.report import AUDITOR, GOOD_ENDS, OPERATOR, audit_gaps, fail
 from launcher.smoke.timings import measure_timings
 from launcher.supervisor.esper import STARTING_ERRORS, Esper, Options
 from launcher.supervisor.output import Output
+from launcher.supervisor.plan import DEMOS
 from launcher.supervisor.stopping import run_until_signal
 
 LIMIT_SECONDS = 15 * 60.0
@@ -108,7 +110,7 @@ async def smoke(data_dir: Path, output: Output) -> Json:
     Raises:
         SmokeFailure: no approved adaptation ended in time, or a request failed.
     """
-    esper = Esper(Options(data_dir=data_dir, port=0, show_people=False), output)
+    esper = Esper(Options(data_dir=data_dir, port=0, demos=DEMOS[:1], show_people=False), output)
     try:
         async with asyncio.timeout(LIMIT_SECONDS), esper:
             report, gaps = await drive(esper, output)

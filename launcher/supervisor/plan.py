@@ -48,9 +48,9 @@ class Demo:
 
 
 DEMOS = (
-    Demo("digits_cnn", "digits_cnn.py"),  # too small in one place
-    Demo("digits_cnn_wide", "digits_cnn.py", ("--units", "32", "--run", "digits-cnn-wide")),  # well
+    Demo("digits_perceptron", "digits_perceptron.py", ("--pause", "0.02")),  # too narrow
     Demo("topics_lm", "topics_lm.py", ("--rate-jump-at", "2000")),  # a fault in its schedule
+    Demo("digits_cnn", "digits_cnn.py", ("--units", "32")),  # nothing is wrong with it
 )
 
 

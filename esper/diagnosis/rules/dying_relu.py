@@ -35,7 +35,7 @@ class DyingRelu(Rule):
         "give the dead units a new start, or use LeakyReLU, GELU or normalisation."
     )
     remedies = (RemedySlug.REWIND, RemedySlug.RECYCLE, RemedySlug.SET_LR)
-    explained_by = frozenset({"non_finite", "unreached"})
+    explained_by = frozenset({"non_finite", "unreached", "rate_jump"})
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         reading = observation.last_gradients

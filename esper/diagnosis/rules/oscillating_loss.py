@@ -40,7 +40,7 @@ class OscillatingLoss(Rule):
     advice = "Lower the learning rate, or make the batches larger."
     remedies = (RemedySlug.SET_LR, RemedySlug.TELL)
     opens_after = 2
-    explained_by = frozenset({"non_finite", "update_ratio_high", "loss_spike"})
+    explained_by = frozenset({"non_finite", "update_ratio_high", "loss_spike", "rate_jump"})
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         _, losses = observation.finite_losses()

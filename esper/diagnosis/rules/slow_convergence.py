@@ -8,6 +8,7 @@ from esper.diagnosis.observation import Observation, Unknown
 
 STEPS = 200
 GAIN = 0.01
+DIVERGED = 1.1
 SMALL_UPDATE = 1e-4
 
 
@@ -19,6 +20,7 @@ class SlowConvergence(Rule):
     symptom = "After 200 steps the loss is still what it was at the start."
     thresholds = (
         Threshold("steps", STEPS, "steps", "chosen"),
+        Threshold("loss / first loss, at most", DIVERGED, "ratio", "chosen"),
         Threshold("fall of the loss", GAIN, "share", "AutoTrainer (ICSE'21): gain below 0.01"),
         Threshold("median of update / weight", SMALL_UPDATE, "ratio", "above it, it is info"),
     )
@@ -34,7 +36,7 @@ class SlowConvergence(Rule):
             "non_finite", "nothing_moves", "not_held", "unreached", "frozen_part", "dying_relu",
             "vanishing_gradient", "exploding_gradient", "bad_initialisation", "update_ratio_high",
             "update_ratio_low", "wrong_output_activation", "wrong_loss", "oscillating_loss",
-            "repeated_initialisation", "saturation", "loss_spike",
+            "repeated_initialisation", "saturation", "loss_spike", "rate_jump",
         }
     )  # fmt: skip
 
@@ -46,8 +48,8 @@ class SlowConvergence(Rule):
         if observation.is_warming_up:
             raise Unknown("the learning rate still rises")
         share = observation.learned_share
-        if share < 1 - GAIN:
-            return None
+        if not 1 - GAIN <= share <= DIVERGED:
+            return None  # it learns, or it has diverged, which other rules explain
         ratios = [ratio for _, ratio in observation.signal_history(Signal.UPDATE_RATIO)]
         slow = bool(ratios) and median(ratios) < SMALL_UPDATE
         return Evidence(
