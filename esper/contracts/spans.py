@@ -6,6 +6,7 @@ certificates, kernels and manifests need no second form.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from esper.contracts.health import LayerInfo
@@ -97,3 +98,18 @@ def _stride(since: LayerInfo, layer: LayerInfo) -> tuple[int, ...] | None:
     pairs = zip(given[1:], wanted[1:], strides, strict=True)
     fits = all(-(-positions // step) == b for positions, b, step in pairs)
     return strides if fits else None
+
+
+def place_of(
+    find: Callable[[str], LayerInfo | None], layer: str, since: str = ""
+) -> LayerInfo | None:
+    """The layer with this name, or the span that ends in it; None: there is no such place.
+
+    Args:
+        find: the layer with a name.
+        since: the layer where the span begins; empty: it is no span.
+    """
+    last, first = find(layer), find(since) if since else None
+    if last is None or not since:
+        return last
+    return None if first is None or why_no_span(first, last) else span(first, last)

@@ -523,8 +523,8 @@ class RemedyLoop:
         """A remedy was applied."""
         self._sample.forget()
         if get_remedy(treatment.remedy).changes_weights:
-            to_step = treatment.receipt.details.get("to_step")
-            self._diagnosis.forget_readings(back_to=to_step)
+            details = treatment.receipt.details if treatment.receipt is not None else {}
+            self._diagnosis.forget_readings(back_to=details.get("to_step"))
         given = self._case_of(treatment.finding).given
         given[treatment.remedy] = given.get(treatment.remedy, 0) + 1
         self.treatments.append(treatment)

@@ -93,18 +93,22 @@ def _loading(site: Site, snapshot: Json, adaptations: Sequence[Json]) -> float |
     from esper.compilation import KernelStore, open_kernel
     from esper.compilation.instantiate import instantiate
     from esper.contracts import LayerInfo
+    from esper.contracts.spans import place_of
 
     grafted = [item for item in adaptations if item["kernel"] and item["graft_step"] is not None]
     if not grafted:
         return None
     layers = {layer["name"]: LayerInfo.from_wire(layer) for layer in snapshot["layers"]}
-    digest, layer = str(grafted[0]["kernel"]), layers[grafted[0]["layer"]]
+    digest = str(grafted[0]["kernel"])
+    place = place_of(layers.get, grafted[0]["layer"], grafted[0]["since"])
+    if place is None:
+        return None
     store = KernelStore(site.data_dir / "kernels")
     trusted_key = str(site.keyring["kernel_public_key"])
 
     def load() -> None:
         _, spec, _ = open_kernel(store.get(digest), digest, trusted_key)
-        instantiate(spec, layer)
+        instantiate(spec, place)
 
     return _time(load)
 

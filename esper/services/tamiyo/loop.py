@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from esper.contracts import AdaptationState, Decision, Declined, RunSnapshot, Verdict, protocol
+from esper.contracts.spans import place_of
 from esper.exceptions import CodecError, TransportError
 from esper.pipeline import decide
 from esper.policy import Policy
@@ -180,10 +181,13 @@ class DecisionLoop:
         self, watch: RunWatch, adaptation: protocol.Active, verdict: Verdict
     ) -> None:
         report = watch.report
-        layer = report.snapshot.layer(adaptation.layer)
-        if layer is None:
-            raise CodecError(f"{adaptation.uid} is at {adaptation.layer}, which is no layer")
-        cost = cost_of(await self._urza.adaptation(adaptation.uid), layer)
+        resource = await self._urza.adaptation(adaptation.uid)
+        since = str(resource.get("since") or "")
+        place = place_of(report.snapshot.layer, adaptation.layer, since)
+        if place is None:
+            at = f"{since} … {adaptation.layer}" if since else adaptation.layer
+            raise CodecError(f"{adaptation.uid} is at {at}, which is no layer")
+        cost = cost_of(resource, place)
         body = protocol.Verdict.of(verdict, reward_of(verdict, report, adaptation, cost))
         try:
             await self._urza.judge(adaptation.uid, body, key=f"{adaptation.uid}:verdict")

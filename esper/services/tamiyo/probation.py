@@ -62,6 +62,7 @@ def cost_of(resource: Mapping[str, Any], layer: LayerInfo) -> CostForecast:
 
     Args:
         resource: ``GET adaptations/{uid}``; ``blueprint``, ``config`` and ``certificate`` are read.
+        layer: its place, which may span layers.
 
     Raises:
         CodecError: the resource does not say what was grafted.
