@@ -40,6 +40,9 @@ OTHER: dict[str, Any] = {
     "cached_channels": (0, 16),
     "looks_ahead": True,
     "sequence_axis": -1,
+    "activation": "relu",
+    "recomputed": 2,
+    "since": "stem",
 }
 
 

@@ -138,7 +138,9 @@ def test_a_job_that_kills_its_builder_is_tried_three_times_and_keeps_the_log(
     worker.refresh_from_db()
     assert (worker.crashes, worker.mode) == (3, WorkerMode.ACTIVE)
 
-    # A build that goes well ends the row of crashes.
+    # A build that goes well ends the row of crashes. The failure has begun a cooldown.
+    stage.run.step += 1_000
+    stage.run.save(update_fields=["step"])
     services.compile_kernel(_job_of(stage.propose()), worker=worker.name)
     worker.refresh_from_db()
     assert worker.crashes == 0

@@ -91,7 +91,8 @@ def test_a_state_with_the_graft_is_loaded_like_any_other(
 
     assert torch.equal(computed(run.model, kind), expected)
     assert receipt.present
-    assert not run.session.findings()
+    # The rate of this test is high for a GPT-2, and Esper says so.
+    assert {found.slug for found in run.session.findings()} <= {"update_ratio_high"}
     run.session.close()
 
 

@@ -94,6 +94,8 @@ def messages_of(draw: Draw, info: Any) -> Any:
         members["seq_from"] = draw(st.integers(1, 10**6))
         items = sum(len(members[name]) for name in ("frames", "metrics", "findings"))
         members["seq_to"] = members["seq_from"] + items - 1
+    if info.cls is protocol.RemedyProposal:
+        members["finding"] = replace(members["finding"], slug="dying_relu")
     if info.cls is protocol.Answer:
         members["state"] = "accepted"
     return info.cls(**members)

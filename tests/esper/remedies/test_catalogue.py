@@ -461,8 +461,8 @@ def test_what_is_adopted_learns_and_the_optimizer_stays_the_users() -> None:
 def test_what_changed_the_model_once_has_no_soft_undo() -> None:
     run = Run()
     with run.attach() as session:
-        run.train(2, session)
-        receipt = session.remedy("repair_scale", sample=sample())
+        run.train(CONFIRMED, session)
+        receipt = session.remedy("restore_best")
         with pytest.raises(UndoError, match="only a hard undo"):
             session.undo(receipt, hard=False)
 

@@ -49,7 +49,7 @@ def test_a_summary_has_run_mode_step_layers_findings_and_adaptations(
             "'told': supervised mode, step 12, local",
             "health of step 10",
             "serious finding at '5': bias: trainable, but in no optimizer",
-            "proj_lora_64 in '3', step 12: probation until step 162",
+            "proj_lora_64 in '3', step 12: probation until step 612 at most",
             "proj_lora_64 (probation)",
             str(remedy),
             "Why nothing happens",

@@ -36,7 +36,8 @@ def test_a_run_registers_says_hello_and_finishes(training: Training, plane: Cont
     assert registration["target_steps"] == 50
     assert [layer["name"] for layer in registration["layers"]] == ["0", "3", "5"]
     assert registration["model_parameters"] == 8 * 16 + 16 + 16 * 16 + 16 + 16 * 4 + 4
-    assert plane.hellos == [{"epoch": 1, "step": 1, "applied": [], "last_command_seq": 0}]
+    nothing = {"applied": [], "remedies": [], "last_command_seq": 0}
+    assert plane.hellos == [{"epoch": 1, "step": 1, **nothing}]
     assert plane.finishes == [{"epoch": 1, "state": "finished", "step": 5, "reason": ""}]
 
 

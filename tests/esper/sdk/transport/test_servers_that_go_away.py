@@ -137,6 +137,7 @@ def test_a_restarted_trainer_says_what_its_model_really_holds(
         "last_command_seq": 0,  # its journal was deleted when the run had answered everything
         "step": state["step"] + 1,
         "applied": [{**held, "step": state["applied"][0]["step"]}],
+        "remedies": [],
     }
     assert final_ack(plane, 2)["code"] == "old_epoch"
     assert final_ack(plane, 3)["state"] == "applied"
