@@ -38,13 +38,13 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def batch(images: Tensor, labels: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
-    """128 digits, each turned and shifted a little; the same for a step whenever asked for."""
+    """384 digits, each turned and shifted a little; the same for a step whenever asked for."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    rows = torch.randint(len(images), (128,), generator=generator)
-    turn, *shift = (0.6 * torch.rand(3, 128, generator=generator) - 0.3).unbind()
+    rows = torch.randint(len(images), (384,), generator=generator)
+    turn, *shift = (0.6 * torch.rand(3, 384, generator=generator) - 0.3).unbind()
     cos, sin = turn.cos(), turn.sin()
     maps = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(maps, [128, 1, 16, 16], align_corners=False)
+    grid = F.affine_grid(maps, [384, 1, 16, 16], align_corners=False)
     picked = F.grid_sample(images[rows], grid, align_corners=False)
     return picked.to(DEVICE), labels[rows].to(DEVICE)
 
@@ -62,7 +62,7 @@ def build(units: int) -> nn.Sequential:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=30_000)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", default="digits-cnn")
     parser.add_argument("--units", type=int, default=2, help="between convolutions and digits")

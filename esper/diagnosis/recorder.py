@@ -50,6 +50,7 @@ from esper.health.transfers import HostCopy, HostTransfer, copy_to_host, is_late
 
 FIRST_STEPS = (1, 2, 3, 5, 10, 20, 30, 40, 50)
 FORWARD_STEPS = (1, 10, 30, 50)
+SURE_STEPS = (100, 200, 400, 800)  # however little a step takes: a short run is looked at too
 PERIOD = 50  # shortest, after the first steps
 FORWARD_EVERY = 4  # planned steps
 MEASURED_AT = (50, 500, 5_000)  # where the period is set from the cost so far
@@ -76,7 +77,9 @@ class Plan:
         self._checks = 0
 
     def is_due(self, step: int) -> bool:
-        return step in FIRST_STEPS or (step > FIRST_STEPS[-1] and step % self.period == 0)
+        if step in FIRST_STEPS or step in SURE_STEPS:
+            return True
+        return step > FIRST_STEPS[-1] and step % self.period == 0
 
     def reads_forward(self, step: int) -> bool:
         return step in FORWARD_STEPS or (

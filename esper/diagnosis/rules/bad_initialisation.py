@@ -5,7 +5,7 @@ from statistics import median
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import LossKind, Observation, Unknown
+from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
 
 ALIKE = 1e-3
 DIFFERENT = 0.1
@@ -57,16 +57,15 @@ class BadInitialisation(Rule):
             return None
         if observation.step > 3 and observation.loss < LEARNED * first:
             return None  # it learns in spite of it
-        return (
-            _spread(observation)
-            or _faint(observation)
-            or _gain(observation)
-            or _loss(observation, first)
-        )
+        if observation.step > 3:  # it may have been repaired, so the present state counts
+            seen, gains = observation.last_pass, _gains_now(observation)
+            return _spread(seen) or _faint(seen) or _gain(gains)
+        seen, gains = observation.first_pass, _gains_at_birth(observation)
+        return _spread(seen) or _faint(seen) or _gain(gains) or _loss(seen, first)
 
 
-def _spread(observation: Observation) -> Evidence | None:
-    passes = [p for p in observation.first_pass.layers if not math.isnan(p.input_spread)]
+def _spread(seen: ModelPass) -> Evidence | None:
+    passes = [p for p in seen.layers if not math.isnan(p.input_spread)]
     if len(passes) < 3 or passes[0].input_spread < DIFFERENT:
         return None
     last = passes[-1]
@@ -87,9 +86,9 @@ def _spread(observation: Observation) -> Evidence | None:
     )
 
 
-def _faint(observation: Observation) -> Evidence | None:
+def _faint(seen: ModelPass) -> Evidence | None:
     """Without a bias or a norm, a signal that shrinks from layer to layer still has its spread."""
-    passes = [p for p in observation.first_pass.layers if p.input_std > 0]
+    passes = [p for p in seen.layers if p.input_std > 0]
     if len(passes) < 3:
         return None
     first, last = passes[0], passes[-1]
@@ -106,8 +105,21 @@ def _faint(observation: Observation) -> Evidence | None:
     )
 
 
-def _gain(observation: Observation) -> Evidence | None:
-    gains = {t.layer: t.gain for t in observation.tensors if t.trainable and math.isfinite(t.gain)}
+def _gains_at_birth(observation: Observation) -> dict[str, float]:
+    """Layer -> std(weights) x sqrt(inputs)."""
+    return {t.layer: t.gain for t in observation.tensors if t.trainable and math.isfinite(t.gain)}
+
+
+def _gains_now(observation: Observation) -> dict[str, float]:
+    norms = {row.name: row.weight_norm for row in observation.last_gradients.rows}
+    return {
+        t.layer: norms[t.name] / math.sqrt(t.elements) * t.gain / t.std
+        for t in observation.tensors
+        if t.std > 0 and math.isfinite(t.gain) and math.isfinite(norms.get(t.name, math.nan))
+    }
+
+
+def _gain(gains: dict[str, float]) -> Evidence | None:
     if len(gains) < 2:
         return None
     middle = median(gains.values())
@@ -125,8 +137,7 @@ def _gain(observation: Observation) -> Evidence | None:
     )
 
 
-def _loss(observation: Observation, first: float) -> Evidence | None:
-    seen = observation.first_pass
+def _loss(seen: ModelPass, first: float) -> Evidence | None:
     if seen.loss_kind is not LossKind.CROSS_ENTROPY or not 0 < seen.loss_scale < 2:
         return None
     chance = math.log(max(2, seen.classes))
