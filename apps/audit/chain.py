@@ -126,7 +126,9 @@ def _verified(signed: list[SignedHead]) -> ChainReport:
     signed_by_id: dict[int, set[str]] = {}
     for head in signed:
         signed_by_id.setdefault(head.events, set()).add(head.hash)
-    previous, count = GENESIS, 0
+    # Before the events: those that are written meanwhile come after this end.
+    end = AuditHead.objects.filter(pk=1).first()
+    previous, count, at_the_end = GENESIS, 0, GENESIS
     for event in AuditEvent.objects.order_by("id").iterator(chunk_size=1000):
         problem = _problem(event, previous, count + 1)
         if not problem and not signed_by_id.get(event.id, set()) <= {event.hash}:
@@ -134,7 +136,14 @@ def _verified(signed: list[SignedHead]) -> ChainReport:
         if problem:
             return ChainReport(False, count, previous, problem, event.id)
         previous, count = event.hash, count + 1
-    problem = _problem_at_the_end(count, previous, newest)
+        if end is not None and count == end.last_id:
+            at_the_end = previous
+    problem = _problem_at_the_end(count, newest)
+    written = AuditHead.objects.filter(pk=1).first()
+    if not problem and end is not None and written is not None:
+        kept = at_the_end == end.last_hash or not end.last_id
+        if not kept or written.last_id < count:
+            problem = f"the log ends at {count}, but {written.last_id} events were written"
     return ChainReport(
         not problem,
         count,
@@ -145,15 +154,12 @@ def _verified(signed: list[SignedHead]) -> ChainReport:
     )
 
 
-def _problem_at_the_end(count: int, last_hash: str, newest: SignedHead | None) -> str:
+def _problem_at_the_end(count: int, newest: SignedHead | None) -> str:
     if newest is not None and newest.events > count:
         return (
             f"the log ends at {count}, but {newest.events} events were signed at {newest.at}: its "
             "end was cut, or an older state was restored"
         )
-    end = AuditHead.objects.filter(pk=1).first()
-    if end is not None and (end.last_id, end.last_hash) != (count, last_hash):
-        return f"the log ends at {count}, but {end.last_id} events were written"
     first = AuditEvent.objects.filter(pk=1).first()
     if newest is None and first is not None and first.at < timezone.now() - FIRST_HEAD_WITHIN:
         places = " and ".join(str(directory / FILE) for directory in directories())

@@ -79,7 +79,7 @@ def address_is_printed(esper: Started) -> bool:
 
 
 def trainers_run(esper: Started) -> bool:
-    return "topics_lm" in read_runtime(esper.data_dir).get("children", {})
+    return "digits_perceptron" in read_runtime(esper.data_dir).get("children", {})
 
 
 def assert_quiet(esper: Started) -> None:

@@ -105,9 +105,9 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
         part("undo", "Undo plan", lambda: {"plan": adaptations.undo_plan(found)}, fold=pending),
         part("progress", "Progress and history", progress, fold=pending),
         part("acts", "Your decision", lambda: _acts(found, user), every=live),
+        # Also while it waits: an open page shows what comes of it without being loaded again.
+        part("outcome", "Outcome", lambda: _outcome(found), fold=pending),
     ]
-    if not pending:
-        shown.append(part("outcome", "Outcome", lambda: _outcome(found)))
     if found.remedy:
         title = "What was found" if found.found else "Why it was asked for"
         return [

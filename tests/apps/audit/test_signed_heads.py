@@ -12,7 +12,7 @@ from django.db import connection, transaction
 from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM
-from apps.audit import heads, triggers
+from apps.audit import chain, heads, triggers
 from apps.audit.chain import GENESIS, event_hash
 from apps.audit.models import AuditEvent, AuditHead
 from apps.audit.services import record, set_heads_aside, sign_head, verify_chain
@@ -109,6 +109,23 @@ def test_a_log_that_was_not_touched_is_verified_and_says_how_much_is_signed(
     assert report.signed_at == head.at
     assert places[0].read_bytes() == places[1].read_bytes()
     assert places[0].stat().st_mode & 0o022 == 0
+
+
+def test_events_that_are_written_meanwhile_are_no_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write(3)
+    hash_of, late = chain.event_hash, [1]
+
+    def slow(event: AuditEvent) -> str:
+        if event.id == 3 and late:
+            late.pop()
+            write(1)
+        return hash_of(event)
+
+    monkeypatch.setattr(chain, "event_hash", slow)
+    report = verify_chain()
+    assert report.verified, report.problem
 
 
 def test_a_forged_head_is_refused(places: list[Path]) -> None:
