@@ -32,7 +32,7 @@ from launcher.supervisor import plan
 from launcher.supervisor.children import Children, StartError
 from launcher.supervisor.output import Output
 from launcher.supervisor.plan import Site
-from launcher.supervisor.ports import PortBusyError, demand_port, prefer_port
+from launcher.supervisor.ports import PortBusyError, any_free_port, demand_port, prefer_port
 from launcher.supervisor.valkey import ValkeyMissingError
 
 DEFAULT_PORT = 8080
@@ -166,10 +166,14 @@ class Esper:
             raise PreparationError("The database could not be prepared; see the lines above.")
         self.site = replace(self.site, keyring=ensure_keyring(self.site.data_dir))
 
+    def _choose_redis_port(self) -> int:
+        """With --port 0 any port: two that start at once would both find the usual one free."""
+        return any_free_port() if self._options.port == 0 else prefer_port(DEFAULT_REDIS_PORT)
+
     def _choose_site(self) -> Site:
         keyring = ensure_keyring(self._options.data_dir)
         given = os.environ.get("REDIS_URL")
-        redis_port = None if given else prefer_port(DEFAULT_REDIS_PORT)
+        redis_port = None if given else self._choose_redis_port()
         own = f"redis://:{quote(keyring['redis_password'], safe='')}@127.0.0.1:{redis_port}/0"
         return Site(
             data_dir=self._options.data_dir,
