@@ -39,17 +39,24 @@ _NODES: Mapping[str, tuple[str, Mapping[str, object]]] = {
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
-def activation_between(before: Node, after: Node) -> str:
+def node_number(node: Node | None) -> int | None:
+    """What tells a node of the graph of the gradient from others, without keeping it alive."""
+    number = getattr(node, "_sequence_nr", None)
+    return None if number is None else number()
+
+
+def activation_between(before: int, after: Node) -> str:
     """The name of the activation function that is all there is between two tensors.
 
     Args:
-        before, after: their nodes in the graph of the gradient.
+        before: number of the first one's node in the graph of the gradient.
+        after: node of the second one.
 
     Returns:
         Empty where it is another function, or more than one.
     """
     (source, _), *_ = after.next_functions or ((None, 0),)
-    if source is not before:
+    if node_number(source) != before:
         return ""
     if after.name() == "GeluBackward0":
         return _GELU.get(getattr(after, "_saved_approximate", ""), "")

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from esper.blueprints.activations import ACTIVATIONS, activation_between
+from esper.blueprints.activations import ACTIVATIONS, activation_between, node_number
 from esper.blueprints.layout import axes_of, channel_axis_of
 from esper.contracts import MAX_NAME_LENGTH, LayerInfo
 from esper.fail_closed import FailClosed
@@ -151,7 +150,9 @@ class LayerRecorder:
         self._sightings: dict[str, _Sighting] = {}
         self._calls: Counter[str] = Counter()
         self._last_output: Tensor | None = None  # a few rows, until the next layer has run
-        self._last_node: Node | None = None  # the same output in the graph of the gradient
+        # Number of the same output's node in the graph of the gradient. The node itself would keep
+        # all activations of a forward pass that raised, such as for want of memory.
+        self._last_node: int | None = None
         self._regions: list[object] = []
         self._previous = ""
         self._in_pass = False
@@ -265,7 +266,7 @@ class LayerRecorder:
             self._calls[name] += 1
             self._previous = name
             result = first_tensor(output)
-            self._last_node = None if result is None else result.grad_fn
+            self._last_node = None if result is None else node_number(result.grad_fn)
             self._last_output = None if torch.is_grad_enabled() else first_rows(result)
 
         return see

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -412,3 +415,41 @@ def test_ctrl_c_without_a_server_is_quick_and_prints_one_line_at_most(
     assert "\n" not in said[0].getMessage()
     assert said[0].exc_info is None
     assert bool(lookups) == (server != "unreachable")
+
+
+class OutOfMemory(nn.Module):
+    """Raises behind a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+
+class Saved:
+    """What the graph of the gradient keeps for one operation."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def kept_by_a_failed_pass(*, watched: bool) -> int:
+    """How many saved tensors outlive a forward pass that raised."""
+    kept: list[weakref.ref[Saved]] = []
+
+    def pack(tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
+        kept.append(weakref.ref(saved))
+        return saved
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), OutOfMemory())
+    with attached(model) if watched else nullcontext():
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor)
+        with hooks, suppress(RuntimeError):
+            model(torch.randn(8, 4))
+        gc.collect()
+        assert kept
+        return sum(reference() is not None for reference in kept)
+
+
+def test_a_forward_pass_that_raised_leaves_no_activation_behind() -> None:
+    """A script that catches it and goes on with a smaller batch has its memory back."""
+    assert kept_by_a_failed_pass(watched=True) == kept_by_a_failed_pass(watched=False)
