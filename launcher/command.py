@@ -9,6 +9,7 @@ import click
 from click.shell_completion import get_completion_class
 
 import esper
+from launcher.commands import deciding, reading, running
 from launcher.commands.audit import audit_group
 from launcher.commands.backup import backup_command, restore_command, restored_command
 from launcher.commands.installation import data_dir_option
@@ -122,6 +123,8 @@ cli.add_command(restore_command)
 cli.add_command(restored_command)
 cli.add_command(rotate_command)
 cli.add_command(replay_command)
+for command in (*reading.COMMANDS, *deciding.COMMANDS, *running.COMMANDS):
+    cli.add_command(command)
 
 
 def main() -> None:

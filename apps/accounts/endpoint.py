@@ -11,6 +11,7 @@ from rest_framework.views import APIView
 from apps.accounts.models import ApiToken, User
 from apps.accounts.policy import Act, may
 from apps.rest.filters import refuse_unknown_parameters
+from apps.rest.idempotency import DRY_RUN
 from apps.rest.problems import Problem
 from esper.contracts import TokenScope
 
@@ -50,7 +51,7 @@ class Endpoint(APIView):
     Attributes:
         readers: scopes that may GET.
         writers: scopes that may do anything else.
-        parameters: known query parameters; any other is refused.
+        parameters: known query parameters of GET; any other is refused. Acts know ``dry_run``.
     """
 
     permission_classes = (ScopePermission,)
@@ -60,7 +61,8 @@ class Endpoint(APIView):
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().initial(request, *args, **kwargs)
-        refuse_unknown_parameters(request, self.parameters)
+        acts = request.method == "POST" and getattr(getattr(self, "post", None), "is_act", False)
+        refuse_unknown_parameters(request, frozenset({DRY_RUN}) if acts else self.parameters)
 
 
 def require(user: User, act: Act, *, owner_id: int | None = None) -> None:

@@ -41,6 +41,7 @@ from apps.rest.etag import cacheable_response, versioned_response
 from apps.rest.fields import message, parse
 from apps.rest.filters import Lookup, apply_filters, many_of, of_run, one_of, text
 from apps.rest.idempotency import HEADER, idempotent
+from apps.rest.identifiers import named
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries, results_of
@@ -281,7 +282,12 @@ class Experiences(Endpoint):
 
 
 def _adaptation(uid: str) -> Adaptation:
-    found = adaptations().select_related("safety_policy", "job", "kernel").filter(uid=uid).first()
+    found = (
+        adaptations()
+        .select_related("safety_policy", "job", "kernel")
+        .filter(named(uid, "A"))
+        .first()
+    )
     if found is None:
         raise not_found("adaptation")
     return found

@@ -3,6 +3,9 @@
 The answer is stored in the transaction of the act, so an act is never done without its answer
 being stored. A second request with the same key waits for the first on the unique row. Only
 successes are stored: a refusal changed nothing, so a repeated request is checked again.
+
+With ``?dry_run=true`` an act is done in a transaction that is rolled back: every check is the real
+one, the answer is what it would be, and nothing is written, sent or stored. It needs no key.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ from django.utils import timezone
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from apps.rest.filters import flag, parse_parameter
 from apps.rest.models import IdempotencyRecord
 from apps.rest.problems import Problem
 from esper.contracts import codec
 
 HEADER = "Idempotency-Key"
 REPLAYED = "Idempotency-Replayed"
+DRY_RUN = "dry_run"
 MAX_KEY_LENGTH = 400
 KEPT_FOR = timedelta(hours=24)
 
@@ -40,6 +45,11 @@ def idempotent(handler: _Handler[_V, _P]) -> _Handler[_V, _P]:
 
     @wraps(handler)
     def answer(self: _V, request: Request, *args: _P.args, **kwargs: _P.kwargs) -> Response:
+        if parse_parameter(request, DRY_RUN, flag, default=False):
+            with transaction.atomic():  # what waits for its commit is never sent
+                response = handler(self, request, *args, **kwargs)
+                transaction.set_rollback(True)
+            return _as_dry_run(response)
         key, fingerprint = _key(request), _fingerprint(request)
         _forget_old()  # before the transaction, which would hold the locks of the deleted rows
         with transaction.atomic():
@@ -58,7 +68,14 @@ def idempotent(handler: _Handler[_V, _P]) -> _Handler[_V, _P]:
                 return response
         raise refusal
 
+    answer.is_act = True  # type: ignore[attr-defined]  # its endpoint knows ?dry_run then
     return cast(_Handler[_V, _P], answer)
+
+
+def _as_dry_run(response: Response) -> Response:
+    data = response.data if isinstance(response.data, dict) else {}
+    del response.headers["ETag"]  # of a version that does not exist
+    return Response({**data, DRY_RUN: True}, headers=dict(response.headers))
 
 
 def _key(request: Request) -> str:

@@ -22,7 +22,7 @@ from rest_framework import serializers
 from apps.rest.etag import VERSION_PATTERN
 from apps.rest.fields import Members
 from apps.rest.filters import Lookup, Parse, text
-from apps.rest.idempotency import MAX_KEY_LENGTH
+from apps.rest.idempotency import DRY_RUN, MAX_KEY_LENGTH
 from apps.rest.pagination import DEFAULT_LIMIT, MAX_LIMIT
 from esper.contracts import wire
 
@@ -43,6 +43,11 @@ IF_MATCH = OpenApiParameter(
     required=True,
     type={"type": "string", "pattern": f"^{VERSION_PATTERN}$"},
     description="The ETag of the version that you have read.",
+)
+DRY_RUN_PARAMETER = OpenApiParameter(
+    DRY_RUN,
+    {"type": "boolean", "default": False},
+    description="Check everything and answer what would be; change nothing.",
 )
 CURSOR = OpenApiParameter(
     "cursor",
@@ -92,7 +97,9 @@ def documented(
         act: it needs an idempotency key.
         versioned: it needs ``If-Match`` too.
     """
-    headers = ([IDEMPOTENCY_KEY] if act else []) + ([IF_MATCH] if versioned else [])
+    headers = ([DRY_RUN_PARAMETER, IDEMPOTENCY_KEY] if act else []) + (
+        [IF_MATCH] if versioned else []
+    )
     return extend_schema(
         operation_id=name,
         request=body,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from django.db.models import Q, QuerySet
 
 from apps.rest.filters import Lookup, many_of, one_of, text
+from apps.rest.identifiers import named
 from apps.rest.problems import not_found
 from apps.runs.models import Run
 from esper.contracts import RunMode, RunState
@@ -31,7 +32,7 @@ def of_run_uid(value: str) -> Q:
 
 def visible_run(uid: str, *, only: str = "") -> Run:
     """Raises ``Problem`` 404, also for a run that is not the token's."""
-    run = runs(only=only).filter(uid=uid).first()
+    run = runs(only=only).filter(named(uid, "R")).first()
     if run is None:
         raise not_found("run")
     return run

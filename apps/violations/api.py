@@ -6,6 +6,7 @@ from rest_framework.response import Response
 from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.endpoint import Endpoint
 from apps.rest.filters import Lookup, apply_filters, flag, of_run, one_of, text
+from apps.rest.identifiers import named
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries
@@ -40,7 +41,7 @@ class Violations(Endpoint):
 
 
 def _violation(_: Request, uid: str) -> Violation:
-    violation = Violation.objects.select_related("run").filter(uid=uid).first()
+    violation = Violation.objects.select_related("run").filter(named(uid, "V")).first()
     if violation is None:
         raise not_found("violation")
     return violation

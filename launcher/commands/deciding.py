@@ -1,0 +1,168 @@
+"""``esper approve``, ``reject`` and the other acts on one adaptation.
+
+Whoever approves or rejects sees the evidence first; the approval carries the hash of exactly that.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from launcher.commands.asking import asks_server, json_option
+from launcher.commands.reading import evidence
+from launcher.commands.waiting import timeout_option, wait_for_adaptation, wait_option
+from launcher.remote.client import Answer, Client, segment
+from launcher.remote.tables import print_json
+
+APPLIED = frozenset({"probation", "kept"})
+TAKEN_BACK = frozenset({"rolled_back", "reverted"})
+reason_option = click.option("--reason", default="", help="Why; it is kept in the audit log.")
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Check whether it could be done; change nothing."
+)
+yes_option = click.option("--yes", is_flag=True, help="Do not ask after the evidence was shown.")
+
+
+@click.command("approve")
+@click.argument("adaptation")
+@reason_option
+@click.option("--accept-drift", is_flag=True, help="Approve in spite of drifted evidence.")
+@yes_option
+@dry_run_option
+@wait_option
+@timeout_option
+@json_option
+@asks_server
+def approve_command(
+    client: Client,
+    adaptation: str,
+    reason: str,
+    accept_drift: bool,
+    yes: bool,
+    dry_run: bool,
+    wait: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Show the evidence of ADAPTATION (A-17 or its uid), ask, and approve exactly that.
+
+    With --wait until the trainer has applied it.
+    """
+    shown = _shown(client, adaptation, ask="" if yes or dry_run else "Approve it?", quiet=as_json)
+    body = {
+        "reason": reason,
+        "accept_drift": accept_drift,
+        "evidence_hash": shown.data["evidence_hash"],
+    }
+    path = f"adaptations/{shown.data['uid']}/approve"
+    done = client.act(path, body, etag=shown.etag, dry_run=dry_run)
+    _tell(client, done, APPLIED, wait=wait and not dry_run, timeout=timeout, as_json=as_json)
+
+
+@click.command("reject")
+@click.argument("adaptation")
+@click.option("--reason", required=True, help="Why; it is kept in the audit log.")
+@yes_option
+@dry_run_option
+@json_option
+@asks_server
+def reject_command(
+    client: Client, adaptation: str, reason: str, yes: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Show the evidence of ADAPTATION, ask, and reject it."""
+    shown = _shown(client, adaptation, ask="" if yes or dry_run else "Reject it?", quiet=as_json)
+    path = f"adaptations/{shown.data['uid']}/reject"
+    done = client.act(path, {"reason": reason}, etag=shown.etag, dry_run=dry_run)
+    _tell(client, done, frozenset(), wait=False, timeout=0.0, as_json=as_json)
+
+
+def _shown(client: Client, adaptation: str, *, ask: str, quiet: bool) -> Answer:
+    """What was shown; it is printed to standard error where standard output is for a program."""
+    found = client.get(f"adaptations/{segment(adaptation)}")
+    if not quiet:
+        evidence(found.data)
+    if ask:
+        if not sys.stdin.isatty():
+            raise click.UsageError("There is no terminal to ask on. Give --yes.")
+        click.confirm(ask, abort=True, err=True)
+    return found
+
+
+def _act(
+    name: str,
+    path: str,
+    text: str,
+    *,
+    needs_reason: bool = False,
+    reached: frozenset[str] = frozenset(),
+) -> click.Command:
+    """The command of an act that needs no look at the evidence."""
+
+    @click.command(name, help=text)
+    @click.argument("adaptation")
+    @click.option("--reason", default="", required=needs_reason, help="Why; it is kept.")
+    @dry_run_option
+    @wait_option
+    @timeout_option
+    @json_option
+    @asks_server
+    def command(
+        client: Client,
+        adaptation: str,
+        reason: str,
+        dry_run: bool,
+        wait: bool,
+        timeout: float,
+        as_json: bool,
+    ) -> None:
+        resource = f"adaptations/{segment(adaptation)}"
+        etag = client.get(resource).etag
+        done = client.act(f"{resource}/{path}", {"reason": reason}, etag=etag, dry_run=dry_run)
+        waits = wait and bool(reached) and not dry_run
+        _tell(client, done, reached, wait=waits, timeout=timeout, as_json=as_json)
+
+    return command
+
+
+def _tell(
+    client: Client,
+    done: Answer,
+    reached: frozenset[str],
+    *,
+    wait: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    data: dict[str, Any] = done.data
+    if wait:
+        data = wait_for_adaptation(client, data["uid"], reached, timeout=timeout)
+    if as_json:
+        print_json(data)
+    else:
+        would = "would be" if data.get("dry_run") else "is"
+        state = str(data["state"]).replace("_", " ")
+        click.echo(f"A-{data['number']} {would} {state}: {data['title']}")
+
+
+rollback_command = _act(
+    "rollback",
+    "rollback",
+    "Take ADAPTATION back: from probation exactly, once it was kept by taking the graft out.",
+    needs_reason=True,
+    reached=TAKEN_BACK,
+)
+cancel_command = _act("cancel", "cancel", "Cancel ADAPTATION before it is sent to the trainer.")
+claim_command = _act("claim", "claim", "Claim ADAPTATION for ten minutes, so that others see it.")
+release_command = _act("release", "release", "Release your claim on ADAPTATION.")
+extend_command = _act("extend", "extend", "Extend the deadline of ADAPTATION by five minutes.")
+COMMANDS: tuple[click.Command, ...] = (
+    approve_command,
+    reject_command,
+    rollback_command,
+    cancel_command,
+    claim_command,
+    release_command,
+    extend_command,
+)
