@@ -9,7 +9,7 @@ import click
 from click.shell_completion import get_completion_class
 
 import esper
-from launcher.commands import deciding, reading, running
+from launcher.commands import deciding, maintaining, reading, running
 from launcher.commands.audit import audit_group
 from launcher.commands.backup import backup_command, restore_command, restored_command
 from launcher.commands.installation import data_dir_option
@@ -17,6 +17,7 @@ from launcher.commands.keys import rotate_command
 from launcher.commands.recipes import recipe_group
 from launcher.commands.replay import replay_command
 from launcher.commands.tokens import token_group
+from launcher.commands.watching import watch_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -123,7 +124,14 @@ cli.add_command(restore_command)
 cli.add_command(restored_command)
 cli.add_command(rotate_command)
 cli.add_command(replay_command)
-for command in (*reading.COMMANDS, *deciding.COMMANDS, *running.COMMANDS):
+cli.add_command(watch_command)
+audit_group.add_command(maintaining.audit_log_command)
+for command in (
+    *reading.COMMANDS,
+    *deciding.COMMANDS,
+    *running.COMMANDS,
+    *maintaining.COMMANDS,
+):
     cli.add_command(command)
 
 

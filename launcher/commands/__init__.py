@@ -13,6 +13,8 @@ On a running server, over its REST API (``launcher.remote``):
 reading   esper runs, adaptations, inbox, findings, show
 deciding  esper approve, reject, rollback, cancel, claim, release, extend
 running   esper pause, resume, stop, kill
+watching  esper watch
+maintaining  esper workers, kernels, blueprints, policy, audit log
 asking    the options that name the server and the account
 finding   objects by the names that people use
 waiting   --wait

@@ -58,12 +58,17 @@ def table(rows: Iterable[Json], columns: Sequence[str]) -> Table:
     return made
 
 
-def print_members(data: Json, names: Sequence[str]) -> None:
-    """The named members of one object that have a value, one a line."""
+def print_members(data: Json, names: Sequence[str], *, exact: bool = False) -> None:
+    """The named members of one object that have a value, one a line.
+
+    Args:
+        exact: print the names as they are, for what a person has to type again.
+    """
     grid = Table.grid(padding=(0, 2))
     for name in names:
         if data.get(name) not in (None, "", [], {}):
-            grid.add_row(Text(name.replace("_", " "), style="bold"), Text(shown(data[name])))
+            word = name if exact else name.replace("_", " ")
+            grid.add_row(Text(word, style="bold"), Text(shown(data[name])))
     console().print(grid)
 
 
