@@ -17,10 +17,12 @@ from apps.accounts.policy import Act, Permission, may
 from apps.adaptations.binding import shown_hash
 from apps.adaptations.compile_jobs import queue_compilation
 from apps.adaptations.dispatch import request_undo, send_remedy
+from apps.adaptations.editing import edit_settings
 from apps.adaptations.evidence import evidence_drift, evidence_now
 from apps.adaptations.history import why_frozen
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
+from apps.adaptations.votes import has_voted, vote, votes_missing, votes_needed
 from apps.audit.services import record
 from apps.blueprints.models import KnownRemedy
 from apps.notifications.services import INBOX_TOPIC, publish, run_topic
@@ -30,7 +32,7 @@ from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.runs.services import lock_run, request_pause, tell_trainer
 from apps.workers.services import cancel_job
-from esper.contracts import RUN_ENDED, AdaptationState, Risk
+from esper.contracts import RUN_ENDED, AdaptationState, RejectReason, Risk, Role
 
 S = AdaptationState
 
@@ -52,6 +54,9 @@ _ACTS = {
     "claim": (Act.CLAIM, frozenset({S.AWAITING_APPROVAL})),
     "release": (Act.CLAIM, frozenset({S.AWAITING_APPROVAL})),
     "extend": (Act.EXTEND, frozenset({S.AWAITING_APPROVAL})),
+    "assign": (Act.CLAIM, frozenset({S.AWAITING_APPROVAL})),
+    "snooze": (Act.CLAIM, frozenset({S.AWAITING_APPROVAL})),
+    "escalate": (Act.CLAIM, frozenset({S.AWAITING_APPROVAL})),
     "cancel": (
         Act.CANCEL,
         frozenset({S.AWAITING_APPROVAL, S.COMPILE_QUEUED, S.COMPILING, S.COMPILED}),
@@ -59,8 +64,13 @@ _ACTS = {
     "rollback": (Act.ROLL_BACK, frozenset({S.PROBATION, S.KEPT})),
 }
 # What could still lead to a graft is over with the deadline, whether or not anybody has swept.
-_UNTIL_THE_DEADLINE = frozenset({"approve", "claim", "extend"})
-_STATUS_OF_REFUSAL = {"adaptation-killed": 423, "graft-merged": 409, "decision-expired": 409}
+_UNTIL_THE_DEADLINE = frozenset({"approve", "claim", "extend", "assign", "snooze", "escalate"})
+_STATUS_OF_REFUSAL = {
+    "adaptation-killed": 423,
+    "already-voted": 409,
+    "decision-expired": 409,
+    "graft-merged": 409,
+}
 
 
 def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
@@ -76,11 +86,25 @@ def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
             answers[name] = may(user, act, owner_id=adaptation.run.owner_id)
     if adaptation.merged_at is not None and answers["rollback"].allowed:
         answers["rollback"] = Permission(False, "graft-merged", MERGED)
-    frozen = why_frozen(adaptation.run)
-    if frozen and answers["approve"].allowed:
-        why = f"Nothing can be approved now: {frozen}."
-        answers["approve"] = Permission(False, "adaptation-killed", why)
+    if answers["approve"].allowed:
+        answers["approve"] = _may_approve_now(adaptation, user)
     return answers
+
+
+def _may_approve_now(adaptation: Adaptation, user: User) -> Permission:
+    frozen = why_frozen(adaptation.run)
+    if frozen:
+        return Permission(False, "adaptation-killed", f"Nothing can be approved now: {frozen}.")
+    if adaptation.escalated_by is not None and user.role != Role.ADMIN:
+        name = adaptation.escalated_by.get_username()
+        return Permission(
+            False, "escalated", f"{name} has escalated it: an admin approves. You may reject it."
+        )
+    if has_voted(adaptation, user):
+        return Permission(
+            False, "already-voted", "You have approved it; another person must approve it too."
+        )
+    return Permission(True)
 
 
 def approve_adaptation(
@@ -92,24 +116,29 @@ def approve_adaptation(
     evidence_hash: str,
     reason: str = "",
     accept_drift: bool = False,
+    config: dict[str, Any] | None = None,
 ) -> Adaptation:
     """Approve an adaptation that waits; queue a graft's compile job, or send the remedy.
 
+    Where the policy wants several people for its risk, it waits until enough have approved.
+
     Args:
         evidence_hash: of the adaptation that the person was shown; it binds the approval to it.
+        config: settings that the person changes before they approve; every gate is checked again.
 
     Raises:
+        GateClosedError: with the changed settings, or by now, a hard gate does not pass (409).
         Problem: not allowed (403), not the adaptation that was shown or proposed (412), decided
             already, too late or claimed by another person (409), proposed to a trainer that was
-            started again since (409), the evidence has drifted (409), or adaptation is switched
-            off (423).
+            started again since (409), the evidence has drifted (409), a setting does not fit
+            (422), or adaptation is switched off (423).
     """
     with transaction.atomic():
-        _prepare(adaptation, user, "approve", version)
+        prepare_act(adaptation, user, "approve", version)
         _check_binding(adaptation, evidence_hash)
-        _check_claim(adaptation, user)
+        check_claim(adaptation, user)
         if adaptation.risk == Risk.HIGH:
-            _check_reason(reason, "approves an adaptation of high risk")
+            check_reason(reason, "approves an adaptation of high risk")
         drift = evidence_drift(adaptation)
         if drift is not None and drift > 1.0 and not accept_drift:
             raise Problem(
@@ -121,11 +150,17 @@ def approve_adaptation(
                 evidence_now=evidence_now(adaptation),
             )
         if drift is not None and drift > 1.0:
-            _check_reason(reason, "approves in spite of drifted evidence")
+            check_reason(reason, "approves in spite of drifted evidence")
         actor = Actor.person(user, via=via)
         place = adaptation.run.place_of(adaptation.layer, adaptation.since)
         if isinstance(place, str) and adaptation.layer:
             raise Problem(409, "evidence-stale", place)
+        edit_settings(adaptation, config or {}, actor)
+        missing = votes_missing(adaptation, with_vote_of=user)
+        if votes_needed(adaptation) > 1:
+            vote(adaptation, user, reason=reason)
+        if missing:
+            return note_act(adaptation, user, via, "voted", reason=reason)
         transition(
             adaptation,
             S.APPROVED,
@@ -143,19 +178,32 @@ def approve_adaptation(
 
 @transaction.atomic
 def reject_adaptation(
-    *, adaptation: Adaptation, user: User, via: str, version: int | None, reason: str, **_: Any
+    *,
+    adaptation: Adaptation,
+    user: User,
+    via: str,
+    version: int | None,
+    reason: str = "",
+    reason_code: str = "",
+    **_: Any,
 ) -> Adaptation:
-    """Reject an adaptation; needs a reason, and works while adaptation is switched off."""
-    _prepare(adaptation, user, "reject", version)
-    _check_reason(reason, "rejects an adaptation")
+    """Reject an adaptation; works while adaptation is switched off.
+
+    It needs a reason: a code other than ``other``, own words, or both.
+    """
+    prepare_act(adaptation, user, "reject", version)
+    if reason_code in ("", RejectReason.OTHER):
+        check_reason(reason, "rejects an adaptation")
+    words = reason_code.replace("_", " ") if reason_code else ""
     return transition(
         adaptation,
         S.REJECTED,
         actor=Actor.person(user, via=via),
-        reason=reason,
+        reason=f"{words}: {reason}" if words and reason else words or reason,
         decided_by=user,
         decided_at=timezone.now(),
         decision_reason=reason,
+        rejected_for=reason_code,
     )
 
 
@@ -164,7 +212,7 @@ def cancel_adaptation(
     *, adaptation: Adaptation, user: User, via: str, version: int | None, reason: str = "", **_: Any
 ) -> Adaptation:
     """Cancel an adaptation that has not been sent to the trainer yet."""
-    _prepare(adaptation, user, "cancel", version)
+    prepare_act(adaptation, user, "cancel", version)
     if adaptation.job is not None:
         cancel_job(adaptation.job)
     return transition(
@@ -182,8 +230,8 @@ def roll_back_adaptation(
     *, adaptation: Adaptation, user: User, via: str, version: int | None, reason: str, **_: Any
 ) -> Adaptation:
     """Take it back: from probation by restoring the snapshot, from kept by detaching it."""
-    _prepare(adaptation, user, "rollback", version)
-    _check_reason(reason, "rolls an adaptation back")
+    prepare_act(adaptation, user, "rollback", version)
+    check_reason(reason, "rolls an adaptation back")
     if adaptation.run.state in RUN_ENDED:
         raise Problem(409, "run-ended", f"The run has {adaptation.run.state}; nothing can change.")
     transition(
@@ -203,9 +251,9 @@ def claim_adaptation(
     *, adaptation: Adaptation, user: User, via: str, version: int | None, **_: Any
 ) -> Adaptation:
     """Claim an adaptation for ten minutes, so that others see who is looking at it."""
-    _prepare(adaptation, user, "claim", version)
-    _check_claim(adaptation, user)
-    return _note(
+    prepare_act(adaptation, user, "claim", version)
+    check_claim(adaptation, user)
+    return note_act(
         adaptation,
         user,
         via,
@@ -220,9 +268,9 @@ def release_adaptation(
     *, adaptation: Adaptation, user: User, via: str, version: int | None, **_: Any
 ) -> Adaptation:
     """Release a claim."""
-    _prepare(adaptation, user, "release", version)
-    _check_claim(adaptation, user)
-    return _note(adaptation, user, via, "released", claimed_by=None, claimed_until=None)
+    prepare_act(adaptation, user, "release", version)
+    check_claim(adaptation, user)
+    return note_act(adaptation, user, via, "released", claimed_by=None, claimed_until=None)
 
 
 @transaction.atomic
@@ -230,12 +278,12 @@ def extend_adaptation(
     *, adaptation: Adaptation, user: User, via: str, version: int | None, **_: Any
 ) -> Adaptation:
     """Extend the deadline by five minutes, three times at most."""
-    _prepare(adaptation, user, "extend", version)
+    prepare_act(adaptation, user, "extend", version)
     if adaptation.extensions >= MAX_EXTENSIONS:
         raise Problem(
             409, "no-extension-left", f"The deadline was extended {MAX_EXTENSIONS} times already."
         )
-    return _note(
+    return note_act(
         adaptation,
         user,
         via,
@@ -329,7 +377,8 @@ def _undo_plan_of_remedy(adaptation: Adaptation) -> list[str]:
     ]
 
 
-def _prepare(adaptation: Adaptation, user: User, act: str, version: int | None) -> None:
+def prepare_act(adaptation: Adaptation, user: User, act: str, version: int | None) -> None:
+    """Lock the run, and refuse who may not do it, or has seen another version."""
     lock_run(adaptation.run_id)
     adaptation.refresh_from_db()
     permission = permissions(adaptation, user)[act]
@@ -376,7 +425,8 @@ def _check_binding(adaptation: Adaptation, evidence_hash: str) -> None:
         )
 
 
-def _check_claim(adaptation: Adaptation, user: User) -> None:
+def check_claim(adaptation: Adaptation, user: User) -> None:
+    """Raises ``Problem`` 409 where another person holds the claim."""
     holder, until = adaptation.claimed_by, adaptation.claimed_until
     if holder and holder != user and until and until > timezone.now():
         raise Problem(
@@ -388,21 +438,24 @@ def _check_claim(adaptation: Adaptation, user: User) -> None:
         )
 
 
-def _check_reason(reason: str, verb: str) -> None:
+def check_reason(reason: str, verb: str) -> None:
+    """Raises ``Problem`` 422 where the reason is empty."""
     if not reason.strip():
         raise Problem(422, "reason-required", f"Give a reason: whoever {verb} must give one.")
 
 
-def _note(
+def note_act(
     adaptation: Adaptation,
     user: User,
     via: str,
     word: str,
     *,
+    reason: str = "",
+    data: Mapping[str, Any] | None = None,
     only_if: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Adaptation:
-    """Change fields without changing the state."""
+    """Change fields without changing the state; ``data`` is for the audit log and the event."""
     count = Adaptation.objects.filter(
         pk=adaptation.pk,
         state=adaptation.state,
@@ -418,8 +471,17 @@ def _note(
         object_kind="adaptation",
         object_uid=adaptation.uid,
         run_uid=adaptation.run.uid,
+        reason=reason,
+        data=dict(data or {}),
     )
-    data = {"adaptation": adaptation.uid, "number": adaptation.number, "by": user.get_username()}
+    told = {
+        "adaptation": adaptation.uid,
+        "number": adaptation.number,
+        "title": adaptation.title,
+        "by": user.get_username(),
+        "reason": reason,
+        **(data or {}),
+    }
     for topic in (INBOX_TOPIC, run_topic(adaptation.run.uid)):
-        publish(topic=topic, type=f"adaptation.{word}", data=data)
+        publish(topic=topic, type=f"adaptation.{word}", data=told)
     return adaptation

@@ -29,11 +29,15 @@ from apps.adaptations.serializers import (
     AdaptationDetailOutput,
     AdaptationOutput,
     ApproveInput,
+    AssignInput,
     AttestationOutput,
     DecisionOutput,
+    DryRunOutput,
     ExperienceOutput,
     IntegrationStatusOutput,
+    RejectInput,
     RemedyInput,
+    SnoozeInput,
 )
 from apps.policies.serializers import SwitchInput, SwitchOutput
 from apps.policies.services import adaptation_switch
@@ -101,12 +105,33 @@ def _act(name: str, service: Callable[..., Adaptation], body: type[ActInput] = A
 
 
 ApproveAdaptation = _act("approve_adaptation", services.approve_adaptation, ApproveInput)
-RejectAdaptation = _act("reject_adaptation", services.reject_adaptation)
+RejectAdaptation = _act("reject_adaptation", services.reject_adaptation, RejectInput)
+AssignAdaptation = _act("assign_adaptation", services.assign_adaptation, AssignInput)
+EscalateAdaptation = _act("escalate_adaptation", services.escalate_adaptation)
+SnoozeAdaptation = act_endpoint(  # without a version: it changes nothing that others see
+    "snooze_adaptation",
+    services.snooze_adaptation,
+    subject="adaptation",
+    find=lambda _, uid: _adaptation(uid),
+    answer=lambda request, changed: _answer(request, changed),
+    output=AdaptationDetailOutput,
+    body=SnoozeInput,
+)
 ClaimAdaptation = _act("claim_adaptation", services.claim_adaptation)
 ReleaseAdaptation = _act("release_adaptation", services.release_adaptation)
 ExtendAdaptation = _act("extend_adaptation", services.extend_adaptation)
 CancelAdaptation = _act("cancel_adaptation", services.cancel_adaptation)
 RollBackAdaptation = _act("roll_back_adaptation", services.roll_back_adaptation)
+
+
+class ReadDryRun(Endpoint):
+    @documented(
+        "dry_run_adaptation",
+        answer=DryRunOutput,
+        summary="What an approval would check and do now; nothing is changed",
+    )
+    def get(self, request: Request, uid: str) -> Response:
+        return Response(DryRunOutput(services.dry_run(_adaptation(uid), person(request))).data)
 
 
 def _pause(name: str, *, paused: bool) -> Any:
@@ -304,6 +329,7 @@ def _detail(request: Request, adaptation: Adaptation) -> Any:
         "evidence_drift": None if drift is None else codec.number_to_wire(drift),
         "undo_plan": services.undo_plan(adaptation),
         "permissions": services.permissions(adaptation, person(request)),
+        "votes": services.votes_of(adaptation),
         "running_test": running_test(adaptation),
     }
     return AdaptationDetailOutput(adaptation, context=context).data

@@ -30,6 +30,7 @@ def shown(adaptation: Adaptation) -> dict[str, Any]:
         "slug": adaptation.slug,
         "title": adaptation.title,
         "config": adaptation.config,
+        "edited": adaptation.edited,
         "risk": str(adaptation.risk),
         "confidence": adaptation.confidence,
         "forecast": [

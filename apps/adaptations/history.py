@@ -55,8 +55,9 @@ class RunFacts:
     frozen: str
 
 
-def run_facts(run: Run) -> RunFacts:
-    own = grafts(run)
+def run_facts(run: Run, *, besides: int = 0) -> RunFacts:
+    """``besides``: key of the adaptation that is judged itself, where it exists already."""
+    own = grafts(run).exclude(pk=besides)
     counts = own.filter(Q(graft_step__isnull=False) | Q(state__in=(*_REFUSED, *_FAILED)))
     last = counts.annotate(at=_AT).order_by("-at", "-id").values_list("at", "state").first()
     totals = own.aggregate(
@@ -93,10 +94,11 @@ def why_frozen(run: Run) -> str:
     return ""
 
 
-def layer_histories(run: Run) -> dict[str, LayerHistory]:
-    """By layer name, for the layers that have a history."""
+def layer_histories(run: Run, *, besides: int = 0) -> dict[str, LayerHistory]:
+    """By layer name, for the layers that have a history; ``besides`` as in ``run_facts``."""
     rows = (
         grafts(run)
+        .exclude(pk=besides)
         .annotate(at=_AT)
         .order_by("id")
         .values_list("layer", "state", "at", "blueprint__slug", "ended_at")

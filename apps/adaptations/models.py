@@ -23,6 +23,7 @@ from esper.contracts import (
     AdaptationKind,
     AdaptationState,
     AdaptationType,
+    RejectReason,
     Risk,
 )
 
@@ -98,6 +99,18 @@ class Adaptation(models.Model):
     )
     claimed_until = models.DateTimeField(null=True, blank=True)
     extensions = models.PositiveSmallIntegerField(default=0)
+    rejected_for = models.CharField(
+        max_length=16, choices=[(r, r.replace("_", " ")) for r in RejectReason], blank=True
+    )
+    # settings that the approver changed: name -> [as proposed, as approved]
+    edited = models.JSONField(default=dict)
+    assigned_to = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+    escalated_by = models.ForeignKey(  # from then on only an admin approves
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+    escalated_reason = models.TextField(blank=True)
     # how it was done
     job = models.ForeignKey(CompileJob, on_delete=models.SET_NULL, null=True, blank=True)
     kernel = models.ForeignKey(Kernel, on_delete=models.PROTECT, null=True, blank=True)
@@ -196,6 +209,43 @@ class Adaptation(models.Model):
     @property
     def grafted(self) -> bool:
         return self.state in ADAPTATION_GRAFTED
+
+
+class Vote(models.Model):
+    """One person's approval of an adaptation that needs more than one."""
+
+    adaptation = models.ForeignKey(Adaptation, on_delete=models.CASCADE, related_name="votes")
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
+    evidence_hash = models.CharField(max_length=64)  # of what was approved; an edit voids the vote
+    reason = models.TextField(blank=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        ordering = ("id",)
+        constraints = (
+            models.UniqueConstraint(
+                fields=("adaptation", "user", "evidence_hash"), name="one_vote_per_person"
+            ),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.user} approves A-{self.adaptation_id}"
+
+
+class Snooze(models.Model):
+    """Until when one person does not want to see an adaptation in their inbox."""
+
+    adaptation = models.ForeignKey(Adaptation, on_delete=models.CASCADE, related_name="snoozes")
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="+")
+    until = models.DateTimeField()
+
+    class Meta:
+        constraints = (
+            models.UniqueConstraint(fields=("adaptation", "user"), name="one_snooze_per_person"),
+        )
+
+    def __str__(self) -> str:
+        return f"A-{self.adaptation_id} until {self.until}"
 
 
 class DecisionRecord(models.Model):

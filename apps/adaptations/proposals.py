@@ -29,6 +29,7 @@ from esper.constraints import GateInputs, check_gates, required_evidence
 from esper.contracts import (
     AdaptationState,
     Check,
+    CostForecast,
     LayerHistory,
     LayerInfo,
     Risk,
@@ -94,7 +95,7 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
     policy = current_policy()
     checks = (
         *check_gates(_gate_inputs(run, proposal, blueprint), policy.safety_policy()),
-        _check_compatibility(run, proposal.layer, blueprint),
+        check_compatibility(run, proposal.layer, blueprint),
     )
     closed = [check for check in checks if check.blocks]
     if closed:
@@ -140,9 +141,9 @@ def _blueprint(slug: str) -> Blueprint:
     return blueprint
 
 
-def _check_compatibility(run: Run, layer: str, blueprint: Blueprint) -> Check:
+def check_compatibility(run: Run, layer: str, blueprint: Blueprint, *, besides: int = 0) -> Check:
     """The grafts that the layer has already must be compatible with the new one."""
-    grafts = layer_histories(run).get(layer, LayerHistory()).grafts
+    grafts = layer_histories(run, besides=besides).get(layer, LayerHistory()).grafts
     others = {row.slug: row.conflicts for row in Blueprint.objects.filter(slug__in=grafts)}
     clashing = sorted(
         slug
@@ -174,13 +175,36 @@ def _compatibility_text(
 
 
 def _gate_inputs(run: Run, proposal: Proposal, blueprint: Blueprint) -> GateInputs:
-    facts = run_facts(run)
-    history = layer_histories(run).get(proposal.layer, LayerHistory())
+    return gate_inputs_of(
+        run,
+        blueprint,
+        layer=proposal.layer,
+        step=proposal.step,
+        forecast=proposal.forecast,
+        evidence=proposal.evidence,
+        confidence=proposal.confidence,
+    )
+
+
+def gate_inputs_of(
+    run: Run,
+    blueprint: Blueprint,
+    *,
+    layer: str,
+    step: int,
+    forecast: CostForecast,
+    evidence: Mapping[str, float],
+    confidence: float,
+    besides: int = 0,
+) -> GateInputs:
+    """The gates' numbers of a graft; ``besides``: its own row, where it has one already."""
+    facts = run_facts(run, besides=besides)
+    history = layer_histories(run, besides=besides).get(layer, LayerHistory())
     risk = Risk(blueprint.risk)  # from the catalogue, not from the proposal
     seen = run.last_seen_at
     return GateInputs(
         mode=RunMode(run.mode),
-        step=proposal.step,
+        step=step,
         frozen=facts.frozen,
         layer_in_flight=history.in_flight,
         run_in_flight=facts.in_flight,
@@ -192,18 +216,18 @@ def _gate_inputs(run: Run, proposal: Proposal, blueprint: Blueprint) -> GateInpu
         adaptations_today=facts.today,
         model_parameters=run.model_parameters,
         added_parameters=facts.added_parameters,
-        new_parameters=proposal.forecast.parameters,
-        memory_mib=proposal.forecast.memory_mib,
-        latency_ms=proposal.forecast.latency_ms,
+        new_parameters=forecast.parameters,
+        memory_mib=forecast.memory_mib,
+        latency_ms=forecast.latency_ms,
         risk=risk,
         category_cases=category_cases(blueprint.category),
         missing_evidence=tuple(
             name
             for name in required_evidence(risk)
-            if not math.isfinite(proposal.evidence.get(name, math.nan))
+            if not math.isfinite(evidence.get(name, math.nan))
         ),
         age_seconds=(timezone.now() - seen).total_seconds() if seen else math.nan,
-        confidence=proposal.confidence,
+        confidence=confidence,
     )
 
 

@@ -25,6 +25,7 @@ from apps.adaptations.history import why_frozen
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.proposals import GateClosedError, announce_proposal, record_closed_gates
+from apps.adaptations.votes import vote, votes_missing
 from apps.blueprints.models import KnownRemedy
 from apps.policies.services import current_policy
 from apps.rest.problems import Problem
@@ -114,7 +115,7 @@ def _propose(run: Run, proposal: RemedyProposal, actor: Actor) -> Adaptation:
         transition(known, S.SUPERSEDED, actor=actor, reason=reason)
     record_findings(run=run, findings=[proposal.finding])  # telemetry may bring it later
     wanted = _Wanted(
-        remedy=_known_remedy(run, proposal.remedy, proposal.layer, proposal.config),
+        remedy=known_remedy(run, proposal.remedy, proposal.layer, proposal.config),
         layer=proposal.layer,
         config=proposal.config,
         step=proposal.step,
@@ -166,7 +167,7 @@ def ask_for_remedy(
     if run.ended:
         raise Problem(409, "run-ended", f"This run has ended: it is {run.state}.", state=run.state)
     wanted = _Wanted(
-        remedy=_known_remedy(run, remedy, layer, config),
+        remedy=known_remedy(run, remedy, layer, config),
         layer=layer,
         config=config,
         step=run.step,
@@ -179,7 +180,11 @@ def ask_for_remedy(
     adaptation = _write(run, wanted, checks)
     actor = Actor.person(user, via=via)
     announce_proposal(adaptation, actor)
-    if not may(user, Act.APPROVE, owner_id=run.owner_id).allowed:
+    may_approve = may(user, Act.APPROVE, owner_id=run.owner_id).allowed
+    enough = may_approve and votes_missing(adaptation, with_vote_of=user) == 0
+    if may_approve and not enough:  # to ask for it is the first vote
+        vote(adaptation, user, reason=reason)
+    if not enough:
         return transition(adaptation, S.AWAITING_APPROVAL, actor=actor, reason=reason)
     transition(
         adaptation,
@@ -191,6 +196,26 @@ def ask_for_remedy(
         decision_reason=reason,
     )
     return send_remedy(adaptation, actor=actor)
+
+
+def remedy_checks_now(adaptation: Adaptation) -> tuple[Check, ...]:
+    """The gates that its proposal passed, with what holds now.
+
+    Raises:
+        Problem: 422, this server does not know the remedy any more.
+    """
+    run = adaptation.run
+    wanted = _Wanted(
+        remedy=known_remedy(run, adaptation.remedy, adaptation.layer, adaptation.config),
+        layer=adaptation.layer,
+        config=adaptation.config,
+        step=run.step,
+        key=adaptation.idempotency_key,
+        finding=None if adaptation.found is None else wire.from_wire(Finding, adaptation.found),
+        user=adaptation.proposed_by,
+    )
+    check = check_remedy if adaptation.proposed_by is None else check_asked_for
+    return check(_inputs(run, wanted), current_policy().safety_policy())
 
 
 def withdraw_answered(run: Run, findings: Sequence[Finding]) -> None:
@@ -211,7 +236,8 @@ def withdraw_answered(run: Run, findings: Sequence[Finding]) -> None:
         )
 
 
-def _known_remedy(run: Run, slug: str, layer: str, config: Mapping[str, Any]) -> KnownRemedy:
+def known_remedy(run: Run, slug: str, layer: str, config: Mapping[str, Any]) -> KnownRemedy:
+    """The remedy of the catalogue; raises ``Problem`` 422 where it, or a setting, does not fit."""
     remedy = KnownRemedy.objects.filter(slug=slug, present=True).first()
     if remedy is None:
         raise Problem(422, "unknown-remedy", f"There is no remedy called {slug!r}.")

@@ -9,8 +9,9 @@ import numpy as np
 from django.db.models import Avg, Count, F, Max, Q, QuerySet
 from django.utils import timezone
 
+from apps.accounts.models import User
 from apps.adaptations.history import experience, grafts, layer_histories, run_facts
-from apps.adaptations.models import Adaptation, DecisionRecord
+from apps.adaptations.models import Adaptation, DecisionRecord, Snooze
 from apps.blueprints.models import Blueprint
 from apps.kernels.selectors import cache_stats
 from apps.policies.services import current_policy
@@ -42,7 +43,13 @@ RECENT_VIOLATIONS = 50
 def adaptations() -> QuerySet[Adaptation]:
     """Adaptations with the related rows that a list shows."""
     return Adaptation.objects.select_related(
-        "run", "blueprint", "decided_by", "claimed_by", "taken_back_by"
+        "run",
+        "blueprint",
+        "decided_by",
+        "claimed_by",
+        "taken_back_by",
+        "assigned_to",
+        "escalated_by",
     )
 
 
@@ -52,6 +59,17 @@ def waiting_for_a_person() -> QuerySet[Adaptation]:
         Q(deadline_at__isnull=True) | Q(deadline_at__gt=timezone.now()),
         state=AdaptationState.AWAITING_APPROVAL,
     ).order_by(F("deadline_at").asc(nulls_last=True), "id")
+
+
+def in_inbox_of(user: User) -> QuerySet[Adaptation]:
+    """Those that wait for a person, without what this one has snoozed."""
+    asleep = Snooze.objects.filter(user=user, until__gt=timezone.now()).values("adaptation")
+    return waiting_for_a_person().exclude(pk__in=asleep)
+
+
+def snoozed_by(user: User) -> QuerySet[Adaptation]:
+    asleep = Snooze.objects.filter(user=user, until__gt=timezone.now()).values("adaptation")
+    return waiting_for_a_person().filter(pk__in=asleep)
 
 
 def run_snapshot(run: Run) -> Snapshot:

@@ -13,9 +13,12 @@ from apps.rest.fields import (
     Members,
     PersonsInput,
     Text,
+    WholeNumber,
     WireNumber,
 )
-from esper.contracts import AdaptationKind
+from esper.contracts import AdaptationKind, RejectReason
+
+LONGEST_SNOOZE_MINUTES = 1440
 
 
 class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
@@ -35,6 +38,13 @@ class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
     taken_back_by = serializers.CharField(
         source="taken_back_by.username", default=None, allow_null=True
     )
+    assigned_to = serializers.CharField(
+        source="assigned_to.username", default=None, allow_null=True
+    )
+    escalated_by = serializers.CharField(
+        source="escalated_by.username", default=None, allow_null=True
+    )
+    edited = Members()
 
     class Meta:
         model = Adaptation
@@ -72,6 +82,11 @@ class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
             "decided_step",
             "claimed_by",
             "claimed_until",
+            "assigned_to",
+            "escalated_by",
+            "escalated_reason",
+            "rejected_for",
+            "edited",
             "graft_step",
             "pause_ms",
             "reward",
@@ -96,6 +111,13 @@ class RunningTestOutput(serializers.Serializer[Any]):
     forecast_interval = WireNumber()
 
 
+class VotesOutput(serializers.Serializer[Any]):
+    """How many different people must approve it, and who has, where more than one must."""
+
+    needed = serializers.IntegerField()
+    by = serializers.ListField(child=serializers.CharField())
+
+
 class AdaptationDetailOutput(AdaptationOutput):
     evidence = Members()
     evidence_now = serializers.SerializerMethodField()
@@ -106,6 +128,7 @@ class AdaptationDetailOutput(AdaptationOutput):
     why_not = serializers.ListField(child=Members())
     undo_plan = serializers.SerializerMethodField()
     permissions = serializers.SerializerMethodField()
+    votes = serializers.SerializerMethodField()
     found = Members(allow_null=True)
     details = Members()
     certificate = Members(allow_null=True)
@@ -133,6 +156,7 @@ class AdaptationDetailOutput(AdaptationOutput):
             "why_not",
             "undo_plan",
             "permissions",
+            "votes",
             "extensions",
             "job",
             "kernel",
@@ -173,6 +197,10 @@ class AdaptationDetailOutput(AdaptationOutput):
     def get_undo_plan(self, adaptation: Adaptation) -> Any:
         return self.context["undo_plan"]
 
+    @extend_schema_field(VotesOutput)
+    def get_votes(self, adaptation: Adaptation) -> Any:
+        return VotesOutput(self.context["votes"]).data
+
     @extend_schema_field(serializers.DictField(child=PermissionOutput()))
     def get_permissions(self, adaptation: Adaptation) -> Any:
         return PermissionOutput.of(self.context["permissions"])
@@ -183,10 +211,54 @@ class ActInput(PersonsInput):
 
 
 class ApproveInput(ActInput):
-    """``accept_drift``: the person has seen the new numbers and approves in spite of them."""
+    """An approval of what was shown.
+
+    ``accept_drift``: the person has seen the new numbers and approves in spite of them.
+    ``config``: settings that they change first; all gates are checked again. A number of a graft
+    may only become smaller.
+    """
 
     evidence_hash = Digest()
     accept_drift = Flag(default=False)
+    config = Members(default=dict)
+
+
+class RejectInput(ActInput):
+    """A code, own words in ``reason``, or both; the code ``other`` needs words."""
+
+    reason_code = serializers.ChoiceField(choices=list(RejectReason), allow_blank=True, default="")
+
+
+class AssignInput(ActInput):
+    """``to``: the username of the person who shall decide; empty: nobody any more."""
+
+    to = Text(max_length=150, allow_blank=True)
+
+
+class SnoozeInput(PersonsInput):
+    """``minutes`` 0 ends it."""
+
+    minutes = WholeNumber(max_value=LONGEST_SNOOZE_MINUTES)
+
+
+class CheckNowOutput(serializers.Serializer[Any]):
+    """``passed`` null: unknown, which is never counted as passed."""
+
+    rule = serializers.CharField()
+    passed = serializers.BooleanField(allow_null=True)
+    hard = serializers.BooleanField()
+    observed = serializers.CharField()
+    limit = serializers.CharField()
+    text = serializers.CharField()
+
+
+class DryRunOutput(serializers.Serializer[Any]):
+    """What an approval would check and do now. ``steps``: sentences, in order."""
+
+    permission = PermissionOutput()
+    checks = CheckNowOutput(many=True)
+    drift = WireNumber(allow_null=True)
+    steps = serializers.ListField(child=serializers.CharField())
 
 
 class AttestationOutput(serializers.Serializer[Any]):

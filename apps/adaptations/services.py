@@ -24,7 +24,16 @@ from apps.adaptations.decisions import (
     stored_snapshot,
 )
 from apps.adaptations.dispatch import dispatch_adaptation
+from apps.adaptations.dry_runs import DryRun, dry_run
+from apps.adaptations.editing import editable_settings
 from apps.adaptations.evidence import evidence_drift, evidence_now
+from apps.adaptations.handing_over import (
+    approvers_of,
+    assign_adaptation,
+    escalate_adaptation,
+    snooze_adaptation,
+    snoozed_until,
+)
 from apps.adaptations.outcomes import (
     adaptation_of,
     close_open_adaptations,
@@ -52,13 +61,17 @@ from apps.adaptations.restoring import (
     note_restored,
 )
 from apps.adaptations.verdicts import judge_adaptation
+from apps.adaptations.votes import votes_of
 
 __all__ = [
+    "DryRun",
     "GateClosedError",
     "Restored",
     "adaptation_of",
     "approve_adaptation",
+    "approvers_of",
     "ask_for_remedy",
+    "assign_adaptation",
     "attestation_of",
     "cancel_adaptation",
     "claim_adaptation",
@@ -67,6 +80,9 @@ __all__ = [
     "decision_of",
     "describe",
     "dispatch_adaptation",
+    "dry_run",
+    "editable_settings",
+    "escalate_adaptation",
     "evidence_drift",
     "evidence_now",
     "extend_adaptation",
@@ -94,8 +110,11 @@ __all__ = [
     "request_adaptation_pause",
     "roll_back_adaptation",
     "set_adaptation_switch",
+    "snooze_adaptation",
+    "snoozed_until",
     "stored_snapshot",
     "sweep",
     "undo_plan",
+    "votes_of",
     "withdraw_answered",
 ]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from django.db.models import QuerySet
 
+from apps.accounts.models import User
 from apps.adaptations.models import Adaptation
-from apps.adaptations.selectors import waiting_for_a_person
+from apps.adaptations.selectors import in_inbox_of
 
 
-def waiting() -> QuerySet[Adaptation]:
-    """Adaptations that wait for a person and have not expired; the next to expire comes first."""
-    return waiting_for_a_person()
+def waiting(user: User) -> QuerySet[Adaptation]:
+    """What waits and is not snoozed by this person; the next to expire comes first."""
+    return in_inbox_of(user)
 
 
-def inbox_count() -> int:
-    return waiting().count()
+def inbox_count(user: User) -> int:
+    return waiting(user).count()

@@ -8,7 +8,7 @@ from django.db import transaction
 
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
-from apps.accounts.policy import Act, may
+from apps.accounts.policy import ALLOWED, Act, may
 from apps.audit.services import record
 from apps.notifications.services import SYSTEM_TOPIC, publish
 from apps.policies.models import AdaptationSwitch, PolicyVersion
@@ -41,20 +41,21 @@ def publish_policy(*, changes: dict[str, Any], reason: str, user: User, via: str
     if not reason.strip():
         raise Problem(422, "reason-required", "Say why the thresholds change.")
     current = current_policy()
-    unknown = sorted(set(changes) - set(current.values))
+    unknown = sorted(set(changes) - set(_values(SafetyPolicy())))
     if unknown:
         raise Problem(422, "invalid", f"There is no threshold called {', '.join(unknown)}.")
     values = {**current.values, **changes}
     if values == current.values:
         raise Problem(422, "invalid", f"All values are the same as in policy v{current.version}.")
     try:
-        SafetyPolicy.from_wire({**values, "version": current.version + 1})
+        policy = SafetyPolicy.from_wire({**values, "version": current.version + 1})
     except CodecError as error:
         raise Problem(422, "invalid", str(error)) from error
+    _check_reachable(policy.approvals_for_high_risk)
     created = PolicyVersion.objects.create(
         version=current.version + 1, values=values, reason=reason.strip(), author=user
     )
-    before = {name: current.values[name] for name in changes}
+    before = {name: current.values.get(name) for name in changes}
     record(
         actor=Actor.person(user, via=via),
         act="policy.published",
@@ -65,6 +66,17 @@ def publish_policy(*, changes: dict[str, Any], reason: str, user: User, via: str
     )
     publish(topic=SYSTEM_TOPIC, type="policy.published", data={"version": created.version})
     return created
+
+
+def _check_reachable(approvals: int) -> None:
+    """A policy that no set of people can satisfy would let every such adaptation expire."""
+    approvers = User.objects.filter(is_active=True, role__in=ALLOWED[Act.APPROVE]).count()
+    if approvals > max(1, approvers):
+        raise Problem(
+            422,
+            "quorum-unreachable",
+            f"{approvals} people would have to approve a high risk; there are {approvers} who may.",
+        )
 
 
 def _values(policy: SafetyPolicy) -> dict[str, Any]:

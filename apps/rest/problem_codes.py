@@ -10,11 +10,14 @@ from django.shortcuts import render
 # code: (status, what it means, what to do)
 PROBLEMS: dict[str, tuple[int, str, str]] = {
     "adaptation-killed": (423, "Adaptation is switched off or paused.", "Wait until an operator resumes it. Rejecting, pausing and rolling back still work."),
+    "already-escalated": (409, "The decision is escalated already.", "Nothing: an admin approves it, or anybody on duty rejects it."),
+    "already-voted": (409, "You have approved this already; another person must approve it too.", "Wait, or ask somebody who may approve."),
     "already-acknowledged": (409, "This violation is already acknowledged.", "Nothing; the answer says by whom."),
     "busy": (503, "The database is busy or unreachable.", "Send the same request again, with the same Idempotency-Key."),
     "claim-held": (409, "Another operator has claimed this decision.", "Wait until `claimed_until`, or ask the operator to release it."),
     "decision-expired": (409, "The decision's deadline has passed. An expired decision is never applied.", "Nothing: Tamiyo proposes it again while there is a reason."),
     "decision-not-pending": (409, "The adaptation is already decided, or its state does not allow this act.", "Read it again; `state` and `decided_by` say what happened."),
+    "escalated": (403, "The decision was escalated, so an admin approves it.", "Ask an admin; you may still reject it."),
     "evidence-stale": (409, "The layer has changed too much since the evidence was recorded.", "Compare with `evidence_now`; approve with `accept_drift: true` if you still agree."),
     "forbidden": (403, "The request was refused, for example because its CSRF token is missing.", "Sign in again, or use a bearer token."),
     "gate-closed": (409, "A hard limit is exceeded.", "`checks` names each limit with the observed value."),
@@ -44,6 +47,7 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
     "old-epoch": (409, "A newer trainer has registered for this run.", "Stop this trainer, or register again. Reject an adaptation that was proposed to the former one."),
     "payload-changed": (412, "The decision is not the one that you were shown.", "Read it again before you decide."),
     "precondition-required": (428, "If-Match (428) or Idempotency-Key (400) is missing.", "Send the ETag that you have read, and a new key."),
+    "quorum-unreachable": (422, "Not enough people may approve this.", "Give more accounts the role, or change the policy."),
     "rate-limited": (429, "Too many requests, or too many live runs.", "Wait for the seconds in `Retry-After`."),
     "reason-required": (422, "This act needs a reason.", "Send `reason`."),
     "recipe-changed": (409, "The recipe's file has changed since you were shown it.", "Read it again; the answer holds the new `digest`."),

@@ -165,6 +165,7 @@ class SafetyPolicy:
     max_latency_ms: float = 10.0  # of one graft, forward
     evidence_max_age_seconds: float = 120.0
     approval_timeout_seconds: int = 900
+    approvals_for_high_risk: int = 1  # different people
     dispatch_timeout_seconds: int = 60
     maturity_steps: int = 100  # a newborn's warm-up; nothing of it counts
     probation_steps: int = 600  # no test runs longer; without a shown gain the graft goes

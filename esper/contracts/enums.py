@@ -127,6 +127,18 @@ class Risk(StrEnum):
     HIGH = "high"  # changes the function by schedule; a person always approves
 
 
+class RejectReason(StrEnum):
+    """Why a person rejects an adaptation, for counts; their own words stand beside it."""
+
+    NOT_NEEDED = "not_needed"
+    WRONG_CHANGE = "wrong_change"
+    TOO_RISKY = "too_risky"
+    TOO_COSTLY = "too_costly"
+    WEAK_EVIDENCE = "weak_evidence"
+    WRONG_TIME = "wrong_time"
+    OTHER = "other"
+
+
 def risk_rank(risk: Risk) -> int:
     """0 for the mildest."""
     return list(Risk).index(risk)

@@ -18,7 +18,7 @@ document.addEventListener("submit", (event) => {
 async function perform(form, button) {
   say(form, "");
   const reason = form.elements.reason;
-  if (button.dataset.needsReason && !reason.value.trim()) {
+  if (button.dataset.needsReason && !reason.value.trim() && !hasCode(form, button)) {
     say(form, button.dataset.needsReason);
     reason.focus();
     return;
@@ -41,6 +41,12 @@ async function perform(form, button) {
   }
 }
 
+// A chosen code is a reason; "other" needs words.
+function hasCode(form, button) {
+  return [...form.elements].some((field) =>
+    field.dataset.for === button.dataset.path && !["", "other"].includes(field.value));
+}
+
 function busy(form, button, doing) {
   form.dataset.busy = "yes";
   for (const other of form.querySelectorAll("button")) other.disabled = true;
@@ -60,6 +66,7 @@ function bodyOf(form, button) {
   for (const field of form.elements) {
     if (!field.name || field.disabled && field.tagName === "BUTTON") continue;
     if ("was" in field.dataset || "parameter" in field.dataset) continue;
+    if (field.dataset.for && field.dataset.for !== button.dataset.path) continue;
     if ("list" in field.dataset) {
       body[field.name] ??= [];
       if (field.checked) body[field.name].push(field.value);
@@ -67,8 +74,10 @@ function bodyOf(form, button) {
       body[field.name] = field.value.trim();
     }
   }
+  for (const name of (form.dataset.number ?? "").split(" ").filter(Boolean)) body[name] = Number(body[name]);
+  Object.assign(body, JSON.parse(button.dataset.body ?? "{}")); // what the button says goes first
   // Tokens and launches have no reason; every other act has one, which may be empty.
-  if ("secret" in form.dataset || "parameters" in form.dataset) delete body.reason;
+  if ("secret" in form.dataset || "parameters" in form.dataset || "noReason" in form.dataset) delete body.reason;
   else body.reason ??= "";
   return body;
 }
@@ -243,4 +252,13 @@ document.addEventListener("htmx:afterSwap", () => {
 });
 document.addEventListener("esper:expired", () => {
   for (const button of document.querySelectorAll("#acts button")) button.disabled = true;
+});
+
+// A link to a folded panel opens it.
+document.addEventListener("click", (event) => {
+  const link = event.target.closest?.("a[data-opens]");
+  if (!link) return;
+  const panel = document.querySelector(link.getAttribute("href"));
+  panel?.querySelector("details.fold")?.setAttribute("open", "");
+  panel?.querySelector("input, select, button")?.focus();
 });

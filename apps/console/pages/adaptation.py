@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.db.models import Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
+from django.utils import timezone
 
 from apps.accounts.models import User
 from apps.adaptations import services as adaptations
@@ -23,9 +24,10 @@ from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.kernels.selectors import speed_up_of
 from apps.notifications.services import run_topic
+from apps.rest.problems import Problem
 from apps.runs.models import Command
 from apps.violations.models import Violation
-from esper.contracts import SIGNAL_NOTES, AdaptationState, Signal
+from esper.contracts import SIGNAL_NOTES, AdaptationState, RejectReason, Signal
 
 _A = AdaptationState
 
@@ -105,6 +107,7 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
         part("undo", "Undo plan", lambda: {"plan": adaptations.undo_plan(found)}, fold=pending),
         part("progress", "Progress and history", progress, fold=pending),
         part("acts", "Your decision", lambda: _acts(found, user), every=live),
+        *([part("more", MORE, lambda: _more(found, user), fold=True)] if pending else []),
         # Also while it waits: an open page shows what comes of it without being loaded again.
         part("outcome", "Outcome", lambda: _outcome(found), fold=pending),
     ]
@@ -125,6 +128,55 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
     if grafted:
         shown.append(part("probation", "Probation", lambda: _probation(found), every=live))
     return shown
+
+
+MORE = "Dry run · edit · assign · snooze · escalate"
+SNOOZE_MINUTES = (5, 10, 30, 60, 240)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting that the approver may change; ``kind`` is number, flag or text."""
+
+    name: str
+    value: Any
+
+    @property
+    def kind(self) -> str:
+        if isinstance(self.value, bool):
+            return "flag"
+        return "number" if isinstance(self.value, int | float) else "text"
+
+    @property
+    def shown(self) -> str:
+        """As it is typed, without separators."""
+        if isinstance(self.value, bool):
+            return "yes" if self.value else "no"
+        return str(self.value)
+
+
+def _more(found: Adaptation, user: User) -> dict[str, Any]:
+    """The ways to decide besides yes and no."""
+    try:
+        dry = adaptations.dry_run(found, user)
+    except Problem:  # the catalogue has lost the remedy
+        dry = None
+    rows = check_rows([asdict(check) for check in dry.checks]) if dry else []
+    left = found.deadline_at - timezone.now() if found.deadline_at else None
+    return {
+        **_acts(found, user),
+        "settings": [Setting(*pair) for pair in adaptations.editable_settings(found).items()],
+        "dry": dry,
+        "rows": rows,
+        "failing": [row for row in rows if row.verdict != "passed"],
+        "approvers": adaptations.approvers_of(found),
+        "snoozed_until": adaptations.snoozed_until(found, user),
+        "snooze_choices": [
+            minutes
+            for minutes in SNOOZE_MINUTES
+            if left is None or timedelta(minutes=minutes) < left
+        ],
+    }
 
 
 def _probation(found: Adaptation) -> dict[str, Any]:
@@ -200,6 +252,8 @@ def _acts(found: Adaptation, user: User) -> dict[str, Any]:
         "may": {name: permission.allowed for name, permission in answers.items()},
         "whys": _joined(refusals),
         "pending": pending,
+        "votes": adaptations.votes_of(found),
+        "reject_reasons": list(RejectReason),
         "claimed_by_me": found.claimed_by_id == user.pk,
     }
 
@@ -225,6 +279,8 @@ def get_adaptation(uid: str) -> Adaptation | None:
             "proposed_by",
             "decided_by",
             "claimed_by",
+            "assigned_to",
+            "escalated_by",
             "taken_back_by",
             "job",
             "kernel",

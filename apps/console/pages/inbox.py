@@ -12,6 +12,7 @@ from django.utils import timezone
 
 from apps.accounts.models import User
 from apps.adaptations.models import Adaptation
+from apps.adaptations.selectors import snoozed_by
 from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, person
 from apps.console.run_rows import live_runs
@@ -27,6 +28,7 @@ class InboxTab(StrEnum):
     PENDING = "pending"
     CLAIMED = "claimed"
     MINE = "mine"
+    SNOOZED = "snoozed"
     HISTORY = "history"
 
 
@@ -86,7 +88,14 @@ def run_names(chosen: str) -> list[tuple[str, str]]:
 def inbox_rows(chosen: InboxFilter, user: User) -> list[Adaptation]:
     """The rows of one tab."""
     rows = _tab(chosen.tab, user).select_related(
-        "run__owner", "blueprint", "claimed_by", "decided_by", "proposed_by", "safety_policy"
+        "run__owner",
+        "blueprint",
+        "claimed_by",
+        "assigned_to",
+        "escalated_by",
+        "decided_by",
+        "proposed_by",
+        "safety_policy",
     )
     if chosen.run:
         rows = rows.filter(of_run(chosen.run))
@@ -98,11 +107,14 @@ def inbox_rows(chosen: InboxFilter, user: User) -> list[Adaptation]:
 def _tab(tab: InboxTab, user: User) -> QuerySet[Adaptation]:
     match tab:
         case InboxTab.PENDING:
-            return waiting()
+            return waiting(user)
         case InboxTab.CLAIMED:
-            return waiting().filter(claimed_until__gt=timezone.now())
+            return waiting(user).filter(claimed_until__gt=timezone.now())
         case InboxTab.MINE:
-            return waiting().filter(claimed_by=user, claimed_until__gt=timezone.now())
+            claimed = Q(claimed_by=user, claimed_until__gt=timezone.now())
+            return waiting(user).filter(claimed | Q(assigned_to=user))
+        case InboxTab.SNOOZED:
+            return snoozed_by(user)
         case InboxTab.HISTORY:
             asked = ~Q(asks=[])
             return Adaptation.objects.filter(asked).exclude(state=AdaptationState.AWAITING_APPROVAL)
@@ -110,13 +122,15 @@ def _tab(tab: InboxTab, user: User) -> QuerySet[Adaptation]:
 
 def tab_counts(user: User) -> dict[str, int]:
     """How many rows the live tabs have."""
-    rows = list(waiting().values_list("claimed_by_id", "claimed_until"))
+    rows = list(waiting(user).values_list("claimed_by_id", "claimed_until", "assigned_to_id"))
     now = timezone.now()
-    claimed = [who for who, until in rows if until is not None and until > now]
+    holders = [who if until is not None and until > now else None for who, until, _ in rows]
+    assigned = [who for *_, who in rows]
     return {
         InboxTab.PENDING: len(rows),
-        InboxTab.CLAIMED: len(claimed),
-        InboxTab.MINE: sum(1 for who in claimed if who == user.pk),
+        InboxTab.CLAIMED: sum(1 for who in holders if who is not None),
+        InboxTab.MINE: sum(1 for who in zip(holders, assigned, strict=True) if user.pk in who),
+        InboxTab.SNOOZED: snoozed_by(user).count(),
     }
 
 

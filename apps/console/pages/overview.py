@@ -11,9 +11,10 @@ from django.db.models import Count, Min, Q
 from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 
+from apps.accounts.models import User
 from apps.adaptations.models import Adaptation
 from apps.console.panels import Panel, render_page
-from apps.console.request import page
+from apps.console.request import page, person
 from apps.console.run_rows import annotated, live_runs, recent_runs, run_rows
 from apps.console.waiting import waiting
 from apps.runs.models import Run
@@ -44,7 +45,7 @@ def overview(request: HttpRequest) -> HttpResponse:
             "attention",
             "Needs a person",
             "console/overview/attention.html",
-            lambda: {"attention": attention()},
+            lambda: {"attention": attention(person(request))},
             events,
             every=15,
         ),
@@ -90,12 +91,12 @@ class Attention:
         return not (self.adaptations or self.violations or self.runs)
 
 
-def attention() -> Attention:
+def attention(user: User) -> Attention:
     trouble = Q(state=RunState.UNREACHABLE) | ~Q(quarantined_reason="")
     serious = open_violations().filter(severity__in=_NEEDS_PERSON)
     return Attention(
         adaptations=list(
-            waiting().select_related("run", "blueprint", "claimed_by")[:ATTENTION_SHOWN]
+            waiting(user).select_related("run", "blueprint", "claimed_by")[:ATTENTION_SHOWN]
         ),
         violations=list(worst_first(serious).select_related("run")[:ATTENTION_SHOWN]),
         runs=list(live_runs().filter(trouble).select_related("owner")[:ATTENTION_SHOWN]),

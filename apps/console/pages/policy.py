@@ -75,6 +75,7 @@ THRESHOLD_NOTES: Mapping[str, tuple[str, str, str]] = {
     "max_latency_ms": ("Limits", "forward time of one graft", "ms"),
     "evidence_max_age_seconds": ("Limits", "oldest evidence that is accepted", "s"),
     "approval_timeout_seconds": ("Time", "a person's time to decide before it expires", "s"),
+    "approvals_for_high_risk": ("Limits", "people who must approve a high risk", "people"),
     "dispatch_timeout_seconds": ("Time", "the trainer's time to answer", "s"),
     "maturity_steps": ("Probation", "warm-up of a new graft; nothing of it counts", "steps"),
     "probation_steps": ("Probation", "taken out without a shown gain after", "steps"),

@@ -244,7 +244,7 @@ def topbar(context: template.RequestContext) -> dict[str, Any]:
         "user": request.user,
         "role": Role(request.user.role).capitalize(),
         "section": context.get("section") or request.resolver_match.url_name,
-        "waiting": inbox_count(),
+        "waiting": inbox_count(request.user),
         "switch": adaptation_switch(),
         "kill": may(request.user, Act.KILL),
         "links": _LINKS,

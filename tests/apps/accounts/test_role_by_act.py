@@ -9,6 +9,7 @@ from django.utils import timezone
 
 from apps.accounts.models import User
 from apps.accounts.policy import ALLOWED, Act, may
+from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
 from apps.violations.models import Violation
 from apps.violations.services import record_violation
@@ -31,16 +32,21 @@ pytestmark = pytest.mark.django_db
 Attempt = Callable[[Caller, Inbox], Answer]
 
 
-def _on_adaptation(name: str, reason: str = "because") -> Attempt:
+def _on_adaptation(
+    name: str, reason: str = "because", more: Callable[[Adaptation], dict[str, str]] = lambda _: {}
+) -> Attempt:
     def attempt(caller: Caller, inbox: Inbox) -> Answer:
         adaptation = inbox.waiting()
         if name == "rollback":
             force_state(adaptation, AdaptationState.PROBATION, graft_step=1001)
         path = f"adaptations/{adaptation.uid}/{name}"
-        body = {"reason": reason} | (shown(adaptation) if name == "approve" else {})
-        return caller.act(path, body, version=adaptation.version)
+        return caller.act(path, {"reason": reason} | more(adaptation), version=adaptation.version)
 
     return attempt
+
+
+def _snooze(caller: Caller, inbox: Inbox) -> Answer:
+    return caller.post(f"adaptations/{inbox.waiting().uid}/snooze", {"minutes": 5})
 
 
 def _on_run(name: str) -> Attempt:
@@ -88,10 +94,13 @@ def _on_worker(name: str) -> Attempt:
 
 
 ACTS: list[tuple[str, Act, Attempt]] = [
-    ("approve", Act.APPROVE, _on_adaptation("approve")),
+    ("approve", Act.APPROVE, _on_adaptation("approve", more=shown)),
     ("reject", Act.REJECT, _on_adaptation("reject")),
     ("claim", Act.CLAIM, _on_adaptation("claim")),
     ("release", Act.CLAIM, _on_adaptation("release")),
+    ("assign", Act.CLAIM, _on_adaptation("assign", more=lambda _: {"to": ""})),
+    ("escalate", Act.CLAIM, _on_adaptation("escalate")),
+    ("snooze", Act.CLAIM, _snooze),
     ("extend", Act.EXTEND, _on_adaptation("extend")),
     ("cancel", Act.CANCEL, _on_adaptation("cancel")),
     ("rollback", Act.ROLL_BACK, _on_adaptation("rollback")),

@@ -72,6 +72,21 @@ def test_a_missing_right_is_explained(world: Any) -> None:
     assert "reject" in offered(own)
 
 
+def test_the_other_ways_to_decide_are_offered_to_those_who_may(world: Any) -> None:
+    uid = world.adaptations["waiting"].uid
+    for who, may in (("olga", True), ("vera", False)):
+        text = world.client(who).get(f"/adaptations/{uid}?panel=more").content.decode()
+        found = {
+            act: f"adaptations/{uid}/{act}" in text for act in ("assign", "snooze", "escalate")
+        }
+        assert found == dict.fromkeys(found, may), who
+        assert ("Approve with these settings" in text) is may
+        assert "Dry run: what an approval would do now" in text
+    assert "Only admins or operators may approve" in text
+    head = page(world, "olga", "waiting")
+    assert '<option value="too_costly">too costly</option>' in head
+
+
 def test_the_form_pins_the_version_and_the_evidence_that_were_shown(world: Any) -> None:
     text = page(world, "olga", "waiting")
     assert 'data-if-match="1"' in text

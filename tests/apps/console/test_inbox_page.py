@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, Snooze
 from apps.console.waiting import inbox_count
 
 
@@ -34,7 +34,7 @@ def test_an_expired_decision_disappears_from_badge_and_list(world: Any) -> None:
     Adaptation.objects.filter(pk=world.adaptations["waiting"].pk).update(deadline_at=past)
     text = world.client("olga").get("/inbox").content.decode()
     assert rows(text) == [world.adaptations["olgas"].uid]
-    assert badge(text) == inbox_count() == 1
+    assert badge(text) == inbox_count(world.people["olga"]) == 1
 
 
 def test_the_next_to_expire_is_first(world: Any) -> None:
@@ -74,3 +74,28 @@ def test_a_persons_own_run_is_marked(world: Any) -> None:
     text = world.client("olga").get("/inbox").content.decode()
     assert "your own run: another operator has to approve" in text
     assert "your own run" not in world.client("oscar").get("/inbox").content.decode()
+
+
+def test_what_one_person_snoozes_or_is_assigned_is_in_their_tabs_only(world: Any) -> None:
+    uid = world.adaptations["waiting"].uid
+    later = timezone.now() + timedelta(minutes=5)
+    Snooze.objects.create(
+        adaptation=world.adaptations["waiting"], user=world.people["olga"], until=later
+    )
+    Adaptation.objects.filter(uid=uid).update(
+        assigned_to=world.people["oscar"],
+        escalated_by=world.people["olga"],
+        escalated_reason="unsure",
+    )
+    seen = {
+        (who, tab): uid in rows(world.client(who).get(f"/inbox?state={tab}").content.decode())
+        for who in ("olga", "oscar")
+        for tab in ("pending", "mine", "snoozed")
+    }
+    assert {key for key, is_there in seen.items() if is_there} == {
+        ("olga", "snoozed"),
+        ("oscar", "pending"),
+        ("oscar", "mine"),
+    }
+    text = world.client("olga").get("/inbox").content.decode()
+    assert badge(text) == len(rows(text)) == 1
