@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,14 @@ from tests.running import RunningEsper, launch_esper
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_the_rest(items)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Between two files: what is imported by now is no longer looked at by each ``gc.collect``."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 # --- keys ---------------------------------------------------------------------------------------
@@ -41,6 +50,7 @@ def kernel_private_key() -> str:
 def pytest_collection_finish(session: pytest.Session) -> None:
     marked = any(item.get_closest_marker("postgres") for item in session.items)
     session.config.stash[_WANTS_POSTGRES] = marked
+    gc.freeze()
 
 
 _WANTS_POSTGRES = pytest.StashKey[bool]()

@@ -61,13 +61,15 @@ class Copies(Sequence[Any]):
         if self._searched or model is None:
             return
         self._searched = True
-        gc.collect()  # models of earlier runs that nothing uses any more are no rivals
-        averaged_model = sys.modules["torch.optim.swa_utils"].AveragedModel
-        for found in gc.get_referrers(averaged_model, type(model)):
-            if type(found) is averaged_model:
-                self._note(bare_copy(found), averaged=True)
-            elif type(found) is type(model):
-                self._note(found, averaged=False)
+        found = _of_its_class(model)
+        if any(_alike(model, other) for other, averaged in found if not averaged):
+            # It may be a model of an earlier run that nothing uses any more, which is no rival.
+            # Collecting costs as long as some steps, so it is not done where there is none.
+            del found
+            gc.collect()
+            found = _of_its_class(model)
+        for other, averaged in found:
+            self._note(other, averaged=averaged)
 
     def copied(self, memo: dict[int, Any]) -> None:
         """``copy.deepcopy`` copies the model now; ``memo`` is its own."""
@@ -100,6 +102,18 @@ class Copies(Sequence[Any]):
         known = {id(bare_copy(copied)) for copied in self._all()} | {id(model)}
         if id(found) not in known:
             self._seen[found] = averaged or self._seen.get(found, False)
+
+
+def _of_its_class(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Every other model of the process of this class, and whether an ``AveragedModel`` holds it."""
+    averaged_model = sys.modules["torch.optim.swa_utils"].AveragedModel
+    found: list[tuple[nn.Module, bool]] = []
+    for other in gc.get_referrers(averaged_model, type(model)):
+        if type(other) is averaged_model:
+            found.append((bare_copy(other), True))
+        elif type(other) is type(model) and other is not model:
+            found.append((other, False))
+    return found
 
 
 def _inside_averaged_model() -> bool:

@@ -170,3 +170,19 @@ def test_a_dropped_average_is_not_kept_alive() -> None:
 
     assert len(run.session._surgery.copies) == 0
     run.session.close()
+
+
+def test_the_only_model_of_its_kind_is_grafted_without_a_garbage_collection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A collection looks at every object of the process, and the training waits for it."""
+
+    class OnlyHere(nn.Sequential):
+        pass
+
+    model = OnlyHere(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    collected: list[object] = []
+    with esper.attach(model, torch.optim.SGD(model.parameters(), 0.1), verbose=False) as session:
+        monkeypatch.setattr("gc.collect", collected.append)
+        session.graft("0", "proj_lora_64")
+        assert not collected
