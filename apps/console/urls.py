@@ -7,6 +7,7 @@ from apps.console.pages.adaptation import adaptation
 from apps.console.pages.audit import audit
 from apps.console.pages.blueprints import blueprint, blueprints
 from apps.console.pages.inbox import inbox
+from apps.console.pages.incidents import incidents_page
 from apps.console.pages.kernel import kernel
 from apps.console.pages.kernels import kernels
 from apps.console.pages.me import me
@@ -31,6 +32,7 @@ urlpatterns = [
     path("adaptations/<str:uid>", adaptation, name="adaptation"),
     path("blueprints", blueprints, name="blueprints"),
     path("blueprints/<slug:slug>", blueprint, name="blueprint"),
+    path("incidents", incidents_page, name="incidents"),
     path("violations", violations, name="violations"),
     path("policy", policy, name="policy"),
     path("workers", workers, name="workers"),

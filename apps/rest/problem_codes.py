@@ -6,6 +6,8 @@ from __future__ import annotations
 from django.contrib.auth.decorators import login_required
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import SafeString
 
 # code: (status, what it means, what to do)
 PROBLEMS: dict[str, tuple[int, str, str]] = {
@@ -69,4 +71,18 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
 @login_required
 def problems_page(request: HttpRequest) -> HttpResponse:
     """``/api/docs/problems``: where the ``type`` of a problem document points."""
-    return render(request, "rest/problem_codes.html", {"problems": PROBLEMS})
+    problems = {
+        code: (status, _with_code(meaning), _with_code(advice))
+        for code, (status, meaning, advice) in PROBLEMS.items()
+    }
+    return render(request, "rest/problem_codes.html", {"problems": problems})
+
+
+def _with_code(text: str) -> SafeString:
+    """What stands between backticks, as code."""
+    parts = enumerate(text.split("`"))
+    return format_html_join(
+        "",
+        "{}",
+        ((format_html("<code>{}</code>", part) if at % 2 else part,) for at, part in parts),
+    )

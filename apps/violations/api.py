@@ -4,15 +4,19 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.act_endpoint import act_endpoint
+from apps.accounts.authentication import person, via
 from apps.accounts.endpoint import Endpoint
+from apps.rest.fields import parse
 from apps.rest.filters import Lookup, apply_filters, flag, of_run, one_of, text
+from apps.rest.idempotency import idempotent
 from apps.rest.identifiers import named
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries
+from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries, results_of
+from apps.rest.throttling import ActThrottle
 from apps.violations.models import Violation
-from apps.violations.serializers import ViolationOutput
-from apps.violations.services import acknowledge_violation
+from apps.violations.serializers import AcknowledgedOutput, AcknowledgeInput, ViolationOutput
+from apps.violations.services import acknowledge_violation, acknowledge_violations
 from esper.contracts import Severity, ViolationRule
 
 FILTERS: dict[str, Lookup] = {
@@ -55,3 +59,38 @@ AcknowledgeViolation = act_endpoint(
     answer=lambda _, violation: Response(ViolationOutput(violation).data),
     output=ViolationOutput,
 )
+
+
+class AcknowledgeViolations(Endpoint):
+    throttle_classes = (ActThrottle,)
+
+    @documented(
+        "acknowledge_violations",
+        body=AcknowledgeInput,
+        answer=results_of(AcknowledgedOutput),
+        act=True,
+        summary="Acknowledge several violations; each is answered for itself",
+    )
+    @idempotent
+    def post(self, request: Request) -> Response:
+        given = parse(AcknowledgeInput, request.data)
+        rows = Violation.objects.select_related("run").filter(uid__in=given["violations"])
+        found = {row.uid: row for row in rows}
+        results = acknowledge_violations(
+            violations=[found[uid] for uid in given["violations"] if uid in found],
+            user=person(request),
+            via=via(request),
+            reason=given["reason"],
+        )
+        answers = [
+            {"uid": row.uid, "code": problem.code, "detail": str(problem)}
+            if problem is not None
+            else {"uid": row.uid, "code": "", "detail": ""}
+            for row, problem in results
+        ]
+        answers += [
+            {"uid": uid, "code": "not-found", "detail": "There is no such violation."}
+            for uid in given["violations"]
+            if uid not in found
+        ]
+        return Response({"results": AcknowledgedOutput(answers, many=True).data})

@@ -25,6 +25,8 @@ class Violation(models.Model):
     since_step = models.BigIntegerField(null=True, blank=True)
     resolved_step = models.BigIntegerField(null=True, blank=True)
     finding = models.CharField(max_length=64, blank=True)  # slug of the rule of the diagnosis
+    # what can answer it, slugs of ``esper.remedies.catalog`` in the order in which to try them
+    remedies = models.JSONField(default=list)
     rule = models.CharField(max_length=24, choices=[(r, r) for r in ViolationRule], db_index=True)
     severity = models.CharField(max_length=8, choices=[(s, s) for s in Severity])
     observed = models.CharField(max_length=200)

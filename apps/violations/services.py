@@ -38,6 +38,7 @@ def record_violation(
     step: int | None = None,
     finding: str = "",
     since_step: int | None = None,
+    remedies: Sequence[str] = (),
 ) -> Violation:
     """Record a broken limit, and what the system did about it."""
     if run is not None:
@@ -55,6 +56,7 @@ def record_violation(
         step=step,
         finding=finding,
         since_step=since_step,
+        remedies=list(remedies),
     )
     data = {
         "violation": violation.uid,
@@ -99,7 +101,7 @@ def _record_finding(run: Run, finding: Finding) -> bool:
     observed, limit, remedy = (
         text[:MAX_FINDING_TEXT] for text in (finding.observed, finding.limit, finding.remedy)
     )
-    slug, action = finding.slug[:MAX_SLUG], f"Nothing was changed. {remedy}"
+    slug, action = finding.slug[:MAX_SLUG], f"Nothing was changed. {remedy[:1].upper()}{remedy[1:]}"
     not_over = Violation.objects.filter(run=run, resolved_step=None, adaptation_uid="")
     unseen = not_over.filter(acknowledged_at=None)
     if slug and finding.rule != ViolationRule.OPTIMIZER_LEDGER:
@@ -128,6 +130,7 @@ def _record_finding(run: Run, finding: Finding) -> bool:
         step=run.step,
         finding=slug,
         since_step=finding.since_step if finding.since_step >= 0 else None,
+        remedies=finding.remedies,
     )
     return True
 
@@ -166,3 +169,18 @@ def acknowledge_violation(
     )
     publish(topic=SYSTEM_TOPIC, type="violation.acknowledged", data={"violation": violation.uid})
     return violation
+
+
+def acknowledge_violations(
+    *, violations: Sequence[Violation], user: User, via: str, reason: str = ""
+) -> list[tuple[Violation, Problem | None]]:
+    """Acknowledge several; each by itself, so that one refusal does not stop the others."""
+    results: list[tuple[Violation, Problem | None]] = []
+    for violation in violations:
+        try:
+            acknowledge_violation(violation=violation, user=user, via=via, reason=reason)
+        except Problem as refused:
+            results.append((violation, refused))
+        else:
+            results.append((violation, None))
+    return results

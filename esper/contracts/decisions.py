@@ -154,6 +154,7 @@ class SafetyPolicy:
     confidence_auto: float = 0.75
     auto_max_risk: Risk = Risk.LOW
     min_cases_for_auto: int = 20  # closed cases of the category; below, MEDIUM and up ask
+    approvals_for_high_risk: int = 1  # by different people
     cooldown_layer_steps: int = 400
     cooldown_run_steps: int = 100
     cooldown_rollback_factor: float = 2.0
@@ -165,7 +166,6 @@ class SafetyPolicy:
     max_latency_ms: float = 10.0  # of one graft, forward
     evidence_max_age_seconds: float = 120.0
     approval_timeout_seconds: int = 900
-    approvals_for_high_risk: int = 1  # different people
     dispatch_timeout_seconds: int = 60
     maturity_steps: int = 100  # a newborn's warm-up; nothing of it counts
     probation_steps: int = 600  # no test runs longer; without a shown gain the graft goes

@@ -262,3 +262,12 @@ document.addEventListener("click", (event) => {
   panel?.querySelector("details.fold")?.setAttribute("open", "");
   panel?.querySelector("input, select, button")?.focus();
 });
+
+// An address that names something folded opens it.
+function openNamed() {
+  const named = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  for (let folded = named && named.closest("details"); folded; folded = folded.parentElement.closest("details")) folded.open = true;
+  if (named && named.matches("details")) named.scrollIntoView();
+}
+addEventListener("hashchange", openNamed);
+openNamed();

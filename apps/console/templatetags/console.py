@@ -257,7 +257,7 @@ _LINKS = (
     ("inbox", "Inbox", ("inbox", "adaptation")),
     ("runs", "Runs", ("runs", "run")),
     ("blueprints", "Blueprints", ("blueprints", "blueprint")),
-    ("violations", "Violations", ("violations",)),
+    ("incidents", "Incidents", ("incidents", "violations")),
     ("policy", "Policy", ("policy",)),
     ("kernels", "Kernels", ("kernels", "kernel")),
     ("workers", "Workers", ("workers",)),

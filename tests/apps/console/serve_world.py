@@ -1,6 +1,6 @@
 """A web process over the small world of ``world.py``, for the browser tests.
 
-python serve_world.py PORT        with DATABASE_URL and DJANGO_SETTINGS_MODULE set
+python serve_world.py PORT [busy]        with DATABASE_URL and DJANGO_SETTINGS_MODULE set
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from django.core.management import call_command
 HOSTILE = '"><img src=x onerror="document.title=\'pwned\'">\u202e'
 
 
-def main(port: int) -> None:
+def main(port: int, *, busy: bool) -> None:
     django.setup()
     call_command("migrate", verbosity=0)
-    _build()
+    _build(busy=busy)
     from esper_web.asgi import application
 
     uvicorn.run(application, host="127.0.0.1", port=port, log_level="error", lifespan="off")
 
 
-def _build() -> None:
+def _build(*, busy: bool) -> None:
     from tests.apps.console.world import build_world  # models need django.setup()
 
     world = build_world(steps=300)
@@ -31,7 +31,11 @@ def _build() -> None:
     run.name = HOSTILE
     run.layers = [{**layer, "name": HOSTILE + layer["name"]} for layer in run.layers]
     run.save()
+    if busy:
+        from tests.apps.console.world_busy import build_busy_world
+
+        build_busy_world(world)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), busy="busy" in sys.argv[2:])

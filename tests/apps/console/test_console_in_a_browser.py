@@ -137,7 +137,7 @@ def pages_of(page: Page) -> list[str]:
         page.locator(f"tr:has-text('{state}') a[data-open]:has-text('L-')").get_attribute("href")
         for state in ("Running", "Failed")
     ]
-    plain = ["/", "/inbox", "/blueprints", "/blueprints/proj_ia3", "/violations", "/policy"]
+    plain = ["/", "/inbox", "/blueprints", "/blueprints/proj_ia3", "/incidents", "/violations"]
     compiled = f"/kernels/{'ef' * 32}"
     page.goto(compiled)
     merged = page.locator("#panel-speed_ups a").first.get_attribute("href")
@@ -147,6 +147,7 @@ def pages_of(page: Page) -> list[str]:
     found = [
         *plain,
         *kernels,
+        "/policy",
         "/recipes",
         recipe,
         *launches,

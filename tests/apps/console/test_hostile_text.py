@@ -72,6 +72,7 @@ def test_hostile_names_are_text_on_every_page(world: Any) -> None:
         f"/adaptations/{kept}",
         "/blueprints/mlp_gelu_2048",
         "/violations?state=all",
+        "/incidents",
         "/kernels",
         "/audit",
     ):

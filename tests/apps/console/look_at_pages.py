@@ -1,0 +1,144 @@
+"""Take a picture of every page of a busy server, to be looked at by a person.
+
+python -m tests.apps.console.look_at_pages FOLDER [PAGE,…]      pages by the names that it prints
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import django
+import httpx
+from playwright.sync_api import Error, Page, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[3]
+VIEWS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False)}
+PLAIN = {
+    "overview": "/",
+    "inbox": "/inbox",
+    "inbox-history": "/inbox?state=history",
+    "runs": "/runs",
+    "incidents": "/incidents",
+    "incidents-resolved": "/incidents?state=resolved",
+    "violations": "/violations",
+    "blueprints": "/blueprints",
+    "blueprint": "/blueprints/mlp_gelu_2048",
+    "policy": "/policy",
+    "kernels": "/kernels",
+    "kernel": f"/kernels/{'ab' * 32}",
+    "workers": "/workers",
+    "recipes": "/recipes",
+    "audit": "/audit?verify=1",
+    "me": "/me",
+    "api-docs": "/api/docs",
+    "problems": "/api/docs/problems",
+    "404": "/nowhere",
+    "admin": "/admin/",
+    "admin-list": "/admin/blueprints/blueprint/",
+    "admin-one": "/admin/policies/policyversion/1/change/",
+}
+
+
+def main(folder: Path, wanted: set[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = int(listener.getsockname()[1])
+    with tempfile.TemporaryDirectory() as data:
+        environment = {
+            **os.environ,
+            "DATABASE_URL": f"sqlite:///{data}/db.sqlite3",
+            "DJANGO_SETTINGS_MODULE": "esper_web.settings.test",
+            "PYTHONPATH": str(ROOT),
+        }
+        script = str(Path(__file__).with_name("serve_world.py"))
+        server = subprocess.Popen(
+            [sys.executable, script, str(port), "busy"], env=environment, cwd=ROOT
+        )
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/login", server)
+            _take_pictures(f"http://127.0.0.1:{port}", folder, wanted)
+        finally:
+            server.terminate()
+            server.wait(timeout=60)
+
+
+def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
+    while server.poll() is None:
+        try:
+            httpx.get(address, timeout=60)
+            return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    raise RuntimeError("the web process ended")
+
+
+def _take_pictures(base: str, folder: Path, wanted: set[str]) -> None:
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "esper_web.settings.test")
+    django.setup()
+    from tests.apps.cast import PASSWORD  # its models need django.setup()
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        for view, (width, dark) in VIEWS.items():
+            context = browser.new_context(
+                base_url=base,
+                viewport={"width": width, "height": 844},
+                color_scheme="dark" if dark else "light",
+            )
+            page = context.new_page()
+            page.goto("/login")
+            if not wanted or "login" in wanted:
+                page.screenshot(path=folder / f"login-{view}.png")
+            page.fill("#id_username", "ada")
+            page.fill("#id_password", PASSWORD)
+            page.click("button[type=submit]")
+            page.wait_for_url("**/")
+            for name, address in _addresses(page).items():
+                if not wanted or name in wanted:
+                    _take_picture(page, address, folder / f"{name}-{view}.png")
+        browser.close()
+
+
+def _addresses(page: Page) -> dict[str, str]:
+    """The plain pages, each run, and one decision in each state that there is."""
+    runs = page.request.get("/api/v1/runs?limit=200").json()["results"]
+    rows = page.request.get("/api/v1/adaptations?limit=200").json()["results"]
+    found = dict(PLAIN)
+    for run in runs:
+        found[f"run-{run['name'][:12]}"] = f"/runs/{run['uid']}"
+    for row in rows:
+        name = f"{row['kind']}-{row['state']}"
+        if row["state"] == "awaiting_approval":
+            escalated = "-escalated" if row["escalated_by"] else ""
+            name += f"-{row['risk']}{escalated}"
+        found.setdefault(name, f"/adaptations/{row['uid']}")
+    return found
+
+
+def _take_picture(page: Page, address: str, path: Path) -> None:
+    try:
+        page.goto(address, wait_until="load")
+        page.wait_for_timeout(1_200)
+        over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        tall = page.evaluate("document.documentElement.scrollHeight")
+        page.screenshot(path=path, full_page=True)
+        _say(f"{path.stem} {tall} px {f'{over} px TOO WIDE' if over > 0 else ''}")
+    except Error as error:
+        _say(f"{path.stem} failed: {str(error).splitlines()[0]}")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    names = sys.argv[2].split(",") if len(sys.argv) > 2 else []
+    main(Path(sys.argv[1]), set(names))

@@ -1,0 +1,234 @@
+"""A busy world: a run after twenty adaptations, one of 2,000 layers, and findings of each kind.
+
+Like ``world.py``, larger, with long names: for looking at the pages, not for assertions.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+from django.utils import timezone
+
+from apps.adaptations.models import Adaptation, Vote
+from apps.policies.models import PolicyVersion
+from apps.policies.services import current_policy
+from apps.runs.models import Run
+from apps.telemetry.models import Frame, Metric
+from apps.violations.services import record_findings, record_violation
+from esper.contracts import (
+    ADAPTATION_ENDED,
+    SIGNALS,
+    AdaptationState,
+    Finding,
+    LayerInfo,
+    RejectReason,
+    RunState,
+    Severity,
+    ViolationRule,
+)
+from tests.apps.console.world import CERTIFICATE, FOUND, make_remedies_of_run
+from tests.apps.console.world_runs import World, make_adaptation, make_run, tell
+
+A = AdaptationState
+MANY = 2_000
+LONG_RUN = "llama-1b-pretrain-fineweb-edu-seed3-cosine-warmup2000-bf16-node14"
+GIANT = "mixture-of-experts-2000-layers"
+_TELL = {
+    A.KEPT: (A.COMPILE_QUEUED, A.COMPILING, A.COMPILED, A.DISPATCHED, A.ACCEPTED, A.PROBATION),
+    A.ROLLED_BACK: (A.COMPILE_QUEUED, A.COMPILED, A.DISPATCHED, A.ACCEPTED, A.PROBATION),
+    A.PROBATION: (A.COMPILE_QUEUED, A.COMPILING, A.COMPILED, A.DISPATCHED, A.ACCEPTED),
+}
+# Twenty ends, as a day's work leaves them.
+ENDS: tuple[AdaptationState, ...] = (
+    *(A.KEPT, A.ROLLED_BACK, A.KEPT, A.KEPT, A.REJECTED, A.EXPIRED, A.KEPT, A.ROLLED_BACK),
+    *(A.COMPILE_FAILED, A.DECLINED, A.KEPT, A.REVERTED, A.CANCELLED, A.KEPT, A.NOT_APPLIED),
+    *(A.SUPERSEDED, A.ROLLBACK_FAILED, A.APPLY_FAILED, A.KEPT, A.PROBATION),
+)
+REASONS = {
+    A.ROLLED_BACK: "the loss rose 8.2 % above its forecast, beyond the interval",
+    A.EXPIRED: "nobody decided before the deadline",
+    A.COMPILE_FAILED: "mat1 and mat2 shapes cannot be multiplied (512x2048 and 512x64)",
+    A.DECLINED: "Measured latency is 12.4 ms; the limit is 10 ms.",
+    A.NOT_APPLIED: "the optimizer holds fused parameter groups that cannot be extended",
+    A.ROLLBACK_FAILED: "the trainer did not confirm the rollback before the deadline",
+    A.APPLY_FAILED: "the output changed by 0.003, which is more than the tolerance",
+    A.SUPERSEDED: "dying relu was over at step 41,200",
+    A.KEPT: "the gain's interval is above the smallest gain that matters",
+}
+
+
+def build_busy_world(world: World) -> None:
+    """Add to a small world."""
+    run = make_run(world, LONG_RUN, "rafi", steps=2_000, state=RunState.RUNNING)
+    names = _transformer_names(24)
+    _rename_layers(run, names)
+    _make_twenty(world, run, names)
+    make_remedies_of_run(world)
+    _make_waiting(world, names)
+    _make_incidents(world, names)
+    _make_giant(world)
+
+
+def _transformer_names(blocks: int) -> list[str]:
+    parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    return [f"model.layers.{block}.{part}" for block in range(blocks) for part in parts]
+
+
+def _rename_layers(run: Run, names: list[str]) -> None:
+    run.layers = [
+        LayerInfo(
+            name=name,
+            kind="Linear",
+            in_shape=(8, 512),
+            out_shape=(8, 512),
+            dtype="bfloat16",
+            parameters=512 * 512,
+            graftable=True,
+            features_in=512,
+            features_out=512,
+            order=order,
+            feeds=tuple(names[order + 1 : order + 2]),
+        ).to_wire()
+        for order, name in enumerate(names)
+    ]
+    run.model_parameters = 1_100_048_384
+    run.target_steps = 100_000
+    run.save()
+    Frame.objects.filter(run=run).delete()
+    _make_frames(run, len(names), range(0, run.step, 20))
+
+
+def _make_frames(run: Run, layers: int, steps: range) -> None:
+    chance = np.random.default_rng(run.pk)
+    now = timezone.now().timestamp()
+    base = chance.uniform(0.55, 0.95, size=(layers, 1))
+    frames = []
+    for step in steps:
+        values = np.abs(chance.normal(base, 0.03, size=(layers, len(SIGNALS))))
+        values[layers // 3 : layers // 3 + 3] *= 1.0 - 0.6 * step / max(steps)
+        frames.append(
+            Frame(
+                run=run,
+                epoch=1,
+                step=step,
+                wall_time=now - run.step + step,
+                values=np.clip(values, 0, 1).astype("<f4").tobytes(),
+                loss=2.3 * math.exp(-step / 600) + 1.9,
+            )
+        )
+    Frame.objects.bulk_create(frames)
+
+
+def _make_twenty(world: World, run: Run, names: list[str]) -> None:
+    chance = random.Random(20)
+    slugs = [slug for slug in world.blueprints if slug != "mon_act_stats"]
+    for number, end in enumerate(ENDS):
+        step = 90 * (number + 1)
+        grafted = end in (A.KEPT, A.ROLLED_BACK, A.REVERTED, A.PROBATION, A.ROLLBACK_FAILED)
+        by_person = number % 3 == 0 or end == A.REJECTED
+        made = make_adaptation(
+            world,
+            f"twenty-{number}",
+            LONG_RUN,
+            end,
+            layer=names[(number * 7) % len(names)],
+            blueprint=world.blueprints[slugs[number % len(slugs)]],
+            risk=world.blueprints[slugs[number % len(slugs)]].risk,
+            proposed_step=step,
+            confidence=0.55 + 0.4 * chance.random(),
+            graft_step=step + 12 if grafted else None,
+            grafted_at=timezone.now() - timedelta(minutes=200 - 9 * number) if grafted else None,
+            pause_ms=chance.uniform(1.2, 31.0) if grafted else None,
+            certificate=CERTIFICATE if grafted else None,
+            decided_by=world.people["olga"] if by_person else None,
+            decided_rule="" if by_person else "policy v2: confidence 0.86 >= 0.80 and risk low",
+            decided_at=timezone.now() - timedelta(minutes=201 - 9 * number),
+            decision_reason="the layer has been flat for an hour" if by_person else "",
+            rejected_for=RejectReason.TOO_COSTLY if end == A.REJECTED else "",
+            ablation_gain=0.004 + 0.03 * chance.random() if end == A.KEPT else None,
+            ablation_low=0.002 if end == A.KEPT else None,
+            ablation_high=0.041 if end == A.KEPT else None,
+            reward=chance.uniform(-0.2, 0.7) if end in (A.KEPT, A.ROLLED_BACK) else None,
+            reward_terms={"gain": 0.62, "parameters": -0.08, "latency": -0.05},
+            steps_observed=600 if grafted else None,
+            ended_at=timezone.now() if end in ADAPTATION_ENDED else None,
+            ended_step=step + 70,
+            end_reason=REASONS.get(end, ""),
+            asks=["Confidence is between 0.55 and 0.80; a person decides."] if by_person else [],
+        )
+        Adaptation.objects.filter(pk=made.pk).update(
+            created_at=timezone.now() - timedelta(minutes=202 - 9 * number)
+        )
+        tell(made, A.PROPOSED, A.APPROVED, *_TELL.get(end, ()), end)
+
+
+def _make_waiting(world: World, names: list[str]) -> None:
+    """One of high risk with one vote of two, one that is escalated, one that is assigned."""
+    values = {**current_policy().values, "approvals_for_high_risk": 2}
+    PolicyVersion.objects.create(
+        version=3, values=values, reason="two people for high risk", author=world.people["carl"]
+    )
+    high = make_adaptation(
+        world, "high", LONG_RUN, A.AWAITING_APPROVAL, layer=names[40], risk="high"
+    )
+    Vote.objects.create(
+        adaptation=high,
+        user=world.people["oscar"],
+        evidence_hash=high.evidence_hash,
+        reason="the layer is dead",
+    )
+    make_adaptation(
+        world,
+        "escalated",
+        LONG_RUN,
+        A.AWAITING_APPROVAL,
+        layer=names[51],
+        assigned_to=world.people["ada"],
+        escalated_by=world.people["oscar"],
+        escalated_reason="I do not know this architecture well enough",
+    )
+
+
+def _make_incidents(world: World, names: list[str]) -> None:
+    run = world.runs[LONG_RUN]
+    for number in range(7):
+        record_violation(
+            run=run,
+            rule=ViolationRule.LATENCY,
+            severity=Severity.CAUTION,
+            observed="75.33 ms",
+            limit="10 ms",
+            text=f"mlp_gelu_2048 in {names[number]}: measured latency is 75.33 ms, at most 10 ms.",
+            action="The kernel was not sent to the run.",
+            layer=names[number],
+            step=300 * number,
+        )
+    spike = {**FOUND, "rule": ViolationRule.DIAGNOSIS, "severity": Severity.CRITICAL}
+    spike |= {"layer": "", "remedies": ("rewind", "set_lr", "clip_layer")}
+    common: dict[str, Any] = {"rule": ViolationRule.DIAGNOSIS, "severity": Severity.SERIOUS}
+    common |= {"since_step": 1_480, "remedies": ("recycle", "rewind")}
+    dying = Finding(
+        layer=names[32],
+        observed="61 % of the units have been silent for 900 steps, 3 % at step 400",
+        limit="at most 40 % silent",
+        remedy="give the dead units new weights, or lower the learning rate",
+        slug="dying_relu",
+        **common,
+    )
+    record_findings(run=run, findings=[Finding(**spike), dying])
+    record_findings(run=world.runs["topics-lm"], findings=[Finding(**spike)])
+    record_findings(
+        run=world.runs["topics-lm"], findings=[Finding(**{**spike, "resolved_step": 6_120})]
+    )
+
+
+def _make_giant(world: World) -> None:
+    run = make_run(world, GIANT, "olga", steps=400, state=RunState.RUNNING)
+    names = [f"decoder.block.{at // 8}.experts.{at % 8}.down_proj" for at in range(MANY)]
+    _rename_layers(run, names)
+    Metric.objects.filter(run=run, name="step_ms").update(value=812.0)
+    make_adaptation(world, "giant", GIANT, A.AWAITING_APPROVAL, layer=names[700], risk="low")
