@@ -19,7 +19,7 @@ from apps.adaptations.compile_jobs import queue_compilation
 from apps.adaptations.dispatch import request_undo, send_remedy
 from apps.adaptations.editing import edit_settings
 from apps.adaptations.evidence import evidence_drift, evidence_now
-from apps.adaptations.history import why_frozen
+from apps.adaptations.history import why_stopped
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.votes import has_voted, vote, votes_missing, votes_needed
@@ -92,7 +92,7 @@ def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
 
 
 def _may_approve_now(adaptation: Adaptation, user: User) -> Permission:
-    frozen = why_frozen(adaptation.run)
+    frozen = why_stopped(adaptation, adaptation.run)
     if frozen:
         return Permission(False, "adaptation-killed", f"Nothing can be approved now: {frozen}.")
     if adaptation.escalated_by is not None and user.role != Role.ADMIN:

@@ -9,7 +9,7 @@ from django.conf import settings
 from django.db import transaction
 
 from apps.accounts.actors import Actor, ActorKind
-from apps.adaptations.history import why_frozen
+from apps.adaptations.history import why_stopped
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.kernels.services import kernel_store
@@ -61,8 +61,8 @@ def send_remedy(adaptation: Adaptation, *, actor: Actor) -> Adaptation:
 @transaction.atomic
 def _write_command(adaptation: Adaptation, actor: Actor) -> None:
     run = lock_run(adaptation.run_id)
-    frozen = why_frozen(run)
-    if frozen:  # the kill switch takes effect when it is committed
+    frozen = why_stopped(adaptation, run)
+    if frozen:  # a switch takes effect when it is committed
         transition(adaptation, AdaptationState.CANCELLED, actor=actor, reason=frozen)
         return
     policy = adaptation.safety_policy.safety_policy()

@@ -94,6 +94,14 @@ def why_frozen(run: Run) -> str:
     return ""
 
 
+def why_stopped(adaptation: Adaptation, run: Run) -> str:
+    """Why this adaptation may not go on now; ``run``: its run, as it is now."""
+    frozen = why_frozen(run)
+    if frozen or adaptation.blueprint is None or adaptation.blueprint.enabled:
+        return frozen
+    return f"blueprint {adaptation.slug} is switched off: {adaptation.blueprint.disabled_reason}"
+
+
 def layer_histories(run: Run, *, besides: int = 0) -> dict[str, LayerHistory]:
     """By layer name, for the layers that have a history; ``besides`` as in ``run_facts``."""
     rows = (

@@ -17,6 +17,7 @@ from apps.console.pages.recipes import launch, recipe, recipes
 from apps.console.pages.run import run
 from apps.console.pages.runs import runs
 from apps.console.pages.sign_in import SignIn, SignOut
+from apps.console.pages.switch import switch
 from apps.console.pages.violations import violations
 from apps.console.pages.workers import workers
 
@@ -33,6 +34,7 @@ urlpatterns = [
     path("blueprints", blueprints, name="blueprints"),
     path("blueprints/<slug:slug>", blueprint, name="blueprint"),
     path("incidents", incidents_page, name="incidents"),
+    path("switch", switch, name="switch"),
     path("violations", violations, name="violations"),
     path("policy", policy, name="policy"),
     path("workers", workers, name="workers"),

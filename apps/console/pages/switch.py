@@ -1,0 +1,102 @@
+"""The adaptation switch: what is stopped, and which trainers have confirmed it, after how long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from django.db.models import OuterRef, Subquery
+from django.http import HttpRequest, HttpResponse
+
+from apps.accounts.policy import Act, may
+from apps.blueprints.models import Blueprint
+from apps.console.bar import adaptation_switch
+from apps.console.panels import Panel, render_page
+from apps.console.request import page, person
+from apps.console.run_rows import live_runs
+from apps.policies.models import AdaptationSwitch
+from apps.runs.models import Command, Run
+from esper.contracts import CommandKind, CommandState
+
+_PAUSES = (CommandKind.PAUSE_ADAPTATION, CommandKind.RESUME_ADAPTATION)
+
+
+@page
+def switch(request: HttpRequest) -> HttpResponse:
+    user = person(request)
+
+    def everything() -> dict[str, Any]:
+        state = adaptation_switch()
+        return {"switch": state, "kill": may(user, Act.KILL)}
+
+    def trainers() -> dict[str, Any]:
+        answers = trainer_answers(adaptation_switch())
+        return {
+            "answers": answers,
+            "summary": summary(answers),
+            "may_pause": may(user, Act.PAUSE_ADAPTATION),
+        }
+
+    def blueprints() -> dict[str, Any]:
+        return {
+            "blueprints": list(Blueprint.objects.filter(present=True).order_by("enabled", "slug")),
+            "may_switch": may(user, Act.SWITCH_BLUEPRINT),
+        }
+
+    panels = [
+        Panel("all", "Everything", "console/switch/all.html", everything, ("switch",)),
+        Panel(
+            "trainers",
+            "Each run",
+            "console/switch/trainers.html",
+            trainers,
+            ("switch", "run"),
+            every=5,
+        ),
+        Panel("blueprints", "Each blueprint", "console/switch/blueprints.html", blueprints),
+    ]
+    return render_page(request, "console/simple.html", title="Adaptation switch", panels=panels)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerAnswer:
+    """A live run, and the newest command that pauses or resumes its adaptation."""
+
+    run: Run
+    command: Command | None
+
+    @property
+    def confirmed(self) -> bool:
+        return self.command is not None and self.command.state == CommandState.APPLIED
+
+    @property
+    def seconds(self) -> float | None:
+        """From the command to the trainer's answer."""
+        if self.command is None or self.command.acknowledged_at is None:
+            return None
+        return (self.command.acknowledged_at - self.command.issued_at).total_seconds()
+
+    @property
+    def paused(self) -> bool:
+        return self.command is not None and self.command.kind == CommandKind.PAUSE_ADAPTATION
+
+
+def trainer_answers(state: AdaptationSwitch) -> list[TrainerAnswer]:
+    """Those that have not confirmed come first."""
+    newest = Command.objects.filter(run=OuterRef("pk"), kind__in=_PAUSES).order_by("-seq")
+    runs = list(live_runs().annotate(pause_id=Subquery(newest.values("pk")[:1])))
+    commands = Command.objects.in_bulk([run.pause_id for run in runs if run.pause_id])
+    answers = [TrainerAnswer(run, commands.get(run.pause_id)) for run in runs]
+    return sorted(answers, key=lambda one: (one.command is None, one.confirmed, -one.run.pk))
+
+
+def summary(answers: Sequence[TrainerAnswer]) -> str:
+    """How many of the asked trainers have confirmed, and how long the slowest took."""
+    asked = [one for one in answers if one.command is not None]
+    if not asked:
+        return "No trainer was asked yet."
+    confirmed = [one for one in asked if one.confirmed]
+    times = [one.seconds for one in confirmed if one.seconds is not None]
+    slowest = f", the slowest after {max(times):.1f} s" if times else ""
+    return f"{len(confirmed)} of {len(asked)} trainers have confirmed{slowest}."
