@@ -6,6 +6,7 @@ from apps.console.bar import bar
 from apps.console.pages.adaptation import adaptation
 from apps.console.pages.audit import audit
 from apps.console.pages.blueprints import blueprint, blueprints
+from apps.console.pages.compare import compare
 from apps.console.pages.inbox import inbox
 from apps.console.pages.incidents import incidents_page
 from apps.console.pages.kernel import kernel
@@ -29,6 +30,7 @@ urlpatterns = [
     path("", overview, name="overview"),
     path("inbox", inbox, name="inbox"),
     path("runs", runs, name="runs"),
+    path("runs/compare", compare, name="compare"),
     path("runs/<str:uid>", run, name="run"),
     path("adaptations/<str:uid>", adaptation, name="adaptation"),
     path("blueprints", blueprints, name="blueprints"),

@@ -255,7 +255,7 @@ def topbar(context: template.RequestContext) -> dict[str, Any]:
 _LINKS = (
     ("overview", "Overview", ("overview",)),
     ("inbox", "Inbox", ("inbox", "adaptation")),
-    ("runs", "Runs", ("runs", "run")),
+    ("runs", "Runs", ("runs", "run", "compare")),
     ("blueprints", "Blueprints", ("blueprints", "blueprint")),
     ("incidents", "Incidents", ("incidents", "violations")),
     ("policy", "Policy", ("policy",)),

@@ -24,6 +24,8 @@ PLAIN = {
     "inbox": "/inbox",
     "inbox-history": "/inbox?state=history",
     "runs": "/runs",
+    "switch": "/switch",
+    "compare": "/runs/compare?a=R-4&b=R-1",
     "incidents": "/incidents",
     "incidents-resolved": "/incidents?state=resolved",
     "violations": "/violations",
@@ -129,6 +131,10 @@ def _take_picture(page: Page, address: str, path: Path) -> None:
         over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         tall = page.evaluate("document.documentElement.scrollHeight")
         page.screenshot(path=path, full_page=True)
+        more = page.locator("a[data-opens]")
+        if more.count():
+            more.click()
+            page.locator("#panel-more").screenshot(path=path.with_stem(f"{path.stem}-more"))
         _say(f"{path.stem} {tall} px {f'{over} px TOO WIDE' if over > 0 else ''}")
     except Error as error:
         _say(f"{path.stem} failed: {str(error).splitlines()[0]}")
