@@ -5,8 +5,19 @@ from __future__ import annotations
 from django.db.models import Case, QuerySet, Value, When
 
 from apps.runs.models import Run
+from apps.violations.incidents import RECORDS_READ, Incident, IncidentState, incidents
 from apps.violations.models import Violation
 from esper.contracts import Finding, Severity, ViolationRule
+
+__all__ = [
+    "RECORDS_READ",
+    "Incident",
+    "IncidentState",
+    "incidents",
+    "open_findings",
+    "open_violations",
+    "worst_first",
+]
 
 
 def open_findings(run: Run) -> tuple[Finding, ...]:

@@ -17,8 +17,8 @@ from apps.blueprints.models import KnownRemedy
 from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, person
 from apps.rest.filters import of_run
-from apps.violations.incidents import RECORDS_READ, Incident, IncidentState, incidents
 from apps.violations.models import Violation
+from apps.violations.selectors import RECORDS_READ, Incident, IncidentState, incidents
 from esper.contracts import ADAPTATION_ENDED, AdaptationState, RunMode, Severity
 
 INCIDENTS_SHOWN = 100
