@@ -95,7 +95,8 @@ def loss_chart(first: Run, second: Run) -> LossChart | None:
 
     def marks(run: Run) -> list[float]:
         steps = Adaptation.objects.filter(run=run, graft_step__lte=last)
-        return [WIDTH * step / last for step in steps.values_list("graft_step", flat=True)]
+        grafted = steps.values_list("graft_step", flat=True)
+        return [WIDTH * step / last for step in grafted if step is not None]
 
     return LossChart(
         (lines(series[0]), lines(series[1])), (marks(first), marks(second)), low, high, last
@@ -179,11 +180,10 @@ class MissingLayers:
 
 
 def missing_layers(first: Run, second: Run) -> list[MissingLayers]:
-    names = [[layer["name"] for layer in run.layers] for run in (first, second)]
     found = []
-    for run, own, other in ((first, *names), (second, *reversed(names))):
-        lacking = set(other)
-        only = [name for name in own if name not in lacking]
+    for run, other in ((first, second), (second, first)):
+        known = {layer["name"] for layer in other.layers}
+        only = [layer["name"] for layer in run.layers if layer["name"] not in known]
         if only:
             found.append(MissingLayers(run, len(only), only[:NAMES_SHOWN]))
     return found
