@@ -47,6 +47,7 @@ from esper.grafting.guard import gradient_values
 from esper.grafting.hooks import PassingHook
 from esper.grafting.optimizers import unwrap_optimizer
 from esper.health.transfers import HostCopy, HostTransfer, copy_to_host, is_late
+from esper.health.updates import Part, takes_hooks
 
 FIRST_STEPS = (1, 2, 3, 5, 10, 20, 30, 40, 50)
 FORWARD_STEPS = (1, 10, 30, 50)
@@ -81,6 +82,12 @@ class Plan:
             return True
         return step > FIRST_STEPS[-1] and step % self.period == 0
 
+    def next_due(self, step: int) -> int:
+        """The first step after this one that is measured."""
+        fixed = (due for due in (*FIRST_STEPS, *SURE_STEPS) if due > step)
+        later = max(step, FIRST_STEPS[-1]) // self.period + 1
+        return min(*fixed, later * self.period) if step < SURE_STEPS[-1] else later * self.period
+
     def reads_forward(self, step: int) -> bool:
         return step in FORWARD_STEPS or (
             step > FIRST_STEPS[-1] and step % (self.period * FORWARD_EVERY) == 0
@@ -110,6 +117,9 @@ class Recorder:
         reads: False for a model that is spread over ranks, of which this one sees a part: nothing
             is read from it, and the rules that need it do not know.
         clock: seconds, monotonic.
+
+    Attributes:
+        step: steps of the session so far.
     """
 
     def __init__(
@@ -138,21 +148,19 @@ class Recorder:
         self._gradient = GradientProbe(model)
         self._start = _Start(self._closed)
         self._modes = _Modes(model)
-        self._handles: list[RemovableHandle] = []
-        self._step = 0
+        self.step = 0
         self._due = True
         self._evaluations = 0
-        self._updates = 0
         self._waiting: (
             tuple[Callable[[], ModelPass] | None, Callable[[], Gradients] | None] | None
         ) = None  # makes what was measured, once its numbers have arrived
         self._in_hooks = 0.0
         self._first_time = math.nan
-        for optimizer in self._optimizers if reads else ():
-            if hasattr(optimizer, "_optimizer_step_post_hooks"):
-                before, after = self._closed(self._before_update), self._closed(self._after_update)
-                self._handles.append(optimizer.register_step_pre_hook(before))
-                self._handles.append(optimizer.register_step_post_hook(after))
+        before, after = self._closed(self._before_update), self._closed(self._after_update)
+        with_hooks = filter(takes_hooks, self._optimizers if reads else ())
+        self._parts = [Part(optimizer, before=before, after=after) for optimizer in with_hooks]
+        self._updates_read = 0
+        self._arm()
         if reads:
             self._closed(self._forward.arm)()
 
@@ -169,7 +177,7 @@ class Recorder:
         started = self._clock()
         if math.isnan(self._first_time):
             self._first_time = started
-        self._step = step
+        self.step = step
         measured = self._finish()  # the step before, where its numbers came later
         due, self._due = self._due, False
         if due:
@@ -178,15 +186,33 @@ class Recorder:
             self._due = True
             if self._reads and self.plan.reads_forward(step + 1):
                 self._closed(self._forward.arm)()
+        self._arm()
         return measured
+
+    @property
+    def idle_until(self) -> int:
+        """The next step for which :meth:`on_step` must be called; those before may be left out."""
+        if self._due or self._waiting is not None or self._modes.facts.updates:
+            return 0
+        return self.plan.next_due(self.step + 1) - 1
+
+    @property
+    def start_is_known(self) -> bool:
+        """:attr:`zeroing` does not change any more."""
+        return self._start.done
+
+    def _arm(self) -> None:
+        armed = self._due or self._modes.counts or not self._start.done
+        for part in self._parts:
+            part.arm(armed)
 
     def spend(self, seconds: float) -> None:
         """What the rules have cost in a measured step."""
         self.plan.add(seconds + self._in_hooks)
         self._in_hooks = 0.0
-        if self._step > 1:
-            typical = (self._clock() - self._first_time) / (self._step - 1)
-            self.plan.adapt(self._step, typical)
+        if self.step > 1:
+            typical = (self._clock() - self._first_time) / (self.step - 1)
+            self.plan.adapt(self.step, typical)
 
     @property
     def symmetric(self) -> tuple[str, ...]:
@@ -230,17 +256,18 @@ class Recorder:
         """Removes all hooks."""
         self._forward.close()
         self._start.close()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for part in self._parts:
+            part.remove()
 
     def _take(self, step: int) -> bool:
         """True where all is known now; on a GPU the numbers arrive with the next step."""
         transfer, rate = HostTransfer(), highest_rate(self._optimizers)
         seen = self._forward.collect(step, transfer)
-        read = self._gradient.collect(step, transfer, rate=rate, updates=self._updates)
+        taken = sum(part.taken for part in self._parts)
+        updates = taken - self._updates_read
+        read = self._gradient.collect(step, transfer, rate=rate, updates=updates)
         if read is not None:
-            self._updates = 0
+            self._updates_read = taken
         transfer.start()
         self._waiting = seen, read
         return not transfer.is_late and self._finish()
@@ -256,16 +283,15 @@ class Recorder:
             self.gradients.append(read())
         return True
 
-    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
         if self._due:
             started = self._clock()
             self._gradient.remember(optimizer)
             self._in_hooks += self._clock() - started
 
-    def _after_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
         started = self._clock()
-        self._updates += 1
-        self._modes.on_update(self._step + 1)
+        self._modes.on_update(self.step + 1)
         self._start.on_update(optimizer)
         if self._due:
             self._gradient.read(optimizer)
@@ -280,7 +306,11 @@ def highest_rate(optimizers: Iterable[torch.optim.Optimizer]) -> float:
 
 
 class _Start:
-    """Whether gradients were cleared between two updates, from one parameter's own hook."""
+    """Whether gradients were cleared between two updates, from one parameter's own hook.
+
+    Attributes:
+        done: enough updates were seen.
+    """
 
     def __init__(self, closed: Callable[..., Any]) -> None:
         self._closed = closed
@@ -294,11 +324,11 @@ class _Start:
         self._old = 0  # id of the gradient that the first backward pass found
         self._asked: tuple[list[nn.Parameter], HostTransfer] | None = None
         self._first = True
-        self._done = False
+        self.done = False
 
     def on_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's step is over: the next backward pass is the first of an update."""
-        if self._done or self._optimizer not in (None, optimizer):
+        if self.done or self._optimizer not in (None, optimizer):
             return
         if self._smallest is not None and len(self._left) > len(self._accumulated):
             # autograd.grad gives the script a new tensor, and adds nothing to the old one.
@@ -322,7 +352,7 @@ class _Start:
         return Zeroing(tuple(carried), backwards[: len(carried)])
 
     def close(self) -> None:
-        self._done = True
+        self.done = True
         if self._handle is not None:
             self._handle.remove()
 
@@ -391,8 +421,10 @@ class _Modes:
 
     def on_update(self, step: int) -> None:
         """At an optimizer's step they are still in the mode of the forward pass."""
-        training = sum(module.training for module in self._modules)
-        old = self.facts
+        self._count_batches()
+        training, old = sum([module.training for module in self._modules]), self.facts
+        if training and training == old.in_training:
+            return  # as in the update before
         evaluating = bool(self._modules) and not training
         again = evaluating and old.updates > 0
         self.facts = Modes(
@@ -405,7 +437,11 @@ class _Modes:
             extra_steps=old.extra_steps,
             evaluated_in_training=old.evaluated_in_training,
         )
-        self._count_batches()
+
+    @property
+    def counts(self) -> bool:
+        """There is something to look at in each update."""
+        return bool(self._modules)
 
     def evaluating(self, closed: Callable[..., Any]) -> list[RemovableHandle]:
         """Counts calls of these modules in training mode, until the hooks are removed."""

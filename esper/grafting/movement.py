@@ -8,6 +8,7 @@ weights still warm up, the gradient is zero or not finite, or rounding removes t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.hooks import RemovableHandle
 
 from esper.contracts import Finding, Severity
 from esper.fail_closed import contained
@@ -27,6 +27,7 @@ from esper.grafting.ledger import Problem, to_findings
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 from esper.grafting.slot import SLOT_NAME
 from esper.health.transfers import HostTransfer, is_late
+from esper.health.updates import Part
 from esper.sharding import local, named_holders
 
 NOTICED_STEPS = 3  # of an optimizer, in which a scaler that was not named is looked for
@@ -51,8 +52,11 @@ class MovementWatch:
     def __init__(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
         self._model = model
         self._optimizers = [unwrap_optimizer(optimizer) for optimizer in optimizers]
-        self._taken = [0] * len(self._optimizers)
-        self._handles = [self._count(place) for place in range(len(self._optimizers))]
+        hook = contained("step counter", "Esper does not notice tensors that never move.")
+        self._parts = [
+            Part(optimizer, after=hook(partial(self._on_update, place)))
+            for place, optimizer in enumerate(self._optimizers)
+        ]
         self._waiting: dict[nn.Parameter, _Watched] = {}
         self._settled: set[nn.Parameter] = set()
         self._problems: dict[nn.Parameter, Problem] = {}
@@ -60,6 +64,7 @@ class MovementWatch:
         self._asked: tuple[HostTransfer, Callable[[np.ndarray], None]] | None = None
         self._incomplete = True
         self._steps = 0
+        self._arm()
 
     @property
     def findings(self) -> list[Finding]:
@@ -84,26 +89,41 @@ class MovementWatch:
         answered = self._take_answer()
         if self._incomplete:
             self._remember()
-        if self._steps % STEPS or not (self._waiting or self._problems):
-            return answered or self._steps == SILENT_STEPS
-        self._look()
-        return True
+        checks = not self._steps % STEPS and bool(self._waiting or self._problems)
+        if checks:
+            self._look()
+        self._arm()
+        return checks or answered or self._steps == SILENT_STEPS
+
+    @property
+    def idle_steps(self) -> int:
+        """In so many steps from now nothing is due, so that :meth:`skip` may stand for them."""
+        if self._asked is not None or self._incomplete:
+            return 0
+        last = SILENT_STEPS - 1 if self._steps < SILENT_STEPS else sys.maxsize
+        if self._waiting or self._problems:  # the step before a check is due too: it arms the hook
+            last = min(last, self._steps + max(0, STEPS - 2 - self._steps % STEPS))
+        return last - self._steps
+
+    def skip(self, steps: int) -> None:
+        """As so many calls of :meth:`step` in which nothing is due."""
+        self._steps += steps
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for part in self._parts:
+            part.remove()
 
-    def _count(self, place: int) -> RemovableHandle:
-        def count(*_: Any) -> None:
-            if self._taken[place] < NOTICED_STEPS:
-                notice_scaler(self._optimizers[place])
-            self._taken[place] += 1
-            if self._waiting and not (self._steps + 1) % STEPS:
-                self._keep_gradients(place)
+    def _arm(self) -> None:
+        """A step of an optimizer is looked at while it is new, and before a check."""
+        reads = bool(self._waiting) and not (self._steps + 1) % STEPS
+        for part in self._parts:
+            part.arm(reads or part.taken < NOTICED_STEPS)
 
-        hook = contained("step counter", "Esper does not notice tensors that never move.")(count)
-        return self._optimizers[place].register_step_post_hook(hook)
+    def _on_update(self, place: int, optimizer: torch.optim.Optimizer) -> None:
+        if self._parts[place].taken <= NOTICED_STEPS:
+            notice_scaler(optimizer)
+        if self._waiting and not (self._steps + 1) % STEPS:
+            self._keep_gradients(place)
 
     @torch.no_grad()
     def _keep_gradients(self, place: int) -> None:
@@ -115,8 +135,8 @@ class MovementWatch:
                 self._gradients[parameter] = kept
 
     def _silent(self) -> Iterator[Problem]:
-        for place, taken in enumerate(self._taken):
-            if not taken and self._steps >= SILENT_STEPS:
+        for place, part in enumerate(self._parts):
+            if not part.taken and self._steps >= SILENT_STEPS:
                 kind = type(self._optimizers[place]).__name__
                 yield Problem(
                     "",
@@ -142,7 +162,7 @@ class MovementWatch:
                         parameter,
                         _sample(parameter).clone(),
                         place,
-                        self._taken[place],
+                        self._parts[place].taken,
                     )
 
     def _is_new(self, parameter: nn.Parameter) -> bool:
@@ -175,10 +195,14 @@ class MovementWatch:
         due = [
             watched
             for watched in self._waiting.values()
-            if self._taken[watched.optimizer] - watched.since >= STEPS and _is_comparable(watched)
+            if self._parts[watched.optimizer].taken - watched.since >= STEPS
+            and _is_comparable(watched)
         ]
         differs = [(_sample(w.parameter) != w.sample).any() for w in due]
         self._ask(differs, partial(self._on_moved, due))
+
+    def _taken_since(self, watched: _Watched) -> int:
+        return self._parts[watched.optimizer].taken - watched.since
 
     def _on_moved(self, due: Sequence[_Watched], moved: np.ndarray) -> None:
         """What has moved is settled; of the rest, look for evidence that it should have."""

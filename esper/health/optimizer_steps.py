@@ -1,8 +1,8 @@
 """Reads gradients and updates at the end of an optimizer's step, when both exist.
 
 A training loop may clear the gradients anywhere after the step, so later they are often gone. A
-post-step hook also sees them unscaled, after clipping, and after a closure. It reads only while a
-frame is due; in other steps it is one comparison.
+post-step hook also sees them unscaled, after clipping, and after a closure. It is called only while
+a frame is due.
 
 Shape legend: P parameters of one optimizer.
 """
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils.hooks import RemovableHandle
+
+from esper.health.updates import Part, takes_hooks
 
 Groups = dict[tuple[torch.device, torch.dtype], list[int]]
 
@@ -56,14 +56,10 @@ class OptimizerSteps:
         self._due: set[int] = set()
         self._silent: set[int] = set()  # was waited for in vain, and has made no step since
         self._error: Exception | None = None
-        self._handles: list[RemovableHandle] = []
-        self._watched: list[torch.optim.Optimizer] = []  # by place
-        for optimizer in optimizers:
-            if hasattr(optimizer, "_optimizer_step_post_hooks"):
-                reader = self._reader(len(self._handles))
-                self._handles.append(optimizer.register_step_post_hook(reader))
-                self._watched.append(optimizer)
-        self._places = frozenset(range(len(self._handles)))
+        self._watched = [o for o in optimizers if takes_hooks(o)]  # by place
+        readers = enumerate(self._watched)
+        self._parts = [Part(o, after=self._reader(place)) for place, o in readers]
+        self._places = frozenset(range(len(self._parts)))
 
     @property
     def missing(self) -> bool:
@@ -91,6 +87,8 @@ class OptimizerSteps:
         self._others = list(others)
         self._counts_zeros = counts_zeros
         self._due = set(self._places)
+        for part in self._parts:
+            part.arm()
 
     def forget_weights(self) -> None:
         """The weights were changed by someone else, so their change is no update."""
@@ -107,6 +105,8 @@ class OptimizerSteps:
         groups = (group for place in self._due for group in self._watched[place].param_groups)
         self.norms.no_step = {id(p) for group in groups for p in group["params"]}
         self._due = set()
+        for place, part in enumerate(self._parts):
+            part.arm(place in self._silent)  # to see that it makes steps again
         self._weights_before = {}
         self._others = []
         if self._error is not None:
@@ -114,15 +114,14 @@ class OptimizerSteps:
             raise error
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for part in self._parts:
+            part.remove()
         self._due = set()
 
     def _reader(self, place: int) -> Callable[..., None]:
         # Not FailClosed: a reading that fails is no lasting state; the session's health part
         # counts it, and switches off what goes on failing.
-        def read(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        def read(optimizer: torch.optim.Optimizer) -> None:
             self._silent.discard(place)
             if place not in self._due:
                 return

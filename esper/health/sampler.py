@@ -7,7 +7,7 @@ The loop:
     optimizer  at the end of its own step: fused norms of gradients and updates
     step k     norms of the weights; one copy to the host for each device; on the CPU, the frame
     step k+1   on a GPU: the copy has arrived, so the frame of step k is made
-    others     two clock readings and a comparison
+    others     one comparison, which on short steps even covers several of them
 
 Which steps these are is decided by :mod:`esper.health.pace`. A frame waits for a step of each
 optimizer, where gradients accumulate.
@@ -90,12 +90,18 @@ class HealthSampler:
         self._spent = 0.0
         self._elapsed = 0.0
         self._last_exit: float | None = None
+        self._last_step = 0
         self.refresh()
 
     @property
     def cost_ratio(self) -> float:
         """Time spent in sampling / time of everything else so far; NaN before the second step."""
         return self._spent / self._elapsed if self._elapsed > 0 else math.nan
+
+    @property
+    def idle_until(self) -> int:
+        """The next step for which :meth:`step` must be called; those before may be left out."""
+        return 0 if self._late is not None else self._next_frame - 1
 
     def refresh(self) -> None:
         """Reads the model's modules again; call it after a graft or an undo."""
@@ -114,10 +120,10 @@ class HealthSampler:
     def step(
         self, step: int, loss: float | Tensor | None, metrics: Mapping[str, float] | None = None
     ) -> HealthFrame | None:
-        """Call once for each training step, anywhere in the loop.
+        """Call once for each training step, anywhere in the loop; see :attr:`idle_until`.
 
         Args:
-            step: the training step's number, one more than in the last call.
+            step: the training step's number.
             loss: read only when a frame is due; None is unknown.
             metrics: more run-wide numbers for the frame.
 
@@ -130,14 +136,15 @@ class HealthSampler:
             self._next_frame = self._pace.next_frame(step - 1)
             self._last_deep = step - 1
         else:
-            self._step_seconds.append(entered - self._last_exit)
-            self._elapsed += entered - self._last_exit
+            passed, steps = entered - self._last_exit, max(1, step - self._last_step)
+            self._step_seconds.extend([passed / steps] * steps)
+            self._elapsed += passed
         frame = self._late_frame() if self._late is not None else None
         if step >= self._next_frame and not self._waits(step):
             frame = self._sample(step, loss, metrics or {}, entered) or frame
         elif step == self._next_frame - 1:
             self._prepare(entered)
-        self._last_exit = self._clock()
+        self._last_exit, self._last_step = self._clock(), step
         self._spent += self._last_exit - entered
         return frame
 

@@ -105,8 +105,16 @@ class GoodStates:
     def _kept(self) -> list[State]:
         return ([self._start] if self._start is not None else []) + list(self._good)
 
+    @property
+    def idle_until(self) -> int:
+        """The next step at which something is copied or kept, unless the run falls sick."""
+        due = self._next if self._candidate is None else self._candidate.step + CONFIRMED_STEPS
+        if self._folder is None or self.best is None or not self._best_is_new:
+            return due
+        return min(due, self.best[1].step + CONFIRMED_STEPS)
+
     def on_step(self, step: int, *, healthy: bool) -> None:
-        """Call at each step boundary."""
+        """Call at each step boundary, and later for steps before :attr:`idle_until`."""
         self._step = step
         self._write_best()
         if self._start is not None:

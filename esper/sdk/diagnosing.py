@@ -94,6 +94,26 @@ class DiagnosisWatch:
                 self.recorder.spend(time.perf_counter() - started)
 
     @property
+    def idle_until(self) -> int:
+        """The next step for which :meth:`on_step` must be called, unless :meth:`is_usual` says no.
+
+        A step in between has no frame and no metrics but its loss.
+        """
+        young = self._run.step <= WATCHED_STEPS and not self.recorder.start_is_known
+        if young or self._broken is not None or self._is_hard():
+            return 0
+        return 0 if self._run.step < self._checked_until else self.recorder.idle_until
+
+    def is_usual(self, loss: float, step: int) -> bool:
+        """Takes the loss of a step without :meth:`on_step`; False where that must be called."""
+        recent = self._recent
+        if self.recorder.modes.updates or not -math.inf < loss <= JUMP * abs(recent):
+            return False
+        self.recorder.step = step
+        self._recent = 0.9 * recent + 0.1 * loss
+        return True
+
+    @property
     def largest_update(self) -> float:
         """Relative to the weights, in the median of the matrices; NaN unknown.
 
@@ -125,7 +145,9 @@ class DiagnosisWatch:
 
     def _is_urgent(self, loss: float | None) -> bool:
         """A hard fault may have begun or ended in this step."""
-        updates = len(self.recorder.zeroing.carried) if self._run.step <= WATCHED_STEPS else 0
+        updates = self._updates_seen
+        if self._run.step <= WATCHED_STEPS:
+            updates = len(self.recorder.zeroing.carried)
         changed, self._updates_seen = updates != self._updates_seen, updates
         modes = self.recorder.modes
         changed |= modes.was_training and modes.updates == 2  # the mode was left behind
@@ -139,9 +161,12 @@ class DiagnosisWatch:
             self._checked_until = self._run.step + JUMP_CHECKS
         known = not math.isnan(self._recent)
         self._recent = 0.9 * self._recent + 0.1 * loss if known else loss
+        return changed or self._is_hard() or self._run.step <= self._checked_until
+
+    def _is_hard(self) -> bool:
+        """A hard fault is open, whose end is looked for in each step."""
         critical = [d for d in self.diagnosis.open if d.rule.severity is Severity.CRITICAL]
-        hard = any(diagnosed.rule.every_step for diagnosed in critical)
-        return changed or hard or self._run.step <= self._checked_until
+        return any(diagnosed.rule.every_step for diagnosed in critical)
 
     def _check(self, *, every_step_only: bool) -> None:
         observation = self._observe(LATEST if every_step_only else LOSSES_KEPT)

@@ -71,6 +71,12 @@ class Evaluations:
             and time.monotonic() >= self._next_time
         )
 
+    @property
+    def idle_until(self) -> float:
+        """The step from which on a held-out loss may be due; infinity where only time tells."""
+        waits = self._evaluate is not None and self._run.step < self._next_step
+        return self._next_step if waits else math.inf
+
     def on_step(self, metrics: dict[str, float]) -> None:
         """On the process that decides: measure what is due, into ``metrics``."""
         if self._evaluate is None:

@@ -122,6 +122,15 @@ class LedgerWatch:
         if looked or step % AUDIT_EVERY_STEPS == 0:
             self.audit()
 
+    def idle_until(self, step: int) -> int:
+        """The next step, after ``step``, for which :meth:`on_step` must be called."""
+        audit = (step // AUDIT_EVERY_STEPS + 1) * AUDIT_EVERY_STEPS
+        return min(audit, step + 1 + self._movement.idle_steps)
+
+    def skip(self, steps: int) -> None:
+        """So many idle steps are over; see :meth:`idle_until`."""
+        self._movement.skip(steps)
+
     def on_change(self, *, restored: bool = False) -> None:
         """Parameters were added or removed.
 

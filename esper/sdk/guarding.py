@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from esper.contracts import ViolationRule
 from esper.grafting import GradientGuard, GuardVerdict, LossGuard
@@ -43,6 +44,12 @@ class ProbationGuard:
         self.acted_at = -1
         self._gradients = GradientGuard()
         self._looked_for: Adaptation | None = None
+
+    def take(self, losses: Iterable[float]) -> None:
+        """Losses of steps in which no graft was in the model."""
+        for loss in losses:
+            if self.losses.observe(loss) is not None:
+                self.losses.reset()
 
     def on_step(self, loss: float, at: int) -> None:
         """Takes out the youngest guarded graft when the loss diverges.

@@ -188,6 +188,16 @@ class RemedyLoop:
             if self._answer(found):
                 return
 
+    @property
+    def idle_until(self) -> float:
+        """The next step for which :meth:`on_step` must be called, while no finding changes."""
+        if self._sample.is_awaited or any(not entry.ended for entry in self.treatments):
+            return 0
+        answered = {entry.finding for entry in self.proposals}
+        open_ = {found.rule.slug for found in self._diagnosis.diagnosis.open} - answered
+        pauses = (self._cases[slug].not_before for slug in open_ if slug in self._cases)
+        return min((step for step in pauses if step > self._run.step), default=math.inf)
+
     def approve(self, proposal: RemedyProposal) -> RemedyReceipt:
         """A person approved.
 

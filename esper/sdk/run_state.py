@@ -23,6 +23,7 @@ class RunState:
         queues: to and from the server; None where this process talks to none.
         step: the optimizer steps that the session has counted.
         losses: the training loss of the latest steps.
+        idle_until: the next step in which something is due; see :mod:`esper.sdk.idle_steps`.
     """
 
     name: str
@@ -31,6 +32,11 @@ class RunState:
     queues: TransportQueues | None = None
     step: int = 0
     losses: deque[LossPoint] = field(default_factory=lambda: deque(maxlen=LOSSES_KEPT))
+    idle_until: int = 0
+
+    def wake(self) -> None:
+        """Something has changed, so the next step is not idle."""
+        self.idle_until = 0
 
     @property
     def registration(self) -> Registration | None:

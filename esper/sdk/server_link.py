@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Literal
 from urllib.parse import quote
@@ -15,6 +15,7 @@ from esper.compilation import capability
 from esper.contracts import AdaptationState, HealthFrame, LayerInfo, protocol
 from esper.sdk.announcing import Announcer
 from esper.sdk.command_handler import CommandHandler
+from esper.sdk.idle_steps import IdleStep
 from esper.sdk.remedy_loop import RemedyLoop
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
@@ -123,6 +124,11 @@ class ServerLink:
             self._transport.send_soon()
         while self._queues.settled:
             self._surgery.settle(*self._queues.settled.popleft())
+
+    def send_idle(self, steps: Iterable[IdleStep]) -> None:
+        """Queue the losses of steps that were only counted."""
+        for step, _, loss, wall_time in steps:
+            self._queues.telemetry.offer_metrics(step, wall_time, {"loss": loss})
 
     def close(self, *, state: Literal["finished", "failed"], reason: str, timeout: float) -> None:
         """Answer the commands that wait, and report how the run ended; see ``Transport.close``."""

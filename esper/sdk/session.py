@@ -1,6 +1,7 @@
 """A run's session: what a training loop calls once per step.
 
-step(loss)    schedules   grafts that replace their layer do so a little more
+step(loss)    idle        on short steps: nothing is due, so the loss is kept for a later step
+              schedules   grafts that replace their layer do so a little more
               ledger      now and then: does the optimizer train all that it should
               guard       a diverging loss takes the youngest graft on probation out, at once
               commands    grafts and undos that are due; they happen only here
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -53,6 +55,7 @@ from esper.sdk.findings import (
 )
 from esper.sdk.following import Follower
 from esper.sdk.guarding import ProbationGuard
+from esper.sdk.idle_steps import IdleStep, IdleSteps
 from esper.sdk.layer_health import LayerHealth
 from esper.sdk.layers import Layers
 from esper.sdk.loaded_states import LoadedStates
@@ -60,7 +63,7 @@ from esper.sdk.local import LocalLoop, LocalMemory, Waiting
 from esper.sdk.loss import LossReader
 from esper.sdk.proposing import RemedyProposer
 from esper.sdk.ranks import Ranks
-from esper.sdk.remedy_loop import RemedyLoop, RemedyProposal
+from esper.sdk.remedy_loop import AFTER_GUARD_STEPS, RemedyLoop, RemedyProposal
 from esper.sdk.reporting import SurgeryReports
 from esper.sdk.run_state import LossPoint, RunState
 from esper.sdk.saving import losses_from_state, losses_to_state, reading_a_state
@@ -220,6 +223,11 @@ class Session:
             local=self._local,
         )
         self._reader = LossReader()
+        self._idle = IdleSteps(
+            self._run,
+            self._diagnosis.is_usual if self._diagnosis is not None else lambda *_: False,
+            self._queues.inbox if self._queues is not None else (),
+        )
         self._sampling = SamplingPace(fixed=setup.sampling)
         self._calm = LossGuard()  # tells which states are good; not reset, as the guard's is
         self._health = LayerHealth(self._findings)
@@ -252,10 +260,13 @@ class Session:
             ReplicaError: the ranks do not call the same in the same order.
             RuntimeError: torch's own, when another rank has ended.
         """
-        known = self._reader.read(loss, self._run.step + 1)
+        run = self._run
+        known = self._reader.read(loss, run.step + 1)
+        if known is not None and not self._reported and self._idle.take(*known):
+            return
         if self._closed:
             raise ConfigurationError("this session is closed; attach again to go on")
-        run = self._run
+        self._catch_up()
         run.step += 1
         at, value = known if known is not None else (run.step, None)
         value, busy = self._ranks.meet_for_step(run.step, value, self._may_operate, self._meets_now)
@@ -271,7 +282,7 @@ class Session:
             self._try("ledger", partial(self._ledger.on_step, run.step))
         if value is not None:
             run.losses.append((at, value))
-        self._try("good states", partial(self._keep_good_states, value))
+        self._try("good states", partial(self._keep_good_states, value, run.step))
         metrics = self._take_metrics(value)
         self._try("compiler", partial(self._watch_compiler, metrics))
         point = None if value is None else (at, value)
@@ -289,6 +300,7 @@ class Session:
         self._announcer.on_step()
         if self._stop_reason:
             raise RunStopped(self._stop_reason)
+        self._idle.begin(self._idle_until())
 
     def report(self, **metrics: float) -> None:
         """More numbers for this step, such as ``accuracy=0.93``; sent with the next ``step``.
@@ -308,6 +320,8 @@ class Session:
         pickle see the model as it was. Nothing is measured any more: no health frames, and in
         automatic mode no decisions. The other methods work on; :meth:`graft` makes a slot again.
         """
+        self._catch_up()
+        self._run.wake()
         self._detached = True
         self._layers.stop()
         self._ledger.close()
@@ -338,6 +352,8 @@ class Session:
         """
         if self._closed:
             return
+        self._catch_up()
+        self._run.wake()
         self._closed = True
         atexit.unregister(self._at_exit)
         sampler, server = self._surgery.sampler, self._server
@@ -436,6 +452,7 @@ class Session:
     @property
     def telemetry(self) -> dict[str, int]:
         """Items offered, stored by the server, dropped, waiting."""
+        self._catch_up()
         if self._queues is None:
             return {"offered": 0, "stored": 0, "dropped": 0, "waiting": 0}
         return self._queues.telemetry.counts()
@@ -495,6 +512,7 @@ class Session:
             CertificateError: it would change what the model computes; the model is as before.
             ReplicaError: another rank could not do it, or was asked for something else.
         """
+        self._catch_up()
         return self._surgery.graft(layer, blueprint, since, config)
 
     def undo(self, receipt: Receipt | RemedyReceipt, hard: bool = True) -> UndoReceipt:
@@ -508,6 +526,7 @@ class Session:
         Raises:
             UndoError: it could not be taken out.
         """
+        self._catch_up()
         return self._surgery.undo(receipt, hard=hard)
 
     def remedy(
@@ -526,6 +545,7 @@ class Session:
         Raises:
             UnknownLayerError, ConfigurationError, GraftError: the model is as before.
         """
+        self._catch_up()
         return self._surgery.remedy(name, layer, sample, config)
 
     def recycle(
@@ -554,6 +574,7 @@ class Session:
 
     def freeze(self, layer: str) -> RemedyReceipt:
         """Stop a layer from learning. Raises as :meth:`set_lr`."""
+        self._catch_up()
         return self._surgery.freeze(layer)
 
     def unfreeze(self, layer: str) -> RemedyReceipt:
@@ -567,6 +588,7 @@ class Session:
             ConfigurationError: the graft is still on probation.
             UndoError, GraftError: it is not in the model, or cannot be merged; nothing changed.
         """
+        self._catch_up()
         return self._surgery.merge(receipt)
 
     def prune(self, receipt: Receipt) -> UndoReceipt:
@@ -575,6 +597,7 @@ class Session:
         Raises:
             UndoError: it is not in the model any more.
         """
+        self._catch_up()
         return self._surgery.prune(receipt)
 
     @overload
@@ -594,6 +617,7 @@ class Session:
             ValueError: it expired, or was taken already.
             The errors of :meth:`graft`.
         """
+        self._catch_up()
         if isinstance(waiting, RemedyProposal):
             if self._remedies is None or not self._ranks.alone:
                 raise ConfigurationError("on several ranks, call session.remedy on each of them")
@@ -634,6 +658,7 @@ class Session:
         Load it first: it rebuilds the grafts, so that the model's and the optimizer's own states
         fit again. It also holds the grafts' weights and all optimizer state by parameter name.
         """
+        self._catch_up()
         registration, states = self._run.registration, self._surgery.states
         return {
             "format": 1,
@@ -754,14 +779,49 @@ class Session:
         if self._local is not None:
             self._local.open(layers, self._model_parameters)
 
-    def _keep_good_states(self, loss: float | None) -> None:
+    def _idle_until(self) -> float:
+        """The next step in which a part has something to do, but for its loss; 0: each step."""
+        step, surgery, sampler = self._run.step, self._surgery, self._surgery.sampler
+        if self._detached or not (self._layers.fixed and self._ranks.alone):
+            return 0
+        if self._diagnosis is None or self._remedies is None:
+            return 0
+        if surgery.changes.grafted or not isinstance(sampler, HealthSampler):
+            return 0
+        if 0 <= step - self._guard.acted_at <= AFTER_GUARD_STEPS:
+            return 0
+        return min(
+            sampler.idle_until,
+            self._diagnosis.idle_until,
+            self._ledger.idle_until(step),
+            self._remedies.idle_until,
+            self._evaluations.idle_until,
+            math.inf if surgery.states is None else surgery.states.idle_until,
+        )
+
+    def _catch_up(self) -> None:
+        """The parts take the losses of idle steps."""
+        steps = self._idle.handed_over()
+        if not steps:
+            return
+        self._try("ledger", partial(self._ledger.skip, len(steps)))
+        self._try("good states", partial(self._take_idle, steps))
+
+    def _take_idle(self, steps: list[IdleStep]) -> None:
+        for step, _, loss, _ in steps:
+            self._keep_good_states(loss, step)
+        self._guard.take([loss for _, _, loss, _ in steps])
+        if self._server is not None:
+            self._server.send_idle(steps)
+
+    def _keep_good_states(self, loss: float | None, step: int) -> None:
         """Every rank does it, from the loss that they share."""
         states = self._surgery.states
         if states is None or loss is None:
             return
         verdict = self._calm.observe(loss)
         healthy = verdict is None and self._calm.calm and not self._is_sick()
-        states.on_step(self._run.step, healthy=healthy)
+        states.on_step(step, healthy=healthy)
 
     def _is_sick(self) -> bool:
         """A serious finding is open; on several ranks only the loss, which all share, counts."""

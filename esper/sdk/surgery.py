@@ -515,6 +515,7 @@ class Surgery:
     # -- what follows a change -----------------------------------------------------------------
 
     def _follow_up(self, *, restored: bool = False) -> None:
+        self._run.wake()
         if self.sampler is not None:
             self.sampler.refresh()
         self._ledger.on_change(restored=restored)
