@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+from django.http import HttpResponseBase
 from django.utils import timezone
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -12,11 +13,13 @@ from apps.accounts.models import ApiToken
 from apps.accounts.policy import Act, may
 from apps.accounts.serializers import MeOutput, NewTokenOutput, TokenInput, TokenOutput
 from apps.accounts.services import issue_token, revoke_token
+from apps.rest.etag import cacheable_response
 from apps.rest.fields import parse
 from apps.rest.idempotency import idempotent
+from apps.rest.index import IndexOutput, readable_paths
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of
+from apps.rest.schema import documented, listing, page_of
 from apps.rest.throttling import TokenThrottle
 from esper.contracts import TokenScope
 
@@ -30,12 +33,28 @@ class Me(Endpoint):
         return Response(MeOutput(user, context={"may": acts, "token": token}).data)
 
 
+class Index(Endpoint):
+    @documented("index", answer=IndexOutput, summary="Where everything is")
+    def get(self, request: Request) -> Response:
+        address = request.build_absolute_uri
+        here = request.path
+        return Response(
+            {
+                "version": "v1",
+                "collections": {path: address(f"{here}{path}") for path in readable_paths()},
+                "schema": address("/api/schema"),
+                "docs": address("/api/docs"),
+                "problems": address("/api/docs/problems"),
+            }
+        )
+
+
 class Tokens(Endpoint):
     throttle_classes = (TokenThrottle,)
     parameters = PARAMETERS
 
-    @documented("list_tokens", answer=page_of(TokenOutput), parameters=[CURSOR, LIMIT])
-    def get(self, request: Request) -> Response:
+    @documented("list_tokens", answer=page_of(TokenOutput), parameters=listing())
+    def get(self, request: Request) -> HttpResponseBase:
         """The caller's own tokens, without their secrets."""
         tokens = ApiToken.objects.filter(owner=person(request))
         return page_response(request, tokens, lambda rows: TokenOutput(rows, many=True).data)
@@ -62,10 +81,19 @@ def _expiry(request: Request, wanted: timedelta) -> datetime:
 
 
 class Token(Endpoint):
+    @documented("read_token", answer=TokenOutput)
+    def get(self, request: Request, uid: str) -> Response:
+        return cacheable_response(request, TokenOutput(_token(request, uid)).data)
+
     @documented("revoke_token", answer=None, status=204)
     def delete(self, request: Request, uid: str) -> Response:
-        token = ApiToken.objects.filter(owner=person(request), uid=uid).first()
-        if token is None:
-            raise not_found("token")
-        revoke_token(token=token, actor=actor(request))
+        revoke_token(token=_token(request, uid), actor=actor(request))
         return Response(status=204)
+
+
+def _token(request: Request, uid: str) -> ApiToken:
+    """One of the caller's own."""
+    token = ApiToken.objects.filter(owner=person(request), uid=uid).first()
+    if token is None:
+        raise not_found("token")
+    return token

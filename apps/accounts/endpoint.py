@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from django.http import Http404
 from rest_framework.permissions import SAFE_METHODS, BasePermission
+from rest_framework.renderers import BaseRenderer
 from rest_framework.request import Request
+from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from apps.accounts.models import ApiToken, User
 from apps.accounts.policy import Act, may
+from apps.rest.exports import EXPORTS
 from apps.rest.filters import refuse_unknown_parameters
 from apps.rest.idempotency import DRY_RUN
 from apps.rest.problems import Problem
+from apps.rest.sparse import FIELDS, named_fields, sparse
 from esper.contracts import TokenScope
 
 # A browser's session stands for the person, as a token of these two scopes does.
@@ -62,7 +67,44 @@ class Endpoint(APIView):
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().initial(request, *args, **kwargs)
         acts = request.method == "POST" and getattr(getattr(self, "post", None), "is_act", False)
-        refuse_unknown_parameters(request, frozenset({DRY_RUN}) if acts else self.parameters)
+        known = frozenset({DRY_RUN}) if acts else self.parameters
+        reads = frozenset({FIELDS}) if request.method == "GET" else frozenset()
+        refuse_unknown_parameters(request, known | reads)
+        named_fields(request)  # a malformed list is refused before anything is looked up
+
+    def get_renderers(self) -> list[BaseRenderer]:
+        """Lists can be exported too."""
+        exports = EXPORTS if "cursor" in self.parameters else ()
+        return [*super().get_renderers(), *(renderer() for renderer in exports)]
+
+    def perform_content_negotiation(self, request: Request, force: bool = False) -> Any:
+        try:
+            return super().perform_content_negotiation(request, force)
+        except Http404 as error:
+            names = ", ".join(renderer.format for renderer in self.get_renderers())
+            raise Problem(400, "invalid", f"format must be one of {names}.") from error
+
+    def finalize_response(
+        self, request: Request, response: Any, *args: Any, **kwargs: Any
+    ) -> Response:
+        if isinstance(response, Response) and FIELDS in request.query_params:
+            response = self._with_named_fields(request, response)
+        finished = super().finalize_response(request, response, *args, **kwargs)
+        for name, value in getattr(request, "rate_limit", {}).items():
+            finished.headers[name] = value
+        return finished
+
+    def _with_named_fields(self, request: Request, response: Response) -> Response:
+        if response.status_code != 200 or not isinstance(response.data, dict):
+            return response
+        try:
+            if isinstance(rows := response.data.get("results"), list):
+                response.data = {**response.data, "results": sparse(request, rows)}
+            else:
+                (response.data,) = sparse(request, [response.data])
+        except Problem as problem:
+            return self.handle_exception(problem)
+        return response
 
 
 def require(user: User, act: Act, *, owner_id: int | None = None) -> None:

@@ -3,6 +3,7 @@ from django.urls import path
 from apps.accounts import api, schema  # noqa: F401 (its import registers the schemes)
 
 urlpatterns = [
+    path("", api.Index.as_view()),
     path("me", api.Me.as_view()),
     path("tokens", api.Tokens.as_view()),
     path("tokens/<str:uid>", api.Token.as_view()),

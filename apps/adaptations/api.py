@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
+from django.db import transaction
+from django.http import HttpResponseBase
 from rest_framework.request import Request
 from rest_framework.response import Response
 
@@ -31,6 +33,8 @@ from apps.adaptations.serializers import (
     ApproveInput,
     AssignInput,
     AttestationOutput,
+    BulkRejectInput,
+    BulkRejectOutput,
     DecisionOutput,
     DryRunOutput,
     ExperienceOutput,
@@ -41,14 +45,28 @@ from apps.adaptations.serializers import (
 )
 from apps.policies.serializers import SwitchInput, SwitchOutput
 from apps.policies.services import adaptation_switch
+from apps.rest.errors import problem_body
 from apps.rest.etag import cacheable_response, versioned_response
 from apps.rest.fields import message, parse
-from apps.rest.filters import Lookup, apply_filters, many_of, of_run, one_of, text
+from apps.rest.filters import (
+    Lookup,
+    apply_filters,
+    between,
+    many_of,
+    moment,
+    number,
+    of_run,
+    one_of,
+    searching,
+    text,
+    whole_number,
+)
 from apps.rest.idempotency import HEADER, idempotent
 from apps.rest.identifiers import named
+from apps.rest.middleware import request_id
 from apps.rest.pagination import PARAMETERS, page_response
-from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries, results_of
+from apps.rest.problems import Problem, not_found
+from apps.rest.schema import documented, listing, page_of, results_of
 from apps.rest.throttling import ActThrottle
 from apps.runs.selectors import visible_run
 from apps.runs.serializers import RunDetailOutput, run_answer
@@ -65,7 +83,12 @@ FILTERS: dict[str, Lookup] = {
     "risk": ("risk", one_of(Risk)),
     "remedy": ("remedy", text),
     "finding": ("finding", text),
+    "q": searching("layer", "blueprint__slug", "remedy", "in_words", "run__name", "uid"),
+    **between(number, "confidence"),
+    **between(whole_number, "proposed_step"),
+    **between(moment, "created_at", "changed_at"),
 }
+ORDER = ("changed_at", "created_at", "proposed_step")
 
 
 # --- people ---------------------------------------------------------------------------------------
@@ -77,11 +100,13 @@ class Adaptations(Endpoint):
     @documented(
         "list_adaptations",
         answer=page_of(AdaptationOutput),
-        parameters=[*queries(FILTERS), CURSOR, LIMIT],
+        parameters=listing(FILTERS, ORDER),
     )
-    def get(self, request: Request) -> Response:
+    def get(self, request: Request) -> HttpResponseBase:
         rows = apply_filters(request, adaptations(), FILTERS)
-        return page_response(request, rows, lambda rows: AdaptationOutput(rows, many=True).data)
+        return page_response(
+            request, rows, lambda rows: AdaptationOutput(rows, many=True).data, order=ORDER
+        )
 
 
 class AdaptationDetail(Endpoint):
@@ -132,6 +157,36 @@ class ReadDryRun(Endpoint):
     )
     def get(self, request: Request, uid: str) -> Response:
         return Response(DryRunOutput(services.dry_run(_adaptation(uid), person(request))).data)
+
+
+class BulkReject(Endpoint):
+    """Each by itself: what cannot be rejected does not keep the others."""
+
+    throttle_classes = (ActThrottle,)
+
+    @documented("reject_adaptations", body=BulkRejectInput, answer=BulkRejectOutput, act=True)
+    @idempotent
+    def post(self, request: Request) -> Response:
+        given = parse(BulkRejectInput, request.data)
+        results = [_rejection(request, one, given["reason"]) for one in given["adaptations"]]
+        rejected = sum(1 for result in results if result["problem"] is None)
+        return Response({"rejected": rejected, "results": results})
+
+
+def _rejection(request: Request, one: dict[str, Any], reason: str) -> dict[str, Any]:
+    try:
+        with transaction.atomic():
+            done = services.reject_adaptation(
+                adaptation=_adaptation(one["uid"]),
+                user=person(request),
+                via=via(request),
+                version=one["version"],
+                reason=reason,
+            )
+    except Problem as problem:
+        body = problem_body(problem, request_id(request._request))
+        return {"uid": one["uid"], "status": problem.status, "state": None, "problem": body}
+    return {"uid": done.uid, "status": 200, "state": done.state, "problem": None}
 
 
 def _pause(name: str, *, paused: bool) -> Any:
@@ -257,10 +312,10 @@ class Decisions(Endpoint):
     @documented(
         "list_decisions",
         answer=page_of(DecisionOutput),
-        parameters=[CURSOR, LIMIT],
+        parameters=listing(),
         summary="What Tamiyo decided on a run",
     )
-    def get(self, request: Request, uid: str) -> Response:
+    def get(self, request: Request, uid: str) -> HttpResponseBase:
         rows = decisions(visible_run(uid, only=run_of_token(request)))
         return page_response(request, rows, lambda rows: DecisionOutput(rows, many=True).data)
 

@@ -8,6 +8,7 @@ from rest_framework import serializers
 from apps.accounts.serializers import PermissionOutput
 from apps.adaptations.models import Adaptation, DecisionRecord
 from apps.rest.fields import (
+    BoundedList,
     Digest,
     Flag,
     Members,
@@ -19,6 +20,8 @@ from apps.rest.fields import (
 from esper.contracts import AdaptationKind, RejectReason
 
 LONGEST_SNOOZE_MINUTES = 1440
+
+MAX_REJECTED_AT_ONCE = 100
 
 
 class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
@@ -208,6 +211,34 @@ class AdaptationDetailOutput(AdaptationOutput):
 
 class ActInput(PersonsInput):
     reason = Text(allow_blank=True, default="")
+
+
+class RejectionInput(PersonsInput):
+    """One adaptation, and the version that the person was shown."""
+
+    uid = Text(max_length=32)
+    version = WholeNumber()
+
+
+class BulkRejectInput(PersonsInput):
+    adaptations = BoundedList(
+        child=RejectionInput(), allow_empty=False, max_length=MAX_REJECTED_AT_ONCE
+    )
+    reason = Text()
+
+
+class RejectionOutput(serializers.Serializer[Any]):
+    """``problem`` null: it is rejected; else the problem document of this one."""
+
+    uid = serializers.CharField()
+    status = serializers.IntegerField()
+    state = serializers.CharField(allow_null=True)
+    problem = Members(allow_null=True)
+
+
+class BulkRejectOutput(serializers.Serializer[Any]):
+    rejected = serializers.IntegerField()
+    results = RejectionOutput(many=True)
 
 
 class ApproveInput(ActInput):

@@ -11,6 +11,7 @@ urlpatterns = [
     path("adaptations/<str:uid>/snapshot", api.AdaptationSnapshot.as_view()),
     path("runs/<str:uid>/declines", api.Declines.as_view()),
     path("adaptations", api.Adaptations.as_view()),
+    path("adaptations/reject", api.BulkReject.as_view()),
     path("adaptations/<str:uid>", api.AdaptationDetail.as_view()),
     path("adaptations/<str:uid>/attestation", api.Attestation.as_view()),
     path("adaptations/<str:uid>/approve", api.ApproveAdaptation.as_view()),

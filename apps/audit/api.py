@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from django.db.models import QuerySet
-from django.http import StreamingHttpResponse
+from django.http import HttpResponseBase, StreamingHttpResponse
 from drf_spectacular.types import OpenApiTypes
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -16,9 +16,11 @@ from apps.audit.models import AuditEvent
 from apps.audit.selectors import FILTERS
 from apps.audit.serializers import AuditEventOutput, ChainOutput
 from apps.audit.services import verify_chain
+from apps.rest.etag import cacheable_response
 from apps.rest.filters import apply_filters
 from apps.rest.pagination import PARAMETERS, page_response
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries
+from apps.rest.problems import not_found
+from apps.rest.schema import documented, listing, page_of, queries
 from apps.rest.throttling import AuditThrottle
 from esper.contracts import codec
 
@@ -37,12 +39,24 @@ class AuditLog(Endpoint):
     @documented(
         "list_audit_events",
         answer=page_of(AuditEventOutput),
-        parameters=[*_DOCUMENTED, CURSOR, LIMIT],
+        parameters=listing(FILTERS, ("at",), _MEANINGS),
     )
-    def get(self, request: Request) -> Response:
+    def get(self, request: Request) -> HttpResponseBase:
         require(person(request), Act.VIEW_AUDIT)
         events = apply_filters(request, AuditEvent.objects.all(), FILTERS)
-        return page_response(request, events, lambda rows: AuditEventOutput(rows, many=True).data)
+        return page_response(
+            request, events, lambda rows: AuditEventOutput(rows, many=True).data, order=("at",)
+        )
+
+
+class AuditEntry(Endpoint):
+    @documented("read_audit_event", answer=AuditEventOutput)
+    def get(self, request: Request, number: int) -> Response:
+        require(person(request), Act.VIEW_AUDIT)
+        event = AuditEvent.objects.filter(pk=number).first()
+        if event is None:
+            raise not_found("event of the audit log")
+        return cacheable_response(request, AuditEventOutput(event).data)
 
 
 class AuditVerification(Endpoint):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.db.models import Q
 
 from apps.audit.models import AuditEvent
-from apps.rest.filters import Lookup, moment, text, whole_number
+from apps.rest.filters import Lookup, moment, searching, text, whole_number
 
 
 def events_of_run(name: str) -> Q:
@@ -32,4 +32,5 @@ FILTERS: dict[str, Lookup] = {
     "at__gte": ("at__gte", moment),
     "at__lt": ("at__lt", moment),
     "after": ("id__gt", whole_number),
+    "q": searching("act", "actor", "reason", "object_uid"),
 }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from django.http import HttpResponseBase
 from rest_framework.request import Request
 from rest_framework.response import Response
 
@@ -10,11 +11,11 @@ from apps.accounts.endpoint import Endpoint
 from apps.blueprints.models import Blueprint, KnownRemedy
 from apps.blueprints.serializers import BlueprintOutput, KnownRemedyOutput
 from apps.blueprints.services import switch_blueprint
-from apps.rest.etag import given_version, versioned_response
-from apps.rest.filters import Lookup, apply_filters, flag, one_of
+from apps.rest.etag import cacheable_response, given_version, versioned_response
+from apps.rest.filters import Lookup, apply_filters, flag, one_of, searching
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import Problem, not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries, results_of
+from apps.rest.schema import documented, listing, page_of, results_of
 from esper.contracts import AdaptationType, BlueprintCategory, Risk
 
 FILTERS: dict[str, Lookup] = {
@@ -23,7 +24,9 @@ FILTERS: dict[str, Lookup] = {
     "risk": ("risk", one_of(Risk)),
     "enabled": ("enabled", flag),
     "present": ("present", flag),
+    "q": searching("slug", "title", "idea", "ident"),
 }
+ORDER = ("slug", "title")
 
 
 class Blueprints(Endpoint):
@@ -32,12 +35,12 @@ class Blueprints(Endpoint):
     @documented(
         "list_blueprints",
         answer=page_of(BlueprintOutput),
-        parameters=[*queries(FILTERS), CURSOR, LIMIT],
+        parameters=listing(FILTERS, ORDER),
     )
-    def get(self, request: Request) -> Response:
+    def get(self, request: Request) -> HttpResponseBase:
         blueprints = apply_filters(request, Blueprint.objects.all(), FILTERS)
         return page_response(
-            request, blueprints, lambda rows: BlueprintOutput(rows, many=True).data
+            request, blueprints, lambda rows: BlueprintOutput(rows, many=True).data, order=ORDER
         )
 
 
@@ -46,6 +49,15 @@ class KnownRemedies(Endpoint):
     def get(self, request: Request) -> Response:
         rows = KnownRemedy.objects.filter(present=True)
         return Response({"results": KnownRemedyOutput(rows, many=True).data})
+
+
+class KnownRemedyDetail(Endpoint):
+    @documented("read_remedy", answer=KnownRemedyOutput)
+    def get(self, request: Request, slug: str) -> Response:
+        found = KnownRemedy.objects.filter(slug=slug, present=True).first()
+        if found is None:
+            raise not_found("remedy")
+        return cacheable_response(request, KnownRemedyOutput(found).data)
 
 
 class BlueprintDetail(Endpoint):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from django.http import HttpResponse
+from django.http import HttpResponse, HttpResponseBase
 from drf_spectacular.types import OpenApiTypes
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -12,10 +12,11 @@ from apps.kernels.cache_store import kernel_store
 from apps.kernels.models import Kernel
 from apps.kernels.selectors import run_may_fetch
 from apps.kernels.serializers import KernelOutput
-from apps.rest.filters import Lookup, apply_filters, text
+from apps.rest.etag import cacheable_response
+from apps.rest.filters import Lookup, apply_filters, between, moment, searching, text, whole_number
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries
+from apps.rest.schema import documented, listing, page_of
 from esper.contracts import TokenScope
 from esper.contracts.kernels import COMPILED_FILES
 from esper.exceptions import KernelError
@@ -23,7 +24,11 @@ from esper.exceptions import KernelError
 KERNEL_FILTERS: dict[str, Lookup] = {
     "blueprint": ("blueprint_slug", text),
     "capability": ("capability", text),
+    "q": searching("blueprint_slug", "digest", "layer_kind", "device_name"),
+    **between(whole_number, "uses", "size_bytes"),
+    **between(moment, "built_at"),
 }
+ORDER = ("built_at", "size_bytes", "uses")
 
 
 class Kernels(Endpoint):
@@ -32,11 +37,22 @@ class Kernels(Endpoint):
     @documented(
         "list_kernels",
         answer=page_of(KernelOutput),
-        parameters=[*queries(KERNEL_FILTERS), CURSOR, LIMIT],
+        parameters=listing(KERNEL_FILTERS, ORDER),
     )
-    def get(self, request: Request) -> Response:
+    def get(self, request: Request) -> HttpResponseBase:
         kernels = apply_filters(request, Kernel.objects.all(), KERNEL_FILTERS)
-        return page_response(request, kernels, lambda rows: KernelOutput(rows, many=True).data)
+        return page_response(
+            request, kernels, lambda rows: KernelOutput(rows, many=True).data, order=ORDER
+        )
+
+
+class KernelDetail(Endpoint):
+    @documented("read_kernel", answer=KernelOutput)
+    def get(self, request: Request, digest: str) -> Response:
+        kernel = Kernel.objects.filter(digest=digest).first()
+        if kernel is None:
+            raise not_found("kernel")
+        return cacheable_response(request, KernelOutput(kernel).data)
 
 
 class KernelFile(Endpoint):

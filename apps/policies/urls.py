@@ -5,4 +5,5 @@ from apps.policies import api
 urlpatterns = [
     path("policies", api.Policies.as_view()),
     path("policies/current", api.CurrentPolicy.as_view()),
+    path("policies/<int:version>", api.PolicyDetail.as_view()),
 ]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from django.http import HttpResponseBase
 from rest_framework.request import Request
 from rest_framework.response import Response
 
@@ -19,6 +20,7 @@ from apps.recipes.serializers import (
     RecipeOutput,
 )
 from apps.recipes.services import resume_launch, start_recipe, stop_launch
+from apps.rest.etag import cacheable_response
 from apps.rest.fields import parse
 from apps.rest.filters import (
     Lookup,
@@ -26,18 +28,23 @@ from apps.rest.filters import (
     many_of,
     one_of,
     parse_parameter,
+    searching,
     text,
     whole_number,
 )
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries, query
+from apps.rest.schema import documented, listing, page_of, query
 from apps.rest.throttling import ActThrottle
 from apps.runs.selectors import of_run_uid
 from esper.contracts import LaunchState
 
-RECIPE_FILTERS: dict[str, Lookup] = {"host": ("host", text), "slug": ("slug", text)}
+RECIPE_FILTERS: dict[str, Lookup] = {
+    "host": ("host", text),
+    "slug": ("slug", text),
+    "q": searching("name", "slug", "host"),
+}
 LAUNCH_FILTERS: dict[str, Lookup] = {
     "state": ("state", one_of(LaunchState)),
     "state__in": ("state__in", many_of(LaunchState)),
@@ -53,12 +60,21 @@ class Recipes(Endpoint):
     @documented(
         "list_recipes",
         answer=page_of(RecipeOutput),
-        parameters=[*queries(RECIPE_FILTERS), CURSOR, LIMIT],
+        parameters=listing(RECIPE_FILTERS),
         summary="What may be started on which host, and with which parameters",
     )
-    def get(self, request: Request) -> Response:
+    def get(self, request: Request) -> HttpResponseBase:
         rows = apply_filters(request, recipes(), RECIPE_FILTERS)
         return page_response(request, rows, lambda rows: RecipeOutput(rows, many=True).data)
+
+
+class RecipeDetail(Endpoint):
+    @documented("read_recipe", answer=RecipeOutput)
+    def get(self, request: Request, uid: str) -> Response:
+        found = recipes().filter(uid=uid).first()
+        if found is None:
+            raise not_found("recipe")
+        return cacheable_response(request, RecipeOutput(found).data)
 
 
 class Launches(Endpoint):
@@ -68,9 +84,9 @@ class Launches(Endpoint):
     @documented(
         "list_launches",
         answer=page_of(LaunchOutput),
-        parameters=[*queries(LAUNCH_FILTERS), CURSOR, LIMIT],
+        parameters=listing(LAUNCH_FILTERS),
     )
-    def get(self, request: Request) -> Response:
+    def get(self, request: Request) -> HttpResponseBase:
         rows = apply_filters(request, launches(), LAUNCH_FILTERS)
         return page_response(request, rows, lambda rows: LaunchOutput(rows, many=True).data)
 

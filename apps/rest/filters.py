@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC
@@ -71,6 +72,17 @@ def whole_number(value: str) -> int:
     return int(value)
 
 
+@described(type="number", minimum=-1e300, maximum=1e300)
+def number(value: str) -> float:
+    try:
+        found = float(value) if value.isascii() and len(value) <= 40 else math.nan
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError("a number")
+    return found
+
+
 @described(type="boolean")
 def flag(value: str) -> bool:
     if value not in {"true", "false"}:
@@ -109,6 +121,24 @@ def narrowed(
         lookup = known[name][0]
         rows = rows.filter(lookup(value) if callable(lookup) else Q(**{lookup: value}))
     return rows
+
+
+def searching(*columns: str) -> Lookup:
+    """``q=``: the rows in which one of these columns holds a text, in any case."""
+
+    def condition(value: str) -> Q:
+        found = Q()
+        for column in columns:
+            found |= Q(**{f"{column}__icontains": value})
+        return found
+
+    return condition, text
+
+
+def between(parse: Parse, *columns: str) -> dict[str, Lookup]:
+    """``column__gte=`` and ``column__lt=`` of each column."""
+    ways = [f"{column}__{way}" for column in columns for way in ("gte", "lt")]
+    return {way: (way, parse) for way in ways}
 
 
 def of_run(value: str) -> Q:

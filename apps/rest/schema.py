@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,6 +20,7 @@ from drf_spectacular.utils import (
 from rest_framework import serializers
 
 from apps.rest.etag import VERSION_PATTERN
+from apps.rest.exports import FORMAT
 from apps.rest.fields import Members
 from apps.rest.filters import Lookup, Parse, text
 from apps.rest.idempotency import DRY_RUN, MAX_KEY_LENGTH
@@ -51,8 +52,13 @@ DRY_RUN_PARAMETER = OpenApiParameter(
 )
 CURSOR = OpenApiParameter(
     "cursor",
-    {"type": "string", "pattern": "^[A-Za-z0-9_=-]{0,40}$"},
+    {"type": "string", "pattern": "^[A-Za-z0-9_=-]{0,400}$"},
     description="From `next` or `previous` of a page.",
+)
+FORMAT_PARAMETER = OpenApiParameter(
+    FORMAT,
+    {"type": "string", "enum": ["json", "csv", "ndjson"], "default": "json"},
+    description="csv and ndjson: all rows instead of a page, streamed. `Accept` says the same.",
 )
 LIMIT = OpenApiParameter(
     "limit",
@@ -131,6 +137,25 @@ def queries(
     """The parameters of a list, as its filters read them."""
     described = meanings or {}
     return [query(name, parse, described.get(name, "")) for name, (_, parse) in known.items()]
+
+
+def ordering(columns: Sequence[str] = ()) -> OpenApiParameter:
+    """How a list may be ordered; without it the newest comes first."""
+    names = [sign + name for name in sorted({"id", *columns}) for sign in ("", "-")]
+    return OpenApiParameter(
+        "order_by",
+        {"type": "string", "enum": names},
+        description="Ascending by this column, with - descending. Default: -id.",
+    )
+
+
+def listing(
+    known: Mapping[str, Lookup] | None = None,
+    order: Sequence[str] = (),
+    meanings: Mapping[str, str] | None = None,
+) -> list[OpenApiParameter]:
+    """All parameters of a list with these filters."""
+    return [*queries(known or {}, meanings), ordering(order), CURSOR, LIMIT, FORMAT_PARAMETER]
 
 
 def count(name: str, *, most: int, default: int, description: str = "") -> OpenApiParameter:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from django.db.models import Q, QuerySet
 
-from apps.rest.filters import Lookup, many_of, one_of, text
+from apps.rest.filters import (
+    Lookup,
+    between,
+    many_of,
+    moment,
+    one_of,
+    searching,
+    text,
+    whole_number,
+)
 from apps.rest.identifiers import named
 from apps.rest.problems import not_found
 from apps.runs.models import Run
@@ -16,7 +25,11 @@ FILTERS: dict[str, Lookup] = {
     "mode": ("mode", one_of(RunMode)),
     "name": ("name", text),
     "owner": ("owner__username", text),
+    "q": searching("name", "host", "owner__username", "uid"),
+    **between(whole_number, "step"),
+    **between(moment, "created_at"),
 }
+ORDER = ("created_at", "name", "step")
 
 
 def runs(*, only: str = "") -> QuerySet[Run]:

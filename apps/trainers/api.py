@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from django.http import HttpResponseBase
 from drf_spectacular.utils import PolymorphicProxySerializer
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -21,10 +22,10 @@ from apps.rest.filters import apply_filters, parse_parameter, whole_number
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries, query
+from apps.rest.schema import documented, listing, page_of, query
 from apps.rest.throttling import TelemetryThrottle, TokenThrottle
 from apps.runs.models import Command, Run
-from apps.runs.selectors import FILTERS, runs, visible_run
+from apps.runs.selectors import FILTERS, ORDER, runs, visible_run
 from apps.runs.serializers import CommandOutput, RunOutput
 from apps.runs.services import check_epoch, command_to_wire, commands_after, touch
 from apps.telemetry.services import seconds_to_pause
@@ -42,11 +43,13 @@ class Runs(Endpoint):
     @documented(
         "list_runs",
         answer=page_of(RunOutput),
-        parameters=[*queries(FILTERS), CURSOR, LIMIT],
+        parameters=listing(FILTERS, ORDER),
     )
-    def get(self, request: Request) -> Response:
+    def get(self, request: Request) -> HttpResponseBase:
         rows = apply_filters(request, runs(only=run_of_token(request)), FILTERS)
-        return page_response(request, rows, lambda rows: RunOutput(rows, many=True).data)
+        return page_response(
+            request, rows, lambda rows: RunOutput(rows, many=True).data, order=ORDER
+        )
 
     @documented(
         "register_run",
@@ -139,13 +142,12 @@ class RunCommands(Endpoint):
         parameters=[
             query("after", whole_number, "The last sequence number that is known already."),
             query("epoch", whole_number, "The trainer's; another one than the run's answers 409."),
-            CURSOR,
-            LIMIT,
+            *listing(),
         ],
         summary="The commands of a run with their answers, newest first. "
         "To its trainer: the signed ones that it has not answered, oldest first",
     )
-    def get(self, request: Request, uid: str) -> Response:
+    def get(self, request: Request, uid: str) -> HttpResponseBase:
         run = _run(request, uid)
         after = parse_parameter(request, "after", whole_number, default=0)
         epoch = parse_parameter(request, "epoch", whole_number)

@@ -1,18 +1,30 @@
 from __future__ import annotations
 
+from django.http import HttpResponseBase
 from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.authentication import person, via
 from apps.accounts.endpoint import Endpoint
+from apps.rest.etag import cacheable_response
 from apps.rest.fields import parse
-from apps.rest.filters import Lookup, apply_filters, flag, of_run, one_of, text
+from apps.rest.filters import (
+    Lookup,
+    apply_filters,
+    between,
+    flag,
+    moment,
+    of_run,
+    one_of,
+    searching,
+    text,
+)
 from apps.rest.idempotency import idempotent
 from apps.rest.identifiers import named
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries, results_of
+from apps.rest.schema import documented, listing, page_of, results_of
 from apps.rest.throttling import ActThrottle
 from apps.violations.models import Violation
 from apps.violations.serializers import AcknowledgedOutput, AcknowledgeInput, ViolationOutput
@@ -25,7 +37,10 @@ FILTERS: dict[str, Lookup] = {
     "rule": ("rule", one_of(ViolationRule)),
     "severity": ("severity", one_of(Severity)),
     "open": ("acknowledged_at__isnull", flag),
+    "q": searching("text", "layer", "finding", "run__name", "uid"),
+    **between(moment, "created_at"),
 }
+ORDER = ("created_at", "severity")
 
 
 class Violations(Endpoint):
@@ -34,13 +49,13 @@ class Violations(Endpoint):
     @documented(
         "list_violations",
         answer=page_of(ViolationOutput),
-        parameters=[*queries(FILTERS), CURSOR, LIMIT],
+        parameters=listing(FILTERS, ORDER),
     )
-    def get(self, request: Request) -> Response:
+    def get(self, request: Request) -> HttpResponseBase:
         rows = Violation.objects.select_related("run", "acknowledged_by")
         violations = apply_filters(request, rows, FILTERS)
         return page_response(
-            request, violations, lambda rows: ViolationOutput(rows, many=True).data
+            request, violations, lambda rows: ViolationOutput(rows, many=True).data, order=ORDER
         )
 
 
@@ -49,6 +64,12 @@ def _violation(_: Request, uid: str) -> Violation:
     if violation is None:
         raise not_found("violation")
     return violation
+
+
+class ViolationDetail(Endpoint):
+    @documented("read_violation", answer=ViolationOutput)
+    def get(self, request: Request, uid: str) -> Response:
+        return cacheable_response(request, ViolationOutput(_violation(request, uid)).data)
 
 
 AcknowledgeViolation = act_endpoint(

@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+from django.http import HttpResponseBase
 from django.utils import timezone
 from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.endpoint import Endpoint
+from apps.rest.etag import cacheable_response
 from apps.rest.fields import message
-from apps.rest.filters import Lookup, apply_filters, flag, one_of, text
+from apps.rest.filters import Lookup, apply_filters, between, flag, moment, one_of, searching, text
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import CURSOR, LIMIT, documented, page_of, queries
+from apps.rest.schema import documented, listing, page_of
 from apps.runs.selectors import of_run_uid
 from apps.workers.models import CompileJob, Worker
 from apps.workers.selectors import current_jobs
@@ -33,7 +35,10 @@ WORKER_FILTERS: dict[str, Lookup] = {
     "state": ("state", one_of(WorkerState)),
     "mode": ("mode", one_of(WorkerMode)),
     "host": ("host", text),
+    "q": searching("name", "host"),
+    **between(moment, "heartbeat_at"),
 }
+ORDER = ("heartbeat_at", "name")
 
 
 class Jobs(Endpoint):
@@ -42,9 +47,9 @@ class Jobs(Endpoint):
     @documented(
         "list_jobs",
         answer=page_of(JobOutput),
-        parameters=[*queries(JOB_FILTERS), CURSOR, LIMIT],
+        parameters=listing(JOB_FILTERS),
     )
-    def get(self, request: Request) -> Response:
+    def get(self, request: Request) -> HttpResponseBase:
         jobs = apply_filters(
             request,
             CompileJob.objects.prefetch_related("steps"),
@@ -59,12 +64,12 @@ class Workers(Endpoint):
     @documented(
         "list_workers",
         answer=page_of(WorkerOutput),
-        parameters=[*queries(WORKER_FILTERS), CURSOR, LIMIT],
+        parameters=listing(WORKER_FILTERS, ORDER),
         summary="Workers and Tamiyo, as they last reported",
     )
-    def get(self, request: Request) -> Response:
+    def get(self, request: Request) -> HttpResponseBase:
         workers = apply_filters(request, Worker.objects.all(), WORKER_FILTERS)
-        return page_response(request, workers, worker_rows)
+        return page_response(request, workers, worker_rows, order=ORDER)
 
 
 def worker_rows(workers: Sequence[Worker]) -> list[dict[str, Any]]:
@@ -89,6 +94,21 @@ def _worker(_: Request, name: str) -> Worker:
     if worker is None:
         raise not_found("worker")
     return worker
+
+
+class WorkerDetail(Endpoint):
+    @documented("read_worker", answer=WorkerOutput)
+    def get(self, request: Request, name: str) -> Response:
+        return cacheable_response(request, worker_rows([_worker(request, name)])[0])
+
+
+class JobDetail(Endpoint):
+    @documented("read_job", answer=JobOutput)
+    def get(self, request: Request, uid: str) -> Response:
+        job = CompileJob.objects.prefetch_related("steps").filter(uid=uid).first()
+        if job is None:
+            raise not_found("job")
+        return cacheable_response(request, JobOutput(job).data)
 
 
 DrainWorker = _act("drain_worker", WorkerMode.DRAINING)

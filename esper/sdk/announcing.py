@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from torch import distributed
 
@@ -13,6 +14,7 @@ from esper.contracts import Decision, Finding, RunMode, Severity
 from esper.grafting import RemedyReceipt, UndoReceipt
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.run_state import RunState
+from esper.sdk.tracking import Event, Mirror
 
 logger = logging.getLogger("esper")
 
@@ -23,10 +25,15 @@ class Announcer:
     Args:
         verbose: False: lines go to the logger only.
         decides: this process takes the decisions; the other ranks are silent.
+        mirror: the user's trackers, which get the same as events.
     """
 
-    def __init__(self, run: RunState, *, verbose: bool, decides: bool) -> None:
+    def __init__(
+        self, run: RunState, *, verbose: bool, decides: bool, mirror: Mirror | None = None
+    ) -> None:
         self._run = run
+        self._mirror = mirror or Mirror()
+        self._server = self._page = ""
         self._console = Console(enabled=verbose and decides and _first_rank())
         self._told: set[str] = set()
         self._attached = False
@@ -39,11 +46,13 @@ class Announcer:
     def close(self) -> None:
         """The run has ended."""
         self._console.fold(self._run.step, last=True)
+        self._mirror.close()
 
     # -- the run -------------------------------------------------------------------------------
 
     def attached(self, *, layers: int, slots: int, server: str) -> None:
         run = self._run
+        self._server = server
         where = f"reports to {server}" if server else "local, print(session) shows the run"
         changes = "changes nothing" if run.mode is RunMode.OBSERVE else f"{slots} may be grafted"
         self._say(f"attached {run.name!r}: {run.mode} mode, {layers} layers, {changes}; {where}")
@@ -55,6 +64,7 @@ class Announcer:
 
     def registered(self, address: str) -> None:
         """The server has the run now."""
+        self._page = address
         if address not in self._told:
             self._told.add(address)
             self._say(f"the run's page: {address}")
@@ -72,13 +82,16 @@ class Announcer:
     def finding(self, finding: Finding) -> None:
         if not self._attached:
             self._early.append(finding)
-        elif finding.severity is Severity.INFO:
+            return
+        self._note("finding", str(finding))
+        if finding.severity is Severity.INFO:
             logger.info("%s", finding)
         else:
             self._say(str(finding), kind=f"findings of {finding.rule}", level=logging.WARNING)
 
     def waits(self, decision: Decision, *, minutes: float, alone: bool) -> None:
         """A decision waits for a person in this process."""
+        self._note("waits", describe(decision), confidence=decision.adaptation.confidence)
         self._step(
             f"{describe(decision)} waits for you ({'; '.join(_bare(a) for a in decision.asks)}). "
             f"{how_to_answer(decision, alone=alone)}. It expires in {minutes:.0f} min",
@@ -102,6 +115,7 @@ class Announcer:
         """
         if address not in self._told:
             self._told.add(address)
+            self._note("waits", f"{what} {layer}".rstrip(), link=address)
             place = f"at {layer!r}" if layer else "of the run"
             self._step(
                 f"{what} {place} waits for a person: {address}",
@@ -114,6 +128,7 @@ class Announcer:
         if key in self._told:
             return
         self._told.add(key)
+        self._note("proposed", describe(decision), confidence=decision.adaptation.confidence)
         self._step(f"{would_propose(decision)}", kind="proposals that observe mode does not make")
 
     # -- changes -------------------------------------------------------------------------------
@@ -123,6 +138,7 @@ class Announcer:
         cost = ""
         if receipt is not None:
             cost = f": {receipt.certificate.parameters:,} parameters, {receipt.pause_ms:.0f} ms"
+        self._note("graft", f"{entry.blueprint} into {entry.layer!r}{cost}", entry.uid)
         self._step(
             f"grafted {entry.blueprint} into {entry.layer!r}{cost}; on probation until step "
             f"{entry.guarded_until} at most",
@@ -134,6 +150,10 @@ class Announcer:
 
     def kept(self, entry: Adaptation, reason: str = "") -> None:
         why = f": {_bare(reason)}" if reason else ""
+        gain = entry.verdict.ablation_gain if entry.verdict is not None else entry.ablation_gain
+        reward = math.nan if entry.reward is None else entry.reward.total
+        text = f"{entry.blueprint} in {entry.layer!r}{why}"
+        self._note("kept", text, entry.uid, gain=gain, reward=reward)
         self._step(f"kept {entry.blueprint} in {entry.layer!r}{why}", kind="kept grafts")
 
     def taken_out(
@@ -149,6 +169,7 @@ class Announcer:
             return
         what = _out_of(gone)
         rewound = _afterwards(report, gone[0].step)
+        self._note("taken_out", f"{what}: {_bare(reason)}", gone[0].uid)
         self._step(f"took {what}: {_bare(reason)}{rewound}", kind="grafts taken out", level=level)
 
     def left_by_load(self, gone: Sequence[Adaptation]) -> None:
@@ -165,15 +186,18 @@ class Announcer:
         )
 
     def remedy(self, receipt: RemedyReceipt) -> None:
+        self._note("remedy", str(receipt), receipt.adaptation)
         self._step(str(receipt), kind="remedies")
 
     def remedy_proposed(self, proposal: str, *, waits: bool, at_server: bool = False) -> None:
         """A remedy for a finding: a person or the server decides, or the run only observes."""
+        self._note("waits" if waits else "proposed", _bare(proposal))
         how = "Answer: session.approve(session.proposed_remedies[0])" if waits else ""
         verb = "proposes" if waits or at_server else "would propose"
         self._step(f"{verb} {_bare(proposal)}{f'. {how}' if how else ''}", kind="proposed remedies")
 
     def remedy_judged(self, remedy: str, verdict: str) -> None:
+        self._note("verdict", f"{remedy}: {verdict}")
         self._step(f"{remedy}: {verdict}", kind="verdicts on remedies")
 
     def remedy_undone(self, receipt: RemedyReceipt, report: UndoReceipt) -> None:
@@ -183,6 +207,15 @@ class Announcer:
         )
 
     # -- how -----------------------------------------------------------------------------------
+
+    def _note(
+        self, kind: str, text: str, uid: str = "", *, link: str = "", **values: float
+    ) -> None:
+        """To the trackers. ``uid``: of the adaptation at the server, whose page is the link."""
+        if uid and self._server and not uid.startswith("local-"):
+            link = f"{self._server}/adaptations/{quote(uid, safe='')}"
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._mirror.send(Event(self._run.step, kind, text, link or self._page, finite))
 
     def _step(self, line: str, *, kind: str, level: int = logging.INFO) -> None:
         self._say(f"step {self._run.step}: {line}", kind=kind, level=level)

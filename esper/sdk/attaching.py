@@ -23,6 +23,7 @@ from esper.health.pace import periods_of
 from esper.near_names import did_you_mean
 from esper.sdk.session import Session, Setup
 from esper.sdk.snapshot_limit import snapshot_limit
+from esper.sdk.tracking import Mirror, Tracker, trackers_of
 from esper.sdk.transport.queues import Pace
 from esper.sharding import Kind, group_ranks, kind_of, why_no_graft
 
@@ -51,6 +52,7 @@ def attach(
     sampling: int | Iterable[Sequence[int]] | None = None,
     snapshot_memory: float | None = None,
     good_states: str | Path | None = None,
+    trackers: Iterable[str | Tracker | Any] = (),
     verbose: bool = True,
 ) -> Session:
     """Watch a model while it trains, and adapt it where the mode allows.
@@ -87,6 +89,10 @@ def attach(
         good_states: folder in which the last good states of the run are kept on disk too, so that
             a run that goes on from a checkpoint can be rewound. It takes up to four times the size
             of a checkpoint; delete it with the checkpoints. By default they are in memory only.
+        trackers: where findings, grafts, remedies and gains are written too, as markers and
+            metrics with the link of the decision: ``"tensorboard"``, ``"wandb"``, ``"mlflow"``,
+            ``"trackio"``, a ``SummaryWriter``, a run of wandb, or any object with ``write(event)``
+            and ``close()``. They are written in a thread; one that fails is left out.
         verbose: say what a user must know on stderr, one line each, on rank 0. False, or
             ``ESPER_VERBOSE=0`` in the environment: the logger ``esper`` alone gets the lines.
 
@@ -106,6 +112,7 @@ def attach(
     followers = _several(copies)
     for copied in followers:
         grafting.check_copy(bare, copied)
+    mirror = Mirror(trackers_of(trackers) if _is_lead(wrapper, bare) else ())
     replicas = _ranks_of(wrapper, bare)
     if replicas is not None:
         arguments = [run, run_mode, names, evaluate is not None, len(optimizers), len(followers)]
@@ -130,6 +137,7 @@ def attach(
             sampling=periods,
             snapshot_limit=snapshot_bytes,
             good_states=None if good_states is None else Path(good_states),
+            mirror=mirror,
             verbose=verbose,
             trained=model,
         )

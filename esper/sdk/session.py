@@ -70,6 +70,7 @@ from esper.sdk.saving import losses_from_state, losses_to_state, reading_a_state
 from esper.sdk.server_link import ServerLink
 from esper.sdk.summary import Summary, layer_rows
 from esper.sdk.surgery import Surgery
+from esper.sdk.tracking import Mirror
 from esper.sdk.transport import Pace, TransportQueues
 from esper.sharding import FrameSum
 
@@ -116,6 +117,7 @@ class Setup:
     sampling: tuple[Periods, ...] | None = None  # None: chosen from what sampling costs
     verbose: bool = True
     good_states: Path | None = None  # folder; None: in memory only
+    mirror: Mirror | None = None  # the user's trackers
     trained: Any = None  # what the training loop calls: the model, or wrappers around it
 
 
@@ -128,7 +130,9 @@ class Session:
         self._ranks = Ranks(around.replicas)
         self._queues = TransportQueues() if setup.server and self._ranks.decides else None
         self._run = RunState(setup.run, setup.mode, setup.safety_policy, self._queues)
-        self._announcer = Announcer(self._run, verbose=setup.verbose, decides=self._ranks.decides)
+        self._announcer = Announcer(
+            self._run, verbose=setup.verbose, decides=self._ranks.decides, mirror=setup.mirror
+        )
         send = self._queues.telemetry.offer_finding if self._queues is not None else None
         self._findings = Findings(send, self._announcer.finding)
         self._fail_closed = FailClosed(lambda failure: self._findings.add(switched_off(failure)))

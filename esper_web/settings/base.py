@@ -161,7 +161,7 @@ SPECTACULAR_SETTINGS: dict[str, Any] = {
     "SCHEMA_PATH_PREFIX": "/api/v1",
     "COMPONENT_SPLIT_REQUEST": True,
     # No shared enum components: five sets of states are called "state".
-    "POSTPROCESSING_HOOKS": [],
+    "POSTPROCESSING_HOOKS": ["apps.rest.openapi_hooks.describe_operations"],
 }
 
 # It holds throttle counters only, so each web process may count for itself. Without Redis, requests

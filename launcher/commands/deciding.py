@@ -5,11 +5,13 @@ Whoever approves or rejects sees the evidence first; the approval carries the ha
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
 import click
 
+from esper.contracts import RejectReason
 from launcher.commands.asking import asks_server, json_option
 from launcher.commands.reading import evidence
 from launcher.commands.waiting import timeout_option, wait_for_adaptation, wait_option
@@ -29,6 +31,13 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask after the evid
 @click.argument("adaptation")
 @reason_option
 @click.option("--accept-drift", is_flag=True, help="Approve in spite of drifted evidence.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a setting first; all gates are checked again.",
+)
 @yes_option
 @dry_run_option
 @wait_option
@@ -40,6 +49,7 @@ def approve_command(
     adaptation: str,
     reason: str,
     accept_drift: bool,
+    settings: tuple[str, ...],
     yes: bool,
     dry_run: bool,
     wait: bool,
@@ -55,6 +65,7 @@ def approve_command(
         "reason": reason,
         "accept_drift": accept_drift,
         "evidence_hash": shown.data["evidence_hash"],
+        "config": dict(setting(text) for text in settings),
     }
     path = f"adaptations/{shown.data['uid']}/approve"
     done = client.act(path, body, etag=shown.etag, dry_run=dry_run)
@@ -63,18 +74,31 @@ def approve_command(
 
 @click.command("reject")
 @click.argument("adaptation")
-@click.option("--reason", required=True, help="Why; it is kept in the audit log.")
+@click.option(
+    "--code", default="", type=click.Choice(["", *RejectReason]), help="Why, as one of these."
+)
+@click.option("--reason", default="", help="Why, in own words; needed without a code.")
 @yes_option
 @dry_run_option
 @json_option
 @asks_server
 def reject_command(
-    client: Client, adaptation: str, reason: str, yes: bool, dry_run: bool, as_json: bool
+    client: Client,
+    adaptation: str,
+    code: str,
+    reason: str,
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Show the evidence of ADAPTATION, ask, and reject it."""
+    if not (code or reason):
+        raise click.UsageError("Give --reason, --code or both.")
     shown = _shown(client, adaptation, ask="" if yes or dry_run else "Reject it?", quiet=as_json)
     path = f"adaptations/{shown.data['uid']}/reject"
-    done = client.act(path, {"reason": reason}, etag=shown.etag, dry_run=dry_run)
+    done = client.act(
+        path, {"reason": reason, "reason_code": code}, etag=shown.etag, dry_run=dry_run
+    )
     _tell(client, done, frozenset(), wait=False, timeout=0.0, as_json=as_json)
 
 
@@ -157,6 +181,44 @@ cancel_command = _act("cancel", "cancel", "Cancel ADAPTATION before it is sent t
 claim_command = _act("claim", "claim", "Claim ADAPTATION for ten minutes, so that others see it.")
 release_command = _act("release", "release", "Release your claim on ADAPTATION.")
 extend_command = _act("extend", "extend", "Extend the deadline of ADAPTATION by five minutes.")
+escalate_command = _act(
+    "escalate", "escalate", "Let an administrator approve ADAPTATION, because you are unsure."
+)
+
+
+@click.command("assign")
+@click.argument("adaptation")
+@click.argument("person", required=False, default="")
+@reason_option
+@asks_server
+def assign_command(client: Client, adaptation: str, person: str, reason: str) -> None:
+    """Ask PERSON to decide on ADAPTATION; without a PERSON nobody in particular any more."""
+    body = {"to": person, "reason": reason}
+    done = client.act_on_shown(f"adaptations/{segment(adaptation)}", "assign", body).data
+    click.echo(f"A-{done['number']} is assigned to {done['assigned_to'] or 'nobody'}")
+
+
+@click.command("snooze")
+@click.argument("adaptation")
+@click.argument("minutes", type=click.IntRange(min=0))
+@asks_server
+def snooze_command(client: Client, adaptation: str, minutes: int) -> None:
+    """Hide ADAPTATION from your own inbox for MINUTES; 0 ends it."""
+    client.act(f"adaptations/{segment(adaptation)}/snooze", {"minutes": minutes})
+    click.echo(f"{adaptation} is hidden for {minutes} min" if minutes else f"{adaptation} is shown")
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value is JSON, or a text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"{text!r} is not NAME=VALUE.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 COMMANDS: tuple[click.Command, ...] = (
     approve_command,
     reject_command,
@@ -165,4 +227,7 @@ COMMANDS: tuple[click.Command, ...] = (
     claim_command,
     release_command,
     extend_command,
+    escalate_command,
+    assign_command,
+    snooze_command,
 )

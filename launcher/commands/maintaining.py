@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import click
 
 from launcher.commands.asking import asks_server, json_option
-from launcher.commands.deciding import dry_run_option, reason_option
+from launcher.commands.deciding import dry_run_option, reason_option, setting
 from launcher.commands.reading import limit_option
 from launcher.remote.client import Client, segment
 from launcher.remote.tables import print_json, print_members, print_rows
@@ -154,7 +151,7 @@ def policy_group(client: Client, context: click.Context, history: bool, as_json:
 @asks_server
 def publish_command(client: Client, changes: tuple[str, ...], reason: str, dry_run: bool) -> None:
     """Publish a version with some thresholds changed; the next decision uses it."""
-    body = {"changes": dict(_threshold(text) for text in changes), "reason": reason}
+    body = {"changes": dict(setting(text) for text in changes), "reason": reason}
     made = client.act("policies", body, dry_run=dry_run).data
     click.echo(f"Version {made['version']} {'would be' if dry_run else 'is'} in force.")
 
@@ -173,16 +170,6 @@ def audit_log_command(
     columns = ("id", "at", "actor", "via", "act", "object_uid=object", "reason")
     rows = client.every("audit", limit=limit, run=run, act=act, actor=actor)
     print_rows(rows, columns, as_json=as_json, empty="There are no such events.")
-
-
-def _threshold(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise click.UsageError(f"{text!r} is not NAME=VALUE.")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 COMMANDS: tuple[click.Command, ...] = (

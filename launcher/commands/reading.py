@@ -8,7 +8,7 @@ import click
 
 from launcher.commands.asking import asks_server, json_option
 from launcher.commands.finding import resource_of, run_uid
-from launcher.remote.client import Client, segment
+from launcher.remote.client import Client, Exit, segment
 from launcher.remote.tables import Json, print_json, print_members, print_rows
 
 RUN_COLUMNS = ("number", "name", "state", "mode", "step", "last_loss=loss", "owner", "last_seen_at")
@@ -116,13 +116,22 @@ def findings_group(
 
 
 @findings_group.command("acknowledge")
-@click.argument("finding")
-@click.option("--reason", default="", help="A note; it is kept with the finding.")
+@click.argument("findings", nargs=-1, required=True, metavar="FINDING...")
+@click.option("--reason", default="", help="A note; it is kept with each finding.")
 @asks_server
-def acknowledge_command(client: Client, finding: str, reason: str) -> None:
-    """Acknowledge FINDING (V-88 or its uid): somebody has seen it."""
-    done = client.act(f"violations/{segment(finding)}/acknowledge", {"reason": reason}).data
-    click.echo(f"V-{done['number']} is acknowledged by {done['acknowledged_by']}")
+def acknowledge_command(client: Client, findings: tuple[str, ...], reason: str) -> None:
+    """Acknowledge each FINDING (V-88 or its uid): somebody has seen it."""
+    shown = [client.get(f"violations/{segment(name)}").data for name in findings]
+    body = {"violations": [found["uid"] for found in shown], "reason": reason}
+    answers = {
+        row["uid"]: row for row in client.act("violations/acknowledge", body).data["results"]
+    }
+    refused = [(found, answers[found["uid"]]) for found in shown if answers[found["uid"]]["code"]]
+    for found, answer in refused:
+        click.echo(f"V-{found['number']}: {answer['detail']}", err=True)
+    click.echo(f"{len(shown) - len(refused)} of {len(shown)} are acknowledged")
+    if refused:
+        raise click.exceptions.Exit(Exit.CONFLICT)
 
 
 @click.command("show")

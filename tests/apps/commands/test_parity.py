@@ -35,12 +35,17 @@ VERBS = {
     "release_adaptation": "release",
     "extend_adaptation": "extend",
     "cancel_adaptation": "cancel",
+    "assign_adaptation": "assign",
+    "escalate_adaptation": "escalate",
+    "snooze_adaptation": "snooze",
+    "reject_adaptations": "reject",
     "roll_back_adaptation": "rollback",
     "pause_adaptation": "pause",
     "resume_adaptation": "resume",
     "stop_run": "stop",
     "set_adaptation_switch": "kill",
     "acknowledge_violation": "findings acknowledge",
+    "acknowledge_violations": "findings acknowledge",
     "drain_worker": "workers drain",
     "quarantine_worker": "workers quarantine",
     "release_worker": "workers release",
@@ -61,7 +66,9 @@ VERBS = {
 WITHOUT_A_VERB = {
     "ask_for_remedy": "esper remedy comes with the catalogue's own form of settings",
 }
-WITHOUT_A_CONTROL: dict[str, str] = {}
+WITHOUT_A_CONTROL: dict[str, str] = {
+    "reject_adaptations": "the inbox rejects one by one; its bulk bar comes with the page",
+}
 # Where a control does not name the last part of the act's path.
 CONTROLS = {
     "set_adaptation_switch": "adaptation-switch",

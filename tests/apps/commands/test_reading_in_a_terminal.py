@@ -8,8 +8,9 @@ import pytest
 from django.utils import timezone
 
 from apps.blueprints.models import Blueprint
+from apps.violations.services import record_violation
 from apps.workers.services import Presence, heartbeat
-from esper.contracts import WorkerKind
+from esper.contracts import Severity, ViolationRule, WorkerKind
 from hosts.keyring import update_keyring
 from launcher.commands import asking
 from launcher.commands.watching import spark
@@ -104,3 +105,21 @@ def test_a_server_that_is_away_is_one_sentence_and_a_status(
         client.get("runs")
     assert raised.value.exit_code == Exit.UNAVAILABLE
     assert "does not answer" in str(raised.value)
+
+
+def test_findings_are_acknowledged_together_and_each_refusal_is_told(
+    inbox: Inbox, terminal: Terminal
+) -> None:
+    made = [
+        record_violation(
+            run=inbox.trainer.row(), rule=rule, severity=Severity.CAUTION,
+            observed="1", limit="0", text=str(rule), action="none",
+        )
+        for rule in (ViolationRule.MEMORY, ViolationRule.LATENCY)
+    ]  # fmt: skip
+    first, second = (f"V-{one.number}" for one in made)
+    assert terminal.run("findings", "acknowledge", first).output == "1 of 1 are acknowledged\n"
+    again = terminal.run("findings", "acknowledge", first, second)
+    assert again.exit_code == Exit.CONFLICT
+    assert "1 of 2 are acknowledged" in again.output
+    assert terminal.read("findings") == []

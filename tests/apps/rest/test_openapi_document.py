@@ -22,10 +22,11 @@ def operations() -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield path, method, operation
 
 
-def parameters(place: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for path, _, operation in operations():
+def parameters(place: str, *, method: str = "") -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Of every operation, or of those with one method."""
+    for path, found, operation in operations():
         for parameter in operation.get("parameters", []):
-            if parameter["in"] == place:
+            if parameter["in"] == place and method in {"", found}:
                 yield path, parameter["name"], parameter["schema"]
 
 
@@ -55,7 +56,11 @@ def test_peoples_inputs_take_no_unknown_members() -> None:
 @pytest.mark.django_db
 def test_a_value_outside_of_the_document_is_refused(trainer: Trainer, operator: Caller) -> None:
     """For each query parameter one value that its schema excludes."""
-    for path, name, schema in parameters("query"):
+    for path, name, _ in parameters("query", method="post"):
+        address = path.removeprefix("/api/v1/").replace("{uid}", trainer.run)
+        assert operator.post(f"{address}?{name}=maybe").status in {400, 403}, (path, name)
+    for path, name, schema in parameters("query", method="get"):
+        path = path.replace("{number}", "1").replace("{version}", "1")
         wrong = {"integer": "x", "boolean": "maybe", "array": "x"}.get(schema["type"])
         if wrong is None:
             wrong = "x" * (schema.get("maxLength", 300) + 1)
@@ -77,3 +82,19 @@ def test_whole_passes_over_the_audit_log_are_limited(
     assert (refused.status, refused.code) == (429, "rate-limited")
     assert refused.header("Retry-After")
     assert viewer.get("audit").status == 200
+
+
+def test_every_operation_is_described_and_every_act_of_people_has_an_example() -> None:
+    """The words are in ``apps/rest/operations.py``; the protocol describes its own bodies."""
+    for path, method, operation in operations():
+        name = operation["operationId"]
+        assert operation["description"].strip(), f"{name} is not in apps/rest/operations.py"
+        assert operation["x-codeSamples"][0]["source"].startswith("curl"), path
+        body = operation.get("requestBody", {}).get("content", {}).get("application/json")
+        from_protocol = body and "$ref" in body["schema"] and not _is_a_form(body["schema"])
+        if method != "get" and body and not from_protocol:
+            assert "examples" in body, f"{name} has no example in apps/rest/operations.py"
+
+
+def _is_a_form(schema: dict[str, Any]) -> bool:
+    return bool(schema["$ref"].endswith(("InputRequest", "Input")))
