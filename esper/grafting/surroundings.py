@@ -19,6 +19,7 @@ class Surroundings:
         scaler: the ``GradScaler``, None where there is none.
         copies: running averages of the model, which get each graft too.
         replicas: the other ranks of the model, None for a model in one process.
+        takes_no_graft: why the model takes none, a sentence with the way out; remedies go on.
     """
 
     optimizers: Sequence[Any] = ()
@@ -26,9 +27,13 @@ class Surroundings:
     scaler: Any = None
     copies: Sequence[Any] = ()
     replicas: RankGroup | None = None
+    takes_no_graft: str = ""
 
     def why_unchangeable(self) -> str:
         """Why the model takes no graft now, with the way out; empty if it does."""
+        return self.takes_no_graft or self._why_unchangeable()
+
+    def _why_unchangeable(self) -> str:
         if any(type(entry).__name__ == "ZeroRedundancyOptimizer" for entry in self.optimizers):
             return (
                 "ZeroRedundancyOptimizer keeps each parameter's state on one rank only, so a "
@@ -45,7 +50,7 @@ class Surroundings:
 
     def why_no_remedy(self) -> str:
         """The same for a remedy, and for a merge."""
-        reason = self.why_unchangeable()
+        reason = self._why_unchangeable()
         return reason or ("" if self.replicas is None else self.replicas.why_no_remedy())
 
 

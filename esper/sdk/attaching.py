@@ -105,7 +105,8 @@ def attach(
     bare = _unwrap(wrapper)
     optimizers = _optimizers(optimizer)
     address, secret = _server(server, token) if _is_lead(wrapper, bare) else ("", "")
-    names = _slot_names(bare, slots)
+    takes_no_graft = _why_no_graft(wrapper)
+    names = () if takes_no_graft else _slot_names(bare, slots)
     periods = periods_of(sampling)
     _check(run, target_steps, evaluate)
     snapshot_bytes = snapshot_limit(snapshot_memory)
@@ -124,7 +125,14 @@ def attach(
     session = Session(
         Setup(
             model=bare,
-            surroundings=Surroundings(optimizers, _several(scheduler), scaler, followers, replicas),
+            surroundings=Surroundings(
+                optimizers,
+                _several(scheduler),
+                scaler,
+                followers,
+                replicas,
+                takes_no_graft,
+            ),
             run=run,
             server=address,
             token=secret,
@@ -177,15 +185,24 @@ def _without_compiler(model: Any) -> Any:
 
 
 def _unwrap(model: Any) -> nn.Module:
-    """The module that holds the layers, out of torch.compile's and DDP's wrappers."""
+    """The module that holds the layers, out of the wrappers of torch.compile, DDP and others."""
     model = _without_compiler(model)
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel) or _is_deepspeed(model):
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if isinstance(model, wrappers) or _is_deepspeed(model):
         return _unwrap(model.module)
-    if isinstance(model, nn.DataParallel):
-        raise ConfigurationError("nn.DataParallel copies the model in each step: use one device")
     return model
+
+
+def _why_no_graft(wrapper: Any) -> str:
+    """With one device, or none, nn.DataParallel calls the model itself."""
+    if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
+        return (
+            "nn.DataParallel copies the model to each device in each step, which a graft does not "
+            "survive: use DistributedDataParallel, or one device"
+        )
+    return ""
 
 
 def _is_deepspeed(model: nn.Module) -> bool:

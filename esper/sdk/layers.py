@@ -31,6 +31,7 @@ class Layers:
         replicas: the other ranks; None for a model in one process.
         fail_closed: where a hook is reported that could not be installed, or failed.
         compilation: which parts of the model run compiled; None for a model that is eager.
+        takes_no_graft: why none of them does; empty if they do.
     """
 
     def __init__(
@@ -40,8 +41,11 @@ class Layers:
         replicas: RankGroup | None = None,
         fail_closed: FailClosed | None = None,
         compilation: Compilation | None = None,
+        *,
+        takes_no_graft: str = "",
     ) -> None:
         self._model = model
+        self._takes_no_graft = takes_no_graft
         self._slots = frozenset(slots)
         self._replicas = replicas
         self._fail_closed = fail_closed or FailClosed()
@@ -122,7 +126,9 @@ class Layers:
 
     def _as_shared(self, layer: LayerInfo) -> LayerInfo:
         """As the model on all ranks allows."""
-        reason = "" if self._replicas is None else self._replicas.why_not()
+        reason = self._takes_no_graft
+        if self._replicas is not None:
+            reason = reason or self._replicas.why_not()
         return replace(layer, graftable=False, reason=reason) if reason else layer
 
     def _limited(self, layer: LayerInfo) -> LayerInfo:

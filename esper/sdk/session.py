@@ -138,7 +138,12 @@ class Session:
         self._fail_closed = FailClosed(lambda failure: self._findings.add(switched_off(failure)))
         self._compilation = Compilation(model, setup.trained)
         self._layers = Layers(
-            model, setup.slots, around.replicas, self._fail_closed, self._compilation
+            model,
+            setup.slots,
+            around.replicas,
+            self._fail_closed,
+            self._compilation,
+            takes_no_graft=around.takes_no_graft,
         )
         self._ledger = LedgerWatch(model, around, self._findings)
         self._gradients = GradientWatch(self._findings)

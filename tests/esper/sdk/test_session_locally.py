@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import esper
 from esper.contracts import AdaptationState, SafetyPolicy, Signal, ViolationRule
@@ -271,8 +270,6 @@ def test_arguments_that_make_no_sense_are_refused_before_anything_is_touched(
             esper.attach(model, optimizer, **wrong)
     with pytest.raises(ConfigurationError):
         esper.attach(model, object())
-    with pytest.raises(ConfigurationError):
-        esper.attach(nn.DataParallel(model), optimizer)
     assert [name for name, _ in model.named_modules()] == names
 
 
