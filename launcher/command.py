@@ -14,6 +14,7 @@ from launcher.commands.audit import audit_group
 from launcher.commands.backup import backup_command, restore_command, restored_command
 from launcher.commands.installation import data_dir_option
 from launcher.commands.keys import rotate_command
+from launcher.commands.mcp import mcp_command
 from launcher.commands.recipes import recipe_group
 from launcher.commands.replay import replay_command
 from launcher.commands.tokens import token_group
@@ -125,6 +126,7 @@ cli.add_command(restored_command)
 cli.add_command(rotate_command)
 cli.add_command(replay_command)
 cli.add_command(watch_command)
+cli.add_command(mcp_command)
 audit_group.add_command(maintaining.audit_log_command)
 for command in (
     *reading.COMMANDS,

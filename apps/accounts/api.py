@@ -8,7 +8,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from apps.accounts.authentication import actor, person
-from apps.accounts.endpoint import Endpoint
+from apps.accounts.endpoint import Endpoint, scopes_of
 from apps.accounts.models import ApiToken
 from apps.accounts.policy import Act, may
 from apps.accounts.serializers import MeOutput, NewTokenOutput, TokenInput, TokenOutput
@@ -30,7 +30,10 @@ class Me(Endpoint):
         user = person(request)
         acts = [str(act) for act in Act if may(user, act).allowed]
         token = request.auth if isinstance(request.auth, ApiToken) else None
-        return Response(MeOutput(user, context={"may": acts, "token": token}).data)
+        scopes = sorted(scopes_of(request))
+        return Response(
+            MeOutput(user, context={"may": acts, "token": token, "scopes": scopes}).data
+        )
 
 
 class Index(Endpoint):

@@ -12,7 +12,12 @@ from apps.rest.fields import BoundedList, PersonsInput, Text, WholeNumber
 from esper.contracts import TokenScope
 
 # Scopes that a person may give to a script of theirs; `run:write` comes from registering a run.
-GIVEN_BY_PEOPLE = (TokenScope.READ, TokenScope.ACT, TokenScope.RUNS_CREATE)
+GIVEN_BY_PEOPLE = (
+    TokenScope.READ,
+    TokenScope.PROPOSE,
+    TokenScope.ACT,
+    TokenScope.RUNS_CREATE,
+)
 MAX_TOKEN_DAYS = 366
 
 
@@ -40,9 +45,10 @@ class MeOutput(PersonOutput):
 
     may = serializers.SerializerMethodField()
     token = serializers.SerializerMethodField()
+    scopes = serializers.SerializerMethodField()
 
     class Meta(PersonOutput.Meta):
-        fields: tuple[str, ...] = (*PersonOutput.Meta.fields, "may", "token")
+        fields: tuple[str, ...] = (*PersonOutput.Meta.fields, "may", "token", "scopes")
 
     def get_may(self, user: User) -> list[str]:
         acts: list[str] = self.context["may"]
@@ -52,6 +58,11 @@ class MeOutput(PersonOutput):
         """Prefix of the token that was used, null for a session."""
         token: ApiToken | None = self.context["token"]
         return token.prefix if token else None
+
+    def get_scopes(self, user: User) -> list[str]:
+        """What this token or session may be used for."""
+        scopes: list[str] = self.context["scopes"]
+        return scopes
 
 
 class TokenOutput(serializers.ModelSerializer[ApiToken]):

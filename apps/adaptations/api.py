@@ -14,7 +14,7 @@ from rest_framework.response import Response
 from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.actors import ActorKind
 from apps.accounts.authentication import actor, person, via
-from apps.accounts.endpoint import Endpoint, require, run_of_token
+from apps.accounts.endpoint import Endpoint, require, run_of_token, scopes_of
 from apps.accounts.policy import Act
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation, DecisionRecord
@@ -229,6 +229,7 @@ class IntegrationStatus(Endpoint):
 
 class AskForRemedy(Endpoint):
     throttle_classes = (ActThrottle,)
+    writers: ClassVar = frozenset({TokenScope.ACT, TokenScope.PROPOSE})
 
     @documented(
         "ask_for_remedy",
@@ -242,7 +243,13 @@ class AskForRemedy(Endpoint):
     def post(self, request: Request, uid: str) -> Response:
         run = visible_run(uid, only=run_of_token(request))
         given = parse(RemedyInput, request.data)
-        asked = services.ask_for_remedy(run=run, user=person(request), via=via(request), **given)
+        asked = services.ask_for_remedy(
+            run=run,
+            user=person(request),
+            via=via(request),
+            only_ask=TokenScope.ACT not in scopes_of(request),
+            **given,
+        )
         return _answer(request, _adaptation(asked.uid), status=201)
 
 

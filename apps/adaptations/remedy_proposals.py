@@ -153,8 +153,12 @@ def ask_for_remedy(
     layer: str,
     config: dict[str, Any],
     reason: str,
+    only_ask: bool = False,
 ) -> Adaptation:
     """A person asks for a remedy. It is approved by that where they may approve for this run.
+
+    Args:
+        only_ask: it waits for a person whoever asks, and no vote is given: a program asks.
 
     Raises:
         GateClosedError: changes are switched off, or the run only observes.
@@ -180,7 +184,7 @@ def ask_for_remedy(
     adaptation = _write(run, wanted, checks)
     actor = Actor.person(user, via=via)
     announce_proposal(adaptation, actor)
-    may_approve = may(user, Act.APPROVE, owner_id=run.owner_id).allowed
+    may_approve = not only_ask and may(user, Act.APPROVE, owner_id=run.owner_id).allowed
     enough = may_approve and votes_missing(adaptation, with_vote_of=user) == 0
     if may_approve and not enough:  # to ask for it is the first vote
         vote(adaptation, user, reason=reason)

@@ -325,4 +325,5 @@ class TokenScope(StrEnum):
     RUN_WRITE = "run:write"  # telemetry, acknowledgements and commands of one run
     READ = "read"  # everything that its owner may read
     ACT = "act"  # everything that its owner may do
+    PROPOSE = "propose"  # ask for remedies, which then wait for a person; never approve
     DECIDE = "decide"  # Tamiyo: propose, judge

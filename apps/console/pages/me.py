@@ -15,6 +15,7 @@ from esper.contracts import TokenScope
 _TOKEN_SCOPES = {
     TokenScope.RUNS_CREATE: "attach trainers: register runs and send their telemetry",
     TokenScope.READ: "read everything that you may read",
+    TokenScope.PROPOSE: "ask for remedies, which wait for a person; for assistants (esper mcp)",
     TokenScope.ACT: "do everything that you may do",
 }
 
