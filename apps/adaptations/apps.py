@@ -7,7 +7,10 @@ class AdaptationsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from apps.adaptations import triggers  # models can only be imported from here on
+        from apps.adaptations import backtest, triggers  # models can only be imported from here on
+        from apps.policies.services import register_backtest
+
+        register_backtest(backtest.backtest)
 
         post_migrate.connect(
             triggers.install_after_migrate, sender=self, dispatch_uid="adaptations.triggers"

@@ -11,7 +11,7 @@ from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from apps.adaptations.models import RECOVERED, Adaptation
-from apps.policies.services import adaptation_switch
+from apps.policies.services import adaptation_switch, current_policy
 from apps.runs.models import Run
 from esper.contracts import (
     ADAPTATION_ENDED,
@@ -20,6 +20,7 @@ from esper.contracts import (
     Experience,
     LayerHistory,
 )
+from esper.reward.terms import ROLLBACK_COST
 
 _BAD_ENDS = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED)
 # Nobody wanted it: a person said no, or nobody answered in time.
@@ -91,6 +92,12 @@ def why_frozen(run: Run) -> str:
         return f"{run.adaptation_paused_by} has paused adaptation of this run"
     if run.ended:
         return f"the run has {run.state}"
+    budget = error_budget(run)
+    if budget.used_up:
+        return (
+            f"the run's error budget is used up, and it is only observed: adaptations that were "
+            f"taken out have cost {budget.used:.1%} of the loss, at most {budget.limit:.1%}"
+        )
     return ""
 
 
@@ -100,6 +107,38 @@ def why_stopped(adaptation: Adaptation, run: Run) -> str:
     if frozen or adaptation.blueprint is None or adaptation.blueprint.enabled:
         return frozen
     return f"blueprint {adaptation.slug} is switched off: {adaptation.blueprint.disabled_reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorBudget:
+    """Harm of a run's adaptations, and how much the policy allows; shares of the run's loss."""
+
+    used: float
+    limit: float
+
+    @property
+    def used_up(self) -> bool:
+        return self.used > self.limit
+
+
+def error_budget(run: Run) -> ErrorBudget:
+    """What the adaptations that were taken out have cost.
+
+    Each costs what the forecast of the untouched run was better, at least
+    :data:`~esper.reward.terms.ROLLBACK_COST`: it was there for nothing.
+    """
+    rows = Adaptation.objects.filter(
+        run=run, state=AdaptationState.ROLLED_BACK, graft_step__isnull=False
+    ).values_list("forecast_gain", "evidence")
+    used = sum(_harm(gain, evidence.get("loss")) for gain, evidence in rows)
+    return ErrorBudget(used, current_policy(run).safety_policy().error_budget_ratio)
+
+
+def _harm(gain: float | None, loss: float | None) -> float:
+    """A share of the loss; ``gain`` and ``loss`` are in its units, None unknown."""
+    if gain is None or not loss:
+        return ROLLBACK_COST
+    return max(ROLLBACK_COST, -gain / abs(loss))
 
 
 def layer_histories(run: Run, *, besides: int = 0) -> dict[str, LayerHistory]:

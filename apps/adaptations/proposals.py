@@ -92,7 +92,7 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
     check_epoch(run, proposal.epoch)
     layer = _layer(run, proposal.layer, proposal.since)
     blueprint = _blueprint(proposal.blueprint)
-    policy = current_policy()
+    policy = current_policy(run)
     checks = (
         *check_gates(_gate_inputs(run, proposal, blueprint), policy.safety_policy()),
         check_compatibility(run, proposal.layer, blueprint),

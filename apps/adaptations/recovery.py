@@ -93,7 +93,7 @@ def _write(run: Run, entry: Applied, blueprint: Blueprint) -> Adaptation | None:
                 risk=blueprint.risk,
                 forecast_parameters=0,
                 policy=RECOVERED,
-                safety_policy=current_policy(),
+                safety_policy=current_policy(run),
                 proposed_step=max(entry.step, 0),
                 state=S.IN_DOUBT,
             )

@@ -123,7 +123,7 @@ def _propose(run: Run, proposal: RemedyProposal, actor: Actor) -> Adaptation:
         finding=proposal.finding,
         asks=proposal.asks,
     )
-    policy = current_policy().safety_policy()
+    policy = current_policy(run).safety_policy()
     adaptation = _write(run, wanted, check_remedy(_inputs(run, wanted), policy))
     announce_proposal(adaptation, actor)
     rule = Actor(ActorKind.RULE, f"policy v{adaptation.safety_policy.version}")
@@ -180,7 +180,7 @@ def ask_for_remedy(
         user=user,
         reason=reason,
     )
-    checks = check_asked_for(_inputs(run, wanted), current_policy().safety_policy())
+    checks = check_asked_for(_inputs(run, wanted), current_policy(run).safety_policy())
     adaptation = _write(run, wanted, checks)
     actor = Actor.person(user, via=via)
     announce_proposal(adaptation, actor)
@@ -219,7 +219,7 @@ def remedy_checks_now(adaptation: Adaptation) -> tuple[Check, ...]:
         user=adaptation.proposed_by,
     )
     check = check_remedy if adaptation.proposed_by is None else check_asked_for
-    return check(_inputs(run, wanted), current_policy().safety_policy())
+    return check(_inputs(run, wanted), current_policy(run).safety_policy())
 
 
 def withdraw_answered(run: Run, findings: Sequence[Finding]) -> None:
@@ -317,7 +317,7 @@ def _write(run: Run, wanted: _Wanted, checks: Sequence[Check]) -> Adaptation:
         finding=wanted.slug,
         found=found,
         proposed_by=wanted.user,
-        safety_policy=current_policy(),
+        safety_policy=current_policy(run),
         proposed_step=wanted.step,
         evidence={"loss": run.last_loss},
         checks=[asdict(check) for check in checks],

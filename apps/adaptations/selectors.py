@@ -10,6 +10,7 @@ from django.db.models import Avg, Count, F, Max, Q, QuerySet
 from django.utils import timezone
 
 from apps.accounts.models import User
+from apps.adaptations.history import error_budget as error_budget  # for other apps
 from apps.adaptations.history import experience, grafts, layer_histories, run_facts
 from apps.adaptations.models import Adaptation, DecisionRecord, Snooze
 from apps.blueprints.models import Blueprint
@@ -75,7 +76,7 @@ def snoozed_by(user: User) -> QuerySet[Adaptation]:
 def run_snapshot(run: Run) -> Snapshot:
     """Everything that ``decide`` reads."""
     facts = run_facts(run)
-    policy = current_policy()
+    policy = current_policy(run)
     return Snapshot(
         run=run.uid,
         epoch=run.epoch,
@@ -120,7 +121,7 @@ def running_test(adaptation: Adaptation) -> RunningTest | None:
         before,
         after,
         graft_step=step,
-        policy=current_policy().safety_policy(),
+        policy=current_policy(adaptation.run).safety_policy(),
         kind=GraftKind(blueprint.kind),
         looks=looks_of(metrics, adaptation.uid),
         serves_loss=not blueprint.requires,

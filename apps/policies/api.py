@@ -4,34 +4,46 @@ from django.http import HttpResponseBase
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.authentication import person, via
 from apps.accounts.endpoint import Endpoint
 from apps.policies.models import PolicyVersion
 from apps.policies.serializers import PolicyInput, PolicyOutput
-from apps.policies.services import current_policy, publish_policy
+from apps.policies.services import (
+    approve_policy,
+    current_policy,
+    publish_policy,
+    withdraw_policy,
+)
 from apps.rest.etag import cacheable_response, versioned_response
 from apps.rest.fields import parse
 from apps.rest.idempotency import idempotent
+from apps.rest.identifiers import named
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import documented, listing, page_of
+from apps.rest.schema import documented, listing, page_of, query
 from apps.rest.throttling import ActThrottle
+from apps.runs.models import Run
 
 
 class CurrentPolicy(Endpoint):
-    @documented("read_current_policy", answer=PolicyOutput, summary="The thresholds in force")
+    parameters = frozenset({"run"})
+
+    @documented(
+        "read_current_policy",
+        answer=PolicyOutput,
+        summary="The thresholds in force, for all runs or for one",
+        parameters=[query("run", description="A run's uid; without it those of all runs.")],
+    )
     def get(self, request: Request) -> Response:
-        policy = current_policy()
+        policy = current_policy(_run(request.query_params.get("run", "")))
         return versioned_response(PolicyOutput(policy).data, policy.version)
 
 
 class PolicyDetail(Endpoint):
     @documented("read_policy", answer=PolicyOutput)
     def get(self, request: Request, version: int) -> Response:
-        found = PolicyVersion.objects.filter(version=version).first()
-        if found is None:
-            raise not_found("policy version")
-        return cacheable_response(request, PolicyOutput(found).data)
+        return cacheable_response(request, PolicyOutput(_version(request, str(version))).data)
 
 
 class Policies(Endpoint):
@@ -53,5 +65,48 @@ class Policies(Endpoint):
             reason=given["reason"],
             user=person(request),
             via=via(request),
+            scope=given["scope"],
+            run=_run(given["run"]),
         )
         return versioned_response(PolicyOutput(policy).data, policy.version, status=201)
+
+
+def _run(uid: str) -> Run | None:
+    if not uid:
+        return None
+    run = Run.objects.filter(named(uid, "R")).first()
+    if run is None:
+        raise not_found("run")
+    return run
+
+
+def _version(_: Request, version: str) -> PolicyVersion:
+    digits = version.lower().removeprefix("v")
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 9):
+        raise not_found("policy version")
+    found = PolicyVersion.objects.filter(version=int(digits)).first()
+    if found is None:
+        raise not_found("policy version")
+    return found
+
+
+def _answer(_: Request, policy: PolicyVersion) -> Response:
+    return versioned_response(PolicyOutput(policy).data, policy.version)
+
+
+ApprovePolicy = act_endpoint(
+    "approve_policy",
+    approve_policy,
+    subject="version",
+    find=_version,
+    answer=_answer,
+    output=PolicyOutput,
+)
+WithdrawPolicy = act_endpoint(
+    "withdraw_policy",
+    withdraw_policy,
+    subject="version",
+    find=_version,
+    answer=_answer,
+    output=PolicyOutput,
+)

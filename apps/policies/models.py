@@ -8,22 +8,72 @@ from django.db import models
 from esper.contracts import SafetyPolicy
 
 
+class Scope(models.TextChoices):
+    """Where a version holds, the widest first. A project is all runs of one name."""
+
+    GLOBAL = "global"
+    PROJECT = "project"
+    RUN = "run"
+
+
+class PolicyState(models.TextChoices):
+    """``DRAFT`` -> ``IN_FORCE`` -> ``REPLACED``, or ``WITHDRAWN``."""
+
+    DRAFT = "draft"
+    IN_FORCE = "in_force"
+    REPLACED = "replaced"
+    WITHDRAWN = "withdrawn"
+
+
 class PolicyVersion(models.Model):
-    """One version of the thresholds; the newest one is in force. Rows are never edited."""
+    """One version of the thresholds; of each scope the newest with its state is in force.
+
+    Its values are never edited. ``values`` are those in force: of its own and of the wider scopes
+    the strictest. Where a wider scope changes, a new version of the narrower one follows.
+
+    Attributes:
+        target: name of the project, or uid of the run; empty for all runs.
+        project: of a run's version, the run's project.
+        own: thresholds that were set for this scope itself.
+        sources: threshold -> the scope whose value it is.
+        laxer: thresholds that allow more than before; they need a second person.
+        backtest: what the version would have decided on past cases.
+    """
 
     version = models.PositiveIntegerField(unique=True)
+    scope = models.CharField(max_length=8, choices=Scope.choices, default=Scope.GLOBAL)
+    target = models.CharField(max_length=200, blank=True)
+    project = models.CharField(max_length=200, blank=True)
+    state = models.CharField(
+        max_length=10, choices=PolicyState.choices, default=PolicyState.IN_FORCE, db_index=True
+    )
+    own = models.JSONField(default=dict)
     values = models.JSONField()  # SafetyPolicy.to_wire()
+    sources = models.JSONField(default=dict)
+    laxer = models.JSONField(default=list)
+    backtest = models.JSONField(default=dict)
     reason = models.TextField()
     author = models.ForeignKey(
         settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True
     )
     created_at = models.DateTimeField(auto_now_add=True)
+    decided_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+    decided_at = models.DateTimeField(null=True, blank=True)
 
     class Meta:
         ordering = ("-version",)
 
     def __str__(self) -> str:
         return f"policy v{self.version}"
+
+    @property
+    def where(self) -> str:
+        """For whom it holds, in words."""
+        if self.scope == Scope.GLOBAL:
+            return "all runs"
+        return f"{self.scope} {self.target}"
 
     def safety_policy(self) -> SafetyPolicy:
         return SafetyPolicy.from_wire({**self.values, "version": self.version})

@@ -1,71 +1,277 @@
-"""The thresholds in force, and their changes by people."""
+"""The thresholds in force, and their changes by people.
+
+    draft -> a second person agrees -> in force -> replaced
+          -> withdrawn
+
+A change that only makes thresholds stricter needs no second person. Of a run's three scopes, all
+runs, its project and the run itself, the strictest value of each threshold counts.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from django.db import transaction
+from django.db.models import Max
+from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.policy import ALLOWED, Act, may
 from apps.audit.services import record
 from apps.notifications.services import SYSTEM_TOPIC, publish
-from apps.policies.models import AdaptationSwitch, PolicyVersion
+from apps.policies.models import AdaptationSwitch, PolicyState, PolicyVersion, Scope
 from apps.rest.problems import Problem
+from esper.constraints.strictness import laxer, strictest, thresholds
 from esper.contracts import SafetyPolicy
 from esper.exceptions import CodecError
 
+Backtest = Callable[[SafetyPolicy, SafetyPolicy], dict[str, Any]]  # (before, after)
 
-def current_policy() -> PolicyVersion:
-    """The newest version; the first one is made from the defaults."""
-    newest = PolicyVersion.objects.first()
+
+_backtest: Backtest | None = None
+
+
+def register_backtest(backtest: Backtest) -> None:
+    """The app that knows past cases says how two policies are compared on them."""
+    global _backtest
+    _backtest = backtest
+
+
+class RunNames(Protocol):
+    """What a scope needs of a run."""
+
+    uid: str
+    name: str
+
+
+def current_policy(run: RunNames | None = None) -> PolicyVersion:
+    """The version in force for a run, or for all; the first one is made from the defaults."""
+    scopes = [] if run is None else [(Scope.RUN, run.uid), (Scope.PROJECT, run.name)]
+    for scope, target in scopes:
+        found = _in_force(scope, target)
+        if found is not None:
+            return found
+    newest = _in_force(Scope.GLOBAL, "")
     if newest is not None:
         return newest
     created, _ = PolicyVersion.objects.get_or_create(
-        version=1, defaults={"values": _values(SafetyPolicy()), "reason": "defaults of Esper"}
+        version=1,
+        defaults={
+            "own": _values(SafetyPolicy()),
+            "values": _values(SafetyPolicy()),
+            "reason": "defaults of Esper",
+        },
     )
     return created
 
 
+def _in_force(scope: str, target: str) -> PolicyVersion | None:
+    return PolicyVersion.objects.filter(
+        scope=scope, target=target, state=PolicyState.IN_FORCE
+    ).first()
+
+
 @transaction.atomic
-def publish_policy(*, changes: dict[str, Any], reason: str, user: User, via: str) -> PolicyVersion:
-    """Publish a new version with some thresholds changed; the next decision uses it.
+def publish_policy(
+    *,
+    changes: dict[str, Any],
+    reason: str,
+    user: User,
+    via: str,
+    scope: str = Scope.GLOBAL,
+    run: RunNames | None = None,
+) -> PolicyVersion:
+    """Write a new version with some thresholds changed.
+
+    It is in force at once where every change is stricter; else it is a draft for a second person.
+
+    Args:
+        run: the run, or one of the project; none for all runs.
 
     Raises:
         Problem: not allowed, no reason, an unknown threshold, or invalid values.
     """
+    _check_may(user)
+    if not reason.strip():
+        raise Problem(422, "reason-required", "Say why the thresholds change.")
+    target = _target(scope, run)
+    current = current_policy(None if scope == Scope.GLOBAL else run)
+    unknown = sorted(set(changes) - thresholds())
+    if unknown:
+        raise Problem(422, "invalid", f"There is no threshold called {', '.join(unknown)}.")
+    known = _in_force(scope, target)
+    own = {**(known.own if known is not None else {}), **changes}
+    policy, sources = _merged(scope, own, run.name if run is not None else "")
+    values = _values(policy)
+    if values == {**_values(SafetyPolicy()), **current.values} and scope == current.scope:
+        raise Problem(422, "invalid", f"All values are the same as in policy v{current.version}.")
+    _check_reachable(policy.approvals_for_high_risk)
+    before = current.safety_policy()
+    more = laxer(before, policy)
+    created = PolicyVersion.objects.create(
+        version=_next_version(),
+        scope=scope,
+        target=target,
+        project=run.name if scope == Scope.RUN and run is not None else "",
+        state=PolicyState.DRAFT,
+        own=own,
+        values=values,
+        sources=sources,
+        laxer=list(more),
+        backtest={} if _backtest is None else _backtest(before, policy),
+        reason=reason.strip(),
+        author=user,
+    )
+    old = {name: current.values.get(name) for name in changes}
+    _tell(created, "policy.drafted", user, via, reason, {"before": old, "after": changes})
+    return created if more else _put_in_force(created, user, via)
+
+
+@transaction.atomic
+def approve_policy(
+    *, version: PolicyVersion, user: User, via: str, reason: str = ""
+) -> PolicyVersion:
+    """A second person agrees with a draft, which is in force from now on.
+
+    Raises:
+        Problem: not allowed, one's own draft, no draft any more, or made before another version.
+    """
+    _check_may(user)
+    version = _draft(version)
+    if version.author_id == user.pk:
+        raise Problem(
+            403, "self-approval", "You wrote this version: another curator or admin has to agree."
+        )
+    newer = _in_force(version.scope, version.target)
+    if newer is not None and newer.version > version.version:
+        raise Problem(
+            409, "stale", f"Policy v{newer.version} came into force meanwhile: write a new draft."
+        )
+    return _put_in_force(version, user, via, reason)
+
+
+@transaction.atomic
+def withdraw_policy(
+    *, version: PolicyVersion, user: User, via: str, reason: str = ""
+) -> PolicyVersion:
+    """Give a draft up.
+
+    Raises:
+        Problem: not allowed, or no draft any more.
+    """
+    _check_may(user)
+    version = _draft(version)
+    version.state, version.decided_by = PolicyState.WITHDRAWN, user
+    version.decided_at = timezone.now()
+    version.save(update_fields=["state", "decided_by", "decided_at"])
+    _tell(version, "policy.withdrawn", user, via, reason, {})
+    return version
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def _check_may(user: User) -> None:
     permission = may(user, Act.EDIT_POLICY)
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)
-    if not reason.strip():
-        raise Problem(422, "reason-required", "Say why the thresholds change.")
-    current = current_policy()
-    unknown = sorted(set(changes) - set(_values(SafetyPolicy())))
-    if unknown:
-        raise Problem(422, "invalid", f"There is no threshold called {', '.join(unknown)}.")
-    values = {**current.values, **changes}
-    if values == current.values:
-        raise Problem(422, "invalid", f"All values are the same as in policy v{current.version}.")
+
+
+def _target(scope: str, run: RunNames | None) -> str:
+    if scope == Scope.GLOBAL:
+        return ""
+    if run is None:
+        raise Problem(422, "invalid", f"Name the run of the {scope}.")
+    return run.uid if scope == Scope.RUN else run.name
+
+
+def _merged(scope: str, own: dict[str, Any], project: str) -> tuple[SafetyPolicy, dict[str, str]]:
+    """The strictest of a scope's own thresholds and the wider scopes', and whose each is."""
+    base = _in_force(Scope.GLOBAL, "") or current_policy()
+    parents = {str(Scope.GLOBAL): SafetyPolicy.from_wire(base.values)}
+    if scope == Scope.RUN:
+        wider = _in_force(Scope.PROJECT, project)
+        if wider is not None:
+            parents[str(Scope.PROJECT)] = SafetyPolicy.from_wire(wider.values)
     try:
-        policy = SafetyPolicy.from_wire({**values, "version": current.version + 1})
+        if scope == Scope.GLOBAL:
+            return SafetyPolicy.from_wire({**base.values, **own}), {}
+        merged, _ = strictest(parents)
+        parents[str(scope)] = SafetyPolicy.from_wire({**_values(merged), **own})
     except CodecError as error:
         raise Problem(422, "invalid", str(error)) from error
-    _check_reachable(policy.approvals_for_high_risk)
-    created = PolicyVersion.objects.create(
-        version=current.version + 1, values=values, reason=reason.strip(), author=user
-    )
-    before = {name: current.values.get(name) for name in changes}
+    return strictest(parents)
+
+
+def _draft(version: PolicyVersion) -> PolicyVersion:
+    version = PolicyVersion.objects.select_for_update().get(pk=version.pk)
+    if version.state != PolicyState.DRAFT:
+        raise Problem(
+            409, "decision-not-pending", f"Policy v{version.version} is no draft any more."
+        )
+    return version
+
+
+def _put_in_force(version: PolicyVersion, user: User, via: str, reason: str = "") -> PolicyVersion:
+    same = PolicyVersion.objects.filter(scope=version.scope, target=version.target)
+    same.filter(state=PolicyState.IN_FORCE).update(state=PolicyState.REPLACED)
+    if version.scope != Scope.GLOBAL:
+        # A wider scope may have become stricter since the draft was written.
+        policy, version.sources = _merged(version.scope, version.own, version.project)
+        version.values = _values(policy)
+    version.state, version.decided_at = PolicyState.IN_FORCE, timezone.now()
+    version.decided_by = None if version.author_id == user.pk else user
+    version.save()
+    _tell(version, "policy.published", user, via, reason or version.reason, {"after": version.own})
+    if version.scope != Scope.RUN:
+        _follow(version)
+    return version
+
+
+def _follow(wider: PolicyVersion) -> None:
+    """New versions of the narrower scopes, so that none allows more than the wider one."""
+    narrower = PolicyVersion.objects.filter(state=PolicyState.IN_FORCE).exclude(scope=Scope.GLOBAL)
+    if wider.scope == Scope.PROJECT:
+        narrower = narrower.filter(scope=Scope.RUN, project=wider.target)
+    for old in list(narrower.order_by("scope")):  # projects before runs
+        merged, sources = _merged(old.scope, old.own, old.project)
+        if _values(merged) == old.values:
+            continue
+        old.state = PolicyState.REPLACED
+        old.save(update_fields=["state"])
+        PolicyVersion.objects.create(
+            version=_next_version(),
+            scope=old.scope,
+            target=old.target,
+            project=old.project,
+            own=old.own,
+            values=_values(merged),
+            sources=sources,
+            reason=f"follows policy v{wider.version}",
+            author=wider.author,
+            decided_at=timezone.now(),
+        )
+
+
+def _next_version() -> int:
+    current_policy()  # the first one is that of the defaults
+    return int(PolicyVersion.objects.aggregate(newest=Max("version"))["newest"]) + 1
+
+
+def _tell(
+    version: PolicyVersion, act: str, user: User, via: str, reason: str, data: dict[str, Any]
+) -> None:
     record(
         actor=Actor.person(user, via=via),
-        act="policy.published",
+        act=act,
         object_kind="policy",
-        object_uid=f"v{created.version}",
+        object_uid=f"v{version.version}",
         reason=reason,
-        data={"before": before, "after": changes},
+        data={"scope": version.where, **data},
     )
-    publish(topic=SYSTEM_TOPIC, type="policy.published", data={"version": created.version})
-    return created
+    publish(topic=SYSTEM_TOPIC, type=act, data={"version": version.version})
 
 
 def _check_reachable(approvals: int) -> None:

@@ -6,4 +6,6 @@ urlpatterns = [
     path("policies", api.Policies.as_view()),
     path("policies/current", api.CurrentPolicy.as_view()),
     path("policies/<int:version>", api.PolicyDetail.as_view()),
+    path("policies/<str:version>/approve", api.ApprovePolicy.as_view()),
+    path("policies/<str:version>/withdraw", api.WithdrawPolicy.as_view()),
 ]

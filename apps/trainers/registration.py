@@ -45,6 +45,6 @@ def registration_answer(registration: Registration) -> protocol.Registered:
         kernel_key=settings.ESPER_KERNEL_PUBLIC_KEY,
         stream=f"/ws/v1/trainer/{run.uid}",
         last_command_seq=run.command_seq,
-        policy=current_policy().safety_policy(),
+        policy=current_policy(run).safety_policy(),
         server_time=time.time(),
     )

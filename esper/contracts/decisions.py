@@ -174,6 +174,7 @@ class SafetyPolicy:
     probation_timeout_seconds: int = 3600
     min_gain_ratio: float = 0.005  # smallest gain that matters, a share of the held-out loss
     max_loss_increase_ratio: float = 0.05  # against the forecast; more is harmful
+    error_budget_ratio: float = 0.1  # harm that a run may take, a share of its loss; then observe
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.confidence_refuse <= self.confidence_auto <= 1.0:

@@ -8,13 +8,15 @@ from typing import Any
 
 from django.http import HttpRequest, HttpResponse
 
+from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
 from apps.console.drawing import confidence_band
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
-from apps.policies.models import PolicyVersion
+from apps.policies.models import PolicyState, PolicyVersion, Scope
 from apps.policies.services import current_policy
-from esper.contracts import Risk, SafetyPolicy
+from apps.runs.models import Run
+from esper.contracts import RUN_ENDED, Risk, SafetyPolicy
 
 
 @page
@@ -31,10 +33,25 @@ def policy(request: HttpRequest) -> HttpResponse:
             "may_edit": may_edit,
             "risks": list(Risk),
             "band": confidence_band(values),
+            "runs": Run.objects.exclude(state__in=RUN_ENDED)[:50],
         }
 
     panels = [
         Panel("current", "In force", "console/policy/current.html", current, ("policy",)),
+        Panel(
+            "drafts",
+            "Drafts",
+            "console/policy/drafts.html",
+            lambda: {"drafts": drafts(person(request)), "may_edit": may_edit},
+            ("policy",),
+        ),
+        Panel(
+            "scopes",
+            "Projects and runs with a policy of their own",
+            "console/policy/scopes.html",
+            lambda: {"scopes": narrower_scopes()},
+            ("policy",),
+        ),
         Panel(
             "history",
             "Versions",
@@ -84,6 +101,7 @@ THRESHOLD_NOTES: Mapping[str, tuple[str, str, str]] = {
     "min_gain_ratio": ("Probation", "smallest gain that matters, share of the loss", "0 to 1"),
     "probation_timeout_seconds": ("Probation", "rolled back without a verdict after", "s"),
     "max_loss_increase_ratio": ("Probation", "harmful loss increase over the forecast", "0 to 1"),
+    "error_budget_ratio": ("Limits", "error budget of a run, share of the loss", "0 to 1"),
 }
 
 
@@ -113,9 +131,93 @@ class PolicyChange:
 
 def policy_history() -> list[PolicyChange]:
     versions = list(PolicyVersion.objects.select_related("author")[:50])
+    found = []
+    for place, version in enumerate(versions):
+        scope = (version.scope, version.target)
+        earlier = [one for one in versions[place + 1 :] if one.state != PolicyState.WITHDRAWN]
+        same = [one for one in earlier if (one.scope, one.target) == scope]
+        wider = [one for one in earlier if one.scope == Scope.GLOBAL]
+        found.append(PolicyChange(version, _changes(next(iter(same or wider), None), version)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class BacktestRow:
+    """How many past grafts get one answer, now and with a draft."""
+
+    answer: str
+    before: int
+    after: int
+    ends: str  # how those ended that would get this answer anew
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A version that waits for a second person."""
+
+    version: PolicyVersion
+    changes: list[tuple[str, Any, Any]]
+    rows: list[BacktestRow]
+    own: bool  # the person who looks wrote it
+
+
+ANSWERS = {"alone": "approved alone", "asks": "a person is asked", "refused": "refused"}
+
+
+def drafts(viewer: User) -> list[Draft]:
+    waiting = PolicyVersion.objects.filter(state=PolicyState.DRAFT).select_related("author")
+    base = current_policy()
     return [
-        PolicyChange(version, _changes(older, version))
-        for version, older in zip(versions, [*versions[1:], None], strict=True)
+        Draft(
+            version,
+            _changes(_before(version, base), version),
+            _rows(version.backtest),
+            version.author_id == viewer.pk,
+        )
+        for version in waiting[:20]
+    ]
+
+
+def _before(version: PolicyVersion, base: PolicyVersion) -> PolicyVersion:
+    same = PolicyVersion.objects.filter(
+        scope=version.scope, target=version.target, state=PolicyState.IN_FORCE
+    )
+    return same.first() or base
+
+
+def _rows(backtest: Mapping[str, Any]) -> list[BacktestRow]:
+    if not backtest.get("cases"):
+        return []
+    return [
+        BacktestRow(
+            text,
+            backtest["before"].get(answer, 0),
+            backtest["after"].get(answer, 0),
+            ", ".join(
+                f"{count} {end.replace('_', ' ')}"
+                for end, count in sorted(backtest["newly"].get(answer, {}).items())
+            ),
+        )
+        for answer, text in ANSWERS.items()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowerScope:
+    """A project or run with a policy of its own, and which of its values that sets."""
+
+    version: PolicyVersion
+    stricter: list[tuple[str, Any]]
+
+
+def narrower_scopes() -> list[NarrowerScope]:
+    rows = PolicyVersion.objects.filter(state=PolicyState.IN_FORCE).exclude(scope=Scope.GLOBAL)
+    return [
+        NarrowerScope(
+            row,
+            [(name, row.values[name]) for name, own in row.sources.items() if own == row.scope],
+        )
+        for row in rows.select_related("author")[:50]
     ]
 
 

@@ -15,6 +15,7 @@ from django.urls import reverse
 
 from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation, Remedy
+from apps.adaptations.selectors import error_budget
 from apps.blueprints.models import KnownRemedy
 from apps.console.bar import adaptation_switch
 from apps.console.drawing import shade
@@ -24,6 +25,7 @@ from apps.console.run_rows import frame_matrix
 from apps.console.status import ADAPTATION, SEVERITY, Status
 from apps.kernels.models import SpeedUp
 from apps.notifications.services import run_topic
+from apps.policies.services import current_policy
 from apps.recipes.models import Launch
 from apps.recipes.selectors import launches
 from apps.runs.models import Command, Run
@@ -72,6 +74,8 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             "metrics": latest_metrics(run, ("step_ms", "lr")),
             "may_pause": may(user, Act.PAUSE_ADAPTATION, owner_id=run.owner_id),
             "may_stop": may(user, Act.STOP_RUN, owner_id=run.owner_id),
+            "safety": current_policy(run),
+            "budget": error_budget(run),
         }
 
     def layers() -> dict[str, Any]:
