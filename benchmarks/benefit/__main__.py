@@ -60,22 +60,25 @@ def run(options: argparse.Namespace) -> Iterator[Results]:
     seeds = range(first, first + 1) if options.quick else range(first, end)
     parts = options.parts.split(",")
     deadline = time.monotonic() + 60 * options.minutes
-    found = Results()
-    if "idle" in parts:
+    known = options.json is not None and options.json.exists()
+    found = Results.load([options.json]) if known else Results()
+    done = {(record.host, record.seed) for record in found.records}
+    done |= {(placed.task, placed.seed) for placed in found.placed}
+    if "idle" in parts and not found.idle:
         found.idle = idle.measure(PAIRS // (10 if options.quick else 1))
         found.same = [idle.same_to_the_bit(seed) for seed in seeds[:3]]
         yield found
     for seed in seeds:
         for host in NARROW if "narrow" in parts else ():
-            if time.monotonic() < deadline:
+            if time.monotonic() < deadline and (host.name, seed) not in done:
                 found.records.append(narrow.measure(host, seed))
                 yield found
         for host in WIDE if "wide" in parts else ():
-            if time.monotonic() < deadline:
+            if time.monotonic() < deadline and (host.name, seed) not in done:
                 found.records.append(narrow.measure_wide(host, seed))
                 yield found
         for task in adapters.TASKS if "adapters" in parts else ():
-            if time.monotonic() < deadline:
+            if time.monotonic() < deadline and (task.host.name, seed) not in done:
                 found.placed.append(adapters.measure(task, seed))
                 yield found
 
@@ -98,7 +101,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="100:110", help="first:end")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--minutes", type=float, default=math.inf, help="nothing new after these")
-    parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument(
+        "--json", type=Path, help="where the results go; a run that was cut short goes on"
+    )
     parser.add_argument("--records", type=Path, nargs="+", help="report these, and run nothing")
     parser.add_argument("--document", type=Path, help="write benefit.md")
     options = parser.parse_args()
@@ -108,9 +113,11 @@ def main() -> None:
     if options.records:
         found = Results.load(options.records)
     else:
+        known = options.json is not None and options.json.exists()
+        before = Results.load([options.json]).about if known else []
         for found in run(options):
             seconds = time.monotonic() - started
-            found.about = [about(options.seeds, options.parts, seconds)]
+            found.about = [*before, about(options.seeds, options.parts, seconds)]
             if options.json:
                 options.json.write_text(json.dumps(asdict(found), indent=1))
             print(

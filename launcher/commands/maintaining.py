@@ -150,9 +150,21 @@ def policy_group(client: Client, context: click.Context, history: bool, as_json:
 @dry_run_option
 @asks_server
 def publish_command(client: Client, changes: tuple[str, ...], reason: str, dry_run: bool) -> None:
-    """Publish a version with some thresholds changed; the next decision uses it."""
+    """Write a version with some thresholds changed; a second person agrees if it allows more."""
     body = {"changes": dict(setting(text) for text in changes), "reason": reason}
     made = client.act("policies", body, dry_run=dry_run).data
+    waits = made["state"] == "draft"
+    what = "a draft, which another curator or admin has to agree to" if waits else "in force"
+    click.echo(f"Version {made['version']} {'would be' if dry_run else 'is'} {what}.")
+
+
+@policy_group.command("agree")
+@click.argument("version", metavar="VERSION")
+@dry_run_option
+@asks_server
+def agree_command(client: Client, version: str, dry_run: bool) -> None:
+    """Agree with a draft that another person wrote; it is in force from the next decision."""
+    made = client.act(f"policies/{version}/approve", {}, dry_run=dry_run).data
     click.echo(f"Version {made['version']} {'would be' if dry_run else 'is'} in force.")
 
 

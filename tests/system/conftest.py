@@ -33,6 +33,7 @@ QUICK = {
     "probation_steps": 40,
     "probation_timeout_seconds": 600,
     "dispatch_timeout_seconds": 300,
+    "error_budget_ratio": 1000.0,
 }
 
 
@@ -125,8 +126,15 @@ class Plant:
         return httpx.request(method, url, headers=headers, timeout=600, **options)
 
     def make_quick(self) -> None:
-        body = {"changes": QUICK, "reason": "tests"}
-        assert self.call("carl", "POST", "policies", json=body).status_code == 201
+        self.publish(QUICK)
+
+    def publish(self, changes: dict[str, Any]) -> None:
+        """Thresholds that allow more than before need a second person."""
+        body = {"changes": changes, "reason": "tests"}
+        draft = self.call("carl", "POST", "policies", json=body)
+        assert draft.status_code == 201
+        path = f"policies/{draft.json()['version']}/approve"
+        assert self.call("ada", "POST", path, json={}).status_code == 200
 
     def propose(self, layer: str, blueprint: str = "mon_act_stats") -> str:
         """The uid of a new adaptation, once the real Tamiyo has none under way on this layer."""

@@ -128,11 +128,7 @@ def workers(start_esper: Any, tmp_path: Path) -> Iterator[Workers]:
     environment = HASTE | {"ESPER_WORKER_CAPABILITIES": "none"}
     esper = start_esper(tmp_path / "data", "--no-demo", environment=environment)
     plant = Plant(esper, tmp_path)
-    body = {
-        "changes": QUICK | {"probation_steps": 10, "max_in_flight_per_run": 20},
-        "reason": "tests",
-    }
-    assert plant.call("carl", "POST", "policies", json=body).status_code == 201
+    plant.publish(QUICK | {"probation_steps": 10, "max_in_flight_per_run": 20})
     workers = Workers(plant)
     try:
         yield workers

@@ -20,7 +20,7 @@ from apps.policies.services import (
 from apps.rest.problems import Problem
 from esper.constraints.strictness import LESS, MORE, laxer, strictest, thresholds
 from esper.contracts import AdaptationState, Risk, Role, SafetyPolicy
-from tests.apps.cast import make_person
+from tests.apps.cast import force_state, make_person
 from tests.apps.stage import Stage
 
 S = AdaptationState
@@ -75,7 +75,7 @@ def test_a_policy_that_allows_more_waits_for_a_second_person(
         approve_policy(version=draft, user=carl, via="")
     assert own.value.code == "self-approval"
     with pytest.raises(Problem):
-        approve_policy(version=draft, user=make_person("olga"), via="")
+        approve_policy(version=draft, user=stage.operator, via="")
     agreed = approve_policy(version=draft, user=cleo, via="")
     assert (agreed.state, agreed.decided_by) == (PolicyState.IN_FORCE, cleo)
     assert current_policy() == agreed
@@ -128,8 +128,7 @@ def test_a_narrower_policy_allows_no_more_than_the_wider_one(stage: Stage, carl:
 
 
 def test_a_draft_is_tested_on_past_decisions(stage: Stage, carl: Any) -> None:
-    stage.propose()
-    Adaptation.objects.update(state=S.KEPT, confidence=0.7, graft_step=1)
+    force_state(stage.propose(), S.KEPT, confidence=0.7, graft_step=1)
     draft = write(carl, confidence_auto=0.65)
     assert draft.backtest["cases"] == 1
     assert (draft.backtest["before"], draft.backtest["after"]) == ({"asks": 1}, {"alone": 1})
@@ -140,9 +139,7 @@ def test_a_draft_is_tested_on_past_decisions(stage: Stage, carl: Any) -> None:
 
 def taken_out(stage: Stage, gain: float | None, loss: float = 2.0) -> None:
     row = stage.propose()
-    Adaptation.objects.filter(pk=row.pk).update(
-        state=S.ROLLED_BACK, graft_step=1, forecast_gain=gain, evidence={"loss": loss}
-    )
+    force_state(row, S.ROLLED_BACK, graft_step=1, forecast_gain=gain, evidence={"loss": loss})
 
 
 def test_harm_uses_the_error_budget_up_and_the_run_is_only_observed(stage: Stage) -> None:
