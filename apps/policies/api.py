@@ -21,22 +21,22 @@ from apps.rest.idempotency import idempotent
 from apps.rest.identifiers import named
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import documented, listing, page_of, query
+from apps.rest.schema import documented, listing, page_of
 from apps.rest.throttling import ActThrottle
 from apps.runs.models import Run
 
 
 class CurrentPolicy(Endpoint):
-    parameters = frozenset({"run"})
-
-    @documented(
-        "read_current_policy",
-        answer=PolicyOutput,
-        summary="The thresholds in force, for all runs or for one",
-        parameters=[query("run", description="A run's uid; without it those of all runs.")],
-    )
+    @documented("read_current_policy", answer=PolicyOutput, summary="The thresholds in force")
     def get(self, request: Request) -> Response:
-        policy = current_policy(_run(request.query_params.get("run", "")))
+        policy = current_policy()
+        return versioned_response(PolicyOutput(policy).data, policy.version)
+
+
+class RunPolicy(Endpoint):
+    @documented("read_run_policy", answer=PolicyOutput, summary="The thresholds for one run")
+    def get(self, request: Request, uid: str) -> Response:
+        policy = current_policy(_run(uid))
         return versioned_response(PolicyOutput(policy).data, policy.version)
 
 

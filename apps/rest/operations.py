@@ -22,8 +22,10 @@ class Operation:
 
 OPERATIONS: dict[str, Operation] = {
     "acknowledge_violations": Operation("Acknowledges several findings with one note; each has its own answer.", {"violations": ["vio_01K0000000000000000000000A"], "reason": "known, being repaired"}),
+    "approve_policy": Operation("Agrees with a draft (its number or v3), which is in force from the next decision. Curators and administrators, but not its author.", {"reason": "the back-test looks right"}),
     "assign_adaptation": Operation("Asks one person to decide on an adaptation; an empty name takes the request back.", {"to": "oscar", "reason": "you know this model"}),
     "escalate_adaptation": Operation("Lets an administrator approve it; everybody who may reject it still may.", {"reason": "the evidence is mixed"}),
+    "read_run_policy": Operation("Returns the thresholds in force for one run (uid or R-3), and which scope each comes from."),
     "snooze_adaptation": Operation("Hides an adaptation from the caller's own inbox for some minutes; 0 ends it. Others see no difference.", {"minutes": 15}),
     "dry_run_adaptation": Operation("Says what an approval would check and do now, with every gate as it stands."),
     "acknowledge_command": Operation("The trainer answers a command: accepted, applied, refused or failed."),
@@ -66,7 +68,7 @@ OPERATIONS: dict[str, Operation] = {
     "pin_kernel": Operation("Keeps a kernel from being evicted.", {"reason": "maintenance"}),
     "propose_adaptation": Operation("Tamiyo proposes an adaptation; the gates answer at once, and the policy or a person decides."),
     "propose_remedy": Operation("The trainer proposes a remedy for a finding, or asks what became of its proposal."),
-    "publish_policy": Operation("Publishes a version with some thresholds changed. The next decision uses it; pending ones keep theirs. Curators and administrators; it needs a reason.", {"changes": {"probation_steps": 800}, "reason": "longer tests for small gains"}),
+    "publish_policy": Operation("Writes a version with some thresholds changed, for all runs, a project or one run. It is in force from the next decision where it is only stricter, else it is a draft for a second person. Curators and administrators; it needs a reason.", {"changes": {"probation_steps": 800}, "reason": "longer tests for small gains"}),
     "quarantine_worker": Operation("Refuses what a worker builds from now on. It needs a reason.", {"reason": "maintenance"}),
     "read_adaptation": Operation("Returns one adaptation (uid or A-17) with its evidence then and now, its checks, its undo plan and what the caller may do. The ETag is what an act sends as If-Match."),
     "read_adaptation_snapshot": Operation("Returns the exact input on which Tamiyo decided this adaptation."),
@@ -115,4 +117,5 @@ OPERATIONS: dict[str, Operation] = {
     "stop_run": Operation("Tells the trainer to end the run at its next step.", {"reason": "maintenance"}),
     "unpin_kernel": Operation("Lets a kernel be evicted again.", {"reason": "maintenance"}),
     "verify_audit_log": Operation("Checks the chain of hashes and its signed heads, and names the first thing that is wrong."),
+    "withdraw_policy": Operation("Gives a draft up. Curators and administrators.", {"reason": "a better one follows"}),
 }  # fmt: skip
