@@ -360,6 +360,8 @@ def undo_plan(adaptation: Adaptation) -> list[str]:
 
 def _undo_plan_of_remedy(adaptation: Adaptation) -> list[str]:
     known = KnownRemedy.objects.filter(slug=adaptation.remedy).first()
+    if known is not None and known.changes_nothing:
+        return ["It changes nothing in the run, so there is nothing to take back."]
     stays = known is None or known.stays
     ends = (
         "When it does not help, or after it was kept, it ends: what it does in each step stops, "

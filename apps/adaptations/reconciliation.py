@@ -11,7 +11,12 @@ from apps.accounts.actors import Actor
 from apps.adaptations.dispatch import request_undo
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
-from apps.adaptations.recovery import recover_grafts, settle_held
+from apps.adaptations.recovery import (
+    recover_grafts,
+    recover_remedies,
+    settle_held,
+    settle_held_remedy,
+)
 from apps.audit.services import record
 from apps.blueprints.models import KnownRemedy
 from apps.runs.models import Command, Run
@@ -94,6 +99,8 @@ def reconcile_remedies(
             reason = "the trainer has started again, or gone on, without this remedy"
             settled.append(transition(adaptation, S.REVERTED, actor=actor, reason=reason))
     undo_leftovers(run, set(held), actor)
+    if run.restored_at is not None:
+        settled += recover_remedies(run, list(held.values()), actor)
     return settled
 
 
@@ -105,14 +112,7 @@ def _settle_remedy(
     if _undo_was_requested(adaptation):
         return _undo_held(adaptation, actor, "remedy")
     entry = held.get(adaptation.uid)
-    return transition(
-        adaptation,
-        S.PROBATION,
-        actor=actor,
-        reason="the trainer holds this remedy",
-        graft_step=adaptation.graft_step if entry is None else entry.step,
-        grafted_at=adaptation.grafted_at or timezone.now(),
-    )
+    return settle_held_remedy(adaptation, entry, actor, "the trainer holds this remedy")
 
 
 def note_merged(adaptation: Adaptation, *, merged: bool) -> None:

@@ -1,4 +1,4 @@
-"""Grafts that a trainer holds, and that a database restored from a backup has lost."""
+"""Grafts and remedies that a trainer holds, and that a database restored from a backup has lost."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from apps.accounts.actors import Actor
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import RECOVERED, Adaptation
 from apps.audit.services import record
-from apps.blueprints.models import Blueprint
+from apps.blueprints.models import Blueprint, KnownRemedy
 from apps.policies.services import current_policy
 from apps.runs.models import Run
 from apps.violations.services import record_violation
 from esper.contracts import (
+    ADAPTATION_ENDED,
     AdaptationState,
     AdaptationType,
     BlueprintCategory,
     Severity,
     ViolationRule,
 )
-from esper.contracts.protocol import Applied
+from esper.contracts.protocol import Applied, HeldRemedy
 
 S = AdaptationState
 _TYPES = {
@@ -32,7 +33,10 @@ _TYPES = {
     BlueprintCategory.ROUTING: AdaptationType.ADD_ROUTING,
     BlueprintCategory.DIAGNOSTICS: AdaptationType.ADD_DIAGNOSTIC,
 }
-_REASON = "the trainer holds this graft; the database was restored from an older backup"
+_RESTORED = "the database was restored from an older backup"
+_REASON = f"the trainer holds this graft; {_RESTORED}"
+_HELD = f"the trainer holds this remedy; {_RESTORED}"
+_LOST_VERDICT = "the trainer was told that it is kept; the verdict was lost with the database"
 
 
 def recover_grafts(run: Run, entries: Sequence[Applied], actor: Actor) -> list[Adaptation]:
@@ -49,9 +53,9 @@ def recover_grafts(run: Run, entries: Sequence[Applied], actor: Actor) -> list[A
         adaptation = _write(run, entry, blueprint) if blueprint is not None else None
         if adaptation is None:
             continue
-        _announce(adaptation, actor)
+        _announce(adaptation, actor, _REASON)
         settle_held(adaptation, entry, actor, _REASON)
-        _note(adaptation, entry)
+        _note(adaptation, f"{entry.blueprint} at {entry.layer}", entry.step)
         recovered.append(adaptation)
     return recovered
 
@@ -72,7 +76,7 @@ def settle_held(adaptation: Adaptation, entry: Applied, actor: Actor, reason: st
             adaptation,
             S.KEPT,
             actor=actor,
-            reason="the trainer was told that it is kept; the verdict was lost with the database",
+            reason=_LOST_VERDICT,
             kept_at=adaptation.kept_at or now,
             merged_at=now if entry.merged else None,
         )
@@ -88,6 +92,7 @@ def _write(run: Run, entry: Applied, blueprint: Blueprint) -> Adaptation | None:
                 run_epoch=run.epoch,
                 idempotency_key=f"recovered:{entry.adaptation}",
                 layer=entry.layer,
+                since=entry.since,
                 adaptation_type=_TYPES[BlueprintCategory(blueprint.category)],
                 blueprint=blueprint,
                 risk=blueprint.risk,
@@ -101,37 +106,107 @@ def _write(run: Run, entry: Applied, blueprint: Blueprint) -> Adaptation | None:
         return None
 
 
-def _announce(adaptation: Adaptation, actor: Actor) -> None:
+def recover_remedies(run: Run, entries: Sequence[HeldRemedy], actor: Actor) -> list[Adaptation]:
+    """The same for remedies that are in force. In a transaction.
+
+    Left out: one that the catalogue does not have, and one of another run.
+    """
+    known = KnownRemedy.objects.in_bulk({one.remedy for one in entries}, field_name="slug")
+    taken = set(
+        Adaptation.objects.filter(uid__in=[one.adaptation for one in entries]).values_list(
+            "uid", flat=True
+        )
+    )
+    recovered = []
+    for entry in entries:
+        remedy = known.get(entry.remedy)
+        if remedy is None or entry.adaptation in taken:
+            continue
+        adaptation = _write_remedy(run, entry, remedy)
+        _announce(adaptation, actor, _HELD)
+        settle_held_remedy(adaptation, entry, actor, _HELD)
+        place = f"at {entry.layer}" if entry.layer else "for the whole run"
+        _note(adaptation, f"{entry.remedy} {place}", entry.step)
+        recovered.append(adaptation)
+    return recovered
+
+
+def settle_held_remedy(
+    adaptation: Adaptation, entry: HeldRemedy | None, actor: Actor, reason: str
+) -> Adaptation:
+    """From ``in_doubt`` to probation, and to kept where its result was known before the loss.
+
+    Args:
+        entry: None for one that changed the run once, before the step where the trainer goes on.
+    """
+    now = timezone.now()
+    transition(
+        adaptation,
+        S.PROBATION,
+        actor=actor,
+        reason=reason,
+        graft_step=adaptation.graft_step if entry is None else entry.step,
+        grafted_at=adaptation.grafted_at or now,
+    )
+    if adaptation.run.restored_at is not None and entry is not None and entry.kept:
+        transition(adaptation, S.KEPT, actor=actor, reason=_LOST_VERDICT, kept_at=now)
+    return adaptation
+
+
+def _write_remedy(run: Run, entry: HeldRemedy, remedy: KnownRemedy) -> Adaptation:
+    config = {**remedy.settings, **entry.config}
+    same = Adaptation.objects.filter(run=run, finding=entry.finding)
+    answered = same.exclude(state__in=ADAPTATION_ENDED).exists()  # one at a time answers a finding
+    return Adaptation.objects.create(
+        uid=entry.adaptation,
+        run=run,
+        run_epoch=run.epoch,
+        idempotency_key=f"recovered:{entry.adaptation}",
+        layer=entry.layer,
+        remedy=remedy.slug,
+        in_words=remedy.in_words(config),
+        config=config,
+        risk=remedy.risk,
+        finding="" if answered else entry.finding,
+        policy=RECOVERED,
+        safety_policy=current_policy(),
+        proposed_step=max(entry.step, 0),
+        state=S.IN_DOUBT,
+    )
+
+
+def _announce(adaptation: Adaptation, actor: Actor, reason: str) -> None:
     record(
         actor=actor,
         act="adaptation.recovered",
         object_kind="adaptation",
         object_uid=adaptation.uid,
         run_uid=adaptation.run.uid,
-        reason=_REASON,
+        reason=reason,
         data={
             "number": adaptation.number,
             "layer": adaptation.layer,
-            "blueprint": adaptation.slug,
+            "blueprint": "" if adaptation.remedy else adaptation.slug,
+            "remedy": adaptation.remedy,
             "to": str(adaptation.state),
             "version": adaptation.version,
         },
     )
 
 
-def _note(adaptation: Adaptation, entry: Applied) -> None:
+def _note(adaptation: Adaptation, what: str, step: int) -> None:
     state = adaptation.state.replace("_", " ")
     record_violation(
         run=adaptation.run,
         rule=ViolationRule.COMMAND,
         severity=Severity.SERIOUS,
-        observed=f"{entry.blueprint} at {entry.layer}"[:200],
-        limit="grafts that the database knows",
-        text=f"The trainer holds {entry.blueprint} at {entry.layer}, which the restored database "
-        "does not know: who approved it is lost.",
+        observed=what[:200],
+        limit="what the database knows",
+        text=f"The trainer holds {what}, which the restored database does not know: who approved "
+        "it is lost.",
         action=f"It is recorded as A-{adaptation.number} ({state}). Take it out on its page if it "
         "is unwanted.",
         layer=adaptation.layer,
         adaptation_uid=adaptation.uid,
-        step=entry.step if entry.step >= 0 else None,
+        step=step if step >= 0 else None,
     )

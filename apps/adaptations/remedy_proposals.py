@@ -155,7 +155,8 @@ def ask_for_remedy(
     reason: str,
     only_ask: bool = False,
 ) -> Adaptation:
-    """A person asks for a remedy. It is approved by that where they may approve for this run.
+    """A person asks for a remedy. It is approved by that where they may approve for this run, and
+    where it changes nothing.
 
     Args:
         only_ask: it waits for a person whoever asks, and no vote is given: a program asks.
@@ -184,18 +185,22 @@ def ask_for_remedy(
     adaptation = _write(run, wanted, checks)
     actor = Actor.person(user, via=via)
     announce_proposal(adaptation, actor)
+    by_rule = ""
+    if wanted.remedy.changes_nothing and not only_ask:
+        by_rule = "it changes nothing, so nobody must approve it"
     may_approve = not only_ask and may(user, Act.APPROVE, owner_id=run.owner_id).allowed
     enough = may_approve and votes_missing(adaptation, with_vote_of=user) == 0
-    if may_approve and not enough:  # to ask for it is the first vote
+    if may_approve and not enough and not by_rule:  # to ask for it is the first vote
         vote(adaptation, user, reason=reason)
-    if not enough:
+    if not enough and not by_rule:
         return transition(adaptation, S.AWAITING_APPROVAL, actor=actor, reason=reason)
     transition(
         adaptation,
         S.APPROVED,
         actor=actor,
-        reason=reason,
-        decided_by=user,
+        reason=reason or by_rule,
+        decided_by=None if by_rule else user,
+        decided_rule=by_rule,
         decided_at=timezone.now(),
         decision_reason=reason,
     )
@@ -284,6 +289,7 @@ def _inputs(run: Run, wanted: _Wanted) -> RemedyInputs:
         declined_step=_declined_step(same),
         given=same.exclude(graft_step=None).exclude(decided_rule="").count(),
         always_asks=wanted.remedy.asks,
+        changes_nothing=wanted.remedy.changes_nothing,
         adaptations_today=own.filter(grafted_at__gt=timezone.now() - timedelta(days=1)).count(),
         risk=Risk(wanted.remedy.risk),
         age_seconds=(timezone.now() - seen).total_seconds() if seen else math.nan,

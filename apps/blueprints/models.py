@@ -60,6 +60,11 @@ class KnownRemedy(models.Model):
     def __str__(self) -> str:
         return self.slug
 
+    @property
+    def changes_nothing(self) -> bool:
+        """It measures or saves something; there is nothing to judge and nothing to take back."""
+        return not self.changes_weights and not self.stays
+
     def in_words(self, config: dict[str, Any]) -> str:
         """What it would do with these settings; the others take their defaults."""
         return in_words(self.phrase, {**self.settings, **config})

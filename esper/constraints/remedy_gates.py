@@ -42,6 +42,7 @@ class RemedyInputs:
         urgent: a critical finding, which does not wait for another remedy's result.
         declined_step: when this remedy for this finding was last declined or taken back, -1 never.
         given: how often it was applied by rule for this finding.
+        changes_nothing: it only measures or saves, which a run that is observed allows too.
         always_asks: the catalogue says that a person decides, in every mode.
         adaptations_today: of the last 24 hours.
         age_seconds: since the trainer's last report; NaN unknown.
@@ -56,6 +57,7 @@ class RemedyInputs:
     declined_step: int = -1
     given: int = 0
     always_asks: bool = False
+    changes_nothing: bool = False
     adaptations_today: int = 0
     risk: Risk = Risk.HIGH
     age_seconds: float = math.nan
@@ -90,7 +92,10 @@ def _frozen(inputs: RemedyInputs, policy: SafetyPolicy) -> Check:
 
 
 def _mode(inputs: RemedyInputs, policy: SafetyPolicy) -> Check:
-    return check_mode(inputs.of_run, policy)
+    check = check_mode(inputs.of_run, policy)
+    if check.passed or not inputs.changes_nothing:
+        return check
+    return replace(check, passed=True, text="It changes nothing, so the mode of the run allows it.")
 
 
 def check_one_at_a_time(inputs: RemedyInputs, policy: SafetyPolicy) -> Check:

@@ -206,6 +206,9 @@ class RemedyKind(StrEnum):
     STOP_EARLY = "stop_early"  # the loop is asked to stop
     THAW = "thaw"  # frozen parameters are trained
     WEIGHT_DECAY = "weight_decay"
+    HOLD_LR = "hold_lr"  # the learning rate has a given value
+    EVALUATE_NOW = "evaluate_now"  # changes nothing
+    CHECKPOINT_NOW = "checkpoint_now"  # changes nothing
 
 
 class JobState(StrEnum):

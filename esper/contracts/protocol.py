@@ -65,6 +65,7 @@ Seconds: TypeAlias = Annotated[float, Meta(ge=0.0, le=2.0**40)]
 Epoch: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Uid: TypeAlias = Annotated[str, Meta(min_length=1, max_length=64)]
 UidOrEmpty: TypeAlias = Annotated[str, Meta(max_length=64)]
+NameOrEmpty: TypeAlias = Annotated[str, Meta(max_length=255)]
 Host: TypeAlias = Annotated[str, Meta(max_length=120)]
 Capability: TypeAlias = Annotated[str, Meta(min_length=1, max_length=40)]
 Version: TypeAlias = Annotated[str, Meta(max_length=80)]
@@ -171,6 +172,7 @@ class Applied(Message, frozen=True, kw_only=True):
         step: when it was grafted; -1: unknown.
         merged: it was folded into its host's weights.
         kept: its probation has ended well, as the trainer was told.
+        since: the layer whose input it reads; empty: that of ``layer``.
     """
 
     adaptation: UidOrEmpty
@@ -179,6 +181,7 @@ class Applied(Message, frozen=True, kw_only=True):
     step: StepOrNone
     merged: bool = False
     kept: bool = False
+    since: NameOrEmpty = ""
 
 
 class HeldRemedy(Message, frozen=True, kw_only=True):
@@ -187,10 +190,20 @@ class HeldRemedy(Message, frozen=True, kw_only=True):
     Attributes:
         adaptation: its uid.
         step: when it was applied; -1: unknown.
+        remedy: slug; layer: empty for the whole run.
+        config: its settings, as far as they are in force.
+        finding: slug of the rule whose finding it answers; empty: a person asked for it, or it is
+            not known any more.
+        kept: its result is known, and it was not to be taken back.
     """
 
     adaptation: Uid
     step: StepOrNone
+    remedy: Annotated[str, Meta(max_length=60)] = ""
+    layer: NameOrEmpty = ""
+    config: dict[str, Any] = {}
+    finding: Annotated[str, Meta(max_length=60)] = ""
+    kept: bool = False
 
 
 class Hello(Message, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ certificates, kernels and manifests need no second form.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from esper.contracts.health import LayerInfo
@@ -53,6 +53,17 @@ def _why_not_compatible(since: LayerInfo, layer: LayerInfo) -> str:
     if _stride(since, layer) is None:
         return f"its input and the output have other batches or positions: {shapes}"
     return ""
+
+
+def hidden_layers(layers: Sequence[LayerInfo]) -> list[tuple[LayerInfo, LayerInfo]]:
+    """Pairs of layers with one activation function and nothing else between them.
+
+    What the first one returns is a hidden layer. A residual stream, a low-rank pair without an
+    activation, and layers behind a pooling or a normalisation are none.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    pairs = [(one, by_name.get(one.feeds[0])) for one in layers if len(one.feeds) == 1]
+    return [(one, other) for one, other in pairs if other is not None and other.activation]
 
 
 def span(since: LayerInfo, layer: LayerInfo) -> LayerInfo:

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.contracts import SIGNAL_INDEX, Finding, HealthFrame, Signal
+from esper.contracts import SIGNAL_INDEX, Finding, HealthFrame, LayerInfo, Signal
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -252,6 +252,7 @@ class Observation:
     Attributes:
         step: of the session.
         layers: names of the layers that have run, in the order of execution.
+        infos: these layers, as they were seen to run; empty unknown.
         frames: health frames, the newest last.
         loss_steps, losses: int64 [T], float64 [T].
         held_out: (step, held-out loss), the newest last.
@@ -271,6 +272,7 @@ class Observation:
 
     step: int = 0
     layers: tuple[str, ...] = ()
+    infos: tuple[LayerInfo, ...] = ()
     frames: Sequence[HealthFrame] = ()
     loss_steps: Steps = field(default_factory=lambda: NO_STEPS)
     losses: Doubles = field(default_factory=lambda: NO_LOSSES)

@@ -322,6 +322,8 @@ class RemedyReceipt(ChangeReceipt):
         details: JSON values that tell what was done, such as ``factor`` or ``max_abs_diff``.
         key: its identity, the same for as long as the receipt lives.
         adaptation: its uid at the server that ordered it; empty: nobody did.
+        changed_nothing: it has measured or saved something. There is nothing to undo, and the
+            digests are empty.
     """
 
     remedy: str
@@ -331,6 +333,15 @@ class RemedyReceipt(ChangeReceipt):
     _end: Callable[[], None] | None = field(repr=False, default=None)
     key: str = field(default_factory=lambda: str(uuid.uuid4()))
     adaptation: str = ""
+    changed_nothing: bool = False
+
+    @property
+    def digest_before(self) -> str:
+        return "" if self.changed_nothing else ChangeReceipt.digest_before.__get__(self)
+
+    @property
+    def digest_after(self) -> str:
+        return "" if self.changed_nothing else ChangeReceipt.digest_after.__get__(self)
 
     @property
     def in_force(self) -> bool:
@@ -364,6 +375,8 @@ class RemedyReceipt(ChangeReceipt):
                 the snapshot could not be restored.
             ReplicaError: another rank could not undo it, so it stays in effect on all ranks.
         """
+        if self.changed_nothing:
+            return UndoReceipt(hard=hard, exact=True, pause_ms=0.0)
         if not hard:
             return self._undo_soft()
         return _undo_whole(self, self._surroundings, self._undo_hard, last=self.end)
@@ -373,6 +386,8 @@ class RemedyReceipt(ChangeReceipt):
 
         For a caller that synchronises the ranks, and ends it when all of them have agreed.
         """
+        if self.changed_nothing:
+            return UndoReceipt(hard=True, exact=True, pause_ms=0.0)
         return _undo_whole(self, replace(self._surroundings, replicas=None), self._undo_hard)
 
     def _undo_hard(self) -> UndoReceipt:

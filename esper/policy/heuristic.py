@@ -33,7 +33,7 @@ from esper.contracts import (
     RunSnapshot,
     Signal,
 )
-from esper.contracts.spans import why_no_span
+from esper.contracts.spans import hidden_layers, why_no_span
 from esper.health import Features
 from esper.health.features import MIN_LOSS_SAMPLES
 from esper.policy.base import Proposals
@@ -131,10 +131,11 @@ def _wider(
 ) -> AdaptationDecision | None:
     """More units between the layer that the finding names and the one that feeds it alone."""
     layer = snapshot.layer(finding.layer)
-    if layer is None or not layer.activation:
+    if layer is None:
         return None
     history = snapshot.history.get(layer.name, LayerHistory())
-    since = next((one for one in features.layers if one.feeds == (layer.name,)), None)
+    hidden = hidden_layers(features.layers)
+    since = next((one for one, other in hidden if other.name == layer.name), None)
     if since is None or WIDER in history.grafts or history.last_rolled_back:
         return None
     if why_no_span(since, layer):

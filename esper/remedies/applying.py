@@ -6,11 +6,13 @@ An exception at any point leaves model, optimizers and random streams as they we
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from esper.exceptions import GraftError
 from esper.grafting import RemedyReceipt
+from esper.grafting.digests import Frozen
 from esper.grafting.remedies import apply_change
 from esper.remedies.base import Effect, Remedy, Target
 
@@ -30,6 +32,8 @@ def apply_remedy(remedy: Remedy, target: Target, config: dict[str, Any]) -> Reme
     reason = refusal(remedy, target, full)
     if reason:
         raise GraftError(f"{remedy.slug} cannot be applied: {reason}", layer=target.layer)
+    if remedy.changes_nothing:
+        return _observe(remedy, target, full)
     return _take(remedy, target, lambda: remedy.apply(target, full))
 
 
@@ -40,6 +44,24 @@ def resume_remedy(remedy: Remedy, target: Target, details: dict[str, Any]) -> Re
         KeyError: a setting is missing in ``details``.
     """
     return _take(remedy, target, lambda: remedy.resume(target, details))
+
+
+def _observe(remedy: Remedy, target: Target, config: dict[str, Any]) -> RemedyReceipt:
+    """Without a snapshot: nothing is changed, so there is nothing to take back."""
+    started = time.perf_counter()
+    effect = remedy.apply(target, config)
+    return RemedyReceipt(
+        remedy=remedy.slug,
+        layer=target.layer,
+        step=target.step,
+        details=effect.details,
+        pause_ms=(time.perf_counter() - started) * 1e3,
+        changed_nothing=True,
+        _before=Frozen([]),
+        _after=Frozen([]),
+        _model=target.model,
+        _surroundings=target.surroundings,
+    )
 
 
 def _take(remedy: Remedy, target: Target, act: Callable[[], Effect]) -> RemedyReceipt:

@@ -70,6 +70,9 @@ class Target:
         sample: a batch of the model's inputs, None where there is none.
         states: earlier states of the run that were good, None where none are kept.
         stop: asks the loop to stop.
+        evaluate: measures the held-out loss, NaN where there is none; None: the script has no
+            such function. On several ranks all of them must call it.
+        checkpoint: the script's own function that saves the run; None: there is none.
     """
 
     model: nn.Module
@@ -79,6 +82,8 @@ class Target:
     sample: Batch | None = None
     states: GoodStates | None = None
     stop: Stop = field(default_factory=Stop)
+    evaluate: Callable[[], float] | None = None
+    checkpoint: Callable[[], object] | None = None
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -144,6 +149,11 @@ class Remedy(ABC):
     asks: ClassVar[bool] = False
     scope: ClassVar[str] = "run"
 
+    @property
+    def changes_nothing(self) -> bool:
+        """It measures or saves something; there is nothing to judge and nothing to take back."""
+        return not self.changes_weights and not self.stays
+
     def default_config(self) -> dict[str, Any]:
         return {}
 
@@ -162,6 +172,10 @@ class Remedy(ABC):
     @abstractmethod
     def apply(self, target: Target, config: dict[str, Any]) -> Effect:
         """Does it. The caller restores the run where this raises."""
+
+    def on_agreed(self, target: Target) -> None:
+        """What is done once the remedy is applied on all ranks, and cannot fail on one of them."""
+        return
 
     def resume(self, target: Target, details: dict[str, Any]) -> Effect:
         """In a process that continues the run: what stays in force, without what was done once.
@@ -201,6 +215,12 @@ def check_above_zero(config: dict[str, Any], name: str, *, most: float = math.in
 def no_optimizer(target: Target) -> str:
     """A reason where nothing trains the model."""
     return "" if target.optimizers else "the session was given no optimizer"
+
+
+def no_rate(target: Target) -> str:
+    """A reason where an optimizer has no learning rate."""
+    rateless = [o for o in target.optimizers if any("lr" not in g for g in o.param_groups)]
+    return f"{type(rateless[0]).__name__} has no learning rate" if rateless else ""
 
 
 def not_trained(target: Target) -> str:

@@ -70,6 +70,7 @@ class GoodStates:
         self._candidate: State | None = None
         self._good: deque[State] = deque(maxlen=kept)
         self._next = 0
+        self._sick = False
         self.too_large = False
         self.best: tuple[float, State] | None = None
         self._best_is_new = False  # not on disk yet
@@ -115,7 +116,7 @@ class GoodStates:
 
     def on_step(self, step: int, *, healthy: bool) -> None:
         """Call at each step boundary, and later for steps before :attr:`idle_until`."""
-        self._step = step
+        self._step, self._sick = step, not healthy
         self._write_best()
         if self._start is not None:
             self._stop_waiting()
@@ -125,13 +126,8 @@ class GoodStates:
             return
         candidate = self._candidate
         if candidate is not None and step >= candidate.step + CONFIRMED_STEPS:
-            self._good.append(candidate)
             self._candidate = None
-            if step > START_STEPS:
-                self.forget_start()
-            self._drop_what_exceeds(candidate)
-            if self._folder is not None:
-                self._folder.write(self._model, candidate, [state.step for state in self._good])
+            self._add(candidate)
         if self._candidate is None and step >= self._next:
             began = self._clock()
             self._candidate = self._take(step)
@@ -140,6 +136,30 @@ class GoodStates:
             pays = self._steps_that_pay(seconds, began, step)
             # Doubled, and not measured to the step: several ranks must keep the same steps.
             self._next = step + usual * 2 ** max(0, math.ceil(math.log2(max(1, pays) / usual)))
+
+    @property
+    def why_not(self) -> str:
+        """Why :meth:`keep` would keep nothing; empty: it would."""
+        if self.too_large:
+            return "the model is larger than the memory that good states may take"
+        return "the run is sick, so its state is not a good one" if self._sick else ""
+
+    def keep(self, step: int) -> None:
+        """A person wants the present state: it counts as good at once, unless the run is sick."""
+        state = None if self.why_not else self._take(step)
+        if state is not None:
+            if any(tensor.is_cuda for tensor in self._model.parameters()):
+                torch.cuda.synchronize()  # it is written now, so its copies must have arrived
+            self._add(state)
+
+    def _add(self, state: State) -> None:
+        """A good state, the youngest."""
+        self._good.append(state)
+        if self._step > START_STEPS:
+            self.forget_start()
+        self._drop_what_exceeds(state)
+        if self._folder is not None:
+            self._folder.write(self._model, state, [kept.step for kept in self._good])
 
     def _write_best(self) -> None:
         """Later than it was taken: a copy from a GPU arrives meanwhile."""

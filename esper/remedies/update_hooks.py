@@ -17,6 +17,7 @@ from esper.fail_closed import contained
 
 Optimizer = torch.optim.Optimizer
 Work = Callable[[Optimizer], None]
+Change = Callable[[Any, int], Any]
 
 
 def before_update(optimizers: Sequence[Optimizer], work: Work, unmeasured: str) -> list[Any]:
@@ -76,7 +77,7 @@ def gradients_of(optimizer: Optimizer, only: set[int] | None = None) -> list[Ten
 
 
 def substitute(
-    optimizers: Sequence[Optimizer], key: str, change: Callable[[Any], Any], unmeasured: str
+    optimizers: Sequence[Optimizer], key: str, change: Change, unmeasured: str
 ) -> Callable[[], None]:
     """Replaces one value of each parameter group for the duration of each step.
 
@@ -85,7 +86,7 @@ def substitute(
 
     Args:
         key: of the groups, such as ``"lr"``; a group without it is left alone.
-        change: own value -> value during the step.
+        change: own value, place of the group in its optimizer -> value during the step.
         unmeasured: what is not done where it fails.
 
     Returns:
@@ -104,12 +105,12 @@ class _Substitutes:
     """The values of one optimizer's groups that differ from the user's during a step."""
 
     def __init__(self, optimizer: Optimizer, unmeasured: str) -> None:
-        self._changes: dict[object, tuple[str, Callable[[Any], Any]]] = {}
+        self._changes: dict[object, tuple[str, Change]] = {}
         self._own: list[tuple[dict[str, Any], str, Any, Any]] = []
         before_update([optimizer], self._replace, unmeasured)
         (self._last,) = after_update([optimizer], self._put_back, unmeasured)
 
-    def add(self, key: str, change: Callable[[Any], Any]) -> Callable[[], None]:
+    def add(self, key: str, change: Change) -> Callable[[], None]:
         token = object()
         self._changes[token] = (key, change)
 
@@ -127,10 +128,10 @@ class _Substitutes:
         hooks: Any = optimizer._optimizer_step_post_hooks  # an OrderedDict, declared as a dict
         hooks.move_to_end(self._last.id)
         for key, change in self._changes.values():
-            for group in optimizer.param_groups:
+            for place, group in enumerate(optimizer.param_groups):
                 if key in group:
                     own = group[key]
-                    group[key] = change(own)
+                    group[key] = change(own, place)
                     self._own.append((group, key, own, group[key]))
 
     def _put_back(self, _: Optimizer | None = None) -> None:

@@ -46,6 +46,7 @@ def attach(
     scaler: Any = None,
     slots: Literal["auto"] | Iterable[str] = "auto",
     evaluate: Callable[[], float | None] | None = None,
+    checkpoint: Callable[[], object] | None = None,
     target_steps: int | None = None,
     safety_policy: SafetyPolicy | None = None,
     copies: Any = None,
@@ -77,6 +78,9 @@ def attach(
         scaler: the ``GradScaler``, where there is one; else it is noticed at the first steps.
         slots: layers that may be grafted, ``"auto"`` for all that can be.
         evaluate: held-out loss on always the same data, lower is better; it judges grafts.
+        checkpoint: saves the run, when a person asks for the remedy ``checkpoint_now``; called
+            between two steps. What it returns, such as a path, is shown. On several ranks each
+            calls it.
         target_steps: how many steps are planned, for the progress shown.
         safety_policy: local mode: thresholds of the gates. A server brings its own.
         copies: one or several running averages of the model, such as torch's ``AveragedModel``.
@@ -108,7 +112,7 @@ def attach(
     takes_no_graft = _why_no_graft(wrapper)
     names = () if takes_no_graft else _slot_names(bare, slots)
     periods = periods_of(sampling)
-    _check(run, target_steps, evaluate)
+    _check(run, target_steps, evaluate, checkpoint)
     snapshot_bytes = snapshot_limit(snapshot_memory)
     followers = _several(copies)
     for copied in followers:
@@ -117,7 +121,7 @@ def attach(
     replicas = _ranks_of(wrapper, bare)
     if replicas is not None:
         arguments = [run, run_mode, names, evaluate is not None, len(optimizers), len(followers)]
-        arguments += [periods]
+        arguments += [periods, checkpoint is not None]
         replicas.meet(Call.ATTACH, 0, key=f"{arguments} {replicas.checksum()}")
     older = _older_session(bare)
     if run_mode is not RunMode.OBSERVE:  # there, a graft by hand gets its slot when it comes
@@ -139,6 +143,7 @@ def attach(
             mode=run_mode,
             slots=names,
             evaluate=evaluate,
+            checkpoint=checkpoint,
             target_steps=target_steps,
             safety_policy=safety_policy or SafetyPolicy(),
             pace=Pace(),
@@ -303,10 +308,12 @@ def _takes_slot(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _check(run: str, target_steps: int | None, evaluate: object) -> None:
+def _check(run: str, target_steps: int | None, evaluate: object, checkpoint: object) -> None:
     if not 0 < len(run) <= MAX_NAME_LENGTH:
         raise ConfigurationError(f"run must be a name of 1 to {MAX_NAME_LENGTH} characters")
     if target_steps is not None and target_steps <= 0:
         raise ConfigurationError(f"target_steps must be above 0, got {target_steps}")
     if evaluate is not None and not callable(evaluate):
         raise ConfigurationError("evaluate must be a function that returns the held-out loss")
+    if checkpoint is not None and not callable(checkpoint):
+        raise ConfigurationError("checkpoint must be a function that saves the run")

@@ -25,6 +25,7 @@ class Changes:
     Attributes:
         adaptations: every graft of this session, oldest first.
         remedies: those that are in effect, oldest first.
+        observed: ids at the server of remedies that have changed nothing.
         shortened: (snapshots kept, bytes of the last one), where the limit allowed fewer than
             :data:`SNAPSHOTS_KEPT`; None otherwise.
 
@@ -37,6 +38,7 @@ class Changes:
         self._snapshot_limit = snapshot_limit
         self.adaptations: list[Adaptation] = []
         self.remedies: list[RemedyReceipt] = []
+        self.observed: set[str] = set()
         self._history: list[Adaptation | RemedyReceipt] = []  # in effect, as they came
 
     # -- reading -------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ class CommandHandler:
             reason = "it expired before a step boundary came"
             return Answer(refused(command, RefusalCode.EXPIRED, reason))
         if self._remedies is None:
-            reason = "this run trains on several ranks: call session.remedy on each of them"
+            reason = "the parameters are spread over several ranks, where no remedy is applied"
             return Answer(refused(command, RefusalCode.DOES_NOT_FIT, reason))
         payload = command.payload
         try:
@@ -293,7 +293,8 @@ class CommandHandler:
     def _keep(self, command: Command) -> CommandAck:
         adaptation = self._surgery.changes.find(command.adaptation)
         remedy = self._surgery.changes.find_remedy(command.adaptation)
-        if adaptation is None and remedy is None:
+        observed = command.adaptation in self._surgery.changes.observed
+        if adaptation is None and remedy is None and not observed:
             return _not_grafted(command)
         if adaptation is not None:
             self._surgery.keep(adaptation)
@@ -303,6 +304,10 @@ class CommandHandler:
         remedy = self._surgery.changes.find_remedy(command.adaptation)
         if remedy is not None:
             return self._take_back(command, remedy)
+        if command.adaptation in self._surgery.changes.observed:
+            note = "it has changed nothing"
+            ack = CommandAck(seq=command.seq, state=CommandState.APPLIED, reason=note)
+            return Answer(ack)
         adaptation = self._surgery.changes.find(command.adaptation)
         if adaptation is None:
             return Answer(_not_grafted(command))

@@ -61,7 +61,7 @@ class DiagnosisWatch:
         self.rank_digests: tuple[float, ...] = ()
         self.diagnosis = Diagnosis()
         self._optimizers = surroundings.optimizers
-        self._layers: tuple[str, ...] = ()
+        self._layers: tuple[LayerInfo, ...] = ()
         self._frames: deque[HealthFrame] = deque(maxlen=MAX_FRAMES)
         self._held_out: deque[tuple[int, float]] = deque(maxlen=HELD_OUT_KEPT)
         self._rates: deque[tuple[int, float]] = deque(maxlen=RATES_KEPT)
@@ -72,7 +72,7 @@ class DiagnosisWatch:
 
     def open(self, layers: tuple[LayerInfo, ...]) -> None:
         """The first step is over, so the layers are known."""
-        self._layers = tuple(layer.name for layer in layers if layer.in_shape)
+        self._layers = tuple(layer for layer in layers if layer.in_shape)
 
     def on_step(
         self, loss: float | None, frame: HealthFrame | None, metrics: Mapping[str, float]
@@ -188,7 +188,8 @@ class DiagnosisWatch:
         still = dict.fromkeys(name.rpartition(".")[0] for name in frozen)
         return Observation(
             step=run.step,
-            layers=self._layers,
+            layers=tuple(layer.name for layer in self._layers),
+            infos=self._layers,
             frames=tuple(self._frames),
             loss_steps=np.array([step for step, _ in losses], dtype=np.int64),
             losses=np.array([loss for _, loss in losses], dtype=np.float64),

@@ -61,6 +61,7 @@ class Evaluations:
         self._ranks = ranks
         self._next_step = _SHORTEST_GAP_STEPS
         self._next_time = 0.0
+        self._asked: float | None = None  # was measured between two steps, and is not reported yet
 
     @property
     def due(self) -> bool:
@@ -81,6 +82,9 @@ class Evaluations:
         """On the process that decides: measure what is due, into ``metrics``."""
         if self._evaluate is None:
             return
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            metrics["eval_loss"] = asked
         for entry in self._surgery.changes.due_for_look(self._run.step, self._run.policy):
             self._ranks.order(Order.evaluate(entry.uid))
             look = self.look(entry)
@@ -98,6 +102,16 @@ class Evaluations:
         loss = self._ranks.mean(self._timed_loss)
         if self._surgery.states is not None:
             self._surgery.states.note_held_out(self._run.step, loss)
+        return loss
+
+    @property
+    def on_request(self) -> Callable[[], float] | None:
+        """Measures the held-out loss now, for a person; None: the script has no such function."""
+        return None if self._evaluate is None else self._measure_now
+
+    def _measure_now(self) -> float:
+        loss = self.due_loss()
+        self._asked = None if math.isnan(loss) else loss
         return loss
 
     def look(self, adaptation: Adaptation) -> Look:

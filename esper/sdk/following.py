@@ -58,6 +58,17 @@ class Follower:
             return partial(self._surgery.apply, operation)
         if order.kind == "evaluate" and not order.adaptation:
             return self._evaluations.due_loss
+        if order.kind == "remedy":
+            return partial(
+                self._surgery.remedy_for_server,
+                order.adaptation,
+                order.remedy,
+                order.layer,
+                None,
+                order.config,
+            )
+        if order.kind == "take back":
+            return self._taking_back(order)
         adaptation = self._surgery.changes.find(order.adaptation)
         if adaptation is None:
             raise UndoError(
@@ -67,3 +78,11 @@ class Follower:
             return partial(self._evaluations.look, adaptation)
         state = AdaptationState(order.state)
         return partial(self._surgery.take_out, adaptation, hard=order.hard, state=state)
+
+    def _taking_back(self, order: Order) -> Callable[[], object]:
+        receipt = self._surgery.changes.find_remedy(order.adaptation)
+        if receipt is None:
+            raise UndoError(
+                f"this rank does not have the remedy of {order.adaptation!r}", layer=order.layer
+            )
+        return partial(self._surgery.take_back_for_server, receipt, hard=order.hard)

@@ -31,11 +31,12 @@ COMPARED_EVERY = 500
 class Order:
     """What rank 0 does at this moment; the other ranks do the same."""
 
-    kind: str  # "graft", "undo", "evaluate" or "stop"
+    kind: str  # "graft", "undo", "evaluate", "remedy", "take back" or "stop"
     adaptation: str = ""
     layer: str = ""
     since: str = ""
     blueprint: str = ""
+    remedy: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     hard: bool = False
@@ -57,6 +58,16 @@ class Order:
     @classmethod
     def undo(cls, adaptation: str, *, hard: bool, state: str) -> Order:
         return cls("undo", adaptation=adaptation, hard=hard, state=str(state))
+
+    @classmethod
+    def of_remedy(cls, slug: str, layer: str, config: dict[str, Any], adaptation: str) -> Order:
+        """A remedy of the server."""
+        return cls("remedy", adaptation=adaptation, layer=layer, remedy=slug, config=config)
+
+    @classmethod
+    def take_back(cls, adaptation: str, *, hard: bool) -> Order:
+        """A remedy of the server is undone, or ended."""
+        return cls("take back", adaptation=adaptation, hard=hard)
 
     @classmethod
     def evaluate(cls, without: str = "") -> Order:

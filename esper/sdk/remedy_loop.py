@@ -11,8 +11,8 @@
 
 Against loops of restoring: by rule, one remedy answers one kind of finding at most twice, the
 second time with a stronger dose; the pause between two remedies doubles; and a run has a budget.
-Then a person is asked. On several ranks rank 0 proposes, because a script applies a remedy there by
-calling session.remedy on each rank.
+Then a person is asked. On several ranks rank 0 proposes: a server's command is applied on all of
+them, and without a server the script calls session.remedy on each.
 """
 
 from __future__ import annotations
@@ -226,6 +226,11 @@ class RemedyLoop:
         self._case_of(proposal.finding).rejected.add(proposal.remedy)
 
     @property
+    def _applies(self) -> bool:
+        """A remedy is applied here, on all ranks; otherwise the script must do it."""
+        return self._alone or self._proposer is not None
+
+    @property
     def waits(self) -> bool:
         """Its proposals can be approved here; otherwise they say what would be done."""
         return self._alone and self._run.mode is not RunMode.OBSERVE
@@ -254,7 +259,9 @@ class RemedyLoop:
     def has_inputs_for(self, slug: str) -> bool:
         """False: it needs a batch of the model's inputs, taken in the next forward pass."""
         known = {remedy.slug: remedy for remedy in list_remedies()}
-        return slug not in known or not known[slug].needs_sample or self._sample.ready()
+        if slug not in known or not known[slug].needs_sample or not self._alone:
+            return True
+        return self._sample.ready()
 
     def apply_for_server(
         self, adaptation: str, *, remedy: str, layer: str, config: dict[str, Any], finding: str
@@ -270,8 +277,8 @@ class RemedyLoop:
         """
         for entry in [entry for entry in self.proposals if entry.finding == finding]:
             self._forget(entry)
-        receipt = self._surgery.remedy(
-            remedy, layer, self._sample.batch, config, adaptation=adaptation
+        receipt = self._surgery.remedy_for_server(
+            adaptation, remedy, layer, self._sample.batch, config
         )
         found = next((f for f in self._diagnosis.diagnosis.open if f.rule.slug == finding), None)
         evidence = None if found is None else found.evidence
@@ -288,6 +295,13 @@ class RemedyLoop:
             )
         )
         return receipt
+
+    def result_of(self, adaptation: str) -> tuple[str, bool]:
+        """(slug of the rule whose finding a remedy of the server answers, it is kept)."""
+        known = [entry for entry in self.treatments if entry.adaptation == adaptation]
+        if not known:  # of a checkpoint, which has those that are not judged yet
+            return "", True
+        return known[-1].finding, known[-1].ended.startswith("kept")
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The server's remedies whose result is not known yet, for a checkpoint."""
@@ -400,13 +414,16 @@ class RemedyLoop:
     def _next(self, found: Diagnosed, case: _Case) -> RemedyProposal | None:
         """The first remedy of the finding's rule that fits here."""
         # A run that only observes installs nothing in the model.
-        observes = self._run.mode is RunMode.OBSERVE or not self._alone
+        observes = self._run.mode is RunMode.OBSERVE or not self._applies
         for slug in self._order(found):
             if slug in case.rejected | case.failed:
                 continue
             remedy, given = get_remedy(slug), case.given.get(slug, 0)
             layer = found.evidence.began_at if remedy.scope == "layer" else ""
             config = self._dose(slug, found, given)
+            if remedy.needs_sample and self._applies and not self._alone:
+                case.refused[slug] = "it needs a batch of inputs, the same on all ranks"
+                continue
             if not observes:
                 if remedy.needs_sample and not self._sample.ready():
                     return None  # it is taken in the next forward pass
@@ -499,7 +516,7 @@ class RemedyLoop:
     def _asks(self, remedy: Remedy, given: int) -> str:
         if self._run.mode is RunMode.OBSERVE:
             return _OBSERVES
-        if not self._alone:
+        if not self._applies:
             return "on several ranks, call session.remedy with these settings on each of them"
         if self._proposer is not None:
             return ""  # the server asks
@@ -560,12 +577,15 @@ class RemedyLoop:
 
     def _was_taken_back(self, treatment: Treatment) -> bool:
         """By the server, the script or with an older change."""
-        in_effect = self._surgery.changes.remedies
-        by_server = bool(treatment.adaptation) and treatment.receipt is not None
-        return by_server and treatment.receipt not in in_effect
+        receipt = treatment.receipt
+        if not treatment.adaptation or receipt is None or receipt.changed_nothing:
+            return False
+        return receipt not in self._surgery.changes.remedies
 
     def _judge_asked_for(self, treatment: Treatment, open_: dict[str, Diagnosed]) -> None:
         """A person's own remedy has no finding: it must not be followed by one."""
+        if treatment.receipt is not None and treatment.receipt.changed_nothing:
+            return self._keep(treatment, "it changes nothing")
         serious = (Severity.SERIOUS, Severity.CRITICAL)
         new = [
             found.rule.slug

@@ -13,6 +13,8 @@ import torch
 
 from esper.compilation import capability
 from esper.contracts import AdaptationState, HealthFrame, LayerInfo, protocol
+from esper.grafting import RemedyReceipt
+from esper.remedies import get_remedy
 from esper.sdk.announcing import Announcer
 from esper.sdk.command_handler import CommandHandler
 from esper.sdk.idle_steps import IdleStep
@@ -53,6 +55,7 @@ class ServerLink:
         self._queues = queues
         self._surgery = surgery
         self._run = run
+        self._remedies = remedies
         veto = LocalVeto(run.mode, code_key=code_key())
         self._handler = CommandHandler(surgery, veto, queues, remedies)
         self._transport = Transport(
@@ -148,6 +151,7 @@ class ServerLink:
                 step=entry.step,
                 merged=entry.merged,
                 kept=entry.state is AdaptationState.KEPT,
+                since=entry.since,
             )
             for entry in self._surgery.changes.grafted
             if not entry.local
@@ -156,9 +160,23 @@ class ServerLink:
     def _held_remedies(self) -> tuple[protocol.HeldRemedy, ...]:
         """The server's remedies that are in effect."""
         return tuple(
-            protocol.HeldRemedy(adaptation=receipt.adaptation, step=receipt.step)
-            for receipt in self._surgery.changes.remedies
-            if receipt.adaptation
+            self._held(receipt) for receipt in self._surgery.changes.remedies if receipt.adaptation
+        )
+
+    def _held(self, receipt: RemedyReceipt) -> protocol.HeldRemedy:
+        settings = get_remedy(receipt.remedy).default_config()
+        config = {name: receipt.details[name] for name in settings if name in receipt.details}
+        finding, kept = "", False
+        if self._remedies is not None:
+            finding, kept = self._remedies.result_of(receipt.adaptation)
+        return protocol.HeldRemedy(
+            adaptation=receipt.adaptation,
+            step=receipt.step,
+            remedy=receipt.remedy,
+            layer=receipt.layer,
+            config=config,
+            finding=finding,
+            kept=kept,
         )
 
 

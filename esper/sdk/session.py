@@ -110,6 +110,7 @@ class Setup:
     mode: RunMode
     slots: tuple[str, ...]
     evaluate: Callable[[], float | None] | None
+    checkpoint: Callable[[], object] | None
     target_steps: int | None
     safety_policy: SafetyPolicy
     pace: Pace
@@ -166,6 +167,7 @@ class Session:
             findings=self._findings,
             snapshot_limit=setup.snapshot_limit,
             state_folder=setup.good_states,
+            checkpoint=setup.checkpoint,
             reports=SurgeryReports(self._queues, self._announcer),
         )
         self._loads = LoadedStates(model, self._surgery)
@@ -175,8 +177,8 @@ class Session:
         self._evaluations = Evaluations(
             setup.evaluate, self._surgery, self._run, self._ranks, watched
         )
+        self._surgery.evaluate = self._evaluations.on_request
         self._follower = Follower(self._ranks, self._surgery, self._evaluations)
-        proposes = self._queues if self._ranks.alone else None
         self._remedies = (
             RemedyLoop(
                 model,
@@ -185,7 +187,7 @@ class Session:
                 self._diagnosis,
                 self._announcer,
                 alone=self._ranks.alone,
-                proposer=RemedyProposer(proposes) if proposes is not None else None,
+                proposer=RemedyProposer(self._queues) if self._queues is not None else None,
             )
             if self._diagnosis is not None
             else None
@@ -199,7 +201,7 @@ class Session:
                 self._run,
                 setup.pace,
                 self._announcer,
-                self._remedies if self._ranks.alone else None,
+                self._remedies,
             )
             if self._queues is not None
             else None

@@ -41,7 +41,16 @@ from esper.grafting.slot import find_host, slot_of
 from esper.grafting.state_dicts import Difference
 from esper.health import HealthSampler
 from esper.health.sharded import ShardedSampler
-from esper.remedies import Batch, GoodStates, Stop, Target, apply_remedy, get_remedy, refusal
+from esper.remedies import (
+    Batch,
+    GoodStates,
+    Remedy,
+    Stop,
+    Target,
+    apply_remedy,
+    get_remedy,
+    refusal,
+)
 from esper.remedies.state_folder import StateFolder
 from esper.sdk import checkpoint, framework_loads
 from esper.sdk.adaptation import Adaptation, Operation
@@ -71,12 +80,14 @@ class Surgery:
         surroundings: optimizers, schedulers and copies, which must follow each change.
         snapshot_limit: bytes that the snapshots may take together.
         state_folder: where good states are kept on disk too.
+        checkpoint: the script's own function that saves the run; None: there is none.
 
     Attributes:
         changes: what is in the model.
         sampler: measures the model's health; None before the first complete step.
         states: earlier good states to rewind to; None in a run that only observes.
         stop: whether the loop is asked to stop.
+        evaluate: measures the held-out loss on all ranks; None: the script cannot.
     """
 
     def __init__(
@@ -92,6 +103,7 @@ class Surgery:
         findings: Findings,
         snapshot_limit: int,
         state_folder: Path | None = None,
+        checkpoint: Callable[[], object] | None = None,
     ) -> None:
         self.model = model
         self.copies = Copies(model, surroundings.copies)
@@ -112,6 +124,8 @@ class Surgery:
         rewinds = run.mode is not RunMode.OBSERVE and not surroundings.why_no_remedy()
         self.states = self._good_states(state_folder) if rewinds else None
         self.stop = Stop()
+        self._checkpoint = checkpoint
+        self.evaluate: Callable[[], float] | None = None
 
     def _good_states(self, folder: Path | None) -> GoodStates:
         optimizers = self._surroundings.optimizers
@@ -260,6 +274,8 @@ class Surgery:
 
     def undo(self, receipt: Receipt | RemedyReceipt, *, hard: bool) -> UndoReceipt:
         """A script undoes; see :meth:`Session.undo`."""
+        if isinstance(receipt, RemedyReceipt) and receipt.changed_nothing:
+            return receipt.undo(hard)
         if isinstance(receipt, RemedyReceipt):
             return self._undo_remedy(receipt) if hard else self._end_remedy(receipt)
         if not hard and self.changes.left_by_load(receipt):  # what is wanted has happened
@@ -282,22 +298,43 @@ class Surgery:
 
     # -- remedies ------------------------------------------------------------------------------
 
-    def remedy(
-        self, slug: str, layer: str, sample: Any, config: dict[str, Any], *, adaptation: str = ""
+    def remedy(self, slug: str, layer: str, sample: Any, config: dict[str, Any]) -> RemedyReceipt:
+        """See :meth:`Session.remedy`; on several ranks the script calls it on each."""
+        found = get_remedy(slug)
+        self._meet(Call.REMEDY, slug, layer, config)
+        return self._of_catalogue(found, layer, sample, config)
+
+    def remedy_for_server(
+        self, adaptation: str, slug: str, layer: str, sample: Any, config: dict[str, Any]
     ) -> RemedyReceipt:
-        """See :meth:`Session.remedy`.
+        """As the server ordered; rank 0 tells the other ranks.
 
         Args:
-            adaptation: its uid at the server, where that has ordered it.
+            adaptation: its uid at the server.
+
+        Raises:
+            The errors of :meth:`Session.remedy`.
         """
         found = get_remedy(slug)
+        if found.needs_sample and not self._ranks.alone:
+            raise GraftError(
+                f"{slug} needs a batch of inputs, which must be the same on all ranks: call "
+                "session.remedy(…, sample=…) on each of them",
+                layer=layer,
+            )
+        self._ranks.order(Order.of_remedy(slug, layer, config, adaptation))
+        return self._of_catalogue(found, layer, sample, config, adaptation)
 
+    def _of_catalogue(
+        self, found: Remedy, layer: str, sample: Any, config: dict[str, Any], adaptation: str = ""
+    ) -> RemedyReceipt:
         def act(surroundings: Surroundings, step: int) -> RemedyReceipt:
             receipt = apply_remedy(found, self._target(layer, sample), config)
             receipt.adaptation = adaptation
             return receipt
 
-        receipt = self._remedy(act, slug, layer, config)
+        receipt = self._remedy(act, layer, changes_nothing=found.changes_nothing)
+        found.on_agreed(self._target(layer, None))
         if found.begins_anew and self.states is not None:
             self.states.begin_anew()
         return receipt
@@ -309,11 +346,22 @@ class Surgery:
 
     def _target(self, layer: str, sample: Any) -> Target:
         around, step = self._without_copies, self._run.step
-        return Target(self.model, around, layer, step, Batch.of(sample), self.states, self.stop)
+        return Target(
+            self.model,
+            around,
+            layer,
+            step,
+            Batch.of(sample),
+            self.states,
+            self.stop,
+            self.evaluate,
+            self._checkpoint,
+        )
 
     def freeze(self, layer: str) -> RemedyReceipt:
         """See :meth:`Session.freeze`."""
-        return self._remedy(partial(remedies.freeze, self.model, layer), "freeze", layer)
+        self._meet(Call.REMEDY, "freeze", layer)
+        return self._remedy(partial(remedies.freeze, self.model, layer), layer)
 
     def merge(self, receipt: Receipt) -> RemedyReceipt:
         """See :meth:`Session.merge`."""
@@ -325,20 +373,21 @@ class Surgery:
                 raise ConfigurationError("only a kept graft is merged; this one is on probation")
             return remedies.merge(self.model, receipt, **around)
 
-        return self._remedy(merge, "merge", adaptation.uid, merged=adaptation)
+        self._meet(Call.REMEDY, "merge", adaptation.uid)
+        return self._remedy(merge, adaptation.layer, merged=adaptation)
 
     def _remedy(
         self,
         act: Callable[..., RemedyReceipt],
-        name: str,
-        *arguments: object,
+        layer: str,
+        *,
         merged: Adaptation | None = None,
+        changes_nothing: bool = False,
     ) -> RemedyReceipt:
         """On all ranks, or on none; ``merged`` is the adaptation that it folds into its host."""
-        self._meet(Call.REMEDY, name, *arguments)
         reason = self._surroundings.why_no_remedy()
-        if reason:
-            raise GraftError(reason, layer=str(arguments[0]))
+        if reason and not changes_nothing:
+            raise GraftError(reason, layer=layer)
         started = time.perf_counter()
         with jointly(self._surroundings.replicas) as joint:
             receipt = act(surroundings=self._without_copies, step=self._run.step)
@@ -349,9 +398,12 @@ class Surgery:
                     receipt.undo_here()
                     receipt.end()
                 raise
-        self.changes.add_remedy(receipt, merged)
-        self._say_what_can_be_undone()
-        self._follow_up()
+        if receipt.changed_nothing:
+            self.changes.observed |= {receipt.adaptation} - {""}
+        else:
+            self.changes.add_remedy(receipt, merged)
+            self._say_what_can_be_undone()
+            self._follow_up()
         receipt.pause_ms = (time.perf_counter() - started) * 1e3  # all that the loop waited for
         self._reports.remedy(receipt, merged)
         return receipt
@@ -361,7 +413,8 @@ class Surgery:
     ) -> UndoReceipt:
         """Brings back the state before it; remedies that came later go with it."""
         before = tuple(self.changes.remedies)
-        self._meet(Call.UNDO, self.changes.place_of(receipt))
+        if ordered is None:
+            self._meet(Call.UNDO, self.changes.place_of(receipt))
         if receipt not in self.changes.remedies:
             raise UndoError("this remedy is not in effect any more", layer=receipt.layer)
         report = receipt.undo()
@@ -376,7 +429,8 @@ class Surgery:
     ) -> UndoReceipt:
         """Ends what it does in each step; everything that came later stays."""
         before = tuple(self.changes.remedies)
-        self._meet(Call.UNDO, self.changes.place_of(receipt), "soft")
+        if ordered is None:
+            self._meet(Call.UNDO, self.changes.place_of(receipt), "soft")
         if receipt not in self.changes.remedies:
             raise UndoError("this remedy is not in effect any more", layer=receipt.layer)
         report = receipt.undo(hard=False)
@@ -390,6 +444,7 @@ class Surgery:
         A remedy that has changed the run once has nothing to end, and what stays of a new start
         fits its weights: it ends with them alone.
         """
+        self._ranks.order(Order.take_back(receipt.adaptation, hard=hard))
         if hard:
             return self._undo_remedy(receipt, ordered=receipt)
         if receipt.in_force and not get_remedy(receipt.remedy).begins_anew:

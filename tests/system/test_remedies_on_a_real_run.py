@@ -23,8 +23,15 @@ torch.manual_seed(0); torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 rule = torch.randn(8, 1)
+held_out = torch.randn(64, 8)
 well = pathlib.Path("well")
-with esper.attach(model, optimizer, run="sick", mode="supervised", verbose=False) as session:
+def evaluate():
+    return torch.nn.functional.mse_loss(model(held_out), held_out @ rule).item()
+def checkpoint():
+    torch.save(model.state_dict(), "model.pt")
+    return "model.pt"
+options = {"mode": "supervised", "verbose": False, "evaluate": evaluate, "checkpoint": checkpoint}
+with esper.attach(model, optimizer, run="sick", **options) as session:
     for step in range(10**9):
         x = torch.randn(64, 8)
         loss = torch.nn.functional.mse_loss(model(x), x @ rule)
@@ -68,6 +75,19 @@ def answer(plant: Plant, uid: str, act: str, **body: Any) -> None:
     assert done.status_code == 200, done.text
 
 
+def ask(plant: Plant, remedy: str, **config: Any) -> str:
+    body = {"remedy": remedy, "config": config}
+    asked = plant.call("olga", "POST", f"runs/{plant.run}/ask-for-remedy", json=body)
+    assert asked.status_code == 201, asked.text
+    return str(asked.json()["uid"])
+
+
+def shown_when(plant: Plant, uid: str, *states: str) -> dict[str, Any]:
+    until(state_is(plant, uid, *states), f"{uid} is {states}")
+    shown: dict[str, Any] = plant.call("olga", "GET", f"adaptations/{uid}").json()
+    return shown
+
+
 def state_is(plant: Plant, uid: str, *states: str) -> Callable[[], bool]:
     return lambda: plant.state(uid) in states
 
@@ -100,10 +120,19 @@ def test_a_sick_run_is_rewound_after_an_approval_and_a_change_is_taken_back(sick
     assert detail["undo_exact"] in (True, None)  # None: it was kept before the request arrived
     assert detail["undo_exact"] or detail["state"] == "reverted"
 
+    # People measure, save, and set a rate by its value.
+    measured = shown_when(sick, ask(sick, "evaluate_now"), "kept")
+    assert 0 <= measured["details"]["held_out_loss"] < 100
+    saved = shown_when(sick, ask(sick, "checkpoint_now"), "kept")
+    assert saved["details"]["checkpoint"] == "model.pt"
+    assert (sick.folder / "model.pt").exists()
+    held = ask(sick, "hold_lr", value=3e-3)
+    assert shown_when(sick, held, "probation", "kept")["details"]["value"] == 3e-3
+
     # What does not fit ends with the trainer's sentence.
-    body = {"remedy": "restore_best"}
+    body = {"remedy": "adopt"}
     refused = sick.call("olga", "POST", f"runs/{sick.run}/ask-for-remedy", json=body).json()["uid"]
     until(state_is(sick, refused, "not_applied"), "refused")
     reason = sick.call("olga", "GET", f"adaptations/{refused}").json()["end_reason"]
-    assert "no held-out loss has been measured" in reason
+    assert "the optimizers hold every trainable tensor" in reason
     assert sick.call("ada", "GET", "audit/verify").json()["verified"]

@@ -37,6 +37,7 @@ from esper.contracts import (
     AdaptationState,
     CommandKind,
     CommandState,
+    RunMode,
     Severity,
     Signal,
 )
@@ -88,8 +89,10 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
         }
 
     def ask() -> dict[str, Any]:
+        may_change = run.mode != RunMode.OBSERVE
+        offered = KnownRemedy.objects.filter(present=True)
         return {
-            "known": KnownRemedy.objects.filter(present=True),
+            "known": [known for known in offered if known.changes_nothing or may_change],
             "may_ask": may(user, Act.PROPOSE_REMEDY, owner_id=run.owner_id),
             "may_approve": may(user, Act.APPROVE, owner_id=run.owner_id),
         }

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 
-from esper.contracts import Severity
+from esper.contracts import LayerInfo, Severity
+from esper.contracts.spans import hidden_layers
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import Observation, TensorFacts, Unknown
+from esper.diagnosis.observation import Observation, Unknown
 
 WINDOW = 1_000
 FALL = 0.25
@@ -16,18 +16,27 @@ EVALUATIONS = 6
 GAP = 0.5
 LEARNED = 0.98
 LEFT = 0.02
+NOISE = 2.0
 NARROW = 0.5
+BLOCK = 1.0
 DECAYED = 0.5
+# Without a held-out loss.
+ALONE_FALL = 0.1
+ALONE_WINDOWS = 3
+ALONE_NARROW = 0.5
 
 
 class Capacity(Rule):
-    """Training and held-out loss are stuck together, and a hidden layer is a strict bottleneck."""
+    """The losses are stuck, and a hidden layer is a strict bottleneck."""
 
     slug = "capacity"
     title = "Too little capacity"
     symptom = (
-        "Training loss and held-out loss stay high together, and a hidden layer has at most half "
-        "as many units as the layers on both sides of it."
+        "Training loss and held-out loss stay high together, and a hidden layer, between two "
+        "linear layers or two convolutions, has at most half as many units or channels as come in "
+        "before it and go out behind it; in the feed-forward part of a block, at most as many. "
+        "Without a held-out loss the training loss must stay flatter for longer, and the layer "
+        "must be half as wide as that."
     )
     thresholds = (
         Threshold("steps", WINDOW, "steps", "chosen: shorter flat stretches end by themselves"),
@@ -35,7 +44,11 @@ class Capacity(Rule):
         Threshold("fall of the held-out loss", HELD_OUT_FALL, "share", "chosen"),
         Threshold("held-out above training loss", GAP, "share", "above it, it is over-fitting"),
         Threshold("loss / first loss, at least", LEFT, "ratio", "chosen: little is left to gain"),
+        Threshold("loss / its deviation between steps", NOISE, "ratio", "chosen: below is noise"),
         Threshold("hidden units / narrower neighbour", NARROW, "ratio", "chosen"),
+        Threshold("hidden units / width of a block", BLOCK, "ratio", "usual: 4, Vaswani 2017"),
+        Threshold("fall without a held-out loss", ALONE_FALL, "share", "chosen"),
+        Threshold("steps without a held-out loss", ALONE_WINDOWS * WINDOW, "steps", "chosen"),
     )
     severity = Severity.CAUTION
     false_alarm = "A code that is narrow on purpose, or labels that no model could predict."
@@ -54,73 +67,90 @@ class Capacity(Rule):
     )  # fmt: skip
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
-        first, last, units = bottleneck(observation)
-        if not units:
+        narrowest = bottleneck(observation)
+        if narrowest is None:
             return None
-        fall, level = self._training(observation)
-        held_fall, held = self._held_out(observation)
+        first, last, share = narrowest
+        alone = not observation.held_out
+        if alone and share > ALONE_NARROW:
+            return None
+        fall, level = self._training(observation, ALONE_WINDOWS if alone else 2)
         start = observation.first_training_loss
-        if not LEFT * start < level < LEARNED * start or held > (1 + GAP) * level:
+        if not LEFT * start < level < LEARNED * start or fall > (ALONE_FALL if alone else FALL):
             return None
-        if fall > FALL or held_fall > HELD_OUT_FALL:
+        held = "no held-out loss is measured" if alone else self._held_out(observation, level)
+        if not held:
             return None
+        units = first.features_out
         return Evidence(
-            observed=f"in {WINDOW} steps the training loss fell by {fall:.1%} to {level:.4g} and "
-            f"the held-out loss by {held_fall:.1%} to {held:.4g}; between {first} and {last} are "
-            f"only {units} units",
-            limit=f"a fall above {FALL:.0%} and {HELD_OUT_FALL:.0%}, or a wider hidden layer",
+            observed=f"in {WINDOW} steps the training loss fell by {fall:.1%} to {level:.4g}, and "
+            f"{held}; between {first.name} and {last.name} are only {units} units",
+            limit=f"a fall above {ALONE_FALL if alone else FALL:.0%}, or a wider hidden layer",
             signal="loss",
             value=fall,
-            began_at=last,
+            began_at=last.name,
             since_step=max(1, observation.step - WINDOW),
         )
 
-    def _training(self, observation: Observation) -> tuple[float, float]:
-        """(fall over the window, level now)."""
+    def _training(self, observation: Observation, windows: int) -> tuple[float, float]:
+        """(fall over the window, level now); a level in the noise counts as none."""
         steps, losses = observation.finite_losses()
-        if int(steps[-1] - steps[0]) < 2 * WINDOW:
-            raise Unknown(f"fewer than {2 * WINDOW} steps")
+        if int(steps[-1] - steps[0]) < windows * WINDOW:
+            raise Unknown(f"fewer than {windows * WINDOW} steps")
         if observation.is_warming_up or observation.rate_share < DECAYED:
             raise Unknown("the schedule changes the learning rate, and the loss with it")
         now = losses[steps > steps[-1] - WINDOW // 4]
         before = losses[(steps <= steps[-1] - WINDOW) & (steps > steps[-1] - WINDOW * 5 // 4)]
         if not len(before):
             raise Unknown("the losses of the window are not kept")
-        return _fall(float(np.mean(before)), float(np.mean(now))), float(np.mean(now))
+        level = float(np.mean(now))
+        above_noise = level > NOISE * float(np.std(now))
+        return _fall(float(np.mean(before)), level), level if above_noise else 0.0
 
-    def _held_out(self, observation: Observation) -> tuple[float, float]:
+    def _held_out(self, observation: Observation, level: float) -> str:
+        """What the held-out loss says; empty where it is not stuck beside the training loss."""
         known = [(s, loss) for s, loss in observation.held_out if math.isfinite(loss)]
         now = [loss for s, loss in known if s > observation.step - WINDOW // 2]
         before = [loss for s, loss in known if s <= observation.step - WINDOW // 2]
         if len(known) < EVALUATIONS or not now or not before:
-            raise Unknown("too few held-out losses; pass evaluate= to attach")
-        return _fall(min(before), min(now)), float(np.median(now))
+            raise Unknown("too few held-out losses yet")
+        fall, held = _fall(min(before), min(now)), float(np.median(now))
+        if fall > HELD_OUT_FALL or held > (1 + GAP) * level:
+            return ""
+        return f"the held-out loss by {fall:.1%} to {held:.4g}"
 
 
-def bottleneck(observation: Observation) -> tuple[str, str, int]:
-    """(layer before, layer behind, units) of the narrowest hidden layer; 0 units: none is narrow.
+def bottleneck(observation: Observation) -> tuple[LayerInfo, LayerInfo, float] | None:
+    """(layer before, layer behind, units / the most that is narrow) of the narrowest hidden layer.
+
+    None: no hidden layer is narrow, or it is so on purpose: the code of an autoencoder, and the
+    adapter of a model most of which is frozen.
 
     Raises:
-        Unknown: the shapes of the weights were not read.
+        Unknown: the layers were not seen to run.
     """
-    matrices = _linear(observation)
-    if not matrices:
-        raise Unknown("no linear layer was seen before the first update")
-    found: tuple[str, str, int] = ("", "", 0)
-    if matrices[0].shape[1] == matrices[-1].shape[0]:
-        return found  # an autoencoder, whose code is narrow on purpose
-    for one, other in pairwise(matrices):
-        units = one.shape[0]
-        narrow = units <= NARROW * min(one.shape[1], other.shape[0])
-        if units == other.shape[1] and narrow and (not found[2] or units < found[2]):
-            found = one.layer, other.layer, units
-    return found
+    layers = [layer for layer in observation.infos if layer.features_in and layer.parameters]
+    if not layers:
+        raise Unknown("no layer was seen to run")
+    if layers[0].features_in == layers[-1].features_out or observation.frozen > (
+        observation.trainable
+    ):
+        return None
+    shares = [
+        (one, other, one.features_out / _narrow(one, other, first=one is layers[0]))
+        for one, other in hidden_layers(layers)
+        if one.kind == other.kind and one.groups == other.groups == 1
+    ]
+    return min((found for found in shares if found[2] <= 1), key=lambda f: f[2], default=None)
 
 
-def _linear(observation: Observation) -> list[TensorFacts]:
-    """Weights of the linear layers, in the order of execution."""
-    weights = {t.layer: t for t in observation.tensors if t.kind == "Linear" and len(t.shape) == 2}
-    return [weights[name] for name in observation.layers if name in weights]
+def _narrow(one: LayerInfo, other: LayerInfo, *, first: bool) -> float:
+    """So many units between two layers are few."""
+    if one.has_sequence and one.features_in == other.features_out:
+        return BLOCK * one.features_in  # the feed-forward part of a block
+    # A convolution of an image reads few channels, but many pixels.
+    incoming = one.features_in * (math.prod(one.kernel_size) if first else 1)
+    return NARROW * min(incoming, other.features_out)
 
 
 def _fall(before: float, now: float) -> float:

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 
 from esper.contracts import Risk
-from esper.remedies.base import Effect, Remedy, Target, check_above_zero, no_optimizer, not_trained
+from esper.remedies.base import (
+    Effect,
+    Remedy,
+    Target,
+    check_above_zero,
+    no_optimizer,
+    no_rate,
+    not_trained,
+)
 from esper.remedies.update_hooks import ScaledUpdates, substitute
 
 
@@ -37,8 +45,7 @@ class SetLr(Remedy):
             if any(isinstance(o, torch.optim.LBFGS) for o in target.optimizers):
                 return "LBFGS searches along one line for all layers"
             return not_trained(target)
-        rateless = [o for o in target.optimizers if any("lr" not in g for g in o.param_groups)]
-        return f"{type(rateless[0]).__name__} has no learning rate" if rateless else ""
+        return no_rate(target)
 
     def apply(self, target: Target, config: dict[str, Any]) -> Effect:
         factor = float(config["factor"])
@@ -46,5 +53,5 @@ class SetLr(Remedy):
             only = {id(p) for p in target.parameters}
             return Effect({"factor": factor}, ScaledUpdates(target.optimizers, only, factor).end)
         undone = "The learning rate is not changed in such a step."
-        end = substitute(target.optimizers, "lr", lambda own: own * factor, undone)
+        end = substitute(target.optimizers, "lr", lambda own, _: own * factor, undone)
         return Effect({"factor": factor}, end)

@@ -39,5 +39,5 @@ class WeightDecay(Remedy):
         undone = "The weight decay is not changed in such a step."
         groups = [group for o in target.optimizers for group in o.param_groups]
         before = sorted({float(g["weight_decay"]) for g in groups if "weight_decay" in g})
-        end = substitute(target.optimizers, "weight_decay", lambda _: value, undone)
+        end = substitute(target.optimizers, "weight_decay", lambda *_: value, undone)
         return Effect({"value": value, "before": before}, end)

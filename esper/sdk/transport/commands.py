@@ -11,6 +11,7 @@ from typing import Any
 
 from esper.contracts import Command, CommandKind, RefusalCode, RunMode, signing
 from esper.exceptions import CodecError, CommandRefusedError, SignatureError
+from esper.remedies import list_remedies
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class LocalVeto:
         """Raises ``CommandRefusedError`` for a change that this trainer does not allow."""
         if command.kind not in (CommandKind.GRAFT, CommandKind.SPEED_UP, CommandKind.REMEDY):
             return
-        if self.mode is RunMode.OBSERVE:
+        if self.mode is RunMode.OBSERVE and not _changes_nothing(command):
             raise CommandRefusedError(
                 RefusalCode.MODE_FORBIDS, "this run was attached to observe, never to be changed"
             )
@@ -47,6 +48,14 @@ class LocalVeto:
             raise CommandRefusedError(
                 RefusalCode.NO_FOREIGN_CODE, "ESPER_COMPILED_KERNEL_KEY is not set in this trainer"
             )
+
+
+def _changes_nothing(command: Command) -> bool:
+    """A remedy that only measures or saves, which a run that is observed allows too."""
+    slug = str(command.payload.get("remedy"))
+    return command.kind is CommandKind.REMEDY and any(
+        known.slug == slug and known.changes_nothing for known in list_remedies()
+    )
 
 
 def parse_command(raw: Any) -> Command:

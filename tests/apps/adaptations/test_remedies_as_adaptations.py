@@ -12,12 +12,14 @@ from django.utils import timezone
 
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation
+from apps.adaptations.proposals import GateClosedError
 from apps.adaptations.services import sweep
 from apps.audit.models import AuditEvent
 from apps.policies.services import adaptation_switch
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.trainers import services as trainers
+from apps.violations.models import Violation
 from esper.contracts import (
     AdaptationState,
     CommandKind,
@@ -28,7 +30,7 @@ from esper.contracts import (
     Severity,
     ViolationRule,
 )
-from esper.contracts.protocol import HeldRemedy, RemedyProposal, RemedyVerdict, Telemetry
+from esper.contracts.protocol import Applied, HeldRemedy, RemedyProposal, RemedyVerdict, Telemetry
 from tests.apps.callers import Caller, Trainer
 from tests.apps.cast import TRAINER, make_remedies, make_run
 from tests.apps.stage import Stage
@@ -349,6 +351,53 @@ def test_a_trainer_that_dies_and_returns_settles_its_remedies(
     assert adaptation.state == end
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_held_remedy_that_a_restored_database_does_not_know_gets_its_row_again(
+    stage: Stage, kept: bool
+) -> None:
+    adaptation = applied(stage, propose(stage))
+    row = Adaptation.objects.get(pk=adaptation.pk)
+    row.uid, row.pk = f"{row.uid[:-4]}GONE", None  # as the backup does not have it
+    services.note_restored(actor=TRAINER)
+    stage.run.refresh_from_db()
+    entry = HeldRemedy(
+        adaptation=row.uid, step=1003, remedy="set_lr", config={"factor": 0.25},
+        finding="loss_spike", kept=kept,
+    )  # fmt: skip
+    known = HeldRemedy(adaptation=adaptation.uid, step=1003, remedy="set_lr", kept=kept)
+    for _ in range(2):  # a hello is repeated until it is answered
+        trainers.settle_hello(
+            run=stage.run,
+            epoch=stage.run.epoch,
+            step=1100,
+            applied=(),
+            remedies=[entry, known],
+            actor=TRAINER,
+        )
+    found = Adaptation.objects.get(uid=row.uid)
+    assert (found.state, found.title, found.finding, found.graft_step) == (
+        *(S.KEPT if kept else S.PROBATION, "Divide the learning rate by 4"),
+        *("loss_spike", 1003),
+    )
+    adaptation.refresh_from_db()
+    assert adaptation.state == found.state
+    assert Violation.objects.get(adaptation_uid=found.uid).observed == "set_lr for the whole run"
+    acts = AuditEvent.objects.filter(object_uid=found.uid).values_list("act", flat=True)
+    assert "adaptation.recovered" in acts
+
+
+def test_the_beginning_of_a_recovered_span_is_known_again(stage: Stage) -> None:
+    services.note_restored(actor=TRAINER)
+    stage.run.refresh_from_db()
+    entry = Applied(
+        adaptation="adp_span", layer="fc", since="conv", blueprint=stage.blueprint.slug, step=5
+    )
+    trainers.settle_hello(
+        run=stage.run, epoch=stage.run.epoch, step=9, applied=[entry], actor=TRAINER
+    )
+    assert Adaptation.objects.get(uid="adp_span").since == "conv"
+
+
 def test_a_remedy_without_a_verdict_is_ended_at_the_deadline(stage: Stage) -> None:
     adaptation = applied(stage, propose(stage))
     Adaptation.objects.update(deadline_at=timezone.now() - timedelta(seconds=1))
@@ -393,6 +442,27 @@ def test_a_remedy_that_cannot_be_is_refused_with_what_is_wrong(
 ) -> None:
     with pytest.raises(Problem, match=why):
         ask(stage, "operator", **changes)
+
+
+@pytest.mark.parametrize("who", ["operator", "owner"])
+@pytest.mark.parametrize("remedy", ["evaluate_now", "checkpoint_now"])
+def test_what_changes_nothing_needs_no_approval_and_goes_in_an_observed_run(
+    stage: Stage, who: str, remedy: str
+) -> None:
+    set_mode(stage, RunMode.OBSERVE)
+    asked = ask(stage, who, remedy=remedy, config={})
+    assert (asked.state, asked.decided_by) == (S.DISPATCHED, None)
+    assert asked.decided_rule == "it changes nothing, so nobody must approve it"
+    kept = judge(stage, applied(stage, asked), keep=True)
+    assert kept.state == S.KEPT
+    with pytest.raises(GateClosedError):
+        ask(stage, who, remedy="hold_lr", config={"value": 0.01})
+
+
+def test_people_ask_for_a_rate_by_its_value(stage: Stage) -> None:
+    asked = ask(stage, "operator", remedy="hold_lr", config={"value": 3e-4})
+    assert asked.title == "Set the learning rate to 0.0003"
+    assert stage.command(asked).payload["config"] == {"value": 3e-4}
 
 
 def test_the_endpoints(trainer: Trainer, operator: Caller, viewer: Caller) -> None:

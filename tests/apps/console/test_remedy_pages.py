@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from apps.runs.models import Run
 from tests.apps.console.test_decision_page import act, offered, page
 from tests.apps.console.world import make_remedies_of_run
 
@@ -82,6 +83,12 @@ def test_people_ask_for_a_remedy_on_the_run_page(sick: Any) -> None:
         "olga"
     )
     assert "The trainer applies it at its next step." in panel("olga")
+    for slug in ("evaluate_now", "checkpoint_now", "hold_lr"):
+        assert f'id="ask-{slug}"' in panel("olga")
+    Run.objects.filter(uid=uid).update(mode="observe")
+    assert 'id="ask-evaluate_now"' in panel("olga")
+    assert 'id="ask-hold_lr"' not in panel("olga")
+    Run.objects.filter(uid=uid).update(mode="supervised")
     assert "waits in the inbox" in panel("rafi")  # his own run: another operator approves
     assert "may ask for remedies" in panel("vera")
     assert "<form" not in panel("vera")

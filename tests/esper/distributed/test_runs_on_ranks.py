@@ -81,6 +81,77 @@ def _carry_out_commands(side: Replica, plane: ControlPlane | None) -> dict[str, 
     return seen
 
 
+def _take_remedies(rank: int) -> dict[str, Any]:
+    os.environ["ESPER_STATE_DIR"] = tempfile.mkdtemp()
+    attaching.Pace = partial(Pace, flush=0.02, first_retry=0.02)  # type: ignore[misc,assignment]
+    plane = ControlPlane().start() if rank == 0 else None
+    address = plane.url if plane else "http://nobody"
+
+    def checkpoint() -> None:
+        if rank == 1:
+            raise OSError("disk full")
+
+    options = {"evaluate": lambda: float(rank), "checkpoint": checkpoint}
+    with replica(rank, mode="supervised", server=address, token="esp_attach", **options) as side:
+        try:
+            return _remedies_in_turn(side, plane)
+        finally:
+            attaching.Pace = Pace  # type: ignore[misc]
+            if plane is not None:
+                plane.stop()
+
+
+def _remedies_in_turn(side: Replica, plane: ControlPlane | None) -> dict[str, Any]:
+    session, seen = side.session, {}
+    side.run(40)  # a good state is kept
+    run_until(side, lambda: bool(plane and plane.listeners))
+
+    def order(seq: int, kind: CommandKind, adaptation: str, **payload: Any) -> None:
+        if plane is not None:
+            plane.send(plane.command(kind, seq, adaptation=adaptation, payload=payload))
+        run_until(side, lambda: bool(plane and answered(plane, seq)))
+
+    before = side.parameters()
+    order(1, CommandKind.REMEDY, "a1", remedy="rewind", config={"factor": 0.5})
+    seen["in effect"] = [(r.remedy, r.step, r.details, r.adaptation) for r in session.remedies]
+    seen["rewound"] = side.parameters()
+    assert seen["rewound"] != before
+    order(2, CommandKind.UNDO, "a1", hard=False)
+    assert session.remedies == ()
+    order(3, CommandKind.REMEDY, "a3", remedy="evaluate_now")
+    order(4, CommandKind.REMEDY, "a4", remedy="checkpoint_now")
+    order(5, CommandKind.REMEDY, "a5", remedy="repair_scale")
+    order(6, CommandKind.REMEDY, "a6", remedy="hold_lr", config={"value": 0.01})
+    order(7, CommandKind.UNDO, "a6", hard=True)
+    assert session.remedies == ()
+    states = session._surgery.states
+    seen["good"] = states.steps if states is not None else None
+    seen["steps"], seen["sha"] = side.at, side.parameters()
+    if plane is not None:
+        run_until_here = [answered(plane, seq) for seq in range(1, 8)]
+        seen["acks"] = run_until_here
+        seen["measured"] = plane.acks_of(3)[-1]["details"]
+        seen["reasons"] = [plane.acks_of(seq)[-1]["reason"] for seq in (4, 5)]
+        seen["exact"] = plane.acks_of(7)[-1]["details"]
+    return seen
+
+
+def test_a_remedy_of_the_server_is_applied_on_all_ranks_or_on_none(two_ranks: RankPool) -> None:
+    lead, other = two_ranks.run(_take_remedies)
+    assert lead["acks"] == [
+        *(["applied"], ["applied"], ["applied"], ["failed"], ["refused"]),
+        *(["applied"], ["applied"]),
+    ]
+    assert lead["in effect"] == other["in effect"] != []
+    assert lead["rewound"] == other["rewound"]
+    assert lead["measured"] == {"held_out_loss": 0.5}  # the mean of both ranks
+    assert "disk full" in lead["reasons"][0]
+    assert "needs a batch of inputs" in lead["reasons"][1]
+    assert lead["exact"] == {"exact": True}
+    for shared in ("steps", "sha", "good"):
+        assert lead[shared] == other[shared]
+
+
 def run_until(side: Replica, done: Any, seconds: float = 500.0) -> None:
     ends = time.monotonic() + seconds
     while not agree(side.rank, done() or time.monotonic() > ends):

@@ -91,7 +91,9 @@ class Run:
             losses.append(loss.item())
         return losses
 
-    def attach(self, *, named: bool = False) -> esper.Session:
+    def attach(
+        self, *, named: bool = False, checkpoint: Callable[[], object] | None = None
+    ) -> esper.Session:
         """``named``: Esper knows of the scheduler, so that an undo can set it back too."""
 
         def held_out() -> float:
@@ -106,6 +108,7 @@ class Run:
             server="",
             evaluate=held_out,
             scheduler=self.scheduler if named else None,
+            checkpoint=checkpoint,
         )
 
 
@@ -131,6 +134,8 @@ def test_a_remedy_and_its_undo_equal_nothing_done(
     alone = run_for(slug, optimizer, scheduler)
     with alone.attach(named=True) as session:
         alone.train(CONFIRMED, session)
+        if get_remedy(slug).changes_nothing:  # its undo does not take the run back
+            alone.train(4, session)
         expected = alone.train(15, session)
     run = run_for(slug, optimizer, scheduler)
     with run.attach(named=True) as session:
@@ -147,7 +152,7 @@ def test_a_remedy_and_its_undo_equal_nothing_done(
 @pytest.mark.cover(values=1)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("slug", ["set_lr", "weight_decay", "clip_layer", "skip_update"])
+@pytest.mark.parametrize("slug", ["set_lr", "hold_lr", "weight_decay", "clip_layer", "skip_update"])
 def test_the_users_optimizer_and_scheduler_look_as_without_it(
     slug: str, optimizer: str, scheduler: str
 ) -> None:
@@ -212,6 +217,97 @@ def test_two_rates_multiply_and_end_in_any_order() -> None:
         assert seen[2:] == pytest.approx([0.0025, 0.005, 0.05])
         assert run.optimizer.param_groups[0]["lr"] == 0.05
         assert session.remedies == ()
+
+
+@pytest.mark.parametrize("scheduler", ["none", "lambda"])
+def test_a_held_rate_is_the_value_whatever_schedules_and_earlier_factors_do(scheduler: str) -> None:
+    run = Run("sgd", scheduler)
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.005})
+    if run.scheduler is not None:
+        run.scheduler = SCHEDULERS[scheduler](run.optimizer)
+    seen: list[list[float]] = []
+    run.optimizer.register_step_post_hook(
+        lambda o, *_: seen.append([group["lr"] for group in o.param_groups])
+    )
+    with run.attach() as session:
+        session.remedy("set_lr", factor=0.5)
+        held = session.remedy("hold_lr", value=0.02)
+        run.train(3, session)
+        later = session.remedy("set_lr", factor=0.1)
+        run.train(1, session)
+        expected = [[0.02, 0.002]] * 3 + [[0.002, 0.0002]]
+        assert seen == [pytest.approx(rates) for rates in expected]
+        session.undo(later)
+        state = session.state_dict()
+        session.undo(held, hard=False)
+        run.train(1, session)
+        assert seen[-1][0] == pytest.approx(0.5 * run.optimizer.param_groups[0]["lr"], rel=0.02)
+    with run.attach() as session:
+        session.load_state_dict(state)
+        run.train(1, session)
+    assert seen[-1] == pytest.approx([0.02, 0.002])
+
+
+def test_people_measure_and_save_and_nothing_of_the_run_changes() -> None:
+    saved: list[int] = []
+    alone = Run()
+    with alone.attach() as session:
+        expected = alone.train(60, session)
+    run = Run()
+    with run.attach(checkpoint=lambda: saved.append(run.steps)) as session:
+        losses = run.train(45, session)
+        kept = session.remedy("checkpoint_now")
+        measured = session.remedy("evaluate_now")
+        losses += run.train(15, session)
+        assert losses == expected
+        assert session.remedies == ()
+        states = session._surgery.states
+        assert states is not None
+        assert 45 in states.steps
+        assert (saved, kept.details["checkpoint"]) == ([45], "saved")
+        assert 0 < measured.details["held_out_loss"] < 5
+        assert session.undo(measured).exact
+        session.remedy("rewind", step=45)
+        assert session.remedies[0].details["to_step"] == 45
+
+
+def test_a_checkpoint_that_fails_or_has_no_place_is_refused_in_words() -> None:
+    run = Run()
+
+    def fail() -> None:
+        raise OSError("disk full")
+
+    with run.attach(checkpoint=fail) as session:
+        run.train(2, session)
+        with pytest.raises(GraftError, match=r"checkpoint\(\) failed: OSError: disk full"):
+            session.remedy("checkpoint_now")
+        states = session._surgery.states
+        assert states is not None
+        assert 2 not in states.steps
+    with esper.attach(run.model, run.optimizer, server="") as session:
+        with pytest.raises(GraftError, match="attach was given no evaluate function"):
+            session.remedy("evaluate_now")
+        with pytest.raises(GraftError, match="was given no checkpoint function"):
+            session.remedy("checkpoint_now")
+
+
+def test_a_state_of_a_sick_run_is_not_kept_as_a_good_one() -> None:
+    run = Run("sgd")
+    with run.attach() as session:
+        run.train(CONFIRMED, session)
+        states = session._surgery.states
+        assert states is not None
+        good = states.steps
+
+        def explode(_: int) -> None:
+            for group in run.optimizer.param_groups:
+                group["lr"] = 1e3
+
+        run.spoil = explode
+        run.train(30, session)
+        with pytest.raises(GraftError, match="the run is sick"):
+            session.remedy("checkpoint_now")
+        assert set(good) >= set(states.steps)
 
 
 def test_a_step_that_raises_leaves_the_users_rate_after_the_remedy_ends() -> None:
@@ -409,6 +505,8 @@ def test_with_a_repaired_scale_large_inputs_train_as_if_they_were_scaled(optimiz
         ("recycle", "0", {}, "it needs a batch"),
         ("recycle", "0", {"sample": 1, "seed": -1}, "seed must be a whole number"),
         ("stop_early", "", {"restore_best": 3}, "restore_best must be True or False"),
+        ("hold_lr", "", {"value": -1}, "value must be a number above 0"),
+        ("hold_lr", "3", {}, "for the whole run"),
     ],
 )
 def test_a_refusal_says_why_and_touches_nothing(

@@ -113,6 +113,23 @@ def test_a_person_takes_a_remedy_back_to_the_bit(
         assert session.remedies == ()
 
 
+@pytest.mark.parametrize("mode", ["observe", "supervised"])
+def test_what_changes_nothing_is_done_in_every_mode_and_is_kept_at_once(
+    training: Training, plane: ControlPlane, mode: str
+) -> None:
+    with listening(training, plane, mode=mode, evaluate=lambda: 0.25) as session:
+        training.run(20, session)
+        order(plane, 1, "evaluate_now")
+        training.until(lambda: plane.verdicts, session)
+        assert final_ack(plane, 1)["details"] == {"held_out_loss": 0.25}
+        assert plane.verdicts[0]["keep"]
+        assert session.remedies == ()
+        plane.send(plane.command(CommandKind.KEEP, 2, adaptation="a1"))
+        undo(plane, 3, "a1", hard=True)
+        training.until(lambda: ended(plane, 3), session)
+        assert [final_ack(plane, seq)["state"] for seq in (2, 3)] == ["applied", "applied"]
+
+
 @pytest.mark.parametrize(
     ("mode", "remedy", "fields", "why"),
     [
@@ -162,7 +179,8 @@ def test_a_restarted_trainer_holds_and_judges_its_remedies(
         session.load_state_dict(saved)
         again.model.load_state_dict(saved_model)
         again.until(lambda: len(plane.hellos) > 1, session)
-        assert plane.hellos[1]["remedies"] == [{"adaptation": "a1", "step": step}]
+        held = {"adaptation": "a1", "step": step, "remedy": "set_lr", "config": {"factor": 0.5}}
+        assert plane.hellos[1]["remedies"] == [held]
         again.until(lambda: plane.verdicts, session)
         verdict = plane.verdicts[0]
         assert (verdict["adaptation"], verdict["keep"]) == ("a1", True)
