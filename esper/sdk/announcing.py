@@ -37,6 +37,7 @@ class Announcer:
         self._console = Console(enabled=verbose and decides and _first_rank())
         self._told: set[str] = set()
         self._attached = False
+        self._server = ""
         self._early: list[Finding] = []  # of attach itself, which are said after its own line
 
     def on_step(self) -> None:
@@ -51,8 +52,7 @@ class Announcer:
     # -- the run -------------------------------------------------------------------------------
 
     def attached(self, *, layers: int, slots: int, server: str) -> None:
-        run = self._run
-        self._server = server
+        run, self._server = self._run, server
         where = f"reports to {server}" if server else "local, print(session) shows the run"
         changes = "changes nothing" if run.mode is RunMode.OBSERVE else f"{slots} may be grafted"
         self._say(f"attached {run.name!r}: {run.mode} mode, {layers} layers, {changes}; {where}")
@@ -185,9 +185,17 @@ class Announcer:
             kind="grafts",
         )
 
-    def remedy(self, receipt: RemedyReceipt) -> None:
-        self._note("remedy", str(receipt), receipt.adaptation)
-        self._step(str(receipt), kind="remedies")
+    def remedy(self, receipt: RemedyReceipt, finding: str = "") -> None:
+        why = f", because of {finding}" if finding else ""
+        self._note("remedy", f"{receipt}{why}", receipt.adaptation)
+        self._step(f"{receipt}{why}{self._way_back(receipt)}", kind="remedies")
+
+    def _way_back(self, receipt: RemedyReceipt) -> str:
+        if receipt.changed_nothing:
+            return ""
+        if receipt.adaptation:
+            return f". To take it back: {self._server}/adaptations/{receipt.adaptation}"
+        return ". To take it back: session.undo(session.remedies[-1])"
 
     def remedy_proposed(self, proposal: str, *, waits: bool, at_server: bool = False) -> None:
         """A remedy for a finding: a person or the server decides, or the run only observes."""

@@ -23,13 +23,22 @@ import statistics
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from esper.contracts import ADAPTATION_ENDED, AdaptationState, RunMode, Severity, Signal
+from esper.constraints import RemedyInputs, check_remedy
+from esper.contracts import (
+    ADAPTATION_ENDED,
+    AdaptationState,
+    Risk,
+    RunMode,
+    Severity,
+    Signal,
+    risk_rank,
+)
 from esper.diagnosis import Diagnosed
 from esper.diagnosis.base import Evidence
 from esper.exceptions import ConfigurationError, EsperError
@@ -48,7 +57,7 @@ WINDOW_STEPS, URGENT_WINDOW_STEPS = 120, 20  # for so long a remedy is given tim
 UNMEASURED_WINDOWS = 20  # how much longer, while nothing new was measured
 KEPT_AFTER_STEPS = 10  # the finding must be over for so long
 PAUSE_STEPS = 20  # between two remedies for one finding
-BY_RULE = 2  # how often one remedy answers one kind of finding without a person
+LOCAL_MAX_RISK = Risk.MEDIUM  # each remedy of the catalogue can be undone to the bit
 BUDGET, BUDGET_STEPS = 12, 10_000  # so many remedies by rule in so many steps of the run
 AFTER_GUARD_STEPS = 5  # in which the loss can come back
 EARLY_STEPS = 50  # to begin anew costs little before
@@ -278,7 +287,7 @@ class RemedyLoop:
         for entry in [entry for entry in self.proposals if entry.finding == finding]:
             self._forget(entry)
         receipt = self._surgery.remedy_for_server(
-            adaptation, remedy, layer, self._sample.batch, config
+            adaptation, remedy, layer, self._sample.batch, config, finding
         )
         found = next((f for f in self._diagnosis.diagnosis.open if f.rule.slug == finding), None)
         evidence = None if found is None else found.evidence
@@ -520,20 +529,38 @@ class RemedyLoop:
             return "on several ranks, call session.remedy with these settings on each of them"
         if self._proposer is not None:
             return ""  # the server asks
-        if self._run.mode is RunMode.SUPERVISED:
-            return "a person decides in this run"
-        if remedy.asks:
-            return f"{remedy.slug} may undo what the script wants"
-        if given >= BY_RULE:
-            return f"{remedy.slug} was applied {given} times for this finding, and it came back"
+        asks = self._gates(remedy, given)
+        if asks:
+            return asks
         recent = [t for t in self.treatments if t.step > self._run.step - BUDGET_STEPS]
         if len(recent) >= BUDGET:
             return f"{len(recent)} remedies were applied in the last {BUDGET_STEPS:,} steps"
         return ""
 
+    def _gates(self, remedy: Remedy, given: int) -> str:
+        """What the server's gates ask for; empty: they ask for no person."""
+        run = self._run
+        inputs = RemedyInputs(
+            mode=run.mode,
+            step=run.step,
+            remedy=remedy.slug,
+            given=given,
+            always_asks=remedy.asks,
+            risk=remedy.risk,
+            age_seconds=0.0,  # it was found in this step
+        )
+        # Nobody else watches a local run, so it may do more by rule than most servers allow.
+        limit = max(run.policy.auto_max_risk, LOCAL_MAX_RISK, key=risk_rank)
+        checks = check_remedy(inputs, replace(run.policy, auto_max_risk=limit))
+        return next((check.text.rstrip(".") for check in checks if check.asks), "")
+
     def _apply(self, proposal: RemedyProposal, *, urgent: bool = False) -> Treatment:
         receipt = self._surgery.remedy(
-            proposal.remedy, proposal.layer, self._sample.batch, proposal.config
+            proposal.remedy,
+            proposal.layer,
+            self._sample.batch,
+            proposal.config,
+            proposal.finding,
         )
         return self._note(
             Treatment(

@@ -54,9 +54,16 @@ class SurgeryReports:
         """The script loaded a state with this graft."""
         self._announcer.came_back(adaptation)
 
-    def remedy(self, receipt: RemedyReceipt, merged: Adaptation | None = None) -> None:
-        """A remedy is in effect; ``merged`` is the adaptation that it folded into its host."""
-        self._announcer.remedy(receipt)
+    def remedy(
+        self, receipt: RemedyReceipt, merged: Adaptation | None = None, finding: str = ""
+    ) -> None:
+        """A remedy is in effect.
+
+        Args:
+            merged: the adaptation that it folded into its host.
+            finding: slug of the rule whose finding it answers.
+        """
+        self._announcer.remedy(receipt, finding)
         if receipt.adaptation:
             return  # the server has ordered it, and gets an answer
         details, adaptation = short_details(receipt.details), _known(merged)

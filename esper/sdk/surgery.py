@@ -298,19 +298,32 @@ class Surgery:
 
     # -- remedies ------------------------------------------------------------------------------
 
-    def remedy(self, slug: str, layer: str, sample: Any, config: dict[str, Any]) -> RemedyReceipt:
-        """See :meth:`Session.remedy`; on several ranks the script calls it on each."""
+    def remedy(
+        self, slug: str, layer: str, sample: Any, config: dict[str, Any], finding: str = ""
+    ) -> RemedyReceipt:
+        """See :meth:`Session.remedy`; on several ranks the script calls it on each.
+
+        Args:
+            finding: slug of the rule whose finding it answers; empty: somebody asked for it.
+        """
         found = get_remedy(slug)
         self._meet(Call.REMEDY, slug, layer, config)
-        return self._of_catalogue(found, layer, sample, config)
+        return self._of_catalogue(found, layer, sample, config, finding=finding)
 
     def remedy_for_server(
-        self, adaptation: str, slug: str, layer: str, sample: Any, config: dict[str, Any]
+        self,
+        adaptation: str,
+        slug: str,
+        layer: str,
+        sample: Any,
+        config: dict[str, Any],
+        finding: str = "",
     ) -> RemedyReceipt:
         """As the server ordered; rank 0 tells the other ranks.
 
         Args:
             adaptation: its uid at the server.
+            finding: as for :meth:`remedy`.
 
         Raises:
             The errors of :meth:`Session.remedy`.
@@ -323,17 +336,23 @@ class Surgery:
                 layer=layer,
             )
         self._ranks.order(Order.of_remedy(slug, layer, config, adaptation))
-        return self._of_catalogue(found, layer, sample, config, adaptation)
+        return self._of_catalogue(found, layer, sample, config, adaptation, finding)
 
     def _of_catalogue(
-        self, found: Remedy, layer: str, sample: Any, config: dict[str, Any], adaptation: str = ""
+        self,
+        found: Remedy,
+        layer: str,
+        sample: Any,
+        config: dict[str, Any],
+        adaptation: str = "",
+        finding: str = "",
     ) -> RemedyReceipt:
         def act(surroundings: Surroundings, step: int) -> RemedyReceipt:
             receipt = apply_remedy(found, self._target(layer, sample), config)
             receipt.adaptation = adaptation
             return receipt
 
-        receipt = self._remedy(act, layer, changes_nothing=found.changes_nothing)
+        receipt = self._remedy(act, layer, changes_nothing=found.changes_nothing, finding=finding)
         found.on_agreed(self._target(layer, None))
         if found.begins_anew and self.states is not None:
             self.states.begin_anew()
@@ -383,6 +402,7 @@ class Surgery:
         *,
         merged: Adaptation | None = None,
         changes_nothing: bool = False,
+        finding: str = "",
     ) -> RemedyReceipt:
         """On all ranks, or on none; ``merged`` is the adaptation that it folds into its host."""
         reason = self._surroundings.why_no_remedy()
@@ -405,7 +425,7 @@ class Surgery:
             self._say_what_can_be_undone()
             self._follow_up()
         receipt.pause_ms = (time.perf_counter() - started) * 1e3  # all that the loop waited for
-        self._reports.remedy(receipt, merged)
+        self._reports.remedy(receipt, merged, finding)
         return receipt
 
     def _undo_remedy(
