@@ -370,6 +370,15 @@ class Joint:
         if self._replicas is not None and self._replicas.layout is not None:
             self._vote("")
 
+    def same(self, what: str, *, last: bool = False) -> None:
+        """Returns when all ranks have come here with the same ``what``, and none has failed.
+
+        Args:
+            last: it is done with that; nothing of the model was changed.
+        """
+        if self._replicas is not None:
+            self._vote(what, last=last)
+
     def share(self, graft: nn.Module) -> None:
         """Checks that all ranks have built the same module, and copies rank 0's tensors to all."""
         if self._replicas is None:

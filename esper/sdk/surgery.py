@@ -130,7 +130,13 @@ class Surgery:
     def _good_states(self, folder: Path | None) -> GoodStates:
         optimizers = self._surroundings.optimizers
         on_disk = StateFolder(folder, writes=self._ranks.decides) if folder is not None else None
-        states = GoodStates(self.model, lambda: with_companions(optimizers), folder=on_disk)
+        states = GoodStates(
+            self.model,
+            lambda: with_companions(optimizers),
+            # What a copy takes differs from rank to rank, and all must keep the same steps.
+            clock=time.perf_counter if self._ranks.alone else lambda: 0.0,
+            folder=on_disk,
+        )
         states.keep_start()
         return states
 
@@ -412,7 +418,10 @@ class Surgery:
         with jointly(self._surroundings.replicas) as joint:
             receipt = act(surroundings=self._without_copies, step=self._run.step)
             try:
-                joint.commit()
+                # A rank that has failed is known before DDP's reducer is rebuilt on the others.
+                joint.same(_state_of(receipt), last=receipt.changed_nothing)
+                if not receipt.changed_nothing:
+                    joint.commit()
             except BaseException:
                 if not joint.done:
                     receipt.undo_here()
@@ -618,3 +627,8 @@ class Surgery:
     ) -> None:
         undone = [receipt for receipt in before if receipt not in self.changes.remedies]
         self._reports.undone(undone, report, self._run.step, ordered=ordered)
+
+
+def _state_of(receipt: RemedyReceipt) -> str:
+    """Which state of the run it has brought back: the same on all ranks."""
+    return repr([receipt.details.get(name) for name in ("to_step", "restored_step")])

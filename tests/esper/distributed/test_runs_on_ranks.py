@@ -139,7 +139,7 @@ def _remedies_in_turn(side: Replica, plane: ControlPlane | None) -> dict[str, An
 def test_a_remedy_of_the_server_is_applied_on_all_ranks_or_on_none(two_ranks: RankPool) -> None:
     lead, other = two_ranks.run(_take_remedies)
     assert lead["acks"] == [
-        *(["applied"], ["applied"], ["applied"], ["failed"], ["refused"]),
+        *(["applied"], ["applied"], ["applied"], ["refused"], ["refused"]),
         *(["applied"], ["applied"]),
     ]
     assert lead["in effect"] == other["in effect"] != []

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 import esper
 from esper import Session
+from esper.constraints.remedy_gates import BY_RULE
 from esper.diagnosis import list_rules
 from esper.diagnosis.base import RemedySlug
 from esper.exceptions import GraftError
 from esper.remedies import list_remedies
-from esper.sdk.remedy_loop import BY_RULE
 
 HELD_OUT = 1400
 HEALTHY = 0.8  # held-out accuracy, which a run without a fault passes in this time

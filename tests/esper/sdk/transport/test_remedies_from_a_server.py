@@ -179,7 +179,10 @@ def test_a_restarted_trainer_holds_and_judges_its_remedies(
         session.load_state_dict(saved)
         again.model.load_state_dict(saved_model)
         again.until(lambda: len(plane.hellos) > 1, session)
-        held = {"adaptation": "a1", "step": step, "remedy": "set_lr", "config": {"factor": 0.5}}
+        held = {
+            **{"adaptation": "a1", "step": step, "remedy": "set_lr", "layer": ""},
+            **{"config": {"factor": 0.5}, "finding": "", "kept": False},
+        }
         assert plane.hellos[1]["remedies"] == [held]
         again.until(lambda: plane.verdicts, session)
         verdict = plane.verdicts[0]
