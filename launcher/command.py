@@ -9,7 +9,7 @@ import click
 from click.shell_completion import get_completion_class
 
 import esper
-from launcher.commands import deciding, maintaining, reading, running
+from launcher.commands import deciding, maintaining, reading, remedying, running
 from launcher.commands.audit import audit_group
 from launcher.commands.backup import backup_command, restore_command, restored_command
 from launcher.commands.installation import data_dir_option
@@ -133,6 +133,7 @@ for command in (
     *deciding.COMMANDS,
     *running.COMMANDS,
     *maintaining.COMMANDS,
+    *remedying.COMMANDS,
 ):
     cli.add_command(command)
 

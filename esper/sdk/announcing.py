@@ -37,7 +37,6 @@ class Announcer:
         self._console = Console(enabled=verbose and decides and _first_rank())
         self._told: set[str] = set()
         self._attached = False
-        self._server = ""
         self._early: list[Finding] = []  # of attach itself, which are said after its own line
 
     def on_step(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from launcher.commands.asking import asks_server, json_option
-from launcher.commands.deciding import APPLIED, reason_option
+from launcher.commands.deciding import APPLIED, dry_run_option, reason_option
 from launcher.commands.finding import run_uid
 from launcher.commands.waiting import timeout_option, wait_for_adaptation, wait_option
 from launcher.remote.client import Client
@@ -24,6 +24,7 @@ COLUMNS = ("slug", "title", "risk", "settings")
 @click.argument("settings", nargs=-1, metavar="[SETTING=VALUE]...")
 @click.option("--layer", default="", help="Only for this layer. Default: the whole run.")
 @reason_option
+@dry_run_option
 @wait_option
 @timeout_option
 @json_option
@@ -35,6 +36,7 @@ def remedy_command(
     settings: tuple[str, ...],
     layer: str,
     reason: str,
+    dry_run: bool,
     wait: bool,
     timeout: float,
     as_json: bool,
@@ -46,17 +48,20 @@ def remedy_command(
     measured is printed then.
     """
     if run is None or name is None:
-        print_rows(client.every("remedies"), COLUMNS, as_json=as_json, empty="There are none.")
+        known = client.get("remedies").data["results"]
+        print_rows(known, COLUMNS, as_json=as_json, empty="There are none.")
         return
     body = {"remedy": name, "layer": layer, "config": _config(settings), "reason": reason}
-    asked = client.act(f"runs/{run_uid(client, run)}/ask-for-remedy", body).data
-    if wait:
+    path = f"runs/{run_uid(client, run)}/ask-for-remedy"
+    asked = client.act(path, body, dry_run=dry_run).data
+    if wait and not dry_run:
         asked = wait_for_adaptation(client, asked["uid"], APPLIED, timeout=timeout)
     if as_json:
         print_json(asked)
         return
     state = str(asked["state"]).replace("_", " ")
-    click.echo(f"A-{asked['number']} is {state}: {asked['title']}")
+    would = "would be" if dry_run else "is"
+    click.echo(f"A-{asked['number']} {would} {state}: {asked['title']}")
     for key, value in (asked["details"] or {}).items():
         click.echo(f"{key.replace('_', ' ')}: {value}")
 

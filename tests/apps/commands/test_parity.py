@@ -43,6 +43,7 @@ VERBS = {
     "pause_adaptation": "pause",
     "resume_adaptation": "resume",
     "stop_run": "stop",
+    "ask_for_remedy": "remedy",
     "set_adaptation_switch": "kill",
     "acknowledge_violation": "findings acknowledge",
     "acknowledge_violations": "findings acknowledge",
@@ -63,9 +64,7 @@ VERBS = {
     "revoke_token": "token revoke",
 }
 # With their reasons; an act leaves this list when its command comes.
-WITHOUT_A_VERB = {
-    "ask_for_remedy": "esper remedy comes with the catalogue's own form of settings",
-}
+WITHOUT_A_VERB: dict[str, str] = {}
 WITHOUT_A_CONTROL: dict[str, str] = {
     "reject_adaptations": "the inbox rejects one by one; its bulk bar comes with the page",
 }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from apps.adaptations.models import Adaptation
-from esper.contracts import AdaptationState
 from launcher.commands import remedying
-from launcher.remote.client import Exit
+from launcher.remote.client import Client, Exit
 from tests.apps.callers import Inbox
 from tests.apps.cast import make_remedies
 from tests.apps.commands.terminal import Terminal
@@ -23,7 +23,10 @@ def _catalogue(db: None) -> None:
 
 
 def test_a_rate_is_asked_for_by_its_value(inbox: Inbox, terminal: Terminal) -> None:
-    asked = terminal.run("remedy", "digits", "hold_lr", "value=3e-4", "--reason", "too fast")
+    words = ("remedy", "digits", "hold_lr", "value=3e-4", "--reason", "too fast")
+    assert "would be dispatched" in terminal.run(*words, "--dry-run").output
+    assert not Adaptation.objects.filter(remedy="hold_lr").exists()
+    asked = terminal.run(*words)
     assert asked.exit_code == 0, asked.output
     assert "is dispatched: Set the learning rate to 0.0003" in asked.output
     row = Adaptation.objects.get(remedy="hold_lr")
@@ -34,11 +37,9 @@ def test_a_rate_is_asked_for_by_its_value(inbox: Inbox, terminal: Terminal) -> N
 def test_what_was_measured_is_printed(
     inbox: Inbox, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def applied(client: object, uid: str, *_: object, **__: object) -> object:
-        Adaptation.objects.filter(uid=uid).update(
-            state=AdaptationState.KEPT, details={"held_out_loss": 0.25}
-        )
-        return client.get(f"adaptations/{uid}").data  # type: ignore[attr-defined]
+    def applied(client: Client, uid: str, *_: object, **__: object) -> dict[str, Any]:
+        found = client.get(f"adaptations/{uid}").data
+        return {**found, "state": "kept", "details": {"held_out_loss": 0.25}}
 
     monkeypatch.setattr(remedying, "wait_for_adaptation", applied)
     measured = terminal.run("remedy", "digits", "evaluate_now", "--wait")
