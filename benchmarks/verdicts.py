@@ -362,7 +362,8 @@ somewhat too narrow.
 {chr(10).join(by_blueprint(results))}
 
 The chance of a gain, predicted for each graft from the other hosts (all, and those of its
-blueprint, with shrinkage): {predicted(results)}. Decisions do not use these numbers yet.
+blueprint, with shrinkage): {predicted(results)}.
+Decisions use [more cases and more features](confidence.md).
 
 ## What the judge cannot see
 

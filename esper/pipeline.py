@@ -32,6 +32,7 @@ from esper.contracts import (
     Decision,
     Declined,
     Experience,
+    Reason,
     RunSnapshot,
     SafetyPolicy,
     Selection,
@@ -39,7 +40,10 @@ from esper.contracts import (
 )
 from esper.contracts.spans import span, why_no_span
 from esper.health import Features, extract_features
-from esper.policy import Policy, posterior_confidence
+from esper.policy import Policy
+from esper.policy.cases import measured
+from esper.policy.confidence import Confidence, Subject, corrected, shipped_models
+from esper.policy.heuristic import CAPACITY
 from esper.selection import BlueprintSelector, SelectableBlueprint
 
 Catalog = BlueprintSelector | Iterable[SelectableBlueprint]
@@ -121,7 +125,8 @@ def consider(
     )
     if selection.best is None:
         return _nothing_fits(snapshot, proposal, gates, selection)
-    chosen = _calibrated(proposal, selection.best, snapshot)
+    sure = _confidence(proposal, selection.best, snapshot, layer.kind, features)
+    chosen = replace(proposal, confidence=sure.value, reasons=_weighed(proposal, sure))
     checks = _all_checks(chosen, selection.best, snapshot, features, selector, limits)
     if any(check.blocks for check in checks):
         return replace(_declined(snapshot, chosen, checks), why_not=selection.why_not)
@@ -136,16 +141,47 @@ def consider(
         evidence=evidence(features, chosen.layer_name) if features else {},
         step=snapshot.step,
         policy=policy,
-        asks=tuple(check.text for check in checks if check.asks),
+        asks=(*(check.text for check in checks if check.asks), *_too_few(proposal, sure)),
     )
 
 
-def _calibrated(
-    proposal: AdaptationDecision, best: Candidate, snapshot: RunSnapshot
-) -> AdaptationDecision:
-    """The policy's confidence is a prior; closed cases of the chosen blueprint correct it."""
-    experience = snapshot.experience.get(best.blueprint, Experience())
-    return replace(proposal, confidence=posterior_confidence(proposal.confidence, experience))
+def _confidence(
+    proposal: AdaptationDecision,
+    best: Candidate,
+    snapshot: RunSnapshot,
+    layer_kind: str,
+    features: Features | None,
+) -> Confidence:
+    """The probability that the chosen blueprint helps, from cases.
+
+    A caller who gives a confidence of its own gets it corrected by closed cases.
+    """
+    if math.isfinite(proposal.confidence):
+        closed = snapshot.experience.get(best.blueprint, Experience())
+        return corrected(proposal.confidence, closed)
+    capacity = any(finding.slug == CAPACITY for finding in snapshot.findings)
+    known = evidence(features, proposal.layer_name) if features else {}
+    subject = Subject(
+        choice=best.blueprint,
+        layer=layer_kind,
+        finding=CAPACITY if capacity else "",
+        measured=measured(known, best.forecast.parameters, snapshot.model_parameters),
+    )
+    return shipped_models()["graft"].confidence(subject, snapshot.experience)
+
+
+def _weighed(proposal: AdaptationDecision, sure: Confidence) -> tuple[Reason, ...]:
+    """Why it is proposed, and then what the confidence is made of: the weights sum to it."""
+    why = (replace(reason, weight=0.0) for reason in proposal.reasons)
+    made_of = (Reason(t.name, t.observed, t.weight, t.text) for t in sure.terms)
+    return (*why, *made_of, Reason("interval", math.nan, 0.0, sure.about))
+
+
+def _too_few(proposal: AdaptationDecision, sure: Confidence) -> tuple[str, ...]:
+    """A person decides while there are few cases of a kind of adaptation."""
+    if math.isfinite(proposal.confidence) or sure.trusted:
+        return ()
+    return (f"Its confidence is {sure.about}.",)
 
 
 def _all_checks(
@@ -195,6 +231,8 @@ def evidence(features: Features, layer: str) -> dict[str, float]:
         "health_trend": features.trend_of(layer, Signal.HEALTH),
         "instability": features.instability(layer),
     }
+    if not math.isnan(loss.held_out):
+        found["loss_held_out"] = loss.held_out
     return found
 
 

@@ -10,6 +10,7 @@ of Esper give the same answer again.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from esper.exceptions import CodecError, ConfigurationError
 from esper.pipeline import Catalog, decide
 from esper.policy import HeuristicPolicy, Policy
 
+HELD_OUT = ("eval_loss", "val_loss", "valid_loss", "validation_loss")  # as reported
 # Inflated: a stored snapshot has at most MAX_SNAPSHOT_BYTES, which could inflate to 600 MB.
 MAX_INFLATED_BYTES = 16 * 1024 * 1024
 POLICIES: dict[str, type[HeuristicPolicy]] = {HeuristicPolicy.name: HeuristicPolicy}
@@ -54,10 +56,7 @@ def message_of(
         step=snapshot.step,
         layers=snapshot.layers,
         frames=tuple(_frame_messages(snapshot)),
-        metrics=tuple(
-            StepValues(step=int(step), values={"loss": float(loss)})
-            for step, loss in zip(snapshot.loss_steps, snapshot.loss, strict=True)
-        ),
+        metrics=(*_loss_messages(snapshot), *_held_out_message(snapshot)),
         model_parameters=snapshot.model_parameters,
         added_parameters=snapshot.added_parameters,
         adaptations_today=snapshot.adaptations_today,
@@ -103,6 +102,7 @@ def run_snapshot(message: Snapshot) -> RunSnapshot:
         disabled_blueprints=frozenset(message.disabled_blueprints),
         age_seconds=np.nan if message.age_seconds is None else float(message.age_seconds),
         findings=message.findings,
+        held_out=_held_out(message),
     )
 
 
@@ -242,6 +242,25 @@ def _frame_messages(snapshot: RunSnapshot) -> Iterator[Frame]:
         message = Frame.of(frame)
         # A loss that the decision did not see must not be in what it is replayed from.
         yield message if frame.step in known else msgspec.structs.replace(message, loss=None)
+
+
+def _loss_messages(snapshot: RunSnapshot) -> Iterator[StepValues]:
+    for step, loss in zip(snapshot.loss_steps, snapshot.loss, strict=True):
+        yield StepValues(step=int(step), values={"loss": float(loss)})
+
+
+def _held_out_message(snapshot: RunSnapshot) -> Iterator[StepValues]:
+    if not math.isnan(snapshot.held_out):
+        yield StepValues(step=snapshot.step, values={HELD_OUT[0]: snapshot.held_out})
+
+
+def _held_out(message: Snapshot) -> float:
+    """The newest held-out loss; NaN: none is in the message."""
+    for item in reversed(message.metrics):
+        for name in HELD_OUT:
+            if name in item.values:
+                return float(item.values[name])
+    return math.nan
 
 
 def _health_frame(frame: Frame, names: tuple[str, ...]) -> HealthFrame:

@@ -189,6 +189,26 @@ def experience() -> dict[str, Experience]:
     }
 
 
+def closed_confidences() -> list[tuple[str, float, bool]]:
+    """(blueprint, the confidence it was proposed with, it was kept) of closed cases, oldest first.
+
+    A confidence that was not known is left out.
+    """
+    rows = (
+        Adaptation.objects.filter(remedy="", state__in=(AdaptationState.KEPT, *_BAD_ENDS))
+        .exclude(graft_step=None)
+        .exclude(confidence=None)
+        .exclude(policy=RECOVERED)
+        .order_by("id")
+        .values_list("blueprint__slug", "confidence", "state")
+    )
+    return [
+        (slug, said, state == AdaptationState.KEPT)
+        for slug, said, state in rows
+        if said is not None
+    ]
+
+
 def category_cases(category: str) -> int:
     """Closed cases of all blueprints of one category."""
     closed = Adaptation.objects.filter(

@@ -10,6 +10,7 @@ from django.db.models import Avg, Count, F, Max, Q, QuerySet
 from django.utils import timezone
 
 from apps.accounts.models import User
+from apps.adaptations.history import closed_confidences as closed_confidences
 from apps.adaptations.history import error_budget as error_budget  # for other apps
 from apps.adaptations.history import experience, grafts, layer_histories, run_facts
 from apps.adaptations.models import Adaptation, DecisionRecord, Snooze

@@ -42,7 +42,7 @@ class GateInputs:
         category_cases: closed cases of the blueprint's category.
         missing_evidence: unmeasured signals that a decision of this risk requires.
         age_seconds: age of the newest evidence; NaN unknown.
-        confidence: probability that the graft will be kept; NaN unknown.
+        confidence: probability that the graft really helps; NaN unknown.
     """
 
     mode: RunMode

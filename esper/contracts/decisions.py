@@ -41,8 +41,8 @@ class AdaptationDecision:
     Attributes:
         layer_name: a layer of the run.
         adaptation_type: a member of :class:`AdaptationType`; a text is converted.
-        confidence: probability that the adaptation will be kept, 0..1. NaN is allowed and never
-            counts as high.
+        confidence: probability that the adaptation really helps, 0..1. NaN leaves it to the cases,
+            and never counts as high.
         urgency: how fast the layer gets worse, 0..1.
         reasons: the signals for and against it.
         since: an earlier layer whose input it reads, for a graft that spans layers.
@@ -150,7 +150,7 @@ class SafetyPolicy:
 
     name: str = "default"
     version: int = 1
-    confidence_refuse: float = 0.55
+    confidence_refuse: float = 0.05
     confidence_auto: float = 0.75
     auto_max_risk: Risk = Risk.LOW
     min_cases_for_auto: int = 20  # closed cases of the category; below, MEDIUM and up ask
@@ -263,6 +263,7 @@ class RunSnapshot:
         experience: by blueprint slug.
         age_seconds: how old the newest frame is.
         findings: of the diagnosis, those that are open.
+        held_out: newest held-out loss; NaN: unknown.
     """
 
     run: str
@@ -284,6 +285,7 @@ class RunSnapshot:
     disabled_blueprints: frozenset[str] = frozenset()
     age_seconds: float = 0.0
     findings: tuple[Finding, ...] = ()
+    held_out: float = math.nan
 
     def layer(self, name: str) -> LayerInfo | None:
         return next((layer for layer in self.layers if layer.name == name), None)
@@ -302,7 +304,7 @@ class Decision:
     why_not: tuple[WhyNot, ...]
     evidence: dict[str, float]  # frozen numbers of the layer and the run; NaN: unknown
     step: int
-    policy: str  # "heuristic-2"
+    policy: str  # "heuristic-3"
     asks: tuple[str, ...] = ()
 
     @property

@@ -639,7 +639,7 @@ class Proposal(Message, frozen=True, kw_only=True):
         epoch, step: of the run, when it was decided.
         layer: where.
         adaptation_type: which kind of help.
-        confidence: probability that it will be kept; may be "nan", which is never high.
+        confidence: probability that it really helps; may be "nan", which is never high.
         urgency: how fast the layer gets worse, 0..1.
         reasons: what speaks for and against it.
         blueprint: slug.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,7 @@ class LossFeatures:
             units of ``noise``; one outlier is not a spike.
         non_finite: samples of the newest eighth that are not finite.
         from_start: the samples reach back to the first tenth of the run.
+        held_out: newest held-out loss.
     """
 
     samples: int = 0
@@ -68,6 +69,7 @@ class LossFeatures:
     spike_score: float = math.nan
     non_finite: int = 0
     from_start: bool = False
+    held_out: float = math.nan
 
     @property
     def headroom(self) -> float:
@@ -138,7 +140,10 @@ def extract_features(
     health_L = latest[:, SIGNAL_INDEX[Signal.HEALTH]]  # of the trainer, which knows more
     np.copyto(health_L, health_scores(latest), where=np.isnan(health_L))
     medians = layer_medians(latest)
-    loss = loss_features(snapshot.loss_steps, snapshot.loss, since=snapshot.last_adaptation_step)
+    loss = replace(
+        loss_features(snapshot.loss_steps, snapshot.loss, since=snapshot.last_adaptation_step),
+        held_out=snapshot.held_out,
+    )
     return Features(
         loss=loss,
         layers=snapshot.layers,

@@ -1,12 +1,10 @@
 """What to propose for a run, ranked, with reasons and a confidence."""
 
 from esper.policy.base import Policy, Proposals
-from esper.policy.confidence import posterior_confidence
 from esper.policy.heuristic import HeuristicPolicy
 
 __all__ = [
     "HeuristicPolicy",
     "Policy",
     "Proposals",
-    "posterior_confidence",
 ]

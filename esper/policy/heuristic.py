@@ -9,9 +9,8 @@
 Every other fault is answered by a remedy, which adds nothing to the model. A loss that is flat is
 no evidence for capacity: on healthy runs most flat stretches end by themselves.
 
-Confidence is the prior chance to be kept times the strength of its signals. The priors are
-assumptions that count as ten cases; :func:`esper.policy.confidence.posterior_confidence` replaces
-them with experience from closed cases.
+These rules choose the place and the kind. How sure it is that it helps is told by cases, see
+:mod:`esper.policy.confidence`.
 """
 
 from __future__ import annotations
@@ -40,17 +39,7 @@ from esper.policy.base import Proposals
 
 CAPACITY = "capacity"  # slug of the finding that grafts answer
 WIDER = "widen_hidden"  # slug of the blueprint that it answers first
-PRIORS: dict[AdaptationType, float] = {
-    AdaptationType.ADD_EFFICIENCY: 0.88,
-    AdaptationType.ADD_FFN: 0.74,
-    AdaptationType.ADD_ATTENTION: 0.70,
-    AdaptationType.ADD_MOE: 0.66,
-}
-SPAN_PRIOR = 0.9  # the finding names the place, and the graft is exact at first
 LADDER = (AdaptationType.ADD_FFN, AdaptationType.ADD_ATTENTION, AdaptationType.ADD_MOE)
-# Share of the prior that does not depend on how strong the signals are.
-FIRM_SHARE = 0.8
-AFTER_ROLLBACK = 0.85  # factor of the confidence on a layer with an earlier rollback
 
 BOTTLENECK = 0.3
 MAX_LAYERS_PROPOSED = 3
@@ -78,7 +67,7 @@ class Bottlenecks:
 class HeuristicPolicy:
     """See the module's docstring for the rules."""
 
-    name = "heuristic-2"
+    name = "heuristic-3"
 
     @np.errstate(all="ignore")  # NaN is valid data here
     def propose(
@@ -118,7 +107,7 @@ def capacity(snapshot: RunSnapshot, features: Features, finding: Finding) -> Pro
     ]
     # All first rungs before any second: the cheap adaptation of the next layer costs less.
     steps.sort(key=lambda step: _rung_order(features, step[1]))
-    decisions = tuple(_room(snapshot, found, finding, row, kind, features) for row, kind in steps)
+    decisions = tuple(_room(found, finding, row, kind, features) for row, kind in steps)
     if not decisions:
         return Proposals(
             reasons=("Every bottleneck has all blueprints that these rules know already.",)
@@ -144,7 +133,7 @@ def _wider(
     return AdaptationDecision(
         layer_name=layer.name,
         adaptation_type=AdaptationType.ADD_FFN,
-        confidence=SPAN_PRIOR,
+        confidence=math.nan,
         urgency=round(_urgency(features, layer.name), 4),
         reasons=(
             Reason(CAPACITY, features.loss.plateau_score, 0.5, finding.observed),
@@ -214,22 +203,17 @@ def _rung_order(features: Features, kind: AdaptationType) -> int:
 
 
 def _room(
-    snapshot: RunSnapshot,
     found: Bottlenecks,
     finding: Finding,
     row: int,
     kind: AdaptationType,
     features: Features,
 ) -> AdaptationDecision:
-    layer, score = features.layers[row].name, float(found.score[row])
-    strength = (0.5 + 0.5 * min(1.0, score / 0.6)) * float(found.coverage[row])
-    confidence = PRIORS[kind] * (FIRM_SHARE + (1 - FIRM_SHARE) * strength)
-    if snapshot.history.get(layer, LayerHistory()).last_rolled_back:
-        confidence *= AFTER_ROLLBACK
+    layer = features.layers[row].name
     return AdaptationDecision(
         layer_name=layer,
         adaptation_type=kind,
-        confidence=round(confidence, 4),
+        confidence=math.nan,
         urgency=round(_urgency(features, layer), 4),
         reasons=(
             Reason(CAPACITY, features.loss.plateau_score, 0.5, finding.observed),

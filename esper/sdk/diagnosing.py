@@ -82,6 +82,7 @@ class DiagnosisWatch:
             self._frames.append(frame)
         held_out = next((metrics[name] for name in HELD_OUT if name in metrics), None)
         if held_out is not None:
+            self._run.held_out = float(held_out)
             self._held_out.append((self._run.step, float(held_out)))
         planned = self.recorder.on_step(self._run.step)
         urgent = self._is_urgent(loss)

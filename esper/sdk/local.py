@@ -47,6 +47,7 @@ from esper.sdk.changes import serves_loss
 from esper.sdk.findings import Findings
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
+from esper.sdk.twin import Twin
 from esper.selection import BlueprintSelector
 
 SECONDS_PER_DAY = 86_400.0
@@ -220,6 +221,16 @@ class LocalLoop:
         _, rolled_back = self.memory.last.get(layer, (-1, False))
         self.memory.last[layer] = (self._run.step, rolled_back)
 
+    def note_twin(self, twin: Twin) -> None:
+        """A result that is shown is a closed case of its blueprint."""
+        helps = twin.helps(self._run.policy.min_gain_ratio)
+        if helps is None:
+            return
+        experience = self.memory.experience
+        seen = experience.get(twin.blueprint, Experience())
+        reward = max(0.0, twin.low) if helps else min(0.0, twin.high)
+        experience[twin.blueprint] = _with_case(seen, helps, reward)
+
     def on_rolled_back(self, gone: Iterable[Adaptation], reason: str) -> None:
         """The guard took grafts out, which counts as a rollback of each."""
         for entry in gone:
@@ -323,6 +334,7 @@ class LocalLoop:
             history={layer.name: self._history(layer.name) for layer in self._layers},
             experience=dict(memory.experience),
             findings=tuple(f for f in self._findings.all() if f.slug),
+            held_out=self._run.held_out,
         )
 
     def _history(self, layer: str) -> LayerHistory:

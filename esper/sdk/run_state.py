@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ class RunState:
         queues: to and from the server; None where this process talks to none.
         step: the optimizer steps that the session has counted.
         losses: the training loss of the latest steps.
+        held_out: newest held-out loss; NaN: unknown.
         idle_until: the next step in which something is due; see :mod:`esper.sdk.idle_steps`.
     """
 
@@ -32,6 +34,7 @@ class RunState:
     queues: TransportQueues | None = None
     step: int = 0
     losses: deque[LossPoint] = field(default_factory=lambda: deque(maxlen=LOSSES_KEPT))
+    held_out: float = math.nan
     idle_until: int = 0
 
     def wake(self) -> None:

@@ -18,7 +18,7 @@ import logging
 import math
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,6 +72,7 @@ from esper.sdk.summary import Summary, layer_rows
 from esper.sdk.surgery import Surgery
 from esper.sdk.tracking import Mirror
 from esper.sdk.transport import Pace, TransportQueues
+from esper.sdk.twin import Twin, train_twin
 from esper.sharding import FrameSum
 
 logger = logging.getLogger("esper")
@@ -525,6 +526,61 @@ class Session:
         """
         self._catch_up()
         return self._surgery.graft(layer, blueprint, since, config)
+
+    def twin(
+        self,
+        layer: str | Waiting,
+        blueprint: str = "",
+        *,
+        batches: Sequence[Any],
+        loss: Callable[[nn.Module, Any], Tensor],
+        evaluate: Callable[[nn.Module], float],
+        steps: int = 200,
+        seconds: float = 60.0,
+        since: str = "",
+        **config: Any,
+    ) -> Twin:
+        """Try a graft in shadow: train a copy of the run with it and one without it.
+
+        It happens here, between two steps, and costs at most ``seconds``. The run stays as it is:
+        its weights, its optimizer and its random streams. In local mode a result that is shown
+        counts as a closed case of the blueprint.
+
+        Args:
+            layer: where, or a decision of :attr:`waiting`, which brings blueprint and settings.
+            batches: recorded ones, used in this order, again from the first where they are few.
+            loss: the training loss of a model for a batch.
+            evaluate: the held-out loss of a model, always on the same data.
+            steps: of both copies, at most.
+            since, config: as for :meth:`graft`.
+
+        Raises:
+            ConfigurationError: on several ranks, with several optimizers, or without a batch.
+            The errors of :meth:`graft`.
+        """
+        if isinstance(layer, Waiting):
+            adaptation = layer.decision.adaptation
+            blueprint, since = layer.decision.blueprint, adaptation.since
+            config, layer = dict(layer.decision.config), adaptation.layer_name
+        found = train_twin(
+            self._setup.model,
+            self._only_optimizer(),
+            partial(self._surgery.graft_copy, layer, blueprint, since, config),
+            batches=batches,
+            loss=loss,
+            evaluate=evaluate,
+            steps=steps,
+            seconds=seconds,
+        )
+        if self._local is not None:
+            self._local.note_twin(found)
+        return found
+
+    def _only_optimizer(self) -> Any:
+        optimizers = self._setup.surroundings.optimizers
+        if not self._ranks.alone or len(optimizers) != 1:
+            raise ConfigurationError("a twin needs one process with one optimizer")
+        return optimizers[0]
 
     def undo(self, receipt: Receipt | RemedyReceipt, hard: bool = True) -> UndoReceipt:
         """Take a graft out, or undo a remedy. On several ranks each calls it.

@@ -227,6 +227,25 @@ class Surgery:
         assert receipt is not None
         return receipt
 
+    def graft_copy(
+        self,
+        layer: str,
+        blueprint: str,
+        since: str,
+        config: dict[str, Any],
+        model: nn.Module,
+        optimizer: Any,
+    ) -> Receipt:
+        """The same graft in a copy of the model, of which the run knows nothing."""
+        entry = blueprints.get_blueprint(blueprint)
+        return grafting.apply_graft(
+            model,
+            self.layer(layer, since, entry.slug),
+            entry,
+            config=config,
+            surroundings=Surroundings((optimizer,)),
+        )
+
     # -- taking grafts out ---------------------------------------------------------------------
 
     def take_out(self, adaptation: Adaptation, *, hard: bool, state: AdaptationState) -> TakenOut:

@@ -58,21 +58,34 @@ class Fixed:
         return Proposals(self._decisions, ("Nothing else.",))
 
 
-def test_a_flat_loss_gives_a_cheap_remedy_by_rule_and_then_a_costlier_one_that_asks(
+def test_a_lack_of_capacity_gives_a_cheap_graft_and_then_a_costlier_one(
     catalog: Catalog, make_snapshot: Make
 ) -> None:
     first = decided(make_snapshot(), catalog)
     assert isinstance(first, Decision)
     assert first.adaptation.adaptation_type is AdaptationType.ADD_EFFICIENCY
-    assert first.adaptation.confidence >= LIMITS.confidence_auto
-    assert first.automatic
+    assert any("too few to trust" in line for line in first.asks)
 
     history = {first.adaptation.layer_name: LayerHistory((first.blueprint,), False, 200)}
     second = decided(make_snapshot(history=history, last_adaptation_step=200), catalog)
     assert isinstance(second, Decision)
     assert second.adaptation.adaptation_type is AdaptationType.ADD_FFN
-    assert LIMITS.confidence_refuse <= second.adaptation.confidence < LIMITS.confidence_auto
-    assert not second.automatic
+    for found in (first, second):
+        weights = [reason.weight for reason in found.adaptation.reasons]
+        assert sum(weights) == pytest.approx(found.adaptation.confidence)
+        assert LIMITS.confidence_refuse <= found.adaptation.confidence < LIMITS.confidence_auto
+        assert not found.automatic
+
+
+def test_with_cases_of_its_kind_a_confident_graft_is_automatic(
+    catalog: Catalog, make_snapshot: Make
+) -> None:
+    good = {slug: Experience(60, 0, 0.2) for slug in ("lora", "gain")}
+    answer = decided(make_snapshot(experience=good), catalog)
+
+    assert isinstance(answer, Decision)
+    assert answer.adaptation.confidence >= LIMITS.confidence_auto
+    assert answer.automatic
 
 
 def test_equal_inputs_give_equal_decisions_in_any_catalogue_order(
@@ -183,7 +196,9 @@ def test_bad_experience_lowers_the_confidence_below_the_bands(
     assert ViolationRule.CONFIDENCE in {check.rule for check in answer.violations}
 
 
-def test_an_unknown_confidence_asks(catalog: Catalog, make_snapshot: Make) -> None:
+def test_an_unknown_confidence_is_told_by_cases_and_few_cases_ask(
+    catalog: Catalog, make_snapshot: Make
+) -> None:
     unsure = AdaptationDecision("mid", AdaptationType.ADD_EFFICIENCY, math.nan)
     answer = decide(make_snapshot(), Fixed(unsure), catalog, LIMITS, np.random.default_rng(0))
 
@@ -249,4 +264,4 @@ def test_the_evidence_holds_the_layer_the_run_and_the_loss(
     assert answer.evidence["weight_norm_median"] == pytest.approx(4.0)
     assert answer.evidence["loss"] == pytest.approx(1.0, abs=0.05)
     assert math.isnan(answer.evidence["graft_grad_share"])
-    assert answer.policy == "heuristic-2"
+    assert answer.policy == "heuristic-3"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -10,6 +10,7 @@ from django.http import HttpRequest, HttpResponse
 
 from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
+from apps.adaptations.selectors import closed_confidences
 from apps.console.drawing import confidence_band
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
@@ -17,6 +18,7 @@ from apps.policies.models import PolicyState, PolicyVersion, Scope
 from apps.policies.services import current_policy
 from apps.runs.models import Run
 from esper.contracts import RUN_ENDED, Risk, SafetyPolicy
+from esper.policy.calibration import FEWEST_CASES, Bin, Calibration, calibration
 
 
 @page
@@ -38,6 +40,13 @@ def policy(request: HttpRequest) -> HttpResponse:
 
     panels = [
         Panel("current", "In force", "console/policy/current.html", current, ("policy",)),
+        Panel(
+            "calibration",
+            "Whether confidence is right",
+            "console/policy/calibration.html",
+            calibration_context,
+            ("policy", "adaptation"),
+        ),
         Panel(
             "drafts",
             "Drafts",
@@ -61,6 +70,47 @@ def policy(request: HttpRequest) -> HttpResponse:
         ),
     ]
     return render_page(request, "console/simple.html", title="Policy", panels=panels)
+
+
+@dataclass(frozen=True, slots=True)
+class BinRow:
+    """A bin of confidences, with its point in the diagram: 100 units wide and high."""
+
+    of: Bin
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceRow:
+    """The closed cases of one blueprint."""
+
+    slug: str
+    found: Calibration
+    said: float
+    kept: float
+
+
+def calibration_context() -> dict[str, Any]:
+    """The installation's own closed cases, all and by blueprint."""
+    closed = closed_confidences()
+    found = calibration([said for _, said, _ in closed], [kept for _, _, kept in closed])
+    return {
+        "found": found,
+        "fewest": FEWEST_CASES,
+        "bins": [
+            BinRow(b, 100 * b.said, 100 - 100 * b.came_true, 1.5 + 5 * b.cases / found.cases)
+            for b in found.bins
+        ],
+        "choices": [_choice(slug, closed) for slug in sorted({slug for slug, _, _ in closed})],
+    }
+
+
+def _choice(slug: str, closed: Sequence[tuple[str, float, bool]]) -> ChoiceRow:
+    said = [one for name, one, _ in closed if name == slug]
+    kept = [one for name, _, one in closed if name == slug]
+    return ChoiceRow(slug, calibration(said, kept), sum(said) / len(said), sum(kept) / len(kept))
 
 
 @dataclass(frozen=True, slots=True)

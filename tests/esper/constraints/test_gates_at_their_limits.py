@@ -64,7 +64,7 @@ LIMITS = [
     ("age_seconds", 120.0, math.nan, ViolationRule.EVIDENCE, True),
     ("confidence", 0.75, 0.7499, ViolationRule.CONFIDENCE, False),
     ("confidence", 0.75, math.nan, ViolationRule.CONFIDENCE, False),
-    ("confidence", 0.75, 0.5499, ViolationRule.CONFIDENCE, True),
+    ("confidence", 0.75, 0.0499, ViolationRule.CONFIDENCE, True),
 ]
 
 

@@ -92,7 +92,7 @@ def test_a_net_that_is_too_small_gets_a_cheap_proposal_once_the_diagnosis_says_s
 
     assert isinstance(found, Decision)
     assert found.adaptation.adaptation_type is AdaptationType.ADD_EFFICIENCY
-    assert found.automatic
+    assert not found.automatic  # half of such grafts help, so a person decides
 
 
 def test_a_net_that_is_large_enough_and_learns_gets_none(catalog: Any) -> None:

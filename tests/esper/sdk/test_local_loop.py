@@ -21,6 +21,8 @@ EAGER = SafetyPolicy(
     cooldown_layer_steps=100,
     cooldown_run_steps=20,
     max_added_parameters_ratio=50.0,
+    confidence_refuse=0.0,  # acts on what cases of small nets give little chance
+    confidence_auto=0.0,
 )
 
 

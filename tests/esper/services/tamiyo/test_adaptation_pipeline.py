@@ -154,7 +154,7 @@ async def test_a_broken_constraint_is_a_violation_and_touches_nothing(
     [
         (wish("nowhere"), "no layer 'nowhere'"),
         (wish(kind=AdaptationType.ADD_ATTENTION), "sequence"),
-        (wish(confidence=0.3), "below"),
+        (wish(confidence=0.02), "below"),
         (wish(confidence=0.6), "A person has to agree"),
         (wish(confidence=float("nan")), "A person has to agree"),
     ],

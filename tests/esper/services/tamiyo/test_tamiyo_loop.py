@@ -275,7 +275,7 @@ async def test_a_broken_limit_is_noted_once_in_a_while(
     valkey_url: str, valkey: redis.Redis, urza: FakeUrza
 ) -> None:
     run = urza.runs["run_a"]
-    low = StubbornPolicy(confidence=0.2)
+    low = StubbornPolicy(confidence=0.02)
     async with running(config(valkey_url, urza), policy=low) as service:
         for _ in range(6):
             notify(valkey, run)
