@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,30 +27,38 @@ from esper import blueprints, grafting
 from esper.blueprints import Blueprint
 from esper.compilation import KernelStore, build_kernel, kernel_key, open_kernel, warm_up
 from esper.compilation.instantiate import instantiate
+from esper.constraints.remedy_gates import RemedyInputs, check_remedy
 from esper.contracts import (
     SIGNAL_INDEX,
     SIGNALS,
     AdaptationType,
     CostForecast,
     Decision,
+    Finding,
     HealthFrame,
     LayerInfo,
     RunMode,
     RunSnapshot,
     SafetyPolicy,
+    Severity,
     Signal,
+    ViolationRule,
     signing,
 )
 from esper.grafting import LayerRecorder
 from esper.pipeline import decide
 from esper.policy import HeuristicPolicy
+from esper.policy.heuristic import CAPACITY
+from esper.remedies import list_remedies
 from esper.selection import BlueprintSelector
 
 WIDTH = 256
 BUDGETS = {
     "decision": Budget("p99", 10.0, "ms", "< 100 ms"),
     "decision_2000": Budget("p99", 50.0, "ms", "< 100 ms"),
+    "decision_span": Budget("p99", 10.0, "ms", "< 100 ms"),
     "selection": Budget("p99", 1.0, "ms", "< 10 ms"),
+    "remedy_gates": Budget("p99", 1.0, "ms", "< 10 ms"),
     "compile_cold": Budget("p95", 150.0, "ms", "50-500 ms"),
     "compile_cached": Budget("p95", 5.0, "ms", "< 10 ms"),
     "graft_pause": Budget("p95", 10.0, "ms"),
@@ -70,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures = [
             decision("decision", layers=200, repeats=repeats),
             decision("decision_2000", layers=2000, repeats=repeats),
+            decision("decision_span", layers=200, repeats=repeats, spans=True),
             selection(repeats=repeats * 5),
+            remedy_gates(repeats=repeats),
             compile_cold(repeats=max(3, repeats // 10), directory=directory),
             compile_cached(repeats=repeats, directory=directory),
             graft_pause(repeats=max(10, repeats // 4)),
@@ -87,16 +98,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def decision(name: str, *, layers: int, repeats: int) -> Figure:
-    """Snapshot -> Decision, with 32 frames and 2,000 losses."""
-    snapshot = flat_run(layers)
+def decision(name: str, *, layers: int, repeats: int, spans: bool = False) -> Figure:
+    """Snapshot -> Decision on a finding, with 32 frames and 2,000 losses.
+
+    ``spans``: an activation alone lies between the layers, so the answer is a span.
+    """
+    snapshot = flat_run(layers, spans=spans)
     selector = BlueprintSelector(blueprints.list_blueprints())
     policy, limits = HeuristicPolicy(), SafetyPolicy()
     rng = np.random.default_rng(0)
     answer = decide(snapshot, policy, selector, limits, rng)
     assert isinstance(answer, Decision), answer
+    assert bool(answer.adaptation.since) is spans
     samples = timed(lambda: decide(snapshot, policy, selector, limits, rng), repeats)
-    return Figure(name, BUDGETS[name], samples, f"decide(), {layers} layers, 32 frames")
+    what = f"decide(), {layers} layers, 32 frames, {'a span' if spans else 'beside one layer'}"
+    return Figure(name, BUDGETS[name], samples, what)
 
 
 def selection(*, repeats: int) -> Figure:
@@ -113,6 +129,21 @@ def selection(*, repeats: int) -> Figure:
     return Figure(
         "selection", BUDGETS["selection"], timed(select, repeats), "18 blueprints x 600 sizes"
     )
+
+
+def remedy_gates(*, repeats: int) -> Figure:
+    """All gates of every remedy of the catalogue, as when a finding could have any of them."""
+    limits = SafetyPolicy()
+    every = [
+        RemedyInputs(RunMode.AUTOMATIC, 2000, remedy.slug, risk=remedy.risk, age_seconds=0.0)
+        for remedy in list_remedies()
+    ]
+
+    def check() -> object:
+        return [check_remedy(inputs, limits) for inputs in every]
+
+    note = f"the gates of {len(every)} remedies"
+    return Figure("remedy_gates", BUDGETS["remedy_gates"], timed(check, repeats), note)
 
 
 def compile_cold(*, repeats: int, directory: Path) -> Figure:
@@ -221,10 +252,24 @@ def linear_layer(name: str, *, rows: int = 64, width: int = WIDTH) -> LayerInfo:
     )
 
 
-def flat_run(layers: int) -> RunSnapshot:
-    """A run whose loss has been flat for long, with plausible signals and one bottleneck."""
+def flat_run(layers: int, *, spans: bool = False) -> RunSnapshot:
+    """A run with a finding of missing capacity, plausible signals and one bottleneck."""
     rng = np.random.default_rng(0)
     infos = tuple(linear_layer(f"layer{i}") for i in range(layers))
+    if spans:
+        infos = tuple(
+            replace(info, order=i + 1, feeds=(f"layer{i + 1}",), activation="relu")
+            for i, info in enumerate(infos)
+        )
+    stuck = Finding(
+        rule=ViolationRule.DIAGNOSIS,
+        layer=f"layer{layers // 2}",
+        severity=Severity.CAUTION,
+        observed="both losses are flat",
+        limit="a fall",
+        remedy="Add hidden units.",
+        slug=CAPACITY,
+    )
     names = tuple(info.name for info in infos)
     loss = 0.9 + 1.4 * 0.99 ** np.arange(2000) + 0.01 * rng.standard_normal(2000)
     frames = tuple(
@@ -240,6 +285,7 @@ def flat_run(layers: int) -> RunSnapshot:
         loss_steps=np.arange(1, 2001),
         loss=loss,
         model_parameters=sum(info.parameters for info in infos),
+        findings=(stuck,),
     )
 
 
