@@ -12,6 +12,7 @@ import esper
 from launcher.commands import deciding, maintaining, reading, remedying, running
 from launcher.commands.audit import audit_group
 from launcher.commands.backup import backup_command, restore_command, restored_command
+from launcher.commands.channels import channels_group
 from launcher.commands.installation import data_dir_option
 from launcher.commands.keys import rotate_command
 from launcher.commands.mcp import mcp_command
@@ -127,6 +128,7 @@ cli.add_command(rotate_command)
 cli.add_command(replay_command)
 cli.add_command(watch_command)
 cli.add_command(mcp_command)
+cli.add_command(channels_group)
 audit_group.add_command(maintaining.audit_log_command)
 for command in (
     *reading.COMMANDS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.contrib import admin
 
 from apps.accounts.read_only_admin import ReadOnlyAdmin
-from apps.notifications.models import FeedEvent, OutboxMessage
+from apps.notifications.models import Channel, Delivery, FeedEvent, OutboxMessage
 
 
 @admin.register(FeedEvent)
@@ -19,3 +19,16 @@ class FeedEventAdmin(ReadOnlyAdmin):
 class OutboxMessageAdmin(ReadOnlyAdmin):
     list_display = ("task", "queue", "created_at", "sent_at", "attempts")
     list_filter = ("task",)
+
+
+@admin.register(Channel)
+class ChannelAdmin(ReadOnlyAdmin):
+    list_display = ("uid", "owner", "kind", "disabled_at", "disabled_reason")
+    list_filter = ("kind",)
+    exclude = ("secret",)
+
+
+@admin.register(Delivery)
+class DeliveryAdmin(ReadOnlyAdmin):
+    list_display = ("uid", "channel", "type", "attempts", "status", "delivered_at", "error")
+    list_filter = ("type",)

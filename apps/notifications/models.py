@@ -1,8 +1,13 @@
-"""What a transaction sends: events for people who watch, and messages for workers."""
+"""What a transaction sends: events for people who watch, and messages for workers and channels."""
 
 from __future__ import annotations
 
+from functools import partial
+
+from django.conf import settings
 from django.db import models
+
+from apps.rest.identifiers import UID_LENGTH, new_uid
 
 
 class Feed(models.Model):
@@ -40,3 +45,62 @@ class OutboxMessage(models.Model):
 
     class Meta:
         ordering = ("id",)
+
+
+class ChannelKind(models.TextChoices):
+    """How a person is told: the body of a webhook, a chat's payload, or a mail."""
+
+    WEBHOOK = "webhook"  # Standard Webhooks
+    SLACK = "slack"  # {"text": …}, which Slack, Mattermost and others take
+    MAIL = "mail"
+
+
+class Channel(models.Model):
+    """Where a person wants to be told of which events."""
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "chn"), editable=False
+    )
+    owner = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="channels"
+    )
+    kind = models.CharField(max_length=8, choices=ChannelKind.choices)
+    target = models.CharField(max_length=500)  # an address, or of a mail its recipient
+    events = models.JSONField(default=list)
+    quiet_from = models.TimeField(null=True, blank=True)  # UTC; events wait until quiet_until
+    quiet_until = models.TimeField(null=True, blank=True)
+    secret = models.BinaryField(default=b"")  # encrypted; signs the bodies of a webhook
+    site = models.CharField(max_length=200)  # the server's address as its owner uses it
+    disabled_at = models.DateTimeField(null=True, blank=True)
+    disabled_reason = models.CharField(max_length=200, blank=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        ordering = ("-id",)
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.owner_id}"
+
+
+class Delivery(models.Model):
+    """One event for one channel, with what became of it: the delivery log."""
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "msg"), editable=False
+    )
+    channel = models.ForeignKey(Channel, on_delete=models.CASCADE, related_name="deliveries")
+    type = models.CharField(max_length=40)
+    data = models.JSONField()
+    created_at = models.DateTimeField(auto_now_add=True)
+    due_at = models.DateTimeField(null=True, db_index=True)  # null: it is over
+    attempts = models.PositiveSmallIntegerField(default=0)
+    status = models.PositiveSmallIntegerField(null=True, blank=True)  # of the last answer
+    error = models.CharField(max_length=300, blank=True)
+    delivered_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        verbose_name_plural = "deliveries"
+        ordering = ("-id",)
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.uid}"

@@ -4,7 +4,9 @@ from typing import Any
 
 from rest_framework import serializers
 
-from apps.rest.fields import Members
+from apps.notifications.channels import EVENTS
+from apps.notifications.models import Channel, ChannelKind, Delivery
+from apps.rest.fields import BoundedList, Members, PersonsInput, Text
 
 
 class EventOutput(serializers.Serializer[Any]):
@@ -22,3 +24,58 @@ class EventsOutput(serializers.Serializer[Any]):
 
     results = EventOutput(many=True)
     seq = serializers.IntegerField()
+
+
+class ChannelInput(PersonsInput):
+    """``target``: an https address; of a mail it is left out: it goes to the account's address.
+
+    ``quiet_from`` and ``quiet_until``: UTC; events between them wait, but for the urgent ones.
+    """
+
+    kind = serializers.ChoiceField(choices=ChannelKind.choices)
+    target = Text(max_length=500, allow_blank=True, default="")
+    events = BoundedList(
+        child=serializers.ChoiceField(choices=list(EVENTS)),
+        allow_empty=False,
+        max_length=len(EVENTS),
+    )
+    quiet_from = serializers.TimeField(allow_null=True, default=None)
+    quiet_until = serializers.TimeField(allow_null=True, default=None)
+
+
+class ChannelOutput(serializers.ModelSerializer[Channel]):
+    events = serializers.ListField(child=serializers.CharField())
+
+    class Meta:
+        model = Channel
+        fields: tuple[str, ...] = (
+            *("uid", "kind", "target", "events", "quiet_from", "quiet_until"),
+            *("disabled_at", "disabled_reason", "created_at"),
+        )
+
+
+class NewChannelOutput(ChannelOutput):
+    """``secret`` signs the bodies of a webhook; it is shown this once, and empty for others."""
+
+    secret = serializers.SerializerMethodField()
+
+    class Meta(ChannelOutput.Meta):
+        fields: tuple[str, ...] = (*ChannelOutput.Meta.fields, "secret")
+
+    def get_secret(self, channel: Channel) -> str:
+        secret: str = self.context["secret"]
+        return secret
+
+
+class DeliveryOutput(serializers.ModelSerializer[Delivery]):
+    """``due_at`` null: it is over. ``status``: of the last answer, null without one."""
+
+    channel = serializers.CharField(source="channel.uid")
+    data = Members()  # type: ignore[assignment]  # a field; the metaclass takes it away
+
+    class Meta:
+        model = Delivery
+        fields = (
+            *("uid", "channel", "type", "data", "created_at", "due_at", "attempts", "status"),
+            *("error", "delivered_at"),
+        )

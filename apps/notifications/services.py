@@ -19,6 +19,7 @@ from django.http import HttpRequest
 from django.utils import timezone
 
 from apps.audit.services import take_turn
+from apps.notifications.channels import plan_deliveries
 from apps.notifications.models import Feed, FeedEvent, OutboxMessage
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ def publish(*, topic: str, type: str, data: dict[str, Any]) -> FeedEvent:
         Feed.objects.filter(topic=topic).update(last_seq=F("last_seq") + 1)
     seq = Feed.objects.values_list("last_seq", flat=True).get(topic=topic)
     event = FeedEvent.objects.create(topic=topic, seq=seq, type=type, data=data)
+    if topic == SYSTEM_TOPIC and plan_deliveries(type, data):  # each such event is there once
+        enqueue(task="notifications.deliver", queue="control", args=[])
     transaction.on_commit(lambda: notify(group_name(topic), "feed.event", event_to_wire(event)))
     return event
 

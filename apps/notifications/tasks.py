@@ -1,6 +1,6 @@
 from celery import shared_task
 
-from apps.notifications import services
+from apps.notifications import delivering, services
 
 
 @shared_task(name="notifications.relay_outbox")
@@ -11,3 +11,13 @@ def relay_outbox() -> None:
 @shared_task(name="notifications.forget_sent")
 def forget_sent() -> None:
     services.forget_sent()
+
+
+@shared_task(name="notifications.deliver")
+def deliver() -> None:
+    delivering.deliver_due()
+
+
+@shared_task(name="notifications.forget_deliveries")
+def forget_deliveries() -> None:
+    delivering.forget_old()

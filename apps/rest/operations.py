@@ -21,6 +21,12 @@ class Operation:
 
 
 OPERATIONS: dict[str, Operation] = {
+    "list_channels": Operation("Lists where the caller is told of events: signed webhooks, chat, mail."),
+    "add_channel": Operation("Adds a channel. A webhook follows Standard Webhooks 1.0.0; its secret is in this answer and nowhere else. Addresses in private networks are refused when an event is sent.", {"kind": "webhook", "target": "https://hooks.example.org/esper", "events": ["adaptation.awaiting_approval", "violation.opened"], "quiet_from": "22:00", "quiet_until": "06:00"}),
+    "read_channel": Operation("Returns one of the caller's own channels."),
+    "remove_channel": Operation("Removes a channel with its log."),
+    "list_deliveries": Operation("Lists what was sent to a channel, how often it was tried, and what the receiver answered."),
+    "replay_delivery": Operation("Sends an event again with the same id, so that the receiver can tell.", {"reason": "the receiver was down"}),
     "acknowledge_violations": Operation("Acknowledges several findings with one note; each has its own answer.", {"violations": ["vio_01K0000000000000000000000A"], "reason": "known, being repaired"}),
     "approve_policy": Operation("Agrees with a draft (its number or v3), which is in force from the next decision. Curators and administrators, but not its author.", {"reason": "the back-test looks right"}),
     "assign_adaptation": Operation("Asks one person to decide on an adaptation; an empty name takes the request back.", {"to": "oscar", "reason": "you know this model"}),

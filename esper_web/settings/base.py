@@ -226,6 +226,8 @@ def _every(task: str, seconds: float, *, queue: str = "control") -> dict[str, An
 CELERY_BEAT_SCHEDULE = {
     "sweep-adaptations": _every("adaptations.sweep", 2.0),
     "relay-outbox": _every("notifications.relay_outbox", 2.0),
+    "deliver-notifications": _every("notifications.deliver", 5.0),
+    "forget-deliveries": _every("notifications.forget_deliveries", 3600.0),
     "forget-sent-messages": _every("notifications.forget_sent", 3600.0),
     "sweep-launches": _every("recipes.sweep", 5.0),
     "warm-kernels": _every("kernels.warm_next", 10.0),
@@ -286,6 +288,14 @@ ESPER_LAUNCH_LOST_SECONDS = env.integer(
 ESPER_LAUNCH_LIMIT = env.integer("ESPER_LAUNCH_LIMIT", 4, minimum=1, maximum=1000)
 # The server's address for trainers that a worker starts.
 ESPER_SERVER = env.text("ESPER_SERVER", "")
+# The mail server of notifications; empty: none is sent.
+EMAIL_HOST = env.text("ESPER_MAIL_HOST", "")
+EMAIL_PORT = env.integer("ESPER_MAIL_PORT", 587, minimum=1, maximum=65535)
+EMAIL_HOST_USER = env.text("ESPER_MAIL_USER", "")
+EMAIL_HOST_PASSWORD = env.text("ESPER_MAIL_PASSWORD", "")
+EMAIL_USE_TLS = env.flag("ESPER_MAIL_TLS", True)
+EMAIL_TIMEOUT = 15
+DEFAULT_FROM_EMAIL = env.text("ESPER_MAIL_FROM", "esper@localhost")
 # The bearer token for /metrics; empty: only signed-in staff may read it.
 ESPER_METRICS_TOKEN = env.text("ESPER_METRICS_TOKEN", "")
 

@@ -15,6 +15,7 @@ deciding  esper approve, reject, rollback, cancel, claim, release, extend
 running   esper pause, resume, stop, kill
 watching  esper watch
 maintaining  esper workers, kernels, blueprints, policy, audit log
+channels  esper channels
 mcp       esper mcp
 asking    the options that name the server and the account
 finding   objects by the names that people use

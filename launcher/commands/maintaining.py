@@ -168,6 +168,16 @@ def agree_command(client: Client, version: str, dry_run: bool) -> None:
     click.echo(f"Version {made['version']} {'would be' if dry_run else 'is'} in force.")
 
 
+@policy_group.command("withdraw")
+@click.argument("version", metavar="VERSION")
+@reason_option
+@asks_server
+def withdraw_command(client: Client, version: str, reason: str) -> None:
+    """Withdraw a draft; it never comes into force."""
+    made = client.act(f"policies/{segment(version)}/withdraw", {"reason": reason}).data
+    click.echo(f"Version {made['version']} is withdrawn.")
+
+
 @click.command("log")
 @click.option("--run", metavar="RUN", help="Only of this run, by its uid.")
 @click.option("--act", help="Only acts that begin with this, such as adaptation.")

@@ -29,6 +29,11 @@ SERVICES = {
     "report_tamiyo_heartbeat": "Tamiyo's report",
 }
 VERBS = {
+    "approve_policy": "policy agree",
+    "withdraw_policy": "policy withdraw",
+    "add_channel": "channels add",
+    "remove_channel": "channels remove",
+    "replay_delivery": "channels replay",
     "approve_adaptation": "approve",
     "reject_adaptation": "reject",
     "claim_adaptation": "claim",
@@ -66,6 +71,9 @@ VERBS = {
 # With their reasons; an act leaves this list when its command comes.
 WITHOUT_A_VERB: dict[str, str] = {}
 WITHOUT_A_CONTROL: dict[str, str] = {
+    "add_channel": "the page of one's own settings has no form for channels yet",
+    "remove_channel": "as add_channel",
+    "replay_delivery": "as add_channel",
     "reject_adaptations": "the inbox rejects one by one; its bulk bar comes with the page",
 }
 # Where a control does not name the last part of the act's path.

@@ -1,0 +1,169 @@
+"""Channels: which events a person is told of, where, and when not."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import secrets
+from datetime import datetime, time, timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+from cryptography.fernet import Fernet
+from django.conf import settings
+from django.db import transaction
+from django.utils import timezone
+
+from apps.accounts.actors import Actor
+from apps.accounts.models import User
+from apps.audit.services import record
+from apps.notifications.models import Channel, ChannelKind, Delivery
+from apps.rest.problems import Problem
+
+MAX_CHANNELS = 20  # of one person
+# The events that a person may choose, and what each says.
+EVENTS: dict[str, str] = {
+    "adaptation.awaiting_approval": "An adaptation waits for a decision",
+    "adaptation.probation": "An adaptation is in the model, on probation",
+    "adaptation.kept": "An adaptation was kept",
+    "adaptation.rolled_back": "An adaptation was taken back",
+    "adaptation.expired": "Nobody decided in time",
+    "adaptation.apply_failed": "An adaptation could not be applied",
+    "adaptation.rollback_failed": "An adaptation could not be taken back",
+    "run.unreachable": "A trainer does not report",
+    "run.failed": "A run has failed",
+    "run.finished": "A run has finished",
+    "violation.opened": "A finding, or a limit was broken",
+    "switch.killed": "All adaptation was switched off",
+    "switch.on": "Adaptation was switched on again",
+    "policy.published": "The thresholds have changed",
+}
+# These do not wait for the end of quiet hours.
+URGENT = frozenset({"switch.killed", "adaptation.rollback_failed"})
+
+
+@transaction.atomic
+def add_channel(
+    *,
+    owner: User,
+    via: str,
+    kind: str,
+    target: str,
+    events: list[str],
+    quiet_from: time | None,
+    quiet_until: time | None,
+    site: str,
+) -> tuple[Channel, str]:
+    """A new channel, and of a webhook its signing secret, which is shown once.
+
+    Raises:
+        Problem: too many, no usable address, or no mail server.
+    """
+    if Channel.objects.filter(owner=owner).count() >= MAX_CHANNELS:
+        raise Problem(422, "invalid", f"You have {MAX_CHANNELS} channels already; remove one.")
+    if (quiet_from is None) != (quiet_until is None):
+        raise Problem(422, "invalid", "Give both ends of the quiet hours, or none.")
+    if kind == ChannelKind.MAIL:
+        target = _mail_address(owner)
+    else:
+        _check_address(target)
+    secret = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+    channel = Channel.objects.create(
+        owner=owner,
+        kind=kind,
+        target=target,
+        events=sorted(set(events)),
+        quiet_from=quiet_from,
+        quiet_until=quiet_until,
+        secret=_cipher().encrypt(secret.encode()) if kind == ChannelKind.WEBHOOK else b"",
+        site=site.rstrip("/"),
+    )
+    _record(channel, Actor.person(owner, via=via), "channel.added")
+    return channel, secret if kind == ChannelKind.WEBHOOK else ""
+
+
+@transaction.atomic
+def remove_channel(*, channel: Channel, user: User, via: str) -> None:
+    """Remove a channel with its log."""
+    _record(channel, Actor.person(user, via=via), "channel.removed")
+    channel.delete()
+
+
+def plan_deliveries(type: str, data: dict[str, Any]) -> list[Delivery]:
+    """Writes an event for every channel that wants it. In the transaction of the event."""
+    name = event_name(type, data)
+    if name not in EVENTS:
+        return []
+    channels = Channel.objects.filter(disabled_at=None, owner__is_active=True)
+    wanting = [channel for channel in channels if name in channel.events]
+    now = timezone.now()
+    return Delivery.objects.bulk_create(
+        Delivery(channel=channel, type=name, data=data, due_at=due_at(channel, name, now))
+        for channel in wanting
+    )
+
+
+def event_name(type: str, data: dict[str, Any]) -> str:
+    """As people choose it: a change of state is named by the state that was reached."""
+    if type in {"adaptation.changed", "run.state"}:
+        return f"{type.partition('.')[0]}.{data.get('to', '')}"
+    return type
+
+
+def due_at(channel: Channel, name: str, now: datetime) -> datetime:
+    """Now, or the end of the channel's quiet hours."""
+    begin, end = channel.quiet_from, channel.quiet_until
+    if begin is None or end is None or name in URGENT:
+        return now
+    at = now.time()
+    quiet = begin <= at < end if begin <= end else at >= begin or at < end
+    if not quiet:
+        return now
+    until = now.replace(hour=end.hour, minute=end.minute, second=end.second, microsecond=0)
+    return until if until > now else until + timedelta(days=1)
+
+
+@transaction.atomic
+def replay(*, delivery: Delivery, user: User, via: str) -> Delivery:
+    """Send an event again, with the same id, so that a receiver can tell."""
+    delivery.due_at, delivery.attempts, delivery.error = timezone.now(), 0, ""
+    delivery.save(update_fields=["due_at", "attempts", "error"])
+    _record(delivery.channel, Actor.person(user, via=via), "delivery.replayed")
+    return delivery
+
+
+def signing_secret(channel: Channel) -> bytes:
+    """The key of a webhook's signatures."""
+    text = _cipher().decrypt(bytes(channel.secret)).decode()
+    return base64.b64decode(text.removeprefix("whsec_"))
+
+
+def _check_address(target: str) -> None:
+    parts = urlsplit(target)
+    if parts.scheme != "https" or not parts.hostname or parts.username or parts.password:
+        raise Problem(
+            422, "invalid", "target must be an https address without a user name or password."
+        )
+
+
+def _mail_address(owner: User) -> str:
+    if not settings.EMAIL_HOST:
+        raise Problem(422, "invalid", "This server sends no mail: ESPER_MAIL_HOST is not set.")
+    if not owner.email:
+        raise Problem(422, "invalid", "Your account has no mail address; an admin can set it.")
+    return owner.email
+
+
+def _record(channel: Channel, actor: Actor, act: str) -> None:
+    record(
+        actor=actor,
+        act=act,
+        object_kind="channel",
+        object_uid=channel.uid,
+        data={"kind": channel.kind, "host": urlsplit(channel.target).hostname or "mail"},
+    )
+
+
+def _cipher() -> Fernet:
+    seed = hashlib.sha256(f"esper-channels\n{settings.SECRET_KEY}".encode()).digest()
+    return Fernet(base64.urlsafe_b64encode(seed))
