@@ -8,7 +8,8 @@ machine affects all equally; ratios are of neighbouring blocks. On a GPU the loo
 is timed as a whole, from an idle device to an idle device. The observers:
 
 - ``esper``: observing, with telemetry to a server that does not answer, the busiest case for a
-  trainer; a frame at most every 10 steps.
+  trainer; a frame at most every 10 steps. ``supervised`` and ``automatic`` are its other modes in
+  local mode, with nothing to do.
 - ``wandb``: ``wandb.watch(log="all")`` offline, logging as often as Esper samples (every 10 steps).
 - ``lightning``: ``DeviceStatsMonitor(cpu_stats=True)`` in a Lightning loop that logs every 10
   steps, against the same Lightning loop without it.
@@ -42,11 +43,13 @@ from torch.utils.data import DataLoader
 
 import esper
 from benchmarks.place import Place, add_options, place_of
+from esper.contracts import RunMode
 
 LONG_STEP_MS = 10.0  # above, the budget is a ratio; below, it is absolute
 BUDGET_RATIO = 1.01
 BUDGET_ABSOLUTE_MS = 0.05
 LOG_EVERY = 10  # steps; Esper's own shortest period of frames
+OWN = ("esper", "supervised", "automatic")  # have Esper's budget
 WARM_UP = 60  # steps: behind the first step at which Esper sets its periods by their cost
 
 
@@ -216,6 +219,21 @@ class EsperWatcher:
         self._session.close(timeout=0.1)
 
 
+class ActingWatcher:
+    """May change the model; without held-out losses and findings it does not."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, mode: RunMode
+    ) -> None:
+        self._session = esper.attach(model, optimizer, run="overhead", mode=mode, verbose=False)
+        self.step = self._session.step
+
+    def close(self) -> None:
+        if self._session.adaptations or self._session.remedies:
+            raise AssertionError(f"the model was changed: {self._session}")
+        self._session.close()
+
+
 class WandbWatcher:
     """``wandb.watch(log="all")``, offline."""
 
@@ -375,9 +393,15 @@ class Timing:
         ]
 
 
+def acting(mode: RunMode) -> Make:
+    return lambda host, place: PlainLoop(host, place, partial(ActingWatcher, mode=mode))
+
+
 Make = Callable[[Host, Place], Loop]
 WATCHERS: dict[str, tuple[str, Make, Make]] = {
     "esper": ("", PlainLoop, lambda host, place: PlainLoop(host, place, EsperWatcher)),
+    "supervised": ("", PlainLoop, acting(RunMode.SUPERVISED)),
+    "automatic": ("", PlainLoop, acting(RunMode.AUTOMATIC)),
     "wandb": ("wandb", PlainLoop, lambda host, place: PlainLoop(host, place, WandbWatcher)),
     "lightning": (
         "lightning",
@@ -475,7 +499,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
             f"{head}{row['bare_p50']:>10.3f}{row['p50']:>9.3f}{row['ratio']:>11.4f}"
             f"{row['mean_ratio']:>12.4f}{row['absolute_ms']:>9.3f}{row['mean_absolute_ms']:>11.3f}"
             f"{_known(row['call_p50']):>10}{_known(row['call_mean']):>11}"
-            f"  {budget if row['watcher'] == 'esper' else '-'}"
+            f"  {budget if row['watcher'] in OWN else '-'}"
         )
     return "\n".join([*lines, "milliseconds a step; one torch thread"])
 

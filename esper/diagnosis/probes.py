@@ -253,7 +253,7 @@ class ForwardProbe:
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
         if name in self._layers or x is None or y is None or not _readable(y):
             return
-        numbers = _input_numbers(x) if _readable(x) else torch.full((4,), math.nan)
+        numbers = _input_numbers(x) if _readable(x) else _unknown_numbers(y)
         std = rows_of(y).std(correction=0).reshape(1)
         joined = torch.cat([numbers.to(y.device, non_blocking=True), std])
         self._layers[name] = kind_of(module), module.training, joined
@@ -349,6 +349,11 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 def _readable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and has_numbers(tensor) and tensor.numel() > 0
+
+
+def _unknown_numbers(y: Tensor) -> Tensor:
+    """As :func:`_input_numbers`, of an input that cannot be read; ``y`` is the layer's output."""
+    return torch.full((4,), math.nan, device=y.device)
 
 
 def _input_numbers(x: Tensor) -> Tensor:
@@ -479,6 +484,7 @@ class GradientProbe:
     _masks: dict[int, deque[Tensor]] = field(default_factory=dict)
     _samples: dict[int, Tensor] = field(default_factory=dict)
     _before: dict[int, Tensor] = field(default_factory=dict)
+    _from_zero: dict[int, Tensor] = field(default_factory=dict)  # bool []: it has begun at zero
 
     def __post_init__(self) -> None:
         self.refresh()
@@ -492,7 +498,7 @@ class GradientProbe:
                 self.names[id(parameter)] = name
                 self.kinds[id(parameter)] = kind_of(modules[name.rpartition(".")[0]])
                 self.parameters[id(parameter)] = parameter
-        for known in (self._masks, self._samples, self._rows):
+        for known in (self._masks, self._samples, self._rows, self._from_zero):
             for gone in [key for key in known if key not in self.names]:
                 del known[gone]
 
@@ -523,7 +529,10 @@ class GradientProbe:
         self._samples.setdefault(id(parameter), old)
         size = old.float().norm()
         moved = (_few(parameter.detach()).float() - old.float()).norm()
-        return torch.where(size > 0, moved / size, torch.nan)
+        # Weights that begin at zero, as those of LoRA, grow by a multiple of themselves at first.
+        key, grows = id(parameter), size == 0
+        self._from_zero[key] = grows = self._from_zero.get(key, grows) | grows
+        return torch.where(grows, torch.nan, moved / size)
 
     @torch.no_grad()
     def read(self, optimizer: torch.optim.Optimizer) -> None:
@@ -564,7 +573,7 @@ class GradientProbe:
             return None
         self.readings += 1
         rows, self._rows = self._rows, {}
-        names = [self.names[key] for key in rows]
+        names, moved = [self.names[key] for key in rows], self._moved(rows, rate)
         if any(id(p) not in self.names for p in self.model.parameters() if p.requires_grad):
             self.refresh()  # for the next reading
         read = list(rows.values())
@@ -574,7 +583,7 @@ class GradientProbe:
             "dead", [None if row.dead is None else row.dead.float().mean() for row in read]
         )
         transfer.add("change", [row.change for row in read])
-        transfer.add("moved", self._moved(rows, rate))
+        transfer.add("moved", moved)
         seen = Gradients(
             step=step, readings=self.readings, rows=(), moved=math.nan, rate=rate, updates=updates
         )
@@ -601,7 +610,8 @@ class GradientProbe:
 
 def _gradients(seen: Gradients, transfer: HostTransfer, names: Sequence[str]) -> Gradients:
     """From what has arrived on the host."""
-    columns = (transfer.take(name).tolist() for name in ("norm", "dead", "weight", "change"))
+    columns = [transfer.take(name).tolist() for name in ("norm", "dead", "weight")]
+    columns.append(transfer.take("change", not_a_number=math.nan).tolist())
     rows = tuple(GradientRow(*entry) for entry in zip(names, *columns, strict=True))
     pairs = transfer.take("moved").tolist()
     due, moved = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)

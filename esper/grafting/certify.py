@@ -101,8 +101,8 @@ def sample_input(layer: LayerInfo, *, seed: int = 0) -> Tensor:
     shape = layer.in_shape
     if not layer.features_in:
         return torch.zeros(shape, dtype=torch.long, device=layer.device)
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = torch.randn(shape, generator=generator, device="cpu")
     return values.to(device=layer.device, dtype=layout.torch_dtype(layer))
 
 
@@ -115,10 +115,10 @@ def stand_in(layer: LayerInfo, *, seed: int = 0) -> tuple[nn.Module, Tensor]:
     with torch.device("meta"):  # uses no random stream: a training may run at the same time
         host = _make_host(layer).to(layout.torch_dtype(layer))
     host.to_empty(device=layer.device)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for parameter in host.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * 0.05)
     return host, sample_input(layer, seed=seed)
 
 
@@ -271,8 +271,8 @@ def _output(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> Ten
     """The layer's own output, generated for a span."""
     if not layer.since:
         return _run_host(host, layer, blueprint, x)
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn((len(x), *layer.out_shape[1:]), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    values = torch.randn((len(x), *layer.out_shape[1:]), generator=generator, device="cpu")
     return values.to(device=x.device, dtype=x.dtype).requires_grad_(torch.is_grad_enabled())
 
 
@@ -414,8 +414,8 @@ def _dead_after_two_steps(graft: Graft, trial: _Trial) -> list[str]:
 
 def _made_up_cotangent(y: Tensor) -> Tensor:
     """Norm about 1. Not constant: a batch norm's output is orthogonal to a constant."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(y.shape, generator=generator) / math.sqrt(max(1, y.numel()))
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(y.shape, generator=generator, device="cpu") / math.sqrt(max(1, y.numel()))
     return noise.to(device=y.device, dtype=y.dtype)
 
 

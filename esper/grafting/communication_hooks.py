@@ -111,9 +111,9 @@ def certify_reduction(
 
 
 def _made_up_gradient(layer: LayerInfo, rank: int) -> Tensor:
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator("cpu").manual_seed(rank)
     size = min(layer.parameters, LARGEST_SAMPLE)
-    return torch.randn(size, generator=generator).to(getattr(torch, layer.dtype))
+    return torch.randn(size, generator=generator, device="cpu").to(getattr(torch, layer.dtype))
 
 
 def _timed(work: Any) -> float:

@@ -12,6 +12,7 @@ section 6.3); a group in the host's own optimizer broke schedulers, counters and
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.exceptions import GraftError
 from esper.fail_closed import contained, short
+from esper.grafting.companion_clipping import Clipping
 from esper.grafting.companion_gradients import HostGradients, Passes
 from esper.grafting.companion_optimizer import (
     MODES,
@@ -35,6 +37,7 @@ from esper.grafting.companion_optimizer import (
     why_not,
 )
 from esper.grafting.companion_scaling import Unscaler, noticed_scaler, scaler_of_this_step
+from esper.grafting.hooks import after_closure
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 
 logger = logging.getLogger("esper")
@@ -66,6 +69,11 @@ class Companion:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         return self._made.optimizer
+
+    @property
+    def unrepeated(self) -> bool:
+        """The loop changes the host's gradients in a way that is not repeated on the graft's."""
+        return self._company.clipping.unrepeated
 
     @property
     def note(self) -> str:
@@ -139,6 +147,8 @@ class _Company:
     def __init__(self, host: torch.optim.Optimizer, scaler: Any) -> None:
         self.members: list[Companion] = []
         self.gradients = HostGradients(host)
+        self.clipping = Clipping()
+        self._host = weakref.ref(host)
         scaler = scaler if scaler is not None else noticed_scaler(host)
         self.unscaler = None if scaler is None else Unscaler(scaler)
         self._handles: list[RemovableHandle] = []
@@ -153,7 +163,7 @@ class _Company:
     def add(self, companion: Companion, host: torch.optim.Optimizer) -> None:
         if not self._handles:
             self._handles = [
-                host.register_step_pre_hook(_Hook(self, host, self._before_step)),
+                host.register_step_pre_hook(_StepHook(self, host, self._before_step)),
                 host.register_step_post_hook(_Hook(self, host, self._after_step)),
             ]
             self._modes = [_Mode(self, host, mode) for mode in MODES if has_modes(host)]
@@ -190,6 +200,7 @@ class _Company:
     def restart(self) -> None:
         """The host's gradients were restored, and the grafts' with them."""
         self._aside.clear()
+        self.clipping.forget()
         self.gradients.end_step(self._put_aside)
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -211,12 +222,22 @@ class _Company:
 
     def _begin_pass(self) -> None:
         self._reached = True
-        inside, raised = self._passes.begin(at_end=self.gradients.mark)
+        inside, raised = self._passes.begin(at_end=self._end_pass)
         # After an error, such as too little memory, a loop drops what there is and goes on.
         if raised or (not inside and self.gradients.cleared()):
             self.clear()
         self._put_back()
         self._leaves_out = self.gradients.left_out()
+
+    def _end_pass(self) -> None:
+        self.gradients.mark()
+        # DDP writes the averages in a callback that it has queued for the end of the pass.
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self._mark_for_clipping)
+
+    def _mark_for_clipping(self) -> None:
+        host = self._host()
+        self.clipping.mark([] if host is None else parameters_of(host), self._parameters())
 
     def _put_back(self) -> None:
         """The gradients of the last step, which the loop has not cleared."""
@@ -228,6 +249,10 @@ class _Company:
         self._awaits_step = True
         if self.unscaler is None and (scaler := scaler_of_this_step()) is not None:
             self.unscaler = Unscaler(scaler, used=False)  # so far nothing was divided
+
+    def complete(self, host: torch.optim.Optimizer) -> None:
+        """The gradients of a step are complete: the graft's are clipped as the host's are."""
+        self.clipping.repeat(None if self.unscaler is None else self.unscaler.applied_to(host))
 
     def _after_step(self, host: torch.optim.Optimizer) -> None:
         # A class whose step calls its parent's runs the hooks of a step twice.
@@ -276,6 +301,21 @@ class _Hook:
 
     def __reduce__(self) -> Any:
         return _no_hook, ()
+
+
+class _StepHook(_Hook):
+    """The hook before a step. The gradients of a step with a closure are complete after that."""
+
+    def __init__(self, company: _Company, host: torch.optim.Optimizer, act: Any) -> None:
+        super().__init__(company, host, act)
+        clips = contained("clipping", "A graft's gradients are not clipped with the host's.")
+        self._complete = clips(company.complete)
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *given: Any) -> Any:
+        super().__call__(optimizer)
+        if id(optimizer) != self._host or len(given) != 2:
+            return None
+        return after_closure(*given, lambda: self._complete(optimizer))
 
 
 class _Mode:

@@ -78,6 +78,14 @@ class Unscaler:
         """The gradients were cleared."""
         self._found_inf.clear()
 
+    def applied_to(self, host: torch.optim.Optimizer) -> Tensor | None:
+        """What the scaler has multiplied the host's gradients by in this step; None: nothing."""
+        state = self._scaler._per_optimizer_states.get(id(host))
+        if not self._scaler.is_enabled() or not state or state["stage"].name == "READY":
+            return None
+        scale = self._scaler._get_scale_async()
+        return None if scale is None else scale.double().reciprocal().float()
+
     def allows(self, host: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
         """The host's step that is ending is one that the graft makes too."""
         if not self._scaler.is_enabled():

@@ -27,6 +27,35 @@ class PassingHook:
         return getattr, (nullcontext(), "__exit__")
 
 
+def after_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], work: Callable[[], object]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Does ``work`` when the gradients of an optimizer's step are complete, before the update.
+
+    A closure computes the gradients inside the step (Lightning trains so), and a pre-step hook runs
+    before it; the work then follows the closure. It must not raise.
+
+    Args:
+        args, kwargs: what a pre-step hook is given; the first argument is the optimizer.
+
+    Returns:
+        What the hook must return.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        work()
+        return None
+
+    def then() -> Any:
+        result = closure()
+        work()
+        return result
+
+    if len(args) > 1:
+        return (args[0], then, *args[2:]), kwargs
+    return args, {**kwargs, "closure": then}
+
+
 def is_left_behind(hook: Any) -> bool:
     """What a copy has in the place of a :class:`PassingHook`."""
     return isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), nullcontext)

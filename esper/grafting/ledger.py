@@ -146,6 +146,14 @@ def _companion_problems(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator
                 companion.note,
                 "to choose class and rate yourself, attach another optimizer too",
             )
+        if companion.unrepeated:
+            yield Problem(
+                f"{companion.layer}.",
+                Severity.INFO,  # a backward pass that misses the graft looks the same
+                "the script changes the gradients of its optimizer's tensors before the step, in a "
+                "way that is not repeated on the graft's",
+                "change the gradients of model.parameters(), which includes the graft's",
+            )
         if companion.error:
             yield Problem(
                 f"{companion.layer}.",

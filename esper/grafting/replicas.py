@@ -76,7 +76,9 @@ class _Row:
     def pack(self) -> Tensor:
         has_loss = self.loss is not None
         bits = struct.unpack("<q", struct.pack("<d", self.loss or 0.0))[0]
-        return torch.tensor([self.call, self.step, self.key, self.flag, has_loss, bits])
+        return torch.tensor(
+            [self.call, self.step, self.key, self.flag, has_loss, bits], device="cpu"
+        )
 
     @classmethod
     def unpack(cls, values: Sequence[int]) -> _Row:
@@ -182,17 +184,17 @@ class RankGroup(ABC):
     def order(self, message: dict[str, Any] | None) -> None:
         """Rank 0: sends the next order to the others; None ends the orders."""
         raw = b"" if message is None else json.dumps(message).encode()
-        self._broadcast(torch.tensor([len(raw)]))
+        self._broadcast(torch.tensor([len(raw)], device="cpu"))
         if raw:
             self._broadcast(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
 
     def take_order(self) -> dict[str, Any] | None:
         """Other ranks: the next order of rank 0; None after the last."""
-        length = torch.zeros(1, dtype=torch.int64)
+        length = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._broadcast(length)
         if not int(length):
             return None
-        raw = torch.empty(int(length), dtype=torch.uint8)
+        raw = torch.empty(int(length), dtype=torch.uint8, device="cpu")
         self._broadcast(raw)
         message: dict[str, Any] = json.loads(raw.numpy().tobytes())
         return message

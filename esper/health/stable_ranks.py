@@ -15,7 +15,7 @@ class StableRanks:
 
     def __init__(self) -> None:
         self._vectors: dict[int, Tensor] = {}
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
 
     def of(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """One number of shape [] for each, on its device."""
@@ -27,7 +27,7 @@ class StableRanks:
         vector = self._vectors.get(key)
         iterations = NEXT_ITERATIONS
         if vector is None or vector.shape != (weight.shape[1],) or vector.device != weight.device:
-            vector = torch.randn(weight.shape[1], generator=self._generator)
+            vector = torch.randn(weight.shape[1], generator=self._generator, device="cpu")
             vector = vector.to(weight.device, non_blocking=True)
             iterations = FIRST_ITERATIONS
         rank, vector = stable_rank(weight, vector, iterations)

@@ -67,7 +67,7 @@ def copy_to_host(tensor: Tensor) -> HostCopy:
 
 
 def _copy_behind(tensor: Tensor) -> HostCopy:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     return HostCopy(host, torch.cuda.current_stream(tensor.device).record_event())
 

@@ -46,10 +46,10 @@ class FiringTimes:
 
     def __init__(self, width: int) -> None:
         self._passes = 0
-        self._fired_C = torch.zeros(width)
-        self._span_C = torch.zeros(width)  # passes until the last firing
-        self._silent_C = torch.zeros(width)
-        self._longest_C = torch.zeros(width)  # silence that ended
+        self._fired_C = torch.zeros(width, device="cpu")
+        self._span_C = torch.zeros(width, device="cpu")  # passes until the last firing
+        self._silent_C = torch.zeros(width, device="cpu")
+        self._longest_C = torch.zeros(width, device="cpu")  # silence that ended
 
     def observe(self, fires_C: Tensor) -> None:
         """One forward pass; bool [C]."""
@@ -224,9 +224,9 @@ def _write(
     index = torch.tensor(units, device=parameter.device)
     part = torch.zeros_like(parameter.index_select(axis, index))
     if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         bound = 1.0 / math.sqrt(max(1, parameter.numel() // parameter.shape[axis]))
-        part = (torch.rand(part.shape, generator=generator) * 2 - 1).to(part) * bound
+        part = (torch.rand(part.shape, generator=generator, device="cpu") * 2 - 1).to(part) * bound
     parameter.index_copy_(axis, index, part)
     for optimizer in with_companions(around.optimizers):
         for value in optimizer.state.get(parameter, {}).values():

@@ -1,7 +1,7 @@
 """Work inside an optimizer's step, just before and just after the update.
 
-A closure computes the gradients inside the step (Lightning trains so), and a pre-step hook runs
-before it; the work then follows the closure. Everything here fails closed.
+Where a closure computes the gradients inside the step, the work before the update follows the
+closure. Everything here fails closed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from esper.fail_closed import contained
+from esper.grafting.hooks import after_closure
 
 Optimizer = torch.optim.Optimizer
 Work = Callable[[Optimizer], None]
@@ -32,19 +33,7 @@ def before_update(optimizers: Sequence[Optimizer], work: Work, unmeasured: str) 
     inside = contained("remedy", unmeasured)(work)
 
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is None:
-            inside(optimizer)
-            return None
-
-        def then() -> Any:
-            result = closure()
-            inside(optimizer)
-            return result
-
-        if len(args) > 1:
-            return (args[0], then, *args[2:]), kwargs
-        return args, {**kwargs, "closure": then}
+        return after_closure(args, kwargs, lambda: inside(optimizer))
 
     return [optimizer.register_step_pre_hook(hook) for optimizer in optimizers]
 

@@ -28,8 +28,8 @@ def losses_to_state(losses: Iterable[tuple[int, float]]) -> dict[str, torch.Tens
     """(step, loss) pairs as two columns: int64 and float64, so that not a bit is lost."""
     pairs = list(losses)
     return {
-        "step": torch.tensor([step for step, _ in pairs], dtype=torch.int64),
-        "loss": torch.tensor([loss for _, loss in pairs], dtype=torch.float64),
+        "step": torch.tensor([step for step, _ in pairs], dtype=torch.int64, device="cpu"),
+        "loss": torch.tensor([loss for _, loss in pairs], dtype=torch.float64, device="cpu"),
     }
 
 

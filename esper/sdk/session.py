@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from esper import grafting
@@ -278,7 +279,12 @@ class Session:
             return
         if self._closed:
             raise ConfigurationError("this session is closed; attach again to go on")
+        with torch.inference_mode(False):  # some loops compute losses inside, and log them there
+            self._whole_step(known, loss)
+
+    def _whole_step(self, known: LossPoint | None, loss: float | Tensor | None) -> None:
         self._catch_up()
+        run = self._run
         run.step += 1
         at, value = known if known is not None else (run.step, None)
         value, busy = self._ranks.meet_for_step(run.step, value, self._may_operate, self._meets_now)
