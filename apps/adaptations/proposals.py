@@ -14,7 +14,7 @@ from apps.accounts.actors import Actor, ActorKind
 from apps.adaptations.binding import shown_hash
 from apps.adaptations.compile_jobs import queue_compilation
 from apps.adaptations.decisions import record_decision
-from apps.adaptations.history import category_cases, layer_histories, run_facts
+from apps.adaptations.history import category_cases, closed_confidences, layer_histories, run_facts
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.blueprints.models import Blueprint
@@ -34,10 +34,12 @@ from esper.contracts import (
     LayerInfo,
     Risk,
     RunMode,
+    SafetyPolicy,
     Severity,
     ViolationRule,
 )
 from esper.contracts.protocol import Decline, Proposal
+from esper.policy.calibration import overconfidence
 
 # A proposal that must wait, or that a person's switch stops, breaks no limit.
 _ROUTINE = frozenset(
@@ -101,12 +103,28 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
     if closed:
         raise GateClosedError(closed)
     asks = [check.text for check in checks if check.asks]
+    asks += _drift(proposal.confidence, policy.safety_policy())
     # Tamiyo may be more careful than the gates, never less.
     asks += [line for line in proposal.asks if line not in asks]
     adaptation = _write(run, proposal, blueprint, policy, checks, asks, idempotency_key)
     record_decision(run=run, message=proposal, adaptation=adaptation)
     announce_proposal(adaptation, actor)
     return _send_on(adaptation, layer)
+
+
+def _drift(confidence: float, limits: SafetyPolicy) -> list[str]:
+    """Why a person decides although the confidence is high: the newest ones were too high."""
+    if not confidence >= limits.confidence_auto:
+        return []  # asks anyway
+    closed = closed_confidences()
+    excess = overconfidence([said for _, said, _ in closed], [kept for _, _, kept in closed])
+    needed = limits.confidence_auto + excess
+    if confidence >= needed:
+        return []
+    return [
+        f"The newest confidences were {excess:.2f} too high on the average, so {needed:.2f} is "
+        f"needed instead of {limits.confidence_auto:.2f}; this one is {confidence:.2f}."
+    ]
 
 
 def _layer(run: Run, name: str, since: str) -> LayerInfo:

@@ -13,6 +13,8 @@ import numpy as np
 
 FEWEST_CASES = 20  # below, the numbers are too few to trust
 BINS = 5
+RECENT_CASES = 100  # the newest ones, which tell of drift
+DRIFT = 2.0
 SHRINKAGE = 8.0  # cases that a group's own mean counts for against that of the group above
 
 
@@ -83,6 +85,21 @@ def calibration(said_N: Sequence[float], came_true_N: Sequence[bool]) -> Calibra
         ece=sum(b.cases * abs(b.said - b.came_true) for b in bins) / said.size,
         bins=bins,
     )
+
+
+def overconfidence(said_N: Sequence[float], came_true_N: Sequence[bool]) -> float:
+    """By how much the newest confidences were too high on the average; 0 where that may be chance.
+
+    Cases are oldest first. The excess counts where it is beyond ``DRIFT`` standard errors of the
+    number of successes that the confidences foretell, with at least ``FEWEST_CASES`` cases.
+    """
+    said = np.asarray(said_N, dtype=np.float64)[-RECENT_CASES:]
+    true = np.asarray(came_true_N, dtype=np.float64)[-RECENT_CASES:]
+    if said.size < FEWEST_CASES:
+        return 0.0
+    excess = float((said - true).mean())
+    error = math.sqrt(float((said * (1.0 - said)).sum())) / said.size
+    return excess if excess > DRIFT * error else 0.0
 
 
 def shrunken_rate(groups: Sequence[tuple[int, int]]) -> float:

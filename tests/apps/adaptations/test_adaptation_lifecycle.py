@@ -103,6 +103,18 @@ def test_an_unsure_decision_is_never_approved_by_rule(stage: Stage, confidence: 
         assert adaptation.asks
 
 
+def test_when_confidence_was_too_high_of_late_more_is_needed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = [("proj_ia3", 0.9, place % 5 > 0) for place in range(50)]  # 80 % were kept
+    closed[::2] = [("proj_ia3", 0.9, False)] * 25
+    monkeypatch.setattr("apps.adaptations.proposals.closed_confidences", lambda: closed)
+    adaptation = stage.propose()
+
+    assert adaptation.state == AdaptationState.AWAITING_APPROVAL
+    assert any("too high on the average" in line for line in adaptation.asks)
+
+
 def test_a_function_changing_blueprint_always_asks_whatever_the_proposal_claims(
     stage: Stage,
 ) -> None:
@@ -563,7 +575,7 @@ def test_a_policy_that_makes_no_sense_is_refused(stage: Stage) -> None:
 
     curator = make_person("carl")
     with pytest.raises(Problem):
-        publish_policy(changes={"confidence_auto": 0.1}, reason="x", user=curator, via="")
+        publish_policy(changes={"confidence_auto": 0.01}, reason="x", user=curator, via="")
     version = publish_policy(changes={"confidence_auto": 0.95}, reason="x", user=curator, via="")
     assert version.version == 2
     assert stage.propose().state == S.AWAITING_APPROVAL

@@ -347,7 +347,7 @@ def test_thresholds_are_published_as_a_new_version(callers: dict[Role, Caller]) 
     assert curator.get("policies/current").data["version"] == 1
     made = curator.post("policies", {"changes": {"confidence_auto": 0.9}, "reason": "careful"})
     assert (made.status, made.data["version"], made.header("ETag")) == (201, 2, '"2"')
-    broken = curator.post("policies", {"changes": {"confidence_auto": 0.1}, "reason": "x"})
+    broken = curator.post("policies", {"changes": {"confidence_auto": 0.01}, "reason": "x"})
     assert (broken.status, broken.code) == (422, "invalid")
     same = curator.post("policies", {"changes": {"confidence_auto": 0.9}, "reason": "x"})
     assert (same.status, same.code) == (422, "invalid")

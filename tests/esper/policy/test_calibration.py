@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from esper.policy.calibration import calibration, shrunken_rate
+from esper.policy.calibration import calibration, overconfidence, shrunken_rate
 
 
 def test_honest_confidence_has_a_small_error_and_beats_the_base_rate() -> None:
@@ -43,3 +43,15 @@ def test_a_small_group_says_what_the_wider_group_says() -> None:
     assert shrunken_rate([wide, (0, 1)]) == pytest.approx(0.62, abs=0.01)
     assert shrunken_rate([wide, (0, 200)]) < 0.05
     assert shrunken_rate([]) == 0.5
+
+
+def test_confidence_that_was_too_high_of_late_is_told_and_chance_is_not() -> None:
+    rng = np.random.default_rng(1)
+    said = rng.uniform(0.6, 0.9, 300)
+    honest = rng.uniform(size=300) < said
+    drifted = np.concatenate([honest[:200], rng.uniform(size=100) < said[200:] - 0.3])
+
+    assert overconfidence(said.tolist(), honest.tolist()) == 0.0
+    assert overconfidence(said.tolist(), drifted.tolist()) == pytest.approx(0.3, abs=0.1)
+    assert overconfidence([0.9] * 19, [False] * 19) == 0.0
+    assert overconfidence([0.5] * 50, [True] * 50) == 0.0
