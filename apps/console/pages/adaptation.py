@@ -119,7 +119,7 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
             part("change", "What will change", lambda: _remedy_of(found), template="remedy"),
         ]
     shown += [
-        part("why", "Why it was proposed", lambda: {"rows": reason_rows(found.reasons)}),
+        part("why", "Why it was proposed", lambda: reasons_context(found.reasons)),
         part("change", "What will change", change),
         part("evidence", "Evidence: at proposal and now", evidence, every=live),
         part("forecast", "If approved, if rejected", lambda: {"expected": expected(found)}),
@@ -297,6 +297,17 @@ class ReasonRow:
     observed: float | None
     weight: float
     bar: Bar
+
+
+def reasons_context(reasons: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was seen has no weight; the other rows are the parts of the confidence."""
+    rows = reason_rows(reasons)
+    weighed = [row for row in rows if row.weight]
+    return {
+        "rows": weighed,
+        "because": [row for row in rows if not row.weight],
+        "total": sum(row.weight for row in weighed),
+    }
 
 
 def reason_rows(reasons: Sequence[Mapping[str, Any]]) -> list[ReasonRow]:

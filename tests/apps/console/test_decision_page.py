@@ -139,3 +139,19 @@ def test_stages_carry_their_times(world: Any) -> None:
     assert re.findall(r'data-done="(\w*)"', text) == ["yes"] * 6
     waiting = re.findall(r'data-done="(\w*)"', page(world, "olga", "waiting"))
     assert waiting == ["yes", "now", "", "", "", ""]
+
+
+def test_the_policy_page_compares_confidence_with_what_was_kept(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = world.client("vera")
+    address = {"panel": "calibration"}
+    assert "Too few to trust" in client.get("/policy", address).content.decode()
+
+    closed = [("proj_ia3", 0.9, place < 15) for place in range(30)] + [("widen_hidden", 0.8, True)]
+    monkeypatch.setattr("apps.console.pages.policy.closed_confidences", lambda: closed)
+    text = client.get("/policy", address).content.decode()
+    assert "31 closed cases" in text
+    assert "proj_ia3" in text
+    assert "0.50" in text  # kept, of 0.90 said
+    assert text.count("too few to trust") == 1  # widen_hidden

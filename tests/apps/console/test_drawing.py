@@ -17,7 +17,12 @@ from django.utils import timezone
 
 from apps.console import status
 from apps.console.drawing import health_cells, shade, shorten, sketch, sparkline, waterfall
-from apps.console.pages.adaptation import check_rows, evidence_rows, reason_rows
+from apps.console.pages.adaptation import (
+    check_rows,
+    evidence_rows,
+    reason_rows,
+    reasons_context,
+)
 from apps.console.pages.policy import THRESHOLD_NOTES, thresholds
 from apps.console.templatetags.console import ago, count, number, signed
 from esper.contracts import (
@@ -179,3 +184,14 @@ def test_a_recent_event_is_never_in_the_future() -> None:
     assert ago(timezone.now() + timedelta(seconds=2)) == "just now"
     assert ago(timezone.now() + timedelta(minutes=2, seconds=2)) == "in 2 min"
     assert ago(timezone.now() - timedelta(minutes=2, seconds=2)) == "2 min ago"
+
+
+def test_what_was_seen_stands_apart_from_what_the_confidence_is_made_of() -> None:
+    seen = {"signal": "capacity", "observed": 0.4, "weight": 0.0, "text": "the loss is stuck"}
+    base = {"signal": "base_rate", "observed": 0.5, "weight": 0.45, "text": "the base rate"}
+    added = {"signal": "choice", "observed": "nan", "weight": -0.15, "text": "12 cases"}
+    found = reasons_context([seen, added, base])
+
+    assert [row.signal for row in found["because"]] == ["capacity"]
+    assert [row.signal for row in found["rows"]] == ["base_rate", "choice"]
+    assert found["total"] == pytest.approx(0.3)
