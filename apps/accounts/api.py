@@ -7,20 +7,28 @@ from django.utils import timezone
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from apps.accounts.authentication import actor, person
+from apps.accounts.authentication import actor, person, via
 from apps.accounts.endpoint import Endpoint, scopes_of
 from apps.accounts.models import ApiToken
 from apps.accounts.policy import Act, may
-from apps.accounts.serializers import MeOutput, NewTokenOutput, TokenInput, TokenOutput
+from apps.accounts.serializers import (
+    EndedOutput,
+    MeOutput,
+    NewTokenOutput,
+    SessionOutput,
+    TokenInput,
+    TokenOutput,
+)
 from apps.accounts.services import issue_token, revoke_token
+from apps.accounts.sessions import end_other_sessions, sessions_of
 from apps.rest.etag import cacheable_response
-from apps.rest.fields import parse
+from apps.rest.fields import PersonsInput, parse
 from apps.rest.idempotency import idempotent
 from apps.rest.index import IndexOutput, readable_paths
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
-from apps.rest.schema import documented, listing, page_of
-from apps.rest.throttling import TokenThrottle
+from apps.rest.schema import documented, listing, page_of, results_of
+from apps.rest.throttling import ActThrottle, TokenThrottle
 from esper.contracts import TokenScope
 
 
@@ -50,6 +58,37 @@ class Index(Endpoint):
                 "problems": address("/api/docs/problems"),
             }
         )
+
+
+def session_key(request: Request) -> str:
+    """Of the browser that asks; empty for a token."""
+    return "" if isinstance(request.auth, ApiToken) else request._request.session.session_key or ""
+
+
+class Sessions(Endpoint):
+    @documented("list_sessions", answer=results_of(SessionOutput), summary="Where I am signed in")
+    def get(self, request: Request) -> Response:
+        rows = sessions_of(person(request), present=session_key(request))
+        return Response({"results": SessionOutput(rows, many=True).data})
+
+
+class EndOtherSessions(Endpoint):
+    throttle_classes = (ActThrottle,)
+
+    @documented(
+        "end_other_sessions",
+        body=PersonsInput,
+        answer=EndedOutput,
+        act=True,
+        summary="Sign me out everywhere but in this browser",
+    )
+    @idempotent
+    def post(self, request: Request) -> Response:
+        parse(PersonsInput, request.data)
+        ended = end_other_sessions(
+            user=person(request), via=via(request), present=session_key(request)
+        )
+        return Response({"ended": ended})
 
 
 class Tokens(Endpoint):

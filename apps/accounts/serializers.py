@@ -104,3 +104,19 @@ class TokenInput(PersonsInput):
         max_length=len(GIVEN_BY_PEOPLE),
     )
     expires_in_days = WholeNumber(min_value=1, max_value=MAX_TOKEN_DAYS, default=90)
+
+
+class SessionOutput(serializers.Serializer[Any]):
+    """One browser; ``present``: the one that asks. ``started`` null: not known."""
+
+    started = serializers.DateTimeField(allow_null=True)
+    expires = serializers.DateTimeField()
+    browser = serializers.CharField()
+    address = serializers.CharField()
+    present = serializers.BooleanField()
+
+
+class EndedOutput(serializers.Serializer[Any]):
+    """``ended``: how many browsers were signed out."""
+
+    ended = serializers.IntegerField()

@@ -5,6 +5,8 @@ from apps.accounts import api, schema  # noqa: F401 (its import registers the sc
 urlpatterns = [
     path("", api.Index.as_view()),
     path("me", api.Me.as_view()),
+    path("sessions", api.Sessions.as_view()),
+    path("sessions/end-others", api.EndOtherSessions.as_view()),
     path("tokens", api.Tokens.as_view()),
     path("tokens/<str:uid>", api.Token.as_view()),
 ]

@@ -191,7 +191,8 @@ function offerNewEvidence(form, button) {
   again.type = "submit";
   again.className = "button small";
   again.textContent = "I have checked the new values: approve";
-  again.dataset.path = button.dataset.path;
+  if (button.dataset.path) again.dataset.path = button.dataset.path;
+  if (button.dataset.url) again.dataset.url = button.dataset.url;
   again.dataset.doing = button.dataset.doing;
   again.dataset.needsReason = "The evidence has drifted: say why you approve all the same. The audit log keeps the reason.";
   again.dataset.body = JSON.stringify({ ...JSON.parse(button.dataset.body ?? "{}"), accept_drift: true });

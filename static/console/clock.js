@@ -49,10 +49,20 @@ function count(place) {
   if (left === 0) document.dispatchEvent(new CustomEvent("esper:expired"));
 }
 
+// The tip of a time says it in the reader's zone and in UTC.
+function zoned(place) {
+  const at = new Date(place.dateTime);
+  if (Number.isNaN(at.getTime())) return;
+  place.dataset.zoned = "yes";
+  const here = at.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "long" });
+  place.title = `${here} · ${at.toISOString().slice(0, 19).replace("T", " ")} UTC`;
+}
+
 function tick() {
   for (const place of document.querySelectorAll("[data-until]")) count(place);
   for (const place of document.querySelectorAll("time[data-ago]")) {
     setText(place, ago(Date.parse(place.dateTime)));
+    if (!place.dataset.zoned) zoned(place);
   }
 }
 setInterval(tick, 1000);

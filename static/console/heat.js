@@ -127,9 +127,13 @@ export class Heat {
     ctx.textBaseline = "middle";
     ctx.textAlign = "right";
     const pace = Math.ceil(14 / this.rowHeight); // of many thin rows some are named
+    const [start, end] = sharedEnds(this.rows.map(({ name }) => name));
     this.rows.forEach(({ name, layers }, row) => {
       if (row % pace) return;
-      const text = layers.length > 1 && left > 100 ? `${visible(name)} (${layers.length})` : visible(name);
+      const counted = layers.length > 1 && left > 100 ? ` (${layers.length})` : "";
+      const whole = visible(name) + counted;
+      const fits = ctx.measureText(whole).width <= left - 10;
+      const text = fits ? whole : visible(name.slice(start, name.length - end)) + counted;
       const middle = row * this.rowHeight + this.rowHeight * Math.min(pace, 2) / 2;
       ctx.fillText(cut(ctx, text, left - 10), left - 6, Math.max(7, middle));
     });
@@ -246,6 +250,19 @@ function deviations(values) {
     count += 1;
     return deviation;
   });
+}
+
+// What all names have in common at both ends, in characters up to a point: it tells none from another.
+function sharedEnds(names) {
+  if (names.length < 2) return [0, 0];
+  const parts = names.map((name) => name.split("."));
+  const shortest = Math.min(...parts.map((part) => part.length)) - 1;
+  const same = (at) => parts.every((part) => part.at(at) === parts[0].at(at));
+  let [first, last] = [0, 0];
+  while (first < shortest && same(first)) first += 1;
+  while (last < shortest - first && same(-1 - last)) last += 1;
+  const length = (some) => some.reduce((sum, part) => sum + part.length + 1, 0);
+  return [length(parts[0].slice(0, first)), last ? length(parts[0].slice(-last)) : 0];
 }
 
 function cut(ctx, text, width) {

@@ -101,3 +101,14 @@ document.addEventListener("click", (event) => {
   panel.dataset.shown = "now";
   refresh(panel);
 });
+
+// A table that is wider than its place can be scrolled with the keyboard too.
+function makeScrollable() {
+  for (const place of document.querySelectorAll(".scroll")) {
+    if (place.scrollWidth > place.clientWidth + 1) place.tabIndex = 0;
+    else if (!place.hasAttribute("role")) place.removeAttribute("tabindex");
+  }
+}
+makeScrollable();
+addEventListener("resize", makeScrollable);
+document.addEventListener("htmx:afterSwap", makeScrollable);

@@ -107,7 +107,7 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
         part("undo", "Undo plan", lambda: {"plan": adaptations.undo_plan(found)}, fold=pending),
         part("progress", "Progress and history", progress, fold=pending),
         part("acts", "Your decision", lambda: _acts(found, user), every=live),
-        *([part("more", MORE, lambda: _more(found, user), fold=True)] if pending else []),
+        part("more", MORE, lambda: _more(found, user) if pending else {}, fold=True),
         # Also while it waits: an open page shows what comes of it without being loaded again.
         part("outcome", "Outcome", lambda: _outcome(found), fold=pending),
     ]
@@ -130,7 +130,7 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
     return shown
 
 
-MORE = "Dry run · edit · assign · snooze · escalate"
+MORE = "Dry run, edit, assign, snooze"
 SNOOZE_MINUTES = (5, 10, 30, 60, 240)
 
 

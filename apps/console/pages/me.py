@@ -1,4 +1,4 @@
-"""A person's own tokens and rights."""
+"""A person's own tokens, sessions and rights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from django.http import HttpRequest, HttpResponse
 
 from apps.accounts.models import ApiToken, User
 from apps.accounts.policy import IN_WORDS, Act, may
+from apps.accounts.sessions import sessions_of
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from esper.contracts import TokenScope
@@ -31,13 +32,19 @@ def me(request: HttpRequest) -> HttpResponse:
             lambda: {"tokens": tokens_of(user), "scopes": _TOKEN_SCOPES.items()},
         ),
         Panel(
+            "sessions",
+            "Where you are signed in",
+            "console/me/sessions.html",
+            lambda: {"sessions": sessions_of(user, present=request.session.session_key or "")},
+        ),
+        Panel(
             "rights",
             "What you may do",
             "console/me/rights.html",
             lambda: {"rights": rights(user)},
         ),
     ]
-    return render_page(request, "console/simple.html", title="Tokens and rights", panels=panels)
+    return render_page(request, "console/simple.html", title="Account", panels=panels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from django.views.decorators.cache import never_cache
 
 from apps.accounts.hashing import TooManyAtOnceError, hashing_turn
 from apps.accounts.models import User
+from apps.accounts.sessions import describe_session
 from apps.audit.services import (
     Attempt,
     note_brake,
@@ -73,6 +74,8 @@ class SignIn(LoginView):
         assert isinstance(user, User)
         assert isinstance(form, SignInForm)
         note_sign_in(user, form.attempt)
+        browser = self.request.headers.get("User-Agent", "")
+        self.request.session.update(describe_session(browser, form.attempt.address))
         return answer
 
     def form_invalid(self, form: AuthenticationForm) -> HttpResponse:
