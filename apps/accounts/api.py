@@ -22,7 +22,7 @@ from apps.accounts.serializers import (
 from apps.accounts.services import issue_token, revoke_token
 from apps.accounts.sessions import end_other_sessions, sessions_of
 from apps.rest.etag import cacheable_response
-from apps.rest.fields import PersonsInput, parse
+from apps.rest.fields import ReasonInput, parse
 from apps.rest.idempotency import idempotent
 from apps.rest.index import IndexOutput, readable_paths
 from apps.rest.pagination import PARAMETERS, page_response
@@ -77,16 +77,18 @@ class EndOtherSessions(Endpoint):
 
     @documented(
         "end_other_sessions",
-        body=PersonsInput,
+        body=ReasonInput,
         answer=EndedOutput,
         act=True,
         summary="Sign me out everywhere but in this browser",
     )
     @idempotent
     def post(self, request: Request) -> Response:
-        parse(PersonsInput, request.data)
         ended = end_other_sessions(
-            user=person(request), via=via(request), present=session_key(request)
+            user=person(request),
+            via=via(request),
+            present=session_key(request),
+            reason=parse(ReasonInput, request.data)["reason"],
         )
         return Response({"ended": ended})
 

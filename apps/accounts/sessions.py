@@ -64,7 +64,7 @@ def sessions_of(user: User, *, present: str) -> list[SignedIn]:
 
 
 @transaction.atomic
-def end_other_sessions(*, user: User, via: str, present: str) -> int:
+def end_other_sessions(*, user: User, via: str, present: str, reason: str = "") -> int:
     """Sign a person out everywhere but here; return from how many browsers."""
     others = [row.session_key for row, _ in _sessions(user) if row.session_key != present]
     Session.objects.filter(session_key__in=others).delete()
@@ -74,7 +74,7 @@ def end_other_sessions(*, user: User, via: str, present: str) -> int:
         act="session.others_ended",
         object_kind="person",
         object_uid=user.get_username(),
-        run_uid="",
+        reason=reason,
         data={"count": len(others)},
     )
     return len(others)

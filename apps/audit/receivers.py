@@ -22,6 +22,7 @@ def record_account_change(
         object_kind=object_kind,
         object_uid=object_uid,
         run_uid=event.get("run_uid", ""),
+        reason=event.get("reason", ""),
         data=event.get("data"),
     )
 

@@ -66,6 +66,8 @@ OPERATIONS: dict[str, Operation] = {
     "list_recipes": Operation("Lists what may be started on which host, with its parameters."),
     "list_remedies": Operation("Lists the catalogue of remedies with their settings."),
     "list_runs": Operation("Lists runs, newest first, by state, mode, name, owner, step and text."),
+    "list_sessions": Operation("Lists the browsers in which the caller is signed in."),
+    "end_other_sessions": Operation("Signs the caller out of every browser but the one that asks; with a token, out of all.", {"reason": "a laptop was lost"}),
     "list_tokens": Operation("Lists the caller's own tokens, without their secrets."),
     "list_violations": Operation("Lists findings and broken limits, newest first."),
     "list_workers": Operation("Lists workers and Tamiyo as they last reported."),

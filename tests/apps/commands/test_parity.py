@@ -69,7 +69,9 @@ VERBS = {
     "revoke_token": "token revoke",
 }
 # With their reasons; an act leaves this list when its command comes.
-WITHOUT_A_VERB: dict[str, str] = {}
+WITHOUT_A_VERB: dict[str, str] = {
+    "end_other_sessions": "a terminal is no browser; people end sessions on their page",
+}
 WITHOUT_A_CONTROL: dict[str, str] = {
     "add_channel": "the page of one's own settings has no form for channels yet",
     "remove_channel": "as add_channel",
