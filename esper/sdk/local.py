@@ -44,6 +44,7 @@ from esper.reward import LossWindow, compute_reward, held_out_level, judge
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.announcing import Announcer, describe, how_to_answer
 from esper.sdk.changes import serves_loss
+from esper.sdk.experience_file import keep_case, read_experience, with_case
 from esper.sdk.findings import Findings
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
@@ -153,7 +154,7 @@ class LocalLoop:
         self._layers: tuple[LayerInfo, ...] = ()
         self._model_parameters = 0
         self._next_opinion = 0.0  # observe mode: when to decide again, by the monotonic clock
-        self.memory = LocalMemory()
+        self.memory = LocalMemory(experience=read_experience())
 
     def open(self, layers: tuple[LayerInfo, ...], model_parameters: int) -> None:
         """The first step is over, so the layers are known."""
@@ -229,7 +230,8 @@ class LocalLoop:
         experience = self.memory.experience
         seen = experience.get(twin.blueprint, Experience())
         reward = max(0.0, twin.low) if helps else min(0.0, twin.high)
-        experience[twin.blueprint] = _with_case(seen, helps, reward)
+        experience[twin.blueprint] = with_case(seen, helps, reward)
+        keep_case(twin.blueprint, kept=helps, reward=reward)
 
     def on_rolled_back(self, gone: Iterable[Adaptation], reason: str) -> None:
         """The guard took grafts out, which counts as a rollback of each."""
@@ -426,7 +428,8 @@ class LocalLoop:
         )
         experience = self.memory.experience
         seen = experience.get(entry.blueprint, Experience())
-        experience[entry.blueprint] = _with_case(seen, verdict.keep, entry.reward.total)
+        experience[entry.blueprint] = with_case(seen, verdict.keep, entry.reward.total)
+        keep_case(entry.blueprint, kept=verdict.keep, reward=entry.reward.total)
 
 
 def _level(losses: Sequence[float]) -> float:
@@ -451,13 +454,4 @@ def _measured_cost(entry: Adaptation) -> CostForecast:
         flops=0,  # not part of the reward
         memory_mib=certificate.memory_mib,
         latency_ms=certificate.latency_ms,
-    )
-
-
-def _with_case(seen: Experience, keep: bool, reward: float) -> Experience:
-    total = seen.cases * seen.mean_reward if seen.cases else 0.0
-    return Experience(
-        kept=seen.kept + keep,
-        rolled_back=seen.rolled_back + (not keep),
-        mean_reward=(total + reward) / (seen.cases + 1),
     )
