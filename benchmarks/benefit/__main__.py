@@ -83,15 +83,20 @@ def run(options: argparse.Namespace) -> Iterator[Results]:
                 yield found
 
 
-def about(seeds: str, parts: str, seconds: float) -> str:
-    """What was run, where."""
+def commit() -> str:
+    """Of the code that is loaded, so it is asked for at the start."""
     git = shutil.which("git") or "git"
     found = subprocess.run(
         [git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
+    return found.stdout.strip() or "unknown"
+
+
+def about(start: str, seeds: str, parts: str, seconds: float) -> str:
+    """What was run, where."""
     return (
-        f"Commit {found.stdout.strip() or 'unknown'}, {parts}, seeds {seeds}, "
-        f"{seconds / 60:.0f} minutes, torch {torch.__version__}, {platform.machine()}, one thread."
+        f"Commit {start}, {parts}, seeds {seeds}, {seconds / 60:.0f} minutes, "
+        f"torch {torch.__version__}, {platform.machine()}, one thread."
     )
 
 
@@ -109,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("esper").setLevel(logging.CRITICAL)
-    started, found = time.monotonic(), Results()
+    started, start, found = time.monotonic(), commit(), Results()
     if options.records:
         found = Results.load(options.records)
     else:
@@ -117,7 +122,7 @@ def main() -> None:
         before = Results.load([options.json]).about if known else []
         for found in run(options):
             seconds = time.monotonic() - started
-            found.about = [*before, about(options.seeds, options.parts, seconds)]
+            found.about = [*before, about(start, options.seeds, options.parts, seconds)]
             if options.json:
                 options.json.write_text(json.dumps(asdict(found), indent=1))
             print(

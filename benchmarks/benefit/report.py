@@ -62,6 +62,7 @@ def lines(
         if found:
             yield from _table(title, found)
     yield from _hosts(records)
+    yield from _worse(records)
     yield from _idle(idle, same)
 
 
@@ -166,6 +167,26 @@ def _hosts(records: Sequence[Record]) -> Iterator[str]:
 def _median(records: Sequence[Record], arm: str) -> float:
     losses = [record.sunk or record.scratch for record in records]
     return statistics.median(gain(own["Esper"], own[arm]) for own in losses)
+
+
+def _worse(records: Sequence[Record]) -> Iterator[str]:
+    """What Esper did in the runs that it made worse."""
+    found = []
+    for record in records:
+        losses = record.sunk or record.scratch
+        lost = gain(losses["Esper"], losses[LEFT])
+        if lost < -SMALLEST:
+            found.append((lost, record))
+    if not found:
+        return
+    yield from ("", "## Worse than left alone", "")
+    yield f"{len(found)} of {len(records)} runs, by more than {SMALLEST:.1%}."
+    yield from ("", "| run | gain | remedies | grafts |", "|---|---|---|---|")
+    for lost, record in sorted(found, key=lambda pair: pair[0]):
+        grafts = [graft.split(":")[0] for graft in record.grafts]
+        done = [", ".join(part.split(", ")[0] for part in record.remedies), ", ".join(grafts)]
+        name = f"{record.host}, seed {record.seed}"
+        yield f"| {name} | {lost:+.1%} | {done[0] or '-'} | {done[1] or '-'} |"
 
 
 def _idle(idle: Sequence[Idle], same: Sequence[bool]) -> Iterator[str]:

@@ -66,8 +66,11 @@ def record(seed: int, own: float, left: float) -> Record:
 def test_a_negative_result_is_in_the_report() -> None:
     records = [record(seed, 0.1 + seed / 1_000, 0.2) for seed in range(10)]
     idle = [Idle("a model", 0.4, [1.2] * 10), Idle("a larger one", 20.0, [1.001] * 10)]
-    text = report.document(records, [], idle, [True], ["Commit abc."])
-    assert "| sunk run: better than left alone in 90 % of runs | yes | 100% |" in text
+    worse = record(10, 0.3, 0.2)
+    worse.remedies = ["set_lr at step 820, did not help, because saturation is still open"]
+    text = report.document([*records, worse], [], idle, [True], ["Commit abc."])
+    assert "| digits, seed 10 | -50.0% | set_lr at step 820 | widen_hidden |" in text
+    assert "| sunk run: better than left alone in 90 % of runs | yes | 91% |" in text
     assert "| idle costs at most 1 %, a model | **no** | +20.0% |" in text
     assert "| idle costs at most 1 %, a larger one | yes | +0.1% |" in text
     assert "## Sunk run: does not pay at equal cost" in text
