@@ -18,12 +18,14 @@ from django.views.decorators.http import require_safe
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from apps.workers import services as workers
 from esper.contracts import ADAPTATION_ENDED
+from esper_web.row_metrics import row_metrics
 from hosts.disk import free_mib
 
 
@@ -82,8 +84,8 @@ def metrics(request: HttpRequest) -> HttpResponse:
 class RowCounts(Collector):
     """Counted in the database at each scrape, so that any number of web processes agree."""
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Gauges by state."""
+    def collect(self) -> Iterator[Metric]:
+        """Gauges by state, and what ``row_metrics`` counts."""
         yield _by_state("esper_adaptations", "Adaptations by state", "adaptations", "Adaptation")
         yield _by_state("esper_runs", "Runs by state", "runs", "Run")
         yield _by_state("esper_jobs", "Compile jobs by state", "workers", "CompileJob")
@@ -94,6 +96,7 @@ class RowCounts(Collector):
             value=overdue.filter(deadline_at__lt=timezone.now()).count(),
         )
         yield from _ages()
+        yield from row_metrics()
 
 
 def _ages() -> Iterator[GaugeMetricFamily]:

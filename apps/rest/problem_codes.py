@@ -57,6 +57,7 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
     "run-ended": (409, "The run has ended.", "Nothing: an ended run cannot be changed."),
     "run-name-taken": (409, "Another live run of the same owner has this name.", "End that run, or choose another name."),
     "self-approval": (403, "Nobody may approve an adaptation of their own run.", "Ask another operator."),
+    "stale": (409, "A newer version came into force meanwhile.", "Read it, and write a new draft."),
     "too-large": (413, "The body is larger than the limit.", "Send smaller batches."),
     "too-slow": (408, "The body did not arrive in time.", "Send it again over a faster connection, or send smaller batches."),
     "too-many-layers": (422, "The model has more layers than can be watched.", "Name the important ones: `esper.attach(…, slots=[…])`."),
