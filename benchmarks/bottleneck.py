@@ -1,6 +1,6 @@
 """A run that is stuck in a bottleneck: left alone, in automatic mode, widened by hand, restarted.
 
-    python -m benchmarks.bottleneck [--quick] [--case CASE] [--json FILE]
+    python -m benchmarks.bottleneck [--quick] [--seeds N] [--case CASE] [--json FILE]
 
 A perceptron with three hidden units, and a net of three convolutions with one channel in the
 middle, learn scikit-learn's digits, with a held-out third. Widening by hand adds 32 units after
@@ -156,10 +156,11 @@ def compare(case: Case, seeds: Sequence[int], steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, 3,500 steps")
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--case", choices=tuple(CASES), help="only this one")
     parser.add_argument("--json", type=Path, help="write the losses to this file")
     options = parser.parse_args()
-    seeds, steps = (range(1), 3_500) if options.quick else (range(5), STEPS)
+    seeds, steps = range(1 if options.quick else options.seeds), 3_500 if options.quick else STEPS
     found: dict[str, Any] = {}
     for name in [options.case] if options.case else CASES:
         print(f"{name}: held-out loss after {steps:,} steps, {len(seeds)} seeds")

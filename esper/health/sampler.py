@@ -112,6 +112,10 @@ class HealthSampler:
         self._before_fresh = False
         self._steps.forget_weights()
 
+    def measure_soon(self, step: int) -> None:
+        """A decision waits for a frame: one is due two steps after ``step``, beside the plan."""
+        self._next_frame = min(self._next_frame, step + 2)
+
     def close(self) -> None:
         """Removes all watchers from the model, and the hooks from its optimizers."""
         self._activations.disarm()

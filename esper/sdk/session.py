@@ -42,6 +42,7 @@ from esper.grafting.watching import LayerWatch
 from esper.health import HealthSampler
 from esper.health.pace import Periods, SamplingPace, periods_of
 from esper.health.sharded import ShardedSampler
+from esper.policy.heuristic import CAPACITY
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.announcing import Announcer
 from esper.sdk.compiler_watch import CompilerWatch
@@ -248,6 +249,7 @@ class Session:
         self._model_parameters = _parameters_of(model, around)
         self._reported: dict[str, float] = {}
         self._latest_frame: HealthFrame | None = None
+        self._lacks_capacity = False
         self._failures: dict[str, int] = {}
         self._closed = False
         self._detached = False
@@ -988,6 +990,8 @@ class Session:
             others = {name: metrics[name] for name in metrics if name != "loss"}
             known = others if self._ranks.alone else metrics
             frame = sampler.step(self._run.step, loss, known)
+        if isinstance(sampler, HealthSampler):
+            self._measure_bottleneck(sampler)
         if frame is not None:
             frame = self._health.judge(frame)
             self._latest_frame = frame
@@ -997,6 +1001,16 @@ class Session:
             self._server.send_step(frame, metrics)
         if self._local is not None and frame is not None:
             self._local.on_frame(frame)
+
+    def _measure_bottleneck(self, sampler: HealthSampler) -> None:
+        """A graft is decided at a frame. On short steps frames are rare, and the finding is not."""
+        lacked, self._lacks_capacity = (
+            self._lacks_capacity,
+            self._diagnosis is not None
+            and any(found.rule.slug == CAPACITY for found in self._diagnosis.diagnosis.open),
+        )
+        if self._lacks_capacity and not lacked:
+            sampler.measure_soon(self._run.step)
 
     @property
     def _stop_reason(self) -> str:

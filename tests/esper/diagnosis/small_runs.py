@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits, make_circles
@@ -70,7 +71,7 @@ class Run:
     evaluate: Callable[[nn.Module], float] | None = None
     passes_number: bool = False
     mode: str = "observe"
-    sampling: int | None = None  # steps between health frames, where chance decides otherwise
+    sampling: Any = None  # steps between health frames, where chance decides otherwise
 
     def start(self) -> esper.Session:
         self.opt = self.optimizer(self.model)

@@ -35,6 +35,7 @@ class Training:
             evaluate=evaluate,
             steps=STEPS,
             mode="automatic",
+            sampling=((0, 10, 50), (640, 5_000, 5_000)),  # as on very short steps
         )
         self.evaluate = lambda: evaluate(self.model)
 
