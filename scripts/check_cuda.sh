@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-python3}"
-needed=(torch numpy msgspec httpx websockets cryptography safetensors pytest)
+needed=(torch numpy msgspec httpx websockets cryptography safetensors cloudpickle pytest)
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null; }
 missing() { local name; for name in "${needed[@]}"; do has "$name" || echo "$name"; done; }

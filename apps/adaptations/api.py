@@ -389,6 +389,7 @@ def _detail(request: Request, adaptation: Adaptation) -> Any:
     context = {
         "evidence_now": services.evidence_now(adaptation),
         "evidence_drift": None if drift is None else codec.number_to_wire(drift),
+        "pause_forecast": services.pause_forecast(adaptation),
         "undo_plan": services.undo_plan(adaptation),
         "permissions": services.permissions(adaptation, person(request)),
         "votes": services.votes_of(adaptation),

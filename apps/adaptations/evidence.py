@@ -7,7 +7,8 @@ from typing import Any
 
 from apps.adaptations.models import Adaptation
 from apps.rest.numbers import finite_or_none
-from apps.telemetry.models import Frame
+from apps.runs.models import Run
+from apps.telemetry.models import Frame, Metric
 from esper.contracts import AdaptationState, Signal, codec
 
 EVIDENCE_FRAMES = 12  # a signal's newest value is looked for in so many frames
@@ -60,6 +61,30 @@ def evidence_record(adaptation: Adaptation) -> dict[str, Any]:
         "decided_step": adaptation.decided_step,
         "asks": adaptation.asks,
     }
+
+
+def pause_forecast(adaptation: Adaptation) -> dict[str, Any]:
+    """How long the step after the graft will wait for torch.compile, as the trainer measured it.
+
+    Members:
+        step_ms: a usual step; None where it was not measured.
+        recompiles: the layer runs in code of torch.compile; None where the trainer does not say.
+        seconds: where the trainer compiles ahead; unprepared_seconds: where it cannot.
+    """
+    run = adaptation.run
+    layer: dict[str, Any] = next((row for row in run.layers if row["name"] == adaptation.layer), {})
+    recompiles = None if adaptation.remedy else layer.get("compiled")
+    return {
+        "step_ms": _newest(run, "step_ms"),
+        "recompiles": recompiles,
+        "seconds": _newest(run, "compile_ahead_s") if recompiles else None,
+        "unprepared_seconds": _newest(run, "compile_s") if recompiles else None,
+    }
+
+
+def _newest(run: Run, name: str) -> float | None:
+    rows = Metric.objects.filter(run=run, epoch=run.epoch, name=name).order_by("-step")
+    return finite_or_none(rows.values_list("value", flat=True).first())
 
 
 def _measured(adaptation: Adaptation) -> dict[str, float | None]:

@@ -121,11 +121,25 @@ class VotesOutput(serializers.Serializer[Any]):
     by = serializers.ListField(child=serializers.CharField())
 
 
+class PauseForecastOutput(serializers.Serializer[Any]):
+    """How long the step after the graft will wait for torch.compile; null: not known.
+
+    ``seconds`` is for a trainer that can compile beside the training; else it is
+    ``unprepared_seconds``. An undo costs none.
+    """
+
+    step_ms = serializers.FloatField(allow_null=True)
+    recompiles = serializers.BooleanField(allow_null=True)
+    seconds = serializers.FloatField(allow_null=True)
+    unprepared_seconds = serializers.FloatField(allow_null=True)
+
+
 class AdaptationDetailOutput(AdaptationOutput):
     evidence = Members()
     evidence_now = serializers.SerializerMethodField()
     evidence_drift = serializers.SerializerMethodField()
     running_test = serializers.SerializerMethodField()
+    pause_forecast = serializers.SerializerMethodField()
     reasons = serializers.ListField(child=Members())
     checks = serializers.ListField(child=Members())
     why_not = serializers.ListField(child=Members())
@@ -154,6 +168,7 @@ class AdaptationDetailOutput(AdaptationOutput):
             "evidence_hash",
             "evidence_now",
             "evidence_drift",
+            "pause_forecast",
             "reasons",
             "checks",
             "why_not",
@@ -189,6 +204,10 @@ class AdaptationDetailOutput(AdaptationOutput):
     def get_evidence_drift(self, adaptation: Adaptation) -> Any:
         """A share of the tolerance: above 1.0 an approval needs ``accept_drift``; null: unknown."""
         return self.context["evidence_drift"]
+
+    @extend_schema_field(PauseForecastOutput)
+    def get_pause_forecast(self, adaptation: Adaptation) -> Any:
+        return PauseForecastOutput(self.context["pause_forecast"]).data
 
     @extend_schema_field(RunningTestOutput(allow_null=True))
     def get_running_test(self, adaptation: Adaptation) -> Any:

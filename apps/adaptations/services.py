@@ -26,7 +26,7 @@ from apps.adaptations.decisions import (
 from apps.adaptations.dispatch import dispatch_adaptation
 from apps.adaptations.dry_runs import DryRun, dry_run
 from apps.adaptations.editing import editable_settings
-from apps.adaptations.evidence import evidence_drift, evidence_now
+from apps.adaptations.evidence import evidence_drift, evidence_now, pause_forecast
 from apps.adaptations.handing_over import (
     approvers_of,
     assign_adaptation,
@@ -96,6 +96,7 @@ __all__ = [
     "note_merged",
     "note_replaced_key",
     "note_restored",
+    "pause_forecast",
     "permissions",
     "propose_adaptation",
     "propose_remedy",

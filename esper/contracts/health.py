@@ -107,6 +107,7 @@ class LayerInfo:
     sequence_axis: Annotated[int, Meta(ge=-1, le=1)] = 1
     # The function that was seen between the output of the layer that ran before and this input.
     activation: ShortText = ""
+    compiled: bool = False  # it runs in code of torch.compile, so a graft means a recompilation
     recomputed: Int64 = 0  # region of activation checkpointing, counted from 1; 0: none
     # Not empty: the place of a graft that spans layers. It reads the input of the layer ``since``,
     # which ``in_shape`` and ``features_in`` describe, and adds to the output of this one.

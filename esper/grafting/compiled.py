@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,29 @@ from esper.grafting.hooks import PassingHook
 
 _VARIANTS_OF_GRAFT = 2  # with gradients and without
 Reader = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of a model that torch.compile has compiled as one.
+
+    Attributes:
+        name: of the part, empty for the whole model.
+        module: the part.
+        entry: what eager code calls: torch.compile's wrapper, or the part after ``compile()``.
+    """
+
+    name: str
+    module: nn.Module
+    entry: nn.Module
+
+    def inside(self, layer: str) -> str:
+        """The layer's name inside of the part."""
+        return layer.removeprefix(f"{self.name}." if self.name else "").removeprefix("_orig_mod.")
+
+    def before_call(self, read: Reader) -> Callable[[], None]:
+        """Calls ``read(args, kwargs)`` before each call; returns a function that ends this."""
+        return _before_call(self.entry, read)
 
 
 class Compilation:
@@ -59,6 +83,21 @@ class Compilation:
                 return True
         return False
 
+    def region_of(self, layer: str) -> Region | None:
+        """The outermost compiled part that contains the layer; None: the layer runs eagerly."""
+        if self._wrapper is not None:
+            return Region("", self._model, self._wrapper)
+        entry: nn.Module | None = self._model
+        parts = layer.split(".")
+        for depth in range(len(parts) + 1):
+            if entry is None:
+                return None
+            if is_compiled(entry):
+                module = entry._orig_mod if isinstance(entry, OptimizedModule) else entry
+                return Region(".".join(parts[:depth]), module, entry)
+            entry = entry._modules.get(parts[depth]) if depth < len(parts) else None
+        return None
+
     def search(self) -> bool:
         """Looks for a wrapper that was made since; True if one is known.
 
@@ -75,14 +114,7 @@ class Compilation:
         Returns:
             A function that ends this.
         """
-        entry = self._model if self._wrapper is None else self._wrapper
-        if entry._compiled_call_impl is not None:
-            return _around_call(entry, read)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            read(args, kwargs)
-
-        return entry.register_forward_pre_hook(PassingHook(hook), with_kwargs=True).remove
+        return _before_call(self._model if self._wrapper is None else self._wrapper, read)
 
 
 def anything_was_compiled() -> bool:
@@ -105,6 +137,16 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
 
 
+def _before_call(entry: nn.Module, read: Reader) -> Callable[[], None]:
+    if entry._compiled_call_impl is not None:
+        return _around_call(entry, read)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read(args, kwargs)
+
+    return entry.register_forward_pre_hook(PassingHook(hook), with_kwargs=True).remove
+
+
 def _around_call(entry: nn.Module, read: Reader) -> Callable[[], None]:
     compiled = entry._compiled_call_impl
     assert compiled is not None
@@ -113,6 +155,7 @@ def _around_call(entry: nn.Module, read: Reader) -> Callable[[], None]:
         read(args, kwargs)
         return compiled(*args, **kwargs)
 
+    call.compiled_call = compiled  # type: ignore[attr-defined]
     entry._compiled_call_impl = call
 
     def end() -> None:

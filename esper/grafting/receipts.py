@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from esper.grafting.slot import (
     take_out,
 )
 from esper.grafting.snapshot import Snapshot, SnapshotMemory, own_change
+from esper.grafting.spilling import spill
 from esper.grafting.surroundings import Surroundings
 
 
@@ -116,6 +118,22 @@ class ChangeReceipt:
         """Memory of the snapshot; 0 when it was freed."""
         return 0 if self._snapshot is None else self._snapshot.nbytes
 
+    @property
+    def snapshot_bytes_on_disk(self) -> int:
+        """What of the snapshot is in the folder for snapshots."""
+        return 0 if self._snapshot is None else self._snapshot.bytes_on_disk
+
+    def spill_snapshot(self, folder: Path) -> None:
+        """Moves the snapshot to disk, where it costs no memory.
+
+        Raises:
+            OSError: it cannot be written there; it stays in memory.
+        """
+        if self._snapshot is not None and not self._snapshot.bytes_on_disk:
+            spill(self._snapshot, folder)
+            for frozen in (self._before, self._after):  # they hold the copies in memory till then
+                hash_in_background(frozen)
+
     def forget_snapshot(self) -> None:
         """Frees the snapshot. A hard undo is impossible from now on."""
         # The digests are computed from the snapshot's copies, which are free afterwards.
@@ -164,6 +182,8 @@ class Receipt(ChangeReceipt):
             if self.present
             else "; not in the model any more"
         )
+        if self.snapshot_bytes_on_disk:
+            undo += f"; its snapshot is on disk ({self.snapshot_bytes_on_disk / 2**20:.1f} MiB)"
         since = self.record.layer.since
         where = f"{since!r} … {self.layer!r}" if since else f"{self.layer!r}"
         return (

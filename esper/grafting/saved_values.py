@@ -168,12 +168,19 @@ def tensor_pairs(live: Any, saved: Any) -> Iterator[tuple[Tensor, Tensor]]:
             yield from tensor_pairs(live.get(key), item)
 
 
-def bytes_in(saved: Any) -> int:
-    """The size of the tensors in a saved tree."""
+def tensors_in(saved: Any) -> Iterator[SavedTensor]:
+    """The tensors of a saved tree."""
     if isinstance(saved, SavedTensor):
-        return saved.value.nbytes if saved.value.layout is torch.strided else 0
+        yield saved
+        return
     items = saved.values() if type(saved) is dict else saved if type(saved) in (list, tuple) else ()
-    return sum(map(bytes_in, items))
+    for item in items:
+        yield from tensors_in(item)
+
+
+def bytes_in(saved: SavedTensor) -> int:
+    """The size of the saved values."""
+    return saved.value.nbytes if saved.value.layout is torch.strided else 0
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

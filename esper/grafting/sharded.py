@@ -53,10 +53,11 @@ class ShardedRanks(RankGroup):
         return f"the model cannot be changed: {reason}" if reason else ""
 
     def why_no_remedy(self) -> str:
-        """Remedies, and merging, change weights that no rank has whole."""
+        """Some remedies, freezing and merging change weights that no rank has whole."""
         return self.why_not() or (
-            "fully_shard spreads the layer's weights over the ranks, and remedies change whole "
-            "ones: use DistributedDataParallel"
+            "fully_shard spreads the weights over the ranks, and this changes whole ones: use "
+            "DistributedDataParallel, or a remedy that acts on updates (set_lr, weight_decay, "
+            "clip_layer, skip_update)"
         )
 
     def why_not_at(self, host: nn.Module) -> str:

@@ -39,9 +39,11 @@ from esper.grafting.saved_values import (
     same_bits,
     same_tree,
     save_tree,
+    tensors_in,
 )
 from esper.grafting.slot import Slot, is_opaque, settle_spans
 from esper.grafting.surroundings import BARE, Surroundings
+from esper.sharding import local
 
 PAGE_BYTES = 4096
 
@@ -145,6 +147,16 @@ class SnapshotMemory:
         return Arrival(self._devices)
 
 
+def bytes_of_state(model: nn.Module, optimizers: Sequence[Any] = ()) -> int:
+    """About what a snapshot takes: weights, buffers, gradients, and the state of the optimizers."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    states = [entry for o in with_companions(optimizers) for entry in o.state.values()]
+    moments = [value for entry in states for value in entry.values() if isinstance(value, Tensor)]
+    tensors = (*model.parameters(), *model.buffers(), *learning, *moments)
+    parts = [local(t) for t in tensors if not is_lazy(t)]
+    return sum(part.nbytes for part in parts if part.layout is torch.strided)
+
+
 def _pinned_like(tensor: Tensor) -> Tensor:
     """Uninitialised memory of the host that a GPU can write to by itself."""
     return torch.empty_like(tensor, device="cpu", pin_memory=True, requires_grad=False)
@@ -171,6 +183,7 @@ class Snapshot:
         arrival: of the copies of a GPU's tensors.
         goal: the settings that an undo leaves behind; see :mod:`esper.grafting.host_settings`.
         origin: the settings at the snapshot.
+        bytes_on_disk: of its values, which :mod:`esper.grafting.spilling` has moved there.
         loaded: tensors that the script has loaded since, with the values that it loaded.
         loaded_optimizers: those whose state the script has loaded since.
     """
@@ -187,6 +200,7 @@ class Snapshot:
         self.scaler: tuple[Any, dict[str, Any]] | None = None
         self.streams = RandomStreams.read()
         self.arrival = Arrival()
+        self.bytes_on_disk = 0
         self.roots: list[nn.Module] = [model]
         self.loaded: dict[int, Tensor] = {}
         self.loaded_optimizers: set[torch.optim.Optimizer] = set()
@@ -261,13 +275,18 @@ class Snapshot:
         values = {id(saved.tensor): saved.value for saved in self.tensors}
         return Frozen.of(model, values, self.arrival.wait)
 
+    def saved(self) -> Iterator[SavedTensor]:
+        """All saved tensors of the model and of the state of its optimizers."""
+        yield from self.tensors
+        yield from (saved for _, _, saved in self.gradients if saved is not None)
+        for optimizer in (*self.optimizers, *self.of_companions):
+            for _, tree in optimizer.state.values():
+                yield from tensors_in(tree)
+
     @property
     def nbytes(self) -> int:
-        """Memory of the copies, in bytes."""
-        gradients = (saved for _, _, saved in self.gradients if saved is not None)
-        optimizers = (*self.optimizers, *self.of_companions)
-        states = (tree for saved in optimizers for _, tree in saved.state.values())
-        return sum(map(bytes_in, (*self.tensors, *gradients, *states)))
+        """Memory of the copies, in bytes, without those on disk."""
+        return max(0, sum(map(bytes_in, self.saved())) - self.bytes_on_disk)
 
     def differences(self) -> list[str]:
         """What differs from the snapshot, one entry per kind; empty right after a restore."""

@@ -89,4 +89,6 @@ def refusal(remedy: Remedy, target: Target, config: dict[str, Any]) -> str:
         return "it is for the whole run, not for one layer"
     if not target.layer and remedy.scope == "layer":
         return "it needs the name of a layer"
-    return remedy.why_not(target, config)
+    anywhere = remedy.works_on_parts or remedy.changes_nothing
+    reason = "" if anywhere else target.surroundings.why_no_remedy()
+    return reason or remedy.why_not(target, config)

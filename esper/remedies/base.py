@@ -132,6 +132,7 @@ class Remedy(ABC):
         begins_anew: states of the run from before it are not offered to rewind to.
         asks: a person decides, in every mode.
         needs_sample: it needs a batch of the model's inputs.
+        works_on_parts: it is as exact where each rank holds only a part of each tensor.
         scope: ``"run"``, ``"layer"``, or ``"both"``: what it may be applied to.
     """
 
@@ -147,6 +148,7 @@ class Remedy(ABC):
     needs_sample: ClassVar[bool] = False
     begins_anew: ClassVar[bool] = False
     asks: ClassVar[bool] = False
+    works_on_parts: ClassVar[bool] = False
     scope: ClassVar[str] = "run"
 
     @property

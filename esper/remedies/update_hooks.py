@@ -15,6 +15,7 @@ from torch import Tensor
 
 from esper.fail_closed import contained
 from esper.grafting.hooks import after_closure
+from esper.sharding import local
 
 Optimizer = torch.optim.Optimizer
 Work = Callable[[Optimizer], None]
@@ -165,9 +166,10 @@ class ScaledUpdates:
 
     def _keep(self, optimizer: Optimizer) -> None:
         own = [p for g in optimizer.param_groups for p in g["params"] if id(p) in self._only]
-        self._before[id(optimizer)] = [(p, p.detach().clone()) for p in own if p.grad is not None]
+        parts = [local(p.detach()) for p in own if p.grad is not None]
+        self._before[id(optimizer)] = [(part, part.clone()) for part in parts]
 
     @torch.no_grad()
     def _scale(self, optimizer: Optimizer) -> None:
-        for parameter, before in self._before.pop(id(optimizer), ()):
-            parameter.copy_(before.lerp(parameter.detach(), self._factor))
+        for present, before in self._before.pop(id(optimizer), ()):
+            present.copy_(before.lerp(present, self._factor))

@@ -88,11 +88,16 @@ class Announcer:
         else:
             self._say(str(finding), kind=f"findings of {finding.rule}", level=logging.WARNING)
 
-    def waits(self, decision: Decision, *, minutes: float, alone: bool) -> None:
-        """A decision waits for a person in this process."""
+    def waits(self, decision: Decision, *, minutes: float, alone: bool, pause: str = "") -> None:
+        """A decision waits for a person in this process.
+
+        Args:
+            pause: what the graft will make the training wait for; empty: nothing to mention.
+        """
         self._note("waits", describe(decision), confidence=decision.adaptation.confidence)
         self._step(
             f"{describe(decision)} waits for you ({'; '.join(_bare(a) for a in decision.asks)}). "
+            f"{f'{pause.capitalize()}. ' if pause else ''}"
             f"{how_to_answer(decision, alone=alone)}. It expires in {minutes:.0f} min",
             kind="decisions that wait",
         )
@@ -143,6 +148,10 @@ class Announcer:
             f"{entry.guarded_until} at most",
             kind="grafts",
         )
+
+    def compiles_in_training(self, blueprint: str, layer: str, forecast: str) -> None:
+        """A graft's code could not be compiled ahead."""
+        self._step(f"{blueprint} at {layer!r}: {forecast}", kind="pauses", level=logging.WARNING)
 
     def not_grafted(self, reason: str) -> None:
         self._step(f"not grafted: {reason}", kind="refused grafts", level=logging.WARNING)

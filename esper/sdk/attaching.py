@@ -22,7 +22,7 @@ from esper.grafting.replicas import Call
 from esper.health.pace import periods_of
 from esper.near_names import did_you_mean
 from esper.sdk.session import Session, Setup
-from esper.sdk.snapshot_limit import snapshot_limit
+from esper.sdk.snapshot_limit import folder_for_snapshots, snapshot_limit
 from esper.sdk.tracking import Mirror, Tracker, trackers_of
 from esper.sdk.transport.queues import Pace
 from esper.sharding import Kind, group_ranks, kind_of, why_no_graft
@@ -52,6 +52,7 @@ def attach(
     copies: Any = None,
     sampling: int | Iterable[Sequence[int]] | None = None,
     snapshot_memory: float | None = None,
+    snapshot_folder: str | Path | None = None,
     good_states: str | Path | None = None,
     trackers: Iterable[str | Tracker | Any] = (),
     verbose: bool = True,
@@ -90,6 +91,9 @@ def attach(
         snapshot_memory: GiB that the snapshots for hard undos may take together, default
             ``ESPER_SNAPSHOT_MEMORY_GIB`` or a quarter of the machine's memory. Where it holds
             fewer than three, older changes can only be undone softly, and a finding says so.
+        snapshot_folder: where snapshots go that do not fit in ``snapshot_memory``, default
+            ``ESPER_SNAPSHOT_FOLDER``. The training waits while one is written. Its files have no
+            name, so nothing is left of them; a graft for which the disk has no room is refused.
         good_states: folder in which the last good states of the run are kept on disk too, so that
             a run that goes on from a checkpoint can be rewound. It takes up to four times the size
             of a checkpoint; delete it with the checkpoints. By default they are in memory only.
@@ -114,6 +118,7 @@ def attach(
     periods = periods_of(sampling)
     _check(run, target_steps, evaluate, checkpoint)
     snapshot_bytes = snapshot_limit(snapshot_memory)
+    spill_folder = folder_for_snapshots(snapshot_folder)
     followers = _several(copies)
     for copied in followers:
         grafting.check_copy(bare, copied)
@@ -149,6 +154,7 @@ def attach(
             pace=Pace(),
             sampling=periods,
             snapshot_limit=snapshot_bytes,
+            snapshot_folder=spill_folder,
             good_states=None if good_states is None else Path(good_states),
             mirror=mirror,
             verbose=verbose,

@@ -6,11 +6,13 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from esper import blueprints
 from esper.contracts import AdaptationState, GraftKind, SafetyPolicy
 from esper.exceptions import UndoError
 from esper.grafting import Receipt, RemedyReceipt
+from esper.grafting.spilling import why_no_room
 from esper.reward import FORWARD_UNCHANGED
 from esper.sdk.adaptation import Adaptation
 
@@ -30,10 +32,15 @@ class Changes:
             :data:`SNAPSHOTS_KEPT`; None otherwise.
 
     Args:
-        snapshot_limit: bytes that all snapshots together may take.
+        snapshot_limit: bytes of memory that all snapshots together may take.
+        snapshot_folder: where those go that do not fit; None: they are freed.
     """
 
-    def __init__(self, snapshot_limit: float = math.inf) -> None:
+    def __init__(
+        self, snapshot_limit: float = math.inf, snapshot_folder: Path | None = None
+    ) -> None:
+        self._snapshot_folder = snapshot_folder
+        self.disk_error = ""  # why the last snapshot could not be moved to disk
         self.shortened: tuple[int, int] | None = None
         self._snapshot_limit = snapshot_limit
         self.adaptations: list[Adaptation] = []
@@ -183,17 +190,56 @@ class Changes:
     def _forget_old_snapshots(self) -> None:
         """A snapshot is a copy of the model and its optimizer: only the newest few are kept.
 
-        Where their limit allows fewer, the oldest go; also the last one, if it does not fit.
+        Where their limit allows fewer, the oldest go to disk or are freed; also the last one, if it
+        does not fit.
         """
-        receipts = [e.receipt if isinstance(e, Adaptation) else e for e in self._history]
-        restorable = [receipt for receipt in receipts if receipt and receipt.can_undo_hard]
+        restorable = [receipt for receipt in self._receipts() if receipt.can_undo_hard]
         kept = restorable[-SNAPSHOTS_KEPT:]
-        sizes = [receipt.snapshot_bytes for receipt in kept]
-        while sum(sizes) > self._snapshot_limit:
-            kept, sizes = kept[1:], sizes[1:]
-            self.shortened = len(kept), restorable[-1].snapshot_bytes
         for receipt in restorable[: len(restorable) - len(kept)]:
             receipt.forget_snapshot()
+        size = restorable[-1].snapshot_bytes if restorable else 0
+        for receipt in tuple(kept):
+            if sum(entry.snapshot_bytes for entry in kept) <= self._snapshot_limit:
+                return
+            if not self._spilled(receipt):
+                receipt.forget_snapshot()
+                kept.remove(receipt)
+                self.shortened = len(kept), size
+
+    def _spilled(self, receipt: Receipt | RemedyReceipt) -> bool:
+        if self._snapshot_folder is None:
+            return False
+        try:
+            receipt.spill_snapshot(self._snapshot_folder)
+        except OSError as error:
+            self.disk_error = str(error)
+            return False
+        return True
+
+    def why_no_snapshot(self, nbytes: int) -> str:
+        """Why the next change could not be undone hard, where a folder was given for that.
+
+        Args:
+            nbytes: of its snapshot, about.
+        """
+        held = sum(r.snapshot_bytes for r in self._receipts())
+        if self._snapshot_folder is None or held + nbytes <= self._snapshot_limit:
+            return ""
+        return why_no_room(self._snapshot_folder, nbytes)
+
+    def snapshots(self) -> str:
+        """How many changes can be undone hard, and where their snapshots are; a line."""
+        kept = [receipt for receipt in self._receipts() if receipt.can_undo_hard]
+        if not kept:
+            return ""
+        memory = sum(receipt.snapshot_bytes for receipt in kept) / 2**20
+        disk = sum(receipt.snapshot_bytes_on_disk for receipt in kept) / 2**20
+        where = f", {disk:.1f} MiB in {self._snapshot_folder}" if disk else ""
+        return f"{len(kept)} for hard undos: {memory:.1f} MiB in memory{where}"
+
+    def _receipts(self) -> list[Receipt | RemedyReceipt]:
+        found = [e.receipt if isinstance(e, Adaptation) else e for e in self._history]
+        return [receipt for receipt in found if receipt is not None]
 
 
 def serves_loss(blueprint: str) -> bool:

@@ -123,8 +123,12 @@ def is_sharded(surroundings: Surroundings) -> bool:
 def _refuse_changes(state: dict[str, Any], surroundings: Surroundings) -> None:
     """A model that takes no graft, or no remedy, takes none out of a checkpoint either."""
     reason = surroundings.why_unchangeable() if state["structure"] else ""
-    if state["remedies"]:
-        reason = reason or surroundings.why_no_remedy()
+    for entry in state["remedies"]:
+        remedy = next((r for r in list_remedies() if r.slug == entry["remedy"]), None)
+        parts = remedy is not None and remedy.works_on_parts
+        reason = reason or (
+            surroundings.why_unchangeable() if parts else surroundings.why_no_remedy()
+        )
     if reason:
         raise ConfigurationError(f"the state holds grafts or remedies: {reason}")
 

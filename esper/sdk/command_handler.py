@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +37,7 @@ from esper.exceptions import (
 from esper.grafting import Receipt, RemedyReceipt
 from esper.grafting.slot import find_slot
 from esper.sdk.adaptation import Adaptation, Operation
+from esper.sdk.compiling_ahead import CompilingAhead
 from esper.sdk.remedy_loop import RemedyLoop
 from esper.sdk.reporting import short_details
 from esper.sdk.surgery import Surgery
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("esper")
 
+RESERVE_SECONDS = 10.0  # of a command's time, for the graft itself
 NOT_GRAFTED = "this model does not hold that graft"
 
 
@@ -80,6 +83,7 @@ class CommandHandler:
         veto: the trainer's own limits.
         queues: commands come from them, answers go into them.
         remedies: applies and judges remedies; None where this run takes none of the server.
+        ahead: compiles grafts beside the training; None where nothing is grafted.
 
     Attributes:
         stop_reason: why a person stopped the run, empty while nobody has.
@@ -91,8 +95,10 @@ class CommandHandler:
         veto: LocalVeto,
         queues: TransportQueues,
         remedies: RemedyLoop | None = None,
+        ahead: CompilingAhead | None = None,
     ) -> None:
         self._surgery = surgery
+        self._ahead = ahead
         self._remedies = remedies
         self._veto = veto
         self._queues = queues
@@ -163,7 +169,7 @@ class CommandHandler:
         later = []
         while self._queues.inbox:
             ready = self._queues.inbox.popleft()
-            if self._waits_for_inputs(ready.command):
+            if self._waits_for_inputs(ready.command) or self._waits_for_compiler(ready):
                 later.append(ready)
                 continue
             answer = self._handle(ready)
@@ -178,6 +184,17 @@ class CommandHandler:
             and self._queues.now() < command.expires_at
             and not self._remedies.has_inputs_for(str(command.payload.get("remedy")))
         )
+
+    def _waits_for_compiler(self, ready: ReadyCommand) -> bool:
+        """A graft into compiled code comes when its code is there, and in time in any case."""
+        if ready.command.kind is not CommandKind.GRAFT or self._ahead is None:
+            return False
+        rest = ready.command.expires_at - self._queues.now() - RESERVE_SECONDS
+        try:
+            return self._ahead.waits(ready.graft, until=time.monotonic() + rest)
+        except Exception as error:
+            logger.debug("compiling ahead failed", exc_info=error)
+            return False
 
     def refuse_all(self, step: int) -> None:
         """The run ends: answer the commands that wait."""

@@ -212,8 +212,12 @@ def came_back(adaptation: Adaptation) -> Finding:
     )
 
 
-def fewer_snapshots(kept: int, nbytes: int, limit: int) -> Finding:
-    """The memory for snapshots holds fewer of them than Esper keeps."""
+def fewer_snapshots(kept: int, nbytes: int, limit: int, disk_error: str = "") -> Finding:
+    """The memory for snapshots holds fewer of them than Esper keeps.
+
+    Args:
+        disk_error: why the folder for snapshots could not take them.
+    """
     gib = 1 << 30
     what = (
         f"only the last {kept} changes can be undone hard"
@@ -224,10 +228,11 @@ def fewer_snapshots(kept: int, nbytes: int, limit: int) -> Finding:
         rule=ViolationRule.MEMORY,
         layer="",
         severity=Severity.INFO if kept else Severity.CAUTION,
-        observed=f"a snapshot takes {nbytes / gib:.3g} GiB, so {what}",
+        observed=f"a snapshot takes {nbytes / gib:.3g} GiB, so {what}"
+        + (f"; on disk: {disk_error}" if disk_error else ""),
         limit=f"{limit / gib:.3g} GiB for all snapshots",
-        remedy="Give snapshots more memory: esper.attach(snapshot_memory=…) in GiB, or "
-        "ESPER_SNAPSHOT_MEMORY_GIB.",
+        remedy="Give snapshots more memory: esper.attach(snapshot_memory=…) in GiB, "
+        "ESPER_SNAPSHOT_MEMORY_GIB, or a folder for them: snapshot_folder=….",
     )
 
 

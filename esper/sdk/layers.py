@@ -96,7 +96,8 @@ class Layers:
                     self._left, self._recorder = self._recorder, self._record()
                 return False  # or the session's first step came before the first forward pass
             self._report_unseen()
-        self._fixed = tuple(map(self._limited, map(self._as_shared, self._recorder.layers())))
+        seen = map(self._as_shared, self._recorder.layers())
+        self._fixed = tuple(self._compiled(self._limited(layer)) for layer in seen)
         if self._recorder is not self._left:
             self._recorder.retire()
         return True
@@ -130,6 +131,9 @@ class Layers:
         if self._replicas is not None:
             reason = reason or self._replicas.why_not()
         return replace(layer, graftable=False, reason=reason) if reason else layer
+
+    def _compiled(self, layer: LayerInfo) -> LayerInfo:
+        return replace(layer, compiled=True) if self._compilation.covers(layer.name) else layer
 
     def _limited(self, layer: LayerInfo) -> LayerInfo:
         if layer.name in self._slots or not layer.graftable:

@@ -44,6 +44,7 @@ from esper.reward import LossWindow, compute_reward, held_out_level, judge
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.announcing import Announcer, describe, how_to_answer
 from esper.sdk.changes import serves_loss
+from esper.sdk.compiling_ahead import CompilingAhead
 from esper.sdk.experience_file import keep_case, read_experience, with_case
 from esper.sdk.findings import Findings
 from esper.sdk.run_state import RunState
@@ -128,6 +129,7 @@ class LocalLoop:
         announcer: says to the user what is done, and what waits.
         findings: a graft answers one of them.
         alone: there are no other ranks.
+        ahead: compiles grafts beside the training; None where nothing is grafted.
 
     Attributes:
         memory: replaced when a checkpoint is loaded.
@@ -141,8 +143,11 @@ class LocalLoop:
         findings: Findings,
         *,
         alone: bool = True,
+        ahead: CompilingAhead | None = None,
     ) -> None:
         self._surgery = surgery
+        self._ahead = ahead
+        self._compiling: Operation | None = None  # decided, and grafted once its code is there
         self._run = run
         self._announcer = announcer
         self._findings = findings
@@ -196,9 +201,13 @@ class LocalLoop:
                     entry, hard=hard, state=AdaptationState.ROLLED_BACK
                 )
                 self._announcer.taken_out(gone, report, verdict.reason)
+        if self._compiling is not None:
+            self._frames.append(frame)
+            self._graft(self._compiling)
+            return
         decision = self._decide(frame)
         if decision is not None:
-            self._graft(decision)
+            self._graft(self._operation(decision))
 
     def approve(self, waiting: Waiting) -> Adaptation:
         """A person approved.
@@ -210,7 +219,10 @@ class LocalLoop:
         if waiting not in self.waiting:
             raise ValueError("this decision is not waiting any more")
         self._waiting.remove(waiting)
-        return self._surgery.apply(self._operation(waiting.decision))
+        operation = self._operation(waiting.decision)
+        if self._ahead is not None:
+            self._ahead.tell(operation)
+        return self._surgery.apply(operation)
 
     def reject(self, waiting: Waiting) -> None:
         """A person rejected; the layer is not adapted during its cooldown."""
@@ -304,8 +316,11 @@ class LocalLoop:
         if isinstance(outcome, Decision):
             self._announcer.would_propose(outcome)
 
-    def _graft(self, decision: Decision) -> None:
-        operation = self._operation(decision)
+    def _graft(self, operation: Operation) -> None:
+        self._compiling = None
+        if self._ahead is not None and self._ahead.waits(operation):
+            self._compiling = operation
+            return
         try:
             self._surgery.apply(operation)
         except EsperError as error:
@@ -331,7 +346,7 @@ class LocalLoop:
             model_parameters=self._model_parameters,
             added_parameters=sum(receipt.certificate.parameters for receipt in added),
             adaptations_today=sum(at > day_ago for at in memory.grafted_at),
-            in_flight=len(on_probation) + len(self.waiting),
+            in_flight=len(on_probation) + len(self.waiting) + (self._compiling is not None),
             last_adaptation_step=max((at for at, _ in memory.last.values()), default=-1),
             history={layer.name: self._history(layer.name) for layer in self._layers},
             experience=dict(memory.experience),
@@ -352,13 +367,28 @@ class LocalLoop:
 
     def _ask(self, decision: Decision) -> None:
         timeout = self._run.policy.approval_timeout_seconds
+        if self._ahead is not None:  # while the person thinks
+            self._ahead.begin(self._planned(decision))
         self._waiting.append(Waiting(decision, time.time() + timeout, self._alone))
-        self._announcer.waits(decision, minutes=timeout / 60, alone=self._alone)
+        self._announcer.waits(
+            decision,
+            minutes=timeout / 60,
+            alone=self._alone,
+            pause=self.pause_of(decision),
+        )
+
+    def pause_of(self, decision: Decision) -> str:
+        """How long the graft will make a step wait for torch.compile; empty: not at all."""
+        forecast = self._ahead.forecast(self._planned(decision)) if self._ahead else None
+        return str(forecast) if forecast is not None else ""
 
     def _operation(self, decision: Decision) -> Operation:
-        step, name = self._run.step, decision.adaptation.layer_name
-        self.memory.last[name] = (step, False)
+        self.memory.last[decision.adaptation.layer_name] = (self._run.step, False)
         self.memory.grafted_at.append(time.time())
+        return self._planned(decision)
+
+    def _planned(self, decision: Decision) -> Operation:
+        step, name = self._run.step, decision.adaptation.layer_name
         seed = zlib.crc32(f"{self._run.name}:{step}:{name}:{decision.blueprint}".encode())
         return Operation(
             layer=self._surgery.layer(name, decision.adaptation.since, decision.blueprint),

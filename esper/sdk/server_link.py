@@ -17,6 +17,7 @@ from esper.grafting import RemedyReceipt
 from esper.remedies import get_remedy
 from esper.sdk.announcing import Announcer
 from esper.sdk.command_handler import CommandHandler
+from esper.sdk.compiling_ahead import CompilingAhead
 from esper.sdk.idle_steps import IdleStep
 from esper.sdk.remedy_loop import RemedyLoop
 from esper.sdk.run_state import RunState
@@ -36,6 +37,7 @@ class ServerLink:
         queues: between this thread and the transport's.
         remedies: applies what the server orders; None where the run takes no remedy of it.
         announcer: says where the run's page is.
+        ahead: compiles grafts beside the training.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ServerLink:
         pace: Pace,
         announcer: Announcer,
         remedies: RemedyLoop | None = None,
+        ahead: CompilingAhead | None = None,
     ) -> None:
         self._address = server
         self._announcer = announcer
@@ -57,7 +60,7 @@ class ServerLink:
         self._run = run
         self._remedies = remedies
         veto = LocalVeto(run.mode, code_key=code_key())
-        self._handler = CommandHandler(surgery, veto, queues, remedies)
+        self._handler = CommandHandler(surgery, veto, queues, remedies, ahead)
         self._transport = Transport(
             server, token, queues, veto=veto, preparation=self._handler, pace=pace
         )

@@ -46,6 +46,7 @@ from esper.policy.heuristic import CAPACITY
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.announcing import Announcer
 from esper.sdk.compiler_watch import CompilerWatch
+from esper.sdk.compiling_ahead import CompilingAhead, PauseForecast, usual_pause
 from esper.sdk.diagnosing import DiagnosisWatch
 from esper.sdk.evaluation import Evaluations
 from esper.sdk.explaining import Explainer, Reasons
@@ -87,6 +88,7 @@ UNMEASURED = {
     "schedules": "Grafts that replace their layer stay at their present share.",
     "ledger": "Esper does not check that the optimizer trains all that it should.",
     "compiler": "Recompilations are not counted.",
+    "compiling ahead": "Grafts are compiled in the training thread.",
     "guard": "Nobody looks for a loss that diverges.",
     "good states": "The run cannot be rewound.",
     "remedies": "No remedy is proposed for a finding.",
@@ -118,6 +120,7 @@ class Setup:
     safety_policy: SafetyPolicy
     pace: Pace
     snapshot_limit: int  # bytes
+    snapshot_folder: Path | None = None
     sampling: tuple[Periods, ...] | None = None  # None: chosen from what sampling costs
     verbose: bool = True
     good_states: Path | None = None  # folder; None: in memory only
@@ -169,6 +172,7 @@ class Session:
             ledger=self._ledger,
             findings=self._findings,
             snapshot_limit=setup.snapshot_limit,
+            snapshot_folder=setup.snapshot_folder,
             state_folder=setup.good_states,
             checkpoint=setup.checkpoint,
             reports=SurgeryReports(self._queues, self._announcer),
@@ -195,6 +199,9 @@ class Session:
             if self._diagnosis is not None
             else None
         )
+        self._ahead = CompilingAhead(
+            model, self._compilation, self._announcer, evaluates=setup.evaluate is not None
+        )
         self._server = (
             ServerLink(
                 setup.server,
@@ -205,6 +212,7 @@ class Session:
                 setup.pace,
                 self._announcer,
                 self._remedies,
+                self._ahead,
             )
             if self._queues is not None
             else None
@@ -217,6 +225,7 @@ class Session:
                 self._announcer,
                 self._findings,
                 alone=self._ranks.alone,
+                ahead=self._ahead,
             )
             if decides_here
             else None
@@ -246,6 +255,7 @@ class Session:
         self._calm = LossGuard()  # tells which states are good; not reset, as the guard's is
         self._health = LayerHealth(self._findings)
         self._compiler = CompilerWatch()
+        self._pause_sent: PauseForecast | None = None
         self._model_parameters = _parameters_of(model, around)
         self._reported: dict[str, float] = {}
         self._latest_frame: HealthFrame | None = None
@@ -305,6 +315,7 @@ class Session:
         self._try("good states", partial(self._keep_good_states, value, run.step))
         metrics = self._take_metrics(value)
         self._try("compiler", partial(self._watch_compiler, metrics))
+        self._try("compiling ahead", self._ahead.on_step)
         point = None if value is None else (at, value)
         if self._ranks.alone:
             self._decide(point, loss, metrics, busy=busy)
@@ -344,6 +355,7 @@ class Session:
         self._run.wake()
         self._detached = True
         self._layers.stop()
+        self._ahead.close()
         self._ledger.close()
         if self._diagnosis is not None:
             self._diagnosis.close()
@@ -377,7 +389,7 @@ class Session:
         self._closed = True
         atexit.unregister(self._at_exit)
         sampler, server = self._surgery.sampler, self._server
-        ends = [self._layers.stop, self._ledger.close, self._end_remedies]
+        ends = [self._layers.stop, self._ahead.close, self._ledger.close, self._end_remedies]
         if sampler is not None:
             ends.append(sampler.close)
         if self._diagnosis is not None:
@@ -533,7 +545,36 @@ class Session:
             ReplicaError: another rank could not do it, or was asked for something else.
         """
         self._catch_up()
-        return self._surgery.graft(layer, blueprint, since, config)
+        operation = self._surgery.planned(layer, blueprint, since, config)
+        self._try("compiling ahead", partial(self._ahead.tell, operation))
+        return self._surgery.graft(operation)
+
+    def prepare(self, layer: str, blueprint: str, *, since: str = "", **config: Any) -> bool:
+        """Compile a graft's code beside the training, before :meth:`graft` with these arguments.
+
+        A graft into a model that torch.compile has compiled means one recompilation. A process at
+        the lowest priority fills the compiler's cache on disk; train on meanwhile, and call this
+        again after later steps.
+
+        Returns:
+            True: graft now, the code is there, or none is needed, or it cannot be prepared, which
+            is said on the console with the pause to expect. False: it is being compiled.
+
+        Raises:
+            UnknownBlueprintError, UnknownLayerError, IncompatibleLayerError
+        """
+        operation = self._surgery.planned(layer, blueprint, since, config)
+        return not self._ahead.waits(operation)
+
+    def forecast_pause(
+        self, layer: str, blueprint: str, *, since: str = "", **config: Any
+    ) -> PauseForecast | None:
+        """How long :meth:`graft` would make the next step wait for torch.compile; None: not at all.
+
+        Raises:
+            UnknownBlueprintError, UnknownLayerError, IncompatibleLayerError
+        """
+        return self._ahead.forecast(self._surgery.planned(layer, blueprint, since, config))
 
     def twin(
         self,
@@ -815,6 +856,7 @@ class Session:
             sections=(
                 ("Findings", [str(finding) for finding in self.findings()]),
                 ("Adaptations", [str(entry) for entry in self.adaptations]),
+                ("Snapshots", [line] if (line := self._surgery.changes.snapshots()) else []),
                 ("Remedies in effect", [str(receipt) for receipt in self.remedies]),
                 ("Proposed remedies", [str(entry) for entry in self.proposed_remedies]),
                 ("Waiting for you", [str(entry) for entry in self.waiting]),
@@ -1026,9 +1068,19 @@ class Session:
         recompiles = self._compiler.recompiles()
         if recompiles:
             metrics["recompiles"] = float(recompiles)
+        if self._server is not None and self._layers.fixed:
+            metrics.update(self._pauses_to_send())
         finding = self._compiler.finding()
         if finding is not None:
             self._findings.add(finding)
+
+    def _pauses_to_send(self) -> dict[str, float]:
+        """For the page of a decision: what a graft into compiled code costs; once per value."""
+        pause = usual_pause() if any(layer.compiled for layer in self._layers.own) else None
+        if pause is None or pause == self._pause_sent or math.isnan(pause.seconds):
+            return {}
+        self._pause_sent = pause
+        return {"compile_ahead_s": pause.seconds, "compile_s": pause.unprepared_seconds}
 
     def _try(self, part: str, work: Callable[[], None]) -> None:
         """Esper's own errors never reach the training; a part that keeps failing is left out."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from esper.exceptions import ConfigurationError
 
 VARIABLE = "ESPER_SNAPSHOT_MEMORY_GIB"
+FOLDER_VARIABLE = "ESPER_SNAPSHOT_FOLDER"
 GIB = 1 << 30
 SHARE = 0.25  # of the machine's memory
 _UNKNOWN_MEMORY_BYTES = 16 * GIB
@@ -34,6 +35,23 @@ def snapshot_limit(gib: float | None) -> int:
         name = VARIABLE if gib is None else "snapshot_memory"
         raise ConfigurationError(f"{name} must be a number of GiB, 0 or more, got {given!r}")
     return int(min(wanted, 1e6) * GIB)
+
+
+def folder_for_snapshots(folder: str | Path | None) -> Path | None:
+    """The folder, else the environment's; it is made where it is missing.
+
+    Raises:
+        ConfigurationError: it cannot be made.
+    """
+    given = os.environ.get(FOLDER_VARIABLE) if folder is None else folder
+    if given is None or given == "":
+        return None
+    found = Path(given)
+    try:
+        found.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"the folder for snapshots cannot be made: {error}") from error
+    return found
 
 
 def memory_bytes() -> int:

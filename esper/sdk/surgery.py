@@ -23,7 +23,7 @@ from torch import nn
 
 from esper import blueprints, grafting
 from esper.contracts import AdaptationState, LayerInfo, RemedyKind, RunMode
-from esper.exceptions import ConfigurationError, GraftError, UndoError
+from esper.exceptions import ConfigurationError, GraftError, IncompatibleLayerError, UndoError
 from esper.grafting import (
     GuardVerdict,
     Receipt,
@@ -38,6 +38,7 @@ from esper.grafting.digests import Frozen
 from esper.grafting.found_copies import Copies
 from esper.grafting.replicas import Call, Joint, jointly
 from esper.grafting.slot import find_host, slot_of
+from esper.grafting.snapshot import bytes_of_state
 from esper.grafting.state_dicts import Difference
 from esper.health import HealthSampler
 from esper.health.sharded import ShardedSampler
@@ -78,7 +79,8 @@ class Surgery:
 
     Args:
         surroundings: optimizers, schedulers and copies, which must follow each change.
-        snapshot_limit: bytes that the snapshots may take together.
+        snapshot_limit: bytes of memory that the snapshots may take together.
+        snapshot_folder: where those go that do not fit; None: they are freed.
         state_folder: where good states are kept on disk too.
         checkpoint: the script's own function that saves the run; None: there is none.
 
@@ -102,13 +104,14 @@ class Surgery:
         reports: SurgeryReports,
         findings: Findings,
         snapshot_limit: int,
+        snapshot_folder: Path | None = None,
         state_folder: Path | None = None,
         checkpoint: Callable[[], object] | None = None,
     ) -> None:
         self.model = model
         self.copies = Copies(model, surroundings.copies)
         surroundings = replace(surroundings, copies=self.copies)
-        self.changes = Changes(snapshot_limit)
+        self.changes = Changes(snapshot_limit, snapshot_folder)
         self._snapshot_limit = snapshot_limit
         self._told_of_limit = False
         self.sampler: HealthSampler | ShardedSampler | None = None
@@ -164,6 +167,7 @@ class Surgery:
             IncompatibleLayerError, CertificateError, UnknownLayerError, ConfigurationError,
             ReplicaError
         """
+        self._refuse_without_snapshot(operation)
         self._ranks.order(Order.graft(operation))
         run = self._run
         self._find_copies()
@@ -199,6 +203,18 @@ class Surgery:
         self._reports.grafted(adaptation)
         return adaptation
 
+    def _refuse_without_snapshot(self, operation: Operation) -> None:
+        """A run with a folder for snapshots wants hard undos. Several ranks find it out together,
+        after the graft, and a finding says so."""
+        if not self._ranks.alone:
+            return
+        nbytes = bytes_of_state(self.model, self._surroundings.optimizers)
+        reason = self.changes.why_no_snapshot(nbytes)
+        if reason:
+            raise IncompatibleLayerError(
+                layer=operation.layer.name, blueprint=operation.blueprint.slug, reason=reason
+            )
+
     def _find_copies(self) -> None:
         """Averages of the model that nobody named get its next graft too."""
         if checkpoint.is_sharded(self._surroundings):
@@ -212,17 +228,21 @@ class Surgery:
         adaptation.state = AdaptationState.KEPT
         self._reports.kept(adaptation, reason)
 
-    def graft(self, layer: str, blueprint: str, since: str, config: dict[str, Any]) -> Receipt:
-        """A script grafts; see :meth:`Session.graft`."""
+    def planned(self, layer: str, blueprint: str, since: str, config: dict[str, Any]) -> Operation:
+        """A graft that a script asks for; nothing is done."""
         entry = blueprints.get_blueprint(blueprint)
-        operation = Operation(
+        return Operation(
             layer=self.layer(layer, since, entry.slug),
             blueprint=entry,
             config=config,
             seed=self._run.step + 1,
             uid=self.changes.next_uid(),
         )
-        self._meet(Call.GRAFT, layer, operation.blueprint.slug, since, config)
+
+    def graft(self, operation: Operation) -> Receipt:
+        """A script grafts; see :meth:`Session.graft`."""
+        layer = operation.layer
+        self._meet(Call.GRAFT, layer.name, operation.blueprint.slug, layer.since, operation.config)
         receipt = self.apply(operation).receipt
         assert receipt is not None
         return receipt
@@ -377,7 +397,13 @@ class Surgery:
             receipt.adaptation = adaptation
             return receipt
 
-        receipt = self._remedy(act, layer, changes_nothing=found.changes_nothing, finding=finding)
+        receipt = self._remedy(
+            act,
+            layer,
+            changes_nothing=found.changes_nothing,
+            catalogue=True,
+            finding=finding,
+        )
         found.on_agreed(self._target(layer, None))
         if found.begins_anew and self.states is not None:
             self.states.begin_anew()
@@ -427,10 +453,17 @@ class Surgery:
         *,
         merged: Adaptation | None = None,
         changes_nothing: bool = False,
+        catalogue: bool = False,
         finding: str = "",
     ) -> RemedyReceipt:
-        """On all ranks, or on none; ``merged`` is the adaptation that it folds into its host."""
-        reason = self._surroundings.why_no_remedy()
+        """On all ranks, or on none.
+
+        Args:
+            merged: the adaptation that it folds into its host.
+            catalogue: it is one of the catalogue, and says itself what it cannot change.
+        """
+        around = self._surroundings
+        reason = around.why_unchangeable() if catalogue else around.why_no_remedy()
         if reason and not changes_nothing:
             raise GraftError(reason, layer=layer)
         started = time.perf_counter()
@@ -631,7 +664,8 @@ class Surgery:
         shortened, self.changes.shortened = self.changes.shortened, None
         if shortened is not None and not self._told_of_limit:
             self._told_of_limit = True
-            self._findings.add(fewer_snapshots(*shortened, self._snapshot_limit))
+            why = self.changes.disk_error
+            self._findings.add(fewer_snapshots(*shortened, self._snapshot_limit, why))
 
     def _say_what_was_kept(self, change: str, layer: str, report: UndoReceipt) -> None:
         if report.kept or report.not_restored:

@@ -93,6 +93,7 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
             "sketch": graft_sketch(found),
             "policy": found.safety_policy.safety_policy(),
             "record": track_record(grafts_of(found.grafted_blueprint.pk)),
+            "pause": adaptations.pause_forecast(found),
             "parameter_share": _share(found.forecast_parameters, found.run.model_parameters),
         }
 

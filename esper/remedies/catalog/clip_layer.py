@@ -10,6 +10,7 @@ from torch import Tensor
 from esper.contracts import Risk
 from esper.remedies.base import Effect, Remedy, Target, check_above_zero, no_optimizer, not_trained
 from esper.remedies.update_hooks import Optimizer, before_update
+from esper.sharding import is_dtensor, local
 
 
 class ClipLayer(Remedy):
@@ -23,6 +24,7 @@ class ClipLayer(Remedy):
     source = "AdaGC, arXiv 2502.11034"
     when = "Single gradients explode or spike while the rest of the run is sound."
     risk = Risk.LOW
+    works_on_parts = True
     scope = "both"
 
     def default_config(self) -> dict[str, Any]:
@@ -67,6 +69,8 @@ class _Clip:
 
     def _clip(self, key: int, gradient: Tensor) -> None:
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        if is_dtensor(norm):
+            norm = norm.full_tensor()
         mean = self._means.get(key)
         if mean is None:  # the first gradient is the measure of those that follow
             self._means[key] = norm
@@ -75,7 +79,7 @@ class _Clip:
         known = mean.isfinite() & (mean > 0)
         limit = torch.where(known, self._factor * mean, norm)
         scale = torch.where(norm > limit, limit / norm, torch.ones_like(norm))
-        gradient.mul_(scale.to(gradient.dtype))
+        local(gradient).mul_(scale.to(gradient.dtype))
         clipped = torch.minimum(norm, limit)
         self._means[key] = torch.where(
             known & clipped.isfinite(), torch.lerp(clipped, mean, self._decay), clipped

@@ -25,6 +25,7 @@ class HoldLr(Remedy):
     source = "common practice; the value is a person's"
     when = "A person knows which rate the run should have."
     risk = Risk.LOW
+    works_on_parts = True
 
     def default_config(self) -> dict[str, Any]:
         return {"value": 1e-3}

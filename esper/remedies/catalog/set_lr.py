@@ -30,6 +30,7 @@ class SetLr(Remedy):
     source = "AutoTrainer, doi 10.1109/TDSC.2024.3450951: a cure of four of its eight problems"
     when = "The loss oscillates or diverges, or the updates are far too large or too small."
     risk = Risk.LOW
+    works_on_parts = True
     scope = "both"
 
     def default_config(self) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from esper.contracts import Risk
+from esper.grafting.replicas import RankGroup
 from esper.remedies.base import Effect, Remedy, Target, no_optimizer
 from esper.remedies.update_hooks import Optimizer, after_update, before_update
+from esper.sharding import local
 
 
 class SkipUpdate(Remedy):
@@ -22,6 +24,7 @@ class SkipUpdate(Remedy):
     source = "torch.amp.GradScaler; AutoTrainer's exploding gradient"
     when = "Single batches give gradients that are not finite."
     risk = Risk.LOW
+    works_on_parts = True
 
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         if reason := no_optimizer(target):
@@ -37,7 +40,9 @@ class SkipUpdate(Remedy):
 
     def apply(self, target: Target, config: dict[str, Any]) -> Effect:
         details: dict[str, Any] = {"skipped": 0}
-        skip = _Skip(details)
+        replicas = target.surroundings.replicas
+        spread = replicas is not None and replicas.layout is not None
+        skip = _Skip(details, replicas if spread else None)
         handles = before_update(target.optimizers, skip.hide, "No update is skipped.")
         handles += after_update(target.optimizers, skip.show, "No update is skipped.")
 
@@ -49,21 +54,29 @@ class SkipUpdate(Remedy):
 
 
 class _Skip:
-    """Without a gradient, an optimizer passes a parameter over."""
+    """Without a gradient, an optimizer passes a parameter over.
 
-    def __init__(self, details: dict[str, Any]) -> None:
+    Args:
+        ranks: where each holds parts of the gradients only, they agree in each step.
+    """
+
+    def __init__(self, details: dict[str, Any], ranks: RankGroup | None) -> None:
         self._details = details
+        self._ranks = ranks
         self._hidden: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def hide(self, optimizer: Optimizer) -> None:
         own = [p for group in optimizer.param_groups for p in group["params"]]
         pairs = [(p, p.grad) for p in own if p.grad is not None]
-        if not pairs or _finite([gradient for _, gradient in pairs]):
+        if not pairs or self._agree(_finite([gradient for _, gradient in pairs])):
             return
         self._details["skipped"] += 1
         self._hidden[id(optimizer)] = pairs
         for parameter, _ in pairs:
             parameter.grad = None
+
+    def _agree(self, finite: bool) -> bool:
+        return finite if self._ranks is None else all(self._ranks.values(float(finite)))
 
     def show(self, optimizer: Optimizer) -> None:
         for parameter, gradient in self._hidden.pop(id(optimizer), ()):
@@ -72,7 +85,7 @@ class _Skip:
 
 def _finite(gradients: list[Tensor]) -> bool:
     """One read from the device for all of them, which is the cost of this remedy."""
-    values = [g._values() if g.is_sparse else g.detach() for g in gradients]
+    values = [g._values() if g.is_sparse else local(g.detach()) for g in gradients]
     peaks = torch._foreach_norm([v for v in values if v.numel()], float("inf"))
     first = peaks[0].device if peaks else torch.device("cpu")
     return not peaks or bool(torch.stack([p.to(first) for p in peaks]).isfinite().all())

@@ -20,6 +20,7 @@ class StopEarly(Remedy):
     source = "Early stopping, Prechelt 1998"
     when = "The held-out loss has risen for long, and a higher weight decay did not help."
     risk = Risk.MEDIUM
+    works_on_parts = True
     changes_weights = True
     asks = True
 

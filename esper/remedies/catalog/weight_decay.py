@@ -20,6 +20,7 @@ class WeightDecay(Remedy):
     source = "Loshchilov and Hutter 2019, arXiv 1711.05101"
     when = "The training loss falls while the held-out loss rises."
     risk = Risk.LOW
+    works_on_parts = True
 
     def default_config(self) -> dict[str, Any]:
         return {"value": 0.01}

@@ -10,6 +10,7 @@ import pytest
 from django.test import Client
 
 from apps.adaptations.models import Adaptation
+from apps.telemetry.models import Metric
 
 
 def page(world: Any, who: str, name: str) -> str:
@@ -155,3 +156,32 @@ def test_the_policy_page_compares_confidence_with_what_was_kept(
     assert "proj_ia3" in text
     assert "0.50" in text  # kept, of 0.90 said
     assert text.count("too few to trust") == 1  # widen_hidden
+
+
+def test_a_compiled_run_shows_the_pause_to_expect(world: Any) -> None:
+    adaptation = world.adaptations["waiting"]
+    run = adaptation.run
+    assert "the layer runs eagerly" in page(world, "olga", "waiting")
+    for layer in run.layers:
+        layer["compiled"] = layer["name"] == adaptation.layer
+    run.save()
+    measured = {"compile_ahead_s": 1.25, "compile_s": 27.5, "step_ms": 84.0}
+    for name, value in measured.items():
+        Metric.objects.create(
+            run=run, epoch=run.epoch, step=run.step + 1, wall_time=0.0, name=name, value=value
+        )
+    text = page(world, "olga", "waiting")
+    for words in ("Pause for torch.compile, s", "1.25", "27.5 where it cannot", "84.0 ms"):
+        assert words in text, words
+    address = f"/api/v1/adaptations/{adaptation.uid}"
+    answer = world.client("olga").get(address).json()["pause_forecast"]
+    assert answer == {
+        "step_ms": 84.0,
+        "recompiles": True,
+        "seconds": 1.25,
+        "unprepared_seconds": 27.5,
+    }
+    for layer in run.layers:
+        del layer["compiled"]  # of a trainer that does not say
+    run.save()
+    assert "Pause for torch.compile" not in page(world, "olga", "waiting")

@@ -224,7 +224,7 @@ def _refuse(rank: int) -> list[str]:
         for act in (
             lambda: session.graft("blocks.0.fc2", "clamp_grad_norm"),
             lambda: session.graft("blocks.0.fc2", "router_top2"),
-            lambda: session.set_lr("blocks.0.fc2", 0.5),
+            lambda: session.freeze("blocks.0.fc2"),
             lambda: session.graft("blocks.0.fc1", "proj_lora_64"),
         ):
             with pytest.raises((IncompatibleLayerError, GraftError)) as refused:

@@ -1,0 +1,55 @@
+"""On a GPU: a snapshot that went to disk, and a graft whose code was compiled ahead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import esper
+from tests.esper.cuda.device import needs_device, needs_gpu
+from tests.esper.cuda.test_steps_on_a_gpu import Loop
+
+pytestmark = [pytest.mark.cuda, needs_device]
+
+
+def test_a_snapshot_on_disk_is_restored_to_the_bit(tmp_path: Path) -> None:
+    loop, bare = Loop(), Loop()
+    options = {"snapshot_memory": 0, "snapshot_folder": tmp_path, "verbose": False}
+    with (
+        esper.attach(loop.model, loop.optimizer, **options) as session,
+        esper.attach(bare.model, bare.optimizer, verbose=False) as other,
+    ):
+        loop.train(session, 3)
+        receipt = session.graft("0", "proj_ia3")
+        assert receipt.snapshot_bytes_on_disk
+        loop.train(session, 4)
+        assert session.undo(receipt).exact
+        loop.train(session, 5)
+        bare.train(other, 8)
+    assert torch.stack(loop.losses[-5:]).tolist() == torch.stack(bare.losses[-5:]).tolist()
+
+
+@needs_gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_the_trainer_finds_the_code_of_a_graft_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    loop = Loop()
+    session = esper.attach(loop.model, loop.optimizer, mode="supervised", verbose=False)
+    loop.model.compile()
+    with session:
+        loop.train(session, 3)
+        while not session.prepare("0", "proj_lora_64"):
+            loop.train(session, 1)
+        forecast = session.forecast_pause("0", "proj_lora_64")
+        assert forecast is not None
+        assert forecast.prepared, forecast
+        counters.clear()
+        session.graft("0", "proj_lora_64")
+        loop.train(session, 2)
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
