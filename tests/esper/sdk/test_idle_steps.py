@@ -88,7 +88,7 @@ def test_a_run_with_idle_steps_knows_the_same(
     monkeypatch.setattr(recorder, "MEASURED_AT", ())  # no plan that follows the machine's speed
     monkeypatch.setattr(good_states, "SHARE", math.inf)
     found = []
-    for tick in (0.0, 1.0):  # all within 50 ms, and none
+    for tick in (0.0, 1.0):  # all within a quarter of a second, and none
         whole_steps.append(0)
         with clock(tick):
             found.append(seen(trained(mode, loss_of=loss_of)))
