@@ -157,7 +157,11 @@ THRESHOLD_NOTES: Mapping[str, tuple[str, str, str]] = {
 
 def thresholds(policy: SafetyPolicy) -> list[Threshold]:
     values = asdict(policy)
-    shown = [field for field in fields(SafetyPolicy) if field.name in THRESHOLD_NOTES]
+    groups = list(dict.fromkeys(group for group, *_ in THRESHOLD_NOTES.values()))
+    shown = sorted(  # a group stands together, wherever its fields are declared
+        (field for field in fields(SafetyPolicy) if field.name in THRESHOLD_NOTES),
+        key=lambda field: groups.index(THRESHOLD_NOTES[field.name][0]),
+    )
     return [
         Threshold(
             name=field.name,

@@ -131,9 +131,9 @@ def _take_picture(page: Page, address: str, path: Path) -> None:
         over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         tall = page.evaluate("document.documentElement.scrollHeight")
         page.screenshot(path=path, full_page=True)
-        more = page.locator("a[data-opens]")
+        more = page.locator("#panel-more details.fold")
         if more.count():
-            more.click()
+            more.evaluate("folded => { folded.open = true; }")
             page.locator("#panel-more").screenshot(path=path.with_stem(f"{path.stem}-more"))
         _say(f"{path.stem} {tall} px {f'{over} px TOO WIDE' if over > 0 else ''}")
     except Error as error:
