@@ -15,7 +15,11 @@ import pytest
 
 from apps.accounts.models import User
 from apps.adaptations.models import Adaptation, DecisionRecord
+from apps.audit.models import AuditEvent
+from apps.notifications.models import Channel
+from apps.policies.services import current_policy
 from apps.rest.throttling import ActThrottle, AuditThrottle, TelemetryThrottle, TokenThrottle
+from apps.workers.models import CompileJob
 from esper.contracts import Role, Severity, TokenScope, ViolationRule
 from esper_web import api_v1
 from tests.apps.callers import Answer, Caller, Inbox, Trainer, register
@@ -54,7 +58,9 @@ class Route:
     def address(self, objects: dict[str, str]) -> str:
         """The path to the object of its first folder; the other parts are anything."""
         kind = self.pattern.split("/")[0]
-        path = re.sub(r"<(uid|slug|name|digest)>", objects.get(kind, "none"), self.pattern)
+        path = re.sub(
+            r"<(uid|slug|name|digest|version|number)>", objects.get(kind, "none"), self.pattern
+        )
         return re.sub(r"<(seq|file)>", "1", path)
 
 
@@ -87,12 +93,24 @@ def objects(people: dict[Role, User], inbox: Inbox) -> dict[str, str]:
     violation = trainer.row().violations.create(
         rule=ViolationRule.COMMAND, severity=Severity.INFO, text=CANARY
     )
+    channel = Channel.objects.create(owner=owner, kind="slack", target=CANARY, site="x")
+    launch = make_launch(owner)
+    job = CompileJob.objects.create(
+        adaptation_uid=adaptation.uid, run_uid=trainer.run, blueprint_slug=CANARY, layer={}
+    )
     return {
+        "audit": str(AuditEvent.objects.latest("id").pk),
+        "channels": channel.uid,
+        "deliveries": channel.deliveries.create(type="switch.on", data={"text": CANARY}).uid,
+        "jobs": job.uid,
+        "policies": str(current_policy().version),
+        "recipes": launch.recipe.uid,
+        "remedies": "rewind",
         "runs": trainer.run,
         "adaptations": adaptation.uid,
         "decisions": DecisionRecord.objects.get(adaptation=adaptation).uid,
         "violations": violation.uid,
-        "launches": make_launch(owner).uid,
+        "launches": launch.uid,
         "tokens": owner.tokens.latest("id").uid,
         "kernels": make_kernel().digest,
         "workers": make_worker().name,
@@ -156,6 +174,7 @@ def test_a_trainers_token_is_for_the_calls_of_trainers_only(
     [
         (TokenScope.READ, set[str]()),
         (TokenScope.RUNS_CREATE, {"post runs"}),
+        (TokenScope.PROPOSE, {"post runs/<uid>/ask-for-remedy"}),
         (
             TokenScope.DECIDE,
             {
