@@ -41,6 +41,7 @@ OTHER: dict[str, Any] = {
     "looks_ahead": True,
     "sequence_axis": -1,
     "activation": "relu",
+    "compiled": True,
     "recomputed": 2,
     "since": "stem",
 }
