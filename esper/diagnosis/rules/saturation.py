@@ -8,6 +8,7 @@ from esper.diagnosis.observation import Observation, Unknown
 
 SHARE = 0.5
 STILL = 0.4
+UNLEARNED = 0.95
 
 
 class Saturation(Rule):
@@ -19,9 +20,10 @@ class Saturation(Rule):
     thresholds = (
         Threshold("saturated activations", SHARE, "share", "DeepDiagnosis (ICSE'22)"),
         Threshold("to resolve", STILL, "share", "chosen"),
+        Threshold("loss / first loss", UNLEARNED, "ratio", "below it the run learns: info"),
     )
     severity = Severity.CAUTION
-    false_alarm = "Gates that have learned to be fully open or closed."
+    false_alarm = "Gates, or units of a narrow layer, that have learned to be fully on or off."
     advice = "Start with smaller weights and scaled inputs; if it came later, lower the rate."
     remedies = (
         RemedySlug.REPAIR_SCALE,
@@ -55,4 +57,13 @@ class Saturation(Rule):
             signal="activation",
             value=found[0].input_extremes,
             began_at=before,
+            severity=Severity.INFO if _learns(observation) else None,
         )
+
+
+def _learns(observation: Observation) -> bool:
+    """In spite of it: what a narrow layer says with units that are on or off is no fault."""
+    try:
+        return observation.learned_share < UNLEARNED
+    except Unknown:
+        return False
