@@ -120,6 +120,7 @@ LABELS: dict[str, frozenset[str]] = {
     "exploding_gradient": frozenset({"init", "preprocessing", "rate"}),
     "loss_spike": frozenset({"rate"}),
     "memorised_noise": frozenset({"preprocessing"}),
+    "no_activation": frozenset({"activation", "layers"}),
     "non_finite": frozenset({"rate"}),
     "oscillating_loss": frozenset({"rate", "batch"}),
     "over_fitting": frozenset({"epochs", "regularisation"}),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 NEWEST = -1  # of a step: the youngest good state
+MARKED = -2  # of a step: the state in which the first remedy for a fault was given
 
 
 def in_words(phrase: str, config: Mapping[str, Any]) -> str:
@@ -39,7 +40,8 @@ def _rate(factor: float) -> str:
 
 
 def _state(step: int) -> str:
-    return "the youngest good state" if step == NEWEST else f"step {step:,}"
+    named = {NEWEST: "the youngest good state", MARKED: "where the first remedy was given"}
+    return named.get(step) or f"step {step:,}"
 
 
 _VERBS = {0.5: "halve", 2.0: "double"}

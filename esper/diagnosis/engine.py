@@ -140,7 +140,9 @@ class Diagnosis:
         return self._with(rule, state, evidence, observation.step)
 
     def _is_explained(self, rule: Rule) -> bool:
-        return any(self._states[s].diagnosed for s in rule.explained_by if s in self._states)
+        causes = (self._states[s].diagnosed for s in rule.explained_by if s in self._states)
+        # A note may be there for another reason, and nothing answers it.
+        return any(cause and cause.severity is not Severity.INFO for cause in causes)
 
     def _with(
         self, rule: Rule, state: _State, evidence: Evidence, step: int

@@ -90,6 +90,7 @@ class LayerPass:
             NaN for another input.
         output_std: standard deviation of what it returns.
         training: the module was in training mode.
+        follows: the linear layer whose output enters this linear layer as it is; empty: none.
     """
 
     layer: str
@@ -100,6 +101,7 @@ class LayerPass:
     input_extremes: float
     output_std: float
     training: bool
+    follows: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,6 +372,18 @@ class Observation:
             if len(known):
                 found.append((frame.step, float(np.median(known))))
         return found
+
+    @property
+    def update_ratios(self) -> list[tuple[int, float]]:
+        """(step, how far the update moved the weights), oldest first.
+
+        From the readings of the gradients, or else from the health frames. Raises ``Unknown``.
+        """
+        read = [(r.step, r.change) for r in self.gradients if not math.isnan(r.change)]
+        known = read or self.signal_history(Signal.UPDATE_RATIO)
+        if not known:
+            raise Unknown("how far the updates moved the weights was not measured")
+        return known
 
     @cached_property
     def matrices(self) -> tuple[str, ...]:

@@ -182,6 +182,8 @@ class ForwardProbe:
         self._handles: dict[str, RemovableHandle] = {}  # by layer; empty name: the model's own
         self._armed = False
         self._layers: dict[str, tuple[str, bool, Tensor]] = {}
+        self._linear: dict[int, str] = {}  # node of the gradient's graph -> linear layer
+        self._follows: dict[str, str] = {}
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._gradient: Tensor | None = None
@@ -192,6 +194,7 @@ class ForwardProbe:
         """For the next forward pass that trains."""
         self.disarm()
         self._layers, self._input, self._output, self._gradient = {}, None, None, None
+        self._linear, self._follows = {}, {}
         self._end = ""
         for name, module in layer_modules(self._model).items():
             self._register(name, module, partial(self._see_layer, name))
@@ -237,7 +240,9 @@ class ForwardProbe:
             transfer.add(name, [tensor.flatten() for tensor in (sent[name],) if tensor is not None])
         seen = ModelPass(step=step, layers=(), output_end=self._end)
         shape = self._shape if self._output is not None else ()
-        return partial(_model_pass, seen, transfer, dict(self._layers), forms, shape)
+        return partial(
+            _model_pass, seen, transfer, dict(self._layers), forms, shape, dict(self._follows)
+        )
 
     def _hook(self, see: Callable[..., None]) -> PassingHook:
         def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -257,6 +262,11 @@ class ForwardProbe:
         std = rows_of(y).std(correction=0).reshape(1)
         joined = torch.cat([numbers.to(y.device, non_blocking=True), std])
         self._layers[name] = kind_of(module), module.training, joined
+        if kind_of(module) == "Linear":
+            # The graph of this pass keeps the node, so that its id is its own.
+            self._follows[name] = self._linear.get(id(x.grad_fn), "") if x.grad_fn else ""
+            if y.grad_fn is not None:
+                self._linear[id(y.grad_fn)] = name
 
     def _see_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._output is not None:
@@ -281,17 +291,23 @@ def _model_pass(
     layers: Mapping[str, tuple[str, bool, Tensor]],
     forms: Mapping[str, torch.Size],
     output_shape: tuple[int, ...],
+    follows: Mapping[str, str],
 ) -> ModelPass:
     """From what has arrived on the host.
 
     Args:
         forms: shapes of the tensors that were sent whole.
+        follows: linear layer -> the linear layer whose output it reads.
     """
     host = {
         name: torch.from_numpy(transfer.take(name, not_a_number=math.nan)).float().reshape(form)
         for name, form in forms.items()
     }
-    seen = replace(seen, layers=_layer_passes(transfer, layers))
+    passes = tuple(
+        replace(entry, follows=follows.get(entry.layer, ""))
+        for entry in _layer_passes(transfer, layers)
+    )
+    seen = replace(seen, layers=passes)
     if "input" in host:
         x = host["input"]
         finite = bool(x.isfinite().all())

@@ -66,19 +66,21 @@ _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 class Plan:
-    """At which steps the run is measured.
+    """At which steps the run is measured: more closely where it begins, and after a remedy.
 
     Attributes:
         period: steps between two, after the first ones.
+        since: the step after which it began, or had its latest remedy.
     """
 
     def __init__(self) -> None:
         self.period = PERIOD
+        self.since = 0
         self._spent = 0.0
         self._checks = 0
 
     def is_due(self, step: int) -> bool:
-        if step in FIRST_STEPS or step in SURE_STEPS:
+        if step - self.since in FIRST_STEPS or step in SURE_STEPS:
             return True
         return step > FIRST_STEPS[-1] and step % self.period == 0
 
@@ -89,7 +91,7 @@ class Plan:
         return min(*fixed, later * self.period) if step < SURE_STEPS[-1] else later * self.period
 
     def reads_forward(self, step: int) -> bool:
-        return step in FORWARD_STEPS or (
+        return step - self.since in FORWARD_STEPS or (
             step > FIRST_STEPS[-1] and step % (self.period * FORWARD_EVERY) == 0
         )
 

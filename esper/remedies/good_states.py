@@ -42,6 +42,8 @@ class GoodStates:
         folder: where they are kept on disk too; None: in memory only.
 
     Attributes:
+        marked: the state in which the first remedy for a fault was given, to go back to where no
+            remedy helps. It need not be good.
         too_large: one state needs more than ``limit_bytes``, so none is kept.
         best: the state with the lowest held-out loss, with that loss.
     """
@@ -72,6 +74,7 @@ class GoodStates:
         self._next = 0
         self._sick = False
         self.too_large = False
+        self.marked: State | None = None
         self.best: tuple[float, State] | None = None
         self._best_is_new = False  # not on disk yet
 
@@ -185,6 +188,10 @@ class GoodStates:
         per_step = (now - since) / (step - at) if step > at else 0.0
         return math.ceil(seconds / (SHARE * per_step)) if at >= 0 and per_step > 0 else 0
 
+    def mark(self, step: int) -> None:
+        """Keeps the present state as :attr:`marked`."""
+        self.marked = self._take(step)
+
     def note_held_out(self, step: int, loss: float) -> None:
         """Keeps the present state where its held-out loss is the lowest so far."""
         if loss < (self.best[0] if self.best is not None else float("inf")):
@@ -216,11 +223,13 @@ class GoodStates:
 
     def before(self, step: int) -> State | None:
         """The youngest good state that is not younger than ``step`` and has the present form."""
+        known = (state for state in reversed(self._kept) if state.step <= step)
+        return next(filter(self.fits, known), None)
+
+    def fits(self, state: State) -> bool:
+        """The model still has the tensors of the state."""
         own = {name: tensor.shape for name, tensor in named_tensors(self._model)}
-        fitting = (
-            state for state in reversed(self._kept) if state.step <= step and _form(state) == own
-        )
-        return next(fitting, None)
+        return _form(state) == own
 
     def restore(self, state: State) -> None:
         """Copies a state into the model and its optimizers; schedules and random streams go on.

@@ -14,6 +14,7 @@ from esper.contracts import Finding, HealthFrame, LayerInfo, Severity, Violation
 from esper.diagnosis import Change, Diagnosed, Diagnosis, Observation, Recorder
 from esper.diagnosis.observation import Broken
 from esper.diagnosis.recorder import highest_rate
+from esper.diagnosis.updates import EXCESSIVE, sound_update
 from esper.fail_closed import FailClosed
 from esper.grafting import Surroundings
 from esper.grafting.compiled import Compilation
@@ -68,6 +69,8 @@ class DiagnosisWatch:
         self._recent = math.nan  # slow mean of the finite losses
         self._checked_until = -1
         self._updates_seen = 0
+        self._anew_since = 0  # the step in which the weights were put in
+        self._given_up: list[tuple[int, int]] = []  # losses of weights that were taken back
         self._broken: Broken | None = None  # looked up once when the loss stops being finite
 
     def open(self, layers: tuple[LayerInfo, ...]) -> None:
@@ -115,13 +118,23 @@ class DiagnosisWatch:
         return True
 
     @property
-    def largest_update(self) -> float:
-        """Relative to the weights, in the median of the matrices; NaN unknown.
+    def update_excess(self) -> float:
+        """How much larger updates are than at a sound rate; NaN unknown.
 
-        Readings from before the model was changed do not count.
+        The first one that is far too large counts: it damages the weights, and later gradients are
+        of damaged ones. Readings from before the model was changed do not count.
         """
-        known = (reading.change for reading in self.recorder.gradients)
-        return max((change for change in known if not math.isnan(change)), default=math.nan)
+        since, largest = self._anew_since, math.nan
+        for reading in self.recorder.gradients:
+            excess = reading.change / sound_update(self._optimizers, reading.step - since)
+            if excess > EXCESSIVE:
+                return excess
+            largest = excess if math.isnan(largest) else max(largest, excess)
+        return largest
+
+    def look_closely(self) -> None:
+        """The run was changed: it is measured as often as at its start."""
+        self.recorder.plan.since = self._run.step
 
     def forget_readings(self, *, back_to: int | None = None) -> None:
         """The model was changed: what was read before says nothing about it.
@@ -130,10 +143,13 @@ class DiagnosisWatch:
             back_to: the step whose weights it has now: later held-out losses are of other weights.
         """
         self.recorder.forget_readings()
+        self._anew_since = self._run.step
         self._frames.clear()
         if back_to is not None:
             kept = [(step, loss) for step, loss in self._held_out if step <= back_to]
             self._held_out = deque(kept, maxlen=HELD_OUT_KEPT)
+            self._given_up = [gap for gap in self._given_up if gap[0] < back_to]
+            self._given_up.append((back_to, self._run.step))
 
     def close(self) -> None:
         self.recorder.close()
@@ -181,7 +197,11 @@ class DiagnosisWatch:
 
     def _observe(self, kept: int) -> Observation:
         run, recorder = self._run, self.recorder
-        losses = list(run.losses)[-kept:]
+        losses = [
+            (step, loss)
+            for step, loss in list(run.losses)[-kept:]
+            if not any(before < step <= after for before, after in self._given_up)
+        ]
         parameters = list(self._model.named_parameters())
         trainable = {name: p for name, p in parameters if p.requires_grad}
         learning = {name.rpartition(".")[0] for name in trainable}

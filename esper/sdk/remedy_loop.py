@@ -39,8 +39,10 @@ from esper.contracts import (
     Signal,
     risk_rank,
 )
+from esper.contracts.remedies import MARKED
 from esper.diagnosis import Diagnosed
 from esper.diagnosis.base import Evidence
+from esper.diagnosis.updates import EXCESSIVE, STEADY
 from esper.exceptions import ConfigurationError, EsperError
 from esper.grafting import RemedyReceipt
 from esper.remedies import Batch, Remedy, get_remedy, list_remedies
@@ -61,10 +63,12 @@ LOCAL_MAX_RISK = Risk.MEDIUM  # each remedy of the catalogue can be undone to th
 BUDGET, BUDGET_STEPS = 12, 10_000  # so many remedies by rule in so many steps of the run
 AFTER_GUARD_STEPS = 5  # in which the loss can come back
 EARLY_STEPS = 50  # to begin anew costs little before
-SOUND_UPDATE = 6e-3  # share of the weight
-LARGE_UPDATE = 0.03  # share of the weight
+WORSE = 1.1  # times the loss at the first remedy: the noise of a median of so many losses
+LEVEL_LOSSES, NEWEST_LOSSES = 20, 3
 WEAKEST, STRONGEST = 0.1, 1e-4  # factors of the learning rate
 _AGAIN = frozenset({"rewind", "set_lr"})  # have a stronger dose
+_IN_VAIN = "did not help"
+_READ = frozenset({"grad", "grad_norm", str(Signal.UPDATE_RATIO)})  # in each planned step
 _OBSERVES = "the run only observes, so this is what Esper would do"
 _RAISES = frozenset({"update_ratio_low", "slow_convergence", "vanishing_gradient"})
 
@@ -133,6 +137,8 @@ class _Case:
     failed: set[str] = field(default_factory=set)  # were given, and did not help
     refused: dict[str, str] = field(default_factory=dict)  # remedy -> why it does not fit here
     rejected: set[str] = field(default_factory=set)  # by a person
+    level: float = math.nan  # of the loss, when the first remedy was given
+    went_back: bool = False  # to the state of then, because no remedy helped
     not_before: int = 0
     not_before_time: float = -math.inf  # by the monotonic clock, for the server's sake
     pause: int = PAUSE_STEPS
@@ -194,6 +200,8 @@ class RemedyLoop:
             urgent = found.severity is Severity.CRITICAL
             if any(t.finding == found.rule.slug or not urgent or t.urgent for t in running):
                 continue
+            if not urgent and self._is_from_before(found):
+                continue
             if self._answer(found):
                 return
 
@@ -205,7 +213,19 @@ class RemedyLoop:
         answered = {entry.finding for entry in self.proposals}
         open_ = {found.rule.slug for found in self._diagnosis.diagnosis.open} - answered
         pauses = (self._cases[slug].not_before for slug in open_ if slug in self._cases)
-        return min((step for step in pauses if step > self._run.step), default=math.inf)
+        known = [*pauses, self._latest_change + EARLY_STEPS] if open_ else []
+        return min((step for step in known if step > self._run.step), default=math.inf)
+
+    def _is_from_before(self, found: Diagnosed) -> bool:
+        """Weights were put in since it was found, and it has not had the time to resolve."""
+        latest = self._latest_change
+        return found.opened_step <= latest and self._run.step < latest + EARLY_STEPS
+
+    @property
+    def _latest_change(self) -> int:
+        """The step in which a remedy changed weights the last time."""
+        changes = (t.step for t in self.treatments if get_remedy(t.remedy).changes_weights)
+        return max(changes, default=-EARLY_STEPS)
 
     def approve(self, proposal: RemedyProposal) -> RemedyReceipt:
         """A person approved.
@@ -400,6 +420,9 @@ class RemedyLoop:
         if self._run.step < case.not_before or time.monotonic() < case.not_before_time:
             return False
         proposal = self._next(found, case)
+        if proposal is None and not self._sample.is_awaited and self._goes_back(case):
+            self._go_back(found, case)
+            return True
         if proposal is None:
             # The remedy of a worse finding comes first, once it has its sample.
             return self._sample.is_awaited
@@ -407,6 +430,8 @@ class RemedyLoop:
             self._propose(found, proposal)
             return False
         if proposal.asks:
+            if self._goes_back(case):
+                self._go_back(found, case)  # a person may be away
             self.proposals.append(proposal)
             waits = self._run.mode is not RunMode.OBSERVE
             self._announcer.remedy_proposed(str(proposal), waits=waits)
@@ -419,6 +444,42 @@ class RemedyLoop:
             logger.warning("step %d: %s was not applied: %s", self._run.step, proposal, error)
             return False
         return True
+
+    def _goes_back(self, case: _Case) -> bool:
+        """Its remedies did not help, and the run is worse than when the first one was given."""
+        by_rule = self._run.mode is RunMode.AUTOMATIC and self._alone and self._proposer is None
+        if not by_rule or case.went_back or not math.isfinite(case.level):
+            return False
+        return not self._level() <= WORSE * abs(case.level)
+
+    def _go_back(self, found: Diagnosed, case: _Case) -> None:
+        """To the weights in which the first remedy was given, with the script's own rate."""
+        case.went_back = True
+        config: dict[str, Any] = {"step": MARKED, "factor": 1.0}
+        if reason := self._surgery.refusal("rewind", "", None, config):
+            case.refused["rewind"] = reason
+            return
+        receipt = self._surgery.remedy("rewind", "", None, config, found.rule.slug)
+        ended = "went back to where the first remedy was given, because none helped"
+        step, slug = self._run.step, found.rule.slug
+        self._note(Treatment(slug, "rewind", step, receipt, found.evidence, ended=ended))
+        self._announcer.remedy_judged("rewind", ended)
+
+    def _level(self, count: int = LEVEL_LOSSES) -> float:
+        """Median of the newest losses; infinite where most of them are not finite."""
+        newest = [loss for _, loss in list(self._run.losses)[-count:]]
+        known = sorted(loss if math.isfinite(loss) else math.inf for loss in newest)
+        return known[len(known) // 2] if known else math.nan
+
+    def _mark(self, case: _Case) -> None:
+        """Where the first remedy of a fault is given: one state, of the newest of such faults."""
+        # The loss may have just jumped.
+        level = max(self._level(), self._level(NEWEST_LOSSES))
+        if not case.given and self._surgery.states is not None and math.isfinite(level):
+            case.level = level
+            self._surgery.states.mark(self._run.step)
+            for other in self._cases.values():
+                other.went_back |= other is not case
 
     def _next(self, found: Diagnosed, case: _Case) -> RemedyProposal | None:
         """The first remedy of the finding's rule that fits here."""
@@ -455,7 +516,10 @@ class RemedyLoop:
         order = [str(remedy) for remedy in found.rule.remedies if str(remedy) in known]
         if found.rule.slug == "dying_relu" and not self._loss_jumped(found):
             order.sort(key=lambda slug: slug == "rewind")  # going back answers a sudden death
-        if self._was_hurt_at_the_start and found.rule.slug != "bad_initialisation":
+        if self._began_anew_in_vain:
+            # A lower rate from the same first weights did not help, so it lies in the weights.
+            order = ["repair_scale", *(slug for slug in order if slug != "repair_scale")]
+        elif self._was_hurt_at_the_start and found.rule.slug != "bad_initialisation":
             # Whatever has come of it, the first updates were too large.
             order = ["rewind", *(slug for slug in order if slug != "rewind")]
         elif self._run.step <= EARLY_STEPS:
@@ -480,9 +544,20 @@ class RemedyLoop:
         return grown
 
     @property
+    def _began_anew_in_vain(self) -> bool:
+        """The last remedy that has ended went back to the first weights, and did not help."""
+        ended = [entry for entry in self.treatments if entry.ended and entry.receipt is not None]
+        if not ended or self._run.step > START_STEPS + WINDOW_STEPS:
+            return False
+        last = ended[-1]
+        assert last.receipt is not None
+        in_vain = last.remedy == "rewind" and last.ended.startswith(_IN_VAIN)
+        return in_vain and last.receipt.details.get("to_step") == 0
+
+    @property
     def _was_hurt_at_the_start(self) -> bool:
         """One of the first updates, which can still be taken back, moved the weights far."""
-        return self._diagnosis.largest_update > LARGE_UPDATE and self._run.step <= START_STEPS
+        return self._diagnosis.update_excess > EXCESSIVE and self._run.step <= START_STEPS
 
     def _dose(self, slug: str, found: Diagnosed, given: int) -> dict[str, Any]:
         """The settings for this finding; stronger the second time: the first did not last."""
@@ -502,17 +577,18 @@ class RemedyLoop:
         ratio = found.evidence.value if found.evidence.signal == Signal.UPDATE_RATIO else math.nan
         if not ratio > 0:
             return 1 / WEAKEST
-        return min(max(SOUND_UPDATE / ratio, 1 / WEAKEST), 1 / STRONGEST)
+        return min(max(STEADY / ratio, 1 / WEAKEST), 1 / STRONGEST)
 
     def _lower(self, found: Diagnosed) -> float:
         """The factor back to the earlier rate, or to updates of a sound share, where known."""
         if found.evidence.signal == "learning_rate":
             return max(1 / found.evidence.value, STRONGEST)
-        known = found.evidence.signal == Signal.UPDATE_RATIO
-        ratio = found.evidence.value if known else self._diagnosis.largest_update
-        if not ratio > 0:
+        excess = self._diagnosis.update_excess
+        if math.isnan(excess) and found.evidence.signal == Signal.UPDATE_RATIO:
+            excess = found.evidence.value / STEADY
+        if not excess > 0:
             return WEAKEST
-        return min(max(SOUND_UPDATE / ratio, STRONGEST), WEAKEST)
+        return min(max(1 / excess, STRONGEST), WEAKEST)
 
     def _was_sudden(self, found: Diagnosed) -> bool:
         """The loss was at its usual level until the fault: bad data, not the learning rate."""
@@ -555,6 +631,7 @@ class RemedyLoop:
         return next((check.text.rstrip(".") for check in checks if check.asks), "")
 
     def _apply(self, proposal: RemedyProposal, *, urgent: bool = False) -> Treatment:
+        self._mark(self._case_of(proposal.finding))
         receipt = self._surgery.remedy(
             proposal.remedy,
             proposal.layer,
@@ -576,9 +653,12 @@ class RemedyLoop:
     def _note(self, treatment: Treatment) -> Treatment:
         """A remedy was applied."""
         self._sample.forget()
-        if get_remedy(treatment.remedy).changes_weights:
+        remedy = get_remedy(treatment.remedy)
+        self._diagnosis.look_closely()
+        if remedy.changes_weights:
             details = treatment.receipt.details if treatment.receipt is not None else {}
-            self._diagnosis.forget_readings(back_to=details.get("to_step"))
+            back_to = details.get("to_step", 0 if remedy.begins_anew else None)
+            self._diagnosis.forget_readings(back_to=back_to)
         given = self._case_of(treatment.finding).given
         given[treatment.remedy] = given.get(treatment.remedy, 0) + 1
         self.treatments.append(treatment)
@@ -642,13 +722,22 @@ class RemedyLoop:
     def _window(self, treatment: Treatment, found: Diagnosed) -> int:
         """In steps. Longer while nothing new was measured, which says nothing of the remedy."""
         if treatment.urgent:
-            return URGENT_WINDOW_STEPS
-        unmeasured = found.evidence == treatment.evidence
-        return WINDOW_STEPS * (UNMEASURED_WINDOWS if unmeasured else 1)
+            return max(URGENT_WINDOW_STEPS, min(WINDOW_STEPS, self._to_learn_again(treatment)))
+        # A run that has just begun is looked at closely, and has no steps to lose.
+        window = min(WINDOW_STEPS, max(EARLY_STEPS, treatment.step))
+        unmeasured = found.evidence == treatment.evidence and found.evidence.signal not in _READ
+        return window * (UNMEASURED_WINDOWS if unmeasured else 1)
+
+    def _to_learn_again(self, treatment: Treatment) -> int:
+        """The steps that a rewind gave up, where the loss must fall again; not for a NaN."""
+        details = treatment.receipt.details if treatment.receipt is not None else {}
+        if treatment.finding == "non_finite" or not details.get("to_step"):
+            return 0
+        return treatment.step - int(details["to_step"])
 
     def _fail(self, treatment: Treatment, reason: str) -> None:
         """It did not help: what it does in each step ends; what it did once is history."""
-        treatment.ended = f"did not help, because {reason}"
+        treatment.ended = f"{_IN_VAIN}, because {reason}"
         self._announcer.remedy_judged(treatment.remedy, treatment.ended)
         case = self._case_of(treatment.finding)
         if treatment.remedy not in _AGAIN:

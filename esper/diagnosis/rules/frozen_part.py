@@ -8,12 +8,15 @@ FEW = 0.1
 
 
 class FrozenPart(Rule):
-    """Only vectors train, such as the gains of norms, while all matrices are frozen."""
+    """All matrices are frozen, or a frozen one is all zero and can never become anything else."""
 
     slug = "frozen_part"
     title = "A part is frozen"
-    symptom = "All weight matrices are frozen; only norms and biases learn."
-    thresholds = (Threshold("trainable share of the parameters", FEW, "share", "norms hold less"),)
+    symptom = "All weight matrices are frozen, or a frozen one is all zero."
+    thresholds = (
+        Threshold("trainable share of the parameters", FEW, "share", "norms hold less"),
+        Threshold("elements of a frozen matrix that are not 0", 0, "elements", "by definition"),
+    )
     severity = Severity.CAUTION
     false_alarm = "A fine-tuning that trains only biases (BitFit) or norms on purpose."
     advice = "Set requires_grad=True on the matrices that should learn."
@@ -26,6 +29,18 @@ class FrozenPart(Rule):
         total = observation.frozen + observation.trainable
         if not matrices or not total:
             raise Unknown("the parameters before the first update are not known")
+        still = set(observation.frozen_layers)
+        empty = [t for t in matrices if t.all_zero and not t.trainable and t.layer in still]
+        if empty:
+            return Evidence(
+                observed=f"{empty[0].name} is frozen, and all its elements are 0; so in "
+                f"{len(empty)} matrices",
+                limit="frozen weights that do something",
+                signal="requires_grad",
+                value=float(len(empty)),
+                began_at=empty[0].layer,
+                since_step=0,
+            )
         share = observation.trainable / total
         if share >= FEW or not observation.trainable or observation.trainable_matrices:
             return None

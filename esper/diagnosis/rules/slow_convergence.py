@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from esper.contracts import Severity, Signal
+from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
 
@@ -50,8 +50,7 @@ class SlowConvergence(Rule):
         share = observation.learned_share
         if not 1 - GAIN <= share <= DIVERGED:
             return None  # it learns, or it has diverged, which other rules explain
-        ratios = [ratio for _, ratio in observation.signal_history(Signal.UPDATE_RATIO)]
-        slow = bool(ratios) and median(ratios) < SMALL_UPDATE
+        slow = median(ratio for _, ratio in observation.update_ratios) < SMALL_UPDATE
         return Evidence(
             observed=f"after {observation.step} steps the loss is {share:.1%} of the first",
             limit=f"a fall of more than {GAIN:.0%}",

@@ -6,12 +6,16 @@ import numpy as np
 
 from esper.contracts import Severity, Signal
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import Observation, Unknown
+from esper.diagnosis.observation import Gradients, LossKind, Observation, Unknown
+from esper.diagnosis.updates import STEADY
 
 FIRST = 0.3
 FIRST_STEPS = 10
 HIGH = 0.2
 STILL = 0.1
+GUESSING, FAR_ABOVE = 1.01, 1.5
+GUESSES = 40
+ABOVE_SOUND = 2.0
 
 
 class UpdateRatioHigh(Rule):
@@ -24,7 +28,17 @@ class UpdateRatioHigh(Rule):
         Threshold("median of update / weight", HIGH, "ratio", "1e-3 is usual; chosen on 0 to 9"),
         Threshold("the same in one of the first updates", FIRST, "ratio", "chosen on seeds 0 to 9"),
         Threshold("to resolve", STILL, "ratio", "chosen"),
-    )
+        Threshold(
+            "the same while the loss is above that of guessing", ABOVE_SOUND * STEADY, "ratio",
+            "healthy runs of seeds 0 to 9 have less than 0.005 from step 10 on",
+        ),
+        Threshold(
+            "mean loss / that of guessing", GUESSING, "ratio",
+            "chosen on 0 to 9; one that learns nothing at a sound rate has 1.00",
+        ),
+        Threshold("the same, at most", FAR_ABOVE, "ratio", "chosen: above, other rules explain"),
+        Threshold("losses", GUESSES, "steps", "chosen: so many updates show in any healthy run"),
+    )  # fmt: skip
     severity = Severity.SERIOUS
     false_alarm = "The first steps of an adapter that starts at zero."
     advice = "Lower the learning rate, by a factor of ten first."
@@ -35,24 +49,49 @@ class UpdateRatioHigh(Rule):
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         if observation.step <= FIRST_STEPS:
             return self._first_updates(observation, memory)
-        frames = observation.signal_history(Signal.UPDATE_RATIO)
-        if not frames:
-            raise Unknown("no health frame has the update ratio")
-        step, median = frames[-1]
-        if memory.notes.get("frame") == step:
-            raise Unknown("there is no newer frame")
-        memory.notes["frame"] = step
+        return self._guesses(observation) or self._steady(observation, memory)
+
+    def _guesses(self, observation: Observation) -> Evidence | None:
+        """Nothing was learned, and the updates are larger than those of runs that learn."""
+        seen = observation.first_pass
+        if seen.loss_kind is not LossKind.CROSS_ENTROPY or not 0 < seen.loss_scale < 2:
+            return None
+        losses = observation.finite_losses()[1]
+        chance = math.log(max(2, seen.classes))
+        level = float(np.mean(losses[-GUESSES:]))
+        known = [r.change for r in observation.gradients if r.step > observation.step - GUESSES]
+        known = [change for change in known if not math.isnan(change)]
+        if len(losses) < GUESSES or len(known) < 3:
+            return None
+        if not GUESSING * chance <= level <= FAR_ABOVE * chance:
+            return None  # it guesses or learns, or it is far above, which other rules explain
+        change = float(np.median(known))
+        if change < ABOVE_SOUND * STEADY:
+            return None
+        return Evidence(
+            observed=f"the loss has been {level:.3g} for {GUESSES} steps, that of guessing is "
+            f"{chance:.3g}, and an update moves the weights by {change:.2g} of their size",
+            limit=f"below {ABOVE_SOUND * STEADY:g} until something is learned",
+            signal=Signal.UPDATE_RATIO,
+            value=change,
+            severity=Severity.CAUTION,
+            since_step=max(1, observation.step - GUESSES),
+            certain=True,
+        )
+
+    def _steady(self, observation: Observation, memory: Memory) -> Evidence | None:
+        step, median = observation.update_ratios[-1]
+        if memory.notes.get("step") == step:
+            raise Unknown("no newer update was measured")
+        memory.notes["step"] = step
         if median < (STILL if memory.is_open else HIGH):
             return None
-        ratios = observation.signal(Signal.UPDATE_RATIO)
-        worst = max(ratios, key=lambda name: np.nan_to_num(ratios[name]))
         return Evidence(
-            observed=f"the median update is {median:.2g} of its weight at step {step}, "
-            f"{ratios[worst]:.2g} in {worst}",
+            observed=f"the median update is {median:.2g} of its weight at step {step}",
             limit=f"below {HIGH:g}; about 0.001 is usual",
             signal=Signal.UPDATE_RATIO,
             value=median,
-            began_at=worst,
+            began_at=_most_moved(observation.gradients[-1]) if observation.gradients else "",
         )
 
     def _first_updates(self, observation: Observation, memory: Memory) -> Evidence | None:
@@ -62,14 +101,19 @@ class UpdateRatioHigh(Rule):
             raise Unknown("how far the update moved the weights was not measured")
         if reading.change < (STILL if memory.is_open else FIRST):
             return None
-        known = [row for row in reading.rows if not math.isnan(row.change)]
-        worst = max(known, key=lambda row: row.change).name
         return Evidence(
             observed=f"the update of step {reading.step} moved the weights by {reading.change:.2g} "
             "of their size in the median",
             limit=f"below {FIRST:g}; about 0.001 is usual",
             signal=Signal.UPDATE_RATIO,
             value=reading.change,
-            began_at=worst.rpartition(".")[0],
+            began_at=_most_moved(reading),
             certain=True,
         )
+
+
+def _most_moved(reading: Gradients) -> str:
+    """Name of a layer; empty where it is not known."""
+    known = [row for row in reading.rows if not math.isnan(row.change)]
+    worst = max(known, key=lambda row: row.change, default=None)
+    return "" if worst is None else worst.name.rpartition(".")[0]

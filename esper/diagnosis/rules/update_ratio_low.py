@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import numpy as np
+
 from esper.contracts import Severity, Signal
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
@@ -7,6 +9,7 @@ from esper.diagnosis.observation import Observation, Unknown
 LOW = 1e-5
 SCHEDULED = 0.3
 UNLEARNED = 0.95
+FEWEST_LOSSES, LEVEL_LOSSES = 20, 50
 
 
 class UpdateRatioLow(Rule):
@@ -32,22 +35,24 @@ class UpdateRatioLow(Rule):
     )
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
-        frames = observation.signal_history(Signal.UPDATE_RATIO)
-        if not frames:
-            raise Unknown("no health frame has the update ratio")
-        step, ratio = frames[-1]
-        if memory.notes.get("frame") == step:
-            raise Unknown("there is no newer frame")
-        memory.notes["frame"] = step
+        step, ratio = observation.update_ratios[-1]
+        if memory.notes.get("step") == step:
+            raise Unknown("no newer update was measured")
+        memory.notes["step"] = step
         if observation.is_warming_up:
             raise Unknown("the learning rate still rises")
         if ratio >= LOW or observation.rate_share < SCHEDULED:
             return None
-        if observation.learned_share < UNLEARNED:
+        losses = observation.finite_losses()[1]
+        if len(losses) < FEWEST_LOSSES:
+            raise Unknown("too few losses")
+        half = min(len(losses) // 2, LEVEL_LOSSES)
+        first, level = float(np.median(losses[:half])), float(np.median(losses[-half:]))
+        if first <= 0 or level < UNLEARNED * first:
             return None
         return Evidence(
             observed=f"the median update is {ratio:.1e} of its weight at step {step}, and the loss "
-            f"is {observation.learned_share:.0%} of the first",
+            f"is {level / first:.0%} of the first",
             limit=f"at least {LOW:g}; about 0.001 is usual",
             signal=Signal.UPDATE_RATIO,
             value=ratio,

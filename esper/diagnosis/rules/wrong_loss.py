@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
 
+SAME_LOSSES = 3
+SEVERAL, MOST_CLASSES = 3, 20
 BINARY = (LossKind.BINARY, LossKind.BINARY_LOGITS)
 
 
@@ -16,6 +21,8 @@ class WrongLoss(Rule):
     thresholds = (
         Threshold("smallest loss", 0, "units of the loss", "AutoTrainer (TDSC'24)"),
         Threshold("targets of a binary loss", 1, "largest", "by definition"),
+        Threshold("equal losses without a gradient", SAME_LOSSES, "steps", "none by chance"),
+        Threshold("largest whole number that looks like a class", MOST_CLASSES, "class", "chosen"),
     )
     severity = Severity.SERIOUS
     false_alarm = "A loss of one's own whose gradient looks like that of a known one."
@@ -26,9 +33,17 @@ class WrongLoss(Rule):
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         seen = observation.first_pass  # later, saturated outputs hide which loss it is
+        if constant := _constant(observation):
+            return constant
         if seen.loss_kind is LossKind.UNKNOWN:
             raise Unknown("the loss is not one that its gradient shows")
-        return _likelihood(seen) or _binary(seen) or _average(seen) or _negative(observation, seen)
+        return (
+            _likelihood(seen)
+            or _binary(seen)
+            or _average(seen)
+            or _class_numbers(seen)
+            or _negative(observation, seen)
+        )
 
 
 def _likelihood(seen: ModelPass) -> Evidence | None:
@@ -56,6 +71,37 @@ def _average(seen: ModelPass) -> Evidence | None:
         "every output is compared with the mean of all targets: outputs and targets have shapes "
         "that broadcast against one another",
         "Give outputs and targets the same shape, with squeeze(-1) or unsqueeze(-1).",
+    )
+
+
+def _class_numbers(seen: ModelPass) -> Evidence | None:
+    """Squares of whole numbers that begin at 0: classes have no distance between them."""
+    if seen.loss_kind is not LossKind.SQUARED or seen.classes != 1:
+        return None
+    if seen.target_low != 0 or not SEVERAL <= seen.target_high <= MOST_CLASSES:
+        return None
+    return replace(
+        _evidence(
+            f"mse_loss has whole numbers from 0 to {seen.target_high:g} as targets, which look "
+            "like class numbers",
+            "For classes use cross_entropy with one output for each; for counts poisson_nll_loss.",
+        ),
+        severity=Severity.CAUTION,
+    )
+
+
+def _constant(observation: Observation) -> Evidence | None:
+    """The loss is the same for all batches and weights, and so it has no gradient."""
+    losses = observation.finite_losses()[1]
+    if len(losses) < SAME_LOSSES or bool((losses != losses[0]).any()):
+        return None
+    norms = [row.norm for row in observation.last_gradients.rows if not math.isnan(row.norm)]
+    if not norms or max(norms) > 0:
+        return None
+    return _evidence(
+        f"the loss has been {losses[0]:g} in each step, and its gradient exactly zero: it does not "
+        "depend on the outputs",
+        "cross_entropy of a single output is always 0; use binary_cross_entropy_with_logits.",
     )
 
 

@@ -27,6 +27,8 @@ SOUND = (0.9, 1.1)  # a spread between these is left as it is
 LARGE_INPUT = 10.0  # root mean square; abnormal_data has the same limit
 LARGEST_FACTOR = 1e4
 LARGEST_MEAN = 2.0  # of a channel, in spreads of the layer
+USUAL_SPREAD = 0.6  # std of a standard normal behind a tanh (0.63) or a ReLU (0.58)
+FAINT_SPREAD = 0.4  # below it, updates are scaled; behind a sigmoid it is 0.21
 _KINDS = layout.LINEAR | layout.TRANSPOSED_LINEAR | layout.CONVOLUTION
 
 
@@ -37,8 +39,9 @@ class RepairScale(Remedy):
         "Scales the weights of each layer, in the order in which they run, so that the standard "
         "deviation of its output on one batch is 1, and takes large means out of its biases. The "
         "last layer is only scaled down. A run of at most 50 steps first goes back to its first "
-        "weights, where they are kept. Where the inputs themselves are large, the first layer's "
-        "updates get smaller too, as if the inputs were scaled."
+        "weights, where they are kept. Where the inputs of the first layer are large, its updates "
+        "get smaller too, as if the inputs were scaled; where those of a later layer hardly "
+        "differ, as behind a sigmoid, its updates get larger."
     )
     source = "LSUV, arXiv 1511.06422, and Krähenbühl et al. 2016, arXiv 1511.06856"
     when = "The initialisation makes activations vanish, explode or saturate before training."
@@ -63,10 +66,18 @@ class RepairScale(Remedy):
                 factor = _repair(target.model, name, target.sample, last=name == order[-1])
                 if factor != 1.0:
                     factors[name] = factor
+            spreads = {name: _input_spread(target.model, name, target.sample) for name in order[1:]}
         _forget_moments(target, list(factors))
         details["factors"] = factors
+        updates = {
+            name: spread / USUAL_SPREAD
+            for name, spread in spreads.items()
+            if LARGEST_FACTOR**-1 < spread < FAINT_SPREAD
+        }
         if order and inputs > LARGE_INPUT:
-            details["updates"] = {order[0]: inputs}
+            updates[order[0]] = inputs
+        if updates:
+            details["updates"] = updates
         return self.resume(target, details)
 
     def resume(self, target: Target, details: dict[str, Any]) -> Effect:
@@ -161,6 +172,25 @@ def _input_size(model: nn.Module, name: str, sample: Batch) -> float:
     finally:
         handle.remove()
     return found[0] if found and math.isfinite(found[0]) else 1.0
+
+
+def _input_spread(model: nn.Module, name: str, sample: Batch) -> float:
+    """How much the rows of a batch differ where they enter the layer: std within a channel."""
+    module = model.get_submodule(name)
+    axis = layout.channel_axis_of(kind_of(module))
+    found: list[float] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            rows_NC = args[0].detach().float().movedim(axis, -1).flatten(0, -2)
+            found.append(float(rows_NC.var(0, unbiased=False).mean().sqrt()))
+
+    handle = module.register_forward_pre_hook(look)
+    try:
+        sample.run(model)
+    finally:
+        handle.remove()
+    return found[0] if found else math.nan
 
 
 def _repair(model: nn.Module, name: str, sample: Batch, *, last: bool) -> float:

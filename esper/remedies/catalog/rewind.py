@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from esper.contracts import Risk
+from esper.contracts.remedies import MARKED
 from esper.exceptions import ConfigurationError
 from esper.remedies.base import Effect, Remedy, Target, check_above_zero, no_optimizer
 from esper.remedies.catalog.set_lr import SetLr
 from esper.remedies.catalog.skip_update import SkipUpdate
+from esper.remedies.good_state import State
 
 
 class Rewind(Remedy):
@@ -26,21 +28,24 @@ class Rewind(Remedy):
     changes_weights = True
 
     def default_config(self) -> dict[str, Any]:
-        return {"step": -1, "factor": 0.5}  # -1: the youngest good state
+        # -1: the youngest good state; MARKED: the one in which the first remedy was given.
+        return {"step": -1, "factor": 0.5}
 
     def check_config(self, config: dict[str, Any]) -> None:
         step = config["step"]
-        if isinstance(step, bool) or not isinstance(step, int) or step < -1:
-            raise ConfigurationError(f"step must be a step's number or -1, got {step!r}")
+        if isinstance(step, bool) or not isinstance(step, int) or step < MARKED:
+            raise ConfigurationError(f"step must be a step's number, -1 or -2, got {step!r}")
         check_above_zero(config, "factor", most=1.0)
 
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
+        if config["step"] == MARKED and target.states is not None:
+            return "" if _state(target, MARKED) is not None else "there is no marked state"
         if target.states is None or not target.states.steps:
             if target.states is not None and target.states.too_large:
                 return "the model is larger than the memory that good states may take"
             return "no good state of this run has been kept yet"
         wanted = config["step"]
-        if target.states.before(_latest(target, wanted)) is None:
+        if _state(target, wanted) is None:
             known = ", ".join(str(step) for step in target.states.steps)
             return (
                 f"there is no good state of this form up to step {_latest(target, wanted)}; good "
@@ -50,7 +55,7 @@ class Rewind(Remedy):
 
     def apply(self, target: Target, config: dict[str, Any]) -> Effect:
         assert target.states is not None
-        state = target.states.before(_latest(target, config["step"]))
+        state = _state(target, config["step"])
         assert state is not None
         target.states.restore(state)
         return self.resume(target, {"to_step": state.step, "factor": float(config["factor"])})
@@ -67,6 +72,14 @@ class Rewind(Remedy):
                 part.end()
 
         return Effect(details, end)
+
+
+def _state(target: Target, wanted: int) -> State | None:
+    assert target.states is not None
+    if wanted != MARKED:
+        return target.states.before(_latest(target, wanted))
+    marked = target.states.marked
+    return marked if marked is not None and target.states.fits(marked) else None
 
 
 def _latest(target: Target, wanted: int) -> int:

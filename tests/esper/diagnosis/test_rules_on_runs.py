@@ -54,6 +54,31 @@ def only_norms(*, frozen: bool) -> nn.Module:
     return model
 
 
+def never_learns(rate: float) -> Run:
+    """A deep net on points; at a large rate its updates are not huge, and nothing is learned."""
+    return Run(
+        deep(7), circles(), optimizer=lambda m: torch.optim.SGD(m.parameters(), rate, momentum=0.9)
+    )
+
+
+def linear(activation: Callable[[], nn.Module]) -> nn.Module:
+    layers = [nn.Linear(64, 32), activation(), nn.Linear(32, 32), activation(), nn.Linear(32, 10)]
+    return nn.Sequential(*layers)
+
+
+def one_output() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
+
+
+def with_empty_layer(frozen: bool) -> nn.Module:
+    """A frozen layer that is all zero, or one that has weights."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 10))
+    if frozen:
+        nn.init.zeros_(model[2].weight)
+    model[2].requires_grad_(False)
+    return model
+
+
 def stop_training_mode(run: Run, step: int) -> None:
     run.model.train(step < 20)
 
@@ -161,6 +186,23 @@ CASES = [
         lambda: Run(ending(nn.LogSoftmax(1)), loss=F.nll_loss),
         1,
     ),
+    Case("no_activation", lambda: Run(linear(nn.Identity)), lambda: Run(linear(nn.ReLU)), 1, "0"),
+    Case(
+        "wrong_loss",
+        lambda: Run(one_output(), loss=lambda y, t: F.cross_entropy(y, torch.zeros_like(t))),
+        lambda: Run(one_output(), loss=lambda y, t: F.mse_loss(y.squeeze(1), t / 4.5 - 1)),
+        3,
+    ),
+    Case(
+        "wrong_loss",
+        lambda: Run(one_output(), loss=lambda y, t: F.mse_loss(y.squeeze(1), t.float())),
+        lambda: Run(one_output(), loss=lambda y, t: F.mse_loss(y.squeeze(1), t / 4.5 - 1)),
+        1,
+    ),
+    Case(
+        "frozen_part", lambda: Run(with_empty_layer(True)), lambda: Run(with_empty_layer(False)), 1
+    ),
+    Case("update_ratio_high", lambda: never_learns(0.3), lambda: never_learns(0.01), 60),
     Case("abnormal_data", lambda: Run(data=digits(1000.0)), Run, 1, "0"),
     Case(
         "saturation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from torch.nn import functional as F
 import esper
 from esper import Session
 from esper.constraints.remedy_gates import BY_RULE
-from esper.diagnosis import list_rules
-from esper.diagnosis.base import RemedySlug
+from esper.contracts.remedies import MARKED
+from esper.diagnosis import Diagnosis, Observation, list_rules
+from esper.diagnosis.base import Evidence, Memory, RemedySlug
+from esper.diagnosis.rules.plateau import Plateau as PlateauRule
 from esper.exceptions import GraftError
 from esper.remedies import list_remedies
 
@@ -244,6 +247,48 @@ def test_a_run_has_a_budget_of_remedies(monkeypatch: pytest.MonkeyPatch) -> None
         assert session.remedies == ()
         (proposal,) = session.proposed_remedies
         assert "0 remedies were applied in the last 10,000 steps" in str(proposal)
+
+
+def test_a_run_whose_remedies_all_fail_ends_no_worse_than_where_they_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fault that never ends, and remedies that do damage from which the run does not recover."""
+
+    class Endless(PlateauRule):
+        slug, opens_after, explained_by = "plateau", 1, frozenset()
+
+        def check(self, observation: Observation, _: Memory) -> Evidence | None:
+            if observation.step < 100:
+                return None
+            return Evidence("a fault that never ends", "none", "grad", float(observation.step))
+
+    run = Run(Fault(momentum=0.0))
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        watch = session._diagnosis
+        assert watch is not None
+        watch.diagnosis = Diagnosis([Endless()])
+        real, at = session._surgery.remedy, []
+
+        def spoil(slug: str, layer: str, sample: object, config: Any, *rest: object) -> object:
+            at.append({n: p.detach().clone() for n, p in run.model.named_parameters()})
+            receipt = real(slug, layer, sample, config, *rest)
+            if config.get("step") != MARKED:
+                with torch.no_grad():
+                    for parameter in run.model.parameters():
+                        parameter.add_(torch.randn_like(parameter))
+                run.optimizer.param_groups[0]["lr"] = 1e-9
+            else:
+                back = dict(run.model.named_parameters())
+                assert all(torch.equal(back[name], first) for name, first in at[0].items())
+            return receipt
+
+        monkeypatch.setattr(session._surgery, "remedy", spoil)
+        before = run.train(100, session)
+        after = run.train(300, session)
+        assert max(after) > 2 * max(before[80:100])
+        assert sum(after[-10:]) / 10 <= 1.1 * sum(before[80:100]) / 20
+        assert session._remedies is not None
+        assert any("none helped" in entry.ended for entry in session._remedies.treatments)
 
 
 def test_a_remedy_that_cannot_be_applied_is_not_tried_again_in_each_step(
