@@ -169,7 +169,9 @@ def _goals(records: Sequence[Record]) -> Iterator[str]:
         gap = esper.value - drawn.value
         yield _goal("AT-8 repaired in flight: 95 %", esper.value >= 0.95, str(esper))
         yield _goal("AT-8 made worse: 0", worse == 0, f"{worse} of {len(own)}")
-        yield _goal("AT-8, points above random remedies: 30", gap >= 0.3, f"{100 * gap:.0f}")
+        measured = any("random" in record.arms for record in own)
+        seen = f"{100 * gap:.0f}" if measured else "not run"
+        yield _goal("AT-8, points above random remedies: 30", measured and gap >= 0.3, seen)
     yield _goal("false alarms in healthy runs: 0", not alarms, f"{alarms} in {steps:,} steps")
     if silent12.TIER in found:
         told = [r for r in found[silent12.TIER] if r.told_at is not None]
