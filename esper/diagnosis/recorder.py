@@ -86,9 +86,11 @@ class Plan:
 
     def next_due(self, step: int) -> int:
         """The first step after this one that is measured."""
-        fixed = (due for due in (*FIRST_STEPS, *SURE_STEPS) if due > step)
-        later = max(step, FIRST_STEPS[-1]) // self.period + 1
-        return min(*fixed, later * self.period) if step < SURE_STEPS[-1] else later * self.period
+        later = (max(step, FIRST_STEPS[-1]) // self.period + 1) * self.period
+        if step >= max(SURE_STEPS[-1], self.since + FIRST_STEPS[-1]):
+            return later
+        fixed = (*(self.since + due for due in FIRST_STEPS), *SURE_STEPS)
+        return min(later, min((due for due in fixed if due > step), default=later))
 
     def reads_forward(self, step: int) -> bool:
         return step - self.since in FORWARD_STEPS or (
