@@ -9,6 +9,7 @@ so that they are one line each, respect progress bars, and can be silenced.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import weakref
@@ -90,6 +91,12 @@ class Console:
                 window.held, window.told = 0, True
             if over:
                 del self._windows[kind]
+
+    @property
+    def idle_until(self) -> float:
+        """The next step whose end :meth:`fold` must see; infinity where no line is held back."""
+        held = [window for window in self._windows.values() if window.held]
+        return min((w.since + WINDOW_STEPS if w.told else 0 for w in held), default=math.inf)
 
     def _is_due(self, line: str, step: int, kind: str) -> bool:
         written = self._written.get(line)

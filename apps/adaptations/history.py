@@ -19,6 +19,7 @@ from esper.contracts import (
     AdaptationState,
     Experience,
     LayerHistory,
+    SafetyPolicy,
 )
 from esper.reward.terms import ROLLBACK_COST
 
@@ -121,17 +122,21 @@ class ErrorBudget:
         return self.used > self.limit
 
 
-def error_budget(run: Run) -> ErrorBudget:
+def error_budget(run: Run, policy: SafetyPolicy | None = None) -> ErrorBudget:
     """What the adaptations that were taken out have cost.
 
     Each costs what the forecast of the untouched run was better, at least
     :data:`~esper.reward.terms.ROLLBACK_COST`: it was there for nothing.
+
+    Args:
+        policy: that holds for the run; None: it is looked up.
     """
     rows = Adaptation.objects.filter(
         run=run, state=AdaptationState.ROLLED_BACK, graft_step__isnull=False
     ).values_list("forecast_gain", "evidence")
     used = sum(_harm(gain, evidence.get("loss")) for gain, evidence in rows)
-    return ErrorBudget(used, current_policy(run).safety_policy().error_budget_ratio)
+    policy = policy or current_policy(run).safety_policy()
+    return ErrorBudget(used, policy.error_budget_ratio)
 
 
 def _harm(gain: float | None, loss: float | None) -> float:

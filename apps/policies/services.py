@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from django.db import transaction
-from django.db.models import Max
+from django.db.models import Max, Q
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
@@ -48,14 +48,14 @@ class RunNames(Protocol):
 
 def current_policy(run: RunNames | None = None) -> PolicyVersion:
     """The version in force for a run, or for all; the first one is made from the defaults."""
-    scopes = [] if run is None else [(Scope.RUN, run.uid), (Scope.PROJECT, run.name)]
-    for scope, target in scopes:
-        found = _in_force(scope, target)
-        if found is not None:
-            return found
-    newest = _in_force(Scope.GLOBAL, "")
-    if newest is not None:
-        return newest
+    wanted = Q(scope=Scope.GLOBAL, target="")
+    if run is not None:
+        wanted |= Q(scope=Scope.RUN, target=run.uid) | Q(scope=Scope.PROJECT, target=run.name)
+    in_force = PolicyVersion.objects.filter(wanted, state=PolicyState.IN_FORCE)
+    newest = {version.scope: version for version in in_force.order_by("version")}
+    for scope in (Scope.RUN, Scope.PROJECT, Scope.GLOBAL):
+        if scope in newest:
+            return newest[scope]
     created, _ = PolicyVersion.objects.get_or_create(
         version=1,
         defaults={

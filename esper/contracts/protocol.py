@@ -190,7 +190,8 @@ class HeldRemedy(Message, frozen=True, kw_only=True):
     Attributes:
         adaptation: its uid.
         step: when it was applied; -1: unknown.
-        remedy: slug; layer: empty for the whole run.
+        remedy: slug.
+        layer: its name; empty for the whole run.
         config: its settings, as far as they are in force.
         finding: slug of the rule whose finding it answers; empty: a person asked for it, or it is
             not known any more.

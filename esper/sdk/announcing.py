@@ -43,6 +43,11 @@ class Announcer:
         """A step is over: say how many lines were held back."""
         self._console.fold(self._run.step)
 
+    @property
+    def idle_until(self) -> float:
+        """The next step whose end the console must see."""
+        return self._console.idle_until
+
     def close(self) -> None:
         """The run has ended."""
         self._console.fold(self._run.step, last=True)

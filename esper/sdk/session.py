@@ -914,6 +914,7 @@ class Session:
             self._remedies.idle_until,
             self._evaluations.idle_until,
             math.inf if surgery.states is None else surgery.states.idle_until,
+            self._announcer.idle_until,
         )
 
     def _catch_up(self) -> None:

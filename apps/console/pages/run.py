@@ -68,6 +68,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
     only_poor = request.GET.get("layers") == "poor"
 
     def head() -> dict[str, Any]:
+        safety = current_policy(run)
         return {
             "pause": pause_state(run),
             "stop": stop_command(run),
@@ -75,8 +76,8 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             "metrics": latest_metrics(run, ("step_ms", "lr")),
             "may_pause": may(user, Act.PAUSE_ADAPTATION, owner_id=run.owner_id),
             "may_stop": may(user, Act.STOP_RUN, owner_id=run.owner_id),
-            "safety": current_policy(run),
-            "budget": error_budget(run),
+            "safety": safety,
+            "budget": error_budget(run, safety.safety_policy()),
         }
 
     def layers() -> dict[str, Any]:

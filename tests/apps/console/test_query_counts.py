@@ -79,7 +79,7 @@ def grow_pool() -> None:
         ("/recipes", 9),
         ("/blueprints", 7),
         ("/blueprints/mlp_gelu_2048", 9),
-        ("run", 24),
+        ("run", 25),
     ],
 )
 def test_a_page_costs_the_same_with_ten_times_the_rows(world: Any, address: str, most: int) -> None:
