@@ -448,7 +448,7 @@ class RemedyLoop:
     def _goes_back(self, case: _Case) -> bool:
         """Its remedies did not help, and the run is worse than when the first one was given."""
         by_rule = self._run.mode is RunMode.AUTOMATIC and self._alone and self._proposer is None
-        if not by_rule or case.went_back or not math.isfinite(case.level):
+        if not by_rule or case.went_back or not case.given or not math.isfinite(case.level):
             return False
         return not self._level() <= WORSE * abs(case.level)
 
@@ -459,7 +459,11 @@ class RemedyLoop:
         if reason := self._surgery.refusal("rewind", "", None, config):
             case.refused["rewind"] = reason
             return
-        receipt = self._surgery.remedy("rewind", "", None, config, found.rule.slug)
+        try:
+            receipt = self._surgery.remedy("rewind", "", None, config, found.rule.slug)
+        except EsperError as error:
+            case.refused["rewind"] = str(error)
+            return
         ended = "went back to where the first remedy was given, because none helped"
         step, slug = self._run.step, found.rule.slug
         self._note(Treatment(slug, "rewind", step, receipt, found.evidence, ended=ended))
