@@ -101,6 +101,12 @@ class Diagnosis:
         found = [s.diagnosed for s in self._states.values() if s.diagnosed is not None]
         return tuple(sorted(found, key=lambda diagnosed: diagnosed.opened_step))
 
+    @property
+    def is_unsure(self) -> bool:
+        """A rule has seen a fault begin or end, and waits to see it again."""
+        states = self._states.values()
+        return any(s.with_evidence if s.diagnosed is None else s.without for s in states)
+
     def check(
         self, observation: Observation, *, every_step_only: bool = False
     ) -> list[tuple[Change, Diagnosed]]:

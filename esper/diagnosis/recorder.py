@@ -76,21 +76,32 @@ class Plan:
     def __init__(self) -> None:
         self.period = PERIOD
         self.since = 0
+        self._again = -1
         self._spent = 0.0
         self._checks = 0
 
     def is_due(self, step: int) -> bool:
-        if step - self.since in FIRST_STEPS or step in SURE_STEPS:
+        if step - self.since in FIRST_STEPS or step in SURE_STEPS or step == self._again:
             return True
         return step > FIRST_STEPS[-1] and step % self.period == 0
 
     def next_due(self, step: int) -> int:
         """The first step after this one that is measured."""
         later = (max(step, FIRST_STEPS[-1]) // self.period + 1) * self.period
+        if self._again > step:
+            later = min(later, self._again)
         if step >= max(SURE_STEPS[-1], self.since + FIRST_STEPS[-1]):
             return later
         fixed = (*(self.since + due for due in FIRST_STEPS), *SURE_STEPS)
         return min(later, min((due for due in fixed if due > step), default=later))
+
+    def look_again(self, step: int) -> None:
+        """What was seen at this step waits for a second look, which no long period delays.
+
+        A second look asks for no third one, so it at most doubles what looking costs.
+        """
+        if step != self._again:
+            self._again = step + PERIOD
 
     def reads_forward(self, step: int) -> bool:
         return step - self.since in FORWARD_STEPS or (

@@ -95,6 +95,8 @@ class DiagnosisWatch:
             started = time.perf_counter()
             self._check(every_step_only=not planned and held_out is None)
             if planned:
+                if self.diagnosis.is_unsure:
+                    self.recorder.plan.look_again(self._run.step)
                 self.recorder.spend(time.perf_counter() - started)
 
     @property

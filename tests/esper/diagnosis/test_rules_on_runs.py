@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from esper.diagnosis.recorder import Plan
 from tests.esper.diagnosis.small_runs import (
     Detached,
     Run,
@@ -427,3 +428,23 @@ def test_an_evaluation_that_switches_to_training_mode_is_found(evaluating: bool)
     result = Run(perceptron(0.1), evaluate=evaluate, steps=220).go()
     assert ("evaluation_in_train_mode" in result.steps) is not evaluating
     assert not any(module._forward_pre_hooks for module in Run().model.modules())
+
+
+def test_a_second_look_does_not_wait_for_a_long_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step is short, the plan of a run becomes rare, and one look opens no finding."""
+    monkeypatch.setattr(
+        "esper.diagnosis.recorder.Plan.adapt", lambda plan, *_: setattr(plan, "period", 6400)
+    )
+    torch.manual_seed(0)
+    run = Run(perceptron(), shuffled(), optimizer=lambda m: adam(m, 2e-5), steps=260)
+    assert run.go().steps["slow_convergence"] == 250
+
+
+def test_the_next_look_is_the_first_that_is_due() -> None:
+    plan = Plan()
+    plan.period = 6400
+    for step in range(1, 420):
+        if step == 201:
+            plan.look_again(200)
+        due = next(later for later in range(step + 1, 10**4) if plan.is_due(later))
+        assert plan.next_due(step) == due
