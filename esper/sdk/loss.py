@@ -22,7 +22,7 @@ class LossReader:
         Raises:
             TypeError: not a number, nor a tensor of one element.
         """
-        if type(loss) is Tensor and _is_plain(loss) and self._late is None:
+        if type(loss) is Tensor and loss.numel() == 1 and not is_late(loss) and not self._late:
             return step, loss.item()  # the usual case, in few calls
         late, self._late = self._late, None
         copy = _copy_of(loss)
@@ -31,10 +31,6 @@ class LossReader:
         elif copy is not None:
             return step, copy
         return None if late is None else (late[0], late[1].number())
-
-
-def _is_plain(loss: Tensor) -> bool:
-    return loss.device.type == "cpu" and loss.numel() == 1
 
 
 def _copy_of(loss: float | Tensor | None) -> float | HostCopy | None:

@@ -44,6 +44,11 @@ def test_it_is_ready_with_a_database_although_redis_is_away(
     assert answer.json()["checks"] == {"database": True, "redis": False, "disk": True}
 
 
+@pytest.fixture(autouse=True)
+def just_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "_started", time.monotonic())
+
+
 @pytest.fixture
 def running_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "_started", time.monotonic() - 3600.0)

@@ -41,6 +41,8 @@ class UpdateRatioLow(Rule):
         memory.notes["step"] = step
         if observation.is_warming_up:
             raise Unknown("the learning rate still rises")
+        if ratio == 0:
+            raise Unknown("nothing moved, which other rules explain")
         if ratio >= LOW or observation.rate_share < SCHEDULED:
             return None
         losses = observation.finite_losses()[1]

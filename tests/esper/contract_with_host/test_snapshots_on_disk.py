@@ -20,11 +20,15 @@ LAYERS = ("0", "1", "2", "3")
 
 
 class Run:
-    """Four linear layers whose tensors are large enough to be worth a file."""
+    """Four layers whose tensors are large enough to be worth a file."""
 
     def __init__(self, folder: Path | None, **options: Any) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(*(nn.Linear(40, 40) for _ in LAYERS)).to(torch.bfloat16)
+        self.model = nn.Sequential()
+        for layer in LAYERS:
+            self.model.add_module(layer, nn.Linear(40, 40))
+            self.model.add_module(f"after_{layer}", nn.Tanh())
+        self.model.to(torch.bfloat16)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3)
         self.session: Session = esper.attach(
             self.model,

@@ -129,7 +129,7 @@ def test_a_restarted_trainer_says_what_its_model_really_holds(
         plane.send(undo)
         again.until(lambda: ended(plane, 3), resumed)
     held = {
-        **{"adaptation": "a1", "layer": "3", "blueprint": "proj_lora_64"},
+        **{"adaptation": "a1", "layer": "3", "since": "", "blueprint": "proj_lora_64"},
         **{"merged": False, "kept": False},
     }
     assert plane.hellos[1] == {
