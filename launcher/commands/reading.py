@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
@@ -11,6 +12,7 @@ from launcher.commands.finding import resource_of, run_uid
 from launcher.remote.client import Client, Exit, segment
 from launcher.remote.tables import Json, print_json, print_members, print_rows
 
+SMALLEST_PART = 0.05  # of the confidence, that is shown
 RUN_COLUMNS = ("number", "name", "state", "mode", "step", "last_loss=loss", "owner", "last_seen_at")
 ADAPTATION_COLUMNS = (
     "number",
@@ -52,7 +54,7 @@ def runs_command(
 ) -> None:
     """List runs, newest first."""
     rows = client.every("runs", limit=limit, state__in=state, owner=owner, name=name)
-    print_rows(rows, RUN_COLUMNS, as_json=as_json, empty="There are no such runs.")
+    print_rows(rows, RUN_COLUMNS, as_json=as_json, empty="There are no such runs.", letter="R")
 
 
 @click.command("adaptations")
@@ -76,7 +78,13 @@ def adaptations_command(
     rows = client.every(
         "adaptations", limit=limit, run=_uid(client, run), state__in=state, layer=layer, risk=risk
     )
-    print_rows(rows, ADAPTATION_COLUMNS, as_json=as_json, empty="There are no such adaptations.")
+    print_rows(
+        rows,
+        ADAPTATION_COLUMNS,
+        as_json=as_json,
+        empty="There are no such adaptations.",
+        letter="A",
+    )
 
 
 @click.command("inbox")
@@ -87,7 +95,9 @@ def inbox_command(client: Client, run: str | None, as_json: bool) -> None:
     """List the adaptations that wait for a person; the first to expire comes first."""
     rows = client.every("adaptations", run=_uid(client, run), state="awaiting_approval")
     waiting = sorted(rows, key=lambda row: str(row["deadline_at"] or "9"))
-    print_rows(waiting, INBOX_COLUMNS, as_json=as_json, empty="Nothing waits for a person.")
+    print_rows(
+        waiting, INBOX_COLUMNS, as_json=as_json, empty="Nothing waits for a person.", letter="A"
+    )
 
 
 @click.group("findings", invoke_without_command=True)
@@ -112,7 +122,9 @@ def findings_group(
         return
     given = {"severity": severity} | ({"open": True} if only_open else {})
     rows = client.every("violations", limit=limit, run=_uid(client, run), **given)
-    print_rows(rows, FINDING_COLUMNS, as_json=as_json, empty="There are no such findings.")
+    print_rows(
+        rows, FINDING_COLUMNS, as_json=as_json, empty="There are no such findings.", letter="V"
+    )
 
 
 @findings_group.command("acknowledge")
@@ -151,26 +163,38 @@ def show_command(client: Client, name: str, whole: bool, as_json: bool) -> None:
 
 def evidence(adaptation: Json) -> None:
     """Print what a person has to see before they decide."""
+    reasons = adaptation["reasons"]
+    parts = [part for part in reasons if abs(part["weight"]) >= SMALLEST_PART]
     print_members(
         {
             **adaptation,
-            "then → now": _moved(adaptation["evidence"], adaptation["evidence_now"]),
-            "because": [reason.get("text") for reason in adaptation["reasons"]],
+            "because": _lines(part["text"] for part in reasons if not part["weight"]),
+            "confidence from": _lines(f"{part['weight']:+.2f}  {part['text']}" for part in parts),
+            "asks a person": _lines(adaptation["asks"]),
             "finding": (adaptation.get("found") or {}).get("text") or adaptation["finding"],
-            "not ok": [check.get("name") for check in adaptation["checks"] if not check.get("ok")],
-            "undo": adaptation["undo_plan"],
+            "then → now": _lines(_moved(adaptation["evidence"], adaptation["evidence_now"])),
+            "did not pass": _lines(c["text"] for c in adaptation["checks"] if not c["passed"]),
+            "undo": _lines(adaptation["undo_plan"]),
             "hash": str(adaptation["evidence_hash"])[:12],
         },
         (
             *("title", "run_name", "state", "risk", "confidence", "proposed_step", "deadline_at"),
-            *("because", "finding", "asks", "then → now", "evidence_drift", "forecast_parameters"),
-            *("forecast_memory_mib", "forecast_latency_ms", "not ok", "undo", "hash"),
+            *("because", "finding", "confidence from", "asks a person", "then → now"),
+            *("evidence_drift", "forecast_parameters", "forecast_memory_mib"),
+            *("forecast_latency_ms", "did not pass", "undo", "hash"),
         ),
     )
 
 
-def _moved(then: Json, now: Json) -> dict[str, str]:
-    return {name: f"{_short(then[name])} → {_short(now.get(name))}" for name in then}
+def _lines(texts: Iterable[str]) -> str:
+    return "\n".join(texts)
+
+
+def _moved(then: Json, now: Json) -> Iterator[str]:
+    """What was shown to the policy and is measured again now."""
+    for name in then:
+        if now.get(name) is not None and then[name] != now[name]:
+            yield f"{name.replace('_', ' ')}  {_short(then[name])} → {_short(now[name])}"
 
 
 def _short(value: Any) -> str:

@@ -31,12 +31,15 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def print_rows(rows: Iterable[Json], columns: Sequence[str], *, as_json: bool, empty: str) -> None:
+def print_rows(
+    rows: Iterable[Json], columns: Sequence[str], *, as_json: bool, empty: str, letter: str = ""
+) -> None:
     """A list as a table with a column for each named member, or as a JSON list.
 
     Args:
         columns: names of members; ``name=title`` gives another heading.
         empty: what to print for people when there is no row.
+        letter: of these objects, by which their number is a name: ``A`` of A-17.
     """
     found = list(rows)
     if as_json:
@@ -44,6 +47,8 @@ def print_rows(rows: Iterable[Json], columns: Sequence[str], *, as_json: bool, e
     elif not found:
         click.echo(empty)
     else:
+        if letter:
+            found = [{**row, "number": f"{letter}-{row['number']}"} for row in found]
         console().print(table(found, columns))
 
 
@@ -74,9 +79,9 @@ def print_members(data: Json, names: Sequence[str], *, exact: bool = False) -> N
 
 def shown(value: Any) -> str:
     """A member for people: times as a short UTC time, nothing as a dash."""
+    if value in (None, "", [], {}):
+        return "–"
     match value:
-        case None | "" | [] | {}:
-            return "–"
         case bool():
             return "yes" if value else "no"
         case float():

@@ -100,7 +100,7 @@ def calibration_context() -> dict[str, Any]:
         "found": found,
         "fewest": FEWEST_CASES,
         "bins": [
-            BinRow(b, 100 * b.said, 100 - 100 * b.came_true, 1.5 + 5 * b.cases / found.cases)
+            BinRow(b, 100 * b.said, 100 - 100 * b.came_true, 1.5 + 3 * b.cases / found.cases)
             for b in found.bins
         ],
         "choices": [_choice(slug, closed) for slug in sorted({slug for slug, _, _ in closed})],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -24,6 +25,9 @@ def test_an_approval_shows_the_evidence_and_sends_its_hash(
     done = terminal.run("approve", f"A-{waiting.number}", "--yes", "--reason", "it helps")
     assert done.exit_code == 0, done.output
     assert "then → now" in done.output
+    shown = " ".join(done.output.split())
+    assert all(c["text"] in shown for c in waiting.checks if not c["passed"])
+    assert re.search(r"then → now [a-z ]+ [-?\d.e+]+ → [-\d.e+]+", shown)
     assert waiting.evidence_hash[:12] in done.output
     waiting.refresh_from_db()
     assert waiting.state == AdaptationState.COMPILE_QUEUED
