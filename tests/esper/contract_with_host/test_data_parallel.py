@@ -73,7 +73,8 @@ def test_it_is_observed_and_trains_the_same(wrapper: type[nn.DataParallel], mode
     assert losses == alone
     assert session.frame() is not None
     assert session.findings() == []
-    assert [layer.name for layer in session.layers] == ["0", "2"]
+    # Two threads run them, so which one is seen first is chance.
+    assert sorted(layer.name for layer in session.layers) == ["0", "2"]
 
 
 def test_a_graft_is_refused_where_the_model_is_copied() -> None:
