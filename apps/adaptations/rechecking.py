@@ -33,7 +33,7 @@ def checks_now(adaptation: Adaptation) -> tuple[Check, ...]:
         besides=adaptation.pk,
     )
     return (
-        *check_gates(inputs, current_policy().safety_policy()),
+        *check_gates(inputs, current_policy(run).safety_policy()),
         check_compatibility(run, adaptation.layer, blueprint, besides=adaptation.pk),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from django.db import IntegrityError, transaction
 from django.utils import timezone
@@ -87,20 +88,12 @@ def _write(run: Run, entry: Applied, blueprint: Blueprint) -> Adaptation | None:
     try:
         with transaction.atomic():
             return Adaptation.objects.create(
-                uid=entry.adaptation,
-                run=run,
-                run_epoch=run.epoch,
-                idempotency_key=f"recovered:{entry.adaptation}",
-                layer=entry.layer,
+                **_common(run, entry),
                 since=entry.since,
                 adaptation_type=_TYPES[BlueprintCategory(blueprint.category)],
                 blueprint=blueprint,
                 risk=blueprint.risk,
                 forecast_parameters=0,
-                policy=RECOVERED,
-                safety_policy=current_policy(run),
-                proposed_step=max(entry.step, 0),
-                state=S.IN_DOUBT,
             )
     except IntegrityError:
         return None
@@ -158,21 +151,28 @@ def _write_remedy(run: Run, entry: HeldRemedy, remedy: KnownRemedy) -> Adaptatio
     same = Adaptation.objects.filter(run=run, finding=entry.finding)
     answered = same.exclude(state__in=ADAPTATION_ENDED).exists()  # one at a time answers a finding
     return Adaptation.objects.create(
-        uid=entry.adaptation,
-        run=run,
-        run_epoch=run.epoch,
-        idempotency_key=f"recovered:{entry.adaptation}",
-        layer=entry.layer,
+        **_common(run, entry),
         remedy=remedy.slug,
         in_words=remedy.in_words(config),
         config=config,
         risk=remedy.risk,
         finding="" if answered else entry.finding,
-        policy=RECOVERED,
-        safety_policy=current_policy(),
-        proposed_step=max(entry.step, 0),
-        state=S.IN_DOUBT,
     )
+
+
+def _common(run: Run, entry: Applied | HeldRemedy) -> dict[str, Any]:
+    """What a recovered graft and a recovered remedy have alike."""
+    return {
+        "uid": entry.adaptation,
+        "run": run,
+        "run_epoch": run.epoch,
+        "idempotency_key": f"recovered:{entry.adaptation}",
+        "layer": entry.layer,
+        "policy": RECOVERED,
+        "safety_policy": current_policy(run),
+        "proposed_step": max(entry.step, 0),
+        "state": S.IN_DOUBT,
+    }
 
 
 def _announce(adaptation: Adaptation, actor: Actor, reason: str) -> None:

@@ -260,6 +260,24 @@ class Compiler:
     def forecast(self, operation: Any) -> None: ...
 
 
+def test_preparing_changes_nothing_in_the_training(stand_in: Callable[[str], list[Any]]) -> None:
+    started = stand_in(FAILS)
+
+    def weights(*, prepares: bool) -> tuple[list[Tensor], Tensor]:
+        run = Run()
+        run.train()
+        if prepares:
+            run.prepare()
+        run.train(4)
+        run.session.close()
+        return [p.detach().clone() for p in run.model.parameters()], torch.get_rng_state()
+
+    (alone, dice), (prepared, same_dice) = weights(prepares=False), weights(prepares=True)
+    assert len(started) == 1
+    assert all(map(torch.equal, alone, prepared))
+    assert torch.equal(dice, same_dice)
+
+
 def test_an_automatic_run_trains_on_while_the_code_is_compiled() -> None:
     from tests.esper.sdk.test_local_loop import attached
 
