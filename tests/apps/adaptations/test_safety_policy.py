@@ -9,6 +9,7 @@ import pytest
 from apps.adaptations.history import error_budget, why_frozen
 from apps.adaptations.models import Adaptation
 from apps.adaptations.proposals import GateClosedError
+from apps.adaptations.rechecking import checks_now
 from apps.adaptations.selectors import run_snapshot
 from apps.policies.models import PolicyState, PolicyVersion
 from apps.policies.services import (
@@ -160,3 +161,13 @@ def test_a_graft_that_was_taken_out_costs_something_even_where_nothing_was_measu
     assert error_budget(stage.run).used == pytest.approx(0.005)
     Adaptation.objects.update(forecast_gain=0.5)
     assert error_budget(stage.run).used == pytest.approx(0.005)
+
+
+def test_a_change_of_settings_is_checked_against_the_policy_of_the_run(
+    stage: Stage, carl: Any
+) -> None:
+    adaptation = stage.waiting(config={"rank": 8})
+    before = {check.rule: check for check in checks_now(adaptation)}
+    write(carl, scope="run", run=adaptation.run, max_memory_mib=1e-6)
+    now = {check.rule: check for check in checks_now(adaptation)}
+    assert (before["memory"].passed, now["memory"].passed) == (True, False)
