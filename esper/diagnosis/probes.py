@@ -31,7 +31,7 @@ from esper.diagnosis.observation import (
 from esper.fail_closed import FailClosed
 from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.graph import kind_of, layer_modules
-from esper.grafting.hooks import PassingHook
+from esper.grafting.hooks import PassingHook, register_alike
 from esper.grafting.slot import SLOT_NAME, first_tensor, is_opaque
 from esper.health.optimizer_steps import dense, has_numbers, norms_of
 from esper.health.transfers import HostTransfer
@@ -221,7 +221,7 @@ class ForwardProbe:
     def _register(self, name: str, module: nn.Module, see: Callable[..., None]) -> None:
         if name not in self._handles and not self._compilation.covers(name):
             hook = self._hook(see)
-            self._handles[name] = module.register_forward_hook(hook, with_kwargs=True)
+            self._handles[name] = register_alike("probe", module, hook)
 
     def collect(self, step: int, transfer: HostTransfer) -> Callable[[], ModelPass] | None:
         """Sends what was seen to the host; None where no forward pass was.

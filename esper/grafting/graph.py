@@ -19,7 +19,7 @@ from esper.contracts import MAX_NAME_LENGTH, LayerInfo
 from esper.fail_closed import FailClosed
 from esper.grafting.attention import TimeAxis, cached_part, looks_ahead
 from esper.grafting.compiled import is_compiled
-from esper.grafting.hooks import PassingHook
+from esper.grafting.hooks import PassingHook, register_alike
 from esper.grafting.random_streams import kept_streams
 from esper.grafting.slot import (
     CONTAINERS,
@@ -196,7 +196,7 @@ class LayerRecorder:
         root = self._model
         self._install("", lambda hook: root.register_forward_pre_hook(hook), self._start_pass)
         for name, module in self._modules.items():
-            register = partial(module.register_forward_hook, with_kwargs=True)
+            register = partial(register_alike, "record", module)
             self._install(name, register, self._see_as(name))
         self._install("", lambda hook: root.register_forward_hook(hook), self._finish_pass)
 

@@ -7,6 +7,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+_numbers: dict[str, list[int]] = {}  # by kind of hook, those reserved in this process
 
 
 class PassingHook:
@@ -25,6 +29,29 @@ class PassingHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
+
+
+def register_alike(kind: str, module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+    """A forward hook with keyword arguments, under the number that its kind has at every module.
+
+    torch gives each hook a number of its own. Code that torch 2.10 compiles for one block looks
+    for the numbers of that block's hooks, so it fits no other block unless they are the same there.
+
+    Args:
+        kind: of the hook; the second of a kind at one module has the kind's second number.
+    """
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    reserved = _numbers.setdefault(kind, [])
+    taken = module._forward_hooks.keys() | module._forward_pre_hooks.keys()
+    number = next((n for n in reserved if n not in taken), None)
+    if number is None:
+        reserved.append(handle.id)
+        return handle
+    places: tuple[dict[int, Any], ...] = module._forward_hooks, module._forward_hooks_with_kwargs
+    for hooks in places:
+        hooks[number] = hooks.pop(handle.id)  # at the end, where it was
+    handle.id = number
+    return handle
 
 
 def after_closure(

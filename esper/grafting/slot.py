@@ -28,7 +28,7 @@ from esper.blueprints import Graft
 from esper.blueprints.base import introduce
 from esper.exceptions import GraftError, UnknownLayerError
 from esper.fail_closed import short
-from esper.grafting.hooks import PassingHook
+from esper.grafting.hooks import PassingHook, register_alike
 from esper.grafting.manifest import MANIFEST_KEY, GraftRecord, pack
 from esper.grafting.spans import Carrier, Source, Span, lay_hooks
 from esper.near_names import or_known
@@ -591,7 +591,7 @@ def watch(model: nn.Module, layer: str, watcher: Watcher) -> Callable[[], None]:
         if x is not None and y is not None and not _is_transformed(y):
             watcher(x, y)
 
-    return host.register_forward_hook(PassingHook(read), with_kwargs=True).remove
+    return register_alike("watch", host, PassingHook(read)).remove
 
 
 def _is_transformed(tensor: Tensor) -> bool:
@@ -613,7 +613,7 @@ def _add_slot(host: nn.Module) -> None:
     slot = Slot()
     slot.train(host.training)
     try:
-        slot.handle = host.register_forward_hook(run_slot, with_kwargs=True)
+        slot.handle = register_alike("slot", host, run_slot)
         host.add_module(SLOT_NAME, slot)
     except BaseException:
         if slot.handle is not None:

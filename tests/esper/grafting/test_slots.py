@@ -96,6 +96,37 @@ def test_an_unpickled_hook_is_not_overwritten_by_the_next_one() -> None:
     assert calls == [1]
 
 
+def test_hooks_of_a_kind_have_one_number_at_every_layer() -> None:
+    """torch 2.10 guards on the numbers: without this, each block has compiled code of its own."""
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    model[1].register_forward_hook(lambda *call: None)
+    prepare_slots(model, ["0", "1", "2"])
+    assert len({slot.handle.id for _, _, slot in slots(model) if slot.handle}) == 1
+    plain = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    plain[1].register_forward_hook(lambda *call: None)
+    ends = [watch(plain, f"{place}", lambda x, y: None) for place in range(3)]
+    numbers = [{*layer._forward_hooks_with_kwargs} for layer in plain]
+    assert numbers[0] == numbers[1] == numbers[2]
+    again = watch(plain, "0", lambda x, y: None)
+    assert len(plain[0]._forward_hooks) == 2
+    for end in (again, *ends):
+        end()
+    assert [len(layer._forward_hooks) for layer in plain] == [0, 1, 0]
+
+
+def test_a_hook_leaves_the_number_of_another_process_alone() -> None:
+    model, _ = grafted_pair()
+    (_, _, slot), *_ = slots(model)
+    assert slot.handle is not None
+    plain, calls = nn.Linear(6, 6), []
+    plain._forward_hooks[slot.handle.id] = lambda *call: calls.append(1)
+    prepare_slots(plain, [""])
+    plain(torch.randn(2, 6))
+    assert calls == [1]
+    remove_slots(plain)
+    assert len(plain._forward_hooks) == 1
+
+
 def test_the_clamp_follows_a_deep_copy() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
