@@ -102,7 +102,7 @@ def _watched(host: Host, steps: int) -> RunSnapshot:
         session.step(loss)
 
     _train(host, 1, steps, step)
-    local = session._local
+    local = session._parts.local
     assert local is not None
     snapshot = local.snapshot()
     session.close()

@@ -114,7 +114,7 @@ def _ranked(start: Run, names: Sequence[str]) -> list[str]:
             return False
 
         run.train(PROBED, on)
-        loop = session._local
+        loop = session._parts.local
         assert loop is not None
         snapshot = loop.snapshot()
     features = extract_features(snapshot, {})

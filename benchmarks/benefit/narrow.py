@@ -118,7 +118,7 @@ def _with_esper(run: Run, record: Record) -> tuple[Any, Costs]:
         costs = Costs(before, scratch, Spent.of(run), step_flops(run), evaluation_flops(run))
         record.parameters["Esper"] = run.parameters
         record.grafts = [str(entry) for entry in session.adaptations]
-        loop = session._remedies
+        loop = session._parts.remedies
         record.remedies = [
             f"{treatment.remedy} at step {treatment.step}, {treatment.ended or 'in force'}"
             for treatment in (loop.treatments if loop is not None else ())
@@ -297,7 +297,7 @@ def measure_wide(host: Host, seed: int) -> Record:
 
         run.train(ENOUGH, on)
         record.grafts = [str(entry) for entry in session.adaptations]
-        loop = session._remedies
+        loop = session._parts.remedies
         record.remedies = [str(treatment.remedy) for treatment in (loop.treatments if loop else ())]
         flops = run.steps * step_flops(run) + run.evaluations * evaluation_flops(run)
     record.scratch["Esper"] = level(run.curve)

@@ -47,7 +47,7 @@ class Esper(Arm):
             self._approve()
 
     def end(self) -> None:
-        loop = self.session._remedies
+        loop = self.session._parts.remedies
         for treatment in loop.treatments if loop is not None else ():
             self.outcome.remedies.append(
                 (treatment.step, treatment.remedy, treatment.finding, treatment.ended or "in force")

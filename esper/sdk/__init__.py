@@ -10,9 +10,10 @@ The session's own modules are here. Beside them:
 from esper.grafting import Receipt
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.attaching import Mode, attach
+from esper.sdk.ending import RunStopped
 from esper.sdk.explaining import Reasons
 from esper.sdk.local import Waiting
-from esper.sdk.session import RunStopped, Session
+from esper.sdk.session import Session
 
 __all__ = [
     "Adaptation",

@@ -21,7 +21,8 @@ from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.replicas import Call
 from esper.health.pace import periods_of
 from esper.near_names import did_you_mean
-from esper.sdk.session import Session, Setup
+from esper.sdk.parts import Setup
+from esper.sdk.session import Session
 from esper.sdk.snapshot_limit import folder_for_snapshots, snapshot_limit
 from esper.sdk.tracking import Mirror, Tracker, trackers_of
 from esper.sdk.transport.queues import Pace

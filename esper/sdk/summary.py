@@ -5,12 +5,14 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from esper.console import printable
 from esper.contracts import HealthFrame, LayerInfo, Signal
+from esper.sdk.explaining import Reasons
+from esper.sdk.parts import Parts
 from esper.tables import aligned, cut, html_list, html_table
 
 MOST_ROWS = 12
@@ -59,6 +61,49 @@ class Summary:
 
     def _told(self) -> list[tuple[str, list[str]]]:
         return [(title, shortened(lines)) for title, lines in self.sections if lines]
+
+
+def summary_of(parts: Parts, frame: HealthFrame | None, why: Reasons, *, closed: bool) -> Summary:
+    """Tell a run.
+
+    Args:
+        frame: the latest one, None before the first.
+        why: why nothing happens.
+        closed: the session has ended.
+    """
+    run, layers, changes = parts.run, parts.layers.all, parts.surgery.changes
+    if not parts.layers.fixed:
+        layers = tuple(replace(layer, reason="not seen to run yet") for layer in layers)
+    rows, left_out = layer_rows(layers, frame, _grafts_by_layer(parts))
+    where = parts.server.page if parts.server is not None else "local"
+    measured = f"health of step {frame.step:,}" if frame is not None else "no health frame yet"
+    proposed = parts.remedies.proposals if parts.remedies is not None else ()
+    waiting = parts.local.waiting if parts.local is not None else ()
+    return Summary(
+        title=(
+            f"Esper run {run.name!r}: {run.mode} mode, step {run.step:,}, {where}"
+            f"{', closed' if closed else ''}\n{len(layers)} layers, {measured}"
+        ),
+        rows=rows,
+        left_out=left_out,
+        sections=(
+            ("Findings", [str(finding) for finding in parts.findings.all()]),
+            ("Adaptations", [str(entry) for entry in changes.adaptations]),
+            ("Snapshots", [line] if (line := changes.snapshots()) else []),
+            ("Remedies in effect", [str(receipt) for receipt in changes.remedies]),
+            ("Proposed remedies", [str(entry) for entry in proposed]),
+            ("Waiting for you", [str(entry) for entry in waiting]),
+            (why.title, why.lines()),
+        ),
+    )
+
+
+def _grafts_by_layer(parts: Parts) -> dict[str, str]:
+    notes: dict[str, str] = {}
+    for entry in parts.surgery.changes.grafted:
+        before = f"{notes[entry.layer]}, " if entry.layer in notes else ""
+        notes[entry.layer] = f"{before}{entry.blueprint} ({entry.state})"
+    return notes
 
 
 def shortened(lines: Sequence[str]) -> list[str]:

@@ -71,10 +71,10 @@ def attach(
     def load(models: list[Any], folder: str) -> None:
         file = Path(folder) / ESPER_FILE
         # In the middle of a run, the grafts follow the model's own state, which comes next.
-        if file.exists() and not session._run.step:
+        if file.exists() and not session._parts.run.step:
             session.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
-    closed = session._fail_closed
+    closed = session._parts.fail_closed
     save = closed.wrap(
         save,
         part="part of Accelerate's save_state",

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from esper.fail_closed import FailClosed
+from esper.sdk.ending import RunStopped
 from esper.sdk.findings import unknown_loss
-from esper.sdk.session import RunStopped, Session
+from esper.sdk.session import Session
 
 logger = logging.getLogger("esper")
 
@@ -54,7 +55,7 @@ def goes_on(session: Session, loss: float | Tensor | None) -> bool:
     A loss that the framework did not show is a finding.
     """
     if loss is None:
-        session._findings.add(unknown_loss())
+        session._parts.findings.add(unknown_loss())
     try:
         session.step(loss)
     except RunStopped as stopped:
@@ -65,4 +66,4 @@ def goes_on(session: Session, loss: float | Tensor | None) -> bool:
 
 def _fail_closed_of(callback: Any) -> FailClosed:
     session = callback.session
-    return FailClosed() if session is None else session._fail_closed
+    return FailClosed() if session is None else session._parts.fail_closed

@@ -33,8 +33,9 @@ from esper.exceptions import ConfigurationError, EsperError
 from esper.fail_closed import FailClosed
 from esper.sdk import framework_loads
 from esper.sdk.attaching import attach
+from esper.sdk.ending import patience_for, reason_of
 from esper.sdk.frameworks.callbacks import goes_on, inside_the_loop
-from esper.sdk.session import Session, patience_for, reason_of
+from esper.sdk.session import Session
 
 framework_loads.install()
 
@@ -91,11 +92,11 @@ class EsperCallback(TrainerCallback):
         self.session = attach(
             model, kwargs["optimizer"], scheduler=kwargs["lr_scheduler"], **options
         )
-        self.session._surgery.stop.obeyed_by = "the Trainer"
+        self.session._parts.surgery.stop.obeyed_by = "the Trainer"
         saved = self._saved_state(args, state)
         if saved is not None:
             self.session.load_state_dict(saved)
-        self._losses.follow(model, self.session._fail_closed)
+        self._losses.follow(model, self.session._parts.fail_closed)
 
     @inside_the_loop("The session makes no more steps, so nothing is measured.")
     def on_optimizer_step(

@@ -25,8 +25,9 @@ from esper.exceptions import EsperError
 from esper.grafting.state_dicts import LoadHooks, pop_grafts
 from esper.sdk import framework_loads
 from esper.sdk.attaching import attach
+from esper.sdk.ending import patience_for, reason_of
 from esper.sdk.frameworks.callbacks import goes_on, inside_the_loop
-from esper.sdk.session import Session, patience_for, reason_of
+from esper.sdk.session import Session
 
 framework_loads.install()
 
@@ -81,7 +82,7 @@ class EsperCallback(Callback):
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             **options,
         )
-        self.session._surgery.stop.obeyed_by = "Lightning's Trainer"
+        self.session._parts.surgery.stop.obeyed_by = "Lightning's Trainer"
         saved, self._saved = self._saved, None
         if saved is not None:
             self.session.load_state_dict(saved)

@@ -77,7 +77,7 @@ class Lives:
         )
         layer = next(layer for layer in session.layers if layer.name == "3")
         lora = blueprints.get_blueprint("proj_lora_64")
-        session._surgery.apply(Operation(layer, lora, {}, seed=1, uid=adaptation.uid))
+        session._parts.surgery.apply(Operation(layer, lora, {}, seed=1, uid=adaptation.uid))
         training.run(3, session)
         return adaptation
 
@@ -87,13 +87,13 @@ class Lives:
 
 
 def alive(session: esper.Session) -> bool:
-    thread = session._server and session._server._transport._thread
+    thread = session._parts.server and session._parts.server._transport._thread
     return thread is not None and thread.is_alive()
 
 
 def sender_of(session: esper.Session) -> object:
     """The transport makes it once its hello was answered."""
-    return session._server and session._server._transport._sender
+    return session._parts.server and session._parts.server._transport._sender
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 300.0) -> None:

@@ -163,12 +163,12 @@ def test_an_average_of_another_model_of_the_same_class_stays_with_it(average: st
 def test_a_dropped_average_is_not_kept_alive() -> None:
     run = Averaged("mlp", "AveragedModel", "before")
     receipt = run.graft("0", "proj_lora_64")
-    assert len(run.session._surgery.copies) == 1
+    assert len(run.session._parts.surgery.copies) == 1
     receipt.forget_snapshot()  # a hard undo would restore the average too
     run.average = None
     run.graft("3", "proj_lora_64")
 
-    assert len(run.session._surgery.copies) == 0
+    assert len(run.session._parts.surgery.copies) == 0
     run.session.close()
 
 

@@ -88,7 +88,7 @@ def test_a_fit_without_a_loss_ends_as_without_esper(kind: type[Skips], answer: s
     assert all(map(torch.equal, weights(alone), weights(watched)))
     session = callback.session
     assert session is not None
-    assert session._run.step == trainer.global_step // len(trainer.optimizers)
+    assert session._parts.run.step == trainer.global_step // len(trainer.optimizers)
     if kind is ByHand:
         assert [f for f in session.findings() if "without a loss" in f.observed]
 
@@ -114,7 +114,7 @@ def test_a_callback_that_fails_is_switched_off_once(
     session = callback.session
     assert session is not None
     assert len(calls) == 1
-    assert [f.observed for f in session._findings.all() if hook in f.observed] == [
+    assert [f.observed for f in session._parts.findings.all() if hook in f.observed] == [
         f"Esper's {hook} failed: ZeroDivisionError: by zero"
     ]
 
@@ -137,5 +137,5 @@ def test_a_trainer_that_computes_its_own_loss_is_trained(
     trainer.train()
     session = callback.session
     assert session is not None
-    assert session._run.step == 4
-    assert [f for f in session._findings.all() if "without a loss" in f.observed]
+    assert session._parts.run.step == 4
+    assert [f for f in session._parts.findings.all() if "without a loss" in f.observed]

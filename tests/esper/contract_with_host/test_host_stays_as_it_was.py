@@ -107,7 +107,7 @@ def train(
 
 def arm(session: Session) -> None:
     """The next forward pass is read by hooks, as now and then."""
-    sampler = session._surgery.sampler
+    sampler = session._parts.surgery.sampler
     assert sampler is not None
     sampler._activations.arm()
     sampler._deep_now = True

@@ -330,7 +330,7 @@ def test_losses_keep_their_steps(late: LateNumbers) -> None:
     loop = Loop()
     with esper.attach(loop.model, loop.optimizer) as session:
         loop.train(session, late, 6)
-        known = dict(session._run.losses)
+        known = dict(session._parts.run.losses)
 
     assert known == {step: loop.losses[step - 1].item() for step in range(1, 6)}
 

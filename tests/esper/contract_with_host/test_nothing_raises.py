@@ -149,7 +149,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 def train(model: nn.Module, session: Session | None, steps: int = STEPS) -> list[float]:
     generator = torch.Generator().manual_seed(1)
-    optimizer = session._setup.surroundings.optimizers[0] if session else optimizer_of(model)
+    optimizer = session._parts.setup.surroundings.optimizers[0] if session else optimizer_of(model)
     losses = []
     for _ in range(steps):
         x = torch.randn(8, 4, generator=generator)
@@ -187,7 +187,9 @@ def test_a_model_with_an_odd_layer_trains_as_without_esper(kind: str, mode: str)
         losses = train(model, session)
         frame = session.frame()
         assert losses == alone or session.adaptations
-        assert mode == "automatic" or not session._failures, "no part of a step has failed"
+        assert mode == "automatic" or not session._parts.failures.counts, (
+            "no part of a step has failed"
+        )
         assert frame is not None
         known = dict(zip(frame.layers, frame.column(Signal.GRAD_NORM).tolist(), strict=True))
         assert known["first"] > 0
@@ -226,7 +228,7 @@ def test_a_padded_encoder_is_evaluated_before_it_trains(layers: int, grad: bool)
             loss.backward()
             optimizer.step()
             session.step(loss)
-        assert not session._failures
+        assert not session._parts.failures.counts
         assert not switched_off_in(session)
         shapes = {layer.name: layer.in_shape for layer in session.layers}
         assert shapes["layers.0.linear1"] == (2, 5, 16), "the first pass that trains shows it"
@@ -237,9 +239,9 @@ def test_a_model_that_is_scripted_as_a_whole_is_trained_and_named() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
     with attached(scripted) as session:
         train(scripted, session, 3)
-        sampler = session._surgery.sampler
+        sampler = session._parts.surgery.sampler
         train(scripted, session, 3)
-        assert session._surgery.sampler is sampler, "it is opened once"
+        assert session._parts.surgery.sampler is sampler, "it is opened once"
         assert session.layers == ()
         assert any("recorder" in finding.observed for finding in session.findings())
 
@@ -258,8 +260,8 @@ def test_a_watcher_that_fails_is_switched_off_for_its_layer_and_said_once(
     with attached(model) as session:
         for _ in range(2):
             train(model, session, 2)
-            assert session._surgery.sampler is not None
-            session._surgery.sampler._activations.arm()
+            assert session._parts.surgery.sampler is not None
+            session._parts.surgery.sampler._activations.arm()
         train(model, session, 2)
         found = switched_off_in(session)
     assert sorted(finding.layer for finding in found) == ["first", "last"]
@@ -333,7 +335,7 @@ def test_the_guard_works_beside_sparse_gradients(kind: Any) -> None:
             session.step(loss)
             if step == 3:
                 receipt = session.graft("1", "proj_lora_64")
-        assert not session._failures
+        assert not session._parts.failures.counts
         assert session.undo(receipt).exact
     embedding.weight.grad = torch.sparse_coo_tensor(
         [[1]], [[float("nan")] * 4], (20, 4), check_invariants=False
@@ -358,9 +360,9 @@ def test_the_end_of_a_run_does_all_its_parts_and_raises_nothing(
     session = attached(model)
     train(model, session, 2)
     closed: list[bool] = []
-    sampler = session._surgery.sampler
+    sampler = session._parts.surgery.sampler
     assert sampler is not None
-    monkeypatch.setattr(session._ledger, "close", lambda: 1 / 0)
+    monkeypatch.setattr(session._parts.ledger, "close", lambda: 1 / 0)
     monkeypatch.setattr(sampler, "close", lambda: closed.append(True))
     session.close()
     assert closed == [True]
@@ -406,8 +408,8 @@ def test_ctrl_c_without_a_server_is_quick_and_prints_one_line_at_most(
         interrupted = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - interrupted < 1.0
-    assert session._server is not None
-    thread = session._server._transport._thread
+    assert session._parts.server is not None
+    thread = session._parts.server._transport._thread
     assert thread is not None
     assert not thread.is_alive()
     said = [record for record in caplog.records if record.levelname != "INFO"]

@@ -71,7 +71,7 @@ def layers_replaced_while_it_trains() -> Any:
 def test_every_part_goes_on(kind: Callable[[], Any]) -> None:
     session = kind()
 
-    assert session._failures == {}
+    assert session._parts.failures.counts == {}
     assert session.frame() is not None
     assert not math.isnan(session.frame().metrics["loss"])
 

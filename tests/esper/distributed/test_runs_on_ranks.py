@@ -124,7 +124,7 @@ def _remedies_in_turn(side: Replica, plane: ControlPlane | None) -> dict[str, An
     order(6, CommandKind.REMEDY, "a6", remedy="hold_lr", config={"value": 0.01})
     order(7, CommandKind.UNDO, "a6", hard=True)
     assert session.remedies == ()
-    states = session._surgery.states
+    states = session._parts.surgery.states
     seen["good"] = states.steps if states is not None else None
     seen["steps"], seen["sha"] = side.at, side.parameters()
     if plane is not None:

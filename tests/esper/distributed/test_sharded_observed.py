@@ -179,8 +179,8 @@ def _go_on_alone(rank: int, how: str) -> Any:
         if rank == 1 and at == 15 and how == "ends":
             os._exit(3)
         broken = rank == 1 and at >= 15
-        if how == "raises" and broken and session._surgery.sampler is not None:
-            session._surgery.sampler._start_sum = None  # type: ignore[union-attr, method-assign, assignment]
+        if how == "raises" and broken and session._parts.surgery.sampler is not None:
+            session._parts.surgery.sampler._start_sum = None  # type: ignore[union-attr, method-assign, assignment]
         own = None if how == "silent" and broken else session
         if how != "ends":
             side.step(at, own)
@@ -217,7 +217,7 @@ def _stop(rank: int) -> Any:
             for at in range(20_000):
                 if plane is not None and at == 5:
                     while not plane.listeners:
-                        session._server.send_step(None, {"loss": 1.0})  # type: ignore[union-attr]
+                        session._parts.server.send_step(None, {"loss": 1.0})  # type: ignore[union-attr]
                         time.sleep(0.02)
                     plane.send(plane.command(CommandKind.STOP_RUN, 1, payload={"reason": "enough"}))
                 try:

@@ -242,6 +242,6 @@ def test_nothing_of_the_users_graph_is_held_after_a_frame() -> None:
             loss = model(torch.randn(32, 8)).square().mean()
             optimizer.step()
             session.step(loss)
-        sampler = session._surgery.sampler
+        sampler = session._parts.surgery.sampler
         assert sampler is not None
         assert not sampler._activations._outputs

@@ -104,11 +104,11 @@ def test_an_open_finding_that_names_the_layer_lowers_its_health() -> None:
         training.run(20, session)
         for severity, most in ((Severity.CAUTION, 0.7), (Severity.SERIOUS, 0.4)):
             finding = replace(LACKS_CAPACITY, layer="3", severity=severity)
-            session._findings.report(Change.OPENED, finding)
+            session._parts.findings.report(Change.OPENED, finding)
             frame = next_frame(training, session)
             assert frame.value("3", Signal.HEALTH) == pytest.approx(most)
             assert frame.value("0", Signal.HEALTH) > most
-        session._findings.report(Change.RESOLVED, finding)
+        session._parts.findings.report(Change.RESOLVED, finding)
         assert next_frame(training, session).value("3", Signal.HEALTH) > 0.7
 
 
@@ -129,7 +129,7 @@ def attached(training: Training) -> esper.Session:
 
 
 def usual(session: esper.Session) -> bool:
-    return len(session._health._deviation._past) > FEWEST_FRAMES
+    return len(session._steps._health._deviation._past) > FEWEST_FRAMES
 
 
 def next_frame(training: Training, session: esper.Session) -> HealthFrame:

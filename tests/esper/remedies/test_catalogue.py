@@ -261,7 +261,7 @@ def test_people_measure_and_save_and_nothing_of_the_run_changes() -> None:
         losses += run.train(15, session)
         assert losses == expected
         assert session.remedies == ()
-        states = session._surgery.states
+        states = session._parts.surgery.states
         assert states is not None
         assert 45 in states.steps
         assert (saved, kept.details["checkpoint"]) == ([45], "saved")
@@ -281,7 +281,7 @@ def test_a_checkpoint_that_fails_or_has_no_place_is_refused_in_words() -> None:
         run.train(2, session)
         with pytest.raises(GraftError, match=r"checkpoint\(\) failed: OSError: disk full"):
             session.remedy("checkpoint_now")
-        states = session._surgery.states
+        states = session._parts.surgery.states
         assert states is not None
         assert 2 not in states.steps
     with esper.attach(run.model, run.optimizer, server="") as session:
@@ -295,7 +295,7 @@ def test_a_state_of_a_sick_run_is_not_kept_as_a_good_one() -> None:
     run = Run("sgd")
     with run.attach() as session:
         run.train(CONFIRMED, session)
-        states = session._surgery.states
+        states = session._parts.surgery.states
         assert states is not None
         good = states.steps
 
@@ -415,7 +415,7 @@ def test_no_state_on_the_way_into_a_divergence_is_offered() -> None:
     run = Run("sgd")
     with run.attach() as session:
         run.train(EVERY_STEPS - 2, session)
-        states = session._surgery.states
+        states = session._parts.surgery.states
         assert states is not None
 
         def explode(_: int) -> None:
@@ -686,7 +686,7 @@ def test_a_loop_that_looks_is_stopped_and_has_the_best_weights() -> None:
         run.train(CONFIRMED, session)
         assert not session.should_stop
         receipt = session.remedy("stop_early")
-        states = session._surgery.states
+        states = session._parts.surgery.states
         assert states is not None
         assert states.best is not None
         best = states.best[1]

@@ -52,7 +52,7 @@ def test_a_resumed_run_goes_back_to_the_same_state_to_the_bit(remedy: str, tmp_p
     with attached(run, tmp_path) as session:
         run.train(3 * EVERY_STEPS, session)
         state = saved(run, session)
-        states = session._surgery.states
+        states = session._parts.surgery.states
         assert states is not None
         steps = states.steps
         expected = session.remedy(remedy).details
@@ -60,7 +60,7 @@ def test_a_resumed_run_goes_back_to_the_same_state_to_the_bit(remedy: str, tmp_p
         moments = copy.deepcopy(run.optimizer.state_dict()["state"])
     later, session = resumed(state, tmp_path)
     with session:
-        found = session._surgery.states
+        found = session._parts.surgery.states
         assert found is not None
         assert found.steps == steps
         assert session.remedy(remedy).details == expected
@@ -78,7 +78,7 @@ def test_what_the_run_did_after_the_checkpoint_is_not_offered(tmp_path: Path) ->
         run.train(3 * EVERY_STEPS, session)
     _, session = resumed(state, tmp_path)
     with session:
-        states = session._surgery.states
+        states = session._parts.surgery.states
         assert states is not None
         assert all(step <= 2 * EVERY_STEPS for step in states.steps)
         (own,) = tmp_path.iterdir()

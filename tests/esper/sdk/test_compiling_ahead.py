@@ -283,7 +283,7 @@ def test_an_automatic_run_trains_on_while_the_code_is_compiled() -> None:
 
     host, compiler = Bottleneck(), Compiler()
     with attached(host, "automatic", EAGER) as session:
-        session._local._ahead = compiler
+        session._parts.local._ahead = compiler
         host.run_until(lambda: len(compiler.asked) >= 3, session)
         assert session.adaptations == ()
         assert len({id(operation) for operation in compiler.asked}) == 1, "one decision"
@@ -297,7 +297,7 @@ def test_a_supervised_run_compiles_while_the_person_thinks() -> None:
 
     host, compiler = Bottleneck(), Compiler()
     with attached(host, "supervised", EAGER) as session:
-        session._local._ahead = compiler
+        session._parts.local._ahead = compiler
         host.run_until(lambda: session.waiting, session)
         assert compiler.asked[0].blueprint is blueprints.get_blueprint(session.waiting[0].blueprint)
 

@@ -25,7 +25,7 @@ def test_the_next_run_knows_the_cases_of_the_last(
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with esper.attach(model, optimizer, verbose=False, server="") as session:
-        known = session._local.memory.experience  # type: ignore[union-attr]
+        known = session._parts.local.memory.experience  # type: ignore[union-attr]
     assert (known["proj_ia3"].kept, known["proj_ia3"].rolled_back) == (1, 1)
     assert known["proj_ia3"].mean_reward == pytest.approx(0.05)
     assert math.isnan(known["widen_hidden"].mean_reward)

@@ -49,18 +49,18 @@ def clock(step: float) -> Iterator[None]:
 def seen(session: Any) -> dict[str, Any]:
     """What a session knows that follows from the losses and the number of steps."""
     state = session.state_dict()
-    states = session._surgery.states
+    states = session._parts.surgery.states
     return {
         "step": state["step"],
-        "losses": list(session._run.losses),
+        "losses": list(session._parts.run.losses),
         "guard": state["guard"],
-        "recent": session._diagnosis._recent,
+        "recent": session._parts.diagnosis._recent,
         "frame": session.frame().step,
         "good states": states and (states.steps, states._next),
-        "movement": session._ledger._movement._steps,
+        "movement": session._parts.ledger._movement._steps,
         "findings": (session.findings(), session.findings(resolved=True)),
-        "passes": [seen.step for seen in session._diagnosis.recorder.passes],
-        "readings": [seen.step for seen in session._diagnosis.recorder.gradients],
+        "passes": [seen.step for seen in session._parts.diagnosis.recorder.passes],
+        "readings": [seen.step for seen in session._parts.diagnosis.recorder.gradients],
     }
 
 
@@ -108,10 +108,10 @@ def test_a_jump_of_the_loss_is_looked_at_in_its_step() -> None:
 def test_an_idle_step_calls_none_of_the_parts_in_the_optimizer() -> None:
     with clock(0.0):
         session = trained("observe")
-        parts = session._diagnosis.recorder._parts + session._ledger._movement._parts
-        parts += session._surgery.sampler._steps._parts
+        parts = session._parts.diagnosis.recorder._parts + session._parts.ledger._movement._parts
+        parts += session._parts.surgery.sampler._steps._parts
 
-        modes = session._diagnosis.recorder._modes.counts  # batch normalisation is looked at
+        modes = session._parts.diagnosis.recorder._modes.counts  # batch normalisation is looked at
         assert [part.armed for part in parts] == [modes, False, False]
 
 
@@ -122,5 +122,5 @@ def test_reports_and_calls_of_the_script_see_idle_steps() -> None:
         session.report(accuracy=0.9)
         session.step(0.04)
 
-        assert session._reported == {}
+        assert session._steps.reported == {}
         assert session.state_dict()["guard"]["good"][-2:] == [0.05, 0.04]

@@ -264,10 +264,10 @@ def test_a_run_whose_remedies_all_fail_ends_no_worse_than_where_they_began(
 
     run = Run(Fault(momentum=0.0))
     with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
-        watch = session._diagnosis
+        watch = session._parts.diagnosis
         assert watch is not None
         watch.diagnosis = Diagnosis([Endless()])
-        real, at = session._surgery.remedy, []
+        real, at = session._parts.surgery.remedy, []
 
         def spoil(slug: str, layer: str, sample: object, config: Any, *rest: object) -> object:
             at.append({n: p.detach().clone() for n, p in run.model.named_parameters()})
@@ -282,13 +282,13 @@ def test_a_run_whose_remedies_all_fail_ends_no_worse_than_where_they_began(
                 assert all(torch.equal(back[name], first) for name, first in at[0].items())
             return receipt
 
-        monkeypatch.setattr(session._surgery, "remedy", spoil)
+        monkeypatch.setattr(session._parts.surgery, "remedy", spoil)
         before = run.train(100, session)
         after = run.train(300, session)
         assert max(after) > 2 * max(before[80:100])
         assert sum(after[-10:]) / 10 <= 1.1 * sum(before[80:100]) / 20
-        assert session._remedies is not None
-        assert any("none helped" in entry.ended for entry in session._remedies.treatments)
+        assert session._parts.remedies is not None
+        assert any("none helped" in entry.ended for entry in session._parts.remedies.treatments)
 
 
 def test_a_remedy_that_cannot_be_applied_is_not_tried_again_in_each_step(
@@ -302,7 +302,7 @@ def test_a_remedy_that_cannot_be_applied_is_not_tried_again_in_each_step(
             tried.append(slug)
             raise GraftError("no room", layer="")
 
-        monkeypatch.setattr(session._surgery, "remedy", refuse)
+        monkeypatch.setattr(session._parts.surgery, "remedy", refuse)
         run.train(230, session)
         assert tried.count("rewind") == 1
         assert "rewind does not fit non_finite: no room." in str(session.why())

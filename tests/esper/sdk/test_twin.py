@@ -79,20 +79,20 @@ def test_its_gain_is_that_of_the_same_training_with_the_graft() -> None:
     assert twin.looks >= 10
     assert twin.low < twin.gain < twin.high
     assert twin.gain > 0.005  # the host is a bottleneck
-    closed = session._local.memory.experience.get("mlp_gelu_2048")  # type: ignore[union-attr]
+    closed = session._parts.local.memory.experience.get("mlp_gelu_2048")  # type: ignore[union-attr]
     assert (closed is not None) == (twin.helps(0.005) is not None)
 
 
 def test_a_budget_that_is_used_up_ends_it_and_nothing_is_claimed() -> None:
     _, session, _, _ = trained(20)
-    model = copy.deepcopy(session._setup.model.state_dict())
+    model = copy.deepcopy(session._parts.setup.model.state_dict())
     found = session.twin(
         "3", "mlp_gelu_2048", batches=BATCHES, loss=loss_of, evaluate=held_out,
         steps=10**6, seconds=1e-9,
     )  # fmt: skip
     assert (found.steps, found.looks) == (0, 0)
     assert found.helps(0.005) is None
-    for name, value in session._setup.model.state_dict().items():
+    for name, value in session._parts.setup.model.state_dict().items():
         if isinstance(value, Tensor):
             assert torch.equal(value, model[name]), name
 

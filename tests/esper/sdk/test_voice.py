@@ -207,8 +207,8 @@ def test_a_finding_is_said_once_and_one_of_no_weight_is_not(
     with attached(training) as session:
         capsys.readouterr()
         for _ in range(3):
-            session._findings.add(a_finding("3"))
-        session._findings.add(a_finding("5", Severity.INFO))
+            session._parts.findings.add(a_finding("3"))
+        session._parts.findings.add(a_finding("5", Severity.INFO))
         (line,) = lines_of(capsys.readouterr().err)
     assert line.startswith("esper: caution finding at '3': it does not learn. Look.")
     assert any("info finding at '5'" in message for message in logged)
@@ -219,13 +219,13 @@ def test_a_flood_is_folded(training: Training, capsys: Captured) -> None:
         training.step(session)
         capsys.readouterr()
         for place in range(15):
-            session._findings.add(a_finding(f"layer{place}"))
+            session._parts.findings.add(a_finding(f"layer{place}"))
         training.step(session)
         lines = lines_of(capsys.readouterr().err)
         assert len(lines) == 4
         assert "… and 12 more" in lines[-1]
         for place in range(15, 20):
-            session._findings.add(a_finding(f"layer{place}"))
+            session._parts.findings.add(a_finding(f"layer{place}"))
         training.run(50, session)
         assert capsys.readouterr().err == ""
         training.run(60, session)
@@ -241,7 +241,7 @@ def tell(training: Training, **options: Any) -> None:
     with attached(training, mode="supervised", **options) as session:
         training.run(2, session)
         receipt = session.graft("3", "proj_lora_64")
-        session._findings.add(a_finding("3"))
+        session._parts.findings.add(a_finding("3"))
         training.run(1, session)
         session.undo(receipt)
 
@@ -526,5 +526,5 @@ def test_a_filter_of_the_user_that_raises_stops_nothing(
 def test_what_was_held_back_is_counted_at_the_end(training: Training, capsys: Captured) -> None:
     with attached(training) as session:
         for place in range(15):
-            session._findings.add(a_finding(f"layer{place}"))
+            session._parts.findings.add(a_finding(f"layer{place}"))
     assert "… and 12 more" in lines_of(capsys.readouterr().err)[-1]

@@ -156,7 +156,7 @@ def test_why_in_observe_mode_says_what_would_be_proposed() -> None:
         assert session.adaptations == session.waiting == ()
         (reason,) = session.why()
         assert 'mode="supervised"' in reason
-        assert not session._surgery.changes.adaptations
+        assert not session._parts.surgery.changes.adaptations
 
 
 def test_why_names_what_waits_and_how_to_answer() -> None:

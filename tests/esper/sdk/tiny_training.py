@@ -29,7 +29,7 @@ def grafts_at(model: nn.Module, layer: str) -> list[str]:
 
 def say_capacity(session: Session) -> None:
     """As the diagnosis says that the run lacks capacity."""
-    session._findings.report(Change.OPENED, LACKS_CAPACITY)
+    session._parts.findings.report(Change.OPENED, LACKS_CAPACITY)
 
 
 def weight_of(model: nn.Module, layer: str) -> Tensor:

@@ -284,6 +284,6 @@ def test_a_command_without_a_later_boundary_is_answered_at_the_end(
 ) -> None:
     session = listening(training, plane)
     plane.send(graft_command(plane, 1, kernel_for(session, plane)))
-    wait_for(lambda: session._queues and session._queues.inbox, "it is prepared")
+    wait_for(lambda: session._parts.queues and session._parts.queues.inbox, "it is prepared")
     session.close()
     assert final_ack(plane, 1)["state"] == "failed"

@@ -42,7 +42,7 @@ def test_a_server_that_dies_and_returns_gets_every_report(
 ) -> None:
     with listening(training, plane) as session:
         plane.send(graft_command(plane, 1, kernel_for(session, plane)))
-        wait_for(lambda: session._queues and session._queues.inbox, "it is prepared")
+        wait_for(lambda: session._parts.queues and session._parts.queues.inbox, "it is prepared")
         plane.stop()
         training.run(30, session)
         assert [entry.uid for entry in session.adaptations] == ["a1"]
@@ -59,7 +59,7 @@ def test_reports_outlive_the_trainer(
 ) -> None:
     session = listening(training, plane)
     plane.send(graft_command(plane, 1, kernel_for(session, plane)))
-    wait_for(lambda: session._queues and session._queues.inbox, "it is prepared")
+    wait_for(lambda: session._parts.queues and session._parts.queues.inbox, "it is prepared")
     plane.stop()
     training.run(3, session)
     session.close(timeout=0.2)
@@ -158,7 +158,7 @@ def test_a_server_that_has_lost_a_command_still_gets_everything_else(
     plane.answers_to["ack"] = (404, {"code": "not-found", "detail": "There is no such command"})
     with listening(training, plane) as session:
         plane.send(plane.command(CommandKind.PAUSE_ADAPTATION, 1))
-        training.until(lambda: session._server.paused, session)  # type: ignore[union-attr]
+        training.until(lambda: session._parts.server.paused, session)  # type: ignore[union-attr]
         stored = plane.stored_to
         training.until(lambda: plane.stored_to > stored + 20, session)
     assert plane.finishes
