@@ -17,7 +17,7 @@ from apps.accounts.authentication import actor, person, via
 from apps.accounts.endpoint import Endpoint, require, run_of_token, scopes_of
 from apps.accounts.policy import Act
 from apps.adaptations import services
-from apps.adaptations.models import Adaptation, DecisionRecord
+from apps.adaptations.models import Adaptation, DecisionRecord, Delegation
 from apps.adaptations.selectors import (
     adaptations,
     decisions,
@@ -36,6 +36,8 @@ from apps.adaptations.serializers import (
     BulkRejectInput,
     BulkRejectOutput,
     DecisionOutput,
+    DelegationInput,
+    DelegationOutput,
     DryRunOutput,
     ExperienceOutput,
     IntegrationStatusOutput,
@@ -251,6 +253,52 @@ class AskForRemedy(Endpoint):
             **given,
         )
         return _answer(request, _adaptation(asked.uid), status=201)
+
+
+class Delegations(Endpoint):
+    """Standing approvals of a run's remedies."""
+
+    throttle_classes = (ActThrottle,)
+    parameters = PARAMETERS
+
+    @documented("list_delegations", answer=page_of(DelegationOutput), parameters=listing())
+    def get(self, request: Request, uid: str) -> HttpResponseBase:
+        run = visible_run(uid, only=run_of_token(request))
+        rows = Delegation.objects.filter(run=run).select_related("run", "granted_by", "revoked_by")
+        return page_response(request, rows, lambda rows: DelegationOutput(rows, many=True).data)
+
+    @documented(
+        "grant_delegation",
+        body=DelegationInput,
+        answer=DelegationOutput,
+        status=201,
+        act=True,
+        summary="Approve a remedy ahead, within limits and for a time",
+    )
+    @idempotent
+    def post(self, request: Request, uid: str) -> Response:
+        run = visible_run(uid, only=run_of_token(request))
+        given = parse(DelegationInput, request.data)
+        made = services.grant_delegation(run=run, user=person(request), via=via(request), **given)
+        return Response(DelegationOutput(made).data, status=201)
+
+
+def _delegation(request: Request, uid: str) -> Delegation:
+    found = Delegation.objects.filter(uid=uid).select_related("run", "granted_by").first()
+    if found is None:
+        raise not_found("delegation")
+    visible_run(found.run.uid, only=run_of_token(request))
+    return found
+
+
+RevokeDelegation = act_endpoint(
+    "revoke_delegation",
+    services.revoke_delegation,
+    subject="delegation",
+    find=_delegation,
+    answer=lambda _, revoked: Response(DelegationOutput(revoked).data),
+    output=DelegationOutput,
+)
 
 
 # --- Tamiyo ---------------------------------------------------------------------------------------

@@ -89,6 +89,9 @@ class Adaptation(models.Model):
     )
     decided_rule = models.CharField(max_length=200, blank=True)
     decision_reason = models.TextField(blank=True)
+    delegation = models.ForeignKey(  # the standing approval that let it go alone
+        "Delegation", on_delete=models.PROTECT, null=True, blank=True, related_name="uses"
+    )
     decided_at = models.DateTimeField(null=True, blank=True)
     # what was seen when the decision was made, by a person, by a rule or by the deadline
     decided_step = models.BigIntegerField(null=True, blank=True)
@@ -209,6 +212,43 @@ class Adaptation(models.Model):
     @property
     def grafted(self) -> bool:
         return self.state in ADAPTATION_GRAFTED
+
+
+class Delegation(models.Model):
+    """A person's approval, given ahead, of one remedy in one run: limited, expiring, revocable.
+
+    Attributes:
+        limits: name of a setting -> [lowest, highest]; every other setting keeps its default.
+    """
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "dlg"), editable=False
+    )
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="delegations")
+    granted_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+"
+    )
+    remedy = models.CharField(max_length=60)  # slug
+    limits = models.JSONField(default=dict)
+    in_words = models.CharField(max_length=300)
+    most_uses = models.PositiveSmallIntegerField()
+    until = models.DateTimeField()
+    reason = models.TextField()
+    created_at = models.DateTimeField(auto_now_add=True)
+    revoked_at = models.DateTimeField(null=True, blank=True)
+    revoked_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+
+    class Meta:
+        ordering = ("-id",)
+
+    def __str__(self) -> str:
+        return f"{self.in_words} in R-{self.run_id}"
+
+    @property
+    def number(self) -> int:
+        return self.pk
 
 
 class Vote(models.Model):

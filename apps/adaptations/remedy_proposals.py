@@ -20,6 +20,7 @@ from apps.accounts.actors import SYSTEM, Actor, ActorKind
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
 from apps.adaptations.binding import shown_hash
+from apps.adaptations.delegations import covering, sentence
 from apps.adaptations.dispatch import send_remedy
 from apps.adaptations.history import why_frozen
 from apps.adaptations.lifecycle import transition
@@ -40,6 +41,7 @@ from esper.contracts import (
     Finding,
     Risk,
     RunMode,
+    SafetyPolicy,
     Severity,
     wire,
 )
@@ -124,21 +126,37 @@ def _propose(run: Run, proposal: RemedyProposal, actor: Actor) -> Adaptation:
         asks=proposal.asks,
     )
     policy = current_policy(run).safety_policy()
-    adaptation = _write(run, wanted, check_remedy(_inputs(run, wanted), policy))
+    checks = check_remedy(_inputs(run, wanted), policy)
+    adaptation = _write(run, wanted, checks)
     announce_proposal(adaptation, actor)
-    rule = Actor(ActorKind.RULE, f"policy v{adaptation.safety_policy.version}")
     if adaptation.asks:
-        return transition(
-            adaptation, S.AWAITING_APPROVAL, actor=rule, reason=" ".join(adaptation.asks)
-        )
-    sentence = f"risk {adaptation.risk} <= {policy.auto_max_risk}, and it can be taken back"
+        return _ask_or_delegate(adaptation, wanted, checks, policy)
+    rule = Actor(ActorKind.RULE, f"policy v{adaptation.safety_policy.version}")
+    why = f"risk {adaptation.risk} <= {policy.auto_max_risk}, and it can be taken back"
+    return _approve_by_rule(adaptation, rule, why, decided_rule=f"{rule.name}: {why}")
+
+
+def _ask_or_delegate(
+    adaptation: Adaptation, wanted: _Wanted, checks: Sequence[Check], policy: SafetyPolicy
+) -> Adaptation:
+    """Wait for a person, unless one has approved just this ahead."""
+    delegation = None
+    if not wanted.asks:  # what the trainer itself asks is never answered ahead
+        delegation = covering(adaptation.run, wanted.remedy, adaptation.config, checks, policy)
+    if delegation is None:
+        rule = Actor(ActorKind.RULE, f"policy v{adaptation.safety_policy.version}")
+        reason = " ".join(adaptation.asks)
+        return transition(adaptation, S.AWAITING_APPROVAL, actor=rule, reason=reason)
+    rule = Actor(ActorKind.RULE, f"delegation of {delegation.granted_by.get_username()}"[:150])
+    why = sentence(delegation)
+    return _approve_by_rule(adaptation, rule, why, decided_rule=why[:200], delegation=delegation)
+
+
+def _approve_by_rule(
+    adaptation: Adaptation, rule: Actor, reason: str, **changes: Any
+) -> Adaptation:
     transition(
-        adaptation,
-        S.APPROVED,
-        actor=rule,
-        reason=sentence,
-        decided_rule=f"{rule.name}: {sentence}",
-        decided_at=timezone.now(),
+        adaptation, S.APPROVED, actor=rule, reason=reason, decided_at=timezone.now(), **changes
     )
     return send_remedy(adaptation, actor=rule)
 

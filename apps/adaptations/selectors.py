@@ -52,6 +52,7 @@ def adaptations() -> QuerySet[Adaptation]:
         "taken_back_by",
         "assigned_to",
         "escalated_by",
+        "delegation__granted_by",
     )
 
 

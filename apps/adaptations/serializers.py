@@ -6,7 +6,8 @@ from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
 from apps.accounts.serializers import PermissionOutput
-from apps.adaptations.models import Adaptation, DecisionRecord
+from apps.adaptations.delegations import LONGEST, MOST_USES
+from apps.adaptations.models import Adaptation, DecisionRecord, Delegation
 from apps.rest.fields import (
     BoundedList,
     Digest,
@@ -20,6 +21,7 @@ from apps.rest.fields import (
 from esper.contracts import AdaptationKind, RejectReason
 
 LONGEST_SNOOZE_MINUTES = 1440
+LONGEST_DELEGATION_MINUTES = int(LONGEST.total_seconds() // 60)
 
 MAX_REJECTED_AT_ONCE = 100
 
@@ -48,6 +50,7 @@ class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
         source="escalated_by.username", default=None, allow_null=True
     )
     edited = Members()
+    delegation = serializers.CharField(source="delegation.uid", default=None, allow_null=True)
 
     class Meta:
         model = Adaptation
@@ -80,6 +83,7 @@ class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
             "ended_at",
             "decided_by",
             "decided_rule",
+            "delegation",
             "decision_reason",
             "decided_at",
             "decided_step",
@@ -326,6 +330,52 @@ class RemedyInput(PersonsInput):
     layer = Text(max_length=255, allow_blank=True, default="")
     config = Members(default=dict)
     reason = Text(allow_blank=True, default="")
+
+
+class DelegationInput(PersonsInput):
+    """``limits``: name of a number setting → [lowest, highest]; other settings keep their default.
+
+    Of a setting that multiplies, the limits hold for all uses together.
+    """
+
+    remedy = Text(max_length=60)
+    limits = Members(default=dict)
+    minutes = WholeNumber(min_value=1, max_value=LONGEST_DELEGATION_MINUTES)
+    most_uses = WholeNumber(min_value=1, max_value=MOST_USES, default=3)
+    reason = Text()
+
+
+class DelegationOutput(serializers.ModelSerializer[Delegation]):
+    """``used``: how many remedies went without a person under it."""
+
+    number = serializers.IntegerField()
+    run = serializers.CharField(source="run.uid")
+    granted_by = serializers.CharField(source="granted_by.username")
+    revoked_by = serializers.CharField(source="revoked_by.username", default=None, allow_null=True)
+    limits = Members()
+    used = serializers.SerializerMethodField()
+
+    class Meta:
+        model = Delegation
+        fields: tuple[str, ...] = (
+            "uid",
+            "number",
+            "run",
+            "remedy",
+            "limits",
+            "in_words",
+            "most_uses",
+            "used",
+            "until",
+            "reason",
+            "granted_by",
+            "created_at",
+            "revoked_at",
+            "revoked_by",
+        )
+
+    def get_used(self, delegation: Delegation) -> int:
+        return delegation.uses.count()
 
 
 class ExperienceOutput(serializers.Serializer[Any]):

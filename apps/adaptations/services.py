@@ -23,6 +23,14 @@ from apps.adaptations.decisions import (
     replay_decision,
     stored_snapshot,
 )
+from apps.adaptations.delegations import (
+    grant_delegation,
+    may_grant,
+    multiplies,
+    open_delegations,
+    revoke_delegation,
+    why_not_delegated,
+)
 from apps.adaptations.dispatch import dispatch_adaptation
 from apps.adaptations.dry_runs import DryRun, dry_run
 from apps.adaptations.editing import editable_settings
@@ -89,13 +97,17 @@ __all__ = [
     "find_adaptation",
     "find_decision",
     "follow_answer",
+    "grant_delegation",
     "judge_adaptation",
     "judge_remedy",
     "mark_taken_out",
+    "may_grant",
+    "multiplies",
     "note_lost_commands",
     "note_merged",
     "note_replaced_key",
     "note_restored",
+    "open_delegations",
     "pause_forecast",
     "permissions",
     "propose_adaptation",
@@ -109,6 +121,7 @@ __all__ = [
     "release_adaptation",
     "replay_decision",
     "request_adaptation_pause",
+    "revoke_delegation",
     "roll_back_adaptation",
     "set_adaptation_switch",
     "snooze_adaptation",
@@ -117,5 +130,6 @@ __all__ = [
     "sweep",
     "undo_plan",
     "votes_of",
+    "why_not_delegated",
     "withdraw_answered",
 ]

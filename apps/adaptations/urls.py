@@ -6,6 +6,8 @@ urlpatterns = [
     path("runs/<str:uid>/snapshot", api.Snapshot.as_view()),
     path("runs/<str:uid>/adaptations", api.Proposals.as_view()),
     path("runs/<str:uid>/ask-for-remedy", api.AskForRemedy.as_view()),
+    path("runs/<str:uid>/delegations", api.Delegations.as_view()),
+    path("delegations/<str:uid>/revoke", api.RevokeDelegation.as_view()),
     path("runs/<str:uid>/decisions", api.Decisions.as_view()),
     path("decisions/<str:uid>/snapshot", api.DecisionSnapshot.as_view()),
     path("adaptations/<str:uid>/snapshot", api.AdaptationSnapshot.as_view()),

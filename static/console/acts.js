@@ -63,6 +63,7 @@ function bodyOf(form, button) {
   if ("changes" in form.dataset) body.changes = changesOf(form);
   if ("parameters" in form.dataset) body.parameters = parametersOf(form);
   if ("settings" in form.dataset) body.config = parametersOf(form);
+  if ("limits" in form.dataset) body.limits = limitsOf(form);
   for (const field of form.elements) {
     if (!field.name || field.disabled && field.tagName === "BUTTON") continue;
     if ("was" in field.dataset || "parameter" in field.dataset) continue;
@@ -93,6 +94,13 @@ const TYPED = { number: Number, flag: (text) => text === "true", text: (text) =>
 function parametersOf(form) {
   const chosen = [...form.elements].filter((field) => "parameter" in field.dataset);
   return Object.fromEntries(chosen.map((field) => [field.name, TYPED[field.dataset.parameter](field.value)]));
+}
+
+// Pairs of fields: the lowest and the highest value of a setting.
+function limitsOf(form) {
+  const limits = {};
+  for (const field of form.querySelectorAll("[data-limit]")) (limits[field.dataset.limit] ??= []).push(Number(field.value));
+  return limits;
 }
 
 function keyFor(form, address, body) {

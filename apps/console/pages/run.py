@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from django.db.models import OuterRef, Subquery
 from django.http import Http404, HttpRequest, HttpResponse
 from django.urls import reverse
 
+from apps.accounts.models import User
 from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation, Remedy
 from apps.adaptations.selectors import error_budget
+from apps.adaptations.services import may_grant, multiplies, open_delegations, why_not_delegated
 from apps.blueprints.models import KnownRemedy
 from apps.console.bar import adaptation_switch
 from apps.console.drawing import shade
@@ -28,6 +31,7 @@ from apps.notifications.services import run_topic
 from apps.policies.services import current_policy
 from apps.recipes.models import Launch
 from apps.recipes.selectors import launches
+from apps.rest.numbers import is_number
 from apps.runs.models import Command, Run
 from apps.telemetry.models import Frame, Metric
 from apps.violations.models import Violation
@@ -38,6 +42,7 @@ from esper.contracts import (
     CommandKind,
     CommandState,
     RunMode,
+    SafetyPolicy,
     Severity,
     Signal,
 )
@@ -66,9 +71,11 @@ def run(request: HttpRequest, uid: str) -> HttpResponse:
 def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
     user = person(request)
     only_poor = request.GET.get("layers") == "poor"
+    in_force = cache(lambda: current_policy(run))  # two panels of one request need them
+    offered = cache(lambda: list(KnownRemedy.objects.filter(present=True)))
 
     def head() -> dict[str, Any]:
-        safety = current_policy(run)
+        safety = in_force()
         return {
             "pause": pause_state(run),
             "stop": stop_command(run),
@@ -91,15 +98,22 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
 
     def ask() -> dict[str, Any]:
         may_change = run.mode != RunMode.OBSERVE
-        offered = KnownRemedy.objects.filter(present=True)
         return {
-            "known": [known for known in offered if known.changes_nothing or may_change],
+            "known": [known for known in offered() if known.changes_nothing or may_change],
             "may_ask": may(user, Act.PROPOSE_REMEDY, owner_id=run.owner_id),
             "may_approve": may(user, Act.APPROVE, owner_id=run.owner_id),
         }
 
     return [
         Panel("ask", "Ask for a remedy", "console/run/ask.html", ask, fold=True),
+        Panel(
+            "delegations",
+            "Approve remedies ahead",
+            "console/run/delegations.html",
+            lambda: delegation_context(run, user, offered(), in_force().safety_policy()),
+            ("delegation", "adaptation", "policy"),
+            fold=True,
+        ),
         Panel("head", "Run", "console/run/head.html", head, ("run", "switch"), every=5),
         Panel(
             "timeline",
@@ -117,6 +131,49 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             ("run", "adaptation"),
         ),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Limited:
+    """A number setting of a remedy that can be delegated, with limits that are proposed."""
+
+    name: str
+    low: float
+    high: float
+    multiplies: bool
+
+
+def delegation_context(
+    run: Run, user: User, known: Sequence[KnownRemedy], policy: SafetyPolicy
+) -> dict[str, Any]:
+    """What is delegated in this run, and what could be."""
+    offered = [] if run.mode == RunMode.OBSERVE else known
+    return {
+        "open": open_delegations(run),
+        "lengths": DELEGATION_HOURS,
+        "may_grant": may_grant(run, user),
+        "may_revoke": may(user, Act.REJECT, owner_id=run.owner_id),
+        "choices": [
+            (remedy, list(_limited(remedy)))
+            for remedy in offered
+            if not why_not_delegated(remedy, policy)
+        ],
+    }
+
+
+DELEGATION_HOURS = (1, 4, 8, 24)
+
+
+def _limited(remedy: KnownRemedy) -> Iterator[Limited]:
+    for name, value in remedy.settings.items():
+        if is_number(value):
+            of_factor = multiplies(remedy, name)
+            yield Limited(
+                name=name,
+                low=0.5 if of_factor else value,
+                high=2.0 if of_factor else value,
+                multiplies=of_factor,
+            )
 
 
 def get_run(uid: str) -> Run | None:
@@ -162,7 +219,7 @@ def timeline(run: Run) -> dict[str, Any]:
         ),
         *(TimelineEntry(step=row.step, at=row.created_at, violation=row) for row in violations),
         *(TimelineEntry(step=row.step, at=row.created_at, remedy=row) for row in remedies),
-        *_tried_kernels(run, ENTRIES_SHOWN),
+        *_tried_kernels(run, ENTRIES_SHOWN, {row.uid: row.pk for row in adaptations}),
     ]
     markers = [
         *(_graft_marker(row) for row in adaptations if row.graft_step is not None),
@@ -173,7 +230,7 @@ def timeline(run: Run) -> dict[str, Any]:
     return {"entries": newest, "markers": markers}
 
 
-def _tried_kernels(run: Run, most: int) -> list[TimelineEntry]:
+def _tried_kernels(run: Run, most: int, numbers: Mapping[str, int]) -> list[TimelineEntry]:
     """Compiled kernels that the trainer has tried, with the step of its answer."""
     found = SpeedUp.objects.filter(run_uid=run.uid, speedup__isnull=False, ended_at__isnull=False)
     trials = list(found.order_by("-id")[:most])
@@ -182,7 +239,6 @@ def _tried_kernels(run: Run, most: int) -> list[TimelineEntry]:
         run=run, kind=CommandKind.SPEED_UP, adaptation_uid__in=uids
     ).values_list("adaptation_uid", "step")
     steps = dict(answers)
-    numbers = dict(Adaptation.objects.filter(uid__in=uids).values_list("uid", "pk"))
     return [
         TimelineEntry(
             step=steps.get(trial.adaptation_uid),

@@ -58,6 +58,12 @@ def _ask_for_remedy(caller: Caller, inbox: Inbox) -> Answer:
     return caller.post(f"{inbox.trainer.path}/ask-for-remedy", {"remedy": "skip_update"})
 
 
+def _delegate(caller: Caller, inbox: Inbox) -> Answer:
+    make_remedies()
+    body = {"remedy": "set_lr", "limits": {"factor": [0.5, 2]}, "minutes": 5, "reason": "night"}
+    return caller.post(f"{inbox.trainer.path}/delegations", body)
+
+
 def _on_launch(name: str, state: LaunchState) -> Attempt:
     def attempt(caller: Caller, inbox: Inbox) -> Answer:
         launch = make_launch(inbox.trainer.row().owner, state=state)
@@ -104,6 +110,7 @@ ACTS: list[tuple[str, Act, Attempt]] = [
     ("extend", Act.EXTEND, _on_adaptation("extend")),
     ("cancel", Act.CANCEL, _on_adaptation("cancel")),
     ("rollback", Act.ROLL_BACK, _on_adaptation("rollback")),
+    ("delegate", Act.APPROVE, _delegate),
     ("ask for a remedy", Act.PROPOSE_REMEDY, _ask_for_remedy),
     ("pause", Act.PAUSE_ADAPTATION, _on_run("pause-adaptation")),
     ("resume", Act.PAUSE_ADAPTATION, _on_run("resume-adaptation")),

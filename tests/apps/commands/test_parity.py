@@ -29,6 +29,8 @@ SERVICES = {
     "report_tamiyo_heartbeat": "Tamiyo's report",
 }
 VERBS = {
+    "grant_delegation": "delegations grant",
+    "revoke_delegation": "delegations revoke",
     "approve_policy": "policy agree",
     "withdraw_policy": "policy withdraw",
     "add_channel": "channels add",

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from apps.accounts.models import User
+from apps.adaptations.models import Adaptation
+from apps.adaptations.services import grant_delegation
 from apps.runs.models import Run
 from tests.apps.console.test_decision_page import act, offered, page
 from tests.apps.console.world import make_remedies_of_run
@@ -92,3 +95,40 @@ def test_people_ask_for_a_remedy_on_the_run_page(sick: Any) -> None:
     assert "waits in the inbox" in panel("rafi")  # his own run: another operator approves
     assert "may ask for remedies" in panel("vera")
     assert "<form" not in panel("vera")
+
+
+def test_the_pages_show_what_is_approved_ahead_and_what_went_alone_by_it(sick: Any) -> None:
+    run = sick.runs["digits-cnn"]
+    operator = User.objects.get(username="olga")
+    delegation = grant_delegation(
+        run=run,
+        user=operator,
+        via="session",
+        remedy="set_lr",
+        limits={"factor": [0.5, 2.0]},
+        minutes=60,
+        most_uses=2,
+        reason="nobody is on duty",
+    )
+    client = sick.client("olga")
+    text = client.get(f"/runs/{run.uid}?panel=delegations").content.decode()
+    for words in (
+        "factor from 0.5 to 2",
+        "nobody is on duty",
+        "0 of 2",
+        f"{delegation.uid}/revoke",
+    ):
+        assert words in text, words
+    assert "delegate-set_lr" in text
+    assert "delegate-rewind" not in text  # above the risk that the policy lets go alone
+    slower = Adaptation.objects.get(in_words="Halve the learning rate")
+    slower.delegation, slower.decided_by = delegation, None
+    slower.decided_rule = "delegation 1 of olga"
+    slower.save()
+    text = page(sick, "olga", "slower")
+    assert "Approved ahead by <strong>olga</strong>" in text
+    assert f"/runs/{slower.run.uid}#panel-delegations" in text
+    owner = sick.client(run.owner.get_username())
+    text = owner.get(f"/runs/{run.uid}?panel=delegations").content.decode()
+    assert "Approve ahead</button>" not in text  # nobody approves for their own run
+    assert "/revoke" in text
