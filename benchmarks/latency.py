@@ -37,6 +37,7 @@ from esper.contracts import (
     Finding,
     HealthFrame,
     LayerInfo,
+    Plan,
     RunMode,
     RunSnapshot,
     SafetyPolicy,
@@ -47,6 +48,7 @@ from esper.contracts import (
 )
 from esper.grafting import LayerRecorder
 from esper.pipeline import decide
+from esper.planning import plan_run
 from esper.policy import HeuristicPolicy
 from esper.policy.heuristic import CAPACITY
 from esper.remedies import list_remedies
@@ -57,6 +59,7 @@ BUDGETS = {
     "decision": Budget("p99", 10.0, "ms", "< 100 ms"),
     "decision_2000": Budget("p99", 50.0, "ms", "< 100 ms"),
     "decision_span": Budget("p99", 10.0, "ms", "< 100 ms"),
+    "plan": Budget("p99", 50.0, "ms", "< 100 ms"),
     "selection": Budget("p99", 1.0, "ms", "< 10 ms"),
     "remedy_gates": Budget("p99", 1.0, "ms", "< 10 ms"),
     "compile_cold": Budget("p95", 150.0, "ms", "50-500 ms"),
@@ -80,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             decision("decision", layers=200, repeats=repeats),
             decision("decision_2000", layers=2000, repeats=repeats),
             decision("decision_span", layers=200, repeats=repeats, spans=True),
+            plan(repeats=repeats),
             selection(repeats=repeats * 5),
             remedy_gates(repeats=repeats),
             compile_cold(repeats=max(3, repeats // 10), directory=directory),
@@ -113,6 +117,19 @@ def decision(name: str, *, layers: int, repeats: int, spans: bool = False) -> Fi
     samples = timed(lambda: decide(snapshot, policy, selector, limits, rng), repeats)
     what = f"decide(), {layers} layers, 32 frames, {'a span' if spans else 'beside one layer'}"
     return Figure(name, BUDGETS[name], samples, what)
+
+
+def plan(*, repeats: int) -> Figure:
+    """Snapshot -> plan of three changes: spans and single layers, 200 of them."""
+    snapshot = flat_run(200, spans=True)
+    selector = BlueprintSelector(blueprints.list_blueprints())
+    policy, limits = HeuristicPolicy(), SafetyPolicy(max_plan_changes=3)
+    rng = np.random.default_rng(0)
+    answer = plan_run(snapshot, policy, selector, limits, rng)
+    assert isinstance(answer, Plan), answer
+    samples = timed(lambda: plan_run(snapshot, policy, selector, limits, rng), repeats)
+    what = f"plan_run(), 200 layers, {len(answer)} changes out of spans and single layers"
+    return Figure("plan", BUDGETS["plan"], samples, what)
 
 
 def selection(*, repeats: int) -> Figure:

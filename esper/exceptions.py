@@ -14,6 +14,7 @@ EsperError
 │   ├── CertificateError          certificate (why the graft was not applied)
 │   ├── UndoError                 the model could not be brought back
 │   └── ReplicaError              a rank could not make a change, so no rank made it
+├── PlanError                     stays (a plan could not be applied, or not be undone, as a whole)
 ├── KernelError                   digest
 │   ├── KernelBuildError          permanent (False: worth another attempt)
 │   │   ├── BuilderLostError      log, wanted (the child process has ended)
@@ -135,6 +136,18 @@ class ReplicaError(GraftError):
 
     def __init__(self, message: str, *, layer: str = "") -> None:
         super().__init__(message, layer=layer)
+
+
+class PlanError(EsperError):
+    """A plan of several changes could not be applied, or not be undone, as a whole.
+
+    Attributes:
+        stays: layers with a graft of the plan that could not be taken out again.
+    """
+
+    def __init__(self, message: str, *, stays: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.stays = stays
 
 
 class KernelError(EsperError):

@@ -32,11 +32,13 @@ from esper.contracts import (
     Decision,
     Declined,
     Experience,
+    LayerInfo,
     Reason,
     RunSnapshot,
     SafetyPolicy,
     Selection,
     Signal,
+    WhyNot,
 )
 from esper.contracts.spans import span, why_no_span
 from esper.health import Features, extract_features
@@ -103,18 +105,10 @@ def consider(
     Raises:
         ConfigurationError: ``extra_limits`` contains an unknown name or a value that is no limit.
     """
-    gates = check_run(gate_inputs(snapshot, proposal), limits)
-    if any(check.blocks for check in gates):
-        return _declined(snapshot, proposal, gates)
-    layer = snapshot.layer(proposal.layer_name)
-    if layer is None:
-        return Declined(snapshot.step, (f"The run has no layer {proposal.layer_name}.",), proposal)
-    if proposal.since:
-        since = snapshot.layer(proposal.since)
-        reason = why_no_span(since, layer) if since else f"there is no layer {proposal.since}"
-        if since is None or reason:
-            return Declined(snapshot.step, (f"{_place(proposal)}: {reason}.",), proposal)
-        layer = span(since, layer)
+    placed = place_of_proposal(proposal, snapshot, limits)
+    if isinstance(placed, Declined):
+        return placed
+    layer, gates = placed
     selection = selector.select(
         layer,
         proposal.adaptation_type,
@@ -125,19 +119,64 @@ def consider(
     )
     if selection.best is None:
         return _nothing_fits(snapshot, proposal, gates, selection)
-    sure = _confidence(proposal, selection.best, snapshot, layer.kind, features)
+    return settle(
+        proposal,
+        selection.best,
+        snapshot,
+        selector,
+        limits,
+        policy=policy,
+        features=features,
+        why_not=selection.why_not,
+        layer_kind=layer.kind,
+    )
+
+
+def place_of_proposal(
+    proposal: AdaptationDecision, snapshot: RunSnapshot, limits: SafetyPolicy
+) -> tuple[LayerInfo, tuple[Check, ...]] | Declined:
+    """Step 3: the layer or span that is meant, with the gates of the run, or why not now."""
+    gates = check_run(gate_inputs(snapshot, proposal), limits)
+    if any(check.blocks for check in gates):
+        return _declined(snapshot, proposal, gates)
+    layer = snapshot.layer(proposal.layer_name)
+    if layer is None:
+        return Declined(snapshot.step, (f"The run has no layer {proposal.layer_name}.",), proposal)
+    if not proposal.since:
+        return layer, gates
+    since = snapshot.layer(proposal.since)
+    reason = why_no_span(since, layer) if since else f"there is no layer {proposal.since}"
+    if since is None or reason:
+        return Declined(snapshot.step, (f"{_place(proposal)}: {reason}.",), proposal)
+    return span(since, layer), gates
+
+
+def settle(
+    proposal: AdaptationDecision,
+    best: Candidate,
+    snapshot: RunSnapshot,
+    selector: BlueprintSelector,
+    limits: SafetyPolicy,
+    *,
+    policy: str,
+    features: Features | None,
+    layer_kind: str,
+    why_not: tuple[WhyNot, ...] = (),
+) -> Decision | Declined:
+    """Step 5 for a blueprint that is chosen: its confidence, and every gate."""
+    sure = confidence_of(proposal, best, snapshot, layer_kind, features)
     chosen = replace(proposal, confidence=sure.value, reasons=_weighed(proposal, sure))
-    checks = _all_checks(chosen, selection.best, snapshot, features, selector, limits)
+    checks = _all_checks(chosen, best, snapshot, features, selector, limits)
     if any(check.blocks for check in checks):
-        return replace(_declined(snapshot, chosen, checks), why_not=selection.why_not)
+        return replace(_declined(snapshot, chosen, checks), why_not=why_not)
     return Decision(
         adaptation=chosen,
-        blueprint=selection.best.blueprint,
-        config=selection.best.config,
-        risk=selector.blueprint(selection.best.blueprint).risk,
-        forecast=selection.best.forecast,
+        blueprint=best.blueprint,
+        config=best.config,
+        risk=selector.blueprint(best.blueprint).risk,
+        forecast=best.forecast,
         checks=checks,
-        why_not=selection.why_not,
+        why_not=why_not,
         evidence=evidence(features, chosen.layer_name) if features else {},
         step=snapshot.step,
         policy=policy,
@@ -145,7 +184,7 @@ def consider(
     )
 
 
-def _confidence(
+def confidence_of(
     proposal: AdaptationDecision,
     best: Candidate,
     snapshot: RunSnapshot,

@@ -217,6 +217,38 @@ class BlueprintSelector:
             why_not=tuple(WhyNot(slug, refused[slug]) for slug in sorted(refused)),
         )
 
+    def options(
+        self,
+        layer: LayerInfo,
+        adaptation_type: AdaptationType,
+        snapshot: RunSnapshot,
+        policy: SafetyPolicy,
+        *,
+        features: Features | None = None,
+        most: int = 4,
+    ) -> tuple[Candidate, ...]:
+        """What several changes of one run are chosen from: the best blueprints, each in some sizes.
+
+        Args:
+            most: blueprints, best first.
+
+        Returns:
+            For each its best size, and of the sizes below that half, a quarter and the smallest:
+            the largest that fits alone may leave no room for another layer.
+        """
+        place = self._place(layer, snapshot, policy, {}, features)
+        found = []
+        for blueprint in self._blueprints.values():
+            scored = self._scored(blueprint, adaptation_type, place, snapshot)
+            if not isinstance(scored, str):
+                found.append(scored)
+        found.sort(key=_rank)
+        return tuple(
+            _candidate(_resized(scored, size, place, snapshot))
+            for scored in found[:most]
+            for size in sorted({scored.size, scored.size // 2, scored.size // 4, 0}, reverse=True)
+        )
+
     def _place(
         self,
         layer: LayerInfo,
@@ -355,6 +387,15 @@ def _best_size(
         score_N = np.where(fits_N, score_N, -np.inf)
     size = int(np.argmax(score_N))  # among equals the first, which is the smallest
     latency_ms = float(latency_N[size])
+    terms = _terms(blueprint, table, size, latency_ms, place, experience)
+    return _Scored(blueprint, table, size, sum(terms.values()), terms, latency_ms)
+
+
+def _resized(scored: _Scored, size: int, place: _Place, snapshot: RunSnapshot) -> _Scored:
+    """The same blueprint at another of its sizes."""
+    table, blueprint = scored.table, scored.blueprint
+    latency_ms = float(_latency(table, place)[size])
+    experience = snapshot.experience.get(blueprint.slug, Experience())
     terms = _terms(blueprint, table, size, latency_ms, place, experience)
     return _Scored(blueprint, table, size, sum(terms.values()), terms, latency_ms)
 

@@ -24,7 +24,7 @@ MORE = frozenset(
 )  # fmt: skip
 LESS = frozenset(
     {
-        "auto_max_risk", "max_in_flight_per_run", "max_adaptations_per_day",
+        "auto_max_risk", "max_in_flight_per_run", "max_plan_changes", "max_adaptations_per_day",
         "max_added_parameters_ratio", "max_memory_mib", "max_latency_ms",
         "evidence_max_age_seconds", "approval_timeout_seconds", "dispatch_timeout_seconds",
         "probation_steps", "probation_looks", "probation_cost_ratio", "probation_timeout_seconds",

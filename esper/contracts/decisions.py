@@ -159,7 +159,8 @@ class SafetyPolicy:
     cooldown_run_steps: int = 100
     cooldown_rollback_factor: float = 2.0
     cooldown_refused_seconds: int = 1800  # a fast run passes any number of steps in a second
-    max_in_flight_per_run: int = 2
+    max_in_flight_per_run: int = 2  # a plan counts as one
+    max_plan_changes: int = 1  # of one plan, which is decided on as a whole; 1: no plans
     max_adaptations_per_day: int = 20
     max_added_parameters_ratio: float = 2.0  # of the model's parameters at attach, or of 100,000
     max_memory_mib: float = 1024.0  # of one graft
@@ -310,6 +311,34 @@ class Decision:
     @property
     def automatic(self) -> bool:
         return not self.asks
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Several grafts of one run, chosen together, approved once and undone as a whole.
+
+    Attributes:
+        members: in the order in which they are applied.
+        value: of the whole, in the units of ``Candidate.score``.
+        parameters, memory_mib, latency_ms: the limits of the sum of all members.
+        reasons: which limit binds, what excludes what, and what belongs together; a sentence each.
+        asks: why a person decides on it.
+        best: it is shown that no other set within the limits is worth more.
+    """
+
+    members: tuple[Decision, ...]
+    value: float
+    parameters: int
+    memory_mib: float
+    latency_ms: float
+    reasons: tuple[str, ...]
+    asks: tuple[str, ...]
+    step: int
+    policy: str
+    best: bool = True
+
+    def __len__(self) -> int:
+        return len(self.members)
 
 
 @dataclass(frozen=True, slots=True)

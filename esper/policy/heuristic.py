@@ -115,6 +115,56 @@ def capacity(snapshot: RunSnapshot, features: Features, finding: Finding) -> Pro
     return Proposals(decisions)
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A change that would answer a finding, for a plan of several.
+
+    Attributes:
+        decision: the change, its blueprint still open.
+        weight: 0..1, how much its place matters against the place that the finding names.
+    """
+
+    decision: AdaptationDecision
+    weight: float
+
+
+def wishes(
+    snapshot: RunSnapshot, features: Features, finding: Finding, *, most: int
+) -> tuple[Wish, ...]:
+    """All changes that would answer missing capacity, best first: every narrow hidden layer, and
+    the cheapest kinds at the layers that look like the bottleneck.
+
+    Args:
+        most: wishes.
+    """
+    found = [*_every_wider(snapshot, features, finding)]
+    scores = bottlenecks(snapshot, features)
+    for row, layer in enumerate(features.layers):
+        named, score = layer.name == finding.layer, float(scores.score[row])
+        if score < 0 or (score < BOTTLENECK and not named):
+            continue
+        weight = 1.0 if named else min(1.0, score)
+        found += [
+            Wish(_room(scores, finding, row, kind, features), weight)
+            for kind in _rungs(features, layer)
+        ]
+    found.sort(
+        key=lambda wish: (-wish.weight, wish.decision.layer_name, wish.decision.adaptation_type)
+    )
+    return tuple(found[:most])
+
+
+def _every_wider(snapshot: RunSnapshot, features: Features, finding: Finding) -> Iterable[Wish]:
+    """A span at each hidden layer; the narrower, the more it matters."""
+    hidden = hidden_layers(features.layers)
+    narrowest = min((since.features_out for since, _ in hidden), default=0)
+    for since, layer in hidden:
+        decision = _widened(snapshot, features, finding, since, layer)
+        if decision is not None and since.features_out > 0:
+            named = layer.name == finding.layer
+            yield Wish(decision, 1.0 if named else 0.8 * narrowest / since.features_out)
+
+
 def _wider(
     snapshot: RunSnapshot, features: Features, finding: Finding
 ) -> AdaptationDecision | None:
@@ -122,12 +172,20 @@ def _wider(
     layer = snapshot.layer(finding.layer)
     if layer is None:
         return None
-    history = snapshot.history.get(layer.name, LayerHistory())
     hidden = hidden_layers(features.layers)
     since = next((one for one, other in hidden if other.name == layer.name), None)
-    if since is None or WIDER in history.grafts or history.last_rolled_back:
-        return None
-    if why_no_span(since, layer):
+    return None if since is None else _widened(snapshot, features, finding, since, layer)
+
+
+def _widened(
+    snapshot: RunSnapshot,
+    features: Features,
+    finding: Finding,
+    since: LayerInfo,
+    layer: LayerInfo,
+) -> AdaptationDecision | None:
+    history = snapshot.history.get(layer.name, LayerHistory())
+    if WIDER in history.grafts or history.last_rolled_back or why_no_span(since, layer):
         return None
     units = f"{since.features_out} units between {since.name} and {layer.name}"
     return AdaptationDecision(

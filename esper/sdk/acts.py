@@ -8,11 +8,13 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
+from esper.contracts import Declined, Plan
 from esper.exceptions import ConfigurationError
 from esper.grafting import Receipt, RemedyReceipt, UndoReceipt
 from esper.sdk.compiling_ahead import PauseForecast
-from esper.sdk.local import Waiting
+from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.parts import Parts
+from esper.sdk.plans import PlanReceipt, undo_plan
 from esper.sdk.remedy_loop import RemedyProposal
 from esper.sdk.stepping import Steps
 from esper.sdk.twin import Twin, train_twin
@@ -125,14 +127,40 @@ class Acts:
             self._parts.local.note_twin(found)
         return found
 
+    def plan(self, *, changes: int = 3) -> Plan | Declined:
+        """The best set of grafts for this run within its limits, to approve as a whole.
+
+        They are chosen together by a mixed-integer program; ``plan.reasons`` says why these.
+        Nothing is done before :meth:`approve`, and :meth:`undo` takes out all that it has done.
+
+        Args:
+            changes: at most.
+
+        Returns:
+            The plan, or why there is none.
+
+        Raises:
+            ConfigurationError: with a server, or on several ranks.
+        """
+        return self._plans("made").plan(changes)
+
+    def _plans(self, verb: str) -> LocalLoop:
+        if self._parts.local is None:
+            raise ConfigurationError(f"with a server, plans are {verb} there")
+        if not self._parts.ranks.alone:
+            raise ConfigurationError("a plan needs one process")
+        return self._parts.local
+
     def _only_optimizer(self) -> Any:
         optimizers = self._parts.setup.surroundings.optimizers
         if not self._parts.ranks.alone or len(optimizers) != 1:
             raise ConfigurationError("a twin needs one process with one optimizer")
         return optimizers[0]
 
-    def undo(self, receipt: Receipt | RemedyReceipt, hard: bool = True) -> UndoReceipt:
-        """Take a graft out, or undo a remedy. On several ranks each calls it.
+    def undo(
+        self, receipt: Receipt | RemedyReceipt | PlanReceipt, hard: bool = True
+    ) -> UndoReceipt:
+        """Take a graft or all of a plan out, or undo a remedy. On several ranks each calls it.
 
         Args:
             hard: restore the whole model as it was before the graft or remedy, equal to the bit.
@@ -141,8 +169,11 @@ class Acts:
 
         Raises:
             UndoError: it could not be taken out.
+            PlanError: nothing of the plan is in the model.
         """
         self._steps.catch_up()
+        if isinstance(receipt, PlanReceipt):
+            return undo_plan(receipt, self._parts.surgery, hard=hard)
         return self._parts.surgery.undo(receipt, hard=hard)
 
     def remedy(
@@ -222,18 +253,26 @@ class Acts:
     @overload
     def approve(self, waiting: RemedyProposal) -> RemedyReceipt: ...
 
-    def approve(self, waiting: Waiting | RemedyProposal | str) -> Receipt | RemedyReceipt:
-        """Say yes to a waiting decision, or to a proposed remedy.
+    @overload
+    def approve(self, waiting: Plan) -> PlanReceipt: ...
+
+    def approve(
+        self, waiting: Waiting | RemedyProposal | Plan | str
+    ) -> Receipt | RemedyReceipt | PlanReceipt:
+        """Say yes to a waiting decision, to a proposed remedy, or to a plan.
 
         Args:
-            waiting: an entry of :attr:`waiting` or of :attr:`proposed_remedies`, or the name of the
-                layer that a decision is for.
+            waiting: an entry of :attr:`waiting` or of :attr:`proposed_remedies`, the name of the
+                layer that a decision is for, or what :meth:`plan` has returned.
 
         Raises:
             ValueError: it expired, or was taken already.
+            PlanError: the plan could not be applied as a whole.
             The errors of :meth:`graft`.
         """
         self._steps.catch_up()
+        if isinstance(waiting, Plan):
+            return self._plans("approved").approve_plan(waiting)
         if isinstance(waiting, RemedyProposal):
             if self._parts.remedies is None or not self._parts.ranks.alone:
                 raise ConfigurationError("on several ranks, call session.remedy on each of them")

@@ -31,14 +31,16 @@ from esper.contracts import (
     HealthFrame,
     LayerHistory,
     LayerInfo,
+    Plan,
     RunMode,
     RunSnapshot,
     Verdict,
 )
-from esper.exceptions import EsperError
+from esper.exceptions import EsperError, PlanError
 from esper.health import extract_features
 from esper.health.features import MAX_FRAMES
-from esper.pipeline import consider, decide
+from esper.pipeline import consider, decide, place_of_proposal
+from esper.planning import plan_run
 from esper.policy import HeuristicPolicy
 from esper.reward import LossWindow, compute_reward, held_out_level, judge
 from esper.sdk.adaptation import Adaptation, Operation
@@ -47,6 +49,7 @@ from esper.sdk.changes import serves_loss
 from esper.sdk.compiling_ahead import CompilingAhead
 from esper.sdk.experience_file import keep_case, read_experience, with_case
 from esper.sdk.findings import Findings
+from esper.sdk.plans import PlanReceipt, apply_plan
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
 from esper.sdk.twin import Twin
@@ -224,6 +227,30 @@ class LocalLoop:
             self._ahead.tell(operation)
         return self._surgery.apply(operation)
 
+    def plan(self, changes: int) -> Plan | Declined:
+        """What several changes at once would be; nothing is done.
+
+        Decisions that wait do not stand in the way: an approved plan replaces them.
+        """
+        rng = np.random.default_rng(self._run.step)
+        snapshot, limits = self.snapshot(waiting=()), self._run.policy
+        return plan_run(snapshot, self._policy, self._selector, limits, rng, changes=changes)
+
+    def approve_plan(self, plan: Plan) -> PlanReceipt:
+        """A person approved a plan; every gate of the run is checked again for each member.
+
+        Raises:
+            PlanError: a gate is closed by now, and nothing was touched; or see :func:`apply_plan`.
+        """
+        snapshot = self.snapshot(waiting=())
+        for member in plan.members:
+            placed = place_of_proposal(member.adaptation, snapshot, self._run.policy)
+            if isinstance(placed, Declined):
+                raise PlanError(f"the plan cannot be applied now: {' '.join(placed.reasons)}")
+        receipt = apply_plan(plan, self._surgery, self._operation)
+        self._waiting.clear()
+        return receipt
+
     def reject(self, waiting: Waiting) -> None:
         """A person rejected; the layer is not adapted during its cooldown."""
         self._waiting = [entry for entry in self._waiting if entry is not waiting]
@@ -328,8 +355,13 @@ class LocalLoop:
             self.memory.last[operation.layer.name] = (self._run.step, True)
             self._announcer.not_grafted(str(error))
 
-    def snapshot(self) -> RunSnapshot:
-        """All that a decision of this moment depends on."""
+    def snapshot(self, waiting: Sequence[Waiting] | None = None) -> RunSnapshot:
+        """All that a decision of this moment depends on.
+
+        Args:
+            waiting: the decisions that count as under way; None: all that wait.
+        """
+        waiting = self.waiting if waiting is None else waiting
         losses, memory, grafted = self._run.losses, self.memory, self._surgery.changes.grafted
         added = [entry.receipt for entry in grafted if entry.receipt is not None]
         on_probation = [entry for entry in grafted if entry.on_probation]
@@ -346,21 +378,21 @@ class LocalLoop:
             model_parameters=self._model_parameters,
             added_parameters=sum(receipt.certificate.parameters for receipt in added),
             adaptations_today=sum(at > day_ago for at in memory.grafted_at),
-            in_flight=len(on_probation) + len(self.waiting) + (self._compiling is not None),
+            in_flight=len(on_probation) + len(waiting) + (self._compiling is not None),
             last_adaptation_step=max((at for at, _ in memory.last.values()), default=-1),
-            history={layer.name: self._history(layer.name) for layer in self._layers},
+            history={layer.name: self._history(layer.name, waiting) for layer in self._layers},
             experience=dict(memory.experience),
             findings=tuple(f for f in self._findings.all() if f.slug),
             held_out=self._run.held_out,
         )
 
-    def _history(self, layer: str) -> LayerHistory:
+    def _history(self, layer: str, waiting: Sequence[Waiting]) -> LayerHistory:
         here = [entry for entry in self._surgery.changes.grafted if entry.layer == layer]
         step, rolled_back = self.memory.last.get(layer, (-1, False))
         return LayerHistory(
             grafts=tuple(entry.blueprint for entry in here),
             in_flight=any(entry.on_probation for entry in here)
-            or any(entry.layer == layer for entry in self._waiting),
+            or any(entry.layer == layer for entry in waiting),
             last_adaptation_step=step,
             last_rolled_back=rolled_back,
         )

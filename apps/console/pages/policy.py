@@ -137,6 +137,7 @@ THRESHOLD_NOTES: Mapping[str, tuple[str, str, str]] = {
     "cooldown_rollback_factor": ("Cooldown", "factor for the pause after a rollback", "×"),
     "cooldown_refused_seconds": ("Cooldown", "pause of a layer after a refusal", "s"),
     "max_in_flight_per_run": ("Limits", "adaptations in progress in one run", ""),
+    "max_plan_changes": ("Limits", "changes that one plan may hold; 1: no plans", ""),
     "max_adaptations_per_day": ("Limits", "grafts in one run per day", ""),
     "max_added_parameters_ratio": ("Limits", "added parameters, share of the model's", "×"),
     "max_memory_mib": ("Limits", "memory of one graft", "MiB"),
