@@ -143,6 +143,7 @@ def _announce(run: Run, batch: Telemetry) -> None:
             "layers": len(run.layers),
             "values": frame.values,
             "loss": _loss_text(_loss_of(batch, frame)),
+            "findings": len(batch.findings),
         }
         for frame in batch.frames
     )

@@ -34,6 +34,7 @@ class HealthEntry:
         stored_at: seconds since the epoch, by Redis's clock.
         values: little-endian float32 [layers, signals].
         loss: the newest training loss, NaN once it diverged; None: not known.
+        findings: how many findings the trainer reported together with this frame.
     """
 
     id: bytes
@@ -44,6 +45,7 @@ class HealthEntry:
     values: bytes
     loss: float | None
     stored_at: float
+    findings: int = 0
 
 
 class HealthStream:
@@ -144,6 +146,7 @@ def _parse(entry_id: bytes, fields: dict[bytes, bytes]) -> HealthEntry | None:
             values=fields[b"values"],
             loss=float(fields[b"loss"]) if fields.get(b"loss") else None,
             stored_at=int(entry_id.split(b"-")[0]) / 1000,
+            findings=int(fields.get(b"findings", 0)),
         )
     except (KeyError, ValueError, TypeError):
         return None

@@ -66,8 +66,8 @@ class RunWatch:
         self._stale = True
 
     def needs_snapshot(self, entries: Sequence[HealthEntry], *, max_age_seconds: float) -> bool:
-        """True at the start, after an event, on a new epoch, on a gap, and when it is time."""
-        if self._report is None or self._stale:
+        """True at the start, after an event or a finding, on a new epoch, on a gap, and in time."""
+        if self._report is None or self._stale or any(entry.findings for entry in entries):
             return True
         if time.monotonic() - self._taken_at >= max_age_seconds:
             return True
@@ -89,6 +89,8 @@ class RunWatch:
             or newest > _last_step(old)
             # The decision on this frame had a part of the losses only, so it is made again.
             or _losses_until(new, newest) > _losses_until(old, newest)
+            # What the run lacks was found after the last frame.
+            or _findings(new) - _findings(old)
         ):
             self.undecided = bool(new.frames)
             self._newest_at = time.time() - new.age_seconds
@@ -144,6 +146,10 @@ class RunWatch:
 
 def _last_step(snapshot: RunSnapshot) -> int:
     return snapshot.frames[-1].step if snapshot.frames else -1
+
+
+def _findings(snapshot: RunSnapshot) -> set[tuple[str, str, str]]:
+    return {(one.rule, one.slug, one.layer) for one in snapshot.findings}
 
 
 def _losses_until(snapshot: RunSnapshot, step: int) -> int:
