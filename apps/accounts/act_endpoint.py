@@ -11,6 +11,7 @@ from rest_framework.serializers import Serializer
 
 from apps.accounts.authentication import person, via
 from apps.accounts.endpoint import Endpoint
+from apps.accounts.step_up import require_recent_password
 from apps.rest.etag import given_version
 from apps.rest.fields import ReasonInput, parse
 from apps.rest.idempotency import idempotent
@@ -29,6 +30,7 @@ def act_endpoint(
     body: type[Serializer[Any]] = ReasonInput,
     status: int = 200,
     versioned: bool = False,
+    dangerous: bool = False,
 ) -> type[Endpoint]:
     """A view that takes the same steps for every act, so that none of them forgets one.
 
@@ -42,6 +44,7 @@ def act_endpoint(
         output: the serializer of that response, for the OpenAPI document.
         versioned: the act needs ``If-Match``; the service gets it as ``version``, None where it is
             missing, and refuses that after it has checked the rights.
+        dangerous: a person in a browser needs to have given the password lately.
     """
 
     class ActEndpoint(Endpoint):
@@ -50,6 +53,8 @@ def act_endpoint(
         @documented(name, body=body, answer=output, status=status, act=True, versioned=versioned)
         @idempotent
         def post(self, request: Request, /, **address: str) -> Response:
+            if dangerous:
+                require_recent_password(request)
             (key,) = address.values()
             arguments = {"version": given_version(request)} if versioned else {}
             arguments[subject] = find(request, key)

@@ -21,6 +21,7 @@ from apps.accounts.serializers import (
 )
 from apps.accounts.services import issue_token, revoke_token
 from apps.accounts.sessions import end_other_sessions, sessions_of
+from apps.accounts.step_up import require_recent_password
 from apps.rest.etag import cacheable_response
 from apps.rest.fields import ReasonInput, parse
 from apps.rest.idempotency import idempotent
@@ -106,6 +107,7 @@ class Tokens(Endpoint):
     @documented("issue_token", body=TokenInput, answer=NewTokenOutput, status=201, act=True)
     @idempotent
     def post(self, request: Request) -> Response:
+        require_recent_password(request)
         given = parse(TokenInput, request.data)
         token, secret = issue_token(
             owner=person(request),

@@ -16,6 +16,8 @@ class User(AbstractUser):
         max_length=16, choices=[(role, role.capitalize()) for role in Role], default=Role.VIEWER
     )
 
+    preferences = models.JSONField(default=dict, blank=True, editable=False)
+
     def save(self, *args: object, **kwargs: object) -> None:
         # Django's admin reads these two; people only set the role.
         if self._state.adding and self.is_superuser:  # manage.py createsuperuser

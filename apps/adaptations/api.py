@@ -16,6 +16,7 @@ from apps.accounts.actors import ActorKind
 from apps.accounts.authentication import actor, person, via
 from apps.accounts.endpoint import Endpoint, require, run_of_token, scopes_of
 from apps.accounts.policy import Act
+from apps.accounts.step_up import require_recent_password
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation, DecisionRecord, Delegation
 from apps.adaptations.selectors import (
@@ -219,6 +220,8 @@ class Switch(Endpoint):
     @idempotent
     def post(self, request: Request) -> Response:
         given = parse(SwitchInput, request.data)
+        if given["on"]:  # to kill needs nothing; to let everything go on again does
+            require_recent_password(request)
         services.set_adaptation_switch(user=person(request), via=via(request), **given)
         return Response(SwitchOutput(adaptation_switch()).data)
 
@@ -277,6 +280,7 @@ class Delegations(Endpoint):
     )
     @idempotent
     def post(self, request: Request, uid: str) -> Response:
+        require_recent_password(request)
         run = visible_run(uid, only=run_of_token(request))
         given = parse(DelegationInput, request.data)
         made = services.grant_delegation(run=run, user=person(request), via=via(request), **given)

@@ -3,6 +3,7 @@
 from django.urls import path
 
 from apps.console.bar import bar
+from apps.console.pages.accessibility import accessibility
 from apps.console.pages.adaptation import adaptation
 from apps.console.pages.audit import audit
 from apps.console.pages.blueprints import blueprint, blueprints
@@ -11,15 +12,20 @@ from apps.console.pages.inbox import inbox
 from apps.console.pages.incidents import incidents_page
 from apps.console.pages.kernel import kernel
 from apps.console.pages.kernels import kernels
-from apps.console.pages.me import me
+from apps.console.pages.me import me, save_my_settings, save_my_view
 from apps.console.pages.overview import overview
 from apps.console.pages.policy import policy
 from apps.console.pages.recipes import launch, recipe, recipes
+from apps.console.pages.report import report
 from apps.console.pages.run import run
 from apps.console.pages.runs import runs
+from apps.console.pages.search import search
 from apps.console.pages.sign_in import SignIn, SignOut
+from apps.console.pages.step_up import step_up
 from apps.console.pages.switch import switch
+from apps.console.pages.system_status import system_status
 from apps.console.pages.violations import violations
+from apps.console.pages.wall import wall
 from apps.console.pages.workers import workers
 
 app_name = "console"
@@ -47,4 +53,12 @@ urlpatterns = [
     path("launches/<str:uid>", launch, name="launch"),
     path("audit", audit, name="audit"),
     path("me", me, name="me"),
+    path("me/settings", save_my_settings, name="save-settings"),
+    path("me/views", save_my_view, name="save-view"),
+    path("step-up", step_up, name="step-up"),
+    path("search", search, name="search"),
+    path("status", system_status, name="status"),
+    path("wall", wall, name="wall"),
+    path("report", report, name="report"),
+    path("accessibility", accessibility, name="accessibility"),
 ]

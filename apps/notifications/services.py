@@ -19,6 +19,8 @@ from django.http import HttpRequest
 from django.utils import timezone
 
 from apps.audit.services import take_turn
+from apps.notifications.channels import EVENTS as EVENTS
+from apps.notifications.channels import URGENT as URGENT
 from apps.notifications.channels import plan_deliveries
 from apps.notifications.models import Feed, FeedEvent, OutboxMessage
 

@@ -7,6 +7,7 @@ from rest_framework.response import Response
 from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.authentication import person, via
 from apps.accounts.endpoint import Endpoint
+from apps.accounts.step_up import require_recent_password
 from apps.policies.models import PolicyVersion
 from apps.policies.serializers import PolicyInput, PolicyOutput
 from apps.policies.services import (
@@ -59,6 +60,7 @@ class Policies(Endpoint):
     @documented("publish_policy", body=PolicyInput, answer=PolicyOutput, status=201, act=True)
     @idempotent
     def post(self, request: Request) -> Response:
+        require_recent_password(request)
         given = parse(PolicyInput, request.data)
         policy = publish_policy(
             changes=given["changes"],
@@ -101,6 +103,7 @@ ApprovePolicy = act_endpoint(
     find=_version,
     answer=_answer,
     output=PolicyOutput,
+    dangerous=True,
 )
 WithdrawPolicy = act_endpoint(
     "withdraw_policy",

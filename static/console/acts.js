@@ -75,6 +75,7 @@ function bodyOf(form, button) {
       body[field.name] = field.value.trim();
     }
   }
+  for (const name of (form.dataset.omitEmpty ?? "").split(" ")) if (body[name] === "") delete body[name];
   for (const name of (form.dataset.number ?? "").split(" ").filter(Boolean)) body[name] = Number(body[name]);
   Object.assign(body, JSON.parse(button.dataset.body ?? "{}")); // what the button says goes first
   // Tokens and launches have no reason; every other act has one, which may be empty.
@@ -169,6 +170,7 @@ function refused(form, button, status, problem) {
   const detail = problem.detail ?? `The server refused the request (${status}).`;
   say(form, detail);
   if (problem.code === "evidence-stale") offerNewEvidence(form, button);
+  if (problem.code === "password-needed") askPassword(form, button);
   // The refreshed page shows the newer state; the text that was typed stays.
   if ([409, 412, 423].includes(status)) refreshAll();
   if (status === 403 && problem.code === "not-signed-in" || status === 401) location.reload();
@@ -212,6 +214,41 @@ function showSecret(form, secret) {
   if (!place) return;
   place.hidden = false;
   place.querySelector(".secret").textContent = secret;
+}
+
+// The act is sent again once the password was given.
+function askPassword(form, button) {
+  const dialog = document.createElement("dialog");
+  dialog.setAttribute("aria-label", "Your password again");
+  dialog.innerHTML = `<h3>Your password again</h3>
+    <p>This act needs it, because it was not given in the last ten minutes.</p>
+    <form class="stack" method="dialog"><div class="field"><label for="step-up-password">Password</label>
+    <input type="password" id="step-up-password" autocomplete="current-password" required></div>
+    <p class="error-note" role="alert" hidden></p>
+    <div class="row apart"><button class="button" type="button" data-cancel>Do nothing</button>
+    <button class="button primary" type="submit">Go on</button></div></form>`;
+  document.body.append(dialog);
+  const [field, note] = [dialog.querySelector("input"), dialog.querySelector("[role=alert]")];
+  dialog.querySelector("[data-cancel]").addEventListener("click", () => dialog.close());
+  dialog.addEventListener("close", () => dialog.remove());
+  dialog.querySelector("form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const answer = await fetch("/step-up", {
+      method: "POST", headers: { "X-CSRFToken": token }, body: new URLSearchParams({ password: field.value }),
+    }).catch(() => null);
+    if (answer?.ok) {
+      dialog.close();
+      say(form, "");
+      form.requestSubmit(button.isConnected ? button : undefined);
+      return;
+    }
+    const problem = await answer?.json().catch(() => ({})) ?? {};
+    note.textContent = problem.detail ?? "The server did not answer. Try again.";
+    note.hidden = false;
+    field.select();
+  });
+  dialog.showModal();
+  field.focus();
 }
 
 // The question names the object; the button is the verb.

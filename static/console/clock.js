@@ -54,7 +54,8 @@ function zoned(place) {
   const at = new Date(place.dateTime);
   if (Number.isNaN(at.getTime())) return;
   place.dataset.zoned = "yes";
-  const here = at.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "long" });
+  const timeZone = document.documentElement.dataset.zone; // of the account; undefined: the browser's
+  const here = at.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "long", timeZone });
   place.title = `${here} · ${at.toISOString().slice(0, 19).replace("T", " ")} UTC`;
 }
 

@@ -3,6 +3,7 @@ import "./clock.js";
 import "./panels.js";
 import "./acts.js";
 import "./keys.js";
+import "./palette.js";
 import { Link } from "./link.js";
 import { toast } from "./messages.js";
 

@@ -4,7 +4,8 @@
 const SETTING = "esper.keys";
 let prefix = "";
 
-const on = () => localStorage.getItem(SETTING) !== "off";
+// This browser's choice, else that of the account.
+const on = () => (localStorage.getItem(SETTING) ?? document.documentElement.dataset.keys ?? "on") !== "off";
 const dialog = () => document.getElementById("shortcuts");
 
 function rows() { return [...document.querySelectorAll("main [data-row]")]; }

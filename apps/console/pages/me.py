@@ -1,16 +1,33 @@
-"""A person's own tokens, sessions and rights."""
+"""A person's own settings, channels, saved views, tokens, sessions and rights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from django.http import HttpRequest, HttpResponse
+from django.conf import settings
+from django.contrib.auth.decorators import login_required
+from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, QueryDict
+from django.shortcuts import redirect
+from django.urls import reverse
+from django.views.decorators.http import require_POST
 
 from apps.accounts.models import ApiToken, User
 from apps.accounts.policy import IN_WORDS, Act, may
+from apps.accounts.preferences import (
+    SavedView,
+    preferences_of,
+    remove_view,
+    save_settings,
+    save_view,
+    time_zones,
+)
 from apps.accounts.sessions import sessions_of
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
+from apps.notifications.models import Channel, ChannelKind
+from apps.notifications.services import EVENTS, URGENT
+from apps.rest.problems import Problem
 from esper.contracts import TokenScope
 
 _TOKEN_SCOPES = {
@@ -25,6 +42,13 @@ _TOKEN_SCOPES = {
 def me(request: HttpRequest) -> HttpResponse:
     user = person(request)
     panels = [
+        Panel("settings", "Settings", "console/me/settings.html", lambda: settings_context(user)),
+        Panel(
+            "channels",
+            "Where you are told of events",
+            "console/me/channels.html",
+            lambda: channels_context(user),
+        ),
         Panel(
             "tokens",
             "Tokens",
@@ -44,7 +68,72 @@ def me(request: HttpRequest) -> HttpResponse:
             lambda: {"rights": rights(user)},
         ),
     ]
-    return render_page(request, "console/simple.html", title="Account", panels=panels)
+    return render_page(request, "console/simple.html", title="Account and settings", panels=panels)
+
+
+def settings_context(user: User) -> dict[str, Any]:
+    return {"chosen": preferences_of(user), "zones": time_zones()}
+
+
+DELIVERIES_SHOWN = 5
+
+
+def channels_context(user: User) -> dict[str, Any]:
+    """A person's channels with what was sent there last, and what they may choose."""
+    own = list(Channel.objects.filter(owner=user))
+    return {
+        "channels": [(channel, channel.deliveries.all()[:DELIVERIES_SHOWN]) for channel in own],
+        "events": EVENTS.items(),
+        "urgent": URGENT,
+        "kinds": ChannelKind.choices,
+        "mail": user.email if settings.EMAIL_HOST else "",
+    }
+
+
+@login_required
+@require_POST
+def save_my_settings(request: HttpRequest) -> HttpResponse:
+    """The form of the settings; this browser's own choice of a theme ends with it."""
+    given = request.POST
+    try:
+        save_settings(
+            person(request),
+            zone=given.get("zone", ""),
+            theme=given.get("theme", ""),
+            density=given.get("density", ""),
+            keys=given.get("keys") == "on",
+            notify=given.get("notify") == "on",
+        )
+    except Problem as problem:
+        return HttpResponse(problem.detail, status=problem.status, content_type="text/plain")
+    answer = redirect(f"{reverse('console:me')}?saved=1#panel-settings")
+    answer.delete_cookie("theme")
+    return answer
+
+
+@login_required
+@require_POST
+def save_my_view(request: HttpRequest) -> HttpResponse:
+    """Save the filters of a list under a name, or remove such a view; then show the list."""
+    path, name = request.POST.get("path", ""), request.POST.get("name", "")
+    if path not in {reverse(f"console:{page}") for page in PAGES_WITH_VIEWS}:
+        return HttpResponseBadRequest("This page has no views.", content_type="text/plain")
+    query = QueryDict(request.POST.get("query", ""), mutable=True)
+    for own in ("panel", "page"):
+        query.pop(own, None)
+    view = SavedView(name, path, query.urlencode())
+    try:
+        if "remove" in request.POST:
+            remove_view(person(request), name=name, path=path)
+        else:
+            save_view(person(request), view)
+    except Problem as problem:
+        return HttpResponse(problem.detail, status=problem.status, content_type="text/plain")
+    return redirect(view.address)
+
+
+# Lists whose filters can be saved.
+PAGES_WITH_VIEWS = ("inbox", "runs", "incidents", "violations", "audit")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from django.views.decorators.cache import never_cache
 from apps.accounts.hashing import TooManyAtOnceError, hashing_turn
 from apps.accounts.models import User
 from apps.accounts.sessions import describe_session
+from apps.accounts.step_up import note_password
 from apps.audit.services import (
     Attempt,
     note_brake,
@@ -76,6 +77,7 @@ class SignIn(LoginView):
         note_sign_in(user, form.attempt)
         browser = self.request.headers.get("User-Agent", "")
         self.request.session.update(describe_session(browser, form.attempt.address))
+        note_password(self.request.session)
         return answer
 
     def form_invalid(self, form: AuthenticationForm) -> HttpResponse:

@@ -10,10 +10,12 @@ from typing import Any
 from django import template
 from django.templatetags.static import static
 from django.utils import timezone
-from django.utils.html import format_html
+from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 
+from apps.accounts.models import User
 from apps.accounts.policy import Act, may
+from apps.accounts.preferences import Preferences, preferences_of
 from apps.console.bar import adaptation_switch
 from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS, Status
 from apps.console.waiting import inbox_count
@@ -269,5 +271,39 @@ _LINKS = (
 @register.simple_tag(takes_context=True)
 def theme(context: template.RequestContext) -> str:
     """The theme this browser chose; empty leaves it to the system."""
-    chosen = context["request"].COOKIES.get("theme", "")
+    chosen = context["request"].COOKIES.get("theme", "") or _preferences(context).theme
     return chosen if chosen in {"light", "dark"} else ""
+
+
+@register.simple_tag(takes_context=True)
+def page_choices(context: template.RequestContext) -> SafeString:
+    """Attributes of the page for the scripts and the style: density, keys, zone, notifications."""
+    chosen = _preferences(context)
+    named = {
+        "data-density": chosen.density,
+        "data-keys": "" if chosen.keys else "off",
+        "data-zone": chosen.zone,
+        "data-notify": "on" if chosen.notify else "",
+    }
+    return format_html_join("", ' {}="{}"', [(k, v) for k, v in named.items() if v])
+
+
+@register.inclusion_tag("console/saved_views.html", takes_context=True)
+def saved_views(context: template.RequestContext) -> dict[str, Any]:
+    """The views of this list that the person has saved, and a form to save the present one."""
+    request = context["request"]
+    query = request.GET.copy()
+    for own in ("panel", "page"):
+        query.pop(own, None)
+    return {
+        "views": [view for view in _preferences(context).views if view.path == request.path],
+        "path": request.path,
+        "query": query.urlencode(),
+        "csrf_token": context.get("csrf_token"),
+    }
+
+
+def _preferences(context: template.RequestContext) -> Preferences:
+    """Of the person; an error page may have none."""
+    user = getattr(context.get("request"), "user", None)
+    return preferences_of(user) if isinstance(user, User) else Preferences()

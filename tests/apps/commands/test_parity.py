@@ -75,9 +75,6 @@ WITHOUT_A_VERB: dict[str, str] = {
     "end_other_sessions": "a terminal is no browser; people end sessions on their page",
 }
 WITHOUT_A_CONTROL: dict[str, str] = {
-    "add_channel": "the page of one's own settings has no form for channels yet",
-    "remove_channel": "as add_channel",
-    "replay_delivery": "as add_channel",
     "reject_adaptations": "the inbox rejects one by one; its bulk bar comes with the page",
 }
 # Where a control does not name the last part of the act's path.
@@ -87,6 +84,7 @@ CONTROLS = {
     "start_recipe": "/launches",
     "issue_token": "/tokens",
     "revoke_token": "/tokens/",
+    "remove_channel": "/channels/",
     "pause_adaptation": "pause' }}-adaptation",
     "resume_adaptation": "'resume,",
     "enable_blueprint": "enable' }}",

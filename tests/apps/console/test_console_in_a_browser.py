@@ -160,7 +160,12 @@ def pages_of(page: Page) -> list[str]:
         recipe,
         *launches,
         "/audit?verify=1",
-        "/me",
+        "/me#new-channel-fold",
+        "/search?q=digits",
+        "/status",
+        "/wall",
+        "/report",
+        "/accessibility",
         run,
         kept,
         waiting,
@@ -488,3 +493,45 @@ def test_a_kernel_is_pinned_unpinned_and_evicted_on_its_page(sign_in: SignIn) ->
     question.locator("button:text-is('Evict it')").click()
     expect(kept).to_contain_text("Not in the cache")
     expect(kept.locator("button")).to_have_count(0)
+
+
+def test_ctrl_k_finds_a_run_and_opens_it_without_a_mouse(sign_in: SignIn) -> None:
+    page = sign_in("vera")
+    page.goto("/audit")
+    wait_until_live(page)
+    page.keyboard.press("Control+k")
+    hits = page.locator("#palette-hits [role=option]")
+    expect(page.locator("#palette-q")).to_be_focused()
+    page.keyboard.type("digits")
+    expect(hits.first).to_contain_text("digits-cnn")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowUp")
+    expect(hits.first).to_have_attribute("aria-selected", "true")
+    assert [row for row in barriers_of(page) if row[2] != "color-contrast"] == []
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/runs/run_*")
+    page.keyboard.press("Control+k")
+    page.keyboard.press("Escape")
+    expect(page.locator("#palette")).not_to_be_visible()
+
+
+def test_a_dangerous_act_asks_for_the_password_and_is_then_done(sign_in: SignIn) -> None:
+    page = sign_in("olga")
+    page.goto("/me")
+    wait_until_live(page)
+    old = '{"code": "password-needed", "detail": "This needs your password again."}'
+    page.route(
+        "**/api/v1/tokens",
+        lambda route: route.fulfill(status=403, body=old, content_type="application/problem+json"),
+        times=1,
+    )
+    page.fill("#token-name", "nightly")
+    page.check("#new-token input[value=read]")
+    page.click("#new-token button[type=submit]")
+    page.fill("#step-up-password", "wrong")
+    page.click("dialog button:text-is('Go on')")
+    expect(page.locator("dialog [role=alert]")).to_have_text("The password is wrong.")
+    page.fill("#step-up-password", PASSWORD)
+    page.keyboard.press("Enter")
+    expect(page.locator("#new-token .secret")).to_contain_text("esp_")
+    expect(page.locator("#token-name")).to_have_value("nightly")

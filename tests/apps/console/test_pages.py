@@ -31,6 +31,11 @@ def page_addresses(world: Any) -> list[str]:
         "me",
         "workers",
         "recipes",
+        "status",
+        "wall",
+        "report",
+        "accessibility",
+        "search",
     )
     return [
         *(reverse(f"console:{name}") for name in plain),
@@ -48,6 +53,8 @@ def page_addresses(world: Any) -> list[str]:
         "/violations?state=all&severity=serious",
         "/runs?state=running&mine=1",
         "/bar?section=inbox",
+        "/search?q=digits&part=list",
+        "/report?ago=1",
     ]
 
 

@@ -1,0 +1,154 @@
+"""The report of a week, to read or to print: what changed, who decided, how it ended."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from statistics import median
+from typing import Any
+
+from django.http import HttpRequest, HttpResponse
+from django.utils import timezone
+
+from apps.adaptations.models import Adaptation
+from apps.audit.models import AuditEvent
+from apps.console.panels import Panel, render_page
+from apps.console.request import page
+from apps.runs.models import Run
+from apps.violations.models import Violation
+from esper.contracts import AdaptationState as S
+
+WEEK = timedelta(days=7)
+OLDEST_WEEK = 52
+_TAKEN_OUT = (S.ROLLED_BACK, S.REVERTED)
+_SAFETY = ("switch.killed", "switch.on", "policy.published", "delegation.granted")
+
+
+@page
+def report(request: HttpRequest) -> HttpResponse:
+    ago = weeks_ago(request)
+    end = timezone.now() - ago * WEEK
+    begin = end - WEEK
+    panels = [
+        Panel("changes", "Changes", "console/report/changes.html", lambda: changes(begin, end)),
+        Panel("people", "Who decided", "console/report/people.html", lambda: people(begin, end)),
+        Panel("runs", "Runs and findings", "console/report/runs.html", lambda: runs(begin, end)),
+        Panel("safety", "Safety acts", "console/report/safety.html", lambda: safety(begin, end)),
+    ]
+    return render_page(
+        request,
+        "console/report.html",
+        title="Weekly report",
+        panels=panels,
+        begin=begin,
+        end=end,
+        ago=ago,
+        older=ago + 1 if ago < OLDEST_WEEK else None,
+    )
+
+
+def weeks_ago(request: HttpRequest) -> int:
+    text = request.GET.get("ago", "0")
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 4 else 0
+    return min(number, OLDEST_WEEK)
+
+
+def changes(begin: datetime, end: datetime) -> dict[str, Any]:
+    """By what was proposed: how many, and how those ended that have ended."""
+    rows = Adaptation.objects.filter(created_at__gt=begin, created_at__lte=end)
+    names: dict[str, Counter[str]] = {}
+    values = rows.values_list("remedy", "blueprint__slug", "state", "graft_step")
+    for remedy, blueprint, state, step in values:
+        counts = names.setdefault(remedy or blueprint, Counter())
+        counts["proposed"] += 1
+        counts["applied"] += step is not None
+        counts["kept"] += state == S.KEPT
+        counts["taken out"] += state in _TAKEN_OUT
+        counts["rejected"] += state == S.REJECTED
+        counts["expired"] += state == S.EXPIRED
+    most = sorted(names.items(), key=lambda item: -item[1]["proposed"])
+    total: Counter[str] = sum((counts for _, counts in most), Counter())
+    return {"names": most, "total": total, "columns": COLUMNS}
+
+
+COLUMNS = ("proposed", "applied", "kept", "taken out", "rejected", "expired")
+
+
+@dataclass(frozen=True, slots=True)
+class Decider:
+    """A person, or a rule, with what they decided and how it ended.
+
+    Attributes:
+        minutes: median from the question to the answer; None for a rule.
+        overridden: share of their approvals that somebody took back later.
+    """
+
+    name: str
+    approved: int
+    rejected: int
+    kept: int
+    taken_out: int
+    minutes: float | None
+
+    @property
+    def rejects(self) -> float | None:
+        decided = self.approved + self.rejected
+        return self.rejected / decided if decided else None
+
+
+def people(begin: datetime, end: datetime) -> dict[str, Any]:
+    decided = Adaptation.objects.filter(decided_at__gt=begin, decided_at__lte=end)
+    by: dict[str, list[Adaptation]] = {}
+    for row in decided.select_related("decided_by", "delegation__granted_by"):
+        by.setdefault(_name(row), []).append(row)
+    return {"rows": sorted((_decider(n, rows) for n, rows in by.items()), key=_most_first)}
+
+
+def _name(row: Adaptation) -> str:
+    if row.decided_by is not None:
+        return row.decided_by.get_username()
+    if row.delegation is not None:
+        return f"ahead, by {row.delegation.granted_by.get_username()}"
+    return "by rule"
+
+
+def _most_first(one: Decider) -> tuple[int, str]:
+    return -(one.approved + one.rejected), one.name
+
+
+def _decider(name: str, rows: Sequence[Adaptation]) -> Decider:
+    states = Counter(row.state for row in rows)
+    waits = [
+        (row.decided_at - row.created_at).total_seconds() / 60
+        for row in rows
+        if row.decided_by_id is not None and row.decided_at is not None
+    ]
+    return Decider(
+        name=name,
+        approved=len(rows) - states[S.REJECTED],
+        rejected=states[S.REJECTED],
+        kept=states[S.KEPT],
+        taken_out=sum(states[state] for state in _TAKEN_OUT),
+        minutes=median(waits) if waits else None,
+    )
+
+
+def runs(begin: datetime, end: datetime) -> dict[str, Any]:
+    ended = Run.objects.filter(ended_at__gt=begin, ended_at__lte=end)
+    found = Violation.objects.filter(created_at__gt=begin, created_at__lte=end)
+    severities = Counter(found.values_list("severity", flat=True))
+    return {
+        "begun": Run.objects.filter(created_at__gt=begin, created_at__lte=end).count(),
+        "ended": sorted(Counter(ended.values_list("state", flat=True)).items()),
+        "severities": sorted(severities.items()),
+        "resolved": found.exclude(resolved_step=None).count(),
+        "acknowledged": found.exclude(acknowledged_at=None).count(),
+    }
+
+
+def safety(begin: datetime, end: datetime) -> dict[str, Any]:
+    """Kills, new thresholds, and approvals that were given ahead."""
+    rows = AuditEvent.objects.filter(act__in=_SAFETY, at__gt=begin, at__lte=end)
+    return {"rows": list(rows.order_by("-id")[:50])}

@@ -1,0 +1,127 @@
+"""Search: pages, runs, decisions, blueprints and saved views by a few letters (Ctrl+K)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from django.db.models import Q
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import render
+from django.urls import reverse
+
+from apps.accounts.models import User
+from apps.accounts.preferences import preferences_of
+from apps.adaptations.models import Adaptation
+from apps.blueprints.models import Blueprint
+from apps.console.panels import render_page
+from apps.console.request import page, person
+from apps.console.waiting import waiting
+from apps.runs.models import Run
+
+MOST = 6  # of each kind
+LONGEST = 120
+# Where a person goes, with other words for it.
+PAGES: tuple[tuple[str, str, str], ...] = (
+    ("console:overview", "Overview", "home start"),
+    ("console:inbox", "Inbox", "approve decide waiting decisions"),
+    ("console:runs", "Runs", "trainings"),
+    ("console:compare", "Compare two runs", "difference"),
+    ("console:blueprints", "Blueprints", "catalogue"),
+    ("console:incidents", "Incidents", "findings alarms"),
+    ("console:violations", "Violations", "limits findings records"),
+    ("console:policy", "Policy", "thresholds limits"),
+    ("console:switch", "Adaptation switch", "kill stop all pause blueprint"),
+    ("console:workers", "Workers", "queue hosts"),
+    ("console:kernels", "Kernels", "cache compiled"),
+    ("console:recipes", "Recipes", "start launches"),
+    ("console:audit", "Audit log", "history who verify export"),
+    ("console:report", "Weekly report", "summary"),
+    ("console:status", "Status of the system", "health workers queue"),
+    ("console:wall", "Wall display", "monitor screen"),
+    ("console:me", "Account and settings", "tokens theme zone notifications sessions password"),
+    ("api-docs", "API", "rest openapi documentation"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One place that fits."""
+
+    kind: str
+    words: str
+    address: str
+    note: str = ""
+
+
+@page
+def search(request: HttpRequest) -> HttpResponse:
+    """The whole page, or with ``part=list`` the hits alone, for the dialog of Ctrl+K."""
+    text = request.GET.get("q", "").strip()[:LONGEST]
+    found = hits(text, person(request))
+    if request.GET.get("part") == "list":
+        return render(request, "console/search/list.html", {"q": text, "hits": found})
+    return render_page(
+        request, "console/search.html", title="Search", panels=[], q=text, hits=found
+    )
+
+
+def hits(text: str, user: User) -> list[Hit]:
+    """What fits, the most certain first; without text, what is most often wanted."""
+    if not text:
+        return [*_decisions(waiting(user)[:MOST]), *_pages(text), *_views(text, user)]
+    number = re.fullmatch(r"([A-Za-z])-?([0-9]{1,18})|([0-9]{1,18})", text)
+    found = [*_numbered(number)] if number else []
+    found += [*_runs(text), *_waiting_or_past(text), *_blueprints(text)]
+    return [*found, *_views(text, user), *_pages(text)]
+
+
+def _numbered(match: re.Match[str]) -> Iterator[Hit]:
+    """``A-17``, ``R-3`` or a bare number."""
+    letter, pk = (match[1] or "").upper(), int(match[2] or match[3])
+    if letter in ("", "A"):
+        yield from _decisions(Adaptation.objects.filter(pk=pk))
+    if letter in ("", "R"):
+        yield from _run_hits(Run.objects.filter(pk=pk))
+
+
+def _runs(text: str) -> Iterator[Hit]:
+    return _run_hits(Run.objects.filter(Q(name__icontains=text) | Q(uid=text))[:MOST])
+
+
+def _run_hits(rows: object) -> Iterator[Hit]:
+    for run in rows:  # type: ignore[attr-defined]
+        address = reverse("console:run", args=[run.uid])
+        yield Hit("run", f"R-{run.pk} {run.name}", address, str(run.state))
+
+
+def _waiting_or_past(text: str) -> Iterator[Hit]:
+    fits = Q(in_words__icontains=text) | Q(layer__icontains=text) | Q(uid=text)
+    fits |= Q(blueprint__slug__icontains=text)
+    return _decisions(Adaptation.objects.filter(fits)[:MOST])
+
+
+def _decisions(rows: object) -> Iterator[Hit]:
+    for row in rows.select_related("run", "blueprint"):  # type: ignore[attr-defined]
+        address = reverse("console:adaptation", args=[row.uid])
+        note = f"{row.run.name}, {row.state.replace('_', ' ')}"
+        yield Hit("adaptation", f"A-{row.number} {row.title}", address, note)
+
+
+def _blueprints(text: str) -> Iterator[Hit]:
+    fits = Q(slug__icontains=text) | Q(title__icontains=text)
+    for row in Blueprint.objects.filter(fits, present=True)[:MOST]:
+        yield Hit("blueprint", row.title, reverse("console:blueprint", args=[row.slug]), row.slug)
+
+
+def _views(text: str, user: User) -> Iterator[Hit]:
+    for view in preferences_of(user).views:
+        if text.casefold() in view.name.casefold():
+            yield Hit("saved view", view.name, view.address, view.path)
+
+
+def _pages(text: str) -> Iterator[Hit]:
+    for name, words, others in PAGES:
+        if text.casefold() in f"{words} {others}".casefold():
+            yield Hit("page", words, reverse(name))

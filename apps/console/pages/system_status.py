@@ -1,0 +1,105 @@
+"""The state of Esper itself: its parts, processes, queues and channels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.db.models import Count, Min, Q
+from django.http import HttpRequest, HttpResponse
+from django.utils import timezone
+
+from apps.console.panels import Panel, render_page
+from apps.console.request import page
+from apps.console.run_rows import live_runs
+from apps.console.status import RUN, Status
+from apps.notifications.models import Channel, Delivery, OutboxMessage
+from apps.workers.models import CompileJob
+from apps.workers.services import disk_problem, down_processes, parts
+from esper.contracts import JobState, RunState
+
+LATE_AFTER = timedelta(minutes=1)  # a message that the relay should have sent by then
+
+
+@page
+def system_status(request: HttpRequest) -> HttpResponse:
+    panels = [
+        Panel("parts", "Parts", "console/status/parts.html", part_rows, every=10),
+        Panel("queues", "Queues and channels", "console/status/queues.html", queues, every=10),
+        Panel("runs", "Trainers", "console/status/runs.html", trainers, ("run",), every=10),
+    ]
+    return render_page(request, "console/status.html", title="Status", panels=panels)
+
+
+@dataclass(frozen=True, slots=True)
+class PartRow:
+    """One part with its state in words."""
+
+    name: str
+    status: Status
+    text: str
+
+
+_WORKS = Status("good", "check", "Works")
+_LATE = Status("serious", "square", "Does not report")
+
+
+def part_rows() -> dict[str, Any]:
+    """The database answers, because this page was built."""
+    rows = [PartRow("database", _WORKS, "It has answered this page.")]
+    disk = disk_problem()
+    full = Status("serious", "square", "Nearly full")
+    rows.append(PartRow("disk", full if disk else _WORKS, disk or "It has space."))
+    rows += [PartRow(p.name, _LATE if p.late else _WORKS, p.text) for p in parts()]
+    down = down_processes()
+    problems = [row for row in rows if row.status is not _WORKS]
+    return {"rows": rows, "down": down, "problems": len(problems) + len(down)}
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRow:
+    """Something that waits to be done."""
+
+    name: str
+    waiting: int
+    oldest: datetime | None
+    late: bool
+    text: str
+
+
+def queues() -> dict[str, Any]:
+    now = timezone.now()
+    jobs = CompileJob.objects.filter(state=JobState.QUEUED)
+    unsent = OutboxMessage.objects.filter(sent_at=None)
+    due = Delivery.objects.filter(due_at__lte=now)
+    found = [
+        ("compile jobs", jobs.aggregate(n=Count("id"), oldest=Min("queued_at"))),
+        ("messages to workers", unsent.aggregate(n=Count("id"), oldest=Min("created_at"))),
+        ("messages to people", due.aggregate(n=Count("id"), oldest=Min("due_at"))),
+    ]
+    rows = [
+        QueueRow(
+            name=name,
+            waiting=of["n"],
+            oldest=of["oldest"],
+            late=of["oldest"] is not None and now - of["oldest"] > LATE_AFTER,
+            text="",
+        )
+        for name, of in found
+    ]
+    channels = Channel.objects.aggregate(
+        working=Count("id", filter=Q(disabled_at=None)),
+        disabled=Count("id", filter=~Q(disabled_at=None)),
+    )
+    return {"rows": rows, "channels": channels}
+
+
+def trainers() -> dict[str, Any]:
+    counts = Counter(live_runs().values_list("state", flat=True))
+    silent = list(live_runs().filter(state=RunState.UNREACHABLE)[:20])
+    return {
+        "counts": [(RUN[RunState(state)], number) for state, number in sorted(counts.items())],
+        "silent": silent,
+    }

@@ -1,0 +1,40 @@
+"""The wall display: large, read-only, without controls, for a screen that everybody sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.http import HttpRequest, HttpResponse
+
+from apps.console.bar import adaptation_switch
+from apps.console.panels import Panel, render_page
+from apps.console.request import page, person
+from apps.console.run_rows import annotated, live_runs, run_rows
+from apps.console.waiting import waiting
+from apps.violations.selectors import open_violations, worst_first
+from esper.contracts import Severity
+
+RUNS_SHOWN = 12
+FINDINGS_SHOWN = 6
+
+
+@page
+def wall(request: HttpRequest) -> HttpResponse:
+    user = person(request)
+
+    def board() -> dict[str, Any]:
+        severe = open_violations().filter(severity__in=(Severity.SERIOUS, Severity.CRITICAL))
+        found = waiting(user).select_related("run", "blueprint")
+        return {
+            "switch": adaptation_switch(),
+            "rows": run_rows(annotated(live_runs().order_by("-id"))[:RUNS_SHOWN]),
+            "live": live_runs().count(),
+            "first": found.first(),
+            "waiting": found.count(),
+            "severe": list(worst_first(severe).select_related("run")[:FINDINGS_SHOWN]),
+            "severe_count": severe.count(),
+        }
+
+    events = ("adaptation", "run", "violation", "switch")
+    panels = [Panel("board", "All runs", "console/wall/board.html", board, events, every=5)]
+    return render_page(request, "console/wall.html", title="Wall display", panels=panels)
