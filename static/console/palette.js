@@ -33,7 +33,7 @@ async function find() {
   place.innerHTML = await answer.text(); // the server's own template, which escapes
   const list = place.querySelector("ul");
   list?.setAttribute("role", "listbox");
-  list?.setAttribute("aria-label", "Hits");
+  list?.setAttribute("aria-label", "Places that fit");
   for (const row of place.querySelectorAll("li")) row.setAttribute("role", "presentation");
   for (const hit of hits()) {
     hit.setAttribute("role", "option");
