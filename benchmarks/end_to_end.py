@@ -9,17 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import platform
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import httpx
@@ -28,6 +21,7 @@ import torch
 from torch import nn
 from websockets.asyncio.client import connect
 
+from benchmarks.installation import Installation, installation
 from esper import __version__, blueprints, grafting
 from esper.compilation import capability, open_kernel
 from esper.compilation.instantiate import instantiate
@@ -47,6 +41,7 @@ from esper.contracts import (
     signing,
     wire,
 )
+from hosts.keyring import read_keyring
 
 STEPS = 1000
 BATCH = 200
@@ -80,59 +75,21 @@ def end_to_end(adaptations: int, *, server: str = "", token: str = "") -> list[f
     """
     if server:
         return asyncio.run(_measure(server, token, adaptations))
-    with (
-        tempfile.TemporaryDirectory(prefix="esper-end-to-end-") as directory,
-        _running(Path(directory)) as (url, trainer_token),
-    ):
-        return asyncio.run(_measure(url, trainer_token, adaptations))
+    with installation() as esper:
+        _let_grafts_go_alone(esper)
+        return asyncio.run(_measure(esper.url, esper.token("trainer"), adaptations))
 
 
-@contextmanager
-def _running(data_dir: Path) -> Iterator[tuple[str, str]]:
-    from hosts.keyring import read_keyring
-
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "launcher", "up", "--no-demo"),
-            *("--port", "0", "--data-dir", str(data_dir)),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    try:
-        url = _wait_for_url(process)
-        keyring = read_keyring(data_dir)
-        _let_grafts_go_alone(url, keyring["people"])
-        yield url, str(keyring["tokens"]["trainer"])
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.communicate(timeout=30)  # also reads the output, so that the process can end
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-
-
-def _wait_for_url(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if "Esper is at " in line:
-            return line.split("Esper is at ")[1].split()[0]
-    raise RuntimeError("Esper did not start:\n" + "".join(seen[-20:]))
-
-
-def _let_grafts_go_alone(url: str, people: Json) -> None:
+def _let_grafts_go_alone(esper: Installation) -> None:
     """What is measured is the way without a person, so any confidence is enough."""
+    people = read_keyring(esper.data_dir)["people"]
 
     def post(person: str, path: str, body: Json) -> Json:
         headers = {
             "Authorization": f"Bearer {people[person]['token']}",
             "Idempotency-Key": uuid.uuid4().hex,
         }
-        answer = httpx.post(f"{url}/api/v1/{path}", json=body, headers=headers, timeout=30.0)
+        answer = httpx.post(f"{esper.url}/api/v1/{path}", json=body, headers=headers, timeout=30.0)
         if not answer.is_success:
             raise RuntimeError(f"POST {path}: {answer.status_code} {answer.text[:500]}")
         return dict(answer.json())

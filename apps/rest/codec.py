@@ -10,7 +10,7 @@ from rest_framework.parsers import BaseParser
 from rest_framework.renderers import BaseRenderer
 
 from apps.rest.problems import Problem
-from esper.contracts import codec
+from esper.contracts import codec, telemetry_body
 from esper.exceptions import CodecError
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,24 @@ class StrictJSONParser(BaseParser):
         if not isinstance(value, dict):
             raise Problem(400, "invalid", "The body must be a JSON object.")
         return value
+
+
+class TelemetryParser(BaseParser):
+    """``esper.contracts.telemetry_body``: the JSON part is as strict, the values are bytes."""
+
+    media_type = telemetry_body.MEDIA_TYPE
+
+    def parse(
+        self,
+        stream: IO[Any],
+        media_type: str | None = None,
+        parser_context: Mapping[str, Any] | None = None,
+    ) -> Any:
+        raw = stream.read(telemetry_body.MAX_BYTES + 1)
+        if len(raw) > telemetry_body.MAX_BYTES:
+            most = telemetry_body.MAX_BYTES
+            raise Problem(413, "too-large", f"The body may have at most {most} bytes.")
+        return telemetry_body.decode_body(raw)
 
 
 class StrictJSONRenderer(BaseRenderer):

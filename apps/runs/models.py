@@ -47,6 +47,8 @@ class Run(models.Model):
     capabilities = models.JSONField(default=dict)  # {"cuda:1": "cuda.sm90"}, where it has several
     versions = models.JSONField(default=dict)
     layers = models.JSONField(default=list)  # LayerInfo.to_wire(), in the order of the frames' rows
+    # The telemetry of a run with thousands of layers must not read them all for each batch.
+    layer_count = models.PositiveIntegerField(default=0)
     model_parameters = models.BigIntegerField(default=0)
     target_steps = models.BigIntegerField(null=True, blank=True)
     step = models.BigIntegerField(default=0)

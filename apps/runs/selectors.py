@@ -30,6 +30,8 @@ FILTERS: dict[str, Lookup] = {
     **between(moment, "created_at"),
 }
 ORDER = ("created_at", "name", "step")
+# Megabytes, where a model has thousands of layers; what needs one of them reads it for itself.
+HUGE_COLUMNS = ("layers", "versions")
 
 
 def runs(*, only: str = "") -> QuerySet[Run]:
@@ -43,9 +45,9 @@ def of_run_uid(value: str) -> Q:
     return Q(run_uid=value) | Q(run_uid__in=Run.objects.filter(name=value).values("uid"))
 
 
-def visible_run(uid: str, *, only: str = "") -> Run:
-    """Raises ``Problem`` 404, also for a run that is not the token's."""
-    run = runs(only=only).filter(named(uid, "R")).first()
+def visible_run(uid: str, *, only: str = "", without: tuple[str, ...] = ()) -> Run:
+    """A run, its columns ``without`` left for later; ``Problem`` 404 if it is not the token's."""
+    run = runs(only=only).defer(*without).filter(named(uid, "R")).first()
     if run is None:
         raise not_found("run")
     return run

@@ -73,6 +73,7 @@ def register_run(
     run.capabilities = spec.capabilities
     run.model_parameters, run.target_steps = spec.model_parameters, spec.target_steps
     run.layers = [layer.to_wire() for layer in spec.layers]
+    run.layer_count = len(run.layers)
     run.versions = spec.versions
     run.state = RunState.RUNNING if live else RunState.STARTING
     run.telemetry_seq = 0  # each epoch counts its own items

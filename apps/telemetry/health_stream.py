@@ -1,10 +1,13 @@
-"""The Redis stream that notifies Tamiyo. A lost entry loses no data: the frames are rows."""
+"""The Redis stream that notifies Tamiyo: one entry for each batch with frames.
+
+A lost entry loses no data: the frames are rows.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -25,24 +28,20 @@ Entry = Mapping[Any, Any]  # field -> text, number or bytes, as redis-py takes t
 _silent_until = 0.0
 
 
-def add_frames(entries: Iterable[Entry]) -> None:
-    """Append entries; an unreachable Redis is logged, and never fails the caller."""
+def add_batch(entry: Entry) -> None:
+    """Append a batch; an unreachable Redis is logged, and never fails the caller."""
     global _silent_until
-    entries = list(entries)
-    if not entries or time.monotonic() < _silent_until:
+    if time.monotonic() < _silent_until:
         return
     try:
-        pipeline = _client().pipeline(transaction=False)
-        for entry in entries:
-            pipeline.xadd(STREAM, dict(entry), maxlen=_max_entries(entry), approximate=True)
-        pipeline.execute()
+        _client().xadd(STREAM, dict(entry), maxlen=_max_entries(entry), approximate=True)
     except (redis.RedisError, OSError) as error:
         _silent_until = time.monotonic() + QUIET_SECONDS
-        log.warning("%d frames were not added to %s: %s", len(entries), STREAM, error)
+        log.warning("%s frames were not added to %s: %s", entry["frames"], STREAM, error)
 
 
 def _max_entries(entry: Entry) -> int:
-    """Frames of huge models must not fill Redis."""
+    """Batches of huge models must not fill Redis."""
     values = entry["values"]
     size = len(values) if isinstance(values, bytes) else 0
     return max(FEWEST_ENTRIES, min(MAX_ENTRIES, MAX_BYTES // max(size, 1)))

@@ -18,16 +18,20 @@ RUNS_REMEMBERED = 1_000
 _known: OrderedDict[str, set[str]] = OrderedDict()
 
 
-def split_by_name(run: Run, metrics: Iterable[Metric]) -> tuple[list[Metric], list[Metric]]:
-    """Metrics to store, and those whose name exceeds the limit."""
-    known = _names_of(run)
-    taken: list[Metric] = []
-    refused: list[Metric] = []
-    for metric in metrics:
-        if metric.name not in known and len(known) < MOST_NAMES:
-            known.add(metric.name)
-        (taken if metric.name in known else refused).append(metric)
-    return taken, refused
+class KnownNames:
+    """The names that a run uses already, and whether it may have one more."""
+
+    def __init__(self, run: Run) -> None:
+        self._names = _names_of(run)
+
+    def take(self, name: str) -> bool:
+        """True where a value of this name may be stored; a new name counts from now on."""
+        if name in self._names:
+            return True
+        if len(self._names) >= MOST_NAMES:
+            return False
+        self._names.add(name)
+        return True
 
 
 def _names_of(run: Run) -> set[str]:

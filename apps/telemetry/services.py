@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from django.db import transaction
@@ -15,11 +15,13 @@ from django.utils import timezone
 from apps.accounts.actors import Actor, ActorKind
 from apps.notifications.services import group_name, notify, run_topic
 from apps.runs.models import Run
+from apps.runs.selectors import HUGE_COLUMNS
 from apps.runs.services import check_epoch, set_state
 from apps.telemetry.back_pressure import pause_after, seconds_to_pause
-from apps.telemetry.health_stream import add_frames
-from apps.telemetry.metric_names import split_by_name
+from apps.telemetry.health_stream import add_batch
+from apps.telemetry.metric_names import KnownNames
 from apps.telemetry.models import Frame, Metric
+from apps.telemetry.rows import FRAME_COLUMNS, METRIC_COLUMNS, Row, insert_rows
 from esper.contracts import RunState, codec, protocol
 from esper.contracts.protocol import Telemetry, TelemetryAnswer
 
@@ -49,18 +51,18 @@ def ingest_batch(*, run: Run, batch: Telemetry, record_findings: RecordFindings)
     """
     started = time.perf_counter()
     with transaction.atomic():
-        run = Run.objects.select_for_update().get(pk=run.pk)
+        run = Run.objects.select_for_update().defer(*HUGE_COLUMNS).get(pk=run.pk)
         check_epoch(run, batch.epoch)
         if batch.seq_to <= run.telemetry_seq:
             Run.objects.filter(pk=run.pk).update(last_seen_at=timezone.now())
             return TelemetryAnswer(stored=0, duplicate=True)
-        metrics, refused = split_by_name(run, _metric_rows(run, batch))
+        metrics, refused = _metric_rows(run, batch)
         if refused:
-            log.warning("%s: %d values under too many metric names", run.uid, len(refused))
-        Frame.objects.bulk_create(_frame_row(run, frame) for frame in batch.frames)
-        Metric.objects.bulk_create(metrics)
+            log.warning("%s: %d values under too many metric names", run.uid, refused)
+        insert_rows(Frame, FRAME_COLUMNS, [_frame_row(run, frame) for frame in batch.frames])
+        insert_rows(Metric, METRIC_COLUMNS, metrics)
         # What was refused counts as dropped, which pages show.
-        _advance(run, batch, dropped=batch.dropped + len(refused))
+        _advance(run, batch, dropped=batch.dropped + refused)
         if batch.findings:
             record_findings(run=run, findings=batch.findings)
         transaction.on_commit(lambda: _announce(run, batch))
@@ -70,32 +72,24 @@ def ingest_batch(*, run: Run, batch: Telemetry, record_findings: RecordFindings)
     )
 
 
-def _frame_row(run: Run, frame: protocol.Frame) -> Frame:
+def _frame_row(run: Run, frame: protocol.Frame) -> Row:
     loss, status = _stored(frame.loss)
-    return Frame(
-        run=run,
-        epoch=run.epoch,
-        step=frame.step,
-        wall_time=frame.wall_time,
-        values=frame.values,
-        loss=loss,
-        loss_status=status,
-    )
+    return (run.pk, run.epoch, frame.step, frame.wall_time, frame.values, loss, status)
 
 
-def _metric_rows(run: Run, batch: Telemetry) -> Iterator[Metric]:
+def _metric_rows(run: Run, batch: Telemetry) -> tuple[list[Row], int]:
+    """Rows to store, and how many values are refused because the run has too many names."""
+    known = KnownNames(run)
+    rows: list[Row] = []
+    refused = 0
     for entry in batch.metrics:
         for name, number in entry.values.items():
-            value, status = _stored(number)
-            yield Metric(
-                run=run,
-                epoch=run.epoch,
-                step=entry.step,
-                wall_time=entry.wall_time,
-                name=name,
-                value=value,
-                status=status,
-            )
+            if known.take(name):
+                value, status = _stored(number)
+                rows.append((run.pk, run.epoch, entry.step, entry.wall_time, name, value, status))
+            else:
+                refused += 1
+    return rows, refused
 
 
 def _stored(number: float | None) -> tuple[float | None, str]:
@@ -133,21 +127,30 @@ def _newest_loss(batch: Telemetry, *, up_to: float = math.inf) -> float | None:
 
 
 def _announce(run: Run, batch: Telemetry) -> None:
-    add_frames(
-        {
-            "run": run.uid,
-            "epoch": run.epoch,
-            "seq": batch.seq_to,
-            "step": frame.step,
-            "wall_time": repr(frame.wall_time),
-            "layers": len(run.layers),
-            "values": frame.values,
-            "loss": _loss_text(_loss_of(batch, frame)),
-            "findings": len(batch.findings),
-        }
-        for frame in batch.frames
-    )
+    if batch.frames:
+        add_batch(_entry(run, batch))
     _notify_progress(run, _newest_loss(batch))
+
+
+def _entry(run: Run, batch: Telemetry) -> dict[str, Any]:
+    """The newest frames of a batch for Tamiyo, which looks at no more of them."""
+    frames = batch.frames[-protocol.FRAMES_OF_ENTRY :]
+    return {
+        "run": run.uid,
+        "epoch": run.epoch,
+        "seq": batch.seq_to,
+        "layers": run.layer_count,
+        "frames": len(frames),
+        "findings": len(batch.findings),
+        "steps": _joined(frame.step for frame in frames),
+        "wall_times": _joined(frame.wall_time for frame in frames),
+        "losses": ",".join(_loss_text(_loss_of(batch, frame)) for frame in frames),
+        "values": b"".join(frame.values for frame in frames),
+    }
+
+
+def _joined(numbers: Iterable[float]) -> str:
+    return ",".join(repr(number) for number in numbers)
 
 
 def _loss_of(batch: Telemetry, frame: protocol.Frame) -> float | None:

@@ -17,6 +17,7 @@ from apps.accounts.endpoint import READERS, TRAINERS, Endpoint, require, run_of_
 from apps.accounts.policy import Act
 from apps.adaptations.models import Adaptation
 from apps.adaptations.services import judge_remedy, note_lost_commands
+from apps.rest.codec import StrictJSONParser, TelemetryParser
 from apps.rest.fields import body, message
 from apps.rest.filters import apply_filters, parse_parameter, whole_number
 from apps.rest.idempotency import idempotent
@@ -25,7 +26,7 @@ from apps.rest.problems import not_found
 from apps.rest.schema import documented, listing, page_of, query
 from apps.rest.throttling import TelemetryThrottle, TokenThrottle
 from apps.runs.models import Command, Run
-from apps.runs.selectors import FILTERS, ORDER, runs, visible_run
+from apps.runs.selectors import FILTERS, HUGE_COLUMNS, ORDER, runs, visible_run
 from apps.runs.serializers import CommandOutput, RunOutput
 from apps.runs.services import check_epoch, command_to_wire, commands_after, touch
 from apps.telemetry.services import seconds_to_pause
@@ -117,12 +118,13 @@ class BackPressure(BaseThrottle):
 
 class Telemetry(TrainerEndpoint):
     throttle_classes = (BackPressure, TelemetryThrottle)
+    parser_classes = (StrictJSONParser, TelemetryParser)
 
     @documented(
         "send_telemetry", body=protocol.Telemetry, answer=protocol.TelemetryAnswer, status=202
     )
     def post(self, request: Request, uid: str) -> Response:
-        run = _run(request, uid)
+        run = visible_run(uid, only=run_of_token(request), without=HUGE_COLUMNS)
         answer = services.take_telemetry(run=run, batch=message(request, protocol.Telemetry))
         return Response(wire.to_wire(answer), status=202)
 

@@ -15,7 +15,7 @@ from apps.policies.services import current_policy
 from apps.runs import services as runs
 from apps.runs.services import Registration
 from apps.violations.services import close_findings
-from esper.contracts import protocol, signing
+from esper.contracts import protocol, signing, telemetry_body
 
 
 @transaction.atomic
@@ -47,4 +47,5 @@ def registration_answer(registration: Registration) -> protocol.Registered:
         last_command_seq=run.command_seq,
         policy=current_policy(run).safety_policy(),
         server_time=time.time(),
+        telemetry_types=(telemetry_body.MEDIA_TYPE,),
     )

@@ -52,6 +52,7 @@ MAX_NUMBERS = 500  # of the evidence and of a reward
 MAX_VERSIONS = 100
 MAX_DEVICES = 64
 MAX_FRAMES = 500
+FRAMES_OF_ENTRY = 64  # of a batch in the stream of health frames; Tamiyo keeps as many of a run
 MAX_METRICS = 1000  # entries, each with some values
 MAX_VALUES = 64  # of one entry
 MAX_FINDINGS = 200
@@ -147,6 +148,7 @@ class Registered(Message, frozen=True, kw_only=True):
         last_command_seq: of the run's command log.
         policy: the safety policy in force.
         server_time: seconds since the epoch by the server's clock.
+        telemetry_types: media types of telemetry that the server takes beside JSON.
     """
 
     uid: Uid
@@ -160,6 +162,7 @@ class Registered(Message, frozen=True, kw_only=True):
     resumed: bool = False
     stream: str = ""
     last_command_seq: Whole = 0
+    telemetry_types: tuple[str, ...] = ()
 
 
 class Applied(Message, frozen=True, kw_only=True):

@@ -34,9 +34,8 @@ class Caller:
         """``body`` may be raw bytes. An idempotency key is added unless one is given."""
         content = body if isinstance(body, bytes) else codec.encode(body or {})
         headers.setdefault("Idempotency-Key", f"key-{next(_keys)}")
-        return self._ask(
-            "post", path, data=content, content_type="application/json", headers=headers
-        )
+        kind = headers.pop("Content-Type", "application/json")
+        return self._ask("post", path, data=content, content_type=kind, headers=headers)
 
     def delete(self, path: str) -> Answer:
         return self._ask("delete", path, headers={})

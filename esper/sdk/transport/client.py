@@ -101,16 +101,20 @@ class Client:
             content = codec.encode(body)
         except CodecError as error:
             raise TransportError(f"{path}: {error}", permanent=True) from error
-        answer = _json(await self._send("POST", path, content=content, headers=headers))
-        return answer if isinstance(answer, dict) else {}
+        return await self._post(path, content, headers)
 
     async def ask(self, path: str, body: dict[str, Any], answer: type[_T]) -> _T:
         """Post strict JSON, and read the answer as a message; raises ``TransportError``."""
-        data = await self.post(path, body)
-        try:
-            return wire.from_wire(answer, data)
-        except CodecError as error:
-            raise TransportError(f"{path}: {error}", permanent=False) from error
+        return _message(path, answer, await self.post(path, body))
+
+    async def ask_with(self, path: str, content: bytes, media_type: str, answer: type[_T]) -> _T:
+        """Post a body of any type, and read the answer as a message; raises ``TransportError``."""
+        data = await self._post(path, content, {"Content-Type": media_type})
+        return _message(path, answer, data)
+
+    async def _post(self, path: str, content: bytes, headers: dict[str, str]) -> dict[str, Any]:
+        answer = _json(await self._send("POST", path, content=content, headers=headers))
+        return answer if isinstance(answer, dict) else {}
 
     async def _send(
         self,
@@ -164,6 +168,13 @@ async def insist(
             if warned:
                 logger.warning("%s: the server is back", what)
             return result
+
+
+def _message(path: str, kind: type[_T], data: dict[str, Any]) -> _T:
+    try:
+        return wire.from_wire(kind, data)
+    except CodecError as error:
+        raise TransportError(f"{path}: {error}", permanent=False) from error
 
 
 def _json(response: httpx.Response) -> Any:

@@ -8,7 +8,7 @@ import time
 from functools import partial
 from typing import Any
 
-from esper.contracts import wire
+from esper.contracts import telemetry_body, wire
 from esper.contracts.protocol import Answer, RemedyAnswer, TelemetryAnswer
 from esper.exceptions import CodecError, TransportError
 from esper.sdk.transport.client import Client, insist
@@ -30,6 +30,8 @@ class TelemetrySender:
         self._client = client
         self._path = f"runs/{registration.run}/telemetry"
         self._epoch = registration.epoch
+        # An older server takes JSON only.
+        self._raw = telemetry_body.MEDIA_TYPE in registration.telemetry_types
         self._queues = queues
         self._pace = pace
         self._slow_down_until = 0.0
@@ -52,8 +54,14 @@ class TelemetrySender:
     async def _send(self, batch: Batch) -> None:
         queue = self._queues.telemetry
         try:
+            content, media_type = batch.content(raw=self._raw)
+        except CodecError as error:
+            queue.settle_dropped(batch)
+            logger.error("%d telemetry items cannot be sent: %s", batch.items, error)
+            return
+        try:
             answer = await insist(
-                partial(self._client.ask, self._path, batch.body, TelemetryAnswer),
+                partial(self._client.ask_with, self._path, content, media_type, TelemetryAnswer),
                 back_off=self._pace.back_off(),
                 what="telemetry",
             )

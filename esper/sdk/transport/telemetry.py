@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from esper.contracts import Finding, HealthFrame, protocol, wire
+from msgspec import structs
+
+from esper.contracts import Finding, HealthFrame, codec, protocol, telemetry_body, wire
 
 MAX_WAITING_METRICS = 20_000
 MAX_WAITING_FRAMES = 200
@@ -21,6 +23,7 @@ MAX_BATCH_METRICS = 500
 MAX_BATCH_VALUES = 10_000  # of these metrics together; a server takes twice as many
 MAX_BATCH_FINDINGS = 100
 MAX_BATCH_FRAME_BYTES = 300_000  # of packed values; a body may have 1 MiB
+JSON = "application/json"
 
 _Metrics = tuple[int, float, Mapping[str, float]]  # step, wall time, name -> value
 
@@ -30,14 +33,29 @@ class Batch:
     """A batch as it is posted, again and again, until it is answered.
 
     Attributes:
-        body: JSON, with ``seq_from`` and ``seq_to``.
+        message: with ``seq_from`` and ``seq_to``.
         items: frames + metrics + findings in it.
         dropped: items lost before it, as it reports to the server.
     """
 
-    body: dict[str, Any]
+    message: protocol.Telemetry
     items: int
     dropped: int
+
+    def content(self, *, raw: bool) -> tuple[bytes, str]:
+        """The body and its media type; ``raw``: the values of frames as bytes, not as base64.
+
+        Raises:
+            CodecError: the batch cannot be sent as strict JSON.
+        """
+        if not raw:
+            return codec.encode(wire.to_wire(self.message)), JSON
+        values = [frame.values for frame in self.message.frames]
+        frames = tuple(structs.replace(frame, values=b"") for frame in self.message.frames)
+        members: dict[str, Any] = wire.to_wire(structs.replace(self.message, frames=frames))
+        for frame in members["frames"]:
+            del frame["values"]
+        return telemetry_body.encode_body(members, values), telemetry_body.MEDIA_TYPE
 
 
 class TelemetryQueue:
@@ -103,7 +121,7 @@ class TelemetryQueue:
             findings=tuple(findings),
             dropped=dropped,
         )
-        return Batch(body=wire.to_wire(message), items=items, dropped=dropped)
+        return Batch(message=message, items=items, dropped=dropped)
 
     def settle_stored(self, batch: Batch) -> None:
         self.stored += batch.items

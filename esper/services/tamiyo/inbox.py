@@ -19,7 +19,7 @@ def backoff_seconds(attempts: int) -> float:
 
 @dataclass(slots=True)
 class _Waiting:
-    entries: dict[bytes, HealthEntry] = field(default_factory=dict)
+    entries: dict[tuple[bytes, int], HealthEntry] = field(default_factory=dict)  # id, step
     attempts: int = 0
     retry_at: float = 0.0
 
@@ -35,7 +35,8 @@ class Inbox:
 
     def add(self, entries: Iterable[HealthEntry]) -> None:
         for entry in entries:
-            self._runs.setdefault(entry.run, _Waiting()).entries[entry.id] = entry
+            waiting = self._runs.setdefault(entry.run, _Waiting())
+            waiting.entries[entry.id, entry.step] = entry
 
     def due(self, now: float) -> list[tuple[str, list[HealthEntry]]]:
         return [
@@ -58,6 +59,6 @@ class Inbox:
         waiting.attempts += 1
         waiting.retry_at = now + pause
         newest = max(waiting.entries.values(), key=lambda entry: (entry.epoch, entry.step))
-        replaced = [entry for entry in waiting.entries.values() if entry is not newest]
-        waiting.entries = {newest.id: newest}
+        replaced = [entry for entry in waiting.entries.values() if entry.id != newest.id]
+        waiting.entries = {(newest.id, newest.step): newest}
         return replaced

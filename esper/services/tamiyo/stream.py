@@ -1,4 +1,4 @@
-"""The Redis stream with a notification for each stored health frame.
+"""The Redis stream with a notification for each stored batch of health frames.
 
 Losing or repeating an entry loses or repeats no decision, because a run's state is read from the
 server, and a proposal carries its idempotency key.
@@ -23,14 +23,15 @@ logger = logging.getLogger("esper.tamiyo")
 STREAM = "esper:health"
 GROUP = "tamiyo"
 _FORGET_CONSUMER_MS = 3_600_000
+ENTRIES_AT_ONCE = 32  # each of up to 2 MB
 
 
 @dataclass(frozen=True, slots=True)
 class HealthEntry:
-    """One entry: a frame of one run.
+    """One frame of one run.
 
     Attributes:
-        id: of the entry in the stream.
+        id: of the entry in the stream; an entry has the newest frames of a batch.
         stored_at: seconds since the epoch, by Redis's clock.
         values: little-endian float32 [layers, signals].
         loss: the newest training loss, NaN once it diverged; None: not known.
@@ -66,7 +67,9 @@ class HealthStream:
         self._claimed_at = -math.inf
         self.malformed = 0
 
-    async def read(self, *, wait_seconds: float = 1.0, count: int = 256) -> list[HealthEntry]:
+    async def read(
+        self, *, wait_seconds: float = 1.0, count: int = ENTRIES_AT_ONCE
+    ) -> list[HealthEntry]:
         """Entries that no other instance holds: abandoned ones first, then new ones."""
         try:
             raw = await self._abandoned(count) or await self._new(wait_seconds, count)
@@ -80,7 +83,7 @@ class HealthStream:
 
     async def ack(self, entries: list[HealthEntry]) -> None:
         if entries:
-            await self._redis.xack(STREAM, GROUP, *(entry.id for entry in entries))
+            await self._redis.xack(STREAM, GROUP, *{entry.id for entry in entries})
 
     async def close(self) -> None:
         """Leave the group, unless this instance still holds entries."""
@@ -121,13 +124,14 @@ class HealthStream:
                 await self._redis.xgroup_delconsumer(STREAM, GROUP, name)
 
     async def _parse_all(self, raw: list[Any]) -> list[HealthEntry]:
-        entries, broken = [], []
+        entries: list[HealthEntry] = []
+        broken: list[bytes] = []
         for entry_id, fields in raw:
-            entry = _parse(entry_id, fields)
-            if entry is None:
+            frames = _parse(entry_id, fields)
+            if frames is None:
                 broken.append(entry_id)
             else:
-                entries.append(entry)
+                entries += frames
         if broken:  # malformed for good: acknowledge them, so that they do not come back
             self.malformed += len(broken)
             logger.warning("%d entries of %s make no sense", len(broken), STREAM)
@@ -135,18 +139,30 @@ class HealthStream:
         return entries
 
 
-def _parse(entry_id: bytes, fields: dict[bytes, bytes]) -> HealthEntry | None:
+def _parse(entry_id: bytes, fields: dict[bytes, bytes]) -> list[HealthEntry] | None:
+    """The frames of an entry; None where it makes no sense."""
     try:
-        return HealthEntry(
-            id=entry_id,
-            run=fields[b"run"].decode(),
-            epoch=int(fields[b"epoch"]),
-            step=int(fields[b"step"]),
-            wall_time=float(fields[b"wall_time"]),
-            values=fields[b"values"],
-            loss=float(fields[b"loss"]) if fields.get(b"loss") else None,
-            stored_at=int(entry_id.split(b"-")[0]) / 1000,
-            findings=int(fields.get(b"findings", 0)),
-        )
-    except (KeyError, ValueError, TypeError):
+        count = int(fields[b"frames"])
+        steps = fields[b"steps"].split(b",")
+        wall_times = fields[b"wall_times"].split(b",")
+        losses = fields[b"losses"].split(b",")
+        size, rest = divmod(len(fields[b"values"]), count)
+        if rest or not len(steps) == len(wall_times) == len(losses) == count:
+            return None
+        stored_at = int(entry_id.split(b"-")[0]) / 1000
+        return [
+            HealthEntry(
+                id=entry_id,
+                run=fields[b"run"].decode(),
+                epoch=int(fields[b"epoch"]),
+                step=int(steps[index]),
+                wall_time=float(wall_times[index]),
+                values=fields[b"values"][index * size : (index + 1) * size],
+                loss=float(losses[index]) if losses[index] else None,
+                stored_at=stored_at,
+                findings=int(fields.get(b"findings", 0)),
+            )
+            for index in range(count)
+        ]
+    except (KeyError, ValueError, TypeError, ZeroDivisionError):
         return None

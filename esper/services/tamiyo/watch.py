@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from esper.contracts import HealthFrame, RunSnapshot, SafetyPolicy, unpack_bytes
+from esper.contracts import HealthFrame, RunSnapshot, SafetyPolicy, protocol, unpack_bytes
 from esper.contracts.protocol import Active
 from esper.exceptions import CodecError
 from esper.services.tamiyo.stream import HealthEntry
 from esper.services.tamiyo.wire import RunReport
 
-FRAMES_KEPT = 64
+FRAMES_KEPT = protocol.FRAMES_OF_ENTRY
 GAP_FACTOR = 3.0  # several Tamiyos share a stream, so one missing frame is normal
 
 
@@ -73,6 +73,8 @@ class RunWatch:
             return True
         snapshot = self._report.snapshot
         newer = [entry for entry in entries if entry.step > snapshot.step]
+        if len(newer) >= FRAMES_KEPT and all(entry.epoch == snapshot.epoch for entry in newer):
+            return False  # they are all that is looked at, whatever is missing before them
         return any(entry.epoch > snapshot.epoch for entry in entries) or (
             bool(newer) and self._is_gap(min(entry.step for entry in newer))
         )

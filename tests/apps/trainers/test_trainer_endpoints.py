@@ -30,6 +30,7 @@ from esper.contracts import (
     RunState,
     TokenScope,
     signing,
+    telemetry_body,
 )
 from tests.apps.callers import (
     LAYERS,
@@ -60,6 +61,7 @@ def test_registering_answers_with_everything_that_a_trainer_needs(trainer: Train
         "last_command_seq",
         "policy",
         "server_time",
+        "telemetry_types",
     }
     assert (trainer.answer["epoch"], trainer.answer["resumed"]) == (1, False)
     assert trainer.answer["stream"] == f"/ws/v1/trainer/{trainer.run}"
@@ -284,6 +286,57 @@ def test_a_malformed_batch_is_refused_with_a_pointer_and_stores_nothing(
     assert refused.data["errors"][0]["pointer"] == pointer
     assert not Frame.objects.exists()
     assert not Metric.objects.exists()
+    assert trainer.row().telemetry_seq == 0
+
+
+RAW = telemetry_body.MEDIA_TYPE
+
+
+def test_frames_may_come_as_bytes(trainer: Trainer) -> None:
+    values = np.arange(2 * len(SIGNALS), dtype="<f4").reshape(2, -1)
+    frames = [{"step": step, "wall_time": 1.0, "loss": "nan"} for step in (10, 20)]
+    batch = trainer.batch(frames=frames, metrics=[metrics(20, loss=0.7)])
+    body = telemetry_body.encode_body(batch, [values.tobytes(), (values + 1).tobytes()])
+    for stored, duplicate in ((3, False), (0, True)):
+        answer = trainer.post(f"{trainer.path}/telemetry", body, **{"Content-Type": RAW})
+        assert (answer.status, answer.data["stored"]) == (202, stored)
+        assert answer.data["duplicate"] is duplicate
+    assert np.array_equal(Frame.objects.get(step=20).matrix(2), values + 1)
+    row = Frame.objects.get(step=10)
+    assert (row.epoch, row.wall_time, row.loss, row.loss_status) == (1, 1.0, None, "nan")
+
+
+VALUES = np.zeros((2, len(SIGNALS)), dtype="<f4").tobytes()
+ONE_FRAME: dict[str, Any] = {
+    "epoch": 1,
+    "seq_from": 1,
+    "seq_to": 1,
+    "frames": [{"step": 1, "wall_time": 1.0}],
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"\x01\x00", 400),
+        (b"\xff\xff\xff\xff{}", 400),
+        (telemetry_body.encode_body(ONE_FRAME, [VALUES])[:-1], 400),
+        (telemetry_body.encode_body(ONE_FRAME, [VALUES, VALUES]), 400),
+        (telemetry_body.encode_body({**ONE_FRAME, "frames": []}, [VALUES]), 400),
+        (telemetry_body.encode_body({**ONE_FRAME, "frames": [1]}, [VALUES]), 400),
+        (telemetry_body.encode_body({**ONE_FRAME, "frames": {}}, [VALUES]), 400),
+        ((4).to_bytes(4, "little") + b"[{}]", 400),
+        ((7).to_bytes(4, "little") + b'{"a":NaN', 400),
+        (bytes(telemetry_body.MAX_BYTES + 1), 413),
+    ],
+)
+def test_malformed_bytes_are_refused_and_store_nothing(
+    trainer: Trainer, body: bytes, status: int
+) -> None:
+    refused = trainer.post(f"{trainer.path}/telemetry", body, **{"Content-Type": RAW})
+    assert refused.status == status
+    assert not Frame.objects.exists()
     assert trainer.row().telemetry_seq == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import socket
 import threading
 import time
@@ -13,7 +14,15 @@ from urllib.parse import parse_qs
 
 import uvicorn
 
-from esper.contracts import Command, CommandKind, KernelBundle, SafetyPolicy, codec, signing
+from esper.contracts import (
+    Command,
+    CommandKind,
+    KernelBundle,
+    SafetyPolicy,
+    codec,
+    signing,
+    telemetry_body,
+)
 
 Answer = tuple[int, dict[str, Any] | bytes]
 
@@ -47,6 +56,8 @@ class ControlPlane:
         self.settled: list[dict[str, Any]] = []
         self.last_command_seq = 0
         self.lose_replies = 0
+        self.telemetry_types: list[str] = [telemetry_body.MEDIA_TYPE]  # beside JSON
+        self.media_types: set[str] = set()  # of what was posted
         self.answers_to: dict[str, Answer] = {}  # by last part of the path: said instead
         self._replies: dict[str, Answer] = {}
         self._sockets: set[asyncio.Queue[dict[str, Any]]] = set()
@@ -195,7 +206,7 @@ class ControlPlane:
         if parts[0] == "kernels":
             files = self.kernels.get(parts[1], {})
             return (200, files[parts[2]]) if parts[2] in files else (404, {"code": "not-found"})
-        body = codec.decode(raw)
+        body = self._decoded(headers, raw)
         if parts == ["runs"]:
             return self._once(headers["idempotency-key"], lambda: self._register(body))
         if parts[1] not in self.epochs:
@@ -203,6 +214,17 @@ class ControlPlane:
         if body["epoch"] != self.epochs[parts[1]]:
             return 409, {"code": "old-epoch", "detail": "another start of this run"}
         return self._post(parts[2:], body)
+
+    def _decoded(self, headers: dict[str, str], raw: bytes) -> Any:
+        media_type = headers["content-type"]
+        self.media_types.add(media_type)
+        if media_type == "application/json":
+            return codec.decode(raw)
+        assert media_type in self.telemetry_types
+        body = telemetry_body.decode_body(raw)
+        for frame in body["frames"]:
+            frame["values"] = base64.b64encode(frame["values"]).decode()
+        return body
 
     def _post(self, parts: list[str], body: dict[str, Any]) -> Answer:
         if parts == ["telemetry"]:
@@ -242,6 +264,7 @@ class ControlPlane:
             "last_command_seq": self.last_command_seq,
             "policy": self.policy.to_wire(),
             "server_time": time.time(),
+            "telemetry_types": self.telemetry_types,
         }
 
     def _store(self, body: dict[str, Any]) -> dict[str, Any]:

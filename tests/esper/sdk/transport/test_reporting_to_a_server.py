@@ -13,6 +13,7 @@ import pytest
 import esper
 from esper.contracts import (
     SafetyPolicy,
+    telemetry_body,
 )
 from tests.esper.sdk.tiny_training import Training
 from tests.esper.sdk.transport.attached import (
@@ -57,6 +58,18 @@ def test_telemetry_arrives_once_although_replies_are_lost(
     assert session.telemetry["offered"] == session.telemetry["stored"]
     assert plane.frames
     assert any("accuracy" in entry["values"] for entry in plane.metrics)
+
+
+@pytest.mark.parametrize("types", [[], [telemetry_body.MEDIA_TYPE]])
+def test_frames_go_as_bytes_to_a_server_that_takes_them_and_as_json_to_an_older_one(
+    training: Training, plane: ControlPlane, types: list[str]
+) -> None:
+    plane.telemetry_types = types
+    with attached(training, plane) as session:
+        training.run(20, session)
+        wait_for(lambda: plane.frames, "a frame is sent")
+    assert plane.media_types == {"application/json", *types}
+    assert session.telemetry["offered"] == session.telemetry["stored"]
 
 
 def test_a_failed_run_says_why(training: Training, plane: ControlPlane) -> None:

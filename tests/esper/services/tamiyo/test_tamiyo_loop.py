@@ -37,11 +37,12 @@ def notify(valkey: redis.Redis, run: FakeRun, *, steps: int = 10) -> None:
             "run": run.uid,
             "epoch": run.epoch,
             "seq": run.step,
-            "step": run.step,
-            "wall_time": time.time(),
             "layers": 3,
+            "frames": 1,
+            "steps": run.step,
+            "wall_times": time.time(),
+            "losses": float(run.loss[-1]),
             "values": health_values().tobytes(),
-            "loss": float(run.loss[-1]),
         },
     )
 
