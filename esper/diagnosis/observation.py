@@ -270,6 +270,8 @@ class Observation:
         gradients: readings of the gradients, the newest last.
         duplicates: pairs of names of one module that a container holds twice.
         rank_digests: one number of each rank's parameters; empty for one process.
+        searches: an optimizer finds the size of its updates by itself.
+        warms_up: an optimizer may make its first updates at a rate of zero.
     """
 
     step: int = 0
@@ -294,6 +296,8 @@ class Observation:
     broken: Broken = Broken()
     duplicates: Sequence[tuple[str, str]] = ()
     rank_digests: Sequence[float] = ()
+    searches: bool = False
+    warms_up: bool = False
 
     # -- what rules ask --------------------------------------------------------------------------
 

@@ -175,6 +175,7 @@ class Recorder:
         with_hooks = filter(takes_hooks, self._optimizers if reads else ())
         self._parts = [Part(optimizer, before=before, after=after) for optimizer in with_hooks]
         self._updates_read = 0
+        self._rate = math.nan  # the highest of the updates since the last reading
         self._arm()
         if reads:
             self._closed(self._forward.arm)()
@@ -276,13 +277,13 @@ class Recorder:
 
     def _take(self, step: int) -> bool:
         """True where all is known now; on a GPU the numbers arrive with the next step."""
-        transfer, rate = HostTransfer(), highest_rate(self._optimizers)
+        transfer = HostTransfer()
         seen = self._forward.collect(step, transfer)
         taken = sum(part.taken for part in self._parts)
         updates = taken - self._updates_read
-        read = self._gradient.collect(step, transfer, rate=rate, updates=updates)
+        read = self._gradient.collect(step, transfer, rate=self._rate, updates=updates)
         if read is not None:
-            self._updates_read = taken
+            self._updates_read, self._rate = taken, math.nan
         transfer.start()
         self._waiting = seen, read
         return not transfer.is_late and self._finish()
@@ -299,6 +300,8 @@ class Recorder:
         return True
 
     def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        # Read here: after the update a scheduler has set the rate of the next one.
+        self._rate = _higher(self._rate, highest_rate([optimizer]))
         if self._due:
             started = self._clock()
             self._gradient.remember(optimizer)
@@ -314,10 +317,20 @@ class Recorder:
 
 
 def highest_rate(optimizers: Iterable[torch.optim.Optimizer]) -> float:
-    """The largest learning rate; one that is a tensor on a GPU is not read."""
-    rates = (group["lr"] for o in optimizers for group in o.param_groups if "lr" in group)
-    known = (rate for rate in rates if not (isinstance(rate, Tensor) and is_late(rate)))
+    """The largest learning rate; one that is a tensor on a GPU is not read.
+
+    Optimizers of ``schedulefree`` warm up by themselves, from zero; the rate of their last step is
+    in ``scheduled_lr``.
+    """
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    rates = (group.get("scheduled_lr", group.get("lr")) for group in groups)
+    known = (r for r in rates if r is not None and not (isinstance(r, Tensor) and is_late(r)))
     return max(map(float, known), default=math.nan)
+
+
+def _higher(one: float, other: float) -> float:
+    """The higher one that is known."""
+    return other if math.isnan(one) else one if math.isnan(other) else max(one, other)
 
 
 class _Start:
@@ -395,7 +408,7 @@ class _Start:
                 self._old = id(parameter.grad)
             if not self._left or len(self._left[-1]) >= WATCHED_BACKWARDS:
                 return
-            left = parameter.grad
+            left = gradient_values(parameter)
             few = None if left is None else left.detach().reshape(-1)[:64]
             self._left[-1].append(None if few is None else copy_to_host((few != 0).any()))
 

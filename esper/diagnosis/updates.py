@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -25,12 +26,33 @@ def sound_update(optimizers: Iterable[torch.optim.Optimizer], updates: int) -> f
 
     Args:
         updates: how many there were since the run began, this one too.
+
+    Returns:
+        Infinity for an optimizer that finds the size by itself.
     """
     sound = [_of(unwrap_optimizer(optimizer), max(1, updates)) for optimizer in optimizers]
     return max(sound, default=STEADY)
 
 
+def searches(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+    """One finds the size of its updates by itself: no size of them is a fault of the rate.
+
+    Each update of L-BFGS has several evaluations of the loss, and goes as far as these allow.
+    """
+    return any(isinstance(unwrap_optimizer(o), torch.optim.LBFGS) for o in optimizers)
+
+
+def may_warm_up(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+    """One is not torch's own, so it may warm up by itself, from a rate of zero."""
+    return not all(
+        type(unwrap_optimizer(optimizer)).__module__.startswith("torch.optim.")
+        for optimizer in optimizers
+    )
+
+
 def _of(optimizer: torch.optim.Optimizer, updates: int) -> float:
+    if searches([optimizer]):
+        return math.inf
     if not isinstance(optimizer, torch.optim.SGD):
         return FIRST_OF_ADAPTIVE if updates <= FIRST_UPDATES else STEADY
     momentum = max(

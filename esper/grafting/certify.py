@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,11 +124,14 @@ def stand_in(layer: LayerInfo, *, seed: int = 0) -> tuple[nn.Module, Tensor]:
 
 @contextmanager
 def put_back(host: nn.Module, training: bool | None) -> Iterator[None]:
-    """Restores the host's modes and buffers and all random streams afterwards."""
+    """Restores the host's modes and buffers and all random streams afterwards.
+
+    Inside, the script's own hooks of the host's parameters are not called.
+    """
     modes = [(module, module.training) for module in host.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in host.buffers()]
     made = _made_tensors(host)
-    with kept_streams():
+    with kept_streams(), _without_tensor_hooks(host.parameters()):
         try:
             if training is not None:
                 host.train(training)
@@ -141,6 +144,20 @@ def put_back(host: nn.Module, training: bool | None) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+@contextmanager
+def _without_tensor_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """torch looks into this dict of a tensor at each backward pass, and keeps no copy of it."""
+    hooks = [t._backward_hooks for t in tensors if t._backward_hooks]
+    kept = [dict(known) for known in hooks]
+    for known in hooks:
+        known.clear()
+    try:
+        yield
+    finally:
+        for known, old in zip(hooks, kept, strict=True):
+            known.update(old)
 
 
 def _made_tensors(host: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

@@ -8,6 +8,7 @@ from esper.diagnosis.observation import Observation, Unknown
 from esper.diagnosis.probes import SMALLEST
 
 MOVED = 0.02
+WARM_UP = 10
 
 
 class NothingMoves(Rule):
@@ -19,14 +20,18 @@ class NothingMoves(Rule):
     thresholds = (
         Threshold("elements that changed", MOVED, "share", "chosen: the smallest may round up"),
         Threshold("largest gradient norm", SMALLEST, "L2", "rounding of float32"),
-    )
+        Threshold(
+            "with an optimizer that is not torch's, from step", WARM_UP, "steps",
+            "RAdamScheduleFree begins with five updates at a rate of zero",
+        ),
+    )  # fmt: skip
     severity = Severity.CRITICAL
     false_alarm = "Gradients that are exactly zero because the loss is already zero."
     advice = (
         "Check that the optimizer was made from the parameters of this model, after .to() and "
         "after loading it, and that a step is not smaller than the rounding of the weights' dtype."
     )
-    remedies = (RemedySlug.ADOPT, RemedySlug.SET_LR, RemedySlug.TELL)
+    remedies = (RemedySlug.ADOPT, RemedySlug.TELL)
     closes_after = 1
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
@@ -37,6 +42,8 @@ class NothingMoves(Rule):
             raise Unknown("the learning rate is zero")
         if reading.moved > MOVED:
             memory.notes["moved"] = True
+        if observation.warms_up and observation.step <= WARM_UP:
+            raise Unknown("the optimizer may warm up by itself")
         # An optimizer that has converged stops too, such as L-BFGS.
         if memory.notes.get("moved"):
             return None

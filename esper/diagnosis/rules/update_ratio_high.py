@@ -47,6 +47,8 @@ class UpdateRatioHigh(Rule):
     explained_by = frozenset({"non_finite", "rate_jump"})
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        if observation.searches:
+            raise Unknown("the optimizer finds the size of its updates by itself")
         if observation.step <= FIRST_STEPS:
             return self._first_updates(observation, memory)
         return self._guesses(observation) or self._steady(observation, memory)

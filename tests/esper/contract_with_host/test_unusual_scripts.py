@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import schedulefree
 import torch
 from torch import Tensor, nn
 
@@ -105,3 +106,107 @@ def test_adapters_that_begin_at_zero_are_no_alarm(mode: str) -> None:
     found = [*session.findings(), *session.findings(resolved=True)]
     assert "update_ratio_high" not in {finding.slug for finding in found}
     assert session.remedies == ()
+
+
+class SilentAtFirst(torch.optim.Optimizer):
+    """An optimizer of somebody else, which warms up by itself."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.updates = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        share = min(1.0, max(0, self.updates - 4) / 20)
+        self.updates += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * share * p.grad)
+
+
+def rate_from_zero(params: Any) -> tuple[torch.optim.Optimizer, Any]:
+    """As the schedules of transformers: the first update has a rate of zero."""
+    optimizer = torch.optim.AdamW(params, lr=1e-2)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, n / 20))
+
+
+def silent_radam(params: Any) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = schedulefree.RAdamScheduleFree(params, lr=1e-2)
+    optimizer.train()
+    return optimizer, None
+
+
+def own_warm_up(params: Any) -> tuple[torch.optim.Optimizer, Any]:
+    return SilentAtFirst(params), None
+
+
+def line_search(params: Any) -> tuple[torch.optim.Optimizer, Any]:
+    return torch.optim.LBFGS(params, lr=1.0, max_iter=5, line_search_fn="strong_wolfe"), None
+
+
+@pytest.mark.parametrize("make", [rate_from_zero, silent_radam, own_warm_up, line_search])
+def test_an_optimizer_that_chooses_its_own_pace_is_no_alarm(make: Any) -> None:
+    model, _ = script()
+    optimizer, scheduler = make(model.parameters())
+    session = esper.attach(model, optimizer, run="pace", mode="automatic", verbose=False)
+    x, y = torch.randn(16, 8), torch.randn(16, 4)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - y).pow(2).mean()
+        torch.autograd.backward(loss)
+        return loss
+
+    for _ in range(30):
+        loss = optimizer.step(closure) if make is line_search else closure()
+        if make is not line_search:
+            optimizer.step()
+        if scheduler is not None:
+            scheduler.step()  # from here on the rate is that of the next update
+        session.step(loss)
+
+    found = [*session.findings(), *session.findings(resolved=True)]
+    assert {finding.slug for finding in found} & {"nothing_moves", "update_ratio_high"} == set()
+    assert session.remedies == ()
+
+
+def test_gradients_that_are_all_sparse_are_read_too() -> None:
+    torch.manual_seed(0)
+    model = nn.EmbeddingBag(20, 4, sparse=True)
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.01)
+    session = esper.attach(model, optimizer, run="sparse", verbose=False)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        for _ in range(2):
+            loss = model(torch.randint(20, (8, 3))).pow(2).mean()
+            torch.autograd.backward(loss)
+        optimizer.step()
+        session.step(loss)
+
+    assert "missing_telemetry" not in {finding.slug for finding in session.findings()}
+
+
+def test_the_surgery_calls_no_hook_of_the_script() -> None:
+    """A script counts, logs or masks in its hooks; a trial of a graft is none of its passes."""
+    model, optimizer = script()
+    called: list[str] = []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda *_: called.append("before a forward pass"))
+        module.register_forward_hook(lambda *_: called.append("after a forward pass"))
+    for parameter in model.parameters():
+        parameter.register_hook(lambda _: called.append("a gradient"))
+        parameter.register_post_accumulate_grad_hook(lambda _: called.append("accumulated"))
+    optimizer.register_step_pre_hook(lambda *_: called.append("before an update"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after an update"))
+    session = esper.attach(model, optimizer, run="hooks", mode="supervised", verbose=False)
+    train(model, optimizer, session, 3)
+    kinds = set(called)
+
+    called.clear()
+    receipt = session.graft("2", "mlp_gelu_2048")
+    session.undo(receipt)
+    session.freeze("0")
+    assert called == []
+
+    train(model, optimizer, session, 1)
+    assert set(called) == kinds, "they are all there again"
