@@ -17,6 +17,7 @@ from launcher.commands.delegating import delegations_group
 from launcher.commands.installation import data_dir_option
 from launcher.commands.keys import rotate_command
 from launcher.commands.mcp import mcp_command
+from launcher.commands.planning import plans_group
 from launcher.commands.recipes import recipe_group
 from launcher.commands.replay import replay_command
 from launcher.commands.tokens import token_group
@@ -131,6 +132,7 @@ cli.add_command(watch_command)
 cli.add_command(mcp_command)
 cli.add_command(channels_group)
 cli.add_command(delegations_group)
+cli.add_command(plans_group)
 audit_group.add_command(maintaining.audit_log_command)
 for command in (
     *reading.COMMANDS,

@@ -32,7 +32,15 @@ from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.runs.services import lock_run, request_pause, tell_trainer
 from apps.workers.services import cancel_job
-from esper.contracts import RUN_ENDED, AdaptationState, RejectReason, Risk, Role
+from esper.contracts import (
+    RUN_ENDED,
+    AdaptationState,
+    LayerInfo,
+    PlanState,
+    RejectReason,
+    Risk,
+    Role,
+)
 
 S = AdaptationState
 
@@ -65,7 +73,12 @@ _ACTS = {
 }
 # What could still lead to a graft is over with the deadline, whether or not anybody has swept.
 _UNTIL_THE_DEADLINE = frozenset({"approve", "claim", "extend", "assign", "snooze", "escalate"})
+# While its plan is open; afterwards each member is tested, and may be taken out, by itself.
+_DECIDED_AS_A_WHOLE = frozenset(
+    {PlanState.AWAITING_APPROVAL, PlanState.APPLYING, PlanState.TAKING_BACK}
+)
 _STATUS_OF_REFUSAL = {
+    "part-of-plan": 409,
     "adaptation-killed": 423,
     "already-voted": 409,
     "decision-expired": 409,
@@ -76,8 +89,11 @@ _STATUS_OF_REFUSAL = {
 def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
     """For each act: whether this person may do it now, and if not, why."""
     answers = {}
+    of_plan = _of_plan(adaptation)
     for name, (act, states) in _ACTS.items():
-        if adaptation.state not in states:
+        if of_plan is not None:
+            answers[name] = of_plan
+        elif adaptation.state not in states:
             word = adaptation.state.replace("_", " ")
             answers[name] = Permission(False, "decision-not-pending", f"The adaptation is {word}.")
         elif name in _UNTIL_THE_DEADLINE and _too_late(adaptation):
@@ -87,11 +103,21 @@ def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
     if adaptation.merged_at is not None and answers["rollback"].allowed:
         answers["rollback"] = Permission(False, "graft-merged", MERGED)
     if answers["approve"].allowed:
-        answers["approve"] = _may_approve_now(adaptation, user)
+        answers["approve"] = may_approve(adaptation, user)
     return answers
 
 
-def _may_approve_now(adaptation: Adaptation, user: User) -> Permission:
+def _of_plan(adaptation: Adaptation) -> Permission | None:
+    """Why a member is not acted on by itself; None: it is in no plan, or its plan is applied."""
+    plan = adaptation.plan
+    if plan is None or plan.state not in _DECIDED_AS_A_WHOLE:
+        return None
+    why = f"It is part of plan P-{plan.number}, which is approved, rejected and undone as a whole."
+    return Permission(False, "part-of-plan", why)
+
+
+def may_approve(adaptation: Adaptation, user: User) -> Permission:
+    """What stands in the way of an approval beside the person's role."""
     frozen = why_stopped(adaptation, adaptation.run)
     if frozen:
         return Permission(False, "adaptation-killed", f"Nothing can be approved now: {frozen}.")
@@ -135,45 +161,52 @@ def approve_adaptation(
     """
     with transaction.atomic():
         prepare_act(adaptation, user, "approve", version)
-        _check_binding(adaptation, evidence_hash)
+        check_binding(adaptation, evidence_hash)
         check_claim(adaptation, user)
         if adaptation.risk == Risk.HIGH:
             check_reason(reason, "approves an adaptation of high risk")
-        drift = evidence_drift(adaptation)
-        if drift is not None and drift > 1.0 and not accept_drift:
-            raise Problem(
-                409,
-                "evidence-stale",
-                f"The evidence has drifted by {drift:.0%} of the tolerance since the proposal. "
-                "Look at the new numbers before you approve.",
-                drift=drift,
-                evidence_now=evidence_now(adaptation),
-            )
-        if drift is not None and drift > 1.0:
-            check_reason(reason, "approves in spite of drifted evidence")
+        check_drift(adaptation, accept_drift=accept_drift, reason=reason)
         actor = Actor.person(user, via=via)
-        place = adaptation.run.place_of(adaptation.layer, adaptation.since)
-        if isinstance(place, str) and adaptation.layer:
-            raise Problem(409, "evidence-stale", place)
+        _place(adaptation)
         edit_settings(adaptation, config or {}, actor)
         missing = votes_missing(adaptation, with_vote_of=user)
         if votes_needed(adaptation) > 1:
             vote(adaptation, user, reason=reason)
         if missing:
             return note_act(adaptation, user, via, "voted", reason=reason)
-        transition(
-            adaptation,
-            S.APPROVED,
-            actor=actor,
-            reason=reason,
-            only_if=_BEFORE_THE_DEADLINE,
-            decided_by=user,
-            decided_at=timezone.now(),
-            decision_reason=reason,
-        )
-        if isinstance(place, str) or adaptation.remedy:
-            return send_remedy(adaptation, actor=actor)
-        return queue_compilation(adaptation, layer=place, actor=actor)
+        return go_ahead(adaptation, user, actor, reason=reason)
+
+
+def go_ahead(adaptation: Adaptation, user: User, actor: Actor, *, reason: str) -> Adaptation:
+    """Approve what was checked: queue a graft's compile job, or send the remedy.
+
+    Must run inside a transaction. Raises as :func:`approve_adaptation` for a deadline that has
+    passed, or a layer that the run does not have any more.
+    """
+    place = _place(adaptation)
+    transition(
+        adaptation,
+        S.APPROVED,
+        actor=actor,
+        reason=reason,
+        only_if=_BEFORE_THE_DEADLINE,
+        decided_by=user,
+        decided_at=timezone.now(),
+        decision_reason=reason,
+    )
+    if place is None or adaptation.remedy:
+        return send_remedy(adaptation, actor=actor)
+    return queue_compilation(adaptation, layer=place, actor=actor)
+
+
+def _place(adaptation: Adaptation) -> LayerInfo | None:
+    """The layer or span of the run as it is now; None: the whole run."""
+    if not adaptation.layer:
+        return None
+    place = adaptation.run.place_of(adaptation.layer, adaptation.since)
+    if isinstance(place, str):
+        raise Problem(409, "evidence-stale", place)
+    return place
 
 
 @transaction.atomic
@@ -403,7 +436,24 @@ def _too_late(adaptation: Adaptation) -> bool:
     return adaptation.deadline_at is not None and adaptation.deadline_at <= timezone.now()
 
 
-def _check_binding(adaptation: Adaptation, evidence_hash: str) -> None:
+def check_drift(adaptation: Adaptation, *, accept_drift: bool, reason: str) -> None:
+    """Raises ``Problem`` 409 where the evidence has drifted and the person has not accepted it."""
+    drift = evidence_drift(adaptation)
+    if drift is None or drift <= 1.0:
+        return
+    if not accept_drift:
+        raise Problem(
+            409,
+            "evidence-stale",
+            f"The evidence has drifted by {drift:.0%} of the tolerance since the proposal. "
+            "Look at the new numbers before you approve.",
+            drift=drift,
+            evidence_now=evidence_now(adaptation),
+        )
+    check_reason(reason, "approves in spite of drifted evidence")
+
+
+def check_binding(adaptation: Adaptation, evidence_hash: str) -> None:
     """What is approved must be what was shown, and that what was proposed to this trainer."""
     if evidence_hash != adaptation.evidence_hash:
         raise Problem(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.contrib import admin
 
 from apps.accounts.read_only_admin import ReadOnlyAdmin
-from apps.adaptations.models import Adaptation, Remedy
+from apps.adaptations.models import Adaptation, Plan, Remedy
 
 
 @admin.register(Adaptation)
@@ -23,6 +23,14 @@ class AdaptationAdmin(ReadOnlyAdmin):
     list_filter = ("state", "risk")
     search_fields = ("uid", "layer")
     list_select_related = ("run", "blueprint", "decided_by")
+
+
+@admin.register(Plan)
+class PlanAdmin(ReadOnlyAdmin):
+    list_display = ("uid", "run", "state", "proposed_step", "decided_by", "created_at")
+    list_filter = ("state",)
+    search_fields = ("uid",)
+    list_select_related = ("run", "decided_by")
 
 
 @admin.register(Remedy)

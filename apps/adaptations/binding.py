@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, Plan
 from esper.contracts.attestation import content_hash
 
 
@@ -15,6 +15,25 @@ def shown_hash(adaptation: Adaptation) -> str:
     from the row before the row is acted on, so that a row which was changed is not.
     """
     return content_hash(shown(adaptation))
+
+
+def plan_hash(plan: Plan) -> str:
+    """Hex SHA-256 over a plan: its members in order, each as it is now, its limits and its trainer.
+
+    As :func:`shown_hash` for one adaptation: an approval of the whole names it.
+    """
+    members = plan.members.select_related("run", "blueprint", "safety_policy")
+    content = {
+        "plan": plan.uid,
+        "run": plan.run.uid,
+        "epoch": plan.run_epoch,
+        "step": plan.proposed_step,
+        "policy_version": plan.safety_policy.version,
+        "value": plan.value,
+        "limits": plan.limits,
+        "members": [shown_hash(member) for member in members.order_by("plan_place")],
+    }
+    return content_hash(_same_numbers(content))
 
 
 def shown(adaptation: Adaptation) -> dict[str, Any]:

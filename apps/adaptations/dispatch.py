@@ -12,6 +12,7 @@ from apps.accounts.actors import Actor, ActorKind
 from apps.adaptations.history import why_stopped
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
+from apps.adaptations.turns import its_turn
 from apps.kernels.services import kernel_store
 from apps.runs.services import issue_command, lock_run
 from esper.contracts import AdaptationState, CommandKind
@@ -25,6 +26,8 @@ def dispatch_adaptation(adaptation_uid: str, *, worker: str) -> None:
     adaptation = Adaptation.objects.select_related("run", "kernel").get(uid=adaptation_uid)
     if adaptation.state != AdaptationState.COMPILED or adaptation.kernel is None:
         return
+    if not its_turn(adaptation):
+        return  # the plan is advanced when the member before it is in the model
     if adaptation.run.host == settings.ESPER_HOST_NAME:
         _stage(adaptation.kernel.digest)
     _write_command(adaptation, Actor(ActorKind.WORKER, worker))
@@ -61,6 +64,8 @@ def send_remedy(adaptation: Adaptation, *, actor: Actor) -> Adaptation:
 @transaction.atomic
 def _write_command(adaptation: Adaptation, actor: Actor) -> None:
     run = lock_run(adaptation.run_id)
+    if not its_turn(adaptation):
+        return
     frozen = why_stopped(adaptation, run)
     if frozen:  # a switch takes effect when it is committed
         transition(adaptation, AdaptationState.CANCELLED, actor=actor, reason=frozen)

@@ -63,12 +63,14 @@ def run_facts(run: Run, *, besides: int = 0) -> RunFacts:
     counts = own.filter(Q(graft_step__isnull=False) | Q(state__in=(*_REFUSED, *_FAILED)))
     last = counts.annotate(at=_AT).order_by("-at", "-id").values_list("at", "state").first()
     totals = own.aggregate(
-        in_flight=Count("id", filter=~Q(state__in=ADAPTATION_ENDED)),
+        in_flight=Count("id", filter=~Q(state__in=ADAPTATION_ENDED) & Q(plan=None)),
+        # a plan is decided on as a whole, and counts as one
+        plans=Count("plan", filter=~Q(state__in=ADAPTATION_ENDED), distinct=True),
         today=Count("id", filter=Q(grafted_at__gt=timezone.now() - timedelta(days=1))),
         added=Sum("forecast_parameters", filter=Q(state__in=ADAPTATION_GRAFTED)),
     )
     return RunFacts(
-        in_flight=totals["in_flight"],
+        in_flight=totals["in_flight"] + totals["plans"],
         last_step=last[0] if last else -1,
         last_rolled_back=bool(last and last[1] in _REGRETTED),
         added_parameters=totals["added"] or 0,

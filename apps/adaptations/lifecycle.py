@@ -36,7 +36,7 @@ from apps.accounts.actors import Actor
 from apps.adaptations.evidence import evidence_record, seen_at_decision
 from apps.adaptations.models import Adaptation
 from apps.audit.services import record
-from apps.notifications.services import INBOX_TOPIC, SYSTEM_TOPIC, publish, run_topic
+from apps.notifications.services import INBOX_TOPIC, SYSTEM_TOPIC, enqueue, publish, run_topic
 from apps.rest.problems import Problem
 from apps.runs.services import lock_run
 from esper.contracts import (
@@ -106,6 +106,12 @@ DEADLINES: Mapping[AdaptationState, Deadline] = {
 }
 
 
+# A member of a plan that is compiled waits until those before it are in the model. Each of them may
+# use up the deadlines from compile_queued to accepted, which are about so many of compiled.
+TURN_LENGTHS = 5
+ADVANCE_TASK = "adaptations.advance_plan"
+
+
 class StaleAdaptationError(Problem):
     """The adaptation has changed since it was read; the error says who decided what, and when."""
 
@@ -128,7 +134,18 @@ class StaleAdaptationError(Problem):
         )
 
 
-_AUDITED = ("number", "layer", "kind", "blueprint", "title", "from", "to", "version")
+_AUDITED = (
+    "number",
+    "layer",
+    "kind",
+    "blueprint",
+    "title",
+    "from",
+    "to",
+    "version",
+    "plan",
+    "plan_place",
+)
 
 
 def transition(
@@ -174,7 +191,10 @@ def deadline_for(adaptation: Adaptation, state: AdaptationState) -> Any:
     deadline = DEADLINES.get(state)
     if deadline is None:
         return None
-    return timezone.now() + deadline.length(adaptation.safety_policy.safety_policy())
+    length = deadline.length(adaptation.safety_policy.safety_policy())
+    if state == S.COMPILED and adaptation.plan_place:
+        length *= 1 + TURN_LENGTHS * adaptation.plan_place
+    return timezone.now() + length
 
 
 def _compare_and_set(
@@ -218,6 +238,8 @@ def _announce(
         "by": actor.name,
         "reason": reason,
     }
+    if adaptation.plan is not None:
+        data |= {"plan": adaptation.plan.uid, "plan_place": adaptation.plan_place}
     record(
         actor=actor,
         act=f"adaptation.{adaptation.state}",
@@ -225,11 +247,13 @@ def _announce(
         object_uid=adaptation.uid,
         run_uid=adaptation.run.uid,
         reason=reason,
-        data={key: data[key] for key in _AUDITED}
+        data={key: data[key] for key in _AUDITED if key in data}
         | (evidence_record(adaptation) if decided else {}),
     )
     if adaptation.state in ADAPTATION_PASSED_THROUGH:
         return
+    if adaptation.plan is not None:  # it may be the turn of another member
+        enqueue(task=ADVANCE_TASK, queue="control", args=[adaptation.plan.uid])
     publish(topic=run_topic(adaptation.run.uid), type="adaptation.changed", data=data)
     publish(topic=SYSTEM_TOPIC, type="adaptation.changed", data=data)
     approved_by_person = came_from == S.APPROVED and adaptation.decided_by_id is not None

@@ -20,15 +20,85 @@ from esper.contracts import (
     ADAPTATION_ENDED,
     ADAPTATION_GRAFTED,
     MAX_NAME_LENGTH,
+    PLAN_ENDED,
     AdaptationKind,
     AdaptationState,
     AdaptationType,
+    PlanState,
     RejectReason,
     Risk,
 )
 
 # ``policy`` of an adaptation that a restored database has lost, and that its trainer has reported.
 RECOVERED = "recovered"
+
+
+class Plan(models.Model):
+    """Several grafts of one run that are approved once, applied in order and undone as a whole.
+
+    Only ``plan_progress.move_plan`` writes its ``state``.
+    """
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "pln"), editable=False
+    )
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="plans")
+    run_epoch = models.PositiveIntegerField()
+    idempotency_key = models.CharField(max_length=400, unique=True)
+    state = models.CharField(
+        max_length=20,
+        choices=[(s, s.replace("_", " ")) for s in PlanState],
+        default=PlanState.AWAITING_APPROVAL,
+        db_index=True,
+    )
+    version = models.PositiveIntegerField(default=1)
+    policy = models.CharField(max_length=40)
+    safety_policy = models.ForeignKey(PolicyVersion, on_delete=models.PROTECT)
+    proposed_step = models.BigIntegerField()
+    value = models.FloatField(null=True)
+    best = models.BooleanField(default=True)  # shown by the solver; false: its time was up
+    limits = models.JSONField(default=dict)  # of the sum of its members, by name
+    reasons = models.JSONField(default=list)
+    asks = models.JSONField(default=list)
+    checks = models.JSONField(default=list)  # of the sum; each member has its own
+    evidence_hash = models.CharField(max_length=64)
+    deadline_at = models.DateTimeField()  # of the approval
+    created_at = models.DateTimeField(auto_now_add=True)
+    changed_at = models.DateTimeField(auto_now=True)
+    ended_at = models.DateTimeField(null=True, blank=True)
+    decided_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+    decided_at = models.DateTimeField(null=True, blank=True)
+    decision_reason = models.TextField(blank=True)
+    taken_back_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+    outcome = models.TextField(blank=True)  # why it is taken back, and what came of it
+
+    class Meta:
+        ordering = ("-id",)
+        constraints = (
+            models.CheckConstraint(
+                condition=models.Q(state__in=sorted(PlanState)), name="plan_state_is_known"
+            ),
+        )
+
+    def __str__(self) -> str:
+        return f"P-{self.pk} {self.title}"
+
+    @property
+    def number(self) -> int:
+        return self.pk
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"Plan of {self.members.count()} changes for run {self.run.name}"
+
+    @property
+    def ended(self) -> bool:
+        return self.state in PLAN_ENDED
 
 
 class Adaptation(models.Model):
@@ -52,6 +122,11 @@ class Adaptation(models.Model):
     risk = models.CharField(max_length=8, choices=[(r, r) for r in Risk])
     confidence = models.FloatField(null=True)  # null: unknown, never high
     urgency = models.FloatField(null=True)
+    # where it is a member of a plan: which, and its place in the order
+    plan = models.ForeignKey(
+        Plan, on_delete=models.SET_NULL, null=True, blank=True, related_name="members"
+    )
+    plan_place = models.PositiveSmallIntegerField(null=True, blank=True)
     forecast_parameters = models.BigIntegerField(default=0)
     forecast_flops = models.BigIntegerField(default=0)
     forecast_memory_mib = models.FloatField(null=True)

@@ -92,11 +92,11 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
     if known is not None:
         return known
     check_epoch(run, proposal.epoch)
-    layer = _layer(run, proposal.layer, proposal.since)
-    blueprint = _blueprint(proposal.blueprint)
+    layer = layer_of(run, proposal.layer, proposal.since)
+    blueprint = blueprint_of(proposal.blueprint)
     policy = current_policy(run)
     checks = (
-        *check_gates(_gate_inputs(run, proposal, blueprint), policy.safety_policy()),
+        *check_gates(gate_inputs(run, proposal, blueprint), policy.safety_policy()),
         check_compatibility(run, proposal.layer, blueprint),
     )
     closed = [check for check in checks if check.blocks]
@@ -106,7 +106,7 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
     asks += _drift(proposal.confidence, policy.safety_policy())
     # Tamiyo may be more careful than the gates, never less.
     asks += [line for line in proposal.asks if line not in asks]
-    adaptation = _write(run, proposal, blueprint, policy, checks, asks, idempotency_key)
+    adaptation = graft_row(run, proposal, blueprint, policy, checks, asks, idempotency_key)
     record_decision(run=run, message=proposal, adaptation=adaptation)
     announce_proposal(adaptation, actor)
     return _send_on(adaptation, layer)
@@ -127,7 +127,8 @@ def _drift(confidence: float, limits: SafetyPolicy) -> list[str]:
     ]
 
 
-def _layer(run: Run, name: str, since: str) -> LayerInfo:
+def layer_of(run: Run, name: str, since: str) -> LayerInfo:
+    """Raises ``Problem`` 422 where there is no such layer or span, or it takes no graft."""
     layer = run.layer_info(name)
     if layer is None:
         raise Problem(422, "unknown-layer", f"Run {run.name} has no layer called {name!r}.")
@@ -139,7 +140,8 @@ def _layer(run: Run, name: str, since: str) -> LayerInfo:
     return place
 
 
-def _blueprint(slug: str) -> Blueprint:
+def blueprint_of(slug: str) -> Blueprint:
+    """Raises ``Problem`` 422 for an unknown one, ``GateClosedError`` for one that is off."""
     blueprint = Blueprint.objects.filter(slug=slug, present=True).first()
     if blueprint is None:
         raise Problem(422, "unknown-blueprint", f"There is no blueprint called {slug!r}.")
@@ -192,7 +194,8 @@ def _compatibility_text(
     return f"{layer} carries {carried}; {slug} is compatible with that."
 
 
-def _gate_inputs(run: Run, proposal: Proposal, blueprint: Blueprint) -> GateInputs:
+def gate_inputs(run: Run, proposal: Proposal, blueprint: Blueprint) -> GateInputs:
+    """The gates' numbers of a proposal."""
     return gate_inputs_of(
         run,
         blueprint,
@@ -249,7 +252,7 @@ def gate_inputs_of(
     )
 
 
-def _write(
+def graft_row(
     run: Run,
     proposal: Proposal,
     blueprint: Blueprint,
@@ -257,7 +260,9 @@ def _write(
     checks: tuple[Check, ...],
     asks: list[str],
     idempotency_key: str,
+    **of_plan: Any,
 ) -> Adaptation:
+    """Write the row of a proposal; ``of_plan``: its plan and place, where it is a member."""
     forecast = proposal.forecast
     adaptation = Adaptation(
         run=run,
@@ -283,6 +288,7 @@ def _write(
         checks=[asdict(check) for check in checks],
         why_not=[asdict(line) for line in proposal.why_not],
         asks=asks,
+        **of_plan,
     )
     adaptation.evidence_hash = shown_hash(adaptation)
     adaptation.save()
@@ -316,6 +322,7 @@ def announce_proposal(adaptation: Adaptation, actor: Actor) -> None:
             "evidence_hash": adaptation.evidence_hash,
             "to": str(adaptation.state),
             "version": adaptation.version,
+            **({"plan": adaptation.plan.uid} if adaptation.plan else {}),
         },
     )
 

@@ -13,7 +13,7 @@ from apps.accounts.models import User
 from apps.adaptations.history import closed_confidences as closed_confidences
 from apps.adaptations.history import error_budget as error_budget  # for other apps
 from apps.adaptations.history import experience, grafts, layer_histories, run_facts
-from apps.adaptations.models import Adaptation, DecisionRecord, Snooze
+from apps.adaptations.models import Adaptation, DecisionRecord, Plan, Snooze
 from apps.blueprints.models import Blueprint
 from apps.kernels.selectors import cache_stats
 from apps.policies.services import current_policy
@@ -52,6 +52,7 @@ def adaptations() -> QuerySet[Adaptation]:
         "taken_back_by",
         "assigned_to",
         "escalated_by",
+        "plan",
         "delegation__granted_by",
     )
 
@@ -65,9 +66,17 @@ def waiting_for_a_person() -> QuerySet[Adaptation]:
 
 
 def in_inbox_of(user: User) -> QuerySet[Adaptation]:
-    """Those that wait for a person, without what this one has snoozed."""
+    """Those that wait for a person, without what this one has snoozed.
+
+    Members of a plan are in it, too: a list shows the plan in their place.
+    """
     asleep = Snooze.objects.filter(user=user, until__gt=timezone.now()).values("adaptation")
     return waiting_for_a_person().exclude(pk__in=asleep)
+
+
+def plans() -> QuerySet[Plan]:
+    """Plans with the related rows that a list shows."""
+    return Plan.objects.select_related("run", "decided_by", "taken_back_by", "safety_policy")
 
 
 def snoozed_by(user: User) -> QuerySet[Adaptation]:

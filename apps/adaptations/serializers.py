@@ -51,6 +51,7 @@ class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
     )
     edited = Members()
     delegation = serializers.CharField(source="delegation.uid", default=None, allow_null=True)
+    plan = serializers.CharField(source="plan.uid", default=None, allow_null=True)
 
     class Meta:
         model = Adaptation
@@ -84,6 +85,8 @@ class AdaptationOutput(serializers.ModelSerializer[Adaptation]):
             "decided_by",
             "decided_rule",
             "delegation",
+            "plan",
+            "plan_place",
             "decision_reason",
             "decided_at",
             "decided_step",

@@ -21,7 +21,13 @@ def speed_up(pk: int) -> None:
     compiled_kernels.start_builder(pk)
 
 
+@shared_task(name="adaptations.advance_plan")
+def advance_plan(plan_uid: str) -> None:
+    services.advance_plan(plan_uid)
+
+
 @shared_task(name="adaptations.sweep")
 def sweep() -> None:
     services.sweep()
+    services.advance_plans()
     note_periodic_run("adaptations.sweep")

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from apps.adaptations import api
+from apps.adaptations import api, plan_api
 
 urlpatterns = [
     path("runs/<str:uid>/snapshot", api.Snapshot.as_view()),
@@ -30,6 +30,12 @@ urlpatterns = [
     path("adaptations/<str:uid>/verdict", api.VerdictOnAdaptation.as_view()),
     path("runs/<str:uid>/pause-adaptation", api.PauseAdaptation.as_view()),
     path("runs/<str:uid>/resume-adaptation", api.ResumeAdaptation.as_view()),
+    path("runs/<str:uid>/plans", plan_api.PlanProposals.as_view()),
+    path("plans", plan_api.Plans.as_view()),
+    path("plans/<str:uid>", plan_api.PlanDetail.as_view()),
+    path("plans/<str:uid>/approve", plan_api.ApprovePlan.as_view()),
+    path("plans/<str:uid>/reject", plan_api.RejectPlan.as_view()),
+    path("plans/<str:uid>/undo", plan_api.UndoPlan.as_view()),
     path("adaptation-switch", api.Switch.as_view()),
     path("experience", api.Experiences.as_view()),
     path("integration-status", api.IntegrationStatus.as_view()),

@@ -14,6 +14,7 @@ from apps.console.pages.kernel import kernel
 from apps.console.pages.kernels import kernels
 from apps.console.pages.me import me, save_my_settings, save_my_view
 from apps.console.pages.overview import overview
+from apps.console.pages.plan import plan
 from apps.console.pages.policy import policy
 from apps.console.pages.recipes import launch, recipe, recipes
 from apps.console.pages.report import report
@@ -39,6 +40,7 @@ urlpatterns = [
     path("runs/compare", compare, name="compare"),
     path("runs/<str:uid>", run, name="run"),
     path("adaptations/<str:uid>", adaptation, name="adaptation"),
+    path("plans/<str:uid>", plan, name="plan"),
     path("blueprints", blueprints, name="blueprints"),
     path("blueprints/<slug:slug>", blueprint, name="blueprint"),
     path("incidents", incidents_page, name="incidents"),

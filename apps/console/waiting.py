@@ -1,8 +1,8 @@
-"""Adaptations that wait for a person: one query for the badge, the inbox and the overview."""
+"""What waits for a person: one query for the badge, the inbox and the overview."""
 
 from __future__ import annotations
 
-from django.db.models import QuerySet
+from django.db.models import Count, Q, QuerySet
 
 from apps.accounts.models import User
 from apps.adaptations.models import Adaptation
@@ -15,4 +15,8 @@ def waiting(user: User) -> QuerySet[Adaptation]:
 
 
 def inbox_count(user: User) -> int:
-    return waiting(user).count()
+    """What the inbox lists: a plan counts as one."""
+    found = waiting(user).aggregate(
+        alone=Count("id", filter=Q(plan=None)), plans=Count("plan", distinct=True)
+    )
+    return int(found["alone"] + found["plans"])

@@ -82,6 +82,33 @@ ADAPTATION_GRAFTED = frozenset(
 )
 
 
+class PlanState(StrEnum):
+    """The life of a plan, of which each member is an adaptation with its own state."""
+
+    AWAITING_APPROVAL = "awaiting_approval"
+    APPLYING = "applying"  # approved; its members go into the model one after another
+    APPLIED = "applied"  # every member is in the model, and is tested by itself
+    TAKING_BACK = "taking_back"  # the last member that was applied goes first
+    SETTLED = "settled"  # every member has its verdict
+    TAKEN_BACK = "taken_back"  # nothing of it is in the model
+    INCOMPLETE = "incomplete"  # a part of it stays in the model; its outcome says which
+    REJECTED = "rejected"
+    EXPIRED = "expired"
+    WITHDRAWN = "withdrawn"  # it cannot be approved any more: its trainer or a member is gone
+
+
+PLAN_ENDED = frozenset(
+    {
+        PlanState.SETTLED,
+        PlanState.TAKEN_BACK,
+        PlanState.INCOMPLETE,
+        PlanState.REJECTED,
+        PlanState.EXPIRED,
+        PlanState.WITHDRAWN,
+    }
+)
+
+
 class AdaptationType(StrEnum):
     ADD_ATTENTION = "add_attention"
     ADD_FFN = "add_ffn"

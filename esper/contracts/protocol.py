@@ -27,6 +27,7 @@ from esper.contracts.decisions import (
     Declined,
     Experience,
     LayerHistory,
+    Plan,
     Reason,
     Reward,
     SafetyPolicy,
@@ -56,6 +57,7 @@ FRAMES_OF_ENTRY = 64  # of a batch in the stream of health frames; Tamiyo keeps 
 MAX_METRICS = 1000  # entries, each with some values
 MAX_VALUES = 64  # of one entry
 MAX_FINDINGS = 200
+MAX_MEMBERS = 20  # of a plan
 MAX_DETAILS_BYTES = 4_000
 # Base64 of it, and the rest of a proposal, must fit into one body.
 MAX_SNAPSHOT_BYTES = 600_000
@@ -708,6 +710,60 @@ class Proposal(Message, frozen=True, kw_only=True):
         return f"{run}:{self.epoch}:{self.step}:{self.layer}:{self.adaptation_type}"
 
 
+class PlanProposal(Message, frozen=True, kw_only=True):
+    """Tamiyo wants several adaptations of one run, decided on together.
+
+    Attributes:
+        epoch, step: of the run, when it was decided.
+        members: in the order in which they are to be applied; the first brings the snapshot.
+        value: of the whole, in the units of a candidate's score.
+        parameters, memory_mib, latency_ms: limits of the sum of all members.
+        reasons: why just these, a sentence each.
+        asks: why a person decides on it.
+        policy: which policy has decided.
+        best: it is shown that no other set within the limits is worth more.
+    """
+
+    epoch: Whole
+    step: Whole
+    members: Annotated[tuple[Proposal, ...], Meta(min_length=2, max_length=MAX_MEMBERS)]
+    value: Number
+    parameters: Whole
+    memory_mib: Number
+    latency_ms: Number
+    reasons: Annotated[tuple[Sentence, ...], Meta(max_length=MAX_LINES)]
+    asks: Annotated[tuple[Sentence, ...], Meta(max_length=MAX_LINES)]
+    policy: Annotated[str, Meta(min_length=1, max_length=40)]
+    best: bool = True
+
+    def __post_init__(self) -> None:
+        for index, member in enumerate(self.members):
+            if (member.epoch, member.step) != (self.epoch, self.step):
+                raise MessageError(
+                    "A member is decided at the plan's epoch and step", pointer=f"/members/{index}"
+                )
+
+    @classmethod
+    def of(cls, plan: Plan, members: tuple[Proposal, ...], *, epoch: int) -> PlanProposal:
+        return cls(
+            epoch=epoch,
+            step=plan.step,
+            members=members,
+            value=plan.value,
+            parameters=plan.parameters,
+            memory_mib=plan.memory_mib,
+            latency_ms=plan.latency_ms,
+            reasons=plan.reasons,
+            asks=plan.asks,
+            policy=plan.policy,
+            best=plan.best,
+        )
+
+    def key(self, run: str) -> str:
+        """Idempotency key: one plan for one moment."""
+        return f"{run}:{self.epoch}:{self.step}:plan"
+
+
 class Decline(Message, frozen=True, kw_only=True):
     """Tamiyo has said no, because a hard limit does not hold.
 
@@ -847,5 +903,18 @@ MESSAGES: Sequence[tuple[str, tuple[type, ...]]] = (
             Finish,
         ),
     ),
-    ("Tamiyo", (Snapshot, StepValues, Active, Frames, Proposal, Decline, Verdict, Heartbeat)),
+    (
+        "Tamiyo",
+        (
+            Snapshot,
+            StepValues,
+            Active,
+            Frames,
+            Proposal,
+            PlanProposal,
+            Decline,
+            Verdict,
+            Heartbeat,
+        ),
+    ),
 )

@@ -11,7 +11,7 @@ from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 
 from apps.accounts.models import User
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, Plan
 from apps.adaptations.selectors import snoozed_by
 from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, person
@@ -50,7 +50,8 @@ def inbox(request: HttpRequest) -> HttpResponse:
 
     def rows() -> dict[str, Any]:
         found = inbox_rows(chosen, user)
-        return {"rows": found, "last": None if found else last_decided()}
+        alone, plans = in_plans(found) if chosen.tab is not InboxTab.HISTORY else (found, {})
+        return {"rows": alone, "plans": plans, "last": None if found else last_decided()}
 
     panels = [
         Panel(
@@ -96,12 +97,22 @@ def inbox_rows(chosen: InboxFilter, user: User) -> list[Adaptation]:
         "decided_by",
         "proposed_by",
         "safety_policy",
+        "plan",
     )
     if chosen.run:
         rows = rows.filter(of_run(chosen.run))
     if chosen.risk:
         rows = rows.filter(risk=chosen.risk)
     return list(rows[:HISTORY_LENGTH])
+
+
+def in_plans(rows: list[Adaptation]) -> tuple[list[Adaptation], dict[Plan, list[Adaptation]]]:
+    """What is decided on by itself, and the plans with their members."""
+    plans: dict[Plan, list[Adaptation]] = {}
+    for row in rows:
+        if row.plan is not None:
+            plans.setdefault(row.plan, []).append(row)
+    return [row for row in rows if row.plan is None], plans
 
 
 def _tab(tab: InboxTab, user: User) -> QuerySet[Adaptation]:
@@ -122,12 +133,14 @@ def _tab(tab: InboxTab, user: User) -> QuerySet[Adaptation]:
 
 def tab_counts(user: User) -> dict[str, int]:
     """How many rows the live tabs have."""
-    rows = list(waiting(user).values_list("claimed_by_id", "claimed_until", "assigned_to_id"))
+    found = waiting(user).values_list("plan_id", "claimed_by_id", "claimed_until", "assigned_to_id")
+    rows = [(who, until, whose) for plan, who, until, whose in found if not plan]
+    plans = {plan for plan, *_ in found if plan}
     now = timezone.now()
     holders = [who if until is not None and until > now else None for who, until, _ in rows]
     assigned = [who for *_, who in rows]
     return {
-        InboxTab.PENDING: len(rows),
+        InboxTab.PENDING: len(rows) + len(plans),
         InboxTab.CLAIMED: sum(1 for who in holders if who is not None),
         InboxTab.MINE: sum(1 for who in zip(holders, assigned, strict=True) if user.pk in who),
         InboxTab.SNOOZED: snoozed_by(user).count(),

@@ -5,7 +5,8 @@
         absorb the entries' frames
         for each adaptation in probation:  judge -> POST verdict with its reward
         if there is a frame without a decision:
-            decide() -> POST proposal | POST decline (hard refusals only) | nothing
+            where the policy allows plans: plan_run() -> POST plan
+            without a plan: decide() -> POST proposal | POST decline (hard refusals only) | nothing
 
 Every call may be repeated: proposals and verdicts carry idempotency keys, and a run's state is
 read again afterwards. A failure that may pass is raised, so that the caller tries again.
@@ -21,10 +22,19 @@ from typing import Any
 
 import numpy as np
 
-from esper.contracts import AdaptationState, Decision, Declined, RunSnapshot, Verdict, protocol
+from esper.contracts import (
+    AdaptationState,
+    Decision,
+    Declined,
+    Plan,
+    RunSnapshot,
+    Verdict,
+    protocol,
+)
 from esper.contracts.spans import place_of
 from esper.exceptions import CodecError, TransportError
 from esper.pipeline import decide
+from esper.planning import plan_run
 from esper.policy import Policy
 from esper.replay import decision_rng
 from esper.selection import BlueprintSelector, SelectableBlueprint
@@ -35,6 +45,9 @@ from esper.services.tamiyo.urza import Urza
 from esper.services.tamiyo.watch import RunWatch
 
 logger = logging.getLogger("esper.tamiyo")
+
+
+_PLAN = ("", "plan")  # what ``held_until`` knows a plan by
 
 
 class DecisionLoop:
@@ -123,6 +136,13 @@ class DecisionLoop:
     async def _decide(self, watch: RunWatch) -> None:
         snapshot = watch.snapshot(learning=self._learning)
         started = time.perf_counter()
+        planned = self._plan(watch, snapshot)
+        if planned is not None:
+            self.decision_ms.append((time.perf_counter() - started) * 1e3)
+            self.counts["decisions"] += 1
+            await self._propose_plan(watch, snapshot, planned)
+            watch.undecided = False
+            return
         answer = decide(
             snapshot, self._policy, self._selector, watch.limits, decision_rng(snapshot)
         )
@@ -133,6 +153,30 @@ class DecisionLoop:
         else:
             await self._note_refusal(watch, snapshot, answer)
         watch.undecided = False
+
+    def _plan(self, watch: RunWatch, snapshot: RunSnapshot) -> Plan | None:
+        """Several changes at once, where the policy allows plans and at least two fit."""
+        if watch.limits.max_plan_changes < 2:
+            return None
+        if time.monotonic() < watch.held_until.get(_PLAN, 0.0):
+            return None
+        rng = decision_rng(snapshot)
+        answer = plan_run(snapshot, self._policy, self._selector, watch.limits, rng)
+        return answer if isinstance(answer, Plan) else None
+
+    async def _propose_plan(self, watch: RunWatch, snapshot: RunSnapshot, plan: Plan) -> None:
+        try:
+            await self._urza.propose_plan(watch.uid, wire.plan_of(plan, snapshot, watch.limits))
+        except TransportError as error:
+            if not error.permanent:
+                raise
+            # The server's gates know more; a single change may pass them.
+            watch.held_until[_PLAN] = time.monotonic() + self._refresh_seconds
+            self.counts["proposals_refused"] += 1
+            logger.info("run %s: a plan was refused: %s", watch.uid, error)
+        else:
+            self.counts["plans"] += 1
+        watch.outdate()
 
     async def _propose(self, watch: RunWatch, snapshot: RunSnapshot, decision: Decision) -> None:
         wish = (decision.adaptation.layer_name, str(decision.adaptation.adaptation_type))

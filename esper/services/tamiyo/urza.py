@@ -62,6 +62,12 @@ class Urza:
             )
         )
 
+    async def propose_plan(self, run: str, body: protocol.PlanProposal) -> dict[str, Any]:
+        """The plan that was written, also when this very plan was proposed before."""
+        return _object(
+            await self._send("POST", f"runs/{_segment(run)}/plans", body=body, key=body.key(run))
+        )
+
     async def decline(self, run: str, body: protocol.Decline) -> None:
         await self._send("POST", f"runs/{_segment(run)}/declines", body=body)
 

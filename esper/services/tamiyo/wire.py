@@ -12,11 +12,12 @@ import msgspec
 from esper.contracts import (
     Decision,
     Declined,
+    Plan,
     RunSnapshot,
     SafetyPolicy,
     wire,
 )
-from esper.contracts.protocol import Active, Decline, Proposal, Snapshot
+from esper.contracts.protocol import Active, Decline, PlanProposal, Proposal, Snapshot
 from esper.exceptions import CodecError
 from esper.replay import message_of, pack_snapshot, run_snapshot
 from esper.reward import Look, looks_of
@@ -60,6 +61,17 @@ def proposal_of(decision: Decision, snapshot: RunSnapshot, limits: SafetyPolicy)
     proposal = Proposal.of(decision, epoch=snapshot.epoch)
     packed, note = _packed(snapshot, limits)
     return msgspec.structs.replace(proposal, snapshot=packed, snapshot_note=note)
+
+
+def plan_of(plan: Plan, snapshot: RunSnapshot, limits: SafetyPolicy) -> PlanProposal:
+    """Likewise; the snapshot goes with the first member."""
+    members = [Proposal.of(member, epoch=snapshot.epoch) for member in plan.members]
+    packed, note = _packed(snapshot, limits)
+    members[0] = msgspec.structs.replace(members[0], snapshot=packed, snapshot_note=note)
+    # Recorded without a snapshot, so that it is not replayed as a decision of its own.
+    later = f"Decided in one plan with the change at {members[0].layer}, which has the snapshot."
+    members[1:] = [msgspec.structs.replace(one, snapshot_note=later) for one in members[1:]]
+    return PlanProposal.of(plan, tuple(members), epoch=snapshot.epoch)
 
 
 def decline_of(

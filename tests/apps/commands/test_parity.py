@@ -24,11 +24,15 @@ SERVICES = {
     "judge_remedy": "a trainer's verdict",
     "finish_run": "a trainer's last report",
     "propose_adaptation": "Tamiyo's proposal",
+    "propose_plan": "Tamiyo's proposal",
     "record_decline": "Tamiyo's report",
     "judge_adaptation": "Tamiyo's verdict",
     "report_tamiyo_heartbeat": "Tamiyo's report",
 }
 VERBS = {
+    "approve_plan": "plans approve",
+    "reject_plan": "plans reject",
+    "undo_plan": "plans undo",
     "grant_delegation": "delegations grant",
     "revoke_delegation": "delegations revoke",
     "approve_policy": "policy agree",

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from django.utils import timezone
 
 from apps.accounts.models import User
-from apps.adaptations.models import Adaptation, DecisionRecord
+from apps.adaptations.models import Adaptation, DecisionRecord, Plan
 from apps.audit.models import AuditEvent
 from apps.notifications.models import Channel
 from apps.policies.services import current_policy
@@ -108,6 +109,15 @@ def objects(people: dict[Role, User], inbox: Inbox) -> dict[str, str]:
         "remedies": "rewind",
         "runs": trainer.run,
         "adaptations": adaptation.uid,
+        "plans": Plan.objects.create(
+            run=trainer.row(),
+            run_epoch=1,
+            idempotency_key="plan",
+            policy=CANARY,
+            safety_policy=current_policy(),
+            proposed_step=1,
+            deadline_at=timezone.now(),
+        ).uid,
         "decisions": DecisionRecord.objects.get(adaptation=adaptation).uid,
         "violations": violation.uid,
         "launches": launch.uid,
@@ -181,6 +191,7 @@ def test_a_trainers_token_is_for_the_calls_of_trainers_only(
                 "post adaptations/<uid>/verdict",
                 "post runs/<uid>/adaptations",
                 "post runs/<uid>/declines",
+                "post runs/<uid>/plans",
                 "post services/tamiyo/heartbeat",
             },
         ),
