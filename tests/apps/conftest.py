@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -32,11 +33,15 @@ def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_memory() -> None:
-    """Throttles and coalescing keep state across requests; each test starts without it."""
+def _fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Throttles and coalescing keep state across requests; each test starts without it.
+
+    A busy machine would ask for a pause between two batches, so no write is slow here.
+    """
     cache.clear()
     telemetry._progress_sent_at.clear()
     back_pressure.forget()
+    monkeypatch.setattr(back_pressure, "SLOW_WRITE_MS", math.inf)
 
 
 @pytest.fixture

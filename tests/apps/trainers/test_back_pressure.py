@@ -13,6 +13,14 @@ from tests.apps.callers import Trainer, metrics, register
 pytestmark = pytest.mark.django_db
 
 
+AS_SHIPPED_MS = back_pressure.SLOW_WRITE_MS  # other tests do without this limit
+
+
+@pytest.fixture(autouse=True)
+def _as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(back_pressure, "SLOW_WRITE_MS", AS_SHIPPED_MS)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time of the process, in seconds."""

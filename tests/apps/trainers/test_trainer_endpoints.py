@@ -198,13 +198,6 @@ def test_a_finding_of_the_diagnosis_is_written_once_and_closed_when_it_is_over(
     assert Violation.objects.filter(resolved_step=None).count() == 1
 
 
-@pytest.fixture
-def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine would ask for a pause between two batches."""
-    monkeypatch.setattr("apps.telemetry.services.pause_after", lambda run, elapsed_ms: 0)
-
-
-@pytest.mark.usefixtures("unhurried")
 def test_tamiyo_reads_a_finding_until_it_is_over_also_when_a_person_has_seen_it(
     trainer: Trainer, tamiyo: Caller
 ) -> None:
@@ -227,7 +220,6 @@ def test_tamiyo_reads_a_finding_until_it_is_over_also_when_a_person_has_seen_it(
     assert read() == []
 
 
-@pytest.mark.usefixtures("unhurried")
 def test_the_findings_of_a_process_that_ended_are_not_answered(
     trainer: Trainer, tamiyo: Caller, people: dict[Role, User]
 ) -> None:
