@@ -1,7 +1,8 @@
 """The ASGI application: HTTP to Django, websockets to consumers.
 
 Trainers authenticate by token only, so their sockets take neither cookies nor an Origin; browsers'
-sockets use the session cookie, so their Origin must be the server's own.
+sockets use the session cookie, so their Origin must be the server's own. Who opens a socket with a
+ticket has neither.
 """
 
 from __future__ import annotations
@@ -43,13 +44,18 @@ class NoSuchSocket(AsyncWebsocketConsumer):
 no_such_socket: Any = NoSuchSocket.as_asgi()
 _nothing_else: Any = re_path(r"", no_such_socket)
 trainer_sockets: Any = URLRouter([*trainer_routes, _nothing_else])
+ticket_sockets: Any = URLRouter([*browser_routes, _nothing_else])
 browser_sockets: Any = SameOrigin(AuthMiddlewareStack(URLRouter([*browser_routes, _nothing_else])))
 
 
 async def sockets(scope: Any, receive: Any, send: Any) -> None:
-    """Chooses by path: a trainer's socket or a browser's."""
-    trainer = str(scope["path"]).startswith(TRAINER_PREFIX)
-    await (trainer_sockets if trainer else browser_sockets)(scope, receive, send)
+    """Chooses by path and query: a trainer's socket, one with a ticket, or a browser's."""
+    if str(scope["path"]).startswith(TRAINER_PREFIX):
+        await trainer_sockets(scope, receive, send)
+    elif scope["query_string"].startswith(b"ticket="):  # no cookie counts, so no Origin is needed
+        await ticket_sockets(scope, receive, send)
+    else:
+        await browser_sockets(scope, receive, send)
 
 
 application = ProtocolTypeRouter({"http": BodyLimit(django_application), "websocket": sockets})

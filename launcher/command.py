@@ -14,6 +14,7 @@ from launcher.commands.audit import audit_group
 from launcher.commands.backup import backup_command, restore_command, restored_command
 from launcher.commands.channels import channels_group
 from launcher.commands.delegating import delegations_group
+from launcher.commands.duty import duty_group
 from launcher.commands.installation import data_dir_option
 from launcher.commands.keys import rotate_command
 from launcher.commands.mcp import mcp_command
@@ -133,6 +134,7 @@ cli.add_command(mcp_command)
 cli.add_command(channels_group)
 cli.add_command(delegations_group)
 cli.add_command(plans_group)
+cli.add_command(duty_group)
 audit_group.add_command(maintaining.audit_log_command)
 for command in (
     *reading.COMMANDS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
+from typing import Any
 
 from django.conf import settings
 from django.db import transaction
@@ -15,6 +16,8 @@ from apps.adaptations.dispatch import request_undo
 from apps.adaptations.lifecycle import DEADLINES, transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.outcomes import close_open_adaptations, quarantine
+from apps.adaptations.selectors import waiting_for_a_person
+from apps.notifications.services import SYSTEM_TOPIC, publish
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import lock_run, set_state
@@ -63,6 +66,7 @@ def sweep() -> int:
         take_lost_job_back(job)
     note_unserved_jobs()
     _notify_again()
+    _tell_everybody()
     _expire_commands()
     moved = sum(_expire(adaptation) for adaptation in _overdue())
     moved += sum(_settle_doubt(adaptation) for adaptation in _doubtful())
@@ -201,6 +205,31 @@ def _first_this_period(adaptation: Adaptation) -> bool:
             pk=adaptation.pk, version=adaptation.version, changed_at=adaptation.changed_at
         ).update(changed_at=timezone.now())
     )
+
+
+def _tell_everybody() -> None:
+    """Of what nobody has claimed although half of the time to decide is over."""
+    now = timezone.now()
+    alone = waiting_for_a_person().filter(unanswered_at=None)
+    alone = alone.exclude(claimed_until__gt=now).select_related("run", "safety_policy", "blueprint")
+    for adaptation in alone[:200]:
+        whole = DEADLINES[S.AWAITING_APPROVAL].length(adaptation.safety_policy.safety_policy())
+        if adaptation.deadline_at is None or adaptation.deadline_at - now > whole / 2:
+            continue
+        with transaction.atomic():
+            # Compare and set: of two sweeps, one tells.
+            mine = Adaptation.objects.filter(pk=adaptation.pk, unanswered_at=None)
+            if mine.update(unanswered_at=now):
+                publish(topic=SYSTEM_TOPIC, type="adaptation.unanswered", data=_named(adaptation))
+
+
+def _named(adaptation: Adaptation) -> dict[str, Any]:
+    return {
+        "adaptation": adaptation.uid,
+        "number": adaptation.number,
+        "title": adaptation.title,
+        "run": adaptation.run.uid,
+    }
 
 
 def _expire_commands() -> None:

@@ -177,6 +177,7 @@ class Adaptation(models.Model):
     )
     claimed_until = models.DateTimeField(null=True, blank=True)
     extensions = models.PositiveSmallIntegerField(default=0)
+    unanswered_at = models.DateTimeField(null=True, blank=True)  # everybody was told then
     rejected_for = models.CharField(
         max_length=16, choices=[(r, r.replace("_", " ")) for r in RejectReason], blank=True
     )

@@ -8,6 +8,7 @@ from apps.console.pages.adaptation import adaptation
 from apps.console.pages.audit import audit
 from apps.console.pages.blueprints import blueprint, blueprints
 from apps.console.pages.compare import compare
+from apps.console.pages.duty import duty
 from apps.console.pages.inbox import inbox
 from apps.console.pages.incidents import incidents_page
 from apps.console.pages.kernel import kernel
@@ -58,6 +59,7 @@ urlpatterns = [
     path("me/settings", save_my_settings, name="save-settings"),
     path("me/views", save_my_view, name="save-view"),
     path("step-up", step_up, name="step-up"),
+    path("duty", duty, name="duty"),
     path("search", search, name="search"),
     path("status", system_status, name="status"),
     path("wall", wall, name="wall"),

@@ -6,17 +6,23 @@ from rest_framework.response import Response
 
 from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.authentication import person, via
-from apps.accounts.endpoint import Endpoint
+from apps.accounts.endpoint import READERS, Endpoint
+from apps.accounts.models import ApiToken, User
 from apps.notifications.channels import add_channel, remove_channel, replay
-from apps.notifications.models import Channel, Delivery
+from apps.notifications.duty import add_shift, coming_shifts, remove_shift
+from apps.notifications.models import Channel, Delivery, DutyShift
 from apps.notifications.serializers import (
     ChannelInput,
     ChannelOutput,
     DeliveryOutput,
     EventsOutput,
     NewChannelOutput,
+    ShiftInput,
+    ShiftOutput,
+    TicketOutput,
 )
 from apps.notifications.services import event_to_wire, events_after, last_seq
+from apps.notifications.tickets import issue_ticket
 from apps.notifications.topics import TOPICS, watch_permission
 from apps.rest.etag import cacheable_response
 from apps.rest.fields import parse
@@ -51,6 +57,63 @@ class Events(Endpoint):
         newest = last_seq(topic)
         events = [event_to_wire(event) for event in events_after(topic, after)]
         return Response({"results": events, "seq": newest})
+
+
+class SocketTickets(Endpoint):
+    throttle_classes = (ActThrottle,)
+    writers = READERS
+
+    @documented(
+        "issue_socket_ticket",
+        answer=TicketOutput,
+        status=201,
+        summary="A ticket for one socket, for clients without a browser's session",
+    )
+    def post(self, request: Request) -> Response:
+        token = request.auth if isinstance(request.auth, ApiToken) else None
+        ticket, ends = issue_ticket(person(request), token)
+        site = request.build_absolute_uri("/ws/v1/stream")
+        url = f"ws{site.removeprefix('http')}?ticket={ticket}"
+        answer = {"ticket": ticket, "expires_at": ends, "url": url}
+        return Response(TicketOutput(answer).data, status=201)
+
+
+class Duty(Endpoint):
+    throttle_classes = (ActThrottle,)
+    parameters = PARAMETERS
+
+    @documented("list_duty", answer=page_of(ShiftOutput), parameters=listing())
+    def get(self, request: Request) -> HttpResponseBase:
+        """Shifts of now and later."""
+        rows = coming_shifts()
+        return page_response(request, rows, lambda rows: ShiftOutput(rows, many=True).data)
+
+    @documented("add_duty", body=ShiftInput, answer=ShiftOutput, status=201, act=True)
+    @idempotent
+    def post(self, request: Request) -> Response:
+        given = parse(ShiftInput, request.data)
+        name = given["who"]
+        who = User.objects.filter(username=name).first() if name else person(request)
+        if who is None:
+            raise Problem(422, "invalid", f"There is nobody called {name!r}.")
+        shift = add_shift(
+            who=who,
+            begins=given["begins"],
+            ends=given["ends"],
+            user=person(request),
+            via=via(request),
+        )
+        return Response(ShiftOutput(shift).data, status=201)
+
+
+class DutyDetail(Endpoint):
+    @documented("remove_duty", answer=None, status=204)
+    def delete(self, request: Request, uid: str) -> Response:
+        shift = DutyShift.objects.select_related("user").filter(uid=uid).first()
+        if shift is None:
+            raise not_found("shift")
+        remove_shift(shift=shift, user=person(request), via=via(request))
+        return Response(status=204)
 
 
 class Channels(Endpoint):

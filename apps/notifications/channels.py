@@ -17,6 +17,7 @@ from django.utils import timezone
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.audit.services import record
+from apps.notifications.duty import on_duty
 from apps.notifications.models import Channel, ChannelKind, Delivery
 from apps.rest.problems import Problem
 
@@ -24,6 +25,7 @@ MAX_CHANNELS = 20  # of one person
 # The events that a person may choose, and what each says.
 EVENTS: dict[str, str] = {
     "adaptation.awaiting_approval": "An adaptation waits for a decision",
+    "adaptation.unanswered": "Half of the time to decide is over, and nobody has claimed it",
     "adaptation.probation": "An adaptation is in the model, on probation",
     "adaptation.kept": "An adaptation was kept",
     "adaptation.rolled_back": "An adaptation was taken back",
@@ -40,6 +42,8 @@ EVENTS: dict[str, str] = {
 }
 # These do not wait for the end of quiet hours.
 URGENT = frozenset({"switch.killed", "adaptation.rollback_failed"})
+# These go to everybody who wants them, on duty or not.
+FOR_EVERYBODY = URGENT | {"adaptation.unanswered"}
 
 
 @transaction.atomic
@@ -53,6 +57,7 @@ def add_channel(
     quiet_from: time | None,
     quiet_until: time | None,
     site: str,
+    only_on_duty: bool = False,
 ) -> tuple[Channel, str]:
     """A new channel, and of a webhook its signing secret, which is shown once.
 
@@ -77,6 +82,7 @@ def add_channel(
         quiet_until=quiet_until,
         secret=_cipher().encrypt(secret.encode()) if kind == ChannelKind.WEBHOOK else b"",
         site=site.rstrip("/"),
+        only_on_duty=only_on_duty,
     )
     _record(channel, Actor.person(owner, via=via), "channel.added")
     return channel, secret if kind == ChannelKind.WEBHOOK else ""
@@ -96,6 +102,10 @@ def plan_deliveries(type: str, data: dict[str, Any]) -> list[Delivery]:
         return []
     channels = Channel.objects.filter(disabled_at=None, owner__is_active=True)
     wanting = [channel for channel in channels if name in channel.events]
+    if name not in FOR_EVERYBODY and any(channel.only_on_duty for channel in wanting):
+        on_now = {shift.user_id for shift in on_duty()}
+        if on_now:  # when nobody is on duty, everybody is told: nothing may be lost
+            wanting = [c for c in wanting if not c.only_on_duty or c.owner_id in on_now]
     now = timezone.now()
     return Delivery.objects.bulk_create(
         Delivery(channel=channel, type=name, data=data, due_at=due_at(channel, name, now))

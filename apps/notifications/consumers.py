@@ -8,6 +8,7 @@ import logging
 import time
 from importlib import import_module
 from typing import Any
+from urllib.parse import parse_qs
 
 from channels.auth import get_user
 from channels.db import database_sync_to_async
@@ -22,6 +23,7 @@ from apps.notifications.services import (
     last_seq,
     session_group,
 )
+from apps.notifications.tickets import Holder, redeem
 from apps.notifications.topics import watch_permission
 from esper.contracts import codec
 from esper.exceptions import CodecError
@@ -34,6 +36,7 @@ SEND_TIMEOUT_SECONDS = 10.0
 MAX_FRAME_BYTES = 4096
 MAX_TOPICS = 50
 MAX_REPLAY = 2000
+TICKET = "ticket"
 NOT_SIGNED_IN, SLOW_READER = 4401, 1013
 
 
@@ -47,6 +50,7 @@ class StreamConsumer(AsyncWebsocketConsumer):
     def __init__(self) -> None:
         super().__init__()
         self.user: Any = AnonymousUser()
+        self.holder: Holder | None = None  # of a socket that was opened with a ticket
         self.sent: dict[str, int] = {}  # topic -> the last number that was sent
         self.progress: dict[str, dict[str, Any]] = {}  # topic -> the newest that was not sent
         self.sending = asyncio.Lock()
@@ -55,11 +59,16 @@ class StreamConsumer(AsyncWebsocketConsumer):
 
     async def connect(self) -> None:
         scope: Any = self.scope
-        self.user = scope["user"]
+        self.holder = await self._holder()
+        if self.holder is not None:
+            self.user = await database_sync_to_async(self.holder.still)() or AnonymousUser()
+        elif TICKET not in self._query():
+            self.user = scope.get("user", AnonymousUser())
         if not (self.user.is_authenticated and self.user.is_active):
             await self.close(NOT_SIGNED_IN)
             return
-        await self.channel_layer.group_add(self._session_group(), self.channel_name)
+        if self.holder is None:
+            await self.channel_layer.group_add(self._session_group(), self.channel_name)
         await self.accept()
         self.tasks.append(asyncio.create_task(self._beat()))
 
@@ -76,7 +85,7 @@ class StreamConsumer(AsyncWebsocketConsumer):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*tasks, return_exceptions=True)
-        if self.user.is_authenticated:
+        if self.user.is_authenticated and self.holder is None:
             await self.channel_layer.group_discard(self._session_group(), self.channel_name)
         for topic in self.sent:
             await self.channel_layer.group_discard(group_name(topic), self.channel_name)
@@ -149,6 +158,14 @@ class StreamConsumer(AsyncWebsocketConsumer):
         """Somebody has signed out with this session."""
         await self.close(NOT_SIGNED_IN)
 
+    def _query(self) -> dict[str, list[str]]:
+        return parse_qs(self.scope["query_string"].decode("latin-1"))
+
+    async def _holder(self) -> Holder | None:
+        """Of the ticket in the address; None without one, and for one that does not hold."""
+        given = self._query().get(TICKET)
+        return await database_sync_to_async(redeem)(given[0]) if given else None
+
     def _session_group(self) -> str:
         return session_group(self.scope["session"].session_key or "")
 
@@ -185,10 +202,13 @@ class StreamConsumer(AsyncWebsocketConsumer):
 
     async def _still_signed_in(self) -> bool:
         """Read session and account again: a sign-out or a disabled account ends the socket."""
-        key = self.scope["session"].session_key
-        engine = import_module(settings.SESSION_ENGINE)
-        fresh: Any = {"session": engine.SessionStore(key)}
-        self.user = await get_user(fresh)
+        if self.holder is not None:
+            self.user = await database_sync_to_async(self.holder.still)() or AnonymousUser()
+        else:
+            key = self.scope["session"].session_key
+            engine = import_module(settings.SESSION_ENGINE)
+            fresh: Any = {"session": engine.SessionStore(key)}
+            self.user = await get_user(fresh)
         if not (self.user.is_authenticated and self.user.is_active):
             return False
         for topic in list(self.sent):

@@ -7,6 +7,7 @@ from functools import partial
 from django.conf import settings
 from django.db import models
 
+from apps.accounts.models import ApiToken
 from apps.rest.identifiers import UID_LENGTH, new_uid
 
 
@@ -47,12 +48,43 @@ class OutboxMessage(models.Model):
         ordering = ("id",)
 
 
+class SocketTicket(models.Model):
+    """Lets a client without cookies open one socket; its secret is stored as SHA-256 only.
+
+    ``token``: the bearer token that asked for it; the socket ends with it.
+    """
+
+    digest = models.CharField(max_length=64, unique=True)
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="+")
+    token = models.ForeignKey(ApiToken, on_delete=models.CASCADE, null=True, related_name="+")
+    expires_at = models.DateTimeField(db_index=True)
+
+
 class ChannelKind(models.TextChoices):
     """How a person is told: the body of a webhook, a chat's payload, or a mail."""
 
     WEBHOOK = "webhook"  # Standard Webhooks
     SLACK = "slack"  # {"text": …}, which Slack, Mattermost and others take
     MAIL = "mail"
+
+
+class DutyShift(models.Model):
+    """From when to when a person is on duty: told first of what waits."""
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "dty"), editable=False
+    )
+    user = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="duty_shifts"
+    )
+    begins = models.DateTimeField()
+    ends = models.DateTimeField(db_index=True)
+
+    class Meta:
+        ordering = ("begins", "id")
+
+    def __str__(self) -> str:
+        return f"{self.user_id} from {self.begins:%Y-%m-%d %H:%M}"
 
 
 class Channel(models.Model):
@@ -70,6 +102,7 @@ class Channel(models.Model):
     quiet_from = models.TimeField(null=True, blank=True)  # UTC; events wait until quiet_until
     quiet_until = models.TimeField(null=True, blank=True)
     secret = models.BinaryField(default=b"")  # encrypted; signs the bodies of a webhook
+    only_on_duty = models.BooleanField(default=False)  # else, and when nobody is, always
     site = models.CharField(max_length=200)  # the server's address as its owner uses it
     disabled_at = models.DateTimeField(null=True, blank=True)
     disabled_reason = models.CharField(max_length=200, blank=True)

@@ -5,8 +5,8 @@ from typing import Any
 from rest_framework import serializers
 
 from apps.notifications.channels import EVENTS
-from apps.notifications.models import Channel, ChannelKind, Delivery
-from apps.rest.fields import BoundedList, Members, PersonsInput, Text
+from apps.notifications.models import Channel, ChannelKind, Delivery, DutyShift
+from apps.rest.fields import BoundedList, Flag, Members, PersonsInput, Text
 
 
 class EventOutput(serializers.Serializer[Any]):
@@ -26,6 +26,14 @@ class EventsOutput(serializers.Serializer[Any]):
     seq = serializers.IntegerField()
 
 
+class TicketOutput(serializers.Serializer[Any]):
+    """``url``: where one socket may be opened with it, until ``expires_at``."""
+
+    ticket = serializers.CharField()
+    expires_at = serializers.DateTimeField()
+    url = serializers.CharField()
+
+
 class ChannelInput(PersonsInput):
     """``target``: an https address; of a mail it is left out: it goes to the account's address.
 
@@ -41,6 +49,7 @@ class ChannelInput(PersonsInput):
     )
     quiet_from = serializers.TimeField(allow_null=True, default=None)
     quiet_until = serializers.TimeField(allow_null=True, default=None)
+    only_on_duty = Flag(default=False)
 
 
 class ChannelOutput(serializers.ModelSerializer[Channel]):
@@ -50,7 +59,7 @@ class ChannelOutput(serializers.ModelSerializer[Channel]):
         model = Channel
         fields: tuple[str, ...] = (
             *("uid", "kind", "target", "events", "quiet_from", "quiet_until"),
-            *("disabled_at", "disabled_reason", "created_at"),
+            *("only_on_duty", "disabled_at", "disabled_reason", "created_at"),
         )
 
 
@@ -65,6 +74,22 @@ class NewChannelOutput(ChannelOutput):
     def get_secret(self, channel: Channel) -> str:
         secret: str = self.context["secret"]
         return secret
+
+
+class ShiftInput(PersonsInput):
+    """``who`` empty: the caller."""
+
+    who = Text(max_length=150, allow_blank=True, default="")
+    begins = serializers.DateTimeField()
+    ends = serializers.DateTimeField()
+
+
+class ShiftOutput(serializers.ModelSerializer[DutyShift]):
+    who = serializers.CharField(source="user.username")
+
+    class Meta:
+        model = DutyShift
+        fields = ("uid", "who", "begins", "ends")
 
 
 class DeliveryOutput(serializers.ModelSerializer[Delivery]):

@@ -21,6 +21,10 @@ class Operation:
 
 
 OPERATIONS: dict[str, Operation] = {
+    "list_duty": Operation("Lists who is on duty now and later."),
+    "add_duty": Operation("Puts the caller on duty, or as an administrator somebody else. Those on duty are told first of what waits.", {"begins": "2030-01-01T18:00:00Z", "ends": "2030-01-02T06:00:00Z"}),
+    "remove_duty": Operation("Takes a shift out: one's own, or as an administrator anybody's."),
+    "issue_socket_ticket": Operation("Gives a ticket for one socket of events, which lives for 30 seconds and is used up by the first connection. The socket ends with the token that asked for it."),
     "list_channels": Operation("Lists where the caller is told of events: signed webhooks, chat, mail."),
     "add_channel": Operation("Adds a channel. A webhook follows Standard Webhooks 1.0.0; its secret is in this answer and nowhere else. Addresses in private networks are refused when an event is sent.", {"kind": "webhook", "target": "https://hooks.example.org/esper", "events": ["adaptation.awaiting_approval", "violation.opened"], "quiet_from": "22:00", "quiet_until": "06:00"}),
     "read_channel": Operation("Returns one of the caller's own channels."),

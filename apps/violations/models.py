@@ -32,7 +32,8 @@ class Violation(models.Model):
     observed = models.CharField(max_length=200)
     limit = models.CharField(max_length=200)
     text = models.TextField()
-    action = models.TextField()
+    action = models.TextField()  # what was done
+    advice = models.TextField(blank=True)  # what a person can do
     created_at = models.DateTimeField(auto_now_add=True)
     acknowledged_by = models.ForeignKey(
         settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True

@@ -45,7 +45,7 @@ def _finding(violation: Violation) -> Finding:
         severity=Severity(violation.severity),
         observed=violation.observed,
         limit=violation.limit,
-        remedy=violation.action,
+        remedy=violation.advice,
         slug=violation.finding,
         since_step=-1 if violation.since_step is None else violation.since_step,
     )

@@ -37,6 +37,7 @@ class ViolationOutput(serializers.ModelSerializer[Violation]):
             "limit",
             "text",
             "action",
+            "advice",
             "created_at",
             "acknowledged_by",
             "acknowledged_at",

@@ -33,6 +33,7 @@ def record_violation(
     limit: str,
     text: str,
     action: str,
+    advice: str = "",
     layer: str = "",
     adaptation_uid: str = "",
     step: int | None = None,
@@ -40,7 +41,7 @@ def record_violation(
     since_step: int | None = None,
     remedies: Sequence[str] = (),
 ) -> Violation:
-    """Record a broken limit, and what the system did about it."""
+    """Record a broken limit, what the system did about it, and what a person can do."""
     if run is not None:
         lock_run(run.pk)
     violation = Violation.objects.create(
@@ -51,6 +52,7 @@ def record_violation(
         limit=limit[:200],
         text=text,
         action=action,
+        advice=advice,
         layer=layer,
         adaptation_uid=adaptation_uid,
         step=step,
@@ -66,6 +68,7 @@ def record_violation(
         "layer": layer,
         "text": text,
         "action": action,
+        "advice": advice,
     }
     if run is not None:
         publish(topic=run_topic(run.uid), type="violation.opened", data=data)
@@ -101,14 +104,14 @@ def _record_finding(run: Run, finding: Finding) -> bool:
     observed, limit, remedy = (
         text[:MAX_FINDING_TEXT] for text in (finding.observed, finding.limit, finding.remedy)
     )
-    slug, action = finding.slug[:MAX_SLUG], f"Nothing was changed. {remedy[:1].upper()}{remedy[1:]}"
+    slug, advice = finding.slug[:MAX_SLUG], f"{remedy[:1].upper()}{remedy[1:]}"
     not_over = Violation.objects.filter(run=run, resolved_step=None, adaptation_uid="")
     unseen = not_over.filter(acknowledged_at=None)
     if slug and finding.rule != ViolationRule.OPTIMIZER_LEDGER:
         # Under one rule of the diagnosis there is one finding at a time, until it is over.
         same = not_over.filter(rule=finding.rule, finding=slug)
     else:
-        same = unseen.filter(rule=finding.rule, finding=slug, layer=finding.layer, action=action)
+        same = unseen.filter(rule=finding.rule, finding=slug, layer=finding.layer, advice=advice)
     if finding.resolved_step >= 0:
         same.update(resolved_step=finding.resolved_step)
         return False
@@ -125,7 +128,8 @@ def _record_finding(run: Run, finding: Finding) -> bool:
         observed=observed,
         limit=limit,
         text=_text(run, finding, observed),
-        action=action,
+        action="Nothing was changed.",
+        advice=advice,
         layer=finding.layer,
         step=run.step,
         finding=slug,

@@ -11,7 +11,7 @@ _ADAPTATION = ("number", "title", "run_name", "state", "risk", "confidence", "as
                "claimed_by", "decided_by", "decided_rule", "decision_reason", "graft_step",
                "running_test", "reward", "end_reason", "created_at", "uid")  # fmt: skip
 _FINDING = ("number", "severity", "rule", "finding", "text", "layer", "step", "observed", "limit",
-            "action", "acknowledged_by", "note", "created_at", "uid")  # fmt: skip
+            "action", "advice", "acknowledged_by", "note", "created_at", "uid")  # fmt: skip
 # By the letter of the number, and by the prefix of the uid.
 _KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "R-": ("runs", _RUN),

@@ -72,9 +72,10 @@ function bodyOf(form, button) {
       body[field.name] ??= [];
       if (field.checked) body[field.name].push(field.value);
     } else if (field.tagName !== "BUTTON") {
-      body[field.name] = field.value.trim();
+      body[field.name] = "flag" in field.dataset ? field.value === "true" : field.value.trim();
     }
   }
+  for (const name of (form.dataset.times ?? "").split(" ").filter(Boolean)) body[name] = new Date(body[name]).toISOString();
   for (const name of (form.dataset.omitEmpty ?? "").split(" ")) if (body[name] === "") delete body[name];
   for (const name of (form.dataset.number ?? "").split(" ").filter(Boolean)) body[name] = Number(body[name]);
   Object.assign(body, JSON.parse(button.dataset.body ?? "{}")); // what the button says goes first

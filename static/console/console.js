@@ -5,6 +5,7 @@ import "./acts.js";
 import "./keys.js";
 import "./palette.js";
 import { Link } from "./link.js";
+import { tellSystem } from "./notify.js";
 import { toast } from "./messages.js";
 
 const since = JSON.parse(document.getElementById("since")?.textContent ?? "{}");
@@ -44,6 +45,8 @@ link.addEventListener("message", ({ detail: message }) => {
 
 function askPerson(data) {
   const address = `/adaptations/${encodeURIComponent(data.adaptation)}`;
+  const title = `A-${data.number} waits for a person`;
+  tellSystem({ title, body: data.title, address, tag: data.adaptation }).catch(() => {});
   if (location.pathname === address) return;
   toast({
     text: `A-${data.number} waits for a person: ${data.title}.`,

@@ -121,7 +121,7 @@ def _most_first(one: Decider) -> tuple[int, str]:
 def _decider(name: str, rows: Sequence[Adaptation]) -> Decider:
     states = Counter(row.state for row in rows)
     waits = [
-        (row.decided_at - row.created_at).total_seconds() / 60
+        max(0.0, (row.decided_at - row.created_at).total_seconds() / 60)
         for row in rows
         if row.decided_by_id is not None and row.decided_at is not None
     ]

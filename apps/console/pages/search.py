@@ -38,6 +38,7 @@ PAGES: tuple[tuple[str, str, str], ...] = (
     ("console:recipes", "Recipes", "start launches"),
     ("console:audit", "Audit log", "history who verify export"),
     ("console:report", "Weekly report", "summary"),
+    ("console:duty", "Duty list", "shift roster on call escalation"),
     ("console:status", "Status of the system", "health workers queue"),
     ("console:wall", "Wall display", "monitor screen"),
     ("console:me", "Account and settings", "tokens theme zone notifications sessions password"),

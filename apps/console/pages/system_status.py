@@ -17,7 +17,7 @@ from apps.console.run_rows import live_runs
 from apps.console.status import RUN, Status
 from apps.notifications.models import Channel, Delivery, OutboxMessage
 from apps.workers.models import CompileJob
-from apps.workers.services import disk_problem, down_processes, parts
+from apps.workers.services import Part, disk_problem, down_processes, parts
 from esper.contracts import JobState, RunState
 
 LATE_AFTER = timedelta(minutes=1)  # a message that the relay should have sent by then
@@ -43,6 +43,7 @@ class PartRow:
 
 
 _WORKS = Status("good", "check", "Works")
+_SILENT = Status("standby", "ring", "Not reported yet")
 _LATE = Status("serious", "square", "Does not report")
 
 
@@ -52,10 +53,18 @@ def part_rows() -> dict[str, Any]:
     disk = disk_problem()
     full = Status("serious", "square", "Nearly full")
     rows.append(PartRow("disk", full if disk else _WORKS, disk or "It has space."))
-    rows += [PartRow(p.name, _LATE if p.late else _WORKS, p.text) for p in parts()]
+    rows += [_part_row(part) for part in parts()]
     down = down_processes()
-    problems = [row for row in rows if row.status is not _WORKS]
+    problems = [row for row in rows if row.status.tone == "serious"]
     return {"rows": rows, "down": down, "problems": len(problems) + len(down)}
+
+
+def _part_row(part: Part) -> PartRow:
+    if part.late:
+        return PartRow(part.name, _LATE, part.text)
+    if part.age_seconds is None:
+        return PartRow(part.name, _SILENT, "It starts, or is not installed.")
+    return PartRow(part.name, _WORKS, f"Its last report came {part.age_seconds:.0f} s ago.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,6 @@ class QueueRow:
     waiting: int
     oldest: datetime | None
     late: bool
-    text: str
 
 
 def queues() -> dict[str, Any]:
@@ -85,7 +93,6 @@ def queues() -> dict[str, Any]:
             waiting=of["n"],
             oldest=of["oldest"],
             late=of["oldest"] is not None and now - of["oldest"] > LATE_AFTER,
-            text="",
         )
         for name, of in found
     ]

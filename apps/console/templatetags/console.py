@@ -189,6 +189,16 @@ def words(value: object) -> str:
     return visible(value).replace("_", " ").replace(".", " ")
 
 
+# Names that plain words would write wrongly.
+_NAMES = {"relu": "ReLU", "nan": "NaN"}
+
+
+@register.filter
+def finding_word(slug: object) -> str:
+    """The rule of a finding in words: ``dying_relu`` is "dying ReLU"."""
+    return " ".join(_NAMES.get(word, word) for word in words(slug).split(" "))
+
+
 @register.filter
 def get(mapping: dict[str, Any], key: str) -> Any:
     return mapping.get(key)

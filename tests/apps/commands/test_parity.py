@@ -27,12 +27,15 @@ SERVICES = {
     "propose_plan": "Tamiyo's proposal",
     "record_decline": "Tamiyo's report",
     "judge_adaptation": "Tamiyo's verdict",
+    "issue_socket_ticket": "a client of the socket asks for it before it connects",
     "report_tamiyo_heartbeat": "Tamiyo's report",
 }
 VERBS = {
     "approve_plan": "plans approve",
     "reject_plan": "plans reject",
     "undo_plan": "plans undo",
+    "add_duty": "duty add",
+    "remove_duty": "duty remove",
     "grant_delegation": "delegations grant",
     "revoke_delegation": "delegations revoke",
     "approve_policy": "policy agree",
@@ -89,6 +92,7 @@ CONTROLS = {
     "issue_token": "/tokens",
     "revoke_token": "/tokens/",
     "remove_channel": "/channels/",
+    "remove_duty": "/duty/",
     "pause_adaptation": "pause' }}-adaptation",
     "resume_adaptation": "'resume,",
     "enable_blueprint": "enable' }}",

@@ -39,6 +39,7 @@ PLAIN = {
     "audit": "/audit?verify=1",
     "me": "/me",
     "search": "/search?q=conv",
+    "duty": "/duty",
     "status": "/status",
     "wall": "/wall",
     "report": "/report",

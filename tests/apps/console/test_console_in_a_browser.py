@@ -162,6 +162,7 @@ def pages_of(page: Page) -> list[str]:
         "/audit?verify=1",
         "/me#new-channel-fold",
         "/search?q=digits",
+        "/duty",
         "/status",
         "/wall",
         "/report",
@@ -535,3 +536,35 @@ def test_a_dangerous_act_asks_for_the_password_and_is_then_done(sign_in: SignIn)
     page.keyboard.press("Enter")
     expect(page.locator("#new-token .secret")).to_contain_text("esp_")
     expect(page.locator("#token-name")).to_have_value("nightly")
+
+
+FAKE_NOTIFICATIONS = """
+window.told = [];
+window.Notification = class {
+  constructor(title, options) { window.told.push([title, options.body, options.data.address]); }
+  static permission = "granted";
+  static async requestPermission() { return "granted"; }
+};
+Object.defineProperty(navigator, "serviceWorker", { value: undefined });
+"""
+TELL = """async (hidden) => {
+  Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+  const { tellSystem } = await import(document.querySelector("script[src*='console/console']").src
+    .replace(/console\\.[^/]*$/, "notify.js"));
+  await tellSystem({ title: "A-1 waits", body: "x", address: "/adaptations/a", tag: "a" });
+  return window.told;
+}"""
+
+
+def test_the_system_is_told_of_decisions_only_where_the_account_wants_it(sign_in: SignIn) -> None:
+    page = sign_in("carl")
+    page.add_init_script(FAKE_NOTIFICATIONS)
+    page.goto("/me")
+    wait_until_live(page)
+    assert page.evaluate(TELL, True) == []
+    page.check("[data-notify]")
+    page.click("#settings-form button[type=submit]")
+    page.wait_for_url("**/me?saved=1*")
+    wait_until_live(page)
+    assert page.evaluate(TELL, False) == []  # the page itself is looked at
+    assert page.evaluate(TELL, True) == [["A-1 waits", "x", "/adaptations/a"]]

@@ -81,7 +81,7 @@ def test_records_with_one_cause_are_one_incident_and_the_worst_is_first(seen: An
     assert "4 records" in text
     assert "and then 1 other layer" in text
     assert "Acknowledge all 4" in text
-    assert titles(page(seen, "olga", "&state=resolved")) == ["Serious Dying relu"]
+    assert titles(page(seen, "olga", "&state=resolved")) == ["Serious Dying ReLU"]
     assert "by itself at step 77" in page(seen, "olga", "&state=resolved")
     assert titles(page(seen, "olga", "&severity=caution")) == ["Caution Latency"]
 

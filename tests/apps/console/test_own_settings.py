@@ -201,6 +201,6 @@ def test_the_report_counts_what_was_decided_in_its_week(world: Any) -> None:
     assert '<th scope="row">olga</th>' in text_of(client, "/report?panel=people")
     assert '<th scope="row">olga</th>' not in text_of(client, "/report?panel=people&ago=2")
     assert "Nothing was proposed" in text_of(client, "/report?panel=changes&ago=52")
-    assert "proj lora 64" in text_of(client, "/report?panel=changes")
+    assert "proj_lora_64" in text_of(client, "/report?panel=changes")
     for odd in ("-1", "x", "9999"):
         assert client.get(f"/report?ago={odd}").status_code == 200

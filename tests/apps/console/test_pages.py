@@ -31,6 +31,7 @@ def page_addresses(world: Any) -> list[str]:
         "me",
         "workers",
         "recipes",
+        "duty",
         "status",
         "wall",
         "report",

@@ -15,9 +15,9 @@ import pytest
 from django.utils import timezone
 
 from apps.accounts.models import User
-from apps.adaptations.models import Adaptation, DecisionRecord, Plan
+from apps.adaptations.models import Adaptation, DecisionRecord, Delegation, Plan
 from apps.audit.models import AuditEvent
-from apps.notifications.models import Channel
+from apps.notifications.models import Channel, DutyShift
 from apps.policies.services import current_policy
 from apps.rest.throttling import ActThrottle, AuditThrottle, TelemetryThrottle, TokenThrottle
 from apps.workers.models import CompileJob
@@ -118,6 +118,18 @@ def objects(people: dict[Role, User], inbox: Inbox) -> dict[str, str]:
             proposed_step=1,
             deadline_at=timezone.now(),
         ).uid,
+        "delegations": Delegation.objects.create(
+            run=trainer.row(),
+            granted_by=people[Role.OPERATOR],
+            remedy="set_lr",
+            in_words=CANARY,
+            most_uses=1,
+            until=timezone.now(),
+            reason=CANARY,
+        ).uid,
+        "duty": DutyShift.objects.create(
+            user=owner, begins=timezone.now(), ends=timezone.now()
+        ).uid,
         "decisions": DecisionRecord.objects.get(adaptation=adaptation).uid,
         "violations": violation.uid,
         "launches": launch.uid,
@@ -182,7 +194,7 @@ def test_a_trainers_token_is_for_the_calls_of_trainers_only(
 @pytest.mark.parametrize(
     ("scope", "writes"),
     [
-        (TokenScope.READ, set[str]()),
+        (TokenScope.READ, {"post ws-tickets"}),
         (TokenScope.RUNS_CREATE, {"post runs"}),
         (TokenScope.PROPOSE, {"post runs/<uid>/ask-for-remedy"}),
         (
@@ -193,6 +205,7 @@ def test_a_trainers_token_is_for_the_calls_of_trainers_only(
                 "post runs/<uid>/declines",
                 "post runs/<uid>/plans",
                 "post services/tamiyo/heartbeat",
+                "post ws-tickets",
             },
         ),
     ],
