@@ -1,4 +1,5 @@
 // Acts go to the REST API. The page shows "Approving…" until the server has answered.
+import { bulkResult, picksOf } from "./bulk.js";
 import { announce, toast, visible } from "./messages.js";
 import { refreshAll } from "./panels.js";
 
@@ -44,7 +45,7 @@ async function perform(form, button) {
 // A chosen code is a reason; "other" needs words.
 function hasCode(form, button) {
   return [...form.elements].some((field) =>
-    field.dataset.for === button.dataset.path && !["", "other"].includes(field.value));
+    field.dataset.for && field.dataset.for === button.dataset.path && !["", "other"].includes(field.value));
 }
 
 function busy(form, button, doing) {
@@ -63,6 +64,7 @@ function bodyOf(form, button) {
   if ("changes" in form.dataset) body.changes = changesOf(form);
   if ("parameters" in form.dataset) body.parameters = parametersOf(form);
   if ("settings" in form.dataset) body.config = parametersOf(form);
+  if ("picks" in form.dataset) body[form.dataset.picks] = picksOf(form);
   if ("limits" in form.dataset) body.limits = limitsOf(form);
   for (const field of form.elements) {
     if (!field.name || field.disabled && field.tagName === "BUTTON") continue;
@@ -154,7 +156,9 @@ function done(form, button, content) {
   const version = content.revision ?? content.version;
   if (form.dataset.ifMatch && Number.isInteger(version)) form.dataset.ifMatch = version;
   if (content.secret ?? content.token) showSecret(form, content.secret ?? content.token);
-  const words = DONE[button.dataset.path] ?? button.dataset.done ?? form.dataset.done ?? "Done.";
+  const bulk = "picks" in form.dataset ? bulkResult(content) : null;
+  if (bulk?.failed) say(form, `${bulk.words} ${bulk.failed}`);
+  const words = bulk?.words ?? DONE[button.dataset.path] ?? button.dataset.done ?? form.dataset.done ?? "Done.";
   announce(words, { urgent: true });
   toast({ text: words });
   const reason = form.elements.reason;

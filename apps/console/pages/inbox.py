@@ -11,6 +11,7 @@ from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 
 from apps.accounts.models import User
+from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation, Plan
 from apps.adaptations.selectors import snoozed_by
 from apps.console.panels import Panel, render_page
@@ -30,6 +31,10 @@ class InboxTab(StrEnum):
     MINE = "mine"
     SNOOZED = "snoozed"
     HISTORY = "history"
+
+
+# Where what is listed can be rejected; the others explain themselves on their page.
+LIVE_TABS = (InboxTab.PENDING, InboxTab.CLAIMED, InboxTab.MINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ def inbox(request: HttpRequest) -> HttpResponse:
         title="Inbox",
         panels=panels,
         chosen=chosen,
+        picks=may(user, Act.REJECT).allowed and chosen.tab in LIVE_TABS,
         whole=lambda: {
             "run_names": run_names(chosen.run),
             "risks": list(Risk),

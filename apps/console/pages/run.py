@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from functools import cache
 from typing import Any
 
@@ -23,7 +24,7 @@ from apps.blueprints.models import KnownRemedy
 from apps.console.bar import adaptation_switch
 from apps.console.drawing import shade
 from apps.console.panels import Panel, render_page
-from apps.console.request import page, person
+from apps.console.request import choice, page, person
 from apps.console.run_rows import frame_matrix
 from apps.console.status import ADAPTATION, SEVERITY, Status
 from apps.kernels.models import SpeedUp
@@ -71,6 +72,7 @@ def run(request: HttpRequest, uid: str) -> HttpResponse:
 def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
     user = person(request)
     only_poor = request.GET.get("layers") == "poor"
+    shown = choice(request, "show", Shown, Shown.ALL)
     in_force = cache(lambda: current_policy(run))  # two panels of one request need them
     offered = cache(lambda: list(KnownRemedy.objects.filter(present=True)))
 
@@ -119,7 +121,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             "timeline",
             "Adaptations, compiled kernels, remedies and violations",
             "console/run/timeline.html",
-            lambda: timeline(run),
+            lambda: timeline(run, shown),
             ("adaptation", "remedy", "violation", "kernel"),
         ),
         Panel("layers", "Layers", "console/run/layers.html", layers, ("adaptation",), every=10),
@@ -197,7 +199,29 @@ EVENTS_READ = 500  # of each kind; the timeline lists the newest, the axis of th
 ENTRIES_SHOWN = 60
 
 
-def timeline(run: Run) -> dict[str, Any]:
+class Shown(StrEnum):
+    """Which entries the timeline lists; the axis of the charts always has all."""
+
+    ALL = "all"
+    ADAPTATIONS = "adaptations"
+    FINDINGS = "findings"
+    REMEDIES = "remedies"
+    KERNELS = "kernels"
+
+    def has(self, entry: TimelineEntry) -> bool:
+        """Whether an entry is of this kind."""
+        of_kind = {
+            Shown.ALL: True,
+            Shown.ADAPTATIONS: entry.adaptation is not None,
+            Shown.FINDINGS: entry.violation is not None,
+            Shown.REMEDIES: entry.remedy is not None
+            or (entry.adaptation is not None and bool(entry.adaptation.remedy)),
+            Shown.KERNELS: entry.speed_up is not None,
+        }
+        return of_kind[self]
+
+
+def timeline(run: Run, shown: str = Shown.ALL) -> dict[str, Any]:
     """What happened, newest first, and the same at its steps for the axis of the charts."""
     adaptations = list(
         Adaptation.objects.filter(run=run).select_related(
@@ -226,8 +250,9 @@ def timeline(run: Run) -> dict[str, Any]:
         *(_remedy_marker(row) for row in remedies),
         *(_finding_marker(row) for row in violations if row.step is not None),
     ]
-    newest = sorted(entries, key=lambda entry: entry.at, reverse=True)[:ENTRIES_SHOWN]
-    return {"entries": newest, "markers": markers}
+    wanted = [entry for entry in entries if Shown(shown).has(entry)]
+    newest = sorted(wanted, key=lambda entry: entry.at, reverse=True)[:ENTRIES_SHOWN]
+    return {"entries": newest, "markers": markers, "shown": shown, "kinds": list(Shown)}
 
 
 def _tried_kernels(run: Run, most: int, numbers: Mapping[str, int]) -> list[TimelineEntry]:

@@ -81,9 +81,7 @@ VERBS = {
 WITHOUT_A_VERB: dict[str, str] = {
     "end_other_sessions": "a terminal is no browser; people end sessions on their page",
 }
-WITHOUT_A_CONTROL: dict[str, str] = {
-    "reject_adaptations": "the inbox rejects one by one; its bulk bar comes with the page",
-}
+WITHOUT_A_CONTROL: dict[str, str] = {}
 # Where a control does not name the last part of the act's path.
 CONTROLS = {
     "set_adaptation_switch": "adaptation-switch",
@@ -93,6 +91,7 @@ CONTROLS = {
     "revoke_token": "/tokens/",
     "remove_channel": "/channels/",
     "remove_duty": "/duty/",
+    "reject_adaptations": "/adaptations/reject",
     "pause_adaptation": "pause' }}-adaptation",
     "resume_adaptation": "'resume,",
     "enable_blueprint": "enable' }}",

@@ -568,3 +568,30 @@ def test_the_system_is_told_of_decisions_only_where_the_account_wants_it(sign_in
     wait_until_live(page)
     assert page.evaluate(TELL, False) == []  # the page itself is looked at
     assert page.evaluate(TELL, True) == [["A-1 waits", "x", "/adaptations/a"]]
+
+
+def test_chosen_rows_are_rejected_together_and_each_failure_is_named(sign_in: SignIn) -> None:
+    page = sign_in("olga")
+    page.goto("/inbox")
+    wait_until_live(page)
+    boxes = page.locator("[data-pick]")
+    number = boxes.count()
+    bar = page.locator("#bulk-reject")
+    expect(bar).to_be_hidden()
+    boxes.nth(number - 1).check()
+    expect(bar).to_contain_text("Reject 1")
+    page.evaluate("document.querySelector('#panel-list').dispatchEvent(new Event('refresh'))")
+    page.wait_for_timeout(300)
+    expect(boxes.nth(number - 1)).to_be_checked()  # a refreshed list keeps the choice
+    failed = '{"rejected": 0, "results": [{"uid": "adp_x", "status": 409, "state": null,'
+    failed += ' "problem": {"detail": "Somebody was first."}}]}'
+    page.route(
+        "**/api/v1/adaptations/reject",
+        lambda route: route.fulfill(status=200, body=failed, content_type="application/json"),
+        times=1,
+    )
+    bar.locator("button").click()
+    expect(bar.locator("[role=alert]")).to_have_text("Say why you reject them.")
+    page.fill("#bulk-reason", "none of these now")
+    bar.locator("button").click()
+    expect(bar.locator("[role=alert]")).to_contain_text("0 of 1 rejected. adp_x: Somebody was")

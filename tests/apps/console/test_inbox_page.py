@@ -99,3 +99,14 @@ def test_what_one_person_snoozes_or_is_assigned_is_in_their_tabs_only(world: Any
     }
     text = world.client("olga").get("/inbox").content.decode()
     assert badge(text) == len(rows(text)) == 1
+
+
+def test_rows_can_be_chosen_where_they_can_be_rejected_and_nowhere_else(world: Any) -> None:
+    uid = world.adaptations["waiting"].uid
+    text = world.client("olga").get("/inbox").content.decode()
+    assert f'data-pick="{uid}"' in text
+    assert 'data-act="/api/v1/adaptations/reject"' in text
+    for who, address in (("vera", "/inbox"), ("olga", "/inbox?state=history")):
+        text = world.client(who).get(address).content.decode()
+        assert "data-pick" not in text, (who, address)
+        assert "bulk-reject" not in text, (who, address)

@@ -111,3 +111,16 @@ def test_a_curve_breaks_at_gaps_and_marks_what_it_shows() -> None:
     assert len(found.lines) == 2
     assert [mark.word for mark in found.marks] == ["asked"]
     assert curve("x", [0, 1], [None, 1.0]) is None
+
+
+def test_the_timeline_is_filtered_and_the_axis_of_the_charts_is_not(world: Any) -> None:
+    client = world.client("olga")
+    run = f"/runs/{world.runs['digits-cnn'].uid}?panel=timeline"
+    whole = client.get(run).content.decode()
+    markers = whole.split('id="markers"')[1].split("</script>")[0]
+    assert "/adaptations/" in whole.split("</script>")[1]
+    for shown, absent in (("findings", "/adaptations/adp"), ("adaptations", "#vio_")):
+        text = client.get(f"{run}&show={shown}").content.decode()
+        assert text.split('id="markers"')[1].split("</script>")[0] == markers
+        assert absent not in text.split("</script>")[1], shown
+    assert client.get(f"{run}&show=nothing").status_code == 404
