@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from esper.contracts import LayerInfo, Severity
 from esper.contracts.spans import hidden_layers
@@ -17,6 +18,8 @@ GAP = 0.5
 LEARNED = 0.98
 LEFT = 0.02
 NOISE = 2.0
+WORSE = 0.05
+DOUBT = 3.0  # standard errors
 NARROW = 0.5
 BLOCK = 1.0
 DECAYED = 0.5
@@ -45,6 +48,7 @@ class Capacity(Rule):
         Threshold("held-out above training loss", GAP, "share", "above it, it is over-fitting"),
         Threshold("loss / first loss, at least", LEFT, "ratio", "chosen: little is left to gain"),
         Threshold("loss / its deviation between steps", NOISE, "ratio", "chosen: below is noise"),
+        Threshold("loss above its best so far", WORSE, "share", "chosen: it fell back, or is ill"),
         Threshold("hidden units / narrower neighbour", NARROW, "ratio", "chosen"),
         Threshold("hidden units / width of a block", BLOCK, "ratio", "usual: 4, Vaswani 2017"),
         Threshold("fall without a held-out loss", ALONE_FALL, "share", "chosen"),
@@ -83,7 +87,7 @@ class Capacity(Rule):
             return None
         units = first.features_out
         return Evidence(
-            observed=f"in {WINDOW} steps the training loss fell by {fall:.1%} to {level:.4g}, and "
+            observed=f"in {WINDOW} steps the training loss {_change(fall)} to {level:.4g}, and "
             f"{held}; between {first.name} and {last.name} are only {units} units",
             limit=f"a fall above {ALONE_FALL if alone else FALL:.0%}, or a wider hidden layer",
             signal="loss",
@@ -104,6 +108,9 @@ class Capacity(Rule):
         if not len(before):
             raise Unknown("the losses of the window are not kept")
         level = float(np.mean(now))
+        best, doubt = _best(steps, losses)
+        if level > best + max(WORSE * abs(best), doubt):
+            raise Unknown("the loss was lower before, so capacity is not what the run lacks")
         above_noise = level > NOISE * float(np.std(now))
         return _fall(float(np.mean(before)), level), level if above_noise else 0.0
 
@@ -115,9 +122,9 @@ class Capacity(Rule):
         if len(known) < EVALUATIONS or not now or not before:
             raise Unknown("too few held-out losses yet")
         fall, held = _fall(min(before), min(now)), float(np.median(now))
-        if fall > HELD_OUT_FALL or held > (1 + GAP) * level:
+        if abs(fall) > HELD_OUT_FALL or held > (1 + GAP) * level:
             return ""
-        return f"the held-out loss by {fall:.1%} to {held:.4g}"
+        return f"the held-out loss {_change(fall)} to {held:.4g}"
 
 
 def bottleneck(observation: Observation) -> tuple[LayerInfo, LayerInfo, float] | None:
@@ -151,6 +158,21 @@ def _narrow(one: LayerInfo, other: LayerInfo, *, first: bool) -> float:
     # A convolution of an image reads few channels, but many pixels.
     incoming = one.features_in * (math.prod(one.kernel_size) if first else 1)
     return NARROW * min(incoming, other.features_out)
+
+
+def _best(steps: NDArray[np.int64], losses: NDArray[np.float64]) -> tuple[float, float]:
+    """The lowest mean of the loss over a quarter of a window so far, and how unsure it is."""
+    parts = (steps - steps[0]) // (WINDOW // 4)
+    counts = np.bincount(parts)
+    known = counts * 2 >= counts.max()
+    means = (np.bincount(parts, weights=losses)[known]) / counts[known]
+    lowest = int(np.argmin(means))
+    chosen = losses[parts == np.flatnonzero(known)[lowest]]
+    return float(means[lowest]), DOUBT * float(np.std(chosen)) / math.sqrt(len(chosen))
+
+
+def _change(fall: float) -> str:
+    return f"{'fell' if fall >= 0 else 'rose'} by {abs(fall):.1%}"
 
 
 def _fall(before: float, now: float) -> float:

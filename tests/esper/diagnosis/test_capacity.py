@@ -146,11 +146,17 @@ def judged(
     held_out: float | None = None,
     steps: int = 3_500,
     noise: float = 0.1,
+    once: float = 1.0,
 ) -> Evidence | None:
-    """The loss falls from 1 by ``fall`` in the last thousand steps, after it began at 2.3."""
+    """The loss falls from 1 by ``fall`` in the last thousand steps, after it began at 2.3.
+
+    Args:
+        once: the loss of some hundred steps long before.
+    """
     draws = np.random.default_rng(0)
     at = np.arange(1, steps + 1)
     level = 1 - fall * np.clip((at - steps + WINDOW) / WINDOW, 0, 1)
+    level[200:700] = once
     level[:20] = 2.3
     known = [(int(step), held_out) for step in at[::100]] if held_out is not None else []
     return Capacity().check(
@@ -177,6 +183,17 @@ def test_a_flat_loss_says_so_and_the_training_loss_alone_must_say_more() -> None
     assert judged(4, 0.05) is None  # not narrow enough for so little evidence
     with pytest.raises(Unknown):
         judged(2, 0.05, steps=2_500)
+
+
+def test_a_run_that_was_better_before_is_ill_and_lacks_no_capacity() -> None:
+    for once in (0.9, 1.0, 2.0):
+        found = judged(4, 0.2, held_out=1.0, once=once)
+        assert found is not None
+        assert "fell by" in found.observed
+    with pytest.raises(Unknown, match="lower before"):
+        judged(4, 0.2, held_out=1.0, once=0.6)
+    with pytest.raises(Unknown, match="lower before"):
+        judged(4, -0.2, held_out=1.0)
 
 
 def test_a_loss_that_is_within_its_noise_is_not_stuck() -> None:
