@@ -260,8 +260,7 @@ class BlueprintSelector:
         limits = cost_limits(extra_limits)
         history = snapshot.history.get(layer.name, LayerHistory())
         carried = (self._blueprints.get(slug) for slug in history.grafts)
-        model_parameters = max(snapshot.model_parameters, SMALLEST_BUDGETED)
-        budget = policy.max_added_parameters_ratio * model_parameters
+        budget = policy.most_added_parameters(snapshot.model_parameters)
         return _Place(
             layer=layer,
             history=history,
@@ -270,7 +269,7 @@ class BlueprintSelector:
             max_memory_mib=min(policy.max_memory_mib, limits.get("max_memory_mib", math.inf)),
             max_latency_ms=min(policy.max_latency_ms, limits.get("max_latency_ms", math.inf)),
             max_parameters=budget - snapshot.added_parameters,
-            model_parameters=model_parameters,
+            model_parameters=max(snapshot.model_parameters, SMALLEST_BUDGETED),
         )
 
     def _scored(

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from esper.contracts import (
-    SMALLEST_BUDGETED,
     AdaptationDecision,
     Check,
     CostForecast,
@@ -220,8 +219,7 @@ def check_daily_budget(inputs: GateInputs, policy: SafetyPolicy) -> Check:
 
 def check_parameter_budget(inputs: GateInputs, policy: SafetyPolicy) -> Check:
     total = inputs.added_parameters + inputs.new_parameters
-    size = max(inputs.model_parameters, SMALLEST_BUDGETED)
-    limit = int(policy.max_added_parameters_ratio * size)
+    limit = policy.most_added_parameters(inputs.model_parameters)
     return Check(
         rule=ViolationRule.PARAMETER_BUDGET,
         passed=total <= limit,

@@ -188,6 +188,10 @@ class SafetyPolicy:
             if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
                 raise CodecError(f"{name} must be a finite number >= 0, got {value}")
 
+    def most_added_parameters(self, model_parameters: int) -> int:
+        """How many parameters all grafts of a model of this size may have."""
+        return int(self.max_added_parameters_ratio * max(model_parameters, SMALLEST_BUDGETED))
+
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from esper.contracts import (
-    SMALLEST_BUDGETED,
     AdaptationType,
     Candidate,
     Decision,
@@ -109,8 +108,7 @@ def plan_run(
 
 
 def _budget(snapshot: RunSnapshot, limits: SafetyPolicy, changes: int) -> Budget:
-    size = max(snapshot.model_parameters, SMALLEST_BUDGETED)
-    left = int(limits.max_added_parameters_ratio * size) - snapshot.added_parameters
+    left = limits.most_added_parameters(snapshot.model_parameters) - snapshot.added_parameters
     today = limits.max_adaptations_per_day - snapshot.adaptations_today
     return Budget(
         changes=max(0, min(changes, today)),

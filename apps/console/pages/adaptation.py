@@ -89,9 +89,11 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
         }
 
     def change() -> dict[str, Any]:
+        policy = found.safety_policy.safety_policy()
         return {
             "sketch": graft_sketch(found),
-            "policy": found.safety_policy.safety_policy(),
+            "policy": policy,
+            "most_parameters": policy.most_added_parameters(found.run.model_parameters),
             "record": track_record(grafts_of(found.grafted_blueprint.pk)),
             "pause": adaptations.pause_forecast(found),
             "parameter_share": _share(found.forecast_parameters, found.run.model_parameters),

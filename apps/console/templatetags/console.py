@@ -158,6 +158,14 @@ def signed(value: Any, digits: int = 3) -> str:
 
 
 @register.filter
+def of_the_model(share: float | None) -> str:
+    """A share of the model's parameters: ``3.2 % of the model``, ``10.2 × the model``."""
+    if share is None or share < 1:
+        return f"{percent(share)} of the model"
+    return f"{share:,.3g} × the model"
+
+
+@register.filter
 def percent(value: Any) -> str:
     return _UNKNOWN if value is None else f"{100 * float(value):.3g} %"
 

@@ -71,7 +71,8 @@ def test_a_run_with_enough_units_gets_no_graft() -> None:
 
 def test_a_tiny_model_may_grow_as_far_as_one_of_100_000_parameters() -> None:
     policy = SafetyPolicy()
-    limit = int(policy.max_added_parameters_ratio * SMALLEST_BUDGETED)
+    limit = policy.most_added_parameters(0)
+    assert limit == 2 * SMALLEST_BUDGETED
     for parameters, passed in ((limit, True), (limit + 1, False)):
         inputs = GateInputs(
             mode=RunMode.AUTOMATIC, step=0, model_parameters=310, new_parameters=parameters
