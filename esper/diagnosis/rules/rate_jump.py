@@ -13,6 +13,7 @@ RISE = 1.3
 BACK = 1.1
 NOISE = 4.0
 FORGOTTEN = 1_000
+FORGOTTEN_OPEN = 10_000
 LEVEL_LOSSES, FEWEST_LOSSES = 50, 20
 NEWEST_LOSSES = 5
 
@@ -28,7 +29,8 @@ class RateJump(Rule):
         Threshold("loss / level before the jump", RISE, "ratio", "chosen on 0 to 9"),
         Threshold("rise of the loss", NOISE, "standard deviations", "chosen on 0 to 9"),
         Threshold("loss / level, to resolve", BACK, "ratio", "chosen"),
-        Threshold("after these steps the new level is the usual one", FORGOTTEN, "steps", "chosen"),
+        Threshold("a jump so long ago opens nothing", FORGOTTEN, "steps", "chosen"),
+        Threshold("after these the new level is the usual one", FORGOTTEN_OPEN, "steps", "chosen"),
     )
     severity = Severity.CRITICAL
     false_alarm = "A second stage of training that is meant to start from a higher loss."
@@ -47,7 +49,9 @@ class RateJump(Rule):
         level, spread = jump["level"], jump["spread"]
         ratio = BACK if memory.is_open else RISE
         limit = level + max(NOISE * spread, (ratio - 1.0) * abs(level))
-        over = observation.step > jump["seen"] + FORGOTTEN
+        # A person may need minutes to answer, in which a small model makes thousands of steps.
+        patience = FORGOTTEN_OPEN if memory.is_open else FORGOTTEN
+        over = observation.step > jump["seen"] + patience
         if over or (memory.is_open and loss <= limit):
             memory.notes["jump"] = None
             return None

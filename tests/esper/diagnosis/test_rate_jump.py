@@ -1,0 +1,49 @@
+"""How long a jump of the learning rate is a question."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from esper.diagnosis import Observation
+from esper.diagnosis.base import Evidence, Memory
+from esper.diagnosis.rules.rate_jump import FORGOTTEN_OPEN, RateJump
+
+JUMP_AT = 100
+
+
+def look(memory: Memory, *, steps_after: int, loss: float) -> Evidence | None:
+    """A look at a run whose loss was 1 until its rate jumped, and is ``loss`` since."""
+    step = JUMP_AT + steps_after
+    at = np.arange(1, step + 1)
+    found = RateJump().check(
+        Observation(
+            step=step,
+            loss_steps=at,
+            losses=np.where(at <= JUMP_AT, 1.0, loss),
+            rates=[(10, 0.01), (40, 0.01), (JUMP_AT, 0.01), (JUMP_AT + 1, 1.0)],
+        ),
+        memory,
+    )
+    memory.is_open = found is not None
+    return found
+
+
+def test_a_jump_is_a_question_until_the_loss_is_back() -> None:
+    memory = Memory()
+    assert look(memory, steps_after=5, loss=3.0) is not None
+    # A person was away for some minutes, and the loss fell by a part of what it had risen.
+    assert look(memory, steps_after=5_000, loss=1.3) is not None
+    assert look(memory, steps_after=5_001, loss=1.05) is None
+    assert look(memory, steps_after=5_002, loss=3.0) is None
+
+
+def test_after_a_long_time_the_new_level_is_the_usual_one() -> None:
+    memory = Memory()
+    assert look(memory, steps_after=5, loss=3.0) is not None
+    assert look(memory, steps_after=FORGOTTEN_OPEN + 2, loss=3.0) is None
+
+
+def test_a_loss_that_rises_long_after_a_jump_is_no_question_of_it() -> None:
+    memory = Memory()
+    assert look(memory, steps_after=5, loss=1.0) is None
+    assert look(memory, steps_after=1_500, loss=3.0) is None
