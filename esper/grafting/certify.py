@@ -98,7 +98,7 @@ def certify(
 
 def sample_input(layer: LayerInfo, *, seed: int = 0) -> Tensor:
     """A generated input of the layer's traced shape: normal numbers, or zeros for token numbers."""
-    shape = layer.in_shape
+    shape = tuple(size or MAX_ROWS for size in layer.in_shape)  # it was traced on an empty batch
     if not layer.features_in:
         return torch.zeros(shape, dtype=torch.long, device=layer.device)
     generator = torch.Generator("cpu").manual_seed(seed)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from esper.exceptions import ConfigurationError
 from esper.grafting.copies import bare_copy, check_copy
+from esper.grafting.kept_by_hand import KeptByHand
 
 
 class Copies(Sequence[Any]):
@@ -31,6 +32,9 @@ class Copies(Sequence[Any]):
     Args:
         model: as it trains.
         given: averages that the script named; they are never dropped.
+
+    Attributes:
+        by_hand: averages that are no modules.
     """
 
     def __init__(self, model: nn.Module, given: Sequence[Any] = ()) -> None:
@@ -41,6 +45,7 @@ class Copies(Sequence[Any]):
         # copy -> it is inside an AveragedModel
         self._seen: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._searched = False
+        self.by_hand = KeptByHand()
 
     def __len__(self) -> int:
         return len(self._all())
@@ -61,13 +66,17 @@ class Copies(Sequence[Any]):
         if self._searched or model is None:
             return
         self._searched = True
-        found = _of_its_class(model)
-        if any(_alike(model, other) for other, averaged in found if not averaged):
-            # It may be a model of an earlier run that nothing uses any more, which is no rival.
+        found, tensors = _living(model)
+        self.by_hand.search(model, tensors)
+        is_alike = any(_alike(model, other) for other, averaged in found if not averaged)
+        if is_alike or self.by_hand.found:
+            # It may be of an earlier run that nothing uses any more, which is in nobody's way.
             # Collecting costs as long as some steps, so it is not done where there is none.
-            del found
+            del found, tensors
+            self.by_hand = KeptByHand()
             gc.collect()
-            found = _of_its_class(model)
+            found, tensors = _living(model)
+            self.by_hand.search(model, tensors)
         for other, averaged in found:
             self._note(other, averaged=averaged)
 
@@ -104,16 +113,19 @@ class Copies(Sequence[Any]):
             self._seen[found] = averaged or self._seen.get(found, False)
 
 
-def _of_its_class(model: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Every other model of the process of this class, and whether an ``AveragedModel`` holds it."""
+def _living(model: nn.Module) -> tuple[list[tuple[nn.Module, bool]], list[Tensor]]:
+    """Every other model of this class and whether an ``AveragedModel`` holds it; all tensors."""
     averaged_model = sys.modules["torch.optim.swa_utils"].AveragedModel
     found: list[tuple[nn.Module, bool]] = []
-    for other in gc.get_referrers(averaged_model, type(model)):
+    tensors: list[Tensor] = []
+    for other in gc.get_referrers(averaged_model, type(model), Tensor):
         if type(other) is averaged_model:
             found.append((bare_copy(other), True))
         elif type(other) is type(model) and other is not model:
             found.append((other, False))
-    return found
+        elif type(other) is Tensor:
+            tensors.append(other)
+    return found, tensors
 
 
 def _inside_averaged_model() -> bool:

@@ -160,8 +160,11 @@ class Surgery:
         """For the snapshot of the next graft; may run in another thread."""
         return SnapshotMemory.reserve(self.model, self._surroundings.optimizers)
 
-    def apply(self, operation: Operation) -> Adaptation:
+    def apply(self, operation: Operation, *, by_script: bool = False) -> Adaptation:
         """Graft, certified; on any error the model is as before.
+
+        Args:
+            by_script: the script asks for it by itself, so it knows what it keeps by hand.
 
         Raises:
             IncompatibleLayerError, CertificateError, UnknownLayerError, ConfigurationError,
@@ -170,7 +173,7 @@ class Surgery:
         self._refuse_without_snapshot(operation)
         self._ranks.order(Order.graft(operation))
         run = self._run
-        self._find_copies()
+        self._find_copies(operation, by_script=by_script)
         receipt = grafting.apply_graft(
             self.model,
             operation.layer,
@@ -215,13 +218,24 @@ class Surgery:
                 layer=operation.layer.name, blueprint=operation.blueprint.slug, reason=reason
             )
 
-    def _find_copies(self) -> None:
-        """Averages of the model that nobody named get its next graft too."""
+    def _find_copies(self, operation: Operation, *, by_script: bool) -> None:
+        """Averages of the model that nobody named get its next graft too.
+
+        Raises:
+            IncompatibleLayerError: the script keeps one by hand, which cannot.
+        """
         if checkpoint.is_sharded(self._surroundings):
             return  # comparing weights that are spread over ranks would be a collective call
         self.copies.search()
         for _ in self.copies.settle():
             self._findings.add(average_found())
+        by_hand = self.copies.by_hand
+        by_hand.look()
+        reason = by_hand.reason if by_script else by_hand.reason_for_policy
+        if reason and self._ranks.alone:
+            raise IncompatibleLayerError(
+                layer=operation.layer.name, blueprint=operation.blueprint.slug, reason=reason
+            )
 
     def keep(self, adaptation: Adaptation, reason: str = "") -> None:
         """Its probation is passed."""
@@ -243,7 +257,7 @@ class Surgery:
         """A script grafts; see :meth:`Session.graft`."""
         layer = operation.layer
         self._meet(Call.GRAFT, layer.name, operation.blueprint.slug, layer.since, operation.config)
-        receipt = self.apply(operation).receipt
+        receipt = self.apply(operation, by_script=True).receipt
         assert receipt is not None
         return receipt
 
@@ -551,6 +565,7 @@ class Surgery:
         """An optimizer step is over: grafts that follow a schedule move on."""
         if self._idle_slots:
             self.remove_idle_slots()
+        self.copies.by_hand.look()
         for entry in self.changes.grafted:
             if entry.receipt is not None:
                 entry.receipt.graft.on_step()

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import esper
+from esper.exceptions import IncompatibleLayerError
 from esper.grafting.slot import slots
 from tests.esper.contract_with_host.saved_models import MODELS, Run, batch_of, computed, logits_of
 
@@ -188,3 +189,81 @@ def test_the_only_model_of_its_kind_is_grafted_without_a_garbage_collection(
         monkeypatch.setattr("gc.collect", lambda: collected.append("once"))
         session.graft("0", "proj_lora_64")
         assert not collected
+
+
+class ByName:
+    """An average as many tutorials write it; the script's own assertion ends a run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            assert name in self.shadow
+            self.shadow[name] = DECAY * self.shadow[name] + (1 - DECAY) * p
+
+
+class InOrder:
+    """As torch_ema: a list, updated in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shadow = [p.detach().clone() for p in model.parameters()]
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        for mine, theirs in zip(self.shadow, model.parameters(), strict=True):
+            mine.sub_((1 - DECAY) * (mine - theirs))
+
+
+class Anchor(InOrder):
+    """The list of a penalty, which does not change."""
+
+    def update_parameters(self, model: nn.Module) -> None:
+        pairs = zip(self.shadow, model.parameters(), strict=True)
+        assert all(anchor.shape == p.shape for anchor, p in pairs)
+
+
+def run_beside(kept: Callable[[nn.Module], Any]) -> tuple[esper.Session, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    beside = kept(model)
+    session = esper.attach(model, optimizer, run="hand", mode="supervised", verbose=False)
+
+    def train() -> None:
+        for _ in range(4):
+            loss = model(torch.randn(16, 8)).pow(2).mean()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            if hasattr(beside, "update_parameters"):
+                beside.update_parameters(model)
+            session.step(loss)
+
+    train()
+    return session, train if hasattr(beside, "update_parameters") else beside
+
+
+@pytest.mark.parametrize("kind", [ByName, InOrder, Anchor])
+def test_tensors_that_a_script_pairs_by_hand_stay_pairs(kind: type[Any]) -> None:
+    session, train = run_beside(kind)
+
+    surgery = session._parts.surgery
+    with pytest.raises(IncompatibleLayerError, match=r"by hand|in the order of"):
+        surgery.apply(surgery.planned("0", "proj_lora_64", "", {}))
+    if kind is not Anchor:
+        with pytest.raises(IncompatibleLayerError, match="keeps an average by hand"):
+            session.graft("0", "proj_lora_64")
+    train()
+
+
+def test_a_state_that_is_only_kept_is_in_nobodys_way() -> None:
+    def saved(model: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    session, state = run_beside(saved)
+
+    surgery = session._parts.surgery
+    assert surgery.apply(surgery.planned("0", "proj_lora_64", "", {})).receipt is not None
+    session._parts.setup.model.load_state_dict(state)
