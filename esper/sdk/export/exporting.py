@@ -25,6 +25,7 @@ from esper.contracts import GraftKind
 from esper.exceptions import ConfigurationError
 from esper.grafting import remove_slots
 from esper.grafting.hooks import is_left_behind
+from esper.grafting.manifest import GraftRecord
 from esper.grafting.remedies import is_tied
 from esper.grafting.slot import settle_spans, slots
 from esper.sdk.export.exported import (
@@ -34,6 +35,7 @@ from esper.sdk.export.exported import (
     load,
     put_in_place,
 )
+from esper.sdk.export.model_card import CARD_FILE, origins_of, section
 from esper.sdk.export.plain_source import source_of
 from esper.sdk.export.widening import widen
 
@@ -61,7 +63,7 @@ def export(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
     Args:
         folder: also written there: ``grafted.py``, ``grafted.json`` and ``weights.pt``. With them,
             ``grafted.load(TheModel(...), folder)`` makes the same model where Esper is not
-            installed.
+            installed. ``model_card.md`` says how the architecture came about, where it has grafts.
 
     Raises:
         ConfigurationError: a graft holds something that cannot be written as plain data, or spans
@@ -70,6 +72,7 @@ def export(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
     copied = copy.deepcopy(getattr(model, "_orig_mod", model))
     left: dict[str, list[Graft]] = {}
     reasons: dict[str, str] = {}
+    records = _records_of(copied)
     spans = _spans_of(copied)
     for name, host, slot in [*slots(copied)]:
         alone = {s: graft for s, graft in slot.grafts().items() if s not in slot.carriers}
@@ -98,8 +101,13 @@ def export(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
         )
     if folder is not None:
         facts = {"layers": described, "unmerged": reasons, "widened": widened}
-        _write(copied, Path(folder), source, facts)
+        card = section(origins_of(records, reasons, widened))
+        _write(copied, Path(folder), source, facts, card)
     return copied
+
+
+def _records_of(model: nn.Module) -> list[GraftRecord]:
+    return [slot.records[slug] for _, _, slot in slots(model) for slug in slot.grafts()]
 
 
 def _spans_of(model: nn.Module) -> list[tuple[str, str, str, Graft]]:
@@ -256,8 +264,12 @@ def _json(key: str, value: Any) -> Any:
     raise ConfigurationError(f"{key} holds a {type(value).__name__}, which is not plain data")
 
 
-def _write(model: nn.Module, folder: Path, source: str, manifest: dict[str, Any]) -> None:
+def _write(
+    model: nn.Module, folder: Path, source: str, manifest: dict[str, Any], card: str
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SOURCE_FILE).write_text(source)
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
     torch.save(model.state_dict(), folder / WEIGHTS_FILE)
+    if card:
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
