@@ -17,6 +17,7 @@ from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.console.run_rows import annotated, live_runs, recent_runs, run_rows
 from apps.console.waiting import waiting
+from apps.notifications.services import on_duty
 from apps.runs.models import Run
 from apps.violations.models import Violation
 from apps.violations.selectors import open_violations, worst_first
@@ -35,17 +36,16 @@ def overview(request: HttpRequest) -> HttpResponse:
 
     def recent() -> dict[str, Any]:
         found = recent_runs()
-        return {
-            "rows": run_rows(annotated(found)[:RUNS_SHOWN]),
-            "more": max(0, found.count() - RUNS_SHOWN),
-        }
+        shown = run_rows(annotated(found)[:RUNS_SHOWN])
+        full = len(shown) == RUNS_SHOWN  # else there are no others to count
+        return {"rows": shown, "more": found.count() - RUNS_SHOWN if full else 0}
 
     panels = [
         Panel(
             "attention",
             "Needs a person",
             "console/overview/attention.html",
-            lambda: {"attention": attention(person(request))},
+            lambda: {"attention": attention(person(request)), "on_duty": on_duty()},
             events,
             every=15,
         ),

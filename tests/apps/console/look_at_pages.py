@@ -104,14 +104,23 @@ def _take_pictures(base: str, folder: Path, wanted: set[str]) -> None:
             page.goto("/login")
             if not wanted or "login" in wanted:
                 page.screenshot(path=folder / f"login-{view}.png")
-            page.fill("#id_username", "ada")
-            page.fill("#id_password", PASSWORD)
-            page.click("button[type=submit]")
-            page.wait_for_url("**/")
+            _sign_in(page, "ada", PASSWORD)
             for name, address in _addresses(page).items():
                 if not wanted or name in wanted:
                     _take_picture(page, address, folder / f"{name}-{view}.png")
+            if not wanted or "403" in wanted:
+                context.clear_cookies()
+                page.goto("/login")
+                _sign_in(page, "vera", PASSWORD)
+                _take_picture(page, "/admin/", folder / f"403-{view}.png")
         browser.close()
+
+
+def _sign_in(page: Page, name: str, password: str) -> None:
+    page.fill("#id_username", name)
+    page.fill("#id_password", password)
+    page.click("button[type=submit]")
+    page.wait_for_url("**/")
 
 
 def _addresses(page: Page) -> dict[str, str]:
@@ -121,6 +130,8 @@ def _addresses(page: Page) -> dict[str, str]:
     found = dict(PLAIN)
     for run in runs:
         found[f"run-{run['name'][:12]}"] = f"/runs/{run['uid']}"
+    for launch in page.request.get("/api/v1/launches").json()["results"]:
+        found.setdefault(f"launch-{launch['state']}", f"/launches/{launch['uid']}")
     for row in rows:
         name = f"{row['kind']}-{row['state']}"
         if row["state"] == "awaiting_approval":

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
-from playwright.sync_api import Browser, Page, StorageState, WebSocketRoute, expect
+from playwright.sync_api import Browser, Page, Route, StorageState, WebSocketRoute, expect
 
 from tests.apps.cast import PASSWORD
 from tests.browser import TEST_SECONDS, WAIT_MS
@@ -595,3 +595,39 @@ def test_chosen_rows_are_rejected_together_and_each_failure_is_named(sign_in: Si
     page.fill("#bulk-reason", "none of these now")
     bar.locator("button").click()
     expect(bar.locator("[role=alert]")).to_contain_text("0 of 1 rejected. adp_x: Somebody was")
+
+
+def test_a_decision_is_found_read_and_approved_by_keyboard_alone(sign_in: SignIn) -> None:
+    page = sign_in("olga")
+    wait_until_live(page)
+    sent: list[str] = []
+
+    def note(route: Route) -> None:  # the small world of these tests stays as it is
+        sent.append(route.request.post_data_json["evidence_hash"])
+        route.fulfill(status=200, body="{}", content_type="application/json")
+
+    page.route("**/approve", note)
+    for key in ("g", "i"):
+        page.keyboard.press(key)
+    page.wait_for_url("**/inbox")
+    wait_until_live(page)
+    for key in ("j", "o"):
+        page.keyboard.press(key)
+    page.wait_for_url("**/adaptations/*")
+    wait_until_live(page)
+    approve = page.locator("#acts button[data-path=approve]")
+    for _ in range(150):
+        page.keyboard.press("Tab")
+        if approve.evaluate("button => button === document.activeElement"):
+            break
+    expect(approve).to_be_focused()
+    expect(approve).to_be_in_viewport()  # the focus is hidden by nothing
+    page.keyboard.press("Enter")
+    reason = "This graft is of high risk: say why you approve it."
+    if approve.get_attribute("data-needs-reason"):
+        expect(page.locator("#acts [role=alert]")).to_contain_text(reason)
+        page.keyboard.type("seen")  # the cursor is in the field already
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+    expect(page.locator("#toasts")).to_contain_text("Approved.")
+    assert [len(shown) for shown in sent] == [64]

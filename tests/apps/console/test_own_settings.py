@@ -14,6 +14,7 @@ from apps.accounts.models import ApiToken, User
 from apps.accounts.step_up import HOLDS_FOR
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
+from apps.notifications.models import DutyShift
 from apps.policies.models import PolicyVersion
 from apps.policies.services import adaptation_switch
 from apps.runs.models import Run
@@ -181,6 +182,20 @@ def test_the_status_page_says_what_does_not_work(world: Any) -> None:
     assert "late" in text_of(client, "/status?panel=queues")
     Run.objects.filter(name="digits-cnn").update(state=RunState.UNREACHABLE)
     assert "still be training" in text_of(client, "/status?panel=runs")
+
+
+def test_who_is_on_duty_stands_on_the_overview(world: Any) -> None:
+    now = timezone.now()
+    olga, ada = (User.objects.get(username=name) for name in ("olga", "ada"))
+    hour = timedelta(hours=1)
+    DutyShift.objects.create(user=olga, begins=now - hour, ends=now + hour)
+    DutyShift.objects.create(user=ada, begins=now + hour, ends=now + 2 * hour)
+    text = text_of(world.client("vera"), "/?panel=attention")
+    assert "on duty: olga" in text
+    assert "ada" not in text
+    text = text_of(world.client("olga"), "/duty")
+    assert text.count("Remove<span") == 1  # her own alone
+    assert "new-shift" not in text_of(world.client("vera"), "/duty")
 
 
 def test_the_wall_shows_every_state_and_no_control(world: Any) -> None:
