@@ -43,10 +43,14 @@ class Cluster:
         )
         options = (
             f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' "
-            "-c fsync=off -c shared_buffers=32MB -c max_connections=60"
+            "-c fsync=off -c shared_buffers=32MB -c max_connections=100"
         )
         log = data / "server.log"
         self._run("pg_ctl", "-D", str(data), "-o", options, "-l", str(log), "-w", "start")
+
+    def restart(self) -> None:
+        """As after a crash: nothing is written out before, and every connection is lost."""
+        self._run("pg_ctl", "-D", str(self.base / "data"), "-m", "immediate", "-w", "restart")
 
     def stop(self) -> None:
         self._run("pg_ctl", "-D", str(self.base / "data"), "-m", "immediate", "-w", "stop")

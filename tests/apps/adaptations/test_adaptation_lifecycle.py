@@ -294,6 +294,15 @@ def test_what_was_shown_must_be_what_is_approved(stage: Stage) -> None:
         assert caught.value.status == status
 
 
+def test_a_row_that_was_changed_in_the_database_cannot_be_approved(stage: Stage) -> None:
+    adaptation = stage.waiting()
+    Adaptation.objects.filter(pk=adaptation.pk).update(config={"rank": 64})
+    with pytest.raises(Problem) as caught:
+        act("approve", adaptation, stage.operator)
+    assert (caught.value.status, caught.value.code) == (412, "payload-changed")
+    assert Adaptation.objects.get(pk=adaptation.pk).state == S.AWAITING_APPROVAL
+
+
 def test_a_proposal_to_a_trainer_that_was_started_again_cannot_be_approved(stage: Stage) -> None:
     adaptation = stage.waiting()
     stage.restart_trainer()

@@ -17,6 +17,7 @@ from esper.contracts import (
 )
 from esper.grafting import digest, span_of
 from esper.sdk import RunStopped
+from esper.sdk.transport import TransportQueues
 from tests.esper.sdk.tiny_training import Training, slot_at
 from tests.esper.sdk.transport.attached import (
     ended,
@@ -193,6 +194,22 @@ def test_a_bad_command_is_refused_with_its_code_and_the_model_is_untouched(
         assert digest(training.model) == before
         training.run(2, session)
         assert session.adaptations == ()
+
+
+def test_a_graft_that_expired_before_its_step_boundary_is_not_applied(
+    training: Training, plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with listening(training, plane) as session:
+        plane.send(graft_command(plane, 1, kernel_for(session, plane)))
+        server = session._server
+        assert server is not None
+        wait_for(lambda: server.has_commands, "it was verified, and waits for a step boundary")
+        monkeypatch.setattr(TransportQueues, "now", lambda _: time.time() + 3600)
+        training.run(1, session)
+        wait_for(lambda: ended(plane, 1), "it is answered")
+        assert (final_ack(plane, 1)["state"], final_ack(plane, 1)["code"]) == ("failed", "expired")
+        assert session.adaptations == ()
+        monkeypatch.undo()
 
 
 def test_a_replayed_command_is_refused_and_applied_once(

@@ -1,0 +1,325 @@
+"""``python -m tests.nemesis.mutants``: does a test turn red when a safety rule is broken?
+
+Each rule is broken in turn in a copy of the code, and the tests that stand beside it are run there.
+A mutant that no test notices has survived. ``--write`` puts the table into
+``docs/reliability.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hosts.paths import ROOT
+from tests.nemesis.report import write_section
+
+COPIED = ("apps", "esper", "esper_web", "hosts", "launcher", "templates", "tests", "static")
+FAILED = 1  # pytest: some tests failed; every other status is a fault of the mutant or the test
+
+LIFECYCLE = "apps/adaptations/test_adaptation_lifecycle.py::"
+RACES = "apps/concurrency/test_races_on_postgres.py::"
+COMMANDS = "esper/sdk/transport/test_commands_from_a_server.py::"
+BAD_COMMAND = COMMANDS + "test_a_bad_command_is_refused_with_its_code_and_the_model_is_untouched"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A broken rule: in ``file``, ``old`` becomes ``new``; ``tests`` must notice."""
+
+    rule: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant(
+        "compare state and version before a change (state)",
+        "apps/adaptations/lifecycle.py",
+        "pk=adaptation.pk, state=came_from, version=adaptation.version, **only_if",
+        "pk=adaptation.pk, **only_if",
+        (LIFECYCLE + "test_the_second_operator_loses_the_race_and_is_told_who_won",),
+    ),
+    Mutant(
+        "compare state and version before a change (version)",
+        "apps/adaptations/lifecycle.py",
+        "state=came_from, version=adaptation.version, **only_if",
+        "state=came_from, **only_if",
+        (LIFECYCLE + "test_a_row_that_changed_without_changing_its_state_is_not_moved",),
+    ),
+    Mutant(
+        "only transitions of the lifecycle",
+        "apps/adaptations/lifecycle.py",
+        "if to not in NEXT[came_from]:",
+        "if False:",
+        ("apps/adaptations/test_model_of_delivery.py", "apps/adaptations/test_lifecycle_docs.py"),
+    ),
+    Mutant(
+        "an approval before its deadline, by the clock of the database",
+        "apps/adaptations/acts.py",
+        '_BEFORE_THE_DEADLINE = {"deadline_at__gt": Now()}',
+        '_BEFORE_THE_DEADLINE = {"deadline_at__isnull": False}',
+        (LIFECYCLE + "test_the_deadline_is_judged_by_the_clock_of_the_database",),
+    ),
+    Mutant(
+        "an approval names the hash of what was shown",
+        "apps/adaptations/acts.py",
+        "if evidence_hash != adaptation.evidence_hash:",
+        "if False:",
+        (LIFECYCLE + "test_what_was_shown_must_be_what_is_approved",),
+    ),
+    Mutant(
+        "the row that is approved is the row that was proposed",
+        "apps/adaptations/acts.py",
+        "if shown_hash(adaptation) != adaptation.evidence_hash:",
+        "if False:",
+        (LIFECYCLE + "test_a_row_that_was_changed_in_the_database_cannot_be_approved",),
+    ),
+    Mutant(
+        "an approval is for this start of the trainer",
+        "apps/adaptations/acts.py",
+        "if adaptation.run_epoch != adaptation.run.epoch:",
+        "if False:",
+        (LIFECYCLE + "test_a_proposal_to_a_trainer_that_was_started_again_cannot_be_approved",),
+    ),
+    Mutant(
+        "a change of state is audited",
+        "apps/adaptations/lifecycle.py",
+        "    _announce(adaptation, came_from, actor, reason, decided=",
+        "    to in ADAPTATION_ENDED or _announce(adaptation, came_from, actor, reason, decided=",
+        (LIFECYCLE + "test_a_confident_low_risk_proposal_goes_by_rule_to_kept",),
+    ),
+    Mutant(
+        "an audit event covers the one before it",
+        "apps/audit/chain.py",
+        "if event.previous_hash != previous:",
+        "if False:",
+        ("apps/audit", LIFECYCLE + "test_damage_to_the_audit_log_is_found"),
+    ),
+    Mutant(
+        "an audit event is as it was written",
+        "apps/audit/chain.py",
+        "if event_hash(event) != event.hash:",
+        "if False:",
+        (LIFECYCLE + "test_damage_to_the_audit_log_is_found",),
+    ),
+    Mutant(
+        "the kill switch stops a dispatch",
+        "apps/adaptations/dispatch.py",
+        "    if frozen:  # a switch takes effect when it is committed",
+        "    if False:",
+        (LIFECYCLE + "test_the_kill_switch_stops_approvals_proposals_and_dispatch",),
+    ),
+    Mutant(
+        "the kill switch stops an approval",
+        "apps/adaptations/acts.py",
+        "    if frozen:\n",
+        "    if False:\n",
+        (LIFECYCLE + "test_the_kill_switch_stops_approvals_proposals_and_dispatch",),
+    ),
+    Mutant(
+        "a worker whose lease was taken away is refused (fence)",
+        "apps/workers/jobs.py",
+        "state=JobState.RUNNING, attempt=job.attempt)",
+        "state=JobState.RUNNING)",
+        (LIFECYCLE + "test_a_zombie_workers_late_result_is_refused",),
+    ),
+    Mutant(
+        "a message of an older start of a trainer is refused by the server",
+        "apps/runs/services.py",
+        "    if epoch != run.epoch:",
+        "    if epoch > run.epoch:",
+        ("apps/trainers/test_trainer_endpoints.py", "apps/trainers/test_restored_database.py"),
+    ),
+    Mutant(
+        "a repeated or older answer changes nothing",
+        "apps/trainers/answers.py",
+        "    if _RANK[ack.state] <= _RANK[CommandState(command.state)]:",
+        "    if False:",
+        (LIFECYCLE + "test_repeated_and_late_acknowledgements_change_nothing",),
+    ),
+    Mutant(
+        "confidence that is not a number is never high",
+        "esper/constraints/gates.py",
+        "known = math.isfinite(confidence)",
+        "known = True",
+        (LIFECYCLE + "test_an_unsure_decision_is_never_approved_by_rule", "esper/constraints"),
+    ),
+    Mutant(
+        "a loss that is not a number takes a graft out",
+        "esper/grafting/guard.py",
+        "        if not math.isfinite(loss):",
+        "        if False:",
+        ("esper/grafting/test_guard.py::test_a_non_finite_loss_counts_at_once",),
+    ),
+    Mutant(
+        "a trainer verifies the signature of a command",
+        "esper/sdk/transport/commands.py",
+        "        signing.verify(command.signing_bytes(), signature, trust.command_key)",
+        "        command.signing_bytes()",
+        (BAD_COMMAND,),
+    ),
+    Mutant(
+        "a trainer refuses a command of another run",
+        "esper/sdk/transport/commands.py",
+        "if command.run != trust.run:",
+        "if False:",
+        (BAD_COMMAND,),
+    ),
+    Mutant(
+        "a trainer refuses a command of another start",
+        "esper/sdk/transport/commands.py",
+        "if command.epoch != trust.epoch:",
+        "if False:",
+        (BAD_COMMAND,),
+    ),
+    Mutant(
+        "a trainer refuses a command that it has taken already (replay)",
+        "esper/sdk/transport/commands.py",
+        "if command.seq <= last_seq:",
+        "if False:",
+        (COMMANDS + "test_a_replayed_command_is_refused_and_applied_once",),
+    ),
+    Mutant(
+        "a trainer refuses an expired command",
+        "esper/sdk/transport/commands.py",
+        "if now >= command.expires_at:",
+        "if False:",
+        (BAD_COMMAND,),
+    ),
+    Mutant(
+        "a trainer applies nothing that expired before its step boundary",
+        "esper/sdk/command_handler.py",
+        "        if self._queues.now() >= command.expires_at:\n"
+        '            reason = "it expired before a step boundary came"\n'
+        "            return Answer(failed(",
+        "        if False:\n"
+        '            reason = "it expired before a step boundary came"\n'
+        "            return Answer(failed(",
+        (COMMANDS + "test_a_graft_that_expired_before_its_step_boundary_is_not_applied",),
+    ),
+    Mutant(
+        "a trainer writes a command into its journal before it obeys",
+        "esper/sdk/transport/listening.py",
+        "        self._journal.take_command(command.seq)\n        self._veto.check(command)",
+        "        self._veto.check(command)",
+        (COMMANDS + "test_a_replayed_command_is_refused_and_applied_once",),
+    ),
+    Mutant(
+        "a trainer that observes is not changed",
+        "esper/sdk/transport/commands.py",
+        "if self.mode is RunMode.OBSERVE and not _changes_nothing(command):",
+        "if False:",
+        (COMMANDS + "test_an_observing_trainer_refuses_to_be_changed",),
+    ),
+    Mutant(
+        "a kernel is signed by the trusted key",
+        "esper/compilation/verify.py",
+        '        signing.verify(manifest, signature.decode("ascii"), trusted_key)',
+        '        signature.decode("ascii")',
+        ("esper/compilation/test_kernel_files.py", BAD_COMMAND),
+    ),
+    Mutant(
+        "probation without a verdict is rolled back",
+        "apps/adaptations/lifecycle.py",
+        "S.PROBATION: Deadline(S.ROLLING_BACK,",
+        "S.PROBATION: Deadline(S.KEPT,",
+        (LIFECYCLE + "test_no_deadline_leads_to_a_graft",),
+    ),
+)
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    """The broken file.
+
+    Raises:
+        ValueError: the rule is not in it, or more than once.
+    """
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file} has {text.count(mutant.old)} times: {mutant.old}")
+    return text.replace(mutant.old, mutant.new)
+
+
+def _copy(folder: Path) -> None:
+    for name in COPIED:
+        ignored = shutil.ignore_patterns("__pycache__", "node_modules")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("pyproject.toml", "manage.py", "docs", "examples", "docker", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+
+
+def _run(folder: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    marks = "not process and not browser and not full"
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marks),
+            *(f"tests/{test}" for test in tests),
+        ],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+
+
+def try_mutant(folder: Path, mutant: Mutant) -> str:
+    """``killed by …``, ``survived`` or ``not tried``: the tests could not be run."""
+    path = folder / mutant.file
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(mutated(mutant, whole), encoding="utf-8")
+    try:
+        answer = _run(folder, mutant.tests)
+    finally:
+        path.write_text(whole, encoding="utf-8")
+    if answer.returncode == 0:
+        return "**survived**"
+    red = [line for line in answer.stdout.splitlines() if line.startswith("FAILED ")]
+    if answer.returncode != FAILED or not red:
+        return f"**not tried**: pytest ended with {answer.returncode}: {answer.stdout[-300:]}"
+    test = red[0].removeprefix("FAILED ").partition(" - ")[0].partition("[")[0]
+    return f"killed by `{test.removeprefix('tests/')}`"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="mutants whose rule has this text")
+    parser.add_argument("--write", action="store_true", help="write the table to the page")
+    arguments = parser.parse_args()
+    lines, survivors = [], 0
+    with tempfile.TemporaryDirectory(prefix="esper-mutants-") as name:
+        folder = Path(name)
+        _copy(folder)
+        for mutant in MUTANTS:
+            if arguments.only not in mutant.rule:
+                continue
+            begin = time.monotonic()
+            outcome = try_mutant(folder, mutant)
+            survivors += not outcome.startswith("killed")
+            line = f"| {mutant.rule} | `{mutant.file}` | {outcome} |"
+            lines.append(line)
+            print(f"{line} {time.monotonic() - begin:.0f} s", flush=True)
+    if arguments.write:
+        table = "\n".join(["| rule that is broken | in | |", "|---|---|---|", *lines])
+        killed = f"{len(lines) - survivors} of {len(lines)} broken rules are noticed."
+        write_section("mutants", f"{killed}\n\n{table}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
