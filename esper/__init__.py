@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from esper.sdk import attach as attach
     from esper.sdk.export import export as export
     from esper.sdk.export.generating import int8_cache as int8_cache
+    from esper.sdk.shadow import Shadow as Shadow
 
 __all__ = [
     "Session",
+    "Shadow",
     "__version__",
     "attach",
     "blueprints",
@@ -34,6 +36,7 @@ __all__ = [
 _HOMES = {
     "attach": "esper.sdk",
     "Session": "esper.sdk",
+    "Shadow": "esper.sdk.shadow",
     "export": "esper.sdk.export",
     "graft": "esper.grafting",
     "load_state_dict": "esper.grafting",

@@ -29,6 +29,7 @@ class Act(StrEnum):
     REJECT = "reject"
     CLAIM = "claim"
     EXTEND = "extend"
+    SHADOW = "shadow"
     CANCEL = "cancel"
     ROLL_BACK = "roll_back"
     KILL = "kill"
@@ -57,6 +58,7 @@ ALLOWED: dict[Act, frozenset[Role]] = {
     Act.REJECT: _ON_DUTY,
     Act.CLAIM: _ON_DUTY,
     Act.EXTEND: _ON_DUTY,
+    Act.SHADOW: _ON_DUTY,
     Act.CANCEL: _ON_DUTY,
     Act.ROLL_BACK: _ON_DUTY,
     Act.KILL: _ON_DUTY,
@@ -74,7 +76,7 @@ ALLOWED: dict[Act, frozenset[Role]] = {
 OWNER_MAY = frozenset(
     {
         *(Act.PAUSE_ADAPTATION, Act.STOP_RUN, Act.STOP_LAUNCH, Act.PROPOSE_REMEDY),
-        *(Act.CANCEL, Act.ROLL_BACK, Act.REJECT),
+        *(Act.CANCEL, Act.ROLL_BACK, Act.REJECT, Act.SHADOW),
     }
 )
 
@@ -88,6 +90,7 @@ IN_WORDS: dict[Act, str] = {
     Act.REJECT: "reject",
     Act.CLAIM: "claim",
     Act.EXTEND: "extend",
+    Act.SHADOW: "try grafts in shadow",
     Act.CANCEL: "cancel",
     Act.ROLL_BACK: "roll back",
     Act.KILL: "kill all adaptation",

@@ -22,6 +22,7 @@ from apps.adaptations.evidence import evidence_drift, evidence_now
 from apps.adaptations.history import why_stopped
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
+from apps.adaptations.shadows import may_shadow
 from apps.adaptations.votes import has_voted, vote, votes_missing, votes_needed
 from apps.audit.services import record
 from apps.blueprints.models import KnownRemedy
@@ -88,7 +89,7 @@ _STATUS_OF_REFUSAL = {
 
 def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
     """For each act: whether this person may do it now, and if not, why."""
-    answers = {}
+    answers = {"shadow": may_shadow(adaptation, user)}
     of_plan = _of_plan(adaptation)
     for name, (act, states) in _ACTS.items():
         if of_plan is not None:

@@ -44,6 +44,7 @@ from apps.adaptations.serializers import (
     IntegrationStatusOutput,
     RejectInput,
     RemedyInput,
+    ShadowInput,
     SnoozeInput,
 )
 from apps.policies.serializers import SwitchInput, SwitchOutput
@@ -144,6 +145,15 @@ SnoozeAdaptation = act_endpoint(  # without a version: it changes nothing that o
     answer=lambda request, changed: _answer(request, changed),
     output=AdaptationDetailOutput,
     body=SnoozeInput,
+)
+ShadowAdaptation = act_endpoint(  # without a version: it changes nothing of the adaptation
+    "shadow_adaptation",
+    services.ask_for_shadow,
+    subject="adaptation",
+    find=lambda _, uid: _adaptation(uid),
+    answer=lambda request, changed: _answer(request, changed),
+    output=AdaptationDetailOutput,
+    body=ShadowInput,
 )
 ClaimAdaptation = _act("claim_adaptation", services.claim_adaptation)
 ReleaseAdaptation = _act("release_adaptation", services.release_adaptation)
@@ -441,6 +451,7 @@ def _detail(request: Request, adaptation: Adaptation) -> Any:
     context = {
         "evidence_now": services.evidence_now(adaptation),
         "evidence_drift": None if drift is None else codec.number_to_wire(drift),
+        "shadows": services.trials_of(adaptation),
         "pause_forecast": services.pause_forecast(adaptation),
         "undo_plan": services.undo_plan(adaptation),
         "permissions": services.permissions(adaptation, person(request)),

@@ -14,7 +14,7 @@ from apps.blueprints.models import Blueprint
 from apps.kernels.models import Kernel
 from apps.policies.models import PolicyVersion
 from apps.rest.identifiers import UID_LENGTH, new_uid
-from apps.runs.models import Run
+from apps.runs.models import Command, Run
 from apps.workers.models import CompileJob
 from esper.contracts import (
     ADAPTATION_ENDED,
@@ -24,6 +24,7 @@ from esper.contracts import (
     AdaptationKind,
     AdaptationState,
     AdaptationType,
+    CommandState,
     PlanState,
     RejectReason,
     Risk,
@@ -362,6 +363,46 @@ class Snooze(models.Model):
 
     def __str__(self) -> str:
         return f"A-{self.adaptation_id} until {self.until}"
+
+
+class ShadowTrial(models.Model):
+    """A graft tried on a copy of its run against a copy without it; the command has its state."""
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "shd"), editable=False
+    )
+    adaptation = models.ForeignKey(Adaptation, on_delete=models.CASCADE, related_name="shadows")
+    command = models.OneToOneField(Command, on_delete=models.CASCADE, related_name="+")
+    asked_by = models.ForeignKey(  # null: one of the random share
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+    most_steps = models.PositiveIntegerField()
+    most_seconds = models.FloatField()
+    created_at = models.DateTimeField(auto_now_add=True)
+    # the result: shares of the held-out loss, with the 95 % interval; null: not shown
+    gain = models.FloatField(null=True, blank=True)
+    low = models.FloatField(null=True, blank=True)
+    high = models.FloatField(null=True, blank=True)
+    steps = models.BigIntegerField(null=True, blank=True)
+    looks = models.PositiveIntegerField(null=True, blank=True)
+    seconds = models.FloatField(null=True, blank=True)
+
+    class Meta:
+        ordering = ("-id",)
+
+    def __str__(self) -> str:
+        return f"A-{self.adaptation_id} in shadow"
+
+    @property
+    def state(self) -> str:
+        """``requested``, ``running``, ``done``, ``refused``, ``failed`` or ``expired``."""
+        known = {
+            CommandState.ISSUED: "requested",
+            CommandState.ACCEPTED: "running",
+            CommandState.APPLIED: "done",
+        }
+        state = CommandState(self.command.state)
+        return known.get(state, str(state))
 
 
 class DecisionRecord(models.Model):

@@ -10,6 +10,7 @@ from apps.adaptations.dispatch import request_undo
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.reconciliation import locked_adaptations, undo_leftovers
+from apps.adaptations.shadows import note_shadow
 from apps.rest.problems import Problem, not_found
 from apps.runs.models import Command, Run
 from apps.violations.services import record_violation
@@ -44,6 +45,8 @@ def follow_answer(command: Command, ack: CommandAck, actor: Actor) -> None:
         _after_undo(command, ack, actor)
     elif command.kind == CommandKind.SPEED_UP:
         note_answer(command, ack)
+    elif command.kind == CommandKind.SHADOW:
+        note_shadow(command, ack)
 
 
 def _after_applying(command: Command, ack: CommandAck, actor: Actor) -> None:

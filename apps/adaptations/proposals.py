@@ -17,6 +17,7 @@ from apps.adaptations.decisions import record_decision
 from apps.adaptations.history import category_cases, closed_confidences, layer_histories, run_facts
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
+from apps.adaptations.shadows import shadow_at_random
 from apps.blueprints.models import Blueprint
 from apps.policies.models import PolicyVersion
 from apps.policies.services import current_policy
@@ -109,6 +110,7 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
     adaptation = graft_row(run, proposal, blueprint, policy, checks, asks, idempotency_key)
     record_decision(run=run, message=proposal, adaptation=adaptation)
     announce_proposal(adaptation, actor)
+    shadow_at_random(adaptation)
     return _send_on(adaptation, layer)
 
 

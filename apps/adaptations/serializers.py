@@ -7,7 +7,8 @@ from rest_framework import serializers
 
 from apps.accounts.serializers import PermissionOutput
 from apps.adaptations.delegations import LONGEST, MOST_USES
-from apps.adaptations.models import Adaptation, DecisionRecord, Delegation
+from apps.adaptations.models import Adaptation, DecisionRecord, Delegation, ShadowTrial
+from apps.adaptations.shadows import MOST_SECONDS, MOST_STEPS, SECONDS, STEPS
 from apps.rest.fields import (
     BoundedList,
     Digest,
@@ -141,7 +142,34 @@ class PauseForecastOutput(serializers.Serializer[Any]):
     unprepared_seconds = serializers.FloatField(allow_null=True)
 
 
+class ShadowOutput(serializers.ModelSerializer[ShadowTrial]):
+    """A trial on a copy of the run; the gain is a share of the held-out loss, null: not shown."""
+
+    state = serializers.CharField()
+    reason = serializers.CharField(source="command.reason")
+    asked_by = serializers.CharField(source="asked_by.username", default=None, allow_null=True)
+
+    class Meta:
+        model = ShadowTrial
+        fields = (
+            "uid",
+            "state",
+            "reason",
+            "asked_by",
+            "created_at",
+            "most_steps",
+            "most_seconds",
+            "gain",
+            "low",
+            "high",
+            "steps",
+            "looks",
+            "seconds",
+        )
+
+
 class AdaptationDetailOutput(AdaptationOutput):
+    shadows = serializers.SerializerMethodField()
     evidence = Members()
     evidence_now = serializers.SerializerMethodField()
     evidence_drift = serializers.SerializerMethodField()
@@ -175,6 +203,7 @@ class AdaptationDetailOutput(AdaptationOutput):
             "evidence_hash",
             "evidence_now",
             "evidence_drift",
+            "shadows",
             "pause_forecast",
             "reasons",
             "checks",
@@ -211,6 +240,11 @@ class AdaptationDetailOutput(AdaptationOutput):
     def get_evidence_drift(self, adaptation: Adaptation) -> Any:
         """A share of the tolerance: above 1.0 an approval needs ``accept_drift``; null: unknown."""
         return self.context["evidence_drift"]
+
+    @extend_schema_field(ShadowOutput(many=True))
+    def get_shadows(self, adaptation: Adaptation) -> Any:
+        """Newest first."""
+        return ShadowOutput(self.context["shadows"], many=True).data
 
     @extend_schema_field(PauseForecastOutput)
     def get_pause_forecast(self, adaptation: Adaptation) -> Any:
@@ -290,6 +324,14 @@ class AssignInput(ActInput):
     """``to``: the username of the person who shall decide; empty: nobody any more."""
 
     to = Text(max_length=150, allow_blank=True)
+
+
+class ShadowInput(PersonsInput):
+    """``steps`` of both copies, and ``seconds`` of the trainer's time, at most."""
+
+    steps = WholeNumber(min_value=1, max_value=MOST_STEPS, default=STEPS)
+    seconds = WholeNumber(min_value=1, max_value=MOST_SECONDS, default=SECONDS)
+    reason = Text(allow_blank=True, default="")
 
 
 class SnoozeInput(PersonsInput):

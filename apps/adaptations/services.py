@@ -79,6 +79,7 @@ from apps.adaptations.restoring import (
     note_replaced_key,
     note_restored,
 )
+from apps.adaptations.shadows import ask_for_shadow, may_shadow, trials_of
 from apps.adaptations.verdicts import judge_adaptation
 from apps.adaptations.votes import votes_of
 
@@ -93,6 +94,7 @@ __all__ = [
     "approve_plan",
     "approvers_of",
     "ask_for_remedy",
+    "ask_for_shadow",
     "assign_adaptation",
     "attestation_of",
     "cancel_adaptation",
@@ -116,6 +118,7 @@ __all__ = [
     "judge_remedy",
     "mark_taken_out",
     "may_grant",
+    "may_shadow",
     "members_of",
     "multiplies",
     "note_lost_commands",
@@ -149,6 +152,7 @@ __all__ = [
     "stored_snapshot",
     "sweep",
     "take_back_plan",
+    "trials_of",
     "undo_plan",
     "votes_of",
     "why_not_delegated",

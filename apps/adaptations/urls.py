@@ -18,6 +18,7 @@ urlpatterns = [
     path("adaptations/<str:uid>/attestation", api.Attestation.as_view()),
     path("adaptations/<str:uid>/approve", api.ApproveAdaptation.as_view()),
     path("adaptations/<str:uid>/reject", api.RejectAdaptation.as_view()),
+    path("adaptations/<str:uid>/shadow", api.ShadowAdaptation.as_view()),
     path("adaptations/<str:uid>/claim", api.ClaimAdaptation.as_view()),
     path("adaptations/<str:uid>/release", api.ReleaseAdaptation.as_view()),
     path("adaptations/<str:uid>/extend", api.ExtendAdaptation.as_view()),

@@ -36,6 +36,7 @@ OPERATIONS: dict[str, Operation] = {
     "list_plans": Operation("Lists plans: several changes of one run that are decided on as a whole. Newest first."),
     "propose_plan": Operation("Tamiyo proposes several changes of one run as one plan, which waits for a person. Every gate is checked for each change with those before it counted."),
     "read_plan": Operation("Returns one plan (uid or P-3) with its changes in order, why these, and what the caller may do. The ETag is what an act sends as If-Match."),
+    "shadow_adaptation": Operation("Tries the graft on a copy of the run against a copy without it, in the share of its time that the trainer's script allows. The run stays as it is; the result stands on the page of the decision and in `shadows`. Operators, and the run's owner.", {"steps": 200, "seconds": 60, "reason": "the evidence is thin"}),
     "reject_plan": Operation("Rejects all of a plan that waits. It needs a reason.", {"reason": "one change at a time"}),
     "undo_plan": Operation("Takes a whole plan back: what was not sent is cancelled, what is in the model is taken out, the last change first. It needs a reason.", {"reason": "the held-out loss rises"}),
     "approve_policy": Operation("Agrees with a draft (its number or v3), which is in force from the next decision. Curators and administrators, but not its author.", {"reason": "the back-test looks right"}),

@@ -36,6 +36,8 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
     "kernel-in-use": (409, "The kernel is pinned, in use, or already evicted.", "Unpin it, or wait until its adaptation has ended."),
     "launch-moved": (409, "The state of the launch does not allow this, or somebody else changed it first.", "Read it again; `state` says what it is."),
     "layer-busy": (409, "Another adaptation of the same layer is in progress.", "Wait until it has ended."),
+    "no-shadow": (409, "Only grafts are tried in shadow.", "Decide without a trial."),
+    "shadow-running": (409, "A trial in shadow of this adaptation is under way.", "Wait for its result."),
     "part-of-plan": (409, "The adaptation is part of a plan, which is decided on as a whole.", "Act on the plan; the answer names it."),
     "plan-conflict": (422, "Two changes of the plan exclude each other.", "Propose a plan without one of them."),
     "plan-too-large": (409, "The policy allows fewer changes in one plan.", "Propose fewer, or raise max_plan_changes."),

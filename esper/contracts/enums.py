@@ -178,6 +178,7 @@ class CommandKind(StrEnum):
     PAUSE_ADAPTATION = "pause_adaptation"
     RESUME_ADAPTATION = "resume_adaptation"
     STOP_RUN = "stop_run"
+    SHADOW = "shadow"  # try a graft on a copy of the run; the run itself stays as it is
     SPEED_UP = "speed_up"  # try a graft's compiled kernel, and run it where it is faster
     KEEP = "keep"  # probation is passed: a graft may be merged, and the guard stops
 

@@ -23,6 +23,7 @@ from esper.health.pace import periods_of
 from esper.near_names import did_you_mean
 from esper.sdk.parts import Setup
 from esper.sdk.session import Session
+from esper.sdk.shadow import Shadow
 from esper.sdk.snapshot_limit import folder_for_snapshots, snapshot_limit
 from esper.sdk.tracking import Mirror, Tracker, trackers_of
 from esper.sdk.transport.queues import Pace
@@ -56,6 +57,7 @@ def attach(
     snapshot_folder: str | Path | None = None,
     good_states: str | Path | None = None,
     trackers: Iterable[str | Tracker | Any] = (),
+    shadow: Shadow | None = None,
     verbose: bool = True,
 ) -> Session:
     """Watch a model while it trains, and adapt it where the mode allows.
@@ -102,6 +104,9 @@ def attach(
             metrics with the link of the decision: ``"tensorboard"``, ``"wandb"``, ``"mlflow"``,
             ``"trackio"``, a ``SummaryWriter``, a run of wandb, or any object with ``write(event)``
             and ``close()``. They are written in a thread; one that fails is left out.
+        shadow: how a graft is tried on a copy of this run when a person asks for it on the page of
+            a decision: batches, training loss and held-out loss of any model, and the share of the
+            time that it may take. Without it such a request is refused.
         verbose: say what a user must know on stderr, one line each, on rank 0. False, or
             ``ESPER_VERBOSE=0`` in the environment: the logger ``esper`` alone gets the lines.
 
@@ -158,6 +163,7 @@ def attach(
             snapshot_folder=spill_folder,
             good_states=None if good_states is None else Path(good_states),
             mirror=mirror,
+            shadow=shadow,
             verbose=verbose,
             trained=model,
         )

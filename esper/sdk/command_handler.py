@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from esper.exceptions import (
     CertificateError,
     CommandRefusedError,
     ConfigurationError,
+    EsperError,
     GraftError,
     IncompatibleLayerError,
     KernelDigestError,
@@ -40,9 +41,11 @@ from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.compiling_ahead import CompilingAhead
 from esper.sdk.remedy_loop import RemedyLoop
 from esper.sdk.reporting import short_details
+from esper.sdk.shadow import NO_SHADOW, ShadowTrial, ShadowTrials
 from esper.sdk.surgery import Surgery
 from esper.sdk.transport.commands import LocalVeto
 from esper.sdk.transport.queues import ReadyCommand, TransportQueues
+from esper.sdk.twin import Twin
 
 if TYPE_CHECKING:
     from esper.compilation import CompiledGraft, Trial
@@ -84,6 +87,7 @@ class CommandHandler:
         queues: commands come from them, answers go into them.
         remedies: applies and judges remedies; None where this run takes none of the server.
         ahead: compiles grafts beside the training; None where nothing is grafted.
+        shadow: tries grafts on copies; None where the script has not said how.
 
     Attributes:
         stop_reason: why a person stopped the run, empty while nobody has.
@@ -96,7 +100,9 @@ class CommandHandler:
         queues: TransportQueues,
         remedies: RemedyLoop | None = None,
         ahead: CompilingAhead | None = None,
+        shadow: ShadowTrials | None = None,
     ) -> None:
+        self._shadow = shadow
         self._surgery = surgery
         self._ahead = ahead
         self._remedies = remedies
@@ -173,6 +179,8 @@ class CommandHandler:
                 later.append(ready)
                 continue
             answer = self._handle(ready)
+            if answer is None:  # it is answered when it is over
+                continue
             self._queues.answer(replace(answer.ack, step=step), rest=answer.digests)
         self._queues.inbox.extendleft(reversed(later))
 
@@ -197,15 +205,19 @@ class CommandHandler:
             return False
 
     def refuse_all(self, step: int) -> None:
-        """The run ends: answer the commands that wait."""
+        """The run ends: answer the commands that wait, and the trial that is under way."""
+        if self._shadow is not None:
+            self._shadow.stop("the run ended before the trial was over")
         while self._queues.inbox:
             command = self._queues.inbox.popleft().command
             ack = failed(command, "the run ended before its next step boundary")
             self._queues.answer(replace(ack, step=step))
 
-    def _handle(self, ready: ReadyCommand) -> Answer:
+    def _handle(self, ready: ReadyCommand) -> Answer | None:
         """Never raises: the server waits for an answer."""
         try:
+            if ready.command.kind is CommandKind.SHADOW:
+                return self._try_in_shadow(ready.command)
             if ready.command.kind is CommandKind.GRAFT:
                 return self._graft(ready.command, ready.graft)
             if ready.command.kind is CommandKind.REMEDY:
@@ -218,6 +230,35 @@ class CommandHandler:
         except Exception as error:
             logger.exception("command %d failed", ready.command.seq)
             return Answer(failed(ready.command, f"{type(error).__name__}: {error}"))
+
+    def _try_in_shadow(self, command: Command) -> Answer | None:
+        if self._queues.now() >= command.expires_at:
+            reason = "it expired before a step boundary came"
+            return Answer(refused(command, RefusalCode.EXPIRED, reason))
+        if self._shadow is None:
+            return Answer(refused(command, RefusalCode.DOES_NOT_FIT, NO_SHADOW))
+        payload = command.payload
+        wanted = ShadowTrial(
+            layer=command.layer,
+            blueprint=str(payload["blueprint"]),
+            since=str(payload.get("since", "")),
+            config=dict(payload.get("config", {})),
+            steps=int(payload["steps"]),
+            seconds=float(payload["seconds"]),
+        )
+        try:
+            self._shadow.begin(wanted, partial(self._end_of_shadow, command))
+        except (EsperError, ValueError) as error:
+            return Answer(refused(command, RefusalCode.DOES_NOT_FIT, str(error)))
+        return None
+
+    def _end_of_shadow(self, command: Command, found: Twin | None, reason: str) -> None:
+        if found is None:
+            ack = failed(command, reason)
+        else:
+            details = {name: value for name, value in asdict(found).items() if _is_known(value)}
+            ack = CommandAck(seq=command.seq, state=CommandState.APPLIED, details=details)
+        self._queues.answer(replace(ack, step=self._surgery.step))
 
     def _handle_other(self, command: Command) -> CommandAck:
         if command.kind is CommandKind.KEEP:
@@ -360,6 +401,10 @@ class CommandHandler:
             details={"exact": report.exact},
         )
         return Answer(ack, lambda: {"digest_after": report.digest})
+
+
+def _is_known(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def refused(command: Command, code: str, reason: str) -> CommandAck:

@@ -19,6 +19,7 @@ UNMEASURED = {
     "compiling ahead": "Grafts are compiled in the training thread.",
     "guard": "Nobody looks for a loss that diverges.",
     "good states": "The run cannot be rewound.",
+    "shadow": "Nothing is tried in shadow.",
     "remedies": "No remedy is proposed for a finding.",
     "commands": "Commands of the server are not carried out.",
     "evaluation": "The held-out loss is not measured.",

@@ -33,6 +33,7 @@ from esper.sdk.remedy_loop import RemedyLoop
 from esper.sdk.reporting import SurgeryReports
 from esper.sdk.run_state import RunState
 from esper.sdk.server_link import ServerLink
+from esper.sdk.shadow import Shadow, ShadowTrials
 from esper.sdk.surgery import Surgery
 from esper.sdk.tracking import Mirror
 from esper.sdk.transport import Pace, TransportQueues
@@ -60,6 +61,7 @@ class Setup:
     verbose: bool = True
     good_states: Path | None = None  # folder; None: in memory only
     mirror: Mirror | None = None  # the user's trackers
+    shadow: Shadow | None = None  # how grafts are tried on copies of the run
     trained: Any = None  # what the training loop calls: the model, or wrappers around it
 
 
@@ -72,6 +74,7 @@ class Parts:
         local: the loop of local mode; None with a server, and where the process does not decide.
         diagnosis: None where the process does not decide, and where the model is spread over ranks.
         remedies: None where ``diagnosis`` is.
+        shadow: None where the script has not said how, and on several ranks.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -119,6 +122,7 @@ class Parts:
         self.ahead = CompilingAhead(
             model, self.compilation, self.announcer, evaluates=setup.evaluate is not None
         )
+        self.shadow = self._make_shadow()
         self.server = self._make_server()
         self.local = self._make_local()
         self.explainer = Explainer(
@@ -183,6 +187,19 @@ class Parts:
             self.announcer,
             self.remedies,
             self.ahead,
+            self.shadow,
+        )
+
+    def _make_shadow(self) -> ShadowTrials | None:
+        setup = self.setup
+        if setup.shadow is None or not self.ranks.alone:
+            return None
+        return ShadowTrials(
+            setup.model,
+            setup.surroundings.optimizers,
+            self.surgery,
+            setup.shadow,
+            most_bytes=setup.snapshot_limit,
         )
 
     def _make_local(self) -> LocalLoop | None:

@@ -21,6 +21,7 @@ from esper.sdk.compiling_ahead import CompilingAhead
 from esper.sdk.idle_steps import IdleStep
 from esper.sdk.remedy_loop import RemedyLoop
 from esper.sdk.run_state import RunState
+from esper.sdk.shadow import ShadowTrials
 from esper.sdk.surgery import Surgery
 from esper.sdk.transport import Pace, Transport, TransportQueues
 from esper.sdk.transport.commands import LocalVeto
@@ -38,6 +39,7 @@ class ServerLink:
         remedies: applies what the server orders; None where the run takes no remedy of it.
         announcer: says where the run's page is.
         ahead: compiles grafts beside the training.
+        shadow: tries grafts on copies; None where the script has not said how.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class ServerLink:
         announcer: Announcer,
         remedies: RemedyLoop | None = None,
         ahead: CompilingAhead | None = None,
+        shadow: ShadowTrials | None = None,
     ) -> None:
         self._address = server
         self._announcer = announcer
@@ -60,7 +63,7 @@ class ServerLink:
         self._run = run
         self._remedies = remedies
         veto = LocalVeto(run.mode, code_key=code_key())
-        self._handler = CommandHandler(surgery, veto, queues, remedies, ahead)
+        self._handler = CommandHandler(surgery, veto, queues, remedies, ahead, shadow)
         self._transport = Transport(
             server, token, queues, veto=veto, preparation=self._handler, pace=pace
         )

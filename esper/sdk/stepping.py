@@ -9,6 +9,7 @@ step(loss)    idle        on short steps: nothing is due, so the loss is kept fo
               health      a frame, when one is due
               telemetry   into a bounded queue; another thread sends it
               local loop  without a server: decide, graft, judge in this process
+              shadow      a slice of the trial of a graft on a copy, within its share of the time
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ class Steps:
         self._decide_or_follow(None if value is None else (at, value), loss, metrics, busy=busy)
         if parts.remedies is not None and not self.detached:
             contain("remedies", partial(parts.remedies.on_step, parts.guard.acted_at))
+        if parts.shadow is not None and not self.detached:
+            contain("shadow", parts.shadow.on_step)
         parts.announcer.on_step()
         if self._stop_reason:
             raise RunStopped(self._stop_reason)
@@ -287,6 +290,8 @@ class Steps:
         """The next step in which a part has something to do, but for its loss; 0: each step."""
         parts, step = self._parts, self._run.step
         surgery, sampler = parts.surgery, parts.surgery.sampler
+        if parts.shadow is not None and parts.shadow.busy:
+            return 0
         if self.detached or not (parts.layers.fixed and parts.ranks.alone):
             return 0
         if parts.diagnosis is None or parts.remedies is None:

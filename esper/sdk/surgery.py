@@ -143,6 +143,11 @@ class Surgery:
         states.keep_start()
         return states
 
+    @property
+    def step(self) -> int:
+        """Of the run, now."""
+        return self._run.step
+
     # -- grafts --------------------------------------------------------------------------------
 
     def layer(self, name: str, since: str = "", blueprint: str = "") -> LayerInfo:

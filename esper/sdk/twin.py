@@ -94,36 +94,90 @@ def train_twin(
         ConfigurationError: there is no batch, or a budget is not above zero.
         The errors of ``graft``; the run is as before in any case.
     """
-    if not len(batches):
-        raise ConfigurationError("a twin needs at least one recorded batch")
-    if steps < 1 or not seconds > 0:
-        raise ConfigurationError(f"steps and seconds must be above 0, got {steps} and {seconds}")
-    started = time.monotonic()
-    with kept_streams():
-        plain, its_optimizer = copy.deepcopy((model, optimizer))
-        grafted, other_optimizer = copy.deepcopy((model, optimizer))
-        receipt = graft(grafted, other_optimizer)
-        arms = ((plain, its_optimizer), (grafted, other_optimizer))
-        shares: list[tuple[int, float]] = []
-        every, done = max(1, steps // LOOKS), 0
-        while done < steps and time.monotonic() - started < seconds:
-            batch = batches[done % len(batches)]
-            _paired_step(arms, batch, loss)
-            receipt.graft.on_step()
-            done += 1
-            if done % every == 0:
-                shares.append((done, _gain(arms, evaluate)))
-    interval = _interval(shares)
-    return Twin(
-        layer=receipt.layer,
-        blueprint=receipt.blueprint,
-        gain=interval.mean,
-        low=interval.low,
-        high=interval.high,
-        steps=done,
-        looks=len(shares),
-        seconds=time.monotonic() - started,
+    if not seconds > 0:
+        raise ConfigurationError(f"seconds must be above 0, got {seconds}")
+    training = TwinTraining(
+        model, optimizer, graft, batches=batches, loss=loss, evaluate=evaluate, steps=steps
     )
+    training.advance(seconds - training.seconds)
+    return training.result()
+
+
+class TwinTraining:
+    """Both copies, trained in as many slices as the caller has time for.
+
+    Args:
+        as for :func:`train_twin`.
+
+    Attributes:
+        seconds: what it has cost so far.
+
+    Raises:
+        ConfigurationError: there is no batch, or ``steps`` is not above zero.
+        The errors of ``graft``; the run is as before in any case.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        graft: Callable[[nn.Module, Any], Receipt],
+        *,
+        batches: Sequence[Any],
+        loss: Loss,
+        evaluate: HeldOut,
+        steps: int,
+    ) -> None:
+        if not len(batches):
+            raise ConfigurationError("a twin needs at least one recorded batch")
+        if steps < 1:
+            raise ConfigurationError(f"steps must be above 0, got {steps}")
+        self._batches, self._loss, self._evaluate, self._steps = batches, loss, evaluate, steps
+        self._every, self._done = max(1, steps // LOOKS), 0
+        self._shares: list[tuple[int, float]] = []
+        started = time.monotonic()
+        with kept_streams():
+            plain = copy.deepcopy((model, optimizer))
+            grafted = copy.deepcopy((model, optimizer))
+            self._receipt = graft(*grafted)
+            self._streams = RandomStreams.read()
+        self._arms = (plain, grafted)
+        self.seconds = time.monotonic() - started
+
+    @property
+    def over(self) -> bool:
+        return self._done >= self._steps
+
+    def advance(self, seconds: float) -> None:
+        """Train on for so long, plus the step or evaluation that is under way then."""
+        started = time.monotonic()
+        with kept_streams():
+            self._streams.restore()
+            while not self.over and time.monotonic() - started < seconds:
+                self._step()
+            self._streams = RandomStreams.read()
+        self.seconds += time.monotonic() - started
+
+    def _step(self) -> None:
+        _paired_step(self._arms, self._batches[self._done % len(self._batches)], self._loss)
+        self._receipt.graft.on_step()
+        self._done += 1
+        if self._done % self._every == 0:
+            self._shares.append((self._done, _gain(self._arms, self._evaluate)))
+
+    def result(self) -> Twin:
+        """What both copies have shown so far."""
+        interval = _interval(self._shares)
+        return Twin(
+            layer=self._receipt.layer,
+            blueprint=self._receipt.blueprint,
+            gain=interval.mean,
+            low=interval.low,
+            high=interval.high,
+            steps=self._done,
+            looks=len(self._shares),
+            seconds=self.seconds,
+        )
 
 
 def _paired_step(arms: Sequence[tuple[nn.Module, Any]], batch: Any, loss: Loss) -> None:

@@ -281,6 +281,8 @@ ESPER_RUN_UNREACHABLE_SECONDS = env.integer(
 ESPER_RUN_LOST_SECONDS = env.integer(
     "ESPER_RUN_LOST_SECONDS", 24 * 3600, minimum=60, maximum=30 * 24 * 3600
 )
+# Of the proposed grafts, so many of a hundred are tried in shadow without being asked for.
+ESPER_SHADOW_PERCENT = env.integer("ESPER_SHADOW_PERCENT", 0, minimum=0, maximum=100)
 # The recipes that operators may start on this host, and the folder of what was started.
 ESPER_RECIPES = env.directory("ESPER_RECIPES", ROOT / "recipes")
 ESPER_LAUNCH_DIR = env.directory("ESPER_LAUNCH_DIR", ESPER_DATA_DIR / "launches")

@@ -72,6 +72,33 @@ def approve_command(
     _tell(client, done, APPLIED, wait=wait and not dry_run, timeout=timeout, as_json=as_json)
 
 
+@click.command("shadow")
+@click.argument("adaptation")
+@click.option("--steps", type=click.IntRange(1, 2000), default=200, show_default=True)
+@click.option("--seconds", type=click.IntRange(1, 600), default=60, show_default=True)
+@click.option("--reason", default="", help="Why; it is kept in the audit log.")
+@dry_run_option
+@json_option
+@asks_server
+def shadow_command(
+    client: Client,
+    adaptation: str,
+    steps: int,
+    seconds: int,
+    reason: str,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Try ADAPTATION on a copy of its run; the run stays as it is. esper show has the result."""
+    body = {"steps": steps, "seconds": seconds, "reason": reason}
+    path = f"adaptations/{segment(adaptation)}/shadow"
+    done = client.act(path, body, dry_run=dry_run).data
+    if as_json:
+        print_json(done)
+    else:
+        click.echo(f"The trainer is told to try A-{done['number']} in shadow.")
+
+
 @click.command("reject")
 @click.argument("adaptation")
 @click.option(
@@ -222,6 +249,7 @@ def setting(text: str) -> tuple[str, Any]:
 COMMANDS: tuple[click.Command, ...] = (
     approve_command,
     reject_command,
+    shadow_command,
     rollback_command,
     cancel_command,
     claim_command,

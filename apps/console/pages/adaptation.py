@@ -14,7 +14,7 @@ from django.utils import timezone
 
 from apps.accounts.models import User
 from apps.adaptations import services as adaptations
-from apps.adaptations.models import Adaptation, Remedy
+from apps.adaptations.models import Adaptation, Remedy, ShadowTrial
 from apps.adaptations.selectors import running_test
 from apps.audit.models import AuditEvent
 from apps.blueprints.models import KnownRemedy
@@ -126,11 +126,38 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
         part("change", "What will change", change),
         part("evidence", "Evidence: at proposal and now", evidence, every=live),
         part("forecast", "If approved, if rejected", lambda: {"expected": expected(found)}),
+        part("shadow", "In shadow", lambda: shadow_context(found, user), every=live),
         part("whynot", "Why not another blueprint", lambda: rivals(found), fold=pending),
     ]
     if grafted:
         shown.append(part("probation", "Probation", lambda: _probation(found), every=live))
     return shown
+
+
+def shadow_context(found: Adaptation, user: User) -> dict[str, Any]:
+    """What trials on copies of the run have shown, and whether this person may ask for one."""
+    permission = adaptations.may_shadow(found, user)
+    smallest = found.safety_policy.safety_policy().min_gain_ratio
+    return {
+        "trials": [(trial, told_by(trial, smallest)) for trial in adaptations.trials_of(found)],
+        "may_shadow": permission.allowed,
+        "why": "" if permission.code == "decision-not-pending" else permission.why,
+    }
+
+
+def told_by(trial: ShadowTrial, smallest: float) -> tuple[str, str]:
+    """What a trial has shown, in two parts: the answer and the numbers; empty before its end."""
+    if trial.state != "done":
+        return "", ""
+    gain = "unknown" if trial.gain is None else f"{trial.gain:+.2%}"
+    if trial.low is None or trial.high is None:
+        return "Nothing is shown:", f"gain of the held-out loss {gain}, too few looks to bound it"
+    answer = "Nothing is shown:"
+    if trial.low > smallest:
+        answer = "It helps:"
+    elif trial.high < smallest:
+        answer = "It does not help:"
+    return answer, f"gain of the held-out loss {gain} (95 %: {trial.low:+.2%} to {trial.high:+.2%})"
 
 
 MORE = "Dry run, edit, assign, snooze"

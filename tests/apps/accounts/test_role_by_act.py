@@ -58,6 +58,10 @@ def _ask_for_remedy(caller: Caller, inbox: Inbox) -> Answer:
     return caller.post(f"{inbox.trainer.path}/ask-for-remedy", {"remedy": "skip_update"})
 
 
+def _shadow(caller: Caller, inbox: Inbox) -> Answer:
+    return caller.post(f"adaptations/{inbox.waiting().uid}/shadow", {"reason": "hm"})
+
+
 def _delegate(caller: Caller, inbox: Inbox) -> Answer:
     make_remedies()
     body = {"remedy": "set_lr", "limits": {"factor": [0.5, 2]}, "minutes": 5, "reason": "night"}
@@ -110,6 +114,7 @@ ACTS: list[tuple[str, Act, Attempt]] = [
     ("extend", Act.EXTEND, _on_adaptation("extend")),
     ("cancel", Act.CANCEL, _on_adaptation("cancel")),
     ("rollback", Act.ROLL_BACK, _on_adaptation("rollback")),
+    ("shadow", Act.SHADOW, _shadow),
     ("delegate", Act.APPROVE, _delegate),
     ("ask for a remedy", Act.PROPOSE_REMEDY, _ask_for_remedy),
     ("pause", Act.PAUSE_ADAPTATION, _on_run("pause-adaptation")),

@@ -45,6 +45,7 @@ VERBS = {
     "replay_delivery": "channels replay",
     "approve_adaptation": "approve",
     "reject_adaptation": "reject",
+    "shadow_adaptation": "shadow",
     "claim_adaptation": "claim",
     "release_adaptation": "release",
     "extend_adaptation": "extend",
