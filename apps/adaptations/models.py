@@ -243,7 +243,11 @@ class Adaptation(models.Model):
                 name="adaptation_state_is_known",
             ),
         )
-        indexes = (models.Index(fields=("state", "deadline_at"), name="adaptation_deadlines"),)
+        indexes = (
+            models.Index(fields=("state", "deadline_at"), name="adaptation_deadlines"),
+            models.Index(fields=("changed_at", "id"), name="adaptation_by_change"),
+            models.Index(fields=("created_at", "id"), name="adaptation_by_creation"),
+        )
 
     def __str__(self) -> str:
         return f"A-{self.pk} {self.title}"

@@ -18,6 +18,7 @@ from apps.blueprints.models import Blueprint
 from apps.kernels.selectors import cache_stats
 from apps.policies.services import current_policy
 from apps.runs.models import Run
+from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.telemetry.selectors import frame_message, newest_frames, newest_metrics
 from apps.violations.models import Violation
 from apps.violations.selectors import open_findings
@@ -54,7 +55,7 @@ def adaptations() -> QuerySet[Adaptation]:
         "escalated_by",
         "plan",
         "delegation__granted_by",
-    )
+    ).defer(*HUGE_COLUMNS_OF_RUN)
 
 
 def waiting_for_a_person() -> QuerySet[Adaptation]:
@@ -178,7 +179,9 @@ def experience_rows() -> list[dict[str, Any]]:
 def integration_status() -> dict[str, Any]:
     """The seed's ``get_integration_status``, for all runs of this server."""
     active = Adaptation.objects.filter(remedy="").exclude(state__in=ADAPTATION_ENDED)
-    violations = Violation.objects.select_related("run")[:RECENT_VIOLATIONS]
+    violations = Violation.objects.select_related("run").defer(*HUGE_COLUMNS_OF_RUN)[
+        :RECENT_VIOLATIONS
+    ]
     return {
         "active_adaptations": {
             adaptation.uid: {"run": adaptation.run.uid, **wire.to_wire(_active_message(adaptation))}

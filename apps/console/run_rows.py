@@ -12,6 +12,7 @@ from django.db.models import Avg, Case, F, Max, OuterRef, QuerySet, Subquery, Va
 from apps.adaptations.models import Adaptation
 from apps.console.drawing import CELL_WIDTH, Cell, Sparkline, health_cells, sparkline
 from apps.runs.models import Run
+from apps.runs.selectors import HUGE_COLUMNS
 from apps.telemetry.models import Frame, Metric
 from esper.contracts import RUN_ENDED, SIGNAL_INDEX, Signal
 from esper.exceptions import CodecError
@@ -47,7 +48,7 @@ class RunRow:
 
 
 def live_runs() -> QuerySet[Run]:
-    return Run.objects.exclude(state__in=RUN_ENDED)
+    return Run.objects.defer(*HUGE_COLUMNS).exclude(state__in=RUN_ENDED)
 
 
 def recent_runs() -> QuerySet[Run]:
@@ -57,14 +58,25 @@ def recent_runs() -> QuerySet[Run]:
     ).order_by("over", "-id")
 
 
+def newest_of(runs: QuerySet[Run], most: int) -> QuerySet[Run]:
+    """The first ``most`` of ``runs``, annotated for ``run_rows``.
+
+    Chosen by their keys alone: a database would look up the frames of all runs, and sort them with
+    the layers of their models.
+    """
+    return annotated(runs.defer(None).filter(pk__in=runs.values("pk")[:most]))
+
+
 def annotated(runs: QuerySet[Run]) -> QuerySet[Run]:
     """Runs with the keys of their newest frame and adaptation, for ``run_rows``."""
     newest_frame = Frame.objects.filter(run=OuterRef("pk")).order_by("-step").values("pk")[:1]
     newest_adaptation = (
         Adaptation.objects.filter(run=OuterRef("pk")).order_by("-id").values("pk")[:1]
     )
-    return runs.select_related("owner").annotate(
-        frame_id=Subquery(newest_frame), adaptation_id=Subquery(newest_adaptation)
+    return (
+        runs.select_related("owner")
+        .defer("versions")
+        .annotate(frame_id=Subquery(newest_frame), adaptation_id=Subquery(newest_adaptation))
     )
 
 

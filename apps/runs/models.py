@@ -16,6 +16,7 @@ from esper.contracts import (
     LayerInfo,
     RunMode,
     RunState,
+    wire,
 )
 from esper.contracts.spans import span, why_no_span
 
@@ -92,7 +93,7 @@ class Run(models.Model):
         return str(self.capabilities.get(device, self.capability))
 
     def layer_infos(self) -> tuple[LayerInfo, ...]:
-        return tuple(LayerInfo.from_wire(layer) for layer in self.layers)
+        return wire.from_wire(tuple[LayerInfo, ...], self.layers)
 
     def layer_info(self, name: str) -> LayerInfo | None:
         found = next((layer for layer in self.layers if layer["name"] == name), None)

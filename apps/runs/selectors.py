@@ -32,6 +32,7 @@ FILTERS: dict[str, Lookup] = {
 ORDER = ("created_at", "name", "step")
 # Megabytes, where a model has thousands of layers; what needs one of them reads it for itself.
 HUGE_COLUMNS = ("layers", "versions")
+HUGE_COLUMNS_OF_RUN = tuple(f"run__{name}" for name in HUGE_COLUMNS)  # of rows with a run
 
 
 def runs(*, only: str = "") -> QuerySet[Run]:

@@ -22,6 +22,7 @@ FEWEST_SNAPSHOT_FRAMES = 8
 SNAPSHOT_LOSSES = 2000
 MAX_POINTS = 5000
 MAX_COLUMNS = 500
+DIGITS = 5  # significant ones of a signal in an answer
 ABLATION = "ablation_"  # gain and loss of each graft in probation
 
 
@@ -198,7 +199,7 @@ def heatmap(run: Run, signal: Signal, *, columns: int) -> dict[str, Any]:
         "signal": str(signal),
         "layers": names,
         "step": [frame.step for frame in frames],
-        "values": [[_rounded(value) for value in row] for row in cells.tolist()],
+        "values": _cells(cells),
     }
 
 
@@ -209,8 +210,23 @@ def _evenly(keys: list[int], count: int) -> list[int]:
     return [keys[place] for place in places]
 
 
+def _cells(values_LC: NDArray[np.float32]) -> list[list[float | None]]:
+    """Rounded to ``DIGITS``, all at once; null where not measured."""
+    known_LC = np.isfinite(values_LC)
+    wide_LC = np.where(known_LC, values_LC, 0.0).astype(np.float64)
+    size_LC = np.floor(np.log10(np.abs(wide_LC), where=wide_LC != 0.0, out=np.zeros_like(wide_LC)))
+    # Powers of ten are exact up to 22, their inverses are not: so multiply or divide.
+    power_LC = 10.0 ** np.abs(DIGITS - 1 - size_LC)
+    small_LC = np.rint(wide_LC * power_LC) / power_LC
+    rounded_LC = np.where(size_LC < DIGITS, small_LC, np.rint(wide_LC / power_LC) * power_LC)
+    rows: list[list[float | None]] = rounded_LC.tolist()
+    for row, column in zip(*np.nonzero(~known_LC), strict=True):
+        rows[row][column] = None
+    return rows
+
+
 def _rounded(value: float) -> float | None:
-    return float(f"{value:.5g}") if np.isfinite(value) else None
+    return float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None
 
 
 def _alive(rows: Sequence[tuple[Any, ...]]) -> list[bool]:

@@ -47,7 +47,8 @@ class Runs(Endpoint):
         parameters=listing(FILTERS, ORDER),
     )
     def get(self, request: Request) -> HttpResponseBase:
-        rows = apply_filters(request, runs(only=run_of_token(request)), FILTERS)
+        found = runs(only=run_of_token(request)).defer(*HUGE_COLUMNS)
+        rows = apply_filters(request, found, FILTERS)
         return page_response(
             request, rows, lambda rows: RunOutput(rows, many=True).data, order=ORDER
         )

@@ -26,6 +26,7 @@ from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import documented, listing, page_of, results_of
 from apps.rest.throttling import ActThrottle
+from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.violations.models import Violation
 from apps.violations.serializers import AcknowledgedOutput, AcknowledgeInput, ViolationOutput
 from apps.violations.services import acknowledge_violation, acknowledge_violations
@@ -52,7 +53,9 @@ class Violations(Endpoint):
         parameters=listing(FILTERS, ORDER),
     )
     def get(self, request: Request) -> HttpResponseBase:
-        rows = Violation.objects.select_related("run", "acknowledged_by")
+        rows = Violation.objects.select_related("run", "acknowledged_by").defer(
+            *HUGE_COLUMNS_OF_RUN
+        )
         violations = apply_filters(request, rows, FILTERS)
         return page_response(
             request, violations, lambda rows: ViolationOutput(rows, many=True).data, order=ORDER

@@ -13,6 +13,7 @@ from apps.blueprints.models import Blueprint
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.kernels.models import Kernel
+from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from esper.contracts import AdaptationState
 
 _BAD_ENDS = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED, AdaptationState.ROLLBACK_FAILED)
@@ -68,7 +69,11 @@ def catalogue() -> QuerySet[Blueprint]:
 
 
 def blueprint_uses(blueprint: Blueprint) -> list[Adaptation]:
-    uses = Adaptation.objects.filter(blueprint=blueprint).select_related("run", "decided_by")
+    uses = (
+        Adaptation.objects.filter(blueprint=blueprint)
+        .select_related("run", "decided_by")
+        .defer(*HUGE_COLUMNS_OF_RUN)
+    )
     return list(uses[:20])
 
 

@@ -47,7 +47,9 @@ def compare(request: HttpRequest) -> HttpResponse:
         first=first,
         second=second,
         same=both is not None and first == second,
-        whole=lambda: {"offered": Run.objects.order_by("-id")[:RUNS_OFFERED]},
+        whole=lambda: {
+            "offered": Run.objects.only("uid", "name", "state").order_by("-id")[:RUNS_OFFERED]
+        },
     )
 
 

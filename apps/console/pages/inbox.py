@@ -20,6 +20,7 @@ from apps.console.run_rows import live_runs
 from apps.console.waiting import waiting
 from apps.rest.filters import of_run
 from apps.runs.models import Run
+from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from esper.contracts import AdaptationState, Risk
 
 HISTORY_LENGTH = 100
@@ -109,7 +110,7 @@ def inbox_rows(chosen: InboxFilter, user: User) -> list[Adaptation]:
         rows = rows.filter(of_run(chosen.run))
     if chosen.risk:
         rows = rows.filter(risk=chosen.risk)
-    return list(rows[:HISTORY_LENGTH])
+    return list(rows.defer(*HUGE_COLUMNS_OF_RUN)[:HISTORY_LENGTH])
 
 
 def in_plans(rows: list[Adaptation]) -> tuple[list[Adaptation], dict[Plan, list[Adaptation]]]:

@@ -17,6 +17,7 @@ from apps.blueprints.models import KnownRemedy
 from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, person
 from apps.rest.filters import of_run
+from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.violations.models import Violation
 from apps.violations.selectors import RECORDS_READ, Incident, IncidentState, incidents
 from esper.contracts import ADAPTATION_ENDED, AdaptationState, RunMode, Severity
@@ -96,7 +97,9 @@ def incidents_page(request: HttpRequest) -> HttpResponse:
 
 def chosen_incidents(chosen: IncidentFilter) -> list[Incident]:
     """All incidents that match, in every state; made of the newest records."""
-    rows: QuerySet[Violation] = Violation.objects.select_related("run", "acknowledged_by")
+    rows: QuerySet[Violation] = Violation.objects.select_related("run", "acknowledged_by").defer(
+        *HUGE_COLUMNS_OF_RUN
+    )
     if chosen.run:
         rows = rows.filter(of_run(chosen.run))
     found = incidents(rows.order_by("-id")[:RECORDS_READ])

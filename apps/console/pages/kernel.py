@@ -16,6 +16,7 @@ from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.kernels.models import Kernel, SpeedUp
 from apps.kernels.selectors import evictable
+from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.workers.models import CompileJob
 
 SHOWN = 50
@@ -109,7 +110,7 @@ def costs(kernel: Kernel) -> list[Cost]:
 def users_of(kernel: Kernel) -> list[Adaptation]:
     """Adaptations whose graft or compiled kernel it is."""
     found = Adaptation.objects.filter(_used_by(kernel)).order_by("-pk")
-    return list(found.select_related("run", "blueprint")[:SHOWN])
+    return list(found.select_related("run", "blueprint").defer(*HUGE_COLUMNS_OF_RUN)[:SHOWN])
 
 
 def _used_by(kernel: Kernel) -> Q:

@@ -15,10 +15,11 @@ from apps.accounts.models import User
 from apps.adaptations.models import Adaptation
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
-from apps.console.run_rows import annotated, live_runs, recent_runs, run_rows
+from apps.console.run_rows import live_runs, newest_of, recent_runs, run_rows
 from apps.console.waiting import waiting
 from apps.notifications.services import on_duty
 from apps.runs.models import Run
+from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.violations.models import Violation
 from apps.violations.selectors import open_violations, worst_first
 from apps.workers.models import CompileJob, Worker
@@ -36,7 +37,7 @@ def overview(request: HttpRequest) -> HttpResponse:
 
     def recent() -> dict[str, Any]:
         found = recent_runs()
-        shown = run_rows(annotated(found)[:RUNS_SHOWN])
+        shown = run_rows(newest_of(found, RUNS_SHOWN))
         full = len(shown) == RUNS_SHOWN  # else there are no others to count
         return {"rows": shown, "more": found.count() - RUNS_SHOWN if full else 0}
 
@@ -96,9 +97,13 @@ def attention(user: User) -> Attention:
     serious = open_violations().filter(severity__in=_NEEDS_PERSON)
     return Attention(
         adaptations=list(
-            waiting(user).select_related("run", "blueprint", "claimed_by")[:ATTENTION_SHOWN]
+            waiting(user)
+            .select_related("run", "blueprint", "claimed_by")
+            .defer(*HUGE_COLUMNS_OF_RUN)[:ATTENTION_SHOWN]
         ),
-        violations=list(worst_first(serious).select_related("run")[:ATTENTION_SHOWN]),
+        violations=list(
+            worst_first(serious).select_related("run").defer(*HUGE_COLUMNS_OF_RUN)[:ATTENTION_SHOWN]
+        ),
         runs=list(live_runs().filter(trouble).select_related("owner")[:ATTENTION_SHOWN]),
     )
 

@@ -35,7 +35,7 @@ def policy(request: HttpRequest) -> HttpResponse:
             "may_edit": may_edit,
             "risks": list(Risk),
             "band": confidence_band(values),
-            "runs": Run.objects.exclude(state__in=RUN_ENDED)[:50],
+            "runs": Run.objects.exclude(state__in=RUN_ENDED).only("uid", "name")[:50],
         }
 
     panels = [

@@ -17,6 +17,7 @@ from apps.audit.models import AuditEvent
 from apps.console.panels import Panel, render_page
 from apps.console.request import page
 from apps.runs.models import Run
+from apps.runs.selectors import HUGE_COLUMNS
 from apps.violations.models import Violation
 from esper.contracts import AdaptationState as S
 
@@ -136,7 +137,7 @@ def _decider(name: str, rows: Sequence[Adaptation]) -> Decider:
 
 
 def runs(begin: datetime, end: datetime) -> dict[str, Any]:
-    ended = Run.objects.filter(ended_at__gt=begin, ended_at__lte=end)
+    ended = Run.objects.defer(*HUGE_COLUMNS).filter(ended_at__gt=begin, ended_at__lte=end)
     found = Violation.objects.filter(created_at__gt=begin, created_at__lte=end)
     severities = Counter(found.values_list("severity", flat=True))
     return {

@@ -34,6 +34,7 @@ from apps.recipes.models import Launch
 from apps.recipes.selectors import launches
 from apps.rest.numbers import is_number
 from apps.runs.models import Command, Run
+from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.telemetry.models import Frame, Metric
 from apps.violations.models import Violation
 from apps.violations.selectors import open_violations
@@ -228,7 +229,11 @@ def timeline(run: Run, shown: str = Shown.ALL) -> dict[str, Any]:
             "blueprint", "decided_by", "taken_back_by"
         )[:EVENTS_READ]
     )
-    violations = list(Violation.objects.filter(run=run).select_related("run")[:EVENTS_READ])
+    violations = list(
+        Violation.objects.filter(run=run)
+        .select_related("run")
+        .defer(*HUGE_COLUMNS_OF_RUN)[:EVENTS_READ]
+    )
     remedies = list(
         Remedy.objects.filter(run=run).select_related("adaptation", "undoes", "undone_by")[
             :EVENTS_READ
@@ -360,7 +365,10 @@ def layer_rows(run: Run, *, only_poor: bool = False) -> list[LayerRow]:
     by_layer: dict[str, list[Adaptation]] = defaultdict(list)
     for adaptation in Adaptation.objects.filter(run=run).select_related("blueprint"):
         by_layer[adaptation.layer].append(adaptation)
-    rows = [_layer_row(run, i, values, by_layer) for i in range(len(run.layers))]
+    infos = run.layer_infos()
+    places = [SIGNAL_INDEX[signal] for signal in SHOWN_SIGNALS]
+    known = [None] * len(infos) if values is None else values[:, places].tolist()
+    rows = [_layer_row(info, own, by_layer) for info, own in zip(infos, known, strict=True)]
     if only_poor:
         rows = [row for row in rows if (row.signals[Signal.HEALTH] or 1.0) < 0.5]
     return rows
@@ -420,12 +428,12 @@ def _node(name: str, members: Sequence[LayerRow], findings: Mapping[str, list[Vi
 
 
 def _layer_row(
-    run: Run, position: int, values: Any, by_layer: dict[str, list[Adaptation]]
+    info: LayerInfo, values: list[float] | None, by_layer: dict[str, list[Adaptation]]
 ) -> LayerRow:
-    info = LayerInfo.from_wire(run.layers[position])
+    """``values``: of ``SHOWN_SIGNALS``; None without a frame."""
     signals = {
-        str(signal): None if values is None else _known(values[position][SIGNAL_INDEX[signal]])
-        for signal in SHOWN_SIGNALS
+        str(signal): None if values is None else _known(values[position])
+        for position, signal in enumerate(SHOWN_SIGNALS)
     }
     health = signals[Signal.HEALTH]
     return LayerRow(
@@ -437,7 +445,7 @@ def _layer_row(
 
 
 def _known(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return value if math.isfinite(value) else None
 
 
 def commands(run: Run) -> list[Command]:

@@ -19,6 +19,7 @@ from apps.console.panels import render_page
 from apps.console.request import page, person
 from apps.console.waiting import waiting
 from apps.runs.models import Run
+from apps.runs.selectors import HUGE_COLUMNS, HUGE_COLUMNS_OF_RUN
 
 MOST = 6  # of each kind
 LONGEST = 120
@@ -92,7 +93,7 @@ def _runs(text: str) -> Iterator[Hit]:
 
 
 def _run_hits(rows: object) -> Iterator[Hit]:
-    for run in rows:  # type: ignore[attr-defined]
+    for run in rows.defer(*HUGE_COLUMNS):  # type: ignore[attr-defined]
         address = reverse("console:run", args=[run.uid])
         yield Hit("run", f"R-{run.pk} {run.name}", address, str(run.state))
 
@@ -104,7 +105,7 @@ def _waiting_or_past(text: str) -> Iterator[Hit]:
 
 
 def _decisions(rows: object) -> Iterator[Hit]:
-    for row in rows.select_related("run", "blueprint"):  # type: ignore[attr-defined]
+    for row in rows.select_related("run", "blueprint").defer(*HUGE_COLUMNS_OF_RUN):  # type: ignore[attr-defined]
         address = reverse("console:adaptation", args=[row.uid])
         note = f"{row.run.name}, {row.state.replace('_', ' ')}"
         yield Hit("adaptation", f"A-{row.number} {row.title}", address, note)

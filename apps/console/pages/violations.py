@@ -12,6 +12,7 @@ from apps.accounts.policy import Act, may
 from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, page_number, person
 from apps.rest.filters import of_run
+from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.violations.models import Violation
 from apps.violations.selectors import open_violations, worst_first
 from esper.contracts import Severity, ViolationRule
@@ -75,5 +76,5 @@ def violation_rows(chosen: ViolationFilter, page: int) -> Page[Violation]:
         rows = rows.filter(rule=chosen.rule)
     if chosen.run:
         rows = rows.filter(of_run(chosen.run))
-    rows = rows.select_related("run", "acknowledged_by")
+    rows = rows.select_related("run", "acknowledged_by").defer(*HUGE_COLUMNS_OF_RUN)
     return Paginator(rows, PAGE_LENGTH).get_page(page)

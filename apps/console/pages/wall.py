@@ -9,8 +9,9 @@ from django.http import HttpRequest, HttpResponse
 from apps.console.bar import adaptation_switch
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
-from apps.console.run_rows import annotated, live_runs, run_rows
+from apps.console.run_rows import live_runs, newest_of, run_rows
 from apps.console.waiting import waiting
+from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.violations.selectors import open_violations, worst_first
 from esper.contracts import Severity
 
@@ -24,14 +25,18 @@ def wall(request: HttpRequest) -> HttpResponse:
 
     def board() -> dict[str, Any]:
         severe = open_violations().filter(severity__in=(Severity.SERIOUS, Severity.CRITICAL))
-        found = waiting(user).select_related("run", "blueprint")
+        found = waiting(user).select_related("run", "blueprint").defer(*HUGE_COLUMNS_OF_RUN)
         return {
             "switch": adaptation_switch(),
-            "rows": run_rows(annotated(live_runs().order_by("-id"))[:RUNS_SHOWN]),
+            "rows": run_rows(newest_of(live_runs().order_by("-id"), RUNS_SHOWN)),
             "live": live_runs().count(),
             "first": found.first(),
             "waiting": found.count(),
-            "severe": list(worst_first(severe).select_related("run")[:FINDINGS_SHOWN]),
+            "severe": list(
+                worst_first(severe)
+                .select_related("run")
+                .defer(*HUGE_COLUMNS_OF_RUN)[:FINDINGS_SHOWN]
+            ),
             "severe_count": severe.count(),
         }
 

@@ -31,9 +31,12 @@ def visible(text: object) -> str:
 
     The template escapes the result; this filter only keeps a name from imitating another one.
     """
+    shown = str(text)
+    if shown.isprintable():  # nearly always
+        return shown
     return "".join(
         f"⟨U+{ord(char):04X}⟩" if unicodedata.category(char) in {"Cf", "Cc", "Co", "Cn"} else char
-        for char in str(text)
+        for char in shown
     )
 
 
