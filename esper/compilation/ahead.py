@@ -43,6 +43,7 @@ from esper.grafting.compiled import Region
 from esper.grafting.eager_pass import why_not_copied
 from esper.grafting.hooks import PassingHook
 
+PROGRAM = "-m", "esper.compilation.ahead_child"
 MAX_ORDER_BYTES = 64 << 20
 CUDA_RESERVE_BYTES = 1 << 30  # for the context of one more process
 KEPT_VALUES = 64  # smaller tensors keep their values: masks, flags, sizes
@@ -113,7 +114,8 @@ class Prepared:
     Attributes:
         reason: why the code is not compiled; empty where it is.
         cold_seconds: compiling took so long.
-        warm_seconds: the same once more, with the cache: what the trainer is about to wait.
+        warm_seconds: processor time of the same once more, with the cache: about what the trainer
+            will wait.
     """
 
     reason: str = ""
@@ -174,12 +176,14 @@ class Preparation:
             self._order.write(order)
             self._order.seek(0)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "esper.compilation.ahead_child", str(os.getpid())],
+                [sys.executable, *PROGRAM, str(os.getpid())],
                 stdin=self._order,
                 stdout=self._answer,
                 stderr=subprocess.STDOUT,
                 env=_environment(),
-                start_new_session=True,  # so that it and the C++ compiler are killed together
+                # So that it and the C++ compiler are killed together. No session of its own: Linux
+                # shares processors among sessions first, whatever the priorities inside of them.
+                process_group=0,
             )
         except OSError as error:
             self._close_files()
@@ -303,6 +307,9 @@ def _environment() -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": cache_dir(),
         # Processes of its own would outlive it, and are no part of the cache's key.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        # The code is made for as many threads as the trainer has, and tried with one.
+        "OMP_THREAD_LIMIT": "1",
+        "OMP_WAIT_POLICY": "passive",
         "ESPER_SERVER": "",
     }
 

@@ -17,10 +17,12 @@ import signal
 import socket
 import struct
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
+LOWEST_PRIORITY = 19
 _PR_SET_PDEATHSIG = 1
 _PR_SET_SECCOMP = 22
 _PR_SET_NO_NEW_PRIVS = 38
@@ -44,6 +46,18 @@ def end_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the worker ended before this call
         os._exit(1)
+
+
+def run_when_idle() -> None:
+    """Gives this process, and what it starts, only the time of processors that nobody else wants.
+
+    Under Linux's idle policy a process waits for every other one, and is interrupted at once. Where
+    there is no such policy, the lowest priority. Threads that run already keep their policy.
+    """
+    os.nice(LOWEST_PRIORITY)
+    if hasattr(os, "SCHED_IDLE"):
+        with suppress(OSError):  # a system without it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def close_network() -> str:

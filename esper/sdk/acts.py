@@ -64,7 +64,7 @@ class Acts:
             UnknownBlueprintError, UnknownLayerError, IncompatibleLayerError
         """
         operation = self._parts.surgery.planned(layer, blueprint, since, config)
-        return not self._parts.ahead.waits(operation)
+        return not self._parts.ahead.waits(operation, comes_then=False)
 
     def forecast_pause(
         self, layer: str, blueprint: str, *, since: str = "", **config: Any

@@ -26,8 +26,10 @@ from esper.grafting.slot import slots
 from esper.sdk.adaptation import Operation
 from esper.sdk.announcing import Announcer
 
-LIMIT_SECONDS = 300.0  # then the graft comes without
+LIMIT_SECONDS = 900.0  # then the graft comes without
 REMEMBERED = 50
+_STEPS_TO_COMPILE = 20  # after a graft; the layer may not run at each step
+_RATIOS = 0.2, 20.0  # a pause beyond is that of something else
 
 logger = logging.getLogger("esper")
 
@@ -74,6 +76,41 @@ class _Work:
     told: bool = False
 
 
+class _Pause:
+    """What a forecast must be multiplied by, from the pauses of this run.
+
+    The process measures in its own Python, with a processor to itself or not; the trainer has more
+    guards to build, and its other threads beside it.
+    """
+
+    def __init__(self) -> None:
+        self.ratio = 1.0
+        self._measured = 0
+        self._forecast = math.nan
+        self._before = 0.0
+        self._steps_left = 0
+
+    def expect(self, forecast: float) -> None:
+        """A graft comes now; its pause was said to be so many seconds, before the ratio."""
+        self._forecast, self._before = forecast, _compiling_seconds()
+        self._steps_left = _STEPS_TO_COMPILE
+
+    def on_step(self) -> None:
+        """After each step: looks whether the code of the graft is there."""
+        if not self._steps_left:
+            return
+        self._steps_left -= 1
+        seconds = _compiling_seconds() - self._before
+        if seconds <= 0 or not self._forecast > 0:
+            return
+        self._steps_left = 0
+        lowest, highest = _RATIOS
+        ratio = min(max(seconds / self._forecast, lowest), highest)
+        # The first pause says more than the guess before it; later ones are averaged.
+        self.ratio = ratio if not self._measured else math.sqrt(self.ratio * ratio)
+        self._measured += 1
+
+
 class CompilingAhead:
     """Prepares the code of grafts for one session. Only in the training thread.
 
@@ -95,6 +132,7 @@ class CompilingAhead:
         self._evaluates = evaluates
         self._works: dict[str, _Work] = {}
         self._has_searched = False
+        self._pause = _Pause()
 
     def begin(self, operation: Operation) -> None:
         """Has the graft's code compiled beside the training; nothing where the layer is eager."""
@@ -108,14 +146,21 @@ class CompilingAhead:
         self._works[key] = work
         self._read_next_call(work)
 
-    def waits(self, operation: Operation, *, until: float = math.inf) -> bool:
+    def waits(
+        self, operation: Operation, *, until: float = math.inf, comes_then: bool = True
+    ) -> bool:
         """The graft should come later: its code is being compiled.
 
         Args:
             until: moment of the monotonic clock from which on it cannot wait.
+            comes_then: the caller grafts as soon as this is False.
         """
-        self.begin(operation)
-        work = self._works.get(self._key(operation))
+        # Asked at each step: the key is the cost of a walk through the model.
+        running = (w for w in self._works.values() if w.operation is operation and not w.answer)
+        work = next(running, None)
+        if work is None:
+            self.begin(operation)
+            work = self._works.get(self._key(operation))
         if work is None:
             return False
         now = time.monotonic()
@@ -123,15 +168,17 @@ class CompilingAhead:
             self._settle(work, Prepared(f"it takes more than {now - work.since:.0f} s"))
         if work.answer is None:
             return True
-        self.tell(operation)
+        self.tell(operation, comes=comes_then)
         return False
 
-    def tell(self, operation: Operation) -> None:
-        """The graft comes now: says the pause, where its code was not compiled ahead."""
+    def tell(self, operation: Operation, *, comes: bool = True) -> None:
+        """Says the pause of a graft that comes now, where its code was not compiled ahead."""
         forecast, work = self.forecast(operation), self._works.get(self._key(operation))
         if work is not None and work.answer is None:
             self._settle(work, Prepared("the graft came before that had ended"))
             forecast = self.forecast(operation)
+        if comes and work is not None and work.answer is not None and not work.answer.reason:
+            self._pause.expect(work.answer.warm_seconds)
         if forecast is None or forecast.prepared or (work is not None and work.told):
             return
         if work is not None:
@@ -142,6 +189,7 @@ class CompilingAhead:
 
     def on_step(self) -> None:
         """Starts the next process, and looks whether the present one has ended."""
+        self._pause.on_step()
         for work in self._works.values():
             if work.answer is None and time.monotonic() > work.since + LIMIT_SECONDS:
                 self._settle(work, Prepared(f"it took more than {LIMIT_SECONDS:.0f} s"))
@@ -166,7 +214,8 @@ class CompilingAhead:
             return usual
         if answer.reason:
             return PauseForecast(usual.seconds, usual.unprepared_seconds, reason=answer.reason)
-        return PauseForecast(answer.warm_seconds, usual.unprepared_seconds, prepared=True)
+        seconds = answer.warm_seconds * self._pause.ratio
+        return PauseForecast(seconds, usual.unprepared_seconds, prepared=True)
 
     def close(self) -> None:
         """Ends what still runs."""
@@ -265,6 +314,12 @@ def usual_pause() -> PauseForecast:
     if not whole:
         return PauseForecast(math.nan, math.nan)
     return PauseForecast(max(0.0, whole - backend), whole + backward)
+
+
+def _compiling_seconds() -> float:
+    """What compiling has taken so far in this process, in all."""
+    stages = "_compile.compile_inner", "backward._backward_impl"
+    return float(sum(sum(compilation_time_metrics.get(stage, ())) for stage in stages))
 
 
 def _longest(stage: str) -> float:

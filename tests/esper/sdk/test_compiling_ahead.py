@@ -24,6 +24,29 @@ from tests.esper.sdk.test_local_loop import EAGER, Bottleneck
 
 FAILS = "#!/bin/sh\necho 'no compiler here' >&2\nexit 3\n"
 HANGS = "#!/bin/sh\nexec sleep 1000\n"
+ANSWERS = """#!/bin/sh
+echo '{"cold_seconds": 3.0, "warm_seconds": 0.25}'
+"""
+# The process itself, changed: on the machine of the tests no processor may be idle for long.
+BUSY_TOO = """
+from esper.compilation import ahead_child, confinement
+confinement.run_when_idle = lambda: None
+ahead_child.main()
+"""
+TELLS_ITS_PRIORITY = f"""#!{sys.executable}
+import os, sys
+from esper.compilation import ahead_child, confinement
+def look():
+    child = os.fork()
+    if not child:
+        os._exit(os.sched_getscheduler(0))
+    of_child = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(f"it: {{os.sched_getscheduler(0)}} {{os.nice(0)}}; child: {{of_child}}.", flush=True)
+    os._exit(3)  # before anything that takes long: no processor of the tests is idle
+confinement.close_network = look
+sys.argv = sys.argv[2:]
+ahead_child.main()
+"""
 
 
 class Net(nn.Module):
@@ -113,7 +136,10 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_trainer_finds_the_code_in_the_cache(
     in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    program = tmp_path / "program.py"
+    program.write_text(BUSY_TOO)
+    monkeypatch.setattr(ahead, "PROGRAM", (str(program),))
     run = Run("inductor", in_place=in_place)
     run.train()
     assert not run.prepare()
@@ -122,11 +148,14 @@ def test_the_trainer_finds_the_code_in_the_cache(
     assert forecast is not None
     assert forecast.prepared, forecast
     assert forecast.seconds < forecast.unprepared_seconds
+    libraries = set(tmp_path.rglob("*.so"))
+    assert libraries
     counters.clear()
     receipt = run.session.graft("fc1", "proj_lora_64")
     run.train()
     assert counters["aot_autograd"]["autograd_cache_hit"] == 1
     assert counters["inductor"]["fxgraph_cache_miss"] == 0
+    assert set(tmp_path.rglob("*.so")) == libraries, "no C++ was compiled"
     run.session.undo(receipt)
     counters.clear()
     run.train()
@@ -144,6 +173,52 @@ def test_a_process_that_fails_leaves_the_graft_as_it_was_before(
     assert any("expected pause" in line and "no compiler here" in line for line in said), said
     assert run.session.graft("fc1", "proj_lora_64").present
     run.train()
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the system has no idle policy")
+def test_the_process_and_its_compilers_take_only_idle_processors(
+    stand_in: Callable[[str], list[Any]], said: list[str]
+) -> None:
+    started = stand_in(TELLS_ITS_PRIORITY)
+    run = Run()
+    run.train()
+    run.train_until(lambda: run.prepare() or bool(started))
+    # Linux shares the processors among sessions first, whatever the priorities inside of them.
+    assert os.getsid(started[0].pid) == os.getsid(0)
+    assert os.getpgid(started[0].pid) == started[0].pid
+    started[0].wait()
+    run.train_until(run.prepare)
+    idle = os.SCHED_IDLE
+    assert any(f"it: {idle} 19; child: {idle}." in line for line in said), said
+
+
+def test_the_forecast_learns_from_the_pauses_of_the_run(
+    stand_in: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(ANSWERS)
+    run = Run()
+    run.train()
+    assert compiling_ahead._compiling_seconds() > 0
+    seconds = [10.0]
+    monkeypatch.setattr(compiling_ahead, "_compiling_seconds", lambda: seconds[0])
+
+    def forecast(layer: str) -> float:
+        run.train_until(lambda: run.session.prepare(layer, "proj_lora_64"))
+        found = run.session.forecast_pause(layer, "proj_lora_64")
+        assert found is not None
+        assert found.prepared
+        return found.seconds
+
+    assert forecast("fc1") == 0.25
+    receipt = run.session.graft("fc1", "proj_lora_64")
+    seconds[0] += 0.75
+    run.train(1)
+    assert forecast("fc2") == 0.75
+    seconds[0] += 9.0  # another compilation, later
+    run.train(1)
+    run.session.undo(receipt)
+    run.train(1)
+    assert forecast("fc2") == 0.75
 
 
 def test_a_process_that_hangs_is_ended_at_the_limit(
