@@ -17,7 +17,7 @@ so a stored one (:mod:`esper.replay`) replays the decision.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -43,6 +43,7 @@ from esper.contracts import (
 from esper.contracts.spans import span, why_no_span
 from esper.health import Features, extract_features
 from esper.policy import Policy
+from esper.policy.base import chance_of
 from esper.policy.cases import measured
 from esper.policy.confidence import Confidence, Subject, corrected, shipped_models
 from esper.policy.heuristic import CAPACITY
@@ -82,6 +83,41 @@ def decide(
             return answer
         declined.append(answer)
     return _all_declined(snapshot, declined, proposals.reasons)
+
+
+def chances(
+    decision: Decision,
+    snapshot: RunSnapshot,
+    policies: Iterable[Policy],
+    catalog: Catalog,
+    limits: SafetyPolicy,
+    generator: Callable[[], np.random.Generator],
+) -> dict[str, float]:
+    """By policy, the chance with which it would have made this decision, for the log.
+
+    What the gates block differs between policies that want different layers, so each proposal of
+    each policy goes through them.
+
+    Args:
+        generator: makes the generator that the decision was made with, anew for each policy.
+    """
+    selector = catalog if isinstance(catalog, BlueprintSelector) else BlueprintSelector(catalog)
+    features = extract_features(snapshot, selector.types)
+    found = {}
+    for policy in policies:
+        proposals = policy.propose(snapshot, features, generator())
+        blocked = [
+            proposal
+            for proposal in [arm for arm, _ in proposals.arms] or proposals
+            if isinstance(
+                consider(
+                    proposal, snapshot, selector, limits, policy=policy.name, features=features
+                ),
+                Declined,
+            )
+        ]
+        found[policy.name] = chance_of(proposals, decision.adaptation, blocked)
+    return found
 
 
 def consider(

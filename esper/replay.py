@@ -33,12 +33,17 @@ from esper.contracts import (
 from esper.contracts.protocol import Decline, Frame, Proposal, Snapshot, StepValues
 from esper.exceptions import CodecError, ConfigurationError
 from esper.pipeline import Catalog, decide
-from esper.policy import HeuristicPolicy, Policy
+from esper.policy import BanditPolicy, HeuristicPolicy, Policy
 
 HELD_OUT = ("eval_loss", "val_loss", "valid_loss", "validation_loss")  # as reported
 # Inflated: a stored snapshot has at most MAX_SNAPSHOT_BYTES, which could inflate to 600 MB.
 MAX_INFLATED_BYTES = 16 * 1024 * 1024
-POLICIES: dict[str, type[HeuristicPolicy]] = {HeuristicPolicy.name: HeuristicPolicy}
+POLICIES: dict[str, type[HeuristicPolicy] | type[BanditPolicy]] = {
+    HeuristicPolicy.name: HeuristicPolicy,
+    BanditPolicy.name: BanditPolicy,
+}
+# What is no part of the decision: its input, and what other policies would have done.
+_NOT_REPLAYED = frozenset({"snapshot", "snapshot_note", "chances"})
 
 
 def message_of(
@@ -219,7 +224,7 @@ def compare(stored: Proposal | Decline, decision: Decision | Declined) -> Replay
 
 def _content(message: Proposal | Decline) -> dict[str, Any]:
     members: dict[str, Any] = wire.to_wire(message)
-    return {name: value for name, value in members.items() if not name.startswith("snapshot")}
+    return {name: value for name, value in members.items() if name not in _NOT_REPLAYED}
 
 
 def _policy(name: str) -> Policy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from django.db.models import Avg, Count, Q, QuerySet, Sum
 from django.db.models.functions import Coalesce
@@ -12,6 +13,7 @@ from django.utils import timezone
 
 from apps.adaptations.models import RECOVERED, Adaptation
 from apps.policies.services import adaptation_switch, current_policy
+from apps.rest.numbers import is_number
 from apps.runs.models import Run
 from esper.contracts import (
     ADAPTATION_ENDED,
@@ -21,6 +23,8 @@ from esper.contracts import (
     LayerHistory,
     SafetyPolicy,
 )
+from esper.policy import BanditPolicy, HeuristicPolicy
+from esper.policy.curating import NEWEST, Outcome, Standing, standing
 from esper.reward.terms import ROLLBACK_COST
 
 _BAD_ENDS = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED)
@@ -214,6 +218,39 @@ def closed_confidences() -> list[tuple[str, float, bool]]:
         for slug, said, state in rows
         if said is not None
     ]
+
+
+def policy_outcomes() -> list[Outcome]:
+    """Closed decisions with the chances that each policy gave them, oldest first."""
+    rows = (
+        Adaptation.objects.filter(
+            remedy="", plan=None, state__in=(AdaptationState.KEPT, *_BAD_ENDS)
+        )
+        .exclude(reward=None)
+        .exclude(decision=None)
+        .order_by("-id")
+        .values_list("policy", "decision__message__chances", "reward")[:NEWEST]
+    )
+    found = [
+        Outcome(policy, _chances(logged), reward)
+        for policy, logged, reward in rows
+        if reward is not None
+    ]
+    return found[::-1]
+
+
+def _chances(logged: Any) -> dict[str, float]:
+    """As Tamiyo has logged them; a number that is no probability is left out."""
+    return {
+        str(name): float(value)
+        for name, value in (logged or {}).items()
+        if is_number(value) and 0.0 <= value <= 1.0
+    }
+
+
+def policy_standing() -> Standing:
+    """Which policy decides, by the newest closed decisions; nothing of it is stored."""
+    return standing(policy_outcomes(), incumbent=HeuristicPolicy.name, challenger=BanditPolicy.name)
 
 
 def category_cases(category: str) -> int:

@@ -12,7 +12,7 @@ from django.utils import timezone
 from apps.accounts.models import User
 from apps.adaptations.history import closed_confidences as closed_confidences
 from apps.adaptations.history import error_budget as error_budget  # for other apps
-from apps.adaptations.history import experience, grafts, layer_histories, run_facts
+from apps.adaptations.history import experience, grafts, layer_histories, policy_standing, run_facts
 from apps.adaptations.models import Adaptation, DecisionRecord, Plan, Snooze
 from apps.blueprints.models import Blueprint
 from apps.kernels.selectors import cache_stats
@@ -112,6 +112,7 @@ def run_snapshot(run: Run) -> Snapshot:
         ),
         safety_policy=policy.safety_policy(),
         policy_version=policy.version,
+        champion=policy_standing().champion,
         active=tuple(_active_message(graft) for graft in _active_grafts(run)),
         findings=open_findings(run),
     )

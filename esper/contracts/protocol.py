@@ -57,6 +57,7 @@ FRAMES_OF_ENTRY = 64  # of a batch in the stream of health frames; Tamiyo keeps 
 MAX_METRICS = 1000  # entries, each with some values
 MAX_VALUES = 64  # of one entry
 MAX_FINDINGS = 200
+MAX_POLICIES = 10
 MAX_MEMBERS = 20  # of a plan
 MAX_DETAILS_BYTES = 4_000
 # Base64 of it, and the rest of a proposal, must fit into one body.
@@ -596,6 +597,7 @@ class Snapshot(Message, frozen=True, kw_only=True):
         disabled_blueprints: slugs.
         safety_policy: every threshold.
         policy_version: of the safety policy.
+        champion: name of the policy that decides; empty: the default one.
         active: adaptations under way.
         age_seconds: age of the newest frame; null: the reader takes it from the frame's time.
         findings: of the diagnosis, those that are open.
@@ -619,6 +621,7 @@ class Snapshot(Message, frozen=True, kw_only=True):
     disabled_blueprints: tuple[str, ...]
     safety_policy: SafetyPolicy
     policy_version: int = 0
+    champion: Annotated[str, Meta(max_length=40)] = ""
     active: tuple[Active, ...] = ()
     age_seconds: Number | None = None
     findings: tuple[Finding, ...] = ()
@@ -658,6 +661,7 @@ class Proposal(Message, frozen=True, kw_only=True):
         evidence: the numbers that the decision rests on.
         policy: which policy has decided.
         since: an earlier layer, whose input the graft reads; empty: it sits beside one layer.
+        chances: by policy, the probability with which it would have made this decision.
         snapshot: base64 of the deflated :class:`Snapshot` that was decided on; null: not sent.
         snapshot_note: why no snapshot was sent.
     """
@@ -679,6 +683,7 @@ class Proposal(Message, frozen=True, kw_only=True):
     evidence: Numbers
     policy: Annotated[str, Meta(min_length=1, max_length=40)]
     since: Annotated[str, Meta(max_length=255)] = ""
+    chances: Annotated[dict[str, float], Meta(max_length=MAX_POLICIES)] = {}
     snapshot: StoredSnapshot | None = None
     snapshot_note: Annotated[str, Meta(max_length=500)] = ""
 

@@ -2,8 +2,10 @@
 
 from esper.policy.base import Policy, Proposals
 from esper.policy.heuristic import HeuristicPolicy
+from esper.policy.learned import BanditPolicy
 
 __all__ = [
+    "BanditPolicy",
     "HeuristicPolicy",
     "Policy",
     "Proposals",

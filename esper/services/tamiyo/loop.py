@@ -33,9 +33,9 @@ from esper.contracts import (
 )
 from esper.contracts.spans import place_of
 from esper.exceptions import CodecError, TransportError
-from esper.pipeline import decide
+from esper.pipeline import chances, decide
 from esper.planning import plan_run
-from esper.policy import Policy
+from esper.policy import BanditPolicy, Policy
 from esper.replay import decision_rng
 from esper.selection import BlueprintSelector, SelectableBlueprint
 from esper.services.tamiyo import wire
@@ -72,6 +72,7 @@ class DecisionLoop:
         self._urza = urza
         self._policy = policy
         self._selector = BlueprintSelector(catalog)
+        self._challenger = BanditPolicy(self._selector.types)
         self._learning = learning
         self._refresh_seconds = refresh_seconds
         self._decline_quiet_seconds = decline_quiet_seconds
@@ -143,9 +144,8 @@ class DecisionLoop:
             await self._propose_plan(watch, snapshot, planned)
             watch.undecided = False
             return
-        answer = decide(
-            snapshot, self._policy, self._selector, watch.limits, decision_rng(snapshot)
-        )
+        policy = self._champion(watch)
+        answer = decide(snapshot, policy, self._selector, watch.limits, decision_rng(snapshot))
         self.decision_ms.append((time.perf_counter() - started) * 1e3)
         self.counts["decisions"] += 1
         if isinstance(answer, Decision):
@@ -153,6 +153,24 @@ class DecisionLoop:
         else:
             await self._note_refusal(watch, snapshot, answer)
         watch.undecided = False
+
+    def _champion(self, watch: RunWatch) -> Policy:
+        """Who decides: what the server's curator says. Without learning, the default policy."""
+        promoted = self._learning and watch.report.champion == self._challenger.name
+        return self._challenger if promoted else self._policy
+
+    def _chances(self, decision: Decision, watch: RunWatch) -> dict[str, float]:
+        """With which probability each policy would have decided so, for the curator."""
+        snapshot = watch.snapshot(learning=self._learning)
+        policies = (self._policy, self._challenger)
+        return chances(
+            decision,
+            snapshot,
+            policies,
+            self._selector,
+            watch.limits,
+            lambda: decision_rng(snapshot),
+        )
 
     def _plan(self, watch: RunWatch, snapshot: RunSnapshot) -> Plan | None:
         """Several changes at once, where the policy allows plans and at least two fit."""
@@ -185,7 +203,7 @@ class DecisionLoop:
         try:
             await self._urza.propose(
                 watch.uid,
-                wire.proposal_of(decision, snapshot, watch.limits),
+                wire.proposal_of(decision, snapshot, watch.limits, self._chances(decision, watch)),
             )
         except TransportError as error:
             if not error.permanent:

@@ -28,12 +28,14 @@ class RunReport:
     """What ``GET runs/{uid}/snapshot`` says: all that ``decide`` and ``judge`` need.
 
     Attributes:
+        champion: name of the policy that decides; empty: the default one.
         looks: by adaptation uid; the held-out loss with the graft and without it, oldest first.
     """
 
     snapshot: RunSnapshot
     limits: SafetyPolicy
     active: tuple[Active, ...]
+    champion: str = ""
     looks: dict[str, tuple[Look, ...]] = field(default_factory=dict)
 
 
@@ -52,15 +54,23 @@ def report_of(message: Snapshot) -> RunReport:
         snapshot=run_snapshot(message),
         limits=message.safety_policy,
         active=message.active,
+        champion=message.champion,
         looks={active.uid: looks_of(message.metrics, active.uid) for active in message.active},
     )
 
 
-def proposal_of(decision: Decision, snapshot: RunSnapshot, limits: SafetyPolicy) -> Proposal:
+def proposal_of(
+    decision: Decision,
+    snapshot: RunSnapshot,
+    limits: SafetyPolicy,
+    chances: Mapping[str, float] | None = None,
+) -> Proposal:
     """What is sent to the server, with the snapshot that the decision was made on."""
     proposal = Proposal.of(decision, epoch=snapshot.epoch)
     packed, note = _packed(snapshot, limits)
-    return msgspec.structs.replace(proposal, snapshot=packed, snapshot_note=note)
+    return msgspec.structs.replace(
+        proposal, snapshot=packed, snapshot_note=note, chances=dict(chances or {})
+    )
 
 
 def plan_of(plan: Plan, snapshot: RunSnapshot, limits: SafetyPolicy) -> PlanProposal:
