@@ -125,5 +125,5 @@ def _views(text: str, user: User) -> Iterator[Hit]:
 
 def _pages(text: str) -> Iterator[Hit]:
     for name, words, others in PAGES:
-        if text.casefold() in f"{words} {others}".casefold():
+        if f" {text}".casefold() in f" {words} {others}".casefold():  # where a word begins
             yield Hit("page", words, reverse(name))

@@ -100,6 +100,7 @@ def test_search_finds_each_kind_and_escapes_what_it_did_not_find(world: Any) -> 
         assert adaptation.uid in text_of(client, f"/search?q={words}&part=list"), words
     assert "/blueprints/proj_lora_64" in text_of(client, "/search?q=lora&part=list")
     assert 'href="/switch"' in text_of(client, "/search?q=kill&part=list")
+    assert 'href="/wall"' not in text_of(client, "/search?q=lay&part=list")  # inside a word
     assert adaptation.uid in text_of(client, "/search?part=list")  # what waits comes first
     assert "&lt;script&gt;" in text_of(client, "/search?q=<script>&part=list")
 
