@@ -221,7 +221,8 @@ class StreamConsumer(AsyncWebsocketConsumer):
     async def _say(self, message: dict[str, Any]) -> None:
         text = codec.encode(message).decode()
         try:
-            await asyncio.wait_for(self.send(text_data=text), SEND_TIMEOUT_SECONDS)
+            async with asyncio.timeout(SEND_TIMEOUT_SECONDS):  # wait_for makes a task of each frame
+                await self.send(text_data=text)
         except TimeoutError:
             await self.close(SLOW_READER)
 

@@ -67,7 +67,7 @@ class TelemetryQueue:
         self._metrics: deque[_Metrics] = deque()
         self._findings: deque[Finding] = deque()
         self._seq = 0
-        self._unreported = 0  # drops that no batch has reported yet
+        self._unreported = 0
         self.offered = 0
         self.stored = 0
         self.dropped = 0
@@ -92,6 +92,11 @@ class TelemetryQueue:
             "dropped": self.dropped,
             "waiting": len(self),
         }
+
+    @property
+    def unreported(self) -> int:
+        """Drops that no batch has reported yet."""
+        return self._unreported
 
     @property
     def crowded(self) -> bool:

@@ -1,0 +1,29 @@
+"""The load benchmarks count exactly: a lost item or frame is never called stored or seen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+
+from benchmarks.flood import Sums
+from benchmarks.sockets import Browser, missing
+
+AGREE = Sums(offered=10, stored=7, dropped=3, waiting=0, unreported=1, rows=7, reported=2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rows": 6}, {"rows": 8}, {"dropped": 2}, {"waiting": 1}, {"reported": 3}, {"offered": 11}],
+)
+def test_a_sum_that_differs_is_seen(changes: dict[str, int]) -> None:
+    assert AGREE.agree
+    assert not replace(AGREE, **changes).agree
+
+
+@pytest.mark.parametrize(
+    ("seen", "lost"), [([4, 5, 6], 0), ([4, 6], 1), ([], 3), ([4, 6, 5], 1), ([4, 4, 5, 6], 1)]
+)
+def test_a_frame_that_is_missing_or_out_of_order_is_seen(seen: list[int], lost: int) -> None:
+    assert missing(Browser(cast(Any, None), begin=3, seen=seen), 6) == lost
