@@ -234,6 +234,7 @@ class RemedyKind(StrEnum):
     STOP_EARLY = "stop_early"  # the loop is asked to stop
     THAW = "thaw"  # frozen parameters are trained
     WEIGHT_DECAY = "weight_decay"
+    MATCH_UPDATES = "match_updates"  # the learning rate was matched to the size of the weights
     HOLD_LR = "hold_lr"  # the learning rate has a given value
     EVALUATE_NOW = "evaluate_now"  # changes nothing
     CHECKPOINT_NOW = "checkpoint_now"  # changes nothing

@@ -14,6 +14,7 @@ from esper.grafting.optimizers import unwrap_optimizer
 # with 0.0001 to 0.0009, and has 0.001 to 0.002 from step 10 on.
 STEADY = 3e-3
 FIRST_OF_ADAPTIVE = 7e-3
+MATCHED = 1e-3  # to which a new rate of SGD is brought: its updates grow once the run learns
 FIRST_UPDATES = 10  # Adam's mean of the gradients spans so many
 EXCESSIVE = 10.0  # times a sound update
 
@@ -48,6 +49,11 @@ def may_warm_up(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
         type(unwrap_optimizer(optimizer)).__module__.startswith("torch.optim.")
         for optimizer in optimizers
     )
+
+
+def follows_gradient(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+    """The updates are as large as the gradient, in all of them; others divide it by its size."""
+    return all(isinstance(unwrap_optimizer(optimizer), torch.optim.SGD) for optimizer in optimizers)
 
 
 def _of(optimizer: torch.optim.Optimizer, updates: int) -> float:

@@ -39,6 +39,7 @@ class DiagnosisWatch:
         findings: where they are reported.
 
     Attributes:
+        optimizers: those that train the model.
         rank_digests: of the weights of all ranks, when they were compared last.
     """
 
@@ -61,7 +62,7 @@ class DiagnosisWatch:
         )
         self.rank_digests: tuple[float, ...] = ()
         self.diagnosis = Diagnosis()
-        self._optimizers = surroundings.optimizers
+        self.optimizers = surroundings.optimizers
         self._layers: tuple[LayerInfo, ...] = ()
         self._frames: deque[HealthFrame] = deque(maxlen=MAX_FRAMES)
         self._held_out: deque[tuple[int, float]] = deque(maxlen=HELD_OUT_KEPT)
@@ -128,7 +129,7 @@ class DiagnosisWatch:
         """
         since, largest = self._anew_since, math.nan
         for reading in self.recorder.gradients:
-            excess = reading.change / sound_update(self._optimizers, reading.step - since)
+            excess = reading.change / sound_update(self.optimizers, reading.step - since)
             if excess > EXCESSIVE:
                 return excess
             largest = excess if math.isnan(largest) else max(largest, excess)
@@ -158,7 +159,7 @@ class DiagnosisWatch:
 
     def _read_rate(self, *, always: bool) -> None:
         """Of an urgent step only where it has changed: the plan's steps show how it moves."""
-        rate = highest_rate(self._optimizers)
+        rate = highest_rate(self.optimizers)
         if always or (self._rates and rate != self._rates[-1][1]):
             self._rates.append((self._run.step, rate))
 

@@ -21,7 +21,6 @@ import logging
 import math
 import statistics
 import time
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,7 +41,7 @@ from esper.contracts import (
 from esper.contracts.remedies import MARKED
 from esper.diagnosis import Diagnosed
 from esper.diagnosis.base import Evidence
-from esper.diagnosis.updates import EXCESSIVE, STEADY
+from esper.diagnosis.updates import EXCESSIVE, MATCHED, STEADY, follows_gradient
 from esper.exceptions import ConfigurationError, EsperError
 from esper.grafting import RemedyReceipt
 from esper.remedies import Batch, Remedy, get_remedy, list_remedies
@@ -51,7 +50,9 @@ from esper.sdk.announcing import Announcer
 from esper.sdk.diagnosing import DiagnosisWatch
 from esper.sdk.proposing import ASK_AGAIN_SECONDS, RemedyProposer
 from esper.sdk.run_state import RunState
+from esper.sdk.settling import Settling
 from esper.sdk.surgery import Surgery
+from esper.sdk.treatments import RemedyProposal, Treatment
 
 logger = logging.getLogger("esper")
 
@@ -63,6 +64,9 @@ LOCAL_MAX_RISK = Risk.MEDIUM  # each remedy of the catalogue can be undone to th
 BUDGET, BUDGET_STEPS = 12, 10_000  # so many remedies by rule in so many steps of the run
 AFTER_GUARD_STEPS = 5  # in which the loss can come back
 EARLY_STEPS = 50  # to begin anew costs little before
+LARGEST_RISE = 1e5  # of a rate, in stages
+LARGEST_CORRECTION = 3.0  # of a rate that was lowered by one estimate
+SETTLED = 0.5  # factor of the rate, where the loss stands still
 WORSE = 1.1  # times the loss at the first remedy: the noise of a median of so many losses
 LEVEL_LOSSES, NEWEST_LOSSES = 20, 3
 WEAKEST, STRONGEST = 0.1, 1e-4  # factors of the learning rate
@@ -71,62 +75,6 @@ _IN_VAIN = "did not help"
 _READ = frozenset({"grad", "grad_norm", str(Signal.UPDATE_RATIO)})  # in each planned step
 _OBSERVES = "the run only observes, so this is what Esper would do"
 _RAISES = frozenset({"update_ratio_low", "slow_convergence", "vanishing_gradient"})
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RemedyProposal:
-    """A remedy that answers a finding, and waits for a person.
-
-    Attributes:
-        finding: slug of the rule whose finding it answers.
-        remedy: slug; layer: empty for the whole run; config: the settings that it needs.
-        step: when it was proposed.
-        asks: why a person must decide; empty: it is applied by rule.
-        evidence: of the finding.
-        key: its identity.
-    """
-
-    finding: str
-    remedy: str
-    layer: str
-    config: dict[str, Any]
-    step: int
-    asks: str
-    evidence: Evidence
-    key: str = field(default_factory=lambda: str(uuid.uuid4()))
-
-    def __str__(self) -> str:
-        place = self.layer or "the whole run"
-        settings = ", ".join(
-            f"{name}={value if isinstance(value, str) else format(value, 'g')}"
-            for name, value in self.config.items()
-        )
-        what = f"{self.remedy}({settings})" if settings else self.remedy
-        asks = f"; {self.asks}" if self.asks else ""
-        return f"{what} for {place}, because of {self.finding}{asks}"
-
-
-@dataclass(slots=True)
-class Treatment:
-    """A remedy in its window.
-
-    Attributes:
-        finding: slug of the rule whose finding it answers; empty: a person asked for it.
-        receipt: None for one that an earlier process applied.
-        evidence: of the finding, when the remedy was applied; None where it is not known.
-        urgent: it answers a critical finding, which is given less time.
-        ended: what became of it; empty while it is in its window.
-        adaptation: its uid at the server that ordered it.
-    """
-
-    finding: str
-    remedy: str
-    step: int
-    receipt: RemedyReceipt | None
-    evidence: Evidence | None
-    urgent: bool = False
-    ended: str = ""
-    adaptation: str = ""
 
 
 @dataclass(slots=True)
@@ -176,6 +124,7 @@ class RemedyLoop:
         self._announcer = announcer
         self._cases: dict[str, _Case] = {}
         self._sample = _Sample(model)
+        self._settling = Settling()
         self.proposals: list[RemedyProposal] = []
         self.treatments: list[Treatment] = []
 
@@ -187,6 +136,7 @@ class RemedyLoop:
         """
         open_ = {found.rule.slug: found for found in self._diagnosis.diagnosis.open}
         self._judge(open_)
+        self._settle()
         for entry in [entry for entry in self.proposals if entry.finding not in open_]:
             self._forget(entry)
         self._take_answers()
@@ -210,10 +160,12 @@ class RemedyLoop:
         """The next step for which :meth:`on_step` must be called, while no finding changes."""
         if self._sample.is_awaited or any(not entry.ended for entry in self.treatments):
             return 0
+        settles = self._settling.next_step(self.treatments) if self._acts_by_rule else math.inf
         answered = {entry.finding for entry in self.proposals}
         open_ = {found.rule.slug for found in self._diagnosis.diagnosis.open} - answered
         pauses = (self._cases[slug].not_before for slug in open_ if slug in self._cases)
         known = [*pauses, self._latest_change + EARLY_STEPS] if open_ else []
+        known.append(max(settles, self._run.step + 1))
         return min((step for step in known if step > self._run.step), default=math.inf)
 
     def _is_from_before(self, found: Diagnosed) -> bool:
@@ -443,12 +395,59 @@ class RemedyLoop:
             case.failed.add(proposal.remedy)
             logger.warning("step %d: %s was not applied: %s", self._run.step, proposal, error)
             return False
+        self._match_updates(proposal)
         return True
+
+    def _match_updates(self, cause: RemedyProposal) -> None:
+        """The rate that was lowered on a guess is brought to where updates have a sound size."""
+        lowered = cause.remedy == "rewind" and cause.config.get("factor", 1.0) != 1.0
+        if not lowered or not follows_gradient(self._diagnosis.optimizers):
+            return
+        config = {"share": MATCHED, "most": LARGEST_CORRECTION}
+        proposal = replace(cause, remedy="match_updates", layer="", config=config)
+        self._apply_also(proposal)
+
+    def _apply_also(self, proposal: RemedyProposal) -> Treatment | None:
+        """A low-risk remedy beside another one; None where it does not fit, or a person decides."""
+        remedy, case = get_remedy(proposal.remedy), self._case_of(proposal.finding)
+        given = case.given.get(remedy.slug, 0)
+        if remedy.slug in case.rejected | case.failed or self._asks(remedy, given):
+            return None
+        if self._surgery.refusal(remedy.slug, "", None, proposal.config):
+            return None
+        try:
+            return self._apply(proposal)
+        except EsperError as error:
+            logger.warning("step %d: %s was not applied: %s", self._run.step, proposal, error)
+            return None
+
+    def _settle(self) -> None:
+        """The loss stands still at a rate that was chosen here, so it may be its noise."""
+        if not self._acts_by_rule or self._run.step < self._settling.next_step(self.treatments):
+            return
+        chosen = self._settling.stands_still(self.treatments, self._run)
+        if chosen is None:
+            return
+        proposal = RemedyProposal(
+            chosen.finding, "set_lr", "", {"factor": SETTLED}, self._run.step, "",
+            chosen.evidence or Evidence("the loss stands still", "a falling loss", "loss"),
+        )  # fmt: skip
+        if (treatment := self._apply_also(proposal)) is not None:
+            self._keep(treatment, "the loss stood still at the rate that was chosen before")
+
+    @property
+    def _acts_by_rule(self) -> bool:
+        """There is nobody else who decides."""
+        return self._run.mode is RunMode.AUTOMATIC and self._alone and self._proposer is None
 
     def _goes_back(self, case: _Case) -> bool:
         """Its remedies did not help, and the run is worse than when the first one was given."""
-        by_rule = self._run.mode is RunMode.AUTOMATIC and self._alone and self._proposer is None
-        if not by_rule or case.went_back or not case.given or not math.isfinite(case.level):
+        if (
+            not self._acts_by_rule
+            or case.went_back
+            or not case.given
+            or not math.isfinite(case.level)
+        ):
             return False
         return not self._level() <= WORSE * abs(case.level)
 
@@ -518,10 +517,15 @@ class RemedyLoop:
         """
         known = {remedy.slug for remedy in list_remedies()}
         order = [str(remedy) for remedy in found.rule.remedies if str(remedy) in known]
+        if not follows_gradient(self._diagnosis.optimizers):
+            # One measured update says enough: a later one is smaller, as its gradients are noise.
+            order = [slug for slug in order if slug != "match_updates"]
         if found.rule.slug == "dying_relu" and not self._loss_jumped(found):
             order.sort(key=lambda slug: slug == "rewind")  # going back answers a sudden death
-        if self._began_anew_in_vain:
-            # A lower rate from the same first weights did not help, so it lies in the weights.
+        goes_back = "rewind" in order
+        if self._began_anew_in_vain or (goes_back and self._started_badly):
+            # The first weights are at fault: they were found to be, or a lower rate from the same
+            # ones did not help.
             order = ["repair_scale", *(slug for slug in order if slug != "repair_scale")]
         elif self._was_hurt_at_the_start and found.rule.slug != "bad_initialisation":
             # Whatever has come of it, the first updates were too large.
@@ -546,6 +550,18 @@ class RemedyLoop:
         losses = [loss for _, loss in self._run.losses]
         grown = bool(losses) and not losses[-1] <= 2 * abs(losses[0])
         return grown
+
+    @property
+    def _started_badly(self) -> bool:
+        """The first weights of a run that has just begun are at fault, and not repaired yet."""
+        if self._run.step > EARLY_STEPS or self._case_of("bad_initialisation").given:
+            return False
+        slugs = {
+            found.rule.slug
+            for found in self._diagnosis.diagnosis.open
+            if found.severity is not Severity.INFO
+        }
+        return "bad_initialisation" in slugs
 
     @property
     def _began_anew_in_vain(self) -> bool:
@@ -574,6 +590,11 @@ class RemedyLoop:
             before = 0 if anew else found.since_step
             power = given + (0 if self._was_sudden(found) else 1)
             return {"step": before, "factor": max(self._lower(found) ** power, STRONGEST)}
+        if slug == "match_updates":
+            return {"share": MATCHED, "most": LARGEST_RISE}
+        if slug == "repair_scale":
+            # Where the data alone is at fault, the layers behind the first are as they should be.
+            return {"first_only": found.rule.slug == "abnormal_data"}
         return {}
 
     def _higher(self, found: Diagnosed) -> float:

@@ -10,6 +10,7 @@ from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknow
 ALIKE = 1e-3
 DIFFERENT = 0.1
 FAINT = 0.01
+BLOWN_UP = 100.0
 SMALL_GAIN, LARGE_GAIN = 0.02, 8.0
 ABOVE_CHANCE, FAR_ABOVE_CHANCE = 5.0, 10.0
 LEARNED = 0.7
@@ -31,6 +32,12 @@ class BadInitialisation(Rule):
             "std of the last layer's input, absolute and of the first's",
             FAINT,
             "std",
+            "chosen on seeds 0 to 9",
+        ),
+        Threshold(
+            "std of the last layer's input / the first's, and absolute",
+            BLOWN_UP,
+            "ratio",
             "chosen on seeds 0 to 9",
         ),
         Threshold(
@@ -59,9 +66,10 @@ class BadInitialisation(Rule):
             return None  # it learns in spite of it
         if observation.step > 3:  # it may have been repaired, so the present state counts
             seen, gains = observation.last_pass, _gains_now(observation)
-            return _spread(seen) or _faint(seen) or _gain(gains)
+            return _spread(seen) or _faint(seen) or _blown_up(seen) or _gain(gains)
         seen, gains = observation.first_pass, _gains_at_birth(observation)
-        return _spread(seen) or _faint(seen) or _gain(gains) or _loss(seen, first)
+        found = _spread(seen) or _faint(seen) or _blown_up(seen)
+        return found or _gain(gains) or _loss(seen, first)
 
 
 def _spread(seen: ModelPass) -> Evidence | None:
@@ -98,6 +106,25 @@ def _faint(seen: ModelPass) -> Evidence | None:
         observed=f"the standard deviation of what enters {last.layer} is {last.input_std:.1e}, and "
         f"that of the input is {first.input_std:.2g}",
         limit=f"at least {FAINT:g}, and {FAINT:g} of the input's",
+        signal="activation",
+        value=last.input_std,
+        began_at=first.layer,
+        since_step=0,
+    )
+
+
+def _blown_up(seen: ModelPass) -> Evidence | None:
+    """The signal grows from layer to layer; the first gradients grow as much."""
+    passes = [p for p in seen.layers if p.input_std > 0]
+    if len(passes) < 3:
+        return None
+    first, last = passes[0], passes[-1]
+    if last.input_std <= BLOWN_UP * max(1.0, first.input_std):
+        return None
+    return Evidence(
+        observed=f"the standard deviation of what enters {last.layer} is {last.input_std:.2g}, and "
+        f"that of the input is {first.input_std:.2g}",
+        limit=f"at most {BLOWN_UP:g}, and {BLOWN_UP:g} times the input's",
         signal="activation",
         value=last.input_std,
         began_at=first.layer,

@@ -29,7 +29,7 @@ class SlowConvergence(Rule):
     advice = (
         "Try a higher learning rate, or another optimizer; check that the labels fit the inputs."
     )
-    remedies = (RemedySlug.SET_LR, RemedySlug.TELL)
+    remedies = (RemedySlug.MATCH_UPDATES, RemedySlug.SET_LR, RemedySlug.TELL)
     opens_after = 2
     explained_by = frozenset(
         {

@@ -28,7 +28,7 @@ class UpdateRatioLow(Rule):
     severity = Severity.CAUTION
     false_alarm = "A fine-tuning that starts close to its optimum."
     advice = "Raise the learning rate, by a factor of ten first."
-    remedies = (RemedySlug.SET_LR, RemedySlug.TELL)
+    remedies = (RemedySlug.MATCH_UPDATES, RemedySlug.SET_LR, RemedySlug.TELL)
     opens_after = 2
     explained_by = frozenset(
         {"nothing_moves", "not_held", "vanishing_gradient", "dying_relu", "non_finite"}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from esper.blueprints import layout
 from esper.contracts import Risk
+from esper.exceptions import ConfigurationError
 from esper.grafting.certify import put_back
 from esper.grafting.graph import kind_of
 from esper.grafting.remedies import is_tied
@@ -29,6 +30,7 @@ LARGEST_FACTOR = 1e4
 LARGEST_MEAN = 2.0  # of a channel, in spreads of the layer
 USUAL_SPREAD = 0.6  # std of a standard normal behind a tanh (0.63) or a ReLU (0.58)
 FAINT_SPREAD = 0.4  # below it, updates are scaled; behind a sigmoid it is 0.21
+LARGEST_UPDATES = 3.0  # times larger; beyond, the mean of a layer's input would take over
 _KINDS = layout.LINEAR | layout.TRANSPOSED_LINEAR | layout.CONVOLUTION
 
 
@@ -50,6 +52,14 @@ class RepairScale(Remedy):
     needs_sample = True
     begins_anew = True
 
+    def default_config(self) -> dict[str, Any]:
+        return {"first_only": False}  # the first layer that runs, where nothing but the data is
+
+    def check_config(self, config: dict[str, Any]) -> None:
+        if not isinstance(config["first_only"], bool):
+            value = config["first_only"]
+            raise ConfigurationError(f"first_only must be true or false, got {value!r}")
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         if target.sample is None:
             return "it needs a batch of the model's inputs; give it as sample"
@@ -57,20 +67,21 @@ class RepairScale(Remedy):
 
     def apply(self, target: Target, config: dict[str, Any]) -> Effect:
         assert target.sample is not None
-        details = _begin_anew(target)
+        details = {**config, **_begin_anew(target)}
         factors: dict[str, float] = {}
         with torch.no_grad(), put_back(target.model, None):
             order = _order(target.model, target.sample)
             inputs = _input_size(target.model, order[0], target.sample) if order else 1.0
-            for name in order:
+            for name in order[:1] if config["first_only"] else order:
                 factor = _repair(target.model, name, target.sample, last=name == order[-1])
                 if factor != 1.0:
                     factors[name] = factor
-            spreads = {name: _input_spread(target.model, name, target.sample) for name in order[1:]}
+            later = [] if config["first_only"] else order[1:]
+            spreads = {name: _input_spread(target.model, name, target.sample) for name in later}
         _forget_moments(target, list(factors))
         details["factors"] = factors
         updates = {
-            name: spread / USUAL_SPREAD
+            name: max(spread / USUAL_SPREAD, 1.0 / LARGEST_UPDATES)
             for name, spread in spreads.items()
             if LARGEST_FACTOR**-1 < spread < FAINT_SPREAD
         }

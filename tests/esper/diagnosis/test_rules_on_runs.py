@@ -218,6 +218,12 @@ CASES = [
         1,
     ),
     Case(
+        "bad_initialisation",
+        lambda: Run(scaled(deep(8, nn.ReLU, width=16), 4.0), circles()),
+        lambda: Run(deep(8, nn.ReLU, width=16), circles()),
+        1,
+    ),
+    Case(
         "update_ratio_low",
         lambda: Run(optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1e-5)),
         lambda: Run(optimizer=sgd),

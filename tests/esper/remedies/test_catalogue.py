@@ -457,6 +457,45 @@ def test_a_bad_scale_is_repaired(
     assert spreads[-1] < 1.25
 
 
+@pytest.mark.parametrize("rate", [1e-8, 1e-5, 1e-1, 3.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_rate_is_matched_to_the_size_of_the_weights(rate: float, momentum: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
+    model.append(nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
+    x = torch.randn(256, 8)
+    y = x[:, :3].argmax(1)
+    with esper.attach(model, optimizer, mode="supervised", server="") as session:
+        receipt = session.remedy("match_updates", share=1e-3, most=1e6)
+        for _ in range(60):
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            before = [p.detach().clone() for p in model.parameters() if p.ndim > 1]
+            optimizer.step()
+            session.step(loss)
+        after = [p.detach() for p in model.parameters() if p.ndim > 1]
+        pairs = zip(after, before, strict=True)
+        moved = torch.stack([(new - old).norm() / old.norm() for new, old in pairs])
+        assert 5e-4 < moved.median() < 2e-3
+        assert optimizer.param_groups[0]["lr"] == rate
+        session.undo(receipt, hard=False)
+
+
+def test_data_alone_at_fault_changes_the_first_layer_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
+    model.append(nn.Linear(16, 3))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with esper.attach(model, optimizer, mode="supervised", server="") as session:
+        receipt = session.remedy("repair_scale", sample=100 * torch.randn(64, 8), first_only=True)
+        assert list(receipt.details["factors"]) == list(receipt.details["updates"]) == ["0"]
+        after = model.state_dict()
+        assert all(torch.equal(after[n], before[n]) for n in before if not n.startswith("0."))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_with_a_repaired_scale_large_inputs_train_as_if_they_were_scaled(optimizer: str) -> None:
     torch.manual_seed(0)
@@ -507,6 +546,8 @@ def test_with_a_repaired_scale_large_inputs_train_as_if_they_were_scaled(optimiz
         ("stop_early", "", {"restore_best": 3}, "restore_best must be True or False"),
         ("hold_lr", "", {"value": -1}, "value must be a number above 0"),
         ("hold_lr", "3", {}, "for the whole run"),
+        ("match_updates", "", {"share": 1}, "share must be a number above 0 and at most 0.1"),
+        ("repair_scale", "", {"first_only": 1}, "first_only must be true or false"),
     ],
 )
 def test_a_refusal_says_why_and_touches_nothing(

@@ -1,0 +1,66 @@
+"""What is proposed, and what was given, against the findings of one run."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from esper.diagnosis.base import Evidence
+from esper.grafting import RemedyReceipt
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RemedyProposal:
+    """A remedy that answers a finding, and waits for a person.
+
+    Attributes:
+        finding: slug of the rule whose finding it answers.
+        remedy: slug; layer: empty for the whole run; config: the settings that it needs.
+        step: when it was proposed.
+        asks: why a person must decide; empty: it is applied by rule.
+        evidence: of the finding.
+        key: its identity.
+    """
+
+    finding: str
+    remedy: str
+    layer: str
+    config: dict[str, Any]
+    step: int
+    asks: str
+    evidence: Evidence
+    key: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    def __str__(self) -> str:
+        place = self.layer or "the whole run"
+        settings = ", ".join(
+            f"{name}={value if isinstance(value, str) else format(value, 'g')}"
+            for name, value in self.config.items()
+        )
+        what = f"{self.remedy}({settings})" if settings else self.remedy
+        asks = f"; {self.asks}" if self.asks else ""
+        return f"{what} for {place}, because of {self.finding}{asks}"
+
+
+@dataclass(slots=True)
+class Treatment:
+    """A remedy in its window.
+
+    Attributes:
+        finding: slug of the rule whose finding it answers; empty: a person asked for it.
+        receipt: None for one that an earlier process applied.
+        evidence: of the finding, when the remedy was applied; None where it is not known.
+        urgent: it answers a critical finding, which is given less time.
+        ended: what became of it; empty while it is in its window.
+        adaptation: its uid at the server that ordered it.
+    """
+
+    finding: str
+    remedy: str
+    step: int
+    receipt: RemedyReceipt | None
+    evidence: Evidence | None
+    urgent: bool = False
+    ended: str = ""
+    adaptation: str = ""
