@@ -587,7 +587,7 @@ class RemedyLoop:
             return {"factor": self._lower(found) ** (1 + given)}
         if slug == "rewind":
             anew = self._run.step <= EARLY_STEPS or self._was_hurt_at_the_start
-            before = 0 if anew else found.since_step
+            before = self._first_step if anew else found.since_step
             power = given + (0 if self._was_sudden(found) else 1)
             return {"step": before, "factor": max(self._lower(found) ** power, STRONGEST)}
         if slug == "match_updates":
@@ -596,6 +596,12 @@ class RemedyLoop:
             # Where the data alone is at fault, the layers behind the first are as they should be.
             return {"first_only": found.rule.slug == "abnormal_data"}
         return {}
+
+    @property
+    def _first_step(self) -> int:
+        """Of the first weights that can be had again: those after a repair, where there was one."""
+        states = self._surgery.states
+        return states.steps[0] if states is not None and states.steps else 0
 
     def _higher(self, found: Diagnosed) -> float:
         """A factor that brings the updates up to the usual share of the weights."""
