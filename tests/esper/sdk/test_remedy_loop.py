@@ -15,12 +15,16 @@ from torch.nn import functional as F
 import esper
 from esper import Session
 from esper.constraints.remedy_gates import BY_RULE
+from esper.contracts import RunMode, SafetyPolicy
 from esper.contracts.remedies import MARKED
 from esper.diagnosis import Diagnosis, Observation, list_rules
 from esper.diagnosis.base import Evidence, Memory, RemedySlug
 from esper.diagnosis.rules.plateau import Plateau as PlateauRule
 from esper.exceptions import GraftError
 from esper.remedies import list_remedies
+from esper.sdk.run_state import RunState
+from esper.sdk.settling import WINDOW, Settling
+from esper.sdk.treatments import Treatment
 
 HELD_OUT = 1400
 HEALTHY = 0.8  # held-out accuracy, which a run without a fault passes in this time
@@ -149,6 +153,51 @@ def test_a_healthy_run_is_left_alone_to_the_bit(mode: str) -> None:
         assert run.train(400, session) == expected
         assert session.remedies == ()
         assert session.proposed_remedies == ()
+
+
+@pytest.mark.parametrize("scale", [4.0, 30.0])
+def test_a_bad_start_at_a_rate_that_is_too_high_takes_a_repair_and_then_a_lower_rate(
+    scale: float,
+) -> None:
+    run = Run(Fault(scale=scale, depth=8, rate=0.5))
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        run.train(400, session)
+        loop = session._remedies
+        assert loop is not None
+        first, *later = [entry.remedy for entry in loop.treatments]
+        assert first == "repair_scale"
+        assert "rewind" in later
+        assert run.accuracy() > HEALTHY - 0.1
+
+
+def test_a_lowered_rate_of_sgd_is_matched_to_the_weights_and_one_of_adam_is_not() -> None:
+    for adam, expected in ((False, ["rewind", "match_updates"]), (True, ["rewind"])):
+        run = Run(Fault(rate=1.0 if adam else 10.0, adam=adam))
+        with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+            run.train(20, session)
+            assert [receipt.remedy for receipt in session.remedies] == expected
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    ("fall", "level", "settles"),
+    [(0.0, 0.5, True), (0.2, 0.5, False), (0.0, 0.99, False), (-0.2, 0.5, True)],
+    ids=["stands still", "falls", "has learned nothing", "rises"],
+)
+def test_a_chosen_rate_is_lowered_once_the_loss_stands_still(
+    fall: float, level: float, settles: bool, kept: bool
+) -> None:
+    run = RunState("run", RunMode.AUTOMATIC, SafetyPolicy())
+    noise = [0.01 * (-1) ** step for step in range(2 * WINDOW)]
+    losses = [level - fall * (step >= WINDOW) + noise[step] for step in range(2 * WINDOW)]
+    run.losses.extend(enumerate([1.0] * 30 + losses, start=1))
+    run.step = 30 + 2 * WINDOW
+    ended = "kept, because it is over" if kept else "did not help, because it is open"
+    rewound = Treatment("update_ratio_high", "rewind", 30, None, None, ended=ended)
+    settling = Settling()
+    due = settling.next_step([rewound])
+    assert due == (run.step if kept else float("inf"))
+    assert settling.stands_still([rewound], run) is (rewound if kept and settles else None)
 
 
 def test_in_supervised_mode_a_person_decides() -> None:
