@@ -15,8 +15,8 @@ from esper.sdk.compiling_ahead import PauseForecast
 from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.parts import Parts
 from esper.sdk.plans import PlanReceipt, undo_plan
-from esper.sdk.remedy_loop import RemedyProposal
 from esper.sdk.stepping import Steps
+from esper.sdk.treatments import RemedyProposal
 from esper.sdk.twin import Twin, train_twin
 
 

@@ -231,8 +231,8 @@ class DiagnosisWatch:
             zeroing=recorder.zeroing,
             modes=recorder.modes,
             rank_digests=self.rank_digests,
-            searches=searches(self._optimizers),
-            warms_up=may_warm_up(self._optimizers),
+            searches=searches(self.optimizers),
+            warms_up=may_warm_up(self.optimizers),
             duplicates=recorder.duplicates,
             broken=self._broken or Broken(),
         )

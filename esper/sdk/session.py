@@ -26,9 +26,9 @@ from esper.sdk.ending import RunStopped, patience_for, reason_of
 from esper.sdk.explaining import Reasons
 from esper.sdk.local import Waiting
 from esper.sdk.parts import Parts, Setup
-from esper.sdk.remedy_loop import RemedyProposal
 from esper.sdk.session_state import load_state, state_of
 from esper.sdk.summary import Summary, summary_of
+from esper.sdk.treatments import RemedyProposal
 
 logger = logging.getLogger("esper")
 
