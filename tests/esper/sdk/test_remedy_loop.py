@@ -162,7 +162,7 @@ def test_a_bad_start_at_a_rate_that_is_too_high_takes_a_repair_and_then_a_lower_
     run = Run(Fault(scale=scale, depth=8, rate=0.5))
     with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
         run.train(400, session)
-        loop = session._remedies
+        loop = session._parts.remedies
         assert loop is not None
         first, *later = [entry.remedy for entry in loop.treatments]
         assert first == "repair_scale"
