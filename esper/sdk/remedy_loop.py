@@ -164,7 +164,7 @@ class RemedyLoop:
         answered = {entry.finding for entry in self.proposals}
         open_ = {found.rule.slug for found in self._diagnosis.diagnosis.open} - answered
         pauses = (self._cases[slug].not_before for slug in open_ if slug in self._cases)
-        known = [*pauses, self._latest_change + EARLY_STEPS] if open_ else []
+        known: list[float] = [*pauses, self._latest_change + EARLY_STEPS] if open_ else []
         known.append(max(settles, self._run.step + 1))
         return min((step for step in known if step > self._run.step), default=math.inf)
 
