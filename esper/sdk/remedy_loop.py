@@ -401,7 +401,10 @@ class RemedyLoop:
     def _match_updates(self, cause: RemedyProposal) -> None:
         """The rate that was lowered on a guess is brought to where updates have a sound size."""
         lowered = cause.remedy == "rewind" and cause.config.get("factor", 1.0) != 1.0
-        if not lowered or not follows_gradient(self._diagnosis.optimizers):
+        # Later, or where the rate jumped, the script's own rate has been a good one.
+        if not lowered or self._run.step > START_STEPS or cause.evidence.signal == "learning_rate":
+            return
+        if not follows_gradient(self._diagnosis.optimizers):
             return
         config = {"share": MATCHED, "most": LARGEST_CORRECTION}
         proposal = replace(cause, remedy="match_updates", layer="", config=config)

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
+from esper.remedies.good_states import START_STEPS
 from esper.sdk.run_state import RunState
 from esper.sdk.treatments import Treatment
 
@@ -47,5 +48,8 @@ class Settling:
         return None if falls else self._chosen(treatments)
 
     def _chosen(self, treatments: Iterable[Treatment]) -> Treatment | None:
+        """The last rewind of a run that had no good rate of its own before."""
         kept = [t for t in treatments if t.remedy == "rewind" and t.ended.startswith("kept")]
-        return kept[-1] if kept else None
+        if not kept or kept[-1].receipt is None or kept[-1].step > START_STEPS:
+            return None
+        return kept[-1] if kept[-1].receipt.details["factor"] < 1.0 else None

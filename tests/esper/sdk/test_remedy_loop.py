@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +179,19 @@ def test_a_lowered_rate_of_sgd_is_matched_to_the_weights_and_one_of_adam_is_not(
             assert [receipt.remedy for receipt in session.remedies] == expected
 
 
+def test_a_rate_that_jumped_goes_back_to_the_rate_of_before_and_no_other() -> None:
+    def early(step: int, optimizer: torch.optim.Optimizer) -> None:
+        if step == 120:
+            for group in optimizer.param_groups:
+                group["lr"] *= 100
+
+    run = Run(Fault(before=early))
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        run.train(140, session)
+        assert "rewind" in [receipt.remedy for receipt in session.remedies]
+        assert "match_updates" not in [receipt.remedy for receipt in session.remedies]
+
+
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize(
     ("fall", "level", "settles"),
@@ -193,8 +207,12 @@ def test_a_chosen_rate_is_lowered_once_the_loss_stands_still(
     run.losses.extend(enumerate([1.0] * 30 + losses, start=1))
     run.step = 30 + 2 * WINDOW
     ended = "kept, because it is over" if kept else "did not help, because it is open"
-    rewound = Treatment("update_ratio_high", "rewind", 30, None, None, ended=ended)
+    receipt: Any = SimpleNamespace(details={"factor": 0.1})
+    rewound = Treatment("update_ratio_high", "rewind", 30, receipt, None, ended=ended)
     settling = Settling()
+    own = replace(rewound, receipt=SimpleNamespace(details={"factor": 1.0}))
+    later = replace(rewound, step=300)
+    assert settling.next_step([own]) == settling.next_step([later]) == float("inf")
     due = settling.next_step([rewound])
     assert due == (run.step if kept else float("inf"))
     assert settling.stands_still([rewound], run) is (rewound if kept and settles else None)
