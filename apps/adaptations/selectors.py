@@ -12,7 +12,8 @@ from django.utils import timezone
 from apps.accounts.models import User
 from apps.adaptations.history import closed_confidences as closed_confidences
 from apps.adaptations.history import error_budget as error_budget  # for other apps
-from apps.adaptations.history import experience, grafts, layer_histories, policy_standing, run_facts
+from apps.adaptations.history import experience, grafts, layer_histories, run_facts
+from apps.adaptations.history import policy_standing as policy_standing  # for other apps
 from apps.adaptations.models import Adaptation, DecisionRecord, Plan, Snooze
 from apps.blueprints.models import Blueprint
 from apps.kernels.selectors import cache_stats

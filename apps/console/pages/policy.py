@@ -10,7 +10,7 @@ from django.http import HttpRequest, HttpResponse
 
 from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
-from apps.adaptations.selectors import closed_confidences
+from apps.adaptations.selectors import closed_confidences, policy_standing
 from apps.console.drawing import confidence_band
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
@@ -46,6 +46,13 @@ def policy(request: HttpRequest) -> HttpResponse:
             "console/policy/calibration.html",
             calibration_context,
             ("policy", "adaptation"),
+        ),
+        Panel(
+            "standing",
+            "Who decides",
+            "console/policy/standing.html",
+            lambda: {"standing": policy_standing()},
+            ("adaptation",),
         ),
         Panel(
             "drafts",

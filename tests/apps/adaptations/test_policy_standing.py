@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from django.test import Client
 
 from apps.adaptations.decisions import record_decision
 from apps.adaptations.models import Adaptation
@@ -30,3 +31,7 @@ def test_the_champion_follows_from_closed_decisions_and_their_logged_chances(
         )  # fmt: skip
         record_decision(run=stage.run, message=proposal, adaptation=adaptation)
     assert run_snapshot(stage.run).champion == champion
+    client = Client()
+    client.force_login(stage.operator)
+    page = client.get("/policy?panel=standing").content.decode()
+    assert f"<strong>{champion}</strong> decides" in page
