@@ -12,6 +12,7 @@ from django.utils import timezone
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from apps.telemetry.services import telemetry_growth
 from esper.contracts import AdaptationState, JobState
 
 DECISION_SECONDS = (10, 30, 60, 120, 300, 600, 900, 1800, 3600)
@@ -103,6 +104,11 @@ def _telemetry() -> Iterator[Metric]:
     )
     yield GaugeMetricFamily(
         "esper_telemetry_dropped_items", "Items that trainers dropped", value=sums["dropped"] or 0
+    )
+    yield GaugeMetricFamily(
+        "esper_telemetry_mib_per_day",
+        "Growth by frames before they are thinned",
+        value=telemetry_growth().mib_per_day,
     )
 
 

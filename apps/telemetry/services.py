@@ -6,10 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
+from django.conf import settings
 from django.db import transaction
 from django.db.models import Count, F, Model
+from django.db.models.functions import Length
 from django.utils import timezone
 
 from apps.accounts.actors import Actor, ActorKind
@@ -24,17 +28,18 @@ from apps.telemetry.models import Frame, Metric
 from apps.telemetry.rows import FRAME_COLUMNS, METRIC_COLUMNS, Row, insert_rows
 from esper.contracts import RunState, codec, protocol
 from esper.contracts.protocol import Telemetry, TelemetryAnswer
+from hosts.disk import free_mib
 
-__all__ = ["ingest_batch", "seconds_to_pause", "thin_telemetry"]
+__all__ = ["Growth", "ingest_batch", "seconds_to_pause", "telemetry_growth", "thin_telemetry"]
 
 log = logging.getLogger(__name__)
 
 PROGRESS_PERIOD_SECONDS = 0.25
 
-FRAMES_KEPT = 5_000  # the newest ones of a run; older ones are thinned
-METRICS_KEPT = 20_000  # likewise, of each name
 THINNED = ((1, 2), (4, 10))  # older than n x kept: one in m stays
 DELETED_AT_ONCE = 500
+GROWTH_FRAMES = 500  # the newest ones, from which the growth is taken
+ROW_BYTES = 80  # of a frame beside its values, with its place in the index
 
 RecordFindings = Callable[..., Any]
 
@@ -181,17 +186,73 @@ def _notify_progress(run: Run, loss: float | None) -> None:
 def thin_telemetry() -> int:
     """Thin what is older than the newest rows of each run; returns how many rows were deleted.
 
-    Older than the newest 5,000 frames (20,000 values of a metric) about one row in two stays, older
-    than four times that about one in ten. Rows stay on a grid of steps, so thinning again
-    changes nothing. Values that are not finite are always kept.
+    Older than the newest ``ESPER_FRAMES_KEPT`` frames (``ESPER_METRICS_KEPT`` values of a metric)
+    about one row in two stays, older than four times that about one in ten. Rows stay on a grid of
+    steps, so thinning again changes nothing. Values that are not finite are always kept, until
+    ``ESPER_TELEMETRY_DAYS`` after the end of their run.
     """
-    deleted = 0
-    for group in _large_groups(Frame.objects.values("run"), FRAMES_KEPT):
-        deleted += _thin(Frame, {"run": group["run"]}, FRAMES_KEPT)
-    for group in _large_groups(Metric.objects.values("run", "name"), METRICS_KEPT):
+    deleted = _forget_old_runs()
+    frames_kept, metrics_kept = settings.ESPER_FRAMES_KEPT, settings.ESPER_METRICS_KEPT
+    for group in _large_groups(Frame.objects.values("run"), frames_kept):
+        deleted += _thin(Frame, {"run": group["run"]}, frames_kept)
+    for group in _large_groups(Metric.objects.values("run", "name"), metrics_kept):
         chosen = {"run": group["run"], "name": group["name"], "status": ""}
-        deleted += _thin(Metric, chosen, METRICS_KEPT)
+        deleted += _thin(Metric, chosen, metrics_kept)
     return deleted
+
+
+def _forget_old_runs() -> int:
+    """Delete the telemetry of runs that ended long ago; in small transactions."""
+    if not settings.ESPER_TELEMETRY_DAYS:
+        return 0
+    limit = timezone.now() - timedelta(days=settings.ESPER_TELEMETRY_DAYS)
+    old = Run.objects.filter(ended_at__lt=limit).values("pk")
+    deleted = 0
+    for model in (Frame, Metric):
+        rows = model._default_manager.filter(run__in=old).order_by().values_list("pk", flat=True)
+        while keys := list(rows[:DELETED_AT_ONCE]):
+            model._default_manager.filter(pk__in=keys).delete()
+            deleted += len(keys)
+    return deleted
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """How fast frames fill the disk, before they are thinned.
+
+    Attributes:
+        mib_per_day: at the rate of the newest frames; 0 while none arrive.
+        days_left: until the disk of the data directory is full; None: it does not fill.
+    """
+
+    mib_per_day: float
+    free_mib: int
+
+    @property
+    def days_left(self) -> float | None:
+        return self.free_mib / self.mib_per_day if self.mib_per_day > 0 else None
+
+    def __str__(self) -> str:
+        if self.days_left is None:
+            return f"No frames arrive; {self.free_mib:,} MiB are free."
+        return (
+            f"Frames grow by {self.mib_per_day:,.0f} MiB a day before they are thinned; "
+            f"{self.free_mib:,} MiB are free, enough for {self.days_left:,.0f} days."
+        )
+
+
+def telemetry_growth() -> Growth:
+    """From the newest frames, found by their keys: it costs the same with any number of rows."""
+    newest = list(
+        Frame.objects.order_by("-id").values_list("wall_time", Length("values"))[:GROWTH_FRAMES]
+    )
+    free = free_mib(settings.ESPER_DATA_DIR)
+    if len(newest) < 2:
+        return Growth(0.0, free)
+    # Until now, so that the rate falls once no more frames come; trainers' clocks may be ahead.
+    seconds = max(time.time(), newest[0][0]) - min(moment for moment, _ in newest)
+    size = sum(length + ROW_BYTES for _, length in newest)
+    return Growth(size / max(seconds, 1.0) * 86_400 / 2**20, free)
 
 
 def _large_groups(groups: Any, kept: int) -> list[dict[str, Any]]:

@@ -289,6 +289,11 @@ ESPER_LAUNCH_DIR = env.directory("ESPER_LAUNCH_DIR", ESPER_DATA_DIR / "launches"
 ESPER_LAUNCH_LOST_SECONDS = env.integer(
     "ESPER_LAUNCH_LOST_SECONDS", 60, minimum=10, maximum=24 * 3600
 )
+# How much telemetry is kept: frames of a run and values of a metric at full density, before older
+# ones are thinned; and days after the end of a run, 0: for good.
+ESPER_FRAMES_KEPT = env.integer("ESPER_FRAMES_KEPT", 5_000, minimum=100, maximum=10_000_000)
+ESPER_METRICS_KEPT = env.integer("ESPER_METRICS_KEPT", 20_000, minimum=100, maximum=100_000_000)
+ESPER_TELEMETRY_DAYS = env.integer("ESPER_TELEMETRY_DAYS", 0, minimum=0, maximum=36_500)
 ESPER_LAUNCH_LIMIT = env.integer("ESPER_LAUNCH_LIMIT", 4, minimum=1, maximum=1000)
 # The server's address for trainers that a worker starts.
 ESPER_SERVER = env.text("ESPER_SERVER", "")

@@ -16,6 +16,7 @@ from apps.console.request import page
 from apps.console.run_rows import live_runs
 from apps.console.status import RUN, Status
 from apps.notifications.models import Channel, Delivery, OutboxMessage
+from apps.telemetry.services import telemetry_growth
 from apps.workers.models import CompileJob
 from apps.workers.services import Part, disk_problem, down_processes, parts
 from esper.contracts import JobState, RunState
@@ -52,7 +53,7 @@ def part_rows() -> dict[str, Any]:
     rows = [PartRow("database", _WORKS, "It has answered this page.")]
     disk = disk_problem()
     full = Status("serious", "square", "Nearly full")
-    rows.append(PartRow("disk", full if disk else _WORKS, disk or "It has space."))
+    rows.append(PartRow("disk", full if disk else _WORKS, disk or str(telemetry_growth())))
     rows += [_part_row(part) for part in parts()]
     down = down_processes()
     problems = [row for row in rows if row.status.tone == "serious"]

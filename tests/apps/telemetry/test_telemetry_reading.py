@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
+from typing import Any
+
 import numpy as np
 import pytest
+from django.utils import timezone
 
+from apps.accounts.models import User
 from apps.runs.models import Run
 from apps.telemetry import services
 from apps.telemetry.models import Frame, Metric
 from apps.telemetry.selectors import metric_series
-from tests.apps.callers import Caller, Trainer, frame, metrics
+from esper.contracts import Role, RunState
+from tests.apps.callers import Caller, Trainer, frame, metrics, register
 
 pytestmark = pytest.mark.django_db
 
@@ -75,10 +82,10 @@ def test_the_heat_map_shows_unknown_as_null(trainer: Trainer, viewer: Caller) ->
 
 
 def test_old_telemetry_is_thinned_and_thinning_again_changes_nothing(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, settings: Any
 ) -> None:
-    monkeypatch.setattr(services, "METRICS_KEPT", 100)
-    monkeypatch.setattr(services, "FRAMES_KEPT", 100)
+    settings.ESPER_METRICS_KEPT = 100
+    settings.ESPER_FRAMES_KEPT = 100
     run = trainer.row()
     values = np.ones(1000)
     values[3] = np.nan
@@ -94,6 +101,40 @@ def test_old_telemetry_is_thinned_and_thinning_again_changes_nothing(
     assert 30 <= len([step for step in steps if step < 600]) <= 90
     assert 200 <= Frame.objects.count() <= 240
     assert services.thin_telemetry() == 0
+
+
+def test_telemetry_of_runs_that_ended_long_ago_goes_and_their_runs_stay(
+    trainer: Trainer, people: dict[Role, User], settings: Any
+) -> None:
+    old, recent = trainer.row(), register(people[Role.RESEARCHER], name="recent").row()
+    for run, days in ((old, 31), (recent, 29)):
+        _store(run, np.array([1.0, np.nan]))
+        Frame.objects.create(run=run, epoch=1, step=1, wall_time=0.0, values=b"")
+        ended_at = timezone.now() - timedelta(days=days)
+        Run.objects.filter(pk=run.pk).update(ended_at=ended_at, state=RunState.FINISHED)
+    assert services.thin_telemetry() == 0
+    settings.ESPER_TELEMETRY_DAYS = 30
+    assert services.thin_telemetry() == 3
+    assert set(Metric.objects.values_list("run", flat=True)) == {recent.pk}
+    assert set(Frame.objects.values_list("run", flat=True)) == {recent.pk}
+    assert Run.objects.count() == 2
+
+
+def test_the_growth_of_frames_says_when_the_disk_is_full(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "free_mib", lambda _: 1000)
+    assert services.telemetry_growth().days_left is None
+    now = time.time()
+    size = 2**20 - services.ROW_BYTES
+    Frame.objects.bulk_create(
+        Frame(run=trainer.row(), epoch=1, step=i, wall_time=now - 20 + i, values=bytes(size))
+        for i in range(20)
+    )
+    growth = services.telemetry_growth()  # 20 MiB in 20 seconds
+    assert growth.mib_per_day == pytest.approx(86_400, rel=0.5)
+    assert growth.days_left == pytest.approx(1000 / growth.mib_per_day)
+    assert "1,000 MiB are free" in str(growth)
 
 
 def test_progress_is_sent_at_most_four_times_a_second(
