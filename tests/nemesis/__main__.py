@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.nemesis.campaign import Plan, run_campaign
-from tests.nemesis.report import describe, write_section
+from tests.nemesis.page import write_section
+from tests.nemesis.report import describe
+from tests.nemesis.soak import describe_growth
 
 
 def _parse() -> argparse.Namespace:
@@ -28,6 +30,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--pause", type=float, default=1.5, help="seconds between two faults")
     parser.add_argument("--patience", type=float, default=60, help="seconds for all ends")
     parser.add_argument("--folder", type=Path, help="keep logs and ledgers there")
+    parser.add_argument("--soak", action="store_true", help="mild faults; measure growth")
     parser.add_argument("--write", action="store_true", help="write the result to the page")
     return parser.parse_args()
 
@@ -60,13 +63,16 @@ def main() -> int:
         real=arguments.real,
         pause=arguments.pause,
         patience=arguments.patience,
+        mild=arguments.soak,
     )
     with _small_disk(folder) as disk:
         result = run_campaign(folder, plan, disk)
     text = describe(result)
+    if arguments.soak:
+        text += "\n\n" + describe_growth(result.samples, result.seconds)
     print(text)
     if arguments.write:
-        write_section("nemesis", text)
+        write_section("soak" if arguments.soak else "nemesis", text)
     return 1 if result.violations or result.errors else 0
 
 

@@ -17,6 +17,9 @@ from tests.nemesis.faults import Nemesis
 from tests.nemesis.history import History, read_history
 from tests.nemesis.installation import Installation, add_trainers, start_installation
 from tests.nemesis.people import NO_MORE, QUICK, People
+from tests.nemesis.soak import Sampler, Samples
+
+SAMPLE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,7 @@ class Plan:
         pause: between two faults, on average.
         proposal_pause: between two proposals, on average.
         patience: how long the end of all adaptations is waited for.
+        mild: nothing is killed or filled up, and no trainer crashes, so that growth can be seen.
     """
 
     seed: int
@@ -38,6 +42,7 @@ class Plan:
     pause: float = 1.0
     proposal_pause: float = 0.5
     patience: float = 60.0
+    mild: bool = False
 
 
 @dataclass
@@ -63,6 +68,7 @@ class Result:
     commands: int = 0
     applied: int = 0
     restarts: int = 0
+    samples: Samples = field(default_factory=Samples)
 
 
 def run_campaign(folder: Path, plan: Plan, small_disk: Path | None = None) -> Result:
@@ -72,13 +78,17 @@ def run_campaign(folder: Path, plan: Plan, small_disk: Path | None = None) -> Re
     try:
         people = People(installation, plan.seed, plan.proposal_pause)
         people.publish(QUICK)
-        add_trainers(installation, fake=plan.fake, real=plan.real, harsh=True)
+        add_trainers(installation, fake=plan.fake, real=plan.real, harsh=not plan.mild)
         _wait_for_runs(installation, plan)
         people.begin()
-        nemesis = Nemesis(installation, people, plan.seed, small_disk)
+        nemesis = Nemesis(installation, people, plan.seed, small_disk, mild=plan.mild)
+        sampler = Sampler(installation, SAMPLE_SECONDS)
+        sampler.start()
         begin = time.monotonic()
         nemesis.attack(until=lambda: _lasted(installation, plan, begin), pause=plan.pause)
         result.seconds = time.monotonic() - begin
+        sampler.stop()
+        result.samples = sampler.samples
         _calm(installation, people)
         _settle(installation, plan, result)
         result.faults, result.network = nemesis.done, installation.network.done

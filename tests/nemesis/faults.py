@@ -25,11 +25,18 @@ class Nemesis:
     """Draws faults from a seed and commits them one after the other.
 
     Args:
+        mild: no process is killed or restarted.
         small_disk: the data directory's own file system, which may be filled; None: there is none.
     """
 
     def __init__(
-        self, installation: Installation, people: People, seed: int, small_disk: Path | None = None
+        self,
+        installation: Installation,
+        people: People,
+        seed: int,
+        small_disk: Path | None = None,
+        *,
+        mild: bool = False,
     ) -> None:
         self._installation, self._people = installation, people
         self._random = random.Random(seed)
@@ -45,7 +52,9 @@ class Nemesis:
             self.cut_connections: 2,
             self.switch_off: 1,
         }
-        if small_disk is not None:
+        if mild:
+            del self.faults[self.kill], self.faults[self.restart_postgres]
+        elif small_disk is not None:
             self.faults[self.fill_disk] = 1
 
     def attack(self, *, until: Callable[[], bool], pause: float) -> None:

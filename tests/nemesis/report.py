@@ -1,4 +1,4 @@
-"""Results as sections of ``docs/reliability.md``."""
+"""The result of a campaign as a section of ``docs/reliability.md``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,7 @@ import datetime
 import os
 from collections import Counter
 
-from hosts.paths import ROOT
 from tests.nemesis.campaign import Result
-
-PAGE = ROOT / "docs" / "reliability.md"
-
-
-def write_section(name: str, text: str) -> None:
-    """Replace what is between the marks ``<!-- NAME: generated -->`` and ``<!-- NAME: end -->``."""
-    page = PAGE.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
-    before, _, rest = page.partition(begin)
-    _, _, after = rest.partition(end)
-    PAGE.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}", encoding="utf-8")
 
 
 def describe(result: Result) -> str:
