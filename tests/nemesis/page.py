@@ -7,6 +7,12 @@ from hosts.paths import ROOT
 PAGE = ROOT / "docs" / "reliability.md"
 
 
+def read_section(name: str) -> str:
+    """What is between the marks."""
+    page = PAGE.read_text(encoding="utf-8")
+    return page.partition(f"<!-- {name}: generated -->")[2].partition(f"<!-- {name}: end -->")[0]
+
+
 def write_section(name: str, text: str) -> None:
     """Replace what is between the marks ``<!-- NAME: generated -->`` and ``<!-- NAME: end -->``."""
     page = PAGE.read_text(encoding="utf-8")

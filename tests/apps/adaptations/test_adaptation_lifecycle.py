@@ -226,6 +226,14 @@ def test_the_second_operator_loses_the_race_and_is_told_who_won(stage: Stage) ->
     assert caught.value.extra["decided_by"] == "olga"
 
 
+def test_a_transition_that_the_lifecycle_does_not_have_is_refused_before_the_database(
+    stage: Stage,
+) -> None:
+    adaptation = stage.waiting()
+    with pytest.raises(ValueError, match="awaiting_approval -> kept is not a transition"):
+        transition(adaptation, S.KEPT, actor=TAMIYO)
+
+
 def test_a_row_that_changed_without_changing_its_state_is_not_moved(stage: Stage) -> None:
     adaptation = stage.waiting()
     stale = Adaptation.objects.get(pk=adaptation.pk)
