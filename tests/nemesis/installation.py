@@ -198,6 +198,7 @@ def start_installation(folder: Path, *, seed: int) -> Installation:
         esper = launch_esper(folder / "data", "--no-demo", environment=environment)
     except BaseException:
         cluster.stop()
+        shutil.rmtree(cluster.base, ignore_errors=True)
         raise
     entrance = any_free_port()
     network = BadNetwork(any_free_port(), entrance, seed)
