@@ -6,7 +6,7 @@ function show() {
   const here = new Set([...document.querySelectorAll("[data-pick]")].map((box) => box.dataset.pick));
   for (const uid of picked) if (!here.has(uid)) picked.delete(uid); // decided meanwhile
   for (const box of document.querySelectorAll("[data-pick]")) box.checked = picked.has(box.dataset.pick);
-  form.querySelector("[data-picked]").textContent = picked.size;
+  if (!form.dataset.busy) form.querySelector("button").textContent = `Reject ${picked.size}`;
   form.hidden = !picked.size && form.querySelector("[role=alert]").hidden;
 }
 
