@@ -53,7 +53,7 @@ class IdleSteps:
         self._is_usual = is_usual
         self._commands = commands
         self._since = 0.0
-        self._kept: list[IdleStep] = []
+        self._kept: list[tuple[int, int, float, float]] = []  # made an IdleStep when handed over
 
     def begin(self, idle_until: float) -> None:
         """A whole step is over; nothing is due before step ``idle_until``."""
@@ -71,10 +71,10 @@ class IdleSteps:
             return False
         run.step = step
         run.losses.append((at, loss))
-        self._kept.append(IdleStep(step, at, loss, now))
+        self._kept.append((step, at, loss, now))
         return True
 
     def handed_over(self) -> list[IdleStep]:
         """The idle steps since the last call, oldest first."""
         kept, self._kept = self._kept, []
-        return kept
+        return [IdleStep(*entry) for entry in kept]

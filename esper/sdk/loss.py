@@ -22,7 +22,7 @@ class LossReader:
         Raises:
             TypeError: not a number, nor a tensor of one element.
         """
-        if type(loss) is Tensor and loss.numel() == 1 and not is_late(loss) and not self._late:
+        if type(loss) is Tensor and not loss.ndim and self._late is None and not is_late(loss):
             return step, loss.item()  # the usual case, in few calls
         late, self._late = self._late, None
         copy = _copy_of(loss)
