@@ -38,6 +38,7 @@ from esper.sdk.export.exported import (
 from esper.sdk.export.model_card import CARD_FILE, origins_of, section
 from esper.sdk.export.plain_source import source_of
 from esper.sdk.export.widening import widen
+from esper.sharding import kind_of
 
 logger = logging.getLogger("esper")
 
@@ -67,8 +68,15 @@ def export(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
 
     Raises:
         ConfigurationError: a graft holds something that cannot be written as plain data, or spans
-            layers and cannot be merged.
+            layers and cannot be merged; or the model is spread over ranks.
     """
+    if kind_of(model) is not None:
+        raise ConfigurationError(
+            "this rank holds a part of the model only. Gather the whole state on each rank, by "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+            "StateDictOptions(full_state_dict=True)); then, on rank 0: model = TheModel(...); "
+            "esper.load_state_dict(model, state); esper.export(model)"
+        )
     copied = copy.deepcopy(getattr(model, "_orig_mod", model))
     left: dict[str, list[Graft]] = {}
     reasons: dict[str, str] = {}

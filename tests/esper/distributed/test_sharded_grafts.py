@@ -9,16 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import esper
 from esper.contracts import SafetyPolicy
-from esper.exceptions import GraftError, IncompatibleLayerError, ReplicaError
+from esper.exceptions import ConfigurationError, GraftError, IncompatibleLayerError, ReplicaError
 from esper.grafting import apply
 from tests.esper.distributed.rank_pool import RankPool, free_port
-from tests.esper.distributed.sharded_models import TinyTransformer, fsdp2, make
+from tests.esper.distributed.sharded_models import Mlp, TinyTransformer, batch, fsdp2, make
 from tests.esper.tiny_models import holds_nothing
 
 pytestmark = pytest.mark.process
@@ -274,6 +275,35 @@ def _resume(rank: int) -> None:
 
 def test_a_checkpoint_goes_on_equal_to_the_bit(two_ranks: RankPool) -> None:
     two_ranks.run(_resume)
+
+
+def _export(rank: int) -> float:
+    """How far off the exported model is, which one rank makes as the refusal says."""
+    side = make("mlp", "fsdp2", rank, 2)
+    with attach(side) as session:
+        for at in range(3):
+            side.step(at, session)
+        session.graft("fc1", "proj_lora_64")
+        for at in range(3, 6):
+            side.step(at, session)
+        with pytest.raises(ConfigurationError, match="Gather the whole state"):
+            esper.export(side.model)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered = get_model_state_dict(side.model, options=options)
+        x, _ = batch(0, 5_000)
+        wanted = side.model(x)
+    if rank:
+        return 0.0
+    whole = Mlp()
+    esper.load_state_dict(whole, gathered)
+    assert torch.equal(whole(x), wanted)
+    plain = Mlp()
+    plain.load_state_dict(esper.export(whole).state_dict())
+    return float((plain(x) - wanted).abs().max())
+
+
+def test_the_whole_model_is_exported_from_the_gathered_state(two_ranks: RankPool) -> None:
+    assert max(two_ranks.run(_export)) < 1e-5
 
 
 def _guard(rank: int) -> list[Any]:
