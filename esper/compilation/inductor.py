@@ -219,9 +219,10 @@ def compile_combine(graft: Graft, layer: LayerInfo) -> Any:
     from torch._inductor.exc import InvalidCxxCompiler, TritonMissing
 
     x, y = sample(layer)
-    compiled: Any = torch.compile(type(graft).combine, fullgraph=True, dynamic=False)
     try:
-        with portable_code():
+        # Off by default in torch 2.10, where the result has no ``aot_compile`` then.
+        with portable_code(), torch._dynamo.config.patch(enable_aot_compile=True):
+            compiled: Any = torch.compile(type(graft).combine, fullgraph=True, dynamic=False)
             return compiled.aot_compile(((graft, x, y), {}))
     except Exception as error:  # PyTorch's compiler can raise any exception
         for cause in _causes(error):
