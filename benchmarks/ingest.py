@@ -33,6 +33,7 @@ from esper.contracts import SIGNALS, codec, telemetry_body, wire
 from esper.contracts.protocol import MAX_FRAMES
 
 GOAL_VALUES = 5_000_000.0
+WARM_UP_SECONDS = 8.0
 APPROVAL_BUDGET = Budget("p95", 300.0, "ms")
 STREAM = "benchmark:frames"
 BODIES = ("binary", "json")
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         use_database_of(esper)
         approvals = Approver(esper, propose(options.approvals), pause_seconds=0.4)
         approvals.start()
+        time.sleep(WARM_UP_SECONDS)  # the compile worker starts its first builder
         for layers in options.layers:
             for body in options.body:
                 rows.append(through_esper(esper, layers, body, seconds=options.seconds))
