@@ -115,7 +115,7 @@ MUTANTS = (
         "apps/audit/chain.py",
         "if event.previous_hash != previous:",
         "if False:",
-        ("apps/audit", LIFECYCLE + "test_damage_to_the_audit_log_is_found"),
+        (LIFECYCLE + "test_an_event_that_was_changed_with_its_own_hash_is_found_by_the_next_one",),
     ),
     Mutant(
         "an audit event is as it was written",

@@ -15,6 +15,7 @@ from apps.adaptations.dispatch import request_undo
 from apps.adaptations.lifecycle import DEADLINES, NEXT, StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
 from apps.audit import triggers
+from apps.audit.chain import event_hash
 from apps.audit.models import AuditEvent, AuditHead
 from apps.audit.services import verify_chain
 from apps.notifications.models import FeedEvent, OutboxMessage
@@ -612,6 +613,18 @@ def test_damage_to_the_audit_log_is_found(stage: Stage, damage: str) -> None:
     with connection.cursor() as cursor:
         cursor.execute(damage)
     assert not verify_chain().verified
+
+
+def test_an_event_that_was_changed_with_its_own_hash_is_found_by_the_next_one(
+    stage: Stage,
+) -> None:
+    stage.propose()
+    triggers.remove(connection)
+    event = AuditEvent.objects.get(pk=2)
+    event.actor = "mallory"
+    AuditEvent.objects.filter(pk=2).update(actor=event.actor, hash=event_hash(event))
+    report = verify_chain()
+    assert (report.event_id, report.verified) == (3, False), report
 
 
 def test_the_database_refuses_to_change_the_audit_log(stage: Stage) -> None:
