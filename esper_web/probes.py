@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import redis
@@ -23,6 +24,7 @@ from prometheus_client.registry import Collector
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from apps.accounts.visibility import everything
 from apps.workers import services as workers
 from esper.contracts import ADAPTATION_ENDED
 from esper_web.row_metrics import row_metrics
@@ -78,7 +80,10 @@ def metrics(request: HttpRequest) -> HttpResponse:
         return HttpResponseForbidden("Metrics need a staff session or the metrics token.\n")
     registry = CollectorRegistry()
     registry.register(RowCounts())
-    return HttpResponse(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+    # The token is the operator's of the whole server; a person's counts are of their projects.
+    with everything() if _has_metrics_token(request) else nullcontext():
+        text = generate_latest(registry)
+    return HttpResponse(text, content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 class RowCounts(Collector):

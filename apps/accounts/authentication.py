@@ -31,6 +31,7 @@ class TokenAuthentication(authentication.BaseAuthentication):
             raise exceptions.AuthenticationFailed(
                 "The token is unknown, expired or revoked. Issue a new one."
             )
+        token.owner.bound_to = token.project_id
         return token.owner, token
 
     def authenticate_header(self, request: Request) -> str:

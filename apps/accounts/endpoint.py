@@ -11,8 +11,9 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from apps.accounts.models import ApiToken, User
-from apps.accounts.policy import Act, may
+from apps.accounts.models import DEFAULT_PROJECT, ApiToken, User
+from apps.accounts.policy import Act, OfProject, may
+from apps.accounts.visibility import Find, limit_to
 from apps.rest.exports import EXPORTS
 from apps.rest.filters import refuse_unknown_parameters
 from apps.rest.idempotency import DRY_RUN
@@ -24,6 +25,7 @@ from esper.contracts import TokenScope
 _SESSION_SCOPES = frozenset({TokenScope.READ, TokenScope.ACT})
 READERS = frozenset({TokenScope.READ, TokenScope.ACT, TokenScope.DECIDE})
 TRAINERS = frozenset({TokenScope.RUN_WRITE})
+_WHOLE_SERVER = frozenset({TokenScope.DECIDE})
 
 
 class ScopePermission(BasePermission):
@@ -66,6 +68,7 @@ class Endpoint(APIView):
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super().initial(request, *args, **kwargs)
+        limit_to(_sight(request))
         acts = request.method == "POST" and getattr(getattr(self, "post", None), "is_act", False)
         known = frozenset({DRY_RUN}) if acts else self.parameters
         reads = frozenset({FIELDS}) if request.method == "GET" else frozenset()
@@ -107,11 +110,27 @@ class Endpoint(APIView):
         return response
 
 
-def require(user: User, act: Act, *, owner_id: int | None = None) -> None:
+def _sight(request: Request) -> Find | None:
+    """What the caller sees. A run's own token and Tamiyo's are limited by their scopes alone."""
+    token, user = request.auth, request.user
+    if isinstance(token, ApiToken) and (token.run_uid or _WHOLE_SERVER & set(token.scopes)):
+        return None
+    if not isinstance(user, User):
+        return frozenset
+    return lambda: user.access.limit
+
+
+def require(user: User, act: Act, *, of: OfProject | None = None) -> None:
     """Raises ``Problem`` 403 with the reason that the policy gives."""
-    permission = may(user, act, owner_id=owner_id)
+    permission = may(user, act, of=of)
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)
+
+
+def project_of_token(request: Request) -> int:
+    """The project in which the caller's token makes runs: its own, else the default one."""
+    token = request.auth
+    return (isinstance(token, ApiToken) and token.project_id) or DEFAULT_PROJECT
 
 
 def run_of_token(request: Request) -> str:

@@ -1,14 +1,43 @@
-"""People and their tokens."""
+"""People, their tokens, and the projects whose runs they see."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from types import MappingProxyType
 
 from django.contrib.auth.models import AbstractUser
 from django.db import models
+from django.db.models import OuterRef, Subquery
 
 from apps.rest.identifiers import UID_LENGTH, new_uid
 from esper.contracts import Role
+
+DEFAULT_PROJECT = 0  # a key that no sequence gives
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The projects of one person: ``roles`` by the key of the project.
+
+    Attributes:
+        limit: the keys of the projects whose rows they see; None: there is no other project.
+    """
+
+    roles: Mapping[int, Role]
+    limit: frozenset[int] | None
+
+    def role_in(self, project: int | None) -> Role | None:
+        """None: no member."""
+        return None if project is None else self.roles.get(project)
+
+    def within(self, project: int | None) -> Access:
+        """Of a token that is bound to one project."""
+        if project is None:
+            return self
+        roles = {key: role for key, role in self.roles.items() if key == project}
+        return Access(MappingProxyType(roles), frozenset(roles))
 
 
 class User(AbstractUser):
@@ -26,9 +55,92 @@ class User(AbstractUser):
         self.is_superuser = self.role == Role.ADMIN
         super().save(*args, **kwargs)  # type: ignore[arg-type]
 
+    bound_to: int | None = None  # the project of the token that the person has signed in with
+
+    @cached_property
+    def access(self) -> Access:
+        """Found once for each instance, so once a request; by ``PeopleBackend`` without a query
+        where there is one project."""
+        if getattr(self, "has_one_project", False):
+            return Access(MappingProxyType({DEFAULT_PROJECT: Role(self.role)}), None)
+        return access_of(self).within(self.bound_to)
+
+
+class Project(models.Model):
+    """The place of runs: who is no member of it does not see that they exist.
+
+    The first one, :data:`DEFAULT_PROJECT`, is everybody's, with the role of their account.
+    """
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "prj"), editable=False
+    )
+    name = models.CharField(max_length=80, unique=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        ordering = ("-id",)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_default(self) -> bool:
+        return self.pk == DEFAULT_PROJECT
+
+    # What the table of rights asks of a run, so that a project can be asked about too.
+    @property
+    def project_id(self) -> int:
+        return self.pk
+
+    @property
+    def owner_id(self) -> None:
+        return None
+
+
+class Membership(models.Model):
+    """A person's role in one project, whatever the role of their account."""
+
+    project = models.ForeignKey(Project, on_delete=models.CASCADE, related_name="members")
+    user = models.ForeignKey(User, on_delete=models.CASCADE, related_name="memberships")
+    role = models.CharField(max_length=16, choices=[(role, role.capitalize()) for role in Role])
+
+    class Meta:
+        ordering = ("project", "user__username")
+        constraints = (
+            models.UniqueConstraint(fields=("project", "user"), name="one_role_per_project"),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.user_id} is {self.role} of {self.project_id}"
+
+
+def access_of(user: User) -> Access:
+    """Which projects a person sees now, and with which role. One query.
+
+    Admins of the server are admins of every project.
+    """
+    own = Membership.objects.filter(project=OuterRef("pk"), user=user).values("role")[:1]
+    rows = Project.objects.order_by().values_list("pk", Subquery(own))
+    roles: dict[int, Role] = {}
+    hidden = False
+    for key, role in rows:
+        if user.role == Role.ADMIN:
+            roles[key] = Role.ADMIN
+        elif role is not None:
+            roles[key] = Role(role)
+        elif key == DEFAULT_PROJECT:
+            roles[key] = Role(user.role)
+        else:
+            hidden = True
+    return Access(MappingProxyType(roles), frozenset(roles) if hidden else None)
+
 
 class ApiToken(models.Model):
-    """A bearer token; only its SHA-256 is stored. ``run_uid`` restricts it to one run."""
+    """A bearer token; only its SHA-256 is stored.
+
+    ``run_uid`` restricts it to one run, ``project`` to the runs of one project.
+    """
 
     uid = models.CharField(
         max_length=UID_LENGTH, unique=True, default=partial(new_uid, "tok"), editable=False
@@ -39,6 +151,9 @@ class ApiToken(models.Model):
     digest = models.CharField(max_length=64, unique=True)
     scopes = models.JSONField(default=list)
     run_uid = models.CharField(max_length=UID_LENGTH, blank=True, db_index=True)
+    project = models.ForeignKey(
+        Project, on_delete=models.CASCADE, null=True, blank=True, related_name="tokens"
+    )
     created_at = models.DateTimeField(auto_now_add=True)
     expires_at = models.DateTimeField(null=True, blank=True)
     last_used_at = models.DateTimeField(null=True, blank=True)

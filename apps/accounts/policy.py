@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from apps.accounts.models import DEFAULT_PROJECT
 from esper.contracts import Role
 
 if TYPE_CHECKING:
@@ -115,19 +116,38 @@ class Permission:
     why: str = ""
 
 
+class OfProject(Protocol):
+    """A run, a launch, or a project itself."""
+
+    @property
+    def owner_id(self) -> int | None: ...
+
+    @property
+    def project_id(self) -> int | None: ...
+
+
 _YES = Permission(True)
 
 
-def may(user: User | AnonymousUser, act: Act, *, owner_id: int | None = None) -> Permission:
-    """May ``user`` do ``act``? ``owner_id`` is the run's owner where the act is about a run."""
+def may(user: User | AnonymousUser, act: Act, *, of: OfProject | None = None) -> Permission:
+    """May ``user`` do ``act``?
+
+    Args:
+        of: the run that the act is about, whose project has a role of its own for this person; None
+            where it is about the whole server.
+    """
     if not user.is_authenticated or not user.is_active:
         return Permission(False, "not-signed-in", "You are not signed in.")
-    owns = owner_id is not None and owner_id == user.pk
+    role = Role(user.role) if of is None else user.access.role_in(of.project_id)
+    if role is None:
+        return Permission(False, "not-a-member", "You are not a member of this project.")
+    owns = of is not None and of.owner_id == user.pk
     if act is Act.APPROVE and owns:
         return Permission(
             False, "self-approval", "This is your own run: another operator has to approve."
         )
-    if Role(user.role) in ALLOWED[act] or (owns and act in OWNER_MAY and user.role != Role.VIEWER):
+    if role in ALLOWED[act] or (owns and act in OWNER_MAY and role != Role.VIEWER):
         return _YES
     who = " or ".join(sorted(f"{role}s" for role in ALLOWED[act]))
-    return Permission(False, "not-eligible", f"Only {who} may {IN_WORDS[act]}.")
+    where = "" if of is None or of.project_id == DEFAULT_PROJECT else " of this project"
+    return Permission(False, "not-eligible", f"Only {who}{where} may {IN_WORDS[act]}.")

@@ -25,6 +25,7 @@ def issue_token(
     name: str,
     scopes: list[TokenScope],
     run_uid: str = "",
+    project_id: int | None = None,
     expires_at: datetime | None = None,
     actor: Actor | None = None,
 ) -> tuple[ApiToken, str]:
@@ -37,6 +38,7 @@ def issue_token(
         digest=_digest(secret),
         scopes=[str(scope) for scope in scopes],
         run_uid=run_uid,
+        project_id=project_id,
         expires_at=expires_at,
     )
     account_changed.send(

@@ -14,6 +14,7 @@ from django.utils import timezone
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
+from apps.accounts.visibility import everything
 from apps.adaptations.binding import shown_hash
 from apps.adaptations.compile_jobs import queue_compilation
 from apps.adaptations.dispatch import request_undo, send_remedy
@@ -100,7 +101,7 @@ def permissions(adaptation: Adaptation, user: User) -> dict[str, Permission]:
         elif name in _UNTIL_THE_DEADLINE and _too_late(adaptation):
             answers[name] = Permission(False, "decision-expired", DEADLINE_PASSED)
         else:
-            answers[name] = may(user, act, owner_id=adaptation.run.owner_id)
+            answers[name] = may(user, act, of=adaptation.run)
     if adaptation.merged_at is not None and answers["rollback"].allowed:
         answers["rollback"] = Permission(False, "graft-merged", MERGED)
     if answers["approve"].allowed:
@@ -117,12 +118,16 @@ def _of_plan(adaptation: Adaptation) -> Permission | None:
     return Permission(False, "part-of-plan", why)
 
 
+def _is_admin(user: User, adaptation: Adaptation) -> bool:
+    return user.access.role_in(adaptation.run.project_id) == Role.ADMIN
+
+
 def may_approve(adaptation: Adaptation, user: User) -> Permission:
     """What stands in the way of an approval beside the person's role."""
     frozen = why_stopped(adaptation, adaptation.run)
     if frozen:
         return Permission(False, "adaptation-killed", f"Nothing can be approved now: {frozen}.")
-    if adaptation.escalated_by is not None and user.role != Role.ADMIN:
+    if adaptation.escalated_by is not None and not _is_admin(user, adaptation):
         name = adaptation.escalated_by.get_username()
         return Permission(
             False, "escalated", f"{name} has escalated it: an admin approves. You may reject it."
@@ -328,6 +333,7 @@ def extend_adaptation(
     )
 
 
+@everything()
 @transaction.atomic
 def set_adaptation_switch(*, on: bool, user: User, via: str, reason: str = "") -> None:
     """The kill switch: stop (or allow) all adaptation; training continues everywhere.
@@ -536,5 +542,10 @@ def note_act(
         **(data or {}),
     }
     for topic in (INBOX_TOPIC, run_topic(adaptation.run.uid)):
-        publish(topic=topic, type=f"adaptation.{word}", data=told)
+        publish(
+            topic=topic,
+            type=f"adaptation.{word}",
+            data=told,
+            project_id=adaptation.run.project_id,
+        )
     return adaptation

@@ -17,6 +17,7 @@ from apps.accounts.authentication import actor, person, via
 from apps.accounts.endpoint import Endpoint, require, run_of_token, scopes_of
 from apps.accounts.policy import Act
 from apps.accounts.step_up import require_recent_password
+from apps.accounts.visibility import everything
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation, DecisionRecord, Delegation
 from apps.adaptations.selectors import (
@@ -258,13 +259,14 @@ class AskForRemedy(Endpoint):
     def post(self, request: Request, uid: str) -> Response:
         run = visible_run(uid, only=run_of_token(request))
         given = parse(RemedyInput, request.data)
-        asked = services.ask_for_remedy(
-            run=run,
-            user=person(request),
-            via=via(request),
-            only_ask=TokenScope.ACT not in scopes_of(request),
-            **given,
-        )
+        with everything():
+            asked = services.ask_for_remedy(
+                run=run,
+                user=person(request),
+                via=via(request),
+                only_ask=TokenScope.ACT not in scopes_of(request),
+                **given,
+            )
         return _answer(request, _adaptation(asked.uid), status=201)
 
 

@@ -50,7 +50,7 @@ def open_delegations(run: Run) -> QuerySet[Delegation]:
 
 
 def may_grant(run: Run, user: User) -> Permission:
-    return may(user, Act.APPROVE, owner_id=run.owner_id)
+    return may(user, Act.APPROVE, of=run)
 
 
 def why_not_delegated(remedy: KnownRemedy, policy: SafetyPolicy) -> str:
@@ -124,7 +124,7 @@ def revoke_delegation(
         Problem: not allowed (403), or revoked already (409).
     """
     run = delegation.run
-    permission = may(user, Act.REJECT, owner_id=run.owner_id)  # the safe side: as for a rejection
+    permission = may(user, Act.REJECT, of=run)  # the safe side: as for a rejection
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)
     lock_run(run.pk)  # a proposal that is being written is over before it is revoked

@@ -11,6 +11,7 @@ from django.utils import timezone
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.policy import ALLOWED, Act, may
+from apps.accounts.projects import people_with
 from apps.adaptations.acts import check_reason, note_act, prepare_act
 from apps.adaptations.models import Adaptation, Snooze
 from apps.audit.services import record
@@ -20,9 +21,9 @@ from esper.contracts import Role
 
 def approvers_of(adaptation: Adaptation) -> list[User]:
     """Active people who may approve for this run, by name."""
-    people = User.objects.filter(is_active=True, role__in=ALLOWED[Act.APPROVE])
-    if adaptation.escalated_by_id is not None:
-        people = people.filter(role=Role.ADMIN)
+    escalated = adaptation.escalated_by_id is not None
+    roles = {Role.ADMIN} if escalated else ALLOWED[Act.APPROVE]
+    people = people_with(roles, adaptation.run.project_id)
     return list(people.exclude(pk=adaptation.run.owner_id).order_by("username"))
 
 
@@ -48,7 +49,7 @@ def assign_adaptation(
         person = User.objects.filter(username=to, is_active=True).first()
         if person is None:
             raise Problem(422, "invalid", f"There is no active account called {to!r}.")
-        permission = may(person, Act.APPROVE, owner_id=adaptation.run.owner_id)
+        permission = may(person, Act.APPROVE, of=adaptation.run)
         if not permission.allowed:
             names = ", ".join(p.get_username() for p in approvers_of(adaptation)) or "nobody"
             raise Problem(422, "invalid", f"{to} may not approve it. Who may: {names}.")
@@ -78,7 +79,8 @@ def escalate_adaptation(
     if adaptation.escalated_by is not None:
         name = adaptation.escalated_by.get_username()
         raise Problem(409, "already-escalated", f"{name} has escalated it already.")
-    if not any(person.role == Role.ADMIN for person in approvers_of(adaptation)):
+    admins = people_with({Role.ADMIN}, adaptation.run.project_id)
+    if not admins.exclude(pk=adaptation.run.owner_id).exists():
         raise Problem(422, "quorum-unreachable", "There is no admin who may approve it.")
     return note_act(
         adaptation,

@@ -255,7 +255,8 @@ def _announce(
     if adaptation.plan is not None:  # it may be the turn of another member
         enqueue(task=ADVANCE_TASK, queue="control", args=[adaptation.plan.uid])
     publish(topic=run_topic(adaptation.run.uid), type="adaptation.changed", data=data)
-    publish(topic=SYSTEM_TOPIC, type="adaptation.changed", data=data)
+    project = adaptation.run.project_id
+    publish(topic=SYSTEM_TOPIC, type="adaptation.changed", data=data, project_id=project)
     approved_by_person = came_from == S.APPROVED and adaptation.decided_by_id is not None
     if S.AWAITING_APPROVAL in (came_from, adaptation.state) or approved_by_person:
-        publish(topic=INBOX_TOPIC, type="adaptation.changed", data=data)
+        publish(topic=INBOX_TOPIC, type="adaptation.changed", data=data, project_id=project)

@@ -10,6 +10,7 @@ from functools import partial
 from django.conf import settings
 from django.db import models
 
+from apps.accounts.visibility import InProjects, of_run
 from apps.blueprints.models import Blueprint
 from apps.kernels.models import Kernel
 from apps.policies.models import PolicyVersion
@@ -76,6 +77,9 @@ class Plan(models.Model):
         settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
     )
     outcome = models.TextField(blank=True)  # why it is taken back, and what came of it
+
+    objects = InProjects["Plan"]()
+    visible_in = staticmethod(of_run)
 
     class Meta:
         ordering = ("-id",)
@@ -220,6 +224,9 @@ class Adaptation(models.Model):
     reward_terms = models.JSONField(null=True, blank=True)
     reward = models.FloatField(null=True, blank=True)
 
+    objects = InProjects["Adaptation"]()
+    visible_in = staticmethod(of_run)
+
     class Meta:
         ordering = ("-id",)
         constraints = (
@@ -320,6 +327,9 @@ class Delegation(models.Model):
     revoked_by = models.ForeignKey(
         settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
     )
+
+    objects = InProjects["Delegation"]()
+    visible_in = staticmethod(of_run)
 
     class Meta:
         ordering = ("-id",)
@@ -432,6 +442,9 @@ class DecisionRecord(models.Model):
     note = models.CharField(max_length=500, blank=True)
     created_at = models.DateTimeField(auto_now_add=True)
 
+    objects = InProjects["DecisionRecord"]()
+    visible_in = staticmethod(of_run)
+
     class Meta:
         ordering = ("-id",)
         indexes = (models.Index(fields=("run", "adaptation"), name="decisions_of_run"),)
@@ -465,6 +478,9 @@ class Remedy(models.Model):
         "self", on_delete=models.SET_NULL, null=True, blank=True, related_name="undone_by"
     )
     created_at = models.DateTimeField(auto_now_add=True)
+
+    objects = InProjects["Remedy"]()
+    visible_in = staticmethod(of_run)
 
     class Meta:
         verbose_name_plural = "remedies"

@@ -97,7 +97,7 @@ def tell_plan(plan: Plan, actor: Actor, act: str, reason: str = "", *, came_from
     )
     told = {**data, "by": actor.name, "reason": reason}
     for topic in (INBOX_TOPIC, run_topic(plan.run.uid)):
-        publish(topic=topic, type="plan.changed", data=told)
+        publish(topic=topic, type="plan.changed", data=told, project_id=plan.run.project_id)
 
 
 def advance_plans() -> None:

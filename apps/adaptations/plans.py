@@ -45,7 +45,7 @@ def plan_permissions(plan: Plan, user: User) -> dict[str, Permission]:
             word = plan.state.replace("_", " ")
             answers[name] = Permission(False, "decision-not-pending", f"The plan is {word}.")
         else:
-            answers[name] = may(user, act, owner_id=plan.run.owner_id)
+            answers[name] = may(user, act, of=plan.run)
     if answers["approve"].allowed:
         answers["approve"] = _may_approve_now(plan, user)
     if answers["undo"].allowed and plan.run.ended:

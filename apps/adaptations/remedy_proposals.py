@@ -184,7 +184,7 @@ def ask_for_remedy(
         Problem: not allowed, the run has ended, or unknown remedy, setting or layer.
     """
     run = lock_run(run.pk)
-    permission = may(user, Act.PROPOSE_REMEDY, owner_id=run.owner_id)
+    permission = may(user, Act.PROPOSE_REMEDY, of=run)
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)
     if run.ended:
@@ -206,7 +206,7 @@ def ask_for_remedy(
     by_rule = ""
     if wanted.remedy.changes_nothing and not only_ask:
         by_rule = "it changes nothing, so nobody must approve it"
-    may_approve = not only_ask and may(user, Act.APPROVE, owner_id=run.owner_id).allowed
+    may_approve = not only_ask and may(user, Act.APPROVE, of=run).allowed
     enough = may_approve and votes_missing(adaptation, with_vote_of=user) == 0
     if may_approve and not enough and not by_rule:  # to ask for it is the first vote
         vote(adaptation, user, reason=reason)

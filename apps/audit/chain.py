@@ -129,7 +129,7 @@ def _verified(signed: list[SignedHead]) -> ChainReport:
     # Before the events: those that are written meanwhile come after this end.
     end = AuditHead.objects.filter(pk=1).first()
     previous, count, at_the_end = GENESIS, 0, GENESIS
-    for event in AuditEvent.objects.order_by("id").iterator(chunk_size=1000):
+    for event in AuditEvent.chain.order_by("id").iterator(chunk_size=1000):
         problem = _problem(event, previous, count + 1)
         if not problem and not signed_by_id.get(event.id, set()) <= {event.hash}:
             problem = "the log up to this event was rewritten: another hash was signed"
@@ -160,7 +160,7 @@ def _problem_at_the_end(count: int, newest: SignedHead | None) -> str:
             f"the log ends at {count}, but {newest.events} events were signed at {newest.at}: its "
             "end was cut, or an older state was restored"
         )
-    first = AuditEvent.objects.filter(pk=1).first()
+    first = AuditEvent.chain.filter(pk=1).first()
     if newest is None and first is not None and first.at < timezone.now() - FIRST_HEAD_WITHIN:
         places = " and ".join(str(directory / FILE) for directory in directories())
         return f"no signed head is in {places}: it was deleted, or no control worker has run"

@@ -121,7 +121,7 @@ def set_heads_aside() -> list[Path]:
 
 
 def _still_there(head: SignedHead) -> bool:
-    return AuditEvent.objects.filter(pk=head.events, hash=head.hash).exists()
+    return AuditEvent.chain.filter(pk=head.events, hash=head.hash).exists()
 
 
 def _signed(end: AuditHead) -> SignedHead:

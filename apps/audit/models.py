@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from django.db import models
+from django.db.models import Q
 
+from apps.accounts.models import Project
+from apps.accounts.visibility import InProjects, of_run_uid
 from apps.rest.identifiers import UID_LENGTH
+
+
+def _visible_in(projects: frozenset[int]) -> Q:
+    """Events of runs and launches of these projects, of these projects, and of the server."""
+    of_server = Q(run_uid="") & ~Q(object_kind="project")
+    own = Project.objects.filter(pk__in=projects).values("uid")
+    return of_server | of_run_uid(projects) | Q(object_kind="project", object_uid__in=own)
 
 
 class AuditEvent(models.Model):
@@ -23,6 +33,10 @@ class AuditEvent(models.Model):
     data = models.JSONField(default=dict)
     previous_hash = models.CharField(max_length=64)
     hash = models.CharField(max_length=64)
+
+    objects = InProjects["AuditEvent"]()
+    chain: models.Manager[AuditEvent] = models.Manager()  # all rows, whoever asks
+    visible_in = staticmethod(_visible_in)
 
     class Meta:
         ordering = ("-id",)

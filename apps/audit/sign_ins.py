@@ -53,7 +53,7 @@ class Attempt:
 def seconds_to_wait(attempt: Attempt) -> int:
     """How long this attempt has to wait; 0: it may be made now."""
     since = timezone.now() - WINDOW
-    refused = AuditEvent.objects.filter(act=REFUSED, at__gt=since)
+    refused = AuditEvent.chain.filter(act=REFUSED, at__gt=since)
     of_account = refused.filter(data__name=attempt.key)
     pair = of_account.filter(data__address=attempt.address)
     last_success = _successes(attempt).order_by("-id").values_list("id", flat=True).first()
@@ -84,7 +84,7 @@ def note_refused_sign_in(attempt: Attempt) -> None:
 def note_brake(attempt: Attempt) -> None:
     """One event for each address and window, so that guessing does not fill the log."""
     since = timezone.now() - WINDOW
-    noted = AuditEvent.objects.filter(act=BRAKED, at__gt=since, data__address=attempt.address)
+    noted = AuditEvent.chain.filter(act=BRAKED, at__gt=since, data__address=attempt.address)
     if not noted.exists():
         _record(BRAKED, SYSTEM, _known_name(attempt), attempt)
 
@@ -101,7 +101,7 @@ def note_sign_out(user: User) -> None:
 
 
 def _successes(attempt: Attempt) -> QuerySet[AuditEvent]:
-    return AuditEvent.objects.filter(
+    return AuditEvent.chain.filter(
         act=STARTED,
         at__gt=timezone.now() - KNOWN_FOR,
         data__name=attempt.key,

@@ -12,7 +12,9 @@ from django.shortcuts import render
 from django.template.loader import render_to_string
 from django.utils.safestring import SafeString
 
+from apps.console.request import person
 from apps.notifications.models import Feed
+from apps.notifications.services import topics_of
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def render_page(
             raise Http404("there is no such panel")
         return HttpResponse(_render_panel(request, panel, context))
     # Read before the data, so that the page replays the events that happen in between.
-    since = last_seqs(["inbox", "system", *topics])
+    since = last_seqs([*topics_of(person(request)), *topics])
     rendered = {panel.name: _render_panel(request, panel, context) for panel in panels}
     page = {"title": title, "panels": rendered, "since": since, **context, **whole()}
     return render(request, template, page)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from django.db import models
 
+from apps.accounts.visibility import InProjects, of_run_uid
 from apps.rest.identifiers import UID_LENGTH
 from esper.contracts import (
     MAX_NAME_LENGTH,
@@ -81,6 +82,9 @@ class WarmUp(models.Model):
     started_at = models.DateTimeField(null=True, blank=True)
     error = models.TextField(blank=True)
 
+    objects = InProjects["WarmUp"]()
+    visible_in = staticmethod(of_run_uid)
+
     class Meta:
         ordering = ("id",)
 
@@ -109,6 +113,9 @@ class SpeedUp(models.Model):
     asked_at = models.DateTimeField(auto_now_add=True)
     started_at = models.DateTimeField(null=True, blank=True)
     ended_at = models.DateTimeField(null=True, blank=True)
+
+    objects = InProjects["SpeedUp"]()
+    visible_in = staticmethod(of_run_uid)
 
     class Meta:
         ordering = ("id",)

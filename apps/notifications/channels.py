@@ -16,10 +16,12 @@ from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
+from apps.accounts.projects import people_with
 from apps.audit.services import record
 from apps.notifications.duty import on_duty
 from apps.notifications.models import Channel, ChannelKind, Delivery
 from apps.rest.problems import Problem
+from esper.contracts import Role
 
 MAX_CHANNELS = 20  # of one person
 # The events that a person may choose, and what each says.
@@ -95,12 +97,20 @@ def remove_channel(*, channel: Channel, user: User, via: str) -> None:
     channel.delete()
 
 
-def plan_deliveries(type: str, data: dict[str, Any]) -> list[Delivery]:
-    """Writes an event for every channel that wants it. In the transaction of the event."""
+def plan_deliveries(
+    type: str, data: dict[str, Any], project_id: int | None = None
+) -> list[Delivery]:
+    """Writes an event for every channel that wants it. In the transaction of the event.
+
+    Args:
+        project_id: who does not see this project is not told.
+    """
     name = event_name(type, data)
     if name not in EVENTS:
         return []
     channels = Channel.objects.filter(disabled_at=None, owner__is_active=True)
+    if project_id:
+        channels = channels.filter(owner__in=people_with(Role, project_id))
     wanting = [channel for channel in channels if name in channel.events]
     if name not in FOR_EVERYBODY and any(channel.only_on_duty for channel in wanting):
         on_now = {shift.user_id for shift in on_duty()}

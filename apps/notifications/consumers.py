@@ -21,10 +21,11 @@ from apps.notifications.services import (
     events_after,
     group_name,
     last_seq,
+    person_group,
     session_group,
 )
 from apps.notifications.tickets import Holder, redeem
-from apps.notifications.topics import watch_permission
+from apps.notifications.topics import recheck
 from esper.contracts import codec
 from esper.exceptions import CodecError
 
@@ -67,8 +68,8 @@ class StreamConsumer(AsyncWebsocketConsumer):
         if not (self.user.is_authenticated and self.user.is_active):
             await self.close(NOT_SIGNED_IN)
             return
-        if self.holder is None:
-            await self.channel_layer.group_add(self._session_group(), self.channel_name)
+        for group in self._groups():
+            await self.channel_layer.group_add(group, self.channel_name)
         await self.accept()
         self.tasks.append(asyncio.create_task(self._beat()))
 
@@ -85,8 +86,9 @@ class StreamConsumer(AsyncWebsocketConsumer):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*tasks, return_exceptions=True)
-        if self.user.is_authenticated and self.holder is None:
-            await self.channel_layer.group_discard(self._session_group(), self.channel_name)
+        if self.user.is_authenticated:
+            for group in self._groups():
+                await self.channel_layer.group_discard(group, self.channel_name)
         for topic in self.sent:
             await self.channel_layer.group_discard(group_name(topic), self.channel_name)
 
@@ -105,7 +107,7 @@ class StreamConsumer(AsyncWebsocketConsumer):
             await self._unsubscribe(topic)
 
     async def _subscribe(self, topic: str, since: int | None) -> None:
-        permission = watch_permission(self.user, topic)
+        permission = await database_sync_to_async(recheck)(self.user, topic)
         if not permission.allowed:
             await self._say({"op": "refused", "topic": topic, "why": permission.why})
             return
@@ -158,6 +160,11 @@ class StreamConsumer(AsyncWebsocketConsumer):
         """Somebody has signed out with this session."""
         await self.close(NOT_SIGNED_IN)
 
+    async def rights_changed(self, event: dict[str, Any]) -> None:
+        """This person was made a member of a project, or is a member no longer."""
+        if not await self._still_signed_in():
+            await self.close(NOT_SIGNED_IN)
+
     def _query(self) -> dict[str, list[str]]:
         return parse_qs(self.scope["query_string"].decode("latin-1"))
 
@@ -166,8 +173,12 @@ class StreamConsumer(AsyncWebsocketConsumer):
         given = self._query().get(TICKET)
         return await database_sync_to_async(redeem)(given[0]) if given else None
 
-    def _session_group(self) -> str:
-        return session_group(self.scope["session"].session_key or "")
+    def _groups(self) -> list[str]:
+        """That of its person, and of its session where it has no ticket."""
+        groups = [person_group(self.user.pk)]
+        if self.holder is None:
+            groups.append(session_group(self.scope["session"].session_key or ""))
+        return groups
 
     async def _catch_up(self, topic: str, until: int) -> None:
         while self.sent[topic] < until:
@@ -212,7 +223,7 @@ class StreamConsumer(AsyncWebsocketConsumer):
         if not (self.user.is_authenticated and self.user.is_active):
             return False
         for topic in list(self.sent):
-            permission = watch_permission(self.user, topic)
+            permission = await database_sync_to_async(recheck)(self.user, topic)
             if not permission.allowed:
                 await self._unsubscribe(topic)
                 await self._say({"op": "refused", "topic": topic, "why": permission.why})

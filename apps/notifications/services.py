@@ -18,6 +18,7 @@ from django.db.models import F
 from django.http import HttpRequest
 from django.utils import timezone
 
+from apps.accounts.models import Project, User
 from apps.audit.services import take_turn
 from apps.notifications.channels import EVENTS as EVENTS
 from apps.notifications.channels import URGENT as URGENT
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 INBOX_TOPIC = "inbox"
 SYSTEM_TOPIC = "system"
+MAX_PROJECTS_WATCHED = 20  # by one page; of further ones it sees changes when it is read again
 
 
 def run_topic(run_uid: str) -> str:
@@ -45,15 +47,30 @@ def group_name(topic: str) -> str:
     return topic.replace(":", ".")
 
 
-def publish(*, topic: str, type: str, data: dict[str, Any]) -> FeedEvent:
-    """Write one event and notify its topic after the commit. Needs a transaction."""
+def project_topic(topic: str, project_id: int | None) -> str:
+    """The inbox, or the system's topic, of one project: the default one's is everybody's."""
+    shared = topic in {INBOX_TOPIC, SYSTEM_TOPIC}
+    return f"{topic}:{project_id}" if shared and project_id else topic
+
+
+def publish(
+    *, topic: str, type: str, data: dict[str, Any], project_id: int | None = None
+) -> FeedEvent:
+    """Write one event and notify its topic after the commit. Needs a transaction.
+
+    Args:
+        project_id: of the run that an event of the inbox or the system's topic is about.
+    """
     take_turn()
+    told_to_channels = topic == SYSTEM_TOPIC
+    topic = project_topic(topic, project_id)
     if not Feed.objects.filter(topic=topic).update(last_seq=F("last_seq") + 1):
         Feed.objects.get_or_create(topic=topic)
         Feed.objects.filter(topic=topic).update(last_seq=F("last_seq") + 1)
     seq = Feed.objects.values_list("last_seq", flat=True).get(topic=topic)
     event = FeedEvent.objects.create(topic=topic, seq=seq, type=type, data=data)
-    if topic == SYSTEM_TOPIC and plan_deliveries(type, data):  # each such event is there once
+    # Each event is in the system's topic once.
+    if told_to_channels and plan_deliveries(type, data, project_id):
         enqueue(task="notifications.deliver", queue="control", args=[])
     transaction.on_commit(lambda: notify(group_name(topic), "feed.event", event_to_wire(event)))
     return event
@@ -87,6 +104,27 @@ def end_sockets_of_session(sender: type[Any], *, request: HttpRequest, **_: Any)
     key = request.session.session_key
     if key:
         transaction.on_commit(lambda: notify(session_group(key), "session.ended", {}))
+
+
+def person_group(user_id: int) -> str:
+    """All sockets of one person."""
+    return f"person.{user_id}"
+
+
+def recheck_sockets_of_member(
+    sender: type[Any], *, data: dict[str, Any] | None = None, **_: Any
+) -> None:
+    """Receiver of ``account_changed``: a membership has changed, so topics may end."""
+    if sender is Project and data and "person" in data:
+        group = person_group(data["person"])
+        transaction.on_commit(lambda: notify(group, "rights.changed", {}))
+
+
+def topics_of(user: User) -> list[str]:
+    """The inbox and the system's topic, with those of this person's projects."""
+    own = [project for project in sorted(user.access.roles) if project][:MAX_PROJECTS_WATCHED]
+    shared = (INBOX_TOPIC, SYSTEM_TOPIC)
+    return [project_topic(topic, project) for project in (None, *own) for topic in shared]
 
 
 def notify(group: str, type: str, message: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ class Holder:
         token = ApiToken.objects.filter(pk=self.token_id, revoked_at=None).first()
         if token is None or (token.expires_at is not None and token.expires_at <= timezone.now()):
             return None
+        user.bound_to = token.project_id
         return user
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from django.conf import settings
 from django.db import models
+from django.db.models import Q
 
+from apps.accounts.models import Project
+from apps.accounts.visibility import InProjects
 from esper.contracts import SafetyPolicy
 
 
 class Scope(models.TextChoices):
-    """Where a version holds, the widest first. A project is all runs of one name."""
+    """Where a version holds, the widest first. A project's is for all its runs."""
 
     GLOBAL = "global"
     PROJECT = "project"
@@ -25,6 +28,13 @@ class PolicyState(models.TextChoices):
     WITHDRAWN = "withdrawn"
 
 
+def _visible_in(projects: frozenset[int]) -> Q:
+    """Versions for all runs, for these projects, and for runs of these projects."""
+    keys = [str(project) for project in projects]
+    of_runs = Q(scope=Scope.RUN, project__in=keys)
+    return Q(scope=Scope.GLOBAL) | Q(scope=Scope.PROJECT, target__in=keys) | of_runs
+
+
 class PolicyVersion(models.Model):
     """One version of the thresholds; of each scope the newest with its state is in force.
 
@@ -32,8 +42,8 @@ class PolicyVersion(models.Model):
     the strictest. Where a wider scope changes, a new version of the narrower one follows.
 
     Attributes:
-        target: name of the project, or uid of the run; empty for all runs.
-        project: of a run's version, the run's project.
+        target: key of the project, or uid of the run; empty for all runs.
+        project: of a run's version, the key of the run's project.
         own: thresholds that were set for this scope itself.
         sources: threshold -> the scope whose value it is.
         laxer: thresholds that allow more than before; they need a second person.
@@ -62,6 +72,9 @@ class PolicyVersion(models.Model):
     )
     decided_at = models.DateTimeField(null=True, blank=True)
 
+    objects = InProjects["PolicyVersion"]()
+    visible_in = staticmethod(_visible_in)
+
     class Meta:
         ordering = ("-version",)
 
@@ -73,6 +86,9 @@ class PolicyVersion(models.Model):
         """For whom it holds, in words."""
         if self.scope == Scope.GLOBAL:
             return "all runs"
+        if self.scope == Scope.PROJECT:
+            name = Project.objects.filter(pk=self.target).values_list("name", flat=True).first()
+            return f"project {name}"
         return f"{self.scope} {self.target}"
 
     def safety_policy(self) -> SafetyPolicy:

@@ -10,6 +10,7 @@ runs, its project and the run itself, the strictest value of each threshold coun
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from django.db import transaction
@@ -17,8 +18,9 @@ from django.db.models import Max, Q
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
-from apps.accounts.models import User
-from apps.accounts.policy import ALLOWED, Act, may
+from apps.accounts.models import Project, User
+from apps.accounts.policy import ALLOWED, Act, OfProject, may
+from apps.accounts.visibility import everything
 from apps.audit.services import record
 from apps.notifications.services import SYSTEM_TOPIC, publish
 from apps.policies.models import AdaptationSwitch, PolicyState, PolicyVersion, Scope
@@ -39,18 +41,24 @@ def register_backtest(backtest: Backtest) -> None:
     _backtest = backtest
 
 
-class RunNames(Protocol):
+class PlaceOfRun(Protocol):
     """What a scope needs of a run."""
 
-    uid: str
-    name: str
+    @property
+    def uid(self) -> str: ...
+
+    @property
+    def owner_id(self) -> int | None: ...
+
+    @property
+    def project_id(self) -> int | None: ...
 
 
-def current_policy(run: RunNames | None = None) -> PolicyVersion:
+def current_policy(run: PlaceOfRun | None = None) -> PolicyVersion:
     """The version in force for a run, or for all; the first one is made from the defaults."""
     wanted = Q(scope=Scope.GLOBAL, target="")
     if run is not None:
-        wanted |= Q(scope=Scope.RUN, target=run.uid) | Q(scope=Scope.PROJECT, target=run.name)
+        wanted |= Q(scope=Scope.RUN, target=run.uid) | Q(scope=Scope.PROJECT, target=run.project_id)
     in_force = PolicyVersion.objects.filter(wanted, state=PolicyState.IN_FORCE)
     newest = {version.scope: version for version in in_force.order_by("version")}
     for scope in (Scope.RUN, Scope.PROJECT, Scope.GLOBAL):
@@ -73,6 +81,7 @@ def _in_force(scope: str, target: str) -> PolicyVersion | None:
     ).first()
 
 
+@everything()  # the numbers of versions are everybody's
 @transaction.atomic
 def publish_policy(
     *,
@@ -81,7 +90,7 @@ def publish_policy(
     user: User,
     via: str,
     scope: str = Scope.GLOBAL,
-    run: RunNames | None = None,
+    run: PlaceOfRun | None = None,
 ) -> PolicyVersion:
     """Write a new version with some thresholds changed.
 
@@ -93,7 +102,7 @@ def publish_policy(
     Raises:
         Problem: not allowed, no reason, an unknown threshold, or invalid values.
     """
-    _check_may(user)
+    _check_may(user, None if scope == Scope.GLOBAL else run)
     if not reason.strip():
         raise Problem(422, "reason-required", "Say why the thresholds change.")
     target = _target(scope, run)
@@ -103,7 +112,7 @@ def publish_policy(
         raise Problem(422, "invalid", f"There is no threshold called {', '.join(unknown)}.")
     known = _in_force(scope, target)
     own = {**(known.own if known is not None else {}), **changes}
-    policy, sources = _merged(scope, own, run.name if run is not None else "")
+    policy, sources = _merged(scope, own, _project(run))
     values = _values(policy)
     if values == {**_values(SafetyPolicy()), **current.values} and scope == current.scope:
         raise Problem(422, "invalid", f"All values are the same as in policy v{current.version}.")
@@ -114,7 +123,7 @@ def publish_policy(
         version=_next_version(),
         scope=scope,
         target=target,
-        project=run.name if scope == Scope.RUN and run is not None else "",
+        project=_project(run) if scope == Scope.RUN else "",
         state=PolicyState.DRAFT,
         own=own,
         values=values,
@@ -138,7 +147,7 @@ def approve_policy(
     Raises:
         Problem: not allowed, one's own draft, no draft any more, or made before another version.
     """
-    _check_may(user)
+    _check_may(user, _place_of(version))
     version = _draft(version)
     if version.author_id == user.pk:
         raise Problem(
@@ -161,7 +170,7 @@ def withdraw_policy(
     Raises:
         Problem: not allowed, or no draft any more.
     """
-    _check_may(user)
+    _check_may(user, _place_of(version))
     version = _draft(version)
     version.state, version.decided_by = PolicyState.WITHDRAWN, user
     version.decided_at = timezone.now()
@@ -173,18 +182,35 @@ def withdraw_policy(
 # --- parts ----------------------------------------------------------------------------------------
 
 
-def _check_may(user: User) -> None:
-    permission = may(user, Act.EDIT_POLICY)
+@dataclass(frozen=True, slots=True)
+class _Place:
+    project_id: int
+    owner_id: None = None
+
+
+def _place_of(version: PolicyVersion) -> OfProject | None:
+    """Whose curators and admins may change it; None: those of the server."""
+    if version.scope == Scope.GLOBAL:
+        return None
+    return _Place(int(version.target if version.scope == Scope.PROJECT else version.project))
+
+
+def _check_may(user: User, of: OfProject | None) -> None:
+    permission = may(user, Act.EDIT_POLICY, of=of)
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)
 
 
-def _target(scope: str, run: RunNames | None) -> str:
+def _target(scope: str, run: PlaceOfRun | None) -> str:
     if scope == Scope.GLOBAL:
         return ""
     if run is None:
         raise Problem(422, "invalid", f"Name the run of the {scope}.")
-    return run.uid if scope == Scope.RUN else run.name
+    return run.uid if scope == Scope.RUN else _project(run)
+
+
+def _project(run: PlaceOfRun | None) -> str:
+    return "" if run is None else str(run.project_id)
 
 
 def _merged(scope: str, own: dict[str, Any], project: str) -> tuple[SafetyPolicy, dict[str, str]]:
@@ -263,15 +289,27 @@ def _next_version() -> int:
 def _tell(
     version: PolicyVersion, act: str, user: User, via: str, reason: str, data: dict[str, Any]
 ) -> None:
+    of_project = version.scope == Scope.PROJECT  # its events are for those who see the project
     record(
         actor=Actor.person(user, via=via),
         act=act,
-        object_kind="policy",
-        object_uid=f"v{version.version}",
+        object_kind="project" if of_project else "policy",
+        object_uid=_project_uid(version.target) if of_project else f"v{version.version}",
+        run_uid=version.target if version.scope == Scope.RUN else "",
         reason=reason,
-        data={"scope": version.where, **data},
+        data={"version": version.version, "scope": version.where, **data},
     )
-    publish(topic=SYSTEM_TOPIC, type=act, data={"version": version.version})
+    place = _place_of(version)
+    publish(
+        topic=SYSTEM_TOPIC,
+        type=act,
+        data={"version": version.version},
+        project_id=None if place is None else place.project_id,
+    )
+
+
+def _project_uid(key: str) -> str:
+    return Project.objects.values_list("uid", flat=True).get(pk=key)
 
 
 def _check_reachable(approvals: int) -> None:

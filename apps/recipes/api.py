@@ -153,7 +153,7 @@ def _launch(uid: str) -> Launch:
 def _answer(request: Request, launch: Launch) -> dict[str, object]:
     user = person(request)
     permissions = {
-        str(Act.STOP_LAUNCH): may(user, Act.STOP_LAUNCH, owner_id=launch.requested_by_id),
+        str(Act.STOP_LAUNCH): may(user, Act.STOP_LAUNCH, of=launch),
         str(Act.START_RECIPE): may(user, Act.START_RECIPE),
     }
     data: dict[str, object] = LaunchDetailOutput(launch, context={"permissions": permissions}).data

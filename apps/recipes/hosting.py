@@ -170,6 +170,7 @@ def _environment(launch: Launch, recipe: RecipeFile) -> dict[str, str]:
         name=f"launch L-{launch.number}, attempt {launch.attempt}",
         scopes=[TokenScope.RUNS_CREATE],
         run_uid=launch.run_uid,
+        project_id=launch.project_id,
         expires_at=timezone.now() + TOKEN_LIFE,
         actor=_worker(),
     )

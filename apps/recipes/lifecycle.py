@@ -100,4 +100,4 @@ def announce(
     )
     event = {"launch": launch.uid, "by": actor.name, "reason": reason, **data}
     publish(topic=launch_topic(launch.uid), type="launch.changed", data=event)
-    publish(topic=SYSTEM_TOPIC, type="launch.changed", data=event)
+    publish(topic=SYSTEM_TOPIC, type="launch.changed", data=event, project_id=launch.project_id)

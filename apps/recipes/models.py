@@ -7,6 +7,8 @@ from functools import partial
 from django.conf import settings
 from django.db import models
 
+from apps.accounts.models import DEFAULT_PROJECT, Project
+from apps.accounts.visibility import InProjects, of_projects
 from apps.recipes.files import Parameter
 from apps.rest.identifiers import UID_LENGTH, new_uid
 from esper.contracts import LAUNCH_ENDED, LaunchState
@@ -66,6 +68,7 @@ class Launch(models.Model):
     requested_by = models.ForeignKey(
         settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="launches"
     )
+    project = models.ForeignKey(Project, on_delete=models.PROTECT, default=DEFAULT_PROJECT)
     # The run is registered by the trainer under the uid that its token is for.
     run_uid = models.CharField(
         max_length=UID_LENGTH, unique=True, default=partial(new_uid, "run"), editable=False
@@ -92,6 +95,9 @@ class Launch(models.Model):
     stop_requested_at = models.DateTimeField(null=True, blank=True)
     ended_at = models.DateTimeField(null=True, blank=True)
 
+    objects = InProjects["Launch"]()
+    visible_in = staticmethod(of_projects)
+
     class Meta:
         verbose_name_plural = "launches"
         ordering = ("-id",)
@@ -102,6 +108,11 @@ class Launch(models.Model):
     @property
     def number(self) -> int:
         return self.pk
+
+    @property
+    def owner_id(self) -> int:
+        """The owner of its run."""
+        return self.requested_by_id
 
     @property
     def ended(self) -> bool:

@@ -12,7 +12,8 @@ from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM, Actor
 from apps.accounts.models import User
-from apps.accounts.policy import Act, may
+from apps.accounts.policy import Act, OfProject, may
+from apps.accounts.visibility import everything
 from apps.notifications.services import enqueue
 from apps.recipes.files import RecipeError, check_parameters
 from apps.recipes.lifecycle import announce, transition
@@ -31,6 +32,7 @@ def host_queue(host: str) -> str:
     return f"host.{host}"
 
 
+@everything()  # the places on a host are everybody's
 @transaction.atomic
 def start_recipe(
     *, host: str, slug: str, digest: str, parameters: Mapping[str, object], user: User, via: str
@@ -70,7 +72,7 @@ def stop_launch(*, launch: Launch, user: User, via: str, reason: str) -> Launch:
     Raises:
         Problem: not allowed, or the launch has ended or is stopping already.
     """
-    _check_right(user, Act.STOP_LAUNCH, owner_id=launch.requested_by_id)
+    _check_right(user, Act.STOP_LAUNCH, of=launch)
     actor = Actor.person(user, via=via)
     if launch.ended or launch.state == S.STOPPING:
         raise Problem(
@@ -130,8 +132,8 @@ def resume_launch(*, launch: Launch, user: User, via: str, reason: str) -> Launc
     return launch
 
 
-def _check_right(user: User, act: Act, *, owner_id: int | None = None) -> None:
-    permission = may(user, act, owner_id=owner_id)
+def _check_right(user: User, act: Act, *, of: OfProject | None = None) -> None:
+    permission = may(user, act, of=of)
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)
 

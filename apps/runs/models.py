@@ -7,6 +7,8 @@ from functools import partial
 from django.conf import settings
 from django.db import models
 
+from apps.accounts.models import DEFAULT_PROJECT, Project
+from apps.accounts.visibility import InProjects, of_projects, of_run
 from apps.rest.identifiers import UID_LENGTH, new_uid
 from esper.contracts import (
     MAX_NAME_LENGTH,
@@ -34,6 +36,9 @@ class Run(models.Model):
     name = models.CharField(max_length=MAX_NAME_LENGTH)
     owner = models.ForeignKey(
         settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="runs"
+    )
+    project = models.ForeignKey(
+        Project, on_delete=models.PROTECT, default=DEFAULT_PROJECT, related_name="runs"
     )
     mode = models.CharField(max_length=12, choices=[(m, m.capitalize()) for m in RunMode])
     state = models.CharField(
@@ -67,13 +72,16 @@ class Run(models.Model):
     ended_at = models.DateTimeField(null=True, blank=True)
     end_reason = models.TextField(blank=True)
 
+    objects = InProjects["Run"]()
+    visible_in = staticmethod(of_projects)
+
     class Meta:
         ordering = ("-id",)
         constraints = (
             models.UniqueConstraint(
-                fields=("owner", "name"),
+                fields=("project", "owner", "name"),
                 condition=~models.Q(state__in=sorted(RUN_ENDED)),
-                name="one_live_run_per_owner_and_name",
+                name="one_live_run_per_project_owner_and_name",
             ),
         )
 
@@ -132,6 +140,9 @@ class Command(models.Model):
     step = models.BigIntegerField(null=True, blank=True)
     pause_ms = models.FloatField(null=True, blank=True)
     acknowledged_at = models.DateTimeField(null=True, blank=True)
+
+    objects = InProjects["Command"]()
+    visible_in = staticmethod(of_run)
 
     class Meta:
         ordering = ("run", "seq")

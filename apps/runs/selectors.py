@@ -41,6 +41,11 @@ def runs(*, only: str = "") -> QuerySet[Run]:
     return rows.filter(uid=only) if only else rows
 
 
+def project_of(run_uid: str) -> int | None:
+    """The key of a run's project; None where there is no such run."""
+    return Run.objects.filter(uid=run_uid).values_list("project_id", flat=True).first()
+
+
 def of_run_uid(value: str) -> Q:
     """Rows that hold a run's uid alone, by that uid or by the run's name."""
     return Q(run_uid=value) | Q(run_uid__in=Run.objects.filter(name=value).values("uid"))

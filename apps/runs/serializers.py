@@ -106,9 +106,6 @@ class CommandOutput(serializers.ModelSerializer[Command]):
 
 def run_answer(user: User, run: Run) -> dict[str, Any]:
     """A run with what ``user`` may do with it."""
-    permissions = {
-        str(act): may(user, act, owner_id=run.owner_id)
-        for act in (Act.PAUSE_ADAPTATION, Act.STOP_RUN)
-    }
+    permissions = {str(act): may(user, act, of=run) for act in (Act.PAUSE_ADAPTATION, Act.STOP_RUN)}
     data: dict[str, Any] = RunDetailOutput(run, context={"permissions": permissions}).data
     return data

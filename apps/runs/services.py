@@ -8,12 +8,12 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import F
+from django.db.models import F, QuerySet
 from django.utils import timezone
 
 from apps.accounts import services as accounts
 from apps.accounts.actors import Actor
-from apps.accounts.models import ApiToken, User
+from apps.accounts.models import DEFAULT_PROJECT, ApiToken, User
 from apps.accounts.policy import Act, may
 from apps.audit.services import record
 from apps.notifications.services import notify, publish, run_topic
@@ -50,7 +50,12 @@ class Registration:
 
 @transaction.atomic
 def register_run(
-    *, owner: User, actor: Actor, spec: protocol.Registration, run_uid: str = ""
+    *,
+    owner: User,
+    actor: Actor,
+    spec: protocol.Registration,
+    run_uid: str = "",
+    project_id: int = DEFAULT_PROJECT,
 ) -> Registration:
     """A new run, or the next epoch of the owner's live run of that name.
 
@@ -61,10 +66,12 @@ def register_run(
         Problem: too many layers, duplicate layer names, too many live runs, or a taken name.
     """
     _check_spec(spec)
-    live = _continued_run(owner, spec.continues) or _run_to_continue(owner, spec.name, run_uid)
+    place = models.Run.objects.select_for_update().filter(owner=owner, project=project_id)
+    live = _continued_run(place, spec.continues) or _run_to_continue(place, spec.name, run_uid)
     if live is None:
         _check_run_count(owner)
-    run = live or models.Run(owner=owner, name=spec.name, **({"uid": run_uid} if run_uid else {}))
+    named = {"name": spec.name, **({"uid": run_uid} if run_uid else {})}
+    run = live or models.Run(owner=owner, project_id=project_id, **named)
     run.ended_at, run.end_reason = None, ""
     run.epoch = _next_epoch(run, spec.continues) if live else 1
     if live is None and spec.continues is not None:  # the database does not know its trainer's run
@@ -91,11 +98,14 @@ def register_run(
     data = {"name": run.name, "epoch": run.epoch, "mode": str(run.mode), "layers": len(run.layers)}
     record(actor=actor, act=act, object_kind="run", object_uid=run.uid, run_uid=run.uid, data=data)
     publish(topic=run_topic(run.uid), type=act, data=data)
-    publish(topic="system", type=act, data={"run": run.uid, **data})
+    told = {"run": run.uid, **data}
+    publish(topic="system", type=act, data=told, project_id=run.project_id)
     return Registration(run, secret, resumed=live is not None)
 
 
-def _continued_run(owner: User, continued: protocol.Continued | None) -> models.Run | None:
+def _continued_run(
+    place: QuerySet[models.Run], continued: protocol.Continued | None
+) -> models.Run | None:
     """The run of a living trainer whose registration a restored database has lost.
 
     None: it has just started, or the database does not know the run at all.
@@ -106,11 +116,11 @@ def _continued_run(owner: User, continued: protocol.Continued | None) -> models.
     """
     if continued is None:
         return None
-    run = models.Run.objects.select_for_update().filter(uid=continued.run).first()
+    run = place.filter(uid=continued.run).first()
     if run is None:
+        if models.Run.objects.filter(uid=continued.run).exists():
+            raise not_found("run")
         return None
-    if run.owner_id != owner.pk:
-        raise not_found("run")
     if run.restored_at is None and continued.epoch <= run.epoch:
         raise Problem(
             409,
@@ -127,18 +137,18 @@ def _next_epoch(run: models.Run, continued: protocol.Continued | None) -> int:
     return max(run.epoch, continued.epoch if continued else 0) + 1
 
 
-def _run_to_continue(owner: User, name: str, run_uid: str) -> models.Run | None:
-    live = models.Run.objects.select_for_update().filter(owner=owner, name=name)
-    same_name = live.exclude(state__in=RUN_ENDED).first()
+def _run_to_continue(place: QuerySet[models.Run], name: str, run_uid: str) -> models.Run | None:
+    same_name = place.filter(name=name).exclude(state__in=RUN_ENDED).first()
     if not run_uid:
         return same_name
     if same_name is not None and same_name.uid != run_uid:
         raise Problem(
             409,
             "run-name-taken",
-            f"{owner.username} already has a live run {name!r}. End it, or choose another name.",
+            f"{same_name.owner.username} already has a live run {name!r}. End it, or choose "
+            "another name.",
         )
-    return models.Run.objects.select_for_update().filter(uid=run_uid, owner=owner).first()
+    return place.filter(uid=run_uid).first()
 
 
 def _check_spec(spec: protocol.Registration) -> None:
@@ -262,7 +272,8 @@ def set_state(*, run: models.Run, state: RunState, actor: Actor, reason: str = "
         data=data,
     )
     publish(topic=run_topic(run.uid), type="run.state", data=data)
-    publish(topic="system", type="run.state", data={"run": run.uid, **data})
+    told = {"run": run.uid, **data}
+    publish(topic="system", type="run.state", data=told, project_id=run.project_id)
     return True
 
 
@@ -385,7 +396,7 @@ def request_stop(*, run: models.Run, user: User, via: str, reason: str) -> model
 
 
 def _check_act(run: models.Run, user: User, act: Act) -> None:
-    permission = may(user, act, owner_id=run.owner_id)
+    permission = may(user, act, of=run)
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)
     if run.ended:

@@ -6,6 +6,7 @@ import numpy as np
 from django.db import models
 from numpy.typing import NDArray
 
+from apps.accounts.visibility import InProjects, of_run
 from apps.runs.models import Run
 from esper.contracts import unpack_bytes
 
@@ -24,6 +25,9 @@ class Frame(models.Model):
     values = models.BinaryField()
     loss = models.FloatField(null=True)
     loss_status = models.CharField(max_length=4, blank=True)
+
+    objects = InProjects["Frame"]()
+    visible_in = staticmethod(of_run)
 
     class Meta:
         ordering = ("run", "step")
@@ -49,6 +53,9 @@ class Metric(models.Model):
     name = models.CharField(max_length=80)
     value = models.FloatField(null=True)
     status = models.CharField(max_length=4, blank=True)
+
+    objects = InProjects["Metric"]()
+    visible_in = staticmethod(of_run)
 
     class Meta:
         ordering = ("run", "name", "step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from django.http import HttpResponseBase
@@ -13,7 +14,14 @@ from rest_framework.views import APIView
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.accounts.authentication import actor, person, via
-from apps.accounts.endpoint import READERS, TRAINERS, Endpoint, require, run_of_token
+from apps.accounts.endpoint import (
+    READERS,
+    TRAINERS,
+    Endpoint,
+    project_of_token,
+    require,
+    run_of_token,
+)
 from apps.accounts.policy import Act
 from apps.adaptations.models import Adaptation
 from apps.adaptations.services import judge_remedy, note_lost_commands
@@ -62,14 +70,24 @@ class Runs(Endpoint):
     )
     @idempotent
     def post(self, request: Request) -> Response:
-        require(person(request), Act.CREATE_RUN)
+        project_id = project_of_token(request)
+        require(person(request), Act.CREATE_RUN, of=_NewRun(project_id))
         registration = services.register_run(
             owner=person(request),
             actor=actor(request),
             spec=message(request, protocol.Registration),
             run_uid=run_of_token(request),
+            project_id=project_id,
         )
         return Response(wire.to_wire(services.registration_answer(registration)), status=201)
+
+
+@dataclass(frozen=True, slots=True)
+class _NewRun:
+    """A run that does not exist yet, in the project of the token."""
+
+    project_id: int
+    owner_id: None = None
 
 
 class TrainerEndpoint(Endpoint):

@@ -8,7 +8,7 @@ from django.conf import settings
 from django.db import transaction
 
 from apps.accounts.actors import Actor
-from apps.accounts.models import User
+from apps.accounts.models import DEFAULT_PROJECT, User
 from apps.adaptations.services import put_in_doubt
 from apps.kernels.services import plan_warm_up
 from apps.policies.services import current_policy
@@ -20,10 +20,17 @@ from esper.contracts import protocol, signing, telemetry_body
 
 @transaction.atomic
 def register_run(
-    *, owner: User, actor: Actor, spec: protocol.Registration, run_uid: str = ""
+    *,
+    owner: User,
+    actor: Actor,
+    spec: protocol.Registration,
+    run_uid: str = "",
+    project_id: int = DEFAULT_PROJECT,
 ) -> Registration:
     """Registers a run; on a restart, what the former trainer did is in doubt, its findings over."""
-    registration = runs.register_run(owner=owner, actor=actor, spec=spec, run_uid=run_uid)
+    registration = runs.register_run(
+        owner=owner, actor=actor, spec=spec, run_uid=run_uid, project_id=project_id
+    )
     run = registration.run
     if registration.resumed:
         put_in_doubt(run, actor)

@@ -7,6 +7,7 @@ from functools import partial
 from django.conf import settings
 from django.db import models
 
+from apps.accounts.visibility import InProjects, of_run_or_none
 from apps.rest.identifiers import UID_LENGTH, new_uid
 from apps.runs.models import Run
 from esper.contracts import MAX_NAME_LENGTH, Severity, ViolationRule
@@ -40,6 +41,9 @@ class Violation(models.Model):
     )
     acknowledged_at = models.DateTimeField(null=True, blank=True)
     note = models.TextField(blank=True)
+
+    objects = InProjects["Violation"]()
+    visible_in = staticmethod(of_run_or_none)
 
     class Meta:
         ordering = ("-id",)

@@ -73,7 +73,10 @@ def record_violation(
     if run is not None:
         publish(topic=run_topic(run.uid), type="violation.opened", data=data)
     publish(
-        topic=SYSTEM_TOPIC, type="violation.opened", data={"run": run.uid if run else "", **data}
+        topic=SYSTEM_TOPIC,
+        type="violation.opened",
+        data={"run": run.uid if run else "", **data},
+        project_id=run.project_id if run else None,
     )
     return violation
 
@@ -148,8 +151,7 @@ def acknowledge_violation(
     *, violation: Violation, user: User, via: str, reason: str = ""
 ) -> Violation:
     """Record that a person has seen it; raises ``Problem`` when not allowed or done already."""
-    owner_id = violation.run.owner_id if violation.run else None
-    permission = may(user, Act.ACKNOWLEDGE_VIOLATION, owner_id=owner_id)
+    permission = may(user, Act.ACKNOWLEDGE_VIOLATION, of=violation.run)
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)
     won = Violation.objects.filter(pk=violation.pk, acknowledged_at=None).update(
@@ -171,7 +173,12 @@ def acknowledge_violation(
         run_uid=violation.run.uid if violation.run else "",
         reason=reason,
     )
-    publish(topic=SYSTEM_TOPIC, type="violation.acknowledged", data={"violation": violation.uid})
+    publish(
+        topic=SYSTEM_TOPIC,
+        type="violation.acknowledged",
+        data={"violation": violation.uid},
+        project_id=violation.run.project_id if violation.run else None,
+    )
     return violation
 
 

@@ -16,6 +16,7 @@ from django.db.models import F
 from django.utils import timezone
 
 from apps.notifications.services import SYSTEM_TOPIC, enqueue, publish
+from apps.runs.selectors import project_of
 from apps.workers.models import CompileJob, JobStepDone
 from apps.workers.modes import may_take_jobs
 from apps.workers.queues import compile_queue, served_queues
@@ -126,6 +127,7 @@ def finish_job(job: CompileJob, *, kernel_digest: str, cached: bool, build_ms: f
             topic=SYSTEM_TOPIC,
             type="job.done",
             data={"job": job.uid, "kernel": kernel_digest, "cached": cached},
+            project_id=project_of(job.run_uid),
         )
     return bool(done)
 
@@ -156,7 +158,12 @@ def fail_job(job: CompileJob, *, error: str, permanent: bool, log: str = "") -> 
         job.refresh_from_db()
         note_unserved_jobs([job])
         notify_worker(job)
-    publish(topic=SYSTEM_TOPIC, type=f"job.{state}", data={"job": job.uid, "error": error[:300]})
+    publish(
+        topic=SYSTEM_TOPIC,
+        type=f"job.{state}",
+        data={"job": job.uid, "error": error[:300]},
+        project_id=project_of(job.run_uid),
+    )
     return state
 
 

@@ -6,6 +6,7 @@ from functools import partial
 
 from django.db import models
 
+from apps.accounts.visibility import InProjects, of_run_uid
 from apps.rest.identifiers import UID_LENGTH, new_uid
 from esper.contracts import JobState, JobStep, WorkerKind, WorkerMode, WorkerState
 
@@ -74,6 +75,9 @@ class CompileJob(models.Model):
     queued_at = models.DateTimeField(auto_now_add=True)
     started_at = models.DateTimeField(null=True, blank=True)
     ended_at = models.DateTimeField(null=True, blank=True)
+
+    objects = InProjects["CompileJob"]()
+    visible_in = staticmethod(of_run_uid)
 
     class Meta:
         ordering = ("-id",)

@@ -58,8 +58,10 @@ MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "apps.rest.middleware.VisibleAdminMiddleware",
+    "apps.accounts.visibility.visibility_middleware",
 ]
 
+AUTHENTICATION_BACKENDS = ["apps.accounts.backend.PeopleBackend"]
 ROOT_URLCONF = "esper_web.urls"
 ASGI_APPLICATION = "esper_web.asgi.application"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"

@@ -119,9 +119,7 @@ def cards(found: Sequence[Incident], user: User) -> list[IncidentCard]:
             incident=one,
             answers=answers.get((one.newest.run_id or 0, one.newest.finding), ()),
             helps=_helps(one, known, user),
-            may_acknowledge=may(
-                user, Act.ACKNOWLEDGE_VIOLATION, owner_id=one.run.owner_id if one.run else None
-            ),
+            may_acknowledge=may(user, Act.ACKNOWLEDGE_VIOLATION, of=one.run),
         )
         for one in found
     ]
@@ -132,6 +130,6 @@ def _helps(one: Incident, known: dict[str, KnownRemedy], user: User) -> list[Kno
     run = one.run
     if run is None or run.ended or run.mode == RunMode.OBSERVE or one.state != IncidentState.OPEN:
         return []
-    if not may(user, Act.PROPOSE_REMEDY, owner_id=run.owner_id).allowed:
+    if not may(user, Act.PROPOSE_REMEDY, of=run).allowed:
         return []
     return [known[slug] for slug in one.remedies if slug in known]

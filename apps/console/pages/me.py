@@ -12,7 +12,7 @@ from django.shortcuts import redirect
 from django.urls import reverse
 from django.views.decorators.http import require_POST
 
-from apps.accounts.models import ApiToken, User
+from apps.accounts.models import DEFAULT_PROJECT, ApiToken, User
 from apps.accounts.policy import IN_WORDS, Act, may
 from apps.accounts.preferences import (
     SavedView,
@@ -149,8 +149,16 @@ def rights(user: User) -> list[Right]:
     return [_right(user, act) for act in Act]
 
 
+@dataclass(frozen=True, slots=True)
+class _OwnRun:
+    """Any run of this person in the default project."""
+
+    owner_id: int
+    project_id: int = DEFAULT_PROJECT
+
+
 def _right(user: User, act: Act) -> Right:
-    anywhere, own = may(user, act), may(user, act, owner_id=user.pk)
+    anywhere, own = may(user, act), may(user, act, of=_OwnRun(user.pk))
     if anywhere.allowed:
         return Right(IN_WORDS[act], True, "" if own.allowed else "in the runs of others")
     if own.allowed:

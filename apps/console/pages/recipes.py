@@ -81,7 +81,7 @@ def launch(request: HttpRequest, uid: str) -> HttpResponse:
     def head() -> dict[str, Any]:
         return {
             "run": run_of(found),
-            "may_stop": may(user, Act.STOP_LAUNCH, owner_id=found.requested_by_id),
+            "may_stop": may(user, Act.STOP_LAUNCH, of=found),
             "may_start": may(user, Act.START_RECIPE),
         }
 

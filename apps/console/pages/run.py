@@ -84,8 +84,8 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             "stop": stop_command(run),
             "launch": launch_of(run),
             "metrics": latest_metrics(run, ("step_ms", "lr")),
-            "may_pause": may(user, Act.PAUSE_ADAPTATION, owner_id=run.owner_id),
-            "may_stop": may(user, Act.STOP_RUN, owner_id=run.owner_id),
+            "may_pause": may(user, Act.PAUSE_ADAPTATION, of=run),
+            "may_stop": may(user, Act.STOP_RUN, of=run),
             "safety": safety,
             "budget": error_budget(run, safety.safety_policy()),
         }
@@ -103,8 +103,8 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
         may_change = run.mode != RunMode.OBSERVE
         return {
             "known": [known for known in offered() if known.changes_nothing or may_change],
-            "may_ask": may(user, Act.PROPOSE_REMEDY, owner_id=run.owner_id),
-            "may_approve": may(user, Act.APPROVE, owner_id=run.owner_id),
+            "may_ask": may(user, Act.PROPOSE_REMEDY, of=run),
+            "may_approve": may(user, Act.APPROVE, of=run),
         }
 
     return [
@@ -155,7 +155,7 @@ def delegation_context(
         "open": open_delegations(run),
         "lengths": DELEGATION_HOURS,
         "may_grant": may_grant(run, user),
-        "may_revoke": may(user, Act.REJECT, owner_id=run.owner_id),
+        "may_revoke": may(user, Act.REJECT, of=run),
         "choices": [
             (remedy, list(_limited(remedy)))
             for remedy in offered

@@ -166,7 +166,7 @@ def test_a_role_does_what_the_table_says_and_nothing_else(
     inbox: Inbox,
 ) -> None:
     owner = inbox.trainer.row().owner
-    expected = may(people[role], act, owner_id=owner.pk)
+    expected = may(people[role], act, of=inbox.trainer.row())
     before = AuditEvent.objects.exclude(act="adaptation.proposed").count()
     answer = attempt(callers[role], inbox)
     if expected.allowed:
