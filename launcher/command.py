@@ -19,6 +19,7 @@ from launcher.commands.installation import data_dir_option
 from launcher.commands.keys import rotate_command
 from launcher.commands.mcp import mcp_command
 from launcher.commands.planning import plans_group
+from launcher.commands.projects import projects_group
 from launcher.commands.recipes import recipe_group
 from launcher.commands.replay import replay_command
 from launcher.commands.tokens import token_group
@@ -135,6 +136,7 @@ cli.add_command(channels_group)
 cli.add_command(delegations_group)
 cli.add_command(plans_group)
 cli.add_command(duty_group)
+cli.add_command(projects_group)
 audit_group.add_command(maintaining.audit_log_command)
 for command in (
     *reading.COMMANDS,

@@ -8,7 +8,7 @@ from django.contrib import admin
 from django.contrib.auth.admin import UserAdmin
 from django.contrib.auth.models import Group
 
-from apps.accounts.models import ApiToken, User
+from apps.accounts.models import ApiToken, Membership, Project, User
 from apps.accounts.policy import Act, may
 from apps.accounts.read_only_admin import ReadOnlyAdmin
 
@@ -57,6 +57,7 @@ class PersonAdmin(_Admin):
 class ApiTokenAdmin(ReadOnlyAdmin):
     """Owners issue and revoke their tokens. The digest of a secret is not shown."""
 
+    act = Act.MANAGE_PEOPLE
     list_display = (
         "name",
         "owner",
@@ -67,3 +68,19 @@ class ApiTokenAdmin(ReadOnlyAdmin):
         "revoked_at",
     )
     exclude = ("digest",)
+
+
+@admin.register(Project)
+class ProjectAdmin(ReadOnlyAdmin):
+    """Projects and their members are changed on the page Projects, through the services."""
+
+    act = Act.MANAGE_PEOPLE
+    list_display = ("uid", "name", "created_at")
+    search_fields = ("uid", "name")
+
+
+@admin.register(Membership)
+class MembershipAdmin(ReadOnlyAdmin):
+    act = Act.MANAGE_PEOPLE
+    list_display = ("project", "user", "role")
+    list_filter = ("role", "project")

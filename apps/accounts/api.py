@@ -11,6 +11,7 @@ from apps.accounts.authentication import actor, person, via
 from apps.accounts.endpoint import Endpoint, scopes_of
 from apps.accounts.models import ApiToken
 from apps.accounts.policy import Act, may
+from apps.accounts.projects import projects_of
 from apps.accounts.serializers import (
     EndedOutput,
     MeOutput,
@@ -101,7 +102,7 @@ class Tokens(Endpoint):
     @documented("list_tokens", answer=page_of(TokenOutput), parameters=listing())
     def get(self, request: Request) -> HttpResponseBase:
         """The caller's own tokens, without their secrets."""
-        tokens = ApiToken.objects.filter(owner=person(request))
+        tokens = ApiToken.objects.filter(owner=person(request)).select_related("project")
         return page_response(request, tokens, lambda rows: TokenOutput(rows, many=True).data)
 
     @documented("issue_token", body=TokenInput, answer=NewTokenOutput, status=201, act=True)
@@ -113,6 +114,7 @@ class Tokens(Endpoint):
             owner=person(request),
             name=given["name"],
             scopes=[TokenScope(scope) for scope in given["scopes"]],
+            project_id=_project(request, given["project"]),
             expires_at=_expiry(request, timedelta(days=given["expires_in_days"])),
             actor=actor(request),
         )
@@ -124,6 +126,17 @@ def _expiry(request: Request, wanted: timedelta) -> datetime:
     asked = timezone.now() + wanted
     issuer = request.auth.expires_at if isinstance(request.auth, ApiToken) else None
     return asked if issuer is None else min(asked, issuer)
+
+
+def _project(request: Request, uid: str) -> int | None:
+    """To which project a new token is bound; one that a bound token issues is bound to the same."""
+    bound_to = person(request).bound_to
+    if not uid:
+        return bound_to
+    found = projects_of(person(request)).filter(uid=uid).first()
+    if found is None:
+        raise not_found("project")
+    return found.pk
 
 
 class Token(Endpoint):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.contrib import admin
 
@@ -17,15 +17,20 @@ else:
 
 
 class ReadOnlyAdmin(_Admin):
-    """View and search; no add, no change, no delete, no bulk action."""
+    """View and search; no add, no change, no delete, no bulk action.
+
+    Attributes:
+        act: who may do this may view the rows; of rows of everybody, those who manage people.
+    """
 
     actions = None
+    act: ClassVar[Act] = Act.VIEW
 
     def has_module_permission(self, request: HttpRequest) -> bool:
-        return may(request.user, Act.VIEW).allowed
+        return may(request.user, self.act).allowed
 
     def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return may(request.user, Act.VIEW).allowed
+        return may(request.user, self.act).allowed
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False

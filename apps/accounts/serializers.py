@@ -6,10 +6,10 @@ from typing import Any
 
 from rest_framework import serializers
 
-from apps.accounts.models import ApiToken, User
+from apps.accounts.models import ApiToken, Project, User
 from apps.accounts.policy import Permission
 from apps.rest.fields import BoundedList, PersonsInput, Text, WholeNumber
-from esper.contracts import TokenScope
+from esper.contracts import Role, TokenScope
 
 # Scopes that a person may give to a script of theirs; `run:write` comes from registering a run.
 GIVEN_BY_PEOPLE = (
@@ -67,6 +67,7 @@ class MeOutput(PersonOutput):
 
 class TokenOutput(serializers.ModelSerializer[ApiToken]):
     scopes = serializers.ListField(child=serializers.ChoiceField(choices=list(TokenScope)))
+    project = serializers.CharField(source="project.uid", default=None, allow_null=True)
 
     class Meta:
         model = ApiToken
@@ -76,6 +77,7 @@ class TokenOutput(serializers.ModelSerializer[ApiToken]):
             "prefix",
             "scopes",
             "run_uid",
+            "project",
             "created_at",
             "expires_at",
             "last_used_at",
@@ -103,6 +105,7 @@ class TokenInput(PersonsInput):
         allow_empty=False,
         max_length=len(GIVEN_BY_PEOPLE),
     )
+    project = Text(max_length=40, required=False, default="", allow_blank=True)
     expires_in_days = WholeNumber(min_value=1, max_value=MAX_TOKEN_DAYS, default=90)
 
 
@@ -120,3 +123,45 @@ class EndedOutput(serializers.Serializer[Any]):
     """``ended``: how many browsers were signed out."""
 
     ended = serializers.IntegerField()
+
+
+class MemberOutput(serializers.Serializer[Any]):
+    """A person's role in a project."""
+
+    username = serializers.CharField(source="user.username")
+    role = serializers.ChoiceField(choices=list(Role))
+
+
+class ProjectOutput(serializers.ModelSerializer[Project]):
+    """``role``: the caller's own in it."""
+
+    role = serializers.SerializerMethodField()
+
+    class Meta:
+        model = Project
+        fields: tuple[str, ...] = ("uid", "name", "created_at", "role")
+
+    def get_role(self, project: Project) -> str:
+        user: User = self.context["user"]
+        return str(user.access.roles[project.pk])
+
+
+class ProjectDetailOutput(ProjectOutput):
+    """``members``: those with a role of their own in it; of the default project everybody else has
+    the role of their account."""
+
+    members = MemberOutput(many=True)
+
+    class Meta(ProjectOutput.Meta):
+        fields: tuple[str, ...] = (*ProjectOutput.Meta.fields, "members")
+
+
+class ProjectInput(PersonsInput):
+    name = Text(max_length=80)
+
+
+class MemberInput(PersonsInput):
+    """``role`` empty: a member no longer."""
+
+    username = Text(max_length=150)
+    role = serializers.ChoiceField(choices=[*Role, ""])

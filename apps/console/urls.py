@@ -17,6 +17,7 @@ from apps.console.pages.me import me, save_my_settings, save_my_view
 from apps.console.pages.overview import overview
 from apps.console.pages.plan import plan
 from apps.console.pages.policy import policy
+from apps.console.pages.projects import projects
 from apps.console.pages.recipes import launch, recipe, recipes
 from apps.console.pages.report import report
 from apps.console.pages.run import run
@@ -60,6 +61,7 @@ urlpatterns = [
     path("me/views", save_my_view, name="save-view"),
     path("step-up", step_up, name="step-up"),
     path("duty", duty, name="duty"),
+    path("projects", projects, name="projects"),
     path("search", search, name="search"),
     path("status", system_status, name="status"),
     path("wall", wall, name="wall"),

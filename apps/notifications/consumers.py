@@ -54,6 +54,7 @@ class StreamConsumer(AsyncWebsocketConsumer):
         self.holder: Holder | None = None  # of a socket that was opened with a ticket
         self.sent: dict[str, int] = {}  # topic -> the last number that was sent
         self.progress: dict[str, dict[str, Any]] = {}  # topic -> the newest that was not sent
+        self.joined: list[str] = []  # groups beside those of the topics
         self.sending = asyncio.Lock()
         self.tasks: list[asyncio.Task[None]] = []
         self.flushing: asyncio.Task[None] | None = None
@@ -68,7 +69,8 @@ class StreamConsumer(AsyncWebsocketConsumer):
         if not (self.user.is_authenticated and self.user.is_active):
             await self.close(NOT_SIGNED_IN)
             return
-        for group in self._groups():
+        self.joined = self._groups()
+        for group in self.joined:
             await self.channel_layer.group_add(group, self.channel_name)
         await self.accept()
         self.tasks.append(asyncio.create_task(self._beat()))
@@ -86,9 +88,8 @@ class StreamConsumer(AsyncWebsocketConsumer):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*tasks, return_exceptions=True)
-        if self.user.is_authenticated:
-            for group in self._groups():
-                await self.channel_layer.group_discard(group, self.channel_name)
+        for group in self.joined:
+            await self.channel_layer.group_discard(group, self.channel_name)
         for topic in self.sent:
             await self.channel_layer.group_discard(group_name(topic), self.channel_name)
 

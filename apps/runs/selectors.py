@@ -25,6 +25,7 @@ FILTERS: dict[str, Lookup] = {
     "mode": ("mode", one_of(RunMode)),
     "name": ("name", text),
     "owner": ("owner__username", text),
+    "project": ("project__uid", text),
     "q": searching("name", "host", "owner__username", "uid"),
     **between(whole_number, "step"),
     **between(moment, "created_at"),
@@ -37,7 +38,7 @@ HUGE_COLUMNS_OF_RUN = tuple(f"run__{name}" for name in HUGE_COLUMNS)  # of rows 
 
 def runs(*, only: str = "") -> QuerySet[Run]:
     """All runs; just the one with the uid ``only`` for a caller whose token is restricted to it."""
-    rows = Run.objects.select_related("owner")
+    rows = Run.objects.select_related("owner", "project")
     return rows.filter(uid=only) if only else rows
 
 

@@ -26,6 +26,7 @@ class LastLoss(serializers.Field[Any, Any, Any, Run]):
 
 class RunOutput(serializers.ModelSerializer[Run]):
     owner = serializers.CharField(source="owner.username")
+    project = serializers.CharField(source="project.uid")
     last_loss = LastLoss(source="*", read_only=True)
     number = serializers.IntegerField()
 
@@ -36,6 +37,7 @@ class RunOutput(serializers.ModelSerializer[Run]):
             "number",
             "name",
             "owner",
+            "project",
             "mode",
             "state",
             "epoch",

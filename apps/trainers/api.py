@@ -23,6 +23,7 @@ from apps.accounts.endpoint import (
     run_of_token,
 )
 from apps.accounts.policy import Act
+from apps.accounts.visibility import everything
 from apps.adaptations.models import Adaptation
 from apps.adaptations.services import judge_remedy, note_lost_commands
 from apps.rest.codec import StrictJSONParser, TelemetryParser
@@ -72,13 +73,14 @@ class Runs(Endpoint):
     def post(self, request: Request) -> Response:
         project_id = project_of_token(request)
         require(person(request), Act.CREATE_RUN, of=_NewRun(project_id))
-        registration = services.register_run(
-            owner=person(request),
-            actor=actor(request),
-            spec=message(request, protocol.Registration),
-            run_uid=run_of_token(request),
-            project_id=project_id,
-        )
+        with everything():  # the project limits which run it continues
+            registration = services.register_run(
+                owner=person(request),
+                actor=actor(request),
+                spec=message(request, protocol.Registration),
+                run_uid=run_of_token(request),
+                project_id=project_id,
+            )
         return Response(wire.to_wire(services.registration_answer(registration)), status=201)
 
 

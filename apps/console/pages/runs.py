@@ -8,6 +8,7 @@ from django.core.paginator import Paginator
 from django.db.models import Q
 from django.http import HttpRequest, HttpResponse
 
+from apps.accounts.projects import projects_of
 from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, page_number, person
 from apps.console.run_rows import annotated, run_rows
@@ -22,11 +23,15 @@ def runs(request: HttpRequest) -> HttpResponse:
     state = choice(request, "state", RunState)
     mine = request.GET.get("mine") == "1"
     name = request.GET.get("name", "")
+    project = request.GET.get("project", "")
+    several = len(person(request).access.roles) > 1
 
     def rows() -> dict[str, Any]:
         found = Run.objects.filter(state=state) if state else Run.objects.all()
         if mine:
             found = found.filter(owner=person(request))
+        if project:
+            found = found.filter(project__uid=project)
         if name:
             found = found.filter(Q(name__icontains=name) | Q(uid=name))
         shown = Paginator(annotated(found.order_by("-id")), PAGE_LENGTH).get_page(
@@ -45,5 +50,7 @@ def runs(request: HttpRequest) -> HttpResponse:
         state=state,
         mine=mine,
         name=name,
+        project=project,
+        projects=projects_of(person(request)).order_by("name") if several else (),
         states=list(RunState),
     )

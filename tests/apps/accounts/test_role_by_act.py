@@ -165,7 +165,6 @@ def test_a_role_does_what_the_table_says_and_nothing_else(
     people: dict[Role, User],
     inbox: Inbox,
 ) -> None:
-    owner = inbox.trainer.row().owner
     expected = may(people[role], act, of=inbox.trainer.row())
     before = AuditEvent.objects.exclude(act="adaptation.proposed").count()
     answer = attempt(callers[role], inbox)

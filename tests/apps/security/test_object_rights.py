@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
-from apps.accounts.models import User
+from apps.accounts.models import Project, User
 from apps.adaptations.models import Adaptation, DecisionRecord, Delegation, Plan
 from apps.audit.models import AuditEvent
 from apps.notifications.models import Channel, DutyShift
@@ -130,6 +130,7 @@ def objects(people: dict[Role, User], inbox: Inbox) -> dict[str, str]:
         "duty": DutyShift.objects.create(
             user=owner, begins=timezone.now(), ends=timezone.now()
         ).uid,
+        "projects": Project.objects.create(name=CANARY).uid,
         "decisions": DecisionRecord.objects.get(adaptation=adaptation).uid,
         "violations": violation.uid,
         "launches": launch.uid,

@@ -1,0 +1,82 @@
+"""Projects and their members."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.http import HttpResponseBase
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from apps.accounts.act_endpoint import act_endpoint
+from apps.accounts.authentication import person, via
+from apps.accounts.endpoint import Endpoint
+from apps.accounts.models import Project
+from apps.accounts.projects import create_project, projects_of, set_member
+from apps.accounts.serializers import (
+    MemberInput,
+    ProjectDetailOutput,
+    ProjectInput,
+    ProjectOutput,
+)
+from apps.rest.etag import cacheable_response
+from apps.rest.fields import parse
+from apps.rest.idempotency import idempotent
+from apps.rest.pagination import PARAMETERS, page_response
+from apps.rest.problems import not_found
+from apps.rest.schema import documented, listing, page_of
+from apps.rest.throttling import ActThrottle
+
+
+class Projects(Endpoint):
+    throttle_classes = (ActThrottle,)
+    parameters = PARAMETERS
+
+    @documented("list_projects", answer=page_of(ProjectOutput), parameters=listing())
+    def get(self, request: Request) -> HttpResponseBase:
+        context = {"user": person(request)}
+        rows = projects_of(person(request))
+        return page_response(
+            request, rows, lambda rows: ProjectOutput(rows, many=True, context=context).data
+        )
+
+    @documented(
+        "create_project", body=ProjectInput, answer=ProjectDetailOutput, status=201, act=True
+    )
+    @idempotent
+    def post(self, request: Request) -> Response:
+        name = parse(ProjectInput, request.data)["name"]
+        made = create_project(name=name, user=person(request), via=via(request))
+        vars(person(request)).pop("access", None)  # it was found before the project was made
+        return Response(_detail(request, made), status=201)
+
+
+class ProjectDetail(Endpoint):
+    @documented("read_project", answer=ProjectDetailOutput)
+    def get(self, request: Request, uid: str) -> Response:
+        return cacheable_response(request, _detail(request, _project(request, uid)))
+
+
+SetMember = act_endpoint(
+    "set_member",
+    set_member,
+    subject="project",
+    find=lambda request, uid: _project(request, uid),
+    answer=lambda request, project: Response(_detail(request, project)),
+    output=ProjectDetailOutput,
+    body=MemberInput,
+    dangerous=True,
+)
+
+
+def _detail(request: Request, project: Project) -> dict[str, Any]:
+    found = Project.objects.prefetch_related("members__user").get(pk=project.pk)
+    data: dict[str, Any] = ProjectDetailOutput(found, context={"user": person(request)}).data
+    return data
+
+
+def _project(request: Request, uid: str) -> Project:
+    found = projects_of(person(request)).filter(uid=uid).first()
+    if found is None:
+        raise not_found("project")
+    return found
