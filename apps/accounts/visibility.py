@@ -95,7 +95,7 @@ def sees(projects: Projects, model: str, uid: str) -> bool:
     if projects is None:
         return True
     rows = apps.get_model({"Run": "runs", "Launch": "recipes"}[model], model)._base_manager
-    return rows.filter(uid=uid, project__in=projects).exists()
+    return bool(rows.filter(uid=uid, project__in=projects).exists())
 
 
 def _of_session(request: HttpRequest) -> Find:

@@ -26,27 +26,38 @@ def token_group() -> None:
     help="What the token may do; may be given several times. Default: decide and read.",
 )
 @click.option("--name", help="The token's name in lists. Default: the account's name.")
+@click.option("--project", help="It sees and makes runs of this project (prj_…) only.")
 @click.option("--days", type=click.IntRange(min=1), help="It expires after so many days.")
-def issue(account: str, scopes: tuple[str, ...], name: str | None, days: int | None) -> None:
+def issue(
+    account: str, scopes: tuple[str, ...], name: str | None, project: str | None, days: int | None
+) -> None:
     """Print a new token of ACCOUNT. It is shown once and kept nowhere.
 
-    An account that does not exist is created for a service: role viewer, without a password.
+    An account that does not exist is created for a service: role viewer, without a password. With
+    --project it is made a researcher of that project, so that it can register runs there.
     """
     with installation():
         from django.utils import timezone
 
         from apps.accounts.actors import SYSTEM
-        from apps.accounts.models import User
+        from apps.accounts.models import Membership, Project, User
         from apps.accounts.services import issue_token
 
+        place = Project.objects.filter(uid=project).first() if project else None
+        if project and place is None:
+            raise click.ClickException(f"There is no project {project}.")
+        known = User.objects.filter(username=account).exists()
         owner = User.objects.filter(username=account).first() or User.objects.create_user(
             username=account, role=Role.VIEWER
         )
+        if place is not None and not known:
+            Membership.objects.create(project=place, user=owner, role=Role.RESEARCHER)
         _, secret = issue_token(
             owner=owner,
             name=name or account,
             scopes=[TokenScope(scope) for scope in scopes or ("decide", "read")],
             expires_at=timezone.now() + timedelta(days=days) if days else None,
+            project_id=place.pk if place is not None else None,
             actor=SYSTEM,
         )
         click.echo(secret)

@@ -22,6 +22,7 @@ from apps.accounts.preferences import (
     save_view,
     time_zones,
 )
+from apps.accounts.projects import projects_of
 from apps.accounts.sessions import sessions_of
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
@@ -53,7 +54,13 @@ def me(request: HttpRequest) -> HttpResponse:
             "tokens",
             "Tokens",
             "console/me/tokens.html",
-            lambda: {"tokens": tokens_of(user), "scopes": _TOKEN_SCOPES.items()},
+            lambda: {
+                "tokens": tokens_of(user),
+                "scopes": _TOKEN_SCOPES.items(),
+                "projects": projects_of(user).order_by("name")
+                if len(user.access.roles) > 1
+                else (),
+            },
         ),
         Panel(
             "sessions",
