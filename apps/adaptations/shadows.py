@@ -42,7 +42,7 @@ def may_shadow(adaptation: Adaptation, user: User) -> Permission:
         return Permission(False, "old-epoch", "Its trainer has ended or was started again since.")
     if trials_of(adaptation).filter(command__state__in=_OPEN).exists():
         return Permission(False, "shadow-running", "A trial in shadow is under way.")
-    return may(user, Act.SHADOW, owner_id=adaptation.run.owner_id)
+    return may(user, Act.SHADOW, of=adaptation.run)
 
 
 def trials_of(adaptation: Adaptation) -> Any:
