@@ -57,7 +57,7 @@ class PersonAdmin(_Admin):
 class ApiTokenAdmin(ReadOnlyAdmin):
     """Owners issue and revoke their tokens. The digest of a secret is not shown."""
 
-    act = Act.MANAGE_PEOPLE
+    of_everybody = True
     list_display = (
         "name",
         "owner",
@@ -74,13 +74,13 @@ class ApiTokenAdmin(ReadOnlyAdmin):
 class ProjectAdmin(ReadOnlyAdmin):
     """Projects and their members are changed on the page Projects, through the services."""
 
-    act = Act.MANAGE_PEOPLE
+    of_everybody = True
     list_display = ("uid", "name", "created_at")
     search_fields = ("uid", "name")
 
 
 @admin.register(Membership)
 class MembershipAdmin(ReadOnlyAdmin):
-    act = Act.MANAGE_PEOPLE
+    of_everybody = True
     list_display = ("project", "user", "role")
-    list_filter = ("role", "project")
+    list_filter = ("role",)

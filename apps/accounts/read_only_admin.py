@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from django.contrib import admin
 
 from apps.accounts.policy import Act, may
+from apps.accounts.visibility import visible_projects
 
 if TYPE_CHECKING:
+    from django.db.models import QuerySet
     from django.http import HttpRequest
 
     _Admin = admin.ModelAdmin[Any]
@@ -20,17 +22,22 @@ class ReadOnlyAdmin(_Admin):
     """View and search; no add, no change, no delete, no bulk action.
 
     Attributes:
-        act: who may do this may view the rows; of rows of everybody, those who manage people.
+        of_everybody: its rows are of no project but may tell of each, so that only who sees every
+            project sees them.
     """
 
     actions = None
-    act: ClassVar[Act] = Act.VIEW
+    of_everybody: ClassVar[bool] = False
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        rows = super().get_queryset(request)
+        return rows.none() if self.of_everybody and visible_projects() is not None else rows
 
     def has_module_permission(self, request: HttpRequest) -> bool:
-        return may(request.user, self.act).allowed
+        return may(request.user, Act.VIEW).allowed
 
     def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return may(request.user, self.act).allowed
+        return may(request.user, Act.VIEW).allowed
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False

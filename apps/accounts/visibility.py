@@ -48,9 +48,11 @@ def limited_to(find: Find | None) -> Iterator[None]:
         _present.reset(token)
 
 
-def everything() -> Any:
+@contextmanager
+def everything() -> Iterator[None]:
     """For what keeps an invariant over all projects: places on a host, kernels in use, a kill."""
-    return limited_to(None)
+    with limited_to(None):
+        yield
 
 
 class InProjects(models.Manager[_M]):
@@ -78,6 +80,11 @@ def of_run(projects: frozenset[int]) -> Q:
 def of_run_or_none(projects: frozenset[int]) -> Q:
     """As ``of_run``; a row without a run is about the whole server."""
     return Q(run=None) | of_run(projects)
+
+
+def of_adaptation(projects: frozenset[int]) -> Q:
+    """Of a row with an ``adaptation``."""
+    return Q(adaptation__run__in=runs_in(projects))
 
 
 def of_run_uid(projects: frozenset[int]) -> Q:

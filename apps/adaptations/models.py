@@ -10,7 +10,7 @@ from functools import partial
 from django.conf import settings
 from django.db import models
 
-from apps.accounts.visibility import InProjects, of_run
+from apps.accounts.visibility import InProjects, of_adaptation, of_run
 from apps.blueprints.models import Blueprint
 from apps.kernels.models import Kernel
 from apps.policies.models import PolicyVersion
@@ -400,6 +400,9 @@ class ShadowTrial(models.Model):
     steps = models.BigIntegerField(null=True, blank=True)
     looks = models.PositiveIntegerField(null=True, blank=True)
     seconds = models.FloatField(null=True, blank=True)
+
+    objects = InProjects["ShadowTrial"]()
+    visible_in = staticmethod(of_adaptation)
 
     class Meta:
         ordering = ("-id",)

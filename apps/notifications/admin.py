@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from django.contrib import admin
 
-from apps.accounts.policy import Act
 from apps.accounts.read_only_admin import ReadOnlyAdmin
 from apps.notifications.models import Channel, Delivery, FeedEvent, OutboxMessage
 
 
 @admin.register(FeedEvent)
 class FeedEventAdmin(ReadOnlyAdmin):
-    act = Act.MANAGE_PEOPLE
+    of_everybody = True
     list_display = ("topic", "seq", "type", "at")
     list_filter = ("type",)
     search_fields = ("topic",)
@@ -19,14 +18,14 @@ class FeedEventAdmin(ReadOnlyAdmin):
 
 @admin.register(OutboxMessage)
 class OutboxMessageAdmin(ReadOnlyAdmin):
-    act = Act.MANAGE_PEOPLE
+    of_everybody = True
     list_display = ("task", "queue", "created_at", "sent_at", "attempts")
     list_filter = ("task",)
 
 
 @admin.register(Channel)
 class ChannelAdmin(ReadOnlyAdmin):
-    act = Act.MANAGE_PEOPLE
+    of_everybody = True
     list_display = ("uid", "owner", "kind", "disabled_at", "disabled_reason")
     list_filter = ("kind",)
     exclude = ("secret",)
@@ -34,6 +33,6 @@ class ChannelAdmin(ReadOnlyAdmin):
 
 @admin.register(Delivery)
 class DeliveryAdmin(ReadOnlyAdmin):
-    act = Act.MANAGE_PEOPLE
+    of_everybody = True
     list_display = ("uid", "channel", "type", "attempts", "status", "delivered_at", "error")
     list_filter = ("type",)

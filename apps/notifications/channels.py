@@ -110,7 +110,7 @@ def plan_deliveries(
         return []
     channels = Channel.objects.filter(disabled_at=None, owner__is_active=True)
     if project_id:
-        channels = channels.filter(owner__in=people_with(Role, project_id))
+        channels = channels.filter(owner__in=people_with(list(Role), project_id))
     wanting = [channel for channel in channels if name in channel.events]
     if name not in FOR_EVERYBODY and any(channel.only_on_duty for channel in wanting):
         on_now = {shift.user_id for shift in on_duty()}

@@ -10,7 +10,7 @@ import esper.contracts.enums
 class Migration(migrations.Migration):
     dependencies = [
         ("accounts", "0003_projects"),
-        ("runs", "0004_layer_count"),
+        ("runs", "0005_shadow_command"),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 
