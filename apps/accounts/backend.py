@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib.auth.backends import ModelBackend
-from django.db.models import Exists, OuterRef, Q
 
-from apps.accounts.models import DEFAULT_PROJECT, Membership, Project, User
+from apps.accounts.models import User, has_one_project
 
 
 class PeopleBackend(ModelBackend):
@@ -15,8 +14,8 @@ class PeopleBackend(ModelBackend):
 
     def get_user(self, user_id: Any) -> User | None:
         """In the query that reads the person: most servers have one project, and ask no further."""
-        others = Project.objects.exclude(pk=DEFAULT_PROJECT)
-        own = Membership.objects.filter(user=OuterRef("pk"))
-        people = User.objects.annotate(has_one_project=~Q(Exists(others)) & ~Q(Exists(own)))
+        people = User.objects.annotate(only_default=has_one_project("pk"))
         user = people.filter(pk=user_id).first()
+        if user is not None:
+            user.has_one_project = user.only_default
         return user if user is not None and self.user_can_authenticate(user) else None

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from django.contrib.auth.models import AbstractUser
 from django.db import models
-from django.db.models import OuterRef, Subquery
+from django.db.models import Exists, OuterRef, Q, Subquery
 
 from apps.rest.identifiers import UID_LENGTH, new_uid
 from esper.contracts import Role
@@ -55,13 +55,14 @@ class User(AbstractUser):
         self.is_superuser = self.role == Role.ADMIN
         super().save(*args, **kwargs)  # type: ignore[arg-type]
 
+    has_one_project = False
     bound_to: int | None = None  # the project of the token that the person has signed in with
 
     @cached_property
     def access(self) -> Access:
         """Found once for each instance, so once a request; by ``PeopleBackend`` without a query
         where there is one project."""
-        if getattr(self, "has_one_project", False):
+        if self.has_one_project:
             return Access(MappingProxyType({DEFAULT_PROJECT: Role(self.role)}), None)
         return access_of(self).within(self.bound_to)
 
@@ -113,6 +114,14 @@ class Membership(models.Model):
 
     def __str__(self) -> str:
         return f"{self.user_id} is {self.role} of {self.project_id}"
+
+
+def has_one_project(person: str) -> Q:
+    """For a query that reads a person: there is only the default project, with no roles of its own
+    for them."""
+    others = Project.objects.exclude(pk=DEFAULT_PROJECT)
+    own = Membership.objects.filter(user=OuterRef(person))
+    return ~Q(Exists(others)) & ~Q(Exists(own))
 
 
 def access_of(user: User) -> Access:

@@ -11,7 +11,7 @@ from django.db.models import Q
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
-from apps.accounts.models import ApiToken, User
+from apps.accounts.models import ApiToken, User, has_one_project
 from apps.accounts.signals import account_changed
 from esper.contracts import Role, TokenScope
 
@@ -58,10 +58,13 @@ def authenticate_token(secret: str) -> ApiToken | None:
     now = timezone.now()
     token = (
         ApiToken.objects.select_related("owner")
+        .annotate(only_default=has_one_project("owner"))
         .filter(Q(expires_at=None) | Q(expires_at__gt=now))
         .filter(digest=_digest(secret), revoked_at=None, owner__is_active=True)
         .first()
     )
+    if token is not None:
+        token.owner.has_one_project = token.only_default
     if token and (token.last_used_at is None or now - token.last_used_at > _LAST_USED_RESOLUTION):
         ApiToken.objects.filter(pk=token.pk).update(last_used_at=now)
     return token
