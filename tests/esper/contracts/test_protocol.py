@@ -72,7 +72,9 @@ def values_of(info: Any) -> st.SearchStrategy[Any]:
         case inspect.LiteralType():
             return st.sampled_from(info.values)
         case inspect.VarTupleType():
-            return st.lists(values_of(info.item_type), max_size=2).map(tuple)
+            least = info.min_length or 0
+            items = st.lists(values_of(info.item_type), min_size=least, max_size=max(2, least))
+            return items.map(tuple)
         case inspect.DictType():
             keys = values_of(info.key_type)
             return st.dictionaries(keys, values_of(info.value_type), max_size=2)
@@ -94,6 +96,11 @@ def messages_of(draw: Draw, info: Any) -> Any:
         members["seq_from"] = draw(st.integers(1, 10**6))
         items = sum(len(members[name]) for name in ("frames", "metrics", "findings"))
         members["seq_to"] = members["seq_from"] + items - 1
+    if info.cls is protocol.PlanProposal:
+        when = {name: members[name] for name in ("epoch", "step")}
+        members["members"] = tuple(
+            msgspec.structs.replace(one, **when) for one in members["members"]
+        )
     if info.cls is protocol.RemedyProposal:
         members["finding"] = replace(members["finding"], slug="dying_relu")
     if info.cls is protocol.Answer:

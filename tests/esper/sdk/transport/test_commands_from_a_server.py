@@ -201,7 +201,7 @@ def test_a_graft_that_expired_before_its_step_boundary_is_not_applied(
 ) -> None:
     with listening(training, plane) as session:
         plane.send(graft_command(plane, 1, kernel_for(session, plane)))
-        server = session._server
+        server = session._parts.server
         assert server is not None
         wait_for(lambda: server.has_commands, "it was verified, and waits for a step boundary")
         monkeypatch.setattr(TransportQueues, "now", lambda _: time.time() + 3600)
