@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,8 @@ class FakeTrainer:
     def live(self) -> None:
         """Endless; ends when the server accepts nothing more of this start."""
         self.transport.start(self._description())
-        parent = os.getppid()
-        while os.getppid() == parent:
+        harness = parent_process()  # not the server that forked this process
+        while harness is None or harness.is_alive():
             thread = self.transport._thread
             if thread is None or not thread.is_alive():
                 self.ledger.write("transport_ended")

@@ -164,7 +164,7 @@ MUTANTS = (
         "esper/constraints/gates.py",
         "known = math.isfinite(confidence)",
         "known = True",
-        (LIFECYCLE + "test_an_unsure_decision_is_never_approved_by_rule", "esper/constraints"),
+        ("esper/constraints/test_gates_at_their_limits.py",),
     ),
     Mutant(
         "a loss that is not a number takes a graft out",

@@ -535,6 +535,12 @@ def test_a_zombie_workers_late_result_is_refused(stage: Stage) -> None:
         zombie, kernel_digest=make_kernel().digest, cached=False, build_ms=1.0
     )
     assert CompileJob.objects.get().state == "queued"
+    # The fence is the number of the attempt: also while another worker has the job.
+    assert workers.claim_job(CompileJob.objects.get(), worker="another")
+    assert not workers.finish_job(
+        zombie, kernel_digest=make_kernel().digest, cached=False, build_ms=1.0
+    )
+    assert CompileJob.objects.get().state == "running"
 
 
 def test_the_end_of_a_run_leaves_nothing_open(stage: Stage) -> None:

@@ -19,6 +19,7 @@ from esper.constraints import (
     gate_inputs,
     required_evidence,
 )
+from esper.constraints.gates import check_confidence
 from esper.contracts import (
     AdaptationDecision,
     AdaptationType,
@@ -160,6 +161,12 @@ def test_confidence_bands_are_refuse_ask_auto(
 
     band = "refuse" if check.blocks else "ask" if check.asks else "auto"
     assert band == ("auto" if confidence >= auto else "ask" if confidence >= refuse else "refuse")
+
+
+@pytest.mark.parametrize("confidence", [math.nan, math.inf, -math.inf])
+def test_confidence_that_is_not_finite_is_unknown_and_asks(confidence: float) -> None:
+    check = check_confidence(changed(OPEN, confidence=confidence), POLICY)
+    assert (check.passed, check.hard, check.observed) == (None, False, "unknown")
 
 
 def test_a_snapshot_is_read_into_the_inputs(make_snapshot: Callable[..., RunSnapshot]) -> None:
