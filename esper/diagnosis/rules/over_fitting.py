@@ -11,6 +11,7 @@ from esper.diagnosis.observation import Observation, Unknown
 EVALUATIONS = 5
 RISE = 0.25
 MILD = 0.1
+GAP = 0.1
 STILL = 0.05
 SWINGS = 2.0
 
@@ -20,10 +21,14 @@ class OverFitting(Rule):
 
     slug = "over_fitting"
     title = "Over-fitting"
-    symptom = "The held-out loss is a quarter above its best, and the training loss is lower now."
+    symptom = (
+        "The held-out loss is a quarter above its best and a tenth above the training loss, and "
+        "the training loss is lower now."
+    )
     thresholds = (
         Threshold("held-out loss above its best", RISE, "share", "chosen on 0 to 9"),
-        Threshold("the same, as info", MILD, "share", "the ratio that SageMaker Debugger uses"),
+        Threshold("held-out above training loss", GAP, "share", "SageMaker Debugger's ratio"),
+        Threshold("above its best, as info", MILD, "share", "chosen"),
         Threshold("evaluations", EVALUATIONS, "evaluations", "chosen; the last three count"),
         Threshold("the same, by its usual swing", SWINGS, "swings", "between two evaluations"),
         Threshold("to resolve", STILL, "share", "chosen"),
@@ -52,6 +57,7 @@ class OverFitting(Rule):
         swings = median(abs(b - a) for (_, a), (_, b) in pairwise(held_out))
         if now <= best + max(limit * abs(best), SWINGS * swings) or latest >= then:
             return None
+        rises = now > best + RISE * abs(best)
         return Evidence(
             observed=f"the held-out loss is {now:.4g}; its best was {best:.4g} at {best_step}; "
             f"the training loss fell from {then:.4g} to {latest:.4g}",
@@ -59,5 +65,5 @@ class OverFitting(Rule):
             signal="eval_loss",
             value=now / best - 1 if best else math.nan,
             since_step=best_step,
-            severity=None if now > best + RISE * abs(best) else Severity.INFO,
+            severity=None if rises and now > latest + GAP * abs(latest) else Severity.INFO,
         )
