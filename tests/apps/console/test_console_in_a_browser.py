@@ -370,6 +370,69 @@ def test_rows_open_by_keyboard(sign_in: SignIn) -> None:
     expect(page.locator("#shortcuts")).to_be_visible()
 
 
+def test_chosen_rows_are_rejected_together_and_each_failure_is_named(sign_in: SignIn) -> None:
+    page = sign_in("olga")
+    page.goto("/inbox")
+    wait_until_live(page)
+    boxes = page.locator("[data-pick]")
+    number = boxes.count()
+    bar = page.locator("#bulk-reject")
+    expect(bar).to_be_hidden()
+    boxes.nth(number - 1).check()
+    expect(bar).to_contain_text("Reject 1")
+    page.evaluate("document.querySelector('#panel-list').dispatchEvent(new Event('refresh'))")
+    page.wait_for_timeout(300)
+    expect(boxes.nth(number - 1)).to_be_checked()  # a refreshed list keeps the choice
+    failed = '{"rejected": 0, "results": [{"uid": "adp_x", "status": 409, "state": null,'
+    failed += ' "problem": {"detail": "Somebody was first."}}]}'
+    page.route(
+        "**/api/v1/adaptations/reject",
+        lambda route: route.fulfill(status=200, body=failed, content_type="application/json"),
+        times=1,
+    )
+    bar.locator("button").click()
+    expect(bar.locator("[role=alert]")).to_have_text("Say why you reject them.")
+    page.fill("#bulk-reason", "none of these now")
+    bar.locator("button").click()
+    expect(bar.locator("[role=alert]")).to_contain_text("0 of 1 rejected. adp_x: Somebody was")
+
+
+def test_a_decision_is_found_read_and_approved_by_keyboard_alone(sign_in: SignIn) -> None:
+    page = sign_in("olga")
+    wait_until_live(page)
+    sent: list[str] = []
+
+    def note(route: Route) -> None:  # the small world of these tests stays as it is
+        sent.append(route.request.post_data_json["evidence_hash"])
+        route.fulfill(status=200, body="{}", content_type="application/json")
+
+    page.route("**/approve", note)
+    for key in ("g", "i"):
+        page.keyboard.press(key)
+    page.wait_for_url("**/inbox")
+    wait_until_live(page)
+    for key in ("j", "o"):
+        page.keyboard.press(key)
+    page.wait_for_url("**/adaptations/*")
+    wait_until_live(page)
+    approve = page.locator("#acts button[data-path=approve]")
+    for _ in range(150):
+        page.keyboard.press("Tab")
+        if approve.evaluate("button => button === document.activeElement"):
+            break
+    expect(approve).to_be_focused()
+    expect(approve).to_be_in_viewport()  # the focus is hidden by nothing
+    page.keyboard.press("Enter")
+    reason = "This graft is of high risk: say why you approve it."
+    if approve.get_attribute("data-needs-reason"):
+        expect(page.locator("#acts [role=alert]")).to_contain_text(reason)
+        page.keyboard.type("seen")  # the cursor is in the field already
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+    expect(page.locator("#toasts")).to_contain_text("Approved.")
+    assert [len(shown) for shown in sent] == [64]
+
+
 def test_a_recipe_is_started_from_its_page_and_stopped_from_its_launch(sign_in: SignIn) -> None:
     page, vera = sign_in("olga"), sign_in("vera")
     page.goto("/recipes")
@@ -568,66 +631,3 @@ def test_the_system_is_told_of_decisions_only_where_the_account_wants_it(sign_in
     wait_until_live(page)
     assert page.evaluate(TELL, False) == []  # the page itself is looked at
     assert page.evaluate(TELL, True) == [["A-1 waits", "x", "/adaptations/a"]]
-
-
-def test_chosen_rows_are_rejected_together_and_each_failure_is_named(sign_in: SignIn) -> None:
-    page = sign_in("olga")
-    page.goto("/inbox")
-    wait_until_live(page)
-    boxes = page.locator("[data-pick]")
-    number = boxes.count()
-    bar = page.locator("#bulk-reject")
-    expect(bar).to_be_hidden()
-    boxes.nth(number - 1).check()
-    expect(bar).to_contain_text("Reject 1")
-    page.evaluate("document.querySelector('#panel-list').dispatchEvent(new Event('refresh'))")
-    page.wait_for_timeout(300)
-    expect(boxes.nth(number - 1)).to_be_checked()  # a refreshed list keeps the choice
-    failed = '{"rejected": 0, "results": [{"uid": "adp_x", "status": 409, "state": null,'
-    failed += ' "problem": {"detail": "Somebody was first."}}]}'
-    page.route(
-        "**/api/v1/adaptations/reject",
-        lambda route: route.fulfill(status=200, body=failed, content_type="application/json"),
-        times=1,
-    )
-    bar.locator("button").click()
-    expect(bar.locator("[role=alert]")).to_have_text("Say why you reject them.")
-    page.fill("#bulk-reason", "none of these now")
-    bar.locator("button").click()
-    expect(bar.locator("[role=alert]")).to_contain_text("0 of 1 rejected. adp_x: Somebody was")
-
-
-def test_a_decision_is_found_read_and_approved_by_keyboard_alone(sign_in: SignIn) -> None:
-    page = sign_in("olga")
-    wait_until_live(page)
-    sent: list[str] = []
-
-    def note(route: Route) -> None:  # the small world of these tests stays as it is
-        sent.append(route.request.post_data_json["evidence_hash"])
-        route.fulfill(status=200, body="{}", content_type="application/json")
-
-    page.route("**/approve", note)
-    for key in ("g", "i"):
-        page.keyboard.press(key)
-    page.wait_for_url("**/inbox")
-    wait_until_live(page)
-    for key in ("j", "o"):
-        page.keyboard.press(key)
-    page.wait_for_url("**/adaptations/*")
-    wait_until_live(page)
-    approve = page.locator("#acts button[data-path=approve]")
-    for _ in range(150):
-        page.keyboard.press("Tab")
-        if approve.evaluate("button => button === document.activeElement"):
-            break
-    expect(approve).to_be_focused()
-    expect(approve).to_be_in_viewport()  # the focus is hidden by nothing
-    page.keyboard.press("Enter")
-    reason = "This graft is of high risk: say why you approve it."
-    if approve.get_attribute("data-needs-reason"):
-        expect(page.locator("#acts [role=alert]")).to_contain_text(reason)
-        page.keyboard.type("seen")  # the cursor is in the field already
-        page.keyboard.press("Tab")
-        page.keyboard.press("Enter")
-    expect(page.locator("#toasts")).to_contain_text("Approved.")
-    assert [len(shown) for shown in sent] == [64]
