@@ -35,7 +35,8 @@ _SHORT = {"random": "random", "plateau": "plateau, clip", "restart": "restart", 
 
 HEAD = """# Rescue
 
-Written by `python -m benchmarks.rescue --docs docs`. Nothing here is edited by hand.
+Written by `python -m benchmarks.rescue --docs docs`. Where a tier was not run again, the line that
+names the code of its record was completed by hand; the figures are the program's.
 
 Runs with one fault each, and for each the same run without the fault, its *twin*. A draw counts
 when the twin learns, and when the fault costs more than two points of the held-out score or is a

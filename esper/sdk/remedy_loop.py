@@ -40,7 +40,7 @@ from esper.contracts import (
 )
 from esper.contracts.remedies import MARKED
 from esper.diagnosis import Diagnosed
-from esper.diagnosis.base import Evidence
+from esper.diagnosis.base import Evidence, RemedySlug
 from esper.diagnosis.updates import EXCESSIVE, MATCHED, STEADY, follows_gradient
 from esper.exceptions import ConfigurationError, EsperError
 from esper.grafting import RemedyReceipt
@@ -372,7 +372,7 @@ class RemedyLoop:
         if self._run.step < case.not_before or time.monotonic() < case.not_before_time:
             return False
         proposal = self._next(found, case)
-        if proposal is None and not self._sample.is_awaited and self._goes_back(case):
+        if proposal is None and not self._sample.is_awaited and self._goes_back(found, case):
             self._go_back(found, case)
             return True
         if proposal is None:
@@ -382,7 +382,7 @@ class RemedyLoop:
             self._propose(found, proposal)
             return False
         if proposal.asks:
-            if self._goes_back(case):
+            if self._goes_back(found, case):
                 self._go_back(found, case)  # a person may be away
             self.proposals.append(proposal)
             waits = self._run.mode is not RunMode.OBSERVE
@@ -443,10 +443,12 @@ class RemedyLoop:
         """There is nobody else who decides."""
         return self._run.mode is RunMode.AUTOMATIC and self._alone and self._proposer is None
 
-    def _goes_back(self, case: _Case) -> bool:
+    def _goes_back(self, found: Diagnosed, case: _Case) -> bool:
         """Its remedies did not help, and the run is worse than when the first one was given."""
         if (
             not self._acts_by_rule
+            # The held-out loss is what is wrong: its best weights are the way back, on request.
+            or RemedySlug.RESTORE_BEST in found.rule.remedies
             or case.went_back
             or not case.given
             or not math.isfinite(case.level)

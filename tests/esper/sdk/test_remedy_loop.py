@@ -358,6 +358,21 @@ def test_a_run_whose_remedies_all_fail_ends_no_worse_than_where_they_began(
         assert any("none helped" in entry.ended for entry in session._parts.remedies.treatments)
 
 
+def test_over_fitting_takes_no_run_back_by_rule() -> None:
+    """The training loss swings; the held-out loss is what is wrong."""
+    run = Run(Fault())
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        run.train(60, session)
+        loop = session._parts.remedies
+        assert loop is not None
+        for slug, goes_back in (("over_fitting", False), ("update_ratio_high", True)):
+            rule = next(rule for rule in list_rules() if rule.slug == slug)
+            case = loop._case_of(slug)
+            case.given["any"], case.level = 1, 1e-6
+            found = SimpleNamespace(rule=rule)
+            assert loop._goes_back(found, case) is goes_back  # type: ignore[arg-type]
+
+
 def test_a_remedy_that_cannot_be_applied_is_not_tried_again_in_each_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
