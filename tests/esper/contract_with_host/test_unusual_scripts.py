@@ -183,7 +183,7 @@ def test_gradients_that_are_all_sparse_are_read_too() -> None:
         optimizer.step()
         session.step(loss)
 
-    assert "missing_telemetry" not in {finding.slug for finding in session.findings()}
+    assert "missing_telemetry" not in {finding.rule for finding in session.findings()}
 
 
 def test_the_surgery_calls_no_hook_of_the_script() -> None:
