@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -53,6 +54,18 @@ def json_option(command: Callable[_P, _R]) -> Callable[_P, _R]:
     return click.option(
         "--json", "as_json", is_flag=True, help="Print JSON as the API returns it."
     )(command)
+
+
+def confirm(question: str) -> None:
+    """Goes on when the person at the terminal says yes.
+
+    Raises:
+        click.Abort: the answer is no.
+        click.UsageError: there is no terminal.
+    """
+    if not sys.stdin.isatty():
+        raise click.UsageError("There is no terminal to ask on. Give --yes.")
+    click.confirm(question, abort=True, err=True)
 
 
 def connect(*, url: str = "", account: str = "") -> Client:

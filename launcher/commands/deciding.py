@@ -6,13 +6,12 @@ Whoever approves or rejects sees the evidence first; the approval carries the ha
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
 
 from esper.contracts import RejectReason
-from launcher.commands.asking import asks_server, json_option
+from launcher.commands.asking import asks_server, confirm, json_option
 from launcher.commands.reading import evidence
 from launcher.commands.waiting import timeout_option, wait_for_adaptation, wait_option
 from launcher.remote.client import Answer, Client, segment
@@ -135,9 +134,7 @@ def _shown(client: Client, adaptation: str, *, ask: str, quiet: bool) -> Answer:
     if not quiet:
         evidence(found.data)
     if ask:
-        if not sys.stdin.isatty():
-            raise click.UsageError("There is no terminal to ask on. Give --yes.")
-        click.confirm(ask, abort=True, err=True)
+        confirm(ask)
     return found
 
 

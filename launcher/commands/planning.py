@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
 
 from esper.contracts import RejectReason
-from launcher.commands.asking import asks_server, json_option
+from launcher.commands.asking import asks_server, confirm, json_option
 from launcher.commands.deciding import dry_run_option, reason_option, yes_option
 from launcher.remote.client import Answer, Client, segment
 from launcher.remote.tables import print_json, print_rows
@@ -107,9 +106,7 @@ def _shown(client: Client, plan: str, *, ask: str, quiet: bool) -> Answer:
     if not quiet:
         _tell(found.data)
     if ask:
-        if not sys.stdin.isatty():
-            raise click.UsageError("There is no terminal to ask on. Give --yes.")
-        click.confirm(ask, abort=True, err=True)
+        confirm(ask)
     return found
 
 
