@@ -186,6 +186,25 @@ def test_gradients_that_are_all_sparse_are_read_too() -> None:
     assert "missing_telemetry" not in {finding.rule for finding in session.findings()}
 
 
+def test_a_layer_that_was_first_seen_on_an_empty_batch_takes_a_graft() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    session = esper.attach(model, optimizer, run="empty", mode="supervised", verbose=False)
+    for rows in (0, 0, 8, 8):
+        loss = model(torch.randn(rows, 8)).pow(2).sum()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        session.step(loss)
+
+    x = torch.randn(8, 8)
+    before = model(x)
+    receipt = session.graft("2", "mlp_gelu_2048")
+    assert torch.equal(model(x), before)
+    assert session.undo(receipt).exact
+
+
 def test_the_surgery_calls_no_hook_of_the_script() -> None:
     """A script counts, logs or masks in its hooks; a trial of a graft is none of its passes."""
     model, optimizer = script()
