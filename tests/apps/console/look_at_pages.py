@@ -42,6 +42,7 @@ PLAIN = {
     "duty": "/duty",
     "status": "/status",
     "wall": "/wall",
+    "projects": "/projects",
     "report": "/report",
     "accessibility": "/accessibility",
     "api-docs": "/api/docs",
