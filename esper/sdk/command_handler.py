@@ -190,7 +190,7 @@ class CommandHandler:
             command.kind is CommandKind.REMEDY
             and self._remedies is not None
             and self._queues.now() < command.expires_at
-            and not self._remedies.has_inputs_for(str(command.payload.get("remedy")))
+            and not self._remedies.server.has_inputs_for(str(command.payload.get("remedy")))
         )
 
     def _waits_for_compiler(self, ready: ReadyCommand) -> bool:
@@ -306,7 +306,7 @@ class CommandHandler:
         payload = command.payload
         try:
             self._veto.check(command)
-            receipt = self._remedies.apply_for_server(
+            receipt = self._remedies.server.apply(
                 command.adaptation,
                 remedy=str(payload["remedy"]),
                 layer=command.layer,

@@ -174,7 +174,7 @@ class ServerLink:
         config = {name: receipt.details[name] for name in settings if name in receipt.details}
         finding, kept = "", False
         if self._remedies is not None:
-            finding, kept = self._remedies.result_of(receipt.adaptation)
+            finding, kept = self._remedies.server.result_of(receipt.adaptation)
         return protocol.HeldRemedy(
             adaptation=receipt.adaptation,
             step=receipt.step,

@@ -29,7 +29,7 @@ def state_of(parts: Parts) -> dict[str, Any]:
         "sampling": [[p.since, p.frame, p.deep] for p in parts.sampling.recorded],
         "local": parts.local.memory.to_state() if parts.local is not None else None,
         "good_states": states.state_dict() if states is not None else None,
-        "treatments": parts.remedies.state_dict() if parts.remedies is not None else [],
+        "treatments": parts.remedies.server.state_dict() if parts.remedies is not None else [],
         **parts.surgery.state_dict(),
     }
 
@@ -65,7 +65,7 @@ def _load(parts: Parts, state: dict[str, Any], joint: Joint) -> None:
     if parts.surgery.states is not None and kept is not None:
         parts.failures.contain("good states", partial(parts.surgery.states.find_again, kept, step))
     if parts.remedies is not None:
-        parts.remedies.load_state_dict(state.get("treatments", []))  # absent from older ones
+        parts.remedies.server.load_state_dict(state.get("treatments", []))  # absent from older ones
 
 
 def _identities(state: Any) -> list[Any] | None:

@@ -23,8 +23,8 @@ from esper.diagnosis.base import Evidence, Memory, RemedySlug
 from esper.diagnosis.rules.plateau import Plateau as PlateauRule
 from esper.exceptions import GraftError
 from esper.remedies import list_remedies
+from esper.sdk.remedy_loop.settling import WINDOW, Settling
 from esper.sdk.run_state import RunState
-from esper.sdk.settling import WINDOW, Settling
 from esper.sdk.treatments import Treatment
 
 HELD_OUT = 1400
@@ -307,7 +307,7 @@ def test_why_and_the_summary_say_what_is_proposed_and_what_is_tried() -> None:
 
 
 def test_a_run_has_a_budget_of_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esper.sdk.remedy_loop.BUDGET", 0)
+    monkeypatch.setattr("esper.sdk.remedy_loop.approval.BUDGET", 0)
     run = Run(FAULTS["three batches are not numbers"])
     with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
         run.train(210, session)
@@ -367,10 +367,10 @@ def test_over_fitting_takes_no_run_back_by_rule() -> None:
         assert loop is not None
         for slug, goes_back in (("over_fitting", False), ("update_ratio_high", True)):
             rule = next(rule for rule in list_rules() if rule.slug == slug)
-            case = loop._case_of(slug)
+            case = loop.history.case_of(slug)
             case.given["any"], case.level = 1, 1e-6
             found = SimpleNamespace(rule=rule)
-            assert loop._goes_back(found, case) is goes_back  # type: ignore[arg-type]
+            assert loop.way_back.is_needed(found) is goes_back  # type: ignore[arg-type]
 
 
 def test_a_remedy_that_cannot_be_applied_is_not_tried_again_in_each_step(

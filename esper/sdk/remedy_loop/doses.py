@@ -1,0 +1,86 @@
+"""How much of a remedy is given: its settings for one finding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from esper.contracts import Signal
+from esper.diagnosis import Diagnosed
+from esper.diagnosis.updates import MATCHED, STEADY
+from esper.sdk.diagnosing import DiagnosisWatch
+from esper.sdk.remedy_loop import losses
+from esper.sdk.remedy_loop.young_run import YoungRun
+from esper.sdk.run_state import RunState
+from esper.sdk.surgery import Surgery
+
+LARGEST_RISE = 1e5  # of a rate, in stages
+WEAKEST, STRONGEST = 0.1, 1e-4  # factors of the learning rate
+RAISES = frozenset({"update_ratio_low", "slow_convergence", "vanishing_gradient"})  # rules
+
+
+class Doses:
+    """The settings of the remedies for the findings of one run."""
+
+    def __init__(
+        self, run: RunState, diagnosis: DiagnosisWatch, surgery: Surgery, young: YoungRun
+    ) -> None:
+        self._run = run
+        self._diagnosis = diagnosis
+        self._surgery = surgery
+        self._young = young
+
+    def of(self, slug: str, found: Diagnosed, given: int) -> dict[str, Any]:
+        """The settings for this finding; stronger the second time: the first did not last."""
+        if slug == "set_lr":
+            return {"factor": self._rate(found, given)}
+        if slug == "rewind":
+            return self._rewind(found, given)
+        if slug == "match_updates":
+            return {"share": MATCHED, "most": LARGEST_RISE}
+        if slug == "repair_scale":
+            # Where the data alone is at fault, the layers behind the first are as they should be.
+            return {"first_only": found.rule.slug == "abnormal_data"}
+        return {}
+
+    def _rate(self, found: Diagnosed, given: int) -> float:
+        raises = found.rule.slug in RAISES
+        return self._higher(found) if raises else self._lower(found) ** (1 + given)
+
+    def _rewind(self, found: Diagnosed, given: int) -> dict[str, Any]:
+        anew = self._young.is_early or self._young.was_hurt
+        power = given + (0 if self._was_sudden(found) else 1)
+        return {
+            "step": self._first_step if anew else found.since_step,
+            "factor": max(self._lower(found) ** power, STRONGEST),
+        }
+
+    @property
+    def _first_step(self) -> int:
+        """Of the first weights that can be had again: those after a repair, where there was one."""
+        states = self._surgery.states
+        return states.steps[0] if states is not None and states.steps else 0
+
+    def _higher(self, found: Diagnosed) -> float:
+        """A factor that brings the updates up to the usual share of the weights."""
+        ratio = found.evidence.value if found.evidence.signal == Signal.UPDATE_RATIO else math.nan
+        if not ratio > 0:
+            return 1 / WEAKEST
+        return min(max(STEADY / ratio, 1 / WEAKEST), 1 / STRONGEST)
+
+    def _lower(self, found: Diagnosed) -> float:
+        """The factor back to the earlier rate, or to updates of a sound share, where known."""
+        if found.evidence.signal == "learning_rate":
+            return max(1 / found.evidence.value, STRONGEST)
+        excess = self._diagnosis.update_excess
+        if math.isnan(excess) and found.evidence.signal == Signal.UPDATE_RATIO:
+            excess = found.evidence.value / STEADY
+        if not excess > 0:
+            return WEAKEST
+        return min(max(1 / excess, STRONGEST), WEAKEST)
+
+    def _was_sudden(self, found: Diagnosed) -> bool:
+        """The loss was at its usual level until the fault: bad data, not the learning rate."""
+        if found.rule.slug != "non_finite":
+            return False
+        return losses.were_usual_until(self._run, found.since_step)

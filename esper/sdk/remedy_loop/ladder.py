@@ -1,0 +1,59 @@
+"""Which remedy is tried first, and which after it."""
+
+from __future__ import annotations
+
+from esper.contracts import Severity
+from esper.diagnosis import Diagnosed
+from esper.diagnosis.updates import follows_gradient
+from esper.remedies import list_remedies
+from esper.sdk.diagnosing import DiagnosisWatch
+from esper.sdk.remedy_loop import losses
+from esper.sdk.remedy_loop.history import History
+from esper.sdk.remedy_loop.young_run import YoungRun
+from esper.sdk.run_state import RunState
+
+
+class Ladder:
+    """The order of the remedies for the findings of one run."""
+
+    def __init__(
+        self, run: RunState, diagnosis: DiagnosisWatch, history: History, young: YoungRun
+    ) -> None:
+        self._run = run
+        self._diagnosis = diagnosis
+        self._history = history
+        self._young = young
+
+    def order(self, found: Diagnosed) -> list[str]:
+        """The remedies of the rule, in the order of the rule, except for a run that has just begun.
+
+        What is wrong from the start lies in the initial weights, or in the first updates, which
+        cost nothing to take back.
+        """
+        order, young = self._of_rule(found), self._young
+        goes_back = "rewind" in order
+        if young.began_anew_in_vain or (goes_back and young.started_badly):
+            # The first weights are at fault: they were found to be, or a lower rate from the same
+            # ones did not help.
+            return ["repair_scale", *(slug for slug in order if slug != "repair_scale")]
+        if young.was_hurt and found.rule.slug != "bad_initialisation":
+            # Whatever has come of it, the first updates were too large.
+            return ["rewind", *(slug for slug in order if slug != "rewind")]
+        if young.is_early:
+            # An update did it, or the initialisation.
+            first = "rewind" if losses.have_grown(self._run) else "repair_scale"
+            order.sort(key=lambda slug: slug != first)
+        elif found.severity is Severity.CRITICAL and self._history.case_of(found.rule.slug).given:
+            order.sort(key=lambda slug: slug != "rewind")  # the first remedy left it critical
+        return order
+
+    def _of_rule(self, found: Diagnosed) -> list[str]:
+        """The remedies that the rule names and the catalogue has."""
+        known = {remedy.slug for remedy in list_remedies()}
+        order = [str(remedy) for remedy in found.rule.remedies if str(remedy) in known]
+        if not follows_gradient(self._diagnosis.optimizers):
+            # One measured update says enough: a later one is smaller, as its gradients are noise.
+            order = [slug for slug in order if slug != "match_updates"]
+        if found.rule.slug == "dying_relu" and not losses.jumped(self._run, found.since_step):
+            order.sort(key=lambda slug: slug == "rewind")  # going back answers a sudden death
+        return order

@@ -1,0 +1,43 @@
+"""What the training losses of a run say about a fault and its remedies."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from esper.sdk.run_state import RunState
+
+LEVEL_LOSSES = 20
+COMPARED_LOSSES = 50  # before a fault
+FEWEST_LOSSES = 10  # before a fault, to say something about them
+RISE = 1.5  # times the usual loss: it has jumped
+GROWTH = 2.0  # times the first loss
+
+
+def level(run: RunState, count: int = LEVEL_LOSSES) -> float:
+    """Median of the newest losses; infinite where most of them are not finite."""
+    newest = [loss for _, loss in list(run.losses)[-count:]]
+    known = sorted(loss if math.isfinite(loss) else math.inf for loss in newest)
+    return known[len(known) // 2] if known else math.nan
+
+
+def jumped(run: RunState, at: int) -> bool:
+    """The loss was much higher from step ``at`` on than before."""
+    before = [loss for step, loss in run.losses if step < at][-COMPARED_LOSSES:]
+    after = [loss for step, loss in run.losses if step >= at]
+    if len(before) < FEWEST_LOSSES or not after:
+        return False
+    return not statistics.median(after) <= RISE * abs(statistics.median(before))
+
+
+def were_usual_until(run: RunState, at: int) -> bool:
+    """The loss was at its usual level until step ``at``."""
+    before = [loss for step, loss in run.losses if step < at]
+    recent = [loss for loss in before[-LEVEL_LOSSES:] if math.isfinite(loss)]
+    return len(recent) >= FEWEST_LOSSES and recent[-1] <= RISE * abs(statistics.median(recent))
+
+
+def have_grown(run: RunState) -> bool:
+    """The newest loss is far above the first one, or not finite."""
+    losses = [loss for _, loss in run.losses]
+    return bool(losses) and not losses[-1] <= GROWTH * abs(losses[0])

@@ -1,0 +1,52 @@
+"""What is wrong from the start lies in the initial weights, or in the first updates."""
+
+from __future__ import annotations
+
+from esper.contracts import Severity
+from esper.diagnosis.updates import EXCESSIVE
+from esper.remedies.good_states import START_STEPS
+from esper.sdk.diagnosing import DiagnosisWatch
+from esper.sdk.remedy_loop.history import EARLY_STEPS, IN_VAIN, History
+from esper.sdk.remedy_loop.verdicts import WINDOW_STEPS
+from esper.sdk.run_state import RunState
+
+
+class YoungRun:
+    """What is known of the start of one run."""
+
+    def __init__(self, run: RunState, diagnosis: DiagnosisWatch, history: History) -> None:
+        self._run = run
+        self._diagnosis = diagnosis
+        self._history = history
+
+    @property
+    def is_early(self) -> bool:
+        """The run has so few steps that to begin anew costs little."""
+        return self._run.step <= EARLY_STEPS
+
+    @property
+    def was_hurt(self) -> bool:
+        """One of the first updates, which can still be taken back, moved the weights far."""
+        return self._diagnosis.update_excess > EXCESSIVE and self._run.step <= START_STEPS
+
+    @property
+    def started_badly(self) -> bool:
+        """The first weights are at fault, and not repaired yet."""
+        if not self.is_early or self._history.case_of("bad_initialisation").given:
+            return False
+        return any(
+            found.rule.slug == "bad_initialisation" and found.severity is not Severity.INFO
+            for found in self._diagnosis.diagnosis.open
+        )
+
+    @property
+    def began_anew_in_vain(self) -> bool:
+        """The last remedy that has ended went back to the first weights, and did not help."""
+        treatments = self._history.treatments
+        ended = [entry for entry in treatments if entry.ended and entry.receipt is not None]
+        if not ended or self._run.step > START_STEPS + WINDOW_STEPS:
+            return False
+        last = ended[-1]
+        assert last.receipt is not None
+        in_vain = last.remedy == "rewind" and last.ended.startswith(IN_VAIN)
+        return in_vain and last.receipt.details.get("to_step") == 0
