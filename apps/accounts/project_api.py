@@ -54,14 +54,14 @@ class Projects(Endpoint):
 class ProjectDetail(Endpoint):
     @documented("read_project", answer=ProjectDetailOutput)
     def get(self, request: Request, uid: str) -> Response:
-        return cacheable_response(request, _detail(request, _project(request, uid)))
+        return cacheable_response(request, _detail(request, project_of(request, uid)))
 
 
 SetMember = act_endpoint(
     "set_member",
     set_member,
     subject="project",
-    find=lambda request, uid: _project(request, uid),
+    find=lambda request, uid: project_of(request, uid),
     answer=lambda request, project: Response(_detail(request, project)),
     output=ProjectDetailOutput,
     body=MemberInput,
@@ -75,7 +75,8 @@ def _detail(request: Request, project: Project) -> dict[str, Any]:
     return data
 
 
-def _project(request: Request, uid: str) -> Project:
+def project_of(request: Request, uid: str) -> Project:
+    """Raises ``Problem`` 404 where the caller sees no such project."""
     found = projects_of(person(request)).filter(uid=uid).first()
     if found is None:
         raise not_found("project")

@@ -97,6 +97,11 @@ def runs_in(projects: frozenset[int]) -> QuerySet[Any]:
     return apps.get_model("runs", "Run")._base_manager.filter(project__in=projects)
 
 
+def runs_in_project(uid: str) -> QuerySet[Any]:
+    """Those of one project that the present request may see."""
+    return apps.get_model("runs", "Run")._default_manager.filter(project__uid=uid)
+
+
 def sees(projects: Projects, model: str, uid: str) -> bool:
     """Whether a run or a launch (by the model's name) is in one of these projects."""
     if projects is None:

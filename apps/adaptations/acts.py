@@ -14,7 +14,6 @@ from django.utils import timezone
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
-from apps.accounts.visibility import everything
 from apps.adaptations.binding import shown_hash
 from apps.adaptations.compile_jobs import queue_compilation
 from apps.adaptations.dispatch import request_undo, send_remedy
@@ -28,11 +27,9 @@ from apps.adaptations.votes import has_voted, vote, votes_missing, votes_needed
 from apps.audit.services import record
 from apps.blueprints.models import KnownRemedy
 from apps.notifications.services import INBOX_TOPIC, publish, run_topic
-from apps.policies.services import adaptation_switch
 from apps.rest.etag import required_version
 from apps.rest.problems import Problem
-from apps.runs.models import Run
-from apps.runs.services import lock_run, request_pause, tell_trainer
+from apps.runs.services import lock_run
 from apps.workers.services import cancel_job
 from esper.contracts import (
     RUN_ENDED,
@@ -331,52 +328,6 @@ def extend_adaptation(
         deadline_at=(adaptation.deadline_at or timezone.now()) + EXTENSION,
         extensions=adaptation.extensions + 1,
     )
-
-
-@everything()
-@transaction.atomic
-def set_adaptation_switch(*, on: bool, user: User, via: str, reason: str = "") -> None:
-    """The kill switch: stop (or allow) all adaptation; training continues everywhere.
-
-    It needs no reason, so that nothing delays it. Every live run gets a command, and acknowledges.
-
-    Raises:
-        Problem: not allowed.
-    """
-    permission = may(user, Act.KILL)
-    if not permission.allowed:
-        raise Problem(403, permission.code, permission.why)
-    live = list(Run.objects.exclude(state__in=RUN_ENDED).order_by("pk").select_for_update())
-    switch = adaptation_switch()
-    switch.on, switch.changed_by, switch.reason = on, user.get_username(), reason
-    switch.save()
-    actor = Actor.person(user, via=via)
-    act = "switch.on" if on else "switch.killed"
-    record(actor=actor, act=act, object_kind="switch", object_uid="adaptation", reason=reason)
-    publish(topic="system", type=act, data={"by": actor.name, "reason": reason})
-    for run in live:
-        if not (on and run.adaptation_paused_by):  # a person's own pause of a run outlives a kill
-            tell_trainer(run=run, paused=not on, actor=actor, reason=reason or act)
-
-
-def request_adaptation_pause(
-    *, run: Run, paused: bool, user: User, via: str, reason: str = ""
-) -> Run:
-    """Pause or resume adaptation of one run; it cannot be resumed while all adaptation is killed.
-
-    Raises:
-        Problem: not allowed, the run has ended, or adaptation is switched off.
-    """
-    switch = adaptation_switch()
-    blocked = (
-        ""
-        if paused or switch.on
-        else (
-            f"{switch.changed_by} has switched adaptation off everywhere. Switch it on first; "
-            "a run that a person has paused stays paused."
-        )
-    )
-    return request_pause(run=run, paused=paused, user=user, via=via, reason=reason, blocked=blocked)
 
 
 def undo_plan(adaptation: Adaptation) -> list[str]:

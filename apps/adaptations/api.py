@@ -48,8 +48,6 @@ from apps.adaptations.serializers import (
     ShadowInput,
     SnoozeInput,
 )
-from apps.policies.serializers import SwitchInput, SwitchOutput
-from apps.policies.services import adaptation_switch
 from apps.rest.errors import problem_body
 from apps.rest.etag import cacheable_response, versioned_response
 from apps.rest.fields import message, parse
@@ -80,6 +78,7 @@ from esper.contracts import AdaptationState, AdaptationType, Risk, TokenScope, c
 TAMIYO = frozenset({TokenScope.DECIDE})
 FILTERS: dict[str, Lookup] = {
     "run": (of_run, text),
+    "project": ("run__project__uid", text),
     "state": ("state", one_of(AdaptationState)),
     "state__in": ("state__in", many_of(AdaptationState)),
     "layer": ("layer", text),
@@ -218,23 +217,6 @@ def _pause(name: str, *, paused: bool) -> Any:
 
 PauseAdaptation = _pause("pause_adaptation", paused=True)
 ResumeAdaptation = _pause("resume_adaptation", paused=False)
-
-
-class Switch(Endpoint):
-    throttle_classes = (ActThrottle,)
-
-    @documented("read_adaptation_switch", answer=SwitchOutput)
-    def get(self, request: Request) -> Response:
-        return Response(SwitchOutput(adaptation_switch()).data)
-
-    @documented("set_adaptation_switch", body=SwitchInput, answer=SwitchOutput, act=True)
-    @idempotent
-    def post(self, request: Request) -> Response:
-        given = parse(SwitchInput, request.data)
-        if given["on"]:  # to kill needs nothing; to let everything go on again does
-            require_recent_password(request)
-        services.set_adaptation_switch(user=person(request), via=via(request), **given)
-        return Response(SwitchOutput(adaptation_switch()).data)
 
 
 class IntegrationStatus(Endpoint):

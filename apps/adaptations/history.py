@@ -12,7 +12,7 @@ from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from apps.adaptations.models import RECOVERED, Adaptation
-from apps.policies.services import adaptation_switch, current_policy
+from apps.policies.services import current_policy, kill_over
 from apps.rest.numbers import is_number
 from apps.runs.models import Run
 from esper.contracts import (
@@ -90,9 +90,9 @@ def grafts(run: Run) -> QuerySet[Adaptation]:
 
 def why_frozen(run: Run) -> str:
     """Why nothing may be changed in this run now; empty when changes are allowed."""
-    switch = adaptation_switch()
-    if not switch.on:
-        return f"{switch.changed_by} has switched adaptation off everywhere"
+    kill = kill_over(run.project_id)
+    if kill is not None:
+        return kill.in_words
     if run.quarantined_reason:
         return f"the run is quarantined: {run.quarantined_reason}"
     if run.adaptation_paused_by:

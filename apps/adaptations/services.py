@@ -8,9 +8,7 @@ from apps.adaptations.acts import (
     permissions,
     reject_adaptation,
     release_adaptation,
-    request_adaptation_pause,
     roll_back_adaptation,
-    set_adaptation_switch,
     undo_plan,
 )
 from apps.adaptations.attestations import attestation_of, find_adaptation
@@ -80,6 +78,11 @@ from apps.adaptations.restoring import (
     note_restored,
 )
 from apps.adaptations.shadows import ask_for_shadow, may_shadow, trials_of
+from apps.adaptations.switching import (
+    request_adaptation_pause,
+    set_adaptation_switch,
+    set_project_switch,
+)
 from apps.adaptations.verdicts import judge_adaptation
 from apps.adaptations.votes import votes_of
 
@@ -147,6 +150,7 @@ __all__ = [
     "revoke_delegation",
     "roll_back_adaptation",
     "set_adaptation_switch",
+    "set_project_switch",
     "snooze_adaptation",
     "snoozed_until",
     "stored_snapshot",

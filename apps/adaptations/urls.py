@@ -1,6 +1,6 @@
 from django.urls import path
 
-from apps.adaptations import api, plan_api
+from apps.adaptations import api, plan_api, switch_api
 
 urlpatterns = [
     path("runs/<str:uid>/snapshot", api.Snapshot.as_view()),
@@ -37,7 +37,8 @@ urlpatterns = [
     path("plans/<str:uid>/approve", plan_api.ApprovePlan.as_view()),
     path("plans/<str:uid>/reject", plan_api.RejectPlan.as_view()),
     path("plans/<str:uid>/undo", plan_api.UndoPlan.as_view()),
-    path("adaptation-switch", api.Switch.as_view()),
+    path("adaptation-switch", switch_api.AllRuns.as_view()),
+    path("projects/<str:uid>/adaptation-switch", switch_api.OneProject.as_view()),
     path("experience", api.Experiences.as_view()),
     path("integration-status", api.IntegrationStatus.as_view()),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from django.db.models import Q
 
+from apps.accounts.visibility import runs_in_project
 from apps.audit.models import AuditEvent
 from apps.rest.filters import Lookup, moment, searching, text, whole_number
 
@@ -24,8 +25,15 @@ def objects_called(name: str) -> Q:
     return Q(object_uid=name)
 
 
+def events_of_project(uid: str) -> Q:
+    """Of the project itself, and of its runs as they are placed now."""
+    runs = runs_in_project(uid)
+    return Q(object_kind="project", object_uid=uid) | Q(run_uid__in=runs.values("uid"))
+
+
 FILTERS: dict[str, Lookup] = {
     "run": (events_of_run, text),
+    "project": (events_of_project, text),
     "actor": ("actor__icontains", text),
     "act": ("act__startswith", text),
     "object": (objects_called, text),

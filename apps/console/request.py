@@ -12,7 +12,8 @@ from django.http import Http404, HttpRequest, HttpResponse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 
-from apps.accounts.models import User
+from apps.accounts.models import Project, User
+from apps.accounts.projects import projects_of
 
 P = ParamSpec("P")
 E = TypeVar("E", bound=StrEnum)
@@ -43,6 +44,12 @@ def choice(request: HttpRequest, name: str, words: type[E], default: E | None = 
     if value not in set(words):
         raise Http404(f"there is no {name} {value!r}")
     return value
+
+
+def project_choices(user: User) -> list[Project]:
+    """For the filter by project; empty where the person sees one project only."""
+    several = len(user.access.roles) > 1
+    return list(projects_of(user).order_by("name")) if several else []
 
 
 def page_number(request: HttpRequest) -> int:

@@ -38,7 +38,7 @@ EVENTS: dict[str, str] = {
     "run.failed": "A run has failed",
     "run.finished": "A run has finished",
     "violation.opened": "A finding, or a limit was broken",
-    "switch.killed": "All adaptation was switched off",
+    "switch.killed": "Adaptation was switched off",
     "switch.on": "Adaptation was switched on again",
     "policy.published": "The thresholds have changed",
 }
@@ -118,7 +118,13 @@ def plan_deliveries(
             wanting = [c for c in wanting if not c.only_on_duty or c.owner_id in on_now]
     now = timezone.now()
     return Delivery.objects.bulk_create(
-        Delivery(channel=channel, type=name, data=data, due_at=due_at(channel, name, now))
+        Delivery(
+            channel=channel,
+            project_id=project_id,
+            type=name,
+            data=data,
+            due_at=due_at(channel, name, now),
+        )
         for channel in wanting
     )
 

@@ -15,6 +15,7 @@ from django.core.mail import send_mail
 from django.db.models import F
 from django.utils import timezone
 
+from apps.accounts.visibility import sees
 from apps.notifications import public_hosts
 from apps.notifications.channels import EVENTS, signing_secret
 from apps.notifications.models import Channel, ChannelKind, Delivery
@@ -35,7 +36,7 @@ def deliver_due(*, limit: int = 100) -> int:
     now = timezone.now()
     due = Delivery.objects.filter(due_at__lte=now, channel__disabled_at=None)
     delivered = 0
-    for delivery in due.select_related("channel").order_by("due_at")[:limit]:
+    for delivery in due.select_related("channel__owner").order_by("due_at")[:limit]:
         # Compare and set: of two workers that see it, one sends it.
         mine = Delivery.objects.filter(pk=delivery.pk, due_at=delivery.due_at)
         if mine.update(due_at=now + LEASE, attempts=F("attempts") + 1):
@@ -50,6 +51,11 @@ def forget_old() -> None:
 
 
 def _deliver(delivery: Delivery) -> bool:
+    if not _may_be_told(delivery):
+        delivery.due_at, delivery.status = None, None
+        delivery.error = "not sent: the channel's owner has no right to see this any more"
+        delivery.save(update_fields=["due_at", "status", "error"])
+        return False
     status, error = _send(delivery)
     done = status is not None and 200 <= status < 300
     now = timezone.now()
@@ -66,6 +72,16 @@ def _deliver(delivery: Delivery) -> bool:
         why = "its receiver answered 410" if status == GONE else f"{delivery.attempts} tries failed"
         _disable(delivery.channel, f"{why}: {error}" if error else why)
     return done
+
+
+def _may_be_told(delivery: Delivery) -> bool:
+    """Asked when it is sent: since the event, rights may have ended, or the run may have moved."""
+    owner, run = delivery.channel.owner, delivery.data.get("run")
+    if not owner.is_active:
+        return False
+    if delivery.project_id is not None and owner.access.role_in(delivery.project_id) is None:
+        return False
+    return not isinstance(run, str) or sees(owner.access.limit, "Run", run)
 
 
 def _send(delivery: Delivery) -> tuple[int | None, str]:

@@ -7,7 +7,8 @@ from functools import partial
 from django.conf import settings
 from django.db import models
 
-from apps.accounts.models import ApiToken
+from apps.accounts.models import ApiToken, Project
+from apps.accounts.visibility import InProjects
 from apps.rest.identifiers import UID_LENGTH, new_uid
 
 
@@ -115,13 +116,21 @@ class Channel(models.Model):
         return f"{self.kind} of {self.owner_id}"
 
 
+def _of_project_or_none(projects: frozenset[int]) -> models.Q:
+    return models.Q(project=None) | models.Q(project__in=projects)
+
+
 class Delivery(models.Model):
-    """One event for one channel, with what became of it: the delivery log."""
+    """One event for one channel, with what became of it: the delivery log.
+
+    ``project``: of the run that the event is about; null: the event is about the server.
+    """
 
     uid = models.CharField(
         max_length=UID_LENGTH, unique=True, default=partial(new_uid, "msg"), editable=False
     )
     channel = models.ForeignKey(Channel, on_delete=models.CASCADE, related_name="deliveries")
+    project = models.ForeignKey(Project, on_delete=models.CASCADE, null=True, related_name="+")
     type = models.CharField(max_length=40)
     data = models.JSONField()
     created_at = models.DateTimeField(auto_now_add=True)
@@ -130,6 +139,9 @@ class Delivery(models.Model):
     status = models.PositiveSmallIntegerField(null=True, blank=True)  # of the last answer
     error = models.CharField(max_length=300, blank=True)
     delivered_at = models.DateTimeField(null=True, blank=True)
+
+    objects = InProjects["Delivery"]()
+    visible_in = staticmethod(_of_project_or_none)
 
     class Meta:
         verbose_name_plural = "deliveries"

@@ -1,4 +1,4 @@
-"""The safety policy's versions, and the one switch that stops all adaptation."""
+"""The safety policy's versions, and the switches that stop adaptation: everywhere, in a project."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from django.db import models
 from django.db.models import Q
 
 from apps.accounts.models import Project
-from apps.accounts.visibility import InProjects
+from apps.accounts.visibility import InProjects, of_projects
 from esper.contracts import SafetyPolicy
 
 
@@ -95,8 +95,8 @@ class PolicyVersion(models.Model):
         return SafetyPolicy.from_wire({**self.values, "version": self.version})
 
 
-class AdaptationSwitch(models.Model):
-    """One row: may anything be adapted at all?"""
+class Switch(models.Model):
+    """Whether adaptation is on, and who changed that last."""
 
     on = models.BooleanField(default=True)
     changed_by = models.CharField(max_length=150, blank=True)
@@ -104,7 +104,26 @@ class AdaptationSwitch(models.Model):
     changed_at = models.DateTimeField(auto_now=True)
 
     class Meta:
-        verbose_name_plural = "adaptation switches"
+        abstract = True
 
     def __str__(self) -> str:
         return "on" if self.on else "off"
+
+
+class AdaptationSwitch(Switch):
+    """One row: may anything be adapted at all?"""
+
+    class Meta:
+        verbose_name_plural = "adaptation switches"
+
+
+class ProjectSwitch(Switch):
+    """Of one project; no row: on. What is killed everywhere is killed here, too."""
+
+    project = models.OneToOneField(Project, on_delete=models.CASCADE, related_name="switch")
+
+    objects = InProjects["ProjectSwitch"]()
+    visible_in = staticmethod(of_projects)
+
+    class Meta:
+        verbose_name_plural = "project switches"

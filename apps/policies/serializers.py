@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from rest_framework import serializers
 
-from apps.policies.models import AdaptationSwitch, PolicyVersion, Scope
+from apps.policies.models import AdaptationSwitch, PolicyVersion, ProjectSwitch, Scope
 from apps.rest.fields import Flag, Members, PersonsInput, Text
 
 
@@ -40,6 +40,17 @@ class SwitchOutput(serializers.ModelSerializer[AdaptationSwitch]):
     class Meta:
         model = AdaptationSwitch
         fields = ("on", "changed_by", "reason", "changed_at")
+
+
+class ProjectSwitchOutput(serializers.ModelSerializer[ProjectSwitch]):
+    """``changed_at`` null: it was never used."""
+
+    project = serializers.CharField(source="project.uid")
+    changed_at = serializers.DateTimeField(allow_null=True)
+
+    class Meta:
+        model = ProjectSwitch
+        fields = ("project", "on", "changed_by", "reason", "changed_at")
 
 
 class SwitchInput(PersonsInput):

@@ -18,12 +18,20 @@ from django.db.models import Max, Q
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
-from apps.accounts.models import Project, User
+from apps.accounts.models import DEFAULT_PROJECT, Project, User
 from apps.accounts.policy import ALLOWED, Act, OfProject, may
+from apps.accounts.projects import people_with
 from apps.accounts.visibility import everything
 from apps.audit.services import record
 from apps.notifications.services import SYSTEM_TOPIC, publish
-from apps.policies.models import AdaptationSwitch, PolicyState, PolicyVersion, Scope
+from apps.policies.models import (
+    AdaptationSwitch,
+    PolicyState,
+    PolicyVersion,
+    ProjectSwitch,
+    Scope,
+    Switch,
+)
 from apps.rest.problems import Problem
 from esper.constraints.strictness import laxer, strictest, thresholds
 from esper.contracts import SafetyPolicy
@@ -116,7 +124,7 @@ def publish_policy(
     values = _values(policy)
     if values == {**_values(SafetyPolicy()), **current.values} and scope == current.scope:
         raise Problem(422, "invalid", f"All values are the same as in policy v{current.version}.")
-    _check_reachable(policy.approvals_for_high_risk)
+    _check_reachable(policy.approvals_for_high_risk, scope, run)
     before = current.safety_policy()
     more = laxer(before, policy)
     created = PolicyVersion.objects.create(
@@ -312,15 +320,33 @@ def _project_uid(key: str) -> str:
     return Project.objects.values_list("uid", flat=True).get(pk=key)
 
 
-def _check_reachable(approvals: int) -> None:
-    """A policy that no set of people can satisfy would let every such adaptation expire."""
-    approvers = User.objects.filter(is_active=True, role__in=ALLOWED[Act.APPROVE]).count()
-    if approvals > max(1, approvers):
-        raise Problem(
-            422,
-            "quorum-unreachable",
-            f"{approvals} people would have to approve a high risk; there are {approvers} who may.",
-        )
+def _approvers(project_id: int, *, besides: int | None) -> int:
+    people = people_with(ALLOWED[Act.APPROVE], project_id)
+    return (people if besides is None else people.exclude(pk=besides)).count()
+
+
+def _check_reachable(approvals: int, scope: str, run: PlaceOfRun | None) -> None:
+    """A policy that no set of people can satisfy would let every such adaptation expire.
+
+    Approvers are counted in each project in which the version would hold: that of the run, or the
+    default one and all with live runs. Nobody approves for a run of their own.
+    """
+    if scope == Scope.GLOBAL or run is None:
+        live = Project.objects.filter(runs__isnull=False, runs__ended_at=None)
+        places = {DEFAULT_PROJECT, *live.values_list("pk", flat=True)}
+    else:
+        places = {run.project_id or DEFAULT_PROJECT}
+    owner = run.owner_id if run is not None and scope == Scope.RUN else None
+    for place in sorted(places):
+        approvers = _approvers(place, besides=owner)
+        if approvals > max(1, approvers):
+            name = Project.objects.values_list("name", flat=True).get(pk=place)
+            raise Problem(
+                422,
+                "quorum-unreachable",
+                f"{approvals} people would have to approve a high risk; in project {name} there "
+                f"{'is' if approvers == 1 else 'are'} {approvers} who may.",
+            )
 
 
 def _values(policy: SafetyPolicy) -> dict[str, Any]:
@@ -332,3 +358,31 @@ def _values(policy: SafetyPolicy) -> dict[str, Any]:
 def adaptation_switch() -> AdaptationSwitch:
     switch, _ = AdaptationSwitch.objects.get_or_create(pk=1)
     return switch
+
+
+def project_switch(project: Project) -> ProjectSwitch:
+    """The switch of one project, locked; it is made where it was never used."""
+    ProjectSwitch.objects.get_or_create(project=project)
+    return ProjectSwitch.objects.select_for_update().get(project=project)
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """A switch that is off; ``where``: "everywhere" or "in project vision"."""
+
+    switch: Switch
+    where: str
+
+    @property
+    def in_words(self) -> str:
+        return f"{self.switch.changed_by} has switched adaptation off {self.where}"
+
+
+def kill_over(project_id: int | None) -> Kill | None:
+    """What keeps the runs of a project from being changed: the widest switch that is off."""
+    everywhere = adaptation_switch()
+    if not everywhere.on:
+        return Kill(everywhere, "everywhere")
+    own = ProjectSwitch.objects.filter(project=project_id, on=False).select_related("project")
+    switch = own.first()
+    return None if switch is None else Kill(switch, f"in project {switch.project.name}")

@@ -51,6 +51,7 @@ LAUNCH_FILTERS: dict[str, Lookup] = {
     "host": ("recipe__host", text),
     "recipe": ("recipe__slug", text),
     "run": (of_run_uid, text),
+    "project": ("project__uid", text),
 }
 
 
@@ -99,6 +100,7 @@ class Launches(Endpoint):
             slug=given["recipe"],
             digest=given["digest"],
             parameters=given["parameters"],
+            project=given["project"],
             user=person(request),
             via=via(request),
         )

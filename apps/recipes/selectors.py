@@ -17,7 +17,7 @@ def recipes() -> QuerySet[Recipe]:
 
 
 def launches() -> QuerySet[Launch]:
-    return Launch.objects.select_related("recipe", "requested_by")
+    return Launch.objects.select_related("recipe", "requested_by", "project")
 
 
 @dataclass(frozen=True, slots=True)

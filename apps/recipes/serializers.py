@@ -43,6 +43,7 @@ class LaunchOutput(serializers.ModelSerializer[Launch]):
     recipe = serializers.CharField(source="recipe.uid")
     host = serializers.CharField(source="recipe.host")
     slug = serializers.CharField(source="recipe.slug")
+    project = serializers.CharField(source="project.uid")
     parameters = Members()
     requested_by = serializers.CharField(source="requested_by.username")
     last_lines = serializers.ListField(child=serializers.CharField())
@@ -56,6 +57,7 @@ class LaunchOutput(serializers.ModelSerializer[Launch]):
             "recipe",
             "host",
             "slug",
+            "project",
             "digest",
             "parameters",
             "run_uid",
@@ -93,6 +95,7 @@ class LaunchInput(PersonsInput):
     """``digest`` is of the recipe that the person was shown; the host refuses any other."""
 
     host = Text(max_length=120)
+    project = Text(max_length=40, required=False, default="", allow_blank=True)
     recipe = Text(max_length=80)
     digest = Text(max_length=64)
     parameters = BoundedDict(child=serializers.JSONField(), max_length=MAX_PARAMETERS, default=dict)

@@ -11,8 +11,9 @@ from django.db.models import Q
 from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM, Actor
-from apps.accounts.models import User
+from apps.accounts.models import DEFAULT_PROJECT, Project, User
 from apps.accounts.policy import Act, OfProject, may
+from apps.accounts.projects import projects_of
 from apps.accounts.visibility import everything
 from apps.notifications.services import enqueue
 from apps.recipes.files import RecipeError, check_parameters
@@ -35,15 +36,30 @@ def host_queue(host: str) -> str:
 @everything()  # the places on a host are everybody's
 @transaction.atomic
 def start_recipe(
-    *, host: str, slug: str, digest: str, parameters: Mapping[str, object], user: User, via: str
+    *,
+    host: str,
+    slug: str,
+    digest: str,
+    parameters: Mapping[str, object],
+    user: User,
+    via: str,
+    project: str = "",
 ) -> Launch:
     """Ask a host to start one of its recipes; it gets the slug and the checked parameters only.
+
+    Hosts are everybody's, so that the account needs the right to start recipes; and in the project
+    of the new run, that to attach runs.
+
+    Args:
+        project: uid of the new run's project; empty: the default one.
 
     Raises:
         Problem: not allowed, unknown recipe, its file has changed since it was shown, a parameter
             is not allowed, or the host has no worker or no free place.
     """
+    place = _place(user, project)
     _check_right(user, Act.START_RECIPE)
+    _check_right(user, Act.CREATE_RUN, of=place)
     recipe = Recipe.objects.select_for_update().filter(host=host, slug=slug).first()
     if recipe is None or not recipe.present:
         raise not_found("recipe")
@@ -55,6 +71,7 @@ def start_recipe(
     _check_host(host)
     launch = Launch.objects.create(
         recipe=recipe,
+        project=place,
         digest=recipe.digest,
         parameters=values,
         requested_by=user,
@@ -96,6 +113,7 @@ def resume_launch(*, launch: Launch, user: User, via: str, reason: str) -> Launc
         Problem: not allowed, not stopped or failed, not resumable, or the recipe has changed.
     """
     _check_right(user, Act.START_RECIPE)
+    _check_right(user, Act.CREATE_RUN, of=launch)
     recipe = Recipe.objects.select_for_update().get(pk=launch.recipe_id)
     if launch.state not in (S.STOPPED, S.FAILED):
         raise Problem(
@@ -130,6 +148,15 @@ def resume_launch(*, launch: Launch, user: User, via: str, reason: str) -> Launc
     )
     _notify_host(launch, START_TASK)
     return launch
+
+
+def _place(user: User, project: str) -> Project:
+    """Raises ``Problem`` 404 where the person sees no such project."""
+    wanted = {"uid": project} if project else {"pk": DEFAULT_PROJECT}
+    found = projects_of(user).filter(**wanted).first()
+    if found is None:
+        raise not_found("project")
+    return found
 
 
 def _check_right(user: User, act: Act, *, of: OfProject | None = None) -> None:

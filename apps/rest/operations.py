@@ -85,6 +85,8 @@ OPERATIONS: dict[str, Operation] = {
     "list_projects": Operation("Lists the projects that the caller sees, with the caller's role in each."),
     "read_project": Operation("Returns one project with its members."),
     "create_project": Operation("Creates a project. Administrators of the server.", {"name": "vision"}),
+    "read_project_switch": Operation("Says whether adaptation is on in a project, and who switched it last. What is killed everywhere is killed there, too."),
+    "set_project_switch": Operation("Kills all adaptation of the runs of one project, or allows it again. Training goes on. Operators and administrators of the project; no reason is needed.", {"on": False, "reason": "losses rise in two of its runs"}),
     "set_member": Operation("Gives a person a role in a project, whatever the role of their account; an empty role: a member no longer. Administrators of the project.", {"username": "olga", "role": "operator"}),
     "list_tokens": Operation("Lists the caller's own tokens, without their secrets."),
     "list_violations": Operation("Lists findings and broken limits, newest first."),

@@ -34,6 +34,7 @@ from esper.contracts import Severity, ViolationRule
 
 FILTERS: dict[str, Lookup] = {
     "run": (of_run, text),
+    "project": ("run__project__uid", text),
     "adaptation": ("adaptation_uid", text),
     "rule": ("rule", one_of(ViolationRule)),
     "severity": ("severity", one_of(Severity)),

@@ -48,8 +48,9 @@ def list_recipes() -> None:
 @recipe_group.command("start")
 @click.argument("recipe")
 @click.argument("parameters", nargs=-1, metavar="[NAME=VALUE]...")
+@click.option("--project", default="", help="The new run belongs to this project (prj_…).")
 @person_option
-def start(recipe: str, parameters: tuple[str, ...], username: str) -> None:
+def start(recipe: str, parameters: tuple[str, ...], project: str, username: str) -> None:
     """Start RECIPE, named host/slug, or slug where one host has it.
 
     A VALUE is JSON, or a text: esper recipe start gpu-1/digits steps=500 --as olga
@@ -65,6 +66,7 @@ def start(recipe: str, parameters: tuple[str, ...], username: str) -> None:
             parameters=dict(_parameter(text) for text in parameters),
             user=_person(username),
             via=VIA,
+            project=project,
         )
         click.echo(f"L-{launch.number}  {launch.uid}  {launch.state}")
 

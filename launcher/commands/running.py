@@ -8,7 +8,7 @@ from launcher.commands.asking import asks_server, json_option
 from launcher.commands.deciding import dry_run_option, reason_option
 from launcher.commands.finding import run_uid
 from launcher.commands.waiting import timeout_option, wait_for_command, wait_option
-from launcher.remote.client import Client
+from launcher.remote.client import Client, segment
 from launcher.remote.tables import print_json
 
 
@@ -57,19 +57,24 @@ stop_command = _act("stop", "stop", "End RUN at its next step.", "stop at its ne
 
 @click.command("kill")
 @click.option("--off", "allow", is_flag=True, help="Switch adaptation on again.")
+@click.option("--project", help="Only of the runs of this project (prj_…).")
 @reason_option
 @dry_run_option
 @json_option
 @asks_server
-def kill_command(client: Client, allow: bool, reason: str, dry_run: bool, as_json: bool) -> None:
+def kill_command(
+    client: Client, allow: bool, project: str | None, reason: str, dry_run: bool, as_json: bool
+) -> None:
     """Stop all adaptation of all runs at once; training goes on everywhere. It needs no reason."""
     body = {"on": allow, "reason": reason}
-    switch = client.act("adaptation-switch", body, dry_run=dry_run).data
+    path = f"projects/{segment(project)}/adaptation-switch" if project else "adaptation-switch"
+    switch = client.act(path, body, dry_run=dry_run).data
     if as_json:
         print_json(switch)
-    else:
-        word = "would be" if dry_run else "is"
-        click.echo(f"Adaptation {word} {'on' if switch['on'] else 'switched off everywhere'}.")
+        return
+    word = "would be" if dry_run else "is"
+    where = f"in project {project}" if project else "everywhere"
+    click.echo(f"Adaptation {word} {'on' if switch['on'] else f'switched off {where}'}.")
 
 
 COMMANDS: tuple[click.Command, ...] = (pause_command, resume_command, stop_command, kill_command)

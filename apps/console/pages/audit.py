@@ -14,7 +14,7 @@ from apps.audit.models import AuditEvent
 from apps.audit.selectors import FILTERS
 from apps.audit.services import ChainReport, verify_chain
 from apps.console.panels import Panel, render_page
-from apps.console.request import page, page_number
+from apps.console.request import page, page_number, person, project_choices
 from apps.rest.filters import narrowed
 
 PAGE_LENGTH = 50
@@ -29,6 +29,7 @@ class AuditFilter:
     act: str = ""
     object: str = ""
     run: str = ""
+    project: str = ""
 
     @property
     def given(self) -> dict[str, str]:
@@ -47,6 +48,7 @@ def audit(request: HttpRequest) -> HttpResponse:
         act=request.GET.get("act", ""),
         object=request.GET.get("object", ""),
         run=request.GET.get("run", ""),
+        project=request.GET.get("project", ""),
     )
 
     def rows() -> dict[str, Any]:
@@ -61,7 +63,14 @@ def audit(request: HttpRequest) -> HttpResponse:
             lambda: {"report": _report() if request.GET.get("verify") == "1" else None},
         ),
     ]
-    return render_page(request, "console/audit.html", title="Audit", panels=panels, chosen=chosen)
+    return render_page(
+        request,
+        "console/audit.html",
+        title="Audit",
+        panels=panels,
+        chosen=chosen,
+        whole=lambda: {"projects": project_choices(person(request))},
+    )
 
 
 def _report() -> ChainReport:

@@ -15,7 +15,7 @@ from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation, Plan
 from apps.adaptations.selectors import snoozed_by
 from apps.console.panels import Panel, render_page
-from apps.console.request import choice, page, person
+from apps.console.request import choice, page, person, project_choices
 from apps.console.run_rows import live_runs
 from apps.console.waiting import waiting
 from apps.rest.filters import of_run
@@ -43,6 +43,7 @@ class InboxFilter:
     tab: InboxTab = InboxTab.PENDING
     run: str = ""
     risk: str = ""
+    project: str = ""
 
 
 @page
@@ -52,6 +53,7 @@ def inbox(request: HttpRequest) -> HttpResponse:
         tab=InboxTab(choice(request, "state", InboxTab, InboxTab.PENDING)),
         run=request.GET.get("run", ""),
         risk=choice(request, "risk", Risk),
+        project=request.GET.get("project", ""),
     )
 
     def rows() -> dict[str, Any]:
@@ -80,6 +82,7 @@ def inbox(request: HttpRequest) -> HttpResponse:
         whole=lambda: {
             "run_names": run_names(chosen.run),
             "risks": list(Risk),
+            "projects": project_choices(user),
         },
     )
 
@@ -108,6 +111,8 @@ def inbox_rows(chosen: InboxFilter, user: User) -> list[Adaptation]:
     )
     if chosen.run:
         rows = rows.filter(of_run(chosen.run))
+    if chosen.project:
+        rows = rows.filter(run__project__uid=chosen.project)
     if chosen.risk:
         rows = rows.filter(risk=chosen.risk)
     return list(rows.defer(*HUGE_COLUMNS_OF_RUN)[:HISTORY_LENGTH])

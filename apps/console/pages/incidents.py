@@ -15,7 +15,7 @@ from apps.accounts.policy import Act, Permission, may
 from apps.adaptations.models import Adaptation
 from apps.blueprints.models import KnownRemedy
 from apps.console.panels import Panel, render_page
-from apps.console.request import choice, page, person
+from apps.console.request import choice, page, person, project_choices
 from apps.rest.filters import of_run
 from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.violations.models import Violation
@@ -31,6 +31,7 @@ class IncidentFilter:
     state: IncidentState = IncidentState.OPEN
     severity: str = ""
     run: str = ""
+    project: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ def incidents_page(request: HttpRequest) -> HttpResponse:
         state=IncidentState(choice(request, "state", IncidentState, IncidentState.OPEN)),
         severity=choice(request, "severity", Severity),
         run=request.GET.get("run", ""),
+        project=request.GET.get("project", ""),
     )
 
     def shown() -> dict[str, Any]:
@@ -92,6 +94,7 @@ def incidents_page(request: HttpRequest) -> HttpResponse:
         panels=panels,
         chosen=chosen,
         severities=list(Severity),
+        whole=lambda: {"projects": project_choices(user)},
     )
 
 
@@ -102,6 +105,8 @@ def chosen_incidents(chosen: IncidentFilter) -> list[Incident]:
     )
     if chosen.run:
         rows = rows.filter(of_run(chosen.run))
+    if chosen.project:
+        rows = rows.filter(run__project__uid=chosen.project)
     found = incidents(rows.order_by("-id")[:RECORDS_READ])
     return [one for one in found if chosen.severity in ("", one.severity)]
 

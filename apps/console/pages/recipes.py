@@ -9,7 +9,7 @@ from django.http import Http404, HttpRequest, HttpResponse
 
 from apps.accounts.policy import Act, may
 from apps.console.panels import Panel, render_page
-from apps.console.request import page, person
+from apps.console.request import page, person, project_choices
 from apps.notifications.services import launch_topic
 from apps.recipes.models import Launch, LogChunk, Recipe
 from apps.recipes.selectors import LogPage, launches
@@ -52,10 +52,17 @@ def recipe(request: HttpRequest, uid: str) -> HttpResponse:
     if found is None:
         raise Http404("there is no such recipe")
     may_start = may(person(request), Act.START_RECIPE)
+    places = project_choices(person(request))
+    projects = [one for one in places if may(person(request), Act.CREATE_RUN, of=one).allowed]
 
     def about() -> dict[str, Any]:
         fresh = get_recipe(uid)
-        return {"recipe": fresh, "row": fresh and row_of(fresh), "may_start": may_start}
+        return {
+            "recipe": fresh,
+            "row": fresh and row_of(fresh),
+            "may_start": may_start,
+            "projects": projects,
+        }
 
     panels = [
         Panel("about", found.name, "console/recipes/about.html", about, ("recipe",), every=15),

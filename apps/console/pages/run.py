@@ -21,7 +21,6 @@ from apps.adaptations.models import Adaptation, Remedy
 from apps.adaptations.selectors import error_budget
 from apps.adaptations.services import may_grant, multiplies, open_delegations, why_not_delegated
 from apps.blueprints.models import KnownRemedy
-from apps.console.bar import adaptation_switch
 from apps.console.drawing import shade
 from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, person
@@ -29,7 +28,7 @@ from apps.console.run_rows import frame_matrix
 from apps.console.status import ADAPTATION, SEVERITY, Status
 from apps.kernels.models import SpeedUp
 from apps.notifications.services import run_topic
-from apps.policies.services import current_policy
+from apps.policies.services import current_policy, kill_over
 from apps.recipes.models import Launch
 from apps.recipes.selectors import launches
 from apps.rest.numbers import is_number
@@ -461,7 +460,7 @@ class PauseState:
 
     paused: bool
     command: Command | None
-    killed_by: str = ""  # who has switched off all adaptation; empty while it is on
+    killed: str = ""  # who has switched adaptation off, and where; empty while it is on
 
     @property
     def pending(self) -> bool:
@@ -473,9 +472,8 @@ class PauseState:
 
 def pause_state(run: Run) -> PauseState:
     newest = Command.objects.filter(run=run, kind__in=_PAUSE_KINDS).order_by("-seq").first()
-    switch = adaptation_switch()
-    killed_by = "" if switch.on else switch.changed_by
-    return PauseState(bool(run.adaptation_paused_by), newest, killed_by)
+    kill = kill_over(run.project_id)
+    return PauseState(bool(run.adaptation_paused_by), newest, kill.in_words if kill else "")
 
 
 def stop_command(run: Run) -> Command | None:

@@ -8,9 +8,8 @@ from django.core.paginator import Paginator
 from django.db.models import Q
 from django.http import HttpRequest, HttpResponse
 
-from apps.accounts.projects import projects_of
 from apps.console.panels import Panel, render_page
-from apps.console.request import choice, page, page_number, person
+from apps.console.request import choice, page, page_number, person, project_choices
 from apps.console.run_rows import annotated, run_rows
 from apps.runs.models import Run
 from esper.contracts import RunState
@@ -24,7 +23,6 @@ def runs(request: HttpRequest) -> HttpResponse:
     mine = request.GET.get("mine") == "1"
     name = request.GET.get("name", "")
     project = request.GET.get("project", "")
-    several = len(person(request).access.roles) > 1
 
     def rows() -> dict[str, Any]:
         found = Run.objects.filter(state=state) if state else Run.objects.all()
@@ -51,6 +49,6 @@ def runs(request: HttpRequest) -> HttpResponse:
         mine=mine,
         name=name,
         project=project,
-        projects=projects_of(person(request)).order_by("name") if several else (),
+        projects=project_choices(person(request)),
         states=list(RunState),
     )

@@ -9,13 +9,15 @@ from typing import Any
 from django.db.models import OuterRef, Subquery
 from django.http import HttpRequest, HttpResponse
 
-from apps.accounts.policy import Act, may
+from apps.accounts.models import Project, User
+from apps.accounts.policy import Act, Permission, may
+from apps.accounts.projects import projects_of
 from apps.blueprints.models import Blueprint
 from apps.console.bar import adaptation_switch
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.console.run_rows import live_runs
-from apps.policies.models import AdaptationSwitch
+from apps.policies.models import ProjectSwitch
 from apps.runs.models import Command, Run
 from esper.contracts import CommandKind, CommandState
 
@@ -31,10 +33,11 @@ def switch(request: HttpRequest) -> HttpResponse:
         return {"switch": state, "kill": may(user, Act.KILL)}
 
     def trainers() -> dict[str, Any]:
-        answers = trainer_answers(adaptation_switch())
+        answers = trainer_answers()
         return {
             "answers": answers,
             "summary": summary(answers),
+            "several": len(user.access.roles) > 1,
             "may_pause": may(user, Act.PAUSE_ADAPTATION),
         }
 
@@ -43,6 +46,9 @@ def switch(request: HttpRequest) -> HttpResponse:
             "blueprints": list(Blueprint.objects.filter(present=True).order_by("enabled", "slug")),
             "may_switch": may(user, Act.SWITCH_BLUEPRINT),
         }
+
+    def projects() -> dict[str, Any]:
+        return {"rows": project_rows(user, trainer_answers())}
 
     panels = [
         Panel("all", "Everything", "console/switch/all.html", everything, ("switch",)),
@@ -56,6 +62,10 @@ def switch(request: HttpRequest) -> HttpResponse:
         ),
         Panel("blueprints", "Each blueprint", "console/switch/blueprints.html", blueprints),
     ]
+    if len(user.access.roles) > 1:
+        template = "console/switch/projects.html"
+        events = ("switch", "run")
+        panels.insert(1, Panel("projects", "Each project", template, projects, events, every=5))
     return render_page(request, "console/simple.html", title="Adaptation switch", panels=panels)
 
 
@@ -82,13 +92,40 @@ class TrainerAnswer:
         return self.command is not None and self.command.kind == CommandKind.PAUSE_ADAPTATION
 
 
-def trainer_answers(state: AdaptationSwitch) -> list[TrainerAnswer]:
+def trainer_answers() -> list[TrainerAnswer]:
     """Those that have not confirmed come first."""
     newest = Command.objects.filter(run=OuterRef("pk"), kind__in=_PAUSES).order_by("-seq")
-    runs = list(live_runs().annotate(pause_id=Subquery(newest.values("pk")[:1])))
+    live = live_runs().select_related("project")
+    runs = list(live.annotate(pause_id=Subquery(newest.values("pk")[:1])))
     commands = Command.objects.in_bulk([run.pause_id for run in runs if run.pause_id])
     answers = [TrainerAnswer(run, commands.get(run.pause_id)) for run in runs]
     return sorted(answers, key=lambda one: (one.command is None, one.confirmed, -one.run.pk))
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectRow:
+    """``switch`` None: it was never used. ``summary``: what the trainers have answered."""
+
+    project: Project
+    switch: ProjectSwitch | None
+    live: int
+    summary: str
+    kill: Permission
+
+    @property
+    def on(self) -> bool:
+        return self.switch is None or self.switch.on
+
+
+def project_rows(user: User, answers: Sequence[TrainerAnswer]) -> list[ProjectRow]:
+    """Those that are killed come first."""
+    switches = {switch.project_id: switch for switch in ProjectSwitch.objects.all()}
+    rows = []
+    for project in projects_of(user).order_by("name"):
+        own = [one for one in answers if one.run.project_id == project.pk]
+        kill = may(user, Act.KILL, of=project)
+        rows.append(ProjectRow(project, switches.get(project.pk), len(own), summary(own), kill))
+    return sorted(rows, key=lambda row: row.on)
 
 
 def summary(answers: Sequence[TrainerAnswer]) -> str:

@@ -10,7 +10,7 @@ from django.http import Http404, HttpRequest, HttpResponse
 
 from apps.accounts.policy import Act, may
 from apps.console.panels import Panel, render_page
-from apps.console.request import choice, page, page_number, person
+from apps.console.request import choice, page, page_number, person, project_choices
 from apps.rest.filters import of_run
 from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.violations.models import Violation
@@ -27,6 +27,7 @@ class ViolationFilter:
     severity: str = ""
     rule: str = ""
     run: str = ""
+    project: str = ""
 
 
 @page
@@ -39,6 +40,7 @@ def violations(request: HttpRequest) -> HttpResponse:
         severity=choice(request, "severity", Severity),
         rule=choice(request, "rule", ViolationRule),
         run=request.GET.get("run", ""),
+        project=request.GET.get("project", ""),
     )
 
     def rows() -> dict[str, Any]:
@@ -59,6 +61,7 @@ def violations(request: HttpRequest) -> HttpResponse:
         states=STATES,
         severities=list(Severity),
         rules=list(ViolationRule),
+        whole=lambda: {"projects": project_choices(person(request))},
     )
 
 
@@ -76,5 +79,7 @@ def violation_rows(chosen: ViolationFilter, page: int) -> Page[Violation]:
         rows = rows.filter(rule=chosen.rule)
     if chosen.run:
         rows = rows.filter(of_run(chosen.run))
+    if chosen.project:
+        rows = rows.filter(run__project__uid=chosen.project)
     rows = rows.select_related("run", "acknowledged_by").defer(*HUGE_COLUMNS_OF_RUN)
     return Paginator(rows, PAGE_LENGTH).get_page(page)

@@ -16,7 +16,7 @@ from django.utils.safestring import SafeString
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
 from apps.accounts.preferences import Preferences, preferences_of
-from apps.console.bar import adaptation_switch
+from apps.console.bar import adaptation_switch, killed_projects
 from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS, Status
 from apps.console.waiting import inbox_count
 from esper.contracts import Role
@@ -269,6 +269,7 @@ def topbar(context: template.RequestContext) -> dict[str, Any]:
         "section": context.get("section") or request.resolver_match.url_name,
         "waiting": inbox_count(request.user),
         "switch": adaptation_switch(),
+        "killed_projects": killed_projects(),
         "kill": may(request.user, Act.KILL),
         "links": _LINKS,
         "csrf_token": context.get("csrf_token"),

@@ -62,6 +62,7 @@ VERBS = {
     "stop_run": "stop",
     "ask_for_remedy": "remedy",
     "set_adaptation_switch": "kill",
+    "set_project_switch": "kill",
     "acknowledge_violation": "findings acknowledge",
     "acknowledge_violations": "findings acknowledge",
     "drain_worker": "workers drain",

@@ -152,7 +152,8 @@ def _take_picture(page: Page, address: str, path: Path) -> None:
         more = page.locator("#panel-more details.fold")
         if more.count():
             more.evaluate("folded => { folded.open = true; }")
-            page.locator("#panel-more").screenshot(path=path.with_stem(f"{path.stem}-more"))
+            part = path.with_stem(f"{path.stem}-more")
+            page.locator("#panel-more").screenshot(path=part, timeout=3_000)
         _say(f"{path.stem} {tall} px {f'{over} px TOO WIDE' if over > 0 else ''}")
     except Error as error:
         _say(f"{path.stem} failed: {str(error).splitlines()[0]}")
