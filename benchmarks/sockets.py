@@ -131,7 +131,9 @@ async def _open(esper: Installation, cookie: str) -> Browser:
         ping_interval=None,
     )
     await socket.send(codec.encode({"op": "subscribe", "topic": TOPIC}).decode())
-    answer: dict[str, Any] = codec.decode(await socket.recv())
+    answer: dict[str, Any] = {"op": "ping"}
+    while answer.get("op") == "ping":
+        answer = codec.decode(await socket.recv())
     if answer.get("op") != "subscribed":
         raise RuntimeError(f"a socket was refused: {answer}")
     return Browser(socket, begin=int(answer["seq"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -130,7 +130,26 @@ def access_of(user: User) -> Access:
     Admins of the server are admins of every project.
     """
     own = Membership.objects.filter(project=OuterRef("pk"), user=user).values("role")[:1]
-    rows = Project.objects.order_by().values_list("pk", Subquery(own))
+    return _access(user, Project.objects.order_by().values_list("pk", Subquery(own)))
+
+
+def accesses_of(users: Collection[User]) -> dict[int, Access]:
+    """As ``access_of`` for each of them, by two queries; by the keys of the people."""
+    projects = list(Project.objects.order_by().values_list("pk", flat=True))
+    own = {
+        (user, project): role
+        for user, project, role in Membership.objects.order_by()
+        .filter(user__in=users)
+        .values_list("user", "project", "role")
+    }
+    return {
+        user.pk: _access(user, [(key, own.get((user.pk, key))) for key in projects])
+        for user in users
+    }
+
+
+def _access(user: User, rows: Iterable[tuple[int, str | None]]) -> Access:
+    """From each project's key, and the person's own role there."""
     roles: dict[int, Role] = {}
     hidden = False
     for key, role in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Collection
 from datetime import datetime, timedelta
 
 from django.db import transaction
@@ -68,6 +69,15 @@ def authenticate_token(secret: str) -> ApiToken | None:
     if token and (token.last_used_at is None or now - token.last_used_at > _LAST_USED_RESOLUTION):
         ApiToken.objects.filter(pk=token.pk).update(last_used_at=now)
     return token
+
+
+def projects_of_tokens(ids: Collection[int]) -> dict[int, int | None]:
+    """The project that each of these tokens is bound to; without those that are refused now."""
+    if not ids:
+        return {}
+    valid = Q(expires_at=None) | Q(expires_at__gt=timezone.now())
+    tokens = ApiToken.objects.filter(valid, pk__in=ids, revoked_at=None)
+    return dict(tokens.values_list("pk", "project"))
 
 
 @transaction.atomic

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 
-from django.contrib.auth import SESSION_KEY
+from django.contrib.auth import HASH_SESSION_KEY, SESSION_KEY
 from django.contrib.sessions.models import Session
 from django.db import transaction
 from django.utils import timezone
@@ -78,6 +79,30 @@ def end_other_sessions(*, user: User, via: str, present: str, reason: str = "") 
         data={"count": len(others)},
     )
     return len(others)
+
+
+@dataclass(frozen=True, slots=True)
+class SignIn:
+    """Whose session it is, and the hash of the password that opened it."""
+
+    user_id: str
+    auth_hash: str
+
+
+def live_sign_ins(keys: Collection[str]) -> dict[str, SignIn]:
+    """Those of some sessions that are still open, by their key. One query."""
+    if not keys:
+        return {}
+    rows = Session.objects.filter(session_key__in=keys, expire_date__gt=timezone.now())
+    found = {key: _sign_in(data) for key, data in rows.values_list("session_key", "session_data")}
+    return {key: sign_in for key, sign_in in found.items() if sign_in is not None}
+
+
+@lru_cache(maxsize=4096)  # to check the signature costs more than to read the row
+def _sign_in(session_data: str) -> SignIn | None:
+    data = Session(session_data=session_data).get_decoded()
+    user_id, auth_hash = data.get(SESSION_KEY), data.get(HASH_SESSION_KEY)
+    return SignIn(user_id, auth_hash) if user_id and auth_hash else None
 
 
 def _sessions(user: User) -> Iterator[tuple[Session, dict[str, str]]]:

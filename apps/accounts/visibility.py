@@ -8,7 +8,7 @@ so does a service, once the object it acts on has been found within the caller's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -104,10 +104,15 @@ def runs_in_project(uid: str) -> QuerySet[Any]:
 
 def sees(projects: Projects, model: str, uid: str) -> bool:
     """Whether a run or a launch (by the model's name) is in one of these projects."""
-    if projects is None:
-        return True
+    return projects is None or projects_of_rows(model, [uid]).get(uid) in projects
+
+
+def projects_of_rows(model: str, uids: Collection[str]) -> dict[str, int]:
+    """The project of each of these runs, or launches (by the model's name), that exists."""
+    if not uids:
+        return {}
     rows = apps.get_model({"Run": "runs", "Launch": "recipes"}[model], model)._base_manager
-    return bool(rows.filter(uid=uid, project__in=projects).exists())
+    return dict(rows.filter(uid__in=uids).values_list("uid", "project"))
 
 
 def _of_session(request: HttpRequest) -> Find:

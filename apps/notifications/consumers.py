@@ -4,94 +4,81 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
-from importlib import import_module
 from typing import Any
 from urllib.parse import parse_qs
 
-from channels.auth import get_user
 from channels.db import database_sync_to_async
 from channels.generic.websocket import AsyncWebsocketConsumer
-from django.conf import settings
 from django.contrib.auth.models import AnonymousUser
 
-from apps.notifications.services import (
-    event_to_wire,
-    events_after,
-    group_name,
-    last_seq,
-    person_group,
-    session_group,
-)
+from apps.notifications.fan_out import NOT_SIGNED_IN, FanOut, fan_out
+from apps.notifications.rights import rights_of
+from apps.notifications.services import event_to_wire, events_after, last_seq
 from apps.notifications.tickets import Holder, redeem
 from apps.notifications.topics import recheck
 from esper.contracts import codec
 from esper.exceptions import CodecError
 
-log = logging.getLogger(__name__)
-
-PING_SECONDS = 10.0
-PROGRESS_PERIOD_SECONDS = 0.25
 SEND_TIMEOUT_SECONDS = 10.0
+CLOSE_TIMEOUT_SECONDS = 1.0
 MAX_FRAME_BYTES = 4096
 MAX_TOPICS = 50
 MAX_REPLAY = 2000
 TICKET = "ticket"
-NOT_SIGNED_IN, SLOW_READER = 4401, 1013
+SLOW_READER = 1013
 
 
 class StreamConsumer(AsyncWebsocketConsumer):
     """``/ws/v1/stream``, see ``docs/protocol.md``.
 
-    An event from the channel layer is a notification: when its number is not the next one, the
-    rows in between are read and sent first. Rights are checked again with every ping.
+    It answers its browser and reads the events that it has missed. Everything that happens comes
+    from ``FanOut``, which shares it with the other sockets, as a text to send.
     """
+
+    channel_layer_alias = ""  # groups are those of FanOut
 
     def __init__(self) -> None:
         super().__init__()
         self.user: Any = AnonymousUser()
-        self.holder: Holder | None = None  # of a socket that was opened with a ticket
+        self.holder = Holder(0)
         self.sent: dict[str, int] = {}  # topic -> the last number that was sent
-        self.progress: dict[str, dict[str, Any]] = {}  # topic -> the newest that was not sent
-        self.joined: list[str] = []  # groups beside those of the topics
-        self.sending = asyncio.Lock()
-        self.tasks: list[asyncio.Task[None]] = []
-        self.flushing: asyncio.Task[None] | None = None
+        self.held: dict[str, list[tuple[int, str]]] = {}  # events that came while rows were read
+        self.outbox: asyncio.Queue[str | int] = asyncio.Queue()  # texts; a number closes the socket
+        self.fan_out: FanOut = fan_out()
+        self.writing: asyncio.Task[None] | None = None
 
     async def connect(self) -> None:
-        scope: Any = self.scope
-        self.holder = await self._holder()
-        if self.holder is not None:
-            self.user = await database_sync_to_async(self.holder.still)() or AnonymousUser()
-        elif TICKET not in self._query():
-            self.user = scope.get("user", AnonymousUser())
-        if not (self.user.is_authenticated and self.user.is_active):
+        holder = await self._holder()
+        rights = await database_sync_to_async(rights_of)({holder: ()}) if holder else {}
+        if holder is None or holder not in rights:
             await self.close(NOT_SIGNED_IN)
             return
-        self.joined = self._groups()
-        for group in self.joined:
-            await self.channel_layer.group_add(group, self.channel_name)
+        self.holder, self.user = holder, rights[holder].user
         await self.accept()
-        self.tasks.append(asyncio.create_task(self._beat()))
+        main = asyncio.current_task()
+        assert main is not None
+        self.writing = asyncio.create_task(self._write())
+        self.writing.add_done_callback(lambda _: main.cancel())
+        await self.fan_out.enter(self)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """A send that fails ends the consumer without ``disconnect``: its tasks must end too."""
+        """A send that fails ends the consumer without ``disconnect``."""
         try:
             await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:
+            if self.writing is None or not self.writing.done() or self.writing.cancelled():
+                raise
+            if error := self.writing.exception():
+                raise error from None
         finally:
             await self._end()
 
     async def _end(self) -> None:
-        tasks = [*self.tasks, *([self.flushing] if self.flushing else [])]
-        for task in tasks:
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks, return_exceptions=True)
-        for group in self.joined:
-            await self.channel_layer.group_discard(group, self.channel_name)
-        for topic in self.sent:
-            await self.channel_layer.group_discard(group_name(topic), self.channel_name)
+        if self.writing is not None:
+            self.writing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(self.writing, return_exceptions=True)
+            await self.fan_out.leave(self)
 
     # --- what the browser sends ------------------------------------------------------------------
 
@@ -100,7 +87,7 @@ class StreamConsumer(AsyncWebsocketConsumer):
             frame = codec.decode(text_data or bytes_data or b"", max_bytes=MAX_FRAME_BYTES)
             op, topic, since = _request(frame)
         except CodecError as error:
-            await self._say({"op": "error", "why": str(error)})
+            self._say({"op": "error", "why": str(error)})
             return
         if op == "subscribe":
             await self._subscribe(topic, since)
@@ -108,135 +95,115 @@ class StreamConsumer(AsyncWebsocketConsumer):
             await self._unsubscribe(topic)
 
     async def _subscribe(self, topic: str, since: int | None) -> None:
+        changes = self.fan_out.changes
         permission = await database_sync_to_async(recheck)(self.user, topic)
         if not permission.allowed:
-            await self._say({"op": "refused", "topic": topic, "why": permission.why})
+            self._refuse(topic, permission.why)
             return
         if len(self.sent) >= MAX_TOPICS and topic not in self.sent:
-            why = f"One socket watches at most {MAX_TOPICS} topics."
-            await self._say({"op": "refused", "topic": topic, "why": why})
+            self._refuse(topic, f"One socket watches at most {MAX_TOPICS} topics.")
             return
-        # Join the group before reading the rows, so that no event in between is lost.
-        await self.channel_layer.group_add(group_name(topic), self.channel_name)
-        async with self.sending:
-            newest = await database_sync_to_async(last_seq)(topic)
-            answer: dict[str, Any] = {"op": "subscribed", "topic": topic, "seq": newest}
-            if since is None or since > newest:
-                since = newest
-            elif newest - since > MAX_REPLAY:
-                answer["resync"], since = True, newest  # reading the page again costs less
-            self.sent[topic] = since
-            await self._say(answer)
-            await self._catch_up(topic, newest)
+        self.held[topic] = []
+        await self.fan_out.join(self, topic)
+        newest = await database_sync_to_async(last_seq)(topic)
+        answer: dict[str, Any] = {"op": "subscribed", "topic": topic, "seq": newest}
+        if since is None or since > newest:
+            since = newest
+        elif newest - since > MAX_REPLAY:
+            answer["resync"], since = True, newest  # reading the page again costs less
+        self._say(answer)
+        await self._replay(topic, since, newest)
+        if self.fan_out.changes != changes:  # the right may have ended before the socket joined
+            self.fan_out.check_soon()
 
     async def _unsubscribe(self, topic: str) -> None:
-        if self.sent.pop(topic, None) is not None:
-            self.progress.pop(topic, None)
-            await self.channel_layer.group_discard(group_name(topic), self.channel_name)
-        await self._say({"op": "unsubscribed", "topic": topic})
+        if topic in self.sent:
+            await self.fan_out.part(self, topic)
+            self._forget(topic)
+        self._say({"op": "unsubscribed", "topic": topic})
 
-    # --- what happens ---------------------------------------------------------------------------
+    async def _replay(self, topic: str, after: int, until: int) -> None:
+        """Send the rows in between, then what came meanwhile."""
+        while after < until and topic in self.held:
+            events = await database_sync_to_async(events_after)(topic, after)
+            if not events:
+                break
+            for event in events:
+                self._say(event_to_wire(event))
+            after = events[-1].seq
+            await self.outbox.join()  # a slow reader must not fill the memory
+        if topic not in self.held:
+            return  # the right has ended meanwhile
+        self.sent[topic] = max(after, until)
+        for seq, text in self.held.pop(topic):
+            self.offer(topic, seq, text)
 
-    async def feed_event(self, event: dict[str, Any]) -> None:
-        message = event["message"]
-        topic, seq = message["topic"], message["seq"]
-        async with self.sending:
-            if topic not in self.sent or seq <= self.sent[topic]:
-                return
-            if seq == self.sent[topic] + 1:
-                await self._say(message)
-                self.sent[topic] = seq
-            else:
-                await self._catch_up(topic, seq)
+    # --- what happens; called by FanOut -----------------------------------------------------------
 
-    async def feed_progress(self, event: dict[str, Any]) -> None:
-        message = event["message"]
-        if message["topic"] not in self.sent:
-            return
-        self.progress[message["topic"]] = message
-        if self.flushing is None or self.flushing.done():
-            self.flushing = asyncio.create_task(self._flush_progress())
+    def put(self, text: str) -> None:
+        self.outbox.put_nowait(text)
 
-    async def session_ended(self, event: dict[str, Any]) -> None:
-        """Somebody has signed out with this session."""
-        await self.close(NOT_SIGNED_IN)
+    def offer(self, topic: str, seq: int, text: str) -> None:
+        if topic in self.held:
+            self.held[topic].append((seq, text))
+        elif seq > self.sent.get(topic, seq):
+            self.sent[topic] = seq
+            self.put(text)
 
-    async def rights_changed(self, event: dict[str, Any]) -> None:
-        """This person was made a member of a project, or is a member no longer."""
-        if not await self._still_signed_in():
-            await self.close(NOT_SIGNED_IN)
+    def drop(self, topic: str, why: str) -> None:
+        self._forget(topic)
+        self._say({"op": "unsubscribed", "topic": topic})
+        self._refuse(topic, why)
 
-    def _query(self) -> dict[str, list[str]]:
-        return parse_qs(self.scope["query_string"].decode("latin-1"))
+    def end(self, code: int) -> None:
+        while not self.outbox.empty():
+            self.outbox.get_nowait()
+            self.outbox.task_done()
+        self.outbox.put_nowait(code)
+
+    # ---------------------------------------------------------------------------------------------
 
     async def _holder(self) -> Holder | None:
-        """Of the ticket in the address; None without one, and for one that does not hold."""
-        given = self._query().get(TICKET)
-        return await database_sync_to_async(redeem)(given[0]) if given else None
+        """By the ticket in the address, else by the cookie; None for one that does not hold."""
+        scope: Any = self.scope
+        given = parse_qs(scope["query_string"].decode("latin-1")).get(TICKET)
+        if given or "user" not in scope:  # no cookie counts beside a ticket
+            return await database_sync_to_async(redeem)(given[0]) if given else None
+        if not scope["user"].is_authenticated:
+            return None
+        return Holder(scope["user"].pk, session_key=scope["session"].session_key or "")
 
-    def _groups(self) -> list[str]:
-        """That of its person, and of its session where it has no ticket."""
-        groups = [person_group(self.user.pk)]
-        if self.holder is None:
-            groups.append(session_group(self.scope["session"].session_key or ""))
-        return groups
-
-    async def _catch_up(self, topic: str, until: int) -> None:
-        while self.sent[topic] < until:
-            events = await database_sync_to_async(events_after)(topic, self.sent[topic])
-            if not events:
-                return
-            for event in events:
-                await self._say(event_to_wire(event))
-                self.sent[topic] = event.seq
-
-    async def _flush_progress(self) -> None:
-        """Send the newest progress of each topic; older progress is dropped."""
-        waiting, self.progress = self.progress, {}
-        for message in waiting.values():
-            await self._say(message)
-        await asyncio.sleep(PROGRESS_PERIOD_SECONDS)
-        if self.progress:
-            self.flushing = asyncio.create_task(self._flush_progress())
-
-    async def _beat(self) -> None:
+    async def _write(self) -> None:
+        """Send what is put, in order; its end is that of the socket."""
         while True:
-            await asyncio.sleep(PING_SECONDS)
+            waiting = await self.outbox.get()
+            if isinstance(waiting, int):
+                await self._close(waiting)
+                return
             try:
-                if not await self._still_signed_in():
-                    await self.close(NOT_SIGNED_IN)
-                    return
-                await self._say({"op": "ping", "time": time.time()})
-            except asyncio.CancelledError:
-                raise
-            except Exception as error:  # a busy database must not disconnect the browsers
-                log.warning("socket of %s: %s", self.user, error)
+                # wait_for would make a task of each frame
+                async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
+                    await self.send(text_data=waiting)
+            except TimeoutError:
+                await self._close(SLOW_READER)
+                return
+            self.outbox.task_done()
 
-    async def _still_signed_in(self) -> bool:
-        """Read session and account again: a sign-out or a disabled account ends the socket."""
-        if self.holder is not None:
-            self.user = await database_sync_to_async(self.holder.still)() or AnonymousUser()
-        else:
-            key = self.scope["session"].session_key
-            engine = import_module(settings.SESSION_ENGINE)
-            fresh: Any = {"session": engine.SessionStore(key)}
-            self.user = await get_user(fresh)
-        if not (self.user.is_authenticated and self.user.is_active):
-            return False
-        for topic in list(self.sent):
-            permission = await database_sync_to_async(recheck)(self.user, topic)
-            if not permission.allowed:
-                await self._unsubscribe(topic)
-                await self._say({"op": "refused", "topic": topic, "why": permission.why})
-        return True
+    async def _close(self, code: int) -> None:
+        """The frame that says why may wait behind others that nobody reads."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
+                await self.close(code)
 
-    async def _say(self, message: dict[str, Any]) -> None:
-        text = codec.encode(message).decode()
-        try:
-            async with asyncio.timeout(SEND_TIMEOUT_SECONDS):  # wait_for makes a task of each frame
-                await self.send(text_data=text)
-        except TimeoutError:
-            await self.close(SLOW_READER)
+    def _forget(self, topic: str) -> None:
+        self.sent.pop(topic, None)
+        self.held.pop(topic, None)
+
+    def _say(self, message: dict[str, Any]) -> None:
+        self.put(codec.encode(message).decode())
+
+    def _refuse(self, topic: str, why: str) -> None:
+        self._say({"op": "refused", "topic": topic, "why": why})
 
 
 def _request(frame: Any) -> tuple[str, str, int | None]:

@@ -7,6 +7,7 @@ import concurrent.futures
 import hashlib
 import logging
 import threading
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,7 @@ from django.db.models import F
 from django.http import HttpRequest
 from django.utils import timezone
 
-from apps.accounts.models import Project, User
+from apps.accounts.models import User
 from apps.audit.services import take_turn
 from apps.notifications.channels import EVENTS as EVENTS
 from apps.notifications.channels import URGENT as URGENT
@@ -31,6 +32,11 @@ log = logging.getLogger(__name__)
 
 INBOX_TOPIC = "inbox"
 SYSTEM_TOPIC = "system"
+ACCOUNTS_GROUP = "accounts"  # of every process with sockets
+RIGHTS_ENDING_ACTS = frozenset(
+    {"token.revoked", "session.others_ended", "project.member_set", "project.member_removed"}
+)
+RIGHTS_OF_PERSON = frozenset({"is_active", "role", "password"})
 MAX_PROJECTS_WATCHED = 20  # by one page; of further ones it sees changes when it is read again
 
 
@@ -91,33 +97,39 @@ def events_after(topic: str, after: int, *, limit: int = 500) -> list[FeedEvent]
 
 
 def last_seq(topic: str) -> int:
-    return Feed.objects.filter(topic=topic).values_list("last_seq", flat=True).first() or 0
+    return last_seqs([topic]).get(topic, 0)
 
 
-def session_group(session_key: str) -> str:
-    """The sockets of one session. The key itself is a secret, and groups stand in Redis."""
-    return f"session.{hashlib.sha256(session_key.encode()).hexdigest()[:32]}"
+def last_seqs(topics: Collection[str]) -> dict[str, int]:
+    """Of each of these topics that has had an event."""
+    return dict(Feed.objects.filter(topic__in=topics).values_list("topic", "last_seq"))
+
+
+def session_hash(session_key: str) -> str:
+    """Names a session in a message: the key itself is a secret, and messages stand in Redis."""
+    return hashlib.sha256(session_key.encode()).hexdigest()[:32]
 
 
 def end_sockets_of_session(sender: type[Any], *, request: HttpRequest, **_: Any) -> None:
     """Receiver of ``user_logged_out``, which is sent before the session is deleted."""
     key = request.session.session_key
     if key:
-        transaction.on_commit(lambda: notify(session_group(key), "session.ended", {}))
+        message = {"session": session_hash(key)}
+        transaction.on_commit(lambda: notify(ACCOUNTS_GROUP, "session.ended", message))
 
 
-def person_group(user_id: int) -> str:
-    """All sockets of one person."""
-    return f"person.{user_id}"
+def recheck_sockets(sender: type[Any], *, act: str, **_: Any) -> None:
+    """Receiver of ``account_changed``: sign-ins or rights to topics may have ended."""
+    if act in RIGHTS_ENDING_ACTS:
+        transaction.on_commit(lambda: notify(ACCOUNTS_GROUP, "rights.changed", {}))
 
 
-def recheck_sockets_of_member(
-    sender: type[Any], *, data: dict[str, Any] | None = None, **_: Any
+def recheck_sockets_of_person(
+    sender: type[Any], *, created: bool, update_fields: frozenset[str] | None, **_: Any
 ) -> None:
-    """Receiver of ``account_changed``: a membership has changed, so topics may end."""
-    if sender is Project and data and "person" in data:
-        group = person_group(data["person"])
-        transaction.on_commit(lambda: notify(group, "rights.changed", {}))
+    """Receiver of ``post_save`` of a person, who may have been disabled or have a new password."""
+    if not created and (update_fields is None or update_fields & RIGHTS_OF_PERSON):
+        transaction.on_commit(lambda: notify(ACCOUNTS_GROUP, "rights.changed", {}))
 
 
 def topics_of(user: User) -> list[str]:

@@ -22,21 +22,16 @@ LIVES_FOR = timedelta(seconds=30)
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Whose socket it is; ``token_id`` None: a browser's session asked for the ticket."""
+    """Whose socket it is, and what it ends with besides the account.
+
+    Attributes:
+        token_id: of the bearer token that asked for its ticket, if one did.
+        session_key: of the browser's session that opened it; empty for a ticket.
+    """
 
     user_id: int
-    token_id: int | None
-
-    def still(self) -> User | None:
-        """The person, while account and token hold."""
-        user = User.objects.filter(pk=self.user_id, is_active=True).first()
-        if user is None or self.token_id is None:
-            return user
-        token = ApiToken.objects.filter(pk=self.token_id, revoked_at=None).first()
-        if token is None or (token.expires_at is not None and token.expires_at <= timezone.now()):
-            return None
-        user.bound_to = token.project_id
-        return user
+    token_id: int | None = None
+    session_key: str = ""
 
 
 def issue_ticket(user: User, token: ApiToken | None) -> tuple[str, datetime]:

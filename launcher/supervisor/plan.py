@@ -201,6 +201,7 @@ def web_command() -> tuple[str, ...]:
     return (
         *(PYTHON, "-m", "uvicorn", "esper_web.asgi:application", "--lifespan", "off"),
         *("--log-level", "warning", "--timeout-graceful-shutdown", "3", "--ws-max-size", "262144"),
+        *("--ws-per-message-deflate", "false"),  # frames are small, and each socket would pay
     )
 
 

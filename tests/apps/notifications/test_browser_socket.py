@@ -9,6 +9,7 @@ from django.test import Client
 
 from apps.accounts.models import User
 from apps.notifications import consumers as browser_side
+from apps.notifications import fan_out
 from apps.notifications.services import group_name, notify, run_topic
 from esper.contracts import Role, TokenScope, codec
 from tests.apps.callers import Trainer, metrics
@@ -190,7 +191,7 @@ async def test_unknown_and_disabled_accounts_get_no_stream(people: dict[Role, Us
 async def test_the_sockets_of_a_session_end_at_once_when_its_person_signs_out(
     people: dict[Role, User], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(browser_side, "PING_SECONDS", 3600)
+    monkeypatch.setattr(fan_out, "PING_SECONDS", 3600)
     client = Client()
     await in_database(client.force_login)(people[Role.OPERATOR])
     cookie = f"sessionid={client.cookies['sessionid'].value}".encode()
@@ -210,7 +211,7 @@ async def test_a_stream_ends_with_the_session(
 ) -> None:
     from django.contrib.sessions.models import Session
 
-    monkeypatch.setattr(browser_side, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(fan_out, "PING_SECONDS", 0.1)
     socket = await in_database(browser)(people[Role.OPERATOR])
     await socket.open()
     assert (await socket.next())["op"] == "ping"

@@ -8,7 +8,7 @@ import pytest
 from django.utils import timezone
 
 from apps.accounts.models import ApiToken, User
-from apps.notifications import consumers as browser_side
+from apps.notifications import fan_out
 from apps.notifications.models import SocketTicket
 from apps.notifications.services import run_topic
 from apps.notifications.tickets import issue_ticket
@@ -64,7 +64,7 @@ async def test_a_ticket_that_does_not_hold_opens_nothing(people: dict[Role, User
 async def test_the_socket_ends_with_its_token(
     people: dict[Role, User], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(browser_side, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(fan_out, "PING_SECONDS", 0.05)
     ticket = await in_database(ticket_of)(people[Role.OPERATOR])
     socket = socket_with(ticket)
     await socket.open()
