@@ -68,7 +68,10 @@ _ACTS = {
         Act.CANCEL,
         frozenset({S.AWAITING_APPROVAL, S.COMPILE_QUEUED, S.COMPILING, S.COMPILED}),
     ),
-    "rollback": (Act.ROLL_BACK, frozenset({S.PROBATION, S.KEPT})),
+    "rollback": (
+        Act.ROLL_BACK,
+        frozenset({S.PROBATION, S.KEPT, S.IN_DOUBT, S.ROLLBACK_FAILED}),
+    ),
 }
 # What could still lead to a graft is over with the deadline, whether or not anybody has swept.
 _UNTIL_THE_DEADLINE = frozenset({"approve", "claim", "extend", "assign", "snooze", "escalate"})

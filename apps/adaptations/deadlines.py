@@ -8,14 +8,15 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
+from django.db.models import Exists, OuterRef, QuerySet
 from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM
 from apps.adaptations.compile_jobs import queue_dispatch, take_lost_job_back
-from apps.adaptations.dispatch import request_undo
+from apps.adaptations.dispatch import ask_what_is_held, leave_in_doubt, request_undo
 from apps.adaptations.lifecycle import DEADLINES, transition
 from apps.adaptations.models import Adaptation
-from apps.adaptations.outcomes import close_open_adaptations, quarantine
+from apps.adaptations.outcomes import close_open_adaptations
 from apps.adaptations.selectors import waiting_for_a_person
 from apps.notifications.services import SYSTEM_TOPIC, publish
 from apps.rest.problems import Problem
@@ -32,6 +33,7 @@ from apps.workers.services import (
 from esper.contracts import (
     RUN_ENDED,
     AdaptationState,
+    CommandKind,
     CommandState,
     JobState,
     RunState,
@@ -57,6 +59,7 @@ _OVERDUE = {
 NOTIFY_AGAIN_AFTER = timedelta(seconds=10)
 # A trainer that was started again says hello at once, which settles what is in doubt.
 DOUBT_WITHOUT_HELLO = timedelta(seconds=60)
+_WITH_TRAINER = (S.DISPATCHED, S.ACCEPTED, S.ROLLING_BACK)
 
 
 def sweep() -> int:
@@ -69,7 +72,8 @@ def sweep() -> int:
     _tell_everybody()
     _expire_commands()
     moved = sum(_expire(adaptation) for adaptation in _overdue())
-    moved += sum(_settle_doubt(adaptation) for adaptation in _doubtful())
+    for adaptation in _not_asked():
+        _ask(adaptation)
     _watch_runs()
     return moved
 
@@ -93,31 +97,31 @@ def _expire(adaptation: Adaptation) -> bool:
     return True
 
 
-def _doubtful() -> list[Adaptation]:
-    """In doubt for longer than a hello takes."""
+def _not_asked() -> list[Adaptation]:
+    """In doubt for longer than a hello takes, and no question is on its way."""
     since = timezone.now() - DOUBT_WITHOUT_HELLO
     doubtful = Adaptation.objects.filter(state=S.IN_DOUBT, changed_at__lt=since)
-    return list(doubtful.filter(run__restored_at=None).select_related("run")[:200])
+    doubtful = doubtful.filter(run__restored_at=None).exclude(run__state__in=RUN_ENDED)
+    return list(doubtful.exclude(Exists(_questions())).select_related("run")[:200])
 
 
-def _settle_doubt(adaptation: Adaptation) -> bool:
-    """Take out what is in doubt although its trainer reports.
+def _questions() -> QuerySet[Command]:
+    """Those about an adaptation since it is in doubt, to the trainer's present start."""
+    return Command.objects.filter(
+        kind=CommandKind.REPORT_HELD,
+        adaptation_uid=OuterRef("uid"),
+        epoch=OuterRef("run__epoch"),
+        issued_at__gte=OuterRef("changed_at"),
+    )
 
-    The trainer was silent and was not started again, so it says no hello. Whether it holds the
-    graft is unknown here, and no verdict came in time: an undo settles both.
-    """
-    try:
-        with transaction.atomic():
-            run = lock_run(adaptation.run_id)
-            if run.ended or not reported_recently(run):
-                return False
-            reason = "the trainer reports again, and no verdict came in time"
-            transition(adaptation, S.ROLLING_BACK, actor=SYSTEM, reason=reason)
-            request_undo(adaptation, reason=reason)
-    except Problem as error:  # a report has moved it meanwhile
-        log.info("A-%s: %s", adaptation.number, error)
-        return False
-    return True
+
+def _ask(adaptation: Adaptation) -> None:
+    """The trainer said no hello that has settled it."""
+    with transaction.atomic():
+        run = lock_run(adaptation.run_id)
+        doubtful = Adaptation.objects.filter(pk=adaptation.pk, state=S.IN_DOUBT)
+        if reported_recently(run) and doubtful.exclude(Exists(_questions())).exists():
+            ask_what_is_held(adaptation)
 
 
 def _take_outcome(adaptation: Adaptation) -> None:
@@ -126,15 +130,10 @@ def _take_outcome(adaptation: Adaptation) -> None:
     reason = _OVERDUE[state]
     if state == S.COMPILE_QUEUED and adaptation.job is not None and adaptation.job.waits_for:
         reason = f"{reason}: {adaptation.job.waits_for}"
-    with_trainer = state in (S.DISPATCHED, S.ACCEPTED, S.ROLLING_BACK)
-    if with_trainer and not reported_recently(adaptation.run):
-        # It may have obeyed the command and be unable to report it.
-        reason = f"{reason}; {_last_report(adaptation.run)}"
-        transition(adaptation, S.IN_DOUBT, actor=SYSTEM, reason=reason)
+    if state in _WITH_TRAINER:
+        _leave_unanswered(adaptation, reason)
     elif state == S.PROBATION:
         _end_probation(adaptation)
-    elif outcome == S.ROLLBACK_FAILED:
-        quarantine(adaptation, SYSTEM, reason)
     else:
         if adaptation.job is not None and outcome in (S.COMPILE_FAILED, S.CANCELLED):
             cancel_job(adaptation.job)
@@ -143,11 +142,17 @@ def _take_outcome(adaptation: Adaptation) -> None:
         transition(adaptation, outcome, actor=SYSTEM, reason=reason)
 
 
+def _leave_unanswered(adaptation: Adaptation, reason: str) -> None:
+    """A missing answer is no failure: it may come late, or be lost."""
+    silent = "" if reported_recently(adaptation.run) else f"{_last_report(adaptation.run)}; "
+    reason = f"{reason}; {silent}it is asked whether its model holds the change"
+    leave_in_doubt(adaptation, actor=SYSTEM, reason=reason)
+
+
 def _end_probation(adaptation: Adaptation) -> None:
     """Without a verdict in time it is rolled back, never kept."""
     if not reported_recently(adaptation.run):
-        reason = _last_report(adaptation.run)
-        transition(adaptation, S.IN_DOUBT, actor=SYSTEM, reason=reason)
+        leave_in_doubt(adaptation, actor=SYSTEM, reason=_last_report(adaptation.run))
         return
     reason = "no verdict before the deadline: too little was measured to keep it"
     _note_deadline(adaptation, reason, ViolationRule.MISSING_TELEMETRY)

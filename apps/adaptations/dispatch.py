@@ -10,7 +10,7 @@ from django.db import transaction
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.adaptations.history import why_stopped
-from apps.adaptations.lifecycle import transition
+from apps.adaptations.lifecycle import LONGEST_DOUBT_SECONDS, transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.turns import its_turn
 from apps.kernels.services import kernel_store
@@ -19,6 +19,9 @@ from esper.contracts import AdaptationState, CommandKind
 from esper.exceptions import KernelError
 
 log = logging.getLogger(__name__)
+
+# Late is better than never: an undo repeats nothing, and a restart of the trainer voids it.
+UNDO_SECONDS = LONGEST_DOUBT_SECONDS
 
 
 def dispatch_adaptation(adaptation_uid: str, *, worker: str) -> None:
@@ -97,7 +100,24 @@ def request_undo(adaptation: Adaptation, *, reason: str) -> None:
         adaptation_uid=adaptation.uid,
         layer=adaptation.layer,
         payload={"hard": hard, "reason": reason},
-        ttl_seconds=300,
+        ttl_seconds=UNDO_SECONDS,
+    )
+
+
+def leave_in_doubt(adaptation: Adaptation, *, actor: Actor, reason: str) -> None:
+    """No answer says what the trainer did: ask it. In a transaction."""
+    transition(adaptation, AdaptationState.IN_DOUBT, actor=actor, reason=reason)
+    ask_what_is_held(adaptation)
+
+
+def ask_what_is_held(adaptation: Adaptation) -> None:
+    """The trainer answers commands in order, so that its answer covers every earlier one."""
+    issue_command(
+        run=adaptation.run,
+        kind=CommandKind.REPORT_HELD,
+        adaptation_uid=adaptation.uid,
+        layer=adaptation.layer,
+        ttl_seconds=LONGEST_DOUBT_SECONDS,
     )
 
 

@@ -17,8 +17,10 @@ them. They have an audit row, which says who proposed or approved it, and no dea
 A remedy has no kernel: it goes from approved to dispatched.
 
 Other ends: compile_failed, dispatch_expired, not_applied, apply_failed, rollback_failed, run_lost.
-An adaptation is ``in_doubt`` when its trainer has stopped reporting; only the trainer's next report
-settles it. No deadline ever applies anything.
+An adaptation is ``in_doubt`` when its trainer has not answered a command before the deadline, or
+was started again. A missing answer is no failure: the trainer is asked whether its model holds the
+change, and only what the trainer reports settles it. ``rollback_failed`` is what a trainer has
+said; it ends when the change is reported to be gone after all. No deadline ever applies anything.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from django.utils import timezone
 from apps.accounts.actors import Actor
 from apps.adaptations.evidence import evidence_record, seen_at_decision
 from apps.adaptations.models import Adaptation
+from apps.adaptations.quarantine import refresh_quarantine
 from apps.audit.services import record
 from apps.notifications.services import INBOX_TOPIC, SYSTEM_TOPIC, enqueue, publish, run_topic
 from apps.rest.problems import Problem
@@ -48,6 +51,8 @@ from esper.contracts import (
 
 S = AdaptationState
 
+# The ends after which a trainer may still report that its model holds the change.
+LEAVES_A_REST = frozenset({S.ROLLED_BACK, S.REVERTED, S.NOT_APPLIED, S.APPLY_FAILED, S.RUN_LOST})
 NEXT: Mapping[AdaptationState, frozenset[AdaptationState]] = {
     S.PROPOSED: frozenset({S.AWAITING_APPROVAL, S.APPROVED}),
     S.AWAITING_APPROVAL: frozenset({S.APPROVED, S.REJECTED, S.EXPIRED, S.SUPERSEDED, S.CANCELLED}),
@@ -55,7 +60,7 @@ NEXT: Mapping[AdaptationState, frozenset[AdaptationState]] = {
     S.COMPILE_QUEUED: frozenset({S.COMPILING, S.COMPILE_FAILED, S.CANCELLED}),
     S.COMPILING: frozenset({S.COMPILED, S.COMPILE_QUEUED, S.COMPILE_FAILED, S.CANCELLED}),
     S.COMPILED: frozenset({S.DISPATCHED, S.DECLINED, S.DISPATCH_EXPIRED, S.CANCELLED}),
-    S.DISPATCHED: frozenset({S.ACCEPTED, S.NOT_APPLIED, S.DISPATCH_EXPIRED, S.IN_DOUBT}),
+    S.DISPATCHED: frozenset({S.ACCEPTED, S.NOT_APPLIED, S.IN_DOUBT}),
     S.ACCEPTED: frozenset({S.PROBATION, S.APPLY_FAILED, S.NOT_APPLIED, S.IN_DOUBT}),
     S.PROBATION: frozenset({S.KEPT, S.ROLLING_BACK, S.IN_DOUBT, S.RUN_LOST}),
     S.ROLLING_BACK: frozenset(
@@ -75,8 +80,14 @@ NEXT: Mapping[AdaptationState, frozenset[AdaptationState]] = {
         }
     ),
     S.KEPT: frozenset({S.ROLLING_BACK, S.REVERTED}),
-    **{state: frozenset() for state in ADAPTATION_ENDED - {S.KEPT}},
+    S.ROLLBACK_FAILED: frozenset({S.ROLLING_BACK, S.ROLLED_BACK, S.REVERTED}),
+    **{state: frozenset() for state in ADAPTATION_ENDED - {S.KEPT, S.ROLLBACK_FAILED}},
+    # Something of it came back with a checkpoint, or was applied too late, and cannot be taken out.
+    **{state: frozenset({S.ROLLBACK_FAILED}) for state in LEAVES_A_REST},
 }
+
+
+LONGEST_DOUBT_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,24 +102,27 @@ class Deadline:
         return timedelta(seconds=getattr(policy, self.policy) if self.policy else self.seconds)
 
 
-# Every state in which an adaptation can wait has one. ``deadlines`` checks more before it takes the
-# outcome of the last four: a trainer that has stopped reporting may have obeyed the command.
+# Every state in which an adaptation can wait has one. Where the trainer has a command, a missing
+# answer does not say what it did: the outcome is ``in_doubt``.
 DEADLINES: Mapping[AdaptationState, Deadline] = {
     S.AWAITING_APPROVAL: Deadline(S.EXPIRED, policy="approval_timeout_seconds"),
     S.COMPILE_QUEUED: Deadline(S.COMPILE_FAILED, 120),
     S.COMPILING: Deadline(S.COMPILE_FAILED, 180),
     S.COMPILED: Deadline(S.DISPATCH_EXPIRED, 120),
-    S.DISPATCHED: Deadline(S.DISPATCH_EXPIRED, policy="dispatch_timeout_seconds"),
+    S.DISPATCHED: Deadline(S.IN_DOUBT, policy="dispatch_timeout_seconds"),
     S.ACCEPTED: Deadline(S.IN_DOUBT, 60),
     S.PROBATION: Deadline(S.ROLLING_BACK, policy="probation_timeout_seconds"),
-    S.ROLLING_BACK: Deadline(S.ROLLBACK_FAILED, 60),
-    S.IN_DOUBT: Deadline(S.RUN_LOST, 24 * 3600),
+    S.ROLLING_BACK: Deadline(S.IN_DOUBT, 60),
+    S.IN_DOUBT: Deadline(S.RUN_LOST, LONGEST_DOUBT_SECONDS),
 }
 
 
 # A member of a plan that is compiled waits until those before it are in the model. Each of them may
 # use up the deadlines from compile_queued to accepted, which are about so many of compiled.
 TURN_LENGTHS = 5
+# A quarantine begins or ends when one of these is entered or left. It goes on during another
+# attempt to take the change out.
+_QUARANTINING = frozenset({S.ROLLING_BACK, S.IN_DOUBT, S.ROLLBACK_FAILED})
 ADVANCE_TASK = "adaptations.advance_plan"
 
 
@@ -183,6 +197,8 @@ def transition(
         changes |= {"ended_at": None, "ended_step": None}
     _compare_and_set(adaptation, came_from, only_if or {}, changes)
     _announce(adaptation, came_from, actor, reason, decided="decided_evidence" in changes)
+    if to != S.ROLLING_BACK and _QUARANTINING & {came_from, to}:
+        refresh_quarantine(run, actor)
     return adaptation
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.adaptations.compiled_kernels import note_answer, request_speed_up
-from apps.adaptations.dispatch import request_undo
-from apps.adaptations.lifecycle import transition
+from apps.adaptations.dispatch import leave_in_doubt, request_undo
+from apps.adaptations.lifecycle import LEAVES_A_REST, transition
 from apps.adaptations.models import Adaptation
-from apps.adaptations.reconciliation import locked_adaptations, undo_leftovers
+from apps.adaptations.reconciliation import (
+    locked_adaptations,
+    settle_missing,
+    undo_leftovers,
+    undo_was_requested,
+)
 from apps.adaptations.shadows import note_shadow
 from apps.rest.problems import Problem, not_found
 from apps.runs.models import Command, Run
@@ -35,6 +42,16 @@ _REFUSAL_RULES = {
     RefusalCode.INCOMPATIBLE_LAYER: ViolationRule.COMPATIBILITY,
     RefusalCode.UNKNOWN_BLUEPRINT: ViolationRule.COMPATIBILITY,
 }
+_ABOUT_HELD = (CommandKind.UNDO, CommandKind.REPORT_HELD)
+# The states in which an answer to an undo says something new.
+_UNDO_COUNTS = {
+    CommandState.APPLIED: {S.ROLLING_BACK, S.IN_DOUBT, S.ROLLBACK_FAILED, S.PROBATION, S.KEPT},
+    CommandState.REFUSED: {S.ROLLING_BACK, S.IN_DOUBT, S.ROLLBACK_FAILED},
+    CommandState.FAILED: {S.ROLLING_BACK, S.IN_DOUBT},
+}
+# Another refusal of an undo does not say whether the model holds the change. A trainer that cannot
+# read an undo cannot take anything out.
+_SETTLES_UNDO = frozenset({RefusalCode.NOT_GRAFTED, RefusalCode.MERGED, RefusalCode.MALFORMED})
 
 
 def follow_answer(command: Command, ack: CommandAck, actor: Actor) -> None:
@@ -43,6 +60,8 @@ def follow_answer(command: Command, ack: CommandAck, actor: Actor) -> None:
         _after_applying(command, ack, actor)
     elif command.kind == CommandKind.UNDO:
         _after_undo(command, ack, actor)
+    elif command.kind == CommandKind.REPORT_HELD:
+        _after_question(command, ack, actor)
     elif command.kind == CommandKind.SPEED_UP:
         note_answer(command, ack)
     elif command.kind == CommandKind.SHADOW:
@@ -75,22 +94,26 @@ def _after_applying(command: Command, ack: CommandAck, actor: Actor) -> None:
             certificate=ack.certificate.to_wire() if ack.certificate else None,
         )
     elif ack.state is CommandState.APPLIED:
-        transition(
-            adaptation,
-            S.PROBATION,
-            actor=actor,
-            graft_step=ack.step,
-            grafted_at=timezone.now(),
-            pause_ms=ack.pause_ms,
-            certificate=ack.certificate.to_wire() if ack.certificate else None,
-            digest_before=ack.digest_before,
-            digest_after=ack.digest_after,
-            details=ack.details,
-        )
-        if ack.certificate is not None and not _holds(ack.certificate):
-            _undo_uncertified(adaptation, ack.certificate, actor)
-        elif not adaptation.remedy:
-            request_speed_up(adaptation)
+        _begin_probation(adaptation, ack, actor)
+
+
+def _begin_probation(adaptation: Adaptation, ack: CommandAck, actor: Actor) -> None:
+    transition(
+        adaptation,
+        S.PROBATION,
+        actor=actor,
+        graft_step=ack.step,
+        grafted_at=timezone.now(),
+        pause_ms=ack.pause_ms,
+        certificate=ack.certificate.to_wire() if ack.certificate else None,
+        digest_before=ack.digest_before,
+        digest_after=ack.digest_after,
+        details=ack.details,
+    )
+    if ack.certificate is not None and not _holds(ack.certificate):
+        _undo_uncertified(adaptation, ack.certificate, actor)
+    elif not adaptation.remedy:
+        request_speed_up(adaptation)
 
 
 def _holds(certificate: Certificate) -> bool:
@@ -139,15 +162,23 @@ def _record_refusal(adaptation: Adaptation, ack: CommandAck) -> None:
 
 
 def _after_undo(command: Command, ack: CommandAck, actor: Actor) -> None:
+    """Late answers count: whatever was thought meanwhile, the trainer says what it has done."""
     adaptation = _adaptation(command)
     if adaptation is None:
         return
-    if ack.state is CommandState.APPLIED and adaptation.state in (S.IN_DOUBT, S.PROBATION, S.KEPT):
-        # Answers of a trainer that was silent come late: this graft is gone, whatever came between.
-        reason = "the trainer had been told to take it out"
-        transition(adaptation, S.ROLLING_BACK, actor=actor, reason=reason)
-    if adaptation.state != S.ROLLING_BACK:
+    if ack.state is not CommandState.APPLIED and _answered_later(command):
         return
+    if adaptation.state in LEAVES_A_REST:
+        _after_undo_of_rest(adaptation, ack, actor)
+        return
+    if adaptation.state not in _UNDO_COUNTS.get(ack.state, frozenset()):
+        return
+    if ack.state is CommandState.REFUSED and ack.code not in _SETTLES_UNDO:
+        _ask_after_refused_undo(adaptation, actor, ack)
+        return
+    if adaptation.state != S.ROLLING_BACK:
+        reason = "the trainer has answered that it was told to take it out"
+        transition(adaptation, S.ROLLING_BACK, actor=actor, reason=reason)
     if ack.state is CommandState.APPLIED:
         hard = command.payload.get("hard") is True
         _rolled_back(adaptation, ack, actor, command.payload.get("reason", ""), hard=hard)
@@ -156,15 +187,71 @@ def _after_undo(command: Command, ack: CommandAck, actor: Actor) -> None:
         _rolled_back(adaptation, ack, actor, reason, hard=False)
     elif ack.code == RefusalCode.MERGED:
         _merged_meanwhile(adaptation, actor, ack)
-    elif ack.state in (CommandState.FAILED, CommandState.REFUSED):
+    else:
         quarantine(adaptation, actor, ack.reason or ack.code)
+
+
+def _answered_later(command: Command) -> bool:
+    """A later command about the same adaptation was answered first: what is said now is older."""
+    later = Command.objects.filter(
+        run=command.run, adaptation_uid=command.adaptation_uid, seq__gt=command.seq
+    )
+    answered = (CommandState.APPLIED, CommandState.REFUSED, CommandState.FAILED)
+    return later.filter(kind__in=_ABOUT_HELD, state__in=answered).exists()
+
+
+def _after_undo_of_rest(adaptation: Adaptation, ack: CommandAck, actor: Actor) -> None:
+    """It had ended, and the model held it nevertheless: that it stays there must be known."""
+    if ack.state is CommandState.FAILED or ack.code == RefusalCode.MERGED:
+        quarantine(adaptation, actor, ack.reason or ack.code)
+
+
+def _ask_after_refused_undo(adaptation: Adaptation, actor: Actor, ack: CommandAck) -> None:
+    """It was not tried, so that nothing has failed; as when it has expired on its way."""
+    if adaptation.state == S.ROLLING_BACK:
+        reason = f"the trainer has not tried to take it out: {ack.reason or ack.code}"
+        leave_in_doubt(adaptation, actor=actor, reason=reason)
+
+
+def _after_question(command: Command, ack: CommandAck, actor: Actor) -> None:
+    """The trainer says whether its model holds what is in doubt, after every earlier command."""
+    adaptation = _adaptation(command)
+    if adaptation is None or adaptation.state != S.IN_DOUBT:
+        return
+    if ack.state is CommandState.APPLIED:
+        _settle_held(adaptation, ack, actor)
+    elif ack.code == RefusalCode.NOT_GRAFTED:
+        settle_missing(adaptation, actor, "change")
+    elif ack.code == RefusalCode.MERGED:
+        transition(adaptation, S.ROLLING_BACK, actor=actor, reason=ack.reason)
+        _merged_meanwhile(adaptation, actor, ack)
+    elif ack.code == RefusalCode.MALFORMED:
+        _undo_in_doubt(adaptation, actor, "this trainer does not know the question what it holds")
+
+
+def _settle_held(adaptation: Adaptation, ack: CommandAck, actor: Actor) -> None:
+    held = "the trainer says that its model holds it"
+    if undo_was_requested(adaptation):
+        _undo_in_doubt(adaptation, actor, f"{held}, although it was to be taken out")
+    elif adaptation.grafted_at is not None:
+        _undo_in_doubt(adaptation, actor, f"{held}, and no verdict came in time")
+    else:
+        transition(adaptation, S.ACCEPTED, actor=actor, reason=held)
+        since = ack.details.get("since_step")
+        step = since if isinstance(since, int) and since >= 0 else ack.step
+        _begin_probation(adaptation, replace(ack, step=step), actor)
+
+
+def _undo_in_doubt(adaptation: Adaptation, actor: Actor, reason: str) -> None:
+    transition(adaptation, S.ROLLING_BACK, actor=actor, reason=reason)
+    request_undo(adaptation, reason=reason)
 
 
 def _rolled_back(
     adaptation: Adaptation, ack: CommandAck, actor: Actor, reason: str, *, hard: bool
 ) -> None:
     exact: bool | None = None
-    if hard and ack.digest_after:
+    if hard and ack.digest_after and adaptation.digest_before:
         same = ack.digest_after == adaptation.digest_before
         exact = same and ack.details.get("exact") is not False
     transition(
@@ -201,19 +288,17 @@ def _merged_meanwhile(adaptation: Adaptation, actor: Actor, ack: CommandAck) -> 
 
 
 def quarantine(adaptation: Adaptation, actor: Actor, reason: str) -> None:
-    """It could not be taken back: no more adaptations of this run. In a transaction."""
+    """The trainer could not take it back: no more adaptations of this run. In a transaction."""
     transition(adaptation, S.ROLLBACK_FAILED, actor=actor, reason=reason)
-    Run.objects.filter(pk=adaptation.run_id).update(
-        quarantined_reason=f"A-{adaptation.number} could not be taken out: {reason}"
-    )
     record_violation(
         run=adaptation.run,
-        rule=ViolationRule.DEADLINE,
+        rule=ViolationRule.COMMAND,
         severity=Severity.CRITICAL,
         observed=reason,
         limit="rolled back",
         text=f"{adaptation.title} could not be taken out.",
-        action="The run is quarantined: nothing is changed until it restarts from a checkpoint.",
+        action="The run is quarantined until the trainer reports that it is gone. Take it out "
+        "again, or resume the training from a checkpoint from before it.",
         layer=adaptation.layer,
         adaptation_uid=adaptation.uid,
     )
@@ -249,7 +334,7 @@ def _catch_up(adaptation: Adaptation, actor: Actor, *, step: int, reason: str) -
             graft_step=step,
             grafted_at=timezone.now(),
         )
-    if adaptation.state in (S.PROBATION, S.KEPT, S.IN_DOUBT):
+    if adaptation.state in (S.PROBATION, S.KEPT, S.IN_DOUBT, S.ROLLBACK_FAILED):
         transition(adaptation, S.ROLLING_BACK, actor=actor, reason=reason)
     if adaptation.state != S.ROLLING_BACK:
         raise Problem(

@@ -8,7 +8,7 @@ from django.db.models import F
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
-from apps.adaptations.dispatch import request_undo
+from apps.adaptations.dispatch import UNDO_SECONDS, request_undo
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.recovery import (
@@ -33,6 +33,7 @@ from esper.contracts import (
 from esper.contracts.protocol import Applied, HeldRemedy
 
 S = AdaptationState
+_TOLD_BY_HELLO = (S.IN_DOUBT, S.KEPT, S.ROLLBACK_FAILED)
 _WITH_TRAINER = (S.DISPATCHED, S.ACCEPTED, S.PROBATION, S.ROLLING_BACK)
 
 
@@ -53,11 +54,14 @@ def reconcile_grafts(run: Run, reported: Mapping[str, Applied], actor: Actor) ->
         reported: the trainer's entry for each graft, by the adaptation's uid.
     """
     settled = []
-    for adaptation in locked_adaptations(run, (S.IN_DOUBT, S.KEPT)):
+    for adaptation in locked_adaptations(run, _TOLD_BY_HELLO):
         if adaptation.remedy:
             continue
         if adaptation.state == S.IN_DOUBT:
             settled.append(_settle(adaptation, reported.get(adaptation.uid), actor))
+        elif adaptation.state == S.ROLLBACK_FAILED:
+            if adaptation.uid not in reported:  # else it is taken out as a leftover
+                settled.append(settle_missing(adaptation, actor, "graft"))
         elif adaptation.uid in reported:
             note_merged(adaptation, merged=reported[adaptation.uid].merged)
             settled.append(adaptation)  # its checkpoint may be older than the verdict
@@ -84,7 +88,7 @@ def reconcile_remedies(
     """
     once = set(KnownRemedy.objects.filter(stays=False).values_list("slug", flat=True))
     settled = []
-    for adaptation in locked_adaptations(run, (S.IN_DOUBT, S.KEPT)):
+    for adaptation in locked_adaptations(run, _TOLD_BY_HELLO):
         if not adaptation.remedy:
             continue
         applied_at = adaptation.graft_step
@@ -93,6 +97,9 @@ def reconcile_remedies(
         )
         if adaptation.state == S.IN_DOUBT:
             settled.append(_settle_remedy(adaptation, held, actor, in_effect=in_effect))
+        elif adaptation.state == S.ROLLBACK_FAILED:
+            if not in_effect:  # else it is taken out as a leftover
+                settled.append(settle_missing(adaptation, actor, "remedy"))
         elif in_effect:
             settled.append(adaptation)
         elif run.epoch > 1:
@@ -108,8 +115,8 @@ def _settle_remedy(
     adaptation: Adaptation, held: Mapping[str, HeldRemedy], actor: Actor, *, in_effect: bool
 ) -> Adaptation:
     if not in_effect:
-        return _settle_missing(adaptation, actor, "remedy")
-    if _undo_was_requested(adaptation):
+        return settle_missing(adaptation, actor, "remedy")
+    if undo_was_requested(adaptation):
         return _undo_held(adaptation, actor, "remedy")
     entry = held.get(adaptation.uid)
     return settle_held_remedy(adaptation, entry, actor, "the trainer holds this remedy")
@@ -151,13 +158,14 @@ def _note_foreign_grafts(run: Run, reported: Mapping[str, Applied]) -> None:
 
 def _settle(adaptation: Adaptation, reported: Applied | None, actor: Actor) -> Adaptation:
     if reported is None:
-        return _settle_missing(adaptation, actor, "graft")
-    if _undo_was_requested(adaptation):
+        return settle_missing(adaptation, actor, "graft")
+    if undo_was_requested(adaptation):
         return _undo_held(adaptation, actor, "graft")
     return settle_held(adaptation, reported, actor, "the trainer holds this graft")
 
 
-def _settle_missing(adaptation: Adaptation, actor: Actor, what: str) -> Adaptation:
+def settle_missing(adaptation: Adaptation, actor: Actor, what: str) -> Adaptation:
+    """The trainer reports that the model does not hold it. In a transaction."""
     if adaptation.grafted_at is None:
         reason = f"the trainer does not hold this {what}"
         return transition(adaptation, S.NOT_APPLIED, actor=actor, reason=reason)
@@ -173,7 +181,8 @@ def _undo_held(adaptation: Adaptation, actor: Actor, what: str) -> Adaptation:
     return adaptation
 
 
-def _undo_was_requested(adaptation: Adaptation) -> bool:
+def undo_was_requested(adaptation: Adaptation) -> bool:
+    """In any start of its run."""
     return Command.objects.filter(adaptation_uid=adaptation.uid, kind=CommandKind.UNDO).exists()
 
 
@@ -208,7 +217,7 @@ def undo_leftovers(run: Run, uids: set[str], actor: Actor) -> None:
             adaptation_uid=adaptation.uid,
             layer=adaptation.layer,
             payload={"hard": False, "reason": f"the adaptation is {adaptation.state}"},
-            ttl_seconds=300,
+            ttl_seconds=UNDO_SECONDS,
         )
         record(
             actor=actor,

@@ -17,6 +17,7 @@ from esper.contracts.protocol import RemedyReport
 
 S = AdaptationState
 _TAKES_OUT = frozenset({RemedyKind.PRUNE, RemedyKind.UNDO})
+_GONE = ADAPTATION_ENDED - {S.KEPT, S.ROLLBACK_FAILED}
 
 
 @transaction.atomic
@@ -63,7 +64,7 @@ def _follow(remedy: Remedy, actor: Actor) -> None:
         return
     elif remedy.kind == RemedyKind.MERGE:
         note_merged(adaptation, merged=True)
-    elif remedy.kind in _TAKES_OUT and adaptation.state not in ADAPTATION_ENDED - {S.KEPT}:
+    elif remedy.kind in _TAKES_OUT and adaptation.state not in _GONE:
         _taken_out(adaptation, remedy, actor)
 
 

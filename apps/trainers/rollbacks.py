@@ -13,7 +13,7 @@ from apps.violations.services import record_violation
 from esper.contracts import AdaptationState, Severity
 from esper.contracts.protocol import Reading, Rollback
 
-_OUT = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED, AdaptationState.ROLLBACK_FAILED)
+_OUT = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED)
 
 
 @transaction.atomic

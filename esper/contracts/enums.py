@@ -181,6 +181,7 @@ class CommandKind(StrEnum):
     SHADOW = "shadow"  # try a graft on a copy of the run; the run itself stays as it is
     SPEED_UP = "speed_up"  # try a graft's compiled kernel, and run it where it is faster
     KEEP = "keep"  # probation is passed: a graft may be merged, and the guard stops
+    REPORT_HELD = "report_held"  # say whether the model holds an adaptation; changes nothing
 
 
 class CommandState(StrEnum):

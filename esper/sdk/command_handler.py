@@ -54,6 +54,7 @@ logger = logging.getLogger("esper")
 
 RESERVE_SECONDS = 10.0  # of a command's time, for the graft itself
 NOT_GRAFTED = "this model does not hold that graft"
+MERGED = "it was merged into its host's weights, and cannot be taken out of them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +174,17 @@ class CommandHandler:
     def handle_all(self, step: int) -> None:
         """Handle every command that waits, at the boundary after ``step``."""
         later = []
+        waiting = set[str]()  # no command about an adaptation overtakes an earlier one about it
         while self._queues.inbox:
             ready = self._queues.inbox.popleft()
-            if self._waits_for_inputs(ready.command) or self._waits_for_compiler(ready):
+            overtakes = ready.command.adaptation in waiting
+            if (
+                overtakes
+                or self._waits_for_inputs(ready.command)
+                or self._waits_for_compiler(ready)
+            ):
                 later.append(ready)
+                waiting.add(ready.command.adaptation)
                 continue
             answer = self._handle(ready)
             if answer is None:  # it is answered when it is over
@@ -263,6 +271,8 @@ class CommandHandler:
     def _handle_other(self, command: Command) -> CommandAck:
         if command.kind is CommandKind.KEEP:
             return self._keep(command)
+        if command.kind is CommandKind.REPORT_HELD:
+            return self._report_held(command)
         if command.kind is CommandKind.STOP_RUN:
             self.stop_reason = str(command.payload.get("reason") or "stopped by a person")
         else:
@@ -358,6 +368,25 @@ class CommandHandler:
             self._surgery.keep(adaptation)
         return CommandAck(seq=command.seq, state=CommandState.APPLIED)
 
+    def _report_held(self, command: Command) -> CommandAck:
+        """The server asks: an answer to an earlier command was late, or was lost."""
+        changes = self._surgery.changes
+        adaptation = changes.find(command.adaptation)
+        if adaptation is not None and adaptation.merged:
+            return refused(command, RefusalCode.MERGED, MERGED)
+        if adaptation is not None and adaptation.receipt is not None:
+            receipt: Receipt | RemedyReceipt | None = adaptation.receipt
+        else:
+            receipt = changes.find_remedy(command.adaptation)
+        if receipt is None and command.adaptation not in changes.observed:
+            return _not_grafted(command)
+        return CommandAck(
+            seq=command.seq,
+            state=CommandState.APPLIED,
+            certificate=receipt.certificate if isinstance(receipt, Receipt) else None,
+            details={} if receipt is None else {"since_step": receipt.step},
+        )
+
     def _undo(self, command: Command) -> Answer:
         remedy = self._surgery.changes.find_remedy(command.adaptation)
         if remedy is not None:
@@ -370,13 +399,7 @@ class CommandHandler:
         if adaptation is None:
             return Answer(_not_grafted(command))
         if adaptation.merged:
-            ack = CommandAck(
-                seq=command.seq,
-                state=CommandState.REFUSED,
-                code=RefusalCode.MERGED,
-                reason="it was merged into its host's weights, and cannot be taken out of them",
-            )
-            return Answer(ack)
+            return Answer(refused(command, RefusalCode.MERGED, MERGED))
         wanted = command.payload.get("hard") is not False
         hard = wanted and adaptation.restorable
         report, gone = self._surgery.take_out_for_server(adaptation, hard=hard)

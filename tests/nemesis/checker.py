@@ -28,16 +28,21 @@ _NEXT = {
     "compile_queued": "compiling cancelled compile_failed",
     "compiling": "compile_queued compiled cancelled compile_failed",
     "compiled": "dispatched declined cancelled dispatch_expired",
-    "dispatched": "accepted in_doubt dispatch_expired not_applied",
+    "dispatched": "accepted in_doubt not_applied",
     "accepted": "probation in_doubt not_applied apply_failed",
     "probation": "rolling_back in_doubt kept run_lost",
     "rolling_back": "in_doubt kept rolled_back rollback_failed reverted run_lost",
     "in_doubt": "accepted probation rolling_back rolled_back not_applied apply_failed reverted "
     "run_lost",
     "kept": "rolling_back reverted",
+    "rollback_failed": "rolling_back rolled_back reverted",
+    **dict.fromkeys(
+        ("rolled_back", "reverted", "not_applied", "apply_failed", "run_lost"), "rollback_failed"
+    ),
 }
 NEXT = {state: frozenset(following.split()) for state, following in _NEXT.items()}
 APPLYING = frozenset({"graft", "remedy"})
+NOT_UNDONE = frozenset({"failed", "refused"})
 MARGIN_SECONDS = 1.0  # between the clocks of database and trainer, and for an answer on its way
 
 
@@ -53,6 +58,8 @@ def violations(history: History) -> list[str]:
         *_dispatched_after_kill(history),
         *_out_of_order(history),
         *_answers_that_are_not_true(history),
+        *_failures_that_nobody_reported(history),
+        *_quarantined_for_nothing(history),
         *_different_ends(history),
     ]
 
@@ -204,6 +211,26 @@ def _answers_that_are_not_true(history: History) -> Iterator[str]:
             yield f"{command.adaptation} is applied at the server, and its trainer never did it"
 
 
+def _failures_that_nobody_reported(history: History) -> Iterator[str]:
+    """A missing answer is no failure: a trainer has said that it could not take the change out."""
+    undos = defaultdict(set)
+    for command in history.commands:
+        if command.kind == "undo":
+            undos[command.adaptation].add(command.state)
+    for row in history.audit:
+        if row.act == "adaptation.rollback_failed" and not undos[row.object_uid] & NOT_UNDONE:
+            yield f"{row.object_uid} is rollback_failed, and no trainer has said so"
+
+
+def _quarantined_for_nothing(history: History) -> Iterator[str]:
+    failed = {row.run for row in history.adaptations if row.state == "rollback_failed"}
+    doubtful = {row.run for row in history.adaptations if row.state == "in_doubt"}
+    for run in sorted(history.quarantined - failed - doubtful):
+        yield f"{run} is quarantined, and everything about it is known"
+    for run in sorted(failed - history.quarantined):
+        yield f"{run} holds what could not be taken out, and is not quarantined"
+
+
 def _says_applied(command: CommandRow) -> bool:
     return command.kind in APPLYING and command.state == "applied"
 
@@ -231,10 +258,12 @@ def _different_ends(history: History) -> Iterator[str]:
     for run in sorted(history.live_runs):
         held = held_at_the_end(history.ledgers[run])
         for adaptation in by_run[run]:
-            if adaptation.state == "rollback_failed" or adaptation.state not in ENDS:
-                continue  # the server says itself that it does not know
-            if adaptation.once:
-                continue  # it is in what the run has learned, not in what it holds
+            if adaptation.once or adaptation.state not in ENDS:
+                continue  # what acts once is in what the run has learned, not in what it holds
+            if adaptation.state == "rollback_failed":
+                if adaptation.uid not in held:
+                    yield f"{adaptation.uid} is rollback_failed, and its trainer has taken it out"
+                continue
             if adaptation.state == "kept" and adaptation.uid not in held:
                 yield f"{adaptation.uid} is kept at the server, and its trainer does not hold it"
             if adaptation.state != "kept" and adaptation.uid in held:

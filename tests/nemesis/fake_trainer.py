@@ -297,13 +297,13 @@ class FakeTrainer:
         command = ready.command
         if command.kind in (CommandKind.GRAFT, CommandKind.REMEDY):
             return self._apply(command, ready.graft)
-        if command.kind in (CommandKind.UNDO, CommandKind.KEEP):
+        if command.kind in (CommandKind.UNDO, CommandKind.KEEP, CommandKind.REPORT_HELD):
             held = self.held.get(command.adaptation)
             if held is None:
                 return self._refuse(command, RefusalCode.NOT_GRAFTED, "the model does not hold it")
             if command.kind is CommandKind.KEEP:
                 held.kept = True
-            else:
+            elif command.kind is CommandKind.UNDO:
                 self._take_out(command.adaptation, seq=command.seq)
         return CommandAck(seq=command.seq, state=CommandState.APPLIED, step=self.step)
 

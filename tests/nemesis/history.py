@@ -67,6 +67,7 @@ class History:
         ledgers: each run's own account, oldest line first.
         journals: the last command that each run's journal holds.
         live_runs: the runs whose trainers were alive at the end, so that the histories must agree.
+        quarantined: the runs that the server refuses to change.
     """
 
     audit: list[AuditRow] = field(default_factory=list)
@@ -76,6 +77,7 @@ class History:
     ledgers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     journals: dict[str, int] = field(default_factory=dict)
     live_runs: set[str] = field(default_factory=set)
+    quarantined: set[str] = field(default_factory=set)
 
 
 def read_history(database: Any, folder: Path) -> History:
@@ -117,8 +119,10 @@ def read_history(database: Any, folder: Path) -> History:
         names = [column.name for column in cursor.description]
         for row in cursor.fetchall():
             history.commands.append(CommandRow(**dict(zip(names, row, strict=True))))
-        cursor.execute("SELECT uid, name FROM runs_run")
-        for uid, name in cursor.fetchall():
+        cursor.execute("SELECT uid, name, quarantined_reason FROM runs_run")
+        for uid, name, quarantined_reason in cursor.fetchall():
+            if quarantined_reason:
+                history.quarantined.add(uid)
             _read_trainer(history, folder, uid, name)
     return history
 

@@ -240,6 +240,26 @@ def repeat_a_version(story: Story) -> None:
     story.seal()
 
 
+def fail_what_was_taken_out(story: Story) -> None:
+    """The answer to an undo came after its deadline."""
+    story.record("adaptation.rollback_failed", "B", {"to": "rollback_failed", "version": 99})
+    story.change_adaptation("B", state="rollback_failed")
+    story.seal()
+
+
+def fail_without_an_answer(story: Story) -> None:
+    fail_what_was_taken_out(story)
+    story.ledger.remove(story.line("removed", "B"))
+
+
+def stay_quarantined(story: Story) -> None:
+    story.history.quarantined.add(RUN)
+
+
+def forget_the_quarantine(story: Story) -> None:
+    fail_without_an_answer(story)
+
+
 BAD: dict[Callable[[Story], None], str] = {
     apply_twice: "was applied 2 times",
     apply_twice_in_two_lives: "was applied 2 times",
@@ -267,6 +287,10 @@ BAD: dict[Callable[[Story], None], str] = {
     approve_after_a_rejection: "went from rejected to approved",
     move_without_an_event: "its last event says kept",
     repeat_a_version: "has version 1 after",
+    fail_what_was_taken_out: "its trainer has taken it out",
+    fail_without_an_answer: "no trainer has said so",
+    stay_quarantined: "everything about it is known",
+    forget_the_quarantine: "is not quarantined",
 }
 
 

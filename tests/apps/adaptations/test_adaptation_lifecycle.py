@@ -653,6 +653,7 @@ def test_what_is_in_doubt_is_taken_out_when_its_trainer_reports_without_a_restar
     assert adaptation.state == S.IN_DOUBT  # its hello may still come
     Adaptation.objects.update(changed_at=timezone.now() - timedelta(minutes=2))
     services.sweep()
+    stage.ack(stage.command(adaptation), CommandState.APPLIED)  # the model holds it
     adaptation.refresh_from_db()
     assert adaptation.state == S.ROLLING_BACK
     stage.ack(stage.command(adaptation), CommandState.APPLIED, digest_after="a" * 64)

@@ -13,7 +13,7 @@ from functools import cache
 
 import pytest
 
-from apps.adaptations.lifecycle import NEXT
+from apps.adaptations.lifecycle import LEAVES_A_REST, NEXT
 from esper.contracts import ADAPTATION_ENDED, AdaptationState, Command, CommandKind, signing
 from esper.exceptions import CommandRefusedError
 from esper.sdk.transport.commands import Trust, verify_command
@@ -23,9 +23,12 @@ KEY = signing.generate_private_key()
 CRASHES, MOST_COMMANDS = 2, 3
 WITH_TRAINER = (S.DISPATCHED, S.ACCEPTED, S.PROBATION, S.ROLLING_BACK)
 PASSED = {S.DISPATCHED: (S.APPROVED, S.COMPILE_QUEUED, S.COMPILING, S.COMPILED)}
+STAYS = (S.KEPT, S.ROLLBACK_FAILED)
+UNDO_COUNTS = (S.IN_DOUBT, S.PROBATION, S.KEPT, S.ROLLBACK_FAILED)
 LATE, IN_TIME = 2000.0, 500.0
 TWICE, UNAPPROVED = "the graft is applied twice", "a graft without an approval"
 REFUSED = "sent to the trainer although a person has refused it"
+CALLED_FAILED = "an undo is called failed, and no trainer has said so"
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,11 @@ class Rules:
     expiry: bool = True  # and its time
     deadline_refuses: bool = True  # a deadline never approves
     leftovers_are_undone: bool = True
-    late_undo_counts: bool = True  # an undo is answered after the graft was thought to be there
-    doubt_is_settled: bool = True  # of a trainer that was silent and was not started again
+    late_undo_counts: bool = True  # whatever was thought before its answer came
+    silence_is_doubt: bool = True  # an undo without an answer at its deadline has not failed
+    failed_rest_counts: bool = True  # what came back with a checkpoint cannot be taken out
+    doubt_is_settled: bool = True  # the trainer is asked what its model holds
+    missing_is_settled: bool = True  # a new start that does not hold it ends also what has failed
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class World:
     sent: frozenset[tuple[str, int, int]] = frozenset()  # kind, epoch, seq
     acks: frozenset[tuple[str, int, int]] = frozenset()  # the same of the command
     heard: frozenset[tuple[str, int, int]] = frozenset()  # a repeated answer changes nothing
+    grafted: bool = False  # the server was told once that the graft is in the model
     late: bool = False  # the graft command has expired
     life: int = 1  # the epoch that the trainer has registered with
     taken: int = 0  # the last command in its journal
@@ -118,16 +125,19 @@ def time_passes(world: World, rules: Rules) -> Iterator[World]:
             yield send(move(world, S.DISPATCHED), "graft")
     if world.state == S.DISPATCHED:
         yield replace(world, late=True)
-        yield move(world, S.DISPATCH_EXPIRED, late=True)
-        yield move(world, S.IN_DOUBT, late=True)
+        yield doubt(world, rules, late=True)
     if world.state == S.PROBATION:
         yield move(world, S.KEPT)
         yield send(move(world, S.ROLLING_BACK), "undo")
-        yield move(world, S.IN_DOUBT)
+        yield doubt(world, rules)
     if world.state == S.ROLLING_BACK and len(world.sent) < MOST_COMMANDS:
-        yield move(world, S.IN_DOUBT)
-    if world.state == S.IN_DOUBT and rules.doubt_is_settled:
-        yield send(move(world, S.ROLLING_BACK), "undo")
+        yield doubt(world, rules) if rules.silence_is_doubt else move(world, S.ROLLBACK_FAILED)
+
+
+def doubt(world: World, rules: Rules, **changes: object) -> World:
+    """A deadline has passed without an answer: the trainer is asked."""
+    doubtful = move(world, S.IN_DOUBT, **changes)
+    return send(doubtful, "ask") if rules.doubt_is_settled else doubtful
 
 
 def trainer(world: World, rules: Rules) -> Iterator[World]:
@@ -136,18 +146,23 @@ def trainer(world: World, rules: Rules) -> Iterator[World]:
         late = world.late and kind == "graft"
         if not accepts(epoch, seq, world.life, world.taken, late, rules):
             continue
-        acks = world.acks | {(kind, world.life, seq)}
-        taken = replace(world, taken=max(seq, world.taken), acks=acks)
+        taken = replace(world, taken=max(seq, world.taken))
         if kind == "graft":
-            yield replace(
-                taken, held=min(world.held + 1, 2), acks=world.acks | {(kind, world.life, seq)}
-            )
+            yield answered(taken, kind, seq, held=min(world.held + 1, 2))
+        elif kind == "ask":
+            yield answered(taken, "holds" if world.held else "lacks", seq)
         else:
-            yield replace(taken, held=0, acks=world.acks | {(kind, world.life, seq)})
+            yield answered(taken, kind, seq, held=0)
+            if world.held and not any(kind == "failed" for kind, _, _ in world.acks):
+                yield answered(taken, "failed", seq)
     if world.saved != world.held:
         yield replace(world, saved=world.held)
     if world.crashes < CRASHES:
         yield registered(world, rules)
+
+
+def answered(world: World, answer: str, seq: int, **changes: object) -> World:
+    return replace(world, acks=world.acks | {(answer, world.life, seq)}, **changes)
 
 
 def registered(world: World, rules: Rules) -> World:
@@ -168,10 +183,14 @@ def says_hello(world: World, rules: Rules) -> World:
     if world.state == S.IN_DOUBT and world.held:
         undo_was_sent = any(kind == "undo" for kind, _, _ in world.sent)
         return (
-            send(move(world, S.ROLLING_BACK), "undo") if undo_was_sent else move(world, S.PROBATION)
+            send(move(world, S.ROLLING_BACK), "undo")
+            if undo_was_sent
+            else move(world, S.PROBATION, grafted=True)
         )
     if world.state == S.IN_DOUBT:
         return move(world, S.NOT_APPLIED)
+    if world.state == S.ROLLBACK_FAILED and not world.held:
+        return move(world, S.ROLLED_BACK) if rules.missing_is_settled else world
     if world.state == S.KEPT and not world.held:
         return move(world, S.REVERTED)
     return undone_if_leftover(world, rules) if world.held else world
@@ -190,15 +209,40 @@ def server(world: World, rules: Rules) -> Iterator[World]:
             continue
         heard = replace(world, heard=world.heard | {(kind, epoch, seq)})
         if kind == "graft" and world.state in (S.DISPATCHED, S.IN_DOUBT):
-            yield move(move(heard, S.ACCEPTED), S.PROBATION)
+            yield move(move(heard, S.ACCEPTED), S.PROBATION, grafted=True)
         elif kind == "graft":
             yield undone_if_leftover(heard, rules)
+        elif kind in ("holds", "lacks"):
+            yield told(heard, kind)
+        elif kind == "failed":
+            later = any(k != "graft" and s > seq for k, _, s in world.heard)
+            yield heard if later else undo_failed(heard, rules)
         elif world.state == S.ROLLING_BACK:
             yield move(heard, S.ROLLED_BACK)
-        elif world.state in (S.IN_DOUBT, S.PROBATION, S.KEPT) and rules.late_undo_counts:
+        elif world.state in UNDO_COUNTS and rules.late_undo_counts:
             yield move(move(heard, S.ROLLING_BACK), S.ROLLED_BACK)
         else:
             yield heard
+
+
+def told(world: World, answer: str) -> World:
+    """The trainer has said whether its model holds the graft; only what is in doubt follows."""
+    if world.state != S.IN_DOUBT:
+        return world
+    if answer == "lacks":
+        return move(world, S.ROLLED_BACK if world.grafted else S.NOT_APPLIED)
+    if world.grafted or any(kind == "undo" for kind, _, _ in world.sent):
+        return send(move(world, S.ROLLING_BACK), "undo")
+    return move(move(world, S.ACCEPTED), S.PROBATION, grafted=True)
+
+
+def undo_failed(world: World, rules: Rules) -> World:
+    if world.state in LEAVES_A_REST and not rules.failed_rest_counts:
+        return world
+    if world.state == S.IN_DOUBT:
+        world = move(world, S.ROLLING_BACK)
+    fails = world.state == S.ROLLING_BACK or world.state in LEAVES_A_REST
+    return move(world, S.ROLLBACK_FAILED) if fails else world
 
 
 def explore(rules: Rules, until: str = "") -> dict[World, set[World]]:
@@ -232,6 +276,8 @@ def faults(world: World) -> set[str]:
             TWICE: world.held > 1,
             UNAPPROVED: bool(world.held) and not world.approved,
             REFUSED: world.state == S.REJECTED and bool(world.sent),
+            CALLED_FAILED: world.state == S.ROLLBACK_FAILED
+            and not any(kind == "failed" for kind, _, _ in world.heard),
         }.items()
         if holds
     }
@@ -246,7 +292,7 @@ def _stuck(worlds: dict[World, set[World]]) -> bool:
     good = {
         world
         for world in worlds
-        if world.state in ADAPTATION_ENDED and bool(world.held) == (world.state == S.KEPT)
+        if world.state in ADAPTATION_ENDED and bool(world.held) == (world.state in STAYS)
     }
     waiting = list(good)
     while waiting:
@@ -271,12 +317,22 @@ def test_the_design_never_applies_twice_nor_without_approval_and_never_gets_stuc
         (Rules(sequence=False), TWICE),
         (Rules(deadline_refuses=False), UNAPPROVED),
         (Rules(fence=False, sequence=False), TWICE),
+        (Rules(silence_is_doubt=False), CALLED_FAILED),
     ],
 )
 def test_a_broken_rule_is_found(mutant: Rules, fault: str) -> None:
     assert any(fault in faults(world) for world in explore(mutant, until=fault))
 
 
-@pytest.mark.parametrize("rule", ["leftovers_are_undone", "doubt_is_settled", "late_undo_counts"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "leftovers_are_undone",
+        "doubt_is_settled",
+        "late_undo_counts",
+        "missing_is_settled",
+        "failed_rest_counts",
+    ],
+)
 def test_a_missing_rule_leaves_a_state_without_a_way_to_a_true_end(rule: str) -> None:
     assert _stuck(explore(replace(Rules(), **{rule: False})))

@@ -115,6 +115,21 @@ def test_an_ended_decision_has_no_buttons(world: Any) -> None:
     assert "<strong>olga</strong> rejected it" in text
 
 
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [("in_doubt", "The trainer is asked what it did"), ("rollback_failed", "could not take it out")],
+)
+def test_a_missing_answer_is_said_plainly_and_may_be_settled_by_a_person(
+    world: Any, state: str, words: str
+) -> None:
+    assert words not in page(world, "olga", "kept")
+    for step in ("rolling_back", state):  # the database knows the lifecycle
+        Adaptation.objects.filter(pk=world.adaptations["kept"].pk).update(state=step)
+    text = page(world, "olga", "kept")
+    assert words in text
+    assert "rollback" in offered(text)
+
+
 def test_of_two_operators_at_once_the_loser_reads_who_won(world: Any) -> None:
     olga, oscar = world.client("olga"), world.client("oscar")
     seen = world.adaptations["waiting"]
