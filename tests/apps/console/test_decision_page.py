@@ -117,7 +117,10 @@ def test_an_ended_decision_has_no_buttons(world: Any) -> None:
 
 @pytest.mark.parametrize(
     ("state", "words"),
-    [("in_doubt", "The trainer is asked what it did"), ("rollback_failed", "could not take it out")],
+    [
+        ("in_doubt", "The trainer is asked what it did"),
+        ("rollback_failed", "could not take it out"),
+    ],
 )
 def test_a_missing_answer_is_said_plainly_and_may_be_settled_by_a_person(
     world: Any, state: str, words: str
