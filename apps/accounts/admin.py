@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin
 from django.contrib.auth.admin import UserAdmin
@@ -10,7 +10,8 @@ from django.contrib.auth.models import Group
 
 from apps.accounts.models import ApiToken, Membership, Project, User
 from apps.accounts.policy import Act, may
-from apps.accounts.read_only_admin import ReadOnlyAdmin
+from apps.accounts.projects import create_project, set_member
+from apps.accounts.read_only_admin import VIA, ReadOnlyAdmin, ServedAdmin
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
@@ -25,16 +26,16 @@ admin.site.unregister(Group)
 
 @admin.register(User)
 class PersonAdmin(_Admin):
-    list_display = ("username", "role", "is_active", "last_login")
-    list_filter = ("role", "is_active")
+    list_display = ("username", "role", "is_service", "is_active", "last_login")
+    list_filter = ("role", "is_service", "is_active")
     fieldsets = (
         (None, {"fields": ("username", "password")}),
         ("Person", {"fields": ("first_name", "last_name", "email")}),
-        ("Rights", {"fields": ("role", "is_active")}),
+        ("Rights", {"fields": ("role", "is_active", "is_service")}),
     )
     add_fieldsets = ((None, {"fields": ("username", "role", "password1", "password2")}),)
     filter_horizontal = ()
-    readonly_fields = ("last_login",)
+    readonly_fields = ("last_login", "is_service")
 
     def has_view_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
         return may(request.user, Act.MANAGE_PEOPLE).allowed
@@ -71,16 +72,52 @@ class ApiTokenAdmin(ReadOnlyAdmin):
 
 
 @admin.register(Project)
-class ProjectAdmin(ReadOnlyAdmin):
-    """Projects and their members are changed on the page Projects, through the services."""
-
+class ProjectAdmin(ServedAdmin):
     of_everybody = True
     list_display = ("uid", "name", "created_at")
     search_fields = ("uid", "name")
+    act = Act.MANAGE_PEOPLE
+    page = ("projects",)
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return self.may_edit(request)
+
+    def editable(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
+        return () if obj else ("name",)
+
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> Any:
+        return super().get_fields(request, obj) if obj else ["name"]
+
+    def serve(self, request: HttpRequest, form: Any) -> Project:
+        user: Any = request.user
+        return create_project(name=form.cleaned_data["name"], user=user, via=VIA)
 
 
 @admin.register(Membership)
-class MembershipAdmin(ReadOnlyAdmin):
+class MembershipAdmin(ServedAdmin):
+    """A role may be given and changed here; to end a membership is an act of the page Projects."""
+
     of_everybody = True
     list_display = ("project", "user", "role")
     list_filter = ("role",)
+    act = Act.MANAGE_PEOPLE
+    page = ("projects",)
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return self.may_edit(request)
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return self.may_edit(request)
+
+    def editable(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
+        return ("role",) if obj else ("project", "user", "role")
+
+    def serve(self, request: HttpRequest, form: Any) -> Membership:
+        user: Any = request.user
+        known: Membership = form.instance
+        project = known.project if known.pk else form.cleaned_data["project"]
+        member = known.user if known.pk else form.cleaned_data["user"]
+        role = form.cleaned_data["role"]
+        name = member.get_username()
+        set_member(project=project, user=user, via=VIA, username=name, role=role)
+        return Membership.objects.get(project=project, user=member)

@@ -12,6 +12,10 @@ from apps.accounts.models import User, has_one_project
 class PeopleBackend(ModelBackend):
     """Reads who is signed in."""
 
+    def user_can_authenticate(self, user: Any) -> bool:
+        """A service account has tokens, and never a browser."""
+        return super().user_can_authenticate(user) and not getattr(user, "is_service", False)
+
     def get_user(self, user_id: Any) -> User | None:
         """In the query that reads the person: most servers have one project, and ask no further."""
         people = User.objects.annotate(only_default=has_one_project("pk"))

@@ -46,6 +46,8 @@ class User(AbstractUser):
     )
 
     preferences = models.JSONField(default=dict, blank=True, editable=False)
+    # A program (a trainer, CI): it has tokens and no password, and never decides.
+    is_service = models.BooleanField("service account", default=False, editable=False)
 
     def save(self, *args: object, **kwargs: object) -> None:
         # Django's admin reads these two; people only set the role.
@@ -88,6 +90,16 @@ class Project(models.Model):
     @property
     def is_default(self) -> bool:
         return self.pk == DEFAULT_PROJECT
+
+    @property
+    def people(self) -> list[Membership]:
+        """Members with a role of their own."""
+        return [one for one in self.members.all() if not one.user.is_service]
+
+    @property
+    def services(self) -> list[Membership]:
+        """Programs that work in it."""
+        return [one for one in self.members.all() if one.user.is_service]
 
     # What the table of rights asks of a run, so that a project can be asked about too.
     @property

@@ -81,6 +81,14 @@ OWNER_MAY = frozenset(
     }
 )
 
+# What only a person does: a service account asks and makes runs safer, and never decides.
+NEEDS_A_PERSON = frozenset(
+    {
+        *(Act.APPROVE, Act.CLAIM, Act.EXTEND, Act.EDIT_POLICY, Act.SWITCH_BLUEPRINT),
+        *(Act.MANAGE_PEOPLE, Act.MANAGE_CACHE, Act.ACKNOWLEDGE_VIOLATION),
+    }
+)
+
 IN_WORDS: dict[Act, str] = {
     Act.VIEW: "view everything",
     Act.CREATE_RUN: "attach runs",
@@ -138,6 +146,10 @@ def may(user: User | AnonymousUser, act: Act, *, of: OfProject | None = None) ->
     """
     if not user.is_authenticated or not user.is_active:
         return Permission(False, "not-signed-in", "You are not signed in.")
+    if user.is_service and act in NEEDS_A_PERSON:
+        return Permission(
+            False, "service-account", f"A service account may not {IN_WORDS[act]}: a person has to."
+        )
     role = Role(user.role) if of is None else user.access.role_in(of.project_id)
     if role is None:
         return Permission(False, "not-a-member", "You are not a member of this project.")

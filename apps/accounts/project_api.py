@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from django.http import HttpResponseBase
+from django.utils import timezone
 from rest_framework.request import Request
 from rest_framework.response import Response
 
@@ -14,18 +16,24 @@ from apps.accounts.endpoint import Endpoint
 from apps.accounts.models import Project
 from apps.accounts.projects import create_project, projects_of, set_member
 from apps.accounts.serializers import (
+    EndServiceAccountInput,
     MemberInput,
+    NewTokenOutput,
     ProjectDetailOutput,
     ProjectInput,
     ProjectOutput,
+    ServiceAccountInput,
 )
+from apps.accounts.service_accounts import create_service_account, end_service_account
+from apps.accounts.step_up import require_recent_password
 from apps.rest.etag import cacheable_response
 from apps.rest.fields import parse
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import documented, listing, page_of
-from apps.rest.throttling import ActThrottle
+from apps.rest.throttling import ActThrottle, TokenThrottle
+from esper.contracts import TokenScope
 
 
 class Projects(Endpoint):
@@ -67,6 +75,43 @@ SetMember = act_endpoint(
     body=MemberInput,
     dangerous=True,
 )
+
+
+EndServiceAccount = act_endpoint(
+    "end_service_account",
+    end_service_account,
+    subject="project",
+    find=lambda request, uid: project_of(request, uid),
+    answer=lambda request, project: Response(_detail(request, project)),
+    output=ProjectDetailOutput,
+    body=EndServiceAccountInput,
+)
+
+
+class CreateServiceAccount(Endpoint):
+    throttle_classes = (TokenThrottle,)
+
+    @documented(
+        "create_service_account",
+        body=ServiceAccountInput,
+        answer=NewTokenOutput,
+        status=201,
+        act=True,
+    )
+    @idempotent
+    def post(self, request: Request, uid: str) -> Response:
+        require_recent_password(request)
+        project = project_of(request, uid)
+        given = parse(ServiceAccountInput, request.data)
+        token, secret = create_service_account(
+            name=given["name"],
+            scopes=[TokenScope(scope) for scope in given["scopes"]],
+            project=project,
+            expires_at=timezone.now() + timedelta(days=given["expires_in_days"]),
+            user=person(request),
+            via=via(request),
+        )
+        return Response(NewTokenOutput(token, context={"secret": secret}).data, status=201)
 
 
 def _detail(request: Request, project: Project) -> dict[str, Any]:

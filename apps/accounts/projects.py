@@ -23,7 +23,8 @@ def people_with(roles: Collection[Role], project_id: int | None) -> QuerySet[Use
         found |= Q(role_here=None, role__in=roles)
     if Role.ADMIN in roles:
         found |= Q(role=Role.ADMIN)
-    return User.objects.annotate(role_here=Subquery(own)).filter(found, is_active=True)
+    people = User.objects.filter(is_active=True, is_service=False)
+    return people.annotate(role_here=Subquery(own)).filter(found)
 
 
 def projects_of(user: User) -> QuerySet[Project]:
@@ -54,7 +55,8 @@ def set_member(*, project: Project, user: User, via: str, username: str, role: s
         Problem: not allowed, no such account, or the person is no member.
     """
     _check(user, project)
-    person = User.objects.filter(username=username, is_active=True).first()
+    people = User.objects.filter(is_active=True, is_service=False)
+    person = people.filter(username=username).first()
     if person is None:
         raise Problem(422, "invalid", f"There is no active account called {username!r}.")
     if role:

@@ -146,14 +146,27 @@ class ProjectOutput(serializers.ModelSerializer[Project]):
         return str(user.access.roles[project.pk])
 
 
+class ServiceAccountOutput(serializers.Serializer[Any]):
+    """A program with tokens of its own; ``active`` false: they do not work any more."""
+
+    name = serializers.CharField(source="user.username")
+    active = serializers.BooleanField(source="user.is_active")
+    created_at = serializers.DateTimeField(source="user.date_joined")
+
+
 class ProjectDetailOutput(ProjectOutput):
     """``members``: those with a role of their own in it; of the default project everybody else has
     the role of their account."""
 
-    members = MemberOutput(many=True)
+    members = MemberOutput(many=True, source="people")
+    service_accounts = ServiceAccountOutput(many=True, source="services")
 
     class Meta(ProjectOutput.Meta):
-        fields: tuple[str, ...] = (*ProjectOutput.Meta.fields, "members")
+        fields: tuple[str, ...] = (
+            *ProjectOutput.Meta.fields,
+            "members",
+            "service_accounts",
+        )
 
 
 class ProjectInput(PersonsInput):
@@ -165,3 +178,17 @@ class MemberInput(PersonsInput):
 
     username = Text(max_length=150)
     role = serializers.ChoiceField(choices=[*Role, ""])
+
+
+class ServiceAccountInput(PersonsInput):
+    name = Text(max_length=150)
+    scopes = BoundedList(
+        child=serializers.ChoiceField(choices=list(GIVEN_BY_PEOPLE)),
+        allow_empty=False,
+        max_length=len(GIVEN_BY_PEOPLE),
+    )
+    expires_in_days = WholeNumber(min_value=1, max_value=MAX_TOKEN_DAYS, default=90)
+
+
+class EndServiceAccountInput(PersonsInput):
+    name = Text(max_length=150)

@@ -10,6 +10,8 @@ urlpatterns = [
     path("projects", project_api.Projects.as_view()),
     path("projects/<str:uid>", project_api.ProjectDetail.as_view()),
     path("projects/<str:uid>/set-member", project_api.SetMember.as_view()),
+    path("projects/<str:uid>/create-service-account", project_api.CreateServiceAccount.as_view()),
+    path("projects/<str:uid>/end-service-account", project_api.EndServiceAccount.as_view()),
     path("tokens", api.Tokens.as_view()),
     path("tokens/<str:uid>", api.Token.as_view()),
 ]

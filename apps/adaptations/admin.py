@@ -10,6 +10,7 @@ from apps.adaptations.models import Adaptation, Plan, Remedy
 
 @admin.register(Adaptation)
 class AdaptationAdmin(ReadOnlyAdmin):
+    page = ("adaptation", "uid")
     list_display = (
         "uid",
         "run",
@@ -27,6 +28,7 @@ class AdaptationAdmin(ReadOnlyAdmin):
 
 @admin.register(Plan)
 class PlanAdmin(ReadOnlyAdmin):
+    page = ("plan", "uid")
     list_display = ("uid", "run", "state", "proposed_step", "decided_by", "created_at")
     list_filter = ("state",)
     search_fields = ("uid",)

@@ -43,6 +43,7 @@ from apps.adaptations.serializers import (
     DryRunOutput,
     ExperienceOutput,
     IntegrationStatusOutput,
+    MoveInput,
     RejectInput,
     RemedyInput,
     ShadowInput,
@@ -217,6 +218,18 @@ def _pause(name: str, *, paused: bool) -> Any:
 
 PauseAdaptation = _pause("pause_adaptation", paused=True)
 ResumeAdaptation = _pause("resume_adaptation", paused=False)
+
+
+MoveRun = act_endpoint(
+    "move_run",
+    services.move_run,
+    subject="run",
+    find=lambda request, uid: visible_run(uid, only=run_of_token(request)),
+    answer=lambda request, run: Response(run_answer(person(request), run)),
+    output=RunDetailOutput,
+    body=MoveInput,
+    dangerous=True,
+)
 
 
 class IntegrationStatus(Endpoint):

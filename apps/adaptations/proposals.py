@@ -337,7 +337,7 @@ def _send_on(adaptation: Adaptation, layer: LayerInfo) -> Adaptation:
         return transition(adaptation, AdaptationState.AWAITING_APPROVAL, actor=rule, reason=reason)
     threshold = policy.safety_policy().confidence_auto
     sentence = (
-        f"confidence {adaptation.confidence:.2f} >= {threshold:.2f} and risk {adaptation.risk}"
+        f"confidence {adaptation.confidence:.2f} ≥ {threshold:.2f} and risk {adaptation.risk}"
     )
     transition(
         adaptation,

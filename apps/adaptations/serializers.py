@@ -301,6 +301,13 @@ class BulkRejectOutput(serializers.Serializer[Any]):
     results = RejectionOutput(many=True)
 
 
+class MoveInput(PersonsInput):
+    """``project``: uid of the project to move the run to."""
+
+    project = Text(max_length=40)
+    reason = Text(allow_blank=True, default="")
+
+
 class ApproveInput(ActInput):
     """An approval of what was shown.
 

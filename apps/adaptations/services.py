@@ -40,6 +40,7 @@ from apps.adaptations.handing_over import (
     snooze_adaptation,
     snoozed_until,
 )
+from apps.adaptations.moving import move_run
 from apps.adaptations.outcomes import (
     adaptation_of,
     close_open_adaptations,
@@ -123,6 +124,7 @@ __all__ = [
     "may_grant",
     "may_shadow",
     "members_of",
+    "move_run",
     "multiplies",
     "note_lost_commands",
     "note_merged",

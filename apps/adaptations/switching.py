@@ -29,7 +29,7 @@ def set_adaptation_switch(*, on: bool, user: User, via: str, reason: str = "") -
     Raises:
         Problem: not allowed.
     """
-    _check_may_kill(user, None)
+    _check_may_turn(user, None, on=on)
     live = _locked(Run.objects.all())
     actor = Actor.person(user, via=via)
     _turn(adaptation_switch(), on=on, actor=actor, reason=reason)
@@ -46,7 +46,7 @@ def set_project_switch(
     Raises:
         Problem: not allowed.
     """
-    _check_may_kill(user, project)
+    _check_may_turn(user, project, on=on)
     live = _locked(Run.objects.filter(project=project))
     actor = Actor.person(user, via=via)
     switch = project_switch(project)
@@ -72,7 +72,10 @@ def request_adaptation_pause(
     return request_pause(run=run, paused=paused, user=user, via=via, reason=reason, blocked=blocked)
 
 
-def _check_may_kill(user: User, project: Project | None) -> None:
+def _check_may_turn(user: User, project: Project | None, *, on: bool) -> None:
+    """A program may stop adaptation, where its role may; to let it go on takes a person."""
+    if on and user.is_service:
+        raise Problem(403, "service-account", "A person has to switch adaptation on again.")
     permission = may(user, Act.KILL, of=project)
     if not permission.allowed:
         raise Problem(403, permission.code, permission.why)

@@ -31,6 +31,7 @@ urlpatterns = [
     path("adaptations/<str:uid>/verdict", api.VerdictOnAdaptation.as_view()),
     path("runs/<str:uid>/pause-adaptation", api.PauseAdaptation.as_view()),
     path("runs/<str:uid>/resume-adaptation", api.ResumeAdaptation.as_view()),
+    path("runs/<str:uid>/move", api.MoveRun.as_view()),
     path("runs/<str:uid>/plans", plan_api.PlanProposals.as_view()),
     path("plans", plan_api.Plans.as_view()),
     path("plans/<str:uid>", plan_api.PlanDetail.as_view()),

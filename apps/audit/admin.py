@@ -10,6 +10,7 @@ from apps.audit.models import AuditEvent
 
 @admin.register(AuditEvent)
 class AuditEventAdmin(ReadOnlyAdmin):
+    page = ("audit",)
     list_display = ("id", "at", "actor", "act", "object_uid", "run_uid")
     list_filter = ("actor_kind",)
     search_fields = ("object_uid", "actor", "act")

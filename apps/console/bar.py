@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from django.db.models import Exists
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
 
@@ -14,10 +15,14 @@ def adaptation_switch() -> AdaptationSwitch:
     return AdaptationSwitch.objects.filter(pk=1).first() or AdaptationSwitch(pk=1, on=True)
 
 
-def killed_projects() -> list[str]:
-    """The names of the visible projects in which adaptation is killed."""
-    killed = ProjectSwitch.objects.filter(on=False).order_by("project__name")
-    return list(killed.values_list("project__name", flat=True))
+def switch_and_kills() -> tuple[AdaptationSwitch, list[str]]:
+    """With the names of the visible projects in which adaptation is killed."""
+    off = ProjectSwitch.objects.filter(on=False)
+    switch = AdaptationSwitch.objects.filter(pk=1).annotate(some=Exists(off)).first()
+    if switch is None:
+        return AdaptationSwitch(pk=1, on=True), []
+    names = off.order_by("project__name").values_list("project__name", flat=True)
+    return switch, list(names) if switch.some else []
 
 
 @page

@@ -25,6 +25,7 @@ class OutboxMessageAdmin(ReadOnlyAdmin):
 
 @admin.register(Channel)
 class ChannelAdmin(ReadOnlyAdmin):
+    page = ("me",)
     of_everybody = True
     list_display = ("uid", "owner", "kind", "disabled_at", "disabled_reason")
     list_filter = ("kind",)

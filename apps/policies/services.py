@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from django.db import transaction
-from django.db.models import Max, Q
+from django.db.models import Exists, Max, Q
 from django.utils import timezone
 
 from apps.accounts.actors import Actor
@@ -362,6 +362,7 @@ def adaptation_switch() -> AdaptationSwitch:
 
 def project_switch(project: Project) -> ProjectSwitch:
     """The switch of one project, locked; it is made where it was never used."""
+    adaptation_switch()  # whose row tells that there are switches at all
     ProjectSwitch.objects.get_or_create(project=project)
     return ProjectSwitch.objects.select_for_update().get(project=project)
 
@@ -380,9 +381,12 @@ class Kill:
 
 def kill_over(project_id: int | None) -> Kill | None:
     """What keeps the runs of a project from being changed: the widest switch that is off."""
-    everywhere = adaptation_switch()
+    own = ProjectSwitch.objects.filter(project=project_id, on=False)
+    # One query in nearly every case: the lists ask for each of their runs.
+    everywhere = AdaptationSwitch.objects.filter(pk=1).annotate(narrower=Exists(own)).first()
+    if everywhere is None:  # no switch was ever used
+        return None
     if not everywhere.on:
         return Kill(everywhere, "everywhere")
-    own = ProjectSwitch.objects.filter(project=project_id, on=False).select_related("project")
-    switch = own.first()
+    switch = own.select_related("project").first() if everywhere.narrower else None
     return None if switch is None else Kill(switch, f"in project {switch.project.name}")

@@ -10,12 +10,14 @@ from apps.recipes.models import Launch, Recipe
 
 @admin.register(Recipe)
 class RecipeAdmin(ReadOnlyAdmin):
+    page = ("recipe", "uid")
     list_display = ("host", "slug", "digest", "present", "problem", "registered_at")
     list_filter = ("host", "present")
 
 
 @admin.register(Launch)
 class LaunchAdmin(ReadOnlyAdmin):
+    page = ("launch", "uid")
     list_display = ("uid", "recipe", "state", "attempt", "requested_by", "created_at")
     list_filter = ("state",)
     search_fields = ("uid", "run_uid")

@@ -48,6 +48,8 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
     "not-acceptable": (406, "The API answers in JSON only.", "Send `Accept: application/json`."),
     "not-delegable": (422, "The policy asks a person for this remedy each time.", "Decide it in the inbox when it is proposed."),
     "name-taken": (409, "Another one has this name already.", "Choose another name."),
+    "service-account": (403, "A service account may not do this.", "Let a person do it: programs ask, and people decide."),
+    "run-live": (409, "The run has not ended.", "Wait until it has ended, or end it."),
     "not-a-member": (403, "You have no role in this project.", "Ask an administrator of the project to make you a member."),
     "not-eligible": (403, "Your role does not allow this act; `detail` says whose does.", "Ask somebody with that role."),
     "not-found": (404, "The resource does not exist, or you may not see it.", "Check the identifier and the token."),

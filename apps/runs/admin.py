@@ -10,6 +10,7 @@ from apps.runs.models import Command, Run
 
 @admin.register(Run)
 class RunAdmin(ReadOnlyAdmin):
+    page = ("run", "uid")
     list_display = ("uid", "name", "owner", "mode", "state", "step", "last_seen_at")
     list_filter = ("state", "mode")
     search_fields = ("uid", "name")

@@ -10,6 +10,7 @@ from apps.violations.models import Violation
 
 @admin.register(Violation)
 class ViolationAdmin(ReadOnlyAdmin):
+    page = ("violations",)
     list_display = ("uid", "rule", "severity", "run", "layer", "created_at", "acknowledged_by")
     list_filter = ("rule", "severity")
     search_fields = ("uid", "layer")

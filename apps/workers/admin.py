@@ -17,5 +17,6 @@ class CompileJobAdmin(ReadOnlyAdmin):
 
 @admin.register(Worker)
 class WorkerAdmin(ReadOnlyAdmin):
+    page = ("workers",)
     list_display = ("name", "kind", "host", "state", "mode", "heartbeat_at")
     list_filter = ("kind", "state", "mode")

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import click
 
-from esper.contracts import Role, TokenScope
+from esper.contracts import TokenScope
 from launcher.commands.installation import data_dir_option, installation
 
 
@@ -33,25 +33,24 @@ def issue(
 ) -> None:
     """Print a new token of ACCOUNT. It is shown once and kept nowhere.
 
-    An account that does not exist is created for a service: role viewer, without a password. With
-    --project it is made a researcher of that project, so that it can register runs there.
+    An account that does not exist is created as a service account: role viewer, without a password,
+    and it never decides. With --project it is made a researcher of that project, so that it can
+    register runs there.
     """
     with installation():
         from django.utils import timezone
 
         from apps.accounts.actors import SYSTEM
-        from apps.accounts.models import Membership, Project, User
+        from apps.accounts.models import Project, User
+        from apps.accounts.service_accounts import make_service_account
         from apps.accounts.services import issue_token
 
         place = Project.objects.filter(uid=project).first() if project else None
         if project and place is None:
             raise click.ClickException(f"There is no project {project}.")
-        known = User.objects.filter(username=account).exists()
-        owner = User.objects.filter(username=account).first() or User.objects.create_user(
-            username=account, role=Role.VIEWER
+        owner = User.objects.filter(username=account).first() or make_service_account(
+            name=account, project=place, actor=SYSTEM
         )
-        if place is not None and not known:
-            Membership.objects.create(project=place, user=owner, role=Role.RESEARCHER)
         _, secret = issue_token(
             owner=owner,
             name=name or account,

@@ -128,12 +128,13 @@ export class Heat {
     ctx.textAlign = "right";
     const pace = Math.ceil(14 / this.rowHeight); // of many thin rows some are named
     const [start, end] = sharedEnds(this.rows.map(({ name }) => name));
-    this.rows.forEach(({ name, layers }, row) => {
+    const counted = ({ layers }) => (layers.length > 1 && left > 100 ? ` (${layers.length})` : "");
+    const fit = this.rows.every((row) => ctx.measureText(visible(row.name) + counted(row)).width <= left - 10);
+    this.rows.forEach((one, row) => {
       if (row % pace) return;
-      const counted = layers.length > 1 && left > 100 ? ` (${layers.length})` : "";
-      const whole = visible(name) + counted;
-      const fits = ctx.measureText(whole).width <= left - 10;
-      const text = fits ? whole : visible(name.slice(start, name.length - end)) + counted;
+      const { name } = one;
+      // All whole, or all without what they share: a mixture reads like two kinds of layers.
+      const text = visible(fit ? name : name.slice(start, name.length - end)) + counted(one);
       const middle = row * this.rowHeight + this.rowHeight * Math.min(pace, 2) / 2;
       ctx.fillText(cut(ctx, text, left - 10), left - 6, Math.max(7, middle));
     });

@@ -24,8 +24,13 @@ def projects(request: HttpRequest) -> HttpResponse:
         may_create = may(user, Act.MANAGE_PEOPLE)
         rows = project_rows(user)
         manages = any(row.may_manage.allowed for row in rows)
-        people = User.objects.filter(is_active=True).order_by("username") if manages else ()
-        return {"rows": rows, "may_create": may_create, "people": people, "roles": list(Role)}
+        active = User.objects.filter(is_active=True, is_service=False).order_by("username")
+        return {
+            "rows": rows,
+            "may_create": may_create,
+            "people": active if manages else (),
+            "roles": list(Role),
+        }
 
     panels = [Panel("projects", "Projects", "console/projects/list.html", build, every=60)]
     return render_page(request, "console/simple.html", title="Projects", panels=panels)
@@ -33,12 +38,14 @@ def projects(request: HttpRequest) -> HttpResponse:
 
 @dataclass(frozen=True, slots=True)
 class ProjectRow:
-    """``role``: this person's own. ``members``: those with a role of their own."""
+    """``role``: this person's own. ``members``: people with a role of their own.
+    ``services``: programs that work in it."""
 
     project: Project
     role: Role
     runs: int
     members: list[Membership]
+    services: list[Membership]
     may_manage: Permission
 
 
@@ -51,7 +58,8 @@ def project_rows(user: User) -> list[ProjectRow]:
             project,
             user.access.roles[project.pk],
             project.run_count,
-            list(project.members.all()),
+            project.people,
+            project.services,
             may(user, Act.MANAGE_PEOPLE, of=project),
         )
         for project in found

@@ -15,7 +15,7 @@ from django.db.models import OuterRef, Subquery
 from django.http import Http404, HttpRequest, HttpResponse
 from django.urls import reverse
 
-from apps.accounts.models import User
+from apps.accounts.models import Project, User
 from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation, Remedy
 from apps.adaptations.selectors import error_budget
@@ -23,7 +23,7 @@ from apps.adaptations.services import may_grant, multiplies, open_delegations, w
 from apps.blueprints.models import KnownRemedy
 from apps.console.drawing import shade
 from apps.console.panels import Panel, render_page
-from apps.console.request import choice, page, person
+from apps.console.request import choice, page, person, project_choices
 from apps.console.run_rows import frame_matrix
 from apps.console.status import ADAPTATION, SEVERITY, Status
 from apps.kernels.models import SpeedUp
@@ -87,6 +87,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             "may_stop": may(user, Act.STOP_RUN, of=run),
             "safety": safety,
             "budget": error_budget(run, safety.safety_policy()),
+            "move_to": places_to_move(run, user) if run.ended else (),
         }
 
     def layers() -> dict[str, Any]:
@@ -119,7 +120,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
         Panel("head", "Run", "console/run/head.html", head, ("run", "switch"), every=5),
         Panel(
             "timeline",
-            "Adaptations, compiled kernels, remedies and violations",
+            "Events",
             "console/run/timeline.html",
             lambda: timeline(run, shown),
             ("adaptation", "remedy", "violation", "kernel"),
@@ -179,7 +180,7 @@ def _limited(remedy: KnownRemedy) -> Iterator[Limited]:
 
 
 def get_run(uid: str) -> Run | None:
-    return Run.objects.select_related("owner").filter(uid=uid).first()
+    return Run.objects.select_related("owner", "project").filter(uid=uid).first()
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +387,7 @@ class Node:
 
 
 NODES_SHOWN = 80
+FEWEST_NODES = 8  # fewer tell nothing: the next level is drawn, with neighbours joined
 
 
 def topology(run: Run, rows: Sequence[LayerRow]) -> list[Node]:
@@ -393,11 +395,28 @@ def topology(run: Run, rows: Sequence[LayerRow]) -> list[Node]:
     findings: dict[str, list[Violation]] = defaultdict(list)
     for found in open_violations().filter(run=run).exclude(layer=""):
         findings[found.layer].append(found)
+    ordered = sorted(rows, key=lambda row: row.info.order)
     depth = next((size for size in (9, 4, 3, 2, 1) if _blocks(rows, size) <= NODES_SHOWN), 1)
+    if depth < 4 and _blocks(rows, depth) < FEWEST_NODES < _blocks(rows, depth + 1):
+        depth += 1
     groups: dict[str, list[LayerRow]] = {}
-    for row in sorted(rows, key=lambda row: row.info.order):
+    for row in ordered:
         groups.setdefault(_block(row, depth), []).append(row)
-    return [_node(name, members, findings) for name, members in groups.items()][:NODES_SHOWN]
+    joined = _joined(groups) if len(groups) > NODES_SHOWN else groups
+    return [_node(name, members, findings) for name, members in joined.items()]
+
+
+def _joined(groups: Mapping[str, list[LayerRow]]) -> dict[str, list[LayerRow]]:
+    """Neighbouring blocks as one: ``block.0 … block.4``."""
+    names = list(groups)
+    size = math.ceil(len(names) / NODES_SHOWN)
+    parts = [names[first : first + size] for first in range(0, len(names), size)]
+    return {
+        part[0] if len(part) == 1 else f"{part[0]} … {part[-1].rpartition('.')[2]}": [
+            row for name in part for row in groups[name]
+        ]
+        for part in parts
+    }
 
 
 def _block(row: LayerRow, depth: int) -> str:
@@ -487,6 +506,14 @@ def latest_metrics(run: Run, names: Sequence[str]) -> dict[str, Metric]:
     )
     rows = Metric.objects.filter(run=run, name__in=names, pk=Subquery(newest))
     return {metric.name: metric for metric in rows}
+
+
+def places_to_move(run: Run, user: User) -> list[Project]:
+    """The other projects, where the person manages them and the run's own."""
+    if not may(user, Act.MANAGE_PEOPLE, of=run.project).allowed:
+        return []
+    others = [one for one in project_choices(user) if one.pk != run.project_id]
+    return [one for one in others if may(user, Act.MANAGE_PEOPLE, of=one).allowed]
 
 
 def launch_of(run: Run) -> Launch | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from datetime import datetime
 from typing import Any
 
 from django import template
 from django.templatetags.static import static
+from django.urls import reverse
 from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
@@ -16,7 +18,7 @@ from django.utils.safestring import SafeString
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
 from apps.accounts.preferences import Preferences, preferences_of
-from apps.console.bar import adaptation_switch, killed_projects
+from apps.console.bar import switch_and_kills
 from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS, Status
 from apps.console.waiting import inbox_count
 from esper.contracts import Role
@@ -38,6 +40,25 @@ def visible(text: object) -> str:
         f"⟨U+{ord(char):04X}⟩" if unicodedata.category(char) in {"Cf", "Cc", "Co", "Cn"} else char
         for char in shown
     )
+
+
+@register.filter
+def breakable(name: object) -> SafeString:
+    """A name of code: a line breaks after a dot, an underscore or a hyphen, not within a word."""
+    return format_html_join("", "{}<wbr>", ([part] for part in _PARTS.findall(visible(name))))
+
+
+_PARTS = re.compile(r"[^._-]*[._-]+|[^._-]+$")
+
+
+@register.filter
+def without_run(text: str, run: Any) -> str:
+    """A finding's sentence, where the run that it begins with stands beside it."""
+    beginning = f"{run.name}: " if run is not None else ""
+    if not beginning or not text.startswith(beginning):
+        return text
+    rest = text.removeprefix(beginning)
+    return f"{rest[:1].upper()}{rest[1:]}"
 
 
 @register.filter
@@ -142,8 +163,10 @@ def is_number(value: Any) -> bool:
 
 
 @register.filter
-def plain(value: float) -> str:
+def plain(value: Any) -> str:
     """A number as a form field takes it: ``1e-05`` and ``100``, neither ``100.0`` nor ``1,000``."""
+    if not is_number(value):
+        return str(value)
     return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
@@ -163,6 +186,8 @@ def signed(value: Any, digits: int = 3) -> str:
 @register.filter
 def of_the_model(share: float | None) -> str:
     """A share of the model's parameters: ``3.2 % of the model``, ``10.2 × the model``."""
+    if share is not None and 0 < share < 1e-4:
+        return "under 0.01 % of the model"
     if share is None or share < 1:
         return f"{percent(share)} of the model"
     return f"{share:,.3g} × the model"
@@ -262,14 +287,15 @@ def _length(seconds: float) -> str:
 def topbar(context: template.RequestContext) -> dict[str, Any]:
     """The bar on every page: the current section, the inbox count, the adaptation switch."""
     request = context["request"]
+    switch, killed = switch_and_kills()
     return {
         "request": request,
         "user": request.user,
         "role": Role(request.user.role).capitalize(),
         "section": context.get("section") or request.resolver_match.url_name,
         "waiting": inbox_count(request.user),
-        "switch": adaptation_switch(),
-        "killed_projects": killed_projects(),
+        "switch": switch,
+        "killed_projects": killed,
         "kill": may(request.user, Act.KILL),
         "links": _LINKS,
         "csrf_token": context.get("csrf_token"),
@@ -329,3 +355,37 @@ def _preferences(context: template.RequestContext) -> Preferences:
     """Of the person; an error page may have none."""
     user = getattr(context.get("request"), "user", None)
     return preferences_of(user) if isinstance(user, User) else Preferences()
+
+
+# The admin's list, or one row of it by a variable of the page, of what a page shows.
+_IN_THE_ADMIN = {
+    "blueprints": ("blueprints_blueprint", ""),
+    "blueprint": ("blueprints_blueprint", "blueprint"),
+    "policy": ("policies_policyversion", ""),
+    "projects": ("accounts_project", ""),
+    "runs": ("runs_run", ""),
+    "run": ("runs_run", "run"),
+    "adaptation": ("adaptations_adaptation", "adaptation"),
+    "plan": ("adaptations_plan", "plan"),
+    "kernels": ("kernels_kernel", ""),
+    "kernel": ("kernels_kernel", "kernel"),
+    "workers": ("workers_worker", ""),
+    "recipes": ("recipes_recipe", ""),
+    "recipe": ("recipes_recipe", "recipe"),
+    "launch": ("recipes_launch", "launch"),
+    "violations": ("violations_violation", ""),
+    "audit": ("audit_auditevent", ""),
+}
+
+
+@register.simple_tag(takes_context=True)
+def admin_address(context: template.RequestContext) -> str:
+    """Of the same rows in the admin; empty where the person or the page has none."""
+    user, match = context["request"].user, context["request"].resolver_match
+    if match is None or not user.is_staff or match.url_name not in _IN_THE_ADMIN:
+        return ""
+    model, variable = _IN_THE_ADMIN[match.url_name]
+    row = context.get(variable) if variable else None
+    if row is None:
+        return reverse(f"admin:{model}_changelist")
+    return reverse(f"admin:{model}_change", args=[row.pk])

@@ -133,6 +133,8 @@ def _addresses(page: Page) -> dict[str, str]:
         found[f"run-{run['name'][:12]}"] = f"/runs/{run['uid']}"
     for launch in page.request.get("/api/v1/launches").json()["results"]:
         found.setdefault(f"launch-{launch['state']}", f"/launches/{launch['uid']}")
+    for plan in page.request.get("/api/v1/plans").json()["results"]:
+        found[f"plan-{plan['state']}"] = f"/plans/{plan['uid']}"
     for row in rows:
         name = f"{row['kind']}-{row['state']}"
         if row["state"] == "awaiting_approval":

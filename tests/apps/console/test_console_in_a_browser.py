@@ -331,6 +331,20 @@ def test_a_stale_page_blocks_approving_and_nothing_else(sign_in: SignIn) -> None
     )
 
 
+def test_a_decision_that_expires_loses_its_buttons_in_an_open_tab(sign_in: SignIn) -> None:
+    page = sign_in("oscar")
+    page.clock.install()
+    page.goto("/inbox")
+    page.locator("tr:has-text('classifier.2') a[data-open]").click()
+    wait_until_live(page)
+    approve = page.locator("[data-path=approve]")
+    expect(approve).to_be_enabled()
+    page.route("**/*panel=*", lambda route: route.abort())  # the server's clock has not moved
+    page.clock.fast_forward(20 * 60_000)
+    expect(page.locator("[data-expires]").first).to_have_text("0:00")
+    assert page.locator("#acts button:not(:disabled)").count() == 0
+
+
 def test_messages_cover_no_control_and_move_none(sign_in: SignIn) -> None:
     page = sign_in("oscar", width=390)
     page.goto("/inbox")

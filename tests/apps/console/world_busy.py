@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 from django.utils import timezone
 
-from apps.adaptations.models import Adaptation, Vote
-from apps.policies.models import PolicyVersion
-from apps.policies.services import current_policy
-from apps.runs.models import Run
+from apps.accounts.models import Membership, Project
+from apps.adaptations.models import Adaptation, Plan, ShadowTrial, Vote
+from apps.policies.models import PolicyVersion, ProjectSwitch
+from apps.policies.services import adaptation_switch, current_policy
+from apps.runs.models import Command, Run
 from apps.telemetry.models import Frame, Metric
 from apps.violations.services import record_findings, record_violation
 from esper.contracts import (
     ADAPTATION_ENDED,
     SIGNALS,
     AdaptationState,
+    CommandKind,
+    CommandState,
     Finding,
     LayerInfo,
     RejectReason,
@@ -71,6 +74,10 @@ def build_busy_world(world: World) -> None:
     _make_waiting(world, names)
     _make_incidents(world, names)
     _make_giant(world)
+    _make_plan(world, names)
+    _make_shadow(world)
+    _make_many_findings(world)
+    _make_project(world)
 
 
 def _transformer_names(blocks: int) -> list[str]:
@@ -232,3 +239,119 @@ def _make_giant(world: World) -> None:
     _rename_layers(run, names)
     Metric.objects.filter(run=run, name="step_ms").update(value=812.0)
     make_adaptation(world, "giant", GIANT, A.AWAITING_APPROVAL, layer=names[700], risk="low")
+
+
+def _make_plan(world: World, names: list[str]) -> None:
+    """Three changes that wait for one approval."""
+    run = world.runs[LONG_RUN]
+    plan = Plan.objects.create(
+        run=run,
+        run_epoch=1,
+        idempotency_key="plan",
+        policy="heuristic-3",
+        safety_policy=current_policy(),
+        proposed_step=run.step - 40,
+        value=0.031,
+        limits={"parameters": 2.2e9, "memory_mib": 1024.0, "latency_ms": 10.0},
+        reasons=["The best 3 of 9 possible changes within the limits of this run."],
+        asks=["A plan of several changes always needs a person."],
+        deadline_at=timezone.now() + timedelta(minutes=11),
+    )
+    for place, name in enumerate(names[60:63]):
+        make_adaptation(
+            world,
+            f"plan-{place}",
+            LONG_RUN,
+            A.AWAITING_APPROVAL,
+            layer=name,
+            plan=plan,
+            plan_place=place,
+        )
+
+
+def _make_shadow(world: World) -> None:
+    """The high risk was tried on a copy, and it helps."""
+    high = world.adaptations["high"]
+    command = Command.objects.create(
+        run=high.run,
+        epoch=1,
+        seq=900,
+        kind=CommandKind.SHADOW,
+        adaptation_uid=high.uid,
+        layer=high.layer,
+        issued_at=timezone.now() - timedelta(minutes=2),
+        expires_at=timezone.now(),
+        signature="s",
+        state=CommandState.APPLIED,
+        step=1_990,
+        acknowledged_at=timezone.now() - timedelta(minutes=1),
+    )
+    ShadowTrial.objects.create(
+        adaptation=high,
+        command=command,
+        asked_by=world.people["oscar"],
+        most_steps=300,
+        most_seconds=30,
+        gain=0.031,
+        low=0.012,
+        high=0.05,
+        steps=200,
+        looks=12,
+        seconds=4.5,
+    )
+
+
+def _make_many_findings(world: World) -> None:
+    """Forty findings of one run: five rules in eight layers."""
+    run = make_run(world, "forty-findings", "olga", steps=900, state=RunState.RUNNING)
+    names = _transformer_names(2)
+    _rename_layers(run, names)
+    slugs = ("dying_relu", "frozen", "saturated", "update_ratio_low", "exploding_gradient")
+    record_findings(
+        run=run,
+        findings=[
+            Finding(
+                rule=ViolationRule.DIAGNOSIS,
+                severity=list(Severity)[1 + (place + number) % (len(Severity) - 1)],
+                layer=name,
+                observed=f"{60 + place} % of the units have been silent for 900 steps",
+                limit="at most 40 % silent",
+                remedy="give the dead units new weights, or lower the learning rate",
+                slug=slug,
+                since_step=100 * place,
+                remedies=("recycle", "rewind"),
+            )
+            for number, slug in enumerate(slugs)
+            for place, name in enumerate(names)
+        ],
+    )
+
+
+def _make_project(world: World) -> None:
+    """A second project, in which adaptation is killed; its run has been stopped by a person."""
+    vision = Project.objects.create(name="vision")
+    for name, role in (("olga", "operator"), ("rafi", "researcher"), ("carl", "curator")):
+        Membership.objects.create(project=vision, user=world.people[name], role=role)
+    run = make_run(world, "killed-run", "rafi", steps=300, state=RunState.RUNNING)
+    Run.objects.filter(pk=run.pk).update(project=vision)
+    adaptation_switch()
+    ProjectSwitch.objects.create(
+        project=vision, on=False, changed_by="olga", reason="losses rise in two of its runs"
+    )
+    now = timezone.now()
+    Command.objects.create(
+        run=run,
+        epoch=1,
+        seq=1,
+        kind=CommandKind.PAUSE_ADAPTATION,
+        issued_at=now - timedelta(seconds=40),
+        expires_at=now,
+        signature="s",
+        state=CommandState.APPLIED,
+        step=280,
+        acknowledged_at=now - timedelta(seconds=38.6),
+    )
+    ended = make_run(world, "ended-in-vision", "rafi", steps=300, state=RunState.FAILED)
+    Run.objects.filter(pk=ended.pk).update(
+        project=vision, ended_at=now, end_reason="ValueError: the loss is not finite"
+    )

@@ -8,6 +8,7 @@ from django.core.management.base import BaseCommand, CommandParser
 
 from apps.accounts.actors import SYSTEM
 from apps.accounts.models import User
+from apps.accounts.service_accounts import make_service_account
 from apps.accounts.services import create_person, issue_token
 from esper.contracts import Role, TokenScope
 from hosts.keyring import write_private
@@ -62,9 +63,9 @@ class Command(BaseCommand):
     def _tokens(self) -> dict[str, str]:
         """Secrets cannot be read again, so every call issues new ones."""
         researcher = User.objects.get(username="rafi")
-        tamiyo = User.objects.filter(username="tamiyo").first() or User.objects.create_user(
-            username="tamiyo", role=Role.VIEWER
-        )  # no password: nobody signs in as a service
+        tamiyo = User.objects.filter(username="tamiyo").first() or make_service_account(
+            name="tamiyo", project=None, actor=SYSTEM
+        )
         _, trainer_secret = issue_token(
             owner=researcher, name="demo trainers", scopes=[TokenScope.RUNS_CREATE]
         )
