@@ -32,7 +32,7 @@ from esper.fail_closed import FailClosed
 from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.graph import kind_of, layer_modules
 from esper.grafting.hooks import PassingHook, register_alike
-from esper.grafting.slot import SLOT_NAME, first_tensor, is_opaque
+from esper.grafting.slot import SLOT_NAME, first_tensor, is_opaque, is_transformed
 from esper.health.optimizer_steps import dense, has_numbers, norms_of
 from esper.health.transfers import HostTransfer
 
@@ -364,6 +364,8 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 
 def _readable(tensor: Tensor) -> bool:
+    if is_transformed(tensor):
+        return False
     return tensor.is_floating_point() and has_numbers(tensor) and tensor.numel() > 0
 
 

@@ -19,7 +19,13 @@ from esper.grafting.companion import accompany, companions_of
 from esper.grafting.copies import audit_copies, check_copy, let_follow
 from esper.grafting.digests import digest
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
-from esper.grafting.guard import GradientGuard, GuardVerdict, LossGuard, non_finite_gradients
+from esper.grafting.guard import (
+    GradientGuard,
+    GuardVerdict,
+    LossGuard,
+    non_finite_gradients,
+    weights_are_finite,
+)
 from esper.grafting.ledger import audit
 from esper.grafting.loading import build_grafts_of_loaded_states, load_state_dict
 from esper.grafting.manifest import GraftRecord
@@ -100,6 +106,7 @@ __all__ = [
     "take_back",
     "trace_layers",
     "watch",
+    "weights_are_finite",
 ]
 
 

@@ -190,7 +190,7 @@ def insert_graft(
     host = find_host(model, record.layer.name)
     had_slot = _slotted(model, record.layer)
     try:
-        prepare_slots(model, [record.layer.name])
+        prepare_slots(model, [record.layer.name], until_empty=True)
         slot = slot_of(host)
         assert slot is not None
         if surroundings.replicas is not None:

@@ -175,7 +175,16 @@ def _compiled_wrappers(trained: Any, model: nn.Module) -> Iterator[Any]:
 
 
 def _inner(wrapper: nn.Module) -> Any:
-    return wrapper._modules.get("_orig_mod") or wrapper._modules.get("module")
+    compiled = wrapper._modules.get("_orig_mod")
+    return compiled if compiled is not None else wrapper._modules.get("module")
+
+
+def without_compiler(model: Any) -> Any:
+    """The module that torch.compile wraps; everything else as it is.
+
+    Not by ``getattr``, because some models answer every attribute.
+    """
+    return model._modules["_orig_mod"] if isinstance(model, OptimizedModule) else model
 
 
 def _leads_to(wrapper: nn.Module, model: nn.Module) -> bool:

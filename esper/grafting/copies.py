@@ -15,6 +15,7 @@ from torch import nn
 
 from esper.contracts import Finding, Severity
 from esper.exceptions import ConfigurationError
+from esper.grafting.compiled import without_compiler
 from esper.grafting.ledger import Problem, to_findings
 from esper.grafting.slot import (
     find_host,
@@ -35,8 +36,8 @@ def bare_copy(copied: Any) -> nn.Module:
     """
     wrappers = (nn.parallel.DistributedDataParallel, _averaged_model())
     inner = copied
-    while isinstance(inner, wrappers) or hasattr(inner, "_orig_mod"):
-        inner = inner.module if isinstance(inner, wrappers) else inner._orig_mod
+    while isinstance(inner, wrappers) or without_compiler(inner) is not inner:
+        inner = inner.module if isinstance(inner, wrappers) else without_compiler(inner)
     if not isinstance(inner, nn.Module):
         raise ConfigurationError(f"a copy must be a module, got {type(copied).__name__}")
     return inner

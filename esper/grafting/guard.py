@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,11 @@ def non_finite_gradients(model: nn.Module) -> tuple[str, ...]:
     """Names of parameters whose gradient has NaN or infinity; waits for the devices once."""
     flags = _Peaks.of(model)
     return () if flags is None else flags.non_finite()
+
+
+def weights_are_finite(model: nn.Module, names: Iterable[str]) -> bool:
+    """Waits for the devices."""
+    return all(bool(local(model.get_parameter(name).detach()).isfinite().all()) for name in names)
 
 
 class GradientGuard:

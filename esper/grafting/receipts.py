@@ -7,6 +7,7 @@ ChangeReceipt     digests before and after, the snapshot that a hard undo restor
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import uuid
@@ -23,6 +24,7 @@ from esper.blueprints import Graft, get_blueprint
 from esper.contracts import Certificate
 from esper.exceptions import UndoError
 from esper.grafting.companion import Companion, dismiss
+from esper.grafting.compiled import anything_was_compiled
 from esper.grafting.copies import let_follow
 from esper.grafting.digests import Frozen, hash_in_background
 from esper.grafting.manifest import GraftRecord
@@ -30,8 +32,9 @@ from esper.grafting.replicas import Joint, jointly
 from esper.grafting.rolling_back import roll_back
 from esper.grafting.slot import (
     find_host,
-    graft_at,
+    find_slot,
     living_grafts,
+    remove_unused_slots,
     slot_of,
     take_out,
 )
@@ -98,6 +101,7 @@ class ChangeReceipt:
     _after: Frozen = field(repr=False)
     _model: nn.Module = field(repr=False)
     _snapshot: Snapshot | None = field(repr=False, default=None)
+    _serial: int = field(repr=False, init=False, default_factory=itertools.count().__next__)
 
     @property
     def digest_before(self) -> str:
@@ -122,6 +126,14 @@ class ChangeReceipt:
     def snapshot_bytes_on_disk(self) -> int:
         """What of the snapshot is in the folder for snapshots."""
         return 0 if self._snapshot is None else self._snapshot.bytes_on_disk
+
+    def is_of(self, model: nn.Module) -> bool:
+        """It tells of a change of this very model."""
+        return self._model is model
+
+    def is_younger_than(self, other: ChangeReceipt) -> bool:
+        """Its change was made later in this process, by whatever session."""
+        return self._serial > other._serial
 
     def spill_snapshot(self, folder: Path) -> None:
         """Moves the snapshot to disk, where it costs no memory.
@@ -229,7 +241,8 @@ class Receipt(ChangeReceipt):
     @property
     def present(self) -> bool:
         """True while the graft is in the model; a hard undo of an older graft removes it too."""
-        return graft_at(self._model, self.layer, self.blueprint) is self._graft
+        slot = find_slot(self._model, self.layer)
+        return slot is not None and slot._modules.get(self.blueprint) is self._graft
 
     @property
     def can_undo_hard(self) -> bool:
@@ -253,7 +266,16 @@ class Receipt(ChangeReceipt):
             ReplicaError: another rank could not remove it, so it stays on all ranks.
         """
         undo = self._undo_hard if hard else self._undo_soft
-        return _undo_whole(self, self._surroundings, undo, values=hard)
+        report = _undo_whole(self, self._surroundings, undo, values=hard)
+        if not anything_was_compiled():  # code that was compiled with the slot runs on with it
+            remove_unused_slots(self._model)
+        return report
+
+    def notice_gone(self) -> None:
+        """Something else has taken the graft out: nothing trains it any more."""
+        if self._companion is not None:
+            self._companion.leave()
+        self.forget_snapshot()
 
     def undo_here(self, hard: bool = True) -> UndoReceipt:
         """As :meth:`undo`, on this rank alone; for a caller that synchronises the ranks."""
@@ -327,10 +349,13 @@ class Receipt(ChangeReceipt):
         return tuple(discarded)
 
     def _discard_revived(self, removed_since: set[nn.Module]) -> None:
-        # An older graft was in the snapshot and was removed on purpose since: it stays removed.
-        for graft, (layer, slug) in living_grafts(self._model).items():
-            if graft in removed_since:
-                self._discard(graft, layer, slug)
+        # An older graft was in the snapshot and was removed on purpose since: it stays removed,
+        # and so does what trained it, which the snapshot brings back too.
+        living = living_grafts(self._model)
+        for graft in removed_since:
+            if graft in living:
+                self._discard(graft, *living[graft])
+            dismiss(graft.parameters(), self._surroundings.optimizers)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

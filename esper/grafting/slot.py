@@ -66,6 +66,7 @@ class Slot(nn.Module):
         # Kept, because unpickling the handle reserves the hook's number in a new process.
         self.handle: RemovableHandle | None = None
         self._watchers: dict[int, Watcher] = {}
+        self.until_empty = False
         self._next_watcher = 0
         # In addition to the grafts: parameters, names and copies belong to the graft.
         self._compiled: dict[str, tuple[Graft, Compiled]] = {}
@@ -80,6 +81,10 @@ class Slot(nn.Module):
         living = [(ref, slot) for ref in self._copies if (slot := ref()) is not None]
         self._copies = [ref for ref, _ in living]
         return tuple(slot for _, slot in living)
+
+    @property
+    def is_watched(self) -> bool:
+        return bool(self._watchers)
 
     def grafts(self) -> dict[str, Graft]:
         """slug -> graft, oldest first."""
@@ -270,6 +275,7 @@ class Slot(nn.Module):
             "load_handles": [],
             "failure": "",
             "attaches": True,
+            "until_empty": False,
         }
         super().__setstate__({**absent, **state})  # type: ignore[no-untyped-call]
 
@@ -478,7 +484,7 @@ def settle_spans(model: nn.Module) -> None:
             if isinstance(module, Source) and wanted.get((layer, name)) is not module.carrier:
                 del slot._modules[name]
     for (since, name), carrier in wanted.items():
-        prepare_slots(model, [since])
+        prepare_slots(model, [since], until_empty=True)
         start = find_slot(model, since)
         assert start is not None
         if name not in start._modules:
@@ -503,10 +509,16 @@ def find_or_none(model: nn.Module, layer: str) -> nn.Module | None:
         return None
 
 
-def prepare_slots(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
+def prepare_slots(
+    model: nn.Module, layers: Iterable[str], *, until_empty: bool = False
+) -> tuple[str, ...]:
     """Adds an empty slot to each layer that has none.
 
     A new slot makes torch compile all compiled code of this process again at its next run.
+
+    Args:
+        until_empty: a new slot serves one graft, and goes with the last graft in it. Otherwise all
+            of them stay until :func:`remove_slots`.
 
     Returns:
         The layers with a new slot.
@@ -523,6 +535,10 @@ def prepare_slots(model: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
     fresh = [layer for layer, host in hosts.items() if slot_of(host) is None]
     for layer in fresh:
         _add_slot(hosts[layer])
+    for layer, host in hosts.items():
+        slot = slot_of(host)
+        if slot is not None and (layer in fresh or not until_empty):
+            slot.until_empty = until_empty
     if fresh:
         # Compiled code does not check for hooks again: code compiled before these slots would never
         # run a graft. It is compiled again at its next run; without compiled code, this takes well
@@ -550,6 +566,12 @@ def remove_slots(model: nn.Module, layers: Iterable[str] | None = None) -> tuple
     if removed and not any(True for _ in slots(model)):
         _remove_load_hooks(model)
     return tuple(removed)
+
+
+def remove_unused_slots(model: nn.Module) -> tuple[str, ...]:
+    """Removes the slots that were made for a graft, where it is gone and nothing is watched."""
+    found = [(name, slot) for name, _, slot in slots(model) if slot.until_empty]
+    return remove_slots(model, [name for name, slot in found if not slot.is_watched])
 
 
 def follows_loads(hook: Any) -> bool:
@@ -588,13 +610,13 @@ def watch(model: nn.Module, layer: str, watcher: Watcher) -> Callable[[], None]:
         if torch._C._get_tracing_state() is not None:
             return
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
-        if x is not None and y is not None and not _is_transformed(y):
+        if x is not None and y is not None and not is_transformed(y):
             watcher(x, y)
 
     return register_alike("watch", host, PassingHook(read)).remove
 
 
-def _is_transformed(tensor: Tensor) -> bool:
+def is_transformed(tensor: Tensor) -> bool:
     """Inside ``torch.func``'s transforms, a result must not leave the transform."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
@@ -605,8 +627,14 @@ def _check_host(layer: str, host: nn.Module) -> None:
     if isinstance(host, CONTAINERS):
         # They iterate over their children: a child named "esper" would be run as a layer.
         raise GraftError(f"{layer!r} is a container; it computes nothing itself", layer=layer)
-    if slot_of(host) is None and hasattr(host, SLOT_NAME):
+    if slot_of(host) is None and _has_attribute(host):
         raise GraftError(f"{layer!r} has an attribute named {SLOT_NAME!r} already", layer=layer)
+
+
+def _has_attribute(host: nn.Module) -> bool:
+    """Not by ``hasattr``: some layers answer every attribute."""
+    own = (vars(host), host._modules, host._parameters, host._buffers)
+    return any(SLOT_NAME in names for names in own) or hasattr(type(host), SLOT_NAME)
 
 
 def _add_slot(host: nn.Module) -> None:
@@ -614,7 +642,7 @@ def _add_slot(host: nn.Module) -> None:
     slot.train(host.training)
     try:
         slot.handle = register_alike("slot", host, run_slot)
-        host.add_module(SLOT_NAME, slot)
+        host._modules[SLOT_NAME] = slot  # add_module refuses where every attribute is answered
     except BaseException:
         if slot.handle is not None:
             slot.handle.remove()

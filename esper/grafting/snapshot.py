@@ -627,6 +627,8 @@ def _was_reset(optimizer: torch.optim.Optimizer, live: Any, tree: Any, present: 
         return True
     if not isinstance(tree, dict) or not type(optimizer).__module__.startswith("torch.optim"):
         return False
+    if isinstance(optimizer, torch.optim.LBFGS):  # makes a new direction in each step
+        return False
     return any(_is_new_moment(value, live.get(name)) for name, value in tree.items())
 
 

@@ -16,6 +16,7 @@ from esper import grafting
 from esper.contracts import MAX_NAME_LENGTH, RunMode, SafetyPolicy
 from esper.exceptions import ConfigurationError
 from esper.grafting import RankGroup, Replicas, ShardedRanks, Surroundings
+from esper.grafting.compiled import without_compiler
 from esper.grafting.graph import layer_modules, why_never_graftable
 from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.replicas import Call
@@ -115,7 +116,7 @@ def attach(
         UnknownLayerError: ``slots`` names a layer that the model does not have.
     """
     run_mode = _mode(mode)
-    wrapper = _without_compiler(model)
+    wrapper = without_compiler(model)
     bare = _unwrap(wrapper)
     optimizers = _optimizers(optimizer)
     address, secret = _server(server, token) if _is_lead(wrapper, bare) else ("", "")
@@ -198,13 +199,9 @@ def _mode(mode: str) -> RunMode:
         ) from None
 
 
-def _without_compiler(model: Any) -> Any:
-    return getattr(model, "_orig_mod", model)
-
-
 def _unwrap(model: Any) -> nn.Module:
     """The module that holds the layers, out of the wrappers of torch.compile, DDP and others."""
-    model = _without_compiler(model)
+    model = without_compiler(model)
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)

@@ -73,7 +73,11 @@ class Changes:
         for entry in self.grafted:
             if entry.receipt is receipt and not entry.merged:
                 return entry
-        raise UndoError("this graft is not in the model any more", layer=receipt.layer)
+        raise UndoError(_why_no_entry(receipt), layer=receipt.layer)
+
+    def knows(self, receipt: Receipt) -> bool:
+        """The graft came in this session, whether it is still in the model or not."""
+        return any(entry.receipt is receipt for entry in self.adaptations)
 
     def left_by_load(self, receipt: Receipt) -> bool:
         """A state that the script loaded has taken the graft out already."""
@@ -130,12 +134,20 @@ class Changes:
 
     def drop_since(self, undone: Adaptation | RemedyReceipt) -> None:
         """The model is as it was before ``undone``, so everything since is undone with it."""
-        place = self._history.index(undone)
+        self._drop_from(self._history.index(undone), graft=isinstance(undone, Adaptation))
+
+    def drop_younger(self, undone: Receipt) -> None:
+        """As :meth:`drop_since`, for a graft that is in no record of this session."""
+        made = [e.receipt if isinstance(e, Adaptation) else e for e in self._history]
+        younger = (n for n, r in enumerate(made) if r is not None and r.is_younger_than(undone))
+        self._drop_from(next(younger, len(made)), graft=True)
+
+    def _drop_from(self, place: int, *, graft: bool) -> None:
         gone, self._history = self._history[place:], self._history[:place]
         for entry in gone:
             if isinstance(entry, RemedyReceipt):
                 self._drop_remedy(entry)
-            elif isinstance(undone, Adaptation):
+            elif graft:
                 entry.merged = False  # into weights that are again as they were before it
 
     def is_last(self, adaptation: Adaptation) -> bool:
@@ -240,6 +252,14 @@ class Changes:
     def _receipts(self) -> list[Receipt | RemedyReceipt]:
         found = [e.receipt if isinstance(e, Adaptation) else e for e in self._history]
         return [receipt for receipt in found if receipt is not None]
+
+
+def _why_no_entry(receipt: Receipt) -> str:
+    if receipt.present:
+        return (
+            "this graft was made by another session or by esper.graft; receipt.undo() takes it out"
+        )
+    return "this graft is not in the model any more"
 
 
 def serves_loss(blueprint: str) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from torch import nn
+
 from esper.contracts import ViolationRule
-from esper.grafting import GradientGuard, GuardVerdict, LossGuard
+from esper.grafting import GradientGuard, GuardVerdict, LossGuard, weights_are_finite
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.local import LocalLoop
 from esper.sdk.run_state import RunState
@@ -63,7 +65,8 @@ class ProbationGuard:
             self._gradients.forget()
             self._looked_for = suspect
         if verdict is None and suspect is not None and not self._skips_steps:
-            verdict = _gradient_verdict(self._gradients.look(self._surgery.model))
+            model = self._surgery.model
+            verdict = _gradient_verdict(model, self._gradients.look(model))
         if verdict is None:
             return
         if suspect is None:
@@ -76,8 +79,13 @@ class ProbationGuard:
             self._local.on_rolled_back(gone, verdict.text)
 
 
-def _gradient_verdict(names: tuple[str, ...]) -> GuardVerdict | None:
-    if not names:
+def _gradient_verdict(model: nn.Module, names: tuple[str, ...]) -> GuardVerdict | None:
+    """None where no update was made of such a gradient.
+
+    A script, or a ``GradScaler`` that has not made any step yet, leaves such an update out. Where
+    the update comes after this, the next loss is not finite.
+    """
+    if not names or weights_are_finite(model, names):
         return None
     return GuardVerdict(
         ViolationRule.NON_FINITE, math.nan, math.nan, f"the gradient of {names[0]} is not finite"

@@ -353,12 +353,49 @@ class Surgery:
     def _take_out_for_script(
         self, receipt: Receipt, remedy: RemedyKind, *, hard: bool
     ) -> UndoReceipt:
+        if self._is_of_another_session(receipt):
+            return self._take_out_of_another_session(receipt, remedy, hard=hard)
         adaptation = self.changes.of_receipt(receipt)
         self._meet(Call.UNDO, adaptation.uid, str(remedy), hard)
         report, gone = self.take_out(adaptation, hard=hard, state=AdaptationState.REVERTED)
         self._reports.removed(gone, report, "asked for by the script")
         self._reports.taken_out(gone, report, self._run.step, remedy, meant=adaptation)
         return report
+
+    def _is_of_another_session(self, receipt: Receipt) -> bool:
+        """It is in this model, by an earlier session or by ``esper.graft``."""
+        here = receipt.is_of(self.model) and receipt.present
+        return here and not self.changes.knows(receipt)
+
+    def _take_out_of_another_session(
+        self, receipt: Receipt, remedy: RemedyKind, *, hard: bool
+    ) -> UndoReceipt:
+        """No record of this session has it; what came later in this session goes with it."""
+        before = tuple(self.changes.remedies)
+        self._meet(Call.UNDO, receipt.layer, receipt.blueprint, str(remedy), hard)
+        report = receipt.undo(hard=hard)
+        if hard:
+            self.changes.drop_younger(receipt)
+        grafting.let_follow(self.model, self._surroundings.copies)
+        self.notice_gone()
+        self.remove_idle_slots()
+        self._follow_up(restored=True)
+        self._say_what_was_kept(receipt.blueprint, receipt.layer, report)
+        self._report_undone(before, report)
+        return report
+
+    def notice_gone(self) -> None:
+        """Grafts of this session that ``receipt.undo()`` or another session has taken out."""
+        gone = self.changes.mark_gone(AdaptationState.REVERTED)
+        if not gone:
+            return
+        for entry in gone:
+            if entry.receipt is not None:
+                entry.receipt.notice_gone()
+        report = UndoReceipt(hard=False, exact=False, pause_ms=0.0)
+        self._reports.removed(gone, report, "taken out by another session or by its receipt")
+        self._reports.taken_out(gone, report, self._run.step, RemedyKind.UNDO, meant=gone[0])
+        self._follow_up(restored=True)
 
     # -- remedies ------------------------------------------------------------------------------
 
@@ -571,6 +608,8 @@ class Surgery:
         if self._idle_slots:
             self.remove_idle_slots()
         self.copies.by_hand.look()
+        if self.changes.grafted:
+            self.notice_gone()
         for entry in self.changes.grafted:
             if entry.receipt is not None:
                 entry.receipt.graft.on_step()

@@ -24,6 +24,7 @@ from esper.blueprints import Graft
 from esper.contracts import GraftKind
 from esper.exceptions import ConfigurationError
 from esper.grafting import remove_slots
+from esper.grafting.compiled import without_compiler
 from esper.grafting.hooks import is_left_behind
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.remedies import is_tied
@@ -77,7 +78,7 @@ def export(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
             "StateDictOptions(full_state_dict=True)); then, on rank 0: model = TheModel(...); "
             "esper.load_state_dict(model, state); esper.export(model)"
         )
-    copied = copy.deepcopy(getattr(model, "_orig_mod", model))
+    copied: nn.Module = copy.deepcopy(without_compiler(model))
     left: dict[str, list[Graft]] = {}
     reasons: dict[str, str] = {}
     records = _records_of(copied)

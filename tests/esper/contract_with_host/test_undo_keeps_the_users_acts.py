@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.optim import lr_scheduler
 import esper
 from esper import Session
 from esper.grafting import digest
+from esper.grafting.saved_values import same_tree, save_tree
 
 LAYER, BLUEPRINT = "body", "proj_lora_64"
 
@@ -430,6 +432,35 @@ def test_a_group_added_with_its_entries_in_a_known_schedule_stays() -> None:
     assert loop.scheduler.last_epoch == 12
     loop.run(3)
     assert loop.rates == pytest.approx([0.01 / 16, 1e-4])
+
+
+def test_the_directions_of_lbfgs_are_no_reset() -> None:
+    """It puts a new tensor into its state at each step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    session = esper.attach(model, optimizer, run="lbfgs", mode="supervised", verbose=False)
+    x = torch.randn(16, 8)
+
+    def train(steps: int) -> None:
+        def closure() -> Any:
+            optimizer.zero_grad()
+            loss = (model(x) - 1).square().mean()
+            torch.autograd.backward(loss)
+            return loss
+
+        for _ in range(steps):
+            session.step(optimizer.step(closure))
+
+    train(4)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    receipt = session.graft("0", "mlp_gelu_2048")
+    train(3)
+    report = session.undo(receipt)
+
+    assert report.exact
+    assert report.kept == ()
+    assert same_tree(optimizer.state_dict()["state"], save_tree(before, torch.clone))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])

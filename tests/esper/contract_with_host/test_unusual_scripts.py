@@ -229,3 +229,81 @@ def test_the_surgery_calls_no_hook_of_the_script() -> None:
 
     train(model, optimizer, session, 1)
     assert set(called) == kinds, "they are all there again"
+
+
+def test_an_overflow_that_a_scaler_skips_takes_no_graft_out() -> None:
+    """A ``GradScaler`` begins too high, and makes no step until its scale fits."""
+    model, optimizer = script()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    session = esper.attach(model, optimizer, run="scaler", mode="supervised", verbose=False)
+    for step in range(12):
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = model(torch.randn(16, 8)).pow(2).mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(scaler.scale(loss))
+        scaler.step(optimizer)
+        scaler.update()
+        session.step(loss)
+        if step == 3:
+            receipt = session.graft("2", "mlp_gelu_2048")
+
+    assert scaler.get_scale() < 2.0**112, "it has skipped steps with the graft"
+    assert receipt.present
+
+
+class AnswersAll:
+    """As some wrappers: an attribute that the module lacks is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if self.__dict__.get("is_built"):
+                return None
+            raise  # torch asks before it registers a child or a parameter
+
+
+class Answering(AnswersAll, nn.Sequential):
+    pass
+
+
+class AnsweringLinear(AnswersAll, nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("mode", ["observe", "supervised"])
+def test_a_model_that_answers_every_attribute_is_watched_and_grafted(mode: str) -> None:
+    model = Answering(nn.Linear(8, 16), nn.ReLU(), AnsweringLinear(16, 4))
+    for module in model.modules():
+        module.is_built = True
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    session = esper.attach(model, optimizer, run="answers", mode=mode, verbose=False)
+    train(model, optimizer, session, 3)
+    receipt = session.graft("0", "proj_lora_64")
+    train(model, optimizer, session, 3)
+
+    assert session.undo(receipt).exact
+    assert session._parts.failures.counts == {}
+    assert mode == "observe" or session.graft("2", "mon_act_stats").present
+    esper.export(model)
+
+
+def test_gradients_of_each_example_by_vmap_are_no_error() -> None:
+    """A tensor of ``torch.func`` must not leave its transform."""
+    model, optimizer = script()
+    session = esper.attach(model, optimizer, run="vmap", verbose=False)
+
+    def loss_of(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, weights, (x[None],)).pow(2).mean()
+        return found
+
+    each = torch.func.vmap(torch.func.grad_and_value(loss_of), (None, 0))
+    for _ in range(6):
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        gradients, losses = each(weights, torch.randn(16, 8))
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name].mean(0)
+        optimizer.step()
+        session.step(losses.mean())
+
+    assert session._parts.failures.counts == {}

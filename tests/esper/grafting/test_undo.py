@@ -26,7 +26,6 @@ from esper.grafting import (
 from tests.esper.tiny_models import (
     IN_LAYERS,
     Training,
-    is_idle,
     make_training,
     meet_requirements,
     surroundings_of,
@@ -225,7 +224,7 @@ def test_the_gradient_clamp_removes_its_hooks_when_it_is_removed() -> None:
     assert weight._post_accumulate_grad_hooks
     receipt.undo()
     assert not weight._post_accumulate_grad_hooks
-    assert is_idle(slot_of(training.model.blocks[0].wide))
+    assert slot_of(training.model.blocks[0].wide) is None
 
 
 def test_a_snapshot_in_reserved_memory_brings_back_the_same_bits() -> None:
