@@ -28,6 +28,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--fake", type=int, default=8, help="trainers without a model")
     parser.add_argument("--real", type=int, default=1, help="trainers with one")
     parser.add_argument("--pause", type=float, default=1.5, help="seconds between two faults")
+    parser.add_argument("--proposers", type=int, default=4, help="so many propose at once")
     parser.add_argument("--patience", type=float, default=60, help="seconds for all ends")
     parser.add_argument("--folder", type=Path, help="keep logs and ledgers there")
     parser.add_argument("--soak", action="store_true", help="mild faults; measure growth")
@@ -63,6 +64,7 @@ def main() -> int:
         real=arguments.real,
         pause=arguments.pause,
         patience=arguments.patience,
+        proposers=arguments.proposers,
         mild=arguments.soak,
     )
     with _small_disk(folder) as disk:

@@ -29,7 +29,8 @@ class Plan:
     Attributes:
         seconds, adaptations: the attack lasts so long, and until so many were proposed.
         pause: between two faults, on average.
-        proposal_pause: between two proposals, on average.
+        proposal_pause: between two proposals of one proposer, on average.
+        proposers: so many propose at once: on a busy machine an answer takes seconds.
         patience: how long the end of all adaptations is waited for.
         mild: nothing is killed or filled up, and no trainer crashes, so that growth can be seen.
     """
@@ -41,6 +42,7 @@ class Plan:
     real: int = 1
     pause: float = 1.0
     proposal_pause: float = 0.5
+    proposers: int = 1
     patience: float = 60.0
     mild: bool = False
 
@@ -76,7 +78,7 @@ def run_campaign(folder: Path, plan: Plan, small_disk: Path | None = None) -> Re
     result = Result(plan)
     installation = start_installation(folder, seed=plan.seed)
     try:
-        people = People(installation, plan.seed, plan.proposal_pause)
+        people = People(installation, plan.seed, plan.proposal_pause, proposers=plan.proposers)
         people.publish(QUICK)
         add_trainers(installation, fake=plan.fake, real=plan.real, harsh=not plan.mild)
         _wait_for_runs(installation, plan)

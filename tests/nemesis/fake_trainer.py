@@ -120,6 +120,7 @@ class FakeTrainer:
         self.ledger = Ledger(folder / f"{options.name}.ledger.jsonl")
         self.random = random.Random(f"{options.seed} {os.getpid()}")
         self.step, self.held = self._load()
+        self._judged_next: dict[str, int] = {}  # adaptation -> step
         self._later: list[tuple[int, Callable[[], None]]] = []  # by step
         self.queues = TransportQueues()
         self.transport = Transport(
@@ -259,11 +260,16 @@ class FakeTrainer:
         )
 
     def _judge(self) -> None:
-        """A remedy's probation ends after some steps; it helps more often than not."""
+        """A remedy's probation ends after some steps; it helps more often than not.
+
+        A verdict is repeated, because the server may still be in doubt when it comes; but ever more
+        rarely, so that on a slow server no answer waits behind a queue of verdicts.
+        """
         for held in self.held.values():
             if not held.remedy or not held.finding or held.kept:
                 continue
-            if (self.step - held.step) % JUDGE_STEPS == JUDGE_STEPS - 1:
+            if self.step >= self._judged_next.get(held.adaptation, held.step + JUDGE_STEPS):
+                self._judged_next[held.adaptation] = 2 * self.step - held.step
                 self._give_verdict(held.adaptation, keep=helps(held.adaptation))
 
     def _give_verdict(self, adaptation: str, *, keep: bool) -> None:

@@ -5,6 +5,7 @@ Each act is sent again with the same key until it is answered, as a client shoul
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import threading
@@ -41,15 +42,18 @@ TRY_AGAIN = frozenset({429, 500, 502, 503, 504})
 
 
 class People:
-    """Vera, Olga, Ada and a policy service, each with a thread."""
+    """Vera, Olga, Ada and policy services; several propose at once, and one decides."""
 
-    def __init__(self, installation: Installation, seed: int, pause: float) -> None:
+    def __init__(
+        self, installation: Installation, seed: int, pause: float, *, proposers: int = 1
+    ) -> None:
         self._installation = installation
         self._random = random.Random(seed)
         self._pause = pause  # seconds between two proposals
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._proposals = 0
+        self._proposers = proposers
+        self._numbers = itertools.count(1)  # of proposals
         self.answers: Counter[str] = Counter()
         self.errors: list[str] = []
 
@@ -112,7 +116,8 @@ class People:
     # --- their days
 
     def begin(self) -> None:
-        for day in (self._propose_now_and_then, self._decide_now_and_then):
+        days = [self._propose_now_and_then] * self._proposers
+        for day in (*days, self._decide_now_and_then):
             thread = threading.Thread(target=self._endless, args=(day,), daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -146,7 +151,6 @@ class People:
         self._propose(uid, epoch, step, self._random.choice(_graftable(layers)))
 
     def _propose(self, run: str, epoch: int, step: int, layer: str) -> None:
-        self._proposals += 1
         body = {
             "epoch": epoch,
             "step": step,
@@ -165,7 +169,7 @@ class People:
             "evidence": {"grad_norm": 1.0, "weight_norm": 1.0},
             "policy": "nemesis",
         }
-        key = f"nemesis:{self._proposals}:{layer}"
+        key = f"nemesis:{next(self._numbers)}:{layer}"
         answer = self.call("tamiyo", "POST", f"runs/{run}/adaptations", body, key=key)
         self.answers[f"propose {answer.status_code}"] += 1
 

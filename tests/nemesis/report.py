@@ -25,6 +25,7 @@ def describe(result: Result) -> str:
         ("adaptations", f"{adaptations}: {_listed(result.kinds)}"),
         ("their ends", _listed(result.ends)),
         ("commands; changes applied", f"{result.commands}; {result.applied}"),
+        ("answers to people", _listed(result.answers)),
         ("answers 500", str(len(result.errors))),
         ("all had an end after", settled),
         ("**violations**", f"**{len(result.violations)}**"),
