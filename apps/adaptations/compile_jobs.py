@@ -45,6 +45,7 @@ from esper.exceptions import BuilderLostError, EsperError, KernelBuildError
 log = logging.getLogger(__name__)
 
 DISPATCH_TASK = "adaptations.dispatch"
+STAGE_TASK = "adaptations.stage"
 
 
 def queue_compilation(adaptation: Adaptation, *, layer: LayerInfo, actor: Actor) -> Adaptation:
@@ -280,11 +281,14 @@ def _record_broken(
 
 
 def queue_dispatch(adaptation: Adaptation) -> None:
-    """Dispatch on the run's host where a worker serves it, so that the kernel is staged there."""
-    queue = f"host.{adaptation.run.host}"
-    if not workers.queue_is_served(queue):
-        queue = "control"
-    enqueue(task=DISPATCH_TASK, queue=queue, args=[adaptation.uid])
+    """The control worker dispatches: a compile worker holds no key that signs commands.
+
+    A worker on the run's host has the kernel staged there, which saves the trainer the download.
+    """
+    host_queue = f"host.{adaptation.run.host}"
+    if workers.queue_is_served(host_queue):
+        enqueue(task=STAGE_TASK, queue=host_queue, args=[adaptation.uid])
+    enqueue(task=DISPATCH_TASK, queue="control", args=[adaptation.uid])
 
 
 @transaction.atomic

@@ -46,6 +46,7 @@ from esper.exceptions import CompilerMissingError, EsperError
 log = logging.getLogger(__name__)
 
 SPEED_UP_TASK = "adaptations.speed_up"
+OFFER_TASK = "adaptations.offer_speed_up"
 OFFER_SECONDS = 600
 GIVE_UP_AFTER = timedelta(minutes=15)
 WORTH_OFFERING = 1.0  # slower than that on the worker's device: it is not offered
@@ -96,7 +97,7 @@ def build_next(*, worker: str) -> bool:
         state=SpeedUpState.BUILDING, started_at=timezone.now()
     )
     if claimed:
-        _build_and_offer(row, worker)
+        _build(row, worker)
     return True
 
 
@@ -110,7 +111,7 @@ def give_up_lost() -> int:
     )
 
 
-def _build_and_offer(row: SpeedUp, worker: str) -> None:
+def _build(row: SpeedUp, worker: str) -> None:
     adaptation = Adaptation.objects.select_related("run", "job", "blueprint").get(
         uid=row.adaptation_uid
     )
@@ -124,7 +125,10 @@ def _build_and_offer(row: SpeedUp, worker: str) -> None:
         log.exception("compiled kernel of %s", adaptation.uid)
         _end(row, SpeedUpState.FAILED, f"{type(error).__name__}: {error}")
     else:
-        _offer(row, adaptation, kernel, report.speedup)
+        measured = report.speedup if math.isfinite(report.speedup) else None
+        with transaction.atomic():
+            SpeedUp.objects.filter(pk=row.pk).update(kernel=kernel, worker_speedup=measured)
+            enqueue(task=OFFER_TASK, queue="control", args=[row.pk])
 
 
 def _build_or_reuse(adaptation: Adaptation, worker: str) -> tuple[Kernel, KernelReport]:
@@ -163,12 +167,18 @@ def _stored(key: KernelKey) -> tuple[Kernel, KernelReport] | None:
 
 
 @transaction.atomic
-def _offer(row: SpeedUp, adaptation: Adaptation, kernel: Kernel, speedup: float) -> None:
+def offer(pk: int) -> None:
+    """Offer the trainer a kernel that was built. In the control worker, which signs commands."""
+    row = (
+        SpeedUp.objects.filter(pk=pk, state=SpeedUpState.BUILDING).select_related("kernel").first()
+    )
+    if row is None or row.kernel is None:
+        return  # offered already, or given up
+    adaptation = Adaptation.objects.get(uid=row.adaptation_uid)
     run = lock_run(adaptation.run_id)
     adaptation.refresh_from_db()
-    measured = speedup if math.isfinite(speedup) else None
-    SpeedUp.objects.filter(pk=row.pk).update(kernel=kernel, worker_speedup=measured)
-    if measured is None or measured < WORTH_OFFERING:
+    speedup = math.nan if row.worker_speedup is None else row.worker_speedup
+    if not speedup >= WORTH_OFFERING:
         _end(row, SpeedUpState.KEPT_EAGER, f"compiled {speedup:.2f}× on the worker, kept eager")
         return
     in_model = adaptation.state in (AdaptationState.PROBATION, AdaptationState.KEPT)
@@ -180,7 +190,7 @@ def _offer(row: SpeedUp, adaptation: Adaptation, kernel: Kernel, speedup: float)
         kind=CommandKind.SPEED_UP,
         adaptation_uid=adaptation.uid,
         layer=adaptation.layer,
-        kernel_digest=kernel.digest,
+        kernel_digest=row.kernel.digest,
         ttl_seconds=OFFER_SECONDS,
     )
     _move(row, SpeedUpState.OFFERED, f"compiled {speedup:.2f}× on the worker, offered")

@@ -36,6 +36,13 @@ def dispatch_adaptation(adaptation_uid: str, *, worker: str) -> None:
     _write_command(adaptation, Actor(ActorKind.WORKER, worker))
 
 
+def stage_kernel(adaptation_uid: str) -> None:
+    """On the run's host: its kernel is put where the trainer looks first."""
+    adaptation = Adaptation.objects.select_related("run", "kernel").get(uid=adaptation_uid)
+    if adaptation.kernel is not None and adaptation.run.host == settings.ESPER_HOST_NAME:
+        _stage(adaptation.kernel.digest)
+
+
 def _stage(digest: str) -> None:
     """Save the trainer the download; it checks digest and signature of every file anyway."""
     from esper.compilation.store import stage

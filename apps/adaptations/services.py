@@ -29,7 +29,7 @@ from apps.adaptations.delegations import (
     revoke_delegation,
     why_not_delegated,
 )
-from apps.adaptations.dispatch import dispatch_adaptation
+from apps.adaptations.dispatch import dispatch_adaptation, stage_kernel
 from apps.adaptations.dry_runs import DryRun, dry_run
 from apps.adaptations.editing import editable_settings
 from apps.adaptations.evidence import evidence_drift, evidence_now, pause_forecast
@@ -155,6 +155,7 @@ __all__ = [
     "set_project_switch",
     "snooze_adaptation",
     "snoozed_until",
+    "stage_kernel",
     "stored_snapshot",
     "sweep",
     "take_back_plan",

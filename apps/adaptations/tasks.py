@@ -16,6 +16,16 @@ def dispatch(adaptation_uid: str) -> None:
     services.dispatch_adaptation(adaptation_uid, worker=worker_name())
 
 
+@shared_task(name="adaptations.stage")
+def stage(adaptation_uid: str) -> None:
+    services.stage_kernel(adaptation_uid)
+
+
+@shared_task(name="adaptations.offer_speed_up")
+def offer_speed_up(pk: int) -> None:
+    compiled_kernels.offer(pk)
+
+
 @shared_task(name="adaptations.speed_up")
 def speed_up(pk: int) -> None:
     compiled_kernels.start_builder(pk)

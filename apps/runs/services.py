@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.db import transaction
 from django.db.models import F, QuerySet
 from django.utils import timezone
@@ -292,7 +293,16 @@ def issue_command(
     payload: dict[str, Any] | None = None,
     ttl_seconds: int = 60,
 ) -> models.Command:
-    """Sign one command, append it to the run's log and notify the trainer after the commit."""
+    """Sign one command, append it to the run's log and notify the trainer after the commit.
+
+    Raises:
+        ImproperlyConfigured: this process holds no key that signs commands.
+    """
+    if not settings.ESPER_COMMAND_KEY:
+        raise ImproperlyConfigured(
+            "This process issues no commands (ESPER_ISSUES_COMMANDS is off). Start it as web, or "
+            "as a worker of the queue control, with ESPER_COMMAND_KEY."
+        )
     models.Run.objects.filter(pk=run.pk).update(command_seq=F("command_seq") + 1)
     run.refresh_from_db(fields=["command_seq", "epoch"])
     issued_at = timezone.now()

@@ -21,8 +21,10 @@ DATABASES = {"default": env.database("DATABASE_URL")}
 REDIS_URL = env.redis_url("REDIS_URL")
 CELERY_BROKER_URL = REDIS_URL
 CHANNEL_LAYERS = channel_layers(REDIS_URL)
-ESPER_COMMAND_KEY = env.signing_key("ESPER_COMMAND_KEY")
-ESPER_AUDIT_KEY = env.signing_key("ESPER_AUDIT_KEY")
+# A compile worker runs compilers, and holds neither key.
+_issues = env.flag("ESPER_ISSUES_COMMANDS", True)
+ESPER_COMMAND_KEY = env.signing_key("ESPER_COMMAND_KEY") if _issues else ""
+ESPER_AUDIT_KEY = env.signing_key("ESPER_AUDIT_KEY") if _issues else ""
 ESPER_KERNEL_PUBLIC_KEY = env.text("ESPER_KERNEL_PUBLIC_KEY")
 # A team's host does not offer the demos.
 ESPER_RECIPES = env.directory("ESPER_RECIPES", Path("/etc/esper/recipes"))

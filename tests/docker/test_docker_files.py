@@ -21,6 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from hosts.paths import ROOT
 from launcher.supervisor import plan
+from scripts import requirement_hashes
 
 DOCKER = ROOT / "docker"
 COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
@@ -102,6 +103,24 @@ def test_every_variable_for_the_server_is_a_setting() -> None:
 def test_only_the_compile_worker_holds_the_kernel_key() -> None:
     holders = {name for name, service in SERVICES.items() if "kernel_key" in str(service)}
     assert holders == {"worker-compile"}
+
+
+def test_the_compile_worker_cannot_sign_commands_or_heads() -> None:
+    worker = SERVICES["worker-compile"]
+    assert not {"command_key", "audit_key", "database_owner_url"} & set(worker["secrets"])
+    assert worker["environment"]["ESPER_ISSUES_COMMANDS"] == "false"
+    assert not [name for name in worker["environment"] if re.search("COMMAND_KEY|AUDIT_KEY", name)]
+
+
+def test_the_web_image_is_built_from_wheels_with_known_hashes() -> None:
+    image = (DOCKER / "Dockerfile.web").read_text()
+    assert "pip install --require-hashes --only-binary :all: -r requirements/web.lock.txt" in image
+    lock = requirement_hashes.LOCK.read_text()
+    assert requirement_hashes.pins(lock) == requirement_hashes.pins(
+        requirement_hashes.SOURCE.read_text()
+    )
+    for entry in lock.removeprefix(requirement_hashes.HEAD).split("\n")[:-1]:
+        assert re.fullmatch(r"[\w.=-]+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?", entry), entry
 
 
 def test_redis_and_postgres_have_passwords_and_no_open_ports() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.test import override_settings
 
 from apps.adaptations import compiled_kernels
 from apps.adaptations.models import Adaptation
@@ -81,6 +82,16 @@ def state_of(adaptation: Adaptation) -> SpeedUp:
     return row
 
 
+def build_and_offer(worker: str) -> bool:
+    """The builder, without the key of commands, and then the control worker."""
+    with override_settings(ESPER_COMMAND_KEY=""):
+        built = compiled_kernels.build_next(worker=worker)
+    for message in OutboxMessage.objects.filter(task=compiled_kernels.OFFER_TASK):
+        assert message.queue == "control"
+        compiled_kernels.offer(*message.args)
+    return built
+
+
 def speed_up_command(adaptation: Adaptation) -> Command | None:
     return Command.objects.filter(adaptation_uid=adaptation.uid, kind=CommandKind.SPEED_UP).first()
 
@@ -93,7 +104,7 @@ def test_a_faster_kernel_is_offered_after_the_graft_and_the_answer_is_kept(
     assert OutboxMessage.objects.filter(task=compiled_kernels.SPEED_UP_TASK).exists()
     worker(1.4)
 
-    assert compiled_kernels.build_next(worker="compile@here")
+    assert build_and_offer("compile@here")
     assert not compiled_kernels.build_next(worker="compile@here")
 
     command = speed_up_command(adaptation)
@@ -113,7 +124,7 @@ def test_what_the_trainer_finds_slower_is_kept_eager_and_said(
 ) -> None:
     adaptation = grafted()
     worker(1.2)
-    compiled_kernels.build_next(worker="w")
+    build_and_offer("w")
     command = speed_up_command(adaptation)
     assert command is not None
 
@@ -133,7 +144,7 @@ def test_a_kernel_that_is_slower_on_the_worker_does_not_trouble_the_trainer(
     adaptation = grafted()
     worker(0.57)
 
-    compiled_kernels.build_next(worker="w")
+    build_and_offer("w")
 
     assert speed_up_command(adaptation) is None
     row = state_of(adaptation)
@@ -154,7 +165,7 @@ def test_no_compiler_is_no_failure_and_a_failure_touches_no_adaptation(
     adaptation = grafted()
     worker(outcome)
 
-    compiled_kernels.build_next(worker="w")
+    build_and_offer("w")
 
     assert state_of(adaptation).state == state
     adaptation.refresh_from_db()
@@ -176,7 +187,7 @@ def test_a_graft_that_has_gone_is_not_sped_up(stage: Stage, grafted: Grafted, wo
     force_state(adaptation, AdaptationState.ROLLED_BACK)
     worker(1.5)
 
-    compiled_kernels.build_next(worker="w")
+    build_and_offer("w")
 
     assert speed_up_command(adaptation) is None
     assert state_of(adaptation).state == SpeedUpState.KEPT_EAGER
@@ -187,10 +198,10 @@ def test_a_second_graft_of_the_same_shape_reuses_the_kernel(
 ) -> None:
     adaptation = grafted()
     worker(1.2)
-    compiled_kernels.build_next(worker="w")
+    build_and_offer("w")
     worker(AssertionError("built twice"))
     SpeedUp.objects.update(state=SpeedUpState.QUEUED)
 
-    compiled_kernels.build_next(worker="w")
+    build_and_offer("w")
 
     assert state_of(adaptation).state == SpeedUpState.OFFERED
