@@ -32,6 +32,7 @@ class LossKind(StrEnum):
     """The loss function, as its gradient at the model's output shows it."""
 
     CROSS_ENTROPY = "cross_entropy"  # softmax and negative log-likelihood
+    TWO_SOFTMAXES = "cross_entropy of a softmax"
     LIKELIHOOD = "nll_loss"  # the negative output at the target
     BINARY = "binary_cross_entropy"  # of probabilities
     BINARY_LOGITS = "binary_cross_entropy_with_logits"
@@ -121,6 +122,8 @@ class ModelPass:
         loss_kind: as the gradient at the output shows it.
         loss_scale: the weight of one row in the loss, times the number of rows: 1 for a mean.
         target_low, target_high: smallest and largest sampled target; NaN unknown.
+        gradient_square: sum of the squares of the gradient at the output; NaN where only a part of
+            the output was read.
         targets_averaged: the gradient of a mean squared error says that all rows have the same
             target, which is no integer: the mean of the true ones.
         layers: in the order of execution.
@@ -142,6 +145,7 @@ class ModelPass:
     target_low: float = math.nan
     target_high: float = math.nan
     targets_averaged: bool = False
+    gradient_square: float = math.nan
 
     @property
     def classes(self) -> int:
@@ -272,6 +276,8 @@ class Observation:
         rank_digests: one number of each rank's parameters; empty for one process.
         searches: an optimizer finds the size of its updates by itself.
         warms_up: an optimizer may make its first updates at a rate of zero.
+        follows_gradient: the updates are as large as the gradient; those of an adaptive optimizer
+            are not, so it leaves a place where the gradient is faint.
     """
 
     step: int = 0
@@ -298,6 +304,7 @@ class Observation:
     rank_digests: Sequence[float] = ()
     searches: bool = False
     warms_up: bool = False
+    follows_gradient: bool = True
 
     # -- what rules ask --------------------------------------------------------------------------
 
@@ -311,6 +318,20 @@ class Observation:
         if not len(self.losses):
             raise Unknown("no training loss was passed to session.step")
         return float(self.losses[-1])
+
+    def squares_in_loss(self, seen: ModelPass) -> float:
+        """The weight of each square, times their number: 1 for a mean squared error.
+
+        The gradient of ``w (y - t)^2`` is ``2 w (y - t)``, so the loss of its step is known from
+        the gradient but for ``w``. The number of the squares for their sum; below 0 with a minus
+        sign. Raises ``Unknown``.
+        """
+        found = np.flatnonzero(self.loss_steps == seen.step)
+        square = seen.gradient_square
+        if not len(found) or not square > 0 or not math.isfinite(self.losses[found[0]]):
+            raise Unknown("the loss and its whole gradient of one step are not known")
+        loss = float(self.losses[found[0]])
+        return math.prod(seen.output_shape) * square / (4.0 * loss) if loss else math.nan
 
     @property
     def first_pass(self) -> ModelPass:

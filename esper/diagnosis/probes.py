@@ -413,9 +413,11 @@ def _with_output(
 def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ...]) -> ModelPass:
     rows, elements = math.prod(shape[:-1]), math.prod(shape)
     used = g_NC.abs().sum(1) > 0  # a row that the loss ignores has no gradient
-    y_NC, g_NC = y_NC[used], g_NC[used]
-    if not len(y_NC) or not bool(g_NC.isfinite().all()):
+    if not used.any() or not bool(g_NC.isfinite().all()):
         return seen
+    if g_NC.numel() == elements:
+        seen = replace(seen, gradient_square=float(g_NC.square().sum()))
+    y_NC, g_NC = y_NC[used], g_NC[used]
     if y_NC.shape[1] > 1:
         if _is_likelihood(g_NC):
             return replace(
@@ -426,6 +428,8 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
         if bool((sums < CLOSE * sizes + 1e-6 * sizes.max()).all()):
             weight = _softmax_weight(y_NC, g_NC)
             if not _are_distributions(torch.softmax(y_NC, 1) - g_NC / weight):
+                if _are_of_two_softmaxes(y_NC, g_NC):
+                    return replace(seen, loss_kind=LossKind.TWO_SOFTMAXES)
                 return seen  # of rewards, say, or of rows with weights of their own
             return replace(seen, loss_kind=LossKind.CROSS_ENTROPY, loss_scale=weight * rows)
     for kind, targets in _targets(y_NC, g_NC * elements):
@@ -438,6 +442,8 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
                 target_low=float(whole.min()),
                 target_high=float(whole.max()),
             )
+    if found := _other_binary(y_NC, g_NC, elements):
+        return replace(seen, loss_kind=found[0], loss_scale=found[1], target_low=0, target_high=1)
     wanted = y_NC - g_NC * elements / 2
     if shape[-1] == 1 and len(y_NC) > 2 and _are_equal(wanted) and not _are_equal(y_NC):
         return replace(seen, loss_kind=LossKind.SQUARED, loss_scale=1.0, targets_averaged=True)
@@ -465,6 +471,30 @@ def _softmax_weight(y_NC: Tensor, g_NC: Tensor) -> float:
     return float(ratios.median()) if len(ratios) else math.nan
 
 
+def _are_of_two_softmaxes(y_NC: Tensor, g_NC: Tensor) -> bool:
+    """The rows of the gradient are those of cross-entropy of ``softmax(y)`` with some class.
+
+    With p = softmax(y), q = softmax(p) and the class t that is
+    ``w p (q - t - <p, q - t>)``: each class is tried, and must fit with the same w.
+    """
+    p_NC = torch.softmax(y_NC, 1)
+    d_NTC = torch.softmax(p_NC, 1)[:, None, :] - torch.eye(y_NC.shape[1], dtype=y_NC.dtype)
+    u_NTC = p_NC[:, None, :] * (d_NTC - (p_NC[:, None, :] * d_NTC).sum(2, keepdim=True))
+    w_NT = (u_NTC * g_NC[:, None, :]).sum(2) / u_NTC.square().sum(2).clamp_min(1e-30)
+    error_NT = (g_NC[:, None, :] - w_NT[:, :, None] * u_NTC).norm(dim=2)
+    best_N = error_NT.argmin(1, keepdim=True)
+    w_N, error_N = w_NT.gather(1, best_N)[:, 0], error_NT.gather(1, best_N)[:, 0]
+    size = float(g_NC.norm(dim=1).max())
+    w = w_N.median()
+    # With two classes any gradient whose sum is zero fits, but not with the same w.
+    return bool(
+        w > 0
+        and len(y_NC) > 2
+        and (error_N <= CLOSE * g_NC.norm(dim=1) + 1e-6 * size).all()
+        and ((w_N - w).abs() < 0.01 * w).all()
+    )
+
+
 def _are_distributions(targets_NC: Tensor) -> bool:
     return bool(((targets_NC > -TARGET_ERROR) & (targets_NC < 1 + TARGET_ERROR)).all())
 
@@ -478,6 +508,21 @@ def _targets(y_NC: Tensor, g_NC: Tensor) -> list[tuple[LossKind, Tensor]]:
     if bool(((y_NC > 0) & (y_NC < 1)).all()):
         found.insert(0, (LossKind.BINARY, y_NC - g_NC * y_NC * (1 - y_NC)))
     return found
+
+
+def _other_binary(y_NC: Tensor, g_NC: Tensor, elements: int) -> tuple[LossKind, float] | None:
+    """A binary loss that is a sum, or has a minus sign: (kind, weight of an element x elements)."""
+    for weight in (1.0, -1.0, -1.0 / elements):
+        for kind, targets in _targets(y_NC, g_NC / weight):
+            if kind is LossKind.SQUARED:
+                continue
+            # Outputs at the ends would look like targets themselves, whatever the gradient is.
+            outputs = y_NC if kind is LossKind.BINARY else torch.sigmoid(y_NC)
+            inside = (outputs - outputs.round()).abs() > 10 * CLOSE
+            whole = (targets - targets.round()).abs() < CLOSE
+            if bool(inside.all() and whole.all() and (targets.abs() < 1.5).all()):
+                return kind, weight * elements
+    return None
 
 
 @dataclass(slots=True)

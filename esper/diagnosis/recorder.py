@@ -437,7 +437,9 @@ class _Modes:
     """The mode of the modules whose result depends on it."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._modules = [m for m in model.modules() if _depends_on_mode(m)]
+        self._seen_update = False
         norms = [m for m in self._modules if isinstance(m, _BATCH_NORM)]
         counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
         at_once = [counter for counter in counters if not is_late(counter)]
@@ -450,6 +452,9 @@ class _Modes:
     def on_update(self, step: int) -> None:
         """At an optimizer's step they are still in the mode of the forward pass."""
         self._count_batches()
+        if not self._seen_update:
+            self._seen_update = True
+            self._modules = self._of_learning_parts()
         training, old = sum([module.training for module in self._modules]), self.facts
         if training and training == old.in_training:
             return  # as in the update before
@@ -465,6 +470,11 @@ class _Modes:
             extra_steps=old.extra_steps,
             evaluated_in_training=old.evaluated_in_training,
         )
+
+    def _of_learning_parts(self) -> list[nn.Module]:
+        """Without those of frozen parts, which are kept in evaluation mode on purpose."""
+        names = {id(module): name for name, module in self._model.named_modules()}
+        return [m for m in self._modules if _learns(self._model, names[id(m)])]
 
     @property
     def counts(self) -> bool:
@@ -497,6 +507,17 @@ class _Modes:
                 extra_batches=old.extra_batches + batches - self._usual,
                 extra_steps=old.extra_steps + 1,
             )
+
+
+def _learns(model: nn.Module, name: str) -> bool:
+    """The smallest part of the model around this module that has parameters trains one."""
+    path = name.split(".")
+    for end in range(len(path), -1, -1):
+        part = model.get_submodule(".".join(path[:end]))
+        trainable = [parameter.requires_grad for parameter in part.parameters()]
+        if trainable:
+            return any(trainable)
+    return False
 
 
 def _depends_on_mode(module: nn.Module) -> bool:

@@ -14,7 +14,13 @@ from esper.contracts import Finding, HealthFrame, LayerInfo, Severity, Violation
 from esper.diagnosis import Change, Diagnosed, Diagnosis, Observation, Recorder
 from esper.diagnosis.observation import Broken
 from esper.diagnosis.recorder import highest_rate
-from esper.diagnosis.updates import EXCESSIVE, may_warm_up, searches, sound_update
+from esper.diagnosis.updates import (
+    EXCESSIVE,
+    follows_gradient,
+    may_warm_up,
+    searches,
+    sound_update,
+)
 from esper.fail_closed import FailClosed
 from esper.grafting import Surroundings
 from esper.grafting.compiled import Compilation
@@ -233,6 +239,7 @@ class DiagnosisWatch:
             rank_digests=self.rank_digests,
             searches=searches(self.optimizers),
             warms_up=may_warm_up(self.optimizers),
+            follows_gradient=follows_gradient(self.optimizers),
             duplicates=recorder.duplicates,
             broken=self._broken or Broken(),
         )

@@ -8,6 +8,7 @@ from esper.diagnosis.observation import Observation, Unknown
 
 LARGE = 10.0
 FITS = 3.0
+FAR = 100.0
 NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "SyncBatchNorm")
 
 
@@ -21,6 +22,7 @@ class AbnormalData(Rule):
         Threshold(
             "root mean square of the input", LARGE, "units of the data", "AutoTrainer (TDSC'24)"
         ),
+        Threshold("the same, as serious", FAR, "units of the data", "chosen"),
         Threshold(
             "std of the first layer's output", FITS, "units", "below it the weights fit the data"
         ),
@@ -58,4 +60,5 @@ class AbnormalData(Rule):
             value=seen.input_rms,
             began_at=seen.layers[0].layer if seen.layers else "",
             since_step=1,
+            severity=Severity.SERIOUS if seen.input_rms >= FAR else None,
         )

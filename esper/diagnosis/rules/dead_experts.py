@@ -1,17 +1,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Gradients, Observation, Unknown
 
 READINGS = 8
-STEPS = 40
+STEPS = 35
 SIBLINGS = 4
-NUMBERED = re.compile(r"^(.*)\.(\d+)\.(.+)$")
 
 
 class DeadExperts(Rule):
@@ -37,11 +36,12 @@ class DeadExperts(Rule):
         if len(readings) < READINGS or readings[-1].step - readings[0].step < STEPS:
             raise Unknown("too few readings of the gradients")
         alive = [_alive(reading) for reading in readings]
-        members = {name for reading in alive for name in reading}
-        groups: dict[str, list[str]] = defaultdict(list)
-        for name in sorted(members):
-            groups[name.rpartition(".")[0]].append(name)
-        for group, names in groups.items():
+        shapes = {tensor.name: tensor.shape for tensor in observation.tensors}
+        groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
+        for name, parts in sorted(_numbered(shapes).items()):
+            if any(name in reading for reading in alive):
+                groups[name.rpartition(".")[0], *parts].append(name)
+        for (group, *_), names in groups.items():
             dead = [name for name in names if not any(reading.get(name) for reading in alive)]
             if len(names) < SIBLINGS or not dead or len(dead) == len(names):
                 continue
@@ -57,12 +57,27 @@ class DeadExperts(Rule):
         return None
 
 
+def _numbered(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[tuple[object, ...]]]:
+    """Numbered module -> its tensors' own names and shapes: equal ones are siblings."""
+    found: dict[str, list[tuple[object, ...]]] = defaultdict(list)
+    for name, shape in shapes.items():
+        for module, rest in _modules_of(name):
+            found[module].append((rest, *shape))
+    return found
+
+
 def _alive(reading: Gradients) -> dict[str, bool]:
     """Numbered module -> one of its tensors has a gradient above zero."""
     found: dict[str, bool] = {}
     for row in reading.rows:
-        match = NUMBERED.match(row.name)
-        if match:
-            name = f"{match[1]}.{match[2]}"
+        for name, _ in _modules_of(row.name):
             found[name] = found.get(name, False) or (not math.isnan(row.norm) and row.norm > 0)
     return found
+
+
+def _modules_of(parameter: str) -> Iterator[tuple[str, str]]:
+    """(numbered module, name in it) of each level: an expert may itself be a Sequential."""
+    parts = parameter.split(".")
+    for place, part in enumerate(parts[:-1]):
+        if place and part.isdigit():
+            yield ".".join(parts[: place + 1]), ".".join(parts[place + 1 :])

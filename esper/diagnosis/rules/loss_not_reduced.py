@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import math
+
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import LossKind, Observation, Unknown
+from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
+from esper.diagnosis.updates import STEADY
 
 ROWS = 8
+EXACT = 0.01
+TOO_FAR = 3.0
+OF_ROWS = (LossKind.CROSS_ENTROPY, LossKind.LIKELIHOOD)
+OF_ELEMENTS = (LossKind.BINARY, LossKind.BINARY_LOGITS)
 
 
 class LossNotReduced(Rule):
@@ -15,7 +22,11 @@ class LossNotReduced(Rule):
     symptom = "Each row of the batch has the weight 1 in the loss, instead of one part of it."
     thresholds = (
         Threshold("weight of a row, times the rows", 1, "ratio", "a mean over the batch"),
-    )
+        Threshold(
+            "update of a gradient's size / a sound one", TOO_FAR, "ratio",
+            "chosen: above it, it is no note",
+        ),
+    )  # fmt: skip
     severity = Severity.INFO
     false_alarm = "A sum on purpose, with a learning rate that was chosen for it."
     advice = 'Use reduction="mean", or divide the learning rate by the size of the batch.'
@@ -24,17 +35,36 @@ class LossNotReduced(Rule):
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         seen = observation.first_pass
-        if seen.loss_kind not in (LossKind.CROSS_ENTROPY, LossKind.LIKELIHOOD):
+        if squares := self._squares(observation, seen):
+            return squares
+        if seen.loss_kind not in (*OF_ROWS, *OF_ELEMENTS):
             raise Unknown("the loss is not one whose weights its gradient shows")
-        rows = 1
-        for size in seen.output_shape[:-1]:
-            rows *= size
-        if rows < ROWS or abs(seen.loss_scale / rows - 1) > 0.01:
+        axes = seen.output_shape if seen.loss_kind in OF_ELEMENTS else seen.output_shape[:-1]
+        rows = math.prod(axes)
+        if rows < ROWS or abs(seen.loss_scale / rows - 1) > EXACT:
             return None
-        return Evidence(
-            observed=f"the loss is a sum over {rows} rows",
-            limit="a mean over the batch",
-            signal="loss",
-            value=seen.loss_scale,
-            since_step=1,
-        )
+        return _evidence(f"{rows} rows", seen.loss_scale, observation)
+
+    def _squares(self, observation: Observation, seen: ModelPass) -> Evidence | None:
+        try:
+            weight = observation.squares_in_loss(seen)
+        except Unknown:
+            return None
+        numbers = math.prod(seen.output_shape)
+        if numbers < ROWS or not abs(weight / numbers - 1) < EXACT:
+            return None
+        return _evidence(f"{numbers} squares", weight, observation)
+
+
+def _evidence(parts: str, value: float, observation: Observation) -> Evidence:
+    change = observation.gradients[0].change if observation.gradients else math.nan
+    too_far = observation.follows_gradient and change > TOO_FAR * STEADY
+    return Evidence(
+        observed=f"the loss is a sum over {parts}"
+        + (f", and its first update moves the weights by {change:.2g} of their size" * too_far),
+        limit="a mean over the batch",
+        signal="loss",
+        value=value,
+        since_step=1,
+        severity=Severity.SERIOUS if too_far else None,
+    )

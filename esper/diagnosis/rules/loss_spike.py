@@ -7,6 +7,8 @@ from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation
 from esper.grafting.guard import LossGuard
 
+HARM = 0.3
+
 
 class LossSpike(Rule):
     """The loss jumps far above its own recent level, and stays there for three steps."""
@@ -17,7 +19,11 @@ class LossSpike(Rule):
     thresholds = (
         Threshold("loss / mean of the last 20", 3.0, "ratio", "the guard of esper.grafting"),
         Threshold("distance from that mean", 6.0, "standard deviations", "the same"),
-    )
+        Threshold(
+            "loss / first loss", HARM, "ratio",
+            "chosen: below it, it is info; single batches of a run that has learned are as high",
+        ),
+    )  # fmt: skip
     severity = Severity.CRITICAL
     false_alarm = "New data that is much harder, such as the next stage of a curriculum."
     advice = (
@@ -49,4 +55,11 @@ class LossSpike(Rule):
             signal="loss",
             value=observation.loss,
             since_step=memory.notes["since"],
+            severity=None if _does_harm(observation) else Severity.INFO,
         )
+
+
+def _does_harm(observation: Observation) -> bool:
+    """The loss is a share of what it was before anything was learned."""
+    first = observation.first_training_loss
+    return not 0 < observation.loss < HARM * first

@@ -39,6 +39,8 @@ class MemorisedNoise(Rule):
         chance = observation.first_training_loss
         if first < (1 - GAIN) * chance or first_step > 1_000:
             return None  # something was learned before the first evaluation
+        if observation.training_loss_at(first_step) < MEMORISED * chance:
+            raise Unknown("the training loss had fallen before the first evaluation")
         best = min(loss for _, loss in held_out)
         now = median(loss for _, loss in held_out[-3:])
         training = observation.training_loss_at(observation.step)

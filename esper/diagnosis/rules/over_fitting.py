@@ -14,6 +14,7 @@ MILD = 0.1
 GAP = 0.1
 STILL = 0.05
 SWINGS = 2.0
+GIVEN_BACK = 0.1
 
 
 class OverFitting(Rule):
@@ -32,7 +33,11 @@ class OverFitting(Rule):
         Threshold("evaluations", EVALUATIONS, "evaluations", "chosen; the last three count"),
         Threshold("the same, by its usual swing", SWINGS, "swings", "between two evaluations"),
         Threshold("to resolve", STILL, "share", "chosen"),
-    )
+        Threshold(
+            "rise / fall of the held-out loss before it", GIVEN_BACK, "share",
+            "chosen: below it, it is info; nearly all that was learned is kept",
+        ),
+    )  # fmt: skip
     severity = Severity.CAUTION
     false_alarm = "A held-out loss that grows with confidence while the accuracy still rises."
     advice = "Keep the weights of the best evaluation; use weight decay, more data, or stop here."
@@ -57,7 +62,8 @@ class OverFitting(Rule):
         swings = median(abs(b - a) for (_, a), (_, b) in pairwise(held_out))
         if now <= best + max(limit * abs(best), SWINGS * swings) or latest >= then:
             return None
-        rises = now > best + RISE * abs(best)
+        learned = max(held_out[0][1], observation.first_training_loss) - best
+        rises = now > best + max(RISE * abs(best), GIVEN_BACK * learned)
         return Evidence(
             observed=f"the held-out loss is {now:.4g}; its best was {best:.4g} at {best_step}; "
             f"the training loss fell from {then:.4g} to {latest:.4g}",

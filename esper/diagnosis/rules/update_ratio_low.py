@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from esper.contracts import Severity, Signal
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
 
-LOW = 1e-5
+LOW, LOW_OF_ADAPTIVE = 1e-5, 1e-4
+RECENT = 0.5
 SCHEDULED = 0.3
 UNLEARNED = 0.95
 FEWEST_LOSSES, LEVEL_LOSSES = 20, 50
@@ -17,14 +20,22 @@ class UpdateRatioLow(Rule):
 
     slug = "update_ratio_low"
     title = "Updates are too small"
-    symptom = "The median update is below 1e-5 of the weights, and the loss stands still."
+    symptom = "No recent update was 1e-5 of the weights in the median, and the loss stands still."
     thresholds = (
         Threshold("median of update / weight", LOW, "ratio", "1e-3 is usual; chosen on 0 to 9"),
+        Threshold(
+            "the same, of an adaptive optimizer", LOW_OF_ADAPTIVE, "ratio",
+            "chosen: its updates do not grow once the gradient does",
+        ),
+        Threshold(
+            "readings that are below it", RECENT, "share, the newest",
+            "chosen: where the gradient is faint at first, updates pass below it and grow again",
+        ),
         Threshold(
             "rate / largest rate so far", SCHEDULED, "share", "below it the schedule is meant"
         ),
         Threshold("loss / first loss", UNLEARNED, "ratio", "below it the run learns"),
-    )
+    )  # fmt: skip
     severity = Severity.CAUTION
     false_alarm = "A fine-tuning that starts close to its optimum."
     advice = "Raise the learning rate, by a factor of ten first."
@@ -35,15 +46,18 @@ class UpdateRatioLow(Rule):
     )
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
-        step, ratio = observation.update_ratios[-1]
+        ratios = observation.update_ratios
+        step = ratios[-1][0]
         if memory.notes.get("step") == step:
             raise Unknown("no newer update was measured")
         memory.notes["step"] = step
         if observation.is_warming_up:
             raise Unknown("the learning rate still rises")
+        ratio = max(ratio for _, ratio in ratios[-math.ceil(RECENT * len(ratios)) :])
         if ratio == 0:
             raise Unknown("nothing moved, which other rules explain")
-        if ratio >= LOW or observation.rate_share < SCHEDULED:
+        low = LOW if observation.follows_gradient else LOW_OF_ADAPTIVE
+        if ratio >= low or observation.rate_share < SCHEDULED:
             return None
         losses = observation.finite_losses()[1]
         if len(losses) < FEWEST_LOSSES:
@@ -53,9 +67,9 @@ class UpdateRatioLow(Rule):
         if first <= 0 or level < UNLEARNED * first:
             return None
         return Evidence(
-            observed=f"the median update is {ratio:.1e} of its weight at step {step}, and the loss "
-            f"is {level / first:.0%} of the first",
-            limit=f"at least {LOW:g}; about 0.001 is usual",
+            observed=f"up to step {step} the median update is at most {ratio:.1e} of its weight, "
+            f"and the loss is {level / first:.0%} of the first",
+            limit=f"at least {low:g}; about 0.001 is usual",
             signal=Signal.UPDATE_RATIO,
             value=ratio,
         )

@@ -9,6 +9,8 @@ from esper.diagnosis.observation import Observation, Unknown
 RATIO = 1e-3
 SMALL = 1e-4
 DEPTH = 3
+HOPELESS = 1e-6
+WAITS, GROWN = 30, 2.0
 
 
 class VanishingGradient(Rule):
@@ -20,7 +22,15 @@ class VanishingGradient(Rule):
     thresholds = (
         Threshold("norm in the first layer / in the last", RATIO, "ratio", "AutoTrainer (ICSE'21)"),
         Threshold("norm in the first layer", SMALL, "L2", "AutoTrainer (ICSE'21)"),
-    )
+        Threshold(
+            "the ratio, at once also with an adaptive optimizer", HOPELESS, "ratio",
+            "chosen: deep runs of Adam that learn begin with 5e-6 or more",
+        ),
+        Threshold(
+            f"that norm after {WAITS} steps of an adaptive optimizer / at first", GROWN, "ratio",
+            "chosen: its updates are as large where the gradient is faint, so that it grows",
+        ),
+    )  # fmt: skip
     severity = Severity.SERIOUS
     false_alarm = "A first layer that is frozen in all but name, or an adapter at birth."
     advice = (
@@ -42,6 +52,9 @@ class VanishingGradient(Rule):
         ratio = living[first] / living[last]
         if ratio >= limit or living[first] >= SMALL * (10 if memory.is_open else 1):
             return None
+        adapts = ratio >= HOPELESS and not observation.follows_gradient
+        if adapts and self._grows(observation, first):
+            return None
         # Where it is lost: the layer behind the steepest fall.
         falls = [(living[a] / living[b], a) for a, b in pairwise(names)]
         return Evidence(
@@ -52,3 +65,10 @@ class VanishingGradient(Rule):
             value=ratio,
             began_at=min(falls)[1],
         )
+
+    def _grows(self, observation: Observation, layer: str) -> bool:
+        reading = observation.last_gradients
+        if reading.step < WAITS:
+            raise Unknown("an adaptive optimizer may still raise the gradient of the first layers")
+        before = observation.layer_norms(observation.gradients[0]).get(layer, 0.0)
+        return observation.layer_norms(reading).get(layer, 0.0) >= GROWN * before > 0

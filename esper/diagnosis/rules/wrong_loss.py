@@ -8,6 +8,7 @@ from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
 
 SAME_LOSSES = 3
+EXACT = 0.01
 SEVERAL, MOST_CLASSES = 3, 20
 BINARY = (LossKind.BINARY, LossKind.BINARY_LOGITS)
 
@@ -35,6 +36,8 @@ class WrongLoss(Rule):
         seen = observation.first_pass  # later, saturated outputs hide which loss it is
         if constant := _constant(observation):
             return constant
+        if negated := _negated(observation, seen):
+            return negated
         if seen.loss_kind is LossKind.UNKNOWN:
             raise Unknown("the loss is not one that its gradient shows")
         return (
@@ -105,9 +108,24 @@ def _constant(observation: Observation) -> Evidence | None:
     )
 
 
+def _negated(observation: Observation, seen: ModelPass) -> Evidence | None:
+    """A sum or a mean of squares with a minus sign; its targets may be any numbers."""
+    try:
+        weight = observation.squares_in_loss(seen)
+    except Unknown:
+        return None
+    wanted = (-1.0, -float(math.prod(seen.output_shape)))
+    if not any(abs(weight / one - 1) < EXACT for one in wanted):
+        return None
+    return _evidence(
+        "the loss is a squared error with a minus sign, so that training raises the error",
+        "Remove the minus sign before the loss.",
+    )
+
+
 def _negative(observation: Observation, seen: ModelPass) -> Evidence | None:
     loss = observation.loss
-    if loss >= 0 or seen.loss_kind is LossKind.LIKELIHOOD:
+    if not loss < 0 or seen.loss_kind is LossKind.LIKELIHOOD:
         return None
     return _evidence(
         f"the loss is {loss:.3g}, and {seen.loss_kind} is never below zero",

@@ -61,6 +61,11 @@ def _twice(seen: ModelPass, end: str) -> Evidence | None:
                 f"the model ends with {end.lower()}, and cross-entropy applies a softmax to it",
                 f"Remove the {end.lower()} at the end: cross-entropy takes raw outputs (logits).",
             )
+    if seen.loss_kind is LossKind.TWO_SOFTMAXES:
+        return _evidence(
+            "a softmax is applied to the model's output, and cross-entropy applies another one",
+            "Give cross-entropy the raw outputs (logits): remove the softmax before it.",
+        )
     if seen.loss_kind is LossKind.BINARY_LOGITS and end:
         return _evidence(
             f"the model ends with {end.lower()}, and the loss applies a sigmoid to it",

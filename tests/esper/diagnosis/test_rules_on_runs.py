@@ -454,3 +454,51 @@ def test_the_next_look_is_the_first_that_is_due() -> None:
             plan.look_again(200)
         due = next(later for later in range(step + 1, 10**4) if plan.is_due(later))
         assert plan.next_due(step) == due
+
+
+def negated_squares(out: Tensor, target: Tensor) -> Tensor:
+    return -F.mse_loss(out.squeeze(1), target / 4.5 - 1)
+
+
+def summed_squares(out: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(out.squeeze(1), target / 4.5 - 1, reduction="sum")
+
+
+def is_odd(out: Tensor, target: Tensor, *, factor: float = 1.0) -> Tensor:
+    odd = (target % 2).float()
+    return factor * F.binary_cross_entropy_with_logits(out.squeeze(1), odd)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "slug"),
+    [
+        (lambda y, t: F.cross_entropy(torch.softmax(y, 1), t), 10, "wrong_output_activation"),
+        (lambda y, t: F.cross_entropy(2 * y, t), 10, None),
+        (negated_squares, 1, "wrong_loss"),
+        (summed_squares, 1, "loss_not_reduced"),
+        (lambda y, t: -negated_squares(y, t), 1, None),
+        (lambda y, t: is_odd(y, t, factor=-1.0), 1, "wrong_loss"),
+        (lambda y, t: is_odd(y, t, factor=32.0), 1, "loss_not_reduced"),
+        (is_odd, 1, None),
+    ],
+    ids=[
+        "softmax outside the model", "scaled logits", "squares, minus sign", "sum of squares",
+        "squares", "binary, minus sign", "binary, sum", "binary",
+    ],
+)  # fmt: skip
+def test_the_gradient_and_the_loss_show_what_the_loss_is(
+    loss: Callable[[Tensor, Tensor], Tensor], outputs: int, slug: str | None
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, outputs))
+    result = Run(model, loss=loss, steps=2).go()
+    assert list(result.steps) == ([slug] if slug else [])
+
+
+def test_experts_may_be_sequences_of_layers() -> None:
+    torch.manual_seed(0)
+    model = Experts(used=4)
+    model.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(6))
+    result = Run(model, steps=52).go()
+    assert result.steps["dead_experts"] == 50
+    assert result.first("dead_experts").layer == "experts.4"
