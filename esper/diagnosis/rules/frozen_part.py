@@ -33,8 +33,8 @@ class FrozenPart(Rule):
         empty = [t for t in matrices if t.all_zero and not t.trainable and t.layer in still]
         if empty:
             return Evidence(
-                observed=f"{empty[0].name} is frozen, and all its elements are 0; so in "
-                f"{len(empty)} matrices",
+                observed=f"{empty[0].name} is frozen, and all its elements are 0; the "
+                f"same is true of {len(empty)} matrices in all",
                 limit="frozen weights that do something",
                 signal="requires_grad",
                 value=float(len(empty)),

@@ -31,7 +31,7 @@ class RepeatedInitialisation(Rule):
         if equal:
             return Evidence(
                 observed=f"{equal[0].equal_rows:.0%} of the units of {equal[0].layer} start with "
-                f"the weights of the unit before; so in {len(equal)} layers",
+                f"the weights of the unit before; the same is true of {len(equal)} layers in all",
                 limit="units that differ",
                 signal="weights",
                 value=equal[0].equal_rows,

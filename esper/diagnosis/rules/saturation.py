@@ -51,8 +51,8 @@ class Saturation(Rule):
         names = [p.layer for p in seen.layers]
         before = names[max(0, names.index(found[0].layer) - 1)]
         return Evidence(
-            observed=f"{found[0].input_extremes:.0%} of what enters {found[0].layer} is saturated, "
-            f"and so in {len(found)} of {len(known)} layers",
+            observed=f"{found[0].input_extremes:.0%} of what enters {found[0].layer} is saturated; "
+            f"the same is true of {len(found)} of {len(known)} layers in all",
             limit=f"less than {SHARE:.0%}",
             signal="activation",
             value=found[0].input_extremes,

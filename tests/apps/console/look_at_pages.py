@@ -1,6 +1,8 @@
 """Take a picture of every page of a busy server, to be looked at by a person.
 
-python -m tests.apps.console.look_at_pages FOLDER [PAGE,…]      pages by the names that it prints
+python -m tests.apps.console.look_at_pages FOLDER [PAGE,…] [VIEW,…]
+
+Pages by the names that it prints; views: light, dark, phone. Without names: all.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ PLAIN = {
 }
 
 
-def main(folder: Path, wanted: set[str]) -> None:
+def main(folder: Path, wanted: set[str], views: set[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -72,7 +74,7 @@ def main(folder: Path, wanted: set[str]) -> None:
         )
         try:
             _wait_for(f"http://127.0.0.1:{port}/login", server)
-            _take_pictures(f"http://127.0.0.1:{port}", folder, wanted)
+            _take_pictures(f"http://127.0.0.1:{port}", folder, wanted, views)
         finally:
             server.terminate()
             server.wait(timeout=60)
@@ -88,7 +90,7 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
     raise RuntimeError("the web process ended")
 
 
-def _take_pictures(base: str, folder: Path, wanted: set[str]) -> None:
+def _take_pictures(base: str, folder: Path, wanted: set[str], views: set[str]) -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "esper_web.settings.test")
     django.setup()
     from tests.apps.cast import PASSWORD  # its models need django.setup()
@@ -96,6 +98,8 @@ def _take_pictures(base: str, folder: Path, wanted: set[str]) -> None:
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         for view, (width, dark) in VIEWS.items():
+            if views and view not in views:
+                continue
             context = browser.new_context(
                 base_url=base,
                 viewport={"width": width, "height": 844},
@@ -167,5 +171,5 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    names = sys.argv[2].split(",") if len(sys.argv) > 2 else []
-    main(Path(sys.argv[1]), set(names))
+    names, views = (set(filter(None, text.split(","))) for text in [*sys.argv[2:4], "", ""][:2])
+    main(Path(sys.argv[1]), names, views)

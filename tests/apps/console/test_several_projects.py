@@ -71,7 +71,7 @@ def test_a_project_is_killed_alone_and_its_trainers_answers_are_shown(
     assert row is not None
     assert "Killed" in row[0]
     assert "1 of 1 trainers have confirmed, the slowest after 1.5 s." in row[0]
-    assert "killed in vision" in text  # the bar of every page
+    assert "Killed: vision" in text  # the bar of every page
     page = world.client("olga").get(f"/runs/{inside.uid}").content.decode()
     assert "olga has switched adaptation off in project vision" in page
     assert caller.post(f"runs/{inside.uid}/resume-adaptation", {}).status == 423
