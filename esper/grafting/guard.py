@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts import ViolationRule
-from esper.health.transfers import HostTransfer
+from esper.health.transfers import HostTransfer, is_late
 from esper.sharding import local
 
 
@@ -148,10 +148,7 @@ class GradientGuard:
 
 @dataclass(frozen=True, slots=True)
 class _Peaks:
-    """The largest absolute values of the gradients, on their way to the host.
-
-    Not the L2 norms, which overflow in half precision.
-    """
+    """A norm of each gradient, on its way to the host; not finite where the gradient is not."""
 
     names: tuple[str, ...]
     transfer: HostTransfer
@@ -167,10 +164,24 @@ class _Peaks:
         if not named:
             return None
         transfer = HostTransfer()
-        transfer.add("peak", torch._foreach_norm([grad for _, grad in named], float("inf")))
+        transfer.add("peak", _norms([values for _, values in named]))
         transfer.start()
         return cls(tuple(name for name, _ in named), transfer)
 
     def non_finite(self) -> tuple[str, ...]:
         finite_P = np.isfinite(self.transfer.take("peak"))
         return tuple(name for name, fine in zip(self.names, finite_P, strict=True) if not fine)
+
+
+def _norms(gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The largest absolute values; where a cheaper norm shows that all is finite, that norm.
+
+    On a CPU the largest value takes 15 times as long as the L2 norm. That one may overflow where
+    all values are finite, so where it is infinite, it decides nothing.
+    """
+    found = list(gradients)
+    if all(gradient.device.type == "cpu" and not is_late(gradient) for gradient in found):
+        norms = torch._foreach_norm(found)
+        if bool(torch.stack(norms).isfinite().all()):
+            return norms
+    return torch._foreach_norm(found, math.inf)
