@@ -68,6 +68,7 @@ def end_service_account(*, project: Project, name: str, user: User, via: str) ->
     return project
 
 
+@transaction.atomic
 def make_service_account(*, name: str, project: Project | None, actor: Actor) -> User:
     """Without a check and a token: for the command line of the host."""
     account = User(username=name, role=Role.VIEWER, is_service=True)

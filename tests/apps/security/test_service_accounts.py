@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from django.contrib.auth import authenticate
+from django.core.management import call_command
 
 from apps.accounts.models import Membership, Project, User
 from apps.accounts.policy import NEEDS_A_PERSON, Act, may
@@ -58,6 +61,14 @@ def test_a_program_is_no_person(vision: Project) -> None:
     caller = Caller(token_of(program, TokenScope.READ, TokenScope.ACT))
     assert caller.post("adaptation-switch", {"on": False}).status == 200
     assert caller.post("adaptation-switch", {"on": True}).code == "service-account"
+
+
+@pytest.mark.django_db(transaction=True)  # the audit log refuses what no transaction encloses
+def test_the_first_start_makes_tamiyo_a_service_account() -> None:
+    output = io.StringIO()
+    call_command("create_demo_people", "--json", stdout=output)
+    assert "tamiyo" in output.getvalue()
+    assert User.objects.get(username="tamiyo").is_service
 
 
 def test_a_run_that_has_ended_is_moved_with_its_history(
