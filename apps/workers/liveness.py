@@ -79,7 +79,7 @@ def parts() -> list[Part]:
     )
     swept = PeriodicTask.objects.filter(name=SWEEP).values_list("ran_at", flat=True).first()
     workers = [_part(str(kind), what, seen.get(kind)) for kind, what in _WHAT.items()]
-    return [_part("sweep", "The sweep, which beat sends to the control worker,", swept), *workers]
+    return [_part("sweep", "The periodic check of deadlines", swept), *workers]
 
 
 def _part(name: str, what: str, seen_at: datetime | None) -> Part:

@@ -268,7 +268,9 @@ function sharedEnds(names) {
 
 function cut(ctx, text, width) {
   if (ctx.measureText(text).width <= width) return text;
+  // In the middle: a layer's number stands in front, and its kind at the end.
   let length = text.length;
-  while (length > 3 && ctx.measureText(`…${text.slice(-length)}`).width > width) length -= 1;
-  return `…${text.slice(-length)}`;
+  const short = () => `${text.slice(0, Math.floor(length / 2))}…${text.slice(-Math.ceil(length / 2))}`;
+  while (length > 2 && ctx.measureText(short()).width > width) length -= 1;
+  return short();
 }

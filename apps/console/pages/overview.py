@@ -12,7 +12,7 @@ from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 
 from apps.accounts.models import User
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, Plan
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.console.run_rows import live_runs, newest_of, recent_runs, run_rows
@@ -74,9 +74,23 @@ def overview(request: HttpRequest) -> HttpResponse:
 class Attention:
     """The strip at the top of the overview."""
 
-    adaptations: list[Adaptation]
+    waits: list[Adaptation]  # with the members of plans
     violations: list[Violation]
     runs: list[Run]
+
+    @property
+    def adaptations(self) -> list[Adaptation]:
+        """What is decided on by itself."""
+        return [row for row in self.waits if row.plan is None]
+
+    @property
+    def plans(self) -> dict[Plan, list[Adaptation]]:
+        """What is decided on as a whole."""
+        found: dict[Plan, list[Adaptation]] = {}
+        for row in self.waits:
+            if row.plan is not None:
+                found.setdefault(row.plan, []).append(row)
+        return found
 
     @property
     def critical(self) -> list[Violation]:
@@ -89,16 +103,16 @@ class Attention:
 
     @property
     def calm(self) -> bool:
-        return not (self.adaptations or self.violations or self.runs)
+        return not (self.waits or self.violations or self.runs)
 
 
 def attention(user: User) -> Attention:
     trouble = Q(state=RunState.UNREACHABLE) | ~Q(quarantined_reason="")
     serious = open_violations().filter(severity__in=_NEEDS_PERSON)
     return Attention(
-        adaptations=list(
+        waits=list(
             waiting(user)
-            .select_related("run", "blueprint", "claimed_by")
+            .select_related("run", "blueprint", "claimed_by", "plan")
             .defer(*HUGE_COLUMNS_OF_RUN)[:ATTENTION_SHOWN]
         ),
         violations=list(
