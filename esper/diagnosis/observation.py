@@ -274,6 +274,7 @@ class Observation:
         gradients: readings of the gradients, the newest last.
         duplicates: pairs of names of one module that a container holds twice.
         rank_digests: one number of each rank's parameters; empty for one process.
+        optimizers: how many train the model.
         searches: an optimizer finds the size of its updates by itself.
         warms_up: an optimizer may make its first updates at a rate of zero.
         follows_gradient: the updates are as large as the gradient; those of an adaptive optimizer
@@ -302,6 +303,7 @@ class Observation:
     broken: Broken = Broken()
     duplicates: Sequence[tuple[str, str]] = ()
     rank_digests: Sequence[float] = ()
+    optimizers: int = 1
     searches: bool = False
     warms_up: bool = False
     follows_gradient: bool = True

@@ -237,6 +237,7 @@ class DiagnosisWatch:
             zeroing=recorder.zeroing,
             modes=recorder.modes,
             rank_digests=self.rank_digests,
+            optimizers=len(tuple(self.optimizers)),
             searches=searches(self.optimizers),
             warms_up=may_warm_up(self.optimizers),
             follows_gradient=follows_gradient(self.optimizers),

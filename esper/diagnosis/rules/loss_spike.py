@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 
 from esper.contracts import Severity, ViolationRule
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
@@ -8,6 +9,7 @@ from esper.diagnosis.observation import Observation
 from esper.grafting.guard import LossGuard
 
 HARM = 0.3
+BEGIN = 20
 
 
 class LossSpike(Rule):
@@ -42,6 +44,8 @@ class LossSpike(Rule):
             memory.notes["step"] = step
             if not math.isfinite(loss):
                 continue
+            if len(begin := memory.notes.setdefault("begin", [])) < BEGIN:
+                begin.append(loss)
             verdict = guard.observe(loss)
             if verdict is not None:
                 memory.notes.update(text=verdict.text, limit=verdict.limit, since=step - 2, at=step)
@@ -55,11 +59,10 @@ class LossSpike(Rule):
             signal="loss",
             value=observation.loss,
             since_step=memory.notes["since"],
-            severity=None if _does_harm(observation) else Severity.INFO,
+            severity=None if _does_harm(observation.loss, memory) else Severity.INFO,
         )
 
 
-def _does_harm(observation: Observation) -> bool:
+def _does_harm(loss: float, memory: Memory) -> bool:
     """The loss is a share of what it was before anything was learned."""
-    first = observation.first_training_loss
-    return not 0 < observation.loss < HARM * first
+    return not 0 < loss < HARM * median(memory.notes["begin"])
