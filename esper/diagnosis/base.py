@@ -64,6 +64,7 @@ class Evidence:
         severity: where it differs from the rule's.
         advice: what to do, where it differs from the rule's.
         certain: it needs no second check.
+        may_pass: it has done no harm so far; the next step shows whether it is over.
     """
 
     observed: str
@@ -75,6 +76,7 @@ class Evidence:
     severity: Severity | None = None
     advice: str = ""
     certain: bool = False
+    may_pass: bool = False
 
 
 @dataclass(slots=True)

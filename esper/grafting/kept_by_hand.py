@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 MOST_CANDIDATES = 64
 LOOKS = 40  # as long the script's containers are held: a step each, on short steps up to 32
+WRITES_OF_COPY = 1
 AVERAGE = (
     "the script keeps an average by hand, {} tensors that it pairs with the model's parameters, "
     "and a graft would break the pairs: average a copy of the model instead (copy.deepcopy, "
@@ -63,8 +64,9 @@ class KeptByHand:
         self._lists = [list(map(weakref.ref, holder)) for holder in lists]
         self._looks = 0
         for suspect in self._suspects:
-            was_written = any(version for _, version in suspect.seen)
-            if was_written and isinstance(suspect.holder, list):  # a dict may have been loaded so
+            # A dict may be a saved state: a deep copy or a file writes once to each tensor.
+            writes = 0 if isinstance(suspect.holder, list) else WRITES_OF_COPY
+            if any(version > writes for _, version in suspect.seen):
                 self._note(suspect)
 
     @property
@@ -106,10 +108,11 @@ def _pairs(model: nn.Module, tensors: Iterable[Tensor]) -> list[dict[str, Tensor
     if not candidates:
         return []
     trained = {name: p for name, p in named.items() if p.requires_grad}
+    whole = {**named, **dict(model.named_buffers())}
     found = [
         holder
         for holder in gc.get_referrers(*candidates)
-        if any(_in_order(holder, own) or _by_name(holder, own) for own in (named, trained))
+        if any(_in_order(holder, own) or _by_name(holder, own) for own in (named, trained, whole))
     ]
     return [holder for holder in found if not _is_espers(holder)]
 
@@ -120,19 +123,19 @@ def _is_espers(holder: object) -> bool:
     return any(type(owner).__module__.startswith("esper.") for owner in owners)
 
 
-def _in_order(holder: Any, wanted: Mapping[str, nn.Parameter]) -> bool:
+def _in_order(holder: Any, wanted: Mapping[str, Tensor]) -> bool:
     if type(holder) is not list or len(holder) != len(wanted):
         return False
     return all(map(_mirrors, holder, wanted.values()))
 
 
-def _by_name(holder: Any, wanted: Mapping[str, nn.Parameter]) -> bool:
+def _by_name(holder: Any, wanted: Mapping[str, Tensor]) -> bool:
     if type(holder) not in (dict, OrderedDict) or holder.keys() != wanted.keys():
         return False
     return all(_mirrors(holder[name], parameter) for name, parameter in wanted.items())
 
 
-def _mirrors(value: object, parameter: nn.Parameter) -> bool:
+def _mirrors(value: object, parameter: Tensor) -> bool:
     """It is no parameter of another model, and no view of this one."""
     return (
         type(value) is Tensor

@@ -22,6 +22,7 @@ from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.replicas import Call
 from esper.health.pace import periods_of
 from esper.near_names import did_you_mean
+from esper.sdk import framework_loads
 from esper.sdk.parts import Setup
 from esper.sdk.session import Session
 from esper.sdk.shadow import Shadow
@@ -172,6 +173,8 @@ def attach(
     if older is not None:
         session.say_attached_twice(older)
     _sessions[bare] = weakref.ref(session)
+    # Before any graft: a checkpoint of an earlier process may hold some.
+    framework_loads.install([framework_loads.PLANNER])
     return session
 
 

@@ -2,15 +2,17 @@
 
 ``LightningModule.load_from_checkpoint`` and ``PreTrainedModel.from_pretrained`` make the model
 themselves, so nothing of Esper is in it when they load. PEFT writes and reads adapters alone, so
-grafts get a file of their own beside them. :func:`install` replaces these methods, once a model of
-the framework is grafted or Esper's callback for it is imported. Without grafts they do what they
-did.
+grafts get a file of their own beside them. ``torch.distributed.checkpoint`` reads the names alone
+that it is asked for, so it would leave grafts out in silence. :func:`install` replaces these
+methods, once a model of the framework is grafted or Esper's callback for it is imported; that of
+distributed checkpoints once a model is attached. Without grafts they do what they did.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -20,21 +22,28 @@ from torch import Tensor, nn
 from esper import grafting
 from esper.exceptions import ConfigurationError
 from esper.fail_closed import FailClosed
+from esper.grafting.manifest import MANIFEST_KEY
+from esper.grafting.slot import SLOT_NAME
 from esper.grafting.state_dicts import is_followed, pop_grafts
 
 logger = logging.getLogger("esper")
 
 GRAFTS_FILE = "esper_grafts.safetensors"  # beside PEFT's adapter_model.safetensors
+PLANNER = "torch.distributed.checkpoint.default_planner"
 _MARK = "_builds_grafts_of_esper"
 
 
-def install() -> None:
-    """For those of the frameworks that the script has imported. A second call does nothing."""
+def install(names: Iterable[str] | None = None) -> None:
+    """For those of the frameworks that the script has imported. A second call does nothing.
+
+    Args:
+        names: of their modules; None for all.
+    """
     closed = FailClosed()
     missing = "Grafts in a checkpoint are not built by the framework's own load."
     for name, replace in _REPLACED.items():
         module = sys.modules.get(name)
-        if module is not None:
+        if module is not None and (names is None or name in names):
             closed.run(partial(replace, module), part=f"load of {name}", unmeasured=missing)
 
 
@@ -190,9 +199,44 @@ def _has_layer(model: nn.Module, name: str) -> bool:
     return True
 
 
+def _in_distributed_checkpoint(planners: Any) -> None:
+    kind = planners.DefaultLoadPlanner
+    plan = kind.create_local_plan
+    if hasattr(plan, _MARK):
+        return
+
+    @wraps(plan)
+    def create_local_plan(self: Any) -> Any:
+        left_out = _left_out(self.state_dict, self.metadata.state_dict_metadata)
+        if left_out:
+            raise ConfigurationError(
+                f"the checkpoint holds grafts at {', '.join(left_out)} that the state to load does "
+                "not ask for, so they would be left out: convert it by torch.distributed."
+                "checkpoint.format_utils.dcp_to_torch_save, and call esper.load_state_dict(model, "
+                "state)"
+            )
+        return plan(self)
+
+    setattr(create_local_plan, _MARK, True)
+    kind.create_local_plan = create_local_plan
+
+
+def _left_out(wanted: Iterable[str], saved: Iterable[str]) -> list[str]:
+    """The layers of a checkpoint whose own tensors are read, but not their grafts."""
+    names = frozenset(wanted)
+    mark = f".{SLOT_NAME}.{MANIFEST_KEY}"
+    grafted = [name.removesuffix(mark) for name in saved if name.endswith(mark)]
+    return [
+        layer
+        for layer in grafted
+        if f"{layer}{mark}" not in names and any(n.rpartition(".")[0] == layer for n in names)
+    ]
+
+
 _REPLACED = {
     "lightning.pytorch": _in_lightning,
     "pytorch_lightning": _in_lightning,
     "transformers": _in_transformers,
     "peft": _in_peft,
+    PLANNER: _in_distributed_checkpoint,
 }

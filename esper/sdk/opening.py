@@ -29,6 +29,7 @@ def open_run(
     if not parts.layers.fix():
         return
     layers = parts.layers.own
+    parts.surgery.settle_slots()
     if measure:
         parts.surgery.sampler = _sampler(parts, layers, wants_meeting)
     if parts.run.mode is not RunMode.OBSERVE:

@@ -109,7 +109,7 @@ class Steps:
             contain("ledger", partial(parts.ledger.on_step, run.step))
         if value is not None:
             run.losses.append((at, value))
-        contain("good states", partial(self._keep_good_states, value, run.step))
+        contain("good states", lambda: self._keep_good_states(value, run.step, self._is_sick()))
         metrics = self._take_metrics(value)
         contain("compiler", partial(self._watch_compiler, metrics))
         contain("compiling ahead", parts.ahead.on_step)
@@ -262,13 +262,13 @@ class Steps:
 
     # -- good states, and steps in which nothing is due ----------------------------------------
 
-    def _keep_good_states(self, loss: float | None, step: int) -> None:
+    def _keep_good_states(self, loss: float | None, step: int, is_sick: bool) -> None:
         """Every rank does it, from the loss that they share."""
         states = self._parts.surgery.states
         if states is None or loss is None:
             return
         verdict = self._calm.observe(loss)
-        healthy = verdict is None and self._calm.calm and not self._is_sick()
+        healthy = verdict is None and self._calm.calm and not is_sick
         states.on_step(step, healthy=healthy)
 
     def _is_sick(self) -> bool:
@@ -280,8 +280,9 @@ class Steps:
         return any(found.severity in serious for found in diagnosis.diagnosis.open)
 
     def _take_idle(self, steps: list[IdleStep]) -> None:
+        is_sick = self._is_sick()
         for step, _, loss, _ in steps:
-            self._keep_good_states(loss, step)
+            self._keep_good_states(loss, step, is_sick)
         self._parts.guard.take([loss for _, _, loss, _ in steps])
         if self._parts.server is not None:
             self._parts.server.send_idle(steps)

@@ -34,6 +34,7 @@ from esper.grafting import (
     remedies,
 )
 from esper.grafting.companion import with_companions
+from esper.grafting.compiled import anything_was_compiled
 from esper.grafting.digests import Frozen
 from esper.grafting.found_copies import Copies
 from esper.grafting.replicas import Call, Joint, jointly
@@ -115,6 +116,8 @@ class Surgery:
         self._snapshot_limit = snapshot_limit
         self._told_of_limit = False
         self.sampler: HealthSampler | ShardedSampler | None = None
+        # Compiled code runs no slot that comes later, so there they are prepared at attach.
+        self._keeps_slots = run.mode is not RunMode.OBSERVE
         self._idle_slots = False  # left by a load, inside which torch's hooks cannot be removed
         self._surroundings = surroundings
         self._without_copies = replace(surroundings, copies=())  # a remedy leaves averages alone
@@ -311,10 +314,20 @@ class Surgery:
         self._report_undone(before, report)
         return report, gone
 
+    def settle_slots(self) -> None:
+        """The first step is over, so it is known whether torch.compile has compiled anything.
+
+        If not, a graft gets its slot when it comes: an empty one costs some microseconds at each
+        call of its layer.
+        """
+        if self._ranks.alone and not anything_was_compiled():
+            self._keeps_slots = False
+            self.remove_idle_slots()
+
     def remove_idle_slots(self) -> None:
-        """A model that is only observed has slots only while they hold grafts."""
+        """Where slots are not kept, a layer has one only while it holds grafts."""
         self._idle_slots = False
-        if self._run.mode is RunMode.OBSERVE:
+        if not self._keeps_slots:
             for model in (self.model, *self.copies):
                 grafting.remove_slots(model)
 

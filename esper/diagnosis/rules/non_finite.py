@@ -52,4 +52,6 @@ class NonFinite(Rule):
             began_at=began,
             since_step=since,
             advice=advice,
+            # A script or a GradScaler may leave the update out, and the run goes on as before.
+            may_pass=not broken.weights,
         )

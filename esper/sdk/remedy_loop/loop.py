@@ -192,6 +192,8 @@ class RemedyLoop:
         """One remedy at a time, so that it is known what helped; a critical finding cannot wait."""
         if found.severity is Severity.INFO:
             return False
+        if found.evidence.may_pass and self._run.step <= found.since_step:
+            return False
         urgent = found.severity is Severity.CRITICAL
         if any(t.finding == found.rule.slug or not urgent or t.urgent for t in running):
             return False

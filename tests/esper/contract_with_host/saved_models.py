@@ -80,7 +80,10 @@ GRAFTS = {
         ("transformer.h.1.attn.c_attn", "proj_ia3"),
     ],
 }
+# A graft that spans layers.
+SPANS = {("mlp", "3", "mlp_gelu_2048"): {"since": "0", "hidden": 6}}
 KINDS = [(kind, layer, slug) for kind, grafts in GRAFTS.items() for layer, slug in grafts]
+KINDS += SPANS
 
 
 def batch_of(kind: str, seed: int = 1) -> Tensor:
@@ -131,7 +134,8 @@ class Run:
 
     def graft(self, layer: str, slug: str, **config: Any) -> Receipt:
         """Trained a little, and not at its first output any more."""
-        receipt = self.session.graft(layer, slug, **config)
+        span = SPANS.get((self.kind, layer, slug), {})
+        receipt = self.session.graft(layer, slug, **{**span, **config})
         self.train(3)
         if receipt.graft.alpha is not None:
             receipt.graft.alpha.fill_(0.5)

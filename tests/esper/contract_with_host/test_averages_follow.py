@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import esper
 from esper.exceptions import IncompatibleLayerError
 from esper.grafting.slot import slots
-from tests.esper.contract_with_host.saved_models import MODELS, Run, batch_of, computed, logits_of
+from tests.esper.contract_with_host.saved_models import (
+    KEEPING,
+    MODELS,
+    Run,
+    batch_of,
+    computed,
+    logits_of,
+)
 
 DECAY = 0.9
 
@@ -204,6 +212,18 @@ class ByName:
             self.shadow[name] = DECAY * self.shadow[name] + (1 - DECAY) * p
 
 
+class WholeState:
+    """With the buffers, written in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shadow = copy.deepcopy(model.state_dict())
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        for name, value in model.state_dict().items():
+            self.shadow[name].copy_(DECAY * self.shadow[name] + (1 - DECAY) * value)
+
+
 class InOrder:
     """As torch_ema: a list, updated in place."""
 
@@ -224,12 +244,14 @@ class Anchor(InOrder):
         assert all(anchor.shape == p.shape for anchor, p in pairs)
 
 
-def run_beside(kept: Callable[[nn.Module], Any]) -> tuple[esper.Session, Any]:
+def run_beside(
+    kept: Callable[[nn.Module], Any], mode: Literal["observe", "supervised"] = "supervised"
+) -> tuple[esper.Session, Any]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     beside = kept(model)
-    session = esper.attach(model, optimizer, run="hand", mode="supervised", verbose=False)
+    session = esper.attach(model, optimizer, run="hand", mode=mode, verbose=False)
 
     def train() -> None:
         for _ in range(4):
@@ -245,7 +267,7 @@ def run_beside(kept: Callable[[nn.Module], Any]) -> tuple[esper.Session, Any]:
     return session, train if hasattr(beside, "update_parameters") else beside
 
 
-@pytest.mark.parametrize("kind", [ByName, InOrder, Anchor])
+@pytest.mark.parametrize("kind", [ByName, WholeState, InOrder, Anchor])
 def test_tensors_that_a_script_pairs_by_hand_stay_pairs(kind: type[Any]) -> None:
     session, train = run_beside(kind)
 
@@ -256,6 +278,25 @@ def test_tensors_that_a_script_pairs_by_hand_stay_pairs(kind: type[Any]) -> None
         with pytest.raises(IncompatibleLayerError, match="keeps an average by hand"):
             session.graft("0", "proj_lora_64")
     train()
+
+
+@pytest.mark.parametrize("kind", [WholeState, InOrder])
+def test_in_observe_too_where_the_tensors_are_written_in_place(kind: type[Any]) -> None:
+    session, train = run_beside(kind, "observe")
+
+    with pytest.raises(IncompatibleLayerError, match="keeps an average by hand"):
+        session.graft("0", "proj_lora_64")
+    train()
+
+
+@pytest.mark.parametrize("keep", KEEPING.values(), ids=KEEPING.keys())
+def test_a_state_that_was_copied_or_read_from_a_file_is_in_nobodys_way(
+    keep: Callable[[Any, Path], Any], tmp_path: Path
+) -> None:
+    session, state = run_beside(lambda model: keep(model.state_dict(), tmp_path), "observe")
+
+    session.graft("0", "proj_lora_64")
+    session._parts.setup.model.load_state_dict(state)
 
 
 def test_a_state_that_is_only_kept_is_in_nobodys_way() -> None:

@@ -326,11 +326,34 @@ def test_a_detach_before_the_first_step_measures_nothing() -> None:
     session.close()
 
 
-def test_a_close_without_detach_keeps_empty_slots() -> None:
-    model, _, session = attached("mlp", mode="supervised")
+def test_a_close_without_detach_keeps_the_empty_slots_of_compiled_code() -> None:
+    model = MODELS["mlp"]()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    session = esper.attach(model, optimizer, mode="supervised")
+    model.compile(backend="eager")
+    train(model, optimizer, session, 3)
     session.close(detach=False)
 
     assert "0.esper" in dict(model.named_modules())
+
+
+@pytest.mark.parametrize("mode", ["supervised", "automatic"])
+def test_eager_layers_have_a_slot_only_while_they_hold_a_graft(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one costs some microseconds at each call of its layer."""
+    monkeypatch.setattr("esper.sdk.surgery.anything_was_compiled", lambda: False)
+    model, optimizer, session = attached("mlp", mode=mode)
+    assert [n for n, _ in model.named_modules() if "esper" in n] == []
+    assert not any(module._forward_hooks for module in model.modules())
+
+    receipt = session.graft("0", "mlp_gelu_2048")
+    train(model, optimizer, session, 3)
+    assert [n for n, _ in model.named_modules() if n.endswith("esper")] == ["0.esper"]
+    assert session.undo(receipt).exact
+    train(model, optimizer, session, 3)
+    assert [n for n, _ in model.named_modules() if "esper" in n] == []
+    assert session.findings() == []
 
 
 def test_a_graft_in_observe_makes_its_own_slot_only() -> None:

@@ -124,7 +124,13 @@ def test_distributed_checkpoints(tmp_path: Path, by: str) -> None:
     assert torch.equal(computed(run.model, "mlp"), expected)
     with pytest.raises(CheckpointException, match="load_with_esper_load_state_dict"):
         load(run.model, "before")
-    for model in (run.model, fresh("mlp")):  # the names come from the checkpoint, not the model
+    watched = fresh("mlp")
+    esper.attach(watched, torch.optim.AdamW(watched.parameters()), verbose=False)
+    for model in (watched, fresh("mlp")):  # it reads the names alone that the model has
+        with pytest.raises(CheckpointException, match=r"grafts at model\.0 .* convert it by"):
+            load(model, "with")
+    # Here the names come from the checkpoint, not the model.
+    for model in (run.model, watched, fresh("mlp")):
         esper.load_state_dict(model, whole(tmp_path / "with"))
         assert torch.equal(computed(model, "mlp"), expected)
     run.model.load_state_dict(whole(tmp_path / "before"))

@@ -307,3 +307,28 @@ def test_gradients_of_each_example_by_vmap_are_no_error() -> None:
         session.step(losses.mean())
 
     assert session._parts.failures.counts == {}
+
+
+@pytest.mark.parametrize("skipped_by", ["the script", "a scaler"])
+def test_a_batch_without_finite_loss_that_is_skipped_changes_nothing(skipped_by: str) -> None:
+    """Its weights are as they were, so automatic mode has nothing to rewind."""
+    losses = []
+    for mode in ("", "automatic"):
+        model, optimizer = script()
+        scaler = torch.amp.GradScaler("cpu", enabled=skipped_by == "a scaler")
+        options: dict[str, Any] = {"run": "skip", "verbose": False}
+        session = esper.attach(model, optimizer, mode=mode, **options) if mode else None
+        for step in range(24):
+            loss = model(torch.randn(16, 8) * (math.nan if step == 14 else 1)).pow(2).mean()
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            if scaler.is_enabled() or math.isfinite(losses[-1]):
+                torch.autograd.backward(scaler.scale(loss))
+                scaler.step(optimizer)
+                scaler.update()
+            if session is not None:
+                session.step(loss)
+
+    assert session is not None
+    assert session.remedies == ()
+    assert losses[:14] + losses[15:24] == losses[24:38] + losses[39:]
