@@ -263,6 +263,13 @@ class Recorder:
                 gradients.append(name)
         return Broken(tuple(weights), tuple(gradients))
 
+    def look_at_next(self) -> None:
+        """The next step is measured, whatever the plan says."""
+        self._due = True
+        if self._reads:
+            self._closed(self._forward.arm)()
+        self._arm()
+
     def forget_readings(self) -> None:
         """The model was changed: what was read before says nothing about it."""
         self.gradients.clear()

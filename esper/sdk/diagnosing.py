@@ -180,7 +180,9 @@ class DiagnosisWatch:
         if loss is None:
             return changed
         if not math.isfinite(loss):
-            self._broken = self._broken or self.recorder.broken()
+            if self._broken is None:
+                self._broken = self.recorder.broken()
+                self.recorder.look_at_next()  # whether the data is at fault
             return True
         self._broken = None
         if loss > JUMP * abs(self._recent):

@@ -12,6 +12,7 @@ DEAD = 0.85
 MANY = 0.7
 STILL = 0.5
 SATURATED = 0.3
+STEPS, UNLEARNED = 100, 0.99
 
 
 class DyingRelu(Rule):
@@ -22,10 +23,14 @@ class DyingRelu(Rule):
     symptom = "Most units of a layer have a gradient of exactly zero, reading after reading."
     thresholds = (
         Threshold("units without a gradient", DEAD, "share", "chosen on seeds 0 to 9"),
-        Threshold("the same, as info", MANY, "share", "AutoTrainer (ICSE'21), DeepDiagnosis"),
+        Threshold(
+            "the same, as info while the run learns", MANY, "share",
+            "AutoTrainer (ICSE'21), DeepDiagnosis; half of the narrow nets of seeds 0 to 9 learn",
+        ),
+        Threshold(f"loss / first loss after {STEPS} steps", UNLEARNED, "ratio", "below it learns"),
         Threshold("readings in a row", READINGS, "readings", "chosen: small batches miss units"),
         Threshold("to resolve", STILL, "share", "chosen"),
-    )
+    )  # fmt: skip
     severity = Severity.SERIOUS
     false_alarm = (
         "A layer whose inputs are mostly zero, or a mixture that does not use its experts."
@@ -69,8 +74,16 @@ class DyingRelu(Rule):
             signal="grad",
             value=shares[worst],
             began_at=worst,
-            severity=None if shares[worst] >= DEAD else Severity.INFO,
+            severity=None if whole or _stands_still(observation) else Severity.INFO,
         )
+
+
+def _stands_still(observation: Observation) -> bool:
+    """Enough steps were made, and nothing was learned."""
+    try:
+        return observation.step >= STEPS and observation.learned_share >= UNLEARNED
+    except Unknown:
+        return False
 
 
 def _saturated(observation: Observation) -> set[str]:

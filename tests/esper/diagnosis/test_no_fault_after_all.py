@@ -12,7 +12,14 @@ from torch.nn import functional as F
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory
-from esper.diagnosis.observation import GradientRow, Gradients, Observation, Unknown
+from esper.diagnosis.observation import (
+    GradientRow,
+    Gradients,
+    Observation,
+    TensorFacts,
+    Unknown,
+)
+from esper.diagnosis.rules.dying_relu import DyingRelu
 from esper.diagnosis.rules.loss_spike import LossSpike
 from esper.diagnosis.rules.memorised_noise import MemorisedNoise
 from esper.diagnosis.rules.over_fitting import OverFitting
@@ -95,6 +102,31 @@ def updates(*sizes: float) -> Evidence | None:
 def test_updates_that_pass_below_the_limit_are_not_too_small() -> None:
     assert updates(4e-6, 6e-6, 1e-5, 2e-5, 3e-5, 9e-6, 9e-6) is None
     assert updates(1e-5, 1e-5, 4e-6, 3e-6, 3e-6, 3e-6) is not None  # Adam's first are larger
+
+
+@pytest.mark.parametrize(
+    ("dead", "last_loss", "severity"),
+    [(0.75, 0.69, None), (0.75, 0.4, Severity.INFO), (0.9, 0.4, None)],
+    ids=["stands still", "learns", "nearly all units"],
+)
+def test_many_dead_units_are_a_note_while_the_run_learns(
+    dead: float, last_loss: float, severity: Severity | None
+) -> None:
+    rows = (GradientRow("0.weight", 1.0, dead), GradientRow("2.weight", 1.0, 0.0))
+    tensors = tuple(TensorFacts(row.name, row.name[0], "Linear", (5, 5)) for row in rows)
+    found = DyingRelu().check(
+        Observation(
+            step=200,
+            layers=("0", "2"),
+            tensors=tensors,
+            loss_steps=np.arange(1, 201),
+            losses=np.geomspace(0.69, last_loss, 200),
+            gradients=(Gradients(200, 9, rows),),
+        ),
+        Memory(),
+    )
+    assert found is not None
+    assert found.severity is severity
 
 
 def jump(level: float, to: float) -> Evidence | None:

@@ -456,6 +456,21 @@ def test_the_next_look_is_the_first_that_is_due() -> None:
         assert plan.next_due(step) == due
 
 
+def test_data_that_is_not_finite_is_looked_for_in_the_next_step() -> None:
+    """Step 23 is measured by no plan."""
+
+    def spoil(run: Run, step: int) -> None:
+        if step == 23:
+            x, y = run.data
+            run.data = (torch.full_like(x, float("nan")), y)
+
+    torch.manual_seed(0)
+    result = Run(before=spoil, steps=26).go()
+    assert (result.steps["non_finite"], result.steps["abnormal_data"]) == (23, 24)
+    assert "remove or replace" in result.first("non_finite").remedy
+    assert "wrong_loss" not in result.steps
+
+
 def negated_squares(out: Tensor, target: Tensor) -> Tensor:
     return -F.mse_loss(out.squeeze(1), target / 4.5 - 1)
 
