@@ -1,7 +1,8 @@
 """How often adaptations really help, and whether the confidence says so.
 
-    python -m benchmarks.confidence [--quick] [--grafts 1000:1100] [--remedies 1000:1040]
-                                    [--cases FILE] [--ship] [--document docs/confidence.md]
+    python -m benchmarks.confidence [--quick] [--grafts 1000:1100] [--narrow 3000:3040]
+                                    [--remedies 1000:1040] [--cases FILE] [--ship]
+                                    [--document docs/confidence.md]
 
 Trains pairs (:mod:`benchmarks.confidence_cases`), adds their cases to ``--cases``, fits the
 confidence and measures it on trainings that it was not fitted on: ten folds of whole trainings, and
@@ -20,7 +21,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import esper.policy
-from benchmarks.confidence_cases import graft_cases, remedy_cases
+from benchmarks.confidence_cases import graft_cases, narrow_cases, remedy_cases
 from benchmarks.confidence_fit import HeldOut, cross_validated, fit
 from esper.policy.calibration import FEWEST_CASES, calibration
 from esper.policy.cases import Case, read, write
@@ -29,8 +30,10 @@ GOAL = 0.05  # of the calibration error
 SHIPPED = Path(esper.policy.__file__).parent
 MAKERS: dict[str, Callable[[int], Iterable[Case]]] = {
     "graft": graft_cases,
+    "narrow": narrow_cases,
     "remedy": remedy_cases,
 }
+KINDS = {"narrow": "graft"}  # of the cases, where it is not the maker's name
 
 
 def collect(seeds: dict[str, range], path: Path | None) -> list[Case]:
@@ -39,7 +42,7 @@ def collect(seeds: dict[str, range], path: Path | None) -> list[Case]:
     done = {(case.kind, case.seed) for case in cases}
     for kind, make in MAKERS.items():
         for seed in seeds[kind]:
-            if (kind, seed) in done:
+            if (KINDS.get(kind, kind), seed) in done:
                 continue
             found = list(make(seed))
             cases += found
@@ -157,6 +160,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="four trainings, two faulty runs")
     parser.add_argument("--grafts", default="", help="seeds, such as 1000:1100")
+    parser.add_argument("--narrow", default="", help="seeds of narrow runs, such as 3000:3040")
     parser.add_argument("--remedies", default="", help="seeds, such as 1000:1040")
     parser.add_argument("--cases", type=Path, help="the table so far; new cases are added to it")
     parser.add_argument("--ship", action="store_true", help="write what the library brings")
@@ -166,7 +170,12 @@ def main() -> None:
     grafts = "1000:1004" if given.quick else given.grafts
     remedies = "1000:1002" if given.quick else given.remedies
     path = given.cases or (None if given.quick else SHIPPED / "cases.csv")
-    cases = collect({"graft": _seeds(grafts), "remedy": _seeds(remedies)}, path)
+    seeds = {
+        "graft": _seeds(grafts),
+        "narrow": _seeds(given.narrow),
+        "remedy": _seeds(remedies),
+    }
+    cases = collect(seeds, path)
     if given.ship:
         ship(cases)
     text = document(cases)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,22 +44,39 @@ WIDER = "widen_hidden"
 REMEDY_STEPS = 500
 
 
-def graft_cases(seed: int) -> list[Case]:
-    """All grafts of one host."""
+@dataclass(frozen=True)
+class Watched:
+    """A host at the moment of its grafts; places are (since, layer, blueprint, config)."""
+
+    host: Host
+    snapshot: RunSnapshot
+    step: int
+    places: list[tuple[str, str, str, dict[str, Any]]]
+
+
+def watched(seed: int) -> Watched:
+    """One host, trained and watched until the moment of the grafts."""
     rng = random.Random(f"confidence {seed}")
     torch.manual_seed(seed)
     narrow = rng.random() < NARROW_SHARE
     host = _narrow(rng) if narrow else hosts.make_host(rng)
-    graft_step = WATCHED_NARROW if narrow else STEPS_BEFORE
-    snapshot = _watched(host, graft_step)
-    last = graft_step + STEPS_AFTER
-    twin = _end(host.fork(), graft_step + 1, last)
-    layers = {layer.name: layer for layer in snapshot.layers}
+    step = WATCHED_NARROW if narrow else STEPS_BEFORE
+    snapshot = _watched(host, step)
     places = [("", *choice) for choice in hosts.choices(host, rng)]
     if narrow:
         places = [("0", "2", WIDER, {"hidden": rng.choice([8, 16, 32])}), *places[:3]]
+    return Watched(host, snapshot, step, places[:GRAFTS_EACH])
+
+
+def graft_cases(seed: int) -> list[Case]:
+    """All grafts of one host."""
+    start = watched(seed)
+    host, snapshot, graft_step = start.host, start.snapshot, start.step
+    last = graft_step + STEPS_AFTER
+    twin = _end(host.fork(), graft_step + 1, last)
+    layers = {layer.name: layer for layer in snapshot.layers}
     found = []
-    for since, name, slug, config in places[:GRAFTS_EACH]:
+    for since, name, slug, config in start.places:
         if name not in layers:
             continue
         try:
@@ -66,6 +84,37 @@ def graft_cases(seed: int) -> list[Case]:
         except EsperError:
             continue
         found.append(_case(seed, host, snapshot, layers[name], slug, parameters, twin, ends))
+    return found
+
+
+def narrow_cases(seed: int) -> list[Case]:
+    """Wider hidden layers in one run that is too narrow, with two other grafts beside them.
+
+    Such runs are what grafts are proposed for, and the mixture of :func:`graft_cases` has few.
+    """
+    rng = random.Random(f"confidence narrow {seed}")
+    torch.manual_seed(seed)
+    host = rng.choice([_narrow_deep_teacher, _narrow_deep_digits, _narrow])(rng)
+    snapshot = _watched(host, WATCHED_NARROW)
+    last = WATCHED_NARROW + STEPS_AFTER
+    twin = _end(host.fork(), WATCHED_NARROW + 1, last)
+    linear = [layer for layer in snapshot.layers if layer.kind == "Linear"]
+    # The narrowest hidden layer lies before the layer that reads it.
+    place = min(range(1, len(linear)), key=lambda number: linear[number].features_in)
+    before, behind = linear[place - 1].name, linear[place].name
+    sizes = rng.sample([4, 8, 16, 32], 2)
+    places = [(before, behind, WIDER, {"hidden": size}) for size in sizes]
+    places += [("", *choice) for choice in hosts.choices(host, rng)][:2]
+    layers = {layer.name: layer for layer in snapshot.layers}
+    found = []
+    for since, name, slug, config in places:
+        if name not in layers:
+            continue
+        try:
+            ends, added = _grafted(host.fork(), since, name, slug, config, WATCHED_NARROW, last)
+        except EsperError:
+            continue
+        found.append(_case(seed, host, snapshot, layers[name], slug, added, twin, ends))
     return found
 
 
@@ -213,9 +262,37 @@ def _narrow_digits(rng: random.Random) -> Host:
 
 
 def _narrow_teacher(rng: random.Random) -> Host:
+    def make() -> nn.Module:
+        return _perceptron(16, rng.choice([2, 3, 4]), 8, rng)
+
+    return _taught("narrow teacher", make, rng)
+
+
+def _deep(inputs: int, outputs: int, rng: random.Random) -> nn.Module:
+    """Two hidden layers, the second of which is narrow."""
+    wide, units = rng.choice([16, 24, 32]), rng.choice([2, 3, 4])
+    act = rng.choice([nn.ReLU, nn.Tanh, nn.GELU])
+    return nn.Sequential(
+        nn.Linear(inputs, wide), act(), nn.Linear(wide, units), act(), nn.Linear(units, outputs)
+    )
+
+
+def _narrow_deep_teacher(rng: random.Random) -> Host:
+    return _taught("narrow deep teacher", lambda: _deep(16, 8, rng), rng)
+
+
+def _narrow_deep_digits(rng: random.Random) -> Host:
+    x, y = hosts.shuffled(*hosts.digits(), rng)
+    rows = rng.choice([400, 1197])
+    model = _deep(64, 10, rng)
+    return hosts.fixed("narrow deep digits", model, rng, x, y, rows, F.cross_entropy, 32)
+
+
+def _taught(kind: str, make: Callable[[], nn.Module], rng: random.Random) -> Host:
+    """A model that learns a random net, and noise."""
     inside = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8))
     seed, noise = rng.randrange(2**31), rng.choice([0.0, 0.1, 0.3])
-    model = _perceptron(16, rng.choice([2, 3, 4]), 8, rng)
+    model = make()
 
     @torch.no_grad()
     def draw(rows: int, key: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,7 +301,7 @@ def _narrow_teacher(rng: random.Random) -> Host:
         return numbers[:, :16], inside(numbers[:, :16]) + noise * numbers[:, 16:]
 
     return Host(
-        "narrow teacher",
+        kind,
         model,
         hosts.optimizer_for(model, rng),
         partial(draw, 64),

@@ -14,11 +14,19 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from esper.policy.cases import MEASURED, Case
-from esper.policy.confidence import FEWEST_CASES, ConfidenceModel, Subject, logistic, standardised
+from esper.policy.confidence import (
+    FEWEST_CASES,
+    ConfidenceModel,
+    Subject,
+    answer_of,
+    logistic,
+    standardised,
+)
 
 Doubles = NDArray[np.float64]
 
-GROUPS = ("choice", "layer", "finding", "measured", "training")
+GROUPS = ("choice", "layer", "finding", "answer", "measured", "training")
+_LEVELS = ("choice", "layer", "finding", "answer", "training")
 BASE_VARIANCE = 4.0  # of the base rate's logit
 LARGEST_VARIANCE = 9.0
 SMALLEST_VARIANCE = 1e-4
@@ -71,18 +79,24 @@ def _design(
 ) -> tuple[list[str], list[str], Doubles]:
     """(names [D], their groups [D], rows [N, D]); the base comes first."""
     named: dict[str, str] = {"base": "base"}
-    for group in ("choice", "layer", "finding", "training"):
-        named |= {f"{group}:{level}": group for level in sorted({getattr(c, group) for c in cases})}
+    for group in _LEVELS:
+        named |= {f"{group}:{level}": group for level in sorted({_level(c, group) for c in cases})}
     named |= {f"measured:{name}": "measured" for name in centre}
     place = {name: column for column, name in enumerate(named)}
     rows = np.zeros((len(cases), len(named)))
     for row, case in zip(rows, cases, strict=True):
         row[0] = 1.0
-        for group in ("choice", "layer", "finding", "training"):
-            row[place[f"{group}:{getattr(case, group)}"]] = 1.0
+        for group in _LEVELS:
+            row[place[f"{group}:{_level(case, group)}"]] = 1.0
         for name, value in standardised(case.measured, centre, scale).items():
             row[place[f"measured:{name}"]] = value
     return list(named), list(named.values()), rows
+
+
+def _level(case: Case, group: str) -> str:
+    if group == "answer":
+        return answer_of(case.choice, case.finding)
+    return str(getattr(case, group))
 
 
 def _precisions(groups: Sequence[str], variances: Mapping[str, float]) -> Doubles:

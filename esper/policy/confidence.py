@@ -4,10 +4,10 @@ A graft helps when its held-out loss is more than 0.5 % below that of a twin tha
 without it; a remedy helps when its symptom goes and stays away.
 
 The probability comes from cases (:mod:`esper.policy.cases`) by logistic regression with partial
-pooling over the kind of adaptation, the kind of layer, the finding, and the training; and with one
-slope for each measured number:
+pooling over the kind of adaptation, the kind of layer, the finding, the adaptation as an answer to
+that finding, and the training; and with one slope for each measured number:
 
-    logit p = base + choice + layer + finding + slopes · measured + training
+    logit p = base + choice + layer + finding + answer + slopes · measured + training
 
 Each group's effects are drawn from a normal distribution around zero whose variance is estimated
 from the cases (empirical Bayes, with Laplace's approximation of the marginal likelihood; Gelman et
@@ -183,6 +183,7 @@ class ConfidenceModel:
             f"choice:{subject.choice}": 1.0,
             f"layer:{subject.layer}": 1.0,
             f"finding:{subject.finding}": 1.0,
+            f"answer:{answer_of(subject.choice, subject.finding)}": 1.0,
         }
         for name, value in standardised(subject.measured, self.centre, self.scale).items():
             values[f"measured:{name}"] = value
@@ -228,6 +229,11 @@ class ConfidenceModel:
         )
 
 
+def answer_of(choice: str, finding: str) -> str:
+    """Level of the interaction of an adaptation with the finding that it answers."""
+    return f"{choice} to {finding or 'no finding'}"
+
+
 def logistic(logits: Doubles) -> Doubles:
     """1 / (1 + e^-x), without overflow."""
     halves: Doubles = np.tanh(0.5 * logits)
@@ -259,6 +265,7 @@ def _term(name: str, weight: float, subject: Subject, cases: Mapping[str, int]) 
         "choice": f"{cases.get(level, 0)} cases of {level}",
         "layer": f"cases at {level} layers",
         "finding": f"cases with the finding {level}" if level else "cases without a finding",
+        "answer": f"cases of {level}",
     }[group]
     return Term(group, math.nan, weight, text)
 
@@ -288,9 +295,15 @@ def _updated(
     prior[0, 0] += model.training
     rows = np.zeros((len(closed), total))
     for place, (name, value) in enumerate(zip(model.names, like, strict=True)):
-        rows[:, place] = 0.0 if name.startswith("choice:") else value
+        rows[:, place] = 0.0 if name.startswith(("choice:", "answer:")) else value
+    findings = [name for name, value in zip(model.names, like, strict=True)
+                if value and name.startswith("finding:")]  # fmt: skip
     for row, (slug, *_) in zip(rows, closed, strict=True):
         row[names.index(f"choice:{slug}")] = 1.0
+        for finding in findings:
+            answer = f"answer:{answer_of(slug, finding.removeprefix('finding:'))}"
+            if answer in names:
+                row[names.index(answer)] = 1.0
     kept = np.array([one[1] for one in closed], dtype=np.float64)
     cases = np.array([one[2] for one in closed], dtype=np.float64)
     mean, covariance = prior_mean, prior

@@ -134,3 +134,28 @@ def test_the_shipped_model_is_fitted_on_the_shipped_table() -> None:
             model.confidence(Subject(c.choice, c.layer, c.finding, c.measured)).value for c in own
         ]
         assert float(np.mean(said)) == pytest.approx(model.base, abs=0.04)
+
+
+def test_cases_of_an_answer_to_a_finding_count_for_that_answer() -> None:
+    dice = np.random.default_rng(0)
+    plain = {"gain": math.nan, "error": math.nan, "layer": "Linear", "kind": "graft", "host": "h"}
+    cases = [
+        Case(seed=number, choice=choice, finding=finding, success=bool(dice.random() < rate),
+             **plain)  # type: ignore[arg-type]
+        for number in range(80)
+        for choice, finding, rate in (
+            ("wider", "capacity", 0.95), ("wider", "", 0.3),
+            ("other", "capacity", 0.2), ("other", "", 0.3),
+        )
+    ]  # fmt: skip
+    model = fit(cases)
+    said = {
+        (choice, finding): model.confidence(Subject(choice, "Linear", finding)).value
+        for choice in ("wider", "other")
+        for finding in ("capacity", "")
+    }
+    assert said["wider", "capacity"] > 0.85
+    assert said["other", "capacity"] < 0.35
+    assert said["wider", ""] < 0.45
+    terms = model.confidence(Subject("wider", "Linear", "capacity")).terms
+    assert any(term.text == "cases of wider to capacity" for term in terms)
