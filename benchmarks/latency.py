@@ -46,6 +46,8 @@ from esper.contracts import (
     ViolationRule,
     signing,
 )
+from esper.contracts.variants import Factors
+from esper.exceptions import ConfigurationError
 from esper.grafting import LayerRecorder
 from esper.pipeline import decide
 from esper.planning import plan_run
@@ -329,6 +331,9 @@ class ManySizes:
     def forecast(self, layer: LayerInfo, config: dict[str, Any]) -> CostForecast:
         size = int(config["size"])
         return CostForecast(2 * size * layer.features_in, size * 1000, size / 100, float("nan"))
+
+    def varied(self, layer: LayerInfo, factors: Factors) -> dict[str, Any]:
+        raise ConfigurationError("it has every size already")
 
 
 def _plausible(rng: np.random.Generator, layers: int) -> Any:

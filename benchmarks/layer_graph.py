@@ -157,7 +157,8 @@ class GraphNetwork(nn.Module):
 
 def graph(known: Sequence[Tried], asked: Sequence[Tried]) -> Doubles:
     """Mean of some networks with different first weights."""
-    return np.mean([_one_network(known, asked, seed) for seed in range(MEMBERS)], axis=0)
+    said = [_one_network(known, asked, seed) for seed in range(MEMBERS)]
+    return np.asarray(np.mean(said, axis=0), dtype=np.float64)
 
 
 def _one_network(known: Sequence[Tried], asked: Sequence[Tried], seed: int) -> Doubles:

@@ -217,6 +217,7 @@ def settle(
         step=snapshot.step,
         policy=policy,
         asks=(*(check.text for check in checks if check.asks), *_too_few(proposal, sure)),
+        variant=best.variant,
     )
 
 

@@ -76,6 +76,7 @@ def message_of(
         active=tuple(active),
         age_seconds=snapshot.age_seconds,
         findings=snapshot.findings,
+        variants=snapshot.variants,
     )
 
 
@@ -108,6 +109,7 @@ def run_snapshot(message: Snapshot) -> RunSnapshot:
         age_seconds=np.nan if message.age_seconds is None else float(message.age_seconds),
         findings=message.findings,
         held_out=_held_out(message),
+        variants=message.variants,
     )
 
 

@@ -37,7 +37,8 @@ from esper.contracts import (
     cost_limits,
     risk_rank,
 )
-from esper.exceptions import UnknownBlueprintError
+from esper.contracts.variants import Factors, Variant
+from esper.exceptions import ConfigurationError, IncompatibleLayerError, UnknownBlueprintError
 from esper.health import Features
 
 Doubles = NDArray[np.float64]
@@ -97,6 +98,9 @@ class SelectableBlueprint(Protocol):
     def forecast(self, layer: LayerInfo, config: dict[str, Any]) -> CostForecast:
         """Cost computed from shapes."""
 
+    def varied(self, layer: LayerInfo, factors: Factors) -> dict[str, Any]:
+        """The configuration of a variant; raises where it has none at this layer."""
+
 
 def _none() -> Doubles:
     return np.empty(0)
@@ -120,6 +124,8 @@ class _Table:
         default_factory=_none
     )  # if the latency is unknown, otherwise the latency
     most: tuple[float, float, float] = (0.0, 0.0, 0.0)  # parameters, memory, bound; NaN if one is
+    # By size, of those that are the size of an admitted variant.
+    variants: Mapping[int, Variant] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -287,7 +293,7 @@ class BlueprintSelector:
         conflict = self._conflict(blueprint, place.history)
         if conflict:
             return conflict
-        table = self._table(blueprint, place.layer)
+        table = self._table(blueprint, place.layer, _variants(blueprint.slug, snapshot))
         if table.refusal:
             return table.refusal
         experience = snapshot.experience.get(blueprint.slug, Experience())
@@ -304,11 +310,14 @@ class BlueprintSelector:
             return f"It needs {' or '.join(sorted(blueprint.requires))} on the layer first."
         return ""
 
-    def _table(self, blueprint: SelectableBlueprint, layer: LayerInfo) -> _Table:
-        key = (blueprint.slug, _shape_key(layer))
+    def _table(
+        self, blueprint: SelectableBlueprint, layer: LayerInfo, variants: tuple[Variant, ...]
+    ) -> _Table:
+        told = tuple((one.uid, one.gain, one.trials) for one in variants)
+        key = (blueprint.slug, _shape_key(layer), told)
         table = self._tables.get(key)
         if table is None:
-            table = self._tables[key] = _tabulate(blueprint, layer)
+            table = self._tables[key] = _tabulate(blueprint, layer, variants)
             if len(self._tables) > MAX_TABLES:
                 self._tables.popitem(last=False)
         return table
@@ -345,11 +354,37 @@ def _shape_key(layer: LayerInfo) -> tuple[Any, ...]:
     )
 
 
-def _tabulate(blueprint: SelectableBlueprint, layer: LayerInfo) -> _Table:
+def _variants(slug: str, snapshot: RunSnapshot) -> tuple[Variant, ...]:
+    """Those of one blueprint; most runs have none at all."""
+    return tuple(one for one in snapshot.variants if one.blueprint == slug)
+
+
+def _sizes(
+    blueprint: SelectableBlueprint, layer: LayerInfo, variants: tuple[Variant, ...]
+) -> tuple[tuple[dict[str, Any], ...], dict[int, Variant]]:
+    """The blueprint's own sizes, then those of admitted variants that it has at this layer."""
+    configs = list(blueprint.sizes(layer))
+    found: dict[int, Variant] = {}
+    for variant in variants:
+        try:
+            config = blueprint.varied(layer, variant.factors)
+        except (ConfigurationError, IncompatibleLayerError):
+            continue  # no such size here, for example above the largest that is allowed
+        if config in configs:
+            found.setdefault(configs.index(config), variant)
+        else:
+            found[len(configs)] = variant
+            configs.append(config)
+    return tuple(configs), found
+
+
+def _tabulate(
+    blueprint: SelectableBlueprint, layer: LayerInfo, variants: tuple[Variant, ...]
+) -> _Table:
     refusal = blueprint.refusal(layer) if layer.graftable else layer.reason or "Not graftable."
     if refusal:
         return _Table(refusal)
-    configs = blueprint.sizes(layer)
+    configs, learned = _sizes(blueprint, layer, variants)
     if not configs:
         return _Table("It has no valid size for this layer.")
     forecasts = tuple(blueprint.forecast(layer, config) for config in configs)
@@ -370,6 +405,7 @@ def _tabulate(blueprint: SelectableBlueprint, layer: LayerInfo) -> _Table:
         effect_N=_size_effect(parameters_N, layer),
         bound_N=bound_N,
         most=(float(parameters_N.max()), float(memory_N.max()), float(bound_N.max())),
+        variants=learned,
     )
 
 
@@ -415,6 +451,8 @@ def _size_score(
             score_N -= weight * np.nan_to_num(cost_N / limit, nan=1.0)
         else:  # the usual case, ten times as fast
             score_N -= (weight / limit) * cost_N
+    for size, variant in table.variants.items():
+        score_N[size] += _shown(variant)
     return score_N
 
 
@@ -450,7 +488,9 @@ def _terms(
     experience: Experience,
 ) -> dict[str, float]:
     redundant = blueprint.adaptation_type in place.types
-    return {
+    variant = table.variants.get(size)
+    trials = {} if variant is None else {"trials": _shown(variant)}
+    return trials | {
         "gain": _gain(experience) * float(table.effect_N[size]),
         "reward": _learned_reward(experience),
         "rent": -_rent(place) * float(table.parameters_N[size]),
@@ -479,6 +519,11 @@ def _learned_reward(experience: Experience) -> float:
         return 0.0
     trust = experience.cases / (PRIOR_CASES + experience.cases)
     return 0.5 * trust * min(1.0, max(-1.0, REWARD_SCALE * experience.mean_reward))
+
+
+def _shown(variant: Variant) -> float:
+    """What the trials of a variant have shown over the usual size, as a learned reward counts."""
+    return _learned_reward(Experience(kept=variant.trials, mean_reward=variant.gain))
 
 
 def _size_effect(parameters_N: Doubles, layer: LayerInfo) -> Doubles:
@@ -527,12 +572,14 @@ def _too_large(table: _Table, latency_N: Doubles, place: _Place) -> str:
 
 
 def _candidate(scored: _Scored) -> Candidate:
+    variant = scored.table.variants.get(scored.size)
     return Candidate(
         blueprint=scored.blueprint.slug,
         config=dict(scored.table.configs[scored.size]),
         score=scored.score,
         forecast=replace(scored.table.forecasts[scored.size], latency_ms=scored.latency_ms),
         terms=scored.terms,
+        variant=variant.uid if variant else "",
     )
 
 

@@ -37,6 +37,7 @@ class Act(StrEnum):
     ACKNOWLEDGE_VIOLATION = "acknowledge_violation"
     MANAGE_WORKERS = "manage_workers"
     SWITCH_BLUEPRINT = "switch_blueprint"
+    ADMIT_VARIANT = "admit_variant"
     EDIT_POLICY = "edit_policy"
     MANAGE_CACHE = "manage_cache"
     VIEW_AUDIT = "view_audit"
@@ -66,6 +67,7 @@ ALLOWED: dict[Act, frozenset[Role]] = {
     Act.ACKNOWLEDGE_VIOLATION: _ON_DUTY,
     Act.MANAGE_WORKERS: _ON_DUTY,
     Act.SWITCH_BLUEPRINT: _KEEPERS,
+    Act.ADMIT_VARIANT: _KEEPERS,
     Act.EDIT_POLICY: _KEEPERS,
     Act.MANAGE_CACHE: _ON_DUTY,
     Act.VIEW_AUDIT: _EVERYBODY,
@@ -106,6 +108,7 @@ IN_WORDS: dict[Act, str] = {
     Act.ACKNOWLEDGE_VIOLATION: "acknowledge violations",
     Act.MANAGE_WORKERS: "drain, quarantine and release workers",
     Act.SWITCH_BLUEPRINT: "enable and disable blueprints",
+    Act.ADMIT_VARIANT: "admit and withdraw variants of blueprints",
     Act.EDIT_POLICY: "publish policies",
     Act.MANAGE_CACHE: "manage the kernel cache",
     Act.VIEW_AUDIT: "read the audit log",

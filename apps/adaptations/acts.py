@@ -23,6 +23,7 @@ from apps.adaptations.history import why_stopped
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.shadows import may_shadow
+from apps.adaptations.variants import check_still_admitted
 from apps.adaptations.votes import has_voted, vote, votes_missing, votes_needed
 from apps.audit.services import record
 from apps.blueprints.models import KnownRemedy
@@ -187,9 +188,10 @@ def go_ahead(adaptation: Adaptation, user: User, actor: Actor, *, reason: str) -
     """Approve what was checked: queue a graft's compile job, or send the remedy.
 
     Must run inside a transaction. Raises as :func:`approve_adaptation` for a deadline that has
-    passed, or a layer that the run does not have any more.
+    passed, a layer that the run does not have any more, or a variant that was withdrawn.
     """
     place = _place(adaptation)
+    check_still_admitted(adaptation)
     transition(
         adaptation,
         S.APPROVED,

@@ -51,6 +51,7 @@ def edit_settings(adaptation: Adaptation, settings: Mapping[str, Any], actor: Ac
         for name, value in changes.items():
             _check_smaller(adaptation, name, value)
         adaptation.config = {**adaptation.config, **changes}
+        adaptation.variant = None  # it has a size of its own now
     checks = checks_now(adaptation)
     closed = [check for check in checks if check.blocks]
     if closed:
@@ -73,6 +74,7 @@ def _write(adaptation: Adaptation) -> None:
     Adaptation.objects.filter(pk=adaptation.pk, version=adaptation.version).update(
         version=F("version") + 1,
         config=adaptation.config,
+        variant=adaptation.variant,
         in_words=adaptation.in_words,
         edited=adaptation.edited,
         checks=adaptation.checks,

@@ -11,7 +11,7 @@ from django.conf import settings
 from django.db import models
 
 from apps.accounts.visibility import InProjects, of_adaptation, of_run
-from apps.blueprints.models import Blueprint
+from apps.blueprints.models import Blueprint, Variant
 from apps.kernels.models import Kernel
 from apps.policies.models import PolicyVersion
 from apps.rest.identifiers import UID_LENGTH, new_uid
@@ -132,6 +132,10 @@ class Adaptation(models.Model):
         Plan, on_delete=models.SET_NULL, null=True, blank=True, related_name="members"
     )
     plan_place = models.PositiveSmallIntegerField(null=True, blank=True)
+    # whose size it has; null: one of the blueprint's own
+    variant = models.ForeignKey(
+        Variant, on_delete=models.PROTECT, null=True, blank=True, related_name="adaptations"
+    )
     forecast_parameters = models.BigIntegerField(default=0)
     forecast_flops = models.BigIntegerField(default=0)
     forecast_memory_mib = models.FloatField(null=True)
@@ -389,6 +393,10 @@ class ShadowTrial(models.Model):
     command = models.OneToOneField(Command, on_delete=models.CASCADE, related_name="+")
     asked_by = models.ForeignKey(  # null: one of the random share
         settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+    # what was tried instead of the proposed size; null: that size
+    variant = models.ForeignKey(
+        Variant, on_delete=models.PROTECT, null=True, blank=True, related_name="trials"
     )
     most_steps = models.PositiveIntegerField()
     most_seconds = models.FloatField()

@@ -1,11 +1,14 @@
 """The life of a plan after it was proposed:
 
-    awaiting_approval ──▶ applying ──▶ applied ──▶ settled
+    awaiting_approval ──▶ applying ──▶ applied ──▶ settled, where every member was kept
         │                    │            │
-        │        a member fails, or a person undoes it
+        │        a member fails or is taken out, or a person undoes it
         ▼                    ▼            ▼
     rejected, expired    taking_back ──▶ taken_back, or incomplete where a part of it stays
     or withdrawn
+
+The verdict that counts is that of the whole. Each member is tested with the others in the model, so
+the verdict on one tells nothing of the rest without it: where one is not kept, all of them go.
 
 A plan follows its members: each change of a member's state queues ``advance_plan``, and the
 periodic sweep calls it for every open plan, so that a lost message does no harm. It may be called
@@ -175,10 +178,16 @@ def _apply_next(plan: Plan, members: list[Adaptation]) -> None:
 
 
 def _settle(plan: Plan, members: list[Adaptation]) -> None:
-    """Each member is judged by itself."""
-    if all(member.state in ADAPTATION_ENDED for member in members):
-        kept = sum(member.state == S.KEPT for member in members)
-        outcome = f"{kept} of {len(members)} changes were kept."
+    """Kept or taken back as one: the first member that is not kept decides."""
+    out = next((member for member in members if member.state not in IN_THE_MODEL), None)
+    if out is not None and out.state not in _AT_THE_TRAINER:
+        why = f": {out.end_reason}" if out.end_reason else ""
+        reason = f"A-{out.number} {out.title} was not kept{why}"
+        outcome = f"{_sentence(reason)} So the whole plan is taken back."
+        move_plan(plan, PlanState.TAKING_BACK, actor=SYSTEM, reason=reason, outcome=outcome)
+        take_back(plan, members)
+    elif all(member.state == S.KEPT for member in members):
+        outcome = f"All {len(members)} changes were kept, so the plan is kept as a whole."
         move_plan(plan, PlanState.SETTLED, actor=SYSTEM, reason=outcome, outcome=outcome)
 
 

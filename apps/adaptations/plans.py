@@ -199,7 +199,8 @@ def plan_undo_text(plan: Plan) -> list[str]:
         "out again, the last one first. What could not be taken out is named here.",
         "An operator can undo the plan as a whole in the same order. During probation each undo "
         "restores the snapshot, bit by bit; what was kept already is detached.",
-        "Each change is tested by itself, and one that does not help is taken out by itself.",
+        "Each change is tested with the others in the model. The plan is kept or taken back as a "
+        "whole: when one change is not kept, the others are taken out too, the last one first.",
     ]
 
 

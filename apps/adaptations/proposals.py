@@ -18,6 +18,7 @@ from apps.adaptations.history import category_cases, closed_confidences, layer_h
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.shadows import shadow_at_random
+from apps.adaptations.variants import check_admitted
 from apps.blueprints.models import Blueprint
 from apps.policies.models import PolicyVersion
 from apps.policies.services import current_policy
@@ -264,7 +265,10 @@ def graft_row(
     idempotency_key: str,
     **of_plan: Any,
 ) -> Adaptation:
-    """Write the row of a proposal; ``of_plan``: its plan and place, where it is a member."""
+    """Write the row of a proposal; ``of_plan``: its plan and place, where it is a member.
+
+    Raises ``Problem`` 409 for the size of a variant that is not admitted.
+    """
     forecast = proposal.forecast
     adaptation = Adaptation(
         run=run,
@@ -275,6 +279,7 @@ def graft_row(
         adaptation_type=proposal.adaptation_type,
         blueprint=blueprint,
         config=proposal.config,
+        variant=check_admitted(proposal.variant, blueprint),
         risk=blueprint.risk,
         confidence=finite_or_none(proposal.confidence),
         urgency=finite_or_none(proposal.urgency),

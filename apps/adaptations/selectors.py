@@ -15,6 +15,7 @@ from apps.adaptations.history import error_budget as error_budget  # for other a
 from apps.adaptations.history import experience, grafts, layer_histories, run_facts
 from apps.adaptations.history import policy_standing as policy_standing  # for other apps
 from apps.adaptations.models import Adaptation, DecisionRecord, Plan, Snooze
+from apps.adaptations.variants import admitted
 from apps.blueprints.models import Blueprint
 from apps.kernels.selectors import cache_stats
 from apps.policies.services import current_policy
@@ -116,6 +117,7 @@ def run_snapshot(run: Run) -> Snapshot:
         champion=policy_standing().champion,
         active=tuple(_active_message(graft) for graft in _active_grafts(run)),
         findings=open_findings(run),
+        variants=admitted(),
     )
 
 

@@ -148,11 +148,13 @@ class ShadowOutput(serializers.ModelSerializer[ShadowTrial]):
     state = serializers.CharField()
     reason = serializers.CharField(source="command.reason")
     asked_by = serializers.CharField(source="asked_by.username", default=None, allow_null=True)
+    variant = serializers.CharField(source="variant.uid", default=None, allow_null=True)
 
     class Meta:
         model = ShadowTrial
         fields = (
             "uid",
+            "variant",
             "state",
             "reason",
             "asked_by",
@@ -334,10 +336,14 @@ class AssignInput(ActInput):
 
 
 class ShadowInput(PersonsInput):
-    """``steps`` of both copies, and ``seconds`` of the trainer's time, at most."""
+    """``steps`` of both copies, and ``seconds`` of the trainer's time, at most.
+
+    ``variant``: uid of the one that is tried instead of the proposed size.
+    """
 
     steps = WholeNumber(min_value=1, max_value=MOST_STEPS, default=STEPS)
     seconds = WholeNumber(min_value=1, max_value=MOST_SECONDS, default=SECONDS)
+    variant = Text(max_length=32, allow_blank=True, default="")
     reason = Text(allow_blank=True, default="")
 
 

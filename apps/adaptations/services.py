@@ -84,6 +84,19 @@ from apps.adaptations.switching import (
     set_adaptation_switch,
     set_project_switch,
 )
+from apps.adaptations.variants import (
+    admit_variant,
+    advantages,
+    cases_of,
+    may_admit,
+    may_withdraw,
+    suggest_variant,
+    tried_sizes,
+    variants_of,
+    waiting_variants,
+    withdraw_variant,
+)
+from apps.adaptations.variants import trials_of as trials_of_variant
 from apps.adaptations.verdicts import judge_adaptation
 from apps.adaptations.votes import votes_of
 
@@ -92,8 +105,10 @@ __all__ = [
     "GateClosedError",
     "Restored",
     "adaptation_of",
+    "admit_variant",
     "advance_plan",
     "advance_plans",
+    "advantages",
     "approve_adaptation",
     "approve_plan",
     "approvers_of",
@@ -102,6 +117,7 @@ __all__ = [
     "assign_adaptation",
     "attestation_of",
     "cancel_adaptation",
+    "cases_of",
     "claim_adaptation",
     "close_open_adaptations",
     "compile_kernel",
@@ -121,8 +137,10 @@ __all__ = [
     "judge_adaptation",
     "judge_remedy",
     "mark_taken_out",
+    "may_admit",
     "may_grant",
     "may_shadow",
+    "may_withdraw",
     "members_of",
     "move_run",
     "multiplies",
@@ -157,11 +175,17 @@ __all__ = [
     "snoozed_until",
     "stage_kernel",
     "stored_snapshot",
+    "suggest_variant",
     "sweep",
     "take_back_plan",
     "trials_of",
+    "trials_of_variant",
+    "tried_sizes",
     "undo_plan",
+    "variants_of",
     "votes_of",
+    "waiting_variants",
     "why_not_delegated",
     "withdraw_answered",
+    "withdraw_variant",
 ]

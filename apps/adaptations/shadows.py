@@ -17,7 +17,9 @@ from apps.accounts.actors import SYSTEM, Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
 from apps.adaptations.models import Adaptation, ShadowTrial
+from apps.adaptations.variants import waiting_variants
 from apps.audit.services import record
+from apps.blueprints.models import Variant
 from apps.notifications.services import publish, run_topic
 from apps.rest.numbers import finite_or_none, is_number
 from apps.rest.problems import Problem
@@ -48,7 +50,7 @@ def may_shadow(adaptation: Adaptation, user: User) -> Permission:
 def trials_of(adaptation: Adaptation) -> Any:
     """Newest first."""
     found = ShadowTrial.objects.filter(adaptation=adaptation)
-    return found.select_related("command", "asked_by")
+    return found.select_related("command", "asked_by", "variant")
 
 
 @transaction.atomic
@@ -59,12 +61,17 @@ def ask_for_shadow(
     via: str,
     steps: int = STEPS,
     seconds: int = SECONDS,
+    variant: str = "",
     reason: str = "",
 ) -> Adaptation:
     """Tell the trainer to try the graft on a copy of the run.
 
+    Args:
+        variant: uid of the one that is tried instead of the proposed size; empty: that size.
+
     Raises:
-        Problem: not allowed (403), decided already, or a trial is under way (409).
+        Problem: not allowed (403), decided already, or a trial is under way (409), or the
+            blueprint has no such variant that may be tried (422).
     """
     lock_run(adaptation.run_id)
     adaptation.refresh_from_db()
@@ -72,8 +79,25 @@ def ask_for_shadow(
     if not permission.allowed:
         status = 403 if permission.code == "not-eligible" else 409
         raise Problem(status, permission.code, permission.why)
-    _issue(adaptation, steps, seconds, user=user, actor=Actor.person(user, via=via), reason=reason)
+    _issue(
+        adaptation,
+        steps,
+        seconds,
+        user=user,
+        actor=Actor.person(user, via=via),
+        reason=reason,
+        variant=_variant(adaptation, variant),
+    )
     return adaptation
+
+
+def _variant(adaptation: Adaptation, uid: str) -> Variant | None:
+    if not uid:
+        return None
+    found = waiting_variants(adaptation).filter(uid=uid).first()
+    if found is None:
+        raise Problem(422, "invalid", f"{adaptation.slug} has no variant {uid!r} to be tried.")
+    return found
 
 
 def shadow_at_random(adaptation: Adaptation) -> None:
@@ -112,6 +136,7 @@ def _issue(
     user: User | None,
     actor: Actor,
     reason: str,
+    variant: Variant | None = None,
 ) -> None:
     command = issue_command(
         run=adaptation.run,
@@ -121,9 +146,11 @@ def _issue(
         payload={
             "blueprint": adaptation.slug,
             "since": adaptation.since,
-            "config": adaptation.config,
+            "config": {} if variant else adaptation.config,
             "steps": steps,
             "seconds": seconds,
+            # The trainer knows the usual size at its layer; the web process does not.
+            **({"factors": variant.factors} if variant else {}),
         },
         ttl_seconds=TTL_SECONDS,
     )
@@ -131,6 +158,7 @@ def _issue(
         adaptation=adaptation,
         command=command,
         asked_by=user,
+        variant=variant,
         most_steps=steps,
         most_seconds=seconds,
     )
@@ -141,7 +169,13 @@ def _issue(
         object_uid=adaptation.uid,
         run_uid=adaptation.run.uid,
         reason=reason,
-        data={"trial": trial.uid, "steps": steps, "seconds": seconds, "seq": command.seq},
+        data={
+            "trial": trial.uid,
+            "steps": steps,
+            "seconds": seconds,
+            "seq": command.seq,
+            **({"variant": variant.uid} if variant else {}),
+        },
     )
 
 

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from apps.adaptations import api, plan_api, switch_api
+from apps.adaptations import api, plan_api, switch_api, variant_api
 
 urlpatterns = [
     path("runs/<str:uid>/snapshot", api.Snapshot.as_view()),
@@ -40,6 +40,12 @@ urlpatterns = [
     path("plans/<str:uid>/undo", plan_api.UndoPlan.as_view()),
     path("adaptation-switch", switch_api.AllRuns.as_view()),
     path("projects/<str:uid>/adaptation-switch", switch_api.OneProject.as_view()),
+    path("variants", variant_api.Variants.as_view()),
+    path("blueprints/<str:slug>/variants", variant_api.SuggestVariant.as_view()),
+    path("blueprints/<str:slug>/tried-sizes", variant_api.TriedSizes.as_view()),
+    path("variants/<str:uid>", variant_api.VariantDetail.as_view()),
+    path("variants/<str:uid>/admit", variant_api.AdmitVariant.as_view()),
+    path("variants/<str:uid>/withdraw", variant_api.WithdrawVariant.as_view()),
     path("experience", api.Experiences.as_view()),
     path("integration-status", api.IntegrationStatus.as_view()),
 ]

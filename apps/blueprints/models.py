@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from django.conf import settings
 from django.db import models
 
-from esper.contracts import AdaptationType, BlueprintCategory, GraftKind, Risk
+from apps.rest.identifiers import UID_LENGTH, new_uid
+from esper.contracts import AdaptationType, BlueprintCategory, GraftKind, Risk, VariantState
 from esper.contracts.remedies import in_words
 
 
@@ -24,6 +27,7 @@ class Blueprint(models.Model):
     when = models.TextField(blank=True)
     conflicts = models.JSONField(default=list)
     requires = models.JSONField(default=list)  # one of these must sit on the layer first
+    tunes = models.JSONField(default=list)  # settings of which variants may be learned
     version = models.CharField(max_length=16)
     present = models.BooleanField(default=True)  # False: the installed code has no such blueprint
     enabled = models.BooleanField(default=True)
@@ -35,6 +39,50 @@ class Blueprint(models.Model):
 
     def __str__(self) -> str:
         return self.slug
+
+
+class Variant(models.Model):
+    """A blueprint with some numbers at factors of the usual ones, suggested from experience.
+
+    Only ``apps.adaptations.variants`` writes its ``state``. A withdrawn one stays, so that it is
+    never suggested again.
+    """
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "var"), editable=False
+    )
+    blueprint = models.ForeignKey(Blueprint, on_delete=models.CASCADE, related_name="variants")
+    factors = models.JSONField()
+    key = models.CharField(max_length=200)  # of its factors, for people too
+    state = models.CharField(
+        max_length=12, choices=[(s, s) for s in VariantState], default=VariantState.SUGGESTED
+    )
+    revision = models.PositiveIntegerField(default=1)
+    # where it comes from
+    policy = models.CharField(max_length=40)
+    chance = models.FloatField(null=True)
+    expected = models.FloatField(null=True)  # advantage over the usual size, a share of the loss
+    error = models.FloatField(null=True)
+    learned_from = models.JSONField(default=list)  # uids of closed grafts and trials in shadow
+    created_at = models.DateTimeField(auto_now_add=True)
+    # who admitted it, or withdrew it
+    decided_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+    decided_at = models.DateTimeField(null=True, blank=True)
+    reason = models.TextField(blank=True)
+
+    class Meta:
+        ordering = ("-id",)
+        constraints = (
+            models.UniqueConstraint(fields=("blueprint", "key"), name="variant_is_suggested_once"),
+            models.CheckConstraint(
+                condition=models.Q(state__in=sorted(VariantState)), name="variant_state_is_known"
+            ),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.blueprint_id}: {self.key}"
 
 
 class KnownRemedy(models.Model):

@@ -40,6 +40,7 @@ def sync_catalogue() -> list[str]:
             "when": blueprint.when,
             "conflicts": sorted(blueprint.conflicts),
             "requires": sorted(blueprint.requires),
+            "tunes": list(blueprint.tunes),
             "version": blueprint.version,
             "present": True,
         }

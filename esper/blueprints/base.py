@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +28,7 @@ from esper.contracts import (
     LayerInfo,
     Risk,
 )
+from esper.contracts.variants import Factors, key_of, why_no_variant
 from esper.exceptions import ConfigurationError, IncompatibleLayerError
 from esper.near_names import did_you_mean
 
@@ -134,6 +135,8 @@ class Blueprint(ABC):
     trainable: ClassVar[bool] = True
     parts: ClassVar[int] = 1  # number of blueprints in it; more than one for a composition
     spans: ClassVar[bool] = False  # its graft may read the input of an earlier layer
+    # Numbers of its configuration of which variants may be learned; "part.setting" of a part.
+    tunes: ClassVar[tuple[str, ...]] = ()
     idea: ClassVar[str]
     source: ClassVar[str]
     when: ClassVar[str]
@@ -213,6 +216,34 @@ class Blueprint(ABC):
         self.check_config(config)
         return config
 
+    def varied(self, layer: LayerInfo, factors: Factors) -> dict[str, Any]:
+        """The configuration of a variant at this layer.
+
+        Raises:
+            ConfigurationError: the grammar has no such variant, or it has no other size here.
+            IncompatibleLayerError: the layer does not fit.
+        """
+        reason = why_no_variant(factors, self.tunes)
+        if reason:
+            raise ConfigurationError(f"{self.slug}: {reason}")
+        usual = self.config_for(layer)
+        found = self.config_for(layer, _scaled(usual, factors))
+        if found == usual:
+            raise ConfigurationError(f"{self.slug}: {key_of(factors)} is the usual size here")
+        return found
+
+    def factors_of(self, layer: LayerInfo, config: dict[str, Any]) -> dict[str, float]:
+        """A configuration against the usual one, of each setting that is tuned.
+
+        Raises:
+            IncompatibleLayerError: the layer does not fit.
+        """
+        usual = self.config_for(layer)
+        return {
+            setting: float(_setting(config, setting)) / float(_setting(usual, setting))
+            for setting in self.tunes
+        }
+
     def forecast(self, layer: LayerInfo, config: dict[str, Any]) -> CostForecast:
         """Cost computed from shapes; nothing is measured, so latency is unknown (NaN)."""
         parameters = self.parameters(layer, config)
@@ -248,6 +279,26 @@ class Blueprint(ABC):
             dtype=dtype or layout.torch_dtype(layer),
         )
         return self.make(layer, full, weights)
+
+
+def _scaled(usual: dict[str, Any], factors: Factors) -> dict[str, Any]:
+    """The usual values of the settings, multiplied; a whole number stays one, of at least 1."""
+    found: dict[str, Any] = {}
+    for setting, factor in factors.items():
+        *parts, name = setting.split(".")
+        value = _setting(usual, setting)
+        inner = found
+        for part in parts:
+            inner = inner.setdefault(part, {})
+        inner[name] = max(1, round(value * factor)) if isinstance(value, int) else value * factor
+    return found
+
+
+def _setting(config: Mapping[str, Any], setting: str) -> Any:
+    value: Any = config
+    for part in setting.split("."):
+        value = value[part]
+    return value
 
 
 def check_integer(config: dict[str, Any], key: str, *, low: int, high: int) -> None:

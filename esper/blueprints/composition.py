@@ -432,6 +432,7 @@ def _make(document: Document, tree: _Node, others: Iterable[Blueprint]) -> Compo
         "kind": max((leaf.kind for leaf in leaves), key=_MILDEST_FIRST.index),
         "risk": max((leaf.risk for leaf in leaves), key=risk_rank),
         "tolerance": max(leaf.tolerance for leaf in leaves),
+        "tunes": tuple(f"{part}.{one}" for part, m in tree.members.items() for one in m.tunes),
         "trainable": any(leaf.trainable for leaf in leaves),
         "scaler_refusal": next((x.scaler_refusal for x in leaves if x.scaler_refusal), ""),
         "replicas_refusal": next((x.replicas_refusal for x in leaves if x.replicas_refusal), ""),

@@ -100,6 +100,7 @@ class FeedForward(Blueprint):
 
     hidden_at_width: ClassVar[tuple[int, int]]
     spans = True
+    tunes = ("hidden",)
     kind = GraftKind.PARALLEL
     risk = Risk.MEDIUM
 

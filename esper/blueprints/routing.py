@@ -405,6 +405,7 @@ class RouterBlueprint(Blueprint):
     kind = GraftKind.ASSEMBLY
     adaptation_type = AdaptationType.ADD_MOE
     risk = Risk.MEDIUM
+    tunes = ("hidden", "experts")
 
     def supports(self, layer: LayerInfo) -> str:
         return why_not_aligned(layer)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from esper.contracts import wire
 from esper.contracts.enums import AdaptationType, Risk, RunMode, ViolationRule
 from esper.contracts.health import Finding, HealthFrame, LayerInfo
+from esper.contracts.variants import Variant
 from esper.contracts.wire import Int64, Number, Sentence, Whole
 from esper.exceptions import CodecError, ConfigurationError, UnknownAdaptationTypeError
 
@@ -100,6 +101,7 @@ class Candidate:
     score: float
     forecast: CostForecast
     terms: dict[str, float] = field(default_factory=dict)  # score = sum of these
+    variant: str = ""  # uid, where the size is that of an admitted variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +271,7 @@ class RunSnapshot:
         age_seconds: how old the newest frame is.
         findings: of the diagnosis, those that are open.
         held_out: newest held-out loss; NaN: unknown.
+        variants: those that a curator has admitted.
     """
 
     run: str
@@ -291,6 +294,7 @@ class RunSnapshot:
     age_seconds: float = 0.0
     findings: tuple[Finding, ...] = ()
     held_out: float = math.nan
+    variants: tuple[Variant, ...] = ()
 
     def layer(self, name: str) -> LayerInfo | None:
         return next((layer for layer in self.layers if layer.name == name), None)
@@ -298,7 +302,10 @@ class RunSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A proposed graft. ``asks`` lists why a person must approve it."""
+    """A proposed graft. ``asks`` lists why a person must approve it.
+
+    ``variant`` is the uid of the admitted variant that the size comes from; empty: of none.
+    """
 
     adaptation: AdaptationDecision
     blueprint: str
@@ -311,6 +318,7 @@ class Decision:
     step: int
     policy: str  # "heuristic-3"
     asks: tuple[str, ...] = ()
+    variant: str = ""
 
     @property
     def automatic(self) -> bool:

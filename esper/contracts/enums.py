@@ -87,9 +87,9 @@ class PlanState(StrEnum):
 
     AWAITING_APPROVAL = "awaiting_approval"
     APPLYING = "applying"  # approved; its members go into the model one after another
-    APPLIED = "applied"  # every member is in the model, and is tested by itself
+    APPLIED = "applied"  # every member is in the model, and is tested with the others in it
     TAKING_BACK = "taking_back"  # the last member that was applied goes first
-    SETTLED = "settled"  # every member has its verdict
+    SETTLED = "settled"  # every member was kept, so the plan is kept
     TAKEN_BACK = "taken_back"  # nothing of it is in the model
     INCOMPLETE = "incomplete"  # a part of it stays in the model; its outcome says which
     REJECTED = "rejected"
@@ -107,6 +107,14 @@ PLAN_ENDED = frozenset(
         PlanState.WITHDRAWN,
     }
 )
+
+
+class VariantState(StrEnum):
+    """The life of a variant of a blueprint; see ``esper.contracts.variants``."""
+
+    SUGGESTED = "suggested"  # it may be tried in shadow, and is used nowhere
+    ADMITTED = "admitted"  # by a curator; decisions may use it
+    WITHDRAWN = "withdrawn"  # refused, or admitted no longer; never suggested again
 
 
 class AdaptationType(StrEnum):

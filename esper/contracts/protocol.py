@@ -45,6 +45,7 @@ from esper.contracts.enums import (
     ViolationRule,
 )
 from esper.contracts.health import MAX_LAYERS, Finding, HealthFrame, LayerInfo
+from esper.contracts.variants import Variant
 from esper.contracts.wire import Digest, Int64, Name, Number, Sentence, ShortText, Whole
 from esper.exceptions import MessageError
 
@@ -601,6 +602,7 @@ class Snapshot(Message, frozen=True, kw_only=True):
         active: adaptations under way.
         age_seconds: age of the newest frame; null: the reader takes it from the frame's time.
         findings: of the diagnosis, those that are open.
+        variants: of blueprints, those that a curator has admitted.
     """
 
     run: str
@@ -625,6 +627,7 @@ class Snapshot(Message, frozen=True, kw_only=True):
     active: tuple[Active, ...] = ()
     age_seconds: Number | None = None
     findings: tuple[Finding, ...] = ()
+    variants: tuple[Variant, ...] = ()
 
 
 class Frames(Message, frozen=True, kw_only=True):
@@ -661,6 +664,7 @@ class Proposal(Message, frozen=True, kw_only=True):
         evidence: the numbers that the decision rests on.
         policy: which policy has decided.
         since: an earlier layer, whose input the graft reads; empty: it sits beside one layer.
+        variant: uid of the admitted variant that the size comes from; empty: of none.
         chances: by policy, the probability with which it would have made this decision.
         snapshot: base64 of the deflated :class:`Snapshot` that was decided on; null: not sent.
         snapshot_note: why no snapshot was sent.
@@ -683,6 +687,7 @@ class Proposal(Message, frozen=True, kw_only=True):
     evidence: Numbers
     policy: Annotated[str, Meta(min_length=1, max_length=40)]
     since: Annotated[str, Meta(max_length=255)] = ""
+    variant: Annotated[str, Meta(max_length=32)] = ""
     chances: Annotated[dict[str, float], Meta(max_length=MAX_POLICIES)] = {}
     snapshot: StoredSnapshot | None = None
     snapshot_note: Annotated[str, Meta(max_length=500)] = ""
@@ -708,6 +713,7 @@ class Proposal(Message, frozen=True, kw_only=True):
             evidence=decision.evidence,
             policy=decision.policy,
             since=adaptation.since,
+            variant=decision.variant,
         )
 
     def key(self, run: str) -> str:
@@ -767,6 +773,59 @@ class PlanProposal(Message, frozen=True, kw_only=True):
     def key(self, run: str) -> str:
         """Idempotency key: one plan for one moment."""
         return f"{run}:{self.epoch}:{self.step}:plan"
+
+
+class TriedSize(Message, frozen=True, kw_only=True):
+    """What one size of a blueprint gained: a closed graft, or a trial in shadow.
+
+    Attributes:
+        uid: of the adaptation or the trial.
+        decision: uid of the adaptation; what has the same one was tried at the same moment.
+        layer: the layer or span, as registered.
+        config: of the graft; of a trial of a variant that of the graft beside which it was tried.
+        factors: of a trial of a variant; null: ``config`` itself was tried.
+        gain: a share of the held-out loss; of a closed graft its reward.
+    """
+
+    uid: Annotated[str, Meta(max_length=32)]
+    decision: Annotated[str, Meta(max_length=32)]
+    layer: LayerInfo
+    config: dict[str, Any]
+    factors: dict[str, float] | None
+    gain: Number
+
+
+class TriedSizes(Message, frozen=True, kw_only=True):
+    """All that Tamiyo needs to suggest a variant of a blueprint.
+
+    Attributes:
+        cases: newest last.
+        taken: factors of every variant that was suggested before, whatever became of it.
+        waiting: one waits to be tried or admitted, so no other is suggested.
+    """
+
+    cases: tuple[TriedSize, ...]
+    taken: tuple[dict[str, float], ...]
+    waiting: bool
+
+
+class VariantSuggestion(Message, frozen=True, kw_only=True):
+    """Tamiyo suggests that a variant is tried. It is used nowhere before a curator admits it.
+
+    Attributes:
+        factors: by setting, within the grammar of ``esper.contracts.variants``.
+        chance: with which it was drawn.
+        expected, error: its advantage over the usual size, with the standard error.
+        cases: uids of the closed grafts and trials that it was learned from.
+        policy: what has suggested it.
+    """
+
+    factors: dict[str, Number]
+    chance: Number
+    expected: Number
+    error: Number
+    cases: Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(max_length=1000)]
+    policy: Annotated[str, Meta(min_length=1, max_length=40)]
 
 
 class Decline(Message, frozen=True, kw_only=True):

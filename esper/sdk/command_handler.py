@@ -253,6 +253,7 @@ class CommandHandler:
             config=dict(payload.get("config", {})),
             steps=int(payload["steps"]),
             seconds=float(payload["seconds"]),
+            factors=dict(payload.get("factors", {})),
         )
         try:
             self._shadow.begin(wanted, partial(self._end_of_shadow, command))

@@ -58,7 +58,10 @@ class Shadow:
 
 @dataclass(frozen=True, slots=True)
 class ShadowTrial:
-    """A graft that is to be tried; ``steps`` of both copies, and ``seconds``, at most."""
+    """A graft that is to be tried; ``steps`` of both copies, and ``seconds``, at most.
+
+    ``factors``: of a variant, which is then tried instead of ``config``.
+    """
 
     layer: str
     blueprint: str
@@ -66,6 +69,7 @@ class ShadowTrial:
     config: dict[str, Any] = field(default_factory=dict)
     steps: int = 200
     seconds: float = 60.0
+    factors: dict[str, float] = field(default_factory=dict)
 
 
 class ShadowTrials:
@@ -126,7 +130,13 @@ class ShadowTrials:
             self._model,
             self._optimizers[0],
             partial(
-                self._surgery.graft_copy, trial.layer, trial.blueprint, trial.since, trial.config
+                self._surgery.graft_copy,
+                trial.layer,
+                trial.blueprint,
+                trial.since,
+                self._surgery.config_of(
+                    trial.layer, trial.blueprint, trial.since, trial.config, trial.factors
+                ),
             ),
             batches=how.batches,
             loss=how.loss,

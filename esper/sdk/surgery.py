@@ -269,6 +269,25 @@ class Surgery:
         assert receipt is not None
         return receipt
 
+    def config_of(
+        self,
+        layer: str,
+        blueprint: str,
+        since: str,
+        config: dict[str, Any],
+        factors: dict[str, float],
+    ) -> dict[str, Any]:
+        """``config``, or that of a variant at this layer where there are factors.
+
+        Raises:
+            UnknownLayerError, UnknownBlueprintError, IncompatibleLayerError: of the place.
+            ConfigurationError: the blueprint has no such variant here.
+        """
+        if not factors:
+            return config
+        entry = blueprints.get_blueprint(blueprint)
+        return entry.varied(self.layer(layer, since, entry.slug), factors)
+
     def graft_copy(
         self,
         layer: str,

@@ -14,7 +14,7 @@ reading   esper runs, adaptations, inbox, findings, show
 deciding  esper approve, reject, rollback, cancel, claim, release, extend
 running   esper pause, resume, stop, kill
 watching  esper watch
-maintaining  esper workers, kernels, blueprints, policy, audit log
+maintaining  esper workers, kernels, blueprints, variants, policy, audit log
 channels  esper channels
 mcp       esper mcp
 asking    the options that name the server and the account

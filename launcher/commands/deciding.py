@@ -75,6 +75,7 @@ def approve_command(
 @click.argument("adaptation")
 @click.option("--steps", type=click.IntRange(1, 2000), default=200, show_default=True)
 @click.option("--seconds", type=click.IntRange(1, 600), default=60, show_default=True)
+@click.option("--variant", default="", help="Try this one instead: a uid of esper variants.")
 @click.option("--reason", default="", help="Why; it is kept in the audit log.")
 @dry_run_option
 @json_option
@@ -84,12 +85,13 @@ def shadow_command(
     adaptation: str,
     steps: int,
     seconds: int,
+    variant: str,
     reason: str,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Try ADAPTATION on a copy of its run; the run stays as it is. esper show has the result."""
-    body = {"steps": steps, "seconds": seconds, "reason": reason}
+    body = {"steps": steps, "seconds": seconds, "variant": variant, "reason": reason}
     path = f"adaptations/{segment(adaptation)}/shadow"
     done = client.act(path, body, dry_run=dry_run).data
     if as_json:

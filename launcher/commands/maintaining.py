@@ -1,4 +1,4 @@
-"""``esper workers``, ``kernels``, ``blueprints``, ``policy``: lists, with their acts below."""
+"""``esper workers``, ``kernels``, ``blueprints``, ``variants``, ``policy``: lists, and acts."""
 
 from __future__ import annotations
 
@@ -122,6 +122,29 @@ _add_act(
     says="disabled",
 )
 
+variants_group = _list(
+    "variants",
+    "variants",
+    ("uid", "blueprint", "change", "state", "expected", "decided_by", "reason"),
+    "List sizes of blueprints that were suggested from experience; admit or withdraw one.",
+    "No variant was suggested.",
+)
+_add_act(
+    variants_group,
+    "admit",
+    "variants/{}/admit",
+    "Let decisions propose variant NAME, after it was tried in shadow.",
+    says="admitted",
+)
+_add_act(
+    variants_group,
+    "withdraw",
+    "variants/{}/withdraw",
+    "Let nobody propose or suggest variant NAME again.",
+    says="withdrawn",
+    needs_reason=True,
+)
+
 
 @click.group("policy", invoke_without_command=True)
 @click.pass_context
@@ -198,5 +221,6 @@ COMMANDS: tuple[click.Command, ...] = (
     workers_group,
     kernels_group,
     blueprints_group,
+    variants_group,
     policy_group,
 )

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper.blueprints import get_blueprint
 from esper.contracts import (
     AdaptationType,
     Experience,
@@ -24,6 +25,7 @@ from esper.contracts import (
     Selection,
     Signal,
 )
+from esper.contracts.variants import Variant
 from esper.exceptions import ConfigurationError, UnknownBlueprintError
 from esper.health import extract_features
 from esper.selection import BlueprintSelector
@@ -288,3 +290,42 @@ def test_every_field_but_name_and_place_tells_layers_apart() -> None:
     layer = LayerInfo("a", "Conv2d", (1, 4, 8, 8), (1, 4, 8, 8), "float32", 148, graftable=True)
     ignored = {"name", "order", "feeds", "compiled"}  # compiling is a pause, and no cost of a size
     assert len(_shape_key(layer)) == len({field.name for field in fields(LayerInfo)} - ignored)
+
+
+# --- variants -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gain", "chosen"), [(0.2, True), (-0.2, False), (math.nan, None)], ids=str
+)
+def test_an_admitted_variant_is_a_further_size_and_its_trials_count(
+    layer: LayerInfo, snapshot: RunSnapshot, gain: float, chosen: bool | None
+) -> None:
+    lora = get_blueprint("proj_lora_64")
+    variant = Variant("var_1", lora.slug, {"rank": 0.25, "alpha": 2.0}, gain, 20)
+    with_it = replace(snapshot, variants=(variant,))
+    selector = BlueprintSelector([lora])
+    best = selector.select(layer, EFFICIENCY, with_it, POLICY).best
+    assert best is not None
+    if chosen is not None:
+        assert (best.variant == "var_1") is chosen
+    if best.variant:
+        assert best.config == lora.varied(layer, variant.factors)
+        assert best.terms["trials"] > 0
+    assert best.score == pytest.approx(sum(best.terms.values()))
+    # What is not admitted is in no snapshot, and the tables of before do not bring it back.
+    without = selector.select(layer, EFFICIENCY, snapshot, POLICY).best
+    assert without is not None
+    assert without.variant == ""
+    assert without.config in lora.sizes(layer)
+
+
+def test_a_variant_that_a_layer_does_not_have_is_no_size(
+    layer: LayerInfo, snapshot: RunSnapshot
+) -> None:
+    lora = get_blueprint("proj_lora_64")
+    unknown = (Variant("var_1", lora.slug, {"rank": 7.0}, 1.0, 20), Variant("var_2", "other"))
+    best = BlueprintSelector([lora]).select(
+        layer, EFFICIENCY, replace(snapshot, variants=unknown), POLICY
+    )
+    assert best == BlueprintSelector([lora]).select(layer, EFFICIENCY, snapshot, POLICY)

@@ -141,6 +141,7 @@ def shadow_context(found: Adaptation, user: User) -> dict[str, Any]:
     return {
         "trials": [(trial, told_by(trial, smallest)) for trial in adaptations.trials_of(found)],
         "may_shadow": permission.allowed,
+        "sizes": list(adaptations.waiting_variants(found)) if permission.allowed else [],
         "why": "" if permission.code == "decision-not-pending" else permission.why,
     }
 

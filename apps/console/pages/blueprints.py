@@ -7,9 +7,11 @@ from typing import Any
 from django.db.models import Avg, Count, Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
 
+from apps.accounts.models import User
 from apps.accounts.policy import Act, may
+from apps.adaptations import services as adaptations
 from apps.adaptations.models import Adaptation
-from apps.blueprints.models import Blueprint
+from apps.blueprints.models import Blueprint, Variant
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.kernels.models import Kernel
@@ -51,6 +53,13 @@ def blueprint(request: HttpRequest, slug: str) -> HttpResponse:
             ("blueprint",),
         ),
         Panel("uses", "Uses", "console/blueprints/uses.html", uses, ("adaptation",)),
+        Panel(
+            "variants",
+            "Variants",
+            "console/blueprints/variants.html",
+            lambda: {"variants": variant_rows(found, person(request))},
+            ("blueprint", "adaptation"),
+        ),
     ]
     return render_page(
         request, "console/simple.html", title=found.title, panels=panels, blueprint=found
@@ -75,6 +84,28 @@ def blueprint_uses(blueprint: Blueprint) -> list[Adaptation]:
         .defer(*HUGE_COLUMNS_OF_RUN)
     )
     return list(uses[:20])
+
+
+def variant_rows(blueprint: Blueprint, user: User) -> list[dict[str, Any]]:
+    """Each variant with its lineage: what it was learned from, its trials, who admitted it."""
+    return [_variant_row(variant, user) for variant in adaptations.variants_of(blueprint)[:20]]
+
+
+def _variant_row(variant: Variant, user: User) -> dict[str, Any]:
+    grafts, seen, unseen = adaptations.cases_of(variant)
+    known = variant.expected is not None and variant.error is not None
+    return {
+        "variant": variant,
+        "expected": f"{variant.expected:+.1%} ± {variant.error:.1%}" if known else "unknown",
+        "grafts": grafts,
+        "seen": seen,
+        "unseen": unseen,
+        "trials": adaptations.trials_of_variant(variant),
+        "gains": adaptations.advantages(variant),
+        "uses": list(Adaptation.objects.filter(variant=variant)[:20]),
+        "may_admit": adaptations.may_admit(variant, user),
+        "may_withdraw": adaptations.may_withdraw(variant, user),
+    }
 
 
 def kernels_of(slug: str) -> list[Kernel]:

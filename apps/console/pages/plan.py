@@ -14,6 +14,7 @@ from apps.audit.models import AuditEvent
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.notifications.services import run_topic
+from esper.contracts import AdaptationState, PlanState
 
 
 @page
@@ -41,13 +42,32 @@ def _panels(user: User, found: Plan) -> list[Panel]:
         return Panel(name, title, f"console/plan/{name}.html", lambda: data, events, every)
 
     return [
-        part("head", "Plan", {"members": members}),
+        part("head", "Plan", {"members": members, "verdict": verdict(found, members)}),
         part("members", "Changes, in their order", {"members": members, "total": total(members)}),
         part("reasons", "Why this plan", {}),
         part("undo", "How it is undone", {"lines": adaptations.plan_undo_text(found)}),
         part("history", "History", {"events": history(found)}),
         part("acts", "Your decision", acts(found, user)),
     ]
+
+
+def verdict(found: Plan, members: list[Adaptation]) -> str:
+    """Kept or taken back as one; empty before it is applied, and where a person ended it."""
+    kept = sum(member.state == AdaptationState.KEPT for member in members)
+    match PlanState(found.state):
+        case PlanState.APPLIED:
+            return (
+                f"open; {kept} of {len(members)} changes have passed their tests. All must, "
+                "otherwise all are taken out."
+            )
+        case PlanState.SETTLED:
+            return "kept."
+        case PlanState.TAKING_BACK | PlanState.TAKEN_BACK:
+            return "taken back."
+        case PlanState.INCOMPLETE:
+            return "taken back, but not all of it could be taken out."
+        case _:
+            return ""
 
 
 def total(members: list[Adaptation]) -> dict[str, float | None]:

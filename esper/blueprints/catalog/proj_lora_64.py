@@ -88,6 +88,7 @@ class ProjLora64(Blueprint):
     adaptation_type = AdaptationType.ADD_EFFICIENCY
     risk = Risk.LOW
     mergeable = True
+    tunes = ("rank", "alpha")
     idea = "Adds a trainable low-rank matrix beside the layer's weight."
     source = "Hu et al. 2021, arXiv 2106.09685; scaling α/√r: Kalajdzievski 2023, arXiv 2312.03732"
     when = "The layer's weight hardly moves, or is frozen, and a small correction may be enough."

@@ -63,6 +63,7 @@ class WidenHidden(Blueprint):
     risk = Risk.LOW
     mergeable = True
     spans = True
+    tunes = ("hidden",)
     idea = "Adds units to the hidden layer between two layers, from one unit up."
     source = "Evci et al. 2022 (GradMax), arXiv 2201.05125; Verbockhaven et al. 2024, TINY"
     when = "The hidden layer is the bottleneck: the training loss is flat, and so is the held-out."

@@ -4,6 +4,7 @@
         snapshot from the server, when ours is old, has a gap, or something happened
         absorb the entries' frames
         for each adaptation in probation:  judge -> POST verdict with its reward
+            with learning: what its blueprint's sizes gained -> POST a variant to be tried
         if there is a frame without a decision:
             where the policy allows plans: plan_run() -> POST plan
             without a plan: decide() -> POST proposal | POST decline (hard refusals only) | nothing
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from esper.blueprints import Blueprint
 from esper.contracts import (
     AdaptationState,
     Decision,
@@ -32,13 +34,14 @@ from esper.contracts import (
     protocol,
 )
 from esper.contracts.spans import place_of
-from esper.exceptions import CodecError, TransportError
+from esper.exceptions import CodecError, TransportError, UnknownBlueprintError
 from esper.pipeline import chances, decide
 from esper.planning import plan_run
 from esper.policy import BanditPolicy, Policy
 from esper.replay import decision_rng
 from esper.selection import BlueprintSelector, SelectableBlueprint
 from esper.services.tamiyo import wire
+from esper.services.tamiyo.learning import suggestion_for
 from esper.services.tamiyo.probation import cost_of, judge_probation, reward_of
 from esper.services.tamiyo.stream import HealthEntry
 from esper.services.tamiyo.urza import Urza
@@ -261,6 +264,21 @@ class DecisionLoop:
             self.counts["verdicts"] += 1
         watch.judged.add(adaptation.uid)
         watch.outdate()
+        if self._learning:
+            await self._suggest(adaptation.blueprint)
+
+    async def _suggest(self, slug: str) -> None:
+        """A variant of a blueprint that should be tried; without an answer there is none."""
+        try:
+            blueprint = self._selector.blueprint(slug)
+            if not isinstance(blueprint, Blueprint):
+                return
+            found = suggestion_for(blueprint, await self._urza.tried_sizes(slug))
+            if found is not None:
+                await self._urza.suggest_variant(slug, found)
+                self.counts["suggestions"] += 1
+        except (TransportError, CodecError, UnknownBlueprintError) as error:
+            logger.info("no variant of %s was suggested: %s", slug, error)
 
     def _give_up(self, watch: RunWatch, error: TransportError) -> None:
         """The server refuses this for good: the run is gone, or one side has an error."""

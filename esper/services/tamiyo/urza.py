@@ -68,6 +68,17 @@ class Urza:
             await self._send("POST", f"runs/{_segment(run)}/plans", body=body, key=body.key(run))
         )
 
+    async def tried_sizes(self, blueprint: str) -> protocol.TriedSizes:
+        """Raises ``CodecError`` where the server is of another version."""
+        data = await self._get(f"blueprints/{_segment(blueprint)}/tried-sizes")
+        return wire.from_wire(protocol.TriedSizes, data)
+
+    async def suggest_variant(self, blueprint: str, body: protocol.VariantSuggestion) -> None:
+        path = f"blueprints/{_segment(blueprint)}/variants"
+        factors = ",".join(f"{name}={factor:g}" for name, factor in sorted(body.factors.items()))
+        key = f"{blueprint}:{factors}:{len(body.cases)}"
+        await self._send("POST", path, body=body, key=key)
+
     async def decline(self, run: str, body: protocol.Decline) -> None:
         await self._send("POST", f"runs/{_segment(run)}/declines", body=body)
 

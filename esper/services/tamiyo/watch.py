@@ -107,11 +107,11 @@ class RunWatch:
             self._absorb_one(entry)
 
     def snapshot(self, *, learning: bool) -> RunSnapshot:
-        """What ``decide`` may look at now; without learning it knows no earlier cases."""
+        """What ``decide`` may look at now; without learning it knows no cases and no variants."""
         age = time.time() - self._newest_at
         # Two clocks may differ, hence never below 0; and an unknown age (NaN) stays unknown.
         snapshot = replace(self.report.snapshot, age_seconds=0.0 if age < 0 else age)
-        return snapshot if learning else replace(snapshot, experience={})
+        return snapshot if learning else replace(snapshot, experience={}, variants=())
 
     def _absorb_one(self, entry: HealthEntry) -> None:
         snapshot = self.report.snapshot

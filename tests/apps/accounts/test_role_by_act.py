@@ -11,6 +11,7 @@ from apps.accounts.models import User
 from apps.accounts.policy import ALLOWED, Act, may
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
+from apps.blueprints.models import Variant
 from apps.violations.models import Violation
 from apps.violations.services import record_violation
 from apps.workers.services import Presence, heartbeat
@@ -47,6 +48,12 @@ def _on_adaptation(
 
 def _snooze(caller: Caller, inbox: Inbox) -> Answer:
     return caller.post(f"adaptations/{inbox.waiting().uid}/snooze", {"minutes": 5})
+
+
+def _withdraw_variant(caller: Caller, inbox: Inbox) -> Answer:
+    blueprint = inbox.waiting().grafted_blueprint
+    variant = Variant.objects.create(blueprint=blueprint, factors={"rank": 2.0}, key="rank × 2")
+    return caller.post(f"variants/{variant.uid}/withdraw", {"reason": "worse"})
 
 
 def _on_run(name: str) -> Attempt:
@@ -135,6 +142,7 @@ ACTS: list[tuple[str, Act, Attempt]] = [
         Act.SWITCH_BLUEPRINT,
         lambda c, _: c.post("blueprints/proj_lora_64/enable", {"reason": ""}),
     ),
+    ("withdraw a variant", Act.ADMIT_VARIANT, _withdraw_variant),
     (
         "policy",
         Act.EDIT_POLICY,

@@ -98,6 +98,12 @@ def of(plan: Plan) -> list[Adaptation]:
     return services.members_of(plan)
 
 
+def shown_page(stage: Stage, plan: Plan) -> str:
+    client = Client()
+    client.force_login(stage.operator)
+    return client.get(f"/plans/{plan.uid}").content.decode()
+
+
 def states(plan: Plan) -> list[str]:
     return [str(one.state) for one in of(plan)]
 
@@ -172,7 +178,7 @@ def test_one_approval_applies_all_in_order_at_their_turn(stage: Stage) -> None:
             actor=TAMIYO,
         )  # fmt: skip
     assert now(plan).state == P.SETTLED
-    assert plan.outcome == "3 of 3 changes were kept."
+    assert plan.outcome == "All 3 changes were kept, so the plan is kept as a whole."
     linked = AuditEvent.objects.filter(object_uid__in=[one.uid for one in of(plan)])
     assert {event.data["plan"] for event in linked if "to" in event.data} == {plan.uid}
     acts = AuditEvent.objects.filter(object_uid=plan.uid).order_by("id")
@@ -180,6 +186,38 @@ def test_one_approval_applies_all_in_order_at_their_turn(stage: Stage) -> None:
         "plan.proposed", "plan.applying", "plan.applied", "plan.settled",
     ]  # fmt: skip
     assert verify_chain().verified
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_where_one_change_is_not_kept_the_whole_plan_is_taken_back(
+    stage: Stage, place: int
+) -> None:
+    plan = applied(stage)
+    for number, one in enumerate(of(plan)):
+        if number > place:
+            continue  # has no verdict yet
+        keep = number != place
+        services.judge_adaptation(
+            adaptation=one, verdict=Verdict(keep=keep, reason="no gain is shown"),
+            reward_terms={}, actor=TAMIYO,
+        )  # fmt: skip
+    assert now(plan).state == P.APPLIED  # the trainer has not answered yet
+    out = of(plan)[place]
+    assert "open; " in shown_page(stage, plan)
+    undone(stage, out)
+    assert now(plan).state == P.TAKING_BACK
+    rest = [layer for layer in LAYERS if layer != out.layer]
+    for layer in reversed(rest):
+        assert undo_commands(plan)[-1] == layer
+        undone(stage, next(one for one in of(plan) if one.layer == layer))
+        now(plan)
+    assert plan.state == P.TAKEN_BACK
+    assert set(states(plan)) <= {S.ROLLED_BACK, S.REVERTED}
+    assert f"A-{out.number}" in plan.outcome
+    assert "no gain is shown" in plan.outcome
+    shown = shown_page(stage, plan)
+    assert "Verdict of the whole:</strong> taken back." in shown
+    assert "The plan is kept or taken back as a whole" in shown
 
 
 def test_a_failure_of_the_second_stops_the_rest_and_takes_the_first_back(stage: Stage) -> None:

@@ -29,6 +29,7 @@ SERVICES = {
     "judge_adaptation": "Tamiyo's verdict",
     "issue_socket_ticket": "a client of the socket asks for it before it connects",
     "report_tamiyo_heartbeat": "Tamiyo's report",
+    "suggest_variant": "Tamiyo's suggestion",
 }
 VERBS = {
     "approve_plan": "plans approve",
@@ -77,6 +78,8 @@ VERBS = {
     "scrub_kernel_cache": "kernels scrub",
     "enable_blueprint": "blueprints enable",
     "disable_blueprint": "blueprints disable",
+    "admit_variant": "variants admit",
+    "withdraw_variant": "variants withdraw",
     "publish_policy": "policy publish",
     "start_recipe": "recipe start",
     "stop_launch": "recipe stop",

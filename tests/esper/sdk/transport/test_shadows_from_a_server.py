@@ -145,3 +145,28 @@ def test_two_copies_must_fit_into_the_memory_for_snapshots() -> None:
         assert trials is not None
         with pytest.raises(ConfigurationError, match="two copies of the run"):
             trials.begin(ShadowTrial("3", "proj_lora_64"), lambda twin, reason: None)
+
+
+@pytest.mark.parametrize(
+    ("factors", "state"), [({"rank": 2.0}, "applied"), ({"rank": 3.0}, "refused")]
+)
+def test_a_variant_is_tried_at_a_factor_of_the_usual_size(
+    training: Training, plane: ControlPlane, factors: dict[str, float], state: str
+) -> None:
+    with listening(training, plane, shadow=shadow()) as session:
+        tried: list[int] = []
+        trials = session._parts.shadow
+        assert trials is not None
+        copied = trials._surgery.graft_copy
+
+        def seen(*place: Any) -> Any:
+            receipt = copied(*place)
+            tried.append(receipt.graft.down.shape[0])
+            return receipt
+
+        trials._surgery.graft_copy = seen  # type: ignore[method-assign]
+        plane.send(ask(plane, factors=factors))
+        training.until(lambda: ended(plane, 1), session)
+        assert final_ack(plane, 1)["state"] == state
+        # The usual rank is a quarter of the 16 channels.
+        assert tried == ([8] if state == "applied" else [])

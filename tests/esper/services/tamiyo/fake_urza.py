@@ -120,6 +120,7 @@ class FakeUrza:
         self.proposals: dict[str, dict[str, Any]] = {}  # by idempotency key, in order
         self.proposal_attempts = 0
         self.declines: list[dict[str, Any]] = []
+        self.suggestions: list[dict[str, Any]] = []
         self.verdicts: dict[str, dict[str, Any]] = {}
         self.blueprints = [blueprint.slug for blueprint in blueprints.list_blueprints()]
         self.heartbeats: list[dict[str, Any]] = []
@@ -205,6 +206,12 @@ class FakeUrza:
                 return 200, {"uid": uid, "state": "probation"}
             case "POST", "runs", uid, "adaptations":
                 return self._propose(self.runs[uid], headers["Idempotency-Key"], body)
+            case "GET", "blueprints", _, "tried-sizes":
+                taken = [body["factors"] for body in self.suggestions]
+                return 200, {"cases": [], "taken": taken, "waiting": bool(taken)}
+            case "POST", "blueprints", _, "variants":
+                self.suggestions.append(body)
+                return 201, {}
             case "POST", "runs", _, "declines":
                 self.declines.append(body)
                 return 201, {}

@@ -19,13 +19,18 @@ import httpx
 import pytest
 import redis
 
+from esper.blueprints import get_blueprint
 from esper.contracts import AdaptationDecision, AdaptationType, RunSnapshot
+from esper.contracts.variants import Variant, why_no_variant
 from esper.health import Features
-from esper.policy import Proposals
+from esper.policy import BanditPolicy, HeuristicPolicy, Proposals
 from esper.services.tamiyo import EnhancedTamiyoService
+from esper.services.tamiyo.launch_enhanced import _config, _parse
 from esper.services.tamiyo.stream import GROUP, STREAM
 from esper.utils.config import ServiceConfig
 from tests.esper.services.tamiyo.fake_urza import FakeRun, FakeUrza, health_values
+
+TRIED = "GET blueprints/proj_lora_64/tried-sizes"
 
 
 def notify(valkey: redis.Redis, run: FakeRun, *, steps: int = 10) -> None:
@@ -385,23 +390,64 @@ async def test_no_data_at_the_deadline_is_never_success(
     assert list(described.verdicts) == ["adp_1"]
 
 
+@pytest.mark.parametrize("learning", [True, False])
+async def test_with_learning_a_verdict_leads_to_a_suggestion(
+    valkey_url: str, described: FakeUrza, learning: bool
+) -> None:
+    run = described.runs["run_a"]
+    run.active = [in_probation(run, seconds_left=1.0)]
+    async with running(config(valkey_url, described, learning=learning)):
+        await until(lambda: described.verdicts)
+        # With no case at all the draw of this blueprint is a variant, and not the usual size.
+        await until(lambda: described.suggestions or not learning)
+    assert described.requests.count(TRIED) == int(learning)
+    assert len(described.suggestions) == int(learning)
+    for body in described.suggestions:
+        assert not why_no_variant(body["factors"], get_blueprint("proj_lora_64").tunes)
+
+
 async def test_without_learning_earlier_cases_change_nothing(urza: FakeUrza) -> None:
     seen: list[dict[str, Any]] = []
+    known: list[tuple[Variant, ...]] = []
 
     class WatchingPolicy(StubbornPolicy):
         def propose(self, snapshot: RunSnapshot, features: Features, rng: object) -> Proposals:
             seen.append(dict(snapshot.experience))
+            known.append(snapshot.variants)
             return Proposals()
 
     cases = {"proj_ia3": {"kept": 3, "rolled_back": 1, "mean_reward": 0.1}}
+    admitted = {"uid": "var_1", "blueprint": "proj_lora_64", "factors": {"rank": 2.0}}
+    more = {"experience": cases, "variants": [admitted]}
     snapshot = urza.runs["run_a"].snapshot
-    urza.runs["run_a"].snapshot = lambda: {**snapshot(), "experience": cases}  # type: ignore[method-assign]
+    urza.runs["run_a"].snapshot = lambda: {**snapshot(), **more}  # type: ignore[method-assign]
     for learning in (True, False):
         async with running(config(None, urza, learning=learning), policy=WatchingPolicy()):
             await until(lambda: len(seen) >= (1 if learning else 2))  # noqa: B023
 
     assert seen[0]["proj_ia3"].kept == 3
+    assert [variant.uid for variant in known[0]] == ["var_1"]
     assert seen[-1] == {}
+    assert known[-1] == ()
+
+
+@pytest.mark.parametrize("learning", [True, False])
+async def test_without_learning_a_promoted_challenger_does_not_decide(
+    urza: FakeUrza, learning: bool
+) -> None:
+    snapshot = urza.runs["run_a"].snapshot
+    urza.runs["run_a"].snapshot = lambda: {**snapshot(), "champion": BanditPolicy.name}  # type: ignore[method-assign]
+    async with running(config(None, urza, learning=learning)):
+        await until(lambda: urza.proposals or "POST runs/run_a/declines" in urza.requests)
+    decided = {body["policy"] for body in urza.proposals.values()}
+    assert decided <= {BanditPolicy.name if learning else HeuristicPolicy.name}
+    assert decided or learning  # the bandit may draw to do nothing
+
+
+@pytest.mark.parametrize("options", [[], ["--no-learning"]])
+def test_the_option_no_learning_turns_it_off(options: list[str]) -> None:
+    settings = _config(_parse(["--urza-url", "http://localhost:1", *options]))
+    assert settings.learning is not bool(options)
 
 
 # ── as a process ────────────────────────────────────────────────────────────────────────────────
