@@ -38,7 +38,8 @@ from benchmarks.rescue.training import LONGER, Arm, Outcome, train
 AT_8_STEPS, SILENT_STEPS, CLEAN_STEPS = 500, 120, 1500
 TIERS = (at8.TIER, so35.TIER, silent12.TIER, deform.TIER, clean.TIER)
 SELDOM = ("restart", "oracle")  # of each second seed, because they train several times
-ARMS = ("automatic", "supervised", "random", "plateau", "zclip", "restart", "oracle")
+ARMS = ("automatic", "supervised", "random", "healthy", "plateau", "zclip", "restart", "oracle")
+OTHER_BATCHES = 1000  # added to the seed of the twin that is trained again
 
 
 def measure(case: Case, arms: tuple[str, ...], twins: dict[object, Outcome]) -> Record:
@@ -83,6 +84,8 @@ def measure(case: Case, arms: tuple[str, ...], twins: dict[object, Outcome]) -> 
 def under(arm: str, case: Case, record: Record) -> Outcome:
     """The run with the fault, under one of :data:`ARMS`."""
     steps, wanted = round(case.steps * LONGER), record.twin - POINTS
+    if arm == "healthy":
+        return train(case.healthy(), steps, case.seed + OTHER_BATCHES, Arm())
     if arm == "restart":
         return restart(case, wanted, record.told_at)
     if arm == "oracle":
@@ -157,12 +160,16 @@ def main() -> None:
     logging.getLogger("esper").setLevel(logging.CRITICAL)
     if arguments.records:
         saved = [json.loads(path.read_text()) for path in arguments.records]
-        records = [Record.from_json(entry) for part in saved for entry in part["records"]]
-        about = "\n".join(part["about"] for part in saved)
+        parts = [[Record.from_json(entry) for entry in part["records"]] for part in saved]
+        records = [record for part in parts for record in part]
+        about = "\n".join(
+            report.origin(part["about"], own) for part, own in zip(saved, parts, strict=True)
+        )
     else:
         started = time.monotonic()
         records = run(arguments)
         about = report.about(arguments.seeds, time.monotonic() - started)
+        about = report.origin(about, records)
     print("\n".join(report.table(records)))
     if arguments.json:
         save(records, about, arguments)
