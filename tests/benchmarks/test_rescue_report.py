@@ -90,3 +90,13 @@ def test_the_page_says_what_was_missed(tmp_path: Path) -> None:
     assert "- dying ReLU, digits, seed 101: 0.400, twin 0.900, left alone 0.500; no remedy" in page
     assert page.count("(images/rescue-") == 2
     assert len(list((tmp_path / "images").glob("*.svg"))) == 2
+
+
+def test_a_record_says_which_tiers_seeds_and_arms_it_is_of() -> None:
+    text = report.origin("commit x.", [REPAIRED, LOST])
+    assert text.startswith("- AT-8: commit x. The time was enough for seeds 100, 101 and the arms ")
+    run, _, missing = text.partition(" Not run: ")
+    assert run.endswith("nothing, random, automatic.")
+    assert missing == "healthy, plateau, zclip, restart, oracle, supervised."
+    silent = Record.from_json(asdict(REPAIRED) | {"tier": "Silent-12"})
+    assert report.origin("commit x.", [silent]) == "- Silent-12: commit x."
