@@ -9,7 +9,6 @@ from typing import Any
 from django.db import transaction
 from django.db.models import F
 from django.db.models.functions import Now
-from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
@@ -28,6 +27,7 @@ from apps.adaptations.votes import has_voted, vote, votes_missing, votes_needed
 from apps.audit.services import record
 from apps.blueprints.models import KnownRemedy
 from apps.notifications.services import INBOX_TOPIC, publish, run_topic
+from apps.rest.clock import now as database_now
 from apps.rest.etag import required_version
 from apps.rest.problems import Problem
 from apps.runs.services import lock_run
@@ -199,7 +199,7 @@ def go_ahead(adaptation: Adaptation, user: User, actor: Actor, *, reason: str) -
         reason=reason,
         only_if=_BEFORE_THE_DEADLINE,
         decided_by=user,
-        decided_at=timezone.now(),
+        decided_at=database_now(),
         decision_reason=reason,
     )
     if place is None or adaptation.remedy:
@@ -242,7 +242,7 @@ def reject_adaptation(
         actor=Actor.person(user, via=via),
         reason=f"{words}: {reason}" if words and reason else words or reason,
         decided_by=user,
-        decided_at=timezone.now(),
+        decided_at=database_now(),
         decision_reason=reason,
         rejected_for=reason_code,
     )
@@ -300,7 +300,7 @@ def claim_adaptation(
         via,
         "claimed",
         claimed_by=user,
-        claimed_until=timezone.now() + CLAIM_LENGTH,
+        claimed_until=database_now() + CLAIM_LENGTH,
     )
 
 
@@ -330,7 +330,7 @@ def extend_adaptation(
         via,
         "extended",
         only_if=_BEFORE_THE_DEADLINE,
-        deadline_at=(adaptation.deadline_at or timezone.now()) + EXTENSION,
+        deadline_at=(adaptation.deadline_at or database_now()) + EXTENSION,
         extensions=adaptation.extensions + 1,
     )
 
@@ -396,7 +396,7 @@ def prepare_act(adaptation: Adaptation, user: User, act: str, version: int | Non
 
 
 def _too_late(adaptation: Adaptation) -> bool:
-    return adaptation.deadline_at is not None and adaptation.deadline_at <= timezone.now()
+    return adaptation.deadline_at is not None and adaptation.deadline_at <= database_now()
 
 
 def check_drift(adaptation: Adaptation, *, accept_drift: bool, reason: str) -> None:
@@ -443,7 +443,7 @@ def check_binding(adaptation: Adaptation, evidence_hash: str) -> None:
 def check_claim(adaptation: Adaptation, user: User) -> None:
     """Raises ``Problem`` 409 where another person holds the claim."""
     holder, until = adaptation.claimed_by, adaptation.claimed_until
-    if holder and holder != user and until and until > timezone.now():
+    if holder and holder != user and until and until > database_now():
         raise Problem(
             409,
             "claim-held",

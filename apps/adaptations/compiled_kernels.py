@@ -22,12 +22,12 @@ from pathlib import Path
 
 from django.conf import settings
 from django.db import transaction
-from django.utils import timezone
 
 from apps.adaptations.models import Adaptation
 from apps.kernels.models import Kernel, SpeedUp
 from apps.kernels.services import kernel_store, store_kernel
 from apps.notifications.services import enqueue, publish, run_topic
+from apps.rest.clock import now as database_now
 from apps.runs.models import Command
 from apps.runs.services import issue_command, lock_run
 from esper.contracts import (
@@ -94,7 +94,7 @@ def build_next(*, worker: str) -> bool:
     if row is None:
         return False
     claimed = SpeedUp.objects.filter(pk=row.pk, state=SpeedUpState.QUEUED).update(
-        state=SpeedUpState.BUILDING, started_at=timezone.now()
+        state=SpeedUpState.BUILDING, started_at=database_now()
     )
     if claimed:
         _build(row, worker)
@@ -105,7 +105,7 @@ def give_up_lost() -> int:
     """Fail rows whose builder or trainer has not reported in time; return how many."""
     waiting = (SpeedUpState.QUEUED, SpeedUpState.BUILDING, SpeedUpState.OFFERED)
     return SpeedUp.objects.filter(
-        state__in=waiting, asked_at__lt=timezone.now() - GIVE_UP_AFTER
+        state__in=waiting, asked_at__lt=database_now() - GIVE_UP_AFTER
     ).update(
         state=SpeedUpState.FAILED, text="neither builder nor trainer reported a result in time"
     )
@@ -214,7 +214,7 @@ def note_answer(command: Command, ack: CommandAck) -> None:
 
 
 def _end(row: SpeedUp, state: SpeedUpState, text: str) -> None:
-    SpeedUp.objects.filter(pk=row.pk).update(ended_at=timezone.now())
+    SpeedUp.objects.filter(pk=row.pk).update(ended_at=database_now())
     _move(row, state, text)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from django.conf import settings
 from django.db import transaction
 from django.db.models import Exists, OuterRef, QuerySet
-from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM
 from apps.adaptations.compile_jobs import queue_dispatch, take_lost_job_back
@@ -19,6 +18,7 @@ from apps.adaptations.models import Adaptation
 from apps.adaptations.outcomes import close_open_adaptations
 from apps.adaptations.selectors import waiting_for_a_person
 from apps.notifications.services import SYSTEM_TOPIC, publish
+from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import lock_run, set_state
@@ -80,7 +80,7 @@ def sweep() -> int:
 
 def _overdue() -> list[Adaptation]:
     return list(
-        Adaptation.objects.filter(deadline_at__lt=timezone.now(), state__in=list(DEADLINES))
+        Adaptation.objects.filter(deadline_at__lt=database_now(), state__in=list(DEADLINES))
         .select_related("run", "safety_policy", "blueprint", "job")
         .order_by("deadline_at")[:200]
     )
@@ -99,7 +99,7 @@ def _expire(adaptation: Adaptation) -> bool:
 
 def _not_asked() -> list[Adaptation]:
     """In doubt for longer than a hello takes, and no question is on its way."""
-    since = timezone.now() - DOUBT_WITHOUT_HELLO
+    since = database_now() - DOUBT_WITHOUT_HELLO
     doubtful = Adaptation.objects.filter(state=S.IN_DOUBT, changed_at__lt=since)
     doubtful = doubtful.filter(run__restored_at=None).exclude(run__state__in=RUN_ENDED)
     return list(doubtful.exclude(Exists(_questions())).select_related("run")[:200])
@@ -179,20 +179,20 @@ def _note_deadline(
 def reported_recently(run: Run) -> bool:
     """Whether the trainer has reported within the time that makes a run unreachable."""
     run.refresh_from_db(fields=["last_seen_at"])
-    limit = timezone.now() - timedelta(seconds=settings.ESPER_RUN_UNREACHABLE_SECONDS)
+    limit = database_now() - timedelta(seconds=settings.ESPER_RUN_UNREACHABLE_SECONDS)
     return run.last_seen_at is not None and run.last_seen_at > limit
 
 
 def _last_report(run: Run) -> str:
     if run.last_seen_at is None:
         return "the trainer has never reported"
-    silent = (timezone.now() - run.last_seen_at).total_seconds()
+    silent = (database_now() - run.last_seen_at).total_seconds()
     return f"the trainer has not reported for {silent:.0f} s"
 
 
 def _notify_again() -> None:
     """Send task messages again that may be lost with Redis; the work is idempotent."""
-    late = timezone.now() - NOTIFY_AGAIN_AFTER
+    late = database_now() - NOTIFY_AGAIN_AFTER
     waiting = Adaptation.objects.filter(changed_at__lt=late).select_related("run", "job")
     for adaptation in waiting.filter(state=S.COMPILE_QUEUED, job__state=JobState.QUEUED):
         with transaction.atomic():
@@ -208,13 +208,13 @@ def _first_this_period(adaptation: Adaptation) -> bool:
     return bool(
         Adaptation.objects.filter(
             pk=adaptation.pk, version=adaptation.version, changed_at=adaptation.changed_at
-        ).update(changed_at=timezone.now())
+        ).update(changed_at=database_now())
     )
 
 
 def _tell_everybody() -> None:
     """Of what nobody has claimed although half of the time to decide is over."""
-    now = timezone.now()
+    now = database_now()
     alone = waiting_for_a_person().filter(unanswered_at=None)
     alone = alone.exclude(claimed_until__gt=now).select_related("run", "safety_policy", "blueprint")
     for adaptation in alone[:200]:
@@ -238,14 +238,14 @@ def _named(adaptation: Adaptation) -> dict[str, Any]:
 
 
 def _expire_commands() -> None:
-    Command.objects.filter(state=CommandState.ISSUED, expires_at__lt=timezone.now()).update(
+    Command.objects.filter(state=CommandState.ISSUED, expires_at__lt=database_now()).update(
         state=CommandState.EXPIRED, reason="not acknowledged in time"
     )
 
 
 def _watch_runs() -> None:
     """Mark silent runs unreachable, and lost after a day; such a run may still be training."""
-    now = timezone.now()
+    now = database_now()
     silent = now - timedelta(seconds=settings.ESPER_RUN_UNREACHABLE_SECONDS)
     lost = now - timedelta(seconds=settings.ESPER_RUN_LOST_SECONDS)
     for run in Run.objects.exclude(state__in=RUN_ENDED).filter(last_seen_at__lt=silent):

@@ -18,7 +18,6 @@ from typing import Any
 
 from django.db import transaction
 from django.db.models import Count, QuerySet
-from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
@@ -28,6 +27,7 @@ from apps.audit.services import record
 from apps.blueprints.models import KnownRemedy
 from apps.notifications.services import publish, run_topic
 from apps.policies.services import current_policy
+from apps.rest.clock import now as database_now
 from apps.rest.numbers import is_number
 from apps.rest.problems import Problem
 from apps.runs.models import Run
@@ -43,7 +43,7 @@ _ANSWERED = frozenset({ViolationRule.RUN_MODE})
 def open_delegations(run: Run) -> QuerySet[Delegation]:
     """Those in force by time; whether one is used up is ``used``, which each row has."""
     return (
-        Delegation.objects.filter(run=run, revoked_at=None, until__gt=timezone.now())
+        Delegation.objects.filter(run=run, revoked_at=None, until__gt=database_now())
         .select_related("granted_by")
         .annotate(used=Count("uses"))
     )
@@ -107,7 +107,7 @@ def grant_delegation(
         limits=bounds,
         in_words=_in_words(known, bounds),
         most_uses=most_uses,
-        until=timezone.now() + timedelta(minutes=minutes),
+        until=database_now() + timedelta(minutes=minutes),
         reason=reason.strip(),
     )
     _tell(made, Actor.person(user, via=via), "delegation.granted", reason)
@@ -131,7 +131,7 @@ def revoke_delegation(
     row = Delegation.objects.select_for_update().get(pk=delegation.pk)
     if row.revoked_at is not None:
         raise Problem(409, "decision-not-pending", "The delegation was revoked already.")
-    row.revoked_at, row.revoked_by = timezone.now(), user
+    row.revoked_at, row.revoked_by = database_now(), user
     row.save(update_fields=["revoked_at", "revoked_by"])
     _tell(row, Actor.person(user, via=via), "delegation.revoked", reason)
     return row

@@ -6,7 +6,6 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from django.db import transaction
-from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
@@ -15,6 +14,7 @@ from apps.accounts.projects import people_with
 from apps.adaptations.acts import check_reason, note_act, prepare_act
 from apps.adaptations.models import Adaptation, Snooze
 from apps.audit.services import record
+from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem
 from esper.contracts import Role
 
@@ -96,7 +96,7 @@ def escalate_adaptation(
 
 def snoozed_until(adaptation: Adaptation, user: User) -> datetime | None:
     """Until when this person has hidden it; None where it is in their inbox."""
-    asleep = Snooze.objects.filter(adaptation=adaptation, user=user, until__gt=timezone.now())
+    asleep = Snooze.objects.filter(adaptation=adaptation, user=user, until__gt=database_now())
     return asleep.values_list("until", flat=True).first()
 
 
@@ -110,9 +110,9 @@ def snooze_adaptation(
         Problem: not allowed, or it would expire meanwhile (422).
     """
     prepare_act(adaptation, user, "snooze", adaptation.version)  # the row does not change
-    until = timezone.now() + timedelta(minutes=minutes)
+    until = database_now() + timedelta(minutes=minutes)
     if adaptation.deadline_at is not None and until >= adaptation.deadline_at:
-        left = int((adaptation.deadline_at - timezone.now()).total_seconds() // 60)
+        left = int((adaptation.deadline_at - database_now()).total_seconds() // 60)
         raise Problem(
             422, "invalid", f"It expires in {left} min: snooze it for less, or extend it."
         )

@@ -9,10 +9,10 @@ from typing import Any
 
 from django.db.models import Avg, Count, Q, QuerySet, Sum
 from django.db.models.functions import Coalesce
-from django.utils import timezone
 
 from apps.adaptations.models import RECOVERED, Adaptation
 from apps.policies.services import current_policy, kill_over
+from apps.rest.clock import now as database_now
 from apps.rest.numbers import is_number
 from apps.runs.models import Run
 from esper.contracts import (
@@ -70,7 +70,7 @@ def run_facts(run: Run, *, besides: int = 0) -> RunFacts:
         in_flight=Count("id", filter=~Q(state__in=ADAPTATION_ENDED) & Q(plan=None)),
         # a plan is decided on as a whole, and counts as one
         plans=Count("plan", filter=~Q(state__in=ADAPTATION_ENDED), distinct=True),
-        today=Count("id", filter=Q(grafted_at__gt=timezone.now() - timedelta(days=1))),
+        today=Count("id", filter=Q(grafted_at__gt=database_now() - timedelta(days=1))),
         added=Sum("forecast_parameters", filter=Q(state__in=ADAPTATION_GRAFTED)),
     )
     return RunFacts(
@@ -161,7 +161,7 @@ def layer_histories(run: Run, *, besides: int = 0) -> dict[str, LayerHistory]:
         .order_by("id")
         .values_list("layer", "state", "at", "blueprint__slug", "ended_at")
     )
-    now = timezone.now()
+    now = database_now()
     histories: dict[str, LayerHistory] = {}
     for layer, state, at, slug, ended_at in rows:
         before = histories.get(layer, LayerHistory())

@@ -32,7 +32,6 @@ from typing import Any
 
 from django.db import IntegrityError, transaction
 from django.db.models import F
-from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.adaptations.evidence import evidence_record, seen_at_decision
@@ -40,6 +39,7 @@ from apps.adaptations.models import Adaptation
 from apps.adaptations.quarantine import refresh_quarantine
 from apps.audit.services import record
 from apps.notifications.services import INBOX_TOPIC, SYSTEM_TOPIC, enqueue, publish, run_topic
+from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem
 from apps.runs.services import lock_run
 from esper.contracts import (
@@ -134,7 +134,7 @@ class StaleAdaptationError(Problem):
         who = person.get_username() if person else current.decided_rule
         word = AdaptationState(current.state).replace("_", " ")
         deadline = current.deadline_at if current.state == S.AWAITING_APPROVAL else None
-        late = deadline is not None and deadline <= timezone.now()
+        late = deadline is not None and deadline <= database_now()
         super().__init__(
             409,
             "decision-expired" if late or current.state == S.EXPIRED else "decision-not-pending",
@@ -192,7 +192,7 @@ def transition(
     changes |= seen_at_decision(adaptation, to)
     changes |= {"state": to, "deadline_at": deadline_for(adaptation, to)}
     if to in ADAPTATION_ENDED:
-        changes |= {"ended_at": timezone.now(), "end_reason": reason, "ended_step": run.step}
+        changes |= {"ended_at": database_now(), "end_reason": reason, "ended_step": run.step}
     elif came_from in ADAPTATION_ENDED:
         changes |= {"ended_at": None, "ended_step": None}
     _compare_and_set(adaptation, came_from, only_if or {}, changes)
@@ -210,7 +210,7 @@ def deadline_for(adaptation: Adaptation, state: AdaptationState) -> Any:
     length = deadline.length(adaptation.safety_policy.safety_policy())
     if state == S.COMPILED and adaptation.plan_place:
         length *= 1 + TURN_LENGTHS * adaptation.plan_place
-    return timezone.now() + length
+    return database_now() + length
 
 
 def _compare_and_set(
@@ -223,7 +223,7 @@ def _compare_and_set(
         with transaction.atomic():  # a broken unique index must not spoil the caller's transaction
             count = Adaptation.objects.filter(
                 pk=adaptation.pk, state=came_from, version=adaptation.version, **only_if
-            ).update(version=F("version") + 1, changed_at=timezone.now(), **changes)
+            ).update(version=F("version") + 1, changed_at=database_now(), **changes)
     except IntegrityError as error:
         raise Problem(
             409,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from django.utils import timezone
-
 from apps.accounts.actors import Actor
 from apps.adaptations.compiled_kernels import note_answer, request_speed_up
 from apps.adaptations.dispatch import leave_in_doubt, request_undo
@@ -18,6 +16,7 @@ from apps.adaptations.reconciliation import (
     undo_was_requested,
 )
 from apps.adaptations.shadows import note_shadow
+from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem, not_found
 from apps.runs.models import Command, Run
 from apps.violations.services import record_violation
@@ -103,7 +102,7 @@ def _begin_probation(adaptation: Adaptation, ack: CommandAck, actor: Actor) -> N
         S.PROBATION,
         actor=actor,
         graft_step=ack.step,
-        grafted_at=timezone.now(),
+        grafted_at=database_now(),
         pause_ms=ack.pause_ms,
         certificate=ack.certificate.to_wire() if ack.certificate else None,
         digest_before=ack.digest_before,
@@ -265,7 +264,7 @@ def _rolled_back(
 
 def _merged_meanwhile(adaptation: Adaptation, actor: Actor, ack: CommandAck) -> None:
     """The graft was to be removed, but is merged into its host: it stays, with a violation."""
-    now = timezone.now()
+    now = database_now()
     transition(
         adaptation,
         S.KEPT,
@@ -332,7 +331,7 @@ def _catch_up(adaptation: Adaptation, actor: Actor, *, step: int, reason: str) -
             S.PROBATION,
             actor=actor,
             graft_step=step,
-            grafted_at=timezone.now(),
+            grafted_at=database_now(),
         )
     if adaptation.state in (S.PROBATION, S.KEPT, S.IN_DOUBT, S.ROLLBACK_FAILED):
         transition(adaptation, S.ROLLING_BACK, actor=actor, reason=reason)

@@ -22,7 +22,6 @@ from typing import Any
 
 from django.db import transaction
 from django.db.models import F
-from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM, Actor
 from apps.adaptations.compile_jobs import queue_dispatch
@@ -32,6 +31,7 @@ from apps.adaptations.models import Adaptation, Plan
 from apps.adaptations.turns import IN_THE_MODEL, its_turn
 from apps.audit.services import record
 from apps.notifications.services import INBOX_TOPIC, publish, run_topic
+from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem
 from apps.runs.services import lock_run
 from apps.workers.services import cancel_job
@@ -65,9 +65,9 @@ def move_plan(plan: Plan, to: PlanState, *, actor: Actor, reason: str = "", **ch
     """
     came_from = plan.state
     if to in PLAN_ENDED:
-        changes["ended_at"] = timezone.now()
+        changes["ended_at"] = database_now()
     count = Plan.objects.filter(pk=plan.pk, state=came_from, version=plan.version).update(
-        state=to, version=F("version") + 1, changed_at=timezone.now(), **changes
+        state=to, version=F("version") + 1, changed_at=database_now(), **changes
     )
     plan.refresh_from_db()
     if not count:

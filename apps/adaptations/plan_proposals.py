@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
 from django.db import transaction
-from django.utils import timezone
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.adaptations.binding import plan_hash
@@ -30,6 +29,7 @@ from apps.adaptations.proposals import (
 from apps.blueprints.models import Blueprint
 from apps.policies.models import PolicyVersion
 from apps.policies.services import current_policy
+from apps.rest.clock import now as database_now
 from apps.rest.numbers import finite_or_none
 from apps.rest.problems import Problem
 from apps.runs.models import Run
@@ -199,7 +199,7 @@ def _write(
         reasons=list(proposal.reasons),
         asks=list(dict.fromkeys(asks)),
         checks=[asdict(check) for check in whole],
-        deadline_at=timezone.now() + timedelta(seconds=seconds),
+        deadline_at=database_now() + timedelta(seconds=seconds),
     )
 
 

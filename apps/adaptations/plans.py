@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from django.db import transaction
-from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
@@ -22,6 +21,7 @@ from apps.adaptations.plan_progress import (
     tell_plan,
 )
 from apps.adaptations.votes import vote, votes_missing, votes_needed
+from apps.rest.clock import now as database_now
 from apps.rest.etag import required_version
 from apps.rest.problems import Problem
 from apps.runs.services import lock_run
@@ -55,7 +55,7 @@ def plan_permissions(plan: Plan, user: User) -> dict[str, Permission]:
 
 
 def _may_approve_now(plan: Plan, user: User) -> Permission:
-    if plan.deadline_at <= timezone.now():
+    if plan.deadline_at <= database_now():
         return Permission(False, "decision-expired", DEADLINE_PASSED)
     for member in members_of(plan):
         answer = may_approve(member, user)
@@ -125,7 +125,7 @@ def approve_plan(
         actor=actor,
         reason=reason,
         decided_by=user,
-        decided_at=timezone.now(),
+        decided_at=database_now(),
         decision_reason=reason,
     )
     for member in members:
@@ -152,7 +152,7 @@ def reject_plan(
     actor = Actor.person(user, via=via)
     decided: dict[str, Any] = {
         "decided_by": user,
-        "decided_at": timezone.now(),
+        "decided_at": database_now(),
         "decision_reason": reason,
     }
     move_plan(plan, P.REJECTED, actor=actor, reason=text, outcome=text, **decided)

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 from django.db import transaction
-from django.utils import timezone
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.adaptations.binding import shown_hash
@@ -22,6 +21,7 @@ from apps.adaptations.variants import check_admitted
 from apps.blueprints.models import Blueprint
 from apps.policies.models import PolicyVersion
 from apps.policies.services import current_policy
+from apps.rest.clock import now as database_now
 from apps.rest.numbers import finite_or_none
 from apps.rest.problems import Problem
 from apps.runs.models import Run
@@ -250,7 +250,7 @@ def gate_inputs_of(
             for name in required_evidence(risk)
             if not math.isfinite(evidence.get(name, math.nan))
         ),
-        age_seconds=(timezone.now() - seen).total_seconds() if seen else math.nan,
+        age_seconds=(database_now() - seen).total_seconds() if seen else math.nan,
         confidence=confidence,
     )
 
@@ -350,7 +350,7 @@ def _send_on(adaptation: Adaptation, layer: LayerInfo) -> Adaptation:
         actor=rule,
         reason=sentence,
         decided_rule=f"policy v{policy.version}: {sentence}",
-        decided_at=timezone.now(),
+        decided_at=database_now(),
     )
     return queue_compilation(adaptation, layer=layer, actor=rule)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from django.db.models import F
-from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.adaptations.dispatch import UNDO_SECONDS, request_undo
@@ -19,6 +18,7 @@ from apps.adaptations.recovery import (
 )
 from apps.audit.services import record
 from apps.blueprints.models import KnownRemedy
+from apps.rest.clock import now as database_now
 from apps.runs.models import Command, Run
 from apps.runs.services import issue_command
 from apps.violations.models import Violation
@@ -126,7 +126,7 @@ def note_merged(adaptation: Adaptation, *, merged: bool) -> None:
     """A merged graft stays kept, but cannot be taken out. In a transaction."""
     if merged != (adaptation.merged_at is not None):
         Adaptation.objects.filter(pk=adaptation.pk).update(
-            version=F("version") + 1, merged_at=timezone.now() if merged else None
+            version=F("version") + 1, merged_at=database_now() if merged else None
         )
         adaptation.refresh_from_db()
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from django.db import IntegrityError, transaction
-from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.adaptations.lifecycle import transition
@@ -14,6 +13,7 @@ from apps.adaptations.models import RECOVERED, Adaptation
 from apps.audit.services import record
 from apps.blueprints.models import Blueprint, KnownRemedy
 from apps.policies.services import current_policy
+from apps.rest.clock import now as database_now
 from apps.runs.models import Run
 from apps.violations.services import record_violation
 from esper.contracts import (
@@ -63,7 +63,7 @@ def recover_grafts(run: Run, entries: Sequence[Applied], actor: Actor) -> list[A
 
 def settle_held(adaptation: Adaptation, entry: Applied, actor: Actor, reason: str) -> Adaptation:
     """From ``in_doubt`` to probation, and to kept where the trainer was told so before the loss."""
-    now = timezone.now()
+    now = database_now()
     transition(
         adaptation,
         S.PROBATION,
@@ -132,7 +132,7 @@ def settle_held_remedy(
     Args:
         entry: None for one that changed the run once, before the step where the trainer goes on.
     """
-    now = timezone.now()
+    now = database_now()
     transition(
         adaptation,
         S.PROBATION,

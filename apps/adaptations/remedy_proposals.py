@@ -14,7 +14,6 @@ from typing import Any
 
 from django.db import transaction
 from django.db.models import Q, QuerySet
-from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM, Actor, ActorKind
 from apps.accounts.models import User
@@ -29,6 +28,7 @@ from apps.adaptations.proposals import GateClosedError, announce_proposal, recor
 from apps.adaptations.votes import vote, votes_missing
 from apps.blueprints.models import KnownRemedy
 from apps.policies.services import current_policy
+from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, lock_run
@@ -156,7 +156,7 @@ def _approve_by_rule(
     adaptation: Adaptation, rule: Actor, reason: str, **changes: Any
 ) -> Adaptation:
     transition(
-        adaptation, S.APPROVED, actor=rule, reason=reason, decided_at=timezone.now(), **changes
+        adaptation, S.APPROVED, actor=rule, reason=reason, decided_at=database_now(), **changes
     )
     return send_remedy(adaptation, actor=rule)
 
@@ -219,7 +219,7 @@ def ask_for_remedy(
         reason=reason or by_rule,
         decided_by=None if by_rule else user,
         decided_rule=by_rule,
-        decided_at=timezone.now(),
+        decided_at=database_now(),
         decision_reason=reason,
     )
     return send_remedy(adaptation, actor=actor)
@@ -308,9 +308,9 @@ def _inputs(run: Run, wanted: _Wanted) -> RemedyInputs:
         given=same.exclude(graft_step=None).exclude(decided_rule="").count(),
         always_asks=wanted.remedy.asks,
         changes_nothing=wanted.remedy.changes_nothing,
-        adaptations_today=own.filter(grafted_at__gt=timezone.now() - timedelta(days=1)).count(),
+        adaptations_today=own.filter(grafted_at__gt=database_now() - timedelta(days=1)).count(),
         risk=Risk(wanted.remedy.risk),
-        age_seconds=(timezone.now() - seen).total_seconds() if seen else math.nan,
+        age_seconds=(database_now() - seen).total_seconds() if seen else math.nan,
     )
 
 

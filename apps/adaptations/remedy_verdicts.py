@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from django.db import transaction
-from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.adaptations.dispatch import request_undo, tell_kept
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.outcomes import adaptation_of
+from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, lock_run
@@ -39,7 +39,7 @@ def judge_remedy(*, run: Run, verdict: RemedyVerdict, actor: Actor) -> Adaptatio
             S.KEPT,
             actor=actor,
             reason=verdict.reason,
-            kept_at=timezone.now(),
+            kept_at=database_now(),
             steps_observed=verdict.steps_observed,
         )
         tell_kept(adaptation, reason=verdict.reason)

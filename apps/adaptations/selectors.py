@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from django.db.models import Avg, Count, F, Max, Q, QuerySet
-from django.utils import timezone
 
 from apps.accounts.models import User
 from apps.adaptations.history import closed_confidences as closed_confidences
@@ -19,6 +18,7 @@ from apps.adaptations.variants import admitted
 from apps.blueprints.models import Blueprint
 from apps.kernels.selectors import cache_stats
 from apps.policies.services import current_policy
+from apps.rest.clock import now as database_now
 from apps.runs.models import Run
 from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.telemetry.selectors import frame_message, newest_frames, newest_metrics
@@ -63,7 +63,7 @@ def adaptations() -> QuerySet[Adaptation]:
 def waiting_for_a_person() -> QuerySet[Adaptation]:
     """Those that have not expired; the next to expire comes first."""
     return Adaptation.objects.filter(
-        Q(deadline_at__isnull=True) | Q(deadline_at__gt=timezone.now()),
+        Q(deadline_at__isnull=True) | Q(deadline_at__gt=database_now()),
         state=AdaptationState.AWAITING_APPROVAL,
     ).order_by(F("deadline_at").asc(nulls_last=True), "id")
 
@@ -73,7 +73,7 @@ def in_inbox_of(user: User) -> QuerySet[Adaptation]:
 
     Members of a plan are in it, too: a list shows the plan in their place.
     """
-    asleep = Snooze.objects.filter(user=user, until__gt=timezone.now()).values("adaptation")
+    asleep = Snooze.objects.filter(user=user, until__gt=database_now()).values("adaptation")
     return waiting_for_a_person().exclude(pk__in=asleep)
 
 
@@ -83,7 +83,7 @@ def plans() -> QuerySet[Plan]:
 
 
 def snoozed_by(user: User) -> QuerySet[Adaptation]:
-    asleep = Snooze.objects.filter(user=user, until__gt=timezone.now()).values("adaptation")
+    asleep = Snooze.objects.filter(user=user, until__gt=database_now()).values("adaptation")
     return waiting_for_a_person().filter(pk__in=asleep)
 
 

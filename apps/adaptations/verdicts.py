@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 from django.db import transaction
-from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.adaptations.dispatch import request_undo, tell_kept
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
 from apps.adaptations.models import Adaptation
+from apps.rest.clock import now as database_now
 from apps.rest.numbers import finite_or_none
 from apps.rest.problems import Problem
 from apps.runs.services import lock_run
@@ -50,7 +50,7 @@ def judge_adaptation(
             AdaptationState.KEPT,
             actor=actor,
             reason=verdict.reason,
-            kept_at=timezone.now(),
+            kept_at=database_now(),
             **numbers,
         )
         tell_kept(adaptation, reason=verdict.reason)

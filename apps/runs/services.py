@@ -10,7 +10,6 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import transaction
 from django.db.models import F, QuerySet
-from django.utils import timezone
 
 from apps.accounts import services as accounts
 from apps.accounts.actors import Actor
@@ -18,6 +17,7 @@ from apps.accounts.models import DEFAULT_PROJECT, ApiToken, User
 from apps.accounts.policy import Act, may
 from apps.audit.services import record
 from apps.notifications.services import notify, publish, run_topic
+from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem, not_found
 from apps.runs import models
 from esper import contracts
@@ -76,7 +76,7 @@ def register_run(
     run.ended_at, run.end_reason = None, ""
     run.epoch = _next_epoch(run, spec.continues) if live else 1
     if live is None and spec.continues is not None:  # the database does not know its trainer's run
-        run.restored_at = timezone.now()
+        run.restored_at = database_now()
     run.mode, run.host, run.capability = spec.mode, spec.host, spec.capability
     run.capabilities = spec.capabilities
     run.model_parameters, run.target_steps = spec.model_parameters, spec.target_steps
@@ -85,7 +85,7 @@ def register_run(
     run.versions = spec.versions
     run.state = RunState.RUNNING if live else RunState.STARTING
     run.telemetry_seq = 0  # each epoch counts its own items
-    run.last_seen_at = timezone.now()
+    run.last_seen_at = database_now()
     run.save()
     _end_old_epoch(run, actor)
     _, secret = accounts.issue_token(
@@ -221,7 +221,7 @@ def mark_restored(run: models.Run, *, actor: Actor, reason: str) -> None:
     Its old epochs and commands are void: some of them are missing here.
     """
     models.Run.objects.filter(pk=run.pk).update(
-        epoch=F("epoch") + RESTORED_EPOCHS, restored_at=None if run.ended else timezone.now()
+        epoch=F("epoch") + RESTORED_EPOCHS, restored_at=None if run.ended else database_now()
     )
     run.refresh_from_db(fields=["epoch", "restored_at"])
     models.Command.objects.filter(
@@ -246,7 +246,7 @@ def raise_command_seq(run: models.Run, seq: int) -> None:
 
 def touch(run: models.Run) -> None:
     """Record that the trainer has reported; an unreachable run is running again."""
-    models.Run.objects.filter(pk=run.pk).update(last_seen_at=timezone.now())
+    models.Run.objects.filter(pk=run.pk).update(last_seen_at=database_now())
     if run.state == RunState.UNREACHABLE:
         set_state(run=run, state=RunState.RUNNING, actor=_trainer(run))
 
@@ -257,7 +257,7 @@ def set_state(*, run: models.Run, state: RunState, actor: Actor, reason: str = "
     lock_run(run.pk)
     changes: dict[str, Any] = {"state": state}
     if state in RUN_ENDED:
-        changes |= {"ended_at": timezone.now(), "end_reason": reason}
+        changes |= {"ended_at": database_now(), "end_reason": reason}
     if not models.Run.objects.filter(pk=run.pk, state=run.state).update(**changes):
         return False
     data = {"from": str(run.state), "to": str(state), "reason": reason}
@@ -305,7 +305,7 @@ def issue_command(
         )
     models.Run.objects.filter(pk=run.pk).update(command_seq=F("command_seq") + 1)
     run.refresh_from_db(fields=["command_seq", "epoch"])
-    issued_at = timezone.now()
+    issued_at = database_now()
     command = models.Command(
         run=run,
         epoch=run.epoch,
@@ -332,7 +332,7 @@ def commands_after(run: models.Run, after: int) -> list[models.Command]:
             epoch=run.epoch,
             seq__gt=after,
             state=CommandState.ISSUED,
-            expires_at__gt=timezone.now(),
+            expires_at__gt=database_now(),
         )
         .select_related("run")
         .order_by("seq")
@@ -376,7 +376,7 @@ def request_pause(
     actor = Actor.person(user, via=via)
     models.Run.objects.filter(pk=run.pk).update(
         adaptation_paused_by=actor.name if paused else "",
-        adaptation_paused_at=timezone.now() if paused else None,
+        adaptation_paused_at=database_now() if paused else None,
     )
     tell_trainer(run=run, paused=paused, actor=actor, reason=reason)
     run.refresh_from_db()

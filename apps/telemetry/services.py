@@ -18,6 +18,7 @@ from django.utils import timezone
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.notifications.services import group_name, notify, run_topic
+from apps.rest.clock import now as database_now
 from apps.runs.models import Run
 from apps.runs.selectors import HUGE_COLUMNS
 from apps.runs.services import check_epoch, set_state
@@ -59,7 +60,7 @@ def ingest_batch(*, run: Run, batch: Telemetry, record_findings: RecordFindings)
         run = Run.objects.select_for_update().defer(*HUGE_COLUMNS).get(pk=run.pk)
         check_epoch(run, batch.epoch)
         if batch.seq_to <= run.telemetry_seq:
-            Run.objects.filter(pk=run.pk).update(last_seen_at=timezone.now())
+            Run.objects.filter(pk=run.pk).update(last_seen_at=database_now())
             return TelemetryAnswer(stored=0, duplicate=True)
         metrics, refused = _metric_rows(run, batch)
         if refused:
@@ -107,7 +108,7 @@ def _stored(number: float | None) -> tuple[float | None, str]:
 def _advance(run: Run, batch: Telemetry, *, dropped: int) -> None:
     changes: dict[str, Any] = {
         "telemetry_seq": batch.seq_to,
-        "last_seen_at": timezone.now(),
+        "last_seen_at": database_now(),
         "dropped_items": F("dropped_items") + dropped,
     }
     steps = [frame.step for frame in batch.frames] + [entry.step for entry in batch.metrics]

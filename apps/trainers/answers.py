@@ -6,13 +6,13 @@ import math
 from dataclasses import replace
 
 from django.db import transaction
-from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.adaptations.services import follow_answer
 from apps.audit.models import AuditEvent
 from apps.audit.services import record
 from apps.notifications.services import publish, run_topic
+from apps.rest.clock import now as database_now
 from apps.rest.problems import not_found
 from apps.runs.models import Command, Run
 from apps.runs.services import check_epoch, lock_run
@@ -56,7 +56,7 @@ def acknowledge_command(*, run: Run, epoch: int, ack: CommandAck, actor: Actor) 
         return command
     command.state, command.code, command.reason = ack.state, ack.code, ack.reason
     command.step, command.pause_ms = (ack.step if ack.step >= 0 else None), ack.pause_ms
-    command.acknowledged_at = timezone.now()
+    command.acknowledged_at = database_now()
     command.save()
     _note_ack(command, ack, actor)
     follow_answer(command, ack, actor)

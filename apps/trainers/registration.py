@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from django.conf import settings
 from django.db import transaction
 
@@ -12,6 +10,7 @@ from apps.accounts.models import DEFAULT_PROJECT, User
 from apps.adaptations.services import put_in_doubt
 from apps.kernels.services import plan_warm_up
 from apps.policies.services import current_policy
+from apps.rest.clock import now as database_now
 from apps.runs import services as runs
 from apps.runs.services import Registration
 from apps.violations.services import close_findings
@@ -53,6 +52,6 @@ def registration_answer(registration: Registration) -> protocol.Registered:
         stream=f"/ws/v1/trainer/{run.uid}",
         last_command_seq=run.command_seq,
         policy=current_policy(run).safety_policy(),
-        server_time=time.time(),
+        server_time=database_now().timestamp(),
         telemetry_types=(telemetry_body.MEDIA_TYPE,),
     )

@@ -8,8 +8,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from django.conf import settings
-from django.utils import timezone
 
+from apps.rest.clock import now as database_now
 from apps.workers.models import CompileJob, Worker
 from esper.contracts import JobState, WorkerKind, WorkerMode, WorkerState
 
@@ -57,7 +57,7 @@ def heartbeat(presence: Presence) -> WorkerMode:
             "kind": presence.kind,
             "host": presence.host,
             "started_at": presence.started_at,
-            "heartbeat_at": timezone.now(),
+            "heartbeat_at": database_now(),
             "state": _state(presence),
             **{name: value for name, value in reported.items() if value is not None},
         },
@@ -79,10 +79,10 @@ def _state(presence: Presence) -> WorkerState:
 
 def mark_offline_workers() -> int:
     """Mark workers without a heartbeat for three periods offline; return how many."""
-    forgotten = timezone.now() - FORGET_WORKERS_AFTER
+    forgotten = database_now() - FORGET_WORKERS_AFTER
     # A quarantine must not end because the worker was silent for an hour.
     Worker.objects.filter(heartbeat_at__lt=forgotten, mode=WorkerMode.ACTIVE).delete()
-    limit = timezone.now() - timedelta(seconds=3 * settings.ESPER_WORKER_HEARTBEAT_SECONDS)
+    limit = database_now() - timedelta(seconds=3 * settings.ESPER_WORKER_HEARTBEAT_SECONDS)
     return (
         Worker.objects.filter(heartbeat_at__lt=limit)
         .exclude(state=WorkerState.OFFLINE)

@@ -13,9 +13,9 @@ from typing import Any
 from django.conf import settings
 from django.db import transaction
 from django.db.models import F
-from django.utils import timezone
 
 from apps.notifications.services import SYSTEM_TOPIC, enqueue, publish
+from apps.rest.clock import now as database_now
 from apps.runs.selectors import project_of
 from apps.workers.models import CompileJob, JobStepDone
 from apps.workers.modes import may_take_jobs
@@ -72,7 +72,7 @@ def claim_job(job: CompileJob, *, worker: str) -> bool:
     """Take the lease; False when it is taken, the job is over, or the worker is not active."""
     if not may_take_jobs(worker):
         return False
-    now = timezone.now()
+    now = database_now()
     claimed = CompileJob.objects.filter(
         pk=job.pk, state=JobState.QUEUED, attempt__lt=settings.ESPER_COMPILE_ATTEMPTS
     ).update(
@@ -102,7 +102,7 @@ def renew_lease(job: CompileJob) -> bool:
     """Extend the lease of this attempt; False when it was taken away."""
     return bool(
         _attempt(job).update(
-            lease_until=timezone.now() + timedelta(seconds=settings.ESPER_COMPILE_LEASE_SECONDS)
+            lease_until=database_now() + timedelta(seconds=settings.ESPER_COMPILE_LEASE_SECONDS)
         )
     )
 
@@ -120,7 +120,7 @@ def finish_job(job: CompileJob, *, kernel_digest: str, cached: bool, build_ms: f
         cached=cached,
         build_ms=build_ms,
         lease_until=None,
-        ended_at=timezone.now(),
+        ended_at=database_now(),
     )
     if done:
         publish(
@@ -150,7 +150,7 @@ def fail_job(job: CompileJob, *, error: str, permanent: bool, log: str = "") -> 
         log=_longer_log(job, error, log),
         lease_until=None,
         lease_owner="",
-        ended_at=timezone.now() if final else None,
+        ended_at=database_now() if final else None,
     )
     if not changed:
         return None
@@ -177,14 +177,14 @@ def cancel_job(job: CompileJob) -> bool:
     """Nobody needs the result any more."""
     return bool(
         CompileJob.objects.filter(pk=job.pk, state__in=[JobState.QUEUED, JobState.RUNNING]).update(
-            state=JobState.CANCELLED, ended_at=timezone.now()
+            state=JobState.CANCELLED, ended_at=database_now()
         )
     )
 
 
 def jobs_with_lost_lease() -> list[CompileJob]:
     """Running jobs whose worker has not renewed its lease in time."""
-    return list(CompileJob.objects.filter(state=JobState.RUNNING, lease_until__lt=timezone.now()))
+    return list(CompileJob.objects.filter(state=JobState.RUNNING, lease_until__lt=database_now()))
 
 
 def _attempt(job: CompileJob) -> Any:

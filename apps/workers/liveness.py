@@ -14,6 +14,7 @@ from django.conf import settings
 from django.db.models import Max
 from django.utils import timezone
 
+from apps.rest.clock import now as database_now
 from apps.workers.models import PeriodicTask, Worker
 from esper.contracts import WorkerKind
 from hosts.disk import why_full
@@ -67,7 +68,7 @@ class Down:
 
 def note_periodic_run(name: str) -> None:
     """Record that a periodic task has done one round."""
-    now = timezone.now()
+    now = database_now()
     if not PeriodicTask.objects.filter(name=name).update(ran_at=now):
         PeriodicTask.objects.get_or_create(name=name, defaults={"ran_at": now})
 
@@ -83,7 +84,7 @@ def parts() -> list[Part]:
 
 
 def _part(name: str, what: str, seen_at: datetime | None) -> Part:
-    age = (timezone.now() - seen_at).total_seconds() if seen_at else None
+    age = (database_now() - seen_at).total_seconds() if seen_at else None
     starting = time.monotonic() - _started < STARTING_SECONDS
     limit = max(LATE_AFTER_SECONDS, 3.0 * settings.ESPER_WORKER_HEARTBEAT_SECONDS)
     return Part(name, what, age, late=not starting and (age is None or age > limit))

@@ -7,6 +7,7 @@ esper up: Valkey, web, control worker, compile worker, beat, Tamiyo; beside it a
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -214,7 +215,7 @@ def start_installation(folder: Path, *, seed: int) -> Installation:
 
 
 def _start_seconds(installation: Installation, environment: dict[str, str]) -> None:
-    """A second web process and a second Tamiyo, and nginx in front of the two web processes."""
+    """A second web process, an hour fast, a second Tamiyo, and nginx before the web processes."""
     esper, port = installation.esper, any_free_port()
     site = plan.Site(
         data_dir=esper.data_dir,
@@ -230,7 +231,7 @@ def _start_seconds(installation: Installation, environment: dict[str, str]) -> N
         return lambda: _start(installation.folder / f"{name}.log", argv, inherited | more)
 
     web = (*plan.web_command(), "--host", "127.0.0.1", "--port", str(port))
-    installation.add("second web", starter("second-web", web))
+    installation.add("second web", starter("second-web", web, **wrong_clock(seconds=3600)))
     tamiyo = (*plan.tamiyo_command(), "--urza-url", installation.url)
     more = {"ESPER_TOKEN": site.token("tamiyo"), "OMP_NUM_THREADS": "1"}
     installation.add("second tamiyo", starter("second-tamiyo", tamiyo, **more))
@@ -246,6 +247,19 @@ def _start_seconds(installation: Installation, environment: dict[str, str]) -> N
     )
     nginx = shutil.which("nginx") or "/usr/sbin/nginx"
     installation.add("nginx", starter("nginx", (nginx, "-c", str(configuration))))
+
+
+def wrong_clock(*, seconds: int) -> dict[str, str]:
+    """The environment of a process whose clock is fast by so much; its stop watches are right."""
+    found = importlib.util.find_spec("libfaketime")
+    assert found is not None
+    assert found.origin is not None
+    library = Path(found.origin).parent / "vendor" / "libfaketime" / "src" / "libfaketime.so.1"
+    return {
+        "LD_PRELOAD": str(library),
+        "FAKETIME": f"+{seconds}",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
 
 
 def _start(log: Path, argv: tuple[str, ...], environment: dict[str, str]) -> Any:

@@ -35,6 +35,7 @@ FAILED = 1  # pytest: some tests failed; every other status is a fault of the mu
 
 LIFECYCLE = "apps/adaptations/test_adaptation_lifecycle.py::"
 RACES = "apps/concurrency/test_races_on_postgres.py::"
+LATE = "apps/trainers/test_late_answers.py::"
 COMMANDS = "esper/sdk/transport/test_commands_from_a_server.py::"
 BAD_COMMAND = COMMANDS + "test_a_bad_command_is_refused_with_its_code_and_the_model_is_untouched"
 
@@ -249,6 +250,34 @@ MUTANTS = (
             "apps/upgrade/test_work_in_flight.py::"
             "test_it_is_finished_by_what_an_earlier_version_sends",
         ),
+    ),
+    Mutant(
+        "a command without an answer is in doubt, and the trainer is asked",
+        "apps/adaptations/deadlines.py",
+        "_WITH_TRAINER = (S.DISPATCHED, S.ACCEPTED, S.ROLLING_BACK)",
+        "_WITH_TRAINER = (S.DISPATCHED, S.ACCEPTED)",
+        (LATE + "test_the_question_decides_where_the_answer_to_an_undo_is_lost",),
+    ),
+    Mutant(
+        "an older failure does not overwrite a later success",
+        "apps/adaptations/outcomes.py",
+        "if ack.state is not CommandState.APPLIED and _answered_later(command):",
+        "if False:",
+        (LATE + "test_a_failure_that_is_told_after_the_success_of_a_later_undo_is_old",),
+    ),
+    Mutant(
+        "a quarantine ends when the change is gone",
+        "apps/adaptations/lifecycle.py",
+        "if to != S.ROLLING_BACK and _QUARANTINING & {came_from, to}:",
+        "if to == S.ROLLBACK_FAILED:",
+        (LATE + "test_a_failed_undo_quarantines_the_run_until_the_change_is_gone",),
+    ),
+    Mutant(
+        "deadlines are judged by the clock of the database",
+        "apps/rest/clock.py",
+        'if connection.vendor == "sqlite":',
+        "if connection.vendor:",
+        ("apps/concurrency/test_wrong_clocks_on_postgres.py",),
     ),
     Mutant(
         "probation without a verdict is rolled back",

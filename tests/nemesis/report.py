@@ -18,6 +18,7 @@ def describe(result: Result) -> str:
         ("measured", f"{now:%Y-%m-%d %H:%M} UTC, {os.cpu_count()} CPUs, seed {plan.seed}"),
         ("duration of the attack", f"{result.seconds:.0f} s"),
         ("trainers", f"{plan.fake} without a model, {plan.real} with one"),
+        ("wrong clocks", "every second pair of trainers and one of two web processes, by an hour"),
         ("faults", f"{sum(result.faults.values())}: {_listed(result.faults)}"),
         ("crashes of trainers at a chosen moment", _listed(result.crashes)),
         ("on the trainers' network", _listed(result.network)),

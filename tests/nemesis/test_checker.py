@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -13,6 +17,7 @@ import pytest
 
 from tests.nemesis.checker import hash_of, held_at_the_end, violations
 from tests.nemesis.history import AdaptationRow, AuditRow, CommandRow, History
+from tests.nemesis.installation import wrong_clock
 from tests.nemesis.ledger import Ledger, read_ledger
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -315,6 +320,17 @@ def test_a_trainer_that_starts_again_holds_what_its_checkpoint_has() -> None:
     assert held_at_the_end(lines[:4]) == {"A", "B"}
     assert held_at_the_end(lines[:5]) == {"A"}
     assert held_at_the_end(lines) == set()
+
+
+def test_a_process_may_have_a_wrong_clock_and_a_right_stop_watch() -> None:
+    program = "import time; print(time.time(), time.monotonic())"
+    environment = {**os.environ, **wrong_clock(seconds=3600)}
+    answer = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    wall, watch = map(float, answer.stdout.split())
+    assert 3500 < wall - time.time() <= 3600
+    assert abs(watch - time.monotonic()) < 600
 
 
 def test_a_line_that_a_crash_cut_off_is_skipped(tmp_path: Path) -> None:

@@ -114,7 +114,19 @@ class ReportSender:
         """Send every report that is pending now; returns when all are answered."""
         self.write_to_journal()
         for report in self._journal.reports:
-            await self._send(report)
+            if self._of_an_older_start(report):
+                logger.debug("%s is of an older start of this run: not sent", report.path)
+                self._journal.remove_report(report)
+            else:
+                await self._send(report)
+
+    def _of_an_older_start(self, report: StoredReport) -> bool:
+        """The server refuses it, and on a slow server the answers of this start would wait for it.
+
+        What this model holds was said by ``hello``.
+        """
+        epoch = report.body.get("epoch", self._epoch)
+        return bool(report.path.startswith(f"{self._run}/") and epoch < self._epoch)
 
     def write_to_journal(self) -> None:
         """Move reports from memory to the journal, where they outlive this process."""
