@@ -71,7 +71,7 @@ def test_no_deadline_leads_to_a_graft() -> None:
 def test_a_confident_low_risk_proposal_goes_by_rule_to_kept(stage: Stage) -> None:
     adaptation = stage.propose()
     assert adaptation.state == S.COMPILE_QUEUED
-    assert adaptation.decided_rule.startswith("policy v1: confidence 0.90 >= 0.75")
+    assert adaptation.decided_rule.startswith("policy v1: confidence 0.90 ≥ 0.75")
     stage.grafted(adaptation)
     assert (adaptation.graft_step, adaptation.pause_ms) == (120, 2.5)
     verdict = Verdict(keep=True, reason="it pays", ablation_gain=0.1, forecast_gain=0.05)

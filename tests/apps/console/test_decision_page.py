@@ -105,7 +105,7 @@ def test_after_the_decision_the_page_is_its_record(world: Any) -> None:
     ):
         assert words in text
     assert "Reward +0.480" in text
-    assert "+0.0340 ± 0.0120" in text
+    assert "+0.034 ± 0.012" in text
 
 
 def test_an_ended_decision_has_no_buttons(world: Any) -> None:

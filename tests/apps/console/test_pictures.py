@@ -61,7 +61,7 @@ def test_the_forecast_names_its_interval_and_how_many_like_cases_it_has(world: A
     assert found is not None
     assert 0.0 < found.low < found.loss < found.high < 0.6
     assert (found.like.count, found.like.few) == (1, True)
-    assert "1 like case of mlp_gelu_2048 is too few" in panel(world, waiting, "forecast")
+    assert "unknown: only 1 similar case of mlp_gelu_2048" in panel(world, waiting, "forecast")
     kept = world.adaptations["kept"]
     for place, gain in enumerate((0.01, 0.02, 0.03, 0.04)):
         kept.pk, kept.uid, kept.idempotency_key = None, f"adp_{place}", str(place)
