@@ -71,7 +71,7 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
         if drift is not None and math.isinf(drift):  # the loss is no longer a number
             drift = 99.0
         return {
-            "rows": evidence_rows(found.evidence, now),
+            **evidence_parts(found, now),
             "derived": derived_numbers(found.evidence),
             "drift": drift,
             "drift_width": 0 if drift is None else min(100, round(100 * drift)),
@@ -224,6 +224,8 @@ def _checks(found: Adaptation) -> dict[str, Any]:
 
 
 RIVALS_SHOWN = 3
+REASONS_SHOWN = 5
+EVIDENCE_SHOWN = 7
 
 
 def rivals(found: Adaptation) -> dict[str, Any]:
@@ -335,7 +337,9 @@ def reasons_context(reasons: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = reason_rows(reasons)
     weighed = [row for row in rows if row.weight]
     return {
-        "rows": weighed,
+        "rows": weighed[:REASONS_SHOWN],
+        "smaller": weighed[REASONS_SHOWN:],
+        "together": sum(row.weight for row in weighed[REASONS_SHOWN:]),
         "because": [row for row in rows if not row.weight],
         "total": sum(row.weight for row in weighed),
     }
@@ -406,6 +410,14 @@ def evidence_rows(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Evide
         )
         for name in names
     ]
+
+
+def evidence_parts(found: Adaptation, now: Mapping[str, Any]) -> dict[str, list[EvidenceRow]]:
+    """Health, loss and the signals that the reasons name; the others are folded."""
+    named = {*_FIRST, *(str(reason.get("signal", "")) for reason in found.reasons)}
+    rows = evidence_rows(found.evidence, now)
+    first = [row for row in rows if row.name in named][:EVIDENCE_SHOWN]
+    return {"rows": first, "others": [row for row in rows if row not in first]}
 
 
 def derived_numbers(then: Mapping[str, Any]) -> list[tuple[str, float | None]]:
