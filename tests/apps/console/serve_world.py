@@ -11,6 +11,8 @@ import django
 import uvicorn
 from django.core.management import call_command
 
+from esper.contracts import PlanState
+
 HOSTILE = '"><img src=x onerror="document.title=\'pwned\'">\u202e'
 
 
@@ -31,10 +33,14 @@ def _build(*, busy: bool) -> None:
     run.name = HOSTILE
     run.layers = [{**layer, "name": HOSTILE + layer["name"]} for layer in run.layers]
     run.save()
-    if busy:
-        from tests.apps.console.world_busy import build_busy_world
+    from tests.apps.console.world_busy import build_busy_world, make_plan, make_shadow
 
+    if busy:
         build_busy_world(world)
+        return
+    make_shadow(world, "waiting")
+    # Over: what waits is counted in these tests.
+    make_plan(world, "topics-lm", ["classifier.0", "classifier.4"], state=PlanState.REJECTED)
 
 
 if __name__ == "__main__":

@@ -152,8 +152,11 @@ def pages_of(page: Page) -> list[str]:
     page.goto("/runs")
     merged_run = page.locator("a:text-is('topics-lm')").get_attribute("href")
     kernels = ["/workers", "/kernels", f"/kernels/{'ab' * 32}", compiled, merged, merged_run]
+    (plan,) = page.request.get("/api/v1/plans").json()["results"]
     found = [
         *plain,
+        f"/plans/{plan['uid']}",
+        "/projects",
         *kernels,
         "/policy",
         "/recipes",

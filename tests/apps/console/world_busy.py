@@ -28,6 +28,7 @@ from esper.contracts import (
     CommandState,
     Finding,
     LayerInfo,
+    PlanState,
     RejectReason,
     RunState,
     Severity,
@@ -74,8 +75,8 @@ def build_busy_world(world: World) -> None:
     _make_waiting(world, names)
     _make_incidents(world, names)
     _make_giant(world)
-    _make_plan(world, names)
-    _make_shadow(world)
+    make_plan(world, LONG_RUN, names[60:63])
+    make_shadow(world, "high")
     _make_many_findings(world)
     _make_project(world)
 
@@ -241,44 +242,47 @@ def _make_giant(world: World) -> None:
     make_adaptation(world, "giant", GIANT, A.AWAITING_APPROVAL, layer=names[700], risk="low")
 
 
-def _make_plan(world: World, names: list[str]) -> None:
-    """Three changes that wait for one approval."""
-    run = world.runs[LONG_RUN]
-    plan = Plan.objects.create(
-        run=run,
-        run_epoch=1,
-        idempotency_key="plan",
-        policy="heuristic-3",
-        safety_policy=current_policy(),
-        proposed_step=run.step - 40,
-        value=0.031,
-        limits={"parameters": 2.2e9, "memory_mib": 1024.0, "latency_ms": 10.0},
-        reasons=["The best 3 of 9 possible changes within the limits of this run."],
-        asks=["A plan of several changes always needs a person."],
-        deadline_at=timezone.now() + timedelta(minutes=11),
-    )
-    for place, name in enumerate(names[60:63]):
+def make_plan(world: World, run_name: str, layers: list[str], **changes: Any) -> Plan:
+    """Changes that wait for one approval, or are what ``changes`` says."""
+    run = world.runs[run_name]
+    values: dict[str, Any] = {
+        "policy": "heuristic-3",
+        "safety_policy": current_policy(),
+        "proposed_step": run.step - 40,
+        "value": 0.031,
+        "limits": {"parameters": 2.2e9, "memory_mib": 1024.0, "latency_ms": 10.0},
+        "reasons": ["The best 3 of 9 possible changes within the limits of this run."],
+        "asks": ["A plan of several changes always needs a person."],
+        "deadline_at": timezone.now() + timedelta(minutes=11),
+        **changes,
+    }
+    plan = Plan.objects.create(run=run, run_epoch=1, idempotency_key=f"{run_name}:plan", **values)
+    waits = plan.state == PlanState.AWAITING_APPROVAL
+    of_member: dict[str, Any] = {} if waits else {"asks": [], "ended_at": timezone.now()}
+    for place, name in enumerate(layers):
         make_adaptation(
             world,
             f"plan-{place}",
-            LONG_RUN,
-            A.AWAITING_APPROVAL,
+            run_name,
+            A.AWAITING_APPROVAL if waits else A.NOT_APPLIED,
             layer=name,
             plan=plan,
             plan_place=place,
+            **of_member,
         )
+    return plan
 
 
-def _make_shadow(world: World) -> None:
-    """The high risk was tried on a copy, and it helps."""
-    high = world.adaptations["high"]
+def make_shadow(world: World, name: str) -> None:
+    """An adaptation was tried on a copy, and it helps."""
+    tried = world.adaptations[name]
     command = Command.objects.create(
-        run=high.run,
+        run=tried.run,
         epoch=1,
         seq=900,
         kind=CommandKind.SHADOW,
-        adaptation_uid=high.uid,
-        layer=high.layer,
+        adaptation_uid=tried.uid,
+        layer=tried.layer,
         issued_at=timezone.now() - timedelta(minutes=2),
         expires_at=timezone.now(),
         signature="s",
@@ -287,7 +291,7 @@ def _make_shadow(world: World) -> None:
         acknowledged_at=timezone.now() - timedelta(minutes=1),
     )
     ShadowTrial.objects.create(
-        adaptation=high,
+        adaptation=tried,
         command=command,
         asked_by=world.people["oscar"],
         most_steps=300,
