@@ -398,8 +398,9 @@ async def test_with_learning_a_verdict_leads_to_a_suggestion(
     run.active = [in_probation(run, seconds_left=1.0)]
     async with running(config(valkey_url, described, learning=learning)):
         await until(lambda: described.verdicts)
-        # With no case at all the draw of this blueprint is a variant, and not the usual size.
-        await until(lambda: described.suggestions or not learning)
+        # It is suggested before the run is looked at again.
+        seen = described.requests.count("GET runs/run_a/snapshot")
+        await until(lambda: described.requests.count("GET runs/run_a/snapshot") > seen)
     assert described.requests.count(TRIED) == int(learning)
     assert len(described.suggestions) == int(learning)
     for body in described.suggestions:
