@@ -369,6 +369,8 @@ class RemedyReceipt(ChangeReceipt):
         adaptation: its uid at the server that ordered it; empty: nobody did.
         changed_nothing: it has measured or saved something. There is nothing to undo, and the
             digests are empty.
+        words: what was done, for people; empty: its name says it.
+        settings: names of the details that ``words`` tells.
     """
 
     remedy: str
@@ -379,6 +381,8 @@ class RemedyReceipt(ChangeReceipt):
     key: str = field(default_factory=lambda: str(uuid.uuid4()))
     adaptation: str = ""
     changed_nothing: bool = False
+    words: str = ""
+    settings: frozenset[str] = frozenset()
 
     @property
     def digest_before(self) -> str:
@@ -394,11 +398,14 @@ class RemedyReceipt(ChangeReceipt):
         return self._end is not None
 
     def __str__(self) -> str:
-        details = ", ".join(
-            f"{name} {value}" for name, value in self.details.items() if _is_short(value)
+        said = self.words[:1].lower() + self.words[1:] or self.remedy
+        place = f" at {self.layer!r}" if self.layer else ""
+        told = ", ".join(
+            f"{name.replace('_', ' ')} {_short(value)}"
+            for name, value in self.details.items()
+            if name not in self.settings and _is_short(value)
         )
-        place = f"at {self.layer!r}" if self.layer else "of the run"
-        return f"{self.remedy} {place}{f' ({details})' if details else ''}"
+        return f"{said}{place}{f' ({told})' if told else ''}"
 
     def __repr__(self) -> str:
         return f"<RemedyReceipt {self}>"
@@ -524,6 +531,10 @@ def _undo_with(
             for graft in merged:
                 graft.merged = True
         raise
+
+
+def _short(value: float | str) -> str:
+    return f"{value:,.3g}" if isinstance(value, float) else str(value)
 
 
 def _is_short(value: object) -> bool:

@@ -50,7 +50,7 @@ def _observe(remedy: Remedy, target: Target, config: dict[str, Any]) -> RemedyRe
     """Without a snapshot: nothing is changed, so there is nothing to take back."""
     started = time.perf_counter()
     effect = remedy.apply(target, config)
-    return RemedyReceipt(
+    receipt = RemedyReceipt(
         remedy=remedy.slug,
         layer=target.layer,
         step=target.step,
@@ -62,6 +62,7 @@ def _observe(remedy: Remedy, target: Target, config: dict[str, Any]) -> RemedyRe
         _model=target.model,
         _surroundings=target.surroundings,
     )
+    return _worded(receipt, remedy)
 
 
 def _take(remedy: Remedy, target: Target, act: Callable[[], Effect]) -> RemedyReceipt:
@@ -80,6 +81,13 @@ def _take(remedy: Remedy, target: Target, act: Callable[[], Effect]) -> RemedyRe
             effect.end()
         raise
     receipt._end = effects[0].end if remedy.stays else None
+    return _worded(receipt, remedy)
+
+
+def _worded(receipt: RemedyReceipt, remedy: Remedy) -> RemedyReceipt:
+    receipt.words = remedy.done_in_words(receipt.details)
+    settings = frozenset(remedy.default_config())
+    receipt.settings = settings | {"to_step"} if "step" in settings else settings
     return receipt
 
 

@@ -167,6 +167,14 @@ class Remedy(ABC):
         """What it would do with these settings; the others take their defaults."""
         return in_words(self.phrase or self.title, {**self.default_config(), **config})
 
+    def done_in_words(self, details: dict[str, Any]) -> str:
+        """What an :class:`Effect` with these ``details`` did, such as "Rewind to step 120"."""
+        settings = self.default_config()
+        done = {name: details[name] for name in settings if name in details}
+        if "step" in settings and "to_step" in details:
+            done["step"] = details["to_step"]
+        return self.in_words(done)
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         """Why it cannot be applied here, a sentence; empty: it can. Changes nothing."""
         return ""

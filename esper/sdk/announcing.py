@@ -201,7 +201,7 @@ class Announcer:
     def remedy(self, receipt: RemedyReceipt, finding: str = "") -> None:
         why = f", because of {finding}" if finding else ""
         self._note("remedy", f"{receipt}{why}", receipt.adaptation)
-        self._step(f"{receipt}{why}{self._way_back(receipt)}", kind="remedies")
+        self._step(f"applied: {receipt}{why}{self._way_back(receipt)}", kind="remedies")
 
     def _way_back(self, receipt: RemedyReceipt) -> str:
         if receipt.changed_nothing:
@@ -223,7 +223,7 @@ class Announcer:
 
     def remedy_undone(self, receipt: RemedyReceipt, report: UndoReceipt) -> None:
         self._step(
-            f"undid {receipt}{_afterwards(report, receipt.step)}",
+            f"undid: {receipt}{_afterwards(report, receipt.step)}",
             kind="undone remedies",
         )
 

@@ -128,9 +128,9 @@ def test_grafts_remedies_and_undos_are_said_one_line_each(
     assert "step 2: grafted proj_lora_64 into '3'" in grafted
     assert "step 4: took proj_lora_64 out of '3': asked for by the script" in undone
     assert "rewound to step 2" in undone
-    assert "set_lr at '3'" in remedied
+    assert "applied: halve the learning rate at '3'" in remedied
     assert remedied.endswith("To take it back: session.undo(session.remedies[-1])")
-    assert "undid set_lr at '3'" in rewound
+    assert "undid: halve the learning rate at '3'" in rewound
 
 
 def test_the_guard_says_what_it_took_out_and_why(training: Training, capsys: Captured) -> None:
