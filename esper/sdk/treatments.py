@@ -8,6 +8,7 @@ from typing import Any
 
 from esper.diagnosis.base import Evidence
 from esper.grafting import RemedyReceipt
+from esper.remedies import get_remedy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,14 +34,21 @@ class RemedyProposal:
     key: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def __str__(self) -> str:
-        place = self.layer or "the whole run"
-        settings = ", ".join(
-            f"{name}={value if isinstance(value, str) else format(value, 'g')}"
+        words = get_remedy(self.remedy).in_words(self.config)
+        place = f" at {self.layer!r}" if self.layer else ""
+        asks = f". {self.asks[:1].upper()}{self.asks[1:]}" if self.asks else ""
+        return (
+            f"{words[:1].lower()}{words[1:]}{place} ({self._call()}), because of "
+            f"{self.finding}{asks}"
+        )
+
+    def _call(self) -> str:
+        """As ``session.remedy`` takes it."""
+        settings = "".join(
+            f", {name}={value!r}" if isinstance(value, str) else f", {name}={value:g}"
             for name, value in self.config.items()
         )
-        what = f"{self.remedy}({settings})" if settings else self.remedy
-        asks = f"; {self.asks}" if self.asks else ""
-        return f"{what} for {place}, because of {self.finding}{asks}"
+        return f"{self.remedy}{settings}"
 
 
 @dataclass(slots=True)
