@@ -215,7 +215,8 @@ class Announcer:
         self._note("waits" if waits else "proposed", _bare(proposal))
         how = "Answer: session.approve(session.proposed_remedies[0])" if waits else ""
         verb = "proposes" if waits or at_server else "would propose"
-        self._step(f"{verb}: {_bare(proposal)}{f'. {how}' if how else ''}", kind="proposed remedies")
+        answer = f". {how}" if how else ""
+        self._step(f"{verb}: {_bare(proposal)}{answer}", kind="proposed remedies")
 
     def remedy_judged(self, remedy: str, verdict: str) -> None:
         self._note("verdict", f"{remedy}: {verdict}")
