@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from django.db import transaction
-from django.utils import timezone
 
 from apps.accounts.actors import Actor
 from apps.audit.heads import (
@@ -21,6 +20,7 @@ from apps.audit.heads import (
     trusted_keys,
 )
 from apps.audit.models import AuditEvent, AuditHead
+from apps.rest.clock import now as database_now
 from esper.contracts.attestation import content_hash
 
 GENESIS = "0" * 64
@@ -46,7 +46,7 @@ def record(
     head = take_turn()
     event = AuditEvent(
         id=head.last_id + 1,
-        at=timezone.now(),
+        at=database_now(),
         actor_kind=actor.kind,
         actor=actor.name,
         via=actor.via,
@@ -161,7 +161,7 @@ def _problem_at_the_end(count: int, newest: SignedHead | None) -> str:
             "end was cut, or an older state was restored"
         )
     first = AuditEvent.chain.filter(pk=1).first()
-    if newest is None and first is not None and first.at < timezone.now() - FIRST_HEAD_WITHIN:
+    if newest is None and first is not None and first.at < database_now() - FIRST_HEAD_WITHIN:
         places = " and ".join(str(directory / FILE) for directory in directories())
         return f"no signed head is in {places}: it was deleted, or no control worker has run"
     return ""

@@ -14,13 +14,13 @@ from datetime import timedelta
 
 from django.db import transaction
 from django.db.models import QuerySet
-from django.utils import timezone
 from django.utils.crypto import salted_hmac
 
 from apps.accounts.actors import SYSTEM, Actor
 from apps.accounts.models import User
 from apps.audit.chain import record
 from apps.audit.models import AuditEvent
+from apps.rest.clock import now as database_now
 
 STARTED, REFUSED, BRAKED, ENDED = (
     f"session.{word}" for word in ("started", "refused", "braked", "ended")
@@ -52,7 +52,7 @@ class Attempt:
 
 def seconds_to_wait(attempt: Attempt) -> int:
     """How long this attempt has to wait; 0: it may be made now."""
-    since = timezone.now() - WINDOW
+    since = database_now() - WINDOW
     refused = AuditEvent.chain.filter(act=REFUSED, at__gt=since)
     of_account = refused.filter(data__name=attempt.key)
     pair = of_account.filter(data__address=attempt.address)
@@ -83,7 +83,7 @@ def note_refused_sign_in(attempt: Attempt) -> None:
 @transaction.atomic
 def note_brake(attempt: Attempt) -> None:
     """One event for each address and window, so that guessing does not fill the log."""
-    since = timezone.now() - WINDOW
+    since = database_now() - WINDOW
     noted = AuditEvent.chain.filter(act=BRAKED, at__gt=since, data__address=attempt.address)
     if not noted.exists():
         _record(BRAKED, SYSTEM, _known_name(attempt), attempt)
@@ -103,7 +103,7 @@ def note_sign_out(user: User) -> None:
 def _successes(attempt: Attempt) -> QuerySet[AuditEvent]:
     return AuditEvent.chain.filter(
         act=STARTED,
-        at__gt=timezone.now() - KNOWN_FOR,
+        at__gt=database_now() - KNOWN_FOR,
         data__name=attempt.key,
         data__address=attempt.address,
     )
@@ -113,7 +113,7 @@ def _wait(refused: QuerySet[AuditEvent], limit: int) -> int:
     newest = list(refused.order_by("-at").values_list("at", flat=True)[:limit])
     if len(newest) < limit:
         return 0
-    return max(1, int((newest[-1] + WINDOW - timezone.now()).total_seconds()) + 1)
+    return max(1, int((newest[-1] + WINDOW - database_now()).total_seconds()) + 1)
 
 
 def _record(act: str, actor: Actor, object_uid: str, attempt: Attempt) -> None:

@@ -12,6 +12,7 @@ from django.utils import timezone
 
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation
+from apps.audit.models import AuditEvent
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import commands_after, touch
@@ -104,3 +105,9 @@ def test_a_trainer_learns_the_time_of_the_database(stage: Stage, wrong_clock: No
     registration = register_run(owner=stage.owner, actor=TRAINER, spec=make_registration())
     answer = registration_answer(registration)
     assert abs(answer.server_time - true_time().timestamp()) < 60
+
+
+def test_an_audit_event_has_the_time_of_the_database(stage: Stage, wrong_clock: None) -> None:
+    stage.propose()
+    event = AuditEvent.objects.latest("id")
+    assert abs(event.at - true_time()) < timedelta(minutes=5)
