@@ -36,10 +36,12 @@ from esper.grafting.slot import (
     living_grafts,
     remove_unused_slots,
     slot_of,
+    slots_of_grafts,
     take_out,
 )
 from esper.grafting.snapshot import Snapshot, SnapshotMemory, own_change
 from esper.grafting.spilling import spill
+from esper.grafting.state_dicts import put_back_slots
 from esper.grafting.surroundings import Surroundings
 
 
@@ -266,10 +268,7 @@ class Receipt(ChangeReceipt):
             ReplicaError: another rank could not remove it, so it stays on all ranks.
         """
         undo = self._undo_hard if hard else self._undo_soft
-        report = _undo_whole(self, self._surroundings, undo, values=hard)
-        if not anything_was_compiled():  # code that was compiled with the slot runs on with it
-            remove_unused_slots(self._model)
-        return report
+        return _undo_whole(self, self._surroundings, undo, values=hard)
 
     def notice_gone(self) -> None:
         """Something else has taken the graft out: nothing trains it any more."""
@@ -508,6 +507,8 @@ def _undo_with(
     memory = SnapshotMemory(on_device=True)
     before = Snapshot.take(model, surroundings, memory, values=values)
     merged = _merged_grafts(snapshot)
+    # Code that was compiled with a slot runs on with it.
+    slots = {} if anything_was_compiled() else slots_of_grafts(model)
     try:
         with own_change(model):
             report = undo()
@@ -519,12 +520,14 @@ def _undo_with(
         let_follow(model, copies)
         pause_ms = (time.perf_counter() - started) * 1e3
         report = replace(report, pause_ms=pause_ms, _after=after)
+        remove_unused_slots(model, slots)
         if last is not None:
             last()
         return report
     except BaseException:
         torch.set_grad_enabled(grad_mode)  # Ctrl-C may end a block before its exit runs
         if not joint.done:
+            put_back_slots(model, slots)
             before.restore()
             let_follow(model, copies)
             receipt._snapshot = snapshot

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -568,10 +568,14 @@ def remove_slots(model: nn.Module, layers: Iterable[str] | None = None) -> tuple
     return tuple(removed)
 
 
-def remove_unused_slots(model: nn.Module) -> tuple[str, ...]:
-    """Removes the slots that were made for a graft, where it is gone and nothing is watched."""
-    found = [(name, slot) for name, _, slot in slots(model) if slot.until_empty]
-    return remove_slots(model, [name for name, slot in found if not slot.is_watched])
+def slots_of_grafts(model: nn.Module) -> dict[str, Slot]:
+    """Layer -> slot, of the slots that were made for a graft."""
+    return {layer: slot for layer, _, slot in slots(model) if slot.until_empty}
+
+
+def remove_unused_slots(model: nn.Module, made: Mapping[str, Slot]) -> tuple[str, ...]:
+    """Removes those of ``made`` that hold no graft, and through which nothing is watched."""
+    return remove_slots(model, [layer for layer, slot in made.items() if not slot.is_watched])
 
 
 def follows_loads(hook: Any) -> bool:

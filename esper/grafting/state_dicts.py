@@ -26,15 +26,17 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.exceptions import ConfigurationError, EsperError
 from esper.fail_closed import short
-from esper.grafting.hooks import PassingHook
+from esper.grafting.hooks import PassingHook, register_alike
 from esper.grafting.manifest import MANIFEST_KEY, unpack
 from esper.grafting.slot import (
     LOAD_HOOK_MARK,
     SLOT_NAME,
+    Slot,
     find_host,
     find_slot,
     follows_loads,
     is_opaque,
+    run_slot,
     slot_of,
     slots,
 )
@@ -123,6 +125,19 @@ def follow_loads(
         slot.on_leave(slug, leave)
     if not slot.load_handles and host is not model:
         slot.load_handles = [_before_loads(host)]
+
+
+def put_back_slots(model: nn.Module, kept: Mapping[str, Slot]) -> None:
+    """Gives the layers the slots again that they had, with their hooks; a removal has failed."""
+    for layer, slot in kept.items():
+        host = find_host(model, layer)
+        for handle in (slot.handle, *slot.load_handles):
+            if handle is not None:
+                handle.remove()
+        slot.handle = register_alike("slot", host, run_slot)
+        slot.load_handles = [_before_loads(host)] if slot.load_handles else []
+        host._modules[SLOT_NAME] = slot
+    follow_whole_states(model)
 
 
 def follow_whole_states(model: nn.Module) -> None:
