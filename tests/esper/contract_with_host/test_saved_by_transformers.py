@@ -13,6 +13,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -143,6 +144,9 @@ def test_a_grafted_model_is_saved_and_loaded_by_transformers(tmp_path: Path, sha
     loaded, keys = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert torch.equal(computed(loaded, "gpt2"), expected)
     assert not keys["missing_keys"]
+    without_esper: Any = PreTrainedModel.from_pretrained.__func__.__wrapped__
+    _, keys = without_esper(GPT2LMHeadModel, tmp_path, output_loading_info=True)
+    assert "lm_head.esper.load_with_esper_load_state_dict" in keys["unexpected_keys"]
     again = tmp_path / "again"
     loaded.save_pretrained(again)
     assert torch.equal(computed(GPT2LMHeadModel.from_pretrained(again), "gpt2"), expected)
