@@ -17,7 +17,7 @@ from django.db.models import Max, Model
 from django.utils import timezone
 
 from apps.accounts.models import User
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, DecisionRecord
 from apps.audit.models import AuditEvent
 from apps.blueprints.models import Blueprint
 from apps.policies.services import current_policy
@@ -85,6 +85,7 @@ class History:
         runs = list(Run.objects.order_by("id").defer("layers")[begin : size.runs])
         count = max(0, size.adaptations - Adaptation.objects.count())
         _write(Adaptation, self._adaptations(runs, count))
+        _write(DecisionRecord, _decisions())
         _write(Violation, self._violations(runs))
         _write(AuditEvent, self._audit(runs, count))
         for run in [run for run in runs if not run.ended and self._telemetry]:
@@ -174,11 +175,17 @@ class History:
                 state = AdaptationState.AWAITING_APPROVAL
             over = state != AdaptationState.AWAITING_APPROVAL
             measured = state in (AdaptationState.KEPT, AdaptationState.ROLLED_BACK)
+            proposed = self._past(index, count)
+            by_person = measured or state == AdaptationState.REJECTED
             yield Adaptation(
                 run=run,
                 run_epoch=1,
-                created_at=self._past(index, count),
-                changed_at=self._past(index, count),
+                created_at=proposed,
+                changed_at=proposed,
+                decided_by=self._owner if by_person else None,
+                decided_at=proposed + timedelta(minutes=index % 90) if by_person else None,
+                graft_step=2000 + index // len(runs) * 100 if measured else None,
+                pause_ms=5.0 + index % 40 if measured else None,
                 idempotency_key=f"{run.pk}:{index}:{count}",
                 layer=f"blocks.{index % LAYERS}",
                 adaptation_type=AdaptationType.ADD_EFFICIENCY,
@@ -248,6 +255,21 @@ class History:
                 previous_hash="0" * 64,
                 hash="1" * 64,
             )
+
+
+def _decisions() -> Iterator[DecisionRecord]:
+    """Of the adaptations that have none, without the snapshots, which are read one by one."""
+    chances = {"heuristic-1": 0.9, "bandit-1": 0.1}
+    rows = Adaptation.objects.filter(decision=None).values_list("pk", "run", "layer")
+    for adaptation, run, layer_name in list(rows):
+        yield DecisionRecord(
+            run_id=run,
+            run_epoch=1,
+            step=1000,
+            layer=layer_name,
+            adaptation_id=adaptation,
+            message={"chances": chances},
+        )
 
 
 def _write(model: type[_M], rows: Iterable[Any], *, at_once: int = AT_ONCE) -> None:

@@ -43,6 +43,8 @@ _FAILED = (
 )
 
 
+CASES_READ = 5_000  # each proposal reads them; older ones say little about the present policy
+
 # The step from which a cooldown counts: the end, else the graft, else the decision, else the
 # proposal. Training goes on while a person thinks and while a graft is tested, so a cooldown that
 # began with the proposal could be over before the end.
@@ -203,21 +205,22 @@ def experience() -> dict[str, Experience]:
 def closed_confidences() -> list[tuple[str, float, bool]]:
     """(blueprint, the confidence it was proposed with, it was kept) of closed cases, oldest first.
 
-    A confidence that was not known is left out.
+    The newest ``CASES_READ``. A confidence that was not known is left out.
     """
     rows = (
         Adaptation.objects.filter(remedy="", state__in=(AdaptationState.KEPT, *_BAD_ENDS))
         .exclude(graft_step=None)
         .exclude(confidence=None)
         .exclude(policy=RECOVERED)
-        .order_by("id")
-        .values_list("blueprint__slug", "confidence", "state")
+        .order_by("-id")
+        .values_list("blueprint__slug", "confidence", "state")[:CASES_READ]
     )
-    return [
+    newest_first = [
         (slug, said, state == AdaptationState.KEPT)
         for slug, said, state in rows
         if said is not None
     ]
+    return newest_first[::-1]
 
 
 def policy_outcomes() -> list[Outcome]:

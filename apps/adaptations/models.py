@@ -258,6 +258,24 @@ class Adaptation(models.Model):
             models.Index(fields=("state", "deadline_at"), name="adaptation_deadlines"),
             models.Index(fields=("changed_at", "id"), name="adaptation_by_change"),
             models.Index(fields=("created_at", "id"), name="adaptation_by_creation"),
+            # Sums over all of them read these alone, and not their rows, which are large.
+            models.Index(
+                fields=(
+                    *("blueprint", "state", "graft_step", "reward"),
+                    *("confidence", "policy", "remedy", "run"),
+                ),
+                name="adaptation_by_blueprint",
+            ),
+            models.Index(
+                fields=("decided_at", "decided_by", "decided_rule", "created_at", "run"),
+                condition=models.Q(decided_at__isnull=False),
+                name="adaptation_by_decision",
+            ),
+            models.Index(
+                fields=("pause_ms", "run"),
+                condition=models.Q(pause_ms__isnull=False),
+                name="adaptation_by_pause",
+            ),
         )
 
     def __str__(self) -> str:

@@ -9,6 +9,7 @@ from typing import IO, Any
 from rest_framework.parsers import BaseParser
 from rest_framework.renderers import BaseRenderer
 
+from apps.rest.etag import EncodedResponse
 from apps.rest.problems import Problem
 from esper.contracts import codec, telemetry_body
 from esper.exceptions import CodecError
@@ -70,6 +71,9 @@ class StrictJSONRenderer(BaseRenderer):
     ) -> bytes:
         if data is None:
             return b""
+        response = (renderer_context or {}).get("response")
+        if isinstance(response, EncodedResponse) and response.encoded_data is data:
+            return response.encoded
         try:
             return codec.encode(data)
         except CodecError:

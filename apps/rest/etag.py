@@ -18,6 +18,17 @@ VERSION_PATTERN = r'"?(\d{1,9})(?:-[0-9a-f]{1,64})?"?'
 _VERSION = re.compile(VERSION_PATTERN, re.ASCII)
 
 
+class EncodedResponse(Response):
+    """An answer whose content is encoded already; large ones must not be encoded twice.
+
+    ``encoded`` is of ``encoded_data`` alone: ``?fields=`` puts other data in its place later.
+    """
+
+    def __init__(self, data: Any, encoded: bytes, *, headers: dict[str, str]) -> None:
+        super().__init__(data, headers=headers)
+        self.encoded_data, self.encoded = data, encoded
+
+
 def versioned_response(data: Any, version: int, *, status: int = 200) -> Response:
     """An answer whose ``ETag`` is the resource's version, for a later ``If-Match``."""
     return Response(data, status=status, headers={"ETag": f'"{version}"'})
@@ -40,7 +51,7 @@ def cacheable_response(request: Request, data: Any, *, version: int | None = Non
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
     if tag in held or "*" in held:
         return Response(status=304, headers=headers)
-    return Response(data, headers=headers)
+    return EncodedResponse(data, content, headers=headers)
 
 
 def required_version(version: int | None) -> int:

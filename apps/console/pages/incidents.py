@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from django.db.models import QuerySet
+from django.db.models import Prefetch, QuerySet
 from django.http import HttpRequest, HttpResponse
 
 from apps.accounts.models import User
@@ -17,7 +17,8 @@ from apps.blueprints.models import KnownRemedy
 from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, person, project_choices
 from apps.rest.filters import of_run
-from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
+from apps.runs.models import Run
+from apps.runs.selectors import HUGE_COLUMNS
 from apps.violations.models import Violation
 from apps.violations.selectors import RECORDS_READ, Incident, IncidentState, incidents
 from esper.contracts import ADAPTATION_ENDED, AdaptationState, RunMode, Severity
@@ -100,9 +101,9 @@ def incidents_page(request: HttpRequest) -> HttpResponse:
 
 def chosen_incidents(chosen: IncidentFilter) -> list[Incident]:
     """All incidents that match, in every state; made of the newest records."""
-    rows: QuerySet[Violation] = Violation.objects.select_related("run", "acknowledged_by").defer(
-        *HUGE_COLUMNS_OF_RUN
-    )
+    # Not by a join: many records are of one run, which would be made again for each of them.
+    of_runs = Prefetch("run", Run.objects.defer(*HUGE_COLUMNS))
+    rows: QuerySet[Violation] = Violation.objects.prefetch_related(of_runs, "acknowledged_by")
     if chosen.run:
         rows = rows.filter(of_run(chosen.run))
     if chosen.project:

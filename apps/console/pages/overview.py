@@ -27,7 +27,7 @@ from apps.workers.services import Down, disk_problem, down_processes, parts
 from esper.contracts import AdaptationState, JobState, RunState, Severity, WorkerState
 
 ATTENTION_SHOWN = 12
-RUNS_SHOWN = 50
+RUNS_SHOWN = 25
 _NEEDS_PERSON = (Severity.SERIOUS, Severity.CRITICAL)
 
 
@@ -36,10 +36,8 @@ def overview(request: HttpRequest) -> HttpResponse:
     events = ("adaptation", "run", "violation", "switch")
 
     def recent() -> dict[str, Any]:
-        found = recent_runs()
-        shown = run_rows(newest_of(found, RUNS_SHOWN))
-        full = len(shown) == RUNS_SHOWN  # else there are no others to count
-        return {"rows": shown, "more": found.count() - RUNS_SHOWN if full else 0}
+        shown = run_rows(newest_of(recent_runs(), RUNS_SHOWN + 1))
+        return {"rows": shown[:RUNS_SHOWN], "more": len(shown) > RUNS_SHOWN}
 
     panels = [
         Panel(

@@ -103,6 +103,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
         may_change = run.mode != RunMode.OBSERVE
         return {
             "known": [known for known in offered() if known.changes_nothing or may_change],
+            "many_layers": len(run.layers) > LAYERS_SHOWN,  # one list of names for all forms
             "may_ask": may(user, Act.PROPOSE_REMEDY, of=run),
             "may_approve": may(user, Act.APPROVE, of=run),
         }
