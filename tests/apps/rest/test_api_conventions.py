@@ -21,7 +21,7 @@ from apps.blueprints.models import Blueprint
 from apps.rest.models import IdempotencyRecord
 from apps.rest.throttling import ActThrottle
 from apps.runs.models import Run
-from esper.contracts import AdaptationState, Role, codec
+from esper.contracts import AdaptationState, Role, codec, protocol
 from tests.apps.callers import Caller, Inbox, Trainer, frame, metrics, proposal, registration, shown
 
 pytestmark = pytest.mark.django_db
@@ -468,7 +468,7 @@ def test_bad_input_is_answered_with_a_problem_document(
 
 
 def test_a_frame_may_be_large_but_is_limited(trainer: Trainer) -> None:
-    batch = trainer.batch(frames=[frame(step) for step in range(1, 502)])
+    batch = trainer.batch(frames=[frame(step) for step in range(protocol.MAX_FRAMES + 1)])
     refused = trainer.post(f"{trainer.path}/telemetry", batch)
     assert (refused.status, refused.code) == (400, "invalid")
 
