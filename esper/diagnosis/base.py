@@ -65,6 +65,7 @@ class Evidence:
         advice: what to do, where it differs from the rule's.
         certain: it needs no second check.
         may_pass: it has done no harm so far; the next step shows whether it is over.
+        only_tell: no remedy answers it, though the rule has some.
     """
 
     observed: str
@@ -77,6 +78,7 @@ class Evidence:
     advice: str = ""
     certain: bool = False
     may_pass: bool = False
+    only_tell: bool = False
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from enum import StrEnum
 from graphlib import TopologicalSorter
 
 from esper.contracts import Finding, Severity
-from esper.diagnosis.base import Evidence, Memory, Rule
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule
 from esper.diagnosis.observation import Observation, Unknown
 from esper.diagnosis.registry import list_rules
 
@@ -53,6 +53,11 @@ class Diagnosed:
     def severity(self) -> Severity:
         return self.evidence.severity or self.rule.severity
 
+    @property
+    def remedies(self) -> tuple[RemedySlug, ...]:
+        """Those that answer it, the mildest first."""
+        return (RemedySlug.TELL,) if self.evidence.only_tell else tuple(self.rule.remedies)
+
     def finding(self) -> Finding:
         """As people, the page and the server get it."""
         return Finding(
@@ -65,7 +70,7 @@ class Diagnosed:
             slug=self.rule.slug,
             since_step=self.since_step,
             resolved_step=self.resolved_step,
-            remedies=tuple(map(str, self.rule.remedies)),
+            remedies=tuple(map(str, self.remedies)),
         )
 
 

@@ -46,6 +46,7 @@ class AbnormalData(Rule):
                 signal="input",
                 severity=Severity.CRITICAL,
                 advice="Remove or replace the values that are NaN or infinite.",
+                only_tell=True,  # no scale of the weights makes such a value finite
             )
         if seen.layers and seen.layers[0].kind.startswith(NORMS):
             return None

@@ -50,7 +50,7 @@ class Ladder:
     def _of_rule(self, found: Diagnosed) -> list[str]:
         """The remedies that the rule names and the catalogue has."""
         known = {remedy.slug for remedy in list_remedies()}
-        order = [str(remedy) for remedy in found.rule.remedies if str(remedy) in known]
+        order = [str(remedy) for remedy in found.remedies if str(remedy) in known]
         if not follows_gradient(self._diagnosis.optimizers):
             # One measured update says enough: a later one is smaller, as its gradients are noise.
             order = [slug for slug in order if slug != "match_updates"]

@@ -231,7 +231,12 @@ CASES = [
     ),
     Case(
         "slow_convergence",
-        lambda: Run(perceptron(), shuffled(), optimizer=lambda m: adam(m, 2e-5), steps=320),
+        lambda: Run(
+            perceptron(),
+            shuffled(),
+            optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1e-3),
+            steps=320,
+        ),
         lambda: Run(steps=320),
         320,
     ),
@@ -442,7 +447,12 @@ def test_a_second_look_does_not_wait_for_a_long_period(monkeypatch: pytest.Monke
         "esper.diagnosis.recorder.Plan.adapt", lambda plan, *_: setattr(plan, "period", 6400)
     )
     torch.manual_seed(0)
-    run = Run(perceptron(), shuffled(), optimizer=lambda m: adam(m, 2e-5), steps=260)
+    run = Run(
+        perceptron(),
+        shuffled(),
+        optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1e-3),
+        steps=260,
+    )
     assert run.go().steps["slow_convergence"] == 250
 
 
