@@ -51,6 +51,8 @@ class UpdateRatioLow(Rule):
         if memory.notes.get("step") == step:
             raise Unknown("no newer update was measured")
         memory.notes["step"] = step
+        if observation.searches:
+            raise Unknown("the optimizer finds the size of its updates by itself")
         if observation.is_warming_up:
             raise Unknown("the learning rate still rises")
         ratio = max(ratio for _, ratio in ratios[-math.ceil(RECENT * len(ratios)) :])

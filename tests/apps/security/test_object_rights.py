@@ -138,6 +138,7 @@ def objects(people: dict[Role, User], inbox: Inbox) -> dict[str, str]:
         "kernels": make_kernel().digest,
         "workers": make_worker().name,
         "blueprints": adaptation.blueprint.slug,
+        "variants": adaptation.blueprint.variants.create(factors={}, key=CANARY, policy="x").uid,
     }
 
 
@@ -202,6 +203,7 @@ def test_a_trainers_token_is_for_the_calls_of_trainers_only(
             TokenScope.DECIDE,
             {
                 "post adaptations/<uid>/verdict",
+                "post blueprints/<slug>/variants",
                 "post runs/<uid>/adaptations",
                 "post runs/<uid>/declines",
                 "post runs/<uid>/plans",

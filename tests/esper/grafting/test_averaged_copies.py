@@ -106,8 +106,10 @@ def test_a_soft_undo_and_a_failed_graft_leave_no_graft_in_the_average(
 def test_an_undeclared_copy_is_a_finding_once_it_lacks_a_graft() -> None:
     """One that no one has averaged into yet: an average gets the graft without being named."""
     training = make_training("none")
-    # Observing makes no slots, so a copy is not known there before its layer has a graft.
     session = esper.attach(training.model, training.optimizer, mode="supervised")
+    run(training, session, averaged(training.model), 1)
+    # A layer without a graft has no slot, so a copy is not known before its layer has one.
+    session.graft(LAYER, "proj_lora_64")
     kept = copy.deepcopy(training.model)
     copy.deepcopy(training.model)  # gone at once
     run(training, session, averaged(training.model), 2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import esper
-from esper.contracts import Finding
+from esper.contracts import Finding, ViolationRule
 from esper.grafting.movement import SILENT_STEPS, STEPS
 
 SIZE = 8
@@ -85,7 +85,8 @@ def test_a_layer_that_no_loss_reaches_is_named_without_alarm() -> None:
 
 def test_steps_that_are_too_small_for_the_dtype_are_found() -> None:
     model = Model(dtype=torch.bfloat16)
-    (finding,) = train(model, adam(model, lr=1e-4))
+    findings = train(model, adam(model, lr=1e-4))
+    (finding,) = [f for f in findings if f.rule == ViolationRule.OPTIMIZER_LEDGER]
     assert (
         finding.observed
         == f"gain: has a gradient, but has not changed in {STEPS} steps of its optimizer"
