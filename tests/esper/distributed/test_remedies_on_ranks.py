@@ -283,7 +283,7 @@ def test_rank_0_proposes_in_words_and_all_ranks_apply_it_at_the_same_step(
     two_ranks: RankPool,
 ) -> None:
     lead, other = two_ranks.run(_poisoned)
-    assert "on several ranks, call session.remedy with these settings on each" in lead[0][0]
+    assert "On several ranks, call session.remedy with these settings on each" in lead[0][0]
     assert other[0] == []
     assert lead[1:] == other[1:]
     assert lead[2]

@@ -28,7 +28,12 @@ def _what_is_said(rank: int) -> tuple[str, str]:
 def test_only_the_rank_that_decides_writes(two_ranks: RankPool) -> None:
     (first, reasons), (second, elsewhere) = two_ranks.run(_what_is_said)
     lines = first.splitlines()
-    for words in ("attached", "grafted proj_lora_64", "took proj_lora_64", "set_lr at 'inner'"):
+    for words in (
+        "attached",
+        "grafted proj_lora_64",
+        "took proj_lora_64",
+        "halve the learning rate",
+    ):
         assert sum(words in line for line in lines) == 1, first
     assert second == ""
     assert "samples of the loss" in reasons
