@@ -17,6 +17,7 @@ from apps.audit.selectors import FILTERS
 from apps.audit.serializers import AuditEventOutput, ChainOutput
 from apps.audit.services import verify_chain
 from apps.rest.etag import cacheable_response
+from apps.rest.exports import as_of_now
 from apps.rest.filters import apply_filters
 from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
@@ -83,7 +84,7 @@ class AuditExport(Endpoint):
         require(person(request), Act.VIEW_AUDIT)
         events = apply_filters(request, AuditEvent.objects.all(), FILTERS)
         return StreamingHttpResponse(
-            ndjson(events),
+            as_of_now(ndjson(events)),
             content_type="application/x-ndjson",
             headers={"Content-Disposition": 'attachment; filename="esper-audit.ndjson"'},
         )

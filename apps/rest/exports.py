@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
+from contextvars import copy_context
+from typing import Any, TypeVar
 
 from django.http import StreamingHttpResponse
 from rest_framework.request import Request
@@ -13,6 +14,8 @@ from rest_framework.request import Request
 from apps.rest.codec import StrictJSONRenderer
 from apps.rest.sparse import sparse
 from esper.contracts import codec
+
+_T = TypeVar("_T")
 
 FORMAT = "format"
 # A spreadsheet would run what begins with one of these.
@@ -50,13 +53,28 @@ def export_response(
     lines = _csv(rows) if renderer.format == CSVRenderer.format else _ndjson(rows)
     name = request.path.rstrip("/").rsplit("/", 1)[-1]
     return StreamingHttpResponse(
-        lines,
+        as_of_now(lines),
         content_type=f"{renderer.media_type}; charset=utf-8",
         headers={
             "Content-Disposition": f'attachment; filename="esper-{name}.{renderer.format}"',
             "Cache-Control": "private, no-store",
         },
     )
+
+
+def as_of_now(items: Iterable[_T]) -> Iterator[_T]:
+    """Make each item as if it were made now: with what the present request may see.
+
+    A body is streamed after the request has ended, and a query in it would see every project.
+    """
+    context, each = copy_context(), iter(items)
+    end = object()
+
+    def stream() -> Iterator[_T]:
+        while (item := context.run(next, each, end)) is not end:
+            yield item  # type: ignore[misc]
+
+    return stream()
 
 
 def _ndjson(rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:

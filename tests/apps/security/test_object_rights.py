@@ -138,7 +138,9 @@ def objects(people: dict[Role, User], inbox: Inbox) -> dict[str, str]:
         "kernels": make_kernel().digest,
         "workers": make_worker().name,
         "blueprints": adaptation.blueprint.slug,
-        "variants": adaptation.blueprint.variants.create(factors={}, key=CANARY, policy="x").uid,
+        "variants": adaptation.blueprint.variants.create(
+            factors={"hidden": 0.5}, key="hidden 0.5", policy="x", learned_from=[adaptation.uid]
+        ).uid,
     }
 
 

@@ -39,7 +39,10 @@ from tests.apps.sockets import browser, in_database, tell
 DOCUMENT = Path(__file__).parents[3] / "docs" / "security.md"
 CANARY = rights.CANARY
 # Kinds that belong to the whole server or to one person: they hold nothing of a project.
-SHARED = {"kernels", "workers", "blueprints", "recipes", "remedies", "duty", "channels", "tokens"}
+SHARED = {
+    "kernels", "workers", "blueprints", "variants", "recipes", "remedies", "duty", "channels",
+    "tokens",
+}  # fmt: skip
 # Rows that are reached through a row that was found already, or through their owner.
 WITHOUT_A_MANAGER = {"Vote", "Snooze", "LogChunk", "JobStepDone"}
 
