@@ -12,7 +12,9 @@ forward pass runs its grafts twice.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -562,6 +564,7 @@ def remove_slots(model: nn.Module, layers: Iterable[str] | None = None) -> tuple
             if handle is not None:
                 handle.remove()
         del host._modules[SLOT_NAME]
+        _share_code_again(host)
         removed.append(layer)
     if removed and not any(True for _ in slots(model)):
         _remove_load_hooks(model)
@@ -647,7 +650,27 @@ def _add_slot(host: nn.Module) -> None:
     try:
         slot.handle = register_alike("slot", host, run_slot)
         host._modules[SLOT_NAME] = slot  # add_module refuses where every attribute is answered
+        keep_code_apart(host)
     except BaseException:
         if slot.handle is not None:
             slot.handle.remove()
         raise
+
+
+def keep_code_apart(host: nn.Module) -> None:
+    """torch may not run code on this layer that it has compiled for a layer without a slot.
+
+    It does not guard on absent hooks, so another model of the same class would share its code, and
+    the grafts would be left out in silence. What it guards on is that a layer has no ``forward`` of
+    its own. This one is that of the class, so layers with slots go on sharing their code.
+    """
+    forward = inspect.getattr_static(type(host), "forward", None)
+    if isinstance(forward, types.FunctionType) and "forward" not in host.__dict__:
+        host.__dict__["forward"] = types.MethodType(forward, host)
+
+
+def _share_code_again(host: nn.Module) -> None:
+    own = host.__dict__.get("forward")
+    forward = inspect.getattr_static(type(host), "forward", None)
+    if isinstance(own, types.MethodType) and own.__func__ is forward:
+        del host.__dict__["forward"]

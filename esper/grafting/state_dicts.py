@@ -36,6 +36,7 @@ from esper.grafting.slot import (
     find_slot,
     follows_loads,
     is_opaque,
+    keep_code_apart,
     run_slot,
     slot_of,
     slots,
@@ -137,6 +138,7 @@ def put_back_slots(model: nn.Module, kept: Mapping[str, Slot]) -> None:
         slot.handle = register_alike("slot", host, run_slot)
         slot.load_handles = [_before_loads(host)] if slot.load_handles else []
         host._modules[SLOT_NAME] = slot
+        keep_code_apart(host)
     follow_whole_states(model)
 
 
