@@ -24,6 +24,8 @@ from tests.esper.remedies.test_catalogue import Run
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine writes slowly."""
     monkeypatch.setattr("esper.remedies.state_folder.CLOSE_SECONDS", 100.0)
+    # Nor do the steps of the states depend on what a copy cost.
+    monkeypatch.setattr("esper.remedies.good_states.SHARE", math.inf)
 
 
 def attached(run: Run, folder: Path) -> esper.Session:
