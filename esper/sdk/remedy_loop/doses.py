@@ -16,6 +16,7 @@ from esper.sdk.surgery import Surgery
 
 LARGEST_RISE = 1e5  # of a rate, in stages
 WEAKEST, STRONGEST = 0.1, 1e-4  # factors of the learning rate
+JUMPED = "learning_rate"  # signal of the evidence that names the rate before and after
 RAISES = frozenset({"update_ratio_low", "slow_convergence", "vanishing_gradient"})  # rules
 
 
@@ -48,12 +49,21 @@ class Doses:
         return self._higher(found) if raises else self._lower(found) ** (1 + given)
 
     def _rewind(self, found: Diagnosed, given: int) -> dict[str, Any]:
+        found = self._cause(found)
         anew = self._young.is_early or self._young.was_hurt
         power = given + (0 if self._was_sudden(found) else 1)
         return {
             "step": self._first_step if anew else found.since_step,
             "factor": max(self._lower(found) ** power, STRONGEST),
         }
+
+    def _cause(self, found: Diagnosed) -> Diagnosed:
+        """An open jump of the learning rate from before it: its weights and its rate are the cure.
+
+        The losses since the jump look usual by themselves, as if the newest batch were at fault.
+        """
+        jumps = (d for d in self._diagnosis.diagnosis.open if d.evidence.signal == JUMPED)
+        return next((jump for jump in jumps if jump.since_step <= found.since_step), found)
 
     @property
     def _first_step(self) -> int:
@@ -70,7 +80,7 @@ class Doses:
 
     def _lower(self, found: Diagnosed) -> float:
         """The factor back to the earlier rate, or to updates of a sound share, where known."""
-        if found.evidence.signal == "learning_rate":
+        if found.evidence.signal == JUMPED:
             return max(1 / found.evidence.value, STRONGEST)
         excess = self._diagnosis.update_excess
         if math.isnan(excess) and found.evidence.signal == Signal.UPDATE_RATIO:

@@ -15,6 +15,7 @@ from django.utils import timezone
 
 from apps.accounts.models import Membership, Project
 from apps.adaptations.models import Adaptation, Plan, ShadowTrial, Vote
+from apps.blueprints.models import Blueprint
 from apps.policies.models import PolicyVersion, ProjectSwitch
 from apps.policies.services import adaptation_switch, current_policy
 from apps.runs.models import Command, Run
@@ -32,6 +33,7 @@ from esper.contracts import (
     RejectReason,
     RunState,
     Severity,
+    VariantState,
     ViolationRule,
 )
 from tests.apps.console.world import CERTIFICATE, FOUND, make_remedies_of_run
@@ -77,6 +79,7 @@ def build_busy_world(world: World) -> None:
     _make_giant(world)
     make_plan(world, LONG_RUN, names[60:63])
     make_shadow(world, "high")
+    make_variants(world, "mlp_gelu_2048")
     _make_many_findings(world)
     _make_project(world)
 
@@ -359,3 +362,25 @@ def _make_project(world: World) -> None:
     Run.objects.filter(pk=ended.pk).update(
         project=vision, ended_at=now, end_reason="ValueError: the loss is not finite"
     )
+
+
+def make_variants(world: World, slug: str) -> None:
+    """Two sizes of a blueprint: one waits for a curator, one was admitted."""
+    blueprint = Blueprint.objects.get(slug=slug)
+    for factor in (0.5, 2.0):
+        blueprint.variants.create(
+            key=f"hidden x{factor:g}",
+            factors={"hidden": factor},
+            policy="sizes-1",
+            chance=0.4,
+            expected=0.012,
+            error=0.02,
+            learned_from=[world.adaptations["kept"].uid],
+        )
+    blueprint.variants.filter(key="hidden x2").update(
+        state=VariantState.ADMITTED,
+        decided_by=world.people["carl"],
+        decided_at=timezone.now(),
+        reason="better in both trials",
+    )
+    Blueprint.objects.filter(slug=slug).update(tunes=["hidden"])

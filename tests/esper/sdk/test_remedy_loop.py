@@ -234,6 +234,17 @@ def test_in_supervised_mode_a_person_decides() -> None:
         assert session.proposed_remedies == ()
 
 
+def test_a_loss_that_is_not_finite_after_a_jump_of_the_rate_goes_back_before_the_jump() -> None:
+    """The losses in between look usual; going on with the new rate would end the same way."""
+    fault = Fault(before=jump, batch=lambda step, x: x * float("nan") if step >= 225 else x)
+    run = Run(fault)
+    with esper.attach(run.model, run.optimizer, mode="supervised", server="") as session:
+        run.train(230, session)
+        asked = {entry.finding: entry.config for entry in session.proposed_remedies}
+    assert asked["non_finite"]["factor"] == pytest.approx(asked["rate_jump"]["factor"]) == 0.01
+    assert asked["non_finite"]["step"] == asked["rate_jump"]["step"] <= 201
+
+
 def test_what_a_person_rejected_is_not_proposed_again() -> None:
     run = Run(FAULTS["three batches are not numbers"])
     with esper.attach(run.model, run.optimizer, mode="supervised", server="") as session:
