@@ -261,6 +261,7 @@ class Observation:
         infos: these layers, as they were seen to run; empty unknown.
         frames: health frames, the newest last.
         loss_steps, losses: int64 [T], float64 [T].
+        rewinds: how often a graft was taken out with all that was learned since.
         held_out: (step, held-out loss), the newest last.
         rates: (step, largest learning rate), the newest last.
         ledger: findings of the optimizer's ledger.
@@ -287,6 +288,7 @@ class Observation:
     frames: Sequence[HealthFrame] = ()
     loss_steps: Steps = field(default_factory=lambda: NO_STEPS)
     losses: Doubles = field(default_factory=lambda: NO_LOSSES)
+    rewinds: int = 0
     held_out: Sequence[tuple[int, float]] = ()
     rates: Sequence[tuple[int, float]] = ()
     ledger: Sequence[Finding] = ()

@@ -225,6 +225,7 @@ class DiagnosisWatch:
             frames=tuple(self._frames),
             loss_steps=np.array([step for step, _ in losses], dtype=np.int64),
             losses=np.array([loss for _, loss in losses], dtype=np.float64),
+            rewinds=run.rewinds,
             held_out=tuple(self._held_out),
             rates=tuple(self._rates),
             ledger=self._ledger(),

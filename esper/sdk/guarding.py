@@ -44,6 +44,7 @@ class ProbationGuard:
         self._skips_steps = skips_steps
         self._local = local
         self.acted_at = -1
+        self._rewinds = run.rewinds
         self._gradients = GradientGuard()
         self._looked_for: Adaptation | None = None
 
@@ -60,6 +61,8 @@ class ProbationGuard:
             at: the loss's step; on a GPU, an earlier one than the present.
         """
         suspect = self._surgery.changes.youngest_guarded(at)
+        if self._run.rewinds != self._rewinds:
+            self._start_again()
         verdict = self.losses.observe(loss)
         if suspect is not self._looked_for:
             self._gradients.forget()
@@ -77,6 +80,12 @@ class ProbationGuard:
         self.losses.reset()
         if self._local is not None:
             self._local.on_rolled_back(gone, verdict.text)
+
+    def _start_again(self) -> None:
+        """After a hard undo, the measure is the losses from before the graft."""
+        self._rewinds = self._run.rewinds
+        self.losses.reset()
+        self.take([loss for _, loss in self._run.losses])
 
 
 def _gradient_verdict(model: nn.Module, names: tuple[str, ...]) -> GuardVerdict | None:

@@ -326,6 +326,7 @@ class Surgery:
         report = receipt.undo(hard=hard)
         if hard:
             self.changes.drop_since(adaptation)
+            self._run.go_back(adaptation.step)
         gone = self.changes.mark_gone(state)
         self.remove_idle_slots()
         self._follow_up(restored=True)

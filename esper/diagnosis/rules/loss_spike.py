@@ -39,6 +39,8 @@ class LossSpike(Rule):
     explained_by = frozenset({"non_finite", "rate_jump"})
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        if memory.notes.setdefault("rewinds", observation.rewinds) != observation.rewinds:
+            memory.notes.update(rewinds=observation.rewinds, guard=LossGuard())
         guard: LossGuard = memory.notes.setdefault("guard", LossGuard())
         for step, loss in observation.losses_after(memory.notes.get("step", -1)):
             memory.notes["step"] = step
