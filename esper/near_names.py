@@ -9,7 +9,7 @@ _MOST_SHOWN = 8
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'fc2'"``, empty where nothing is near.
+    """``" (did you mean 'fc2'?)"``, empty where nothing is near.
 
     Args:
         name: as it was typed.
@@ -22,7 +22,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     tail = name.lower().rpartition(".")[2]
     inner = [entry for entry in names if entry.lower().rpartition(".")[2] == tail]
     found = list(dict.fromkeys([*near, *inner[:3]]))[:3]
-    return f"; did you mean {' or '.join(map(repr, found))}" if found else ""
+    *others, last = ["", *map(repr, found)]
+    several = f"{', '.join(others[1:])} or {last}" if others[1:] else last
+    return f" (did you mean {several}?)" if found else ""
 
 
 def or_known(name: str, known: Iterable[str]) -> str:

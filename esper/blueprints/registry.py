@@ -44,8 +44,8 @@ def get_blueprint(slug_or_id: str) -> Blueprint:
     if found is None:
         known, ids = list(_by_slug()), [blueprint.id for blueprint in list_blueprints()]
         raise UnknownBlueprintError(
-            f"no blueprint {slug_or_id!r}; known are: {', '.join(known)}"
-            f"{did_you_mean(slug_or_id, [*known, *ids])}",
+            f"no blueprint {slug_or_id!r}{did_you_mean(slug_or_id, [*known, *ids])}; "
+            f"known are: {', '.join(known)}",
             slug=slug_or_id,
         )
     return found

@@ -22,7 +22,7 @@ def get_remedy(slug: str) -> Remedy:
     if found is None:
         known = ", ".join(_by_slug())
         raise ConfigurationError(
-            f"no remedy {slug!r}; known are: {known}{did_you_mean(slug, _by_slug())}"
+            f"no remedy {slug!r}{did_you_mean(slug, _by_slug())}; known are: {known}"
         )
     return found
 

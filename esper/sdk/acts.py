@@ -171,6 +171,11 @@ class Acts:
             UndoError: it could not be taken out.
             PlanError: nothing of the plan is in the model.
         """
+        if not isinstance(receipt, Receipt | RemedyReceipt | PlanReceipt):
+            raise TypeError(
+                "undo takes the receipt that graft, remedy or approve returned, "
+                f"got {type(receipt).__name__}"
+            )
         self._steps.catch_up()
         if isinstance(receipt, PlanReceipt):
             return undo_plan(receipt, self._parts.surgery, hard=hard)

@@ -197,8 +197,8 @@ def _mode(mode: str) -> RunMode:
         return RunMode(mode)
     except ValueError:
         raise ConfigurationError(
-            f"unknown mode {mode!r}; known are: {', '.join(RunMode)}"
-            f"{did_you_mean(str(mode), RunMode)}"
+            f"unknown mode {mode!r}{did_you_mean(str(mode), RunMode)}; "
+            f"known are: {', '.join(RunMode)}"
         ) from None
 
 
@@ -277,7 +277,8 @@ def _server(server: str | None, token: str | None) -> tuple[str, str]:
     secret = token if token is not None else os.environ.get("ESPER_TOKEN", "")
     if not secret:
         raise ConfigurationError(
-            "a server needs a token: make one on its tokens page with the scope runs:create, and "
+            "a server needs a token: make one on its page Account and settings with the scope "
+            "runs:create, and "
             "pass token=… or set ESPER_TOKEN"
         )
     return address.rstrip("/"), secret

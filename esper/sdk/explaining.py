@@ -21,6 +21,7 @@ from esper.sdk.surgery import Surgery
 from esper.tables import html_list
 
 MOST_REASONS = 12
+_USUAL_FIRST_FRAME = 30  # steps; later than that, something keeps it from coming
 _TOLD = (Signal.HEALTH, Signal.GRAD_NORM, Signal.UPDATE_RATIO, Signal.DEAD_FRACTION)
 
 
@@ -118,8 +119,13 @@ class Explainer:
             return ["No step is complete yet: call session.step(loss) after each optimizer step."]
         if self._surgery.sampler is None and (self._local or self._server):
             return ["The session is detached, so nothing is measured and nothing is proposed."]
-        if frame is None:
+        if frame is None and self._run.step < _USUAL_FIRST_FRAME:
             return ["There is no health frame yet; the first comes within some 10 steps."]
+        if frame is None:
+            return [
+                f"No layer was measured in {self._run.step:,} steps: no optimizer that attach was "
+                "given makes the steps, or no parameter gets a gradient."
+            ]
         return []
 
     def _of_remedies(self) -> list[str]:
@@ -154,7 +160,10 @@ class Explainer:
     def _of_server(self, server: ServerLink) -> list[str]:
         reasons = [f"The server decides; its reasons are on {server.page}."]
         if self._run.registration is None:
-            reasons.append("The run is not registered there yet.")
+            reasons.append(
+                "The run is not registered there yet: the server has not accepted it so far. "
+                "The trainer tries again by itself."
+            )
         if self._run.mode is RunMode.OBSERVE:
             reasons.append("Observe mode changes nothing; this trainer refuses each graft.")
         if server.paused:

@@ -12,6 +12,7 @@ from esper.exceptions import UnknownLayerError
 from esper.fail_closed import FailClosed
 from esper.grafting import LayerRecorder
 from esper.grafting.compiled import Compilation, anything_was_compiled
+from esper.grafting.graph import NEVER_RAN, why_never_graftable
 from esper.grafting.replicas import RankGroup
 from esper.grafting.watching import COPY, CopyRecorder
 from esper.near_names import or_known
@@ -66,7 +67,7 @@ class Layers:
         """In the model's order; shapes are known after the first forward pass."""
         if self._fixed is not None:
             return self._fixed
-        return tuple(map(self._as_shared, self._recorder.layers()))
+        return tuple(map(self._as_shared, map(_until_it_runs, self._recorder.layers())))
 
     @property
     def all(self) -> tuple[LayerInfo, ...]:
@@ -78,9 +79,18 @@ class Layers:
         """Raises ``UnknownLayerError`` where there is none of that name."""
         found = next((layer for layer in self.all if layer.name == name), None)
         if found is None:
-            known = or_known(name, (layer.name for layer in self.all))
-            raise UnknownLayerError(f"the model has no layer {name!r}{known}", layer=name)
+            raise UnknownLayerError(self._why_unknown(name), layer=name)
         return found
+
+    def _why_unknown(self, name: str) -> str:
+        try:
+            reason = why_never_graftable(self._model, name)
+        except AttributeError:  # no module of the model has this name
+            reason = ""
+        if reason:
+            return f"{name!r} is not among the layers that are watched: {reason}"
+        known = or_known(name, (layer.name for layer in self.all))
+        return f"the model has no layer {name!r}{known}"
 
     def fix(self) -> bool:
         """The first step is complete: all layers have run, where they could be seen.
@@ -139,3 +149,10 @@ class Layers:
         if layer.name in self._slots or not layer.graftable:
             return layer
         return replace(layer, graftable=False, reason=LEFT_ALONE)
+
+
+def _until_it_runs(layer: LayerInfo) -> LayerInfo:
+    """Before the first complete step, a layer that has not run may still do so."""
+    if layer.reason != NEVER_RAN:
+        return layer
+    return replace(layer, reason="it has not run yet; call session.step(loss) after a step")

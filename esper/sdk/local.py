@@ -189,8 +189,9 @@ class LocalLoop:
         """The decision that waits for a layer, at most one; raises ``ValueError`` for none."""
         found = next((entry for entry in self.waiting if entry.layer == layer), None)
         if found is None:
-            layers = ", ".join(repr(entry.layer) for entry in self.waiting) or "no layer"
-            raise ValueError(f"no decision waits for layer {layer!r}; one waits for {layers}")
+            layers = ", ".join(repr(entry.layer) for entry in self.waiting)
+            others = f"one waits for {layers}" if layers else "none waits for any layer"
+            raise ValueError(f"no decision waits for layer {layer!r}; {others}")
         return found
 
     def on_frame(self, frame: HealthFrame) -> None:

@@ -168,8 +168,8 @@ def _tracker(entry: Any) -> Tracker | None:
     if isinstance(entry, str):
         if entry not in BY_NAME:
             raise ConfigurationError(
-                f"unknown tracker {entry!r}; known are: {', '.join(BY_NAME)}"
-                f"{did_you_mean(entry, BY_NAME)}"
+                f"unknown tracker {entry!r}{did_you_mean(entry, BY_NAME)}; "
+                f"known are: {', '.join(BY_NAME)}"
             )
         try:
             return BY_NAME[entry]()

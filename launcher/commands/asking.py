@@ -80,7 +80,8 @@ def connect(*, url: str = "", account: str = "") -> Client:
     token = os.environ.get("ESPER_TOKEN", "")
     if not token and server != here:  # a local token must not be sent to another server
         raise RefusedError(
-            f"There is no token for {server}. Set ESPER_TOKEN: make one on its page /me.",
+            f"There is no token for {server}. Set ESPER_TOKEN: make one on its page Account and "
+            "settings.",
             Exit.NOT_ALLOWED,
         )
     account = account or os.environ.get("ESPER_ACCOUNT", "")
@@ -100,8 +101,8 @@ def _local_token(directory: Path, account: str) -> str:
     if not token:
         whose = f"of {account!r} " if account else ""
         raise RefusedError(
-            f"There is no token {whose}in {directory}. Set ESPER_TOKEN: make one on the page /me, "
-            "or with esper token issue ACCOUNT --scope read --scope act.",
+            f"There is no token {whose}in {directory}. Set ESPER_TOKEN: make one on the page "
+            "Account and settings, or with esper token issue ACCOUNT --scope read --scope act.",
             Exit.NOT_ALLOWED,
         )
     return str(token)

@@ -167,7 +167,7 @@ def test_an_answer_for_a_layer_that_nothing_waits_for_names_those_that_do() -> N
         with pytest.raises(ValueError, match=rf"one waits for '{waiting.layer}'"):
             session.approve("1")
         session.reject(waiting.layer)
-        with pytest.raises(ValueError, match="one waits for no layer"):
+        with pytest.raises(ValueError, match="none waits for any layer"):
             session.reject(waiting.layer)
 
 

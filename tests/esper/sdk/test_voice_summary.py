@@ -15,7 +15,7 @@ from torch import nn
 
 import esper
 from esper.contracts import SIGNALS, HealthFrame, LayerInfo, RunMode, Signal
-from esper.exceptions import UnknownLayerError
+from esper.exceptions import IncompatibleLayerError, UnknownLayerError
 from esper.sdk.summary import MOST_ROWS, layer_rows
 from tests.esper.sdk.test_local_loop import EAGER, Bottleneck
 from tests.esper.sdk.test_local_loop import attached as attached_bottleneck
@@ -240,6 +240,26 @@ def test_a_mistyped_layer_gets_the_near_names(typed: str, meant: str) -> None:
         ):
             with pytest.raises(UnknownLayerError, match=f"did you mean .*'{meant}'"):
                 ask()
+
+
+def test_a_wrong_call_is_answered_with_what_to_do(training: Training) -> None:
+    with attached(training, mode="supervised") as session:
+        with pytest.raises(IncompatibleLayerError, match=r"call session\.step\(loss\)"):
+            session.graft("0", "proj_lora_64")
+        training.run(2, session)
+        with pytest.raises(UnknownLayerError, match=r"'1' is not .* a ReLU has no param"):
+            session.graft("1", "proj_lora_64")
+        with pytest.raises(ValueError, match="waits for layer '0'; none waits for any layer"):
+            session.approve("0")
+        with pytest.raises(TypeError, match="undo takes the receipt"):
+            session.undo("0")  # type: ignore[call-overload, arg-type]
+
+
+def test_why_no_layer_was_measured(training: Training) -> None:
+    other = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    with esper.attach(training.model, other) as session:
+        training.run(31, session)
+        assert "No layer was measured in 31 steps" in str(session.why())
 
 
 # -- one line each ---------------------------------------------------------------------------------
