@@ -22,13 +22,21 @@ from launcher.commands.planning import plans_group
 from launcher.commands.projects import projects_group
 from launcher.commands.recipes import recipe_group
 from launcher.commands.replay import replay_command
+from launcher.commands.sections import SectionedGroup
 from launcher.commands.tokens import token_group
 from launcher.commands.watching import watch_command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=SectionedGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 def cli() -> None:
-    """Esper watches neural networks train and changes their architecture while they do."""
+    """Esper watches neural networks while they train, says what is wrong, and repairs it.
+
+    A run, an adaptation or a violation is named by its number (R-3, A-17, V-88) or its uid, a run
+    also by its name. esper COMMAND --help explains one command.
+    """
 
 
 @cli.command("up")

@@ -9,7 +9,7 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
-from click import ClickException
+from click import ClickException, Context
 from click.testing import CliRunner
 from django.db import connection, transaction
 
@@ -22,6 +22,7 @@ from apps.audit.models import AuditEvent
 from apps.audit.services import record
 from esper.contracts import Role
 from launcher.command import cli
+from launcher.commands.sections import SECTIONS
 from tests.apps.recipes.rows import make_recipe
 
 
@@ -150,3 +151,12 @@ def test_an_unknown_account_cannot_act() -> None:
     with pytest.raises(ClickException, match="There is no account 'nobody'"):
         run("recipe", "start", "counter", "--as", "nobody")
     assert not User.objects.filter(username="nobody").exists()
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+def test_the_help_has_each_command_in_one_section_with_its_whole_sentence() -> None:
+    listed = [name for names in SECTIONS.values() for name in names]
+    assert sorted(listed) == sorted(cli.commands)
+    assert "..." not in cli.get_help(Context(cli, terminal_width=60)).partition("Options:")[2]
