@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from esper.blueprints import list_blueprints
 from esper.exceptions import ConfigurationError, EsperError
 from esper.fail_closed import short
 from esper.grafting.hooks import PassingHook, register_alike
@@ -262,10 +263,7 @@ class _Saved:
 
 def _grafts_in(state: Mapping[str, Any], prefix: str) -> dict[str, _Saved]:
     found: dict[str, _Saved] = defaultdict(_Saved)
-    for key in state:
-        layer, rest = _split(key, prefix)
-        if not rest:
-            continue
+    for key, (layer, rest) in _keys_of_grafts(state, prefix).items():
         saved = found[layer]
         if rest == MANIFEST_KEY:
             saved.entries = unpack(state[key])
@@ -275,8 +273,31 @@ def _grafts_in(state: Mapping[str, Any], prefix: str) -> dict[str, _Saved]:
     return found
 
 
+def keys_of_grafts(state: Iterable[str], prefix: str = "") -> list[str]:
+    """The names in a state that belong to grafts, and not to a module of the user of that name."""
+    return list(_keys_of_grafts(state, prefix))
+
+
+def _keys_of_grafts(state: Iterable[str], prefix: str) -> dict[str, tuple[str, str]]:
+    """Name of a graft's entry -> (layer, name in its slot).
+
+    The user's model may have a module that is called as a slot is. A slot has a manifest; where an
+    older state or a filter has left that out, the names of the blueprints tell.
+    """
+    split = {key: found for key in state if (found := _split(key, prefix))[1]}
+    if not split:
+        return {}
+    described = {layer for layer, rest in split.values() if rest == MANIFEST_KEY}
+    slugs = {blueprint.slug for blueprint in list_blueprints()}
+    return {
+        key: (layer, rest)
+        for key, (layer, rest) in split.items()
+        if layer in described or rest.partition(".")[0] in slugs
+    }
+
+
 def _split(key: str, prefix: str) -> tuple[str, str]:
-    """(layer, name in its slot) of a graft's key; two empty texts for any other key."""
+    """(layer, name in it) where a slot is named; two empty texts for any other key."""
     if not key.startswith(prefix):
         return "", ""
     layer, mark, rest = f".{key[len(prefix) :]}".partition(f".{SLOT_NAME}.")
@@ -294,7 +315,7 @@ def _loaded_tensors(model: nn.Module, state: Mapping[str, Any], prefix: str) -> 
 
 def pop_grafts(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Takes the entries of grafts out of a state, and returns them with the model's own names."""
-    keys = [key for key in state if _split(key, prefix)[1]]
+    keys = keys_of_grafts(state, prefix)
     return {key.removeprefix(prefix): state.pop(key) for key in keys}
 
 

@@ -163,7 +163,7 @@ def attach(
             sampling=periods,
             snapshot_limit=snapshot_bytes,
             snapshot_folder=spill_folder,
-            good_states=None if good_states is None else Path(good_states),
+            good_states=None if good_states is None else Path(good_states).absolute(),
             mirror=mirror,
             shadow=shadow,
             verbose=verbose,

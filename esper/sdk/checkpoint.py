@@ -17,14 +17,12 @@ from esper.exceptions import ConfigurationError
 from esper.grafting import Receipt, RemedyReceipt, Surroundings, remedies
 from esper.grafting.manifest import MANIFEST_KEY
 from esper.grafting.replicas import Joint
-from esper.grafting.slot import SLOT_NAME
 from esper.grafting.snapshot import Snapshot
+from esper.grafting.state_dicts import keys_of_grafts
 from esper.remedies import Stop, Target, get_remedy, list_remedies, resume_remedy
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.changes import Changes
 from esper.sharding import gathered, spread_like
-
-_GRAFT_MARK = f".{SLOT_NAME}."
 
 
 def state_of(model: nn.Module, surroundings: Surroundings, changes: Changes) -> dict[str, Any]:
@@ -167,11 +165,9 @@ def _repeat(
 def _graft_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     if not any(True for _ in grafting.slots(model)):
         return {}  # state_dict() of FSDP is a collective call, and the script may be on one rank
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if _GRAFT_MARK in name and not name.endswith(f".{MANIFEST_KEY}")
-    }
+    state = model.state_dict()
+    names = keys_of_grafts(state)
+    return {name: state[name] for name in names if not name.endswith(f".{MANIFEST_KEY}")}
 
 
 def _load_grafts(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
-import torch
-from torch import nn
-
-from esper.grafting.random_streams import kept_streams
+from esper.grafting.evaluation_mode import undisturbed
 from esper.reward import Look
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.ranks import Order, Ranks
@@ -19,20 +16,6 @@ from esper.sdk.surgery import Surgery
 
 _SHARE = 50  # an evaluation may cost one part in so many of the time between two
 _SHORTEST_GAP_STEPS = 100
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside: no gradients, eval mode. After: random streams and every module's mode as before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), kept_streams():
-            yield
-    finally:
-        model.eval()
-        for module in training:
-            module.training = True
 
 
 class Evaluations:

@@ -22,6 +22,7 @@ from esper.contracts import Finding, HealthFrame, LayerInfo
 from esper.grafting import RemedyReceipt
 from esper.sdk.acts import Acts
 from esper.sdk.adaptation import Adaptation
+from esper.sdk.copied_session import CopiedSession
 from esper.sdk.ending import RunStopped, patience_for, reason_of
 from esper.sdk.explaining import Reasons
 from esper.sdk.local import Waiting
@@ -150,6 +151,10 @@ class Session(Acts):
     ) -> None:
         stopped = error is None or isinstance(error, RunStopped)
         self.close(reason=reason_of(error), failed=not stopped, timeout=patience_for(error))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles of what keeps the session: see :class:`CopiedSession`."""
+        return CopiedSession, (self._parts.run.name,)
 
     def say_attached_twice(self, older: Session) -> None:
         """The model had an open session, which was detached."""

@@ -46,7 +46,7 @@ def folder_for_snapshots(folder: str | Path | None) -> Path | None:
     given = os.environ.get(FOLDER_VARIABLE) if folder is None else folder
     if given is None or given == "":
         return None
-    found = Path(given)
+    found = Path(given).absolute()  # the script may change its directory later
     try:
         found.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from esper.exceptions import ConfigurationError
 from esper.grafting import Receipt
+from esper.grafting.evaluation_mode import undisturbed
 from esper.grafting.random_streams import RandomStreams, kept_streams
 from esper.reward.sequence import Interval, trend_at_every_look
 
@@ -196,13 +197,9 @@ def _gain(arms: Sequence[tuple[nn.Module, Any]], evaluate: HeldOut) -> float:
     losses = []
     before = RandomStreams.read()
     for model, _ in arms:
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        before.restore()
-        with torch.no_grad():
+        with undisturbed(model):
+            before.restore()
             losses.append(float(evaluate(model)))
-        for module, training in modes:
-            module.training = training
     before.restore()
     off, on = losses
     return (off - on) / abs(off) if off and math.isfinite(off) else math.nan

@@ -69,6 +69,11 @@ class EsperCallback(TrainerCallback):
         self._losses = _LossCollector()
         self._held_out = _HeldOut()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is of a callback before its first training."""
+        fresh = {"session": None, "_losses": _LossCollector(), "_held_out": _HeldOut()}
+        return {**vars(self), **fresh}
+
     def observe(self, loss: Tensor) -> None:
         """Call it with the loss of each batch, before it is divided by the accumulation steps."""
         self._losses.observe(loss)
@@ -228,7 +233,7 @@ class _LossCollector:
     def _hook(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
     ) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        loss = _loss_in(outputs)
         if model.training and isinstance(loss, Tensor) and loss.numel() == 1:
             # Given the number of items in the whole step, each batch returns its share of the loss.
             self._summed = kwargs.get("num_items_in_batch") is not None
@@ -248,7 +253,8 @@ class _HeldOut:
             self._loader = loader
 
     def loss(self) -> float | None:
-        """None before the Trainer has evaluated, and for data that cannot be read by row."""
+        """None before the Trainer has evaluated, for data that cannot be read by row, and without a
+        loss in what the model returns."""
         dataset: Any = getattr(self._loader, "dataset", None)
         if self._model is None or not hasattr(dataset, "__getitem__"):
             return None
@@ -262,8 +268,19 @@ class _HeldOut:
             chosen = [dataset[row] for row in range(start, min(rows, start + size))]
             batch = self._loader.collate_fn(chosen)
             outputs = self._model(**{name: value.to(device) for name, value in batch.items()})
-            total += float(outputs["loss"]) * len(chosen)
+            loss = _loss_in(outputs)
+            if loss is None:
+                return None
+            total += float(loss) * len(chosen)
         return total / rows if rows and math.isfinite(total) else None
+
+
+def _loss_in(outputs: Any) -> Any:
+    """As the Trainer takes it from what a model returns: by name, or the first of a tuple."""
+    if isinstance(outputs, Mapping):
+        return outputs.get("loss")
+    first = outputs[0] if isinstance(outputs, tuple | list) and outputs else None
+    return first if isinstance(first, Tensor) and not first.ndim else None
 
 
 def _write(state: Any, path: Path) -> None:

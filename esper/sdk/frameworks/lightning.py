@@ -55,6 +55,10 @@ class EsperCallback(Callback):
         self._loads: LoadHooks | None = None
         self._grafts: dict[str, Any] = {}  # their entries in the module's state, still to be loaded
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is of a callback before its first fit."""
+        return {**vars(self), "session": None, "_loads": None, "_losses": [], "_grafts": {}}
+
     @inside_the_loop("A fit cannot go on from a checkpoint with grafts.")
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lightning may load a checkpoint next, and makes the optimizers then."""

@@ -1,0 +1,256 @@
+"""D1 and D6 in scripts that are written in other ways than those Esper was made with."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import esper
+from esper import Session
+from esper.fail_closed import FailClosed
+from esper.sdk.copied_session import CopiedSession
+
+Copying = Callable[[Any], Any]
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, session: Any) -> float:
+    loss: Tensor = model(torch.ones(4, 8)).pow(2).mean()
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    optimizer.step()
+    session.step(loss)
+    return float(loss.detach())
+
+
+def attached(model: nn.Module, mode: Any = "observe") -> tuple[torch.optim.Optimizer, Session]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    return optimizer, esper.attach(model, optimizer, run="stranger", mode=mode, verbose=False)
+
+
+def saved_and_loaded(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+class KeepsItsSession(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 4)
+        self.session: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.body(x)
+        return found
+
+
+def kept_in_a_model() -> tuple[Any, Session]:
+    model = KeepsItsSession()
+    optimizer, model.session = attached(model)
+    step(model, optimizer, model.session)
+    return model, model.session
+
+
+def kept_in_a_callback(module: str) -> tuple[Any, Session]:
+    callback = pytest.importorskip(module).EsperCallback(run="stranger")
+    model = nn.Linear(8, 4)
+    optimizer, callback.session = attached(model)
+    step(model, optimizer, callback.session)
+    if hasattr(callback, "_held_out"):
+        callback._losses.follow(model, callback.session._parts.fail_closed)
+    return callback, callback.session
+
+
+KEEPERS: dict[str, Callable[[], tuple[Any, Session]]] = {
+    "a model": kept_in_a_model,
+    "Lightning's callback": lambda: kept_in_a_callback("esper.sdk.lightning"),
+    "the Trainer's callback": lambda: kept_in_a_callback("esper.sdk.huggingface"),
+}
+COPIES: dict[str, Copying] = {
+    "deepcopy": copy.deepcopy,
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("copying", COPIES)
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_what_keeps_its_session_is_copied_and_saved(keeper: str, copying: str) -> None:
+    kept, session = KEEPERS[keeper]()
+
+    copied = COPIES[copying](kept)
+
+    assert kept.session is session
+    assert not session.closed
+    if copied.session is None:  # a callback makes one in its next training
+        return
+    with copied.session as watched:
+        assert watched.closed
+        watched.step(1.0)
+        watched.report(accuracy=0.5)
+    with pytest.raises(AttributeError, match="Attach the copied model"):
+        watched.graft("body", "proj_lora_64")
+    assert not session.closed
+    assert torch.equal(copied(torch.ones(4, 8)), kept(torch.ones(4, 8)))
+
+
+class NamedAsASlot(nn.Module):
+    """Its author calls some layers as Esper calls its slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.esper = nn.Linear(8, 16)
+        self.head = nn.Sequential(nn.Linear(16, 16))
+        self.head.add_module("esper", nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.relu(self.esper(x)))
+        return found
+
+
+@pytest.mark.parametrize("mode", ["observe", "supervised"])
+def test_a_model_with_layers_named_esper_loads_its_own_states(mode: str) -> None:
+    torch.manual_seed(0)
+    model = NamedAsASlot()
+    optimizer, session = attached(model, mode)
+    step(model, optimizer, session)
+    before = copy.deepcopy(model.state_dict())
+    kept = session.state_dict()
+
+    receipt = session.graft("head.0", "mlp_gelu_2048")
+    step(model, optimizer, session)
+    with_graft = copy.deepcopy(model.state_dict())
+    model.head.load_state_dict(model.head.state_dict())
+    assert receipt.present
+
+    model.load_state_dict(before)
+    assert model.state_dict().keys() == before.keys()
+    model.load_state_dict(with_graft)
+    assert all(torch.equal(model.state_dict()[name], with_graft[name]) for name in with_graft)
+    esper.load_state_dict(NamedAsASlot(), with_graft)
+    model.load_state_dict(before)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    assert not kept["grafts"]
+
+
+def test_folders_stay_where_they_were_when_the_script_changes_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "outputs"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    session = esper.attach(
+        model,
+        optimizer,
+        run="stranger",
+        mode="supervised",
+        verbose=False,
+        good_states="states",
+        snapshot_folder="snapshots",
+        snapshot_memory=1e-9,
+    )
+    monkeypatch.chdir(elsewhere)
+    for _ in range(3):
+        step(model, optimizer, session)
+
+    assert session.undo(session.graft("2", "proj_lora_64")).exact
+    session.close()
+    assert list(elsewhere.iterdir()) == []
+
+
+class Merging(nn.Linear):
+    """As loralib's: in eval mode its adapter is in the weight, and is not computed beside it."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.merged = False
+        self.down = nn.Parameter(torch.randn(2, 8))
+        self.up = nn.Parameter(torch.zeros(4, 2))
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if self.merged is mode:
+            self.weight.data += (-1 if mode else 1) * (self.up @ self.down).detach()
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = super().forward(x)
+        return result if self.merged else result + x @ self.down.T @ self.up.T
+
+
+class Averaging(nn.Linear):
+    """In eval mode it uses another weight, which it makes when that mode begins."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.smooth: Tensor | None = None
+
+    def eval(self) -> Averaging:
+        super().eval()
+        self.smooth = self.weight.detach().round(decimals=2)
+        return self
+
+    def train(self, mode: bool = True) -> Averaging:
+        super().train(mode)
+        self.smooth = None
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight if self.smooth is None else self.smooth)
+
+
+@pytest.mark.parametrize("returns_to_train", [True, False])
+@pytest.mark.parametrize("kind", [Merging, Averaging])
+def test_an_evaluation_ends_as_the_models_own_train_ends_it(
+    kind: type[nn.Module], returns_to_train: bool
+) -> None:
+    """Where ``train`` does more than set a flag, the flag alone leaves the model half evaluated."""
+    losses: list[list[float]] = []
+    for watches in (False, True):
+        torch.manual_seed(0)
+        model = kind()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        evaluated: list[float] = []
+
+        def evaluate(model: nn.Module = model, evaluated: list[float] = evaluated) -> float:
+            model.eval()
+            evaluated.append(float(model(torch.ones(4, 8)).pow(2).mean()))
+            if returns_to_train:
+                model.train()
+            return evaluated[-1]
+
+        options: dict[str, Any] = {"run": "modes", "mode": "supervised", "verbose": False}
+        session: Any = CopiedSession()
+        if watches:
+            session = esper.attach(model, optimizer, evaluate=evaluate, **options)
+        losses.append([step(model, optimizer, session) for _ in range(105)])
+
+    assert evaluated, "it was evaluated"
+    assert all(module.training for module in model.modules())
+    assert losses[0] == losses[1]
+
+
+def test_the_trainers_callback_reads_the_loss_of_a_model_that_returns_a_tuple() -> None:
+    class Net(nn.Linear):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+            logits = super().forward(x)
+            return (logits,) if labels is None else ((logits - labels).pow(2).mean(), logits)
+
+    callback = pytest.importorskip("esper.sdk.huggingface").EsperCallback(run="stranger")
+    model = Net(8, 4)
+    callback._losses.follow(model, FailClosed())
+    model(torch.ones(2, 8))
+    loss, _ = model(torch.ones(2, 8), labels=torch.zeros(2, 4))
+    callback._losses.stop()
+
+    assert torch.equal(callback._losses.take(), loss)
