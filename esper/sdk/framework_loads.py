@@ -57,6 +57,11 @@ def _in_lightning(lightning: Any) -> None:
     def load_state_dict(self: nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         if not pop_grafts(dict(state_dict)) or is_followed(self):
             return load(self, state_dict, *args, **kwargs)
+        if _begins_to_fit(self):
+            raise ConfigurationError(
+                "the checkpoint holds grafts, whose weights nothing would train in this fit: give "
+                "Trainer(callbacks=[esper.sdk.lightning.EsperCallback()]) to go on from it"
+            )
         hooks = grafting.build_grafts_of_loaded_states(self)
         try:
             return load(self, state_dict, *args, **kwargs)
@@ -65,6 +70,13 @@ def _in_lightning(lightning: Any) -> None:
 
     setattr(load_state_dict, _MARK, True)
     kind.load_state_dict = load_state_dict
+
+
+def _begins_to_fit(module: Any) -> bool:
+    """Its trainer has restored the module, and makes the optimizers next."""
+    trainer = getattr(module, "_trainer", None)
+    fitting = getattr(getattr(trainer, "state", None), "fn", None) == "fit"
+    return fitting and not getattr(trainer, "optimizers", None)
 
 
 def _in_transformers(transformers: Any) -> None:

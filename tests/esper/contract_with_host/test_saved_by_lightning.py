@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import esper
+from esper.exceptions import ConfigurationError
 from esper.grafting.slot import slots
 from esper.sdk.frameworks.lightning import EsperCallback
 
@@ -135,6 +136,17 @@ def test_a_fit_goes_on_from_a_checkpoint_with_a_graft(tmp_path: Path, weights_on
     assert torch.equal(seen[0], surgeon.outputs[20])
     assert [layer for layer, _, slot in slots(net) if slot.grafts()] == ["body.0"]
     assert torch.equal(output_of(net), surgeon.outputs[30])
+
+
+def test_a_fit_without_the_callback_says_how_to_go_on_from_a_graft(tmp_path: Path) -> None:
+    """Lightning would find the graft's weights in the optimizer, and name a size of a group."""
+    fit(tmp_path)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=6, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(ConfigurationError, match="EsperCallback"):
+        trainer.fit(Net(), data(), ckpt_path=tmp_path / "step=20.ckpt")
 
 
 def test_a_module_that_is_fitted_again_from_an_older_checkpoint_loses_the_graft_first(
