@@ -21,6 +21,20 @@ from tests.running import RunningEsper, launch_esper
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_the_rest(items)
+    _keep_together(items)
+    items.sort(key=lambda item: item.path.parent.name not in LONG)  # the last one would run alone
+
+
+# What takes long to start, and is there once for a session.
+OF_THE_SESSION = frozenset({"running_esper", "installation"})
+LONG = frozenset({"system", "nemesis", "launcher"})  # folders whose tests take long
+
+
+def _keep_together(items: list[pytest.Item]) -> None:
+    """With ``--dist loadgroup`` a file stays in one process, and so do all users of one Esper."""
+    for item in items:
+        shared = OF_THE_SESSION.intersection(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group(min(shared, default=str(item.path))))
 
 
 @pytest.hookimpl(trylast=True)
@@ -105,12 +119,12 @@ def running_esper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningE
     """One for the whole session, without demo trainers."""
     esper = launch_esper(Path(tmp_path_factory.mktemp("esper")), "--no-demo")
     yield esper
-    esper.stop()
+    esper.end()
 
 
 @pytest.fixture
 def start_esper() -> Iterator[Callable[..., RunningEsper]]:
-    """``start_esper(data_dir, *arguments, environment=None)``: more of them, stopped at the end."""
+    """``start_esper(data_dir, *arguments, environment=None)``: more, ended after the test."""
     started: list[RunningEsper] = []
 
     def start(
@@ -121,7 +135,7 @@ def start_esper() -> Iterator[Callable[..., RunningEsper]]:
 
     yield start
     for esper in started:
-        esper.stop()
+        esper.end()
 
 
 # --- a browser ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -93,6 +94,22 @@ class RunningEsper:
             self.process.kill()
             end_marked(self.mark)
             raise AssertionError(f"Esper did not stop:\n{self.tail()}") from None
+
+    def end(self) -> None:
+        """At once, without the orderly stop; for tests of something else."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        kill_marked(self.mark)
+
+
+def kill_marked(mark: str) -> None:
+    """Kills all processes with this mark, and waits until they are gone."""
+    while found := marked_processes(mark) if mark else []:
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def start_up(

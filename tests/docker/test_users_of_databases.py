@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,7 +16,9 @@ import pytest
 import redis
 from channels_redis.pubsub import RedisPubSubChannelLayer
 from django.conf import settings
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError
+from redis.retry import Retry
 
 from hosts.paths import ROOT
 from launcher.supervisor.ports import any_free_port
@@ -42,10 +45,19 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 def _wait_for(port: int) -> None:
-    retry = redis.retry.Retry(redis.backoff.ConstantBackoff(0.05), 400)
-    client = redis.Redis(port=port, retry=retry, retry_on_error=[redis.exceptions.ConnectionError])
-    with pytest.raises(AuthenticationError):  # there it is, and does not let strangers in
-        client.ping()
+    # Without tries of the client: to it an AuthenticationError is a ConnectionError, too.
+    client = redis.Redis(port=port, retry=Retry(NoBackoff(), 0))
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            client.ping()
+        except AuthenticationError:  # there it is, and does not let strangers in
+            return
+        except redis.exceptions.ConnectionError:
+            assert time.monotonic() < deadline, "Valkey does not answer"
+            time.sleep(0.05)
+        else:
+            raise AssertionError("Valkey lets strangers in")
 
 
 def url(port: int, secret: str) -> str:
