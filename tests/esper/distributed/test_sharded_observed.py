@@ -46,6 +46,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": {"accumulate": 3},
     "evaluated": {"evaluates": True},
+    "accumulated and evaluated": {"accumulate": 2, "evaluates": True},
 }
 
 
@@ -95,13 +96,23 @@ def compare(frame: HealthFrame, expected: HealthFrame) -> None:
     assert np.isfinite(frame.column(Signal.WEIGHT_NORM)).all()
 
 
-@pytest.mark.parametrize("model", ["mlp", "frozen", "transformer", "tied"])
+# The transformer alone adds nothing to the tied one here, and to the loops of the next test.
+PLAIN = pytest.param("transformer", marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("model", ["mlp", "frozen", PLAIN, "tied"])
 @pytest.mark.parametrize("sharding", ON_TWO)
 def test_each_kind_of_sharding_is_observed(two_ranks: RankPool, sharding: str, model: str) -> None:
     assert two_ranks.run(_observe, 2, model, sharding, "plain") == [True, False]
 
 
-@pytest.mark.parametrize("loop", ["accumulated", "evaluated"])
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "accumulated and evaluated",
+        *(pytest.param(alone, marks=pytest.mark.full) for alone in ("accumulated", "evaluated")),
+    ],
+)
 @pytest.mark.parametrize("sharding", ON_TWO)
 def test_accumulation_and_evaluation_change_no_norm(
     two_ranks: RankPool, sharding: str, loop: str
