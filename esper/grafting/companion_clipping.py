@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from esper.grafting.versions import writes_to
 from esper.health.transfers import HostCopy, copy_to_host
 
 WITNESSES = 8  # gradients of the host that are compared
@@ -42,17 +43,17 @@ class _Mark:
     @classmethod
     def of(cls, parameter: nn.Parameter, gradient: Tensor, *, keeps: bool) -> _Mark:
         if not keeps:
-            return cls(parameter, weakref.ref(gradient), gradient._version)
+            return cls(parameter, weakref.ref(gradient), writes_to(gradient))
         indices = _few_indices(gradient)
         values = gradient.detach().reshape(-1)[indices].float()
-        return cls(parameter, weakref.ref(gradient), gradient._version, indices, values)
+        return cls(parameter, weakref.ref(gradient), writes_to(gradient), indices, values)
 
     def is_written(self) -> bool:
         """Somebody has written into it, or put another one in its place."""
         gradient = self.parameter.grad
         if gradient is None:
             return False
-        return self.gradient() is not gradient or gradient._version != self.version
+        return self.gradient() is not gradient or writes_to(gradient) != self.version
 
     def present(self) -> Tensor:
         assert self.indices is not None

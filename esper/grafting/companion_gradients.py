@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.grafting.optimizers import parameters_of
+from esper.grafting.versions import writes_to
 from esper.sharding import local
 
 WITNESSES = 8  # gradients of the host that are compared
@@ -43,7 +44,7 @@ class _Witness:
     def writes(self) -> int:
         """How often it was written into."""
         gradient = self.parameter.grad
-        return 0 if gradient is None else gradient._version - self.version
+        return 0 if gradient is None else writes_to(gradient) - self.version
 
 
 class Passes:
@@ -117,7 +118,7 @@ class HostGradients:
                 when_freed()
 
         self._witnesses = [
-            _Witness(parameter, weakref.ref(gradient, freed), gradient._version)
+            _Witness(parameter, weakref.ref(gradient, freed), writes_to(gradient))
             for parameter, gradient in self._present()
         ]
 

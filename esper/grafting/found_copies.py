@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from esper.exceptions import ConfigurationError
 from esper.grafting.copies import bare_copy, check_copy
 from esper.grafting.kept_by_hand import KeptByHand
+from esper.grafting.versions import writes_to
 
 
 class Copies(Sequence[Any]):
@@ -154,7 +155,7 @@ def _alike(model: nn.Module, found: nn.Module) -> bool:
 
 
 def _was_written(found: nn.Module) -> bool:
-    return any(parameter._version for parameter in found.parameters())
+    return any(writes_to(parameter) for parameter in found.parameters())
 
 
 def _is_trained(found: nn.Module) -> bool:

@@ -20,9 +20,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from esper.grafting.versions import writes_to
+
 MOST_CANDIDATES = 64
 LOOKS = 40  # as long the script's containers are held: a step each, on short steps up to 32
 WRITES_OF_COPY = 1
+FIRST = 8  # numbers of a tensor that are compared
 AVERAGE = (
     "the script keeps an average by hand, {} tensors that it pairs with the model's parameters, "
     "and a graft would break the pairs: average a copy of the model instead (copy.deepcopy, "
@@ -37,7 +40,7 @@ LIST = (
 @dataclass(slots=True)
 class _Suspect:
     holder: dict[str, Tensor] | list[Tensor]
-    seen: list[tuple[int, int]]  # of each tensor: id, version
+    seen: list[tuple[int, int, tuple[float, ...]]]  # of each tensor: id, writes, some numbers
 
 
 class KeptByHand:
@@ -66,7 +69,7 @@ class KeptByHand:
         for suspect in self._suspects:
             # A dict may be a saved state: a deep copy or a file writes once to each tensor.
             writes = 0 if isinstance(suspect.holder, list) else WRITES_OF_COPY
-            if any(version > writes for _, version in suspect.seen):
+            if any(written > writes for _, written, _ in suspect.seen):
                 self._note(suspect)
 
     @property
@@ -145,6 +148,18 @@ def _mirrors(value: object, parameter: Tensor) -> bool:
     )
 
 
-def _tensors(holder: dict[str, Tensor] | list[Tensor]) -> list[tuple[int, int]]:
+def _tensors(
+    holder: dict[str, Tensor] | list[Tensor],
+) -> list[tuple[int, int, tuple[float, ...]]]:
     values = holder.values() if isinstance(holder, dict) else holder
-    return [(id(value), getattr(value, "_version", 0)) for value in list(values)]
+    return [
+        (id(value), writes_to(value), _first_numbers(value))
+        if isinstance(value, Tensor)
+        else (id(value), 0, ())
+        for value in list(values)
+    ]
+
+
+def _first_numbers(tensor: Tensor) -> tuple[float, ...]:
+    """Only of those whose writes torch does not count; it waits for a GPU."""
+    return tuple(tensor.reshape(-1)[:FIRST].tolist()) if tensor.is_inference() else ()

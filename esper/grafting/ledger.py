@@ -86,7 +86,9 @@ class _Holdings:
                 holdings.held[id(parameter)] = holdings.held.get(id(parameter), 0) + 1
             holdings.trained |= {id(key) for key, state in optimizer.state.items() if state}
             keys = {id(parameter) for parameter in own}
-            holdings.dead_state += sum(id(key) not in keys for key in optimizer.state)
+            # Other keys are the optimizer's own, such as numbers of the whole run.
+            tensors = [key for key in optimizer.state if isinstance(key, Tensor)]
+            holdings.dead_state += sum(id(key) not in keys for key in tensors)
         return holdings
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, overload
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 
 from esper.contracts import Declined, Plan
@@ -19,6 +20,20 @@ from esper.sdk.stepping import Steps
 from esper.sdk.treatments import RemedyProposal
 from esper.sdk.twin import Twin, train_twin
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _outside_inference(act: Callable[P, R]) -> Callable[P, R]:
+    """Tensors that are made in ``torch.inference_mode`` cannot be trained or restored."""
+
+    @wraps(act)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False):
+            return act(*args, **kwargs)
+
+    return outside
+
 
 class Acts:
     """The methods of a session that change the model, try a change or answer a decision."""
@@ -27,6 +42,7 @@ class Acts:
         self._parts = parts
         self._steps = Steps(parts)
 
+    @_outside_inference
     def graft(self, layer: str, blueprint: str, *, since: str = "", **config: Any) -> Receipt:
         """Graft now, between two steps, without a decision of the policy.
 
@@ -157,6 +173,7 @@ class Acts:
             raise ConfigurationError("a twin needs one process with one optimizer")
         return optimizers[0]
 
+    @_outside_inference
     def undo(
         self, receipt: Receipt | RemedyReceipt | PlanReceipt, hard: bool = True
     ) -> UndoReceipt:
@@ -181,6 +198,7 @@ class Acts:
             return undo_plan(receipt, self._parts.surgery, hard=hard)
         return self._parts.surgery.undo(receipt, hard=hard)
 
+    @_outside_inference
     def remedy(
         self, name: str, layer: str = "", *, sample: Any = None, **config: Any
     ) -> RemedyReceipt:
@@ -261,6 +279,7 @@ class Acts:
     @overload
     def approve(self, waiting: Plan) -> PlanReceipt: ...
 
+    @_outside_inference
     def approve(
         self, waiting: Waiting | RemedyProposal | Plan | str
     ) -> Receipt | RemedyReceipt | PlanReceipt:

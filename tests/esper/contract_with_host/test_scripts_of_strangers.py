@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import esper
 from esper import Session
+from esper.exceptions import IncompatibleLayerError
 from esper.fail_closed import FailClosed
 from esper.sdk.copied_session import CopiedSession
 
@@ -254,3 +255,61 @@ def test_the_trainers_callback_reads_the_loss_of_a_model_that_returns_a_tuple() 
     callback._losses.stop()
 
     assert torch.equal(callback._losses.take(), loss)
+
+
+def kept_states(model: nn.Module) -> Any:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def kept_copies(model: nn.Module) -> Any:
+    return copy.deepcopy(model)
+
+
+def kept_lists(model: nn.Module) -> Any:
+    return [parameter.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("keep", [kept_states, kept_copies, kept_lists])
+def test_what_a_script_keeps_in_inference_mode_is_in_nobodys_way(
+    keep: Callable[[nn.Module], Any],
+) -> None:
+    """Torch counts no writes of a tensor that was made there, and raises when it is asked."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.inference_mode():
+        best = [keep(model)]
+    optimizer, session = attached(model, "supervised")
+    step(model, optimizer, session)
+    with torch.inference_mode():
+        best.append(keep(model))
+        receipt = session.graft("2", "mlp_gelu_2048")
+    step(model, optimizer, session)
+    with torch.inference_mode():
+        assert session.undo(receipt).exact
+    step(model, optimizer, session)
+
+    assert session._parts.failures.counts == {}
+    assert len(best) == 2
+
+
+def test_an_average_that_is_kept_in_inference_mode_is_seen_to_change() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.inference_mode():
+        average = kept_states(model)
+    optimizer, session = attached(model, "supervised")
+    for _ in range(3):
+        step(model, optimizer, session)
+        with torch.inference_mode():
+            for name, tensor in model.state_dict().items():
+                average[name].lerp_(tensor, 0.5)
+
+    with pytest.raises(IncompatibleLayerError, match="average by hand"):
+        session.graft("2", "mlp_gelu_2048")
+
+
+def test_an_optimizers_own_entries_are_no_left_over_state() -> None:
+    model = nn.Linear(8, 4)
+    optimizer, session = attached(model)
+    optimizer.state["calls"] = {"count": 1}  # type: ignore[index]
+    step(model, optimizer, session)
+
+    assert session.findings() == []
