@@ -71,7 +71,7 @@ def read_tensors(model: nn.Module) -> tuple[TensorFacts, ...]:
         if not has_numbers(parameter) or not parameter.numel() or is_graft(name):
             continue
         layer = name.rpartition(".")[0]
-        kind = kind_of(modules[layer])
+        kind = kind_of(modules.get(layer, model))  # a class may give names of its own
         sample = sampled(parameter.detach()).float().cpu()
         facts = _tensor_facts(name, layer, kind, parameter, sample)
         if facts.is_matrix and facts.std > 0:
@@ -559,7 +559,8 @@ class GradientProbe:
         for name, parameter in self.model.named_parameters():
             if has_numbers(parameter) and parameter.numel() and not is_graft(name):
                 self.names[id(parameter)] = name
-                self.kinds[id(parameter)] = kind_of(modules[name.rpartition(".")[0]])
+                module = modules.get(name.rpartition(".")[0], self.model)
+                self.kinds[id(parameter)] = kind_of(module)
                 self.parameters[id(parameter)] = parameter
         for known in (self._masks, self._samples, self._rows, self._from_zero):
             for gone in [key for key in known if key not in self.names]:

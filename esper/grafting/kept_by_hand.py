@@ -151,12 +151,12 @@ def _mirrors(value: object, parameter: Tensor) -> bool:
 def _tensors(
     holder: dict[str, Tensor] | list[Tensor],
 ) -> list[tuple[int, int, tuple[float, ...]]]:
-    values = holder.values() if isinstance(holder, dict) else holder
+    values: list[Any] = list(holder.values() if isinstance(holder, dict) else holder)
     return [
         (id(value), writes_to(value), _first_numbers(value))
         if isinstance(value, Tensor)
         else (id(value), 0, ())
-        for value in list(values)
+        for value in values
     ]
 
 

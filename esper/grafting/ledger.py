@@ -87,7 +87,8 @@ class _Holdings:
             holdings.trained |= {id(key) for key, state in optimizer.state.items() if state}
             keys = {id(parameter) for parameter in own}
             # Other keys are the optimizer's own, such as numbers of the whole run.
-            tensors = [key for key in optimizer.state if isinstance(key, Tensor)]
+            stored: list[Any] = list(optimizer.state)
+            tensors = [key for key in stored if isinstance(key, Tensor)]
             holdings.dead_state += sum(id(key) not in keys for key in tensors)
         return holdings
 
@@ -128,7 +129,8 @@ def _optimizer_problems(model: nn.Module, holdings: _Holdings) -> Iterator[Probl
             "",
             Severity.CAUTION,
             f"{foreign} tensors held by an optimizer are not in the model",
-            "rebuild the optimizer after replacing layers",
+            "rebuild the optimizer if a layer was replaced; tensors of a loss or of another model "
+            "are no problem, and are not watched",
         )
     if holdings.dead_state:
         yield Problem(

@@ -10,6 +10,8 @@ from torch import nn
 
 # Attributes under which a wrapper keeps the optimizer that it steps: Accelerate and Lookahead, SAM.
 _INNER = ("optimizer", "base_optimizer")
+# And those of wrappers that are no torch optimizers themselves, such as fastai's.
+_INNER_OF_OTHERS = (*_INNER, "opt", "optim", "_optimizer", "_opt", "_optim")
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -22,7 +24,10 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     while (wrapped := _wrapped_by(inner)) is not None:
         inner = wrapped
     if not isinstance(inner, torch.optim.Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is not a torch optimizer")
+        raise TypeError(
+            f"{type(optimizer).__name__} is not a torch optimizer, nor a wrapper that shows one: "
+            "pass the torch.optim.Optimizer that makes the steps"
+        )
     return inner
 
 
@@ -55,5 +60,6 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def _wrapped_by(optimizer: Any) -> torch.optim.Optimizer | None:
-    found = (getattr(optimizer, name, None) for name in _INNER)
+    names = _INNER if isinstance(optimizer, torch.optim.Optimizer) else _INNER_OF_OTHERS
+    found = (getattr(optimizer, name, None) for name in names)
     return next((inner for inner in found if isinstance(inner, torch.optim.Optimizer)), None)

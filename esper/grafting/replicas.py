@@ -47,6 +47,7 @@ class Call(IntEnum):
     LOAD = 5
     VOTE = 6
     REMEDY = 7
+    PREPARE = 8
 
 
 @dataclass(frozen=True, slots=True)

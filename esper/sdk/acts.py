@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from esper.contracts import Declined, Plan
 from esper.exceptions import ConfigurationError
 from esper.grafting import Receipt, RemedyReceipt, UndoReceipt
+from esper.grafting.replicas import Call
 from esper.sdk.compiling_ahead import PauseForecast
 from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.parts import Parts
@@ -70,7 +71,8 @@ class Acts:
 
         A graft into a model that torch.compile has compiled means one recompilation. A process at
         the lowest priority fills the compiler's cache on disk; train on meanwhile, and call this
-        again after later steps.
+        again after later steps. On several ranks each of them must call it, with the same
+        arguments; the answer is the same on all.
 
         Returns:
             True: graft now, the code is there, or none is needed, or it cannot be prepared, which
@@ -78,9 +80,13 @@ class Acts:
 
         Raises:
             UnknownBlueprintError, UnknownLayerError, IncompatibleLayerError
+            ReplicaError: another rank asked for something else.
         """
-        operation = self._parts.surgery.planned(layer, blueprint, since, config)
-        return not self._parts.ahead.waits(operation, comes_then=False)
+        parts = self._parts
+        operation = parts.surgery.planned(layer, blueprint, since, config)
+        is_ready = not parts.ahead.waits(operation, comes_then=False)
+        asked = layer, operation.blueprint.slug, since, config
+        return parts.ranks.all_agree(Call.PREPARE, parts.run.step, is_ready, *asked)
 
     def forecast_pause(
         self, layer: str, blueprint: str, *, since: str = "", **config: Any

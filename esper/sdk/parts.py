@@ -20,7 +20,7 @@ from esper.sdk.compiling_ahead import CompilingAhead
 from esper.sdk.diagnosing import DiagnosisWatch
 from esper.sdk.evaluation import Evaluations
 from esper.sdk.explaining import Explainer
-from esper.sdk.failures import Failures
+from esper.sdk.failures import UNMEASURED, Failures
 from esper.sdk.findings import Findings, LedgerWatch, switched_off
 from esper.sdk.following import Follower
 from esper.sdk.guarding import ProbationGuard
@@ -100,7 +100,9 @@ class Parts:
             takes_no_graft=around.takes_no_graft,
         )
         self.ledger = LedgerWatch(model, around, self.findings)
-        self.diagnosis = self._make_diagnosis()
+        self.diagnosis: DiagnosisWatch | None = self.fail_closed.run(
+            self._make_diagnosis, part="diagnosis", unmeasured=UNMEASURED["diagnosis"]
+        )
         self.surgery = Surgery(
             model,
             around,

@@ -105,6 +105,13 @@ class Ranks:
         if self._replicas is not None:
             self._replicas.meet(call, step, key=json.dumps(arguments, default=repr))
 
+    def all_agree(self, call: Call, step: int, answer: bool, *arguments: object) -> bool:
+        """The answers of all ranks to the same question: True where each of them is."""
+        if self._replicas is None:
+            return answer
+        self.meet(call, step, *arguments)
+        return self._replicas.mean(float(answer)) == 1.0
+
     def meet_for_step(
         self,
         step: int,

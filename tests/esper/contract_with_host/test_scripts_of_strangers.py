@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import esper
 from esper import Session
-from esper.exceptions import IncompatibleLayerError
+from esper.exceptions import ConfigurationError, IncompatibleLayerError
 from esper.fail_closed import FailClosed
 from esper.sdk.copied_session import CopiedSession
 
@@ -313,3 +313,77 @@ def test_an_optimizers_own_entries_are_no_left_over_state() -> None:
     step(model, optimizer, session)
 
     assert session.findings() == []
+
+
+class NamesItsParameters(nn.Module):
+    """Its names are those of its checkpoints, as in some large training frameworks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from ((f"saved.{name}", p) for name, p in self.net.named_parameters())
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {f"saved.{name}": tensor for name, tensor in self.net.state_dict().items()}
+
+    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        return self.net.load_state_dict({name[6:]: t for name, t in state.items()}, strict)
+
+
+@pytest.mark.parametrize("mode", ["observe", "supervised"])
+def test_a_model_that_names_its_parameters_itself_is_watched_and_grafted(mode: str) -> None:
+    model = NamesItsParameters()
+    optimizer, session = attached(model, mode)
+    step(model, optimizer, session)
+    before = copy.deepcopy(model.state_dict())
+
+    receipt = session.graft("net.2", "mlp_gelu_2048")
+    step(model, optimizer, session)
+    assert session.undo(receipt).exact
+    session.graft("net.2", "mlp_gelu_2048")
+    step(model, optimizer, session)
+    model.load_state_dict(before)
+
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    assert session._parts.failures.counts == {}
+
+
+def test_a_diagnosis_that_cannot_begin_is_said_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise LookupError("unusual")
+
+    monkeypatch.setattr("esper.sdk.diagnosing.Recorder", fail)
+    model = nn.Linear(8, 4)
+    optimizer, session = attached(model, "automatic")
+    for _ in range(3):
+        step(model, optimizer, session)
+
+    assert "Nobody looks for faults of the run" in str(session.findings()[0])
+    assert session._parts.failures.counts == {}
+
+
+class Holds:
+    """A wrapper that steps an optimizer, and is none itself."""
+
+    def __init__(self, name: str, optimizer: Any) -> None:
+        vars(self)[name] = optimizer
+
+
+@pytest.mark.parametrize("name", ["optimizer", "opt", "_optimizer"])
+def test_the_optimizer_is_found_in_a_wrapper_that_is_none(name: str) -> None:
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    session = esper.attach(model, Holds(name, optimizer), run="stranger", verbose=False)
+    step(model, optimizer, session)
+    session.close()
+
+    with pytest.raises(ConfigurationError, match="nor a wrapper that shows one"):
+        esper.attach(model, Holds(name, "another kind"), verbose=False)

@@ -287,3 +287,22 @@ def test_rank_0_proposes_in_words_and_all_ranks_apply_it_at_the_same_step(
     assert other[0] == []
     assert lead[1:] == other[1:]
     assert lead[2]
+
+
+def _ask_whether_prepared(rank: int) -> list[bool]:
+    with replica(rank) as side:
+        side.run(2)
+        # Each rank compiles by itself, and the second one is later.
+        waits = iter([True] * (rank + 1) + [False] * 4)
+        vars(side.session._parts.ahead)["waits"] = lambda *_, **__: next(waits)
+        answers = []
+        for _ in range(4):
+            answers.append(side.session.prepare("inner", "proj_lora_64"))
+            side.run(1)
+        return answers
+
+
+def test_all_ranks_hear_at_the_same_step_that_a_graft_is_prepared(two_ranks: RankPool) -> None:
+    """Otherwise one would graft while the other trains on, and both would stop."""
+    lead, other = two_ranks.run(_ask_whether_prepared)
+    assert lead == other == [False, False, True, True]
