@@ -60,15 +60,21 @@ def record_violation(
         since_step=since_step,
         remedies=list(remedies),
     )
+    _publish_opened(violation)
+    return violation
+
+
+def _publish_opened(violation: Violation) -> None:
+    run = violation.run
     data = {
         "violation": violation.uid,
         "number": violation.number,
-        "rule": str(rule),
-        "severity": str(severity),
-        "layer": layer,
-        "text": text,
-        "action": action,
-        "advice": advice,
+        "rule": str(violation.rule),
+        "severity": str(violation.severity),
+        "layer": violation.layer,
+        "text": violation.text,
+        "action": violation.action,
+        "advice": violation.advice,
     }
     if run is not None:
         publish(topic=run_topic(run.uid), type="violation.opened", data=data)
@@ -78,7 +84,6 @@ def record_violation(
         data={"run": run.uid if run else "", **data},
         project_id=run.project_id if run else None,
     )
-    return violation
 
 
 @transaction.atomic

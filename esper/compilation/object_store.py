@@ -148,7 +148,7 @@ def _client(parameters: dict[str, str]) -> Any:
         import boto3
         from botocore.config import Config
     except ImportError as error:
-        raise ConfigurationError("s3:// needs boto3: pip install 'esper-control[s3]'") from error
+        raise ConfigurationError("s3:// needs boto3: pip install boto3") from error
     config = Config(
         connect_timeout=5,
         read_timeout=20,

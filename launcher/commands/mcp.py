@@ -16,13 +16,13 @@ def mcp_command(client: Client) -> None:
 
     It reads runs, findings and evidence, and proposes remedies. It cannot approve: its token must
     have the scopes read and propose only, and what it proposes waits for a person. Needs the
-    package mcp: pip install "esper-control[mcp]".
+    package mcp: pip install "mcp>=2,<3".
     """
     check_token(client)
     try:
         server = make_server(client)
     except ImportError as error:
         raise click.ClickException(
-            'The package mcp is missing: pip install "esper-control[mcp]".'
+            'The package mcp is missing: pip install "mcp>=2,<3".'
         ) from error
     server.run()

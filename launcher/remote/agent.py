@@ -93,16 +93,11 @@ def tools(client: Client) -> Mapping[str, Callable[..., Any]]:
             "decision_url": f"{client.url}/adaptations/{made['uid']}",
         }
 
-    return {
-        "list_runs": list_runs,
-        "read_run": read_run,
-        "list_findings": list_findings,
-        "list_adaptations": list_adaptations,
-        "read_evidence": read_evidence,
-        "read_metric": read_metric,
-        "list_remedies": list_remedies,
-        "propose_remedy": propose_remedy,
-    }
+    found = (
+        list_runs, read_run, list_findings, list_adaptations, read_evidence, read_metric,
+        list_remedies, propose_remedy,
+    )  # fmt: skip
+    return {tool.__name__: tool for tool in found}
 
 
 def _rows(client: Client, path: str, limit: int, **given: Any) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ try:
     from accelerate import Accelerator
 except ImportError as error:  # the library itself does not need it
     raise ImportError(
-        "esper.sdk.frameworks.accelerate needs Accelerate: pip install 'esper-control[accelerate]'"
+        "esper.sdk.frameworks.accelerate needs Accelerate: pip install accelerate"
     ) from error
 
 from esper.sdk.attaching import attach as attach_plain

@@ -25,8 +25,7 @@ try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:  # the library itself does not need it
     raise ImportError(
-        "esper.sdk.frameworks.huggingface needs transformers: "
-        "pip install 'esper-control[huggingface]'"
+        "esper.sdk.frameworks.huggingface needs transformers: pip install transformers accelerate"
     ) from error
 
 from esper.exceptions import ConfigurationError, EsperError

@@ -18,7 +18,7 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:  # the library itself does not need it
     raise ImportError(
-        "esper.sdk.frameworks.lightning needs Lightning: pip install 'esper-control[lightning]'"
+        "esper.sdk.frameworks.lightning needs Lightning: pip install lightning"
     ) from error
 
 from esper.exceptions import EsperError
