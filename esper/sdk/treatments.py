@@ -42,6 +42,9 @@ class RemedyProposal:
             f"{self.finding}{asks}"
         )
 
+    def __repr__(self) -> str:
+        return f"<RemedyProposal {self}>"
+
     def _call(self) -> str:
         """As ``session.remedy`` takes it."""
         settings = "".join(

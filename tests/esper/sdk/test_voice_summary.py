@@ -15,8 +15,10 @@ from torch import nn
 
 import esper
 from esper.contracts import SIGNALS, HealthFrame, LayerInfo, RunMode, Signal
+from esper.diagnosis.base import Evidence
 from esper.exceptions import IncompatibleLayerError, UnknownLayerError
 from esper.sdk.summary import MOST_ROWS, layer_rows
+from esper.sdk.treatments import RemedyProposal
 from tests.esper.sdk.test_local_loop import EAGER, Bottleneck
 from tests.esper.sdk.test_local_loop import attached as attached_bottleneck
 from tests.esper.sdk.tiny_training import Training
@@ -271,7 +273,10 @@ def test_what_is_returned_prints_in_one_line(training: Training) -> None:
         receipt = session.graft("3", "proj_lora_64")
         remedy = session.freeze("5")
         (adaptation,) = session.adaptations
-        things = [receipt, remedy, adaptation, session.layers[0], session.undo(receipt), receipt]
+        things: list[object] = [receipt, remedy, adaptation]
+        things += [session.layers[0], session.undo(receipt), receipt]
+        flat = Evidence(observed="the loss is flat", limit="it falls")
+        things.append(RemedyProposal("plateau", "set_lr", "5", {"factor": 0.5}, 2, "", flat))
         for thing in things:
             for shown in (str(thing), repr(thing)):
                 assert "\n" not in shown
