@@ -21,6 +21,7 @@ async function perform(form, button) {
   const reason = form.elements.reason;
   if (button.dataset.needsReason && !reason.value.trim() && !hasCode(form, button)) {
     say(form, button.dataset.needsReason);
+    unfold(true);
     reason.focus();
     return;
   }
@@ -41,6 +42,15 @@ async function perform(form, button) {
     if (button.isConnected) button.textContent = words;
   }
 }
+
+// On a phone the fields are folded until they are needed: the two buttons stay in sight.
+function unfold(open) {
+  document.body.toggleAttribute("data-unfolded", open);
+  document.getElementById("acts-unfold")?.setAttribute("aria-expanded", String(open));
+}
+document.addEventListener("click", (event) => {
+  if (event.target.closest?.("[data-unfold]")) unfold(!document.body.hasAttribute("data-unfolded"));
+});
 
 // A chosen code is a reason; "other" needs words.
 function hasCode(form, button) {

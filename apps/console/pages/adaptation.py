@@ -294,7 +294,7 @@ def _acts(found: Adaptation, user: User) -> dict[str, Any]:
 def _joined(refusals: list[str]) -> list[str]:
     """ "Only x may approve." and "Only x may reject." joined into one sentence."""
     verbs: dict[str, list[str]] = {}
-    for sentence in refusals:
+    for sentence in dict.fromkeys(refusals):
         start, _, verb = sentence.rpartition(" may ")
         verbs.setdefault(start, []).append(verb.removesuffix(".") if start else sentence)
     return [

@@ -375,6 +375,35 @@ def test_messages_cover_no_control_and_move_none(sign_in: SignIn) -> None:
     expect(page.locator("[data-path=claim]")).to_be_visible()
 
 
+IN_SIGHT = """part => {
+    const { top, bottom } = part.getBoundingClientRect();
+    const bar = document.querySelector(".actionbar").getBoundingClientRect();
+    return top >= 0 && bottom <= (part.closest(".actionbar") ? innerHeight : bar.top);
+}"""
+
+
+def test_a_decision_on_a_phone_is_asked_on_the_first_screen_and_ends_on_the_third(
+    sign_in: SignIn,
+) -> None:
+    page = sign_in("ada", width=390)
+    page.set_viewport_size({"width": 390, "height": 844})
+    answer = page.request.get("/api/v1/adaptations?state=awaiting_approval")
+    waiting = answer.json()["results"]
+    assert waiting
+    for row in waiting:
+        page.goto(f"/adaptations/{row['uid']}")
+        wait_until_live(page)
+        question = ["#title-head", ".decision-head .countdown", "#panel-forecast"]
+        first = [*question, "#panel-why li >> nth=0", "[data-path=reject]", "[data-path=approve]"]
+        assert [part for part in first if not page.locator(part).evaluate(IN_SIGHT)] == []
+        assert page.evaluate("document.documentElement.scrollHeight") <= 3 * 844
+        expect(page.locator("#reason")).to_be_hidden()
+        page.click("[data-path=reject]")  # asks for the reason
+        expect(page.locator("#reason")).to_be_focused()
+        page.click("#acts-unfold")
+        expect(page.locator("#reason")).to_be_hidden()
+
+
 def test_rows_open_by_keyboard(sign_in: SignIn) -> None:
     page = sign_in("vera")
     page.goto("/inbox")
