@@ -32,7 +32,13 @@ def blueprints(request: HttpRequest) -> HttpResponse:
             ("blueprint", "adaptation"),
         )
     ]
-    return render_page(request, "console/simple.html", title="Blueprints", panels=panels)
+    return render_page(
+        request,
+        "console/simple.html",
+        title="Blueprints",
+        panels=panels,
+        intro="Templates for modules that Esper can add to a layer of a model.",
+    )
 
 
 @page

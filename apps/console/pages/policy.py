@@ -76,7 +76,13 @@ def policy(request: HttpRequest) -> HttpResponse:
             ("policy",),
         ),
     ]
-    return render_page(request, "console/simple.html", title="Policy", panels=panels)
+    return render_page(
+        request,
+        "console/simple.html",
+        title="Policy",
+        panels=panels,
+        intro="Which change is approved by rule, waits for a person, or is refused.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,13 @@ def recipes(request: HttpRequest) -> HttpResponse:
             every=30,
         ),
     ]
-    return render_page(request, "console/simple.html", title="Recipes", panels=panels)
+    return render_page(
+        request,
+        "console/simple.html",
+        title="Recipes",
+        panels=panels,
+        intro="Trainings that this server can start, and those that it has started.",
+    )
 
 
 @page

@@ -18,7 +18,7 @@ from django.urls import reverse
 from apps.accounts.models import Project, User
 from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation, Remedy
-from apps.adaptations.selectors import error_budget
+from apps.adaptations.selectors import error_budget, waiting_for_a_person
 from apps.adaptations.services import may_grant, multiplies, open_delegations, why_not_delegated
 from apps.blueprints.models import KnownRemedy
 from apps.console.drawing import shade
@@ -88,6 +88,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             "safety": safety,
             "budget": error_budget(run, safety.safety_policy()),
             "move_to": places_to_move(run, user) if run.ended else (),
+            "waiting": waiting_of(run),
         }
 
     def layers() -> dict[str, Any]:
@@ -118,7 +119,9 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             ("delegation", "adaptation", "policy"),
             fold=True,
         ),
-        Panel("head", "Run", "console/run/head.html", head, ("run", "switch"), every=5),
+        Panel(
+            "head", "Run", "console/run/head.html", head, ("run", "switch", "adaptation"), every=5
+        ),
         Panel(
             "timeline",
             "Events",
@@ -178,6 +181,18 @@ def _limited(remedy: KnownRemedy) -> Iterator[Limited]:
                 high=2.0 if of_factor else value,
                 multiplies=of_factor,
             )
+
+
+WAITING_SHOWN = 3
+
+
+def waiting_of(run: Run) -> list[Adaptation]:
+    """What waits for a person in this run, the next to expire first; a plan is one."""
+    rows = waiting_for_a_person().filter(run=run).select_related("plan", "blueprint")
+    found: dict[object, Adaptation] = {}
+    for row in rows:
+        found.setdefault(row.plan_id or row.uid, row)
+    return list(found.values())[:WAITING_SHOWN]
 
 
 def get_run(uid: str) -> Run | None:

@@ -66,7 +66,13 @@ def switch(request: HttpRequest) -> HttpResponse:
         template = "console/switch/projects.html"
         events = ("switch", "run")
         panels.insert(1, Panel("projects", "Each project", template, projects, events, every=5))
-    return render_page(request, "console/simple.html", title="Adaptation switch", panels=panels)
+    return render_page(
+        request,
+        "console/simple.html",
+        title="Adaptation switch",
+        panels=panels,
+        intro="Stops or allows changes of models. Training continues either way.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,13 @@ def workers(request: HttpRequest) -> HttpResponse:
             every=15,
         ),
     ]
-    return render_page(request, "console/simple.html", title="Workers", panels=panels)
+    return render_page(
+        request,
+        "console/simple.html",
+        title="Workers",
+        panels=panels,
+        intro="Processes that build and measure kernels, and those that run Esper itself.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

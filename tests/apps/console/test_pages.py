@@ -12,6 +12,7 @@ from django.urls import reverse
 from apps.adaptations.models import Adaptation
 from apps.audit.services import ChainReport, verify_chain
 from apps.console.urls import urlpatterns
+from esper.contracts import AdaptationState
 from tests.apps.cast import PASSWORD, make_person
 
 PEOPLE = ["vera", "rafi", "olga", "carl", "ada"]
@@ -93,6 +94,19 @@ def test_signing_in_leads_to_the_page_that_was_asked_for(world: Any) -> None:
     form = {"username": "olga", "password": PASSWORD, "next": address}
     answer = Client().post("/login", form)
     assert (answer.status_code, answer["Location"]) == (302, address)
+
+
+def test_a_run_says_what_waits_for_a_decision_in_it(world: Any) -> None:
+    def told(run: str) -> str:
+        return str(world.client("vera").get(f"/runs/{world.runs[run].uid}").content.decode())
+
+    waiting = world.adaptations["waiting"]
+    text = told("digits-cnn")
+    assert f"A-{waiting.number} {waiting.title} waits for a decision" in text
+    assert text.count("waits for a decision") == 1
+    waiting.state = AdaptationState.REJECTED
+    waiting.save()
+    assert "waits for a decision" not in told("digits-cnn")
 
 
 def test_signing_in_never_leads_to_another_site(world: Any) -> None:
