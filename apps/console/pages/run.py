@@ -74,6 +74,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
     only_poor = request.GET.get("layers") == "poor"
     shown = choice(request, "show", Shown, Shown.ALL)
     in_force = cache(lambda: current_policy(run))  # two panels of one request need them
+    changes = cache(lambda: changes_of(run))
     offered = cache(lambda: list(KnownRemedy.objects.filter(present=True)))
 
     def head() -> dict[str, Any]:
@@ -92,7 +93,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
         }
 
     def layers() -> dict[str, Any]:
-        rows = layer_rows(run, only_poor=only_poor)
+        rows = layer_rows(run, changes(), only_poor=only_poor)
         return {
             "rows": rows[:LAYERS_SHOWN],
             "nodes": [] if only_poor else topology(run, rows),
@@ -126,7 +127,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             "timeline",
             "Events",
             "console/run/timeline.html",
-            lambda: timeline(run, shown),
+            lambda: timeline(run, changes(), shown),
             ("adaptation", "remedy", "violation", "kernel"),
         ),
         Panel("layers", "Layers", "console/run/layers.html", layers, ("adaptation",), every=10),
@@ -238,13 +239,15 @@ class Shown(StrEnum):
         return of_kind[self]
 
 
-def timeline(run: Run, shown: str = Shown.ALL) -> dict[str, Any]:
+def changes_of(run: Run) -> list[Adaptation]:
+    """All adaptations of the run, the newest first."""
+    related = ("blueprint", "decided_by", "taken_back_by")
+    return list(Adaptation.objects.filter(run=run).select_related(*related))
+
+
+def timeline(run: Run, changes: Sequence[Adaptation], shown: str = Shown.ALL) -> dict[str, Any]:
     """What happened, newest first, and the same at its steps for the axis of the charts."""
-    adaptations = list(
-        Adaptation.objects.filter(run=run).select_related(
-            "blueprint", "decided_by", "taken_back_by"
-        )[:EVENTS_READ]
-    )
+    adaptations = changes[:EVENTS_READ]
     violations = list(
         Violation.objects.filter(run=run)
         .select_related("run")
@@ -374,12 +377,14 @@ SHOWN_SIGNALS = (
 )
 
 
-def layer_rows(run: Run, *, only_poor: bool = False) -> list[LayerRow]:
+def layer_rows(
+    run: Run, changes: Sequence[Adaptation], *, only_poor: bool = False
+) -> list[LayerRow]:
     """Layers in the order of the model, with their values in the newest frame."""
     frame = Frame.objects.filter(run=run).order_by("-step").first()
     values = frame_matrix(run, frame)
     by_layer: dict[str, list[Adaptation]] = defaultdict(list)
-    for adaptation in Adaptation.objects.filter(run=run).select_related("blueprint"):
+    for adaptation in changes:
         by_layer[adaptation.layer].append(adaptation)
     infos = run.layer_infos()
     places = [SIGNAL_INDEX[signal] for signal in SHOWN_SIGNALS]
