@@ -165,11 +165,24 @@ def signing_secret(channel: Channel) -> bytes:
 
 
 def _check_address(target: str) -> None:
-    parts = urlsplit(target)
-    if parts.scheme != "https" or not parts.hostname or parts.username or parts.password:
+    if not _is_usable(target):
         raise Problem(
-            422, "invalid", "target must be an https address without a user name or password."
+            422,
+            "invalid",
+            "target must be an https address in ASCII, without a user name or password.",
         )
+
+
+def _is_usable(target: str) -> bool:
+    try:
+        parts = urlsplit(target)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")  # as it is done to resolve it
+    except ValueError:  # a host or a port that nothing can have
+        return False
+    plain = target.isascii() and target.isprintable() and " " not in target
+    anonymous = not parts.username and not parts.password
+    return plain and parts.scheme == "https" and bool(host) and port != 0 and anonymous
 
 
 def _mail_address(owner: User) -> str:

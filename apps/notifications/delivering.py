@@ -102,6 +102,9 @@ def _send(delivery: Delivery) -> tuple[int | None, str]:
         return None, f"no answer: {type(error).__name__} {error}"
     except OSError as error:  # of the mail server
         return None, f"{type(error).__name__}: {error}"
+    except Exception as error:  # of this delivery: the others must go on
+        log.exception("delivery %s cannot be sent", delivery.uid)
+        return None, f"it cannot be sent: {type(error).__name__}"
     return status, "" if 200 <= status < 300 else f"it answered {status}"
 
 

@@ -16,6 +16,12 @@ import httpcore
 
 TIMEOUT_SECONDS = 15.0
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Nothing else of IPv6 is assigned to the internet: old and local forms of IPv4 lie beside it.
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+# Not global, but the standard library's list of Python 3.11 has them not.
+_SPECIAL = tuple(
+    ipaddress.ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")
+)
 
 
 class ForbiddenHostError(Exception):
@@ -31,7 +37,10 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
-    return found.is_global and not found.is_multicast
+        if found not in _GLOBAL_UNICAST:
+            return False
+    special = any(found in network for network in _SPECIAL)
+    return found.is_global and not found.is_multicast and not special
 
 
 def resolve_public(host: str, port: int) -> str:
@@ -42,7 +51,7 @@ def resolve_public(host: str, port: int) -> str:
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second: no name can be so
         raise ForbiddenHostError(f"{host} cannot be resolved: {error}") from error
     addresses = [str(entry[4][0]) for entry in found]
     for address in addresses:

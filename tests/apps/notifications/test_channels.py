@@ -128,7 +128,8 @@ def test_one_that_is_gone_or_never_answers_is_disabled(
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.1.2.3", "169.254.169.254", "0.0.0.1", "::1", "fd00::1", "fe80::1%eth0",
-     "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "224.0.0.1", "100.64.0.1"],
+     "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "224.0.0.1", "100.64.0.1",
+     "::127.0.0.1", "::ffff:0:7f00:1", "64:ff9b:1::7f00:1", "fec0::1", "192.0.0.8", "3fff::1"],
 )  # fmt: skip
 def test_no_address_of_a_private_network_is_reached(
     address: str, monkeypatch: pytest.MonkeyPatch
@@ -169,8 +170,37 @@ def test_numbers_that_mean_this_host_are_refused_and_the_checked_address_is_conn
     assert connected == ["93.184.216.34"]
 
 
+def test_one_delivery_that_cannot_be_sent_delays_no_other(
+    operator: Caller, viewer: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = add(operator)
+    add(viewer)
+    good: list[str] = []
+
+    def post(url: str, body: bytes, headers: dict[str, str]) -> int:
+        if url != HOOK:
+            raise TypeError("url strings may not include unicode characters.")
+        good.append(url)
+        return 200
+
+    monkeypatch.setattr(public_hosts, "post", post)
+    Channel.objects.filter(uid=first["uid"]).update(target="https://\u00e9.example/")
+    operator.post("adaptation-switch", {"on": False, "reason": "!"})
+    assert deliver_due() == len(good) == 1
+    (failed,) = Delivery.objects.filter(delivered_at=None)
+    assert (failed.attempts, failed.error) == (1, "it cannot be sent: TypeError")
+    monkeypatch.undo()
+    with pytest.raises(public_hosts.ForbiddenHostError, match="cannot be resolved"):
+        public_hosts.post("https://a..b/", b"{}", {})
+
+
 def test_only_https_addresses_without_credentials_are_taken(operator: Caller) -> None:
-    for target in ("http://example.org", "https://u:p@example.org", "ftp://example.org", "x", ""):
+    for target in (
+        *("http://example.org", "https://u:p@example.org", "ftp://example.org", "x", ""),
+        *("https://[::1/", "https://a..b/", "https://example.org:99999/", "https://e.org:0/"),
+        *("https://\u00e9.org/", "https://e.org/\u00fc", "https://e.org/a b", "https:///path"),
+        f"https://{'a' * 64}.org/",
+    ):
         answer = operator.post("channels", {"kind": "slack", "target": target,
                                             "events": ["switch.on"]})  # fmt: skip
         assert (answer.status, answer.code) == (422, "invalid"), target
