@@ -22,6 +22,7 @@ from apps.runs.models import Run
 from apps.runs.selectors import HUGE_COLUMNS, HUGE_COLUMNS_OF_RUN
 
 MOST = 6  # of each kind
+NEWEST = 20_000  # decisions whose words are looked through, so that a search costs the same always
 LONGEST = 120
 # Where a person goes, with other words for it.
 PAGES: tuple[tuple[str, str, str], ...] = (
@@ -99,9 +100,13 @@ def _run_hits(rows: object) -> Iterator[Hit]:
 
 
 def _waiting_or_past(text: str) -> Iterator[Hit]:
-    fits = Q(in_words__icontains=text) | Q(layer__icontains=text) | Q(uid=text)
-    fits |= Q(blueprint__slug__icontains=text)
-    return _decisions(Adaptation.objects.filter(fits)[:MOST])
+    """Among the newest by their words; an older one is found by its number or uid."""
+    if text.startswith("adp_"):
+        return _decisions(Adaptation.objects.filter(uid=text))
+    last = Adaptation.objects.values_list("pk", flat=True).first() or 0
+    grafted = list(Blueprint.objects.filter(slug__icontains=text).values_list("pk", flat=True))
+    fits = Q(in_words__icontains=text) | Q(layer__icontains=text) | Q(blueprint__in=grafted)
+    return _decisions(Adaptation.objects.filter(fits, pk__gt=last - NEWEST)[:MOST])
 
 
 def _decisions(rows: object) -> Iterator[Hit]:

@@ -14,6 +14,7 @@ from apps.accounts.models import ApiToken, User
 from apps.accounts.step_up import HOLDS_FOR
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
+from apps.console.pages import search
 from apps.notifications.models import DutyShift
 from apps.policies.models import PolicyVersion
 from apps.policies.services import adaptation_switch
@@ -103,6 +104,21 @@ def test_search_finds_each_kind_and_escapes_what_it_did_not_find(world: Any) -> 
     assert 'href="/wall"' not in text_of(client, "/search?q=lay&part=list")  # inside a word
     assert adaptation.uid in text_of(client, "/search?part=list")  # what waits comes first
     assert "&lt;script&gt;" in text_of(client, "/search?q=<script>&part=list")
+
+
+def test_search_looks_through_the_words_of_the_newest_decisions(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = world.client("olga")
+    newest, *_, oldest = Adaptation.objects.exclude(blueprint=None)
+    monkeypatch.setattr(search, "NEWEST", newest.pk - oldest.pk)
+    for words in (newest.layer, newest.grafted_blueprint.slug, oldest.uid, f"A-{oldest.number}"):
+        wanted = newest if words in (newest.layer, newest.grafted_blueprint.slug) else oldest
+        assert wanted.uid in text_of(client, f"/search?q={words}&part=list"), words
+    Adaptation.objects.filter(pk=oldest.pk).update(layer="far.away")
+    assert oldest.uid not in text_of(client, "/search?q=far.away&part=list")
+    monkeypatch.setattr(search, "NEWEST", newest.pk)
+    assert oldest.uid in text_of(client, "/search?q=far.away&part=list")
 
 
 # --- the password again ---------------------------------------------------------------------------
