@@ -9,7 +9,7 @@ from esper.contracts.attestation import content_hash
 
 
 def shown_hash(adaptation: Adaptation) -> str:
-    """Hex SHA-256 over the change, the trainer that it is for, its cost and its evidence.
+    """Hex SHA-256 over the change, the trainer that it is for, its cost, reasons and evidence.
 
     It is stored when the adaptation is proposed. An approval must name it, and it is computed again
     from the row before the row is acted on, so that a row which was changed is not.
@@ -31,6 +31,7 @@ def plan_hash(plan: Plan) -> str:
         "policy_version": plan.safety_policy.version,
         "value": plan.value,
         "limits": plan.limits,
+        **_arguments(plan),
         "members": [shown_hash(member) for member in members.order_by("plan_place")],
     }
     return content_hash(_same_numbers(content))
@@ -62,9 +63,16 @@ def shown(adaptation: Adaptation) -> dict[str, Any]:
         "step": adaptation.proposed_step,
         "evidence": adaptation.evidence,
         "found": adaptation.found,
+        "why_not": adaptation.why_not,
+        **_arguments(adaptation),
     }
     members: dict[str, Any] = _same_numbers(content)
     return members
+
+
+def _arguments(row: Adaptation | Plan) -> dict[str, Any]:
+    """What speaks for it and against it, as the person reads it."""
+    return {"reasons": row.reasons, "checks": row.checks, "asks": row.asks}
 
 
 def _same_numbers(value: Any) -> Any:
@@ -73,6 +81,6 @@ def _same_numbers(value: Any) -> Any:
         return int(value)
     if isinstance(value, dict):
         return {name: _same_numbers(item) for name, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_same_numbers(item) for item in value]
     return value

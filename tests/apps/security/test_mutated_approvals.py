@@ -97,6 +97,8 @@ def arguments(chance: random.Random) -> Iterator[Mutation]:
         yield _row(forecast_latency_ms=chance.choice([None, chance.uniform(1, 1e6)]))
         yield _row(proposed_step=chance.randint(1001, 10**9))
         yield _row(risk=chance.choice(["none", "medium", "high"]))
+        yield _row(**{chance.choice(["reasons", "checks", "asks", "why_not"]): []})
+        yield _row(reasons=[{"signal": "loss", "text": f"It fell by {chance.random()}."}])
         yield _row(confidence=chance.choice([None, chance.uniform(0.61, 1.0)]))
         yield _body(**{chance.choice(["state", "config", "layer", "run"]): "kept"})
         yield _body(evidence_hash=f"{chance.getrandbits(256):064x}")
