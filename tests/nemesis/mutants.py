@@ -322,6 +322,8 @@ def _run(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
     marks = "not process and not browser and not full"
     arguments = ["-q", "-x", "-p", "no:cacheprovider", "-m", marks]
     arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is preloaded
+    # After the verdict of the tests: a thread of a trainer that the mutant has broken.
+    arguments += ["-W", "ignore::pytest.PytestUnhandledThreadExceptionWarning"]
     child = os.fork()
     if child == 0:
         try:
