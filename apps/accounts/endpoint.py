@@ -76,8 +76,9 @@ class Endpoint(APIView):
         named_fields(request)  # a malformed list is refused before anything is looked up
 
     def get_renderers(self) -> list[BaseRenderer]:
-        """Lists can be exported too."""
-        exports = EXPORTS if "cursor" in self.parameters else ()
+        """Lists can be exported too. What answers an act is JSON."""
+        reads = self.request is None or self.request.method in SAFE_METHODS
+        exports = EXPORTS if reads and "cursor" in self.parameters else ()
         return [*super().get_renderers(), *(renderer() for renderer in exports)]
 
     def perform_content_negotiation(self, request: Request, force: bool = False) -> Any:

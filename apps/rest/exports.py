@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator
 from contextvars import copy_context
+from itertools import chain
 from typing import Any, TypeVar
 
 from django.http import StreamingHttpResponse
@@ -47,9 +48,15 @@ def wants_export(request: Request) -> bool:
 def export_response(
     request: Request, chunks: Iterable[list[dict[str, Any]]]
 ) -> StreamingHttpResponse:
-    """All rows, as they are read from the database."""
+    """All rows, as they are read from the database.
+
+    Raises:
+        Problem: 400, a row has no member that the request names.
+    """
     renderer = request.accepted_renderer
-    rows = (row for chunk in chunks for row in sparse(request, chunk))
+    shaped = iter(sparse(request, chunk) for chunk in chunks)
+    first = next(shaped, [])  # now: a refusal in the midst of a stream would only end it
+    rows = (row for chunk in chain([first], shaped) for row in chunk)
     lines = _csv(rows) if renderer.format == CSVRenderer.format else _ndjson(rows)
     name = request.path.rstrip("/").rsplit("/", 1)[-1]
     return StreamingHttpResponse(

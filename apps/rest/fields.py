@@ -78,8 +78,9 @@ class Flag(serializers.BooleanField):
 class BoundedList(serializers.ListField):
     """A JSON list whose length is checked before its items, because each wrong item is an error."""
 
-    def __init__(self, *, max_length: int, **kwargs: Any) -> None:
-        super().__init__(max_length=max_length, **kwargs)
+    def __init__(self, *, max_length: int, allow_empty: bool = True, **kwargs: Any) -> None:
+        least = {} if allow_empty else {"min_length": 1}  # which the document names, too
+        super().__init__(max_length=max_length, allow_empty=allow_empty, **least, **kwargs)
         self._most = max_length
 
     def to_internal_value(self, data: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from apps.rest.exports import EXPORTS, FORMAT
+from apps.rest.idempotency import DRY_RUN
 from apps.rest.operations import OPERATIONS
 from apps.rest.sparse import FIELDS, MAX_LENGTH, PATTERN
 from esper.contracts import codec
@@ -17,7 +19,7 @@ _LIMITS = {
 
 
 def describe_operations(result: dict[str, Any], **_: Any) -> dict[str, Any]:
-    """Adds to each operation its description, an example, ``fields``, and its headers."""
+    """Adds to each operation its description, an example, ``fields``, its headers, and exports."""
     for path, methods in result["paths"].items():
         for method, operation in methods.items():
             operation.setdefault("tags", ["index"])  # of the address itself
@@ -28,8 +30,14 @@ def describe_operations(result: dict[str, Any], **_: Any) -> dict[str, Any]:
             operation["x-codeSamples"] = [_curl(path, method, operation, known and known.example)]
             if method == "get" and _answers_with_an_object(operation):
                 operation.setdefault("parameters", []).append(_fields())
-            if method != "get":
+            if method == "get":
+                _add_exports(operation)
+            else:
+                _add_dry_run(operation)
                 _add_limits(operation)
+    for component in result["components"]["schemas"].values():
+        if "oneOf" in component and "discriminator" not in component:
+            component["anyOf"] = component.pop("oneOf")  # an empty list is of every kind
     return result
 
 
@@ -52,6 +60,27 @@ def _add_example(operation: dict[str, Any], example: dict[str, Any] | None) -> N
         body["examples"] = {"usual": {"value": example}}
 
 
+def _parameters(operation: dict[str, Any]) -> set[str]:
+    return {parameter["name"] for parameter in operation.get("parameters", ())}
+
+
+def _add_exports(operation: dict[str, Any]) -> None:
+    if FORMAT in _parameters(operation):
+        for renderer in EXPORTS:
+            text = {"schema": {"type": "string", "description": "All rows, streamed."}}
+            operation["responses"]["200"]["content"][renderer.media_type] = text
+
+
+def _add_dry_run(operation: dict[str, Any]) -> None:
+    """Nothing was made and nothing waits to be done, so that the status is 200."""
+    if DRY_RUN in _parameters(operation):
+        answers = operation["responses"]
+        (done,) = (answer for status, answer in answers.items() if status != "default")
+        if "200" not in answers:
+            what_would_be = {**done, "description": f"With `{DRY_RUN}`: what the answer would be."}
+            operation["responses"] = {"200": what_would_be, **answers}
+
+
 def _add_limits(operation: dict[str, Any]) -> None:
     for status, answer in operation["responses"].items():
         if status.startswith("2"):
@@ -62,7 +91,7 @@ def _add_limits(operation: dict[str, Any]) -> None:
 
 
 def _curl(path: str, method: str, operation: dict[str, Any], example: Any) -> dict[str, str]:
-    names = {parameter["name"] for parameter in operation.get("parameters", ())}
+    names = _parameters(operation)
     parts = ["curl", f"-X {method.upper()}"] if method != "get" else ["curl"]
     parts.append('-H "Authorization: Bearer $ESPER_TOKEN"')
     if "If-Match" in names:

@@ -69,11 +69,11 @@ def page_response(
         order: columns that are never null, which ``order_by`` may name.
     """
     ordered = _order(request, order)
+    limit = _limit(request)
+    reverse, place = _cursor(request, rows.model, ordered)
     if wants_export(request):
         chunks = _chunks(rows.order_by(*ordered.keys(reverse=False)), shape)
         return export_response(request, chunks)
-    limit = _limit(request)
-    reverse, place = _cursor(request, rows.model, ordered)
     if place is not None:
         rows = rows.filter(ordered.beyond(place, reverse=reverse))
     found = list(rows.order_by(*ordered.keys(reverse=reverse))[: limit + 1])

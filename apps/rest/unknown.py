@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.utils.encoding import escape_uri_path
 from drf_spectacular.utils import extend_schema
 from rest_framework.request import Request
 from rest_framework.views import APIView
@@ -17,4 +18,4 @@ class UnknownPath(APIView):
     authentication_classes = ()
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        raise Problem(404, "not-found", f"There is no resource at {request.path}.")
+        raise Problem(404, "not-found", f"There is no resource at {escape_uri_path(request.path)}.")

@@ -27,11 +27,12 @@ from apps.accounts.visibility import everything
 from apps.adaptations.models import Adaptation
 from apps.adaptations.services import judge_remedy, note_lost_commands
 from apps.rest.codec import StrictJSONParser, TelemetryParser
+from apps.rest.exports import wants_export
 from apps.rest.fields import body, message
 from apps.rest.filters import apply_filters, parse_parameter, whole_number
 from apps.rest.idempotency import idempotent
 from apps.rest.pagination import PARAMETERS, page_response
-from apps.rest.problems import not_found
+from apps.rest.problems import Problem, not_found
 from apps.rest.schema import documented, listing, page_of, query
 from apps.rest.throttling import TelemetryThrottle, TokenThrottle
 from apps.runs.models import Command, Run
@@ -177,6 +178,8 @@ class RunCommands(Endpoint):
         if not run_of_token(request):
             rows = Command.objects.filter(run=run, seq__gt=after)
             return page_response(request, rows, lambda rows: CommandOutput(rows, many=True).data)
+        if wants_export(request):
+            raise Problem(406, "not-acceptable", "A trainer reads its commands in JSON only.")
         touch(run)
         if after > run.command_seq:
             note_lost_commands(run, after=after, actor=_trainer(request, run))
