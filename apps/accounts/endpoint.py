@@ -77,7 +77,7 @@ class Endpoint(APIView):
 
     def get_renderers(self) -> list[BaseRenderer]:
         """Lists can be exported too. What answers an act is JSON."""
-        reads = self.request is None or self.request.method in SAFE_METHODS
+        reads = self.request.method in SAFE_METHODS
         exports = EXPORTS if reads and "cursor" in self.parameters else ()
         return [*super().get_renderers(), *(renderer() for renderer in exports)]
 

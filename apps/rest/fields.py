@@ -79,8 +79,9 @@ class BoundedList(serializers.ListField):
     """A JSON list whose length is checked before its items, because each wrong item is an error."""
 
     def __init__(self, *, max_length: int, allow_empty: bool = True, **kwargs: Any) -> None:
-        least = {} if allow_empty else {"min_length": 1}  # which the document names, too
-        super().__init__(max_length=max_length, allow_empty=allow_empty, **least, **kwargs)
+        least = None if allow_empty else 1  # which the document names, too
+        bounds: dict[str, Any] = {"min_length": least, "max_length": max_length}
+        super().__init__(allow_empty=allow_empty, **bounds, **kwargs)
         self._most = max_length
 
     def to_internal_value(self, data: Any) -> Any:
