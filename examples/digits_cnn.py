@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", default="digits-cnn")
     parser.add_argument("--units", type=int, default=2, help="between convolutions and digits")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds to wait in each step")
     parser.add_argument("--forever", action="store_true", help="begin anew with the next seed")
     folder = Path(os.environ.get("ESPER_DATA_DIR", "."))
     parser.add_argument("--checkpoint", type=Path, default=folder / "digits_cnn.pt")
@@ -106,6 +108,7 @@ def train(args: argparse.Namespace, seed: int, saved: dict[str, Any] | None) -> 
             if step % 200 == 199:
                 save(args.checkpoint, seed, step + 1, model, optimizer, session)
                 print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+            time.sleep(args.pause)
 
 
 def main() -> None:

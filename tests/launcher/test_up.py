@@ -121,7 +121,7 @@ def test_a_second_up_on_the_same_data_is_refused(running_esper: Any) -> None:
     assert ready(running_esper.url)["ready"]
 
 
-def test_it_stops_leaves_nothing_and_starts_again_with_its_data(
+def test_after_a_stop_and_after_a_kill_nothing_stays_and_it_starts_again_with_its_data(
     start_esper: Any, tmp_path: Path
 ) -> None:
     first = start_esper(tmp_path / "data", "--no-demo")
@@ -132,16 +132,10 @@ def test_it_stops_leaves_nothing_and_starts_again_with_its_data(
     second = start_esper(tmp_path / "data", "--no-demo")
     assert second.people == people
     assert people["olga"] not in second.tail()  # shown once
-    assert second.stop() == 0
-
-
-def test_after_a_killed_supervisor_nothing_stays_and_the_next_start_works(
-    start_esper: Any, tmp_path: Path
-) -> None:
-    first = start_esper(tmp_path / "data", "--no-demo")
-    os.kill(first.process.pid, signal.SIGKILL)
-    first.process.wait()
-    second = start_esper(tmp_path / "data", "--no-demo")
-    assert marked_processes(first.mark) == []
-    assert set(second.runtime["children"]) == SERVICES
-    assert second.stop() == 0
+    os.kill(second.process.pid, signal.SIGKILL)
+    second.process.wait()
+    third = start_esper(tmp_path / "data", "--no-demo")
+    assert marked_processes(second.mark) == []
+    assert set(third.runtime["children"]) == SERVICES
+    assert third.people == people
+    assert third.stop() == 0

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+from tests.running import RunningEsper, launch_esper
 
 ROOT = Path(__file__).parents[2]
 WAIT_SECONDS = 300.0  # generous: a busy machine is no fault of the code
@@ -34,6 +36,7 @@ QUICK = {
     "probation_timeout_seconds": 600,
     "dispatch_timeout_seconds": 300,
     "error_budget_ratio": 1000.0,
+    "max_plan_changes": 1,
 }
 
 
@@ -41,11 +44,17 @@ QUICK = {
 class Plant:
     """A running Esper with one digits trainer; ``stop`` and ``start`` unplug either of them."""
 
-    esper: Any
+    esper: RunningEsper
     folder: Path
     trainer: subprocess.Popen[bytes] | None = None
     proposals: int = 0
     uids: list[str] = field(default_factory=list)
+    rules: dict[str, Any] = field(default_factory=dict)
+    run_name: str = "digits"
+    port: str = ""
+
+    def __post_init__(self) -> None:
+        self.port = self.esper.url.rsplit(":", 1)[1]
 
     # --- the trainer
 
@@ -61,13 +70,21 @@ class Plant:
             self.trainer = subprocess.Popen(
                 [
                     *(sys.executable, "examples/digits_cnn.py", "--steps", "1000000"),
-                    *("--checkpoint", str(self.folder / "digits.pt")),
+                    *("--checkpoint", str(self.folder / "digits.pt"), "--run", self.run_name),
+                    *("--pause", "0.01"),  # leaves the processor to what is tested
                 ],
                 cwd=ROOT,
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+
+    def begin_run(self) -> None:
+        """A new trainer, and its run."""
+        before = self.runs()
+        self.run_name = f"digits {before}"  # a trainer of the same name goes on with its run
+        self.start_trainer()
+        until(lambda: self.runs() > before and self.step() > 5, "the trainer reports its steps")
 
     def kill_trainer(self) -> None:
         assert self.trainer is not None
@@ -76,6 +93,12 @@ class Plant:
 
     def trainer_lives(self) -> bool:
         return self.trainer is not None and self.trainer.poll() is None
+
+    # --- the server
+
+    def start_again(self) -> None:
+        """After it was stopped, at the same address."""
+        self.esper = launch_esper(self.esper.data_dir, "--no-demo", "--port", self.port)
 
     # --- what the server knows
 
@@ -91,6 +114,9 @@ class Plant:
 
     def step(self) -> int:
         return int(self.rows("SELECT step FROM runs_run ORDER BY id DESC LIMIT 1")[0][0])
+
+    def runs(self) -> int:
+        return int(self.rows("SELECT count(*) FROM runs_run")[0][0])
 
     def state(self, uid: str) -> str:
         return str(self.rows("SELECT state FROM adaptations_adaptation WHERE uid=?", uid)[0][0])
@@ -126,10 +152,13 @@ class Plant:
         return httpx.request(method, url, headers=headers, timeout=600, **options)
 
     def make_quick(self) -> None:
-        self.publish(QUICK)
+        """Whatever a test has changed."""
+        if changes := {k: v for k, v in QUICK.items() if self.rules.get(k) != v}:
+            self.publish(changes)
 
     def publish(self, changes: dict[str, Any]) -> None:
         """Thresholds that allow more than before need a second person."""
+        self.rules |= changes
         body = {"changes": changes, "reason": "tests"}
         draft = self.call("carl", "POST", "policies", json=body)
         assert draft.status_code == 201
@@ -209,13 +238,29 @@ def until(what: Callable[[], Any], why: str) -> None:
     raise AssertionError(f"not within {WAIT_SECONDS:g} s: {why}")
 
 
+@pytest.fixture(scope="session")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
+    """One Esper for the session: to start one takes longer than most that is tested with it."""
+    folder = tmp_path_factory.mktemp("plant")
+    plant = Plant(launch_esper(folder / "data", "--no-demo"), folder)
+    yield plant
+    plant.esper.end()
+
+
 @pytest.fixture
-def plant(start_esper: Any, tmp_path: Path) -> Any:
-    plant = Plant(start_esper(tmp_path / "data", "--no-demo"), tmp_path)
-    plant.make_quick()
-    plant.start_trainer()
-    try:
-        until(lambda: plant.step() > 5, "the trainer reports its steps")
-        yield plant
-    finally:
-        plant.kill_trainer()
+def quick(installation: Plant, tmp_path: Path) -> Iterator[Plant]:
+    """The Esper of the session with quick rules; a test that starts a trainer has a new run."""
+    installation.folder, installation.trainer, installation.uids = tmp_path, None, []
+    if installation.esper.process.poll() is not None:  # a test has failed while it was stopped
+        installation.start_again()
+    installation.make_quick()
+    yield installation
+    if installation.trainer is not None:
+        installation.kill_trainer()
+
+
+@pytest.fixture
+def plant(quick: Plant) -> Plant:
+    """With a new trainer, so that no test finds the grafts of another one."""
+    quick.begin_run()
+    return quick

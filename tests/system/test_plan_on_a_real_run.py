@@ -80,7 +80,11 @@ def test_one_approval_applies_a_plan_and_one_undo_takes_all_of_it_out(plant: Pla
     act(plant, uid, "undo", reason="seen")
     ended = shown_as(plant, uid, "taken_back")
     assert "olga undid it: seen" in ended["outcome"]
-    undone = plant.rows("SELECT adaptation_uid FROM runs_command WHERE kind='undo' ORDER BY seq")
+    undone = plant.rows(
+        "SELECT adaptation_uid FROM runs_command c JOIN runs_run r ON r.id = c.run_id "
+        "WHERE c.kind='undo' AND r.uid=? ORDER BY c.seq",
+        plant.run,
+    )
     assert [row[0] for row in undone] == [one["uid"] for one in reversed(members)]
     for one in members:
         detail = plant.call("olga", "GET", f"adaptations/{one['uid']}").json()

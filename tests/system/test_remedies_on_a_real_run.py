@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,26 +43,22 @@ with esper.attach(model, optimizer, run="sick", **options) as session:
 
 
 @pytest.fixture
-def sick(start_esper: Any, tmp_path: Path) -> Any:
-    plant = Plant(start_esper(tmp_path / "data", "--no-demo"), tmp_path)
-    plant.make_quick()
+def sick(quick: Plant, tmp_path: Path) -> Plant:
+    before = quick.runs()
     (tmp_path / "sick.py").write_text(SICK_SCRIPT)
     environment = os.environ | {
-        "ESPER_SERVER": plant.esper.url,
-        "ESPER_TOKEN": plant.esper.keyring["tokens"]["trainer"],
+        "ESPER_SERVER": quick.esper.url,
+        "ESPER_TOKEN": quick.esper.keyring["tokens"]["trainer"],
         "ESPER_STATE_DIR": str(tmp_path / "journals"),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
     with (tmp_path / "trainer.log").open("ab") as log:
-        plant.trainer = subprocess.Popen(
+        quick.trainer = subprocess.Popen(
             [sys.executable, "sick.py"], cwd=tmp_path, env=environment, stdout=log, stderr=log
         )
-    try:
-        yield plant
-    finally:
-        plant.trainer.send_signal(signal.SIGKILL)
-        plant.trainer.wait(10)
+    until(lambda: quick.runs() > before, "the run begins")
+    return quick
 
 
 def answer(plant: Plant, uid: str, act: str, **body: Any) -> None:
@@ -93,9 +88,12 @@ def state_is(plant: Plant, uid: str, *states: str) -> Callable[[], bool]:
 
 
 def test_a_sick_run_is_rewound_after_an_approval_and_a_change_is_taken_back(sick: Plant) -> None:
-    waiting = "SELECT uid FROM adaptations_adaptation WHERE state = 'awaiting_approval'"
-    until(lambda: sick.rows(waiting), "the trainer has proposed a remedy")
-    uid = str(sick.rows(waiting)[0][0])
+    waiting = (
+        "SELECT a.uid FROM adaptations_adaptation a JOIN runs_run r ON r.id = a.run_id "
+        "WHERE a.state = 'awaiting_approval' AND r.uid = ?"
+    )
+    until(lambda: sick.rows(waiting, sick.run), "the trainer has proposed a remedy")
+    uid = str(sick.rows(waiting, sick.run)[0][0])
     shown = sick.call("olga", "GET", f"adaptations/{uid}").json()
     assert (shown["kind"], shown["remedy"], shown["finding"]) == ("remedy", "rewind", "non_finite")
     assert shown["title"].startswith("Rewind to step ")

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,17 +31,16 @@ def esper(plant: Plant, *words: str) -> str:
 
 
 def test_a_trainer_goes_on_with_a_restored_server_and_its_unknown_graft_can_be_undone(
-    plant: Plant, start_esper: Any, tmp_path: Path
+    plant: Plant, tmp_path: Path
 ) -> None:
     file = tmp_path / "esper.backup"
     esper(plant, "backup", str(file))  # while it runs
     uid = plant.propose("squeeze")
     until(lambda: plant.state(uid) == "kept", "a graft that the backup lacks is kept")
-    port = plant.esper.url.rsplit(":", 1)[1]
     plant.esper.stop()
     shown = esper(plant, "restore", str(file))
     assert "The audit log is intact" in shown
-    plant.esper = start_esper(plant.esper.data_dir, "--no-demo", "--port", port)
+    plant.start_again()
 
     until(lambda: plant.state(uid) == "kept", "the trainer reports it, and it is recovered")
     assert "recovered" in plant.states_in_audit(uid)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from hosts.keyring import kernel_key_path
 from hosts.processes import MARK
 from launcher.supervisor.plan import compile_worker_command
+from tests.running import launch_esper
 
 from .conftest import QUICK, ROOT, TEST_SECONDS, Plant, until
 
@@ -55,6 +57,7 @@ class Workers:
 
     plant: Plant
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    started: dict[str, str] = field(default_factory=dict)
 
     def start(self, name: str, queues: str = "compile.cpu") -> None:
         capabilities = [queue.removeprefix("compile.") for queue in queues.split(",")]
@@ -71,6 +74,7 @@ class Workers:
             MARK: self.plant.esper.mark,
         }
         environment.pop("DATABASE_URL", None)
+        self.started[name] = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f}"
         with (self.plant.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
                 [*compile_worker_command(queues), "-n", name],
@@ -85,8 +89,8 @@ class Workers:
         until(
             lambda: self.plant.rows(
                 "SELECT 1 FROM workers_worker WHERE name=? AND state='idle' AND devices!='[]' "
-                "AND queues!='[]'",
-                name,
+                "AND queues!='[]' AND started_at>?",  # not that of the test before
+                *(name, self.started[name]),
             ),
             f"{name} is idle and has reported its devices",
         )
@@ -122,13 +126,22 @@ def _is_builder(pid: int) -> bool:
     return False
 
 
-@pytest.fixture
-def workers(start_esper: Any, tmp_path: Path) -> Iterator[Workers]:
-    """An Esper whose own worker only stages; two others build."""
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
+    """An Esper for this file whose own worker only stages; two others build."""
+    folder = tmp_path_factory.mktemp("pool")
     environment = HASTE | {"ESPER_WORKER_CAPABILITIES": "none"}
-    esper = start_esper(tmp_path / "data", "--no-demo", environment=environment)
-    plant = Plant(esper, tmp_path)
+    plant = Plant(launch_esper(folder / "data", "--no-demo", environment=environment), folder)
     plant.publish(QUICK | {"probation_steps": 10, "max_in_flight_per_run": 20})
+    yield plant
+    plant.esper.end()
+
+
+@pytest.fixture
+def workers(hasty: Plant, tmp_path: Path) -> Iterator[Workers]:
+    """Two of their own names for each test, and a new run."""
+    plant = hasty
+    plant.folder, plant.trainer, plant.uids = tmp_path, None, []
     workers = Workers(plant)
     try:
         yield workers
@@ -196,8 +209,7 @@ def test_no_job_is_lost_or_done_twice_whatever_happens_to_the_workers(workers: W
     plant, chance = workers.plant, random.Random(SEED)
     workers.start(FIRST)
     workers.start(SECOND)
-    plant.start_trainer()
-    until(lambda: plant.step() > 5, "the trainer reports its steps")
+    plant.begin_run()
     workers.wait_ready(FIRST)
     workers.wait_ready(SECOND)
     layers = [
@@ -272,11 +284,10 @@ def test_a_frozen_worker_that_wakes_up_is_refused_and_the_other_has_done_it(
 ) -> None:
     plant = workers.plant
     workers.start(FIRST)
-    plant.start_trainer()
-    until(lambda: plant.step() > 5, "the trainer reports its steps")
+    plant.begin_run()
     workers.wait_ready(FIRST)
     workers.signal(workers.builders(FIRST), signal.SIGSTOP)  # so that it is in the middle of it
-    uid = plant.propose("conv1")
+    uid = plant.propose("head", "proj_ia3")  # which no other test of this file has built
     until(lambda: job_of(plant, uid)["lease_owner"] == FIRST, "it has the job")
     zombie = workers.family(FIRST)
     workers.signal(zombie, signal.SIGSTOP)
@@ -341,7 +352,9 @@ def test_one_run_over_two_devices_gets_each_kernel_from_a_worker_that_claims_it(
         until(lambda uid=uid: job_of(plant, uid)["state"] == "done", "both are built")
     built = plant.rows(
         "SELECT j.layer->>'name', k.capability, k.built_by FROM workers_compilejob j "
-        "JOIN kernels_kernel k ON k.digest = j.kernel_digest ORDER BY 1"
+        "JOIN kernels_kernel k ON k.digest = j.kernel_digest WHERE j.adaptation_uid IN (?, ?) "
+        "ORDER BY 1",
+        *uids.values(),
     )
     assert built == [("a", "cpu", FIRST), ("b", "cpu.avx2", SECOND)]
     answer = plant.call("vera", "GET", "workers?kind=compile").json()["results"]
