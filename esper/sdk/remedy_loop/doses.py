@@ -16,6 +16,7 @@ from esper.sdk.surgery import Surgery
 
 LARGEST_RISE = 1e5  # of a rate, in stages
 WEAKEST, STRONGEST = 0.1, 1e-4  # factors of the learning rate
+GENTLE = 0.5  # of a rate that may have been a little too high
 JUMPED = "learning_rate"  # signal of the evidence that names the rate before and after
 RAISES = frozenset({"update_ratio_low", "slow_convergence", "vanishing_gradient"})  # rules
 
@@ -50,12 +51,14 @@ class Doses:
 
     def _rewind(self, found: Diagnosed, given: int) -> dict[str, Any]:
         found = self._cause(found)
-        anew = self._young.is_early or self._young.was_hurt
+        young = self._young
+        died_unlearned = found.rule.slug == "dying_relu" and young.loses_nothing
+        anew = young.is_early or young.was_hurt or died_unlearned
         power = given + (0 if self._was_sudden(found) else 1)
-        return {
-            "step": self._first_step if anew else found.since_step,
-            "factor": max(self._lower(found) ** power, STRONGEST),
-        }
+        factor = max(self._lower(found) ** power, STRONGEST)
+        if died_unlearned and not young.was_hurt:
+            factor = GENTLE  # updates are of a sound size, so a much lower rate would lose time
+        return {"step": self._first_step if anew else found.since_step, "factor": factor}
 
     def _cause(self, found: Diagnosed) -> Diagnosed:
         """An open jump of the learning rate from before it: its weights and its rate are the cure.

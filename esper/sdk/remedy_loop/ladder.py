@@ -54,6 +54,14 @@ class Ladder:
         if not follows_gradient(self._diagnosis.optimizers):
             # One measured update says enough: a later one is smaller, as its gradients are noise.
             order = [slug for slug in order if slug != "match_updates"]
-        if found.rule.slug == "dying_relu" and not losses.jumped(self._run, found.since_step):
-            order.sort(key=lambda slug: slug == "rewind")  # going back answers a sudden death
+        if found.rule.slug == "dying_relu" and not self._going_back_answers(found):
+            order.sort(key=lambda slug: slug == "rewind")
         return order
+
+    def _going_back_answers(self, found: Diagnosed) -> bool:
+        """A sudden death, or one of a run that has nothing to lose.
+
+        Recycled units of a run that never learned have dead ones behind them, and die again: the
+        same first weights with other batches and smaller updates mostly learn.
+        """
+        return self._young.loses_nothing or losses.jumped(self._run, found.since_step)

@@ -12,6 +12,7 @@ COMPARED_LOSSES = 50  # before a fault
 FEWEST_LOSSES = 10  # before a fault, to say something about them
 RISE = 1.5  # times the usual loss: it has jumped
 GROWTH = 2.0  # times the first loss
+UNLEARNED = 0.95  # of the first losses: above it nothing was learned, as for update_ratio_low
 
 
 def level(run: RunState, count: int = LEVEL_LOSSES) -> float:
@@ -41,3 +42,11 @@ def have_grown(run: RunState) -> bool:
     """The newest loss is far above the first one, or not finite."""
     losses = [loss for _, loss in run.losses]
     return bool(losses) and not losses[-1] <= GROWTH * abs(losses[0])
+
+
+def never_fell(run: RunState, since: int) -> bool:
+    """The newest losses are as high as the first ones after step ``since``."""
+    values = [loss for step, loss in run.losses if step > since]
+    if len(values) < 2 * LEVEL_LOSSES or not math.isfinite(level(run)):
+        return False
+    return level(run) >= UNLEARNED * statistics.median(values[:LEVEL_LOSSES])

@@ -6,6 +6,7 @@ from esper.contracts import Severity
 from esper.diagnosis.updates import EXCESSIVE
 from esper.remedies.good_states import START_STEPS
 from esper.sdk.diagnosing import DiagnosisWatch
+from esper.sdk.remedy_loop import losses
 from esper.sdk.remedy_loop.history import EARLY_STEPS, IN_VAIN, History
 from esper.sdk.remedy_loop.verdicts import WINDOW_STEPS
 from esper.sdk.run_state import RunState
@@ -28,6 +29,12 @@ class YoungRun:
     def was_hurt(self) -> bool:
         """One of the first updates, which can still be taken back, moved the weights far."""
         return self._diagnosis.update_excess > EXCESSIVE and self._run.step <= START_STEPS
+
+    @property
+    def loses_nothing(self) -> bool:
+        """It has learned nothing, so to begin anew takes nothing back that is worth keeping."""
+        young = self._run.step <= START_STEPS
+        return young and losses.never_fell(self._run, self._history.latest_change)
 
     @property
     def started_badly(self) -> bool:

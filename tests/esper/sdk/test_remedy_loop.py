@@ -23,6 +23,7 @@ from esper.diagnosis.base import Evidence, Memory, RemedySlug
 from esper.diagnosis.rules.plateau import Plateau as PlateauRule
 from esper.exceptions import GraftError
 from esper.remedies import list_remedies
+from esper.sdk.remedy_loop.doses import GENTLE
 from esper.sdk.remedy_loop.settling import WINDOW, Settling
 from esper.sdk.run_state import RunState
 from esper.sdk.treatments import Treatment
@@ -301,6 +302,26 @@ def test_dead_units_are_recycled_where_nothing_sudden_killed_them() -> None:
         assert [(r.remedy, r.layer) for r in session.remedies] == [("recycle", "2")]
         assert (torch.relu(run.model[:3](run.x)).amax(0) > 0).all()
         assert run.train(600, session)[-1] < before[-1] / 2
+
+
+def test_a_young_run_that_has_learned_nothing_begins_anew_when_units_die() -> None:
+    """Recycled, its units would die again, and it has nothing to lose."""
+
+    def push(step: int, _: torch.optim.Optimizer) -> None:
+        if step == 25:
+            with torch.no_grad():
+                run.model.get_parameter("2.bias").fill_(-100.0)
+
+    run = Run(Fault(rate=0.05, momentum=0.0, before=push))
+    run.y = run.y[torch.randperm(len(run.y))]
+    first = [tensor.clone() for tensor in run.model.parameters()]
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        while run.steps < 100 and not session.remedies:
+            run.train(1, session)
+        receipt = session.remedies[0]
+        assert (receipt.remedy, receipt.details["to_step"]) == ("rewind", 0)
+        assert receipt.details["factor"] == GENTLE
+        assert all(map(torch.equal, run.model.parameters(), first))
 
 
 def test_why_and_the_summary_say_what_is_proposed_and_what_is_tried() -> None:
