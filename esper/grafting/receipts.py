@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -86,6 +86,28 @@ class UndoReceipt:
         return f"<UndoReceipt {self}>"
 
 
+@dataclass(frozen=True, slots=True)
+class CopiedReceipt:
+    """What a copy or a pickle has in the place of a receipt: a model may keep one.
+
+    A receipt holds locks and snapshots, and undoes a change in the one model that it is of.
+
+    Attributes:
+        text: the receipt's words.
+    """
+
+    text: str
+
+    def undo(self, hard: bool = True) -> NoReturn:
+        """Raises ``UndoError``."""
+        raise UndoError(
+            f"a copy of a receipt undoes nothing, use the receipt itself: {self.text}", layer=""
+        )
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class ChangeReceipt:
     """A change of a live model that can be undone.
@@ -128,6 +150,10 @@ class ChangeReceipt:
     def snapshot_bytes_on_disk(self) -> int:
         """What of the snapshot is in the folder for snapshots."""
         return 0 if self._snapshot is None else self._snapshot.bytes_on_disk
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles of what keeps the receipt."""
+        return CopiedReceipt, (str(self),)
 
     def is_of(self, model: nn.Module) -> bool:
         """It tells of a change of this very model."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import esper
 from esper import Session
-from esper.exceptions import ConfigurationError, IncompatibleLayerError
+from esper.exceptions import ConfigurationError, IncompatibleLayerError, UndoError
 from esper.fail_closed import FailClosed
 from esper.sdk.copied_session import CopiedSession
 
@@ -387,3 +387,26 @@ def test_the_optimizer_is_found_in_a_wrapper_that_is_none(name: str) -> None:
 
     with pytest.raises(ConfigurationError, match="nor a wrapper that shows one"):
         esper.attach(model, Holds(name, "another kind"), verbose=False)
+
+
+RECEIPTS: dict[str, Callable[[Any, Any], Any]] = {
+    "a graft": lambda model, session: session.graft("body", "proj_lora_64"),
+    "a remedy": lambda model, session: session.set_lr("body", 0.5),
+    "a graft without a run": lambda model, session: esper.graft(
+        model, "body", "proj_lora_64", optimizer=torch.optim.SGD(model.parameters(), lr=0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RECEIPTS)
+def test_what_keeps_a_receipt_is_copied_and_saved(kind: str) -> None:
+    model: Any = KeepsItsSession()
+    optimizer, session = attached(model, "supervised")
+    step(model, optimizer, session)
+    model.receipt = RECEIPTS[kind](model, session)
+
+    for copied in (copy.deepcopy(model), saved_and_loaded(model)):
+        assert str(copied.receipt) == str(model.receipt)
+        with pytest.raises(UndoError, match="use the receipt itself"):
+            copied.receipt.undo()
+    assert model.receipt.undo().exact
