@@ -19,8 +19,8 @@ from esper.contracts import codec
 _T = TypeVar("_T")
 
 FORMAT = "format"
-# A spreadsheet would run what begins with one of these.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# A spreadsheet would run what begins with one of these; some take their wide forms, too.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 class CSVRenderer(StrictJSONRenderer):

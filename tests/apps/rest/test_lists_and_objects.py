@@ -83,7 +83,16 @@ def test_a_list_is_exported_whole_with_its_filters(viewer: Caller, runs: list[Ru
     assert [row[0] for row in found[1:]] == ["a", "e", "d", "'=b", "c"]  # no spreadsheet runs it
     assert viewer.get("runs?format=xml").code == "invalid"
     assert viewer.get("me", Accept="text/csv").code == "not-acceptable"
-    assert viewer.get("runs?order_by=no", Accept="text/csv").code == "invalid"
+    for wrong in ("order_by=no", "fields=secret", "limit=0", "cursor=x"):
+        assert viewer.get(f"runs?{wrong}", Accept="text/csv").code == "invalid", wrong
+
+
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff20"])
+def test_no_exported_text_begins_as_a_formula(viewer: Caller, runs: list[Run], first: str) -> None:
+    Run.objects.filter(pk=runs[0].pk).update(name=f"{first}1+1")
+    table = viewer.get("runs?format=csv&fields=name").response
+    text = b"".join(table.streaming_content).decode()
+    assert f"'{first}1+1" in [row[0] for row in csv.reader(io.StringIO(text, newline=""))]
 
 
 def test_named_members_only(viewer: Caller, runs: list[Run]) -> None:
