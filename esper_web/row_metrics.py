@@ -7,8 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from django.apps import apps
-from django.db.models import Count, FloatField, Func, Min, Q, QuerySet, Sum
-from django.db.models.functions import Ceil
+from django.db.models import BigIntegerField, Count, Func, Min, Q, QuerySet, Sum
 from django.utils import timezone
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -52,10 +51,11 @@ def _decision_seconds() -> Metric:
     by_person = _rows("adaptations", "Adaptation").filter(
         decided_by__isnull=False, decided_at__isnull=False
     )
-    seconds = _Seconds("decided_at", "created_at")
-    # One group for each second, because a sum for each bound would read the rows as often.
-    groups = by_person.order_by().values_list(Ceil(seconds))
-    found = list(groups.annotate(rows=Count("pk"), sum=Sum(seconds)))
+    lasted = _Milliseconds("decided_at", "created_at")
+    # One group for each second, because a sum for each bound would read the rows as often. Whole
+    # numbers, because the ceiling of others calls Python for each row of SQLite.
+    groups = by_person.order_by().values_list((lasted + 999) / 1000)
+    found = list(groups.annotate(rows=Count("pk"), sum=Sum(lasted)))
     buckets = [
         (str(bound), sum(count for up_to, count, _ in found if up_to <= bound))
         for bound in DECISION_SECONDS
@@ -64,14 +64,14 @@ def _decision_seconds() -> Metric:
         "esper_decision_seconds",
         "From proposal to a person's decision",
         buckets=[*buckets, ("+Inf", sum(count for _, count, _ in found))],
-        sum_value=sum(total for _, _, total in found),
+        sum_value=sum(total for _, _, total in found) / 1000,
     )
 
 
-class _Seconds(Func):
-    """Between two moments, the later one first; to the millisecond. By the database itself."""
+class _Milliseconds(Func):
+    """Between two moments, the later one first. By the database itself."""
 
-    output_field = FloatField()
+    output_field = BigIntegerField()
     arity = 2
 
     def as_sqlite(self, compiler: Any, connection: Any, **context: Any) -> tuple[str, Any]:
@@ -79,12 +79,12 @@ class _Seconds(Func):
         return self.as_sql(
             compiler,
             connection,
-            template="ROUND((julianday(%(expressions)s)) * 86400.0, 3)",
+            template="CAST(ROUND((julianday(%(expressions)s)) * 86400000.0) AS INTEGER)",
             arg_joiner=") - julianday(",
         )
 
     def as_postgresql(self, compiler: Any, connection: Any, **context: Any) -> tuple[str, Any]:
-        template = "ROUND(EXTRACT(EPOCH FROM (%(expressions)s)), 3)::double precision"
+        template = "ROUND(EXTRACT(EPOCH FROM (%(expressions)s)) * 1000)::bigint"
         return self.as_sql(compiler, connection, template=template, arg_joiner=" - ")
 
 
@@ -157,20 +157,17 @@ def _milliseconds(
 ) -> Metric:
     """A histogram in seconds of a column in milliseconds."""
     limits = {f"{bound / 1000:g}": Q(**{f"{column}__lte": bound}) for bound in bounds}
-    total = rows.aggregate(total=Sum(column))["total"] or 0.0
-    return _histogram(name, text, rows, limits, total / 1000)
-
-
-def _histogram(
-    name: str, text: str, rows: QuerySet[Any], limits: dict[str, Q], total: float
-) -> Metric:
     counted = rows.order_by().aggregate(
         whole=Count("pk"),
+        total=Sum(column),
         **{f"b{place}": Count("pk", filter=limit) for place, limit in enumerate(limits.values())},
     )
     buckets = [(bound, counted[f"b{place}"]) for place, bound in enumerate(limits)]
     return HistogramMetricFamily(
-        name, text, buckets=[*buckets, ("+Inf", counted["whole"])], sum_value=total
+        name,
+        text,
+        buckets=[*buckets, ("+Inf", counted["whole"])],
+        sum_value=(counted["total"] or 0.0) / 1000,
     )
 
 
