@@ -34,7 +34,7 @@ def _keep_together(items: list[pytest.Item]) -> None:
     """With ``--dist loadgroup`` a file stays in one process, and so do all users of one Esper."""
     for item in items:
         shared = OF_THE_SESSION.intersection(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group(min(shared, default=str(item.path))))
+        item.add_marker(pytest.mark.xdist_group(min(shared, default=item.path.stem)))
 
 
 @pytest.hookimpl(trylast=True)
