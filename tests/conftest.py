@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page
+from xdist.scheduler import LoadFileScheduling
 
 from launcher.supervisor.ports import any_free_port
 from tests.browser import WAIT_MS, open_chromium
@@ -21,20 +22,34 @@ from tests.running import RunningEsper, launch_esper
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_the_rest(items)
-    _keep_together(items)
     items.sort(key=lambda item: item.path.parent.name not in LONG)  # the last one would run alone
 
 
-# What takes long to start, and is there once for a session.
-OF_THE_SESSION = frozenset({"running_esper", "installation"})
 LONG = frozenset({"system", "nemesis", "launcher"})  # folders whose tests take long
+# Files whose tests share an Esper that takes long to start and is there once for a session.
+TOGETHER = {
+    "installation": {
+        "test_approval_in_a_browser.py",
+        "test_killed_processes.py",
+        "test_plan_on_a_real_run.py",
+        "test_remedies_on_a_real_run.py",
+        "test_restored_backup.py",
+    },
+    "running_esper": {"test_front_door_in_a_browser.py", "test_up.py", "test_with_a_server.py"},
+}
 
 
-def _keep_together(items: list[pytest.Item]) -> None:
-    """With ``--dist loadgroup`` a file stays in one process, and so do all users of one Esper."""
-    for item in items:
-        shared = OF_THE_SESSION.intersection(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group(min(shared, default=item.path.stem)))
+class FilesTogether(LoadFileScheduling):
+    """A file stays in one process, and so do all files that share an Esper."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        name = file.rpartition("/")[2]
+        return next((group for group, files in TOGETHER.items() if name in files), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FilesTogether | None:
+    return FilesTogether(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(trylast=True)
