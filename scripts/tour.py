@@ -82,7 +82,7 @@ STOPS = (
     Stop(
         "adaptation",
         "A decision on a phone",
-        "The question, the forecast, the reasons and the buttons are on the first screen.",
+        "The question, the reasons and the buttons are on the first screen.",
         "/adaptations/{waiting}",
         phone=True,
         dark=True,
