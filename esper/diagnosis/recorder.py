@@ -55,7 +55,9 @@ SURE_STEPS = (100, 200, 400, 800)  # however little a step takes: a short run is
 PERIOD = 50  # shortest, after the first steps
 FORWARD_EVERY = 4  # planned steps
 MEASURED_AT = (50, 500, 5_000)  # where the period is set from the cost so far
-BUDGET = 0.01  # of the time of a step
+BUDGET = 0.004  # of the time of a step
+LEAST_SECONDS_PER_STEP = 40e-6  # on short steps, where the rules cost more than that share
+LARGEST_BUDGET = 0.01
 KEPT = 16  # readings
 USUAL_UPDATES = 10  # that show how many forward passes an update has
 WATCHED_EVALUATIONS = 2
@@ -117,7 +119,8 @@ class Plan:
         """At the fixed steps, sets the period from what a planned step has cost on average."""
         if step not in MEASURED_AT or not self._checks or not step_seconds > 0:
             return
-        needed = self._spent / self._checks / (BUDGET * step_seconds)
+        least = min(LARGEST_BUDGET * step_seconds, LEAST_SECONDS_PER_STEP)
+        needed = self._spent / self._checks / max(BUDGET * step_seconds, least)
         # Rounded up to a few values, so that two runs of the same script have the same plan.
         self.period = PERIOD * 2 ** max(0, math.ceil(math.log2(max(1.0, needed / PERIOD))))
 
@@ -169,7 +172,7 @@ class Recorder:
         self._waiting: (
             tuple[Callable[[], ModelPass] | None, Callable[[], Gradients] | None] | None
         ) = None  # makes what was measured, once its numbers have arrived
-        self._in_hooks = 0.0
+        self._seconds = 0.0  # of the present reading, without the rules
         self._first_time = math.nan
         before, after = self._closed(self._before_update), self._closed(self._after_update)
         with_hooks = filter(takes_hooks, self._optimizers if reads else ())
@@ -198,6 +201,8 @@ class Recorder:
         due, self._due = self._due, False
         if due:
             measured |= self._take(step)
+        if due or measured:
+            self._seconds += self._clock() - started
         if self.plan.is_due(step + 1):
             self._due = True
             if self._reads and self.plan.reads_forward(step + 1):
@@ -224,8 +229,8 @@ class Recorder:
 
     def spend(self, seconds: float) -> None:
         """What the rules have cost in a measured step."""
-        self.plan.add(seconds + self._in_hooks)
-        self._in_hooks = 0.0
+        self.plan.add(seconds + self._seconds)
+        self._seconds = 0.0
         if self.step > 1:
             typical = (self._clock() - self._first_time) / (self.step - 1)
             self.plan.adapt(self.step, typical)
@@ -312,7 +317,7 @@ class Recorder:
         if self._due:
             started = self._clock()
             self._gradient.remember(optimizer)
-            self._in_hooks += self._clock() - started
+            self._seconds += self._clock() - started
 
     def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
         started = self._clock()
@@ -320,7 +325,7 @@ class Recorder:
         self._start.on_update(optimizer)
         if self._due:
             self._gradient.read(optimizer)
-            self._in_hooks += self._clock() - started
+            self._seconds += self._clock() - started
 
 
 def highest_rate(optimizers: Iterable[torch.optim.Optimizer]) -> float:

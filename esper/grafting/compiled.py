@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch._dynamo import config, convert_frame
 from torch._dynamo.eval_frame import OptimizedModule
@@ -120,6 +121,17 @@ class Compilation:
 def anything_was_compiled() -> bool:
     """torch.compile has compiled some code of this process."""
     return bool(convert_frame.FRAME_COMPILE_COUNTER)
+
+
+def forget_compiled_code() -> None:
+    """Lets torch compile everything again at its next run.
+
+    Compiled code does not check for hooks again: code compiled before a slot was added would never
+    run a graft. Where nothing was compiled, torch is left alone: its reset would import Inductor on
+    a machine with a GPU, which takes seconds, in the training thread.
+    """
+    if anything_was_compiled():
+        torch.compiler.reset()
 
 
 def make_room_for_graft() -> None:

@@ -30,6 +30,7 @@ from esper.blueprints import Graft
 from esper.blueprints.base import introduce
 from esper.exceptions import GraftError, UnknownLayerError
 from esper.fail_closed import short
+from esper.grafting.compiled import forget_compiled_code
 from esper.grafting.hooks import PassingHook, register_alike
 from esper.grafting.manifest import MANIFEST_KEY, GraftRecord, pack
 from esper.grafting.spans import Carrier, Source, Span, lay_hooks
@@ -492,7 +493,7 @@ def settle_spans(model: nn.Module) -> None:
         if name not in start._modules:
             start.add_module(name, Source(carrier))
     if lay_hooks(model, spans):
-        torch.compiler.reset()
+        forget_compiled_code()
 
 
 def _spans(model: nn.Module) -> Iterator[Span]:
@@ -542,10 +543,7 @@ def prepare_slots(
         if slot is not None and (layer in fresh or not until_empty):
             slot.until_empty = until_empty
     if fresh:
-        # Compiled code does not check for hooks again: code compiled before these slots would never
-        # run a graft. It is compiled again at its next run; without compiled code, this takes well
-        # below a millisecond.
-        torch.compiler.reset()
+        forget_compiled_code()
     return tuple(fresh)
 
 

@@ -24,6 +24,9 @@ LONGEST_DOUBLING = 20  # a period of some ten million steps: sampling has stoppe
 # On short steps a share of the step would be less than one frame of a tiny model costs.
 LEAST_SECONDS_PER_STEP = 40e-6
 DEEP_FRAMES = 5
+# The first sample of activations may load code and fill caches for most of its time, on a GPU for a
+# hundred times as long as the next one takes. Until that is known, the period stays below this.
+LONGEST_DEEP_AT_FIRST = 400
 SHRINK_MARGIN = 1.5  # a shorter period must have this much room, or periods would go to and fro
 
 _WRONG = (
@@ -58,7 +61,7 @@ class SamplingPace:
     def __init__(
         self,
         *,
-        budget: float = 0.008,
+        budget: float = 0.005,
         frame_every: int = 10,
         deep_every: int = 50,
         fixed: Sequence[Periods] | None = None,
@@ -125,7 +128,10 @@ class SamplingPace:
         frame = _period(_typical(self._frame_costs) / allowed, self._frame_every, now.frame)
         deep = now.deep
         if self._deep_costs:
-            deep = _period(_typical(self._deep_costs) / allowed, self._deep_every, now.deep)
+            needed = _typical(self._deep_costs) / allowed
+            if len(self._deep_costs) == 1:
+                needed = min(needed, LONGEST_DEEP_AT_FIRST)
+            deep = _period(needed, self._deep_every, now.deep)
         while deep % frame:  # activations are read at a step with a frame
             deep *= 2
         if (frame, deep) == (now.frame, now.deep):

@@ -26,6 +26,8 @@ class Event(Protocol):
 
     def synchronize(self) -> None: ...
 
+    def record(self, stream: Any = None) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class HostCopy:
@@ -70,6 +72,30 @@ def _copy_behind(tensor: Tensor) -> HostCopy:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     return HostCopy(host, torch.cuda.current_stream(tensor.device).record_event())
+
+
+class RepeatedCopy:
+    """Copies one number of a GPU after the other, in host memory that is allocated once.
+
+    A copy is valid until the next but one of the same device and dtype.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[torch.device, torch.dtype], list[HostCopy]] = {}
+
+    def of(self, number: Tensor) -> HostCopy:
+        """A tensor of shape [] on a GPU; the copy arrives behind the work that is queued."""
+        form = (number.device, number.dtype)
+        known = self._copies.setdefault(form, [])
+        if len(known) < 2:  # the one before this one has not been read
+            known.append(_copy_behind(number.detach()))
+            return known[-1]
+        copy = known.pop(0)
+        known.append(copy)
+        copy.tensor.copy_(number.detach(), non_blocking=True)
+        assert copy.event is not None
+        copy.event.record(torch.cuda.current_stream(number.device))
+        return copy
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from esper.health.transfers import HostCopy, copy_to_host, is_late
+from esper.health.transfers import HostCopy, RepeatedCopy, copy_to_host, is_late
 from esper.sharding import is_dtensor, local
 
 
@@ -15,6 +15,7 @@ class LossReader:
 
     def __init__(self) -> None:
         self._late: tuple[int, HostCopy] | None = None
+        self._copies = RepeatedCopy()
 
     def read(self, loss: float | Tensor | None, step: int) -> tuple[int, float] | None:
         """A loss that is known now, and its step: on a GPU the previous one's.
@@ -22,10 +23,12 @@ class LossReader:
         Raises:
             TypeError: not a number, nor a tensor of one element.
         """
-        if type(loss) is Tensor and not loss.ndim and self._late is None and not is_late(loss):
-            return step, loss.item()  # the usual case, in few calls
         late, self._late = self._late, None
-        copy = _copy_of(loss)
+        copy: float | HostCopy | None
+        if type(loss) is Tensor and not loss.ndim:  # the usual case, in few calls
+            copy = self._copies.of(loss) if is_late(loss) else loss.item()
+        else:
+            copy = _copy_of(loss)
         if isinstance(copy, HostCopy):
             self._late = step, copy
         elif copy is not None:

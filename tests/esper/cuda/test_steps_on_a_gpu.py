@@ -67,8 +67,8 @@ def nothing_waits() -> Iterator[None]:
     if not IS_GPU:
         yield
         return
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

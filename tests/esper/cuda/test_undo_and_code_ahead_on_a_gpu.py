@@ -51,5 +51,5 @@ def test_the_trainer_finds_the_code_of_a_graft_in_the_cache(
         counters.clear()
         session.graft("0", "proj_lora_64")
         loop.train(session, 2)
-    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1, counters
     assert counters["inductor"]["fxgraph_cache_miss"] == 0

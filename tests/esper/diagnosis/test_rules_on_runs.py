@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esper.diagnosis.recorder import Plan
+from esper.diagnosis.recorder import Plan, Recorder
+from esper.fail_closed import FailClosed
 from tests.esper.diagnosis.small_runs import (
     Detached,
     Run,
@@ -464,6 +465,36 @@ def test_the_next_look_is_the_first_that_is_due() -> None:
             plan.look_again(200)
         due = next(later for later in range(step + 1, 10**4) if plan.is_due(later))
         assert plan.next_due(step) == due
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "share"), [(1e-3, 0.01), (5e-3, 0.008), (20e-3, 0.004), (1.0, 0.004)]
+)
+def test_a_look_takes_its_share_of_a_step(step_seconds: float, share: float) -> None:
+    plan = Plan()
+    plan.add(0.03)
+    plan.adapt(500, step_seconds)
+    assert 0.03 / plan.period <= share * step_seconds
+    assert plan.period == 50 or 0.03 / (plan.period / 2) > share * step_seconds
+
+
+def test_all_of_a_look_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU what a look queues there takes longer than the rules."""
+    now = [0.0]
+    model = perceptron()
+    recorder = Recorder(model, [], FailClosed(), clock=lambda: now[0])
+    taken = recorder._take
+
+    def take(step: int) -> bool:
+        now[0] += 0.03
+        return taken(step)
+
+    monkeypatch.setattr(recorder, "_take", take)
+    for step in range(1, 51):
+        now[0] += 0.001
+        if recorder.on_step(step):
+            recorder.spend(0.0)
+    assert recorder.plan.period * 40e-6 >= 0.03
 
 
 def test_data_that_is_not_finite_is_looked_for_in_the_next_step() -> None:

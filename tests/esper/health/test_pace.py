@@ -48,6 +48,23 @@ def test_a_dear_frame_lengthens_the_period_until_its_budget_is_kept() -> None:
     assert last.deep % last.frame == 0
 
 
+@pytest.mark.parametrize("later_cost", [0.01, 0.9], ids=["only the first is dear", "all are"])
+def test_one_dear_sample_of_activations_does_not_end_them(later_cost: float) -> None:
+    pace = SamplingPace()
+    costs, deep_at, last, step = iter([0.9]), [], 0, 0
+    for _ in range(2_000):
+        step = pace.next_frame(step)
+        pace.add_frame(1e-4)
+        if pace.is_deep(step, last):
+            deep_at.append(step)
+            last = step
+            pace.add_deep(next(costs, later_cost))
+        pace.adapt(step, 0.02)
+
+    assert deep_at[1] <= 400
+    assert later_cost / (pace.at(step).deep * 0.02) <= 0.005 / 2
+
+
 def test_periods_change_only_at_the_first_frame_from_a_fixed_step_on() -> None:
     pace = SamplingPace()
     noise = random.Random(0)
