@@ -5,7 +5,7 @@ On a machine with a GPU a reset of the compiler imports Inductor, which takes se
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -27,13 +27,18 @@ ACTS: dict[str, Act] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("act", ACTS)
 def test_it_is_reset_only_where_something_was_compiled(
     act: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.compiler.reset()
     resets: list[bool] = []
-    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
     x = torch.randn(4, 8)
     for compiled in (False, True):
         if compiled:
@@ -42,6 +47,8 @@ def test_it_is_reset_only_where_something_was_compiled(
         optimizer = torch.optim.AdamW(model.parameters())
         torch.autograd.backward(model(x).sum())
         optimizer.step()
-        ACTS[act](model, optimizer, x)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.compiler, "reset", lambda: resets.append(True))
+            ACTS[act](model, optimizer, x)
 
         assert bool(resets) == compiled
