@@ -61,7 +61,7 @@ class BadInitialisation(Rule):
     severity = Severity.SERIOUS
     false_alarm = (
         "Adapters and heads that start at zero on purpose; a very low learning rate, at which a "
-        "faint signal grows later."
+        "lost signal grows later; deep nets without biases, some of which Adam trains all the same."
     )
     advice = (
         "Initialise so that each layer keeps the scale of its input, such as Kaiming or Xavier."
@@ -82,20 +82,22 @@ class BadInitialisation(Rule):
         is_young = observation.step <= 3
         seen = observation.first_pass if is_young else observation.last_pass
         gains = _gains_at_birth(observation) if is_young else _gains_now(observation)
-        lost = _spread(seen) or _faint(seen)
-        if lost and not _may_come_back(observation, seen):
-            return lost
+        alike, faint = _spread(seen), _faint(seen)
+        if alike is None and faint:
+            return faint
+        if alike and not _may_come_back(observation, seen):
+            return alike
         other = _blown_up(seen) or _gain(gains) or (_loss(seen, first) if is_young else None)
-        return other or (lost and replace(lost, severity=Severity.INFO))
+        return other or (alike and replace(alike, severity=Severity.INFO))
 
 
 def _may_come_back(observation: Observation, seen: ModelPass) -> bool:
-    """A lost signal grows where the gradient is not exactly zero; a faint one is learned late."""
+    """A lost signal grows where the gradient is not exactly zero."""
     if not seen.layers[-1].input_spread > ROUNDING:
         return False
     if seen.step < WAITS:
         # The updates of SGD are as faint as the signal.
-        return not (observation.follows_gradient and _spread(seen))
+        return not observation.follows_gradient
     return _left(seen) >= GROWN * _left(observation.first_pass)
 
 

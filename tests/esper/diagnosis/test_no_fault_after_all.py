@@ -58,6 +58,19 @@ def test_a_faint_signal_that_does_not_grow_is_told() -> None:
     assert any(alarm.startswith("bad_initialisation") for alarm in result.alarms())
 
 
+def test_a_faint_signal_without_biases_is_told_at_once() -> None:
+    """Adam's first updates bring it back, all units alike, and the net stays at guessing."""
+    torch.manual_seed(1)
+    model = deep_as_torch_makes_it(nn.Tanh)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.5 / 64**0.5)
+            nn.init.zeros_(layer.bias)
+    result = Run(model, optimizer=adam, steps=3).go()
+    assert any(alarm.startswith("bad_initialisation") for alarm in result.alarms())
+    assert result.steps["bad_initialisation"] == 1
+
+
 class FineTuned(nn.Module):
     """A trunk in evaluation mode, and a head."""
 
