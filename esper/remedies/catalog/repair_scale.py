@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ ROUNDS = 4  # how often one layer is measured and scaled
 SOUND = (0.9, 1.1)  # a spread between these is left as it is
 LARGE_INPUT = 10.0  # root mean square; abnormal_data has the same limit
 LARGEST_FACTOR = 1e4
+OUTLIER, FEWEST_GAINS = 1.5, 2  # a gain of that many times the median of the layers before it
 LARGEST_MEAN = 2.0  # of a channel, in spreads of the layer
 USUAL_SPREAD = 0.6  # std of a standard normal behind a tanh (0.63) or a ReLU (0.58)
 FAINT_SPREAD = 0.4  # below it, updates are scaled; behind a sigmoid it is 0.21
@@ -40,10 +42,11 @@ class RepairScale(Remedy):
     idea = (
         "Scales the weights of each layer, in the order in which they run, so that the standard "
         "deviation of its output on one batch is 1, and takes large means out of its biases. The "
-        "last layer is only scaled down. A run of at most 50 steps first goes back to its first "
-        "weights, where they are kept. Where the inputs of the first layer are large, its updates "
-        "get smaller too, as if the inputs were scaled; where those of a later layer hardly "
-        "differ, as behind a sigmoid, its updates get larger."
+        "last layer is only scaled down, and no layer is scaled far beyond those before it. A run "
+        "of at most 50 steps first goes back to its first weights, where they are kept. Where the "
+        "inputs of the first layer are large, its updates get smaller too, as if the inputs were "
+        "scaled; where those of a later layer hardly differ, as behind a sigmoid, its updates get "
+        "larger."
     )
     source = "LSUV, arXiv 1511.06422, and Krähenbühl et al. 2016, arXiv 1511.06856"
     when = "The initialisation makes activations vanish, explode or saturate before training."
@@ -72,8 +75,12 @@ class RepairScale(Remedy):
         with torch.no_grad(), put_back(target.model, None):
             order = _order(target.model, target.sample)
             inputs = _input_size(target.model, order[0], target.sample) if order else 1.0
+            gains: list[float] = []  # of the layers so far, after their repair
             for name in order[:1] if config["first_only"] else order:
-                factor = _repair(target.model, name, target.sample, last=name == order[-1])
+                largest = OUTLIER * median(gains) if len(gains) >= FEWEST_GAINS else math.inf
+                is_last = name == order[-1]
+                factor = _repair(target.model, name, target.sample, largest, last=is_last)
+                gains.append(_gain(target.model.get_submodule(name)))
                 if factor != 1.0:
                     factors[name] = factor
             later = [] if config["first_only"] else order[1:]
@@ -204,8 +211,15 @@ def _input_spread(model: nn.Module, name: str, sample: Batch) -> float:
     return found[0] if found else math.nan
 
 
-def _repair(model: nn.Module, name: str, sample: Batch, *, last: bool) -> float:
-    """Scales one layer; returns the factor of its weights."""
+def _repair(
+    model: nn.Module, name: str, sample: Batch, largest_gain: float, *, last: bool
+) -> float:
+    """Scales one layer; returns the factor of its weights.
+
+    Args:
+        largest_gain: up to which weights are made larger. What differs little on purpose, such as
+            means over an image, is brought back by this layer and the next ones together.
+    """
     module = model.get_submodule(name)
     weight = module._parameters["weight"]
     assert weight is not None
@@ -219,9 +233,20 @@ def _repair(model: nn.Module, name: str, sample: Batch, *, last: bool) -> float:
         if sound or not 0 < spread < float("inf"):
             break
         factor = min(max(1.0 / spread, 1.0 / LARGEST_FACTOR), LARGEST_FACTOR)
+        factor = min(factor, max(1.0, largest_gain / _gain(module)))
+        if factor == 1.0:
+            break
         weight.mul_(factor)
         total *= factor
     return total
+
+
+def _gain(module: nn.Module) -> float:
+    """Root mean square of the weights x sqrt(inputs of one output)."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    outputs = weight.shape[1 if kind_of(module) in layout.TRANSPOSED_LINEAR else 0]
+    return float(weight.detach().float().norm()) / math.sqrt(max(1, outputs))
 
 
 def _spread(model: nn.Module, module: nn.Module, sample: Batch) -> tuple[float, Tensor]:
