@@ -32,7 +32,7 @@ from benchmarks.rescue.arms import (
 )
 from benchmarks.rescue.cases import Case
 from benchmarks.rescue.faults import at8, clean, deform, silent12, so35
-from benchmarks.rescue.measures import POINTS, Record
+from benchmarks.rescue.measures import NOT_LEARNED, POINTS, Record
 from benchmarks.rescue.training import LONGER, Arm, Outcome, train
 
 AT_8_STEPS, SILENT_STEPS, CLEAN_STEPS = 500, 120, 1500
@@ -61,7 +61,7 @@ def measure(case: Case, arms: tuple[str, ...], twins: dict[object, Outcome]) -> 
     if case.tier == clean.TIER:
         return record
     if not watched.score >= case.learned:
-        record.why_not = "the twin did not learn"
+        record.why_not = NOT_LEARNED
         return record
     steps = round(case.steps * LONGER)
     # What Esper observes is equal to the bit to the run left alone.

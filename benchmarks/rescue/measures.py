@@ -15,6 +15,7 @@ from benchmarks.rescue.training import Outcome
 
 POINTS = 0.02  # of the held-out score
 RESAMPLED = 2000
+NOT_LEARNED = "the twin did not learn"
 
 
 @dataclass

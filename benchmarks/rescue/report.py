@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.rescue.faults import at8, clean, deform, silent12, so35
 from benchmarks.rescue.measures import (
+    NOT_LEARNED,
     Detection,
     Record,
     Recovery,
@@ -302,16 +303,18 @@ def _alarms(records: Sequence[Record]) -> Iterator[str]:
     alarms, steps = alarms_in_10_000(records)
     longer = [record for record in records if record.tier == clean.TIER]
     runs = sum(record.clean_steps > 0 for record in records)
+    idle = sum(len(record.alarms) for record in records if record.why_not == NOT_LEARNED)
     yield "## Healthy runs\n"
     yield (
         f"{alarms} findings above info in {steps:,} steps of {runs} healthy runs, "
         f"{1e4 * alarms / max(1, steps):.2f} in 10,000. {len(longer)} of them are the longer runs "
-        f"of the tier Clean, one for each kind of model.\n"
+        f"of the tier Clean, one for each kind of model. {idle} of the findings are of twins that "
+        "did not learn.\n"
     )
     for record in records:
         if record.alarms:
             found = ", ".join(f"{slug} at {step}" for slug, step in record.alarms.items())
-            learned = "" if record.why_not != "the twin did not learn" else ", did not learn"
+            learned = "" if record.why_not != NOT_LEARNED else ", did not learn"
             yield f"- {record.tier}, {record.title}{learned}: {found}"
     yield ""
 
