@@ -68,10 +68,17 @@ def copy_to_host(tensor: Tensor) -> HostCopy:
     return _copy_behind(tensor.detach())
 
 
-def _copy_behind(tensor: Tensor) -> HostCopy:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+def _copy_behind(tensor: Tensor, used: HostCopy | None = None) -> HostCopy:
+    """``used``: an earlier copy of the same form, which is overwritten."""
+    stream = torch.cuda.current_stream(tensor.device)
+    if used is not None and used.event is not None:
+        used.tensor.copy_(tensor, non_blocking=True)
+        used.event.record(stream)
+        return used
+    with torch.inference_mode(False):  # it may be written to again, outside of such a block
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    return HostCopy(host, torch.cuda.current_stream(tensor.device).record_event())
+    return HostCopy(host, stream.record_event())
 
 
 class RepeatedCopy:
@@ -85,17 +92,11 @@ class RepeatedCopy:
 
     def of(self, number: Tensor) -> HostCopy:
         """A tensor of shape [] on a GPU; the copy arrives behind the work that is queued."""
-        form = (number.device, number.dtype)
-        known = self._copies.setdefault(form, [])
-        if len(known) < 2:  # the one before this one has not been read
-            known.append(_copy_behind(number.detach()))
-            return known[-1]
-        copy = known.pop(0)
-        known.append(copy)
-        copy.tensor.copy_(number.detach(), non_blocking=True)
-        assert copy.event is not None
-        copy.event.record(torch.cuda.current_stream(number.device))
-        return copy
+        known = self._copies.setdefault((number.device, number.dtype), [])
+        # Two in turns: the one before this one has not been read.
+        used = known.pop(0) if len(known) == 2 else None
+        known.append(_copy_behind(number.detach(), used))
+        return known[-1]
 
 
 @dataclass(frozen=True, slots=True)

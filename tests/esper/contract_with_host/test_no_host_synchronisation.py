@@ -57,7 +57,7 @@ class LateNumbers:
     def __init__(self) -> None:
         self.waiting: list[tuple[Tensor, Tensor, LateEvent]] = []
 
-    def copy(self, tensor: Tensor) -> HostCopy:
+    def copy(self, tensor: Tensor, used: HostCopy | None = None) -> HostCopy:
         host = torch.full_like(tensor, -12345.0)
         event = LateEvent()
         self.waiting.append((host, tensor.clone(), event))
