@@ -10,7 +10,7 @@ import asyncio
 import random
 import threading
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -85,9 +85,11 @@ class BadNetwork:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             upstream = await asyncio.open_connection("127.0.0.1", self._target)
-        except OSError:
+        except BaseException as error:
             writer.close()
-            return
+            if isinstance(error, OSError):
+                return
+            raise
         self._open.add(writer)
         connection = _Connection(self, (reader, writer), upstream)
         try:
@@ -103,10 +105,10 @@ class BadNetwork:
         """Do a request once more, and forget the answer."""
         with suppress(*_CLOSED, TimeoutError):
             reader, writer = await asyncio.open_connection("127.0.0.1", self._target)
-            writer.write(request)
-            async with asyncio.timeout(20):
-                await reader.readuntil(b"\r\n\r\n")
-            writer.close()
+            with closing(writer):
+                writer.write(request)
+                async with asyncio.timeout(20):
+                    await reader.readuntil(b"\r\n\r\n")
 
 
 class _Connection:
