@@ -26,6 +26,7 @@ from esper.contracts.attestation import content_hash
 GENESIS = "0" * 64
 # The first head is signed within seconds of the first event. Later, a log without heads is suspect.
 FIRST_HEAD_WITHIN = timedelta(minutes=1)
+NO_HEAD = "no signed head is in"
 
 
 def record(
@@ -105,6 +106,11 @@ class ChainReport:
     signed_events: int = 0
     signed_at: str | None = None
 
+    @property
+    def lacks_a_head(self) -> bool:
+        """The chain itself is whole; but nothing outside of the database vouches for it."""
+        return self.problem.startswith(NO_HEAD)
+
 
 def verify_chain(heads_files: Sequence[Path] = (), keys: Sequence[str] = ()) -> ChainReport:
     """Verify the whole chain and its signed heads, and name the first thing that is wrong.
@@ -144,6 +150,7 @@ def _verified(signed: list[SignedHead]) -> ChainReport:
         kept = at_the_end == end.last_hash or not end.last_id
         if not kept or written.last_id < count:
             problem = f"the log ends at {count}, but {written.last_id} events were written"
+    problem = problem or _problem_without_heads(newest)
     return ChainReport(
         not problem,
         count,
@@ -160,10 +167,14 @@ def _problem_at_the_end(count: int, newest: SignedHead | None) -> str:
             f"the log ends at {count}, but {newest.events} events were signed at {newest.at}: its "
             "end was cut, or an older state was restored"
         )
+    return ""
+
+
+def _problem_without_heads(newest: SignedHead | None) -> str:
     first = AuditEvent.chain.filter(pk=1).first()
     if newest is None and first is not None and first.at < database_now() - FIRST_HEAD_WITHIN:
         places = " and ".join(str(directory / FILE) for directory in directories())
-        return f"no signed head is in {places}: it was deleted, or no control worker has run"
+        return f"{NO_HEAD} {places}: it was deleted, or no control worker has run"
     return ""
 
 

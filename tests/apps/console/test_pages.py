@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from django.core.cache import cache
 from django.test import Client
 from django.urls import reverse
+from django.utils import timezone
 
 from apps.adaptations.models import Adaptation
-from apps.audit.services import ChainReport, verify_chain
+from apps.audit import chain
+from apps.audit.models import AuditEvent
+from apps.audit.services import ChainReport, sign_head, verify_chain
 from apps.console.urls import urlpatterns
 from esper.contracts import AdaptationState
 from tests.apps.cast import PASSWORD, make_person
@@ -156,6 +162,29 @@ def test_many_who_verify_the_audit_log_at_once_cause_one_pass_over_it(
     pages = [world.client(who).get("/audit?verify=1") for who in ("vera", "olga", "ada")]
     assert all("Verified" in page.content.decode() for page in pages)
     assert len(passes) == 1
+
+
+def test_a_log_without_a_signed_head_is_not_called_broken(
+    world: Any, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that there is none, and when the first is made; changed events are still broken."""
+    settings.ESPER_AUDIT_DIR = tmp_path
+
+    def told() -> str:
+        cache.clear()
+        return str(world.client("vera").get("/audit?verify=1&panel=chain").content.decode())
+
+    assert "no head is signed yet" in told()
+    monkeypatch.setattr(chain, "database_now", lambda: timezone.now() + timedelta(minutes=5))
+    text = told()
+    assert "No signed head exists" in text
+    assert "signs the first head within ten seconds" in text
+    assert "broken" not in text.replace("unbroken", "")
+    assert sign_head() is not None
+    assert "covered by the head signed at" in told()
+    (tmp_path / "heads.ndjson").unlink()
+    AuditEvent.objects.filter(pk=1).update(reason="forged")
+    assert "The chain is broken" in told()
 
 
 def test_pages_accept_no_writes(world: Any) -> None:
