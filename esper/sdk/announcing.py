@@ -14,7 +14,7 @@ from esper.contracts import Decision, Finding, RunMode, Severity
 from esper.grafting import RemedyReceipt, UndoReceipt
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.run_state import RunState
-from esper.sdk.tracking import Event, Mirror
+from esper.sdk.tracking import Event, Mirror, Progress
 
 logger = logging.getLogger("esper")
 
@@ -25,14 +25,23 @@ class Announcer:
     Args:
         verbose: False: lines go to the logger only.
         decides: this process takes the decisions; the other ranks are silent.
-        mirror: the user's trackers, which get the same as events.
+        mirror: the user's trackers, which get the same as events, and the progress.
+        target_steps: how many steps are planned.
     """
 
     def __init__(
-        self, run: RunState, *, verbose: bool, decides: bool, mirror: Mirror | None = None
+        self,
+        run: RunState,
+        *,
+        verbose: bool,
+        decides: bool,
+        mirror: Mirror | None = None,
+        target_steps: int | None = None,
     ) -> None:
         self._run = run
+        self._target_steps = target_steps
         self._mirror = mirror or Mirror()
+        self._mirror.follow(self._progress)
         self._server = self._page = ""
         self._console = Console(enabled=verbose and decides and _first_rank())
         self._told: set[str] = set()
@@ -238,6 +247,16 @@ class Announcer:
             link = f"{self._server}/adaptations/{quote(uid, safe='')}"
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self._mirror.send(Event(self._run.step, kind, text, link or self._page, finite))
+
+    def _progress(self) -> Progress:
+        """Read in the trackers' thread while the run goes on: each value is whole."""
+        run = self._run
+        try:
+            loss: float | None = run.losses[-1][1]
+        except IndexError:
+            loss = None
+        held_out = None if math.isnan(run.held_out) else run.held_out
+        return Progress(run.step, self._target_steps, loss, held_out)
 
     def _step(self, line: str, *, kind: str, level: int = logging.INFO) -> None:
         self._say(f"step {self._run.step}: {line}", kind=kind, level=level)

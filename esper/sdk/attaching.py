@@ -58,7 +58,7 @@ def attach(
     snapshot_memory: float | None = None,
     snapshot_folder: str | Path | None = None,
     good_states: str | Path | None = None,
-    trackers: Iterable[str | Tracker | Any] = (),
+    trackers: Iterable[str | Tracker | Any] | None = None,
     shadow: Shadow | None = None,
     verbose: bool = True,
 ) -> Session:
@@ -105,7 +105,9 @@ def attach(
         trackers: where findings, grafts, remedies and gains are written too, as markers and
             metrics with the link of the decision: ``"tensorboard"``, ``"wandb"``, ``"mlflow"``,
             ``"trackio"``, a ``SummaryWriter``, a run of wandb, or any object with ``write(event)``
-            and ``close()``. They are written in a thread; one that fails is left out.
+            and ``close()``; with ``"kubeflow"`` the progress goes into the TrainJob's status.
+            Default: the names in ``ESPER_TRACKERS``, separated by commas. They are written in a
+            thread; one that fails is left out.
         shadow: how a graft is tried on a copy of this run when a person asks for it on the page of
             a decision: batches, training loss and held-out loss of any model, and the share of the
             time that it may take. Without it such a request is refused.

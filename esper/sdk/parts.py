@@ -84,7 +84,11 @@ class Parts:
         self.queues = TransportQueues() if setup.server and self.ranks.decides else None
         self.run = RunState(setup.run, setup.mode, setup.safety_policy, self.queues)
         self.announcer = Announcer(
-            self.run, verbose=setup.verbose, decides=self.ranks.decides, mirror=setup.mirror
+            self.run,
+            verbose=setup.verbose,
+            decides=self.ranks.decides,
+            mirror=setup.mirror,
+            target_steps=setup.target_steps,
         )
         send = self.queues.telemetry.offer_finding if self.queues is not None else None
         self.findings = Findings(send, self.announcer.finding)

@@ -18,7 +18,7 @@ from torch import nn
 
 import esper
 from esper.exceptions import ConfigurationError
-from esper.sdk.tracking import MAX_FAILURES, Event, Mirror, trackers_of
+from esper.sdk.tracking import MAX_FAILURES, Event, Mirror, Progress, trackers_of
 
 GRAFT = Event(7, "graft", "proj_lora_64 into 'fc'", "http://esper/adaptations/adp_1")
 KEPT = Event(9, "kept", "proj_lora_64 in 'fc'", "http://esper/adaptations/adp_1", {"gain": 0.25})
@@ -36,6 +36,19 @@ class Memory:
 
     def close(self) -> None:
         self.closed = True
+
+
+class Watcher(Memory):
+    """A tracker that takes the progress too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.progress: list[Progress] = []
+        self.told = threading.Event()
+
+    def report(self, progress: Progress) -> None:
+        self.progress.append(progress)
+        self.told.set()
 
 
 def _mirrored(*trackers: Any) -> Mirror:
@@ -165,8 +178,10 @@ def test_a_run_mirrors_its_grafts_and_findings() -> None:
     frozen = nn.Linear(2, 2)
     model.extra = frozen  # is in no group of the optimizer: a finding
     optimizer = torch.optim.SGD([*model[0].parameters(), *model[2].parameters()], lr=0.01)
-    seen = Memory()
-    session = esper.attach(model, optimizer, mode="supervised", trackers=[seen], verbose=False)
+    seen = Watcher()
+    session = esper.attach(
+        model, optimizer, mode="supervised", trackers=[seen], target_steps=12, verbose=False
+    )
     x, y = torch.randn(16, 4), torch.randn(16, 1)
     for _ in range(3):
         optimizer.zero_grad()
@@ -181,5 +196,42 @@ def test_a_run_mirrors_its_grafts_and_findings() -> None:
     assert {"graft", "remedy"} <= set(kinds)
     assert "finding" in kinds
     assert seen.closed
+    assert seen.progress[-1].step == 3
+    assert seen.progress[-1].target_steps == 12
+    assert seen.progress[-1].loss == pytest.approx(loss.item())
     graft = seen.events[kinds.index("graft")]
     assert (graft.step, "proj_lora_64 into '0'" in graft.text) == (3, True)
+
+
+def test_the_progress_is_told_without_events_and_ends_with_a_run_that_was_dropped() -> None:
+    class Run:
+        step = 5
+
+        def progress(self) -> Progress:
+            return Progress(self.step)
+
+    run, seen = Run(), Watcher()
+    mirror = Mirror([seen], seconds=0.01)
+    mirror.follow(run.progress)
+    assert seen.told.wait(60)
+    seen.told.clear()
+    assert seen.told.wait(60)  # again, although nothing happened
+    del run
+    mirror.close(60)
+    assert seen.closed
+    assert {progress.step for progress in seen.progress} == {5}
+
+
+def test_the_environment_names_trackers_where_the_script_names_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ESPER_TRACKERS", "kubeflow, ")
+    monkeypatch.delenv("KUBEFLOW_TRAINER_SERVER_URL", raising=False)
+    assert trackers_of(None) == []
+    assert "not mirrored into kubeflow: KUBEFLOW_TRAINER_SERVER_URL" in caplog.text
+    caplog.clear()
+    assert trackers_of([]) == []  # the script wants none
+    assert not caplog.text
+    monkeypatch.setenv("ESPER_TRACKERS", "kubflow")
+    with pytest.raises(ConfigurationError, match=r"did you mean.*kubeflow"):
+        trackers_of(None)

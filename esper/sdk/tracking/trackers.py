@@ -1,72 +1,22 @@
-"""What happens to a run, mirrored into the trackers that its user has: ``attach(trackers=[…])``.
-
-A tracker gets one :class:`Event` for each finding, proposal, graft, remedy and verdict. It is
-written in a thread of its own: a slow or broken tracker never delays or ends the training, and is
-left out after some failures. Four adapters of a few lines each are here; anything with ``write``
-and ``close`` is a tracker too.
-"""
+"""The trackers that are known by name, and those that users bring."""
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from esper.exceptions import ConfigurationError
 from esper.near_names import did_you_mean
+from esper.sdk.tracking.events import PREFIX, Event, Tracker
+from esper.sdk.tracking.kubeflow import Kubeflow, NotInKubeflowError
 
 logger = logging.getLogger("esper")
 
-MAX_WAITING = 1000  # events; what comes when so many wait is dropped
-MAX_FAILURES = 3
-PREFIX = "esper/"
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One thing that happened to a run.
-
-    Attributes:
-        step: of the run.
-        kind: ``finding``, ``proposed``, ``waits``, ``graft``, ``kept``, ``taken_out``, ``remedy``
-            or ``verdict``.
-        text: one sentence.
-        link: the page of the decision or the run; empty without a server.
-        values: finite numbers by name, such as ``gain``, a share of the loss.
-    """
-
-    step: int
-    kind: str
-    text: str
-    link: str = ""
-    values: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def line(self) -> str:
-        """The text with its link."""
-        return f"{self.text} ({self.link})" if self.link else self.text
-
-    def metrics(self) -> dict[str, float]:
-        """A marker, which is 1 at this step, and the values, by their names in a tracker."""
-        return {
-            f"{PREFIX}{self.kind}": 1.0,
-            **{f"{PREFIX}{name}": value for name, value in self.values.items()},
-        }
-
-
-@runtime_checkable
-class Tracker(Protocol):
-    """Where events are written. Called from one thread; it may raise."""
-
-    def write(self, event: Event) -> None:
-        """Write one event."""
-
-    def close(self) -> None:
-        """The run has ended."""
+VARIABLE = "ESPER_TRACKERS"
+MAX_LINES = 1000  # of the artifact in MLflow
 
 
 class TensorBoard:
@@ -122,7 +72,7 @@ class MLflow:
         for name, value in event.metrics().items():
             self._client.log_metric(self._run, name, value, step=event.step)
         self._client.set_tag(self._run, f"esper.{event.kind}", f"step {event.step}: {event.line}")
-        self._lines = [*self._lines[-MAX_WAITING:], f"- step {event.step}: {event.line}"]
+        self._lines = [*self._lines[-MAX_LINES:], f"- step {event.step}: {event.line}"]
 
     def close(self) -> None:
         if self._lines:
@@ -147,17 +97,23 @@ BY_NAME: dict[str, Callable[[], Tracker]] = {
     "wandb": WeightsAndBiases,
     "mlflow": MLflow,
     "trackio": Trackio,
+    "kubeflow": Kubeflow,
 }
 
 
-def trackers_of(given: Iterable[Any]) -> list[Tracker]:
+def trackers_of(given: Iterable[Any] | None) -> list[Tracker]:
     """The trackers that a user has named, or whose writer or run they give.
 
-    One whose package is not installed is left out with a warning.
+    One whose package is not installed, or that has no server here, is left out with a warning.
+
+    Args:
+        given: None: those that ``ESPER_TRACKERS`` names, separated by commas.
 
     Raises:
         ConfigurationError: this is no tracker, or its run has not begun.
     """
+    if given is None:
+        given = filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(",")))
     if isinstance(given, str):
         raise ConfigurationError(f"trackers must be a list such as [{given!r}]")
     found = [_tracker(entry) for entry in given]
@@ -173,7 +129,7 @@ def _tracker(entry: Any) -> Tracker | None:
             )
         try:
             return BY_NAME[entry]()
-        except ImportError as error:
+        except (ImportError, NotInKubeflowError) as error:
             logger.warning("events are not mirrored into %s: %s", entry, error)
             return None
     if hasattr(entry, "add_scalar") and hasattr(entry, "add_text"):
@@ -186,53 +142,3 @@ def _tracker(entry: Any) -> Tracker | None:
         f"{type(entry).__name__} is no tracker: give {', '.join(BY_NAME)}, a SummaryWriter, a run "
         "of wandb, or an object with write(event) and close()"
     )
-
-
-class Mirror:
-    """Sends events to trackers from a thread that begins with the first one."""
-
-    def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
-        self._failures = dict.fromkeys(trackers, 0)
-        self._waiting: queue.Queue[Event | None] = queue.Queue(MAX_WAITING)
-        self._thread: threading.Thread | None = None
-        self.dropped = 0
-
-    def send(self, event: Event) -> None:
-        """Queue an event; never waits and never raises."""
-        if not self._failures:
-            return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="esper-trackers", daemon=True)
-            self._thread.start()
-        try:
-            self._waiting.put_nowait(event)
-        except queue.Full:
-            self.dropped += 1
-
-    def close(self, timeout: float = 5.0) -> None:
-        """Write what waits, and close the trackers; for ``timeout`` seconds at most."""
-        if self._thread is None:
-            return
-        try:
-            self._waiting.put(None, timeout=timeout)
-        except queue.Full:
-            return
-        self._thread.join(timeout)
-        self._thread = None
-
-    def _work(self) -> None:
-        while (event := self._waiting.get()) is not None:
-            for tracker in list(self._failures):
-                self._try(tracker, lambda: tracker.write(event))  # noqa: B023 (called at once)
-        for tracker in list(self._failures):
-            self._try(tracker, tracker.close)
-
-    def _try(self, tracker: Tracker, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            self._failures[tracker] += 1
-            if self._failures[tracker] >= MAX_FAILURES:
-                del self._failures[tracker]
-                name = type(tracker).__name__
-                logger.warning("no more events are mirrored into %s: %s", name, error)
