@@ -21,8 +21,28 @@ from tests.running import RunningEsper, launch_esper
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    refuse_hidden_markers(items)
     mark_the_rest(items)
     items.sort(key=lambda item: item.path.parent.name not in LONG)  # the last one would run alone
+
+
+def refuse_hidden_markers(items: list[pytest.Item]) -> None:
+    """``./check`` collects only the files whose text names the marker of its stage.
+
+    Raises:
+        pytest.UsageError: a test has such a marker, and its file does not name it.
+    """
+    texts: dict[Path, str] = {}
+    for item in items:
+        for name in ("postgres", "process", "browser"):
+            if item.get_closest_marker(name) is None:
+                continue
+            text = texts.setdefault(item.path, item.path.read_text(encoding="utf-8"))
+            if f"mark.{name}" not in text:
+                raise pytest.UsageError(
+                    f"{item.nodeid} is marked {name}, which {item.path.name} does not name. "
+                    f"./check would not find it: write pytest.mark.{name} in that file."
+                )
 
 
 LONG = frozenset({"system", "nemesis", "launcher"})  # folders whose tests take long
