@@ -35,7 +35,7 @@ class Initializer:
 
     def integer(self) -> int:
         """An integer from 0 to 2³¹ that differs by seed."""
-        return int(torch.randint(1 << 31, (), generator=self._generator))
+        return int(torch.randint(1 << 31, (), generator=self._generator, device="cpu"))
 
     def zeros(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(shape, device=self.device, dtype=self._dtype))

@@ -95,7 +95,7 @@ class UseBalancer(Graft):
     def __init__(self, *, decay: float, rate: float, device: torch.device) -> None:
         super().__init__()
         for name in ("use_E", "bias_E", "seen_E"):
-            self.register_buffer(name, torch.empty(0, device=device))
+            self.register_buffer(name, torch.empty(0, dtype=torch.float32, device=device))
         self.decay = decay
         self.rate = rate
 
@@ -106,7 +106,7 @@ class UseBalancer(Graft):
 
     def _start(self, experts: int) -> None:
         for name, value in (("use_E", 1.0 / experts), ("bias_E", 0.0), ("seen_E", 0.0)):
-            setattr(self, name, torch.full((experts,), value, device=self.use_E.device))
+            setattr(self, name, self.use_E.new_full((experts,), value))
 
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
         return y
@@ -318,7 +318,8 @@ class LossRouter(Router):
         super().__init__(*args, **kwargs)
         device = self.weight_router.device
         for name, value in (("coefficient", 0.0), ("passes", 0.0), ("share", 1.0)):
-            self.register_buffer(name, torch.full((), value, device=device))
+            full = torch.full((), value, dtype=torch.float32, device=device)
+            self.register_buffer(name, full)
         self.full_coefficient = coefficient
         self.ramp_steps = ramp_steps
 

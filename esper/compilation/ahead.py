@@ -392,7 +392,7 @@ class _Form:
         flat = torch.zeros(count, dtype=self.dtype, device=self.device)
         made = flat.as_strided(self.shape, self.stride)
         if self.values is not None:
-            made.copy_(torch.tensor(self.values, dtype=self.dtype).view(self.shape))
+            made.copy_(torch.tensor(self.values, dtype=self.dtype, device="cpu").view(self.shape))
         if self.kind is nn.Parameter:
             return nn.Parameter(made, requires_grad=self.requires_grad)
         if self.kind is nn.Buffer:

@@ -371,7 +371,7 @@ def _readable(tensor: Tensor) -> bool:
 
 def _unknown_numbers(y: Tensor) -> Tensor:
     """As :func:`_input_numbers`, of an input that cannot be read; ``y`` is the layer's output."""
-    return torch.full((4,), math.nan, device=y.device)
+    return torch.full((4,), math.nan, dtype=torch.float32, device=y.device)
 
 
 def _input_numbers(x: Tensor) -> Tensor:
@@ -478,7 +478,9 @@ def _are_of_two_softmaxes(y_NC: Tensor, g_NC: Tensor) -> bool:
     ``w p (q - t - <p, q - t>)``: each class is tried, and must fit with the same w.
     """
     p_NC = torch.softmax(y_NC, 1)
-    d_NTC = torch.softmax(p_NC, 1)[:, None, :] - torch.eye(y_NC.shape[1], dtype=y_NC.dtype)
+    d_NTC = torch.softmax(p_NC, 1)[:, None, :] - torch.eye(
+        y_NC.shape[1], dtype=y_NC.dtype, device=y_NC.device
+    )
     u_NTC = p_NC[:, None, :] * (d_NTC - (p_NC[:, None, :] * d_NTC).sum(2, keepdim=True))
     w_NT = (u_NTC * g_NC[:, None, :]).sum(2) / u_NTC.square().sum(2).clamp_min(1e-30)
     error_NT = (g_NC[:, None, :] - w_NT[:, :, None] * u_NTC).norm(dim=2)

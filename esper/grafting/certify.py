@@ -102,7 +102,7 @@ def sample_input(layer: LayerInfo, *, seed: int = 0) -> Tensor:
     if not layer.features_in:
         return torch.zeros(shape, dtype=torch.long, device=layer.device)
     generator = torch.Generator("cpu").manual_seed(seed)
-    values = torch.randn(shape, generator=generator, device="cpu")
+    values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return values.to(device=layer.device, dtype=layout.torch_dtype(layer))
 
 
@@ -118,7 +118,10 @@ def stand_in(layer: LayerInfo, *, seed: int = 0) -> tuple[nn.Module, Tensor]:
     generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for parameter in host.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * 0.05)
+            values = torch.randn(
+                parameter.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
+            parameter.copy_(values * 0.05)
     return host, sample_input(layer, seed=seed)
 
 
@@ -289,7 +292,8 @@ def _output(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> Ten
     if not layer.since:
         return _run_host(host, layer, blueprint, x)
     generator = torch.Generator("cpu").manual_seed(0)
-    values = torch.randn((len(x), *layer.out_shape[1:]), generator=generator, device="cpu")
+    shape = len(x), *layer.out_shape[1:]
+    values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return values.to(device=x.device, dtype=x.dtype).requires_grad_(torch.is_grad_enabled())
 
 
@@ -432,7 +436,8 @@ def _dead_after_two_steps(graft: Graft, trial: _Trial) -> list[str]:
 def _made_up_cotangent(y: Tensor) -> Tensor:
     """Norm about 1. Not constant: a batch norm's output is orthogonal to a constant."""
     generator = torch.Generator("cpu").manual_seed(0)
-    noise = torch.randn(y.shape, generator=generator, device="cpu") / math.sqrt(max(1, y.numel()))
+    noise = torch.randn(y.shape, generator=generator, dtype=torch.float32, device="cpu")
+    noise = noise / math.sqrt(max(1, y.numel()))
     return noise.to(device=y.device, dtype=y.dtype)
 
 
@@ -499,7 +504,7 @@ class Opaque(nn.Module):
         self.same_rows = layer.in_shape[0] == layer.out_shape[0]
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
-        lift = x.mean() if x.is_floating_point() else torch.zeros((), device=x.device)
+        lift = x.mean() if x.is_floating_point() else x.new_zeros((), dtype=torch.float32)
         rows = x.shape[0] if self.same_rows else self.weight.shape[0]
         return self.weight[:rows] + lift.to(self.weight.dtype)
 

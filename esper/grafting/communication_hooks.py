@@ -113,7 +113,8 @@ def certify_reduction(
 def _made_up_gradient(layer: LayerInfo, rank: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(rank)
     size = min(layer.parameters, LARGEST_SAMPLE)
-    return torch.randn(size, generator=generator, device="cpu").to(getattr(torch, layer.dtype))
+    values = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+    return values.to(getattr(torch, layer.dtype))
 
 
 def _timed(work: Any) -> float:

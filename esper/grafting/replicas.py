@@ -388,7 +388,7 @@ class Joint:
             return
         tensors = [*graft.parameters(), *graft.buffers()]
         parts = [_bytes_of(tensor) for tensor in tensors]
-        flat = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+        flat = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device="cpu")
         self._vote(repr([(name, t.shape, t.dtype) for name, t in graft.state_dict().items()]))
         if len(flat):
             self._replicas.share(flat)

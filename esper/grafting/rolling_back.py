@@ -206,7 +206,7 @@ def _start_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     if isinstance(optimizer, torch.optim.Adagrad):
         start = optimizer.defaults["initial_accumulator_value"]
         optimizer.state[parameter] = {
-            "step": torch.tensor(0.0),
+            "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
             "sum": torch.full_like(parameter, start, memory_format=torch.preserve_format),
         }
 

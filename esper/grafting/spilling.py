@@ -64,7 +64,7 @@ def _on_disk(values: list[Tensor], folder: Path) -> list[Tensor]:
     try:
         with os.fdopen(number, "wb") as file:
             torch.save(values, file)
-        mapped: list[Tensor] = torch.load(name, mmap=True, weights_only=True)
+        mapped: list[Tensor] = torch.load(name, map_location="cpu", mmap=True, weights_only=True)
     except RuntimeError as error:  # torch's own, for a disk that is full
         raise OSError(str(error)) from error
     finally:

@@ -245,7 +245,8 @@ class ShardedSampler:
     ) -> None:
         found = {i: dense(self._parts[i].gradient) for i in places}
         gradients = {i: g for i, g in found.items() if g is not None}
-        factor = torch.ones(()) if scale is None else 1.0 / scale
+        one = torch.ones((), dtype=torch.float32, device="cpu")
+        factor = one if scale is None else 1.0 / scale
         for i, norm in _norms(gradients).items():
             reading.gradients[i] = norm * factor.to(norm)
         reading.entries.update(_norms(gradients, 0.0))

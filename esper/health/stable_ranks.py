@@ -27,7 +27,9 @@ class StableRanks:
         vector = self._vectors.get(key)
         iterations = NEXT_ITERATIONS
         if vector is None or vector.shape != (weight.shape[1],) or vector.device != weight.device:
-            vector = torch.randn(weight.shape[1], generator=self._generator, device="cpu")
+            vector = torch.randn(
+                weight.shape[1], generator=self._generator, dtype=weight.dtype, device="cpu"
+            )
             vector = vector.to(weight.device, non_blocking=True)
             iterations = FIRST_ITERATIONS
         rank, vector = stable_rank(weight, vector, iterations)

@@ -46,10 +46,10 @@ class FiringTimes:
 
     def __init__(self, width: int) -> None:
         self._passes = 0
-        self._fired_C = torch.zeros(width, device="cpu")
-        self._span_C = torch.zeros(width, device="cpu")  # passes until the last firing
-        self._silent_C = torch.zeros(width, device="cpu")
-        self._longest_C = torch.zeros(width, device="cpu")  # silence that ended
+        self._fired_C = torch.zeros(width, dtype=torch.float32, device="cpu")
+        self._span_C = torch.zeros_like(self._fired_C)  # passes until the last firing
+        self._silent_C = torch.zeros_like(self._fired_C)
+        self._longest_C = torch.zeros_like(self._fired_C)  # silence that ended
 
     def observe(self, fires_C: Tensor) -> None:
         """One forward pass; bool [C]."""
@@ -226,7 +226,8 @@ def _write(
     if seed is not None:
         generator = torch.Generator("cpu").manual_seed(seed)
         bound = 1.0 / math.sqrt(max(1, parameter.numel() // parameter.shape[axis]))
-        part = (torch.rand(part.shape, generator=generator, device="cpu") * 2 - 1).to(part) * bound
+        drawn = torch.rand(part.shape, generator=generator, dtype=torch.float32, device="cpu")
+        part = (drawn * 2 - 1).to(part) * bound
     parameter.index_copy_(axis, index, part)
     for optimizer in with_companions(around.optimizers):
         for value in optimizer.state.get(parameter, {}).values():

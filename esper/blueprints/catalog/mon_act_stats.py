@@ -30,8 +30,8 @@ class ActivationStatistics(Graft):
         self.channel_axis = channel_axis
         # Tensors, so that compiled code sees no new number; not buffers: a measurement belongs
         # neither to the model's state nor to its digest. The counter is read by the host.
-        self.calls = torch.zeros((), dtype=torch.long)
-        self.latest = torch.full((len(_MEASURED),), math.nan, device=device)
+        self.calls = torch.zeros((), dtype=torch.long, device="cpu")
+        self.latest = torch.full((len(_MEASURED),), math.nan, dtype=torch.float32, device=device)
 
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
         take = take_now_and_then if torch.compiler.is_compiling() else _take_now_and_then

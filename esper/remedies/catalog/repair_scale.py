@@ -262,7 +262,7 @@ def _spread(model: nn.Module, module: nn.Module, sample: Batch) -> tuple[float, 
 
     with _watching(module, look):
         sample.run(model)
-    return found[0] if found else (0.0, torch.zeros(()))
+    return found[0] if found else (0.0, torch.zeros((), dtype=torch.float32, device="cpu"))
 
 
 @contextmanager

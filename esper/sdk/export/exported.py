@@ -70,12 +70,14 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
         folder: that :func:`esper.export` wrote.
 
     Returns:
-        The model; another object only where the whole model is the grafted layer.
+        The model, on the device that it was on; another object only where the whole model is the
+        grafted layer.
     """
     manifest = json.loads((Path(folder) / MANIFEST_FILE).read_text())
     for name, grafts in manifest["layers"].items():
-        built, reason = [build(graft) for graft in grafts], manifest.get("unmerged", {}).get(name)
-        layer = GraftedLayer(model.get_submodule(name), built, reason or "")
+        host, reason = model.get_submodule(name), manifest.get("unmerged", {}).get(name)
+        device = next((tensor.device for tensor in host.parameters()), None)
+        layer = GraftedLayer(host, [build(graft).to(device) for graft in grafts], reason or "")
         model = put_in_place(model, name, layer)
     weights = torch.load(Path(folder) / WEIGHTS_FILE, map_location="cpu", weights_only=True)
     for name in manifest.get("widened", []):
@@ -88,8 +90,9 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
 def give_weights(linear: Any, weight_OI: Tensor, bias_O: Tensor | None) -> None:
     """Makes a linear layer as wide as its new weights; they are trained as the old ones were."""
     trained = linear.weight.requires_grad
-    linear.register_parameter("weight", nn.Parameter(weight_OI, trained))
-    bias = None if bias_O is None else nn.Parameter(bias_O, trained)
+    device = linear.weight.device
+    linear.register_parameter("weight", nn.Parameter(weight_OI.to(device), trained))
+    bias = None if bias_O is None else nn.Parameter(bias_O.to(device), trained)
     linear.register_parameter("bias", bias)
     linear.out_features, linear.in_features = weight_OI.shape
 
@@ -128,7 +131,7 @@ def class_named(name: str) -> type[nn.Module]:
 
 
 def _empty(tensor: dict[str, Any]) -> Tensor:
-    return torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]))
+    return torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]), device="cpu")
 
 
 def _value(value: Any) -> Any:

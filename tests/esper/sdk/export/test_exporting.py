@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,17 @@ def test_an_assembly_is_exported_whole(tmp_path: Path) -> None:
     plain = esper.export(model, tmp_path / "out")
     assert torch.equal(plain(TOKENS), expected)
     assert torch.equal(run_without_esper(tmp_path / "out"), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*is a no-op:UserWarning")  # "meta" holds no values
+def test_it_loads_into_a_model_on_any_device(tmp_path: Path) -> None:
+    model = make_net()
+    for slug in ("router_top2", "expert_mlp_swiglu", "load_bal_ema"):
+        esper.graft(model, "wide", slug, sample=TOKENS)
+    esper.export(model, tmp_path)
+    grafted = runpy.run_path(str(tmp_path / "grafted.py"))
+    loaded = grafted["load"](make_net().to("meta"), tmp_path)
+    assert {t.device.type for t in (*loaded.parameters(), *loaded.buffers())} == {"meta"}
 
 
 def test_a_tied_weight_is_not_merged_into(tmp_path: Path) -> None:
