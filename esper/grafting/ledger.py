@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from esper.contracts import Finding, Severity, ViolationRule
 from esper.grafting.companion import companions_of, with_companions
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
+from esper.grafting.orphans import Orphans, Unheld
 from esper.sharding import named_holders
 
 MANY = 8  # at most so many tensors with the same problem are named one by one
@@ -31,8 +32,13 @@ def freeze(parameters: Iterable[Tensor]) -> None:
         _frozen_on_purpose[parameter] = True
 
 
-def audit(model: nn.Module, optimizers: Iterable[Any]) -> list[Finding]:
+def audit(
+    model: nn.Module, optimizers: Iterable[Any], unheld: Unheld | None = None
+) -> list[Finding]:
     """Compares the model's trainable tensors with those of the optimizers and their companions.
+
+    Args:
+        unheld: what a watch has seen of the tensors in no optimizer; None: nobody watches them.
 
     Finds trainable tensors in no optimizer, tensors of an optimizer that are not in the model,
     tensors held twice, tensors that were frozen after an optimizer had trained them (frozen from
@@ -43,7 +49,13 @@ def audit(model: nn.Module, optimizers: Iterable[Any]) -> list[Finding]:
     holdings = _Holdings.read(with_companions(users))
     if not holdings.optimizers:
         return []
-    problems = [*_tensor_problems(model, holdings), *_optimizer_problems(model, holdings)]
+    own = dict(named_holders(model))
+    orphans = Orphans.of(own, holdings.optimizers, unheld)
+    problems = [
+        *_not_held(orphans),
+        *_tensor_problems(own, holdings),
+        *_optimizer_problems(orphans, holdings),
+    ]
     return to_findings([*problems, *_companion_problems(users)])
 
 
@@ -93,17 +105,37 @@ class _Holdings:
         return holdings
 
 
-def _tensor_problems(model: nn.Module, holdings: _Holdings) -> Iterator[Problem]:
-    for name, parameter in named_holders(model):
+def _not_held(orphans: Orphans) -> Iterator[Problem]:
+    for name in orphans.untrained:
+        yield Problem(
+            name,
+            Severity.SERIOUS,
+            "trainable, but in no optimizer: it will never change",
+            "give it to the optimizer, or set requires_grad=False",
+            slug="not_held",
+        )
+    for kind, names in orphans.held_elsewhere.items():
+        yield Problem(
+            "",
+            Severity.INFO,
+            f"{len(names)} tensors, the first is {names[0]}, are in {kind}, an optimizer that "
+            "Esper was not given: it does not know how they train",
+            "attach all optimizers of the model: esper.attach(model, [first, second])",
+        )
+    if names := orphans.moved:
+        yield Problem(
+            "",
+            Severity.INFO,
+            f"{len(names)} tensors, the first is {names[0]}, change, but are in no optimizer that "
+            "Esper was given: it does not know how they train",
+            "nothing, where the optimizer has its own copies of them; otherwise attach what "
+            "trains them",
+        )
+
+
+def _tensor_problems(own: dict[str, nn.Parameter], holdings: _Holdings) -> Iterator[Problem]:
+    for name, parameter in own.items():
         times = holdings.held.get(id(parameter), 0)
-        if parameter.requires_grad and not times:
-            yield Problem(
-                name,
-                Severity.SERIOUS,
-                "trainable, but in no optimizer: it will never change",
-                "give it to the optimizer, or set requires_grad=False",
-                slug="not_held",
-            )
         trained = times and id(parameter) in holdings.trained
         if trained and not (parameter.requires_grad or parameter in _frozen_on_purpose):
             yield Problem(
@@ -121,14 +153,12 @@ def _tensor_problems(model: nn.Module, holdings: _Holdings) -> Iterator[Problem]
             )
 
 
-def _optimizer_problems(model: nn.Module, holdings: _Holdings) -> Iterator[Problem]:
-    known = {id(parameter) for _, parameter in named_holders(model)}
-    foreign = sum(key not in known for key in holdings.held)
-    if foreign:
+def _optimizer_problems(orphans: Orphans, holdings: _Holdings) -> Iterator[Problem]:
+    if orphans.foreign and not (orphans.undecided or orphans.moved or orphans.held_elsewhere):
         yield Problem(
             "",
             Severity.CAUTION,
-            f"{foreign} tensors held by an optimizer are not in the model",
+            f"{len(orphans.foreign)} tensors held by an optimizer are not in the model",
             "rebuild the optimizer if a layer was replaced; tensors of a loss or of another model "
             "are no problem, and are not watched",
         )

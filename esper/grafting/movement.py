@@ -25,6 +25,7 @@ from esper.grafting.companion import companions_of, is_warming, with_companions
 from esper.grafting.companion_scaling import notice_scaler
 from esper.grafting.ledger import Problem, to_findings
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
+from esper.grafting.orphans import Unheld
 from esper.grafting.slot import SLOT_NAME
 from esper.health.transfers import HostTransfer, is_late
 from esper.health.updates import Part
@@ -47,7 +48,11 @@ class _Watched:
 
 
 class MovementWatch:
-    """Watches the trainable tensors of one model; call :meth:`step` once per training step."""
+    """Watches the trainable tensors of one model; call :meth:`step` once per training step.
+
+    Attributes:
+        unheld: what was seen of the tensors that none of the optimizers holds.
+    """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
         self._model = model
@@ -64,6 +69,7 @@ class MovementWatch:
         self._asked: tuple[HostTransfer, Callable[[np.ndarray], None]] | None = None
         self._incomplete = True
         self._steps = 0
+        self.unheld = Unheld()
         self._arm()
 
     @property
@@ -82,6 +88,7 @@ class MovementWatch:
         self._problems.clear()
         self._asked = None
         self._incomplete = True
+        self.unheld.still.clear()
 
     def step(self) -> bool:
         """True after a check, so that :attr:`findings` may have changed."""
@@ -149,10 +156,11 @@ class MovementWatch:
     def _remember(self) -> None:
         self._incomplete = False
         names = {parameter: name for name, parameter in named_holders(self._model)}
-        for known in (self._waiting, self._problems):
+        for known in (self._waiting, self._problems, self.unheld.still):
             for gone in [parameter for parameter in known if parameter not in names]:
                 del known[gone]
         self._settled &= names.keys()
+        self.unheld.moved &= names.keys()
         for place, optimizer in enumerate(self._optimizers):
             grafts = (p for companion in companions_of(optimizer) for p in companion.parameters)
             for parameter in (*parameters_of(optimizer), *grafts):
@@ -164,6 +172,15 @@ class MovementWatch:
                         place,
                         self._parts[place].taken,
                     )
+        self._remember_unheld(names)
+
+    def _remember_unheld(self, names: dict[nn.Parameter, str]) -> None:
+        held = {id(p) for o in with_companions(self._optimizers) for p in parameters_of(o)}
+        for parameter, name in names.items():
+            if self._parts and id(parameter) not in held and self._is_new(parameter):
+                sample = _sample(parameter).clone()
+                since = self._parts[0].taken
+                self._waiting[parameter] = _Watched(name, parameter, sample, 0, since)
 
     def _is_new(self, parameter: nn.Parameter) -> bool:
         return (
@@ -217,8 +234,15 @@ class MovementWatch:
                 continue
             if has_moved:
                 del self._waiting[watched.parameter]
+                self.unheld.still.pop(watched.parameter, None)
                 self._settled.add(watched.parameter)
-            elif known and watched.parameter in groups:
+                if watched.parameter not in groups:
+                    self.unheld.moved.add(watched.parameter)
+            elif watched.parameter not in groups:
+                parameter = watched.parameter
+                has_gradient = parameter in self._gradients or parameter.grad is not None
+                self.unheld.still[parameter] = has_gradient
+            elif known:
                 found = self._judge(watched, groups[watched.parameter])
                 if isinstance(found, Problem):
                     self._problems[watched.parameter] = found

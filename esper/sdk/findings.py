@@ -119,6 +119,8 @@ class LedgerWatch:
     def on_step(self, step: int) -> None:
         """An optimizer step is over."""
         looked = self._movement.step()
+        if step == 1 and self._movement.unheld.search_again():
+            looked = True  # the script may have made another optimizer after attach
         if looked or step % AUDIT_EVERY_STEPS == 0:
             self.audit()
 
@@ -144,7 +146,7 @@ class LedgerWatch:
 
     def audit(self) -> None:
         """Compare the parameter groups and the copies with the model now."""
-        groups = grafting.audit(self._model, self._optimizers)
+        groups = grafting.audit(self._model, self._optimizers, self._movement.unheld)
         copies = grafting.audit_copies(self._model)
         self._findings.replace_ledger([*groups, *copies, *self._movement.findings])
         for layer, error in left_out_grafts(self._model):
@@ -182,7 +184,8 @@ def _no_gradients() -> Finding:
         observed=f"no parameter had a gradient in {FRAMES_WITHOUT_GRADIENTS} health frames",
         limit="gradients of the layers that train",
         remedy="Attach the optimizer that makes the steps, or call session.step() while the "
-        "gradients exist.",
+        "gradients exist. Where torch.func computes the loss from other tensors than the model's "
+        "parameters, these get no gradient, and are not measured.",
     )
 
 
