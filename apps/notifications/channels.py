@@ -9,19 +9,27 @@ from datetime import datetime, time, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from cryptography.fernet import Fernet
+from cryptography.fernet import Fernet, InvalidToken
+from cryptography.hazmat.primitives.asymmetric import ec
 from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
-from apps.accounts.actors import Actor
+from apps.accounts.actors import SYSTEM, Actor
 from apps.accounts.models import User
 from apps.accounts.projects import people_with
 from apps.audit.services import record
 from apps.notifications.duty import on_duty
 from apps.notifications.models import Channel, ChannelKind, Delivery
+from apps.notifications.web_push import (
+    BadKeysError,
+    Subscription,
+    from_text,
+    public_text,
+    server_key,
+)
 from apps.rest.problems import Problem
-from esper.contracts import Role
+from esper.contracts import Role, codec
 
 MAX_CHANNELS = 20  # of one person
 # The events that a person may choose, and what each says.
@@ -60,12 +68,18 @@ def add_channel(
     quiet_until: time | None,
     site: str,
     only_on_duty: bool = False,
+    keys: dict[str, str] | None = None,
 ) -> tuple[Channel, str]:
     """A new channel, and of a webhook its signing secret, which is shown once.
 
+    Args:
+        keys: of a browser's subscription, ``p256dh`` and ``auth``.
+
     Raises:
-        Problem: too many, no usable address, or no mail server.
+        Problem: too many, no usable address or keys, or no mail server.
     """
+    if kind == ChannelKind.PUSH:  # a browser that is added again is the same one
+        Channel.objects.filter(owner=owner, kind=kind, target=target).delete()
     if Channel.objects.filter(owner=owner).count() >= MAX_CHANNELS:
         raise Problem(422, "invalid", f"You have {MAX_CHANNELS} channels already; remove one.")
     if (quiet_from is None) != (quiet_until is None):
@@ -74,7 +88,7 @@ def add_channel(
         target = _mail_address(owner)
     else:
         _check_address(target)
-    secret = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+    secret = _secret(kind, target, keys)
     channel = Channel.objects.create(
         owner=owner,
         kind=kind,
@@ -82,12 +96,27 @@ def add_channel(
         events=sorted(set(events)),
         quiet_from=quiet_from,
         quiet_until=quiet_until,
-        secret=_cipher().encrypt(secret.encode()) if kind == ChannelKind.WEBHOOK else b"",
+        secret=_cipher().encrypt(secret.encode()) if secret else b"",
         site=site.rstrip("/"),
         only_on_duty=only_on_duty,
     )
     _record(channel, Actor.person(owner, via=via), "channel.added")
     return channel, secret if kind == ChannelKind.WEBHOOK else ""
+
+
+def _secret(kind: str, target: str, keys: dict[str, str] | None) -> str:
+    """What is kept of a webhook or of a browser; else empty."""
+    if kind == ChannelKind.WEBHOOK:
+        return f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+    if kind != ChannelKind.PUSH:
+        return ""
+    if keys is None:
+        raise Problem(422, "invalid", "A browser push needs the keys of its subscription.")
+    try:
+        _subscription(target, keys)
+    except BadKeysError as error:
+        raise Problem(422, "invalid", f"keys: {error}.") from error
+    return codec.encode(keys).decode()
 
 
 @transaction.atomic
@@ -150,6 +179,13 @@ def due_at(channel: Channel, name: str, now: datetime) -> datetime:
 
 
 @transaction.atomic
+def remove_gone(channel: Channel) -> None:
+    """Forget a browser that has ended its subscription."""
+    _record(channel, SYSTEM, "channel.removed")
+    channel.delete()
+
+
+@transaction.atomic
 def replay(*, delivery: Delivery, user: User, via: str) -> Delivery:
     """Send an event again, with the same id, so that a receiver can tell."""
     delivery.due_at, delivery.attempts, delivery.error = timezone.now(), 0, ""
@@ -162,6 +198,35 @@ def signing_secret(channel: Channel) -> bytes:
     """The key of a webhook's signatures."""
     text = _cipher().decrypt(bytes(channel.secret)).decode()
     return base64.b64decode(text.removeprefix("whsec_"))
+
+
+def subscription_of(channel: Channel) -> Subscription:
+    """A browser with its keys.
+
+    Raises:
+        BadKeysError: ``SECRET_KEY`` was replaced since it was added, so that they are lost.
+    """
+    try:
+        keys = codec.decode(_cipher().decrypt(bytes(channel.secret)))
+    except InvalidToken:
+        raise BadKeysError(
+            "the server's key was replaced: add this browser again in its page Account"
+        ) from None
+    return _subscription(channel.target, keys)
+
+
+def _subscription(target: str, keys: dict[str, str]) -> Subscription:
+    return Subscription(target, from_text(keys["p256dh"]), from_text(keys["auth"]))
+
+
+def push_key() -> ec.EllipticCurvePrivateKey:
+    """The key of this server at push services; it is replaced with ``SECRET_KEY``."""
+    return server_key(settings.SECRET_KEY)
+
+
+def push_public_key() -> str:
+    """Its public half, as a page needs it to subscribe."""
+    return public_text(push_key())
 
 
 def _check_address(target: str) -> None:

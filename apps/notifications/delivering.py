@@ -11,13 +11,21 @@ from datetime import timedelta
 from typing import Any
 
 import httpcore
+from django.conf import settings
 from django.core.mail import send_mail
 from django.db.models import F
 from django.utils import timezone
 
 from apps.accounts.visibility import sees
-from apps.notifications import public_hosts
-from apps.notifications.channels import EVENTS, signing_secret
+from apps.notifications import public_hosts, web_push
+from apps.notifications.channels import (
+    EVENTS,
+    FOR_EVERYBODY,
+    push_key,
+    remove_gone,
+    signing_secret,
+    subscription_of,
+)
 from apps.notifications.models import Channel, ChannelKind, Delivery
 from esper.contracts import codec
 
@@ -28,6 +36,10 @@ PAUSES = tuple(timedelta(seconds=s) for s in (5, 60, 300, 1800, 7200, 21600, 432
 LEASE = timedelta(minutes=2)  # a worker that dies leaves a delivery that is due again after it
 JITTER = 0.2
 GONE = 410
+NO_SUBSCRIPTION = frozenset({404, GONE})  # a push service's answers for a browser that left
+PUSH_TRIES = 5  # about two hours; later nobody needs the message
+LOST_KEYS = "the browser's keys cannot be read: "
+WAITS = "adaptation.awaiting_approval"
 KEPT_FOR = timedelta(days=30)
 
 
@@ -61,17 +73,33 @@ def _deliver(delivery: Delivery) -> bool:
     now = timezone.now()
     delivery.status, delivery.error = status, error[:300]
     delivery.delivered_at = now if done else None
-    again = not done and delivery.attempts <= len(PAUSES) and status != GONE
+    again = not done and delivery.attempts <= _tries(delivery) and status != GONE
     if again:
         pause = PAUSES[delivery.attempts - 1] * random.uniform(1 - JITTER, 1 + JITTER)
         delivery.due_at = now + pause
     else:
         delivery.due_at = None
     delivery.save(update_fields=["status", "error", "delivered_at", "due_at"])
-    if not done and not again:
-        why = "its receiver answered 410" if status == GONE else f"{delivery.attempts} tries failed"
-        _disable(delivery.channel, f"{why}: {error}" if error else why)
+    if not done:
+        _look_at_channel(delivery, again=again)
     return done
+
+
+def _tries(delivery: Delivery) -> int:
+    return PUSH_TRIES if delivery.channel.kind == ChannelKind.PUSH else len(PAUSES)
+
+
+def _look_at_channel(delivery: Delivery, *, again: bool) -> None:
+    """After a failure: is this still a place where messages arrive?"""
+    channel, status, error = delivery.channel, delivery.status, delivery.error
+    if channel.kind == ChannelKind.PUSH:
+        if status in NO_SUBSCRIPTION:
+            remove_gone(channel)
+        elif error.startswith(LOST_KEYS):
+            _disable(channel, error)
+    elif not again:
+        why = "its receiver answered 410" if status == GONE else f"{delivery.attempts} tries failed"
+        _disable(channel, f"{why}: {error}" if error else why)
 
 
 def _may_be_told(delivery: Delivery) -> bool:
@@ -91,6 +119,9 @@ def _send(delivery: Delivery) -> tuple[int | None, str]:
         if channel.kind == ChannelKind.MAIL:
             send_mail(_subject(delivery), _text(delivery), None, [channel.target])
             return 200, ""
+        if channel.kind == ChannelKind.PUSH:
+            status = public_hosts.post(channel.target, *_pushed(delivery))
+            return status, "" if 200 <= status < 300 else f"the push service answered {status}"
         body = _slack(delivery) if channel.kind == ChannelKind.SLACK else _standard(delivery)
         headers = {"Content-Type": "application/json", "User-Agent": "Esper"}
         if channel.kind == ChannelKind.WEBHOOK:
@@ -100,12 +131,35 @@ def _send(delivery: Delivery) -> tuple[int | None, str]:
         return None, str(error)
     except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
         return None, f"no answer: {type(error).__name__} {error}"
+    except web_push.BadKeysError as error:
+        return None, f"{LOST_KEYS}{error}"
     except OSError as error:  # of the mail server
         return None, f"{type(error).__name__}: {error}"
     except Exception as error:  # of this delivery: the others must go on
         log.exception("delivery %s cannot be sent", delivery.uid)
         return None, f"it cannot be sent: {type(error).__name__}"
     return status, "" if 200 <= status < 300 else f"it answered {status}"
+
+
+def _pushed(delivery: Delivery) -> tuple[bytes, dict[str, str]]:
+    """Body and headers for a push service: which event, and where to read more with own rights."""
+    channel, subscription = delivery.channel, subscription_of(delivery.channel)
+    number = delivery.data.get("number") if delivery.data.get("adaptation") else None
+    told = {
+        "title": EVENTS[delivery.type],
+        "body": f"A-{number}" if number else "",
+        "address": link_of(delivery).removeprefix(channel.site),
+        "tag": delivery.data.get("adaptation") or delivery.data.get("run") or delivery.type,
+    }
+    secure = channel.site.startswith("https://")
+    headers = web_push.headers(
+        channel.target,
+        push_key(),
+        contact=channel.site if secure else f"mailto:{settings.DEFAULT_FROM_EMAIL}",
+        topic=f"{channel.uid} {told['tag']}",
+        urgent=delivery.type in FOR_EVERYBODY or delivery.type == WAITS,
+    )
+    return web_push.encrypt(codec.encode(told), subscription), headers
 
 
 def signature_headers(uid: str, body: bytes, key: bytes) -> dict[str, str]:

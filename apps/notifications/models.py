@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from urllib.parse import urlsplit
 
 from django.conf import settings
 from django.db import models
@@ -67,6 +68,7 @@ class ChannelKind(models.TextChoices):
     WEBHOOK = "webhook"  # Standard Webhooks
     SLACK = "slack"  # {"text": …}, which Slack, Mattermost and others take
     MAIL = "mail"
+    PUSH = "push", "Browser push"  # one browser, also while it is closed
 
 
 class DutyShift(models.Model):
@@ -98,11 +100,13 @@ class Channel(models.Model):
         settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="channels"
     )
     kind = models.CharField(max_length=8, choices=ChannelKind.choices)
-    target = models.CharField(max_length=500)  # an address, or of a mail its recipient
+    # an address, or of a mail its recipient; of a push the browser's address at its push service
+    target = models.CharField(max_length=1000)
     events = models.JSONField(default=list)
     quiet_from = models.TimeField(null=True, blank=True)  # UTC; events wait until quiet_until
     quiet_until = models.TimeField(null=True, blank=True)
-    secret = models.BinaryField(default=b"")  # encrypted; signs the bodies of a webhook
+    # encrypted: what signs the bodies of a webhook, or the keys of a browser
+    secret = models.BinaryField(default=b"")
     only_on_duty = models.BooleanField(default=False)  # else, and when nobody is, always
     site = models.CharField(max_length=200)  # the server's address as its owner uses it
     disabled_at = models.DateTimeField(null=True, blank=True)
@@ -114,6 +118,11 @@ class Channel(models.Model):
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.owner_id}"
+
+    @property
+    def place(self) -> str:
+        """The target in words; a browser's address at its push service says nothing to people."""
+        return urlsplit(self.target).netloc if self.kind == ChannelKind.PUSH else self.target
 
 
 def _of_project_or_none(projects: frozenset[int]) -> models.Q:

@@ -34,14 +34,23 @@ class TicketOutput(serializers.Serializer[Any]):
     url = serializers.CharField()
 
 
+class PushKeysInput(PersonsInput):
+    """As ``PushSubscription.toJSON()`` gives them: base64 for addresses."""
+
+    p256dh = Text(max_length=100)
+    auth = Text(max_length=40)
+
+
 class ChannelInput(PersonsInput):
     """``target``: an https address; of a mail it is left out: it goes to the account's address.
+
+    ``keys``: of a push, with the ``endpoint`` of the browser's subscription as ``target``.
 
     ``quiet_from`` and ``quiet_until``: UTC; events between them wait, but for the urgent ones.
     """
 
     kind = serializers.ChoiceField(choices=ChannelKind.choices)
-    target = Text(max_length=500, allow_blank=True, default="")
+    target = Text(max_length=1000, allow_blank=True, default="")
     events = BoundedList(
         child=serializers.ChoiceField(choices=list(EVENTS)),
         allow_empty=False,
@@ -50,6 +59,7 @@ class ChannelInput(PersonsInput):
     quiet_from = serializers.TimeField(allow_null=True, default=None)
     quiet_until = serializers.TimeField(allow_null=True, default=None)
     only_on_duty = Flag(default=False)
+    keys = PushKeysInput(allow_null=True, default=None)
 
 
 class ChannelOutput(serializers.ModelSerializer[Channel]):

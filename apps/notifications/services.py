@@ -24,6 +24,7 @@ from apps.audit.services import take_turn
 from apps.notifications.channels import EVENTS as EVENTS
 from apps.notifications.channels import URGENT as URGENT
 from apps.notifications.channels import plan_deliveries
+from apps.notifications.channels import push_public_key as push_public_key
 from apps.notifications.duty import coming_shifts as coming_shifts
 from apps.notifications.duty import on_duty as on_duty
 from apps.notifications.models import Feed, FeedEvent, OutboxMessage

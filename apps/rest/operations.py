@@ -26,7 +26,7 @@ OPERATIONS: dict[str, Operation] = {
     "remove_duty": Operation("Takes a shift out: one's own, or as an administrator anybody's."),
     "issue_socket_ticket": Operation("Gives a ticket for one socket of events, which lives for 30 seconds and is used up by the first connection. The socket ends with the token that asked for it."),
     "list_channels": Operation("Lists where the caller is told of events: signed webhooks, chat, mail."),
-    "add_channel": Operation("Adds a channel. A webhook follows Standard Webhooks 1.0.0; its secret is in this answer and nowhere else. Addresses in private networks are refused when an event is sent.", {"kind": "webhook", "target": "https://hooks.example.org/esper", "events": ["adaptation.awaiting_approval", "violation.opened"], "quiet_from": "22:00", "quiet_until": "06:00"}),
+    "add_channel": Operation("Adds a channel. A webhook follows Standard Webhooks 1.0.0; its secret is in this answer and nowhere else. Addresses in private networks are refused when an event is sent. The page Account makes a push: it needs a browser's subscription.", {"kind": "webhook", "target": "https://hooks.example.org/esper", "events": ["adaptation.awaiting_approval", "violation.opened"], "quiet_from": "22:00", "quiet_until": "06:00"}),
     "read_channel": Operation("Returns one of the caller's own channels."),
     "remove_channel": Operation("Removes a channel with its log."),
     "list_deliveries": Operation("Lists what was sent to a channel, how often it was tried, and what the receiver answered."),

@@ -2,6 +2,7 @@
 import { bulkResult, picksOf } from "./bulk.js";
 import { announce, toast, visible } from "./messages.js";
 import { refreshAll } from "./panels.js";
+import { subscribe } from "./push.js";
 
 const token = document.querySelector('meta[name="csrf-token"]').content;
 // One idempotency key for each attempt: after a lost answer the same key is sent again.
@@ -133,6 +134,14 @@ function randomKey() {
 
 async function send(form, button) {
   const [address, body] = [addressOf(form, button), bodyOf(form, button)];
+  if (form.dataset.pushKey && body.kind === "push") {
+    try {
+      Object.assign(body, await subscribe(form.dataset.pushKey));
+    } catch (error) {
+      say(form, error.message);
+      return;
+    }
+  }
   const method = form.dataset.method ?? "POST";
   const headers = {
     Accept: "application/json", "X-CSRFToken": token, "Idempotency-Key": keyFor(form, address, body),

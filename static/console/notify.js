@@ -1,6 +1,6 @@
 // Tells the system of decisions that wait, while a page is open and the account wants it.
 // A service worker shows the message where it can: phones allow no other way.
-const WORKER = new URL("./notify-worker.js", import.meta.url).pathname;
+export const WORKER = new URL("./notify-worker.js", import.meta.url).pathname;
 
 export const wanted = () => document.documentElement.dataset.notify === "on";
 

@@ -27,7 +27,7 @@ from apps.accounts.sessions import sessions_of
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.notifications.models import Channel, ChannelKind
-from apps.notifications.services import EVENTS, URGENT
+from apps.notifications.services import EVENTS, URGENT, push_public_key
 from apps.rest.problems import Problem
 from esper.contracts import TokenScope
 
@@ -93,6 +93,7 @@ def channels_context(user: User) -> dict[str, Any]:
         "events": EVENTS.items(),
         "urgent": URGENT,
         "kinds": ChannelKind.choices,
+        "push_key": push_public_key(),
         "mail": user.email if settings.EMAIL_HOST else "",
     }
 

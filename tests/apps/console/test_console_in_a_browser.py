@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -11,14 +12,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, Page, Route, StorageState, WebSocketRoute, expect
 
+from apps.notifications.web_push import from_text
 from tests.apps.cast import PASSWORD
+from tests.apps.notifications.test_web_push import OneBrowser
 from tests.browser import TEST_SECONDS, WAIT_MS
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(TEST_SECONDS)]
@@ -697,3 +700,75 @@ def test_the_system_is_told_of_decisions_only_where_the_account_wants_it(sign_in
     wait_until_live(page)
     assert page.evaluate(TELL, False) == []  # the page itself is looked at
     assert page.evaluate(TELL, True) == [["A-1 waits", "x", "/adaptations/a"]]
+
+
+# Chromium has no push service here: what it would answer. The rest is the browser's own.
+FAKE_PUSH_SERVICE = """(() => {
+  let made = null;
+  PushManager.prototype.subscribe = async function (options) {
+    window.asked = options;
+    const keys = { p256dh: "%s", auth: "AAECAwQFBgcICQoLDA0ODw" };
+    const endpoint = "https://push.example.org/send/abc";
+    made = { endpoint, toJSON: () => ({ endpoint, keys }), unsubscribe: async () => true };
+    return made;
+  };
+  PushManager.prototype.getSubscription = async () => made;
+})()"""
+REGISTER = """async () => {
+  const { WORKER } = await import(document.querySelector("script[src*='console/console']").src
+    .replace(/console\\.[^/]*$/, "notify.js"));
+  const worker = await navigator.serviceWorker.register(WORKER);
+  while (!worker.active) await new Promise((resolve) => setTimeout(resolve, 20));
+}"""
+SHOWN = """async () => (await Promise.all(
+  (await navigator.serviceWorker.getRegistrations()).map((one) => one.getNotifications())
+)).flat().map(({ title, body, tag, data }) => ({ title, body, tag, address: data.address }))"""
+
+
+def _push_to_worker(page: Page, told: dict[str, str]) -> None:
+    """What a push service would bring, through the browser's own door for it."""
+    session = page.context.new_cdp_session(page)
+    seen: list[dict[str, Any]] = []
+    session.on("ServiceWorker.workerRegistrationUpdated", lambda event: seen.append(event))
+    session.send("ServiceWorker.enable")
+    while not any(event["registrations"] for event in seen):
+        page.wait_for_timeout(20)
+    (registration,) = next(event["registrations"] for event in seen if event["registrations"])
+    session.send(
+        "ServiceWorker.deliverPushMessage",
+        {
+            "origin": page.evaluate("location.origin"),
+            "registrationId": registration["registrationId"],
+            "data": json.dumps(told),
+        },
+    )
+
+
+def test_a_pushed_event_is_shown_by_the_service_worker(sign_in: SignIn) -> None:
+    page = sign_in("carl")
+    page.context.grant_permissions(["notifications"])
+    page.evaluate(REGISTER)
+    told = {"title": "An adaptation waits for a decision", "body": "A-1", "tag": "adp_1"}
+    _push_to_worker(page, told | {"address": "/adaptations/adp_1"})
+    while not (shown := page.evaluate(SHOWN)):
+        page.wait_for_timeout(20)
+    assert shown == [told | {"address": "/adaptations/adp_1"}]
+
+
+def test_a_person_adds_this_browser_and_sees_which_one_it_is(sign_in: SignIn) -> None:
+    page = sign_in("olga")
+    page.context.grant_permissions(["notifications"])
+    page.add_init_script(FAKE_PUSH_SERVICE % OneBrowser().keys["p256dh"])
+    page.goto("/me")
+    wait_until_live(page)
+    page.click("#new-channel-fold summary")
+    page.select_option("#channel-kind", "push")
+    page.click("#new-channel button[type=submit]")
+    row = page.get_by_role("region", name="Browser push: push.example.org")
+    expect(row).to_contain_text("adaptation.awaiting_approval")
+    expect(row.get_by_text("(this browser)")).to_be_visible()
+    asked = page.evaluate("window.asked")
+    assert asked["userVisibleOnly"]
+    assert len(from_text(asked["applicationServerKey"])) == 65
+    row.get_by_role("button", name="Remove").click()
+    expect(row).to_have_count(0)

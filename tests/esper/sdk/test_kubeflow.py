@@ -4,44 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-import ssl
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from ipaddress import ip_address
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from torch import nn
 
 import esper
 from esper.sdk.tracking import Event, Kubeflow, Progress, trackers_of
+from tests.tls import TlsServer, serving
 
 PATH = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/team/trainjobs/digits/status"
 
 
-class StatusServer(HTTPServer):
-    """Stands in for Kubeflow Trainer's: TLS, a bearer token, the TrainJob's path."""
+class StatusServer(TlsServer):
+    """Stands in for Kubeflow Trainer's: a bearer token, the TrainJob's path."""
 
     status = 200
 
-    def __init__(self, certificate: Path, key: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, _Handler)
         self.got: list[tuple[str, dict[str, Any]]] = []
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
-        self.socket = context.wrap_socket(self.socket, server_side=True)
-
-    def handle_error(self, *_: object) -> None:
-        """A client that does not trust us ends the handshake."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -59,40 +46,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Silent."""
 
 
-def _certificate(folder: Path) -> tuple[Path, Path]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kubeflow-trainer")])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
-        )
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    certificate, private = folder / "ca.crt", folder / "tls.key"
-    certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return certificate, private
-
-
 @pytest.fixture
 def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StatusServer]:
     """The server, and the environment of a pod of its TrainJob."""
-    with _serving(tmp_path) as server:
+    with serving(StatusServer(tmp_path)) as server:
         (tmp_path / "token").write_text("token-1\n")
         monkeypatch.setenv(
             "KUBEFLOW_TRAINER_SERVER_URL", f"https://127.0.0.1:{server.server_port}{PATH}"
@@ -100,17 +57,6 @@ def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StatusServe
         monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_TOKEN", str(tmp_path / "token"))
         monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_CA_CERT", str(tmp_path / "ca.crt"))
         yield server
-
-
-@contextmanager
-def _serving(folder: Path) -> Iterator[StatusServer]:
-    server = StatusServer(*_certificate(folder))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def _last(server: StatusServer) -> dict[str, Any]:
