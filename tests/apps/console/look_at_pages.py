@@ -155,11 +155,10 @@ def _take_picture(page: Page, address: str, path: Path) -> None:
         over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         tall = page.evaluate("document.documentElement.scrollHeight")
         page.screenshot(path=path, full_page=True)
-        more = page.locator("#panel-more details.fold")
-        if more.count():
-            more.evaluate("folded => { folded.open = true; }")
-            part = path.with_stem(f"{path.stem}-more")
-            page.locator("#panel-more").screenshot(path=part, timeout=3_000)
+        more = page.locator("#panel-more")
+        if more.is_visible():  # of an ended decision it is hidden: nothing more can be done
+            more.locator("details.fold").evaluate_all("all => all.forEach(f => { f.open = true; })")
+            more.screenshot(path=path.with_stem(f"{path.stem}-more"), timeout=3_000)
         _say(f"{path.stem} {tall} px {f'{over} px TOO WIDE' if over > 0 else ''}")
     except Error as error:
         _say(f"{path.stem} failed: {str(error).splitlines()[0]}")
