@@ -23,7 +23,8 @@ from tests.running import RunningEsper, launch_esper
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     refuse_hidden_markers(items)
     mark_the_rest(items)
-    items.sort(key=lambda item: item.path.parent.name not in LONG)  # the last one would run alone
+    # The last one would run alone. Stable: inside of a file nothing moves.
+    items.sort(key=lambda item: LONGEST.get(item.path.name, len(LONGEST)))
 
 
 def refuse_hidden_markers(items: list[pytest.Item]) -> None:
@@ -45,7 +46,25 @@ def refuse_hidden_markers(items: list[pytest.Item]) -> None:
                 )
 
 
-LONG = frozenset({"system", "nemesis", "launcher"})  # folders whose tests take long
+# Files of processes whose tests take long, the longest first.
+LONGEST = {
+    name: place
+    for place, name in enumerate(
+        [
+            "test_killed_processes.py",  # with it all that share its Esper
+            "test_worker_pool_under_attack.py",
+            "test_recipes_on_a_host.py",
+            "test_console_in_a_browser.py",
+            "test_nemesis.py",
+            "test_up.py",
+            "test_stopping.py",
+            "test_compiling_ahead.py",
+            "test_backup.py",
+            "test_sharded_observed.py",
+            "test_sharded_grafts.py",
+        ]
+    )
+}
 # Files whose tests share an Esper that takes long to start and is there once for a session.
 TOGETHER = {
     "installation": {
