@@ -34,8 +34,12 @@ CELERY = (PYTHON, "-m", "celery", "--quiet", "-A", "esper_web.celery")
 # Lines that they print at every start or stop, and that need no action.
 VALKEY_ROUTINE = re.compile(r"Memory overcommit must|signal-handler|is now ready to exit")
 WORKER_ROUTINE = re.compile(r"worker: (Warm|Soft) shutdown")
-# Celery warns root at every start. The reason is pickle, and we accept JSON only.
-CELERY_WARNINGS = "ignore:You're running the worker with superuser"
+CELERY_ENVIRONMENT = {
+    # Celery warns root at every start. The reason is pickle, and we accept JSON only.
+    "PYTHONWARNINGS": "ignore:You're running the worker with superuser",
+    # Django's checks import every page and every view, which no worker needs; ./check runs them.
+    "CELERY_SKIP_CHECKS": "1",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,7 @@ def web_child(site: Site) -> ChildSpec:
 def service_children(site: Site, capabilities: str) -> tuple[ChildSpec, ...]:
     """Workers, beat and Tamiyo."""
     environment = site.environment | {"ESPER_WORKER_CAPABILITIES": capabilities}
-    celery = environment | {"PYTHONWARNINGS": CELERY_WARNINGS}
+    celery = environment | CELERY_ENVIRONMENT
     return (
         ChildSpec(
             name="worker-control",
