@@ -31,7 +31,7 @@ async def measure_timings(
     jobs = await operator.all("jobs")
     # Only Tamiyo may read snapshots and frames, so this uses its token.
     headers = {"Authorization": f"Bearer {site.token('tamiyo')}"}
-    async with httpx.AsyncClient(base_url=site.url, headers=headers, timeout=20.0) as tamiyo:
+    async with httpx.AsyncClient(base_url=site.url, headers=headers, timeout=120.0) as tamiyo:
         snapshot = await _read(tamiyo, f"runs/{run}/snapshot")
         reactions = [await _reaction_ms(tamiyo, item) for item in adaptations if _by_rule(item)]
     return {
