@@ -84,6 +84,11 @@ class RunningEsper:
         """The end of what it printed."""
         return self.console.read_text(errors="replace")[-characters:]
 
+    def start_again(self, *arguments: str) -> None:
+        """With the same data, after it has ended; at another port."""
+        again = launch_esper(self.data_dir, *arguments)
+        self.process, self.mark, self.console = again.process, again.mark, again.console
+
     def stop(self) -> int:
         """Ctrl-C; the exit status."""
         if self.process.poll() is None:

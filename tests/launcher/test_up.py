@@ -27,7 +27,7 @@ SERVICES = {"valkey", "web", "worker-control", "worker-compile", "beat", "tamiyo
 
 
 def ready(url: str) -> dict[str, Any]:
-    with urlopen(f"{url}/readyz", timeout=20) as answer:  # noqa: S310 (loopback)
+    with urlopen(f"{url}/readyz", timeout=300) as answer:  # noqa: S310 (loopback)
         found: dict[str, Any] = json.load(answer)
         return found
 
@@ -122,20 +122,19 @@ def test_a_second_up_on_the_same_data_is_refused(running_esper: Any) -> None:
 
 
 def test_after_a_stop_and_after_a_kill_nothing_stays_and_it_starts_again_with_its_data(
-    start_esper: Any, tmp_path: Path
+    running_esper: Any,
 ) -> None:
-    first = start_esper(tmp_path / "data", "--no-demo")
-    people, mark = first.people, first.mark
-    assert first.stop() == 0
+    people, mark = running_esper.people, running_esper.mark
+    assert running_esper.stop() == 0
     assert marked_processes(mark) == []
-    assert not (tmp_path / "data" / "runtime.json").exists()
-    second = start_esper(tmp_path / "data", "--no-demo")
-    assert second.people == people
-    assert people["olga"] not in second.tail()  # shown once
-    os.kill(second.process.pid, signal.SIGKILL)
-    second.process.wait()
-    third = start_esper(tmp_path / "data", "--no-demo")
-    assert marked_processes(second.mark) == []
-    assert set(third.runtime["children"]) == SERVICES
-    assert third.people == people
-    assert third.stop() == 0
+    assert not (running_esper.data_dir / "runtime.json").exists()
+    running_esper.start_again("--no-demo")
+    assert running_esper.people == people
+    assert people["olga"] not in running_esper.tail()  # shown once
+    mark = running_esper.mark
+    os.kill(running_esper.process.pid, signal.SIGKILL)
+    running_esper.process.wait()
+    running_esper.start_again("--no-demo")  # the tests of other files use it from here on
+    assert marked_processes(mark) == []
+    assert set(running_esper.runtime["children"]) == SERVICES
+    assert running_esper.people == people
