@@ -41,13 +41,13 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         yield number
     finally:
         server.terminate()
-        server.wait(timeout=60)
+        server.wait(timeout=300)
 
 
 def _wait_for(port: int) -> None:
     # Without tries of the client: to it an AuthenticationError is a ConnectionError, too.
     client = redis.Redis(port=port, retry=Retry(NoBackoff(), 0))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         try:
             client.ping()
@@ -73,7 +73,7 @@ async def test_web_and_workers_can_do_their_work(port: int) -> None:
     with kombu.Connection(url(port, "redis_url"), transport_options=options) as connection:
         queue = connection.SimpleQueue("control")
         queue.put({"n": 1})
-        message = queue.get(timeout=30)
+        message = queue.get(timeout=300)
         assert message.payload == {"n": 1}
         message.ack()
         queue.close()

@@ -71,7 +71,7 @@ class Plant:
                 [
                     *(sys.executable, "examples/digits_cnn.py", "--steps", "1000000"),
                     *("--checkpoint", str(self.folder / "digits.pt"), "--run", self.run_name),
-                    *("--pause", "0.01"),  # leaves the processor to what is tested
+                    *("--pause", "0.03"),  # leaves the processor to what is tested
                 ],
                 cwd=ROOT,
                 env=environment,
@@ -89,7 +89,7 @@ class Plant:
     def kill_trainer(self) -> None:
         assert self.trainer is not None
         self.trainer.send_signal(signal.SIGKILL)
-        self.trainer.wait(10)
+        self.trainer.wait(WAIT_SECONDS)
 
     def trainer_lives(self) -> bool:
         return self.trainer is not None and self.trainer.poll() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from esper.fail_closed import FailClosed, Failure
 from esper.grafting import LayerRecorder, non_finite_gradients, remove_slots, trace_layers
 from esper.grafting import graph as graph_module
 from esper.health import activations as activations_module
+from esper.sdk.ending import patience_for
 
 STEPS = 56  # past the first sample of activations
 
@@ -384,15 +386,19 @@ def test_a_failure_is_reported_once_and_a_listener_that_fails_is_ignored() -> No
     assert seen[0].error == "ZeroDivisionError: division by zero"
 
 
+LIMIT_SECONDS = 120.0  # of a lookup that does not end; a busy machine is slow, too
+
+
 @pytest.mark.parametrize("server", ["unreachable", "failing name", "slow name"])
 def test_ctrl_c_without_a_server_is_quick_and_prints_one_line_at_most(
     server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     lookups: list[str] = []
+    ended = threading.Event()
 
     def look_up(host: Any, *_: Any, **__: Any) -> Any:
         lookups.append(str(host))
-        time.sleep(6.0 if server == "slow name" else 0.0)
+        ended.wait(LIMIT_SECONDS if server == "slow name" else 0.0)
         raise socket.gaierror(-2, "Name or service not known")
 
     if server != "unreachable":
@@ -402,12 +408,12 @@ def test_ctrl_c_without_a_server_is_quick_and_prints_one_line_at_most(
     session = attached(model, server=address, token="esp_x")
     with pytest.raises(KeyboardInterrupt), session:  # noqa: PT012
         train(model, session, 4)
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + LIMIT_SECONDS
         while server != "slow name" and not caplog.records and time.monotonic() < deadline:
             time.sleep(0.01)
         interrupted = time.monotonic()
         raise KeyboardInterrupt
-    assert time.monotonic() - interrupted < 1.0
+    assert time.monotonic() - interrupted < patience_for(None), "as long as at another end"
     assert session._parts.server is not None
     thread = session._parts.server._transport._thread
     assert thread is not None
@@ -417,6 +423,7 @@ def test_ctrl_c_without_a_server_is_quick_and_prints_one_line_at_most(
     assert "\n" not in said[0].getMessage()
     assert said[0].exc_info is None
     assert bool(lookups) == (server != "unreachable")
+    ended.set()
 
 
 class OutOfMemory(nn.Module):
