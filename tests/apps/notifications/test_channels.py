@@ -10,6 +10,7 @@ import socket
 from datetime import timedelta
 from typing import Any
 
+import httpcore
 import pytest
 from django.core import mail
 from django.utils import timezone
@@ -168,6 +169,37 @@ def test_numbers_that_mean_this_host_are_refused_and_the_checked_address_is_conn
     with pytest.raises(OSError, match="no network"):
         public_hosts.post("https://rebinding.example.org/", b"{}", {})
     assert connected == ["93.184.216.34"]
+
+
+@pytest.mark.parametrize(
+    ("status", "location"),
+    [
+        (301, "https://10.0.0.1/"),
+        (302, "https://169.254.169.254/latest/meta-data/"),
+        (303, "//localhost/"),
+        (307, "http://127.0.0.1:8080/"),
+        (308, "https://hooks.example.org/again"),
+    ],
+)
+def test_a_redirect_is_not_followed_wherever_it_leads(
+    status: int, location: str, operator: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected: list[str] = []
+
+    def connect(_: Any, host: str, *args: Any) -> httpcore.NetworkStream:
+        connected.append(host)
+        head = f"HTTP/1.1 {status} Elsewhere\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n"
+        return httpcore.MockStream([head.encode()])
+
+    public = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", 443))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [public])
+    monkeypatch.setattr("httpcore.SyncBackend.connect_tcp", connect)
+    add(operator)
+    operator.post("adaptation-switch", {"on": False})
+    assert deliver_due() == 0
+    assert connected == ["93.184.216.34"]  # once: not where it leads
+    delivery = Delivery.objects.get()
+    assert (delivery.status, delivery.error) == (status, f"it answered {status}")
 
 
 def test_one_delivery_that_cannot_be_sent_delays_no_other(
