@@ -2,6 +2,7 @@
 
 from apps.audit.chain import ChainReport, event_content, record, take_turn, verify_chain
 from apps.audit.heads import set_heads_aside, sign_head, trusted_keys
+from apps.audit.roles import RoleError, grant_to_role
 from apps.audit.sign_ins import (
     Attempt,
     note_brake,
@@ -14,7 +15,9 @@ from apps.audit.sign_ins import (
 __all__ = [
     "Attempt",
     "ChainReport",
+    "RoleError",
     "event_content",
+    "grant_to_role",
     "note_brake",
     "note_refused_sign_in",
     "note_sign_in",

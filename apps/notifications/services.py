@@ -14,6 +14,7 @@ from typing import Any
 from asgiref.sync import async_to_sync
 from celery import current_app
 from channels.layers import get_channel_layer
+from django.conf import settings
 from django.db import transaction
 from django.db.models import F
 from django.http import HttpRequest
@@ -23,14 +24,16 @@ from apps.accounts.models import User
 from apps.audit.services import take_turn
 from apps.notifications.channels import EVENTS as EVENTS
 from apps.notifications.channels import URGENT as URGENT
-from apps.notifications.channels import plan_deliveries
+from apps.notifications.channels import event_name, plan_deliveries
 from apps.notifications.channels import push_public_key as push_public_key
 from apps.notifications.duty import coming_shifts as coming_shifts
 from apps.notifications.duty import on_duty as on_duty
-from apps.notifications.models import Feed, FeedEvent, OutboxMessage
+from apps.notifications.models import Delivery, Feed, FeedEvent, OutboxMessage
 
 log = logging.getLogger(__name__)
 
+PLAN_TASK = "notifications.plan"
+DELIVER_TASK = "notifications.deliver"
 INBOX_TOPIC = "inbox"
 SYSTEM_TOPIC = "system"
 ACCOUNTS_GROUP = "accounts"  # of every process with sockets
@@ -76,11 +79,31 @@ def publish(
         Feed.objects.filter(topic=topic).update(last_seq=F("last_seq") + 1)
     seq = Feed.objects.values_list("last_seq", flat=True).get(topic=topic)
     event = FeedEvent.objects.create(topic=topic, seq=seq, type=type, data=data)
-    # Each event is in the system's topic once.
-    if told_to_channels and plan_deliveries(type, data, project_id):
-        enqueue(task="notifications.deliver", queue="control", args=[])
+    if told_to_channels:  # each event is in the system's topic once
+        _plan_deliveries(event, project_id)
     transaction.on_commit(lambda: notify(group_name(topic), "feed.event", event_to_wire(event)))
     return event
+
+
+def _plan_deliveries(event: FeedEvent, project_id: int | None) -> None:
+    """A process without the key of commands, such as a compile worker, reads no channels."""
+    if event_name(event.type, event.data) not in EVENTS:
+        return
+    if not settings.ESPER_COMMAND_KEY:
+        enqueue(task=PLAN_TASK, queue="control", args=[event.pk, project_id])
+    elif plan_deliveries(event.type, event.data, project_id):
+        enqueue(task=DELIVER_TASK, queue="control", args=[])
+
+
+@transaction.atomic
+def plan_deliveries_of(event_id: int, project_id: int | None) -> None:
+    """What such a process has left to the control worker. A repeated message changes nothing."""
+    take_turn()
+    event = FeedEvent.objects.get(pk=event_id)
+    name = event_name(event.type, event.data)
+    planned = Delivery.objects.filter(type=name, data=event.data, created_at__gte=event.at)
+    if not planned.exists() and plan_deliveries(event.type, event.data, project_id):
+        enqueue(task=DELIVER_TASK, queue="control", args=[])
 
 
 def event_to_wire(event: FeedEvent) -> dict[str, Any]:

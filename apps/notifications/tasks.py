@@ -13,7 +13,12 @@ def forget_sent() -> None:
     services.forget_sent()
 
 
-@shared_task(name="notifications.deliver")
+@shared_task(name=services.PLAN_TASK)
+def plan(event_id: int, project_id: int | None) -> None:
+    services.plan_deliveries_of(event_id, project_id)
+
+
+@shared_task(name=services.DELIVER_TASK)
 def deliver() -> None:
     delivering.deliver_due()
 

@@ -9,6 +9,7 @@ from apps.workers.heartbeats import (
     worker_name,
 )
 from apps.workers.jobs import (
+    COMPILE_TASK,
     cancel_job,
     claim_job,
     fail_job,
@@ -40,6 +41,7 @@ from apps.workers.modes import (
 from apps.workers.queues import compile_queue, queue_is_served, served_queues
 
 __all__ = [
+    "COMPILE_TASK",
     "Down",
     "Part",
     "Presence",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 from django.core.exceptions import ImproperlyConfigured
@@ -14,17 +15,18 @@ from esper_web.settings.base import channel_layers
 if env.flag("DEBUG", False):
     raise ImproperlyConfigured("DEBUG must be off in production: its pages show secrets to anyone.")
 DEBUG = False
-SECRET_KEY = env.secret("SECRET_KEY")
+# A worker that builds kernels or starts recipes signs nothing and holds none of these three. Django
+# does not start without the first one, so each of its processes makes one of its own.
+_issues = env.flag("ESPER_ISSUES_COMMANDS", True)
+SECRET_KEY = env.secret("SECRET_KEY") if _issues else secrets.token_urlsafe(50)
+ESPER_COMMAND_KEY = env.signing_key("ESPER_COMMAND_KEY") if _issues else ""
+ESPER_AUDIT_KEY = env.signing_key("ESPER_AUDIT_KEY") if _issues else ""
 ALLOWED_HOSTS = env.hosts("ALLOWED_HOSTS")
 CSRF_TRUSTED_ORIGINS = env.listing("CSRF_TRUSTED_ORIGINS", "")
 DATABASES = {"default": env.database("DATABASE_URL")}
 REDIS_URL = env.redis_url("REDIS_URL")
 CELERY_BROKER_URL = REDIS_URL
 CHANNEL_LAYERS = channel_layers(REDIS_URL)
-# A compile worker runs compilers, and holds neither key.
-_issues = env.flag("ESPER_ISSUES_COMMANDS", True)
-ESPER_COMMAND_KEY = env.signing_key("ESPER_COMMAND_KEY") if _issues else ""
-ESPER_AUDIT_KEY = env.signing_key("ESPER_AUDIT_KEY") if _issues else ""
 ESPER_KERNEL_PUBLIC_KEY = env.text("ESPER_KERNEL_PUBLIC_KEY")
 # A team's host does not offer the demos.
 ESPER_RECIPES = env.directory("ESPER_RECIPES", Path("/etc/esper/recipes"))

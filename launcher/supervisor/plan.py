@@ -147,7 +147,9 @@ def service_children(site: Site, capabilities: str) -> tuple[ChildSpec, ...]:
         ),
         ChildSpec(
             name="worker-compile",
-            argv=compile_worker_command(compile_queues(capabilities, site.host)),
+            argv=compile_worker_command(
+                ",".join(filter(None, (compile_queues(capabilities), host_queue(site.host))))
+            ),
             env=celery
             | {
                 "ESPER_WORKER_NAME": f"compile@{site.host}",
@@ -214,15 +216,26 @@ def control_worker_command() -> tuple[str, ...]:
     return (*CELERY, "worker", "-Q", "control", "-n", "control@%h", "-c", "2", "-l", "WARNING")
 
 
-def compile_queues(capabilities: str, host: str) -> str:
-    """``compile.cpu,compile.cuda.sm90,host.here``: kernels for each, and staging on this host."""
-    names = [name.strip() for name in capabilities.split(",") if name.strip()]
-    return ",".join([*(f"compile.{name}" for name in names), f"host.{host}"])
+def compile_queues(capabilities: str) -> str:
+    """``compile.cpu,compile.cuda.sm90``: the queue of kernels for each capability."""
+    names = (name.strip() for name in capabilities.split(","))
+    return ",".join(f"compile.{name}" for name in names if name)
+
+
+def host_queue(host: str) -> str:
+    """The queue of a worker that starts recipes and stages kernels on this host."""
+    return f"host.{host}"
 
 
 def compile_worker_command(queues: str) -> tuple[str, ...]:
     """One build at a time: it owns the device."""
     return (*CELERY, "worker", "-Q", queues, "-n", "compile@%h", "-c", "1", "-l", "WARNING")
+
+
+def host_worker_command(host: str) -> tuple[str, ...]:
+    """Where it is apart from the compile worker, which compiles code and holds fewer secrets."""
+    queue = host_queue(host)
+    return (*CELERY, "worker", "-Q", queue, "-n", "host@%h", "-c", "1", "-l", "WARNING")
 
 
 def beat_command() -> tuple[str, ...]:
@@ -267,4 +280,4 @@ def _answers_http(url: str) -> Callable[[], Awaitable[bool]]:
 
 
 if __name__ == "__main__":  # a container's shell asks for the queues of its worker
-    print(compile_queues(os.environ["ESPER_WORKER_CAPABILITIES"], os.environ["ESPER_HOST_NAME"]))
+    print(compile_queues(os.environ["ESPER_WORKER_CAPABILITIES"]))

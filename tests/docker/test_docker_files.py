@@ -49,6 +49,7 @@ def dockerfile_command(name: str) -> list[str]:
         ("web", plan.web_command()),
         ("worker-control", plan.control_worker_command()),
         ("worker-compile", plan.compile_worker_command("$$(python -m launcher.supervisor.plan)")),
+        ("worker-host", plan.host_worker_command("$$ESPER_HOST_NAME")),
         ("beat", plan.beat_command()),
         ("tamiyo", plan.tamiyo_command()),
     ],
@@ -105,11 +106,25 @@ def test_only_the_compile_worker_holds_the_kernel_key() -> None:
     assert holders == {"worker-compile"}
 
 
-def test_the_compile_worker_cannot_sign_commands_or_heads() -> None:
+def test_the_compile_worker_cannot_sign_commands_or_heads_and_reads_no_people() -> None:
+    """It compiles code: it has no secret of the server but Redis's, and a role of its own."""
     worker = SERVICES["worker-compile"]
-    assert not {"command_key", "audit_key", "database_owner_url"} & set(worker["secrets"])
+    wanted = {"compile_database_url", "redis_url", "kernel_public_key", "kernel_key"}
+    assert set(worker["secrets"]) == wanted
     assert worker["environment"]["ESPER_ISSUES_COMMANDS"] == "false"
-    assert not [name for name in worker["environment"] if re.search("COMMAND_KEY|AUDIT_KEY", name)]
+    files = {str(value) for name, value in worker["environment"].items() if "FILE" in name}
+    assert files == {f"/run/secrets/{name}" for name in wanted}
+    assert worker["volumes"] == ["kernels:/var/lib/esper/kernels"]
+    assert "grant_compile_role esper_compile" in SERVICES["migrate"]["command"][2]
+
+
+def test_what_starts_recipes_compiles_nothing_and_is_there_only_when_wanted() -> None:
+    worker = SERVICES["worker-host"]
+    assert worker["profiles"] == ["recipes"]
+    assert "kernel_key" not in worker["secrets"]
+    assert worker["environment"]["ESPER_ISSUES_COMMANDS"] == "false"
+    servers = {name for name, one in SERVICES.items() if "ESPER_SERVER" in str(one)}
+    assert servers == {"worker-host"}
 
 
 def test_the_web_image_is_built_from_wheels_with_known_hashes() -> None:

@@ -112,18 +112,18 @@ def test_nobody_configures_or_empties_it(port: int, secret: str) -> None:
 
 
 @pytest.mark.postgres
-def test_the_roles_of_postgresql_are_the_owner_and_the_application(
+def test_the_roles_of_postgresql_are_the_owner_the_application_and_the_compile_workers(
     postgres_url: str, tmp_path: Path
 ) -> None:
     parts = urlsplit(postgres_url)
-    for name in ("database_owner_password", "database_password"):
+    names = ("database_owner_password", "database_password", "compile_database_password")
+    for name in names:
         (tmp_path / name).write_text(SECRETS[name])
     environment = {
         **os.environ,
         "PGHOST": str(parts.hostname),
         "PGPORT": str(parts.port),
-        "DATABASE_OWNER_PASSWORD_FILE": str(tmp_path / "database_owner_password"),
-        "DATABASE_PASSWORD_FILE": str(tmp_path / "database_password"),
+        **{f"{name.upper()}_FILE": str(tmp_path / name) for name in names},
     }
     script = str(DOCKER / "postgres-roles.sh")
     subprocess.run(["sh", script], env=environment, check=True, timeout=600)
@@ -138,3 +138,8 @@ def test_the_roles_of_postgresql_are_the_owner_and_the_application(
                 with pytest.raises(psycopg.errors.InsufficientPrivilege):
                     application.execute(statement)
                 application.rollback()
+        with (
+            psycopg.connect(f"{address} user=esper_compile") as worker,
+            pytest.raises(psycopg.errors.InsufficientPrivilege),
+        ):
+            worker.execute("SELECT count(*) FROM thing")  # until grant_compile_role

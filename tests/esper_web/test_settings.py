@@ -56,8 +56,9 @@ def test_production_starts_with_good_values() -> None:
     assert load_settings().returncode == 0
 
 
-def test_a_compile_worker_starts_without_the_keys_of_commands_and_of_the_audit_log() -> None:
-    without: dict[str, str | None] = {"ESPER_COMMAND_KEY": None, "ESPER_AUDIT_KEY": None}
+def test_a_compile_worker_starts_without_the_keys_of_sessions_commands_and_the_audit_log() -> None:
+    keys = ("SECRET_KEY", "ESPER_COMMAND_KEY", "ESPER_AUDIT_KEY")
+    without: dict[str, str | None] = dict.fromkeys(keys)
     assert load_settings(**without, ESPER_ISSUES_COMMANDS="false").returncode == 0
     assert load_settings(**without).returncode != 0
 
