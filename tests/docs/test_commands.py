@@ -125,6 +125,9 @@ def _pip(words: list[str]) -> None:
 
 
 def _docker(words: list[str]) -> None:
+    if words[0] == "build":
+        assert (ROOT / words[words.index("-f") + 1]).is_file()
+        return
     assert words[:2] == ["compose", "-f"]
     services = yaml.safe_load((ROOT / words[2]).read_text())["services"]
     if words[3] == "run":
@@ -135,6 +138,16 @@ def _docker(words: list[str]) -> None:
         else:
             assert rest[:2] == ["python", "manage.py"]
             _manage(rest[2], rest[3:])
+
+
+def _helm(words: list[str]) -> None:
+    assert (ROOT / words[2] / "Chart.yaml").is_file()
+
+
+def _kubectl(words: list[str]) -> None:
+    if "--" in words:
+        inside = words[words.index("--") + 1 :]
+        PROGRAMS[inside[0]](inside[1:])
 
 
 def _curl(words: list[str]) -> None:
@@ -170,6 +183,8 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "torchrun": _torchrun,
     "pip": _pip,
     "docker": _docker,
+    "helm": _helm,
+    "kubectl": _kubectl,
     "curl": _curl,
     "export": _export,
     "cp": _copy,
