@@ -51,6 +51,7 @@ def heartbeat(presence: Presence) -> WorkerMode:
             *("memory_free_mib", "memory_total_mib"),
         )
     }
+    _forget_earlier_process(presence)
     worker, _ = Worker.objects.update_or_create(
         name=presence.name,
         defaults={
@@ -63,6 +64,12 @@ def heartbeat(presence: Presence) -> WorkerMode:
         },
     )
     return WorkerMode(worker.mode)
+
+
+def _forget_earlier_process(presence: Presence) -> None:
+    """A worker that was started again has other queues and devices until it reports them."""
+    earlier = Worker.objects.filter(name=presence.name, started_at__lt=presence.started_at)
+    earlier.update(started_at=presence.started_at, capabilities=[], queues=[], devices=[])
 
 
 def mark_worker_stopped(name: str) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -112,6 +113,16 @@ class Workers:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def describe(self) -> str:
+        """For the report of a test that fails: what the database and the workers say."""
+        lines = []
+        for table in ("workers_compilejob", "workers_worker", "kernels_warmup"):
+            lines += [table, *map(str, self.plant.rows(f"SELECT * FROM {table}"))]  # noqa: S608
+        lines += [f"{uid}: {self.plant.states_in_audit(uid)}" for uid in self.plant.uids]
+        for name in self.running:
+            lines += [name, (self.plant.folder / f"{name}.log").read_text()[-4000:]]
+        return "\n".join(lines)
+
     def end(self) -> None:
         for name, process in self.running.items():
             family = self.family(name)
@@ -146,6 +157,7 @@ def workers(hasty: Plant, tmp_path: Path) -> Iterator[Workers]:
     try:
         yield workers
     finally:
+        sys.stdout.write(workers.describe())  # which pytest shows where the test failed
         workers.end()
         if plant.trainer is not None:
             plant.kill_trainer()

@@ -90,6 +90,20 @@ def proposed_at(stage: Stage, name: str, **changes: Any) -> Adaptation:
     return stage.propose(layer=name)
 
 
+def test_a_worker_that_was_started_again_has_the_devices_that_it_reports_itself(db: None) -> None:
+    card = [{"device": "cuda:0"}]
+    before = live_worker(devices=card)
+    assert before.devices == card
+    workers.heartbeat(
+        workers.Presence(
+            name=before.name, kind=before.kind, host="here", started_at=before.started_at
+        )
+    )
+    before.refresh_from_db()
+    assert (before.devices, before.queues) == (card, ["compile.cpu", "host.here"])
+    assert live_worker().devices == []
+
+
 # --- builds ---------------------------------------------------------------------------------------
 
 
