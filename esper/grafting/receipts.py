@@ -40,7 +40,7 @@ from esper.grafting.slot import (
     take_out,
 )
 from esper.grafting.snapshot import Snapshot, SnapshotMemory, own_change
-from esper.grafting.spilling import spill
+from esper.grafting.spilling import Writing
 from esper.grafting.state_dicts import put_back_slots
 from esper.grafting.surroundings import Surroundings
 
@@ -125,6 +125,7 @@ class ChangeReceipt:
     _after: Frozen = field(repr=False)
     _model: nn.Module = field(repr=False)
     _snapshot: Snapshot | None = field(repr=False, default=None)
+    _writing: Writing | None = field(repr=False, init=False, default=None)
     _serial: int = field(repr=False, init=False, default_factory=itertools.count().__next__)
 
     @property
@@ -163,22 +164,42 @@ class ChangeReceipt:
         """Its change was made later in this process, by whatever session."""
         return self._serial > other._serial
 
-    def spill_snapshot(self, folder: Path) -> None:
-        """Moves the snapshot to disk, where it costs no memory.
+    @property
+    def is_being_written(self) -> bool:
+        """The snapshot is in memory and on its way to disk."""
+        return self._writing is not None
+
+    def begin_spilling(self, folder: Path) -> None:
+        """Another thread begins to write the snapshot to disk, where it costs no memory."""
+        snapshot = self._snapshot
+        if snapshot is not None and not snapshot.bytes_on_disk and self._writing is None:
+            self._writing = Writing(snapshot, folder)
+
+    def finish_spilling(self, *, wait: bool = False) -> None:
+        """Frees the memory of a snapshot that is on disk now.
+
+        Args:
+            wait: until it is.
 
         Raises:
             OSError: it cannot be written there; it stays in memory.
         """
-        if self._snapshot is not None and not self._snapshot.bytes_on_disk:
-            spill(self._snapshot, folder)
-            for frozen in (self._before, self._after):  # they hold the copies in memory till then
-                hash_in_background(frozen)
+        writing, snapshot = self._writing, self._snapshot
+        if writing is None or snapshot is None or not (wait or writing.is_done):
+            return
+        self._writing = None
+        snapshot.bytes_on_disk = writing.take_over()
+        for frozen in (self._before, self._after):  # they hold the copies in memory till then
+            hash_in_background(frozen)
 
     def forget_snapshot(self) -> None:
         """Frees the snapshot. A hard undo is impossible from now on."""
         # The digests are computed from the snapshot's copies, which are free afterwards.
         for frozen in (self._before, self._after):
             hash_in_background(frozen)
+        if self._writing is not None:
+            self._writing.stop()
+            self._writing = None
         self._snapshot = None
 
     def _roll_back(self, snapshot: Snapshot, *, exact: bool) -> UndoReceipt:
@@ -222,6 +243,8 @@ class Receipt(ChangeReceipt):
             if self.present
             else "; not in the model any more"
         )
+        if self.is_being_written:
+            undo += "; its snapshot is being written to disk"
         if self.snapshot_bytes_on_disk:
             undo += f"; its snapshot is on disk ({self.snapshot_bytes_on_disk / 2**20:.1f} MiB)"
         since = self.record.layer.since

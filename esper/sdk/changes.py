@@ -203,7 +203,7 @@ class Changes:
         """A snapshot is a copy of the model and its optimizer: only the newest few are kept.
 
         Where their limit allows fewer, the oldest go to disk or are freed; also the last one, if it
-        does not fit.
+        does not fit. Until it is written, that one copy is in memory beyond the limit.
         """
         restorable = [receipt for receipt in self._receipts() if receipt.can_undo_hard]
         kept = restorable[-SNAPSHOTS_KEPT:]
@@ -211,22 +211,29 @@ class Changes:
             receipt.forget_snapshot()
         size = restorable[-1].snapshot_bytes if restorable else 0
         for receipt in tuple(kept):
-            if sum(entry.snapshot_bytes for entry in kept) <= self._snapshot_limit:
+            stay = [entry for entry in kept if not entry.is_being_written]
+            if sum(entry.snapshot_bytes for entry in stay) <= self._snapshot_limit:
                 return
-            if not self._spilled(receipt):
-                receipt.forget_snapshot()
-                kept.remove(receipt)
-                self.shortened = len(kept), size
+            if self._snapshot_folder is not None:
+                receipt.begin_spilling(self._snapshot_folder)
+                continue
+            receipt.forget_snapshot()
+            kept.remove(receipt)
+            self.shortened = len(kept), size
 
-    def _spilled(self, receipt: Receipt | RemedyReceipt) -> bool:
-        if self._snapshot_folder is None:
-            return False
-        try:
-            receipt.spill_snapshot(self._snapshot_folder)
-        except OSError as error:
-            self.disk_error = str(error)
-            return False
-        return True
+    def finish_spilling(self, *, wait: bool = False) -> None:
+        """Frees the memory of snapshots that are on disk now; those that cannot be are gone.
+
+        Args:
+            wait: until all are written.
+        """
+        for receipt in self._receipts():
+            try:
+                receipt.finish_spilling(wait=wait)
+            except OSError as error:
+                self.disk_error, size = str(error), receipt.snapshot_bytes
+                receipt.forget_snapshot()
+                self.shortened = sum(r.can_undo_hard for r in self._receipts()), size
 
     def why_no_snapshot(self, nbytes: int) -> str:
         """Why the next change could not be undone hard, where a folder was given for that.

@@ -241,6 +241,7 @@ class Session(Acts):
             return self._parts.findings.resolved
         if not self._steps.closed:
             self._parts.failures.contain("ledger", self._parts.ledger.audit)
+            self._parts.failures.contain("surgery", self._parts.surgery.settle_snapshots)
         return self._parts.findings.all()
 
     def why(self, layer: str | None = None) -> Reasons:

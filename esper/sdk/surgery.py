@@ -178,6 +178,7 @@ class Surgery:
             IncompatibleLayerError, CertificateError, UnknownLayerError, ConfigurationError,
             ReplicaError
         """
+        self.settle_snapshots(wait=True)
         self._refuse_without_snapshot(operation)
         self._ranks.order(Order.graft(operation))
         run = self._run
@@ -555,6 +556,8 @@ class Surgery:
         reason = around.why_unchangeable() if catalogue else around.why_no_remedy()
         if reason and not changes_nothing:
             raise GraftError(reason, layer=layer)
+        if not changes_nothing:
+            self.settle_snapshots(wait=True)
         started = time.perf_counter()
         with jointly(self._surroundings.replicas) as joint:
             receipt = act(surroundings=self._without_copies, step=self._run.step)
@@ -641,6 +644,7 @@ class Surgery:
         if self._idle_slots:
             self.remove_idle_slots()
         self.copies.by_hand.look()
+        self.settle_snapshots()
         if self.changes.grafted:
             self.notice_gone()
         for entry in self.changes.grafted:
@@ -752,7 +756,19 @@ class Surgery:
         """All ranks, for a call that the script makes on each of them."""
         self._ranks.meet(call, self._run.step, *arguments)
 
+    def settle_snapshots(self, *, wait: bool = False) -> None:
+        """Looks whether snapshots have arrived on disk.
+
+        Args:
+            wait: until they have; before the next one is taken, so that one copy at most is in
+                memory beyond the limit.
+        """
+        self.changes.finish_spilling(wait=wait)
+        self._say_what_can_be_undone()
+
     def _say_what_can_be_undone(self) -> None:
+        if not self._ranks.alone:  # at the same step on all ranks
+            self.changes.finish_spilling(wait=True)
         shortened, self.changes.shortened = self.changes.shortened, None
         if shortened is not None and not self._told_of_limit:
             self._told_of_limit = True

@@ -25,8 +25,9 @@ def test_a_snapshot_on_disk_is_restored_to_the_bit(tmp_path: Path) -> None:
     ):
         loop.train(session, 3)
         receipt = session.graft("0", "proj_ia3")
-        assert receipt.snapshot_bytes_on_disk
         loop.train(session, 4)
+        session._parts.surgery.settle_snapshots(wait=True)
+        assert receipt.snapshot_bytes_on_disk
         assert session.undo(receipt).exact
         loop.train(session, 5)
         bare.train(other, 8)
