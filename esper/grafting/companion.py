@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from esper.exceptions import GraftError
 from esper.fail_closed import contained, short
@@ -172,7 +172,9 @@ class _Company:
         arrives = contained("gradient hook", "A graft's gradients are not cleared with the host's.")
         for parameter in companion.parameters:
             register: Any = parameter.register_hook
-            companion._handles.append(register(arrives(self._arrives)))
+            # Another process that the model is sent to has no host to follow, and torch would warn.
+            unpickled: Any = unserializable_hook
+            companion._handles.append(register(unpickled(arrives(self._arrives))))
 
     def remove(self, companion: Companion) -> None:
         if companion not in self.members:

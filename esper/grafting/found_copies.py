@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.exceptions import ConfigurationError
+from esper.grafting.copied_parts import CopiedParts
 from esper.grafting.copies import bare_copy, check_copy
 from esper.grafting.kept_by_hand import KeptByHand
 from esper.grafting.versions import writes_to
@@ -36,6 +37,7 @@ class Copies(Sequence[Any]):
 
     Attributes:
         by_hand: averages that are no modules.
+        parts: copies of parts of the model.
     """
 
     def __init__(self, model: nn.Module, given: Sequence[Any] = ()) -> None:
@@ -47,6 +49,7 @@ class Copies(Sequence[Any]):
         self._seen: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._searched = False
         self.by_hand = KeptByHand()
+        self.parts = CopiedParts(model)
 
     def __len__(self) -> int:
         return len(self._all())
@@ -67,17 +70,19 @@ class Copies(Sequence[Any]):
         if self._searched or model is None:
             return
         self._searched = True
-        found, tensors = _living(model)
+        found, tensors, modules = _living(model, self.parts.kinds())
         self.by_hand.search(model, tensors)
+        self.parts.search(modules)
         is_alike = any(_alike(model, other) for other, averaged in found if not averaged)
-        if is_alike or self.by_hand.found:
+        if is_alike or self.by_hand.found or self.parts.found:
             # It may be of an earlier run that nothing uses any more, which is in nobody's way.
             # Collecting costs as long as some steps, so it is not done where there is none.
-            del found, tensors
+            del found, tensors, modules
             self.by_hand = KeptByHand()
             gc.collect()
-            found, tensors = _living(model)
+            found, tensors, modules = _living(model, self.parts.kinds())
             self.by_hand.search(model, tensors)
+            self.parts.search(modules)
         for other, averaged in found:
             self._note(other, averaged=averaged)
 
@@ -114,19 +119,26 @@ class Copies(Sequence[Any]):
             self._seen[found] = averaged or self._seen.get(found, False)
 
 
-def _living(model: nn.Module) -> tuple[list[tuple[nn.Module, bool]], list[Tensor]]:
-    """Every other model of this class and whether an ``AveragedModel`` holds it; all tensors."""
+def _living(
+    model: nn.Module, kinds: Sequence[type[nn.Module]]
+) -> tuple[list[tuple[nn.Module, bool]], list[Tensor], list[nn.Module]]:
+    """Every other model of this class and whether an ``AveragedModel`` holds it; all tensors; and
+    all modules of this class or of one of the ``kinds``."""
     averaged_model = sys.modules["torch.optim.swa_utils"].AveragedModel
     found: list[tuple[nn.Module, bool]] = []
     tensors: list[Tensor] = []
-    for other in gc.get_referrers(averaged_model, type(model), Tensor):
+    modules: list[nn.Module] = []
+    wanted = {type(model), *kinds}
+    for other in gc.get_referrers(averaged_model, Tensor, *wanted):
+        if type(other) in wanted:
+            modules.append(other)
         if type(other) is averaged_model:
             found.append((bare_copy(other), True))
         elif type(other) is type(model) and other is not model:
             found.append((other, False))
         elif type(other) is Tensor:
             tensors.append(other)
-    return found, tensors
+    return found, tensors, modules
 
 
 def _inside_averaged_model() -> bool:

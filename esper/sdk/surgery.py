@@ -231,7 +231,7 @@ class Surgery:
         """Averages of the model that nobody named get its next graft too.
 
         Raises:
-            IncompatibleLayerError: the script keeps one by hand, which cannot.
+            IncompatibleLayerError: the script keeps one by hand, or one of a part, which cannot.
         """
         if checkpoint.is_sharded(self._surroundings):
             return  # comparing weights that are spread over ranks would be a collective call
@@ -241,6 +241,11 @@ class Surgery:
         by_hand = self.copies.by_hand
         by_hand.look()
         reason = by_hand.reason if by_script else by_hand.reason_for_policy
+        reason = reason or self.copies.parts.reason(
+            operation.layer.name,
+            with_companions(self._surroundings.optimizers),
+            (layer.name for layer in self._layers.own if layer.in_shape),
+        )
         if reason and self._ranks.alone:
             raise IncompatibleLayerError(
                 layer=operation.layer.name, blueprint=operation.blueprint.slug, reason=reason

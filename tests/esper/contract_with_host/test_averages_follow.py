@@ -308,3 +308,109 @@ def test_a_state_that_is_only_kept_is_in_nobodys_way() -> None:
     surgery = session._parts.surgery
     assert surgery.apply(surgery.planned("0", "proj_lora_64", "", {})).receipt is not None
     session._parts.setup.model.load_state_dict(state)
+
+
+class Part(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+
+
+class WithMomentumEncoder(nn.Module):
+    """As MoCo and BYOL: the copy is in the model, and its forward pass writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.online = Part()
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for mine, theirs in zip(self.target.parameters(), self.online.parameters(), strict=True):
+            mine.data = DECAY * mine.data + (1 - DECAY) * theirs.data
+        x = self.stem(x)
+        found: torch.Tensor = self.head(self.online(x)) - self.target(x)
+        return found
+
+
+class WithTargetBeside(nn.Module):
+    """As soft actor-critic: the copy is beside the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.online = Part()
+        self.beside = [copy.deepcopy(self.online)]  # a list hides it from the model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            pairs = zip(self.beside[0].parameters(), self.online.parameters(), strict=True)
+            for mine, theirs in pairs:
+                mine.lerp_(theirs, 1 - DECAY)
+        found: torch.Tensor = self.head(self.online(self.stem(x)))
+        return found
+
+
+class Stack(nn.Module):
+    """As torch's TransformerEncoder, whose layers start as copies; the lower one is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+        lower = Part().requires_grad_(False)
+        self.parts = nn.ModuleList([lower, copy.deepcopy(lower).requires_grad_()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for part in self.parts:
+            x = x + part(x)
+        found: torch.Tensor = self.head(x)
+        return found
+
+
+class WithSpare(nn.Module):
+    """As PEFT's modules_to_save: the old layer is kept, and does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.old = Part().requires_grad_(False)
+        self.new = copy.deepcopy(self.old).requires_grad_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.new(x)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused", "grafted"),
+    [
+        (WithSpare, (), "new.0"),
+        (WithMomentumEncoder, ("online.0", "target.2"), "head"),
+        (WithTargetBeside, ("online.2",), "stem"),
+        (Stack, (), "parts.1.0"),
+    ],
+)
+def test_a_part_that_the_script_averages_takes_no_graft(
+    kind: type[nn.Module], refused: tuple[str, ...], grafted: str
+) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.01)
+    session = esper.attach(model, optimizer, run="part", mode="supervised", verbose=False)
+
+    def train() -> None:
+        for _ in range(3):
+            loss = model(torch.randn(4, 8)).pow(2).mean()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            session.step(loss)
+
+    train()
+    for layer in refused:
+        with pytest.raises(IncompatibleLayerError, match="as an average or a target"):
+            session.graft(layer, "proj_lora_64")
+    receipt = session.graft(grafted, "mlp_gelu_2048")
+    train()
+    assert session.undo(receipt).exact
+    train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -410,3 +411,18 @@ def test_what_keeps_a_receipt_is_copied_and_saved(kind: str) -> None:
         with pytest.raises(UndoError, match="use the receipt itself"):
             copied.receipt.undo()
     assert model.receipt.undo().exact
+
+
+@pytest.mark.parametrize("grafted", [False, True])
+def test_a_model_is_sent_to_another_process_without_a_warning(grafted: bool) -> None:
+    """Warnings are errors here. Torch warns of a hook that another process would not have."""
+    model = nn.Linear(8, 4)
+    optimizer, session = attached(nn.Sequential(model), "supervised")
+    step(model, optimizer, session)
+    if grafted:
+        session.graft("0", "proj_lora_64")
+    for _ in range(3):
+        step(model, optimizer, session)
+
+    sent = ForkingPickler.loads(ForkingPickler.dumps(model))
+    assert torch.equal(sent(torch.ones(4, 8)), model(torch.ones(4, 8)))

@@ -1,0 +1,165 @@
+"""Averages and targets of a part of the model, which a graft in that part would break.
+
+A momentum encoder (MoCo, BYOL), a target critic (SAC) or a teacher that stands in the model itself
+is written by the script: tensor by tensor in the order of both parts, or from the state of the one
+to the other. A graft in one of them shifts or renames its tensors, so the script's next line would
+raise or mix different tensors. A copy of the whole model follows its grafts; a part's does not.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.grafting.optimizers import parameters_of
+from esper.grafting.slot import SLOT_NAME
+from esper.grafting.versions import writes_to
+
+NEAR = 0.5  # of a part's norm; independent weights of the same size are some 1.4 away
+MOST_PAIRS = 256  # whose numbers are compared
+REASON = (
+    "{!r} is copied in {}, as an average or a target, and the script pairs the tensors of both: "
+    "a graft would break the pairs. Graft into another layer, or attach the part by itself: "
+    "a copy of a whole model gets each graft"
+)
+
+
+class CopiedParts:
+    """Finds the copies of parts of one model, in it and beside it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._beside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def kinds(self) -> tuple[type[nn.Module], ...]:
+        """The classes of the parts."""
+        model = self._model()
+        parts = () if model is None else _parts(model).values()
+        return tuple({type(part) for part in parts})
+
+    @property
+    def found(self) -> bool:
+        """There is something beside the model that may be a copy of a part."""
+        return bool(self._beside)
+
+    def search(self, living: Sequence[nn.Module]) -> None:
+        """Of all modules of the process, keeps those that are copies of a part.
+
+        What belongs to another model of this class is no copy of a part: the whole follows, or is
+        left alone.
+        """
+        model = self._model()
+        if model is None:
+            return
+        whole = [m for m in living if type(m) is type(model)]
+        inside = {id(part) for one in (model, *whole) for part in one.modules()}
+        parts: dict[Any, list[nn.Module]] = {}
+        for part in _parts(model).values():
+            parts.setdefault(_form(part), []).append(part)
+        pairs = (
+            (part, other)
+            for other in living
+            if id(other) not in inside
+            for part in parts.get(_form(other), ())
+        )
+        copies = (other for part, other in islice(pairs, MOST_PAIRS) if _is_copy(part, other))
+        self._beside = weakref.WeakSet(copies)
+
+    def reason(
+        self, layer: str, optimizers: Sequence[torch.optim.Optimizer], run: Iterable[str]
+    ) -> str:
+        """Why this layer takes no graft; empty: no part that it belongs to is copied.
+
+        Args:
+            run: names of the layers that run. A copy inside the model that never runs is a spare
+                one, as PEFT keeps of the layers that it trains whole.
+        """
+        model = self._model()
+        if model is None:
+            return ""
+        trained = {id(p) for optimizer in optimizers for p in parameters_of(optimizer)}
+        for name in _parts(model):  # the largest first
+            if name == layer or layer.startswith(f"{name}."):
+                where = next(_copies(model, name, self._beside, trained, list(run)), "")
+                if where:
+                    return REASON.format(name, where)
+        return ""
+
+
+def _copies(
+    model: nn.Module,
+    name: str,
+    beside: Iterable[nn.Module],
+    trained: set[int],
+    run: Sequence[str],
+) -> Iterator[str]:
+    parts = _parts(model)
+    part = parts[name]
+    learns = _learns(part, trained)
+    for other_name, other in parts.items():
+        runs = any(f"{layer}.".startswith(f"{other_name}.") for layer in run)
+        apart = runs and _stand_apart(model, name, other_name)
+        if apart and _learns(other, trained) is not learns and _is_copy(part, other):
+            yield repr(other_name)
+    for other in beside if learns else ():
+        if _was_written(other) and not _learns(other, trained) and _is_copy(part, other):
+            yield f"another {type(other).__name__}"
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Those with weights, by name, the larger before the smaller; without slots."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and SLOT_NAME not in name.split(".") and _matrices(module)
+    }
+
+
+def _matrices(module: nn.Module) -> list[Tensor]:
+    """Vectors of two layers are often equal: zeros and ones."""
+    return [p for p in module.parameters() if p.ndim >= 2 and p.layout is torch.strided]
+
+
+def _stand_apart(model: nn.Module, name: str, other: str) -> bool:
+    """Neither is in the other, nor are they of one stack, whose layers may start as copies."""
+    mine, theirs = name.split("."), other.split(".")
+    pairs = zip(mine, theirs, strict=False)
+    shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    if len(shared) in (len(mine), len(theirs)):
+        return False
+    return not isinstance(model.get_submodule(".".join(shared)), nn.ModuleList | nn.Sequential)
+
+
+def _learns(module: nn.Module, trained: set[int]) -> bool:
+    own = (p for p in module.parameters() if p.requires_grad)
+    return any(p.grad is not None or id(p) in trained for p in own)
+
+
+def _was_written(module: nn.Module) -> bool:
+    return any(writes_to(p) for p in module.parameters())
+
+
+def _form(module: nn.Module) -> Any:
+    return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+
+
+def _is_copy(part: nn.Module, other: nn.Module) -> bool:
+    """Another module with the same tensors, by name and shape, and with numbers near to them."""
+    if _form(part) != _form(other):
+        return False
+    pairs = list(zip(part.parameters(), other.parameters(), strict=True))
+    if any(a is b or a.is_meta or b.is_meta for a, b in pairs):
+        return False
+    return _is_near(_matrices(part), _matrices(other))
+
+
+@torch.no_grad()
+def _is_near(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    pairs = [(a.float(), b.to(a.device).float()) for a, b in zip(mine, theirs, strict=True)]
+    away = sum(float((a - b).square().sum()) for a, b in pairs)
+    return away <= NEAR**2 * sum(float(a.square().sum()) for a, _ in pairs)
