@@ -61,6 +61,9 @@ def let_follow(model: nn.Module, copies: Iterable[Any], *, keep_slots: bool = Fa
     """
     wanted = {layer: slot for layer, _, slot in slots(model)}
     for copied in map(bare_copy, copies):
+        names = {name for name, _ in copied.named_modules()}
+        if not wanted.keys() <= names:
+            continue  # the script has rebuilt the model since, and nothing pairs with it any more
         for layer, _, slot in [*slots(copied)]:
             known = wanted[layer].grafts() if layer in wanted else {}
             for slug in [slug for slug in slot.grafts() if slug not in known]:

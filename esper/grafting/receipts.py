@@ -292,8 +292,22 @@ class Receipt(ChangeReceipt):
     @property
     def present(self) -> bool:
         """True while the graft is in the model; a hard undo of an older graft removes it too."""
-        slot = find_slot(self._model, self.layer)
+        return self._is_at(self.layer) or self._has_moved()
+
+    def _is_at(self, layer: str) -> bool:
+        slot = find_slot(self._model, layer)
         return slot is not None and slot._modules.get(self.blueprint) is self._graft
+
+    def _has_moved(self) -> bool:
+        """The script has put the layer into another module, as adapters do: its name is new now."""
+        layer, _ = living_grafts(self._model).get(self._graft, ("", ""))
+        slot = find_slot(self._model, layer) if layer else None
+        if slot is None:
+            return False
+        self.layer = layer
+        self.record = replace(self.record, layer=replace(self.record.layer, name=layer))
+        slot.records[self.blueprint] = self.record
+        return True
 
     @property
     def can_undo_hard(self) -> bool:

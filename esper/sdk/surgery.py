@@ -424,7 +424,10 @@ class Surgery:
         return report
 
     def notice_gone(self) -> None:
-        """Grafts of this session that ``receipt.undo()`` or another session has taken out."""
+        """Grafts of this session that ``receipt.undo()`` or another session has taken out.
+
+        Those whose layer has another name now go on under that name.
+        """
         gone = self.changes.mark_gone(AdaptationState.REVERTED)
         if not gone:
             return
@@ -654,6 +657,7 @@ class Surgery:
             self.notice_gone()
         for entry in self.changes.grafted:
             if entry.receipt is not None:
+                entry.layer = entry.receipt.layer
                 entry.receipt.graft.on_step()
                 # Compiled code does not attach hooks to the host.
                 entry.receipt.graft.attach(find_host(self.model, entry.layer))

@@ -426,3 +426,47 @@ def test_a_model_is_sent_to_another_process_without_a_warning(grafted: bool) -> 
 
     sent = ForkingPickler.loads(ForkingPickler.dumps(model))
     assert torch.equal(sent(torch.ones(4, 8)), model(torch.ones(4, 8)))
+
+
+class Adapted(nn.Module):
+    """As adapters do: it takes the place of a layer, and has it as a child."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.up = nn.Parameter(torch.zeros(base.out_features, base.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.base(x) + x @ self.up.T
+        return found
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_graft_goes_on_in_a_layer_that_the_script_puts_into_another_one(averaged: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    average = copy.deepcopy(model) if averaged else None
+    optimizer, session = attached(model, "supervised")
+    if average is not None:
+        with torch.no_grad():
+            average[0].weight.mul_(0.9)
+    step(model, optimizer, session)
+    receipt = session.graft("2", "mlp_gelu_2048")
+    step(model, optimizer, session)
+
+    model[2] = Adapted(model[2])
+    optimizer.add_param_group({"params": [model[2].up]})
+    before = [p.detach().clone() for p in receipt.graft.parameters()]
+    for _ in range(3):
+        step(model, optimizer, session)
+    (adaptation,) = session.adaptations
+    assert (receipt.layer, adaptation.layer, receipt.present) == ("2.base", "2.base", True)
+    assert not any(map(torch.equal, before, receipt.graft.parameters()))
+
+    fresh = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), Adapted(nn.Linear(16, 4)))
+    esper.load_state_dict(fresh, model.state_dict())
+    assert torch.equal(fresh(torch.ones(4, 8)), model(torch.ones(4, 8)))
+    session.undo(receipt)
+    assert not any("esper" in name for name in model.state_dict())
+    step(model, optimizer, session)
+    assert session._parts.failures.counts == {}
