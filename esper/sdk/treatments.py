@@ -22,6 +22,7 @@ class RemedyProposal:
         asks: why a person must decide; empty: it is applied by rule.
         evidence: of the finding.
         key: its identity.
+        also_for: slugs of further rules whose findings it answers.
     """
 
     finding: str
@@ -32,6 +33,20 @@ class RemedyProposal:
     asks: str
     evidence: Evidence
     key: str = field(default_factory=lambda: str(uuid.uuid4()))
+    also_for: list[str] = field(default_factory=list)
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """All that it answers; the one for which it was proposed is the first."""
+        return (self.finding, *self.also_for)
+
+    def does_as_much_as(self, other: RemedyProposal) -> bool:
+        """It is the same remedy, or goes back at least as far."""
+        if (self.remedy, self.layer) != (other.remedy, other.layer):
+            return False
+        if self.remedy == "rewind":
+            return 0 <= self.config["step"] <= other.config["step"]
+        return self.config == other.config
 
     def __str__(self) -> str:
         words = get_remedy(self.remedy).in_words(self.config)
@@ -39,7 +54,7 @@ class RemedyProposal:
         asks = f". {self.asks[:1].upper()}{self.asks[1:]}" if self.asks else ""
         return (
             f"{words[:1].lower()}{words[1:]}{place} ({self._call()}), because of "
-            f"{self.finding}{asks}"
+            f"{' and '.join(self.findings)}{asks}"
         )
 
     def __repr__(self) -> str:

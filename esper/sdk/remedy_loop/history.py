@@ -70,7 +70,15 @@ class History:
 
     def is_proposed(self, slug: str) -> bool:
         """A remedy for this kind of finding waits."""
-        return any(entry.finding == slug for entry in self.proposals)
+        return any(slug in entry.findings for entry in self.proposals)
+
+    def answers_also(self, proposal: RemedyProposal) -> bool:
+        """A remedy that waits for another finding does as much; then it answers this one too."""
+        waits = (entry for entry in self.proposals if entry.does_as_much_as(proposal))
+        entry = next(waits, None)
+        if entry is not None:
+            entry.also_for.append(proposal.finding)
+        return entry is not None
 
     def note(self, treatment: Treatment) -> None:
         """A remedy was applied."""

@@ -148,7 +148,9 @@ class RemedyLoop:
         if proposal not in self.proposals:
             raise ValueError("this remedy is not waiting any more")
         self.history.drop(proposal)
-        receipt = self._applier.apply(proposal).receipt
+        open_ = [f for f in self._diagnosis.diagnosis.open if f.rule.slug in proposal.findings]
+        urgent = any(found.severity is Severity.CRITICAL for found in open_)
+        receipt = self._applier.apply(proposal, urgent=urgent).receipt
         assert receipt is not None
         return receipt
 
@@ -161,7 +163,8 @@ class RemedyLoop:
         if self._approval.has_server:
             raise ConfigurationError("with a server, remedies are rejected there")
         self.history.drop(proposal)
-        self.history.case_of(proposal.finding).rejected.add(proposal.remedy)
+        for slug in proposal.findings:
+            self.history.case_of(slug).rejected.add(proposal.remedy)
 
     @property
     def waits(self) -> bool:
@@ -214,7 +217,8 @@ class RemedyLoop:
             # The remedy of a worse finding comes first, once it has its sample.
             return self._sample.is_awaited or self._goes_back(found)
         if self._approval.has_server and not self._approval.observes:
-            self.server.propose(found, proposal)
+            if not self.history.answers_also(proposal):
+                self.server.propose(found, proposal)
             return False
         if proposal.asks:
             self._ask(found, proposal)
@@ -226,6 +230,8 @@ class RemedyLoop:
 
     def _ask(self, found: Diagnosed, proposal: RemedyProposal) -> None:
         self._goes_back(found)  # a person may be away
+        if self.history.answers_also(proposal):
+            return
         self.history.proposals.append(proposal)
         self._announcer.remedy_proposed(str(proposal), waits=not self._approval.observes)
 

@@ -105,7 +105,7 @@ class ServerSide:
         Raises:
             ConfigurationError, UnknownLayerError, GraftError: the model is as before.
         """
-        for entry in [entry for entry in self._history.proposals if entry.finding == finding]:
+        for entry in [e for e in self._history.proposals if finding in e.findings]:
             self.forget(entry)
         receipt = self._surgery.remedy_for_server(
             adaptation, remedy, layer, self._sample.batch, config, finding
@@ -163,17 +163,17 @@ class ServerSide:
 
     def _on_refusal(self, entry: RemedyProposal, code: str, reason: str) -> None:
         self.forget(entry)
-        case = self._history.case_of(entry.finding)
-        case.not_before_time = time.monotonic() + ASK_AGAIN_SECONDS
-        if code != "gate-closed":  # a gate opens again; this server does not know the remedy
-            case.refused[entry.remedy] = reason
-            case.rejected.add(entry.remedy)
+        for case in map(self._history.case_of, entry.findings):
+            case.not_before_time = time.monotonic() + ASK_AGAIN_SECONDS
+            if code != "gate-closed":  # a gate opens again; this server does not know the remedy
+                case.refused[entry.remedy] = reason
+                case.rejected.add(entry.remedy)
 
     def _on_end(self, entry: RemedyProposal, state: AdaptationState, reason: str) -> None:
         self.forget(entry)
-        case = self._history.case_of(entry.finding)
-        if state in (AdaptationState.REJECTED, AdaptationState.CANCELLED):
-            case.rejected.add(entry.remedy)
-        else:  # the server has a cooldown of its own
-            case.not_before_time = time.monotonic() + ASK_AGAIN_SECONDS
+        for case in map(self._history.case_of, entry.findings):
+            if state in (AdaptationState.REJECTED, AdaptationState.CANCELLED):
+                case.rejected.add(entry.remedy)
+            else:  # the server has a cooldown of its own
+                case.not_before_time = time.monotonic() + ASK_AGAIN_SECONDS
         logger.info("step %d: %s: %s %s", self._run.step, entry.remedy, state, reason)
