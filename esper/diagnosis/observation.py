@@ -278,6 +278,7 @@ class Observation:
         optimizers: how many train the model.
         searches: an optimizer finds the size of its updates by itself.
         warms_up: an optimizer may make its first updates at a rate of zero.
+        overshoot: how many times larger than a later one the update of the newest reading is.
         follows_gradient: the updates are as large as the gradient; those of an adaptive optimizer
             are not, so it leaves a place where the gradient is faint.
     """
@@ -308,6 +309,7 @@ class Observation:
     optimizers: int = 1
     searches: bool = False
     warms_up: bool = False
+    overshoot: float = 1.0
     follows_gradient: bool = True
 
     # -- what rules ask --------------------------------------------------------------------------

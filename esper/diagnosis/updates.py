@@ -14,7 +14,7 @@ from esper.grafting.optimizers import unwrap_optimizer
 # with 0.0001 to 0.0009, and has 0.001 to 0.002 from step 10 on.
 STEADY = 3e-3
 FIRST_OF_ADAPTIVE = 7e-3
-MATCHED = 1e-3  # to which a new rate of SGD is brought: its updates grow once the run learns
+MATCHED = 1.5e-3  # to which a new rate of SGD is brought: the middle of those
 FIRST_UPDATES = 10  # Adam's mean of the gradients spans so many
 EXCESSIVE = 10.0  # times a sound update
 
@@ -33,6 +33,18 @@ def sound_update(optimizers: Iterable[torch.optim.Optimizer], updates: int) -> f
     """
     sound = [_of(unwrap_optimizer(optimizer), max(1, updates)) for optimizer in optimizers]
     return max(sound, default=STEADY)
+
+
+def overshoot(optimizers: Iterable[torch.optim.Optimizer], updates: int) -> float:
+    """How many times larger an early update is than a later one of the same gradient.
+
+    RMSprop divides by a mean of squares that begins at zero, and does not correct it as Adam does:
+    its first update is ten times its learning rate.
+    """
+    own = (unwrap_optimizer(optimizer) for optimizer in optimizers)
+    groups = (g for o in own if isinstance(o, torch.optim.RMSprop) for g in o.param_groups)
+    decays = (min(float(group["alpha"]), 0.9999) for group in groups)
+    return max(((1.0 - decay ** max(1, updates)) ** -0.5 for decay in decays), default=1.0)
 
 
 def searches(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
@@ -60,7 +72,8 @@ def _of(optimizer: torch.optim.Optimizer, updates: int) -> float:
     if searches([optimizer]):
         return math.inf
     if not isinstance(optimizer, torch.optim.SGD):
-        return FIRST_OF_ADAPTIVE if updates <= FIRST_UPDATES else STEADY
+        sound = FIRST_OF_ADAPTIVE if updates <= FIRST_UPDATES else STEADY
+        return sound * overshoot([optimizer], updates)
     momentum = max(
         (float(group.get("momentum", 0.0)) for group in optimizer.param_groups), default=0.0
     )

@@ -18,6 +18,7 @@ from esper.diagnosis.updates import (
     EXCESSIVE,
     follows_gradient,
     may_warm_up,
+    overshoot,
     searches,
     sound_update,
 )
@@ -141,6 +142,19 @@ class DiagnosisWatch:
             largest = excess if math.isnan(largest) else max(largest, excess)
         return largest
 
+    @property
+    def first_update(self) -> float:
+        """How far the first update would move the weights at the present rate; NaN unknown.
+
+        That of an adaptive optimizer does not depend on the gradient's size and noise, so it tells
+        more of the rate than later ones.
+        """
+        known = [reading for reading in self.recorder.gradients if reading.rate > 0]
+        if not known or known[0].step - self._anew_since != 1:
+            return math.nan
+        now = known[-1].rate / known[0].rate
+        return known[0].change * now / overshoot(self.optimizers, 1)
+
     def look_closely(self) -> None:
         """The run was changed: it is measured as often as at its start."""
         self.recorder.plan.since = self._run.step
@@ -243,10 +257,16 @@ class DiagnosisWatch:
             optimizers=len(tuple(self.optimizers)),
             searches=searches(self.optimizers),
             warms_up=may_warm_up(self.optimizers),
+            overshoot=self._overshoot(),
             follows_gradient=follows_gradient(self.optimizers),
             duplicates=recorder.duplicates,
             broken=self._broken or Broken(),
         )
+
+    def _overshoot(self) -> float:
+        gradients = self.recorder.gradients
+        at = gradients[-1].step if gradients else self._run.step
+        return overshoot(self.optimizers, at - self._anew_since)
 
     def _ledger(self) -> tuple[Finding, ...]:
         found = self._findings.all()

@@ -9,6 +9,7 @@ from esper.diagnosis.observation import Observation, Unknown
 LARGE = 10.0
 FITS = 3.0
 FAR = 100.0
+GREW = 3.0
 NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "SyncBatchNorm")
 
 
@@ -23,6 +24,9 @@ class AbnormalData(Rule):
             "root mean square of the input", LARGE, "units of the data", "AutoTrainer (TDSC'24)"
         ),
         Threshold("the same, as serious", FAR, "units of the data", "chosen"),
+        Threshold(
+            "input / that to which the weights were fitted", GREW, "ratio", "chosen: other data"
+        ),
         Threshold(
             "std of the first layer's output", FITS, "units", "below it the weights fit the data"
         ),
@@ -53,7 +57,10 @@ class AbnormalData(Rule):
         if seen.input_rms < LARGE:
             return None
         if seen.layers and seen.layers[0].output_std < FITS:
+            memory.notes["fitted"] = seen.input_rms
             return None  # its weights are small accordingly
+        if seen.input_rms < GREW * memory.notes.get("fitted", 0.0):
+            return None  # the weights have grown since, as they learn
         return Evidence(
             observed=f"the root mean square of the model's input is {seen.input_rms:.3g}",
             limit=f"below {LARGE:g}",

@@ -101,7 +101,8 @@ class UpdateRatioHigh(Rule):
         reading = observation.last_gradients
         if math.isnan(reading.change):
             raise Unknown("how far the update moved the weights was not measured")
-        if reading.change < (STILL if memory.is_open else FIRST):
+        change = reading.change / observation.overshoot  # that of the updates to come
+        if change < (STILL if memory.is_open else FIRST):
             return None
         return Evidence(
             observed=f"the update of step {reading.step} moved the weights by {reading.change:.2g} "

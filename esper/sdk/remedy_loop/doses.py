@@ -7,7 +7,7 @@ from typing import Any
 
 from esper.contracts import Signal
 from esper.diagnosis import Diagnosed
-from esper.diagnosis.updates import MATCHED, STEADY
+from esper.diagnosis.updates import FIRST_OF_ADAPTIVE, MATCHED, STEADY, follows_gradient
 from esper.sdk.diagnosing import DiagnosisWatch
 from esper.sdk.remedy_loop import losses
 from esper.sdk.remedy_loop.young_run import YoungRun
@@ -77,9 +77,12 @@ class Doses:
     def _higher(self, found: Diagnosed) -> float:
         """A factor that brings the updates up to the usual share of the weights."""
         ratio = found.evidence.value if found.evidence.signal == Signal.UPDATE_RATIO else math.nan
+        sound, first = STEADY, self._diagnosis.first_update
+        if first > 0 and not follows_gradient(self._diagnosis.optimizers):
+            sound, ratio = FIRST_OF_ADAPTIVE, first
         if not ratio > 0:
             return 1 / WEAKEST
-        return min(max(STEADY / ratio, 1 / WEAKEST), 1 / STRONGEST)
+        return min(max(sound / ratio, 1 / WEAKEST), 1 / STRONGEST)
 
     def _lower(self, found: Diagnosed) -> float:
         """The factor back to the earlier rate, or to updates of a sound share, where known."""

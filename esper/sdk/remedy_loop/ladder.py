@@ -12,6 +12,9 @@ from esper.sdk.remedy_loop.history import History
 from esper.sdk.remedy_loop.young_run import YoungRun
 from esper.sdk.run_state import RunState
 
+# The repair begins anew too, and a lower rate does not make data or weights smaller.
+_OF_THE_SCALE = frozenset({"bad_initialisation", "abnormal_data"})
+
 
 class Ladder:
     """The order of the remedies for the findings of one run."""
@@ -36,7 +39,7 @@ class Ladder:
             # The first weights are at fault: they were found to be, or a lower rate from the same
             # ones did not help.
             return ["repair_scale", *(slug for slug in order if slug != "repair_scale")]
-        if young.was_hurt and found.rule.slug != "bad_initialisation":
+        if young.was_hurt and found.rule.slug not in _OF_THE_SCALE:
             # Whatever has come of it, the first updates were too large.
             return ["rewind", *(slug for slug in order if slug != "rewind")]
         if young.is_early:

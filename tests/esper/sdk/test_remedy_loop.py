@@ -16,11 +16,12 @@ from torch.nn import functional as F
 import esper
 from esper import Session
 from esper.constraints.remedy_gates import BY_RULE
-from esper.contracts import RunMode, SafetyPolicy
+from esper.contracts import RunMode, SafetyPolicy, Severity
 from esper.contracts.remedies import MARKED
 from esper.diagnosis import Diagnosis, Observation, list_rules
 from esper.diagnosis.base import Evidence, Memory, RemedySlug
 from esper.diagnosis.rules.plateau import Plateau as PlateauRule
+from esper.diagnosis.updates import EXCESSIVE
 from esper.exceptions import GraftError
 from esper.remedies import list_remedies
 from esper.sdk.remedy_loop.doses import GENTLE
@@ -180,6 +181,46 @@ def test_a_lowered_rate_of_sgd_is_matched_to_the_weights_and_one_of_adam_is_not(
             assert [receipt.remedy for receipt in session.remedies] == expected
 
 
+def test_large_data_takes_a_repair_however_far_the_first_update_went() -> None:
+    fault = Fault(rate=0.05, batch=lambda _, x: 1600 * x)
+    run = Run(fault)
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        run.train(1, session)
+        assert session._parts.diagnosis.update_excess > EXCESSIVE
+        losses = run.train(300, session)
+        assert [change.remedy for change in session.remedies] == ["repair_scale"]
+        assert max(losses[-20:]) < 1
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_the_long_first_updates_of_rmsprop_are_no_fault(centered: bool) -> None:
+    """At torch's own default rate; its mean of squares begins at zero, and is not corrected."""
+    alone, run = (Run(Fault()) for _ in range(2))
+    for one in (alone, run):
+        one.optimizer = torch.optim.RMSprop(one.model.parameters(), centered=centered)
+    torch.manual_seed(7)
+    expected = alone.train(150)
+    torch.manual_seed(7)
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        assert run.train(150, session) == expected
+        assert session.remedies == ()
+        serious = [f.slug for f in session.findings() if f.severity is not Severity.INFO]
+        assert not serious
+
+
+def test_a_rate_of_adam_that_is_raised_does_not_depend_on_the_noise_of_batches() -> None:
+    """Noise makes later updates smaller, and the run would seem to need a higher rate."""
+    chosen = []
+    for batch in (lambda _, x: x, lambda _, x: torch.rand_like(x)):
+        run = Run(Fault(rate=1e-6, adam=True, batch=batch))
+        with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+            run.train(50, session)
+            (raised,) = session.remedies
+            chosen.append(1e-6 * raised.details["factor"])
+    assert chosen[0] == pytest.approx(chosen[1], rel=0.3)
+    assert 3e-4 < chosen[0] < 3e-3
+
+
 def test_a_rate_that_jumped_goes_back_to_the_rate_of_before_and_no_other() -> None:
     def early(step: int, optimizer: torch.optim.Optimizer) -> None:
         if step == 120:
@@ -241,9 +282,31 @@ def test_a_loss_that_is_not_finite_after_a_jump_of_the_rate_goes_back_before_the
     run = Run(fault)
     with esper.attach(run.model, run.optimizer, mode="supervised", server="") as session:
         run.train(230, session)
-        asked = {entry.finding: entry.config for entry in session.proposed_remedies}
-    assert asked["non_finite"]["factor"] == pytest.approx(asked["rate_jump"]["factor"]) == 0.01
-    assert asked["non_finite"]["step"] == asked["rate_jump"]["step"] <= 201
+        (asked,) = session.proposed_remedies
+    assert asked.findings == ("rate_jump", "non_finite")
+    assert asked.config["factor"] == pytest.approx(0.01)
+    assert asked.config["step"] <= 201
+
+
+@pytest.mark.parametrize("approves", [True, False])
+def test_one_rewind_is_proposed_once_however_many_findings_ask_for_it(approves: bool) -> None:
+    fault = Fault(before=jump, batch=lambda step, x: x * float("nan") if step == 225 else x)
+    run = Run(fault)
+    with esper.attach(run.model, run.optimizer, mode="supervised", server="") as session:
+        run.train(230, session)
+        (asked,) = session.proposed_remedies
+        assert all(name in str(asked) for name in ("rewind", *asked.findings))
+        if approves:
+            session.approve(asked)
+        else:
+            session.reject(asked)
+        losses = run.train(15, session)
+        assert all(entry.remedy != "rewind" for entry in session.proposed_remedies)
+        assert len(session.remedies) == approves
+        if approves:
+            assert max(losses) < 1
+            run.train(40, session)
+            assert {found.slug for found in session.findings()}.isdisjoint(asked.findings)
 
 
 def test_what_a_person_rejected_is_not_proposed_again() -> None:
