@@ -51,7 +51,7 @@ from esper.health.updates import Part, takes_hooks
 
 FIRST_STEPS = (1, 2, 3, 5, 10, 20, 30, 40, 50)
 FORWARD_STEPS = (1, 10, 30, 50)
-SURE_STEPS = (100, 200, 400, 800)  # however little a step takes: a short run is looked at too
+SURE_STEPS = (100, 200, 400, 600, 800)  # however little a step takes: a short run is looked at too
 PERIOD = 50  # shortest, after the first steps
 FORWARD_EVERY = 4  # planned steps
 MEASURED_AT = (50, 500, 5_000)  # where the period is set from the cost so far

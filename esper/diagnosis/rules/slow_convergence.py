@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-from statistics import median
+import math
+from statistics import fmean, median
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import Observation, Unknown
+from esper.diagnosis.observation import LossKind, Observation, Unknown
 
 STEPS = 200
 GAIN = 0.01
 DIVERGED = 1.1
 SMALL_UPDATE = 1e-4
+LONG, GUESSES = 600, 100
+GUESSING, ALIKE = 0.98, 1e-3
 
 
 class SlowConvergence(Rule):
@@ -23,6 +26,19 @@ class SlowConvergence(Rule):
         Threshold("loss / first loss, at most", DIVERGED, "ratio", "chosen"),
         Threshold("fall of the loss", GAIN, "share", "AutoTrainer (ICSE'21): gain below 0.01"),
         Threshold("median of update / weight", SMALL_UPDATE, "ratio", "above it, it is info"),
+        Threshold("steps until a run that guesses is told", LONG, "steps", "chosen"),
+        Threshold(
+            f"mean of {GUESSES} losses / that of guessing",
+            GUESSING,
+            "ratio",
+            "chosen: whatever the first loss was and however large updates are",
+        ),
+        Threshold(
+            "spread of the outputs of a batch",
+            ALIKE,
+            "share of their size",
+            "chosen: the same answer to each input, where some classes are rare",
+        ),
     )
     severity = Severity.CAUTION
     false_alarm = "A task that is learned suddenly after a long time, such as parity."
@@ -47,6 +63,8 @@ class SlowConvergence(Rule):
             raise Unknown("no update was made")
         if observation.is_warming_up:
             raise Unknown("the learning rate still rises")
+        if guesses := _guesses(observation):
+            return guesses
         share = observation.learned_share
         if not 1 - GAIN <= share <= DIVERGED:
             return None  # it learns, or it has diverged, which other rules explain
@@ -59,3 +77,31 @@ class SlowConvergence(Rule):
             since_step=1,
             severity=None if slow else Severity.INFO,
         )
+
+
+def _guesses(observation: Observation) -> Evidence | None:
+    """Nothing was learned in a long time, though the loss may have fallen from a bad start."""
+    losses = observation.finite_losses()[1]
+    if observation.step < LONG or len(losses) < GUESSES or not observation.passes:
+        return None
+    seen = observation.last_pass
+    if seen.loss_kind is not LossKind.CROSS_ENTROPY:
+        return None  # the loss of guessing is not known
+    level, chance = fmean(losses[-GUESSES:]), math.log(max(2, seen.classes))
+    if 0 < seen.loss_scale < 2 and level >= GUESSING * chance:
+        observed = f"the loss is {level:.4g}, and that of guessing {chance:.4g}"
+        limit, value = f"below {GUESSING:.0%} of it", level / chance
+    elif seen.output_spread < ALIKE:  # guessing is better than that where classes are not alike
+        observed = f"the outputs of a batch differ by {seen.output_spread:.1e} of their size"
+        limit, value = f"at least {ALIKE:g}", seen.output_spread
+    else:
+        return None
+    return Evidence(
+        observed=f"after {observation.step} steps {observed}",
+        limit=limit,
+        signal="loss",
+        value=value,
+        since_step=1,
+        certain=True,  # a mean of so many losses
+        only_tell=True,  # updates are of a usual size, so no rate is known to be better
+    )

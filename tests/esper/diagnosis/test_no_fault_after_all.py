@@ -71,6 +71,25 @@ def test_a_faint_signal_without_biases_is_told_at_once() -> None:
     assert result.steps["bad_initialisation"] == 1
 
 
+@pytest.mark.parametrize("rare", [False, True])
+@pytest.mark.parametrize("bad_start", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_long_run_that_only_guesses_is_told(rare: bool, bad_start: bool, learns: bool) -> None:
+    """Its loss may have fallen from a bad start, and its updates are of a usual size."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
+    model.append(nn.Linear(16, 10))
+    if bad_start:
+        assert isinstance(model[-1].bias, nn.Parameter)
+        nn.init.normal_(model[-1].bias, std=2.0)
+    x, y = digits()
+    y = torch.where(y < 8, 0, y) if rare else y
+    x = x if learns else torch.ones_like(x)
+    result = Run(model, (x, y), optimizer=lambda m: adam(m, 3e-3), steps=600).go()
+    told = any(alarm.startswith("slow_convergence") for alarm in result.alarms())
+    assert told is not learns, result.alarms()
+
+
 class FineTuned(nn.Module):
     """A trunk in evaluation mode, and a head."""
 
