@@ -45,7 +45,7 @@ class RemedyProposal:
         if (self.remedy, self.layer) != (other.remedy, other.layer):
             return False
         if self.remedy == "rewind":
-            return 0 <= self.config["step"] <= other.config["step"]
+            return 0 <= int(self.config["step"]) <= int(other.config["step"])
         return self.config == other.config
 
     def __str__(self) -> str:
