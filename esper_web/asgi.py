@@ -13,7 +13,10 @@ from typing import Any
 
 from django.core.asgi import get_asgi_application
 
+from esper_web.tracing import trace_requests
+
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "esper_web.settings.local")
+trace_requests()
 django_application = get_asgi_application()
 
 from channels.auth import AuthMiddlewareStack  # noqa: E402 (models exist only after set-up)

@@ -8,6 +8,8 @@ import os
 from celery import Celery
 from celery.signals import worker_process_init
 
+from esper_web.tracing import trace_tasks
+
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "esper_web.settings.local")
 
 app = Celery("esper")
@@ -18,5 +20,6 @@ app.autodiscover_tasks()
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def prepare_child(**_signal: object) -> None:
-    """Starts the event loop of notifications. ``apps.workers.presence`` starts builders."""
+    """Starts traces and the event loop of notifications. ``apps.workers.presence``: builders."""
+    trace_tasks()
     importlib.import_module("apps.notifications.services").start_notification_thread()

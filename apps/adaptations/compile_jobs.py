@@ -23,6 +23,7 @@ from apps.violations.services import record_violation
 from apps.workers import services as workers
 from apps.workers.models import CompileJob
 from apps.workers.services import Progress, builders
+from esper import tracing
 from esper.compilation import BuildOrder, open_kernel
 from esper.compilation.bundle import pack
 from esper.constraints import check_forecast, check_measured
@@ -92,7 +93,7 @@ def compile_kernel(job_uid: str, *, worker: str) -> None:
     started = time.perf_counter()
     progress = Progress(job)
     try:
-        with progress.leased():
+        with progress.leased(), tracing.span("build", adaptation=job.adaptation_uid):
             built = _build_or_reuse(job, progress)
     except BuilderLostError as error:
         if error.wanted:

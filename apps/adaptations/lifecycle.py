@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.db import IntegrityError, transaction
@@ -42,6 +42,7 @@ from apps.notifications.services import INBOX_TOPIC, SYSTEM_TOPIC, enqueue, publ
 from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem
 from apps.runs.services import lock_run
+from esper import tracing
 from esper.contracts import (
     ADAPTATION_ENDED,
     ADAPTATION_PASSED_THROUGH,
@@ -189,6 +190,7 @@ def transition(
     came_from = AdaptationState(adaptation.state)
     if to not in NEXT[came_from]:
         raise ValueError(f"{came_from} -> {to} is not a transition of the lifecycle")
+    entered_at = adaptation.changed_at
     changes |= seen_at_decision(adaptation, to)
     changes |= {"state": to, "deadline_at": deadline_for(adaptation, to)}
     if to in ADAPTATION_ENDED:
@@ -197,9 +199,43 @@ def transition(
         changes |= {"ended_at": None, "ended_step": None}
     _compare_and_set(adaptation, came_from, only_if or {}, changes)
     _announce(adaptation, came_from, actor, reason, decided="decided_evidence" in changes)
+    if tracing.is_on():
+        transaction.on_commit(lambda: _trace(adaptation, came_from, to, entered_at, actor))
     if to != S.ROLLING_BACK and _QUARANTINING & {came_from, to}:
         refresh_quarantine(run, actor)
     return adaptation
+
+
+def _trace(
+    adaptation: Adaptation,
+    came_from: AdaptationState,
+    to: AdaptationState,
+    entered_at: datetime,
+    actor: Actor,
+) -> None:
+    """The time in the state that was left, as a span; at the first end the adaptation as a whole.
+
+    The actor's kind, and no name: traces are kept by others.
+    """
+    end, uid = adaptation.changed_at.timestamp(), adaptation.uid
+    what: dict[str, Any] = {
+        "run": adaptation.run.uid,
+        "kind": str(adaptation.kind),
+        "change": adaptation.slug,
+    }
+    tracing.record(
+        str(came_from).replace("_", " "),
+        adaptation=uid,
+        begin=entered_at.timestamp(),
+        end=end,
+        to=str(to),
+        by=str(actor.kind),
+        **what,
+    )
+    if to in ADAPTATION_ENDED and to != S.REVERTED:  # reverted: it had ended as kept
+        begin = adaptation.created_at.timestamp()
+        tracing.record("adaptation", adaptation=uid, begin=begin, end=end, whole=True,
+                       end_state=str(to), **what)  # fmt: skip
 
 
 def deadline_for(adaptation: Adaptation, state: AdaptationState) -> Any:

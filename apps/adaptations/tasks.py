@@ -4,6 +4,7 @@ from celery import shared_task
 
 from apps.adaptations import compiled_kernels, services
 from apps.workers.services import note_periodic_run, worker_name
+from esper import tracing
 
 
 @shared_task(name="adaptations.compile")
@@ -13,12 +14,14 @@ def compile_kernel(job_uid: str) -> None:
 
 @shared_task(name="adaptations.dispatch")
 def dispatch(adaptation_uid: str) -> None:
-    services.dispatch_adaptation(adaptation_uid, worker=worker_name())
+    with tracing.span("dispatch", adaptation=adaptation_uid):
+        services.dispatch_adaptation(adaptation_uid, worker=worker_name())
 
 
 @shared_task(name="adaptations.stage")
 def stage(adaptation_uid: str) -> None:
-    services.stage_kernel(adaptation_uid)
+    with tracing.span("stage", adaptation=adaptation_uid):
+        services.stage_kernel(adaptation_uid)
 
 
 @shared_task(name="adaptations.offer_speed_up")

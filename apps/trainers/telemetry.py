@@ -8,6 +8,7 @@ from apps.adaptations.services import withdraw_answered
 from apps.runs.models import Run
 from apps.telemetry.services import ingest_batch
 from apps.violations.services import record_findings
+from esper import tracing
 from esper.contracts import SIGNALS, Finding, columns_of
 from esper.contracts.protocol import Telemetry, TelemetryAnswer
 from esper.exceptions import MessageError
@@ -25,7 +26,8 @@ def take_telemetry(*, run: Run, batch: Telemetry) -> TelemetryAnswer:
     _check_frames(batch, layers=run.layer_count)
     if sum(len(entry.values) for entry in batch.metrics) > MAX_BATCH_VALUES:
         raise MessageError(f"at most {MAX_BATCH_VALUES} values in one batch", pointer="/metrics")
-    return ingest_batch(run=run, batch=batch, record_findings=_record_findings)
+    with tracing.span("ingest", run=run.uid, frames=len(batch.frames), metrics=len(batch.metrics)):
+        return ingest_batch(run=run, batch=batch, record_findings=_record_findings)
 
 
 def _record_findings(*, run: Run, findings: Sequence[Finding]) -> int:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from esper import blueprints
+from esper import blueprints, tracing
 from esper.blueprints import Graft
 from esper.compilation.instantiate import instantiate
 from esper.compilation.verify import open_compiled
@@ -186,7 +186,9 @@ class CommandHandler:
                 later.append(ready)
                 waiting.add(ready.command.adaptation)
                 continue
-            answer = self._handle(ready)
+            about = ready.command.adaptation
+            with tracing.span(f"trainer {ready.command.kind}", adaptation=about, step=step):
+                answer = self._handle(ready)
             if answer is None:  # it is answered when it is over
                 continue
             self._queues.answer(replace(answer.ack, step=step), rest=answer.digests)

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import torch
 
+from esper import tracing
 from esper.compilation import capability
 from esper.contracts import AdaptationState, HealthFrame, LayerInfo, protocol
 from esper.grafting import RemedyReceipt
@@ -55,6 +56,7 @@ class ServerLink:
         ahead: CompilingAhead | None = None,
         shadow: ShadowTrials | None = None,
     ) -> None:
+        tracing.start("trainer")
         self._address = server
         self._announcer = announcer
         self._page_said = False

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from esper import tracing
 from esper.exceptions import ConfigurationError
 from esper.utils.config import ServiceConfig
 
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     try:
         config = _config(options)
+        tracing.start("tamiyo")
         # Late: a wrong setting is told at once, and not after the seconds that torch takes.
         from esper.services.tamiyo.enhanced_main import EnhancedTamiyoService
 

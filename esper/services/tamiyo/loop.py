@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from esper import tracing
 from esper.blueprints import Blueprint
 from esper.contracts import (
     AdaptationState,
@@ -98,7 +99,8 @@ class DecisionLoop:
                 watch.absorb(entries)
                 await self._judge(watch)
                 if deciding and watch.undecided:
-                    await self._decide(watch)
+                    with tracing.span("tamiyo.decide", run=run):
+                        await self._decide(watch)
             except TransportError as error:
                 watch.outdate()
                 if not error.permanent:

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import httpx
 
+from esper import tracing
 from esper.contracts import codec, protocol, wire
 from esper.exceptions import CodecError, TransportError
 
@@ -127,7 +128,9 @@ class Urza:
         key: str = "",
         if_match: str = "",
     ) -> httpx.Response:
-        headers = {"Content-Type": "application/json"} if body is not None else {}
+        headers = tracing.headers()
+        if body is not None:
+            headers["Content-Type"] = "application/json"
         if key:
             headers["Idempotency-Key"] = key
         if if_match:
