@@ -111,6 +111,7 @@ def attach(
     return esper.attach(model, torch.optim.SGD(parameters, lr=0.01), mode=mode)
 
 
+@pytest.mark.cover(values=2)
 @pytest.mark.parametrize("mode", ["observe", "supervised"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("way", WAYS)
