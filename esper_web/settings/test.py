@@ -23,6 +23,7 @@ ESPER_LAUNCH_DIR = _directory / "launches"
 ESPER_AUDIT_DIR = _directory / "audit"
 STATIC_ROOT = None
 WHITENOISE_USE_FINDERS = True
+WHITENOISE_AUTOREFRESH = True  # else the client of each test lists all files
 
 DATABASES = {"default": env.database("DATABASE_URL", "sqlite://:memory:")}
 REDIS_URL = env.redis_url("REDIS_URL", "redis://127.0.0.1:6390/0")
