@@ -1,6 +1,7 @@
 """Applies a graft to a live model.
 
-    check → snapshot → build → certify on the side → swap in → companion optimizer
+    check → snapshot of the layer → build → certify on the side → snapshot of the rest → swap in →
+    companion optimizer
 An exception at any point leaves model, optimizer and random streams as they were. Where the model
 has replicas, all ranks apply the graft, or none does (:mod:`esper.grafting.replicas`).
 """
@@ -124,12 +125,14 @@ def _apply(
     full = blueprint.config_for(layer, config)
     _refuse(host, layer, blueprint, surroundings)
     had_slot = _slotted(model, layer)
-    snapshot = Snapshot.take(model, surroundings, memory)
+    # The certificate runs this layer only. On a GPU its readings would wait for the copies of the
+    # whole model to the host, so these begin behind it.
+    first = host if surroundings.replicas is None else None
+    snapshot = Snapshot.take(model, surroundings, memory, first=first)
     try:
         joint.ready()
         with own_change(model):
             snapshot.follow()
-            before = snapshot.freeze(model)
             with _whole(host, surroundings):
                 fresh = graft if graft is not None else _build(host, layer, blueprint, full, seed)
                 fresh.train(host.training)
@@ -156,6 +159,8 @@ def _apply(
                         replicas=surroundings.replicas,
                     ),
                 )
+            snapshot.complete()
+            before = snapshot.freeze(model)
             companion = insert_graft(model, record, fresh, surroundings)
             let_follow(model, surroundings.copies)
             receipt = Receipt(

@@ -172,6 +172,36 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.device.type, tensor.dtype, tensor.shape, tensor.stride())
 
 
+class _Later:
+    """Tensors that a snapshot copies later: until then it has the tensors themselves.
+
+    Args:
+        roots: their buffers are copied at once.
+        first: its weights too.
+    """
+
+    def __init__(
+        self, memory: SnapshotMemory, roots: Iterable[nn.Module], first: nn.Module
+    ) -> None:
+        self.memory = memory
+        buffers = [buffer for root in roots for buffer in root.buffers()]
+        whole = (*buffers, *first.parameters())
+        self._at_once = {id(part) for tensor in whole for part in parts_of(tensor)}
+        self._themselves: dict[int, Tensor] = {}
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy, or the tensor itself under another name."""
+        if id(tensor) in self._at_once:
+            return self.memory.copy(tensor)
+        itself = tensor.detach()
+        self._themselves[id(itself)] = itself
+        return itself
+
+    def has(self, value: Tensor) -> bool:
+        """It is no copy yet."""
+        return id(value) in self._themselves
+
+
 class Snapshot:
     """A run's state at one moment. :meth:`take` it, and :meth:`restore` it as often as needed.
 
@@ -205,6 +235,7 @@ class Snapshot:
         self.loaded: dict[int, Tensor] = {}
         self.loaded_optimizers: set[torch.optim.Optimizer] = set()
         self._by_id: dict[int, SavedTensor] = {}
+        self._later: _Later | None = None
         self._of_copies: set[nn.Module] = set()
         self._seen: HostSettings | None = None  # None until :meth:`follow`
 
@@ -217,6 +248,7 @@ class Snapshot:
         memory: SnapshotMemory | None = None,
         *,
         values: bool = True,
+        first: nn.Module | None = None,
     ) -> Snapshot:
         """Copies everything; costs one copy of weights, gradients and optimizer state.
 
@@ -224,25 +256,31 @@ class Snapshot:
             memory: reserved memory for the copies; the snapshot uses it up.
             values: False where no tensor will be written to before :meth:`restore`, which then
                 restores the structure only. Nothing is copied.
+            first: of the weights, gradients and moments, copy only the weights of this module;
+                :meth:`complete` copies the others, to which nothing may be written before.
         """
         snapshot = cls(model)
         memory = memory or SnapshotMemory()
-        copied = memory.copy if values else Tensor.detach
+        at_once: Copy = memory.copy if values else Tensor.detach
+        copied = at_once
+        if first is not None:
+            snapshot._later = _Later(memory, [model, *surroundings.copies], first)
+            copied = snapshot._later.copy
         snapshot._save_model(model, copied)
         for average in surroundings.copies:
             snapshot.roots.append(average)
             snapshot._save_model(average, copied)
             snapshot._of_copies.update(average.modules())
         users = [unwrap_optimizer(optimizer) for optimizer in surroundings.optimizers]
-        snapshot.optimizers = [_save_optimizer(optimizer, copied) for optimizer in users]
+        snapshot.optimizers = [_save_optimizer(optimizer, at_once, copied) for optimizer in users]
         snapshot.companions = [(optimizer, companions_of(optimizer)) for optimizer in users]
         snapshot.of_companions = [
-            _save_optimizer(companion.optimizer, copied)
+            _save_optimizer(companion.optimizer, at_once, copied)
             for _, companions in snapshot.companions
             for companion in companions
         ]
         snapshot.schedulers = [
-            (scheduler, _save_attributes(scheduler, copied))
+            (scheduler, _save_attributes(scheduler, at_once))
             for scheduler in unwrap_schedulers(surroundings.schedulers)
         ]
         scaler = surroundings.scaler
@@ -250,6 +288,17 @@ class Snapshot:
             snapshot.scaler = (scaler, copy.deepcopy(scaler.state_dict()))
         snapshot.arrival = memory.arrival()
         return snapshot
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Copies what :meth:`take` has left for later, if anything."""
+        later, self._later = self._later, None
+        if later is None:
+            return
+        for saved in self.saved():
+            if later.has(saved.value):
+                saved.value = later.memory.copy(saved.tensor)
+        self.arrival = later.memory.arrival()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -557,9 +606,12 @@ def _on_optimizer_loaded(
 # -- optimizers and schedulers --------------------------------------------------------------------
 
 
-def _save_optimizer(optimizer: torch.optim.Optimizer, copied: Copy) -> SavedOptimizer:
+def _save_optimizer(
+    optimizer: torch.optim.Optimizer, at_once: Copy, copied: Copy
+) -> SavedOptimizer:
+    """``at_once`` copies the settings, ``copied`` the state."""
     groups = [
-        (group, {**save_tree(_without_params(group), copied), "params": list(group["params"])})
+        (group, {**save_tree(_without_params(group), at_once), "params": list(group["params"])})
         for group in optimizer.param_groups
     ]
     state = {key: (value, save_tree(value, copied)) for key, value in optimizer.state.items()}

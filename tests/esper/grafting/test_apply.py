@@ -17,7 +17,7 @@ from esper import blueprints
 from esper.blueprints import Blueprint, Graft
 from esper.blueprints.catalog.proj_ia3 import ChannelGain, ProjIa3
 from esper.blueprints.initial import Initializer
-from esper.contracts import LayerInfo
+from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import (
     CertificateError,
     ConfigurationError,
@@ -26,8 +26,11 @@ from esper.exceptions import (
     UnknownLayerError,
 )
 from esper.grafting import (
+    Slot,
     Snapshot,
+    SnapshotMemory,
     Surroundings,
+    apply,
     apply_graft,
     companions_of,
     digest,
@@ -209,6 +212,47 @@ def test_an_exception_at_any_line_leaves_everything_as_it_was() -> None:
             sys.settrace(None)
     assert line > 60, "the injection reached no depth"
     assert receipt.present
+
+
+def test_the_certificate_waits_for_no_copy_of_the_rest_of_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # On a GPU the copies to the host come one after the other, and a reading waits for them.
+    training = make_training()
+    training.run(2)
+    of_layer = {*training.model.get_submodule(TARGET).parameters(), *training.model.buffers()}
+    moments = [value for state in training.optimizer.state.values() for value in state.values()]
+    everything = {*training.model.parameters(), *training.model.buffers(), *moments}
+    gradients = {p.grad for p in training.model.parameters() if p.grad is not None}
+    copied: set[Tensor] = set()
+    at: dict[str, set[Tensor]] = {}
+    copy, certify, insert = SnapshotMemory.copy, apply.certify, Slot.insert
+
+    def noting_copy(memory: SnapshotMemory, tensor: Tensor) -> Tensor:
+        copied.add(tensor)
+        return copy(memory, tensor)
+
+    def noting_certify(*args: Any, **kwargs: Any) -> Certificate:
+        certificate = certify(*args, **kwargs)
+        at["certificate"] = set(copied)
+        return certificate
+
+    def noting_insert(*args: Any) -> None:
+        at["insertion"] = set(copied)
+        insert(*args)
+
+    monkeypatch.setattr(SnapshotMemory, "copy", noting_copy)
+    monkeypatch.setattr(apply, "certify", noting_certify)
+    monkeypatch.setattr(Slot, "insert", noting_insert)
+    blueprint = blueprints.get_blueprint("proj_lora_64")
+    around, info = surroundings_of(training), info_of(training)
+    before = digest(training.model)
+    receipt = apply_graft(training.model, info, blueprint, surroundings=around)
+    assert at["certificate"] & everything == of_layer
+    assert at["insertion"] >= everything | gradients
+    training.run(2)
+    assert receipt.undo().exact
+    assert digest(training.model) == before
 
 
 def test_a_refusal_comes_before_anything_is_touched() -> None:
