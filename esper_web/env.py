@@ -6,12 +6,14 @@ Every name that is read is in ``READ``; a test compares it with docs/settings.md
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from django.core.exceptions import ImproperlyConfigured
 
+from esper.contracts import Role
 from esper.contracts.signing import public_key
 from esper.exceptions import ConfigurationError
 
@@ -92,6 +94,58 @@ def integer(name: str, default: int, *, minimum: int, maximum: int) -> int:
 def listing(name: str, default: str | None = None) -> list[str]:
     """Values separated by commas."""
     return [part.strip() for part in text(name, default).split(",") if part.strip()]
+
+
+def roles(name: str) -> frozenset[str]:
+    """Roles of people, separated by commas; none by default."""
+    given = frozenset(listing(name, ""))
+    unknown = given - set(Role)
+    if unknown:
+        raise ImproperlyConfigured(
+            f"{name} names {', '.join(sorted(unknown))}; the roles are {', '.join(Role)}."
+        )
+    return given
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRole:
+    """Who is in ``group`` at the provider has ``role``: of the account, or in one project."""
+
+    group: str
+    role: Role
+    project: str = ""
+
+
+def group_roles(name: str) -> tuple[GroupRole, ...]:
+    """``group=role`` or ``group=role@project``, separated by commas."""
+    found = []
+    for part in listing(name, ""):
+        group, _, right = part.rpartition("=")
+        role, _, project = right.partition("@")
+        if not group or role not in set(Role):
+            raise ImproperlyConfigured(
+                f"{name} has {part!r}, which is not group=role or group=role@project with one of "
+                f"the roles {', '.join(Role)}."
+            )
+        found.append(GroupRole(group, Role(role), project))
+    return tuple(found)
+
+
+def issuer(name: str) -> str:
+    """The address of an OpenID provider; empty: there is none. Plain HTTP only on this machine."""
+    address = text(name, "")
+    parts = urlsplit(address)
+    safe = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK)
+    if (address and not (safe and parts.hostname)) or parts.query or parts.fragment:
+        raise ImproperlyConfigured(f"{name} must look like https://id.example.org/realms/team.")
+    return address
+
+
+def together(first: str, given: object, others: dict[str, object]) -> None:
+    """Some settings need others: which ones are missing stops the start."""
+    missing = [name for name, value in others.items() if not value]
+    if given and missing:
+        raise ImproperlyConfigured(f"{first} needs {' and '.join(missing)} too.")
 
 
 def hosts(name: str) -> list[str]:

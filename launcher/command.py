@@ -18,6 +18,7 @@ from launcher.commands.duty import duty_group
 from launcher.commands.installation import data_dir_option
 from launcher.commands.keys import rotate_command
 from launcher.commands.mcp import mcp_command
+from launcher.commands.people import people_group
 from launcher.commands.planning import plans_group
 from launcher.commands.projects import projects_group
 from launcher.commands.recipes import recipe_group
@@ -144,6 +145,7 @@ cli.add_command(channels_group)
 cli.add_command(delegations_group)
 cli.add_command(plans_group)
 cli.add_command(duty_group)
+cli.add_command(people_group)
 cli.add_command(projects_group)
 audit_group.add_command(maintaining.audit_log_command)
 for command in (

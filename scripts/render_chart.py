@@ -45,6 +45,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "everything": {
         **_LEAST,
         "settings": {"ESPER_FRAMES_KEPT": "10000"},
+        "signIn": {
+            "ESPER_OIDC_ISSUER": "https://id.example.org",
+            "ESPER_OIDC_CLIENT_ID": "esper",
+            "ESPER_OIDC_ROLES": "esper-operators=operator",
+        },
         "web": {"replicas": 3, "autoscaling": {"enabled": True}},
         "compile": {"pools": [{"name": "cpu", "capability": "cpu"}, _GPU]},
         "network": {

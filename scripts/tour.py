@@ -245,6 +245,11 @@ STOPS = (
 # Addresses that show no page of their own, and what has to be started first.
 NOT_SHOWN = {
     "sign-out": "it leads to the sign-in",
+    "provider-sign-in": "it leads to the OpenID provider",
+    "provider-callback": "the way back from the OpenID provider",
+    "sign-in-code": "the second page of a sign-in, for whoever has an authenticator app",
+    "second-factor": "it shows a secret, or what was made from it",
+    "people": "a list of accounts for administrators",
     "bar": "the part of each page that is loaded again",
     "save-settings": "an act of My settings",
     "save-view": "an act of Runs",

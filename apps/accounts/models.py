@@ -69,6 +69,52 @@ class User(AbstractUser):
         return access_of(self).within(self.bound_to)
 
 
+class SecondFactor(models.Model):
+    """A person's authenticator app: its codes are asked for beside the password."""
+
+    user = models.OneToOneField(User, on_delete=models.CASCADE, related_name="second_factor")
+    secret = models.BinaryField()  # encrypted
+    last_step = models.BigIntegerField()  # the time step of the newest code that was taken
+    since = models.DateTimeField(auto_now_add=True)
+
+    def __str__(self) -> str:
+        return f"second factor of {self.user_id}"
+
+
+class RecoveryCode(models.Model):
+    """Stands once for a code of the app; only its SHA-256 is stored."""
+
+    factor = models.ForeignKey(
+        SecondFactor, on_delete=models.CASCADE, related_name="recovery_codes"
+    )
+    digest = models.CharField(max_length=64)
+    used_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints = (
+            models.UniqueConstraint(fields=("factor", "digest"), name="recovery_code_once"),
+        )
+
+    def __str__(self) -> str:
+        return f"recovery code of {self.factor_id}"
+
+
+class Identity(models.Model):
+    """Whom an OpenID provider means by a subject."""
+
+    user = models.ForeignKey(User, on_delete=models.CASCADE, related_name="identities")
+    issuer = models.CharField(max_length=500)
+    subject = models.CharField(max_length=255)
+
+    class Meta:
+        constraints = (
+            models.UniqueConstraint(fields=("issuer", "subject"), name="one_person_per_subject"),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.subject} of {self.issuer}"
+
+
 class Project(models.Model):
     """The place of runs: who is no member of it does not see that they exist.
 

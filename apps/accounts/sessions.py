@@ -16,6 +16,7 @@ from django.utils.dateparse import parse_datetime
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.signals import account_changed
+from apps.accounts.step_up import passed_second_factor
 
 STARTED, BROWSER, ADDRESS = "started_at", "browser", "address"
 _LONGEST_BROWSER = 200
@@ -67,8 +68,7 @@ def sessions_of(user: User, *, present: str) -> list[SignedIn]:
 @transaction.atomic
 def end_other_sessions(*, user: User, via: str, present: str, reason: str = "") -> int:
     """Sign a person out everywhere but here; return from how many browsers."""
-    others = [row.session_key for row, _ in _sessions(user) if row.session_key != present]
-    Session.objects.filter(session_key__in=others).delete()
+    others = end_sessions(user, but=present)
     account_changed.send(
         User,
         actor=Actor.person(user, via=via),
@@ -76,17 +76,26 @@ def end_other_sessions(*, user: User, via: str, present: str, reason: str = "") 
         object_kind="person",
         object_uid=user.get_username(),
         reason=reason,
-        data={"count": len(others)},
+        data={"count": others},
     )
-    return len(others)
+    return others
+
+
+def end_sessions(user: User, *, but: str = "") -> int:
+    """Without an audit event: for acts that have one of their own."""
+    ended = [row.session_key for row, _ in _sessions(user) if row.session_key != but]
+    Session.objects.filter(session_key__in=ended).delete()
+    return len(ended)
 
 
 @dataclass(frozen=True, slots=True)
 class SignIn:
-    """Whose session it is, and the hash of the password that opened it."""
+    """Whose session it is, the hash of the password that opened it, and whether a second factor
+    did."""
 
     user_id: str
     auth_hash: str
+    second_factor: bool
 
 
 def live_sign_ins(keys: Collection[str]) -> dict[str, SignIn]:
@@ -102,7 +111,9 @@ def live_sign_ins(keys: Collection[str]) -> dict[str, SignIn]:
 def _sign_in(session_data: str) -> SignIn | None:
     data = Session(session_data=session_data).get_decoded()
     user_id, auth_hash = data.get(SESSION_KEY), data.get(HASH_SESSION_KEY)
-    return SignIn(user_id, auth_hash) if user_id and auth_hash else None
+    if not user_id or not auth_hash:
+        return None
+    return SignIn(user_id, auth_hash, passed_second_factor(data))
 
 
 def _sessions(user: User) -> Iterator[tuple[Session, dict[str, str]]]:

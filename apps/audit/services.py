@@ -6,6 +6,7 @@ from apps.audit.roles import RoleError, grant_to_role
 from apps.audit.sign_ins import (
     Attempt,
     note_brake,
+    note_refused_identity,
     note_refused_sign_in,
     note_sign_in,
     note_sign_out,
@@ -19,6 +20,7 @@ __all__ = [
     "event_content",
     "grant_to_role",
     "note_brake",
+    "note_refused_identity",
     "note_refused_sign_in",
     "note_sign_in",
     "note_sign_out",

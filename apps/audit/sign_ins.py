@@ -69,15 +69,27 @@ def seconds_to_wait(attempt: Attempt) -> int:
 
 
 @transaction.atomic
-def note_sign_in(user: User, attempt: Attempt) -> None:
+def note_sign_in(user: User, attempt: Attempt, *, via: str = "session") -> None:
     """One event for a person who has signed in."""
-    _record(STARTED, Actor.person(user, via="session"), user.get_username(), attempt)
+    _record(STARTED, Actor.person(user, via=via), user.get_username(), attempt)
 
 
 @transaction.atomic
 def note_refused_sign_in(attempt: Attempt) -> None:
-    """One event for a wrong password or an unknown account."""
+    """One event for a wrong password or code, or an unknown account."""
     _record(REFUSED, SYSTEM, _known_name(attempt), attempt)
+
+
+@transaction.atomic
+def note_refused_identity(issuer: str, subject: str, why: str) -> None:
+    """One event for somebody whom a provider knows and this server does not let in."""
+    record(
+        actor=SYSTEM,
+        act="session.not_admitted",
+        object_kind="identity",
+        object_uid=subject[:64],
+        data={"issuer": issuer, "why": why},
+    )
 
 
 @transaction.atomic

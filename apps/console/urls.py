@@ -15,15 +15,18 @@ from apps.console.pages.kernel import kernel
 from apps.console.pages.kernels import kernels
 from apps.console.pages.me import me, save_my_settings, save_my_view
 from apps.console.pages.overview import overview
+from apps.console.pages.people import people
 from apps.console.pages.plan import plan
 from apps.console.pages.policy import policy
 from apps.console.pages.projects import projects
+from apps.console.pages.provider import provider_callback, provider_sign_in
 from apps.console.pages.recipes import launch, recipe, recipes
 from apps.console.pages.report import report
 from apps.console.pages.run import run
 from apps.console.pages.runs import runs
 from apps.console.pages.search import search
-from apps.console.pages.sign_in import SignIn, SignOut
+from apps.console.pages.second_factor import second_factor
+from apps.console.pages.sign_in import SignIn, SignOut, sign_in_code
 from apps.console.pages.step_up import step_up
 from apps.console.pages.switch import switch
 from apps.console.pages.system_status import system_status
@@ -34,6 +37,9 @@ from apps.console.pages.workers import workers
 app_name = "console"
 urlpatterns = [
     path("login", SignIn.as_view(), name="sign-in"),
+    path("login/provider", provider_sign_in, name="provider-sign-in"),
+    path("login/provider/callback", provider_callback, name="provider-callback"),
+    path("login/code", sign_in_code, name="sign-in-code"),
     path("logout", SignOut.as_view(), name="sign-out"),
     path("bar", bar, name="bar"),
     path("", overview, name="overview"),
@@ -59,8 +65,10 @@ urlpatterns = [
     path("me", me, name="me"),
     path("me/settings", save_my_settings, name="save-settings"),
     path("me/views", save_my_view, name="save-view"),
+    path("me/second-factor", second_factor, name="second-factor"),
     path("step-up", step_up, name="step-up"),
     path("duty", duty, name="duty"),
+    path("people", people, name="people"),
     path("projects", projects, name="projects"),
     path("search", search, name="search"),
     path("status", system_status, name="status"),

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import secrets
 from datetime import datetime, time, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from cryptography.fernet import Fernet, InvalidToken
+from cryptography.fernet import InvalidToken
 from cryptography.hazmat.primitives.asymmetric import ec
 from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM, Actor
+from apps.accounts.encryption import cipher
 from apps.accounts.models import User
 from apps.accounts.projects import people_with
 from apps.audit.services import record
@@ -32,6 +32,7 @@ from apps.rest.problems import Problem
 from esper.contracts import Role, codec
 
 MAX_CHANNELS = 20  # of one person
+PURPOSE = "esper-channels"
 # The events that a person may choose, and what each says.
 EVENTS: dict[str, str] = {
     "adaptation.awaiting_approval": "An adaptation waits for a decision",
@@ -96,7 +97,7 @@ def add_channel(
         events=sorted(set(events)),
         quiet_from=quiet_from,
         quiet_until=quiet_until,
-        secret=_cipher().encrypt(secret.encode()) if secret else b"",
+        secret=cipher(PURPOSE).encrypt(secret.encode()) if secret else b"",
         site=site.rstrip("/"),
         only_on_duty=only_on_duty,
     )
@@ -196,7 +197,7 @@ def replay(*, delivery: Delivery, user: User, via: str) -> Delivery:
 
 def signing_secret(channel: Channel) -> bytes:
     """The key of a webhook's signatures."""
-    text = _cipher().decrypt(bytes(channel.secret)).decode()
+    text = cipher(PURPOSE).decrypt(bytes(channel.secret)).decode()
     return base64.b64decode(text.removeprefix("whsec_"))
 
 
@@ -207,7 +208,7 @@ def subscription_of(channel: Channel) -> Subscription:
         BadKeysError: ``SECRET_KEY`` was replaced since it was added, so that they are lost.
     """
     try:
-        keys = codec.decode(_cipher().decrypt(bytes(channel.secret)))
+        keys = codec.decode(cipher(PURPOSE).decrypt(bytes(channel.secret)))
     except InvalidToken:
         raise BadKeysError(
             "the server's key was replaced: add this browser again in its page Account"
@@ -266,8 +267,3 @@ def _record(channel: Channel, actor: Actor, act: str) -> None:
         object_uid=channel.uid,
         data={"kind": channel.kind, "host": urlsplit(channel.target).hostname or "mail"},
     )
-
-
-def _cipher() -> Fernet:
-    seed = hashlib.sha256(f"esper-channels\n{settings.SECRET_KEY}".encode()).digest()
-    return Fernet(base64.urlsafe_b64encode(seed))

@@ -12,6 +12,7 @@ from apps.accounts.models import User, accesses_of
 from apps.accounts.policy import Permission
 from apps.accounts.services import projects_of_tokens
 from apps.accounts.sessions import SignIn, live_sign_ins
+from apps.accounts.step_up import demands_second_factor
 from apps.notifications.tickets import Holder
 from apps.notifications.topics import projects_of_topics, watch_permission
 
@@ -49,23 +50,27 @@ def _people_of(holders: Collection[Holder]) -> dict[Holder, User]:
     accesses = accesses_of(list(people.values()))
     found: dict[Holder, User] = {}
     for holder in holders:
-        person = people.get(holder.user_id)
-        if person is None or not person.is_active:
+        known = people.get(holder.user_id)
+        if known is None or not known.is_active:
             continue
+        person = copy.copy(known)  # a token of one project sees less
+        person.access = accesses[person.pk]
         if holder.session_key and not _holds(sign_ins.get(holder.session_key), person):
             continue
         if holder.token_id is not None and holder.token_id not in tokens:
             continue
-        person = copy.copy(person)  # a token of one project sees less
         person.bound_to = tokens.get(holder.token_id) if holder.token_id is not None else None
-        person.access = accesses[person.pk].within(person.bound_to)
+        person.access = person.access.within(person.bound_to)
         found[holder] = person
     return found
 
 
 def _holds(sign_in: SignIn | None, person: User) -> bool:
-    """A session is of one person, and ends when the password changes."""
+    """A session is of one person, ends when the password changes, and has given the second factor
+    where one is demanded."""
     if sign_in is None or sign_in.user_id != str(person.pk):
+        return False
+    if not sign_in.second_factor and demands_second_factor(person):
         return False
     hashes = [person.get_session_auth_hash(), *person.get_session_auth_fallback_hash()]
     return any(constant_time_compare(sign_in.auth_hash, known) for known in hashes)

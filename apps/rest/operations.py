@@ -88,6 +88,7 @@ OPERATIONS: dict[str, Operation] = {
     "list_runs": Operation("Lists runs, newest first, by state, mode, name, owner, step and text."),
     "list_sessions": Operation("Lists the browsers in which the caller is signed in."),
     "end_other_sessions": Operation("Signs the caller out of every browser but the one that asks; with a token, out of all.", {"reason": "a laptop was lost"}),
+    "remove_second_factor": Operation("Removes the authenticator app of somebody who has lost the phone and the recovery codes, and signs them out everywhere. It needs a reason. Administrators of the server.", {"reason": "the phone was stolen; she called me"}),
     "list_projects": Operation("Lists the projects that the caller sees, with the caller's role in each."),
     "read_project": Operation("Returns one project with its members."),
     "create_project": Operation("Creates a project. Administrators of the server.", {"name": "vision"}),

@@ -62,6 +62,7 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
     "run-restored": (409, "The database was restored from a backup, or a key was replaced: the registration is void.", "Register the run again, with `continues`; Esper's trainers do so by themselves."),
     "old-epoch": (409, "A newer trainer has registered for this run.", "Stop this trainer, or register again. Reject an adaptation that was proposed to the former one."),
     "password-needed": (403, "The browser's person has not given the password in the last ten minutes.", "Give it on the page, or use a token."),
+    "second-factor-needed": (403, "The person has an authenticator app, or must have one, and this browser has given no code of it.", "Sign in again with a code, or set the app up on the page Account and settings."),
     "payload-changed": (412, "The decision is not the one that you were shown.", "Read it again before you decide."),
     "precondition-required": (428, "If-Match (428) or Idempotency-Key (400) is missing.", "Send the ETag that you have read, and a new key."),
     "quorum-unreachable": (422, "Not enough people may approve this.", "Give more accounts the role, or change the policy."),

@@ -58,6 +58,7 @@ MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "apps.rest.middleware.VisibleAdminMiddleware",
+    "apps.accounts.second_factor_gate.SecondFactorGate",
     "apps.accounts.visibility.visibility_middleware",
 ]
 
@@ -106,6 +107,28 @@ AUTH_PASSWORD_VALIDATORS = [
     },
     {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
 ]
+
+# Roles, of the account or in a project, that must set up an authenticator app.
+ESPER_TOTP_REQUIRED_ROLES = env.roles("ESPER_TOTP_REQUIRED_ROLES")
+
+# An OpenID provider through which people may sign in; no issuer: passwords only.
+ESPER_OIDC_ISSUER = env.issuer("ESPER_OIDC_ISSUER")
+ESPER_OIDC_CLIENT_ID = env.text("ESPER_OIDC_CLIENT_ID", "")
+ESPER_OIDC_CLIENT_SECRET = env.text("ESPER_OIDC_CLIENT_SECRET", "")
+# What each group of the provider may do here. Without a group of these nobody gets in.
+ESPER_OIDC_ROLES = env.group_roles("ESPER_OIDC_ROLES")
+ESPER_OIDC_GROUPS_CLAIM = env.text("ESPER_OIDC_GROUPS_CLAIM", "") or "groups"
+ESPER_OIDC_SCOPES = env.text("ESPER_OIDC_SCOPES", "") or "openid profile email"
+ESPER_OIDC_NAME = env.text("ESPER_OIDC_NAME", "") or "single sign-on"
+env.together(
+    "ESPER_OIDC_ISSUER",
+    ESPER_OIDC_ISSUER,
+    {
+        "ESPER_OIDC_CLIENT_ID": ESPER_OIDC_CLIENT_ID,
+        "ESPER_OIDC_CLIENT_SECRET": ESPER_OIDC_CLIENT_SECRET,
+        "ESPER_OIDC_ROLES": ESPER_OIDC_ROLES,
+    },
+)
 
 # --- browsers -----------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ import click
 
 SECTIONS = {
     "Start and set up": (
-        "up", "doctor", "token", "projects", "duty", "channels", "completion", "manage", "version",
+        "up", "doctor", "token", "projects", "people", "duty", "channels", "completion", "manage",
+        "version",
     ),
     "See what happens": (
         "runs", "watch", "findings", "adaptations", "show", "workers", "kernels", "blueprints",

@@ -240,25 +240,38 @@ function showSecret(form, secret) {
   place.querySelector(".secret").textContent = secret;
 }
 
-// The act is sent again once the password was given.
+const PROOFS = {
+  password: `<div class="field"><label for="step-up-password">Password</label>
+    <input type="password" name="password" id="step-up-password" autocomplete="current-password" required></div>`,
+  code: `<div class="field"><label for="step-up-code">Code of your authenticator app</label>
+    <input type="text" name="code" id="step-up-code" autocomplete="one-time-code" autocapitalize="none" required maxlength="40"></div>`,
+};
+
+// The act is sent again once the password, or what stands for it, was given.
 function askPassword(form, button) {
+  const ways = (document.documentElement.dataset.proof ?? "password").split(" ");
+  if (ways.includes("provider")) {
+    offerProvider(form);
+    return;
+  }
+  const title = ways.includes("password") ? "Your password again" : "A code of your app";
   const dialog = document.createElement("dialog");
-  dialog.setAttribute("aria-label", "Your password again");
-  dialog.innerHTML = `<h3>Your password again</h3>
+  dialog.setAttribute("aria-label", title);
+  dialog.innerHTML = `<h3>${title}</h3>
     <p>This act needs it, because it was not given in the last ten minutes.</p>
-    <form class="stack" method="dialog"><div class="field"><label for="step-up-password">Password</label>
-    <input type="password" id="step-up-password" autocomplete="current-password" required></div>
+    <form class="stack" method="dialog">${ways.map((way) => PROOFS[way]).join("")}
     <p class="error-note" role="alert" hidden></p>
     <div class="row apart"><button class="button" type="button" data-cancel>Do nothing</button>
     <button class="button primary" type="submit">Go on</button></div></form>`;
   document.body.append(dialog);
   const [field, note] = [dialog.querySelector("input"), dialog.querySelector("[role=alert]")];
+  const given = dialog.querySelector("form");
   dialog.querySelector("[data-cancel]").addEventListener("click", () => dialog.close());
   dialog.addEventListener("close", () => dialog.remove());
   dialog.querySelector("form").addEventListener("submit", async (event) => {
     event.preventDefault();
     const answer = await fetch("/step-up", {
-      method: "POST", headers: { "X-CSRFToken": token }, body: new URLSearchParams({ password: field.value }),
+      method: "POST", headers: { "X-CSRFToken": token }, body: new URLSearchParams(new FormData(given)),
     }).catch(() => null);
     if (answer?.ok) {
       dialog.close();
@@ -273,6 +286,13 @@ function askPassword(form, button) {
   });
   dialog.showModal();
   field.focus();
+}
+
+function offerProvider(form) {
+  const link = document.createElement("a");
+  link.href = `/login/provider?again=1&next=${encodeURIComponent(location.pathname + location.search)}`;
+  link.textContent = "Sign in again, and come back to this page";
+  form.querySelector("[role=alert]")?.append(" ", link);
 }
 
 // The question names the object; the button is the verb.

@@ -7,12 +7,13 @@ from typing import Any
 
 from django.conf import settings
 from django.contrib.auth.decorators import login_required
+from django.db.models import Count, Q
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, QueryDict
 from django.shortcuts import redirect
 from django.urls import reverse
 from django.views.decorators.http import require_POST
 
-from apps.accounts.models import DEFAULT_PROJECT, ApiToken, User
+from apps.accounts.models import DEFAULT_PROJECT, ApiToken, SecondFactor, User
 from apps.accounts.policy import IN_WORDS, Act, may
 from apps.accounts.preferences import (
     SavedView,
@@ -63,6 +64,12 @@ def me(request: HttpRequest) -> HttpResponse:
             },
         ),
         Panel(
+            "second-factor",
+            "Authenticator app",
+            "console/me/second_factor.html",
+            lambda: second_factor_context(user),
+        ),
+        Panel(
             "sessions",
             "Where you are signed in",
             "console/me/sessions.html",
@@ -80,6 +87,12 @@ def me(request: HttpRequest) -> HttpResponse:
 
 def settings_context(user: User) -> dict[str, Any]:
     return {"chosen": preferences_of(user), "zones": time_zones()}
+
+
+def second_factor_context(user: User) -> dict[str, Any]:
+    unused = Count("recovery_codes", filter=Q(recovery_codes__used_at=None))
+    factor = SecondFactor.objects.filter(user=user).annotate(left=unused).first()
+    return {"factor": factor, "codes_left": factor.left if factor else 0}
 
 
 DELIVERIES_SHOWN = 5

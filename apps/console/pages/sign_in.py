@@ -8,23 +8,16 @@ from typing import Any
 from django.contrib.auth.forms import AuthenticationForm
 from django.contrib.auth.views import LoginView, LogoutView, redirect_to_login
 from django.core.exceptions import PermissionDenied, ValidationError
-from django.db import transaction
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
+from django.shortcuts import redirect, render
 from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_http_methods
 
 from apps.accounts.hashing import TooManyAtOnceError, hashing_turn
 from apps.accounts.models import User
-from apps.accounts.sessions import describe_session
-from apps.accounts.step_up import note_password
-from apps.audit.services import (
-    Attempt,
-    note_brake,
-    note_refused_sign_in,
-    note_sign_in,
-    seconds_to_wait,
-)
-
-BUSY_SECONDS = 5
+from apps.audit.services import Attempt, note_brake, note_refused_sign_in, seconds_to_wait
+from apps.console.entering import complete, enter, entry_of
+from apps.console.proving import BUSY_SECONDS, prove
 
 
 class SignInForm(AuthenticationForm):
@@ -68,17 +61,10 @@ class SignIn(LoginView):
     authentication_form = SignInForm
     redirect_authenticated_user = True
 
-    @transaction.atomic
     def form_valid(self, form: AuthenticationForm) -> HttpResponse:
-        answer = super().form_valid(form)
         user = form.get_user()
         assert isinstance(user, User)
-        assert isinstance(form, SignInForm)
-        note_sign_in(user, form.attempt)
-        browser = self.request.headers.get("User-Agent", "")
-        self.request.session.update(describe_session(browser, form.attempt.address))
-        note_password(self.request.session)
-        return answer
+        return enter(self.request, user, via="session", address=self.get_success_url())
 
     def form_invalid(self, form: AuthenticationForm) -> HttpResponse:
         answer = super().form_invalid(form)
@@ -87,6 +73,26 @@ class SignIn(LoginView):
             answer.status_code = HTTPStatus.TOO_MANY_REQUESTS
             answer.headers["Retry-After"] = str(wait)
         return answer
+
+
+@never_cache
+@require_http_methods(["GET", "POST"])
+def sign_in_code(request: HttpRequest) -> HttpResponse:
+    """The second page of a sign-in, for whoever has an authenticator app."""
+    found = entry_of(request)
+    if found is None:
+        return redirect("console:sign-in")
+    user, entry = found
+    if request.method == "GET":
+        return render(request, "console/sign_in_code.html", {"title": "Your code"})
+    refusal = prove(request, user, ask_password=False)
+    if refusal is None:
+        return complete(request, user, entry, code_given=True)
+    context = {"title": "Your code", "problem": refusal.detail}
+    answer = render(request, "console/sign_in_code.html", context, status=refusal.status)
+    if refusal.wait_seconds:
+        answer.headers["Retry-After"] = str(refusal.wait_seconds)
+    return answer
 
 
 class SignOut(LogoutView):

@@ -1,4 +1,5 @@
-"""The password again, before an act that the API calls dangerous."""
+"""The password again, and a code where an app is set up, before an act that the API calls
+dangerous."""
 
 from __future__ import annotations
 
@@ -7,9 +8,8 @@ from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_POST
 
-from apps.accounts.hashing import TooManyAtOnceError, hashing_turn
-from apps.accounts.step_up import note_password
-from apps.audit.services import Attempt, note_brake, note_refused_sign_in, seconds_to_wait
+from apps.accounts.step_up import Passed, has_second_factor, note_password, note_second_factor
+from apps.console.proving import prove
 from apps.console.request import person
 
 
@@ -17,22 +17,16 @@ from apps.console.request import person
 @require_POST
 @never_cache
 def step_up(request: HttpRequest) -> HttpResponse:
-    """Check the password behind the same brake as a sign-in; remember that it was given."""
+    """Check them behind the same brake as a sign-in; remember that they were given."""
     user = person(request)
-    attempt = Attempt.of(user.get_username(), request.META.get("REMOTE_ADDR", ""))
-    try:
-        with hashing_turn():
-            if wait := seconds_to_wait(attempt):
-                note_brake(attempt)
-                return _refusal(429, f"Too many wrong passwords. Wait {-(-wait // 60)} min.")
-            if not user.check_password(request.POST.get("password", "")):
-                note_refused_sign_in(attempt)
-                return _refusal(403, "The password is wrong.")
-    except TooManyAtOnceError:
-        return _refusal(503, "Many people are signing in. Try again in a few seconds.")
+    coded = has_second_factor(user)
+    if not coded and not user.has_usable_password():
+        detail = "You have no password here. Sign in again, or set up an authenticator app."
+        return JsonResponse({"detail": detail}, status=403)
+    refusal = prove(request, user)
+    if refusal is not None:
+        return JsonResponse({"detail": refusal.detail}, status=refusal.status)
     note_password(request.session)
+    if coded:
+        note_second_factor(request.session, Passed.HERE)
     return JsonResponse({"detail": "Thank you."})
-
-
-def _refusal(status: int, detail: str) -> JsonResponse:
-    return JsonResponse({"detail": detail}, status=status)

@@ -9,6 +9,8 @@ from datetime import datetime
 from typing import Any
 
 from django import template
+from django.conf import settings
+from django.http import HttpRequest
 from django.templatetags.static import static
 from django.urls import reverse
 from django.utils import timezone
@@ -18,6 +20,7 @@ from django.utils.safestring import SafeString
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
 from apps.accounts.preferences import Preferences, preferences_of
+from apps.accounts.step_up import SECOND_FACTOR, Passed
 from apps.console.bar import switch_and_kills
 from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS, Status
 from apps.console.waiting import inbox_count
@@ -332,6 +335,7 @@ def page_choices(context: template.RequestContext) -> SafeString:
         "data-keys": "" if chosen.keys else "off",
         "data-zone": chosen.zone,
         "data-notify": "on" if chosen.notify else "",
+        "data-proof": " ".join(_ways_to_prove(context.get("request"))),
     }
     return format_html_join("", ' {}="{}"', [(k, v) for k, v in named.items() if v])
 
@@ -355,6 +359,23 @@ def _preferences(context: template.RequestContext) -> Preferences:
     """Of the person; an error page may have none."""
     user = getattr(context.get("request"), "user", None)
     return preferences_of(user) if isinstance(user, User) else Preferences()
+
+
+@register.simple_tag
+def provider_name() -> str:
+    """Of the OpenID provider through which people may sign in; empty: there is none."""
+    return str(settings.ESPER_OIDC_NAME) if settings.ESPER_OIDC_ISSUER else ""
+
+
+def _ways_to_prove(request: HttpRequest | None) -> list[str]:
+    """What the dialog before a dangerous act asks for, where it is not the password alone."""
+    user = getattr(request, "user", None)
+    if request is None or not isinstance(user, User):
+        return []
+    given_here = request.session.get(SECOND_FACTOR) == Passed.HERE
+    ways = {"password": user.has_usable_password(), "code": given_here}
+    found = [way for way, there in ways.items() if there] or ["provider"]
+    return [] if found == ["password"] else found
 
 
 # The admin's list, or one row of it by a variable of the page, of what a page shows.

@@ -35,6 +35,7 @@ VERBS = {
     "approve_plan": "plans approve",
     "reject_plan": "plans reject",
     "undo_plan": "plans undo",
+    "remove_second_factor": "people remove-second-factor",
     "create_project": "projects create",
     "set_member": "projects member",
     "create_service_account": "projects add-service",

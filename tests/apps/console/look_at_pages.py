@@ -7,6 +7,7 @@ Pages by the names that it prints; views: light, dark, phone. Without names: all
 
 from __future__ import annotations
 
+import base64
 import os
 import socket
 import subprocess
@@ -17,10 +18,13 @@ from pathlib import Path
 
 import django
 import httpx
+from cryptography.hazmat.primitives.hashes import SHA1
+from cryptography.hazmat.primitives.twofactor.totp import TOTP
 from playwright.sync_api import Error, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[3]
 VIEWS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False)}
+HAS_AN_APP = {"light": "rafi", "dark": "carl", "phone": "olga"}
 PLAIN = {
     "overview": "/",
     "inbox": "/inbox",
@@ -45,6 +49,7 @@ PLAIN = {
     "status": "/status",
     "wall": "/wall",
     "projects": "/projects",
+    "people": "/people",
     "report": "/report",
     "accessibility": "/accessibility",
     "api-docs": "/api/docs",
@@ -67,6 +72,12 @@ def main(folder: Path, wanted: set[str], views: set[str]) -> None:
             "DATABASE_URL": f"sqlite:///{data}/db.sqlite3",
             "DJANGO_SETTINGS_MODULE": "esper_web.settings.test",
             "PYTHONPATH": str(ROOT),
+            # A provider that does not answer: its button leads to the page of failures.
+            "ESPER_OIDC_ISSUER": "http://127.0.0.1:9",
+            "ESPER_OIDC_CLIENT_ID": "esper",
+            "ESPER_OIDC_CLIENT_SECRET": "secret",
+            "ESPER_OIDC_ROLES": "operators=operator",
+            "ESPER_OIDC_NAME": "Example",
         }
         script = str(Path(__file__).with_name("serve_world.py"))
         server = subprocess.Popen(
@@ -109,6 +120,9 @@ def _take_pictures(base: str, folder: Path, wanted: set[str], views: set[str]) -
             page.goto("/login")
             if not wanted or "login" in wanted:
                 page.screenshot(path=folder / f"login-{view}.png")
+            if not wanted or "login-failed" in wanted:
+                _take_picture(page, "/login/provider", folder / f"login-failed-{view}.png")
+                page.goto("/login")
             _sign_in(page, "ada", PASSWORD)
             for name, address in _addresses(page).items():
                 if not wanted or name in wanted:
@@ -118,7 +132,42 @@ def _take_pictures(base: str, folder: Path, wanted: set[str], views: set[str]) -
                 page.goto("/login")
                 _sign_in(page, "vera", PASSWORD)
                 _take_picture(page, "/admin/", folder / f"403-{view}.png")
+            if not wanted or "second-factor" in wanted:
+                context.clear_cookies()
+                page.goto("/login")
+                _sign_in(page, HAS_AN_APP[view], PASSWORD)
+                _take_second_factor(page, folder, view, HAS_AN_APP[view], PASSWORD)
         browser.close()
+
+
+def _take_second_factor(page: Page, folder: Path, view: str, name: str, password: str) -> None:
+    """Set an app up with a wrong and the right code, look at it, and sign in again."""
+
+    def take(part: str) -> None:
+        page.screenshot(path=folder / f"second-factor-{part}-{view}.png", full_page=True)
+        over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        _say(f"second-factor-{part}-{view} {f'{over} px TOO WIDE' if over > 0 else ''}")
+
+    page.goto("/me/second-factor")
+    take("offer")
+    secret = base64.b32decode(page.locator("ol code").inner_text().replace(" ", ""))
+    page.fill("#id_code", "000000")
+    page.click("button[value=turn-on]")
+    take("wrong")
+    totp = TOTP(secret, 6, SHA1(), 30)  # noqa: S303
+    page.fill("#id_code", totp.generate(int(time.time())).decode())
+    page.click("button[value=turn-on]")
+    take("codes")
+    page.goto("/me/second-factor")
+    take("on")
+    _take_picture(page, "/me", folder / f"me-with-app-{view}.png")
+    page.context.clear_cookies()
+    page.goto("/login")
+    page.fill("#id_username", name)
+    page.fill("#id_password", password)
+    page.click("button[type=submit]")
+    page.wait_for_url("**/login/code")
+    take("sign-in")
 
 
 def _sign_in(page: Page, name: str, password: str) -> None:

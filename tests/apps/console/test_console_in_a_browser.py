@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from typing import Any, Literal
 import httpx
 import pytest
 from axe_playwright_python.base import AXE_SCRIPT  # type: ignore[import-untyped]
+from cryptography.hazmat.primitives.hashes import SHA1
+from cryptography.hazmat.primitives.twofactor.totp import TOTP
 from playwright.sync_api import Browser, Page, Route, StorageState, WebSocketRoute, expect
 
 from apps.notifications.web_push import from_text
@@ -671,6 +674,61 @@ def test_a_dangerous_act_asks_for_the_password_and_is_then_done(sign_in: SignIn)
     page.keyboard.press("Enter")
     expect(page.locator("#new-token .secret")).to_contain_text("esp_")
     expect(page.locator("#token-name")).to_have_value("nightly")
+
+
+def test_an_app_is_set_up_and_asked_for_without_a_barrier(sign_in: SignIn) -> None:
+    """Its pages work without a script, and the dialog before a dangerous act asks for a code."""
+    page = sign_in("rafi")
+    page.goto("/me/second-factor")
+    barriers = barriers_of(page, (*ONE, *OTHER))
+    secret = base64.b32decode(page.locator("ol code").inner_text().replace(" ", ""))
+    totp = TOTP(secret, 6, SHA1(), 30)  # noqa: S303
+    page.fill("#id_code", totp.generate(int(time.time())).decode())
+    page.click("button[value=turn-on]")
+    codes = page.locator(".recovery-codes code").all_inner_texts()
+    assert len(codes) == 10
+    barriers += barriers_of(page, (*ONE, *OTHER))
+    page.click("text=I have kept them")
+    page.wait_for_url("**/")
+    page.goto("/me/second-factor")
+    barriers += barriers_of(page, (*ONE, *OTHER))
+    page.goto("/me")
+    wait_until_live(page)
+    page.route(
+        "**/api/v1/tokens",
+        lambda route: route.fulfill(
+            status=403,
+            body='{"code": "password-needed", "detail": "This needs your password again."}',
+            content_type="application/problem+json",
+        ),
+        times=1,
+    )
+    page.fill("#token-name", "nightly")
+    page.check("#new-token input[value=read]")
+    page.click("#new-token button[type=submit]")
+    page.fill("#step-up-password", PASSWORD)
+    page.fill("#step-up-code", "000000")
+    page.click("dialog button:text-is('Go on')")
+    expect(page.locator("dialog [role=alert]")).to_have_text("The code is wrong.")
+    page.fill("#step-up-code", codes[0])
+    page.keyboard.press("Enter")
+    expect(page.locator("#new-token .secret")).to_contain_text("esp_")
+    page.context.clear_cookies()
+    page.goto("/login?next=/runs")
+    page.fill("#id_username", "rafi")
+    page.fill("#id_password", PASSWORD)
+    page.click("button[type=submit]")
+    page.wait_for_url("**/login/code")
+    barriers += barriers_of(page, (*ONE, *OTHER))
+    page.fill("#id_code", codes[1])
+    page.click("button[type=submit]")
+    page.wait_for_url("**/runs")
+    admin = sign_in("ada")
+    admin.goto("/people")
+    wait_until_live(admin)
+    admin.click("summary:text-is('Lost the phone')")
+    barriers += barriers_of(admin, (*ONE, *OTHER))
+    assert barriers == [], "\n".join(map(str, barriers))
 
 
 FAKE_NOTIFICATIONS = """

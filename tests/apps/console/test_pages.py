@@ -22,7 +22,9 @@ from esper.contracts import AdaptationState
 from tests.apps.cast import PASSWORD, make_person
 
 PEOPLE = ["vera", "rafi", "olga", "carl", "ada"]
-OPEN_TO_ALL = {"sign-in", "sign-out"}
+OPEN_TO_ALL = {
+    *("sign-in", "sign-out", "sign-in-code", "provider-sign-in", "provider-callback"),
+}
 FAILED_PANEL = "This part could not be shown"
 
 

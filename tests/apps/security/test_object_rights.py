@@ -107,6 +107,7 @@ def objects(people: dict[Role, User], inbox: Inbox) -> dict[str, str]:
         "policies": str(current_policy().version),
         "recipes": launch.recipe.uid,
         "remedies": "rewind",
+        "people": owner.username,
         "runs": trainer.run,
         "adaptations": adaptation.uid,
         "plans": Plan.objects.create(

@@ -41,7 +41,7 @@ CANARY = rights.CANARY
 # Kinds that belong to the whole server or to one person: they hold nothing of a project.
 SHARED = {
     "kernels", "workers", "blueprints", "variants", "recipes", "remedies", "duty", "channels",
-    "tokens",
+    "tokens", "people",
 }  # fmt: skip
 # Rows that are reached through a row that was found already, or through their owner.
 WITHOUT_A_MANAGER = {"Vote", "Snooze", "LogChunk", "JobStepDone"}

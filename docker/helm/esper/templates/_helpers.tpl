@@ -34,7 +34,8 @@ app.kubernetes.io/component: {{ .component }}
     "ESPER_METRICS_TOKEN" "metrics_token" -}}
 {{- $owner := merge (dict "DATABASE_URL" "database_owner_url") $server -}}
 {{- $tamiyo := dict "REDIS_URL" "redis_tamiyo_url" "ESPER_TOKEN" "tamiyo_token" -}}
-{{- $all := dict "compile" $compile "migrate" $owner "tamiyo" $tamiyo -}}
+{{- $web := merge (dict "ESPER_OIDC_CLIENT_SECRET" "oidc_client_secret") $server -}}
+{{- $all := dict "web" $web "compile" $compile "migrate" $owner "tamiyo" $tamiyo -}}
 {{- toJson (get $all . | default $server) -}}
 {{- end }}
 
@@ -53,6 +54,11 @@ app.kubernetes.io/component: {{ .component }}
 - {name: CSRF_TRUSTED_ORIGINS, value: "https://{{ .root.Values.host }}"}
 {{- range $name, $value := .root.Values.settings }}
 - {name: {{ $name }}, value: {{ $value | quote }}}
+{{- end }}
+{{- if eq .component "web" }}
+{{- range $name := list "ESPER_TOTP_REQUIRED_ROLES" "ESPER_OIDC_ISSUER" "ESPER_OIDC_CLIENT_ID" "ESPER_OIDC_ROLES" "ESPER_OIDC_GROUPS_CLAIM" "ESPER_OIDC_SCOPES" "ESPER_OIDC_NAME" }}
+- {name: {{ $name }}, value: {{ get $.root.Values.signIn $name | default "" | quote }}}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- end }}

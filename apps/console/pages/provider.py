@@ -1,0 +1,136 @@
+"""Signing in through an OpenID provider."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from django.conf import settings
+from django.core import signing
+from django.http import Http404, HttpRequest, HttpResponse
+from django.shortcuts import redirect, render
+from django.urls import reverse
+from django.utils.crypto import constant_time_compare
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_safe
+
+from apps.accounts.models import User
+from apps.accounts.openid import (
+    SignInError,
+    Trip,
+    authorization_address,
+    claims_for,
+    discover,
+    proved_at,
+)
+from apps.accounts.openid_people import person_of
+from apps.accounts.step_up import is_recent, note_password
+from apps.audit.services import note_refused_identity
+from apps.console.entering import enter, own_address
+
+VIA = "provider"
+COOKIE, TRIP_SECONDS = "esper_trip", 600
+
+
+@never_cache
+@require_safe
+def provider_sign_in(request: HttpRequest) -> HttpResponse:
+    """Off to the provider; what has to come back lies in a signed cookie of this browser."""
+    _require_provider()
+    again = request.user.is_authenticated and request.GET.get("again") == "1"
+    trip = Trip.begin(own_address(request, request.GET.get("next", "")), again=again)
+    if request.user.is_authenticated and not again:
+        return redirect(trip.address)
+    try:
+        there = authorization_address(discover(), trip, _return_to(request))
+    except SignInError as problem:
+        return _refusal(request, problem)
+    answer = redirect(there)
+    answer.set_cookie(
+        COOKIE,
+        signing.dumps(asdict(trip), salt=COOKIE),
+        max_age=TRIP_SECONDS,
+        path=reverse("console:provider-callback"),
+        secure=settings.SESSION_COOKIE_SECURE,
+        httponly=True,
+        samesite="Lax",
+    )
+    return answer
+
+
+@never_cache
+@require_safe
+def provider_callback(request: HttpRequest) -> HttpResponse:
+    """Back from the provider. Each trip ends here once, whatever comes of it."""
+    _require_provider()
+    try:
+        answer = _arrive(request)
+    except SignInError as problem:
+        answer = _refusal(request, problem)
+    answer.delete_cookie(COOKIE, path=reverse("console:provider-callback"), samesite="Lax")
+    return answer
+
+
+def _arrive(request: HttpRequest) -> HttpResponse:
+    trip = _trip_of(request)
+    if request.GET.get("error"):
+        raise SignInError(
+            403, "sign-in-refused", f"{settings.ESPER_OIDC_NAME} has not signed you in."
+        )
+    if request.GET.get("iss", settings.ESPER_OIDC_ISSUER) != settings.ESPER_OIDC_ISSUER:
+        raise SignInError(403, "sign-in-refused", "This is the answer of another provider.")
+    claims = claims_for(request.GET.get("code", ""), trip, _return_to(request))
+    try:
+        user = person_of(claims)
+    except SignInError as problem:
+        note_refused_identity(claims["iss"], claims["sub"], problem.code)
+        raise
+    at = proved_at(claims, trip)
+    if trip.again:
+        return _proved_again(request, user, at, trip.address)
+    methods = claims.get("amr")
+    mfa = isinstance(methods, list) and "mfa" in methods
+    return enter(request, user, via=VIA, address=trip.address, proved_at=at, mfa=mfa)
+
+
+def _proved_again(request: HttpRequest, user: User, at: float, address: str) -> HttpResponse:
+    if request.user != user:
+        raise SignInError(403, "sign-in-refused", "That is another account than yours here.")
+    note_password(request.session, at)
+    if not is_recent(request.session):
+        raise SignInError(
+            403,
+            "sign-in-refused",
+            f"{settings.ESPER_OIDC_NAME} has not asked for your password again. Sign out there, or "
+            "set up an authenticator app here.",
+        )
+    return redirect(address)
+
+
+def _trip_of(request: HttpRequest) -> Trip:
+    """The one that this browser has begun; another's answer must not sign it in."""
+    try:
+        kept = signing.loads(request.COOKIES.get(COOKIE, ""), salt=COOKIE, max_age=TRIP_SECONDS)
+    except signing.BadSignature:
+        kept = None
+    trip = Trip(**kept) if kept else None
+    if trip is None or not constant_time_compare(request.GET.get("state", ""), trip.state):
+        raise SignInError(
+            400,
+            "sign-in-refused",
+            "This sign-in took too long, or was begun in another browser. Begin again.",
+        )
+    return trip
+
+
+def _return_to(request: HttpRequest) -> str:
+    return request.build_absolute_uri(reverse("console:provider-callback"))
+
+
+def _require_provider() -> None:
+    if not settings.ESPER_OIDC_ISSUER:
+        raise Http404("no provider is configured")
+
+
+def _refusal(request: HttpRequest, problem: SignInError) -> HttpResponse:
+    context = {"title": "Sign in", "problem": problem.detail, "next": "/"}
+    return render(request, "console/sign_in.html", context, status=problem.status)
