@@ -36,7 +36,7 @@ pytestmark = pytest.mark.django_db
 
 DOCUMENT = json.loads((Path(__file__).parents[3] / "docs/reference/openapi.json").read_text())
 PARTS = 4  # tests, so that they share the processors
-EXAMPLES = 6  # of each operation
+EXAMPLES = [3, pytest.param(6, marks=pytest.mark.full)]  # of each operation
 DESCRIBED = [
     *(checks.status_code_conformance, checks.content_type_conformance),
     *(checks.response_headers_conformance, checks.response_schema_conformance),
@@ -191,16 +191,17 @@ def faults(case: Case, caller: str, token: str, before: list[Any]) -> Iterator[s
         yield from (f"{type(one).__name__}: {str(one)[:400]}" for one in found.exceptions)
 
 
+@pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_answer_is_described_and_every_act_allowed(
-    part: int, objects: dict[str, str], tokens: dict[str, str]
+    part: int, examples: int, objects: dict[str, str], tokens: dict[str, str]
 ) -> None:
     before, wrong = content(), []
     for operation in of_document(part):
         wanted = cases(operation, objects)
 
         @settings(
-            max_examples=EXAMPLES,
+            max_examples=examples,
             deadline=None,
             derandomize=True,
             database=None,
