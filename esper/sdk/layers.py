@@ -22,6 +22,7 @@ _UNSEEN = (
     "itself, by torch.compile(model) or model.compile(), and not the function around it."
 )
 LEFT_ALONE = "attach was told to leave it alone"
+MOST_STEPS_WITHOUT_A_PASS = 50  # then the run is opened without the layers' shapes
 
 
 class Layers:
@@ -56,6 +57,7 @@ class Layers:
         # Its hooks are in compiled code, where they do nothing; to remove them would compile again.
         self._left: LayerRecorder | CopyRecorder | None = None
         self._has_searched = False
+        self._steps_waited = 0
 
     @property
     def fixed(self) -> bool:
@@ -106,6 +108,8 @@ class Layers:
                     self._left, self._recorder = self._recorder, self._record()
                 return False  # or the session's first step came before the first forward pass
             self._report_unseen()
+        elif self._waits():
+            return False
         seen = map(self._as_shared, self._recorder.layers())
         self._fixed = tuple(self._compiled(self._limited(layer)) for layer in seen)
         if self._recorder is not self._left:
@@ -127,6 +131,15 @@ class Layers:
         """The hooks have missed layers, as they do in code that was compiled after they came."""
         is_eager = isinstance(self._recorder, LayerRecorder)
         return is_eager and any(not layer.in_shape for layer in self._recorder.layers())
+
+    def _waits(self) -> bool:
+        """No layer has run: the script counts a step in which it has skipped the batch."""
+        if self._left is not None or self._replicas is not None:  # all ranks open in one step
+            return False
+        if any(layer.in_shape for layer in self._recorder.layers()):
+            return False
+        self._steps_waited += 1
+        return self._steps_waited <= MOST_STEPS_WITHOUT_A_PASS
 
     def _report_unseen(self) -> None:
         if any(layer.in_shape for layer in self._recorder.layers()):

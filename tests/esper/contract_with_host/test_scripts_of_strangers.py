@@ -470,3 +470,28 @@ def test_a_graft_goes_on_in_a_layer_that_the_script_puts_into_another_one(averag
     assert not any("esper" in name for name in model.state_dict())
     step(model, optimizer, session)
     assert session._parts.failures.counts == {}
+
+
+@pytest.mark.parametrize("skipped", [1, 5])
+def test_layers_are_known_where_the_script_skips_its_first_batches(skipped: int) -> None:
+    """As a Lightning ``training_step`` that returns None before it runs a layer."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer, session = attached(model, "supervised")
+    for _ in range(skipped):
+        session.step()
+    for _ in range(10):
+        step(model, optimizer, session)
+
+    assert [layer.in_shape for layer in session.layers] == [(4, 8), (4, 16)]
+    assert session.frame() is not None
+    assert session.undo(session.graft("2", "proj_lora_64")).exact
+
+
+def test_a_model_that_never_runs_is_opened_all_the_same() -> None:
+    _, session = attached(nn.Sequential(nn.Linear(8, 4)), "supervised")
+    for _ in range(60):
+        session.step(1.0)
+
+    assert session._parts.layers.fixed
+    with pytest.raises(IncompatibleLayerError, match="did not run"):
+        session.graft("0", "proj_lora_64")

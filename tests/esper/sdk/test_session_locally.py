@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import random
@@ -103,8 +104,9 @@ def test_grafts_train_and_the_parameter_groups_stay_right(training: Training) ->
 
 
 def test_a_parameter_that_no_optimizer_holds_is_found_at_attach(training: Training) -> None:
-    optimizer = torch.optim.SGD(training.model[0].parameters(), lr=0.1)
-    with esper.attach(training.model, optimizer) as session:
+    model = copy.deepcopy(training.model)  # the optimizer of the other one holds all of it
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with esper.attach(model, optimizer) as session:
         found = session.findings()
         tensors = {(finding.layer, finding.observed.split(":")[0]) for finding in found}
         rules = {finding.rule for finding in found}
