@@ -203,7 +203,12 @@ def _goals(records: Sequence[Record]) -> Iterator[str]:
         measured = any("random" in record.arms for record in own)
         seen = f"{100 * gap:.0f}" if measured else "not run"
         yield _goal("AT-8, points above random remedies: 30", measured and gap >= 0.3, seen)
-    yield _goal("false alarms in healthy runs: 0", not alarms, f"{alarms} in {steps:,} steps")
+    learned = alarms - _alarms_unlearned(records)
+    yield _goal(
+        "false alarms in healthy runs: 0",
+        not alarms,
+        f"{alarms} in {steps:,} steps, {learned} of them in runs that learned",
+    )
     if silent12.TIER in found:
         told = [r for r in found[silent12.TIER] if r.told_at is not None]
         soon = [r for r in told if r.told_at is not None and r.told_at <= r.begins + 1]
@@ -303,20 +308,25 @@ def _alarms(records: Sequence[Record]) -> Iterator[str]:
     alarms, steps = alarms_in_10_000(records)
     longer = [record for record in records if record.tier == clean.TIER]
     runs = sum(record.clean_steps > 0 for record in records)
-    idle = sum(len(record.alarms) for record in records if record.why_not == NOT_LEARNED)
+    idle = _alarms_unlearned(records)
     yield "## Healthy runs\n"
     yield (
         f"{alarms} findings above info in {steps:,} steps of {runs} healthy runs, "
         f"{1e4 * alarms / max(1, steps):.2f} in 10,000. {len(longer)} of them are the longer runs "
         f"of the tier Clean, one for each kind of model. {idle} of the findings are of twins that "
-        "did not learn.\n"
+        "did not learn, which is no health: their scores stand beside them.\n"
     )
     for record in records:
         if record.alarms:
             found = ", ".join(f"{slug} at {step}" for slug, step in record.alarms.items())
-            learned = "" if record.why_not != NOT_LEARNED else ", did not learn"
-            yield f"- {record.tier}, {record.title}{learned}: {found}"
+            learned = "" if record.why_not != NOT_LEARNED else f", did not learn: {record.twin:.2f}"
+            yield f"- {record.tier}, {record.title}{learned}; {found}"
     yield ""
+
+
+def _alarms_unlearned(records: Sequence[Record]) -> int:
+    """Findings above info in twins that did not learn."""
+    return sum(len(record.alarms) for record in records if record.why_not == NOT_LEARNED)
 
 
 def _losses(records: Sequence[Record]) -> Iterator[str]:

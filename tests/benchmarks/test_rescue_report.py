@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.rescue import report
-from benchmarks.rescue.measures import Detection, Record, Recovery, alarms_in_10_000, share
+from benchmarks.rescue.measures import (
+    NOT_LEARNED,
+    Detection,
+    Record,
+    Recovery,
+    alarms_in_10_000,
+    share,
+)
 from benchmarks.rescue.training import Outcome
 
 TWIN = 0.9
@@ -100,3 +107,12 @@ def test_a_record_says_which_tiers_seeds_and_arms_it_is_of() -> None:
     assert missing == "healthy, plateau, zclip, restart, oracle, supervised."
     silent = Record.from_json(asdict(REPAIRED) | {"tier": "Silent-12"})
     assert report.origin("commit x.", [silent]) == "- Silent-12: commit x."
+
+
+def test_what_is_found_in_a_twin_that_did_not_learn_is_counted_and_told_apart() -> None:
+    learned, unlearned = replace(REPAIRED, alarms={"plateau": 30}), replace(LOST, counts=False)
+    unlearned = replace(unlearned, why_not=NOT_LEARNED, twin=0.4, alarms={"dying_relu": 5})
+    text = "\n".join(report.document([learned, unlearned], "about"))
+    assert "| **no** | 2 in 200 steps, 1 of them in runs that learned |" in text
+    assert "seed 101, did not learn: 0.40; dying_relu at 5" in text
+    assert "seed 100; plateau at 30" in text
