@@ -36,6 +36,7 @@ RATES_KEPT = 4_000
 LATEST = 256  # losses for the rules that are checked in each step
 JUMP = 3.0  # times the recent loss: worth checks outside the plan
 JUMP_CHECKS = 6  # steps in a row
+CLOSELY_EVERY = 20  # periods of the plan between two jumps that are looked at closely
 WATCHED_STEPS = 200  # of the session, in which the first updates are counted
 
 
@@ -156,7 +157,7 @@ class DiagnosisWatch:
         return known[0].change * now / overshoot(self.optimizers, 1)
 
     def look_closely(self) -> None:
-        """The run was changed: it is measured as often as at its start."""
+        """The run was changed, or its loss jumped: it is measured as often as at its start."""
         self.recorder.plan.since = self._run.step
 
     def forget_readings(self, *, back_to: int | None = None) -> None:
@@ -201,6 +202,9 @@ class DiagnosisWatch:
         self._broken = None
         if loss > JUMP * abs(self._recent):
             self._checked_until = self._run.step + JUMP_CHECKS
+            plan = self.recorder.plan
+            if self._run.step - plan.since >= CLOSELY_EVERY * plan.period:
+                self.look_closely()  # on long steps the next planned look may be far away
         known = not math.isnan(self._recent)
         self._recent = 0.9 * self._recent + 0.1 * loss if known else loss
         return changed or self._is_hard() or self._run.step <= self._checked_until

@@ -457,6 +457,24 @@ def test_a_second_look_does_not_wait_for_a_long_period(monkeypatch: pytest.Monke
     assert run.go().steps["slow_convergence"] == 250
 
 
+def test_a_run_whose_loss_jumps_is_looked_at_closely_although_its_looks_are_rare(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("esper.sdk.diagnosing.CLOSELY_EVERY", 200 / 6400)
+    monkeypatch.setattr(
+        "esper.diagnosis.recorder.Plan.adapt", lambda plan, *_: setattr(plan, "period", 6400)
+    )
+
+    def kill(run: Run, step: int) -> None:
+        if step == 210:
+            with torch.no_grad():
+                run.model[3].bias.fill_(-30.0)
+
+    torch.manual_seed(0)
+    run = Run(perceptron(), optimizer=lambda m: adam(m, 3e-3), steps=260, before=kill)
+    assert 210 < run.go().steps["dying_relu"] <= 260
+
+
 def test_the_next_look_is_the_first_that_is_due() -> None:
     plan = Plan()
     plan.period = 6400
