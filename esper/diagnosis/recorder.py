@@ -451,6 +451,7 @@ class _Modes:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._modules = [m for m in model.modules() if _depends_on_mode(m)]
+        self._inside = {id(child): m for m in model.modules() for child in m.children()}
         self._seen_update = False
         norms = [m for m in self._modules if isinstance(m, _BATCH_NORM)]
         counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
@@ -468,13 +469,14 @@ class _Modes:
             self._seen_update = True
             self._modules = self._of_learning_parts()
         training, old = sum([module.training for module in self._modules]), self.facts
+        left = 0 if training else sum(self._is_left(module) for module in self._modules)
         if training and training == old.in_training:
             return  # as in the update before
-        evaluating = bool(self._modules) and not training
+        evaluating = left > 0
         again = evaluating and old.updates > 0
         self.facts = Modes(
             in_training=training,
-            in_evaluation=len(self._modules) - training,
+            in_evaluation=left if evaluating else len(self._modules) - training,
             since_step=(old.since_step if again else step) if evaluating else 0,
             updates=old.updates + 1 if evaluating else 0,
             was_training=old.was_training or bool(training),
@@ -482,6 +484,12 @@ class _Modes:
             extra_steps=old.extra_steps,
             evaluated_in_training=old.evaluated_in_training,
         )
+
+    def _is_left(self, module: nn.Module) -> bool:
+        """In evaluation mode, and not by itself: a script that keeps its statistics on purpose sets
+        this module alone, and what it is in trains."""
+        inside = self._inside.get(id(module))
+        return not module.training and (inside is None or not inside.training)
 
     def _of_learning_parts(self) -> list[nn.Module]:
         """Without those of frozen parts, which are kept in evaluation mode on purpose."""

@@ -34,6 +34,8 @@ class Ladder:
         cost nothing to take back.
         """
         order, young = self._of_rule(found), self._young
+        if found.rule.by_ledger:
+            return order  # what the optimizer holds is no matter of weights or rates
         goes_back = "rewind" in order
         if young.began_anew_in_vain or (goes_back and young.started_badly):
             # The first weights are at fault: they were found to be, or a lower rate from the same

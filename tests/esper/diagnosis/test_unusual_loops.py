@@ -176,6 +176,31 @@ def head_only() -> esper.Session:
     return session
 
 
+class KeepsStatistics(nn.Sequential):
+    """As detectors and fine-tunings do: ``train()`` leaves the batch norms in evaluation mode."""
+
+    def train(self, mode: bool = True) -> KeepsStatistics:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.eval()
+        return self
+
+
+def statistics_kept() -> esper.Session:
+    model = KeepsStatistics(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = torch.optim.Adam(model.train().parameters(), 1e-3)
+    session = esper.attach(model, optimizer)
+    for step in range(STEPS):
+        x, y = rows(step)
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        session.step(loss)
+    return session
+
+
 def evaluated_between() -> esper.Session:
     model = perceptron(0.2)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -222,6 +247,7 @@ LOOPS: dict[str, Loop] = {
     "closure": closure,
     "teacher": with_a_teacher,
     "frozen body": head_only,
+    "statistics kept": statistics_kept,
     "evaluation between steps": evaluated_between,
     "policy gradient": policy_gradient,
 }

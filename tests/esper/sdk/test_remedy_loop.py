@@ -492,3 +492,21 @@ def test_every_finding_is_answered_by_remedies_that_exist() -> None:
         assert set(rule.remedies) - others <= known
     only_people_ask = {"checkpoint_now", "evaluate_now", "hold_lr"}
     assert set(RemedySlug) - others == known - only_people_ask
+
+
+def test_a_tensor_that_no_optimizer_holds_is_no_reason_to_rewind() -> None:
+    """Also where the first updates were large: they have nothing to do with it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+    model.append(nn.Linear(32, 4))
+    optimizer = torch.optim.Adam(model[:4].parameters(), lr=3e-2)
+    with esper.attach(model, optimizer, mode="supervised", verbose=False) as session:
+        for _ in range(15):
+            x = torch.randn(32, 8)
+            loss = (model(x) - (x[:, :4] > 0).float()).pow(2).mean()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            session.step(loss)
+        proposed = [p.remedy for p in session.proposed_remedies if p.finding == "not_held"]
+    assert proposed == ["adopt"]
