@@ -261,7 +261,7 @@ class Observation:
         infos: these layers, as they were seen to run; empty unknown.
         frames: health frames, the newest last.
         loss_steps, losses: int64 [T], float64 [T].
-        rewinds: how often a graft was taken out with all that was learned since.
+        rewinds: how often the run went back to earlier weights.
         held_out: (step, held-out loss), the newest last.
         rates: (step, largest learning rate), the newest last.
         ledger: findings of the optimizer's ledger.

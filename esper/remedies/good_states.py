@@ -39,6 +39,8 @@ class GoodStates:
         every: steps between two candidates; more where a copy takes long.
         limit_bytes: of all kept states together; fewer are kept where they are large. A model that
             does not fit once is not kept at all.
+        clock: seconds. By default those of this thread alone: where other programs take the
+            processor during one copy, the next states would be kept thousands of steps later.
         folder: where they are kept on disk too; None: in memory only.
 
     Attributes:
@@ -56,7 +58,7 @@ class GoodStates:
         every: int = EVERY_STEPS,
         kept: int = KEPT,
         limit_bytes: int = 2 << 30,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.thread_time,
         folder: StateFolder | None = None,
     ) -> None:
         self._model = model

@@ -13,6 +13,7 @@ from esper.contracts import Declined, Plan
 from esper.exceptions import ConfigurationError
 from esper.grafting import Receipt, RemedyReceipt, UndoReceipt
 from esper.grafting.replicas import Call
+from esper.remedies import get_remedy
 from esper.sdk.compiling_ahead import PauseForecast
 from esper.sdk.local import LocalLoop, Waiting
 from esper.sdk.parts import Parts
@@ -222,7 +223,10 @@ class Acts:
             UnknownLayerError, ConfigurationError, GraftError: the model is as before.
         """
         self._steps.catch_up()
-        return self._parts.surgery.remedy(name, layer, sample, config)
+        receipt = self._parts.surgery.remedy(name, layer, sample, config)
+        if self._parts.diagnosis is not None:
+            self._parts.diagnosis.follow(get_remedy(name))
+        return receipt
 
     def recycle(
         self, layer: str, next_layer: str, sample: Any, *, seed: int | None = None

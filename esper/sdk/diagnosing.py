@@ -27,6 +27,7 @@ from esper.grafting import Surroundings
 from esper.grafting.compiled import Compilation
 from esper.grafting.graph import count_of
 from esper.health.features import MAX_FRAMES
+from esper.remedies import Remedy
 from esper.sdk.findings import Findings
 from esper.sdk.run_state import LOSSES_KEPT, RunState
 
@@ -79,7 +80,6 @@ class DiagnosisWatch:
         self._checked_until = -1
         self._updates_seen = 0
         self._anew_since = 0  # the step in which the weights were put in
-        self._given_up: list[tuple[int, int]] = []  # losses of weights that were taken back
         self._broken: Broken | None = None  # looked up once when the loss stops being finite
 
     def open(self, layers: tuple[LayerInfo, ...]) -> None:
@@ -160,20 +160,19 @@ class DiagnosisWatch:
         """The run was changed, or its loss jumped: it is measured as often as at its start."""
         self.recorder.plan.since = self._run.step
 
-    def forget_readings(self, *, back_to: int | None = None) -> None:
-        """The model was changed: what was read before says nothing about it.
+    def follow(self, remedy: Remedy) -> None:
+        """It was applied: the run is measured as often as at its start.
 
-        Args:
-            back_to: the step whose weights it has now: later held-out losses are of other weights.
+        Where it has changed the weights, what was read before says nothing about the run now.
         """
+        self.look_closely()
+        if not remedy.changes_weights:
+            return
         self.recorder.forget_readings()
         self._anew_since = self._run.step
         self._frames.clear()
-        if back_to is not None:
-            kept = [(step, loss) for step, loss in self._held_out if step <= back_to]
-            self._held_out = deque(kept, maxlen=HELD_OUT_KEPT)
-            self._given_up = [gap for gap in self._given_up if gap[0] < back_to]
-            self._given_up.append((back_to, self._run.step))
+        kept = [point for point in self._held_out if self._run.led_to_its_weights(point[0])]
+        self._held_out = deque(kept, maxlen=HELD_OUT_KEPT)
 
     def close(self) -> None:
         self.recorder.close()
@@ -226,11 +225,7 @@ class DiagnosisWatch:
 
     def _observe(self, kept: int) -> Observation:
         run, recorder = self._run, self.recorder
-        losses = [
-            (step, loss)
-            for step, loss in list(run.losses)[-kept:]
-            if not any(before < step <= after for before, after in self._given_up)
-        ]
+        losses = run.losses_of_its_weights(kept)
         parameters = list(self._model.named_parameters())
         trainable = {name: p for name, p in parameters if p.requires_grad}
         learning = {name.rpartition(".")[0] for name in trainable}

@@ -82,10 +82,10 @@ class ProbationGuard:
             self._local.on_rolled_back(gone, verdict.text)
 
     def _start_again(self) -> None:
-        """After a hard undo, the measure is the losses from before the graft."""
+        """The weights are earlier ones, and the measure is the losses that led to them."""
         self._rewinds = self._run.rewinds
         self.losses.reset()
-        self.take([loss for _, loss in self._run.losses])
+        self.take([loss for _, loss in self._run.losses_of_its_weights()])
 
 
 def _gradient_verdict(model: nn.Module, names: tuple[str, ...]) -> GuardVerdict | None:

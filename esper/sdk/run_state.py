@@ -23,8 +23,9 @@ class RunState:
         own_policy: the safety policy that ``attach`` was given; it applies until a server answers.
         queues: to and from the server; None where this process talks to none.
         step: the optimizer steps that the session has counted.
-        losses: the training loss of the latest steps, without those that were taken back.
-        rewinds: how often the run went back to the state before a graft.
+        losses: the training loss of the latest steps, without those that a hard undo took back.
+        given_up: (after step, up to step) of losses whose weights a remedy took back.
+        rewinds: how often the run went back to earlier weights.
         held_out: newest held-out loss; NaN: unknown.
         idle_until: the next step in which something is due; see :mod:`esper.sdk.idle_steps`.
     """
@@ -35,6 +36,7 @@ class RunState:
     queues: TransportQueues | None = None
     step: int = 0
     losses: deque[LossPoint] = field(default_factory=lambda: deque(maxlen=LOSSES_KEPT))
+    given_up: list[tuple[int, int]] = field(default_factory=list)
     rewinds: int = 0
     held_out: float = math.nan
     idle_until: int = 0
@@ -47,7 +49,29 @@ class RunState:
         """The weights are those of an earlier step: later losses are no measure of the run."""
         while self.losses and self.losses[-1][0] > to_step:
             self.losses.pop()
+        self.given_up = [gap for gap in self.given_up if gap[1] <= to_step]
         self.rewinds += 1
+
+    def give_up(self, back_to: int) -> None:
+        """A remedy put in the weights of an earlier step; what came of them stays on record."""
+        self.given_up = [gap for gap in self.given_up if gap[0] < back_to]
+        self.given_up.append((back_to, self.step))
+        self.rewinds += 1
+
+    def take_back(self, to_step: int) -> None:
+        """A hard undo put in the weights of this step, and what was given up then is theirs."""
+        kept = [gap for gap in self.given_up if gap[1] < to_step]
+        self.given_up = [*kept, (to_step, self.step)]
+        self.rewinds += 1
+
+    def led_to_its_weights(self, step: int) -> bool:
+        """The run's present weights came out of this step."""
+        return not any(before < step <= last for before, last in self.given_up)
+
+    def losses_of_its_weights(self, newest: int = LOSSES_KEPT) -> list[LossPoint]:
+        """Those of the newest losses that led to the present weights."""
+        kept = list(self.losses)[-newest:]
+        return [point for point in kept if self.led_to_its_weights(point[0])]
 
     @property
     def registration(self) -> Registration | None:

@@ -140,7 +140,7 @@ class Surgery:
             self.model,
             lambda: with_companions(optimizers),
             # What a copy takes differs from rank to rank, and all must keep the same steps.
-            clock=time.perf_counter if self._ranks.alone else lambda: 0.0,
+            clock=time.thread_time if self._ranks.alone else lambda: 0.0,
             folder=on_disk,
         )
         states.keep_start()
@@ -502,6 +502,10 @@ class Surgery:
             catalogue=True,
             finding=finding,
         )
+        if found.changes_weights:
+            back_to = receipt.details.get("to_step", 0 if found.begins_anew else None)
+            if back_to is not None:
+                self._run.give_up(back_to)
         found.on_agreed(self._target(layer, None))
         if found.begins_anew and self.states is not None:
             self.states.begin_anew()
@@ -599,6 +603,7 @@ class Surgery:
         if receipt not in self.changes.remedies:
             raise UndoError("this remedy is not in effect any more", layer=receipt.layer)
         report = receipt.undo()
+        self._run.take_back(receipt.step)
         self.changes.drop_since(receipt)
         self._follow_up()
         self._say_what_was_kept(receipt.remedy, receipt.layer, report)

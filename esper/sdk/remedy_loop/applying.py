@@ -82,11 +82,6 @@ class Applier:
     def note(self, treatment: Treatment) -> Treatment:
         """A remedy was applied: what was measured before says nothing about the run now."""
         self._sample.forget()
-        remedy = get_remedy(treatment.remedy)
-        self._diagnosis.look_closely()
-        if remedy.changes_weights:
-            details = treatment.receipt.details if treatment.receipt is not None else {}
-            back_to = details.get("to_step", 0 if remedy.begins_anew else None)
-            self._diagnosis.forget_readings(back_to=back_to)
+        self._diagnosis.follow(get_remedy(treatment.remedy))
         self._history.note(treatment)
         return treatment

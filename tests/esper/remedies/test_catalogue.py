@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -698,6 +699,24 @@ def test_copies_of_the_run_cost_at_most_a_hundredth_of_its_time() -> None:
         now[0] += 0.1
         states.on_step(step, healthy=True)
     assert 3 <= len(copies) <= 10
+
+
+def test_a_copy_that_waits_for_a_busy_machine_puts_no_later_one_off() -> None:
+    model = nn.Linear(4, 4)
+    states = GoodStates(model, lambda: [])
+    take, copies = states._take, []
+
+    def interrupted(step: int) -> Any:
+        copies.append(step)
+        time.sleep(0.01)
+        return take(step)
+
+    states._take = interrupted  # type: ignore[method-assign]
+    matrix = torch.eye(256)
+    for step in range(1, 1001):
+        matrix = matrix @ matrix  # what a step computes
+        states.on_step(step, healthy=True)
+    assert len(copies) >= 8
 
 
 def test_what_is_thawed_learns_and_is_frozen_again_when_it_ends() -> None:

@@ -367,6 +367,26 @@ def test_dead_units_are_recycled_where_nothing_sudden_killed_them() -> None:
         assert run.train(600, session)[-1] < before[-1] / 2
 
 
+@pytest.mark.parametrize("grafted", [False, True])
+def test_the_loss_of_earlier_weights_is_no_jump(grafted: bool) -> None:
+    """They are as good as they were then: neither a remedy nor the guard of a graft answers."""
+    run = Run(Fault())
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        losses = run.train(5, session)
+        if grafted:
+            session.graft("2", "proj_ia3")
+        losses += run.train(185, session)
+        states = session._parts.surgery.states
+        assert states is not None
+        back_to = next(step for step in states.steps if step > 10)
+        assert losses[back_to] > 4 * max(losses[-20:])  # a jump by all measures
+        asked = session.remedy("rewind", step=back_to)
+        run.train(60, session)
+        assert session.remedies == (asked,)
+        assert session.findings() == []
+        assert len(session.adaptations) == grafted
+
+
 def test_a_young_run_that_has_learned_nothing_begins_anew_when_units_die() -> None:
     """Recycled, its units would die again, and it has nothing to lose."""
 
