@@ -112,11 +112,17 @@ class Orphans:
             self.held_elsewhere.setdefault(unheld.holders[parameter], []).append(name)
         elif parameter in unheld.moved:
             self.moved.append(name)
+        elif parameter.grad is not None and not self._may_hold(parameter):
+            self.untrained.append(name)
         elif self.foreign and parameter not in unheld.still:
             self.undecided.append(name)  # the optimizer may hold a copy of it
         elif not self.foreign or unheld.still[parameter]:
             self.untrained.append(name)
         # Otherwise the loss is computed from a copy, as by torch.func.functional_call.
+
+    def _may_hold(self, parameter: nn.Parameter) -> bool:
+        """What the optimizer holds beside the model's tensors is large enough for a copy of it."""
+        return sum(p.numel() for p in self.foreign) >= parameter.numel()
 
 
 def _holders(

@@ -191,3 +191,18 @@ def test_an_optimizer_of_an_earlier_run_hides_nothing() -> None:
     )
 
     assert {f.layer for f in session.findings() if "in no optimizer" in str(f)} == {"2"}
+
+
+def test_an_optimizer_that_is_too_small_for_copies_trains_nothing_of_the_model() -> None:
+    """This is known in the first step, in which the gradients are there."""
+    model = make_model()
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    session = esper.attach(model, optimizer, run="empty", mode="observe", verbose=False)
+    assert not any("never" in str(finding) for finding in session.findings())
+    loss = loss_of(model, torch.randn(16, 8))
+    torch.autograd.backward(loss)
+    optimizer.step()
+    session.step(loss)
+
+    untrained = {f.layer for f in session.findings() if "in no optimizer" in str(f)}
+    assert untrained == {"0", "2"}
