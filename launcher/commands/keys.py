@@ -22,8 +22,9 @@ SIGNING = ("command", "kernel")  # trainers check with their public halves
 def rotate_command(key: str) -> None:
     """Replace KEY by a new one. Stop Esper first.
 
-    secret: everybody signs in again. redis: nothing else changes. command and kernel: trainers
-    register again by themselves and get the new public key; adaptations that wait are cancelled.
+    secret: everybody signs in again, with a recovery code where an authenticator app is set up.
+    redis: nothing else changes. command and kernel: trainers register again by themselves and get
+    the new public key; adaptations that wait are cancelled.
     """
     directory = default_data_dir()
     try:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from django.conf import settings
 from django.core import signing
+from django.db import IntegrityError
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.urls import reverse
@@ -23,7 +24,7 @@ from apps.accounts.openid import (
     proved_at,
 )
 from apps.accounts.openid_people import person_of
-from apps.accounts.step_up import is_recent, note_password
+from apps.accounts.step_up import has_second_factor, is_recent, note_password
 from apps.audit.services import note_refused_identity
 from apps.console.entering import enter, own_address
 
@@ -81,6 +82,8 @@ def _arrive(request: HttpRequest) -> HttpResponse:
     claims = claims_for(request.GET.get("code", ""), trip, _return_to(request))
     try:
         user = person_of(claims)
+    except IntegrityError as error:  # the same first sign-in twice at once
+        raise SignInError(503, "busy", "Your account is being made. Sign in again.") from error
     except SignInError as problem:
         note_refused_identity(claims["iss"], claims["sub"], problem.code)
         raise
@@ -95,6 +98,8 @@ def _arrive(request: HttpRequest) -> HttpResponse:
 def _proved_again(request: HttpRequest, user: User, at: float, address: str) -> HttpResponse:
     if request.user != user:
         raise SignInError(403, "sign-in-refused", "That is another account than yours here.")
+    if has_second_factor(user):
+        raise SignInError(403, "sign-in-refused", "Give a code of your authenticator app instead.")
     note_password(request.session, at)
     if not is_recent(request.session):
         raise SignInError(

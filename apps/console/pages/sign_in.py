@@ -15,6 +15,7 @@ from django.views.decorators.http import require_http_methods
 
 from apps.accounts.hashing import TooManyAtOnceError, hashing_turn
 from apps.accounts.models import User
+from apps.accounts.step_up import has_second_factor
 from apps.audit.services import Attempt, note_brake, note_refused_sign_in, seconds_to_wait
 from apps.console.entering import complete, enter, entry_of
 from apps.console.proving import BUSY_SECONDS, prove
@@ -85,9 +86,10 @@ def sign_in_code(request: HttpRequest) -> HttpResponse:
     user, entry = found
     if request.method == "GET":
         return render(request, "console/sign_in_code.html", {"title": "Your code"})
+    coded = has_second_factor(user)  # an administrator may have removed it meanwhile
     refusal = prove(request, user, ask_password=False)
     if refusal is None:
-        return complete(request, user, entry, code_given=True)
+        return complete(request, user, entry, code_given=coded)
     context = {"title": "Your code", "problem": refusal.detail}
     answer = render(request, "console/sign_in_code.html", context, status=refusal.status)
     if refusal.wait_seconds:

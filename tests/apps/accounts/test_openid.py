@@ -13,10 +13,10 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from django.core.exceptions import ImproperlyConfigured
+from django.db import IntegrityError
 from django.http import HttpResponse
 from django.test import Client
 
-from apps.accounts import second_factor
 from apps.accounts.models import Identity, Membership, Project, SecondFactor, User
 from apps.accounts.step_up import HOLDS_FOR
 from apps.audit.models import AuditEvent
@@ -403,7 +403,25 @@ def test_a_code_of_the_app_is_asked_for_here_too(
     assert client.post("/login/code", {"code": "wrong"}).status_code == 403
     assert client.post("/login/code", {"code": "right"})["Location"] == "/runs"
     assert is_in(client)
-    assert second_factor  # the rest of it has a test of its own
+    session = client.session
+    session["password_at"] = 0.0
+    session.save()
+    assert client.get(begin(client, "?again=1")[0]).status_code == 403  # it stands for no code
+    assert client.post("/step-up", {"code": "wrong"}).status_code == 403
+    assert _issue(client).status_code == 403
+    assert client.post("/step-up", {"code": "right"}).status_code == 200
+    assert _issue(client).status_code == 201
+
+
+def test_two_first_sign_ins_at_once_become_a_sentence(
+    provider: SmallProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(_: Claims) -> User:
+        raise IntegrityError("UNIQUE constraint failed")
+
+    monkeypatch.setattr("apps.console.pages.provider.person_of", twice)
+    answer = sign_in(Client())
+    assert (answer.status_code, "Sign in again" in answer.content.decode()) == (503, True)
 
 
 def test_a_demanded_app_is_not_set_up_twice(provider: SmallProvider, settings: Any) -> None:

@@ -319,6 +319,17 @@ def test_a_demanded_app_comes_before_anything_else(olga: User, clock: Clock, set
     assert is_in(browser("vera"))  # a role that it is not demanded of
 
 
+def test_an_app_that_is_removed_during_a_sign_in_does_not_count_as_given(
+    olga: User, clock: Clock, settings: Any
+) -> None:
+    set_up(browser(), clock)
+    client = browser()
+    SecondFactor.objects.all().delete()
+    settings.ESPER_TOTP_REQUIRED_ROLES = frozenset({Role.OPERATOR})
+    client.post("/login/code", {"code": "000000"})
+    assert client.get("/inbox")["Location"].startswith(PAGE)
+
+
 def test_a_role_in_a_project_is_demanded_of_as_one_of_the_account(settings: Any) -> None:
     from apps.accounts.models import Membership, Project
 

@@ -67,6 +67,7 @@ ACTS = {
     Act.EDIT_POLICY: ("publish_policy", "approve_policy", "withdraw_policy"),
     Act.MANAGE_PEOPLE: (
         *("create_project", "create_service_account", "end_service_account", "set_member"),
+        "remove_second_factor",
         "move_run",
     ),
     Act.CREATE_RUN: ("register_run",),
