@@ -78,6 +78,11 @@ class MovementWatch:
         problems = [*self._problems.values(), *self._silent()]
         return to_findings(problems)
 
+    @property
+    def updates(self) -> int:
+        """The steps that the optimizers have made, all together."""
+        return sum(part.taken for part in self._parts)
+
     def include_new(self) -> None:
         """After tensors were added or removed: watches the new ones from the next step on."""
         self._incomplete = True

@@ -15,8 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from esper.grafting.companion import with_companions
 from esper.grafting.optimizers import parameters_of
+from esper.grafting.versions import writes_to
 from esper.sharding import local
+
+SILENT_UPDATES = 10  # steps of the session without one of a known optimizer
+CHECKED_EACH = 5  # of these steps
 
 
 @dataclass(slots=True)
@@ -123,6 +128,48 @@ class Orphans:
     def _may_hold(self, parameter: nn.Parameter) -> bool:
         """What the optimizer holds beside the model's tensors is large enough for a copy of it."""
         return sum(p.numel() for p in self.foreign) >= parameter.numel()
+
+
+class ReplacedOptimizer:
+    """Notices that a script trains with another optimizer than the ones that Esper was given.
+
+    Attributes:
+        problem: what happens instead; empty: the known ones train the model.
+    """
+
+    def __init__(self, model: nn.Module, known: Sequence[torch.optim.Optimizer]) -> None:
+        self._model = model
+        self._known = known
+        self._seen = 0, 0  # steps of the known ones, and the session's step at which they made it
+        self._writes: int | None = None
+        self.problem = ""
+
+    def on_step(self, step: int, updates: int) -> bool:
+        """A step of the session is over; True where :attr:`problem` has changed.
+
+        Args:
+            updates: the steps that the known ones have made.
+        """
+        if updates != self._seen[0] or not self._known:
+            had, self.problem = self.problem, ""
+            self._seen, self._writes = (updates, step), None
+            return bool(had)
+        silent = step - self._seen[1]
+        if self.problem or silent < SILENT_UPDATES or silent % CHECKED_EACH:
+            return False
+        before, self._writes = self._writes, sum(map(writes_to, self._model.parameters()))
+        if before is None or self._writes == before:
+            return False  # gradients are accumulated, or a script only evaluates
+        held = {p for optimizer in self._known for p in parameters_of(optimizer)}
+        own = {p for p in self._model.parameters() if p in held}
+        kinds = sorted(set(_holders(own, with_companions(self._known)).values()))
+        if kinds:
+            names = " and ".join(dict.fromkeys(type(o).__name__ for o in self._known))
+            self.problem = (
+                f"{names} made no step since step {self._seen[1]} of the session, and "
+                f"{kinds[0]}, which Esper was not given, trains the model"
+            )
+        return bool(self.problem)
 
 
 def _holders(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +15,8 @@ from esper.contracts import Finding, HealthFrame, Severity, Signal, ViolationRul
 from esper.diagnosis import Change, get_rule
 from esper.fail_closed import Failure
 from esper.grafting import MovementWatch, Surroundings, UndoReceipt
+from esper.grafting.optimizers import unwrap_optimizer
+from esper.grafting.orphans import ReplacedOptimizer
 from esper.grafting.slot import left_out_grafts
 from esper.sdk.adaptation import Adaptation
 from esper.sharding import Kind
@@ -114,13 +116,21 @@ class LedgerWatch:
         self._optimizers = () if _has_own_weights(surroundings) else surroundings.optimizers
         self._findings = findings
         self._movement = MovementWatch(model, self._optimizers)
+        known = [unwrap_optimizer(optimizer) for optimizer in self._optimizers]
+        self._replaced = ReplacedOptimizer(model, known)
         self.audit()
+
+    @property
+    def replaced(self) -> str:
+        """How the script trains without the optimizer that it has attached; empty: it does not."""
+        return self._replaced.problem
 
     def on_step(self, step: int) -> None:
         """An optimizer step is over."""
         looked = self._movement.step()
         if step == 1 and self._movement.unheld.search_again():
             looked = True  # the script may have made another optimizer after attach
+        looked |= self._replaced.on_step(step, self._movement.updates)
         if looked or step % AUDIT_EVERY_STEPS == 0:
             self.audit()
 
@@ -148,9 +158,22 @@ class LedgerWatch:
         """Compare the parameter groups and the copies with the model now."""
         groups = grafting.audit(self._model, self._optimizers, self._movement.unheld)
         copies = grafting.audit_copies(self._model)
-        self._findings.replace_ledger([*groups, *copies, *self._movement.findings])
+        moves = [*self._movement.findings, *self._replacement()]
+        self._findings.replace_ledger([*groups, *copies, *moves])
         for layer, error in left_out_grafts(self._model):
             self._findings.add(left_out(layer, error))
+
+    def _replacement(self) -> Iterator[Finding]:
+        if self.replaced:
+            yield Finding(
+                rule=ViolationRule.OPTIMIZER_LEDGER,
+                layer="",
+                severity=Severity.SERIOUS,
+                observed=self.replaced,
+                limit="the attached optimizer trains the model: its steps are what is measured",
+                remedy="Attach again with the new optimizer: session.close(), then "
+                "esper.attach(model, optimizer).",
+            )
 
     def close(self) -> None:
         self._movement.close()

@@ -231,7 +231,8 @@ class Surgery:
         """Averages of the model that nobody named get its next graft too.
 
         Raises:
-            IncompatibleLayerError: the script keeps one by hand, or one of a part, which cannot.
+            IncompatibleLayerError: the script keeps one by hand, or one of a part, which cannot;
+                or the optimizer that would train the graft makes no steps any more.
         """
         if checkpoint.is_sharded(self._surroundings):
             return  # comparing weights that are spread over ranks would be a collective call
@@ -246,6 +247,7 @@ class Surgery:
             with_companions(self._surroundings.optimizers),
             (layer.name for layer in self._layers.own if layer.in_shape),
         )
+        reason = reason or self._ledger.replaced
         if reason and self._ranks.alone:
             raise IncompatibleLayerError(
                 layer=operation.layer.name, blueprint=operation.blueprint.slug, reason=reason

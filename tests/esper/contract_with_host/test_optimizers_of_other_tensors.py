@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import esper
+from esper.exceptions import IncompatibleLayerError
 
 Step = Callable[[Tensor], Tensor]
 STEPS = 45  # a tensor is compared after 20 and 40 steps
@@ -206,3 +207,43 @@ def test_an_optimizer_that_is_too_small_for_copies_trains_nothing_of_the_model()
 
     untrained = {f.layer for f in session.findings() if "in no optimizer" in str(f)}
     assert untrained == {"0", "2"}
+
+
+def accumulate(model: nn.Module) -> Tensor:
+    loss = loss_of(model, torch.randn(16, 8))
+    torch.autograd.backward(loss)
+    return loss
+
+
+def replaced(session: esper.Session) -> list[str]:
+    return [f.observed for f in session.findings() if "which Esper was not given" in f.observed]
+
+
+def test_a_script_that_goes_on_with_another_optimizer_is_told_to_attach_it() -> None:
+    """A graft would be trained by the steps of the old one, which makes none."""
+    model = make_model()
+    old, new = torch.optim.Adam(model.parameters()), torch.optim.SGD(model.parameters(), lr=1e-2)
+    session = esper.attach(model, old, run="replaced", mode="supervised", verbose=False)
+
+    def train(optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = accumulate(model)
+            optimizer.step()
+            session.step(loss)
+
+    train(old, 3)
+    for _ in range(40):  # the other one exists, and trains nothing
+        session.step(accumulate(model))
+    assert replaced(session) == []
+
+    train(old, 1)
+    train(new, 20)
+    (found,) = replaced(session)
+    assert found.startswith("Adam made no step since step 44 of the session, and SGD, which")
+    with pytest.raises(IncompatibleLayerError, match="SGD, which Esper was not given"):
+        session.graft("2", "proj_lora_64")
+
+    train(old, 1)
+    assert replaced(session) == []
+    assert session.graft("2", "proj_lora_64").present
