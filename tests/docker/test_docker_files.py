@@ -107,9 +107,9 @@ def test_only_the_compile_worker_holds_the_kernel_key() -> None:
 
 
 def test_the_compile_worker_cannot_sign_commands_or_heads_and_reads_no_people() -> None:
-    """It compiles code: it has no secret of the server but Redis's, and a role of its own."""
+    """It compiles code: it has no secret of the server, and users of databases of its own."""
     worker = SERVICES["worker-compile"]
-    wanted = {"compile_database_url", "redis_url", "kernel_public_key", "kernel_key"}
+    wanted = {"compile_database_url", "redis_compile_url", "kernel_public_key", "kernel_key"}
     assert set(worker["secrets"]) == wanted
     assert worker["environment"]["ESPER_ISSUES_COMMANDS"] == "false"
     files = {str(value) for name, value in worker["environment"].items() if "FILE" in name}

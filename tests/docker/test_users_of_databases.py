@@ -101,7 +101,21 @@ def test_tamiyo_reads_the_stream_and_nothing_else(port: int) -> None:
             forbidden()
 
 
-@pytest.mark.parametrize("secret", ["redis_url", "redis_tamiyo_url"])
+def test_a_compile_worker_does_not_reach_the_stream_from_which_tamiyo_decides(port: int) -> None:
+    client(port, "redis_url").xadd(STREAM, {"run": "r"})
+    worker = client(port, "redis_compile_url")
+    assert worker.lpush("esper:celery:control", "a task")
+    for forbidden in (
+        lambda: worker.xadd(STREAM, {"run": "r"}),
+        lambda: worker.xrange(STREAM),
+        lambda: worker.delete(STREAM),
+        lambda: worker.publish("of-another-application", "x"),
+    ):
+        with pytest.raises(NoPermissionError):
+            forbidden()
+
+
+@pytest.mark.parametrize("secret", ["redis_url", "redis_compile_url", "redis_tamiyo_url"])
 def test_nobody_configures_or_empties_it(port: int, secret: str) -> None:
     someone = client(port, secret)
     for command in ("FLUSHALL", "CONFIG GET *", "ACL LIST", "KEYS *", "SHUTDOWN"):

@@ -21,7 +21,7 @@ app.kubernetes.io/component: {{ .component }}
 {{- define "esper.secretsOf" -}}
 {{- $compile := dict
     "DATABASE_URL" "compile_database_url"
-    "REDIS_URL" "redis_url"
+    "REDIS_URL" "redis_compile_url"
     "ESPER_KERNEL_PUBLIC_KEY" "kernel_public_key"
     "ESPER_KERNEL_KEY" "kernel_key" -}}
 {{- $server := dict
