@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -58,7 +59,9 @@ class Host:
                 content.replace("@redis:6379", f"@127.0.0.1:{self.redis_port}")
             )
         given = {
-            name: str(value).replace("/run/secrets", str(mounted))
+            name: re.sub(r"\$\{\w+:-(.*?)\}", r"\1", str(value)).replace(
+                "/run/secrets", str(mounted)
+            )
             for name, value in SERVICES[service].get("environment", {}).items()
         }
         return given | {

@@ -12,6 +12,7 @@ from django.core.management import CommandError, call_command
 from django.db import DatabaseError, connection, transaction
 
 from apps.adaptations import services, triggers
+from apps.adaptations.compile_role import RIGHTS
 from apps.adaptations.models import Adaptation
 from apps.audit.services import verify_chain
 from apps.kernels import cache
@@ -253,6 +254,20 @@ def test_it_reads_and_writes_nothing_else(compile_worker: Callable[..., Any], st
     for statement in FORBIDDEN:
         why = refusal(compile_worker, execute, statement)
         assert "permission denied" in why or "must be owner" in why, statement
+
+
+def test_it_has_no_right_to_a_table_of_which_no_job_is_made(
+    compile_worker: Callable[..., Any], stage: Stage
+) -> None:
+    """Also none that was added after its rights were written down."""
+    tables = set(connection.introspection.table_names())
+    allowed = {right.model._meta.db_table for right in RIGHTS}
+    assert len(tables - allowed) > 20
+    with connection.cursor() as cursor:
+        for table in tables - allowed:
+            for act in ("SELECT", "INSERT", "UPDATE"):
+                cursor.execute("SELECT has_any_column_privilege(%s, %s, %s)", [ROLE, table, act])
+                assert cursor.fetchone() == (False,), (table, act)
 
 
 def test_it_approves_nothing_and_changes_no_run(
