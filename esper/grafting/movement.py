@@ -70,6 +70,7 @@ class MovementWatch:
         self._incomplete = True
         self._steps = 0
         self.unheld = Unheld()
+        self._idle = [False] * len(self._optimizers)  # what it holds of others is, as far as known
         self._arm()
 
     @property
@@ -134,8 +135,18 @@ class MovementWatch:
     def _on_update(self, place: int, optimizer: torch.optim.Optimizer) -> None:
         if self._parts[place].taken <= NOTICED_STEPS:
             notice_scaler(optimizer)
+        if self._steps == 0:
+            self._notice_foreign(place, optimizer)
         if self._waiting and not (self._steps + 1) % STEPS:
             self._keep_gradients(place)
+
+    def _notice_foreign(self, place: int, optimizer: torch.optim.Optimizer) -> None:
+        """Copies of the model's tensors would have a gradient now, or state."""
+        known = {id(p) for _, p in named_holders(self._model)}
+        foreign = [p for p in parameters_of(optimizer) if id(p) not in known]
+        learns = any(p.grad is not None or optimizer.state.get(p) for p in foreign)
+        self._idle[place] = not learns
+        self.unheld.foreign_idle = all(self._idle)
 
     @torch.no_grad()
     def _keep_gradients(self, place: int) -> None:

@@ -32,11 +32,14 @@ class Unheld:
         moved: something else has changed these.
         still: not changed yet -> a gradient has reached it.
         holders: tensor -> the class of the optimizer that holds it, which Esper was not given.
+        foreign_idle: what the known optimizers hold beside the model's tensors had no gradient in
+            the first update, and got no state.
     """
 
     moved: set[nn.Parameter] = field(default_factory=set)
     still: dict[nn.Parameter, bool] = field(default_factory=dict)
     holders: dict[nn.Parameter, str] = field(default_factory=dict)
+    foreign_idle: bool = False
     _searched_for: set[nn.Parameter] = field(default_factory=set)
 
     def search(
@@ -117,7 +120,7 @@ class Orphans:
             self.held_elsewhere.setdefault(unheld.holders[parameter], []).append(name)
         elif parameter in unheld.moved:
             self.moved.append(name)
-        elif parameter.grad is not None and not self._may_hold(parameter):
+        elif parameter.grad is not None and (unheld.foreign_idle or not self._may_hold(parameter)):
             self.untrained.append(name)
         elif self.foreign and parameter not in unheld.still:
             self.undecided.append(name)  # the optimizer may hold a copy of it

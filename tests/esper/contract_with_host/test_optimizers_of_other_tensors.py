@@ -194,10 +194,14 @@ def test_an_optimizer_of_an_earlier_run_hides_nothing() -> None:
     assert {f.layer for f in session.findings() if "in no optimizer" in str(f)} == {"2"}
 
 
-def test_an_optimizer_that_is_too_small_for_copies_trains_nothing_of_the_model() -> None:
-    """This is known in the first step, in which the gradients are there."""
+@pytest.mark.parametrize("held", ["too small for a copy", "without a gradient"])
+def test_what_cannot_train_the_model_is_told_in_the_first_step(held: str) -> None:
     model = make_model()
-    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    small = held == "too small for a copy"
+    others = [nn.Parameter(torch.zeros(1))] if small else list(make_model().parameters())
+    if small:
+        others[0].grad = torch.zeros(1)
+    optimizer = torch.optim.Adam(others)
     session = esper.attach(model, optimizer, run="empty", mode="observe", verbose=False)
     assert not any("never" in str(finding) for finding in session.findings())
     loss = loss_of(model, torch.randn(16, 8))
