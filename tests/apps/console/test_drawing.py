@@ -182,8 +182,8 @@ def test_every_entry_of_a_certificate_has_words() -> None:
 
 def test_a_recent_event_is_never_in_the_future() -> None:
     assert ago(timezone.now() + timedelta(seconds=2)) == "just now"
-    assert ago(timezone.now() + timedelta(minutes=2, seconds=2)) == "in 2 min"
-    assert ago(timezone.now() - timedelta(minutes=2, seconds=2)) == "2 min ago"
+    assert ago(timezone.now() + timedelta(minutes=2, seconds=30)) == "in 2 min"
+    assert ago(timezone.now() - timedelta(minutes=2, seconds=30)) == "2 min ago"
 
 
 def test_what_was_seen_stands_apart_from_what_the_confidence_is_made_of() -> None:
