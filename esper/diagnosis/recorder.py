@@ -45,7 +45,7 @@ from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.graph import layer_modules
 from esper.grafting.guard import gradient_values
 from esper.grafting.hooks import PassingHook
-from esper.grafting.optimizers import unwrap_optimizer
+from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 from esper.health.transfers import HostCopy, HostTransfer, copy_to_host, is_late
 from esper.health.updates import Part, takes_hooks
 
@@ -239,6 +239,11 @@ class Recorder:
     def symmetric(self) -> tuple[str, ...]:
         """Tensors that started like others and still are; see :func:`still_symmetric`."""
         suspects = [t for t in self.tensors if t.twin or t.equal_rows >= EQUAL_ROWS]
+        if any(t.twin for t in suspects):
+            # A target or an average starts as a copy, and no optimizer trains it.
+            held = {id(p) for optimizer in self._optimizers for p in parameters_of(optimizer)}
+            own = {name for name, p in self._model.named_parameters() if id(p) in held}
+            suspects = [t for t in suspects if not t.twin or {t.name, t.twin} <= own]
         with torch.no_grad():
             return still_symmetric(self._model, suspects)
 

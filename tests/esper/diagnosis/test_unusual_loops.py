@@ -201,6 +201,33 @@ def statistics_kept() -> esper.Session:
     return session
 
 
+class WithTarget(nn.Module):
+    """As a deep Q-network whose agent is one module: the target starts as a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.target = perceptron(), perceptron()
+        self.target.load_state_dict(self.online.state_dict())
+
+
+def with_a_target() -> esper.Session:
+    agent = WithTarget()
+    optimizer = torch.optim.Adam(agent.online.parameters(), 1e-3)
+    session = esper.attach(agent, optimizer)
+    for step in range(STEPS):
+        x, _ = rows(step)
+        with torch.no_grad():
+            best = agent.target(x).max(1).values
+        loss = F.smooth_l1_loss(agent.online(x)[:, 0], 0.9 * best)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 5 == 4:
+            agent.target.load_state_dict(agent.online.state_dict())
+        session.step(loss)
+    return session
+
+
 def evaluated_between() -> esper.Session:
     model = perceptron(0.2)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -248,6 +275,7 @@ LOOPS: dict[str, Loop] = {
     "teacher": with_a_teacher,
     "frozen body": head_only,
     "statistics kept": statistics_kept,
+    "target": with_a_target,
     "evaluation between steps": evaluated_between,
     "policy gradient": policy_gradient,
 }
