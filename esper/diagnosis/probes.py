@@ -263,10 +263,12 @@ class ForwardProbe:
         joined = torch.cat([numbers.to(y.device, non_blocking=True), std])
         self._layers[name] = kind_of(module), module.training, joined
         if kind_of(module) == "Linear":
-            # The graph of this pass keeps the node, so that its id is its own.
-            self._follows[name] = self._linear.get(id(x.grad_fn), "") if x.grad_fn else ""
+            # By its number: torch makes a node's Python object anew each time it is asked for, so
+            # that its id is soon that of another node.
+            if x.grad_fn is not None:
+                self._follows[name] = self._linear.get(x.grad_fn._sequence_nr(), "")
             if y.grad_fn is not None:
-                self._linear[id(y.grad_fn)] = name
+                self._linear[y.grad_fn._sequence_nr()] = name
 
     def _see_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._output is not None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 
+from esper.diagnosis import probes
 from esper.diagnosis.recorder import Plan, Recorder
 from esper.fail_closed import FailClosed
 from tests.esper.diagnosis.small_runs import (
@@ -424,6 +426,17 @@ def test_the_fault_is_found_in_time(case: Case) -> None:
 def test_the_twin_without_the_fault_has_no_alarm(case: Case) -> None:
     torch.manual_seed(0)
     assert case.healthy().go().alarms() == []
+
+
+def test_an_activation_is_seen_wherever_python_puts_its_objects(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The object of a node of the gradient's graph is freed at once, and the next has its place.
+    def place(thing: object) -> int:
+        return 0 if isinstance(thing, Node) else id(thing)
+
+    monkeypatch.setattr(probes, "id", place, raising=False)
+    assert Run(linear(nn.ReLU), steps=10).go().alarms() == []
 
 
 @pytest.mark.parametrize("evaluating", [True, False], ids=["eval mode", "training mode"])
