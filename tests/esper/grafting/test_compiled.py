@@ -246,8 +246,10 @@ def test_a_compiled_router_learns_as_the_eager_one(slug: str) -> None:
         gradients.append([p.grad.clone() for p in receipt.graft.parameters()])
         for name, buffer in model.named_buffers():
             buffer.copy_(state[name])
+    # Some sum to zero, and what is left of them by rounding depends on the processor.
+    rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in gradients[0])
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one, other, atol=rounding, rtol=1e-4)
 
 
 def test_the_gradient_clamp_works_in_compiled_code() -> None:
