@@ -19,6 +19,7 @@ class RemedySlug(StrEnum):
     SKIP_UPDATE = "skip_update"
     CLIP_LAYER = "clip_layer"
     SET_LR = "set_lr"
+    HOLD_LR = "hold_lr"
     MATCH_UPDATES = "match_updates"
     REWIND = "rewind"
     THAW = "thaw"

@@ -66,7 +66,7 @@ class Capacity(Rule):
             "slow_convergence", "oscillating_loss", "loss_spike", "saturation", "wrong_loss",
             "wrong_output_activation", "frozen_part", "not_held", "unreached",
             "gradients_not_zeroed", "bad_initialisation", "repeated_initialisation",
-            "training_in_eval_mode", "abnormal_data",
+            "training_in_eval_mode", "abnormal_data", "rate_vanished",
         }
     )  # fmt: skip
 

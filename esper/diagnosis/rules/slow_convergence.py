@@ -52,7 +52,7 @@ class SlowConvergence(Rule):
             "non_finite", "nothing_moves", "not_held", "unreached", "frozen_part", "dying_relu",
             "vanishing_gradient", "exploding_gradient", "bad_initialisation", "update_ratio_high",
             "update_ratio_low", "wrong_output_activation", "wrong_loss", "oscillating_loss",
-            "repeated_initialisation", "saturation", "loss_spike", "rate_jump",
+            "repeated_initialisation", "saturation", "loss_spike", "rate_jump", "rate_vanished",
         }
     )  # fmt: skip
 

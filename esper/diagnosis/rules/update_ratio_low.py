@@ -42,7 +42,14 @@ class UpdateRatioLow(Rule):
     remedies = (RemedySlug.MATCH_UPDATES, RemedySlug.SET_LR, RemedySlug.TELL)
     opens_after = 2
     explained_by = frozenset(
-        {"nothing_moves", "not_held", "vanishing_gradient", "dying_relu", "non_finite"}
+        {
+            "nothing_moves",
+            "not_held",
+            "vanishing_gradient",
+            "dying_relu",
+            "non_finite",
+            "rate_vanished",
+        }
     )
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:

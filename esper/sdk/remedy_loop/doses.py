@@ -36,6 +36,8 @@ class Doses:
         """The settings for this finding; stronger the second time: the first did not last."""
         if slug == "set_lr":
             return {"factor": self._rate(found, given)}
+        if slug == "hold_lr":
+            return {"value": found.evidence.value}  # the rate that the script began with
         if slug == "rewind":
             return self._rewind(found, given)
         if slug == "match_updates":
