@@ -8,6 +8,7 @@ raise or mix different tensors. A copy of the whole model follows its grafts; a 
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, takewhile
@@ -21,7 +22,7 @@ from esper.grafting.slot import SLOT_NAME
 from esper.grafting.versions import writes_to
 
 NEAR = 0.5  # of a part's norm; independent weights of the same size are some 1.4 away
-MOST_PAIRS = 256  # whose numbers are compared
+MOST_COPIES = 256  # whose numbers are compared
 REASON = (
     "{!r} is copied in {}, as an average or a target, and the script pairs the tensors of both: "
     "a graft would break the pairs. Graft into another layer, or attach the part by itself: "
@@ -42,13 +43,10 @@ class CopiedParts:
         parts = () if model is None else _parts(model).values()
         return tuple({type(part) for part in parts})
 
-    @property
-    def found(self) -> bool:
-        """There is something beside the model that may be a copy of a part."""
-        return bool(self._beside)
-
     def search(self, living: Sequence[nn.Module]) -> None:
-        """Of all modules of the process, keeps those that are copies of a part.
+        """Of all modules of the process, keeps those that have the form of a part.
+
+        Their numbers are compared before a graft: to read them here would wait for the device.
 
         What belongs to another model of this class is no copy of a part: the whole follows, or is
         left alone.
@@ -58,17 +56,9 @@ class CopiedParts:
             return
         whole = [m for m in living if type(m) is type(model)]
         inside = {id(part) for one in (model, *whole) for part in one.modules()}
-        parts: dict[Any, list[nn.Module]] = {}
-        for part in _parts(model).values():
-            parts.setdefault(_form(part), []).append(part)
-        pairs = (
-            (part, other)
-            for other in living
-            if id(other) not in inside
-            for part in parts.get(_form(other), ())
-        )
-        copies = (other for part, other in islice(pairs, MOST_PAIRS) if _is_copy(part, other))
-        self._beside = weakref.WeakSet(copies)
+        forms = {_form(part) for part in _parts(model).values()}
+        alike = (other for other in living if id(other) not in inside and _form(other) in forms)
+        self._beside = weakref.WeakSet(islice(alike, MOST_COPIES))
 
     def reason(
         self, layer: str, optimizers: Sequence[torch.optim.Optimizer], run: Iterable[str]
@@ -83,9 +73,13 @@ class CopiedParts:
         if model is None:
             return ""
         trained = {id(p) for optimizer in optimizers for p in parameters_of(optimizer)}
+        layers = list(run)
         for name in _parts(model):  # the largest first
             if name == layer or layer.startswith(f"{name}."):
-                where = next(_copies(model, name, self._beside, trained, list(run)), "")
+                where = next(_copies(model, name, self._beside, trained, layers), "")
+                if where and self._beside:
+                    gc.collect()  # one of an earlier run, which nothing uses, is in nobody's way
+                    where = next(_copies(model, name, self._beside, trained, layers), "")
                 if where:
                     return REASON.format(name, where)
         return ""

@@ -74,7 +74,7 @@ class Copies(Sequence[Any]):
         self.by_hand.search(model, tensors)
         self.parts.search(modules)
         is_alike = any(_alike(model, other) for other, averaged in found if not averaged)
-        if is_alike or self.by_hand.found or self.parts.found:
+        if is_alike or self.by_hand.found:
             # It may be of an earlier run that nothing uses any more, which is in nobody's way.
             # Collecting costs as long as some steps, so it is not done where there is none.
             del found, tensors, modules
