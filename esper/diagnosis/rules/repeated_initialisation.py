@@ -51,4 +51,5 @@ class RepeatedInitialisation(Rule):
             began_at=twins[0].layer,
             since_step=0,
             severity=Severity.INFO if cloned else Severity.CAUTION,
+            only_tell=True,  # no scale tells copies apart, and they may be meant
         )

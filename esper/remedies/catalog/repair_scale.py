@@ -32,6 +32,7 @@ OUTLIER, FEWEST_GAINS = 1.5, 2  # a gain of that many times the median of the la
 LARGEST_MEAN = 2.0  # of a channel, in spreads of the layer
 USUAL_SPREAD = 0.6  # std of a standard normal behind a tanh (0.63) or a ReLU (0.58)
 FAINT_SPREAD = 0.4  # below it, updates are scaled; behind a sigmoid it is 0.21
+ALIKE = 1e-3  # relative distance of units that have nearly the same weights
 LARGEST_UPDATES = 3.0  # times larger; beyond, the mean of a layer's input would take over
 _KINDS = layout.LINEAR | layout.TRANSPOSED_LINEAR | layout.CONVOLUTION
 
@@ -43,7 +44,8 @@ class RepairScale(Remedy):
         "Scales the weights of each layer, in the order in which they run, so that the standard "
         "deviation of its output on one batch is 1, and takes large means out of its biases. The "
         "last layer is only scaled down, and no layer is scaled far beyond those before it. A run "
-        "of at most 50 steps first goes back to its first weights, where they are kept. Where the "
+        "of at most 50 steps first goes back to its first weights, where they are kept. Layers "
+        "whose units are equal get new random weights before they are scaled. Where the "
         "inputs of the first layer are large, its updates get smaller too, as if the inputs were "
         "scaled; where those of a later layer hardly differ, as behind a sigmoid, its updates get "
         "larger."
@@ -74,6 +76,8 @@ class RepairScale(Remedy):
         factors: dict[str, float] = {}
         with torch.no_grad(), put_back(target.model, None):
             order = _order(target.model, target.sample)
+            if not config["first_only"] and (alike := _layers_of_equal_units(target.model, order)):
+                details["new"] = _give_new_weights(target.model, alike)
             inputs = _input_size(target.model, order[0], target.sample) if order else 1.0
             gains: list[float] = []  # of the layers so far, after their repair
             for name in order[:1] if config["first_only"] else order:
@@ -85,7 +89,7 @@ class RepairScale(Remedy):
                     factors[name] = factor
             later = [] if config["first_only"] else order[1:]
             spreads = {name: _input_spread(target.model, name, target.sample) for name in later}
-        _forget_moments(target, list(factors))
+        _forget_moments(target, [*details.get("new", ()), *factors])
         details["factors"] = factors
         updates = {
             name: max(spread / USUAL_SPREAD, 1.0 / LARGEST_UPDATES)
@@ -174,6 +178,42 @@ def _order(model: nn.Module, sample: Batch) -> list[str]:
         for handle in handles:
             handle.remove()
     return list(seen)
+
+
+def _layers_of_equal_units(model: nn.Module, order: list[str]) -> list[str]:
+    """Whose units learn the same. Zeros beside other layers are meant, as in a new adapter."""
+    alike = [name for name in order if _is_alike(_unit_rows(model.get_submodule(name)))]
+    if len(alike) == len(order):
+        return alike
+    return [name for name in alike if bool(_unit_rows(model.get_submodule(name)).any())]
+
+
+def _unit_rows(module: nn.Module) -> Tensor:
+    """float [R, I]: what some of the units make of their inputs."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    units = weight.detach().T if kind_of(module) in layout.TRANSPOSED_LINEAR else weight.detach()
+    return units[:64].flatten(1)[:, :512].float()
+
+
+def _is_alike(rows_RI: Tensor) -> bool:
+    """Most rows are that before them. Two may be so by design, as the outputs of a gate."""
+    if len(rows_RI) <= 2:
+        return False
+    distance_R = (rows_RI[1:] - rows_RI[:-1]).norm(dim=1)
+    alike_R = distance_R <= ALIKE * rows_RI[:-1].norm(dim=1)
+    return bool(alike_R.float().mean() >= 0.5)
+
+
+def _give_new_weights(model: nn.Module, layers: list[str]) -> list[str]:
+    """Standard normal ones, which are scaled afterwards; equal on all ranks."""
+    numbers = torch.Generator("cpu").manual_seed(0)
+    for name in layers:
+        weight = model.get_submodule(name)._parameters["weight"]
+        assert weight is not None
+        new = torch.randn(weight.shape, generator=numbers, device="cpu", dtype=torch.float32)
+        weight.copy_(new / math.sqrt(max(1, weight[0].numel())))
+    return layers
 
 
 def _input_size(model: nn.Module, name: str, sample: Batch) -> float:

@@ -12,8 +12,8 @@ from esper.sdk.remedy_loop.history import History
 from esper.sdk.remedy_loop.young_run import YoungRun
 from esper.sdk.run_state import RunState
 
-# The repair begins anew too, and a lower rate does not make data or weights smaller.
-_OF_THE_SCALE = frozenset({"bad_initialisation", "abnormal_data"})
+# The repair begins anew too, and a lower rate makes neither data nor weights right.
+_OF_THE_SCALE = frozenset({"bad_initialisation", "repeated_initialisation", "abnormal_data"})
 
 
 class Ladder:

@@ -796,3 +796,25 @@ def test_a_loop_that_looks_is_stopped_and_has_the_best_weights() -> None:
             session.remedy("stop_early")
         session.undo(receipt, hard=False)
         assert not session.should_stop
+
+
+def test_units_that_are_equal_get_new_weights_and_zeros_on_purpose_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+    with torch.no_grad():
+        model.get_parameter("0.weight").fill_(0.1)
+        model.get_parameter("5.weight").zero_()  # so that training begins at zero
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, stream = torch.randn(16, 1, 4, 4), torch.get_rng_state()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    with esper.attach(model, optimizer, mode="supervised", server="", verbose=False) as session:
+        receipt = session.remedy("repair_scale", sample=x)
+        assert receipt.details["new"] == ["0"]
+        assert model(x).std(0).max() == 0  # the last layer still says nothing
+        hidden = model[:2](x)
+        assert len(hidden.flatten(2).mean((0, 2)).unique()) == 8
+        assert torch.equal(torch.get_rng_state(), stream)
+        session.undo(receipt)
+        assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())

@@ -40,6 +40,7 @@ class Fault:
     Attributes:
         rate: of plain SGD.
         scale: of the initial weights and biases.
+        shift: added to them.
         depth: hidden layers.
         held: how many of the last tensors the optimizer is given; None: all.
         batch: changes the inputs of a step.
@@ -50,6 +51,7 @@ class Fault:
     rate: float = 0.1
     momentum: float = 0.9
     scale: float = 1.0
+    shift: float = 0.0
     depth: int = 3
     activation: type[nn.Module] = nn.ReLU
     adam: bool = False
@@ -79,6 +81,8 @@ FAULTS = {
     "the rate jumps": Fault(before=jump),
     "weights start too small": Fault(scale=0.05, depth=7, activation=nn.Tanh),
     "weights start too large": Fault(scale=30.0, depth=7, activation=nn.Tanh),
+    "all weights start at zero": Fault(scale=0.0),
+    "all weights start at the same number": Fault(scale=0.0, shift=0.1),
     "three batches are not numbers": Fault(batch=poisoned),
     "the optimizer holds the last layer only": Fault(held=2),
 }
@@ -96,7 +100,7 @@ class Run:
         self.model = nn.Sequential(*layers, nn.Linear(32, 10))
         with torch.no_grad():
             for parameter in self.model.parameters():
-                parameter.mul_(fault.scale)
+                parameter.mul_(fault.scale).add_(fault.shift)
         own = list(self.model.parameters())
         own = own if fault.held is None else own[-fault.held :]
         self.optimizer: torch.optim.Optimizer = (
