@@ -92,7 +92,10 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
 def train(model: Any, steps: int, session: Any = None) -> list[float]:
     """Losses of a short training; ``model`` is what the loop calls."""
     torch.manual_seed(1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    if session is None:
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    else:
+        (optimizer,) = session._parts.surgery._surroundings.optimizers
     losses = []
     for _ in range(steps):
         loss = model(torch.randn(16, 8)).square().mean()

@@ -514,7 +514,7 @@ def test_every_finding_is_answered_by_remedies_that_exist() -> None:
     others = {RemedySlug.TELL, RemedySlug.ADAPTER, RemedySlug.SPAN, RemedySlug.BLOCK}
     for rule in list_rules():
         assert set(rule.remedies) - others <= known
-    only_people_ask = {"checkpoint_now", "evaluate_now", "hold_lr"}
+    only_people_ask = {"checkpoint_now", "evaluate_now"}
     assert set(RemedySlug) - others == known - only_people_ask
 
 
