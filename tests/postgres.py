@@ -43,7 +43,7 @@ class Cluster:
         )
         options = (
             f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' "
-            "-c fsync=off -c shared_buffers=32MB -c max_connections=100"
+            "-c fsync=off -c autovacuum=off -c shared_buffers=32MB -c max_connections=100"
         )
         log = data / "server.log"
         self._run("pg_ctl", "-D", str(data), "-o", options, "-l", str(log), "-w", "start")

@@ -147,9 +147,14 @@ def _is_copy(part: nn.Module, other: nn.Module) -> bool:
     if _form(part) != _form(other):
         return False
     pairs = list(zip(part.parameters(), other.parameters(), strict=True))
-    if any(a is b or a.is_meta or b.is_meta for a, b in pairs):
+    if any(a is b or a.is_meta or b.is_meta or not _is_whole(a, b) for a, b in pairs):
         return False
     return _is_near(_matrices(part), _matrices(other))
+
+
+def _is_whole(*parameters: Tensor) -> bool:
+    """Their numbers are here: not in parts on several ranks, nor quantised."""
+    return all(type(parameter.detach()) is Tensor for parameter in parameters)
 
 
 @torch.no_grad()

@@ -62,12 +62,18 @@ def sick(quick: Plant, tmp_path: Path) -> Plant:
 
 
 def answer(plant: Plant, uid: str, act: str, **body: Any) -> None:
-    shown = plant.call("olga", "GET", f"adaptations/{uid}")
-    if act == "approve":
-        body["evidence_hash"] = shown.json()["evidence_hash"]
-    headers = {"If-Match": shown.headers["ETag"]}
-    done = plant.call("olga", "POST", f"adaptations/{uid}/{act}", json=body, headers=headers)
-    assert done.status_code == 200, done.text
+    """As a person who loads it again when it has moved on meanwhile."""
+
+    def done() -> bool:
+        shown = plant.call("olga", "GET", f"adaptations/{uid}")
+        if act == "approve":
+            body["evidence_hash"] = shown.json()["evidence_hash"]
+        headers = {"If-Match": shown.headers["ETag"]}
+        answer = plant.call("olga", "POST", f"adaptations/{uid}/{act}", json=body, headers=headers)
+        assert answer.status_code in (200, 412), answer.text
+        return answer.status_code == 200
+
+    until(done, f"{act} is taken")
 
 
 def ask(plant: Plant, remedy: str, **config: Any) -> str:
