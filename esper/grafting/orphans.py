@@ -20,7 +20,7 @@ from esper.grafting.optimizers import parameters_of
 from esper.grafting.versions import writes_to
 from esper.sharding import local
 
-SILENT_UPDATES = 10  # steps of the session without one of a known optimizer
+SILENT_UPDATES = 10  # steps of the session without one of a known optimizer; doubled in vain
 CHECKED_EACH = 5  # of these steps
 
 
@@ -145,6 +145,7 @@ class ReplacedOptimizer:
         self._known = known
         self._seen = 0, 0  # steps of the known ones, and the session's step at which they made it
         self._writes: int | None = None
+        self._patience = SILENT_UPDATES
         self.problem = ""
 
     def on_step(self, step: int, updates: int) -> bool:
@@ -158,7 +159,7 @@ class ReplacedOptimizer:
             self._seen, self._writes = (updates, step), None
             return bool(had)
         silent = step - self._seen[1]
-        if self.problem or silent < SILENT_UPDATES or silent % CHECKED_EACH:
+        if self.problem or silent < self._patience or silent % CHECKED_EACH:
             return False
         before, self._writes = self._writes, sum(map(writes_to, self._model.parameters()))
         if before is None or self._writes == before:
@@ -172,6 +173,9 @@ class ReplacedOptimizer:
                 f"{names} made no step since step {self._seen[1]} of the session, and "
                 f"{kinds[0]}, which Esper was not given, trains the model"
             )
+        else:
+            # The script updates by hand. Each search looks at every object of the process.
+            self._patience *= 2
         return bool(self.problem)
 
 

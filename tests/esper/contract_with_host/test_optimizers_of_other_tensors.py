@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import esper
 from esper.exceptions import IncompatibleLayerError
+from esper.grafting import orphans
 
 Step = Callable[[Tensor], Tensor]
 STEPS = 45  # a tensor is compared after 20 and 40 steps
@@ -251,3 +252,25 @@ def test_a_script_that_goes_on_with_another_optimizer_is_told_to_attach_it() -> 
     train(old, 1)
     assert replaced(session) == []
     assert session.graft("2", "proj_lora_64").present
+
+
+def test_a_script_that_updates_by_hand_is_not_searched_for_an_optimizer_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A search looks at every object of the process, which takes longer than many steps."""
+    searches = []
+    living = orphans._living_optimizers
+    monkeypatch.setattr(orphans, "_living_optimizers", lambda: searches.append(1) or living())
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    session = esper.attach(model, optimizer, run="by hand", verbose=False)
+    for _ in range(400):
+        loss = accumulate(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter -= 1e-2 * parameter.grad
+        model.zero_grad()
+        session.step(loss)
+    assert len(searches) <= 8
+    assert replaced(session) == []
