@@ -159,12 +159,7 @@ def with_a_teacher() -> esper.Session:
     return session
 
 
-def head_only() -> esper.Session:
-    """The body was trained before, and is frozen on purpose."""
-    model = perceptron()
-    model[0].requires_grad_(False)
-    model[3].requires_grad_(False)
-    optimizer = torch.optim.Adam(model[5].parameters(), 1e-2)
+def plain_loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> esper.Session:
     session = esper.attach(model, optimizer)
     for step in range(STEPS):
         x, y = rows(step)
@@ -174,6 +169,15 @@ def head_only() -> esper.Session:
         optimizer.step()
         session.step(loss)
     return session
+
+
+def head_only() -> esper.Session:
+    """The body was trained before, and is frozen on purpose."""
+    model = perceptron()
+    model[0].requires_grad_(False)
+    model[3].requires_grad_(False)
+    optimizer = torch.optim.Adam(model[5].parameters(), 1e-2)
+    return plain_loop(model, optimizer)
 
 
 class KeepsStatistics(nn.Sequential):
@@ -190,15 +194,7 @@ class KeepsStatistics(nn.Sequential):
 def statistics_kept() -> esper.Session:
     model = KeepsStatistics(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
     optimizer = torch.optim.Adam(model.train().parameters(), 1e-3)
-    session = esper.attach(model, optimizer)
-    for step in range(STEPS):
-        x, y = rows(step)
-        loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        session.step(loss)
-    return session
+    return plain_loop(model, optimizer)
 
 
 class WithTarget(nn.Module):
