@@ -22,7 +22,8 @@ SIGNING = ("command", "kernel")  # trainers check with their public halves
 def rotate_command(key: str) -> None:
     """Replace KEY by a new one. Stop Esper first.
 
-    secret: everybody signs in again, with a recovery code where an authenticator app is set up.
+    secret: everybody signs in again, with a recovery code where an authenticator app is set up,
+    and adds webhooks and browser pushes again, whose keys are made from this one.
     redis: nothing else changes. command and kernel: trainers register again by themselves and get
     the new public key; adaptations that wait are cancelled.
     """
