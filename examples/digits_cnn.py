@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import esper
 from esper.sdk import RunStopped
 
+RATE = 5e-3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -70,6 +71,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pause", type=float, default=0.0, help="seconds to wait in each step")
     parser.add_argument("--forever", action="store_true", help="begin anew with the next seed")
     folder = Path(os.environ.get("ESPER_DATA_DIR", "."))
+    parser.add_argument("--lr", type=float, default=RATE, help="learning rate")
+    parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--states", type=Path, help="keep states here that a branch begins from")
+    parser.add_argument("--from", dest="state", type=Path, help="begin from this state")
     parser.add_argument("--checkpoint", type=Path, default=folder / "digits_cnn.pt")
     return parser.parse_args()
 
@@ -79,24 +84,44 @@ def train(args: argparse.Namespace, seed: int, saved: dict[str, Any] | None) -> 
     torch.manual_seed(seed)
     images, labels, held_images, held_labels = digits()
     model = build(args.units).to(DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
 
     def evaluate() -> float:
         return F.cross_entropy(model(held_images), held_labels).item()
 
+    done = 0 if saved is None else saved["step"]
+
+    def write(path: Path) -> str:
+        state = {
+            "seed": seed,
+            "lr": args.lr,
+            "step": done,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "session": session.state_dict(),
+        }
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)  # a kill leaves the old one or the new one, whole
+        return str(path)
+
+    def keep() -> str:
+        """A person asks for a checkpoint: it stays until its folder is removed."""
+        return write(args.states / f"kept-{done}.pt")
+
     session = esper.attach(
         model, optimizer, run=args.run, mode="automatic",
-        evaluate=evaluate, target_steps=args.steps,
+        evaluate=evaluate, target_steps=args.steps, checkpoint=keep if args.states else None,
     )  # fmt: skip
-    start = 0
     if saved is not None:
         session.load_state_dict(saved["session"])  # first: it rebuilds what was grafted
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
+        if args.lr != saved.get("lr", args.lr):  # a branch with another rate
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr
 
     with session:
-        for step in range(start, args.steps):
+        for step in range(done, args.steps):
             x, target = batch(images, labels, step, seed)
             logits = model(x)
             loss = F.cross_entropy(logits, target)
@@ -104,18 +129,23 @@ def train(args: argparse.Namespace, seed: int, saved: dict[str, Any] | None) -> 
             loss.backward()
             optimizer.step()
             session.report(accuracy=(logits.argmax(1) == target).float().mean().item())
+            done = step + 1
             session.step(loss)
-            if step % 200 == 199:
-                save(args.checkpoint, seed, step + 1, model, optimizer, session)
-                print(f"step {step + 1}  loss {loss.item():.3f}", flush=True)
+            if done % args.every == 0:
+                write(args.checkpoint)
+                if args.states:
+                    keep_newest(args.checkpoint, args.states / f"step-{done}.pt")
+                print(f"step {done}  loss {loss.item():.3f}", flush=True)
             time.sleep(args.pause)
 
 
 def main() -> None:
     args = parse()
     torch.set_num_threads(1)
-    saved = torch.load(args.checkpoint, weights_only=True) if args.checkpoint.exists() else None
-    seed = saved["seed"] if saved is not None else args.seed
+    own = args.checkpoint.exists()  # it goes on; else it may be a branch, with a seed of its own
+    begin = args.checkpoint if own else args.state
+    saved = torch.load(begin, weights_only=True) if begin else None
+    seed = saved["seed"] if own else args.seed
     try:
         train(args, seed, saved)
         while args.forever:
@@ -126,23 +156,13 @@ def main() -> None:
     args.checkpoint.unlink(missing_ok=True)
 
 
-def save(
-    path: Path,
-    seed: int,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    session: esper.Session,
-) -> None:
-    state = {
-        "seed": seed,
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "session": session.state_dict(),
-    }
-    torch.save(state, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)  # a kill leaves the old one or the new one, whole
+def keep_newest(checkpoint: Path, state: Path) -> None:
+    """The checkpoint under a name with its step too; the three newest of these stay."""
+    state.unlink(missing_ok=True)
+    os.link(checkpoint, state)
+    states = sorted(state.parent.glob("step-*.pt"), key=lambda path: path.stat().st_mtime)
+    for old in states[:-3]:
+        old.unlink()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import esper
 from launcher.commands import deciding, maintaining, reading, remedying, running
 from launcher.commands.audit import audit_group
 from launcher.commands.backup import backup_command, restore_command, restored_command
+from launcher.commands.branching import branch_command
 from launcher.commands.channels import channels_group
 from launcher.commands.delegating import delegations_group
 from launcher.commands.duty import duty_group
@@ -133,6 +134,7 @@ def version() -> None:
 
 cli.add_command(token_group)
 cli.add_command(recipe_group)
+cli.add_command(branch_command)
 cli.add_command(audit_group)
 cli.add_command(backup_command)
 cli.add_command(restore_command)

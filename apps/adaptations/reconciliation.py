@@ -18,6 +18,7 @@ from apps.adaptations.recovery import (
 )
 from apps.audit.services import record
 from apps.blueprints.models import KnownRemedy
+from apps.recipes.selectors import ancestors_of_run
 from apps.rest.clock import now as database_now
 from apps.runs.models import Command, Run
 from apps.runs.services import issue_command
@@ -132,8 +133,14 @@ def note_merged(adaptation: Adaptation, *, merged: bool) -> None:
 
 
 def _note_foreign_grafts(run: Run, reported: Mapping[str, Applied]) -> None:
-    """Record grafts in the model that belong to another run, or that cannot be recovered."""
-    known = Adaptation.objects.filter(run=run, uid__in=reported).values_list("uid", flat=True)
+    """Record grafts in the model that belong to another run, or that cannot be recovered.
+
+    Those of the runs that a branch began from are its own from its first step on.
+    """
+    lineage = [run.uid, *ancestors_of_run(run.uid)]
+    known = Adaptation.objects.filter(run__uid__in=lineage, uid__in=reported).values_list(
+        "uid", flat=True
+    )
     unknown = [entry for uid, entry in reported.items() if uid not in set(known)]
     if not unknown:
         return

@@ -10,16 +10,27 @@ from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.authentication import person, via
 from apps.accounts.endpoint import Endpoint
 from apps.accounts.policy import Act, may
+from apps.accounts.visibility import everything
 from apps.recipes.models import Launch
-from apps.recipes.selectors import launches, log_page, recipes
+from apps.recipes.selectors import (
+    branch_tree,
+    launch_of_run,
+    launches,
+    log_page,
+    recipes,
+    stored_states,
+    why_no_branch,
+)
 from apps.recipes.serializers import (
+    BranchesOutput,
+    BranchInput,
     LaunchDetailOutput,
     LaunchInput,
     LaunchOutput,
     LogOutput,
     RecipeOutput,
 )
-from apps.recipes.services import resume_launch, start_recipe, stop_launch
+from apps.recipes.services import branch_run, resume_launch, start_recipe, stop_launch
 from apps.rest.etag import cacheable_response
 from apps.rest.fields import parse
 from apps.rest.filters import (
@@ -37,7 +48,7 @@ from apps.rest.pagination import PARAMETERS, page_response
 from apps.rest.problems import not_found
 from apps.rest.schema import documented, listing, page_of, query
 from apps.rest.throttling import ActThrottle
-from apps.runs.selectors import of_run_uid
+from apps.runs.selectors import HUGE_COLUMNS, of_run_uid, visible_run
 from esper.contracts import LaunchState
 
 RECIPE_FILTERS: dict[str, Lookup] = {
@@ -127,6 +138,38 @@ def _act(name: str, service: Callable[..., Launch]) -> type[Endpoint]:
 
 StopLaunch = _act("stop_launch", stop_launch)
 ResumeLaunch = _act("resume_launch", resume_launch)
+
+
+class Branches(Endpoint):
+    throttle_classes = (ActThrottle,)
+
+    @documented(
+        "read_branches",
+        answer=BranchesOutput,
+        summary="The tree of a run's branches, and the stored states that a new one may begin from",
+    )
+    def get(self, request: Request, uid: str) -> Response:
+        launch = launch_of_run(visible_run(uid, without=HUGE_COLUMNS).uid)
+        tree = branch_tree(launch) if launch else []
+        states = stored_states(launch) if launch else []
+        answer = {"why_not": why_no_branch(launch), "states": states, "tree": tree}
+        return Response(BranchesOutput(answer).data)
+
+    @documented(
+        "branch_run",
+        body=BranchInput,
+        answer=LaunchDetailOutput,
+        status=202,
+        act=True,
+        summary="Start a new run of the same recipe from a stored state of this one",
+    )
+    @idempotent
+    def post(self, request: Request, uid: str) -> Response:
+        run = visible_run(uid, without=HUGE_COLUMNS)
+        given = parse(BranchInput, request.data)
+        with everything():  # the run was found within what this person sees
+            launch = branch_run(run=run, user=person(request), via=via(request), **given)
+        return Response(_answer(request, launch), status=202)
 
 
 class LaunchLog(Endpoint):

@@ -4,6 +4,7 @@
     description = "A small convolutional net."
     argv = ["{python}", "examples/digits_cnn.py", "--steps", "{steps}", "--run", "{run}"]
     resume_argv = ["{python}", …]                    # without it, a launch cannot be resumed
+    branch_argv = ["{python}", …, "--from", "{state}"]   # without it, a run cannot be branched
     directory = ".."                                 # where it runs, beside the file
     checkpoints = "/big/disk"                        # default: in the launch's own folder
     environment = ["CUDA_VISIBLE_DEVICES"]           # what it gets of the worker's environment
@@ -17,7 +18,8 @@
 
 No shell is involved: each item of ``argv`` becomes one argument, whatever its text. Besides
 the parameters an item may name ``{python}``, ``{run}`` (the run's name) and ``{checkpoints}`` (this
-launch's own folder). The first item names the program and takes no parameter.
+launch's own folder), and in ``branch_argv`` ``{state}``, the copy of the stored state that the run
+begins from. The first item names the program and takes no parameter.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ MAX_PARAMETERS = 40
 LONGEST_GRACE_SECONDS = 300
 SUFFIX = ".toml"
 GIVEN = frozenset({"python", "run", "checkpoints"})  # placeholders that the host fills
+STATE = "state"  # the same, of a branch alone
 _SLUG = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
@@ -163,6 +166,7 @@ class RecipeFile:
     directory: Path
     description: str = ""
     resume_argv: tuple[str, ...] = ()
+    branch_argv: tuple[str, ...] = ()
     checkpoints: Path | None = None
     environment: tuple[str, ...] = ()
     grace_seconds: int = 20
@@ -181,6 +185,7 @@ class RecipeFile:
             "description": self.description,
             "argv": list(self.argv),
             "resume_argv": list(self.resume_argv),
+            "branch_argv": list(self.branch_argv),
             "directory": str(self.directory),
             "environment": list(self.environment),
             "grace_seconds": self.grace_seconds,
@@ -194,7 +199,7 @@ class RecipeFile:
 
         Args:
             values: as ``check_parameters`` returns them.
-            given: what stands for ``GIVEN``.
+            given: what stands for ``GIVEN``; with ``STATE`` it is a branch, whichever attempt.
 
         Raises:
             RecipeError: a path leaves its folder.
@@ -202,6 +207,8 @@ class RecipeFile:
         known = {parameter.name: parameter for parameter in self.parameters}
         texts = {name: _text_of(known[name], value) for name, value in values.items()}
         template = self.resume_argv if resume else self.argv
+        if STATE in given:
+            template = self.branch_argv
         items = [_PLACEHOLDER.sub(lambda m: ({**texts, **given})[m[1]], item) for item in template]
         off = {f"{{{name}}}" for name, value in values.items() if value is False}
         return [item for item, shape in zip(items, template, strict=True) if shape not in off]
@@ -292,8 +299,8 @@ def _read(path: Path) -> bytes:
 
 _MEMBERS = frozenset(
     {
-        *("name", "description", "argv", "resume_argv", "directory", "checkpoints"),
-        *("environment", "grace_seconds", "parameters"),
+        *("name", "description", "argv", "resume_argv", "branch_argv", "directory"),
+        *("checkpoints", "environment", "grace_seconds", "parameters"),
     }
 )
 
@@ -316,6 +323,7 @@ def _parse(data: dict[str, Any], *, slug: str, digest: str, beside: Path) -> Rec
         description=_text(data, "description", ""),
         argv=_argv(data, "argv", names),
         resume_argv=_argv(data, "resume_argv", names) if "resume_argv" in data else (),
+        branch_argv=_argv(data, "branch_argv", names | {STATE}) if "branch_argv" in data else (),
         directory=directory,
         checkpoints=(beside / checkpoints).resolve() if checkpoints else None,
         environment=_environment(data),
@@ -371,7 +379,7 @@ _PARAMETER_MEMBERS = frozenset(
 
 
 def _parameter(name: str, table: object, beside: Path) -> Parameter:
-    if not _NAME.fullmatch(name) or name in GIVEN:
+    if not _NAME.fullmatch(name) or name in GIVEN | {STATE}:
         raise RecipeError(f"{name!r} cannot be a parameter's name.")
     if not isinstance(table, dict):
         raise RecipeError(f"parameters.{name} must be a table.")

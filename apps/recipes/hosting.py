@@ -25,16 +25,25 @@ from django.utils import timezone
 from apps.accounts import services as accounts
 from apps.accounts.actors import Actor, ActorKind
 from apps.accounts.models import ApiToken
-from apps.notifications.services import SYSTEM_TOPIC, group_name, launch_topic, notify, publish
-from apps.recipes.files import RecipeError, RecipeFile, check_parameters, read_folder
+from apps.notifications.services import (
+    SYSTEM_TOPIC,
+    group_name,
+    launch_topic,
+    notify,
+    publish,
+    run_topic,
+)
+from apps.recipes.files import STATE, RecipeError, RecipeFile, check_parameters, read_folder
 from apps.recipes.hostlog import read_log, tail_offset
 from apps.recipes.launch_monitor import EXIT_FILE, PROCESS_FILE, Order, read_note
 from apps.recipes.lifecycle import transition
-from apps.recipes.models import Launch, LogChunk, Recipe
+from apps.recipes.models import Launch, LogChunk, Recipe, StoredState
+from apps.recipes.stored_states import Found, copy_state, find_states
 from apps.rest.problems import Problem
 from apps.runs.models import Run
 from apps.runs.services import lock_run, set_state
 from esper.contracts import RUN_ENDED, LaunchState, RunState, TokenScope
+from hosts.keyring import write_private
 from hosts.processes import (
     MARK,
     process_identity,
@@ -52,6 +61,8 @@ START_SECONDS = 60  # for the launch monitor to write process.json; a cold disk 
 HARD_STOP_SECONDS = 10  # after the grace period, if the launch monitor has not done it
 MONITOR_START_SECONDS = 30
 TOKEN_LIFE = timedelta(days=30)
+PLACE_FILE = "checkpoints.txt"  # in a launch's folder: where its checkpoints are
+STATE_FOLDER = "branched-from"  # in a branch's folder: the copy of the state that it begins from
 # Variables that every program gets; a recipe names further ones.
 _COMMON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "OMP_NUM_THREADS")
 _PROJECT = Path(__file__).resolve().parents[2]
@@ -143,6 +154,7 @@ def _order(launch: Launch, recipe: RecipeFile) -> Order:
     checkpoints = recipe.checkpoints / launch.uid if recipe.checkpoints else folder / "checkpoints"
     for needed in (folder, checkpoints, folder / "journal"):
         needed.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_private(folder / PLACE_FILE, str(checkpoints))
     (folder / EXIT_FILE).unlink(missing_ok=True)
     values = check_parameters(recipe.parameters, launch.parameters)
     given = {
@@ -150,6 +162,8 @@ def _order(launch: Launch, recipe: RecipeFile) -> Order:
         "run": f"{recipe.slug}-{launch.number}",
         "checkpoints": str(checkpoints),
     }
+    if launch.branch_of is not None:
+        given[STATE] = str(_state_to_begin_from(launch, launch.branch_of))
     return Order(
         attempt=launch.attempt,
         argv=recipe.command(values, given, resume=launch.attempt > 1),
@@ -158,6 +172,34 @@ def _order(launch: Launch, recipe: RecipeFile) -> Order:
         folder=str(folder),
         grace_seconds=recipe.grace_seconds,
     )
+
+
+def _state_to_begin_from(launch: Launch, parent: Launch) -> Path:
+    """The branch's own copy, so that it can be started again when its parent's states are gone."""
+    target = launch_folder(launch) / STATE_FOLDER
+    copied = target / launch.branch_state
+    if launch.branch_digest and copied.exists():
+        return copied
+
+    def progress() -> None:
+        Launch.objects.filter(pk=launch.pk).update(seen_at=timezone.now())
+
+    try:
+        digest = copy_state(_checkpoints(parent), launch.branch_state, target, progress)
+    except RecipeError:
+        list_states(parent)  # so that the next person is not offered it
+        raise
+    Launch.objects.filter(pk=launch.pk).update(branch_digest=digest)
+    launch.branch_digest = digest
+    return copied
+
+
+def _checkpoints(launch: Launch) -> Path:
+    """Where a launch keeps its checkpoints, as noted when it was started."""
+    try:
+        return Path((launch_folder(launch) / PLACE_FILE).read_text())
+    except FileNotFoundError:
+        return launch_folder(launch) / "checkpoints"
 
 
 def _environment(launch: Launch, recipe: RecipeFile) -> dict[str, str]:
@@ -205,7 +247,7 @@ def watch() -> None:
     open_states = [S.REQUESTED, S.STARTING, S.RUNNING, S.STOPPING, S.LOST]
     launches = Launch.objects.filter(
         recipe__host=settings.ESPER_HOST_NAME, state__in=open_states
-    ).select_related("recipe", "requested_by")
+    ).select_related("recipe", "requested_by", "branch_of")
     for launch in launches:
         if launch.state == S.REQUESTED:
             start(launch)  # its task message may be lost
@@ -226,6 +268,7 @@ def _look_at(launch: Launch) -> None:
     ended = read_note(folder / EXIT_FILE, launch.attempt)
     process = read_note(folder / PROCESS_FILE, launch.attempt)
     send_log(launch)
+    list_states(launch)
     if ended is not None:
         _settle(launch, ended)
     elif process is None:
@@ -261,7 +304,7 @@ def _settle(launch: Launch, ended: dict[str, Any]) -> None:
 def _settle_unstarted(launch: Launch) -> None:
     """There is no process.json: a young launch may be starting, an old one has failed."""
     late = timezone.now() - timedelta(seconds=START_SECONDS)
-    if launch.requested_at < late:
+    if (launch.seen_at or launch.requested_at) < late:
         _end(launch, S.FAILED, "its worker died while it started the trainer")
 
 
@@ -316,6 +359,30 @@ def _end(launch: Launch, to: LaunchState, reason: str, **facts: Any) -> None:
 def _revoke_tokens(launch: Launch) -> None:
     for token in ApiToken.objects.filter(run_uid=launch.run_uid, revoked_at=None):
         accounts.revoke_token(token=token, actor=_worker())
+
+
+# --- stored states ------------------------------------------------------------------------------
+
+_listed: dict[str, list[Found]] = {}  # uid of a launch -> what the server knows of its states
+
+
+def list_states(launch: Launch) -> None:
+    """Tell the server which states a branch may begin from, where that has changed."""
+    found = find_states(_checkpoints(launch))
+    if _listed.get(launch.uid) == found:
+        return
+    with transaction.atomic():
+        names = [state.name for state in found]
+        gone = StoredState.objects.filter(launch=launch).exclude(name__in=names)
+        changed, _ = gone.delete()
+        for state in found:
+            values = asdict(state)
+            del values["name"]
+            StoredState.objects.update_or_create(launch=launch, name=state.name, defaults=values)
+        if found or changed:
+            publish(topic=launch_topic(launch.uid), type="launch.states", data={})
+            publish(topic=run_topic(launch.run_uid), type="launch.states", data={})
+    _listed[launch.uid] = found
 
 
 # --- log ----------------------------------------------------------------------------------------

@@ -76,6 +76,16 @@ def transition(
     return launch
 
 
+def _branch(launch: Launch) -> dict[str, Any]:
+    if launch.branch_of is None:
+        return {}
+    return {
+        "branch_of": launch.branch_of.run_uid,
+        "state": launch.branch_state,
+        "step": launch.branch_step,
+    }
+
+
 def announce(
     launch: Launch, act: str, *, actor: Actor, reason: str = "", came_from: str = ""
 ) -> None:
@@ -88,6 +98,7 @@ def announce(
         "to": str(launch.state),
         "exit_code": launch.exit_code,
         "exit_signal": launch.exit_signal,
+        **_branch(launch),
     }
     record(
         actor=actor,

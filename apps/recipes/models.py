@@ -27,6 +27,7 @@ class Recipe(models.Model):
     description = models.TextField(blank=True)
     argv = models.JSONField(default=list)
     resume_argv = models.JSONField(default=list)
+    branch_argv = models.JSONField(default=list)
     directory = models.TextField(blank=True)
     environment = models.JSONField(default=list)
     grace_seconds = models.PositiveIntegerField(default=20)
@@ -52,6 +53,10 @@ class Recipe(models.Model):
     def resumable(self) -> bool:
         return bool(self.resume_argv)
 
+    @property
+    def branchable(self) -> bool:
+        return bool(self.branch_argv)
+
     def parameter_list(self) -> tuple[Parameter, ...]:
         return tuple(Parameter.from_wire(wire) for wire in self.parameters)
 
@@ -73,6 +78,13 @@ class Launch(models.Model):
     run_uid = models.CharField(
         max_length=UID_LENGTH, unique=True, default=partial(new_uid, "run"), editable=False
     )
+    # Of a branch: the launch whose stored state its run begins from, and which state that is.
+    branch_of = models.ForeignKey(
+        "self", on_delete=models.PROTECT, null=True, blank=True, related_name="branches"
+    )
+    branch_state = models.CharField(max_length=200, blank=True)
+    branch_step = models.BigIntegerField(null=True, blank=True)
+    branch_digest = models.CharField(max_length=64, blank=True)  # SHA-256 of what was copied
     state = models.CharField(
         max_length=10,
         choices=[(s, s.capitalize()) for s in LaunchState],
@@ -117,6 +129,35 @@ class Launch(models.Model):
     @property
     def ended(self) -> bool:
         return self.state in LAUNCH_ENDED
+
+
+def of_launch(projects: frozenset[int]) -> models.Q:
+    """Of a row with a ``launch``."""
+    return models.Q(launch__project__in=projects)
+
+
+class StoredState(models.Model):
+    """A checkpoint of a launch that lies on its host, as the host has seen it last."""
+
+    launch = models.ForeignKey(Launch, on_delete=models.CASCADE, related_name="states")
+    name = models.CharField(max_length=200)  # of the file or folder
+    step = models.BigIntegerField()
+    size_bytes = models.BigIntegerField()
+    written_at = models.DateTimeField()
+
+    objects = InProjects["StoredState"]()
+    visible_in = staticmethod(of_launch)
+
+    class Meta:
+        ordering = ("launch", "-step", "name")
+        constraints = (
+            models.UniqueConstraint(
+                fields=("launch", "name"), name="one_state_per_launch_and_name"
+            ),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.launch_id}"
 
 
 class LogChunk(models.Model):

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
 from apps.accounts.serializers import PermissionOutput
 from apps.recipes.files import MAX_PARAMETERS
-from apps.recipes.models import Launch, Recipe
+from apps.recipes.models import Launch, Recipe, StoredState
+from apps.recipes.selectors import Branch
 from apps.rest.fields import BoundedDict, Members, PersonsInput, Text
 
 
@@ -30,12 +32,14 @@ class RecipeOutput(serializers.ModelSerializer[Recipe]):
             "grace_seconds",
             "parameters",
             "resumable",
+            "branchable",
             "usable",
             "problem",
             "registered_at",
         )
 
     resumable = serializers.BooleanField()
+    branchable = serializers.BooleanField()
     usable = serializers.BooleanField()
 
 
@@ -48,6 +52,7 @@ class LaunchOutput(serializers.ModelSerializer[Launch]):
     requested_by = serializers.CharField(source="requested_by.username")
     last_lines = serializers.ListField(child=serializers.CharField())
     command = serializers.ListField(child=serializers.CharField())
+    branch_of = serializers.CharField(source="branch_of.run_uid", allow_null=True, default=None)
 
     class Meta:
         model = Launch
@@ -61,6 +66,10 @@ class LaunchOutput(serializers.ModelSerializer[Launch]):
             "digest",
             "parameters",
             "run_uid",
+            "branch_of",
+            "branch_state",
+            "branch_step",
+            "branch_digest",
             "state",
             "attempt",
             "reason",
@@ -99,6 +108,64 @@ class LaunchInput(PersonsInput):
     recipe = Text(max_length=80)
     digest = Text(max_length=64)
     parameters = BoundedDict(child=serializers.JSONField(), max_length=MAX_PARAMETERS, default=dict)
+
+
+class BranchInput(PersonsInput):
+    """A new run of the same recipe. ``parameters`` are those that differ from this run's."""
+
+    state = Text(max_length=200, required=False, default="", allow_blank=True)
+    parameters = BoundedDict(child=serializers.JSONField(), max_length=MAX_PARAMETERS, default=dict)
+    reason = Text(max_length=2000, required=False, default="", allow_blank=True)
+
+
+class StoredStateOutput(serializers.ModelSerializer[StoredState]):
+    class Meta:
+        model = StoredState
+        fields = ("name", "step", "size_bytes", "written_at")
+
+
+class BranchOutput(serializers.Serializer[Branch]):
+    """One launch of the tree. ``changed``: name of a parameter → the parent's value, its own."""
+
+    launch = serializers.CharField(source="launch.uid")
+    launch_state = serializers.CharField(source="launch.state")
+    run = serializers.CharField(source="launch.run_uid")
+    branch_of = serializers.SerializerMethodField()
+    branch_step = serializers.IntegerField(source="launch.branch_step", allow_null=True)
+    branch_state = serializers.CharField(source="launch.branch_state")
+    depth = serializers.IntegerField()
+    changed = Members()
+    name = serializers.SerializerMethodField()
+    state = serializers.SerializerMethodField()
+    step = serializers.SerializerMethodField()
+    last_loss = serializers.SerializerMethodField()
+
+    def get_branch_of(self, branch: Branch) -> str | None:
+        parent = branch.launch.branch_of
+        return None if parent is None else parent.run_uid
+
+    def get_name(self, branch: Branch) -> str | None:
+        return branch.run.name if branch.run else None
+
+    def get_state(self, branch: Branch) -> str | None:
+        return str(branch.run.state) if branch.run else None
+
+    def get_step(self, branch: Branch) -> int | None:
+        return branch.run.step if branch.run else None
+
+    @extend_schema_field(
+        {"oneOf": [{"type": "number"}, {"enum": ["nan", "inf", "-inf"]}, {"type": "null"}]}
+    )
+    def get_last_loss(self, branch: Branch) -> float | str | None:
+        return branch.run.last_loss_status or branch.run.last_loss if branch.run else None
+
+
+class BranchesOutput(serializers.Serializer[Any]):
+    """``states``: what a branch may begin from. ``why_not``: empty, or why none can be started."""
+
+    why_not = serializers.CharField()
+    states = StoredStateOutput(many=True)
+    tree = BranchOutput(many=True)
 
 
 class LogOutput(serializers.Serializer[Any]):

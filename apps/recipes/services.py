@@ -15,11 +15,14 @@ from apps.accounts.models import DEFAULT_PROJECT, Project, User
 from apps.accounts.policy import Act, OfProject, may
 from apps.accounts.projects import projects_of
 from apps.accounts.visibility import everything
-from apps.notifications.services import enqueue
+from apps.audit.services import record
+from apps.notifications.services import enqueue, publish, run_topic
 from apps.recipes.files import RecipeError, check_parameters
 from apps.recipes.lifecycle import announce, transition
-from apps.recipes.models import Launch, Recipe
+from apps.recipes.models import Launch, Recipe, StoredState
+from apps.recipes.selectors import launch_of_run, stored_states
 from apps.rest.problems import Problem, not_found
+from apps.runs.models import Run
 from apps.workers.services import queue_is_served
 from esper.contracts import LAUNCH_ENDED, LaunchState
 
@@ -80,6 +83,101 @@ def start_recipe(
     announce(launch, "launch.requested", actor=Actor.person(user, via=via))
     _notify_host(launch, START_TASK)
     return launch
+
+
+@transaction.atomic
+def branch_run(
+    *,
+    run: Run,
+    user: User,
+    via: str,
+    state: str = "",
+    parameters: Mapping[str, object],
+    reason: str = "",
+) -> Launch:
+    """Start a new run of the same recipe, on the same host, from a stored state of this one.
+
+    The recipe must be the one that this run was started from: another may not read its states.
+
+    Args:
+        state: the name of a stored state; empty: the newest.
+        parameters: those that differ from this run's.
+
+    Raises:
+        Problem: not allowed, not the run of a recipe, the recipe cannot branch or has changed, no
+            such state is stored, a parameter is not allowed, or the host has no worker or place.
+    """
+    _check_right(user, Act.START_RECIPE)
+    _check_right(user, Act.CREATE_RUN, of=run)
+    parent = launch_of_run(run.uid)
+    if parent is None:
+        raise Problem(
+            409,
+            "not-a-recipe-run",
+            f"{run} was not started from a recipe, so Esper cannot start a branch of it.",
+        )
+    recipe = Recipe.objects.select_for_update().get(pk=parent.recipe_id)
+    if not recipe.branchable:
+        raise Problem(
+            409,
+            "not-branchable",
+            f"The recipe {recipe} has no branch_argv, so it does not say how a run begins from a "
+            "stored state.",
+        )
+    _check_recipe(recipe, parent.digest)
+    stored = _stored_state(parent, state)
+    try:
+        values = check_parameters(recipe.parameter_list(), {**parent.parameters, **parameters})
+    except RecipeError as error:
+        raise Problem(422, "invalid", str(error)) from error
+    _check_host(recipe.host)
+    launch = Launch.objects.create(
+        recipe=recipe,
+        project_id=run.project_id,
+        digest=recipe.digest,
+        parameters=values,
+        requested_by=user,
+        requested_at=timezone.now(),
+        branch_of=parent,
+        branch_state=stored.name,
+        branch_step=stored.step,
+    )
+    actor = Actor.person(user, via=via)
+    announce(launch, "launch.requested", actor=actor, reason=reason)
+    data = {"launch": launch.uid, "branch": launch.run_uid, "state": stored.name}
+    record(
+        actor=actor,
+        act="run.branched",
+        object_kind="run",
+        object_uid=run.uid,
+        run_uid=run.uid,
+        reason=reason,
+        data={**data, "step": stored.step, "parameters": values},
+    )
+    publish(topic=run_topic(run.uid), type="launch.branched", data={**data, "by": actor.name})
+    _notify_host(launch, START_TASK)
+    return launch
+
+
+def _stored_state(launch: Launch, name: str) -> StoredState:
+    known = stored_states(launch)
+    if not known:
+        raise Problem(
+            409,
+            "no-stored-state",
+            f"No state of L-{launch.number} is stored on {launch.recipe.host} yet. Keep a "
+            "checkpoint first, or wait until the script has written one.",
+        )
+    found = next((state for state in known if not name or state.name == name), None)
+    if found is None:
+        raise Problem(
+            409,
+            "state-gone",
+            f"The state {name!r} is not stored any more. The newest is {known[0].name}, of step "
+            f"{known[0].step}.",
+            states=[state.name for state in known],
+        )
+    return found
 
 
 @transaction.atomic

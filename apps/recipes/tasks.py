@@ -24,4 +24,4 @@ def sweep() -> None:
 
 
 def _launch(uid: str) -> Launch:
-    return Launch.objects.select_related("recipe", "requested_by").get(uid=uid)
+    return Launch.objects.select_related("recipe", "requested_by", "branch_of").get(uid=uid)

@@ -117,6 +117,8 @@ OPERATIONS: dict[str, Operation] = {
     "read_current_policy": Operation("Returns the thresholds in force."),
     "read_decision_snapshot": Operation("Returns the exact input of a recorded decision, also of one that was declined."),
     "read_heatmap": Operation("Returns one signal over layers and time, in columns."),
+    "branch_run": Operation("Starts a new run of the same recipe, on the same host, from a stored state of this run: the named one, or the newest. `parameters` are those that differ. Optimizer, random numbers and step go on where they were. Operators and administrators.", {"state": "step-4200.pt", "parameters": {"seed": 1}, "reason": "does another order of batches escape the plateau?"}),
+    "read_branches": Operation("Returns the tree of launches that began from one another, with the parameters that each changed, and the stored states of this run. `why_not` says why it cannot be branched."),
     "read_integration_status": Operation("Returns active adaptations, cache, execution metrics and safety violations in one answer."),
     "read_job": Operation("Returns one compile job with its steps and the end of its log."),
     "read_kernel": Operation("Returns one kernel by its digest."),

@@ -18,7 +18,7 @@ SECTIONS = {
         "plans", "shadow", "delegations",
     ),
     "Act on a run": (
-        "remedy", "rollback", "cancel", "pause", "resume", "stop", "kill", "recipe",
+        "remedy", "rollback", "cancel", "pause", "resume", "stop", "kill", "recipe", "branch",
     ),
     "Prove, back up, connect": (
         "audit", "replay", "backup", "restore", "restored", "rotate", "mcp",

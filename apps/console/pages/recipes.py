@@ -66,6 +66,7 @@ def recipe(request: HttpRequest, uid: str) -> HttpResponse:
         return {
             "recipe": fresh,
             "row": fresh and row_of(fresh),
+            "parameters": [(p, p["default"]) for p in fresh.parameters] if fresh else [],
             "may_start": may_start,
             "projects": projects,
         }

@@ -30,13 +30,21 @@ from apps.kernels.models import SpeedUp
 from apps.notifications.services import run_topic
 from apps.policies.services import current_policy, kill_over
 from apps.recipes.models import Launch
-from apps.recipes.selectors import launches
+from apps.recipes.selectors import (
+    Branch,
+    branch_tree,
+    launch_of_run,
+    stored_states,
+    why_no_branch,
+)
+from apps.recipes.services import host_queue
 from apps.rest.numbers import is_number
 from apps.runs.models import Command, Run
 from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.telemetry.models import Frame, Metric
 from apps.violations.models import Violation
 from apps.violations.selectors import open_violations
+from apps.workers.services import queue_is_served
 from esper.contracts import (
     SIGNAL_INDEX,
     AdaptationState,
@@ -82,7 +90,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
         return {
             "pause": pause_state(run),
             "stop": stop_command(run),
-            "launch": launch_of(run),
+            "launch": launch_of_run(run.uid),
             "metrics": latest_metrics(run, ("step_ms", "lr")),
             "may_pause": may(user, Act.PAUSE_ADAPTATION, of=run),
             "may_stop": may(user, Act.STOP_RUN, of=run),
@@ -110,6 +118,26 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             "may_approve": may(user, Act.APPROVE, of=run),
         }
 
+    started_by = launch_of_run(run.uid)
+    tree = branch_tree(started_by) if started_by else []
+
+    def branches() -> dict[str, Any]:
+        recipe = started_by and started_by.recipe
+        may_start = may(user, Act.START_RECIPE)
+        return {
+            "tree": branch_rows(tree),
+            "why_not": why_no_branch(started_by),
+            "recipe": recipe,
+            "up": recipe is not None and queue_is_served(host_queue(recipe.host)),
+            "states": stored_states(started_by) if started_by else [],
+            "parameters": [
+                (p, started_by.parameters.get(p["name"], p["default"])) for p in recipe.parameters
+            ]
+            if started_by and recipe
+            else [],
+            "may_branch": may(user, Act.CREATE_RUN, of=run) if may_start.allowed else may_start,
+        }
+
     return [
         Panel("ask", "Ask for a remedy", "console/run/ask.html", ask, fold=True),
         Panel(
@@ -119,6 +147,15 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             lambda: delegation_context(run, user, offered(), in_force().safety_policy()),
             ("delegation", "adaptation", "policy"),
             fold=True,
+        ),
+        Panel(
+            "branches",
+            "Branches",
+            "console/run/branches.html",
+            branches,
+            ("launch",),
+            every=30,
+            fold=len(tree) < 2,
         ),
         Panel(
             "head", "Run", "console/run/head.html", head, ("run", "switch", "adaptation"), every=5
@@ -167,6 +204,46 @@ def delegation_context(
             if not why_not_delegated(remedy, policy)
         ],
     }
+
+
+@dataclass(frozen=True, slots=True)
+class BranchRow:
+    """A launch of the tree, with its steps on an axis from 0 to 100 that all rows share."""
+
+    launch: Launch
+    run: Run | None
+    depth: int
+    parent: str  # of which run it is a branch, in words; empty: the tree begins with it
+    changed: Mapping[str, tuple[object, object]]
+    from_x: float
+    to_x: float
+
+
+def branch_rows(tree: Sequence[Branch]) -> list[BranchRow]:
+    """The tree as the page draws it."""
+    most = max([1, *(one.run.step for one in tree if one.run is not None)])
+    names = {one.launch.pk: _branch_name(one) for one in tree}
+    rows = []
+    for one in tree:
+        first = one.launch.branch_step or 0
+        last = max(first, one.run.step) if one.run is not None else first
+        parent = one.launch.branch_of
+        rows.append(
+            BranchRow(
+                launch=one.launch,
+                run=one.run,
+                depth=one.depth,
+                parent="" if parent is None else names.get(parent.pk, f"L-{parent.number}"),
+                changed=one.changed,
+                from_x=round(100 * min(first, most) / most, 1),
+                to_x=round(100 * min(last, most) / most, 1),
+            )
+        )
+    return rows
+
+
+def _branch_name(one: Branch) -> str:
+    return f"L-{one.launch.number}" if one.run is None else f"R-{one.run.number}"
 
 
 DELEGATION_HOURS = (1, 4, 8, 24)
@@ -535,8 +612,3 @@ def places_to_move(run: Run, user: User) -> list[Project]:
         return []
     others = [one for one in project_choices(user) if one.pk != run.project_id]
     return [one for one in others if may(user, Act.MANAGE_PEOPLE, of=one).allowed]
-
-
-def launch_of(run: Run) -> Launch | None:
-    """The launch that started the run; None for a run that was started elsewhere."""
-    return launches().filter(run_uid=run.uid).first()

@@ -83,6 +83,7 @@ VERBS = {
     "withdraw_variant": "variants withdraw",
     "publish_policy": "policy publish",
     "start_recipe": "recipe start",
+    "branch_run": "branch",
     "stop_launch": "recipe stop",
     "resume_launch": "recipe resume",
     "issue_token": "token issue",

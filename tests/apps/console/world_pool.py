@@ -7,7 +7,7 @@ from datetime import timedelta
 from django.utils import timezone
 
 from apps.kernels.models import CacheCounter
-from apps.recipes.models import Launch, LogChunk, Recipe
+from apps.recipes.models import Launch, LogChunk, Recipe, StoredState
 from apps.workers.models import CompileJob, JobStepDone, Worker
 from esper.contracts import (
     JobState,
@@ -101,6 +101,7 @@ def make_recipes(world: World) -> None:
         description="A small convolutional net.",
         argv=["{python}", "examples/digits_cnn.py", "--steps", "{steps}"],
         resume_argv=["{python}", "examples/digits_cnn.py", "--steps", "{steps}"],
+        branch_argv=["{python}", "examples/digits_cnn.py", "--from", "{state}"],
         directory="/srv/esper",
         parameters=[
             {**blank, **steps, "maximum": 1e6, "description": "optimizer steps in all"},
@@ -143,6 +144,19 @@ def make_recipes(world: World) -> None:
         reason="killed by SIGKILL",
         exit_signal="SIGKILL",
         last_lines=["step 200  loss 0.61", "out of memory"],
+        ended_at=timezone.now(),
+    )
+    running = world.launches["running"]
+    for name, step in (("step-9000.pt", 9_000), ("kept-4200.pt", 4_200)):
+        StoredState.objects.create(
+            launch=running, name=name, step=step, size_bytes=214_016, written_at=timezone.now()
+        )
+    branch = {"branch_of": running, "branch_step": 4_200, "branch_state": "kept-4200.pt"}
+    world.launches["branch"] = Launch.objects.create(
+        **{**common, **branch, "parameters": {"steps": 10_000, "schedule": "linear"}},
+        state=LaunchState.STOPPED,
+        reason="stopped by olga",
+        branch_digest="ab" * 32,
         ended_at=timezone.now(),
     )
     lines = "".join(f"step {step}  loss 0.{99 - step % 90}\n" for step in range(200))

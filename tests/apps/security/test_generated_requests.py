@@ -62,7 +62,7 @@ ACTS = {
     Act.SWITCH_BLUEPRINT: ("disable_blueprint", "enable_blueprint"),
     Act.ADMIT_VARIANT: ("admit_variant", "withdraw_variant"),
     Act.MANAGE_CACHE: ("evict_kernel", "pin_kernel", "unpin_kernel", "scrub_kernel_cache"),
-    Act.START_RECIPE: ("start_recipe", "resume_launch"),
+    Act.START_RECIPE: ("start_recipe", "resume_launch", "branch_run"),
     Act.STOP_LAUNCH: ("stop_launch",),
     Act.EDIT_POLICY: ("publish_policy", "approve_policy", "withdraw_policy"),
     Act.MANAGE_PEOPLE: (
