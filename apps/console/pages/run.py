@@ -85,12 +85,15 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
     changes = cache(lambda: changes_of(run))
     offered = cache(lambda: list(KnownRemedy.objects.filter(present=True)))
 
+    started_by = launch_of_run(run.uid)
+    tree = branch_tree(started_by) if started_by else []
+
     def head() -> dict[str, Any]:
         safety = in_force()
         return {
             "pause": pause_state(run),
             "stop": stop_command(run),
-            "launch": launch_of_run(run.uid),
+            "launch": started_by,
             "metrics": latest_metrics(run, ("step_ms", "lr")),
             "may_pause": may(user, Act.PAUSE_ADAPTATION, of=run),
             "may_stop": may(user, Act.STOP_RUN, of=run),
@@ -117,9 +120,6 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             "may_ask": may(user, Act.PROPOSE_REMEDY, of=run),
             "may_approve": may(user, Act.APPROVE, of=run),
         }
-
-    started_by = launch_of_run(run.uid)
-    tree = branch_tree(started_by) if started_by else []
 
     def branches() -> dict[str, Any]:
         recipe = started_by and started_by.recipe
