@@ -142,10 +142,12 @@ def train(args: argparse.Namespace, seed: int, saved: dict[str, Any] | None) -> 
 def main() -> None:
     args = parse()
     torch.set_num_threads(1)
-    own = args.checkpoint.exists()  # it goes on; else it may be a branch, with a seed of its own
-    begin = args.checkpoint if own else args.state
-    saved = torch.load(begin, weights_only=True) if begin else None
-    seed = saved["seed"] if own else args.seed
+    seed, saved = args.seed, None
+    if args.checkpoint.exists():
+        saved = torch.load(args.checkpoint, weights_only=True)
+        seed = saved["seed"]
+    elif args.state:  # a branch may have another seed
+        saved = torch.load(args.state, weights_only=True)
     try:
         train(args, seed, saved)
         while args.forever:

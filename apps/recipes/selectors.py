@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from django.db.models import Q, QuerySet
+from django.db.models import QuerySet
 
 from apps.recipes.models import Launch, LogChunk, Recipe, StoredState
 from apps.runs.models import Run
@@ -39,16 +38,16 @@ def stored_states(launch: Launch) -> list[StoredState]:
 def ancestors_of_run(run_uid: str) -> list[str]:
     """The uids of the runs that a run began from, its parent first. Empty: it is no branch."""
     found: list[str] = []
-    row = _parent_of(Q(run_uid=run_uid))
-    while row is not None and row["run_uid"] not in found:
-        found.append(row["run_uid"])
-        row = _parent_of(Q(run_uid=row["run_uid"]))
+    parent = _parent_of(run_uid)
+    while parent is not None and parent not in found:
+        found.append(parent)
+        parent = _parent_of(parent)
     return found
 
 
-def _parent_of(child: Q) -> dict[str, Any] | None:
-    parents = Launch.objects.filter(child).exclude(branch_of=None).values("branch_of")
-    return Launch.objects.filter(pk__in=parents).values("pk", "run_uid").first()
+def _parent_of(run_uid: str) -> str | None:
+    branches = Launch.objects.filter(run_uid=run_uid).exclude(branch_of=None)
+    return branches.values_list("branch_of__run_uid", flat=True).first()
 
 
 def why_no_branch(launch: Launch | None) -> str:

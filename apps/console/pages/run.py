@@ -122,7 +122,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
         }
 
     def branches() -> dict[str, Any]:
-        recipe = started_by and started_by.recipe
+        recipe = started_by.recipe if started_by is not None else None
         may_start = may(user, Act.START_RECIPE)
         return {
             "tree": branch_rows(tree),
