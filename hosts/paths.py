@@ -1,8 +1,8 @@
 """Where Esper's own files are, and where its data is kept by default.
 
 A clone and the installed server have the same layout below ``ROOT``: ``apps``, ``templates``,
-``static``, ``recipes``, ``examples``. Only a clone has the script ``up``, and keeps its data in
-``var``; an installed server keeps it in the user data directory of the platform.
+``locale``, ``static``, ``recipes``, ``examples``. Only a clone has the script ``up``, and keeps its
+data in ``var``; an installed server keeps it in the user data directory of the platform.
 """
 
 from __future__ import annotations

@@ -92,7 +92,9 @@ def test_both_distributions_agree_on_python_and_licence() -> None:
 
 def test_the_server_s_wheel_has_every_folder_that_its_images_have() -> None:
     source = (ROOT / "wheels/server/hatch_build.py").read_text()
-    folders = set(re.findall(r'"(\w+)"', re.findall(r"^FOLDERS = (.+)$", source, re.M)[0]))
+    folders = set(
+        re.findall(r'"(\w+)"', re.findall(r"^FOLDERS = \((.+?)^\)", source, re.M | re.S)[0])
+    )
     assert all((ROOT / folder).is_dir() for folder in folders)
     for name in ("Dockerfile.web", "Dockerfile.worker"):
         copied = re.findall(r"^COPY (\w+) \1$", (ROOT / "docker" / name).read_text(), re.M)

@@ -7,6 +7,8 @@ from functools import cache
 from typing import Any
 from zoneinfo import available_timezones
 
+from django.conf import settings
+
 from apps.accounts.models import User
 from apps.rest.problems import Problem
 
@@ -34,11 +36,13 @@ class Preferences:
     """Empty texts leave a choice to the browser or the system.
 
     Attributes:
+        language: of the pages, as in ``settings.LANGUAGES``.
         zone: name of a time zone, such as Europe/Berlin.
         keys: single-key shortcuts are on.
         notify: an open page tells the system of decisions that wait.
     """
 
+    language: str = ""
     zone: str = ""
     theme: str = ""
     density: str = ""
@@ -55,15 +59,24 @@ def preferences_of(user: User) -> Preferences:
 
 
 def save_settings(
-    user: User, *, zone: str, theme: str, density: str, keys: bool, notify: bool
+    user: User, *, language: str, zone: str, theme: str, density: str, keys: bool, notify: bool
 ) -> None:
     """Raises ``Problem`` 422 for a choice that there is not."""
+    if language and language not in dict(settings.LANGUAGES):
+        raise Problem(422, "invalid", f"There is no language called {language!r}.")
     if zone and zone not in time_zones():
         raise Problem(422, "invalid", f"There is no time zone called {zone!r}.")
     if theme not in THEMES or density not in DENSITIES:
         raise Problem(422, "invalid", "There is no such theme or density.")
-    chosen = {"zone": zone, "theme": theme, "density": density, "keys": keys, "notify": notify}
-    _keep(user, **chosen)
+    _keep(
+        user,
+        language=language,
+        zone=zone,
+        theme=theme,
+        density=density,
+        keys=keys,
+        notify=notify,
+    )
 
 
 def save_view(user: User, view: SavedView) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from django.utils.translation import gettext as _
 
 from apps.adaptations.models import Adaptation
 from apps.console.drawing import Curve, Mark, curve
+from apps.console.language import in_words
 from apps.telemetry.selectors import layer_series, losses_between, metric_series
 from esper.contracts import AdaptationState, SafetyPolicy, Signal
 from esper.reward.forecast import LossForecast, forecast_loss
@@ -32,14 +34,22 @@ def decision_curves(adaptation: Adaptation) -> list[Curve]:
     marks = _marks(adaptation)
     loss = metric_series(run, "loss", points=POINTS, after_step=first, up_to_step=last)
     found = [
-        curve("loss", loss["step"], loss["mean"], marks=marks, bounds=(loss["min"], loss["max"]))
+        curve(_("loss"), loss["step"], loss["mean"], marks=marks, bounds=(loss["min"], loss["max"]))
     ]
     for signal in (Signal.HEALTH, *_strongest_signal(adaptation)):
         steps, values = layer_series(
             run, adaptation.layer, signal, after_step=first, up_to_step=last, points=FRAMES
         )
         scale = (0.0, 1.0) if signal in _SHARES else None
-        found.append(curve(f"{signal} of the layer", steps, values, marks=marks, scale=scale))
+        found.append(
+            curve(
+                _("%(signal)s of the layer") % {"signal": in_words(signal.replace("_", " "))},
+                steps,
+                values,
+                marks=marks,
+                scale=scale,
+            )
+        )
     return [picture for picture in found if picture is not None]
 
 
@@ -55,11 +65,11 @@ def last_step(adaptation: Adaptation, policy: SafetyPolicy) -> int:
 
 
 def _marks(adaptation: Adaptation) -> list[Mark]:
-    marks = [Mark(adaptation.proposed_step, "asked")]
+    marks = [Mark(adaptation.proposed_step, _("asked"))]
     if adaptation.decided_step is not None and adaptation.graft_step is None:
-        marks.append(Mark(adaptation.decided_step, "decided"))
+        marks.append(Mark(adaptation.decided_step, _("decided")))
     if adaptation.graft_step is not None:
-        marks.append(Mark(adaptation.graft_step, "grafted"))
+        marks.append(Mark(adaptation.graft_step, _("grafted")))
     return marks
 
 
@@ -207,10 +217,10 @@ def _picture(
     loss = metric_series(adaptation.run, "loss", points=POINTS, after_step=first, up_to_step=last)
     band = (forecast.level - forecast.interval, forecast.level + forecast.interval)
     return curve(
-        "loss",
+        _("loss"),
         loss["step"],
         loss["mean"],
-        marks=[Mark(graft, "grafted")],
+        marks=[Mark(graft, _("grafted"))],
         until=graft + policy.probation_steps,
         band=(graft, *band) if forecast.known else None,
         limit=limit,

@@ -8,6 +8,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_noop
+
+from apps.console.language import as_written
 from esper.contracts import GraftKind, SafetyPolicy
 
 # Characters that fit into the boxes of the sketch.
@@ -78,12 +82,24 @@ class Curve:
     @property
     def words(self) -> str:
         """The picture as a sentence, for people who cannot see it."""
-        newest = "unknown" if self.newest is None else f"{self.newest:.4g}"
-        marks = "".join(f", {mark.word} at step {mark.step:,}" for mark in self.marks)
-        return (
-            f"{self.name} from step {self.first:,} to {self.last:,}: between {self.low:.4g} and "
-            f"{self.high:.4g}, last {newest}{marks}."
+        known = self.newest is not None
+        marks = "".join(
+            _(", %(mark)s at step %(step)s")
+            % {"mark": mark.word, "step": as_written(f"{mark.step:,}")}
+            for mark in self.marks
         )
+        return _(
+            "%(name)s from step %(first)s to %(last)s: between %(low)s and %(high)s, last "
+            "%(newest)s%(marks)s."
+        ) % {
+            "name": self.name,
+            "first": as_written(f"{self.first:,}"),
+            "last": as_written(f"{self.last:,}"),
+            "low": as_written(f"{self.low:.4g}"),
+            "high": as_written(f"{self.high:.4g}"),
+            "newest": as_written(f"{self.newest:.4g}") if known else _("unknown"),
+            "marks": marks,
+        }
 
 
 CURVE_BOX = (600.0, 120.0)
@@ -194,7 +210,7 @@ def health_cells(health: Mapping[str, float], *, most: int = 24) -> list[Cell]:
 def _cell(position: int, names: Sequence[str], health: Mapping[str, float]) -> Cell:
     known = [health[name] for name in names if math.isfinite(health[name])]
     worst = min(known) if known else math.nan
-    said = f"{worst:.2f}" if known else "unknown"
+    said = as_written(f"{worst:.2f}") if known else _("unknown")
     label = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
     return Cell(
         position * CELL_WIDTH, shade(worst), bool(known) and worst < 0.4, f"{label}: {said}"
@@ -280,11 +296,15 @@ class Sketch:
 
 
 _WORDS: dict[str, str] = {
-    "parallel": "{graft} runs beside {layer}; its output is added and starts at zero.",
-    "scale": "The output of {layer} is multiplied by {graft}, which starts at one.",
-    "replace": "{graft} replaces {layer} gradually; its share of the output starts at zero.",
-    "wrap": "{layer} stays as it is; {graft} changes its gradient.",
-    "observe": "{layer} stays as it is; {graft} only measures its output.",
+    "parallel": gettext_noop(
+        "{graft} runs beside {layer}; its output is added and starts at zero."
+    ),
+    "scale": gettext_noop("The output of {layer} is multiplied by {graft}, which starts at one."),
+    "replace": gettext_noop(
+        "{graft} replaces {layer} gradually; its share of the output starts at zero."
+    ),
+    "wrap": gettext_noop("{layer} stays as it is; {graft} changes its gradient."),
+    "observe": gettext_noop("{layer} stays as it is; {graft} only measures its output."),
 }
 
 
@@ -297,7 +317,7 @@ def sketch(layer: str, graft: str, kind: str, *, before: str, after: str) -> Ske
         after=shorten(after, NEIGHBOUR_LABEL),
         graft=shorten(graft, GRAFT_LABEL),
         join=join,
-        words=_WORDS[join].format(graft=graft, layer=layer),
+        words=_(_WORDS[join]).format(graft=graft, layer=layer),
     )
 
 

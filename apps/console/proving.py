@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from django.http import HttpRequest
+from django.utils.translation import gettext as _
 
 from apps.accounts.hashing import TooManyAtOnceError, hashing_turn
 from apps.accounts.models import User
@@ -44,27 +45,30 @@ def prove(request: HttpRequest, user: User, *, ask_password: bool = True) -> Ref
                 note_brake(attempt)
                 return Refusal(
                     429,
-                    f"Too many wrong passwords or codes. Wait {-(-wait // 60)} min.",
+                    _("Too many wrong passwords or codes. Wait %(minutes)s min.")
+                    % {"minutes": -(-wait // 60)},
                     wait,
                 )
             wrong = _wrong(request, user, ask_password)
             if wrong:
                 note_refused_sign_in(attempt)
-                return Refusal(403, f"The {wrong} is wrong.")
+                return Refusal(403, wrong)
     except TooManyAtOnceError:
-        return Refusal(503, "Many people are signing in. Try again in a few seconds.", BUSY_SECONDS)
+        return Refusal(
+            503, _("Many people are signing in. Try again in a few seconds."), BUSY_SECONDS
+        )
     return None
 
 
 def _wrong(request: HttpRequest, user: User, ask_password: bool) -> str:
-    """Which part is wrong; the code is looked at, and used up, after the right password only."""
+    """What is wrong; the code is looked at, and used up, after the right password only."""
     given = request.POST
     if (
         ask_password
         and user.has_usable_password()
         and not user.check_password(given.get("password", ""))
     ):
-        return "password"
+        return _("The password is wrong.")
     if has_second_factor(user) and not accept_code(user, given.get("code", "")):
-        return "code"
+        return _("The code is wrong.")
     return ""

@@ -1,6 +1,7 @@
 """Addresses of the pages. Each page is one file in ``pages/``."""
 
 from django.urls import path
+from django.views.i18n import set_language
 
 from apps.console.bar import bar
 from apps.console.pages.accessibility import accessibility
@@ -33,6 +34,7 @@ from apps.console.pages.system_status import system_status
 from apps.console.pages.violations import violations
 from apps.console.pages.wall import wall
 from apps.console.pages.workers import workers
+from apps.console.words import words
 
 app_name = "console"
 urlpatterns = [
@@ -41,6 +43,8 @@ urlpatterns = [
     path("login/provider/callback", provider_callback, name="provider-callback"),
     path("login/code", sign_in_code, name="sign-in-code"),
     path("logout", SignOut.as_view(), name="sign-out"),
+    path("language", set_language, name="set-language"),
+    path("words.js", words, name="words"),
     path("bar", bar, name="bar"),
     path("", overview, name="overview"),
     path("inbox", inbox, name="inbox"),

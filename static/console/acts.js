@@ -3,6 +3,7 @@ import { bulkResult, picksOf } from "./bulk.js";
 import { announce, toast, visible } from "./messages.js";
 import { refreshAll } from "./panels.js";
 import { subscribe } from "./push.js";
+import { gettext } from "./words.js";
 
 const token = document.querySelector('meta[name="csrf-token"]').content;
 // One idempotency key for each attempt: after a lost answer the same key is sent again.
@@ -156,7 +157,7 @@ async function send(form, button) {
   try {
     answer = await fetch(address, options);
   } catch {
-    say(form, "The server did not answer, so the result is unknown. Press the button again: the server does nothing twice.");
+    say(form, gettext("The server did not answer, so the result is unknown. Press the button again: the server does nothing twice."));
     return;
   }
   attempts.delete(form);
@@ -166,8 +167,9 @@ async function send(form, button) {
 }
 
 const DONE = {
-  approve: "Approved.", reject: "Rejected.", claim: "Claimed for ten minutes.", release: "Released.",
-  extend: "Extended by five minutes.", cancel: "Cancelled.", rollback: "Rollback requested. The trainer confirms it.",
+  approve: gettext("Approved."), reject: gettext("Rejected."), claim: gettext("Claimed for ten minutes."),
+  release: gettext("Released."), extend: gettext("Extended by five minutes."), cancel: gettext("Cancelled."),
+  rollback: gettext("Rollback requested. The trainer confirms it."),
 };
 
 function done(form, button, content) {
@@ -177,7 +179,7 @@ function done(form, button, content) {
   if (content.secret ?? content.token) showSecret(form, content.secret ?? content.token);
   const bulk = "picks" in form.dataset ? bulkResult(content) : null;
   if (bulk?.failed) say(form, `${bulk.words} ${bulk.failed}`);
-  const words = bulk?.words ?? DONE[button.dataset.path] ?? button.dataset.done ?? form.dataset.done ?? "Done.";
+  const words = bulk?.words ?? DONE[button.dataset.path] ?? button.dataset.done ?? form.dataset.done ?? gettext("Done.");
   announce(words, { urgent: true });
   toast({ text: words });
   const reason = form.elements.reason;
@@ -191,7 +193,7 @@ function done(form, button, content) {
 }
 
 function refused(form, button, status, problem) {
-  const detail = problem.detail ?? `The server refused the request (${status}).`;
+  const detail = problem.detail ?? gettext("The server refused the request (%(status)s).", { status });
   say(form, detail);
   if (problem.code === "evidence-stale") offerNewEvidence(form, button);
   if (problem.code === "password-needed") askPassword(form, button);
@@ -224,11 +226,11 @@ function offerNewEvidence(form, button) {
   const again = document.createElement("button");
   again.type = "submit";
   again.className = "button small";
-  again.textContent = "I have checked the new values: approve";
+  again.textContent = gettext("I have checked the new values: approve");
   if (button.dataset.path) again.dataset.path = button.dataset.path;
   if (button.dataset.url) again.dataset.url = button.dataset.url;
   again.dataset.doing = button.dataset.doing;
-  again.dataset.needsReason = "The evidence has drifted: say why you approve all the same. The audit log keeps the reason.";
+  again.dataset.needsReason = gettext("The evidence has drifted: say why you approve all the same. The audit log keeps the reason.");
   again.dataset.body = JSON.stringify({ ...JSON.parse(button.dataset.body ?? "{}"), accept_drift: true });
   place.append(" ", again);
 }
@@ -241,9 +243,9 @@ function showSecret(form, secret) {
 }
 
 const PROOFS = {
-  password: `<div class="field"><label for="step-up-password">Password</label>
+  password: `<div class="field"><label for="step-up-password">${gettext("Password")}</label>
     <input type="password" name="password" id="step-up-password" autocomplete="current-password" required></div>`,
-  code: `<div class="field"><label for="step-up-code">Code of your authenticator app</label>
+  code: `<div class="field"><label for="step-up-code">${gettext("Code of your authenticator app")}</label>
     <input type="text" name="code" id="step-up-code" autocomplete="one-time-code" autocapitalize="none" required maxlength="40"></div>`,
 };
 
@@ -254,15 +256,15 @@ function askPassword(form, button) {
     offerProvider(form);
     return;
   }
-  const title = ways.includes("password") ? "Your password again" : "A code of your app";
+  const title = ways.includes("password") ? gettext("Your password again") : gettext("A code of your app");
   const dialog = document.createElement("dialog");
   dialog.setAttribute("aria-label", title);
   dialog.innerHTML = `<h3>${title}</h3>
-    <p>This act needs it, because it was not given in the last ten minutes.</p>
+    <p>${gettext("This act needs it, because it was not given in the last ten minutes.")}</p>
     <form class="stack" method="dialog">${ways.map((way) => PROOFS[way]).join("")}
     <p class="error-note" role="alert" hidden></p>
-    <div class="row apart"><button class="button" type="button" data-cancel>Do nothing</button>
-    <button class="button primary" type="submit">Go on</button></div></form>`;
+    <div class="row apart"><button class="button" type="button" data-cancel>${gettext("Do nothing")}</button>
+    <button class="button primary" type="submit">${gettext("Go on")}</button></div></form>`;
   document.body.append(dialog);
   const [field, note] = [dialog.querySelector("input"), dialog.querySelector("[role=alert]")];
   const given = dialog.querySelector("form");
@@ -280,7 +282,7 @@ function askPassword(form, button) {
       return;
     }
     const problem = await answer?.json().catch(() => ({})) ?? {};
-    note.textContent = problem.detail ?? "The server did not answer. Try again.";
+    note.textContent = problem.detail ?? gettext("The server did not answer. Try again.");
     note.hidden = false;
     field.select();
   });
@@ -291,7 +293,7 @@ function askPassword(form, button) {
 function offerProvider(form) {
   const link = document.createElement("a");
   link.href = `/login/provider?again=1&next=${encodeURIComponent(location.pathname + location.search)}`;
-  link.textContent = "Sign in again, and come back to this page";
+  link.textContent = gettext("Sign in again, and come back to this page");
   form.querySelector("[role=alert]")?.append(" ", link);
 }
 
@@ -305,7 +307,7 @@ function confirmed(button) {
   const row = document.createElement("form");
   row.method = "dialog";
   row.className = "row apart";
-  for (const [value, words, kind] of [["", "Keep it as it is", ""], ["yes", button.dataset.confirmVerb, "danger"]]) {
+  for (const [value, words, kind] of [["", gettext("Keep it as it is"), ""], ["yes", button.dataset.confirmVerb, "danger"]]) {
     const choice = document.createElement("button");
     choice.className = `button ${kind}`;
     choice.value = value;
@@ -333,7 +335,7 @@ function gate({ state, clock }) {
   }
   for (const note of document.querySelectorAll("[data-stale-note]")) {
     note.hidden = !stale;
-    if (stale) note.textContent = `The evidence on this page is ${clock} old. Approving is blocked until the connection is back.`;
+    if (stale) note.textContent = gettext("The evidence on this page is %(clock)s old. Approving is blocked until the connection is back.", { clock });
   }
 }
 document.addEventListener("esper:link", ({ detail }) => gate(detail));

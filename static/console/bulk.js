@@ -1,4 +1,5 @@
 // Choosing rows to reject together. What is chosen stays chosen when the list is refreshed.
+import { gettext } from "./words.js";
 const form = document.getElementById("bulk-reject");
 const picked = new Set();
 
@@ -6,7 +7,7 @@ function show() {
   const here = new Set([...document.querySelectorAll("[data-pick]")].map((box) => box.dataset.pick));
   for (const uid of picked) if (!here.has(uid)) picked.delete(uid); // decided meanwhile
   for (const box of document.querySelectorAll("[data-pick]")) box.checked = picked.has(box.dataset.pick);
-  if (!form.dataset.busy) form.querySelector("button").textContent = `Reject ${picked.size}`;
+  if (!form.dataset.busy) form.querySelector("button").textContent = gettext("Reject %(number)s", { number: picked.size });
   form.hidden = !picked.size && form.querySelector("[role=alert]").hidden;
 }
 
@@ -34,5 +35,5 @@ export function bulkResult({ rejected, results }) {
     const name = document.querySelector(`#row-${CSS.escape(one.uid)} [data-open]`)?.textContent ?? one.uid;
     return `${name}: ${one.problem.detail}`;
   });
-  return { words: `${rejected} of ${results.length} rejected.`, failed: said.join(" ") };
+  return { words: gettext("%(rejected)s of %(all)s rejected.", { rejected, all: results.length }), failed: said.join(" ") };
 }

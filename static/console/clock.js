@@ -1,5 +1,6 @@
 // Countdowns and "3 min ago", by the server's clock, because the browser's may be wrong.
 import { announce } from "./messages.js";
+import { gettext, language } from "./words.js";
 
 let offset = 0;
 
@@ -16,7 +17,7 @@ readServerClock().catch(() => {});
 
 const serverNow = () => Date.now() + offset;
 
-const UNITS = [[86_400, "d"], [3_600, "h"], [60, "min"]];
+const UNITS = [[86_400, gettext("d")], [3_600, gettext("h")], [60, "min"]];
 function length(seconds) {
   for (const [size, unit] of UNITS) {
     if (seconds >= size) return `${Math.floor(seconds / size)} ${unit}`;
@@ -27,8 +28,10 @@ function length(seconds) {
 function ago(time) {
   const seconds = (serverNow() - time) / 1000;
   // The server's time is known to a second: a recent event must not appear to be in the future.
-  if (Math.abs(seconds) < 5) return "just now";
-  return seconds < 0 ? `in ${length(-seconds)}` : `${length(seconds)} ago`;
+  if (Math.abs(seconds) < 5) return gettext("just now");
+  return seconds < 0
+    ? gettext("in %(time)s", { time: length(-seconds) })
+    : gettext("%(time)s ago", { time: length(seconds) });
 }
 
 function setText(place, text) {
@@ -44,7 +47,7 @@ function count(place) {
   if (!place.hasAttribute("data-expires")) return;
   if (left < 60 && left > 0 && !warned.has(place.dataset.until)) {
     warned.add(place.dataset.until);
-    announce("Less than a minute is left to decide.", { urgent: true });
+    announce(gettext("Less than a minute is left to decide."), { urgent: true });
   }
   if (left === 0) document.dispatchEvent(new CustomEvent("esper:expired"));
 }
@@ -55,7 +58,7 @@ function zoned(place) {
   if (Number.isNaN(at.getTime())) return;
   place.dataset.zoned = "yes";
   const timeZone = document.documentElement.dataset.zone; // of the account; undefined: the browser's
-  const here = at.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "long", timeZone });
+  const here = at.toLocaleString(language === "en" ? "en-GB" : language, { dateStyle: "medium", timeStyle: "long", timeZone });
   place.title = `${here} · ${at.toISOString().slice(0, 19).replace("T", " ")} UTC`;
 }
 

@@ -7,13 +7,15 @@ import "./palette.js";
 import { Link } from "./link.js";
 import { tellSystem } from "./notify.js";
 import { toast } from "./messages.js";
+import { gettext } from "./words.js";
 
 const since = JSON.parse(document.getElementById("since")?.textContent ?? "{}");
 const link = new Link(since);
 
 const pill = () => document.getElementById("link-pill");
 const WORDS = {
-  connecting: "Connecting", live: "Live", reconnecting: "Reconnecting", polling: "Polling",
+  connecting: gettext("Connecting"), live: gettext("Live"), reconnecting: gettext("Reconnecting"),
+  polling: gettext("Polling"),
 };
 
 function showLink() {
@@ -21,15 +23,14 @@ function showLink() {
   const seconds = Math.floor(age / 1000);
   const clock = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
   const stale = state === "stale";
-  const word = stale ? `Stale ${clock}` : WORDS[state];
+  const word = stale ? gettext("Stale %(clock)s", { clock }) : WORDS[state];
   const place = pill();
   place.dataset.link = state;
   place.querySelector(".word").textContent = word;
   const banner = document.getElementById("stale-banner");
   banner.hidden = !stale;
   if (stale) {
-    banner.textContent = `The server cannot be reached. The data on this page is ${clock} old. `
-      + "Approving is blocked until the connection is back; you can still try to reject, pause and kill.";
+    banner.textContent = gettext("The server cannot be reached. The data on this page is %(clock)s old. Approving is blocked until the connection is back; you can still try to reject, pause and kill.", { clock });
   }
   document.body.dataset.link = state;
   document.dispatchEvent(new CustomEvent("esper:link", { detail: { state, clock } }));
@@ -45,12 +46,12 @@ link.addEventListener("message", ({ detail: message }) => {
 
 function askPerson(data) {
   const address = `/adaptations/${encodeURIComponent(data.adaptation)}`;
-  const title = `A-${data.number} waits for a person`;
+  const title = gettext("%(name)s waits for a person", { name: `A-${data.number}` });
   tellSystem({ title, body: data.title, address, tag: data.adaptation }).catch(() => {});
   if (location.pathname === address) return;
   toast({
-    text: `A-${data.number} waits for a person: ${data.title}.`,
-    link: address, linkText: "Open it", kind: "ask",
+    text: `${title}: ${data.title}.`,
+    link: address, linkText: gettext("Open it"), kind: "ask",
   });
 }
 

@@ -1,5 +1,6 @@
 // Layers over steps on a canvas: one row for each layer or block, on the axis of the loss.
 import { visible } from "./messages.js";
+import { gettext } from "./words.js";
 
 const CIVIDIS = [
   "#00224e", "#0e306f", "#35456c", "#4f576c", "#666970", "#7d7c78", "#948e77", "#b0a473", "#d0bd66", "#f3dc4d",
@@ -145,21 +146,34 @@ export class Heat {
     const [low, high] = this.range();
     this.showScale(low, high);
     if (!this.steps.length) {
-      place.textContent = "No health frame has arrived yet.";
+      place.textContent = gettext("No health frame has arrived yet.");
       return;
     }
     const latest = this.rows.map(({ name, values }) => [name, values.at(-1)]).filter(([, value]) => value !== null);
     latest.sort((a, b) => a[1] - b[1]);
     const change = this.scale.value === "change";
-    const name = `${this.signal.selectedOptions[0].textContent}${change ? ", deviation from the layer's own past" : ""}`;
-    const { short } = this;
-    place.textContent = latest.length
-      ? `Newest ${name}: lowest ${short(latest[0][1])} in ${visible(latest[0][0])}, highest ${short(latest.at(-1)[1])} in ${visible(latest.at(-1)[0])}. `
-        + `${this.rows.length} of ${this.data.layers.length} layers or blocks, steps ${short(this.steps[0])} to ${short(this.steps.at(-1))}.`
-        + (this.data.signal === "health" && !change ? " Below 0.4 is hatched." : "")
-        + (this.markers().length ? " Grafts are marked in their layer." : "")
-      : this.rows.length ? `${name} has not been measured yet.` : "No layer has this in its name.";
+    const signal = this.signal.selectedOptions[0].textContent;
+    const name = change ? gettext("%(signal)s, deviation from the layer's own past", { signal }) : signal;
+    if (!this.rows.length) place.textContent = gettext("No layer has this in its name.");
+    else if (!latest.length) place.textContent = gettext("%(name)s has not been measured yet.", { name });
+    else place.textContent = this.sentences(name, latest, change).filter(Boolean).join(" ");
     this.fillTable();
+  }
+
+  sentences(name, latest, change) {
+    const { short } = this;
+    return [
+      gettext("Newest %(name)s: lowest %(low)s in %(lowest)s, highest %(high)s in %(highest)s.", {
+        name, low: short(latest[0][1]), lowest: visible(latest[0][0]),
+        high: short(latest.at(-1)[1]), highest: visible(latest.at(-1)[0]),
+      }),
+      gettext("%(rows)s of %(layers)s layers or blocks, steps %(first)s to %(last)s.", {
+        rows: this.rows.length, layers: this.data.layers.length,
+        first: short(this.steps[0]), last: short(this.steps.at(-1)),
+      }),
+      this.data.signal === "health" && !change && gettext("Below 0.4 is hatched."),
+      this.markers().length && gettext("Grafts are marked in their layer."),
+    ];
   }
 
   showScale(low, high) {
@@ -178,8 +192,8 @@ export class Heat {
       box.setAttribute("height", 12);
       picture.append(box);
     });
-    const words = this.scale.value === "change" ? ["3 σ below", "3 σ above its past"]
-      : this.data.signal === "health" ? ["poor 0", "1 good"] : [this.short(low), this.short(high)];
+    const words = this.scale.value === "change" ? [gettext("3 σ below"), gettext("3 σ above its past")]
+      : this.data.signal === "health" ? [gettext("poor 0"), gettext("1 good")] : [this.short(low), this.short(high)];
     place.replaceChildren(words[0], picture, words[1]);
   }
 
@@ -189,7 +203,9 @@ export class Heat {
     const count = Math.min(8, this.steps.length);
     const chosen = [...Array(count).keys()].map((i) => Math.round((i * (this.steps.length - 1)) / Math.max(1, count - 1)));
     const { short, makeRow } = this;
-    table.querySelector("thead").replaceChildren(makeRow(["layer", ...chosen.map((i) => `step ${short(this.steps[i])}`)], "th"));
+    table.querySelector("thead").replaceChildren(makeRow(
+      [gettext("layer"), ...chosen.map((i) => gettext("step %(step)s", { step: short(this.steps[i]) }))], "th",
+    ));
     table.querySelector("tbody").replaceChildren(...this.rows.map(({ name, values }) => makeRow(
       [visible(name), ...chosen.map((i) => short(values[i]))],
     )));
@@ -207,8 +223,8 @@ export class Heat {
     this.onHover(left >= axis.left && left <= axis.left + axis.width ? left : null);
     this.tip.hidden = value === undefined;
     if (this.tip.hidden) return;
-    const said = value === null ? "not measured" : `${this.short(value)}${this.scale.value === "change" ? " σ" : ""}`;
-    this.tip.textContent = `${visible(this.rows[row].name)}, step ${this.short(this.steps[column])}: ${said}`;
+    const said = value === null ? gettext("not measured") : `${this.short(value)}${this.scale.value === "change" ? " σ" : ""}`;
+    this.tip.textContent = `${visible(this.rows[row].name)}, ${gettext("step %(step)s", { step: this.short(this.steps[column]) })}: ${said}`;
     this.tip.style.left = `${Math.max(0, Math.min(left + 12, box.width - 240))}px`;
     this.tip.style.top = `${(row + 1) * this.rowHeight + 4}px`;
   }

@@ -1,6 +1,7 @@
 // What happened at which step, as buttons on the axis of the charts. Those that lie together are one
 // cluster, with their number and the colour of the worst of them.
 import { visible } from "./messages.js";
+import { gettext, inWords } from "./words.js";
 
 const NEAR = 44; // pixels; a cluster with its number is about 40 wide
 const TONES = ["off", "standby", "good", "normal", "caution", "serious", "critical"];
@@ -39,7 +40,9 @@ export class Lane {
     button.dataset.row = row;
     button.dataset.lane = cluster[0].id;
     button.style.left = `${(cluster[0].x + cluster.at(-1).x) / 2}px`;
-    const words = one ? say(one) : `${cluster.length} events from step ${cluster[0].step.toLocaleString("en")} to ${cluster.at(-1).step.toLocaleString("en")}`;
+    const words = one ? say(one) : gettext("%(number)s events from step %(first)s to %(last)s", {
+      number: cluster.length, first: inWords(cluster[0].step), last: inWords(cluster.at(-1).step),
+    });
     button.title = one ? words : `${words}: ${cluster.slice(0, 6).map(({ label }) => visible(label)).join("; ")}`;
     button.setAttribute("aria-label", words);
     button.append(shape(worst.shape), one ? "" : String(cluster.length));
@@ -73,7 +76,7 @@ export class Lane {
   }
 }
 
-const say = ({ step, label, word }) => `step ${step.toLocaleString("en")}: ${visible(label)}, ${word}`;
+const say = ({ step, label, word }) => `${gettext("step %(step)s", { step: inWords(step) })}: ${visible(label)}, ${word}`;
 
 function clusters(marks) {
   const found = [];

@@ -1,6 +1,8 @@
 // A launch's log. The page contains the end of the log so far and fetches what follows it.
 // A notification starts a fetch at once; a timer fetches what a lost notification was for.
 
+import { gettext } from "./words.js";
+
 const place = document.getElementById("launch-log");
 const LONGEST = 400_000; // characters that the page keeps
 const LOOK_EVERY = 5_000;
@@ -30,7 +32,7 @@ async function fetchPages() {
     });
     if (!answer.ok) return;
     const page = await answer.json();
-    if (page.start > end && end > 0) append("… some lines are on the host only …\n");
+    if (page.start > end && end > 0) append(`… ${gettext("some lines are on the host only")} …\n`);
     if (page.text) append(page.text);
     end = page.end;
     more = page.more;

@@ -1,4 +1,5 @@
 // Short messages to the person. Text only: outside text is never parsed as HTML.
+import { gettext } from "./words.js";
 
 const STAYS = { note: 6_000, ask: 60_000 };
 
@@ -20,7 +21,7 @@ export function toast({ text, link, linkText, kind = "note" }) {
   const close = document.createElement("button");
   close.type = "button";
   close.className = "button small";
-  close.textContent = "Close";
+  close.textContent = gettext("Close");
   close.addEventListener("click", () => box.remove());
   row.append(close);
   box.append(row);

@@ -1,5 +1,6 @@
 // Tells the system of decisions that wait, while a page is open and the account wants it.
 // A service worker shows the message where it can: phones allow no other way.
+import { gettext } from "./words.js";
 export const WORKER = new URL("./notify-worker.js", import.meta.url).pathname;
 
 export const wanted = () => document.documentElement.dataset.notify === "on";
@@ -26,9 +27,9 @@ document.addEventListener("change", async (event) => {
   const box = event.target.closest?.("[data-notify]");
   if (!box?.checked) return;
   if (!("Notification" in window)) {
-    refuse(box, "This browser shows no notifications, or only over HTTPS.");
+    refuse(box, gettext("This browser shows no notifications, or only over HTTPS."));
   } else if (await Notification.requestPermission() !== "granted") {
-    refuse(box, "The browser does not allow it. Change that in its settings for this site.");
+    refuse(box, gettext("The browser does not allow it. Change that in its settings for this site."));
   }
 });
 

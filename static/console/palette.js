@@ -1,4 +1,5 @@
 // Ctrl+K: a dialog that finds runs, decisions, blueprints, pages and saved views.
+import { gettext } from "./words.js";
 const dialog = document.getElementById("palette");
 const field = document.getElementById("palette-q");
 const place = document.getElementById("palette-hits");
@@ -27,13 +28,13 @@ async function find() {
   const answer = await fetch(`/search?${query}`, { headers: { Accept: "text/html" } }).catch(() => null);
   if (mine !== asked) return; // an answer to letters that were typed over
   if (!answer?.ok) {
-    place.textContent = "The server did not answer.";
+    place.textContent = gettext("The server did not answer.");
     return;
   }
   place.innerHTML = await answer.text(); // the server's own template, which escapes
   const list = place.querySelector("ul");
   list?.setAttribute("role", "listbox");
-  list?.setAttribute("aria-label", "Places that fit");
+  list?.setAttribute("aria-label", gettext("Places that fit"));
   for (const row of place.querySelectorAll("li")) row.setAttribute("role", "presentation");
   for (const hit of hits()) {
     hit.setAttribute("role", "option");

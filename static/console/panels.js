@@ -1,6 +1,7 @@
 // A panel is refreshed when an event concerns it, at most once a second, and on a timer where a
 // value has no event. The answer is morphed in: focus, scroll position and open details stay.
 /* global htmx, Idiomorph */
+import { gettext } from "./words.js";
 
 const SHORTEST_PAUSE = 1_000;
 const refreshedAt = new WeakMap();
@@ -90,8 +91,11 @@ function offer(panel, { added, gone }) {
   for (const id of gone) document.getElementById(id).classList.add("gone");
   const button = panel.querySelector("[data-show-held]");
   if (!button) return;
-  const parts = [added && `${added} new`, gone.length && `${gone.length} decided`].filter(Boolean);
-  button.textContent = `${parts.join(", ") || "New order"} · Show`;
+  const parts = [
+    added && gettext("%(number)s new", { number: added }),
+    gone.length && gettext("%(number)s decided", { number: gone.length }),
+  ].filter(Boolean);
+  button.textContent = gettext("%(change)s · Show", { change: parts.join(", ") || gettext("New order") });
   button.hidden = false;
 }
 document.addEventListener("click", (event) => {

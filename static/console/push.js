@@ -1,13 +1,14 @@
 // Web Push: this browser is told of events also while no page of Esper is open, or none at all.
 import { WORKER } from "./notify.js";
+import { gettext } from "./words.js";
 
 // What the server needs to reach this browser: the body of a new channel, without its events.
 export async function subscribe(serverKey) {
   if (!("PushManager" in window) || !navigator.serviceWorker) {
-    throw new Error("This browser takes no pushes, or only over HTTPS.");
+    throw new Error(gettext("This browser takes no pushes, or only over HTTPS."));
   }
   if (await Notification.requestPermission() !== "granted") {
-    throw new Error("The browser does not allow notifications. Change that in its settings for this site.");
+    throw new Error(gettext("The browser does not allow notifications. Change that in its settings for this site."));
   }
   const worker = await navigator.serviceWorker.register(WORKER);
   // A subscription of another account or of an older key of the server ends here.
@@ -15,7 +16,7 @@ export async function subscribe(serverKey) {
   await active(worker);
   const options = { userVisibleOnly: true, applicationServerKey: serverKey };
   const made = await worker.pushManager.subscribe(options).catch((error) => {
-    throw new Error(`The browser's push service refused: ${error.message}`);
+    throw new Error(gettext("The browser's push service refused: %(why)s", { why: error.message }));
   });
   const { endpoint, keys } = made.toJSON();
   return { target: endpoint, keys: { p256dh: keys.p256dh, auth: keys.auth } };

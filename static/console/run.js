@@ -3,6 +3,7 @@
 /* global uPlot */
 import { Heat } from "./heat.js";
 import { Lane } from "./lane.js";
+import { gettext, inWords, ngettext } from "./words.js";
 
 const POINTS = 900;
 const lossPanel = document.getElementById("loss");
@@ -23,7 +24,7 @@ const css = (name) => {
   probe.remove();
   return color;
 };
-const short = (value) => (value === null || value === undefined ? "—" : Number(value.toPrecision(4)).toLocaleString("en"));
+const short = (value) => (value === null || value === undefined ? "—" : inWords(Number(value.toPrecision(4))));
 const readMarkers = () => JSON.parse(document.getElementById("markers").textContent);
 
 // --- loss -----------------------------------------------------------------------------------------
@@ -123,14 +124,14 @@ function makeChart(data) {
     width: place.clientWidth, height: 260, padding: [8, 12, 0, 0],
     cursor: { drag: { x: true, y: false } }, legend: { live: true },
     scales: { x: { time: false }, y: { distr: logScale ? 3 : 1 } },
-    axes: [{ ...axis, values: (_, ticks) => ticks.map((tick) => tick.toLocaleString("en")) }, { ...axis, size: gutter() }],
+    axes: [{ ...axis, values: (_, ticks) => ticks.map((tick) => inWords(tick)) }, { ...axis, size: gutter() }],
     series: [
-      { label: "step", value: (_, step) => (step === null ? "—" : step.toLocaleString("en")) },
-      { ...band, label: "lowest", value },
-      { ...band, label: "highest", value },
-      { label: "training loss", stroke: smoothing ? soft(blue) : blue, width: 1.4, points: { show: false }, spanGaps: true, value },
-      { label: `average ${smoothing || ""}`, show: Boolean(smoothing), stroke: blue, width: 2, points: { show: false }, spanGaps: true, value },
-      ...(heldOutName ? [{ label: `held-out (${heldOutName})`, stroke: orange, width: 1.8, dash: [6, 3],
+      { label: gettext("step"), value: (_, step) => (step === null ? "—" : inWords(step)) },
+      { ...band, label: gettext("lowest"), value },
+      { ...band, label: gettext("highest"), value },
+      { label: gettext("training loss"), stroke: smoothing ? soft(blue) : blue, width: 1.4, points: { show: false }, spanGaps: true, value },
+      { label: gettext("average %(weight)s", { weight: smoothing ? inWords(smoothing) : "" }), show: Boolean(smoothing), stroke: blue, width: 2, points: { show: false }, spanGaps: true, value },
+      ...(heldOutName ? [{ label: gettext("held-out (%(name)s)", { name: heldOutName }), stroke: orange, width: 1.8, dash: [6, 3],
         points: { show: heldOut.step.length < 60, size: 5, fill: orange }, spanGaps: true, value }] : []),
     ],
     bands: [{ series: [2, 1], fill: soft(blue).replace("0.35", "0.16") }],
@@ -177,20 +178,32 @@ function describeLoss() {
   const place = document.getElementById("loss-summary");
   const { step, mean, bad } = series;
   if (!step.length) {
-    place.textContent = "No loss has been reported yet.";
+    place.textContent = gettext("No loss has been reported yet.");
     return;
   }
   const known = mean.filter((value) => value !== null);
   const grafts = markers.filter(({ kind }) => kind === "adaptation").length;
   const others = markers.length - grafts;
-  place.textContent = `From ${short(known[0])} at step ${short(step[0])} to ${short(known.at(-1))} at step ${short(step.at(-1))}; `
-    + `lowest ${short(Math.min(...known))}. `
-    + (heldOut.step.length ? `Held-out loss ${short(heldOut.mean.at(-1))} at step ${short(heldOut.step.at(-1))}. ` : "")
-    + `${grafts === 0 ? "No graft is" : grafts === 1 ? "1 graft is" : `${grafts} grafts are`} marked`
-    + (others ? `, and ${others} finding${others === 1 ? "" : "s"} or remedies.` : ".")
-    + (bad.length ? ` The loss was not finite ${bad.length} times, last at step ${short(bad.at(-1).step)}.` : "")
-    + (series.width > 1 ? ` Each point stands for ${short(series.width)} steps.` : "")
-    + " Drag to zoom, double click to go back.";
+  const marked = grafts
+    ? ngettext("%(counter)s graft is marked", "%(counter)s grafts are marked", grafts)
+    : gettext("No graft is marked");
+  const more = others
+    && ngettext("and %(counter)s finding or remedies", "and %(counter)s findings or remedies", others);
+  place.textContent = [
+    gettext("From %(first)s at step %(from)s to %(last)s at step %(to)s; lowest %(lowest)s.", {
+      first: short(known[0]), from: short(step[0]), last: short(known.at(-1)), to: short(step.at(-1)),
+      lowest: short(Math.min(...known)),
+    }),
+    heldOut.step.length && gettext("Held-out loss %(loss)s at step %(step)s.", {
+      loss: short(heldOut.mean.at(-1)), step: short(heldOut.step.at(-1)),
+    }),
+    more ? `${marked}, ${more}.` : `${marked}.`,
+    bad.length && gettext("The loss was not finite %(times)s times, last at step %(step)s.", {
+      times: bad.length, step: short(bad.at(-1).step),
+    }),
+    series.width > 1 && gettext("Each point stands for %(steps)s steps.", { steps: short(series.width) }),
+    gettext("Drag to zoom, double click to go back."),
+  ].filter(Boolean).join(" ");
   fillLossTable();
 }
 
@@ -261,16 +274,16 @@ function hover(left) {
 // --- updates --------------------------------------------------------------------------------------
 
 const showProblem = (id, what) => () => {
-  document.getElementById(id).textContent = `${what} could not be loaded. The page tries again.`;
+  document.getElementById(id).textContent = gettext("%(what)s could not be loaded. The page tries again.", { what });
 };
-const updateLoss = () => readLoss().catch(showProblem("loss-summary", "The loss"));
-const updateHeat = () => heat.read().catch(showProblem("heat-summary", "The health frames"));
+const updateLoss = () => readLoss().catch(showProblem("loss-summary", gettext("The loss")));
+const updateHeat = () => heat.read().catch(showProblem("heat-summary", gettext("The health frames")));
 
 document.addEventListener("esper:event", ({ detail: { type, topic, data } }) => {
   if (topic !== `run:${run}`) return;
   if (type === "run.progress") showProgress(data);
   // A resumed trainer went back to its checkpoint: the values after it are no longer valid.
-  if (type === "run.resumed") readLossAgain().catch(showProblem("loss-summary", "The loss"));
+  if (type === "run.resumed") readLossAgain().catch(showProblem("loss-summary", gettext("The loss")));
 });
 // The markers come with the timeline, which is fetched again when something happens.
 document.addEventListener("htmx:afterSwap", ({ detail: { target } }) => {
@@ -287,10 +300,10 @@ function showProgress({ step, loss }) {
     if (place) place.textContent = text;
   };
   if (typeof step === "number") {
-    set("step", step.toLocaleString("en"));
+    set("step", inWords(step));
     const bar = document.querySelector("[data-live-progress]");
     if (bar) bar.value = step;
-    if (held) document.getElementById("held").textContent = `paused at step ${short(heldAt)}, ${short(step - heldAt)} new steps`;
+    if (held) document.getElementById("held").textContent = gettext("paused at step %(step)s, %(new)s new steps", { step: short(heldAt), new: short(step - heldAt) });
   }
   if (loss !== null && loss !== undefined) set("loss", typeof loss === "number" ? short(loss) : loss);
 }
@@ -299,8 +312,8 @@ document.getElementById("hold").addEventListener("click", ({ currentTarget: butt
   held = !held;
   heldAt = series.step.at(-1) ?? 0;
   button.setAttribute("aria-pressed", String(held));
-  button.textContent = held ? "Resume updates" : "Pause updates";
-  document.getElementById("held").textContent = held ? `paused at step ${short(heldAt)}` : "";
+  button.textContent = held ? gettext("Resume updates") : gettext("Pause updates");
+  document.getElementById("held").textContent = held ? gettext("paused at step %(step)s", { step: short(heldAt) }) : "";
   if (!held) updateLoss();
 });
 document.getElementById("scale").addEventListener("click", ({ currentTarget: button }) => {

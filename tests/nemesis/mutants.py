@@ -25,7 +25,9 @@ import pytest
 from hosts.paths import ROOT
 from tests.nemesis.page import read_section, write_section
 
-COPIED = ("apps", "esper", "esper_web", "hosts", "launcher", "templates", "tests", "static")
+COPIED = (
+    *("apps", "esper", "esper_web", "hosts", "launcher", "templates", "locale", "tests", "static"),
+)
 PRELOADED = (
     *("torch", "numpy", "django", "rest_framework", "drf_spectacular", "celery", "channels"),
     *("httpx", "uvicorn", "redis", "websockets", "msgspec"),

@@ -10,7 +10,10 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-FOLDERS = ("apps", "esper_web", "launcher", "hosts", "templates", "static", "recipes", "examples")
+FOLDERS = (
+    *("apps", "esper_web", "launcher", "hosts", "templates", "locale", "static", "recipes"),
+    "examples",
+)
 PACKAGE = "esper_control_server"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.console.panels import render_page
 from apps.console.request import page
@@ -11,5 +12,5 @@ from apps.console.request import page
 @page
 def accessibility(request: HttpRequest) -> HttpResponse:
     return render_page(
-        request, "console/accessibility.html", title="Statement of accessibility", panels=[]
+        request, "console/accessibility.html", title=_("Statement of accessibility"), panels=[]
     )

@@ -11,6 +11,8 @@ from typing import Any
 from django.db.models import Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
 from django.utils import timezone
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_noop
 
 from apps.accounts.models import User
 from apps.adaptations import services as adaptations
@@ -20,6 +22,7 @@ from apps.audit.models import AuditEvent
 from apps.blueprints.models import KnownRemedy
 from apps.console.curves import decision_curves, expected, probation
 from apps.console.drawing import Bar, Fall, Sketch, signed_bar, sketch, waterfall
+from apps.console.language import as_written
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.kernels.selectors import speed_up_of
@@ -102,35 +105,38 @@ def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
     live = 0 if found.ended else 5
     grafted = found.graft_step is not None
     shown = [
-        part("head", "Adaptation", lambda: {"steps_ago": _steps_ago(found)}, every=live),
+        part("head", _("Adaptation"), lambda: {"steps_ago": _steps_ago(found)}, every=live),
         part(
-            "curves", "Around the question", lambda: {"curves": decision_curves(found)}, every=live
+            "curves",
+            _("Around the question"),
+            lambda: {"curves": decision_curves(found)},
+            every=live,
         ),
-        part("checks", "Checks", lambda: _checks(found)),
-        part("undo", "Undo plan", lambda: {"plan": adaptations.undo_plan(found)}, fold=pending),
-        part("progress", "Progress and history", progress, fold=pending),
-        part("acts", "Your decision", lambda: _acts(found, user), every=live),
-        part("more", MORE, lambda: _more(found, user) if pending else {}, fold=True),
+        part("checks", _("Checks"), lambda: _checks(found)),
+        part("undo", _("Undo plan"), lambda: {"plan": adaptations.undo_plan(found)}, fold=pending),
+        part("progress", _("Progress and history"), progress, fold=pending),
+        part("acts", _("Your decision"), lambda: _acts(found, user), every=live),
+        part("more", _(MORE), lambda: _more(found, user) if pending else {}, fold=True),
         # Also while it waits: an open page shows what comes of it without being loaded again.
-        part("outcome", "Outcome", lambda: _outcome(found), fold=pending),
+        part("outcome", _("Outcome"), lambda: _outcome(found), fold=pending),
     ]
     if found.remedy:
-        title = "What was found" if found.found else "Why it was asked for"
+        title = _("What was found") if found.found else _("Why it was asked for")
         return [
             *shown,
             part("why", title, lambda: _finding_of(found), every=live, template="finding"),
-            part("change", "What will change", lambda: _remedy_of(found), template="remedy"),
+            part("change", _("What will change"), lambda: _remedy_of(found), template="remedy"),
         ]
     shown += [
-        part("why", "Why it was proposed", lambda: reasons_context(found.reasons)),
-        part("change", "What will change", change),
-        part("evidence", "Evidence: at proposal and now", evidence, every=live),
-        part("forecast", "If approved, if rejected", lambda: {"expected": expected(found)}),
-        part("shadow", "In shadow", lambda: shadow_context(found, user), every=live),
-        part("whynot", "Why not another blueprint", lambda: rivals(found), fold=pending),
+        part("why", _("Why it was proposed"), lambda: reasons_context(found.reasons)),
+        part("change", _("What will change"), change),
+        part("evidence", _("Evidence: at proposal and now"), evidence, every=live),
+        part("forecast", _("If approved, if rejected"), lambda: {"expected": expected(found)}),
+        part("shadow", _("In shadow"), lambda: shadow_context(found, user), every=live),
+        part("whynot", _("Why not another blueprint"), lambda: rivals(found), fold=pending),
     ]
     if grafted:
-        shown.append(part("probation", "Probation", lambda: _probation(found), every=live))
+        shown.append(part("probation", _("Probation"), lambda: _probation(found), every=live))
     return shown
 
 
@@ -146,22 +152,32 @@ def shadow_context(found: Adaptation, user: User) -> dict[str, Any]:
     }
 
 
+def signed_percent(share: float) -> str:
+    return as_written(f"{share:+.2%}")
+
+
 def told_by(trial: ShadowTrial, smallest: float) -> tuple[str, str]:
     """What a trial has shown, in two parts: the answer and the numbers; empty before its end."""
     if trial.state != "done":
         return "", ""
-    gain = "unknown" if trial.gain is None else f"{trial.gain:+.2%}"
+    gain = _("unknown") if trial.gain is None else signed_percent(trial.gain)
     if trial.low is None or trial.high is None:
-        return "Nothing is shown:", f"gain of the held-out loss {gain}, too few looks to bound it"
-    answer = "Nothing is shown:"
+        return _("Nothing is shown:"), _(
+            "gain of the held-out loss %(gain)s, too few looks to bound it"
+        ) % {"gain": gain}
+    answer = _("Nothing is shown:")
     if trial.low > smallest:
-        answer = "It helps:"
+        answer = _("It helps:")
     elif trial.high < smallest:
-        answer = "It does not help:"
-    return answer, f"gain of the held-out loss {gain} (95 %: {trial.low:+.2%} to {trial.high:+.2%})"
+        answer = _("It does not help:")
+    return answer, _("gain of the held-out loss %(gain)s (95 %%: %(low)s to %(high)s)") % {
+        "gain": gain,
+        "low": signed_percent(trial.low),
+        "high": signed_percent(trial.high),
+    }
 
 
-MORE = "Dry run, edit, assign, snooze"
+MORE = gettext_noop("Dry run, edit, assign, snooze")
 SNOOZE_MINUTES = (5, 10, 30, 60, 240)
 
 
@@ -182,7 +198,7 @@ class Setting:
     def shown(self) -> str:
         """As it is typed, without separators."""
         if isinstance(self.value, bool):
-            return "yes" if self.value else "no"
+            return _("yes") if self.value else _("no")
         return str(self.value)
 
 
@@ -499,21 +515,25 @@ class Stage:
 
 # Name of the stage, the states that end it, the states in which it is in progress.
 _STAGES: tuple[tuple[str, frozenset[AdaptationState], frozenset[AdaptationState]], ...] = (
-    ("Proposed", frozenset({_A.PROPOSED}), frozenset()),
+    (gettext_noop("Proposed"), frozenset({_A.PROPOSED}), frozenset()),
     (
-        "Decided",
+        gettext_noop("Decided"),
         frozenset({_A.APPROVED}),
         frozenset({_A.AWAITING_APPROVAL}),
     ),
     (
-        "Compiled",
+        gettext_noop("Compiled"),
         frozenset({_A.COMPILED}),
         frozenset({_A.COMPILE_QUEUED, _A.COMPILING}),
     ),
-    ("Sent", frozenset({_A.DISPATCHED}), frozenset({_A.COMPILED})),
-    ("Grafted", frozenset({_A.PROBATION}), frozenset({_A.DISPATCHED, _A.ACCEPTED, _A.IN_DOUBT})),
+    (gettext_noop("Sent"), frozenset({_A.DISPATCHED}), frozenset({_A.COMPILED})),
     (
-        "Judged",
+        gettext_noop("Grafted"),
+        frozenset({_A.PROBATION}),
+        frozenset({_A.DISPATCHED, _A.ACCEPTED, _A.IN_DOUBT}),
+    ),
+    (
+        gettext_noop("Judged"),
         frozenset({_A.KEPT, _A.ROLLED_BACK, _A.REVERTED}),
         frozenset({_A.PROBATION, _A.ROLLING_BACK}),
     ),
@@ -522,7 +542,7 @@ _STAGES: tuple[tuple[str, frozenset[AdaptationState], frozenset[AdaptationState]
 
 # Nothing is compiled.
 _REMEDY_STAGES = tuple(
-    ("Applied" if name == "Grafted" else name, ends, working)
+    (gettext_noop("Applied") if name == "Grafted" else name, ends, working)
     for name, ends, working in _STAGES
     if name != "Compiled"
 )
@@ -538,7 +558,7 @@ def stages(adaptation: Adaptation, events: Sequence[AuditEvent]) -> list[Stage]:
     for name, ends, working in _REMEDY_STAGES if adaptation.remedy else _STAGES:
         at = next((reached[state] for state in sorted(ends) if state in reached), None)
         took = (at - before).total_seconds() * 1000 if at and before else None
-        rows.append(Stage(name, _progress(adaptation, at, working, rows), at, took))
+        rows.append(Stage(_(name), _progress(adaptation, at, working, rows), at, took))
         before = at or before
     return rows
 

@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 from django.core.cache import cache
 from django.core.paginator import Page, Paginator
 from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.audit.models import AuditEvent
 from apps.audit.selectors import FILTERS
@@ -55,10 +56,10 @@ def audit(request: HttpRequest) -> HttpResponse:
         return {"page": audit_events(chosen, page_number(request))}
 
     panels = [
-        Panel("list", "Audit log", "console/audit/list.html", rows),
+        Panel("list", _("Audit log"), "console/audit/list.html", rows),
         Panel(
             "chain",
-            "Verification",
+            _("Verification"),
             "console/audit/chain.html",
             lambda: {"report": _report() if request.GET.get("verify") == "1" else None},
         ),
@@ -66,7 +67,7 @@ def audit(request: HttpRequest) -> HttpResponse:
     return render_page(
         request,
         "console/audit.html",
-        title="Audit",
+        title=_("Audit"),
         panels=panels,
         chosen=chosen,
         whole=lambda: {"projects": project_choices(person(request))},

@@ -6,12 +6,14 @@ from typing import Any
 
 from django.db.models import Avg, Count, Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
 from apps.adaptations import services as adaptations
 from apps.adaptations.models import Adaptation
 from apps.blueprints.models import Blueprint, Variant
+from apps.console.language import as_written
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.kernels.models import Kernel
@@ -26,7 +28,7 @@ def blueprints(request: HttpRequest) -> HttpResponse:
     panels = [
         Panel(
             "list",
-            "Blueprints",
+            _("Blueprints"),
             "console/blueprints/list.html",
             lambda: {"rows": list(catalogue())},
             ("blueprint", "adaptation"),
@@ -35,9 +37,9 @@ def blueprints(request: HttpRequest) -> HttpResponse:
     return render_page(
         request,
         "console/simple.html",
-        title="Blueprints",
+        title=_("Blueprints"),
         panels=panels,
-        intro="Templates for modules that Esper can add to a layer of a model.",
+        intro=_("Templates for modules that Esper can add to a layer of a model."),
     )
 
 
@@ -58,10 +60,10 @@ def blueprint(request: HttpRequest, slug: str) -> HttpResponse:
             lambda: {"may_switch": may(person(request), Act.SWITCH_BLUEPRINT)},
             ("blueprint",),
         ),
-        Panel("uses", "Uses", "console/blueprints/uses.html", uses, ("adaptation",)),
+        Panel("uses", _("Uses"), "console/blueprints/uses.html", uses, ("adaptation",)),
         Panel(
             "variants",
-            "Variants",
+            _("Variants"),
             "console/blueprints/variants.html",
             lambda: {"variants": variant_rows(found, person(request))},
             ("blueprint", "adaptation"),
@@ -102,7 +104,9 @@ def _variant_row(variant: Variant, user: User) -> dict[str, Any]:
     known = variant.expected is not None and variant.error is not None
     return {
         "variant": variant,
-        "expected": f"{variant.expected:+.1%} ± {variant.error:.1%}" if known else "unknown",
+        "expected": as_written(f"{variant.expected:+.1%} ± {variant.error:.1%}")
+        if known
+        else _("unknown"),
         "grafts": grafts,
         "seen": seen,
         "unseen": unseen,

@@ -8,6 +8,7 @@ from typing import Any
 
 from django.db.models import Count, Min, Q, Sum
 from django.http import Http404, HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.adaptations.models import Adaptation
 from apps.console.panels import Panel, render_page
@@ -38,11 +39,11 @@ def compare(request: HttpRequest) -> HttpResponse:
             "missing": missing_layers(*both),
         }
 
-    panels = [Panel("both", "Side by side", "console/compare/both.html", parts)] if both else []
+    panels = [Panel("both", _("Side by side"), "console/compare/both.html", parts)] if both else []
     return render_page(
         request,
         "console/compare.html",
-        title="Compare runs",
+        title=_("Compare runs"),
         panels=panels,
         first=first,
         second=second,
@@ -132,15 +133,15 @@ def _numbers(run: Run) -> dict[str, Any]:
     step_ms = Metric.objects.filter(run=run, name="step_ms").order_by("-step").first()
     return {
         "steps": run.step,
-        "newest loss": run.last_loss,
-        "lowest loss": losses["lowest"],
-        "time of a step, ms": step_ms.value if step_ms else None,
-        "parameters at the start": run.model_parameters,
-        "parameters of grafts in the model": counts["added"] or 0,
-        "adaptations kept": counts["kept"],
-        "adaptations taken out": counts["taken"],
-        "proposals refused or expired": counts["refused"],
-        "adaptations in progress": counts["open"],
+        _("newest loss"): run.last_loss,
+        _("lowest loss"): losses["lowest"],
+        _("time of a step, ms"): step_ms.value if step_ms else None,
+        _("parameters at the start"): run.model_parameters,
+        _("parameters of grafts in the model"): counts["added"] or 0,
+        _("adaptations kept"): counts["kept"],
+        _("adaptations taken out"): counts["taken"],
+        _("proposals refused or expired"): counts["refused"],
+        _("adaptations in progress"): counts["open"],
     }
 
 

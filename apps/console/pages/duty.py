@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.accounts.models import User
 from apps.accounts.policy import ALLOWED, Act, may
@@ -28,5 +29,5 @@ def duty(request: HttpRequest) -> HttpResponse:
             "people": approvers.order_by("username") if manages else (),
         }
 
-    panels = [Panel("shifts", "Shifts", "console/duty/shifts.html", shifts, every=60)]
-    return render_page(request, "console/duty.html", title="Duty", panels=panels)
+    panels = [Panel("shifts", _("Shifts"), "console/duty/shifts.html", shifts, every=60)]
+    return render_page(request, "console/duty.html", title=_("Duty"), panels=panels)

@@ -9,6 +9,7 @@ from typing import Any
 from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
+from django.utils.translation import gettext as _
 
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
@@ -64,18 +65,18 @@ def inbox(request: HttpRequest) -> HttpResponse:
     panels = [
         Panel(
             "tabs",
-            "Filters",
+            _("Filters"),
             "console/inbox/tabs.html",
             lambda: {"counts": tab_counts(user), "tabs": list(InboxTab)},
             ("adaptation",),
             every=30,
         ),
-        Panel("list", "Inbox", "console/inbox/list.html", rows, ("adaptation",), every=30),
+        Panel("list", _("Inbox"), "console/inbox/list.html", rows, ("adaptation",), every=30),
     ]
     return render_page(
         request,
         "console/inbox.html",
-        title="Inbox",
+        title=_("Inbox"),
         panels=panels,
         chosen=chosen,
         picks=may(user, Act.REJECT).allowed and chosen.tab in LIVE_TABS,

@@ -9,6 +9,7 @@ from typing import Any
 
 from django.db.models import Prefetch, QuerySet
 from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
@@ -81,7 +82,7 @@ def incidents_page(request: HttpRequest) -> HttpResponse:
     panels = [
         Panel(
             "list",
-            "Incidents",
+            _("Incidents"),
             "console/incidents/list.html",
             shown,
             ("violation", "adaptation"),
@@ -91,7 +92,7 @@ def incidents_page(request: HttpRequest) -> HttpResponse:
     return render_page(
         request,
         "console/incidents.html",
-        title="Incidents",
+        title=_("Incidents"),
         panels=panels,
         chosen=chosen,
         severities=list(Severity),

@@ -8,6 +8,7 @@ from typing import Any
 
 from django.db.models import Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation
@@ -38,26 +39,26 @@ def kernel(request: HttpRequest, digest: str) -> HttpResponse:
         return {"kernel": fresh, "why_not_evict": why, "may_manage": may_manage}
 
     panels = [
-        part("kept", "In the cache", kept, "kernel", "job", "adaptation"),
-        part("about", "About this kernel", lambda: {"times": stage_times(found)}),
-        part("costs", "Forecast and measured", lambda: {"costs": costs(found)}),
-        part("certificate", "Certificate", lambda: {"certificate": found.certificate}),
+        part("kept", _("In the cache"), kept, "kernel", "job", "adaptation"),
+        part("about", _("About this kernel"), lambda: {"times": stage_times(found)}),
+        part("costs", _("Forecast and measured"), lambda: {"costs": costs(found)}),
+        part("certificate", _("Certificate"), lambda: {"certificate": found.certificate}),
         part(
             "speed_ups",
-            "Compiled kernels",
+            _("Compiled kernels"),
             lambda: {"rows": speed_ups_of(found)},
             "kernel",
         ),
         part(
             "users",
-            "Adaptations that used this kernel",
+            _("Adaptations that used this kernel"),
             lambda: {"users": users_of(found)},
             "adaptation",
             "job",
         ),
         Panel(
             "builds",
-            "Builds",
+            _("Builds"),
             "console/jobs/ended.html",
             lambda: {"jobs": jobs_of(found)},
             ("job",),
@@ -99,11 +100,11 @@ class Cost:
 def costs(kernel: Kernel) -> list[Cost]:
     """Forecast and measured costs."""
     return [
-        Cost("forward, as certified", "ms", kernel.forecast_latency_ms, kernel.latency_ms),
-        Cost("forward pass", "ms", None, kernel.forward_p50_ms, kernel.forward_p95_ms),
-        Cost("backward pass", "ms", None, kernel.backward_p50_ms, kernel.backward_p95_ms),
-        Cost("memory, as certified", "MiB", kernel.forecast_memory_mib, kernel.memory_mib),
-        Cost("most memory at once", "MiB", None, kernel.peak_memory_mib),
+        Cost(_("forward, as certified"), "ms", kernel.forecast_latency_ms, kernel.latency_ms),
+        Cost(_("forward pass"), "ms", None, kernel.forward_p50_ms, kernel.forward_p95_ms),
+        Cost(_("backward pass"), "ms", None, kernel.backward_p50_ms, kernel.backward_p95_ms),
+        Cost(_("memory, as certified"), "MiB", kernel.forecast_memory_mib, kernel.memory_mib),
+        Cost(_("most memory at once"), "MiB", None, kernel.peak_memory_mib),
     ]
 
 
@@ -141,9 +142,9 @@ def _trials(kernel: Kernel) -> QuerySet[SpeedUp]:
 def why_not_evictable(kernel: Kernel) -> str:
     """Why the kernel cannot be evicted; empty when it can."""
     if kernel.evicted_at is not None:
-        return "Its files are no longer in the cache."
+        return _("Its files are no longer in the cache.")
     if kernel.pinned_by:
-        return "It is pinned: unpin it before you evict it."
+        return _("It is pinned: unpin it before you evict it.")
     if evictable().filter(pk=kernel.pk).exists():
         return ""
-    return "It is in use: an adaptation that has not ended, or a pending command, needs it."
+    return _("It is in use: an adaptation that has not ended, or a pending command, needs it.")

@@ -9,6 +9,7 @@ from typing import Any
 from django.core.paginator import Page, Paginator
 from django.db.models import Max
 from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.accounts.policy import Act, may
 from apps.audit.models import AuditEvent
@@ -41,13 +42,13 @@ def kernels(request: HttpRequest) -> HttpResponse:
 
     events = ("job", "kernel")
     panels = [
-        Panel("cache", "Cache", "console/kernels/cache.html", cache, events, every=15),
-        Panel("kernels", "Kernels", "console/kernels/kernels.html", rows, events),
+        Panel("cache", _("Cache"), "console/kernels/cache.html", cache, events, every=15),
+        Panel("kernels", _("Kernels"), "console/kernels/kernels.html", rows, events),
     ]
     return render_page(
         request,
         "console/kernels.html",
-        title="Kernels",
+        title=_("Kernels"),
         panels=panels,
         chosen=chosen,
         whole=kernel_choices,

@@ -11,6 +11,8 @@ from django.db.models import Count, Q
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, QueryDict
 from django.shortcuts import redirect
 from django.urls import reverse
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_noop
 from django.views.decorators.http import require_POST
 
 from apps.accounts.models import DEFAULT_PROJECT, ApiToken, SecondFactor, User
@@ -25,6 +27,7 @@ from apps.accounts.preferences import (
 )
 from apps.accounts.projects import projects_of
 from apps.accounts.sessions import sessions_of
+from apps.console.language import in_words
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.notifications.models import Channel, ChannelKind
@@ -33,10 +36,12 @@ from apps.rest.problems import Problem
 from esper.contracts import TokenScope
 
 _TOKEN_SCOPES = {
-    TokenScope.RUNS_CREATE: "attach trainers: register runs and send their telemetry",
-    TokenScope.READ: "read everything that you may read",
-    TokenScope.PROPOSE: "ask for remedies, which wait for a person; for assistants (esper mcp)",
-    TokenScope.ACT: "do everything that you may do",
+    TokenScope.RUNS_CREATE: gettext_noop("attach trainers: register runs and send their telemetry"),
+    TokenScope.READ: gettext_noop("read everything that you may read"),
+    TokenScope.PROPOSE: gettext_noop(
+        "ask for remedies, which wait for a person; for assistants (esper mcp)"
+    ),
+    TokenScope.ACT: gettext_noop("do everything that you may do"),
 }
 
 
@@ -44,20 +49,22 @@ _TOKEN_SCOPES = {
 def me(request: HttpRequest) -> HttpResponse:
     user = person(request)
     panels = [
-        Panel("settings", "Settings", "console/me/settings.html", lambda: settings_context(user)),
+        Panel(
+            "settings", _("Settings"), "console/me/settings.html", lambda: settings_context(user)
+        ),
         Panel(
             "channels",
-            "Where you are told of events",
+            _("Where you are told of events"),
             "console/me/channels.html",
             lambda: channels_context(user),
         ),
         Panel(
             "tokens",
-            "Tokens",
+            _("Tokens"),
             "console/me/tokens.html",
             lambda: {
                 "tokens": tokens_of(user),
-                "scopes": _TOKEN_SCOPES.items(),
+                "scopes": [(scope, _(text)) for scope, text in _TOKEN_SCOPES.items()],
                 "projects": projects_of(user).order_by("name")
                 if len(user.access.roles) > 1
                 else (),
@@ -65,24 +72,26 @@ def me(request: HttpRequest) -> HttpResponse:
         ),
         Panel(
             "second-factor",
-            "Authenticator app",
+            _("Authenticator app"),
             "console/me/second_factor.html",
             lambda: second_factor_context(user),
         ),
         Panel(
             "sessions",
-            "Where you are signed in",
+            _("Where you are signed in"),
             "console/me/sessions.html",
             lambda: {"sessions": sessions_of(user, present=request.session.session_key or "")},
         ),
         Panel(
             "rights",
-            "What you may do",
+            _("What you may do"),
             "console/me/rights.html",
             lambda: {"rights": rights(user)},
         ),
     ]
-    return render_page(request, "console/simple.html", title="Account and settings", panels=panels)
+    return render_page(
+        request, "console/simple.html", title=_("Account and settings"), panels=panels
+    )
 
 
 def settings_context(user: User) -> dict[str, Any]:
@@ -114,11 +123,12 @@ def channels_context(user: User) -> dict[str, Any]:
 @login_required
 @require_POST
 def save_my_settings(request: HttpRequest) -> HttpResponse:
-    """The form of the settings; this browser's own choice of a theme ends with it."""
+    """The form of the settings; this browser's own theme and language end with it."""
     given = request.POST
     try:
         save_settings(
             person(request),
+            language=given.get("language", ""),
             zone=given.get("zone", ""),
             theme=given.get("theme", ""),
             density=given.get("density", ""),
@@ -128,7 +138,8 @@ def save_my_settings(request: HttpRequest) -> HttpResponse:
     except Problem as problem:
         return HttpResponse(problem.detail, status=problem.status, content_type="text/plain")
     answer = redirect(f"{reverse('console:me')}?saved=1#panel-settings")
-    answer.delete_cookie("theme")
+    for own in ("theme", settings.LANGUAGE_COOKIE_NAME):
+        answer.delete_cookie(own)
     return answer
 
 
@@ -181,10 +192,12 @@ class _OwnRun:
 def _right(user: User, act: Act) -> Right:
     anywhere, own = may(user, act), may(user, act, of=_OwnRun(user.pk))
     if anywhere.allowed:
-        return Right(IN_WORDS[act], True, "" if own.allowed else "in the runs of others")
+        return Right(
+            in_words(IN_WORDS[act]), True, "" if own.allowed else _("in the runs of others")
+        )
     if own.allowed:
-        return Right(IN_WORDS[act], True, "in your own runs")
-    return Right(IN_WORDS[act], False, anywhere.why)
+        return Right(in_words(IN_WORDS[act]), True, _("in your own runs"))
+    return Right(in_words(IN_WORDS[act]), False, anywhere.why)
 
 
 def tokens_of(user: User) -> list[ApiToken]:

@@ -10,6 +10,7 @@ from typing import Any
 from django.db.models import Count, Min, Q
 from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
+from django.utils.translation import gettext as _
 
 from apps.accounts.models import User
 from apps.adaptations.models import Adaptation, Plan
@@ -42,7 +43,7 @@ def overview(request: HttpRequest) -> HttpResponse:
     panels = [
         Panel(
             "attention",
-            "Needs a person",
+            _("Needs a person"),
             "console/overview/attention.html",
             lambda: {"attention": attention(person(request)), "on_duty": on_duty()},
             events,
@@ -50,7 +51,7 @@ def overview(request: HttpRequest) -> HttpResponse:
         ),
         Panel(
             "runs",
-            "Runs",
+            _("Runs"),
             "console/overview/runs.html",
             recent,
             events,
@@ -58,14 +59,14 @@ def overview(request: HttpRequest) -> HttpResponse:
         ),
         Panel(
             "system",
-            "System, last 24 hours",
+            _("System, last 24 hours"),
             "console/overview/system.html",
             lambda: {"system": system_health()},
             ("adaptation", "job"),
             every=10,
         ),
     ]
-    return render_page(request, "console/overview.html", title="Overview", panels=panels)
+    return render_page(request, "console/overview.html", title=_("Overview"), panels=panels)
 
 
 @dataclass(frozen=True, slots=True)

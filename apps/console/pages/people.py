@@ -7,6 +7,7 @@ from typing import Any
 from django.core.exceptions import PermissionDenied
 from django.db.models import Count, Q
 from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.accounts.models import User, accesses_of
 from apps.accounts.policy import Act, may
@@ -20,8 +21,8 @@ def people(request: HttpRequest) -> HttpResponse:
     permission = may(person(request), Act.MANAGE_PEOPLE)
     if not permission.allowed:
         raise PermissionDenied(permission.why)
-    panels = [Panel("people", "People", "console/people/list.html", people_context)]
-    return render_page(request, "console/simple.html", title="People", panels=panels)
+    panels = [Panel("people", _("People"), "console/people/list.html", people_context)]
+    return render_page(request, "console/simple.html", title=_("People"), panels=panels)
 
 
 def people_context() -> dict[str, Any]:

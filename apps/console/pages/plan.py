@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.http import Http404, HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.accounts.models import User
 from apps.adaptations import services as adaptations
@@ -42,12 +43,14 @@ def _panels(user: User, found: Plan) -> list[Panel]:
         return Panel(name, title, f"console/plan/{name}.html", lambda: data, events, every)
 
     return [
-        part("head", "Plan", {"members": members, "verdict": verdict(found, members)}),
-        part("members", "Changes, in their order", {"members": members, "total": total(members)}),
-        part("reasons", "Why this plan", {}),
-        part("undo", "How it is undone", {"lines": adaptations.plan_undo_text(found)}),
-        part("history", "History", {"events": history(found)}),
-        part("acts", "Your decision", acts(found, user)),
+        part("head", _("Plan"), {"members": members, "verdict": verdict(found, members)}),
+        part(
+            "members", _("Changes, in their order"), {"members": members, "total": total(members)}
+        ),
+        part("reasons", _("Why this plan"), {}),
+        part("undo", _("How it is undone"), {"lines": adaptations.plan_undo_text(found)}),
+        part("history", _("History"), {"events": history(found)}),
+        part("acts", _("Your decision"), acts(found, user)),
     ]
 
 
@@ -56,16 +59,16 @@ def verdict(found: Plan, members: list[Adaptation]) -> str:
     kept = sum(member.state == AdaptationState.KEPT for member in members)
     match PlanState(found.state):
         case PlanState.APPLIED:
-            return (
-                f"open; {kept} of {len(members)} changes have passed their tests. All must, "
+            return _(
+                "open; %(kept)s of %(all)s changes have passed their tests. All must, "
                 "otherwise all are taken out."
-            )
+            ) % {"kept": kept, "all": len(members)}
         case PlanState.SETTLED:
-            return "kept."
+            return _("kept.")
         case PlanState.TAKING_BACK | PlanState.TAKEN_BACK:
-            return "taken back."
+            return _("taken back.")
         case PlanState.INCOMPLETE:
-            return "taken back, but not all of it could be taken out."
+            return _("taken back, but not all of it could be taken out.")
         case _:
             return ""
 

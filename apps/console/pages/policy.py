@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_noop
 
 from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
 from apps.adaptations.selectors import closed_confidences, policy_standing
 from apps.console.drawing import confidence_band
+from apps.console.language import in_words
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.policies.models import PolicyState, PolicyVersion, Scope
@@ -39,38 +42,38 @@ def policy(request: HttpRequest) -> HttpResponse:
         }
 
     panels = [
-        Panel("current", "In force", "console/policy/current.html", current, ("policy",)),
+        Panel("current", _("In force"), "console/policy/current.html", current, ("policy",)),
         Panel(
             "calibration",
-            "Whether confidence is right",
+            _("Whether confidence is right"),
             "console/policy/calibration.html",
             calibration_context,
             ("policy", "adaptation"),
         ),
         Panel(
             "standing",
-            "Who decides",
+            _("Who decides"),
             "console/policy/standing.html",
             lambda: {"standing": policy_standing()},
             ("adaptation",),
         ),
         Panel(
             "drafts",
-            "Drafts",
+            _("Drafts"),
             "console/policy/drafts.html",
             lambda: {"drafts": drafts(person(request)), "may_edit": may_edit},
             ("policy",),
         ),
         Panel(
             "scopes",
-            "Projects and runs with a policy of their own",
+            _("Projects and runs with a policy of their own"),
             "console/policy/scopes.html",
             lambda: {"scopes": narrower_scopes()},
             ("policy",),
         ),
         Panel(
             "history",
-            "Versions",
+            _("Versions"),
             "console/policy/history.html",
             lambda: {"history": policy_history()},
             ("policy",),
@@ -79,9 +82,9 @@ def policy(request: HttpRequest) -> HttpResponse:
     return render_page(
         request,
         "console/simple.html",
-        title="Policy",
+        title=_("Policy"),
         panels=panels,
-        intro="Which change is approved by rule, waits for a person, or is refused.",
+        intro=_("Which change is approved by rule, waits for a person, or is refused."),
     )
 
 
@@ -140,32 +143,128 @@ class Threshold:
 
 # (group, meaning, unit). A test compares the names with the fields of SafetyPolicy.
 THRESHOLD_NOTES: Mapping[str, tuple[str, str, str]] = {
-    "confidence_refuse": ("Confidence", "refuse below", "0 to 1"),
-    "confidence_auto": ("Confidence", "approve automatically from", "0 to 1"),
-    "auto_max_risk": ("Confidence", "highest risk that is approved automatically", ""),
-    "min_cases_for_auto": ("Confidence", "ended cases before medium risk is automatic", "cases"),
-    "approvals_for_high_risk": ("Confidence", "different people who approve a high risk", "people"),
-    "cooldown_layer_steps": ("Cooldown", "pause of a layer after a graft", "steps"),
-    "cooldown_run_steps": ("Cooldown", "pause of a run after a graft", "steps"),
-    "cooldown_rollback_factor": ("Cooldown", "factor for the pause after a rollback", "×"),
-    "cooldown_refused_seconds": ("Cooldown", "pause of a layer after a refusal", "s"),
-    "max_in_flight_per_run": ("Limits", "adaptations in progress in one run", ""),
-    "max_plan_changes": ("Limits", "changes that one plan may hold; 1: no plans", ""),
-    "max_adaptations_per_day": ("Limits", "grafts in one run per day", ""),
-    "max_added_parameters_ratio": ("Limits", "added parameters, share of the model's", "×"),
-    "max_memory_mib": ("Limits", "memory of one graft", "MiB"),
-    "max_latency_ms": ("Limits", "forward time of one graft", "ms"),
-    "evidence_max_age_seconds": ("Limits", "oldest evidence that is accepted", "s"),
-    "approval_timeout_seconds": ("Time", "a person's time to decide before it expires", "s"),
-    "dispatch_timeout_seconds": ("Time", "the trainer's time to answer", "s"),
-    "maturity_steps": ("Probation", "warm-up of a new graft; nothing of it counts", "steps"),
-    "probation_steps": ("Probation", "taken out without a shown gain after", "steps"),
-    "probation_looks": ("Probation", "evaluations with and without the graft, at most", ""),
-    "probation_cost_ratio": ("Probation", "share of the time for these evaluations", "0 to 1"),
-    "min_gain_ratio": ("Probation", "smallest gain that matters, share of the loss", "0 to 1"),
-    "probation_timeout_seconds": ("Probation", "rolled back without a verdict after", "s"),
-    "max_loss_increase_ratio": ("Probation", "harmful loss increase over the forecast", "0 to 1"),
-    "error_budget_ratio": ("Limits", "error budget of a run, share of the loss", "0 to 1"),
+    "confidence_refuse": (
+        gettext_noop("Confidence"),
+        gettext_noop("refuse below"),
+        gettext_noop("0 to 1"),
+    ),
+    "confidence_auto": (
+        gettext_noop("Confidence"),
+        gettext_noop("approve automatically from"),
+        gettext_noop("0 to 1"),
+    ),
+    "auto_max_risk": (
+        gettext_noop("Confidence"),
+        gettext_noop("highest risk that is approved automatically"),
+        "",
+    ),
+    "min_cases_for_auto": (
+        gettext_noop("Confidence"),
+        gettext_noop("ended cases before medium risk is automatic"),
+        "cases",
+    ),
+    "approvals_for_high_risk": (
+        gettext_noop("Confidence"),
+        gettext_noop("different people who approve a high risk"),
+        "people",
+    ),
+    "cooldown_layer_steps": (
+        gettext_noop("Cooldown"),
+        gettext_noop("pause of a layer after a graft"),
+        gettext_noop("steps"),
+    ),
+    "cooldown_run_steps": (
+        gettext_noop("Cooldown"),
+        gettext_noop("pause of a run after a graft"),
+        gettext_noop("steps"),
+    ),
+    "cooldown_rollback_factor": (
+        gettext_noop("Cooldown"),
+        gettext_noop("factor for the pause after a rollback"),
+        "×",
+    ),
+    "cooldown_refused_seconds": (
+        gettext_noop("Cooldown"),
+        gettext_noop("pause of a layer after a refusal"),
+        "s",
+    ),
+    "max_in_flight_per_run": (
+        gettext_noop("Limits"),
+        gettext_noop("adaptations in progress in one run"),
+        "",
+    ),
+    "max_plan_changes": (
+        gettext_noop("Limits"),
+        gettext_noop("changes that one plan may hold; 1: no plans"),
+        "",
+    ),
+    "max_adaptations_per_day": (
+        gettext_noop("Limits"),
+        gettext_noop("grafts in one run per day"),
+        "",
+    ),
+    "max_added_parameters_ratio": (
+        gettext_noop("Limits"),
+        gettext_noop("added parameters, share of the model's"),
+        "×",
+    ),
+    "max_memory_mib": (gettext_noop("Limits"), gettext_noop("memory of one graft"), "MiB"),
+    "max_latency_ms": (gettext_noop("Limits"), gettext_noop("forward time of one graft"), "ms"),
+    "evidence_max_age_seconds": (
+        gettext_noop("Limits"),
+        gettext_noop("oldest evidence that is accepted"),
+        "s",
+    ),
+    "approval_timeout_seconds": (
+        gettext_noop("Time"),
+        gettext_noop("a person's time to decide before it expires"),
+        "s",
+    ),
+    "dispatch_timeout_seconds": (
+        gettext_noop("Time"),
+        gettext_noop("the trainer's time to answer"),
+        "s",
+    ),
+    "maturity_steps": (
+        gettext_noop("Probation"),
+        gettext_noop("warm-up of a new graft; nothing of it counts"),
+        gettext_noop("steps"),
+    ),
+    "probation_steps": (
+        gettext_noop("Probation"),
+        gettext_noop("taken out without a shown gain after"),
+        gettext_noop("steps"),
+    ),
+    "probation_looks": (
+        gettext_noop("Probation"),
+        gettext_noop("evaluations with and without the graft, at most"),
+        "",
+    ),
+    "probation_cost_ratio": (
+        gettext_noop("Probation"),
+        gettext_noop("share of the time for these evaluations"),
+        gettext_noop("0 to 1"),
+    ),
+    "min_gain_ratio": (
+        gettext_noop("Probation"),
+        gettext_noop("smallest gain that matters, share of the loss"),
+        gettext_noop("0 to 1"),
+    ),
+    "probation_timeout_seconds": (
+        gettext_noop("Probation"),
+        gettext_noop("rolled back without a verdict after"),
+        "s",
+    ),
+    "max_loss_increase_ratio": (
+        gettext_noop("Probation"),
+        gettext_noop("harmful loss increase over the forecast"),
+        gettext_noop("0 to 1"),
+    ),
+    "error_budget_ratio": (
+        gettext_noop("Limits"),
+        gettext_noop("error budget of a run, share of the loss"),
+        gettext_noop("0 to 1"),
+    ),
 }
 
 
@@ -179,9 +278,9 @@ def thresholds(policy: SafetyPolicy) -> list[Threshold]:
     return [
         Threshold(
             name=field.name,
-            group=THRESHOLD_NOTES[field.name][0],
-            text=THRESHOLD_NOTES[field.name][1],
-            unit=THRESHOLD_NOTES[field.name][2],
+            group=_(THRESHOLD_NOTES[field.name][0]),
+            text=_(THRESHOLD_NOTES[field.name][1]),
+            unit=in_words(THRESHOLD_NOTES[field.name][2]),
             value=values[field.name],
             kind={"int": "whole", "float": "number"}.get(str(field.type), "risk"),
         )
@@ -229,7 +328,11 @@ class Draft:
     own: bool  # the person who looks wrote it
 
 
-ANSWERS = {"alone": "approved alone", "asks": "a person is asked", "refused": "refused"}
+ANSWERS = {
+    "alone": gettext_noop("approved alone"),
+    "asks": gettext_noop("a person is asked"),
+    "refused": gettext_noop("refused"),
+}
 
 
 def drafts(viewer: User) -> list[Draft]:
@@ -258,11 +361,11 @@ def _rows(backtest: Mapping[str, Any]) -> list[BacktestRow]:
         return []
     return [
         BacktestRow(
-            text,
+            _(text),
             backtest["before"].get(answer, 0),
             backtest["after"].get(answer, 0),
             ", ".join(
-                f"{count} {end.replace('_', ' ')}"
+                f"{count} {in_words(end.replace('_', ' '))}"
                 for end, count in sorted(backtest["newly"].get(answer, {}).items())
             ),
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from django.db.models import Count
 from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.accounts.models import Membership, Project, User
 from apps.accounts.policy import Act, Permission, may
@@ -32,8 +33,8 @@ def projects(request: HttpRequest) -> HttpResponse:
             "roles": list(Role),
         }
 
-    panels = [Panel("projects", "Projects", "console/projects/list.html", build, every=60)]
-    return render_page(request, "console/simple.html", title="Projects", panels=panels)
+    panels = [Panel("projects", _("Projects"), "console/projects/list.html", build, every=60)]
+    return render_page(request, "console/simple.html", title=_("Projects"), panels=panels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.urls import reverse
 from django.utils.crypto import constant_time_compare
+from django.utils.translation import gettext as _
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 
@@ -75,15 +76,17 @@ def _arrive(request: HttpRequest) -> HttpResponse:
     trip = _trip_of(request)
     if request.GET.get("error"):
         raise SignInError(
-            403, "sign-in-refused", f"{settings.ESPER_OIDC_NAME} has not signed you in."
+            403,
+            "sign-in-refused",
+            _("%(provider)s has not signed you in.") % {"provider": settings.ESPER_OIDC_NAME},
         )
     if request.GET.get("iss", settings.ESPER_OIDC_ISSUER) != settings.ESPER_OIDC_ISSUER:
-        raise SignInError(403, "sign-in-refused", "This is the answer of another provider.")
+        raise SignInError(403, "sign-in-refused", _("This is the answer of another provider."))
     claims = claims_for(request.GET.get("code", ""), trip, _return_to(request))
     try:
         user = person_of(claims)
     except IntegrityError as error:  # the same first sign-in twice at once
-        raise SignInError(503, "busy", "Your account is being made. Sign in again.") from error
+        raise SignInError(503, "busy", _("Your account is being made. Sign in again.")) from error
     except SignInError as problem:
         note_refused_identity(claims["iss"], claims["sub"], problem.code)
         raise
@@ -97,16 +100,21 @@ def _arrive(request: HttpRequest) -> HttpResponse:
 
 def _proved_again(request: HttpRequest, user: User, at: float, address: str) -> HttpResponse:
     if request.user != user:
-        raise SignInError(403, "sign-in-refused", "That is another account than yours here.")
+        raise SignInError(403, "sign-in-refused", _("That is another account than yours here."))
     if has_second_factor(user):
-        raise SignInError(403, "sign-in-refused", "Give a code of your authenticator app instead.")
+        raise SignInError(
+            403, "sign-in-refused", _("Give a code of your authenticator app instead.")
+        )
     note_password(request.session, at)
     if not is_recent(request.session):
         raise SignInError(
             403,
             "sign-in-refused",
-            f"{settings.ESPER_OIDC_NAME} has not asked for your password again. Sign out there, or "
-            "set up an authenticator app here.",
+            _(
+                "%(provider)s has not asked for your password again. Sign out there, or "
+                "set up an authenticator app here."
+            )
+            % {"provider": settings.ESPER_OIDC_NAME},
         )
     return redirect(address)
 
@@ -122,7 +130,7 @@ def _trip_of(request: HttpRequest) -> Trip:
         raise SignInError(
             400,
             "sign-in-refused",
-            "This sign-in took too long, or was begun in another browser. Begin again.",
+            _("This sign-in took too long, or was begun in another browser. Begin again."),
         )
     return trip
 
@@ -137,5 +145,5 @@ def _require_provider() -> None:
 
 
 def _refusal(request: HttpRequest, problem: SignInError) -> HttpResponse:
-    context = {"title": "Sign in", "problem": problem.detail, "next": "/"}
+    context = {"title": _("Sign in"), "problem": problem.detail, "next": "/"}
     return render(request, "console/sign_in.html", context, status=problem.status)

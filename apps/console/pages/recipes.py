@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.http import Http404, HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.accounts.policy import Act, may
 from apps.console.panels import Panel, render_page
@@ -28,7 +29,7 @@ def recipes(request: HttpRequest) -> HttpResponse:
     panels = [
         Panel(
             "recipes",
-            "Available recipes",
+            _("Available recipes"),
             "console/recipes/list.html",
             lambda: {"rows": recipe_rows()},
             events,
@@ -36,7 +37,7 @@ def recipes(request: HttpRequest) -> HttpResponse:
         ),
         Panel(
             "launches",
-            "Launches",
+            _("Launches"),
             "console/recipes/launches.html",
             lambda: {"launches": recent_launches()},
             events,
@@ -46,9 +47,9 @@ def recipes(request: HttpRequest) -> HttpResponse:
     return render_page(
         request,
         "console/simple.html",
-        title="Recipes",
+        title=_("Recipes"),
         panels=panels,
-        intro="Trainings that this server can start, and those that it has started.",
+        intro=_("Trainings that this server can start, and those that it has started."),
     )
 
 
@@ -75,7 +76,7 @@ def recipe(request: HttpRequest, uid: str) -> HttpResponse:
         Panel("about", found.name, "console/recipes/about.html", about, ("recipe",), every=15),
         Panel(
             "launches",
-            "Launches of this recipe",
+            _("Launches of this recipe"),
             "console/recipes/launches.html",
             lambda: {"launches": recent_launches(found)},
             ("launch.changed",),
@@ -100,10 +101,12 @@ def launch(request: HttpRequest, uid: str) -> HttpResponse:
         }
 
     panels = [
-        Panel("head", "Launch", "console/recipes/launch.html", head, ("launch.changed",), every=5),
+        Panel(
+            "head", _("Launch"), "console/recipes/launch.html", head, ("launch.changed",), every=5
+        ),
         Panel(
             "log",
-            "Log",
+            _("Log"),
             "console/recipes/log.html",
             lambda: {"log": last_lines(found)},
         ),

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_noop
 
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
@@ -33,15 +35,15 @@ def report(request: HttpRequest) -> HttpResponse:
     end = timezone.now() - ago * WEEK
     begin = end - WEEK
     panels = [
-        Panel("changes", "Changes", "console/report/changes.html", lambda: changes(begin, end)),
-        Panel("people", "Who decided", "console/report/people.html", lambda: people(begin, end)),
-        Panel("runs", "Runs and findings", "console/report/runs.html", lambda: runs(begin, end)),
-        Panel("safety", "Safety acts", "console/report/safety.html", lambda: safety(begin, end)),
+        Panel("changes", _("Changes"), "console/report/changes.html", lambda: changes(begin, end)),
+        Panel("people", _("Who decided"), "console/report/people.html", lambda: people(begin, end)),
+        Panel("runs", _("Runs and findings"), "console/report/runs.html", lambda: runs(begin, end)),
+        Panel("safety", _("Safety acts"), "console/report/safety.html", lambda: safety(begin, end)),
     ]
     return render_page(
         request,
         "console/report.html",
-        title="Weekly report",
+        title=_("Weekly report"),
         panels=panels,
         begin=begin,
         end=end,
@@ -74,7 +76,14 @@ def changes(begin: datetime, end: datetime) -> dict[str, Any]:
     return {"names": most, "total": total, "columns": COLUMNS}
 
 
-COLUMNS = ("proposed", "applied", "kept", "taken out", "rejected", "expired")
+COLUMNS = (
+    gettext_noop("proposed"),
+    gettext_noop("applied"),
+    gettext_noop("kept"),
+    gettext_noop("taken out"),
+    gettext_noop("rejected"),
+    gettext_noop("expired"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +131,11 @@ class Decided(NamedTuple):
 def _name(row: Decided) -> str:
     if row.person is not None:
         return row.person
-    return f"ahead, by {row.ahead_by}" if row.ahead_by is not None else "by rule"
+    return (
+        _("ahead, by %(name)s") % {"name": row.ahead_by}
+        if row.ahead_by is not None
+        else _("by rule")
+    )
 
 
 def _most_first(one: Decider) -> tuple[int, str]:

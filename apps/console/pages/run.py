@@ -14,6 +14,7 @@ from typing import Any
 from django.db.models import OuterRef, Subquery
 from django.http import Http404, HttpRequest, HttpResponse
 from django.urls import reverse
+from django.utils.translation import gettext as _
 
 from apps.accounts.models import Project, User
 from apps.accounts.policy import Act, may
@@ -22,6 +23,7 @@ from apps.adaptations.selectors import error_budget, waiting_for_a_person
 from apps.adaptations.services import may_grant, multiplies, open_delegations, why_not_delegated
 from apps.blueprints.models import KnownRemedy
 from apps.console.drawing import shade
+from apps.console.language import in_words
 from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, person, project_choices
 from apps.console.run_rows import frame_matrix
@@ -139,10 +141,10 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
         }
 
     return [
-        Panel("ask", "Ask for a remedy", "console/run/ask.html", ask, fold=True),
+        Panel("ask", _("Ask for a remedy"), "console/run/ask.html", ask, fold=True),
         Panel(
             "delegations",
-            "Approve remedies ahead",
+            _("Approve remedies ahead"),
             "console/run/delegations.html",
             lambda: delegation_context(run, user, offered(), in_force().safety_policy()),
             ("delegation", "adaptation", "policy"),
@@ -150,7 +152,7 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
         ),
         Panel(
             "branches",
-            "Branches",
+            _("Branches"),
             "console/run/branches.html",
             branches,
             ("launch",),
@@ -158,19 +160,24 @@ def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
             fold=len(tree) < 2,
         ),
         Panel(
-            "head", "Run", "console/run/head.html", head, ("run", "switch", "adaptation"), every=5
+            "head",
+            _("Run"),
+            "console/run/head.html",
+            head,
+            ("run", "switch", "adaptation"),
+            every=5,
         ),
         Panel(
             "timeline",
-            "Events",
+            _("Events"),
             "console/run/timeline.html",
             lambda: timeline(run, changes(), shown),
             ("adaptation", "remedy", "violation", "kernel"),
         ),
-        Panel("layers", "Layers", "console/run/layers.html", layers, ("adaptation",), every=10),
+        Panel("layers", _("Layers"), "console/run/layers.html", layers, ("adaptation",), every=10),
         Panel(
             "commands",
-            "Commands to the trainer",
+            _("Commands to the trainer"),
             "console/run/commands.html",
             lambda: {"commands": commands(run)},
             ("run", "adaptation"),
@@ -398,7 +405,7 @@ def _marker(
         "layer": row.layer,
         "tone": shown.tone,
         "shape": shown.shape,
-        "word": shown.word.lower(),
+        "word": in_words(shown.word).lower(),
         **other,
     }
 
@@ -415,19 +422,23 @@ def _graft_marker(row: Adaptation) -> dict[str, Any]:
 
 
 def _remedy_marker(row: Remedy) -> dict[str, Any]:
-    shown = Status("normal", "half", "changed by the training script")
-    word = f"{row.kind.replace('_', ' ')} of {row.layer or 'the whole run'}"
+    shown = Status("normal", "half", _("changed by the training script"))
+    word = _("%(remedy)s of %(layer)s") % {
+        "remedy": in_words(row.kind.replace("_", " ")),
+        "layer": row.layer or _("the whole run"),
+    }
     return _marker("remedy", row, row.step, shown, label=word, href=f"#entry-{row.uid}")
 
 
 def _finding_marker(row: Violation) -> dict[str, Any]:
     shown = SEVERITY[Severity(row.severity)]
     over = row.resolved_step is not None or row.acknowledged_at is not None
+    ended = _("%(severity)s, over") % {"severity": in_words(shown.word)}
     return _marker(
         "finding",
         row,
         row.step if row.since_step is None else row.since_step,
-        Status("off", shown.shape, f"{shown.word}, over") if over else shown,
+        Status("off", shown.shape, ended) if over else shown,
         label=f"V-{row.number} {row.text}"[:200],
         href=f"{reverse('console:violations')}?state=all&run={row.run.uid if row.run else ''}"
         f"#{row.uid}",

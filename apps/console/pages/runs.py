@@ -7,6 +7,7 @@ from typing import Any
 from django.core.paginator import Paginator
 from django.db.models import Q
 from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, page_number, person, project_choices
@@ -38,12 +39,12 @@ def runs(request: HttpRequest) -> HttpResponse:
         return {"rows": run_rows(shown), "page": shown}
 
     panels = [
-        Panel("runs", "Runs", "console/overview/runs.html", rows, ("run", "adaptation"), every=5)
+        Panel("runs", _("Runs"), "console/overview/runs.html", rows, ("run", "adaptation"), every=5)
     ]
     return render_page(
         request,
         "console/runs.html",
-        title="Runs",
+        title=_("Runs"),
         panels=panels,
         state=state,
         mine=mine,

@@ -10,11 +10,14 @@ from django.db.models import Q
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.urls import reverse
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_noop
 
 from apps.accounts.models import User
 from apps.accounts.preferences import preferences_of
 from apps.adaptations.models import Adaptation
 from apps.blueprints.models import Blueprint
+from apps.console.language import in_words
 from apps.console.panels import render_page
 from apps.console.request import page, person
 from apps.console.waiting import waiting
@@ -26,25 +29,33 @@ NEWEST = 20_000  # decisions whose words are looked through, so that a search co
 LONGEST = 120
 # Where a person goes, with other words for it.
 PAGES: tuple[tuple[str, str, str], ...] = (
-    ("console:overview", "Overview", "home start"),
-    ("console:inbox", "Inbox", "approve decide waiting decisions"),
-    ("console:runs", "Runs", "trainings"),
-    ("console:compare", "Compare two runs", "difference"),
-    ("console:blueprints", "Blueprints", "catalogue"),
-    ("console:incidents", "Incidents", "findings alarms"),
-    ("console:violations", "Violations", "limits findings records"),
-    ("console:policy", "Policy", "thresholds limits"),
-    ("console:switch", "Adaptation switch", "kill stop all pause blueprint"),
-    ("console:workers", "Workers", "queue hosts"),
-    ("console:kernels", "Kernels", "cache compiled"),
-    ("console:recipes", "Recipes", "start launches"),
-    ("console:audit", "Audit log", "history who verify export"),
-    ("console:report", "Weekly report", "summary"),
-    ("console:duty", "Duty list", "shift roster on call escalation"),
-    ("console:status", "Status of the system", "health workers queue"),
-    ("console:wall", "Wall display", "monitor screen"),
-    ("console:me", "Account and settings", "tokens theme zone notifications sessions password"),
-    ("api-docs", "API", "rest openapi documentation"),
+    ("console:overview", gettext_noop("Overview"), gettext_noop("home start")),
+    ("console:inbox", gettext_noop("Inbox"), gettext_noop("approve decide waiting decisions")),
+    ("console:runs", gettext_noop("Runs"), gettext_noop("trainings")),
+    ("console:compare", gettext_noop("Compare two runs"), gettext_noop("difference")),
+    ("console:blueprints", gettext_noop("Blueprints"), gettext_noop("catalogue")),
+    ("console:incidents", gettext_noop("Incidents"), gettext_noop("findings alarms")),
+    ("console:violations", gettext_noop("Violations"), gettext_noop("limits findings records")),
+    ("console:policy", gettext_noop("Policy"), gettext_noop("thresholds limits")),
+    (
+        "console:switch",
+        gettext_noop("Adaptation switch"),
+        gettext_noop("kill stop all pause blueprint"),
+    ),
+    ("console:workers", gettext_noop("Workers"), gettext_noop("queue hosts")),
+    ("console:kernels", gettext_noop("Kernels"), gettext_noop("cache compiled")),
+    ("console:recipes", gettext_noop("Recipes"), gettext_noop("start launches")),
+    ("console:audit", gettext_noop("Audit log"), gettext_noop("history who verify export")),
+    ("console:report", gettext_noop("Weekly report"), gettext_noop("summary")),
+    ("console:duty", gettext_noop("Duty list"), gettext_noop("shift roster on call escalation")),
+    ("console:status", gettext_noop("Status of the system"), gettext_noop("health workers queue")),
+    ("console:wall", gettext_noop("Wall display"), gettext_noop("monitor screen")),
+    (
+        "console:me",
+        gettext_noop("Account and settings"),
+        gettext_noop("tokens theme zone notifications sessions password"),
+    ),
+    ("api-docs", "API", gettext_noop("rest openapi documentation")),
 )
 
 
@@ -66,7 +77,7 @@ def search(request: HttpRequest) -> HttpResponse:
     if request.GET.get("part") == "list":
         return render(request, "console/search/list.html", {"q": text, "hits": found})
     return render_page(
-        request, "console/search.html", title="Search", panels=[], q=text, hits=found
+        request, "console/search.html", title=_("Search"), panels=[], q=text, hits=found
     )
 
 
@@ -96,7 +107,7 @@ def _runs(text: str) -> Iterator[Hit]:
 def _run_hits(rows: object) -> Iterator[Hit]:
     for run in rows.defer(*HUGE_COLUMNS):  # type: ignore[attr-defined]
         address = reverse("console:run", args=[run.uid])
-        yield Hit("run", f"R-{run.pk} {run.name}", address, str(run.state))
+        yield Hit(_("run"), f"R-{run.pk} {run.name}", address, in_words(str(run.state)))
 
 
 def _waiting_or_past(text: str) -> Iterator[Hit]:
@@ -112,23 +123,26 @@ def _waiting_or_past(text: str) -> Iterator[Hit]:
 def _decisions(rows: object) -> Iterator[Hit]:
     for row in rows.select_related("run", "blueprint").defer(*HUGE_COLUMNS_OF_RUN):  # type: ignore[attr-defined]
         address = reverse("console:adaptation", args=[row.uid])
-        note = f"{row.run.name}, {row.state.replace('_', ' ')}"
-        yield Hit("adaptation", f"A-{row.number} {row.title}", address, note)
+        note = f"{row.run.name}, {in_words(row.state.replace('_', ' '))}"
+        yield Hit(_("adaptation"), f"A-{row.number} {row.title}", address, note)
 
 
 def _blueprints(text: str) -> Iterator[Hit]:
     fits = Q(slug__icontains=text) | Q(title__icontains=text)
     for row in Blueprint.objects.filter(fits, present=True)[:MOST]:
-        yield Hit("blueprint", row.title, reverse("console:blueprint", args=[row.slug]), row.slug)
+        yield Hit(
+            _("blueprint"), row.title, reverse("console:blueprint", args=[row.slug]), row.slug
+        )
 
 
 def _views(text: str, user: User) -> Iterator[Hit]:
     for view in preferences_of(user).views:
         if text.casefold() in view.name.casefold():
-            yield Hit("saved view", view.name, view.address, view.path)
+            yield Hit(_("saved view"), view.name, view.address, view.path)
 
 
 def _pages(text: str) -> Iterator[Hit]:
     for name, words, others in PAGES:
-        if f" {text}".casefold() in f" {words} {others}".casefold():  # where a word begins
-            yield Hit("page", words, reverse(name))
+        known = f" {words} {others} {_(words)} {_(others)}"  # in English too, in each language
+        if f" {text}".casefold() in known.casefold():  # where a word begins
+            yield Hit(_("page"), _(words), reverse(name))

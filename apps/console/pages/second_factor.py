@@ -9,6 +9,7 @@ from django.contrib.auth.decorators import login_required
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render, resolve_url
 from django.utils.safestring import SafeString, mark_safe
+from django.utils.translation import gettext as _
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods
 
@@ -88,7 +89,7 @@ def _prove(request: HttpRequest, user: User) -> None:
     """Raises ``Problem`` where the password or the code of the form is wrong."""
     has_one = SecondFactor.objects.filter(user=user).exists()
     if not has_one and not user.has_usable_password():
-        raise Problem(403, "password-needed", "Sign in again, and come back within ten minutes.")
+        raise Problem(403, "password-needed", _("Sign in again, and come back within ten minutes."))
     refusal = prove(request, user)
     if refusal is not None:
         raise Problem(refusal.status, "refused", refusal.detail)
@@ -142,5 +143,5 @@ def qr_code(text: str) -> SafeString:
 
 
 def _render(request: HttpRequest, context: dict[str, Any], status: int = 200) -> HttpResponse:
-    context["title"] = "Authenticator app"
+    context["title"] = _("Authenticator app")
     return render(request, "console/second_factor.html", context, status=status)

@@ -10,6 +10,7 @@ from django.contrib.auth.views import LoginView, LogoutView, redirect_to_login
 from django.core.exceptions import PermissionDenied, ValidationError
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from django.shortcuts import redirect, render
+from django.utils.translation import gettext as _
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods
 
@@ -35,13 +36,16 @@ class SignInForm(AuthenticationForm):
         except TooManyAtOnceError as error:
             self.wait_seconds = BUSY_SECONDS
             raise ValidationError(
-                "Many people are signing in. Try again in a few seconds."
+                _("Many people are signing in. Try again in a few seconds.")
             ) from error
         note_brake(self.attempt)
         minutes = -(-self.wait_seconds // 60)
         raise ValidationError(
-            f"There were too many wrong passwords. Try again in {minutes} min, or ask an "
-            "administrator for a new one."
+            _(
+                "There were too many wrong passwords. Try again in %(minutes)s min, or ask an "
+                "administrator for a new one."
+            )
+            % {"minutes": minutes}
         )
 
     @property
@@ -85,12 +89,12 @@ def sign_in_code(request: HttpRequest) -> HttpResponse:
         return redirect("console:sign-in")
     user, entry = found
     if request.method == "GET":
-        return render(request, "console/sign_in_code.html", {"title": "Your code"})
+        return render(request, "console/sign_in_code.html", {"title": _("Your code")})
     coded = has_second_factor(user)  # an administrator may have removed it meanwhile
     refusal = prove(request, user, ask_password=False)
     if refusal is None:
         return complete(request, user, entry, code_given=coded)
-    context = {"title": "Your code", "problem": refusal.detail}
+    context = {"title": _("Your code"), "problem": refusal.detail}
     answer = render(request, "console/sign_in_code.html", context, status=refusal.status)
     if refusal.wait_seconds:
         answer.headers["Retry-After"] = str(refusal.wait_seconds)
@@ -105,5 +109,5 @@ class SignOut(LogoutView):
 def admin_sign_in(request: HttpRequest) -> HttpResponseBase:
     """The admin's own page would have no brake; whoever is signed in already lacks the right."""
     if request.user.is_authenticated and not request.user.is_staff:
-        raise PermissionDenied("Only curators and administrators may use the administration.")
+        raise PermissionDenied(_("Only curators and administrators may use the administration."))
     return redirect_to_login(request.GET.get("next", "/admin/"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from django.contrib.auth.decorators import login_required
 from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.utils.translation import gettext as _
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_POST
 
@@ -21,7 +22,7 @@ def step_up(request: HttpRequest) -> HttpResponse:
     user = person(request)
     coded = has_second_factor(user)
     if not coded and not user.has_usable_password():
-        detail = "You have no password here. Sign in again, or set up an authenticator app."
+        detail = _("You have no password here. Sign in again, or set up an authenticator app.")
         return JsonResponse({"detail": detail}, status=403)
     refusal = prove(request, user)
     if refusal is not None:
@@ -29,4 +30,4 @@ def step_up(request: HttpRequest) -> HttpResponse:
     note_password(request.session)
     if coded:
         note_second_factor(request.session, Passed.HERE)
-    return JsonResponse({"detail": "Thank you."})
+    return JsonResponse({"detail": _("Thank you.")})

@@ -8,12 +8,14 @@ from typing import Any
 
 from django.db.models import OuterRef, Subquery
 from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.accounts.models import Project, User
 from apps.accounts.policy import Act, Permission, may
 from apps.accounts.projects import projects_of
 from apps.blueprints.models import Blueprint
 from apps.console.bar import adaptation_switch
+from apps.console.language import as_written
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.console.run_rows import live_runs
@@ -51,27 +53,27 @@ def switch(request: HttpRequest) -> HttpResponse:
         return {"rows": project_rows(user, trainer_answers())}
 
     panels = [
-        Panel("all", "Everything", "console/switch/all.html", everything, ("switch",)),
+        Panel("all", _("Everything"), "console/switch/all.html", everything, ("switch",)),
         Panel(
             "trainers",
-            "Each run",
+            _("Each run"),
             "console/switch/trainers.html",
             trainers,
             ("switch", "run"),
             every=5,
         ),
-        Panel("blueprints", "Each blueprint", "console/switch/blueprints.html", blueprints),
+        Panel("blueprints", _("Each blueprint"), "console/switch/blueprints.html", blueprints),
     ]
     if len(user.access.roles) > 1:
         template = "console/switch/projects.html"
         events = ("switch", "run")
-        panels.insert(1, Panel("projects", "Each project", template, projects, events, every=5))
+        panels.insert(1, Panel("projects", _("Each project"), template, projects, events, every=5))
     return render_page(
         request,
         "console/simple.html",
-        title="Adaptation switch",
+        title=_("Adaptation switch"),
         panels=panels,
-        intro="Stops or allows changes of models. Training continues either way.",
+        intro=_("Stops or allows changes of models. Training continues either way."),
     )
 
 
@@ -138,8 +140,13 @@ def summary(answers: Sequence[TrainerAnswer]) -> str:
     """How many of the asked trainers have confirmed, and how long the slowest took."""
     asked = [one for one in answers if one.command is not None]
     if not asked:
-        return "No trainer was asked yet."
+        return _("No trainer was asked yet.")
     confirmed = [one for one in asked if one.confirmed]
     times = [one.seconds for one in confirmed if one.seconds is not None]
-    slowest = f", the slowest after {max(times):.1f} s" if times else ""
-    return f"{len(confirmed)} of {len(asked)} trainers have confirmed{slowest}."
+    count = {"confirmed": len(confirmed), "asked": len(asked)}
+    if not times:
+        return _("%(confirmed)s of %(asked)s trainers have confirmed.") % count
+    slowest = {"seconds": as_written(f"{max(times):.1f}")}
+    return _(
+        "%(confirmed)s of %(asked)s trainers have confirmed, the slowest after %(seconds)s s."
+    ) % (count | slowest)

@@ -10,6 +10,8 @@ from typing import Any
 from django.db.models import Count, Min, Q
 from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_noop
 
 from apps.console.panels import Panel, render_page
 from apps.console.request import page
@@ -27,11 +29,11 @@ LATE_AFTER = timedelta(minutes=1)  # a message that the relay should have sent b
 @page
 def system_status(request: HttpRequest) -> HttpResponse:
     panels = [
-        Panel("parts", "Parts", "console/status/parts.html", part_rows, every=10),
-        Panel("queues", "Queues and channels", "console/status/queues.html", queues, every=10),
-        Panel("runs", "Trainers", "console/status/runs.html", trainers, ("run",), every=10),
+        Panel("parts", _("Parts"), "console/status/parts.html", part_rows, every=10),
+        Panel("queues", _("Queues and channels"), "console/status/queues.html", queues, every=10),
+        Panel("runs", _("Trainers"), "console/status/runs.html", trainers, ("run",), every=10),
     ]
-    return render_page(request, "console/status.html", title="Status", panels=panels)
+    return render_page(request, "console/status.html", title=_("Status"), panels=panels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +45,16 @@ class PartRow:
     text: str
 
 
-_WORKS = Status("good", "check", "Works")
-_SILENT = Status("standby", "ring", "Not reported yet")
-_LATE = Status("serious", "square", "Does not report")
+_WORKS = Status("good", "check", gettext_noop("Works"))
+_SILENT = Status("standby", "ring", gettext_noop("Not reported yet"))
+_LATE = Status("serious", "square", gettext_noop("Does not report"))
 
 
 def part_rows() -> dict[str, Any]:
     """The database answers, because this page was built."""
-    rows = [PartRow("database", _WORKS, "It has answered this page.")]
+    rows = [PartRow("database", _WORKS, _("It has answered this page."))]
     disk = disk_problem()
-    full = Status("serious", "square", "Nearly full")
+    full = Status("serious", "square", _("Nearly full"))
     rows.append(PartRow("disk", full if disk else _WORKS, disk or str(telemetry_growth())))
     rows += [_part_row(part) for part in parts()]
     down = down_processes()
@@ -64,8 +66,12 @@ def _part_row(part: Part) -> PartRow:
     if part.late:
         return PartRow(part.name, _LATE, part.text)
     if part.age_seconds is None:
-        return PartRow(part.name, _SILENT, "It starts, or is not installed.")
-    return PartRow(part.name, _WORKS, f"Its last report came {part.age_seconds:.0f} s ago.")
+        return PartRow(part.name, _SILENT, _("It starts, or is not installed."))
+    return PartRow(
+        part.name,
+        _WORKS,
+        _("Its last report came %(seconds)s s ago.") % {"seconds": round(part.age_seconds)},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +90,9 @@ def queues() -> dict[str, Any]:
     unsent = OutboxMessage.objects.filter(sent_at=None)
     due = Delivery.objects.filter(due_at__lte=now)
     found = [
-        ("compile jobs", jobs.aggregate(n=Count("id"), oldest=Min("queued_at"))),
-        ("messages to workers", unsent.aggregate(n=Count("id"), oldest=Min("created_at"))),
-        ("messages to people", due.aggregate(n=Count("id"), oldest=Min("due_at"))),
+        (_("compile jobs"), jobs.aggregate(n=Count("id"), oldest=Min("queued_at"))),
+        (_("messages to workers"), unsent.aggregate(n=Count("id"), oldest=Min("created_at"))),
+        (_("messages to people"), due.aggregate(n=Count("id"), oldest=Min("due_at"))),
     ]
     rows = [
         QueueRow(

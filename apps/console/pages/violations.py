@@ -7,6 +7,7 @@ from typing import Any
 
 from django.core.paginator import Page, Paginator
 from django.http import Http404, HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.accounts.policy import Act, may
 from apps.console.panels import Panel, render_page
@@ -50,12 +51,14 @@ def violations(request: HttpRequest) -> HttpResponse:
         }
 
     panels = [
-        Panel("list", "Violations", "console/violations/list.html", rows, ("violation",), every=30)
+        Panel(
+            "list", _("Violations"), "console/violations/list.html", rows, ("violation",), every=30
+        )
     ]
     return render_page(
         request,
         "console/violations.html",
-        title="Violations",
+        title=_("Violations"),
         panels=panels,
         chosen=chosen,
         states=STATES,

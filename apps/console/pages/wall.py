@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
 
 from apps.console.bar import adaptation_switch
 from apps.console.panels import Panel, render_page
@@ -41,5 +42,5 @@ def wall(request: HttpRequest) -> HttpResponse:
         }
 
     events = ("adaptation", "run", "violation", "switch")
-    panels = [Panel("board", "All runs", "console/wall/board.html", board, events, every=5)]
-    return render_page(request, "console/wall.html", title="Wall display", panels=panels)
+    panels = [Panel("board", _("All runs"), "console/wall/board.html", board, events, every=5)]
+    return render_page(request, "console/wall.html", title=_("Wall display"), panels=panels)

@@ -9,6 +9,8 @@ from datetime import datetime
 
 from django.conf import settings
 from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
+from django.utils.translation import ngettext
 
 from apps.accounts.policy import Act, may
 from apps.console.job_rows import (
@@ -38,7 +40,7 @@ def workers(request: HttpRequest) -> HttpResponse:
     panels = [
         Panel(
             "workers",
-            "Compile workers",
+            _("Compile workers"),
             "console/workers/workers.html",
             lambda: {"rows": compile_workers(), "may_manage": may_manage},
             ("worker", "job"),
@@ -46,7 +48,7 @@ def workers(request: HttpRequest) -> HttpResponse:
         ),
         Panel(
             "queue",
-            "Queue",
+            _("Queue"),
             "console/workers/queue.html",
             lambda: {"queue": queue()},
             ("job",),
@@ -54,7 +56,7 @@ def workers(request: HttpRequest) -> HttpResponse:
         ),
         Panel(
             "jobs",
-            "Ended jobs",
+            _("Ended jobs"),
             "console/jobs/ended.html",
             lambda: {"jobs": ended_jobs()},
             ("job",),
@@ -62,7 +64,7 @@ def workers(request: HttpRequest) -> HttpResponse:
         ),
         Panel(
             "others",
-            "Control workers and Tamiyo",
+            _("Control workers and Tamiyo"),
             "console/workers/others.html",
             lambda: {"workers": other_workers()},
             ("worker",),
@@ -72,9 +74,9 @@ def workers(request: HttpRequest) -> HttpResponse:
     return render_page(
         request,
         "console/simple.html",
-        title="Workers",
+        title=_("Workers"),
         panels=panels,
-        intro="Processes that build and measure kernels, and those that run Esper itself.",
+        intro=_("Processes that build and measure kernels, and those that run Esper itself."),
     )
 
 
@@ -118,24 +120,33 @@ def _worker_row(
     launches: Counter[str],
 ) -> WorkerRow:
     job = jobs.get(worker.name)
-    named = f"{job.blueprint_slug} for {job.layer.get('name', '')}" if job else ""
+    named = ""
+    if job:
+        named = _("%(blueprint)s for %(layer)s") % {
+            "blueprint": job.blueprint_slug,
+            "layer": job.layer.get("name", ""),
+        }
+    no_job = _("It has no job now.")
     return WorkerRow(
         worker=worker,
         job=job,
         steps=step_times(job) if job else [],
         queues=[(queue, waiting[queue]) for queue in worker.queues],
-        job_drained=f"It finishes {named} first." if job else "It has no job now.",
-        job_refused=_refused(job, named) if job else "It has no job now.",
+        job_drained=_("It finishes %(job)s first.") % {"job": named} if job else no_job,
+        job_refused=_refused(job, named) if job else no_job,
         others_wait=" ".join(_without(worker, workers, waiting, launches)),
-        released="It takes jobs again, and its count of builder crashes starts at zero."
+        released=_("It takes jobs again, and its count of builder crashes starts at zero.")
         + _would_take(worker, waiting),
     )
 
 
 def _refused(job: CompileJob, named: str) -> str:
     left = settings.ESPER_COMPILE_ATTEMPTS - job.attempt
-    fate = "goes back into the queue" if left > 0 else "fails: it was its last attempt"
-    return f"The result of {named} is refused, and the job {fate}."
+    fate = _("goes back into the queue") if left > 0 else _("fails: it was its last attempt")
+    return _("The result of %(job)s is refused, and the job %(fate)s.") % {
+        "job": named,
+        "fate": fate,
+    }
 
 
 def _without(
@@ -153,33 +164,42 @@ def _without(
         if queue.startswith("compile."):
             count = waiting[queue]
             if queue in served:
-                yield f"{_jobs(count, queue)}: other workers take it over."
+                yield _("%(jobs)s: other workers take it over.") % {"jobs": _jobs(count, queue)}
             else:
-                yield f"{_jobs(count, queue)}: nothing is built for it until this one is released."
+                yield _("%(jobs)s: nothing is built for it until this one is released.") % {
+                    "jobs": _jobs(count, queue)
+                }
         elif queue == own and queue not in served:
-            yield (
-                f"No recipe can be started on {worker.host} until this worker is released."
-                f"{_unaffected(launches[own])}"
-            )
+            stops = _("No recipe can be started on %(host)s until this worker is released.")
+            yield stops % {"host": worker.host} + _unaffected(launches[own])
 
 
 def _jobs(count: int, queue: str) -> str:
     if not count:
-        return f"No job waits in {queue}"
-    return f"{count} job{'' if count == 1 else 's'} wait{'s' * (count == 1)} in {queue}"
+        return _("No job waits in %(queue)s") % {"queue": queue}
+    said = ngettext("%(count)s job waits in %(queue)s", "%(count)s jobs wait in %(queue)s", count)
+    return said % {"count": count, "queue": queue}
 
 
 def _unaffected(count: int) -> str:
     if not count:
         return ""
-    return f" {count} launch{'' if count == 1 else 'es'} there keep{'s' * (count == 1)} running."
+    said = ngettext(
+        "%(count)s launch there keeps running.", "%(count)s launches there keep running.", count
+    )
+    return " " + said % {"count": count}
 
 
 def _would_take(worker: Worker, waiting: Counter[str]) -> str:
     count = sum(waiting[queue] for queue in worker.queues)
     if not count:
         return ""
-    return f" {count} job{'' if count == 1 else 's'} that it can take wait{'s' * (count == 1)} now."
+    said = ngettext(
+        "%(count)s job that it can take waits now.",
+        "%(count)s jobs that it can take wait now.",
+        count,
+    )
+    return " " + said % {"count": count}
 
 
 def _live_launches(hosts: set[str]) -> Counter[str]:

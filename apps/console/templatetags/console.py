@@ -16,12 +16,15 @@ from django.urls import reverse
 from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_noop
 
 from apps.accounts.models import User
 from apps.accounts.policy import Act, may
 from apps.accounts.preferences import Preferences, preferences_of
 from apps.accounts.step_up import SECOND_FACTOR, Passed
 from apps.console.bar import switch_and_kills
+from apps.console.language import as_written, html_language, in_words
 from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS, Status
 from apps.console.waiting import inbox_count
 from esper.contracts import Role
@@ -80,7 +83,7 @@ def status(kind: str, value: str) -> SafeString:
         '<span class="status" data-tone="{}">{}{}</span>',
         found.tone,
         shape(found.shape),
-        found.word,
+        in_words(found.word),
     )
 
 
@@ -88,7 +91,8 @@ def status(kind: str, value: str) -> SafeString:
 def status_word(kind: str, value: str) -> str:
     """The word alone, for the middle of a sentence."""
     found = BY_KIND[kind].get(str(value))
-    return found.word[0].lower() + found.word[1:] if found else str(value)
+    word = in_words(found.word) if found else ""
+    return word[0].lower() + word[1:] if word else in_words(str(value))
 
 
 @register.filter
@@ -101,25 +105,28 @@ def act_word(act: str) -> str:
 @register.filter
 def rule_word(rule: object) -> str:
     """What a check or a violation is about."""
-    return RULES.get(str(rule), words(rule))
+    known = RULES.get(str(rule))
+    return in_words(known) if known else words(rule)
 
 
 @register.filter
 def certificate_word(name: str) -> str:
     """What an entry of a certificate means."""
-    return CERTIFICATE.get(name, words(name))
+    known = CERTIFICATE.get(name)
+    return in_words(known) if known else words(name)
 
 
 @register.filter
 def tier_word(tier: int) -> str:
     """What was done to a kernel; its number for a tier without a word."""
-    return TIERS.get(tier, f"tier {tier}")
+    known = TIERS.get(tier)
+    return in_words(known) if known else _("tier %(number)s") % {"number": tier}
 
 
 @register.filter
 def speed(value: float | None) -> str:
     """``1.31×``: how many times as fast."""
-    return _UNKNOWN if value is None else f"{value:.2f}×"
+    return _UNKNOWN if value is None else as_written(f"{value:.2f}×")
 
 
 @register.simple_tag
@@ -149,15 +156,15 @@ def number(value: Any, digits: int = 3) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return _("yes") if value else _("no")
     if isinstance(value, int):
-        return f"{value:,}".replace("-", "−")
+        return as_written(f"{value:,}".replace("-", "−"))
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     if value and not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.{digits - 1}e}".replace("-", "−")
+        return as_written(f"{value:.{digits - 1}e}".replace("-", "−"))
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:,.{min(decimals, 6)}f}".replace("-", "−")
+    return as_written(f"{value:,.{min(decimals, 6)}f}".replace("-", "−"))
 
 
 @register.filter
@@ -176,7 +183,7 @@ def plain(value: Any) -> str:
 @register.filter
 def grouped(digits: str) -> str:
     """Digits in groups of three: ``1,000,000``."""
-    return f"{int(digits):,}" if digits.removeprefix("-").isdigit() else digits
+    return as_written(f"{int(digits):,}") if digits.removeprefix("-").isdigit() else digits
 
 
 @register.filter
@@ -190,15 +197,15 @@ def signed(value: Any, digits: int = 3) -> str:
 def of_the_model(share: float | None) -> str:
     """A share of the model's parameters: ``3.2 % of the model``, ``10.2 × the model``."""
     if share is not None and 0 < share < 1e-4:
-        return "under 0.01 % of the model"
+        return _("under %(share)s of the model") % {"share": as_written("0.01 %")}
     if share is None or share < 1:
-        return f"{percent(share)} of the model"
-    return f"{share:,.3g} × the model"
+        return _("%(share)s of the model") % {"share": percent(share)}
+    return _("%(times)s × the model") % {"times": as_written(f"{share:,.3g}")}
 
 
 @register.filter
 def percent(value: Any) -> str:
-    return _UNKNOWN if value is None else f"{100 * float(value):.3g} %"
+    return _UNKNOWN if value is None else as_written(f"{100 * float(value):.3g} %")
 
 
 @register.filter
@@ -209,8 +216,8 @@ def count(value: Any) -> str:
     amount = float(value)
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(amount) >= limit:
-            return f"{amount / (1e3 if unit == 'k' else limit):,.3g} {unit}"
-    return f"{int(amount):,}"
+            return as_written(f"{amount / (1e3 if unit == 'k' else limit):,.3g} {unit}")
+    return as_written(f"{int(amount):,}")
 
 
 @register.filter
@@ -219,13 +226,13 @@ def duration(milliseconds: float) -> str:
     if milliseconds < 1000:
         return f"{milliseconds:.0f} ms"
     seconds = milliseconds / 1000
-    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    return as_written(f"{seconds:.1f} s") if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 @register.filter
 def words(value: object) -> str:
-    """``cooldown_layer_steps`` as plain words."""
-    return visible(value).replace("_", " ").replace(".", " ")
+    """``cooldown_layer_steps`` as plain words; those of ``vocabulary.py`` are translated."""
+    return in_words(visible(value).replace("_", " ").replace(".", " "))
 
 
 # Names that plain words would write wrongly.
@@ -235,7 +242,8 @@ _NAMES = {"relu": "ReLU", "nan": "NaN"}
 @register.filter
 def finding_word(slug: object) -> str:
     """The rule of a finding in words: ``dying_relu`` is "dying ReLU"."""
-    return " ".join(_NAMES.get(word, word) for word in words(slug).split(" "))
+    plain = visible(slug).replace("_", " ")
+    return in_words(" ".join(_NAMES.get(word, word) for word in plain.split(" ")))
 
 
 @register.filter
@@ -266,8 +274,10 @@ def moment(value: datetime | None) -> SafeString | str:
 def ago(value: datetime) -> str:
     seconds = (timezone.now() - value).total_seconds()
     if abs(seconds) < 5:
-        return "just now"
-    return f"in {_length(-seconds)}" if seconds < 0 else f"{_length(seconds)} ago"
+        return _("just now")
+    if seconds < 0:
+        return _("in %(time)s") % {"time": _length(-seconds)}
+    return _("%(time)s ago") % {"time": _length(seconds)}
 
 
 @register.filter
@@ -280,7 +290,7 @@ def until(value: datetime | None) -> str:
 
 
 def _length(seconds: float) -> str:
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+    for size, unit in ((86_400, _("d")), (3_600, _("h")), (60, "min")):
         if seconds >= size:
             return f"{int(seconds // size)} {unit}"
     return f"{int(seconds)} s"
@@ -294,29 +304,39 @@ def topbar(context: template.RequestContext) -> dict[str, Any]:
     return {
         "request": request,
         "user": request.user,
-        "role": Role(request.user.role).capitalize(),
+        "role": in_words(Role(request.user.role).capitalize()),
         "section": context.get("section") or request.resolver_match.url_name,
         "waiting": inbox_count(request.user),
         "switch": switch,
         "killed_projects": killed,
         "kill": may(request.user, Act.KILL),
-        "links": _LINKS,
+        "links": [(name, _(word), sections) for name, word, sections in _LINKS],
         "csrf_token": context.get("csrf_token"),
     }
 
 
 _LINKS = (
-    ("overview", "Overview", ("overview",)),
-    ("inbox", "Inbox", ("inbox", "adaptation")),
-    ("runs", "Runs", ("runs", "run", "compare")),
-    ("blueprints", "Blueprints", ("blueprints", "blueprint")),
-    ("incidents", "Incidents", ("incidents", "violations")),
-    ("policy", "Policy", ("policy",)),
-    ("kernels", "Kernels", ("kernels", "kernel")),
-    ("workers", "Workers", ("workers",)),
-    ("recipes", "Recipes", ("recipes", "recipe", "launch")),
-    ("audit", "Audit", ("audit",)),
+    ("overview", gettext_noop("Overview"), ("overview",)),
+    ("inbox", gettext_noop("Inbox"), ("inbox", "adaptation")),
+    ("runs", gettext_noop("Runs"), ("runs", "run", "compare")),
+    ("blueprints", gettext_noop("Blueprints"), ("blueprints", "blueprint")),
+    ("incidents", gettext_noop("Incidents"), ("incidents", "violations")),
+    ("policy", gettext_noop("Policy"), ("policy",)),
+    ("kernels", gettext_noop("Kernels"), ("kernels", "kernel")),
+    ("workers", gettext_noop("Workers"), ("workers",)),
+    ("recipes", gettext_noop("Recipes"), ("recipes", "recipe", "launch")),
+    ("audit", gettext_noop("Audit"), ("audit",)),
 )
+
+
+@register.simple_tag
+def languages() -> list[tuple[str, str, bool]]:
+    """Code and own name of each language, and whether the page is in it."""
+    present = html_language()
+    return [(code, name, code.split("-")[0] == present) for code, name in settings.LANGUAGES]
+
+
+register.simple_tag(html_language)
 
 
 @register.simple_tag(takes_context=True)

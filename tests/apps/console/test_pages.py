@@ -24,6 +24,7 @@ from tests.apps.cast import PASSWORD, make_person
 PEOPLE = ["vera", "rafi", "olga", "carl", "ada"]
 OPEN_TO_ALL = {
     *("sign-in", "sign-out", "sign-in-code", "provider-sign-in", "provider-callback"),
+    *("set-language", "words"),
 }
 FAILED_PANEL = "This part could not be shown"
 

@@ -41,7 +41,7 @@ def test_the_question_is_drawn_with_loss_and_layer(world: Any) -> None:
     assert [words.split(" from ")[0] for words in said] == [
         "loss",
         "health of the layer",
-        "dead_fraction of the layer",
+        "dead fraction of the layer",
     ]
     assert all("asked at step 80" in words for words in said)
 
