@@ -16,6 +16,7 @@ from launcher.commands.branching import branch_command
 from launcher.commands.channels import channels_group
 from launcher.commands.delegating import delegations_group
 from launcher.commands.duty import duty_group
+from launcher.commands.freezing import freeze_group
 from launcher.commands.installation import data_dir_option
 from launcher.commands.keys import rotate_command
 from launcher.commands.mcp import mcp_command
@@ -146,6 +147,7 @@ cli.add_command(mcp_command)
 cli.add_command(channels_group)
 cli.add_command(delegations_group)
 cli.add_command(plans_group)
+cli.add_command(freeze_group)
 cli.add_command(duty_group)
 cli.add_command(people_group)
 cli.add_command(projects_group)

@@ -27,9 +27,11 @@ from apps.adaptations.votes import has_voted, vote, votes_missing, votes_needed
 from apps.audit.services import record
 from apps.blueprints.models import KnownRemedy
 from apps.notifications.services import INBOX_TOPIC, publish, run_topic
+from apps.policies.selectors import freeze_over
 from apps.rest.clock import now as database_now
 from apps.rest.etag import required_version
 from apps.rest.problems import Problem
+from apps.runs.models import Run
 from apps.runs.services import lock_run
 from apps.workers.services import cancel_job
 from esper.contracts import (
@@ -83,6 +85,7 @@ _DECIDED_AS_A_WHOLE = frozenset(
 _STATUS_OF_REFUSAL = {
     "part-of-plan": 409,
     "adaptation-killed": 423,
+    "freeze": 409,
     "already-voted": 409,
     "decision-expired": 409,
     "graft-merged": 409,
@@ -128,6 +131,11 @@ def may_approve(adaptation: Adaptation, user: User) -> Permission:
     frozen = why_stopped(adaptation, adaptation.run)
     if frozen:
         return Permission(False, "adaptation-killed", f"Nothing can be approved now: {frozen}.")
+    freeze = freeze_over(adaptation.run.project_id)
+    if freeze is not None:
+        return Permission(
+            False, "freeze", f"Nothing can be approved now: {freeze.in_words}. You may reject it."
+        )
     if adaptation.escalated_by is not None and not _is_admin(user, adaptation):
         name = adaptation.escalated_by.get_username()
         return Permission(
@@ -383,8 +391,7 @@ def prepare_act(adaptation: Adaptation, user: User, act: str, version: int | Non
     if permission.code == "decision-not-pending":
         raise StaleAdaptationError(adaptation)
     if not permission.allowed:
-        status = _STATUS_OF_REFUSAL.get(permission.code, 403)
-        raise Problem(status, permission.code, permission.why)
+        raise refusal(permission, adaptation.run)
     if required_version(version) != adaptation.version:
         raise Problem(
             412,
@@ -393,6 +400,14 @@ def prepare_act(adaptation: Adaptation, user: User, act: str, version: int | Non
             "Load it again.",
             version=adaptation.version,
         )
+
+
+def refusal(permission: Permission, run: Run) -> Problem:
+    """The problem of an act that is refused; of a freeze with its end."""
+    status = _STATUS_OF_REFUSAL.get(permission.code, 403)
+    freeze = freeze_over(run.project_id) if permission.code == "freeze" else None
+    until = {} if freeze is None else {"freeze": freeze.uid, "until": freeze.ends_at.isoformat()}
+    return Problem(status, permission.code, permission.why, **until)
 
 
 def _too_late(adaptation: Adaptation) -> bool:

@@ -23,10 +23,12 @@ from pathlib import Path
 from django.conf import settings
 from django.db import transaction
 
+from apps.adaptations.history import freeze_asks
 from apps.adaptations.models import Adaptation
 from apps.kernels.models import Kernel, SpeedUp
 from apps.kernels.services import kernel_store, store_kernel
 from apps.notifications.services import enqueue, publish, run_topic
+from apps.policies.selectors import next_freeze
 from apps.rest.clock import now as database_now
 from apps.runs.models import Command
 from apps.runs.services import issue_command, lock_run
@@ -185,6 +187,10 @@ def offer(pk: int) -> None:
     if not in_model or adaptation.state in ADAPTATION_ENDED - {AdaptationState.KEPT}:
         _end(row, SpeedUpState.KEPT_EAGER, "the graft was taken out before the kernel was ready")
         return
+    begins = next_freeze(run.project_id)  # before the next line: one may begin in between
+    if frozen := freeze_asks(run):
+        _end(row, SpeedUpState.KEPT_EAGER, frozen[0])
+        return
     issue_command(
         run=run,
         kind=CommandKind.SPEED_UP,
@@ -192,6 +198,7 @@ def offer(pk: int) -> None:
         layer=adaptation.layer,
         kernel_digest=row.kernel.digest,
         ttl_seconds=OFFER_SECONDS,
+        not_after=begins,
     )
     _move(row, SpeedUpState.OFFERED, f"compiled {speedup:.2f}× on the worker, offered")
 

@@ -9,11 +9,14 @@ from django.conf import settings
 from django.db import transaction
 
 from apps.accounts.actors import Actor, ActorKind
-from apps.adaptations.history import why_stopped
+from apps.adaptations.history import freeze_asks, why_not_sent
 from apps.adaptations.lifecycle import LONGEST_DOUBT_SECONDS, transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.turns import its_turn
+from apps.blueprints.models import KnownRemedy
 from apps.kernels.services import kernel_store
+from apps.policies.selectors import next_freeze
+from apps.rest.problems import Problem
 from apps.runs.services import issue_command, lock_run
 from esper.contracts import AdaptationState, CommandKind
 from esper.exceptions import KernelError
@@ -53,9 +56,24 @@ def _stage(digest: str) -> None:
         log.warning("kernel %s was not staged, the trainer will download it: %s", digest, error)
 
 
+def _changes_nothing(adaptation: Adaptation) -> bool:
+    known = KnownRemedy.objects.filter(slug=adaptation.remedy).first()
+    return known is not None and known.changes_nothing
+
+
 def send_remedy(adaptation: Adaptation, *, actor: Actor) -> Adaptation:
-    """Command the trainer to apply it. In the transaction of the approval."""
+    """Command the trainer to apply it. In the transaction of the approval.
+
+    Raises:
+        Problem: 409, a freeze is in effect. Whoever may get here has looked before.
+    """
     run = adaptation.run
+    begins = None
+    if not _changes_nothing(adaptation):
+        begins = next_freeze(run.project_id)  # before the next line: one may begin in between
+        if frozen := freeze_asks(run):
+            raise Problem(409, "freeze", frozen[0])
+    policy = adaptation.safety_policy.safety_policy()
     issue_command(
         run=run,
         kind=CommandKind.REMEDY,
@@ -66,7 +84,8 @@ def send_remedy(adaptation: Adaptation, *, actor: Actor) -> Adaptation:
             "config": adaptation.config,
             "finding": adaptation.finding,
         },
-        ttl_seconds=adaptation.safety_policy.safety_policy().dispatch_timeout_seconds,
+        ttl_seconds=policy.dispatch_timeout_seconds,
+        not_after=begins,
     )
     return transition(adaptation, AdaptationState.DISPATCHED, actor=actor, run_epoch=run.epoch)
 
@@ -76,8 +95,9 @@ def _write_command(adaptation: Adaptation, actor: Actor) -> None:
     run = lock_run(adaptation.run_id)
     if not its_turn(adaptation):
         return
-    frozen = why_stopped(adaptation, run)
-    if frozen:  # a switch takes effect when it is committed
+    begins = next_freeze(run.project_id)  # before the next line: one may begin in between
+    frozen = why_not_sent(adaptation, run)
+    if frozen:  # a switch or a freeze takes effect when it is committed
         transition(adaptation, AdaptationState.CANCELLED, actor=actor, reason=frozen)
         return
     policy = adaptation.safety_policy.safety_policy()
@@ -89,6 +109,7 @@ def _write_command(adaptation: Adaptation, actor: Actor) -> None:
         payload={"since": adaptation.since} if adaptation.since else {},
         kernel_digest=adaptation.kernel.digest if adaptation.kernel else "",
         ttl_seconds=policy.dispatch_timeout_seconds,
+        not_after=begins,
     )
     transition(adaptation, AdaptationState.DISPATCHED, actor=actor, run_epoch=run.epoch)
 

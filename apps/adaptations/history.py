@@ -11,6 +11,7 @@ from django.db.models import Avg, Count, Q, QuerySet, Sum
 from django.db.models.functions import Coalesce
 
 from apps.adaptations.models import RECOVERED, Adaptation
+from apps.policies.selectors import freeze_over
 from apps.policies.services import current_policy, kill_over
 from apps.rest.clock import now as database_now
 from apps.rest.numbers import is_number
@@ -108,6 +109,19 @@ def why_frozen(run: Run) -> str:
             f"taken out have cost {budget.used:.1%} of the loss, at most {budget.limit:.1%}"
         )
     return ""
+
+
+def freeze_asks(run: Run) -> tuple[str, ...]:
+    """Why a proposal waits, though everything else would let it go: a freeze is in effect."""
+    freeze = freeze_over(run.project_id)
+    return () if freeze is None else (f"Nothing is applied now: {freeze.in_words}",)
+
+
+def why_not_sent(adaptation: Adaptation, run: Run) -> str:
+    """As :func:`why_stopped`, and a freeze: what was approved before it must not reach the run."""
+    stopped = why_stopped(adaptation, run)
+    freeze = None if stopped else freeze_over(run.project_id)
+    return stopped if freeze is None else freeze.in_words
 
 
 def why_stopped(adaptation: Adaptation, run: Run) -> str:

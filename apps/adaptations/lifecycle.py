@@ -39,6 +39,7 @@ from apps.adaptations.models import Adaptation
 from apps.adaptations.quarantine import refresh_quarantine
 from apps.audit.services import record
 from apps.notifications.services import INBOX_TOPIC, SYSTEM_TOPIC, enqueue, publish, run_topic
+from apps.policies.selectors import freeze_over
 from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem
 from apps.runs.services import lock_run
@@ -246,7 +247,11 @@ def deadline_for(adaptation: Adaptation, state: AdaptationState) -> Any:
     length = deadline.length(adaptation.safety_policy.safety_policy())
     if state == S.COMPILED and adaptation.plan_place:
         length *= 1 + TURN_LENGTHS * adaptation.plan_place
-    return database_now() + length
+    begin = database_now()
+    if state == S.AWAITING_APPROVAL:  # nobody can decide for it before a freeze is over
+        freeze = freeze_over(adaptation.run.project_id)
+        begin = begin if freeze is None else freeze.ends_at
+    return begin + length
 
 
 def _compare_and_set(

@@ -9,7 +9,14 @@ from django.db import transaction
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
-from apps.adaptations.acts import check_binding, check_drift, check_reason, go_ahead, may_approve
+from apps.adaptations.acts import (
+    check_binding,
+    check_drift,
+    check_reason,
+    go_ahead,
+    may_approve,
+    refusal,
+)
 from apps.adaptations.binding import plan_hash
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation, Plan
@@ -34,7 +41,6 @@ _ACTS = {
     "reject": (Act.REJECT, frozenset({P.AWAITING_APPROVAL})),
     "undo": (Act.ROLL_BACK, frozenset({P.APPLYING, P.APPLIED, P.SETTLED})),
 }
-_STATUS = {"adaptation-killed": 423, "already-voted": 409, "decision-expired": 409}
 
 
 def plan_permissions(plan: Plan, user: User) -> dict[str, Permission]:
@@ -215,7 +221,7 @@ def _prepare(plan: Plan, user: User, act: str, version: int | None) -> None:
     if permission.code == "decision-not-pending":
         raise StalePlanError(plan)
     if not permission.allowed:
-        raise Problem(_STATUS.get(permission.code, 403), permission.code, permission.why)
+        raise refusal(permission, plan.run)
     if required_version(version) != plan.version:
         raise Problem(
             412,

@@ -13,7 +13,13 @@ from apps.accounts.actors import Actor, ActorKind
 from apps.adaptations.binding import shown_hash
 from apps.adaptations.compile_jobs import queue_compilation
 from apps.adaptations.decisions import record_decision
-from apps.adaptations.history import category_cases, closed_confidences, layer_histories, run_facts
+from apps.adaptations.history import (
+    category_cases,
+    closed_confidences,
+    freeze_asks,
+    layer_histories,
+    run_facts,
+)
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.shadows import shadow_at_random
@@ -106,6 +112,7 @@ def _propose(run: Run, proposal: Proposal, idempotency_key: str, actor: Actor) -
         raise GateClosedError(closed)
     asks = [check.text for check in checks if check.asks]
     asks += _drift(proposal.confidence, policy.safety_policy())
+    asks += freeze_asks(run)
     # Tamiyo may be more careful than the gates, never less.
     asks += [line for line in proposal.asks if line not in asks]
     adaptation = graft_row(run, proposal, blueprint, policy, checks, asks, idempotency_key)

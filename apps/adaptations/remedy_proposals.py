@@ -21,7 +21,7 @@ from apps.accounts.policy import Act, may
 from apps.adaptations.binding import shown_hash
 from apps.adaptations.delegations import covering, sentence
 from apps.adaptations.dispatch import send_remedy
-from apps.adaptations.history import why_frozen
+from apps.adaptations.history import freeze_asks, why_frozen
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
 from apps.adaptations.proposals import GateClosedError, announce_proposal, record_closed_gates
@@ -116,14 +116,16 @@ def _propose(run: Run, proposal: RemedyProposal, actor: Actor) -> Adaptation:
         reason = "the trainer was started again, and proposes anew"
         transition(known, S.SUPERSEDED, actor=actor, reason=reason)
     record_findings(run=run, findings=[proposal.finding])  # telemetry may bring it later
+    remedy = known_remedy(run, proposal.remedy, proposal.layer, proposal.config)
     wanted = _Wanted(
-        remedy=known_remedy(run, proposal.remedy, proposal.layer, proposal.config),
+        remedy=remedy,
         layer=proposal.layer,
         config=proposal.config,
         step=proposal.step,
         key=key,
         finding=proposal.finding,
-        asks=proposal.asks,
+        # Not answered ahead: a delegation does not go through a freeze.
+        asks=(*proposal.asks, *(() if remedy.changes_nothing else freeze_asks(run))),
     )
     policy = current_policy(run).safety_policy()
     checks = check_remedy(_inputs(run, wanted), policy)
@@ -189,13 +191,16 @@ def ask_for_remedy(
         raise Problem(403, permission.code, permission.why)
     if run.ended:
         raise Problem(409, "run-ended", f"This run has ended: it is {run.state}.", state=run.state)
+    known = known_remedy(run, remedy, layer, config)
+    frozen = () if known.changes_nothing else freeze_asks(run)
+    only_ask = only_ask or bool(frozen)  # in a freeze it waits, whoever asks
     wanted = _Wanted(
-        remedy=known_remedy(run, remedy, layer, config),
+        remedy=known,
         layer=layer,
         config=config,
         step=run.step,
         key=f"{run.uid}:asked:{uuid.uuid4()}",
-        asks=(f"{user.get_username()} asks for it.",),
+        asks=(f"{user.get_username()} asks for it.", *frozen),
         user=user,
         reason=reason,
     )

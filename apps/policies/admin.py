@@ -10,7 +10,7 @@ from django.http import HttpRequest
 
 from apps.accounts.policy import Act
 from apps.accounts.read_only_admin import VIA, ReadOnlyAdmin, ServedAdmin, ServedForm
-from apps.policies.models import AdaptationSwitch, PolicyVersion, ProjectSwitch
+from apps.policies.models import AdaptationSwitch, Freeze, PolicyVersion, ProjectSwitch
 from apps.policies.services import current_policy, publish_policy
 from esper.constraints.strictness import thresholds
 from esper.contracts import Risk
@@ -92,4 +92,10 @@ class AdaptationSwitchAdmin(ReadOnlyAdmin):
 @admin.register(ProjectSwitch)
 class ProjectSwitchAdmin(ReadOnlyAdmin):
     list_display = ("project", "on", "changed_by", "reason", "changed_at")
+    page = ("switch",)
+
+
+@admin.register(Freeze)
+class FreezeAdmin(ReadOnlyAdmin):
+    list_display = ("uid", "project", "starts_at", "ends_at", "reason", "set_by", "ended_at")
     page = ("switch",)

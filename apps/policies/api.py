@@ -7,9 +7,12 @@ from rest_framework.response import Response
 from apps.accounts.act_endpoint import act_endpoint
 from apps.accounts.authentication import person, via
 from apps.accounts.endpoint import Endpoint
+from apps.accounts.project_api import project_of
 from apps.accounts.step_up import require_recent_password
-from apps.policies.models import PolicyVersion
-from apps.policies.serializers import PolicyInput, PolicyOutput
+from apps.policies.freezing import end_freeze, set_freeze
+from apps.policies.models import Freeze, PolicyVersion
+from apps.policies.selectors import freezes
+from apps.policies.serializers import FreezeInput, FreezeOutput, PolicyInput, PolicyOutput
 from apps.policies.services import (
     approve_policy,
     current_policy,
@@ -112,4 +115,44 @@ WithdrawPolicy = act_endpoint(
     find=_version,
     answer=_answer,
     output=PolicyOutput,
+)
+
+
+class Freezes(Endpoint):
+    throttle_classes = (ActThrottle,)
+    parameters = PARAMETERS
+
+    @documented("list_freezes", answer=page_of(FreezeOutput), parameters=listing())
+    def get(self, request: Request) -> HttpResponseBase:
+        return page_response(request, freezes(), lambda rows: FreezeOutput(rows, many=True).data)
+
+    @documented("set_freeze", body=FreezeInput, answer=FreezeOutput, status=201, act=True)
+    @idempotent
+    def post(self, request: Request) -> Response:
+        given = parse(FreezeInput, request.data)
+        uid = given.pop("project")
+        made = set_freeze(
+            project=project_of(request, uid) if uid else None,
+            user=person(request),
+            via=via(request),
+            **given,
+        )
+        return Response(FreezeOutput(made).data, status=201)
+
+
+def _freeze(_: Request, uid: str) -> Freeze:
+    found = freezes().filter(uid=uid).first()
+    if found is None:
+        raise not_found("freeze")
+    return found
+
+
+EndFreeze = act_endpoint(
+    "end_freeze",
+    end_freeze,
+    subject="freeze",
+    find=_freeze,
+    answer=lambda _, freeze: Response(FreezeOutput(freeze).data),
+    output=FreezeOutput,
+    dangerous=True,
 )

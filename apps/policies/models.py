@@ -1,6 +1,9 @@
-"""The safety policy's versions, and the switches that stop adaptation: everywhere, in a project."""
+"""The safety policy's versions, and what stops adaptation: switches, and freezes for a time."""
 
 from __future__ import annotations
+
+from datetime import UTC, datetime
+from functools import partial
 
 from django.conf import settings
 from django.db import models
@@ -8,6 +11,7 @@ from django.db.models import Q
 
 from apps.accounts.models import Project
 from apps.accounts.visibility import InProjects, of_projects
+from apps.rest.identifiers import UID_LENGTH, new_uid
 from esper.contracts import SafetyPolicy
 
 
@@ -127,3 +131,63 @@ class ProjectSwitch(Switch):
 
     class Meta:
         verbose_name_plural = "project switches"
+
+
+def _of_project_or_all(projects: frozenset[int]) -> Q:
+    return Q(project=None) | Q(project__in=projects)
+
+
+class Freeze(models.Model):
+    """A span of time in which nothing is applied, by no person and no rule. No project: anywhere.
+
+    It begins and ends by the database's clock: ``starts_at`` is in it, ``ends_at`` is not.
+    """
+
+    uid = models.CharField(
+        max_length=UID_LENGTH, unique=True, default=partial(new_uid, "frz"), editable=False
+    )
+    project = models.ForeignKey(
+        Project, on_delete=models.CASCADE, null=True, blank=True, related_name="freezes"
+    )
+    starts_at = models.DateTimeField()
+    ends_at = models.DateTimeField(db_index=True)
+    reason = models.TextField()
+    set_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
+    created_at = models.DateTimeField(auto_now_add=True)
+    ended_by = models.ForeignKey(  # before its time
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+"
+    )
+    ended_at = models.DateTimeField(null=True, blank=True)
+    end_reason = models.TextField(blank=True)
+
+    objects = InProjects["Freeze"]()
+    visible_in = staticmethod(_of_project_or_all)
+
+    class Meta:
+        ordering = ("-starts_at", "-id")
+        constraints = (
+            models.CheckConstraint(
+                condition=Q(ends_at__gt=models.F("starts_at")), name="a_freeze_ends_after_its_start"
+            ),
+        )
+
+    def __str__(self) -> str:
+        return f"freeze {self.uid} {self.where}"
+
+    @property
+    def number(self) -> int:
+        return self.pk
+
+    @property
+    def where(self) -> str:
+        return "everywhere" if self.project is None else f"in project {self.project.name}"
+
+    @property
+    def in_words(self) -> str:
+        """As a clause, with its end and its reason."""
+        return f"a freeze {self.where} lasts until {utc(self.ends_at)}: {self.reason}"
+
+
+def utc(moment: datetime) -> str:
+    """A moment in a sentence of the API, which has no reader's time zone."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from rest_framework import serializers
 
-from apps.policies.models import AdaptationSwitch, PolicyVersion, ProjectSwitch, Scope
+from apps.policies.models import AdaptationSwitch, Freeze, PolicyVersion, ProjectSwitch, Scope
 from apps.rest.fields import Flag, Members, PersonsInput, Text
 
 
@@ -56,3 +56,27 @@ class ProjectSwitchOutput(serializers.ModelSerializer[ProjectSwitch]):
 class SwitchInput(PersonsInput):
     on = Flag()
     reason = Text(allow_blank=True, default="")
+
+
+class FreezeOutput(serializers.ModelSerializer[Freeze]):
+    """``project`` null: all runs. ``ended_at``: it was ended before its time."""
+
+    project = serializers.CharField(source="project.uid", default=None, allow_null=True)
+    set_by = serializers.CharField(source="set_by.username")
+    ended_by = serializers.CharField(source="ended_by.username", default=None, allow_null=True)
+
+    class Meta:
+        model = Freeze
+        fields = (
+            "uid", "project", "starts_at", "ends_at", "reason", "set_by", "created_at",
+            "ended_by", "ended_at", "end_reason",
+        )  # fmt: skip
+
+
+class FreezeInput(PersonsInput):
+    """Times with their zone. Without ``starts_at`` it begins now; without ``project`` for all."""
+
+    starts_at = serializers.DateTimeField(required=False, allow_null=True, default=None)
+    ends_at = serializers.DateTimeField()
+    project = Text(max_length=40, required=False, default="", allow_blank=True)
+    reason = Text(max_length=2000)

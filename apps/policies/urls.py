@@ -9,4 +9,6 @@ urlpatterns = [
     path("policies/<int:version>", api.PolicyDetail.as_view()),
     path("policies/<str:version>/approve", api.ApprovePolicy.as_view()),
     path("policies/<str:version>/withdraw", api.WithdrawPolicy.as_view()),
+    path("freezes", api.Freezes.as_view()),
+    path("freezes/<str:uid>/end", api.EndFreeze.as_view()),
 ]

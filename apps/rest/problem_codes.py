@@ -22,6 +22,8 @@ PROBLEMS: dict[str, tuple[int, str, str]] = {
     "escalated": (403, "The decision was escalated, so an admin approves it.", "Ask an admin; you may still reject it."),
     "evidence-stale": (409, "The layer has changed too much since the evidence was recorded.", "Compare with `evidence_now`; approve with `accept_drift: true` if you still agree."),
     "forbidden": (403, "The request was refused, for example because its CSRF token is missing.", "Sign in again, or use a bearer token."),
+    "freeze": (409, "A freeze is in effect, in which nothing is applied.", "Wait until `until`, or ask a curator to end the freeze. Rejecting, pausing and rolling back still work."),
+    "freeze-over": (409, "The freeze is over already.", "Nothing: `GET /api/v1/freezes` says by whom it was ended."),
     "gate-closed": (409, "A hard limit is exceeded.", "`checks` names each limit with the observed value."),
     "graft-merged": (409, "The script has merged this graft into its host's weights.", "Undo the merge in the script, or go back to an older checkpoint."),
     "host-away": (409, "No worker of that host is running, so nothing can be started there.", "Start Esper's worker on the host, then try again."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.conf import settings
@@ -292,8 +292,11 @@ def issue_command(
     kernel_digest: str = "",
     payload: dict[str, Any] | None = None,
     ttl_seconds: int = 60,
+    not_after: datetime | None = None,
 ) -> models.Command:
     """Sign one command, append it to the run's log and notify the trainer after the commit.
+
+    It is valid for ``ttl_seconds``, but not longer than ``not_after``.
 
     Raises:
         ImproperlyConfigured: this process holds no key that signs commands.
@@ -306,6 +309,7 @@ def issue_command(
     models.Run.objects.filter(pk=run.pk).update(command_seq=F("command_seq") + 1)
     run.refresh_from_db(fields=["command_seq", "epoch"])
     issued_at = database_now()
+    expires_at = issued_at + timedelta(seconds=ttl_seconds)
     command = models.Command(
         run=run,
         epoch=run.epoch,
@@ -316,7 +320,7 @@ def issue_command(
         kernel_digest=kernel_digest,
         payload=payload or {},
         issued_at=issued_at,
-        expires_at=issued_at + timedelta(seconds=ttl_seconds),
+        expires_at=expires_at if not_after is None else min(expires_at, not_after),
     )
     command.signature = signing.sign(_contract(command).signing_bytes(), settings.ESPER_COMMAND_KEY)
     command.save()

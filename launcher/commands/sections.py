@@ -18,7 +18,8 @@ SECTIONS = {
         "plans", "shadow", "delegations",
     ),
     "Act on a run": (
-        "remedy", "rollback", "cancel", "pause", "resume", "stop", "kill", "recipe", "branch",
+        "remedy", "rollback", "cancel", "pause", "resume", "stop", "kill", "freeze", "recipe",
+        "branch",
     ),
     "Prove, back up, connect": (
         "audit", "replay", "backup", "restore", "restored", "rotate", "mcp",

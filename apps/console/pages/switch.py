@@ -8,6 +8,7 @@ from typing import Any
 
 from django.db.models import OuterRef, Subquery
 from django.http import HttpRequest, HttpResponse
+from django.utils import timezone
 from django.utils.translation import gettext as _
 
 from apps.accounts.models import Project, User
@@ -19,7 +20,8 @@ from apps.console.language import as_written
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.console.run_rows import live_runs
-from apps.policies.models import ProjectSwitch
+from apps.policies.models import Freeze, ProjectSwitch, utc
+from apps.policies.selectors import freezes
 from apps.runs.models import Command, Run
 from esper.contracts import CommandKind, CommandState
 
@@ -52,8 +54,26 @@ def switch(request: HttpRequest) -> HttpResponse:
     def projects() -> dict[str, Any]:
         return {"rows": project_rows(user, trainer_answers())}
 
+    def freeze_panel() -> dict[str, Any]:
+        everywhere = may(user, Act.EDIT_POLICY)
+        places = [("", "everywhere")] if everywhere.allowed else []
+        places += [
+            (one.uid, f"project {one.name}")
+            for one in projects_of(user).order_by("name")
+            if may(user, Act.EDIT_POLICY, of=one).allowed
+        ]
+        return {"rows": freeze_rows(user), "places": places, "why_not": everywhere.why}
+
     panels = [
         Panel("all", _("Everything"), "console/switch/all.html", everything, ("switch",)),
+        Panel(
+            "freezes",
+            "Freezes",
+            "console/switch/freezes.html",
+            freeze_panel,
+            ("freeze",),
+            every=30,
+        ),
         Panel(
             "trainers",
             _("Each run"),
@@ -150,3 +170,47 @@ def summary(answers: Sequence[TrainerAnswer]) -> str:
     return _(
         "%(confirmed)s of %(asked)s trainers have confirmed, the slowest after %(seconds)s s."
     ) % (count | slowest)
+
+
+FREEZES_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeRow:
+    """``open``: in effect, or to come; ``may``: end it."""
+
+    freeze: Freeze
+    begins: str
+    ends: str
+    word: str
+    tone: str
+    shape: str
+    open: bool
+    may: Permission
+
+
+def freeze_rows(user: User) -> list[FreezeRow]:
+    """The latest freezes, those that are over too."""
+    now = timezone.now()
+    rows = []
+    for one in freezes()[:FREEZES_SHOWN]:
+        if one.ended_at is not None or one.ends_at <= now:
+            word, tone, shape = ("Ended early" if one.ended_at else "Over"), "off", "disc"
+        elif one.starts_at <= now:
+            word, tone, shape = "In effect", "caution", "half"
+        else:
+            word, tone, shape = "To come", "normal", "disc"
+        permission = may(user, Act.EDIT_POLICY, of=one.project)
+        rows.append(
+            FreezeRow(
+                freeze=one,
+                begins=utc(one.starts_at),
+                ends=utc(one.ends_at),
+                word=word,
+                tone=tone,
+                shape=shape,
+                open=tone != "off",
+                may=permission,
+            )
+        )
+    return rows

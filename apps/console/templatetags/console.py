@@ -27,6 +27,8 @@ from apps.console.bar import switch_and_kills
 from apps.console.language import as_written, html_language, in_words
 from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS, Status
 from apps.console.waiting import inbox_count
+from apps.policies.models import utc
+from apps.policies.selectors import present_freezes
 from esper.contracts import Role
 
 register = template.Library()
@@ -312,6 +314,26 @@ def topbar(context: template.RequestContext) -> dict[str, Any]:
         "kill": may(request.user, Act.KILL),
         "links": [(name, _(word), sections) for name, word, sections in _LINKS],
         "csrf_token": context.get("csrf_token"),
+    }
+
+
+@register.inclusion_tag("console/freezes.html", takes_context=True)
+def freezes(context: template.RequestContext) -> dict[str, Any]:
+    """The freezes in effect now, above every page. One of a project is for those who see it."""
+    if not context["request"].user.is_authenticated:
+        return {"freezes": []}
+    now = timezone.now()
+    return {
+        "freezes": [
+            {
+                "where": one.where,
+                "ends_at": one.ends_at,
+                "until": utc(one.ends_at),
+                "reason": one.reason,
+                "set_by": one.set_by.get_username(),
+            }
+            for one in present_freezes().filter(starts_at__lte=now).order_by("ends_at")
+        ]
     }
 
 

@@ -45,6 +45,8 @@ VERBS = {
     "remove_duty": "duty remove",
     "grant_delegation": "delegations grant",
     "revoke_delegation": "delegations revoke",
+    "set_freeze": "freeze set",
+    "end_freeze": "freeze end",
     "approve_policy": "policy agree",
     "withdraw_policy": "policy withdraw",
     "add_channel": "channels add",
@@ -97,6 +99,7 @@ WITHOUT_A_CONTROL: dict[str, str] = {}
 # Where a control does not name the last part of the act's path.
 CONTROLS = {
     "set_adaptation_switch": "adaptation-switch",
+    "set_freeze": "/freezes",
     "publish_policy": "/policies",
     "start_recipe": "/launches",
     "issue_token": "/tokens",

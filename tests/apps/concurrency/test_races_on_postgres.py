@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.db import DatabaseError, connection, connections, transaction
+from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM
 from apps.accounts.models import User
@@ -19,6 +21,8 @@ from apps.audit.services import record, verify_chain
 from apps.blueprints.models import Blueprint
 from apps.notifications.models import FeedEvent
 from apps.notifications.services import publish
+from apps.policies.freezing import end_freeze, set_freeze
+from apps.policies.models import Freeze
 from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import issue_command
@@ -200,3 +204,36 @@ def test_the_kill_switch_lets_nothing_through_after_it_was_committed() -> None:
     killed_at = AuditEvent.objects.get(act="switch.killed").pk
     dispatched = AuditEvent.objects.filter(act="adaptation.dispatched").first()
     assert dispatched is None or dispatched.pk < killed_at
+
+
+@pytest.mark.parametrize("kind", ["approval", "dispatch"])
+def test_a_freeze_that_begins_lets_nothing_through_after_it_was_committed(kind: str) -> None:
+    curator, operator = make_person("carl"), make_person("olga")
+    for round_ in range(ROUNDS):
+        run = a_run(f"run{round_}")
+        adaptation = propose(run, "fc0", f"key{round_}", 0.6 if kind == "approval" else 0.9)
+        if kind == "dispatch":
+            force_state(adaptation, AdaptationState.COMPILED)
+        pk, version, shown = adaptation.pk, adaptation.version, adaptation.evidence_hash
+
+        def work(index: int, pk: int = pk, version: int = version, shown: str = shown) -> str:
+            row = Adaptation.objects.get(pk=pk)
+            if index == 0:
+                ends = timezone.now() + timedelta(hours=1)
+                set_freeze(ends_at=ends, reason="holidays", user=curator, via="")
+            elif kind == "approval":
+                services.approve_adaptation(
+                    adaptation=row, user=operator, via="", version=version, evidence_hash=shown
+                )
+            else:
+                services.dispatch_adaptation(row.uid, worker=f"w{index}")
+            return "done"
+
+        answers = at_once(work)
+        allowed = {"done", "409 freeze", "409 decision-not-pending", "412 version-changed"}
+        assert set(answers) <= allowed, answers
+        frozen_at = AuditEvent.objects.filter(act="freeze.set").latest("pk").pk
+        went = ["adaptation.approved", "adaptation.dispatched"]
+        rows = AuditEvent.objects.filter(object_uid=adaptation.uid, act=went[kind == "dispatch"])
+        assert all(row.pk < frozen_at for row in rows)
+        end_freeze(freeze=Freeze.objects.get(ended_at=None), user=curator, via="")

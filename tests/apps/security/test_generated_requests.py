@@ -64,7 +64,10 @@ ACTS = {
     Act.MANAGE_CACHE: ("evict_kernel", "pin_kernel", "unpin_kernel", "scrub_kernel_cache"),
     Act.START_RECIPE: ("start_recipe", "resume_launch", "branch_run"),
     Act.STOP_LAUNCH: ("stop_launch",),
-    Act.EDIT_POLICY: ("publish_policy", "approve_policy", "withdraw_policy"),
+    Act.EDIT_POLICY: (
+        *("publish_policy", "approve_policy", "withdraw_policy"),
+        *("set_freeze", "end_freeze"),
+    ),
     Act.MANAGE_PEOPLE: (
         *("create_project", "create_service_account", "end_service_account", "set_member"),
         "remove_second_factor",
