@@ -29,3 +29,9 @@ def switch_and_kills() -> tuple[AdaptationSwitch, list[str]]:
 def bar(request: HttpRequest) -> HttpResponse:
     """The top bar alone, so that its badge is refreshed without the page."""
     return render(request, "console/bar.html", {"section": request.GET.get("section", "")})
+
+
+@page
+def freeze_banner(request: HttpRequest) -> HttpResponse:
+    """The freezes in effect alone, so that a page that is open learns of one."""
+    return render(request, "console/freeze_banner.html")

@@ -3,7 +3,7 @@
 from django.urls import path
 from django.views.i18n import set_language
 
-from apps.console.bar import bar
+from apps.console.bar import bar, freeze_banner
 from apps.console.pages.accessibility import accessibility
 from apps.console.pages.adaptation import adaptation
 from apps.console.pages.audit import audit
@@ -46,6 +46,7 @@ urlpatterns = [
     path("language", set_language, name="set-language"),
     path("words.js", words, name="words"),
     path("bar", bar, name="bar"),
+    path("bar/freezes", freeze_banner, name="freeze-banner"),
     path("", overview, name="overview"),
     path("inbox", inbox, name="inbox"),
     path("runs", runs, name="runs"),

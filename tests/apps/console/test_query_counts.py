@@ -68,18 +68,18 @@ def grow_pool() -> None:
 @pytest.mark.parametrize(
     ("address", "most"),
     [
-        ("/", 18),
+        ("/", 19),
         ("/inbox", 11),
         ("/inbox?state=history", 11),
         ("/runs", 11),
         ("/violations", 8),
         ("/kernels", 18),
         (f"/kernels/{'ab' * 32}", 19),
-        ("/workers", 18),
-        ("/recipes", 9),
+        ("/workers", 19),
+        ("/recipes", 10),
         ("/blueprints", 7),
-        ("/blueprints/mlp_gelu_2048", 9),
-        ("run", 25),
+        ("/blueprints/mlp_gelu_2048", 10),
+        ("run", 26),
     ],
 )
 def test_a_page_costs_the_same_with_ten_times_the_rows(world: Any, address: str, most: int) -> None:

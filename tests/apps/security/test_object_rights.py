@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from apps.accounts.models import Project, User
 from apps.adaptations.models import Adaptation, DecisionRecord, Delegation, Plan
 from apps.audit.models import AuditEvent
 from apps.notifications.models import Channel, DutyShift
+from apps.policies.models import Freeze
 from apps.policies.services import current_policy
 from apps.rest.throttling import ActThrottle, AuditThrottle, TelemetryThrottle, TokenThrottle
 from apps.workers.models import CompileJob
@@ -127,6 +129,13 @@ def objects(people: dict[Role, User], inbox: Inbox) -> dict[str, str]:
             most_uses=1,
             until=timezone.now(),
             reason=CANARY,
+        ).uid,
+        "freezes": Freeze.objects.create(
+            project=Project.objects.create(name="frozen"),
+            starts_at=timezone.now(),
+            ends_at=timezone.now() + timedelta(hours=1),
+            reason=CANARY,
+            set_by=people[Role.CURATOR],
         ).uid,
         "duty": DutyShift.objects.create(
             user=owner, begins=timezone.now(), ends=timezone.now()
