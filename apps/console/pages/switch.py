@@ -56,9 +56,9 @@ def switch(request: HttpRequest) -> HttpResponse:
 
     def freeze_panel() -> dict[str, Any]:
         everywhere = may(user, Act.EDIT_POLICY)
-        places = [("", "everywhere")] if everywhere.allowed else []
+        places = [("", _("everywhere"))] if everywhere.allowed else []
         places += [
-            (one.uid, f"project {one.name}")
+            (one.uid, _("project %(name)s") % {"name": one.name})
             for one in projects_of(user).order_by("name")
             if may(user, Act.EDIT_POLICY, of=one).allowed
         ]
@@ -68,7 +68,7 @@ def switch(request: HttpRequest) -> HttpResponse:
         Panel("all", _("Everything"), "console/switch/all.html", everything, ("switch",)),
         Panel(
             "freezes",
-            "Freezes",
+            _("Freezes"),
             "console/switch/freezes.html",
             freeze_panel,
             ("freeze",),
@@ -180,6 +180,7 @@ class FreezeRow:
     """``open``: in effect, or to come; ``may``: end it."""
 
     freeze: Freeze
+    where: str
     begins: str
     ends: str
     word: str
@@ -195,15 +196,18 @@ def freeze_rows(user: User) -> list[FreezeRow]:
     rows = []
     for one in freezes()[:FREEZES_SHOWN]:
         if one.ended_at is not None or one.ends_at <= now:
-            word, tone, shape = ("Ended early" if one.ended_at else "Over"), "off", "disc"
+            word, tone, shape = (_("Ended early") if one.ended_at else _("Over")), "off", "disc"
         elif one.starts_at <= now:
-            word, tone, shape = "In effect", "caution", "half"
+            word, tone, shape = _("In effect"), "caution", "half"
         else:
-            word, tone, shape = "To come", "normal", "disc"
+            word, tone, shape = _("To come"), "normal", "disc"
         permission = may(user, Act.EDIT_POLICY, of=one.project)
         rows.append(
             FreezeRow(
                 freeze=one,
+                where=_("project %(name)s") % {"name": one.project.name}
+                if one.project
+                else _("everywhere"),
                 begins=utc(one.starts_at),
                 ends=utc(one.ends_at),
                 word=word,

@@ -326,7 +326,7 @@ def freezes(context: template.RequestContext) -> dict[str, Any]:
     return {
         "freezes": [
             {
-                "where": one.where,
+                "project": one.project.name if one.project else "",
                 "ends_at": one.ends_at,
                 "until": utc(one.ends_at),
                 "reason": one.reason,
