@@ -5,6 +5,7 @@ Everything is loaded on first use, so that ``import esper.contracts`` never impo
 
 from __future__ import annotations
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +47,22 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "blueprints":
-        return import_module("esper.blueprints")
+        return _loaded("esper.blueprints")
     if name not in _HOMES:
         raise AttributeError(f"module 'esper' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(_loaded(_HOMES[name]), name)
+
+
+def _loaded(module: str) -> Any:
+    """The module; the script has often set its seed before, and some libraries draw when loaded.
+
+    One is rich, which httpx loads where it is installed.
+    """
+    state = random.getstate()
+    try:
+        return import_module(module)
+    finally:
+        random.setstate(state)
 
 
 def __dir__() -> list[str]:

@@ -246,8 +246,6 @@ class ForwardProbe:
 
     def _hook(self, see: Callable[..., None]) -> PassingHook:
         def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if torch._C._get_tracing_state() is not None:
-                return
             if self._armed and torch.is_grad_enabled():
                 with torch.no_grad():
                     see(module, args, kwargs, output)

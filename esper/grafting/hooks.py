@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils.hooks import RemovableHandle
 
 _numbers: dict[str, list[int]] = {}  # by kind of hook, those reserved in this process
@@ -17,18 +21,60 @@ class PassingHook:
     """A hook that copies and pickle leave behind, and that compiled code does not contain.
 
     A copy gets one that does nothing. It is a function of the standard library, so that a pickled
-    model loads without Esper. While torch.compile traces, the hook does nothing either: it is no
-    part of the graph, and splits none.
+    model loads without Esper. While torch traces, for ``torch.compile`` or ``torch.jit``, the hook
+    does nothing either: it is no part of the graph, and splits none. See :func:`apart`, too.
     """
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self._hook = hook
 
     def __call__(self, *args: Any) -> Any:
-        return None if torch.compiler.is_compiling() else self._hook(*args)
+        return apart(self._hook, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
+
+
+def apart(look: Callable[..., Any], *args: Any) -> Any:
+    """Calls what looks at the script's tensors, so that no mode of the script sees its operations.
+
+    A dispatch mode counts operations, or keeps their results: selective activation checkpointing
+    gives those of the forward pass out again by their order, so one more would shift them.
+
+    Returns:
+        The result of ``look``. None without a call while torch traces, and under fake tensors:
+        there are no numbers.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return None
+    if not torch._C._len_torch_dispatch_stack():
+        return look(*args)
+    # Only torch's own modes have a key: those of fake tensors, proxies and functionalization.
+    modes = _get_current_dispatch_mode_stack()
+    if any(getattr(mode, "_mode_key", None) is not None for mode in modes):
+        return None
+    with _disable_current_modes():
+        return look(*args)
+
+
+@contextmanager
+def hidden_hooks(model: nn.Module) -> Iterator[None]:
+    """Takes every :class:`PassingHook` out of the modules within the block."""
+    changed: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if any(isinstance(hook, PassingHook) for hook in hooks.values()):
+                changed.append((hooks, dict(hooks)))
+    try:
+        for hooks, before in changed:
+            for number, hook in before.items():
+                if isinstance(hook, PassingHook):
+                    del hooks[number]
+        yield
+    finally:
+        for hooks, before in changed:
+            hooks.clear()
+            hooks.update(before)
 
 
 def register_alike(kind: str, module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:

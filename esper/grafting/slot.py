@@ -31,7 +31,7 @@ from esper.blueprints.base import introduce
 from esper.exceptions import GraftError, UnknownLayerError
 from esper.fail_closed import short
 from esper.grafting.compiled import forget_compiled_code
-from esper.grafting.hooks import PassingHook, register_alike
+from esper.grafting.hooks import PassingHook, apart, register_alike
 from esper.grafting.manifest import MANIFEST_KEY, GraftRecord, pack
 from esper.grafting.spans import Carrier, Source, Span, lay_hooks
 from esper.near_names import or_known
@@ -357,7 +357,7 @@ def _run_occupied(
     x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
     if x is None or y is None or not isinstance(slot, Slot):
         return None
-    slot.look(x, y)
+    apart(slot.look, x, y)
     if not slot._modules:
         return None
     try:
@@ -612,8 +612,6 @@ def watch(model: nn.Module, layer: str, watcher: Watcher) -> Callable[[], None]:
         return slot.watch(watcher)
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-        if torch._C._get_tracing_state() is not None:
-            return
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
         if x is not None and y is not None and not is_transformed(y):
             watcher(x, y)

@@ -176,7 +176,7 @@ def attach(
         session.say_attached_twice(older)
     _sessions[bare] = weakref.ref(session)
     # Before any graft: a checkpoint of an earlier process may hold some.
-    framework_loads.install([framework_loads.PLANNER])
+    framework_loads.install([framework_loads.PLANNER, framework_loads.SCRIPT])
     return session
 
 

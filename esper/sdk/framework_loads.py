@@ -6,6 +6,9 @@ grafts get a file of their own beside them. ``torch.distributed.checkpoint`` rea
 that it is asked for, so it would leave grafts out in silence. :func:`install` replaces these
 methods, once a model of the framework is grafted or Esper's callback for it is imported; that of
 distributed checkpoints once a model is attached. Without grafts they do what they did.
+
+``torch.jit.script`` compiles each hook of a module, and raises at one that it cannot compile. It is
+replaced too once a model is attached, and leaves out the hooks of Esper that only look.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from esper import grafting
 from esper.exceptions import ConfigurationError
 from esper.fail_closed import FailClosed
+from esper.grafting.hooks import hidden_hooks
 from esper.grafting.manifest import MANIFEST_KEY
 from esper.grafting.slot import SLOT_NAME
 from esper.grafting.state_dicts import is_followed, pop_grafts
@@ -30,6 +34,7 @@ logger = logging.getLogger("esper")
 
 GRAFTS_FILE = "esper_grafts.safetensors"  # beside PEFT's adapter_model.safetensors
 PLANNER = "torch.distributed.checkpoint.default_planner"
+SCRIPT = "torch.jit._recursive"
 _MARK = "_builds_grafts_of_esper"
 
 
@@ -233,6 +238,22 @@ def _in_distributed_checkpoint(planners: Any) -> None:
     kind.create_local_plan = create_local_plan
 
 
+def _in_script(recursive: Any) -> None:
+    make = recursive.create_script_module
+    if hasattr(make, _MARK):
+        return
+
+    @wraps(make)
+    def create_script_module(nn_module: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(nn_module, nn.Module):
+            return make(nn_module, *args, **kwargs)
+        with hidden_hooks(nn_module):
+            return make(nn_module, *args, **kwargs)
+
+    setattr(create_script_module, _MARK, True)
+    recursive.create_script_module = create_script_module
+
+
 def _left_out(wanted: Iterable[str], saved: Iterable[str]) -> list[str]:
     """The layers of a checkpoint whose own tensors are read, but not their grafts."""
     names = frozenset(wanted)
@@ -251,4 +272,5 @@ _REPLACED = {
     "transformers": _in_transformers,
     "peft": _in_peft,
     PLANNER: _in_distributed_checkpoint,
+    SCRIPT: _in_script,
 }

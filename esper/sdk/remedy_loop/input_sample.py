@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from esper.grafting.hooks import PassingHook
 from esper.remedies import Batch
 
 
@@ -21,7 +22,8 @@ class InputSample:
     def ready(self) -> bool:
         """A batch is there; otherwise it is taken in the next forward pass."""
         if self.batch is None and self._handle is None:
-            self._handle = self._model.register_forward_pre_hook(self._take, with_kwargs=True)
+            hook = PassingHook(self._take)
+            self._handle = self._model.register_forward_pre_hook(hook, with_kwargs=True)
         return self.batch is not None
 
     @property
