@@ -37,6 +37,7 @@ RECORDER = "layer recorder"
 ROWS_COMPARED = 4  # of a layer's output, to tell the activation behind it
 _NO_SHAPES = "Esper does not know the layer's shapes, so it takes no graft."
 _NO_ORDER = "Esper does not know in which order the layers run."
+_QUANTISERS = frozenset({"weight_fake_quant", "activation_post_process"})  # torch.ao's names
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -58,15 +59,18 @@ class _Sighting:
 
 
 def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """name -> module of all layers: leaves with parameters, and attention.
+    """name -> module of all layers: attention, and what has parameters and no layer inside.
 
-    A module with two names appears under its first name.
+    A layer may contain a dropout, an activation or an observer of quantisation. A module with two
+    names appears under its first name.
     """
     found = {}
     inside_slots = {inner for _, _, slot in slots(model) for inner in slot.modules()}
     flat = _flat_parts(model)
     for name, module in model.named_modules():
-        if module not in inside_slots and _is_layer(module, name, module in flat):
+        if module in inside_slots or not _is_candidate(module, name):
+            continue
+        if _is_leaf(module, module in flat) or (not flat and _has_only_helpers(module)):
             found[original_name(name)] = module
     return found
 
@@ -103,6 +107,8 @@ def why_never_graftable(
         return (
             "its parent attention reads its weight without calling it, so a graft would never run"
         )
+    if not _QUANTISERS.isdisjoint(module._modules):
+        return "it is prepared for quantisation, and torch's convert would lose a graft"
     if _is_adapter(model, name):
         return "it is part of a PEFT adapter, whose merge reads its weights and would lose a graft"
     if name not in (layer_modules(model) if layers is None else layers):
@@ -350,19 +356,39 @@ def trace_layers(
         recorder.stop()
         with torch.no_grad():
             for buffer, before in buffers:
+                if buffer.shape != before.shape:  # an observer of quantisation resizes its own
+                    buffer.resize_(before.shape)
                 buffer.copy_(before)
     return recorder.layers()
 
 
-def _is_layer(module: nn.Module, name: str, has_flat: bool = False) -> bool:
-    if is_opaque(module):
+def _is_candidate(module: nn.Module, name: str) -> bool:
+    if is_opaque(module) or ".parametrizations" in f".{name}":
         return False
+    return isinstance(module, nn.MultiheadAttention) or not isinstance(module, CONTAINERS)
+
+
+def _is_leaf(module: nn.Module, has_flat: bool) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return True
-    if isinstance(module, CONTAINERS) or ".parametrizations" in f".{name}":
+    return not _children(module) and (has_flat or any(True for _ in _own_parameters(module)))
+
+
+def _has_only_helpers(module: nn.Module) -> bool:
+    """It has parameters itself, and what it contains has none.
+
+    Where other tensors hold the parameters, as in FSDP's wrapper, this would be true of each block.
+    """
+    inside = _children(module)
+    if not inside or not any(p is not None for p in module._parameters.values()):
         return False
-    children = set(module._modules) - {SLOT_NAME, "parametrizations"}
-    return not children and (has_flat or any(True for _ in _own_parameters(module)))
+    return all(next(child.parameters(), None) is None for child in inside.values())
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    around = {SLOT_NAME, "parametrizations"}
+    named = module._modules.items()
+    return {name: child for name, child in named if child is not None and name not in around}
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -89,6 +91,52 @@ def test_a_layer_that_never_ran_says_so() -> None:
     spare = traced(model, TOKENS)["spare"]
     assert not spare.graftable
     assert "did not run" in spare.reason
+
+
+class WithHelpers(nn.Module):
+    """Attention from scratch: its parameters are its own, and inside is nothing that has some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(torch.eye(8))
+        self.inside = nn.ModuleDict({"drop": nn.Dropout(0.5), "act": nn.GELU()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inside["drop"](self.inside["act"](x @ self.mixing))
+        return found
+
+
+class Parametered(nn.Module):
+    """A block with a parameter beside its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(8))
+        self.attention = WithHelpers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + self.gain * self.attention(x)
+        return found
+
+
+def test_a_layer_may_contain_what_has_no_parameters() -> None:
+    infos = traced(Parametered(), torch.randn(3, 8))
+
+    assert set(infos) == {"attention"}
+    assert infos["attention"].kind == "WithHelpers"
+    assert infos["attention"].out_shape == (3, 8)
+    assert infos["attention"].graftable
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_layers_that_are_prepared_for_quantisation_are_seen_and_take_no_graft() -> None:
+    quantisation: Any = torch.ao.quantization
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    model.qconfig = quantisation.get_default_qat_qconfig("x86")  # type: ignore[assignment]
+    infos = traced(quantisation.prepare_qat(model.train()), torch.randn(3, 8))
+
+    assert [info.out_shape for info in infos.values()] == [(3, 8), (3, 4)]
+    assert all("quantisation" in info.reason for info in infos.values())
 
 
 def test_a_whole_model_that_is_one_layer_is_not_grafted() -> None:
