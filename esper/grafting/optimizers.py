@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 # Attributes under which a wrapper keeps the optimizer that it steps: Accelerate and Lookahead, SAM.
 _INNER = ("optimizer", "base_optimizer")
 # And those of wrappers that are no torch optimizers themselves, such as fastai's.
-_INNER_OF_OTHERS = (*_INNER, "opt", "optim", "_optimizer", "_opt", "_optim")
+_INNER_OF_OTHERS = (*_INNER, "base", "opt", "optim", "_optimizer", "_opt", "_optim")
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -23,6 +24,8 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     inner = optimizer
     while (wrapped := _wrapped_by(inner)) is not None:
         inner = wrapped
+    if isinstance(inner, torch.optim.Optimizer) and not _is_made(inner):
+        _make(inner)
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(
             f"{type(optimizer).__name__} is not a torch optimizer, nor a wrapper that shows one: "
@@ -59,7 +62,28 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def _is_made(optimizer: torch.optim.Optimizer) -> bool:
+    """Its class has called torch's ``__init__``; those of many wrappers, as Lookahead, do not."""
+    return hasattr(optimizer, "_optimizer_step_post_hooks")
+
+
+def _make(optimizer: torch.optim.Optimizer) -> None:
+    """Gives it what torch's ``__init__`` does, so that hooks can be registered and are called.
+
+    Torch's own way is to wrap the class's ``step``, after which that of each other optimizer that
+    is not made would raise.
+    """
+    own: dict[str, Any] = vars(optimizer)
+    own["_patch_step_function"] = lambda: None
+    optimizer.__setstate__({})  # as torch does when it unpickles one
+    del own["_patch_step_function"]
+    step: Any = type(optimizer).step
+    if not hasattr(step, "hooked"):
+        own["step"] = MethodType(torch.optim.Optimizer.profile_hook_step(step), optimizer)
+
+
 def _wrapped_by(optimizer: Any) -> torch.optim.Optimizer | None:
-    names = _INNER if isinstance(optimizer, torch.optim.Optimizer) else _INNER_OF_OTHERS
+    is_own = isinstance(optimizer, torch.optim.Optimizer) and _is_made(optimizer)
+    names = _INNER if is_own else _INNER_OF_OTHERS
     found = (getattr(optimizer, name, None) for name in names)
     return next((inner for inner in found if isinstance(inner, torch.optim.Optimizer)), None)

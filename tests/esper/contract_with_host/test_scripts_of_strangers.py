@@ -390,6 +390,69 @@ def test_the_optimizer_is_found_in_a_wrapper_that_is_none(name: str) -> None:
         esper.attach(model, Holds(name, "another kind"), verbose=False)
 
 
+class Lookahead(torch.optim.Optimizer):
+    """As in most scripts that have one: torch's ``__init__`` is not called."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base = base
+        self.param_groups, self.state, self.defaults = base.param_groups, base.state, base.defaults
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+
+class Signs(torch.optim.Optimizer):
+    """As above, and there is none inside."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        self.defaults: dict[str, Any] = {"lr": lr}
+        self.param_groups, self.state = [{"params": [*parameters], "lr": lr}], {}  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * p.grad.sign()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+
+UNMADE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "around another": lambda own: Lookahead(torch.optim.Adam(own, lr=0.01)),
+    "alone": lambda own: Signs(own, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("mode", ["observe", "supervised"])
+@pytest.mark.parametrize("kind", UNMADE)
+def test_an_optimizer_that_is_half_made_is_watched_and_its_grafts_train(
+    kind: str, mode: str
+) -> None:
+    losses = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        optimizer = UNMADE[kind](model.parameters())
+        session: Any = CopiedSession()
+        if watched:
+            options: dict[str, Any] = {"run": "half", "mode": mode, "verbose": False}
+            session = esper.attach(model, optimizer, **options)
+        losses.append([step(model, optimizer, session) for _ in range(12)])
+
+    assert losses[0] == losses[1]
+    assert session.frame() is not None
+    session.graft("0", "mlp_gelu_2048")
+    for _ in range(3):
+        step(model, optimizer, session)
+    assert session._parts.failures.counts == {}
+    assert not session.findings()
+
+
 RECEIPTS: dict[str, Callable[[Any, Any], Any]] = {
     "a graft": lambda model, session: session.graft("body", "proj_lora_64"),
     "a remedy": lambda model, session: session.set_lr("body", 0.5),
