@@ -9,6 +9,7 @@ raise or mix different tensors. A copy of the whole model follows its grafts; a 
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, takewhile
@@ -35,6 +36,7 @@ class CopiedParts:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
+        self._writes: dict[str, int] = {}  # to each part when they were searched
         self._beside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def kinds(self) -> tuple[type[nn.Module], ...]:
@@ -56,7 +58,9 @@ class CopiedParts:
             return
         whole = [m for m in living if type(m) is type(model)]
         inside = {id(part) for one in (model, *whole) for part in one.modules()}
-        forms = {_form(part) for part in _parts(model).values()}
+        parts = _parts(model)
+        self._writes = {name: _writes_to(part) for name, part in parts.items()}
+        forms = {_form(part) for part in parts.values()}
         alike = (other for other in living if id(other) not in inside and _form(other) in forms)
         self._beside = weakref.WeakSet(islice(alike, MOST_COPIES))
 
@@ -76,33 +80,37 @@ class CopiedParts:
         layers = list(run)
         for name in _parts(model):  # the largest first
             if name == layer or layer.startswith(f"{name}."):
-                where = next(_copies(model, name, self._beside, trained, layers), "")
+                where = next(self._copies(model, name, trained, layers), "")
                 if where and self._beside:
                     gc.collect()  # one of an earlier run, which nothing uses, is in nobody's way
-                    where = next(_copies(model, name, self._beside, trained, layers), "")
+                    where = next(self._copies(model, name, trained, layers), "")
                 if where:
                     return REASON.format(name, where)
         return ""
 
+    def _copies(
+        self, model: nn.Module, name: str, trained: set[int], run: Sequence[str]
+    ) -> Iterator[str]:
+        parts = _parts(model)
+        part = parts[name]
+        learns = _learns(part, trained)
+        for other_name, other in parts.items():
+            runs = any(f"{layer}.".startswith(f"{other_name}.") for layer in run)
+            if not runs or not _stand_apart(model, name, other_name):
+                continue
+            if _learns(other, trained) is learns:
+                continue
+            still = other if learns else part
+            follows = self._was_written(other_name if learns else name, still)
+            if _is_copy(part, other, follows=follows):
+                yield repr(other_name)
+        for other in self._beside if learns else ():
+            if _writes_to(other) and not _learns(other, trained) and _is_copy(part, other):
+                yield f"another {type(other).__name__}"
 
-def _copies(
-    model: nn.Module,
-    name: str,
-    beside: Iterable[nn.Module],
-    trained: set[int],
-    run: Sequence[str],
-) -> Iterator[str]:
-    parts = _parts(model)
-    part = parts[name]
-    learns = _learns(part, trained)
-    for other_name, other in parts.items():
-        runs = any(f"{layer}.".startswith(f"{other_name}.") for layer in run)
-        apart = runs and _stand_apart(model, name, other_name)
-        if apart and _learns(other, trained) is not learns and _is_copy(part, other):
-            yield repr(other_name)
-    for other in beside if learns else ():
-        if _was_written(other) and not _learns(other, trained) and _is_copy(part, other):
-            yield f"another {type(other).__name__}"
+    def _was_written(self, name: str, part: nn.Module) -> bool:
+        """No optimizer trains it, and the script has written to it since the search."""
+        return _writes_to(part) > self._writes.get(name, sys.maxsize)
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -134,22 +142,26 @@ def _learns(module: nn.Module, trained: set[int]) -> bool:
     return any(p.grad is not None or id(p) in trained for p in own)
 
 
-def _was_written(module: nn.Module) -> bool:
-    return any(writes_to(p) for p in module.parameters())
+def _writes_to(module: nn.Module) -> int:
+    return sum(writes_to(p) for p in module.parameters())
 
 
 def _form(module: nn.Module) -> Any:
     return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
 
 
-def _is_copy(part: nn.Module, other: nn.Module) -> bool:
-    """Another module with the same tensors, by name and shape, and with numbers near to them."""
+def _is_copy(part: nn.Module, other: nn.Module, *, follows: bool = False) -> bool:
+    """Another module with the same tensors, by name and shape, and with numbers near to them.
+
+    Args:
+        follows: the script writes to one of them, so a slow average may be far from the other.
+    """
     if _form(part) != _form(other):
         return False
     pairs = list(zip(part.parameters(), other.parameters(), strict=True))
     if any(a is b or a.is_meta or b.is_meta or not _is_whole(a, b) for a, b in pairs):
         return False
-    return _is_near(_matrices(part), _matrices(other))
+    return follows or _is_near(_matrices(part), _matrices(other))
 
 
 def _is_whole(*parameters: Tensor) -> bool:
@@ -161,4 +173,5 @@ def _is_whole(*parameters: Tensor) -> bool:
 def _is_near(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     pairs = [(a.float(), b.to(a.device).float()) for a, b in zip(mine, theirs, strict=True)]
     away = sum(float((a - b).square().sum()) for a, b in pairs)
-    return away <= NEAR**2 * sum(float(a.square().sum()) for a, _ in pairs)
+    sizes = [sum(float(t.square().sum()) for t in each) for each in zip(*pairs, strict=True)]
+    return away <= NEAR**2 * max(sizes)

@@ -4,6 +4,8 @@ A running average that is written by hand keeps a dict of tensors by the paramet
 list of them in their order, and goes through both at each step. The parameters of a graft are not
 in it, so the next step of the script would raise, or pair other tensors.
 
+Where they are those of a part of the model, only this part takes no graft.
+
 The same dict or list may be a state that was saved; a dict is then loaded by name, and follows a
 graft. An average is the one that changes. A list that does not change, such as the weights that a
 penalty pulls towards, stands in the way of the policy, but not of a script that grafts by itself.
@@ -14,9 +16,9 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -26,34 +28,39 @@ MOST_CANDIDATES = 64
 LOOKS = 40  # as long the script's containers are held: a step each, on short steps up to 32
 WRITES_OF_COPY = 1
 FIRST = 8  # numbers of a tensor that are compared
+FEWEST_OF_PART = 3  # tensors: a batch, too, is a list of two
 AVERAGE = (
-    "the script keeps an average by hand, {} tensors that it pairs with the model's parameters, "
+    "the script keeps an average by hand, {} tensors that it pairs with the {} parameters, "
     "and a graft would break the pairs: average a copy of the model instead (copy.deepcopy, "
     "AveragedModel), which gets each graft"
 )
 LIST = (
-    "the script keeps a list of {} tensors in the order of the model's parameters, which a graft "
+    "the script keeps a list of {} tensors in the order of the {} parameters, which a graft "
     "would shift: pair them by name, graft by session.graft, or drop the list"
 )
+Holder: TypeAlias = dict[str, Tensor] | list[Tensor]
 
 
 @dataclass(slots=True)
 class _Suspect:
-    holder: dict[str, Tensor] | list[Tensor]
+    part: str  # of the model; empty: the whole
+    holder: Holder
     seen: list[tuple[int, int, tuple[float, ...]]]  # of each tensor: id, writes, some numbers
 
 
-class KeptByHand:
-    """Finds the averages of one model that are no modules.
+@dataclass(slots=True)
+class _List:
+    part: str
+    tensors: list[weakref.ref[Tensor]]
 
-    Attributes:
-        reason: why the model takes no graft; empty: no such average is known.
-    """
+
+class KeptByHand:
+    """Finds the averages of one model that are no modules."""
 
     def __init__(self) -> None:
-        self.reason = ""
+        self._reasons: dict[str, str] = {}  # by part
         self._suspects: list[_Suspect] = []
-        self._lists: list[list[weakref.ref[Tensor]]] = []
+        self._lists: list[_List] = []
         self._looks = 0
 
     def search(self, model: nn.Module, tensors: Iterable[Tensor]) -> None:
@@ -62,9 +69,14 @@ class KeptByHand:
         Args:
             tensors: all that live in the process.
         """
-        self._suspects = [_Suspect(holder, _tensors(holder)) for holder in _pairs(model, tensors)]
-        lists = [s.holder for s in self._suspects if isinstance(s.holder, list)]
-        self._lists = [list(map(weakref.ref, holder)) for holder in lists]
+        self._suspects = [
+            _Suspect(part, holder, _tensors(holder)) for part, holder in _pairs(model, tensors)
+        ]
+        self._lists = [
+            _List(suspect.part, list(map(weakref.ref, suspect.holder)))
+            for suspect in self._suspects
+            if isinstance(suspect.holder, list)
+        ]
         self._looks = 0
         for suspect in self._suspects:
             # A dict may be a saved state: a deep copy or a file writes once to each tensor.
@@ -85,39 +97,96 @@ class KeptByHand:
         for suspect in self._suspects:
             if _tensors(suspect.holder) != suspect.seen:
                 self._note(suspect)
-        if self.reason or self._looks >= LOOKS:
+        if "" in self._reasons or self._looks >= LOOKS:
             self._suspects = []
 
-    @property
-    def reason_for_policy(self) -> str:
-        """Why nobody but the script itself may graft."""
-        living = [len(refs) for refs in self._lists if all(ref() is not None for ref in refs)]
-        return self.reason or (LIST.format(living[0]) if living else "")
+    def reason(self, layer: str) -> str:
+        """Why this layer takes no graft; empty: no such average of its part is known."""
+        return next((r for part, r in self._reasons.items() if _is_in(layer, part)), "")
+
+    def reason_for_policy(self, layer: str) -> str:
+        """Why nobody but the script itself may graft there."""
+        if reason := self.reason(layer):
+            return reason
+        for kept in self._lists:
+            if _is_in(layer, kept.part) and all(ref() is not None for ref in kept.tensors):
+                return LIST.format(len(kept.tensors), _owner(kept.part))
+        return ""
 
     def _note(self, suspect: _Suspect) -> None:
         kind = "dict" if isinstance(suspect.holder, dict) else "list"
-        self.reason = AVERAGE.format(f"a {kind} of {len(suspect.holder)}")
+        text = AVERAGE.format(f"a {kind} of {len(suspect.holder)}", _owner(suspect.part))
+        self._reasons[suspect.part] = text
 
 
-def _pairs(model: nn.Module, tensors: Iterable[Tensor]) -> list[dict[str, Tensor] | list[Tensor]]:
-    named = dict(model.named_parameters())
+def _is_in(layer: str, part: str) -> bool:
+    return not part or layer == part or layer.startswith(f"{part}.")
+
+
+def _owner(part: str) -> str:
+    return f"{part!r} part's" if part else "model's"
+
+
+def _pairs(model: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, Holder]]:
+    """(part, holder) of all containers whose tensors have the form of a part's parameters."""
     others = [tensor for tensor in tensors if type(tensor) is Tensor]
-    if len(named) < 2 or not others:
-        return []
-    # Of the shape that the fewest tensors have, so that few containers are looked at.
     counts = Counter(tuple(tensor.shape) for tensor in others)
-    shape = min((tuple(p.shape) for p in named.values()), key=lambda known: counts[known])
+    wanted = {part: forms for part, forms in _forms(model).items() if _shapes(forms[-1]) <= counts}
+    found = _of_whole(wanted.pop("")[:-1], others, counts) if "" in wanted else []
+    pairs = [("", holder) for holder in found]
+    known = {id(holder) for holder in found}
+    if wanted:
+        pairs += [(part, holder) for part, holder in _of_parts(wanted) if id(holder) not in known]
+    return [(part, holder) for part, holder in pairs if not _is_espers(holder)]
+
+
+def _forms(model: nn.Module) -> dict[str, tuple[Mapping[str, Tensor], ...]]:
+    """part -> what a container may hold of it; the last is what it holds at least."""
+    forms: dict[str, tuple[Mapping[str, Tensor], ...]] = {}
+    seen: set[frozenset[int]] = set()
+    for part, module in model.named_modules():
+        named = dict(module.named_parameters())
+        own = frozenset(map(id, named.values()))
+        if len(named) < (FEWEST_OF_PART if part else 2) or own in seen:
+            continue  # or it is all that is in the module around it
+        seen.add(own)
+        trained = {name: p for name, p in named.items() if p.requires_grad}
+        forms[part] = named, trained, {**named, **dict(module.named_buffers())}, trained or named
+    return forms
+
+
+def _shapes(named: Mapping[str, Tensor]) -> Counter[tuple[int, ...]]:
+    return Counter(tuple(p.shape) for p in named.values())
+
+
+def _of_whole(
+    forms: Sequence[Mapping[str, Tensor]],
+    others: Sequence[Tensor],
+    counts: Counter[tuple[int, ...]],
+) -> list[Holder]:
+    # Of the shape that the fewest tensors have, so that few containers are looked at.
+    shape = min((tuple(p.shape) for p in forms[0].values()), key=lambda known: counts[known])
     candidates = [t for t in others if tuple(t.shape) == shape][:MOST_CANDIDATES]
-    if not candidates:
-        return []
-    trained = {name: p for name, p in named.items() if p.requires_grad}
-    whole = {**named, **dict(model.named_buffers())}
-    found = [
+    return [
         holder
-        for holder in gc.get_referrers(*candidates)
-        if any(_in_order(holder, own) or _by_name(holder, own) for own in (named, trained, whole))
+        for holder in (gc.get_referrers(*candidates) if candidates else [])
+        if any(_in_order(holder, own) or _by_name(holder, own) for own in forms)
     ]
-    return [holder for holder in found if not _is_espers(holder)]
+
+
+def _of_parts(
+    wanted: Mapping[str, tuple[Mapping[str, Tensor], ...]],
+) -> Iterator[tuple[str, Holder]]:
+    sizes = {len(own) for forms in wanted.values() for own in forms}
+    kinds = (list, dict, OrderedDict)
+    for holder in [h for h in gc.get_objects() if type(h) in kinds and len(h) in sizes]:
+        first = next(iter(holder.values() if isinstance(holder, dict) else holder), None)
+        if type(first) is not Tensor:
+            continue
+        for part, forms in wanted.items():
+            if any(_in_order(holder, own) or _by_name(holder, own) for own in forms):
+                yield part, holder
+                break
 
 
 def _is_espers(holder: object) -> bool:
@@ -142,6 +211,7 @@ def _mirrors(value: object, parameter: Tensor) -> bool:
     """It is no parameter of another model, and no view of this one."""
     return (
         type(value) is Tensor
+        and value.is_floating_point() is parameter.is_floating_point()
         and value.shape == parameter.shape
         and value.grad_fn is None
         and value.data_ptr() != parameter.data_ptr()
@@ -149,7 +219,7 @@ def _mirrors(value: object, parameter: Tensor) -> bool:
 
 
 def _tensors(
-    holder: dict[str, Tensor] | list[Tensor],
+    holder: Holder,
 ) -> list[tuple[int, int, tuple[float, ...]]]:
     values: list[Any] = list(holder.values() if isinstance(holder, dict) else holder)
     return [

@@ -241,7 +241,8 @@ class Surgery:
             self._findings.add(average_found())
         by_hand = self.copies.by_hand
         by_hand.look()
-        reason = by_hand.reason if by_script else by_hand.reason_for_policy
+        told = by_hand.reason if by_script else by_hand.reason_for_policy
+        reason = told(operation.layer.name)
         reason = reason or self.copies.parts.reason(
             operation.layer.name,
             with_companions(self._surroundings.optimizers),

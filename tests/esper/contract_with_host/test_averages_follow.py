@@ -289,6 +289,48 @@ def test_in_observe_too_where_the_tensors_are_written_in_place(kind: type[Any]) 
     train()
 
 
+class OfPart:
+    """The tensors of the encoder alone; the head has no average."""
+
+    def __init__(self, kept: type[Any], model: nn.Module) -> None:
+        self.kept = kept(model.get_submodule("encoder"))
+
+    def update_parameters(self, model: nn.Module) -> None:
+        self.kept.update_parameters(model.get_submodule("encoder"))
+
+
+@pytest.mark.parametrize("kind", [ByName, WholeState, InOrder, Anchor])
+def test_tensors_of_a_part_keep_grafts_out_of_this_part_alone(kind: type[Any]) -> None:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 8))
+    model = nn.Sequential()
+    model.add_module("encoder", encoder)
+    model.add_module("head", nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    beside = OfPart(kind, model)
+    session = esper.attach(model, optimizer, run="part", mode="supervised", verbose=False)
+
+    def train() -> None:
+        for _ in range(4):
+            loss = model(torch.randn(16, 8)).pow(2).mean()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            beside.update_parameters(model)
+            session.step(loss)
+
+    train()
+    surgery = session._parts.surgery
+    with pytest.raises(IncompatibleLayerError, match=r"the 'encoder' part's parameters"):
+        surgery.apply(surgery.planned("encoder.0", "proj_lora_64", "", {}))
+    if kind is not Anchor:
+        with pytest.raises(IncompatibleLayerError, match="keeps an average by hand"):
+            session.graft("encoder.3", "proj_lora_64")
+    session.graft("head.0", "proj_lora_64")
+    train()
+    assert session._parts.failures.counts == {}
+
+
 @pytest.mark.parametrize("keep", KEEPING.values(), ids=KEEPING.keys())
 def test_a_state_that_was_copied_or_read_from_a_file_is_in_nobodys_way(
     keep: Callable[[Any, Path], Any], tmp_path: Path
@@ -380,12 +422,33 @@ class WithSpare(nn.Module):
         return found
 
 
+class SlowTeacher(nn.Module):
+    """The student learns much faster than its average follows, and leaves it far behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        with torch.no_grad():
+            taught = self.teacher(x)
+            for mine, theirs in zip(
+                self.teacher.parameters(), self.student.parameters(), strict=True
+            ):
+                mine.lerp_(theirs, 0.001)
+        self.student[0].weight.data += 0.5  # as a fast optimizer's steps
+        return self.head(self.student(x) - taught)
+
+
 @pytest.mark.parametrize(
     ("kind", "refused", "grafted"),
     [
         (WithSpare, (), "new.0"),
         (WithMomentumEncoder, ("online.0", "target.2"), "head"),
         (WithTargetBeside, ("online.2",), "stem"),
+        (SlowTeacher, ("student.0", "teacher.2"), "head"),
         (Stack, (), "parts.1.0"),
     ],
 )
