@@ -28,6 +28,7 @@ class NonFinite(Rule):
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         loss = observation.loss
         if math.isfinite(loss):
+            memory.notes.pop("since", None)  # the next one may pass as this one did
             return None
         since = int(memory.notes.setdefault("since", observation.step))
         broken = observation.broken

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esper.contracts import Severity
-from esper.diagnosis import Diagnosed
+from esper.diagnosis import Diagnosed, RemedySlug
 from esper.diagnosis.updates import follows_gradient
 from esper.remedies import list_remedies
 from esper.sdk.diagnosing import DiagnosisWatch
@@ -34,8 +34,10 @@ class Ladder:
         cost nothing to take back.
         """
         order, young = self._of_rule(found), self._young
-        if found.rule.by_ledger:
-            return order  # what the optimizer holds is no matter of weights or rates
+        if found.rule.by_ledger or not set(order) - {RemedySlug.TELL}:
+            # What the optimizer holds, or how the script is written, such as one layer in several
+            # places, is no matter of weights or rates.
+            return order
         goes_back = "rewind" in order
         if young.began_anew_in_vain or (goes_back and young.started_badly):
             # The first weights are at fault: they were found to be, or a lower rate from the same

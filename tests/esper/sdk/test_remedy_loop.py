@@ -534,3 +534,40 @@ def test_a_tensor_that_no_optimizer_holds_is_no_reason_to_rewind() -> None:
             session.step(loss)
         proposed = [p.remedy for p in session.proposed_remedies if p.finding == "not_held"]
     assert proposed == ["adopt"]
+
+
+class Shared(nn.Module):
+    """One layer in three places, on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(8, 8)
+        self.layers = nn.ModuleList([layer, nn.ReLU(), layer, layer, nn.Linear(8, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_how_a_script_is_written_is_no_reason_to_rewind() -> None:
+    """Also where the first updates were large, as three for one layer are."""
+    losses = []
+    for mode in ("", "automatic"):
+        torch.manual_seed(0)
+        model, x, y = Shared(), torch.randn(16, 8), torch.randint(4, (16,))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        options: dict[str, Any] = {"run": "shared", "mode": mode, "verbose": False}
+        session = esper.attach(model, optimizer, **options) if mode else None
+        for _ in range(40):
+            loss = nn.functional.cross_entropy(model(x), y)
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            if session is not None:
+                session.step(loss)
+
+    assert session is not None
+    assert "is the same object as" in str(session.findings())
+    assert losses[:40] == losses[40:]
