@@ -210,6 +210,41 @@ def test_a_changed_file_is_not_started(plant: Plant) -> None:
     assert (refused.status_code, refused.json()["code"]) == (409, "recipe-changed")
 
 
+def test_a_real_run_is_branched_from_a_checkpoint_that_a_person_asked_for(plant: Plant) -> None:
+    uid = started(plant, "digits_cnn", steps=100_000)
+    run = launch(plant, uid)["run_uid"]
+    until(lambda: step_of(plant, run) > 20, "it trains")
+    body = {"remedy": "checkpoint_now", "layer": "", "config": {}, "reason": ""}
+    asked = plant.call("olga", "POST", f"runs/{run}/ask-for-remedy", json=body)
+    assert asked.status_code < 300, asked.text
+
+    def kept() -> list[dict[str, Any]]:
+        found = plant.call("olga", "GET", f"runs/{run}/branches").json()
+        return [one for one in found["states"] if one["name"].startswith("kept-")]
+
+    until(lambda: bool(kept()), "its host has seen the checkpoint")
+    [state] = kept()
+    assert plant.call("vera", "POST", f"runs/{run}/branches", json={}).status_code == 403
+    wanted = {"state": state["name"], "parameters": {"lr": 0.001}, "reason": "slower"}
+    answer = plant.call("olga", "POST", f"runs/{run}/branches", json=wanted)
+    assert answer.status_code == 202, answer.text
+    branch = answer.json()
+    until(lambda: step_of(plant, branch["run_uid"]) > state["step"], "the branch goes on")
+    read = plant.call("olga", "GET", f"runs/{branch['run_uid']}/branches").json()
+    assert [one["run"] for one in read["tree"]] == [run, branch["run_uid"]]
+    assert read["tree"][1]["branch_step"] == state["step"]
+    assert read["tree"][1]["changed"] == {"lr": [0.005, 0.001]}
+    assert len(launch(plant, branch["uid"])["branch_digest"]) == 64
+    losses = plant.rows(
+        "SELECT MIN(m.step) FROM telemetry_metric m JOIN runs_run r ON r.id=m.run_id "
+        "WHERE r.uid=? AND m.name='loss'",
+        branch["run_uid"],
+    )
+    assert losses[0][0] >= state["step"]  # nothing of it is trained again
+    for one in (uid, branch["uid"]):
+        stop(plant, one)
+
+
 def test_esper_s_own_example_trains_under_its_launch_and_resumes_its_run(plant: Plant) -> None:
     uid = started(plant, "digits_cnn", steps=100_000)
     run = launch(plant, uid)["run_uid"]

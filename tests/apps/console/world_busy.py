@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from django.utils import timezone
 
-from apps.accounts.models import Membership, Project
+from apps.accounts.models import DEFAULT_PROJECT, Membership, Project
 from apps.adaptations.models import Adaptation, Plan, ShadowTrial, Vote
 from apps.blueprints.models import Blueprint
-from apps.policies.models import PolicyVersion, ProjectSwitch
+from apps.policies.models import Freeze, PolicyVersion, ProjectSwitch
 from apps.policies.services import adaptation_switch, current_policy
+from apps.recipes.models import Launch
 from apps.runs.models import Command, Run
 from apps.telemetry.models import Frame, Metric
 from apps.violations.services import record_findings, record_violation
@@ -28,6 +29,7 @@ from esper.contracts import (
     CommandKind,
     CommandState,
     Finding,
+    LaunchState,
     LayerInfo,
     PlanState,
     RejectReason,
@@ -82,6 +84,42 @@ def build_busy_world(world: World) -> None:
     make_variants(world, "mlp_gelu_2048")
     _make_many_findings(world)
     _make_project(world)
+    _make_branches(world)
+    _make_freezes(world)
+
+
+def _make_branches(world: World) -> None:
+    """A run that began from a stored state of another, and one that began from that."""
+    launch = world.launches["branch"]
+    names = {"topics-lm-linear": launch}
+    names["topics-lm-again"] = Launch.objects.create(
+        recipe=launch.recipe,
+        digest=launch.digest,
+        parameters={"steps": 20_000, "schedule": "linear"},
+        requested_by=launch.requested_by,
+        requested_at=timezone.now(),
+        branch_of=launch,
+        branch_step=300,
+        branch_state="step-300.pt",
+        state=LaunchState.RUNNING,
+        seen_at=timezone.now(),
+    )
+    for (name, one), steps in zip(names.items(), (420, 380), strict=True):
+        make_run(world, name, "olga", steps=50, state=RunState.RUNNING)
+        Run.objects.filter(name=name).update(uid=one.run_uid, step=steps, target_steps=600)
+
+
+def _make_freezes(world: World) -> None:
+    """One over, one in effect in a project, and one to come everywhere."""
+    now, day, carl = timezone.now(), timedelta(days=1), world.people["carl"]
+    common = {"set_by": carl, "reason": "the evaluation for the paper"}
+    Freeze.objects.create(
+        **common, starts_at=now - 2 * day, ends_at=now - day / 2, ended_at=now - day, ended_by=carl
+    )
+    vision = Project.objects.exclude(pk=DEFAULT_PROJECT).first()
+    Freeze.objects.create(**common, project=vision, starts_at=now - day / 9, ends_at=now + day / 7)
+    holidays = {"starts_at": now + 9 * day, "ends_at": now + 12 * day}
+    Freeze.objects.create(**holidays, set_by=carl, reason="holidays, nobody is on duty")
 
 
 def _transformer_names(blocks: int) -> list[str]:

@@ -147,11 +147,11 @@ def make_recipes(world: World) -> None:
         ended_at=timezone.now(),
     )
     running = world.launches["running"]
-    for name, step in (("step-9000.pt", 9_000), ("kept-4200.pt", 4_200)):
+    for name, step in (("step-250.pt", 250), ("kept-200.pt", 200)):
         StoredState.objects.create(
             launch=running, name=name, step=step, size_bytes=214_016, written_at=timezone.now()
         )
-    branch = {"branch_of": running, "branch_step": 4_200, "branch_state": "kept-4200.pt"}
+    branch = {"branch_of": running, "branch_step": 200, "branch_state": "kept-200.pt"}
     world.launches["branch"] = Launch.objects.create(
         **{**common, **branch, "parameters": {"steps": 10_000, "schedule": "linear"}},
         state=LaunchState.STOPPED,
