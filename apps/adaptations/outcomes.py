@@ -16,6 +16,7 @@ from apps.adaptations.reconciliation import (
     undo_was_requested,
 )
 from apps.adaptations.shadows import note_shadow
+from apps.recipes.selectors import ancestors_of_run
 from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem, not_found
 from apps.runs.models import Command, Run
@@ -370,3 +371,13 @@ def adaptation_of(run: Run, uid: str) -> Adaptation:
     if adaptation is None:
         raise not_found("adaptation")
     return adaptation
+
+
+def inherited(run: Run, uid: str) -> Adaptation | None:
+    """The adaptation of a run that this one is a branch of; None: it is none of theirs.
+
+    Its change came with the state that the branch began from. Whatever becomes of it here does not
+    change the other run's row.
+    """
+    lineage = ancestors_of_run(run.uid)
+    return Adaptation.objects.filter(uid=uid, run__uid__in=lineage).first() if lineage else None

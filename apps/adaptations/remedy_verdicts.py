@@ -8,7 +8,7 @@ from apps.accounts.actors import Actor
 from apps.adaptations.dispatch import request_undo, tell_kept
 from apps.adaptations.lifecycle import transition
 from apps.adaptations.models import Adaptation
-from apps.adaptations.outcomes import adaptation_of
+from apps.adaptations.outcomes import adaptation_of, inherited
 from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem
 from apps.runs.models import Run
@@ -28,6 +28,9 @@ def judge_remedy(*, run: Run, verdict: RemedyVerdict, actor: Actor) -> Adaptatio
     """
     run = lock_run(run.pk)  # it may have changed since the request arrived
     check_epoch(run, verdict.epoch)
+    of_parent = inherited(run, verdict.adaptation)
+    if of_parent is not None:
+        return of_parent  # judged there, and here nothing can be taken back
     adaptation = adaptation_of(run, verdict.adaptation)
     if not adaptation.remedy:
         raise Problem(422, "invalid", f"A-{adaptation.number} is a graft, which Tamiyo judges.")

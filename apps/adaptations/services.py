@@ -45,6 +45,7 @@ from apps.adaptations.outcomes import (
     adaptation_of,
     close_open_adaptations,
     follow_answer,
+    inherited,
     mark_taken_out,
     quarantine,
 )
@@ -134,6 +135,7 @@ __all__ = [
     "find_decision",
     "follow_answer",
     "grant_delegation",
+    "inherited",
     "judge_adaptation",
     "judge_remedy",
     "mark_taken_out",

@@ -6,7 +6,7 @@ from django.db import transaction
 
 from apps.accounts.actors import Actor
 from apps.adaptations.models import Adaptation, Remedy
-from apps.adaptations.services import adaptation_of, mark_taken_out, note_merged
+from apps.adaptations.services import adaptation_of, inherited, mark_taken_out, note_merged
 from apps.audit.services import record
 from apps.notifications.services import publish, run_topic
 from apps.rest.numbers import finite_or_none
@@ -32,7 +32,9 @@ def record_remedy(*, run: Run, report: RemedyReport, actor: Actor) -> Remedy:
     known = Remedy.objects.filter(run=run, key=report.key).first()
     if known is not None:
         return known
-    adaptation = adaptation_of(run, report.adaptation) if report.adaptation else None
+    adaptation = None
+    if report.adaptation and inherited(run, report.adaptation) is None:
+        adaptation = adaptation_of(run, report.adaptation)
     undone = Remedy.objects.filter(run=run, key=report.undoes, undone_by=None).first()
     remedy = Remedy.objects.create(
         run=run,

@@ -6,7 +6,7 @@ from django.db import transaction
 
 from apps.accounts.actors import Actor
 from apps.adaptations.models import Adaptation
-from apps.adaptations.services import adaptation_of, mark_taken_out
+from apps.adaptations.services import adaptation_of, inherited, mark_taken_out
 from apps.runs.models import Run
 from apps.runs.services import check_epoch, lock_run
 from apps.violations.services import record_violation
@@ -25,8 +25,9 @@ def record_local_rollback(*, run: Run, report: Rollback, actor: Actor) -> Adapta
     """
     run = lock_run(run.pk)  # it may have changed since the request arrived
     check_epoch(run, report.epoch)
-    adaptation = adaptation_of(run, report.adaptation)
-    if adaptation.state in _OUT:
+    of_parent = inherited(run, report.adaptation)
+    adaptation = of_parent or adaptation_of(run, report.adaptation)
+    if of_parent is None and adaptation.state in _OUT:
         return adaptation  # reported before
     observed, limit = _words(report.observed), _words(report.limit)
     record_violation(
@@ -41,6 +42,8 @@ def record_local_rollback(*, run: Run, report: Rollback, actor: Actor) -> Adapta
         adaptation_uid=adaptation.uid,
         step=report.step,
     )
+    if of_parent is not None:  # the other run still has it
+        return adaptation
     mark_taken_out(
         adaptation,
         actor,

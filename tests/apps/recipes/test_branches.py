@@ -29,7 +29,7 @@ from apps.violations.models import Violation
 from esper.contracts import LAUNCH_ENDED, AdaptationState, LaunchState, Role, TokenScope
 from esper.contracts.protocol import Applied
 from hosts.paths import ROOT
-from tests.apps.callers import Caller
+from tests.apps.callers import Caller, registration
 from tests.apps.cast import make_blueprint, make_person, token_of
 from tests.apps.recipes.rows import make_launch, make_recipe, make_worker, write_recipe
 
@@ -480,6 +480,45 @@ def test_grafts_that_came_with_the_state_are_no_violation(olga: User) -> None:
     assert not Violation.objects.exists()
     reconcile_grafts(child_run, {strange.uid: entry(strange)}, SYSTEM)
     assert Violation.objects.filter(run=child_run).count() == 1
+
+
+def _rollback(uid: str) -> tuple[str, dict[str, Any]]:
+    return "rollbacks", {
+        "epoch": 1, "adaptation": uid, "step": 40, "rule": "non_finite",
+        "observed": "nan", "limit": 1.0, "exact": True,
+    }  # fmt: skip
+
+
+def _verdict(uid: str) -> tuple[str, dict[str, Any]]:
+    return "remedy-verdicts", {
+        "epoch": 1, "adaptation": uid, "keep": False, "reason": "still open",
+        "step": 40, "steps_observed": 20,
+    }  # fmt: skip
+
+
+def _merge(uid: str) -> tuple[str, dict[str, Any]]:
+    return "remedies", {
+        "epoch": 1, "key": "k1", "remedy": "merge", "layer": "fc", "step": 40,
+        "details": {}, "adaptation": uid,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("report", [_rollback, _verdict, _merge])
+def test_what_becomes_of_an_inherited_change_is_taken_and_leaves_the_parent_alone(
+    olga: User, report: Any
+) -> None:
+    """A 404 would end the branch's connection: its trainer would take the run for unknown."""
+    run, root = run_of_recipe(olga)
+    graft = kept_graft(run)
+    before = Adaptation.objects.filter(pk=graft.pk).values().get()
+    child = make_launch(olga, state=S.RUNNING, recipe=root.recipe, branch_of=root, branch_step=10)
+    token = token_of(olga, TokenScope.RUNS_CREATE, run_uid=child.run_uid)
+    answer = Caller(token).post("runs", registration(name="child"))
+    assert answer.status == 201, answer.data
+    path, body = report(graft.uid)
+    told = Caller(answer.data["token"]).post(f"runs/{child.run_uid}/{path}", body)
+    assert told.status < 300, told.data
+    assert Adaptation.objects.filter(pk=graft.pk).values().get() == before
 
 
 # --- the recipe that comes with Esper ----------------------------------------------------------
