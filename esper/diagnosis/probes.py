@@ -33,7 +33,7 @@ from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.graph import kind_of, layer_modules
 from esper.grafting.hooks import PassingHook, register_alike
 from esper.grafting.slot import SLOT_NAME, first_tensor, is_opaque, is_transformed
-from esper.health.optimizer_steps import dense, has_numbers, norms_of
+from esper.health.optimizer_steps import dense, has_numbers, norms_of, spread_sample
 from esper.health.transfers import HostTransfer
 
 ROWS = 64
@@ -43,6 +43,7 @@ EQUAL_ROWS = 0.5
 ALIKE = 0.05  # relative distance
 SMALLEST = 1e-6  # a smaller gradient may be the rounding error of a zero one
 CLOSE = 1e-3
+FEW = 64  # elements of a tensor
 TARGET_ERROR = 0.05  # of a target that is computed from its gradient
 EXTREME = 0.99
 TABLES = ("Embedding", "EmbeddingBag")  # rows that a batch does not use have no gradient
@@ -573,7 +574,7 @@ class GradientProbe:
         """Before its step: a few elements, to see how far the step moves them."""
         for p in self._own(optimizer):
             if p.ndim > 1:
-                self._before[id(p)] = _few(p.detach()).clone()
+                self._before[id(p)] = spread_sample(p.detach(), FEW).clone()
 
     def forget(self) -> None:
         """Weights were put in by somebody else, so their change since is no update."""
@@ -594,7 +595,7 @@ class GradientProbe:
             return None
         self._samples.setdefault(id(parameter), old)
         size = old.float().norm()
-        moved = (_few(parameter.detach()).float() - old.float()).norm()
+        moved = (spread_sample(parameter.detach(), FEW).float() - old.float()).norm()
         # Weights that begin at zero, as those of LoRA, grow by a multiple of themselves at first.
         key, grows = id(parameter), size == 0
         self._from_zero[key] = grows = self._from_zero.get(key, grows) | grows
@@ -608,7 +609,7 @@ class GradientProbe:
         norms, weights = norms_of(gradients), norms_of([p.detach() for p in own])
         for p, gradient, norm, weight in zip(own, gradients, norms, weights, strict=True):
             fits = gradient is not None and gradient.shape == p.shape
-            sample = _few(gradient).clone() if fits and gradient is not None else None
+            sample = spread_sample(gradient, FEW).clone() if fits and gradient is not None else None
             dead = self._dead(p, gradient)
             self._rows[id(p)] = _Row(norm, weight, dead, sample, self._change(p))
 
@@ -659,7 +660,7 @@ class GradientProbe:
         """Of each matrix, int64 [2]: elements that are due to move, and those that have."""
         pairs = []
         for key, row in rows.items():
-            new, old = _few(self.parameters[key].detach()), self._samples.get(key)
+            new, old = spread_sample(self.parameters[key].detach(), FEW), self._samples.get(key)
             self._samples[key] = new.clone()
             if row.sample is None or old is None or old.shape != new.shape:
                 continue
@@ -687,11 +688,7 @@ def _gradients(seen: Gradients, transfer: HostTransfer, names: Sequence[str]) ->
 @torch.no_grad()
 def weights_digest(model: nn.Module) -> float:
     """A number that is equal for equal weights: a checksum of a few elements of each tensor."""
-    parts = [_few(p.detach()).double().cpu() for p in model.parameters() if has_numbers(p)]
+    parts = [
+        spread_sample(p.detach(), FEW).double().cpu() for p in model.parameters() if has_numbers(p)
+    ]
     return float(zlib.crc32(torch.cat(parts).numpy().tobytes())) if parts else 0.0
-
-
-def _few(tensor: Tensor) -> Tensor:
-    """At most 64 elements, spread over the tensor."""
-    flat = tensor.reshape(-1)
-    return flat[:: max(1, len(flat) // 64)][:64]

@@ -9,6 +9,7 @@ Shape legend: P parameters of one optimizer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -183,6 +184,19 @@ def norms_of(tensors: Sequence[Tensor | None], order: float = 2.0) -> list[Tenso
         for i, norm in zip(members, torch._foreach_norm(group, order, dtype=wide), strict=True):
             norms[i] = norm
     return norms
+
+
+def spread_sample(tensor: Tensor, most: int) -> Tensor:
+    """At most so many elements, spread over the rows and over the columns.
+
+    A step that shares a divisor with the columns would take a few columns again and again, such as
+    a corner of all images, which is always zero: its weights have no gradient, and never move.
+    """
+    flat = tensor.reshape(-1)
+    step, columns = max(1, len(flat) // most), math.prod(tensor.shape[1:])
+    while math.gcd(step, columns) > 1:
+        step += 1
+    return flat[::step][:most]
 
 
 def dense(gradient: Tensor | None) -> Tensor | None:
