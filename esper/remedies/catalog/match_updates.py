@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,15 +11,16 @@ from torch import Tensor
 
 from esper.contracts import Risk
 from esper.grafting.optimizers import parameters_of
+from esper.health.optimizer_steps import spread_sample
 from esper.remedies.base import Effect, Remedy, Target, check_above_zero, no_optimizer, no_rate
 from esper.remedies.update_hooks import Optimizer, after_update, before_update, substitute
 
-EVERY = 5  # updates between two measurements; each is one read from the device
+EVERY = 5  # updates between two rises
 UPDATES = 200  # then the factor stays
 WITHIN = 1.5  # an update between the wished share / this and times this is left as it is
 FAR = 100.0  # times too small: the factor follows at once, otherwise by the square root
-LARGEST_RISE, LARGEST_FALL = 10.0, 2.0  # of the factor, in one change
-FEW = 256  # elements of a matrix
+LARGEST_RISE = 10.0  # of the factor, in one change; a fall is never late, so it has no limit
+FEW = 4096  # elements of a matrix
 
 
 class MatchUpdates(Remedy):
@@ -25,9 +28,9 @@ class MatchUpdates(Remedy):
     title = "Match the learning rate to the updates"
     phrase = "Change the learning rate until an update is {share:g} of the weights"
     idea = (
-        "Measures how far the updates move the weight matrices, and changes the learning rate in "
-        "small stages, inside each optimizer step, until the median is the wished share. After "
-        "200 updates the factor stays."
+        "Measures how far the updates move the weight matrices, and changes the learning rate "
+        "inside each optimizer step until the median is the wished share: it rises in stages, and "
+        "falls at once where updates grow. After 200 updates the factor stays."
     )
     source = "LARS, arXiv 1708.03888: the size of an update relative to that of the weights"
     when = "The learning rate of SGD is far too low, or was chosen anew and has to fit."
@@ -68,6 +71,7 @@ class _Match:
         momenta = (float(group.get("momentum", 0.0)) for group in optimizer.param_groups)
         self._momentum = max(momenta, default=0.0)
         self._before: list[tuple[Tensor, Tensor]] = []
+        self._share, self._pull = math.nan, math.nan  # of the latest update, and before it
         undone = "The learning rate is not changed in such a step."
         self._handles = before_update([optimizer], self._keep, undone)
         self._handles += after_update([optimizer], self._look, undone)
@@ -88,29 +92,57 @@ class _Match:
             return
         self._updates += 1
         self._details["updates"] = self._updates
-        if self._updates % EVERY == 0:
-            own = (p for p in parameters_of(optimizer) if p.ndim > 1 and p.grad is not None)
-            self._before = [(p.detach(), _few(p.detach()).clone()) for p in own]
+        own = [p for p in parameters_of(optimizer) if p.ndim > 1 and p.grad is not None]
+        self._before = [(p.detach(), _few(p.detach()).clone()) for p in own]
+        pull = _pull(optimizer, own) if isinstance(optimizer, torch.optim.SGD) else math.nan
+        # The gradient grows suddenly once a run learns: the rate must fall before that update.
+        if self._pull > 0:
+            self._fit(self._share * pull / self._pull, falls_only=True)
+        self._pull = pull
 
     @torch.no_grad()
     def _look(self, _: Optimizer) -> None:
         before, self._before = self._before, []
-        if not before:
-            return
-        moved = torch.stack([(_few(p) - old).norm() / old.norm() for p, old in before]).float()
-        share = float(moved[moved.isfinite()].median()) if bool(moved.isfinite().any()) else 0.0
+        if before and self._updates > 1:
+            self._share = _median([(_few(p) - old).norm() / old.norm() for p, old in before])
+            self._fit(self._share, falls_only=bool(self._updates % EVERY))
+
+    def _fit(self, share: float, *, falls_only: bool) -> None:
+        """Changes the factor of the rate, where an update of this share of the weights is wrong."""
         # Updates grow with the momentum m, to 1 / (1 - m) of the first.
         wished = self._details["share"] * (1.0 - min(self._momentum, 0.99) ** self._updates)
-        if not share > 0 or 1.0 / WITHIN < share / wished < WITHIN:
+        if not 0 < share < math.inf or 1.0 / WITHIN < share / wished < WITHIN:
             return
         wrong = wished / share
-        change = wrong if wrong > FAR else wrong**0.5
-        most = float(self._details["most"])
-        factor = self._factor * min(max(change, 1.0 / LARGEST_FALL), LARGEST_RISE)
-        self._details["factors"][self._place] = min(max(factor, 1.0 / most), most)
+        if wrong > 1.0 and falls_only:
+            return
+        change = wrong if wrong > FAR or wrong < 1.0 else wrong**0.5
+        most, old = float(self._details["most"]), self._factor
+        factor = min(max(old * min(change, LARGEST_RISE), 1.0 / most), most)
+        self._details["factors"][self._place] = factor
+        self._share *= factor / old  # what the next update would be
 
 
 def _few(tensor: Tensor) -> Tensor:
-    """At most 256 elements, spread over the tensor."""
-    flat = tensor.reshape(-1)
-    return flat[:: max(1, len(flat) // FEW)][:FEW]
+    return spread_sample(tensor, FEW)
+
+
+def _pull(optimizer: Optimizer, parameters: Iterable[Tensor]) -> float:
+    """How far the next update of plain SGD moves the weights at a rate of 1, relative to them."""
+    moves = []
+    for parameter in parameters:
+        momentum = optimizer.state[parameter].get("momentum_buffer")
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        assert parameter.grad is not None
+        move = _few(parameter.grad)
+        if momentum is not None:
+            move = group["momentum"] * _few(momentum) + move
+        moves.append(move.norm() / _few(parameter.detach()).norm())
+    return _median(moves)
+
+
+def _median(shares: list[Tensor]) -> float:
+    """Of those that are finite; 0 where there is none."""
+    known = torch.stack(shares).float() if shares else torch.zeros(0)
+    known = known[known.isfinite()]
+    return float(known.median()) if len(known) else 0.0

@@ -522,6 +522,32 @@ def test_a_rate_is_matched_to_the_size_of_the_weights(rate: float, momentum: flo
         session.undo(receipt, hard=False)
 
 
+def test_a_rate_that_is_matched_does_not_jump_once_the_gradient_grows() -> None:
+    torch.manual_seed(0)
+    x = torch.cat([torch.zeros(256, 32), torch.rand(256, 32)], 1)  # a corner that is always zero
+    y = x[:, 32:42].argmax(1)
+    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU())
+    model.append(nn.Linear(512, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    losses, moves = [], []
+    with esper.attach(model, optimizer, mode="supervised", server="") as session:
+        session.remedy("match_updates", share=1.5e-3, most=1e5)
+        for _ in range(200):
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            before = [p.detach().clone() for p in model.parameters() if p.ndim > 1]
+            optimizer.step()
+            session.step(loss)
+            after = [p.detach() for p in model.parameters() if p.ndim > 1]
+            pairs = zip(after, before, strict=True)
+            moves.append(statistics.median(float((a - b).norm() / b.norm()) for a, b in pairs))
+            losses.append(loss.item())
+    assert max(moves) < 3e-3
+    assert max(losses) < 1.1 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_data_alone_at_fault_changes_the_first_layer_alone() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
