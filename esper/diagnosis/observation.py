@@ -262,6 +262,8 @@ class Observation:
         frames: health frames, the newest last.
         loss_steps, losses: int64 [T], float64 [T].
         rewinds: how often the run went back to earlier weights.
+        other_data_since: the step from which on the data or the targets are known to be others
+            than before; -1: they are not.
         held_out: (step, held-out loss), the newest last.
         rates: (step, largest learning rate), the newest last.
         ledger: findings of the optimizer's ledger.
@@ -290,6 +292,7 @@ class Observation:
     loss_steps: Steps = field(default_factory=lambda: NO_STEPS)
     losses: Doubles = field(default_factory=lambda: NO_LOSSES)
     rewinds: int = 0
+    other_data_since: int = -1
     held_out: Sequence[tuple[int, float]] = ()
     rates: Sequence[tuple[int, float]] = ()
     ledger: Sequence[Finding] = ()
@@ -374,6 +377,22 @@ class Observation:
         begin = int(np.searchsorted(self.loss_steps, step, side="right"))
         steps, losses = self.loss_steps[begin:], self.losses[begin:]
         return list(zip(steps.tolist(), losses.tolist(), strict=True))
+
+    def loss_change_after(self, step: int) -> float:
+        """What the update of a step did to the loss, as a share of the loss of that step.
+
+        The newest three losses count; the update could not change that of its own step yet.
+
+        Raises:
+            Unknown: no loss after it is known.
+        """
+        after = [loss for _, loss in self.losses_after(step)[-3:]]
+        if not after:
+            raise Unknown("what the update did to the loss is not known yet")
+        known = self.losses[self.loss_steps <= step]
+        before = float(known[-1]) if len(known) else after[0]
+        change = float(np.median(after)) - before
+        return change / abs(before) if before else math.copysign(math.inf, change)
 
     def in_ledger(self, slug: str) -> list[Finding]:
         """What the optimizer's ledger says under this rule."""

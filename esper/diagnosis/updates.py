@@ -14,7 +14,8 @@ from esper.grafting.optimizers import unwrap_optimizer
 # with 0.0001 to 0.0009, and has 0.001 to 0.002 from step 10 on.
 STEADY = 3e-3
 FIRST_OF_ADAPTIVE = 7e-3
-MATCHED = 1.5e-3  # to which a new rate of SGD is brought: the middle of those
+MATCHED = 2e-3  # to which a new rate of SGD is brought: the upper end of those
+LATER_OF_ADAGRAD = 100  # updates, after which one is a tenth of the first
 FIRST_UPDATES = 10  # Adam's mean of the gradients spans so many
 EXCESSIVE = 10.0  # times a sound update
 
@@ -39,12 +40,16 @@ def overshoot(optimizers: Iterable[torch.optim.Optimizer], updates: int) -> floa
     """How many times larger an early update is than a later one of the same gradient.
 
     RMSprop divides by a mean of squares that begins at zero, and does not correct it as Adam does:
-    its first update is ten times its learning rate.
+    its first update is ten times its learning rate. Adagrad divides by the root of their sum, so
+    its updates fall with the root of their number.
     """
-    own = (unwrap_optimizer(optimizer) for optimizer in optimizers)
+    own = [unwrap_optimizer(optimizer) for optimizer in optimizers]
     groups = (g for o in own if isinstance(o, torch.optim.RMSprop) for g in o.param_groups)
     decays = (min(float(group["alpha"]), 0.9999) for group in groups)
-    return max(((1.0 - decay ** max(1, updates)) ** -0.5 for decay in decays), default=1.0)
+    found = [(1.0 - decay ** max(1, updates)) ** -0.5 for decay in decays]
+    if any(isinstance(o, torch.optim.Adagrad) for o in own):
+        found.append((LATER_OF_ADAGRAD / max(1, updates)) ** 0.5)
+    return max(1.0, *found) if found else 1.0
 
 
 def searches(optimizers: Iterable[torch.optim.Optimizer]) -> bool:

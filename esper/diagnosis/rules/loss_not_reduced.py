@@ -10,6 +10,8 @@ from esper.diagnosis.updates import STEADY
 ROWS = 8
 EXACT = 0.01
 TOO_FAR = 3.0
+RISEN = 0.1
+FIRST_STEPS = 10
 OF_ROWS = (LossKind.CROSS_ENTROPY, LossKind.LIKELIHOOD)
 OF_ELEMENTS = (LossKind.BINARY, LossKind.BINARY_LOGITS)
 
@@ -24,8 +26,9 @@ class LossNotReduced(Rule):
         Threshold("weight of a row, times the rows", 1, "ratio", "a mean over the batch"),
         Threshold(
             "update of a gradient's size / a sound one", TOO_FAR, "ratio",
-            "chosen: above it, it is no note",
+            "chosen: above it, and where the loss rises after it, it is no note",
         ),
+        Threshold("rise of the loss after the first update", RISEN, "share", "chosen"),
     )  # fmt: skip
     severity = Severity.INFO
     false_alarm = "A sum on purpose, with a learning rate that was chosen for it."
@@ -56,9 +59,21 @@ class LossNotReduced(Rule):
         return _evidence(f"{numbers} squares", weight, observation)
 
 
+def _raised_the_loss(observation: Observation) -> bool:
+    """False also where nobody can know."""
+    first = observation.gradients[0].step
+    if first > FIRST_STEPS:
+        return False
+    try:
+        return not observation.loss_change_after(first) <= RISEN
+    except Unknown:
+        return False
+
+
 def _evidence(parts: str, value: float, observation: Observation) -> Evidence:
     change = observation.gradients[0].change if observation.gradients else math.nan
     too_far = observation.follows_gradient and change > TOO_FAR * STEADY
+    too_far = too_far and _raised_the_loss(observation)
     return Evidence(
         observed=f"the loss is a sum over {parts}"
         + (f", and its first update moves the weights by {change:.2g} of their size" * too_far),

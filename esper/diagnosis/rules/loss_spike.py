@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 from statistics import median
 
+import numpy as np
+
 from esper.contracts import Severity, ViolationRule
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation
@@ -10,6 +12,7 @@ from esper.grafting.guard import LossGuard
 
 HARM = 0.3
 BEGIN = 20
+BEFORE, OFTEN = 60, 3
 
 
 class LossSpike(Rule):
@@ -21,6 +24,10 @@ class LossSpike(Rule):
     thresholds = (
         Threshold("loss / mean of the last 20", 3.0, "ratio", "the guard of esper.grafting"),
         Threshold("distance from that mean", 6.0, "standard deviations", "the same"),
+        Threshold(
+            f"losses as high in the {BEFORE} before", OFTEN, "losses, below it",
+            "chosen: batches of one sample have such losses often",
+        ),
         Threshold(
             "loss / first loss", HARM, "ratio",
             "chosen: below it, it is info; single batches of a run that has learned are as high",
@@ -41,6 +48,10 @@ class LossSpike(Rule):
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         if memory.notes.setdefault("rewinds", observation.rewinds) != observation.rewinds:
             memory.notes.update(rewinds=observation.rewinds, guard=LossGuard())
+        if memory.notes.get("other_data", -1) != observation.other_data_since:
+            # The new level is the usual one from now on.
+            memory.notes.update(other_data=observation.other_data_since, guard=LossGuard())
+            memory.notes.pop("at", None)
         guard: LossGuard = memory.notes.setdefault("guard", LossGuard())
         for step, loss in observation.losses_after(memory.notes.get("step", -1)):
             memory.notes["step"] = step
@@ -49,7 +60,7 @@ class LossSpike(Rule):
             if len(begin := memory.notes.setdefault("begin", [])) < BEGIN:
                 begin.append(loss)
             verdict = guard.observe(loss)
-            if verdict is not None:
+            if verdict is not None and not _is_usual(observation, step - 2, verdict.limit):
                 memory.notes.update(text=verdict.text, limit=verdict.limit, since=step - 2, at=step)
             elif "at" in memory.notes and loss <= memory.notes["limit"]:
                 memory.notes.pop("at")
@@ -63,6 +74,15 @@ class LossSpike(Rule):
             since_step=memory.notes["since"],
             severity=None if _does_harm(observation.loss, memory) else Severity.INFO,
         )
+
+
+def _is_usual(observation: Observation, since: int, limit: float) -> bool:
+    """Losses as high came before too, among lower ones.
+
+    Those of single samples are far apart once a run has learned.
+    """
+    high = observation.losses[observation.loss_steps < since][-BEFORE:] > limit
+    return not high.all() and int(high[int(np.argmin(high)) :].sum()) >= OFTEN
 
 
 def _does_harm(loss: float, memory: Memory) -> bool:

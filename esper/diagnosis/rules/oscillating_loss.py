@@ -4,7 +4,7 @@ import numpy as np
 
 from esper.contracts import Severity, Signal
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import Observation, Unknown
+from esper.diagnosis.observation import LossKind, Observation, Unknown
 
 STEPS = 48
 BLOCKS = 12
@@ -13,6 +13,8 @@ EXCESS = 2.5
 FLIPS = 0.7
 UNLEARNED = 0.5
 LARGE_UPDATE = 1e-2
+LOST, LOST_UNKNOWN = 2.0, 10.0
+SQUARES = 0.01  # distance of their weights from those of a mean
 
 
 class OscillatingLoss(Rule):
@@ -23,18 +25,21 @@ class OscillatingLoss(Rule):
     symptom = "The loss swings by a fifth of its level, without a trend, while updates are large."
     thresholds = (
         Threshold(
-            "swing of the mean of a block", SWING, "share of the level", "AutoTrainer (ICSE'21)"
+            "swing of the mean of a block", SWING, "share of the level", "AutoTrainer (ICSE'21)",
         ),
         Threshold("swing / what single batches explain", EXCESS, "ratio", "chosen on 0 to 9"),
         Threshold("level / first loss", UNLEARNED, "ratio", "below it the run learns"),
         Threshold("steps that change direction", FLIPS, "share", "2/3 by chance"),
         Threshold(
-            "largest update / weight, or a loss twice the first",
-            LARGE_UPDATE,
-            "ratio",
+            "largest update / weight, or a loss so much above the first", LARGE_UPDATE, "ratio",
             "1e-3 is usual",
         ),
-    )
+        Threshold("loss / first loss, of a known loss function", LOST, "ratio", "chosen"),
+        Threshold(
+            "the same of any other", LOST_UNKNOWN, "ratio",
+            "chosen: that of a policy gradient grows on the way to a better policy",
+        ),
+    )  # fmt: skip
     severity = Severity.CAUTION
     false_alarm = "Batches that are sorted, so that easy and hard ones alternate."
     advice = "Lower the learning rate, or make the batches larger."
@@ -49,10 +54,13 @@ class OscillatingLoss(Rule):
         ratios = observation.signal(Signal.UPDATE_RATIO)
         largest = max(ratios.values())
         recent = losses[-STEPS:]
+        if recent.min() < 0 < recent.max():
+            # Such as that of a policy gradient, whose value is no measure of what was learned.
+            raise Unknown("the loss changes its sign, so it has no level")
         level = float(np.median(np.abs(recent)))
         # Above where it began, the loss swings for no other reason, however large the weights are.
         first = abs(observation.first_training_loss)
-        lost = level > 2 * first
+        lost = level > (LOST if _is_known(observation) else LOST_UNKNOWN) * first
         if (largest < LARGE_UPDATE and not lost) or level <= UNLEARNED * first:
             return None
         means = recent.reshape(BLOCKS, -1).mean(1)
@@ -74,3 +82,14 @@ class OscillatingLoss(Rule):
             value=size / level,
             since_step=observation.step - STEPS,
         )
+
+
+def _is_known(observation: Observation) -> bool:
+    """The loss function is one whose value says how good the model is."""
+    try:
+        seen = observation.first_pass
+        if seen.loss_kind is not LossKind.UNKNOWN:
+            return True
+        return abs(observation.squares_in_loss(seen) - 1) < SQUARES
+    except Unknown:
+        return False

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from esper.contracts import Severity, Signal
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
@@ -13,9 +14,13 @@ FIRST = 0.3
 FIRST_STEPS = 10
 HIGH = 0.2
 STILL = 0.1
+LEARNS = 0.1
+ROSE, ROSE_FAR = 1.5, 10.0
 GUESSING, FAR_ABOVE = 1.01, 1.5
 GUESSES = 40
-ABOVE_SOUND = 2.0
+LEARNED = 0.9
+ABOVE_SOUND = 3.0
+LEVEL = 10
 
 
 class UpdateRatioHigh(Rule):
@@ -29,6 +34,15 @@ class UpdateRatioHigh(Rule):
         Threshold("the same in one of the first updates", FIRST, "ratio", "chosen on seeds 0 to 9"),
         Threshold("to resolve", STILL, "ratio", "chosen"),
         Threshold(
+            "loss after it / before it", ROSE, "ratio",
+            "chosen: where it does not rise, the weights had to go so far, as small ones often",
+        ),
+        Threshold(
+            "the same of a model with one matrix", ROSE_FAR, "ratio",
+            "chosen: it has no units that can die, so it comes back from anywhere",
+        ),
+        Threshold("fall of the loss between ten losses and the next", LEARNS, "share", "chosen"),
+        Threshold(
             "the same while the loss is above that of guessing", ABOVE_SOUND * STEADY, "ratio",
             "healthy runs of seeds 0 to 9 have less than 0.005 from step 10 on",
         ),
@@ -37,6 +51,7 @@ class UpdateRatioHigh(Rule):
             "chosen on 0 to 9; one that learns nothing at a sound rate has 1.00",
         ),
         Threshold("the same, at most", FAR_ABOVE, "ratio", "chosen: above, other rules explain"),
+        Threshold("the same of a run that has learned", LEARNED, "ratio", "chosen"),
         Threshold("losses", GUESSES, "steps", "chosen: so many updates show in any healthy run"),
     )  # fmt: skip
     severity = Severity.SERIOUS
@@ -63,7 +78,7 @@ class UpdateRatioHigh(Rule):
         level = float(np.mean(losses[-GUESSES:]))
         known = [r.change for r in observation.gradients if r.step > observation.step - GUESSES]
         known = [change for change in known if not math.isnan(change)]
-        if len(losses) < GUESSES or len(known) < 3:
+        if len(losses) < GUESSES or len(known) < 3 or _has_learned(losses, chance):
             return None
         if not GUESSING * chance <= level <= FAR_ABOVE * chance:
             return None  # it guesses or learns, or it is far above, which other rules explain
@@ -86,7 +101,7 @@ class UpdateRatioHigh(Rule):
         if memory.notes.get("step") == step:
             raise Unknown("no newer update was measured")
         memory.notes["step"] = step
-        if median < (STILL if memory.is_open else HIGH):
+        if median < (STILL if memory.is_open else HIGH) or self._learns(observation):
             return None
         return Evidence(
             observed=f"the median update is {median:.2g} of its weight at step {step}",
@@ -96,6 +111,15 @@ class UpdateRatioHigh(Rule):
             began_at=_most_moved(observation.gradients[-1]) if observation.gradients else "",
         )
 
+    def _learns(self, observation: Observation) -> bool:
+        """The loss falls still, or has fallen to next to nothing, with updates of this size."""
+        losses = observation.finite_losses()[1][-2 * LEVEL :]
+        if len(losses) < 2 * LEVEL:
+            return False
+        before, now = float(np.median(losses[:LEVEL])), float(np.median(losses[LEVEL:]))
+        first = observation.first_training_loss
+        return now < before - LEARNS * abs(before) or 0 <= now < LEARNS * first
+
     def _first_updates(self, observation: Observation, memory: Memory) -> Evidence | None:
         """No health frame covers the first update, which has no past to average over."""
         reading = observation.last_gradients
@@ -103,6 +127,10 @@ class UpdateRatioHigh(Rule):
             raise Unknown("how far the update moved the weights was not measured")
         change = reading.change / observation.overshoot  # that of the updates to come
         if change < (STILL if memory.is_open else FIRST):
+            return None
+        most = ROSE if observation.trainable_matrices > 1 else ROSE_FAR
+        first = memory.notes.setdefault("first", reading.step)
+        if not memory.is_open and observation.loss_change_after(first) < most - 1.0:
             return None
         return Evidence(
             observed=f"the update of step {reading.step} moved the weights by {reading.change:.2g} "
@@ -113,6 +141,12 @@ class UpdateRatioHigh(Rule):
             began_at=_most_moved(reading),
             certain=True,
         )
+
+
+def _has_learned(losses: NDArray[np.float64], chance: float) -> bool:
+    """Forty losses in a row were well below that of guessing; other data may have come since."""
+    whole = losses[: len(losses) // GUESSES * GUESSES].reshape(-1, GUESSES)
+    return float(whole.mean(1).min()) < LEARNED * chance
 
 
 def _most_moved(reading: Gradients) -> str:

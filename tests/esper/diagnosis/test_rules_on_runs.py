@@ -171,7 +171,7 @@ CASES = [
         10,
     ),
     Case("dying_relu", lambda: Run(kill_units(perceptron(), 3)), Run, 10, "3"),
-    Case("update_ratio_high", lambda: Run(optimizer=lambda model: adam(model, 1.0)), Run, 1),
+    Case("update_ratio_high", lambda: Run(optimizer=lambda model: adam(model, 1.0)), Run, 2),
     Case(
         "bad_initialisation",
         lambda: Run(without_bias(scaled(deep(9, nn.Tanh, width=16), 0.3)), circles()),
