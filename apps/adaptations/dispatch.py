@@ -114,14 +114,18 @@ def _write_command(adaptation: Adaptation, actor: Actor) -> None:
     transition(adaptation, AdaptationState.DISPATCHED, actor=actor, run_epoch=run.epoch)
 
 
-def request_undo(adaptation: Adaptation, *, reason: str) -> None:
+def request_undo(adaptation: Adaptation, *, reason: str, did_harm: bool = False) -> None:
     """Command the trainer to take it back. In the transaction of ``rolling_back``.
 
     On probation a graft is taken out hard. A remedy that did not help only ends: a return to the
     state before it would be a return to the fault. A person may want just that.
+
+    Args:
+        did_harm: of a remedy: the state before it was better.
     """
     by_person = adaptation.taken_back_by_id is not None
-    hard = adaptation.kept_at is None and (by_person or not adaptation.remedy)
+    to_before = by_person or did_harm or not adaptation.remedy
+    hard = adaptation.kept_at is None and to_before
     issue_command(
         run=adaptation.run,
         kind=CommandKind.UNDO,

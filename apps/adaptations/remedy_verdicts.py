@@ -54,5 +54,5 @@ def judge_remedy(*, run: Run, verdict: RemedyVerdict, actor: Actor) -> Adaptatio
         reason=verdict.reason,
         steps_observed=verdict.steps_observed,
     )
-    request_undo(adaptation, reason=verdict.reason)
+    request_undo(adaptation, reason=verdict.reason, did_harm=verdict.hard)
     return adaptation

@@ -516,6 +516,7 @@ class RemedyVerdict(Message, frozen=True, kw_only=True):
         reason: a sentence for a person.
         step: when it was judged.
         steps_observed: since it was applied.
+        hard: with ``keep`` false: it did harm, so the run goes back to the state before it.
     """
 
     epoch: Whole
@@ -524,6 +525,7 @@ class RemedyVerdict(Message, frozen=True, kw_only=True):
     reason: Text
     step: Whole
     steps_observed: Whole
+    hard: bool = False
 
 
 def _check_size(members: dict[str, Any], pointer: str) -> None:

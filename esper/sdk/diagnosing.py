@@ -239,6 +239,7 @@ class DiagnosisWatch:
             loss_steps=np.array([step for step, _ in losses], dtype=np.int64),
             losses=np.array([loss for _, loss in losses], dtype=np.float64),
             rewinds=run.rewinds,
+            other_data_since=run.other_data_since,
             held_out=tuple(self._held_out),
             rates=tuple(self._rates),
             ledger=self._ledger(),

@@ -66,8 +66,21 @@ class RemedyProposer:
         for key in [key for key, at in self._again_at.items() if self._clock() >= at]:
             self._send(key)
 
-    def judge(self, adaptation: str, *, keep: bool, reason: str, step: int, steps: int) -> None:
-        """Tell the server whether the finding is over."""
+    def judge(
+        self,
+        adaptation: str,
+        *,
+        keep: bool,
+        reason: str,
+        step: int,
+        steps: int,
+        hard: bool = False,
+    ) -> None:
+        """Tell the server whether the finding is over.
+
+        Args:
+            hard: the remedy did harm, so the run goes back to the state before it.
+        """
         verdict = partial(
             RemedyVerdict,
             adaptation=adaptation,
@@ -75,6 +88,7 @@ class RemedyProposer:
             reason=reason,
             step=step,
             steps_observed=steps,
+            hard=hard,
         )
         self._queues.queue_report(
             PendingReport("remedy-verdicts", lambda epoch: verdict(epoch=epoch))

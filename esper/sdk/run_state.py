@@ -25,6 +25,8 @@ class RunState:
         step: the optimizer steps that the session has counted.
         losses: the training loss of the latest steps, without those that a hard undo took back.
         given_up: (after step, up to step) of losses whose weights a remedy took back.
+        other_data_since: the step from which on the data or the targets are known to be others than
+            before; -1: they are not. other_data: how often they were found to be.
         rewinds: how often the run went back to earlier weights.
         held_out: newest held-out loss; NaN: unknown.
         idle_until: the next step in which something is due; see :mod:`esper.sdk.idle_steps`.
@@ -37,6 +39,8 @@ class RunState:
     step: int = 0
     losses: deque[LossPoint] = field(default_factory=lambda: deque(maxlen=LOSSES_KEPT))
     given_up: list[tuple[int, int]] = field(default_factory=list)
+    other_data_since: int = -1
+    other_data: int = 0
     rewinds: int = 0
     held_out: float = math.nan
     idle_until: int = 0

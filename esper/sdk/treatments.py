@@ -80,6 +80,7 @@ class Treatment:
         urgent: it answers a critical finding, which is given less time.
         ended: what became of it; empty while it is in its window.
         adaptation: its uid at the server that ordered it.
+        was_compared: of a rewind: its first losses were compared with those of the same weights.
     """
 
     finding: str
@@ -90,3 +91,4 @@ class Treatment:
     urgent: bool = False
     ended: str = ""
     adaptation: str = ""
+    was_compared: bool = False

@@ -18,6 +18,7 @@ them, and without a server the script calls session.remedy on each.
     choosing       the next remedy of a finding: ladder (which), doses (how much), approval (who)
     applying       applies it; follow_ups: what is applied beside or after it
     verdicts       kept or ended, after its window
+    other_data     a rewind that shows that the data changed is undone
     going_back     to where the first remedy was given, where none helped
     server         proposals to a server, and its commands
     history        what was done so far; young_run, losses: what it is decided by

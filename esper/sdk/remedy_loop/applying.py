@@ -68,7 +68,7 @@ class Applier:
         """A low-risk remedy beside another one; None where it does not fit, or a person decides."""
         remedy, case = get_remedy(proposal.remedy), self._history.case_of(proposal.finding)
         given = case.given.get(remedy.slug, 0)
-        asked = self._approval.why_asked(remedy, given)
+        asked = self._approval.why_asked(remedy, given, proposal.finding)
         if remedy.slug in case.rejected | case.failed or asked:
             return None
         if self._surgery.refusal(remedy.slug, "", None, proposal.config):

@@ -12,6 +12,11 @@ from esper.sdk.run_state import RunState
 
 LOCAL_MAX_RISK = Risk.MEDIUM  # each remedy of the catalogue can be undone to the bit
 BUDGET, BUDGET_STEPS = 12, 10_000  # so many remedies by rule in so many steps of the run
+CHANGES_OF_DATA = 2  # so many are no accident
+_HARD = frozenset({"non_finite", "rate_jump"})  # faults whatever the data are
+_OTHER_DATA = (
+    "the data or the targets of this run change while it trains, so its losses do not tell a fault"
+)
 _OBSERVES = "the run only observes, so this is what Esper would do"
 _ON_EACH_RANK = "on several ranks, call session.remedy with these settings on each of them"
 
@@ -59,14 +64,21 @@ class Approval:
         """A batch of inputs, the same on all ranks, cannot be had here."""
         return self.applies_here and not self._alone
 
-    def why_asked(self, remedy: Remedy, given: int) -> str:
-        """Why a person must decide; empty: it is applied by rule, or the server asks."""
+    def why_asked(self, remedy: Remedy, given: int, finding: str) -> str:
+        """Why a person must decide; empty: it is applied by rule, or the server asks.
+
+        Args:
+            given: how often it was given for this kind of finding.
+            finding: slug of its rule.
+        """
         if self.observes:
             return _OBSERVES
         if not self.applies_here:
             return _ON_EACH_RANK
         if self.has_server:
             return ""
+        if self._run.other_data >= CHANGES_OF_DATA and finding not in _HARD:
+            return _OTHER_DATA
         return self._gates(remedy, given) or self._budget()
 
     def _budget(self) -> str:

@@ -61,7 +61,7 @@ class Chooser:
             found.evidence.began_at if remedy.scope == "layer" else "",
             self._doses.of(remedy.slug, found, given),
             self._run.step,
-            self._approval.why_asked(remedy, given),
+            self._approval.why_asked(remedy, given, found.rule.slug),
             found.evidence,
         )
 

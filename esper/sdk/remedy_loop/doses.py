@@ -10,6 +10,7 @@ from esper.diagnosis import Diagnosed
 from esper.diagnosis.updates import FIRST_OF_ADAPTIVE, MATCHED, STEADY, follows_gradient
 from esper.sdk.diagnosing import DiagnosisWatch
 from esper.sdk.remedy_loop import losses
+from esper.sdk.remedy_loop.verdicts import RAISES
 from esper.sdk.remedy_loop.young_run import YoungRun
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
@@ -18,7 +19,6 @@ LARGEST_RISE = 1e5  # of a rate, in stages
 WEAKEST, STRONGEST = 0.1, 1e-4  # factors of the learning rate
 GENTLE = 0.5  # of a rate that may have been a little too high
 JUMPED = "learning_rate"  # signal of the evidence that names the rate before and after
-RAISES = frozenset({"update_ratio_low", "slow_convergence", "vanishing_gradient"})  # rules
 
 
 class Doses:

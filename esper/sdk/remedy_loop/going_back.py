@@ -51,6 +51,7 @@ class WayBack:
             # The held-out loss is what is wrong: its best weights are the way back, on request.
             or RemedySlug.RESTORE_BEST in found.rule.remedies
             or case.went_back
+            or self._run.other_data  # so the losses of then are no measure
             or not case.given
             or not math.isfinite(case.level)
         ):

@@ -23,6 +23,7 @@ class Case:
         refused: remedy -> why it does not fit here.
         rejected: remedies, by a person.
         level: of the loss, when the first remedy was given.
+        came_of_data: such a finding was the doing of other data, not of the weights.
         went_back: to the state of then, because no remedy helped.
         not_before: the first step in which the next remedy may be given; not_before_time: by the
             monotonic clock, for the server's sake.
@@ -34,6 +35,7 @@ class Case:
     refused: dict[str, str] = field(default_factory=dict)
     rejected: set[str] = field(default_factory=set)
     level: float = math.nan
+    came_of_data: bool = False
     went_back: bool = False
     not_before: int = 0
     not_before_time: float = -math.inf

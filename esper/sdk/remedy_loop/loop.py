@@ -25,6 +25,7 @@ from esper.sdk.remedy_loop.going_back import WayBack
 from esper.sdk.remedy_loop.history import EARLY_STEPS, Case, History
 from esper.sdk.remedy_loop.input_sample import InputSample
 from esper.sdk.remedy_loop.ladder import Ladder
+from esper.sdk.remedy_loop.other_data import OtherData
 from esper.sdk.remedy_loop.server import ServerSide
 from esper.sdk.remedy_loop.verdicts import Verdicts
 from esper.sdk.remedy_loop.young_run import YoungRun
@@ -77,6 +78,7 @@ class RemedyLoop:
         self.way_back = WayBack(run, surgery, history, approval)
         self._applier = Applier(run, surgery, diagnosis, history, approval, self.way_back, sample)
         self._verdicts = Verdicts(run, surgery, history, announcer, proposer)
+        self._other_data = OtherData(run, surgery, diagnosis, history, announcer, proposer)
         self._follow_ups = FollowUps(
             run, diagnosis, history, approval, self._applier, self._verdicts
         )
@@ -109,6 +111,7 @@ class RemedyLoop:
             guard_acted_at: when the guard took a graft out: that answers what it has seen.
         """
         open_ = {found.rule.slug: found for found in self._diagnosis.diagnosis.open}
+        self._other_data.look()
         self._verdicts.judge(open_)
         self._follow_ups.settle()
         for entry in [entry for entry in self.proposals if entry.finding not in open_]:
@@ -211,6 +214,8 @@ class RemedyLoop:
         """True where a remedy was applied, or will be in the next step."""
         case = self.history.case_of(found.rule.slug)
         if self.history.is_proposed(found.rule.slug) or self._pauses(case):
+            return False
+        if self._run.step < found.opened_step + self._other_data.patience(case):
             return False
         proposal = self._chooser.next(found)
         if proposal is None:

@@ -12,6 +12,7 @@ COMPARED_LOSSES = 50  # before a fault
 FEWEST_LOSSES = 10  # before a fault, to say something about them
 RISE = 1.5  # times the usual loss: it has jumped
 GROWTH = 2.0  # times the first loss
+LEARNED = 0.5  # of the first loss
 UNLEARNED = 0.95  # of the first losses: above it nothing was learned, as for update_ratio_low
 
 
@@ -42,6 +43,14 @@ def have_grown(run: RunState) -> bool:
     """The newest loss is far above the first one, or not finite."""
     losses = [loss for _, loss in run.losses]
     return bool(losses) and not losses[-1] <= GROWTH * abs(losses[0])
+
+
+def have_fallen(run: RunState) -> bool:
+    """Twenty in a row were below half of the first, whatever came after."""
+    values = [loss for _, loss in run.losses_of_its_weights() if math.isfinite(loss)]
+    blocks = [values[at : at + LEVEL_LOSSES] for at in range(0, len(values), LEVEL_LOSSES)]
+    whole = [statistics.median(block) for block in blocks if len(block) == LEVEL_LOSSES]
+    return bool(whole) and min(whole) < LEARNED * abs(values[0])
 
 
 def never_fell(run: RunState, since: int) -> bool:

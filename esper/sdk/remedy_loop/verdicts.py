@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 from esper.contracts import Severity, Signal
 from esper.diagnosis import Diagnosed
+from esper.exceptions import EsperError
 from esper.remedies import get_remedy
 from esper.sdk.announcing import Announcer
 from esper.sdk.proposing import RemedyProposer
@@ -12,9 +15,13 @@ from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
 from esper.sdk.treatments import Treatment
 
+logger = logging.getLogger("esper")
+
 WINDOW_STEPS, URGENT_WINDOW_STEPS = 120, 20  # for so long a remedy is given time
 UNMEASURED_WINDOWS = 20  # how much longer, while nothing new was measured
 KEPT_AFTER_STEPS = 10  # the finding must be over for so long
+# Rules that are answered by a higher rate; one that is too high does harm.
+RAISES = frozenset({"update_ratio_low", "slow_convergence", "vanishing_gradient"})
 _AGAIN = frozenset({"rewind", "set_lr"})  # have a stronger dose
 _READ = frozenset({"grad", "grad_norm", str(Signal.UPDATE_RATIO)})  # in each planned step
 
@@ -52,7 +59,7 @@ class Verdicts:
             elif not treatment.finding:
                 self._judge_asked_for(treatment, open_)
             else:
-                self._judge_by_finding(treatment, open_.get(treatment.finding))
+                self._judge_by_finding(treatment, open_)
 
     def keep(self, treatment: Treatment, reason: str) -> None:
         """It stays in force."""
@@ -60,13 +67,17 @@ class Verdicts:
         self._announcer.remedy_judged(treatment.remedy, treatment.ended)
         self._report(treatment, reason, keep=True)
 
-    def _judge_by_finding(self, treatment: Treatment, found: Diagnosed | None) -> None:
+    def _judge_by_finding(self, treatment: Treatment, open_: dict[str, Diagnosed]) -> None:
+        found = open_.get(treatment.finding)
+        if treatment.finding in RAISES and (new := _critical_since(treatment, open_)):
+            return self._fail(treatment, f"{', '.join(new)} was found after it", hard=True)
         age = self._run.step - treatment.step
-        if found is None:
+        if found is None or found.severity is Severity.INFO:  # a note, which nothing answers
             if age >= KEPT_AFTER_STEPS:
                 self.keep(treatment, f"{treatment.finding} is over")
         elif age >= self._window(treatment, found):
             self._fail(treatment, f"{treatment.finding} is still open")
+        return None
 
     def _judge_asked_for(self, treatment: Treatment, open_: dict[str, Diagnosed]) -> None:
         """A person's own remedy has no finding: it must not be followed by one."""
@@ -99,8 +110,12 @@ class Verdicts:
         unmeasured = found.evidence == treatment.evidence and found.evidence.signal not in _READ
         return window * (UNMEASURED_WINDOWS if unmeasured else 1)
 
-    def _fail(self, treatment: Treatment, reason: str) -> None:
-        """It did not help: what it does in each step ends; what it did once is history."""
+    def _fail(self, treatment: Treatment, reason: str, *, hard: bool = False) -> None:
+        """It did not help: what it does in each step ends; what it did once is history.
+
+        Args:
+            hard: it did harm, so the run goes back to the state before it.
+        """
         treatment.ended = f"{IN_VAIN}, because {reason}"
         self._announcer.remedy_judged(treatment.remedy, treatment.ended)
         case = self._history.case_of(treatment.finding)
@@ -109,19 +124,26 @@ class Verdicts:
         case.not_before = self._run.step + (0 if treatment.urgent else case.pause)
         case.pause *= 2
         if treatment.adaptation:
-            self._report(treatment, reason, keep=False)
+            self._report(treatment, reason, keep=False, hard=hard)
             return  # the server commands its end
-        self._end(treatment)
+        self._end(treatment, hard=hard)
 
-    def _end(self, treatment: Treatment) -> None:
+    def _end(self, treatment: Treatment, *, hard: bool) -> None:
         receipt = treatment.receipt
+        if hard and receipt is not None and receipt in self._surgery.changes.remedies:
+            try:
+                self._surgery.undo(receipt, hard=True)
+            except EsperError as error:
+                logger.warning("step %d: %s stays: %s", self._run.step, receipt, error)
+            else:
+                return
         # What stays of a new start fits its weights, and ends with them alone.
         if receipt is None or not receipt.in_force or get_remedy(treatment.remedy).begins_anew:
             return
         if receipt in self._surgery.changes.remedies:
             self._surgery.undo(receipt, hard=False)
 
-    def _report(self, treatment: Treatment, reason: str, *, keep: bool) -> None:
+    def _report(self, treatment: Treatment, reason: str, *, keep: bool, hard: bool = False) -> None:
         if treatment.adaptation and self._proposer is not None:
             self._proposer.judge(
                 treatment.adaptation,
@@ -129,7 +151,14 @@ class Verdicts:
                 reason=reason.replace("_", " "),  # for a person
                 step=self._run.step,
                 steps=max(0, self._run.step - treatment.step),
+                hard=hard,
             )
+
+
+def _critical_since(treatment: Treatment, open_: dict[str, Diagnosed]) -> list[str]:
+    """Slugs of critical findings that began after it."""
+    found = (entry for entry in open_.values() if entry.severity is Severity.CRITICAL)
+    return [entry.rule.slug for entry in found if entry.since_step > treatment.step]
 
 
 def _to_learn_again(treatment: Treatment) -> int:

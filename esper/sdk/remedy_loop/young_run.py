@@ -27,8 +27,16 @@ class YoungRun:
 
     @property
     def was_hurt(self) -> bool:
-        """One of the first updates, which can still be taken back, moved the weights far."""
-        return self._diagnosis.update_excess > EXCESSIVE and self._run.step <= START_STEPS
+        """One of the first updates, which can still be taken back, moved the weights far.
+
+        Where the run has learned since, it did no harm, and to begin anew would throw that away.
+        """
+        young = self._run.step <= START_STEPS
+        return (
+            young
+            and self._diagnosis.update_excess > EXCESSIVE
+            and not losses.have_fallen(self._run)
+        )
 
     @property
     def loses_nothing(self) -> bool:

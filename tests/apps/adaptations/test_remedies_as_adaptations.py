@@ -87,7 +87,7 @@ def applied(stage: Stage, adaptation: Adaptation) -> Adaptation:
     return adaptation
 
 
-def judge(stage: Stage, adaptation: Adaptation, *, keep: bool) -> Adaptation:
+def judge(stage: Stage, adaptation: Adaptation, *, keep: bool, hard: bool = False) -> Adaptation:
     verdict = RemedyVerdict(
         epoch=stage.run.epoch,
         adaptation=adaptation.uid,
@@ -95,6 +95,7 @@ def judge(stage: Stage, adaptation: Adaptation, *, keep: bool) -> Adaptation:
         reason="oscillating_loss is over" if keep else "oscillating_loss is still open",
         step=1100,
         steps_observed=97,
+        hard=hard,
     )
     services.judge_remedy(run=stage.run, verdict=verdict, actor=TRAINER)
     adaptation.refresh_from_db()
@@ -143,6 +144,13 @@ def test_a_remedy_that_did_not_help_ends_and_keeps_what_was_learned(stage: Stage
     assert stage.command(adaptation).payload["hard"] is False
     taken_back(stage, adaptation, digest_after="c" * 64)
     assert (adaptation.state, adaptation.undo_exact) == (S.ROLLED_BACK, None)
+
+
+def test_a_remedy_that_did_harm_is_taken_back_to_the_state_before_it(stage: Stage) -> None:
+    adaptation = judge(stage, applied(stage, propose(stage)), keep=False, hard=True)
+    assert stage.command(adaptation).payload["hard"] is True
+    taken_back(stage, adaptation, digest_after="a" * 64)
+    assert (adaptation.state, adaptation.undo_exact) == (S.ROLLED_BACK, True)
 
 
 @pytest.mark.parametrize(("exact", "digest"), [(True, "a"), (False, "c")])
