@@ -75,7 +75,7 @@ def archive(text: str = "weights") -> bytes:
 @pytest.mark.parametrize(
     ("name", "step"),
     [
-        ("step-40.pt", 400),
+        ("step-400.pt", 400),
         ("kept-7.pt", 7),
         ("checkpoint-1200", 1200),
         ("epoch=3-step=52.ckpt", 52),
