@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+from django.utils.translation import gettext as _
+
 from apps.accounts.models import DEFAULT_PROJECT
 from esper.contracts import Role
 
@@ -148,21 +150,24 @@ def may(user: User | AnonymousUser, act: Act, *, of: OfProject | None = None) ->
             where it is about the whole server.
     """
     if not user.is_authenticated or not user.is_active:
-        return Permission(False, "not-signed-in", "You are not signed in.")
+        return Permission(False, "not-signed-in", _("You are not signed in."))
     if user.is_service and act in NEEDS_A_PERSON:
         return Permission(
-            False, "service-account", f"A service account may not {IN_WORDS[act]}: a person has to."
+            False,
+            "service-account",
+            _("A service account may not %(act)s: a person has to.") % {"act": _(IN_WORDS[act])},
         )
     role = Role(user.role) if of is None else user.access.role_in(of.project_id)
     if role is None:
-        return Permission(False, "not-a-member", "You are not a member of this project.")
+        return Permission(False, "not-a-member", _("You are not a member of this project."))
     owns = of is not None and of.owner_id == user.pk
     if act is Act.APPROVE and owns:
         return Permission(
-            False, "self-approval", "This is your own run: another operator has to approve."
+            False, "self-approval", _("This is your own run: another operator has to approve.")
         )
     if role in ALLOWED[act] or (owns and act in OWNER_MAY and role != Role.VIEWER):
         return _YES
-    who = " or ".join(sorted(f"{role}s" for role in ALLOWED[act]))
-    where = "" if of is None or of.project_id == DEFAULT_PROJECT else " of this project"
-    return Permission(False, "not-eligible", f"Only {who}{where} may {IN_WORDS[act]}.")
+    who = _(" or ").join(_(roles) for roles in sorted(f"{role}s" for role in ALLOWED[act]))
+    where = "" if of is None or of.project_id == DEFAULT_PROJECT else _(" of this project")
+    said = {"who": who, "where": where, "act": _(IN_WORDS[act])}
+    return Permission(False, "not-eligible", _("Only %(who)s%(where)s may %(act)s.") % said)

@@ -9,6 +9,7 @@ from typing import Any
 from django.db import transaction
 from django.db.models import F
 from django.db.models.functions import Now
+from django.utils.translation import gettext as _
 
 from apps.accounts.actors import Actor
 from apps.accounts.models import User
@@ -351,34 +352,53 @@ def undo_plan(adaptation: Adaptation) -> list[str]:
     if adaptation.merged_at is not None:
         return [MERGED]
     return [
-        "Before the graft the trainer takes a snapshot of weights, buffers, optimizer, scheduler "
-        "and random state.",
-        f"During probation the trainer can restore {layer} from that snapshot, bit by bit; the "
-        "host's parameters are never replaced, so names, ties and checkpoints stay valid.",
-        "When the loss is not finite or blows up, the trainer removes the graft itself within "
-        "three steps, also when it cannot reach this server.",
-        f"After the graft was kept, an operator can still detach it; {layer} then computes what "
-        "it would compute without the graft, and keeps what the host has learned meanwhile.",
+        _(
+            "Before the graft the trainer takes a snapshot of weights, buffers, optimizer, "
+            "scheduler and random state."
+        ),
+        _(
+            "During probation the trainer can restore %(layer)s from that snapshot, bit by bit; "
+            "the host's parameters are never replaced, so names, ties and checkpoints stay valid."
+        )
+        % {"layer": layer},
+        _(
+            "When the loss is not finite or blows up, the trainer removes the graft itself within "
+            "three steps, also when it cannot reach this server."
+        ),
+        _(
+            "After the graft was kept, an operator can still detach it; %(layer)s then computes "
+            "what it would compute without the graft, and keeps what the host has learned "
+            "meanwhile."
+        )
+        % {"layer": layer},
     ]
 
 
 def _undo_plan_of_remedy(adaptation: Adaptation) -> list[str]:
     known = KnownRemedy.objects.filter(slug=adaptation.remedy).first()
     if known is not None and known.changes_nothing:
-        return ["It changes nothing in the run, so there is nothing to take back."]
+        return [_("It changes nothing in the run, so there is nothing to take back.")]
     stays = known is None or known.stays
     ends = (
-        "When it does not help, or after it was kept, it ends: what it does in each step stops, "
-        "and the model keeps what it has learned since."
+        _(
+            "When it does not help, or after it was kept, it ends: what it does in each step "
+            "stops, and the model keeps what it has learned since."
+        )
         if stays
-        else "It changes the run once, and nothing of it stays in force: when it does not help, "
-        "there is nothing to end."
+        else _(
+            "It changes the run once, and nothing of it stays in force: when it does not help, "
+            "there is nothing to end."
+        )
     )
     return [
-        "Before it the trainer takes a snapshot of weights, buffers, optimizer, scheduler and "
-        "random state.",
-        "During probation an operator can take it back exactly: the run is then what it was "
-        "before, bit by bit, and forgets what it has learned since.",
+        _(
+            "Before it the trainer takes a snapshot of weights, buffers, optimizer, scheduler and "
+            "random state."
+        ),
+        _(
+            "During probation an operator can take it back exactly: the run is then what it was "
+            "before, bit by bit, and forgets what it has learned since."
+        ),
         ends,
     ]
 

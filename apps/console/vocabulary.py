@@ -179,6 +179,12 @@ WORDS = frozenset(
         _("Operator"),
         _("Curator"),
         _("Admin"),
+        # Those who may do something
+        _("admins"),
+        _("operators"),
+        _("curators"),
+        _("researchers"),
+        _("viewers"),
         # rules of the diagnosis
         _("abnormal data"),
         _("accumulation miscounted"),

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
+from django.utils.translation import gettext_noop as _
 
 from apps.accounts.actors import SYSTEM, Actor
 from apps.accounts.encryption import cipher
@@ -35,21 +36,21 @@ MAX_CHANNELS = 20  # of one person
 PURPOSE = "esper-channels"
 # The events that a person may choose, and what each says.
 EVENTS: dict[str, str] = {
-    "adaptation.awaiting_approval": "An adaptation waits for a decision",
-    "adaptation.unanswered": "Half of the time to decide is over, and nobody has claimed it",
-    "adaptation.probation": "An adaptation is in the model, on probation",
-    "adaptation.kept": "An adaptation was kept",
-    "adaptation.rolled_back": "An adaptation was taken back",
-    "adaptation.expired": "Nobody decided in time",
-    "adaptation.apply_failed": "An adaptation could not be applied",
-    "adaptation.rollback_failed": "An adaptation could not be taken back",
-    "run.unreachable": "A trainer does not report",
-    "run.failed": "A run has failed",
-    "run.finished": "A run has finished",
-    "violation.opened": "A finding, or a limit was broken",
-    "switch.killed": "Adaptation was switched off",
-    "switch.on": "Adaptation was switched on again",
-    "policy.published": "The thresholds have changed",
+    "adaptation.awaiting_approval": _("An adaptation waits for a decision"),
+    "adaptation.unanswered": _("Half of the time to decide is over, and nobody has claimed it"),
+    "adaptation.probation": _("An adaptation is in the model, on probation"),
+    "adaptation.kept": _("An adaptation was kept"),
+    "adaptation.rolled_back": _("An adaptation was taken back"),
+    "adaptation.expired": _("Nobody decided in time"),
+    "adaptation.apply_failed": _("An adaptation could not be applied"),
+    "adaptation.rollback_failed": _("An adaptation could not be taken back"),
+    "run.unreachable": _("A trainer does not report"),
+    "run.failed": _("A run has failed"),
+    "run.finished": _("A run has finished"),
+    "violation.opened": _("A finding, or a limit was broken"),
+    "switch.killed": _("Adaptation was switched off"),
+    "switch.on": _("Adaptation was switched on again"),
+    "policy.published": _("The thresholds have changed"),
 }
 # These do not wait for the end of quiet hours.
 URGENT = frozenset({"switch.killed", "adaptation.rollback_failed"})

@@ -95,7 +95,8 @@ function offer(panel, { added, gone }) {
     added && gettext("%(number)s new", { number: added }),
     gone.length && gettext("%(number)s decided", { number: gone.length }),
   ].filter(Boolean);
-  button.textContent = gettext("%(change)s · Show", { change: parts.join(", ") || gettext("New order") });
+  const change = parts.join(", ") || gettext("New order");
+  button.textContent = gettext("%(change)s · Show", { change });
   button.hidden = false;
 }
 document.addEventListener("click", (event) => {

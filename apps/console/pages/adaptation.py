@@ -309,12 +309,13 @@ def _acts(found: Adaptation, user: User) -> dict[str, Any]:
 
 def _joined(refusals: list[str]) -> list[str]:
     """ "Only x may approve." and "Only x may reject." joined into one sentence."""
+    joined = _("%(who)s may %(acts)s.")
     verbs: dict[str, list[str]] = {}
     for sentence in dict.fromkeys(refusals):
-        start, _, verb = sentence.rpartition(" may ")
+        start, _may, verb = sentence.rpartition(_(" may "))
         verbs.setdefault(start, []).append(verb.removesuffix(".") if start else sentence)
     return [
-        f"{start} may {', '.join(words)}." if start else " ".join(words)
+        joined % {"who": start, "acts": ", ".join(words)} if start else " ".join(words)
         for start, words in verbs.items()
     ]
 

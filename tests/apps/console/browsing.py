@@ -76,12 +76,15 @@ def sign_in(
     complaints: list[str] = []
     contexts = []
 
-    def signed_in(who: str, *, dark: bool = False, width: int = 1280) -> Page:
+    def signed_in(
+        who: str, *, dark: bool = False, width: int = 1280, locale: str = "en-GB"
+    ) -> Page:
         context = chromium.new_context(
             base_url=console_url,
             color_scheme="dark" if dark else "light",
             viewport={"width": width, "height": 800},
             storage_state=cookies.get(who),
+            locale=locale,
         )
         contexts.append(context)
         context.set_default_timeout(WAIT_MS)

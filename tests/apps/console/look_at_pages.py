@@ -1,8 +1,9 @@
 """Take a picture of every page of a busy server, to be looked at by a person.
 
-python -m tests.apps.console.look_at_pages FOLDER [PAGE,…] [VIEW,…]
+python -m tests.apps.console.look_at_pages FOLDER [PAGE,…] [VIEW,…] [LANGUAGE]
 
-Pages by the names that it prints; views: light, dark, phone. Without names: all.
+Pages by the names that it prints; views: light, dark, phone. Without names: all. The language is
+what the browser asks for: en (without it) or de.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ PLAIN = {
 }
 
 
-def main(folder: Path, wanted: set[str], views: set[str]) -> None:
+def main(folder: Path, wanted: set[str], views: set[str], language: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -85,7 +86,7 @@ def main(folder: Path, wanted: set[str], views: set[str]) -> None:
         )
         try:
             _wait_for(f"http://127.0.0.1:{port}/login", server)
-            _take_pictures(f"http://127.0.0.1:{port}", folder, wanted, views)
+            _take_pictures(f"http://127.0.0.1:{port}", folder, wanted, views, language)
         finally:
             server.terminate()
             server.wait(timeout=60)
@@ -101,7 +102,9 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
     raise RuntimeError("the web process ended")
 
 
-def _take_pictures(base: str, folder: Path, wanted: set[str], views: set[str]) -> None:
+def _take_pictures(
+    base: str, folder: Path, wanted: set[str], views: set[str], language: str
+) -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "esper_web.settings.test")
     django.setup()
     from tests.apps.cast import PASSWORD  # its models need django.setup()
@@ -115,6 +118,7 @@ def _take_pictures(base: str, folder: Path, wanted: set[str], views: set[str]) -
                 base_url=base,
                 viewport={"width": width, "height": 844},
                 color_scheme="dark" if dark else "light",
+                locale=language,
             )
             page = context.new_page()
             page.goto("/login")
@@ -219,5 +223,6 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    names, views = (set(filter(None, text.split(","))) for text in [*sys.argv[2:4], "", ""][:2])
-    main(Path(sys.argv[1]), names, views)
+    given = [*sys.argv[2:5], "", "", ""]
+    names, views = (set(filter(None, text.split(","))) for text in given[:2])
+    main(Path(sys.argv[1]), names, views, given[2] or "en")
