@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +11,14 @@ from torch import Tensor
 
 from esper.contracts import Risk
 from esper.remedies.base import Effect, Remedy, Target, check_above_zero, no_optimizer, not_trained
-from esper.remedies.update_hooks import Optimizer, before_update
+from esper.remedies.update_hooks import Optimizer, after_update, before_update
 from esper.sharding import is_dtensor, local
+
+logger = logging.getLogger("esper")
+
+CALM = 100  # updates without an unusual norm, after which nothing is clipped any more
+UNUSUAL = 4.0  # times the usual norm
+LOOK_EVERY = 10  # updates between two looks at the state; each is one read from the device
 
 
 class ClipLayer(Remedy):
@@ -19,7 +27,9 @@ class ClipLayer(Remedy):
     phrase = "Clip each gradient at {factor:g} times its recent norm"
     idea = (
         "Scales the gradient of each tensor down where its norm exceeds a multiple of the running "
-        "mean of its own clipped norms. Below that limit a gradient stays as it is."
+        "mean of its own clipped norms. Below that limit a gradient stays as it is. After 100 "
+        "updates without a gradient of four times the usual norm the clip of a tensor is lifted, "
+        "until there is one again."
     )
     source = "AdaGC, arXiv 2502.11034"
     when = "Single gradients explode or spike while the rest of the run is sound."
@@ -38,27 +48,28 @@ class ClipLayer(Remedy):
         return no_optimizer(target) or (not_trained(target) if target.layer else "")
 
     def apply(self, target: Target, config: dict[str, Any]) -> Effect:
-        only = {id(p) for p in target.parameters}
-        clip = _Clip(only, float(config["factor"]), float(config["decay"]))
-        handles = before_update(target.optimizers, clip.work, "No gradient is clipped in it.")
+        details: dict[str, Any] = {**config, "lifted": [], "put_back": []}
+        clip = _Clip(target, details)
+        unmeasured = "No gradient is clipped in it."
+        handles = before_update(target.optimizers, clip.work, unmeasured)
+        handles += after_update(target.optimizers[:1], clip.count, unmeasured)
 
         def end() -> None:
             for handle in handles:
                 handle.remove()
 
-        return Effect(dict(config), end)
+        return Effect(details, end)
 
 
 class _Clip:
-    """The limits; everything stays on the gradients' devices."""
+    """The limits; they stay on the gradients' devices, where all but a look at them is computed."""
 
-    def __init__(self, only: set[int], factor: float, decay: float) -> None:
-        self._only = only
-        self._factor = factor
-        self._decay = decay
-        self._means: dict[int, Tensor] = {}
+    def __init__(self, target: Target, details: dict[str, Any]) -> None:
+        self._only = {id(p) for p in target.parameters}
+        self._details = details
+        self._step = target.step
+        self._states: dict[int, _State] = {}
 
-    @torch.no_grad()
     def work(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -67,20 +78,59 @@ class _Clip:
                     continue
                 self._clip(id(parameter), gradient)
 
+    def count(self, _: Optimizer) -> None:
+        """One step is over; records where the clip was lifted from all tensors, or put back."""
+        self._step += 1
+        if self._step % LOOK_EVERY or not self._states:
+            return
+        device = next(iter(self._states.values())).calm.device
+        calm = torch.stack([state.calm.to(device) for state in self._states.values()])
+        lifted = bool((calm >= CALM).all())
+        if lifted == (len(self._details["lifted"]) > len(self._details["put_back"])):
+            return
+        self._details["lifted" if lifted else "put_back"].append(self._step)
+        done = (
+            f"lifted: no gradient was unusual in {CALM} updates" if lifted
+            else "put back: a gradient was unusual again"
+        )  # fmt: skip
+        logger.info("step %d: the clip of the gradients was %s", self._step, done)
+
+    @torch.no_grad()
     def _clip(self, key: int, gradient: Tensor) -> None:
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
         if is_dtensor(norm):
             norm = norm.full_tensor()
-        mean = self._means.get(key)
-        if mean is None:  # the first gradient is the measure of those that follow
-            self._means[key] = norm
+        state = self._states.get(key)
+        if state is None:  # the first gradient is the measure of those that follow
+            self._states[key] = _State(norm, norm, torch.zeros_like(norm))
             return
+        factor, decay = float(self._details["factor"]), float(self._details["decay"])
         # An earlier norm that was zero or not finite gives no limit.
-        known = mean.isfinite() & (mean > 0)
-        limit = torch.where(known, self._factor * mean, norm)
+        known = state.mean.isfinite() & (state.mean > 0)
+        usual = norm <= UNUSUAL * state.usual
+        state.calm = torch.where(usual, state.calm + 1, 0.0)
+        lifted = state.calm >= CALM
+        limit = torch.where(known & ~lifted, factor * state.mean, norm)
         scale = torch.where(norm > limit, limit / norm, torch.ones_like(norm))
         local(gradient).mul_(scale.to(gradient.dtype))
         clipped = torch.minimum(norm, limit)
-        self._means[key] = torch.where(
-            known & clipped.isfinite(), torch.lerp(clipped, mean, self._decay), clipped
-        )
+        state.mean = _follow(state.mean, clipped, known, decay)
+        state.usual = _follow(state.usual, torch.minimum(norm, UNUSUAL * state.usual), known, decay)
+
+
+@dataclass(slots=True)
+class _State:
+    """Of one tensor, three scalars.
+
+    Attributes:
+        mean: of its clipped norms; usual: of its norms, which follows where they grow.
+        calm: updates since its norm was unusual.
+    """
+
+    mean: Tensor
+    usual: Tensor
+    calm: Tensor
+
+
+def _follow(mean: Tensor, newest: Tensor, known: Tensor, decay: float) -> Tensor:
+    return torch.where(known & newest.isfinite(), torch.lerp(newest, mean, decay), newest)

@@ -402,6 +402,42 @@ def test_a_spike_is_clipped_and_ordinary_gradients_stay_as_they_are() -> None:
     assert max(norms) < 3 * sorted(norms)[len(norms) // 2]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_clip_is_lifted_once_gradients_are_ordinary_and_put_back_where_they_jump(
+    optimizer: str,
+) -> None:
+    spikes = range(12, 15), range(200, 203)
+    run = Run(optimizer)
+    weight = run.model.get_parameter("3.weight")
+    own: list[float] = []
+    used: list[float] = []
+
+    def spike(step: int) -> None:
+        assert weight.grad is not None
+        if any(step in spiked for spiked in spikes):
+            for p in run.model.parameters():
+                assert p.grad is not None
+                p.grad.mul_(1e4)
+        own.append(weight.grad.norm().item())
+
+    run.spoil = spike
+    with run.attach() as session:
+        run.train(10, session)
+        receipt = session.remedy("clip_layer")
+        run.optimizer.register_step_post_hook(
+            lambda *_: used.append(weight.grad.norm().item())  # type: ignore[union-attr]
+        )
+        run.train(240, session)
+        clipped = [step for step, (a, b) in enumerate(zip(own[10:], used, strict=True), 10) if a != b]
+        assert {*spikes[0], *spikes[1]} <= set(clipped)
+        ordinary = range(150, 200)
+        assert not set(clipped) & set(ordinary)
+        assert set(clipped) & set(range(203, 240))
+        (lifted,), (put_back,) = receipt.details["lifted"], receipt.details["put_back"]
+        assert 110 <= lifted <= 150
+        assert 200 <= put_back <= 215
+
+
 def test_a_run_that_diverged_goes_back_to_a_state_from_before() -> None:
     run = Run("sgd")
     with run.attach() as session:
