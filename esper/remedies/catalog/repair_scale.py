@@ -21,6 +21,7 @@ from esper.grafting.certify import put_back
 from esper.grafting.graph import kind_of
 from esper.grafting.remedies import is_tied
 from esper.remedies.base import Batch, Effect, Remedy, Target
+from esper.remedies.centered_updates import CenteredUpdates
 from esper.remedies.update_hooks import ScaledUpdates
 
 EARLY_STEPS = 50  # in which little is lost by going back to the first weights
@@ -33,7 +34,8 @@ LARGEST_MEAN = 2.0  # of a channel, in spreads of the layer
 USUAL_SPREAD = 0.6  # std of a standard normal behind a tanh (0.63) or a ReLU (0.58)
 FAINT_SPREAD = 0.4  # below it, updates are scaled; behind a sigmoid it is 0.21
 ALIKE = 1e-3  # relative distance of units that have nearly the same weights
-LARGEST_UPDATES = 3.0  # times larger; beyond, the mean of a layer's input would take over
+LARGEST_UPDATES = 3.0  # times larger; chosen on seeds 0 to 9
+COMMON = 0.1  # mean / spread of a layer's inputs; below it, there is little to take out
 _KINDS = layout.LINEAR | layout.TRANSPOSED_LINEAR | layout.CONVOLUTION
 
 
@@ -48,9 +50,12 @@ class RepairScale(Remedy):
         "whose units are equal get new random weights before they are scaled. Where the "
         "inputs of the first layer are large, its updates get smaller too, as if the inputs were "
         "scaled; where those of a later layer hardly differ, as behind a sigmoid, its updates get "
-        "larger."
+        "larger. A later layer learns as if the mean of its inputs were taken out of them."
     )
-    source = "LSUV, arXiv 1511.06422, and Krähenbühl et al. 2016, arXiv 1511.06856"
+    source = (
+        "LSUV, arXiv 1511.06422; Krähenbühl et al. 2016, arXiv 1511.06856; Schraudolph 1998, "
+        "Centering neural network gradient factors"
+    )
     when = "The initialisation makes activations vanish, explode or saturate before training."
     risk = Risk.MEDIUM
     changes_weights = True
@@ -88,24 +93,32 @@ class RepairScale(Remedy):
                 if factor != 1.0:
                     factors[name] = factor
             later = [] if config["first_only"] else order[1:]
-            spreads = {name: _input_spread(target.model, name, target.sample) for name in later}
+            entering = {name: _input_moments(target.model, name, target.sample) for name in later}
         _forget_moments(target, [*details.get("new", ()), *factors])
         details["factors"] = factors
         updates = {
             name: max(spread / USUAL_SPREAD, 1.0 / LARGEST_UPDATES)
-            for name, spread in spreads.items()
+            for name, (_, spread) in entering.items()
             if LARGEST_FACTOR**-1 < spread < FAINT_SPREAD
         }
         if order and inputs > LARGE_INPUT:
             updates[order[0]] = inputs
         if updates:
             details["updates"] = updates
+        means = {
+            name: mean
+            for name, (mean, spread) in entering.items()
+            if spread > LARGEST_FACTOR**-1 and abs(mean) > COMMON * spread
+        }
+        if means:
+            details["means"] = means
         return self.resume(target, details)
 
     def resume(self, target: Target, details: dict[str, Any]) -> Effect:
+        updates, means = details.get("updates", {}), details.get("means", {})
         ends = [
-            _scale_updates(target, layer, inputs)
-            for layer, inputs in details.get("updates", {}).items()
+            _change_updates(target, layer, updates.get(layer, 1.0), means.get(layer, 0.0))
+            for layer in {**updates, **means}
         ]
 
         def end() -> None:
@@ -115,19 +128,28 @@ class RepairScale(Remedy):
         return Effect(details, end)
 
 
-def _scale_updates(target: Target, layer: str, inputs: float) -> Callable[[], None]:
+def _change_updates(
+    target: Target, layer: str, inputs: float, mean: float
+) -> Callable[[], None]:
     """The layer learns as if its inputs were ``inputs`` times smaller, and its weights larger.
 
     The gradient is then ``inputs`` times smaller, and a step counts as much less again. Only with
     SGD does the size of a step depend on that of the gradient.
+
+    Args:
+        mean: of the inputs; it is taken out of them as well.
     """
-    weight = target.model.get_submodule(layer)._parameters["weight"]
+    module = target.model.get_submodule(layer)
+    weight = module._parameters["weight"]
     assert weight is not None
     ends = []
     for optimizer in target.optimizers:
         if any(weight is p for group in optimizer.param_groups for p in group["params"]):
             power = 2 if isinstance(optimizer, torch.optim.SGD) else 1
-            ends.append(ScaledUpdates([optimizer], {id(weight)}, inputs**-power).end)
+            if inputs != 1.0:
+                ends.append(ScaledUpdates([optimizer], {id(weight)}, inputs**-power).end)
+            if mean:  # afterwards, as it corrects by the whole update
+                ends.append(CenteredUpdates(optimizer, module, mean).end)
 
     def end() -> None:
         for one in ends:
@@ -232,23 +254,24 @@ def _input_size(model: nn.Module, name: str, sample: Batch) -> float:
     return found[0] if found and math.isfinite(found[0]) else 1.0
 
 
-def _input_spread(model: nn.Module, name: str, sample: Batch) -> float:
-    """How much the rows of a batch differ where they enter the layer: std within a channel."""
+def _input_moments(model: nn.Module, name: str, sample: Batch) -> tuple[float, float]:
+    """(mean, std within a channel) of what enters the layer: how much the rows differ."""
     module = model.get_submodule(name)
     axis = layout.channel_axis_of(kind_of(module))
-    found: list[float] = []
+    found: list[tuple[float, float]] = []
 
     def look(_: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
             rows_NC = args[0].detach().float().movedim(axis, -1).flatten(0, -2)
-            found.append(float(rows_NC.var(0, unbiased=False).mean().sqrt()))
+            spread = rows_NC.var(0, unbiased=False).mean().sqrt()
+            found.append((float(rows_NC.mean()), float(spread)))
 
     handle = module.register_forward_pre_hook(look)
     try:
         sample.run(model)
     finally:
         handle.remove()
-    return found[0] if found else math.nan
+    return found[0] if found else (math.nan, math.nan)
 
 
 def _repair(

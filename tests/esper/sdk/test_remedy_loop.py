@@ -185,6 +185,23 @@ def test_a_lowered_rate_of_sgd_is_matched_to_the_weights_and_one_of_adam_is_not(
             assert [receipt.remedy for receipt in session.remedies] == expected
 
 
+def test_a_deep_convolutional_net_of_sigmoids_learns_after_a_repair() -> None:
+    """The mean of what a sigmoid gives is far larger than what its inputs make of it."""
+    run = Run(Fault(momentum=0.9))
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
+    for channels in (1, 16, 16):
+        layers += [nn.Conv2d(channels, 16, 3, padding=1), nn.Sigmoid()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    for _ in range(5):
+        layers += [nn.Linear(16, 16), nn.Sigmoid()]
+    run.model = nn.Sequential(*layers, nn.Linear(16, 10))
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.01, momentum=0.9)
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        run.train(400, session)
+        assert [receipt.remedy for receipt in session.remedies] == ["repair_scale"]
+    assert run.accuracy() > 0.6
+
+
 def test_large_data_takes_a_repair_however_far_the_first_update_went() -> None:
     fault = Fault(rate=0.05, batch=lambda _, x: 1600 * x)
     run = Run(fault)
