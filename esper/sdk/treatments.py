@@ -81,6 +81,8 @@ class Treatment:
         ended: what became of it; empty while it is in its window.
         adaptation: its uid at the server that ordered it.
         was_compared: of a rewind: its first losses were compared with those of the same weights.
+        measured: updates were measured to be far too large, so a lower rate is right whatever
+            becomes of the finding.
     """
 
     finding: str
@@ -92,3 +94,4 @@ class Treatment:
     ended: str = ""
     adaptation: str = ""
     was_compared: bool = False
+    measured: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from esper.diagnosis.updates import EXCESSIVE
 from esper.exceptions import EsperError
 from esper.remedies import get_remedy
 from esper.sdk.diagnosing import DiagnosisWatch
@@ -16,6 +17,8 @@ from esper.sdk.surgery import Surgery
 from esper.sdk.treatments import RemedyProposal, Treatment
 
 logger = logging.getLogger("esper")
+
+_RATE = frozenset({"rewind", "set_lr"})  # lower it
 
 
 class Applier:
@@ -46,6 +49,7 @@ class Applier:
             EsperError: it could not be applied; the model is as before.
         """
         self._way_back.mark(self._history.case_of(proposal.finding))
+        measured = proposal.remedy in _RATE and self._diagnosis.update_excess > EXCESSIVE
         receipt = self._surgery.remedy(
             proposal.remedy,
             proposal.layer,
@@ -61,6 +65,7 @@ class Applier:
                 receipt,
                 proposal.evidence,
                 urgent,
+                measured=measured,
             )
         )
 

@@ -59,11 +59,16 @@ class Chooser:
             found.rule.slug,
             remedy.slug,
             found.evidence.began_at if remedy.scope == "layer" else "",
-            self._doses.of(remedy.slug, found, given),
+            self._doses.of(remedy.slug, found, given - self._stronger_already(remedy, found)),
             self._run.step,
             self._approval.why_asked(remedy, given, found.rule.slug),
             found.evidence,
         )
+
+    def _stronger_already(self, remedy: Remedy, found: Diagnosed) -> int:
+        """Doses of it that are in force, which the next one adds to."""
+        lowered = self._history.lowered_in_vain(found.rule.slug)
+        return sum(treatment.remedy == remedy.slug for treatment in lowered)
 
     def _waits_for_sample(self, remedy: Remedy) -> bool:
         approval = self._approval

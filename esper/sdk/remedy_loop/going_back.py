@@ -66,6 +66,9 @@ class WayBack:
         reason = self._surgery.refusal("rewind", "", None, _TO_MARK)
         if not reason:
             try:
+                for treatment in self._history.lowered_in_vain(slug):
+                    assert treatment.receipt is not None
+                    self._surgery.undo(treatment.receipt, hard=False)
                 receipt = self._surgery.remedy("rewind", "", None, dict(_TO_MARK), slug)
                 step, evidence = self._run.step, found.evidence
                 return Treatment(slug, "rewind", step, receipt, evidence, ended=_ENDED)

@@ -82,6 +82,15 @@ class History:
             entry.also_for.append(proposal.finding)
         return entry is not None
 
+    def lowered_in_vain(self, finding: str) -> list[Treatment]:
+        """Lower rates that did not help against a finding, and were right all the same."""
+        return [
+            t
+            for t in self.treatments
+            if t.finding == finding and t.measured and t.ended.startswith(IN_VAIN)
+            if t.receipt is not None and t.receipt.in_force
+        ]
+
     def note(self, treatment: Treatment) -> None:
         """A remedy was applied."""
         given = self.case_of(treatment.finding).given

@@ -113,6 +113,8 @@ class Verdicts:
     def _fail(self, treatment: Treatment, reason: str, *, hard: bool = False) -> None:
         """It did not help: what it does in each step ends; what it did once is history.
 
+        A rate at which updates were far too large stays lowered: the next remedy would fail at it.
+
         Args:
             hard: it did harm, so the run goes back to the state before it.
         """
@@ -137,8 +139,10 @@ class Verdicts:
                 logger.warning("step %d: %s stays: %s", self._run.step, receipt, error)
             else:
                 return
+        if receipt is None or not receipt.in_force:
+            return
         # What stays of a new start fits its weights, and ends with them alone.
-        if receipt is None or not receipt.in_force or get_remedy(treatment.remedy).begins_anew:
+        if treatment.measured or get_remedy(treatment.remedy).begins_anew:
             return
         if receipt in self._surgery.changes.remedies:
             self._surgery.undo(receipt, hard=False)

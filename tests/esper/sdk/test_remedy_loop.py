@@ -20,11 +20,13 @@ from esper.contracts import RunMode, SafetyPolicy, Severity
 from esper.contracts.remedies import MARKED
 from esper.diagnosis import Diagnosis, Observation, list_rules
 from esper.diagnosis.base import Evidence, Memory, RemedySlug
+from esper.diagnosis.rules.dying_relu import DyingRelu
 from esper.diagnosis.rules.plateau import Plateau as PlateauRule
 from esper.diagnosis.updates import EXCESSIVE
 from esper.exceptions import GraftError
 from esper.remedies import list_remedies
 from esper.sdk.remedy_loop.doses import GENTLE
+from esper.sdk.remedy_loop.history import IN_VAIN
 from esper.sdk.remedy_loop.settling import WINDOW, Settling
 from esper.sdk.run_state import RunState
 from esper.sdk.treatments import Treatment
@@ -492,6 +494,37 @@ def test_a_run_whose_remedies_all_fail_ends_no_worse_than_where_they_began(
         assert sum(after[-10:]) / 10 <= 1.1 * sum(before[80:100]) / 20
         assert session._parts.remedies is not None
         assert any("none helped" in entry.ended for entry in session._parts.remedies.treatments)
+
+
+@pytest.mark.parametrize(("rate", "far_too_large"), [(0.2, True), (3e-3, False)])
+def test_a_rate_at_which_updates_were_far_too_large_stays_lowered(
+    rate: float, far_too_large: bool
+) -> None:
+    """Whatever becomes of the finding: each later remedy would fail at the script's rate."""
+
+    class Endless(DyingRelu):
+        explained_by = frozenset()
+
+        def check(self, observation: Observation, _: Memory) -> Evidence | None:
+            return Evidence("a layer is dead", "none", "grad", float(observation.step), "2")
+
+    run = Run(Fault(rate=rate, adam=True))
+    rates: list[float] = []
+    lowers = {"rewind", "set_lr"}
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        loop, watch = session._parts.remedies, session._parts.diagnosis
+        assert loop is not None and watch is not None
+        watch.diagnosis = Diagnosis([Endless()])
+        while not (ended := [t for t in loop.treatments if t.remedy in lowers and t.ended]):
+            run.train(1, session)
+            assert run.steps < 400
+        assert ended[0].ended.startswith(IN_VAIN)
+        run.optimizer.register_step_pre_hook(
+            lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+        )
+        run.train(3, session)
+        assert (max(rates) <= 0.1 * rate) == far_too_large
+        assert run.optimizer.param_groups[0]["lr"] == rate
 
 
 def test_over_fitting_takes_no_run_back_by_rule() -> None:
