@@ -61,6 +61,9 @@ class Ladder:
         if not follows_gradient(self._diagnosis.optimizers):
             # One measured update says enough: a later one is smaller, as its gradients are noise.
             order = [slug for slug in order if slug != "match_updates"]
+        if self._young.has_learned and found.severity is not Severity.CRITICAL:
+            # New scales take back what was learned.
+            order = [slug for slug in order if slug != "repair_scale"]
         if found.rule.slug == "dying_relu" and not self._going_back_answers(found):
             order.sort(key=lambda slug: slug == "rewind")
         return order

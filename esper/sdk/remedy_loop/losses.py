@@ -14,6 +14,7 @@ RISE = 1.5  # times the usual loss: it has jumped
 GROWTH = 2.0  # times the first loss
 LEARNED = 0.5  # of the first loss
 UNLEARNED = 0.95  # of the first losses: above it nothing was learned, as for update_ratio_low
+LESS = 0.8  # of the first losses: below it something was learned
 
 
 def level(run: RunState, count: int = LEVEL_LOSSES) -> float:
@@ -51,6 +52,14 @@ def have_fallen(run: RunState) -> bool:
     blocks = [values[at : at + LEVEL_LOSSES] for at in range(0, len(values), LEVEL_LOSSES)]
     whole = [statistics.median(block) for block in blocks if len(block) == LEVEL_LOSSES]
     return bool(whole) and min(whole) < LEARNED * abs(values[0])
+
+
+def fell(run: RunState, since: int) -> bool:
+    """The newest losses are well below the first ones after step ``since``."""
+    values = [loss for step, loss in run.losses if step > since]
+    if len(values) < 2 * LEVEL_LOSSES:
+        return False
+    return level(run) < LESS * statistics.median(values[:LEVEL_LOSSES])
 
 
 def never_fell(run: RunState, since: int) -> bool:

@@ -45,6 +45,11 @@ class YoungRun:
         return young and losses.never_fell(self._run, self._history.latest_change)
 
     @property
+    def has_learned(self) -> bool:
+        """Since its weights were changed the last time, so there is something to lose."""
+        return losses.fell(self._run, self._history.latest_change)
+
+    @property
     def started_badly(self) -> bool:
         """The first weights are at fault, and not repaired yet."""
         if not self.is_early or self._history.case_of("bad_initialisation").given:

@@ -22,6 +22,7 @@ from esper.diagnosis import Diagnosis, Observation, list_rules
 from esper.diagnosis.base import Evidence, Memory, RemedySlug
 from esper.diagnosis.rules.dying_relu import DyingRelu
 from esper.diagnosis.rules.plateau import Plateau as PlateauRule
+from esper.diagnosis.rules.vanishing_gradient import VanishingGradient
 from esper.diagnosis.updates import EXCESSIVE
 from esper.exceptions import GraftError
 from esper.remedies import list_remedies
@@ -525,6 +526,27 @@ def test_a_rate_at_which_updates_were_far_too_large_stays_lowered(
         run.train(3, session)
         assert (max(rates) <= 0.1 * rate) == far_too_large
         assert run.optimizer.param_groups[0]["lr"] == rate
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_weights_of_a_run_that_has_learned_get_no_new_scale(learns: bool) -> None:
+    class Late(VanishingGradient):
+        opens_after, explained_by = 1, frozenset()
+
+        def check(self, observation: Observation, _: Memory) -> Evidence | None:
+            found = Evidence("the gradient vanishes", "none", "grad_norm", 1e-9, "0")
+            return found if observation.step >= 100 else None
+
+    run = Run(Fault())
+    if not learns:
+        run.y = run.y[torch.randperm(len(run.y))]
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        watch = session._parts.diagnosis
+        assert watch is not None
+        watch.diagnosis = Diagnosis([Late()])
+        run.train(240, session)
+        assert [f.slug for f in session.findings()] == ["vanishing_gradient"]
+        assert [r.remedy for r in session.remedies] == ([] if learns else ["repair_scale"])
 
 
 def test_over_fitting_takes_no_run_back_by_rule() -> None:
