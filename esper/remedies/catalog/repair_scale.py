@@ -128,9 +128,7 @@ class RepairScale(Remedy):
         return Effect(details, end)
 
 
-def _change_updates(
-    target: Target, layer: str, inputs: float, mean: float
-) -> Callable[[], None]:
+def _change_updates(target: Target, layer: str, inputs: float, mean: float) -> Callable[[], None]:
     """The layer learns as if its inputs were ``inputs`` times smaller, and its weights larger.
 
     The gradient is then ``inputs`` times smaller, and a step counts as much less again. Only with

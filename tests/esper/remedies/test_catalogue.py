@@ -428,11 +428,11 @@ def test_a_clip_is_lifted_once_gradients_are_ordinary_and_put_back_where_they_ju
             lambda *_: used.append(weight.grad.norm().item())  # type: ignore[union-attr]
         )
         run.train(240, session)
-        clipped = [step for step, (a, b) in enumerate(zip(own[10:], used, strict=True), 10) if a != b]
-        assert {*spikes[0], *spikes[1]} <= set(clipped)
-        ordinary = range(150, 200)
-        assert not set(clipped) & set(ordinary)
-        assert set(clipped) & set(range(203, 240))
+        pairs = enumerate(zip(own[10:], used, strict=True), 10)
+        clipped = {step for step, (before, after) in pairs if before != after}
+        assert {*spikes[0], *spikes[1]} <= clipped
+        assert not clipped & set(range(150, 200))
+        assert clipped & set(range(203, 240))
         (lifted,), (put_back,) = receipt.details["lifted"], receipt.details["put_back"]
         assert 110 <= lifted <= 150
         assert 200 <= put_back <= 215

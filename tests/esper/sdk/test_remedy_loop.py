@@ -514,7 +514,8 @@ def test_a_rate_at_which_updates_were_far_too_large_stays_lowered(
     lowers = {"rewind", "set_lr"}
     with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
         loop, watch = session._parts.remedies, session._parts.diagnosis
-        assert loop is not None and watch is not None
+        assert loop is not None
+        assert watch is not None
         watch.diagnosis = Diagnosis([Endless()])
         while not (ended := [t for t in loop.treatments if t.remedy in lowers and t.ended]):
             run.train(1, session)
