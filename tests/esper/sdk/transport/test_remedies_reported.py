@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+
 from esper.contracts import AdaptationState, CommandKind
-from esper.grafting import digest
+from esper.grafting import RemedyReceipt, digest
+from esper.grafting.remedies import freeze
 from tests.esper.sdk.tiny_training import Training
 from tests.esper.sdk.transport.attached import (
     ended,
@@ -17,6 +20,8 @@ from tests.esper.sdk.transport.attached import (
 )
 from tests.esper.sdk.transport.control_plane import ControlPlane, wait_for
 
+SLOW_MS = 50.0  # a remedy takes at least as long
+
 
 def reports(plane: ControlPlane, count: int) -> list[dict[str, Any]]:
     wait_for(lambda: len(plane.remedies) >= count, f"{count} remedies are reported")
@@ -25,21 +30,22 @@ def reports(plane: ControlPlane, count: int) -> list[dict[str, Any]]:
 
 
 def test_a_remedy_and_its_undo_are_reported_with_digests(
-    training: Training, plane: ControlPlane
+    training: Training, plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def slow(*args: Any, **options: Any) -> RemedyReceipt:
+        time.sleep(SLOW_MS / 1e3)
+        return freeze(*args, **options)
+
+    monkeypatch.setattr("esper.sdk.surgery.remedies.freeze", slow)
     with listening(training, plane) as session:
-        before, waits_ms = digest(training.model), []
-        for _ in range(5):
-            started = time.perf_counter()
-            receipt = session.freeze("3")
-            waits_ms.append((time.perf_counter() - started) * 1e3)
-            session.undo(receipt)
-        sent = reports(plane, 10)
-    waited_ms = min(waits_ms)  # the call that another thread has disturbed least
-    first, second = sent[2 * waits_ms.index(waited_ms) :][:2]
+        before, started = digest(training.model), time.perf_counter()
+        receipt = session.freeze("3")
+        waited_ms = (time.perf_counter() - started) * 1e3
+        session.undo(receipt)
+        first, second = reports(plane, 2)
     assert (first["remedy"], first["layer"], first["step"]) == ("freeze", "3", 1)
     assert first["digest_before"] == first["digest_after"] == before
-    assert 0.5 * waited_ms < first["pause_ms"] <= waited_ms
+    assert SLOW_MS <= first["pause_ms"] <= waited_ms
     assert (second["remedy"], second["undoes"]) == ("undo", first["key"])
     assert (second["exact"], second["digest_after"]) == (True, before)
 
