@@ -6,6 +6,7 @@ What a step does is in :mod:`esper.sdk.stepping`, what changes the model in :mod
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import sys
 import weakref
@@ -33,6 +34,8 @@ from esper.sdk.treatments import RemedyProposal
 
 logger = logging.getLogger("esper")
 
+LARGE_PARAMETERS = 2_000_000  # of the model; a full collection takes some 0.1 s
+
 
 class Session(Acts):
     """One attached run; made by :func:`esper.attach`. Use it in the training thread only."""
@@ -41,6 +44,7 @@ class Session(Acts):
         parts = Parts(setup)
         super().__init__(parts)
         self._at_exit = _close_at_exit(self, reports=parts.queues is not None)
+        self._leftovers = _Leftovers(self._steps.model_parameters)  # the last attribute goes last
         parts.announcer.attached(
             layers=len(parts.layers.own), slots=len(setup.slots), server=setup.server
         )
@@ -302,6 +306,22 @@ class Session(Acts):
             ReplicaError: another rank could not take it, or was given another one.
         """
         load_state(self._parts, state)
+
+
+class _Leftovers:
+    """Frees what is left of a large run, once its session is gone.
+
+    The parts of a session refer to one another, so they would keep the model, its optimizer and its
+    good states until Python's next full collection. A script that trains one model after another
+    would run out of memory, on a GPU before the collector has seen a reason to run.
+    """
+
+    def __init__(self, parameters: int) -> None:
+        self._is_large = parameters >= LARGE_PARAMETERS
+
+    def __del__(self) -> None:
+        if self._is_large and not sys.is_finalizing():
+            gc.collect()
 
 
 def _close_at_exit(session: Session, *, reports: bool) -> Callable[[], None]:

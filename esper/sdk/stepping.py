@@ -48,6 +48,7 @@ class Steps:
         latest_frame: None before the first.
         detached: nothing is measured any more.
         closed: the run has ended.
+        model_parameters: of the model as it was attached, on all ranks together.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -69,7 +70,7 @@ class Steps:
         self._health = LayerHealth(parts.findings)
         self._compiler = CompilerWatch()
         self._pause_sent: PauseForecast | None = None
-        self._model_parameters = parameters_of(parts.setup.model, parts.setup.surroundings)
+        self.model_parameters = parameters_of(parts.setup.model, parts.setup.surroundings)
         self._lacks_capacity = False
 
     def take(self, loss: float | Tensor | None) -> None:
@@ -126,7 +127,7 @@ class Steps:
     def _open(self) -> None:
         open_run(
             self._parts,
-            model_parameters=self._model_parameters,
+            model_parameters=self.model_parameters,
             measure=not self.detached,
             wants_meeting=self._may_operate,
         )

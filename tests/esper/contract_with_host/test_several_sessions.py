@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -162,3 +164,30 @@ def test_a_graft_without_a_session_leaves_nothing_behind(hard: bool) -> None:
         receipt.undo(hard=hard)
 
     assert [name for name, _ in script.model.named_modules()] == names
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped", "grafted"])
+@pytest.mark.parametrize("mode", ["observe", "supervised", "automatic"])
+def test_a_large_run_leaves_no_memory_to_the_next_one(
+    mode: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a search over many trainings, which end before Python collects what is left."""
+    monkeypatch.setattr("esper.sdk.session.LARGE_PARAMETERS", 100)
+
+    def train_one() -> list[weakref.ref[Any]]:
+        script = Script(mode)
+        session = script.attach()
+        script.train(session, 8)
+        if end == "grafted":
+            session.graft("0", "proj_lora_64")
+            script.train(session, 3)
+        if end != "dropped":
+            session.close()
+        return [weakref.ref(script.model), weakref.ref(script.optimizer)]
+
+    gc.disable()
+    try:
+        left = [ref() for ref in train_one()]
+    finally:
+        gc.enable()
+    assert left == [None, None]
