@@ -13,6 +13,7 @@ from esper.fail_closed import FailClosed
 from esper.grafting import LayerRecorder
 from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.graph import NEVER_RAN, why_never_graftable
+from esper.grafting.late_layers import LateLayers
 from esper.grafting.replicas import RankGroup
 from esper.grafting.watching import COPY, CopyRecorder
 from esper.near_names import or_known
@@ -27,6 +28,8 @@ MOST_STEPS_WITHOUT_A_PASS = 50  # then the run is opened without the layers' sha
 
 class Layers:
     """Records the layers in the forward passes before the first complete step, then stops.
+
+    Layers that run later are recorded when they do.
 
     Args:
         slots: names of the layers that may be grafted; the others are only watched.
@@ -58,6 +61,7 @@ class Layers:
         self._left: LayerRecorder | CopyRecorder | None = None
         self._has_searched = False
         self._steps_waited = 0
+        self._late: LateLayers | None = None
 
     @property
     def fixed(self) -> bool:
@@ -101,6 +105,8 @@ class Layers:
             False if the next step will show layers: compiled parts have been found only now, or
             no layer has run.
         """
+        if self._replicas is not None and self._waits_for_ranks(self._replicas):
+            return False
         if self._left is None and self._is_blind() and anything_was_compiled():
             if not self._has_searched:
                 self._has_searched = True
@@ -114,13 +120,45 @@ class Layers:
         self._fixed = tuple(self._compiled(self._limited(layer)) for layer in seen)
         if self._recorder is not self._left:
             self._recorder.retire()
+        self._late = self._wait_for_others()
+        return True
+
+    def learn(self) -> bool:
+        """A step is over: layers that have run for the first time are known from now on.
+
+        Returns:
+            True if there are any.
+        """
+        seen = self._late.on_step() if self._late is not None else {}
+        if not seen:
+            return False
+        known = {layer.name: layer for layer in self.own}
+        for name, layer in seen.items():
+            old = known[name]
+            known[name] = (
+                replace(old, order=layer.order, feeds=layer.feeds)
+                if old.in_shape
+                else self._limited(self._as_shared(layer))
+            )
+        self._fixed = tuple(known.values())
         return True
 
     def stop(self) -> None:
         """Remove the recorders' hooks."""
+        if self._late is not None:
+            self._late.stop()
+            self._late = None
         for recorder in (self._recorder, self._left):
             if recorder is not None:
                 recorder.stop()
+
+    def _wait_for_others(self) -> LateLayers | None:
+        """Not in compiled code, which runs no hooks, nor where all ranks must know the same."""
+        names = [layer.name for layer in self.own if layer.reason == NEVER_RAN]
+        is_eager = isinstance(self._recorder, LayerRecorder) and self._left is None
+        if not names or not is_eager or self._replicas is not None or anything_was_compiled():
+            return None
+        return LateLayers(self._model, names, self._fail_closed)
 
     def _record(self) -> LayerRecorder | CopyRecorder:
         if self._compilation.regions:
@@ -134,15 +172,26 @@ class Layers:
 
     def _waits(self) -> bool:
         """No layer has run: the script counts a step in which it has skipped the batch."""
-        if self._left is not None or self._replicas is not None:  # all ranks open in one step
-            return False
-        if any(layer.in_shape for layer in self._recorder.layers()):
+        if self._left is not None or self._replicas is not None or self._has_seen():
             return False
         self._steps_waited += 1
         return self._steps_waited <= MOST_STEPS_WITHOUT_A_PASS
 
+    def _waits_for_ranks(self, replicas: RankGroup) -> bool:
+        """As above, on all ranks or on none; they ask one another until one step shows layers."""
+        if self._steps_waited > MOST_STEPS_WITHOUT_A_PASS:
+            return False
+        self._steps_waited += 1
+        if replicas.mean(float(self._has_seen() or anything_was_compiled())) < 1.0:
+            return self._steps_waited <= MOST_STEPS_WITHOUT_A_PASS
+        self._steps_waited = MOST_STEPS_WITHOUT_A_PASS + 1  # from now on each rank for itself
+        return False
+
+    def _has_seen(self) -> bool:
+        return any(layer.in_shape for layer in self._recorder.layers())
+
     def _report_unseen(self) -> None:
-        if any(layer.in_shape for layer in self._recorder.layers()):
+        if self._has_seen():
             return  # some layers of an eager model do not run
         self._left = self._recorder
         error = LookupError("the model runs inside a function that torch.compile compiled")

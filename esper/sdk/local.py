@@ -170,6 +170,10 @@ class LocalLoop:
         wait = FIRST_OPINION_SECONDS + SECONDS_PER_LAYER * len(layers)
         self._next_opinion = time.monotonic() + wait
 
+    def know(self, layers: tuple[LayerInfo, ...]) -> None:
+        """More layers have run."""
+        self._layers = layers
+
     @property
     def acts(self) -> bool:
         """Its mode allows it to change the model."""

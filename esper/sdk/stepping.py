@@ -101,8 +101,7 @@ class Steps:
         digests = parts.ranks.digests(run.step, partial(weights_digest, parts.setup.model))
         if parts.diagnosis is not None and digests:
             parts.diagnosis.rank_digests = digests
-        if not parts.layers.fixed:
-            contain("opening", self._open)
+        contain("opening", self._learn_layers if parts.layers.fixed else self._open)
         # Before anything that may undo: a snapshot is taken after it, so an undo restores what the
         # next step would have used.
         contain("schedules", parts.surgery.on_step)
@@ -131,6 +130,15 @@ class Steps:
             measure=not self.detached,
             wants_meeting=self._may_operate,
         )
+
+    def _learn_layers(self) -> None:
+        if not self._parts.layers.learn():
+            return
+        layers = self._parts.layers.own
+        if self._parts.diagnosis is not None:
+            self._parts.diagnosis.open(layers)
+        if self._parts.local is not None:
+            self._parts.local.know(layers)
 
     # -- what a process decides, or another one has decided ------------------------------------
 

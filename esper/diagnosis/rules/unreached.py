@@ -6,6 +6,8 @@ from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
 
+READINGS = 8  # the newest, in which a router has chosen each expert that is in use
+
 
 class Unreached(Rule):
     """The first layers get no gradient at all, while the later ones learn."""
@@ -36,11 +38,13 @@ class Unreached(Rule):
         if not alive:
             raise Unknown("no tensor has a gradient")
         # A layer without a gradient behind a living one is a branch that this loss does not use.
+        # One that had a gradient not long ago may be an expert that the router did not choose.
+        reached = self._reached(memory, reading.step, alive)
         first = []
         for name in observation.layers:
             if name in alive:
                 break
-            if name in without:
+            if name in without and name not in reached:
                 first.append(name)
         if not first:
             return None
@@ -52,3 +56,11 @@ class Unreached(Rule):
             value=float(len(first)),
             began_at=first[-1],
         )
+
+    def _reached(self, memory: Memory, step: int, alive: set[str]) -> set[str]:
+        """The layers that had a gradient in one of the newest readings."""
+        readings: dict[int, set[str]] = memory.notes.setdefault("reached", {})
+        readings[step] = alive
+        for old in list(readings)[:-READINGS]:
+            del readings[old]
+        return set().union(*readings.values())

@@ -17,6 +17,7 @@ import esper
 from esper import Session
 from esper.exceptions import ConfigurationError, IncompatibleLayerError, UndoError
 from esper.fail_closed import FailClosed
+from esper.grafting import LayerRecorder
 from esper.sdk.copied_session import CopiedSession
 
 Copying = Callable[[Any], Any]
@@ -558,3 +559,78 @@ def test_a_model_that_never_runs_is_opened_all_the_same() -> None:
     assert session._parts.layers.fixed
     with pytest.raises(IncompatibleLayerError, match="did not run"):
         session.graft("0", "proj_lora_64")
+
+
+class Routed(nn.Module):
+    """Each batch goes through one of the experts; some come late, and one never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(4)
+        )
+        self.head = nn.Linear(8, 4)
+        self.batches = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches += 1
+        chosen = 0 if self.batches < 10 else self.batches % 3
+        found: Tensor = self.head(self.experts[chosen](x))
+        return found
+
+
+@pytest.mark.parametrize("mode", ["observe", "supervised"])
+def test_a_layer_is_known_once_it_runs(mode: str) -> None:
+    torch.manual_seed(0)
+    model = Routed()
+    optimizer, session = attached(model, mode)
+    for _ in range(9):
+        step(model, optimizer, session)
+    assert [layer.name for layer in session.layers if layer.in_shape] == [
+        "experts.0.0", "experts.0.2", "head",
+    ]  # fmt: skip
+    with pytest.raises(IncompatibleLayerError, match="did not run"):
+        session.graft("experts.1.2", "proj_lora_64")
+
+    for _ in range(600):
+        step(model, optimizer, session)
+    late = {layer.name: layer for layer in session.layers}
+    assert late["experts.1.0"].in_shape == late["experts.2.2"].in_shape == (4, 8)
+    assert late["experts.2.0"].feeds == ("experts.2.2",)
+    assert not late["experts.3.0"].in_shape
+    session.graft("experts.1.2", "mlp_gelu_2048", since="experts.1.0")
+    for _ in range(6):
+        step(model, optimizer, session)
+    assert session._parts.failures.counts == {}
+    told = [*session.findings(), *session.findings(resolved=True)]
+    assert not [finding for finding in told if "no gradient reaches" in str(finding)]
+    waits = session._parts.layers._late
+    assert waits is not None
+    assert waits._handles.keys() == {"experts.3.0", "experts.3.2"}
+    session.close()
+    assert not any(module._forward_hooks for module in model.experts[3].modules())
+
+
+def test_a_layer_that_runs_in_no_recorded_pass_is_looked_for_less_and_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded: list[None] = []
+    monkeypatch.setattr(
+        "esper.grafting.late_layers.LayerRecorder",
+        lambda *args, **options: (recorded.append(None), LayerRecorder(*args, **options))[1],
+    )
+
+    class Spiteful(Routed):
+        def forward(self, x: Tensor) -> Tensor:
+            self.batches += 1
+            is_watched = bool(self.experts[0][0]._forward_hooks)
+            found: Tensor = self.head(self.experts[0 if self.batches < 3 or is_watched else 1](x))
+            return found
+
+    model = Spiteful()
+    optimizer, session = attached(model)
+    for _ in range(400):
+        step(model, optimizer, session)
+
+    assert 1 <= len(recorded) <= 9
+    assert session._parts.failures.counts == {}

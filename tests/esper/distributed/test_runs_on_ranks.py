@@ -279,3 +279,28 @@ def test_what_takes_no_graft_is_observed_and_refused_at_the_graft(two_ranks: Ran
     assert first == second
     for sentence, way in zip(first, 2 * ["leave static_graph"] + 2 * ["its inner"], strict=True):
         assert way in sentence
+
+
+def _skip_first_batches(rank: int, skipping: tuple[int, ...]) -> Any:
+    """A script that skips a bad batch counts the step all the same."""
+    with replica(rank, mode="supervised") as side:
+        for _ in range(2):
+            if rank not in skipping:
+                side.bare(side.batch()[0])
+            side.session.step()
+        side.run(20)
+        known = [(layer.name, bool(layer.in_shape)) for layer in side.session.layers if layer.name]
+        side.session.graft("inner", "proj_lora_64")
+        side.run(2)
+        return known, side.session.frame() is not None, side.parameters()
+
+
+@pytest.mark.parametrize("skipping", [(0,), (1,), (0, 1)])
+def test_layers_are_known_on_all_ranks_where_one_skips_its_first_batches(
+    two_ranks: RankPool, skipping: tuple[int, ...]
+) -> None:
+    first, second = two_ranks.run(_skip_first_batches, skipping)
+
+    assert first[0] == second[0] == [("inner", True), ("norm", True), ("outer", True)]
+    assert first[1]
+    assert first[2] == second[2]
