@@ -137,7 +137,8 @@ def _pairs(model: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, Holde
     known = {id(holder) for holder in found}
     if wanted:
         pairs += [(part, holder) for part, holder in _of_parts(wanted) if id(holder) not in known]
-    return [(part, holder) for part, holder in pairs if not _is_espers(holder)]
+    own = _espers([holder for _, holder in pairs])
+    return [(part, holder) for part, holder in pairs if id(holder) not in own]
 
 
 def _forms(model: nn.Module) -> dict[str, tuple[Mapping[str, Tensor], ...]]:
@@ -189,10 +190,14 @@ def _of_parts(
                 break
 
 
-def _is_espers(holder: object) -> bool:
-    """The sampler keeps the weights of the frame before, in a list."""
-    owners = gc.get_referrers(holder)
-    return any(type(owner).__module__.startswith("esper.") for owner in owners)
+def _espers(holders: Sequence[Holder]) -> set[int]:
+    """Ids of those that Esper keeps, such as the sampler's list of the weights of the frame before.
+
+    Asked for all at once: each question looks at every object of the process.
+    """
+    owners = gc.get_referrers(*holders) if holders else []
+    own = [owner for owner in owners if type(owner).__module__.startswith("esper.")]
+    return set(map(id, gc.get_referents(*own)))
 
 
 def _in_order(holder: Any, wanted: Mapping[str, Tensor]) -> bool:

@@ -213,12 +213,14 @@ class ChangeReceipt:
             what = ", ".join(result.differences)
             raise UndoError(f"the state before could not be restored: {what}", layer=self.layer)
         exact = exact and not result.not_restored and not snapshot.loaded
-        exact = exact and self._before.fits(self._model)
+        kept = tuple(result.kept)
+        if exact and not self._before.fits(self._model):
+            exact, kept = False, kept or ("the modules where the script has put them",)
         return UndoReceipt(
             hard=True,
             exact=exact,
             pause_ms=math.nan,
-            kept=tuple(result.kept),
+            kept=kept,
             not_restored=tuple(result.not_restored),
             _after=self._before,
         )

@@ -508,3 +508,28 @@ def test_counters_that_an_optimizer_keeps_in_its_groups_are_rewound() -> None:
     loop.run(4)
     assert loop.session.undo(receipt).kept == ()
     assert [(group["k"], group["d"]) for group in loop.optimizer.param_groups] == counters
+
+
+def test_layers_that_the_script_has_swapped_stay_so_and_are_named() -> None:
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)], nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = esper.attach(model, optimizer, mode="supervised", verbose=False)
+
+    def step() -> None:
+        loss = model(torch.ones(4, 8)).square().mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        session.step(loss)
+
+    step()
+    receipt = session.graft("3", "mlp_gelu_2048")
+    first, second = model[1], model[2]
+    model[1], model[2] = second, first
+    step()
+    report = session.undo(receipt)
+
+    assert (model[1], model[2]) == (second, first)
+    assert not report.exact
+    assert "kept the modules where the script has put them" in str(report)
+    step()
