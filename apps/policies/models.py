@@ -8,6 +8,7 @@ from functools import partial
 from django.conf import settings
 from django.db import models
 from django.db.models import Q
+from django.utils.translation import gettext as _
 
 from apps.accounts.models import Project
 from apps.accounts.visibility import InProjects, of_projects
@@ -89,10 +90,10 @@ class PolicyVersion(models.Model):
     def where(self) -> str:
         """For whom it holds, in words."""
         if self.scope == Scope.GLOBAL:
-            return "all runs"
+            return _("all runs")
         if self.scope == Scope.PROJECT:
             name = Project.objects.filter(pk=self.target).values_list("name", flat=True).first()
-            return f"project {name}"
+            return _("project %(name)s") % {"name": name}
         return f"{self.scope} {self.target}"
 
     def safety_policy(self) -> SafetyPolicy:

@@ -184,8 +184,9 @@ def plain(value: Any) -> str:
 
 @register.filter
 def grouped(digits: str) -> str:
-    """Digits in groups of three: ``1,000,000``."""
-    return as_written(f"{int(digits):,}") if digits.removeprefix("-").isdigit() else digits
+    """Digits in groups of three: ``1,000,000``; other numbers as the language writes them."""
+    whole = digits.removeprefix("-").isdigit()
+    return as_written(f"{int(digits):,}" if whole else digits)
 
 
 @register.filter
