@@ -42,6 +42,7 @@ from apps.notifications.services import INBOX_TOPIC, SYSTEM_TOPIC, enqueue, publ
 from apps.policies.selectors import freeze_over
 from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem
+from apps.runs.models import Run
 from apps.runs.services import lock_run
 from esper import tracing
 from esper.contracts import (
@@ -247,11 +248,15 @@ def deadline_for(adaptation: Adaptation, state: AdaptationState) -> Any:
     length = deadline.length(adaptation.safety_policy.safety_policy())
     if state == S.COMPILED and adaptation.plan_place:
         length *= 1 + TURN_LENGTHS * adaptation.plan_place
-    begin = database_now()
-    if state == S.AWAITING_APPROVAL:  # nobody can decide for it before a freeze is over
-        freeze = freeze_over(adaptation.run.project_id)
-        begin = begin if freeze is None else freeze.ends_at
-    return begin + length
+    if state == S.AWAITING_APPROVAL:
+        return can_be_approved_from(adaptation.run) + length
+    return database_now() + length
+
+
+def can_be_approved_from(run: Run) -> datetime:
+    """From when a decision has time: now, or the end of a freeze, in which nobody can approve."""
+    freeze = freeze_over(run.project_id)
+    return database_now() if freeze is None else freeze.ends_at
 
 
 def _compare_and_set(

@@ -13,7 +13,7 @@ from django.db import transaction
 from apps.accounts.actors import Actor, ActorKind
 from apps.adaptations.binding import plan_hash
 from apps.adaptations.decisions import record_decision
-from apps.adaptations.lifecycle import transition
+from apps.adaptations.lifecycle import can_be_approved_from, transition
 from apps.adaptations.models import Adaptation, Plan
 from apps.adaptations.plan_progress import tell_plan
 from apps.adaptations.proposals import (
@@ -29,7 +29,6 @@ from apps.adaptations.proposals import (
 from apps.blueprints.models import Blueprint
 from apps.policies.models import PolicyVersion
 from apps.policies.services import current_policy
-from apps.rest.clock import now as database_now
 from apps.rest.numbers import finite_or_none
 from apps.rest.problems import Problem
 from apps.runs.models import Run
@@ -199,7 +198,7 @@ def _write(
         reasons=list(proposal.reasons),
         asks=list(dict.fromkeys(asks)),
         checks=[asdict(check) for check in whole],
-        deadline_at=database_now() + timedelta(seconds=seconds),
+        deadline_at=can_be_approved_from(run) + timedelta(seconds=seconds),
     )
 
 

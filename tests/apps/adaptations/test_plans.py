@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import msgspec
 import pytest
 from django.test import Client
+from django.utils import timezone
 
 from apps.accounts.models import User
 from apps.adaptations import services
@@ -17,7 +19,8 @@ from apps.adaptations.models import Adaptation, Plan
 from apps.adaptations.turns import its_turn
 from apps.audit.models import AuditEvent
 from apps.audit.services import verify_chain
-from apps.policies.models import PolicyVersion
+from apps.policies.freezing import end_freeze, set_freeze
+from apps.policies.models import Freeze, PolicyVersion
 from apps.policies.services import current_policy
 from apps.rest.problems import Problem
 from apps.runs.models import Command
@@ -36,7 +39,7 @@ from esper.contracts import (
 )
 from esper.contracts.protocol import PlanProposal, Proposal
 from tests.apps.callers import Caller
-from tests.apps.cast import CERTIFICATE, TAMIYO, make_layer, make_tamiyo, token_of
+from tests.apps.cast import CERTIFICATE, TAMIYO, make_layer, make_person, make_tamiyo, token_of
 from tests.apps.stage import Stage
 
 S, P = AdaptationState, PlanState
@@ -399,3 +402,30 @@ def test_the_pages_show_one_plan_and_its_members(stage: Stage) -> None:
         assert f"A-{one.number}" in page
     member_page = client.get(f"/adaptations/{of(plan)[0].uid}").content.decode()
     assert f"/plans/{plan.uid}" in member_page
+
+
+def frozen(hours: int = 1) -> Freeze:
+    ends = timezone.now() + timedelta(hours=hours)
+    return set_freeze(ends_at=ends, reason="holidays", user=make_person("carl"), via="")
+
+
+def test_a_plan_waits_for_the_end_of_a_freeze(stage: Stage) -> None:
+    window = frozen()
+    plan = proposed(stage)
+    with pytest.raises(Problem) as refused:
+        approved(stage, plan)
+    assert (refused.value.status, refused.value.code) == (409, "freeze")
+    deadlines = [plan.deadline_at, *(one.deadline_at for one in of(plan))]
+    assert all(deadline and deadline > window.ends_at for deadline in deadlines)
+    end_freeze(freeze=window, user=window.set_by, via="")
+    assert approved(stage, plan).state == P.APPLYING
+
+
+def test_a_plan_that_a_freeze_cuts_in_two_is_taken_back(stage: Stage) -> None:
+    plan = compiled(stage, approved(stage, proposed(stage)))
+    apply_next(stage, plan)
+    frozen()
+    services.dispatch_adaptation(of(plan)[1].uid, worker="compile@here")
+    assert now(plan).state == P.TAKING_BACK
+    assert "a freeze everywhere lasts until" in plan.outcome
+    assert states(plan)[0] == S.ROLLING_BACK
