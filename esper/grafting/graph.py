@@ -242,6 +242,8 @@ class LayerRecorder:
             # pass that trains will show the shapes.
             self._unreadable = False
             return
+        if not self._sightings:  # a forward that is a generator runs its layers later
+            return
         self._remaining -= 1
         if self._remaining <= 0:
             self.retire()

@@ -105,7 +105,8 @@ class Layers:
             False if the next step will show layers: compiled parts have been found only now, or
             no layer has run.
         """
-        if self._replicas is not None and self._waits_for_ranks(self._replicas):
+        ranks = self._replicas
+        if ranks is not None and ranks.meets_each_step and self._waits_for_ranks(ranks):
             return False
         if self._left is None and self._is_blind() and anything_was_compiled():
             if not self._has_searched:

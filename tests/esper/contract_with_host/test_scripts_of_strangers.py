@@ -634,3 +634,32 @@ def test_a_layer_that_runs_in_no_recorded_pass_is_looked_for_less_and_less(
 
     assert 1 <= len(recorded) <= 9
     assert session._parts.failures.counts == {}
+
+
+class Yielding(nn.Module):
+    """Its forward is a generator: no layer has run when the call of the model returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Iterator[Tensor]:
+        for layer in self.layers:
+            x = layer(x).relu()
+            yield x
+
+
+def test_the_layers_of_a_generator_are_known() -> None:
+    model = Yielding()
+    optimizer, session = attached(model, "supervised")
+    for _ in range(12):
+        losses = [y.square().mean() for y in model(torch.ones(4, 8))]
+        loss = torch.stack(losses).sum()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        session.step(loss)
+
+    assert [layer.in_shape for layer in session.layers] == [(4, 8), (4, 8)]
+    assert session.frame() is not None
+    assert session.undo(session.graft("layers.1", "proj_lora_64")).exact
