@@ -82,6 +82,9 @@ class UpdateRatioHigh(Rule):
             return None
         if not GUESSING * chance <= level <= FAR_ABOVE * chance:
             return None  # it guesses or learns, or it is far above, which other rules explain
+        before, now = np.split(losses[-GUESSES:], 2)
+        if float(np.mean(now)) < (1.0 - LEARNS) * float(np.mean(before)):
+            return None  # it comes from a bad start, and gets better
         change = float(np.median(known))
         if change < ABOVE_SOUND * STEADY:
             return None

@@ -15,6 +15,8 @@ from esper.diagnosis.base import Evidence, Memory
 from esper.diagnosis.observation import (
     GradientRow,
     Gradients,
+    LossKind,
+    ModelPass,
     Observation,
     TensorFacts,
     Unknown,
@@ -23,6 +25,7 @@ from esper.diagnosis.rules.dying_relu import DyingRelu
 from esper.diagnosis.rules.loss_spike import LossSpike
 from esper.diagnosis.rules.memorised_noise import MemorisedNoise
 from esper.diagnosis.rules.over_fitting import OverFitting
+from esper.diagnosis.rules.update_ratio_high import UpdateRatioHigh
 from esper.diagnosis.rules.update_ratio_low import UpdateRatioLow
 from tests.esper.diagnosis.small_runs import Run, adam, digits
 
@@ -177,6 +180,24 @@ def test_a_spike_far_below_the_first_loss_is_a_note(
     found = jump(level, to)
     assert found is not None
     assert found.severity is severity
+
+
+@pytest.mark.parametrize(("now", "told"), [(2.0, True), (1.0, False)])
+def test_a_loss_above_that_of_guessing_is_no_fault_while_it_falls(now: float, told: bool) -> None:
+    """Three classes, whose guessing costs 1.1; updates of 0.03 of the weights."""
+    losses = np.linspace(2.0, now, 50) * (0.8 if told else 1.0)
+    rows = (GradientRow("0.weight", 1.0, 0.0, 1.0, 0.03),)
+    observation = Observation(
+        step=50,
+        layers=("0",),
+        loss_steps=np.arange(1, 51),
+        losses=losses,
+        passes=(
+            ModelPass(1, output_shape=(16, 3), loss_kind=LossKind.CROSS_ENTROPY, loss_scale=1.0),
+        ),
+        gradients=tuple(Gradients(step, step, rows) for step in (30, 40, 50)),
+    )
+    assert (UpdateRatioHigh().check(observation, Memory()) is not None) is told
 
 
 @pytest.mark.parametrize(("now", "severity"), [(0.12, Severity.INFO), (0.6, None)])
