@@ -17,7 +17,7 @@ STILL = 0.1
 LEARNS = 0.1
 ROSE, ROSE_FAR = 1.5, 10.0
 GUESSING, FAR_ABOVE = 1.01, 1.5
-GUESSES = 40
+GUESSES, GUESSES_OF_ONE = 40, 160
 LEARNED = 0.9
 ABOVE_SOUND = 3.0
 LEVEL = 10
@@ -52,6 +52,7 @@ class UpdateRatioHigh(Rule):
         ),
         Threshold("the same, at most", FAR_ABOVE, "ratio", "chosen: above, other rules explain"),
         Threshold("the same of a run that has learned", LEARNED, "ratio", "chosen"),
+        Threshold("losses of a model with one matrix", GUESSES_OF_ONE, "steps", "chosen"),
         Threshold("losses", GUESSES, "steps", "chosen: so many updates show in any healthy run"),
     )  # fmt: skip
     severity = Severity.SERIOUS
@@ -75,27 +76,29 @@ class UpdateRatioHigh(Rule):
             return None
         losses = observation.finite_losses()[1]
         chance = math.log(max(2, seen.classes))
-        level = float(np.mean(losses[-GUESSES:]))
-        known = [r.change for r in observation.gradients if r.step > observation.step - GUESSES]
+        # One matrix has no units that can die, so it takes large updates and needs no help.
+        count = GUESSES if observation.trainable_matrices > 1 else GUESSES_OF_ONE
+        level = float(np.mean(losses[-count:]))
+        known = [r.change for r in observation.gradients if r.step > observation.step - count]
         known = [change for change in known if not math.isnan(change)]
-        if len(losses) < GUESSES or len(known) < 3 or _has_learned(losses, chance):
+        if len(losses) < count or len(known) < 3 or _has_learned(losses, chance):
             return None
         if not GUESSING * chance <= level <= FAR_ABOVE * chance:
             return None  # it guesses or learns, or it is far above, which other rules explain
-        before, now = np.split(losses[-GUESSES:], 2)
+        before, now = np.split(losses[-count:], 2)
         if float(np.mean(now)) < (1.0 - LEARNS) * float(np.mean(before)):
             return None  # it comes from a bad start, and gets better
         change = float(np.median(known))
         if change < ABOVE_SOUND * STEADY:
             return None
         return Evidence(
-            observed=f"the loss has been {level:.3g} for {GUESSES} steps, that of guessing is "
+            observed=f"the loss has been {level:.3g} for {count} steps, that of guessing is "
             f"{chance:.3g}, and an update moves the weights by {change:.2g} of their size",
             limit=f"below {ABOVE_SOUND * STEADY:g} until something is learned",
             signal=Signal.UPDATE_RATIO,
             value=change,
             severity=Severity.CAUTION,
-            since_step=max(1, observation.step - GUESSES),
+            since_step=max(1, observation.step - count),
             certain=True,
         )
 

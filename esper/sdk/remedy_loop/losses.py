@@ -47,11 +47,11 @@ def have_grown(run: RunState) -> bool:
 
 
 def have_fallen(run: RunState) -> bool:
-    """Twenty in a row were below half of the first, whatever came after."""
+    """Ten in a row were below half of the first, whatever came after."""
     values = [loss for _, loss in run.losses_of_its_weights() if math.isfinite(loss)]
-    blocks = [values[at : at + LEVEL_LOSSES] for at in range(0, len(values), LEVEL_LOSSES)]
-    whole = [statistics.median(block) for block in blocks if len(block) == LEVEL_LOSSES]
-    return bool(whole) and min(whole) < LEARNED * abs(values[0])
+    places = range(0, len(values) - FEWEST_LOSSES + 1, FEWEST_LOSSES // 2)
+    levels = [statistics.median(values[at : at + FEWEST_LOSSES]) for at in places]
+    return bool(levels) and min(levels) < LEARNED * abs(values[0])
 
 
 def fell(run: RunState, since: int) -> bool:

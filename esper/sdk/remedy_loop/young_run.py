@@ -22,8 +22,8 @@ class YoungRun:
 
     @property
     def is_early(self) -> bool:
-        """The run has so few steps that to begin anew costs little."""
-        return self._run.step <= EARLY_STEPS
+        """The run has so few steps, and has learned so little, that to begin anew costs little."""
+        return self._run.step <= EARLY_STEPS and not losses.have_fallen(self._run)
 
     @property
     def was_hurt(self) -> bool:

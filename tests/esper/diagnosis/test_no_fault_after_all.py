@@ -190,6 +190,7 @@ def test_a_loss_above_that_of_guessing_is_no_fault_while_it_falls(now: float, to
     observation = Observation(
         step=50,
         layers=("0",),
+        trainable_matrices=2,
         loss_steps=np.arange(1, 51),
         losses=losses,
         passes=(

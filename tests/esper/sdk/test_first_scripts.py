@@ -120,6 +120,18 @@ def one_sample_at_a_time() -> Script:
     return Script(model, torch.optim.SGD(model.parameters(), lr=0.1), loss)
 
 
+def classes_one_sample_at_a_time() -> Script:
+    """The loss of single samples is above that of guessing for long, and the mean falls slowly."""
+    x, y = pixels()
+    model = nn.Linear(64, 10)
+
+    def loss(_: int) -> Tensor:
+        row = torch.randint(len(x), (1,))
+        return F.cross_entropy(model(x[row]), y[row])
+
+    return Script(model, torch.optim.SGD(model.parameters(), lr=0.13), loss)
+
+
 def policy_gradient() -> Script:
     policy = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
 
@@ -146,6 +158,7 @@ SOUND: dict[str, Callable[[], Script]] = {
     "small weights, Adam": lambda: spiral(torch.optim.Adam, 0.05),
     "small weights, Adagrad": lambda: spiral(torch.optim.Adagrad, 1.0),
     "batches of one sample": one_sample_at_a_time,
+    "classes, batches of one sample": classes_one_sample_at_a_time,
 }
 
 

@@ -27,8 +27,9 @@ from esper.diagnosis.updates import EXCESSIVE
 from esper.exceptions import GraftError
 from esper.remedies import list_remedies
 from esper.sdk.remedy_loop.doses import GENTLE
-from esper.sdk.remedy_loop.history import IN_VAIN
+from esper.sdk.remedy_loop.history import IN_VAIN, History
 from esper.sdk.remedy_loop.settling import WINDOW, Settling
+from esper.sdk.remedy_loop.young_run import YoungRun
 from esper.sdk.run_state import RunState
 from esper.sdk.treatments import Treatment
 
@@ -429,6 +430,16 @@ def test_a_young_run_that_has_learned_nothing_begins_anew_when_units_die() -> No
         assert (receipt.remedy, receipt.details["to_step"]) == ("rewind", 0)
         assert receipt.details["factor"] == GENTLE
         assert all(map(torch.equal, run.model.parameters(), first))
+
+
+@pytest.mark.parametrize("last", [0.3, 2.2])
+def test_a_run_that_has_learned_is_not_taken_for_one_that_can_begin_anew(last: float) -> None:
+    run = RunState("run", RunMode.AUTOMATIC, SafetyPolicy(), None, step=39)
+    falling = [2.3 + (last - 2.3) * step / 35 for step in range(1, 36)]
+    run.losses.extend(enumerate([*falling, last, 1.9, 2.0, 2.1], 1))
+    watch = SimpleNamespace(update_excess=2 * EXCESSIVE)
+    young = YoungRun(run, watch, History())  # type: ignore[arg-type]
+    assert young.is_early is young.was_hurt is (last > 1.0)
 
 
 def test_why_and_the_summary_say_what_is_proposed_and_what_is_tried() -> None:
