@@ -17,7 +17,7 @@ STILL = 0.1
 LEARNS = 0.1
 ROSE, ROSE_FAR = 1.5, 10.0
 GUESSING, FAR_ABOVE = 1.01, 1.5
-GUESSES, GUESSES_OF_ONE = 40, 160
+GUESSES, SAMPLES = 40, 320
 LEARNED = 0.9
 ABOVE_SOUND = 3.0
 LEVEL = 10
@@ -52,7 +52,10 @@ class UpdateRatioHigh(Rule):
         ),
         Threshold("the same, at most", FAR_ABOVE, "ratio", "chosen: above, other rules explain"),
         Threshold("the same of a run that has learned", LEARNED, "ratio", "chosen"),
-        Threshold("losses of a model with one matrix", GUESSES_OF_ONE, "steps", "chosen"),
+        Threshold(
+            "samples in these losses", SAMPLES, "samples",
+            "chosen: the losses of single samples are far apart, and their mean falls slowly",
+        ),
         Threshold("losses", GUESSES, "steps", "chosen: so many updates show in any healthy run"),
     )  # fmt: skip
     severity = Severity.SERIOUS
@@ -76,8 +79,8 @@ class UpdateRatioHigh(Rule):
             return None
         losses = observation.finite_losses()[1]
         chance = math.log(max(2, seen.classes))
-        # One matrix has no units that can die, so it takes large updates and needs no help.
-        count = GUESSES if observation.trainable_matrices > 1 else GUESSES_OF_ONE
+        rows = math.prod(seen.output_shape[:-1])
+        count = max(GUESSES, math.ceil(SAMPLES / max(1, rows)))
         level = float(np.mean(losses[-count:]))
         known = [r.change for r in observation.gradients if r.step > observation.step - count]
         known = [change for change in known if not math.isnan(change)]
