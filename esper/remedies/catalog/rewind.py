@@ -20,7 +20,8 @@ class Rewind(Remedy):
     idea = (
         "Restores the weights, buffers and optimizer state of an earlier good step, multiplies the "
         "learning rate by a factor, and leaves out updates that are not finite. Schedulers and "
-        "data go on, so the batches in between are skipped."
+        "data go on, so the batches in between are skipped. Where the loss stays high with the "
+        "earlier weights, the data or the targets have changed, and the rewind is undone."
     )
     source = "PaLM, arXiv 2204.02311, section 5.1: restart before the spike, skip the batches"
     when = "The loss has diverged, or weights are not finite."
