@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from esper.exceptions import GraftError
 from esper.fail_closed import contained, short
 from esper.grafting.companion_clipping import Clipping
 from esper.grafting.companion_gradients import HostGradients, Passes
@@ -396,7 +395,6 @@ def accompany(
     reasons = [why_not(o, group, parameters) for o, _, group in groups]
     place = reasons.index("") if "" in reasons else 0
     inner, anchor, group = groups[place]
-    _refuse_without_hooks(inner, layer)
     if reasons[place]:
         made = make_plain(group, parameters)
         rate = made.optimizer.param_groups[0]["lr"]
@@ -417,15 +415,6 @@ def accompany(
     if made.note:
         logger.info("%s: %s", layer, made.note)
     return companion
-
-
-def _refuse_without_hooks(optimizer: torch.optim.Optimizer, layer: str) -> None:
-    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
-        raise GraftError(
-            f"{type(optimizer).__name__} takes no step hooks, because its constructor does not "
-            "call that of torch.optim.Optimizer; let it do so",
-            layer=layer,
-        )
 
 
 def companions_of(optimizer: Any) -> tuple[Companion, ...]:

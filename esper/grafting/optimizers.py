@@ -75,7 +75,8 @@ def _make(optimizer: torch.optim.Optimizer) -> None:
     """
     own: dict[str, Any] = vars(optimizer)
     own["_patch_step_function"] = lambda: None
-    optimizer.__setstate__({})  # as torch does when it unpickles one
+    own.setdefault("defaults", {})
+    torch.optim.Optimizer.__setstate__(optimizer, {})  # as torch does when it unpickles one
     del own["_patch_step_function"]
     step: Any = type(optimizer).step
     if not hasattr(step, "hooked"):

@@ -130,7 +130,7 @@ MUTANTS = (
     Mutant(
         "the kill switch stops a dispatch",
         "apps/adaptations/dispatch.py",
-        "    if frozen:  # a switch takes effect when it is committed",
+        "    if frozen:  # a switch or a freeze takes effect when it is committed",
         "    if False:",
         (LIFECYCLE + "test_the_kill_switch_stops_approvals_proposals_and_dispatch",),
     ),

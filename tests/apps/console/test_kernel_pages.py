@@ -73,6 +73,7 @@ def test_the_question_says_who_else_serves_the_queues(world: Any) -> None:
     assert shared == "1 job waits in compile.cpu: other workers take it over."
     Worker.objects.filter(name="compile-2@host-a").update(mode="draining")
     assert row_of("compile@host-a").others_wait == alone
+    Launch.objects.filter(branch_of__isnull=False).delete()
     Launch.objects.all().delete()
     assert row_of("compile@host-a").others_wait.endswith(no_recipe)
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from esper.exceptions import GraftError
 from esper.grafting import accompany, audit, companions_of
 from esper.grafting.companion import Companion
 from tests.esper.tiny_models import make_training
@@ -96,15 +95,23 @@ def test_a_wrapped_optimizer_is_reached() -> None:
     assert audit(nn.Linear(1, 1), [wrapped])
 
 
-def test_an_optimizer_without_step_hooks_is_refused_in_words() -> None:
+def test_an_optimizer_that_has_its_groups_alone_is_completed() -> None:
     class Bare(torch.optim.Optimizer):
         def __init__(self, params: Any) -> None:
-            self.param_groups = [{"params": list(params)}]
-            self.state = {}
+            self.param_groups = [{"params": list(params), "lr": 0.1}]
+            self.state = {}  # type: ignore[assignment]
 
-    optimizer = Bare(nn.Linear(2, 2).parameters())
-    with pytest.raises(GraftError, match="Bare takes no step hooks"):
-        accompany(optimizer, [nn.Parameter(torch.ones(2))], layer="a")
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for parameter in self.param_groups[0]["params"]:
+                parameter -= 0.1 * parameter.grad
+
+    host, new = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
+    optimizer = Bare(host.parameters())
+    accompany(optimizer, [new], layer="a", host=host)
+    torch.autograd.backward((host(torch.ones(1, 2)) * new).sum())
+    optimizer.step()
+    assert not torch.equal(new, torch.ones(2))
 
 
 def test_nothing_stays_on_the_optimizer_after_the_last_companion() -> None:
