@@ -121,6 +121,11 @@ class Plant:
     def state(self, uid: str) -> str:
         return str(self.rows("SELECT state FROM adaptations_adaptation WHERE uid=?", uid)[0][0])
 
+    def reason(self, uid: str) -> str:
+        """Why it ended."""
+        found = self.rows("SELECT end_reason FROM adaptations_adaptation WHERE uid=?", uid)
+        return str(found[0][0])
+
     def ended(self, uid: str) -> bool:
         return bool(
             self.rows(

@@ -252,7 +252,7 @@ def test_no_job_is_lost_or_done_twice_whatever_happens_to_the_workers(workers: W
 def check_the_database(plant: Plant) -> None:
     for uid in plant.uids:
         job, states = job_of(plant, uid), plant.states_in_audit(uid)
-        assert plant.state(uid) in NAMED_ENDS, (states, job)
+        assert plant.state(uid) in NAMED_ENDS, (plant.reason(uid), states, job)
         assert job["state"] in {"done", "failed"}, job
         assert 1 <= job["attempt"] <= 3
         assert states.count("compiling") == job["attempt"], states

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from esper.contracts import Severity, Signal
@@ -12,6 +14,7 @@ SWING = 0.2
 EXCESS = 2.5
 FLIPS = 0.7
 UNLEARNED = 0.5
+SAMPLES = 320
 LARGE_UPDATE = 1e-2
 LOST, LOST_UNKNOWN = 2.0, 10.0
 SQUARES = 0.01  # distance of their weights from those of a mean
@@ -28,6 +31,10 @@ class OscillatingLoss(Rule):
             "swing of the mean of a block", SWING, "share of the level", "AutoTrainer (ICSE'21)",
         ),
         Threshold("swing / what single batches explain", EXCESS, "ratio", "chosen on 0 to 9"),
+        Threshold(
+            f"samples in {STEPS} losses", SAMPLES, "samples, at least",
+            "chosen: fewer swing by themselves",
+        ),
         Threshold("level / first loss", UNLEARNED, "ratio", "below it the run learns"),
         Threshold("steps that change direction", FLIPS, "share", "2/3 by chance"),
         Threshold(
@@ -51,6 +58,8 @@ class OscillatingLoss(Rule):
         _, losses = observation.finite_losses()
         if len(losses) < STEPS:
             raise Unknown("too few losses")
+        if STEPS * _rows(observation) < SAMPLES:
+            raise Unknown("the losses of so few samples swing by themselves")
         ratios = observation.signal(Signal.UPDATE_RATIO)
         largest = max(ratios.values())
         recent = losses[-STEPS:]
@@ -93,3 +102,11 @@ def _is_known(observation: Observation) -> bool:
         return abs(observation.squares_in_loss(seen) - 1) < SQUARES
     except Unknown:
         return False
+
+
+def _rows(observation: Observation) -> int:
+    """Of a batch; many where it is not known."""
+    try:
+        return math.prod(observation.first_pass.output_shape[:-1]) or SAMPLES
+    except Unknown:
+        return SAMPLES

@@ -24,6 +24,7 @@ from esper.diagnosis.observation import (
 from esper.diagnosis.rules.dying_relu import DyingRelu
 from esper.diagnosis.rules.loss_spike import LossSpike
 from esper.diagnosis.rules.memorised_noise import MemorisedNoise
+from esper.diagnosis.rules.oscillating_loss import OscillatingLoss
 from esper.diagnosis.rules.over_fitting import OverFitting
 from esper.diagnosis.rules.update_ratio_high import UpdateRatioHigh
 from esper.diagnosis.rules.update_ratio_low import UpdateRatioLow
@@ -180,6 +181,18 @@ def test_a_spike_far_below_the_first_loss_is_a_note(
     found = jump(level, to)
     assert found is not None
     assert found.severity is severity
+
+
+@pytest.mark.parametrize(("rows", "why"), [(1, "so few samples"), (8, "no health frame")])
+def test_the_losses_of_single_samples_swing_by_themselves(rows: int, why: str) -> None:
+    observation = Observation(
+        step=60,
+        loss_steps=np.arange(1, 61),
+        losses=np.tile([0.1, 2.0], 30),
+        passes=(ModelPass(1, output_shape=(rows, 1)),),
+    )
+    with pytest.raises(Unknown, match=why):
+        OscillatingLoss().check(observation, Memory())
 
 
 @pytest.mark.parametrize(("now", "told"), [(2.0, True), (1.0, False)])
