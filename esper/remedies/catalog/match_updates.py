@@ -129,15 +129,17 @@ def _few(tensor: Tensor) -> Tensor:
 
 def _pull(optimizer: Optimizer, parameters: Iterable[Tensor]) -> float:
     """How far the next update of plain SGD moves the weights at a rate of 1, relative to them."""
+    wanted = set(map(id, parameters))
     moves = []
-    for parameter in parameters:
-        momentum = optimizer.state[parameter].get("momentum_buffer")
-        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-        assert parameter.grad is not None
-        move = _few(parameter.grad)
-        if momentum is not None:
-            move = group["momentum"] * _few(momentum) + move
-        moves.append(move.norm() / _few(parameter.detach()).norm())
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in wanted:
+                continue
+            move = _few(parameter.grad)
+            momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                move = group["momentum"] * _few(momentum) + move
+            moves.append(move.norm() / _few(parameter.detach()).norm())
     return _median(moves)
 
 

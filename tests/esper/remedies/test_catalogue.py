@@ -558,6 +558,26 @@ def test_a_rate_is_matched_to_the_size_of_the_weights(rate: float, momentum: flo
         session.undo(receipt, hard=False)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_matching_a_rate_leaves_the_state_of_the_optimizer_in_its_form(momentum: float) -> None:
+    forms = []
+    for matched in (False, True):
+        model = nn.Linear(8, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=momentum)
+        with esper.attach(model, optimizer, mode="supervised", server="") as session:
+            if matched:
+                session.remedy("match_updates", share=1e-3, most=1e6)
+            for _ in range(3):
+                loss = model(torch.randn(4, 8)).square().mean()
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                session.step(loss)
+            state = optimizer.state_dict()["state"]
+            forms.append({place: sorted(entry) for place, entry in state.items()})
+    assert forms[0] == forms[1]
+
+
 def test_a_rate_that_is_matched_does_not_jump_once_the_gradient_grows() -> None:
     torch.manual_seed(0)
     x = torch.cat([torch.zeros(256, 32), torch.rand(256, 32)], 1)  # a corner that is always zero
