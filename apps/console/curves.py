@@ -69,7 +69,8 @@ def _marks(adaptation: Adaptation) -> list[Mark]:
     if adaptation.decided_step is not None and adaptation.graft_step is None:
         marks.append(Mark(adaptation.decided_step, _("decided")))
     if adaptation.graft_step is not None:
-        marks.append(Mark(adaptation.graft_step, _("grafted")))
+        words = _("applied") if adaptation.remedy else _("grafted")
+        marks.append(Mark(adaptation.graft_step, words))
     return marks
 
 
