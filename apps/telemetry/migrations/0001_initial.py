@@ -8,7 +8,7 @@ class Migration(migrations.Migration):
     initial = True
 
     dependencies = [
-        ("runs", "0001_initial"),
+        ("runs", "0001_tables"),
     ]
 
     operations = [
