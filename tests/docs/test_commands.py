@@ -23,6 +23,24 @@ import esper
 from launcher.command import cli
 from tests.docs.pages import DOCS, ROOT, commands, name_of, pages
 
+BENCHMARKS = sorted(
+    set(re.findall(r"python -m (benchmarks\.\w+)", (DOCS / "performance.md").read_text()))
+)
+PRINT_HELPS = """
+import contextlib, io, json, runpy, sys
+helps = {}
+for name in sys.argv[1:]:
+    is_file = name.endswith(".py")
+    sys.argv = [name, "--help"]
+    sys.path[0] = "examples" if is_file else ""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            (runpy.run_path if is_file else runpy.run_module)(name, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, (name, end.code)
+    helps[name] = said.getvalue()
+print(json.dumps(helps))
+"""
 COMMANDS = [(name_of(page), words) for page in pages() for words in commands(page)]
 
 
@@ -33,6 +51,11 @@ def test_a_command_exists_and_takes_its_options(page: str, words: list[str]) -> 
     program = words[0].removeprefix(".venv/bin/")
     assert program in PROGRAMS, f"{page}: no test knows {program!r}; teach test_commands.py"
     PROGRAMS[program](words[1:])
+
+
+@pytest.mark.parametrize("module", BENCHMARKS)
+def test_every_benchmark_that_is_named_has_a_help_text(module: str) -> None:
+    assert _help(("-m", module)).startswith("usage:")
 
 
 def test_the_pages_have_commands() -> None:
@@ -72,13 +95,26 @@ def _takes_options(start: list[str], words: list[str]) -> None:
         assert start[0] == "-m" or (ROOT / start[0]).exists()
 
 
-@cache
 def _help(start: tuple[str, ...]) -> str:
+    return _helps()[start[-1]]
+
+
+@cache
+def _helps() -> dict[str, str]:
+    """What each program with options prints; one process, because each imports torch and more."""
+    named = {words[2] for _, words in COMMANDS if words[1:2] == ["-m"]}
+    named |= {word for _, words in COMMANDS for word in words[1:2] if word.startswith("examples/")}
+    named = (named | set(BENCHMARKS)) - {"venv"}
     done = subprocess.run(
-        [sys.executable, *start, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", PRINT_HELPS, *sorted(named)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    helps: dict[str, str] = json.loads(done.stdout)
+    return helps
 
 
 def _manage(name: str, words: list[str]) -> None:

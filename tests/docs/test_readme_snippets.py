@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,6 @@ from torch import nn
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
-BENCHMARKS = sorted(set(re.findall(r"python -m (benchmarks\.\w+)", PERFORMANCE)))
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -49,13 +45,3 @@ def test_a_graft_by_hand_preserves_the_function_and_goes_out_again() -> None:
     assert eval(look.split("#")[0], world) == 0.0
     exec(undo, world)
     assert torch.equal(model(batch), before)
-
-
-@pytest.mark.parametrize(
-    "module", sorted(set(re.findall(r"python -m (benchmarks\.\w+)", PERFORMANCE)))
-)
-def test_every_benchmark_that_is_named_has_a_help_text(module: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, timeout=600
-    )
-    assert done.returncode == 0
