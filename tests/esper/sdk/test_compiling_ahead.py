@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class Run:
 
     def train_until(self, ready: Callable[[], bool]) -> None:
         while not ready():
+            time.sleep(0.05)  # the processor is needed for what is waited for
             self.train(1)
 
     def prepare(self) -> bool:
