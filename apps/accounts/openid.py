@@ -69,6 +69,7 @@ class Trip:
 
     Attributes:
         again: its person is signed in already, and proves again who they are.
+        links: the key of the signed-in person who wants to link their account; 0: nobody does.
     """
 
     state: str
@@ -76,11 +77,12 @@ class Trip:
     verifier: str
     address: str
     again: bool
+    links: int = 0
 
     @classmethod
-    def begin(cls, address: str, *, again: bool) -> Trip:
+    def begin(cls, address: str, *, again: bool, links: int = 0) -> Trip:
         state, nonce, verifier = (secrets.token_urlsafe(32) for _ in range(3))
-        return cls(state, nonce, verifier, address, again)
+        return cls(state, nonce, verifier, address, again, links)
 
     @property
     def challenge(self) -> str:
@@ -116,7 +118,7 @@ def authorization_address(provider: Provider, trip: Trip, return_to: str) -> str
         "code_challenge": trip.challenge,
         "code_challenge_method": "S256",
     }
-    if trip.again:
+    if trip.again or trip.links:  # the provider asks who sits there now
         asked |= {"prompt": "login", "max_age": "0"}
     joint = "&" if urlsplit(provider.authorization).query else "?"
     return f"{provider.authorization}{joint}{urlencode(asked)}"

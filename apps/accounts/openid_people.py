@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from django.conf import settings
 from django.core.exceptions import ValidationError
-from django.db import transaction
+from django.db import IntegrityError, transaction
 
 from apps.accounts.actors import Actor, ActorKind
 from apps.accounts.models import Identity, Membership, Project, User
 from apps.accounts.openid import SignInError
+from apps.accounts.sessions import end_other_sessions
 from apps.accounts.signals import account_changed
+from apps.rest.problems import Problem
 from esper.contracts import Role
 
 log = logging.getLogger(__name__)
@@ -32,15 +35,7 @@ def person_of(claims: dict[str, Any]) -> User:
         SignInError: none of their groups has a role here, the account is deactivated, or another
             account has the name already.
     """
-    groups = groups_of(claims)
-    role, projects = _rights(groups)
-    if role is None and not any(projects.values()):
-        raise SignInError(
-            403,
-            "no-group",
-            f"You have an account at {settings.ESPER_OIDC_NAME}, but none of its groups may use "
-            "Esper. Ask whoever runs this server to add you to one.",
-        )
+    role, projects = _admitted(claims)
     identity = (
         Identity.objects.select_related("user")
         .filter(issuer=claims["iss"], subject=claims["sub"])
@@ -54,6 +49,116 @@ def person_of(claims: dict[str, Any]) -> User:
         _set_membership(project, user, given)
     vars(user).pop("access", None)
     return user
+
+
+def _admitted(claims: dict[str, Any]) -> tuple[Role | None, dict[Project, Role | None]]:
+    """Raises ``SignInError`` where none of the groups has a role here."""
+    role, projects = _rights(groups_of(claims))
+    if role is None and not any(projects.values()):
+        raise SignInError(
+            403,
+            "no-group",
+            f"You have an account at {settings.ESPER_OIDC_NAME}, but none of its groups may use "
+            "Esper. Ask whoever runs this server to add you to one.",
+        )
+    return role, projects
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedIdentity:
+    """Whom the provider has just named to a person who is signed in here.
+
+    Attributes:
+        name: as the person is called there, for them to read; it decides nothing.
+        role: of the account by its groups, from the next sign-in through the provider.
+    """
+
+    issuer: str
+    subject: str
+    name: str
+    role: str
+
+
+def offered_identity(claims: dict[str, Any]) -> OfferedIdentity:
+    """Raises ``SignInError`` where that account of the provider could not sign in here."""
+    role, _ = _admitted(claims)
+    names = (str(claims.get(claim, "")) for claim in ("preferred_username", "email", "name"))
+    return OfferedIdentity(
+        claims["iss"],
+        claims["sub"],
+        next(filter(None, names), claims["sub"])[:254],
+        str(role or Role.VIEWER),
+    )
+
+
+def identity_of(user: User) -> Identity | None:
+    """At the configured provider."""
+    return Identity.objects.filter(user=user, issuer=settings.ESPER_OIDC_ISSUER).first()
+
+
+@transaction.atomic
+def link_identity(*, user: User, offered: OfferedIdentity, via: str) -> Identity:
+    """Let the person sign in to this account through the provider too.
+
+    The caller has made sure that the person proved who they are, here and at the provider.
+
+    Raises:
+        Problem: the account is linked already, or the other one belongs to another person (409).
+    """
+    if user.is_service:
+        raise Problem(403, "not-eligible", "A service account does not sign in.")
+    if identity_of(user) is not None:
+        raise Problem(409, "linked-already", "Your account is linked already. Unlink it first.")
+    try:
+        with transaction.atomic():
+            identity = Identity.objects.create(
+                user=user, issuer=offered.issuer, subject=offered.subject
+            )
+    except IntegrityError as error:
+        raise Problem(
+            409,
+            "identity-taken",
+            f"That account of {settings.ESPER_OIDC_NAME} belongs to another person here.",
+        ) from error
+    _record(
+        user,
+        "person.identity_linked",
+        Actor.person(user, via=via),
+        issuer=offered.issuer,
+        subject=offered.subject,
+    )
+    return identity
+
+
+@transaction.atomic
+def unlink_identity(*, user: User, via: str, present: str) -> None:
+    """From now on the person signs in with the password alone. Other browsers are signed out.
+
+    Args:
+        present: the key of the session that stays.
+
+    Raises:
+        Problem: the account is not linked (409), or has no password to sign in with (403).
+    """
+    identity = identity_of(user)
+    if identity is None:
+        raise Problem(409, "not-linked", "Your account is not linked.")
+    if not user.has_usable_password():
+        raise Problem(
+            403,
+            "not-eligible",
+            "Your account has no password, so you could not sign in any more. An administrator "
+            "can give it one.",
+        )
+    identity.delete()
+    _record(
+        user,
+        "person.identity_unlinked",
+        Actor.person(user, via=via),
+        issuer=identity.issuer,
+        subject=identity.subject,
+    )
+    end_other_sessions(user=user, via=via, present=present)
 
 
 def groups_of(claims: dict[str, Any]) -> frozenset[str]:
@@ -99,8 +204,9 @@ def _create(claims: dict[str, Any], role: Role) -> User:
         raise SignInError(
             403,
             "name-taken",
-            f"There is an account {name!r} here already, which is not yours by this sign-in. An "
-            "administrator can rename it; then sign in again.",
+            f"There is an account {name!r} here already. If it is yours, sign in with its password "
+            "and link it on the page Account and settings. Otherwise an administrator can rename "
+            "it; then sign in again.",
         )
     user = User(username=name, role=role)
     if claims.get("email_verified") is True:
@@ -152,10 +258,10 @@ def _set_membership(project: Project, user: User, role: Role | None) -> None:
     )
 
 
-def _record(user: User, act: str, **data: object) -> None:
+def _record(user: User, act: str, actor: Actor = PROVIDER, **data: object) -> None:
     account_changed.send(
         User,
-        actor=PROVIDER,
+        actor=actor,
         act=act,
         object_kind="person",
         object_uid=user.get_username(),

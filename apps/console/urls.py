@@ -10,6 +10,7 @@ from apps.console.pages.audit import audit
 from apps.console.pages.blueprints import blueprint, blueprints
 from apps.console.pages.compare import compare
 from apps.console.pages.duty import duty
+from apps.console.pages.identity import identity
 from apps.console.pages.inbox import inbox
 from apps.console.pages.incidents import incidents_page
 from apps.console.pages.kernel import kernel
@@ -70,6 +71,7 @@ urlpatterns = [
     path("me", me, name="me"),
     path("me/settings", save_my_settings, name="save-settings"),
     path("me/views", save_my_view, name="save-view"),
+    path("me/identity", identity, name="identity"),
     path("me/second-factor", second_factor, name="second-factor"),
     path("step-up", step_up, name="step-up"),
     path("duty", duty, name="duty"),

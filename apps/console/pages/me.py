@@ -16,6 +16,7 @@ from django.utils.translation import gettext_noop
 from django.views.decorators.http import require_POST
 
 from apps.accounts.models import DEFAULT_PROJECT, ApiToken, SecondFactor, User
+from apps.accounts.openid_people import identity_of
 from apps.accounts.policy import IN_WORDS, Act, may
 from apps.accounts.preferences import (
     SavedView,
@@ -76,6 +77,7 @@ def me(request: HttpRequest) -> HttpResponse:
             "console/me/second_factor.html",
             lambda: second_factor_context(user),
         ),
+        *_identity_panel(user),
         Panel(
             "sessions",
             _("Where you are signed in"),
@@ -92,6 +94,15 @@ def me(request: HttpRequest) -> HttpResponse:
     return render_page(
         request, "console/simple.html", title=_("Account and settings"), panels=panels
     )
+
+
+def _identity_panel(user: User) -> list[Panel]:
+    """Only where this server has a provider."""
+    if not settings.ESPER_OIDC_ISSUER:
+        return []
+    title = _("Sign in through %(provider)s") % {"provider": settings.ESPER_OIDC_NAME}
+    template = "console/me/identity.html"
+    return [Panel("identity", title, template, lambda: {"linked": identity_of(user)})]
 
 
 def settings_context(user: User) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from django.conf import settings
 from django.core import signing
@@ -24,10 +25,11 @@ from apps.accounts.openid import (
     discover,
     proved_at,
 )
-from apps.accounts.openid_people import person_of
+from apps.accounts.openid_people import offered_identity, person_of
 from apps.accounts.step_up import has_second_factor, is_recent, note_password
 from apps.audit.services import note_refused_identity
 from apps.console.entering import enter, own_address
+from apps.console.pages.identity import keep_offer
 
 VIA = "provider"
 COOKIE, TRIP_SECONDS = "esper_trip", 600
@@ -38,9 +40,12 @@ COOKIE, TRIP_SECONDS = "esper_trip", 600
 def provider_sign_in(request: HttpRequest) -> HttpResponse:
     """Off to the provider; what has to come back lies in a signed cookie of this browser."""
     _require_provider()
-    again = request.user.is_authenticated and request.GET.get("again") == "1"
-    trip = Trip.begin(own_address(request, request.GET.get("next", "")), again=again)
-    if request.user.is_authenticated and not again:
+    signed_in = request.user.is_authenticated
+    again = signed_in and request.GET.get("again") == "1"
+    links = request.user.pk if signed_in and request.GET.get("link") == "1" else 0
+    address = own_address(request, request.GET.get("next", ""))
+    trip = Trip.begin(address, again=again, links=links)
+    if signed_in and not (again or links):
         return redirect(trip.address)
     try:
         there = authorization_address(discover(), trip, _return_to(request))
@@ -83,6 +88,8 @@ def _arrive(request: HttpRequest) -> HttpResponse:
     if request.GET.get("iss", settings.ESPER_OIDC_ISSUER) != settings.ESPER_OIDC_ISSUER:
         raise SignInError(403, "sign-in-refused", _("This is the answer of another provider."))
     claims = claims_for(request.GET.get("code", ""), trip, _return_to(request))
+    if trip.links:
+        return _offer(request, claims, trip)
     try:
         user = person_of(claims)
     except IntegrityError as error:  # the same first sign-in twice at once
@@ -96,6 +103,19 @@ def _arrive(request: HttpRequest) -> HttpResponse:
     methods = claims.get("amr")
     mfa = isinstance(methods, list) and "mfa" in methods
     return enter(request, user, via=VIA, address=trip.address, proved_at=at, mfa=mfa)
+
+
+def _offer(request: HttpRequest, claims: dict[str, Any], trip: Trip) -> HttpResponse:
+    """Back at the account page, which names the account found there and asks before it links."""
+    if request.user.pk != trip.links:
+        raise SignInError(403, "sign-in-refused", _("That is another account than yours here."))
+    try:
+        offered = offered_identity(claims)
+    except SignInError as problem:
+        note_refused_identity(claims["iss"], claims["sub"], problem.code)
+        raise
+    keep_offer(request, offered)
+    return redirect("console:identity")
 
 
 def _proved_again(request: HttpRequest, user: User, at: float, address: str) -> HttpResponse:

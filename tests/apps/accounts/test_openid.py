@@ -478,13 +478,179 @@ def _issue(client: Client) -> Any:
     )
 
 
+# --- linking an account of this server ---
+
+
+@pytest.fixture
+def olga() -> Client:
+    """A person with a password of this server, who has just given it."""
+    make_person("olga")
+    User.objects.filter(username="olga").update(email="olga@example.org")
+    client = Client()
+    client.post("/login", {"username": "olga", "password": PASSWORD})
+    return client
+
+
+def offer(client: Client) -> HttpResponse:
+    """To the provider and back, up to the question."""
+    answer: HttpResponse = client.get(begin(client, "?link=1")[0])
+    return answer
+
+
+def link(client: Client, **proof: str) -> HttpResponse:
+    return client.post("/me/identity", {"act": "link", **proof})  # type: ignore[return-value]
+
+
+def unlink(client: Client, **proof: str) -> HttpResponse:
+    return client.post("/me/identity", {"act": "unlink", **proof})  # type: ignore[return-value]
+
+
+def identity_acts() -> list[str]:
+    found = AuditEvent.objects.filter(act__startswith="person.identity").order_by("id")
+    return [f"{event.act} {event.actor} {event.data['subject']}" for event in found]
+
+
+def forget_the_password(client: Client) -> None:
+    session = client.session
+    session["password_at"] = 0.0
+    session.save()
+
+
+def test_a_local_account_is_linked_used_and_unlinked(provider: SmallProvider, olga: Client) -> None:
+    assert "Not linked" in olga.get("/me").content.decode()
+    _, asked = begin(olga, "?link=1")
+    assert parse_qs(urlsplit(asked).query)["prompt"] == ["login"]
+    assert offer(olga)["Location"] == "/me/identity"
+    question = olga.get("/me/identity").content.decode()
+    assert "<strong>anna</strong>" in question
+    assert "<strong>olga</strong>" in question
+    assert not Identity.objects.exists()  # nothing without the person's word
+    assert link(olga).status_code == 302
+    assert "Linked" in olga.get("/me").content.decode()
+
+    other = Client()
+    sign_in(other)
+    assert other.get("/api/v1/me").json()["username"] == "olga"
+    assert User.objects.count() == 1
+
+    assert unlink(olga).status_code == 302
+    assert is_in(olga)
+    assert not is_in(other)  # it had come in by the link
+    assert sign_in(Client()).status_code == 302
+    assert User.objects.get(identities__subject="0aa1").username == "anna"  # another account
+    assert identity_acts() == [
+        "person.identity_linked olga 0aa1",
+        "person.identity_unlinked olga 0aa1",
+    ]
+
+
+def test_no_name_and_no_mail_address_links(provider: SmallProvider, olga: Client) -> None:
+    provider.person = {**ANNA, "email": "olga@example.org", "email_verified": True}
+    offer(olga)
+    other = Client()
+    sign_in(other)
+    assert other.get("/api/v1/me").json()["username"] == "anna"
+    assert not User.objects.get(username="olga").identities.exists()
+
+
+def test_a_link_needs_the_password_and_the_code_of_the_app(
+    provider: SmallProvider, olga: Client
+) -> None:
+    offer(olga)
+    forget_the_password(olga)
+    for proof in ({}, {"password": "wrong"}):
+        assert link(olga, **proof).status_code == 403
+    assert not Identity.objects.exists()
+    assert link(olga, password=PASSWORD).status_code == 302
+    SecondFactor.objects.create(
+        user=User.objects.get(username="olga"), secret=b"none fits", last_step=0
+    )
+    assert unlink(olga, password=PASSWORD).status_code == 403
+    assert Identity.objects.exists()
+
+
+def test_an_account_of_the_provider_belongs_to_one_person(
+    provider: SmallProvider, olga: Client
+) -> None:
+    sign_in(Client())
+    offer(olga)
+    answer = link(olga)
+    assert answer.status_code == 409
+    assert b"belongs to another person" in answer.content
+    assert Identity.objects.get().user.username == "anna"
+
+
+def test_an_account_is_linked_once(provider: SmallProvider, olga: Client) -> None:
+    offer(olga)
+    link(olga)
+    provider.person = {**ANNA, "sub": "second"}
+    offer(olga)
+    assert link(olga).status_code == 409
+    assert Identity.objects.get().subject == "0aa1"
+
+
+def test_who_may_not_sign_in_there_is_not_linked(provider: SmallProvider, olga: Client) -> None:
+    provider.person = {**ANNA, "groups": ["others"]}
+    assert offer(olga).status_code == 403
+    assert link(olga).status_code == 409
+    refused = AuditEvent.objects.get(act="session.not_admitted")
+    assert refused.object_uid == "0aa1" or "0aa1" in str(refused.data)
+
+
+def test_an_answer_is_for_the_person_and_the_session_that_asked(
+    provider: SmallProvider, olga: Client
+) -> None:
+    back, _ = begin(olga, "?link=1")
+    make_person("oscar")
+    olga.post("/logout")
+    olga.post("/login", {"username": "oscar", "password": PASSWORD})
+    assert olga.get(back).status_code == 403
+    assert link(olga).status_code == 409
+    assert not Identity.objects.exists()
+
+
+def test_an_old_answer_links_nothing(provider: SmallProvider, olga: Client) -> None:
+    offer(olga)
+    session = olga.session
+    session["offered_identity"] = {**session["offered_identity"], "at": time.time() - 301}
+    session.save()
+    assert link(olga).status_code == 409
+    assert not Identity.objects.exists()
+
+
+def test_a_cancelled_link_is_forgotten(provider: SmallProvider, olga: Client) -> None:
+    offer(olga)
+    assert olga.post("/me/identity", {"act": "cancel"}).status_code == 302
+    assert link(olga).status_code == 409
+
+
+def test_who_has_no_password_stays_linked(provider: SmallProvider) -> None:
+    client = Client()
+    sign_in(client)
+    assert "cannot be unlinked" in client.get("/me/identity").content.decode()
+    assert unlink(client).status_code == 403
+    assert Identity.objects.exists()
+
+
+def test_another_site_cannot_confirm(provider: SmallProvider) -> None:
+    make_person("olga")
+    client = Client(enforce_csrf_checks=True)
+    client.force_login(User.objects.get(username="olga"))
+    offer(client)
+    assert link(client).status_code == 403
+    assert not Identity.objects.exists()
+
+
 def test_without_a_provider_nothing_of_it_is_there() -> None:
     make_person("olga")
     assert "Sign in with" not in Client().get("/login").content.decode()
     for path in ("/login/provider", "/login/provider/callback?code=x&state=y"):
         assert Client().get(path).status_code == 404
     form = {"username": "olga", "password": PASSWORD}
-    assert Client().post("/login", form).status_code == 302
+    client = Client()
+    assert client.post("/login", form).status_code == 302
+    assert client.get("/me/identity").status_code == 404
+    assert "identity" not in client.get("/me").content.decode()
 
 
 @pytest.mark.parametrize(

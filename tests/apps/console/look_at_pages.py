@@ -45,6 +45,7 @@ PLAIN = {
     "recipes": "/recipes",
     "audit": "/audit?verify=1",
     "me": "/me",
+    "identity": "/me/identity",
     "search": "/search?q=conv",
     "duty": "/duty",
     "status": "/status",
