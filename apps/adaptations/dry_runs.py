@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from django.utils.translation import gettext as _
+from django.utils.translation import ngettext
+
 from apps.accounts.models import User
 from apps.accounts.policy import Permission
 from apps.adaptations.acts import permissions, undo_plan
@@ -48,15 +51,24 @@ def _steps(adaptation: Adaptation, user: User) -> list[str]:
     if missing:
         needed = votes_needed(adaptation)
         return [
-            f"Your approval would be vote {needed - missing} of {needed}. Nothing is changed until "
-            f"{missing} more {'person approves' if missing == 1 else 'people approve'} it."
+            ngettext(
+                "Your approval would be vote %(vote)s of %(needed)s. Nothing is changed until "
+                "%(missing)s more person approves it.",
+                "Your approval would be vote %(vote)s of %(needed)s. Nothing is changed until "
+                "%(missing)s more people approve it.",
+                missing,
+            )
+            % {"vote": needed - missing, "needed": needed, "missing": missing}
         ]
     made = _remedy_steps(adaptation) if adaptation.remedy else _graft_steps(adaptation)
     return [*made, *_trainer_steps(adaptation, policy), *undo_plan(adaptation)[:2]]
 
 
 def _remedy_steps(adaptation: Adaptation) -> list[str]:
-    return [f"A signed command would be written for {adaptation.run.name}: {adaptation.title}."]
+    return [
+        _("A signed command would be written for %(run)s: %(title)s.")
+        % {"run": adaptation.run.name, "title": adaptation.title}
+    ]
 
 
 def _graft_steps(adaptation: Adaptation) -> list[str]:
@@ -65,28 +77,39 @@ def _graft_steps(adaptation: Adaptation) -> list[str]:
     capability = run.capability_of(layer.device) if layer is not None else run.capability
     served = queue_is_served(compile_queue(capability))
     worker = (
-        f"A worker for {capability} is running."
+        _("A worker for %(capability)s is running.")
         if served
-        else f"No worker for {capability} is running now: without one the job fails after 120 s, "
-        "and the run is not changed."
+        else _(
+            "No worker for %(capability)s is running now: without one the job fails after 120 s, "
+            "and the run is not changed."
+        )
+    )
+    kernel = _(
+        "A kernel of %(slug)s for %(layer)s would be built, or taken from the cache, and its cost "
+        "measured against the limits."
     )
     return [
-        f"A kernel of {adaptation.slug} for {adaptation.layer} would be built, or taken from the "
-        f"cache, and its cost measured against the limits. {worker}",
-        f"A signed command would be written for {run.name}, if all measured limits hold.",
+        f"{kernel} {worker}"
+        % {"slug": adaptation.slug, "layer": adaptation.layer, "capability": capability},
+        _("A signed command would be written for %(run)s, if all measured limits hold.")
+        % {"run": run.name},
     ]
 
 
 def _trainer_steps(adaptation: Adaptation, policy: SafetyPolicy) -> list[str]:
     run = adaptation.run
-    applied = (
-        f"The trainer would have {policy.dispatch_timeout_seconds} s to accept it, and would apply "
-        f"it between two steps. {run.name} is at step {run.step:,}."
-    )
+    applied = _(
+        "The trainer would have %(seconds)s s to accept it, and would apply it between two steps. "
+        "%(run)s is at step %(step)s."
+    ) % {
+        "seconds": policy.dispatch_timeout_seconds,
+        "run": run.name,
+        "step": f"{run.step:,}",
+    }
     if adaptation.remedy:
-        return [applied, "It stays while its finding does not come back; else it is ended."]
-    return [
-        applied,
-        f"Probation would last at most {policy.probation_steps:,} steps. The graft stays only if "
-        f"it is shown to lower the loss by {policy.min_gain_ratio:.1%} or more.",
-    ]
+        return [applied, _("It stays while its finding does not come back; else it is ended.")]
+    probation = _(
+        "Probation would last at most %(steps)s steps. The graft stays only if it is shown to "
+        "lower the loss by %(gain)s or more."
+    ) % {"steps": f"{policy.probation_steps:,}", "gain": f"{policy.min_gain_ratio:.1%}"}
+    return [applied, probation]
