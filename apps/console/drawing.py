@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_noop
@@ -78,6 +79,7 @@ class Curve:
     first: int
     last: int
     newest: float | None
+    is_log: bool = False  # the axis is logarithmic
 
     @property
     def words(self) -> str:
@@ -103,6 +105,7 @@ class Curve:
 
 
 CURVE_BOX = (600.0, 120.0)
+_SPIKE = 30  # so many times the usual value: a linear axis would show the spike alone
 
 
 def curve(
@@ -131,6 +134,7 @@ def curve(
         return None
     extremes = [*known, *((limit,) if limit is not None else ()), *(band[1:] if band else ())]
     low, high = scale or (min(extremes), max(extremes))
+    is_log = scale is None and low > 0 and high > _SPIKE * median(known)
     width, height = CURVE_BOX
     first, last = steps[0], max(steps[-1], until or 0)
     span, rise = (last - first) or 1, (high - low) or 1.0
@@ -140,7 +144,8 @@ def curve(
 
     def y(value: float) -> float:
         inside = min(max(value, low), high)
-        return float(round(height - 4 - (height - 8) * (inside - low) / rise, 1))
+        share = math.log(inside / low) / math.log(high / low) if is_log else (inside - low) / rise
+        return float(round(height - 4 - (height - 8) * share, 1))
 
     return Curve(
         name=name,
@@ -163,6 +168,7 @@ def curve(
         first=first,
         last=last,
         newest=values[-1],
+        is_log=is_log,
     )
 
 

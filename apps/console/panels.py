@@ -53,6 +53,7 @@ def render_page(
 
     The page and its panels get ``context``; only the whole page gets what ``whole`` returns.
     """
+    context["page_title"] = title
     wanted = request.GET.get("panel")
     if wanted is not None:
         panel = next((panel for panel in panels if panel.name == wanted), None)

@@ -34,7 +34,7 @@ const series = { step: [], min: [], mean: [], max: [], bad: [], width: 1 };
 const heldOut = { step: [], mean: [] };
 let markers = readMarkers();
 let chart = null;
-let logScale = false;
+let logScale = null; // until a person chooses: by the values
 let held = false;
 let heldAt = 0;
 let zoomed = false; // by dragging
@@ -106,12 +106,24 @@ function drawLoss() {
   describeLoss();
   if (!series.step.length) return;
   const data = lossData();
+  if (logScale === null) showScale(spread(data[2]) > 30);
   if (!chart) chart = makeChart(data);
   else chart.setData(data, false);
   if (!zoomed) showWindow();
 }
 
 const gutter = () => (innerWidth < 700 ? 58 : 176);
+
+// How far a spike stands above the usual loss. One that hides the rest makes the axis logarithmic.
+function spread(losses) {
+  const known = losses.filter((value) => value !== null).sort((a, b) => a - b);
+  return known.length > 20 && known[0] > 0 ? known.at(-1) / known[known.length >> 1] : 1;
+}
+
+function showScale(isLog) {
+  logScale = isLog;
+  document.getElementById("scale").setAttribute("aria-pressed", String(isLog));
+}
 
 function makeChart(data) {
   const place = document.getElementById("loss-chart");
@@ -185,10 +197,9 @@ function describeLoss() {
   const grafts = markers.filter(({ kind }) => kind === "adaptation").length;
   const others = markers.length - grafts;
   const marked = grafts
-    ? ngettext("%(counter)s graft is marked", "%(counter)s grafts are marked", grafts)
-    : gettext("No graft is marked");
+    && ngettext("%(counter)s graft is marked.", "%(counter)s grafts are marked.", grafts);
   const more = others
-    && ngettext("and %(counter)s finding or remedies", "and %(counter)s findings or remedies", others);
+    && ngettext("%(counter)s finding or remedy is marked.", "%(counter)s findings and remedies are marked.", others);
   place.textContent = [
     gettext("From %(first)s at step %(from)s to %(last)s at step %(to)s; lowest %(lowest)s.", {
       first: short(known[0]), from: short(step[0]), last: short(known.at(-1)), to: short(step.at(-1)),
@@ -197,7 +208,8 @@ function describeLoss() {
     heldOut.step.length && gettext("Held-out loss %(loss)s at step %(step)s.", {
       loss: short(heldOut.mean.at(-1)), step: short(heldOut.step.at(-1)),
     }),
-    more ? `${marked}, ${more}.` : `${marked}.`,
+    marked,
+    more,
     bad.length && gettext("The loss was not finite %(times)s times, last at step %(step)s.", {
       times: bad.length, step: short(bad.at(-1).step),
     }),
@@ -316,9 +328,8 @@ document.getElementById("hold").addEventListener("click", ({ currentTarget: butt
   document.getElementById("held").textContent = held ? gettext("paused at step %(step)s", { step: short(heldAt) }) : "";
   if (!held) updateLoss();
 });
-document.getElementById("scale").addEventListener("click", ({ currentTarget: button }) => {
-  logScale = !logScale;
-  button.setAttribute("aria-pressed", String(logScale));
+document.getElementById("scale").addEventListener("click", () => {
+  showScale(!logScale);
   remake();
 });
 document.getElementById("window").addEventListener("change", ({ target }) => {

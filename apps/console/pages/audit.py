@@ -56,7 +56,7 @@ def audit(request: HttpRequest) -> HttpResponse:
         return {"page": audit_events(chosen, page_number(request))}
 
     panels = [
-        Panel("list", _("Audit log"), "console/audit/list.html", rows),
+        Panel("list", _("Audit"), "console/audit/list.html", rows),
         Panel(
             "chain",
             _("Verification"),

@@ -71,7 +71,7 @@ def inbox(request: HttpRequest) -> HttpResponse:
             ("adaptation",),
             every=30,
         ),
-        Panel("list", _("Inbox"), "console/inbox/list.html", rows, ("adaptation",), every=30),
+        Panel("list", _("Decisions"), "console/inbox/list.html", rows, ("adaptation",), every=30),
     ]
     return render_page(
         request,

@@ -25,6 +25,7 @@ from apps.accounts.preferences import Preferences, preferences_of
 from apps.accounts.step_up import SECOND_FACTOR, Passed
 from apps.console.bar import switch_and_kills
 from apps.console.language import as_written, html_language, in_words
+from apps.console.sentences import in_sentence
 from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS, Status
 from apps.console.waiting import inbox_count
 from apps.policies.models import utc
@@ -169,6 +170,35 @@ def number(value: Any, digits: int = 3) -> str:
     return as_written(f"{value:,.{min(decimals, 6)}f}".replace("-", "−"))
 
 
+# The first that fits: each of them names the later ones too.
+_BROWSERS = (
+    ("Edge", r"Edg(?:e|A|iOS)?/(\d+)"),
+    ("Opera", r"OPR/(\d+)"),
+    ("Firefox", r"(?:Firefox|FxiOS)/(\d+)"),
+    ("Chrome", r"(?:Chrome|CriOS)/(\d+)"),
+    ("Safari", r"Version/(\d+).*Safari/"),
+)
+_SYSTEMS = ("Android", "iPhone", "iPad", "Windows", "Mac OS", "Linux")
+
+
+@register.filter
+def browser_name(user_agent: str) -> str:
+    """``Firefox 140, Linux``; what a program calls itself where it is no browser."""
+    system = next((name for name in _SYSTEMS if name in user_agent), "")
+    for name, pattern in _BROWSERS:
+        if found := re.search(pattern, user_agent):
+            return ", ".join(filter(None, (f"{name} {found[1]}", system)))
+    return user_agent or _("unknown")
+
+
+@register.filter
+def setting(value: Any) -> str:
+    """A setting's value: three digits as ``number`` writes them, without the zeros at the end."""
+    if not isinstance(value, float) or not math.isfinite(value):
+        return number(value)
+    return as_written(f"{value:,.3g}".replace("-", "−")) if abs(value) < 1e6 else number(value)
+
+
 @register.filter
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -240,6 +270,12 @@ def words(value: object) -> str:
 
 # Names that plain words would write wrongly.
 _NAMES = {"relu": "ReLU", "nan": "NaN"}
+
+
+@register.filter
+def sentence(text: str) -> str:
+    """What a gate has written, in the page's language where it is known."""
+    return in_sentence(str(text))
 
 
 @register.filter
