@@ -7,9 +7,6 @@ link that person's account to this one.
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict
-
 from django.conf import settings
 from django.contrib.auth.decorators import login_required
 from django.http import Http404, HttpRequest, HttpResponse
@@ -20,31 +17,17 @@ from django.views.decorators.http import require_http_methods
 
 from apps.accounts.models import User
 from apps.accounts.openid_people import (
-    OfferedIdentity,
     identity_of,
     link_identity,
     unlink_identity,
 )
 from apps.accounts.step_up import has_second_factor, is_recent, note_password, passed_second_factor
+from apps.console.offered_identity import forget_offer, offer_of
 from apps.console.proving import prove
 from apps.console.request import person
 from apps.rest.problems import Problem
 
 VIA = "session"
-HOLDS_FOR_SECONDS = 300
-_OFFER = "offered_identity"
-
-
-def keep_offer(request: HttpRequest, offered: OfferedIdentity) -> None:
-    """For five minutes, and for this session alone."""
-    request.session[_OFFER] = {**asdict(offered), "at": time.time()}
-
-
-def _offer_of(request: HttpRequest) -> OfferedIdentity | None:
-    kept = dict(request.session.get(_OFFER) or {})
-    fresh = 0 <= time.time() - kept.pop("at", 0.0) <= HOLDS_FOR_SECONDS
-    offered = OfferedIdentity(**kept) if fresh else None
-    return offered if offered and offered.issuer == settings.ESPER_OIDC_ISSUER else None
 
 
 @login_required
@@ -61,7 +44,7 @@ def identity(request: HttpRequest) -> HttpResponse:
             case "POST", "unlink":
                 return _unlink(request, user)
             case "POST", "cancel":
-                request.session.pop(_OFFER, None)
+                forget_offer(request)
                 return _account()
     except Problem as problem:
         return _page(request, user, problem)
@@ -69,12 +52,12 @@ def identity(request: HttpRequest) -> HttpResponse:
 
 
 def _link(request: HttpRequest, user: User) -> HttpResponse:
-    offered = _offer_of(request)
+    offered = offer_of(request)
     if offered is None:
         raise Problem(409, "stale", _("That took more than five minutes. Begin again."))
     _require_proof(request, user)
     link_identity(user=user, offered=offered, via=VIA)
-    request.session.pop(_OFFER, None)
+    forget_offer(request)
     return _account()
 
 
@@ -110,7 +93,7 @@ def _page(request: HttpRequest, user: User, problem: Problem | None = None) -> H
     context = {
         "title": _("Sign in through %(provider)s") % {"provider": settings.ESPER_OIDC_NAME},
         "linked": identity_of(user),
-        "offered": _offer_of(request),
+        "offered": offer_of(request),
         "ask_password": needs_proof and user.has_usable_password(),
         "ask_code": needs_proof and has_second_factor(user),
         "has_password": user.has_usable_password(),

@@ -29,7 +29,7 @@ from apps.accounts.openid_people import offered_identity, person_of
 from apps.accounts.step_up import has_second_factor, is_recent, note_password
 from apps.audit.services import note_refused_identity
 from apps.console.entering import enter, own_address
-from apps.console.pages.identity import keep_offer
+from apps.console.offered_identity import keep_offer
 
 VIA = "provider"
 COOKIE, TRIP_SECONDS = "esper_trip", 600
