@@ -30,6 +30,7 @@ from apps.accounts.step_up import has_second_factor, is_recent, note_password
 from apps.audit.services import note_refused_identity
 from apps.console.entering import enter, own_address
 from apps.console.offered_identity import keep_offer
+from apps.console.request import person
 
 VIA = "provider"
 COOKIE, TRIP_SECONDS = "esper_trip", 600
@@ -42,7 +43,7 @@ def provider_sign_in(request: HttpRequest) -> HttpResponse:
     _require_provider()
     signed_in = request.user.is_authenticated
     again = signed_in and request.GET.get("again") == "1"
-    links = request.user.pk if signed_in and request.GET.get("link") == "1" else 0
+    links = person(request).pk if signed_in and request.GET.get("link") == "1" else 0
     address = own_address(request, request.GET.get("next", ""))
     trip = Trip.begin(address, again=again, links=links)
     if signed_in and not (again or links):
