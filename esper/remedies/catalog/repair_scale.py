@@ -26,11 +26,12 @@ from esper.remedies.update_hooks import ScaledUpdates
 
 EARLY_STEPS = 50  # in which little is lost by going back to the first weights
 ROUNDS = 4  # how often one layer is measured and scaled
-SOUND = (0.9, 1.1)  # a spread between these is left as it is
+SOUND = (0.9, 1.1)  # root mean square of an output; between these it is left as it is
 LARGE_INPUT = 10.0  # root mean square; abnormal_data has the same limit
 LARGEST_FACTOR = 1e4
 OUTLIER, FEWEST_GAINS = 1.5, 2  # a gain of that many times the median of the layers before it
-LARGEST_MEAN = 2.0  # of a channel, in spreads of the layer
+LARGEST_MEAN = 1.5  # root mean square of the channels' means, in spreads of the layer
+SHIFTED = 2.0  # mean of a layer's inputs / their spread; behind a sigmoid it is 2.4, a ReLU 0.7
 USUAL_SPREAD = 0.6  # std of a standard normal behind a tanh (0.63) or a ReLU (0.58)
 FAINT_SPREAD = 0.4  # below it, updates are scaled; behind a sigmoid it is 0.21
 ALIKE = 1e-3  # relative distance of units that have nearly the same weights
@@ -43,9 +44,10 @@ class RepairScale(Remedy):
     slug = "repair_scale"
     title = "Repair the scale of the weights"
     idea = (
-        "Scales the weights of each layer, in the order in which they run, so that the standard "
-        "deviation of its output on one batch is 1, and takes large means out of its biases. The "
-        "last layer is only scaled down, and no layer is scaled far beyond those before it. A run "
+        "Scales the weights of each layer, in the order in which they run, so that the root mean "
+        "square of its output on one batch is 1. Where most of an output is the same for all "
+        "inputs, the biases are set to zero, or, where that is not enough, so that they take it "
+        "out. The last layer is only scaled down, and no layer far beyond those before it. A run "
         "of at most 50 steps first goes back to its first weights, where they are kept. Layers "
         "whose units are equal get new random weights before they are scaled. Where the "
         "inputs of the first layer are large, its updates get smaller too, as if the inputs were "
@@ -88,7 +90,11 @@ class RepairScale(Remedy):
             for name in order[:1] if config["first_only"] else order:
                 largest = OUTLIER * median(gains) if len(gains) >= FEWEST_GAINS else math.inf
                 is_last = name == order[-1]
-                factor = _repair(target.model, name, target.sample, largest, last=is_last)
+                mean, spread = _input_moments(target.model, name, target.sample)
+                shifted = name != order[0] and abs(mean) > SHIFTED * spread
+                factor = _repair(
+                    target.model, name, target.sample, largest, last=is_last, shifted=shifted
+                )
                 gains.append(_gain(target.model.get_submodule(name)))
                 if factor != 1.0:
                     factors[name] = factor
@@ -273,33 +279,51 @@ def _input_moments(model: nn.Module, name: str, sample: Batch) -> tuple[float, f
 
 
 def _repair(
-    model: nn.Module, name: str, sample: Batch, largest_gain: float, *, last: bool
+    model: nn.Module,
+    name: str,
+    sample: Batch,
+    largest_gain: float,
+    *,
+    last: bool,
+    shifted: bool,
 ) -> float:
     """Scales one layer; returns the factor of its weights.
 
     Args:
         largest_gain: up to which weights are made larger. What differs little on purpose, such as
             means over an image, is brought back by this layer and the next ones together.
+        shifted: its inputs have a mean far larger than their spread, so its outputs have one too.
     """
     module = model.get_submodule(name)
     weight = module._parameters["weight"]
     assert weight is not None
+    bias = module._parameters.get("bias")
+    if bias is not None and bias.any() and _is_common(_outputs(model, module, sample)):
+        bias.zero_()
     total = 1.0
     for _ in range(ROUNDS):
-        spread, mean_C = _spread(model, module, sample)
-        bias = module._parameters.get("bias")
-        if bias is not None and float(mean_C.abs().max()) > LARGEST_MEAN * spread:
+        outputs_NC = _outputs(model, module, sample)
+        if bias is not None and (shifted or _is_common(outputs_NC)):
+            mean_C = outputs_NC.mean(0)
             bias.sub_(mean_C.to(bias))
-        sound = SOUND[0] <= spread <= SOUND[1] or (last and spread <= SOUND[1])
-        if sound or not 0 < spread < float("inf"):
+            outputs_NC = outputs_NC - mean_C
+        size = float(outputs_NC.square().mean().sqrt())
+        sound = SOUND[0] <= size <= SOUND[1] or (last and size <= SOUND[1])
+        if sound or not 0 < size < float("inf"):
             break
-        factor = min(max(1.0 / spread, 1.0 / LARGEST_FACTOR), LARGEST_FACTOR)
+        factor = min(max(1.0 / size, 1.0 / LARGEST_FACTOR), LARGEST_FACTOR)
         factor = min(factor, max(1.0, largest_gain / _gain(module)))
         if factor == 1.0:
             break
         weight.mul_(factor)
         total *= factor
     return total
+
+
+def _is_common(outputs_NC: Tensor) -> bool:
+    """Most of what the layer gives is the same for all rows."""
+    spread, mean = outputs_NC.var(0, unbiased=False).mean(), outputs_NC.mean(0).square().mean()
+    return bool(mean > LARGEST_MEAN**2 * spread)
 
 
 def _gain(module: nn.Module) -> float:
@@ -310,20 +334,18 @@ def _gain(module: nn.Module) -> float:
     return float(weight.detach().float().norm()) / math.sqrt(max(1, outputs))
 
 
-def _spread(model: nn.Module, module: nn.Module, sample: Batch) -> tuple[float, Tensor]:
-    """Standard deviation of the layer's output within a channel, and the channels' means [C]."""
-    found: list[tuple[float, Tensor]] = []
+def _outputs(model: nn.Module, module: nn.Module, sample: Batch) -> Tensor:
+    """float [N, C]: what the layer gives to the batch, places of an image as rows of their own."""
+    found: list[Tensor] = []
     axis = layout.channel_axis_of(kind_of(module))
 
     def look(_: nn.Module, __: Any, y: Any) -> None:
         if isinstance(y, Tensor):
-            rows_NC = y.detach().float().movedim(axis, -1).flatten(0, -2)
-            spread = float(rows_NC.var(0, unbiased=False).mean().sqrt())
-            found.append((spread, rows_NC.mean(0)))
+            found.append(y.detach().float().movedim(axis, -1).flatten(0, -2))
 
     with _watching(module, look):
         sample.run(model)
-    return found[0] if found else (0.0, torch.zeros((), dtype=torch.float32, device="cpu"))
+    return found[0] if found else torch.zeros((1, 1), dtype=torch.float32, device="cpu")
 
 
 @contextmanager

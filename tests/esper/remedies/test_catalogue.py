@@ -498,13 +498,39 @@ def test_a_bad_scale_is_repaired(
     with esper.attach(model, optimizer, mode="supervised", server="") as session:
         session.remedy("repair_scale", sample=x)
     assert torch.equal(streams, torch.get_rng_state())
-    spreads = []
+    sizes, spreads = [], []
     for layer in model:
-        x = layer(x)
+        x = layer(x).detach()
         if isinstance(layer, nn.Linear):
-            spreads.append(float(x.var(0, unbiased=False).mean().sqrt().detach()))
-    assert all(0.8 < spread < 1.25 for spread in spreads[:-1])
-    assert spreads[-1] < 1.25
+            sizes.append(float(x.square().mean().sqrt()))
+            spreads.append(float(x.var(0, unbiased=False).mean().sqrt()))
+    assert all(0.7 < size < 1.25 for size in sizes[:-1])
+    assert sizes[-1] < 1.25
+    assert min(spreads[:-1]) > 0.5  # the rows still differ behind many layers
+
+
+def test_a_scale_is_repaired_by_its_biases_alone_where_these_are_at_fault() -> None:
+    """Weights of a sound scale keep their size, and inputs that have a mean of their own keep it.
+
+    Measured: with the means taken out too, dying nets learned worse: 0.63 and not 0.78.
+    """
+    torch.manual_seed(1)
+    model = nn.Sequential()
+    for width in (8, 16, 16):
+        model.extend([nn.Linear(width, 16), nn.ReLU()])
+    model.append(nn.Linear(16, 2))
+    with torch.no_grad():
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                nn.init.orthogonal_(layer.weight, 2**0.5)
+                nn.init.constant_(layer.bias, -5.0)
+    before = [p.detach().clone() for p in model.parameters() if p.ndim > 1]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with esper.attach(model, optimizer, mode="supervised", server="") as session:
+        session.remedy("repair_scale", sample=torch.randn(128, 8))
+    after = [p.detach() for p in model.parameters() if p.ndim > 1]
+    assert all(0.5 < float(a.norm() / b.norm()) < 2 for a, b in zip(after, before, strict=True))
+    assert not any(bool(p.any()) for p in model.parameters() if p.ndim == 1)
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, nn.ReLU])
@@ -602,6 +628,27 @@ def test_a_rate_that_is_matched_does_not_jump_once_the_gradient_grows() -> None:
     assert max(moves) < 3e-3
     assert max(losses) < 1.1 * losses[0]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_matched_rate_that_had_to_fall_does_not_rise_far_again() -> None:
+    """Measured: where the loss stood still it rose twelvefold, and killed the units of the run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    x = torch.randn(64, 8)
+    factors = []
+    with esper.attach(model, optimizer, mode="supervised", server="") as session:
+        receipt = session.remedy("match_updates", share=2e-3, most=1e4)
+        for step in range(150):
+            steep = 1.0 if step < 30 else 100.0 if step < 40 else 0.01
+            loss = steep * F.cross_entropy(model(x), x[:, :3].argmax(1))
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            session.step(loss)
+            factors.append(receipt.details["factors"][0])
+    assert min(factors[30:40]) < 0.1 * factors[29]
+    assert max(factors[40:]) <= 2 * min(factors[30:40])
 
 
 def test_data_alone_at_fault_changes_the_first_layer_alone() -> None:
