@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
@@ -447,12 +447,30 @@ def _finding_marker(row: Violation) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """A layer with its newest signals; None means not measured."""
+    """A layer with its newest signals; None means not measured.
+
+    Attributes:
+        values: of ``SHOWN_SIGNALS``; None without a frame.
+    """
 
     info: LayerInfo
-    signals: dict[str, float | None]
-    shade: str
-    adaptations: list[Adaptation] = field(default_factory=list)
+    values: list[float] | None
+    adaptations: Sequence[Adaptation] = ()
+
+    @property
+    def health(self) -> float | None:
+        return None if self.values is None else _known(self.values[0])
+
+    @property
+    def shade(self) -> str:
+        health = self.health
+        return shade(math.nan if health is None else health)
+
+    @property
+    def signals(self) -> list[float | None]:
+        """In the order of ``SHOWN_SIGNALS``."""
+        values = self.values
+        return [None] * len(SHOWN_SIGNALS) if values is None else [_known(v) for v in values]
 
 
 SHOWN_SIGNALS = (
@@ -477,9 +495,12 @@ def layer_rows(
     infos = run.layer_infos()
     places = [SIGNAL_INDEX[signal] for signal in SHOWN_SIGNALS]
     known = [None] * len(infos) if values is None else values[:, places].tolist()
-    rows = [_layer_row(info, own, by_layer) for info, own in zip(infos, known, strict=True)]
+    rows = [
+        LayerRow(info, own, by_layer.get(info.name, ()))
+        for info, own in zip(infos, known, strict=True)
+    ]
     if only_poor:
-        rows = [row for row in rows if (row.signals[Signal.HEALTH] or 1.0) < 0.5]
+        rows = [row for row in rows if (row.health or 1.0) < 0.5]
     return rows
 
 
@@ -505,12 +526,13 @@ def topology(run: Run, rows: Sequence[LayerRow]) -> list[Node]:
     for found in open_violations().filter(run=run).exclude(layer=""):
         findings[found.layer].append(found)
     ordered = sorted(rows, key=lambda row: row.info.order)
-    depth = next((size for size in (9, 4, 3, 2, 1) if _blocks(rows, size) <= NODES_SHOWN), 1)
-    if depth < 4 and _blocks(rows, depth) < FEWEST_NODES < _blocks(rows, depth + 1):
+    places = [tuple(row.info.name.split(".")) for row in ordered]
+    depth = next((size for size in (9, 4, 3, 2, 1) if _blocks(places, size) <= NODES_SHOWN), 1)
+    if depth < 4 and _blocks(places, depth) < FEWEST_NODES < _blocks(places, depth + 1):
         depth += 1
     groups: dict[str, list[LayerRow]] = {}
-    for row in ordered:
-        groups.setdefault(_block(row, depth), []).append(row)
+    for row, place in zip(ordered, places, strict=True):
+        groups.setdefault(".".join(place[:depth]), []).append(row)
     joined = _joined(groups) if len(groups) > NODES_SHOWN else groups
     return [_node(name, members, findings) for name, members in joined.items()]
 
@@ -528,17 +550,12 @@ def _joined(groups: Mapping[str, list[LayerRow]]) -> dict[str, list[LayerRow]]:
     }
 
 
-def _block(row: LayerRow, depth: int) -> str:
-    return ".".join(row.info.name.split(".")[:depth])
-
-
-def _blocks(rows: Sequence[LayerRow], depth: int) -> int:
-    return len({_block(row, depth) for row in rows})
+def _blocks(places: Sequence[tuple[str, ...]], depth: int) -> int:
+    return len({place[:depth] for place in places})
 
 
 def _node(name: str, members: Sequence[LayerRow], findings: Mapping[str, list[Violation]]) -> Node:
-    known = [row.signals[Signal.HEALTH] for row in members]
-    health = min((value for value in known if value is not None), default=None)
+    health = min((row.health for row in members if row.health is not None), default=None)
     return Node(
         name=name,
         layers=len(members),
@@ -551,23 +568,6 @@ def _node(name: str, members: Sequence[LayerRow], findings: Mapping[str, list[Vi
             if found.grafted and not found.remedy
         ],
         findings=[found for row in members for found in findings.get(row.info.name, [])],
-    )
-
-
-def _layer_row(
-    info: LayerInfo, values: list[float] | None, by_layer: dict[str, list[Adaptation]]
-) -> LayerRow:
-    """``values``: of ``SHOWN_SIGNALS``; None without a frame."""
-    signals = {
-        str(signal): None if values is None else _known(values[position])
-        for position, signal in enumerate(SHOWN_SIGNALS)
-    }
-    health = signals[Signal.HEALTH]
-    return LayerRow(
-        info=info,
-        signals=signals,
-        shade=shade(math.nan if health is None else health),
-        adaptations=by_layer.get(info.name, []),
     )
 
 
