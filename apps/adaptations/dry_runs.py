@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from django.utils.formats import number_format
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
@@ -104,12 +105,19 @@ def _trainer_steps(adaptation: Adaptation, policy: SafetyPolicy) -> list[str]:
     ) % {
         "seconds": policy.dispatch_timeout_seconds,
         "run": run.name,
-        "step": f"{run.step:,}",
+        "step": _grouped(run.step),
     }
     if adaptation.remedy:
         return [applied, _("It stays while its finding does not come back; else it is ended.")]
     probation = _(
         "Probation would last at most %(steps)s steps. The graft stays only if it is shown to "
         "lower the loss by %(gain)s or more."
-    ) % {"steps": f"{policy.probation_steps:,}", "gain": f"{policy.min_gain_ratio:.1%}"}
+    ) % {
+        "steps": _grouped(policy.probation_steps),
+        "gain": f"{number_format(100 * policy.min_gain_ratio, decimal_pos=1)}%",
+    }
     return [applied, probation]
+
+
+def _grouped(steps: int) -> str:
+    return number_format(steps, force_grouping=True)

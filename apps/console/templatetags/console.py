@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from django import template
@@ -28,7 +28,6 @@ from apps.console.language import as_written, html_language, in_words
 from apps.console.sentences import in_sentence
 from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS, Status
 from apps.console.waiting import inbox_count
-from apps.policies.models import utc
 from apps.policies.selectors import present_freezes
 from esper.contracts import Role
 
@@ -365,7 +364,7 @@ def freezes(context: template.RequestContext) -> dict[str, Any]:
             {
                 "project": one.project.name if one.project else "",
                 "ends_at": one.ends_at,
-                "until": utc(one.ends_at),
+                "until": f"{one.ends_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC",
                 "reason": one.reason,
                 "set_by": one.set_by.get_username(),
             }
