@@ -348,9 +348,10 @@ def _losses(records: Sequence[Record]) -> Iterator[str]:
 def _loss(record: Record) -> str:
     got, alone = record.arms["automatic"], record.seen
     given = ", ".join(f"{remedy} at {step}" for step, remedy, *_ in got.remedies) or "no remedy"
+    worse = " (worse)" if record.worse("automatic") else ""
     return (
-        f"- {record.title}: {got.score:.3f}, twin {record.twin:.3f}, left alone {alone.score:.3f}; "
-        f"{given}"
+        f"- {record.title}: {got.score:.3f}{worse}, twin {record.twin:.3f}, left alone "
+        f"{alone.score:.3f}; {given}"
     )
 
 
