@@ -22,6 +22,8 @@ from hosts.runtime import read_runtime
 START_SECONDS = 300.0
 RESTART_SECONDS = 300.0
 STOP_SECONDS = 120.0
+# A spare one imports torch at each start of a worker; the tests of the worker pool have two.
+ONE_BUILDER = {"ESPER_BUILDERS": "1"}
 
 
 @dataclass
@@ -132,7 +134,7 @@ def start_up(
     return subprocess.Popen(
         [*(sys.executable, "-m", "launcher", "up"), *("--data-dir", str(data_dir)), *arguments],
         cwd=ROOT,
-        env=inherited | (environment or {}),
+        env=inherited | ONE_BUILDER | (environment or {}),
         stdout=file,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

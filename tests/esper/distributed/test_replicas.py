@@ -48,7 +48,7 @@ def _train_past_a_graft(rank: int, slug: str, steps: int) -> dict[str, Any]:
     ("ranks", "slug"),
     [
         ("two_ranks", "proj_lora_64"),
-        ("two_ranks", "mlp_gelu_2048"),
+        pytest.param("two_ranks", "mlp_gelu_2048", marks=pytest.mark.full),
         ("three_ranks", "proj_lora_64"),
         ("four_ranks", "mlp_gelu_2048"),
     ],
