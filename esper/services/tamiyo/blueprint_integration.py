@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -44,7 +44,6 @@ from esper.contracts import (
 )
 from esper.contracts.wire import to_wire
 from esper.exceptions import EsperError
-from esper.grafting import Receipt, UndoReceipt
 from esper.health import extract_features
 from esper.pipeline import consider
 from esper.selection import BlueprintSelector, SelectableBlueprint
@@ -58,6 +57,9 @@ from esper.services.tamiyo.execution import (
 )
 from esper.services.tamiyo.remote import RemoteAdaptation
 from esper.services.tamiyo.urza import Urza
+
+if TYPE_CHECKING:
+    from esper.grafting import Receipt, UndoReceipt
 
 __all__ = [
     "BlueprintSelector",

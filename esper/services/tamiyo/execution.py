@@ -10,21 +10,21 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from esper import grafting
 from esper.blueprints import get_blueprint
-from esper.compilation.build import build_kernel
 from esper.compilation.instantiate import instantiate
 from esper.compilation.key import kernel_key
 from esper.compilation.verify import open_kernel
 from esper.contracts import Decision, KernelBundle, KernelReport, KernelSpec, LayerInfo
 from esper.contracts.signing import generate_private_key, public_key
 from esper.exceptions import ConfigurationError, KernelError
-from esper.grafting import Receipt
+
+if TYPE_CHECKING:  # else the service, which grafts nothing itself, would import torch's compiler
+    from esper.grafting import Receipt
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +68,8 @@ class ModelState:
         """The layers with their shapes, from one forward pass when they were not given."""
         if self.layers or self.model is None:
             return self.layers
+        from esper import grafting
+
         if self.sample is None:
             return grafting.trace_layers(self.model)
         return grafting.trace_layers(self.model, _call(self.model, self.sample))
@@ -108,6 +110,8 @@ class LocalCompiler:
         self.trusted_key = public_key(self._private_key)
 
     def build(self, layer: LayerInfo, blueprint: str, config: dict[str, Any]) -> KernelBundle:
+        from esper.compilation.build import build_kernel
+
         return build_kernel(layer, blueprint, config, private_key=self._private_key)
 
 
@@ -138,6 +142,8 @@ class LocalDispatcher:
     ) -> Receipt:
         if state.model is None:
             raise ConfigurationError("there is no model in this model_state")
+        from esper import grafting
+
         return grafting.apply_graft(
             state.model,
             layer,
