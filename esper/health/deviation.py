@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esper.contracts import SIGNAL_INDEX, Signal
+from esper.health.score import median_of_known
 
 Floats = NDArray[np.float32]
 
@@ -66,13 +67,13 @@ class Deviation:
         if len(self._past) < FEWEST_FRAMES or not newest_LM.size:
             return np.full_like(newest_LM, np.nan)
         past_FLM = np.stack(self._past)
-        middle_LM = _median(past_FLM)
-        spread_LM = np.maximum(1.4826 * _median(np.abs(past_FLM - middle_LM)), LEAST_SPREAD)
-        spread_LM = np.fmax(spread_LM, _median(spread_LM))
+        middle_LM = median_of_known(past_FLM)
+        spread_LM = np.maximum(1.4826 * median_of_known(np.abs(past_FLM - middle_LM)), LEAST_SPREAD)
+        spread_LM = np.fmax(spread_LM, median_of_known(spread_LM))
         own_LM = newest_LM - middle_LM
         own_LM[np.isfinite(past_FLM).sum(axis=0) < FEWEST_FRAMES] = np.nan
         has_peers_M = np.isfinite(own_LM).sum(axis=0) >= FEWEST_PEERS
-        peer_LM = np.where(has_peers_M, own_LM - _median(own_LM), 0.0)
+        peer_LM = np.where(has_peers_M, own_LM - median_of_known(own_LM), 0.0)
         own_LM[:, _PEER_ONLY] = 0.0
         z_LM: Floats = np.maximum(np.abs(peer_LM), 0.5 * np.abs(own_LM)) / spread_LM
         return z_LM
@@ -85,13 +86,3 @@ def _comparable(values: Floats) -> Floats:
     np.log10(logarithmic, out=logarithmic)
     found[~np.isfinite(found)] = np.nan
     return found
-
-
-def _median(values: Floats) -> Floats:
-    """Over the first axis, of the known values; ``np.nanmedian`` loops in Python there."""
-    ordered = np.sort(values, axis=0)  # NaN comes last
-    count = np.isfinite(values).sum(axis=0, keepdims=True)
-    low = np.take_along_axis(ordered, np.maximum((count - 1) // 2, 0), axis=0)
-    high = np.take_along_axis(ordered, np.minimum(count // 2, len(values) - 1), axis=0)
-    middle: Floats = (0.5 * (low + high))[0]
-    return middle

@@ -26,7 +26,6 @@ Stable rank, gradient SNR and the norms themselves inform the remedy, not the sc
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,9 +82,21 @@ def health_parts(values: Floats, medians: Floats) -> Floats:
 def layer_medians(values: Floats) -> Floats:
     """float32 [S]: median of the finite values of each signal; NaN where there is none."""
     finite = np.where(np.isfinite(values), values, np.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # an all-NaN column is valid
-        return np.nanmedian(finite, axis=0).astype(np.float32) if len(values) else finite.sum(0)
+    return median_of_known(finite).astype(np.float32) if len(values) else finite.sum(0)
+
+
+def median_of_known(values: Floats) -> Floats:
+    """Over the first axis, of the finite values; NaN where there is none.
+
+    ``np.nanmedian`` loops in Python there, and warns; to silence a warning is not safe while
+    another thread trains.
+    """
+    ordered = np.sort(values, axis=0)  # NaN comes last
+    count = np.isfinite(values).sum(axis=0, keepdims=True)
+    low = np.take_along_axis(ordered, np.maximum((count - 1) // 2, 0), axis=0)
+    high = np.take_along_axis(ordered, np.minimum(count // 2, len(values) - 1), axis=0)
+    middle: Floats = (0.5 * (low + high))[0]
+    return middle
 
 
 def _column(values: Floats, signal: Signal) -> Floats:

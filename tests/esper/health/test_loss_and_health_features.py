@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from esper.contracts import SIGNAL_INDEX, SIGNALS, AdaptationType, LayerHistory, Signal
 from esper.health import extract_features, health_scores, loss_features
+from esper.health.score import layer_medians
 
 Make = Callable[..., Any]
 STEPS = np.arange(1, 2001, dtype=np.int64)
@@ -196,3 +198,12 @@ def test_health_is_within_its_range_or_unknown(rows: list[list[float]]) -> None:
     found = health_scores(np.array(rows, dtype=np.float32))
 
     assert (np.isnan(found) | ((found >= 0) & (found <= 1))).all()
+
+
+def test_a_signal_without_a_value_changes_no_filter_of_warnings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Filters belong to all threads: one that trains would lose its warnings.
+    monkeypatch.delattr(warnings, "catch_warnings")
+    values = np.array([[1.0, np.nan, 2.0], [3.0, np.nan, np.inf]], dtype=np.float32)
+    assert layer_medians(values).tolist() == pytest.approx([2.0, math.nan, 2.0], nan_ok=True)
