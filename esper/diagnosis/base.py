@@ -65,7 +65,7 @@ class Evidence:
         severity: where it differs from the rule's.
         advice: what to do, where it differs from the rule's.
         certain: it needs no second check.
-        may_pass: it has done no harm so far; the next step shows whether it is over.
+        may_pass: it has done no harm so far; the next steps show whether it is over.
         only_tell: no remedy answers it, though the rule has some.
     """
 

@@ -38,6 +38,7 @@ LATEST = 256  # losses for the rules that are checked in each step
 JUMP = 3.0  # times the recent loss: worth checks outside the plan
 JUMP_CHECKS = 6  # steps in a row
 CLOSELY_EVERY = 20  # periods of the plan between two jumps that are looked at closely
+BROKEN_LOOKS = 10  # steps in a row; a loss may be NaN for long, and the weights finite
 WATCHED_STEPS = 200  # of the session, in which the first updates are counted
 
 
@@ -80,7 +81,8 @@ class DiagnosisWatch:
         self._checked_until = -1
         self._updates_seen = 0
         self._anew_since = 0  # the step in which the weights were put in
-        self._broken: Broken | None = None  # looked up once when the loss stops being finite
+        self._broken: Broken | None = None  # known while the loss is not finite
+        self._broken_since = -1
 
     def open(self, layers: tuple[LayerInfo, ...]) -> None:
         """The first step is over, so the layers are known."""
@@ -166,8 +168,11 @@ class DiagnosisWatch:
         Where it has changed the weights, what was read before says nothing about the run now.
         """
         self.look_closely()
-        if not remedy.changes_weights:
-            return
+        if remedy.changes_weights:
+            self.forget_readings()
+
+    def forget_readings(self) -> None:
+        """The weights are others now."""
         self.recorder.forget_readings()
         self._anew_since = self._run.step
         self._frames.clear()
@@ -194,9 +199,7 @@ class DiagnosisWatch:
         if loss is None:
             return changed
         if not math.isfinite(loss):
-            if self._broken is None:
-                self._broken = self.recorder.broken()
-                self.recorder.look_at_next()  # whether the data is at fault
+            self._look_at_broken()
             return True
         self._broken = None
         if loss > JUMP * abs(self._recent):
@@ -207,6 +210,15 @@ class DiagnosisWatch:
         known = not math.isnan(self._recent)
         self._recent = 0.9 * self._recent + 0.1 * loss if known else loss
         return changed or self._is_hard() or self._run.step <= self._checked_until
+
+    def _look_at_broken(self) -> None:
+        """Where the loss is not finite: until the weights are not either, or stay so."""
+        if self._broken is None:
+            self._broken_since = self._run.step
+            self.recorder.look_at_next()  # whether the data is at fault
+        elif self._broken.weights or self._run.step > self._broken_since + BROKEN_LOOKS:
+            return
+        self._broken = self.recorder.broken()
 
     def _is_hard(self) -> bool:
         """A hard fault is open, whose end is looked for in each step."""

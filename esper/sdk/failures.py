@@ -18,6 +18,7 @@ UNMEASURED = {
     "compiler": "Recompilations are not counted.",
     "compiling ahead": "Grafts are compiled in the training thread.",
     "guard": "Nobody looks for a loss that diverges.",
+    "written weights": "Esper does not notice that the script puts other weights in.",
     "good states": "The run cannot be rewound.",
     "shadow": "Nothing is tried in shadow.",
     "remedies": "No remedy is proposed for a finding.",

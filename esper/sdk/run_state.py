@@ -62,6 +62,11 @@ class RunState:
         self.given_up.append((back_to, self.step))
         self.rewinds += 1
 
+    def begin_anew(self, after_step: int) -> None:
+        """The script put other weights in after this step; earlier losses do not measure them."""
+        self.given_up = [(0, after_step)]
+        self.rewinds += 1
+
     def take_back(self, to_step: int) -> None:
         """A hard undo put in the weights of this step, and what was given up then is theirs."""
         kept = [gap for gap in self.given_up if gap[1] < to_step]

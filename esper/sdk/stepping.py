@@ -14,6 +14,7 @@ step(loss)    idle        on short steps: nothing is due, so the loss is kept fo
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import partial
 
@@ -38,6 +39,9 @@ from esper.sdk.opening import open_run, parameters_of
 from esper.sdk.parts import Parts
 from esper.sdk.remedy_loop import AFTER_GUARD_STEPS
 from esper.sdk.run_state import LossPoint
+from esper.sdk.written_weights import WrittenWeights
+
+logger = logging.getLogger("esper")
 
 
 class Steps:
@@ -72,6 +76,12 @@ class Steps:
         self._pause_sent: PauseForecast | None = None
         self.model_parameters = parameters_of(parts.setup.model, parts.setup.surroundings)
         self._lacks_capacity = False
+        self._written = parts.fail_closed.run(
+            partial(WrittenWeights, parts.setup.model),
+            part="written weights",
+            unmeasured="whether the script puts other weights into the model",
+        )
+        self._rewinds = parts.run.rewinds
 
     def take(self, loss: float | Tensor | None) -> None:
         """One training step is over; see :meth:`esper.sdk.Session.step`."""
@@ -109,6 +119,7 @@ class Steps:
             contain("ledger", partial(parts.ledger.on_step, run.step))
         if value is not None:
             run.losses.append((at, value))
+        contain("written weights", self._look_for_written_weights)
         contain("good states", lambda: self._keep_good_states(value, run.step, self._is_sick()))
         metrics = self._take_metrics(value)
         contain("compiler", partial(self._watch_compiler, metrics))
@@ -121,6 +132,8 @@ class Steps:
         parts.announcer.on_step()
         if self._stop_reason:
             raise RunStopped(self._stop_reason)
+        if self._written is not None:
+            self._written.forget()  # what Esper has written in this step
         self._idle.begin(self._idle_until())
 
     def _open(self) -> None:
@@ -269,7 +282,31 @@ class Steps:
         self._pause_sent = pause
         return {"compile_ahead_s": pause.seconds, "compile_s": pause.unprepared_seconds}
 
-    # -- good states, and steps in which nothing is due ----------------------------------------
+    # -- weights of the script, good states, and steps in which nothing is due ------------------
+
+    def _look_for_written_weights(self) -> None:
+        """Where the script put other weights in, the run begins anew with them."""
+        parts, run, written = self._parts, self._run, self._written
+        if written is None or parts.diagnosis is None or not parts.ranks.alone:
+            return
+        if run.rewinds != self._rewinds:  # a person went back, between two steps
+            self._rewinds = run.rewinds
+            written.forget()
+        last = written.look(run.step, run.losses)
+        if last < 0:
+            return
+        logger.info(
+            "the script put other weights into the model after step %d: no earlier state is "
+            "restored, and the loss has a new level",
+            last,
+        )
+        run.begin_anew(last)
+        self._rewinds = run.rewinds
+        self._calm.reset()
+        parts.diagnosis.forget_readings()
+        if parts.surgery.states is not None:
+            parts.surgery.states.begin_anew()
+            parts.surgery.states.marked = None
 
     def _keep_good_states(self, loss: float | None, step: int, is_sick: bool) -> None:
         """Every rank does it, from the loss that they share."""

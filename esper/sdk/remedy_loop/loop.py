@@ -36,6 +36,7 @@ from esper.sdk.treatments import RemedyProposal, Treatment
 logger = logging.getLogger("esper")
 
 AFTER_GUARD_STEPS = 5  # in which the loss can come back
+PASSING_STEPS = 10  # in which what has done no harm may pass, such as batches that a script skips
 
 
 class RemedyLoop:
@@ -198,7 +199,7 @@ class RemedyLoop:
         """One remedy at a time, so that it is known what helped; a critical finding cannot wait."""
         if found.severity is Severity.INFO:
             return False
-        if found.evidence.may_pass and self._run.step <= found.since_step:
+        if found.evidence.may_pass and self._run.step < found.since_step + PASSING_STEPS:
             return False
         urgent = found.severity is Severity.CRITICAL
         if any(t.finding == found.rule.slug or not urgent or t.urgent for t in running):

@@ -1,0 +1,199 @@
+"""A script puts other weights into the model that it trains: it wants them, whatever the loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import esper
+from esper.sdk.written_weights import WrittenWeights
+
+STEPS = 300
+Write = Callable[[nn.Module, torch.optim.Optimizer, int], None]
+
+
+def perceptron() -> nn.Module:
+    layers = (nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    return nn.Sequential(*layers)
+
+
+def losses_of(
+    write: Write,
+    session_of: Callable[[nn.Module, torch.optim.Optimizer], esper.Session] | None = None,
+    rate: Callable[[int], float] = lambda _: 2e-3,
+    classes: Callable[[Tensor, int], Tensor] = lambda y, _: torch.ones_like(y, dtype=torch.bool),
+) -> tuple[list[float], esper.Session | None]:
+    """The losses of a run in which ``write`` may put weights in before each step."""
+    torch.manual_seed(0)
+    model = perceptron()
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate(0))
+    session = session_of(model, optimizer) if session_of is not None else None
+    data = load_digits()
+    x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
+    losses = []
+    for step in range(STEPS):
+        write(model, optimizer, step)
+        optimizer.param_groups[0]["lr"] = rate(step)
+        own = classes(y, step).nonzero()[:, 0]
+        rows = own[torch.randint(len(own), (64,))]
+        loss = F.cross_entropy(model(x[rows]), y[rows])
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        if session is not None:
+            session.step(loss)
+        losses.append(loss.item())
+    return losses, session
+
+
+def automatic(model: nn.Module, optimizer: torch.optim.Optimizer) -> esper.Session:
+    return esper.attach(model, optimizer, mode="automatic", server="", verbose=False)
+
+
+def trials() -> Write:
+    """A cross-validation, or a search for a rate."""
+
+    def write(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        if step % 100 == 0:
+            for layer in model.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()
+            optimizer.state.clear()
+
+    return write
+
+
+def first_weights() -> Write:
+    """A network that is pruned, and begins again with its first weights and a mask."""
+    first: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def write(model: nn.Module, _: torch.optim.Optimizer, step: int) -> None:
+        if not first:
+            first.update(copy.deepcopy(model.state_dict()))
+        if step and step % 100 == 0:
+            model.load_state_dict(first)
+        if step > 100:
+            for parameter in model.parameters():
+                parameter.mul_(first_mask(parameter))
+
+    return write
+
+
+def first_mask(parameter: Tensor) -> Tensor:
+    return (torch.arange(parameter.numel()) % 3 > 0).float().view(parameter.shape)
+
+
+def rounds() -> Write:
+    """Clients in turn, each from the weights of the server, which are a mean of theirs."""
+    server: dict[str, Tensor] = {}
+    clients: list[dict[str, Tensor]] = []
+
+    def write(model: nn.Module, _: torch.optim.Optimizer, step: int) -> None:
+        if step % 20:
+            return
+        if step:
+            clients.append(copy.deepcopy(model.state_dict()))
+        if len(clients) == 3 or not server:
+            states = clients or [copy.deepcopy(model.state_dict())]
+            server.update({n: sum(s[n] for s in states) / len(states) for n in states[0]})
+            clients.clear()
+        model.load_state_dict(server)
+
+    return write
+
+
+KINDS = {"trials": trials, "the first weights": first_weights, "rounds of clients": rounds}
+
+
+def classes_of(kind: str) -> Callable[[Tensor, int], Tensor]:
+    """Each client has classes of its own."""
+    apart = kind == "rounds of clients"
+    return lambda y, step: y % 3 == step // 20 % 3 if apart else torch.ones_like(y).bool()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_the_script_puts_in_stay_to_the_bit(kind: str) -> None:
+    expected, _ = losses_of(KINDS[kind](), classes=classes_of(kind))
+    losses, session = losses_of(KINDS[kind](), automatic, classes=classes_of(kind))
+    assert session is not None
+    with session:
+        assert losses == expected
+        assert not session.remedies
+
+
+def test_a_fault_after_them_is_answered_with_a_state_of_these_weights() -> None:
+    def rate(step: int) -> float:
+        return 2e-3 if step < 160 else 2.0
+
+    _, session = losses_of(trials(), automatic, rate)
+    assert session is not None
+    with session:
+        jumps = [finding.slug for finding in session.findings()]
+        rewound = [r for r in session.remedies if r.remedy == "rewind"]
+        assert rewound, jumps
+        assert all(int(r.details["to_step"]) >= 100 for r in rewound)
+
+
+def test_weights_that_are_swapped_for_an_evaluation_leave_the_good_states() -> None:
+    average: dict[str, Tensor] = {}
+
+    def write(model: nn.Module, _: torch.optim.Optimizer, step: int) -> None:
+        average.update(average or copy.deepcopy(model.state_dict()))
+        if step % 25 == 0:
+            own = copy.deepcopy(model.state_dict())
+            model.load_state_dict(average)
+            model.load_state_dict(own)
+
+    _, session = losses_of(write, automatic)
+    assert session is not None
+    with session:
+        states = session._parts.surgery.states
+        assert states is not None
+        assert session._parts.run.rewinds == 0
+        assert min(states.steps) < 250
+
+
+def updates(model: nn.Module, writes: int) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            for _ in range(writes):
+                parameter.mul_(1.0)
+
+
+@pytest.mark.parametrize("writes", [1, 3])
+@pytest.mark.parametrize("apart", [1, 32])
+def test_a_write_is_told_from_the_updates_however_seldom_one_looks(writes: int, apart: int) -> None:
+    model = perceptron()
+    written = WrittenWeights(model)
+    losses: list[tuple[int, float]] = []
+
+    def look() -> Iterator[int]:
+        for step in range(1, 20 * apart + 1):
+            updates(model, writes)
+            losses.append((step, 1.0 if step > 5 else 3.0))
+            if step % apart == 0:
+                yield written.look(step, losses)
+
+    assert set(look()) == {-1}
+    last, found = 20 * apart, []
+    for step in range(last + 1, last + 5):
+        losses.append((step, 3.0))
+        updates(model, writes + (step == last + 1))
+        found.append(written.look(step, losses))
+    assert found == [-1, -1, last, -1]
+
+
+def test_a_jump_of_the_loss_without_a_write_is_no_act_of_the_script() -> None:
+    model = perceptron()
+    written = WrittenWeights(model)
+    losses = [(step, 1.0 if 5 < step < 20 else 3.0) for step in range(1, 31)]
+    for step in range(1, 31):
+        updates(model, 2)
+        assert written.look(step, losses[:step]) == -1
