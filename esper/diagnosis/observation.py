@@ -24,6 +24,9 @@ NO_LOSSES: Doubles = np.zeros(0)
 NO_STEPS: Steps = np.zeros(0, dtype=np.int64)
 
 
+CAME_TRAINED = 0.5  # of the loss of guessing
+
+
 class Unknown(Exception):
     """A rule needs something that was not measured."""
 
@@ -480,6 +483,16 @@ class Observation:
     def first_training_loss(self) -> float:
         """Median of the first twenty finite ones. Raises ``Unknown``."""
         return float(np.median(self.finite_losses()[1][:20]))
+
+    @property
+    def came_trained(self) -> bool:
+        """The model came with trained weights, as the first losses of its classes say."""
+        if not self.passes:
+            return False
+        seen = self.first_pass
+        if seen.loss_kind is not LossKind.CROSS_ENTROPY or not 0 < seen.loss_scale < 2:
+            return False
+        return self.first_training_loss < CAME_TRAINED * math.log(max(2, seen.classes))
 
     @property
     def learned_share(self) -> float:

@@ -167,8 +167,16 @@ def _blown_up(seen: ModelPass) -> Evidence | None:
 
 
 def _gains_at_birth(observation: Observation) -> dict[str, float]:
-    """Layer -> std(weights) x sqrt(inputs)."""
-    return {t.layer: t.gain for t in observation.tensors if t.trainable and math.isfinite(t.gain)}
+    """Layer -> std(weights) x sqrt(inputs) of its largest matrix.
+
+    An adapter has a matrix that starts at zero beside another one; what it adapts is frozen, and
+    counts too.
+    """
+    gains: dict[str, float] = {}
+    for tensor in observation.tensors:
+        if math.isfinite(tensor.gain):
+            gains[tensor.layer] = max(tensor.gain, gains.get(tensor.layer, 0.0))
+    return gains
 
 
 def _gains_now(observation: Observation) -> dict[str, float]:

@@ -10,7 +10,7 @@ from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation
 from esper.grafting.guard import LossGuard
 
-HARM = 0.3
+HARM, FAR = 0.3, 10.0
 BEGIN = 20
 BEFORE, OFTEN = 60, 3
 
@@ -31,6 +31,10 @@ class LossSpike(Rule):
         Threshold(
             "loss / first loss", HARM, "ratio",
             "chosen: below it, it is info; single batches of a run that has learned are as high",
+        ),
+        Threshold(
+            "of a loss that begins on both sides of zero / the largest so far", FAR, "ratio",
+            "chosen: of policy gradients and penalties that begin at zero; below it, it is info",
         ),
     )  # fmt: skip
     severity = Severity.CRITICAL
@@ -72,7 +76,7 @@ class LossSpike(Rule):
             signal="loss",
             value=observation.loss,
             since_step=memory.notes["since"],
-            severity=None if _does_harm(observation.loss, memory) else Severity.INFO,
+            severity=None if _does_harm(observation, memory) else Severity.INFO,
         )
 
 
@@ -85,6 +89,14 @@ def _is_usual(observation: Observation, since: int, limit: float) -> bool:
     return not high.all() and int(high[int(np.argmin(high)) :].sum()) >= OFTEN
 
 
-def _does_harm(loss: float, memory: Memory) -> bool:
-    """The loss is a share of what it was before anything was learned."""
-    return not 0 < loss < HARM * median(memory.notes["begin"])
+def _does_harm(observation: Observation, memory: Memory) -> bool:
+    """The loss is not a small share of what it was before anything was learned."""
+    loss, begin = observation.loss, memory.notes["begin"]
+    before = observation.losses[observation.loss_steps < memory.notes["since"]]
+    before = before[np.isfinite(before)]
+    if not len(before) or min(before.min(), *begin) > 0:
+        return not 0 < loss < HARM * median(begin)
+    # A loss that may be below zero is no ratio of its level, which may be next to zero.
+    if min(begin) > 0 or max(begin) < 0:
+        return loss > float(max(begin))
+    return loss > FAR * float(np.abs(before).max())

@@ -26,8 +26,11 @@ class RepeatedInitialisation(Rule):
         matrices = [t for t in observation.tensors if t.is_matrix and t.trainable]
         if not matrices:
             raise Unknown("the weights before the first update are not known")
+        # Another matrix of the same units, such as the means beside deviations that start equal.
+        told_apart = {(t.layer, t.shape[0]) for t in matrices if t.equal_rows < EQUAL_ROWS}
         matrices = [t for t in matrices if t.name in observation.symmetric]
         equal = [t for t in matrices if t.equal_rows >= EQUAL_ROWS]
+        equal = [t for t in equal if (t.layer, t.shape[0]) not in told_apart]
         if equal:
             return Evidence(
                 observed=f"{equal[0].equal_rows:.0%} of the units of {equal[0].layer} start with "

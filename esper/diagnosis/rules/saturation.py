@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
@@ -9,6 +11,8 @@ from esper.diagnosis.observation import Observation, Unknown
 SHARE = 0.5
 STILL = 0.4
 UNLEARNED = 0.95
+UNLEARNED_EARLY = 0.9
+LEVEL_LOSSES, FEWEST_LOSSES = 20, 10
 
 
 class Saturation(Rule):
@@ -21,7 +25,11 @@ class Saturation(Rule):
         Threshold("saturated activations", SHARE, "share", "DeepDiagnosis (ICSE'22)"),
         Threshold("to resolve", STILL, "share", "chosen"),
         Threshold("loss / first loss", UNLEARNED, "ratio", "below it the run learns: info"),
-    )
+        Threshold(
+            f"the same of a run with fewer than {2 * LEVEL_LOSSES} losses", UNLEARNED_EARLY,
+            "ratio", "chosen: the first ones are far apart",
+        ),
+    )  # fmt: skip
     severity = Severity.CAUTION
     false_alarm = "Gates, or units of a narrow layer, that have learned to be fully on or off."
     advice = "Start with smaller weights and scaled inputs; if it came later, lower the rate."
@@ -63,7 +71,9 @@ class Saturation(Rule):
 
 def _learns(observation: Observation) -> bool:
     """In spite of it: what a narrow layer says with units that are on or off is no fault."""
-    try:
-        return observation.learned_share < UNLEARNED
-    except Unknown:
+    losses = observation.finite_losses()[1]
+    count = min(LEVEL_LOSSES, len(losses) // 2)
+    if count < FEWEST_LOSSES:
         return False
+    share = UNLEARNED if count == LEVEL_LOSSES else UNLEARNED_EARLY
+    return float(np.median(losses[-count:])) < share * float(np.median(losses[:count]))

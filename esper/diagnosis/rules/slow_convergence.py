@@ -5,7 +5,7 @@ from statistics import fmean, median
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import LossKind, Observation, Unknown
+from esper.diagnosis.observation import CAME_TRAINED, LossKind, Observation, Unknown
 
 STEPS = 200
 GAIN = 0.01
@@ -25,6 +25,10 @@ class SlowConvergence(Rule):
         Threshold("steps", STEPS, "steps", "chosen"),
         Threshold("loss / first loss, at most", DIVERGED, "ratio", "chosen"),
         Threshold("fall of the loss", GAIN, "share", "AutoTrainer (ICSE'21): gain below 0.01"),
+        Threshold(
+            "first losses / that of guessing", CAME_TRAINED, "ratio",
+            "chosen: below it the model was trained before, and may be at its end",
+        ),
         Threshold("median of update / weight", SMALL_UPDATE, "ratio", "above it, it is info"),
         Threshold("steps until a run that guesses is told", LONG, "steps", "chosen"),
         Threshold(
@@ -39,7 +43,7 @@ class SlowConvergence(Rule):
             "share of their size",
             "chosen: the same answer to each input, where some classes are rare",
         ),
-    )
+    )  # fmt: skip
     severity = Severity.CAUTION
     false_alarm = "A task that is learned suddenly after a long time, such as parity."
     advice = (
@@ -57,8 +61,8 @@ class SlowConvergence(Rule):
     )  # fmt: skip
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
-        if observation.step < STEPS:
-            raise Unknown("too few steps")
+        if min(observation.step, len(observation.losses)) < STEPS:
+            raise Unknown("too few steps")  # of these weights
         if not observation.last_gradients.updates:
             raise Unknown("no update was made")
         if observation.is_warming_up:
@@ -66,7 +70,7 @@ class SlowConvergence(Rule):
         if guesses := _guesses(observation):
             return guesses
         share = observation.learned_share
-        if not 1 - GAIN <= share <= DIVERGED:
+        if observation.came_trained or not 1 - GAIN <= share <= DIVERGED:
             return None  # it learns, or it has diverged, which other rules explain
         slow = median(ratio for _, ratio in observation.update_ratios) < SMALL_UPDATE
         return Evidence(

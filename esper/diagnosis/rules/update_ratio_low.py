@@ -6,7 +6,7 @@ import numpy as np
 
 from esper.contracts import Severity, Signal
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import Observation, Unknown
+from esper.diagnosis.observation import CAME_TRAINED, Observation, Unknown
 
 LOW, LOW_OF_ADAPTIVE = 1e-5, 1e-4
 RECENT = 0.5
@@ -35,6 +35,10 @@ class UpdateRatioLow(Rule):
             "rate / largest rate so far", SCHEDULED, "share", "below it the schedule is meant"
         ),
         Threshold("loss / first loss", UNLEARNED, "ratio", "below it the run learns"),
+        Threshold(
+            "first losses / that of guessing", CAME_TRAINED, "ratio",
+            "chosen: below it the model was trained before, and small updates are meant",
+        ),
     )  # fmt: skip
     severity = Severity.CAUTION
     false_alarm = "A fine-tuning that starts close to its optimum."
@@ -73,7 +77,7 @@ class UpdateRatioLow(Rule):
             raise Unknown("too few losses")
         half = min(len(losses) // 2, LEVEL_LOSSES)
         first, level = float(np.median(losses[:half])), float(np.median(losses[-half:]))
-        if first <= 0 or level < UNLEARNED * first:
+        if first <= 0 or level < UNLEARNED * first or observation.came_trained:
             return None
         return Evidence(
             observed=f"up to step {step} the median update is at most {ratio:.1e} of its weight, "

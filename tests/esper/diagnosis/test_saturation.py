@@ -26,8 +26,14 @@ def behind_a_tanh(layer: str, saturated: float) -> LayerPass:
 
 @pytest.mark.parametrize(
     ("last_loss", "steps", "severity"),
-    [(2.9, 300, None), (1.5, 300, Severity.INFO), (1.5, 30, None)],
-    ids=["does not learn", "learns", "too early to tell"],
+    [
+        (2.9, 300, None),
+        (1.5, 300, Severity.INFO),
+        (1.5, 30, Severity.INFO),
+        (2.8, 30, None),
+        (1.5, 15, None),
+    ],
+    ids=["does not learn", "learns", "learns early", "may not learn", "too early to tell"],
 )
 def test_a_layer_that_is_on_or_off_is_no_fault_while_the_run_learns(
     last_loss: float, steps: int, severity: Severity | None

@@ -145,6 +145,80 @@ def policy_gradient() -> Script:
     return Script(policy, torch.optim.Adam(policy.parameters(), lr=3e-3), loss)
 
 
+def penalty_that_begins_at_zero() -> Script:
+    """A tuned policy is held near the one that it came from; its loss is on both sides of zero."""
+    policy = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 6))
+    older = copy.deepcopy(policy).requires_grad_(False)
+
+    def loss(_: int) -> Tensor:
+        seen = torch.randn(64, 8)
+        scores = policy(seen)
+        chosen = torch.distributions.Categorical(logits=scores)
+        action = chosen.sample()
+        reward = (action == seen[:, :6].argmin(1)).float()
+        gain = (chosen.log_prob(action) * (reward - reward.mean())).mean()
+        away = scores.log_softmax(1) - older(seen).log_softmax(1)
+        return 0.05 * (scores.softmax(1) * away).sum(1).mean() - gain
+
+    return Script(policy, torch.optim.AdamW(policy.parameters(), lr=1e-3), loss)
+
+
+class Uncertain(nn.Module):
+    """A linear layer whose weights are drawn: means, and deviations that all start equal."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.randn(outputs, inputs) * 0.1)
+        self.deviation = nn.Parameter(torch.full((outputs, inputs), -5.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        deviation = F.softplus(self.deviation)
+        return x @ (self.mean + deviation * torch.randn_like(deviation)).T
+
+
+def uncertain_weights() -> Script:
+    x, y = pixels()
+    model = nn.Sequential(Uncertain(64, 32), nn.ReLU(), Uncertain(32, 10))
+    return fitted(model, torch.optim.Adam, 3e-3, x, y, F.cross_entropy)
+
+
+def trained_before() -> Script:
+    """It goes on from good weights with a low rate."""
+    x, y = pixels()
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    fitted(model, torch.optim.Adam, 1e-2, x, y, F.cross_entropy).run()
+    return fitted(model, torch.optim.SGD, 1e-4, x, y, F.cross_entropy)
+
+
+class Adapted(nn.Module):
+    """A frozen layer and two thin matrices, of which one starts at zero."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(4, layer.in_features) * 0.01)
+        self.up = nn.Parameter(torch.zeros(layer.out_features, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + 4 * x @ self.down.T @ self.up.T
+
+
+def adapters() -> Script:
+    """A model of some classes learns the other ones, with a new head that starts at zero."""
+    x, y = pixels()
+    layers = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)]
+    known = y < 5
+    model = nn.Sequential(*layers)
+    fitted(model, torch.optim.Adam, 1e-3, x[known], y[known], F.cross_entropy).run()
+    for place in (0, 2):
+        layer = model[place]
+        assert isinstance(layer, nn.Linear)
+        model[place] = Adapted(layer)
+    model[4] = nn.Linear(64, 5)
+    nn.init.zeros_(model[4].weight)
+    return fitted(model, torch.optim.AdamW, 1e-3, x[~known], y[~known] - 5, F.cross_entropy)
+
+
 SOUND: dict[str, Callable[[], Script]] = {
     "a line, SGD": lambda: line(torch.optim.SGD, 0.01),
     "a line, Adam": lambda: line(torch.optim.Adam, 0.1),
@@ -159,6 +233,10 @@ SOUND: dict[str, Callable[[], Script]] = {
     "small weights, Adagrad": lambda: spiral(torch.optim.Adagrad, 1.0),
     "batches of one sample": one_sample_at_a_time,
     "classes, batches of one sample": classes_one_sample_at_a_time,
+    "a penalty that begins at zero": penalty_that_begins_at_zero,
+    "weights that are drawn": uncertain_weights,
+    "a model that was trained before": trained_before,
+    "adapters of a frozen model": adapters,
 }
 
 
@@ -176,6 +254,36 @@ def test_a_sound_script_is_left_alone_to_the_bit(script: Callable[[], Script]) -
 def pixels() -> tuple[Tensor, Tensor]:
     digits = load_digits()
     return torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+
+
+def test_batches_that_the_script_skips_are_no_fault_of_the_weights() -> None:
+    """A third of them has a value that is not finite, often several in a row."""
+    x, y = pixels()
+    x[::40] = torch.nan
+
+    def run(session_of: Callable[..., esper.Session] | None = None) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+        session = session_of(model, optimizer) if session_of is not None else None
+        losses = []
+        for _ in range(STEPS):
+            rows = torch.randint(len(x), (16,))
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            optimizer.zero_grad()
+            if loss.isfinite():
+                torch.autograd.backward(loss)
+                optimizer.step()
+            if session is not None:
+                session.step(loss)
+            losses.append(loss.item())
+        if session is not None:
+            assert not session.remedies
+            session.close()
+        return losses
+
+    attached = run(lambda *parts: esper.attach(*parts, mode="automatic", server=""))
+    assert str(attached) == str(run())  # NaN equals NaN here
 
 
 def tasks(step: int, y: Tensor) -> Tensor:
