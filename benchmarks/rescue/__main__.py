@@ -168,11 +168,8 @@ def main() -> None:
     else:
         started = time.monotonic()
         records = run(arguments)
-        about = report.about(arguments.seeds, time.monotonic() - started)
-        about = report.origin(about, records)
+        about = report.origin(report.about(arguments.seeds, time.monotonic() - started), records)
     print("\n".join(report.table(records)))
-    if arguments.json:
-        save(records, about, arguments)
     if arguments.docs:
         report.write(records, about, arguments.docs)
 
