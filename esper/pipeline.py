@@ -250,7 +250,7 @@ def _weighed(proposal: AdaptationDecision, sure: Confidence) -> tuple[Reason, ..
     """Why it is proposed, and then what the confidence is made of: the weights sum to it."""
     why = (replace(reason, weight=0.0) for reason in proposal.reasons)
     made_of = (Reason(t.name, t.observed, t.weight, t.text) for t in sure.terms)
-    return (*why, *made_of, Reason("interval", math.nan, 0.0, sure.about))
+    return (*why, *made_of, Reason("interval", math.nan, 0.0, f"its confidence is {sure.about}"))
 
 
 def _too_few(proposal: AdaptationDecision, sure: Confidence) -> tuple[str, ...]:
