@@ -24,7 +24,13 @@ const css = (name) => {
   probe.remove();
   return color;
 };
-const short = (value) => (value === null || value === undefined ? "—" : inWords(Number(value.toPrecision(4))));
+// Four digits: a small loss is not zero, and a step keeps all of its digits.
+const short = (value) => {
+  if (value === null || value === undefined) return "—";
+  if (Number.isInteger(value)) return inWords(value);
+  const tiny = Math.abs(value) < 1e-4;
+  return inWords(value, { maximumSignificantDigits: tiny ? 3 : 4, notation: tiny ? "scientific" : "standard" });
+};
 const readMarkers = () => JSON.parse(document.getElementById("markers").textContent);
 
 // --- loss -----------------------------------------------------------------------------------------
@@ -112,6 +118,7 @@ function drawLoss() {
   if (!zoomed) showWindow();
 }
 
+const EDGE = 26; // half of the last number of the axis
 const gutter = () => (innerWidth < 700 ? 58 : 176);
 
 // How far a spike stands above the usual loss. One that hides the rest makes the axis logarithmic.
@@ -133,7 +140,7 @@ function makeChart(data) {
   const soft = (color) => color.replace("rgb(", "rgba(").replace(")", ", 0.35)");
   const value = (_, number) => short(number);
   return new uPlot({
-    width: place.clientWidth, height: 260, padding: [8, 12, 0, 0],
+    width: place.clientWidth, height: 260, padding: [8, EDGE, 0, 0],
     cursor: { drag: { x: true, y: false } }, legend: { live: true },
     scales: { x: { time: false }, y: { distr: logScale ? 3 : 1 } },
     axes: [{ ...axis, values: (_, ticks) => ticks.map((tick) => inWords(tick)) }, { ...axis, size: gutter() }],
@@ -246,7 +253,7 @@ function axis() {
   const place = document.getElementById("loss-chart");
   if (!chart) {
     const steps = heat.steps;
-    return { left: gutter(), width: place.clientWidth - gutter() - 12, min: steps[0] ?? 0, max: steps.at(-1) ?? 1 };
+    return { left: gutter(), width: place.clientWidth - gutter() - EDGE, min: steps[0] ?? 0, max: steps.at(-1) ?? 1 };
   }
   const { left, width } = chart.bbox;
   const { min, max } = chart.scales.x;

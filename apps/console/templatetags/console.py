@@ -256,7 +256,9 @@ def count(value: Any) -> str:
 def duration(milliseconds: float) -> str:
     """Milliseconds up to a second, then seconds, then minutes."""
     if milliseconds < 1000:
-        return f"{milliseconds:.0f} ms"
+        return as_written(
+            f"{milliseconds:.3g} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
+        )
     seconds = milliseconds / 1000
     return as_written(f"{seconds:.1f} s") if seconds < 90 else f"{seconds / 60:.0f} min"
 
