@@ -28,8 +28,9 @@ const css = (name) => {
 const short = (value) => {
   if (value === null || value === undefined) return "—";
   if (Number.isInteger(value)) return inWords(value);
-  const tiny = Math.abs(value) < 1e-4;
-  return inWords(value, { maximumSignificantDigits: tiny ? 3 : 4, notation: tiny ? "scientific" : "standard" });
+  if (Math.abs(value) >= 1e-4) return inWords(value, { maximumSignificantDigits: 4 });
+  const [digits, power] = value.toExponential(2).split("e-"); // as the server writes it: 1.23e−06
+  return `${inWords(Number(digits), { minimumFractionDigits: 2 })}e−${power.padStart(2, "0")}`;
 };
 const readMarkers = () => JSON.parse(document.getElementById("markers").textContent);
 

@@ -257,7 +257,7 @@ def duration(milliseconds: float) -> str:
     """Milliseconds up to a second, then seconds, then minutes."""
     if milliseconds < 1000:
         return as_written(
-            f"{milliseconds:.3g} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
+            f"{milliseconds:.3g} ms" if milliseconds < 10 else f"{milliseconds:.0f} ms"
         )
     seconds = milliseconds / 1000
     return as_written(f"{seconds:.1f} s") if seconds < 90 else f"{seconds / 60:.0f} min"
