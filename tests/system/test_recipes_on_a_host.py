@@ -57,7 +57,8 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
     shutil.copy(Path(__file__).parents[2] / "recipes" / "digits_cnn.toml", recipes)
     digits = (recipes / "digits_cnn.toml").read_text()
     root = Path(__file__).parents[2]
-    (recipes / "digits_cnn.toml").write_text(digits.replace('".."', f'"{root}"'))
+    paused = digits.replace('"--seed"', '"--pause", "0.03", "--seed"')  # as system/conftest.py
+    (recipes / "digits_cnn.toml").write_text(paused.replace('".."', f'"{root}"'))
     environment = {"ESPER_RECIPES": str(recipes), "ESPER_LAUNCH_LOST_SECONDS": "10"}
     esper = launch_esper(tmp_path / "data", "--no-demo", environment=environment)
     plant = Plant(esper, tmp_path)
