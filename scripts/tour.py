@@ -248,6 +248,7 @@ NOT_SHOWN = {
     "provider-sign-in": "it leads to the OpenID provider",
     "provider-callback": "the way back from the OpenID provider",
     "sign-in-code": "the second page of a sign-in, for whoever has an authenticator app",
+    "identity": "a question after the way back from the OpenID provider",
     "second-factor": "it shows a secret, or what was made from it",
     "people": "a list of accounts for administrators",
     "bar": "the part of each page that is loaded again",
