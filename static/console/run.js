@@ -119,7 +119,7 @@ function drawLoss() {
   if (!zoomed) showWindow();
 }
 
-const EDGE = 26; // half of the last number of the axis
+const edge = () => (innerWidth < 700 ? 12 : 26); // half of the last number of the axis
 const gutter = () => (innerWidth < 700 ? 58 : 176);
 
 // How far a spike stands above the usual loss. One that hides the rest makes the axis logarithmic.
@@ -141,7 +141,7 @@ function makeChart(data) {
   const soft = (color) => color.replace("rgb(", "rgba(").replace(")", ", 0.35)");
   const value = (_, number) => short(number);
   return new uPlot({
-    width: place.clientWidth, height: 260, padding: [8, EDGE, 0, 0],
+    width: place.clientWidth, height: 260, padding: [8, edge(), 0, 0],
     cursor: { drag: { x: true, y: false } }, legend: { live: true },
     scales: { x: { time: false }, y: { distr: logScale ? 3 : 1 } },
     axes: [{ ...axis, values: (_, ticks) => ticks.map((tick) => inWords(tick)) }, { ...axis, size: gutter() }],
@@ -254,7 +254,7 @@ function axis() {
   const place = document.getElementById("loss-chart");
   if (!chart) {
     const steps = heat.steps;
-    return { left: gutter(), width: place.clientWidth - gutter() - EDGE, min: steps[0] ?? 0, max: steps.at(-1) ?? 1 };
+    return { left: gutter(), width: place.clientWidth - gutter() - edge(), min: steps[0] ?? 0, max: steps.at(-1) ?? 1 };
   }
   const { left, width } = chart.bbox;
   const { min, max } = chart.scales.x;
