@@ -99,4 +99,5 @@ def _does_harm(observation: Observation, memory: Memory) -> bool:
     # A loss that may be below zero is no ratio of its level, which may be next to zero.
     if min(begin) > 0 or max(begin) < 0:
         return loss > float(max(begin))
-    return loss > FAR * float(np.abs(before).max())
+    # How large such a loss is usually shows later than it begins.
+    return len(before) >= BEFORE and loss > FAR * float(np.abs(before).max())

@@ -291,3 +291,37 @@ def test_a_deep_net_in_which_nothing_is_left_is_told_at_once() -> None:
     x, y = digits()
     result = Run(model, (x, y), loss=F.cross_entropy, steps=3).go()
     assert any(alarm.startswith("bad_initialisation") for alarm in result.alarms())
+
+
+def worst_spike(losses: NDArray[np.float64]) -> Severity | None:
+    """Of the finding at the last of these losses; None: there is none."""
+    rule, memory, evidence = LossSpike(), Memory(), None
+    for step in range(1, len(losses) + 1):
+        steps = np.arange(1, step + 1)
+        evidence = rule.check(
+            Observation(step=step, loss_steps=steps, losses=losses[:step]), memory
+        )
+    if evidence is None:
+        return None
+    return evidence.severity or LossSpike.severity
+
+
+@pytest.mark.parametrize(
+    ("steps", "after", "severity"),
+    [(40, 8e-4, Severity.INFO), (80, 8e-6, Severity.INFO), (80, 1e3, Severity.CRITICAL)],
+)
+def test_a_loss_that_begins_around_zero_and_rises_by_design_is_no_spike(
+    steps: int, after: float, severity: Severity
+) -> None:
+    begin = np.random.default_rng(0).normal(0.0, 1e-6, steps)
+    assert worst_spike(np.concatenate([begin, np.full(3, after)])) is severity
+
+
+@pytest.mark.parametrize(("after", "critical"), [(150.0, False), (700.0, True)])
+def test_a_loss_below_zero_has_a_spike_where_it_loses_all_it_has_learned(
+    after: float, critical: bool
+) -> None:
+    fell = np.linspace(500.0, -98.0, 60)
+    settled = -98.0 + np.random.default_rng(0).normal(0.0, 0.5, 60)
+    found = worst_spike(np.concatenate([fell, settled, np.full(3, after)]))
+    assert (found is Severity.CRITICAL) is critical

@@ -249,6 +249,7 @@ def test_a_sound_script_is_left_alone_to_the_bit(script: Callable[[], Script]) -
     with esper.attach(attached.model, attached.optimizer, mode="automatic", server="") as session:
         assert attached.run(session) == expected
         assert not session.remedies
+        assert "repeated_initialisation" not in {found.slug for found in session.findings()}
 
 
 def pixels() -> tuple[Tensor, Tensor]:
