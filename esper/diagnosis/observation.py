@@ -155,6 +155,13 @@ class ModelPass:
         """Size of the output's last axis; 0 unknown."""
         return self.output_shape[-1] if self.output_shape else 0
 
+    @property
+    def guessing_loss(self) -> float:
+        """Mean cross-entropy of equal chances for all classes; NaN where the loss is another."""
+        if self.loss_kind is not LossKind.CROSS_ENTROPY or not 0 < self.loss_scale < 2:
+            return math.nan
+        return math.log(max(2, self.classes))
+
 
 @dataclass(frozen=True, slots=True)
 class GradientRow:

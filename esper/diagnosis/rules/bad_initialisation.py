@@ -6,7 +6,7 @@ from statistics import median
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
+from esper.diagnosis.observation import ModelPass, Observation, Unknown
 
 ALIKE = 1e-3
 DIFFERENT = 0.1
@@ -207,10 +207,8 @@ def _gain(gains: dict[str, float]) -> Evidence | None:
 
 
 def _loss(seen: ModelPass, first: float) -> Evidence | None:
-    if seen.loss_kind is not LossKind.CROSS_ENTROPY or not 0 < seen.loss_scale < 2:
-        return None
-    chance = math.log(max(2, seen.classes))
-    if first < ABOVE_CHANCE * chance:
+    chance = seen.guessing_loss
+    if math.isnan(chance) or first < ABOVE_CHANCE * chance:
         return None
     return Evidence(
         observed=f"the first loss is {first:.3g}, and that of guessing is {chance:.3g}",

@@ -12,6 +12,7 @@ SHARE = 0.5
 STILL = 0.4
 UNLEARNED = 0.95
 UNLEARNED_EARLY = 0.9
+BELOW_GUESSING = 0.8
 LEVEL_LOSSES, FEWEST_LOSSES = 20, 10
 
 
@@ -29,6 +30,7 @@ class Saturation(Rule):
             f"the same of a run with fewer than {2 * LEVEL_LOSSES} losses", UNLEARNED_EARLY,
             "ratio", "chosen: the first ones are far apart",
         ),
+        Threshold("mean loss / that of guessing", BELOW_GUESSING, "ratio", "chosen; the same"),
     )  # fmt: skip
     severity = Severity.CAUTION
     false_alarm = "Gates, or units of a narrow layer, that have learned to be fully on or off."
@@ -75,5 +77,7 @@ def _learns(observation: Observation) -> bool:
     count = min(LEVEL_LOSSES, len(losses) // 2)
     if count < FEWEST_LOSSES:
         return False
+    if float(np.mean(losses[-2 * count :])) < BELOW_GUESSING * observation.last_pass.guessing_loss:
+        return True  # also where the first losses are low, because it learned within a few steps
     share = UNLEARNED if count == LEVEL_LOSSES else UNLEARNED_EARLY
     return float(np.median(losses[-count:])) < share * float(np.median(losses[:count]))

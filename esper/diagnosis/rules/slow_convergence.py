@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from statistics import fmean, median
 
 from esper.contracts import Severity
@@ -91,8 +90,8 @@ def _guesses(observation: Observation) -> Evidence | None:
     seen = observation.last_pass
     if seen.loss_kind is not LossKind.CROSS_ENTROPY:
         return None  # the loss of guessing is not known
-    level, chance = fmean(losses[-GUESSES:]), math.log(max(2, seen.classes))
-    if 0 < seen.loss_scale < 2 and level >= GUESSING * chance:
+    level, chance = fmean(losses[-GUESSES:]), seen.guessing_loss
+    if level >= GUESSING * chance:
         observed = f"the loss is {level:.4g}, and that of guessing {chance:.4g}"
         limit, value = f"below {GUESSING:.0%} of it", level / chance
     elif seen.output_spread < ALIKE:  # guessing is better than that where classes are not alike

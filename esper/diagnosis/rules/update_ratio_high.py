@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from esper.contracts import Severity, Signal
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import Gradients, LossKind, Observation, Unknown
+from esper.diagnosis.observation import Gradients, Observation, Unknown
 from esper.diagnosis.updates import STEADY
 
 FIRST = 0.3
@@ -80,10 +80,10 @@ class UpdateRatioHigh(Rule):
     def _guesses(self, observation: Observation) -> Evidence | None:
         """Nothing was learned, and the updates are larger than those of runs that learn."""
         seen = observation.first_pass
-        if seen.loss_kind is not LossKind.CROSS_ENTROPY or not 0 < seen.loss_scale < 2:
+        chance = seen.guessing_loss
+        if math.isnan(chance):
             return None
         losses = observation.finite_losses()[1]
-        chance = math.log(max(2, seen.classes))
         rows = math.prod(seen.output_shape[:-1])
         count = max(GUESSES, math.ceil(SAMPLES / max(1, rows)))
         level = float(np.mean(losses[-count:]))

@@ -7,7 +7,7 @@ import pytest
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Memory
-from esper.diagnosis.observation import LayerPass, ModelPass, Observation
+from esper.diagnosis.observation import LayerPass, LossKind, ModelPass, Observation
 from esper.diagnosis.rules.saturation import Saturation
 
 
@@ -45,6 +45,27 @@ def test_a_layer_that_is_on_or_off_is_no_fault_while_the_run_learns(
         loss_steps=np.arange(1, steps + 1),
         losses=np.geomspace(3.0, last_loss, steps),
         passes=(ModelPass(step=steps, layers=layers),),
+    )
+    evidence = Saturation().check(observation, Memory())
+    assert evidence is not None
+    assert evidence.severity is severity
+
+
+@pytest.mark.parametrize(("loss", "severity"), [(1.0, Severity.INFO), (2.2, None)])
+def test_a_run_that_learned_within_its_first_steps_learns(
+    loss: float, severity: Severity | None
+) -> None:
+    """Ten classes: guessing costs 2.3, and none of the losses is as high."""
+    layers = (behind_a_tanh("0", 0.0), behind_a_tanh("2", 0.8))
+    seen = ModelPass(
+        51, layers, output_shape=(16, 10), loss_kind=LossKind.CROSS_ENTROPY, loss_scale=1.0
+    )
+    observation = Observation(
+        step=51,
+        layers=("0", "2"),
+        loss_steps=np.arange(1, 52),
+        losses=np.full(51, loss),
+        passes=(seen,),
     )
     evidence = Saturation().check(observation, Memory())
     assert evidence is not None
