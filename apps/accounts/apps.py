@@ -1,8 +1,11 @@
 from typing import Any
 
 from django.apps import AppConfig
+from django.core.checks import Tags, register
 from django.db import connections
 from django.db.models.signals import post_migrate
+
+from apps.accounts.joined_migrations import check_joined_migrations
 
 
 class AccountsConfig(AppConfig):
@@ -10,6 +13,7 @@ class AccountsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
+        register(check_joined_migrations, Tags.database)
         post_migrate.connect(_make_default_project, sender=self)
 
 

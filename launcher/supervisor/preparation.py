@@ -22,11 +22,12 @@ def main() -> int:
     import django
 
     django.setup()
+    from django.core.management import CommandError
     from django.db import DatabaseError
 
     try:
         _prepare()
-    except (DatabaseError, OSError) as error:
+    except (CommandError, DatabaseError, OSError) as error:
         print(f"The database cannot be prepared: {error}", flush=True)
         return 1
     return 0
@@ -35,6 +36,8 @@ def main() -> int:
 def _prepare() -> None:
     from django.core.management import call_command
 
+    # ``call_command`` leaves out all checks, of which this one is needed here.
+    call_command("check", tags=["database"], databases=["default"], stdout=StringIO())
     call_command("migrate", interactive=False, verbosity=0)
     call_command("sync_blueprints", verbosity=0, stdout=StringIO())
     if not _tokens_work():
