@@ -13,6 +13,7 @@ MANY = 0.7
 STILL = 0.5
 SATURATED = 0.3
 STEPS, UNLEARNED = 100, 0.99
+SAMPLES = 64
 
 
 class DyingRelu(Rule):
@@ -29,6 +30,7 @@ class DyingRelu(Rule):
         ),
         Threshold(f"loss / first loss after {STEPS} steps", UNLEARNED, "ratio", "below it learns"),
         Threshold("readings in a row", READINGS, "readings", "chosen: small batches miss units"),
+        Threshold("samples in them", SAMPLES, "samples", "chosen: four samples find few units"),
         Threshold("to resolve", STILL, "share", "chosen"),
     )  # fmt: skip
     severity = Severity.SERIOUS
@@ -64,7 +66,10 @@ class DyingRelu(Rule):
         saturated = _saturated(observation)
         dead = [n for n in ordered[:-1] if shares[n] >= limit and n not in saturated]
         if not dead:
+            memory.notes.pop("first", None)
             return None
+        if not _were_enough(observation, memory):
+            raise Unknown("the batches are small: too few samples were seen since")
         whole = [name for name in dead if shares[name] >= DEAD]
         worst = (whole or dead)[-1]
         return Evidence(
@@ -76,6 +81,15 @@ class DyingRelu(Rule):
             began_at=worst,
             severity=None if whole or _stands_still(observation) else Severity.INFO,
         )
+
+
+def _were_enough(observation: Observation, memory: Memory) -> bool:
+    """So many samples went through the layers while the units had no gradient."""
+    reading = observation.last_gradients.readings
+    more = reading - int(memory.notes.setdefault("first", reading))
+    shape = observation.last_pass.output_shape if observation.passes else ()
+    rows = math.prod(shape[:-1]) if len(shape) > 1 else SAMPLES
+    return (READINGS + more) * max(1, rows) >= SAMPLES
 
 
 def _stands_still(observation: Observation) -> bool:
