@@ -265,15 +265,19 @@ def look_at(launch: Launch) -> None:
 
 def _look_at(launch: Launch) -> None:
     folder = launch_folder(launch)
-    ended = read_note(folder / EXIT_FILE, launch.attempt)
+    # In this order: a monitor that is gone has written its last note, unless it was killed.
     process = read_note(folder / PROCESS_FILE, launch.attempt)
+    is_watched = process is not None and (
+        process_identity(process["monitor_pid"]) == process["monitor_identity"]
+    )
+    ended = read_note(folder / EXIT_FILE, launch.attempt)
     send_log(launch)
     list_states(launch)
     if ended is not None:
         _settle(launch, ended)
     elif process is None:
         _settle_unstarted(launch)
-    elif process_identity(process["monitor_pid"]) == process["monitor_identity"]:
+    elif is_watched:
         _note_alive(launch, process)
     else:
         _end_orphan(process)

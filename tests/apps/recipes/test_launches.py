@@ -242,6 +242,27 @@ def test_a_process_of_the_same_number_that_is_another_one_is_left_alone(
     assert "from outside" in launch.reason
 
 
+def test_a_monitor_that_ends_while_it_is_looked_at_was_not_killed(
+    host: str, olga: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = make_launch(olga, recipe=Recipe.objects.get(slug="counter"), state=S.RUNNING)
+    folder = hosting.launch_folder(launch)
+    folder.mkdir(parents=True)
+    note = {"attempt": 1, "monitor_pid": os.getpid(), "trainer_pid": os.getpid()}
+    (folder / PROCESS_FILE).write_text(
+        json.dumps({**note, "monitor_identity": "boot:1", "trainer_identity": "boot:2"})
+    )
+
+    def ends(_: int) -> str:
+        (folder / EXIT_FILE).write_text(exit_note())
+        return ""
+
+    monkeypatch.setattr(hosting, "process_identity", ends)
+    hosting.look_at(launch)
+    launch.refresh_from_db()
+    assert (launch.state, launch.reason) == (S.FINISHED, "exit code 0")
+
+
 def test_a_launch_s_token_registers_its_run_and_no_other(olga: User) -> None:
     launch = make_launch(olga, state=S.RUNNING)
     trainer = Caller(token_of(olga, TokenScope.RUNS_CREATE, run_uid=launch.run_uid))
