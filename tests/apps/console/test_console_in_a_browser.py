@@ -20,7 +20,7 @@ from apps.notifications.web_push import from_text
 from tests.apps.cast import PASSWORD
 from tests.apps.console.browsing import SignIn, wait_until_live
 from tests.apps.notifications.test_web_push import OneBrowser
-from tests.browser import TEST_SECONDS
+from tests.browser import TEST_SECONDS, WAIT_MS
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(TEST_SECONDS)]
 
@@ -438,7 +438,7 @@ def test_the_kill_switch_is_seen_by_everybody_at_once(sign_in: SignIn) -> None:
     expect(olga.locator("#switch-menu[open]")).to_have_count(0)
     olga.click("#switch-menu summary")
     olga.click("text=Switch adaptation on")
-    expect(vera.locator("#switch-menu .pill")).to_contain_text("on")
+    expect(vera.locator("#switch-menu .pill")).not_to_contain_text("KILLED")
 
 
 def test_rows_do_not_move_under_the_pointer(sign_in: SignIn) -> None:
@@ -704,12 +704,12 @@ def test_a_pushed_event_is_shown_by_the_service_worker(sign_in: SignIn) -> None:
     page.evaluate(REGISTER)
     told = {"title": "An adaptation waits for a decision", "body": "A-1", "tag": "adp_1"}
     shown: list[dict[str, str]] = []
-    while not shown:  # a browser that is busy drops a push; one of the same tag replaces it
-        _push_to_worker(page, told | {"address": "/adaptations/adp_1"})
-        for _ in range(50):
-            if shown := page.evaluate(SHOWN):
-                break
-            page.wait_for_timeout(100)
+    for waited_ms in range(0, WAIT_MS, 100):
+        if waited_ms % 5_000 == 0:  # a busy browser drops a push; one of the same tag replaces it
+            _push_to_worker(page, told | {"address": "/adaptations/adp_1"})
+        if shown := page.evaluate(SHOWN):
+            break
+        page.wait_for_timeout(100)
     assert shown == [told | {"address": "/adaptations/adp_1"}]
 
 
