@@ -133,7 +133,7 @@ class Steps:
         if self._stop_reason:
             raise RunStopped(self._stop_reason)
         if self._written is not None:
-            self._written.forget()  # what Esper has written in this step
+            contain("written weights", self._written.forget)  # what Esper wrote in this step
         self._idle.begin(self._idle_until())
 
     def _open(self) -> None:

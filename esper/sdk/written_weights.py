@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import statistics
+import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise
+from typing import TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 from esper.sdk.run_state import LossPoint
 
@@ -26,6 +28,7 @@ FIRST, FAR = 10, 1.5  # losses; nobody wants weights that are far worse than the
 NOISE = 6.0  # median differences from step to step
 KEPT = 64  # losses, of which the longest idle time has 32
 PATIENCE = 5  # steps until these losses have arrived
+Place: TypeAlias = tuple[weakref.ref[nn.Module], str]  # a module and the name of its parameter
 
 
 class WrittenWeights:
@@ -36,7 +39,7 @@ class WrittenWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._watched = _spread([p for p in model.parameters() if _is_counted(p)])
+        self._watched = _spread(list(_places_of(model)))
         self._at = (0, self._writes())
         self._usual: deque[float] = deque(maxlen=INTERVALS)  # writes in a step
         self._first_known, self._highest = 0, 0.0  # of the first losses
@@ -81,7 +84,8 @@ class WrittenWeights:
         self._at = (self._at[0], self._writes())
 
     def _writes(self) -> int:
-        return sum([tensor._version for tensor in self._watched])
+        found = (owner._parameters.get(name) for ref, name in self._watched if (owner := ref()))
+        return sum([p._version for p in found if p is not None and not p.is_inference()])
 
 
 def _jump(losses: list[LossPoint], after: int, until: int, most: float) -> int:
@@ -107,12 +111,26 @@ def _rises(before: list[float], after: list[float]) -> bool:
     return lowest > level + NOISE * noise
 
 
-def _is_counted(parameter: Tensor) -> bool:
-    return parameter.requires_grad and not parameter.is_inference()
+def _places_of(model: nn.Module) -> Iterator[Place]:
+    """Where each trainable parameter stands, those that are shared once.
+
+    The parameters themselves are not held: a layer that the script replaces would stay in memory.
+    Weak references to them would make torch refuse ``torch.utils.swap_tensors``.
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        own: object = module._parameters
+        if not isinstance(own, dict):  # TorchScript has another kind
+            continue
+        for name, parameter in own.items():
+            if parameter is None or not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            yield weakref.ref(module), name
 
 
-def _spread(tensors: list[nn.Parameter]) -> list[nn.Parameter]:
-    count = len(tensors)
+def _spread(places: list[Place]) -> list[Place]:
+    count = len(places)
     if count <= WATCHED:
-        return tensors
-    return [tensors[round(place * (count - 1) / (WATCHED - 1))] for place in range(WATCHED)]
+        return places
+    return [places[round(place * (count - 1) / (WATCHED - 1))] for place in range(WATCHED)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,7 +20,7 @@ STEPS = 300
 Write = Callable[[nn.Module, torch.optim.Optimizer, int], None]
 
 
-def perceptron() -> nn.Module:
+def perceptron() -> nn.Sequential:
     layers = (nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     return nn.Sequential(*layers)
 
@@ -197,3 +199,53 @@ def test_a_jump_of_the_loss_without_a_write_is_no_act_of_the_script() -> None:
     for step in range(1, 31):
         updates(model, 2)
         assert written.look(step, losses[:step]) == -1
+
+
+def stepping(model: nn.Sequential, change: Callable[[nn.Sequential], None]) -> esper.Session:
+    """Some steps, a change of the model by the script, and some more."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with esper.attach(model, optimizer, mode="automatic", server="", verbose=False) as session:
+        for step in range(12):
+            if step == 6:
+                change(model)
+            loss = model(torch.ones(4, model[0].in_features)).square().mean()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            session.step(loss)
+    return session
+
+
+def test_a_layer_that_the_script_replaces_is_not_kept_in_memory() -> None:
+    model = perceptron()
+    written = WrittenWeights(model)
+    old = weakref.ref(model[0].weight)
+    model[0] = nn.Linear(model[0].in_features, model[0].out_features)
+    gc.collect()
+    assert old() is None
+    written.forget()
+
+
+def test_the_script_may_swap_the_tensors_of_its_parameters() -> None:
+    """torch refuses that for a tensor that somebody has a weak reference to."""
+    model = perceptron()
+    written = WrittenWeights(model)
+    torch.utils.swap_tensors(model[0].weight, nn.Parameter(model[0].weight.detach().clone()))
+    written.forget()
+
+
+def test_weights_without_a_count_of_their_writes_end_no_step() -> None:
+    def freeze(model: nn.Sequential) -> None:
+        with torch.inference_mode():
+            weight = torch.ones_like(model[0].weight)
+        model[0]._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+
+    def fail(_: object) -> int:
+        raise RuntimeError("no versions")
+
+    stepping(perceptron(), freeze)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WrittenWeights, "_writes", fail)
+        stepping(perceptron(), lambda _: None)  # at the start
+    with pytest.MonkeyPatch.context() as patch:
+        stepping(perceptron(), lambda _: patch.setattr(WrittenWeights, "_writes", fail))
