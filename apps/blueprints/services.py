@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.db import transaction
+from django.db import models, transaction
 from django.db.models import F
 
 from apps.accounts.actors import SYSTEM, Actor
@@ -12,45 +12,15 @@ from apps.accounts.models import User
 from apps.accounts.policy import Act, may
 from apps.audit.services import record
 from apps.blueprints.models import Blueprint, KnownRemedy
+from apps.blueprints.offered import Rows, offered
 from apps.notifications.services import SYSTEM_TOPIC, publish
 from apps.rest.problems import Problem
 
 
 @transaction.atomic
 def sync_catalogue() -> list[str]:
-    """Update both tables from the installed code; return the slugs that changed.
-
-    Imports torch, so it runs in workers and in set-up, never in a web process.
-    """
-    from esper.blueprints import list_blueprints
-
-    changed = []
-    offered = list_blueprints()
-    for blueprint in offered:
-        values: dict[str, Any] = {
-            "ident": blueprint.id,
-            "title": blueprint.title,
-            "category": blueprint.category,
-            "kind": blueprint.kind,
-            "adaptation_type": blueprint.adaptation_type,
-            "risk": blueprint.risk,
-            "mergeable": blueprint.mergeable,
-            "idea": blueprint.idea,
-            "source": blueprint.source,
-            "when": blueprint.when,
-            "conflicts": sorted(blueprint.conflicts),
-            "requires": sorted(blueprint.requires),
-            "tunes": list(blueprint.tunes),
-            "version": blueprint.version,
-            "present": True,
-        }
-        row = Blueprint.objects.filter(slug=blueprint.slug).first()
-        if row is None or any(getattr(row, name) != value for name, value in values.items()):
-            Blueprint.objects.update_or_create(slug=blueprint.slug, defaults=values)
-            changed.append(blueprint.slug)
-    slugs = [blueprint.slug for blueprint in offered]
-    Blueprint.objects.exclude(slug__in=slugs).update(present=False)
-    changed += sync_remedies()
+    """Update both tables from the installed code; return the slugs that changed."""
+    changed = _sync(Blueprint.objects, offered().blueprints) + sync_remedies()
     if changed:
         record(
             actor=SYSTEM,
@@ -64,31 +34,19 @@ def sync_catalogue() -> list[str]:
 
 def sync_remedies() -> list[str]:
     """As :func:`sync_catalogue`, for the remedies alone."""
-    from esper.remedies import list_remedies
+    return _sync(KnownRemedy.objects, offered().remedies)
 
+
+def _sync(table: models.Manager[Any], offered_rows: Rows) -> list[str]:
+    rows = {row.slug: row for row in table.all()}
     changed = []
-    offered = list_remedies()
-    for remedy in offered:
-        values: dict[str, Any] = {
-            "title": remedy.title,
-            "phrase": remedy.phrase or remedy.title,
-            "idea": remedy.idea,
-            "source": remedy.source,
-            "when": remedy.when,
-            "risk": remedy.risk,
-            "changes_weights": remedy.changes_weights,
-            "stays": remedy.stays,
-            "asks": remedy.asks,
-            "scope": remedy.scope,
-            "settings": remedy.default_config(),
-            "present": True,
-        }
-        row = KnownRemedy.objects.filter(slug=remedy.slug).first()
+    for slug, offer in offered_rows.items():
+        values = offer | {"present": True}
+        row = rows.get(slug)
         if row is None or any(getattr(row, name) != value for name, value in values.items()):
-            KnownRemedy.objects.update_or_create(slug=remedy.slug, defaults=values)
-            changed.append(remedy.slug)
-    slugs = [remedy.slug for remedy in offered]
-    KnownRemedy.objects.exclude(slug__in=slugs).update(present=False)
+            table.update_or_create(slug=slug, defaults=values)
+            changed.append(slug)
+    table.exclude(slug__in=list(offered_rows)).update(present=False)
     return changed
 
 
