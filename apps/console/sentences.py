@@ -1,21 +1,25 @@
-"""Sentences of the gates in the page's language.
+"""Stored sentences in the page's language: of the gates, of findings and of remedies.
 
-The gates write English, which the server stores, so that the API, the audit log and exports are
-the same for everybody. A page shows such a sentence in the reader's language where it is one of
-these; every other sentence stays as it was written. A test compares them with what the gates say.
+They are written and stored in English, so that the API, the audit log and exports are the same for
+everybody. A page shows such a sentence in the reader's language where it is one of ``SENTENCES``;
+every other sentence stays as it was written. Tests compare them with what the gates, the rules and
+the remedies say.
 """
 
 from __future__ import annotations
 
 import re
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 from django.utils.translation import gettext
 from django.utils.translation import gettext_noop as _
 
-from apps.console.language import as_written, in_words
+from apps.adaptations.models import Adaptation
+from apps.console import library_texts
+from apps.console.language import as_written, html_language, in_words
 
-SENTENCES = (
+GATES = (
     _("Adaptation is switched on."),
     _("Nothing may be changed now: %(why)s."),
     _("This run is only observed; nothing may be changed."),
@@ -51,7 +55,7 @@ SENTENCES = (
     _("The graft's forecast %(cost)s is %(amount)s; the limit is %(limit)s."),
     _("The graft's %(cost)s cannot be forecast; the limit is %(limit)s."),
     _("It changes what the model computes; this always needs a person."),
-    _("Risk is %(risk)s; only risk up to %(limit)s needs no person."),
+    _("Risk is %(risk)s; only risk up to %(most)s needs no person."),
     _("Risk %(risk)s needs no person."),
     _("%(count)s closed cases of its category are too few to trust; %(needed)s are needed."),
     _("It may undo what the script wants, so a person decides."),
@@ -70,37 +74,124 @@ SENTENCES = (
     _("Several changes are made at once, so a person decides on the whole."),
     _("%(name)s asks for it."),
 )
+SENTENCES = (*GATES, *library_texts.ALL)
 _VALUE = re.compile(r"%\((\w+)\)s")
-_LONGEST = 500
-_NUMBER = re.compile(r"-?[\d,]*\.?\d+( (MiB|ms|s))?")
+_LONGEST = 1_500
+_NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?(?:%| (?:MiB|ms|s))?")
+_NUMBERS = ("limit", "low", "high")
+_CLAUSE, _SUBJECT = "; ", ": "
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """A sentence, and how it is recognised.
+
+    Attributes:
+        sentence: with names of values.
+        fixed: its longest text without a value; a text without it is no such sentence.
+        pattern: a value ends before the next clause; the first letter may be large or small, and
+            the full stop may be missing, as a page or the server has shown it.
+    """
+
+    sentence: str
+    fixed: str
+    pattern: re.Pattern[str]
 
 
 @cache
-def _patterns() -> tuple[tuple[str, re.Pattern[str]], ...]:
-    """What each sentence looks like with its values; those with the most fixed words come first."""
+def _forms() -> tuple[_Form, ...]:
+    """Those with the most fixed words come first."""
     ordered = sorted(SENTENCES, key=lambda one: -len(_VALUE.sub("", one)))
-    return tuple((one, re.compile(_as_pattern(one))) for one in ordered)
+    return tuple(_form(one) for one in ordered)
 
 
-def _as_pattern(sentence: str) -> str:
+def _form(sentence: str) -> _Form:
     """``_VALUE`` splits it into fixed texts and, at the odd places, the names of values."""
-    parts = _VALUE.split(sentence)
-    return "".join(
-        f"(?P<{part}>.+?)" if at % 2 else re.escape(part) for at, part in enumerate(parts)
+    parts = _VALUE.split(sentence.removesuffix("."))
+    fixed = max((part[1:] for part in parts[::2]), key=len)
+    pattern = "".join(
+        _value_pattern(part, begins=at == 1 and not parts[0]) if at % 2 else re.escape(part)
+        for at, part in enumerate(parts)
     )
+    first = sentence[0]
+    if first.isalpha():
+        pattern = f"[{first.lower()}{first.upper()}]{pattern[1:]}"
+    return _Form(sentence, fixed, re.compile(rf"{pattern}\.?"))
+
+
+def _value_pattern(name: str, *, begins: bool) -> str:
+    """A limit is a number, so that "at least two people" is no limit; a subject is no value."""
+    if name in _NUMBERS:
+        return f"(?P<{name}>{_NUMBER.pattern})"
+    return f"(?P<{name}>[^;:]+?)" if begins else f"(?P<{name}>[^;]+?)"
 
 
 def in_sentence(text: str) -> str:
-    """A sentence of the gates in the page's language; any other text as it is."""
-    if len(text) > _LONGEST:  # whatever it is, no gate has written it
+    """A stored sentence in the page's language; any other text as it is."""
+    language = html_language()
+    return text if language == "en" else _translated(text, language)
+
+
+@lru_cache(maxsize=2_000)
+def _translated(text: str, language: str) -> str:
+    if len(text) > _LONGEST:  # whatever it is, Esper has not written it
         return text
-    for sentence, pattern in _patterns():
-        if found := pattern.fullmatch(text):
-            return gettext(sentence) % {
-                name: _value(value) for name, value in found.groupdict().items()
-            }
-    return text
+    known = _whole(text) or _clauses(text) or _with_subject(text)
+    return text if known is None else known
+
+
+def title_of(adaptation: Adaptation) -> str:
+    """What it does, for people: as ``Adaptation.title``, in the page's language."""
+    if not (adaptation.remedy and adaptation.layer):
+        return in_sentence(adaptation.title)
+    return gettext("%(what)s at %(layer)s") % {
+        "what": in_sentence(adaptation.in_words),
+        "layer": adaptation.layer,
+    }
+
+
+def delegation_words(text: str) -> str:
+    """What was approved ahead: the remedy, and its limits in brackets."""
+    remedy, bracket, limits = text.partition(" (")
+    if not bracket:
+        return in_sentence(text)
+    return f"{in_sentence(remedy)} ({in_sentence(limits.removesuffix(')'))})"
+
+
+def _whole(text: str) -> str | None:
+    for form in _forms():
+        if form.fixed in text and (found := form.pattern.fullmatch(text)):
+            values = {name: _value(value) for name, value in found.groupdict().items()}
+            return _written_like(text, gettext(form.sentence) % values)
+    return None
+
+
+def _clauses(text: str) -> str | None:
+    """Of a sentence that ends with what else is known, such as "; the weights are finite"."""
+    clauses = text.split(_CLAUSE)
+    for at in range(len(clauses) - 1, 0, -1):
+        first, rest = _CLAUSE.join(clauses[:at]), _CLAUSE.join(clauses[at:])
+        if (known := _whole(first)) and (more := _whole(rest) or _clauses(rest)):
+            return f"{known}{_CLAUSE}{more}"
+    return None
+
+
+def _with_subject(text: str) -> str | None:
+    """Of a sentence that begins with the layer or the run that it is about."""
+    subject, colon, rest = text.partition(_SUBJECT)
+    known = (_whole(rest) or _clauses(rest) or _with_subject(rest)) if colon else None
+    return f"{subject}{_SUBJECT}{known}" if known else None
+
+
+def _written_like(text: str, translated: str) -> str:
+    """With a large first letter and a full stop where the text has them."""
+    stop = "." if text.endswith(".") else ""
+    bare = translated.removesuffix(".")
+    return f"{bare[:1].upper() if text[:1].isupper() else bare[:1]}{bare[1:]}{stop}"
 
 
 def _value(text: str) -> str:
-    return as_written(text) if _NUMBER.fullmatch(text) else in_words(text)
+    if _NUMBER.fullmatch(text):
+        return as_written(text.replace("%", " %"))
+    word = in_words(text)
+    return in_sentence(text) if word == text else word

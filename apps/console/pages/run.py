@@ -27,6 +27,7 @@ from apps.console.language import in_words
 from apps.console.panels import Panel, render_page
 from apps.console.request import choice, page, person, project_choices
 from apps.console.run_rows import frame_matrix
+from apps.console.sentences import in_sentence, title_of
 from apps.console.status import ADAPTATION, SEVERITY, Status
 from apps.kernels.models import SpeedUp
 from apps.notifications.services import run_topic
@@ -416,7 +417,7 @@ def _graft_marker(row: Adaptation) -> dict[str, Any]:
         row,
         row.graft_step,
         ADAPTATION[AdaptationState(row.state)],
-        label=f"A-{row.number} {row.title}",
+        label=f"A-{row.number} {title_of(row)}",
         href=reverse("console:adaptation", args=[row.uid]),
     )
 
@@ -439,7 +440,7 @@ def _finding_marker(row: Violation) -> dict[str, Any]:
         row,
         row.step if row.since_step is None else row.since_step,
         Status("off", shown.shape, ended) if over else shown,
-        label=f"V-{row.number} {row.text}"[:200],
+        label=f"V-{row.number} {in_sentence(row.text)}"[:200],
         href=f"{reverse('console:violations')}?state=all&run={row.run.uid if row.run else ''}"
         f"#{row.uid}",
     )

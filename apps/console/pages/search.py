@@ -20,6 +20,7 @@ from apps.blueprints.models import Blueprint
 from apps.console.language import in_words
 from apps.console.panels import render_page
 from apps.console.request import page, person
+from apps.console.sentences import title_of
 from apps.console.waiting import waiting
 from apps.runs.models import Run
 from apps.runs.selectors import HUGE_COLUMNS, HUGE_COLUMNS_OF_RUN
@@ -124,7 +125,7 @@ def _decisions(rows: object) -> Iterator[Hit]:
     for row in rows.select_related("run", "blueprint").defer(*HUGE_COLUMNS_OF_RUN):  # type: ignore[attr-defined]
         address = reverse("console:adaptation", args=[row.uid])
         note = f"{row.run.name}, {in_words(row.state.replace('_', ' '))}"
-        yield Hit(_("adaptation"), f"A-{row.number} {row.title}", address, note)
+        yield Hit(_("adaptation"), f"A-{row.number} {title_of(row)}", address, note)
 
 
 def _blueprints(text: str) -> Iterator[Hit]:

@@ -25,7 +25,7 @@ from apps.accounts.preferences import Preferences, preferences_of
 from apps.accounts.step_up import SECOND_FACTOR, Passed
 from apps.console.bar import switch_and_kills
 from apps.console.language import as_written, html_language, in_words
-from apps.console.sentences import in_sentence
+from apps.console.sentences import delegation_words, in_sentence, title_of
 from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS, Status
 from apps.console.waiting import inbox_count
 from apps.policies.selectors import present_freezes
@@ -275,8 +275,12 @@ _NAMES = {"relu": "ReLU", "nan": "NaN"}
 
 @register.filter
 def sentence(text: str) -> str:
-    """What a gate has written, in the page's language where it is known."""
+    """A stored sentence (``sentences.py``), in the page's language where it is known."""
     return in_sentence(str(text))
+
+
+register.filter("adaptation_title", title_of)
+register.filter("delegation_words", delegation_words)
 
 
 @register.filter

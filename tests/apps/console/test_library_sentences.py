@@ -1,0 +1,101 @@
+"""Findings and remedies are shown in the reader's language: all of them, with their values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.utils import translation
+
+from apps.console.sentences import in_sentence
+from esper.contracts.remedies import MARKED, NEWEST
+from esper.diagnosis import list_rules
+from esper.remedies import list_remedies
+from tests.apps.console.library_texts import OTHERS, RULES, texts_of
+
+# These say something only through their values: a number, a name, or another text.
+VALUES_ALONE = ("net.0", "0.1234", "net.0: net.0", "the undo of net.0 net.0")
+NAMES_OF_SETTINGS = ("torch._dynamo.config.recompile_limit",)
+
+
+def german(text: str) -> str:
+    with translation.override("de"):
+        return in_sentence(text)
+
+
+def is_translated(text: str) -> bool:
+    with translation.override("en"):
+        assert in_sentence(text) == text
+    translated = german(text)
+    return translated != text and _digits(translated) == _digits(text)
+
+
+def _digits(text: str) -> list[str]:
+    return sorted(re.findall(r"\d+", text))
+
+
+@pytest.mark.parametrize("path", [*RULES, *OTHERS], ids=lambda path: path.stem)
+def test_every_sentence_of_a_finding_has_a_german_one_with_its_values(path: Path) -> None:
+    texts = set(texts_of(path)).difference(VALUES_ALONE, NAMES_OF_SETTINGS)
+    assert [text for text in sorted(texts) if not is_translated(text)] == []
+
+
+def test_the_sentences_of_all_rules_were_found() -> None:
+    without = {path.stem for path in RULES if not list(texts_of(path))}
+    assert {path.stem for path in RULES} == {rule.slug for rule in list_rules()}
+    assert without <= {"not_held"}  # the ledger has seen it, and writes what it has seen
+
+
+def test_every_advice_of_a_rule_is_german() -> None:
+    assert [rule.slug for rule in list_rules() if not is_translated(rule.advice)] == []
+
+
+SETTINGS: dict[str, tuple[Any, ...]] = {
+    "factor": (1.0, 0.5, 2.0, 0.1, 0.3, 3.0),
+    "step": (NEWEST, MARKED, 5_800),
+    "value": (0.003,),
+}
+
+
+def _of_remedies() -> Iterator[str]:
+    for remedy in list_remedies():
+        yield from (remedy.title, remedy.idea, remedy.when)
+        default = remedy.default_config()
+        for name in default:
+            for value in SETTINGS.get(name, ()):
+                yield remedy.in_words({**default, name: value})
+        yield remedy.in_words(default)
+
+
+def test_every_text_of_a_remedy_is_german() -> None:
+    texts = set(_of_remedies())
+    assert len(texts) > 3 * len(list_remedies())
+    assert [text for text in sorted(texts) if not is_translated(text)] == []
+
+
+def test_numbers_clauses_and_the_subject_are_written_as_german_writes_them() -> None:
+    assert german(
+        "fc1: 55% of the units of fc1 had a gradient of exactly zero in 8 readings in a row"
+    ) == (
+        "fc1: 55 % der Einheiten von fc1 hatten in 8 Messungen nacheinander einen Gradienten von "
+        "genau null"
+    )
+    assert german("the loss became nan; weights and gradients are finite") == (
+        "der Verlust wurde nan; Gewichte und Gradienten sind endlich"
+    )
+    assert german("The loss is a sum over 32 rows.") == "Der Verlust ist eine Summe über 32 Zeilen."
+    assert german("Rewind to step 5,800 and halve the learning rate") == (
+        "Auf Schritt 5.800 zurückspulen und die Lernrate halbieren"
+    )
+
+
+def test_what_is_not_known_in_part_stays_whole() -> None:
+    for text in (
+        "the loss became nan; and nobody knows why",
+        "net.0: something new was seen",
+        "At least two people should look at this; finite",
+    ):
+        assert german(text) == text
