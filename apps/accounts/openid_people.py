@@ -234,9 +234,26 @@ def _name_of(claims: dict[str, Any]) -> str:
 
 def _set_role(user: User, role: Role) -> None:
     if user.role != role:
+        if _is_last_admin(user):
+            _record(user, "person.role_kept", role=str(user.role), by_groups=str(role))
+            return
         before, user.role = user.role, role
         user.save()
         _record(user, "person.role_set", role=str(role), before=str(before))
+
+
+def _is_last_admin(user: User) -> bool:
+    """Without this account nobody could administer the server while the provider is away.
+
+    Only accounts with a password count: the others have their role from the provider. The rows are
+    locked, so that of two last ones at once not both lose it.
+    """
+    if user.role != Role.ADMIN or not user.has_usable_password():
+        return False
+    admins = User.objects.select_for_update().filter(
+        role=Role.ADMIN, is_active=True, is_service=False
+    )
+    return not any(one.has_usable_password() for one in admins if one.pk != user.pk)
 
 
 def _set_membership(project: Project, user: User, role: Role | None) -> None:

@@ -544,6 +544,36 @@ def test_a_local_account_is_linked_used_and_unlinked(provider: SmallProvider, ol
     ]
 
 
+def test_the_groups_take_no_rights_from_the_last_admin_with_a_password(
+    provider: SmallProvider,
+) -> None:
+    """Else nobody could administer the server while the provider is away."""
+    ada, second = make_person("ada", Role.ADMIN), make_person("bea", Role.ADMIN)
+    off, provided = make_person("off", Role.ADMIN), make_person("provided", Role.ADMIN)
+    off.is_active = False
+    provided.set_unusable_password()
+    for one in (off, provided):
+        one.save()
+    client = Client()
+    client.post("/login", {"username": "ada", "password": PASSWORD})
+    second.role = Role.OPERATOR
+    second.save()
+    offer(client)
+    link(client)
+
+    sign_in(Client())
+    ada.refresh_from_db()
+    assert ada.role == Role.ADMIN
+    kept = AuditEvent.objects.get(act="person.role_kept")
+    assert (kept.object_uid, kept.data) == ("ada", {"role": "admin", "by_groups": "operator"})
+
+    second.role = Role.ADMIN
+    second.save()
+    sign_in(Client())
+    ada.refresh_from_db()
+    assert ada.role == Role.OPERATOR
+
+
 def test_no_name_and_no_mail_address_links(provider: SmallProvider, olga: Client) -> None:
     provider.person = {**ANNA, "email": "olga@example.org", "email_verified": True}
     offer(olga)
