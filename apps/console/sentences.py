@@ -136,6 +136,8 @@ def in_sentence(text: str) -> str:
 def _translated(text: str, language: str) -> str:
     if len(text) > _LONGEST:  # whatever it is, Esper has not written it
         return text
+    if _NUMBER.fullmatch(text):  # a limit that is only a number
+        return _value(text)
     known = _whole(text) or _clauses(text) or _with_subject(text)
     return text if known is None else known
 

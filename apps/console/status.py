@@ -108,6 +108,14 @@ SPEED_UP: dict[SpeedUpState, Status] = {
 }
 # Tier 0 is validated and packaged and runs in eager PyTorch: never call it compiled.
 TIERS: dict[int, str] = {0: _("validated"), 1: _("compiled for this device"), 2: _("packaged")}
+# The steps of a build, by the name under which the builder reports their time.
+BUILD_STEPS: dict[str, str] = {
+    "specialise": _("made for this layer"),
+    "certify": _("certified"),
+    "measure": _("measured"),
+    "inductor": _("compiled by torch.compile"),
+    "child": _("start of the compiler, and its trial of the speed"),
+}
 CERTIFICATE: dict[str, str] = {
     "max_abs_diff": _("largest change of the output at the graft"),
     "tolerance": _("allowed change of the output"),

@@ -237,6 +237,16 @@ WORDS = frozenset(
         _("stop early"),
         _("thaw"),
         _("weight decay"),
+        # settings of remedies
+        _("decay"),
+        _("factor"),
+        _("first only"),
+        _("most"),
+        _("next layer"),
+        _("seed"),
+        _("share"),
+        _("step"),
+        _("value"),
         # acts, as an account may do them
         _("view everything"),
         _("attach runs"),

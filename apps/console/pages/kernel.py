@@ -13,8 +13,10 @@ from django.utils.translation import gettext as _
 from apps.accounts.policy import Act, may
 from apps.adaptations.models import Adaptation
 from apps.console.job_rows import jobs_of
+from apps.console.language import in_words
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
+from apps.console.status import BUILD_STEPS
 from apps.kernels.models import Kernel, SpeedUp
 from apps.kernels.selectors import evictable
 from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
@@ -82,8 +84,15 @@ class StageTime:
 def stage_times(kernel: Kernel) -> list[StageTime]:
     """The time of each step of the build; empty when it was not recorded."""
     times = {name: ms for name, ms in kernel.stage_ms.items() if isinstance(ms, int | float)}
+    if "child" in times:  # the compiler's process, of which torch's compiler is a part
+        times["child"] = max(0.0, times["child"] - times.get("inductor", 0.0))
     whole = max(sum(times.values()), kernel.build_ms or 0.0)
-    return [StageTime(name, ms, ms / whole if whole else 0.0) for name, ms in times.items()]
+    return [
+        StageTime(
+            in_words(BUILD_STEPS.get(name, name.replace("_", " "))), ms, ms / whole if whole else 0
+        )
+        for name, ms in times.items()
+    ]
 
 
 @dataclass(frozen=True, slots=True)

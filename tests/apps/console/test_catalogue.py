@@ -10,7 +10,7 @@ import pytest
 from babel.messages.mofile import write_mo
 
 from apps.accounts.policy import IN_WORDS
-from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS
+from apps.console.status import BUILD_STEPS, BY_KIND, CERTIFICATE, RULES, TIERS
 from apps.console.vocabulary import WORDS
 from esper import contracts
 from esper.diagnosis import list_rules
@@ -116,9 +116,20 @@ def test_every_value_that_is_shown_as_words_is_translated() -> None:
     values = {_plain(value) for name in SHOWN_AS_WORDS for value in getattr(contracts, name)}
     values |= {str(role).capitalize() for role in contracts.Role} | set(IN_WORDS.values())
     values |= {_plain(remedy.slug) for remedy in list_remedies()}
+    values |= {_plain(name) for remedy in list_remedies() for name in remedy.default_config()}
     rules = [_plain(rule.slug).split(" ") for rule in list_rules()]
     values |= {" ".join(_NAMES.get(word, word) for word in rule) for rule in rules}
     assert values <= WORDS
     known = {text for _, text in _known("django")}
     states = {status.word for kind in BY_KIND.values() for status in kind.values()}
+    states |= set(BUILD_STEPS.values())
     assert states | set(RULES.values()) | set(CERTIFICATE.values()) | set(TIERS.values()) <= known
+
+
+def test_every_step_of_a_build_is_shown_in_plain_words() -> None:
+    named = re.compile(r'_timed\(stage_ms, "(\w+)"|stage_ms\["(\w+)"\] =|"stage_ms": \{"(\w+)"')
+    sources = (ROOT / "esper/compilation").glob("*.py")
+    found = {
+        name for path in sources for names in named.findall(path.read_text()) for name in names
+    }
+    assert found - {""} == set(BUILD_STEPS)

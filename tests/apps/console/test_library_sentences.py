@@ -87,6 +87,7 @@ def test_numbers_clauses_and_the_subject_are_written_as_german_writes_them() -> 
         "der Verlust wurde nan; Gewichte und Gradienten sind endlich"
     )
     assert german("The loss is a sum over 32 rows.") == "Der Verlust ist eine Summe über 32 Zeilen."
+    assert german("1.557") == "1,557"
     assert german("Rewind to step 5,800 and halve the learning rate") == (
         "Auf Schritt 5.800 zurückspulen und die Lernrate halbieren"
     )

@@ -20,7 +20,7 @@ from apps.policies.models import PolicyVersion
 from apps.policies.services import adaptation_switch
 from apps.runs.models import Run
 from apps.workers.models import CompileJob
-from esper.contracts import AdaptationState, JobState, RunState, codec
+from esper.contracts import RUN_ENDED, AdaptationState, JobState, RunState, codec
 from tests.apps.cast import PASSWORD
 
 SETTINGS = {"zone": "Asia/Tokyo", "theme": "dark", "density": "compact", "notify": "on"}
@@ -221,6 +221,17 @@ def test_the_wall_shows_every_state_and_no_control(world: Any) -> None:
     assert f"A-{world.adaptations['waiting'].number}" in text
     for control in ("<form", "<button", "data-act"):
         assert control not in text, control
+
+
+def test_the_report_says_how_each_run_ended(world: Any) -> None:
+    words = {"finished": "finished.", "failed": "its script ended", "lost": "its trainer stopped"}
+    assert set(words) == set(RUN_ENDED)
+    for state, expected in words.items():
+        Run.objects.update(state=state, ended_at=None)
+        run = Run.objects.earliest("pk")
+        run.ended_at = timezone.now()
+        run.save(update_fields=["ended_at"])
+        assert expected in text_of(world.client("vera"), "/report?panel=runs")
 
 
 def test_the_report_counts_what_was_decided_in_its_week(world: Any) -> None:

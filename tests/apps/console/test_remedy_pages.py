@@ -27,7 +27,7 @@ def test_the_decision_page_of_a_remedy(sick: Any) -> None:
     for words in (
         "Rewind to step 5,800 and halve the learning rate",
         "answers loss spike",
-        "the loss is 31.4, 60 times its usual value",
+        "the loss was above 1.557 3 times in a row, now 31.4",
         "since step",
         "began at",
         "exactly, during probation",

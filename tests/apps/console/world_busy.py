@@ -38,6 +38,7 @@ from esper.contracts import (
     VariantState,
     ViolationRule,
 )
+from esper.diagnosis import get_rule
 from tests.apps.console.world import CERTIFICATE, FOUND, make_remedies_of_run
 from tests.apps.console.world_runs import World, make_adaptation, make_run, tell
 
@@ -262,9 +263,10 @@ def _make_incidents(world: World, names: list[str]) -> None:
     common |= {"since_step": 1_480, "remedies": ("recycle", "rewind")}
     dying = Finding(
         layer=names[32],
-        observed="61 % of the units have been silent for 900 steps, 3 % at step 400",
-        limit="at most 40 % silent",
-        remedy="give the dead units new weights, or lower the learning rate",
+        observed=f"61% of the units of {names[32]} had a gradient of exactly zero in 8 "
+        "readings in a row",
+        limit="less than 50%",
+        remedy=get_rule("dying_relu").advice,
         slug="dying_relu",
         **common,
     )
@@ -351,7 +353,17 @@ def _make_many_findings(world: World) -> None:
     run = make_run(world, "forty-findings", "olga", steps=900, state=RunState.RUNNING)
     names = _transformer_names(2)
     _rename_layers(run, names)
-    slugs = ("dying_relu", "frozen", "saturated", "update_ratio_low", "exploding_gradient")
+    seen = {
+        "dying_relu": "{share}% of the units of {name} had a gradient of exactly zero in 8 "
+        "readings in a row",
+        "frozen_part": "1,048,576 of 1,064,960 parameters are frozen; no weight matrix learns",
+        "saturation": "{share}% of what enters {name} is saturated; the same is true of 3 of 8 "
+        "layers in all",
+        "update_ratio_low": "up to step 900 the median update is at most 4.2e-06 of its weight, "
+        "and the loss is {share}% of the first",
+        "exploding_gradient": "the gradient norm is 3.1e+04 in {name} and 2.9e+02 in lm_head, a "
+        "ratio of 1.1e+02",
+    }
     record_findings(
         run=run,
         findings=[
@@ -359,14 +371,14 @@ def _make_many_findings(world: World) -> None:
                 rule=ViolationRule.DIAGNOSIS,
                 severity=list(Severity)[1 + (place + number) % (len(Severity) - 1)],
                 layer=name,
-                observed=f"{60 + place} % of the units have been silent for 900 steps",
-                limit="at most 40 % silent",
-                remedy="give the dead units new weights, or lower the learning rate",
+                observed=observed.format(share=60 + place, name=name),
+                limit="less than 50%",
+                remedy=get_rule(slug).advice,
                 slug=slug,
                 since_step=100 * place,
                 remedies=("recycle", "rewind"),
             )
-            for number, slug in enumerate(slugs)
+            for number, (slug, observed) in enumerate(seen.items())
             for place, name in enumerate(names)
         ],
     )
