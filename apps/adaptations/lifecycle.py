@@ -35,6 +35,7 @@ from django.db.models import F
 
 from apps.accounts.actors import Actor
 from apps.adaptations.evidence import evidence_record, seen_at_decision
+from apps.adaptations.forfeits import reward_of_undo
 from apps.adaptations.models import Adaptation
 from apps.adaptations.quarantine import refresh_quarantine
 from apps.audit.services import record
@@ -195,6 +196,8 @@ def transition(
     entered_at = adaptation.changed_at
     changes |= seen_at_decision(adaptation, to)
     changes |= {"state": to, "deadline_at": deadline_for(adaptation, to)}
+    if to in (S.ROLLED_BACK, S.REVERTED):
+        changes |= reward_of_undo(adaptation)
     if to in ADAPTATION_ENDED:
         changes |= {"ended_at": database_now(), "end_reason": reason, "ended_step": run.step}
     elif came_from in ADAPTATION_ENDED:

@@ -60,7 +60,7 @@ ADAPTATION: dict[AdaptationState, Status] = {
     _A.NOT_APPLIED: Status("caution", "cross", _("Not applied by the trainer")),
     _A.APPLY_FAILED: Status("serious", "square", _("Could not be applied")),
     _A.ROLLBACK_FAILED: Status("critical", "square", _("Rollback failed")),
-    _A.REVERTED: Status("off", "down", _("Reverted by a person")),
+    _A.REVERTED: Status("off", "down", _("Kept, then taken out")),
     _A.RUN_LOST: Status("serious", "question", _("Run lost")),
 }
 RUN: dict[RunState, Status] = {

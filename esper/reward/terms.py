@@ -9,6 +9,7 @@
     memory      -  memory / the policy's limit
     rollback    -  of a graft that was taken out; with the costs above it makes a graft and its undo
                    worth less than nothing, so no policy gains by repeating them
+    forfeited   -  at the server: what a graft had earned that was kept, and then taken out
 
 A graft at the whole of a limit has to earn 1 % of the loss for it. The ablation overrates what the
 host has come to depend on, so the gain is at most what the forecast of the training loss allows.
