@@ -22,7 +22,7 @@ from apps.console.waiting import waiting
 from apps.rest.filters import of_run
 from apps.runs.models import Run
 from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
-from esper.contracts import AdaptationState, Risk
+from esper.contracts import AdaptationState, Risk, Role
 
 HISTORY_LENGTH = 100
 
@@ -60,7 +60,17 @@ def inbox(request: HttpRequest) -> HttpResponse:
     def rows() -> dict[str, Any]:
         found = inbox_rows(chosen, user)
         alone, plans = in_plans(found) if chosen.tab is not InboxTab.HISTORY else (found, {})
-        return {"rows": alone, "plans": plans, "last": None if found else last_decided()}
+        live = found if chosen.tab in LIVE_TABS else []
+        rejects = {row.uid: may(user, Act.REJECT, of=row.run) for row in live}
+        picks = {uid for uid, one in rejects.items() if one.allowed}
+        refused = [one.why for one in rejects.values() if not one.allowed]
+        return {
+            "rows": alone,
+            "plans": plans,
+            "picks": picks,
+            "why_not": refused[0] if refused and not picks else "",
+            "last": None if found else last_decided(),
+        }
 
     panels = [
         Panel(
@@ -79,7 +89,8 @@ def inbox(request: HttpRequest) -> HttpResponse:
         title=_("Inbox"),
         panels=panels,
         chosen=chosen,
-        picks=may(user, Act.REJECT).allowed and chosen.tab in LIVE_TABS,
+        # Hidden until a row is picked, which only those who may reject it can do.
+        bulk=chosen.tab in LIVE_TABS and set(user.access.roles.values()) != {Role.VIEWER},
         whole=lambda: {
             "run_names": run_names(chosen.run),
             "risks": list(Risk),

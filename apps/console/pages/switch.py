@@ -39,10 +39,9 @@ def switch(request: HttpRequest) -> HttpResponse:
     def trainers() -> dict[str, Any]:
         answers = trainer_answers()
         return {
-            "answers": answers,
+            "rows": [(one, may(user, Act.PAUSE_ADAPTATION, of=one.run)) for one in answers],
             "summary": summary(answers),
             "several": len(user.access.roles) > 1,
-            "may_pause": may(user, Act.PAUSE_ADAPTATION),
         }
 
     def blueprints() -> dict[str, Any]:

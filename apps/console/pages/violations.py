@@ -45,9 +45,17 @@ def violations(request: HttpRequest) -> HttpResponse:
     )
 
     def rows() -> dict[str, Any]:
+        found = violation_rows(chosen, page_number(request))
+        permissions = {
+            row.uid: may(person(request), Act.ACKNOWLEDGE_VIOLATION, of=row.run)
+            for row in found.object_list
+            if row.acknowledged_at is None
+        }
+        refused = [one.why for one in permissions.values() if not one.allowed]
         return {
-            "page": violation_rows(chosen, page_number(request)),
-            "may_acknowledge": may(person(request), Act.ACKNOWLEDGE_VIOLATION),
+            "page": found,
+            "acknowledgeable": {uid for uid, one in permissions.items() if one.allowed},
+            "why_not": refused[0] if refused else "",
         }
 
     panels = [
