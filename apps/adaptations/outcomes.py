@@ -20,6 +20,7 @@ from apps.recipes.selectors import ancestors_of_run
 from apps.rest.clock import now as database_now
 from apps.rest.problems import Problem, not_found
 from apps.runs.models import Command, Run
+from apps.runs.services import lock_run, note_taken_back
 from apps.violations.services import record_violation
 from apps.workers.services import cancel_job
 from esper.contracts import (
@@ -166,7 +167,9 @@ def _after_undo(command: Command, ack: CommandAck, actor: Actor) -> None:
     adaptation = _adaptation(command)
     if adaptation is None:
         return
-    if ack.state is not CommandState.APPLIED and _answered_later(command):
+    if ack.state is CommandState.APPLIED:
+        _note_taken_back(adaptation, ack)
+    elif _answered_later(command):
         return
     if adaptation.state in LEAVES_A_REST:
         _after_undo_of_rest(adaptation, ack, actor)
@@ -189,6 +192,14 @@ def _after_undo(command: Command, ack: CommandAck, actor: Actor) -> None:
         _merged_meanwhile(adaptation, actor, ack)
     else:
         quarantine(adaptation, actor, ack.reason or ack.code)
+
+
+def _note_taken_back(adaptation: Adaptation, ack: CommandAck) -> None:
+    """Old trainers do not say it; what they took back goes on counting."""
+    back_to = ack.details.get("back_to_step")
+    if isinstance(back_to, int):
+        run = lock_run(adaptation.run_id)
+        note_taken_back(run, epoch=run.epoch, after_step=back_to, up_to_step=ack.step)
 
 
 def _answered_later(command: Command) -> bool:

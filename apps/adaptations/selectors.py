@@ -21,7 +21,7 @@ from apps.policies.services import current_policy
 from apps.rest.clock import now as database_now
 from apps.runs.models import Run
 from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
-from apps.telemetry.selectors import frame_message, newest_frames, newest_metrics
+from apps.telemetry.selectors import newest_frames, newest_metrics
 from apps.violations.models import Violation
 from apps.violations.selectors import open_findings
 from apps.workers.models import CompileJob
@@ -97,7 +97,7 @@ def run_snapshot(run: Run) -> Snapshot:
         mode=RunMode(run.mode),
         step=run.step,
         layers=wire.from_wire(tuple[LayerInfo, ...], run.layers),
-        frames=tuple(frame_message(frame) for frame in newest_frames(run)),
+        frames=tuple(newest_frames(run)),
         metrics=tuple(newest_metrics(run)),
         model_parameters=run.model_parameters,
         added_parameters=facts.added_parameters,

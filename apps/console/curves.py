@@ -148,7 +148,7 @@ def like_cases(adaptation: Adaptation) -> LikeCases:
 
 def _forecast(adaptation: Adaptation, at: int, policy: SafetyPolicy) -> LossForecast:
     first = at - FORECAST_STEPS
-    steps, loss = losses_between(adaptation.run, after_step=first, up_to_step=at)
+    steps, loss = losses_between(adaptation.run, after_step=first, up_to_step=at, taken_back=False)
     ahead = np.arange(at + policy.maturity_steps + 1, at + policy.probation_steps + 1)
     return forecast_loss(steps, loss, ahead)
 

@@ -58,6 +58,9 @@ class Run(models.Model):
     model_parameters = models.BigIntegerField(default=0)
     target_steps = models.BigIntegerField(null=True, blank=True)
     step = models.BigIntegerField(default=0)
+    # [epoch, after step, up to step] of what was learned and taken back, with an undo to the state
+    # before a graft: these losses are of weights that the run does not have any more
+    taken_back = models.JSONField(default=list)
     last_loss = models.FloatField(null=True, blank=True)
     last_loss_status = models.CharField(max_length=4, blank=True)  # "nan", "inf", "-inf"
     telemetry_seq = models.BigIntegerField(default=0)

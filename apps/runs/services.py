@@ -33,6 +33,7 @@ from esper.contracts import (
 )
 
 MAX_LIVE_RUNS_PER_OWNER = 200
+MOST_TAKEN_BACK = 50  # undos of a run that are noted; the losses before them are long past
 # A restored database does not know how often a trainer was started since its backup. No epoch of
 # that time may be used again: a command of it would be genuine.
 RESTORED_EPOCHS = 1000
@@ -237,6 +238,17 @@ def mark_restored(run: models.Run, *, actor: Actor, reason: str) -> None:
             reason=reason,
             data={"epoch": run.epoch},
         )
+
+
+def note_taken_back(run: models.Run, *, epoch: int, after_step: int, up_to_step: int) -> None:
+    """The run's weights are again those of ``after_step``. In the transaction of :func:`lock_run`.
+
+    Of a step that is no step, or of none at all (-1), nothing is noted.
+    """
+    gap = [epoch, after_step, up_to_step]
+    if 0 <= after_step < up_to_step and gap not in run.taken_back:
+        run.taken_back = [*run.taken_back, gap][-MOST_TAKEN_BACK:]
+        run.save(update_fields=["taken_back"])
 
 
 def raise_command_seq(run: models.Run, seq: int) -> None:

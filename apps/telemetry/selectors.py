@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,21 +42,45 @@ def frames_after(run: Run, *, after_step: int, limit: int) -> list[Frame]:
     return list(frames.order_by("step", "id")[:limit])
 
 
-def newest_frames(run: Run) -> list[Frame]:
-    """The frames for a decision, oldest first; fewer for a huge model."""
+def newest_frames(run: Run) -> list[protocol.Frame]:
+    """The frames for a decision, oldest first; fewer for a huge model.
+
+    Without the losses that :func:`newest_metrics` leaves out.
+    """
     frame_bytes = max(1, len(run.layers) * len(SIGNALS) * 4)
     count = SNAPSHOT_FRAME_BYTES // frame_bytes
     count = max(FEWEST_SNAPSHOT_FRAMES, min(SNAPSHOT_FRAMES, count))
     frames = Frame.objects.filter(run=run, epoch=run.epoch).order_by("-step", "-id")[:count]
-    return list(frames)[::-1]
+    return [
+        frame_message(frame)
+        if led_to_its_weights(run, frame.epoch, frame.step)
+        else msgspec.structs.replace(frame_message(frame), loss=None)
+        for frame in list(frames)[::-1]
+    ]
+
+
+def led_to_its_weights(run: Run, epoch: int, step: int, *, at: int | None = None) -> bool:
+    """The run's weights came out of this step; False for what an undo took back.
+
+    Args:
+        at: the weights of this step; None: the present ones.
+    """
+    return not any(
+        epoch == of_epoch and after < step <= last and (at is None or last <= at)
+        for of_epoch, after, last in run.taken_back
+    )
 
 
 def newest_metrics(run: Run) -> list[StepValues]:
-    """The recent losses and all looks at grafts in probation, oldest first."""
+    """The recent losses that led to the run's weights, and all looks at grafts in probation.
+
+    Oldest first. Losses that an undo took back measure neither the run nor its next graft.
+    """
     columns = ("epoch", "step", "name", "value", "status")
     of_run = Metric.objects.filter(run=run).values_list(*columns)
     losses = list(of_run.filter(name="loss").order_by("-id")[:SNAPSHOT_LOSSES])
     rows = [row for row, alive in zip(losses, _alive(losses), strict=True) if alive]
+    rows = [row for row in rows if led_to_its_weights(run, row[0], row[1])]
     rows += of_run.filter(name__startswith=ABLATION).order_by("id")
     by_step: defaultdict[int, dict[str, float]] = defaultdict(dict)
     for _, step, name, value, status in rows:
@@ -91,10 +116,19 @@ def metric_series(
 
 
 def losses_between(
-    run: Run, *, after_step: int, up_to_step: int | None = None
+    run: Run, *, after_step: int, up_to_step: int | None = None, taken_back: bool = True
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Steps and losses of the run's present history; NaN where a loss was not finite."""
-    return _finite_and_not(run, "loss", after_step, up_to_step)[:2]
+    """Steps and losses of the run's present history; NaN where a loss was not finite.
+
+    Args:
+        taken_back: with the losses that had been taken back before ``up_to_step``.
+    """
+    steps, losses, rows = _finite_and_not(run, "loss", after_step, up_to_step)
+    if taken_back or not run.taken_back:
+        return steps, losses
+    kept = [led_to_its_weights(run, epoch, step, at=up_to_step) for epoch, step, _, _ in rows]
+    known = np.array(kept, dtype=bool)
+    return steps[known], losses[known]
 
 
 def _finite_and_not(

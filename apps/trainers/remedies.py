@@ -11,7 +11,7 @@ from apps.audit.services import record
 from apps.notifications.services import publish, run_topic
 from apps.rest.numbers import finite_or_none
 from apps.runs.models import Run
-from apps.runs.services import check_epoch, lock_run
+from apps.runs.services import check_epoch, lock_run, note_taken_back
 from esper.contracts import ADAPTATION_ENDED, AdaptationState, RemedyKind
 from esper.contracts.protocol import RemedyReport
 
@@ -32,6 +32,7 @@ def record_remedy(*, run: Run, report: RemedyReport, actor: Actor) -> Remedy:
     known = Remedy.objects.filter(run=run, key=report.key).first()
     if known is not None:
         return known
+    note_taken_back(run, epoch=report.epoch, after_step=report.back_to_step, up_to_step=report.step)
     adaptation = None
     if report.adaptation and inherited(run, report.adaptation) is None:
         adaptation = adaptation_of(run, report.adaptation)

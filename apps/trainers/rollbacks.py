@@ -8,7 +8,7 @@ from apps.accounts.actors import Actor
 from apps.adaptations.models import Adaptation
 from apps.adaptations.services import adaptation_of, inherited, mark_taken_out
 from apps.runs.models import Run
-from apps.runs.services import check_epoch, lock_run
+from apps.runs.services import check_epoch, lock_run, note_taken_back
 from apps.violations.services import record_violation
 from esper.contracts import AdaptationState, Severity
 from esper.contracts.protocol import Reading, Rollback
@@ -25,6 +25,7 @@ def record_local_rollback(*, run: Run, report: Rollback, actor: Actor) -> Adapta
     """
     run = lock_run(run.pk)  # it may have changed since the request arrived
     check_epoch(run, report.epoch)
+    note_taken_back(run, epoch=report.epoch, after_step=report.back_to_step, up_to_step=report.step)
     of_parent = inherited(run, report.adaptation)
     adaptation = of_parent or adaptation_of(run, report.adaptation)
     if of_parent is None and adaptation.state in _OUT:

@@ -77,7 +77,8 @@ class CommandAck:
         certificate: what the trial of the graft measured.
         digest_before, digest_after: SHA-256 of the model's named tensors.
         speedup: of ``speed_up``: eager time over compiled time, measured in this trainer.
-        details: of ``remedy``: numbers and words that tell what was done.
+        details: of ``remedy``: numbers and words that tell what was done; of ``undo``:
+            ``back_to_step``, whose weights the model has again, where it does.
     """
 
     seq: Whole

@@ -414,6 +414,7 @@ class Rollback(Message, frozen=True, kw_only=True):
         pause_ms: how long the training waited.
         exact: the model is what it was before the graft, to the bit.
         digest_after: SHA-256 of the model's named tensors.
+        back_to_step: whose weights the model has again; -1: it keeps what it has learned since.
     """
 
     epoch: Whole
@@ -425,6 +426,7 @@ class Rollback(Message, frozen=True, kw_only=True):
     exact: bool
     pause_ms: Number = 0.0
     digest_after: Digest = ""
+    back_to_step: Int64 = -1
 
 
 class RemedyReport(Message, frozen=True, kw_only=True):
@@ -442,6 +444,8 @@ class RemedyReport(Message, frozen=True, kw_only=True):
         adaptation: uid of the adaptation that was merged, pruned or undone; empty: none.
         undoes: key of an earlier remedy; empty: none.
         digest_before, digest_after: SHA-256 of the model's named tensors.
+        back_to_step: of an undo: whose weights the model has again; -1: it keeps what it has
+            learned since.
     """
 
     epoch: Whole
@@ -456,6 +460,7 @@ class RemedyReport(Message, frozen=True, kw_only=True):
     undoes: UidOrEmpty = ""
     digest_before: Digest = ""
     digest_after: Digest = ""
+    back_to_step: Int64 = -1
 
     def __post_init__(self) -> None:
         _check_size(self.details, "/details")

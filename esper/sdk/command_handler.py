@@ -411,6 +411,7 @@ class CommandHandler:
             state=CommandState.APPLIED,
             pause_ms=report.pause_ms,
             reason=_undo_note(adaptation, gone, softened=wanted and not hard),
+            details={"back_to_step": adaptation.step} if report.hard else {},
         )
         return Answer(ack, lambda: {"digest_after": report.digest})
 

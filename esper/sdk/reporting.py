@@ -143,6 +143,7 @@ class SurgeryReports:
                     step=step,
                     adaptation=_known(entry),
                     details=details,
+                    back_to_step=meant.step if report.hard else -1,
                 ),
             )
 
@@ -151,6 +152,7 @@ class SurgeryReports:
     ) -> None:
         """Grafts that the guard took out."""
         self._announcer.taken_out(entries, report, verdict.text, level=logging.WARNING)
+        back_to = min((entry.step for entry in entries), default=-1) if report.hard else -1
         for entry in entries:
             if entry.local:
                 continue
@@ -164,6 +166,7 @@ class SurgeryReports:
                     rule=verdict.rule,
                     observed=verdict.observed,
                     limit=verdict.limit,
+                    back_to_step=back_to,
                 ),
             )
 

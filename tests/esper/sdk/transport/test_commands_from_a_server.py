@@ -102,6 +102,23 @@ def test_an_undo_command_brings_the_model_back_to_the_bit(
         assert session.adaptations[0].state is AdaptationState.ROLLED_BACK
 
 
+@pytest.mark.parametrize("hard", [True, False])
+def test_the_answer_to_an_undo_says_whether_the_weights_are_those_before_the_graft(
+    training: Training, plane: ControlPlane, hard: bool
+) -> None:
+    """The server drops the losses in between from what it judges by."""
+    with listening(training, plane) as session:
+        plane.send(graft_command(plane, 1, kernel_for(session, plane)))
+        training.until(lambda: ended(plane, 1), session)
+        training.run(3, session)
+        plane.send(plane.command(CommandKind.UNDO, 2, adaptation="a1", payload={"hard": hard}))
+        training.until(lambda: ended(plane, 2), session)
+        ack = final_ack(plane, 2)
+    told = {"back_to_step": final_ack(plane, 1)["step"]} if hard else {}
+    assert ack.get("details", {}) == told
+    assert ack["step"] > final_ack(plane, 1)["step"]
+
+
 def test_what_is_not_grafted_cannot_be_undone(training: Training, plane: ControlPlane) -> None:
     with listening(training, plane) as session:
         plane.send(plane.command(CommandKind.UNDO, 1, adaptation="nobody"))

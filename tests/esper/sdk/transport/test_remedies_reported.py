@@ -87,6 +87,7 @@ def test_pruning_what_the_server_grafted_is_reported_with_all_that_went(
         assert not own.present
         first, second = reports(plane, 2)
     assert (first["remedy"], first["adaptation"], first["exact"]) == ("undo", "a1", True)
+    assert first["back_to_step"] == second["back_to_step"] == grafted.step
     assert (second["adaptation"], second["details"]) == (
         "",
         {"blueprint": "proj_ia3", "along_with": "proj_lora_64 at 3"},

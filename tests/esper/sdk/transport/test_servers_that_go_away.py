@@ -102,6 +102,7 @@ def test_the_guard_acts_without_the_server_and_reports_when_it_is_back(
     assert report["rule"] == "non_finite"
     assert report["observed"] == "nan"
     assert report["exact"] is True
+    assert report["back_to_step"] == final_ack(plane, 1)["step"]
     assert report["digest_after"] == final_ack(plane, 1)["digest_before"]
 
 
