@@ -1,4 +1,4 @@
-# Sourced by ./up and ./check:  install_into_venv REQUIREMENTS-FILE
+# Sourced by ./up and ./check:  install_into_venv REQUIREMENTS-FILE [PIP-OPTION…]
 # Makes .venv with Python 3.11 or newer, and installs the pinned requirements when they have changed.
 
 find_python() {
@@ -18,6 +18,7 @@ hash_of_requirements() { cat requirements/*.txt | "$1" -c 'import hashlib, sys; 
 
 install_into_venv() {
   local file="$1" python wanted stamp
+  shift
   stamp=".venv/.esper-$(basename "$file" .txt)"
   if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c '' 2>/dev/null; then
     python="$(find_python)" || return 1
@@ -27,7 +28,7 @@ install_into_venv() {
   wanted="$(hash_of_requirements .venv/bin/python)"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing $file (the first time takes a few minutes)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file" || {
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file" "$@" || {
       echo "The packages of $file could not be installed; see pip's reason above." >&2
       return 1
     }
