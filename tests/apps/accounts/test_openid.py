@@ -35,6 +35,7 @@ from tests.apps.accounts.small_provider import (
     signed,
 )
 from tests.apps.cast import PASSWORD, make_person
+from tests.tls import TRUSTS_NOBODY
 
 pytestmark = pytest.mark.django_db
 
@@ -60,7 +61,7 @@ def provider(settings: Any) -> Iterator[SmallProvider]:
 def begin(client: Client, query: str = "") -> tuple[str, str]:
     """To the provider and back as a browser goes; the way to our page, and to the provider's."""
     asked = client.get(f"/login/provider{query}")["Location"]
-    back = httpx.get(asked).headers["Location"]
+    back = httpx.get(asked, verify=TRUSTS_NOBODY).headers["Location"]
     return back.removeprefix("http://testserver"), asked
 
 
@@ -354,7 +355,7 @@ def test_a_broken_provider_becomes_a_sentence(provider: SmallProvider, kind: str
     client = Client()
     answer = client.get("/login/provider")
     if answer.status_code == 302:
-        back = httpx.get(answer["Location"]).headers["Location"]
+        back = httpx.get(answer["Location"], verify=TRUSTS_NOBODY).headers["Location"]
         answer = client.get(back.removeprefix("http://testserver"))
     text = answer.content.decode()
     assert answer.status_code == 502
