@@ -51,7 +51,8 @@ LONGEST = {
     name: place
     for place, name in enumerate(
         [
-            "test_killed_processes.py",  # with it all that share its Esper
+            "test_killed_processes.py",
+            "test_restored_backup.py",  # with it all that share its Esper
             "test_worker_pool_under_attack.py",
             "test_recipes_on_a_host.py",
             "test_console_in_a_browser.py",
@@ -67,9 +68,9 @@ LONGEST = {
 }
 # Files whose tests share an Esper that takes long to start and is there once for a session.
 TOGETHER = {
+    # Not with test_killed_processes.py, whose own tests take as long: it has an Esper to itself.
     "installation": {
         "test_approval_in_a_browser.py",
-        "test_killed_processes.py",
         "test_plan_on_a_real_run.py",
         "test_remedies_on_a_real_run.py",
         "test_restored_backup.py",
