@@ -68,6 +68,11 @@ class User(AbstractUser):
             return Access(MappingProxyType({DEFAULT_PROJECT: Role(self.role)}), None)
         return access_of(self).within(self.bound_to)
 
+    def forget_access(self) -> None:
+        """A project was made, or a role in one has changed, since it was found."""
+        self.has_one_project = False
+        self.__dict__.pop("access", None)
+
 
 class SecondFactor(models.Model):
     """A person's authenticator app: its codes are asked for beside the password."""

@@ -47,7 +47,7 @@ def person_of(claims: dict[str, Any]) -> User:
     _set_role(user, role or Role.VIEWER)
     for project, given in projects.items():
         _set_membership(project, user, given)
-    vars(user).pop("access", None)
+    user.forget_access()
     return user
 
 

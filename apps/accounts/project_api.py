@@ -55,7 +55,7 @@ class Projects(Endpoint):
     def post(self, request: Request) -> Response:
         name = parse(ProjectInput, request.data)["name"]
         made = create_project(name=name, user=person(request), via=via(request))
-        vars(person(request)).pop("access", None)  # it was found before the project was made
+        person(request).forget_access()
         return Response(_detail(request, made), status=201)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +26,7 @@ from apps.runs.models import Command, Run
 from esper.contracts import CommandKind, CommandState, Role, TokenScope
 from tests.apps.callers import Caller
 from tests.apps.cast import make_person, make_run, token_of
+from tests.apps.console.world import World
 from tests.apps.recipes.rows import make_recipe
 from tests.apps.stage import Stage
 
@@ -214,3 +216,19 @@ def test_a_message_is_sent_only_while_its_owner_may_see_what_it_says(
     last = Delivery.objects.latest("id")
     assert (last.due_at, last.delivered_at) == (None, None)
     assert "has no right to see this any more" in last.error
+
+
+def test_the_first_project_of_a_server_is_made_in_a_browser(world: World) -> None:
+    """Until then the server has one project, and each request knows that before it begins."""
+    client = world.client("ada")
+    session = client.session
+    session["password_at"] = time.time()
+    session.save()
+    answer = client.post(
+        "/api/v1/projects",
+        {"name": "vision"},
+        content_type="application/json",
+        headers={"idempotency-key": "first"},
+    )
+    assert (answer.status_code, answer.json()["role"]) == (201, "admin")
+    assert "vision" in client.get("/projects").content.decode()
