@@ -233,6 +233,15 @@ def no_rate(target: Target) -> str:
     return f"{type(rateless[0]).__name__} has no learning rate" if rateless else ""
 
 
+def many_gradients(target: Target) -> str:
+    """A reason where one step of an optimizer computes its gradients more than once.
+
+    What is done to the first gradient is not done to the others, which are compared with it.
+    """
+    several = any(isinstance(o, torch.optim.LBFGS) for o in target.optimizers)
+    return "LBFGS computes its gradients more than once in a step" if several else ""
+
+
 def not_trained(target: Target) -> str:
     """A reason where no optimizer trains a tensor of the layer."""
     groups = [group for optimizer in target.optimizers for group in optimizer.param_groups]

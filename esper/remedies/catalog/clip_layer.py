@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from esper.contracts import Risk
-from esper.remedies.base import Effect, Remedy, Target, check_above_zero, no_optimizer, not_trained
+from esper.remedies.base import (
+    Effect,
+    Remedy,
+    Target,
+    check_above_zero,
+    many_gradients,
+    no_optimizer,
+    not_trained,
+)
 from esper.remedies.update_hooks import Optimizer, after_update, before_update
 from esper.sharding import is_dtensor, local
 
@@ -45,7 +53,8 @@ class ClipLayer(Remedy):
         check_above_zero(config, "decay", most=0.9999)
 
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
-        return no_optimizer(target) or (not_trained(target) if target.layer else "")
+        reason = no_optimizer(target) or many_gradients(target)
+        return reason or (not_trained(target) if target.layer else "")
 
     def apply(self, target: Target, config: dict[str, Any]) -> Effect:
         details: dict[str, Any] = {**config, "lifted": [], "put_back": []}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esper.contracts import Risk
 from esper.grafting.replicas import RankGroup
-from esper.remedies.base import Effect, Remedy, Target, no_optimizer
+from esper.remedies.base import Effect, Remedy, Target, many_gradients, no_optimizer
 from esper.remedies.update_hooks import Optimizer, after_update, before_update
 from esper.sharding import local
 
@@ -32,8 +32,8 @@ class SkipUpdate(Remedy):
         scaler = target.surroundings.scaler
         if scaler is not None and scaler.is_enabled():
             return "the gradient scaler skips such steps already"
-        if any(isinstance(o, torch.optim.LBFGS) for o in target.optimizers):
-            return "LBFGS computes its gradients more than once in a step"
+        if reason := many_gradients(target):
+            return reason
         if not _finite([p.detach() for p in target.parameters]):
             return "weights are not finite already"
         return ""

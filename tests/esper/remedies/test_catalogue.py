@@ -947,3 +947,13 @@ def test_units_that_are_equal_get_new_weights_and_zeros_on_purpose_stay() -> Non
         assert torch.equal(torch.get_rng_state(), stream)
         session.undo(receipt)
         assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("slug", ["clip_layer", "skip_update"])
+def test_gradients_that_an_optimizer_compares_with_each_other_are_left_alone(slug: str) -> None:
+    """One clipped gradient among those of a step gives LBFGS a curvature that is not there."""
+    model = nn.Linear(8, 3)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    with esper.attach(model, optimizer, mode="supervised", verbose=False) as session:
+        with pytest.raises(GraftError, match="LBFGS computes its gradients more than once"):
+            session.remedy(slug)
