@@ -80,7 +80,9 @@ class Plan:
         self.since = 0
         self._again = -1
         self._spent = 0.0
+        self._largest = 0.0  # of the costs; the first look at a GPU loads code
         self._checks = 0
+        self._to_come = MEASURED_AT
 
     def is_due(self, step: int) -> bool:
         if step - self.since in FIRST_STEPS or step in SURE_STEPS or step == self._again:
@@ -113,14 +115,22 @@ class Plan:
     def add(self, seconds: float) -> None:
         """Cost of one planned step."""
         self._spent += seconds
+        self._largest = max(self._largest, seconds)
         self._checks += 1
 
     def adapt(self, step: int, step_seconds: float) -> None:
-        """At the fixed steps, sets the period from what a planned step has cost on average."""
-        if step not in MEASURED_AT or not self._checks or not step_seconds > 0:
+        """From the fixed steps on, sets the period from what a planned step has cost on average.
+
+        On a GPU a planned step is over with the one after it, when its numbers have arrived.
+        """
+        if not self._to_come or step < self._to_come[0]:
+            return
+        self._to_come = tuple(due for due in self._to_come if due > step)
+        if self._checks < 2 or not step_seconds > 0:
             return
         least = min(LARGEST_BUDGET * step_seconds, LEAST_SECONDS_PER_STEP)
-        needed = self._spent / self._checks / max(BUDGET * step_seconds, least)
+        usual = (self._spent - self._largest) / (self._checks - 1)
+        needed = usual / max(BUDGET * step_seconds, least)
         # Rounded up to a few values, so that two runs of the same script have the same plan.
         self.period = PERIOD * 2 ** max(0, math.ceil(math.log2(max(1.0, needed / PERIOD))))
 

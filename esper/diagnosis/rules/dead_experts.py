@@ -35,6 +35,8 @@ class DeadExperts(Rule):
         readings = list(observation.gradients)[-READINGS:]
         if len(readings) < READINGS or readings[-1].step - readings[0].step < STEPS:
             raise Unknown("too few readings of the gradients")
+        if all(row.norm > 0 for row in readings[-1].rows):
+            return None
         alive = [_alive(reading) for reading in readings]
         shapes = {tensor.name: tensor.shape for tensor in observation.tensors}
         groups: dict[tuple[object, ...], list[str]] = defaultdict(list)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from esper.diagnosis import probes
 from esper.diagnosis.recorder import Plan, Recorder
 from esper.fail_closed import FailClosed
+from esper.health.transfers import HostTransfer
 from tests.esper.diagnosis.small_runs import (
     Detached,
     Run,
@@ -503,14 +504,17 @@ def test_the_next_look_is_the_first_that_is_due() -> None:
 )
 def test_a_look_takes_its_share_of_a_step(step_seconds: float, share: float) -> None:
     plan = Plan()
-    plan.add(0.03)
+    for seconds in (2.0, 0.03, 0.03):  # the first look at a GPU loads code
+        plan.add(seconds)
     plan.adapt(500, step_seconds)
     assert 0.03 / plan.period <= share * step_seconds
     assert plan.period == 50 or 0.03 / (plan.period / 2) > share * step_seconds
 
 
-def test_all_of_a_look_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU what a look queues there takes longer than the rules."""
+@pytest.mark.parametrize("is_late", [False, True])
+def test_all_of_a_look_is_counted(monkeypatch: pytest.MonkeyPatch, is_late: bool) -> None:
+    """On a GPU what a look queues there takes longer than the rules, and is read a step later."""
+    monkeypatch.setattr(HostTransfer, "is_late", is_late)
     now = [0.0]
     model = perceptron()
     recorder = Recorder(model, [], FailClosed(), clock=lambda: now[0])
@@ -521,7 +525,7 @@ def test_all_of_a_look_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         return taken(step)
 
     monkeypatch.setattr(recorder, "_take", take)
-    for step in range(1, 51):
+    for step in range(1, 52):
         now[0] += 0.001
         if recorder.on_step(step):
             recorder.spend(0.0)
