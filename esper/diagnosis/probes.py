@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,8 +20,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from esper.diagnosis.observation import (
-    GradientRow,
-    Gradients,
     LayerPass,
     LossKind,
     ModelPass,
@@ -33,21 +30,19 @@ from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.graph import kind_of, layer_modules
 from esper.grafting.hooks import PassingHook, register_alike
 from esper.grafting.slot import SLOT_NAME, first_tensor, is_opaque, is_transformed
-from esper.health.optimizer_steps import dense, has_numbers, norms_of, spread_sample
+from esper.health.optimizer_steps import has_numbers, spread_sample
 from esper.health.transfers import HostTransfer
 
 ROWS = 64
 COLUMNS = 512
-READINGS = 4  # a unit is dead when its gradient was zero in so many in a row
 EQUAL_ROWS = 0.5
 ALIKE = 0.05  # relative distance
-SMALLEST = 1e-6  # a smaller gradient may be the rounding error of a zero one
 CLOSE = 1e-3
 FEW = 64  # elements of a tensor
 TARGET_ERROR = 0.05  # of a target that is computed from its gradient
 EXTREME = 0.99
 TABLES = ("Embedding", "EmbeddingBag")  # rows that a batch does not use have no gradient
-_TRANSPOSED = ("Conv1D", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+TRANSPOSED = ("Conv1D", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 _SHAPING = (
     "View",
     "Unsafe",
@@ -141,7 +136,7 @@ def sampled(tensor: Tensor) -> Tensor:
 
 def fan_in(shape: Sequence[int], kind: str) -> int:
     """Number of inputs of one unit."""
-    return shape[0] if kind in _TRANSPOSED else math.prod(shape[1:])
+    return shape[0] if kind in TRANSPOSED else math.prod(shape[1:])
 
 
 def _tensor_facts(
@@ -526,163 +521,6 @@ def _other_binary(y_NC: Tensor, g_NC: Tensor, elements: int) -> tuple[LossKind, 
             if bool(inside.all() and whole.all() and (targets.abs() < 1.5).all()):
                 return kind, weight * elements
     return None
-
-
-@dataclass(slots=True)
-class _Row:
-    norm: Tensor | None
-    weight: Tensor | None
-    dead: Tensor | None  # bool [R]
-    sample: Tensor | None  # a few elements of the gradient
-    change: Tensor | None = None  # of a few elements of the weight, by this step
-
-
-@dataclass(slots=True)
-class GradientProbe:
-    """Reads all gradients at the end of an optimizer's step, before the script clears them."""
-
-    model: nn.Module
-    names: dict[int, str] = field(default_factory=dict)
-    kinds: dict[int, str] = field(default_factory=dict)
-    parameters: dict[int, nn.Parameter] = field(default_factory=dict)
-    readings: int = 0
-    _rows: dict[int, _Row] = field(default_factory=dict)
-    _masks: dict[int, deque[Tensor]] = field(default_factory=dict)
-    _samples: dict[int, Tensor] = field(default_factory=dict)
-    _before: dict[int, Tensor] = field(default_factory=dict)
-    _from_zero: dict[int, Tensor] = field(default_factory=dict)  # bool []: it has begun at zero
-
-    def __post_init__(self) -> None:
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Parameters were added or removed."""
-        modules = dict(self.model.named_modules())
-        self.names, self.kinds, self.parameters = {}, {}, {}
-        for name, parameter in self.model.named_parameters():
-            if has_numbers(parameter) and parameter.numel() and not is_graft(name):
-                self.names[id(parameter)] = name
-                module = modules.get(name.rpartition(".")[0], self.model)
-                self.kinds[id(parameter)] = kind_of(module)
-                self.parameters[id(parameter)] = parameter
-        for known in (self._masks, self._samples, self._rows, self._from_zero):
-            for gone in [key for key in known if key not in self.names]:
-                del known[gone]
-
-    @torch.no_grad()
-    def remember(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before its step: a few elements, to see how far the step moves them."""
-        for p in self._own(optimizer):
-            if p.ndim > 1:
-                self._before[id(p)] = spread_sample(p.detach(), FEW).clone()
-
-    def forget(self) -> None:
-        """Weights were put in by somebody else, so their change since is no update."""
-        self._samples.clear()
-        self._before.clear()
-
-    def _own(self, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-        return [
-            p
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if id(p) in self.names and p.requires_grad
-        ]
-
-    def _change(self, parameter: nn.Parameter) -> Tensor | None:
-        old = self._before.pop(id(parameter), None)
-        if old is None:
-            return None
-        self._samples.setdefault(id(parameter), old)
-        size = old.float().norm()
-        moved = (spread_sample(parameter.detach(), FEW).float() - old.float()).norm()
-        # Weights that begin at zero, as those of LoRA, grow by a multiple of themselves at first.
-        key, grows = id(parameter), size == 0
-        self._from_zero[key] = grows = self._from_zero.get(key, grows) | grows
-        return torch.where(grows, torch.nan, moved / size)
-
-    @torch.no_grad()
-    def read(self, optimizer: torch.optim.Optimizer) -> None:
-        """At the end of its step."""
-        own = self._own(optimizer)
-        gradients = [dense(p.grad) for p in own]
-        norms, weights = norms_of(gradients), norms_of([p.detach() for p in own])
-        for p, gradient, norm, weight in zip(own, gradients, norms, weights, strict=True):
-            fits = gradient is not None and gradient.shape == p.shape
-            sample = spread_sample(gradient, FEW).clone() if fits and gradient is not None else None
-            dead = self._dead(p, gradient)
-            self._rows[id(p)] = _Row(norm, weight, dead, sample, self._change(p))
-
-    def _dead(self, parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
-        kind = self.kinds[id(parameter)]
-        if parameter.ndim < 2 or kind in TABLES or kind in _TRANSPOSED:
-            return None
-        masks = self._masks.setdefault(id(parameter), deque(maxlen=READINGS))
-        if gradient is None or gradient.shape != parameter.shape:
-            masks.clear()
-            return None
-        masks.append((sampled(gradient) == 0).all(1))
-        dead = masks[0]
-        for mask in list(masks)[1:]:
-            dead = dead & mask
-        return dead
-
-    @torch.no_grad()
-    def collect(
-        self, step: int, transfer: HostTransfer, *, rate: float, updates: int
-    ) -> Callable[[], Gradients] | None:
-        """Sends the reading of this step to the host; None where no optimizer made one.
-
-        Returns:
-            What makes the result, once the numbers have arrived.
-        """
-        if not self._rows:
-            return None
-        self.readings += 1
-        rows, self._rows = self._rows, {}
-        names, moved = [self.names[key] for key in rows], self._moved(rows, rate)
-        if any(id(p) not in self.names for p in self.model.parameters() if p.requires_grad):
-            self.refresh()  # for the next reading
-        read = list(rows.values())
-        transfer.add("norm", [row.norm for row in read])
-        transfer.add("weight", [row.weight for row in read])
-        transfer.add(
-            "dead", [None if row.dead is None else row.dead.float().mean() for row in read]
-        )
-        transfer.add("change", [row.change for row in read])
-        transfer.add("moved", moved)
-        seen = Gradients(
-            step=step, readings=self.readings, rows=(), moved=math.nan, rate=rate, updates=updates
-        )
-        return partial(_gradients, seen, transfer, names)
-
-    def _moved(self, rows: Mapping[int, _Row], rate: float) -> list[Tensor]:
-        """Of each matrix, int64 [2]: elements that are due to move, and those that have."""
-        pairs = []
-        for key, row in rows.items():
-            new, old = spread_sample(self.parameters[key].detach(), FEW), self._samples.get(key)
-            self._samples[key] = new.clone()
-            if row.sample is None or old is None or old.shape != new.shape:
-                continue
-            if self.parameters[key].ndim > 1:
-                # From zero even the smallest step is seen, which says nothing of other weights.
-                slope = row.sample.abs()
-                due = (slope > SMALLEST) & (old != 0)
-                if new.dtype in (torch.float32, torch.float64) and rate > 0:
-                    # A step this small is lost in these dtypes too, and was chosen so.
-                    due &= slope * rate >= torch.finfo(new.dtype).eps * old.abs()
-                pairs.append(torch.stack([due.sum(), (due & (old != new)).sum()]))
-        return pairs
-
-
-def _gradients(seen: Gradients, transfer: HostTransfer, names: Sequence[str]) -> Gradients:
-    """From what has arrived on the host."""
-    columns = [transfer.take(name).tolist() for name in ("norm", "dead", "weight")]
-    columns.append(transfer.take("change", not_a_number=math.nan).tolist())
-    rows = tuple(GradientRow(*entry) for entry in zip(names, *columns, strict=True))
-    pairs = transfer.take("moved").tolist()
-    due, moved = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-    return replace(seen, rows=rows, moved=moved / due if due else math.nan)
 
 
 @torch.no_grad()

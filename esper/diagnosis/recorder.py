@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from esper.diagnosis.gradient_probe import GradientProbe
 from esper.diagnosis.observation import (
     Broken,
     Gradients,
@@ -35,7 +36,6 @@ from esper.diagnosis.probes import (
     PART,
     UNMEASURED,
     ForwardProbe,
-    GradientProbe,
     read_tensors,
     same_modules,
     still_symmetric,
@@ -82,7 +82,7 @@ class Plan:
         self._spent = 0.0
         self._largest = 0.0  # of the costs; the first look at a GPU loads code
         self._checks = 0
-        self._to_come = MEASURED_AT
+        self._to_come: tuple[int, ...] = MEASURED_AT
 
     def is_due(self, step: int) -> bool:
         if step - self.since in FIRST_STEPS or step in SURE_STEPS or step == self._again:

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.gradient_probe import READINGS
 from esper.diagnosis.observation import Observation, Unknown
-from esper.diagnosis.probes import READINGS
 
 DEAD = 0.85
 MANY = 0.7

@@ -4,8 +4,8 @@ import math
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.gradient_probe import SMALLEST
 from esper.diagnosis.observation import Observation, Unknown
-from esper.diagnosis.probes import SMALLEST
 
 MOVED = 0.02
 WARM_UP = 10

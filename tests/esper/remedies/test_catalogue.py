@@ -954,6 +954,6 @@ def test_gradients_that_an_optimizer_compares_with_each_other_are_left_alone(slu
     """One clipped gradient among those of a step gives LBFGS a curvature that is not there."""
     model = nn.Linear(8, 3)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
-    with esper.attach(model, optimizer, mode="supervised", verbose=False) as session:
-        with pytest.raises(GraftError, match="LBFGS computes its gradients more than once"):
-            session.remedy(slug)
+    session = esper.attach(model, optimizer, mode="supervised", verbose=False)
+    with session, pytest.raises(GraftError, match="LBFGS computes its gradients more than once"):
+        session.remedy(slug)
