@@ -101,9 +101,18 @@ def sample_input(layer: LayerInfo, *, seed: int = 0) -> Tensor:
     shape = tuple(size or MAX_ROWS for size in layer.in_shape)  # it was traced on an empty batch
     if not layer.features_in:
         return torch.zeros(shape, dtype=torch.long, device=layer.device)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    return values.to(device=layer.device, dtype=layout.torch_dtype(layer))
+    return _normal(shape, layer.device, layout.torch_dtype(layer), seed)
+
+
+def _normal(
+    shape: Sequence[int], device: torch.device | str, dtype: torch.dtype, seed: int = 0
+) -> Tensor:
+    """Normal numbers, drawn on a GPU where they go there: a CPU takes a training step for them."""
+    device = torch.device(device)
+    place = device if device.type == "cuda" else torch.device("cpu")
+    generator = torch.Generator(place).manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float32, device=place)
+    return values.to(device=device, dtype=dtype)
 
 
 def stand_in(layer: LayerInfo, *, seed: int = 0) -> tuple[nn.Module, Tensor]:
@@ -291,10 +300,8 @@ def _output(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> Ten
     """The layer's own output, generated for a span."""
     if not layer.since:
         return _run_host(host, layer, blueprint, x)
-    generator = torch.Generator("cpu").manual_seed(0)
-    shape = len(x), *layer.out_shape[1:]
-    values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    return values.to(device=x.device, dtype=x.dtype).requires_grad_(torch.is_grad_enabled())
+    values = _normal((len(x), *layer.out_shape[1:]), x.device, x.dtype)
+    return values.requires_grad_(torch.is_grad_enabled())
 
 
 def _run_grafts(host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -435,10 +442,8 @@ def _dead_after_two_steps(graft: Graft, trial: _Trial) -> list[str]:
 
 def _made_up_cotangent(y: Tensor) -> Tensor:
     """Norm about 1. Not constant: a batch norm's output is orthogonal to a constant."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    noise = torch.randn(y.shape, generator=generator, dtype=torch.float32, device="cpu")
-    noise = noise / math.sqrt(max(1, y.numel()))
-    return noise.to(device=y.device, dtype=y.dtype)
+    noise = _normal(y.shape, y.device, torch.float32)
+    return (noise / math.sqrt(max(1, y.numel()))).to(y.dtype)
 
 
 def _undo_is_exact(host: nn.Module, graft: Graft) -> bool:
