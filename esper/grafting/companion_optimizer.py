@@ -103,11 +103,22 @@ def follow(made: Made, group: dict[str, Any]) -> None:
 
 
 def grows_with_gradient(made: Made, parameters: Sequence[nn.Parameter]) -> bool:
-    """A step is twice as large at twice the gradient, as SGD's is and Adam's is not."""
+    """A step is twice as large at twice the gradient, as SGD's is and Adam's is not.
+
+    Tried on the CPU, because a number of a GPU comes behind all that is queued there. Some
+    optimizers work on a GPU only.
+    """
+    try:
+        return _grows(made, parameters[0], torch.device("cpu"))
+    except Exception:
+        return _grows(made, parameters[0], parameters[0].device)
+
+
+def _grows(made: Made, parameter: nn.Parameter, device: torch.device) -> bool:
     group = {**made.optimizer.param_groups[0], "lr": PLAIN_RATE}
     moved = []
     for size in (1.0, 2.0):
-        tried = _few_elements_of(parameters[:1], gradient=size)
+        tried = _few_elements_of([parameter], gradient=size, device=device)
         _step_on(make_like(made.optimizer, group, tried))
         moved.append(float(tried[0].detach().abs().max()))
     return moved[1] > 1.5 * moved[0]
@@ -121,13 +132,15 @@ def _try_out(
     _step_on(make_like(host, group, _few_elements_of(list(forms.values()), gradient=1.0)))
 
 
-def _few_elements_of(parameters: Sequence[nn.Parameter], *, gradient: float) -> list[nn.Parameter]:
+def _few_elements_of(
+    parameters: Sequence[nn.Parameter], *, gradient: float, device: torch.device | None = None
+) -> list[nn.Parameter]:
     """Zeros of the same form, with a gradient."""
     tried = []
     for parameter in parameters:
         few = [min(size, _TRIAL_SIZE) for size in parameter.shape]
-        tried.append(nn.Parameter(local(parameter).new_zeros(few)))
-        tried[-1].grad = local(parameter).new_full(few, gradient)
+        tried.append(nn.Parameter(local(parameter).new_zeros(few, device=device)))
+        tried[-1].grad = local(parameter).new_full(few, gradient, device=device)
     return tried
 
 

@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler
 
 from esper.grafting import accompany, audit, companions_of
 from esper.grafting.companion import Companion
+from esper.grafting.companion_optimizer import grows_with_gradient, make_like
 from tests.esper.tiny_models import make_training
 
 
@@ -144,3 +145,22 @@ def test_a_companion_that_fails_stops_alone_and_is_a_finding(
     assert finding.severity == "serious"
     assert "the graft learns no more" in finding.observed
     assert "ZeroDivisionError" in finding.observed
+
+
+class RefusesTheFirstStep(torch.optim.SGD):
+    """As an optimizer whose kernels exist for a GPU alone does on a CPU."""
+
+    refused = False
+
+    def step(self, closure: Any = None) -> Any:
+        if not RefusesTheFirstStep.refused:
+            RefusesTheFirstStep.refused = True
+            raise RuntimeError("no kernel for this device")
+        return super().step(closure)
+
+
+def test_an_optimizer_that_cannot_be_tried_on_the_cpu_is_tried_where_the_weights_are() -> None:
+    weight = nn.Parameter(torch.zeros(4, 4))
+    host = RefusesTheFirstStep([nn.Parameter(torch.zeros(2))], lr=0.1)
+    assert grows_with_gradient(make_like(host, host.param_groups[0], [weight]), [weight])
+    assert RefusesTheFirstStep.refused
