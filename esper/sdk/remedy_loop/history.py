@@ -24,7 +24,9 @@ class Case:
         rejected: remedies, by a person.
         level: of the loss, when the first remedy was given.
         came_of_data: such a finding was the doing of other data, not of the weights.
-        went_back: to the state of then, because no remedy helped.
+        went_back: to the state of then, because no remedy helped, or that state is not kept.
+        compared: the step of the last remedy whose losses were compared with those before the
+            first one.
         not_before: the first step in which the next remedy may be given; not_before_time: by the
             monotonic clock, for the server's sake.
         pause: steps until the next remedy, after one in vain.
@@ -37,6 +39,7 @@ class Case:
     level: float = math.nan
     came_of_data: bool = False
     went_back: bool = False
+    compared: int = -1
     not_before: int = 0
     not_before_time: float = -math.inf
     pause: int = PAUSE_STEPS
@@ -90,6 +93,11 @@ class History:
             if t.finding == finding and t.measured and t.ended.startswith(IN_VAIN)
             if t.receipt is not None and t.receipt.in_force
         ]
+
+    def in_force(self, finding: str) -> list[Treatment]:
+        """Those that still do something in each step."""
+        given = (t for t in self.treatments if t.finding == finding)
+        return [t for t in given if t.receipt is not None and t.receipt.in_force]
 
     def note(self, treatment: Treatment) -> None:
         """A remedy was applied."""

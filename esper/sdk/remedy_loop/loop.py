@@ -114,6 +114,8 @@ class RemedyLoop:
         open_ = {found.rule.slug: found for found in self._diagnosis.diagnosis.open}
         self._other_data.look()
         self._verdicts.judge(open_)
+        answered = {s for s, found in open_.items() if found.severity is not Severity.INFO}
+        self._note_way_back(self.way_back.look(answered))
         self._follow_ups.settle()
         for entry in [entry for entry in self.proposals if entry.finding not in open_]:
             self.server.forget(entry)
@@ -135,7 +137,8 @@ class RemedyLoop:
         open_ = {slug for slug in slugs if not history.is_proposed(slug)}
         pauses = (history.cases[slug].not_before for slug in open_ if slug in history.cases)
         known: list[float] = [*pauses, history.latest_change + EARLY_STEPS] if open_ else []
-        known.append(max(self._follow_ups.next_step, step + 1))
+        due = min(self._follow_ups.next_step, self.way_back.next_step)
+        known.append(max(due, step + 1))
         return min((later for later in known if later > step), default=math.inf)
 
     # -- people --------------------------------------------------------------------------------
@@ -256,11 +259,13 @@ class RemedyLoop:
         """Where no remedy helped, and the run is worse than when the first one was given."""
         if not self.way_back.is_needed(found):
             return False
-        treatment = self.way_back.go(found)
+        self._note_way_back(self.way_back.go(found))
+        return True
+
+    def _note_way_back(self, treatment: Treatment | None) -> None:
         if treatment is not None:
             self._applier.note(treatment)
             self._announcer.remedy_judged(treatment.remedy, treatment.ended)
-        return True
 
 
 def _worst_first(found: Iterable[Diagnosed]) -> list[Diagnosed]:

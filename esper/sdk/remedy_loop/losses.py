@@ -24,6 +24,15 @@ def level(run: RunState, count: int = LEVEL_LOSSES) -> float:
     return known[len(known) // 2] if known else math.nan
 
 
+def error(run: RunState, until: int) -> float:
+    """Standard error of the difference of two levels: of now, and up to step ``until``."""
+    finite = [(step, loss) for step, loss in run.losses if math.isfinite(loss)]
+    earlier = [loss for step, loss in finite if step <= until][-LEVEL_LOSSES:]
+    newest = [loss for step, loss in finite if step > until][-LEVEL_LOSSES:]
+    known = [part for part in (earlier, newest) if len(part) >= FEWEST_LOSSES]
+    return math.sqrt(sum(statistics.variance(part) / len(part) for part in known))
+
+
 def jumped(run: RunState, at: int) -> bool:
     """The loss was much higher from step ``at`` on than before."""
     before = [loss for step, loss in run.losses if step < at][-COMPARED_LOSSES:]

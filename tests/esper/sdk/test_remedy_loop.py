@@ -508,6 +508,60 @@ def test_a_run_whose_remedies_all_fail_ends_no_worse_than_where_they_began(
         assert any("none helped" in entry.ended for entry in session._parts.remedies.treatments)
 
 
+@pytest.mark.parametrize("remedy", [RemedySlug.REPAIR_SCALE, RemedySlug.SET_LR, RemedySlug.REWIND])
+@pytest.mark.parametrize("harmful", [True, False])
+def test_a_remedy_that_ends_its_finding_and_leaves_the_run_worse_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, remedy: RemedySlug, *, harmful: bool
+) -> None:
+    """A finding that is over by itself says nothing of what the remedy did to the run."""
+
+    class Passing(PlateauRule):
+        slug, opens_after, closes_after, explained_by = "plateau", 1, 1, frozenset()
+        remedies = (remedy,)
+
+        def check(self, observation: Observation, _: Memory) -> Evidence | None:
+            if not 100 <= observation.step <= 110:
+                return None
+            return Evidence("a fault that passes", "none", "grad", float(observation.step))
+
+    run = Run(Fault(rate=1e-2, momentum=0.0))
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        watch, loop = session._parts.diagnosis, session._parts.remedies
+        assert watch is not None
+        assert loop is not None
+        watch.diagnosis = Diagnosis([Passing()])
+        real, at, rates = session._parts.surgery.remedy, [], []
+
+        def spoil(slug: str, layer: str, sample: object, config: Any, *rest: object) -> object:
+            at.append([p.detach().clone() for p in run.model.parameters()])
+            receipt = real(slug, layer, sample, config, *rest)
+            if config.get("step") == MARKED:
+                assert all(map(torch.equal, run.model.parameters(), at[0]))
+            elif harmful:
+                with torch.no_grad():
+                    for parameter in run.model.parameters():
+                        parameter.add_(torch.randn_like(parameter))
+                run.optimizer.param_groups[0]["lr"] = 1e-9
+            return receipt
+
+        monkeypatch.setattr(session._parts.surgery, "remedy", spoil)
+        monkeypatch.setattr("esper.sdk.remedy_loop.losses.fell", lambda *_: False)
+        before = run.train(100, session)
+        run.train(200, session)
+        given, *later = [t for t in loop.treatments if t.remedy != "match_updates"]
+        assert given.remedy == remedy
+        assert given.ended.startswith("kept")
+        assert [entry.remedy for entry in later] == (["rewind"] if harmful else [])
+        run.optimizer.register_step_pre_hook(
+            lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+        )
+        last = run.train(20, session)
+    if harmful:
+        assert "the loss higher than before" in later[0].ended
+        assert max(last) < 1.5 * max(before[80:])
+        assert rates[0] == 1e-9  # the script's own, not a multiple
+
+
 @pytest.mark.parametrize(("rate", "far_too_large"), [(0.2, True), (3e-3, False)])
 def test_a_rate_at_which_updates_were_far_too_large_stays_lowered(
     rate: float, far_too_large: bool
