@@ -158,6 +158,12 @@ class DiagnosisWatch:
         now = known[-1].rate / known[0].rate
         return known[0].change * now / overshoot(self.optimizers, 1)
 
+    @property
+    def guessing_loss(self) -> float:
+        """Of equal chances for all classes; NaN where the loss is another, or is not known."""
+        passes = self.recorder.passes
+        return passes[0].guessing_loss if passes else math.nan
+
     def look_closely(self) -> None:
         """The run was changed, or its loss jumped: it is measured as often as at its start."""
         self.recorder.plan.since = self._run.step

@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
+
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.gradient_probe import READINGS
@@ -12,7 +14,7 @@ DEAD = 0.85
 MANY = 0.7
 STILL = 0.5
 SATURATED = 0.3
-STEPS, UNLEARNED = 100, 0.99
+STEPS, UNLEARNED, GUESSES = 100, 0.99, 50
 SAMPLES = 64
 
 
@@ -29,6 +31,7 @@ class DyingRelu(Rule):
             "AutoTrainer (ICSE'21), DeepDiagnosis; half of the narrow nets of seeds 0 to 9 learn",
         ),
         Threshold(f"loss / first loss after {STEPS} steps", UNLEARNED, "ratio", "below it learns"),
+        Threshold(f"{GUESSES} losses / that of guessing", UNLEARNED, "ratio", "chosen; the same"),
         Threshold("readings in a row", READINGS, "readings", "chosen: small batches miss units"),
         Threshold("samples in them", SAMPLES, "samples", "chosen: four samples find few units"),
         Threshold("to resolve", STILL, "share", "chosen"),
@@ -41,7 +44,12 @@ class DyingRelu(Rule):
         "If it was sudden, return to a checkpoint before it with a lower learning rate; otherwise "
         "give the dead units a new start, or use LeakyReLU, GELU or normalisation."
     )
-    remedies = (RemedySlug.REWIND, RemedySlug.RECYCLE, RemedySlug.SET_LR)
+    remedies = (
+        RemedySlug.REWIND,
+        RemedySlug.RECYCLE,
+        RemedySlug.REPAIR_SCALE,
+        RemedySlug.SET_LR,
+    )
     explained_by = frozenset({"non_finite", "unreached", "rate_jump"})
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
@@ -95,9 +103,17 @@ def _were_enough(observation: Observation, memory: Memory) -> bool:
 def _stands_still(observation: Observation) -> bool:
     """Enough steps were made, and nothing was learned."""
     try:
-        return observation.step >= STEPS and observation.learned_share >= UNLEARNED
+        if observation.step < STEPS:
+            return False
+        return observation.learned_share >= UNLEARNED or _guesses(observation)
     except Unknown:
         return False
+
+
+def _guesses(observation: Observation) -> bool:
+    """Whatever the first loss was: a start that was far too high is left without learning."""
+    chance = observation.first_pass.guessing_loss
+    return float(np.median(observation.finite_losses()[1][-GUESSES:])) >= UNLEARNED * chance
 
 
 def _saturated(observation: Observation) -> set[str]:

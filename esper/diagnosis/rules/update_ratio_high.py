@@ -17,7 +17,7 @@ STILL = 0.1
 LEARNS = 0.1
 ROSE, ROSE_FAR = 1.5, 10.0
 GUESSING, ABOVE, FAR_ABOVE = 1.01, 1.1, 1.5
-GUESSES, SAMPLES, LONG = 40, 320, 300
+GUESSES, SAMPLES, LONG, READ = 40, 320, 300, 3
 LEARNED = 0.9
 ABOVE_SOUND = 3.0
 LEVEL = 10
@@ -87,9 +87,11 @@ class UpdateRatioHigh(Rule):
         rows = math.prod(seen.output_shape[:-1])
         count = max(GUESSES, math.ceil(SAMPLES / max(1, rows)))
         level = float(np.mean(losses[-count:]))
-        known = [r.change for r in observation.gradients if r.step > observation.step - count]
-        known = [change for change in known if not math.isnan(change)]
-        if len(losses) < count or len(known) < 3 or _has_learned(losses, chance):
+        read = [r for r in observation.gradients if not math.isnan(r.change)]
+        newer = sum(r.step > observation.step - count for r in read)
+        # On long steps few are read in so many, so the latest ones count.
+        known = [r.change for r in read[-max(READ, newer) :]]
+        if len(losses) < count or len(known) < READ or _has_learned(losses, chance):
             return None
         if not GUESSING * chance <= level <= FAR_ABOVE * chance:
             return None  # it guesses or learns, or it is far above, which other rules explain

@@ -11,6 +11,13 @@ SMALL = 1e-4
 DEPTH = 3
 HOPELESS = 1e-6
 WAITS, GROWN = 30, 2.0
+PAIR = 2
+
+
+_WIDER = (
+    "A LayerNorm over two numbers leaves only which of them is larger, so no gradient comes "
+    "through it. Make the layer wider, or leave the normalisation out."
+)
 
 
 class VanishingGradient(Rule):
@@ -29,6 +36,10 @@ class VanishingGradient(Rule):
         Threshold(
             f"that norm after {WAITS} steps of an adaptive optimizer / at first", GROWN, "ratio",
             "chosen: its updates are as large where the gradient is faint, so that it grows",
+        ),
+        Threshold(
+            "numbers that a LayerNorm normalises together, told only", PAIR, "numbers",
+            "(a - b) / abs(a - b) is 1 or -1, whatever the weights are",
         ),
     )  # fmt: skip
     severity = Severity.SERIOUS
@@ -55,6 +66,7 @@ class VanishingGradient(Rule):
         adapts = ratio >= HOPELESS and not observation.follows_gradient
         if adapts and self._grows(observation, first):
             return None
+        pair = _normalised_in_pairs(observation)
         # Where it is lost: the layer behind the steepest fall.
         falls = [(living[a] / living[b], a) for a, b in pairwise(names)]
         return Evidence(
@@ -63,7 +75,9 @@ class VanishingGradient(Rule):
             limit=f"a ratio of at least {RATIO:g}",
             signal="grad_norm",
             value=ratio,
-            began_at=min(falls)[1],
+            began_at=pair or min(falls)[1],
+            advice=_WIDER if pair else "",
+            only_tell=bool(pair),  # no weights and no rate let a gradient through
         )
 
     def _grows(self, observation: Observation, layer: str) -> bool:
@@ -72,3 +86,9 @@ class VanishingGradient(Rule):
             raise Unknown("an adaptive optimizer may still raise the gradient of the first layers")
         before = observation.layer_norms(observation.gradients[0]).get(layer, 0.0)
         return observation.layer_norms(reading).get(layer, 0.0) >= GROWN * before > 0
+
+
+def _normalised_in_pairs(observation: Observation) -> str:
+    """Name of such a LayerNorm; empty: there is none."""
+    norms = (info for info in observation.infos if info.kind == "LayerNorm")
+    return next((n.name for n in norms if n.out_shape and n.out_shape[-1] <= PAIR), "")

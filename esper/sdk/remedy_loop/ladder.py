@@ -48,7 +48,8 @@ class Ladder:
             return ["rewind", *(slug for slug in order if slug != "rewind")]
         if young.is_early:
             # An update did it, or the initialisation.
-            first = "rewind" if losses.have_grown(self._run) else "repair_scale"
+            by_update = found.rule.slug == "dying_relu" or losses.have_grown(self._run)
+            first = "rewind" if by_update else "repair_scale"
             order.sort(key=lambda slug: slug != first)
         elif found.severity is Severity.CRITICAL and self._history.case_of(found.rule.slug).given:
             order.sort(key=lambda slug: slug != "rewind")  # the first remedy left it critical
@@ -66,6 +67,9 @@ class Ladder:
             order = [slug for slug in order if slug != "repair_scale"]
         if found.rule.slug == "dying_relu" and not self._going_back_answers(found):
             order.sort(key=lambda slug: slug == "rewind")
+            if self._young.guesses:
+                # Units that are recycled have dead ones behind them.
+                order.sort(key=lambda slug: slug != "repair_scale")
         return order
 
     def _going_back_answers(self, found: Diagnosed) -> bool:

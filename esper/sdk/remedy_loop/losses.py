@@ -55,25 +55,34 @@ def have_grown(run: RunState) -> bool:
     return bool(losses) and not losses[-1] <= GROWTH * abs(losses[0])
 
 
-def have_fallen(run: RunState) -> bool:
-    """Ten in a row were below half of the first, whatever came after."""
+def have_fallen(run: RunState, guessing: float) -> bool:
+    """Ten in a row were below half of the first, whatever came after.
+
+    Args:
+        guessing: the loss of equal chances; NaN unknown. See :func:`_begin`.
+    """
     values = [loss for _, loss in run.losses_of_its_weights() if math.isfinite(loss)]
     places = range(0, len(values) - FEWEST_LOSSES + 1, FEWEST_LOSSES // 2)
     levels = [statistics.median(values[at : at + FEWEST_LOSSES]) for at in places]
-    return bool(levels) and min(levels) < LEARNED * abs(values[0])
+    return bool(levels) and min(levels) < LEARNED * _begin(values[0], guessing)
 
 
-def fell(run: RunState, since: int) -> bool:
+def fell(run: RunState, since: int, guessing: float) -> bool:
     """The newest losses are well below the first ones after step ``since``."""
     values = [loss for step, loss in run.losses if step > since]
     if len(values) < 2 * LEVEL_LOSSES:
         return False
-    return level(run) < LESS * statistics.median(values[:LEVEL_LOSSES])
+    return level(run) < LESS * _begin(statistics.median(values[:LEVEL_LOSSES]), guessing)
 
 
-def never_fell(run: RunState, since: int) -> bool:
+def never_fell(run: RunState, since: int, guessing: float) -> bool:
     """The newest losses are as high as the first ones after step ``since``."""
     values = [loss for step, loss in run.losses if step > since]
     if len(values) < 2 * LEVEL_LOSSES or not math.isfinite(level(run)):
         return False
-    return level(run) >= UNLEARNED * statistics.median(values[:LEVEL_LOSSES])
+    return level(run) >= UNLEARNED * _begin(statistics.median(values[:LEVEL_LOSSES]), guessing)
+
+
+def _begin(first: float, guessing: float) -> float:
+    """From where a fall counts: who comes down to guessing has learned nothing yet."""
+    return abs(first) if math.isnan(guessing) else min(abs(first), guessing)

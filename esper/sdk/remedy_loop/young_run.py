@@ -21,9 +21,13 @@ class YoungRun:
         self._history = history
 
     @property
+    def _has_fallen(self) -> bool:
+        return losses.have_fallen(self._run, self._diagnosis.guessing_loss)
+
+    @property
     def is_early(self) -> bool:
         """The run has so few steps, and has learned so little, that to begin anew costs little."""
-        return self._run.step <= EARLY_STEPS and not losses.have_fallen(self._run)
+        return self._run.step <= EARLY_STEPS and not self._has_fallen
 
     @property
     def was_hurt(self) -> bool:
@@ -32,22 +36,25 @@ class YoungRun:
         Where the run has learned since, it did no harm, and to begin anew would throw that away.
         """
         young = self._run.step <= START_STEPS
-        return (
-            young
-            and self._diagnosis.update_excess > EXCESSIVE
-            and not losses.have_fallen(self._run)
-        )
+        return young and self._diagnosis.update_excess > EXCESSIVE and not self._has_fallen
 
     @property
     def loses_nothing(self) -> bool:
         """It has learned nothing, so to begin anew takes nothing back that is worth keeping."""
         young = self._run.step <= START_STEPS
-        return young and losses.never_fell(self._run, self._history.latest_change)
+        return young and losses.never_fell(
+            self._run, self._history.latest_change, self._diagnosis.guessing_loss
+        )
 
     @property
     def has_learned(self) -> bool:
         """Since its weights were changed the last time, so there is something to lose."""
-        return losses.fell(self._run, self._history.latest_change)
+        return losses.fell(self._run, self._history.latest_change, self._diagnosis.guessing_loss)
+
+    @property
+    def guesses(self) -> bool:
+        """The loss is that of equal chances, or higher: new weights take nothing back."""
+        return losses.level(self._run) >= losses.UNLEARNED * self._diagnosis.guessing_loss
 
     @property
     def started_badly(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,6 +167,27 @@ def test_many_dead_units_are_a_note_while_the_run_learns(
     assert found.severity is severity
 
 
+@pytest.mark.parametrize(("last_loss", "severity"), [(1.1, None), (0.9, Severity.INFO)])
+def test_who_comes_down_to_guessing_from_a_bad_start_has_learned_nothing(
+    last_loss: float, severity: Severity | None
+) -> None:
+    rows = (GradientRow("0.weight", 1.0, 0.75), GradientRow("2.weight", 1.0, 0.0))
+    tensors = tuple(TensorFacts(row.name, row.name[0], "Linear", (5, 5)) for row in rows)
+    losses = np.full(200, last_loss)
+    losses[:20] = 300.0
+    found = DyingRelu().check(
+        replace(
+            guessing(losses),
+            layers=("0", "2"),
+            tensors=tensors,
+            gradients=(Gradients(200, 9, rows),),
+        ),
+        Memory(),
+    )
+    assert found is not None
+    assert found.severity is severity
+
+
 @pytest.mark.parametrize(("rows", "enough"), [(1, 64), (4, 16), (32, 4)])
 def test_a_unit_that_is_off_for_a_few_samples_is_not_dead(rows: int, enough: int) -> None:
     """Four readings of single samples are all off by chance, mostly where the layer is narrow."""
@@ -219,7 +241,7 @@ def test_the_losses_of_single_samples_swing_by_themselves(rows: int, why: str) -
         OscillatingLoss().check(observation, Memory())
 
 
-def guessing(losses: NDArray[np.float64], rows: int = 16) -> Observation:
+def guessing(losses: NDArray[np.float64], rows: int = 16, every: int = 10) -> Observation:
     """Three classes, whose guessing costs 1.1; updates of 0.03 of the weights."""
     step = len(losses)
     moved = (GradientRow("0.weight", 1.0, 0.0, 1.0, 0.03),)
@@ -232,7 +254,7 @@ def guessing(losses: NDArray[np.float64], rows: int = 16) -> Observation:
         passes=(
             ModelPass(1, output_shape=(rows, 3), loss_kind=LossKind.CROSS_ENTROPY, loss_scale=1.0),
         ),
-        gradients=tuple(Gradients(at, at, moved) for at in (step - 20, step - 10, step)),
+        gradients=tuple(Gradients(at, at, moved) for at in (step - 2 * every, step - every, step)),
     )
 
 
@@ -263,6 +285,11 @@ def test_a_loss_a_little_above_guessing_is_a_note_for_300_steps(
     found = UpdateRatioHigh().check(guessing(noisy(level, level, steps)), Memory())
     assert found is not None
     assert found.severity is severity
+
+
+def test_updates_that_are_seldom_read_are_judged_too() -> None:
+    """On long steps, where three readings take longer than the forty losses."""
+    assert UpdateRatioHigh().check(guessing(noisy(1.14, 1.14, 310), every=100), Memory())
 
 
 def test_batches_of_any_size_are_judged() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -437,9 +438,45 @@ def test_a_run_that_has_learned_is_not_taken_for_one_that_can_begin_anew(last: f
     run = RunState("run", RunMode.AUTOMATIC, SafetyPolicy(), None, step=39)
     falling = [2.3 + (last - 2.3) * step / 35 for step in range(1, 36)]
     run.losses.extend(enumerate([*falling, last, 1.9, 2.0, 2.1], 1))
-    watch = SimpleNamespace(update_excess=2 * EXCESSIVE)
+    watch = SimpleNamespace(update_excess=2 * EXCESSIVE, guessing_loss=math.nan)
     young = YoungRun(run, watch, History())  # type: ignore[arg-type]
     assert young.is_early is young.was_hurt is (last > 1.0)
+
+
+@pytest.mark.parametrize(("last", "nothing"), [(1.1, True), (0.4, False)])
+def test_a_run_that_comes_down_to_guessing_has_learned_nothing(last: float, nothing: bool) -> None:
+    """Its first losses are those of weights that were far too large."""
+    run = RunState("run", RunMode.AUTOMATIC, SafetyPolicy(), None, step=45)
+    run.losses.extend(enumerate([*[300.0] * 10, *[last] * 35], 1))
+    watch = SimpleNamespace(update_excess=2 * EXCESSIVE, guessing_loss=math.log(3))
+    young = YoungRun(run, watch, History())  # type: ignore[arg-type]
+    assert young.is_early is young.was_hurt is young.loses_nothing is young.guesses is nothing
+    assert young.has_learned is not nothing
+
+
+def test_units_that_die_late_in_a_run_that_guesses_are_scaled_anew() -> None:
+    """Recycled, they would have dead ones behind them; and there is nothing to lose."""
+
+    class Late(DyingRelu):
+        explained_by = frozenset()
+
+        def check(self, observation: Observation, _: Memory) -> Evidence | None:
+            found = Evidence("a layer is dead", "none", "grad", 1.0, "2")
+            return found if observation.step > 210 else None
+
+    run = Run(Fault(rate=0.05, momentum=0.0))
+    run.y = run.y[torch.randperm(len(run.y))]
+    with esper.attach(run.model, run.optimizer, mode="automatic", server="") as session:
+        watch = session._parts.diagnosis
+        assert watch is not None
+        watch.diagnosis = Diagnosis([Late()])
+        run.train(200, session)
+        with torch.no_grad():
+            run.model.get_parameter("2.bias").fill_(-100.0)
+        while run.steps < 500 and not session.remedies:
+            run.train(1, session)
+        assert session.remedies[0].remedy == "repair_scale"
+        assert float((run.model[:4](run.x[:200]) > 0).float().mean()) > 0.2
 
 
 def test_why_and_the_summary_say_what_is_proposed_and_what_is_tried() -> None:
@@ -613,6 +650,25 @@ def test_the_weights_of_a_run_that_has_learned_get_no_new_scale(learns: bool) ->
         run.train(240, session)
         assert [f.slug for f in session.findings()] == ["vanishing_gradient"]
         assert [r.remedy for r in session.remedies] == ([] if learns else ["repair_scale"])
+
+
+def test_a_gradient_that_is_lost_between_two_numbers_is_told_and_left_alone() -> None:
+    """Whatever the weights are, LayerNorm makes 1 and -1 of two numbers."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(13, 2), nn.LayerNorm(2), nn.SiLU(), nn.Linear(2, 2), nn.LayerNorm(2)]
+    model = nn.Sequential(*layers, nn.SiLU(), nn.Linear(2, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(200, 13)[:32], torch.randint(0, 3, (200,))[:32]
+    with esper.attach(model, optimizer, mode="automatic", server="") as session:
+        for _ in range(30):
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            session.step(loss)
+        found = {finding.slug: finding for finding in session.findings()}
+        assert "LayerNorm over two numbers" in found["vanishing_gradient"].remedy
+        assert not session.remedies
 
 
 def test_over_fitting_takes_no_run_back_by_rule() -> None:
