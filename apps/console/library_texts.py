@@ -548,6 +548,55 @@ REMEDIES = (
     _("The training loss falls while the held-out loss rises."),
 )
 
+DECISIONS = (
+    _("%(count)s units between %(first)s and %(last)s"),
+    _("the share of its possible rank that the layer's weight uses"),
+    _("the share of the run's gradient at this layer"),
+    _("how narrow the layer is compared with the widest one"),
+    _("the share of its possible rank that the layer's weight uses: unknown"),
+    _("the share of the run's gradient at this layer: unknown"),
+    _("how narrow the layer is compared with the widest one: unknown"),
+    _("%(helped)s of %(cases)s cases helped; the rate that a usual training has"),
+    _("%(count)s cases of %(what)s"),
+    _("cases at %(kind)s layers"),
+    _("cases with the finding %(finding)s"),
+    _("the confidence that the caller gave"),
+    _("closed cases of the blueprint"),
+    _("cases without a finding"),
+    _("cases of %(what)s"),
+    _("cases of %(what)s to %(finding)s"),
+    _("its confidence is between %(low)s and %(high)s (95 %%), from %(cases)s cases of this kind"),
+    _(
+        "its confidence is between %(low)s and %(high)s (95 %%), from %(cases)s cases of this "
+        "kind, too few to trust, %(needed)s are needed"
+    ),
+    _("how fast the loss falls"),
+    _("noise of the loss"),
+    _("loss now / first loss"),
+    _("held-out loss / training loss"),
+    _("stable rank of the layer"),
+    _("gradient of the layer / median"),
+    _("update / weight"),
+    _("dead units"),
+    _("saturated units"),
+    _("signal to noise of the gradient"),
+    _("added parameters / the model's"),
+    _("It serves %(own)s, not %(wanted)s."),
+    _("A curator has disabled it."),
+    _("The layer has it already."),
+    _("It conflicts with %(other)s, which the layer has."),
+    _("It needs %(others)s on the layer first."),
+    _("Its smallest size adds %(parameters)s parameters; %(left)s are left in the budget."),
+    _("It needs %(memory)s at least; the limit is %(limit)s."),
+    _("an unknown amount of memory"),
+    _("It takes %(latency)s at least; the limit is %(limit)s."),
+    _("No size is within all limits at once."),
+    _(
+        "Score %(score)s against %(best)s of %(other)s; the largest gap is in %(term)s (%(own)s"
+        " against %(others)s)."
+    ),
+)
+
 SERVER = (
     _("%(remedy)s, as it is"),
     _("%(name)s from %(low)s to %(high)s"),
@@ -570,4 +619,4 @@ SERVER = (
     _("The adaptation is recorded as reverted; nothing was grafted again."),
 )
 
-ALL = (*RULES, *WATCHES, *REMEDIES, *SERVER)
+ALL = (*RULES, *WATCHES, *REMEDIES, *DECISIONS, *SERVER)

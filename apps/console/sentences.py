@@ -107,7 +107,7 @@ def _forms() -> tuple[_Form, ...]:
 
 def _form(sentence: str) -> _Form:
     """``_VALUE`` splits it into fixed texts and, at the odd places, the names of values."""
-    parts = _VALUE.split(sentence.removesuffix("."))
+    parts = [part.replace("%%", "%") for part in _VALUE.split(sentence.removesuffix("."))]
     fixed = max((part[1:] for part in parts[::2]), key=len)
     pattern = "".join(
         _value_pattern(part, begins=at == 1 and not parts[0]) if at % 2 else re.escape(part)

@@ -18,11 +18,22 @@ OTHERS = tuple(
     ROOT / "esper" / path
     for path in (
         *("grafting/ledger.py", "grafting/movement.py", "grafting/copies.py", "grafting/guard.py"),
-        *("sdk/findings.py", "sdk/compiler_watch.py"),
+        *(
+            "sdk/findings.py",
+            "sdk/compiler_watch.py",
+            "policy/heuristic.py",
+            "policy/confidence.py",
+        ),
     )
 )
 SHOWN = ("observed", "limit", "advice", "remedy")  # fields of evidence and of findings
-_BY_PLACE = {"_evidence": (0, 1), "Problem": (2, 3), "GuardVerdict": (3,)}
+_BY_PLACE = {
+    "_evidence": (0, 1),
+    "Problem": (2, 3),
+    "GuardVerdict": (3,),
+    "Reason": (3,),
+    "Term": (3,),
+}
 _NAME, _NUMBER = "net.0", 0.1234
 Functions = dict[str, ast.FunctionDef]
 
@@ -38,6 +49,14 @@ def texts_of(path: Path) -> Iterator[str]:
                 shown += [one.value for one in call.keywords if one.arg in SHOWN]
             for text in shown:
                 yield from (one for one in _texts(text, function, functions) if one)
+
+
+def returned_texts(path: Path) -> Iterator[str]:
+    """Each text that a function returns, as an answer why not."""
+    functions = _functions(path)
+    for function in functions.values():
+        if function.returns is not None and "str" in ast.unparse(function.returns):
+            yield from _returned(function, functions)
 
 
 def _functions(path: Path) -> Functions:
@@ -69,6 +88,10 @@ def _texts(node: ast.expr, function: ast.FunctionDef, others: Functions) -> list
             return inner(body) + inner(orelse)
         case ast.BoolOp(values=values):
             return [text for value in values for text in inner(value)]
+        case ast.Dict(values=values):
+            return [text for value in values for text in inner(value)]
+        case ast.Subscript(value=value):  # any of a dict's texts
+            return inner(value)
         case ast.Name(id=name):
             return _assigned(name, function, others)
         case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in others:

@@ -13,8 +13,11 @@ from django.utils import translation
 from apps.console.sentences import in_sentence
 from esper.contracts.remedies import MARKED, NEWEST
 from esper.diagnosis import list_rules
+from esper.policy.cases import MEASURED
+from esper.policy.confidence import Confidence
 from esper.remedies import list_remedies
-from tests.apps.console.library_texts import OTHERS, RULES, texts_of
+from hosts.paths import ROOT
+from tests.apps.console.library_texts import OTHERS, RULES, returned_texts, texts_of
 
 # These say something only through their values: a number, a name, or another text.
 VALUES_ALONE = ("net.0", "0.1234", "net.0: net.0", "the undo of net.0 net.0")
@@ -40,6 +43,18 @@ def _digits(text: str) -> list[str]:
 @pytest.mark.parametrize("path", [*RULES, *OTHERS], ids=lambda path: path.stem)
 def test_every_sentence_of_a_finding_has_a_german_one_with_its_values(path: Path) -> None:
     texts = set(texts_of(path)).difference(VALUES_ALONE, NAMES_OF_SETTINGS)
+    assert [text for text in sorted(texts) if not is_translated(text)] == []
+
+
+def test_every_reason_of_a_decision_is_german() -> None:
+    sure = [Confidence(0.6, 0.41, 0.8, cases, ()).about for cases in (0, 500)]
+    reasons = [*MEASURED.values(), *(f"its confidence is {about}" for about in sure)]
+    assert [text for text in reasons if not is_translated(text)] == []
+
+
+def test_every_answer_why_not_another_blueprint_is_german() -> None:
+    texts = {text for text in returned_texts(ROOT / "esper/selection.py") if text.endswith(".")}
+    assert len(texts) > 8
     assert [text for text in sorted(texts) if not is_translated(text)] == []
 
 

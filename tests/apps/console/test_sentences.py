@@ -105,7 +105,7 @@ def test_any_other_sentence_stays(text: str) -> None:
 def test_each_sentence_is_recognised_as_itself() -> None:
     value = re.compile(r"%\((\w+)\)s")
     for sentence in SENTENCES:
-        filled = value.sub("7", sentence)
+        filled = value.sub("7", sentence.replace("%%", "%"))
         with translation.override("de"):
             assert in_sentence(filled) == translation.gettext(sentence) % dict.fromkeys(
                 value.findall(sentence), "7"
