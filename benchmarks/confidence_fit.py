@@ -6,7 +6,8 @@ Shape legend: N cases, D coefficients.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,23 +170,29 @@ class HeldOut:
     inside: tuple[int, int]
 
 
-def cross_validated(cases: Sequence[Case], *, by: str = "training") -> HeldOut:
-    """Each case is judged by a model that was fitted without its training, or without its host.
+def cross_validated(
+    cases: Sequence[Case],
+    *,
+    by: Callable[[Case], str] = operator.attrgetter("training"),
+    folds: int = FOLDS,
+) -> HeldOut:
+    """Each case is judged by a model that was fitted without the cases of its fold.
 
     Args:
-        by: ``training``: folds of whole trainings; ``host``: one fold for each kind of host.
+        by: what no two folds share, for example the training or the host.
+        folds: 0: one for each.
     """
-    keys = sorted({getattr(case, by) for case in cases})
+    keys = sorted({by(case) for case in cases})
     order = np.random.default_rng(0).permutation(len(keys))
-    folds = FOLDS if by == "training" else len(keys)
+    folds = folds or len(keys)
     fold = {keys[place]: int(turn) % folds for turn, place in enumerate(order)}
     said, inside, counted = np.full(len(cases), math.nan), 0, 0
     for number in range(min(folds, len(keys))):
-        known = [case for case in cases if fold[getattr(case, by)] != number]
+        known = [case for case in cases if fold[by(case)] != number]
         if not known:
             continue
         model = fit(known)
-        judged = [i for i, case in enumerate(cases) if fold[getattr(case, by)] == number]
+        judged = [i for i, case in enumerate(cases) if fold[by(case)] == number]
         for i in judged:
             case = cases[i]
             subject = Subject(case.choice, case.layer, case.finding, case.measured)

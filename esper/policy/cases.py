@@ -2,7 +2,8 @@
 
 The library brings a table, ``cases.csv``, made by ``python -m benchmarks.confidence``.
 
-    seed, host    of the training; cases of one host share its data
+    seed, host    of the training; cases of one host share its data; of a remedy, the host is the
+                  kind of fault that the training was given
     kind          graft or remedy
     choice        slug of the blueprint or remedy
     layer         class name of the layer; "run" for a remedy of the whole run

@@ -293,14 +293,24 @@ AT_8 = {
 }
 
 
+def drawn_data(kind: str, dice: random.Random) -> str:
+    """The data set of a case; the first thing that its dice, :func:`dice_of`, decide."""
+    # Points first: they are what AutoTrainer was measured on.
+    data = dice.choice(["circles", "blobs"] * 2 + ["digits", "images", "text"])
+    if kind == "abnormal data" and data == "text":
+        data = "digits"  # bytes have no scale
+    return data
+
+
+def dice_of(kind: str, seed: int) -> random.Random:
+    return random.Random(f"{kind} {seed}")
+
+
 def cases(kind: str, seeds: range, steps: int) -> Iterator[Case]:
     """One draw for each seed; whether it counts is known after its twin has been trained."""
     for seed in seeds:
-        dice = random.Random(f"{kind} {seed}")
-        # Points first: they are what AutoTrainer was measured on.
-        data = dice.choice(["circles", "blobs"] * 2 + ["digits", "images", "text"])
-        if kind == "abnormal data" and data == "text":
-            data = "digits"  # bytes have no scale
+        dice = dice_of(kind, seed)
+        data = drawn_data(kind, dice)
         healthy = Draw(
             data=data,
             depth=dice.randint(6, 18 if data in ("circles", "blobs") else 9),
