@@ -597,6 +597,41 @@ DECISIONS = (
     ),
 )
 
+VERDICTS = (
+    _("The loss is not finite."),
+    _("No data: %(count)s losses after maturity, %(needed)s are needed."),
+    _("Harmful: the loss is %(loss)s above its forecast (± %(interval)s)."),
+    _("It only observes and does no harm."),
+    _("No data: no forecast is known."),
+    _("It does no harm: %(shown)s; it cannot be tried on and off."),
+    _("It lowers the held-out loss: %(shown)s."),
+    _("Without it the held-out loss is better: %(shown)s."),
+    _("The loss is %(loss)s above its forecast (± %(interval)s)."),
+    _(
+        "The loss is %(loss)s above its forecast (± %(interval)s). The host depends on it: "
+        "%(shown)s."
+    ),
+    _("Its gain has gone: %(now)s at the last look; %(shown)s."),
+    _("No data: %(count)s looks after maturity, %(needed)s are needed."),
+    _("No gain above %(limit)s was shown: %(shown)s."),
+    _("No data: neither a forecast nor a held-out loss is known."),
+    _("It lowers the training loss: %(shown)s; no held-out loss."),
+    _("No gain above %(limit)s was shown: %(shown)s; no held-out loss."),
+    _("It costs held-out loss: %(shown)s; %(within)s."),
+    _("It makes the layer cheaper: %(shown)s; %(within)s."),
+    _("The loss is %(loss)s above its forecast (± %(interval)s). Here %(within)s."),
+    _("Its cost is not known: %(shown)s. Here %(within)s."),
+    _("a cheaper layer may cost %(share)s of the loss"),
+    _("gain %(gain)s (95 %%: %(low)s to %(high)s, %(looks)s looks)"),
+    _("gain %(gain)s, too few looks (%(looks)s) for an interval"),
+    _("%(gain)s ± %(interval)s against the forecast"),
+    _("%(names)s was found after it"),
+    _("%(finding)s is over"),
+    _("%(finding)s is still open"),
+    _("it changes nothing"),
+    _("nothing new was found in %(steps)s steps"),
+)
+
 SERVER = (
     _("%(remedy)s, as it is"),
     _("%(name)s from %(low)s to %(high)s"),
@@ -619,4 +654,4 @@ SERVER = (
     _("The adaptation is recorded as reverted; nothing was grafted again."),
 )
 
-ALL = (*RULES, *WATCHES, *REMEDIES, *DECISIONS, *SERVER)
+ALL = (*RULES, *WATCHES, *REMEDIES, *DECISIONS, *VERDICTS, *SERVER)

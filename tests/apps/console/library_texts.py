@@ -88,6 +88,8 @@ def _texts(node: ast.expr, function: ast.FunctionDef, others: Functions) -> list
             return inner(body) + inner(orelse)
         case ast.BoolOp(values=values):
             return [text for value in values for text in inner(value)]
+        case ast.Tuple(elts=parts):  # an answer with its reason
+            return [text for part in parts for text in inner(part)]
         case ast.Dict(values=values):
             return [text for value in values for text in inner(value)]
         case ast.Subscript(value=value):  # any of a dict's texts

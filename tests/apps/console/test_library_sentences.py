@@ -52,6 +52,13 @@ def test_every_reason_of_a_decision_is_german() -> None:
     assert [text for text in reasons if not is_translated(text)] == []
 
 
+def test_every_verdict_on_a_graft_is_german() -> None:
+    """With what it has seen in it, which another function writes."""
+    texts = {text for text in returned_texts(ROOT / "esper/reward/verdict.py") if " " in text}
+    assert len(texts) > 20
+    assert [text for text in sorted(texts) if not is_translated(text)] == []
+
+
 def test_every_answer_why_not_another_blueprint_is_german() -> None:
     texts = {text for text in returned_texts(ROOT / "esper/selection.py") if text.endswith(".")}
     assert len(texts) > 8
