@@ -61,7 +61,7 @@ def switch(request: HttpRequest) -> HttpResponse:
             for one in projects_of(user).order_by("name")
             if may(user, Act.EDIT_POLICY, of=one).allowed
         ]
-        return {"rows": freeze_rows(user), "places": places, "why_not": everywhere.why}
+        return {"rows": freeze_rows(user), "places": places}
 
     panels = [
         Panel("all", _("Everything"), "console/switch/all.html", everything, ("switch",)),

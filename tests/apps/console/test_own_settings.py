@@ -241,8 +241,9 @@ def test_the_report_counts_what_was_decided_in_its_week(world: Any) -> None:
     assert row is not None
     row.decided_by, row.decided_at = olga, timezone.now()
     row.save()
-    assert '<th scope="row">olga</th>' in text_of(client, "/report?panel=people")
-    assert '<th scope="row">olga</th>' not in text_of(client, "/report?panel=people&ago=2")
+    person = '<th scope="row" class="whole">olga</th>'
+    assert person in text_of(client, "/report?panel=people")
+    assert person not in text_of(client, "/report?panel=people&ago=2")
     assert "Nothing was proposed" in text_of(client, "/report?panel=changes&ago=52")
     assert "proj_lora_64" in text_of(client, "/report?panel=changes")
     for odd in ("-1", "x", "9999"):

@@ -18,8 +18,10 @@ from apps.audit import chain
 from apps.audit.models import AuditEvent
 from apps.audit.services import ChainReport, sign_head, verify_chain
 from apps.console.urls import urlpatterns
-from esper.contracts import AdaptationState
+from apps.runs.models import Run
+from esper.contracts import AdaptationState, RunState
 from tests.apps.cast import PASSWORD, make_person
+from tests.apps.console.world_runs import make_run
 
 PEOPLE = ["vera", "rafi", "olga", "carl", "ada"]
 OPEN_TO_ALL = {
@@ -307,3 +309,15 @@ def test_a_large_model_is_drawn_in_blocks(world: Any) -> None:
     drawn = text[text.index('<ol class="topology"') : text.index("</ol>")]
     assert drawn.count("<li ") == 50
     assert 'model.layers.49 <span class="muted">(8)</span>' in drawn
+
+
+def test_a_branch_says_that_what_it_inherited_is_not_undone_from_its_page(world: Any) -> None:
+    launch, parent = world.launches["branch"], world.runs["digits-cnn"]
+    client = world.client("olga")
+    make_run(world, "from-there", "olga", steps=5, state=RunState.RUNNING)
+    Run.objects.filter(name="from-there").update(uid=launch.run_uid)
+    said = "cannot be undone from this page"
+    text = client.get(f"/runs/{launch.run_uid}?panel=branches").content.decode()
+    assert said in text
+    assert "begin another branch from a state before them" in text
+    assert said not in client.get(f"/runs/{parent.uid}?panel=branches").content.decode()
