@@ -63,7 +63,8 @@ def test_the_trainer_loads_its_best_model_across_a_graft(graft_at: int, is_older
     assert "esper: attached 'best-model'" in said
 
 
-@pytest.mark.parametrize("mode", ["observe", "supervised"])
+# The graft is the script's own in both modes.
+@pytest.mark.parametrize("mode", ["observe", pytest.param("supervised", marks=pytest.mark.full)])
 def test_a_whole_graph_trains_on_through_a_graft(mode: str) -> None:
     told, said = output_of("compiled_loop.py", "--steps", "60", "--graft-at", "30", "--mode", mode)
     assert "mlp_gelu_2048 in '2' at step 30" in told
