@@ -10,9 +10,25 @@ from django.test import Client
 
 from apps.adaptations import services
 from apps.adaptations.models import Adaptation
+from apps.adaptations.selectors import run_snapshot
+from apps.blueprints.models import Blueprint
 from apps.rest.problems import Problem
-from apps.runs.models import Run
-from esper.contracts import LayerInfo
+from apps.runs.models import Command, Run
+from esper.blueprints import get_blueprint
+from esper.contracts import (
+    AdaptationType,
+    CommandKind,
+    CommandState,
+    LayerInfo,
+    Role,
+    SafetyPolicy,
+)
+from esper.contracts.protocol import VariantSuggestion
+from esper.contracts.spans import span
+from esper.replay import run_snapshot as read
+from esper.selection import BlueprintSelector
+from esper.services.tamiyo.learning import suggestion_for
+from tests.apps.cast import TAMIYO, make_blueprint, make_person
 from tests.apps.stage import Stage
 
 FIRST = LayerInfo(
@@ -81,3 +97,42 @@ def test_an_approval_is_bound_to_the_span(spanned: Stage) -> None:
     adaptation.refresh_from_db()
     with pytest.raises(Problem):
         approved(spanned, adaptation)
+
+
+@pytest.mark.django_db
+def test_another_size_of_a_span_is_suggested_tried_and_admitted(spanned: Stage) -> None:
+    """From what Tamiyo reads to what its next decision may use."""
+    widen = make_blueprint("widen_hidden", ident="BP-WIDEN-HIDDEN")
+    Blueprint.objects.filter(pk=widen.pk).update(tunes=["hidden"])
+    widen.refresh_from_db()
+    twice = {"hidden": 2.0}
+    told = VariantSuggestion(
+        factors=twice, chance=0.5, expected=0.02, error=0.01, cases=(), policy="variants-1"
+    )
+    variant = services.suggest_variant(blueprint=widen, told=told, actor=TAMIYO)
+    usual = {**SPAN, "config": {"hidden": 64, "activation": "relu"}}
+    adaptation = spanned.waiting(blueprint="widen_hidden", **usual)
+    for size, gain in (("", 0.02), (variant.uid, 0.06)):
+        services.ask_for_shadow(
+            adaptation=adaptation, user=spanned.operator, via="session", variant=size
+        )
+        command = Command.objects.filter(kind=CommandKind.SHADOW).latest("seq")
+        assert command.payload["since"] == "up"
+        assert command.payload.get("factors", {}) == (twice if size else {})
+        found = {"gain": gain, "low": 0.01, "high": 0.09, "steps": 200, "looks": 9, "seconds": 1.0}
+        spanned.ack(command, CommandState.APPLIED, step=1200, details=found)
+    curator = make_person("cora", Role.CURATOR)
+    services.admit_variant(variant=variant, user=curator, via="session", reason="better")
+
+    seen = services.tried_sizes(widen)
+    assert [(case.layer.since, case.gain) for case in seen.cases] == [("up", 0.02), ("up", 0.06)]
+    next_one = suggestion_for(get_blueprint("widen_hidden"), seen)
+    assert next_one is None or next_one.cases == tuple(case.uid for case in seen.cases)
+
+    snapshot = read(run_snapshot(spanned.run))
+    assert [(one.factors, one.trials) for one in snapshot.variants] == [(twice, 1)]
+    chosen = BlueprintSelector([get_blueprint("widen_hidden")]).select(
+        span(FIRST, LAST), AdaptationType.ADD_FFN, snapshot, SafetyPolicy()
+    )
+    assert chosen.best is not None
+    assert (chosen.best.variant, chosen.best.config["hidden"]) == (variant.uid, 128)
