@@ -97,11 +97,18 @@ def certify(
 
 
 def sample_input(layer: LayerInfo, *, seed: int = 0) -> Tensor:
-    """A generated input of the layer's traced shape: normal numbers, or zeros for token numbers."""
+    """A generated input of the layer's traced shape: normal numbers, or zeros for token numbers.
+
+    Only the first rows are drawn, because drawing a large batch takes longer than a training step;
+    the others, which are used to time the layer, repeat them.
+    """
     shape = tuple(size or MAX_ROWS for size in layer.in_shape)  # it was traced on an empty batch
     if not layer.features_in:
         return torch.zeros(shape, dtype=torch.long, device=layer.device)
-    return _normal(shape, layer.device, layout.torch_dtype(layer), seed)
+    rows, *others = shape
+    drawn = _normal((min(rows, MAX_ROWS), *others), layer.device, layout.torch_dtype(layer), seed)
+    times = math.ceil(rows / len(drawn))
+    return drawn if times == 1 else drawn.repeat(times, *(1 for _ in others))[:rows]
 
 
 def _normal(

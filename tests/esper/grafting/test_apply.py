@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from types import FrameType
@@ -385,3 +386,23 @@ def test_a_layer_whose_weight_a_hook_makes_is_certified_on_that_weight(make: str
     assert layer.weight is weight
     receipt.undo()
     assert digest(model) == before
+
+
+def test_a_certificate_draws_a_few_rows_however_large_the_batch_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a batch of images a CPU takes longer for the numbers than for a training step."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    infos = trace_layers(model, lambda: model(torch.randn(1000, 32)))
+    drawn: list[int] = []
+    randn = torch.randn
+
+    def counted(shape: Any, **options: Any) -> Tensor:
+        drawn.append(math.prod(shape))
+        return randn(shape, **options)
+
+    monkeypatch.setattr(torch, "randn", counted)
+    receipt = apply_graft(model, infos[0], blueprints.get_blueprint("proj_lora_64"))
+    assert drawn
+    assert sum(drawn) <= 20 * 32
+    assert not math.isnan(receipt.record.certificate.latency_ms)  # it is timed on the whole batch
