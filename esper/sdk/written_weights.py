@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise
 from typing import TypeAlias
 
+import torch
 from torch import nn
 
 from esper.sdk.run_state import LossPoint
@@ -35,11 +36,14 @@ class WrittenWeights:
     """Counts the writes into a few tensors, which torch does for autograd.
 
     An update makes the same number of writes each time, so what is beyond it was the script.
-    Writes through ``tensor.data`` are not counted by torch, and not seen here.
+    ``parameter.data = …`` counts as one. Writes into ``parameter.data`` are not counted by torch,
+    and not seen here.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._watched = _spread(list(_places_of(model)))
+        self._addresses: dict[int, int] = {}  # of the numbers of each, by its place
+        self._replaced = 0
         self._at = (0, self._writes())
         self._usual: deque[float] = deque(maxlen=INTERVALS)  # writes in a step
         self._first_known, self._highest = 0, 0.0  # of the first losses
@@ -84,8 +88,18 @@ class WrittenWeights:
         self._at = (self._at[0], self._writes())
 
     def _writes(self) -> int:
-        found = (owner._parameters.get(name) for ref, name in self._watched if (owner := ref()))
-        return sum([p._version for p in found if p is not None and not p.is_inference()])
+        writes = 0
+        for place, (ref, name) in enumerate(self._watched):
+            owner = ref()
+            p = None if owner is None else owner._parameters.get(name)
+            if p is None or p.is_inference():
+                continue
+            writes += p._version
+            if type(p) is nn.Parameter and p.layout is torch.strided:  # others may have no memory
+                address = p.data_ptr()
+                self._replaced += self._addresses.get(place, address) != address
+                self._addresses[place] = address
+        return writes + self._replaced
 
 
 def _jump(losses: list[LossPoint], after: int, until: int, most: float) -> int:

@@ -111,7 +111,27 @@ def rounds() -> Write:
     return write
 
 
-KINDS = {"trials": trials, "the first weights": first_weights, "rounds of clients": rounds}
+def replaced_data() -> Write:
+    """A search that goes back to its first weights by ``parameter.data = …``."""
+    first: list[Tensor] = []
+
+    def write(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        if not first:
+            first.extend(p.detach().clone() for p in model.parameters())
+        if step and step % 100 == 0:
+            for parameter, value in zip(model.parameters(), first, strict=True):
+                parameter.data = value.clone()
+            optimizer.state.clear()
+
+    return write
+
+
+KINDS = {
+    "replaced data": replaced_data,
+    "trials": trials,
+    "the first weights": first_weights,
+    "rounds of clients": rounds,
+}
 
 
 def classes_of(kind: str) -> Callable[[Tensor, int], Tensor]:
