@@ -192,6 +192,11 @@ def _written_like(text: str, translated: str) -> str:
     return f"{bare[:1].upper() if text[:1].isupper() else bare[:1]}{bare[1:]}{stop}"
 
 
+def in_value(text: str) -> str:
+    """A value that stands by itself: a number, or a word such as the mode of a run."""
+    return text if html_language() == "en" else _value(text)
+
+
 def _value(text: str) -> str:
     if _NUMBER.fullmatch(text):
         return as_written(text.replace("%", " %"))

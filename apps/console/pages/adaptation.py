@@ -52,7 +52,7 @@ def adaptation(request: HttpRequest, uid: str) -> HttpResponse:
 
 
 def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
-    events = ("adaptation", "run.command", "switch", "remedy", "kernel")
+    events = ("adaptation", "run.command", "switch", "freeze", "remedy", "kernel")
 
     pending = found.state == AdaptationState.AWAITING_APPROVAL
 

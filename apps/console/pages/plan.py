@@ -36,7 +36,7 @@ def plan(request: HttpRequest, uid: str) -> HttpResponse:
 
 
 def _panels(user: User, found: Plan) -> list[Panel]:
-    events, every = ("plan", "adaptation", "switch"), 0 if found.ended else 5
+    events, every = ("plan", "adaptation", "switch", "freeze"), 0 if found.ended else 5
     members = adaptations.members_of(found)
 
     def part(name: str, title: str, data: dict[str, Any]) -> Panel:

@@ -25,7 +25,7 @@ from apps.accounts.preferences import Preferences, preferences_of
 from apps.accounts.step_up import SECOND_FACTOR, Passed
 from apps.console.bar import switch_and_kills
 from apps.console.language import as_written, html_language, in_words
-from apps.console.sentences import delegation_words, in_sentence, title_of
+from apps.console.sentences import delegation_words, in_sentence, in_value, title_of
 from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS, Status
 from apps.console.waiting import inbox_count
 from apps.policies.selectors import present_freezes
@@ -280,6 +280,7 @@ def sentence(text: str) -> str:
 
 
 register.filter("adaptation_title", title_of)
+register.filter("stored_value", in_value)
 register.filter("delegation_words", delegation_words)
 
 

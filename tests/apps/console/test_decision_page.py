@@ -203,3 +203,13 @@ def test_a_compiled_run_shows_the_pause_to_expect(world: Any) -> None:
         del layer["compiled"]  # of a trainer that does not say
     run.save()
     assert "Pause for torch.compile" not in page(world, "olga", "waiting")
+
+
+def test_the_acts_are_asked_for_anew_when_a_freeze_begins_or_ends(world: Any) -> None:
+    client = world.client("olga")
+    text = client.get(f"/adaptations/{world.adaptations['waiting'].uid}").content.decode()
+    panel = re.search(r'<\w+[^>]* id="panel-acts"[^>]*>', text)
+    assert panel
+    events = re.search(r'data-events="([^"]*)"', panel[0])
+    assert events
+    assert "freeze" in events[1].split()

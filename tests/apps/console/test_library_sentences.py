@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from django.utils import translation
+from django.utils.translation import gettext
 
-from apps.console.sentences import in_sentence
+from apps.console.sentences import in_sentence, in_value
 from esper.contracts.remedies import MARKED, NEWEST
 from esper.diagnosis import list_rules
 from esper.policy.cases import MEASURED
@@ -113,6 +114,15 @@ def test_numbers_clauses_and_the_subject_are_written_as_german_writes_them() -> 
     assert german("Rewind to step 5,800 and halve the learning rate") == (
         "Auf Schritt 5.800 zurückspulen und die Lernrate halbieren"
     )
+
+
+def test_a_value_alone_is_a_number_or_a_word() -> None:
+    with translation.override("de"):
+        assert in_value("0.66") == "0,66"
+        assert in_value("supervised") == gettext("supervised") != "supervised"
+        assert in_value("net.0") == "net.0"
+    with translation.override("en"):
+        assert in_value("0.66") == "0.66"
 
 
 def test_what_is_not_known_in_part_stays_whole() -> None:
