@@ -110,7 +110,9 @@ def main() -> None:
         "--json", type=Path, help="where the results go; a run that was cut short goes on"
     )
     parser.add_argument("--records", type=Path, nargs="+", help="report these, and run nothing")
-    parser.add_argument("--document", type=Path, help="write benefit.md")
+    parser.add_argument(
+        "--document", type=Path, help="write benefit.md; tracks that were not run are kept in it"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("esper").setLevel(logging.CRITICAL)
@@ -130,8 +132,11 @@ def main() -> None:
             )
     print("\n".join(report.lines(found.records, found.placed, found.idle, found.same)))
     if options.document:
+        earlier = options.document.read_text() if options.document.exists() else ""
         options.document.write_text(
-            report.document(found.records, found.placed, found.idle, found.same, found.about)
+            report.document(
+                found.records, found.placed, found.idle, found.same, found.about, earlier
+            )
         )
 
 

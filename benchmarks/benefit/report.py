@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -241,9 +241,42 @@ def document(
     idle: Sequence[Idle],
     same: Sequence[bool],
     about: Sequence[str],
+    earlier: str = "",
 ) -> str:
-    """``benefit.md``."""
+    """``benefit.md``.
+
+    Args:
+        earlier: such a page, whose tables of tracks that were not run again are kept.
+    """
     seeds = len({record.seed for record in records if record.narrow})
     head = [HEAD, *about, "", f"{seeds} seeds of each host that is too narrow, at most."]
     body = [*goals(records, placed, idle), *lines(records, placed, idle, same)]
-    return "\n".join([*head, *body]) + "\n"
+    run = {title for title, found in tables(records, placed) if found}
+    run |= {"Idle"} if idle else set()
+    return "\n".join([*head, *body, *_kept(earlier, run)]) + "\n"
+
+
+_PARTS = {
+    "Sunk run": "narrow",
+    "From scratch, too narrow": "narrow",
+    "From scratch, wide enough": "wide",
+    "Adapters": "adapters",
+    "Idle": "idle",
+}
+_KEPT = "Not run again with the rest of this page. "
+
+
+def _kept(earlier: str, run: Collection[str]) -> Iterator[str]:
+    """The sections of an earlier page that are not in this one, and of which commit they are."""
+    page, *sections = earlier.split("\n## ")
+    commits = [line for line in page.splitlines() if line.startswith("Commit ")]
+    for section in sections:
+        heading, text = section.rstrip().split("\n", 1)
+        title = heading.split(":")[0]
+        if title not in _PARTS or title in run:
+            continue
+        yield from ("", f"## {heading}", "")
+        if _KEPT not in text:
+            of = [line for line in commits if _PARTS[title] in line.split(", seeds")[0]]
+            yield from (_KEPT + " ".join(of), "")
+        yield text.strip()

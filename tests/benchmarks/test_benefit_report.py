@@ -77,6 +77,30 @@ def test_a_negative_result_is_in_the_report() -> None:
     assert "| another layer | - | - to - | - | 0 | 1.000 | **cannot tell** |" in text
 
 
+def test_tracks_that_were_not_run_again_are_kept_with_their_commit() -> None:
+    idle = [Idle("a model", 0.4, [1.2] * 10)]
+    wide = [record(seed, 0.1, 0.2) for seed in range(8)]
+    for one in wide:
+        one.narrow = False
+    told = ["Commit old, idle,wide, seeds 0:8, 3 minutes.", "Commit other, narrow, seeds 0:8."]
+    first = report.document(wide, [], idle, [True], told)
+    narrow = [record(seed, 0.1, 0.2) for seed in range(8)]
+    page = report.document(narrow, [], [], [], ["Commit new, narrow, seeds 0:8."], first)
+    for _ in range(2):
+        note = "Not run again with the rest of this page. Commit old, idle,wide, seeds 0:8"
+        for title in ("## From scratch, wide enough", "## Idle"):
+            (section,) = (one for one in page.split("\n## ") if title[3:] in one.split("\n")[0])
+            assert note in section
+            assert "other" not in section
+            assert "a model" in section or "left alone" in section
+        assert page.count("## Sunk run") == 1
+        page = report.document(narrow, [], [], [], ["Commit newer, narrow, seeds 0:8."], page)
+    assert page.count(note) == 2
+    again = report.document(wide, [], idle, [True], ["Commit all, idle,wide, seeds 0:8."], page)
+    assert again.count("## Idle") == again.count("## From scratch, wide enough") == 1
+    assert "Commit old" not in again
+
+
 def test_no_row_is_reported_that_was_learned() -> None:
     for host in NARROW:
         rows = rows_of(host, 100, 10)
