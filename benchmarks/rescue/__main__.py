@@ -154,17 +154,20 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--json", type=Path, help="where the records go")
     parser.add_argument("--docs", type=Path, help="folder for rescue.md and its plots")
-    parser.add_argument("--records", type=Path, nargs="+", help="report these, and run nothing")
+    parser.add_argument(
+        "--records",
+        type=Path,
+        nargs="+",
+        help="report these, and run nothing; later ones replace arms of earlier ones",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("esper").setLevel(logging.CRITICAL)
     if arguments.records:
         saved = [json.loads(path.read_text()) for path in arguments.records]
         parts = [[Record.from_json(entry) for entry in part["records"]] for part in saved]
-        records = [record for part in parts for record in part]
-        about = "\n".join(
-            report.origin(part["about"], own) for part, own in zip(saved, parts, strict=True)
-        )
+        records = report.join(parts)
+        about = report.origins([part["about"] for part in saved], parts)
     else:
         started = time.monotonic()
         records = run(arguments)

@@ -6,7 +6,9 @@ import math
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -44,7 +46,8 @@ _SHORT = {
 HEAD = """# Rescue
 
 Written by `python -m benchmarks.rescue --records FILE... --docs docs` from the records of several
-runs of `python -m benchmarks.rescue --json FILE`, on the code that is named with each.
+runs of `python -m benchmarks.rescue --json FILE`, on the code that is named with each. Where two
+of them have the same arm of the same case, the later one counts.
 
 Runs with one fault each, and for each the same run without the fault, its *twin*. A draw counts
 when the twin learns, and when the fault costs more than two points of the held-out score or is a
@@ -81,11 +84,41 @@ def about(seeds: str, seconds: float) -> str:
     )
 
 
-def origin(about: str, records: Sequence[Record]) -> str:
+def join(parts: Sequence[Sequence[Record]]) -> list[Record]:
+    """Records of the same case become one, with the arms of all; the last of each arm counts."""
+    found: dict[tuple[str, str], Record] = {}
+    for record in chain.from_iterable(parts):
+        key = (record.tier, record.title)
+        earlier = found[key].arms if key in found else {}
+        found[key] = replace(record, arms={**earlier, **record.arms})
+    return list(found.values())
+
+
+def origins(abouts: Sequence[str], parts: Sequence[Sequence[Record]]) -> str:
+    """A line for each file of records: what of it is reported.
+
+    Args:
+        abouts: of :func:`about`, for each of ``parts``.
+    """
+    joined = {(record.tier, record.title): record.arms for record in join(parts)}
+    every = {arm for arms in joined.values() for arm in arms}
+    lines = []
+    for about, part in zip(abouts, parts, strict=True):
+        own = []
+        for record in part:
+            last = joined[record.tier, record.title]
+            arms = {arm: run for arm, run in record.arms.items() if last[arm] is run}
+            own.append(replace(record, arms=arms))
+        lines.append(origin(about, own, elsewhere=every))
+    return "\n".join(lines)
+
+
+def origin(about: str, records: Sequence[Record], *, elsewhere: Container[str] = ()) -> str:
     """Which tiers, seeds and arms some records are of.
 
     Args:
         about: of :func:`about`.
+        elsewhere: arms that other records have.
     """
     tiers_run = ", ".join(dict.fromkeys(record.tier for record in records))
     text = f"- {tiers_run}: {about}"
@@ -93,7 +126,7 @@ def origin(about: str, records: Sequence[Record]) -> str:
         return text
     seeds = sorted({record.seed for record in own})
     run = [arm for arm in arms_of(own) if arm != "observe"]
-    missing = [arm for arm in TITLES if arm not in run]
+    missing = [arm for arm in TITLES if arm not in run and arm not in elsewhere]
     not_run = f" Not run: {', '.join(missing)}." if missing else ""
     return (
         f"{text} The time was enough for seeds {', '.join(map(str, seeds))} and the arms "

@@ -110,6 +110,21 @@ def test_a_record_says_which_tiers_seeds_and_arms_it_is_of() -> None:
     assert report.origin("commit x.", [silent]) == "- Silent-12: commit x."
 
 
+def test_a_later_file_replaces_the_arms_that_it_has() -> None:
+    """So that the arms without Esper need not be run again with each of its states."""
+    newer = replace(LOST, arms={"automatic": outcome(0.9, 0.9, 0.9)})
+    parts = [[REPAIRED, LOST], [newer]]
+    joined = report.join(parts)
+    assert [r.title for r in joined] == [REPAIRED.title, LOST.title]
+    assert joined[1].arms == LOST.arms | newer.arms
+    assert joined[1].repaired("automatic")
+    older, later = report.origins(["commit x.", "commit y."], [[LOST], [newer]]).splitlines()
+    assert "commit x" in older
+    assert "arms nothing, random." in older
+    assert "commit y" in later
+    assert "arms automatic." in later
+
+
 def test_what_is_found_in_a_twin_that_did_not_learn_is_counted_and_told_apart() -> None:
     learned, unlearned = replace(REPAIRED, alarms={"plateau": 30}), replace(LOST, counts=False)
     unlearned = replace(unlearned, why_not=NOT_LEARNED, twin=0.4, alarms={"dying_relu": 5})
