@@ -39,6 +39,8 @@ a 95 % bootstrap interval over runs (hosts are kept, seeds are drawn).
   Holm's correction over the comparisons of a table, at 5 %.
 - These thresholds, the arms and the hosts were set before the reported seeds were run. Each net has
   the learning rate of a grid that was best on seeds 0 to 2; `text, tanh` has those of `text`.
+- Esper acts alone here. What it is not sure enough of waits for a person, who never answers: that
+  run counts as it is. `grafted` below says in how many runs of each host it went alone.
 - **{RATE}** is the best of three changed rates (0.1, 0.3, 3), chosen afterwards by its result.
 - **{CLOCK}**: a random blueprint (no experts), size and layer at the moment of Esper's first graft,
   and one more each thousand steps. **{MOVED}**: Esper's first blueprint and size at another layer;
