@@ -60,7 +60,7 @@ class Run(models.Model):
     step = models.BigIntegerField(default=0)
     # [epoch, after step, up to step] of what was learned and taken back, with an undo to the state
     # before a graft: these losses are of weights that the run does not have any more
-    taken_back = models.JSONField(default=list)
+    taken_back = models.JSONField(default=list, db_default=[])
     last_loss = models.FloatField(null=True, blank=True)
     last_loss_status = models.CharField(max_length=4, blank=True)  # "nan", "inf", "-inf"
     telemetry_seq = models.BigIntegerField(default=0)
