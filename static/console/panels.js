@@ -55,7 +55,8 @@ setInterval(() => {
   }
 }, 1000);
 
-// Rows do not move under the pointer: a hovered or focused list keeps its rows until the person asks.
+// Rows do not move under the pointer: a hovered or focused list keeps its rows until the person asks,
+// or moves the pointer away. A notice that comes up under a pointer at rest takes nothing away.
 document.addEventListener("htmx:beforeSwap", (event) => {
   const panel = event.detail.target;
   if (new URL(event.detail.xhr.responseURL).pathname === "/login") {
@@ -69,7 +70,7 @@ document.addEventListener("htmx:beforeSwap", (event) => {
     delete panel.dataset.shown;
     return;
   }
-  if (!panel.matches(":hover") && !panel.contains(document.activeElement)) return;
+  if (!panel.matches(":hover") && !panel.contains(document.activeElement) && !heldIn(panel)) return;
   const fresh = new DOMParser().parseFromString(event.detail.serverResponse, "text/html");
   const change = compare(rows, fresh);
   if (!change.any) return;
@@ -99,12 +100,23 @@ function offer(panel, { added, gone }) {
   button.textContent = gettext("%(change)s · Show", { change });
   button.hidden = false;
 }
-document.addEventListener("click", (event) => {
-  const button = event.target.closest("[data-show-held]");
-  if (!button) return;
-  const panel = button.closest("[data-panel]");
+
+const heldIn = (panel) => panel.querySelector("[data-show-held]:not([hidden])");
+
+function show(panel) {
   panel.dataset.shown = "now";
   refresh(panel);
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-show-held]");
+  if (button) show(button.closest("[data-panel]"));
+});
+document.addEventListener("pointermove", ({ target }) => {
+  for (const button of document.querySelectorAll("[data-show-held]:not([hidden])")) {
+    const panel = button.closest("[data-panel]");
+    if (!panel.contains(target) && !panel.contains(document.activeElement)) show(panel);
+  }
 });
 
 // A table that is wider than its place can be scrolled with the keyboard too.
