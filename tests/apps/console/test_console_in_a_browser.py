@@ -441,6 +441,29 @@ def test_the_kill_switch_is_seen_by_everybody_at_once(sign_in: SignIn) -> None:
     expect(vera.locator("#switch-menu .pill")).not_to_contain_text("KILLED")
 
 
+# As if the last row had come since the page was opened, of which the list hears now.
+LOSE_A_ROW = """() => {
+  [...document.querySelectorAll("[data-row]")].at(-1).remove();
+  const panel = document.querySelector("[data-show-held]").closest("[data-panel]");
+  const type = panel.dataset.events.split(" ")[0];
+  document.dispatchEvent(new CustomEvent("esper:event", { detail: { type } }));
+}"""
+
+
+def test_held_rows_are_shown_when_the_pointer_leaves_the_list(sign_in: SignIn) -> None:
+    vera = sign_in("vera")
+    vera.goto("/inbox")
+    wait_until_live(vera)
+    rows = vera.locator("[data-row]")
+    count = rows.count()
+    rows.first.hover()
+    vera.evaluate(LOSE_A_ROW)
+    expect(vera.locator("[data-show-held]")).to_contain_text("1 new")
+    expect(rows).to_have_count(count - 1)
+    vera.mouse.move(5, 5)
+    expect(rows).to_have_count(count)
+
+
 # A notice comes up under the pointer, and the list hears of one more event.
 COVER_AND_REFRESH = """() => {
   const cover = document.body.appendChild(document.createElement("div"));
