@@ -119,8 +119,11 @@ class GradientProbe:
             # Weights that begin at zero, as those of LoRA, grow by a multiple of themselves at
             # first.
             zero_K = size_K == 0
-            known = zip(keys, zero_K, strict=True)
-            grows_K = zero_K | torch.stack([self._from_zero.get(key, zero) for key, zero in known])
+            known = [
+                self._from_zero.get(key, zero).to(zero.device)
+                for key, zero in zip(keys, zero_K, strict=True)
+            ]
+            grows_K = zero_K | torch.stack(known)
             self._from_zero.update(zip(keys, grows_K, strict=True))
             for key, change in zip(keys, change_K.where(~grows_K, math.nan), strict=True):
                 self._rows[key].change = change
@@ -137,7 +140,7 @@ class GradientProbe:
                 alive[id(p)] = sampled(gradient).any(1)
         # Where there were fewer readings so far, these are enough.
         still = {
-            key: self._still.get(key, torch.full_like(alive_R, READINGS - 1, dtype=torch.int32))
+            key: self._still.pop(key, torch.full_like(alive_R, READINGS - 1, dtype=torch.int32))
             for key, alive_R in alive.items()
         }
         for keys, alive_KR, still_KR in _together(alive, still):
@@ -200,7 +203,10 @@ def _few_of(tensors: Mapping[int, Tensor]) -> Samples:
 
 
 def _together(*columns: Samples) -> Iterator[tuple[Any, ...]]:
-    """(keys, a stack of each column's tensors) for those of one form that all columns have."""
+    """(keys, a stack of each column's tensors) for those of one form that all columns have.
+
+    Without those whose device or shape the script has changed between two columns.
+    """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for key in columns[0]:
         row = [column[key] for column in columns if key in column]
@@ -208,7 +214,7 @@ def _together(*columns: Samples) -> Iterator[tuple[Any, ...]]:
             form = tuple((tensor.device, tensor.dtype, tensor.shape) for tensor in row)
             groups.setdefault(form, []).append(key)
     for form, keys in groups.items():
-        if len({shape for _, _, shape in form}) == 1:
+        if len({(device, shape) for device, _, shape in form}) == 1:
             yield keys, *(torch.stack([column[key] for key in keys]) for column in columns)
 
 

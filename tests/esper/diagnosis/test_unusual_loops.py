@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 import esper
 from esper.contracts import Severity
+from esper.diagnosis.gradient_probe import GradientProbe
+from esper.health.transfers import HostTransfer
 from tests.esper.diagnosis.small_runs import digits, perceptron
 
 STEPS = 120
@@ -283,3 +286,29 @@ def test_a_loop_that_is_right_has_no_alarm(loop: Loop) -> None:
     with loop() as session:
         found = [*session.findings(), *session.findings(resolved=True)]
     assert [str(f) for f in found if f.severity is not Severity.INFO] == []
+
+
+def test_readings_go_on_where_the_script_gives_a_tensor_another_shape() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe, dead = GradientProbe(model), []
+    for step in range(1, 8):
+        if step == 3:
+            for name, size in (("0.weight", 4), ("0.bias", 4)):
+                parameter = model.get_parameter(name)
+                parameter.data = parameter.data[:size]
+            second = model.get_parameter("2.weight")
+            second.data = second.data[:, :4]
+        optimizer.zero_grad()
+        torch.autograd.backward(model(torch.randn(32, 8)).square().mean())
+        probe.remember(optimizer)
+        optimizer.step()
+        probe.read(optimizer)
+        transfer = HostTransfer()
+        reading = probe.collect(step, transfer, rate=0.1, updates=1)
+        transfer.start()
+        assert reading is not None
+        dead.append(reading().rows[0].dead_rows)
+    assert not math.isnan(dead[1])
+    assert math.isnan(dead[2])  # nothing to compare with
+    assert not any(map(math.isnan, dead[3:]))
