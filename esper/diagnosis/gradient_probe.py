@@ -119,10 +119,9 @@ class GradientProbe:
             # Weights that begin at zero, as those of LoRA, grow by a multiple of themselves at
             # first.
             zero_K = size_K == 0
-            known = [
-                self._from_zero.get(key, zero).to(zero.device)
-                for key, zero in zip(keys, zero_K, strict=True)
-            ]
+            known = [self._from_zero.get(key, zero) for key, zero in zip(keys, zero_K, strict=True)]
+            if any(was.device != zero_K.device for was in known):
+                known = [was.to(zero_K.device) for was in known]
             grows_K = zero_K | torch.stack(known)
             self._from_zero.update(zip(keys, grows_K, strict=True))
             for key, change in zip(keys, change_K.where(~grows_K, math.nan), strict=True):
