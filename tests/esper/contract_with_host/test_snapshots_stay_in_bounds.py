@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import esper
 from esper import Session
 from esper.exceptions import ConfigurationError, UndoError
-from esper.grafting import Snapshot, SnapshotMemory, Surroundings, digest, digests
+from esper.grafting import digest, digests
 from esper.grafting.saved_values import all_same_bits, differs
 from esper.sdk.snapshot_limit import GIB, VARIABLE, memory_bytes, snapshot_limit
 
@@ -163,24 +163,3 @@ def test_one_wrong_tensor_among_many_is_found(device: str) -> None:
     assert all_same_bits(pairs(-1))
     assert not all_same_bits(pairs(17))
     assert all_same_bits([])
-
-
-@needs_gpu
-@pytest.mark.parametrize("reserved", [False, True])
-def test_snapshots_of_a_gpu_are_in_pinned_memory_of_the_host(reserved: bool) -> None:
-    model = perceptron().cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    step(model, optimizer, None)
-    expected = digest(model)
-    memory = SnapshotMemory.reserve(model, (optimizer,)) if reserved else None
-    used = torch.cuda.memory_allocated()
-    snapshot = Snapshot.take(model, Surroundings((optimizer,)), memory)
-    assert torch.cuda.memory_allocated() == used
-    frozen = snapshot.freeze(model)
-    for _ in range(3):
-        step(model, optimizer, None)
-    assert all(saved.value.is_pinned() for saved in snapshot.tensors)
-    assert frozen.digest == expected, "the copies were made before the next step"
-    snapshot.restore()
-    assert snapshot.differences() == []
-    assert digest(model) == expected

@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import esper
+from esper.grafting import Snapshot, SnapshotMemory, Surroundings, digest
 from tests.esper.cuda.device import needs_device, needs_gpu
 from tests.esper.cuda.test_steps_on_a_gpu import Loop
 
@@ -32,6 +33,37 @@ def test_a_snapshot_on_disk_is_restored_to_the_bit(tmp_path: Path) -> None:
         loop.train(session, 5)
         bare.train(other, 8)
     assert torch.stack(loop.losses[-5:]).tolist() == torch.stack(bare.losses[-5:]).tolist()
+
+
+@needs_gpu
+@pytest.mark.parametrize("reserved", [False, True])
+def test_a_snapshot_is_of_its_moment_and_arrives_in_pinned_memory(
+    reserved: bool,
+) -> None:
+    """The steps that follow write to the weights, and use the GPU's memory again."""
+    model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(4))).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    x = torch.randn(64, 2048, device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(model(x).square().mean())
+        optimizer.step()
+
+    step()
+    expected = digest(model)
+    memory = SnapshotMemory.reserve(model, (optimizer,)) if reserved else None
+    used = torch.cuda.memory_allocated()
+    snapshot = Snapshot.take(model, Surroundings((optimizer,)), memory)
+    assert torch.cuda.memory_allocated() == used
+    frozen = snapshot.freeze(model)
+    for _ in range(3):
+        step()
+    assert all(saved.value.is_pinned() for saved in snapshot.tensors)
+    assert frozen.digest == expected
+    snapshot.restore()
+    assert snapshot.differences() == []
+    assert digest(model) == expected
 
 
 class Wrapped(nn.Module):
