@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import socket
 
 LOOPBACK = "127.0.0.1"
+# Below the ports that systems lend to the connections of clients (Linux from 32768, others from
+# 49152): a server that is restarted must find its port free again.
+LASTING_PORTS = range(20_000, 32_768)
+TRIES = 100
 
 
 class PortBusyError(Exception):
@@ -31,7 +36,10 @@ def is_free(port: int) -> bool:
 
 
 def any_free_port() -> int:
-    """A port that no program uses."""
+    """A port that no program uses, and no connection of a client will use."""
+    for candidate in random.sample(LASTING_PORTS, TRIES):
+        if is_free(candidate):
+            return candidate
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]

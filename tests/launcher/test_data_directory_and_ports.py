@@ -46,8 +46,15 @@ def test_a_busy_default_port_gives_another_one(busy_port: int) -> None:
     assert is_free(port)
 
 
-def test_port_zero_gives_any_free_port() -> None:
-    assert is_free(demand_port(0))
+def test_port_zero_gives_a_free_port_that_no_client_is_lent() -> None:
+    """While a server is restarted, a connection of any client could take its port for good."""
+    ports = {demand_port(0) for _ in range(20)}
+    assert len(ports) > 1, "two that start at once"
+    assert all(map(is_free, ports))
+    with socket.socket() as client:
+        client.bind(("127.0.0.1", 0))
+        lent = client.getsockname()[1]
+    assert max(ports) < 32_768 <= lent
 
 
 def test_up_refuses_a_busy_port_with_a_sentence(busy_port: int, tmp_path: Path) -> None:
