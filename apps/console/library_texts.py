@@ -652,6 +652,43 @@ SERVER = (
         "or resume the training from a checkpoint from before it."
     ),
     _("The adaptation is recorded as reverted; nothing was grafted again."),
+    _("compiled %(times)s× on the worker, kept eager"),
+    _("compiled %(times)s× on the worker, offered"),
+    _("the graft was taken out before the kernel was ready"),
+    _("neither builder nor trainer reported a result in time"),
+    _("the graft is not in the model any more"),
+    _("the kernel was compiled for another graft"),
+    _("it expired before a step boundary came"),
+    _("the run has registered again since"),
+    _("the parameters are spread over several ranks, where no remedy is applied"),
+    _("the trainer was started again"),
+    _("not acknowledged in time"),
+    _("the trainer has not reported for a day"),
+    _("the trainer has stopped reporting"),
+    _("certificate failed: %(why)s"),
+    _("its rollback was requested before the restart"),
+    _("the model holds a change whose adaptation has ended"),
+    _("%(finding)s was over at step %(step)s"),
+    _("its plan has ended: %(why)s"),
+    _("one of the random share"),
+    _("The run was not started from a recipe, so Esper cannot start a branch of it."),
+    _("It was not tried in shadow yet: only what was tried is admitted."),
+    _("No frames arrive; %(free)s MiB are free."),
+    _(
+        "Frames grow by %(growth)s MiB a day before they are thinned; %(free)s MiB are free, "
+        "enough for %(days)s days."
+    ),
+    _("defaults of Esper"),
+    _("No closed decision has the chances of both policies yet."),
+    _("%(cases)s of %(needed)s effective cases tell of both policies."),
+    _(
+        "%(challenger)s against %(incumbent)s: %(gain)s of reward (95 %%: %(least)s to "
+        "%(most)s), %(cases)s effective cases; shown to be better."
+    ),
+    _(
+        "%(challenger)s against %(incumbent)s: %(gain)s of reward (95 %%: %(least)s to "
+        "%(most)s), %(cases)s effective cases; not shown to be better."
+    ),
 )
 
 ALL = (*RULES, *WATCHES, *REMEDIES, *DECISIONS, *VERDICTS, *SERVER)

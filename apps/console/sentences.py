@@ -16,7 +16,7 @@ from django.utils.translation import gettext
 from django.utils.translation import gettext_noop as _
 
 from apps.adaptations.models import Adaptation
-from apps.console import library_texts
+from apps.console import catalogue_texts, library_texts
 from apps.console.language import as_written, html_language, in_words
 
 GATES = (
@@ -74,7 +74,7 @@ GATES = (
     _("Several changes are made at once, so a person decides on the whole."),
     _("%(name)s asks for it."),
 )
-SENTENCES = (*GATES, *library_texts.ALL)
+SENTENCES = (*GATES, *library_texts.ALL, *catalogue_texts.ALL)
 _VALUE = re.compile(r"%\((\w+)\)s")
 _LONGEST = 1_500
 _NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?(?:%| (?:MiB|ms|s))?")
@@ -144,7 +144,9 @@ def _translated(text: str, language: str) -> str:
 
 def title_of(adaptation: Adaptation) -> str:
     """What it does, for people: as ``Adaptation.title``, in the page's language."""
-    if not (adaptation.remedy and adaptation.layer):
+    if not adaptation.remedy:
+        return f"{adaptation.slug} → {in_sentence(adaptation.place)}"
+    if not adaptation.layer:
         return in_sentence(adaptation.title)
     return gettext("%(what)s at %(layer)s") % {
         "what": in_sentence(adaptation.in_words),

@@ -138,6 +138,29 @@ WORDS = frozenset(
         _("active"),
         _("draining"),
         _("quarantined"),
+        # values that the policy derives from signals
+        _("loss initial"),
+        _("loss noise"),
+        _("loss exponent"),
+        _("loss exponent error"),
+        _("loss plateau"),
+        _("loss held out"),
+        _("health trend"),
+        _("instability"),
+        # terms of the reward
+        _("gain"),
+        _("memory"),
+        _("time"),
+        _("parameters"),
+        _("rollback"),
+        # states of a version of the policy
+        _("draft"),
+        _("in force"),
+        _("replaced"),
+        # parts of an installation
+        _("database"),
+        _("disk"),
+        _("sweep"),
         # Signal
         _("grad norm"),
         _("weight norm"),

@@ -1,7 +1,7 @@
 // Acts go to the REST API. The page shows "Approving…" until the server has answered.
 import { bulkResult, picksOf } from "./bulk.js";
 import { announce, toast, visible } from "./messages.js";
-import { refreshAll } from "./panels.js";
+import { refreshAll, refreshDecision } from "./panels.js";
 import { subscribe } from "./push.js";
 import { gettext } from "./words.js";
 
@@ -162,7 +162,7 @@ async function send(form, button) {
   }
   attempts.delete(form);
   const content = await answer.json().catch(() => ({}));
-  if (answer.ok) done(form, button, content);
+  if (answer.ok) await done(form, button, content);
   else refused(form, button, answer.status, content);
 }
 
@@ -172,7 +172,7 @@ const DONE = {
   rollback: gettext("Rollback requested. The trainer confirms it."),
 };
 
-function done(form, button, content) {
+async function done(form, button, content) {
   // This act made the new version: the next act can use it before the panel is refreshed.
   const version = content.revision ?? content.version;
   if (form.dataset.ifMatch && Number.isInteger(version)) form.dataset.ifMatch = version;
@@ -189,6 +189,10 @@ function done(form, button, content) {
     return;
   }
   form.closest("details.menu")?.removeAttribute("open");
+  if (form.id === "acts") { // its buttons stay locked until the new state is on the page
+    button.textContent = words;
+    await refreshDecision();
+  }
   refreshAll();
 }
 

@@ -4,6 +4,7 @@
 import { gettext } from "./words.js";
 
 const SHORTEST_PAUSE = 1_000;
+const LONGEST_WAIT = 5_000;
 const refreshedAt = new WeakMap();
 const waiting = new WeakMap();
 
@@ -20,9 +21,10 @@ function prepare() {
   });
 }
 
-function refresh(panel) {
-  if (waiting.has(panel)) return;
-  const pause = Math.max(0, (refreshedAt.get(panel) ?? 0) + SHORTEST_PAUSE - Date.now());
+function refresh(panel, shortest = SHORTEST_PAUSE) {
+  if (waiting.has(panel) && shortest) return;
+  clearTimeout(waiting.get(panel));
+  const pause = Math.max(0, (refreshedAt.get(panel) ?? 0) + shortest - Date.now());
   waiting.set(panel, setTimeout(() => {
     waiting.delete(panel);
     refreshedAt.set(panel, Date.now());
@@ -32,6 +34,22 @@ function refresh(panel) {
 
 export function refreshAll() {
   for (const panel of document.querySelectorAll("[data-panel]")) refresh(panel);
+}
+
+// What a person has just decided comes first: the requests of all panels at once would wait for
+// each other, and the page would show the old state beside the answer.
+export function refreshDecision() {
+  const acts = document.getElementById("panel-acts");
+  for (const panel of document.querySelectorAll("#panel-head, #panel-acts")) refresh(panel, 0);
+  return new Promise((resolve) => {
+    const shown = ({ detail }) => detail.target.id === acts?.id && end();
+    const end = () => {
+      document.removeEventListener("htmx:afterSwap", shown);
+      resolve();
+    };
+    document.addEventListener("htmx:afterSwap", shown);
+    setTimeout(end, LONGEST_WAIT);
+  });
 }
 
 const concerns = (panel, type) => (panel.dataset.events ?? "").split(" ").filter(Boolean)

@@ -16,6 +16,7 @@ from apps.blueprints.models import Blueprint, Variant
 from apps.console.language import as_written
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
+from apps.console.sentences import in_sentence
 from apps.kernels.models import Kernel
 from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from esper.contracts import AdaptationState
@@ -55,7 +56,7 @@ def blueprint(request: HttpRequest, slug: str) -> HttpResponse:
     panels = [
         Panel(
             "about",
-            found.title,
+            in_sentence(found.title),
             "console/blueprints/about.html",
             lambda: {"may_switch": may(person(request), Act.SWITCH_BLUEPRINT)},
             ("blueprint",),
@@ -70,7 +71,11 @@ def blueprint(request: HttpRequest, slug: str) -> HttpResponse:
         ),
     ]
     return render_page(
-        request, "console/simple.html", title=found.title, panels=panels, blueprint=found
+        request,
+        "console/simple.html",
+        title=in_sentence(found.title),
+        panels=panels,
+        blueprint=found,
     )
 
 

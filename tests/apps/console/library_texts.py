@@ -45,7 +45,7 @@ def texts_of(path: Path) -> Iterator[str]:
         for call in (one for one in ast.walk(function) if isinstance(one, ast.Call)):
             name = getattr(call.func, "id", "")
             shown = [call.args[at] for at in _BY_PLACE.get(name, ()) if at < len(call.args)]
-            if name in {"Evidence", "Finding", "replace", *_BY_PLACE}:
+            if name in {"Evidence", "Finding", "Check", "replace", *_BY_PLACE}:
                 shown += [one.value for one in call.keywords if one.arg in SHOWN]
             for text in shown:
                 yield from (one for one in _texts(text, function, functions) if one)
@@ -97,7 +97,8 @@ def _texts(node: ast.expr, function: ast.FunctionDef, others: Functions) -> list
         case ast.Name(id=name):
             return _assigned(name, function, others)
         case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in others:
-            return _returned(others[name], others)
+            rest = {one: found for one, found in others.items() if one != name}
+            return _returned(others[name], rest)  # a function may call itself
     return []
 
 
@@ -112,12 +113,16 @@ def _assigned(name: str, function: ast.FunctionDef, others: Functions) -> list[s
     for one in ast.walk(function):
         if isinstance(one, ast.Assign):
             for target, value in _pairs(one.targets[0], one.value):
-                if isinstance(target, ast.Name) and target.id == name:
+                if isinstance(target, ast.Name) and target.id == name and not _names(value, name):
                     found += _texts(value, function, others)
         elif isinstance(one, ast.AugAssign) and getattr(one.target, "id", "") == name:
             more = _texts(one.value, function, others)
             found += [text + end for text in found for end in more]
     return found
+
+
+def _names(value: ast.expr, name: str) -> bool:
+    return any(isinstance(one, ast.Name) and one.id == name for one in ast.walk(value))
 
 
 def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:

@@ -500,6 +500,28 @@ def test_rows_do_not_move_under_the_pointer(sign_in: SignIn) -> None:
     expect(row).to_have_count(0)
 
 
+def test_the_buttons_stay_locked_until_the_new_state_is_on_the_page(sign_in: SignIn) -> None:
+    """The state and the buttons are asked for first: the other panels wait until they are here."""
+    page = sign_in("olga")
+    page.goto("/inbox")
+    page.locator("tr:has-text('classifier.2') a[data-open]").click()
+    wait_until_live(page)
+    page.route("**/approve", lambda route: route.fulfill(status=200, json={}))
+    held: list[Route] = []
+    page.route("**/*panel=*", lambda route: held.append(route))  # a slow server
+    page.click("[data-path=approve]")
+    expect(page.locator("#toasts")).to_contain_text("Approved.")
+    buttons = page.locator("#acts button:not([data-unfold])")
+    expect(page.locator("#act-approve")).to_have_text("Approved.")
+    assert not any(buttons.nth(at).is_enabled() for at in range(buttons.count()))
+    assert {one.request.url.rpartition("=")[2] for one in held} <= {"head", "acts"}
+    page.unroute("**/*panel=*")
+    for one in held:
+        one.continue_()
+    expect(page.locator("#act-approve")).to_be_enabled()  # this server has approved nothing
+    expect(page.locator("#act-approve")).to_have_text(re.compile("^Approve "))
+
+
 def test_two_operators_race_and_the_loser_is_told_who_won(sign_in: SignIn) -> None:
     """Last in this file: it uses up the decision that the tests above look at."""
     olga, oscar = sign_in("olga"), sign_in("oscar")

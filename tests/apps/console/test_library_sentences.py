@@ -12,6 +12,8 @@ from django.utils import translation
 from django.utils.translation import gettext
 
 from apps.console.sentences import in_sentence, in_value
+from esper.blueprints import list_blueprints
+from esper.contracts import SIGNAL_NOTES
 from esper.contracts.remedies import MARKED, NEWEST
 from esper.diagnosis import list_rules
 from esper.policy.cases import MEASURED
@@ -22,6 +24,7 @@ from tests.apps.console.library_texts import OTHERS, RULES, returned_texts, text
 
 # These say something only through their values: a number, a name, or another text.
 VALUES_ALONE = ("net.0", "0.1234", "net.0: net.0", "the undo of net.0 net.0")
+CHECKS = ("gates", "remedy_gates")
 NAMES_OF_SETTINGS = ("torch._dynamo.config.recompile_limit",)
 
 
@@ -132,3 +135,43 @@ def test_what_is_not_known_in_part_stays_whole() -> None:
         "At least two people should look at this; finite",
     ):
         assert german(text) == text
+
+
+CATALOGUE = ROOT / "esper/blueprints"
+WHY_NOT = (
+    *sorted((CATALOGUE / "catalog").glob("[a-z]*.py")),
+    *(CATALOGUE / f"{name}.py" for name in ("attention", "base", "fitting", "layout", "pointwise")),
+    *(CATALOGUE / f"{name}.py" for name in ("composition", "feedforward", "gradient_reduction")),
+    *(ROOT / "esper" / path for path in ("grafting/graph.py", "contracts/spans.py")),
+)
+
+
+def test_every_text_of_a_blueprint_is_german() -> None:
+    """Its source is a reference to a paper, and stays."""
+    written = [(one.title, one.idea, one.when) for one in list_blueprints()]
+    assert [text for texts in written for text in texts if not is_translated(text)] == []
+
+
+def test_every_answer_why_a_layer_takes_no_graft_is_german() -> None:
+    texts = {text for path in WHY_NOT for text in returned_texts(path) if " " in text}
+    assert len(texts) > 50
+    assert [text for text in sorted(texts) if not is_translated(text)] == []
+
+
+def test_every_note_of_a_signal_is_german() -> None:
+    notes = [note for _, note in SIGNAL_NOTES.values()]
+    assert [note for note in notes if not is_translated(note)] == []
+
+
+@pytest.mark.parametrize("path", [ROOT / "esper/constraints" / f"{name}.py" for name in CHECKS])
+def test_what_a_check_has_compared_is_german(path: Path) -> None:
+    """A number alone stays a number."""
+    texts = {text for text in texts_of(path) if re.search("[a-z]{2}", text.replace("net.0", ""))}
+    assert texts
+    with translation.override("de"):
+        assert [text for text in sorted(texts) if in_value(text) == text] == []
+
+
+def test_the_place_of_a_span_is_german_with_its_size() -> None:
+    assert german("parallel to fc1 … fc2, 32 units") == "parallel zu fc1 … fc2, 32 Einheiten"
+    assert german("parallel to fc1 … fc2") == "parallel zu fc1 … fc2"
