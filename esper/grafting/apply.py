@@ -30,6 +30,7 @@ from esper.grafting.compiled import anything_was_compiled, make_room_for_graft
 from esper.grafting.copies import let_follow
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.optimizers import optimizer_of
+from esper.grafting.pauses import without_collection
 from esper.grafting.random_streams import RandomStreams
 from esper.grafting.receipts import Receipt
 from esper.grafting.replicas import Joint, RankGroup, jointly
@@ -47,6 +48,7 @@ from esper.grafting.state_dicts import follow_loads, follow_whole_states
 from esper.grafting.surroundings import BARE, Surroundings
 
 
+@without_collection()
 def apply_graft(
     model: nn.Module,
     layer: LayerInfo,

@@ -28,6 +28,7 @@ from esper.grafting.compiled import anything_was_compiled
 from esper.grafting.copies import let_follow
 from esper.grafting.digests import Frozen, hash_in_background
 from esper.grafting.manifest import GraftRecord
+from esper.grafting.pauses import without_collection
 from esper.grafting.replicas import Joint, jointly
 from esper.grafting.rolling_back import roll_back
 from esper.grafting.slot import (
@@ -537,6 +538,7 @@ class RemedyReceipt(ChangeReceipt):
         return UndoReceipt(hard=False, exact=False, pause_ms=pause_ms, _after=after)
 
 
+@without_collection()
 def _undo_whole(
     receipt: ChangeReceipt,
     surroundings: Surroundings,

@@ -23,6 +23,7 @@ from esper.grafting import ledger
 from esper.grafting.certify import put_back, sample_input
 from esper.grafting.companion import dismiss
 from esper.grafting.digests import Frozen, hash_in_background
+from esper.grafting.pauses import without_collection
 from esper.grafting.receipts import Receipt, RemedyReceipt
 from esper.grafting.slot import find_host, remove_slots, slot_of, slots
 from esper.grafting.snapshot import Snapshot, own_change
@@ -99,6 +100,7 @@ def is_tied(model: nn.Module, host: nn.Module) -> bool:
     return any(holders[key] > 1 for key in own)
 
 
+@without_collection()
 def apply_change(
     model: nn.Module,
     remedy: str,
