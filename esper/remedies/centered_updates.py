@@ -25,10 +25,10 @@ class CenteredUpdates:
     Args:
         optimizer: trains the weight.
         module: a linear layer or a convolution.
-        mean: of its inputs.
+        mean: of its inputs; of each of them in a shape that fits the weight.
     """
 
-    def __init__(self, optimizer: Optimizer, module: nn.Module, mean: float) -> None:
+    def __init__(self, optimizer: Optimizer, module: nn.Module, mean: float | Tensor) -> None:
         self._weight, self._bias = module._parameters["weight"], module._parameters.get("bias")
         self._axis = 1 if kind_of(module) in layout.TRANSPOSED_LINEAR else 0
         self._mean = mean
@@ -53,11 +53,11 @@ class CenteredUpdates:
         shape = [1] * weight.ndim
         shape[self._axis] = -1
         self._before = weight.detach().clone()
-        weight.grad.sub_(bias.grad.reshape(shape), alpha=self._mean)
+        weight.grad.sub_(bias.grad.reshape(shape) * self._mean)
 
     @torch.no_grad()
     def _correct(self, _: Optimizer) -> None:
         before, self._before = self._before, None
         if before is not None and self._weight is not None and self._bias is not None:
-            moved = (self._weight - before).movedim(self._axis, 0).flatten(1).sum(1)
-            self._bias.sub_(moved, alpha=self._mean)
+            moved = (self._weight - before) * self._mean
+            self._bias.sub_(moved.movedim(self._axis, 0).flatten(1).sum(1))

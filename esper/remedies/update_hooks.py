@@ -149,9 +149,12 @@ class ScaledUpdates:
 
     Args:
         only: ids of the parameters.
+        factor: of all of an update, or of each element in a shape that fits the parameters.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], only: set[int], factor: float) -> None:
+    def __init__(
+        self, optimizers: Sequence[Optimizer], only: set[int], factor: float | Tensor
+    ) -> None:
         self._only = only
         self._factor = factor
         self._before: dict[int, list[tuple[Tensor, Tensor]]] = {}

@@ -37,6 +37,9 @@ FAINT_SPREAD = 0.4  # below it, updates are scaled; behind a sigmoid it is 0.21
 ALIKE = 1e-3  # relative distance of units that have nearly the same weights
 LARGEST_UPDATES = 3.0  # times larger; chosen on seeds 0 to 9
 COMMON = 0.1  # mean / spread of a layer's inputs; below it, there is little to take out
+FEWEST_ROWS, MOST_FEATURES = 16, 1024  # of a batch that tells the size of each feature
+UNEQUAL = 30.0  # largest / smallest spread of the features, above which each is scaled by itself
+RARE = 0.5  # share of rows that are alike; the spread of such a feature says little
 _KINDS = layout.LINEAR | layout.TRANSPOSED_LINEAR | layout.CONVOLUTION
 
 
@@ -51,7 +54,8 @@ class RepairScale(Remedy):
         "of at most 50 steps first goes back to its first weights, where they are kept. Layers "
         "whose units are equal get new random weights before they are scaled. Where the "
         "inputs of the first layer are large, its updates get smaller too, as if the inputs were "
-        "scaled; where those of a later layer hardly differ, as behind a sigmoid, its updates get "
+        "scaled, each feature by itself where they differ far in size; where those of a later "
+        "layer hardly differ, as behind a sigmoid, its updates get "
         "larger. A later layer learns as if the mean of its inputs were taken out of them."
     )
     source = (
@@ -86,6 +90,10 @@ class RepairScale(Remedy):
             if not config["first_only"] and (alike := _layers_of_equal_units(target.model, order)):
                 details["new"] = _give_new_weights(target.model, alike)
             inputs = _input_size(target.model, order[0], target.sample) if order else 1.0
+            features = _features(target.model, order, target.sample, inputs)
+            if features:
+                details["features"] = {order[0]: features}
+                _scale_features(target.model.get_submodule(order[0]), features)
             gains: list[float] = []  # of the layers so far, after their repair
             for name in order[:1] if config["first_only"] else order:
                 largest = OUTLIER * median(gains) if len(gains) >= FEWEST_GAINS else math.inf
@@ -107,7 +115,7 @@ class RepairScale(Remedy):
             for name, (_, spread) in entering.items()
             if LARGEST_FACTOR**-1 < spread < FAINT_SPREAD
         }
-        if order and inputs > LARGE_INPUT:
+        if order and inputs > LARGE_INPUT and not features:
             updates[order[0]] = inputs
         if updates:
             details["updates"] = updates
@@ -126,6 +134,10 @@ class RepairScale(Remedy):
             _change_updates(target, layer, updates.get(layer, 1.0), means.get(layer, 0.0))
             for layer in {**updates, **means}
         ]
+        for layer, features in details.get("features", {}).items():
+            module = target.model.get_submodule(layer)
+            spread, mean = (_of_columns(module, features[key]) for key in ("spread", "mean"))
+            ends.append(_change_updates(target, layer, spread, mean))
 
         def end() -> None:
             for one in ends:
@@ -134,13 +146,16 @@ class RepairScale(Remedy):
         return Effect(details, end)
 
 
-def _change_updates(target: Target, layer: str, inputs: float, mean: float) -> Callable[[], None]:
+def _change_updates(
+    target: Target, layer: str, inputs: float | Tensor, mean: float | Tensor
+) -> Callable[[], None]:
     """The layer learns as if its inputs were ``inputs`` times smaller, and its weights larger.
 
     The gradient is then ``inputs`` times smaller, and a step counts as much less again. Only with
     SGD does the size of a step depend on that of the gradient.
 
     Args:
+        inputs: of all, or of each feature, in a shape that fits the weight.
         mean: of the inputs; it is taken out of them as well.
     """
     module = target.model.get_submodule(layer)
@@ -150,9 +165,10 @@ def _change_updates(target: Target, layer: str, inputs: float, mean: float) -> C
     for optimizer in target.optimizers:
         if any(weight is p for group in optimizer.param_groups for p in group["params"]):
             power = 2 if isinstance(optimizer, torch.optim.SGD) else 1
-            if inputs != 1.0:
+            if isinstance(inputs, Tensor) or inputs != 1.0:
                 ends.append(ScaledUpdates([optimizer], {id(weight)}, inputs**-power).end)
-            if mean:  # afterwards, as it corrects by the whole update
+            # Afterwards, as it corrects by the whole update.
+            if mean.any() if isinstance(mean, Tensor) else mean:
                 ends.append(CenteredUpdates(optimizer, module, mean).end)
 
     def end() -> None:
@@ -258,24 +274,80 @@ def _input_size(model: nn.Module, name: str, sample: Batch) -> float:
     return found[0] if found and math.isfinite(found[0]) else 1.0
 
 
-def _input_moments(model: nn.Module, name: str, sample: Batch) -> tuple[float, float]:
-    """(mean, std within a channel) of what enters the layer: how much the rows differ."""
+def _features(
+    model: nn.Module, order: list[str], sample: Batch, inputs: float
+) -> dict[str, list[float]]:
+    """The mean and the spread of each feature of the data; empty where one size fits them all.
+
+    One factor for all would follow the largest of them, and the others would never count.
+    """
+    if not order or inputs <= LARGE_INPUT:
+        return {}
+    module = model.get_submodule(order[0])
+    rows_NC = _rows(model, order[0], sample)
+    if kind_of(module) not in layout.LINEAR | layout.TRANSPOSED_LINEAR:
+        return {}
+    if len(rows_NC) < FEWEST_ROWS or rows_NC.shape[1] > MOST_FEATURES:
+        return {}
+    if not bool(rows_NC.isfinite().all()):
+        return {}
+    mean_C, spread_C = rows_NC.mean(0), rows_NC.std(0, unbiased=False)
+    rare_C = (rows_NC == rows_NC.median(0).values).float().mean(0) > RARE
+    usual = spread_C[~rare_C]
+    if len(usual) < 2 or float(usual.max()) <= UNEQUAL * float(usual.min()):
+        return {}
+    # A rare value may be far away: its own distance counts, or the size of all where none was seen.
+    far_C = (rows_NC - mean_C).abs().amax(0)
+    far_C = torch.where(far_C > 0, far_C, torch.full_like(far_C, inputs))
+    spread_C = torch.where(rare_C, far_C, spread_C)
+    if module._parameters.get("bias") is None:  # nothing can take the mean out
+        spread_C, mean_C = (spread_C.square() + mean_C.square()).sqrt(), torch.zeros_like(mean_C)
+    return {"mean": mean_C.tolist(), "spread": spread_C.tolist()}
+
+
+def _scale_features(module: nn.Module, features: dict[str, list[float]]) -> None:
+    """The layer computes what it would compute of features with a mean of 0 and a spread of 1."""
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    assert weight is not None
+    weight.div_(_of_columns(module, features["spread"]))
+    if bias is not None:
+        axis = 0 if kind_of(module) in layout.TRANSPOSED_LINEAR else 1
+        bias.sub_((weight * _of_columns(module, features["mean"])).sum(axis))
+
+
+def _of_columns(module: nn.Module, values_C: list[float]) -> Tensor:
+    """One number for each input of a linear layer, in a shape that fits its weight."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    shape = (-1, 1) if kind_of(module) in layout.TRANSPOSED_LINEAR else (1, -1)
+    return torch.tensor(values_C, dtype=weight.dtype, device=weight.device).reshape(shape)
+
+
+def _rows(model: nn.Module, name: str, sample: Batch) -> Tensor:
+    """float [N, C]: what enters the layer, places of an image as rows of their own."""
     module = model.get_submodule(name)
     axis = layout.channel_axis_of(kind_of(module))
-    found: list[tuple[float, float]] = []
+    found: list[Tensor] = []
 
     def look(_: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
-            rows_NC = args[0].detach().float().movedim(axis, -1).flatten(0, -2)
-            spread = rows_NC.var(0, unbiased=False).mean().sqrt()
-            found.append((float(rows_NC.mean()), float(spread)))
+            found.append(args[0].detach().float().movedim(axis, -1).flatten(0, -2))
 
     handle = module.register_forward_pre_hook(look)
     try:
         sample.run(model)
     finally:
         handle.remove()
-    return found[0] if found else (math.nan, math.nan)
+    return found[0] if found else torch.zeros((0, 1), dtype=torch.float32, device="cpu")
+
+
+def _input_moments(model: nn.Module, name: str, sample: Batch) -> tuple[float, float]:
+    """(mean, std within a channel) of what enters the layer: how much the rows differ."""
+    rows_NC = _rows(model, name, sample)
+    if not len(rows_NC):
+        return math.nan, math.nan
+    spread = rows_NC.var(0, unbiased=False).mean().sqrt()
+    return float(rows_NC.mean()), float(spread)
 
 
 def _repair(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -694,6 +695,68 @@ def test_with_a_repaired_scale_large_inputs_train_as_if_they_were_scaled(optimiz
     own = kind(twin.parameters(), lr=rate)
     assert size == pytest.approx(100.0, rel=0.1)
     assert repaired == pytest.approx(train(twin, x / size, lambda _: None), rel=1e-3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_features_of_unequal_size_train_as_if_each_were_scaled(optimizer: str, bias: bool) -> None:
+    """A raw table. Measured: with one factor for all, the small features never counted."""
+    torch.manual_seed(0)
+    first: nn.Module = nn.Linear(6, 16, bias=bias)
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(16, 3)).double()
+    sizes = torch.tensor([1000.0, 100.0, 10.0, 1.0, 0.1, 1.0]).double()
+    middle = torch.tensor([1500.0, -120.0, 0.0, 5.0, 0.0, 0.0]).double()
+    x, y = middle + sizes * torch.randn(256, 6).double(), torch.randint(0, 3, (256,))
+    x[:, 5] = (x[:, 3] > middle[3] + 1.0).double()  # few rows have it
+    kinds = {"sgd": (torch.optim.SGD, 0.05), "adam": (torch.optim.Adam, 0.01)}
+    kind, rate = kinds[optimizer]
+
+    def train(trained: nn.Module, inputs: Tensor, step: Callable[[Tensor], None]) -> list[float]:
+        losses = []
+        for _ in range(20):
+            loss = F.cross_entropy(trained(inputs), y)
+            own.zero_grad()
+            torch.autograd.backward(loss)
+            own.step()
+            step(loss)
+            losses.append(loss.item())
+        return losses
+
+    own = kind(model.parameters(), lr=rate)
+    with esper.attach(model, own, mode="supervised", server="", verbose=False) as session:
+        receipt = session.remedy("repair_scale", sample=x, first_only=True)
+        found = json.loads(json.dumps(receipt.details))["features"]["0"]  # as a checkpoint has it
+        mean, spread = (torch.tensor(found[key]).double() for key in ("mean", "spread"))
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            if bias:
+                twin[0].bias.add_((twin[0].weight * mean).sum(1))
+            twin[0].weight.mul_(spread)
+        repaired = train(model, x, session.step)
+    own = kind(twin.parameters(), lr=rate)
+    scaled = (x - mean) / spread
+    assert repaired == pytest.approx(train(twin, scaled, lambda _: None), rel=1e-4)
+    assert 0.3 < float(scaled[:, :5].square().mean().sqrt()) < 1.5
+    assert bool(mean.any()) is bias
+    assert float(spread[5]) == pytest.approx(1.0, rel=0.3)  # a rare 1 is not far from a usual 0
+
+
+@pytest.mark.parametrize("data", ["image", "few rows", "rare values"])
+def test_features_whose_size_is_not_known_are_scaled_as_one(data: str) -> None:
+    """A pixel that is dark in this batch may be bright in the next one."""
+    torch.manual_seed(0)
+    x = 200.0 * torch.rand(4 if data == "few rows" else 64, 8)
+    if data == "few rows":
+        x[:, 0] *= 1e-3
+    elif data == "rare values":
+        x[:, 0] = 0.0
+        x[0, 0] = 1.0
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    optimizer = torch.optim.Adam(model.parameters())
+    with esper.attach(model, optimizer, mode="supervised", server="", verbose=False) as session:
+        details = session.remedy("repair_scale", sample=x, first_only=True).details
+    assert "features" not in details
+    assert list(details["updates"]) == ["0"]
 
 
 @pytest.mark.parametrize(
