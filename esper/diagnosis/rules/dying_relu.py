@@ -71,8 +71,8 @@ class DyingRelu(Rule):
         limit = STILL if memory.is_open else MANY
         # The last layer has no activation of its own: what follows it is the loss. Behind a layer
         # that is dead as a whole, everything before it is without gradient too: it began there.
-        saturated = _saturated(observation)
-        dead = [n for n in ordered[:-1] if shares[n] >= limit and n not in saturated]
+        others = _saturated(observation) | _unchosen(observation)
+        dead = [n for n in ordered[:-1] if shares[n] >= limit and n not in others]
         if not dead:
             memory.notes.pop("first", None)
             return None
@@ -114,6 +114,35 @@ def _guesses(observation: Observation) -> bool:
     """Whatever the first loss was: a start that was far too high is left without learning."""
     chance = observation.first_pass.guessing_loss
     return float(np.median(observation.finite_losses()[1][-GUESSES:])) >= UNLEARNED * chance
+
+
+def _unchosen(observation: Observation) -> set[str]:
+    """Layers of experts that the router did not choose: dead_experts tells of them.
+
+    Nothing in such a module has a gradient, not even its last bias, while the module beside it and
+    what runs before both have one. Units that die in a chain leave nothing alive before them.
+    """
+    alive = {row.name.rpartition(".")[0] for row in observation.last_gradients.rows if row.norm > 0}
+    before: set[str] = set()
+    experts: dict[str, list[str]] = {}
+    for layer in observation.layers:
+        for expert in _numbered_around(layer):
+            if before & alive:
+                experts.setdefault(expert, []).append(layer)
+        before.add(layer)
+    used = {expert.rpartition(".")[0] for expert, own in experts.items() if alive & {*own}}
+    return {
+        layer
+        for expert, own in experts.items()
+        if len(own) > 1 and not alive & {*own} and expert.rpartition(".")[0] in used
+        for layer in own
+    }
+
+
+def _numbered_around(layer: str) -> list[str]:
+    """The numbered modules that the layer is in."""
+    parts = layer.split(".")
+    return [".".join(parts[: i + 1]) for i, part in enumerate(parts[:-1]) if part.isdigit()]
 
 
 def _saturated(observation: Observation) -> set[str]:
