@@ -231,6 +231,10 @@ RULES = (
     _("at least %(limit)s"),
     _("a fall of more than %(limit)s"),
     _("Try a higher learning rate, or another optimizer; check that the labels fit the inputs."),
+    _(
+        "The loss is higher than that of guessing: lower the learning rate or the momentum, and "
+        "check that the labels fit the inputs."
+    ),
     _("%(place)s is the same object as %(other)s; %(count)s such places"),
     _("one layer for each place"),
     _("Make a new layer for each place: [Layer() for _ in range(n)], not [Layer()] * n."),

@@ -77,8 +77,10 @@ class RateJump(Rule):
             return
         memory.notes["read"] = step
         highest = max(earlier for _, earlier in rates[:-1])
-        # In a warm-up or a range test the rate rises all the time: that is meant.
-        rises = rates[-2][1] > rates[-3][1] or rates[-3][1] > rates[-4][1]
+        # In a warm-up or a range test the rate rises all the time: that is meant. One jump that
+        # did no harm is no warm-up: the next may be the one too many.
+        waits = memory.notes.get("jump") is not None and not memory.is_open
+        rises = rates[-2][1] > rates[-3][1] or (rates[-3][1] > rates[-4][1] and not waits)
         if rises or not highest > 0 or rate < JUMP * highest:
             return
         steps, losses = observation.finite_losses()

@@ -12,6 +12,11 @@ DIVERGED = 1.1
 SMALL_UPDATE = 1e-4
 LONG, GUESSES = 600, 100
 GUESSING, ALIKE = 0.98, 1e-3
+WORSE = 1.1
+_TOO_FAR = (
+    "The loss is higher than that of guessing: lower the learning rate or the momentum, and check "
+    "that the labels fit the inputs."
+)
 
 
 class SlowConvergence(Rule):
@@ -36,6 +41,7 @@ class SlowConvergence(Rule):
             "ratio",
             "chosen: whatever the first loss was and however large updates are",
         ),
+        Threshold("the same, above which the advice is a lower rate", WORSE, "ratio", "chosen"),
         Threshold(
             "spread of the outputs of a batch",
             ALIKE,
@@ -91,6 +97,7 @@ def _guesses(observation: Observation) -> Evidence | None:
     if seen.loss_kind is not LossKind.CROSS_ENTROPY:
         return None  # the loss of guessing is not known
     level, chance = fmean(losses[-GUESSES:]), seen.guessing_loss
+    advice = _TOO_FAR if level >= WORSE * chance else ""
     if level >= GUESSING * chance:
         observed = f"the loss is {level:.4g}, and that of guessing {chance:.4g}"
         limit, value = f"below {GUESSING:.0%} of it", level / chance
@@ -105,6 +112,7 @@ def _guesses(observation: Observation) -> Evidence | None:
         signal="loss",
         value=value,
         since_step=1,
+        advice=advice,
         certain=True,  # a mean of so many losses
         only_tell=True,  # updates are of a usual size, so no rate is known to be better
     )

@@ -28,6 +28,7 @@ from esper.diagnosis.rules.loss_spike import LossSpike
 from esper.diagnosis.rules.memorised_noise import MemorisedNoise
 from esper.diagnosis.rules.oscillating_loss import OscillatingLoss
 from esper.diagnosis.rules.over_fitting import OverFitting
+from esper.diagnosis.rules.slow_convergence import SlowConvergence
 from esper.diagnosis.rules.update_ratio_high import UpdateRatioHigh
 from esper.diagnosis.rules.update_ratio_low import UpdateRatioLow
 from tests.esper.diagnosis.small_runs import Run, adam, digits
@@ -425,3 +426,20 @@ class Residual(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return x
+
+
+@pytest.mark.parametrize(("level", "words"), [(1.6, "lower the learning rate"), (1.12, "")])
+def test_a_run_that_is_worse_than_guessing_is_not_told_to_learn_faster(
+    level: float, words: str
+) -> None:
+    found = SlowConvergence().check(
+        replace(
+            guessing(np.full(700, level)),
+            step=700,
+            gradients=(Gradients(700, 9, (), updates=1),),
+        ),
+        Memory(),
+    )
+    assert found is not None
+    assert words in found.advice
+    assert bool(found.advice) is bool(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from esper.diagnosis import Observation
 from esper.diagnosis.base import Evidence, Memory
@@ -47,3 +48,30 @@ def test_a_loss_that_rises_long_after_a_jump_is_no_question_of_it() -> None:
     memory = Memory()
     assert look(memory, steps_after=5, loss=1.0) is None
     assert look(memory, steps_after=1_500, loss=3.0) is None
+
+
+@pytest.mark.parametrize(
+    ("rates", "told"),
+    [
+        ([0.01, 0.01, 0.01, 0.1, 0.1, 0.1, 1.0], True),  # gamma=10 in the place of gamma=0.1
+        ([0.01, 0.01, 0.01, 0.1, 0.1, 1.0], True),
+        ([0.001, 0.004, 0.016, 0.064, 1.0], False),  # a range test
+    ],
+)
+def test_a_second_jump_is_told_where_the_first_did_no_harm(rates: list[float], told: bool) -> None:
+    """Measured: the first jump was named, for which no good state was left to go back to."""
+    memory, known, found = Memory(), [], None
+    for place, rate in enumerate(rates):
+        step = 50 * (place + 1)
+        known.append((step, rate))
+        losses = np.full(step, 1.0)
+        if place + 1 == len(rates):
+            losses[-20:] = 3.0
+        found = RateJump().check(
+            Observation(step=step, loss_steps=np.arange(1, step + 1), losses=losses, rates=known),
+            memory,
+        ) if place > 2 else None
+    assert (found is not None) is told
+    if found is not None:
+        assert f"from {rates[-2]:g} to {rates[-1]:g}" in found.observed
+        assert found.since_step == known[-2][0] + 1
