@@ -316,6 +316,14 @@ RULES = (
 WATCHES = (
     _("trainable, but in no optimizer: it will never change"),
     _(
+        "%(count)s tensors, the first is %(first)s, have a gradient, but are in a plain list or "
+        "dict, where parameters() misses them: no optimizer trains them"
+    ),
+    _(
+        "keep them in nn.ModuleList, nn.ModuleDict or nn.ParameterList, and make the optimizer "
+        "afterwards; set requires_grad=False where they must not learn"
+    ),
+    _(
         "%(count)s tensors, the first is %(first)s, are in %(kind)s, an optimizer that Esper "
         "was not given: it does not know how they train"
     ),

@@ -26,6 +26,7 @@ from esper.grafting.guard import (
     non_finite_gradients,
     weights_are_finite,
 )
+from esper.grafting.hidden_layers import HiddenLayers
 from esper.grafting.ledger import audit
 from esper.grafting.loading import build_grafts_of_loaded_states, load_state_dict
 from esper.grafting.manifest import GraftRecord
@@ -61,6 +62,7 @@ __all__ = [
     "GradientGuard",
     "GraftRecord",
     "GuardVerdict",
+    "HiddenLayers",
     "LayerRecorder",
     "LossGuard",
     "MovementWatch",

@@ -14,7 +14,7 @@ from esper import grafting
 from esper.contracts import Finding, HealthFrame, Severity, Signal, ViolationRule
 from esper.diagnosis import Change, get_rule
 from esper.fail_closed import Failure
-from esper.grafting import MovementWatch, Surroundings, UndoReceipt
+from esper.grafting import HiddenLayers, MovementWatch, Surroundings, UndoReceipt
 from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.orphans import ReplacedOptimizer
 from esper.grafting.slot import left_out_grafts
@@ -118,6 +118,7 @@ class LedgerWatch:
         self._movement = MovementWatch(model, self._optimizers)
         known = [unwrap_optimizer(optimizer) for optimizer in self._optimizers]
         self._replaced = ReplacedOptimizer(model, known)
+        self._hidden = HiddenLayers(model)
         self.audit()
 
     @property
@@ -159,7 +160,10 @@ class LedgerWatch:
         groups = grafting.audit(self._model, self._optimizers, self._movement.unheld)
         copies = grafting.audit_copies(self._model)
         moves = [*self._movement.findings, *self._replacement()]
-        self._findings.replace_ledger([*groups, *copies, *moves])
+        if self._movement.updates <= AUDIT_EVERY_STEPS:  # layers are rarely made later
+            self._hidden.search()
+        hidden = self._hidden.findings(self._optimizers)
+        self._findings.replace_ledger([*groups, *copies, *moves, *hidden])
         for layer, error in left_out_grafts(self._model):
             self._findings.add(left_out(layer, error))
 
