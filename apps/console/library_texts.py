@@ -303,6 +303,10 @@ RULES = (
         "the model ends with %(end)s, which stays within %(low)s and %(high)s; the targets are "
         "from %(lowest)s to %(highest)s"
     ),
+    _(
+        "the model ends with %(end)s, which is never below %(low)s; the targets are from "
+        "%(lowest)s to %(highest)s"
+    ),
     _("Remove the %(end)s at the end of the model, or scale the targets."),
     _("an output that fits the loss"),
     _("a softmax over one output is 1 for every input"),

@@ -124,7 +124,8 @@ class ModelPass:
         log_sum_near_zero: the rows of the output are log-probabilities.
         loss_kind: as the gradient at the output shows it.
         loss_scale: the weight of one row in the loss, times the number of rows: 1 for a mean.
-        target_low, target_high: smallest and largest sampled target; NaN unknown.
+        target_low, target_high: smallest and largest sampled target; NaN unknown. Of a loss of an
+            unknown kind: what they are if it is a mean squared error.
         gradient_square: sum of the squares of the gradient at the output; NaN where only a part of
             the output was read.
         targets_averaged: the gradient of a mean squared error says that all rows have the same

@@ -443,7 +443,9 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
     wanted = y_NC - g_NC * elements / 2
     if shape[-1] == 1 and len(y_NC) > 2 and _are_equal(wanted) and not _are_equal(y_NC):
         return replace(seen, loss_kind=LossKind.SQUARED, loss_scale=1.0, targets_averaged=True)
-    return seen
+    if math.isnan(seen.gradient_square):
+        return seen
+    return replace(seen, target_low=float(wanted.min()), target_high=float(wanted.max()))
 
 
 def _are_equal(values_N1: Tensor) -> bool:

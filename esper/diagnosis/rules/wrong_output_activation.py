@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import math
+
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
 
 NEAR = 1e-3
+SQUARES = 0.01  # distance of their weights from those of a mean
+SLACK = 0.01
 # function that ends the model -> (smallest output, largest output)
 RANGES = {
     "Softmax": (0.0, 1.0),
     "Sigmoid": (0.0, 1.0),
     "Tanh": (-1.0, 1.0),
-    "Relu": (0.0, float("inf")),
+    "Relu": (0.0, math.inf),
 }
 
 
@@ -26,8 +30,11 @@ class WrongOutputActivation(Rule):
         Threshold(
             "sum of a row of outputs, for cross-entropy", 1, "exactly", "DeepDiagnosis (ICSE'22)"
         ),
-        Threshold("targets outside the range of the outputs", 0, "targets", "by definition"),
-    )
+        Threshold(
+            "targets outside the range of the outputs", SLACK, "share of the targets' range",
+            "chosen: rounding and a little noise are no fault",
+        ),
+    )  # fmt: skip
     severity = Severity.SERIOUS
     false_alarm = "A distillation that compares probabilities on purpose."
     advice = "Remove the activation at the end of the model."
@@ -42,9 +49,15 @@ class WrongOutputActivation(Rule):
         constant = seen.classes == 1 and seen.output_low == seen.output_high == 1.0
         if constant and end == "Softmax":
             return _evidence("a softmax over one output is 1 for every input", "Use a sigmoid.")
-        if seen.loss_kind is LossKind.UNKNOWN:
+        if seen.loss_kind is LossKind.UNKNOWN and not _is_squared(observation):
             raise Unknown("the loss is not one that its gradient shows")
         return _twice(seen, end) or _out_of_range(seen, end)
+
+
+def _is_squared(observation: Observation) -> bool:
+    """Two losses are the mean of the squares that their gradients show."""
+    weights = [observation.squares_in_loss(seen) for seen in observation.passes[:2]]
+    return len(weights) == 2 and all(abs(weight - 1) < SQUARES for weight in weights)
 
 
 def _twice(seen: ModelPass, end: str) -> Evidence | None:
@@ -75,14 +88,16 @@ def _twice(seen: ModelPass, end: str) -> Evidence | None:
 
 
 def _out_of_range(seen: ModelPass, end: str) -> Evidence | None:
-    if seen.loss_kind is not LossKind.SQUARED or not end:
+    if seen.loss_kind not in (LossKind.SQUARED, LossKind.UNKNOWN) or not end:
         return None
     low, high = RANGES[end]
-    if low <= seen.target_low and seen.target_high <= high:
+    near = SLACK * (seen.target_high - seen.target_low)
+    if not (seen.target_low < low - near or seen.target_high > high + near):
         return None
+    stays = f"is never below {low:g}" if math.isinf(high) else f"stays within {low:g} and {high:g}"
     return _evidence(
-        f"the model ends with {end.lower()}, which stays within {low:g} and {high:g}; the targets "
-        f"are from {seen.target_low:g} to {seen.target_high:g}",
+        f"the model ends with {end.lower()}, which {stays}; the targets are from "
+        f"{seen.target_low:.4g} to {seen.target_high:.4g}",
         f"Remove the {end.lower()} at the end of the model, or scale the targets.",
     )
 

@@ -18,6 +18,7 @@ from esper.fail_closed import FailClosed
 from esper.health.transfers import HostTransfer
 from tests.esper.diagnosis.small_runs import (
     Detached,
+    Loss,
     Run,
     adam,
     circles,
@@ -593,3 +594,31 @@ def test_experts_may_be_sequences_of_layers() -> None:
     result = Run(model, steps=52).go()
     assert result.steps["dead_experts"] == 50
     assert result.first("dead_experts").layer == "experts.4"
+
+
+@pytest.mark.parametrize(
+    ("end", "lowest", "told"),
+    [
+        (nn.ReLU, -1.5, True),
+        (nn.Tanh, -1.5, True),
+        (nn.Sigmoid, -1.5, True),
+        (nn.ReLU, 0.1, False),
+        (nn.Softplus, -1.5, False),  # not known to the rule
+        (nn.Identity, -1.5, False),
+    ],
+)
+@pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss])
+def test_targets_that_the_output_cannot_reach_are_told(
+    end: type[nn.Module], lowest: float, told: bool, loss: Loss
+) -> None:
+    """They are read from the gradient of a mean squared error, whole numbers or not."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 8)
+    y = x[:, :1] * 0.7
+    y = y - y.min() + lowest
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1), end())
+    found = Run(model, (x, y), loss, steps=12).go()
+    slugs = {f.slug for f in found.open}
+    assert ("wrong_output_activation" in slugs) is (told and loss is F.mse_loss)
+    if told and loss is F.mse_loss:
+        assert "the targets are from -1." in found.first("wrong_output_activation").observed
