@@ -67,10 +67,16 @@ def test_a_second_jump_is_told_where_the_first_did_no_harm(rates: list[float], t
         losses = np.full(step, 1.0)
         if place + 1 == len(rates):
             losses[-20:] = 3.0
-        found = RateJump().check(
-            Observation(step=step, loss_steps=np.arange(1, step + 1), losses=losses, rates=known),
-            memory,
-        ) if place > 2 else None
+        found = (
+            RateJump().check(
+                Observation(
+                    step=step, loss_steps=np.arange(1, step + 1), losses=losses, rates=known
+                ),
+                memory,
+            )
+            if place > 2
+            else None
+        )
     assert (found is not None) is told
     if found is not None:
         assert f"from {rates[-2]:g} to {rates[-1]:g}" in found.observed
