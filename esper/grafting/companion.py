@@ -89,7 +89,10 @@ class Companion:
 
     def step(self, host: torch.optim.Optimizer) -> None:
         """One step, with the present hyper-parameters of the layer's group in ``host``."""
+        self._leave_to(host)
         own = self.optimizer.param_groups[0]
+        if not own["params"]:
+            return
         follow(self._made, self._anchor.group_in(host))
         if is_warming(own):
             # Adafactor with relative steps has no rate to lower.
@@ -99,6 +102,17 @@ class Companion:
                 own["weight_decay"] = 0.0
         self.optimizer.step()
         own[_TAKEN] += 1
+
+    def _leave_to(self, host: torch.optim.Optimizer) -> None:
+        """What the script has put into its own optimizer since is trained by that one alone."""
+        held, own = set(map(id, parameters_of(host))), self.optimizer.param_groups[0]
+        taken = [p for p in own["params"] if id(p) in held]
+        if not taken:
+            return
+        for parameter in taken:
+            self.optimizer.state.pop(parameter, None)
+        own["params"] = [p for p in own["params"] if id(p) not in held]
+        self._company.release(self, held)
 
     def follow_mode(self, mode: str) -> None:
         """The host's optimizer was set to ``train`` or ``eval``; an error ends this companion."""
@@ -188,6 +202,16 @@ class _Company:
                 end.remove()
             self._handles.clear()
             self._modes.clear()
+
+    def release(self, companion: Companion, held: set[int]) -> None:
+        """The gradients of some of its parameters are the host's own from now on."""
+        for parameter, handle in zip(companion.parameters, companion._handles, strict=True):
+            if id(parameter) in held:
+                handle.remove()
+        pairs = zip(companion.parameters, companion._handles, strict=True)
+        kept = [(p, handle) for p, handle in pairs if id(p) not in held]
+        companion.parameters = tuple(p for p, _ in kept)
+        companion._handles = [handle for _, handle in kept]
 
     def clear(self) -> None:
         """Clears the gradients of all grafts."""

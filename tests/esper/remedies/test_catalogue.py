@@ -828,6 +828,30 @@ def test_what_is_adopted_learns_and_the_optimizer_stays_the_users() -> None:
         assert torch.equal(after, run.model.get_parameter("3.weight"))
 
 
+@pytest.mark.parametrize("given", ["3.weight", "3"])
+def test_what_the_script_gives_to_its_optimizer_later_is_trained_by_that_alone(given: str) -> None:
+    """As a script that unfreezes layer by layer: it adds a group now and then."""
+    run = Run("sgd", forgotten=True)
+    with run.attach() as session:
+        run.train(CONFIRMED, session)
+        receipt = session.remedy("adopt")
+        run.train(3, session)
+        named = {n: p for n, p in run.model.named_parameters() if n.startswith(given)}
+        plain = {"lr": 0.25, "momentum": 0.0, "weight_decay": 0.0}
+        run.optimizer.add_param_group({"params": list(named.values()), **plain})
+        for _ in range(2):
+            before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+            run.train(1, session)
+            for name, p in named.items():
+                assert p.grad is not None
+                torch.testing.assert_close(p.detach(), before[name] - 0.25 * p.grad)
+            assert not torch.equal(before["3.bias"], run.model.get_parameter("3.bias"))
+        assert not [f for f in session.findings() if "held 2 times" in f.observed]
+        session.undo(receipt, hard=False)
+        run.train(1, session)
+        assert session._parts.failures.counts == {}
+
+
 def test_what_changed_the_model_once_has_no_soft_undo() -> None:
     run = Run()
     with run.attach() as session:
