@@ -29,6 +29,7 @@ from esper.fail_closed import FailClosed
 from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.graph import kind_of, layer_modules
 from esper.grafting.hooks import PassingHook, register_alike
+from esper.grafting.saved_values import numbers_of
 from esper.grafting.slot import SLOT_NAME, first_tensor, is_opaque, is_transformed
 from esper.health.optimizer_steps import has_numbers, spread_sample
 from esper.health.transfers import HostTransfer
@@ -71,7 +72,7 @@ def read_tensors(model: nn.Module) -> tuple[TensorFacts, ...]:
         sample = sampled(parameter.detach()).float().cpu()
         facts = _tensor_facts(name, layer, kind, parameter, sample)
         if facts.is_matrix and facts.std > 0:
-            key = (facts.shape, sample.numpy().tobytes())
+            key = (facts.shape, numbers_of(sample).tobytes())
             facts = replace(facts, twin=seen.get(key, ""))
             seen.setdefault(key, name)
         found.append(facts)

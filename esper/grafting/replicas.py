@@ -30,6 +30,7 @@ from esper.blueprints.gradient_reduction import WHOLE_MODEL_KIND, GradientReduct
 from esper.contracts import LayerInfo
 from esper.exceptions import ReplicaError
 from esper.grafting.communication_hooks import BucketThread, sum_in_background
+from esper.grafting.saved_values import bytes_of
 from esper.grafting.slot import CONTAINERS, slot_of
 from esper.sharding import Layout
 
@@ -325,7 +326,7 @@ class Replicas(RankGroup):
         for name, parameter in self._ddp.module.named_parameters():
             if name not in self._ddp.parameters_to_ignore:
                 total.update(f"{name}\0{parameter.dtype}\0{tuple(parameter.shape)}\0".encode())
-                total.update(_bytes_of(parameter).numpy().data)
+                total.update(bytes_of(parameter))
         return total.hexdigest()
 
     def _why_no_reduction(self) -> str:

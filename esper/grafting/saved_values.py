@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -186,7 +187,15 @@ def bytes_in(saved: SavedTensor) -> int:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's bytes on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    return numbers_of(flat.view(torch.uint8)).data
+
+
+def numbers_of(tensor: Tensor) -> np.ndarray:
+    """The numbers of a tensor on the CPU, not copied.
+
+    After ``tensor.numpy()`` torch would never again let the script resize this memory.
+    """
+    return np.from_dlpack(tensor)
 
 
 def refill(live: dict[Any, Any], saved: dict[Any, Any]) -> None:

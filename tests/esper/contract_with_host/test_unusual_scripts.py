@@ -309,6 +309,27 @@ def test_gradients_of_each_example_by_vmap_are_no_error() -> None:
     assert session._parts.failures.counts == {}
 
 
+@pytest.mark.parametrize("mode", ["observe", "automatic"])
+def test_a_script_that_frees_the_memory_of_its_weights_between_steps_goes_on(mode: Any) -> None:
+    """As libraries that offload weights do; ``Tensor.numpy`` would fix the size of the memory."""
+    model, optimizer = script()
+    session = esper.attach(model, optimizer, run="offload", mode=mode, verbose=False)
+    kept: dict[nn.Parameter, Tensor] = {}
+    for step in range(20):
+        for parameter, values in kept.items():
+            parameter.untyped_storage().resize_(values.nbytes)
+            parameter.data.copy_(values)
+        train(model, optimizer, session, 1)
+        if step == 9:
+            receipt = session.graft("2", "proj_lora_64")
+            assert receipt.digest_after
+            session.undo(receipt)
+        kept = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+        for parameter in kept:
+            parameter.untyped_storage().resize_(0)
+    assert session._parts.failures.counts == {}
+
+
 @pytest.mark.parametrize("skipped", [{14}, {8, 14, 19}], ids=["once", "three times"])
 @pytest.mark.parametrize("skipped_by", ["the script", "a scaler"])
 def test_a_batch_without_finite_loss_that_is_skipped_changes_nothing(
