@@ -3,6 +3,9 @@
 A hook of each part costs every step of every run, also while none of them reads anything: on short
 steps Python's own calls are most of what watching costs. So a part is only called while it is
 armed, and an optimizer's step is otherwise counted and nothing else.
+
+Of a step that ``torch.compile`` compiled with the hooks in it nothing is read: it would be traced
+into the script's own code, which then would break and be compiled again and again.
 """
 
 from __future__ import annotations
@@ -21,10 +24,12 @@ class Updates:
 
     Attributes:
         taken: how many steps it has made since.
+        ran_compiled: it has made some in compiled code, which only sets this.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.taken = 0
+        self.ran_compiled = False
         self._parts: list[Part] = []
         # Replaced as a whole: a part may be armed by the call of another one.
         self._before: tuple[Call, ...] = ()
@@ -65,8 +70,12 @@ class Part:
 
     @property
     def taken(self) -> int:
-        """The optimizer's steps since the part was made."""
-        return self._updates.taken - self._since
+        """The optimizer's steps since the part was made; compiled ones count once a look."""
+        updates = self._updates
+        if updates.ran_compiled:
+            updates.ran_compiled = False
+            updates.taken += 1
+        return updates.taken - self._since
 
     def arm(self, armed: bool = True) -> None:
         """Whether it is called at the next steps."""
@@ -99,8 +108,10 @@ class _Before:
         self.updates = updates
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for call in self.updates._before:
-            call(optimizer)
+        if torch.compiler.is_compiling():
+            return
+        if self.updates._before:
+            _call(self.updates._before, optimizer)
 
 
 class _After:
@@ -111,9 +122,22 @@ class _After:
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         updates = self.updates
+        if torch.compiler.is_compiling():
+            updates.ran_compiled = True
+            return
         updates.taken += 1
-        for call in updates._after:
+        if updates._after:
+            _call(updates._after, optimizer)
+
+
+def _call(calls: tuple[Call, ...], optimizer: torch.optim.Optimizer) -> None:
+    has_gradients = torch.is_grad_enabled()
+    try:
+        for call in calls:
             call(optimizer)
+    finally:
+        # An interrupt between torch.no_grad() and its block leaves the gradients off.
+        torch.set_grad_enabled(has_gradients)
 
 
 def _updates_of(optimizer: torch.optim.Optimizer) -> Updates:

@@ -149,6 +149,44 @@ def test_watched_code_is_compiled_as_often_as_without(
     assert not any(module._forward_hooks for module in watched.modules())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
+@pytest.mark.parametrize("mode", ["observe", "supervised"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_a_compiled_step_of_the_optimizer_is_compiled_as_without(
+    kind: Any, mode: Literal["observe", "supervised"]
+) -> None:
+    def trained(watched: bool) -> tuple[list[float], int]:
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model, counter = (
+            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)),
+            CompileCounter(),
+        )
+        optimizer = kind(model.parameters(), torch.tensor(0.01))
+        session = esper.attach(model, optimizer, mode=mode, verbose=False) if watched else None
+        step = torch.compile(lambda: optimizer.step(), backend=counter)
+        losses = []
+        for _ in range(60):
+            loss = model(torch.randn(16, 8)).square().mean()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            step()
+            losses.append(loss.item())
+            if session is not None:
+                session.step(loss)
+        if session is not None:
+            assert not [f for f in session.findings() if "made no step" in f.observed]
+            assert session._parts.failures.counts == {}
+        return losses, counter.frame_count
+
+    losses, graphs = trained(watched=False)
+    watched, compiled = trained(watched=True)
+    assert watched == losses
+    # Supervised, a hook keeps the weights before the first step, and goes.
+    assert compiled <= graphs + (mode == "supervised")
+
+
 def test_other_compiled_models_of_the_process_are_left_alone() -> None:
     counter = CompileCounter()
     teacher = torch.compile(Net(), backend=counter)
