@@ -36,7 +36,7 @@ class CopiedParts:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._writes: dict[str, int] = {}  # to each part when they were searched
+        self._writes: dict[str, int] = {}  # to each part when the training began
         self._beside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def kinds(self) -> tuple[type[nn.Module], ...]:
@@ -44,6 +44,12 @@ class CopiedParts:
         model = self._model()
         parts = () if model is None else _parts(model).values()
         return tuple({type(part) for part in parts})
+
+    def begin(self) -> None:
+        """What is written to a part from now on is noticed."""
+        model = self._model()
+        if model is not None and not self._writes:
+            self._writes = {name: _writes_to(part) for name, part in _parts(model).items()}
 
     def search(self, living: Sequence[nn.Module]) -> None:
         """Of all modules of the process, keeps those that have the form of a part.
@@ -59,7 +65,7 @@ class CopiedParts:
         whole = [m for m in living if type(m) is type(model)]
         inside = {id(part) for one in (model, *whole) for part in one.modules()}
         parts = _parts(model)
-        self._writes = {name: _writes_to(part) for name, part in parts.items()}
+        self.begin()
         forms = {_form(part) for part in parts.values()}
         alike = (other for other in living if id(other) not in inside and _form(other) in forms)
         self._beside = weakref.WeakSet(islice(alike, MOST_COPIES))
@@ -109,7 +115,7 @@ class CopiedParts:
                 yield f"another {type(other).__name__}"
 
     def _was_written(self, name: str, part: nn.Module) -> bool:
-        """No optimizer trains it, and the script has written to it since the search."""
+        """No optimizer trains it, and the script has written to it since the start."""
         return _writes_to(part) > self._writes.get(name, sys.maxsize)
 
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,38 @@ from esper.grafting.copied_parts import CopiedParts
 from esper.grafting.copies import bare_copy, check_copy
 from esper.grafting.kept_by_hand import KeptByHand
 from esper.grafting.versions import writes_to
+
+SEARCH_SHARE = 1 / 200  # of the process's time since its first search
+
+
+class SearchTime:
+    """What the searches of all sessions of this process may take.
+
+    A search takes tenths of a second, as long as a short session trains: a script that attaches in
+    each of many short sessions would spend most of its time on them.
+    """
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._spent = 0.0
+
+    @property
+    def is_left(self) -> bool:
+        """The first search may come at once; a later one once it is a small part of the time."""
+        return self._spent <= SEARCH_SHARE * (time.perf_counter() - self._since)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """A search takes place inside."""
+        began = time.perf_counter()
+        self._since = self._since or began
+        try:
+            yield
+        finally:
+            self._spent += time.perf_counter() - began
+
+
+search_time = SearchTime()
 
 
 class Copies(Sequence[Any]):
@@ -47,6 +81,7 @@ class Copies(Sequence[Any]):
         self._own: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # copied from this very model
         # copy -> it is inside an AveragedModel
         self._seen: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        self._wanted = False
         self._searched = False
         self.by_hand = KeptByHand()
         self.parts = CopiedParts(model)
@@ -64,12 +99,26 @@ class Copies(Sequence[Any]):
         living = [found for ref in self._followers if (found := ref()) is not None]
         return (*self._given, *living)
 
+    def begin(self) -> None:
+        """The training begins. What :meth:`search_in_time` finds need not be found by a graft."""
+        self._wanted = True
+        self.parts.begin()
+
+    def search_in_time(self) -> None:
+        """After each step: the search, once its time is a small part of the process's."""
+        if self._wanted and not self._searched and search_time.is_left:
+            self.search()
+
     def search(self) -> None:
         """Finds the copies that exist. Looks at every object of the process, so it does so once."""
         model = self._model()
         if self._searched or model is None:
             return
         self._searched = True
+        with search_time.taken():
+            self._search(model)
+
+    def _search(self, model: nn.Module) -> None:
         found, tensors, modules = _living(model, self.parts.kinds())
         self.by_hand.search(model, tensors)
         self.parts.search(modules)

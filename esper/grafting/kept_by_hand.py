@@ -55,9 +55,14 @@ class _List:
 
 
 class KeptByHand:
-    """Finds the averages of one model that are no modules."""
+    """Finds the averages of one model that are no modules.
+
+    Attributes:
+        awaited: a graft waits for what the looks will show, so there is one in each step.
+    """
 
     def __init__(self) -> None:
+        self.awaited = False
         self._reasons: dict[str, str] = {}  # by part
         self._suspects: list[_Suspect] = []
         self._lists: list[_List] = []
@@ -88,6 +93,11 @@ class KeptByHand:
     def found(self) -> bool:
         """Something is looked at, or was."""
         return bool(self._suspects or self._lists)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the script writes to what was found is not known yet."""
+        return bool(self._suspects)
 
     def look(self) -> None:
         """Whether the script has written to what was found. A few looks, then it is let go."""

@@ -181,6 +181,7 @@ class CommandHandler:
             if (
                 overtakes
                 or self._waits_for_inputs(ready.command)
+                or self._waits_for_script(ready.command)
                 or self._waits_for_compiler(ready)
             ):
                 later.append(ready)
@@ -201,6 +202,14 @@ class CommandHandler:
             and self._remedies is not None
             and self._queues.now() < command.expires_at
             and not self._remedies.server.has_inputs_for(str(command.payload.get("remedy")))
+        )
+
+    def _waits_for_script(self, command: Command) -> bool:
+        """A graft comes once it is known whether the script keeps an average by hand."""
+        return (
+            command.kind is CommandKind.GRAFT
+            and self._queues.now() < command.expires_at - RESERVE_SECONDS
+            and self._surgery.waits_for_script()
         )
 
     def _waits_for_compiler(self, ready: ReadyCommand) -> bool:

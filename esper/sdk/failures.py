@@ -13,6 +13,7 @@ MOST_FAILURES = 3
 # What is missing without a part of a step.
 UNMEASURED = {
     "opening": "The layers are not known, so nothing is measured.",
+    "averages": "A running average that the script keeps by itself may get no graft.",
     "schedules": "Grafts that replace their layer stay at their present share.",
     "ledger": "Esper does not check that the optimizer trains all that it should.",
     "compiler": "Recompilations are not counted.",

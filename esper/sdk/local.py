@@ -150,7 +150,8 @@ class LocalLoop:
     ) -> None:
         self._surgery = surgery
         self._ahead = ahead
-        self._compiling: Operation | None = None  # decided, and grafted once its code is there
+        # Decided; it comes once its code is there, and the script is known to keep no average.
+        self._coming: Operation | None = None
         self._run = run
         self._announcer = announcer
         self._findings = findings
@@ -209,9 +210,9 @@ class LocalLoop:
                     entry, hard=hard, state=AdaptationState.ROLLED_BACK
                 )
                 self._announcer.taken_out(gone, report, verdict.reason)
-        if self._compiling is not None:
+        if self._coming is not None:
             self._frames.append(frame)
-            self._graft(self._compiling)
+            self._graft(self._coming)
             return
         decision = self._decide(frame)
         if decision is not None:
@@ -349,9 +350,11 @@ class LocalLoop:
             self._announcer.would_propose(outcome)
 
     def _graft(self, operation: Operation) -> None:
-        self._compiling = None
-        if self._ahead is not None and self._ahead.waits(operation):
-            self._compiling = operation
+        self._coming = None
+        if self._surgery.waits_for_script() or (
+            self._ahead is not None and self._ahead.waits(operation)
+        ):
+            self._coming = operation
             return
         try:
             self._surgery.apply(operation)
@@ -383,7 +386,7 @@ class LocalLoop:
             model_parameters=self._model_parameters,
             added_parameters=sum(receipt.certificate.parameters for receipt in added),
             adaptations_today=sum(at > day_ago for at in memory.grafted_at),
-            in_flight=len(on_probation) + len(waiting) + (self._compiling is not None),
+            in_flight=len(on_probation) + len(waiting) + (self._coming is not None),
             last_adaptation_step=max((at for at, _ in memory.last.values()), default=-1),
             history={layer.name: self._history(layer.name, waiting) for layer in self._layers},
             experience=dict(memory.experience),
@@ -404,7 +407,8 @@ class LocalLoop:
 
     def _ask(self, decision: Decision) -> None:
         timeout = self._run.policy.approval_timeout_seconds
-        if self._ahead is not None:  # while the person thinks
+        self._surgery.waits_for_script()  # while the person thinks
+        if self._ahead is not None:
             self._ahead.begin(self._planned(decision))
         self._waiting.append(Waiting(decision, time.time() + timeout, self._alone))
         self._announcer.waits(

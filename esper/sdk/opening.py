@@ -33,7 +33,7 @@ def open_run(
     if measure:
         parts.surgery.sampler = _sampler(parts, layers, wants_meeting)
     if parts.run.mode is not RunMode.OBSERVE:
-        parts.surgery.copies.search()  # now, so that no graft waits for it
+        parts.surgery.copies.begin()
     if not parts.ranks.decides:
         return
     if parts.diagnosis is not None:

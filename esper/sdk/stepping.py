@@ -112,6 +112,7 @@ class Steps:
         if parts.diagnosis is not None and digests:
             parts.diagnosis.rank_digests = digests
         contain("opening", self._learn_layers if parts.layers.fixed else self._open)
+        contain("averages", parts.surgery.find_averages)
         # Before anything that may undo: a snapshot is taken after it, so an undo restores what the
         # next step would have used.
         contain("schedules", parts.surgery.on_step)
@@ -344,6 +345,8 @@ class Steps:
         if parts.diagnosis is None or parts.remedies is None:
             return 0
         if surgery.changes.grafted or not isinstance(sampler, HealthSampler):
+            return 0
+        if surgery.watches_script:
             return 0
         if 0 <= step - parts.guard.acted_at <= AFTER_GUARD_STEPS:
             return 0

@@ -254,6 +254,25 @@ class Surgery:
                 layer=operation.layer.name, blueprint=operation.blueprint.slug, reason=reason
             )
 
+    def find_averages(self) -> None:
+        """After each step, so that few grafts wait for the search, and for what it is to show."""
+        self.copies.search_in_time()
+        self.copies.by_hand.look()
+
+    def waits_for_script(self) -> bool:
+        """A graft that is no line of the script should come some steps later: whether the script
+        keeps an average by hand is not known yet."""
+        if not self._ranks.alone or checkpoint.is_sharded(self._surroundings):
+            return False
+        self.copies.search()
+        self.copies.by_hand.awaited = True
+        return self.copies.by_hand.undecided
+
+    @property
+    def watches_script(self) -> bool:
+        """A graft waits for it."""
+        return self.copies.by_hand.awaited and self.copies.by_hand.undecided
+
     def keep(self, adaptation: Adaptation, reason: str = "") -> None:
         """Its probation is passed."""
         adaptation.state = AdaptationState.KEPT
@@ -659,7 +678,6 @@ class Surgery:
         """An optimizer step is over: grafts that follow a schedule move on."""
         if self._idle_slots:
             self.remove_idle_slots()
-        self.copies.by_hand.look()
         self.settle_snapshots()
         if self.changes.grafted:
             self.notice_gone()

@@ -28,6 +28,7 @@ from esper.contracts import (
     Signal,
     ViolationRule,
 )
+from esper.grafting import found_copies
 
 
 def _seed_the_cpu(seed: int) -> torch.Generator:
@@ -50,6 +51,12 @@ def _fresh_accelerate() -> Iterator[None]:
     if state is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)
         state.GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_search_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The searches of all sessions of a process share their time; each test has its own."""
+    monkeypatch.setattr(found_copies, "search_time", found_copies.SearchTime())
 
 
 HEALTHY = {
