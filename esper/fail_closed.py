@@ -3,15 +3,20 @@
 A hook, a watcher, a callback of a framework or an exit handler is wrapped once, where it is
 installed. An exception of it stays inside; the part is switched off for its layer, which means that
 it is not called again, and one :class:`Failure` says what is not measured from then on, and why.
+
+An exception that a signal handler of the script raises is the script's own, such as a time limit,
+and goes through.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
+from types import CodeType
 from typing import Any
 
 logger = logging.getLogger("esper")
@@ -59,6 +64,8 @@ class FailClosed:
             try:
                 return call(*args, **kwargs)
             except Exception as error:
+                if is_the_scripts(error):
+                    raise
                 self.switch_off(error, part=part, layer=layer, unmeasured=unmeasured)
                 return None
 
@@ -102,12 +109,35 @@ def contained(part: str, unmeasured: str) -> Callable[[Callable[..., Any]], Call
             try:
                 return hook(*args, **kwargs)
             except Exception as error:
+                if is_the_scripts(error):
+                    raise
                 known.switch_off(error, part=part, unmeasured=unmeasured)
                 return None
 
         return inside
 
     return decorate
+
+
+def is_the_scripts(error: BaseException) -> bool:
+    """A signal handler raised it, while code of Esper happened to run."""
+    handlers, traceback = set(_code_of_handlers()), error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code in handlers:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _code_of_handlers() -> Iterator[CodeType]:
+    for number in signal.valid_signals():
+        handler: Any = signal.getsignal(number)
+        while isinstance(handler, partial):
+            handler = handler.func
+        # A function and a bound method have it themselves, another callable its class.
+        for held in (handler, getattr(type(handler), "__call__", None)):  # noqa: B004
+            if isinstance(code := getattr(held, "__code__", None), CodeType):
+                yield code
 
 
 def short(error: BaseException) -> str:

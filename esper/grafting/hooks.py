@@ -47,6 +47,15 @@ def apart(look: Callable[..., Any], *args: Any) -> Any:
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return None
+    has_gradients = torch.is_grad_enabled()
+    try:
+        return _without_modes(look, *args)
+    finally:
+        # An interrupt between torch.no_grad() and its block leaves the gradients off.
+        torch.set_grad_enabled(has_gradients)
+
+
+def _without_modes(look: Callable[..., Any], *args: Any) -> Any:
     if not torch._C._len_torch_dispatch_stack():
         return look(*args)
     # Only torch's own modes have a key: those of fake tensors, proxies and functionalization.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from esper.fail_closed import FailClosed
+from esper.fail_closed import FailClosed, is_the_scripts
 
 logger = logging.getLogger("esper")
 
@@ -55,6 +55,8 @@ class Failures:
         try:
             work()
         except Exception as error:
+            if is_the_scripts(error):
+                raise
             self.counts[part] = self.counts.get(part, 0) + 1
             if self.counts[part] == 1:
                 logger.exception("Esper's %s failed; training goes on", part)

@@ -90,8 +90,14 @@ class Steps:
             return
         if self.closed:
             raise ConfigurationError("this session is closed; attach again to go on")
-        with torch.inference_mode(False):  # some loops compute losses inside, and log them there
-            self._whole_step(known, loss)
+        has_gradients = torch.is_grad_enabled()
+        try:
+            # Some loops compute losses in inference mode, and log them there.
+            with torch.inference_mode(False):
+                self._whole_step(known, loss)
+        finally:
+            # An interrupt between torch.no_grad() and its block leaves the gradients off.
+            torch.set_grad_enabled(has_gradients)
 
     def catch_up(self) -> None:
         """The parts take the losses of idle steps."""

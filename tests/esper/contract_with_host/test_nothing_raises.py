@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import socket
 import threading
 import time
@@ -10,6 +11,8 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -384,6 +387,55 @@ def test_a_failure_is_reported_once_and_a_listener_that_fails_is_ignored() -> No
     assert closed.run(lambda: 1 / 0, part="hook", layer="b", unmeasured="Nothing is.") is None
     assert [failure.layer for failure in seen] == ["a", "b"]
     assert seen[0].error == "ZeroDivisionError: division by zero"
+
+
+def over(*_: Any) -> None:
+    raise TimeoutError("the script's time is over")
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    """A signal comes right after ``torch.no_grad()`` has begun, before its block."""
+    torch.set_grad_enabled(False)
+    signal.raise_signal(signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("handler", [over, partial(over), SimpleNamespace(call=over).call])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "esper.diagnosis.probes.rows_of",
+        "esper.diagnosis.gradient_probe.GradientProbe.remember",
+        "esper.diagnosis.gradient_probe.GradientProbe.read",
+        "esper.sdk.findings.LedgerWatch.on_step",
+    ],
+)
+def test_a_time_limit_of_the_script_ends_it_wherever_it_comes(
+    place: str, handler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = signal.signal(signal.SIGUSR1, handler)
+
+    def train() -> None:
+        loss = model(torch.ones(2, 4)).square().mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        session.step(loss)
+
+    try:
+        with esper.attach(model, optimizer, verbose=False) as session:
+            with monkeypatch.context() as patched:
+                patched.setattr(place, interrupted)
+                with pytest.raises(TimeoutError, match="time is over"):
+                    [train() for _ in range(20)]
+            assert torch.is_grad_enabled()
+            [train() for _ in range(20)]
+            assert session._parts.failures.counts == {}
+            assert not [f for f in session.findings() if "switched off" in str(f)]
+    finally:
+        torch.set_grad_enabled(True)
+        signal.signal(signal.SIGUSR1, before)
 
 
 LIMIT_SECONDS = 120.0  # of a lookup that does not end; a busy machine is slow, too
