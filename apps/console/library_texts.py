@@ -705,6 +705,16 @@ SERVER = (
         "%(challenger)s against %(incumbent)s: %(gain)s of reward (95 %%: %(least)s to "
         "%(most)s), %(cases)s effective cases; not shown to be better."
     ),
+    _("nobody decided before the deadline"),
+    _("no worker took the compile job before the deadline"),
+    _("the compile job did not finish before the deadline"),
+    _("the kernel was not sent to the trainer before the deadline"),
+    _("the trainer did not accept the command before the deadline"),
+    _("the trainer did not confirm the change before the deadline"),
+    _("no verdict before the deadline"),
+    _("the trainer did not confirm the rollback before the deadline"),
+    _("the trainer did not report before the deadline"),
+    _("Plan of %(count)s changes for run %(run)s"),
 )
 
 ALL = (*RULES, *WATCHES, *REMEDIES, *DECISIONS, *VERDICTS, *SERVER)

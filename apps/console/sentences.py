@@ -80,6 +80,7 @@ _LONGEST = 1_500
 _NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?(?:%| (?:MiB|ms|s))?")
 _NUMBERS = ("limit", "low", "high")
 _CLAUSE, _SUBJECT = "; ", ": "
+_END = re.compile(r"(?<=\.) (?=[A-Z])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ def _translated(text: str, language: str) -> str:
         return text
     if _NUMBER.fullmatch(text):  # a limit that is only a number
         return _value(text)
-    known = _whole(text) or _clauses(text) or _with_subject(text)
+    known = _whole(text) or _clauses(text) or _with_subject(text) or _several(text)
     return text if known is None else known
 
 
@@ -178,6 +179,13 @@ def _clauses(text: str) -> str | None:
         if (known := _whole(first)) and (more := _whole(rest) or _clauses(rest)):
             return f"{known}{_CLAUSE}{more}"
     return None
+
+
+def _several(text: str) -> str | None:
+    """Of several sentences, such as the answers of two checks."""
+    parts = _END.split(text)
+    known = [_whole(one) or _clauses(one) for one in parts] if len(parts) > 1 else [None]
+    return None if None in known else " ".join(filter(None, known))
 
 
 def _with_subject(text: str) -> str | None:

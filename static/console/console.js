@@ -44,13 +44,23 @@ link.addEventListener("message", ({ detail: message }) => {
   if (message.topic === "inbox" && message.data?.to === "awaiting_approval") askPerson(message.data);
 });
 
-function askPerson(data) {
+// An event is in English; the page's search says the same in the page's language.
+async function titleOf({ number, title }) {
+  if (document.documentElement.lang === "en") return title;
+  const answer = await fetch(`/search?part=list&q=A-${number}`).catch(() => null);
+  if (!answer?.ok) return title;
+  const found = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector(".hit-words");
+  return found?.textContent.replace(`A-${number} `, "") ?? title;
+}
+
+async function askPerson(data) {
   const address = `/adaptations/${encodeURIComponent(data.adaptation)}`;
   const title = gettext("%(name)s waits for a person", { name: `A-${data.number}` });
-  tellSystem({ title, body: data.title, address, tag: data.adaptation }).catch(() => {});
+  const what = await titleOf(data);
+  tellSystem({ title, body: what, address, tag: data.adaptation }).catch(() => {});
   if (location.pathname === address) return;
   toast({
-    text: `${title}: ${data.title}.`,
+    text: `${title}: ${what}.`,
     link: address, linkText: gettext("Open it"), kind: "ask",
   });
 }

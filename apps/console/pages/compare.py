@@ -132,7 +132,7 @@ def _numbers(run: Run) -> dict[str, Any]:
     losses = Metric.objects.filter(run=run, name="loss").aggregate(lowest=Min("value"))
     step_ms = Metric.objects.filter(run=run, name="step_ms").order_by("-step").first()
     return {
-        "steps": run.step,
+        _("steps"): run.step,
         _("newest loss"): run.last_loss,
         _("lowest loss"): losses["lowest"],
         _("time of a step, ms"): step_ms.value if step_ms else None,

@@ -20,7 +20,7 @@ from apps.blueprints.models import Blueprint
 from apps.console.language import in_words
 from apps.console.panels import render_page
 from apps.console.request import page, person
-from apps.console.sentences import title_of
+from apps.console.sentences import in_sentence, title_of
 from apps.console.waiting import waiting
 from apps.runs.models import Run
 from apps.runs.selectors import HUGE_COLUMNS, HUGE_COLUMNS_OF_RUN
@@ -132,7 +132,10 @@ def _blueprints(text: str) -> Iterator[Hit]:
     fits = Q(slug__icontains=text) | Q(title__icontains=text)
     for row in Blueprint.objects.filter(fits, present=True)[:MOST]:
         yield Hit(
-            _("blueprint"), row.title, reverse("console:blueprint", args=[row.slug]), row.slug
+            _("blueprint"),
+            in_sentence(row.title),
+            reverse("console:blueprint", args=[row.slug]),
+            row.slug,
         )
 
 

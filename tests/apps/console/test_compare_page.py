@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -24,6 +25,19 @@ def test_two_runs_are_compared_by_loss_numbers_and_architecture(world: Any) -> N
     row = row[: row.index("</tr>")]
     assert f"A-{world.adaptations['kept'].number}</a> mlp_gelu_2048" in row.split("</td>")[0]
     assert f"A-{world.adaptations['merged'].number}</a> proj_lora_64" in row.split("</td>")[1]
+
+
+def test_the_picture_is_the_same_in_german(world: Any) -> None:
+    """A browser reads no coordinate that is written with a comma."""
+    first, second = world.runs["digits-cnn"], world.runs["topics-lm"]
+    address = f"/runs/compare?a={first.uid}&b={second.uid}"
+    pages = [
+        world.client("vera").get(address, HTTP_ACCEPT_LANGUAGE=language).content.decode()
+        for language in ("en", "de")
+    ]
+    english, german = (re.findall(r' (?:d|points)="([^"]+)"', text) for text in pages)
+    assert "Schritte" in pages[1]
+    assert english == german != []
 
 
 def test_one_run_is_chosen_already_where_its_page_links_here(world: Any) -> None:

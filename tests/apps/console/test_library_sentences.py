@@ -11,6 +11,7 @@ import pytest
 from django.utils import translation
 from django.utils.translation import gettext
 
+from apps.adaptations.deadlines import _OVERDUE
 from apps.console.sentences import in_sentence, in_value
 from esper.blueprints import list_blueprints
 from esper.contracts import SIGNAL_NOTES
@@ -126,6 +127,20 @@ def test_a_value_alone_is_a_number_or_a_word() -> None:
         assert in_value("net.0") == "net.0"
     with translation.override("en"):
         assert in_value("0.66") == "0.66"
+
+
+def test_the_outcome_of_every_deadline_is_german() -> None:
+    assert [text for text in _OVERDUE.values() if not is_translated(text)] == []
+
+
+def test_several_sentences_are_translated_one_by_one() -> None:
+    assert german(
+        "This run is supervised; a person decides. Risk is medium; only risk up to low needs no "
+        "person."
+    ) == (
+        "Dieser Lauf ist beaufsichtigt; eine Person entscheidet. Das Risiko ist mittel; nur bis "
+        "zum Risiko niedrig ist keine Person nötig."
+    )
 
 
 def test_what_is_not_known_in_part_stays_whole() -> None:
