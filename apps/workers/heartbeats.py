@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from django.conf import settings
+from django.db.models import Max
 
 from apps.rest.clock import now as database_now
 from apps.workers.models import CompileJob, Worker
@@ -86,6 +87,7 @@ def _state(presence: Presence) -> WorkerState:
 
 def mark_offline_workers() -> int:
     """Mark workers without a heartbeat for three periods offline; return how many."""
+    _forget_replaced_tamiyos()
     forgotten = database_now() - FORGET_WORKERS_AFTER
     # A quarantine must not end because the worker was silent for an hour.
     Worker.objects.filter(heartbeat_at__lt=forgotten, mode=WorkerMode.ACTIVE).delete()
@@ -95,3 +97,11 @@ def mark_offline_workers() -> int:
         .exclude(state=WorkerState.OFFLINE)
         .update(state=WorkerState.OFFLINE)
     )
+
+
+def _forget_replaced_tamiyos() -> None:
+    """Each start of Tamiyo has a name of its own; the one before is not missed any more."""
+    tamiyos = Worker.objects.filter(kind=WorkerKind.TAMIYO)
+    newest = tamiyos.exclude(state=WorkerState.OFFLINE).aggregate(at=Max("started_at"))["at"]
+    if newest is not None:
+        tamiyos.filter(state=WorkerState.OFFLINE, heartbeat_at__lt=newest).delete()

@@ -12,6 +12,7 @@ from esper.health.features import loss_features
 WINDOW = 1_000
 LONG = 2_000
 FALL = 0.005
+CLEAR = 0.01
 SURE = 0.01
 LITTLE_LEARNED = 0.5
 BETTER = 0.005
@@ -27,6 +28,9 @@ class Plateau(Rule):
         Threshold("steps without a fall", WINDOW, "steps", "chosen: shorter ones were false"),
         Threshold(
             "fall over the window", FALL, "share of the level", "chosen: smallest that matters"
+        ),
+        Threshold(
+            "change that ends it", CLEAR, "share of the level", "the noise that is allowed: SURE"
         ),
         Threshold("uncertainty of that fall", SURE, "share of the level", "two standard errors"),
         Threshold("loss / first loss", LITTLE_LEARNED, "ratio", "below it, it is info"),
@@ -64,7 +68,8 @@ class Plateau(Rule):
         error = features.exponent_error * window / middle
         if math.isnan(fall) or 2 * error > SURE:
             raise Unknown("the noise hides whether the loss falls")
-        if abs(fall) >= FALL or self._held_out_improves(observation):
+        # Near the limit the noise of the trend would end the finding and open it again.
+        if abs(fall) >= (CLEAR if memory.is_open else FALL) or self._held_out_improves(observation):
             return None
         first = float(np.median(losses[:20]))
         little = span >= 2 * LONG - WINDOW and features.level > LITTLE_LEARNED * abs(first)

@@ -374,6 +374,28 @@ def test_too_many_lost_builders_in_a_row_put_their_worker_into_quarantine(
     assert Worker.objects.get().mode == WorkerMode.QUARANTINED  # silence does not end it
 
 
+@pytest.mark.parametrize("started_before_it_fell_silent", [True, False])
+def test_a_tamiyo_that_was_started_again_is_not_called_offline(
+    stage: Stage, started_before_it_fell_silent: bool
+) -> None:
+    """Two that run side by side are two: of them the silent one is missed."""
+    now = timezone.now()
+    silent, other = live_worker("tamiyo@here-1"), live_worker("tamiyo@here-2")
+    Worker.objects.update(kind=WorkerKind.TAMIYO)
+    Worker.objects.filter(pk=silent.pk).update(
+        heartbeat_at=now - timedelta(minutes=5), started_at=now - timedelta(minutes=30)
+    )
+    minutes = 20 if started_before_it_fell_silent else 4
+    Worker.objects.filter(pk=other.pk).update(started_at=now - timedelta(minutes=minutes))
+    for _ in range(2):
+        workers.mark_offline_workers()
+    states = dict(Worker.objects.values_list("name", "state"))
+    assert (states.pop("tamiyo@here-1", None) == WorkerState.OFFLINE) is (
+        started_before_it_fell_silent
+    )
+    assert list(states.values()) == [WorkerState.IDLE]
+
+
 def test_only_people_on_duty_with_a_reason_stop_a_compile_worker(stage: Stage) -> None:
     worker = live_worker()
     control = live_worker("control@here")
