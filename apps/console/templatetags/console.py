@@ -195,7 +195,15 @@ def setting(value: Any) -> str:
     """A setting's value: three digits as ``number`` writes them, without the zeros at the end."""
     if not isinstance(value, float) or not math.isfinite(value):
         return number(value)
+    if value.is_integer() and abs(value) < 1e6:
+        return number(int(value))
     return as_written(f"{value:,.3g}".replace("-", "−")) if abs(value) < 1e6 else number(value)
+
+
+@register.filter
+def threshold(value: Any) -> str:
+    """A threshold's value to be read: a number of three digits, or a risk in words."""
+    return setting(value) if is_number(value) else words(value)
 
 
 @register.filter

@@ -80,6 +80,20 @@ def test_every_role_sees_every_page_complete(world: Any, who: str) -> None:
         assert FAILED_PANEL not in answer.content.decode(), address
 
 
+def test_the_catalogue_has_the_track_record_of_each_blueprint(world: Any) -> None:
+    uses = Adaptation.objects.filter(blueprint__slug="mlp_gelu_2048").exclude(graft_step=None)
+    grafted, kept = uses.count(), uses.filter(state=AdaptationState.KEPT).count()
+    assert 0 < kept <= grafted
+    page = world.client("vera")
+    rows = page.get("/blueprints").content.decode().split('id="row-')[1:]
+    row = next(one for one in rows if one.startswith("mlp_gelu_2048"))
+    counts = dict(re.findall(r'data-label="([a-z ]+)">(\d+)<', row))
+    assert (int(counts["grafted"]), int(counts["kept"])) == (grafted, kept)
+    about = page.get("/blueprints/mlp_gelu_2048").content.decode()
+    assert f"grafted {grafted}×, kept {kept}, rolled back {counts['rolled back']}" in about
+    assert "too few to trust a rate" in about
+
+
 def test_no_page_has_inline_scripts_styles_or_handlers(world: Any) -> None:
     client = world.client("ada")
     for address in page_addresses(world):

@@ -65,6 +65,22 @@ def test_a_metric_that_nobody_sent_is_empty(trainer: Trainer, viewer: Caller) ->
     assert (series["step"], series["non_finite"]) == ([], [])
 
 
+@pytest.mark.parametrize("loss", ["nan", "inf", "-inf"])
+def test_a_loss_that_is_no_number_is_said_by_the_api_and_by_exports(
+    trainer: Trainer, viewer: Caller, loss: str
+) -> None:
+    """JSON has no such number; a row that kept it would break every reader of the list."""
+    trainer.send(metrics=[metrics(10, loss=2.0), metrics(20, loss=loss)])
+    series = viewer.get(f"{trainer.path}/metrics?name=loss").data
+    assert series["non_finite"] == [{"step": 20, "value": loss}]
+    assert series["mean"] == [2.0, None]
+    assert viewer.get(trainer.path).data["last_loss"] == loss
+    for kind in ("text/csv", "application/x-ndjson"):
+        export = viewer.get("runs", Accept=kind)
+        assert export.status == 200
+        assert loss in b"".join(export.response.streaming_content).decode()
+
+
 def test_huge_values_stay_finite_in_their_mean(trainer: Trainer) -> None:
     _store(trainer.row(), np.array([1.7e308, 1.7e308, 1.6e308]))
     series = metric_series(trainer.row(), "loss", points=1)
