@@ -7,7 +7,8 @@ is kept out of ``parameters()`` on purpose has no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,8 @@ from esper.grafting.ledger import Problem, to_findings
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 
 _DEEPEST = 2  # lists in lists
+_MOST = 1_000  # items of a list: a vocabulary or a data set has more, and no layers
+_PLAIN = (list, tuple, dict)  # to go through another kind of list may run code of the script
 _REMEDY = (
     "keep them in nn.ModuleList, nn.ModuleDict or nn.ParameterList, and make the optimizer "
     "afterwards; set requires_grad=False where they must not learn"
@@ -64,20 +67,18 @@ def _hidden(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for prefix, module in model.named_modules():
         for key, value in list(vars(module).items()):
             # Torch's own registries and hooks begin with an underscore.
-            if not key.startswith("_") and isinstance(value, list | tuple | dict):
+            if not key.startswith("_") and type(value) in _PLAIN:
                 yield from _inside(f"{prefix}.{key}" if prefix else key, value, _DEEPEST)
 
 
-def _inside(
-    name: str, value: Sequence[Any] | dict[Any, Any], deepest: int
-) -> Iterator[tuple[str, nn.Parameter]]:
+def _inside(name: str, value: Any, deepest: int) -> Iterator[tuple[str, nn.Parameter]]:
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    for place, item in items:
+    for place, item in list(islice(items, _MOST)):
         here = f"{name}.{place}"
         if isinstance(item, nn.Module):
             for own, parameter in item.named_parameters():
                 yield f"{here}.{own}", parameter
         elif isinstance(item, nn.Parameter):
             yield here, item
-        elif isinstance(item, list | tuple | dict) and deepest > 1:
+        elif type(item) in _PLAIN and deepest > 1:
             yield from _inside(here, item, deepest - 1)

@@ -94,3 +94,28 @@ def test_what_an_optimizer_or_the_script_trains_is_no_fault() -> None:
                 parameter.sub_(0.01 * parameter.grad)
 
     assert train(model, after=by_hand) == []
+
+
+class Rows(list[int]):
+    """Reads its data when somebody goes through it."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("the data were read")
+
+
+def test_data_and_vocabularies_of_a_module_are_not_gone_through() -> None:
+    model = Host(nn.ModuleList)
+    model.data = Rows([1])
+    seen = []
+
+    class Word:
+        """Counts how many were looked at."""
+
+        @property
+        def __class__(self) -> Any:
+            seen.append(1)
+            return object
+
+    model.many = [Word()] * 100_000
+    assert train(model) == []
+    assert len(seen) < 100_000
