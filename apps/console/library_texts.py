@@ -715,6 +715,13 @@ SERVER = (
     _("the trainer did not confirm the rollback before the deadline"),
     _("the trainer did not report before the deadline"),
     _("Plan of %(count)s changes for run %(run)s"),
+    _("the run has %(state)s"),
+    _("the run is quarantined: %(why)s"),
+    _("%(name)s has paused adaptation of this run"),
+    _(
+        "the run's error budget is used up, and it is only observed: adaptations that were taken "
+        "out have cost %(used)s of the loss, at most %(most)s"
+    ),
 )
 
 ALL = (*RULES, *WATCHES, *REMEDIES, *DECISIONS, *VERDICTS, *SERVER)

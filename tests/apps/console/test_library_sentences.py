@@ -133,6 +133,13 @@ def test_the_outcome_of_every_deadline_is_german() -> None:
     assert [text for text in _OVERDUE.values() if not is_translated(text)] == []
 
 
+def test_why_a_run_is_not_changed_is_german() -> None:
+    texts = set(returned_texts(ROOT / "apps/adaptations/history.py"))
+    assert len([text for text in texts if text.startswith("the run")]) == 3
+    assert [text for text in texts if " " in text and not is_translated(text)] == []
+    assert german("the run has finished") == "der Lauf ist beendet"
+
+
 def test_several_sentences_are_translated_one_by_one() -> None:
     assert german(
         "This run is supervised; a person decides. Risk is medium; only risk up to low needs no "
