@@ -722,6 +722,8 @@ SERVER = (
         "the run's error budget is used up, and it is only observed: adaptations that were taken "
         "out have cost %(used)s of the loss, at most %(most)s"
     ),
+    _("Nothing is applied now: %(why)s"),
+    _("blueprint %(slug)s is switched off: %(why)s"),
 )
 
 ALL = (*RULES, *WATCHES, *REMEDIES, *DECISIONS, *VERDICTS, *SERVER)
