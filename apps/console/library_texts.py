@@ -137,6 +137,11 @@ RULES = (
     _("the loss is a sum over %(parts)s"),
     _("%(count)s rows"),
     _("%(count)s squares"),
+    _("the %(count)s batches of an update"),
+    _(
+        "Divide the loss of each batch by the number of batches of an update, or divide the "
+        "learning rate by it."
+    ),
     _(
         "the loss is a sum over %(parts)s, and its first update moves the weights by %(change)s"
         " of their size"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
@@ -12,6 +13,11 @@ EXACT = 0.01
 TOO_FAR = 3.0
 RISEN = 0.1
 FIRST_STEPS = 10
+BATCHES = 4
+_DIVIDE = (
+    "Divide the loss of each batch by the number of batches of an update, or divide the learning "
+    "rate by it."
+)
 OF_ROWS = (LossKind.CROSS_ENTROPY, LossKind.LIKELIHOOD)
 OF_ELEMENTS = (LossKind.BINARY, LossKind.BINARY_LOGITS)
 
@@ -29,6 +35,10 @@ class LossNotReduced(Rule):
             "chosen: above it, and where the loss rises after it, it is no note",
         ),
         Threshold("rise of the loss after the first update", RISEN, "share", "chosen"),
+        Threshold(
+            "backward passes of each update, each of a mean", BATCHES, "passes",
+            "chosen: two or three may be parts of one loss",
+        ),
     )  # fmt: skip
     severity = Severity.INFO
     false_alarm = "A sum on purpose, with a learning rate that was chosen for it."
@@ -38,8 +48,8 @@ class LossNotReduced(Rule):
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         seen = observation.first_pass
-        if squares := self._squares(observation, seen):
-            return squares
+        if found := self._squares(observation, seen) or _accumulated(observation, seen):
+            return found
         if seen.loss_kind not in (*OF_ROWS, *OF_ELEMENTS):
             raise Unknown("the loss is not one whose weights its gradient shows")
         axes = seen.output_shape if seen.loss_kind in OF_ELEMENTS else seen.output_shape[:-1]
@@ -57,6 +67,25 @@ class LossNotReduced(Rule):
         if numbers < ROWS or not abs(weight / numbers - 1) < EXACT:
             return None
         return _evidence(f"{numbers} squares", weight, observation)
+
+
+def _accumulated(observation: Observation, seen: ModelPass) -> Evidence | None:
+    """The gradients of several batches are added, and none of their means was divided."""
+    passes = set(observation.zeroing.backwards)
+    if len(passes) != 1 or not observation.follows_gradient:  # others divide by the size
+        return None
+    count = passes.pop()
+    if count < BATCHES or not abs(_weight(observation, seen) - 1) < EXACT:
+        return None
+    found = _evidence(f"the {count} batches of an update", float(count), observation)
+    return replace(found, advice=_DIVIDE)
+
+
+def _weight(observation: Observation, seen: ModelPass) -> float:
+    """Of a row in the loss of one batch, times the rows: 1 for a mean; NaN unknown."""
+    if seen.loss_kind is not LossKind.UNKNOWN:
+        return seen.loss_scale
+    return observation.squares_in_loss(seen)
 
 
 def _raised_the_loss(observation: Observation) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
+import esper
+from esper.contracts import Severity
 from esper.diagnosis import probes
 from esper.diagnosis.recorder import Plan, Recorder
 from esper.fail_closed import FailClosed
@@ -622,3 +624,36 @@ def test_targets_that_the_output_cannot_reach_are_told(
     assert ("wrong_output_activation" in slugs) is (told and loss is F.mse_loss)
     if told and loss is F.mse_loss:
         assert "the targets are from -1." in found.first("wrong_output_activation").observed
+
+
+@pytest.mark.parametrize(
+    ("batches", "divided_by", "rate", "severity"),
+    [
+        (8, 1, 3.0, Severity.SERIOUS),
+        (8, 1, 0.01, Severity.INFO),
+        (8, 8, 3.0, None),
+        (2, 1, 3.0, None),  # perhaps two parts of one loss
+    ],
+)
+def test_batches_whose_gradients_are_added_undivided_are_told(
+    batches: int, divided_by: int, rate: float, severity: Severity | None
+) -> None:
+    """Measured: a run that ended at guessing, and nothing was said."""
+    torch.manual_seed(0)
+    model = perceptron()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    x, y = digits()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    found: list[Severity] = []
+    with esper.attach(model, optimizer, mode="observe", server="", verbose=False) as session:
+        for place, rows in enumerate(order[: 12 * batches * 16].split(16)):
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            torch.autograd.backward(loss / divided_by)
+            if (place + 1) % batches == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                session.step(loss)
+                own = (f for f in session.findings() if f.slug == "loss_not_reduced")
+                found += [f.severity for f in own]
+    assert (Severity.SERIOUS in found) is (severity is Severity.SERIOUS)
+    assert bool(found) is (severity is not None)
