@@ -90,14 +90,19 @@ def merge(
 
 def is_tied(model: nn.Module, host: nn.Module) -> bool:
     """Another layer uses one of the layer's own tensors, so a change would affect it too."""
-    own = {id(p) for p in host.parameters(recurse=False)}
+    shared = shared_tensors(model)
+    return any(id(p) in shared for p in host.parameters(recurse=False))
+
+
+def shared_tensors(model: nn.Module) -> set[int]:
+    """Ids of the parameters that several layers use."""
     holders = Counter(
         id(parameter)
         for module in model.modules()
         for parameter in module._parameters.values()
         if parameter is not None
     )
-    return any(holders[key] > 1 for key in own)
+    return {key for key, count in holders.items() if count > 1}
 
 
 @without_collection()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -19,7 +20,7 @@ from esper.contracts import Risk
 from esper.exceptions import ConfigurationError
 from esper.grafting.certify import put_back
 from esper.grafting.graph import kind_of
-from esper.grafting.remedies import is_tied
+from esper.grafting.remedies import shared_tensors
 from esper.remedies.base import Batch, Effect, Remedy, Target
 from esper.remedies.centered_updates import CenteredUpdates
 from esper.remedies.update_hooks import ScaledUpdates
@@ -84,7 +85,6 @@ class RepairScale(Remedy):
     def apply(self, target: Target, config: dict[str, Any]) -> Effect:
         assert target.sample is not None
         details = {**config, **_begin_anew(target)}
-        factors: dict[str, float] = {}
         with torch.no_grad(), put_back(target.model, None):
             order = _order(target.model, target.sample)
             if not config["first_only"] and (alike := _layers_of_equal_units(target.model, order)):
@@ -94,20 +94,10 @@ class RepairScale(Remedy):
             if features:
                 details["features"] = {order[0]: features}
                 _scale_features(target.model.get_submodule(order[0]), features)
-            gains: list[float] = []  # of the layers so far, after their repair
-            for name in order[:1] if config["first_only"] else order:
-                largest = OUTLIER * median(gains) if len(gains) >= FEWEST_GAINS else math.inf
-                is_last = name == order[-1]
-                mean, spread = _input_moments(target.model, name, target.sample)
-                shifted = name != order[0] and abs(mean) > SHIFTED * spread
-                factor = _repair(
-                    target.model, name, target.sample, largest, last=is_last, shifted=shifted
-                )
-                gains.append(_gain(target.model.get_submodule(name)))
-                if factor != 1.0:
-                    factors[name] = factor
+            repaired = order[:1] if config["first_only"] else order
+            factors = _repair_in_order(target.model, order, repaired, target.sample)
             later = [] if config["first_only"] else order[1:]
-            entering = {name: _input_moments(target.model, name, target.sample) for name in later}
+            entering = _input_moments(target.model, later, target.sample)
         _forget_moments(target, [*details.get("new", ()), *factors])
         details["factors"] = factors
         updates = {
@@ -197,12 +187,13 @@ def _forget_moments(target: Target, layers: list[str]) -> None:
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    shared = shared_tensors(model)
     return {
         name: module
         for name, module in model.named_modules()
         if kind_of(module) in _KINDS
         and isinstance(module._parameters.get("weight"), nn.Parameter)
-        and not is_tied(model, module)
+        and not any(id(p) in shared for p in module.parameters(recurse=False))
     }
 
 
@@ -325,35 +316,107 @@ def _of_columns(module: nn.Module, values_C: list[float]) -> Tensor:
 
 def _rows(model: nn.Module, name: str, sample: Batch) -> Tensor:
     """float [N, C]: what enters the layer, places of an image as rows of their own."""
-    module = model.get_submodule(name)
-    axis = layout.channel_axis_of(kind_of(module))
     found: list[Tensor] = []
 
-    def look(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            found.append(args[0].detach().float().movedim(axis, -1).flatten(0, -2))
+    def look(_: str, module: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+        found.append(_rows_in(module, args))
 
-    handle = module.register_forward_pre_hook(look)
-    try:
+    with _before_first_runs(model, [name], look):
         sample.run(model)
-    finally:
-        handle.remove()
-    return found[0] if found else torch.zeros((0, 1), dtype=torch.float32, device="cpu")
+    return found[0] if found else _rows_in(model, ())
 
 
-def _input_moments(model: nn.Module, name: str, sample: Batch) -> tuple[float, float]:
-    """(mean, std within a channel) of what enters the layer: how much the rows differ."""
-    rows_NC = _rows(model, name, sample)
+def _rows_in(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    if not args or not isinstance(args[0], Tensor):
+        return torch.zeros((0, 1), dtype=torch.float32, device="cpu")
+    axis = layout.channel_axis_of(kind_of(module))
+    return args[0].detach().float().movedim(axis, -1).flatten(0, -2)
+
+
+def _moments(rows_NC: Tensor) -> tuple[float, float]:
+    """(mean, std within a channel): how much the rows differ."""
     if not len(rows_NC):
         return math.nan, math.nan
     spread = rows_NC.var(0, unbiased=False).mean().sqrt()
     return float(rows_NC.mean()), float(spread)
 
 
+def _input_moments(
+    model: nn.Module, names: list[str], sample: Batch
+) -> dict[str, tuple[float, float]]:
+    """Of what enters each layer."""
+    found = dict.fromkeys(names, (math.nan, math.nan))
+
+    def look(name: str, module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+        found[name] = _moments(_rows_in(module, args))
+
+    if names:
+        with _before_first_runs(model, names, look):
+            sample.run(model)
+    return found
+
+
+def _repair_in_order(
+    model: nn.Module, order: list[str], repaired: list[str], sample: Batch
+) -> dict[str, float]:
+    """Repairs each layer just before it first runs, behind those that are repaired.
+
+    One pass of the model: a pass for each look at each layer took minutes on a thousand layers.
+
+    Returns:
+        The factors of the weights that were changed.
+    """
+    gains: list[float] = []  # of the layers so far, after their repair
+    factors: dict[str, float] = {}
+
+    def repair(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        largest = OUTLIER * median(gains) if len(gains) >= FEWEST_GAINS else math.inf
+        mean, spread = _moments(_rows_in(module, args))
+        factor = _repair(
+            module,
+            lambda: _rows_out(module, module(*args, **kwargs)),
+            largest,
+            last=name == order[-1],
+            shifted=name != order[0] and abs(mean) > SHIFTED * spread,
+        )
+        gains.append(_gain(module))
+        if factor != 1.0:
+            factors[name] = factor
+
+    with _before_first_runs(model, repaired, repair):
+        sample.run(model)
+    return factors
+
+
+@contextmanager
+def _before_first_runs(
+    model: nn.Module, names: list[str], act: Callable[..., None]
+) -> Iterator[None]:
+    """Calls ``act(name, module, args, kwargs)`` before the first run of each layer."""
+    seen: set[str] = set()
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        if name not in seen:
+            seen.add(name)
+            act(name, module, args, kwargs)
+
+    handles = [
+        # Before the script's own hooks, which change the inputs in each call.
+        model.get_submodule(name).register_forward_pre_hook(
+            partial(hook, name), prepend=True, with_kwargs=True
+        )
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _repair(
-    model: nn.Module,
-    name: str,
-    sample: Batch,
+    module: nn.Module,
+    outputs: Callable[[], Tensor],
     largest_gain: float,
     *,
     last: bool,
@@ -362,19 +425,19 @@ def _repair(
     """Scales one layer; returns the factor of its weights.
 
     Args:
+        outputs: float [N, C]: what the layer gives to the batch with its present weights.
         largest_gain: up to which weights are made larger. What differs little on purpose, such as
             means over an image, is brought back by this layer and the next ones together.
         shifted: its inputs have a mean far larger than their spread, so its outputs have one too.
     """
-    module = model.get_submodule(name)
     weight = module._parameters["weight"]
     assert weight is not None
     bias = module._parameters.get("bias")
-    if bias is not None and bias.any() and _is_common(_outputs(model, module, sample)):
+    if bias is not None and bias.any() and _is_common(outputs()):
         bias.zero_()
     total = 1.0
     for _ in range(ROUNDS):
-        outputs_NC = _outputs(model, module, sample)
+        outputs_NC = outputs()
         if bias is not None and (shifted or _is_common(outputs_NC)):
             mean_C = outputs_NC.mean(0)
             bias.sub_(mean_C.to(bias))
@@ -406,24 +469,9 @@ def _gain(module: nn.Module) -> float:
     return float(weight.detach().float().norm()) / math.sqrt(max(1, outputs))
 
 
-def _outputs(model: nn.Module, module: nn.Module, sample: Batch) -> Tensor:
-    """float [N, C]: what the layer gives to the batch, places of an image as rows of their own."""
-    found: list[Tensor] = []
+def _rows_out(module: nn.Module, output: Any) -> Tensor:
+    """float [N, C]: what a layer gives, places of an image as rows of their own."""
+    if not isinstance(output, Tensor):
+        return torch.zeros((1, 1), dtype=torch.float32, device="cpu")
     axis = layout.channel_axis_of(kind_of(module))
-
-    def look(_: nn.Module, __: Any, y: Any) -> None:
-        if isinstance(y, Tensor):
-            found.append(y.detach().float().movedim(axis, -1).flatten(0, -2))
-
-    with _watching(module, look):
-        sample.run(model)
-    return found[0] if found else torch.zeros((1, 1), dtype=torch.float32, device="cpu")
-
-
-@contextmanager
-def _watching(module: nn.Module, look: Any) -> Iterator[None]:
-    handle = module.register_forward_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return output.detach().float().movedim(axis, -1).flatten(0, -2)
