@@ -218,6 +218,11 @@ def has_numbers(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.itemsize > 1 and not wraps_others
 
 
+def is_freed(tensor: Tensor) -> bool:
+    """The script has freed the memory of its numbers."""
+    return bool(tensor.numel()) and not tensor.untyped_storage().nbytes()
+
+
 def left_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:
     """What the gradients are still multiplied by; None where they are unscaled.
 

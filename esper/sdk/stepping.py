@@ -19,13 +19,14 @@ import math
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.contracts import HealthFrame, RunMode, Severity
 from esper.diagnosis import weights_digest
 from esper.exceptions import ConfigurationError
 from esper.grafting import LossGuard
 from esper.health import HealthSampler
+from esper.health.optimizer_steps import is_freed
 from esper.health.sharded import ShardedSampler
 from esper.policy.heuristic import CAPACITY
 from esper.sdk.compiler_watch import CompilerWatch
@@ -90,6 +91,9 @@ class Steps:
             return
         if self.closed:
             raise ConfigurationError("this session is closed; attach again to go on")
+        if self._weights_are_away():
+            self._count(known)
+            return
         has_gradients = torch.is_grad_enabled()
         try:
             # Some loops compute losses in inference mode, and log them there.
@@ -107,6 +111,24 @@ class Steps:
         contain = self._parts.failures.contain
         contain("ledger", partial(self._parts.ledger.skip, len(steps)))
         contain("good states", partial(self._take_idle, steps))
+
+    def _weights_are_away(self) -> bool:
+        """The script has freed their memory until the next forward pass; to read them would end the
+        process. One tensor is looked at."""
+        first = next(iter(self._parts.setup.model.parameters()), None)
+        if not self._parts.ranks.alone or type(first) is not nn.Parameter or first.is_meta:
+            return False
+        return first.layout is torch.strided and is_freed(first)
+
+    def _count(self, known: LossPoint | None) -> None:
+        self._run.step += 1
+        if known is not None:
+            self._run.losses.append(known)
+        self._parts.fail_closed.switch_off(
+            RuntimeError("the memory of the weights was freed when session.step was called"),
+            part="measurement between steps",
+            unmeasured="Nothing is measured in such steps: call session.step before.",
+        )
 
     def _whole_step(self, known: LossPoint | None, loss: float | Tensor | None) -> None:
         self.catch_up()

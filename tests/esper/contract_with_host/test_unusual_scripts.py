@@ -330,6 +330,27 @@ def test_a_script_that_frees_the_memory_of_its_weights_between_steps_goes_on(mod
     assert session._parts.failures.counts == {}
 
 
+@pytest.mark.parametrize("mode", ["observe", "automatic"])
+def test_weights_whose_memory_is_freed_are_not_read(mode: Any) -> None:
+    """To read them would end the process."""
+    model, optimizer = script()
+    with esper.attach(model, optimizer, run="away", mode=mode, verbose=False) as session:
+        kept: dict[nn.Parameter, Tensor] = {}
+        for _ in range(80):
+            for parameter, values in kept.items():
+                parameter.untyped_storage().resize_(values.nbytes)
+                parameter.data.copy_(values)
+            loss = model(torch.randn(16, 8)).pow(2).mean()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            kept = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+            for parameter in kept:
+                parameter.untyped_storage().resize_(0)
+            session.step(loss)
+        assert len([f for f in session.findings() if "memory of the weights" in str(f)]) == 1
+
+
 @pytest.mark.parametrize("skipped", [{14}, {8, 14, 19}], ids=["once", "three times"])
 @pytest.mark.parametrize("skipped_by", ["the script", "a scaler"])
 def test_a_batch_without_finite_loss_that_is_skipped_changes_nothing(
