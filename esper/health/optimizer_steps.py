@@ -219,8 +219,11 @@ def has_numbers(tensor: Tensor) -> bool:
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """The script has freed the memory of its numbers."""
-    return bool(tensor.numel()) and not tensor.untyped_storage().nbytes()
+    """The script has freed the memory of its numbers; False for devices that show no memory."""
+    try:
+        return bool(tensor.numel()) and not tensor.untyped_storage().nbytes()
+    except RuntimeError:
+        return False
 
 
 def left_scale(optimizer: torch.optim.Optimizer) -> Tensor | None:

@@ -351,6 +351,23 @@ def test_weights_whose_memory_is_freed_are_not_read(mode: Any) -> None:
         assert len([f for f in session.findings() if "memory of the weights" in str(f)]) == 1
 
 
+def test_weights_on_a_device_that_shows_no_memory_are_as_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none(_: Tensor) -> Any:
+        raise NotImplementedError("Cannot access storage of OpaqueTensorImpl")
+
+    model, optimizer = script()
+    with esper.attach(model, optimizer, run="opaque", verbose=False) as session:
+        loss = model(torch.randn(16, 8)).pow(2).mean()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        monkeypatch.setattr(Tensor, "untyped_storage", none)
+        session.step(loss)
+        monkeypatch.undo()
+        assert "memory of the weights" not in str(session.findings())
+
+
 @pytest.mark.parametrize("skipped", [{14}, {8, 14, 19}], ids=["once", "three times"])
 @pytest.mark.parametrize("skipped_by", ["the script", "a scaler"])
 def test_a_batch_without_finite_loss_that_is_skipped_changes_nothing(
