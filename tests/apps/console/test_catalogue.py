@@ -96,7 +96,8 @@ def test_choices_of_yes_and_no_have_as_many_parts_in_german() -> None:
 def test_the_compiled_catalogue_is_that_of_the_texts(domain: str) -> None:
     compiled = io.BytesIO()
     write_mo(compiled, catalogue(domain))
-    assert (FOLDER / f"{domain}.mo").read_bytes() == compiled.getvalue(), "compile the catalogues"
+    command = f"run: pybabel compile -d locale -D {domain}"
+    assert (FOLDER / f"{domain}.mo").read_bytes() == compiled.getvalue(), command
 
 
 def _plain(value: object) -> str:
