@@ -206,11 +206,15 @@ class CommandHandler:
 
     def _waits_for_script(self, command: Command) -> bool:
         """A graft comes once it is known whether the script keeps an average by hand."""
-        return (
-            command.kind is CommandKind.GRAFT
-            and self._queues.now() < command.expires_at - RESERVE_SECONDS
-            and self._surgery.waits_for_script()
-        )
+        if command.kind is not CommandKind.GRAFT:
+            return False
+        if self._queues.now() >= command.expires_at - RESERVE_SECONDS:
+            return False
+        try:
+            return self._surgery.waits_for_script()
+        except Exception as error:  # the graft searches again, and is answered
+            logger.debug("the search for averages failed", exc_info=error)
+            return False
 
     def _waits_for_compiler(self, ready: ReadyCommand) -> bool:
         """A graft into compiled code comes when its code is there, and in time in any case."""
