@@ -65,6 +65,8 @@ class HiddenLayers:
 def _hidden(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, tensor) of all that is in a list, tuple or dict of a module."""
     for prefix, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "torch":
+            continue  # its lists are no slips: FSDP keeps its flat parameters in one
         for key, value in list(vars(module).items()):
             # Torch's own registries and hooks begin with an underscore.
             if not key.startswith("_") and type(value) in _PLAIN:

@@ -83,7 +83,7 @@ def _observe(rank: int, size: int, model: str, sharding: str, loop: str) -> Any:
     with esper.attach(whole.model, whole.optimizer) as session:
         expected = frame_of_the_whole(whole, session)
         assert layers == [(layer.name, layer.parameters, layer.kind) for layer in session.layers]
-    assert not said
+    assert not said, said
     if sharding in GRAFTED:
         assert reasons == {""}
     else:
