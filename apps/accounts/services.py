@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Collection
+from contextlib import suppress
 from datetime import datetime, timedelta
 
-from django.db import transaction
+from django.db import OperationalError, transaction
 from django.db.models import Q
 from django.utils import timezone
 
@@ -67,7 +68,9 @@ def authenticate_token(secret: str) -> ApiToken | None:
     if token is not None:
         token.owner.has_one_project = token.only_default
     if token and (token.last_used_at is None or now - token.last_used_at > _LAST_USED_RESOLUTION):
-        ApiToken.objects.filter(pk=token.pk).update(last_used_at=now)
+        # A database that takes no write at the moment is no reason to refuse a reader.
+        with suppress(OperationalError):
+            ApiToken.objects.filter(pk=token.pk).update(last_used_at=now)
     return token
 
 

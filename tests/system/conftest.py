@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,29 @@ class Plant:
         assert self.trainer is not None
         self.trainer.send_signal(signal.SIGKILL)
         self.trainer.wait(WAIT_SECONDS)
+
+    @contextmanager
+    def frozen(self, child: str) -> Iterator[None]:
+        """A process of the server stands still, but not inside of a transaction: it would hold
+        SQLite's lock, and the others could not write that it is silent."""
+        pid = self.esper.pid(child)
+        until(lambda: self._freeze(pid), f"{child} stands still outside of a transaction")
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    def _freeze(self, pid: int) -> bool:
+        os.kill(pid, signal.SIGSTOP)
+        path = self.esper.data_dir / "esper.sqlite3"
+        try:
+            with closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as database:
+                database.execute("BEGIN IMMEDIATE")
+                database.execute("ROLLBACK")
+        except sqlite3.OperationalError:
+            os.kill(pid, signal.SIGCONT)
+            return False
+        return True
 
     def trainer_lives(self) -> bool:
         return self.trainer is not None and self.trainer.poll() is None

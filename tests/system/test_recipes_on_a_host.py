@@ -190,13 +190,9 @@ def test_a_killed_worker_finds_its_trainer_again(plant: Plant) -> None:
 
 def test_a_silent_host_makes_a_launch_lost_and_its_return_settles_it(plant: Plant) -> None:
     uid = started(plant, "counter")
-    worker = plant.esper.pid("worker-compile")
-    os.kill(worker, signal.SIGSTOP)
-    try:
+    with plant.frozen("worker-compile"):
         until(lambda: launch(plant, uid)["state"] == "lost", "lost, after ten seconds")
         assert "may still run" in launch(plant, uid)["reason"]
-    finally:
-        os.kill(worker, signal.SIGCONT)
     until(lambda: launch(plant, uid)["state"] == "running", "found again")
     stop(plant, uid)
 

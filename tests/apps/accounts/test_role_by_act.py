@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
-from django.db import transaction
+from django.db import OperationalError, transaction
+from django.db.models import QuerySet
 from django.utils import timezone
 
 from apps.accounts.models import User
@@ -245,6 +247,18 @@ def test_people_issue_and_revoke_tokens_for_their_scripts(operator: Caller) -> N
     assert script.delete(f"tokens/{made.data['uid']}").code == "insufficient-scope"
     assert operator.delete(f"tokens/{made.data['uid']}").status == 204
     assert script.get("me").status == 401
+
+
+def test_a_token_reads_while_the_database_takes_no_write(
+    operator: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a token was used is written at its first use in a minute."""
+
+    def locked(*_: Any, **__: Any) -> int:
+        raise OperationalError("database is locked")
+
+    monkeypatch.setattr(QuerySet, "update", locked)
+    assert operator.get("me").data["username"] == "olga"
 
 
 def test_a_token_issued_with_a_token_does_not_outlive_it(operator: Caller) -> None:
