@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from esper.contracts import Finding, Severity
+from esper.fail_closed import contained
 from esper.grafting.ledger import Problem, to_findings
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 
@@ -37,10 +38,13 @@ class HiddenLayers:
         self._seen: dict[nn.Parameter, tuple[str, int]] = {}  # name, writes so far
         self.search()
 
+    @contained("search for hidden layers", "Layers in plain lists are not told.")
     def search(self) -> None:
         """Looks for them in the attributes of all modules."""
         known = set(self._model.parameters())
         for name, parameter in _hidden(self._model):
+            if parameter.is_inference():  # torch counts no writes to it
+                continue
             if parameter.requires_grad and parameter not in known:
                 self._seen.setdefault(parameter, (name, parameter._version))
 
@@ -77,10 +81,12 @@ def _inside(name: str, value: Any, deepest: int) -> Iterator[tuple[str, nn.Param
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for place, item in list(islice(items, _MOST)):
         here = f"{name}.{place}"
-        if isinstance(item, nn.Module):
-            for own, parameter in item.named_parameters():
-                yield f"{here}.{own}", parameter
-        elif isinstance(item, nn.Parameter):
+        # By its type: a proxy of the script may raise where it is asked for its class.
+        if issubclass(type(item), nn.Module):
+            if "_parameters" in vars(item):  # else torch's __init__ has not run
+                for own, parameter in item.named_parameters():
+                    yield f"{here}.{own}", parameter
+        elif issubclass(type(item), nn.Parameter):
             yield here, item
         elif type(item) in _PLAIN and deepest > 1:
             yield from _inside(here, item, deepest - 1)

@@ -119,3 +119,45 @@ def test_data_and_vocabularies_of_a_module_are_not_gone_through() -> None:
     model.many = [Word()] * 100_000
     assert train(model) == []
     assert len(seen) < 100_000
+
+
+class Unmade(nn.Module):
+    """Torch's ``__init__`` has not run."""
+
+    def __init__(self) -> None:
+        pass
+
+
+class Proxy:
+    """Is not bound to anything yet."""
+
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("not bound")
+
+
+class Refusing(nn.Linear):
+    """Does not tell its parameters."""
+
+    def named_parameters(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("not yet")
+
+
+def inference_weight() -> nn.Parameter:
+    with torch.inference_mode():
+        return nn.Parameter(torch.ones(2))
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "unmade module": Unmade,
+    "proxy": Proxy,
+    "module that refuses": lambda: Refusing(2, 2),
+    "weight of inference mode": inference_weight,
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_object_in_a_list_raises_nothing(kind: str) -> None:
+    model = Host(nn.ModuleList)
+    model.odd = [ODD[kind]()]
+    assert train(model) == []
