@@ -665,6 +665,25 @@ def test_data_alone_at_fault_changes_the_first_layer_alone() -> None:
         assert all(torch.equal(after[n], before[n]) for n in before if not n.startswith("0."))
 
 
+def losses_of(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    step: Callable[[Tensor], None] = lambda _: None,
+) -> list[float]:
+    """Of 20 updates on one batch; ``step`` is called after each."""
+    losses = []
+    for _ in range(20):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        step(loss)
+        losses.append(loss.item())
+    return losses
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_with_a_repaired_scale_large_inputs_train_as_if_they_were_scaled(optimizer: str) -> None:
     torch.manual_seed(0)
@@ -672,18 +691,6 @@ def test_with_a_repaired_scale_large_inputs_train_as_if_they_were_scaled(optimiz
     x, y = 100.0 * torch.randn(256, 8), torch.randint(0, 3, (256,))
     kinds = {"sgd": (torch.optim.SGD, 0.05), "adam": (torch.optim.Adam, 0.01)}
     kind, rate = kinds[optimizer]
-
-    def train(trained: nn.Module, inputs: Tensor, step: Callable[[Tensor], None]) -> list[float]:
-        losses = []
-        for _ in range(20):
-            loss = F.cross_entropy(trained(inputs), y)
-            own.zero_grad()
-            torch.autograd.backward(loss)
-            own.step()
-            step(loss)
-            losses.append(loss.item())
-        return losses
-
     own = kind(model.parameters(), lr=rate)
     with esper.attach(model, own, mode="supervised", server="") as session:
         receipt = session.remedy("repair_scale", sample=x)
@@ -691,10 +698,10 @@ def test_with_a_repaired_scale_large_inputs_train_as_if_they_were_scaled(optimiz
         twin = copy.deepcopy(model)
         with torch.no_grad():
             twin[0].weight.mul_(size)
-        repaired = train(model, x, session.step)
+        repaired = losses_of(model, own, x, y, session.step)
     own = kind(twin.parameters(), lr=rate)
     assert size == pytest.approx(100.0, rel=0.1)
-    assert repaired == pytest.approx(train(twin, x / size, lambda _: None), rel=1e-3)
+    assert repaired == pytest.approx(losses_of(twin, own, x / size, y), rel=1e-3)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -710,18 +717,6 @@ def test_features_of_unequal_size_train_as_if_each_were_scaled(optimizer: str, b
     x[:, 5] = (x[:, 3] > middle[3] + 1.0).double()  # few rows have it
     kinds = {"sgd": (torch.optim.SGD, 0.05), "adam": (torch.optim.Adam, 0.01)}
     kind, rate = kinds[optimizer]
-
-    def train(trained: nn.Module, inputs: Tensor, step: Callable[[Tensor], None]) -> list[float]:
-        losses = []
-        for _ in range(20):
-            loss = F.cross_entropy(trained(inputs), y)
-            own.zero_grad()
-            torch.autograd.backward(loss)
-            own.step()
-            step(loss)
-            losses.append(loss.item())
-        return losses
-
     own = kind(model.parameters(), lr=rate)
     with esper.attach(model, own, mode="supervised", server="", verbose=False) as session:
         receipt = session.remedy("repair_scale", sample=x, first_only=True)
@@ -732,10 +727,10 @@ def test_features_of_unequal_size_train_as_if_each_were_scaled(optimizer: str, b
             if bias:
                 twin[0].bias.add_((twin[0].weight * mean).sum(1))
             twin[0].weight.mul_(spread)
-        repaired = train(model, x, session.step)
+        repaired = losses_of(model, own, x, y, session.step)
     own = kind(twin.parameters(), lr=rate)
     scaled = (x - mean) / spread
-    assert repaired == pytest.approx(train(twin, scaled, lambda _: None), rel=1e-4)
+    assert repaired == pytest.approx(losses_of(twin, own, scaled, y), rel=1e-4)
     assert 0.3 < float(scaled[:, :5].square().mean().sqrt()) < 1.5
     assert bool(mean.any()) is bias
     assert float(spread[5]) == pytest.approx(1.0, rel=0.3)  # a rare 1 is not far from a usual 0
