@@ -351,6 +351,32 @@ def test_weights_whose_memory_is_freed_are_not_read(mode: Any) -> None:
         assert len([f for f in session.findings() if "memory of the weights" in str(f)]) == 1
 
 
+class Refusing(nn.Sequential):
+    """Tells its parameters until the training has begun."""
+
+    begun = False
+
+    def parameters(self, recurse: bool = True) -> Any:
+        if self.begun:
+            raise RuntimeError("not now")
+        return super().parameters(recurse)
+
+
+@pytest.mark.parametrize("mode", ["observe", "automatic"])
+def test_a_model_that_stops_telling_its_parameters_trains_on(mode: Any) -> None:
+    model = Refusing(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with esper.attach(model, optimizer, run="refusing", mode=mode, verbose=False) as session:
+        for step in range(12):
+            model.begun = step > 3
+            loss = model(torch.randn(16, 8)).pow(2).mean()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            session.step(loss)
+        model.begun = False
+
+
 def test_weights_on_a_device_that_shows_no_memory_are_as_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
