@@ -26,6 +26,7 @@ from apps.accounts.policy import Act
 from apps.accounts.visibility import everything
 from apps.adaptations.models import Adaptation
 from apps.adaptations.services import judge_remedy, note_lost_commands
+from apps.rest.clock import now as database_now
 from apps.rest.codec import StrictJSONParser, TelemetryParser
 from apps.rest.exports import wants_export
 from apps.rest.fields import body, message
@@ -119,7 +120,8 @@ class Hello(TrainerEndpoint):
         )
         touch(run)
         answer = protocol.HelloAnswer(
-            settled=tuple(protocol.Settled(adaptation=one.uid, state=one.state) for one in settled)
+            settled=tuple(protocol.Settled(adaptation=one.uid, state=one.state) for one in settled),
+            server_time=database_now().timestamp(),
         )
         return Response(wire.to_wire(answer))
 

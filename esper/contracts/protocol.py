@@ -249,9 +249,12 @@ class HelloAnswer(Message, frozen=True, kw_only=True):
 
     Attributes:
         settled: what was in doubt, and what is kept.
+        server_time: seconds since the epoch by the clock that commands expire by; null: a server
+            that does not say it here yet.
     """
 
     settled: tuple[Settled, ...] = ()
+    server_time: float | None = None
 
 
 class Frame(Message, frozen=True, kw_only=True):

@@ -14,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any
+
+import msgspec
 
 from esper.contracts import wire
 from esper.contracts.protocol import Continued, Finish, Hello, HelloAnswer
@@ -235,13 +237,29 @@ class Transport:
             remedies=description.remedies(),
             last_command_seq=journal.state.command_seq,
         )
-        answer = await insist(
-            partial(client.ask, f"runs/{registration.run}/hello", wire.to_wire(hello), HelloAnswer),
-            back_off=self._pace.back_off(),
-            what="hello",
-        )
+        path, body = f"runs/{registration.run}/hello", wire.to_wire(hello)
+
+        async def attempt() -> tuple[float, HelloAnswer]:
+            return time.time(), await client.ask(path, body, HelloAnswer)
+
+        sent, answer = await insist(attempt, back_off=self._pace.back_off(), what="hello")
+        self._set_clock(registration, answer, sent)
         for entry in answer.settled:
             self.queues.settled.append((entry.adaptation, entry.state))
+
+    def _set_clock(self, registration: Registration, answer: HelloAnswer, sent: float) -> None:
+        """Takes the server's time from an answer that no earlier attempt can have made.
+
+        A registration whose answer was lost is answered again with the time of the first attempt,
+        and a clock that is late takes commands that have expired. The answer was made after the
+        request was sent, so this clock is early rather than late.
+
+        Args:
+            sent: by our clock, when the attempt began that was answered.
+        """
+        if answer.server_time is not None:
+            offset = answer.server_time - sent
+            self.queues.registration = msgspec.structs.replace(registration, clock_offset=offset)
 
     async def _serve(
         self,

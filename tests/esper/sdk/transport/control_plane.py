@@ -55,6 +55,9 @@ class ControlPlane:
         self.kernels: dict[str, dict[str, bytes]] = {}
         self.settled: list[dict[str, Any]] = []
         self.last_command_seq = 0
+        self.clock = time.time  # of the server
+        self.registered_seconds_ago = 0.0  # the answer to the registration is that old
+        self.hello_has_time = True
         self.lose_replies = 0
         self.telemetry_types: list[str] = [telemetry_body.MEDIA_TYPE]  # beside JSON
         self.media_types: set[str] = set()  # of what was posted
@@ -241,7 +244,10 @@ class ControlPlane:
         kept[parts[-1]].append(body)
         if parts == ["remedy-proposals"]:
             return 200, {**self.proposal_answer}
-        return 200, {"settled": self.settled} if parts == ["hello"] else {}
+        if parts != ["hello"]:
+            return 200, {}
+        told = {"server_time": self.clock()} if self.hello_has_time else {}
+        return 200, {"settled": self.settled, **told}
 
     def _once(self, key: str, act: Callable[[], Answer]) -> Answer:
         if key not in self._replies:
@@ -263,7 +269,7 @@ class ControlPlane:
             "stream": f"/ws/v1/trainer/{self.uid}",
             "last_command_seq": self.last_command_seq,
             "policy": self.policy.to_wire(),
-            "server_time": time.time(),
+            "server_time": self.clock() - self.registered_seconds_ago,
             "telemetry_types": self.telemetry_types,
         }
 

@@ -229,6 +229,39 @@ def test_a_graft_that_expired_before_its_step_boundary_is_not_applied(
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("seconds", [20.0, 3600.0])
+@pytest.mark.parametrize("error", [-3600.0, 0.0, 3600.0])
+def test_a_registration_that_was_answered_late_lets_no_expired_command_in(
+    training: Training, plane: ControlPlane, seconds: float, error: float
+) -> None:
+    """Its answer was lost, and is given again with the time of the first attempt."""
+    plane.clock = lambda: time.time() + error
+    plane.registered_seconds_ago = seconds
+    with listening(training, plane) as session:
+        server = session._parts.server
+        assert server is not None
+        wait_for(lambda: plane.hellos, "it has said hello")
+        kernel = kernel_for(session, plane)
+        plane.send(graft_command(plane, 1, kernel, expires_at=plane.clock() - 1.0))
+        training.until(lambda: ended(plane, 1), session)
+        assert final_ack(plane, 1)["code"] == "expired"
+        plane.send(graft_command(plane, 2, kernel, expires_at=plane.clock() + 600.0))
+        training.until(lambda: ended(plane, 2), session)
+        assert final_ack(plane, 2)["state"] == "applied"
+
+
+def test_an_older_server_tells_its_time_at_the_registration_only(
+    training: Training, plane: ControlPlane
+) -> None:
+    plane.clock = lambda: time.time() + 3600.0
+    plane.hello_has_time = False
+    with listening(training, plane) as session:
+        command = graft_command(plane, 1, kernel_for(session, plane), expires_at=time.time() + 60.0)
+        plane.send(command)
+        training.until(lambda: ended(plane, 1), session)
+        assert final_ack(plane, 1)["code"] == "expired"
+
+
 def test_a_replayed_command_is_refused_and_applied_once(
     training: Training, plane: ControlPlane
 ) -> None:
