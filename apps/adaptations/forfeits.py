@@ -12,23 +12,14 @@ from typing import Any
 
 from apps.adaptations.models import Adaptation
 from esper.contracts import CostForecast, Verdict, codec
-from esper.reward import compute_reward
-from esper.reward.terms import ROLLBACK_COST
+from esper.reward import after_undo, compute_reward
 
 
 def reward_of_undo(adaptation: Adaptation) -> dict[str, Any]:
-    """Fields of a graft that has been in the model and is out of it; none for other adaptations.
-
-    The costs stay, what it had earned is forfeited, and the undo has its price. Doing it twice is
-    the same as once.
-    """
+    """Fields of a graft that has been in the model and is out of it; none for other adaptations."""
     if adaptation.remedy or adaptation.graft_step is None:
         return {}
-    terms = dict(adaptation.reward_terms or _costs(adaptation))
-    earned = sum(value for value in terms.values() if value > 0)
-    if earned > 0:
-        terms["forfeited"] = -earned
-    terms["rollback"] = min(terms.get("rollback", 0.0), -ROLLBACK_COST)
+    terms = after_undo(adaptation.reward_terms or _costs(adaptation))
     return {"reward_terms": terms, "reward": sum(terms.values())}
 
 

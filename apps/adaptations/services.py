@@ -31,6 +31,7 @@ from apps.adaptations.delegations import (
 )
 from apps.adaptations.dispatch import dispatch_adaptation, stage_kernel
 from apps.adaptations.dry_runs import DryRun, dry_run
+from apps.adaptations.earnings import pay_later_looks
 from apps.adaptations.editing import editable_settings
 from apps.adaptations.evidence import evidence_drift, evidence_now, pause_forecast
 from apps.adaptations.handing_over import (
@@ -152,6 +153,7 @@ __all__ = [
     "note_restored",
     "open_delegations",
     "pause_forecast",
+    "pay_later_looks",
     "permissions",
     "plan_permissions",
     "plan_risk",

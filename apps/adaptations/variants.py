@@ -29,6 +29,7 @@ from apps.rest.problems import Problem
 from esper.contracts import AdaptationState, CommandState, VariantState
 from esper.contracts import variants as grammar
 from esper.contracts.protocol import TriedSize, TriedSizes, VariantSuggestion
+from esper.reward.terms import NOT_YET
 
 MOST_CASES = 300  # of each kind, the newest
 _CLOSED = (AdaptationState.KEPT, AdaptationState.ROLLED_BACK, AdaptationState.REVERTED)
@@ -54,8 +55,16 @@ def _closed(blueprint: Blueprint) -> list[TriedSize]:
         .exclude(policy=RECOVERED)
         .select_related("run")[:MOST_CASES]
     )
-    found = [_case(row, row.uid, None, row.reward) for row in reversed(rows)]
+    found = [_case(row, row.uid, None, _shown(row)) for row in reversed(rows)]
     return [case for case in found if case is not None]
+
+
+def _shown(adaptation: Adaptation) -> float | None:
+    """The reward as if all of it were earned: sizes are compared, however long each was in use."""
+    if adaptation.reward is None:
+        return None
+    terms: dict[str, float] = adaptation.reward_terms or {}
+    return adaptation.reward - terms.get(NOT_YET, 0.0)
 
 
 def _tried(blueprint: Blueprint) -> list[TriedSize]:

@@ -153,6 +153,8 @@ WORDS = frozenset(
         _("time"),
         _("parameters"),
         _("rollback"),
+        _("not yet earned"),
+        _("forfeited"),
         # states of a version of the policy
         _("draft"),
         _("in force"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -24,7 +24,7 @@ SNAPSHOT_LOSSES = 2000
 MAX_POINTS = 5000
 MAX_COLUMNS = 500
 DIGITS = 5  # significant ones of a signal in an answer
-ABLATION = "ablation_"  # gain and loss of each graft in probation
+ABLATION = "ablation_"  # gain and loss of each graft that is switched off for a moment
 
 
 def frame_message(frame: Frame) -> protocol.Frame:
@@ -82,6 +82,17 @@ def newest_metrics(run: Run) -> list[StepValues]:
     rows = [row for row, alive in zip(losses, _alive(losses), strict=True) if alive]
     rows = [row for row in rows if led_to_its_weights(run, row[0], row[1])]
     rows += of_run.filter(name__startswith=ABLATION).order_by("id")
+    return _by_step(rows)
+
+
+def metrics_after(run: Run, names: Sequence[str], *, step: int) -> list[StepValues]:
+    """All values of a few metrics, oldest first."""
+    columns = ("epoch", "step", "name", "value", "status")
+    found = Metric.objects.filter(run=run, name__in=names, step__gt=step).order_by("id")
+    return _by_step(found.values_list(*columns))
+
+
+def _by_step(rows: Iterable[tuple[int, int, str, float, str]]) -> list[StepValues]:
     by_step: defaultdict[int, dict[str, float]] = defaultdict(dict)
     for _, step, name, value, status in rows:
         by_step[step][name] = float(status) if status else value

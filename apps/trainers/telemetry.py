@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from apps.adaptations.services import withdraw_answered
+from apps.adaptations.services import pay_later_looks, withdraw_answered
 from apps.runs.models import Run
 from apps.telemetry.services import ingest_batch
 from apps.violations.services import record_findings
@@ -27,7 +27,10 @@ def take_telemetry(*, run: Run, batch: Telemetry) -> TelemetryAnswer:
     if sum(len(entry.values) for entry in batch.metrics) > MAX_BATCH_VALUES:
         raise MessageError(f"at most {MAX_BATCH_VALUES} values in one batch", pointer="/metrics")
     with tracing.span("ingest", run=run.uid, frames=len(batch.frames), metrics=len(batch.metrics)):
-        return ingest_batch(run=run, batch=batch, record_findings=_record_findings)
+        answer = ingest_batch(run=run, batch=batch, record_findings=_record_findings)
+    if not answer.duplicate:
+        pay_later_looks(run, batch.metrics)
+    return answer
 
 
 def _record_findings(*, run: Run, findings: Sequence[Finding]) -> int:

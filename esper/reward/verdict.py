@@ -86,9 +86,12 @@ class Look:
         return max(-LARGEST_SHARE, min(LARGEST_SHARE, share))
 
 
+GAIN, LOSS = "ablation_gain:", "ablation_loss:"  # and the id: what a trainer names its looks
+
+
 def looks_of(metrics: Iterable[StepValues], uid: str) -> tuple[Look, ...]:
     """What a trainer has reported of one graft, in the order of ``metrics``."""
-    gain, loss = f"ablation_gain:{uid}", f"ablation_loss:{uid}"
+    gain, loss = GAIN + uid, LOSS + uid
     return tuple(
         Look(item.step, item.values[gain], item.values.get(loss, math.nan))
         for item in metrics

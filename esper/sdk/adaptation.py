@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from esper.blueprints import Blueprint, Graft
-from esper.contracts import AdaptationState, LayerInfo, Reward, RunningTest, Verdict
+from esper.contracts import (
+    AdaptationState,
+    LayerInfo,
+    Reward,
+    RunningTest,
+    SafetyPolicy,
+    Verdict,
+)
 from esper.grafting import Receipt, SnapshotMemory
 from esper.reward import Look
 from esper.sdk.saving import losses_from_state, losses_to_state
@@ -107,6 +114,10 @@ class Adaptation:
         """No server knows of it."""
         return self.uid.startswith("local-")
 
+    def later_looks(self, policy: SafetyPolicy) -> list[Look]:
+        """Those behind the end of its test."""
+        return [look for look in self.looks if look.step > self.step + policy.probation_steps]
+
     def to_state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {
@@ -124,11 +135,13 @@ class Adaptation:
             "age_seconds": time.time() - self.grafted_at,
             "loss_before": losses_to_state(self.loss_before),
             "merged": self.merged,
+            "reward": dict(self.reward.terms) if self.reward is not None else None,
         }
 
     @classmethod
     def from_state(cls, saved: dict[str, Any], receipt: Receipt | None) -> Adaptation:
         """``receipt`` is that of the rebuilt graft; None for one that was merged."""
+        terms = saved.get("reward")  # earlier states have none
         return cls(
             uid=str(saved["adaptation"]),
             layer=str(saved["layer"]),
@@ -144,4 +157,7 @@ class Adaptation:
             grafted_at=time.time() - float(saved["age_seconds"]),
             loss_before=tuple(losses_from_state(saved["loss_before"])),
             merged=bool(saved["merged"]),
+            reward=Reward({str(name): float(term) for name, term in terms.items()})
+            if terms is not None
+            else None,
         )

@@ -13,7 +13,8 @@ from esper.contracts import AdaptationState, GraftKind, SafetyPolicy
 from esper.exceptions import UndoError
 from esper.grafting import Receipt, RemedyReceipt
 from esper.grafting.spilling import why_no_room
-from esper.reward import FORWARD_UNCHANGED
+from esper.reward import FORWARD_UNCHANGED, LATER_LOOKS
+from esper.reward.terms import NOT_YET
 from esper.sdk.adaptation import Adaptation
 
 SNAPSHOTS_KEPT = 3
@@ -107,14 +108,13 @@ class Changes:
         return next(acts, None)
 
     def due_for_look(self, step: int, policy: SafetyPolicy) -> list[Adaptation]:
-        """Grafts in probation whose gain is to be measured at this step."""
+        """Grafts whose gain is to be measured at this step."""
+        due = [e for e in self.grafted if _look_is_due(e, step - e.step, policy)]
         return [
             entry
-            for entry in self.grafted
-            if entry.on_probation
-            and serves_loss(entry.blueprint)
+            for entry in due
+            if serves_loss(entry.blueprint)
             and blueprints.get_blueprint(entry.blueprint).kind not in FORWARD_UNCHANGED
-            and _look_is_due(entry, step - entry.step, policy)
         ]
 
     # -- writing -------------------------------------------------------------------------------
@@ -275,15 +275,40 @@ def serves_loss(blueprint: str) -> bool:
 
 
 def _look_is_due(entry: Adaptation, age: int, policy: SafetyPolicy) -> bool:
+    if not policy.probation_looks:
+        return False
+    if entry.on_probation:
+        return _tests_at(entry, age, policy)
+    return _is_owed_a_look(entry) and _looks_later_at(entry, age, policy)
+
+
+def _tests_at(entry: Adaptation, age: int, policy: SafetyPolicy) -> bool:
     """At even distances after the warm-up; fewer of them where they take too much time."""
     since, length = age - policy.maturity_steps, policy.probation_steps - policy.maturity_steps
-    if since <= 0 or since > length or not policy.probation_looks:
+    if since <= 0 or since > length:
         return False
     spacing = max(1, length // policy.probation_looks)
     if since % (FIRM * spacing) == 0 or since == length:
         return True
-    if since % spacing:
+    return since % spacing == 0 and _has_time_for_look(entry, policy)
+
+
+def _looks_later_at(entry: Adaptation, age: int, policy: SafetyPolicy) -> bool:
+    """A few times behind the end of the test: does it still lower the loss?"""
+    taken = entry.later_looks(policy)
+    last = taken[-1].step - entry.step if taken else policy.probation_steps
+    spacing = max(1, policy.probation_steps // 2)
+    return len(taken) < LATER_LOOKS and age >= last + spacing and _has_time_for_look(entry, policy)
+
+
+def _is_owed_a_look(entry: Adaptation) -> bool:
+    """It can be switched off, and a part of its reward is still to be earned, or a server knows."""
+    if entry.merged or entry.receipt is None or not entry.receipt.present:
         return False
+    return not entry.local or (entry.reward is not None and NOT_YET in entry.reward.terms)
+
+
+def _has_time_for_look(entry: Adaptation, policy: SafetyPolicy) -> bool:
     elapsed = max(0.0, time.time() - entry.grafted_at)
     per_look = entry.look_seconds / max(1, len(entry.looks))
     return entry.look_seconds + per_look <= policy.probation_cost_ratio * elapsed

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from esper.grafting.evaluation_mode import undisturbed
 from esper.reward import Look
+from esper.reward.verdict import GAIN, LOSS
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.ranks import Order, Ranks
 from esper.sdk.run_state import RunState
@@ -19,7 +20,7 @@ _SHORTEST_GAP_STEPS = 100
 
 
 class Evaluations:
-    """Measures the held-out loss now and then, and how much each graft on probation lowers it.
+    """Measures the held-out loss now and then, and how much each graft lowers it.
 
     Every value is the mean of all ranks.
 
@@ -72,8 +73,8 @@ class Evaluations:
             self._ranks.order(Order.evaluate(entry.uid))
             look = self.look(entry)
             if not math.isnan(look.gain):
-                metrics[f"ablation_gain:{entry.uid}"] = look.gain
-                metrics[f"ablation_loss:{entry.uid}"] = look.loss
+                metrics[GAIN + entry.uid] = look.gain
+                metrics[LOSS + entry.uid] = look.loss
         if self.due:
             self._ranks.order(Order.evaluate())
             loss = self.due_loss()

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,20 @@ def read_experience() -> dict[str, Experience]:
 
 def keep_case(blueprint: str, *, kept: bool, reward: float) -> None:
     """Adds one case to the file, which other runs may have written meanwhile."""
+    _rewrite(blueprint, lambda seen: with_case(seen, kept, reward))
+
+
+def keep_change(blueprint: str, *, lost: bool, difference: float) -> None:
+    """As :func:`with_change`, in the file."""
+    _rewrite(blueprint, lambda seen: with_change(seen, lost, difference))
+
+
+def _rewrite(blueprint: str, change: Callable[[Experience], Experience]) -> None:
     path = _path()
     if path is None:
         return
     cases = read_experience()
-    cases[blueprint] = with_case(cases.get(blueprint, Experience()), kept, reward)
+    cases[blueprint] = change(cases.get(blueprint, Experience()))
     stored = {
         slug: {
             "kept": int(one.kept),
@@ -66,6 +76,22 @@ def with_case(seen: Experience, keep: bool, reward: float) -> Experience:
         kept=seen.kept + keep,
         rolled_back=seen.rolled_back + (not keep),
         mean_reward=(total + reward) / (seen.cases + 1),
+    )
+
+
+def with_change(seen: Experience, lost: bool, difference: float) -> Experience:
+    """One of the cases that were kept has another reward by now.
+
+    Args:
+        lost: it is out of the model.
+        difference: the new reward minus the old one.
+    """
+    if not seen.kept:
+        return seen  # it is not among them
+    return Experience(
+        kept=seen.kept - lost,
+        rolled_back=seen.rolled_back + lost,
+        mean_reward=seen.mean_reward + difference / seen.cases,
     )
 
 

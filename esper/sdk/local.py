@@ -32,6 +32,7 @@ from esper.contracts import (
     LayerHistory,
     LayerInfo,
     Plan,
+    Reward,
     RunMode,
     RunSnapshot,
     Verdict,
@@ -42,12 +43,25 @@ from esper.health.features import MAX_FRAMES
 from esper.pipeline import consider, decide, place_of_proposal
 from esper.planning import plan_run
 from esper.policy import HeuristicPolicy
-from esper.reward import LossWindow, compute_reward, held_out_level, judge
+from esper.reward import (
+    LossWindow,
+    after_later_looks,
+    after_undo,
+    compute_reward,
+    held_out_level,
+    judge,
+)
 from esper.sdk.adaptation import Adaptation, Operation
 from esper.sdk.announcing import Announcer, describe, how_to_answer
 from esper.sdk.changes import serves_loss
 from esper.sdk.compiling_ahead import CompilingAhead
-from esper.sdk.experience_file import keep_case, read_experience, with_case
+from esper.sdk.experience_file import (
+    keep_case,
+    keep_change,
+    read_experience,
+    with_case,
+    with_change,
+)
 from esper.sdk.findings import Findings
 from esper.sdk.plans import PlanReceipt, apply_plan
 from esper.sdk.run_state import RunState
@@ -201,6 +215,7 @@ class LocalLoop:
 
     def on_frame(self, frame: HealthFrame) -> None:
         """A step with a health frame: end probations that are over, then decide."""
+        self.settle_rewards()
         for entry, verdict in self._verdicts():
             if entry.state is AdaptationState.KEPT:
                 self._announcer.kept(entry, verdict.reason)
@@ -282,6 +297,28 @@ class LocalLoop:
         """The guard took grafts out, which counts as a rollback of each."""
         for entry in gone:
             self._close(entry, Verdict(keep=False, reason=reason))
+
+    def settle_rewards(self) -> None:
+        """Kept grafts earn on, at each later look; one that was taken out loses what it earned."""
+        for entry in self._surgery.changes.adaptations:
+            reward, looks = entry.reward, entry.later_looks(self._run.policy)
+            if entry.state is AdaptationState.KEPT and reward is not None:
+                self._change_reward(entry, reward, after_later_looks(reward.terms, looks))
+            elif entry.state is AdaptationState.REVERTED and reward is not None:
+                self._change_reward(entry, reward, after_undo(reward.terms))
+            elif entry.state is AdaptationState.REVERTED and entry.verdict is None:
+                self._close(entry, Verdict(keep=False, reason="It was taken out before its end."))
+
+    def _change_reward(self, entry: Adaptation, old: Reward, terms: dict[str, float]) -> None:
+        if terms == old.terms:
+            return
+        entry.reward = reward = Reward(terms)
+        lost, difference = entry.state is AdaptationState.REVERTED, reward.total - old.total
+        experience = self.memory.experience
+        if entry.blueprint in experience:
+            seen = experience[entry.blueprint]
+            experience[entry.blueprint] = with_change(seen, lost, difference)
+        keep_change(entry.blueprint, lost=lost, difference=difference)
 
     # -- deciding ------------------------------------------------------------------------------
 

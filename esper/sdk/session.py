@@ -141,6 +141,8 @@ class Session(Acts):
             parts.ahead.close,
             parts.ledger.close,
         ]
+        if parts.local is not None:
+            ends.append(parts.local.settle_rewards)
         closed = (surgery.sampler, parts.diagnosis, parts.remedies, surgery.states)
         return [*ends, *(part.close for part in closed if part is not None)]
 

@@ -244,8 +244,9 @@ class Steps:
         parts = self._parts
         commands = parts.server is not None and parts.server.has_commands
         decisions = parts.local is not None and parts.local.acts
-        on_probation = parts.surgery.changes.on_probation
-        return commands or parts.evaluations.due or decisions or on_probation
+        changes = parts.surgery.changes
+        looks = changes.on_probation or bool(changes.due_for_look(self._run.step, self._run.policy))
+        return commands or parts.evaluations.due or decisions or looks
 
     def _meets_now(self) -> bool:
         """The ranks of a sharded model meet in this step; each of them knows it by itself."""

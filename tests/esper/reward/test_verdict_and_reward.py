@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.contracts import CostForecast, GraftKind, SafetyPolicy, Verdict
-from esper.reward import Judgement, Look, LossWindow, compute_reward, forecast_loss, judge
+from esper.reward import (
+    Judgement,
+    Look,
+    LossWindow,
+    after_later_looks,
+    after_undo,
+    compute_reward,
+    forecast_loss,
+    judge,
+)
 from esper.reward.sequence import trend_at_every_look
 
 POLICY = SafetyPolicy()  # warm-up 100, cap 600, 20 looks
@@ -365,6 +374,7 @@ def test_the_terms_are_those_computed_by_hand() -> None:
             "time": -0.01 * 1.0 / POLICY.max_latency_ms,
             "memory": -0.01 * 102.4 / POLICY.max_memory_mib,
             "rollback": 0.0,
+            "not_yet_earned": pytest.approx(-0.7 * sum(list(reward_of(shown(0.1)).values())[:5])),
         }
     )
 
@@ -390,7 +400,7 @@ def test_a_tiny_graft_with_a_shown_gain_has_a_positive_reward_in_any_host() -> N
     for parameters in (300, 100_000, 10**9):
         terms = reward_of(shown(0.03), TINY, parameters)
         assert terms["parameters"] == 0.0
-        assert sum(terms.values()) > 0.007
+        assert sum(terms.values()) > 0.3 * 0.007
 
 
 @given(
@@ -407,6 +417,52 @@ def test_a_graft_and_its_undo_never_gain(
     terms = reward_of(verdict, CostForecast(parameters, 0, memory, latency))
 
     assert sum(terms.values()) < 0
+
+
+def later(*shares: float) -> list[Look]:
+    return [Look(BORN + 900 + 300 * n, 4.0 * share, 4.0) for n, share in enumerate(shares)]
+
+
+def test_the_rest_of_a_reward_is_paid_as_far_as_the_gain_is_still_there() -> None:
+    terms = reward_of(shown(0.1))
+    gain, net = terms["gain"], sum(terms.values()) / 0.3
+    for shares, paid in {
+        (): 0.3,
+        (gain,): 0.4,
+        (gain, 3 * gain): 0.5,
+        (gain, gain / 2): 0.45,
+        (gain, -gain, math.nan, 0.0): 0.4,
+        (gain,) * 7: 1.0,
+        (gain,) * 20: 1.0,
+    }.items():
+        now = after_later_looks(terms, later(*shares))
+        assert sum(now.values()) == pytest.approx(paid * net), shares
+        assert after_later_looks(now, later(*shares)) == pytest.approx(now)
+        # Old looks may be thinned at the server: what was paid stays paid.
+        assert sum(after_later_looks(now, ()).values()) == pytest.approx(paid * net)
+
+
+def test_a_graft_that_costs_more_than_it_gains_is_charged_at_once() -> None:
+    terms = reward_of(shown(0.001), CostForecast(10**9, 0, 1e9, 1e9))
+    assert sum(terms.values()) < 0
+    assert after_later_looks(terms, later(0.5, 0.5)) == terms
+
+
+@given(
+    low=st.floats(0, 1e3),
+    shares=st.lists(st.floats(), max_size=9),
+    parameters=st.integers(0, 10**9),
+)
+def test_whatever_was_paid_is_lost_with_the_graft(
+    low: float, shares: list[float], parameters: int
+) -> None:
+    terms = reward_of(shown(low), CostForecast(parameters, 0, 1.0, 0.1))
+    whole = sum(value for name, value in terms.items() if name != "not_yet_earned")
+    earned = after_later_looks(terms, later(*shares))
+    assert sum(terms.values()) - 1e-9 <= sum(earned.values()) <= max(whole, 0.3 * whole) + 1e-9
+    gone = after_undo(earned)
+    assert sum(gone.values()) < 0
+    assert after_undo(gone) == gone
 
 
 def test_an_unknown_latency_is_charged_in_full() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import esper
-from esper.sdk.experience_file import VARIABLE, keep_case, read_experience
+from esper.sdk.experience_file import VARIABLE, keep_case, keep_change, read_experience
 
 
 def test_the_next_run_knows_the_cases_of_the_last(
@@ -29,6 +29,22 @@ def test_the_next_run_knows_the_cases_of_the_last(
     assert (known["proj_ia3"].kept, known["proj_ia3"].rolled_back) == (1, 1)
     assert known["proj_ia3"].mean_reward == pytest.approx(0.05)
     assert math.isnan(known["widen_hidden"].mean_reward)
+
+
+def test_a_case_that_earns_on_or_is_taken_out_is_the_same_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cases.json"))
+    keep_case("widen_hidden", kept=True, reward=0.2)
+    keep_case("widen_hidden", kept=True, reward=0.1)
+    keep_change("widen_hidden", lost=False, difference=0.2)
+    known = read_experience()["widen_hidden"]
+    assert (known.kept, known.rolled_back) == (2, 0)
+    assert known.mean_reward == pytest.approx(0.25)
+    keep_change("widen_hidden", lost=True, difference=-0.5)
+    known = read_experience()["widen_hidden"]
+    assert (known.kept, known.rolled_back) == (1, 1)
+    assert known.mean_reward == pytest.approx(0.0)
 
 
 def test_without_a_name_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

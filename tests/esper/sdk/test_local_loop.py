@@ -166,3 +166,38 @@ def test_a_graft_that_is_taken_out_leaves_the_host_no_worse_than_before_it(hurt:
         assert entry.state is AdaptationState.ROLLED_BACK
         assert entry.verdict is not None
         assert host.evaluate() <= before * 1.01
+
+
+@pytest.mark.parametrize("lasts", [True, False])
+def test_a_kept_graft_earns_on_while_it_helps_and_loses_all_with_an_undo(lasts: bool) -> None:
+    host = Bottleneck()
+    with attached(host, "supervised") as session:
+        host.run(300, session)
+        receipt = session.graft("2", "widen_hidden", since="0", hidden=8)
+        host.run_until(lambda: any(e.verdict for e in session.adaptations), session)
+        (entry,) = session.adaptations
+        assert entry.state is AdaptationState.KEPT
+        assert entry.reward is not None
+        first = entry.reward
+        seen = session._parts.local.memory.experience  # type: ignore[union-attr]
+        assert seen["widen_hidden"].mean_reward == pytest.approx(first.total)
+        net = first.total / 0.3
+        if not lasts:
+            for value in entry.receipt.graft.parameters():  # type: ignore[union-attr]
+                torch.nn.init.zeros_(value)
+            for group in host.optimizer.param_groups:
+                group["lr"] = 0.0
+        host.run_until(lambda: len(entry.later_looks(EAGER)) == 7, session)
+        host.run(40, session)
+        assert len(entry.later_looks(EAGER)) == 7
+        session._parts.local.settle_rewards()  # type: ignore[union-attr]
+        later = entry.reward.total
+        assert first.total <= later <= net + 1e-9
+        assert (later > 0.5 * net) is lasts
+        assert (seen["widen_hidden"].kept, seen["widen_hidden"].rolled_back) == (1, 0)
+        assert seen["widen_hidden"].mean_reward == pytest.approx(later)
+        session.undo(receipt, hard=False)
+        session._parts.local.settle_rewards()  # type: ignore[union-attr]
+        assert entry.reward.total < 0
+        assert (seen["widen_hidden"].kept, seen["widen_hidden"].rolled_back) == (0, 1)
+        assert seen["widen_hidden"].mean_reward == pytest.approx(entry.reward.total)
