@@ -29,7 +29,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--real", type=int, default=1, help="trainers with one")
     parser.add_argument("--pause", type=float, default=1.5, help="seconds between two faults")
     parser.add_argument("--proposers", type=int, default=4, help="so many propose at once")
-    parser.add_argument("--patience", type=float, default=60, help="seconds for all ends")
+    parser.add_argument("--patience", type=float, default=240, help="seconds for all ends")
     parser.add_argument("--folder", type=Path, help="keep logs and ledgers there")
     parser.add_argument("--soak", action="store_true", help="mild faults; measure growth")
     parser.add_argument("--write", action="store_true", help="write the result to the page")
