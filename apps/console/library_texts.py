@@ -10,6 +10,58 @@ from __future__ import annotations
 from django.utils.translation import gettext_noop as _
 
 RULES = (
+    _("all %(count)s trainable tensors have no gradient when the optimizer steps"),
+    _("all %(count)s trainable tensors have a gradient of zero when the optimizer steps"),
+    _("a gradient above zero"),
+    _(
+        "Call zero_grad() before backward() and not after it; check that backward() is called, and "
+        "that nothing detaches the loss from the model."
+    ),
+    _("the weight decay takes %(share)s of the weights in each update"),
+    _("below %(limit)s; 0.01 %% is usual"),
+    _("the weight decay adds %(times)s times as much to the gradient as the loss does"),
+    _("below %(limit)s times"),
+    _("Lower the weight decay: 0.01 is usual for AdamW, 1e-4 for SGD and Adam."),
+    _("the momentum is %(momentum)s, so a gradient acts on in %(count)s updates"),
+    _("the momentum is %(momentum)s, so a gradient acts on in all updates"),
+    _("below %(limit)s; 0.9 is usual"),
+    _("Use a momentum of 0.9, with the same learning rate or a lower one."),
+    _("%(layer)s sets %(share)s of its values to zero"),
+    _("less than %(limit)s; 50 %% and less is usual"),
+    _("Lower the probability: p is the share that is set to zero, not the share that stays."),
+    _("%(layer)s computes the statistics of a channel from %(count)s values"),
+    _("more than %(limit)s values"),
+    _("Use larger batches, or a norm that needs no batch, such as GroupNorm or LayerNorm."),
+    _(
+        "the momentum of %(layer)s is %(momentum)s, so the statistics that evaluation uses never "
+        "change"
+    ),
+    _(
+        "the momentum of %(layer)s is %(momentum)s, so the statistics that evaluation uses are "
+        "those of the newest batch"
+    ),
+    _("above 0 and below %(limit)s; 0.1 is usual"),
+    _(
+        "Use 0.1, or None for a plain mean: in PyTorch it is the weight of the new batch, in "
+        "other libraries that of the old ones."
+    ),
+    _(
+        "%(count)s of %(all)s parameters are frozen, and all their matrices have the random "
+        "values of new layers"
+    ),
+    _("frozen weights that were trained"),
+    _(
+        "Load the trained weights, and check that load_state_dict reports no missing keys; "
+        "otherwise set requires_grad=True."
+    ),
+    _("the outputs of a batch differ by %(share)s of their size, and the inputs differ"),
+    _(
+        "Look for a mean or a softmax over the batch instead of the features, and for a loss that "
+        "is lowest where all outputs are equal."
+    ),
+    _("%(count)s of %(all)s observed batches hold one class each, %(classes)s different ones"),
+    _("batches with several classes"),
+    _("Shuffle the data: DataLoader(..., shuffle=True)."),
     _("the root mean square of the model's input is %(size)s"),
     _("below %(limit)s"),
     _("the model's input has values that are NaN or infinite"),

@@ -140,6 +140,12 @@ LABELS: dict[str, frozenset[str]] = {
     "frozen_part": frozenset({"layers"}),
     "unreached": frozenset({"layers"}),
     "training_in_eval_mode": frozenset({"layers"}),
+    "weight_decay_high": frozenset({"regularisation"}),
+    "dropout_high": frozenset({"regularisation"}),
+    "momentum_high": frozenset({"optimizer"}),
+    "few_in_batch_norm": frozenset({"batch"}),
+    "sorted_data": frozenset({"preprocessing"}),
+    "frozen_at_random": frozenset({"layers"}),
 }
 
 

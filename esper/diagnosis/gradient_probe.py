@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.diagnosis.observation import GradientRow, Gradients
+from esper.diagnosis.observation import GradientRow, Gradients, UpdateSettings
 from esper.diagnosis.probes import FEW, TABLES, TRANSPOSED, is_graft, sampled
+from esper.diagnosis.updates import settings_of, strongest
 from esper.grafting.graph import kind_of
 from esper.health.optimizer_steps import dense, has_numbers, norms_of, spread_sample
 from esper.health.transfers import HostTransfer
@@ -51,6 +52,7 @@ class GradientProbe:
     _samples: Samples = field(default_factory=dict)  # of the weights, at the reading before
     _slopes: Samples = field(default_factory=dict)  # of the gradients
     _from_zero: Samples = field(default_factory=dict)  # bool []: it has begun at zero
+    _settings: UpdateSettings = field(default_factory=UpdateSettings)  # of all in this step
 
     def __post_init__(self) -> None:
         self.refresh()
@@ -94,6 +96,7 @@ class GradientProbe:
     def read(self, optimizer: torch.optim.Optimizer) -> None:
         """At the end of its step."""
         own = self._own(optimizer)
+        self._settings = strongest(self._settings, settings_of(optimizer))
         gradients = [dense(p.grad) for p in own]
         norms, weights = norms_of(gradients), norms_of([p.detach() for p in own])
         for p, norm, weight in zip(own, norms, weights, strict=True):
@@ -162,6 +165,7 @@ class GradientProbe:
             return None
         self.readings += 1
         rows, self._rows = self._rows, {}
+        settings, self._settings = self._settings, UpdateSettings()
         names, moved = [self.names[key] for key in rows], self._moved(rows, rate)
         if any(id(p) not in self.names for p in self.model.parameters() if p.requires_grad):
             self.refresh()  # for the next reading
@@ -169,8 +173,9 @@ class GradientProbe:
             transfer.add(column, [getattr(row, column) for row in rows.values()])
         transfer.add("moved", moved)
         seen = Gradients(
-            step=step, readings=self.readings, rows=(), moved=math.nan, rate=rate, updates=updates
-        )
+            step=step, readings=self.readings, rows=(), moved=math.nan, rate=rate, updates=updates,
+            settings=settings,
+        )  # fmt: skip
         return partial(_gradients, seen, transfer, names)
 
     def _moved(self, rows: Iterable[int], rate: float) -> list[Tensor]:

@@ -57,6 +57,8 @@ class TensorFacts:
         twin: an earlier tensor of the same shape with equal elements; empty: none.
         all_zero: every sampled element is 0.
         gain: ``std * sqrt(fan_in)``; about 0.6 for torch's ``Linear``; NaN for a vector.
+        untrained: a frozen weight that has torch's own first values: a sample of it is uniform, up
+            to the limit that they have. One that was trained is not.
     """
 
     name: str
@@ -69,6 +71,7 @@ class TensorFacts:
     twin: str = ""
     all_zero: bool = False
     gain: float = math.nan
+    untrained: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -95,6 +98,7 @@ class LayerPass:
         output_std: standard deviation of what it returns.
         training: the module was in training mode.
         follows: the linear layer whose output enters this linear layer as it is; empty: none.
+        values: of a norm over the batch, how many values of each channel it saw; 0 for others.
     """
 
     layer: str
@@ -106,6 +110,7 @@ class LayerPass:
     output_std: float
     training: bool
     follows: str = ""
+    values: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +129,9 @@ class ModelPass:
         log_sum_near_zero: the rows of the output are log-probabilities.
         loss_kind: as the gradient at the output shows it.
         loss_scale: the weight of one row in the loss, times the number of rows: 1 for a mean.
-        target_low, target_high: smallest and largest sampled target; NaN unknown. Of a loss of an
-            unknown kind: what they are if it is a mean squared error.
+        target_low, target_high: smallest and largest sampled target, of cross-entropy the number of
+            the class; NaN unknown. Of a loss of an unknown kind: what they are if it is a mean
+            squared error.
         gradient_square: sum of the squares of the gradient at the output; NaN where only a part of
             the output was read.
         targets_averaged: the gradient of a mean squared error says that all rows have the same
@@ -186,6 +192,24 @@ class GradientRow:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateSettings:
+    """What the optimizers were set to in an update, remedies included.
+
+    Attributes:
+        decay: share of the weights that the weight decay takes in one update, once momentum has
+            built up; of optimizers that apply it to the weights, or whose updates follow the
+            gradient.
+        decay_in_gradient: the weight decay that an adaptive optimizer adds to the gradient, which
+            it then divides by its size.
+        momentum: of SGD.
+    """
+
+    decay: float = 0.0
+    decay_in_gradient: float = 0.0
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Gradients:
     """One reading of all gradients.
 
@@ -197,6 +221,7 @@ class Gradients:
             reading before; NaN at the first.
         rate: the largest learning rate.
         updates: steps of the optimizers since the reading before.
+        settings: of the optimizers in this step.
     """
 
     step: int
@@ -205,6 +230,7 @@ class Gradients:
     moved: float = math.nan
     rate: float = math.nan
     updates: int = 0
+    settings: UpdateSettings = UpdateSettings()
 
     @property
     def change(self) -> float:
@@ -286,6 +312,8 @@ class Observation:
         frozen_layers: layers all of whose parameters are frozen now.
         passes: observed forward passes that trained, the newest last.
         gradients: readings of the gradients, the newest last.
+        dropouts: (layer, probability) of each dropout that is on.
+        batch_norms: (layer, momentum) of each batch norm that keeps statistics in training mode.
         duplicates: pairs of names of one module that a container holds twice.
         rank_digests: one number of each rank's parameters; empty for one process.
         optimizers: how many train the model.
@@ -317,6 +345,8 @@ class Observation:
     gradients: Sequence[Gradients] = ()
     zeroing: Zeroing = Zeroing()
     modes: Modes = Modes()
+    dropouts: Sequence[tuple[str, float]] = ()
+    batch_norms: Sequence[tuple[str, float]] = ()
     broken: Broken = Broken()
     duplicates: Sequence[tuple[str, str]] = ()
     rank_digests: Sequence[float] = ()

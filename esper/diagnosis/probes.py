@@ -40,8 +40,13 @@ EQUAL_ROWS = 0.5
 ALIKE = 0.05  # relative distance
 CLOSE = 1e-3
 FEW = 64  # elements of a tensor
+LARGEST_TARGET = 1e5  # float32 has no room for decimals of much larger numbers
 TARGET_ERROR = 0.05  # of a target that is computed from its gradient
 EXTREME = 0.99
+INITIALISED_ALIKE = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+FEWEST_OF_UNIFORM, MOST_OF_UNIFORM = 64, 2048  # elements
+UNIFORM = 2.0  # / sqrt(elements): Kolmogorov and Smirnov's distance, which 0.1 % exceed by chance
+BEYOND = 1.005  # of the limit; rounding of bfloat16
 TABLES = ("Embedding", "EmbeddingBag")  # rows that a batch does not use have no gradient
 TRANSPOSED = ("Conv1D", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 _SHAPING = (
@@ -160,7 +165,23 @@ def _tensor_facts(
         equal_rows=equal,
         all_zero=not bool(sample.any()),
         gain=gain,
+        untrained=not parameter.requires_grad and _is_untrained(sample, parameter.shape, kind),
     )
+
+
+def _is_untrained(sample: Tensor, shape: Sequence[int], kind: str) -> bool:
+    """It is uniform between -1 / sqrt(inputs) and its opposite, as torch's own layers start.
+
+    Training moves some elements beyond the limit, and most of them by different amounts.
+    """
+    if kind not in INITIALISED_ALIKE or len(shape) < 2 or sample.numel() < FEWEST_OF_UNIFORM:
+        return False
+    share = sample.flatten().abs() * math.sqrt(fan_in(shape, kind))
+    if float(share.max()) > BEYOND:
+        return False
+    share = share[:: math.ceil(share.numel() / MOST_OF_UNIFORM)]
+    spread = share.sort().values - torch.linspace(0, 1, share.numel())
+    return float(spread.abs().max()) < UNIFORM / math.sqrt(share.numel())
 
 
 class ForwardProbe:
@@ -181,6 +202,7 @@ class ForwardProbe:
         self._layers: dict[str, tuple[str, bool, Tensor]] = {}
         self._linear: dict[int, str] = {}  # node of the gradient's graph -> linear layer
         self._follows: dict[str, str] = {}
+        self._values: dict[str, int] = {}  # of each channel, by norm over the batch
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._gradient: Tensor | None = None
@@ -191,7 +213,7 @@ class ForwardProbe:
         """For the next forward pass that trains."""
         self.disarm()
         self._layers, self._input, self._output, self._gradient = {}, None, None, None
-        self._linear, self._follows = {}, {}
+        self._linear, self._follows, self._values = {}, {}, {}
         self._end = ""
         for name, module in layer_modules(self._model).items():
             self._register(name, module, partial(self._see_layer, name))
@@ -238,8 +260,9 @@ class ForwardProbe:
         seen = ModelPass(step=step, layers=(), output_end=self._end)
         shape = self._shape if self._output is not None else ()
         return partial(
-            _model_pass, seen, transfer, dict(self._layers), forms, shape, dict(self._follows)
-        )
+            _model_pass, seen, transfer, dict(self._layers), forms, shape, dict(self._follows),
+            dict(self._values),
+        )  # fmt: skip
 
     def _hook(self, see: Callable[..., None]) -> PassingHook:
         def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -257,6 +280,8 @@ class ForwardProbe:
         std = rows_of(y).std(correction=0).reshape(1)
         joined = torch.cat([numbers.to(y.device, non_blocking=True), std])
         self._layers[name] = kind_of(module), module.training, joined
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and y.ndim > 1:
+            self._values[name] = y.numel() // max(1, y.shape[1])
         if kind_of(module) == "Linear":
             # By its number: torch makes a node's Python object anew each time it is asked for, so
             # that its id is soon that of another node.
@@ -289,19 +314,21 @@ def _model_pass(
     forms: Mapping[str, torch.Size],
     output_shape: tuple[int, ...],
     follows: Mapping[str, str],
+    values: Mapping[str, int],
 ) -> ModelPass:
     """From what has arrived on the host.
 
     Args:
         forms: shapes of the tensors that were sent whole.
         follows: linear layer -> the linear layer whose output it reads.
+        values: norm over the batch -> values of each channel.
     """
     host = {
         name: torch.from_numpy(transfer.take(name, not_a_number=math.nan)).float().reshape(form)
         for name, form in forms.items()
     }
     passes = tuple(
-        replace(entry, follows=follows.get(entry.layer, ""))
+        replace(entry, follows=follows.get(entry.layer, ""), values=values.get(entry.layer, 0))
         for entry in _layer_passes(transfer, layers)
     )
     seen = replace(seen, layers=passes)
@@ -424,12 +451,22 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
         # A row that is already right has a gradient of rounding errors.
         if bool((sums < CLOSE * sizes + 1e-6 * sizes.max()).all()):
             weight = _softmax_weight(y_NC, g_NC)
-            if not _are_distributions(torch.softmax(y_NC, 1) - g_NC / weight):
+            targets_NC = torch.softmax(y_NC, 1) - g_NC / weight
+            if not _are_distributions(targets_NC):
                 if _are_of_two_softmaxes(y_NC, g_NC):
                     return replace(seen, loss_kind=LossKind.TWO_SOFTMAXES)
                 return seen  # of rewards, say, or of rows with weights of their own
-            return replace(seen, loss_kind=LossKind.CROSS_ENTROPY, loss_scale=weight * rows)
+            classes = targets_NC.argmax(1)
+            return replace(
+                seen,
+                loss_kind=LossKind.CROSS_ENTROPY,
+                loss_scale=weight * rows,
+                target_low=float(classes.min()),
+                target_high=float(classes.max()),
+            )
     for kind, targets in _targets(y_NC, g_NC * elements):
+        if float(targets.abs().max()) > LARGEST_TARGET:
+            continue
         if bool(((targets - targets.round()).abs() < CLOSE).all()):
             whole = targets.round()
             return replace(

@@ -176,6 +176,9 @@ class Recorder:
         self._gradient = GradientProbe(model)
         self._start = _Start(self._closed)
         self._modes = _Modes(model)
+        modules = list(model.named_modules())
+        self._dropouts = [(name, module) for name, module in modules if _drops(module) > 0]
+        self._batch_norms = [(n, m) for n, m in modules if isinstance(m, _BATCH_NORM)]
         self.step = 0
         self._due = True
         self._evaluations = 0
@@ -200,6 +203,21 @@ class Recorder:
     @property
     def modes(self) -> Modes:
         return self._modes.facts
+
+    @property
+    def dropouts(self) -> tuple[tuple[str, float], ...]:
+        """(layer, probability) of each one that is on."""
+        found = ((name, module, _drops(module)) for name, module in self._dropouts)
+        return tuple((name, p) for name, module, p in found if module.training and p > 0)
+
+    @property
+    def batch_norms(self) -> tuple[tuple[str, float], ...]:
+        """(layer, momentum) of each one that keeps statistics in training mode."""
+        return tuple(
+            (name, float(module.momentum))
+            for name, module in self._batch_norms
+            if module.training and module.track_running_stats and module.momentum is not None
+        )
 
     def on_step(self, step: int) -> bool:
         """A step of the session is over; True where the run was measured in it."""
@@ -553,6 +571,15 @@ def _learns(model: nn.Module, name: str) -> bool:
         if trainable:
             return any(trainable)
     return False
+
+
+def _drops(module: nn.Module) -> float:
+    """Probability with which it sets a value to 0 in training mode."""
+    if isinstance(module, _DROPOUT):
+        return float(module.p)
+    if isinstance(module, nn.RNNBase):
+        return float(module.dropout) if module.num_layers > 1 else 0.0
+    return float(module.dropout) if isinstance(module, nn.MultiheadAttention) else 0.0
 
 
 def _depends_on_mode(module: nn.Module) -> bool:

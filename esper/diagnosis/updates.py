@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import astuple
+from typing import Any
 
 import torch
 
+from esper.diagnosis.observation import UpdateSettings
 from esper.grafting.optimizers import unwrap_optimizer
+from esper.health.transfers import is_late
 
 # Median over the matrices of healthy runs of the benchmark, seeds 0 to 9: the first update of Adam
 # is 0.004 to 0.014 of the weights, later ones 0.001 to 0.004; SGD with a momentum of 0.9 begins
@@ -18,6 +22,7 @@ MATCHED = 2e-3  # to which a new rate of SGD is brought: the upper end of those
 LATER_OF_ADAGRAD = 100  # updates, after which one is a tenth of the first
 FIRST_UPDATES = 10  # Adam's mean of the gradients spans so many
 EXCESSIVE = 10.0  # times a sound update
+OF_THE_WEIGHTS = ("AdamW", "Muon")  # their weight decay is no part of the gradient
 
 
 def sound_update(optimizers: Iterable[torch.optim.Optimizer], updates: int) -> float:
@@ -71,6 +76,39 @@ def may_warm_up(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
 def follows_gradient(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
     """The updates are as large as the gradient, in all of them; others divide it by its size."""
     return all(isinstance(unwrap_optimizer(optimizer), torch.optim.SGD) for optimizer in optimizers)
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> UpdateSettings:
+    """Inside its step; nothing of an optimizer that is not torch's own."""
+    own = unwrap_optimizer(optimizer)
+    found = UpdateSettings()
+    if type(own).__module__.startswith("torch.optim."):
+        for group in own.param_groups:
+            found = strongest(found, _settings_of_group(own, group))
+    return found
+
+
+def strongest(one: UpdateSettings, other: UpdateSettings) -> UpdateSettings:
+    """The larger value of each."""
+    return UpdateSettings(*map(max, astuple(one), astuple(other)))
+
+
+def _settings_of_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> UpdateSettings:
+    rate, decay = _known(group.get("lr")), _known(group.get("weight_decay"))
+    if isinstance(optimizer, torch.optim.SGD):
+        momentum = _known(group.get("momentum"))
+        kept = (1.0 - _known(group.get("dampening"))) if momentum else 1.0
+        return UpdateSettings(rate * decay * kept / (1.0 - min(momentum, 0.999)), 0.0, momentum)
+    if type(optimizer).__name__ in OF_THE_WEIGHTS or group.get("decoupled_weight_decay"):
+        return UpdateSettings(decay=rate * decay)
+    return UpdateSettings(decay_in_gradient=decay)
+
+
+def _known(value: Any) -> float:
+    """0 for a number that only a GPU knows."""
+    if value is None or (isinstance(value, torch.Tensor) and is_late(value)):
+        return 0.0
+    return float(value)
 
 
 def _of(optimizer: torch.optim.Optimizer, updates: int) -> float:

@@ -271,6 +271,8 @@ class DiagnosisWatch:
             gradients=tuple(recorder.gradients),
             zeroing=recorder.zeroing,
             modes=recorder.modes,
+            dropouts=recorder.dropouts,
+            batch_norms=recorder.batch_norms,
             rank_digests=self.rank_digests,
             optimizers=len(tuple(self.optimizers)),
             searches=searches(self.optimizers),

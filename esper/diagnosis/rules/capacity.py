@@ -67,6 +67,8 @@ class Capacity(Rule):
             "wrong_output_activation", "frozen_part", "not_held", "unreached",
             "gradients_not_zeroed", "bad_initialisation", "repeated_initialisation",
             "training_in_eval_mode", "abnormal_data", "rate_vanished",
+            "weight_decay_high", "constant_output", "dropout_high", "frozen_at_random",
+            "sorted_data", "momentum_high",
         }
     )  # fmt: skip
 

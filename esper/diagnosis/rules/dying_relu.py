@@ -50,7 +50,7 @@ class DyingRelu(Rule):
         RemedySlug.REPAIR_SCALE,
         RemedySlug.SET_LR,
     )
-    explained_by = frozenset({"non_finite", "unreached", "rate_jump"})
+    explained_by = frozenset({"non_finite", "unreached", "rate_jump", "weight_decay_high"})
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         reading = observation.last_gradients

@@ -48,6 +48,7 @@ class Plateau(Rule):
             "non_finite", "nothing_moves", "dying_relu", "vanishing_gradient", "update_ratio_low",
             "update_ratio_high", "over_fitting", "memorised_noise", "slow_convergence",
             "wrong_output_activation", "wrong_loss", "rate_vanished",
+            "weight_decay_high", "constant_output",
         }
     )  # fmt: skip
 

@@ -62,6 +62,7 @@ class SlowConvergence(Rule):
             "vanishing_gradient", "exploding_gradient", "bad_initialisation", "update_ratio_high",
             "update_ratio_low", "wrong_output_activation", "wrong_loss", "oscillating_loss",
             "repeated_initialisation", "saturation", "loss_spike", "rate_jump", "rate_vanished",
+            "weight_decay_high", "constant_output", "no_gradient",
         }
     )  # fmt: skip
 

@@ -68,7 +68,7 @@ class UpdateRatioHigh(Rule):
     advice = "Lower the learning rate, by a factor of ten first."
     remedies = (RemedySlug.SET_LR, RemedySlug.REWIND)
     opens_after = 2
-    explained_by = frozenset({"non_finite", "rate_jump"})
+    explained_by = frozenset({"non_finite", "rate_jump", "weight_decay_high"})
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         if observation.searches:

@@ -12,6 +12,7 @@ LOW, LOW_OF_ADAPTIVE = 1e-5, 1e-4
 RECENT = 0.5
 SCHEDULED = 0.3
 UNLEARNED = 0.95
+LONG_WARM_UP = 300
 FEWEST_LOSSES, LEVEL_LOSSES = 20, 50
 
 
@@ -33,6 +34,10 @@ class UpdateRatioLow(Rule):
         ),
         Threshold(
             "rate / largest rate so far", SCHEDULED, "share", "below it the schedule is meant"
+        ),
+        Threshold(
+            "steps of a rate that still rises", LONG_WARM_UP, "steps",
+            "chosen: a warm-up of 10,000 steps to updates of 0.001 passes 1e-5 at step 100",
         ),
         Threshold("loss / first loss", UNLEARNED, "ratio", "below it the run learns"),
         Threshold(
@@ -64,7 +69,7 @@ class UpdateRatioLow(Rule):
         memory.notes["step"] = step
         if observation.searches:
             raise Unknown("the optimizer finds the size of its updates by itself")
-        if observation.is_warming_up:
+        if observation.is_warming_up and observation.step < LONG_WARM_UP:
             raise Unknown("the learning rate still rises")
         ratio = max(ratio for _, ratio in ratios[-math.ceil(RECENT * len(ratios)) :])
         if ratio == 0:
@@ -85,4 +90,5 @@ class UpdateRatioLow(Rule):
             limit=f"at least {low:g}; about 0.001 is usual",
             signal=Signal.UPDATE_RATIO,
             value=ratio,
+            only_tell=observation.is_warming_up,  # a factor would grow with the rate
         )

@@ -50,7 +50,7 @@ class VanishingGradient(Rule):
     )
     remedies = (RemedySlug.REPAIR_SCALE, RemedySlug.SPAN, RemedySlug.TELL)
     opens_after = 3
-    explained_by = frozenset({"dying_relu", "non_finite"})
+    explained_by = frozenset({"dying_relu", "non_finite", "weight_decay_high"})
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         norms = observation.layer_norms(observation.last_gradients)

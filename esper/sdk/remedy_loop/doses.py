@@ -40,12 +40,22 @@ class Doses:
             return {"value": found.evidence.value}  # the rate that the script began with
         if slug == "rewind":
             return self._rewind(found, given)
+        if slug == "weight_decay":
+            return self._decay(found)
         if slug == "match_updates":
             return {"share": MATCHED, "most": LARGEST_RISE}
         if slug == "repair_scale":
             # Where the data alone is at fault, the layers behind the first are as they should be.
             return {"first_only": found.rule.slug == "abnormal_data"}
         return {}
+
+    def _decay(self, found: Diagnosed) -> dict[str, Any]:
+        """The usual one, where it is so many times too strong; else that of the catalogue."""
+        if found.evidence.signal != "weight_decay":
+            return {}
+        groups = (group for o in self._diagnosis.optimizers for group in o.param_groups)
+        highest = max((float(group.get("weight_decay", 0.0)) for group in groups), default=0.0)
+        return {"value": highest / found.evidence.value} if highest > 0 else {}
 
     def _rate(self, found: Diagnosed, given: int) -> float:
         raises = found.rule.slug in RAISES

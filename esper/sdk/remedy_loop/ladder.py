@@ -12,8 +12,14 @@ from esper.sdk.remedy_loop.history import History
 from esper.sdk.remedy_loop.young_run import YoungRun
 from esper.sdk.run_state import RunState
 
-# The repair begins anew too, and a lower rate makes neither data nor weights right.
-_OF_THE_SCALE = frozenset({"bad_initialisation", "repeated_initialisation", "abnormal_data"})
+# The repair begins anew too, and a lower rate makes neither the data nor the weights right, nor
+# their decay, nor a rate that has vanished.
+_OF_THE_SCALE = frozenset(
+    {
+        "bad_initialisation", "repeated_initialisation", "abnormal_data", "weight_decay_high",
+        "rate_vanished",
+    }
+)  # fmt: skip
 
 
 class Ladder:

@@ -280,7 +280,126 @@ CASES = [
         "dead_experts", lambda: Run(Experts(2), steps=200), lambda: Run(Experts(6), steps=200), 160
     ),
     Case("repeated_initialisation", lambda: Run(constant(perceptron())), Run, 1, "0"),
+    Case("weight_decay_high", lambda: decays(0.3), lambda: decays(5e-4), 1),
+    Case(
+        "weight_decay_high",
+        lambda: Run(optimizer=lambda m: torch.optim.AdamW(m.parameters(), 1e-2, weight_decay=20)),
+        lambda: Run(optimizer=lambda m: torch.optim.AdamW(m.parameters(), 1e-2, weight_decay=1)),
+        1,
+    ),
+    Case(
+        "weight_decay_high",
+        lambda: Run(optimizer=lambda m: torch.optim.Adam(m.parameters(), 1e-3, weight_decay=3)),
+        lambda: Run(optimizer=lambda m: torch.optim.Adam(m.parameters(), 1e-3, weight_decay=1e-3)),
+        1,
+    ),
+    Case(
+        "momentum_high",
+        lambda: Run(optimizer=lambda m: torch.optim.SGD(m.parameters(), 1e-3, momentum=0.999)),
+        lambda: Run(optimizer=lambda m: torch.optim.SGD(m.parameters(), 1e-3, momentum=0.99)),
+        1,
+    ),
+    Case("dropout_high", lambda: Run(perceptron(0.95)), lambda: Run(perceptron(0.5)), 1, "2"),
+    Case(
+        "few_in_batch_norm",
+        lambda: Run(normed(), batch=3),
+        lambda: Run(normed(), batch=16, before=ending_with_few_rows),
+        10,
+        "1",
+    ),
+    Case(
+        "batch_norm_momentum",
+        lambda: Run(normed(momentum=0.99)),
+        lambda: Run(normed(momentum=None)),
+        1,
+        "1",
+    ),
+    Case("batch_norm_momentum", lambda: Run(normed(momentum=0.0)), lambda: Run(normed()), 1, "1"),
+    Case(
+        "frozen_at_random",
+        lambda: Run(with_frozen_trunk(trained=False)),
+        lambda: Run(with_frozen_trunk(trained=True)),
+        1,
+        "0",
+    ),
+    Case(
+        "constant_output",
+        lambda: Run(Averaging(axis=0)),
+        lambda: Run(Averaging(axis=1)),
+        50,
+    ),
+    Case("sorted_data", lambda: Run(before=one_class_at_a_time), Run, 10),
+    Case("no_gradient", lambda: Run(optimizer=clears_too_late), Run, 3),
+    Case("no_gradient", lambda: Run(loss=of_numbers), Run, 3),
+    Case(
+        "update_ratio_low",
+        lambda: Run(optimizer=sgd, schedule=lambda step: step * 1e-7, steps=460),
+        lambda: Run(optimizer=sgd, schedule=lambda step: step / 460, steps=460),
+        460,
+    ),
 ]
+
+
+class ClearsTooLate(torch.optim.Adam):
+    """The script clears the gradients between backward and the step."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.zero_grad(set_to_none=False)
+        super().step()
+
+
+def clears_too_late(model: nn.Module) -> torch.optim.Optimizer:
+    return ClearsTooLate(model.parameters(), lr=1e-3)
+
+
+def of_numbers(out: Tensor, target: Tensor) -> Tensor:
+    """The loss has lost its way back to the model."""
+    return F.cross_entropy(out, target).detach().requires_grad_()
+
+
+def decays(value: float) -> Run:
+    return Run(
+        optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9, weight_decay=value)
+    )
+
+
+def ending_with_few_rows(run: Run, step: int) -> None:
+    """Each tenth batch is the small rest of an epoch."""
+    run.batch = 3 if step % 10 == 0 else 16
+
+
+def with_frozen_trunk(*, trained: bool) -> nn.Module:
+    model = perceptron()
+    if trained:
+        x, y = digits()
+        opt = adam(model, 3e-3)
+        for _ in range(30):
+            opt.zero_grad()
+            torch.autograd.backward(F.cross_entropy(model(x), y))
+            opt.step()
+    model[-1] = nn.Linear(32, 10)
+    model[:-1].requires_grad_(False)
+    return model
+
+
+class Averaging(nn.Module):
+    """The mean over the units in groups of four; by mistake over the rows of the batch."""
+
+    def __init__(self, *, axis: int) -> None:
+        super().__init__()
+        self.axis, self.features, self.head = axis, nn.Linear(64, 32), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.features(x)).view(len(x), 4, 8)
+        h = h.mean(self.axis, keepdim=True).expand_as(h).mean(1)
+        out: Tensor = self.head(h)
+        return out
+
+
+def one_class_at_a_time(run: Run, step: int) -> None:
+    x, y = digits()
+    rows = y == step % 10
+    run.data = x[rows], y[rows]
 
 
 def ending(last: nn.Module) -> nn.Module:
@@ -345,8 +464,9 @@ def stacked(*, same: bool) -> nn.Module:
     return nn.Sequential(nn.Linear(64, 32), nn.Sequential(*hidden), nn.ReLU(), nn.Linear(32, 10))
 
 
-def normed() -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+def normed(momentum: float | None = 0.1) -> nn.Module:
+    norm = nn.BatchNorm1d(32, momentum=momentum)
+    return nn.Sequential(nn.Linear(64, 32), norm, nn.ReLU(), nn.Linear(32, 10))
 
 
 def evaluate_now(*, evaluating: bool) -> Callable[[Run, int], None]:
