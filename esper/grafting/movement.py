@@ -1,9 +1,11 @@
 """Finds tensors that should learn and do not; checks them a few times, not in each step.
 
 A few elements of each trainable tensor are copied, and compared after some steps of its optimizer.
-An unchanged tensor is a finding only with evidence: these elements have a gradient that the steps
-did not apply, or there is no gradient at all. It is no finding if the learning rate is zero, new
-weights still warm up, the gradient is zero or not finite, or rounding removes the step.
+Where they have not changed, those with the largest gradients are copied instead: the pixels at the
+border of an image may be zero in all images. What still does not change is looked at ever more
+rarely. An unchanged tensor is a finding only with evidence: these elements have a gradient that the
+steps did not apply, or there is no gradient at all. It is no finding if the learning rate is zero,
+new weights still warm up, the gradient is zero or not finite, or rounding removes the step.
 """
 
 from __future__ import annotations
@@ -33,8 +35,12 @@ from esper.sharding import local, named_holders
 
 NOTICED_STEPS = 3  # of an optimizer, in which a scaler that was not named is looked for
 STEPS = 20  # of its optimizer before a tensor is checked
+MOST_STEPS = 160  # of the session between two checks
+CHOSEN = 64  # elements with the largest gradients
+CHOSEN_AMONG = 1_000_000  # elements of a tensor, to bound what the choice costs
 SILENT_STEPS = 200  # of the session without a step of the optimizer; accumulation is rarely longer
 SMALLEST_GRADIENT = 1e-7  # a smaller one may be the rounding error of a zero gradient
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SAMPLED = {0: 1, 1: 64, 2: 8, 3: 4}  # axes -> elements of each axis
 
 
@@ -45,6 +51,18 @@ class _Watched:
     sample: Tensor
     optimizer: int  # place
     since: int  # steps of its optimizer at that time
+    still: bool = False  # it had not changed at its last check
+    places: Tensor | None = None  # of the sample's elements, where they were chosen
+    among: int = 0  # elements of the tensor then
+
+    def now(self, tensor: Tensor) -> Tensor:
+        """The elements of the sample, of the parameter or of its gradient."""
+        return _sample(tensor) if self.places is None else _at(tensor, self.places)
+
+    def choose(self, gradient: Tensor, taken: int) -> None:
+        """Takes the elements with the largest gradients from here on."""
+        self.places, self.among = _largest(gradient), gradient.numel()
+        self.sample, self.since = _at(self.parameter, self.places).clone(), taken
 
 
 class MovementWatch:
@@ -69,6 +87,8 @@ class MovementWatch:
         self._asked: tuple[HostTransfer, Callable[[np.ndarray], None]] | None = None
         self._incomplete = True
         self._steps = 0
+        self._apart = STEPS
+        self._next = STEPS  # the step of the next check
         self.unheld = Unheld()
         self._idle = [False] * len(self._optimizers)  # what it holds of others is, as far as known
         self._arm()
@@ -102,7 +122,7 @@ class MovementWatch:
         answered = self._take_answer()
         if self._incomplete:
             self._remember()
-        checks = not self._steps % STEPS and bool(self._waiting or self._problems)
+        checks = self._steps >= self._next and bool(self._waiting or self._problems)
         if checks:
             self._look()
         self._arm()
@@ -115,7 +135,7 @@ class MovementWatch:
             return 0
         last = SILENT_STEPS - 1 if self._steps < SILENT_STEPS else sys.maxsize
         if self._waiting or self._problems:  # the step before a check is due too: it arms the hook
-            last = min(last, self._steps + max(0, STEPS - 2 - self._steps % STEPS))
+            last = min(last, max(self._steps, self._next - 2))
         return last - self._steps
 
     def skip(self, steps: int) -> None:
@@ -128,7 +148,7 @@ class MovementWatch:
 
     def _arm(self) -> None:
         """A step of an optimizer is looked at while it is new, and before a check."""
-        reads = bool(self._waiting) and not (self._steps + 1) % STEPS
+        reads = bool(self._waiting) and self._steps + 1 >= self._next
         for part in self._parts:
             part.arm(reads or part.taken < NOTICED_STEPS)
 
@@ -137,7 +157,7 @@ class MovementWatch:
             notice_scaler(optimizer)
         if self._steps == 0:
             self._notice_foreign(place, optimizer)
-        if self._waiting and not (self._steps + 1) % STEPS:
+        if self._waiting and self._steps + 1 >= self._next:
             self._keep_gradients(place)
 
     def _notice_foreign(self, place: int, optimizer: torch.optim.Optimizer) -> None:
@@ -153,9 +173,14 @@ class MovementWatch:
         """At the end of a step: the script may clear the gradients before the check."""
         for parameter, watched in self._waiting.items():
             gradient = parameter.grad
-            if watched.optimizer == place and gradient is not None:
-                kept = None if gradient.layout is not torch.strided else _sample(gradient).clone()
-                self._gradients[parameter] = kept
+            if watched.optimizer != place or gradient is None:
+                continue
+            if gradient.layout is not torch.strided:
+                self._gradients[parameter] = None
+                continue
+            if watched.still and watched.places is None and _may_choose(parameter, gradient):
+                watched.choose(gradient, self._parts[place].taken)
+            self._gradients[parameter] = watched.now(gradient).clone()
 
     def _silent(self) -> Iterator[Problem]:
         for place, part in enumerate(self._parts):
@@ -172,6 +197,7 @@ class MovementWatch:
     def _remember(self) -> None:
         self._incomplete = False
         names = {parameter: name for name, parameter in named_holders(self._model)}
+        watched = len(self._waiting)
         for known in (self._waiting, self._problems, self.unheld.still):
             for gone in [parameter for parameter in known if parameter not in names]:
                 del known[gone]
@@ -189,6 +215,11 @@ class MovementWatch:
                         self._parts[place].taken,
                     )
         self._remember_unheld(names)
+        if len(self._waiting) > watched and not self._steps < self._next <= self._steps + STEPS:
+            self._plan(STEPS)
+
+    def _plan(self, apart: int) -> None:
+        self._apart, self._next = apart, self._steps + apart
 
     def _remember_unheld(self, names: dict[nn.Parameter, str]) -> None:
         held = {id(p) for o in with_companions(self._optimizers) for p in parameters_of(o)}
@@ -231,7 +262,8 @@ class MovementWatch:
             if self._parts[watched.optimizer].taken - watched.since >= STEPS
             and _is_comparable(watched)
         ]
-        differs = [(_sample(w.parameter) != w.sample).any() for w in due]
+        self._plan(self._apart)
+        differs = [(w.now(w.parameter) != w.sample).any() for w in due]
         self._ask(differs, partial(self._on_moved, due))
 
     def _taken_since(self, watched: _Watched) -> int:
@@ -243,7 +275,7 @@ class MovementWatch:
         groups = {p: g for o in held for g in o.param_groups for p in g["params"]}
         # Where no tensor has a gradient, there is no evidence.
         known = bool(self._gradients) or any(p.grad is not None for p in groups)
-        doubtful, evidence = [], []
+        doubtful, evidence, problems = [], [], set(self._problems)
         for watched, has_moved in zip(due, moved, strict=True):
             self._problems.pop(watched.parameter, None)
             if watched.parameter not in self._waiting:
@@ -254,7 +286,9 @@ class MovementWatch:
                 self._settled.add(watched.parameter)
                 if watched.parameter not in groups:
                     self.unheld.moved.add(watched.parameter)
-            elif watched.parameter not in groups:
+                continue
+            watched.still = True
+            if watched.parameter not in groups:
                 parameter = watched.parameter
                 has_gradient = parameter in self._gradients or parameter.grad is not None
                 self.unheld.still[parameter] = has_gradient
@@ -266,6 +300,9 @@ class MovementWatch:
                     doubtful.append(watched)
                     evidence.append(found)
         self._gradients.clear()
+        if due:
+            changed = bool(moved.any()) or problems != set(self._problems)
+            self._plan(STEPS if changed else min(2 * self._apart, MOST_STEPS))
         if doubtful:
             self._ask(evidence, partial(self._on_evidence, doubtful))
 
@@ -283,7 +320,7 @@ class MovementWatch:
             return _should_move(watched, self._gradients[watched.parameter], group)
         if watched.parameter.grad is not None:
             gradient = watched.parameter.grad
-            sample = None if gradient.layout is not torch.strided else _sample(gradient)
+            sample = None if gradient.layout is not torch.strided else watched.now(gradient)
             return _should_move(watched, sample, group)
         host, slot, _ = watched.name.partition(f".{SLOT_NAME}.")
         if not slot:
@@ -312,7 +349,26 @@ def _has_numbers(parameter: Tensor) -> bool:
 
 def _is_comparable(watched: _Watched) -> bool:
     """False while FSDP has a layer's whole weights in the place of this rank's part."""
+    if watched.places is not None:
+        return watched.parameter.numel() == watched.among
     return _sample(watched.parameter).shape == watched.sample.shape
+
+
+def _may_choose(parameter: Tensor, gradient: Tensor) -> bool:
+    """Both are plain tensors, and no part of one that is spread over ranks, whose places move."""
+    plain = type(parameter) is nn.Parameter and type(gradient) is Tensor
+    return plain and parameter.shape == gradient.shape and gradient.dtype in _PLAIN
+
+
+def _at(tensor: Tensor, places: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).index_select(0, places)
+
+
+def _largest(gradient: Tensor) -> Tensor:
+    """int64 [at most 64]: places of the elements with the largest gradients."""
+    every = -(-gradient.numel() // CHOSEN_AMONG)
+    sizes = gradient.detach().reshape(-1)[::every].abs()
+    return sizes.topk(min(CHOSEN, sizes.numel())).indices * every
 
 
 def _sample(tensor: Tensor) -> Tensor:

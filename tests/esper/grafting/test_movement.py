@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 import esper
 from esper.contracts import Finding, ViolationRule
-from esper.grafting.movement import SILENT_STEPS, STEPS
+from esper.grafting.movement import SILENT_STEPS, STEPS, MovementWatch
 
 SIZE = 8
 
@@ -249,3 +250,60 @@ def test_a_graft_on_unused_outputs_is_a_finding() -> None:
         assert "the graft learns nothing" in finding.observed
         assert "it does not change the last state (h_n)" in finding.observed
         assert "remove it" in finding.remedy
+
+
+class BorderPixels(nn.Module):
+    """The first inputs are zero in all rows, so that most of the first weights learn nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, SIZE)
+        self.last = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.zeros(len(x), 64)
+        wide[:, 1:SIZE] = x[:, 1:]
+        return self.last(torch.tanh(self.first(wide)))
+
+
+def test_weights_of_which_most_never_learn_are_soon_known_to_move() -> None:
+    model = BorderPixels()
+    seen: list[int] = []
+    train(
+        model,
+        adam(model),
+        steps=100,
+        before=lambda session, _: seen.append(len(session._parts.ledger._movement._waiting)),
+    )
+    assert seen[5] == 4
+    assert seen[-1] == 0
+
+
+def test_weights_of_which_most_never_learn_are_told_where_the_steps_leave_them_out() -> None:
+    model = BorderPixels()
+
+    class LeavesOut(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            gradient, model.first.weight.grad = model.first.weight.grad, None
+            found = super().step(closure)
+            model.first.weight.grad = gradient
+            return found
+
+    findings = train(model, LeavesOut(model.parameters(), lr=0.1), steps=5 * STEPS)
+    (finding,) = [f for f in findings if f.rule == ViolationRule.OPTIMIZER_LEDGER]
+    assert (finding.layer, finding.severity) == ("first", "serious")
+
+
+def test_what_never_learns_is_looked_at_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BorderPixels()
+    model.last.weight.requires_grad_(False).zero_()  # no gradient reaches the first layer
+    looks, look = [], MovementWatch._look
+
+    def counted(watch: MovementWatch) -> None:
+        looks.append(watch._steps)
+        look(watch)
+
+    monkeypatch.setattr(MovementWatch, "_look", counted)
+    assert train(model, adam(model), steps=1_000) is not None
+    assert len(looks) <= 12  # of 50
+    assert max(after - before for before, after in pairwise(looks)) <= 160
