@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from django.test import Client
 
 from apps.accounts.models import User
 from apps.adaptations import services
@@ -57,6 +58,19 @@ def test_each_later_look_pays_a_part_and_changes_nothing_else(inbox: Inbox) -> N
     assert reward(adaptation) == pytest.approx(0.03 + 0.015 + 0.04)
     assert (adaptation.state, adaptation.version) == (AdaptationState.KEPT, version)
     assert AuditEvent.objects.count() == events
+
+
+def test_the_page_says_what_is_not_yet_earned(inbox: Inbox, people: dict[Role, User]) -> None:
+    adaptation = kept(inbox)
+    client = Client()
+    client.force_login(people[Role.VIEWER])
+    words = ("not yet earned", "The rest is earned while later looks still show the gain.")
+    page = client.get(f"/adaptations/{adaptation.uid}").content.decode()
+    assert all(one in page for one in words)
+    for n in range(1, 8):
+        looked(inbox, adaptation, END + 300 * n, 0.1)
+    page = client.get(f"/adaptations/{adaptation.uid}").content.decode()
+    assert not any(one in page for one in words)
 
 
 @pytest.mark.parametrize("state", [AdaptationState.PROBATION, AdaptationState.REVERTED])
