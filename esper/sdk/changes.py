@@ -19,6 +19,7 @@ from esper.sdk.adaptation import Adaptation
 
 SNAPSHOTS_KEPT = 3
 FIRM = 4  # every so many looks one is taken whatever it costs
+LATER_COST_RATIO = 0.02  # of the time since the graft, for looks that only pay
 OBSERVE = GraftKind.OBSERVE
 
 
@@ -290,7 +291,7 @@ def _tests_at(entry: Adaptation, age: int, policy: SafetyPolicy) -> bool:
     spacing = max(1, length // policy.probation_looks)
     if since % (FIRM * spacing) == 0 or since == length:
         return True
-    return since % spacing == 0 and _has_time_for_look(entry, policy)
+    return since % spacing == 0 and _has_time_for_look(entry, policy.probation_cost_ratio)
 
 
 def _looks_later_at(entry: Adaptation, age: int, policy: SafetyPolicy) -> bool:
@@ -298,7 +299,8 @@ def _looks_later_at(entry: Adaptation, age: int, policy: SafetyPolicy) -> bool:
     taken = entry.later_looks(policy)
     last = taken[-1].step - entry.step if taken else policy.probation_steps
     spacing = max(1, policy.probation_steps // 2)
-    return len(taken) < LATER_LOOKS and age >= last + spacing and _has_time_for_look(entry, policy)
+    is_time = len(taken) < LATER_LOOKS and age >= last + spacing
+    return is_time and _has_time_for_look(entry, LATER_COST_RATIO)
 
 
 def _is_owed_a_look(entry: Adaptation) -> bool:
@@ -308,7 +310,8 @@ def _is_owed_a_look(entry: Adaptation) -> bool:
     return not entry.local or (entry.reward is not None and NOT_YET in entry.reward.terms)
 
 
-def _has_time_for_look(entry: Adaptation, policy: SafetyPolicy) -> bool:
+def _has_time_for_look(entry: Adaptation, ratio: float) -> bool:
+    """All looks at it take at most this share of the time since the graft."""
     elapsed = max(0.0, time.time() - entry.grafted_at)
     per_look = entry.look_seconds / max(1, len(entry.looks))
-    return entry.look_seconds + per_look <= policy.probation_cost_ratio * elapsed
+    return entry.look_seconds + per_look <= ratio * elapsed
