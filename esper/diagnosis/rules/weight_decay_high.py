@@ -6,8 +6,8 @@ from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Gradients, Observation
 
-SHARE, USUAL_SHARE = 0.05, 1e-4
-PULL, USUAL_PULL = 5.0, 0.1
+SHARE, LOWERED_SHARE = 0.05, 1e-3
+PULL, LOWERED_PULL = 5.0, 0.1
 FIRST_STEPS = 10
 
 
@@ -49,7 +49,7 @@ def _of_weights(reading: Gradients) -> Evidence | None:
         observed=f"the weight decay takes {share:.0%} of the weights in each update",
         limit=f"below {SHARE:.0%}; 0.01 % is usual",
         signal="weight_decay",
-        value=share / USUAL_SHARE,
+        value=share / LOWERED_SHARE,
         since_step=reading.step,
     )
 
@@ -70,7 +70,7 @@ def _in_gradient(reading: Gradients, memory: Memory) -> Evidence | None:
         observed=f"the weight decay adds {pull:.3g} times as much to the gradient as the loss does",
         limit=f"below {PULL:g} times",
         signal="weight_decay",
-        value=pull / USUAL_PULL,
+        value=pull / LOWERED_PULL,
         since_step=1,
     )
 

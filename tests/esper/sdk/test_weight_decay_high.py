@@ -1,0 +1,48 @@
+"""Weight decay that shrinks the weights faster than they learn is told, and a usual one is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from tests.esper.diagnosis.small_runs import Run, perceptron
+
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+TOO_MUCH: dict[str, Make] = {
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9, weight_decay=0.3),
+    "AdamW": lambda m: torch.optim.AdamW(m.parameters(), 3e-3, weight_decay=100.0),
+    "Adam": lambda m: torch.optim.Adam(m.parameters(), 3e-3, weight_decay=3.0),
+}
+USUAL: dict[str, Make] = {
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9, weight_decay=1e-2),
+    "AdamW": lambda m: torch.optim.AdamW(m.parameters(), 3e-3, weight_decay=1.0),
+    "Adam": lambda m: torch.optim.Adam(m.parameters(), 3e-3, weight_decay=1e-2),
+}
+
+
+def run(make: Make, mode: str) -> Run:
+    torch.manual_seed(0)
+    return Run(perceptron(), optimizer=make, mode=mode, steps=200)
+
+
+@pytest.mark.parametrize("make", TOO_MUCH.values(), ids=TOO_MUCH)
+def test_a_run_that_decay_holds_down_learns_with_a_usual_one(make: Make) -> None:
+    alone = run(make, "observe").go()
+    sick = run(make, "automatic")
+    with sick.start() as session:
+        treated = sick.train(session)
+        assert [receipt.remedy for receipt in session.remedies] == ["weight_decay"]
+        own = {float(group["weight_decay"]) for group in sick.opt.param_groups}
+        assert max(own) == max(g["weight_decay"] for g in make(perceptron()).param_groups)
+    assert alone.losses[-1] > 2.0 > 1.0 > treated.losses[-1]
+
+
+@pytest.mark.parametrize("make", USUAL.values(), ids=USUAL)
+def test_a_strong_decay_that_lets_a_run_learn_is_left_alone(make: Make) -> None:
+    healthy = run(make, "automatic")
+    with healthy.start() as session:
+        assert healthy.train(session).alarms() == []
+        assert session.remedies == ()
