@@ -564,11 +564,12 @@ REMEDIES = (
         "all inputs, the biases are set to zero, or, where that is not enough, so that they "
         "take it out. The last layer is only scaled down, and no layer far beyond those before "
         "it. A run of at most 50 steps first goes back to its first weights, where they are "
-        "kept. Layers whose units are equal get new random weights before they are scaled. "
-        "Where the inputs of the first layer are large, its updates get smaller too, as if the "
-        "inputs were scaled, each feature by itself where they differ far in size; where those "
-        "of a later layer hardly differ, as behind a sigmoid, its updates get larger. A later "
-        "layer learns as if the mean of its inputs were taken out of them."
+        "kept. Layers whose units are equal get new random weights before they are scaled. The "
+        "recurrent weights of a plain RNN whose output grows along the sequence are made "
+        "smaller. Where the inputs of the first layer are large, its updates get smaller too, as "
+        "if the inputs were scaled, each feature by itself where they differ far in size; where "
+        "those of a later layer hardly differ, as behind a sigmoid, its updates get larger. A "
+        "later layer learns as if the mean of its inputs were taken out of them."
     ),
     _("The initialisation makes activations vanish, explode or saturate before training."),
     _("Restore the best held-out weights"),

@@ -150,7 +150,8 @@ def _faint(seen: ModelPass) -> Evidence | None:
 def _blown_up(seen: ModelPass) -> Evidence | None:
     """The signal grows from layer to layer; the first gradients grow as much."""
     passes = [p for p in seen.layers if p.input_std > 0]
-    if len(passes) < 3:
+    # A recurrent layer is as many as the sequence has steps.
+    if len(passes) < 3 and not any(p.kind == "RNN" for p in passes[:-1]):
         return None
     first, last = passes[0], passes[-1]
     if last.input_std <= BLOWN_UP * max(1.0, first.input_std):

@@ -23,6 +23,7 @@ from esper.grafting.graph import kind_of
 from esper.grafting.remedies import shared_tensors
 from esper.remedies.base import Batch, Effect, Remedy, Target
 from esper.remedies.centered_updates import CenteredUpdates
+from esper.remedies.recurrent import scale_recurrent
 from esper.remedies.update_hooks import ScaledUpdates
 
 EARLY_STEPS = 50  # in which little is lost by going back to the first weights
@@ -53,7 +54,8 @@ class RepairScale(Remedy):
         "inputs, the biases are set to zero, or, where that is not enough, so that they take it "
         "out. The last layer is only scaled down, and no layer far beyond those before it. A run "
         "of at most 50 steps first goes back to its first weights, where they are kept. Layers "
-        "whose units are equal get new random weights before they are scaled. Where the "
+        "whose units are equal get new random weights before they are scaled. The recurrent "
+        "weights of a plain RNN whose output grows along the sequence are made smaller. Where the "
         "inputs of the first layer are large, its updates get smaller too, as if the inputs were "
         "scaled, each feature by itself where they differ far in size; where those of a later "
         "layer hardly differ, as behind a sigmoid, its updates get "
@@ -89,13 +91,14 @@ class RepairScale(Remedy):
             order = _order(target.model, target.sample)
             if not config["first_only"] and (alike := _layers_of_equal_units(target.model, order)):
                 details["new"] = _give_new_weights(target.model, alike)
+            factors = {} if config["first_only"] else _scale_recurrent(target)
             inputs = _input_size(target.model, order[0], target.sample) if order else 1.0
             features = _features(target.model, order, target.sample, inputs)
             if features:
                 details["features"] = {order[0]: features}
                 _scale_features(target.model.get_submodule(order[0]), features)
             repaired = order[:1] if config["first_only"] else order
-            factors = _repair_in_order(target.model, order, repaired, target.sample)
+            factors |= _repair_in_order(target.model, order, repaired, target.sample)
             later = [] if config["first_only"] else order[1:]
             entering = _input_moments(target.model, later, target.sample)
         _forget_moments(target, [*details.get("new", ()), *factors])
@@ -184,6 +187,25 @@ def _forget_moments(target: Target, layers: list[str]) -> None:
         for parameter in target.model.get_submodule(name).parameters(recurse=False):
             for optimizer in target.optimizers:
                 optimizer.state.pop(parameter, None)
+
+
+def _scale_recurrent(target: Target) -> dict[str, float]:
+    """The factors of the recurrent weights that were changed."""
+    assert target.sample is not None
+    shared, factors = shared_tensors(target.model), {}
+    names = [
+        name
+        for name, module in target.model.named_modules()
+        if isinstance(module, nn.RNN) and not any(id(p) in shared for p in module.parameters())
+    ]
+
+    def scale(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        factors[name] = scale_recurrent(module, args, kwargs)
+
+    if names:
+        with _before_first_runs(target.model, names, scale):
+            target.sample.run(target.model)
+    return {name: factor for name, factor in factors.items() if factor != 1.0}
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
