@@ -443,3 +443,23 @@ def test_a_run_that_is_worse_than_guessing_is_not_told_to_learn_faster(
     assert found is not None
     assert words in found.advice
     assert bool(found.advice) is bool(words)
+
+
+def test_very_large_targets_are_not_called_whole_numbers() -> None:
+    """In float32 they have no decimals, whatever they stand for."""
+
+    def squares(out: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(out[:, 0], 1e9 * (target + 0.5))
+
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 1))
+    assert "wrong_loss" not in Run(model, loss=squares, steps=12).go().steps
+
+
+def test_a_layer_that_drops_nothing_in_evaluation_is_no_alarm() -> None:
+    """Frozen modules keep a high dropout, and are in evaluation mode."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.95), nn.Linear(32, 10))
+
+    def switch_off(run: Run, step: int) -> None:
+        model[2].eval()
+
+    assert "dropout_high" not in Run(model, before=switch_off, steps=12).go().steps
