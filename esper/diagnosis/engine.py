@@ -19,6 +19,7 @@ from esper.contracts import Finding, Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule
 from esper.diagnosis.observation import Observation, Unknown
 from esper.diagnosis.registry import list_rules
+from esper.fail_closed import is_the_scripts
 
 logger = logging.getLogger("esper")
 
@@ -138,6 +139,8 @@ class Diagnosis:
             self.unknown[rule.slug] = str(reason)
             return None
         except Exception as error:
+            if is_the_scripts(error):
+                raise
             # One rule that fails must not cost the others.
             self.failed[rule.slug] = f"{type(error).__name__}: {error}"
             logger.debug("the rule %s failed", rule.slug, exc_info=error)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from esper.fail_closed import contained, short
+from esper.fail_closed import contained, is_the_scripts, short
 from esper.grafting.companion_clipping import Clipping
 from esper.grafting.companion_gradients import HostGradients, Passes
 from esper.grafting.companion_optimizer import (
@@ -119,6 +119,8 @@ class Companion:
         try:
             set_mode(self.optimizer, mode)
         except Exception as error:
+            if is_the_scripts(error):
+                raise
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
@@ -309,6 +311,8 @@ class _Company:
             if self.unscaler is None or self.unscaler.allows(host, companion.parameters):
                 companion.step(host)
         except Exception as error:
+            if is_the_scripts(error):
+                raise
             companion.fail(error)
 
 

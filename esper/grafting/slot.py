@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from esper.blueprints import Graft
 from esper.blueprints.base import introduce
 from esper.exceptions import GraftError, UnknownLayerError
-from esper.fail_closed import short
+from esper.fail_closed import is_the_scripts, short
 from esper.grafting.compiled import forget_compiled_code
 from esper.grafting.hooks import PassingHook, apart, register_alike
 from esper.grafting.manifest import MANIFEST_KEY, GraftRecord, pack
@@ -257,7 +257,9 @@ class Slot(nn.Module):
         if compiled is not None and owner is graft and compiled.fits(x, y):
             try:
                 return compiled(graft, x, y)
-            except Exception:  # the eager graft computes the same, so training continues
+            except Exception as error:  # the eager graft computes the same, so training continues
+                if is_the_scripts(error):
+                    raise
                 logger.exception("compiled %s failed and is not used any more", slug)
                 del self._compiled[slug]
         combined: Tensor = graft(x, y)
@@ -366,7 +368,7 @@ def _run_occupied(
     except torch.OutOfMemoryError:
         raise  # the user's code may catch it, and take a smaller batch
     except Exception as error:
-        if type(error).__name__ == _RECOMPUTED_ENOUGH:
+        if type(error).__name__ == _RECOMPUTED_ENOUGH or is_the_scripts(error):
             raise
         # On several ranks the others would wait for the gradients of this graft.
         if torch.distributed.is_available() and torch.distributed.is_initialized():

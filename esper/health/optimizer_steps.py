@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from esper.fail_closed import is_the_scripts
 from esper.health.updates import Part, takes_hooks
 
 Groups = dict[tuple[torch.device, torch.dtype], list[int]]
@@ -132,6 +133,8 @@ class OptimizerSteps:
                 with torch.no_grad():
                     self._read(optimizer)
             except Exception as error:
+                if is_the_scripts(error):
+                    raise
                 self._error = error
             self.seconds += self._clock() - started
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from esper.exceptions import ConfigurationError
+from esper.fail_closed import is_the_scripts
 from esper.grafting.snapshot import bytes_of_state
 from esper.sdk.surgery import Surgery
 from esper.sdk.twin import Twin, TwinTraining
@@ -156,6 +157,8 @@ class ShadowTrials:
             if due > 0.0 and left > 0.0:
                 training.advance(min(due, left, LONGEST_SLICE_SECONDS))
         except Exception as error:  # of the script's own loss or held-out loss
+            if is_the_scripts(error):
+                raise
             self._end(None, f"{type(error).__name__}: {error}")
             return
         if training.over or training.seconds >= self._seconds:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from esper.fail_closed import FailClosed
+from esper.fail_closed import FailClosed, is_the_scripts
 from esper.sdk.ending import RunStopped
 from esper.sdk.findings import unknown_loss
 from esper.sdk.session import Session
@@ -42,6 +42,8 @@ def inside_the_loop(
             except raises:
                 raise
             except Exception as error:
+                if is_the_scripts(error):
+                    raise
                 _fail_closed_of(self).switch_off(error, part=part, unmeasured=unmeasured)
 
         return inside

@@ -438,6 +438,52 @@ def test_a_time_limit_of_the_script_ends_it_wherever_it_comes(
         signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "esper.grafting.slot.Slot.run",
+        "esper.grafting.companion.Companion.step",
+        "esper.diagnosis.rules.plateau.Plateau.check",
+        "esper.health.optimizer_steps.OptimizerSteps._read",
+    ],
+)
+def test_a_time_limit_of_the_script_costs_no_part_of_esper(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graft stays and learns on, a rule is checked on, wherever the limit came."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = signal.signal(signal.SIGUSR1, over)
+
+    def train() -> None:
+        loss = (model(torch.randn(8, 16)) - 1.0).square().mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        session.step(loss)
+
+    try:
+        with esper.attach(model, optimizer, verbose=False) as session:
+            [train() for _ in range(5)]
+            receipt = session.graft("0", "proj_lora_64", rank=2)
+            with monkeypatch.context() as patched:
+                patched.setattr(place, lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
+                with pytest.raises(TimeoutError, match="time is over"):
+                    [train() for _ in range(120)]
+            old = [p.detach().clone() for p in receipt.graft.parameters()]
+            [train() for _ in range(120)]
+            assert receipt.present
+            assert not all(map(torch.equal, old, receipt.graft.parameters()))
+            assert session._parts.failures.counts == {}
+            diagnosis = session._parts.diagnosis
+            assert diagnosis is not None
+            assert diagnosis.diagnosis.failed == {}
+            assert not [f for f in session.findings() if f.severity == "serious"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 LIMIT_SECONDS = 120.0  # of a lookup that does not end; a busy machine is slow, too
 
 
