@@ -32,7 +32,7 @@ from esper.blueprints.base import COPIES_IN_TRAINING, MIB, introduce
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import IncompatibleLayerError
 from esper.grafting.digests import digest
-from esper.grafting.random_streams import RandomStreams, kept_streams
+from esper.grafting.random_streams import RandomStreams, draws_nothing, kept_streams
 from esper.grafting.slot import SLOT_NAME, first_tensor, slot_of
 
 MAX_ROWS = 4  # of the sample that are used: a certificate must not take as long as a training step
@@ -72,7 +72,11 @@ def certify(
     Raises:
         IncompatibleLayerError: the layer cannot be run on ``x`` alone.
     """
-    built_quietly = streams_before is None or streams_before.equals(RandomStreams.read())
+    built_quietly = (
+        streams_before is None
+        or streams_before.equals(RandomStreams.read())
+        or draws_nothing(lambda: blueprint.build(layer, config, seed=0))
+    )
     forecast = blueprint.forecast(layer, blueprint.config_for(layer, config))
     timed = thorough or forecast.flops <= CHEAP_FLOPS
     with put_back(host, training), torch.enable_grad():
@@ -256,7 +260,7 @@ def _try_out(
     streams = RandomStreams.read()  # not earlier: the host's own dropout may use them
     with _counted_activations(graft, x) as saved:
         changed = graft.combine(x, y)
-    rng_neutral = streams.equals(RandomStreams.read())
+    rng_neutral = streams.equals(RandomStreams.read()) or draws_nothing(lambda: graft.combine(x, y))
     cotangent = _made_up_cotangent(y)
     same_form = (
         changed.shape == y.shape

@@ -1,4 +1,8 @@
-"""The global random generators: their states, read, restored and compared."""
+"""The global random generators: their states, read, restored and compared.
+
+Another thread of the script may draw at the same moment, as one that loads data ahead does. What
+is compared here is therefore tried again before it counts as a difference.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_TRIES = 5  # a pass takes less than the 5 ms after which another thread gets its turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,14 @@ class RandomStreams:
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))
 
+    def stay_restored(self) -> bool:
+        """Whether the streams are as they were here; restores them again where they are not."""
+        for _ in range(_TRIES):
+            if self.equals(RandomStreams.read()):
+                return True
+            self.restore()
+        return False
+
     def equals(self, other: RandomStreams) -> bool:
         pairs = zip((self.torch, *self.cuda), (other.torch, *other.cuda), strict=False)
         return (
@@ -50,6 +64,16 @@ class RandomStreams:
             and len(self.cuda) == len(other.cuda)
             and all(torch.equal(mine, theirs) for mine, theirs in pairs)
         )
+
+
+def draws_nothing(run: Callable[[], object]) -> bool:
+    """Whether ``run`` uses no global random stream; calls it until one call used none."""
+    for _ in range(_TRIES):
+        before = RandomStreams.read()
+        run()
+        if before.equals(RandomStreams.read()):
+            return True
+    return False
 
 
 @contextmanager

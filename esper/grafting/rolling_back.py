@@ -28,7 +28,6 @@ from esper.grafting.host_settings import (
     keep_scaler_settings,
     listed,
 )
-from esper.grafting.random_streams import RandomStreams
 from esper.grafting.saved_values import (
     SavedTensor,
     all_same_bits,
@@ -243,6 +242,6 @@ def _differences(snapshot: Snapshot, done: list[SavedTensor]) -> list[str]:
         found.append("weights or buffers")
     if not all_same_bits(pair for saved in snapshot.optimizers for pair in _state_pairs(saved)):
         found.append("optimizer state")
-    if not snapshot.streams.equals(RandomStreams.read()):
+    if not snapshot.streams.stay_restored():
         found.append("random streams")
     return found

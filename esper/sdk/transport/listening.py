@@ -125,6 +125,9 @@ class Listener:
             additional_headers={"Authorization": f"Bearer {self._client.token}"},
             max_size=_MAX_MESSAGE_BYTES,
             open_timeout=5,
+            # The server pings. The library's own pings draw from Python's global random stream,
+            # which is the script's.
+            ping_interval=None,
             proxy=proxy,
         ) as socket:
             back_off.reset()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.asyncio.connection import Connection
 
 from esper.compilation import build_kernel
 from esper.contracts import (
@@ -16,6 +18,7 @@ from esper.contracts import (
     signing,
 )
 from esper.grafting import digest, span_of
+from esper.grafting.random_streams import RandomStreams
 from esper.sdk import RunStopped
 from esper.sdk.transport import TransportQueues
 from tests.esper.sdk.tiny_training import Training, slot_at
@@ -354,3 +357,21 @@ def test_a_command_without_a_later_boundary_is_answered_at_the_end(
     wait_for(lambda: session._parts.queues and session._parts.queues.inbox, "it is prepared")
     session.close()
     assert final_ack(plane, 1)["state"] == "failed"
+
+
+def test_the_command_stream_draws_nothing_from_the_random_streams_of_the_script(
+    training: Training, plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's keepalive would, in the transport thread, every 20 seconds; here at once."""
+
+    async def ping_at_once(connection: Connection) -> None:
+        await connection.ping()
+
+    monkeypatch.setattr(Connection, "keepalive", ping_at_once)
+    before = RandomStreams.read()
+    with listening(training, plane) as session:
+        plane.send(graft_command(plane, 1, kernel_for(session, plane)))
+        training.until(lambda: ended(plane, 1), session)
+    after = RandomStreams.read()
+    assert after.python == before.python
+    assert after.equals(replace(before, torch=after.torch))  # the training draws from torch's
