@@ -105,8 +105,9 @@ class RepairScale(Remedy):
         details["factors"] = factors
         updates = {
             name: max(spread / USUAL_SPREAD, 1.0 / LARGEST_UPDATES)
-            for name, (_, spread) in entering.items()
-            if LARGEST_FACTOR**-1 < spread < FAINT_SPREAD
+            for name, (mean, spread) in entering.items()
+            # Around zero it is faint on purpose, as behind a mean over an image, and comes back.
+            if LARGEST_FACTOR**-1 < spread < FAINT_SPREAD and abs(mean) > SHIFTED * spread
         }
         if order and inputs > LARGE_INPUT and not features:
             updates[order[0]] = inputs

@@ -665,6 +665,29 @@ def test_data_alone_at_fault_changes_the_first_layer_alone() -> None:
         assert all(torch.equal(after[n], before[n]) for n in before if not n.startswith("0."))
 
 
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Sigmoid])
+def test_updates_get_larger_behind_a_large_mean_and_not_where_a_signal_is_faint_on_purpose(
+    activation: type[nn.Module],
+) -> None:
+    """Behind a mean over an image, larger updates of tanhs cost 3 to 9 points on the digits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), activation())
+    model.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+    for _ in range(3):
+        model.extend([nn.Linear(8, 8), activation()])
+    model.append(nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with esper.attach(model, optimizer, mode="supervised", server="", verbose=False) as session:
+        details = session.remedy("repair_scale", sample=torch.randn(64, 1, 8, 8)).details
+    larger = set(details.get("updates", {}))
+    if activation is nn.Tanh:
+        assert not larger
+    elif activation is nn.Sigmoid:
+        assert larger == {"4", "6", "8", "10"}
+    else:
+        assert larger <= {"4"}  # it reads means of what is above zero
+
+
 def losses_of(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
