@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from esper.diagnosis.observation import GradientRow, Gradients, UpdateSettings
-from esper.diagnosis.probes import FEW, TABLES, TRANSPOSED, is_graft, sampled
+from esper.diagnosis.probes import FEW, TABLES, TRANSPOSED, is_graft, plain_kind_of, sampled
 from esper.diagnosis.updates import settings_of, strongest
-from esper.grafting.graph import kind_of
 from esper.health.optimizer_steps import dense, has_numbers, norms_of, spread_sample
 from esper.health.transfers import HostTransfer
 
@@ -65,7 +64,7 @@ class GradientProbe:
             if has_numbers(parameter) and parameter.numel() and not is_graft(name):
                 self.names[id(parameter)] = name
                 module = modules.get(name.rpartition(".")[0], self.model)
-                self.kinds[id(parameter)] = kind_of(module)
+                self.kinds[id(parameter)] = plain_kind_of(module)
                 self.parameters[id(parameter)] = parameter
         known: tuple[dict[int, Any], ...] = (
             self._still, self._samples, self._rows, self._slopes, self._from_zero,

@@ -73,7 +73,7 @@ def read_tensors(model: nn.Module) -> tuple[TensorFacts, ...]:
         if not has_numbers(parameter) or not parameter.numel() or is_graft(name):
             continue
         layer = name.rpartition(".")[0]
-        kind = kind_of(modules.get(layer, model))  # a class may give names of its own
+        kind = plain_kind_of(modules.get(layer, model))  # a class may give names of its own
         sample = sampled(parameter.detach()).float().cpu()
         facts = _tensor_facts(name, layer, kind, parameter, sample)
         if facts.is_matrix and facts.std > 0:
@@ -138,6 +138,12 @@ def sampled(tensor: Tensor) -> Tensor:
     if tensor.ndim < 2:
         return tensor.reshape(-1)[: ROWS * COLUMNS]
     return tensor[:ROWS].flatten(1)[:, :COLUMNS]
+
+
+def plain_kind_of(module: nn.Module) -> str:
+    """As ``kind_of``, but a class made from a table or a transposed layer counts as that one."""
+    made_from = (kind.__name__ for kind in type(module).__mro__)
+    return next((name for name in made_from if name in (*TABLES, *TRANSPOSED)), kind_of(module))
 
 
 def fan_in(shape: Sequence[int], kind: str) -> int:
@@ -279,7 +285,7 @@ class ForwardProbe:
         numbers = _input_numbers(x) if _readable(x) else _unknown_numbers(y)
         std = rows_of(y).std(correction=0).reshape(1)
         joined = torch.cat([numbers.to(y.device, non_blocking=True), std])
-        self._layers[name] = kind_of(module), module.training, joined
+        self._layers[name] = plain_kind_of(module), module.training, joined
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and y.ndim > 1:
             self._values[name] = y.numel() // max(1, y.shape[1])
         if kind_of(module) == "Linear":
