@@ -474,8 +474,9 @@ WATCHES = (
     _("a loss at each step"),
     _(
         "The guard cannot see the loss diverge, and no graft can be judged by it: pass it to "
-        "session.step(loss); in a transformers Trainer that computes its own loss, call the "
-        "callback's observe(loss); with Lightning, return it from training_step."
+        "session.step(loss); in a transformers Trainer whose training_step does not call "
+        "super().training_step, call the callback's observe(loss); with Lightning, return it from "
+        "training_step."
     ),
     _("Esper's %(part)s failed: %(error)s"),
     _("no failures"),

@@ -313,8 +313,9 @@ def unknown_loss() -> Finding:
         observed="a step of the session came without a loss",
         limit="a loss at each step",
         remedy="The guard cannot see the loss diverge, and no graft can be judged by it: pass it "
-        "to session.step(loss); in a transformers Trainer that computes its own loss, call the "
-        "callback's observe(loss); with Lightning, return it from training_step.",
+        "to session.step(loss); in a transformers Trainer whose training_step does not call "
+        "super().training_step, call the callback's observe(loss); with Lightning, return it from "
+        "training_step.",
     )
 
 

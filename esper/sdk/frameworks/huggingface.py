@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import (
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
 except ImportError as error:  # the library itself does not need it
     raise ImportError(
         "esper.sdk.frameworks.huggingface needs transformers: pip install transformers accelerate"
@@ -40,15 +46,17 @@ framework_loads.install()
 
 ESPER_FILE = "esper.pt"
 _MARK = "esper"  # in trainer_state.json: this checkpoint has a file of ours
+_TELLS = "_tells_esper_the_loss"
 _HELD_OUT_ROWS = 64
 
 
 class EsperCallback(TrainerCallback):
     """Attaches Esper to a ``Trainer.train()``.
 
-    The loss is what the model itself returns (``outputs.loss``). A Trainer that computes its own,
-    with ``compute_loss_func`` or label smoothing, calls :meth:`observe` with it; otherwise the
-    loss of the steps is unknown, which is a finding.
+    The loss is what the Trainer trains by, whether the model, label smoothing, ``compute_loss`` or
+    ``compute_loss_func`` computes it. Where a class has a ``training_step`` of its own that does
+    not call the Trainer's, it is what the model returns (``outputs.loss``), or what
+    :meth:`observe` is given; otherwise the loss of the steps is unknown, which is a finding.
 
     Args:
         resume_from: the checkpoint folder that training resumes from. Needed only where that is
@@ -74,7 +82,9 @@ class EsperCallback(TrainerCallback):
         return {**vars(self), **fresh}
 
     def observe(self, loss: Tensor) -> None:
-        """Call it with the loss of each batch, before it is divided by the accumulation steps."""
+        """Call it with the loss of each batch, before it is divided by the accumulation steps.
+
+        Needed in a ``training_step`` that computes a loss and does not call the Trainer's."""
         self._losses.observe(loss)
 
     @inside_the_loop("The training is not watched.", raises=(EsperError,))
@@ -197,15 +207,20 @@ class EsperCallback(TrainerCallback):
 
 
 class _LossCollector:
-    """The losses of the batches since the last optimizer step, as the model returned them."""
+    """The losses of the batches since the last optimizer step.
+
+    Those that the Trainer tells, or else those that the model returned.
+    """
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
+        self._shares: list[Tensor] = []  # of the step's loss, as the Trainer told them
         self._summed = False
         self._handle: RemovableHandle | None = None
 
     def follow(self, model: nn.Module, fail_closed: FailClosed) -> None:
         self._losses.clear()
+        self._shares.clear()
         disable: Callable[..., Callable[..., None]] = torch.compiler.disable
         missing = {"part": "loss collector", "unmeasured": "The loss of the steps is unknown."}
         hook = disable(fail_closed.wrap(self._hook, **missing))
@@ -220,14 +235,17 @@ class _LossCollector:
     def observe(self, loss: Tensor) -> None:
         self._losses.append(loss.detach())
 
+    def add_share(self, loss: Any) -> None:
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.stop()  # the model need not tell: its hook would hinder a pass of an eager copy
+            self._shares.append(loss.detach().reshape(()))
+
     def take(self) -> Tensor | None:
-        """The mean loss of the batches; None where the model returned none."""
-        if not self._losses:
-            return None
-        total = torch.stack(self._losses).sum()
-        count = 1 if self._summed else len(self._losses)
-        self._losses.clear()
-        return total / count
+        """The loss of the step; None where neither the Trainer nor the model told one."""
+        count = 1 if self._summed or self._shares else len(self._losses)
+        losses = self._shares or self._losses
+        self._shares, self._losses = [], []
+        return torch.stack(losses).sum() / count if losses else None
 
     def _hook(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
@@ -272,6 +290,27 @@ class _HeldOut:
                 return None
             total += float(loss) * len(chosen)
         return total / rows if rows and math.isfinite(total) else None
+
+
+def _tell_losses() -> None:
+    """A Trainer tells our callbacks the loss that it trains by; no event of it does."""
+    step = Trainer.training_step
+    if hasattr(step, _TELLS):
+        return
+
+    @wraps(step)
+    def training_step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        loss = step(self, *args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EsperCallback):
+                callback._losses.add_share(loss)
+        return loss
+
+    setattr(training_step, _TELLS, True)
+    Trainer.training_step = training_step  # type: ignore[method-assign]
+
+
+_tell_losses()
 
 
 def _loss_in(outputs: Any) -> Any:

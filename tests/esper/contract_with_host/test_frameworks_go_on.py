@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import Trainer as HuggingFace
 
 from esper.exceptions import ConfigurationError
 from esper.sdk.frameworks.huggingface import EsperCallback as TrainerCallback
@@ -124,17 +125,67 @@ def test_a_wrong_argument_of_a_callback_is_still_told() -> None:
         fit(Skips(), EsperCallback(run="fit", mode="watch"))
 
 
-def test_a_trainer_that_computes_its_own_loss_is_trained(
-    tmp_path: Path,
-) -> None:
+class OwnLoss(HuggingFace):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **_: Any) -> Any:
+        return _cross_entropy(model(input_ids=inputs["input_ids"]), inputs["labels"])
+
+
+class OwnStep(HuggingFace):
+    """It does not call the Trainer's, so it has to tell."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **_: Any) -> Tensor:
+        loss = model.train()(**inputs).loss
+        self.accelerator.backward(loss / 2)
+        return loss.detach() / 2
+
+
+def _cross_entropy(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
+    return F.cross_entropy(outputs["logits"].float().flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("how", ["the model", "smoothing", "function", "method", "step"])
+def test_the_losses_are_those_that_a_trainer_trains_by(how: str, tmp_path: Path) -> None:
     callback = TrainerCallback(run="fit")
-    trainer = make_trainer(tmp_path, callback, max_steps=4, save_steps=2, eval_strategy="no")
-
-    def own_loss(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
-        return F.cross_entropy(outputs["logits"].float().flatten(0, 1), labels.flatten())
-
-    trainer.compute_loss_func = own_loss
+    kinds: dict[str, type[HuggingFace]] = {"method": OwnLoss, "step": OwnStep}
+    options = {"label_smoothing_factor": 0.2} if how == "smoothing" else {}
+    if how == "function":
+        options["compute_loss_func"] = lambda *args, **kwargs: _cross_entropy(*args, **kwargs) / 2
+    trainer = make_trainer(
+        tmp_path, callback, kind=kinds.get(how, HuggingFace), max_steps=6, save_strategy="no",
+        eval_strategy="no", **options,
+    )  # fmt: skip
     trainer.train()
+    session = callback.session
+    assert session is not None
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    seen = session.state_dict()["losses"]["loss"].tolist()
+    assert seen == pytest.approx(logged, rel=1e-5)
+    assert not [f for f in session._parts.findings.all() if "without a loss" in f.observed]
+
+
+def test_a_compiled_trainer_is_read_by_an_eager_copy(tmp_path: Path) -> None:
+    callback = TrainerCallback(run="fit")
+    make_trainer(
+        tmp_path, callback, max_steps=3, save_strategy="no", eval_strategy="no", bf16=False,
+        torch_compile=True, torch_compile_backend="eager",
+    ).train()  # fmt: skip
+    session = callback.session
+    assert session is not None
+    assert [f.observed for f in session._parts.findings.all()] == []
+
+
+def test_a_step_of_a_trainer_that_tells_no_loss_is_a_finding(tmp_path: Path) -> None:
+    class Silent(HuggingFace):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **_: Any) -> Tensor:
+            outputs = model.train()(input_ids=inputs["input_ids"])
+            loss = _cross_entropy(outputs, inputs["labels"]) / 2
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    callback = TrainerCallback(run="fit")
+    make_trainer(
+        tmp_path, callback, kind=Silent, max_steps=4, save_strategy="no", eval_strategy="no"
+    ).train()
     session = callback.session
     assert session is not None
     assert session._parts.run.step == 4

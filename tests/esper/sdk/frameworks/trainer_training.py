@@ -62,7 +62,12 @@ class FailAt(TrainerCallback):
 
 
 def make_trainer(
-    folder: Path, esper: EsperCallback, *others: TrainerCallback, **changes: Any
+    folder: Path,
+    esper: EsperCallback,
+    *others: TrainerCallback,
+    kind: type[Trainer] = Trainer,
+    compute_loss_func: Any = None,
+    **changes: Any,
 ) -> Trainer:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
@@ -89,8 +94,9 @@ def make_trainer(
         dataloader_pin_memory=False,
         **given,
     )
-    return Trainer(
+    return kind(
         model=model,
+        compute_loss_func=compute_loss_func,
         args=arguments,
         train_dataset=Text(80, 1),
         eval_dataset=Text(16, 2),
