@@ -276,7 +276,7 @@ class ForwardProbe:
                 with torch.no_grad():
                     see(module, args, kwargs, output)
 
-        return PassingHook(self._closed(seen))
+        return PassingHook(self._closed(seen), takes=4)
 
     def _see_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)

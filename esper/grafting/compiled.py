@@ -156,7 +156,7 @@ def _before_call(entry: nn.Module, read: Reader) -> Callable[[], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         read(args, kwargs)
 
-    return entry.register_forward_pre_hook(PassingHook(hook), with_kwargs=True).remove
+    return entry.register_forward_pre_hook(PassingHook(hook, takes=3), with_kwargs=True).remove
 
 
 def _around_call(entry: nn.Module, read: Reader) -> Callable[[], None]:

@@ -203,7 +203,7 @@ class LayerRecorder:
         self._install("", lambda hook: root.register_forward_pre_hook(hook), self._start_pass)
         for name, module in self._modules.items():
             register = partial(register_alike, "record", module)
-            self._install(name, register, self._see_as(name))
+            self._install(name, register, self._see_as(name), takes=4)
         self._install("", lambda hook: root.register_forward_hook(hook), self._finish_pass)
 
     def _install(
@@ -211,6 +211,7 @@ class LayerRecorder:
         layer: str,
         register: Callable[[Callable[..., None]], RemovableHandle],
         hook: Callable[..., None],
+        takes: int = 0,
     ) -> None:
         """Registers one hook that no compiled code contains; some modules accept none."""
         closed = partial(
@@ -220,7 +221,7 @@ class LayerRecorder:
             unmeasured=_NO_SHAPES if layer else _NO_ORDER,
         )
         quiet = self._fail_closed.wrap(hook, **closed.keywords)
-        handle = closed(lambda: register(PassingHook(quiet)))
+        handle = closed(lambda: register(PassingHook(quiet, takes)))
         if handle is not None:
             self._handles.append(handle)
 

@@ -23,13 +23,22 @@ class PassingHook:
     A copy gets one that does nothing. It is a function of the standard library, so that a pickled
     model loads without Esper. While torch traces, for ``torch.compile`` or ``torch.jit``, the hook
     does nothing either: it is no part of the graph, and splits none. See :func:`apart`, too.
+
+    Args:
+        takes: how many arguments torch calls the hook with. It calls one with fewer, without the
+            keyword arguments, that another thread or another hook adds or removes at this moment;
+            then the hook does nothing. 0: any number will do.
     """
 
-    def __init__(self, hook: Callable[..., Any]) -> None:
+    def __init__(self, hook: Callable[..., Any], takes: int = 0) -> None:
         self._hook = hook
+        self._takes = takes
 
     def __call__(self, *args: Any) -> Any:
-        return apart(self._hook, *args)
+        return apart(self._look, *args)
+
+    def _look(self, *args: Any) -> Any:
+        return None if len(args) < self._takes else self._hook(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
@@ -94,6 +103,7 @@ def register_alike(kind: str, module: nn.Module, hook: Callable[..., Any]) -> Re
 
     Args:
         kind: of the hook; the second of a kind at one module has the kind's second number.
+        hook: is called without keyword arguments, too: see :class:`PassingHook`.
     """
     handle = module.register_forward_hook(hook, with_kwargs=True)
     reserved = _numbers.setdefault(kind, [])

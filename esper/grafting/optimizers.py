@@ -87,4 +87,16 @@ def _wrapped_by(optimizer: Any) -> torch.optim.Optimizer | None:
     is_own = isinstance(optimizer, torch.optim.Optimizer) and _is_made(optimizer)
     names = _INNER if is_own else _INNER_OF_OTHERS
     found = (getattr(optimizer, name, None) for name in names)
-    return next((inner for inner in found if isinstance(inner, torch.optim.Optimizer)), None)
+    named = next((inner for inner in found if isinstance(inner, torch.optim.Optimizer)), None)
+    return named or _only_one_in(optimizer, is_own)
+
+
+def _only_one_in(optimizer: Any, is_own: bool) -> torch.optim.Optimizer | None:
+    """The one that it holds under any name, if that trains all of its own parameters."""
+    held = getattr(optimizer, "__dict__", {}).values()
+    inner = [value for value in held if isinstance(value, torch.optim.Optimizer)]
+    if len(inner) != 1 or not hasattr(inner[0], "param_groups"):
+        return None
+    if is_own and {*map(id, parameters_of(inner[0]))} != {*map(id, parameters_of(optimizer))}:
+        return None
+    return inner[0]

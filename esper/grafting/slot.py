@@ -307,8 +307,10 @@ class Slot(nn.Module):
         return made
 
 
-def run_slot(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def run_slot(module: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> Any:
     """The forward hook of every slot. None leaves the output as it is.
+
+    torch leaves out the keyword arguments where another thread adds or removes the slot just now.
 
     torch.compile traces it into the graph: an empty slot leaves nothing there. Every call of every
     layer pays for it, so an idle slot costs a few lookups.
@@ -316,6 +318,7 @@ def run_slot(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     slot = module._modules.get(SLOT_NAME)
     if slot is None:
         return None
+    kwargs, output = kwargs_and_output if len(kwargs_and_output) > 1 else ({}, *kwargs_and_output)
     if torch.compiler.is_compiling():
         # Watchers are not read here: each change of them would compile the graph again.
         return _run_traced(slot, module, args, kwargs, output) if slot._modules else None
@@ -618,7 +621,7 @@ def watch(model: nn.Module, layer: str, watcher: Watcher) -> Callable[[], None]:
         if x is not None and y is not None and not is_transformed(y):
             watcher(x, y)
 
-    return register_alike("watch", host, PassingHook(read)).remove
+    return register_alike("watch", host, PassingHook(read, takes=4)).remove
 
 
 def is_transformed(tensor: Tensor) -> bool:

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from esper.sdk.run_state import LossPoint
 
@@ -92,7 +93,7 @@ class WrittenWeights:
         for place, (ref, name) in enumerate(self._watched):
             owner = ref()
             p = None if owner is None else owner._parameters.get(name)
-            if p is None or p.is_inference():
+            if p is None or is_lazy(p) or p.is_inference():
                 continue
             writes += p._version
             if type(p) is nn.Parameter and p.layout is torch.strided:  # others may have no memory

@@ -418,10 +418,11 @@ def _before_first_runs(
     """Calls ``act(name, module, args, kwargs)`` before the first run of each layer."""
     seen: set[str] = set()
 
-    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        if name not in seen:
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], *kwargs: Any) -> None:
+        # torch leaves the keyword arguments out in a pass of another thread that runs just now.
+        if kwargs and name not in seen:
             seen.add(name)
-            act(name, module, args, kwargs)
+            act(name, module, args, *kwargs)
 
     handles = [
         # Before the script's own hooks, which change the inputs in each call.

@@ -248,9 +248,9 @@ class _LossCollector:
         return torch.stack(losses).sum() / count if losses else None
 
     def _hook(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any = None
     ) -> None:
-        loss = _loss_in(outputs)
+        loss = _loss_in(outputs)  # no outputs: in another thread, while the hook is taken out
         if model.training and isinstance(loss, Tensor) and loss.numel() == 1:
             # Given the number of items in the whole step, each batch returns its share of the loss.
             self._summed = kwargs.get("num_items_in_batch") is not None

@@ -22,7 +22,7 @@ class InputSample:
     def ready(self) -> bool:
         """A batch is there; otherwise it is taken in the next forward pass."""
         if self.batch is None and self._handle is None:
-            hook = PassingHook(self._take)
+            hook = PassingHook(self._take, takes=3)
             self._handle = self._model.register_forward_pre_hook(hook, with_kwargs=True)
         return self.batch is not None
 

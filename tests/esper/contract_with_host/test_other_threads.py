@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+import esper
 from esper.grafting.snapshot import SnapshotMemory
 
 ROOT = Path(__file__).parents[3]
@@ -92,3 +95,48 @@ def test_a_program_may_end_while_digests_are_computed() -> None:
             [sys.executable, "-W", "ignore", "-c", program], capture_output=True, check=False
         )
         assert done.returncode == 0, done.stderr
+
+
+ENDS: dict[str, Callable[[Any, Any], object]] = {
+    "undo": lambda session, receipt: session.undo(receipt),
+    "detach": lambda session, receipt: session.detach(),
+    "close": lambda session, receipt: session.close(),
+}
+
+
+@pytest.mark.parametrize(("end", "steps"), [("undo", 25), ("detach", 0), ("detach", 25), ("close", 0)])
+def test_a_pass_that_has_begun_ends_as_ever_when_hooks_are_taken_out(end: str, steps: int) -> None:
+    """torch reads a layer's hooks before it runs them, as a pass in another thread may do just now.
+
+    It then calls those that are gone without their keyword arguments.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    session = esper.attach(model, optimizer, run="threads", mode="supervised", verbose=False)
+    acts: list[Callable[[], object]] = []
+
+    def act(*_: object) -> None:
+        while acts:
+            acts.pop()()
+
+    model[0].register_forward_hook(act, prepend=True)
+
+    def train() -> None:
+        loss = (model(torch.randn(8, 8)) - 1.0).square().mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        session.step(loss)
+
+    for _ in range(steps):
+        train()
+    receipt = session.graft("0", "proj_lora_64", rank=2) if steps else None
+    acts.append(lambda: ENDS[end](session, receipt))
+    with torch.no_grad():
+        model(torch.randn(8, 8))
+    assert not acts
+    for _ in range(5 * (end != "close")):
+        train()
+
+    assert not [found for found in session.findings() if found.severity == "serious"]

@@ -379,7 +379,7 @@ class Holds:
         vars(self)[name] = optimizer
 
 
-@pytest.mark.parametrize("name", ["optimizer", "opt", "_optimizer"])
+@pytest.mark.parametrize("name", ["optimizer", "opt", "_optimizer", "any_other"])
 def test_the_optimizer_is_found_in_a_wrapper_that_is_none(name: str) -> None:
     model = nn.Linear(8, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -451,6 +451,38 @@ def test_an_optimizer_that_is_half_made_is_watched_and_its_grafts_train(
     for _ in range(3):
         step(model, optimizer, session)
     assert session._parts.failures.counts == {}
+    assert not session.findings()
+
+
+class TwoSteps(torch.optim.Optimizer):
+    """As SAM: the gradients of the update are gone before ``step`` returns."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self.inside = torch.optim.SGD(self.param_groups, lr=lr)
+        self.param_groups = self.inside.param_groups
+
+    def step(self, closure: Any) -> None:  # type: ignore[override]
+        self.zero_grad()
+        closure()
+        self.inside.step()
+        self.zero_grad()
+
+
+def test_the_gradients_of_an_optimizer_around_another_are_read() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    optimizer = TwoSteps(model.parameters(), lr=0.1)
+    session = esper.attach(model, optimizer, run="sam", verbose=False)
+    for _ in range(30):
+        x = torch.randn(8, 8)
+
+        def loss(x: Tensor = x) -> Tensor:
+            return (model(x) - 1.0).square().mean()
+
+        optimizer.step(lambda loss=loss: torch.autograd.backward(loss()))
+        session.step(loss())
+
     assert not session.findings()
 
 

@@ -421,3 +421,19 @@ def test_a_batch_without_finite_loss_that_is_skipped_changes_nothing(
     assert session.remedies == ()
     finite = list(filter(math.isfinite, losses))
     assert finite[: len(finite) // 2] == finite[len(finite) // 2 :]
+
+
+@pytest.mark.parametrize("mode", ["observe", "automatic"])
+def test_layers_that_get_their_shape_in_the_first_pass_are_watched(mode: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyBatchNorm1d(), nn.LazyLinear(4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    session = esper.attach(model, optimizer, run="lazy", mode=mode, verbose=False)
+    for _ in range(30):
+        loss = model(torch.randn(8, 8)).square().mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        session.step(loss)
+
+    assert not [found for found in session.findings() if found.severity == "serious"]
