@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
@@ -61,10 +63,34 @@ def apart(look: Callable[..., Any], *args: Any) -> Any:
         return _without_modes(look, *args)
     finally:
         # An interrupt between torch.no_grad() and its block leaves the gradients off.
-        torch.set_grad_enabled(has_gradients)
+        if torch.is_grad_enabled() != has_gradients:
+            torch.set_grad_enabled(has_gradients)
 
 
 def _without_modes(look: Callable[..., Any], *args: Any) -> Any:
+    if torch._C._len_torch_function_stack():
+        with _no_function_modes():
+            return _without_dispatch_modes(look, *args)
+    return _without_dispatch_modes(look, *args)
+
+
+@contextmanager
+def _no_function_modes() -> Iterator[None]:
+    """Takes off the modes that see each call of torch; the script's default device is left."""
+    modes = _get_current_function_mode_stack()
+    if all(isinstance(mode, DeviceContext) for mode in modes):
+        yield
+        return
+    for _ in modes:
+        _pop_mode()
+    try:
+        yield
+    finally:
+        for mode in modes:
+            _push_mode(mode)
+
+
+def _without_dispatch_modes(look: Callable[..., Any], *args: Any) -> Any:
     if not torch._C._len_torch_dispatch_stack():
         return look(*args)
     # Only torch's own modes have a key: those of fake tensors, proxies and functionalization.

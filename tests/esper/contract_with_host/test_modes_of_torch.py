@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -66,6 +67,18 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class CountingCalls(TorchFunctionMode):
+    """The same, of the functions that the script calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 def run(model: nn.Module, mode: str, steps: int, around: Mode = nullcontext) -> Any:
     """Gradients' norm and the mode's count, of each step, and the session."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -91,6 +104,7 @@ def run(model: nn.Module, mode: str, steps: int, around: Mode = nullcontext) -> 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Mode]] = {
     "selective checkpoints": (lambda: Checkpointed(Block(), Block()), nullcontext),
     "a counter of operations": (lambda: nn.Sequential(Block(), Block()), Counting),
+    "a counter of calls": (lambda: nn.Sequential(Block(), Block()), CountingCalls),
 }
 
 

@@ -104,7 +104,9 @@ ENDS: dict[str, Callable[[Any, Any], object]] = {
 }
 
 
-@pytest.mark.parametrize(("end", "steps"), [("undo", 25), ("detach", 0), ("detach", 25), ("close", 0)])
+@pytest.mark.parametrize(
+    ("end", "steps"), [("undo", 25), ("detach", 0), ("detach", 25), ("close", 0)]
+)
 def test_a_pass_that_has_begun_ends_as_ever_when_hooks_are_taken_out(end: str, steps: int) -> None:
     """torch reads a layer's hooks before it runs them, as a pass in another thread may do just now.
 
