@@ -13,9 +13,10 @@ import math
 import os
 import sys
 import weakref
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
+
+from esper.fail_closed import errors_ignored
 
 logger = logging.getLogger("esper")
 
@@ -69,7 +70,7 @@ class Console:
             step: the training step, which counts how often lines of one kind are written.
             kind: lines of one kind are folded when they are many; empty: never folded.
         """
-        with suppress(Exception):  # a filter of the user may raise
+        with errors_ignored():  # a filter of the user may raise
             logger.log(level, "%s", line, extra={_SAID: True})
         if not self.enabled or logger.level > level or _logging_shows(level):
             return
@@ -118,11 +119,11 @@ def write_line(text: str) -> None:
     stream = sys.stderr
     if stream is None:  # a process without a console
         return
-    with suppress(Exception):  # closed, broken, full: nothing that training should see
+    with errors_ignored():  # closed, broken, full: nothing that training should see
         line = _encodable(_one_line(text), stream)
         bars = _active_bars()
         if bars is not None:
-            with suppress(Exception):
+            with errors_ignored():
                 bars.write(line, file=stream)
                 return
         stream.write(line + "\n")
@@ -188,7 +189,7 @@ class _WithoutHandlers(logging.Filter):
         if logger.hasHandlers():
             return True
         said = getattr(record, _SAID, False)
-        with suppress(Exception):
+        with errors_ignored():
             if record.levelno >= logging.WARNING and not said and _may_write():
                 write_line(PREFIX + _text_of(record))
         return False

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from types import CodeType
@@ -91,7 +91,7 @@ class FailClosed:
         if self._report is None:
             logger.warning("%s: %s. %s", layer or "the run", failure.error, unmeasured)
             return
-        with suppress(Exception):
+        with errors_ignored():
             self._report(failure)
 
 
@@ -117,6 +117,16 @@ def contained(part: str, unmeasured: str) -> Callable[[Callable[..., Any]], Call
         return inside
 
     return decorate
+
+
+@contextmanager
+def errors_ignored() -> Iterator[None]:
+    """As ``suppress(Exception)``, but the script's own exceptions go through."""
+    try:
+        yield
+    except Exception as error:
+        if is_the_scripts(error):
+            raise
 
 
 def is_the_scripts(error: BaseException) -> bool:

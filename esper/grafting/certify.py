@@ -31,6 +31,7 @@ from esper.blueprints import Blueprint, Graft, layout
 from esper.blueprints.base import COPIES_IN_TRAINING, MIB, introduce
 from esper.contracts import Certificate, LayerInfo
 from esper.exceptions import IncompatibleLayerError
+from esper.fail_closed import is_the_scripts
 from esper.grafting.digests import digest
 from esper.grafting.random_streams import RandomStreams, draws_nothing, kept_streams
 from esper.grafting.slot import SLOT_NAME, first_tensor, slot_of
@@ -296,6 +297,8 @@ def _run_host(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> T
     try:
         y = first_tensor(host.forward(*arguments))
     except Exception as error:
+        if is_the_scripts(error):
+            raise
         reason = f"it cannot be run on its first input alone ({error})"
         raise IncompatibleLayerError(
             layer=layer.name, blueprint=blueprint, reason=reason

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.fail_closed import is_the_scripts
 from esper.sharding import local
 
 PLAIN_RATE = 1e-3  # AdamW's usual one; the most that a plain AdamW takes from another class
@@ -83,6 +84,8 @@ def why_not(
     try:
         _try_out(host, group, parameters)
     except Exception as error:
+        if is_the_scripts(error):
+            raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
         return f"{type(host).__name__} cannot train these weights ({first[:100]})"
     return ""
@@ -110,7 +113,9 @@ def grows_with_gradient(made: Made, parameters: Sequence[nn.Parameter]) -> bool:
     """
     try:
         return _grows(made, parameters[0], torch.device("cpu"))
-    except Exception:
+    except Exception as error:
+        if is_the_scripts(error):
+            raise
         return _grows(made, parameters[0], parameters[0].device)
 
 

@@ -28,6 +28,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from esper.fail_closed import is_the_scripts
 from esper.grafting.hooks import PassingHook
 from esper.grafting.random_streams import kept_streams
 from esper.grafting.slot import run_slot, slots
@@ -71,9 +72,9 @@ def run_copy(
         _run(model, given if whole_batch else _some_rows(given), look, gradients)
     except SideEffectError:
         raise
-    except Exception:
+    except Exception as error:
         # The first axis is not the batch, or some other size depends on it.
-        if whole_batch:
+        if whole_batch or is_the_scripts(error):
             raise
         _run(model, given, look, gradients)
 

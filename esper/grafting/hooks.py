@@ -77,17 +77,17 @@ def _without_modes(look: Callable[..., Any], *args: Any) -> Any:
 @contextmanager
 def _no_function_modes() -> Iterator[None]:
     """Takes off the modes that see each call of torch; the script's default device is left."""
-    modes = _get_current_function_mode_stack()
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     if all(isinstance(mode, DeviceContext) for mode in modes):
         yield
         return
     for _ in modes:
-        _pop_mode()
+        _pop_mode()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         for mode in modes:
-            _push_mode(mode)
+            _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
 def _without_dispatch_modes(look: Callable[..., Any], *args: Any) -> Any:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.blueprints import list_blueprints
 from esper.exceptions import ConfigurationError, EsperError
-from esper.fail_closed import short
+from esper.fail_closed import errors_ignored, is_the_scripts, short
 from esper.grafting.hooks import PassingHook, register_alike
 from esper.grafting.manifest import MANIFEST_KEY, unpack
 from esper.grafting.slot import (
@@ -107,6 +106,8 @@ def follow_state(
             if slot is not None and slug in slot.grafts() and not slot.leave(slug):
                 logger.warning(taken_out_text(prefix + layer, slug))
     except Exception as error:
+        if is_the_scripts(error):
+            raise
         error_msgs.append(problem(error))
 
 
@@ -158,7 +159,7 @@ class _Following(PassingHook):
         self._copied = copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        with suppress(Exception):
+        with errors_ignored():
             self._copied(memo)
         make, arguments = self.__reduce__()
         return make(*arguments)
@@ -212,6 +213,8 @@ class LoadHooks:
         except EsperError:
             raise
         except Exception as error:
+            if is_the_scripts(error):
+                raise
             raise ConfigurationError(problem(error)) from error
 
     def _leave(self, module: nn.Module, keys: Any) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from esper.fail_closed import is_the_scripts
 from esper.remedies.good_state import State
 
 logger = logging.getLogger("esper")
@@ -134,6 +135,8 @@ class StateFolder:
                 if name != BEST and file.name not in kept:
                     file.unlink(missing_ok=True)
         except Exception as error:
+            if is_the_scripts(error):
+                raise
             self._failed = True
             logger.warning(
                 "good states are kept in memory only, because %s cannot be written: %s",
@@ -157,6 +160,8 @@ class StateFolder:
             if saved["format"] == 1 and {"step", "tensors", "moments"} <= saved.keys():
                 return dict(saved)
         except Exception as error:
+            if is_the_scripts(error):
+                raise
             logger.warning("the good state %s cannot be read: %s", file, error)
         return None
 

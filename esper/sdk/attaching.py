@@ -15,6 +15,7 @@ from torch import nn
 from esper import grafting
 from esper.contracts import MAX_NAME_LENGTH, RunMode, SafetyPolicy
 from esper.exceptions import ConfigurationError
+from esper.fail_closed import is_the_scripts
 from esper.grafting import RankGroup, Replicas, ShardedRanks, Surroundings
 from esper.grafting.compiled import without_compiler
 from esper.grafting.graph import layer_modules, why_never_graftable
@@ -308,8 +309,8 @@ def _prepare(model: nn.Module, names: tuple[str, ...], *, all_or_none: bool) -> 
     """
     try:
         grafting.prepare_slots(model, names)
-    except Exception:
-        if all_or_none:
+    except Exception as error:
+        if all_or_none or is_the_scripts(error):
             raise
         return tuple(name for name in names if _takes_slot(model, name))
     return names
@@ -319,6 +320,8 @@ def _takes_slot(model: nn.Module, name: str) -> bool:
     try:
         grafting.prepare_slots(model, [name])
     except Exception as error:
+        if is_the_scripts(error):
+            raise
         logger.debug("%r takes no slot", name, exc_info=error)
         return False
     return True

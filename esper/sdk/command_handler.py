@@ -35,6 +35,7 @@ from esper.exceptions import (
     UnknownBlueprintError,
     UnknownLayerError,
 )
+from esper.fail_closed import is_the_scripts
 from esper.grafting import Receipt, RemedyReceipt
 from esper.grafting.slot import find_slot
 from esper.sdk.adaptation import Adaptation, Operation
@@ -213,6 +214,8 @@ class CommandHandler:
         try:
             return self._surgery.waits_for_script()
         except Exception as error:  # the graft searches again, and is answered
+            if is_the_scripts(error):
+                raise
             logger.debug("the search for averages failed", exc_info=error)
             return False
 
@@ -224,6 +227,8 @@ class CommandHandler:
         try:
             return self._ahead.waits(ready.graft, until=time.monotonic() + rest)
         except Exception as error:
+            if is_the_scripts(error):
+                raise
             logger.debug("compiling ahead failed", exc_info=error)
             return False
 
@@ -251,6 +256,8 @@ class CommandHandler:
                 return self._undo(ready.command)
             return Answer(self._handle_other(ready.command))
         except Exception as error:
+            if is_the_scripts(error):
+                raise
             logger.exception("command %d failed", ready.command.seq)
             return Answer(failed(ready.command, f"{type(error).__name__}: {error}"))
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from esper.contracts import AdaptationState
 from esper.exceptions import UndoError
+from esper.fail_closed import is_the_scripts
 from esper.sdk.evaluation import Evaluations
 from esper.sdk.ranks import Order, Ranks
 from esper.sdk.surgery import Surgery
@@ -31,8 +32,10 @@ class Follower:
     def follow(self) -> None:
         """Until rank 0 ends its orders for this step.
 
-        An error here does not end it: rank 0 gets it in the vote.
+        An error here does not end it: rank 0 gets it in the vote. The script's own exception, such
+        as a time limit, goes on when the ranks are in step again.
         """
+        interruption: Exception | None = None
         while (order := self._ranks.take_order()) is not None:
             if order.kind == "stop":
                 self.stop_reason = order.reason
@@ -40,17 +43,25 @@ class Follower:
             try:
                 self._prepared(order)()
             except Exception as error:
+                if is_the_scripts(error):
+                    interruption = error
                 logger.warning("not done on this rank, nor on any other: %s", error)
+        if interruption is not None:
+            raise interruption
 
     def _prepared(self, order: Order) -> Callable[[], object]:
         """The order as a call, which votes even if something fails in it."""
         try:
             return self._meaning(order)
         except Exception as error:
-            logger.exception("this rank cannot do what rank 0 does")
+            refuse = partial(self._ranks.refuse, error)
             if order.kind == "evaluate":
-                return partial(self._evaluations.take_no_part, look=bool(order.adaptation))
-            return partial(self._ranks.refuse, error)
+                refuse = partial(self._evaluations.take_no_part, look=bool(order.adaptation))
+            if is_the_scripts(error):
+                refuse()
+                raise
+            logger.exception("this rank cannot do what rank 0 does")
+            return refuse
 
     def _meaning(self, order: Order) -> Callable[[], object]:
         if order.kind == "graft":

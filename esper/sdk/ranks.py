@@ -13,13 +13,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from esper import blueprints
 from esper.contracts import LayerInfo
 from esper.exceptions import ReplicaError
+from esper.fail_closed import is_the_scripts
 from esper.grafting.replicas import Call, RankGroup
 from esper.sdk.adaptation import Operation
+
+Told = TypeVar("Told")
 
 logger = logging.getLogger("esper")
 
@@ -142,12 +145,7 @@ class Ranks:
             return ()
         if step not in COMPARED_AT and step % COMPARED_EVERY:
             return ()
-        try:
-            value = digest()
-        except Exception:  # the others wait for this rank's number
-            logger.exception("the weights of this rank could not be read")
-            value = math.nan
-        return ranks.values(value)
+        return _told(ranks.values, digest, "the weights of this rank could not be read")
 
     @contextmanager
     def leading(self, busy: bool, stop_reason: Callable[[], str]) -> Iterator[None]:
@@ -192,9 +190,17 @@ class Ranks:
         """Of what all ranks measure; NaN where one of them fails."""
         if self._replicas is None:
             return measure()
-        try:
-            value = measure()
-        except Exception:
-            logger.exception("evaluate() failed on this rank")
-            value = math.nan
-        return self._replicas.mean(value)
+        return _told(self._replicas.mean, measure, "evaluate() failed on this rank")
+
+
+def _told(tell: Callable[[float], Told], measure: Callable[[], float], complaint: str) -> Told:
+    """The number of this rank, told to the others; NaN where it fails, as they wait for it."""
+    try:
+        value = measure()
+    except Exception as error:
+        if is_the_scripts(error):
+            tell(math.nan)
+            raise
+        logger.exception(complaint)
+        value = math.nan
+    return tell(value)

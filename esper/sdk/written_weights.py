@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from esper.sdk.run_state import LossPoint
 
@@ -93,7 +93,7 @@ class WrittenWeights:
         for place, (ref, name) in enumerate(self._watched):
             owner = ref()
             p = None if owner is None else owner._parameters.get(name)
-            if p is None or is_lazy(p) or p.is_inference():
+            if p is None or isinstance(p, UninitializedParameter) or p.is_inference():
                 continue
             writes += p._version
             if type(p) is nn.Parameter and p.layout is torch.strided:  # others may have no memory

@@ -6,6 +6,7 @@ from typing import Any
 
 from esper.contracts import Risk
 from esper.exceptions import GraftError
+from esper.fail_closed import is_the_scripts
 from esper.remedies.base import Effect, Remedy, Target
 
 
@@ -49,6 +50,8 @@ def _saved(target: Target) -> str:
     try:
         where = target.checkpoint()
     except Exception as error:
+        if is_the_scripts(error):
+            raise
         raise GraftError(f"checkpoint() failed: {type(error).__name__}: {error}", layer="") from (
             error
         )

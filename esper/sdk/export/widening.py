@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from esper.blueprints import Graft
 from esper.blueprints.catalog.widen_hidden import WideBranch
 from esper.blueprints.feedforward import GeluBranch
-from esper.fail_closed import short
+from esper.fail_closed import is_the_scripts, short
 from esper.grafting.remedies import is_tied
 from esper.grafting.spans import scope_of
 from esper.sdk.export.exported import give_weights
@@ -81,6 +81,8 @@ def _activation_between(model: nn.Module, since: str, layer: str) -> tuple[str, 
     try:
         traced = fx.symbolic_trace(copy.deepcopy(model.get_submodule(scope)))
     except Exception as error:  # it runs the user's code
+        if is_the_scripts(error):
+            raise
         return "", f"torch.fx cannot follow the model from {since} to {layer} ({short(error)})"
     node: fx.Node | None = next((n for n in traced.graph.nodes if n.target == start), None)
     found = ""

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import esper
 from esper import Session
+from esper.console import write_line
 from esper.contracts import Finding, Signal, ViolationRule
 from esper.fail_closed import FailClosed, Failure
 from esper.grafting import LayerRecorder, non_finite_gradients, remove_slots, trace_layers
@@ -480,6 +481,49 @@ def test_a_time_limit_of_the_script_costs_no_part_of_esper(
             assert diagnosis is not None
             assert diagnosis.diagnosis.failed == {}
             assert not [f for f in session.findings() if f.severity == "serious"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+class Loud:
+    """A console on which each line takes until the time is over."""
+
+    def write(self, _: str) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    def flush(self) -> None:
+        pass
+
+
+def shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(4, 4)
+    with esper.attach(model, torch.optim.SGD(model.parameters()), verbose=False) as session:
+        monkeypatch.setattr(session, "_summary", partial(signal.raise_signal, signal.SIGUSR1))
+        str(session)
+
+
+def said_on_the_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", Loud())
+    write_line("a finding")
+
+
+def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    state = model.state_dict()
+    esper.graft(model, "0", "proj_lora_64", rank=2)
+    place = "esper.grafting.state_dicts.compare"
+    monkeypatch.setattr(place, lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
+    model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("act", [shown_as_text, said_on_the_console, loaded])
+def test_a_time_limit_goes_through_where_errors_are_left_out(
+    act: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGUSR1, over)
+    try:
+        with monkeypatch.context() as patched, pytest.raises(TimeoutError, match="time is over"):
+            act(patched)
     finally:
         signal.signal(signal.SIGUSR1, before)
 
