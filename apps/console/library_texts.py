@@ -326,6 +326,10 @@ RULES = (
     ),
     _("at least %(limit)s; about %(usual)s is usual"),
     _("Raise the learning rate, by a factor of ten first."),
+    _(
+        "Leave lr at 1: the optimizer estimates the rate, and its estimate has not grown. Give it "
+        "a larger d0 or d_coef, and no warm-up of your own."
+    ),
     _("nll_loss is applied to outputs that are no log-probabilities, so it falls without end"),
     _("End the model with log_softmax, or use cross_entropy."),
     _("%(loss)s has targets from %(low)s to %(high)s"),

@@ -318,6 +318,7 @@ class Observation:
         rank_digests: one number of each rank's parameters; empty for one process.
         optimizers: how many train the model.
         searches: an optimizer finds the size of its updates by itself.
+        estimates_rate: an optimizer does, and its ``lr`` is a factor of the estimate.
         warms_up: an optimizer may make its first updates at a rate of zero.
         overshoot: how many times larger than a later one the update of the newest reading is.
         follows_gradient: the updates are as large as the gradient; those of an adaptive optimizer
@@ -352,6 +353,7 @@ class Observation:
     rank_digests: Sequence[float] = ()
     optimizers: int = 1
     searches: bool = False
+    estimates_rate: bool = False
     warms_up: bool = False
     overshoot: float = 1.0
     follows_gradient: bool = True

@@ -157,7 +157,9 @@ def _tensor_facts(
     std = float(sample.std(correction=0))
     equal, gain = math.nan, math.nan
     if parameter.ndim >= 2:
-        if len(sample) > 1 and kind not in TABLES:
+        # Rows of one number in another class scale one feature each, as those of (IA)³ do.
+        units = sample.shape[1] > 1 or kind in INITIALISED_ALIKE
+        if len(sample) > 1 and kind not in TABLES and units:
             equal = float((sample[1:] == sample[:-1]).all(1).float().mean())
         if kind not in TABLES:
             gain = std * math.sqrt(fan_in(parameter.shape, kind))

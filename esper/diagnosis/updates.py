@@ -65,6 +65,15 @@ def searches(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
     return any(isinstance(unwrap_optimizer(o), torch.optim.LBFGS) for o in optimizers)
 
 
+def estimates_rate(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+    """One estimates its rate from the path so far, as Prodigy and D-Adaptation do.
+
+    Its ``lr`` is a factor of the estimate ``d``, which begins far too low on purpose.
+    """
+    groups = (g for optimizer in optimizers for g in unwrap_optimizer(optimizer).param_groups)
+    return any("d" in group and "lr" in group for group in groups)
+
+
 def may_warm_up(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
     """One is not torch's own, so it may warm up by itself, from a rate of zero."""
     return not all(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,7 +53,7 @@ def audit(
     orphans = Orphans.of(own, holdings.optimizers, unheld)
     problems = [
         *_not_held(orphans),
-        *_tensor_problems(own, holdings),
+        *_tensor_problems(own, holdings, put_aside=_of_inactive_adapters(model)),
         *_optimizer_problems(orphans, holdings),
     ]
     return to_findings([*problems, *_companion_problems(users)])
@@ -133,11 +133,29 @@ def _not_held(orphans: Orphans) -> Iterator[Problem]:
         )
 
 
-def _tensor_problems(own: dict[str, nn.Parameter], holdings: _Holdings) -> Iterator[Problem]:
+def _of_inactive_adapters(model: nn.Module) -> set[int]:
+    """Ids of the tensors that PEFT's ``set_adapter`` has frozen; a later call thaws them."""
+    found: set[int] = set()
+    module: Any
+    for module in model.modules():
+        for kind in getattr(module, "adapter_layer_names", ()):
+            adapters = getattr(module, kind, None)
+            if isinstance(adapters, nn.ModuleDict | nn.ParameterDict):
+                for name, entry in adapters.items():
+                    if name not in module.active_adapters:
+                        alone = isinstance(entry, nn.Parameter)
+                        found |= {id(p) for p in ([entry] if alone else entry.parameters())}
+    return found
+
+
+def _tensor_problems(
+    own: dict[str, nn.Parameter], holdings: _Holdings, *, put_aside: Container[int]
+) -> Iterator[Problem]:
     for name, parameter in own.items():
         times = holdings.held.get(id(parameter), 0)
         trained = times and id(parameter) in holdings.trained
-        if trained and not (parameter.requires_grad or parameter in _frozen_on_purpose):
+        meant = parameter in _frozen_on_purpose or id(parameter) in put_aside
+        if trained and not (parameter.requires_grad or meant):
             yield Problem(
                 name,
                 Severity.CAUTION,

@@ -16,6 +16,7 @@ from esper.diagnosis.observation import Broken
 from esper.diagnosis.recorder import highest_rate
 from esper.diagnosis.updates import (
     EXCESSIVE,
+    estimates_rate,
     follows_gradient,
     may_warm_up,
     overshoot,
@@ -276,6 +277,7 @@ class DiagnosisWatch:
             rank_digests=self.rank_digests,
             optimizers=len(tuple(self.optimizers)),
             searches=searches(self.optimizers),
+            estimates_rate=estimates_rate(self.optimizers),
             warms_up=may_warm_up(self.optimizers),
             overshoot=self._overshoot(),
             follows_gradient=follows_gradient(self.optimizers),

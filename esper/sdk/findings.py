@@ -192,15 +192,24 @@ def _has_own_weights(surroundings: Surroundings) -> bool:
 class GradientWatch:
     """Says once that no gradient can be measured, since nothing is then proposed."""
 
-    def __init__(self, findings: Findings) -> None:
+    def __init__(self, findings: Findings, model: nn.Module) -> None:
         self._findings = findings
+        self._model = model
         self._blind = 0
 
     def on_frame(self, frame: HealthFrame) -> None:
         known = not bool(np.isnan(frame.column(Signal.GRAD_NORM)).all())
         self._blind = 0 if known else self._blind + 1
-        if self._blind == FRAMES_WITHOUT_GRADIENTS:
+        if self._blind == FRAMES_WITHOUT_GRADIENTS and self._has_learning(frame.layers):
             self._findings.add(_no_gradients())
+
+    def _has_learning(self, layers: Iterable[str]) -> bool:
+        """The parameters that learn may be in none of them, as the vectors of an adapter."""
+        seen = frozenset(layers)
+        owners = (
+            n.rpartition(".")[0] for n, p in self._model.named_parameters() if p.requires_grad
+        )
+        return any(owner.partition(".parametrizations")[0] in seen for owner in owners)
 
 
 def _no_gradients() -> Finding:

@@ -72,7 +72,7 @@ class Steps:
             queues.inbox if queues is not None else (),
         )
         self._calm = LossGuard()  # tells which states are good; not reset, as the guard's is
-        self._gradients = GradientWatch(parts.findings)
+        self._gradients = GradientWatch(parts.findings, parts.setup.model)
         self._health = LayerHealth(parts.findings)
         self._compiler = CompilerWatch()
         self._pause_sent: PauseForecast | None = None

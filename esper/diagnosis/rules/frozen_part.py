@@ -5,6 +5,7 @@ from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
 
 FEW = 0.1
+ADAPTED = "base_layer"  # PEFT's name for what an adapter is around
 
 
 class FrozenPart(Rule):
@@ -30,6 +31,8 @@ class FrozenPart(Rule):
         if not matrices or not total:
             raise Unknown("the parameters before the first update are not known")
         still = set(observation.frozen_layers)
+        if observation.passes:  # an adapter that is not in use does no harm
+            still &= {entry.layer for entry in observation.last_pass.layers}
         empty = [t for t in matrices if t.all_zero and not t.trainable and t.layer in still]
         if empty:
             return Evidence(
@@ -44,6 +47,8 @@ class FrozenPart(Rule):
         share = observation.trainable / total
         if share >= FEW or not observation.trainable or observation.trainable_matrices:
             return None
+        if any(ADAPTED in t.name.split(".") for t in observation.tensors):
+            return None  # what learns are the vectors of an adapter, such as VeRA's
         return Evidence(
             observed=f"{observation.frozen:,} of {total:,} parameters are frozen; no weight matrix "
             "learns",

@@ -13,6 +13,10 @@ SMALL_UPDATE = 1e-4
 LONG, GUESSES = 600, 100
 GUESSING, ALIKE = 0.98, 1e-3
 WORSE = 1.1
+_ESTIMATED = (
+    "Leave lr at 1: the optimizer estimates the rate, and its estimate has not grown. Give it a "
+    "larger d0 or d_coef, and no warm-up of your own."
+)
 _TOO_FAR = (
     "The loss is higher than that of guessing: lower the learning rate or the momentum, and check "
     "that the labels fit the inputs."
@@ -86,6 +90,7 @@ class SlowConvergence(Rule):
             value=share,
             since_step=1,
             severity=None if slow else Severity.INFO,
+            advice=_ESTIMATED if observation.estimates_rate else "",
         )
 
 

@@ -67,7 +67,7 @@ class UpdateRatioLow(Rule):
         if memory.notes.get("step") == step:
             raise Unknown("no newer update was measured")
         memory.notes["step"] = step
-        if observation.searches:
+        if observation.searches or observation.estimates_rate:
             raise Unknown("the optimizer finds the size of its updates by itself")
         if observation.is_warming_up and observation.step < LONG_WARM_UP:
             raise Unknown("the learning rate still rises")

@@ -82,24 +82,29 @@ class RepairScale(Remedy):
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         if target.sample is None:
             return "it needs a batch of the model's inputs; give it as sample"
-        return "" if _candidates(target.model) else "the model has no linear layer or convolution"
+        if not any(map(_learns, _candidates(target.model).values())):
+            return "the model has no linear layer or convolution that learns"
+        return ""
 
     def apply(self, target: Target, config: dict[str, Any]) -> Effect:
         assert target.sample is not None
         details = {**config, **_begin_anew(target)}
         with torch.no_grad(), put_back(target.model, None):
             order = _order(target.model, target.sample)
-            if not config["first_only"] and (alike := _layers_of_equal_units(target.model, order)):
+            # Frozen weights are another training's, or are meant as they are.
+            own = [name for name in order if _learns(target.model.get_submodule(name))]
+            if not config["first_only"] and (alike := _layers_of_equal_units(target.model, own)):
                 details["new"] = _give_new_weights(target.model, alike)
             factors = {} if config["first_only"] else _scale_recurrent(target)
             inputs = _input_size(target.model, order[0], target.sample) if order else 1.0
-            features = _features(target.model, order, target.sample, inputs)
+            first = [name for name in order[:1] if name in own]
+            features = _features(target.model, first, target.sample, inputs)
             if features:
                 details["features"] = {order[0]: features}
                 _scale_features(target.model.get_submodule(order[0]), features)
-            repaired = order[:1] if config["first_only"] else order
+            repaired = first if config["first_only"] else own
             factors |= _repair_in_order(target.model, order, repaired, target.sample)
-            later = [] if config["first_only"] else order[1:]
+            later = [] if config["first_only"] else [name for name in own if name not in first]
             entering = _input_moments(target.model, later, target.sample)
         _forget_moments(target, [*details.get("new", ()), *factors])
         details["factors"] = factors
@@ -109,8 +114,8 @@ class RepairScale(Remedy):
             # Around zero it is faint on purpose, as behind a mean over an image, and comes back.
             if LARGEST_FACTOR**-1 < spread < FAINT_SPREAD and abs(mean) > SHIFTED * spread
         }
-        if order and inputs > LARGE_INPUT and not features:
-            updates[order[0]] = inputs
+        if first and inputs > LARGE_INPUT and not features:
+            updates[first[0]] = inputs
         if updates:
             details["updates"] = updates
         means = {
@@ -197,7 +202,8 @@ def _scale_recurrent(target: Target) -> dict[str, float]:
     names = [
         name
         for name, module in target.model.named_modules()
-        if isinstance(module, nn.RNN) and not any(id(p) in shared for p in module.parameters())
+        if isinstance(module, nn.RNN)
+        and all(p.requires_grad and id(p) not in shared for p in module.parameters())
     ]
 
     def scale(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -218,6 +224,11 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
         and isinstance(module._parameters.get("weight"), nn.Parameter)
         and not any(id(p) in shared for p in module.parameters(recurse=False))
     }
+
+
+def _learns(module: nn.Module) -> bool:
+    weight = module._parameters["weight"]
+    return weight is not None and weight.requires_grad
 
 
 def _order(model: nn.Module, sample: Batch) -> list[str]:
@@ -457,6 +468,7 @@ def _repair(
     weight = module._parameters["weight"]
     assert weight is not None
     bias = module._parameters.get("bias")
+    bias = bias if bias is not None and bias.requires_grad else None
     if bias is not None and bias.any() and _is_common(outputs()):
         bias.zero_()
     total = 1.0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from esper.contracts import Severity
 from esper.diagnosis import Diagnosed, RemedySlug
-from esper.diagnosis.updates import follows_gradient
+from esper.diagnosis.updates import estimates_rate, follows_gradient
 from esper.remedies import list_remedies
 from esper.sdk.diagnosing import DiagnosisWatch
 from esper.sdk.remedy_loop import losses
 from esper.sdk.remedy_loop.history import History
+from esper.sdk.remedy_loop.verdicts import RAISES
 from esper.sdk.remedy_loop.young_run import YoungRun
 from esper.sdk.run_state import RunState
 
@@ -20,6 +21,7 @@ _OF_THE_SCALE = frozenset(
         "rate_vanished",
     }
 )  # fmt: skip
+_OF_THE_SCRIPT = frozenset({RemedySlug.TELL, RemedySlug.THAW, RemedySlug.ADOPT})
 
 
 class Ladder:
@@ -40,9 +42,9 @@ class Ladder:
         cost nothing to take back.
         """
         order, young = self._of_rule(found), self._young
-        if found.rule.by_ledger or not set(order) - {RemedySlug.TELL}:
-            # What the optimizer holds, or how the script is written, such as one layer in several
-            # places, is no matter of weights or rates.
+        if found.rule.by_ledger or not set(order) - _OF_THE_SCRIPT:
+            # What the optimizer holds, what is frozen, or how the script is written, such as one
+            # layer in several places, is no matter of weights or rates.
             return order
         goes_back = "rewind" in order
         if young.began_anew_in_vain or (goes_back and young.started_badly):
@@ -68,6 +70,9 @@ class Ladder:
         if not follows_gradient(self._diagnosis.optimizers):
             # One measured update says enough: a later one is smaller, as its gradients are noise.
             order = [slug for slug in order if slug != "match_updates"]
+        if found.rule.slug in RAISES and estimates_rate(self._diagnosis.optimizers):
+            # What is low is the estimate; a higher factor would multiply it once it has grown.
+            order = [slug for slug in order if slug != "set_lr"]
         if self._young.has_learned and found.severity is not Severity.CRITICAL:
             # New scales take back what was learned.
             order = [slug for slug in order if slug != "repair_scale"]

@@ -765,3 +765,39 @@ def test_how_a_script_is_written_is_no_reason_to_rewind() -> None:
     assert session is not None
     assert "is the same object as" in str(session.findings())
     assert losses[:40] == losses[40:]
+
+
+class Branched(nn.Module):
+    """What the frozen zero branch would add is nothing; the other one learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.none = nn.Linear(8, 16), nn.Linear(8, 16)
+        self.last = nn.Linear(16, 4)
+        for parameter in self.none.parameters():
+            nn.init.zeros_(parameter)
+            parameter.requires_grad_(requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(F.relu(self.one(x) + self.none(x)))
+        return out
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.3])
+def test_what_is_frozen_is_no_reason_to_rewind(rate: float) -> None:
+    """Whatever the first updates were: a lower rate thaws nothing."""
+    torch.manual_seed(0)
+    model, x = Branched(), torch.randn(256, 8)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=rate)
+    with esper.attach(model, optimizer, mode="automatic", server="", verbose=False) as session:
+        for _ in range(60):
+            loss = F.cross_entropy(model(x), x[:, :4].argmax(1))
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            session.step(loss)
+        remedies = session._parts.remedies
+        assert remedies is not None
+        answers = {t.remedy for t in remedies.treatments if t.finding == "frozen_part"}
+        assert answers <= {"thaw"}
