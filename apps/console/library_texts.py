@@ -10,6 +10,41 @@ from __future__ import annotations
 from django.utils.translation import gettext_noop as _
 
 RULES = (
+    _(
+        "the first beta is %(beta)s, and the second is smaller: the direction of an update is a "
+        "mean over %(count)s gradients"
+    ),
+    _("a first beta below the second; 0.9 and 0.999 are usual"),
+    _("Give the smaller one first: betas=(0.9, 0.999)."),
+    _(
+        "%(layer)s has its first random values still, and the learning rate of its group is 0; the "
+        "same is true of %(count)s matrices in all"
+    ),
+    _("a learning rate above zero"),
+    _(
+        "Give the group a learning rate, or load its trained weights. A scheduler multiplies the "
+        "rate that the group began with, and 0 stays 0."
+    ),
+    _("the gradients of all tensors are %(size)s and less, and eps is %(eps)s"),
+    _("gradients well above eps"),
+    _(
+        "Look for a loss that is divided twice, such as by the batch and by the steps of an "
+        "accumulation; otherwise multiply the loss, or lower eps."
+    ),
+    _("the softmax of an output of %(rows)s x %(columns)s is over its %(again)s rows"),
+    _("a softmax over the %(columns)s columns"),
+    _("Use dim=-1, or leave the softmax out where the loss is cross_entropy."),
+    _("after %(step)s steps the outputs are %(size)s at most, and the error is %(error)s"),
+    _("an error below %(limit)s times the largest output"),
+    _(
+        "Subtract the mean of the targets and divide by their standard deviation, and do the "
+        "opposite with the answers; or set the last bias to the mean, and raise the learning rate."
+    ),
+    _(
+        "the loss is the log-probability of the right class without its minus sign, so that "
+        "training lowers that probability"
+    ),
+    _("Use nll_loss, or put a minus sign before the loss."),
     _("all %(count)s trainable tensors have no gradient when the optimizer steps"),
     _("all %(count)s trainable tensors have a gradient of zero when the optimizer steps"),
     _("a gradient above zero"),

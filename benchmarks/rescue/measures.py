@@ -146,6 +146,11 @@ LABELS: dict[str, frozenset[str]] = {
     "few_in_batch_norm": frozenset({"batch"}),
     "sorted_data": frozenset({"preprocessing"}),
     "frozen_at_random": frozenset({"layers"}),
+    "betas_swapped": frozenset({"optimizer"}),
+    "group_without_rate": frozenset({"rate", "optimizer"}),
+    "gradient_below_eps": frozenset({"loss", "optimizer"}),
+    "softmax_over_batch": frozenset({"activation"}),
+    "targets_far": frozenset({"preprocessing"}),
 }
 
 

@@ -21,7 +21,7 @@ from esper.diagnosis.observation import GradientRow, Gradients, UpdateSettings
 from esper.diagnosis.probes import FEW, TABLES, TRANSPOSED, is_graft, plain_kind_of, sampled
 from esper.diagnosis.updates import settings_of, strongest
 from esper.health.optimizer_steps import dense, has_numbers, norms_of, spread_sample
-from esper.health.transfers import HostTransfer
+from esper.health.transfers import HostTransfer, is_late
 
 READINGS = 4  # a unit is dead when its gradient was zero in so many in a row
 SMALLEST = 1e-6  # a smaller gradient may be the rounding error of a zero one
@@ -34,6 +34,7 @@ class _Row:
     weight: Tensor | None
     dead: Tensor | None = None  # share of the units
     change: Tensor | None = None  # of a few elements of the weight, by this step
+    rate: float = math.nan
 
 
 @dataclass(slots=True)
@@ -98,8 +99,9 @@ class GradientProbe:
         self._settings = strongest(self._settings, settings_of(optimizer))
         gradients = [dense(p.grad) for p in own]
         norms, weights = norms_of(gradients), norms_of([p.detach() for p in own])
+        rates = _rates_of(optimizer)
         for p, norm, weight in zip(own, norms, weights, strict=True):
-            self._rows[id(p)] = _Row(norm, weight)
+            self._rows[id(p)] = _Row(norm, weight, rate=rates[id(p)])
         fitting = {
             id(p): gradient
             for p, gradient in zip(own, gradients, strict=True)
@@ -175,7 +177,8 @@ class GradientProbe:
             step=step, readings=self.readings, rows=(), moved=math.nan, rate=rate, updates=updates,
             settings=settings,
         )  # fmt: skip
-        return partial(_gradients, seen, transfer, names)
+        rates = [row.rate for row in rows.values()]
+        return partial(_gradients, seen, transfer, names, rates)
 
     def _moved(self, rows: Iterable[int], rate: float) -> list[Tensor]:
         """Of each matrix, int64 [2]: elements that are due to move, and those that have."""
@@ -221,11 +224,23 @@ def _together(*columns: Samples) -> Iterator[tuple[Any, ...]]:
             yield keys, *(torch.stack([column[key] for key in keys]) for column in columns)
 
 
-def _gradients(seen: Gradients, transfer: HostTransfer, names: Sequence[str]) -> Gradients:
+def _rates_of(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """The learning rate of each parameter, by its ``id``; NaN for one that only a GPU knows."""
+    found = {}
+    for group in optimizer.param_groups:
+        rate: Any = group.get("scheduled_lr", group.get("lr"))
+        late = rate is None or (isinstance(rate, Tensor) and is_late(rate))
+        found.update(dict.fromkeys(map(id, group["params"]), math.nan if late else float(rate)))
+    return found
+
+
+def _gradients(
+    seen: Gradients, transfer: HostTransfer, names: Sequence[str], rates: Sequence[float]
+) -> Gradients:
     """From what has arrived on the host."""
     columns = [transfer.take(name).tolist() for name in ("norm", "dead", "weight")]
     columns.append(transfer.take("change", not_a_number=math.nan).tolist())
-    rows = tuple(GradientRow(*entry) for entry in zip(names, *columns, strict=True))
+    rows = tuple(GradientRow(*entry) for entry in zip(names, *columns, rates, strict=True))
     pairs = transfer.take("moved").tolist()
     due, moved = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
     return replace(seen, rows=rows, moved=moved / due if due else math.nan)

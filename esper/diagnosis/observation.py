@@ -57,8 +57,8 @@ class TensorFacts:
         twin: an earlier tensor of the same shape with equal elements; empty: none.
         all_zero: every sampled element is 0.
         gain: ``std * sqrt(fan_in)``; about 0.6 for torch's ``Linear``; NaN for a vector.
-        untrained: a frozen weight that has torch's own first values: a sample of it is uniform, up
-            to the limit that they have. One that was trained is not.
+        untrained: it has torch's own first values: a sample of it is uniform, up to the limit that
+            they have. One that was trained is not.
     """
 
     name: str
@@ -123,12 +123,15 @@ class ModelPass:
         input_finite: all its sampled elements are finite.
         output_shape: of the first output.
         output_end: name of the function that computed the output, such as ``SoftmaxBackward0``.
+        softmax_axis: over which axis of the output a softmax was its last function; None: over
+            none that is known.
         row_sum: mean of the sums of the output's rows; NaN unknown.
         output_low, output_high: smallest and largest sampled element of the output.
         output_spread: largest difference between two rows, relative to the output's size.
         log_sum_near_zero: the rows of the output are log-probabilities.
         loss_kind: as the gradient at the output shows it.
-        loss_scale: the weight of one row in the loss, times the number of rows: 1 for a mean.
+        loss_scale: the weight of one row in the loss, times the number of rows: 1 for a mean; below
+            0 for a likelihood without its minus sign.
         target_low, target_high: smallest and largest sampled target, of cross-entropy the number of
             the class; NaN unknown. Of a loss of an unknown kind: what they are if it is a mean
             squared error.
@@ -145,6 +148,7 @@ class ModelPass:
     input_finite: bool = True
     output_shape: tuple[int, ...] = ()
     output_end: str = ""
+    softmax_axis: int | None = None
     row_sum: float = math.nan
     output_low: float = math.nan
     output_high: float = math.nan
@@ -182,6 +186,7 @@ class GradientRow:
         weight_norm: L2 norm of the parameter.
         change: how far the optimizer's step moved a sample of a matrix, relative to its size; NaN
             for a vector, and for elements that were all 0.
+        rate: the learning rate of its group in this step; NaN unknown.
     """
 
     name: str
@@ -189,6 +194,7 @@ class GradientRow:
     dead_rows: float = math.nan
     weight_norm: float = math.nan
     change: float = math.nan
+    rate: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +208,15 @@ class UpdateSettings:
         decay_in_gradient: the weight decay that an adaptive optimizer adds to the gradient, which
             it then divides by its size.
         momentum: of SGD.
+        first_beta: of an optimizer whose second beta is smaller.
+        eps: what an adaptive optimizer adds to the size of the gradient, by which it divides it.
     """
 
     decay: float = 0.0
     decay_in_gradient: float = 0.0
     momentum: float = 0.0
+    first_beta: float = 0.0
+    eps: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ EQUAL_ROWS = 0.5
 ALIKE = 0.05  # relative distance
 CLOSE = 1e-3
 FEW = 64  # elements of a tensor
+SOME = 8  # rows
 LARGEST_TARGET = 1e5  # float32 has no room for decimals of much larger numbers
 TARGET_ERROR = 0.05  # of a target that is computed from its gradient
 EXTREME = 0.99
@@ -173,7 +174,7 @@ def _tensor_facts(
         equal_rows=equal,
         all_zero=not bool(sample.any()),
         gain=gain,
-        untrained=not parameter.requires_grad and _is_untrained(sample, parameter.shape, kind),
+        untrained=_is_untrained(sample, parameter.shape, kind),
     )
 
 
@@ -215,6 +216,7 @@ class ForwardProbe:
         self._output: Tensor | None = None
         self._gradient: Tensor | None = None
         self._end = ""
+        self._axis: int | None = None
 
     @torch.no_grad()
     def arm(self) -> None:
@@ -222,7 +224,7 @@ class ForwardProbe:
         self.disarm()
         self._layers, self._input, self._output, self._gradient = {}, None, None, None
         self._linear, self._follows, self._values = {}, {}, {}
-        self._end = ""
+        self._end, self._axis = "", None
         for name, module in layer_modules(self._model).items():
             self._register(name, module, partial(self._see_layer, name))
         if not is_opaque(self._model):
@@ -265,7 +267,7 @@ class ForwardProbe:
         forms = {name: tensor.shape for name, tensor in sent.items() if tensor is not None}
         for name in forms:
             transfer.add(name, [tensor.flatten() for tensor in (sent[name],) if tensor is not None])
-        seen = ModelPass(step=step, layers=(), output_end=self._end)
+        seen = ModelPass(step=step, layers=(), output_end=self._end, softmax_axis=self._axis)
         shape = self._shape if self._output is not None else ()
         return partial(
             _model_pass, seen, transfer, dict(self._layers), forms, shape, dict(self._follows),
@@ -307,7 +309,7 @@ class ForwardProbe:
         if y is None or not _readable(y) or not y.requires_grad or not y.ndim:
             return
         self._output, self._shape = rows_of(y).clone(), tuple(y.shape)
-        self._end = end_of(y)
+        self._end, self._axis = end_of(y), softmax_axis_of(y)
         y.register_hook(self._closed(self._see_gradient))  # type: ignore[no-untyped-call]
 
     def _see_gradient(self, gradient: Tensor) -> None:
@@ -384,6 +386,19 @@ def end_of(output: Tensor) -> str:
     return ""
 
 
+def softmax_axis_of(output: Tensor) -> int | None:
+    """The axis, counted from the first, where a softmax is the last function of all."""
+    node = output.grad_fn
+    if node is None or not node.name().startswith(("SoftmaxBackward", "LogSoftmaxBackward")):
+        return None
+    axis = getattr(node, "_saved_dim", None)
+    if not isinstance(axis, int):
+        return None
+    # torch saves a negative axis as a number without a sign.
+    axis = axis - 2**64 if axis >= 2**63 else axis
+    return axis % max(1, output.ndim)
+
+
 def rows_of(tensor: Tensor) -> Tensor:
     """float [at most 64, at most 512]: features last; of an image, all of it is one row."""
     if tensor.ndim >= 4:
@@ -449,8 +464,13 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
         return seen
     if g_NC.numel() == elements:
         seen = replace(seen, gradient_square=float(g_NC.square().sum()))
-    y_NC, g_NC = y_NC[used], g_NC[used]
+    every_row, (y_NC, g_NC) = bool(used.all()), (y_NC[used], g_NC[used])
     if y_NC.shape[1] > 1:
+        # Rows that a loss of rewards leaves out have a reward of zero; the others may be punished.
+        if seen.log_sum_near_zero and every_row and len(g_NC) >= SOME and _is_likelihood(-g_NC):
+            return replace(
+                seen, loss_kind=LossKind.LIKELIHOOD, loss_scale=float(-g_NC.max()) * rows
+            )
         if _is_likelihood(g_NC):
             return replace(
                 seen, loss_kind=LossKind.LIKELIHOOD, loss_scale=float(-g_NC.min()) * rows

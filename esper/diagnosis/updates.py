@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
@@ -108,16 +108,26 @@ def _settings_of_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) 
         momentum = _known(group.get("momentum"))
         kept = (1.0 - _known(group.get("dampening"))) if momentum else 1.0
         return UpdateSettings(rate * decay * kept / (1.0 - min(momentum, 0.999)), 0.0, momentum)
+    found = UpdateSettings(first_beta=_first_beta(group), eps=_known(group.get("eps")))
     if type(optimizer).__name__ in OF_THE_WEIGHTS or group.get("decoupled_weight_decay"):
-        return UpdateSettings(decay=rate * decay)
-    return UpdateSettings(decay_in_gradient=decay)
+        return replace(found, decay=rate * decay)
+    return replace(found, decay_in_gradient=decay)
+
+
+def _first_beta(group: dict[str, Any]) -> float:
+    """Where the second one is smaller; else 0."""
+    betas = group.get("betas")
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        return 0.0
+    first, second = map(_known, betas)
+    return first if 0 < second < first else 0.0
 
 
 def _known(value: Any) -> float:
-    """0 for a number that only a GPU knows."""
-    if value is None or (isinstance(value, torch.Tensor) and is_late(value)):
+    """0 for a number that only a GPU knows, and for what is no number."""
+    if not isinstance(value, int | float | torch.Tensor):
         return 0.0
-    return float(value)
+    return 0.0 if isinstance(value, torch.Tensor) and is_late(value) else float(value)
 
 
 def _of(optimizer: torch.optim.Optimizer, updates: int) -> float:

@@ -50,7 +50,15 @@ class WrongLoss(Rule):
 
 
 def _likelihood(seen: ModelPass) -> Evidence | None:
-    if seen.loss_kind is not LossKind.LIKELIHOOD or seen.log_sum_near_zero:
+    if seen.loss_kind is not LossKind.LIKELIHOOD:
+        return None
+    if seen.loss_scale < 0:
+        return _evidence(
+            "the loss is the log-probability of the right class without its minus sign, so that "
+            "training lowers that probability",
+            "Use nll_loss, or put a minus sign before the loss.",
+        )
+    if seen.log_sum_near_zero:
         return None
     return _evidence(
         "nll_loss is applied to outputs that are no log-probabilities, so it falls without end",

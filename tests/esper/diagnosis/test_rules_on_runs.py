@@ -24,6 +24,7 @@ from tests.esper.diagnosis.small_runs import (
     Run,
     adam,
     circles,
+    cosine,
     deep,
     digits,
     perceptron,
@@ -337,7 +338,71 @@ CASES = [
         lambda: Run(optimizer=sgd, schedule=lambda step: step / 460, steps=460),
         460,
     ),
+    Case("betas_swapped", lambda: betas(0.999, 0.9), lambda: betas(0.95, 0.98), 1),
+    Case(
+        "group_without_rate",
+        lambda: Run(optimizer=lambda m: in_groups(m, 0.0)),
+        lambda: Run(optimizer=lambda m: in_groups(m, 1e-4)),
+        30,
+        "0",
+    ),
+    Case(
+        "group_without_rate",
+        lambda: Run(optimizer=lambda m: in_groups(m, 0.0), schedule=cosine(20, 60)),
+        lambda: Run(optimizer=lambda m: in_groups(m, 1e-4), schedule=cosine(20, 60)),
+        30,
+        "0",
+    ),
+    Case(
+        "gradient_below_eps",
+        lambda: Run(loss=divided_by(1e8)),
+        lambda: Run(loss=divided_by(1e3)),
+        1,
+    ),
+    Case("softmax_over_batch", lambda: normalised(0), lambda: normalised(1), 1),
+    Case("targets_far", lambda: far_targets(3e4), lambda: far_targets(1.0), 50),
+    Case(
+        "wrong_loss",
+        lambda: Run(ending(nn.LogSoftmax(1)), loss=lambda y, t: -F.nll_loss(y, t)),
+        lambda: Run(ending(nn.LogSoftmax(1)), loss=punished),
+        1,
+    ),
 ]
+
+
+def betas(first: float, second: float) -> Run:
+    return Run(optimizer=lambda m: torch.optim.AdamW(m.parameters(), 1e-3, betas=(first, second)))
+
+
+def in_groups(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """The first layer has a learning rate of its own."""
+    first, *rest = model
+    others = [parameter for module in rest for parameter in module.parameters()]
+    return torch.optim.Adam([{"params": first.parameters(), "lr": rate}, {"params": others}])
+
+
+def divided_by(number: float) -> Loss:
+    return lambda out, target: F.cross_entropy(out, target) / number
+
+
+def normalised(axis: int) -> Run:
+    return Run(
+        ending(nn.Softmax(axis)), loss=lambda p, target: F.nll_loss(torch.log(p + 1e-9), target)
+    )
+
+
+def far_targets(size: float) -> Run:
+    def loss(out: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(out.squeeze(1), size * (1 + target.float() / 9 - 0.05))
+
+    return Run(one_output(), loss=loss)
+
+
+def punished(out: Tensor, target: Tensor) -> Tensor:
+    """REINFORCE: a wrong answer has a reward of -1, the right one of 0."""
+    chosen = torch.distributions.Categorical(logits=out).sample()
+    log_p = out.gather(1, chosen[:, None]).squeeze(1)
+    return (log_p * (chosen != target)).mean()
 
 
 class ClearsTooLate(torch.optim.Adam):
@@ -544,6 +609,34 @@ def test_the_fault_is_found_in_time(case: Case) -> None:
     assert finding.remedy
     assert finding.remedies
     assert 0 <= finding.since_step <= result.steps[case.slug] or finding.slug == "not_held"
+
+
+def trained_first(run: Run) -> Run:
+    opt = adam(run.model, 3e-3)
+    for _ in range(30):
+        opt.zero_grad()
+        torch.autograd.backward(F.cross_entropy(run.model(run.data[0]), run.data[1]))
+        opt.step()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("run", "slug"),
+    [
+        # Trained weights are left as they are on purpose.
+        (lambda: trained_first(Run(optimizer=lambda m: in_groups(m, 0.0))), "group_without_rate"),
+        # An eps as large as the gradients, with a rate that makes up for it.
+        (
+            lambda: Run(optimizer=lambda m: torch.optim.Adam(m.parameters(), 0.5, eps=1.0)),
+            "gradient_below_eps",
+        ),
+        (lambda: far_targets(30.0), "targets_far"),
+    ],
+    ids=["a trunk without a rate", "a large eps", "targets of thirty"],
+)
+def test_what_is_meant_is_not_told(run: Callable[[], Run], slug: str) -> None:
+    torch.manual_seed(0)
+    assert slug not in run().go().steps
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.slug)
