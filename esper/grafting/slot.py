@@ -569,7 +569,8 @@ def remove_slots(model: nn.Module, layers: Iterable[str] | None = None) -> tuple
         del host._modules[SLOT_NAME]
         _share_code_again(host)
         removed.append(layer)
-    if removed and not any(True for _ in slots(model)):
+    # Without a slot, too: the script may have put another layer in the place of one with a graft.
+    if (removed or wanted is None) and not any(True for _ in slots(model)):
         _remove_load_hooks(model)
     return tuple(removed)
 

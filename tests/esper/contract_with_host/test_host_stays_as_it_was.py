@@ -366,6 +366,20 @@ def test_a_graft_in_observe_makes_its_own_slot_only() -> None:
     assert "0.esper" in dict(model.named_modules())
 
 
+@pytest.mark.parametrize("end", ["detach", "close"])
+def test_nothing_stays_where_the_script_has_replaced_a_grafted_layer(end: str) -> None:
+    model, optimizer, session = attached("mlp")
+    session.graft("0", "proj_lora_64")
+    model[0] = nn.Linear(16, 32)  # type: ignore[operator]
+    optimizer.add_param_group({"params": list(model[0].parameters())})  # type: ignore[index]
+    train(model, optimizer, session, 5)
+    getattr(session, end)()
+
+    assert hooks_of(model, optimizer) == []
+    assert not model._load_state_dict_pre_hooks
+    session.close()
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_observing_changes_no_loss(kind: str) -> None:
     found = []
