@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from esper.contracts import Finding, Severity, ViolationRule
 from esper.grafting.companion import companions_of, with_companions
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 from esper.grafting.orphans import Orphans, Unheld
+from esper.grafting.versions import writes_to
 from esper.sharding import named_holders
 
 MANY = 8  # at most so many tensors with the same problem are named one by one
@@ -32,13 +33,39 @@ def freeze(parameters: Iterable[Tensor]) -> None:
         _frozen_on_purpose[parameter] = True
 
 
+class FrozenInTurns:
+    """Tells what is frozen for good from what a script freezes in turns, as the parts of a GAN.
+
+    Args:
+        steps: how long a tensor must be frozen, and not written to, until it is for good.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        # Tensor -> (update, writes) when it was seen first.
+        self._seen: Any = WeakIdKeyDictionary()
+
+    def for_good(self, parameter: Tensor, update: int) -> bool:
+        """Asked now and then for a tensor that is frozen, after so many updates of the run."""
+        now = writes_to(parameter)
+        since, writes = self._seen.get(parameter, (update, -1))
+        if writes != now:  # seen for the first time, or trained meanwhile, or loaded
+            self._seen[parameter] = update, now
+            return False
+        return bool(update - since >= self._steps)
+
+
 def audit(
-    model: nn.Module, optimizers: Iterable[Any], unheld: Unheld | None = None
+    model: nn.Module,
+    optimizers: Iterable[Any],
+    unheld: Unheld | None = None,
+    is_frozen: Callable[[Tensor], bool] = lambda _: True,
 ) -> list[Finding]:
     """Compares the model's trainable tensors with those of the optimizers and their companions.
 
     Args:
         unheld: what a watch has seen of the tensors in no optimizer; None: nobody watches them.
+        is_frozen: asked for a tensor that does not train now; False: the script thaws it again.
 
     Finds trainable tensors in no optimizer, tensors of an optimizer that are not in the model,
     tensors held twice, tensors that were frozen after an optimizer had trained them (frozen from
@@ -53,7 +80,7 @@ def audit(
     orphans = Orphans.of(own, holdings.optimizers, unheld)
     problems = [
         *_not_held(orphans),
-        *_tensor_problems(own, holdings, put_aside=_of_inactive_adapters(model)),
+        *_tensor_problems(own, holdings, is_frozen, put_aside=_of_inactive_adapters(model)),
         *_optimizer_problems(orphans, holdings),
     ]
     return to_findings([*problems, *_companion_problems(users)])
@@ -149,13 +176,17 @@ def _of_inactive_adapters(model: nn.Module) -> set[int]:
 
 
 def _tensor_problems(
-    own: dict[str, nn.Parameter], holdings: _Holdings, *, put_aside: Container[int]
+    own: dict[str, nn.Parameter],
+    holdings: _Holdings,
+    is_frozen: Callable[[Tensor], bool],
+    *,
+    put_aside: Container[int],
 ) -> Iterator[Problem]:
     for name, parameter in own.items():
         times = holdings.held.get(id(parameter), 0)
         trained = times and id(parameter) in holdings.trained
         meant = parameter in _frozen_on_purpose or id(parameter) in put_aside
-        if trained and not (parameter.requires_grad or meant):
+        if trained and not (parameter.requires_grad or meant) and is_frozen(parameter):
             yield Problem(
                 name,
                 Severity.CAUTION,

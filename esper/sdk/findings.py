@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from torch import nn
@@ -15,6 +16,7 @@ from esper.contracts import Finding, HealthFrame, Severity, Signal, ViolationRul
 from esper.diagnosis import Change, get_rule
 from esper.fail_closed import Failure
 from esper.grafting import HiddenLayers, MovementWatch, Surroundings, UndoReceipt
+from esper.grafting.ledger import FrozenInTurns
 from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.orphans import ReplacedOptimizer
 from esper.grafting.slot import left_out_grafts
@@ -26,7 +28,7 @@ logger = logging.getLogger("esper")
 RESOLVED_KEPT = 500
 FRAMES_WITHOUT_GRADIENTS = 3
 _RANK = {severity: rank for rank, severity in enumerate(Severity)}
-AUDIT_EVERY_STEPS = 100  # what the user's own code freezes or regroups is found this late
+AUDIT_EVERY_STEPS = 100  # what the script regroups is found this late; what it freezes, one later
 
 
 class Findings:
@@ -119,6 +121,7 @@ class LedgerWatch:
         known = [unwrap_optimizer(optimizer) for optimizer in self._optimizers]
         self._replaced = ReplacedOptimizer(model, known)
         self._hidden = HiddenLayers(model)
+        self._frozen = FrozenInTurns(AUDIT_EVERY_STEPS)
         self.audit()
 
     @property
@@ -157,7 +160,9 @@ class LedgerWatch:
 
     def audit(self) -> None:
         """Compare the parameter groups and the copies with the model now."""
-        groups = grafting.audit(self._model, self._optimizers, self._movement.unheld)
+        is_frozen = partial(self._frozen.for_good, update=self._movement.updates)
+        unheld = self._movement.unheld
+        groups = grafting.audit(self._model, self._optimizers, unheld, is_frozen)
         copies = grafting.audit_copies(self._model)
         moves = [*self._movement.findings, *self._replacement()]
         if self._movement.updates <= AUDIT_EVERY_STEPS:  # layers are rarely made later

@@ -212,15 +212,26 @@ def test_an_optimizer_that_is_never_stepped_is_found(sampling: int | None) -> No
     assert "AdamW made no step" in finding.observed
 
 
-def test_freezing_a_trained_layer_is_reported_within_a_hundred_steps() -> None:
+def test_freezing_a_trained_layer_is_reported_within_two_hundred_steps() -> None:
     model = Model()
 
     def freeze(session: Any, step: int) -> None:
         if step == 10:
             model.used.bias.requires_grad_(False)
 
-    (finding,) = train(model, adam(model), steps=101, before=freeze)
+    (finding,) = train(model, adam(model), steps=201, before=freeze)
     assert finding.observed == "bias: frozen, after an optimizer has trained it"
+
+
+@pytest.mark.parametrize("turn", [1, 2, 5, 50])
+def test_what_is_frozen_in_turns_is_no_finding(turn: int) -> None:
+    """As the two networks of a GAN are, or a critic while its actor trains."""
+    model = Model()
+
+    def alternate(session: Any, step: int) -> None:
+        model.used.bias.requires_grad_(step // turn % 2 == 0)
+
+    assert train(model, adam(model), steps=410, before=alternate) == []
 
 
 class LastState(nn.Module):
