@@ -50,7 +50,8 @@ RULES = (
     _("a gradient above zero"),
     _(
         "Call zero_grad() before backward() and not after it; check that backward() is called, and "
-        "that nothing detaches the loss from the model."
+        "that nothing detaches the loss from the model. In float16 small gradients become zero: "
+        "scale the loss by a GradScaler."
     ),
     _("the weight decay takes %(share)s of the weights in each update"),
     _("below %(limit)s; 0.01 %% is usual"),
@@ -82,6 +83,10 @@ RULES = (
     ),
     _(
         "%(count)s of %(all)s parameters are frozen, and all their matrices have the random "
+        "values of new layers"
+    ),
+    _(
+        "%(count)s of %(all)s parameters are frozen, and all their biases and norms have the "
         "values of new layers"
     ),
     _("frozen weights that were trained"),
@@ -252,7 +257,18 @@ RULES = (
     _("the loss became %(loss)s"),
     _("the weights of %(count)s layers are not finite"),
     _("the gradients of %(count)s layers are not finite"),
+    _("the learning rate has been 0 since the start, for %(count)s steps"),
+    _("a learning rate above 0"),
+    _(
+        "Look at the schedule: what it multiplies the rate by is 0, as a whole-number division or "
+        "a warm-up that counts epochs gives. In Lightning, interval decides what it counts."
+    ),
     _("weights and gradients are finite"),
+    _("the weights are finite, and all gradients are zero"),
+    _(
+        "No target of the batch counts, and a mean over none is NaN: look at the labels that the "
+        "loss gets. cross_entropy, and so transformers, leaves out those that are -100."
+    ),
     _("the model's input was not finite"),
     _("finite"),
     _("The data has values that are NaN or infinite: remove or replace them."),
@@ -361,6 +377,10 @@ RULES = (
     ),
     _("at least %(limit)s; about %(usual)s is usual"),
     _("Raise the learning rate, by a factor of ten first."),
+    _(
+        "The learning rate still rises: shorten its warm-up, such as warmup_steps of a "
+        "transformers Trainer, or raise the rate that it rises to."
+    ),
     _(
         "Leave lr at 1: the optimizer estimates the rate, and its estimate has not grown. Give it "
         "a larger d0 or d_coef, and no warm-up of your own."

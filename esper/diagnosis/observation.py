@@ -292,10 +292,13 @@ class Broken:
 
     Attributes:
         weights, gradients: names of layers, in the order of execution.
+        nothing_counts: there are gradients, and all are exactly zero: the loss is no function of
+            the weights, as a mean over no target.
     """
 
     weights: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
+    nothing_counts: bool = False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

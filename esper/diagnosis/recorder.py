@@ -293,13 +293,16 @@ class Recorder:
     def broken(self) -> Broken:
         """Where weights and gradients are not finite; a full pass over both."""
         weights, gradients = [], []
+        zero: list[bool] = []
         for name, module in layer_modules(self._model).items():
             own = list(module.parameters())
             if not _finite(p.detach() for p in own):
                 weights.append(name)
-            if not _finite(g for p in own if (g := gradient_values(p)) is not None):
+            found = [g for p in own if (g := gradient_values(p)) is not None]
+            if not _finite(found):
                 gradients.append(name)
-        return Broken(tuple(weights), tuple(gradients))
+            zero += [not bool(gradient.any()) for gradient in found]
+        return Broken(tuple(weights), tuple(gradients), nothing_counts=bool(zero) and all(zero))
 
     def look_at_next(self) -> None:
         """The next step is measured, whatever the plan says."""

@@ -5,6 +5,7 @@ from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
 
 LEAST = 0.1
+FEWEST_VECTORS = 4  # that no training leaves as they were made
 
 
 class FrozenAtRandom(Rule):
@@ -14,7 +15,7 @@ class FrozenAtRandom(Rule):
     title = "Frozen with random weights"
     symptom = (
         "The first layers are frozen, and all frozen matrices have the random values with which "
-        "PyTorch creates layers."
+        "PyTorch creates layers, or all frozen biases and norms those of new layers."
     )
     thresholds = (
         Threshold("frozen share of the parameters", LEAST, "share", "chosen"),
@@ -39,7 +40,8 @@ class FrozenAtRandom(Rule):
             raise Unknown("the parameters before the first update are not known")
         still = set(observation.frozen_layers)
         frozen = [tensor for tensor in matrices if not tensor.trainable and tensor.layer in still]
-        if not frozen or not all(tensor.untrained for tensor in frozen):
+        random = all(tensor.untrained for tensor in frozen)
+        if not frozen or not (random or _as_made(observation)):
             return None
         if not observation.matrices or observation.matrices[0] not in still:
             return None  # what comes before it learns, and adapts to it
@@ -48,12 +50,31 @@ class FrozenAtRandom(Rule):
             return None  # a teacher or a target, which follows the part that learns
         if observation.frozen < LEAST * total or not observation.trainable:
             return None
+        observed = (
+            f"{observation.frozen:,} of {total:,} parameters are frozen, and all their matrices "
+            "have the random values of new layers"
+        )
+        if not random:
+            observed = (
+                f"{observation.frozen:,} of {total:,} parameters are frozen, and all their biases "
+                "and norms have the values of new layers"
+            )
         return Evidence(
-            observed=f"{observation.frozen:,} of {total:,} parameters are frozen, and all their "
-            "matrices have the random values of new layers",
+            observed=observed,
             limit="frozen weights that were trained",
             signal="requires_grad",
             value=observation.frozen / total,
             began_at=frozen[0].layer,
             since_step=0,
+            only_tell=not random,
         )
+
+
+def _as_made(observation: Observation) -> bool:
+    """All frozen biases and norms are the constants that layers begin with, as zeros and ones.
+
+    No training leaves all of them so, whatever the matrices were drawn from.
+    """
+    frozen = [t for t in observation.tensors if not t.trainable and t.elements > 1]
+    vectors = [t for t in frozen if not t.is_matrix]
+    return len(vectors) >= FEWEST_VECTORS and all(t.std == 0 for t in vectors)

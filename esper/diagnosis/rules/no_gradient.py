@@ -23,12 +23,15 @@ class NoGradient(Rule):
     false_alarm = "A loss with a margin that all examples of the first batches keep."
     advice = (
         "Call zero_grad() before backward() and not after it; check that backward() is called, and "
-        "that nothing detaches the loss from the model."
+        "that nothing detaches the loss from the model. In float16 small gradients become zero: "
+        "scale the loss by a GradScaler."
     )
     closes_after = 1
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         reading = observation.last_gradients
+        if math.isnan(observation.loss):
+            raise Unknown("the loss is NaN, which another rule explains")
         if not reading.rows:
             raise Unknown("the optimizer has no trainable parameter of the model")
         if memory.notes.get("found") or any(row.norm > 0 for row in reading.rows):

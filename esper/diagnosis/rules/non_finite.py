@@ -6,6 +6,11 @@ from esper.contracts import Severity, ViolationRule
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation
 
+_NO_TARGET = (
+    "No target of the batch counts, and a mean over none is NaN: look at the labels that the loss "
+    "gets. cross_entropy, and so transformers, leaves out those that are -100."
+)
+
 
 class NonFinite(Rule):
     """A NaN or an infinity in the loss spreads to every weight with the next update."""
@@ -39,6 +44,9 @@ class NonFinite(Rule):
         elif broken.gradients:
             began = broken.gradients[0]
             where = f"; the gradients of {len(broken.gradients)} layers are not finite"
+        elif broken.nothing_counts:
+            where = "; the weights are finite, and all gradients are zero"
+            advice = _NO_TARGET
         else:
             where = "; weights and gradients are finite"
             advice = "The weights are intact: skip this batch, and look at its data and the loss."
@@ -55,4 +63,5 @@ class NonFinite(Rule):
             advice=advice,
             # A script or a GradScaler may leave the update out, and the run goes on as before.
             may_pass=not broken.weights,
+            only_tell=advice == _NO_TARGET,  # neither the weights nor the rate are at fault
         )

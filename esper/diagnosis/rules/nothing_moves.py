@@ -9,6 +9,11 @@ from esper.diagnosis.observation import Observation, Unknown
 
 MOVED = 0.02
 WARM_UP = 10
+ZERO_RATE = 50
+_ZERO_RATE = (
+    "Look at the schedule: what it multiplies the rate by is 0, as a whole-number division or a "
+    "warm-up that counts epochs gives. In Lightning, interval decides what it counts."
+)
 
 
 class NothingMoves(Rule):
@@ -24,6 +29,7 @@ class NothingMoves(Rule):
             "with an optimizer that is not torch's, from step", WARM_UP, "steps",
             "RAdamScheduleFree begins with five updates at a rate of zero",
         ),
+        Threshold("a rate of 0 since the start", ZERO_RATE, "steps", "chosen: warm-ups begin at 0"),
     )  # fmt: skip
     severity = Severity.CRITICAL
     false_alarm = "Gradients that are exactly zero because the loss is already zero."
@@ -36,6 +42,18 @@ class NothingMoves(Rule):
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         reading = observation.last_gradients
+        if observation.step >= ZERO_RATE and not any(rate != 0 for _, rate in observation.rates):
+            return Evidence(
+                observed=f"the learning rate has been 0 since the start, for {observation.step} "
+                "steps",
+                limit="a learning rate above 0",
+                signal="highest_rate",
+                value=0.0,
+                since_step=1,
+                severity=Severity.CAUTION,
+                advice=_ZERO_RATE,
+                only_tell=True,  # no other rate is known
+            )
         if math.isnan(reading.moved) or not reading.updates:
             raise Unknown("no two readings with an update between them")
         if not reading.rate > 0:

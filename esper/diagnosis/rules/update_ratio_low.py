@@ -14,6 +14,10 @@ SCHEDULED = 0.3
 UNLEARNED = 0.95
 LONG_WARM_UP = 300
 FEWEST_LOSSES, LEVEL_LOSSES = 20, 50
+_WARMS_UP = (
+    "The learning rate still rises: shorten its warm-up, such as warmup_steps of a transformers "
+    "Trainer, or raise the rate that it rises to."
+)
 
 
 class UpdateRatioLow(Rule):
@@ -90,5 +94,6 @@ class UpdateRatioLow(Rule):
             limit=f"at least {low:g}; about 0.001 is usual",
             signal=Signal.UPDATE_RATIO,
             value=ratio,
+            advice=_WARMS_UP if observation.is_warming_up else "",
             only_tell=observation.is_warming_up,  # a factor would grow with the rate
         )

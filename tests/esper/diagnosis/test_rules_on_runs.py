@@ -324,6 +324,13 @@ CASES = [
         "0",
     ),
     Case(
+        "frozen_at_random",
+        lambda: Run(as_transformers_make_it(trained=False)),
+        lambda: Run(as_transformers_make_it(trained=True)),
+        1,
+        "0",
+    ),
+    Case(
         "constant_output",
         lambda: Run(Averaging(axis=0)),
         lambda: Run(Averaging(axis=1)),
@@ -431,6 +438,28 @@ def decays(value: float) -> Run:
 def ending_with_few_rows(run: Run, step: int) -> None:
     """Each tenth batch is the small rest of an epoch."""
     run.batch = 3 if step % 10 == 0 else 16
+
+
+def as_transformers_make_it(*, trained: bool) -> nn.Module:
+    """A frozen trunk whose matrices are normal, as from_config gives it, and a head."""
+    model = nn.Sequential(
+        nn.Linear(64, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 32), nn.LayerNorm(32),
+        nn.GELU(), nn.Linear(32, 10),
+    )  # fmt: skip
+    for module in model[:6]:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.2)
+            nn.init.zeros_(module.bias)
+    if trained:
+        x, y = digits()
+        F.cross_entropy(model(x), y).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter -= 0.01 * parameter.grad
+                parameter.grad = None
+    model[:6].requires_grad_(requires_grad=False)
+    return model
 
 
 def with_frozen_trunk(*, trained: bool) -> nn.Module:
@@ -870,3 +899,8 @@ def test_batches_whose_gradients_are_added_undivided_are_told(
                 found += [f.severity for f in own]
     assert (Severity.SERIOUS in found) is (severity is Severity.SERIOUS)
     assert bool(found) is (severity is not None)
+
+
+def test_a_warm_up_that_does_not_end_is_told_as_one() -> None:
+    result = Run(schedule=lambda step: step / 1e7, steps=900).go()
+    assert "warmup_steps" in result.first("update_ratio_low").remedy
