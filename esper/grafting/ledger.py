@@ -165,7 +165,7 @@ def _of_inactive_adapters(model: nn.Module) -> set[int]:
     found: set[int] = set()
     module: Any
     for module in model.modules():
-        for kind in getattr(module, "adapter_layer_names", ()):
+        for kind in getattr(module, "adapter_layer_names", None) or ():  # some answer None to all
             adapters = getattr(module, kind, None)
             if isinstance(adapters, nn.ModuleDict | nn.ParameterDict):
                 for name, entry in adapters.items():
