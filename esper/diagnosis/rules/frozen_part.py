@@ -33,7 +33,10 @@ class FrozenPart(Rule):
         still = set(observation.frozen_layers)
         if observation.passes:  # an adapter that is not in use does no harm
             still &= {entry.layer for entry in observation.last_pass.layers}
-        empty = [t for t in matrices if t.all_zero and not t.trainable and t.layer in still]
+        # What was thawed for a while may not be zero any more.
+        learned = {row.name for reading in observation.gradients for row in reading.rows}
+        zero = [t for t in matrices if t.all_zero and not t.trainable and t.name not in learned]
+        empty = [t for t in zero if t.layer in still]
         if empty:
             return Evidence(
                 observed=f"{empty[0].name} is frozen, and all its elements are 0; the "

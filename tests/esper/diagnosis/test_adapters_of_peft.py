@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import esper
+from esper.diagnosis.base import Memory
+from esper.diagnosis.observation import GradientRow, Gradients, Observation, TensorFacts
+from esper.diagnosis.rules.frozen_part import FrozenPart
 from tests.esper.diagnosis.small_runs import digits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-STEPS, SWITCHED = 60, 15
+STEPS = 60
 LAYERS = ["0", "2"]
 KINDS: dict[str, Any] = {
     "lora": lambda: peft.LoraConfig(r=4, target_modules=LAYERS, modules_to_save=["4"]),
@@ -56,7 +59,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return [(x[pick], y[pick]) for pick in picks]
 
 
-def train(model: Any, mode: str, switched: tuple[str, ...] = ()) -> list[str]:
+def train(model: Any, mode: str, switched: tuple[str, ...] = (), every: int = 15) -> list[str]:
     """Trains it, and returns what was found and done."""
     adapted = [p for name, p in model.named_parameters() if p.requires_grad or "lora_" in name]
     optimizer = torch.optim.AdamW(adapted, 3e-3)
@@ -64,8 +67,8 @@ def train(model: Any, mode: str, switched: tuple[str, ...] = ()) -> list[str]:
     if mode:
         session = esper.attach(model, optimizer, mode=mode, server="", verbose=False)  # type: ignore[arg-type]
     for step, (x, y) in enumerate(batches()):
-        if switched and step % SWITCHED == 0:
-            model.set_adapter(switched[step // SWITCHED % len(switched)])
+        if switched and step % every == 0:
+            model.set_adapter(switched[step // every % len(switched)])
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
@@ -89,14 +92,16 @@ def test_a_run_of_an_adapter_is_left_alone(kind: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_adapters_are_switched_in_a_run() -> None:
+@pytest.mark.parametrize("every", [1, 8, 15])
+def test_adapters_are_switched_in_a_run(every: int) -> None:
     models = []
     for _ in range(2):
         model = peft.get_peft_model(net(), KINDS["lora"](), adapter_name="a")
         model.add_adapter("b", peft.LoraConfig(r=2, target_modules=LAYERS))
+        model.set_adapter("a")  # freezes the other one
         models.append(model)
-    train(models[0], "", ("a", "b"))
-    assert train(models[1], "automatic", ("a", "b")) == []
+    train(models[0], "", ("a", "b"), every)
+    assert train(models[1], "automatic", ("a", "b"), every) == []
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(one, other)
 
@@ -120,3 +125,19 @@ def test_a_repaired_scale_leaves_frozen_weights(frozen: list[str], first_only: b
                 assert torch.equal(parameter, before[name]), name
         if not first_only:
             assert not torch.equal(model[4].weight, before["4.weight"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("was_trained", [False, True])
+def test_zeros_that_were_trained_for_a_while_are_zeros_no_more(was_trained: bool) -> None:
+    zeros = TensorFacts(
+        name="b.weight", layer="b", kind="Linear", shape=(4, 4), trainable=False, std=0.0,
+        equal_rows=1.0, all_zero=True, gain=0.0, untrained=False,
+    )  # fmt: skip
+    row = GradientRow("b.weight", 1.0, 0.0, 1.0, 0.01)
+    read = Gradients(step=10, readings=1, rows=(row,), moved=1.0, rate=0.1, updates=1)
+    observation = Observation(
+        step=20, frozen=16, trainable=16, tensors=(zeros,), frozen_layers=("b",),
+        gradients=(read,) if was_trained else (),
+    )  # fmt: skip
+    found = FrozenPart().check(observation, Memory())
+    assert (found is None) == was_trained
