@@ -31,6 +31,8 @@ _LEVELS = ("choice", "layer", "finding", "answer", "training")
 BASE_VARIANCE = 4.0  # of the base rate's logit
 LARGEST_VARIANCE = 9.0
 SMALLEST_VARIANCE = 1e-4
+# Few kinds of adaptation share a variance, and one of them may be unlike the others.
+HEAVY_TAILED, FREEDOM = "choice", 4.0  # its effects are from Student's t with so many degrees
 FOLDS = 10
 
 
@@ -46,7 +48,7 @@ def fit(cases: Sequence[Case]) -> ConfidenceModel:
     names, groups, rows = _design(cases, centre, scale)
     success = np.array([case.success for case in cases], dtype=np.float64)
     variances = _variances(rows, success, groups)
-    mean, covariance = _posterior(rows, success, _precisions(groups, variances))
+    mean, covariance = _posterior(rows, success, groups, variances)
     kept = np.array([group != "training" for group in groups])
     counts: dict[str, int] = {}
     for case in cases:
@@ -128,8 +130,23 @@ def _variances(rows: Doubles, success: Doubles, groups: Sequence[str]) -> dict[s
     return {group: float(value) for group, value in zip(shown, np.exp(found.x), strict=True)}
 
 
-def _posterior(rows: Doubles, success: Doubles, precision: Doubles) -> tuple[Doubles, Doubles]:
-    mean, _, root = _mode(rows, success, precision)
+def _posterior(
+    rows: Doubles, success: Doubles, groups: Sequence[str], variances: Mapping[str, float]
+) -> tuple[Doubles, Doubles]:
+    """(mean [D], covariance [D, D]), by expectation-maximisation over the scales of the t.
+
+    A t is a normal distribution whose variance is drawn for each effect (Gelman et al. 2013,
+    Bayesian Data Analysis, chapter 17): effects far from zero are shrunken less.
+    """
+    usual = _precisions(groups, variances)
+    heavy = np.array([group == HEAVY_TAILED for group in groups])
+    precision, mean = usual, np.zeros(len(usual))
+    for _ in range(50):
+        mean, _, root = _mode(rows, success, precision, mean)
+        scaled = (FREEDOM + 1.0) / (FREEDOM / usual + mean**2)
+        before, precision = precision, np.where(heavy, scaled, usual)
+        if float(np.abs(precision - before).max()) < 1e-6:
+            break
     half = np.linalg.solve(root, np.eye(len(mean)))
     return mean, half.T @ half
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from playwright.sync_api import Browser, Page
 from xdist.scheduler import LoadFileScheduling
 
@@ -17,6 +18,10 @@ from tests.browser import WAIT_MS, open_chromium
 from tests.covers import mark_the_rest
 from tests.postgres import NO_POSTGRES, Cluster, postgres_programs
 from tests.running import RunningEsper, launch_esper
+
+# A machine that is busy with other work is slow; that is no fault of a test.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers

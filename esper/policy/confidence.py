@@ -12,8 +12,9 @@ that finding, and the training; and with one slope for each measured number:
 Each group's effects are drawn from a normal distribution around zero whose variance is estimated
 from the cases (empirical Bayes, with Laplace's approximation of the marginal likelihood; Gelman et
 al. 2013, Bayesian Data Analysis, chapters 5, 13 and 15). A group that tells nothing gets a variance
-near zero, and then the answer is the base rate. A new training has an effect of its own that is not
-known; the probability is the mean over it.
+near zero, and then the answer is the base rate. The effects of the kinds of adaptation have the
+tails of Student's t, so that one kind that is unlike the others is not taken for one of them. A new
+training has an effect of its own that is not known; the probability is the mean over it.
 
 Own closed cases of an installation move the base rate and the kinds of adaptation that they are of.
 
