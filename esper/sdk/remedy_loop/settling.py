@@ -48,8 +48,12 @@ class Settling:
         return None if falls else self._chosen(treatments)
 
     def _chosen(self, treatments: Iterable[Treatment]) -> Treatment | None:
-        """The last rewind of a run that had no good rate of its own before."""
+        """The last rewind of a run that had no good rate of its own before.
+
+        None where it was taken back since: the run has the script's own rate again.
+        """
         kept = [t for t in treatments if t.remedy == "rewind" and t.ended.startswith("kept")]
         if not kept or kept[-1].receipt is None or kept[-1].step > START_STEPS:
             return None
-        return kept[-1] if kept[-1].receipt.details["factor"] < 1.0 else None
+        receipt = kept[-1].receipt
+        return kept[-1] if receipt.in_force and receipt.details["factor"] < 1.0 else None

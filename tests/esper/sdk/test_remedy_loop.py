@@ -275,15 +275,29 @@ def test_a_chosen_rate_is_lowered_once_the_loss_stands_still(
     run.losses.extend(enumerate([1.0] * 30 + losses, start=1))
     run.step = 30 + 2 * WINDOW
     ended = "kept, because it is over" if kept else "did not help, because it is open"
-    receipt: Any = SimpleNamespace(details={"factor": 0.1})
+    receipt: Any = SimpleNamespace(details={"factor": 0.1}, in_force=True)
     rewound = Treatment("update_ratio_high", "rewind", 30, receipt, None, ended=ended)
     settling = Settling()
-    own = replace(rewound, receipt=SimpleNamespace(details={"factor": 1.0}))
+    own = replace(rewound, receipt=SimpleNamespace(details={"factor": 1.0}, in_force=True))
     later = replace(rewound, step=300)
     assert settling.next_step([own]) == settling.next_step([later]) == float("inf")
     due = settling.next_step([rewound])
     assert due == (run.step if kept else float("inf"))
     assert settling.stands_still([rewound], run) is (rewound if kept and settles else None)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_the_scripts_own_rate_is_not_lowered_where_a_rewind_was_taken_back(hard: bool) -> None:
+    run = Run(Fault())
+    with esper.attach(run.model, run.optimizer, mode="supervised", server="") as session:
+        run.train(30, session)
+        receipt = session.remedy("rewind", factor=0.1)
+        ended = "kept, because it is over"
+        rewound = Treatment("dying_relu", "rewind", 30, receipt, None, ended=ended)
+        settling = Settling()
+        assert settling.next_step([rewound]) < math.inf
+        session.undo(receipt, hard=hard)
+        assert settling.next_step([rewound]) == math.inf
 
 
 def test_in_supervised_mode_a_person_decides() -> None:
