@@ -302,7 +302,7 @@ def _tell_losses() -> None:
     def training_step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         loss = step(self, *args, **kwargs)
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EsperCallback):
+            if isinstance(callback, EsperCallback) and callback.session is not None:
                 callback._losses.add_share(loss)
         return loss
 
