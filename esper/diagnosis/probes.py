@@ -189,7 +189,9 @@ def _is_untrained(sample: Tensor, shape: Sequence[int], kind: str) -> bool:
     if float(share.max()) > BEYOND:
         return False
     share = share[:: math.ceil(share.numel() / MOST_OF_UNIFORM)]
-    spread = share.sort().values - torch.linspace(0, 1, share.numel())
+    spread = share.sort().values - torch.linspace(
+        0, 1, share.numel(), dtype=torch.float32, device="cpu"
+    )
     return float(spread.abs().max()) < UNIFORM / math.sqrt(share.numel())
 
 
