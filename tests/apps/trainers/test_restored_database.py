@@ -35,6 +35,9 @@ class Backup:
     def restore(self) -> None:
         with transaction.atomic(), connection.cursor() as cursor:
             cursor.execute("SET LOCAL session_replication_role = replica")  # as a restore does
+            # Where a trainer's request and this wait for each other, the request is ended: it is
+            # sent again.
+            cursor.execute("SET LOCAL deadlock_timeout = '30s'")
             for model in reversed(self.MODELS):
                 model.objects.all().delete()
             for model in self.MODELS:
