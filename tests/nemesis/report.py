@@ -32,7 +32,8 @@ def describe(result: Result) -> str:
         ("**violations**", f"**{len(result.violations)}**"),
     ]
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return "\n".join([*lines, *(f"- {found}" for found in result.violations), *_quoted(result)])
+    found = ["", *(f"- {violation}" for violation in result.violations)]
+    return "\n".join([*lines, *(found if result.violations else ()), *_quoted(result)])
 
 
 def _listed(counts: Counter[str]) -> str:
