@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Collection
+from typing import Any
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
@@ -35,12 +35,11 @@ class GroupWithoutRate(Rule):
         reading = observation.last_gradients
         if not any(row.rate > 0 for row in reading.rows):
             raise Unknown("no group is known to have a learning rate above zero")
-        moved: set[str] = memory.notes.setdefault("moved", set())
-        readings: set[int] = memory.notes.setdefault("readings", set())
-        readings.add(reading.step)
-        moved.update(row.name for row in reading.rows if row.rate != 0 or row.change != 0)
-        still = _still(reading, moved)
-        if len(readings) < READINGS or observation.step < STEP or not still:
+        notes = memory.notes
+        if notes.get("latest") != reading.step:
+            _take(reading, notes)
+        still = notes["still"]
+        if notes["readings"] < READINGS or observation.step < STEP or not still:
             return None
         facts = [tensor for tensor in observation.tensors if tensor.name in still]
         if len(facts) < len(still) or not all(tensor.untrained for tensor in facts):
@@ -52,10 +51,15 @@ class GroupWithoutRate(Rule):
             signal="learning_rate_of_group",
             value=0.0,
             began_at=facts[0].layer,
-            since_step=min(readings),
+            since_step=notes["first"],
         )
 
 
-def _still(reading: Gradients, moved: Collection[str]) -> set[str]:
-    """Matrices with a gradient that have never moved, all at a rate of 0."""
-    return {row.name for row in reading.rows if row.norm > 0 and row.name not in moved}
+def _take(reading: Gradients, notes: dict[str, Any]) -> None:
+    """Notes which matrices with a gradient have never moved, all at a rate of 0."""
+    moved: set[str] = notes.setdefault("moved", set())
+    moved.update(row.name for row in reading.rows if row.rate != 0 or row.change != 0)
+    notes.setdefault("first", reading.step)
+    notes["latest"] = reading.step
+    notes["readings"] = notes.get("readings", 0) + 1
+    notes["still"] = {row.name for row in reading.rows if row.norm > 0 and row.name not in moved}

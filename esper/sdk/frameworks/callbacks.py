@@ -69,3 +69,8 @@ def goes_on(session: Session, loss: float | Tensor | None) -> bool:
 def _fail_closed_of(callback: Any) -> FailClosed:
     session = callback.session
     return FailClosed() if session is None else session._parts.fail_closed
+
+
+def is_switched_off(callback: Any, part: str) -> bool:
+    """A method of this callback has failed in its session, and is not called any more."""
+    return _fail_closed_of(callback).is_off(part)

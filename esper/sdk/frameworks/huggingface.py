@@ -39,7 +39,7 @@ from esper.fail_closed import FailClosed
 from esper.sdk import framework_loads
 from esper.sdk.attaching import attach
 from esper.sdk.ending import patience_for, reason_of
-from esper.sdk.frameworks.callbacks import goes_on, inside_the_loop
+from esper.sdk.frameworks.callbacks import goes_on, inside_the_loop, is_switched_off
 from esper.sdk.session import Session
 
 framework_loads.install()
@@ -86,6 +86,11 @@ class EsperCallback(TrainerCallback):
 
         Needed in a ``training_step`` that computes a loss and does not call the Trainer's."""
         self._losses.observe(loss)
+
+    @property
+    def _follows_steps(self) -> bool:
+        """Otherwise nothing would ever take the losses, one number of each batch."""
+        return self.session is not None and not is_switched_off(self, "on_optimizer_step")
 
     @inside_the_loop("The training is not watched.", raises=(EsperError,))
     def on_train_begin(
@@ -302,7 +307,7 @@ def _tell_losses() -> None:
     def training_step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         loss = step(self, *args, **kwargs)
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EsperCallback) and callback.session is not None:
+            if isinstance(callback, EsperCallback) and callback._follows_steps:
                 callback._losses.add_share(loss)
         return loss
 

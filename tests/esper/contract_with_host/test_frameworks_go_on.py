@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer as HuggingFace
 
 from esper.exceptions import ConfigurationError
+from esper.sdk.frameworks import huggingface
 from esper.sdk.frameworks.huggingface import EsperCallback as TrainerCallback
 from esper.sdk.frameworks.lightning import EsperCallback
-from tests.esper.sdk.frameworks.trainer_training import make_trainer
+from tests.esper.sdk.frameworks.trainer_training import GraftInTheMiddle, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -161,6 +162,24 @@ def test_the_losses_are_those_that_a_trainer_trains_by(how: str, tmp_path: Path)
     seen = session.state_dict()["losses"]["loss"].tolist()
     assert seen == pytest.approx(logged, rel=1e-5)
     assert not [f for f in session._parts.findings.all() if "without a loss" in f.observed]
+
+
+@pytest.mark.parametrize("part", ["attach", "goes_on"])
+def test_no_losses_are_kept_of_a_trainer_that_is_not_followed(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing would ever take them: one number of each batch, on the device of the model."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a part of Esper fails")
+
+    monkeypatch.setattr(huggingface, part, fails)
+    callback = TrainerCallback(run="fit")
+    trainer = make_trainer(tmp_path, callback, save_strategy="no", eval_strategy="no")
+    trainer.remove_callback(GraftInTheMiddle)
+    trainer.train()
+    assert trainer.state.global_step == trainer.args.max_steps
+    assert len(callback._losses._shares) <= trainer.args.gradient_accumulation_steps
 
 
 def test_a_compiled_trainer_is_read_by_an_eager_copy(tmp_path: Path) -> None:
