@@ -150,12 +150,27 @@ class Plant:
         found = self.rows("SELECT end_reason FROM adaptations_adaptation WHERE uid=?", uid)
         return str(found[0][0])
 
+    def story(self, uid: str) -> str:
+        """Its states, and what is known of its compile jobs and of the workers."""
+        jobs = self.rows(
+            "SELECT state, attempt, error, waits_for, log FROM workers_compilejob "
+            "WHERE adaptation_uid=?",
+            uid,
+        )
+        workers = self.rows("SELECT name, state, mode, mode_reason, crashes FROM workers_worker")
+        told = (self.states_in_audit(uid), self.reason(uid), jobs, workers, self.esper.tail())
+        return "\n".join(map(str, told))
+
     def ended(self, uid: str) -> bool:
         return bool(
             self.rows(
                 "SELECT 1 FROM adaptations_adaptation WHERE uid=? AND ended_at IS NOT NULL", uid
             )
         )
+
+    def wait_grafted(self, uid: str) -> None:
+        until(lambda: self.state(uid) == "probation" or self.ended(uid), "grafted")
+        assert self.state(uid) == "probation", self.story(uid)
 
     def states_in_audit(self, uid: str) -> list[str]:
         return [

@@ -49,7 +49,7 @@ def test_any_child_may_be_killed_while_an_adaptation_lives(plant: Plant) -> None
         old = plant.esper.kill(child)
         plant.esper.wait_restarted(child, old)
         until(lambda uid=uid: plant.ended(uid), f"{uid} ended although {child} was killed")
-        assert plant.state(uid) in ENDS, (child, plant.states_in_audit(uid))
+        assert plant.state(uid) in ENDS, f"{child} was killed\n{plant.story(uid)}"
         until(lambda before=before: plant.step() > before, "the run reports again")
         assert plant.trainer_lives()
     check_nothing_is_lost_or_doubled(plant)
@@ -58,11 +58,11 @@ def test_any_child_may_be_killed_while_an_adaptation_lives(plant: Plant) -> None
 def test_a_killed_trainer_comes_back_and_its_graft_is_settled(plant: Plant) -> None:
     until(lambda: (plant.folder / "digits.pt").exists(), "a first checkpoint")
     uid = plant.propose("squeeze")
-    until(lambda: plant.state(uid) == "probation", "grafted")
+    plant.wait_grafted(uid)
     plant.kill_trainer()
     plant.start_trainer()
     until(lambda: plant.ended(uid), "settled from what the restarted trainer reports")
-    assert plant.state(uid) in ENDS
+    assert plant.state(uid) in ENDS, plant.story(uid)
     states = plant.states_in_audit(uid)
     assert "in_doubt" in states
     [(epoch,)] = plant.rows("SELECT epoch FROM runs_run WHERE uid=?", plant.run)
@@ -75,7 +75,7 @@ def test_the_trainer_trains_on_without_a_server_and_nothing_is_missing(
     plant: Plant,
 ) -> None:
     uid = plant.propose("conv3")
-    until(lambda: plant.state(uid) == "probation", "grafted")
+    plant.wait_grafted(uid)
     plant.esper.stop()
     last_reported = plant.step()
     until(lambda: trained_to(plant) > last_reported + 100, "the trainer trains on by itself")
@@ -83,7 +83,7 @@ def test_the_trainer_trains_on_without_a_server_and_nothing_is_missing(
     plant.start_again()
     until(lambda: plant.step() > last_reported + 100, "the trainer reports again")
     until(lambda: plant.ended(uid), "the adaptation has an end")
-    assert plant.state(uid) in ENDS
+    assert plant.state(uid) in ENDS, plant.story(uid)
     [(stored, dropped)] = plant.rows(
         "SELECT (SELECT count(DISTINCT step) FROM telemetry_metric WHERE name='loss' "
         "AND run_id=runs_run.id AND step BETWEEN ? AND ?), dropped_items FROM runs_run "

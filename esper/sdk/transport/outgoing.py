@@ -18,6 +18,7 @@ from esper.sdk.transport.registration import Registration
 from esper.sdk.transport.telemetry import Batch
 
 logger = logging.getLogger("esper")
+NOT_AWAITED = ("/remedy-proposals", "/remedy-verdicts", "/finish")  # the last: after all others
 
 
 class TelemetrySender:
@@ -82,7 +83,11 @@ class TelemetrySender:
 
 
 class ReportSender:
-    """Writes pending reports to the journal and sends them in order, each until it is answered."""
+    """Writes pending reports to the journal and sends them, each until it is answered.
+
+    In order, but what the server waits for (answers to commands, rollbacks) goes before what it
+    does not (proposed remedies, their verdicts): an adaptation is in doubt until it is answered.
+    """
 
     def __init__(
         self,
@@ -111,14 +116,19 @@ class ReportSender:
             await wait_for_event(self.wake, self._pace.flush)
 
     async def send_all(self) -> None:
-        """Send every report that is pending now; returns when all are answered."""
-        self.write_to_journal()
-        for report in self._journal.reports:
+        """Send reports until none is pending; one that is queued meanwhile is sent, too."""
+        while report := self._next():
             if self._of_an_older_start(report):
                 logger.debug("%s is of an older start of this run: not sent", report.path)
                 self._journal.remove_report(report)
             else:
                 await self._send(report)
+
+    def _next(self) -> StoredReport | None:
+        self.write_to_journal()
+        reports = self._journal.reports
+        awaited = (report for report in reports if not report.path.endswith(NOT_AWAITED))
+        return next(awaited, reports[0] if reports else None)
 
     def _of_an_older_start(self, report: StoredReport) -> bool:
         """The server refuses it, and on a slow server the answers of this start would wait for it.
