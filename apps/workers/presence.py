@@ -30,6 +30,7 @@ from django.utils import timezone
 import esper
 from apps.workers.builders import builders, close_builders
 from apps.workers.heartbeats import Presence, heartbeat, mark_worker_stopped, worker_name
+from apps.workers.stalls import WaitingJobs
 from esper.contracts import WorkerKind, WorkerMode
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def start_heartbeat(consumer: Any) -> threading.Thread:
     versions = None if compiles else {"python": platform.python_version()}
 
     def beat() -> None:
-        mode = WorkerMode.ACTIVE
+        mode, jobs = WorkerMode.ACTIVE, WaitingJobs()
         while not _stopped.is_set():
             free_mib, total_mib = host_memory_mib()
             presence = Presence(
@@ -97,6 +98,9 @@ def start_heartbeat(consumer: Any) -> threading.Thread:
             try:
                 with database_between_forks():
                     wanted = heartbeat(presence)
+                    job = jobs.stalled(presence.name, queues) if compiles else ""
+                if job:
+                    _end_process(job)
                 mode = _follow_mode(consumer, queues, mode, wanted)
             except Exception as error:
                 log.warning("this heartbeat was not recorded: %s", error)
@@ -118,6 +122,13 @@ def _follow_mode(
         for queue in queues:
             consumer.call_soon(act, queue)
     return mode
+
+
+def _end_process(job: str) -> None:
+    """Without the orderly end, which takes the loop that no longer works. It is started again."""
+    log.error("job %s waits, and its messages do not arrive here: this process ends", job)
+    logging.shutdown()
+    os._exit(1)
 
 
 def report_devices() -> None:

@@ -233,6 +233,9 @@ CELERY_WORKER_PROC_ALIVE_TIMEOUT = 60  # a compile worker's process waits for it
 CELERY_WORKER_HIJACK_ROOT_LOGGER = False
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_CONNECTION_MAX_RETRIES = None  # retry until Redis is back
+# A worker that loses Redis ends, and its supervisor starts another one, which waits for Redis:
+# after some reconnections Celery's consumer takes no messages any more (apps/workers/stalls.py).
+CELERY_BROKER_CONNECTION_RETRY = False
 CELERY_BROKER_TRANSPORT_OPTIONS = {
     "visibility_timeout": 3600,
     # Lost messages are delivered again every interval × throttle = 5 s, not 100 s.

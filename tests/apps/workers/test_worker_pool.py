@@ -6,7 +6,7 @@ import concurrent.futures
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +30,7 @@ from apps.workers import services as workers
 from apps.workers.models import CompileJob, Worker
 from apps.workers.presence import database_between_forks
 from apps.workers.selectors import current_jobs
+from apps.workers.stalls import STALLED_SECONDS, WaitingJobs
 from esper.compilation import BuilderPool, BuildLimits
 from esper.contracts import (
     AdaptationState,
@@ -102,6 +103,38 @@ def test_a_worker_that_was_started_again_has_the_devices_that_it_reports_itself(
     before.refresh_from_db()
     assert (before.devices, before.queues) == (card, ["compile.cpu", "host.here"])
     assert live_worker().devices == []
+
+
+def looks_until_stalled(name: str = "compile@here", *, queues: Sequence[str]) -> int | None:
+    """How many heartbeats it takes; None: it is not seen in twice the time."""
+    jobs = WaitingJobs()
+    for look in range(1, 2 * int(STALLED_SECONDS)):
+        if jobs.stalled(name, queues):
+            return look
+    return None
+
+
+def test_a_worker_that_gets_no_messages_although_a_job_waits_is_noticed(
+    stage: Stage, settings: Any
+) -> None:
+    settings.ESPER_WORKER_HEARTBEAT_SECONDS = 1
+    queues = live_worker(devices=[{"device": "cpu"}]).queues
+    assert looks_until_stalled(queues=queues) is None  # no job
+    job = stage.propose().job
+    assert looks_until_stalled(queues=queues) == STALLED_SECONDS + 1
+    assert looks_until_stalled(queues=["compile.cuda.sm90"]) is None  # not for this one
+    Worker.objects.update(mode=WorkerMode.DRAINING)
+    assert looks_until_stalled(queues=queues) is None  # it must not take any
+    Worker.objects.update(mode=WorkerMode.ACTIVE, devices=[])
+    assert looks_until_stalled(queues=queues) is None  # its builder is not ready
+    live_worker(devices=[{"device": "cpu"}])
+    assert workers.claim_job(job, worker="compile@other")
+    assert looks_until_stalled(queues=queues) is None  # taken
+    workers.fail_job(job, error="tried", permanent=False)
+    assert looks_until_stalled(queues=queues) == STALLED_SECONDS + 1
+    other = proposed_at(stage, "another").job
+    assert workers.claim_job(other, worker="compile@here")
+    assert looks_until_stalled(queues=queues) is None  # it builds this one
 
 
 # --- builds ---------------------------------------------------------------------------------------
