@@ -34,6 +34,7 @@ from esper.exceptions import IncompatibleLayerError
 from esper.fail_closed import is_the_scripts
 from esper.grafting.digests import digest
 from esper.grafting.random_streams import RandomStreams, draws_nothing, kept_streams
+from esper.grafting.saved_values import write
 from esper.grafting.slot import SLOT_NAME, first_tensor, slot_of
 
 MAX_ROWS = 4  # of the sample that are used: a certificate must not take as long as a training step
@@ -167,7 +168,7 @@ def put_back(host: nn.Module, training: bool | None) -> Iterator[None]:
                 vars(module)[name] = tensor
             with torch.no_grad():
                 for buffer, value in buffers:
-                    buffer.copy_(value)
+                    write(buffer, value)
 
 
 @contextmanager

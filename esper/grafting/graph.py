@@ -21,6 +21,7 @@ from esper.grafting.attention import TimeAxis, cached_part, looks_ahead
 from esper.grafting.compiled import is_compiled
 from esper.grafting.hooks import PassingHook, register_alike
 from esper.grafting.random_streams import kept_streams
+from esper.grafting.saved_values import write
 from esper.grafting.slot import (
     CONTAINERS,
     SLOT_NAME,
@@ -361,7 +362,7 @@ def trace_layers(
             for buffer, before in buffers:
                 if buffer.shape != before.shape:  # an observer of quantisation resizes its own
                     buffer.resize_(before.shape)
-                buffer.copy_(before)
+                write(buffer, before)
     return recorder.layers()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.sharding import local
 
@@ -110,8 +110,26 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 def write(live: Tensor, value: Tensor) -> None:
-    """Copies ``value`` into a living tensor; a GPU copies on its stream, and nothing waits."""
-    live.detach().copy_(value, non_blocking=live.is_cuda)
+    """Copies ``value`` into a living tensor; a GPU copies on its stream, and nothing waits.
+
+    Nothing is written to memory of the host that has these bits: it may be read-only, as that of a
+    mapped file, where a write would end the process, or shared by several elements.
+    """
+    if not _has_bits(live.detach(), value):
+        live.detach().copy_(value, non_blocking=live.is_cuda)
+
+
+def _has_bits(live: Tensor, value: Tensor) -> bool:
+    """Only asked of dense tensors in the host's memory; ends at the first difference."""
+    pair = (live, value)
+    if any(t.device.type != "cpu" or t.layout is not torch.strided or t.is_quantized for t in pair):
+        return False
+    if live.dtype != value.dtype or any(type(t) not in (Tensor, nn.Parameter) for t in pair):
+        return False
+    if live.is_complex():
+        pair = (torch.view_as_real(live.resolve_conj()), torch.view_as_real(value.resolve_conj()))
+    integers = _INTEGERS[pair[0].element_size()]
+    return torch.equal(pair[0].view(integers), pair[1].view(integers))
 
 
 def same_bits(live: Tensor, value: Tensor) -> bool:

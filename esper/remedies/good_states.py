@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from esper.exceptions import UndoError
 from esper.grafting.digests import named_tensors
+from esper.grafting.saved_values import write
 from esper.remedies.good_state import State
 from esper.remedies.state_folder import StateFolder
 from esper.remedies.update_hooks import before_update
@@ -244,7 +245,7 @@ class GoodStates:
             raise UndoError(f"the model has other tensors than after step {state.step}", layer="")
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.detach().copy_(state.tensors[name])
+                write(tensor, state.tensors[name])
             for optimizer in self._optimizers():
                 for parameter in _parameters_of(optimizer):
                     _set_state(optimizer, parameter, state.moments.get(id(parameter)))
@@ -317,7 +318,7 @@ def _placed(value: Any, present: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return _copied(value)
     if isinstance(present, Tensor) and present.shape == value.shape:
-        present.detach().copy_(value)
+        write(present, value)
         return present
     # Scalars such as Adam's step count stay on the CPU.
     device = parameter.device if value.dim() else value.device
