@@ -99,6 +99,11 @@ class HealthSampler:
         return self._spent / self._elapsed if self._elapsed > 0 else math.nan
 
     @property
+    def typical_step(self) -> float:
+        """Seconds of a step without sampling; NaN before the second step."""
+        return statistics.median(self._step_seconds) if self._step_seconds else math.nan
+
+    @property
     def idle_until(self) -> int:
         """The next step for which :meth:`step` must be called; those before may be left out."""
         return 0 if self._late is not None else self._next_frame - 1

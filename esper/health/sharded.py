@@ -134,6 +134,11 @@ class ShardedSampler:
         """Time spent in sampling / time of everything else so far; NaN before the second step."""
         return self._times.cost_ratio
 
+    @property
+    def typical_step(self) -> float:
+        """Seconds of a step without sampling; NaN before the second step."""
+        return self._times.typical if self._times.is_known else math.nan
+
     def refresh(self) -> None:
         """Reads the model's parameters again; call it after a graft or an undo, on every rank."""
         self._parts = [part for part in self._layout.parts() if has_numbers(part.weight)]

@@ -44,6 +44,7 @@ class Adaptation:
         grafted_at: seconds since the epoch.
         looks: the held-out loss with the graft and without it, oldest first.
         look_seconds: what these evaluations took.
+        look_every: of the looks that the policy asks for, every so many-th is taken.
         test: where its test stands; None before the first judgement, and with a server.
         guarded_until: the last step at which the trainer's own guard may take it out.
         loss_before: (step, loss) of the run before the graft, for the verdict.
@@ -61,6 +62,7 @@ class Adaptation:
     receipt: Receipt | None = None
     looks: list[Look] = field(default_factory=list)
     look_seconds: float = 0.0
+    look_every: int = 1
     test: RunningTest | None = None
     guarded_until: int = -1
     grafted_at: float = 0.0
@@ -131,6 +133,7 @@ class Adaptation:
             "guarded_until": self.guarded_until,
             "looks": [[look.step, look.gain, look.loss] for look in self.looks],
             "look_seconds": self.look_seconds,
+            "look_every": self.look_every,
             # Not the moment: the time between two processes is no part of a probation.
             "age_seconds": time.time() - self.grafted_at,
             "loss_before": losses_to_state(self.loss_before),
@@ -153,6 +156,7 @@ class Adaptation:
             guarded_until=int(saved["guarded_until"]),
             looks=[Look(int(at), float(gain), float(loss)) for at, gain, loss in saved["looks"]],
             look_seconds=float(saved["look_seconds"]),
+            look_every=int(saved.get("look_every", 1)),  # absent from older states
             receipt=receipt,
             grafted_at=time.time() - float(saved["age_seconds"]),
             loss_before=tuple(losses_from_state(saved["loss_before"])),

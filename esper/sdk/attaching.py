@@ -24,6 +24,7 @@ from esper.grafting.replicas import Call
 from esper.health.pace import periods_of
 from esper.near_names import did_you_mean
 from esper.sdk import framework_loads
+from esper.sdk.evaluation_pace import pace_of
 from esper.sdk.parts import Setup
 from esper.sdk.session import Session
 from esper.sdk.shadow import Shadow
@@ -56,6 +57,7 @@ def attach(
     safety_policy: SafetyPolicy | None = None,
     copies: Any = None,
     sampling: int | Iterable[Sequence[int]] | None = None,
+    evaluate_every: int | Iterable[Sequence[int]] | None = None,
     snapshot_memory: float | None = None,
     snapshot_folder: str | Path | None = None,
     good_states: str | Path | None = None,
@@ -94,6 +96,9 @@ def attach(
             Grafts are put into them too; otherwise an average pairs the wrong tensors.
         sampling: steps between health frames, or the ``session.sampling`` of another run, to
             measure at the same steps. By default Esper chooses, so that it costs less than 1 %.
+        evaluate_every: steps between two calls of ``evaluate``, or the
+            ``session.evaluate_every`` of another run, to evaluate at the same steps. By default
+            Esper chooses, so that it costs at most 2 %.
         snapshot_memory: GiB that the snapshots for hard undos may take together, default
             ``ESPER_SNAPSHOT_MEMORY_GIB`` or a quarter of the machine's memory. Where it holds
             fewer than three, older changes can only be undone softly, and a finding says so.
@@ -126,7 +131,7 @@ def attach(
     address, secret = _server(server, token) if _is_lead(wrapper, bare) else ("", "")
     takes_no_graft = _why_no_graft(wrapper)
     names = () if takes_no_graft else _slot_names(bare, slots)
-    periods = periods_of(sampling)
+    periods, evaluated = periods_of(sampling), pace_of(evaluate_every)
     _check(run, target_steps, evaluate, checkpoint)
     snapshot_bytes = snapshot_limit(snapshot_memory)
     spill_folder = folder_for_snapshots(snapshot_folder)
@@ -137,7 +142,7 @@ def attach(
     replicas = _ranks_of(wrapper, bare)
     if replicas is not None:
         arguments = [run, run_mode, names, evaluate is not None, len(optimizers), len(followers)]
-        arguments += [periods, checkpoint is not None]
+        arguments += [periods, evaluated, checkpoint is not None]
         replicas.meet(Call.ATTACH, 0, key=f"{arguments} {replicas.checksum()}")
     older = _older_session(bare)
     if run_mode is not RunMode.OBSERVE:  # there, a graft by hand gets its slot when it comes
@@ -164,6 +169,7 @@ def attach(
             safety_policy=safety_policy or SafetyPolicy(),
             pace=Pace(),
             sampling=periods,
+            evaluate_every=evaluated,
             snapshot_limit=snapshot_bytes,
             snapshot_folder=spill_folder,
             good_states=None if good_states is None else Path(good_states).absolute(),

@@ -18,7 +18,7 @@ from esper.reward.terms import NOT_YET
 from esper.sdk.adaptation import Adaptation
 
 SNAPSHOTS_KEPT = 3
-FIRM = 4  # every so many looks one is taken whatever it costs
+FIRM = 4  # every so many looks one is taken whatever it costs; a power of two
 LATER_COST_RATIO = 0.02  # of the time since the graft, for looks that only pay
 OBSERVE = GraftKind.OBSERVE
 
@@ -285,13 +285,33 @@ def _look_is_due(entry: Adaptation, age: int, policy: SafetyPolicy) -> bool:
 
 def _tests_at(entry: Adaptation, age: int, policy: SafetyPolicy) -> bool:
     """At even distances after the warm-up; fewer of them where they take too much time."""
-    since, length = age - policy.maturity_steps, policy.probation_steps - policy.maturity_steps
+    since, length, spacing = _test_of(age, policy)
     if since <= 0 or since > length:
         return False
-    spacing = max(1, length // policy.probation_looks)
-    if since % (FIRM * spacing) == 0 or since == length:
-        return True
-    return since % spacing == 0 and _has_time_for_look(entry, policy.probation_cost_ratio)
+    return since == length or since % (entry.look_every * spacing) == 0
+
+
+def pace_looks(entry: Adaptation, step: int, policy: SafetyPolicy) -> None:
+    """After a look: how many of the next ones are taken, from what they were measured to cost.
+
+    It changes at the first look and at firm ones alone, so that an equal run takes the same looks.
+    """
+    since, _, spacing = _test_of(step - entry.step, policy)
+    if not entry.on_probation or (len(entry.looks) > 1 and since % (FIRM * spacing)):
+        return
+    elapsed = max(0.0, time.time() - entry.grafted_at)
+    step_seconds = max(0.0, elapsed - entry.look_seconds) / max(1, step - entry.step)
+    allowed = policy.probation_cost_ratio * step_seconds * policy.probation_steps
+    all_looks = policy.probation_looks * entry.look_seconds / len(entry.looks)
+    entry.look_every = 1
+    while entry.look_every < FIRM and all_looks > entry.look_every * allowed:
+        entry.look_every *= 2
+
+
+def _test_of(age: int, policy: SafetyPolicy) -> tuple[int, int, int]:
+    """(steps since the warm-up, steps of the test, steps between two of the policy's looks)."""
+    length = policy.probation_steps - policy.maturity_steps
+    return age - policy.maturity_steps, length, max(1, length // max(1, policy.probation_looks))
 
 
 def _looks_later_at(entry: Adaptation, age: int, policy: SafetyPolicy) -> bool:

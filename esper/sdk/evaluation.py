@@ -11,12 +11,11 @@ from esper.grafting.evaluation_mode import undisturbed
 from esper.reward import Look
 from esper.reward.verdict import GAIN, LOSS
 from esper.sdk.adaptation import Adaptation
+from esper.sdk.changes import pace_looks
+from esper.sdk.evaluation_pace import EvaluationPace, Recorded
 from esper.sdk.ranks import Order, Ranks
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
-
-_SHARE = 50  # an evaluation may cost one part in so many of the time between two
-_SHORTEST_GAP_STEPS = 100
 
 
 class Evaluations:
@@ -28,6 +27,11 @@ class Evaluations:
         evaluate: held-out loss, lower is better; on the same data at each call. It returns None
             while there is no such data. None where the script has no such function.
         watched: what looks at the model while it is called.
+        fixed: periods that a person fixed; by default they follow from what an evaluation costs.
+        clock: seconds, monotonic.
+
+    Attributes:
+        pace: at which steps it is due.
     """
 
     def __init__(
@@ -37,30 +41,35 @@ class Evaluations:
         run: RunState,
         ranks: Ranks,
         watched: Callable[[], AbstractContextManager[None]] = nullcontext,
+        *,
+        fixed: Recorded | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._evaluate = evaluate
         self._watched = watched
         self._surgery = surgery
         self._run = run
         self._ranks = ranks
-        self._next_step = _SHORTEST_GAP_STEPS
-        self._next_time = 0.0
+        self.pace = EvaluationPace(fixed)
+        self._clock = clock
+        self._next_step = self.pace.after(0)
+        self._since = (0, 0.0)  # the step of the evaluation before, and when that was over
         self._asked: float | None = None  # was measured between two steps, and is not reported yet
 
     @property
     def due(self) -> bool:
-        """It is time for a held-out loss again, by steps and by what it costs."""
-        return (
-            self._evaluate is not None
-            and self._run.step >= self._next_step
-            and time.monotonic() >= self._next_time
-        )
+        """A held-out loss is to be measured at this step."""
+        return self._evaluate is not None and self._run.step >= self._next_step
 
     @property
     def idle_until(self) -> float:
-        """The step from which on a held-out loss may be due; infinity where only time tells."""
-        waits = self._evaluate is not None and self._run.step < self._next_step
-        return self._next_step if waits else math.inf
+        """The step at which the next held-out loss is due."""
+        return self._next_step if self._evaluate is not None else math.inf
+
+    def begin(self) -> None:
+        """The process has made its first step: what comes before tells nothing of the others."""
+        self._next_step = self.pace.after(self._run.step - 1)
+        self._since = (self._run.step, self._clock())
 
     def on_step(self, metrics: dict[str, float]) -> None:
         """On the process that decides: measure what is due, into ``metrics``."""
@@ -72,6 +81,7 @@ class Evaluations:
         for entry in self._surgery.changes.due_for_look(self._run.step, self._run.policy):
             self._ranks.order(Order.evaluate(entry.uid))
             look = self.look(entry)
+            pace_looks(entry, self._run.step, self._run.policy)
             if not math.isnan(look.gain):
                 metrics[GAIN + entry.uid] = look.gain
                 metrics[LOSS + entry.uid] = look.loss
@@ -82,7 +92,7 @@ class Evaluations:
                 metrics["eval_loss"] = loss
 
     def due_loss(self) -> float:
-        """The held-out loss; the time to the next one counts from here."""
+        """The held-out loss, whose cost counts for the pace."""
         loss = self._ranks.mean(self._timed_loss)
         if self._surgery.states is not None:
             self._surgery.states.note_held_out(self._run.step, loss)
@@ -124,11 +134,18 @@ class Evaluations:
             self._ranks.mean(lambda: math.nan)
 
     def _timed_loss(self) -> float:
-        started = time.monotonic()
+        step, (last_step, last_ended) = self._run.step, self._since
+        started = self._clock()
         loss = self._loss()
-        ended = time.monotonic()
-        self._next_step = self._run.step + _SHORTEST_GAP_STEPS
-        self._next_time = ended + _SHARE * (ended - started)
+        ended = self._clock()
+        if step > last_step:
+            # The mean counts pauses of the script and what other programs take at times, so it
+            # differs from run to run; it is for runs that nothing samples.
+            typical = self._surgery.sampler.typical_step if self._surgery.sampler else math.nan
+            mean = (started - last_ended) / (step - last_step)
+            self.pace.add(step, ended - started, mean if math.isnan(typical) else typical)
+        self._next_step = self.pace.after(step)
+        self._since = (step, ended)
         return loss
 
     def _loss(self) -> float:

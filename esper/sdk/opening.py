@@ -34,6 +34,7 @@ def open_run(
         parts.surgery.sampler = _sampler(parts, layers, wants_meeting)
     if parts.run.mode is not RunMode.OBSERVE:
         parts.surgery.copies.begin()
+    parts.evaluations.begin()
     if not parts.ranks.decides:
         return
     if parts.diagnosis is not None:

@@ -19,6 +19,7 @@ from esper.sdk.announcing import Announcer
 from esper.sdk.compiling_ahead import CompilingAhead
 from esper.sdk.diagnosing import DiagnosisWatch
 from esper.sdk.evaluation import Evaluations
+from esper.sdk.evaluation_pace import Recorded
 from esper.sdk.explaining import Explainer
 from esper.sdk.failures import UNMEASURED, Failures
 from esper.sdk.findings import Findings, LedgerWatch, switched_off
@@ -58,6 +59,7 @@ class Setup:
     snapshot_limit: int  # bytes
     snapshot_folder: Path | None = None
     sampling: tuple[Periods, ...] | None = None  # None: chosen from what sampling costs
+    evaluate_every: Recorded | None = None  # None: chosen from what an evaluation costs
     verbose: bool = True
     good_states: Path | None = None  # folder; None: in memory only
     mirror: Mirror | None = None  # the user's trackers
@@ -163,7 +165,14 @@ class Parts:
     def _make_evaluations(self) -> Evaluations:
         diagnosis = self.diagnosis
         watched = diagnosis.recorder.evaluating if diagnosis is not None else nullcontext
-        made = Evaluations(self.setup.evaluate, self.surgery, self.run, self.ranks, watched)
+        made = Evaluations(
+            self.setup.evaluate,
+            self.surgery,
+            self.run,
+            self.ranks,
+            watched,
+            fixed=self.setup.evaluate_every,
+        )
         self.surgery.evaluate = made.on_request
         return made
 

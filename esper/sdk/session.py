@@ -207,6 +207,15 @@ class Session(Acts):
         return tuple((p.since, p.frame, p.deep) for p in self._parts.sampling.recorded)
 
     @property
+    def evaluate_every(self) -> tuple[tuple[int, int], ...]:
+        """At which steps ``evaluate`` was called: (since step, steps between two calls).
+
+        ``esper.attach(…, evaluate_every=session.evaluate_every)`` makes another run call it at the
+        same steps.
+        """
+        return self._parts.evaluations.pace.recorded
+
+    @property
     def proposed_remedies(self) -> tuple[RemedyProposal, ...]:
         """Remedies for open findings: they wait for :meth:`approve`, or say what Esper would do."""
         return tuple(self._parts.remedies.proposals) if self._parts.remedies is not None else ()

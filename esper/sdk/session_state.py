@@ -9,6 +9,7 @@ from esper.exceptions import ConfigurationError
 from esper.grafting import LossGuard
 from esper.grafting.replicas import Call, Joint, jointly
 from esper.health.pace import periods_of
+from esper.sdk.evaluation_pace import pace_of
 from esper.sdk.local import LocalMemory
 from esper.sdk.parts import Parts
 from esper.sdk.saving import losses_from_state, losses_to_state, reading_a_state
@@ -27,6 +28,7 @@ def state_of(parts: Parts) -> dict[str, Any]:
         "guard": parts.guard.losses.state_dict(),
         "losses": losses_to_state(parts.run.losses),
         "sampling": [[p.since, p.frame, p.deep] for p in parts.sampling.recorded],
+        "evaluate_every": [list(entry) for entry in parts.evaluations.pace.recorded],
         "local": parts.local.memory.to_state() if parts.local is not None else None,
         "good_states": states.state_dict() if states is not None else None,
         "treatments": parts.remedies.server.state_dict() if parts.remedies is not None else [],
@@ -51,6 +53,7 @@ def _load(parts: Parts, state: dict[str, Any], joint: Joint) -> None:
     guard.load_state_dict(state["guard"])
     memory = LocalMemory.from_state(state["local"]) if state["local"] is not None else None
     sampling = periods_of(state.get("sampling"))  # absent from older states
+    evaluated = pace_of(state.get("evaluate_every"))  # absent from older states
     step = int(state["step"])
     if step < 0:
         raise ConfigurationError(f"a session cannot have taken {step} steps")
@@ -59,6 +62,8 @@ def _load(parts: Parts, state: dict[str, Any], joint: Joint) -> None:
     parts.run.losses.extend(losses)
     if sampling is not None:
         parts.sampling.resume(sampling)
+    if evaluated is not None:
+        parts.evaluations.pace.resume(evaluated)
     if parts.local is not None:
         parts.local.memory = memory or LocalMemory()
     kept = state.get("good_states")  # absent from older states
