@@ -56,6 +56,8 @@ class UndoReceipt:
         discarded: other grafts that were removed with it, as ``layer/blueprint``.
         kept: hard undo: what the script has set or loaded since the snapshot, and what stayed so.
         not_restored: hard undo: what the snapshot had no values for, and what stayed as it was.
+        rewound: hard undo: weights that nothing trains, whose numbers the script has written in
+            place, as by ``copy_``; they are as before. What it has loaded is in ``kept``.
     """
 
     hard: bool
@@ -64,6 +66,7 @@ class UndoReceipt:
     discarded: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     not_restored: tuple[str, ...] = ()
+    rewound: tuple[str, ...] = ()
     _after: Frozen | None = field(repr=False, default=None)
 
     @property
@@ -78,6 +81,7 @@ class UndoReceipt:
             after = "is as before, except for what follows"
         notes = [f"kept {text}" for text in self.kept]
         notes += [f"not restored: {text}" for text in self.not_restored]
+        notes += [f"rewound, though the script has written them: {text}" for text in self.rewound]
         others = f"; also removed: {', '.join(self.discarded)}" if self.discarded else ""
         return f"{what} in {self.pause_ms:.0f} ms: the model {after}{others}" + "".join(
             f"; {note}" for note in notes
@@ -223,6 +227,7 @@ class ChangeReceipt:
             pause_ms=math.nan,
             kept=kept,
             not_restored=tuple(result.not_restored),
+            rewound=tuple(result.rewound),
             _after=self._before,
         )
 

@@ -5,6 +5,8 @@ random streams become those of the snapshot. What the script itself has set or l
 
     kept            what differs from the snapshot because the script has set it
     not restored    what the snapshot has no values for, such as a layer that was replaced
+    rewound         weights that nothing trains, into which the script has written: torch tells
+                    such a write from one of training no more than Esper can
 
 A failure in the middle leaves the run half restored; the caller restores a second snapshot then.
 """
@@ -48,11 +50,13 @@ class RolledBack:
     Attributes:
         kept: what the script has set or loaded since the snapshot, and what stays so.
         not_restored: what is not as it was, because the snapshot has no values for it.
+        rewound: weights that nothing trains and that the script has written to in place.
         differences: what differs from the snapshot though it was restored; an error of Esper.
     """
 
     kept: list[str] = field(default_factory=list)
     not_restored: list[str] = field(default_factory=list)
+    rewound: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
 
 
@@ -69,6 +73,9 @@ def roll_back(snapshot: Snapshot) -> RolledBack:
     def name_of(tensor: Tensor) -> str:
         return names.get(id(tensor), "a tensor that is not in the model")
 
+    written = [name_of(parameter) for parameter in _written_by_script(snapshot)]
+    if written:
+        result.rewound.append(f"values of {listed(written)}")
     tensors = _restore_model(snapshot)
     snapshot.restore_companions()
     _note_tensors(snapshot, tensors, result)
@@ -114,6 +121,18 @@ def _restore_model(snapshot: Snapshot) -> list[SavedTensor]:
         if _is_in(reachable, parameter):
             _restore_gradient(parameter, gradient)
     return done
+
+
+def _written_by_script(snapshot: Snapshot) -> list[Tensor]:
+    """Frozen all the time, in no optimizer, and with other numbers than the snapshot's."""
+    groups = [*snapshot.origin.groups, *snapshot.goal.groups]
+    trained = {p for records in groups for record in records for p in record.params}
+    flags, before = snapshot.goal.flags, snapshot.origin.flags
+    still = [p for p in flags if not (flags[p] or before.get(p, True) or p in trained)]
+    pairs = {p: list(snapshot.pairs_of(p)) for p in still}
+    if all_same_bits(pair for own in pairs.values() for pair in own):  # one question to a device
+        return []
+    return [p for p, own in pairs.items() if not all_same_bits(own)]
 
 
 def _is_in(reachable: set[int], tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
 
 from esper.fail_closed import contained
 from esper.grafting.companion import Companion, companions_of, put_back, with_companions
@@ -391,6 +392,13 @@ class Snapshot:
             state = saved.optimizer.state
             saved.state = {key: (state.get(key), tree) for key, (_, tree) in saved.state.items()}
 
+    def pairs_of(self, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(part of the tensor, its saved values), of those parts that the script has not loaded."""
+        for part in parts_of(tensor):
+            saved = self._by_id.get(id(part))
+            if saved is not None and saved.value.shape == part.shape and id(part) not in self.loaded:
+                yield part, saved.value
+
     def knows(self, tensor: Tensor) -> bool:
         """It has values for this tensor."""
         return id(tensor) in self._by_id
@@ -536,7 +544,8 @@ class _Followers:
     depth: int = 0
 
 
-_FOLLOWERS: weakref.WeakKeyDictionary[nn.Module, _Followers] = weakref.WeakKeyDictionary()
+# By identity: a class of the script may compare as it likes.
+_FOLLOWERS: MutableMapping[nn.Module, _Followers] = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
 
 
 def _followers(model: nn.Module) -> _Followers:

@@ -296,10 +296,11 @@ def undone_in_part(change: str, layer: str, report: UndoReceipt) -> Finding:
     """A hard undo has left something as the script has set it, or could not restore something."""
     parts = [f"kept {text}" for text in report.kept]
     parts += [f"could not restore {text}" for text in report.not_restored]
+    parts += [f"took back what the script has written: {text}" for text in report.rewound]
     return Finding(
         rule=ViolationRule.CERTIFICATE,
         layer=layer,
-        severity=Severity.CAUTION if report.not_restored else Severity.INFO,
+        severity=Severity.CAUTION if report.not_restored or report.rewound else Severity.INFO,
         observed=f"the undo of {change} {'; '.join(parts)}",
         limit="a hard undo restores the state before the change, and keeps what the script has set",
         remedy="Check these settings; an undo takes back the change and the training since.",

@@ -811,7 +811,7 @@ class Surgery:
             self._findings.add(fewer_snapshots(*shortened, self._snapshot_limit, why))
 
     def _say_what_was_kept(self, change: str, layer: str, report: UndoReceipt) -> None:
-        if report.kept or report.not_restored:
+        if report.kept or report.not_restored or report.rewound:
             self._findings.add(undone_in_part(change, layer, report))
 
     def _report_undone(

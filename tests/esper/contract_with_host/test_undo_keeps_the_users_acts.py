@@ -348,6 +348,61 @@ def test_what_could_not_be_restored_is_named() -> None:
     assert "head.weight" in str(undone)
 
 
+def write_data(weight: nn.Parameter) -> None:
+    weight.data.copy_(torch.full_like(weight, 0.1))
+
+
+def write_without_grad(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight.mul_(2.0)
+
+
+def set_data(weight: nn.Parameter) -> None:
+    weight.data = torch.full_like(weight, 0.1)
+
+
+WRITES: tuple[Callable[[nn.Parameter], object], ...] = (
+    write_data,
+    write_without_grad,
+    set_data,
+    nn.init.zeros_,
+)
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_numbers_that_the_script_has_written_are_taken_back_and_named(
+    write: Callable[[nn.Parameter], object],
+) -> None:
+    """Into weights that nothing trains: nobody else can have changed them."""
+    loop = start()
+    loop.run(12)
+    before = values(loop.model)["stem.weight"]
+    receipt = loop.session.graft(LAYER, BLUEPRINT)
+    loop.run(2)
+    write(loop.model.stem.weight)
+    loop.run(2)
+    undone = loop.session.undo(receipt)
+    assert torch.equal(loop.model.stem.weight, before)
+    assert undone.exact
+    assert undone.rewound == ("values of stem.weight",)
+    assert any("has written: values of stem.weight" in str(f) for f in loop.session.findings())
+
+
+def test_what_training_has_changed_or_the_script_has_loaded_is_not_named_as_written() -> None:
+    loop = start()
+    loop.run(12)
+    receipt = loop.session.graft(LAYER, BLUEPRINT)
+    thaw(loop)
+    loop.run(2)
+    assert loop.session.undo(receipt).rewound == ()
+    receipt = loop.session.graft(LAYER, BLUEPRINT)
+    loaded = {name: value + 1 for name, value in loop.model.stem.state_dict().items()}
+    loop.model.stem.requires_grad_(False).load_state_dict(loaded)
+    loop.run(2)
+    assert loop.session.undo(receipt).rewound == ()
+    assert torch.equal(loop.model.stem.weight, loaded["weight"])
+
+
 def test_a_moment_that_is_not_finite_does_not_stay() -> None:
     """A layer thawed since the graft, and a blow-up that reached its moments."""
     loop = start()
