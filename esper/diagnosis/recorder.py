@@ -404,7 +404,8 @@ class _Start:
 
     def on_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's step is over: the next backward pass is the first of an update."""
-        if self.done or self._optimizer not in (None, optimizer):
+        is_other = self._optimizer is not None and self._optimizer is not optimizer
+        if self.done or is_other:
             return
         if self._smallest is not None and len(self._left) > len(self._accumulated):
             # autograd.grad gives the script a new tensor, and adds nothing to the old one.

@@ -8,15 +8,15 @@ a graft's gradient is not finite, the graft alone skips the step.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 _FRAMES = 12  # between a scaler's step and a hook in it, where schedulers and others wrap the step
-_noticed: WeakKeyDictionary[torch.optim.Optimizer, Any] = WeakKeyDictionary()
+_noticed: MutableMapping[torch.optim.Optimizer, Any] = WeakIdKeyDictionary()
 
 
 def scaler_of_this_step() -> Any:

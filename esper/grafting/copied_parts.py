@@ -37,7 +37,9 @@ class CopiedParts:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._writes: dict[str, int] = {}  # to each part when the training began
-        self._beside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._beside: list[
+            weakref.ref[nn.Module]
+        ] = []  # a class may compare its modules as it likes
 
     def kinds(self) -> tuple[type[nn.Module], ...]:
         """The classes of the parts."""
@@ -68,7 +70,7 @@ class CopiedParts:
         self.begin()
         forms = {_form(part) for part in parts.values()}
         alike = (other for other in living if id(other) not in inside and _form(other) in forms)
-        self._beside = weakref.WeakSet(islice(alike, MOST_COPIES))
+        self._beside = [weakref.ref(other) for other in islice(alike, MOST_COPIES)]
 
     def reason(
         self, layer: str, optimizers: Sequence[torch.optim.Optimizer], run: Iterable[str]
@@ -110,9 +112,12 @@ class CopiedParts:
             follows = self._was_written(other_name if learns else name, still)
             if _is_copy(part, other, follows=follows):
                 yield repr(other_name)
-        for other in self._beside if learns else ():
-            if _writes_to(other) and not _learns(other, trained) and _is_copy(part, other):
-                yield f"another {type(other).__name__}"
+        for ref in self._beside if learns else ():
+            beside = ref()
+            if beside is None or not _writes_to(beside) or _learns(beside, trained):
+                continue
+            if _is_copy(part, beside):
+                yield f"another {type(beside).__name__}"
 
     def _was_written(self, name: str, part: nn.Module) -> bool:
         """No optimizer trains it, and the script has written to it since the start."""

@@ -16,12 +16,13 @@ import gc
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from esper.exceptions import ConfigurationError
 from esper.grafting.copied_parts import CopiedParts
@@ -78,9 +79,10 @@ class Copies(Sequence[Any]):
         self._model = weakref.ref(model)
         self._given = tuple(given)
         self._followers: list[weakref.ref[nn.Module]] = []
-        self._own: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # copied from this very model
+        # By identity, as a class of the script may compare as it likes.
+        self._own: MutableMapping[nn.Module, None] = WeakIdKeyDictionary()
         # copy -> it is inside an AveragedModel
-        self._seen: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        self._seen: MutableMapping[nn.Module, bool] = WeakIdKeyDictionary()
         self._wanted = False
         self._searched = False
         self.by_hand = KeptByHand()
@@ -139,7 +141,7 @@ class Copies(Sequence[Any]):
         """``copy.deepcopy`` copies the model now; ``memo`` is its own."""
         found = memo.get(id(self._model()))
         if isinstance(found, nn.Module):
-            self._own.add(found)
+            self._own[found] = None
             self._note(found, averaged=_inside_averaged_model())
 
     def settle(self) -> tuple[nn.Module, ...]:
@@ -152,7 +154,7 @@ class Copies(Sequence[Any]):
         fresh = tuple(
             found
             for found, averaged in alike.items()
-            if found not in rivals
+            if not any(found is rival for rival in rivals)
             and (averaged or _was_written(found))
             and (found in self._own or _is_nearest(found, model, rivals))
         )

@@ -396,7 +396,11 @@ class Snapshot:
         """(part of the tensor, its saved values), of those parts that the script has not loaded."""
         for part in parts_of(tensor):
             saved = self._by_id.get(id(part))
-            if saved is not None and saved.value.shape == part.shape and id(part) not in self.loaded:
+            if (
+                saved is not None
+                and saved.value.shape == part.shape
+                and id(part) not in self.loaded
+            ):
                 yield part, saved.value
 
     def knows(self, tensor: Tensor) -> bool:
@@ -545,7 +549,7 @@ class _Followers:
 
 
 # By identity: a class of the script may compare as it likes.
-_FOLLOWERS: MutableMapping[nn.Module, _Followers] = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+_FOLLOWERS: MutableMapping[nn.Module, _Followers] = WeakIdKeyDictionary()
 
 
 def _followers(model: nn.Module) -> _Followers:

@@ -6,12 +6,12 @@ closure. Everything here fails closed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from esper.fail_closed import contained
 from esper.grafting.hooks import after_closure
@@ -132,7 +132,8 @@ class _Substitutes:
                 group[key] = own
 
 
-_managers: WeakKeyDictionary[Optimizer, _Substitutes] = WeakKeyDictionary()
+# By identity: a class of the script may compare as it likes.
+_managers: MutableMapping[Optimizer, _Substitutes] = WeakIdKeyDictionary()
 
 
 def _manager_of(optimizer: Optimizer, unmeasured: str) -> _Substitutes:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from esper import grafting
 from esper.contracts import MAX_NAME_LENGTH, RunMode, SafetyPolicy
@@ -37,7 +38,7 @@ logger = logging.getLogger("esper")
 
 Mode: TypeAlias = Literal["observe", "supervised", "automatic"]  # the members of RunMode
 # model -> its latest session
-_sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+_sessions: MutableMapping[nn.Module, weakref.ref[Session]] = WeakIdKeyDictionary()
 
 
 def attach(
