@@ -124,11 +124,13 @@ class Copies(Sequence[Any]):
         found, tensors, modules = _living(model, self.parts.kinds())
         self.by_hand.search(model, tensors)
         self.parts.search(modules)
-        is_alike = any(_alike(model, other) for other, averaged in found if not averaged)
-        if is_alike or self.by_hand.found:
+        others = [other for other, averaged in found if not averaged]
+        may_follow = any(_alike(model, other) and _may_be_average(other) for other in others)
+        if may_follow or self.by_hand.found:
             # It may be of an earlier run that nothing uses any more, which is in nobody's way.
-            # Collecting costs as long as some steps, so it is not done where there is none.
-            del found, tensors, modules
+            # Collecting takes as long as many steps, so it is not done where there is none; the
+            # model of an earlier run, which was trained, follows nobody.
+            del found, others, tensors, modules
             self.by_hand = KeptByHand()
             gc.collect()
             found, tensors, modules = _living(model, self.parts.kinds())
@@ -219,6 +221,10 @@ def _alike(model: nn.Module, found: nn.Module) -> bool:
 
 def _was_written(found: nn.Module) -> bool:
     return any(writes_to(parameter) for parameter in found.parameters())
+
+
+def _may_be_average(found: nn.Module) -> bool:
+    return _was_written(found) and not _is_trained(found)
 
 
 def _is_trained(found: nn.Module) -> bool:

@@ -181,14 +181,29 @@ def test_a_dropped_average_is_not_kept_alive() -> None:
     run.session.close()
 
 
-def test_the_only_model_of_its_kind_is_grafted_without_a_garbage_collection(
-    monkeypatch: pytest.MonkeyPatch,
+class OnlyHere(nn.Sequential):
+    pass
+
+
+def an_earlier_run(*, forgets_gradients: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = OnlyHere(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    with esper.attach(model, optimizer, verbose=False) as session:
+        loss = model(torch.ones(2, 4)).square().mean()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        session.step(loss)
+    if forgets_gradients:
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("earlier", [None, "trained", "trained, without gradients"])
+def test_a_graft_without_a_possible_average_collects_no_garbage(
+    earlier: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A collection looks at every object of the process, and the training waits for it."""
-
-    class OnlyHere(nn.Sequential):
-        pass
-
+    kept = earlier and an_earlier_run(forgets_gradients="without" in earlier)
     model = OnlyHere(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     collected: list[str] = []
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -197,6 +212,7 @@ def test_the_only_model_of_its_kind_is_grafted_without_a_garbage_collection(
         monkeypatch.setattr("gc.collect", lambda: collected.append("once"))
         session.graft("0", "proj_lora_64")
         assert not collected
+    del kept
 
 
 class ByName:
