@@ -219,7 +219,7 @@ class UpdateSettings:
     eps: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Gradients:
     """One reading of all gradients.
 
@@ -242,7 +242,7 @@ class Gradients:
     updates: int = 0
     settings: UpdateSettings = UpdateSettings()
 
-    @property
+    @cached_property
     def change(self) -> float:
         """Median over the matrices of how far the step moved them; NaN unknown."""
         known = [row.change for row in self.rows if not math.isnan(row.change)]
@@ -513,9 +513,17 @@ class Observation:
         Raises:
             Unknown: there is none.
         """
-        finite = np.isfinite(self.losses)
-        if not finite.any():
+        found = self._finite_losses
+        if not len(found[1]):
             raise Unknown("no finite training loss is known")
+        return found
+
+    @cached_property
+    def _finite_losses(self) -> tuple[Steps, Doubles]:
+        """Many rules ask for them."""
+        finite = np.isfinite(self.losses)
+        if finite.all():
+            return self.loss_steps, self.losses
         return self.loss_steps[finite], self.losses[finite]
 
     @property
@@ -532,7 +540,7 @@ class Observation:
         known = [rate for _, rate in self.rates if math.isfinite(rate)]
         return len(known) > 1 and known[-1] > known[-2]
 
-    @property
+    @cached_property
     def first_training_loss(self) -> float:
         """Median of the first twenty finite ones. Raises ``Unknown``."""
         return float(np.median(self.finite_losses()[1][:20]))

@@ -6,8 +6,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from esper.contracts import Finding, HealthFrame, LayerInfo, Severity, ViolationRule
@@ -30,7 +32,7 @@ from esper.grafting.graph import count_of
 from esper.health.features import MAX_FRAMES
 from esper.remedies import Remedy
 from esper.sdk.findings import Findings
-from esper.sdk.run_state import LOSSES_KEPT, RunState
+from esper.sdk.run_state import LOSSES_KEPT, LossPoint, RunState
 
 HELD_OUT = ("eval_loss", "val_loss", "valid_loss", "validation_loss")
 HELD_OUT_KEPT = 500
@@ -244,7 +246,7 @@ class DiagnosisWatch:
 
     def _observe(self, kept: int) -> Observation:
         run, recorder = self._run, self.recorder
-        losses = run.losses_of_its_weights(kept)
+        losses_T2 = _as_table(run.losses_of_its_weights(kept))
         parameters = list(self._model.named_parameters())
         trainable = {name: p for name, p in parameters if p.requires_grad}
         learning = {name.rpartition(".")[0] for name in trainable}
@@ -255,8 +257,8 @@ class DiagnosisWatch:
             layers=tuple(layer.name for layer in self._layers),
             infos=self._layers,
             frames=tuple(self._frames),
-            loss_steps=np.array([step for step, _ in losses], dtype=np.int64),
-            losses=np.array([loss for _, loss in losses], dtype=np.float64),
+            loss_steps=losses_T2[:, 0].astype(np.int64),
+            losses=losses_T2[:, 1].copy(),
             rewinds=run.rewinds,
             other_data_since=run.other_data_since,
             held_out=tuple(self._held_out),
@@ -293,3 +295,9 @@ class DiagnosisWatch:
     def _ledger(self) -> tuple[Finding, ...]:
         found = self._findings.all()
         return tuple(f for f in found if f.rule == ViolationRule.OPTIMIZER_LEDGER)
+
+
+def _as_table(losses: list[LossPoint]) -> NDArray[np.float64]:
+    """float64 [T, 2]: step and loss. Steps are exact in float64, and one pass is the cheapest."""
+    numbers = chain.from_iterable(losses)
+    return np.fromiter(numbers, dtype=np.float64, count=2 * len(losses)).reshape(-1, 2)

@@ -80,6 +80,8 @@ class RunState:
     def losses_of_its_weights(self, newest: int = LOSSES_KEPT) -> list[LossPoint]:
         """Those of the newest losses that led to the present weights."""
         kept = list(self.losses)[-newest:]
+        if not self.given_up:  # of nearly all runs; thousands of losses are asked for at a time
+            return kept
         return [point for point in kept if self.led_to_its_weights(point[0])]
 
     @property
