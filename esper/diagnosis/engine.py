@@ -91,6 +91,7 @@ class Diagnosis:
         rules: those that are checked; None: the whole catalogue.
 
     Attributes:
+        open: findings that are open, oldest first.
         unknown: slug -> why a rule could not be checked the last time.
         failed: rules that raised an error, and are not checked any more.
     """
@@ -98,14 +99,9 @@ class Diagnosis:
     def __init__(self, rules: Iterable[Rule] | None = None) -> None:
         self._rules = causes_first(list_rules() if rules is None else rules)
         self._states = {rule.slug: _State() for rule in self._rules}
+        self.open: tuple[Diagnosed, ...] = ()
         self.unknown: dict[str, str] = {}
         self.failed: dict[str, str] = {}
-
-    @property
-    def open(self) -> tuple[Diagnosed, ...]:
-        """Findings that are open, oldest first."""
-        found = [s.diagnosed for s in self._states.values() if s.diagnosed is not None]
-        return tuple(sorted(found, key=lambda diagnosed: diagnosed.opened_step))
 
     @property
     def is_unsure(self) -> bool:
@@ -128,7 +124,14 @@ class Diagnosis:
             change = self._check(rule, observation)
             if change is not None:
                 changes.append(change)
+        if changes:
+            self._list_open()
         return changes
+
+    def _list_open(self) -> None:
+        """At a change, because several parts ask in each step which findings are open."""
+        found = [s.diagnosed for s in self._states.values() if s.diagnosed is not None]
+        self.open = tuple(sorted(found, key=lambda diagnosed: diagnosed.opened_step))
 
     def _check(self, rule: Rule, observation: Observation) -> tuple[Change, Diagnosed] | None:
         state = self._states[rule.slug]

@@ -8,8 +8,8 @@ the parts, in order, before anything else. What follows from a loss is the same 
 
 - a loss that is not finite or jumps is never idle, nor is a step with a report or a command;
 - a run with a graft, a remedy in its window, or other ranks has no idle steps;
-- a step is idle only within a quarter of a second of one that was not, so that a server's page
-  shows the loss in time. The last idle steps before a pause are handed over after it.
+- a step is idle only within a second of one that was not, so that a server's page shows the loss
+  in time. The last idle steps before a pause are handed over after it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from esper.sdk.run_state import RunState
 
-LONGEST_SECONDS = 0.25
-MOST_STEPS = 32
+LONGEST_SECONDS = 1.0
+MOST_STEPS = 128
 
 
 class IdleStep(NamedTuple):

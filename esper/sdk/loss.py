@@ -25,7 +25,9 @@ class LossReader:
         """
         late, self._late = self._late, None
         copy: float | HostCopy | None
-        if type(loss) is Tensor and not loss.ndim:  # the usual case, in few calls
+        if type(loss) is float:  # the usual cases, in few calls
+            copy = loss
+        elif type(loss) is Tensor and not loss.ndim:
             copy = self._copies.of(loss) if is_late(loss) else loss.item()
         else:
             copy = _copy_of(loss)

@@ -28,7 +28,7 @@ BEFORE, AFTER = 5, 3  # losses that are compared
 RISE = 1.5  # of the loss; a smaller one needs no explanation
 FIRST, FAR = 10, 1.5  # losses; nobody wants weights that are far worse than the first ones
 NOISE = 6.0  # median differences from step to step
-KEPT = 64  # losses, of which the longest idle time has 32
+KEPT = 160  # losses, of which the longest idle time has 128
 PATIENCE = 5  # steps until these losses have arrived
 Place: TypeAlias = tuple[weakref.ref[nn.Module], str]  # a module and the name of its parameter
 
