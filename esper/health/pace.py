@@ -21,8 +21,11 @@ from esper.exceptions import ConfigurationError
 FIRST_CHANGES = (50, 100, 200, 500)
 CHANGE_EVERY = 1_000
 LONGEST_DOUBLING = 20  # a period of some ten million steps: sampling has stopped
+# Of the one percent that observing may take; the rest is for the rules of the diagnosis, and for
+# what each step costs.
+BUDGET = 0.003
 # On short steps a share of the step would be less than one frame of a tiny model costs.
-LEAST_SECONDS_PER_STEP = 40e-6
+LEAST_SECONDS_PER_STEP = 20e-6
 DEEP_FRAMES = 5
 # The first sample of activations may load code and fill caches for most of its time, on a GPU for a
 # hundred times as long as the next one takes. Until that is known, the period stays below this.
@@ -61,7 +64,7 @@ class SamplingPace:
     def __init__(
         self,
         *,
-        budget: float = 0.005,
+        budget: float = BUDGET,
         frame_every: int = 10,
         deep_every: int = 50,
         fixed: Sequence[Periods] | None = None,

@@ -85,6 +85,7 @@ class HealthSampler:
         self._give_up_at = -1  # the step at which a frame no longer waits for an optimizer
         self._last_deep = 0
         self._frame_seconds = 0.0  # of the present sample
+        self._after_seconds = 0.0  # of what was made of the frame before
         self._deep_seconds = 0.0
         self._step_seconds: deque[float] = deque(maxlen=STEPS_TIMED)
         self._spent = 0.0
@@ -116,6 +117,10 @@ class HealthSampler:
         self._before = []
         self._before_fresh = False
         self._steps.forget_weights()
+
+    def spend(self, seconds: float) -> None:
+        """What others have made of the frame at once; it counts as a part of the next one."""
+        self._after_seconds = seconds
 
     def measure_soon(self, step: int) -> None:
         """A decision waits for a frame: one is due two steps after ``step``, beside the plan."""
@@ -176,7 +181,8 @@ class HealthSampler:
             counts_zeros=self._deep_now,
         )
         now = self._clock()
-        self._frame_seconds = now - entered
+        self._frame_seconds = now - entered + self._after_seconds
+        self._after_seconds = 0.0
         if self._deep_now:
             self._activations.arm()
             self._deep_seconds = self._clock() - now

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from functools import partial
 
 import torch
@@ -273,10 +274,13 @@ class Steps:
         if isinstance(sampler, HealthSampler):
             self._measure_bottleneck(sampler)
         if frame is not None:
+            started = time.perf_counter()
             frame = self._health.judge(frame)
             self.latest_frame = frame
             self._gradients.on_frame(frame)
             metrics = {**frame.metrics, **metrics}
+            if isinstance(sampler, HealthSampler):
+                sampler.spend(time.perf_counter() - started)
         if parts.server is not None:
             parts.server.send_step(frame, metrics)
         if parts.local is not None and frame is not None:
@@ -362,9 +366,10 @@ class Steps:
         return any(found.severity in serious for found in diagnosis.diagnosis.open)
 
     def _take_idle(self, steps: list[IdleStep]) -> None:
-        is_sick = self._is_sick()
-        for step, _, loss, _ in steps:
-            self._keep_good_states(loss, step, is_sick)
+        if self._parts.surgery.states is not None:
+            is_sick = self._is_sick()
+            for step, _, loss, _ in steps:
+                self._keep_good_states(loss, step, is_sick)
         self._parts.guard.take([loss for _, _, loss, _ in steps])
         if self._parts.server is not None:
             self._parts.server.send_idle(steps)

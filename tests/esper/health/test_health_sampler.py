@@ -252,6 +252,24 @@ def test_the_period_grows_until_sampling_costs_what_it_may() -> None:
     assert len(frames) < steps / 10
 
 
+def test_what_others_make_of_a_frame_is_in_its_budget() -> None:
+    periods = []
+    for later in (0.0, 0.5):
+        ticks = (tick * 1e-3 for tick in count())
+        model = small_net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        sampler = sampler_for(
+            model, optimizer, budget=0.1, frame_every=2, deep_every=4, clock=ticks.__next__
+        )
+        for step, loss in train(model, optimizer, 120):
+            frame = sampler.step(step, loss)
+            if frame is not None:
+                sampler.spend(later)
+        periods.append(sampler._pace.at(120).frame)
+
+    assert periods[1] >= 8 * periods[0]
+
+
 def test_the_first_frames_come_at_the_shortest_period() -> None:
     model = small_net()
     frames = frames_of(model, torch.optim.SGD(model.parameters(), lr=1e-3), steps=9, frame_every=1)

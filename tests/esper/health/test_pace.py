@@ -11,7 +11,7 @@ from torch import nn
 
 import esper
 from esper.exceptions import ConfigurationError
-from esper.health.pace import Periods, SamplingPace, periods_of
+from esper.health.pace import BUDGET, Periods, SamplingPace, periods_of
 
 
 def frames_at(pace: SamplingPace, steps: int, *, cost: float, step: float, begin: int = 0) -> Any:
@@ -62,7 +62,7 @@ def test_one_dear_sample_of_activations_does_not_end_them(later_cost: float) -> 
         pace.adapt(step, 0.02)
 
     assert deep_at[1] <= 400
-    assert later_cost / (pace.at(step).deep * 0.02) <= 0.005 / 2
+    assert later_cost / (pace.at(step).deep * 0.02) <= BUDGET / 2
 
 
 def test_periods_change_only_at_the_first_frame_from_a_fixed_step_on() -> None:
