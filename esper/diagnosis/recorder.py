@@ -144,7 +144,8 @@ class Recorder:
         fail_closed: where a part is reported that failed.
         reads: False for a model that is spread over ranks, of which this one sees a part: nothing
             is read from it, and the rules that need it do not know.
-        clock: seconds, monotonic.
+        clock: seconds, monotonic. By default those of this thread alone: where other programs take
+            the processor during a look, the next ones would come thousands of steps later.
 
     Attributes:
         step: steps of the session so far.
@@ -157,7 +158,7 @@ class Recorder:
         fail_closed: FailClosed,
         *,
         reads: bool = True,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.thread_time,
         compilation: Compilation | None = None,
     ) -> None:
         self._model = model

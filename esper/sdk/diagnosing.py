@@ -106,12 +106,12 @@ class DiagnosisWatch:
         if planned or urgent:
             self._read_rate(always=planned)
         if planned or held_out is not None or urgent:
-            started = time.perf_counter()
+            started = time.thread_time()  # as the recorder's clock
             self._check(every_step_only=not planned and held_out is None)
             if planned:
                 if self.diagnosis.is_unsure:
                     self.recorder.plan.look_again(self._run.step)
-                self.recorder.spend(time.perf_counter() - started)
+                self.recorder.spend(time.thread_time() - started)
 
     @property
     def idle_until(self) -> int:
