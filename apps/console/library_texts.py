@@ -208,6 +208,11 @@ RULES = (
         "%(steps)s steps"
     ),
     _("less than %(limit)s of the gain given back"),
+    _("the inputs had a size of %(before)s and have %(after)s now"),
+    _(
+        "The inputs are larger or smaller than before: if that is not meant, look at what the "
+        "script does to them."
+    ),
     _(
         "Return to a checkpoint from before the loss rose, with a lower learning rate; if the "
         "data or the loss changed there, that is the cause."

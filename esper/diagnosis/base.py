@@ -66,6 +66,8 @@ class Evidence:
         advice: what to do, where it differs from the rule's.
         certain: it needs no second check.
         may_pass: it has done no harm so far; the next steps show whether it is over.
+        passes: nothing is to be done as long as this holds: it gets better by itself, or what
+            decides about it was not seen yet.
         only_tell: no remedy answers it, though the rule has some.
     """
 
@@ -79,6 +81,7 @@ class Evidence:
     advice: str = ""
     certain: bool = False
     may_pass: bool = False
+    passes: bool = False
     only_tell: bool = False
 
 

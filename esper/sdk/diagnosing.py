@@ -240,6 +240,8 @@ class DiagnosisWatch:
             self._report(change, diagnosed)
 
     def _report(self, change: Change, diagnosed: Diagnosed) -> None:
+        if change is Change.OPENED and diagnosed.evidence.passes:
+            self.recorder.look_at_next()  # nothing is done before it is known
         if diagnosed.rule.by_ledger:
             return  # the ledger reports it tensor by tensor, and from the start
         self._findings.report(change, diagnosed.finding())

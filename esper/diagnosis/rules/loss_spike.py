@@ -13,6 +13,8 @@ from esper.grafting.guard import LossGuard
 HARM, FAR = 0.3, 10.0
 BEGIN = 20
 BEFORE, OFTEN = 60, 3
+HEIGHT = 2.0
+FALLS, LEVEL = 0.9, 10
 
 
 class LossSpike(Rule):
@@ -35,6 +37,14 @@ class LossSpike(Rule):
         Threshold(
             "of a loss that begins on both sides of zero / the largest so far", FAR, "ratio",
             "chosen: of policy gradients and penalties that begin at zero; below it, it is info",
+        ),
+        Threshold(
+            "loss / largest of the first 20", HEIGHT, "ratio",
+            "chosen: below it, it may pass, as where the targets or the data have changed",
+        ),
+        Threshold(
+            f"median of {LEVEL} losses / of the {LEVEL} before", FALLS, "ratio",
+            "as for update_ratio_high: below it the run learns again by itself",
         ),
     )  # fmt: skip
     severity = Severity.CRITICAL
@@ -77,9 +87,10 @@ class LossSpike(Rule):
             value=observation.loss,
             since_step=memory.notes["since"],
             severity=None if _does_harm(observation, memory) else Severity.INFO,
-            # Targets that are computed with a copy of the model change with each new copy, and the
-            # run learns the new ones within some steps.
-            may_pass=0 < observation.loss < max(memory.notes["begin"]),
+            # Targets that are computed with a copy of the model change with each new copy, and
+            # the next stage of a curriculum is harder: the run learns them within some steps.
+            may_pass=0 < observation.loss < HEIGHT * max(memory.notes["begin"]),
+            passes=_falls_again(observation, memory.notes["since"]),
         )
 
 
@@ -90,6 +101,15 @@ def _is_usual(observation: Observation, since: int, limit: float) -> bool:
     """
     high = observation.losses[observation.loss_steps < since][-BEFORE:] > limit
     return not high.all() and int(high[int(np.argmin(high)) :].sum()) >= OFTEN
+
+
+def _falls_again(observation: Observation, since: int) -> bool:
+    """The run learns what it met there: at a rate that is too high the loss would stay."""
+    after = observation.losses[observation.loss_steps >= since][-2 * LEVEL :]
+    if len(after) < LEVEL:
+        return False
+    before, now = np.array_split(after, 2)
+    return bool(np.median(now) < FALLS * np.median(before))
 
 
 def _does_harm(observation: Observation, memory: Memory) -> bool:

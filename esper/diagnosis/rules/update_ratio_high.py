@@ -127,6 +127,7 @@ class UpdateRatioHigh(Rule):
             signal=Signal.UPDATE_RATIO,
             value=median,
             began_at=_most_moved(observation.gradients[-1]) if observation.gradients else "",
+            passes=_recovers(observation),
         )
 
     def _learns(self, observation: Observation) -> bool:
@@ -158,7 +159,19 @@ class UpdateRatioHigh(Rule):
             value=reading.change,
             began_at=_most_moved(reading),
             certain=True,
+            # Behind a batch norm the size of the weights has no effect: a far step makes them
+            # larger, and each later update is a smaller share of them.
+            severity=Severity.INFO if observation.batch_norms else None,
         )
+
+
+def _recovers(observation: Observation) -> bool:
+    """The loss of a net with batch norm comes down again by itself."""
+    losses = observation.finite_losses()[1][-2 * LEVEL :]
+    if not observation.batch_norms or len(losses) < LEVEL:
+        return False
+    before, now = np.array_split(losses, 2)
+    return bool(np.median(now) < (1.0 - LEARNS) * np.median(before))
 
 
 def _falls(losses: NDArray[np.float64], guessing: float) -> bool:

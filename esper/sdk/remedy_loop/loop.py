@@ -200,7 +200,7 @@ class RemedyLoop:
 
     def _may_answer(self, found: Diagnosed, running: Iterable[Treatment]) -> bool:
         """One remedy at a time, so that it is known what helped; a critical finding cannot wait."""
-        if found.severity is Severity.INFO:
+        if found.severity is Severity.INFO or found.evidence.passes:
             return False
         if found.evidence.may_pass and self._run.step < found.since_step + PASSING_STEPS:
             return False

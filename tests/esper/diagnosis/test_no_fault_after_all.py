@@ -495,3 +495,61 @@ def test_targets_that_jump_and_are_learned_at_once_are_not_answered() -> None:
         assert "loss_spike" in {finding.slug for finding in session.findings(resolved=True)}
         assert session._parts.remedies is not None
         assert session._parts.remedies.treatments == []
+
+
+@pytest.mark.parametrize(("end", "passes"), [(0.4, True), (1.5, False)])
+def test_a_spike_from_which_the_run_learns_again_is_not_answered(end: float, passes: bool) -> None:
+    """As in the next stage of a curriculum; at a rate that is too high the loss stays up."""
+    losses = np.concatenate(
+        [np.geomspace(2.3, 0.1, 100), np.full(40, 0.1), np.geomspace(1.6, end, 30)]
+    )
+    memory = Memory()
+    for step in range(1, len(losses) + 1):
+        observation = Observation(
+            step=step, loss_steps=np.arange(1, step + 1), losses=losses[:step]
+        )
+        found = LossSpike().check(observation, memory)
+    assert found is not None
+    assert found.passes is passes
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_curriculum_ends_as_if_esper_were_not_there(seed: int) -> None:
+    """First two classes, then one more each 60 steps. Measured: accuracy of 0.96, and 0.87."""
+    x, y = digits()
+
+    def train(attach: bool) -> list[float]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+        optimizer = adam(model, 2e-3)
+        how = {"mode": "automatic", "server": "", "verbose": False}
+        session = esper.attach(model, optimizer, **how) if attach else None
+        losses = []
+        for step in range(200):
+            rows = torch.nonzero(y < 2 + step // 60)[:, 0]
+            rows = rows[torch.randint(len(rows), (32,))]
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            losses.append(loss.item())
+            if session is not None:
+                session.step(loss)
+        if session is not None:
+            session.close()
+        return losses
+
+    assert train(attach=True) == train(attach=False)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.Identity])
+def test_a_far_first_update_behind_a_batch_norm_is_a_note(norm: type[nn.Module]) -> None:
+    """It makes the weights larger, so that later ones are small. Measured: 0.984, and 0.967."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for inputs in (64, 32):
+        model.extend([nn.Linear(inputs, 32), norm(32), nn.ReLU()])
+    model.append(nn.Linear(32, 10))
+    result = Run(model, optimizer=lambda m: adam(m, 1.0), steps=8).go()
+    severity = result.first("update_ratio_high").severity
+    assert (severity is Severity.INFO) is (norm is nn.BatchNorm1d)
