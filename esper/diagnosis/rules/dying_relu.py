@@ -71,7 +71,10 @@ class DyingRelu(Rule):
         limit = STILL if memory.is_open else MANY
         # The last layer has no activation of its own: what follows it is the loss. Behind a layer
         # that is dead as a whole, everything before it is without gradient too: it began there.
-        others = _saturated(observation) | _unchosen(observation)
+        alive: set[str] = memory.notes.setdefault("alive", set())
+        alive.update(name for name in ordered if shares[name] < 1)
+        never = set(ordered) - alive
+        others = _saturated(observation) | _unchosen(observation) | _not_off(observation, never)
         dead = [n for n in ordered[:-1] if shares[n] >= limit and n not in others]
         if not dead:
             memory.notes.pop("first", None)
@@ -137,6 +140,24 @@ def _unchosen(observation: Observation) -> set[str]:
         if len(own) > 1 and not alive & {*own} and expert.rpartition(".")[0] in used
         for layer in own
     }
+
+
+def _not_off(observation: Observation, never: set[str]) -> set[str]:
+    """Of the layers that never had a gradient, those behind which nothing is off.
+
+    The output of an activation that is off is zero, and so is the input of what comes after it.
+    Where no later input is, the layer has no gradient for another reason, and may need none: a gate
+    that is still closed, attention over a single key, a choice that is passed straight through.
+    """
+    if not observation.passes:
+        return set()
+    found: set[str] = set()
+    off = False
+    for one in reversed(observation.last_pass.layers):
+        if one.layer in never and not off:
+            found.add(one.layer)
+        off = off or not one.input_zeros < DEAD  # NaN: unknown
+    return found
 
 
 def _numbered_around(layer: str) -> list[str]:
