@@ -144,8 +144,10 @@ class Recorder:
         fail_closed: where a part is reported that failed.
         reads: False for a model that is spread over ranks, of which this one sees a part: nothing
             is read from it, and the rules that need it do not know.
-        clock: seconds, monotonic. By default those of this thread alone: where other programs take
-            the processor during a look, the next ones would come thousands of steps later.
+        cost_clock: seconds, monotonic, of what a look takes. By default those of this thread alone:
+            where other programs take the processor during a look, the next ones would come
+            thousands of steps later.
+        step_clock: seconds, monotonic, of what a step takes, which may be to wait for data.
 
     Attributes:
         step: steps of the session so far.
@@ -158,13 +160,15 @@ class Recorder:
         fail_closed: FailClosed,
         *,
         reads: bool = True,
-        clock: Callable[[], float] = time.thread_time,
+        cost_clock: Callable[[], float] = time.thread_time,
+        step_clock: Callable[[], float] = time.perf_counter,
         compilation: Compilation | None = None,
     ) -> None:
         self._model = model
         self._reads = reads
         self._optimizers = tuple(map(unwrap_optimizer, optimizers))
-        self._clock = clock
+        self._cost_clock = cost_clock
+        self._step_clock = step_clock
         self._closed = partial(fail_closed.wrap, part=PART, unmeasured=UNMEASURED)
         self.plan = Plan()
         self.passes: list[ModelPass] = []  # the first one, and the newest
@@ -222,16 +226,16 @@ class Recorder:
 
     def on_step(self, step: int) -> bool:
         """A step of the session is over; True where the run was measured in it."""
-        started = self._clock()
+        started = self._cost_clock()
         if math.isnan(self._first_time):
-            self._first_time = started
+            self._first_time = self._step_clock()
         self.step = step
         measured = self._finish()  # the step before, where its numbers came later
         due, self._due = self._due, False
         if due:
             measured |= self._take(step)
         if due or measured:
-            self._seconds += self._clock() - started
+            self._seconds += self._cost_clock() - started
         if self.plan.is_due(step + 1):
             self._due = True
             if self._reads and self.plan.reads_forward(step + 1):
@@ -261,7 +265,7 @@ class Recorder:
         self.plan.add(seconds + self._seconds)
         self._seconds = 0.0
         if self.step > 1:
-            typical = (self._clock() - self._first_time) / (self.step - 1)
+            typical = (self._step_clock() - self._first_time) / (self.step - 1)
             self.plan.adapt(self.step, typical)
 
     @property
@@ -352,17 +356,17 @@ class Recorder:
         # Read here: after the update a scheduler has set the rate of the next one.
         self._rate = _higher(self._rate, highest_rate([optimizer]))
         if self._due:
-            started = self._clock()
+            started = self._cost_clock()
             self._gradient.remember(optimizer)
-            self._seconds += self._clock() - started
+            self._seconds += self._cost_clock() - started
 
     def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        started = self._clock()
+        started = self._cost_clock()
         self._modes.on_update(self.step + 1)
         self._start.on_update(optimizer)
         if self._due:
             self._gradient.read(optimizer)
-            self._seconds += self._clock() - started
+            self._seconds += self._cost_clock() - started
 
 
 def highest_rate(optimizers: Iterable[torch.optim.Optimizer]) -> float:

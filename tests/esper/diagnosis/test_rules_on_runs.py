@@ -762,7 +762,9 @@ def test_all_of_a_look_is_counted(monkeypatch: pytest.MonkeyPatch, is_late: bool
     monkeypatch.setattr(HostTransfer, "is_late", is_late)
     now = [0.0]
     model = perceptron()
-    recorder = Recorder(model, [], FailClosed(), clock=lambda: now[0])
+    recorder = Recorder(
+        model, [], FailClosed(), cost_clock=lambda: now[0], step_clock=lambda: now[0]
+    )
     taken = recorder._take
 
     def take(step: int) -> bool:
@@ -775,6 +777,19 @@ def test_all_of_a_look_is_counted(monkeypatch: pytest.MonkeyPatch, is_late: bool
         if recorder.on_step(step):
             recorder.spend(0.0)
     assert recorder.plan.period * 10e-6 >= 0.03
+
+
+def test_a_step_that_waits_for_its_data_is_as_long_as_it_lasts() -> None:
+    busy, passed = [0.0], [0.0]
+    model = perceptron()
+    recorder = Recorder(
+        model, [], FailClosed(), cost_clock=lambda: busy[0], step_clock=lambda: passed[0]
+    )
+    for step in range(1, 52):
+        busy[0], passed[0] = busy[0] + 0.001, passed[0] + 1.0
+        if recorder.on_step(step):
+            recorder.spend(0.03)
+    assert recorder.plan.period == 50
 
 
 def test_data_that_is_not_finite_is_looked_for_in_the_next_step() -> None:
