@@ -161,7 +161,7 @@ def test_a_graft_that_the_host_does_not_use_is_rolled_back_even_when_the_loss_fe
 
 
 def test_a_graft_that_the_host_came_to_need_is_rolled_back_when_the_loss_is_worse() -> None:
-    found = settled(1.04, looks=looks(0.2, 600))  # harm by itself begins at 5 %
+    found = settled(1.06, looks=looks(0.2, 600))  # harm by itself begins at 5 % + the interval
 
     assert not found.keep
     assert "depends" in found.reason
@@ -279,19 +279,21 @@ def clean_run(kind: str, rng: np.random.Generator, length: int) -> np.ndarray:
     return shapes[kind] * np.exp(noise)
 
 
-def test_the_forecast_interval_covers_clean_runs_as_it_says() -> None:
-    """Nominal 95 %: 90 to 98 % of the clean runs stay inside, in all shapes together."""
+@pytest.mark.parametrize(
+    ("ends", "fewest"), [(1250, 0.90), (1600, 0.90), (2200, 0.90), (3000, 0.85)]
+)
+def test_the_forecast_interval_covers_clean_runs_as_it_says(ends: int, fewest: float) -> None:
+    """Nominal 95 %, of all shapes together; little is known of three times the steps so far."""
     rng = np.random.default_rng(1)
-    steps = np.arange(1, 1601, dtype=np.int64)
+    steps = np.arange(1, ends + 1, dtype=np.int64)
     held = []
     for kind in ("power", "floor", "flat", "correlated", "exponential"):
-        for ends in (1250, 1600):
-            for _ in range(20):
-                loss = clean_run(kind, rng, 1600)
-                found = forecast_loss(steps[:BORN], loss[:BORN], steps[1100:ends])
-                held.append(abs(found.level - loss[1100:ends].mean()) <= found.interval)
+        for _ in range(40):
+            loss = clean_run(kind, rng, ends)
+            found = forecast_loss(steps[:BORN], loss[:BORN], steps[1100:])
+            held.append(abs(found.level - loss[1100:].mean()) <= found.interval)
 
-    assert 0.90 <= np.mean(held) <= 0.98
+    assert fewest <= np.mean(held) <= 0.98
 
 
 def test_most_forecasts_of_an_unchanged_run_hold() -> None:
