@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+
+from esper.by_identity import WeaklyByIdentity
 
 _FRAMES = 12  # between a scaler's step and a hook in it, where schedulers and others wrap the step
-_noticed: MutableMapping[torch.optim.Optimizer, Any] = WeakIdKeyDictionary()
+_noticed: MutableMapping[torch.optim.Optimizer, Any] = WeaklyByIdentity()
 
 
 def scaler_of_this_step() -> Any:

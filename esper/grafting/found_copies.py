@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
+from esper.by_identity import WeaklyByIdentity
 from esper.exceptions import ConfigurationError
 from esper.grafting.copied_parts import CopiedParts
 from esper.grafting.copies import bare_copy, check_copy
@@ -80,9 +80,9 @@ class Copies(Sequence[Any]):
         self._given = tuple(given)
         self._followers: list[weakref.ref[nn.Module]] = []
         # By identity, as a class of the script may compare as it likes.
-        self._own: MutableMapping[nn.Module, None] = WeakIdKeyDictionary()
+        self._own: MutableMapping[nn.Module, None] = WeaklyByIdentity()
         # copy -> it is inside an AveragedModel
-        self._seen: MutableMapping[nn.Module, bool] = WeakIdKeyDictionary()
+        self._seen: MutableMapping[nn.Module, bool] = WeaklyByIdentity()
         self._wanted = False
         self._searched = False
         self.by_hand = KeptByHand()

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.weak import WeakIdKeyDictionary
 
+from esper.by_identity import WeaklyByIdentity
 from esper.fail_closed import contained
 from esper.grafting.companion import Companion, companions_of, put_back, with_companions
 from esper.grafting.digests import Frozen, parts_of
@@ -549,7 +549,7 @@ class _Followers:
 
 
 # By identity: a class of the script may compare as it likes.
-_FOLLOWERS: MutableMapping[nn.Module, _Followers] = WeakIdKeyDictionary()
+_FOLLOWERS: MutableMapping[nn.Module, _Followers] = WeaklyByIdentity()
 
 
 def _followers(model: nn.Module) -> _Followers:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from esper.by_identity import WeaklyByIdentity
 from esper.fail_closed import contained
 from esper.grafting.hooks import after_closure
 from esper.sharding import local
@@ -133,7 +133,7 @@ class _Substitutes:
 
 
 # By identity: a class of the script may compare as it likes.
-_managers: MutableMapping[Optimizer, _Substitutes] = WeakIdKeyDictionary()
+_managers: MutableMapping[Optimizer, _Substitutes] = WeaklyByIdentity()
 
 
 def _manager_of(optimizer: Optimizer, unmeasured: str) -> _Substitutes:

@@ -11,9 +11,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from esper import grafting
+from esper.by_identity import WeaklyByIdentity
 from esper.contracts import MAX_NAME_LENGTH, RunMode, SafetyPolicy
 from esper.exceptions import ConfigurationError
 from esper.fail_closed import is_the_scripts
@@ -38,7 +38,7 @@ logger = logging.getLogger("esper")
 
 Mode: TypeAlias = Literal["observe", "supervised", "automatic"]  # the members of RunMode
 # model -> its latest session
-_sessions: MutableMapping[nn.Module, weakref.ref[Session]] = WeakIdKeyDictionary()
+_sessions: MutableMapping[nn.Module, weakref.ref[Session]] = WeaklyByIdentity()
 
 
 def attach(
