@@ -84,7 +84,7 @@ class CopiedParts:
         model = self._model()
         if model is None:
             return ""
-        trained = {id(p) for optimizer in optimizers for p in parameters_of(optimizer)}
+        trained = {id(p) for optimizer in optimizers for p in _trained_by(optimizer)}
         layers = list(run)
         for name in _parts(model):  # the largest first
             if name == layer or layer.startswith(f"{name}."):
@@ -146,6 +146,15 @@ def _stand_apart(model: nn.Module, name: str, other: str) -> bool:
     if len(shared) in (len(mine), len(theirs)):
         return False
     return not isinstance(model.get_submodule(".".join(shared)), nn.ModuleList | nn.Sequential)
+
+
+def _trained_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Of the tensors that it holds, those that had a gradient, as far as that is known.
+
+    A script may give ``model.parameters()`` to it, with a target network that is always detached.
+    """
+    held: list[Tensor] = list(parameters_of(optimizer))
+    return [p for p in held if p.grad is not None or p in optimizer.state] or held
 
 
 def _learns(module: nn.Module, trained: set[int]) -> bool:
