@@ -372,6 +372,11 @@ RULES = (
         " update moves the weights by %(change)s of their size"
     ),
     _("below %(limit)s until something is learned"),
+    _(
+        "the loss has been %(level)s for %(steps)s steps, it began with %(first)s, and an update"
+        " was %(times)s times as large as a sound one"
+    ),
+    _("at most %(times)s times as large"),
     _("the median update is %(ratio)s of its weight at step %(step)s"),
     _("below %(limit)s; about %(usual)s is usual"),
     _("the update of step %(step)s moved the weights by %(change)s of their size in the median"),

@@ -334,6 +334,7 @@ class Observation:
         estimates_rate: an optimizer does, and its ``lr`` is a factor of the estimate.
         warms_up: an optimizer may make its first updates at a rate of zero.
         overshoot: how many times larger than a later one the update of the newest reading is.
+        update_excess: how many times larger than a sound one an update of the run was; NaN unknown.
         follows_gradient: the updates are as large as the gradient; those of an adaptive optimizer
             are not, so it leaves a place where the gradient is faint.
     """
@@ -369,6 +370,7 @@ class Observation:
     estimates_rate: bool = False
     warms_up: bool = False
     overshoot: float = 1.0
+    update_excess: float = math.nan
     follows_gradient: bool = True
 
     # -- what rules ask --------------------------------------------------------------------------

@@ -284,6 +284,7 @@ class DiagnosisWatch:
             estimates_rate=estimates_rate(self.optimizers),
             warms_up=may_warm_up(self.optimizers),
             overshoot=self._overshoot(),
+            update_excess=self.update_excess,
             follows_gradient=follows_gradient(self.optimizers),
             duplicates=recorder.duplicates,
             broken=self._broken or Broken(),

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from esper.contracts import Severity, Signal
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Gradients, Observation, Unknown
-from esper.diagnosis.updates import STEADY
+from esper.diagnosis.updates import EXCESSIVE, STEADY
 
 FIRST = 0.3
 FIRST_STEPS = 10
@@ -61,6 +61,10 @@ class UpdateRatioHigh(Rule):
             "samples in these losses", SAMPLES, "samples",
             "chosen: the losses of single samples are far apart, and their mean falls slowly",
         ),
+        Threshold(
+            "the largest update / a sound one, where the loss is above the first losses",
+            EXCESSIVE, "ratio", "as for a new start; chosen on seeds 0 to 9",
+        ),
         Threshold("losses", GUESSES, "steps", "chosen: so many updates show in any healthy run"),
     )  # fmt: skip
     severity = Severity.SERIOUS
@@ -91,12 +95,18 @@ class UpdateRatioHigh(Rule):
         newer = sum(r.step > observation.step - count for r in read)
         # On long steps few are read in so many, so the latest ones count.
         known = [r.change for r in read[-max(READ, newer) :]]
-        if len(losses) < count or len(known) < READ or _has_learned(losses, chance):
+        if len(losses) < count or len(known) < READ:
             return None
-        if not GUESSING * chance <= level <= FAR_ABOVE * chance:
+        hurt = _was_hurt(observation, losses[-count:])
+        if _has_learned(losses, chance) and not hurt:
+            return None
+        lowest = (LEARNED if hurt else GUESSING) * chance
+        if not lowest <= level <= FAR_ABOVE * chance:
             return None  # it guesses or learns, or it is far above, which other rules explain
-        if _falls(losses[-count:], GUESSING * chance):
+        if _falls(losses[-count:], lowest):
             return None  # it comes from a bad start, and gets better
+        if hurt:
+            return self._after(observation, level, count)
         change = float(np.median(known))
         if change < ABOVE_SOUND * STEADY:
             return None
@@ -110,6 +120,20 @@ class UpdateRatioHigh(Rule):
             signal=Signal.UPDATE_RATIO,
             value=change,
             severity=Severity.CAUTION if is_high else Severity.INFO,
+            since_step=max(1, observation.step - count),
+            certain=True,
+        )
+
+    def _after(self, observation: Observation, level: float, count: int) -> Evidence:
+        """An update was far too large; later ones may be small, where the gradient is faint."""
+        return Evidence(
+            observed=f"the loss has been {level:.3g} for {count} steps, it began with "
+            f"{observation.first_training_loss:.3g}, and an update was "
+            f"{observation.update_excess:.2g} times as large as a sound one",
+            limit=f"at most {EXCESSIVE:g} times as large",
+            signal=Signal.UPDATE_RATIO,
+            value=observation.update_excess * STEADY,
+            severity=Severity.CAUTION,
             since_step=max(1, observation.step - count),
             certain=True,
         )
@@ -183,6 +207,14 @@ def _falls(losses: NDArray[np.float64], guessing: float) -> bool:
     before, now = np.array_split(losses, 2)
     error = math.sqrt(before.var() / len(before) + now.var() / len(now))
     return bool(now.mean() < max(guessing, before.mean() - error))
+
+
+def _was_hurt(observation: Observation, newest: NDArray[np.float64]) -> bool:
+    """An update was far too large, and the losses are above the first ones by more than chance."""
+    if not observation.update_excess > EXCESSIVE or observation.other_data_since >= 0:
+        return False
+    error = float(newest.std()) / math.sqrt(len(newest))
+    return bool(newest.mean() > observation.first_training_loss + error)
 
 
 def _has_learned(losses: NDArray[np.float64], chance: float) -> bool:

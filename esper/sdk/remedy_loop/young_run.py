@@ -33,10 +33,12 @@ class YoungRun:
     def was_hurt(self) -> bool:
         """One of the first updates, which can still be taken back, moved the weights far.
 
-        Where the run has learned since, it did no harm, and to begin anew would throw that away.
+        Where the run has learned since, it did no harm, and to begin anew would throw that away,
+        unless all of it is lost again.
         """
         young = self._run.step <= START_STEPS
-        return young and self._diagnosis.update_excess > EXCESSIVE and not self._has_fallen
+        hurt = young and self._diagnosis.update_excess > EXCESSIVE
+        return hurt and (self.guesses or not self._has_fallen)
 
     @property
     def loses_nothing(self) -> bool:

@@ -606,3 +606,30 @@ def test_a_far_first_update_behind_a_batch_norm_is_a_note(norm: type[nn.Module])
     result = Run(model, optimizer=lambda m: adam(m, 1.0), steps=8).go()
     severity = result.first("update_ratio_high").severity
     assert (severity is Severity.INFO) is (norm is nn.BatchNorm1d)
+
+
+@pytest.mark.parametrize(
+    ("excess", "level", "other_data", "told"),
+    [
+        (40.0, 1.3, -1, True),
+        (40.0, 1.0, -1, False),  # it is below its first losses
+        (3.0, 1.3, -1, False),
+        (40.0, 1.3, 60, False),
+    ],
+    ids=["hurt", "learns", "sound updates", "other data"],
+)
+def test_a_run_that_an_update_has_hurt_is_told_although_later_updates_are_small(
+    excess: float, level: float, other_data: int, told: bool
+) -> None:
+    """It had learned for forty steps, and its loss is above the first losses since."""
+    losses = np.concatenate([noisy(1.1, 1.1, 20), noisy(0.8, 0.8, 60), noisy(level, level, 40)])
+    small = (GradientRow("0.weight", 1.0, 0.0, 1.0, 0.001),)
+    seen = replace(
+        guessing(losses),
+        gradients=tuple(Gradients(at, at, small) for at in (100, 110, 120)),
+        update_excess=excess,
+        other_data_since=other_data,
+    )
+    found = UpdateRatioHigh().check(seen, Memory())
+    assert (found is not None) is told
+    assert found is None or found.severity is Severity.CAUTION

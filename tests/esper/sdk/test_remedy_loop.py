@@ -457,6 +457,17 @@ def test_a_run_that_has_learned_is_not_taken_for_one_that_can_begin_anew(last: f
     assert young.is_early is young.was_hurt is (last > 1.0)
 
 
+@pytest.mark.parametrize("now", [0.4, 2.4])
+def test_a_hurt_run_that_has_lost_what_it_learned_can_begin_anew(now: float) -> None:
+    run = RunState("run", RunMode.AUTOMATIC, SafetyPolicy(), None, step=80)
+    run.losses.extend(enumerate([*[2.3] * 10, *[0.3] * 40, *[now] * 30], 1))
+    watch = SimpleNamespace(update_excess=2 * EXCESSIVE, guessing_loss=math.log(10))
+    young = YoungRun(run, watch, History())  # type: ignore[arg-type]
+    assert young.was_hurt is (now > 2.0)
+    watch.update_excess = 1.0
+    assert not young.was_hurt
+
+
 @pytest.mark.parametrize(("last", "nothing"), [(1.1, True), (0.4, False)])
 def test_a_run_that_comes_down_to_guessing_has_learned_nothing(last: float, nothing: bool) -> None:
     """Its first losses are those of weights that were far too large."""
