@@ -25,6 +25,12 @@ RULES = (
         "Give the group a learning rate, or load its trained weights. A scheduler multiplies the "
         "rate that the group began with, and 0 stays 0."
     ),
+    _(
+        "the norm of all gradients is %(norm)s in each step, and an update moves the weights by "
+        "%(change)s of their size"
+    ),
+    _("updates of at least %(limit)s; about 0.001 is usual"),
+    _("Raise the limit of the clipping, such as max_grad_norm; 1 is usual."),
     _("the gradients of all tensors are %(size)s and less, and eps is %(eps)s"),
     _("gradients well above eps"),
     _(

@@ -217,6 +217,7 @@ WORDS = frozenset(
         _("batch norm momentum"),
         _("betas swapped"),
         _("capacity"),
+        _("clipped to nothing"),
         _("constant output"),
         _("dead experts"),
         _("desynchronised ranks"),

@@ -149,6 +149,7 @@ LABELS: dict[str, frozenset[str]] = {
     "betas_swapped": frozenset({"optimizer"}),
     "group_without_rate": frozenset({"rate", "optimizer"}),
     "gradient_below_eps": frozenset({"loss", "optimizer"}),
+    "clipped_to_nothing": frozenset({"optimizer"}),
     "softmax_over_batch": frozenset({"activation"}),
     "targets_far": frozenset({"preprocessing"}),
 }

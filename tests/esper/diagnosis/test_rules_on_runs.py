@@ -366,6 +366,7 @@ CASES = [
         lambda: Run(loss=divided_by(1e3)),
         1,
     ),
+    Case("clipped_to_nothing", lambda: clipped(1e-9), lambda: clipped(1.0), 5),
     Case("softmax_over_batch", lambda: normalised(0), lambda: normalised(1), 1),
     Case("targets_far", lambda: far_targets(3e4), lambda: far_targets(1.0), 50),
     Case(
@@ -386,6 +387,17 @@ def in_groups(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     first, *rest = model
     others = [parameter for module in rest for parameter in module.parameters()]
     return torch.optim.Adam([{"params": first.parameters(), "lr": rate}, {"params": others}])
+
+
+def clipped(limit: float) -> Run:
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        made = torch.optim.SGD(model.parameters(), lr=0.1)
+        made.register_step_pre_hook(
+            lambda *_: nn.utils.clip_grad_norm_(model.parameters(), limit) and None
+        )
+        return made
+
+    return Run(optimizer=optimizer)
 
 
 def divided_by(number: float) -> Loss:

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from esper.contracts import Severity
+from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
+from esper.diagnosis.observation import Gradients, Observation, Unknown
+
+READINGS = 3
+LOW = 1e-5
+EQUAL, DIFFER = 1e-3, 10.0
+
+
+class ClippedToNothing(Rule):
+    """The gradients are clipped to a norm at which the updates change next to nothing."""
+
+    slug = "clipped_to_nothing"
+    title = "Clipped to next to nothing"
+    symptom = (
+        "The norm of all gradients is the same in each step though the batches differ, as clipping "
+        "leaves it, and the updates are far too small."
+    )
+    thresholds = (
+        Threshold(
+            "largest / smallest norm of all gradients - 1", EQUAL, "share",
+            "chosen: those of two batches differ by percents, clipping differs by 1e-6 / norm",
+        ),
+        Threshold("readings with it", READINGS, "in a row", "chosen"),
+        Threshold(
+            "difference of the losses / that of the norms", DIFFER, "ratio",
+            "chosen: where the same batch comes again, neither differs",
+        ),
+        Threshold("median of update / weight", LOW, "ratio", "as for update_ratio_low"),
+    )  # fmt: skip
+    severity = Severity.CAUTION
+    false_alarm = "Gradients that a script makes equally long on purpose, at a tiny rate."
+    advice = "Raise the limit of the clipping, such as max_grad_norm; 1 is usual."
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        if not observation.follows_gradient:
+            raise Unknown("the optimizer divides the gradient by its size")
+        newest = list(observation.gradients)[-READINGS:]
+        norms = [_norm(reading) for reading in newest]
+        if len(newest) < READINGS or not min(norms) > 0:
+            raise Unknown("too few gradients were read")
+        change = max(reading.change for reading in newest)
+        if not change < LOW or _spread(norms) > EQUAL:
+            return None
+        losses = [_loss(observation, reading.step) for reading in newest]
+        if not _spread(losses) > DIFFER * max(_spread(norms), EQUAL / DIFFER):
+            return None
+        return Evidence(
+            observed=f"the norm of all gradients is {norms[-1]:.3g} in each step, and an update "
+            f"moves the weights by {change:.1e} of their size",
+            limit=f"updates of at least {LOW:g}; about 0.001 is usual",
+            signal="grad_norm",
+            value=norms[-1],
+            since_step=newest[0].step,
+        )
+
+
+def _norm(reading: Gradients) -> float:
+    """L2, of all tensors together."""
+    return math.sqrt(sum(row.norm**2 for row in reading.rows if row.norm >= 0))
+
+
+def _loss(observation: Observation, step: int) -> float:
+    """Of one step. Raises ``Unknown``."""
+    found = np.flatnonzero(observation.loss_steps == step)
+    if not len(found):
+        raise Unknown(f"no training loss of step {step} is kept")
+    return float(observation.losses[found[0]])
+
+
+def _spread(values: list[float]) -> float:
+    """Largest / smallest - 1."""
+    return float(np.max(values) / np.min(values)) - 1.0 if np.min(values) > 0 else math.inf
