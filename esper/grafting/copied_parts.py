@@ -37,9 +37,8 @@ class CopiedParts:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._writes: dict[str, int] = {}  # to each part when the training began
-        self._beside: list[
-            weakref.ref[nn.Module]
-        ] = []  # a class may compare its modules as it likes
+        # No set: a class of the script may compare its modules as it likes.
+        self._beside: list[weakref.ref[nn.Module]] = []
 
     def kinds(self) -> tuple[type[nn.Module], ...]:
         """The classes of the parts."""

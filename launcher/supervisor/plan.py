@@ -2,7 +2,7 @@
 
     stop order   0 demo trainers, Tamiyo, beat   1 workers   2 web   3 Valkey
 
-Valkey is stopped last: a worker without its broker tries to reconnect and does not end.
+Valkey is stopped last: a worker that loses its broker ends, and one that starts waits for it.
 docker/compose.yaml runs the same commands; a test compares the two.
 """
 
