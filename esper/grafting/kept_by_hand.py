@@ -7,8 +7,9 @@ in it, so the next step of the script would raise, or pair other tensors.
 Where they are those of a part of the model, only this part takes no graft.
 
 The same dict or list may be a state that was saved; a dict is then loaded by name, and follows a
-graft. An average is the one that changes. A list that does not change, such as the weights that a
-penalty pulls towards, stands in the way of the policy, but not of a script that grafts by itself.
+graft. An average is the one that changes. What does not change, such as the weights that a penalty
+pulls towards, stands in the way of the policy, but not of a script that grafts by itself. It is a
+saved state where it was made by ``state_dict`` or has the names of buffers, or once it was dropped.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ LIST = (
     "the script keeps a list of {} tensors in the order of the {} parameters, which a graft "
     "would shift: pair them by name, graft by session.graft, or drop the list"
 )
+DICT = (
+    "the script keeps a dict of {} tensors by the names of the {} parameters, such as the anchors "
+    "of a penalty, and would look for the names of a graft in it: graft by session.graft where it "
+    "skips names that are not in it, or drop the dict. A saved state is recognised when it is kept "
+    "as copy.deepcopy(model.state_dict())"
+)
 Holder: TypeAlias = dict[str, Tensor] | list[Tensor]
 
 
@@ -49,8 +56,9 @@ class _Suspect:
 
 
 @dataclass(slots=True)
-class _List:
+class _Unchanged:
     part: str
+    text: str
     tensors: list[weakref.ref[Tensor]]
 
 
@@ -65,7 +73,7 @@ class KeptByHand:
         self.awaited = False
         self._reasons: dict[str, str] = {}  # by part
         self._suspects: list[_Suspect] = []
-        self._lists: list[_List] = []
+        self._unchanged: list[_Unchanged] = []
         self._looks = 0
 
     def search(self, model: nn.Module, tensors: Iterable[Tensor]) -> None:
@@ -77,10 +85,11 @@ class KeptByHand:
         self._suspects = [
             _Suspect(part, holder, _tensors(holder)) for part, holder in _pairs(model, tensors)
         ]
-        self._lists = [
-            _List(suspect.part, list(map(weakref.ref, suspect.holder)))
+        modules = dict(model.named_modules())
+        self._unchanged = [
+            _unchanged(suspect.part, suspect.holder)
             for suspect in self._suspects
-            if isinstance(suspect.holder, list)
+            if not _is_saved_state(suspect.holder, suspect.part, modules[suspect.part])
         ]
         self._looks = 0
         for suspect in self._suspects:
@@ -92,7 +101,7 @@ class KeptByHand:
     @property
     def found(self) -> bool:
         """Something is looked at, or was."""
-        return bool(self._suspects or self._lists)
+        return bool(self._suspects or self._unchanged)
 
     @property
     def undecided(self) -> bool:
@@ -118,15 +127,30 @@ class KeptByHand:
         """Why nobody but the script itself may graft there."""
         if reason := self.reason(layer):
             return reason
-        for kept in self._lists:
+        for kept in self._unchanged:
             if _is_in(layer, kept.part) and all(ref() is not None for ref in kept.tensors):
-                return LIST.format(len(kept.tensors), _owner(kept.part))
+                return kept.text
         return ""
 
     def _note(self, suspect: _Suspect) -> None:
         kind = "dict" if isinstance(suspect.holder, dict) else "list"
         text = AVERAGE.format(f"a {kind} of {len(suspect.holder)}", _owner(suspect.part))
         self._reasons[suspect.part] = text
+
+
+def _unchanged(part: str, holder: Holder) -> _Unchanged:
+    text = (DICT if isinstance(holder, dict) else LIST).format(len(holder), _owner(part))
+    return _Unchanged(part, text, list(map(weakref.ref, _values(holder))))
+
+
+def _is_saved_state(holder: Holder, part: str, module: nn.Module) -> bool:
+    """A dict that is loaded by name: made by ``state_dict``, or with the names of buffers."""
+    if not isinstance(holder, dict):
+        return False
+    names = [name for name, _ in module.named_buffers()]
+    return hasattr(holder, "_metadata") or any(
+        name in holder or _join(part, name) in holder for name in names
+    )
 
 
 def _is_in(layer: str, part: str) -> bool:
@@ -162,8 +186,15 @@ def _forms(model: nn.Module) -> dict[str, tuple[Mapping[str, Tensor], ...]]:
             continue  # or it is all that is in the module around it
         seen.add(own)
         trained = {name: p for name, p in named.items() if p.requires_grad}
-        forms[part] = named, trained, {**named, **dict(module.named_buffers())}, trained or named
+        kinds = [named, trained, {**named, **dict(module.named_buffers())}]
+        if part:  # by their names in the model
+            kinds += [{_join(part, name): p for name, p in kind.items()} for kind in kinds]
+        forms[part] = *kinds, trained or named
     return forms
+
+
+def _join(part: str, name: str) -> str:
+    return f"{part}.{name}" if part else name
 
 
 def _shapes(named: Mapping[str, Tensor]) -> Counter[tuple[int, ...]]:
@@ -213,7 +244,10 @@ def _espers(holders: Sequence[Holder]) -> set[int]:
 def _in_order(holder: Any, wanted: Mapping[str, Tensor]) -> bool:
     if type(holder) is not list or len(holder) != len(wanted):
         return False
-    return all(map(_mirrors, holder, wanted.values()))
+    return all(
+        _mirrors(value, parameter) and value.is_floating_point() is parameter.is_floating_point()
+        for value, parameter in zip(holder, wanted.values(), strict=True)
+    )
 
 
 def _by_name(holder: Any, wanted: Mapping[str, Tensor]) -> bool:
@@ -226,7 +260,6 @@ def _mirrors(value: object, parameter: Tensor) -> bool:
     """It is no parameter of another model, and no view of this one."""
     return (
         type(value) is Tensor
-        and value.is_floating_point() is parameter.is_floating_point()
         and value.shape == parameter.shape
         and value.grad_fn is None
         and value.data_ptr() != parameter.data_ptr()
@@ -236,13 +269,16 @@ def _mirrors(value: object, parameter: Tensor) -> bool:
 def _tensors(
     holder: Holder,
 ) -> list[tuple[int, int, tuple[float, ...]]]:
-    values: list[Any] = list(holder.values() if isinstance(holder, dict) else holder)
     return [
         (id(value), writes_to(value), _first_numbers(value))
         if isinstance(value, Tensor)
         else (id(value), 0, ())
-        for value in values
+        for value in _values(holder)
     ]
+
+
+def _values(holder: Holder) -> list[Any]:
+    return list(holder.values() if isinstance(holder, dict) else holder)
 
 
 def _first_numbers(tensor: Tensor) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -261,6 +262,36 @@ class Anchor(InOrder):
         assert all(anchor.shape == p.shape for anchor, p in pairs)
 
 
+class AnchorsByName:
+    """As L2-SP and EWC: a dict that does not change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.anchors = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def update_parameters(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            assert self.anchors[name].shape == p.shape
+
+
+class Masks(AnchorsByName):
+    """As pruning, of another dtype than the parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.anchors = {name: p > 0 for name, p in model.named_parameters()}
+
+
+class Importances(AnchorsByName):
+    """As the Fisher information, in a class of dicts that torch uses for states."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.anchors = OrderedDict(
+            (name, torch.zeros_like(p)) for name, p in model.named_parameters()
+        )
+
+
+UNCHANGED: list[type[Any]] = [Anchor, AnchorsByName, Masks, Importances]
+
+
 def run_beside(
     kept: Callable[[nn.Module], Any], mode: Literal["observe", "supervised"] = "supervised"
 ) -> tuple[esper.Session, Any]:
@@ -284,14 +315,14 @@ def run_beside(
     return session, train if hasattr(beside, "update_parameters") else beside
 
 
-@pytest.mark.parametrize("kind", [ByName, WholeState, InOrder, Anchor])
+@pytest.mark.parametrize("kind", [ByName, WholeState, InOrder, *UNCHANGED])
 def test_tensors_that_a_script_pairs_by_hand_stay_pairs(kind: type[Any]) -> None:
     session, train = run_beside(kind)
 
     surgery = session._parts.surgery
-    with pytest.raises(IncompatibleLayerError, match=r"by hand|in the order of"):
+    with pytest.raises(IncompatibleLayerError, match=r"by hand|in the order of|by the names of"):
         surgery.apply(surgery.planned("0", "proj_lora_64", "", {}))
-    if kind is not Anchor:
+    if kind not in UNCHANGED:
         with pytest.raises(IncompatibleLayerError, match="keeps an average by hand"):
             session.graft("0", "proj_lora_64")
     train()
@@ -306,6 +337,17 @@ def test_in_observe_too_where_the_tensors_are_written_in_place(kind: type[Any]) 
     train()
 
 
+class NamedInModel(AnchorsByName):
+    """Of the encoder alone, by the names that its parameters have in the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.anchors = {f"encoder.{n}": p.detach().clone() for n, p in model.named_parameters()}
+
+    def update_parameters(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            assert self.anchors[f"encoder.{name}"].shape == p.shape
+
+
 class OfPart:
     """The tensors of the encoder alone; the head has no average."""
 
@@ -316,7 +358,7 @@ class OfPart:
         self.kept.update_parameters(model.get_submodule("encoder"))
 
 
-@pytest.mark.parametrize("kind", [ByName, WholeState, InOrder, Anchor])
+@pytest.mark.parametrize("kind", [ByName, WholeState, InOrder, NamedInModel, *UNCHANGED])
 def test_tensors_of_a_part_keep_grafts_out_of_this_part_alone(kind: type[Any]) -> None:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 8))
@@ -340,7 +382,7 @@ def test_tensors_of_a_part_keep_grafts_out_of_this_part_alone(kind: type[Any]) -
     surgery = session._parts.surgery
     with pytest.raises(IncompatibleLayerError, match=r"the 'encoder' part's parameters"):
         surgery.apply(surgery.planned("encoder.0", "proj_lora_64", "", {}))
-    if kind is not Anchor:
+    if kind not in (NamedInModel, *UNCHANGED):
         with pytest.raises(IncompatibleLayerError, match="keeps an average by hand"):
             session.graft("encoder.3", "proj_lora_64")
     session.graft("head.0", "proj_lora_64")
@@ -367,6 +409,81 @@ def test_a_state_that_is_only_kept_is_in_nobodys_way() -> None:
     surgery = session._parts.surgery
     assert surgery.apply(surgery.planned("0", "proj_lora_64", "", {})).receipt is not None
     session._parts.setup.model.load_state_dict(state)
+
+
+def without_buffers() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+
+
+def trained_beside(
+    kept: Callable[[nn.Module], Any], *, attaches: bool, replaces: bool = False
+) -> tuple[nn.Module, esper.Session | None]:
+    """A script that keeps what ``kept`` makes, in automatic mode, where a graft is decided."""
+    torch.manual_seed(0)
+    model = without_buffers()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    beside = kept(model)
+    session = None
+    if attaches:
+        session = esper.attach(model, optimizer, mode="automatic", server="", verbose=False)
+    for step in range(60):
+        loss = model(torch.randn(16, 8)).pow(2).mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        if hasattr(beside, "update_parameters"):
+            beside.update_parameters(model)
+        if replaces and step == 2:
+            beside = kept(model)
+        if session is not None:
+            session.step(loss)
+            if step == 4 and (local := session._parts.local):
+                local._graft(session._parts.surgery.planned("0", "proj_lora_64", "", {}))
+    return model, session
+
+
+@pytest.mark.parametrize("kind", UNCHANGED)
+def test_automatic_mode_ends_a_run_with_such_pairs_as_if_it_were_not_there(
+    kind: type[Any],
+) -> None:
+    alone, _ = trained_beside(kind, attaches=False)
+    model, session = trained_beside(kind, attaches=True)
+
+    assert all(map(torch.equal, alone.parameters(), model.parameters()))
+    assert session is not None
+    assert not failed_parts(session)
+
+
+def named_copies(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("kept", "replaces"),
+    [(lambda model: copy.deepcopy(model.state_dict()), False), (named_copies, True)],
+)
+def test_automatic_mode_grafts_beside_what_is_known_to_be_a_saved_state(
+    kept: Callable[[nn.Module], Any], replaces: bool
+) -> None:
+    model, session = trained_beside(kept, attaches=True, replaces=replaces)
+
+    assert session is not None
+    assert not failed_parts(session)
+    assert any(slot.grafts() for _, _, slot in slots(model))
+
+
+def test_what_may_be_a_saved_state_or_an_anchor_keeps_the_policy_out_in_words() -> None:
+    kept: list[dict[str, torch.Tensor]] = []
+    _, session = trained_beside(lambda model: kept.append(named_copies(model)), attaches=True)
+
+    assert session is not None
+    surgery = session._parts.surgery
+    with pytest.raises(IncompatibleLayerError, match=r"copy\.deepcopy\(model\.state_dict\(\)\)"):
+        surgery.apply(surgery.planned("0", "proj_lora_64", "", {}))
+    receipt = session.graft("0", "proj_lora_64")
+    session.undo(receipt)
+    kept.clear()
+    assert surgery.apply(surgery.planned("0", "proj_lora_64", "", {})).receipt is not None
 
 
 class Part(nn.Sequential):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -79,7 +80,7 @@ class Averaged(Training):
     def __init__(self, *, averages: bool) -> None:
         super().__init__()
         self.averages = averages
-        self.shadow = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.shadow = copy.deepcopy(self.model.state_dict())
 
     def step(self, session: esper.Session | None = None) -> float:
         loss = super().step(session)
