@@ -4,6 +4,9 @@ A momentum encoder (MoCo, BYOL), a target critic (SAC) or a teacher that stands 
 is written by the script: tensor by tensor in the order of both parts, or from the state of the one
 to the other. A graft in one of them shifts or renames its tensors, so the script's next line would
 raise or mix different tensors. A copy of the whole model follows its grafts; a part's does not.
+
+Two parts that both train and are near to each other began as copies, or a penalty holds them
+together. The script may pair their tensors, so nobody but the script itself grafts there.
 """
 
 from __future__ import annotations
@@ -24,10 +27,15 @@ from esper.grafting.versions import writes_to
 
 NEAR = 0.5  # of a part's norm; independent weights of the same size are some 1.4 away
 MOST_COPIES = 256  # whose numbers are compared
+FEWEST_OF_TOWER = 2  # matrices
 REASON = (
     "{!r} is copied in {}, as an average or a target, and the script pairs the tensors of both: "
     "a graft would break the pairs. Graft into another layer, or attach the part by itself: "
     "a copy of a whole model gets each graft"
+)
+TWINS = (
+    "{!r} and {} train from the same weights, and the script may pair the tensors of both, which a "
+    "graft would shift: graft by session.graft where it does not"
 )
 
 
@@ -37,6 +45,7 @@ class CopiedParts:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._writes: dict[str, int] = {}  # to each part when the training began
+        self._learned: set[str] = set()  # layers
         # No set: a class of the script may compare its modules as it likes.
         self._beside: list[weakref.ref[nn.Module]] = []
 
@@ -51,6 +60,10 @@ class CopiedParts:
         model = self._model()
         if model is not None and not self._writes:
             self._writes = {name: _writes_to(part) for name, part in _parts(model).items()}
+
+    def on_gradients(self, layers: Iterable[str]) -> None:
+        """These layers had a gradient when the optimizer stepped, which may be gone since."""
+        self._learned.update(layers)
 
     def search(self, living: Sequence[nn.Module]) -> None:
         """Of all modules of the process, keeps those that have the form of a part.
@@ -72,18 +85,25 @@ class CopiedParts:
         self._beside = [weakref.ref(other) for other in islice(alike, MOST_COPIES)]
 
     def reason(
-        self, layer: str, optimizers: Sequence[torch.optim.Optimizer], run: Iterable[str]
+        self,
+        layer: str,
+        optimizers: Sequence[torch.optim.Optimizer],
+        run: Iterable[str],
+        *,
+        by_script: bool = True,
     ) -> str:
         """Why this layer takes no graft; empty: no part that it belongs to is copied.
 
         Args:
             run: names of the layers that run. A copy inside the model that never runs is a spare
                 one, as PEFT keeps of the layers that it trains whole.
+            by_script: the script asks for the graft by itself.
         """
         model = self._model()
         if model is None:
             return ""
-        trained = {id(p) for optimizer in optimizers for p in _trained_by(optimizer)}
+        learned = self._learned_of(model)
+        trained = {id(p) for optimizer in optimizers for p in _trained_by(optimizer, learned)}
         layers = list(run)
         for name in _parts(model):  # the largest first
             if name == layer or layer.startswith(f"{name}."):
@@ -93,7 +113,32 @@ class CopiedParts:
                     where = next(self._copies(model, name, trained, layers), "")
                 if where:
                     return REASON.format(name, where)
+                if twin := "" if by_script else self._twin(model, name, trained, layers):
+                    return TWINS.format(name, repr(twin))
         return ""
+
+    def _learned_of(self, model: nn.Module) -> set[int]:
+        modules = dict(model.named_modules())
+        own = (modules[name] for name in self._learned if name in modules)
+        return {id(p) for module in own for p in module.parameters()}
+
+    def _twin(self, model: nn.Module, name: str, trained: set[int], run: Sequence[str]) -> str:
+        """Another part that trains and is near to this one; a single matrix is no tower."""
+        parts = _parts(model)
+        part = parts[name]
+        if not _learns(part, trained) or len(_matrices(part)) < FEWEST_OF_TOWER:
+            return ""
+        return next(
+            (
+                other_name
+                for other_name, other in parts.items()
+                if _runs(other_name, run)
+                and _stand_apart(model, name, other_name)
+                and _learns(other, trained)
+                and _is_copy(part, other)
+            ),
+            "",
+        )
 
     def _copies(
         self, model: nn.Module, name: str, trained: set[int], run: Sequence[str]
@@ -102,8 +147,7 @@ class CopiedParts:
         part = parts[name]
         learns = _learns(part, trained)
         for other_name, other in parts.items():
-            runs = any(f"{layer}.".startswith(f"{other_name}.") for layer in run)
-            if not runs or not _stand_apart(model, name, other_name):
+            if not _runs(other_name, run) or not _stand_apart(model, name, other_name):
                 continue
             if _learns(other, trained) is learns:
                 continue
@@ -132,6 +176,10 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def _runs(part: str, layers: Iterable[str]) -> bool:
+    return any(f"{layer}.".startswith(f"{part}.") for layer in layers)
+
+
 def _matrices(module: nn.Module) -> list[Tensor]:
     """Vectors of two layers are often equal: zeros and ones."""
     return [p for p in module.parameters() if p.ndim >= 2 and p.layout is torch.strided]
@@ -147,13 +195,14 @@ def _stand_apart(model: nn.Module, name: str, other: str) -> bool:
     return not isinstance(model.get_submodule(".".join(shared)), nn.ModuleList | nn.Sequential)
 
 
-def _trained_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _trained_by(optimizer: torch.optim.Optimizer, learned: set[int]) -> list[Tensor]:
     """Of the tensors that it holds, those that had a gradient, as far as that is known.
 
     A script may give ``model.parameters()`` to it, with a target network that is always detached.
     """
     held: list[Tensor] = list(parameters_of(optimizer))
-    return [p for p in held if p.grad is not None or p in optimizer.state] or held
+    known = (p for p in held if p.grad is not None or p in optimizer.state or id(p) in learned)
+    return list(known) or held
 
 
 def _learns(module: nn.Module, trained: set[int]) -> bool:
@@ -180,7 +229,8 @@ def _is_copy(part: nn.Module, other: nn.Module, *, follows: bool = False) -> boo
     pairs = list(zip(part.parameters(), other.parameters(), strict=True))
     if any(a is b or a.is_meta or b.is_meta or not _is_whole(a, b) for a, b in pairs):
         return False
-    return follows or _is_near(_matrices(part), _matrices(other))
+    mine, theirs = _matrices(part), _matrices(other)
+    return follows or (_is_near(mine[:1], theirs[:1]) and _is_near(mine, theirs))
 
 
 def _is_whole(*parameters: Tensor) -> bool:

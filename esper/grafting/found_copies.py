@@ -31,6 +31,11 @@ from esper.grafting.kept_by_hand import KeptByHand
 from esper.grafting.versions import writes_to
 
 SEARCH_SHARE = 1 / 200  # of the process's time since its first search
+REFERENCE = (
+    "a copy of the model gets gradients, and no optimizer trains it: the script may pair its "
+    "tensors with the model's, as SVRG does, which a graft would shift. Call requires_grad_(False) "
+    "on a copy that is only read, or graft by session.graft"
+)
 
 
 class SearchTime:
@@ -165,6 +170,16 @@ class Copies(Sequence[Any]):
             del self._seen[found]
         return fresh
 
+    def reason_for_policy(self) -> str:
+        """Why nobody but the script itself may graft now; empty: no copy is a reference."""
+        model = self._model()
+        if model is None:
+            return ""
+        alike = (found for found in self._seen if _has_gradients(found) and _alike(model, found))
+        # What was made otherwise and written to is another model, which trains by itself.
+        kept = (found for found in alike if found in self._own or not _was_written(found))
+        return REFERENCE if any(not _has_state(found) for found in kept) else ""
+
     def _note(self, found: nn.Module, *, averaged: bool) -> None:
         model = self._model()
         known = {id(bare_copy(copied)) for copied in self._all()} | {id(model)}
@@ -229,9 +244,16 @@ def _may_be_average(found: nn.Module) -> bool:
 
 def _is_trained(found: nn.Module) -> bool:
     """It has gradients, or an optimizer holds state of it."""
-    if any(parameter.grad is not None for parameter in found.parameters()):
-        return True
-    return _was_written(found) and _is_a_key(next(found.parameters()))
+    return _has_gradients(found) or (_was_written(found) and _has_state(found))
+
+
+def _has_gradients(found: nn.Module) -> bool:
+    return any(parameter.grad is not None for parameter in found.parameters())
+
+
+def _has_state(found: nn.Module) -> bool:
+    """An optimizer holds state of it."""
+    return _is_a_key(next(found.parameters()))
 
 
 def _is_a_key(parameter: Tensor) -> bool:

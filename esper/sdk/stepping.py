@@ -278,6 +278,7 @@ class Steps:
             frame = self._health.judge(frame)
             self.latest_frame = frame
             self._gradients.on_frame(frame)
+            parts.surgery.on_frame(frame)
             metrics = {**frame.metrics, **metrics}
             if isinstance(sampler, HealthSampler):
                 sampler.spend(time.perf_counter() - started)

@@ -19,10 +19,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from esper import blueprints, grafting
-from esper.contracts import AdaptationState, LayerInfo, RemedyKind, RunMode
+from esper.contracts import (
+    AdaptationState,
+    HealthFrame,
+    LayerInfo,
+    RemedyKind,
+    RunMode,
+    Signal,
+)
 from esper.exceptions import ConfigurationError, GraftError, IncompatibleLayerError, UndoError
 from esper.grafting import (
     GuardVerdict,
@@ -242,11 +250,14 @@ class Surgery:
         by_hand = self.copies.by_hand
         by_hand.look()
         told = by_hand.reason if by_script else by_hand.reason_for_policy
-        reason = told(operation.layer.name)
+        reason = told(operation.layer.name) or (
+            "" if by_script else self.copies.reason_for_policy()
+        )
         reason = reason or self.copies.parts.reason(
             operation.layer.name,
             with_companions(self._surroundings.optimizers),
             (layer.name for layer in self._layers.own if layer.in_shape),
+            by_script=by_script,
         )
         reason = reason or self._ledger.replaced
         if reason and self._ranks.alone:
@@ -258,6 +269,12 @@ class Surgery:
         """After each step, so that few grafts wait for the search, and for what it is to show."""
         self.copies.search_in_time()
         self.copies.by_hand.look()
+
+    def on_frame(self, frame: HealthFrame) -> None:
+        """Notes which layers had a gradient: the script may clear it before the step ends."""
+        known = ~np.isnan(frame.column(Signal.GRAD_NORM))
+        names = (name for name, has in zip(frame.layers, known, strict=True) if has)
+        self.copies.parts.on_gradients(names)
 
     def waits_for_script(self) -> bool:
         """A graft that is no line of the script should come some steps later: whether the script

@@ -596,6 +596,7 @@ class SlowTeacher(nn.Module):
         return self.head(self.student(x) - taught)
 
 
+@pytest.mark.parametrize("clears", ["before backward", "before session.step"])
 @pytest.mark.parametrize(
     ("kind", "refused", "grafted"),
     [
@@ -608,7 +609,7 @@ class SlowTeacher(nn.Module):
     ],
 )
 def test_a_part_that_the_script_averages_takes_no_graft(
-    kind: type[nn.Module], refused: tuple[str, ...], grafted: str
+    kind: type[nn.Module], refused: tuple[str, ...], grafted: str, clears: str
 ) -> None:
     torch.manual_seed(0)
     model = kind()
@@ -622,9 +623,13 @@ def test_a_part_that_the_script_averages_takes_no_graft(
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
+            if clears == "before session.step":
+                optimizer.zero_grad()
             session.step(loss)
 
     train()
+    while kind is WithHeldTarget and session.frame() is None:
+        train()  # a cleared gradient is known from the health frames
     for layer in refused:
         with pytest.raises(IncompatibleLayerError, match="as an average or a target"):
             session.graft(layer, "proj_lora_64")
@@ -632,3 +637,130 @@ def test_a_part_that_the_script_averages_takes_no_graft(
     train()
     assert session.undo(receipt).exact
     train()
+
+
+class Towers(nn.Module):
+    """Both train, from the same weights, and a penalty compares their parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.right = copy.deepcopy(self.left)
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = zip(self.left.parameters(), self.right.parameters(), strict=True)
+        penalty = torch.stack([(mine - theirs).pow(2).sum() for mine, theirs in pairs]).sum()
+        found: torch.Tensor = self.head(self.left(x) + self.right(x.flip(0))) + penalty
+        return found
+
+
+class SingleLayers(nn.Module):
+    """As the projections of attention: layers of one shape that start alike are no towers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(8, 8)
+        self.right = copy.deepcopy(self.left)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.right(self.left(x).relu())
+        return found
+
+
+class OtherTowers(Towers):
+    """Of one shape, but of other weights, as the two encoders of a search."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.right = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.left(x) + self.right(x.flip(0)))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused", "grafted"),
+    [
+        (Towers, ("left.0", "right.2"), ("head",)),
+        (SingleLayers, (), ("left", "right")),
+        (OtherTowers, (), ("left.0", "right.2")),
+    ],
+)
+def test_the_policy_grafts_into_neither_of_two_towers_that_train_as_copies(
+    kind: type[nn.Module], refused: tuple[str, ...], grafted: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    session = esper.attach(model, optimizer, run="towers", mode="supervised", verbose=False)
+
+    def train() -> None:
+        for _ in range(3):
+            loss = model(torch.randn(4, 8)).pow(2).mean()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            session.step(loss)
+
+    train()
+    surgery = session._parts.surgery
+    for layer in refused:
+        with pytest.raises(IncompatibleLayerError, match="train from the same weights"):
+            surgery.apply(surgery.planned(layer, "proj_lora_64", "", {}))
+    for layer in grafted:
+        surgery.apply(surgery.planned(layer, "proj_lora_64", "", {}))
+    train()
+
+
+def reference_by_copy(model: nn.Module, reference: nn.Module | None) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def reference_by_load(model: nn.Module, reference: nn.Module | None) -> nn.Module:
+    reference = copy.deepcopy(model) if reference is None else reference
+    reference.load_state_dict(model.state_dict())
+    return reference
+
+
+@pytest.mark.parametrize("made", [reference_by_copy, reference_by_load])
+def test_the_policy_does_not_graft_beside_a_reference_with_gradients(
+    made: Callable[[nn.Module, nn.Module | None], nn.Module],
+) -> None:
+    """As SVRG, which corrects each gradient by that of an older copy."""
+
+    def trained(*, attaches: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = without_buffers()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        session = None
+        if attaches:
+            session = esper.attach(model, optimizer, mode="automatic", server="", verbose=False)
+        reference: nn.Module | None = None
+        for step in range(60):
+            if step % 20 == 0:
+                reference = made(model, reference)
+            x = torch.randn(16, 8)
+            assert reference is not None
+            for each in (model, reference):
+                each.zero_grad()
+                torch.autograd.backward(each(x).pow(2).mean())
+            for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+                assert mine.grad is not None
+                assert theirs.grad is not None
+                mine.grad -= 0.1 * theirs.grad
+            optimizer.step()
+            if session is not None:
+                session.step()
+                if step == 4 and (local := session._parts.local):
+                    local._graft(session._parts.surgery.planned("0", "proj_lora_64", "", {}))
+        if session is not None:
+            surgery = session._parts.surgery
+            with pytest.raises(IncompatibleLayerError, match="a copy of the model gets gradients"):
+                surgery.apply(surgery.planned("0", "proj_lora_64", "", {}))
+            assert not failed_parts(session)
+        return model
+
+    alone, model = trained(attaches=False), trained(attaches=True)
+    assert all(map(torch.equal, alone.parameters(), model.parameters()))
