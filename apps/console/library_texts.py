@@ -398,6 +398,11 @@ RULES = (
         "transformers Trainer, or raise the rate that it rises to."
     ),
     _(
+        "The updates are the weight decay alone, and a higher learning rate would raise it too. "
+        "Look for what makes the gradients so small: a clipping to a tiny norm, or a loss that is "
+        "divided twice."
+    ),
+    _(
         "Leave lr at 1: the optimizer estimates the rate, and its estimate has not grown. Give it "
         "a larger d0 or d_coef, and no warm-up of your own."
     ),

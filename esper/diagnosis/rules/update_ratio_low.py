@@ -13,10 +13,16 @@ RECENT = 0.5
 SCHEDULED = 0.3
 UNLEARNED = 0.95
 LONG_WARM_UP = 300
+BY_DECAY = 1.1
 FEWEST_LOSSES, LEVEL_LOSSES = 20, 50
 _WARMS_UP = (
     "The learning rate still rises: shorten its warm-up, such as warmup_steps of a transformers "
     "Trainer, or raise the rate that it rises to."
+)
+_DECAYS = (
+    "The updates are the weight decay alone, and a higher learning rate would raise it too. Look "
+    "for what makes the gradients so small: a clipping to a tiny norm, or a loss that is divided "
+    "twice."
 )
 
 
@@ -47,6 +53,10 @@ class UpdateRatioLow(Rule):
         Threshold(
             "first losses / that of guessing", CAME_TRAINED, "ratio",
             "chosen: below it the model was trained before, and small updates are meant",
+        ),
+        Threshold(
+            "update / weight decay, below which the gradient has no part in it", BY_DECAY, "ratio",
+            "by definition: the part of the gradient is less than half of the decay's",
         ),
     )  # fmt: skip
     severity = Severity.CAUTION
@@ -88,12 +98,21 @@ class UpdateRatioLow(Rule):
         first, level = float(np.median(losses[:half])), float(np.median(losses[-half:]))
         if first <= 0 or level < UNLEARNED * first or observation.came_trained:
             return None
+        advice = _WARMS_UP if observation.is_warming_up else ""
+        if _decays_only(observation, ratio):
+            advice = _DECAYS
         return Evidence(
             observed=f"up to step {step} the median update is at most {ratio:.1e} of its weight, "
             f"and the loss is {level / first:.0%} of the first",
             limit=f"at least {low:g}; about 0.001 is usual",
             signal=Signal.UPDATE_RATIO,
             value=ratio,
-            advice=_WARMS_UP if observation.is_warming_up else "",
-            only_tell=observation.is_warming_up,  # a factor would grow with the rate
+            advice=advice,
+            only_tell=bool(advice),  # a factor would grow with the rate, or multiply the decay
         )
+
+
+def _decays_only(observation: Observation, ratio: float) -> bool:
+    """The weights move because their decay takes a share of them, and hardly by the gradient."""
+    decay = observation.last_gradients.settings.decay if observation.gradients else 0.0
+    return 0 < ratio < BY_DECAY * decay
