@@ -125,6 +125,25 @@ class Copies(Sequence[Any]):
         with search_time.taken():
             self._search(model)
 
+    def search_for_graft(self) -> None:
+        """A graft that is no line of the script comes soon: finds what the script made since.
+
+        As EWC does, which keeps its anchors once the first task is learned.
+        """
+        model = self._model()
+        if (
+            self._searched
+            and not self.by_hand.awaited
+            and search_time.is_left
+            and model is not None
+        ):
+            with search_time.taken():
+                self.by_hand.let_go()
+                _, tensors, _ = _living(model, ())
+                self.by_hand.search(model, tensors)
+        self.search()
+        self.by_hand.awaited = True
+
     def _search(self, model: nn.Module) -> None:
         found, tensors, modules = _living(model, self.parts.kinds())
         self.by_hand.search(model, tensors)

@@ -9,7 +9,8 @@ Where they are those of a part of the model, only this part takes no graft.
 The same dict or list may be a state that was saved; a dict is then loaded by name, and follows a
 graft. An average is the one that changes. What does not change, such as the weights that a penalty
 pulls towards, stands in the way of the policy, but not of a script that grafts by itself. It is a
-saved state where it was made by ``state_dict`` or has the names of buffers, or once it was dropped.
+saved state where it was made by ``state_dict``, has the names of buffers, is on another device, or
+once it was dropped.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ class _Unchanged:
     part: str
     text: str
     tensors: list[weakref.ref[Tensor]]
+    by_name: bool
+
+    @property
+    def lives(self) -> bool:
+        return all(ref() is not None for ref in self.tensors)
 
 
 class KeptByHand:
@@ -74,7 +80,16 @@ class KeptByHand:
         self._reasons: dict[str, str] = {}  # by part
         self._suspects: list[_Suspect] = []
         self._unchanged: list[_Unchanged] = []
+        self._replaced: set[str] = set()  # parts: a dict of its names was dropped
         self._looks = 0
+
+    def let_go(self) -> None:
+        """Before another search: what the script has dropped meanwhile is no longer held.
+
+        A best state is dropped now and then, for a newer one.
+        """
+        self._suspects = []
+        self._replaced |= {kept.part for kept in self._unchanged if kept.by_name and not kept.lives}
 
     def search(self, model: nn.Module, tensors: Iterable[Tensor]) -> None:
         """Looks at every object of the process where there are tensors of the right shape.
@@ -90,6 +105,7 @@ class KeptByHand:
             _unchanged(suspect.part, suspect.holder)
             for suspect in self._suspects
             if not _is_saved_state(suspect.holder, suspect.part, modules[suspect.part])
+            and not (isinstance(suspect.holder, dict) and suspect.part in self._replaced)
         ]
         self._looks = 0
         for suspect in self._suspects:
@@ -128,7 +144,7 @@ class KeptByHand:
         if reason := self.reason(layer):
             return reason
         for kept in self._unchanged:
-            if _is_in(layer, kept.part) and all(ref() is not None for ref in kept.tensors):
+            if _is_in(layer, kept.part) and kept.lives:
                 return kept.text
         return ""
 
@@ -140,13 +156,18 @@ class KeptByHand:
 
 def _unchanged(part: str, holder: Holder) -> _Unchanged:
     text = (DICT if isinstance(holder, dict) else LIST).format(len(holder), _owner(part))
-    return _Unchanged(part, text, list(map(weakref.ref, _values(holder))))
+    tensors = list(map(weakref.ref, _values(holder)))
+    return _Unchanged(part, text, tensors, isinstance(holder, dict))
 
 
 def _is_saved_state(holder: Holder, part: str, module: nn.Module) -> bool:
-    """A dict that is loaded by name: made by ``state_dict``, or with the names of buffers."""
+    """A dict that is loaded by name: made by ``state_dict``, or with the names of buffers, or on
+    another device, where it could be compared with no parameter."""
     if not isinstance(holder, dict):
         return False
+    devices = {p.device for p in module.parameters()}
+    if not any(value.device in devices for value in holder.values()):
+        return True
     names = [name for name, _ in module.named_buffers()]
     return hasattr(holder, "_metadata") or any(
         name in holder or _join(part, name) in holder for name in names

@@ -249,6 +249,7 @@ class Surgery:
             self._findings.add(average_found())
         by_hand = self.copies.by_hand
         by_hand.look()
+        by_hand.awaited = by_hand.awaited and by_script
         told = by_hand.reason if by_script else by_hand.reason_for_policy
         reason = told(operation.layer.name) or (
             "" if by_script else self.copies.reason_for_policy()
@@ -281,8 +282,7 @@ class Surgery:
         keeps an average by hand is not known yet."""
         if not self._ranks.alone or checkpoint.is_sharded(self._surroundings):
             return False
-        self.copies.search()
-        self.copies.by_hand.awaited = True
+        self.copies.search_for_graft()
         return self.copies.by_hand.undecided
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import esper
 from esper.exceptions import IncompatibleLayerError
+from esper.grafting import found_copies
 from esper.grafting.slot import slots
 from tests.esper.contract_with_host.failed_parts import failed_parts
 from tests.esper.contract_with_host.saved_models import (
@@ -416,17 +418,24 @@ def without_buffers() -> nn.Module:
 
 
 def trained_beside(
-    kept: Callable[[nn.Module], Any], *, attaches: bool, replaces: bool = False
+    kept: Callable[[nn.Module], Any],
+    *,
+    attaches: bool,
+    replaces: bool = False,
+    made_at: int = -1,
+    grafted_at: int = 4,
 ) -> tuple[nn.Module, esper.Session | None]:
     """A script that keeps what ``kept`` makes, in automatic mode, where a graft is decided."""
     torch.manual_seed(0)
     model = without_buffers()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    beside = kept(model)
+    beside = kept(model) if made_at < 0 else None
     session = None
     if attaches:
         session = esper.attach(model, optimizer, mode="automatic", server="", verbose=False)
-    for step in range(60):
+    for step in range(120):
+        if step == made_at:
+            beside = kept(model)
         loss = model(torch.randn(16, 8)).pow(2).mean()
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -437,8 +446,12 @@ def trained_beside(
             beside = kept(model)
         if session is not None:
             session.step(loss)
-            if step == 4 and (local := session._parts.local):
+            local = session._parts.local
+            assert local is not None
+            if step == grafted_at:
                 local._graft(session._parts.surgery.planned("0", "proj_lora_64", "", {}))
+            elif local._coming is not None:  # as at the next health frame
+                local._graft(local._coming)
     return model, session
 
 
@@ -454,8 +467,37 @@ def test_automatic_mode_ends_a_run_with_such_pairs_as_if_it_were_not_there(
     assert not failed_parts(session)
 
 
+@pytest.fixture
+def time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a long run: a search is a small part of its time."""
+    time = found_copies.SearchTime()
+    time._spent = -math.inf
+    monkeypatch.setattr(found_copies, "search_time", time)
+
+
+@pytest.mark.usefixtures("time_is_left")
+@pytest.mark.parametrize("kind", [*UNCHANGED, ByName, InOrder])
+def test_so_it_does_where_the_pairs_are_made_late(kind: type[Any]) -> None:
+    """As EWC, once the first task is learned."""
+    alone, _ = trained_beside(kind, attaches=False, made_at=10)
+    model, session = trained_beside(kind, attaches=True, made_at=10, grafted_at=12)
+
+    assert all(map(torch.equal, alone.parameters(), model.parameters()))
+    assert session is not None
+    assert not failed_parts(session)
+
+
 def named_copies(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.usefixtures("time_is_left")
+def test_a_best_state_that_was_replaced_is_known_as_one() -> None:
+    """The newer one is found before the graft, and is no anchor either."""
+    model, session = trained_beside(named_copies, attaches=True, replaces=True, grafted_at=12)
+
+    assert session is not None
+    assert any(slot.grafts() for _, _, slot in slots(model))
 
 
 @pytest.mark.parametrize(
