@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from esper.grafting.optimizers import parameters_of
 from esper.grafting.slot import SLOT_NAME
+from esper.grafting.tensor_forms import shape_of
 from esper.grafting.versions import writes_to
 
 NEAR = 0.5  # of a part's norm; independent weights of the same size are some 1.4 away
@@ -215,7 +216,7 @@ def _writes_to(module: nn.Module) -> int:
 
 
 def _form(module: nn.Module) -> Any:
-    return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    return type(module), tuple((name, shape_of(p)) for name, p in module.named_parameters())
 
 
 def _is_copy(part: nn.Module, other: nn.Module, *, follows: bool = False) -> bool:

@@ -26,6 +26,7 @@ from esper.grafting.slot import (
     slots,
 )
 from esper.grafting.state_dicts import follow_loads, follow_whole_states
+from esper.grafting.tensor_forms import shape_of
 
 
 def bare_copy(copied: Any) -> nn.Module:
@@ -45,10 +46,10 @@ def bare_copy(copied: Any) -> nn.Module:
 
 def check_copy(model: nn.Module, copied: Any) -> None:
     """Raises ``ConfigurationError`` unless it has the model's tensors, by name and shape."""
-    here = {name: p.shape for name, p in model.named_parameters()}
-    there = {name: p.shape for name, p in bare_copy(copied).named_parameters()}
+    here = {name: shape_of(p) for name, p in model.named_parameters()}
+    there = {name: shape_of(p) for name, p in bare_copy(copied).named_parameters()}
     if list(here.items()) != list(there.items()):
-        differing = sorted(here.items() ^ there.items())
+        differing = sorted(here.items() ^ there.items(), key=str)
         names = ", ".join(dict.fromkeys(name for name, _ in differing)) or "another order"
         raise ConfigurationError(f"a copy differs from the model: {names[:200]}")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from esper.grafting.saved_values import bytes_of
+from esper.grafting.tensor_forms import shape_of
 from esper.sharding import is_dtensor, local
 
 logger = logging.getLogger("esper")
@@ -165,7 +166,7 @@ atexit.register(_end)
 
 
 def _form(name: str, identity: int, tensor: Tensor) -> tuple[Any, ...]:
-    shape = None if is_lazy(tensor) else tensor.shape
+    shape = shape_of(tensor)
     return name, identity, tensor.dtype, shape
 
 
@@ -177,7 +178,7 @@ def _digest_of(entries: Iterable[tuple[str, int, Tensor]]) -> str:
         first = first_names.setdefault(identity, name)
         if is_lazy(tensor):  # it has no shape yet
             continue
-        total.update(f"{name}\0{first}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        total.update(f"{name}\0{first}\0{tensor.dtype}\0{shape_of(tensor)}\0".encode())
         if first == name and not tensor.is_meta:
             total.update(bytes_of(tensor))
     return total.hexdigest()

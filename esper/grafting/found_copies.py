@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from esper.by_identity import WeaklyByIdentity
 from esper.exceptions import ConfigurationError
@@ -291,4 +292,5 @@ def _is_nearest(found: nn.Module, model: nn.Module, rivals: Sequence[nn.Module])
 @torch.no_grad()
 def _distance(one: nn.Module, other: nn.Module) -> float:
     pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return sum(float((a.float() - b.float().to(a.device)).square().sum()) for a, b in pairs)
+    known = [(a, b) for a, b in pairs if not is_lazy(a) and not is_lazy(b)]
+    return sum(float((a.float() - b.float().to(a.device)).square().sum()) for a, b in known)

@@ -30,6 +30,7 @@ from esper.grafting.saved_values import (
     same_value,
     save_tree,
 )
+from esper.grafting.tensor_forms import shape_of
 
 # Per-group lists of torch's schedulers.
 GROUP_LISTS = (
@@ -293,7 +294,7 @@ def _is_same_buffer(one: Tensor | None, other: Tensor | None) -> bool:
 
 def form_of(tensor: Tensor) -> tuple[Any, ...]:
     """What training never changes of a tensor."""
-    return (type(tensor), tensor.shape, tensor.dtype, tensor.device)
+    return (type(tensor), shape_of(tensor), tensor.dtype, tensor.device)
 
 
 def _carry_groups(goal: list[GroupRecord], seen: list[GroupRecord], now: list[GroupRecord]) -> None:

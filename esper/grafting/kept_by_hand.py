@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from esper.grafting.tensor_forms import Shape, address_of, shape_of
 from esper.grafting.versions import writes_to
 
 MOST_CANDIDATES = 64
@@ -185,7 +186,7 @@ def _owner(part: str) -> str:
 def _pairs(model: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, Holder]]:
     """(part, holder) of all containers whose tensors have the form of a part's parameters."""
     others = [tensor for tensor in tensors if type(tensor) is Tensor]
-    counts = Counter(tuple(tensor.shape) for tensor in others)
+    counts = Counter(map(shape_of, others))
     wanted = {part: forms for part, forms in _forms(model).items() if _shapes(forms[-1]) <= counts}
     found = _of_whole(wanted.pop("")[:-1], others, counts) if "" in wanted else []
     pairs = [("", holder) for holder in found]
@@ -218,18 +219,18 @@ def _join(part: str, name: str) -> str:
     return f"{part}.{name}" if part else name
 
 
-def _shapes(named: Mapping[str, Tensor]) -> Counter[tuple[int, ...]]:
-    return Counter(tuple(p.shape) for p in named.values())
+def _shapes(named: Mapping[str, Tensor]) -> Counter[Shape]:
+    return Counter(map(shape_of, named.values()))
 
 
 def _of_whole(
     forms: Sequence[Mapping[str, Tensor]],
     others: Sequence[Tensor],
-    counts: Counter[tuple[int, ...]],
+    counts: Counter[Shape],
 ) -> list[Holder]:
     # Of the shape that the fewest tensors have, so that few containers are looked at.
-    shape = min((tuple(p.shape) for p in forms[0].values()), key=lambda known: counts[known])
-    candidates = [t for t in others if tuple(t.shape) == shape][:MOST_CANDIDATES]
+    shape = min(map(shape_of, forms[0].values()), key=lambda known: counts[known])
+    candidates = [t for t in others if shape_of(t) == shape][:MOST_CANDIDATES]
     return [
         holder
         for holder in (gc.get_referrers(*candidates) if candidates else [])
@@ -281,9 +282,9 @@ def _mirrors(value: object, parameter: Tensor) -> bool:
     """It is no parameter of another model, and no view of this one."""
     return (
         type(value) is Tensor
-        and value.shape == parameter.shape
+        and shape_of(value) == shape_of(parameter)
         and value.grad_fn is None
-        and value.data_ptr() != parameter.data_ptr()
+        and 0 != address_of(value) != address_of(parameter)
     )
 
 

@@ -41,6 +41,7 @@ from esper.grafting.saved_values import (
 )
 from esper.grafting.slot import SLOT_NAME, is_opaque
 from esper.grafting.snapshot import SavedOptimizer, Snapshot
+from esper.grafting.tensor_forms import shape_of
 
 
 @dataclass(slots=True)
@@ -111,7 +112,7 @@ def _restore_model(snapshot: Snapshot) -> list[SavedTensor]:
     reachable = {id(part) for root in snapshot.roots for part in _parts_in(root)}
     done = []
     for saved in snapshot.tensors:
-        if id(saved.tensor) in reachable and saved.tensor.shape == saved.value.shape:
+        if id(saved.tensor) in reachable and shape_of(saved.tensor) == shape_of(saved.value):
             write(saved.tensor, saved.value)
             done.append(saved)
     for parameter, requires_grad in snapshot.goal.flags.items():

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from esper.grafting.tensor_forms import dense_parts, shape_of
 from esper.sharding import local
 
 Copy = Callable[[Tensor], Tensor]
@@ -31,7 +32,8 @@ class SavedTensor:
 
     def restore(self) -> Tensor:
         """The same tensor object with the saved values; a new one if its form has changed."""
-        if self.tensor.shape == self.value.shape and self.tensor.dtype == self.value.dtype:
+        same_form = shape_of(self.tensor) == shape_of(self.value)
+        if same_form and self.tensor.dtype == self.value.dtype:
             write(self.tensor, self.value)
             return self.tensor
         return self.value.to(self.device, copy=True)
@@ -42,7 +44,7 @@ class SavedTensor:
         The values are converted to the dtype and device of ``present``, which a script may have
         changed.
         """
-        if isinstance(present, Tensor) and present.shape == self.value.shape:
+        if isinstance(present, Tensor) and shape_of(present) == shape_of(self.value):
             write(present, self.value)
             return present
         return self.restore()
@@ -122,7 +124,9 @@ def write(live: Tensor, value: Tensor) -> None:
 def _has_bits(live: Tensor, value: Tensor) -> bool:
     """Only asked of dense tensors in the host's memory; ends at the first difference."""
     pair = (live, value)
-    if any(t.device.type != "cpu" or t.layout is not torch.strided or t.is_quantized for t in pair):
+    if any(t.device.type != "cpu" or t.layout is not torch.strided for t in pair):
+        return False
+    if any(t.is_quantized or t.is_nested for t in pair):
         return False
     if live.dtype != value.dtype or any(type(t) not in (Tensor, nn.Parameter) for t in pair):
         return False
@@ -135,12 +139,16 @@ def _has_bits(live: Tensor, value: Tensor) -> bool:
 def same_bits(live: Tensor, value: Tensor) -> bool:
     """Same shape, dtype and bits; NaN equals itself."""
     live, value = local(live), local(value)  # comparing the whole would be a collective call
-    if live.shape != value.shape or live.dtype != value.dtype:
+    if shape_of(live) != shape_of(value) or live.dtype != value.dtype:
         return False
-    value = value.to(live.device)
-    if torch.equal(live.detach(), value):
-        return True
-    return bytes(bytes_of(live)) == bytes(bytes_of(value))
+    mine, theirs = dense_parts(live.detach()), dense_parts(value.to(live.device))
+    return len(mine) == len(theirs) and all(map(_same_dense_bits, mine, theirs))
+
+
+def _same_dense_bits(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one, other) or bytes(bytes_of(one)) == bytes(bytes_of(other))
 
 
 def all_same_bits(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
@@ -180,7 +188,7 @@ def _any_by_device(flags: list[Tensor]) -> Iterator[Tensor]:
 def tensor_pairs(live: Any, saved: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """(living tensor, saved value) of each tensor in a saved tree that has its form still."""
     if isinstance(saved, SavedTensor):
-        if isinstance(live, Tensor) and live.shape == saved.value.shape:
+        if isinstance(live, Tensor) and shape_of(live) == shape_of(saved.value):
             yield live, saved.value
     elif type(saved) is dict and isinstance(live, dict):
         for key, item in saved.items():
@@ -204,6 +212,9 @@ def bytes_in(saved: SavedTensor) -> int:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's bytes on the CPU."""
+    parts = dense_parts(tensor)
+    if parts[0] is not tensor:
+        return memoryview(b"".join(bytes(bytes_of(part)) for part in parts))
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return numbers_of(flat.view(torch.uint8)).data
 

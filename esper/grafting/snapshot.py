@@ -44,6 +44,7 @@ from esper.grafting.saved_values import (
 )
 from esper.grafting.slot import Slot, is_opaque, settle_spans
 from esper.grafting.surroundings import BARE, Surroundings
+from esper.grafting.tensor_forms import shape_of
 from esper.sharding import local
 
 PAGE_BYTES = 4096
@@ -398,7 +399,7 @@ class Snapshot:
             saved = self._by_id.get(id(part))
             if (
                 saved is not None
-                and saved.value.shape == part.shape
+                and shape_of(saved.value) == shape_of(part)
                 and id(part) not in self.loaded
             ):
                 yield part, saved.value
@@ -416,7 +417,7 @@ class Snapshot:
                 saved = self._by_id.get(id(part))
                 # A new copy: the snapshot's digest is computed from the old one.
                 value = part.detach().clone()
-                if saved is not None and saved.value.shape == value.shape:
+                if saved is not None and shape_of(saved.value) == shape_of(value):
                     saved.value = value
                 else:
                     self._add(SavedTensor(part, value, part.device))
@@ -461,7 +462,11 @@ class Snapshot:
             if old is None or tensor is None or tensor is old or self.knows(tensor):
                 continue
             saved = self._by_id.get(id(old))
-            if saved is not None and old.shape == tensor.shape and form_of(old) != form_of(tensor):
+            if (
+                saved is not None
+                and shape_of(old) == shape_of(tensor)
+                and form_of(old) != form_of(tensor)
+            ):
                 self._add(SavedTensor(tensor, saved.value, saved.device))
                 if isinstance(tensor, nn.Parameter):
                     self.gradients.append((tensor, tensor.requires_grad, None))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from esper.exceptions import UndoError
 from esper.grafting.digests import named_tensors
 from esper.grafting.saved_values import write
+from esper.grafting.tensor_forms import Shape, shape_of
 from esper.remedies.good_state import State
 from esper.remedies.state_folder import StateFolder
 from esper.remedies.update_hooks import before_update
@@ -231,7 +232,7 @@ class GoodStates:
 
     def fits(self, state: State) -> bool:
         """The model still has the tensors of the state."""
-        own = {name: tensor.shape for name, tensor in named_tensors(self._model)}
+        own = {name: shape_of(tensor) for name, tensor in named_tensors(self._model)}
         return _form(state) == own
 
     def restore(self, state: State) -> None:
@@ -241,7 +242,7 @@ class GoodStates:
             UndoError: the model has other tensors now, so nothing was changed.
         """
         own = dict(named_tensors(self._model))
-        if _form(state) != {name: tensor.shape for name, tensor in own.items()}:
+        if _form(state) != {name: shape_of(tensor) for name, tensor in own.items()}:
             raise UndoError(f"the model has other tensors than after step {state.step}", layer="")
         with torch.no_grad():
             for name, tensor in own.items():
@@ -269,8 +270,8 @@ class GoodStates:
             self._good.popleft()
 
 
-def _form(state: State) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.tensors.items()}
+def _form(state: State) -> dict[str, Shape]:
+    return {name: shape_of(tensor) for name, tensor in state.tensors.items()}
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
@@ -317,7 +318,7 @@ def _placed(value: Any, present: Any, parameter: Tensor) -> Any:
     """The present tensor with the saved values, or a copy of them where there is none."""
     if not isinstance(value, Tensor):
         return _copied(value)
-    if isinstance(present, Tensor) and present.shape == value.shape:
+    if isinstance(present, Tensor) and shape_of(present) == shape_of(value):
         write(present, value)
         return present
     # Scalars such as Adam's step count stay on the CPU.
@@ -341,4 +342,5 @@ def _values_of(moments: dict[int, dict[str, Any]]) -> Iterable[Tensor]:
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+    kept = (tensor for tensor in tensors if not tensor.is_meta)
+    return sum(tensor.nbytes for tensor in kept if tensor.layout is torch.strided)
