@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from esper.by_identity import WeaklyByIdentity
 from esper.exceptions import ConfigurationError
 from esper.grafting.copied_parts import CopiedParts
 from esper.grafting.copies import bare_copy, check_copy
 from esper.grafting.kept_by_hand import KeptByHand
+from esper.grafting.tensor_forms import shape_of
 from esper.grafting.versions import writes_to
 
 SEARCH_SHARE = 1 / 200  # of the process's time since its first search
@@ -292,5 +292,5 @@ def _is_nearest(found: nn.Module, model: nn.Module, rivals: Sequence[nn.Module])
 @torch.no_grad()
 def _distance(one: nn.Module, other: nn.Module) -> float:
     pairs = zip(one.parameters(), other.parameters(), strict=True)
-    known = [(a, b) for a, b in pairs if not is_lazy(a) and not is_lazy(b)]
+    known = [(a, b) for a, b in pairs if shape_of(a) is not None]  # else not initialized yet
     return sum(float((a.float() - b.float().to(a.device)).square().sum()) for a, b in known)
