@@ -9,6 +9,7 @@ from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.gradient_probe import READINGS
 from esper.diagnosis.observation import Observation, Unknown
+from esper.diagnosis.updates import EXCESSIVE
 
 DEAD = 0.85
 MANY = 0.7
@@ -16,6 +17,7 @@ STILL = 0.5
 SATURATED = 0.3
 STEPS, UNLEARNED, GUESSES = 100, 0.99, 50
 SAMPLES = 64
+HALF = 0.5
 
 
 class DyingRelu(Rule):
@@ -32,6 +34,10 @@ class DyingRelu(Rule):
         ),
         Threshold(f"loss / first loss after {STEPS} steps", UNLEARNED, "ratio", "below it learns"),
         Threshold(f"{GUESSES} losses / that of guessing", UNLEARNED, "ratio", "chosen; the same"),
+        Threshold(
+            "the same, where an update was far too large", HALF, "ratio",
+            "chosen: not only a narrow net, and one that learns half is left alone",
+        ),
         Threshold("readings in a row", READINGS, "readings", "chosen: small batches miss units"),
         Threshold("samples in them", SAMPLES, "samples", "chosen: four samples find few units"),
         Threshold("to resolve", STILL, "share", "chosen"),
@@ -83,6 +89,7 @@ class DyingRelu(Rule):
             raise Unknown("the batches are small: too few samples were seen since")
         whole = [name for name in dead if shares[name] >= DEAD]
         worst = (whole or dead)[-1]
+        harms = whole or _stands_still(observation) or _was_killed(observation)
         return Evidence(
             observed=f"{shares[worst]:.0%} of the units of {worst} had a gradient of exactly zero "
             f"in {READINGS} readings in a row",
@@ -90,7 +97,7 @@ class DyingRelu(Rule):
             signal="grad",
             value=shares[worst],
             began_at=worst,
-            severity=None if whole or _stands_still(observation) else Severity.INFO,
+            severity=None if harms else Severity.INFO,
         )
 
 
@@ -111,6 +118,15 @@ def _stands_still(observation: Observation) -> bool:
         return observation.learned_share >= UNLEARNED or _guesses(observation)
     except Unknown:
         return False
+
+
+def _was_killed(observation: Observation) -> bool:
+    """An update was far too large, and little was learned since."""
+    if not observation.update_excess > EXCESSIVE or not observation.passes:
+        return False
+    chance = observation.first_pass.guessing_loss
+    losses = observation.losses[-GUESSES:]
+    return len(losses) > 0 and float(np.median(losses)) >= HALF * chance
 
 
 def _guesses(observation: Observation) -> bool:

@@ -65,10 +65,11 @@ class Doses:
         found = self._cause(found)
         young = self._young
         died_unlearned = found.rule.slug == "dying_relu" and young.loses_nothing
-        anew = young.is_early or young.was_hurt or died_unlearned
+        hurt = young.was_hurt or young.lost_units(found)
+        anew = young.is_early or hurt or died_unlearned
         power = given + (0 if self._was_sudden(found) else 1)
         factor = max(self._lower(found) ** power, STRONGEST)
-        if died_unlearned and not young.was_hurt:
+        if died_unlearned and not hurt:
             factor = GENTLE  # updates are of a sound size, so a much lower rate would lose time
         return {"step": self._first_step if anew else found.since_step, "factor": factor}
 

@@ -51,7 +51,8 @@ class Ladder:
             # The first weights are at fault: they were found to be, or a lower rate from the same
             # ones did not help.
             return ["repair_scale", *(slug for slug in order if slug != "repair_scale")]
-        if young.was_hurt and found.rule.slug not in _OF_THE_SCALE:
+        hurt = young.was_hurt or young.lost_units(found)
+        if hurt and found.rule.slug not in _OF_THE_SCALE:
             # Whatever has come of it, the first updates were too large.
             return ["rewind", *(slug for slug in order if slug != "rewind")]
         if young.is_early:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from esper.contracts import Severity
+from esper.diagnosis import Diagnosed
 from esper.diagnosis.updates import EXCESSIVE
 from esper.remedies.good_states import START_STEPS
 from esper.sdk.diagnosing import DiagnosisWatch
@@ -39,6 +40,15 @@ class YoungRun:
         young = self._run.step <= START_STEPS
         hurt = young and self._diagnosis.update_excess > EXCESSIVE
         return hurt and (self.guesses or not self._has_fallen)
+
+    def lost_units(self, found: Diagnosed) -> bool:
+        """Its first updates, which were far too large, switched off the units of a layer.
+
+        A lower rate alone brings none of them back.
+        """
+        died = found.rule.slug == "dying_relu" and self._run.step <= START_STEPS
+        learned_little = losses.level(self._run) >= losses.LEARNED * self._diagnosis.guessing_loss
+        return died and learned_little and self._diagnosis.update_excess > EXCESSIVE
 
     @property
     def loses_nothing(self) -> bool:

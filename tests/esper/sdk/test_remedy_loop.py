@@ -33,6 +33,7 @@ from esper.sdk.remedy_loop.settling import WINDOW, Settling
 from esper.sdk.remedy_loop.young_run import YoungRun
 from esper.sdk.run_state import RunState
 from esper.sdk.treatments import Treatment
+from tests.esper.diagnosis import small_runs
 
 HELD_OUT = 1400
 HEALTHY = 0.8  # held-out accuracy, which a run without a fault passes in this time
@@ -445,6 +446,26 @@ def test_a_young_run_that_has_learned_nothing_begins_anew_when_units_die() -> No
         assert (receipt.remedy, receipt.details["to_step"]) == ("rewind", 0)
         assert receipt.details["factor"] == GENTLE
         assert all(map(torch.equal, run.model.parameters(), first))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_units_that_far_too_large_updates_switched_off_are_had_again(seed: int) -> None:
+    """Behind a batch norm such a run learns a little, and stays far from what it could learn."""
+    torch.manual_seed(seed)
+    hidden = [(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()) for _ in range(3)]
+    model = nn.Sequential(*(layer for block in hidden for layer in block), nn.Linear(64, 10))
+    sick = small_runs.Run(
+        model,
+        optimizer=lambda m: torch.optim.RMSprop(m.parameters(), 0.3),
+        mode="automatic",
+        steps=300,
+    )
+    with sick.start() as session:
+        losses = sick.train(session).losses
+        first = session.remedies[0]
+    assert first.remedy == "rewind"
+    assert first.details["to_step"] == 0
+    assert sum(losses[-20:]) / 20 < 0.3
 
 
 @pytest.mark.parametrize("last", [0.3, 2.2])
