@@ -43,12 +43,14 @@ class ClippedToNothing(Rule):
             raise Unknown("the optimizer divides the gradient by its size")
         newest = list(observation.gradients)[-READINGS:]
         norms = [_norm(reading) for reading in newest]
-        if len(newest) < READINGS or not min(norms) > 0:
+        if len(newest) < READINGS or not all(0 < norm < math.inf for norm in norms):
             raise Unknown("too few gradients were read")
         change = max(reading.change for reading in newest)
         if not change < LOW or _spread(norms) > EQUAL:
             return None
         losses = [_loss(observation, reading.step) for reading in newest]
+        if not all(map(math.isfinite, losses)):
+            raise Unknown("a training loss is not finite")
         if not _spread(losses) > DIFFER * max(_spread(norms), EQUAL / DIFFER):
             return None
         return Evidence(
@@ -76,4 +78,4 @@ def _loss(observation: Observation, step: int) -> float:
 
 def _spread(values: list[float]) -> float:
     """Largest / smallest - 1."""
-    return float(np.max(values) / np.min(values)) - 1.0 if np.min(values) > 0 else math.inf
+    return max(values) / min(values) - 1.0 if min(values) > 0 else math.inf

@@ -105,6 +105,8 @@ class Run:
             session.step(loss.item() if self.passes_number else loss)
             for finding in session.findings():
                 found.setdefault(finding.slug or finding.rule, step)
+        diagnosis = session._parts.diagnosis
+        assert diagnosis is None or diagnosis.diagnosis.failed == {}
         return Result(
             session.findings(), session.findings(resolved=True), found, losses, session.adaptations
         )

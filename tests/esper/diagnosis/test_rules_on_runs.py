@@ -804,6 +804,13 @@ def test_a_step_that_waits_for_its_data_is_as_long_as_it_lasts() -> None:
     assert recorder.plan.period == 50
 
 
+@pytest.mark.parametrize("offset", [math.inf, -math.inf, math.nan])
+def test_no_rule_fails_where_each_loss_is_infinite(offset: float) -> None:
+    run = clipped(1e-9)
+    run.loss = lambda out, target: F.cross_entropy(out, target) + offset
+    run.go()  # which asserts it
+
+
 def test_data_that_is_not_finite_is_looked_for_in_the_next_step() -> None:
     """Step 23 is measured by no plan."""
 
