@@ -128,13 +128,13 @@ class SamplingPace:
             return False
         now = self.at(step)
         allowed = max(self._budget * step_seconds, LEAST_SECONDS_PER_STEP) / 2
-        frame = _period(_typical(self._frame_costs) / allowed, self._frame_every, now.frame)
+        frame = period_for(_typical(self._frame_costs) / allowed, self._frame_every, now.frame)
         deep = now.deep
         if self._deep_costs:
             needed = _typical(self._deep_costs) / allowed
             if len(self._deep_costs) == 1:
                 needed = min(needed, LONGEST_DEEP_AT_FIRST)
-            deep = _period(needed, self._deep_every, now.deep)
+            deep = period_for(needed, self._deep_every, now.deep)
         while deep % frame:  # activations are read at a step with a frame
             deep *= 2
         if (frame, deep) == (now.frame, now.deep):
@@ -169,7 +169,7 @@ def _next_change(step: int) -> int:
     return next((change for change in FIRST_CHANGES if change > step), later)
 
 
-def _period(needed: float, shortest: int, present: int) -> int:
+def period_for(needed: float, shortest: int, present: int) -> int:
     """The shortest period times a power of two that is at least ``needed`` steps."""
     chosen = _doubled(shortest, needed)
     return chosen if chosen >= present else min(present, _doubled(shortest, SHRINK_MARGIN * needed))

@@ -8,19 +8,17 @@ recorded, and can be given to another run, which then evaluates at the same step
 
 from __future__ import annotations
 
-import math
 import operator
 import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
 
 from esper.exceptions import ConfigurationError
+from esper.health.pace import period_for
 
 SHARE = 0.02  # of the run's time that evaluations may take
 SHORTEST = 100  # steps
 FIRST_CHANGES, CHANGE_EVERY = (1, 2), 4  # evaluations
-LONGEST_DOUBLING = 20
-SHRINK_MARGIN = 1.5  # a shorter period must have this much room, or periods would go to and fro
 REMEMBERED = 7  # evaluations whose cost counts
 
 Recorded = tuple[tuple[int, int], ...]  # (since step, steps between evaluations), oldest first
@@ -73,7 +71,7 @@ class EvaluationPace:
         if self._is_fixed or not changes or not self._needed:
             return
         present = self._at(step)
-        period = _period(_typical(list(self._needed)), present)
+        period = period_for(_typical(list(self._needed)), SHORTEST, present)
         if period != present:
             self._recorded.append((step, period))
 
@@ -100,17 +98,6 @@ def pace_of(evaluate_every: int | Iterable[Sequence[int]] | None) -> Recorded | 
     if not fixed or steps != sorted(steps) or any(every < 1 for _, every in fixed):
         raise ConfigurationError(_WRONG.format(fixed))
     return tuple(fixed)
-
-
-def _period(needed: float, present: int) -> int:
-    """The shortest period times a power of two that is at least ``needed`` steps."""
-    chosen = _doubled(needed)
-    return chosen if chosen >= present else min(present, _doubled(SHRINK_MARGIN * needed))
-
-
-def _doubled(needed: float) -> int:
-    doubling = math.ceil(math.log2(max(1.0, needed / SHORTEST)))
-    return SHORTEST << min(doubling, LONGEST_DOUBLING)
 
 
 def _typical(needed: Sequence[float]) -> float:
