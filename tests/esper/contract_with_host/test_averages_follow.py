@@ -95,6 +95,15 @@ class Averaged(Run):
                 self.average.update_parameters(self.model)
 
 
+def learned(model: nn.Module, optimizer: torch.optim.Optimizer, *, rows: int) -> torch.Tensor:
+    """The loss of one step of training, with which the model has learned."""
+    loss: torch.Tensor = model(torch.randn(rows, 8)).pow(2).mean()
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    optimizer.step()
+    return loss
+
+
 @pytest.mark.cover(values=1)
 @pytest.mark.parametrize("made", ["before", "after"])
 @pytest.mark.parametrize("average", KINDS)
@@ -305,10 +314,7 @@ def run_beside(
 
     def train() -> None:
         for _ in range(4):
-            loss = model(torch.randn(16, 8)).pow(2).mean()
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
+            loss = learned(model, optimizer, rows=16)
             if hasattr(beside, "update_parameters"):
                 beside.update_parameters(model)
             session.step(loss)
@@ -373,10 +379,7 @@ def test_tensors_of_a_part_keep_grafts_out_of_this_part_alone(kind: type[Any]) -
 
     def train() -> None:
         for _ in range(4):
-            loss = model(torch.randn(16, 8)).pow(2).mean()
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
+            loss = learned(model, optimizer, rows=16)
             beside.update_parameters(model)
             session.step(loss)
 
@@ -436,10 +439,7 @@ def trained_beside(
     for step in range(120):
         if step == made_at:
             beside = kept(model)
-        loss = model(torch.randn(16, 8)).pow(2).mean()
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
+        loss = learned(model, optimizer, rows=16)
         if hasattr(beside, "update_parameters"):
             beside.update_parameters(model)
         if replaces and step == 2:
@@ -661,10 +661,7 @@ def test_a_part_that_the_script_averages_takes_no_graft(
 
     def train() -> None:
         for _ in range(3):
-            loss = model(torch.randn(4, 8)).pow(2).mean()
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
+            loss = learned(model, optimizer, rows=4)
             if clears == "before session.step":
                 optimizer.zero_grad()
             session.step(loss)
@@ -740,10 +737,7 @@ def test_the_policy_grafts_into_neither_of_two_towers_that_train_as_copies(
 
     def train() -> None:
         for _ in range(3):
-            loss = model(torch.randn(4, 8)).pow(2).mean()
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
+            loss = learned(model, optimizer, rows=4)
             session.step(loss)
 
     train()
