@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,7 @@ class LossReader:
         copy: float | HostCopy | None
         if type(loss) is float:  # the usual cases, in few calls
             copy = loss
-        elif type(loss) is Tensor and not loss.ndim:
+        elif type(loss) is Tensor and not loss.ndim and not loss.is_complex():
             copy = self._copies.of(loss) if is_late(loss) else loss.item()
         else:
             copy = _copy_of(loss)
@@ -42,14 +43,21 @@ def _copy_of(loss: float | Tensor | None) -> float | HostCopy | None:
     if loss is None:
         return None
     if not isinstance(loss, Tensor):
-        if isinstance(loss, bool | str | bytes):
-            raise TypeError(f"the loss must be a number or a tensor, got {loss!r}")
-        return float(loss)
+        return _number(loss)
     if is_dtensor(loss):
         return _copy_of_distributed(loss)
     if loss.numel() != 1:
         raise TypeError(f"the loss must have one element, got shape {tuple(loss.shape)}")
+    if loss.is_complex():
+        raise TypeError("the loss must be real, got a complex tensor")
     return copy_to_host(loss.reshape(())) if is_late(loss) else loss.item()
+
+
+def _number(loss: Any) -> float:
+    if not isinstance(loss, bool | str | bytes):
+        with suppress(TypeError, ValueError):
+            return float(loss)
+    raise TypeError(f"the loss must be a number or a tensor of one element, got {loss!r}")
 
 
 def _copy_of_distributed(loss: Any) -> float | HostCopy | None:

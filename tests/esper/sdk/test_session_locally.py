@@ -267,9 +267,11 @@ def test_esper_never_raises_into_the_training() -> None:
         assert any("evaluation" in finding.observed for finding in session.findings())
 
 
-@pytest.mark.parametrize("loss", ["0.5", torch.ones(2), True])
+@pytest.mark.parametrize(
+    "loss", ["0.5", torch.ones(2), True, {"loss": 0.5}, [0.5], torch.tensor(0.5 + 1j), 0.5 + 1j]
+)
 def test_a_loss_that_is_none_is_refused(training: Training, loss: object) -> None:
-    with attached(training) as session, pytest.raises(TypeError):
+    with attached(training) as session, pytest.raises(TypeError, match="the loss must"):
         session.step(loss)  # type: ignore[arg-type]
 
 
